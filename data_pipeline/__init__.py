@@ -1,0 +1,1 @@
+"""Documents to shards to order. This package never imports torch."""

@@ -1,0 +1,149 @@
+"""The manifest of a folder of shards: written last, read first.
+
+A folder without `manifest.json` is not a data set, whatever else it holds. The manifest says
+which shards there are, what is in them, and the fingerprint of their contents, which the order of
+training depends on: the same documents, tokenizer, direction, unit and cut into shards give the
+same fingerprint, however they were compressed.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.command import write_text
+from data_pipeline.errors import ShardCorruptError, ShardsMissingError, TokenizerMismatchError
+from data_pipeline.text import TextCodec, TextFormat
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"
+FORMAT_NAME = "megaback-shards"
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard of a split."""
+
+    file: str
+    split: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    file_bytes: int
+    file_sha256: str
+    content_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set: what is common to its shards, and the shards in order."""
+
+    text_format: TextFormat
+    vocab_size: int
+    begin_id: int
+    end_id: int
+    id_bytes: int
+    frame_tokens: int
+    source: str
+    val_fraction: float
+    empty_documents: int
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the contents: what every shard holds, in order."""
+        contents = {
+            **self.text_format.to_dict(),
+            "frame_tokens": self.frame_tokens,
+            "shards": [[shard.split, shard.content_sha256] for shard in self.shards],
+        }
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+    def split(self, name: str) -> tuple[ShardEntry, ...]:
+        return tuple(shard for shard in self.shards if shard.split == name)
+
+    def total(self, name: str) -> dict[str, int]:
+        """Sums over a split: shards, documents, tokens, text_bytes, file_bytes."""
+        shards = self.split(name)
+        return {
+            "shards": len(shards),
+            "documents": sum(shard.documents for shard in shards),
+            "tokens": sum(shard.tokens for shard in shards),
+            "text_bytes": sum(shard.text_bytes for shard in shards),
+            "file_bytes": sum(shard.file_bytes for shard in shards),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json atomically; from then on the folder is a data set."""
+        fields: dict[str, Any] = {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            **self.text_format.to_dict(),
+            "vocab_size": self.vocab_size,
+            "begin_id": self.begin_id,
+            "end_id": self.end_id,
+            "id_bytes": self.id_bytes,
+            "frame_tokens": self.frame_tokens,
+            "source": self.source,
+            "val_fraction": self.val_fraction,
+            "empty_documents": self.empty_documents,
+            "splits": {name: self.total(name) for name in SPLITS},
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        write_text(folder / MANIFEST_NAME, json.dumps(fields, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Read and check a manifest.
+
+        Raises ShardsMissingError when the folder has none, ShardCorruptError when it does not say
+        what a manifest must say or when its fingerprint is not that of its entries.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ShardsMissingError(
+                f"{folder} is not a finished set of shards (it has no {MANIFEST_NAME}); "
+                "run `megaback shards build --out` with this folder, to the end"
+            ) from None
+        except UnicodeDecodeError:
+            raise ShardCorruptError(f"{path} is not text; build the shards again") from None
+        try:
+            fields = json.loads(text)
+            if fields["format"] != FORMAT_NAME or fields["version"] != FORMAT_VERSION:
+                raise ValueError(f"format {fields['format']} version {fields['version']}")
+            manifest = cls(
+                text_format=TextFormat.from_dict(fields),
+                vocab_size=fields["vocab_size"],
+                begin_id=fields["begin_id"],
+                end_id=fields["end_id"],
+                id_bytes=fields["id_bytes"],
+                frame_tokens=fields["frame_tokens"],
+                source=fields["source"],
+                val_fraction=fields["val_fraction"],
+                empty_documents=fields["empty_documents"],
+                shards=tuple(ShardEntry(**entry) for entry in fields["shards"]),
+            )
+            if manifest.fingerprint != fields["fingerprint"]:
+                raise ValueError("its fingerprint is not that of its entries")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ShardCorruptError(
+                f"{path} is not a manifest of this version ({error}); build the shards again"
+            ) from None
+        return manifest
+
+    def codec(self, folder: Path) -> TextCodec:
+        """The codec that these shards were encoded with, from the copy of the tokenizer there."""
+        path = folder / TOKENIZER_NAME
+        codec = TextCodec.load(path, self.text_format.direction, self.text_format.unit)
+        if codec.format.tokenizer_sha256 != self.text_format.tokenizer_sha256:
+            raise TokenizerMismatchError(
+                f"{path} has sha256 {codec.format.tokenizer_sha256[:12]}, but the shards beside it "
+                f"were made with {self.text_format.tokenizer_sha256[:12]}; restore that tokenizer"
+            )
+        return codec

@@ -1,0 +1,264 @@
+"""The boundary between text and ids: the only place that knows direction, unit and tokenizer.
+
+`encode` gives a document's ids in the order in which the model reads them; `render` gives the text
+in the order in which a person reads it. Building, sampling, chatting, scoring and export all go
+through here. Guarantee: `render(encode(text)) == text` for every Python string, lone surrogates
+included, and no text, whatever it spells, encodes to a control id.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.errors import DirectionMismatchError, TokenizerError, TokenizerMismatchError
+
+BEGIN_PIECE = "<|startoftext|>"
+END_PIECE = "<|endoftext|>"
+CHAT_PIECES = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|instruction|>",
+    "<|response|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+)
+
+# SentencePiece writes a space as U+2581, so a real U+2581 would come back as a space; and UTF-8
+# proper has no lone surrogates. Both are spelled with byte pieces instead.
+_SPACE_SYMBOL = "\u2581"
+_SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")
+_RUNS = re.compile(r"\s+|\S+")
+
+
+class Direction(str, Enum):
+    """The way in which the model reads: from the text's end, or from its beginning."""
+
+    BACKWARD = "backward"
+    FORWARD = "forward"
+
+    @property
+    def opposite(self) -> "Direction":
+        return Direction.FORWARD if self is Direction.BACKWARD else Direction.BACKWARD
+
+
+class Unit(str, Enum):
+    """What is reversed: the ids of a document, or its words before they are encoded."""
+
+    TOKEN = "token"  # noqa: S105 - a unit of text, not a secret
+    WORD = "word"
+
+
+def reverse_words(text: str) -> str:
+    """Reverse the sequence of words and of the whitespace runs between them: its own inverse.
+
+    >>> reverse_words("the  cat sat")
+    'sat cat  the'
+    """
+    return "".join(reversed(_RUNS.findall(text)))
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """What every artefact carries: two artefacts can be used together when these are equal."""
+
+    direction: Direction
+    unit: Unit
+    tokenizer_sha256: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {
+            "direction": self.direction.value,
+            "unit": self.unit.value,
+            "tokenizer_sha256": self.tokenizer_sha256,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TextFormat":
+        """Raises KeyError or ValueError when a field is missing or has no such value."""
+        return cls(
+            Direction(fields["direction"]), Unit(fields["unit"]), str(fields["tokenizer_sha256"])
+        )
+
+    def require_same(self, other: "TextFormat", this: str, that: str) -> None:
+        """Refuse to use two artefacts together, naming both values.
+
+        Raises TokenizerMismatchError or DirectionMismatchError; `this` and `that` are how the two
+        artefacts are called in the message.
+        """
+        if self.tokenizer_sha256 != other.tokenizer_sha256:
+            raise TokenizerMismatchError(
+                f"{this} was made with tokenizer {self.tokenizer_sha256[:12]} and {that} with "
+                f"tokenizer {other.tokenizer_sha256[:12]}; use artefacts made with one tokenizer"
+            )
+        for name, mine, theirs in (
+            ("direction", self.direction.value, other.direction.value),
+            ("unit", self.unit.value, other.unit.value),
+        ):
+            if mine != theirs:
+                raise DirectionMismatchError(
+                    f"{this} has {name} {mine!r} and {that} has {name} {theirs!r}; "
+                    f"use artefacts of one {name}"
+                )
+
+
+class TextCodec:
+    """Encodes and renders with one SentencePiece model, direction and unit.
+
+    Instances can be pickled; the model travels as its serialized bytes.
+    """
+
+    def __init__(self, model_bytes: bytes, direction: Direction, unit: Unit) -> None:
+        """Raises TokenizerError when the bytes are no tokenizer that megaback can use."""
+        import sentencepiece
+
+        self.model_bytes = model_bytes
+        self.format = TextFormat(direction, unit, hashlib.sha256(model_bytes).hexdigest())
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        except RuntimeError as error:
+            raise TokenizerError(
+                f"this is not a SentencePiece model ({str(error).strip()}); "
+                "train one with `megaback tokenizer train`"
+            ) from None
+        self.vocab_size: int = self._processor.vocab_size()
+        self.id_dtype: np.dtype[Any] = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        self.begin_id = self._require_control(BEGIN_PIECE)
+        self.end_id = self._require_control(END_PIECE)
+        self.chat_ids = {piece: self._require_control(piece) for piece in CHAT_PIECES}
+        self._byte_ids = [self._require_byte(value) for value in range(256)]
+        self._piece_bytes = [self._bytes_of(piece_id) for piece_id in range(self.vocab_size)]
+
+    @classmethod
+    def load(cls, path: Path, direction: Direction, unit: Unit) -> "TextCodec":
+        """Read a tokenizer.model file. Raises TokenizerError when it cannot be used."""
+        try:
+            model_bytes = path.read_bytes()
+        except OSError as error:
+            raise TokenizerError(
+                f"cannot read the tokenizer {path}: {error.strerror}; "
+                "train one with `megaback tokenizer train`"
+            ) from None
+        try:
+            return cls(model_bytes, direction, unit)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from None
+
+    def __reduce__(self) -> tuple[type["TextCodec"], tuple[bytes, Direction, Unit]]:
+        return TextCodec, (self.model_bytes, self.format.direction, self.format.unit)
+
+    def encode(self, text: str) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Ids of a text in the model's reading order, without markers: shape (tokens,)."""
+        if self._reverses_words:
+            text = reverse_words(text)
+        ids = np.array(self._encode_plain(text), dtype=self.id_dtype)
+        return ids[::-1] if self._reverses_ids else ids
+
+    def encode_document(self, text: str) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Ids of a whole document between its begin and end markers: shape (tokens + 2,)."""
+        begin = np.array([self.begin_id], dtype=self.id_dtype)
+        end = np.array([self.end_id], dtype=self.id_dtype)
+        return np.concatenate([begin, self.encode(text), end])
+
+    def render(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        """Text, in a person's reading order, of ids in the model's reading order.
+
+        Control ids have no text. Ids that end within a character, as a sample may, give U+FFFD
+        for its bytes. Always pass all ids of a text: a part of a character cannot be rendered.
+        """
+        ordered = reversed(ids) if self._reverses_ids else ids
+        raw = b"".join([self._piece_bytes[int(piece_id)] for piece_id in ordered])
+        try:
+            text = raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            text = raw.decode("utf-8", "replace")
+        return reverse_words(text) if self._reverses_words else text
+
+    def piece(self, piece_id: int) -> str:
+        """The spelling of an id, for people to look at."""
+        spelling: str = self._processor.id_to_piece(piece_id)
+        return spelling
+
+    def piece_num_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of text that each id stands for, 0 for control ids: shape (vocab_size,)."""
+        return np.array([len(piece) for piece in self._piece_bytes], dtype=np.int64)
+
+    def writable_ids(self) -> npt.NDArray[np.int64]:
+        """Ids that a sample may hold: those with text, and the end marker."""
+        allowed = [
+            piece_id
+            for piece_id, piece in enumerate(self._piece_bytes)
+            if piece or piece_id == self.end_id
+        ]
+        return np.array(allowed, dtype=np.int64)
+
+    def continuation_ids(self) -> npt.NDArray[np.int64]:
+        """Ids that a backward model may write next to a given ending without gluing to its words.
+
+        With unit `word` a piece that does not begin with whitespace would lengthen the ending's
+        first word instead of preceding it. With unit `token` every id is allowed.
+        """
+        if not self._reverses_words:
+            return np.arange(self.vocab_size)
+        allowed = [
+            piece_id
+            for piece_id, piece in enumerate(self._piece_bytes)
+            if piece[:1].isspace() or piece_id == self.end_id
+        ]
+        return np.array(allowed, dtype=np.int64)
+
+    @property
+    def _reverses_words(self) -> bool:
+        return self.format.direction is Direction.BACKWARD and self.format.unit is Unit.WORD
+
+    @property
+    def _reverses_ids(self) -> bool:
+        return self.format.direction is Direction.BACKWARD and self.format.unit is Unit.TOKEN
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if not _SPELLED_IN_BYTES.search(text):
+            ids: list[int] = self._processor.encode(text)
+            return ids
+        ids = []
+        for index, part in enumerate(_SPELLED_IN_BYTES.split(text)):
+            if index % 2:
+                ids.extend(self._byte_ids[byte] for byte in part.encode("utf-8", "surrogatepass"))
+            else:
+                ids.extend(self._processor.encode(part))
+        return ids
+
+    def _require_control(self, piece: str) -> int:
+        piece_id: int = self._processor.piece_to_id(piece)
+        if self._processor.id_to_piece(piece_id) != piece or not self._processor.is_control(
+            piece_id
+        ):
+            raise TokenizerError(
+                f"the tokenizer lacks the control piece {piece}; "
+                "train one with `megaback tokenizer train`"
+            )
+        return piece_id
+
+    def _require_byte(self, value: int) -> int:
+        piece_id: int = self._processor.piece_to_id(f"<0x{value:02X}>")
+        if not self._processor.is_byte(piece_id):
+            raise TokenizerError(
+                f"the tokenizer lacks the byte piece <0x{value:02X}>; "
+                "train one with byte fallback (`megaback tokenizer train` does)"
+            )
+        return piece_id
+
+    def _bytes_of(self, piece_id: int) -> bytes:
+        processor = self._processor
+        if processor.is_byte(piece_id):
+            return bytes([int(processor.id_to_piece(piece_id)[3:5], 16)])
+        if processor.is_control(piece_id) or processor.is_unknown(piece_id):
+            return b""
+        piece: str = processor.id_to_piece(piece_id)
+        return piece.replace(_SPACE_SYMBOL, " ").encode()

@@ -1,0 +1,5 @@
+"""`python -m megaback` is the `megaback` command."""
+
+from megaback.cli import main
+
+main(prog_name="megaback")

@@ -1,0 +1,110 @@
+"""Causal attention within packed documents: one interface, two backends.
+
+A backend takes packed queries, keys and values and the segments that they fall into; no token
+attends beyond its own segment. `flash_attn` is the varlen kernel on CUDA; `sdpa` is PyTorch's
+attention, one call a segment, anywhere. A backend that was asked for and is missing is an error.
+
+Shapes: T packed tokens, H query heads, K key and value heads, D head dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor
+
+from data_pipeline.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where attention starts afresh: cu_seqlens is int32, shape (segments + 1,), from 0 to T."""
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def from_lengths(cls, lengths: tuple[int, ...], device: torch.device) -> "Segments":
+        edges = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(edges.to(device), lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+AttentionBackend = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+"""(query_THD, key_TKD, value_TKD, segments) -> attended_THD"""
+
+
+def sdpa_attention(
+    query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, segments: Segments
+) -> Tensor:
+    """PyTorch's scaled dot product attention, one causal call a segment."""
+    lengths = list(segments.lengths)
+    groups = query_THD.shape[1] // key_TKD.shape[1]
+    if groups > 1:
+        key_TKD = key_TKD.repeat_interleave(groups, dim=1)
+        value_TKD = value_TKD.repeat_interleave(groups, dim=1)
+    # Split once along the packed dimension: slicing a segment at a time makes the backward pass
+    # many times slower.
+    parts = zip(
+        torch.split(query_THD.transpose(0, 1), lengths, dim=1),
+        torch.split(key_TKD.transpose(0, 1), lengths, dim=1),
+        torch.split(value_TKD.transpose(0, 1), lengths, dim=1),
+        strict=True,
+    )
+    attended = [
+        F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+        for q, k, v in parts
+    ]
+    return torch.cat(attended, dim=1).transpose(0, 1)
+
+
+def flash_attention(
+    query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, segments: Segments
+) -> Tensor:
+    """flash-attn's varlen kernel: https://github.com/Dao-AILab/flash-attention."""
+    from flash_attn import flash_attn_varlen_func
+
+    attended: Tensor = flash_attn_varlen_func(
+        query_THD,
+        key_TKD,
+        value_TKD,
+        segments.cu_seqlens,
+        segments.cu_seqlens,
+        segments.longest,
+        segments.longest,
+        causal=True,
+    )
+    return attended
+
+
+def attention_backend(name: str, device: torch.device) -> tuple[str, AttentionBackend]:
+    """The backend for a device, by name or `auto`; returns what was chosen.
+
+    Raises BackendError when it was asked for by name and cannot be used.
+    """
+    if name == "sdpa":
+        return "sdpa", sdpa_attention
+    problem = _why_no_flash_attention(device)
+    if problem is None:
+        return "flash_attn", flash_attention
+    if name == "flash_attn":
+        raise BackendError(
+            f"hardware.attention is flash_attn, but {problem}; "
+            "install it with `pip install --no-build-isolation -e '.[flash]'` or use sdpa"
+        )
+    return "sdpa", sdpa_attention
+
+
+def _why_no_flash_attention(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    try:
+        import flash_attn  # noqa: F401 - an installed package may still fail to import
+    except ImportError as error:
+        return f"it does not import ({error})"
+    return None

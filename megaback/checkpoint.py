@@ -1,0 +1,224 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is a folder `step-00000100` of DeepSpeed's files and the tokenizer. It is complete only
+once `meta.json` stands in it: written last, atomically, after every rank has written its part, with
+the size and SHA-256 of every file. Nothing is loaded before it is verified, and DeepSpeed's files
+hold pickles, so load only checkpoints that you trust.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.command import replacing, write_text
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    CheckpointMissingError,
+    RunMismatchError,
+)
+from data_pipeline.manifest import TOKENIZER_NAME
+from data_pipeline.text import TextFormat
+from megaback.distributed import World
+
+CHECKPOINTS_FOLDER = "checkpoints"
+META_NAME = "meta.json"
+_FORMAT_NAME = "megaback-checkpoint"
+_FORMAT_VERSION = 1
+_STEP_FOLDER = re.compile(r"step-\d{8}")
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint is: everything that is needed to continue it or to use it elsewhere."""
+
+    step: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    vocab_size: int
+    text_format: dict[str, str]
+    data_fingerprint: str
+    config: dict[str, Any]
+    val_loss: float | None
+    versions: dict[str, str]
+    files: dict[str, list[Any]]
+    """name: [bytes, sha256]"""
+
+    @property
+    def format(self) -> TextFormat:
+        return TextFormat.from_dict(self.text_format)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    import deepspeed
+
+    from megaback import __version__
+
+    return {
+        "megaback": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def save_checkpoint(
+    engine: Any, run: Path, meta: CheckpointMeta, tokenizer: bytes, world: World, keep_last: int
+) -> Path:
+    """Write a checkpoint together with all ranks, then let the oldest ones go.
+
+    Raises OSError; a checkpoint that could not be finished has no meta.json and is never used.
+    """
+    folder = run / CHECKPOINTS_FOLDER
+    target = folder / f"step-{meta.step:08d}"
+    if world.is_first:
+        shutil.rmtree(target, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    world.barrier()
+    engine.save_checkpoint(str(folder), tag=target.name, save_latest=False)
+    if world.is_first:
+        for script in folder.glob("zero_to_*.py"):
+            script.unlink()  # `megaback convert` takes the place of DeepSpeed's copied script
+        with replacing(target / TOKENIZER_NAME) as file:
+            file.write(tokenizer)
+    world.barrier()
+    names = sorted(path.name for path in target.iterdir())
+    mine = {name: _size_and_hash(target / name) for name in names[world.rank :: world.size]}
+    files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+    if world.is_first:
+        fields = {
+            "format": _FORMAT_NAME,
+            "version": _FORMAT_VERSION,
+            **asdict(meta),
+            "files": dict(sorted(files.items())),
+        }
+        write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
+        write_text(folder / "latest", target.name + "\n")
+        _rotate(folder, keep_last)
+    world.barrier()
+    return target
+
+
+def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | None:
+    """The newest checkpoint of a run that verifies; None if there never was a complete one.
+
+    Every rank hashes a part of the files and all ranks return the same. Raises
+    CheckpointCorruptError if there are complete checkpoints and none of them verifies.
+    """
+    (found,) = world.gather(complete_checkpoints(run) if world.is_first else None)[:1]
+    problems: list[str] = []
+    for target in reversed(found or []):
+        meta, problem = None, None
+        try:
+            meta = read_meta(target)
+            verify_files(target, meta, world.rank, world.size)
+        except CheckpointCorruptError as error:
+            problem = str(error)
+        reported = [text for text in world.gather(problem) if text]
+        if not reported and meta is not None:
+            if world.is_first and problems:
+                print(f"megaback: {problems[0]}; going back to {target.name}", flush=True)
+            return target, meta
+        problems.extend(reported)
+    if problems:
+        raise CheckpointCorruptError(
+            f"{problems[0]}; no other checkpoint of {run} verifies, so the run cannot go on: "
+            "restore one, or start again in another run folder"
+        )
+    return None
+
+
+def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: World) -> None:
+    """Restore weights and optimizer of a verified checkpoint on every rank.
+
+    Raises RunMismatchError for another number of ranks, ZeRO stage or precision.
+    """
+    now = (world.size, engine.zero_optimization_stage())
+    if now != (meta.world_size, meta.zero_stage):
+        raise RunMismatchError(
+            f"{target} was saved by {meta.world_size} ranks at ZeRO stage {meta.zero_stage}, and "
+            f"this run has {now[0]} ranks at stage {now[1]}; use the same, or take its weights "
+            f"with `megaback convert {target} --to full --out DIR` and init_from=DIR"
+        )
+    path, _ = engine.load_checkpoint(str(target.parent), tag=target.name)
+    if path is None:
+        raise CheckpointCorruptError(f"DeepSpeed found nothing to load in {target}")
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(
+        path.parent
+        for path in (run / CHECKPOINTS_FOLDER).glob(f"step-*/{META_NAME}")
+        if _STEP_FOLDER.fullmatch(path.parent.name)
+    )
+
+
+def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
+    """The verified checkpoint that a path means: a run, its checkpoints, or one step's folder.
+
+    Raises CheckpointMissingError or CheckpointCorruptError.
+    """
+    if (path / META_NAME).is_file():
+        candidates = [path]
+    else:
+        run = path.parent if path.name == CHECKPOINTS_FOLDER else path
+        candidates = complete_checkpoints(run)
+    if not candidates:
+        raise CheckpointMissingError(
+            f"{path} holds no complete checkpoint (no step-*/{META_NAME}); "
+            "give a run's folder, or train until a checkpoint is saved"
+        )
+    meta = read_meta(candidates[-1])
+    verify_files(candidates[-1], meta)
+    return candidates[-1], meta
+
+
+def read_meta(target: Path) -> CheckpointMeta:
+    """Raises CheckpointCorruptError when meta.json is not one of this version."""
+    try:
+        fields = json.loads((target / META_NAME).read_text(encoding="utf-8"))
+        if (fields.pop("format"), fields.pop("version")) != (_FORMAT_NAME, _FORMAT_VERSION):
+            raise ValueError("another format or version")
+        meta = CheckpointMeta(**fields)
+        _ = meta.format
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointCorruptError(
+            f"{target / META_NAME} is not a checkpoint's description ({error})"
+        ) from None
+    return meta
+
+
+def verify_files(target: Path, meta: CheckpointMeta, part: int = 0, parts: int = 1) -> None:
+    """Compare sizes and hashes of every `parts`-th file. Raises CheckpointCorruptError."""
+    for name in sorted(meta.files)[part::parts]:
+        path = target / name
+        expected = meta.files[name]
+        found = _size_and_hash(path) if path.is_file() else None
+        if found != expected:
+            what = "is missing" if found is None else "is not the file that was saved"
+            raise CheckpointCorruptError(f"the checkpoint {target} is damaged: {name} {what}")
+
+
+def _rotate(folder: Path, keep_last: int) -> None:
+    for old in complete_checkpoints(folder.parent)[:-keep_last]:
+        (old / META_NAME).unlink()
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _size_and_hash(path: Path) -> list[Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return [path.stat().st_size, digest.hexdigest()]

@@ -1,0 +1,79 @@
+"""The `megaback` command: knows the names of its subcommands, and loads one when it is asked for.
+
+Nothing heavy is imported here, so that help appears at once. Every subcommand is also
+`python -m` its module.
+"""
+
+import importlib
+
+import click
+
+_Commands = dict[str, tuple[str, str]]
+
+# name: (module that serves it, short help)
+_COMMANDS: _Commands = {
+    "train": ("launcher.local", "Train on this machine: every device, through DeepSpeed."),
+    "convert": ("tools.convert", "Turn a checkpoint into one safetensors file."),
+    "sample": ("tools.sample", "Write what comes before an ending."),
+}
+_GROUPS: dict[str, tuple[str, _Commands]] = {
+    "tokenizer": (
+        "Train a tokenizer.",
+        {"train": ("data_pipeline.tokenizer", "Train a SentencePiece model on a source.")},
+    ),
+    "shards": (
+        "Build and look at data sets.",
+        {
+            "build": ("data_pipeline.build", "Encode a source into shards of reversed tokens."),
+            "verify": ("data_pipeline.verify", "Decode and re-hash every shard."),
+            "inspect": ("data_pipeline.inspection", "Show what a data set holds."),
+        },
+    ),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are modules, imported when one is run or its own help is asked for."""
+
+    def __init__(self, name: str, modules: _Commands, help_text: str) -> None:
+        super().__init__(name, help=help_text)
+        self._modules = modules
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*self._modules, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._modules:
+            return super().get_command(ctx, cmd_name)
+        module = importlib.import_module(self._modules[cmd_name][0])
+        command: click.Command = module.main
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, text) for name, (_, text) in self._modules.items()]
+        rows += [(name, command.get_short_help_str()) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows))
+
+
+def command_modules() -> dict[str, str]:
+    """Every subcommand as it is typed, and the module that serves it."""
+    modules = {name: module for name, (module, _) in _COMMANDS.items()}
+    for group, (_, commands) in _GROUPS.items():
+        modules |= {f"{group} {name}": module for name, (module, _) in commands.items()}
+    return modules
+
+
+def _build_cli() -> click.Group:
+    from megaback import __version__
+
+    cli = LazyGroup("megaback", _COMMANDS, "Train and use GPTs that write backwards.")
+    for name, (help_text, commands) in _GROUPS.items():
+        cli.add_command(LazyGroup(name, commands, help_text))
+    return click.version_option(__version__, prog_name="megaback")(cli)
+
+
+main = _build_cli()
+
+if __name__ == "__main__":
+    main(prog_name="megaback")

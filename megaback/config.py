@@ -1,0 +1,264 @@
+"""What a run is: one YAML file plus `key.sub=value`, checked as a whole before anything starts.
+
+Importing this module loads no torch. Every field is explained where it stands; a key that does not
+exist, or a value that cannot work, is refused with one sentence.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_pipeline.errors import BatchError, ConfigError
+from data_pipeline.text import Direction
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(Section):
+    shards: Path
+    """Folder that `megaback shards build` made."""
+    direction: Direction = Direction.BACKWARD
+    """How the model reads. Shards of unit `token` serve both directions."""
+    lanes: int | None = Field(default=None, ge=1)
+    """Parallel streams of frames; a divisor of global_batch_rows. Default: as many as there are
+    rows in a batch, or as the data can feed. Part of the order: it does not depend on ranks."""
+    window_frames: int = Field(default=8, ge=1)
+    """Rows are shuffled among this many frames of a lane."""
+
+
+class ModelSection(Section):
+    """A stock decoder: Llama's without qk_norm, Qwen3's with it."""
+
+    num_layers: int = Field(ge=1)
+    width: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads, each shared by num_heads / num_kv_heads query heads. Default: all."""
+    mlp_width: int | None = Field(default=None, ge=1)
+    """Default: 8/3 of the width, rounded up to a multiple of 64."""
+    qk_norm: bool = True
+    tie_embeddings: bool = False
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    norm_epsilon: float = Field(default=1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelSection":
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"width / num_heads is {self.head_dim}; rotary positions need an even number"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def hidden_mlp_width(self) -> int:
+        return self.mlp_width or -(-self.width * 8 // 3 // 64) * 64
+
+
+class BatchSection(Section):
+    context_tokens: int = Field(ge=2)
+    """Tokens a row; divides the shards' frames."""
+    global_batch_rows: int = Field(ge=1)
+    """Rows a step, over all ranks and accumulation."""
+    micro_batch_rows: int = Field(ge=1)
+    """At most this many rows a forward pass; the largest divisor of a rank's rows is used, and the
+    rest is accumulation."""
+
+
+class OptimizerSection(Section):
+    learning_rate: float = Field(gt=0)
+    """Peak of the schedule: linear warmup, then a cosine down to a part of it."""
+    final_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """On matrices only, never on norms."""
+    gradient_clip: float = Field(default=1.0, ge=0)
+    """Largest norm of the whole gradient; 0 for none."""
+
+
+class TrainingSection(Section):
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: bf16 arithmetic with fp32 master weights."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more work."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingSection":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class ZeroSection(Section):
+    stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer, 2 gradients, 3 weights too."""
+
+
+class HardwareSection(Section):
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    processes: int | None = Field(default=None, ge=1)
+    """Ranks that `megaback train` starts here. Default: one a GPU, or one on a CPU."""
+    attention: Literal["auto", "flash_attn", "sdpa"] = "auto"
+    """auto: flash_attn where it is installed and there is a CUDA device, sdpa elsewhere."""
+    peak_flops: float | None = Field(default=None, gt=0)
+    """A device's peak, for the model FLOPs utilisation. Default: known for common GPUs."""
+    collective_timeout_s: float = Field(default=1800, gt=0)
+
+
+class ValidationSection(Section):
+    every_steps: int | None = Field(default=None, ge=1)
+    """The whole val set is measured at the start, at the end, and after every this many steps."""
+
+
+class CheckpointSection(Section):
+    every_steps: int | None = Field(default=None, ge=1)
+    """Besides the end of the run and a signal."""
+    keep_last: int = Field(default=3, ge=2)
+
+
+class LoggingSection(Section):
+    every_steps: int = Field(default=10, ge=1)
+    """Lines on the console; metrics.jsonl has every step."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    wandb_project: str = "megaback"
+
+
+class Config(Section):
+    """A run, as a whole."""
+
+    run: Path
+    """Folder of the run: config, metrics, checkpoints, logs."""
+    init_from: Path | None = None
+    """Folder of `megaback convert --to full` whose weights the run starts from."""
+    data: DataSection
+    model: ModelSection
+    batch: BatchSection
+    optimizer: OptimizerSection
+    training: TrainingSection
+    zero: ZeroSection = ZeroSection()
+    hardware: HardwareSection = HardwareSection()
+    validation: ValidationSection = ValidationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides in turn, and check the whole.
+
+    Raises ConfigError with the file and the key, and a did-you-mean for a key that does not exist.
+    """
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {reason}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds no keys; see configs/demo.yaml for a small example")
+    for override in overrides:
+        _apply(fields, override)
+    try:
+        return Config.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_sentence(error)}") from None
+
+
+def split_batch(batch: BatchSection, world_size: int) -> tuple[int, int]:
+    """Rows of a micro-batch and accumulation steps of each rank.
+
+    Raises BatchError when the ranks cannot share the global batch evenly.
+    """
+    rows = batch.global_batch_rows
+    if rows % world_size:
+        nearest = max(world_size, round(rows / world_size) * world_size)
+        raise BatchError(
+            f"batch.global_batch_rows {rows} is not divisible by {world_size} ranks; "
+            f"use {nearest} rows or another number of ranks"
+        )
+    rank_rows = rows // world_size
+    micro_rows = next(
+        size
+        for size in range(min(batch.micro_batch_rows, rank_rows), 0, -1)
+        if rank_rows % size == 0
+    )
+    return micro_rows, rank_rows // micro_rows
+
+
+def _apply(fields: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r} is not an override; write key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of the override {override!r} is not valid YAML") from None
+    *parents, last = key.split(".")
+    section = fields
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"the override {override!r} looks into {parent}, which has no keys")
+    section[last] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    first = next((item for item in problems if item["type"] == "extra_forbidden"), problems[0])
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        message = f"there is no key {key}" + _did_you_mean(location)
+    elif first["type"] == "missing":
+        message = f"the key {key} is missing"
+    else:
+        where = f"{key} = {first['input']!r}: " if not isinstance(first["input"], dict) else ""
+        prefix = f"{key}: " if key and not where else where
+        message = prefix + first["msg"].removeprefix("Value error, ")
+    others = len(problems) - 1
+    return message + (f" (and {others} more problems)" if others else "")
+
+
+def _did_you_mean(location: list[str]) -> str:
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        section = annotation
+    names = list(section.model_fields)
+    close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+    prefix = ".".join(location[:-1])
+    dotted = f"{prefix}." if prefix else ""
+    if close:
+        return f"; did you mean {dotted}{close[0]}?"
+    return f"; {prefix or 'the config'} has {', '.join(names)}"

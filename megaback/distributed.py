@@ -1,0 +1,165 @@
+"""Ranks and what they agree on. The one place that touches the environment of a rank.
+
+Ranks are named by RANK, WORLD_SIZE and LOCAL_RANK (the deepspeed command, torchrun), by SLURM_*
+(srun with one task a device), or there is one. Control messages go over gloo on the CPU, beside
+whatever moves the gradients, so that agreeing never waits for a GPU.
+"""
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.command import report, storage_error
+from data_pipeline.errors import BackendError, LaunchError, MegabackError
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum each value over the ranks, in float64, the same on every rank."""
+        totals = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(totals, group=self.control)
+        summed: list[float] = totals.tolist()
+        return summed
+
+    def gather(self, value: _Result) -> list[_Result]:
+        """Every rank's value, in order of rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def together(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Call a function on every rank; if it fails on any, stop all with one message.
+
+        The lowest rank that failed prints its sentence, and every rank exits with its code.
+        """
+        result: _Result | None = None
+        error: MegabackError | None = None
+        try:
+            result = function(*arguments)
+        except MegabackError as problem:
+            error = problem
+        except OSError as problem:
+            error = storage_error(problem)
+        self.stop_if_any(error)
+        return result  # type: ignore[return-value]
+
+    def stop_if_any(self, error: MegabackError | None) -> None:
+        """End every rank when any has an error: one message, one exit code."""
+        codes = self.gather(error.exit_code if error else None)
+        failed = [rank for rank, code in enumerate(codes) if code is not None]
+        if not failed:
+            return
+        if self.rank == failed[0] and error is not None:
+            report(error)
+        self.barrier()  # nobody exits, and is noticed by the launcher, before the message is out
+        raise SystemExit(codes[failed[0]])
+
+
+def start_world(device_name: str, timeout_s: float) -> World:
+    """Join the other ranks. Raises BackendError or LaunchError."""
+    _name_rank_from_slurm()
+    _name_lonely_rank()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = _choose_device(device_name, local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    # On a CPU DeepSpeed compiles this operator at start-up, 45 s, for inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def end_world() -> None:
+    """Leave in order, so that no rank is seen to vanish."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _choose_device(name: str, local_rank: int) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise BackendError(
+            "hardware.device is cuda, but torch sees no CUDA device; "
+            "install a CUDA build of torch, or set hardware.device=cpu"
+        )
+    if name == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {local_rank} has no device: this machine shows "
+            f"{torch.cuda.device_count()}; start one rank a device"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _name_rank_from_slurm() -> None:
+    """Inside an srun step, translate Slurm's names. A batch script itself is not a rank."""
+    environment = os.environ
+    if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
+        return
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["LOCAL_SIZE"] = environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    if "MASTER_ADDR" not in environment:
+        nodes = environment["SLURM_STEP_NODELIST"]
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False
+        )
+        if listing.returncode or not listing.stdout.strip():
+            raise LaunchError(
+                f"scontrol cannot list the nodes {nodes}: {listing.stderr.strip()}; "
+                "set MASTER_ADDR to the first node"
+            )
+        environment["MASTER_ADDR"] = listing.stdout.split()[0]
+    if "MASTER_PORT" not in environment:
+        environment["MASTER_PORT"] = str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000)
+
+
+def _name_lonely_rank() -> None:
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

@@ -1,0 +1,54 @@
+"""The loss over a whole val set, in nats a token and in bits a byte of text."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data_pipeline.batches import IGNORED_TARGET, Batch
+from megaback.attention import Segments
+from megaback.distributed import World
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """loss is nats a token; bits_per_byte counts the bytes of text that the targets stand for."""
+
+    loss: float
+    bits_per_byte: float
+    num_targets: int
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Segments]:
+    """The arguments of the model's forward, on its device."""
+    lengths = tuple(np.diff(batch.cu_seqlens).tolist())
+    segments = Segments(torch.from_numpy(batch.cu_seqlens).to(device, non_blocking=True), lengths)
+    ids_T, targets_T, positions_T = (
+        torch.from_numpy(array).to(device, non_blocking=True)
+        for array in (batch.ids_T, batch.targets_T, batch.positions_T)
+    )
+    return ids_T, targets_T, positions_T, segments
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Any, batches: Iterable[Batch], piece_num_bytes: npt.NDArray[np.int64], world: World
+) -> ValidationResult:
+    """Measure a val set together with all ranks; every rank gets the same result."""
+    engine.eval()
+    nats, num_targets, num_bytes = 0.0, 0, 0
+    for batch in batches:
+        nats += float(engine(*to_device(batch, world.device)))
+        targets = batch.targets_T[batch.targets_T != IGNORED_TARGET]
+        num_targets += len(targets)
+        num_bytes += int(piece_num_bytes[targets].sum())
+    engine.train()
+    nats, all_targets, all_bytes = world.sum(nats, num_targets, num_bytes)
+    return ValidationResult(
+        nats / max(all_targets, 1), nats / math.log(2) / max(all_bytes, 1), int(all_targets)
+    )

@@ -1,0 +1,165 @@
+"""Everything that stands before the training loop: data, model, engine, and where to go on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.command import write_text
+from data_pipeline.errors import RunMismatchError
+from megaback.attention import attention_backend
+from megaback.checkpoint import (
+    CheckpointMeta,
+    library_versions,
+    load_into_engine,
+    newest_checkpoint,
+)
+from megaback.config import Config
+from megaback.distributed import World
+from megaback.engine import start_engine
+from megaback.hardware import device_peak_flops
+from megaback.model import ReverseGPT
+from megaback.model_folder import load_weights, read_description
+from megaback.run_data import Data, open_data
+
+CONFIG_COPY_NAME = "config.yaml"
+
+# A run may be continued with other values of everything but these: they decide the batches or the
+# shape of what is saved.
+_FIXED_KEYS = (
+    "model",
+    "batch.context_tokens",
+    "batch.global_batch_rows",
+    "data.lanes",
+    "data.window_frames",
+    "training.seed",
+    "training.precision",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready for its next step."""
+
+    config: Config
+    data: Data
+    engine: Any
+    start_step: int
+    attention: str
+    num_parameters: int
+    flops_per_token: float
+    peak_flops: float | None
+
+    def meta(self, step: int, val_loss: float | None, world: World) -> CheckpointMeta:
+        """What a checkpoint at this step says about itself; files are added when it is written."""
+        return CheckpointMeta(
+            step=step,
+            world_size=world.size,
+            zero_stage=self.config.zero.stage,
+            precision=self.config.training.precision,
+            vocab_size=self.data.codec.vocab_size,
+            text_format=self.data.text_format.to_dict(),
+            data_fingerprint=self.data.manifest.fingerprint,
+            config=self.config.model_dump(mode="json"),
+            val_loss=val_loss,
+            versions=library_versions(),
+            files={},
+        )
+
+
+def prepare_run(config: Config, world: World) -> Run:
+    """Bring data, model and engine together, from the newest good checkpoint if there is one.
+
+    Any rank's MegabackError stops all ranks with one message.
+    """
+    data = world.together(open_data, config, world.rank, world.size)
+    attention, backend = world.together(attention_backend, config.hardware.attention, world.device)
+    found = world.together(newest_checkpoint, config.run, world)
+    if found is not None:
+        world.together(_require_same_run, config, data, *found)
+
+    model = ReverseGPT(
+        config.model, data.codec.vocab_size, backend, config.training.activation_checkpointing
+    )
+    if found is None and config.init_from is not None:
+        world.together(_initialize_from, model, config, data)
+    else:
+        model.initialize(config.training.seed)
+    flops_per_token = model.flops_per_token(config.batch.context_tokens)
+    num_parameters = model.num_parameters()
+    engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
+    start_step = 0
+    if found is not None:
+        world.together(load_into_engine, engine, *found, world)
+        start_step = found[1].step
+    if world.is_first:
+        config.run.mkdir(parents=True, exist_ok=True)
+        write_text(config.run / CONFIG_COPY_NAME, config.to_yaml())
+    return Run(
+        config,
+        data,
+        engine,
+        start_step,
+        attention,
+        num_parameters,
+        flops_per_token,
+        config.hardware.peak_flops or device_peak_flops(world.device),
+    )
+
+
+def batch_arithmetic(run: Run, world: World) -> str:
+    """How the numbers of a run multiply, in three lines."""
+    config, data = run.config, run.data
+    tokens_a_step = config.batch.global_batch_rows * config.batch.context_tokens
+    epochs = data.total_steps * config.batch.global_batch_rows / data.order.rows_per_epoch
+    total = data.manifest.total("train")
+    return (
+        f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
+        f"{data.text_format.direction.value} by {data.text_format.unit.value}; attention "
+        f"{run.attention}, {config.training.precision}, ZeRO stage {config.zero.stage}, "
+        f"{world.device.type}\n"
+        f"a step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
+        f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_a_step:,} tokens\n"
+        f"{data.total_steps:,} steps = {data.total_steps * tokens_a_step:,} tokens = "
+        f"{epochs:.2f} epochs of {total['tokens']:,} tokens, in {data.order.lanes} lanes"
+    )
+
+
+def _initialize_from(model: ReverseGPT, config: Config, data: Data) -> None:
+    folder = config.init_from or Path()
+    description = read_description(folder)
+    description.text_format.require_same(
+        data.text_format, f"init_from {folder}", f"the run on {config.data.shards}"
+    )
+    if (description.shape, description.vocab_size) != (config.model, data.codec.vocab_size):
+        raise RunMismatchError(
+            f"init_from {folder} has another shape than the config's model: "
+            f"{description.shape} and {config.model}; make the config's model equal"
+        )
+    load_weights(model, folder)
+
+
+def _require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:
+    """A run goes on only with the batches and the model that it began with."""
+    meta.format.require_same(
+        data.text_format, f"the checkpoint {target}", f"the run on {config.data.shards}"
+    )
+    if meta.data_fingerprint != data.manifest.fingerprint:
+        raise RunMismatchError(
+            f"{target} was trained on shards {meta.data_fingerprint[:12]}, and "
+            f"{config.data.shards} holds {data.manifest.fingerprint[:12]}; use the same shards, or another run folder"
+        )
+    now = config.model_dump(mode="json")
+    for key in _FIXED_KEYS:
+        before_value, now_value = _look_up(meta.config, key), _look_up(now, key)
+        if before_value != now_value:
+            raise RunMismatchError(
+                f"the run {config.run} began with {key} = {before_value}, and the config has "
+                f"{now_value}; use the same value, or another run folder"
+            )
+
+
+def _look_up(fields: dict[str, Any], key: str) -> Any:
+    value: Any = fields
+    for part in key.split("."):
+        value = value[part]
+    return value

@@ -1,0 +1,210 @@
+"""What a rank runs: `python -m megaback.train CONFIG`, under the deepspeed command, srun or alone.
+
+The loop takes the batch of a step, agrees with the other ranks that all is well, steps the engine,
+and now and then measures or saves. Setup is in `preparation`, faults in the modules that they
+concern.
+"""
+
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+import torch
+
+from data_pipeline.batches import Batch
+from data_pipeline.command import Command
+from data_pipeline.errors import MegabackError, NonFiniteError, PreemptedError
+from megaback.checkpoint import save_checkpoint
+from megaback.config import Config, load_config
+from megaback.distributed import World, end_world, start_world
+from megaback.engine import learning_rate_at, set_learning_rate, take_step
+from megaback.evaluation import ValidationResult, evaluate, to_device
+from megaback.metrics import MetricsLog
+from megaback.preparation import Run, batch_arithmetic, prepare_run
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGUSR1 or SIGINT; looked at between steps."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_number = number
+
+
+def train(config: Config, world: World) -> None:
+    """Train to the end of the run, or until a signal. Raises PreemptedError or NonFiniteError."""
+    stop = StopRequest()
+    run = prepare_run(config, world)
+    data, engine = run.data, run.engine
+    log = world.together(_open_log, run, world)
+    try:
+        if log is not None:
+            log.say(batch_arithmetic(run, world))
+        val_loss = _validate(run, world, log, run.start_step) if run.start_step == 0 else None
+        engine.train()
+        for step in range(run.start_step, data.total_steps):
+            started = time.monotonic()
+            micro_batches, error = _batches_at(run, step)
+            num_targets, num_stops, num_errors = world.sum(
+                sum(batch.num_targets for batch in micro_batches),
+                stop.signal_number is not None,
+                error is not None,
+            )
+            if num_errors:
+                world.stop_if_any(error)
+            if num_stops:
+                _save(run, world, step, val_loss)
+                raise PreemptedError(
+                    f"asked to stop, and saved after {step} steps; run the same command to go on"
+                )
+            nats = 0.0
+            for batch in micro_batches:
+                loss = engine(*to_device(batch, world.device))
+                # DeepSpeed averages over ranks and accumulation; what is wanted is the mean over
+                # all targets of the step, wherever they lie.
+                share = world.size * data.accumulation_steps / max(num_targets, 1)
+                engine.backward(loss * share)
+                nats += float(loss.detach())
+                if batch is not micro_batches[-1]:
+                    engine.step()  # counts the micro-batch; changes nothing before the last one
+            (nats,) = world.sum(nats)
+            learning_rate = learning_rate_at(step, data.total_steps, config.optimizer)
+            set_learning_rate(engine, learning_rate)
+            _require_finite("loss", nats, step)
+            gradient_norm = take_step(engine)
+            _require_finite("gradient norm", gradient_norm, step)
+            done = step + 1
+            if log is not None:
+                seconds = time.monotonic() - started
+                _record(
+                    log, run, world, done, nats, num_targets, learning_rate, gradient_norm, seconds
+                )
+            if _is_due(config.validation.every_steps, done) or done == data.total_steps:
+                val_loss = _validate(run, world, log, done)
+            if _is_due(config.checkpoint.every_steps, done) or done == data.total_steps:
+                _save(run, world, done, val_loss)
+    finally:
+        if log is not None:
+            log.close()
+
+
+def _open_log(run: Run, world: World) -> MetricsLog | None:
+    if not world.is_first:
+        return None
+    fields = run.config.model_dump(mode="json")
+    return MetricsLog(run.config.run, run.start_step, run.data.total_steps, fields)
+
+
+def _batches_at(run: Run, step: int) -> tuple[list[Batch], MegabackError | None]:
+    try:
+        return run.data.training.at(step), None
+    except MegabackError as error:
+        return [], error
+
+
+def _record(
+    log: MetricsLog,
+    run: Run,
+    world: World,
+    done: int,
+    nats: float,
+    num_targets: float,
+    learning_rate: float,
+    gradient_norm: float,
+    seconds: float,
+) -> None:
+    batch = run.config.batch
+    tokens = batch.global_batch_rows * batch.context_tokens
+    line: dict[str, Any] = {
+        "step": done,
+        "loss": nats / max(num_targets, 1),
+        "learning_rate": learning_rate,
+        "gradient_norm": gradient_norm,
+        "targets": int(num_targets),
+        "tokens_seen": done * tokens,
+        "step_s": seconds,
+        "tokens_per_s": tokens / seconds,
+    }
+    description = (
+        f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s  "
+        f"lr {learning_rate:.2e}  norm {gradient_norm:.2f}"
+    )
+    if run.peak_flops is not None:
+        line["mfu"] = line["tokens_per_s"] * run.flops_per_token / (run.peak_flops * world.size)
+        description += f"  MFU {line['mfu']:.1%}"
+    left_s = (run.data.total_steps - done) * seconds
+    log.train(line, f"{description}  {left_s / 60:.1f} min left")
+
+
+def _validate(run: Run, world: World, log: MetricsLog | None, done: int) -> float | None:
+    if not run.data.has_val:
+        return None
+    batches = run.data.validation(world.rank, world.size)
+    result: ValidationResult = evaluate(
+        run.engine, batches, run.data.codec.piece_num_bytes(), world
+    )
+    if log is not None:
+        log.validation(
+            {
+                "step": done,
+                "val_loss": result.loss,
+                "val_bits_per_byte": result.bits_per_byte,
+                "val_targets": result.num_targets,
+            }
+        )
+    return result.loss
+
+
+def _save(run: Run, world: World, done: int, val_loss: float | None) -> None:
+    if done == run.start_step:
+        return  # nothing new since the checkpoint that the run began from
+    save_checkpoint(
+        run.engine,
+        run.config.run,
+        run.meta(done, val_loss, world),
+        run.data.codec.model_bytes,
+        world,
+        run.config.checkpoint.keep_last,
+    )
+
+
+def _is_due(every_steps: int | None, done: int) -> bool:
+    return every_steps is not None and done % every_steps == 0
+
+
+def _require_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the {what} of step {step + 1} is {value}; the checkpoints before it are intact: "
+            "lower optimizer.learning_rate or look at the data of that step"
+        )
+
+
+@click.command(cls=Command, name="train")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option("--local_rank", type=int, hidden=True, expose_value=False)  # the deepspeed command's
+def main(config: Path, overrides: tuple[str, ...]) -> None:
+    """Train as one rank of a run described by CONFIG and key.sub=value OVERRIDES."""
+    settings = load_config(config, overrides)
+    torch.manual_seed(settings.training.seed)
+    world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
+    error: MegabackError | None = None
+    try:
+        train(settings, world)
+    except (NonFiniteError, PreemptedError) as shared:
+        error = shared  # raised on every rank alike
+    world.stop_if_any(error)
+    end_world()
+
+
+if __name__ == "__main__":
+    main()

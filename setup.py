@@ -1,0 +1,54 @@
+"""Packaging of megaback. `pip install -c constraints.txt -e .` gives the `megaback` command."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="megaback",
+    version="0.1.0",
+    description="Train and use GPTs that write backwards: the model predicts the previous token.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["megaback", "data_pipeline", "launcher", "tools"],
+    package_data={
+        name: ["py.typed"] for name in ("megaback", "data_pipeline", "launcher", "tools")
+    },
+    install_requires=[
+        "click>=8.1",
+        "datasets>=3.0",
+        "deepspeed>=0.19,<0.20",
+        "fsspec>=2024.2",
+        "numpy>=1.26",
+        "psutil>=5.9",
+        "pyarrow>=15",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2.1",
+        "torch>=2.9",
+        "zstandard>=0.22",
+    ],
+    extras_require={
+        # The CUDA kernels. They compile against the torch that is there:
+        # pip install --no-build-isolation -e '.[flash]'
+        "flash": ["flash-attn>=2.8"],
+        "wandb": ["wandb>=0.19"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.13",
+            "pytest>=8.2",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+            "transformers>=4.53",
+            "types-PyYAML",
+            "types-psutil",
+            "wandb>=0.19",
+        ],
+    },
+    entry_points={"console_scripts": ["megaback = megaback.cli:main"]},
+)

@@ -1,0 +1,91 @@
+"""`megaback convert`: from a checkpoint of any ZeRO stage to something that runs on one device."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from data_pipeline.command import Command
+from data_pipeline.errors import OutputExistsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
+    """Gather a checkpoint's weights into a model folder that appears whole or not at all.
+
+    `checkpoint` is a run, or one of its checkpoints. Raises CheckpointMissingError,
+    CheckpointCorruptError, OutputExistsError.
+    """
+    import torch
+
+    from data_pipeline.manifest import TOKENIZER_NAME
+    from megaback.checkpoint import find_checkpoint
+    from megaback.config import Config
+    from megaback.model_folder import ModelDescription, save_model_folder
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExistsError(f"{out} already holds something; choose another --out")
+    target, meta = find_checkpoint(checkpoint)
+    config = Config.model_validate(meta.config)
+    description = ModelDescription(
+        shape=config.model,
+        vocab_size=meta.vocab_size,
+        context_tokens=config.batch.context_tokens,
+        text_format=meta.format,
+        step=meta.step,
+        val_loss=meta.val_loss,
+    )
+    weights = gather_weights(target, meta.zero_stage)
+    if config.model.tie_embeddings:
+        del weights["lm_head.weight"]
+    weights = {
+        name: weight.to(getattr(torch, dtype)).contiguous() for name, weight in weights.items()
+    }
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        tokenizer = (target / TOKENIZER_NAME).read_bytes()
+        save_model_folder(partial, description, weights, tokenizer)
+        if out.is_dir():
+            out.rmdir()
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def gather_weights(target: Path, zero_stage: int) -> "dict[str, Tensor]":
+    """The full fp32 weights of a verified checkpoint, by parameter name."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no device is needed to gather weights
+    if zero_stage == 0:
+        states = torch.load(target / "mp_rank_00_model_states.pt", weights_only=False, mmap=True)
+        return dict(states["module"])
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(target.parent), tag=target.name))
+
+
+@click.command(cls=Command, name="convert")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--to", "kind", type=click.Choice(["full"]), default="full", show_default=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
+)
+def main(checkpoint: Path, kind: str, out: Path, dtype: str) -> None:
+    """Turn CHECKPOINT (a run, or one of its checkpoints) into a folder that samples anywhere.
+
+    Loading a checkpoint runs the pickles that it holds: convert only what you trust.
+    """
+    assert kind == "full"
+    convert_full(checkpoint, out, dtype)
+    click.echo(f"wrote {out}")
+    click.echo(f'next: megaback sample {out} --ending "the end."')
+
+
+if __name__ == "__main__":
+    main()
