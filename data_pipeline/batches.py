@@ -22,6 +22,7 @@ import numpy.typing as npt
 from data_pipeline.errors import BatchError, ConfigError, DirectionMismatchError, ShardCorruptError
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
+from data_pipeline.row_table import RowTable
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.text import Direction, TextFormat, Unit
 
@@ -49,7 +50,7 @@ class Batch:
 
 
 class FrameStore:
-    """The frames of one split of a data set, numbered through, with the latest ones kept decoded."""
+    """The frames of one split of a data set, numbered through, the latest ones kept decoded."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: str, keep_frames: int = 64) -> None:
         """Opens no shard yet. Raises ConfigError when the split is empty."""
@@ -64,6 +65,7 @@ class FrameStore:
         frames = [-(-shard.tokens // frame_tokens) for shard in self._entries]
         self._first_frame = np.concatenate([[0], np.cumsum(frames, dtype=np.int64)])
         self.num_frames = int(self._first_frame[-1])
+        self.shard_tokens = np.array([shard.tokens for shard in self._entries], dtype=np.int64)
         self._keep_frames = keep_frames
         self._decoded: OrderedDict[int, npt.NDArray[Any]] = OrderedDict()
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
@@ -120,7 +122,6 @@ class RowReader:
         self.context_tokens = context_tokens
         self._begin_id = manifest.begin_id
         self._end_id = manifest.end_id
-        self.rows_per_frame = manifest.frame_tokens // context_tokens
 
     def window(self, frame: int, row: int) -> npt.NDArray[np.int64]:
         """The ids of a row and the one after it, in reading order: at most context_tokens + 1."""
@@ -163,6 +164,7 @@ class TrainingBatches:
         self,
         frames: FrameStore,
         rows: RowReader,
+        table: RowTable,
         order: Order,
         rank: int,
         world_size: int,
@@ -175,6 +177,7 @@ class TrainingBatches:
                 f"batch.global_batch_rows {order.global_batch_rows}"
             )
         self._rows = rows
+        self._table = table
         self._order = order
         self._rank_rows = order.global_batch_rows // world_size
         self._first_row = rank * self._rank_rows
@@ -186,10 +189,11 @@ class TrainingBatches:
     def at(self, step: int) -> list[Batch]:
         """The rank's micro-batches of a step: its contiguous slice of the global batch."""
         places = self._order.places(step, self._first_row, self._first_row + self._rank_rows)
+        frame, row = self._table.locate(places.frame, places.row)
         return [
             self._rows.batch(
-                places.frame[start : start + self._micro_batch_rows],
-                places.row[start : start + self._micro_batch_rows],
+                frame[start : start + self._micro_batch_rows],
+                row[start : start + self._micro_batch_rows],
             )
             for start in range(0, self._rank_rows, self._micro_batch_rows)
         ]

@@ -96,8 +96,8 @@ def main(shards: Path, split: str, document: int | None, stored: bool) -> None:
         raw_bytes = total["tokens"] * manifest.id_bytes
         click.echo(
             f"{name:<12} {total['shards']} shards, {total['documents']:,} documents, "
-            f"{total['tokens']:,} tokens; {total['text_bytes'] / total['tokens']:.2f} bytes of text "
-            f"a token, files at {total['file_bytes'] / raw_bytes:.2f} of the raw ids; "
+            f"{total['tokens']:,} tokens; {total['text_bytes'] / total['tokens']:.2f} bytes of "
+            f"text a token, files at {total['file_bytes'] / raw_bytes:.2f} of the raw ids; "
             f"unigram entropy {entropy:.3f} nats ({entropy / math.log(2):.2f} bits) a token"
         )
 

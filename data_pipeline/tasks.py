@@ -22,7 +22,7 @@ from data_pipeline.text import Direction, TextCodec, Unit
 
 BUILD_FOLDER = ".build"
 
-_SMALLEST_TASK_BYTES = 4 << 20
+_SMALLEST_TASK_BYTES = 2 << 20
 _LARGEST_TASK_BYTES = 1 << 30
 _AIMED_TASKS = 64
 
@@ -69,7 +69,7 @@ class TaskRecord:
 
 
 def cut_into_tasks(slices: tuple[Slice, ...], settings: BuildSettings) -> tuple[Task, ...]:
-    """Group neighbouring slices into about 64 tasks of 4 MiB to 1 GiB of input each.
+    """Group neighbouring slices into about 64 tasks of 2 MiB to 1 GiB of input each.
 
     Depends on the source alone, never on the number of workers. A slice of unknown size is a task
     of its own.

@@ -62,6 +62,11 @@ class ModelSection(Section):
             )
         return self
 
+    def resolved(self) -> "ModelSection":
+        """The same model with every default spelled out."""
+        explicit = {"num_kv_heads": self.kv_heads, "mlp_width": self.hidden_mlp_width}
+        return self.model_copy(update=explicit)
+
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
@@ -188,9 +193,10 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     for override in overrides:
         _apply(fields, override)
     try:
-        return Config.model_validate(fields)
+        config = Config.model_validate(fields)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_sentence(error)}") from None
+    return config.model_copy(update={"model": config.model.resolved()})
 
 
 def split_batch(batch: BatchSection, world_size: int) -> tuple[int, int]:

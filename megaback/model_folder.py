@@ -46,6 +46,7 @@ def save_model_folder(
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / WEIGHTS_NAME).chmod(folder.stat().st_mode & 0o666)  # as readable as its folder
     with replacing(folder / TOKENIZER_NAME) as file:
         file.write(tokenizer)
     fields: dict[str, Any] = {

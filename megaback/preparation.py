@@ -44,6 +44,8 @@ class Run:
     data: Data
     engine: Any
     start_step: int
+    val_loss: float | None
+    """The latest measurement, if the run goes on from a checkpoint."""
     attention: str
     num_parameters: int
     flops_per_token: float
@@ -99,6 +101,7 @@ def prepare_run(config: Config, world: World) -> Run:
         data,
         engine,
         start_step,
+        found[1].val_loss if found is not None else None,
         attention,
         num_parameters,
         flops_per_token,
@@ -146,7 +149,8 @@ def _require_same_run(config: Config, data: Data, target: Path, meta: Checkpoint
     if meta.data_fingerprint != data.manifest.fingerprint:
         raise RunMismatchError(
             f"{target} was trained on shards {meta.data_fingerprint[:12]}, and "
-            f"{config.data.shards} holds {data.manifest.fingerprint[:12]}; use the same shards, or another run folder"
+            f"{config.data.shards} holds {data.manifest.fingerprint[:12]}; "
+            "use the same shards, or another run folder"
         )
     now = config.model_dump(mode="json")
     for key in _FIXED_KEYS:

@@ -16,6 +16,7 @@ from data_pipeline.batches import (
 )
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order, choose_lanes
+from data_pipeline.row_table import RowTable
 from data_pipeline.text import TextCodec, TextFormat
 from megaback.config import Config, split_batch
 
@@ -52,16 +53,17 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
     codec = manifest.codec(folder)
     frames = FrameStore(folder, manifest, "train")
     rows = RowReader(frames, config.batch.context_tokens, config.data.direction)
+    table = RowTable(frames.shard_tokens, manifest.frame_tokens, config.batch.context_tokens)
     order = Order(
-        num_frames=frames.num_frames,
-        rows_per_frame=rows.rows_per_frame,
+        num_frames=table.num_frames,
+        rows_per_frame=table.rows_per_frame,
         global_batch_rows=config.batch.global_batch_rows,
-        lanes=config.data.lanes or choose_lanes(frames.num_frames, config.batch.global_batch_rows),
+        lanes=config.data.lanes or choose_lanes(table.num_frames, config.batch.global_batch_rows),
         seed=config.training.seed,
         window_frames=config.data.window_frames,
     )
     micro_batch_rows, accumulation_steps = split_batch(config.batch, world_size)
-    training = TrainingBatches(frames, rows, order, rank, world_size, micro_batch_rows)
+    training = TrainingBatches(frames, rows, table, order, rank, world_size, micro_batch_rows)
     val = None
     if manifest.split("val"):
         val_frames = FrameStore(folder, manifest, "val")

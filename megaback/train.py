@@ -48,7 +48,11 @@ def train(config: Config, world: World) -> None:
     try:
         if log is not None:
             log.say(batch_arithmetic(run, world))
-        val_loss = _validate(run, world, log, run.start_step) if run.start_step == 0 else None
+            if run.start_step:
+                log.say(f"going on from step {run.start_step:,}")
+            if run.start_step >= data.total_steps:
+                log.say("nothing is left to do; raise training.steps to train on")
+        val_loss = run.val_loss if run.start_step else _validate(run, world, log, 0)
         engine.train()
         for step in range(run.start_step, data.total_steps):
             started = time.monotonic()

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +68,9 @@ def gather_weights(target: Path, zero_stage: int) -> "dict[str, Tensor]":
         return dict(states["module"])
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(target.parent), tag=target.name))
+    with redirect_stdout(StringIO()):  # DeepSpeed narrates
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(target.parent), tag=target.name)
+    return dict(weights)
 
 
 @click.command(cls=Command, name="convert")

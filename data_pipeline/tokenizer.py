@@ -1,0 +1,272 @@
+"""Train the SentencePiece model that megaback reads and writes with.
+
+The text is a sample of the whole source, taken in an order that only the source decides: the same
+source and settings give the same model, byte for byte. Nothing is written unless all is.
+"""
+
+import hashlib
+import io
+import json
+import re
+import shlex
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from data_pipeline.command import Command, replacing
+from data_pipeline.errors import OutputExistsError, SourceEmptyError, TokenizerError
+from data_pipeline.sources import Document, Slice, list_slices, read_slice
+from data_pipeline.text import BEGIN_PIECE, CHAT_PIECES, END_PIECE
+
+MODEL_NAME = "tokenizer.model"
+REPORT_NAME = "tokenizer_report.json"
+DEFAULT_VOCAB_SIZE = 8888
+DEFAULT_SAMPLE_BYTES = 200_000_000
+
+_CHARACTER_COVERAGE = 0.9995
+_NUM_THREADS = 4  # written into the model, so not the machine's; it does not change the pieces
+_MAX_OPEN_SLICES = 64
+_MAX_SENTENCE_BYTES = 1 << 30  # the library's limit; it drops longer sentences
+_SENTENCE_CHARACTERS = 1 << 20
+_MEASURED_BYTES = 4 << 20
+
+# U+2581 is how SentencePiece writes a space, a sentence with U+2585 is dropped, and lone surrogates
+# are no UTF-8. Text is cut there; these characters are spelled in byte pieces.
+_UNTRAINABLE = re.compile("[\u2581\u2585\ud800-\udfff]+")
+_TOO_LARGE = re.compile(r"Vocabulary size too high .* value <= (\d+)")
+_TOO_SMALL = re.compile(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)")
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """What a tokenizer was made from, and how well it compresses."""
+
+    source: str
+    text_column: str
+    vocab_size: int
+    sample_bytes: int
+    """The cap on the sample that was asked for."""
+    documents: int
+    """Documents in the sample."""
+    text_bytes: int
+    """UTF-8 bytes in the sample."""
+    bytes_per_token: float
+    """Over at most the first 4 MiB of the sample."""
+    model_sha256: str
+    sentencepiece_version: str
+
+
+def train_tokenizer(
+    source: str,
+    out_dir: Path,
+    vocab_size: int = DEFAULT_VOCAB_SIZE,
+    max_bytes: int = DEFAULT_SAMPLE_BYTES,
+    text_column: str = "text",
+    *,
+    overwrite: bool = False,
+) -> TokenizerReport:
+    """Write `tokenizer.model` and `tokenizer_report.json` into `out_dir`, and return the report.
+
+    The sample is held in memory: up to `max_bytes` of UTF-8. Raises OutputExistsError,
+    TokenizerError when the vocabulary does not fit the text, and what reading a source raises.
+    """
+    import sentencepiece
+
+    model_path, report_path = out_dir / MODEL_NAME, out_dir / REPORT_NAME
+    if model_path.exists() and not overwrite:
+        raise OutputExistsError(
+            f"{model_path} is there already; name another folder with --out, or add --overwrite "
+            "(shards made with the old tokenizer cannot be used with a new one)"
+        )
+    texts = list(_sample(list_slices(source, text_column=text_column), max_bytes, text_column))
+    sentences = [sentence for text in texts for sentence in _sentences(text)]
+    if not sentences:
+        raise SourceEmptyError(f"{source}: it holds no text to train on; name another source")
+    model = _train(sentences, vocab_size)
+    report = TokenizerReport(
+        source=source,
+        text_column=text_column,
+        vocab_size=vocab_size,
+        sample_bytes=max_bytes,
+        documents=len(texts),
+        text_bytes=sum(_num_bytes(text) for text in texts),
+        bytes_per_token=round(_bytes_per_token(model, sentences), 4),
+        model_sha256=hashlib.sha256(model).hexdigest(),
+        sentencepiece_version=sentencepiece.__version__,
+    )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with replacing(report_path) as report_file, replacing(model_path) as model_file:
+        report_file.write((json.dumps(asdict(report), indent=2) + "\n").encode())
+        model_file.write(model)
+    return report
+
+
+def _sample(slices: Sequence[Slice], max_bytes: int, text_column: str) -> Iterator[str]:
+    """Texts from all over a source, up to `max_bytes` of UTF-8; the last text may be cut.
+
+    Slices take turns, a document each. Of many slices, 64 that lie far apart are open at a time.
+    """
+    stride = -(-len(slices) // _MAX_OPEN_SLICES)
+    waiting = deque(piece for offset in range(stride) for piece in slices[offset::stride])
+    turns: deque[Iterator[Document]] = deque()
+    remaining_bytes = max_bytes
+    while remaining_bytes > 0 and (waiting or turns):
+        if waiting and len(turns) < _MAX_OPEN_SLICES:
+            documents = read_slice(waiting.popleft(), text_column=text_column)
+        else:
+            documents = turns.popleft()
+        document = next(documents, None)
+        if document is None:
+            continue
+        turns.append(documents)
+        text = document.text
+        if _num_bytes(text) > remaining_bytes:
+            text = _encode(text)[:remaining_bytes].decode("utf-8", "ignore")
+            remaining_bytes = 0
+        remaining_bytes -= _num_bytes(text)
+        yield text
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """What the trainer is given of a text: all of it but the characters that it cannot learn."""
+    for part in _UNTRAINABLE.split(text):
+        for start in range(0, len(part), _SENTENCE_CHARACTERS):
+            yield part[start : start + _SENTENCE_CHARACTERS]
+
+
+def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
+    """The serialized model. Raises TokenizerError."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=_CHARACTER_COVERAGE,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            bos_id=1,
+            bos_piece=BEGIN_PIECE,
+            eos_id=2,
+            eos_piece=END_PIECE,
+            pad_id=-1,
+            control_symbols=list(CHAT_PIECES),
+            max_sentence_length=_MAX_SENTENCE_BYTES,
+            num_threads=_NUM_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _tokenizer_error(str(error), vocab_size) from None
+    return model.getvalue()
+
+
+def _tokenizer_error(reason: str, vocab_size: int) -> TokenizerError:
+    if too_large := _TOO_LARGE.search(reason):
+        return TokenizerError(
+            f"this text gives at most {too_large[1]} pieces, fewer than {vocab_size}: "
+            f"use --vocab-size {too_large[1]}, or a source with more text"
+        )
+    if too_small := _TOO_SMALL.search(reason):
+        return TokenizerError(
+            f"{vocab_size} pieces cannot hold 256 bytes, the markers and the characters of this "
+            f"text: use --vocab-size {too_small[1]} or more"
+        )
+    return TokenizerError(f"SentencePiece cannot train on this source: {reason.strip()}")
+
+
+def _bytes_per_token(model: bytes, sentences: Sequence[str]) -> float:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    num_bytes = num_tokens = 0
+    for sentence in sentences:
+        if num_bytes >= _MEASURED_BYTES:
+            break
+        num_bytes += _num_bytes(sentence)
+        num_tokens += len(processor.encode(sentence))
+    return num_bytes / num_tokens
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(_encode(text))
+
+
+@click.command(
+    cls=Command,
+    name="train",
+    help="Train a SentencePiece tokenizer on a sample of SOURCE.",
+)
+@click.option(
+    "--source",
+    required=True,
+    help="`pydocs`; a file, folder or pattern (parquet, jsonl, text); or `hf:NAME[:CONFIG]`.",
+)
+@click.option(
+    "--out",
+    "out_dir",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for tokenizer.model and tokenizer_report.json.",
+)
+@click.option(
+    "--vocab-size",
+    default=DEFAULT_VOCAB_SIZE,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Number of pieces, the bytes and the markers included.",
+)
+@click.option(
+    "--sample-bytes",
+    default=DEFAULT_SAMPLE_BYTES,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Most text to train on, taken from all over the source; it is held in memory.",
+)
+@click.option(
+    "--text-column",
+    default="text",
+    show_default=True,
+    help="Column with the text, in parquet, jsonl and hub records.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a tokenizer that is in the folder.")
+def main(
+    source: str,
+    out_dir: Path,
+    vocab_size: int,
+    sample_bytes: int,
+    text_column: str,
+    overwrite: bool,
+) -> None:
+    """The command `megaback tokenizer train`."""
+    report = train_tokenizer(
+        source, out_dir, vocab_size, sample_bytes, text_column, overwrite=overwrite
+    )
+    model_path = out_dir / MODEL_NAME
+    column = "" if text_column == "text" else f" --text-column {text_column}"
+    click.echo(
+        f"pieces       {report.vocab_size:,}\n"
+        f"trained on   {report.documents:,} documents, {report.text_bytes:,} bytes\n"
+        f"bytes/token  {report.bytes_per_token:.2f}\n"
+        f"written to   {model_path}\n"
+        f"next         megaback shards build --source {shlex.quote(source)}{column} "
+        f"--tokenizer {shlex.quote(str(model_path))} --out SHARDS"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""`make demo`: the whole path on this machine, from text to a backward sample, in minutes.
+
+Runs the commands that a person would type, shows them, and ends with a table of what came out.
+Started again after an interruption, it goes on where it stopped.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.command import Command
+from data_pipeline.errors import LaunchError
+from data_pipeline.inspection import unigram_entropy
+from data_pipeline.manifest import Manifest
+
+_CONFIG = Path("configs/demo.yaml")
+_VOCAB_SIZE = 4096
+_SAMPLE_TOKENS = 60
+_ENDINGS = (
+    "and returns the number of bytes written.",
+    "otherwise an exception is raised.",
+    "is not supported on this platform.",
+)
+
+
+def run(*words: str) -> str:
+    """Run a megaback command as a person would, its output shown; returns what it printed."""
+    click.echo(f"\n$ megaback {shlex.join(words)}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megaback", *words], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        click.echo(line, nl=False)
+        lines.append(line)
+    code = process.wait()
+    if code:
+        raise LaunchError(f"`megaback {shlex.join(words)}` ended with code {code}; see above")
+    return "".join(lines)
+
+
+def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
+    """Print the table."""
+    manifest = Manifest.load(folder / "shards")
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").open(encoding="utf-8")]
+    val: list[dict[str, Any]] = [line for line in lines if "val_loss" in line]
+    steps: list[dict[str, Any]] = [line for line in lines if "loss" in line]
+    entropy = unigram_entropy(folder / "shards", manifest, "val")
+    tokens = steps[-1]["tokens_seen"]
+    seconds = sum(line["step_s"] for line in steps)
+    table = Table(title="A GPT that writes backwards", show_header=False, title_justify="left")
+    table.add_row("unigram entropy of the val set", f"{entropy:.3f} nats/token")
+    for name, line in (("start", val[0]), ("end", val[-1])):
+        table.add_row(
+            f"val loss at the {name}",
+            f"{line['val_loss']:.3f} nats/token, {line['val_bits_per_byte']:.3f} bits/byte",
+        )
+    table.add_row("below the unigram entropy", f"{entropy - val[-1]['val_loss']:.3f} nats/token")
+    table.add_row("trained on", f"{tokens:,} tokens in {seconds:.0f} s of steps")
+    table.add_row("speed", f"{tokens / seconds:,.0f} tokens/s")
+    table.add_row("the whole demo", f"{minutes:.1f} minutes")
+    for ending, text in samples.items():
+        table.add_section()
+        table.add_row(f"what came before\n“{ending}”", text.strip())
+    Console(soft_wrap=False, width=100).print(table, markup=False, highlight=False)
+
+
+@click.command(cls=Command, name="demo")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+@click.option("--source", default="pydocs", show_default=True)
+def main(out: Path, source: str) -> None:
+    """From text to shards to training to a backward sample."""
+    started = time.monotonic()
+    tokenizer = out / "tokenizer" / "tokenizer.model"
+    if not tokenizer.exists():
+        run(
+            *("tokenizer", "train", "--source", source, "--out", str(tokenizer.parent)),
+            *("--vocab-size", str(_VOCAB_SIZE)),
+        )
+    run(
+        *("shards", "build", "--source", source, "--tokenizer", str(tokenizer)),
+        *("--out", str(out / "shards"), "--val-fraction", "0.02"),
+    )
+    run("shards", "verify", str(out / "shards"))
+    run("train", str(_CONFIG), f"run={out / 'run'}", f"data.shards={out / 'shards'}")
+    if not (out / "model" / "config.json").exists():
+        run("convert", str(out / "run"), "--to", "full", "--out", str(out / "model"))
+    samples = {
+        ending: run(
+            *("sample", str(out / "model"), "--ending", ending, "--tokens", str(_SAMPLE_TOKENS))
+        )
+        for ending in _ENDINGS
+    }
+    click.echo()
+    summarize(out, samples, (time.monotonic() - started) / 60)
+
+
+if __name__ == "__main__":
+    main()
