@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 
 import click
+from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from data_pipeline.command import Command, replacing, write_text
@@ -29,7 +32,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
-from data_pipeline.sources import list_slices
+from data_pipeline.sources import list_slices, require_outside
 from data_pipeline.tasks import (
     BUILD_FOLDER,
     BuildSettings,
@@ -39,6 +42,7 @@ from data_pipeline.tasks import (
     finished_record,
     run_task,
     same_but_source,
+    same_source,
 )
 from data_pipeline.text import Direction, TextCodec, Unit
 
@@ -55,6 +59,7 @@ def build_shards(
     when `out` holds something else, which is left as it is.
     """
     _check_settings(settings)
+    require_outside(settings.source, out)
     tasks = cut_into_tasks(list_slices(settings.source, text_column=settings.text_column), settings)
     was_there = out.exists()
     _claim_folder(out, settings)
@@ -94,14 +99,28 @@ def _claim_folder(out: Path, settings: BuildSettings) -> None:
     """Make the folder ours, or find that it already is and was begun with the same settings."""
     settings_path = out / BUILD_FOLDER / _SETTINGS_NAME
     if settings_path.exists():
-        earlier = BuildSettings(**json.loads(settings_path.read_text(encoding="utf-8")))
+        try:
+            earlier = BuildSettings(**json.loads(settings_path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise OutputExistsError(
+                f"{out} was begun by another version of megaback, or {settings_path} is broken "
+                f"({error}); choose another --out, or remove that folder"
+            ) from None
         _require_same_settings(earlier, settings, out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or _holds_something_else(out)):
         raise OutputExistsError(
             f"{out} already holds something that is no build of shards; choose another --out"
         )
     (out / BUILD_FOLDER).mkdir(parents=True, exist_ok=True)
     write_text(settings_path, json.dumps(asdict(settings), indent=2) + "\n")
+
+
+def _holds_something_else(out: Path) -> bool:
+    """An empty build folder is ours: a build was stopped before it could write its settings."""
+    ours = out / BUILD_FOLDER
+    others = [path for path in out.iterdir() if path != ours]
+    begun = list(ours.iterdir()) if ours.is_dir() else []
+    return bool(others) or any(not path.name.startswith(f".{_SETTINGS_NAME}.") for path in begun)
 
 
 def _require_same_settings(earlier: BuildSettings, now: BuildSettings, out: Path) -> None:
@@ -116,7 +135,7 @@ def _require_same_settings(earlier: BuildSettings, now: BuildSettings, out: Path
                 f"{out} holds shards with {name} {getattr(earlier, name)!r}, not "
                 f"{getattr(now, name)!r}; choose another --out"
             )
-    if earlier.source != now.source or not same_but_source(earlier, now):
+    if not (same_source(earlier, now) and same_but_source(earlier, now)):
         raise OutputExistsError(
             f"{out} holds shards of {earlier.source} with other settings; choose another --out, "
             "or remove that folder"
@@ -129,10 +148,12 @@ def _run(
     if not tasks:
         return
     # Spawned, not forked: a fork copies the locks of whatever threads a library has started.
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        min(workers, len(tasks)), mp_context=get_context("spawn"), initializer=_end_with_parent
+    )
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     try:
-        with Progress(*columns, transient=True) as progress:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("tasks", total=len(tasks))
             running = {pool.submit(run_task, task, out, model_bytes): task for task in tasks}
             for future in as_completed(running):
@@ -145,6 +166,18 @@ def _run(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the build is killed: it would wait for tasks for ever."""
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=_wait_and_exit, args=(parent.sentinel,), daemon=True).start()
+
+
+def _wait_and_exit(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 def _finalize(
@@ -168,25 +201,32 @@ def _finalize(
         ),
     )
     if not manifest.split("train"):
+        for index in range(len(records)):
+            (out / BUILD_FOLDER / f"task-{index:05d}.json").unlink()  # not worth keeping
         raise SourceEmptyError(
             f"the source {settings.source} holds no text to train on "
             f"({manifest.empty_documents} empty documents, "
             f"{manifest.total('val')['documents']} in the val set); give a source with text"
         )
-    ours = {shard.file for shard in manifest.shards}
-    for path in [*out.glob("*.zst"), *out.glob(".*.partial")]:
-        if path.name not in ours:  # left by a killed process, or by slices that have changed
-            path.unlink(missing_ok=True)
+    _remove_all_but(out, {shard.file for shard in manifest.shards})
     with replacing(out / TOKENIZER_NAME) as file:
         file.write(codec.model_bytes)
     manifest.save(out)
     return manifest
 
 
+def _remove_all_but(out: Path, names: set[str]) -> None:
+    """Remove the shards left by a killed process, or by slices that have changed."""
+    for path in [*out.glob("*.zst"), *out.glob(".*.partial")]:
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+
+
 def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
     """After a failure, leave no trace unless some task's work is worth keeping."""
     if any((out / BUILD_FOLDER).glob("task-*.json")):
         return
+    _remove_all_but(out, set())
     shutil.rmtree(out / BUILD_FOLDER, ignore_errors=True)
     if not was_there:
         shutil.rmtree(out, ignore_errors=True)

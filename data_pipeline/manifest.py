@@ -146,4 +146,11 @@ class Manifest:
                 f"{path} has sha256 {codec.format.tokenizer_sha256[:12]}, but the shards beside it "
                 f"were made with {self.text_format.tokenizer_sha256[:12]}; restore that tokenizer"
             )
+        of_codec = (codec.vocab_size, codec.begin_id, codec.end_id, codec.id_dtype.itemsize)
+        said = (self.vocab_size, self.begin_id, self.end_id, self.id_bytes)
+        if said != of_codec:
+            raise ShardCorruptError(
+                f"{folder / MANIFEST_NAME} gives pieces, begin, end and bytes of an id as {said}, "
+                f"its tokenizer as {of_codec}; restore it or build the shards again"
+            )
         return codec

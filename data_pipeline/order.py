@@ -47,7 +47,8 @@ class Order:
 
     def __post_init__(self) -> None:
         """Raises BatchError or ConfigError when the numbers do not fit each other."""
-        if min(self.num_frames, self.rows_per_frame, self.lanes, self.window_frames) < 1:
+        counts = (self.num_frames, self.rows_per_frame, self.global_batch_rows, self.lanes)
+        if min(*counts, self.window_frames) < 1:
             raise ConfigError(f"an order needs at least one of everything: {self}")
         if self.global_batch_rows % self.lanes:
             raise BatchError(

@@ -30,6 +30,7 @@ _INDEX_MAGIC = 0x184D2A5D
 _SEEK_TABLE_MAGIC = 0x184D2A5E
 _SEEKABLE_MAGIC = 0x8F92EAB1
 _INDEX_SIGNATURE = b"MEGABACK"
+_VERSION = 1
 _CHECKSUMS_FLAG = 1 << 7
 _ENTRY = struct.Struct("<III")
 _FOOTER = struct.Struct("<IBI")
@@ -116,7 +117,7 @@ class ShardWriter:
         if self._pending_tokens:
             self._write_frame(np.concatenate(self._pending))
         header = ShardHeader(
-            version=1,
+            version=_VERSION,
             **self._identity,
             id_bytes=self._id_dtype.itemsize,
             frame_tokens=self._frame_tokens,
@@ -187,9 +188,8 @@ class ShardReader:
         self._frame_bytes = [entry[1] for entry in entries[:-1]]
         self.num_frames = len(entries) - 1
         self.header, self._compressed_counts = self._read_index()
+        self._check_header()
         self.id_dtype: np.dtype[Any] = np.dtype(f"<u{self.header.id_bytes}")
-        if sum(self._frame_bytes) != self.header.tokens * self.header.id_bytes:
-            raise self._corrupt("its frames and its index disagree on the number of tokens")
         self._decompressor = zstandard.ZstdDecompressor()
 
     def close(self) -> None:
@@ -201,24 +201,22 @@ class ShardReader:
         compressed_bytes = int(self._offsets[frame + 1]) - offset
         data = self._read_at(offset, compressed_bytes)
         try:
-            raw = self._decompressor.decompress(data, max_output_size=self._frame_bytes[frame])
+            # Before anything is allocated: a damaged head may claim any size.
+            if zstandard.frame_content_size(data) != self._frame_bytes[frame]:
+                raise zstandard.ZstdError("its head and the seek table disagree on its size")
+            raw = self._decompressor.decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise self._corrupt(
                 f"frame {frame} at byte {offset} does not decode ({error})"
             ) from None
-        if len(raw) != self._frame_bytes[frame]:
-            raise self._corrupt(
-                f"frame {frame} at byte {offset} holds {len(raw)} bytes of ids "
-                f"instead of {self._frame_bytes[frame]}"
-            )
         return np.frombuffer(raw, dtype=self.id_dtype)
 
     def document_tokens(self) -> npt.NDArray[np.int64]:
         """Tokens of each document, markers included: shape (documents,)."""
         try:
-            counts = zstandard.ZstdDecompressor().decompress(
-                self._compressed_counts, max_output_size=4 * self.header.documents
-            )
+            if zstandard.frame_content_size(self._compressed_counts) != 4 * self.header.documents:
+                raise zstandard.ZstdError("its size is not that of the header's documents")
+            counts = self._decompressor.decompress(self._compressed_counts, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise self._corrupt(f"its document index does not decode ({error})") from None
         document_tokens = np.frombuffer(counts, dtype="<u4").astype(np.int64)
@@ -254,6 +252,17 @@ class ShardReader:
         if len(data) != size:
             raise self._corrupt(f"it ends within the {size} bytes at byte {offset}")
         return data
+
+    def _check_header(self) -> None:
+        header = self.header
+        if header.version != _VERSION:
+            raise self._corrupt(f"its version is {header.version}, not {_VERSION}")
+        if header.id_bytes not in (2, 4) or header.frame_tokens < 1:
+            raise self._corrupt("its header has a number out of range")
+        full, rest = divmod(header.tokens, header.frame_tokens)
+        tokens = [header.frame_tokens] * full + [rest] * (rest > 0)
+        if self._frame_bytes != [header.id_bytes * number for number in tokens]:
+            raise self._corrupt("its frames and its header disagree on the number of tokens")
 
     def _read_seek_table(self) -> list[tuple[int, int, int]]:
         if self.file_bytes < _FOOTER.size:

@@ -19,6 +19,7 @@ import zstandard
 
 from data_pipeline.errors import (
     BadRecordError,
+    OutputExistsError,
     SourceEmptyError,
     SourceMissingError,
     SourceUnreadableError,
@@ -75,6 +76,16 @@ def read_slice(piece: Slice, *, text_column: str = "text") -> Iterator[Document]
     if piece.kind == "hub":
         return read_hub_slice(piece, text_column)
     return _read_file(piece, text_column)
+
+
+def require_outside(source: str, out: Path) -> None:
+    """Raises OutputExistsError when what is written to `out` would become part of the source."""
+    folder = Path(source)
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise OutputExistsError(
+            f"{out} lies within the source {source}, of which it would become a part; "
+            "choose another --out"
+        )
 
 
 def _find_files(source: str) -> list[Path]:

@@ -52,8 +52,12 @@ class Task:
 
     @property
     def sha256(self) -> str:
-        """Names the task's result: equal tasks write equal bytes."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Names the task's result: equal tasks write equal bytes.
+
+        The slices say what is read; how the source was spelled does not matter.
+        """
+        fields = asdict(replace(self, settings=replace(self.settings, source="")))
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,13 @@ def _codec(model_bytes: bytes, direction: str, unit: str) -> TextCodec:
 
 def _record_path(folder: Path, index: int) -> Path:
     return folder / BUILD_FOLDER / f"task-{index:05d}.json"
+
+
+def same_source(left: BuildSettings, right: BuildSettings) -> bool:
+    """Whether two builds read the same, one perhaps by a relative path."""
+    return (
+        left.source == right.source or Path(left.source).resolve() == Path(right.source).resolve()
+    )
 
 
 def same_but_source(left: BuildSettings, right: BuildSettings) -> bool:

@@ -35,6 +35,8 @@ CHAT_PIECES = (
 # proper has no lone surrogates. Both are spelled with byte pieces instead.
 _SPACE_SYMBOL = "\u2581"
 _SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")
+# What the usual normalizations change: spaces at the ends and in a row, a ligature, a wide letter.
+_PROBE = "  a  \ufb01 \uff21\t\n e\u0301 \u00a0b "
 _RUNS = re.compile(r"\s+|\S+")
 
 
@@ -122,7 +124,8 @@ class TextCodec:
         self.model_bytes = model_bytes
         self.format = TextFormat(direction, unit, hashlib.sha256(model_bytes).hexdigest())
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(model_bytes)
         except RuntimeError as error:
             raise TokenizerError(
                 f"this is not a SentencePiece model ({str(error).strip()}); "
@@ -135,6 +138,11 @@ class TextCodec:
         self.chat_ids = {piece: self._require_control(piece) for piece in CHAT_PIECES}
         self._byte_ids = [self._require_byte(value) for value in range(256)]
         self._piece_bytes = [self._bytes_of(piece_id) for piece_id in range(self.vocab_size)]
+        if self.render(self.encode(_PROBE)) != _PROBE:
+            raise TokenizerError(
+                "the tokenizer alters text (it normalizes characters or spaces), so nothing could "
+                "be written back as it was; train one with `megaback tokenizer train`"
+            )
 
     @classmethod
     def load(cls, path: Path, direction: Direction, unit: Unit) -> "TextCodec":

@@ -18,7 +18,7 @@ import click
 
 from data_pipeline.command import Command, replacing
 from data_pipeline.errors import OutputExistsError, SourceEmptyError, TokenizerError
-from data_pipeline.sources import Document, Slice, list_slices, read_slice
+from data_pipeline.sources import Document, Slice, list_slices, read_slice, require_outside
 from data_pipeline.text import BEGIN_PIECE, CHAT_PIECES, END_PIECE
 
 MODEL_NAME = "tokenizer.model"
@@ -81,6 +81,7 @@ def train_tokenizer(
             f"{model_path} is there already; name another folder with --out, or add --overwrite "
             "(shards made with the old tokenizer cannot be used with a new one)"
         )
+    require_outside(source, out_dir)
     texts = list(_sample(list_slices(source, text_column=text_column), max_bytes, text_column))
     sentences = [sentence for text in texts for sentence in _sentences(text)]
     if not sentences:

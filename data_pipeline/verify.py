@@ -31,6 +31,14 @@ def verify_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
                 f"the shard {reader.path} belongs to another data set: it says {said}, "
                 f"the manifest {expected}; restore it or build the shards again"
             )
+        counted = (header.tokens, header.documents, header.text_bytes, header.id_bytes)
+        promised = (entry.tokens, entry.documents, entry.text_bytes, manifest.id_bytes)
+        if (*counted, reader.file_bytes) != (*promised, entry.file_bytes):
+            raise ShardCorruptError(
+                f"the shard {reader.path} and the manifest disagree on its numbers: "
+                f"{(*counted, reader.file_bytes)} and {(*promised, entry.file_bytes)}; "
+                "restore the one that changed or build the shards again"
+            )
         content_sha256 = reader.content_sha256()  # decodes every frame, so it names a broken one
     finally:
         reader.close()
@@ -51,7 +59,7 @@ def verify_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
 def main(shards: Path, workers: int | None) -> None:
     """Decode and re-hash every shard of a data set; name what is broken."""
     manifest = Manifest.load(shards)
-    manifest.codec(shards)
+    manifest.codec(shards)  # reads the tokenizer, and compares it with the manifest
     broken: list[str] = []
     # Decompression and hashing release the interpreter's lock, so threads are enough.
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:

@@ -192,7 +192,7 @@ def read_meta(target: Path) -> CheckpointMeta:
             raise ValueError("another format or version")
         meta = CheckpointMeta(**fields)
         _ = meta.format
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorruptError(
             f"{target / META_NAME} is not a checkpoint's description ({error})"
         ) from None

@@ -7,6 +7,7 @@ cut off, so that the file is that of an uninterrupted run.
 import json
 import sys
 import uuid
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipeline.command import write_text
 from data_pipeline.errors import BackendError
-from megaback.config import LoggingSection
+from megaback.config import Config
 
 METRICS_NAME = "metrics.jsonl"
 _WANDB_ID_NAME = "wandb_id.txt"
@@ -32,21 +33,40 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """A training step: loss in nats a target, the norm before clipping, wall-clock seconds."""
+
+    step: int
+    loss: float
+    targets: int
+    learning_rate: float
+    gradient_norm: float
+    step_s: float
+
+
 class MetricsLog:
     """Where a run's numbers go. Only the first rank has one."""
 
-    def __init__(self, run: Path, resumed_step: int, total_steps: int, config: dict[str, Any]):
-        path = run / METRICS_NAME
-        kept = (
-            [line for line in read_metrics(run) if line["step"] <= resumed_step]
-            if (path.exists() and resumed_step)
-            else []
-        )
+    def __init__(
+        self,
+        config: Config,
+        resumed_step: int,
+        total_steps: int,
+        step_flops_share: float | None,
+    ) -> None:
+        """`step_flops_share` is the MFU of a step that takes one second, None if unknown."""
+        path = config.run / METRICS_NAME
+        kept: list[dict[str, Any]] = []
+        if resumed_step and path.exists():
+            kept = [line for line in read_metrics(config.run) if line["step"] <= resumed_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
-        logging = LoggingSection.model_validate(config["logging"])
-        self._every_steps = logging.every_steps
-        self._wandb = _start_wandb(run, logging, config)
+        self._step_tokens = config.batch.global_batch_rows * config.batch.context_tokens
+        self._step_flops_share = step_flops_share
+        self._total_steps = total_steps
+        self._every_steps = config.logging.every_steps
+        self._wandb = _start_wandb(config)
         self._console = Console(soft_wrap=True)
         self._progress: Progress | None = None
         if sys.stdout.isatty():
@@ -59,27 +79,44 @@ class MetricsLog:
             )
             self._bar = self._progress.add_task("", total=total_steps, completed=resumed_step)
             self._progress.start()
-        self._total_steps = total_steps
 
     def say(self, message: str) -> None:
         """Print a line, above the progress bar if there is one."""
         self._console.print(message, highlight=False, markup=False)
 
-    def train(self, line: dict[str, Any], description: str) -> None:
+    def train(self, record: StepRecord) -> None:
         """Record a training step."""
+        step = record.step
+        line = asdict(record)
+        line["tokens_seen"] = step * self._step_tokens
+        line["tokens_per_s"] = self._step_tokens / record.step_s
+        text = (
+            f"loss {record.loss:.4f}  {line['tokens_per_s']:,.0f} tokens/s  "
+            f"lr {record.learning_rate:.2e}  norm {record.gradient_norm:.2f}"
+        )
+        if self._step_flops_share is not None:
+            line["mfu"] = self._step_flops_share / record.step_s
+            text += f"  MFU {line['mfu']:.1%}"
         self._write(line)
-        step = line["step"]
         if self._progress is not None:
-            self._progress.update(self._bar, completed=step, description=description)
+            self._progress.update(self._bar, completed=step, description=text)
         elif step % self._every_steps == 0 or step == self._total_steps:
-            self.say(f"step {step}/{self._total_steps}  {description}")
+            left_minutes = (self._total_steps - step) * record.step_s / 60
+            self.say(f"step {step}/{self._total_steps}  {text}  {left_minutes:.1f} min left")
 
-    def validation(self, line: dict[str, Any]) -> None:
+    def validation(self, step: int, loss: float, bits_per_byte: float, targets: int) -> None:
         """Record a measurement of the whole val set."""
-        self._write(line)
+        self._write(
+            {
+                "step": step,
+                "val_loss": loss,
+                "val_bits_per_byte": bits_per_byte,
+                "val_targets": targets,
+            }
+        )
         self.say(
-            f"step {line['step']}/{self._total_steps}  val loss {line['val_loss']:.4f} nats/token, "
-            f"{line['val_bits_per_byte']:.4f} bits/byte over {line['val_targets']:,} tokens"
+            f"step {step}/{self._total_steps}  val loss {loss:.4f} nats/token, "
+            f"{bits_per_byte:.4f} bits/byte over {targets:,} tokens"
         )
 
     def close(self) -> None:
@@ -98,8 +135,9 @@ class MetricsLog:
             )
 
 
-def _start_wandb(run: Path, logging: LoggingSection, config: dict[str, Any]) -> Any:
+def _start_wandb(config: Config) -> Any:
     """One wandb run across restarts: its id is drawn once and kept in the run's folder."""
+    run, logging = config.run, config.logging
     if logging.wandb == "off":
         return None
     try:
@@ -119,6 +157,6 @@ def _start_wandb(run: Path, logging: LoggingSection, config: dict[str, Any]) -> 
         resume="allow",
         mode=logging.wandb,
         dir=run,
-        config=config,
+        config=config.model_dump(mode="json"),
         settings=wandb.Settings(silent=True),
     )

@@ -51,6 +51,14 @@ class Run:
     flops_per_token: float
     peak_flops: float | None
 
+    def step_flops_share(self, world: World) -> float | None:
+        """FLOPs of a step over the devices' peak: the MFU of a step that takes one second."""
+        if self.peak_flops is None:
+            return None
+        batch = self.config.batch
+        step_tokens = batch.global_batch_rows * batch.context_tokens
+        return step_tokens * self.flops_per_token / (self.peak_flops * world.size)
+
     def meta(self, step: int, val_loss: float | None, world: World) -> CheckpointMeta:
         """What a checkpoint at this step says about itself; files are added when it is written."""
         return CheckpointMeta(

@@ -10,7 +10,6 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import click
 import torch
@@ -23,7 +22,7 @@ from megaback.config import Config, load_config
 from megaback.distributed import World, end_world, start_world
 from megaback.engine import learning_rate_at, set_learning_rate, take_step
 from megaback.evaluation import ValidationResult, evaluate, to_device
-from megaback.metrics import MetricsLog
+from megaback.metrics import MetricsLog, StepRecord
 from megaback.preparation import Run, batch_arithmetic, prepare_run
 
 
@@ -43,109 +42,94 @@ def train(config: Config, world: World) -> None:
     """Train to the end of the run, or until a signal. Raises PreemptedError or NonFiniteError."""
     stop = StopRequest()
     run = prepare_run(config, world)
-    data, engine = run.data, run.engine
     log = world.together(_open_log, run, world)
     try:
-        if log is not None:
-            log.say(batch_arithmetic(run, world))
-            if run.start_step:
-                log.say(f"going on from step {run.start_step:,}")
-            if run.start_step >= data.total_steps:
-                log.say("nothing is left to do; raise training.steps to train on")
-        val_loss = run.val_loss if run.start_step else _validate(run, world, log, 0)
-        engine.train()
-        for step in range(run.start_step, data.total_steps):
-            started = time.monotonic()
-            micro_batches, error = _batches_at(run, step)
-            num_targets, num_stops, num_errors = world.sum(
-                sum(batch.num_targets for batch in micro_batches),
-                stop.signal_number is not None,
-                error is not None,
-            )
-            if num_errors:
-                world.stop_if_any(error)
-            if num_stops:
-                _save(run, world, step, val_loss)
-                raise PreemptedError(
-                    f"asked to stop, and saved after {step} steps; run the same command to go on"
-                )
-            nats = 0.0
-            for batch in micro_batches:
-                loss = engine(*to_device(batch, world.device))
-                # DeepSpeed averages over ranks and accumulation; what is wanted is the mean over
-                # all targets of the step, wherever they lie.
-                share = world.size * data.accumulation_steps / max(num_targets, 1)
-                engine.backward(loss * share)
-                nats += float(loss.detach())
-                if batch is not micro_batches[-1]:
-                    engine.step()  # counts the micro-batch; changes nothing before the last one
-            (nats,) = world.sum(nats)
-            learning_rate = learning_rate_at(step, data.total_steps, config.optimizer)
-            set_learning_rate(engine, learning_rate)
-            _require_finite("loss", nats, step)
-            gradient_norm = take_step(engine)
-            _require_finite("gradient norm", gradient_norm, step)
-            done = step + 1
-            if log is not None:
-                seconds = time.monotonic() - started
-                _record(
-                    log, run, world, done, nats, num_targets, learning_rate, gradient_norm, seconds
-                )
-            if _is_due(config.validation.every_steps, done) or done == data.total_steps:
-                val_loss = _validate(run, world, log, done)
-            if _is_due(config.checkpoint.every_steps, done) or done == data.total_steps:
-                _save(run, world, done, val_loss)
+        _train_steps(run, world, stop, log)
     finally:
         if log is not None:
             log.close()
 
 
+def _train_steps(run: Run, world: World, stop: StopRequest, log: MetricsLog | None) -> None:
+    config, engine, total_steps = run.config, run.engine, run.data.total_steps
+    val_loss = run.val_loss if run.start_step else _validate(run, world, log, 0)
+    engine.train()
+    for step in range(run.start_step, total_steps):
+        started = time.monotonic()
+        micro_batches, num_targets, must_stop = _agree_on_step(run, world, stop, step)
+        if must_stop:
+            _save(run, world, step, val_loss)
+            raise PreemptedError(
+                f"asked to stop, and saved after {step} steps; run the same command to go on"
+            )
+        loss = _accumulate_gradients(run, world, micro_batches, num_targets)
+        _require_finite("loss", loss, step)
+        learning_rate = learning_rate_at(step, total_steps, config.optimizer)
+        set_learning_rate(engine, learning_rate)
+        gradient_norm = take_step(engine)
+        _require_finite("gradient norm", gradient_norm, step)
+        done = step + 1
+        if log is not None:
+            seconds = time.monotonic() - started
+            log.train(StepRecord(done, loss, num_targets, learning_rate, gradient_norm, seconds))
+        if _is_due(config.validation.every_steps, done) or done == total_steps:
+            val_loss = _validate(run, world, log, done)
+        if _is_due(config.checkpoint.every_steps, done) or done == total_steps:
+            _save(run, world, done, val_loss)
+
+
+def _agree_on_step(
+    run: Run, world: World, stop: StopRequest, step: int
+) -> tuple[list[Batch], int, bool]:
+    """This rank's micro-batches, all ranks' targets, and whether any rank was asked to stop.
+
+    If any rank cannot read its rows, all of them end here, with its message.
+    """
+    micro_batches: list[Batch] = []
+    error: MegabackError | None = None
+    try:
+        micro_batches = run.data.training.at(step)
+    except MegabackError as problem:
+        error = problem
+    num_targets, num_stops, num_errors = world.sum(
+        sum(batch.num_targets for batch in micro_batches),
+        stop.signal_number is not None,
+        error is not None,
+    )
+    if num_errors:
+        world.stop_if_any(error)
+    return micro_batches, int(num_targets), num_stops > 0
+
+
+def _accumulate_gradients(
+    run: Run, world: World, micro_batches: list[Batch], num_targets: int
+) -> float:
+    """Forward and backward through every micro-batch; the loss over all ranks, in nats a target."""
+    # DeepSpeed averages over ranks and accumulation; what is wanted is the mean over all targets
+    # of the step, wherever they lie.
+    share = world.size * run.data.accumulation_steps / max(num_targets, 1)
+    nats = 0.0
+    for batch in micro_batches:
+        loss = run.engine(*to_device(batch, world.device))
+        run.engine.backward(loss * share)
+        nats += float(loss.detach())
+        if batch is not micro_batches[-1]:
+            run.engine.step()  # counts the micro-batch; changes nothing before the last one
+    (nats,) = world.sum(nats)
+    return nats / max(num_targets, 1)
+
+
 def _open_log(run: Run, world: World) -> MetricsLog | None:
     if not world.is_first:
         return None
-    fields = run.config.model_dump(mode="json")
-    return MetricsLog(run.config.run, run.start_step, run.data.total_steps, fields)
-
-
-def _batches_at(run: Run, step: int) -> tuple[list[Batch], MegabackError | None]:
-    try:
-        return run.data.training.at(step), None
-    except MegabackError as error:
-        return [], error
-
-
-def _record(
-    log: MetricsLog,
-    run: Run,
-    world: World,
-    done: int,
-    nats: float,
-    num_targets: float,
-    learning_rate: float,
-    gradient_norm: float,
-    seconds: float,
-) -> None:
-    batch = run.config.batch
-    tokens = batch.global_batch_rows * batch.context_tokens
-    line: dict[str, Any] = {
-        "step": done,
-        "loss": nats / max(num_targets, 1),
-        "learning_rate": learning_rate,
-        "gradient_norm": gradient_norm,
-        "targets": int(num_targets),
-        "tokens_seen": done * tokens,
-        "step_s": seconds,
-        "tokens_per_s": tokens / seconds,
-    }
-    description = (
-        f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s  "
-        f"lr {learning_rate:.2e}  norm {gradient_norm:.2f}"
-    )
-    if run.peak_flops is not None:
-        line["mfu"] = line["tokens_per_s"] * run.flops_per_token / (run.peak_flops * world.size)
-        description += f"  MFU {line['mfu']:.1%}"
-    left_s = (run.data.total_steps - done) * seconds
-    log.train(line, f"{description}  {left_s / 60:.1f} min left")
+    config = run.config
+    log = MetricsLog(config, run.start_step, run.data.total_steps, run.step_flops_share(world))
+    log.say(batch_arithmetic(run, world))
+    if run.start_step:
+        log.say(f"going on from step {run.start_step:,}")
+    if run.start_step >= run.data.total_steps:
+        log.say("nothing is left to do; raise training.steps to train on")
+    return log
 
 
 def _validate(run: Run, world: World, log: MetricsLog | None, done: int) -> float | None:
@@ -156,14 +140,7 @@ def _validate(run: Run, world: World, log: MetricsLog | None, done: int) -> floa
         run.engine, batches, run.data.codec.piece_num_bytes(), world
     )
     if log is not None:
-        log.validation(
-            {
-                "step": done,
-                "val_loss": result.loss,
-                "val_bits_per_byte": result.bits_per_byte,
-                "val_targets": result.num_targets,
-            }
-        )
+        log.validation(done, result.loss, result.bits_per_byte, result.num_targets)
     return result.loss
 
 

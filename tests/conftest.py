@@ -1,0 +1,164 @@
+"""What the tests share: a small tokenizer, a small data set, and the command as a real process.
+
+Everything is made here from a seeded generator of English sentences: no network, no files from
+outside the repository. All of it is session-wide, so a test must not write into what it is given.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from data_pipeline.build import build_shards
+from data_pipeline.tasks import BuildSettings
+from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
+
+settings.register_profile("megaback", deadline=None)  # a busy machine is not a failure
+settings.load_profile("megaback")
+
+NUM_PIECES = 600
+NUM_DOCUMENTS = 400
+FRAME_TOKENS = 1024
+
+_PEOPLE = [
+    "the old captain",
+    "a tired sailor",
+    "my younger sister",
+    "the harbour master",
+    "an honest lawyer",
+    "her neighbour",
+    "the village doctor",
+    "a stranger from the north",
+    "the schoolteacher",
+    "his uncle",
+]
+_DEEDS = [
+    "remembered",
+    "carried",
+    "painted",
+    "sold",
+    "forgot",
+    "described",
+    "borrowed",
+    "counted",
+    "repaired",
+    "followed",
+    "had never seen",
+    "could not find",
+    "wanted to understand",
+]
+_THINGS = [
+    "a broken lantern",
+    "the long letter",
+    "three white horses",
+    "the garden wall",
+    "an empty bottle",
+    "that strange question",
+    "the northern road",
+    "a wooden clock",
+    "some bread and cheese",
+    "the last map",
+]
+_ENDINGS = [
+    "before the rain began",
+    "in the autumn of {year}",
+    "because nobody else would",
+    "on the second day",
+    "while the children slept",
+    "for {count} shillings",
+    "near the river",
+    "and said nothing about it",
+]
+
+
+def english_document(generator: random.Random) -> str:
+    """A document of one to six sentences in one or two paragraphs."""
+    sentences = []
+    for _ in range(generator.randint(1, 6)):
+        ending = generator.choice(_ENDINGS).format(
+            year=generator.randint(1700, 1999), count=generator.randint(2, 99)
+        )
+        words = [generator.choice(choices) for choices in (_PEOPLE, _DEEDS, _THINGS)]
+        sentences.append(f"{' '.join(words)} {ending}.".capitalize())
+    cut = generator.randint(0, len(sentences) - 1)
+    paragraphs = [" ".join(part) for part in (sentences[:cut], sentences[cut:]) if part]
+    return "\n\n".join(paragraphs)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture(scope="session")
+def english_documents() -> list[str]:
+    """400 documents, all different, always the same ones."""
+    generator = random.Random(20)
+    return [f"{english_document(generator)} ({number})" for number in range(NUM_DOCUMENTS)]
+
+
+@pytest.fixture(scope="session")
+def tiny_text_folder(
+    tmp_path_factory: pytest.TempPathFactory, english_documents: list[str]
+) -> Path:
+    """A source: the documents in two jsonl files."""
+    folder = tmp_path_factory.mktemp("text")
+    half = NUM_DOCUMENTS // 2
+    write_jsonl(folder / "a.jsonl", english_documents[:half])
+    write_jsonl(folder / "b.jsonl", english_documents[half:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory, tiny_text_folder: Path) -> Path:
+    """A SentencePiece model of 600 pieces."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(str(tiny_text_folder), folder, NUM_PIECES)
+    return folder / MODEL_NAME
+
+
+@pytest.fixture(scope="session")
+def codec(tokenizer_path: Path) -> Callable[..., TextCodec]:
+    """`codec(direction, unit)`: the small tokenizer's codec, backward by tokens by default."""
+
+    @cache
+    def make(direction: Direction = Direction.BACKWARD, unit: Unit = Unit.TOKEN) -> TextCodec:
+        return TextCodec.load(tokenizer_path, direction, unit)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_text_folder: Path,
+    codec: Callable[..., TextCodec],
+) -> Path:
+    """The documents as backward token shards in frames of 1,024, a tenth of them in the val set."""
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    settings = BuildSettings(
+        source=str(tiny_text_folder),
+        tokenizer_sha256=codec().format.tokenizer_sha256,
+        val_fraction=0.1,
+        frame_tokens=FRAME_TOKENS,
+    )
+    build_shards(settings, codec(), folder, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_megaback() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_megaback(*args, **options of subprocess.run)`: the command as a process of its own."""
+
+    def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "megaback", *map(str, args)]
+        options = {"timeout": 120, "check": False, **options}
+        return subprocess.run(command, capture_output=True, text=True, **options)
+
+    return run

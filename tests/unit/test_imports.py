@@ -1,0 +1,152 @@
+"""The house keeps its shape: who imports whom, what help may load, how long a file may be."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megaback.cli import command_modules
+
+ROOT = Path(__file__).parents[2]
+ALLOWED = {
+    "data_pipeline": {"data_pipeline"},
+    "megaback": {"megaback", "data_pipeline"},
+    "launcher": {"launcher", "megaback", "data_pipeline"},
+    "tools": {"tools", "megaback", "data_pipeline"},
+}
+FILES = {
+    package: sorted((ROOT / package).rglob("*.py"))
+    for package in (*ALLOWED, "tests", "benchmarks")
+    if (ROOT / package).is_dir()
+}
+WITHOUT_TORCH = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("data_pipeline", "launcher")
+    for path in FILES[package]
+    if path.name != "__init__.py"
+]
+COMMANDS = command_modules()
+MOST_LINES = 450
+MOST_CPU_SECONDS = 0.5
+
+# Runs in a fresh interpreter: what was loaded is written after whatever the command did.
+_REPORT_LOADED = """
+import atexit, json, resource, sys
+def report():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    with open(sys.argv.pop(), "w") as file:
+        json.dump([sorted(sys.modules), usage.ru_utime + usage.ru_stime], file)
+report_path = sys.argv[-1]
+atexit.register(report)
+"""
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Every module that a file imports, within functions too, by its full name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def loaded_by(code: str, tmp_path: Path) -> tuple[set[str], float]:
+    """The modules that a fresh interpreter has loaded after some code, and its CPU seconds."""
+    report = tmp_path / "loaded.json"
+    subprocess.run(
+        [sys.executable, "-c", f"{_REPORT_LOADED}\n{code}", report],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    modules, cpu_seconds = json.loads(report.read_text())
+    return set(modules), cpu_seconds
+
+
+def help_of(words: str) -> str:
+    """Code that asks the megaback command for help."""
+    return f"from megaback.cli import main; main({[*words.split(), '--help']!r})"
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in FILES[package]
+        for module in imported_modules(path)
+        if module.split(".")[0] in {*ALLOWED, "tests"} - ALLOWED[package]
+    ]
+
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_no_import_is_relative(package: str) -> None:
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in FILES[package]
+        if any(module.startswith(".") for module in imported_modules(path))
+    ]
+
+    assert wrong == []
+
+
+def test_every_command_lives_in_one_of_the_four_packages() -> None:
+    assert {module.split(".")[0] for module in COMMANDS.values()} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_importing_it_loads_no_torch(module: str, tmp_path: Path) -> None:
+    modules, _ = loaded_by(f"import {module}", tmp_path)
+
+    assert module in modules
+    assert not modules & {"torch", "deepspeed"}
+
+
+@pytest.mark.parametrize("words", ["", "shards", "tokenizer", *COMMANDS])
+def test_help_loads_no_torch(words: str, tmp_path: Path) -> None:
+    modules, _ = loaded_by(help_of(words), tmp_path)
+
+    assert "megaback.cli" in modules
+    assert not modules & {"torch", "deepspeed"}
+
+
+def test_the_help_of_megaback_takes_less_than_half_a_second(tmp_path: Path) -> None:
+    _, cpu_seconds = loaded_by(help_of(""), tmp_path)
+
+    assert cpu_seconds < MOST_CPU_SECONDS
+
+
+@pytest.mark.parametrize(("words", "module"), COMMANDS.items())
+def test_every_command_is_also_its_module(words: str, module: str) -> None:
+    as_module = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60
+    )
+    as_command = subprocess.run(
+        [sys.executable, "-m", "megaback", *words.split(), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    def body(text: str) -> str:
+        return re.sub(r"^Usage: .*? \[OPTIONS\]", "", text)
+
+    assert (as_module.returncode, as_module.stderr) == (0, "")
+    assert body(as_module.stdout) == body(as_command.stdout)
+
+
+@pytest.mark.parametrize("package", FILES)
+def test_every_file_can_be_read_in_one_sitting(package: str) -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in FILES[package]
+    }
+
+    assert {name: lines for name, lines in lengths.items() if lines >= MOST_LINES} == {}

@@ -1,0 +1,335 @@
+"""The model is the stock decoder that it claims to be, and packed documents are strangers."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from data_pipeline.batches import IGNORED_TARGET
+from data_pipeline.errors import BackendError
+from megaback.attention import Segments, attention_backend, sdpa_attention
+from megaback.cache import KeyValueCache
+from megaback.config import ModelSection
+from megaback.model import ReverseGPT
+
+VOCAB_SIZE = 97
+CPU = torch.device("cpu")
+
+
+def section(**changes: object) -> ModelSection:
+    fields = {"num_layers": 2, "width": 48, "num_heads": 4, "num_kv_heads": 2, "rope_theta": 500.0}
+    return ModelSection.model_validate({**fields, **changes})
+
+
+def make_model(seed: int = 1, **changes: object) -> ReverseGPT:
+    """A model whose norms are not all ones and whose logits are not all alike."""
+    model = ReverseGPT(section(**changes), VOCAB_SIZE)
+    model.initialize(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.mul_(6)
+    return model.eval()
+
+
+def random_ids(num_tokens: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=torch.manual_seed(seed))
+
+
+def packed(*lengths: int) -> tuple[Tensor, Segments]:
+    """Positions and segments of documents of these lengths, one after another."""
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    return positions_T, Segments.from_lengths(lengths, CPU)
+
+
+def stock_model(model: ReverseGPT) -> LlamaForCausalLM | Qwen3ForCausalLM:
+    """transformers' model of the same shape with the same weights."""
+    shape = model.shape
+    config_class, model_class = (
+        (Qwen3Config, Qwen3ForCausalLM) if shape.qk_norm else (LlamaConfig, LlamaForCausalLM)
+    )
+    config = config_class(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden_mlp_width,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        rms_norm_eps=shape.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=shape.tie_embeddings,
+        max_position_embeddings=256,
+        attn_implementation="eager",
+    )
+    stock = model_class(config).eval()
+    stock.load_state_dict(model.state_dict())  # strict: every name is a stock name
+    return stock
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("num_kv_heads", [None, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+@torch.no_grad()
+def test_logits_are_those_of_the_stock_architecture(
+    qk_norm: bool, num_kv_heads: int | None, tie_embeddings: bool
+) -> None:
+    model = make_model(qk_norm=qk_norm, num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings)
+    ids_T = random_ids(70)
+
+    expected_TV = stock_model(model)(ids_T[None]).logits[0]
+
+    logits_TV = model.logits(ids_T, *packed(70))
+    assert expected_TV.std() > 0.1
+    torch.testing.assert_close(logits_TV, expected_TV, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_each_packed_document_gets_the_logits_that_it_gets_alone() -> None:
+    model = make_model()
+    lengths = (5, 1, 30, 12)
+    ids_T = random_ids(sum(lengths))
+
+    together = model.logits(ids_T, *packed(*lengths)).split(lengths)
+
+    for document, logits_TV in zip(ids_T.split(lengths), together, strict=True):
+        alone_TV = model.logits(document, *packed(len(document)))
+        largest = alone_TV.abs().max()
+        assert (logits_TV - alone_TV).abs().max() <= 1e-6 * largest
+
+
+@torch.no_grad()
+def test_the_order_of_earlier_tokens_changes_a_later_tokens_logits() -> None:
+    model = make_model()
+    ids_T = torch.arange(20)
+    shuffled_T = torch.cat([ids_T[:15].flip(0), ids_T[15:]])
+
+    logits_V = model.logits(ids_T, *packed(20))[-1]
+
+    assert (model.logits(shuffled_T, *packed(20))[-1] - logits_V).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_changing_a_later_token_leaves_earlier_logits_bitwise_equal() -> None:
+    model = make_model()
+    ids_T = random_ids(24)
+    changed_T = ids_T.clone()
+    changed_T[15:] = (changed_T[15:] + 1) % VOCAB_SIZE
+
+    before, after = (model.logits(ids, *packed(24)) for ids in (ids_T, changed_T))
+
+    assert torch.equal(before[:15], after[:15])
+    assert not torch.equal(before[15:], after[15:])
+
+
+@torch.no_grad()
+def test_changing_one_document_leaves_the_others_logits_bitwise_equal() -> None:
+    model = make_model()
+    ids_T = random_ids(24)
+    changed_T = ids_T.clone()
+    changed_T[8:16] = (changed_T[8:16] + 1) % VOCAB_SIZE
+
+    before, after = (model.logits(ids, *packed(8, 8, 8)) for ids in (ids_T, changed_T))
+
+    assert torch.equal(before[:8], after[:8])
+    assert torch.equal(before[16:], after[16:])
+
+
+def test_no_gradient_flows_from_one_document_into_another() -> None:
+    model = make_model()
+    seen: list[Tensor] = []
+
+    def remember(_module: object, _inputs: object, output_TD: Tensor) -> None:
+        output_TD.retain_grad()
+        seen.append(output_TD)
+
+    model.model.embed_tokens.register_forward_hook(remember)
+    targets_T = random_ids(24, seed=1)
+    targets_T[:8] = targets_T[16:] = IGNORED_TARGET
+
+    model(random_ids(24), targets_T, *packed(8, 8, 8)).backward()
+
+    gradient_T = seen[0].grad.abs().sum(1)
+    assert gradient_T[8:16].min() > 0
+    assert gradient_T[:8].max() == gradient_T[16:].max() == 0
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_the_global_state() -> None:
+    models = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        models.append(ReverseGPT(section(), VOCAB_SIZE))
+        models[-1].initialize(7)
+
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_gives_other_weights() -> None:
+    model = ReverseGPT(section(), VOCAB_SIZE)
+    heads = []
+    for seed in (7, 8):
+        model.initialize(seed)
+        heads.append(model.lm_head.weight.clone())
+
+    assert not torch.equal(*heads)
+
+
+@pytest.mark.parametrize("num_layers", [2, 8])
+def test_weights_that_write_to_the_residual_stream_are_scaled_by_depth(num_layers: int) -> None:
+    model = ReverseGPT(section(num_layers=num_layers, width=128), VOCAB_SIZE)
+    model.initialize(3)
+
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            expected = 0.0
+        elif "o_proj" in name or "down_proj" in name:
+            expected = 0.02 / math.sqrt(2 * num_layers)
+        else:
+            expected = 0.02
+        assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+@torch.no_grad()
+def test_an_untrained_model_is_about_as_unsure_as_a_uniform_guess() -> None:
+    model = ReverseGPT(section(), VOCAB_SIZE)
+    model.initialize(3)
+
+    loss = model(random_ids(200), random_ids(200, seed=1), *packed(200)) / 200
+
+    assert loss.item() == pytest.approx(math.log(VOCAB_SIZE), abs=0.05)
+
+
+@torch.no_grad()
+def test_the_loss_is_the_sum_over_targets_that_are_not_ignored() -> None:
+    model = make_model()
+    ids_T, targets_T = random_ids(20), random_ids(20, seed=1)
+    targets_T[[0, 7, 19]] = IGNORED_TARGET
+
+    nats_T = -F.log_softmax(model.logits(ids_T, *packed(20)), -1)
+    expected = sum(
+        nats_T[place, targets_T[place]] for place in range(20) if place not in (0, 7, 19)
+    )
+
+    assert model(ids_T, targets_T, *packed(20)).item() == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_batch_without_targets_has_no_loss_and_no_gradient() -> None:
+    model = make_model()
+
+    loss = model(random_ids(6), torch.full((6,), IGNORED_TARGET), *packed(6))
+    loss.backward()
+
+    assert loss.item() == 0
+    assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 9])
+@torch.no_grad()
+def test_reading_token_by_token_with_a_cache_gives_the_logits_of_reading_at_once(
+    prompt_tokens: int,
+) -> None:
+    model = make_model()
+    shape = model.shape
+    ids_T = random_ids(30)
+    cache = KeyValueCache(
+        shape.num_layers, 30, shape.kv_heads, shape.head_dim, model.lm_head.weight
+    )
+    hidden = []
+    for start, stop in [(0, prompt_tokens), *((at, at + 1) for at in range(prompt_tokens, 30))]:
+        segments = Segments.from_lengths((stop - start,), CPU)
+        hidden.append(model.hidden(ids_T[start:stop], torch.arange(start, stop), segments, cache))
+
+    cached_TV = model.lm_head(torch.cat(hidden))
+
+    torch.testing.assert_close(cached_TV, model.logits(ids_T, *packed(30)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cleared_cache_reads_as_a_new_one() -> None:
+    model = make_model()
+    shape = model.shape
+    cache = KeyValueCache(
+        shape.num_layers, 12, shape.kv_heads, shape.head_dim, model.lm_head.weight
+    )
+    positions_T, segments = packed(12)
+    model.hidden(random_ids(12, seed=5), positions_T, segments, cache)
+
+    cache.clear()
+
+    again_TD = model.hidden(random_ids(12), positions_T, segments, cache)
+    torch.testing.assert_close(again_TD, model.hidden(random_ids(12), positions_T, segments))
+
+
+def test_activation_checkpointing_changes_neither_loss_nor_gradients() -> None:
+    losses, gradients = [], []
+    for recompute in (False, True):
+        model = make_model().train()
+        model.activation_checkpointing = recompute
+        loss = model(random_ids(20), random_ids(20, seed=1), *packed(12, 8))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+
+    assert losses[0] == losses[1]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_activation_checkpointing_recomputes_the_blocks() -> None:
+    model = make_model().train()
+    model.activation_checkpointing = True
+    calls = []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+
+    model(random_ids(20), random_ids(20, seed=1), *packed(20)).backward()
+
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+@pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
+def test_flops_per_token_are_those_that_pytorch_counts(
+    tie_embeddings: bool, num_kv_heads: int | None
+) -> None:
+    """Against every matrix product of a forward and backward pass over one row of one document.
+
+    The math kernel multiplies the whole square of scores, where a causal kernel needs half: the
+    half that the formula leaves out, 6 x layers x width x context a token, is added back.
+    """
+    context_tokens = 128
+    model = make_model(
+        width=64, num_layers=3, tie_embeddings=tie_embeddings, num_kv_heads=num_kv_heads
+    ).train()
+    shape = model.shape
+    ids_T = random_ids(context_tokens)
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids_T, ids_T, *packed(context_tokens)).backward()
+
+    upper_half = 6 * shape.num_layers * shape.width * context_tokens
+    expected = context_tokens * (model.flops_per_token(context_tokens) + upper_half)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_tied_embeddings_are_counted_once() -> None:
+    untied, tied = (make_model(tie_embeddings=tied).num_parameters() for tied in (False, True))
+
+    assert untied - tied == VOCAB_SIZE * section().width
+
+
+def test_flash_attention_that_was_asked_for_and_cannot_be_used_is_an_error() -> None:
+    with pytest.raises(BackendError, match=r"hardware\.attention is flash_attn, but the device is"):
+        attention_backend("flash_attn", CPU)
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+def test_attention_on_a_cpu_is_sdpa_and_says_so(name: str) -> None:
+    assert attention_backend(name, CPU) == ("sdpa", sdpa_attention)

@@ -1,0 +1,256 @@
+"""The order of rows: every row once an epoch, the same for every world size, at any step."""
+
+import time
+from collections import Counter
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import BatchError, ConfigError
+from data_pipeline.order import Order, RowPlace, choose_lanes, permute
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # an overflow
+
+A_SMALL_ORDER = Order(
+    num_frames=20, rows_per_frame=8, global_batch_rows=12, lanes=4, seed=1, window_frames=3
+)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Order:
+    lanes = draw(st.integers(1, 12))
+    return Order(
+        num_frames=draw(st.integers(1, 24)),
+        rows_per_frame=draw(st.integers(1, 6)),
+        global_batch_rows=lanes * draw(st.integers(1, 6)),
+        lanes=lanes,
+        seed=draw(st.integers(0, 2**63)),
+        window_frames=draw(st.integers(1, 10)),
+    )
+
+
+def pairs(places: RowPlace) -> list[tuple[int, int]]:
+    return list(zip(places.frame.tolist(), places.row.tolist(), strict=True))
+
+
+def epoch_pairs(order: Order, epoch: int) -> list[tuple[int, int]]:
+    """(frame, row) of everything that the batches hold of an epoch, in the order of the steps."""
+    first_slot = epoch * order.num_frames // order.lanes
+    last_slot = (epoch + 1) * order.num_frames // order.lanes + 1
+    rows_per_lane = order.global_batch_rows // order.lanes
+    first_step = max(first_slot - 1, 0) * order.rows_per_frame // rows_per_lane
+    last_step = (last_slot + 1) * order.rows_per_frame // rows_per_lane + 1
+    found = []
+    for step in range(first_step, last_step):
+        places = order.places(step)
+        found += [pair for pair, at in zip(pairs(places), places.epoch, strict=True) if at == epoch]
+    return found
+
+
+def every_pair(order: Order) -> list[tuple[int, int]]:
+    return [
+        (frame, row) for frame in range(order.num_frames) for row in range(order.rows_per_frame)
+    ]
+
+
+@given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
+@example(size=1, key=0)
+@example(size=2, key=0)
+@example(size=4095, key=1)
+@example(size=4096, key=1)
+@example(size=4097, key=1)
+def test_permuting_is_a_bijection(size: int, key: int) -> None:
+    index = np.arange(size, dtype=np.int64)
+    image = permute(index, np.full(size, size), np.full(size, key, dtype=np.uint64))
+    assert sorted(image.tolist()) == list(range(size))
+
+
+@given(exponent=st.integers(0, 12), offset=st.integers(-1, 1), key=st.integers(0, 2**64 - 1))
+def test_permuting_is_a_bijection_around_powers_of_two(
+    exponent: int, offset: int, key: int
+) -> None:
+    size = 2**exponent + offset
+    assume(size > 0)
+    index = np.arange(size, dtype=np.int64)
+    image = permute(index, np.full(size, size), np.full(size, key, dtype=np.uint64))
+    assert sorted(image.tolist()) == list(range(size))
+
+
+@given(data=st.data(), size=st.integers(2**40, 2**62))
+def test_permuting_a_huge_range_stays_in_it_and_apart(data: st.DataObject, size: int) -> None:
+    indices = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=50, unique=True))
+    index = np.array(indices, dtype=np.int64)
+    image = permute(index, np.full_like(index, size), np.full(len(index), 7, dtype=np.uint64))
+    assert ((image >= 0) & (image < size)).all()
+    assert len(set(image.tolist())) == len(indices)
+
+
+@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=20))
+def test_entries_of_different_sizes_are_permuted_as_if_alone(sizes: list[int]) -> None:
+    size = np.array(sizes, dtype=np.int64)
+    key = np.arange(len(sizes), dtype=np.uint64)
+    together = permute(size - 1, size, key).tolist()
+    alone = [
+        int(permute(size[at : at + 1] - 1, size[at : at + 1], key[at : at + 1])[0])
+        for at in range(len(sizes))
+    ]
+    assert together == alone
+
+
+def test_every_permutation_of_four_is_about_equally_likely() -> None:
+    keys = np.random.default_rng(0).integers(0, 2**64, 4800, np.uint64)
+    index, size = np.tile(np.arange(4), len(keys)), np.full(4 * len(keys), 4)
+    images = permute(index, size, np.repeat(keys, 4)).reshape(-1, 4)
+    counts = Counter(map(tuple, images.tolist()))
+    assert set(counts) == set(permutations(range(4)))
+    assert 140 < min(counts.values()) <= max(counts.values()) < 260  # 200 each, deviation 14
+
+
+@settings(max_examples=60)
+@given(order=orders(), epoch=st.integers(0, 4))
+def test_an_epoch_holds_every_row_of_every_frame_once(order: Order, epoch: int) -> None:
+    assert sorted(epoch_pairs(order, epoch)) == every_pair(order)
+
+
+@settings(max_examples=40)
+@given(order=orders())
+def test_an_epoch_after_10_to_the_12_steps_holds_every_row_once(order: Order) -> None:
+    epoch = int(order.places(10**12).epoch.max())
+    assert sorted(epoch_pairs(order, epoch)) == every_pair(order)
+
+
+@given(order=orders(), step=st.integers(0, 10**12), data=st.data())
+def test_slices_of_the_ranks_make_up_the_global_batch(
+    order: Order, step: int, data: st.DataObject
+) -> None:
+    rows = order.global_batch_rows
+    world_size = data.draw(st.sampled_from([n for n in range(1, rows + 1) if rows % n == 0]))
+    rank_rows = rows // world_size
+    of_ranks = [
+        pair
+        for rank in range(world_size)
+        for pair in pairs(order.places(step, rank * rank_rows, (rank + 1) * rank_rows))
+    ]
+    assert of_ranks == pairs(order.places(step))
+
+
+@given(order=orders(), step=st.integers(0, 10**6))
+def test_the_epoch_of_a_row_is_the_number_of_times_that_its_lane_was_dealt_out(
+    order: Order, step: int
+) -> None:
+    rows_per_lane = order.global_batch_rows // order.lanes
+    expected = [
+        ((step * rows_per_lane + at) // order.rows_per_frame * order.lanes + lane)
+        // order.num_frames
+        for lane in range(order.lanes)
+        for at in range(rows_per_lane)
+    ]
+    assert order.places(step).epoch.tolist() == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_with_a_lane_a_rank_every_frame_is_read_by_one_rank(world_size: int) -> None:
+    order = A_SMALL_ORDER
+    rank_rows = order.global_batch_rows // world_size
+    readers: dict[int, set[int]] = {}
+    for step in range(order.rows_per_epoch // order.global_batch_rows + 1):
+        for rank in range(world_size):
+            places = order.places(step, rank * rank_rows, (rank + 1) * rank_rows)
+            for frame, epoch in zip(places.frame.tolist(), places.epoch.tolist(), strict=True):
+                if epoch == 0:
+                    readers.setdefault(frame, set()).add(rank)
+    assert {len(ranks) for ranks in readers.values()} == {1}
+
+
+def test_a_lane_has_at_most_a_window_of_frames_open() -> None:
+    order = A_SMALL_ORDER
+    rows_per_lane = order.global_batch_rows // order.lanes
+    rows_per_window = order.window_frames * order.rows_per_frame
+    lane = [pair for step in range(100) for pair in pairs(order.places(step, 0, rows_per_lane))]
+    rows_of_lane_in_epoch = order.rows_per_epoch // order.lanes
+    first_epoch = lane[:rows_of_lane_in_epoch]
+    windows = [
+        {frame for frame, _ in first_epoch[start : start + rows_per_window]}
+        for start in range(0, rows_of_lane_in_epoch, rows_per_window)
+    ]
+    assert [len(frames) for frames in windows] == [3, 2]  # a lane has 20 / 4 frames an epoch
+
+
+def test_epochs_have_different_orders() -> None:
+    assert epoch_pairs(A_SMALL_ORDER, 0) != epoch_pairs(A_SMALL_ORDER, 1)
+
+
+def test_seeds_have_different_orders() -> None:
+    other = replace(A_SMALL_ORDER, seed=2)
+    assert pairs(A_SMALL_ORDER.places(0)) != pairs(other.places(0))
+
+
+def test_the_same_order_gives_the_same_rows() -> None:
+    """Held to recorded values: a change here changes what every run sees."""
+    order = Order(num_frames=5, rows_per_frame=4, global_batch_rows=6, lanes=2, seed=3)
+    assert pairs(order.places(2)) == [(3, 1), (2, 3), (3, 3), (1, 3), (1, 2), (4, 3)]
+
+
+def test_frames_are_not_read_in_stored_order() -> None:
+    order = Order(num_frames=1000, rows_per_frame=1, global_batch_rows=4, lanes=4, seed=5)
+    neighbours = 0
+    for lane in range(order.lanes):
+        frames = [int(order.places(step, lane, lane + 1).frame[0]) for step in range(250)]
+        neighbours += int((np.diff(frames) == 1).sum())
+    assert neighbours < 10  # one in a thousand pairs by chance
+
+
+def test_rows_of_a_window_are_mixed() -> None:
+    order = Order(num_frames=64, rows_per_frame=64, global_batch_rows=64, lanes=1, seed=5)
+    places = order.places(0)
+    assert len(set(places.frame.tolist())) == order.window_frames
+    in_sequence = (np.diff(places.frame) == 0) & (np.diff(places.row) == 1)
+    assert in_sequence.sum() < 4
+
+
+def test_a_frames_place_in_one_epoch_says_nothing_of_its_place_in_the_next() -> None:
+    order = Order(num_frames=1000, rows_per_frame=1, global_batch_rows=10, lanes=10, seed=5)
+    first, second = ([frame for frame, _ in epoch_pairs(order, epoch)] for epoch in (0, 1))
+    assert abs(np.corrcoef(np.argsort(first), np.argsort(second))[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("step", [10**6, 10**12])
+def test_a_late_step_costs_what_the_first_one_costs(step: int) -> None:
+    order = Order(num_frames=10**9, rows_per_frame=64, global_batch_rows=1024, lanes=1024, seed=1)
+
+    def fastest_s(of_step: int) -> float:
+        times_s = []
+        for _ in range(5):
+            start_s = time.perf_counter()
+            order.places(of_step)
+            times_s.append(time.perf_counter() - start_s)
+        return min(times_s)
+
+    assert fastest_s(step) < 10 * fastest_s(0)
+
+
+@given(num_frames=st.integers(1, 3000), global_batch_rows=st.integers(1, 5000))
+def test_chosen_lanes_are_the_most_that_divide_the_batch_and_have_a_frame_each(
+    num_frames: int, global_batch_rows: int
+) -> None:
+    possible = [
+        lanes for lanes in range(1, min(num_frames, 1024) + 1) if global_batch_rows % lanes == 0
+    ]
+    assert choose_lanes(num_frames, global_batch_rows) == max(possible)
+
+
+def test_lanes_that_do_not_divide_the_batch_are_refused_with_both_numbers() -> None:
+    with pytest.raises(BatchError, match=r"5 .* 12"):
+        replace(A_SMALL_ORDER, lanes=5)
+
+
+@pytest.mark.parametrize(
+    "field", ["num_frames", "rows_per_frame", "global_batch_rows", "lanes", "window_frames"]
+)
+def test_an_order_of_nothing_is_refused(field: str) -> None:
+    with pytest.raises(ConfigError):
+        replace(A_SMALL_ORDER, **{field: 0})

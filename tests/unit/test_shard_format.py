@@ -1,0 +1,267 @@
+"""The shard file: what is written is read back, other tools can read it, and damage is noticed.
+
+What a reader promises about damage: it either raises ShardCorruptError, or gives the ids and the
+documents that were written. What a shard says about itself beside them (direction, tokenizer,
+bytes of text) is covered by the file's hash in the manifest, see test_build.py.
+"""
+
+import hashlib
+import io
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ShardCorruptError
+from data_pipeline.shard_format import ShardDigest, ShardReader, ShardWriter
+
+Documents = list[npt.NDArray[np.unsignedinteger]]
+
+IDENTITY = {"direction": "backward", "unit": "token", "tokenizer_sha256": "5" * 64}
+
+
+@st.composite
+def shards(draw: st.DrawFn) -> tuple[Documents, int]:
+    """Documents of ids of one width, and tokens in a frame."""
+    dtype = np.dtype(draw(st.sampled_from(["<u2", "<u4"])))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    lengths = draw(st.lists(st.integers(2, 300), min_size=1, max_size=12))
+    largest = draw(st.sampled_from([3, 600, 2 ** (8 * dtype.itemsize)]))
+    documents = [generator.integers(0, largest, length, dtype) for length in lengths]
+    return documents, draw(st.sampled_from([64, 128, 1024]))
+
+
+def write_shard(documents: Documents, frame_tokens: int) -> tuple[bytes, ShardDigest]:
+    file = io.BytesIO()
+    writer = ShardWriter(file, IDENTITY, documents[0].dtype, frame_tokens)
+    for document in documents:
+        writer.add(document, text_bytes=3 * len(document))
+    digest = writer.finish()
+    return file.getvalue(), digest
+
+
+def some_documents(seed: int, lengths: list[int], largest: int = 600) -> Documents:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, largest, length, np.dtype("<u2")) for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that every test of this module may overwrite."""
+    return tmp_path_factory.mktemp("shard") / "train-00000-00000.zst"
+
+
+@pytest.fixture(scope="module")
+def small_shard() -> bytes:
+    """A shard of four frames, the last one short, whose every bit can be tried."""
+    return write_shard(some_documents(1, [50, 90, 2, 75]), frame_tokens=64)[0]
+
+
+def read_everything(path: Path) -> tuple[list[int], list[int], str]:
+    """All that a reader gives: ids, tokens of each document, hash of both."""
+    reader = ShardReader(path)
+    try:
+        ids = reader.tokens(0, reader.header.tokens).tolist()
+        return ids, reader.document_tokens().tolist(), reader.content_sha256()
+    finally:
+        reader.close()
+
+
+def outcome(path: Path, damaged: bytes) -> object:
+    """What reading a damaged shard gives: everything, or the error that came instead."""
+    path.touch()
+    with path.open("r+b") as file:  # in place: some file systems flush a file that is rewritten
+        file.write(damaged)
+        file.truncate()
+    try:
+        return read_everything(path)
+    except Exception as error:  # noqa: BLE001 - any other error is what the tests look for
+        return error
+
+
+def bit_flips(data: bytes, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    for bit in range(8 * start, 8 * stop):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield bit, bytes(flipped)
+
+
+def harmful_flips(path: Path, data: bytes, intact: object, stop: int) -> list[str]:
+    """Flips before byte `stop` that are not noticed as damage and yet change what is read."""
+    harmful = []
+    for bit, flipped in bit_flips(data, 0, stop):
+        found = outcome(path, flipped)
+        if not isinstance(found, ShardCorruptError) and found != intact:
+            around = flipped[max(bit // 8 - 16, 0) : bit // 8 + 4]
+            harmful.append(f"bit {bit % 8} of byte {bit // 8}, {around!r}: {found!r:.80}")
+    return harmful
+
+
+@given(shard=shards())
+def test_ids_and_documents_are_read_back(path: Path, shard: tuple[Documents, int]) -> None:
+    documents, frame_tokens = shard
+    data, digest = write_shard(documents, frame_tokens)
+    path.write_bytes(data)
+    ids = np.concatenate(documents).tolist()
+    assert read_everything(path) == (ids, list(map(len, documents)), digest.content_sha256)
+
+
+@given(shard=shards())
+def test_a_digest_says_what_was_written(shard: tuple[Documents, int]) -> None:
+    documents, frame_tokens = shard
+    data, digest = write_shard(documents, frame_tokens)
+    counts = np.array(list(map(len, documents)), dtype="<u4")
+    tokens = int(counts.sum())
+    assert digest == ShardDigest(
+        tokens=tokens,
+        documents=len(documents),
+        text_bytes=3 * tokens,
+        file_bytes=len(data),
+        file_sha256=hashlib.sha256(data).hexdigest(),
+        content_sha256=hashlib.sha256(
+            np.concatenate(documents).tobytes() + counts.tobytes()
+        ).hexdigest(),
+    )
+
+
+@given(shard=shards(), data=st.data())
+def test_any_range_of_tokens_can_be_read(
+    path: Path, shard: tuple[Documents, int], data: st.DataObject
+) -> None:
+    documents, frame_tokens = shard
+    path.write_bytes(write_shard(documents, frame_tokens)[0])
+    ids = np.concatenate(documents)
+    start = data.draw(st.integers(0, len(ids)))
+    stop = data.draw(st.integers(start, len(ids)))
+    reader = ShardReader(path)
+    assert reader.tokens(start, stop).tolist() == ids[start:stop].tolist()
+    reader.close()
+
+
+@given(shard=shards())
+def test_every_frame_but_the_last_is_full(path: Path, shard: tuple[Documents, int]) -> None:
+    documents, frame_tokens = shard
+    path.write_bytes(write_shard(documents, frame_tokens)[0])
+    reader = ShardReader(path)
+    lengths = [len(reader.frame(frame)) for frame in range(reader.num_frames)]
+    reader.close()
+    tokens = sum(map(len, documents))
+    full, rest = divmod(tokens, frame_tokens)
+    assert lengths == [frame_tokens] * full + [rest] * (rest > 0)
+
+
+@given(shard=shards())
+def test_a_shard_is_written_the_same_way_every_time(shard: tuple[Documents, int]) -> None:
+    assert write_shard(*shard) == write_shard(*shard)
+
+
+@settings(max_examples=20)
+@given(shard=shards())
+def test_a_plain_zstd_decoder_gives_the_raw_ids(shard: tuple[Documents, int]) -> None:
+    documents, frame_tokens = shard
+    data = write_shard(documents, frame_tokens)[0]
+    if shutil.which("zstd"):
+        raw = subprocess.run(["zstd", "-dc"], input=data, capture_output=True, check=True).stdout
+    else:
+        reader = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
+        raw = reader.readall()
+    assert raw == np.concatenate(documents).tobytes()
+
+
+@given(shard=shards())
+def test_the_seek_table_is_that_of_the_seekable_format(shard: tuple[Documents, int]) -> None:
+    """Parsed by facebook/zstd, contrib/seekable_format/zstd_seekable_compression_format.md."""
+    documents, frame_tokens = shard
+    data = write_shard(documents, frame_tokens)[0]
+    num_frames, descriptor, magic = struct.unpack("<IBI", data[-9:])
+    assert (magic, descriptor) == (0x8F92EAB1, 0b1000_0000)
+    table_start = len(data) - 9 - 12 * num_frames
+    assert struct.unpack("<II", data[table_start - 8 : table_start]) == (
+        0x184D2A5E,
+        len(data) - table_start,
+    )
+    offset, raw = 0, b""
+    for compressed_bytes, decompressed_bytes, checksum in struct.iter_unpack(
+        "<III", data[table_start:-9]
+    ):
+        frame = data[offset : offset + compressed_bytes]
+        offset += compressed_bytes
+        if decompressed_bytes == 0:  # the index, a skippable frame, is an entry without content
+            assert struct.unpack("<II", frame[:8]) == (0x184D2A5D, len(frame) - 8)
+            continue
+        content = zstandard.ZstdDecompressor().decompress(frame)
+        assert len(content) == decompressed_bytes
+        assert frame[-4:] == struct.pack("<I", checksum)
+        assert zstandard.get_frame_parameters(frame).has_checksum
+        raw += content
+    assert (offset, raw) == (table_start - 8, np.concatenate(documents).tobytes())
+
+
+def test_a_shard_cut_short_anywhere_is_noticed(path: Path, small_shard: bytes) -> None:
+    unnoticed = [
+        size
+        for size in range(len(small_shard))
+        if not isinstance(outcome(path, small_shard[:size]), ShardCorruptError)
+    ]
+    assert unnoticed == []
+
+
+def test_bytes_after_the_end_are_noticed(path: Path, small_shard: bytes) -> None:
+    assert isinstance(outcome(path, small_shard + b"\0"), ShardCorruptError)
+
+
+def test_a_flipped_bit_is_noticed_or_changes_nothing(path: Path, small_shard: bytes) -> None:
+    path.write_bytes(small_shard)
+    intact = read_everything(path)
+    assert harmful_flips(path, small_shard, intact, len(small_shard)) == []
+
+
+def test_a_flipped_bit_in_the_head_of_a_full_size_frame_is_noticed_or_changes_nothing(
+    path: Path,
+) -> None:
+    data = write_shard(some_documents(2, [70_000]), frame_tokens=65_536)[0]
+    path.write_bytes(data)
+    intact = read_everything(path)
+    assert harmful_flips(path, data, intact, 16) == []
+
+
+def test_a_flipped_bit_in_a_frames_content_is_noticed(path: Path) -> None:
+    data = write_shard(some_documents(3, [200], largest=65_536), frame_tokens=256)[0]
+    frame_bytes = struct.unpack("<I", data[-9 - 24 : -9 - 20])[0]
+    unnoticed = [
+        bit
+        for bit, flipped in bit_flips(data, 12, frame_bytes)
+        if not isinstance(outcome(path, flipped), ShardCorruptError)
+    ]
+    assert unnoticed == []
+
+
+def test_a_broken_frame_is_named_by_file_number_and_offset(path: Path, small_shard: bytes) -> None:
+    path.write_bytes(small_shard)
+    (first_frame_bytes,) = struct.unpack("<I", small_shard[-9 - 5 * 12 :][:4])
+    middle = first_frame_bytes + 20
+    damaged = small_shard[:middle] + b"\xff\xff\xff\xff" + small_shard[middle + 4 :]
+    message = str(outcome(path, damaged))
+    assert str(path) in message
+    assert f"frame 1 at byte {first_frame_bytes}" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"x", bytes(100)], ids=["no bytes", "a byte", "zeros"])
+def test_a_file_that_is_no_shard_is_named(path: Path, content: bytes) -> None:
+    found = outcome(path, content)
+    assert isinstance(found, ShardCorruptError)
+    assert str(path) in str(found)
+
+
+def test_a_shard_of_another_version_is_refused(path: Path, small_shard: bytes) -> None:
+    assert small_shard.count(b'"version": 1') == 1
+    damaged = small_shard.replace(b'"version": 1', b'"version": 2')
+    assert isinstance(outcome(path, damaged), ShardCorruptError)
