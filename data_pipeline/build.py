@@ -153,7 +153,11 @@ def _run(
     )
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        # Without a terminal, a bar would leave an empty line behind.
+        with Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as progress:
             bar = progress.add_task("tasks", total=len(tasks))
             running = {pool.submit(run_task, task, out, model_bytes): task for task in tasks}
             for future in as_completed(running):
