@@ -8,7 +8,8 @@ whatever moves the gradients, so that agreeing never waits for a GPU.
 import os
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -103,6 +104,17 @@ def start_world(device_name: str, timeout_s: float) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, control)
 
 
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Before the ranks can talk: of an error that all of them meet, let the first one speak."""
+    try:
+        yield
+    except MegabackError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            raise
+        raise SystemExit(error.exit_code) from None
+
+
 def end_world() -> None:
     """Leave in order, so that no rank is seen to vanish."""
     if dist.is_initialized():
@@ -134,7 +146,9 @@ def _name_rank_from_slurm() -> None:
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment["LOCAL_SIZE"] = environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    environment["LOCAL_SIZE"] = str(
+        _tasks_on_node(environment["SLURM_STEP_TASKS_PER_NODE"], int(environment["SLURM_NODEID"]))
+    )
     if "MASTER_ADDR" not in environment:
         nodes = environment["SLURM_STEP_NODELIST"]
         listing = subprocess.run(
@@ -147,7 +161,18 @@ def _name_rank_from_slurm() -> None:
             )
         environment["MASTER_ADDR"] = listing.stdout.split()[0]
     if "MASTER_PORT" not in environment:
-        environment["MASTER_PORT"] = str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000)
+        # Below the ports that Linux hands out by itself; two steps of a job differ too.
+        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+        environment["MASTER_PORT"] = str(10_000 + (job + 7_919 * step) % 20_000)
+
+
+def _tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """Read Slurm's notation: `2(x3),1` is 2 tasks on each of nodes 0 to 2 and 1 on node 3."""
+    counts: list[int] = []
+    for entry in tasks_per_node.split(","):
+        count, _, repeat = entry.partition("(x")
+        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    return counts[node]
 
 
 def _name_lonely_rank() -> None:

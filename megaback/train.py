@@ -12,14 +12,13 @@ from pathlib import Path
 from types import FrameType
 
 import click
-import torch
 
 from data_pipeline.batches import Batch
 from data_pipeline.command import Command
 from data_pipeline.errors import MegabackError, NonFiniteError, PreemptedError
 from megaback.checkpoint import save_checkpoint
 from megaback.config import Config, load_config
-from megaback.distributed import World, end_world, start_world
+from megaback.distributed import World, end_world, one_voice, start_world
 from megaback.engine import learning_rate_at, set_learning_rate, take_step
 from megaback.evaluation import ValidationResult, evaluate, to_device
 from megaback.metrics import MetricsLog, StepRecord
@@ -38,9 +37,8 @@ class StopRequest:
         self.signal_number = number
 
 
-def train(config: Config, world: World) -> None:
+def train(config: Config, world: World, stop: StopRequest) -> None:
     """Train to the end of the run, or until a signal. Raises PreemptedError or NonFiniteError."""
-    stop = StopRequest()
     run = prepare_run(config, world)
     log = world.together(_open_log, run, world)
     try:
@@ -58,9 +56,11 @@ def _train_steps(run: Run, world: World, stop: StopRequest, log: MetricsLog | No
         started = time.monotonic()
         micro_batches, num_targets, must_stop = _agree_on_step(run, world, stop, step)
         if must_stop:
-            _save(run, world, step, val_loss)
+            if step > run.start_step:
+                _save(run, world, step, val_loss)
             raise PreemptedError(
-                f"asked to stop, and saved after {step} steps; run the same command to go on"
+                f"asked to stop after {step} steps, all of them saved; "
+                "run the same command to go on"
             )
         loss = _accumulate_gradients(run, world, micro_batches, num_targets)
         _require_finite("loss", loss, step)
@@ -145,8 +145,6 @@ def _validate(run: Run, world: World, log: MetricsLog | None, done: int) -> floa
 
 
 def _save(run: Run, world: World, done: int, val_loss: float | None) -> None:
-    if done == run.start_step:
-        return  # nothing new since the checkpoint that the run began from
     save_checkpoint(
         run.engine,
         run.config.run,
@@ -175,12 +173,13 @@ def _require_finite(what: str, value: float, step: int) -> None:
 @click.option("--local_rank", type=int, hidden=True, expose_value=False)  # the deepspeed command's
 def main(config: Path, overrides: tuple[str, ...]) -> None:
     """Train as one rank of a run described by CONFIG and key.sub=value OVERRIDES."""
-    settings = load_config(config, overrides)
-    torch.manual_seed(settings.training.seed)
+    stop = StopRequest()
+    with one_voice():
+        settings = load_config(config, overrides)
     world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
     error: MegabackError | None = None
     try:
-        train(settings, world)
+        train(settings, world, stop)
     except (NonFiniteError, PreemptedError) as shared:
         error = shared  # raised on every rank alike
     world.stop_if_any(error)

@@ -63,6 +63,7 @@ def gather_weights(target: Path, zero_stage: int) -> "dict[str, Tensor]":
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no device is needed to gather weights
+    os.environ.setdefault("TQDM_DISABLE", "1")
     if zero_stage == 0:
         states = torch.load(target / "mp_rank_00_model_states.pt", weights_only=False, mmap=True)
         return dict(states["module"])

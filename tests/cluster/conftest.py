@@ -1,0 +1,93 @@
+"""A real Slurm of two nodes on this machine.
+
+`minislurm.sh` starts the daemons that a cluster runs, each node in namespaces of its own. That
+needs root and the Slurm packages; where one of them is missing, the tests are skipped with the
+reason.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_cluster import (
+    MINISLURM,
+    NUM_NODES,
+    NUM_STEPS,
+    Slurm,
+    cpu_options,
+    free_ports,
+    why_no_cluster,
+)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    """Two nodes, n1 and n2, large enough on paper for the shipped files; taken down at the end."""
+    reason = why_no_cluster()
+    if reason:
+        pytest.skip(reason)
+    # pytest's own folders are closed to others, and munged refuses to have its socket in one.
+    folder = Path(tempfile.mkdtemp(prefix="megaback-slurm-"))
+    folder.chmod(0o755)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "SBATCH_", "MASTER_"))
+        and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    } | {
+        "MINISLURM_DIR": str(folder),
+        "MINISLURM_NODES": str(NUM_NODES),
+        "MINISLURM_CPUS": "64",
+        "MINISLURM_MEM": "64000",
+        "MINISLURM_GPUS": "8",
+        "MINISLURM_PORT": str(free_ports(NUM_NODES + 1)),
+        "MINISLURM_KILLWAIT": "30",  # Slurm's default
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "MEGABACK_ENV": str(Path(sys.executable).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    cluster = Slurm(environment)
+    try:
+        cluster.command("bash", MINISLURM, "up")
+        yield cluster
+    finally:
+        cluster.command("bash", MINISLURM, "down")
+
+
+@pytest.fixture(scope="session")
+def write_config(tiny_shards: Path) -> Callable[..., Path]:
+    """`write_config(folder, **top-level keys)`: a model of two layers, its run in `folder/run`."""
+
+    def write(folder: Path, **changes: Any) -> Path:
+        fields = {
+            "run": str(folder / "run"),
+            "data": {"shards": str(tiny_shards)},
+            "model": {"num_layers": 2, "width": 64, "num_heads": 2},
+            "batch": {"context_tokens": 64, "global_batch_rows": 8, "micro_batch_rows": 2},
+            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 3},
+            "training": {"steps": NUM_STEPS, "precision": "fp32"},
+            "zero": {"stage": 2},
+            "hardware": {"device": "cpu", "collective_timeout_s": 120},
+        } | changes
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(fields))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_run(
+    slurm: Slurm, write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The run folder of a job on two nodes with two ranks each that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = write_config(folder)
+    job_id = slurm.submit("train.sbatch", config, cwd=folder, options=cpu_options(tasks_per_node=2))
+    slurm.require_completed(job_id, folder)
+    return folder / "run"
