@@ -17,7 +17,7 @@ import psutil
 
 from data_pipeline import errors
 from data_pipeline.command import Command
-from data_pipeline.errors import LaunchError, MegabackError
+from data_pipeline.errors import LaunchError, MegabackError, PreemptedError
 from megaback.config import Config, load_config
 from megaback.run_data import open_data
 
@@ -71,11 +71,16 @@ def rank_environment(device: str, processes: int) -> dict[str, str]:
     return environment
 
 
-def run_ranks(command: list[str], environment: dict[str, str]) -> int:
-    """Run the launcher to its end, passing signals on to every rank at once. Returns its code."""
+def run_ranks(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
+    """Run the launcher to its end, passing signals on to every rank at once.
+
+    Returns its exit code, and whether there was a signal.
+    """
     launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         ranks = _rank_processes(launcher.pid)
         for process in ranks:
             process.send_signal(number)
@@ -87,7 +92,7 @@ def run_ranks(command: list[str], environment: dict[str, str]) -> int:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     }
     try:
-        return launcher.wait()
+        return launcher.wait(), bool(received)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -130,8 +135,10 @@ def main(config: Path, overrides: tuple[str, ...]) -> None:
     device, processes = plan_ranks(settings)
     open_data(settings, 0, processes)
     command = launch_command(config, overrides, processes)
-    code = run_ranks(command, rank_environment(device, processes))
-    if code and code not in _known_codes():
+    code, was_signalled = run_ranks(command, rank_environment(device, processes))
+    if was_signalled and code not in {0, *_known_codes()}:
+        raise PreemptedError("asked to stop while starting; run the same command to go on")
+    if code not in {0, *_known_codes()}:
         raise LaunchError(
             f"the ranks ended with code {code}, without a reason of their own; "
             "look for the first traceback above, and run the same command again to go on"

@@ -11,18 +11,22 @@ import json
 import platform
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from data_pipeline.command import replacing, write_text
 from data_pipeline.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,
     RunMismatchError,
+    StorageError,
 )
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.text import TextFormat
@@ -49,8 +53,8 @@ class CheckpointMeta:
     config: dict[str, Any]
     val_loss: float | None
     versions: dict[str, str]
-    files: dict[str, list[Any]]
-    """name: [bytes, sha256]"""
+    files: dict[str, tuple[int, str]]
+    """name: (bytes, sha256)"""
 
     @property
     def format(self) -> TextFormat:
@@ -77,36 +81,93 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint together with all ranks, then let the oldest ones go.
 
-    Raises OSError; a checkpoint that could not be finished has no meta.json and is never used.
+    When a rank cannot write, all ranks stop with its message; the checkpoint then has no meta.json
+    and is never used.
     """
     folder = run / CHECKPOINTS_FOLDER
     target = folder / f"step-{meta.step:08d}"
-    if world.is_first:
-        shutil.rmtree(target, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    world.barrier()
-    engine.save_checkpoint(str(folder), tag=target.name, save_latest=False)
-    if world.is_first:
-        for script in folder.glob("zero_to_*.py"):
-            script.unlink()  # `megaback convert` takes the place of DeepSpeed's copied script
-        with replacing(target / TOKENIZER_NAME) as file:
-            file.write(tokenizer)
-    world.barrier()
+    if world.together(_is_saved, target, world):
+        return target
+    world.together(_make_empty, target, world)
+    with _collecting_write_errors(engine) as problems:
+        engine.save_checkpoint(str(folder), tag=target.name, save_latest=False)
+    world.stop_if_any(_write_error(target, problems))
+    world.together(_add_tokenizer, target, tokenizer, world)
     names = sorted(path.name for path in target.iterdir())
     mine = {name: _size_and_hash(target / name) for name in names[world.rank :: world.size]}
     files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+    world.together(_complete, target, replace(meta, files=dict(sorted(files.items()))), world)
     if world.is_first:
-        fields = {
-            "format": _FORMAT_NAME,
-            "version": _FORMAT_VERSION,
-            **asdict(meta),
-            "files": dict(sorted(files.items())),
-        }
-        write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
-        write_text(folder / "latest", target.name + "\n")
         _rotate(folder, keep_last)
-    world.barrier()
     return target
+
+
+def _is_saved(target: Path, world: World) -> bool:
+    """Whether this step was saved before, and is intact: the first rank looks."""
+    is_saved = False
+    if world.is_first and (target / META_NAME).is_file():
+        try:
+            verify_files(target, read_meta(target))
+            is_saved = True
+        except CheckpointCorruptError:
+            pass  # it is written again
+    return world.gather(is_saved)[0]
+
+
+def _make_empty(target: Path, world: World) -> None:
+    if world.is_first:
+        (target / META_NAME).unlink(missing_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True, exist_ok=True)
+
+
+def _add_tokenizer(target: Path, tokenizer: bytes, world: World) -> None:
+    if world.is_first:
+        for script in target.parent.glob("zero_to_*.py"):
+            script.unlink()  # `megaback convert` takes the place of DeepSpeed's copied script
+        with replacing(target / TOKENIZER_NAME) as file:
+            file.write(tokenizer)
+
+
+def _complete(target: Path, meta: CheckpointMeta, world: World) -> None:
+    if world.is_first:
+        fields = {"format": _FORMAT_NAME, "version": _FORMAT_VERSION, **asdict(meta)}
+        write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
+        write_text(target.parent / "latest", target.name + "\n")
+
+
+@contextmanager
+def _collecting_write_errors(engine: Any) -> Iterator[list[Exception]]:
+    """Let DeepSpeed's save run to its end on every rank, and keep what went wrong.
+
+    A rank that raised in the middle would leave the others waiting in DeepSpeed's barriers.
+    """
+    problems: list[Exception] = []
+    writer = engine.checkpoint_engine
+    write = writer.save
+
+    def save(*arguments: Any, **options: Any) -> Any:
+        try:
+            return write(*arguments, **options)
+        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
+            problems.append(error)
+            return None
+
+    writer.save = save
+    try:
+        yield problems
+    finally:
+        writer.save = write
+
+
+def _write_error(target: Path, problems: list[Exception]) -> StorageError | None:
+    if not problems:
+        return None
+    reason = " ".join(str(problems[0]).split())
+    return StorageError(
+        f"cannot write the checkpoint {target}: {reason}; the checkpoints before it are intact: "
+        "free some space and run the same command to go on"
+    )
 
 
 def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | None:
@@ -179,9 +240,16 @@ def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
             f"{path} holds no complete checkpoint (no step-*/{META_NAME}); "
             "give a run's folder, or train until a checkpoint is saved"
         )
-    meta = read_meta(candidates[-1])
-    verify_files(candidates[-1], meta)
-    return candidates[-1], meta
+    newest = candidates[-1]
+    try:
+        meta = read_meta(newest)
+        verify_files(newest, meta)
+    except CheckpointCorruptError as error:
+        others = ", ".join(other.name for other in candidates[:-1]) or "there is no other one"
+        raise CheckpointCorruptError(
+            f"{error}; name an older checkpoint, if you want that one ({others})"
+        ) from None
+    return newest, meta
 
 
 def read_meta(target: Path) -> CheckpointMeta:
@@ -190,11 +258,14 @@ def read_meta(target: Path) -> CheckpointMeta:
         fields = json.loads((target / META_NAME).read_text(encoding="utf-8"))
         if (fields.pop("format"), fields.pop("version")) != (_FORMAT_NAME, _FORMAT_VERSION):
             raise ValueError("another format or version")
-        meta = CheckpointMeta(**fields)
+        meta = TypeAdapter(CheckpointMeta).validate_python(fields)
         _ = meta.format
+        if target.name != f"step-{meta.step:08d}" and _STEP_FOLDER.fullmatch(target.name):
+            raise ValueError(f"it is of step {meta.step}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
         raise CheckpointCorruptError(
-            f"{target / META_NAME} is not a checkpoint's description ({error})"
+            f"{target / META_NAME} is not a checkpoint's description ({reason})"
         ) from None
     return meta
 
@@ -213,12 +284,14 @@ def verify_files(target: Path, meta: CheckpointMeta, part: int = 0, parts: int =
 def _rotate(folder: Path, keep_last: int) -> None:
     for old in complete_checkpoints(folder.parent)[:-keep_last]:
         (old / META_NAME).unlink()
-        shutil.rmtree(old, ignore_errors=True)
+    for path in folder.iterdir():  # those, and what kills have left behind
+        if _STEP_FOLDER.fullmatch(path.name) and not (path / META_NAME).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _size_and_hash(path: Path) -> list[Any]:
+def _size_and_hash(path: Path) -> tuple[int, str]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return [path.stat().st_size, digest.hexdigest()]
+    return path.stat().st_size, digest.hexdigest()

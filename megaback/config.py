@@ -18,7 +18,7 @@ from data_pipeline.text import Direction
 class Section(BaseModel):
     """A part of the config: immutable, and without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSection(Section):

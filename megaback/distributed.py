@@ -57,14 +57,7 @@ class World:
 
         The lowest rank that failed prints its sentence, and every rank exits with its code.
         """
-        result: _Result | None = None
-        error: MegabackError | None = None
-        try:
-            result = function(*arguments)
-        except MegabackError as problem:
-            error = problem
-        except OSError as problem:
-            error = storage_error(problem)
+        result, error = attempt(function, *arguments)
         self.stop_if_any(error)
         return result  # type: ignore[return-value]
 
@@ -78,6 +71,18 @@ class World:
             report(error)
         self.barrier()  # nobody exits, and is noticed by the launcher, before the message is out
         raise SystemExit(codes[failed[0]])
+
+
+def attempt(
+    function: Callable[..., _Result], *arguments: Any
+) -> tuple[_Result | None, MegabackError | None]:
+    """Call a function; its result, or the error that the ranks have to agree on."""
+    try:
+        return function(*arguments), None
+    except MegabackError as error:
+        return None, error
+    except OSError as error:
+        return None, storage_error(error)
 
 
 def start_world(device_name: str, timeout_s: float) -> World:

@@ -1,7 +1,7 @@
 """The loss over a whole val set, in nats a token and in bits a byte of text."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,13 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return ids_T, targets_T, positions_T, segments
 
 
+def _agreed(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    """Pass on batches, of which every rank has as many; an error on any rank ends all ranks."""
+    iterator = iter(batches)
+    while (batch := world.together(next, iterator, None)) is not None:
+        yield batch
+
+
 @torch.no_grad()
 def evaluate(
     engine: Any, batches: Iterable[Batch], piece_num_bytes: npt.NDArray[np.int64], world: World
@@ -42,7 +49,7 @@ def evaluate(
     """Measure a val set together with all ranks; every rank gets the same result."""
     engine.eval()
     nats, num_targets, num_bytes = 0.0, 0, 0
-    for batch in batches:
+    for batch in _agreed(batches, world):
         nats += float(engine(*to_device(batch, world.device)))
         targets = batch.targets_T[batch.targets_T != IGNORED_TARGET]
         num_targets += len(targets)

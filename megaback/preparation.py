@@ -1,11 +1,12 @@
 """Everything that stands before the training loop: data, model, engine, and where to go on."""
 
+import fcntl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_pipeline.command import write_text
-from data_pipeline.errors import RunMismatchError
+from data_pipeline.errors import LaunchError, RunMismatchError
 from megaback.attention import attention_backend
 from megaback.checkpoint import (
     CheckpointMeta,
@@ -22,6 +23,7 @@ from megaback.model_folder import load_weights, read_description
 from megaback.run_data import Data, open_data
 
 CONFIG_COPY_NAME = "config.yaml"
+_LOCK_NAME = ".lock"
 
 # A run may be continued with other values of everything but these: they decide the batches or the
 # shape of what is saved.
@@ -50,6 +52,8 @@ class Run:
     num_parameters: int
     flops_per_token: float
     peak_flops: float | None
+    lock: IO[str] | None
+    """Open as long as the run is: it keeps others out of the run's folder."""
 
     def step_flops_share(self, world: World) -> float | None:
         """FLOPs of a step over the devices' peak: the MFU of a step that takes one second."""
@@ -83,6 +87,7 @@ def prepare_run(config: Config, world: World) -> Run:
     """
     data = world.together(open_data, config, world.rank, world.size)
     attention, backend = world.together(attention_backend, config.hardware.attention, world.device)
+    lock = world.together(_claim, config, world)
     found = world.together(newest_checkpoint, config.run, world)
     if found is not None:
         world.together(_require_same_run, config, data, *found)
@@ -114,6 +119,7 @@ def prepare_run(config: Config, world: World) -> Run:
         num_parameters,
         flops_per_token,
         config.hardware.peak_flops or device_peak_flops(world.device),
+        lock,
     )
 
 
@@ -133,6 +139,23 @@ def batch_arithmetic(run: Run, world: World) -> str:
         f"{data.total_steps:,} steps = {data.total_steps * tokens_a_step:,} tokens = "
         f"{epochs:.2f} epochs of {total['tokens']:,} tokens, in {data.order.lanes} lanes"
     )
+
+
+def _claim(config: Config, world: World) -> IO[str] | None:
+    """Keep others out of the run's folder for as long as the file returned is open."""
+    if not world.is_first:
+        return None
+    config.run.mkdir(parents=True, exist_ok=True)
+    lock = (config.run / _LOCK_NAME).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LaunchError(
+            f"another process is training in {config.run}; wait for it, or use another run folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def _initialize_from(model: ReverseGPT, config: Config, data: Data) -> None:

@@ -18,7 +18,7 @@ from data_pipeline.command import Command
 from data_pipeline.errors import MegabackError, NonFiniteError, PreemptedError
 from megaback.checkpoint import save_checkpoint
 from megaback.config import Config, load_config
-from megaback.distributed import World, end_world, one_voice, start_world
+from megaback.distributed import World, attempt, end_world, one_voice, start_world
 from megaback.engine import learning_rate_at, set_learning_rate, take_step
 from megaback.evaluation import ValidationResult, evaluate, to_device
 from megaback.metrics import MetricsLog, StepRecord
@@ -51,12 +51,13 @@ def train(config: Config, world: World, stop: StopRequest) -> None:
 def _train_steps(run: Run, world: World, stop: StopRequest, log: MetricsLog | None) -> None:
     config, engine, total_steps = run.config, run.engine, run.data.total_steps
     val_loss = run.val_loss if run.start_step else _validate(run, world, log, 0)
+    saved_step = run.start_step
     engine.train()
     for step in range(run.start_step, total_steps):
         started = time.monotonic()
         micro_batches, num_targets, must_stop = _agree_on_step(run, world, stop, step)
         if must_stop:
-            if step > run.start_step:
+            if step > saved_step:
                 _save(run, world, step, val_loss)
             raise PreemptedError(
                 f"asked to stop after {step} steps, all of them saved; "
@@ -76,6 +77,7 @@ def _train_steps(run: Run, world: World, stop: StopRequest, log: MetricsLog | No
             val_loss = _validate(run, world, log, done)
         if _is_due(config.checkpoint.every_steps, done) or done == total_steps:
             _save(run, world, done, val_loss)
+            saved_step = done
 
 
 def _agree_on_step(
@@ -85,12 +87,8 @@ def _agree_on_step(
 
     If any rank cannot read its rows, all of them end here, with its message.
     """
-    micro_batches: list[Batch] = []
-    error: MegabackError | None = None
-    try:
-        micro_batches = run.data.training.at(step)
-    except MegabackError as problem:
-        error = problem
+    found, error = attempt(run.data.training.at, step)
+    micro_batches = found or []
     num_targets, num_stops, num_errors = world.sum(
         sum(batch.num_targets for batch in micro_batches),
         stop.signal_number is not None,

@@ -22,7 +22,7 @@ from data_pipeline.inspection import unigram_entropy
 from data_pipeline.manifest import Manifest
 
 _CONFIG = Path("configs/demo.yaml")
-_VOCAB_SIZE = 4096
+_VOCAB_SIZE = 2048
 _SAMPLE_TOKENS = 60
 _ENDINGS = (
     "and returns the number of bytes written.",

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import click
 
 from data_pipeline.command import Command
-from data_pipeline.errors import DirectionMismatchError, PromptError
+from data_pipeline.errors import BackendError, DirectionMismatchError, PromptError
 from data_pipeline.text import Direction
 
 if TYPE_CHECKING:
+    import torch
+
     from megaback.generate import SamplingOptions
 
 _PROMPT_OPTION = {Direction.BACKWARD: "--ending", Direction.FORWARD: "--beginning"}
@@ -45,6 +47,25 @@ def apply_command(options: "SamplingOptions", line: str) -> "SamplingOptions | N
     raise PromptError(f"{line.strip()!r} is not a value for {name}; write for example temp=0.8")
 
 
+def choose_device(name: str | None) -> "torch.device":
+    """A device by name, or the first GPU, or the CPU. Raises BackendError when it is not there."""
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_cuda else "cpu"))
+    except RuntimeError:
+        raise BackendError(f"--device {name} is no device; use cpu, cuda or cuda:N") from None
+    if device.type != "cpu" and not (
+        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    ):
+        raise BackendError(
+            f"--device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
+            "use cpu, or a CUDA build of torch on a machine with GPUs"
+        )
+    return device
+
+
 @click.command(cls=Command, name="sample")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--ending", help="Text that a backward model writes towards.")
@@ -71,8 +92,6 @@ def main(
     Without a text, an interactive prompt: type one, or temp=X, top_k=X, tokens=X; an empty line or
     end of input leaves.
     """
-    import torch
-
     from megaback.generate import SamplingOptions, complete
     from megaback.model_folder import load_model_folder, read_description
 
@@ -83,8 +102,7 @@ def main(
         require_direction(folder, direction, Direction.BACKWARD)
     if beginning is not None:
         require_direction(folder, direction, Direction.FORWARD)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, description, codec = load_model_folder(folder, torch.device(chosen))
+    model, description, codec = load_model_folder(folder, choose_device(device))
     options = SamplingOptions(tokens, temp, top_k, seed)
     given = ending if ending is not None else beginning
     if given is not None:

@@ -1,16 +1,27 @@
 """Rows and targets: every token is read, every target that can be learnt is there exactly once."""
 
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from batch_helpers import (
+    BEGIN,
+    CONTEXT_TOKENS,
+    CONTEXTS,
+    DIRECTIONS,
+    END,
+    QUICKLY,
+    DataSet,
+    Ids,
+    data_set,
+    document_shards,
+    mirrored,
+    write_data_set,
+)
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.batches import (
@@ -18,129 +29,12 @@ from data_pipeline.batches import (
     Batch,
     FrameStore,
     RowReader,
-    TrainingBatches,
     check_context,
-    format_read_as,
     sequential_batches,
 )
-from data_pipeline.errors import BatchError, ConfigError, DirectionMismatchError, ShardCorruptError
-from data_pipeline.manifest import Manifest, ShardEntry
-from data_pipeline.order import Order
-from data_pipeline.row_table import RowTable
-from data_pipeline.shard_format import ShardReader, ShardWriter
-from data_pipeline.text import Direction, TextCodec, TextFormat, Unit
-
-Codecs = Callable[..., TextCodec]
-Ids = npt.NDArray[np.int64]
-
-BEGIN, END = 1, 2
-FRAME_TOKENS = 64
-CONTEXT_TOKENS = 16  # where it does not matter
-BACKWARD_TOKENS = TextFormat(Direction.BACKWARD, Unit.TOKEN, "5" * 64)
-
-
-@dataclass
-class DataSet:
-    """Shards of given documents, and what they should hold."""
-
-    folder: Path
-    manifest: Manifest
-    frames: list[Ids]
-
-    def store(self, keep_frames: int = 64) -> FrameStore:
-        return FrameStore(self.folder, self.manifest, "train", keep_frames)
-
-    def rows(self, context_tokens: int, direction: Direction = Direction.BACKWARD) -> RowReader:
-        return RowReader(self.store(), context_tokens, direction)
-
-    def training(
-        self, store: FrameStore, rank: int = 0, world_size: int = 1, micro_batch_rows: int = 1
-    ) -> TrainingBatches:
-        rows = RowReader(store, CONTEXT_TOKENS, Direction.BACKWARD)
-        table, order = self.table_and_order()
-        return TrainingBatches(store, rows, table, order, rank, world_size, micro_batch_rows)
-
-    def table_and_order(self) -> tuple[RowTable, Order]:
-        table = RowTable(self.store().shard_tokens, self.manifest.frame_tokens, CONTEXT_TOKENS)
-        order = Order(
-            num_frames=table.num_frames,
-            rows_per_frame=table.rows_per_frame,
-            global_batch_rows=12,
-            lanes=4,
-            seed=1,
-            window_frames=2,
-        )
-        return table, order
-
-
-def write_data_set(
-    folder: Path,
-    shards: list[list[Ids]],
-    frame_tokens: int = FRAME_TOKENS,
-    text_format: TextFormat = BACKWARD_TOKENS,
-    begin_id: int = BEGIN,
-    end_id: int = END,
-) -> DataSet:
-    entries, frames = [], []
-    for number, documents in enumerate(shards):
-        name = f"train-{number:05d}-00000.zst"
-        with (folder / name).open("wb") as file:
-            writer = ShardWriter(file, text_format.to_dict(), np.dtype("<u2"), frame_tokens)
-            for document in documents:
-                writer.add(document, text_bytes=len(document))
-            entries.append(ShardEntry(name, "train", **asdict(writer.finish())))
-        ids = np.concatenate(documents)
-        frames += [ids[start : start + frame_tokens] for start in range(0, len(ids), frame_tokens)]
-    manifest = Manifest(
-        text_format=text_format,
-        vocab_size=600,
-        begin_id=begin_id,
-        end_id=end_id,
-        id_bytes=2,
-        frame_tokens=frame_tokens,
-        source="test",
-        val_fraction=0.0,
-        empty_documents=0,
-        shards=tuple(entries),
-    )
-    return DataSet(folder, manifest, frames)
-
-
-@st.composite
-def document_shards(draw: st.DrawFn) -> list[list[Ids]]:
-    """One to three shards of documents, markers included, of 2 to about 150 tokens."""
-    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
-    lengths = st.lists(st.one_of(st.integers(0, 6), st.integers(0, 150)), min_size=1, max_size=12)
-    return [
-        [np.array([BEGIN, *generator.integers(3, 600, length), END]) for length in of_shard]
-        for of_shard in draw(st.lists(lengths, min_size=1, max_size=3))
-    ]
-
-
-@contextmanager
-def data_set(shards: list[list[Ids]]) -> Iterator[DataSet]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield write_data_set(Path(folder), shards)
-
-
-CONTEXTS = st.sampled_from([2, 16, 64])
-DIRECTIONS = st.sampled_from(list(Direction))
-QUICKLY = settings(max_examples=25)
-
-
-def some_shards() -> list[list[Ids]]:
-    """Two shards of four and two frames, the last frame of each short."""
-    generator = np.random.default_rng(4)
-    lengths = [[30, 5, 0, 120, 44], [9, 64, 1]]
-    return [
-        [np.array([BEGIN, *generator.integers(3, 600, length), END]) for length in of_shard]
-        for of_shard in lengths
-    ]
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> DataSet:
-    return write_data_set(tmp_path, some_shards())
+from data_pipeline.errors import BatchError, ConfigError, ShardCorruptError
+from data_pipeline.shard_format import ShardReader
+from data_pipeline.text import Direction
 
 
 def batch_of_everything(data: DataSet, rows: RowReader) -> Batch:
@@ -148,12 +42,6 @@ def batch_of_everything(data: DataSet, rows: RowReader) -> Batch:
     places = [(frame, row) for frame in range(len(data.frames)) for row in range(rows_per_frame)]
     table = np.array(places)
     return rows.batch(table[:, 0], table[:, 1])
-
-
-def mirrored(ids: Ids) -> Ids:
-    """The same tokens from their other end, with begin and end markers exchanged."""
-    exchanged = {BEGIN: END, END: BEGIN}
-    return np.array([exchanged.get(piece_id, piece_id) for piece_id in ids[::-1].tolist()])
 
 
 def bigrams(batch: Batch) -> Counter[tuple[int, int]]:
@@ -225,84 +113,6 @@ def test_the_arrays_of_a_batch_have_the_promised_types(small: DataSet) -> None:
     batch = batch_of_everything(small, small.rows(16))
     arrays = (batch.ids_T, batch.targets_T, batch.positions_T, batch.cu_seqlens)
     assert [str(array.dtype) for array in arrays] == ["int64", "int64", "int64", "int32"]
-
-
-@QUICKLY
-@given(shards=document_shards(), context_tokens=CONTEXTS)
-def test_the_other_direction_reads_the_same_windows_from_their_other_end(
-    shards: list[list[Ids]], context_tokens: int
-) -> None:
-    with data_set(shards) as data:
-        stored = data.rows(context_tokens, Direction.BACKWARD)
-        flipped = data.rows(context_tokens, Direction.FORWARD)
-        for frame in range(len(data.frames)):
-            for row in range(FRAME_TOKENS // context_tokens):
-                expected = mirrored(stored.window(frame, row)).tolist()
-                assert flipped.window(frame, row).tolist() == expected
-
-
-def test_reading_in_the_other_direction_leaves_the_stored_one_as_it_was(small: DataSet) -> None:
-    store = small.store()
-    before = store.frame(0).tolist()
-    RowReader(store, 16, Direction.FORWARD).window(0, 0)
-    assert store.frame(0).tolist() == before
-
-
-def whole_documents(window: Ids, codec: TextCodec) -> Iterator[tuple[int, ...]]:
-    begin = None
-    for at, piece_id in enumerate(window.tolist()):
-        if piece_id == codec.begin_id:
-            begin = at
-        elif piece_id == codec.end_id and begin is not None:
-            yield tuple(window[begin : at + 1].tolist())
-
-
-def test_backward_shards_read_forward_hold_the_documents_of_forward_shards(
-    tmp_path: Path, codec: Codecs, english_documents: list[str]
-) -> None:
-    backward, forward = codec(Direction.BACKWARD), codec(Direction.FORWARD)
-    data = write_data_set(
-        tmp_path,
-        [[backward.encode_document(text) for text in english_documents[:100]]],
-        frame_tokens=1024,
-        text_format=backward.format,
-        begin_id=backward.begin_id,
-        end_id=backward.end_id,
-    )
-    forward_of = {
-        tuple(backward.encode_document(text).tolist()): tuple(
-            forward.encode_document(text).tolist()
-        )
-        for text in english_documents[:100]
-    }
-    stored, flipped = data.rows(256), data.rows(256, Direction.FORWARD)
-    num_compared = 0
-    for frame in range(len(data.frames)):
-        for row in range(4):
-            documents = list(whole_documents(stored.window(frame, row), backward))
-            expected = [forward_of[document] for document in reversed(documents)]
-            assert list(whole_documents(flipped.window(frame, row), forward)) == expected
-            num_compared += len(expected)
-    assert num_compared > 50
-
-
-def test_a_flipped_reader_says_in_which_direction_it_reads(small: DataSet) -> None:
-    rows = small.rows(16, Direction.FORWARD)
-    assert rows.text_format == replace(BACKWARD_TOKENS, direction=Direction.FORWARD)
-
-
-@pytest.mark.parametrize("stored", list(Direction))
-def test_word_shards_refuse_to_be_flipped_and_name_both_directions(stored: Direction) -> None:
-    with pytest.raises(DirectionMismatchError) as caught:
-        format_read_as(TextFormat(stored, Unit.WORD, "5" * 64), stored.opposite)
-    message = str(caught.value)
-    assert [name for name in ("'backward'", "'forward'", "'word'") if name not in message] == []
-
-
-def test_word_shards_are_read_in_their_own_direction(tmp_path: Path) -> None:
-    by_word = replace(BACKWARD_TOKENS, unit=Unit.WORD)
-    data = write_data_set(tmp_path, some_shards(), text_format=by_word)
-    assert data.rows(16).window(0, 0).tolist() == data.frames[0][:17].tolist()
 
 
 @QUICKLY

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError, RunMismatchError
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    CheckpointMissingError,
+    RunMismatchError,
+    StorageError,
+)
 from megaback import checkpoint
 from megaback.checkpoint import (
     META_NAME,
@@ -36,20 +42,30 @@ def world() -> Iterator[World]:
     dist.destroy_process_group()
 
 
+class FakeWriter:
+    """Writes a file as DeepSpeed's does, and can be told to fail."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+
+    def save(self, state: bytes, path: str) -> None:
+        if self.fails and path.endswith("optimizer.pt"):
+            raise OSError(28, "No space left on device")
+        Path(path).write_bytes(state)
+
+
 class FakeEngine:
-    """Writes two files as DeepSpeed does, and can be told to fail in between."""
+    """Writes two files as DeepSpeed does; the writing of the second can be told to fail."""
 
     def __init__(self, fails: bool = False) -> None:
-        self.fails = fails
+        self.checkpoint_engine = FakeWriter(fails)
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         assert not save_latest
         target = Path(folder) / tag
-        target.mkdir()
-        (target / "model.pt").write_bytes(tag.encode() * 1000)
-        if self.fails:
-            raise OSError(28, "No space left on device")
-        (target / "optimizer.pt").write_bytes(b"moments")
+        target.mkdir(exist_ok=True)
+        self.checkpoint_engine.save(tag.encode() * 1000, str(target / "model.pt"))
+        self.checkpoint_engine.save(b"moments", str(target / "optimizer.pt"))
 
     def zero_optimization_stage(self) -> int:
         return 2
@@ -95,7 +111,7 @@ def test_a_checkpoint_lists_every_file_with_its_size_and_hash(tmp_path: Path, wo
     assert files.keys() == {"model.pt", "optimizer.pt", "tokenizer.model"}
     for name, entry in files.items():
         data = (target / name).read_bytes()
-        assert entry == [len(data), hashlib.sha256(data).hexdigest()]
+        assert entry == (len(data), hashlib.sha256(data).hexdigest())
 
 
 def test_meta_reads_back_as_it_was_given(tmp_path: Path, world: World) -> None:
@@ -113,7 +129,7 @@ def test_latest_names_the_newest_checkpoint(tmp_path: Path, world: World) -> Non
 
 def test_a_checkpoint_that_fails_half_way_is_not_complete(tmp_path: Path, world: World) -> None:
     save(tmp_path, 100, world)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SystemExit, match=str(StorageError.exit_code)):
         save(tmp_path, 200, world, fails=True)
 
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000100"]
@@ -127,6 +143,15 @@ def test_what_a_killed_save_left_behind_is_replaced(tmp_path: Path, world: World
     target = save(tmp_path, 100, world)
 
     assert "half.pt" not in {path.name for path in target.iterdir()}
+
+
+def test_saving_a_step_again_never_loses_what_was_saved(tmp_path: Path, world: World) -> None:
+    """A signal just after a checkpoint that was due asks for the same one again."""
+    save(tmp_path, 100, world)
+    with suppress(SystemExit):
+        save(tmp_path, 100, world, fails=True)
+
+    assert newest_checkpoint(tmp_path, world)[1].step == 100
 
 
 def test_an_intact_checkpoint_verifies(tmp_path: Path, world: World) -> None:

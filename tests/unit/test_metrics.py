@@ -2,66 +2,124 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megaback.metrics import METRICS_NAME, MetricsLog, read_metrics
+from megaback.config import Config
+from megaback.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
 
-CONFIG: dict[str, Any] = {"logging": {"every_steps": 10, "wandb": "off"}}
-TRAINING = [{"step": step, "loss": 6.0 - step / 10} for step in range(1, 6)]
-VALIDATION = {"step": 3, "val_loss": 5.5, "val_bits_per_byte": 2.0, "val_targets": 7}
-LINES = [*TRAINING[:3], VALIDATION, *TRAINING[3:]]
+STEP_TOKENS = 4 * 64
+
+
+def open_log(run: Path, resumed_step: int = 0, share: float | None = None) -> MetricsLog:
+    """The log of a run of 25 steps."""
+    config = Config.model_validate(
+        {
+            "run": run,
+            "data": {"shards": "shards"},
+            "model": {"num_layers": 1, "width": 32, "num_heads": 4},
+            "batch": {"context_tokens": 64, "global_batch_rows": 4, "micro_batch_rows": 2},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {"steps": 25},
+            "logging": {"every_steps": 10},
+        }
+    )
+    return MetricsLog(config, resumed_step, 25, share)
+
+
+def record(step: int) -> StepRecord:
+    return StepRecord(step, 6.0 - step / 10, 200, 1e-3, 0.5, 0.25)
+
+
+def write_steps(log: MetricsLog, first: int, last: int) -> None:
+    """Record training steps, and a measurement after the third."""
+    for step in range(first, last + 1):
+        log.train(record(step))
+        if step == 3:
+            log.validation(step, 5.5, 2.0, 7)
+    log.close()
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The folder of a run that made five steps and measured after the third."""
-    log = MetricsLog(tmp_path, 0, 10, CONFIG)
-    for line in LINES:
-        if "loss" in line:
-            log.train(line, "")
-        else:
-            log.validation(line)
-    log.close()
+    """The folder of a run that made five steps."""
+    write_steps(open_log(tmp_path), 1, 5)
     return tmp_path
 
 
-def test_lines_are_read_as_they_were_written(run: Path) -> None:
-    assert read_metrics(run) == LINES
+def steps_of(run: Path) -> list[tuple[int, bool]]:
+    """The step of every line, and whether it is a measurement."""
+    return [(line["step"], "val_loss" in line) for line in read_metrics(run)]
+
+
+FIVE_STEPS = [(1, False), (2, False), (3, False), (3, True), (4, False), (5, False)]
+
+
+def test_lines_stand_in_the_order_in_which_they_were_recorded(run: Path) -> None:
+    assert steps_of(run) == FIVE_STEPS
+
+
+def test_a_training_line_says_what_the_step_was(run: Path) -> None:
+    assert read_metrics(run)[1] == {
+        "step": 2,
+        "loss": 5.8,
+        "targets": 200,
+        "learning_rate": 1e-3,
+        "gradient_norm": 0.5,
+        "step_s": 0.25,
+        "tokens_seen": 2 * STEP_TOKENS,
+        "tokens_per_s": STEP_TOKENS / 0.25,
+    }
+
+
+def test_a_validation_line_says_what_was_measured(run: Path) -> None:
+    assert read_metrics(run)[3] == {
+        "step": 3,
+        "val_loss": 5.5,
+        "val_bits_per_byte": 2.0,
+        "val_targets": 7,
+    }
+
+
+def test_utilisation_is_the_share_of_a_second_over_the_seconds(tmp_path: Path) -> None:
+    write_steps(open_log(tmp_path, share=0.1), 1, 1)
+
+    assert read_metrics(tmp_path)[0]["mfu"] == pytest.approx(0.4)
 
 
 def test_every_line_is_on_the_disk_as_soon_as_it_is_recorded(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0, 10, CONFIG)
-    log.train(TRAINING[0], "")
+    log = open_log(tmp_path)
+    log.train(record(1))
 
-    assert read_metrics(tmp_path) == TRAINING[:1]
+    assert steps_of(tmp_path) == [(1, False)]
     log.close()
 
 
 def test_resuming_cuts_off_what_came_after_the_resumed_step(run: Path) -> None:
-    MetricsLog(run, 3, 10, CONFIG).close()
+    open_log(run, 3).close()
 
-    assert read_metrics(run) == [*TRAINING[:3], VALIDATION]
+    assert steps_of(run) == FIVE_STEPS[:4]
 
 
 def test_a_run_that_begins_anew_begins_with_no_lines(run: Path) -> None:
-    MetricsLog(run, 0, 10, CONFIG).close()
+    open_log(run).close()
 
-    assert read_metrics(run) == []
+    assert steps_of(run) == []
 
 
 def test_resuming_without_a_file_begins_one(tmp_path: Path) -> None:
-    MetricsLog(tmp_path, 3, 10, CONFIG).close()
+    open_log(tmp_path, 3).close()
 
-    assert read_metrics(tmp_path) == []
+    assert steps_of(tmp_path) == []
 
 
-def test_a_resumed_and_repeated_run_has_the_bytes_of_an_uninterrupted_one(run: Path) -> None:
+@pytest.mark.parametrize("resumed_step", [0, 2, 3, 4, 5])
+def test_a_resumed_and_repeated_run_has_the_bytes_of_an_uninterrupted_one(
+    resumed_step: int, run: Path
+) -> None:
     before = (run / METRICS_NAME).read_bytes()
-    log = MetricsLog(run, 4, 10, CONFIG)
-    log.train(TRAINING[4], "")
-    log.close()
+
+    write_steps(open_log(run, resumed_step), resumed_step + 1, 5)
 
     assert (run / METRICS_NAME).read_bytes() == before
 
@@ -69,48 +127,52 @@ def test_a_resumed_and_repeated_run_has_the_bytes_of_an_uninterrupted_one(run: P
 @pytest.mark.parametrize("cut_bytes", [1, 2, 10, 20])
 def test_a_last_line_that_was_cut_short_is_left_out(run: Path, cut_bytes: int) -> None:
     path = run / METRICS_NAME
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-cut_bytes])
+    path.write_bytes(path.read_bytes()[:-cut_bytes])
 
     # Without its newline alone, the line is still whole.
-    assert read_metrics(run) == (LINES if cut_bytes == 1 else LINES[:-1])
+    assert steps_of(run) == (FIVE_STEPS if cut_bytes == 1 else FIVE_STEPS[:-1])
 
 
 def test_after_a_cut_line_a_resumed_run_writes_whole_lines(run: Path) -> None:
     path = run / METRICS_NAME
-    path.write_bytes(path.read_bytes()[:-9])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
 
-    log = MetricsLog(run, 4, 10, CONFIG)
-    log.train(TRAINING[4], "")
-    log.close()
+    write_steps(open_log(run, 4), 5, 5)
 
-    assert [json.loads(line) for line in path.read_text().splitlines()] == LINES
+    assert path.read_bytes() == whole
 
 
-def test_a_file_that_ends_within_null_bytes_after_a_crash_can_be_resumed(run: Path) -> None:
+def test_null_bytes_that_a_crash_left_at_the_end_are_left_out(run: Path) -> None:
     path = run / METRICS_NAME
     path.write_bytes(path.read_bytes() + b"\0" * 40)
 
-    assert read_metrics(run) == LINES
+    assert steps_of(run) == FIVE_STEPS
 
 
 def test_the_console_has_every_tenth_step_and_the_last(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = MetricsLog(tmp_path, 0, 25, CONFIG)
+    log = open_log(tmp_path)
     for step in range(1, 26):
-        log.train({"step": step, "loss": 1.0}, f"number {step}")
+        log.train(record(step))
     log.close()
 
     steps = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert steps == ["10/25", "20/25", "25/25"]
 
 
-def test_every_measurement_is_on_the_console(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = MetricsLog(run, 5, 10, CONFIG)
-    log.validation(VALIDATION)
+def test_every_measurement_is_on_the_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = open_log(tmp_path)
+    log.validation(3, 5.5, 2.0, 7)
     log.close()
 
-    assert "step 3/10  val loss 5.5000 nats/token, 2.0000 bits/byte over 7 tokens" in (
-        capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "step 3/25  val loss 5.5000 nats/token, 2.0000 bits/byte over 7 tokens" in printed
+
+
+def test_metrics_are_json_that_any_reader_takes(run: Path) -> None:
+    for line in (run / METRICS_NAME).read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)

@@ -2,7 +2,7 @@
 
 What a reader promises about damage: it either raises ShardCorruptError, or gives the ids and the
 documents that were written. What a shard says about itself beside them (direction, tokenizer,
-bytes of text) is covered by the file's hash in the manifest, see test_build.py.
+bytes of text) is covered by the file's hash in the manifest, see test_verify.py.
 """
 
 import hashlib

@@ -1,0 +1,170 @@
+"""A tiny run: its config, what it wrote, and the same training as a plain PyTorch loop."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.batches import IGNORED_TARGET, Batch
+from data_pipeline.manifest import Manifest
+from data_pipeline.shard_format import ShardReader
+from megaback.attention import Segments
+from megaback.config import Config
+from megaback.engine import learning_rate_at
+from megaback.model import ReverseGPT
+from megaback.run_data import open_data
+
+TOTAL_STEPS = 100
+_TIMINGS = {"step_s", "tokens_per_s", "mfu"}
+
+
+def tiny_config(shards: Path) -> dict[str, Any]:
+    """Two ranks that accumulate twice and whose gradients are clipped."""
+    return {
+        "run": "run",
+        "data": {"shards": str(shards)},
+        "model": {"num_layers": 2, "width": 32, "num_heads": 4, "num_kv_heads": 2},
+        "batch": {"context_tokens": 64, "global_batch_rows": 8, "micro_batch_rows": 2},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 10, "gradient_clip": 0.5},
+        "training": {"steps": TOTAL_STEPS, "precision": "fp32", "seed": 3},
+        "zero": {"stage": 1},
+        "hardware": {"device": "cpu", "processes": 2, "collective_timeout_s": 60},
+        "validation": {"every_steps": 50},
+        "checkpoint": {"every_steps": 25},
+        "logging": {"every_steps": 50},
+    }
+
+
+def training_environment() -> dict[str, str]:
+    """The environment without what would name a rank of somebody else's run; one thread a rank."""
+    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_", "SLURM_", "WANDB_")
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return {**ours, "OMP_NUM_THREADS": "1"}
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics without timings."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in _TIMINGS} for line in lines]
+
+
+def curve_of(run: Path, name: str = "loss") -> list[float]:
+    """One number a training step."""
+    return [line[name] for line in metrics_of(run) if name in line]
+
+
+def val_losses_of(run: Path) -> dict[int, float]:
+    """The loss over the val set, by steps completed."""
+    return {line["step"]: line["val_loss"] for line in metrics_of(run) if "val_loss" in line}
+
+
+@dataclass(frozen=True)
+class PlainResult:
+    """What plain training came to, one entry a step."""
+
+    losses: list[float]
+    gradient_norms: list[float]
+    learning_rates: list[float]
+    model: ReverseGPT
+
+
+def train_plainly(config: Config) -> PlainResult:
+    """Train in this process: no ranks, no accumulation, no DeepSpeed."""
+    torch.set_num_threads(1)  # quickest for a model this small
+    data = open_data(config, 0, 1)
+    model = ReverseGPT(config.model, data.codec.vocab_size)
+    model.initialize(config.training.seed)
+    section = config.optimizer
+    names = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [weight for name, weight in names.items() if "norm" not in name],
+                "weight_decay": section.weight_decay,
+            },
+            {
+                "params": [weight for name, weight in names.items() if "norm" in name],
+                "weight_decay": 0.0,
+            },
+        ],
+        betas=(section.beta1, section.beta2),
+        eps=section.epsilon,
+    )
+    result = PlainResult([], [], [], model)
+    for step in range(data.total_steps):
+        batch = join(data.training.at(step))
+        loss = model(*batch) / (batch[1] != IGNORED_TARGET).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, data.total_steps, section)
+        optimizer.step()
+        result.losses.append(loss.item())
+        result.gradient_norms.append(norm.item())
+        result.learning_rates.append(optimizer.param_groups[0]["lr"])
+    return result
+
+
+def join(batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor, Segments]:
+    """Micro-batches as one."""
+    batches = list(batches)
+    ids_T, targets_T, positions_T = (
+        torch.from_numpy(np.concatenate([getattr(batch, name) for batch in batches]))
+        for name in ("ids_T", "targets_T", "positions_T")
+    )
+    lengths = np.concatenate([np.diff(batch.cu_seqlens) for batch in batches])
+    segments = Segments.from_lengths(tuple(lengths.tolist()), torch.device("cpu"))
+    return ids_T, targets_T, positions_T, segments
+
+
+@dataclass(frozen=True)
+class PlainMeasure:
+    """A val set, measured."""
+
+    loss: float
+    bits_per_byte: float
+    num_targets: int
+
+
+@torch.no_grad()
+def measure_plainly(model: ReverseGPT, shards: Path, context_tokens: int) -> PlainMeasure:
+    """The loss over a stored val set, a piece of a document at a time: no packing, no batches."""
+    manifest = Manifest.load(shards)
+    piece_num_bytes = manifest.codec(shards).piece_num_bytes()
+    nats, targets = 0.0, []
+    for entry in manifest.split("val"):
+        reader = ShardReader(shards / entry.file)
+        for frame in range(reader.num_frames):
+            frame_ids = reader.frame(frame).astype(np.int64)
+            for start in range(0, len(frame_ids), context_tokens):
+                window = torch.from_numpy(frame_ids[start : start + context_tokens + 1])
+                for piece in _pieces(window, manifest.begin_id):
+                    inputs_T, targets_T = piece[:-1], piece[1:]
+                    segments = Segments.from_lengths((len(inputs_T),), torch.device("cpu"))
+                    nats += model(inputs_T, targets_T, torch.arange(len(inputs_T)), segments).item()
+                    targets.append(targets_T)
+        reader.close()
+    all_targets = torch.cat(targets).numpy()
+    num_bytes = int(piece_num_bytes[all_targets].sum())
+    return PlainMeasure(nats / len(all_targets), nats / np.log(2) / num_bytes, len(all_targets))
+
+
+def _pieces(window_T: Tensor, begin_id: int) -> list[Tensor]:
+    """A window cut before every begin marker; pieces of one token have nothing to predict."""
+    inner = (window_T[1:] == begin_id).nonzero().flatten() + 1
+    edges = [0, *inner.tolist(), len(window_T)]
+    pieces = [window_T[left:right] for left, right in pairwise(edges)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def read_run_config(shards: Path) -> Config:
+    """The tiny config as an object."""
+    return Config.model_validate(tiny_config(shards))

@@ -1,0 +1,131 @@
+"""What the tests of reading shards work with: shards of given documents, and what they hold."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from data_pipeline.batches import FrameStore, RowReader, TrainingBatches
+from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.order import Order
+from data_pipeline.row_table import RowTable
+from data_pipeline.shard_format import ShardWriter
+from data_pipeline.text import Direction, TextFormat, Unit
+
+Ids = npt.NDArray[np.int64]
+
+BEGIN, END = 1, 2
+FRAME_TOKENS = 64
+CONTEXT_TOKENS = 16  # where it does not matter
+BACKWARD_TOKENS = TextFormat(Direction.BACKWARD, Unit.TOKEN, "5" * 64)
+
+
+@dataclass
+class DataSet:
+    """Shards of given documents, and what they should hold."""
+
+    folder: Path
+    manifest: Manifest
+    frames: list[Ids]
+
+    def store(self, keep_frames: int = 64) -> FrameStore:
+        return FrameStore(self.folder, self.manifest, "train", keep_frames)
+
+    def rows(self, context_tokens: int, direction: Direction = Direction.BACKWARD) -> RowReader:
+        return RowReader(self.store(), context_tokens, direction)
+
+    def training(
+        self, store: FrameStore, rank: int = 0, world_size: int = 1, micro_batch_rows: int = 1
+    ) -> TrainingBatches:
+        rows = RowReader(store, CONTEXT_TOKENS, Direction.BACKWARD)
+        table, order = self.table_and_order()
+        return TrainingBatches(store, rows, table, order, rank, world_size, micro_batch_rows)
+
+    def table_and_order(self) -> tuple[RowTable, Order]:
+        table = RowTable(self.store().shard_tokens, self.manifest.frame_tokens, CONTEXT_TOKENS)
+        order = Order(
+            num_frames=table.num_frames,
+            rows_per_frame=table.rows_per_frame,
+            global_batch_rows=12,
+            lanes=4,
+            seed=1,
+            window_frames=2,
+        )
+        return table, order
+
+
+def write_data_set(
+    folder: Path,
+    shards: list[list[Ids]],
+    frame_tokens: int = FRAME_TOKENS,
+    text_format: TextFormat = BACKWARD_TOKENS,
+    begin_id: int = BEGIN,
+    end_id: int = END,
+) -> DataSet:
+    entries, frames = [], []
+    for number, documents in enumerate(shards):
+        name = f"train-{number:05d}-00000.zst"
+        with (folder / name).open("wb") as file:
+            writer = ShardWriter(file, text_format.to_dict(), np.dtype("<u2"), frame_tokens)
+            for document in documents:
+                writer.add(document, text_bytes=len(document))
+            entries.append(ShardEntry(name, "train", **asdict(writer.finish())))
+        ids = np.concatenate(documents)
+        frames += [ids[start : start + frame_tokens] for start in range(0, len(ids), frame_tokens)]
+    manifest = Manifest(
+        text_format=text_format,
+        vocab_size=600,
+        begin_id=begin_id,
+        end_id=end_id,
+        id_bytes=2,
+        frame_tokens=frame_tokens,
+        source="test",
+        val_fraction=0.0,
+        empty_documents=0,
+        shards=tuple(entries),
+    )
+    return DataSet(folder, manifest, frames)
+
+
+@st.composite
+def document_shards(draw: st.DrawFn) -> list[list[Ids]]:
+    """One to three shards of documents, markers included, of 2 to about 150 tokens."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    lengths = st.lists(st.one_of(st.integers(0, 6), st.integers(0, 150)), min_size=1, max_size=12)
+    return [
+        [np.array([BEGIN, *generator.integers(3, 600, length), END]) for length in of_shard]
+        for of_shard in draw(st.lists(lengths, min_size=1, max_size=3))
+    ]
+
+
+@contextmanager
+def data_set(shards: list[list[Ids]]) -> Iterator[DataSet]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_data_set(Path(folder), shards)
+
+
+CONTEXTS = st.sampled_from([2, 16, 64])
+DIRECTIONS = st.sampled_from(list(Direction))
+QUICKLY = settings(max_examples=25)
+
+
+def some_shards() -> list[list[Ids]]:
+    """Two shards of four and two frames, the last frame of each short."""
+    generator = np.random.default_rng(4)
+    lengths = [[30, 5, 0, 120, 44], [9, 64, 1]]
+    return [
+        [np.array([BEGIN, *generator.integers(3, 600, length), END]) for length in of_shard]
+        for of_shard in lengths
+    ]
+
+
+def mirrored(ids: Ids) -> Ids:
+    """The same tokens from their other end, with begin and end markers exchanged."""
+    exchanged = {BEGIN: END, END: BEGIN}
+    return np.array([exchanged.get(piece_id, piece_id) for piece_id in ids[::-1].tolist()])
