@@ -87,7 +87,6 @@ def prepare_run(config: Config, world: World) -> Run:
     """
     data = world.together(open_data, config, world.rank, world.size)
     attention, backend = world.together(attention_backend, config.hardware.attention, world.device)
-    lock = world.together(_claim, config, world)
     found = world.together(newest_checkpoint, config.run, world)
     if found is not None:
         world.together(_require_same_run, config, data, *found)
@@ -99,6 +98,7 @@ def prepare_run(config: Config, world: World) -> Run:
         world.together(_initialize_from, model, config, data)
     else:
         model.initialize(config.training.seed)
+    lock = world.together(_claim, config, world)
     flops_per_token = model.flops_per_token(config.batch.context_tokens)
     num_parameters = model.num_parameters()
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)

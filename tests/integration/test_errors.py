@@ -50,7 +50,7 @@ pytestmark = pytest.mark.slow
 
 _PREFIX = "megaback: error: "
 # What a run may leave that ended on its way.
-_LEFT_BY_A_RUN = {"config.yaml", "metrics.jsonl"}
+_LEFT_BY_A_RUN = {".lock", "config.yaml", "metrics.jsonl"}
 
 Megaback = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -90,7 +90,7 @@ def test_a_signal_is_answered_with_one_sentence(
 ) -> None:
     output = (preempted_run[0] / "output.txt").read_text()
 
-    assert output.count("megaback: error: asked to stop, and saved after") == 2
+    assert output.count("megaback: error: asked to stop after") == 2
     assert "Traceback" not in output
 
 
