@@ -111,6 +111,14 @@ class TextFormat:
                 )
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Ids to read, begin marker first, and the ids of which the first new one must be."""
+
+    ids: list[int]
+    first_ids: npt.NDArray[np.int64]
+
+
 class TextCodec:
     """Encodes and renders with one SentencePiece model, direction and unit.
 
@@ -198,27 +206,33 @@ class TextCodec:
         """Bytes of text that each id stands for, 0 for control ids: shape (vocab_size,)."""
         return np.array([len(piece) for piece in self._piece_bytes], dtype=np.int64)
 
+    def prompt(self, given: str) -> "Prompt":
+        """What a model reads, and may write first, to go on from a given text.
+
+        The piece next to the text to come is held back: by itself it says that a word ends there
+        (`is` stands alone only within words, ` is` is another piece). The first new id is one whose
+        bytes contain the held-back ones on the given side, so that the given text stays whole and
+        the model decides whether a word goes on. With unit `word`, where the next word begins with
+        whitespace, nothing is held back, and the first new id begins with whitespace.
+        """
+        ids = [self.begin_id, *self.encode(given).tolist()]
+        writable = self.writable_ids()
+        if len(ids) == 1:
+            return Prompt(ids, writable)
+        if self._reverses_words:
+            first = [i for i in writable if self._piece_bytes[i][:1].isspace() or i == self.end_id]
+        else:
+            held_back = self._piece_bytes[ids.pop()]
+            contains = bytes.endswith if self._reverses_ids else bytes.startswith
+            first = [i for i in writable if contains(self._piece_bytes[i], held_back)]
+        return Prompt(ids, np.array(first, dtype=np.int64))
+
     def writable_ids(self) -> npt.NDArray[np.int64]:
         """Ids that a sample may hold: those with text, and the end marker."""
         allowed = [
             piece_id
             for piece_id, piece in enumerate(self._piece_bytes)
             if piece or piece_id == self.end_id
-        ]
-        return np.array(allowed, dtype=np.int64)
-
-    def continuation_ids(self) -> npt.NDArray[np.int64]:
-        """Ids that a backward model may write next to a given ending without gluing to its words.
-
-        With unit `word` a piece that does not begin with whitespace would lengthen the ending's
-        first word instead of preceding it. With unit `token` every id is allowed.
-        """
-        if not self._reverses_words:
-            return np.arange(self.vocab_size)
-        allowed = [
-            piece_id
-            for piece_id, piece in enumerate(self._piece_bytes)
-            if piece[:1].isspace() or piece_id == self.end_id
         ]
         return np.array(allowed, dtype=np.int64)
 

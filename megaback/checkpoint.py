@@ -12,8 +12,9 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,8 @@ def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: Wor
             f"this run has {now[0]} ranks at stage {now[1]}; use the same, or take its weights "
             f"with `megaback convert {target} --to full --out DIR` and init_from=DIR"
         )
-    path, _ = engine.load_checkpoint(str(target.parent), tag=target.name)
+    with redirect_stderr(StringIO()):  # DeepSpeed draws a progress bar for every rank
+        path, _ = engine.load_checkpoint(str(target.parent), tag=target.name)
     if path is None:
         raise CheckpointCorruptError(f"DeepSpeed found nothing to load in {target}")
 

@@ -92,7 +92,6 @@ def start_world(device_name: str, timeout_s: float) -> World:
     local_rank = int(os.environ["LOCAL_RANK"])
     device = _choose_device(device_name, local_rank)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # DeepSpeed's bars, one a rank
     import deepspeed
 
     # On a CPU DeepSpeed compiles this operator at start-up, 45 s, for inference only.

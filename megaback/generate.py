@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import PromptError
-from data_pipeline.text import Direction, TextCodec
+from data_pipeline.text import Prompt, TextCodec
 from megaback.attention import Segments
 from megaback.cache import KeyValueCache
 from megaback.model import ReverseGPT
@@ -38,17 +38,16 @@ def complete(
     A backward model writes what comes before `given`, a forward model what comes after. Raises
     PromptError when `given` is longer than the model's context.
     """
-    prompt = [codec.begin_id, *codec.encode(given).tolist()]
-    ids = list(prompt)
-    ids.extend(generate(model, codec, prompt, context_tokens, options))
-    return codec.render(ids)
+    prompt = codec.prompt(given)
+    new_ids = generate(model, codec, prompt, context_tokens, options)
+    return codec.render([*prompt.ids, *new_ids])
 
 
 @torch.inference_mode()
 def generate(
     model: ReverseGPT,
     codec: TextCodec,
-    prompt: Sequence[int],
+    prompt: Prompt,
     context_tokens: int,
     options: SamplingOptions,
 ) -> Iterator[int]:
@@ -57,35 +56,32 @@ def generate(
     When the context is full, its older half is forgotten. Raises PromptError when the prompt does
     not fit.
     """
-    if len(prompt) > context_tokens:
+    if len(prompt.ids) > context_tokens:
         raise PromptError(
-            f"the text given has {len(prompt)} tokens with its marker, and the model's context "
-            f"holds {context_tokens}; shorten it"
+            f"the text given is {len(prompt.ids)} tokens to read, and the model's context holds "
+            f"{context_tokens}; shorten it"
         )
     device = next(model.parameters()).device
-    allowed_V = _allowed(codec, codec.writable_ids(), device)
-    if codec.format.direction is Direction.BACKWARD:
-        first_allowed_V = allowed_V & _allowed(codec, codec.continuation_ids(), device)
-    else:
-        first_allowed_V = allowed_V
+    writable_V = _mask(codec, codec.writable_ids(), device)
+    allowed_V = _mask(codec, prompt.first_ids, device)
     generator = torch.Generator(device=device).manual_seed(options.seed)
     shape = model.shape
     cache = KeyValueCache(
         shape.num_layers, context_tokens, shape.kv_heads, shape.head_dim, model.lm_head.weight
     )
-    ids = list(prompt)
-    unread = list(prompt)
-    for index in range(options.max_new_tokens):
+    ids = list(prompt.ids)
+    unread = list(ids)
+    for _ in range(options.max_new_tokens):
         if cache.length + len(unread) > context_tokens:
             cache.clear()
             unread = ids[-(context_tokens // 2) :]
         logits_V = _read(model, unread, cache, device)
-        mask_V = first_allowed_V if index == 0 and len(prompt) > 1 else allowed_V
-        chosen = _choose(logits_V.masked_fill(~mask_V, -torch.inf), options, generator)
+        chosen = _choose(logits_V.masked_fill(~allowed_V, -torch.inf), options, generator)
         if chosen == codec.end_id:
             return
         ids.append(chosen)
         unread = [chosen]
+        allowed_V = writable_V
         yield chosen
 
 
@@ -111,7 +107,7 @@ def _choose(logits_V: Tensor, options: SamplingOptions, generator: torch.Generat
     return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
 
 
-def _allowed(codec: TextCodec, ids: np.ndarray, device: torch.device) -> Tensor:
+def _mask(codec: TextCodec, ids: np.ndarray, device: torch.device) -> Tensor:
     mask_V = torch.zeros(codec.vocab_size, dtype=torch.bool, device=device)
     mask_V[torch.from_numpy(ids).to(device)] = True
     return mask_V

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,13 +63,12 @@ def gather_weights(target: Path, zero_stage: int) -> "dict[str, Tensor]":
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no device is needed to gather weights
-    os.environ.setdefault("TQDM_DISABLE", "1")
     if zero_stage == 0:
         states = torch.load(target / "mp_rank_00_model_states.pt", weights_only=False, mmap=True)
         return dict(states["module"])
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with redirect_stdout(StringIO()):  # DeepSpeed narrates
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # DeepSpeed narrates
         weights = get_fp32_state_dict_from_zero_checkpoint(str(target.parent), tag=target.name)
     return dict(weights)
 

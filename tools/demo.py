@@ -96,9 +96,10 @@ def main(out: Path, source: str) -> None:
         run("convert", str(out / "run"), "--to", "full", "--out", str(out / "model"))
     samples = {
         ending: run(
-            *("sample", str(out / "model"), "--ending", ending, "--tokens", str(_SAMPLE_TOKENS))
+            *("sample", str(out / "model"), "--ending", ending),
+            *("--tokens", str(_SAMPLE_TOKENS), "--seed", str(seed)),
         )
-        for ending in _ENDINGS
+        for seed, ending in enumerate(_ENDINGS)
     }
     click.echo()
     summarize(out, samples, (time.monotonic() - started) / 60)

@@ -201,10 +201,40 @@ def test_a_sample_may_hold_what_has_text_and_the_end_marker(codec: Codecs) -> No
     assert set(chosen.writable_ids().tolist()) == set(range(chosen.vocab_size)) - forbidden
 
 
-def test_by_words_a_continuation_keeps_away_from_the_first_word_or_ends(codec: Codecs) -> None:
+def test_by_words_what_is_written_first_keeps_away_from_the_given_word_or_ends(
+    codec: Codecs,
+) -> None:
     chosen = codec(Direction.BACKWARD, Unit.WORD)
-    lasts = {chosen.render([piece_id])[-1:] for piece_id in chosen.continuation_ids().tolist()}
-    assert lasts == {"", *"\t\n\v\f\r "}
+    firsts = chosen.prompt("captain").first_ids.tolist()
+    assert {chosen.render([piece_id])[-1:] for piece_id in firsts} == {"", *"\t\n\v\f\r "}
+
+
+@given(text=TEXTS.filter(bool), direction=st.sampled_from(Direction), data=st.data())
+def test_whatever_is_written_first_the_given_text_stays_whole(
+    codec: Codecs, text: str, direction: Direction, data: st.DataObject
+) -> None:
+    chosen = codec(direction, Unit.TOKEN)
+    prompt = chosen.prompt(text)
+    first = data.draw(st.sampled_from(prompt.first_ids.tolist()))
+    written = chosen.render([*prompt.ids, first])
+    is_whole = written.endswith if direction is Direction.BACKWARD else written.startswith
+    assert is_whole(text)
+
+
+def test_a_given_word_may_be_written_on_with_its_space(codec: Codecs) -> None:
+    chosen = codec(Direction.BACKWARD, Unit.TOKEN)
+    prompt = chosen.prompt("the")
+    first_texts = {chosen.render([*prompt.ids, first]) for first in prompt.first_ids.tolist()}
+    assert {"the", " the"} <= first_texts
+
+
+def test_nothing_given_leaves_every_first_id_open(codec: Codecs) -> None:
+    chosen = codec()
+    prompt = chosen.prompt("")
+    assert (prompt.ids, prompt.first_ids.tolist()) == (
+        [chosen.begin_id],
+        chosen.writable_ids().tolist(),
+    )
 
 
 def test_a_codec_survives_pickling(codec: Codecs) -> None:
