@@ -87,7 +87,7 @@ def save_checkpoint(
     """
     folder = run / CHECKPOINTS_FOLDER
     target = folder / f"step-{meta.step:08d}"
-    if world.together(_is_saved, target, world):
+    if any(world.gather(world.together(_is_saved, target, world))):
         return target
     world.together(_make_empty, target, world)
     with _collecting_write_errors(engine) as problems:
@@ -104,15 +104,14 @@ def save_checkpoint(
 
 
 def _is_saved(target: Path, world: World) -> bool:
-    """Whether this step was saved before, and is intact: the first rank looks."""
-    is_saved = False
-    if world.is_first and (target / META_NAME).is_file():
-        try:
-            verify_files(target, read_meta(target))
-            is_saved = True
-        except CheckpointCorruptError:
-            pass  # it is written again
-    return world.gather(is_saved)[0]
+    """Whether this step was saved before, and is intact. Only the first rank looks."""
+    if not world.is_first or not (target / META_NAME).is_file():
+        return False
+    try:
+        verify_files(target, read_meta(target))
+    except CheckpointCorruptError:
+        return False  # it is written again
+    return True
 
 
 def _make_empty(target: Path, world: World) -> None:
@@ -177,14 +176,15 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | 
     Every rank hashes a part of the files and all ranks return the same. Raises
     CheckpointCorruptError if there are complete checkpoints and none of them verifies.
     """
-    (found,) = world.gather(complete_checkpoints(run) if world.is_first else None)[:1]
+    seen = world.together(complete_checkpoints, run)
+    found = world.gather(seen)[0]  # a shared disk may show the ranks different things for a while
     problems: list[str] = []
-    for target in reversed(found or []):
+    for target in reversed(found):
         meta, problem = None, None
         try:
             meta = read_meta(target)
             verify_files(target, meta, world.rank, world.size)
-        except CheckpointCorruptError as error:
+        except (CheckpointCorruptError, OSError) as error:
             problem = str(error)
         reported = [text for text in world.gather(problem) if text]
         if not reported and meta is not None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -51,6 +52,14 @@ def test_every_kind_of_error_has_an_exit_code_of_its_own() -> None:
 def test_exit_codes_are_not_those_of_a_crash_a_usage_error_or_the_shell() -> None:
     codes = {error.exit_code for error in error_classes()}
     assert codes <= set(range(3, 126))
+
+
+def test_the_documentation_lists_every_code_with_its_error() -> None:
+    page = Path(__file__).parents[2] / "docs" / "exit_codes.md"
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {int(code): name for code, name in rows} == {
+        error.exit_code: error.__name__ for error in (MegabackError, *error_classes())
+    }
 
 
 def test_every_kind_of_error_says_what_it_is_for() -> None:
