@@ -228,7 +228,7 @@ def _remove_all_but(out: Path, names: set[str]) -> None:
 
 def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
     """After a failure, leave no trace unless some task's work is worth keeping."""
-    if any((out / BUILD_FOLDER).glob("task-*.json")):
+    if (out / MANIFEST_NAME).exists() or any((out / BUILD_FOLDER).glob("task-*.json")):
         return
     _remove_all_but(out, set())
     shutil.rmtree(out / BUILD_FOLDER, ignore_errors=True)

@@ -6,12 +6,14 @@ concern.
 """
 
 import math
+import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
 import click
+import torch
 
 from data_pipeline.batches import Batch
 from data_pipeline.command import Command
@@ -26,7 +28,10 @@ from megaback.preparation import Run, batch_arithmetic, prepare_run
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1 or SIGINT; looked at between steps."""
+    """Set by SIGTERM, SIGUSR1 or SIGINT; looked at between steps.
+
+    A second SIGINT, which only a person sends, ends this rank at once and saves nothing.
+    """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -34,6 +39,8 @@ class StopRequest:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if number == self.signal_number == signal.SIGINT:
+            os._exit(128 + number)
         self.signal_number = number
 
 
@@ -106,15 +113,15 @@ def _accumulate_gradients(
     # DeepSpeed averages over ranks and accumulation; what is wanted is the mean over all targets
     # of the step, wherever they lie.
     share = world.size * run.data.accumulation_steps / max(num_targets, 1)
-    nats = 0.0
+    nats = torch.zeros((), dtype=torch.float64, device=world.device)
     for batch in micro_batches:
         loss = run.engine(*to_device(batch, world.device))
         run.engine.backward(loss * share)
-        nats += float(loss.detach())
+        nats += loss.detach()  # on the device: nothing waits for it until the step's end
         if batch is not micro_batches[-1]:
             run.engine.step()  # counts the micro-batch; changes nothing before the last one
-    (nats,) = world.sum(nats)
-    return nats / max(num_targets, 1)
+    (total_nats,) = world.sum(float(nats))
+    return total_nats / max(num_targets, 1)
 
 
 def _open_log(run: Run, world: World) -> MetricsLog | None:

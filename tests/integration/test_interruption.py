@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,3 +162,17 @@ def test_a_finished_run_that_is_started_again_changes_nothing(
     assert train_one_rank(run, "zero.stage=1").returncode == 0
 
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_second_interrupt_ends_a_rank_at_once() -> None:
+    script = (
+        "import os, signal\n"
+        "from megaback.train import StopRequest\n"
+        "stop = StopRequest()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('asked', stop.signal_number, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('still here', flush=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (130, "asked 2\n")
