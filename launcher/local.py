@@ -47,7 +47,7 @@ def launch_command(config_path: Path, overrides: tuple[str, ...], processes: int
         sys.executable,
         "-m",
         "deepspeed.launcher.runner",
-        "-q",
+        "--log_level=critical",  # how the ranks ended, they have said themselves
         "--num_gpus",
         str(processes),
         "--master_port",

@@ -182,12 +182,16 @@ def main(config: Path, overrides: tuple[str, ...]) -> None:
     with one_voice():
         settings = load_config(config, overrides)
     world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
-    error: MegabackError | None = None
     try:
-        train(settings, world, stop)
-    except (NonFiniteError, PreemptedError) as shared:
-        error = shared  # raised on every rank alike
-    world.stop_if_any(error)
+        error: MegabackError | None = None
+        try:
+            train(settings, world, stop)
+        except (NonFiniteError, PreemptedError) as shared:
+            error = shared  # raised on every rank alike
+        world.stop_if_any(error)
+    except SystemExit:
+        end_world()  # all ranks leave together: left open, its threads may abort the exit
+        raise
     end_world()
 
 

@@ -99,7 +99,7 @@ def test_a_job_at_its_time_limit_saves_and_queues_itself_and_ends_as_if_undistur
     assert len(held) == 4
     assert int(job["Restarts"]) >= 1
     log = read_log(tmp_path, job_id)
-    assert "asked to stop, and saved after" in log
+    assert "asked to stop after" in log
     assert "the step ended with code 75 and the job is queued again" in log
     saved = [
         json.loads(path.read_text())["step"]
@@ -120,7 +120,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(
     wait_for(lambda: _last_step(tmp_path / "run") >= 3, 120, lambda: read_log(tmp_path, job_id))
     slurm.command("scancel", job_id)
     job = slurm.wait(job_id, tmp_path)
-    wait_for(lambda: "saved after" in read_log(tmp_path, job_id), 30)
+    wait_for(lambda: "asked to stop after" in read_log(tmp_path, job_id), 30)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
     assert "queued again" not in read_log(tmp_path, job_id)
     assert list((tmp_path / "run/checkpoints").glob("step-*/meta.json"))

@@ -323,7 +323,7 @@ CASES = {
     "an ending that is longer than the context": Case(
         "sample {place}/backward_model --ending " + "0123456789" * 10,
         PromptError,
-        ("101 tokens", "64"),
+        ("100 tokens", "64"),
     ),
     "a beginning for a backward model": Case(
         "sample {place}/backward_model --beginning once",
