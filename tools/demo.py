@@ -24,6 +24,7 @@ from data_pipeline.manifest import Manifest
 _CONFIG = Path("configs/demo.yaml")
 _VOCAB_SIZE = 2048
 _SAMPLE_TOKENS = 60
+_TEMPERATURE = "0.5"  # of a model this small, the surest words are the most readable
 _ENDINGS = (
     "and returns the number of bytes written.",
     "otherwise an exception is raised.",
@@ -97,7 +98,7 @@ def main(out: Path, source: str) -> None:
     samples = {
         ending: run(
             *("sample", str(out / "model"), "--ending", ending),
-            *("--tokens", str(_SAMPLE_TOKENS), "--seed", str(seed)),
+            *("--tokens", str(_SAMPLE_TOKENS), "--seed", str(seed), "--temp", _TEMPERATURE),
         )
         for seed, ending in enumerate(_ENDINGS)
     }
