@@ -94,8 +94,8 @@ def attention_backend(name: str, device: torch.device) -> tuple[str, AttentionBa
         return "flash_attn", flash_attention
     if name == "flash_attn":
         raise BackendError(
-            f"hardware.attention is flash_attn, but {problem}; "
-            "install it with `pip install --no-build-isolation -e '.[flash]'` or use sdpa"
+            f"hardware.attention is flash_attn, but {problem}; use sdpa, or on a CUDA machine "
+            "`pip install --no-build-isolation -e '.[flash]'`"
         )
     return "sdpa", sdpa_attention
 

@@ -110,11 +110,17 @@ def start_world(device_name: str, timeout_s: float) -> World:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Before the ranks can talk: of an error that all of them meet, let the first one speak."""
+    """Before the ranks can talk: of an error that all of them meet, let the first one speak.
+
+    A LaunchError is one rank's own.
+    """
     try:
         yield
     except MegabackError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if (
+            isinstance(error, LaunchError)
+            or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        ):
             raise
         raise SystemExit(error.exit_code) from None
 

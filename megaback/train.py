@@ -181,7 +181,7 @@ def main(config: Path, overrides: tuple[str, ...]) -> None:
     stop = StopRequest()
     with one_voice():
         settings = load_config(config, overrides)
-    world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
+        world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
     try:
         error: MegabackError | None = None
         try:
