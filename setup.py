@@ -21,7 +21,8 @@ setup(
         "click>=8.1",
         "datasets>=3.0",
         "deepspeed>=0.19,<0.20",
-        "fsspec>=2024.2",
+        "fsspec[http]>=2024.2",
+        "kitoken>=0.11",
         "numpy>=1.26",
         "psutil>=5.9",
         "pyarrow>=15",
@@ -30,6 +31,7 @@ setup(
         "rich>=13.7",
         "safetensors>=0.4.3",
         "sentencepiece>=0.2.1",
+        "tenacity>=8.2",
         "torch>=2.9",
         "zstandard>=0.22",
     ],
@@ -37,9 +39,11 @@ setup(
         # The CUDA kernels. They compile against the torch that is there:
         # pip install --no-build-isolation -e '.[flash]'
         "flash": ["flash-attn>=2.8"],
+        "plot": ["matplotlib>=3.8"],
         "wandb": ["wandb>=0.19"],
         "dev": [
             "hypothesis>=6.100",
+            "matplotlib>=3.8",
             "mypy>=1.13",
             "pytest>=8.2",
             "pytest-timeout>=2.3",

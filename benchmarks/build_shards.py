@@ -1,57 +1,177 @@
-"""What building costs over bare SentencePiece: text in memory to a shard on disk, one core.
+"""What building costs over bare tokenizing: text in memory to a shard on disk, one core.
 
     python benchmarks/build_shards.py TOKENIZER SOURCE
 
-CPU time, both on the same documents in one run. Ours includes reversal, markers, compression,
-checksums, hashing and writing.
+CPU time, all on the same documents in one run, in turns. Ours includes loading and checking the
+encoder, the hash that decides the split, reversal, markers, compression, checksums and writing.
+Where datatrove is installed, its tokenizing step takes part, with the same pieces; it writes ids
+uncompressed.
 """
 
+import resource
+import statistics
+import sys
 import tempfile
 import time
-from itertools import islice
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import sentencepiece
 
 from data_pipeline.command import replacing
+from data_pipeline.encoder import in_batches
 from data_pipeline.shard_format import ShardWriter
 from data_pipeline.sources import list_slices, read_slice
-from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.tasks import belongs_to_val
+from data_pipeline.text import END_PIECE, Direction, TextCodec, Unit
+
+
+def bare_sentencepiece(model_bytes: bytes, texts: Sequence[str]) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    for text in texts:
+        processor.encode(text)
+
+
+def bare_kitoken(model_bytes: bytes, texts: Sequence[str]) -> None:
+    from kitoken import Kitoken
+
+    encoder = Kitoken.from_sentencepiece(model_bytes)
+    for text in texts:
+        encoder.encode(text)
+
+
+def encode_documents(model_bytes: bytes, texts: Sequence[str]) -> None:
+    codec = TextCodec(model_bytes, Direction.BACKWARD, Unit.TOKEN)
+    for batch in in_batches(texts):
+        codec.encode_documents(batch)
+
+
+def text_to_shard(model_bytes: bytes, texts: Sequence[str]) -> None:
+    codec = TextCodec(model_bytes, Direction.BACKWARD, Unit.TOKEN)
+    with tempfile.TemporaryDirectory() as folder, replacing(Path(folder) / "shard.zst") as file:
+        writer = ShardWriter(file, codec.format.to_dict(), codec.id_dtype)
+        for batch in in_batches(texts):
+            for text, ids in zip(batch, codec.encode_documents(batch), strict=True):
+                text_utf8 = text.encode("utf-8", "surrogatepass")
+                belongs_to_val(text_utf8, 0.01)
+                writer.add(ids, len(text_utf8))
+        writer.finish()
+
+
+@cache
+def tokenizers_json(model_bytes: bytes) -> str:
+    """The same pieces and merges for Hugging Face's tokenizers; runs of spaces may differ."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    ids = {processor.id_to_piece(index): index for index in range(processor.vocab_size())}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece, index in sorted(ids.items(), key=lambda item: -processor.get_score(item[1]))
+        if not (processor.is_control(index) or processor.is_byte(index))
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    json: str = tokenizer.to_str()
+    return json
+
+
+def datatrove_tokens(model_bytes: bytes, texts: Sequence[str]) -> None:
+    from datatrove.data import Document
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        path.write_text(tokenizers_json(model_bytes), encoding="utf-8")
+        step = DocumentTokenizer(
+            folder, str(path), save_filename="ids", eos_token=END_PIECE, shuffle_documents=False
+        )
+        step.run(Document(text=text, id=str(index)) for index, text in enumerate(texts))
+
+
+CONTENDERS: dict[str, Callable[[bytes, Sequence[str]], None]] = {
+    "bare SentencePiece": bare_sentencepiece,
+    "bare kitoken": bare_kitoken,
+    "ours, ids only": encode_documents,
+    "ours, text to shard": text_to_shard,
+}
+if find_spec("datatrove"):
+    CONTENDERS["datatrove"] = datatrove_tokens
+
+
+def read_texts(source: str, megabytes: int) -> list[str]:
+    """The first documents of a source, up to so much UTF-8."""
+    texts: list[str] = []
+    remaining_bytes = megabytes * 1_000_000
+    for piece in list_slices(source):
+        for document in read_slice(piece):
+            if remaining_bytes <= 0:
+                return texts
+            texts.append(document.text)
+            remaining_bytes -= len(document.text.encode("utf-8", "surrogatepass"))
+    return texts
+
+
+def measure(model_bytes: bytes, texts: Sequence[str], repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of each contender, in turns so that a busy machine is unfair to none."""
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for _ in range(repeats):
+        for name, run in CONTENDERS.items():
+            started = time.process_time()
+            run(model_bytes, texts)
+            seconds[name].append(time.process_time() - started)
+    return seconds
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @click.command()
 @click.argument("tokenizer", type=click.Path(path_type=Path))
 @click.argument("source")
-@click.option("--documents", default=1500, show_default=True)
-def main(tokenizer: Path, source: str, documents: int) -> None:
-    """Print MB of text per CPU-second of both, and their ratio."""
-    every = (document.text for piece in list_slices(source) for document in read_slice(piece))
-    texts = list(islice(every, documents))
-    text_bytes = sum(len(text.encode()) for text in texts)
+@click.option("--megabytes", default=32, show_default=True, help="Text to encode.")
+@click.option("--repeats", default=5, show_default=True)
+def main(tokenizer: Path, source: str, megabytes: int, repeats: int) -> None:
+    """Print the median MB of text per CPU-second of each, and how it compares."""
+    texts = read_texts(source, megabytes)
+    text_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     codec = TextCodec.load(tokenizer, Direction.BACKWARD, Unit.TOKEN)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=codec.model_bytes)
-
     started = time.process_time()
-    for text in texts:
-        processor.encode(text)
-    bare_s = time.process_time() - started
-
-    started = time.process_time()
-    with tempfile.TemporaryDirectory() as folder, replacing(Path(folder) / "shard.zst") as file:
-        writer = ShardWriter(file, codec.format.to_dict(), codec.id_dtype)
-        for text in texts:
-            writer.add(codec.encode_document(text), len(text.encode()))
-        digest = writer.finish()
-    ours_s = time.process_time() - started
+    encoder_name = codec.encoder_name
+    check_s = time.process_time() - started
+    before_bytes = peak_bytes()
+    text_to_shard(codec.model_bytes, texts)
+    after_bytes = peak_bytes()
+    if "datatrove" in CONTENDERS:
+        tokenizers_json(codec.model_bytes)  # not counted
+    seconds = measure(codec.model_bytes, texts, repeats)
+    base_s = statistics.median(seconds["bare SentencePiece"])
 
     click.echo(
-        f"sentencepiece {sentencepiece.__version__}, {len(texts):,} documents, "
-        f"{text_bytes / 1e6:.1f} MB, {digest.tokens:,} tokens"
+        f"{len(texts):,} documents, {text_bytes / 1e6:.1f} MB; sentencepiece "
+        f"{sentencepiece.__version__}; encoder: {encoder_name}, loaded and checked in "
+        f"{1e3 * check_s:.0f} ms"
     )
-    click.echo(f"bare encode:   {text_bytes / bare_s / 1e6:6.2f} MB per CPU-second")
-    click.echo(f"text to shard: {text_bytes / ours_s / 1e6:6.2f} MB per CPU-second")
-    click.echo(f"ratio          {bare_s / ours_s:6.2f}")
+    for name, each_s in seconds.items():
+        median_s = statistics.median(each_s)
+        click.echo(
+            f"{name:20} {text_bytes / median_s / 1e6:6.2f} MB per CPU-second "
+            f"({text_bytes / max(each_s) / 1e6:.2f} to {text_bytes / min(each_s) / 1e6:.2f})  "
+            f"ratio {base_s / median_s:5.2f}"
+        )
+    click.echo(
+        f"peak memory of ours  {after_bytes / 1e6:6.0f} MB, "
+        f"{before_bytes / 1e6:.0f} MB of it with the text alone"
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class FrameStore:
     def __init__(self, folder: Path, manifest: Manifest, split: str, keep_frames: int = 64) -> None:
         """Opens no shard yet. Raises ConfigError when the split is empty."""
         self.manifest = manifest
-        self._paths = [folder / shard.file for shard in manifest.split(split)]
+        self._folder = folder
         self._entries = manifest.split(split)
         if not self._entries:
             raise ConfigError(
@@ -95,8 +95,8 @@ class FrameStore:
 
     def _reader(self, shard: int) -> ShardReader:
         if shard not in self._readers:
-            reader = ShardReader(self._paths[shard])
             entry = self._entries[shard]
+            reader = self.manifest.open_shard(self._folder, entry)
             if (reader.file_bytes, reader.header.tokens) != (entry.file_bytes, entry.tokens):
                 raise ShardCorruptError(
                     f"the shard {reader.path} is not the one in the manifest: it has "

@@ -1,309 +1,251 @@
-"""`megaback shards build`: a source becomes a folder of shards with a manifest.
+"""`megaback shards build`: sources become a folder of shards with a manifest.
 
-The source is listed, cut into tasks, and the tasks are run by a pool of processes. Whatever kills
-the build, the same command goes on where it stopped, and the result is byte for byte that of an
-uninterrupted build, with any number of workers. The manifest is written last.
+The sources are listed, cut into tasks, and the tasks are run by a pool of processes, or one of them
+by each element of a Slurm array. Whatever kills the build, the same command goes on where it
+stopped, and the result is byte for byte that of an uninterrupted build, with any number of workers.
+The manifest is written last.
 """
 
-import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Thread
+from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 
-from data_pipeline.command import Command, replacing, write_text
-from data_pipeline.errors import (
-    ConfigError,
-    DirectionMismatchError,
-    LaunchError,
-    OutputExistsError,
-    SourceEmptyError,
-    TokenizerMismatchError,
+from data_pipeline.build_options import (
+    echo_manifest,
+    num_workers,
+    out_option,
+    require_no_settings,
+    settings_from,
+    settings_options,
+    tasks_option,
+    workers_option,
 )
+from data_pipeline.command import Command, write_text
+from data_pipeline.errors import ConfigError, OutputExistsError
+from data_pipeline.finalize import (
+    BUILDERS_LOCK,
+    codec_of_plan,
+    finalize_build,
+    finished_build,
+    remove_all_but,
+    unfinished_tasks,
+)
+from data_pipeline.locks import locked
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
-from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
-from data_pipeline.sources import list_slices, require_outside
-from data_pipeline.tasks import (
+from data_pipeline.plan import (
     BUILD_FOLDER,
-    BuildSettings,
+    PLAN_NAME,
+    Plan,
     Task,
-    TaskRecord,
-    cut_into_tasks,
-    finished_record,
-    run_task,
-    same_but_source,
-    same_source,
+    claim_plan,
+    renew_plan,
+    require_same_tasks,
 )
-from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.pool import run_in_processes, shared_by_all
+from data_pipeline.progress import SharedCounts, showing_progress
+from data_pipeline.selection import tasks_within_limits
+from data_pipeline.settings import BuildSettings
+from data_pipeline.tasks import TaskRecord, finished_record, run_task
+from data_pipeline.text import TextCodec
 
-_SETTINGS_NAME = "settings.json"
+_ARRAY_INDEX_VARIABLE = "SLURM_ARRAY_TASK_ID"
+_INDICES = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def build_shards(
-    settings: BuildSettings, codec: TextCodec, out: Path, workers: int
+    settings: BuildSettings,
+    codec: TextCodec,
+    out: Path,
+    workers: int,
+    num_tasks: int | None = None,
 ) -> tuple[Manifest, int]:
-    """Build, or finish building, the shards of a source in `out`.
+    """Build, or finish building, the shards of the sources in `out`.
 
-    Returns the manifest and the number of tasks that earlier builds had already finished. Raises
-    the errors of the source; OutputExistsError, TokenizerMismatchError or DirectionMismatchError
-    when `out` holds something else, which is left as it is.
+    Returns the manifest and the number of tasks that earlier builds had already finished. A source
+    that changed since an earlier build began is listed again; what is the same is not redone.
+    Raises the errors of the sources; OutputExistsError, TokenizerMismatchError or
+    DirectionMismatchError when `out` holds something else, which is left as it is.
     """
-    _check_settings(settings)
-    require_outside(settings.source, out)
-    tasks = cut_into_tasks(list_slices(settings.source, text_column=settings.text_column), settings)
     was_there = out.exists()
-    _claim_folder(out, settings)
+    plan, is_new = claim_plan(settings, codec, out, num_tasks)
+    if not is_new:
+        plan = _listed_again(plan, settings, out)
     try:
-        done = {task.index: record for task in tasks if (record := finished_record(task, out))}
-        num_found = len(done)
-        if (out / MANIFEST_NAME).exists():
-            if num_found == len(tasks):
-                return Manifest.load(out), num_found
-            raise OutputExistsError(
-                f"{out} is a finished data set, but {settings.source} has changed since, or some "
-                "of its shards are gone; choose another --out, or remove that folder"
-            )
-        waiting = [task for task in tasks if task.index not in done]
-        for task, record in _run(waiting, out, codec.model_bytes, workers):
-            done[task.index] = record
-        manifest = _finalize(settings, codec, [done[task.index] for task in tasks], out)
+        return build_planned(plan, codec, out, workers)
     except BaseException:
-        _forget_if_nothing_is_done(out, was_there)
+        if is_new:
+            _forget_if_nothing_is_done(out, was_there)
         raise
-    return manifest, num_found
 
 
-def _check_settings(settings: BuildSettings) -> None:
-    frame_tokens = settings.frame_tokens
-    if frame_tokens < 64 or frame_tokens & (frame_tokens - 1) or frame_tokens > 1 << 24:
+def build_planned(plan: Plan, codec: TextCodec, out: Path, workers: int) -> tuple[Manifest, int]:
+    """Do what a plan says, and finalize. Returns as `build_shards`.
+
+    Raises SourceUnreadableError for a file that changed since the plan, and OutputExistsError for
+    a finished data set that lost a shard.
+    """
+    if (out / MANIFEST_NAME).exists():
+        return finished_build(out), plan.num_tasks
+    num_found = _do(plan.tasks, plan, codec, out, workers)
+    return finalize_build(plan, codec, out, workers), num_found
+
+
+def build_tasks(
+    plan: Plan, indices: range, codec: TextCodec, out: Path, workers: int
+) -> Manifest | None:
+    """Do some tasks of a plan; whoever finds that all are done finalizes.
+
+    Returns the manifest then, else None. Raises ConfigError when there are no such tasks, and what
+    `build_planned` raises.
+    """
+    if indices.stop > plan.num_tasks:
         raise ConfigError(
-            f"--frame-tokens is {frame_tokens}; it must be a power of two from 64 to 16777216"
+            f"--task-index is {indices.stop - 1}, but {out} was planned as {plan.num_tasks} tasks, "
+            f"0 to {plan.num_tasks - 1}"
         )
-    if not 0.0 <= settings.val_fraction < 1.0:
-        raise ConfigError(
-            f"--val-fraction is {settings.val_fraction}; it must be at least 0 and below 1"
-        )
+    if (out / MANIFEST_NAME).exists():
+        return finished_build(out)
+    _do(plan.tasks[indices.start : indices.stop], plan, codec, out, workers)
+    if unfinished_tasks(plan, out) and not (out / MANIFEST_NAME).exists():
+        return None
+    return finalize_build(plan, codec, out, workers)
 
 
-def _claim_folder(out: Path, settings: BuildSettings) -> None:
-    """Make the folder ours, or find that it already is and was begun with the same settings."""
-    settings_path = out / BUILD_FOLDER / _SETTINGS_NAME
-    if settings_path.exists():
+def _do(tasks: tuple[Task, ...], plan: Plan, codec: TextCodec, out: Path, workers: int) -> int:
+    """Do those of some tasks that are not done. Returns how many were."""
+    with locked(out / BUILDERS_LOCK, shared=True):
+        if (out / MANIFEST_NAME).exists():  # another process was faster
+            return len(tasks)
+        records = [finished_record(task, out) for task in tasks]
+        num_found = sum(record is not None for record in records)
         try:
-            earlier = BuildSettings(**json.loads(settings_path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise OutputExistsError(
-                f"{out} was begun by another version of megaback, or {settings_path} is broken "
-                f"({error}); choose another --out, or remove that folder"
-            ) from None
-        _require_same_settings(earlier, settings, out)
-    elif out.exists() and (not out.is_dir() or _holds_something_else(out)):
-        raise OutputExistsError(
-            f"{out} already holds something that is no build of shards; choose another --out"
-        )
-    (out / BUILD_FOLDER).mkdir(parents=True, exist_ok=True)
-    write_text(settings_path, json.dumps(asdict(settings), indent=2) + "\n")
-
-
-def _holds_something_else(out: Path) -> bool:
-    """An empty build folder is ours: a build was stopped before it could write its settings."""
-    ours = out / BUILD_FOLDER
-    others = [path for path in out.iterdir() if path != ours]
-    begun = list(ours.iterdir()) if ours.is_dir() else []
-    return bool(others) or any(not path.name.startswith(f".{_SETTINGS_NAME}.") for path in begun)
-
-
-def _require_same_settings(earlier: BuildSettings, now: BuildSettings, out: Path) -> None:
-    if earlier.tokenizer_sha256 != now.tokenizer_sha256:
-        raise TokenizerMismatchError(
-            f"{out} holds shards of tokenizer {earlier.tokenizer_sha256[:12]}, not of the given "
-            f"tokenizer {now.tokenizer_sha256[:12]}; choose another --out or that tokenizer"
-        )
-    for name in ("direction", "unit"):
-        if getattr(earlier, name) != getattr(now, name):
-            raise DirectionMismatchError(
-                f"{out} holds shards with {name} {getattr(earlier, name)!r}, not "
-                f"{getattr(now, name)!r}; choose another --out"
-            )
-    if not (same_source(earlier, now) and same_but_source(earlier, now)):
-        raise OutputExistsError(
-            f"{out} holds shards of {earlier.source} with other settings; choose another --out, "
-            "or remove that folder"
-        )
+            _run(tasks, records, plan, codec, out, workers)
+        except FileNotFoundError:
+            if not (out / MANIFEST_NAME).exists():  # else finished, and tidied up for want of locks
+                raise
+    return num_found
 
 
 def _run(
-    tasks: list[Task], out: Path, model_bytes: bytes, workers: int
-) -> Iterator[tuple[Task, TaskRecord]]:
-    if not tasks:
-        return
-    # Spawned, not forked: a fork copies the locks of whatever threads a library has started.
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)), mp_context=get_context("spawn"), initializer=_end_with_parent
-    )
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    try:
-        console = Console(stderr=True)
-        # Without a terminal, a bar would leave an empty line behind.
-        with Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        ) as progress:
-            bar = progress.add_task("tasks", total=len(tasks))
-            running = {pool.submit(run_task, task, out, model_bytes): task for task in tasks}
-            for future in as_completed(running):
-                yield running[future], future.result()
-                progress.advance(bar)
-    except BrokenProcessPool:
-        raise LaunchError(
-            "a worker was killed from outside (out of memory, perhaps); "
-            "run the same command again, with fewer --workers, to go on"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    tasks: tuple[Task, ...],
+    records: list[TaskRecord | None],
+    plan: Plan,
+    codec: TextCodec,
+    out: Path,
+    workers: int,
+) -> None:
+    """Do the tasks that have no record, as far as the limits reach; `records` is filled in."""
+    waiting = [number for number, record in enumerate(records) if record is None]
+    needed = tasks_within_limits(plan.settings, records)
+    waiting = [number for number in waiting if number < needed]
+    counts = SharedCounts(plan.num_tasks)
+    calls = [(tasks[number], out, codec.model_bytes) for number in waiting]
+    input_bytes = sum(tasks[number].input_bytes for number in waiting)
+    with showing_progress(counts, input_bytes):
+        for number, record in run_in_processes(_run_counted, calls, workers, counts.raw):
+            records[waiting[number]] = record
+            needed = tasks_within_limits(plan.settings, records)
+            if all(records[:needed]):
+                break
 
 
-def _end_with_parent() -> None:
-    """End this worker when the build is killed: it would wait for tasks for ever."""
-    parent = parent_process()
-    if parent is not None:
-        Thread(target=_wait_and_exit, args=(parent.sentinel,), daemon=True).start()
+def _run_counted(task: Task, out: Path, model_bytes: bytes) -> TaskRecord:
+    raw = shared_by_all()
+    counts = None if raw is None else SharedCounts.of_task(raw, task.index)
+    return run_task(task, out, model_bytes, counts)
 
 
-def _wait_and_exit(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
-
-
-def _finalize(
-    settings: BuildSettings, codec: TextCodec, records: list[TaskRecord], out: Path
-) -> Manifest:
-    manifest = Manifest(
-        text_format=codec.format,
-        vocab_size=codec.vocab_size,
-        begin_id=codec.begin_id,
-        end_id=codec.end_id,
-        id_bytes=codec.id_dtype.itemsize,
-        frame_tokens=settings.frame_tokens,
-        source=settings.source,
-        val_fraction=settings.val_fraction,
-        empty_documents=sum(record.empty_documents for record in records),
-        shards=tuple(
-            sorted(
-                (shard for record in records for shard in record.shards),
-                key=lambda shard: shard.file,
-            )
-        ),
-    )
-    if not manifest.split("train"):
-        for index in range(len(records)):
-            (out / BUILD_FOLDER / f"task-{index:05d}.json").unlink()  # not worth keeping
-        raise SourceEmptyError(
-            f"the source {settings.source} holds no text to train on "
-            f"({manifest.empty_documents} empty documents, "
-            f"{manifest.total('val')['documents']} in the val set); give a source with text"
+def _listed_again(plan: Plan, settings: BuildSettings, out: Path) -> Plan:
+    renewed, has_changed = renew_plan(plan, settings)
+    if not has_changed:
+        return plan
+    if (out / MANIFEST_NAME).exists():
+        raise OutputExistsError(
+            f"{out} is a finished data set, but {settings.description} has changed since; "
+            "choose another --out, or remove that folder"
         )
-    _remove_all_but(out, {shard.file for shard in manifest.shards})
-    with replacing(out / TOKENIZER_NAME) as file:
-        file.write(codec.model_bytes)
-    manifest.save(out)
-    return manifest
-
-
-def _remove_all_but(out: Path, names: set[str]) -> None:
-    """Remove the shards left by a killed process, or by slices that have changed."""
-    for path in [*out.glob("*.zst"), *out.glob(".*.partial")]:
-        if path.name not in names:
-            path.unlink(missing_ok=True)
+    write_text(out / PLAN_NAME, renewed.to_json())
+    return renewed
 
 
 def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
     """After a failure, leave no trace unless some task's work is worth keeping."""
-    if (out / MANIFEST_NAME).exists() or any((out / BUILD_FOLDER).glob("task-*.json")):
-        return
-    _remove_all_but(out, set())
-    shutil.rmtree(out / BUILD_FOLDER, ignore_errors=True)
-    if not was_there:
-        shutil.rmtree(out, ignore_errors=True)
+    with locked(out / BUILDERS_LOCK, wait=False) as alone:
+        done = (out / MANIFEST_NAME).exists() or any((out / BUILD_FOLDER).glob("task-*.json"))
+        if done or not alone:
+            return
+        remove_all_but(out, set())
+        for name in (PLAN_NAME, TOKENIZER_NAME):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / BUILD_FOLDER, ignore_errors=True)
+        if not was_there:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def _indices(text: str) -> range:
+    match = _INDICES.fullmatch(text)
+    if not match or int(match[2] or match[1]) < int(match[1]):
+        raise ConfigError(f"--task-index is {text!r}; write a number, or a range such as 0-31")
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 @click.command(cls=Command, name="build")
-@click.option("--source", required=True, help="pydocs, a path or glob, or hf:NAME[:CONFIG].")
-@click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="tokenizer.model")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@settings_options
+@out_option
+@tasks_option
 @click.option(
-    "--direction",
-    type=click.Choice([direction.value for direction in Direction]),
-    default=Direction.BACKWARD.value,
-    show_default=True,
+    "--task-index",
+    help="Do one task, or a range such as 0-31, of --tasks. Default: the index in a Slurm array.",
 )
-@click.option(
-    "--unit",
-    type=click.Choice([unit.value for unit in Unit]),
-    default=Unit.TOKEN.value,
-    show_default=True,
-    help="What is reversed: ids, or words before encoding.",
-)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: every core.")
-@click.option("--val-fraction", type=float, default=0.01, show_default=True)
-@click.option(
-    "--text-column", default="text", show_default=True, help="Column or key with the text."
-)
-@click.option("--frame-tokens", type=int, default=DEFAULT_FRAME_TOKENS, show_default=True)
-@click.option("--compression-level", type=click.IntRange(1, 22), default=3, show_default=True)
+@workers_option
+@click.pass_context
 def main(
-    source: str,
-    tokenizer: Path,
+    ctx: click.Context,
+    /,
     out: Path,
-    direction: str,
-    unit: str,
+    tasks: int | None,
+    task_index: str | None,
     workers: int | None,
-    val_fraction: float,
-    text_column: str,
-    frame_tokens: int,
-    compression_level: int,
+    **options: Any,
 ) -> None:
-    """Encode a source into compressed shards of (reversed) tokens."""
-    codec = TextCodec.load(tokenizer, Direction(direction), Unit(unit))
-    settings = BuildSettings(
-        source=source,
-        tokenizer_sha256=codec.format.tokenizer_sha256,
-        direction=direction,
-        unit=unit,
-        val_fraction=val_fraction,
-        frame_tokens=frame_tokens,
-        compression_level=compression_level,
-        text_column=text_column,
-    )
-    manifest, num_found = build_shards(
-        settings, codec, out, workers or len(os.sched_getaffinity(0))
-    )
+    """Encode sources into compressed shards of (reversed) tokens.
+
+    With --source and --tokenizer, plans and builds. Without them, does what `megaback shards plan`
+    has planned in the folder.
+    """
+    if task_index is None and tasks is not None:
+        task_index = os.environ.get(_ARRAY_INDEX_VARIABLE)
+    if options["sources"]:
+        settings, codec = settings_from(options)
+        if task_index is None:
+            manifest, num_found = build_shards(settings, codec, out, num_workers(workers), tasks)
+            return _tell(manifest, num_found, out)
+        plan, _ = claim_plan(settings, codec, out, tasks)
+    else:
+        require_no_settings(ctx)
+        plan = Plan.load(out)
+        require_same_tasks(plan, out, tasks)
+        codec = codec_of_plan(plan, out)
+        if task_index is None:
+            manifest, num_found = build_planned(plan, codec, out, num_workers(workers))
+            return _tell(manifest, num_found, out)
+    indices = _indices(task_index)
+    finished = build_tasks(plan, indices, codec, out, num_workers(workers))
+    if finished:
+        return _tell(finished, 0, out)
+    named = f"task {indices[0]}" if len(indices) == 1 else f"tasks {task_index}"
+    click.echo(f"{named} of {plan.num_tasks} done; {out} waits for the others")
+    return None
+
+
+def _tell(manifest: Manifest, num_found: int, out: Path) -> None:
     if num_found:
         click.echo(f"{num_found} tasks were already done")
-    for split in ("train", "val"):
-        total = manifest.total(split)
-        click.echo(
-            f"{split}: {total['documents']:,} documents, {total['tokens']:,} tokens, "
-            f"{total['text_bytes']:,} bytes of text in {total['shards']} shards "
-            f"of {total['file_bytes']:,} bytes"
-        )
-    if manifest.empty_documents:
-        click.echo(f"left out: {manifest.empty_documents:,} empty documents")
-    if not manifest.split("val"):
-        click.echo(
-            "the val set is empty: raise --val-fraction or add documents to measure val loss"
-        )
-    click.echo(f"fingerprint {manifest.fingerprint[:16]} in {out}")
-    click.echo(f"next: megaback train configs/demo.yaml data.shards={out}")
+    echo_manifest(manifest, out)
 
 
 if __name__ == "__main__":

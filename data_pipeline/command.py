@@ -8,6 +8,7 @@ keeps its traceback.
 import errno
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     error the neighbour is removed and what stood at `path` stays. Two processes may write the same
     path: the last one to finish wins, and nobody sees a mixture.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not the process's number, which another node may have given to a process of its own.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         with partial.open("wb") as file:
             yield file

@@ -1,7 +1,9 @@
 """`megaback shards inspect`: what a data set holds, and any document of it as text."""
 
+import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.command import Command
+from data_pipeline.document_lengths import DocumentLengths, describe, read_document_lengths
 from data_pipeline.errors import ConfigError
-from data_pipeline.manifest import SPLITS, Manifest
-from data_pipeline.shard_format import ShardReader
+from data_pipeline.histogram import draw_histogram, require_matplotlib
+from data_pipeline.manifest import SPLITS, Manifest, ShardEntry
+from data_pipeline.shard_walk import num_frames, on_threads, spread_frames
+
+_MOST_FRAMES = 4096
+
+
+@dataclass(frozen=True)
+class UnigramEntropy:
+    """Entropy in nats a token, and the frames that it was measured on."""
+
+    nats: float
+    frames: int
+    of_frames: int
 
 
 def document_ids(
@@ -20,12 +35,8 @@ def document_ids(
 ) -> Iterator[npt.NDArray[np.unsignedinteger[Any]]]:
     """The ids of every document of a split, markers included, in stored order."""
     for entry in manifest.split(split):
-        reader = ShardReader(folder / entry.file)
-        start = 0
-        for tokens in reader.document_tokens().tolist():
-            yield reader.tokens(start, start + tokens)
-            start += tokens
-        reader.close()
+        with manifest.open_shard(folder, entry) as reader:
+            yield from reader.documents()
 
 
 def document_at(
@@ -35,13 +46,11 @@ def document_at(
     before = 0
     for entry in manifest.split(split):
         if number < before + entry.documents:
-            reader = ShardReader(folder / entry.file)
-            stops = np.cumsum(reader.document_tokens())
-            stop = int(stops[number - before])
-            start = int(stops[number - before - 1]) if number > before else 0
-            ids = reader.tokens(start, stop)
-            reader.close()
-            return ids
+            with manifest.open_shard(folder, entry) as reader:
+                stops = np.cumsum(reader.document_tokens())
+                stop = int(stops[number - before])
+                start = int(stops[number - before - 1]) if number > before else 0
+                return reader.tokens(start, stop)
         before += entry.documents
     raise ConfigError(f"--document is {number}, but the {split} set has {before} documents")
 
@@ -51,55 +60,184 @@ def unigram_entropy(folder: Path, manifest: Manifest, split: str) -> float:
 
     Begin markers are left out: they are never predicted.
     """
+    return sampled_entropy(folder, manifest, split, most_frames=None).nats
+
+
+def sampled_entropy(
+    folder: Path,
+    manifest: Manifest,
+    split: str,
+    most_frames: int | None,
+    workers: int | None = None,
+) -> UnigramEntropy:
+    """The same on at most so many frames, spread evenly over the split; None is all of them."""
+
+    def count(part: tuple[ShardEntry, list[int]]) -> npt.NDArray[np.int64]:
+        entry, frames = part
+        counts = np.zeros(manifest.vocab_size, dtype=np.int64)
+        with manifest.open_shard(folder, entry) as reader:
+            for frame in frames:
+                counts += np.bincount(reader.frame(frame), minlength=manifest.vocab_size)
+        return counts
+
+    spread = spread_frames(manifest, split, most_frames)
     counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-    for entry in manifest.split(split):
-        reader = ShardReader(folder / entry.file)
-        for frame in range(reader.num_frames):
-            counts += np.bincount(reader.frame(frame), minlength=manifest.vocab_size)
-        reader.close()
+    for _, of_shard in on_threads(count, spread, workers, f"{split} tokens"):
+        counts += of_shard
     counts[manifest.begin_id] = 0
     probabilities = counts[counts > 0] / counts.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())
+    return UnigramEntropy(
+        nats=float(-(probabilities * np.log(probabilities)).sum()),
+        frames=sum(len(frames) for _, frames in spread),
+        of_frames=sum(num_frames(manifest, entry) for entry in manifest.split(split)),
+    )
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What is known of a split that holds something."""
+
+    total: dict[str, int]
+    entropy: UnigramEntropy
+    lengths: DocumentLengths
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.total,
+            "unigram_entropy": vars(self.entropy),
+            "document_tokens": self.lengths.to_dict(),
+        }
+
+
+def summarize(folder: Path, manifest: Manifest, split: str, workers: int | None) -> SplitSummary:
+    """Read the lengths of all documents, and the tokens of a sample of frames."""
+    return SplitSummary(
+        manifest.total(split),
+        sampled_entropy(folder, manifest, split, _MOST_FRAMES, workers),
+        read_document_lengths(folder, manifest, split, workers),
+    )
+
+
+def _show_document(shards: Path, manifest: Manifest, split: str, number: int, form: str) -> None:
+    codec = manifest.codec(shards)
+    ids = document_at(shards, manifest, split, number)
+    pieces = [codec.piece(piece_id) for piece_id in ids.tolist()]
+    if form == "ids":
+        click.echo(" ".join(map(str, ids.tolist())))
+    elif form == "stored":
+        click.echo(" ".join(pieces))
+    elif form == "json":
+        text = codec.render(ids)
+        fields = {"split": split, "document": number, "tokens": len(ids), "text": text}
+        click.echo(json.dumps({**fields, "ids": ids.tolist(), "pieces": pieces}))
+    else:
+        click.echo(codec.render(ids).encode("utf-8", "surrogatepass"), nl=False)
+
+
+def _facts(shards: Path, manifest: Manifest) -> dict[str, Any]:
+    text_format = manifest.text_format
+    return {
+        "data_set": str(shards),
+        "source": manifest.source,
+        **text_format.to_dict(),
+        "vocab_size": manifest.vocab_size,
+        "id_bytes": manifest.id_bytes,
+        "frame_tokens": manifest.frame_tokens,
+        "dictionary_sha256": manifest.dictionary_sha256,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _show_facts(facts: dict[str, Any]) -> None:
+    click.echo(f"data set     {facts['data_set']}")
+    click.echo(f"source       {facts['source']}")
+    click.echo(f"direction    {facts['direction']}, unit {facts['unit']}")
+    click.echo(
+        f"tokenizer    {facts['vocab_size']:,} pieces, sha256 {facts['tokenizer_sha256'][:16]}"
+    )
+    click.echo(f"frames       {facts['frame_tokens']:,} tokens")
+    if facts["dictionary_sha256"]:
+        click.echo(f"dictionary   sha256 {facts['dictionary_sha256'][:16]}")
+    click.echo(f"fingerprint  {facts['fingerprint']}")
+
+
+def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
+    total, entropy = summary.total, summary.entropy
+    sampled = (
+        f", estimated on {entropy.frames:,} of {entropy.of_frames:,} frames"
+        if entropy.frames < entropy.of_frames
+        else ""
+    )
+    click.echo(
+        f"{name:<12} {total['shards']} shards, {total['documents']:,} documents, "
+        f"{total['tokens']:,} tokens; {total['text_bytes'] / total['tokens']:.2f} bytes of "
+        f"text a token, files at {total['file_bytes'] / (total['tokens'] * id_bytes):.2f} of the "
+        f"raw ids; unigram entropy {entropy.nats:.3f} nats ({entropy.nats / math.log(2):.2f} bits) "
+        f"a token{sampled}"
+    )
 
 
 @click.command(cls=Command, name="inspect")
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True)
 @click.option("--document", type=click.IntRange(min=0), help="Show one document of the split.")
-@click.option("--stored", is_flag=True, help="Show its pieces in stored order, not its text.")
-def main(shards: Path, split: str, document: int | None, stored: bool) -> None:
+@click.option("--stored", "form", flag_value="stored", help="Its pieces in stored order.")
+@click.option("--ids", "form", flag_value="ids", help="Its ids in stored order.")
+@click.option("--json", "form", flag_value="json", help="Everything, for machines.")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the lengths of the split's documents to this PNG.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; default: every core.")
+def main(
+    shards: Path,
+    split: str,
+    document: int | None,
+    form: str | None,
+    picture: Path | None,
+    workers: int | None,
+) -> None:
     """Show what a data set holds, or one of its documents."""
     manifest = Manifest.load(shards)
     if document is not None:
-        codec = manifest.codec(shards)
-        ids = document_at(shards, manifest, split, document)
-        if stored:
-            click.echo(" ".join(codec.piece(int(piece_id)) for piece_id in ids))
-        else:
-            click.echo(codec.render(ids).encode("utf-8", "surrogatepass"), nl=False)
+        if picture is not None:
+            raise ConfigError("--picture draws all documents; leave out --document")
+        _show_document(shards, manifest, split, document, form or "text")
         return
-    text_format = manifest.text_format
-    click.echo(f"data set     {shards}")
-    click.echo(f"source       {manifest.source}")
-    click.echo(f"direction    {text_format.direction.value}, unit {text_format.unit.value}")
-    click.echo(
-        f"tokenizer    {manifest.vocab_size:,} pieces, sha256 {text_format.tokenizer_sha256[:16]}"
-    )
-    click.echo(f"frames       {manifest.frame_tokens:,} tokens")
-    click.echo(f"fingerprint  {manifest.fingerprint}")
-    for name in SPLITS:
-        total = manifest.total(name)
-        if not total["tokens"]:
-            click.echo(f"{name:<12} empty")
-            continue
-        entropy = unigram_entropy(shards, manifest, name)
-        raw_bytes = total["tokens"] * manifest.id_bytes
-        click.echo(
-            f"{name:<12} {total['shards']} shards, {total['documents']:,} documents, "
-            f"{total['tokens']:,} tokens; {total['text_bytes'] / total['tokens']:.2f} bytes of "
-            f"text a token, files at {total['file_bytes'] / raw_bytes:.2f} of the raw ids; "
-            f"unigram entropy {entropy:.3f} nats ({entropy / math.log(2):.2f} bits) a token"
+    if form in ("stored", "ids"):
+        raise ConfigError(f"--{form} shows a document; say which one with --document")
+    if picture is not None:
+        require_matplotlib()
+        if not manifest.split(split):
+            raise ConfigError(f"--picture has nothing to draw: the {split} set is empty")
+    summaries = {
+        name: summarize(shards, manifest, name, workers)
+        for name in SPLITS
+        if manifest.total(name)["tokens"]
+    }
+    facts = _facts(shards, manifest)
+    if form == "json":
+        splits = {name: summary.to_dict() for name, summary in summaries.items()}
+        click.echo(json.dumps({**facts, "splits": splits}))
+    else:
+        _show_facts(facts)
+        for name in SPLITS:
+            if name in summaries:
+                _show_split(name, summaries[name], manifest.id_bytes)
+            else:
+                click.echo(f"{name:<12} empty")
+        if split in summaries:
+            click.echo(f"\nlengths of the {split} documents in tokens, markers included")
+            click.echo("\n".join(describe(summaries[split].lengths)))
+    if picture is not None:
+        lengths = summaries[split].lengths
+        title = (
+            f"Lengths of documents in {shards.resolve().name}, {split} set: "
+            f"{lengths.num_documents:,} documents, {lengths.tokens:,} tokens"
         )
+        draw_histogram(lengths, title, picture)
+        click.echo(f"picture      {picture}", err=form == "json")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,18 @@ same fingerprint, however they were compressed.
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.command import write_text
 from data_pipeline.errors import ShardCorruptError, ShardsMissingError, TokenizerMismatchError
+from data_pipeline.shard_format import ShardReader
 from data_pipeline.text import TextCodec, TextFormat
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
+DICTIONARY_NAME = "dictionary.zdict"
 FORMAT_NAME = "megaback-shards"
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -49,8 +52,11 @@ class Manifest:
     frame_tokens: int
     source: str
     val_fraction: float
-    empty_documents: int
+    left_out: dict[str, int]
+    """How many documents each filter left out, by its name."""
     shards: tuple[ShardEntry, ...]
+    dictionary_sha256: str | None = None
+    """Of the zstd dictionary that every shard needs, in the file `dictionary.zdict`."""
 
     @property
     def fingerprint(self) -> str:
@@ -90,7 +96,8 @@ class Manifest:
             "frame_tokens": self.frame_tokens,
             "source": self.source,
             "val_fraction": self.val_fraction,
-            "empty_documents": self.empty_documents,
+            "left_out": self.left_out,
+            "dictionary_sha256": self.dictionary_sha256,
             "splits": {name: self.total(name) for name in SPLITS},
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -126,8 +133,9 @@ class Manifest:
                 frame_tokens=fields["frame_tokens"],
                 source=fields["source"],
                 val_fraction=fields["val_fraction"],
-                empty_documents=fields["empty_documents"],
+                left_out=dict(fields["left_out"]),
                 shards=tuple(ShardEntry(**entry) for entry in fields["shards"]),
+                dictionary_sha256=fields.get("dictionary_sha256"),
             )
             if manifest.fingerprint != fields["fingerprint"]:
                 raise ValueError("its fingerprint is not that of its entries")
@@ -136,6 +144,18 @@ class Manifest:
                 f"{path} is not a manifest of this version ({error}); build the shards again"
             ) from None
         return manifest
+
+    def open_shard(self, folder: Path, entry: ShardEntry) -> ShardReader:
+        """Open one of the shards in `folder`. Raises ShardCorruptError."""
+        dictionary = None
+        if self.dictionary_sha256 is not None:
+            dictionary = _read_dictionary_once(folder / DICTIONARY_NAME, self.dictionary_sha256)
+        return ShardReader(folder / entry.file, dictionary)
+
+    def require_dictionary(self, folder: Path) -> None:
+        """Raises ShardCorruptError unless the dictionary that the shards need, if any, is there."""
+        if self.dictionary_sha256 is not None:
+            _read_dictionary(folder / DICTIONARY_NAME, self.dictionary_sha256)
 
     def codec(self, folder: Path) -> TextCodec:
         """The codec that these shards were encoded with, from the copy of the tokenizer there."""
@@ -154,3 +174,24 @@ class Manifest:
                 f"its tokenizer as {of_codec}; restore it or build the shards again"
             )
         return codec
+
+
+def _read_dictionary(path: Path, expected_sha256: str) -> bytes:
+    try:
+        dictionary = path.read_bytes()
+    except OSError as error:
+        raise ShardCorruptError(
+            f"cannot read {path}, without which the shards beside it cannot be read: "
+            f"{error.strerror}; restore that file or build the shards again"
+        ) from None
+    sha256 = hashlib.sha256(dictionary).hexdigest()
+    if sha256 != expected_sha256:
+        raise ShardCorruptError(
+            f"{path} has sha256 {sha256[:12]}, but the shards beside it were compressed with "
+            f"{expected_sha256[:12]}; restore that file or build the shards again"
+        )
+    return dictionary
+
+
+# A data set has thousands of shards, which share one dictionary.
+_read_dictionary_once = lru_cache(maxsize=2)(_read_dictionary)

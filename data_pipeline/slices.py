@@ -6,22 +6,45 @@ is still what was listed.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
 
-_STAMPED_BYTES = 64 << 10
+STAMPED_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and where it came from."""
+    """One text, where it came from, and what the source says about it."""
 
     text: str
     position: str
     """For messages: `web.jsonl:12` (lines from 1), `a.parquet row 7` (rows from 0), a module."""
+    language: str | None = None
+    """Only when `Columns.language` asks for it."""
+    language_score: float | None = None
+    """Only when `Columns.language_score` asks for it."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns or keys of a record that are read. None: not read."""
+
+    text: str = "text"
+    language: str | None = None
+    language_score: str | None = None
+
+
+OnBadRecord = Callable[[BadRecordError], None]
+"""What is done with a malformed record: raises the error, or returns to have it left out."""
+
+
+def stop_at_bad_record(error: BadRecordError) -> None:
+    """Raises the error."""
+    raise error
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,7 @@ class Slice:
     kind: str
     """`pydocs`, `parquet`, `jsonl`, `text` or `hub`."""
     path: str
-    """An absolute file path; a hub name with its config; `modules` or `topics` of pydocs."""
+    """An absolute path or URL; a hub name with its config; `modules` or `topics` of pydocs."""
     start: int
     """First row group, hub shard or pydocs file. Text and jsonl files are never cut: 0 to 1."""
     stop: int
@@ -45,10 +68,15 @@ class Slice:
 def file_stamp(path: Path) -> str:
     """Digest of a file's size and of its first and last 64 KiB. Raises OSError."""
     with path.open("rb") as file:
-        head = file.read(_STAMPED_BYTES)
+        head = file.read(STAMPED_BYTES)
         size_bytes = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size_bytes - _STAMPED_BYTES))
+        file.seek(max(0, size_bytes - STAMPED_BYTES))
         tail = file.read()
+    return stamp_of(size_bytes, head, tail)
+
+
+def stamp_of(size_bytes: int, head: bytes, tail: bytes) -> str:
+    """Digest of a file's size and of its first and last 64 KiB."""
     return hashlib.sha256(b"%d:" % size_bytes + head + tail).hexdigest()
 
 
@@ -61,18 +89,86 @@ def require_stamp(piece: Slice, stamp: str) -> None:
         )
 
 
-def record_text(record: Mapping[str, object], text_column: str, where: str) -> str:
-    """The text of one record. Raises BadRecordError, which begins with `where`."""
-    if text_column not in record:
-        raise BadRecordError(
-            f"{where}: no column {text_column!r}; the columns are {', '.join(record) or 'none'}: "
-            "name the one with the text with --text-column, or remove the record"
-        )
-    text = record[text_column]
+def document_of(
+    record: Mapping[str, object], columns: Columns, where: str, position: str
+) -> Document:
+    """The document of one record. Raises BadRecordError, which begins with `where`."""
+    text = _value(record, columns.text, "text", "--text-column", where)
     if not isinstance(text, str):
-        found = "null" if text is None else f"of type {type(text).__name__}, not text"
+        raise _bad_value(record, columns.text, text, "text", where)
+    language = _language(record, columns.language, where) if columns.language else None
+    score = _score(record, columns.language_score, where) if columns.language_score else None
+    return Document(text, position, language, score)
+
+
+def require_no_columns(columns: Columns, source: str) -> None:
+    """Raises SourceUnreadableError when a source without columns is asked for languages."""
+    asked = {
+        "--language-column": columns.language,
+        "--language-score-column": columns.language_score,
+    }
+    for option, column in asked.items():
+        if column is not None:
+            raise SourceUnreadableError(
+                f"{source}: this source has no columns, so no column {column!r}; leave out {option}"
+            )
+
+
+def require_columns(columns: Columns, found: Iterable[str], source: str) -> None:
+    """Raises SourceUnreadableError when a source lacks a column that is asked for."""
+    names = list(found)
+    for column, option, content in asked_columns(columns):
+        if column not in names:
+            raise SourceUnreadableError(
+                f"{source}: no column {column!r}; the columns are {', '.join(names) or 'none'}: "
+                f"name the one with the {content} with {option}"
+            )
+
+
+def asked_columns(columns: Columns) -> Iterator[tuple[str, str, str]]:
+    """Name, option and content of each column that is asked for."""
+    yield columns.text, "--text-column", "text"
+    if columns.language is not None:
+        yield columns.language, "--language-column", "language"
+    if columns.language_score is not None:
+        yield columns.language_score, "--language-score-column", "language's score"
+
+
+def _language(record: Mapping[str, object], column: str, where: str) -> str | None:
+    value = _value(record, column, "language", "--language-column", where)
+    if value is None or isinstance(value, str):
+        return value
+    raise _bad_value(record, column, value, "text", where)
+
+
+def _score(record: Mapping[str, object], column: str, where: str) -> float | None:
+    value = _value(record, column, "language's score", "--language-score-column", where)
+    if value is None:
+        return None
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            raise _bad_value(record, column, value, "a number in range", where) from None
+    raise _bad_value(record, column, value, "a number", where)
+
+
+def _value(
+    record: Mapping[str, object], column: str, content: str, option: str, where: str
+) -> object:
+    if column not in record:
         raise BadRecordError(
-            f"{where}: column {text_column!r} is {found} "
-            f"(the columns are {', '.join(record)}); mend or remove the record"
+            f"{where}: no column {column!r}; the columns are {', '.join(record) or 'none'}: "
+            f"name the one with the {content} with {option}, or remove the record"
         )
-    return text
+    return record[column]
+
+
+def _bad_value(
+    record: Mapping[str, object], column: str, value: object, wanted: str, where: str
+) -> BadRecordError:
+    found = "null" if value is None else f"of type {type(value).__name__}, not {wanted}"
+    return BadRecordError(
+        f"{where}: column {column!r} is {found} "
+        f"(the columns are {', '.join(record)}); mend or remove the record"
+    )

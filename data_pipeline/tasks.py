@@ -1,63 +1,47 @@
-"""The unit of building: one task reads some slices of the source and writes their shards.
+"""The unit of building: one task reads some portions of the sources and writes their shards.
 
-A task is a pure function of its slices and of the settings, so that it gives the same bytes on any
-machine, in any order, at any time. Its completion record is written last; a task without a valid
-record is done again.
+A task is a pure function of its portions and of the settings, so that it gives the same bytes on
+any machine, in any order, at any time. Its completion record is written last; a task without a
+valid record is done again. Two processes may do the same task: both write the same bytes.
+
+Where what is kept depends on other tasks (de-duplication, limits), a task stages its shards, and
+writes down for each document what `selection.py` must know to choose.
 """
 
 import hashlib
 import json
+import struct
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from data_pipeline.command import replacing, write_text
+from data_pipeline.encoder import BATCH_CHARACTERS, Ids
+from data_pipeline.errors import BadRecordError
 from data_pipeline.manifest import SPLITS, ShardEntry
-from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS, ShardWriter
-from data_pipeline.sources import Slice, read_slice
+from data_pipeline.plan import BUILD_FOLDER, Task
+from data_pipeline.progress import Counts, no_counts
+from data_pipeline.settings import BuildSettings
+from data_pipeline.shard_format import Compression, ShardWriter
+from data_pipeline.slices import stop_at_bad_record
+from data_pipeline.sources import read_slice
 from data_pipeline.text import Direction, TextCodec, Unit
 
-BUILD_FOLDER = ".build"
+# What is noted of a document that a task stages. The two halves of the first 16 bytes of the
+# SHA-256 of its text, and of the pass that took it, tell it from all others.
+DOCUMENT_NOTE = np.dtype(
+    [("split", "u1"), ("tokens", "<u4"), ("text_bytes", "<u4"), ("high", "<u8"), ("low", "<u8")]
+)
+STAGED_FOLDER = Path(BUILD_FOLDER) / "staged"
 
-_SMALLEST_TASK_BYTES = 2 << 20
-_LARGEST_TASK_BYTES = 1 << 30
-_AIMED_TASKS = 64
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """What decides the bytes of the shards, besides the source's text and the tokenizer's model."""
-
-    source: str
-    tokenizer_sha256: str
-    direction: str = Direction.BACKWARD.value
-    unit: str = Unit.TOKEN.value
-    val_fraction: float = 0.01
-    frame_tokens: int = DEFAULT_FRAME_TOKENS
-    shard_tokens: int = 1 << 26
-    compression_level: int = 3
-    text_column: str = "text"
-
-
-@dataclass(frozen=True)
-class Task:
-    """Slices that one process reads, one after another."""
-
-    index: int
-    slices: tuple[Slice, ...]
-    settings: BuildSettings
-
-    @property
-    def sha256(self) -> str:
-        """Names the task's result: equal tasks write equal bytes.
-
-        The slices say what is read; how the source was spelled does not matter.
-        """
-        fields = asdict(replace(self, settings=replace(self.settings, source="")))
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+_NOTE = struct.Struct("<BIIQQ")
 
 
 @dataclass(frozen=True)
@@ -66,81 +50,211 @@ class TaskRecord:
 
     task_sha256: str
     shards: tuple[ShardEntry, ...]
-    empty_documents: int
+    left_out: dict[str, int]
 
-    def save(self, folder: Path, index: int) -> None:
-        write_text(_record_path(folder, index), json.dumps(asdict(self), indent=1) + "\n")
+    @property
+    def documents(self) -> int:
+        return sum(shard.documents for shard in self.shards)
 
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
 
-def cut_into_tasks(slices: tuple[Slice, ...], settings: BuildSettings) -> tuple[Task, ...]:
-    """Group neighbouring slices into about 64 tasks of 2 MiB to 1 GiB of input each.
+    def save(self, path: Path) -> None:
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
-    Depends on the source alone, never on the number of workers. A slice of unknown size is a task
-    of its own.
-    """
-    total_bytes = sum(piece.size_bytes for piece in slices)
-    task_bytes = min(max(total_bytes // _AIMED_TASKS, _SMALLEST_TASK_BYTES), _LARGEST_TASK_BYTES)
-    groups: list[list[Slice]] = []
-    filled_bytes = task_bytes
-    for piece in slices:
-        size_bytes = piece.size_bytes or task_bytes
-        if filled_bytes + size_bytes > task_bytes:
-            groups.append([])
-            filled_bytes = 0
-        groups[-1].append(piece)
-        filled_bytes += size_bytes
-    return tuple(Task(index, tuple(group), settings) for index, group in enumerate(groups))
-
-
-def finished_record(task: Task, folder: Path) -> TaskRecord | None:
-    """The record of a task that is done and whose files have the recorded sizes, else None."""
-    try:
-        fields = json.loads(_record_path(folder, task.index).read_text(encoding="utf-8"))
-        record = TaskRecord(
-            fields["task_sha256"],
-            tuple(ShardEntry(**entry) for entry in fields["shards"]),
-            fields["empty_documents"],
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if record.task_sha256 != task.sha256:
-        return None
-    for shard in record.shards:
-        path = folder / shard.file
-        if not path.is_file() or path.stat().st_size != shard.file_bytes:
+    @classmethod
+    def load(cls, path: Path, sha256: str, folder: Path) -> "TaskRecord | None":
+        """The record of this work if its shards in `folder` have the recorded sizes, else None."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            shards = tuple(ShardEntry(**entry) for entry in fields["shards"])
+            record = cls(fields["task_sha256"], shards, dict(fields["left_out"]))
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-    return record
+        whole = record.task_sha256 == sha256 and all(
+            (file := folder / shard.file).is_file() and file.stat().st_size == shard.file_bytes
+            for shard in record.shards
+        )
+        return record if whole else None
 
 
-def run_task(task: Task, folder: Path, model_bytes: bytes) -> TaskRecord:
-    """Read, encode and write one task. Raises the errors of its source, and OSError."""
+def record_path(out: Path, index: int) -> Path:
+    return out / BUILD_FOLDER / f"task-{index:05d}.json"
+
+
+def shards_folder(task: Task, out: Path) -> Path:
+    """Where a task writes its shards: hidden while documents of them may still be left out."""
+    return out / STAGED_FOLDER if task.settings.selects else out
+
+
+def notes_path(task: Task, out: Path) -> Path:
+    return shards_folder(task, out) / f"task-{task.index:05d}.documents"
+
+
+def finished_record(task: Task, out: Path) -> TaskRecord | None:
+    """The record of a task that is done and whose files are there, else None."""
+    if task.settings.selects and not notes_path(task, out).is_file():
+        return None
+    return TaskRecord.load(record_path(out, task.index), task.sha256, shards_folder(task, out))
+
+
+def run_task(task: Task, out: Path, model_bytes: bytes, counts: Counts | None = None) -> TaskRecord:
+    """Read, encode and write one task. Raises the errors of its sources, and OSError.
+
+    `counts` is added to as work gets done.
+    """
+    counts = no_counts() if counts is None else counts
+    counts[:] = 0
+    try:
+        return _write_task(task, out, model_bytes, counts)
+    except FileNotFoundError:
+        # Another process did the same task meanwhile, and the build is finished and tidied up.
+        if record := finished_record(task, out):
+            return record
+        raise
+
+
+def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> TaskRecord:
     settings = task.settings
     codec = _codec(model_bytes, settings.direction, settings.unit)
-    empty_documents = 0
+    folder = shards_folder(task, out)
+    folder.mkdir(parents=True, exist_ok=True)
+    left_out: Counter[str] = Counter()
     shards: list[ShardEntry] = []
+    notes = _Notes(settings) if settings.selects else None
     with ExitStack() as stack:
-        outputs = {
-            split: stack.enter_context(_SplitOutput(split, task, folder, codec, shards))
+        outputs = [
+            stack.enter_context(_SplitOutput(split, task, folder, codec, shards))
             for split in SPLITS
-        }
-        for text in _texts(task):
-            if not text:
-                empty_documents += 1
+        ]
+        for item in _encoded(_read(task, counts), codec):
+            if isinstance(item, str):
+                left_out[item] += 1
                 continue
-            text_utf8 = text.encode("utf-8", "surrogatepass")
-            split = "val" if belongs_to_val(text_utf8, settings.val_fraction) else "train"
-            outputs[split].add(text, len(text_utf8))
-    record = TaskRecord(
-        task.sha256, tuple(sorted(shards, key=lambda shard: shard.file)), empty_documents
-    )
-    record.save(folder, task.index)
+            document, ids = item
+            split = int(_fraction(document.sha256[:8]) < settings.val_fraction)  # 1 is val
+            outputs[split].add(ids, document.num_bytes)
+            counts += (1, document.num_bytes, len(ids), 0)
+            if notes and notes.add(split, len(ids), document):
+                break
+    if notes:
+        with replacing(notes_path(task, out)) as file:
+            file.write(notes.packed)
+    by_file = sorted(shards, key=lambda shard: shard.file)
+    record = TaskRecord(task.sha256, tuple(by_file), dict(sorted(left_out.items())))
+    record.save(record_path(out, task.index))
     return record
 
 
 def belongs_to_val(text_utf8: bytes, val_fraction: float) -> bool:
     """Decide the split by the text alone, so that equal texts never lie in both."""
-    draw = int.from_bytes(hashlib.sha256(text_utf8).digest()[:8], "big")
-    return draw < val_fraction * 2.0**64
+    return _fraction(hashlib.sha256(text_utf8).digest()[:8]) < val_fraction
+
+
+def read_notes(task: Task, out: Path) -> npt.NDArray[Any]:
+    """What a task noted of its documents, in order: dtype DOCUMENT_NOTE, shape (documents,)."""
+    path = notes_path(task, out)
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype=DOCUMENT_NOTE)
+    return np.memmap(path, dtype=DOCUMENT_NOTE, mode="r")
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """A document that passed the filters."""
+
+    text: str
+    num_bytes: int
+    sha256: bytes
+    pass_number: int
+
+
+def _read(task: Task, counts: Counts) -> Iterator[_Passed | str]:
+    """What a task reads, in order: documents, and for each that is left out the reason."""
+    settings = task.settings
+    skipped: list[str] = []
+
+    def skip(_error: BadRecordError) -> None:
+        skipped.append("bad_record")
+
+    on_bad_record = skip if settings.on_bad_record == "skip" else stop_at_bad_record
+    for portion in task.portions:
+        for document in read_slice(portion.piece, settings.columns, on_bad_record):
+            if skipped:
+                yield from skipped
+                skipped.clear()
+            if reason := settings.why_left_out(document):
+                yield reason
+                continue
+            text_utf8 = document.text.encode("utf-8", "surrogatepass")
+            sha256 = hashlib.sha256(text_utf8).digest()
+            if portion.fraction < 1.0 and _fraction(sha256[8:16]) >= portion.fraction:
+                yield "weight"
+                continue
+            yield _Passed(document.text, len(text_utf8), sha256, portion.pass_number)
+        yield from skipped
+        skipped.clear()
+        counts += (0, 0, 0, portion.piece.size_bytes)
+
+
+def _encoded(
+    items: Iterator[_Passed | str], codec: TextCodec
+) -> Iterator[tuple[_Passed, Ids] | str]:
+    """What is read, documents with their ids: many are encoded at a time."""
+    while batch := _next_batch(items):
+        texts = [item.text for item in batch if isinstance(item, _Passed)]
+        ids = iter(codec.encode_documents(texts))
+        for item in batch:
+            yield item if isinstance(item, str) else (item, next(ids))
+
+
+def _next_batch(items: Iterator[_Passed | str]) -> list[_Passed | str]:
+    batch = []
+    num_characters = 0
+    for item in items:
+        batch.append(item)
+        num_characters += 1 if isinstance(item, str) else len(item.text)
+        if num_characters >= BATCH_CHARACTERS:
+            break
+    return batch
+
+
+def _fraction(eight_bytes: bytes) -> float:
+    return int.from_bytes(eight_bytes, "big") / 2.0**64
+
+
+class _Notes:
+    """What is noted of each document, and whether the task has all that could be needed of it."""
+
+    def __init__(self, settings: BuildSettings) -> None:
+        self.packed = bytearray()
+        self._limit_documents = settings.limit_documents
+        self._limit_tokens = settings.limit_tokens
+        self._is_limited = not (settings.limit_documents is settings.limit_tokens is None)
+        self._seen: set[int] | None = set() if settings.deduplicate else None
+        self._documents = self._tokens = 0
+
+    def add(self, split: int, tokens: int, document: "_Passed") -> bool:
+        """True when no later document of this task can be within the limits.
+
+        That holds with de-duplication too: of the texts that stand here before a later one, each
+        counts towards the limit, in this task or in an earlier one.
+        """
+        high = int.from_bytes(document.sha256[:8], "big") ^ document.pass_number
+        low = int.from_bytes(document.sha256[8:16], "big")
+        self.packed += _NOTE.pack(split, tokens, document.num_bytes, high, low)
+        if not self._is_limited:
+            return False
+        if self._seen is not None:
+            if high in self._seen:
+                return False
+            self._seen.add(high)
+        self._documents += 1
+        self._tokens += tokens
+        return (self._limit_documents is not None and self._documents >= self._limit_documents) or (
+            self._limit_tokens is not None and self._tokens >= self._limit_tokens
+        )
 
 
 class _SplitOutput:
@@ -167,7 +281,7 @@ class _SplitOutput:
         else:
             self._open_file.__exit__(*error)
 
-    def add(self, text: str, text_bytes: int) -> None:
+    def add(self, ids: Ids, text_bytes: int) -> None:
         settings = self._task.settings
         if self._writer is None:
             file = self._open_file.enter_context(replacing(self._folder / self._file_name()))
@@ -176,9 +290,9 @@ class _SplitOutput:
                 self._codec.format.to_dict(),
                 self._codec.id_dtype,
                 settings.frame_tokens,
-                settings.compression_level,
+                Compression(level=settings.compression_level),
             )
-        self._writer.add(self._codec.encode_document(text), text_bytes)
+        self._writer.add(ids, text_bytes)
         if self._writer.tokens >= settings.shard_tokens:
             self._close_shard()
 
@@ -195,28 +309,6 @@ class _SplitOutput:
         self._writer = None
 
 
-def _texts(task: Task) -> Iterator[str]:
-    for piece in task.slices:
-        for document in read_slice(piece, text_column=task.settings.text_column):
-            yield document.text
-
-
 @lru_cache(maxsize=1)
 def _codec(model_bytes: bytes, direction: str, unit: str) -> TextCodec:
     return TextCodec(model_bytes, Direction(direction), Unit(unit))
-
-
-def _record_path(folder: Path, index: int) -> Path:
-    return folder / BUILD_FOLDER / f"task-{index:05d}.json"
-
-
-def same_source(left: BuildSettings, right: BuildSettings) -> bool:
-    """Whether two builds read the same, one perhaps by a relative path."""
-    return (
-        left.source == right.source or Path(left.source).resolve() == Path(right.source).resolve()
-    )
-
-
-def same_but_source(left: BuildSettings, right: BuildSettings) -> bool:
-    """Whether two builds differ at most in what they read."""
-    return replace(left, source="") == replace(right, source="")

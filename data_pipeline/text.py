@@ -11,12 +11,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.encoder import Encoder, Ids, SentencePieceEncoder, fastest_encoder
 from data_pipeline.errors import DirectionMismatchError, TokenizerError, TokenizerMismatchError
 
 BEGIN_PIECE = "<|startoftext|>"
@@ -38,6 +41,8 @@ _SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")
 # What the usual normalizations change: spaces at the ends and in a row, a ligature, a wide letter.
 _PROBE = "  a  \ufb01 \uff21\t\n e\u0301 \u00a0b "
 _RUNS = re.compile(r"\s+|\S+")
+# SentencePiece encodes this much before a faster encoder could be made and checked.
+_CHARACTERS_BEFORE_FASTEST = 1 << 17
 
 
 class Direction(str, Enum):
@@ -65,6 +70,17 @@ def reverse_words(text: str) -> str:
     'sat cat  the'
     """
     return "".join(reversed(_RUNS.findall(text)))
+
+
+def _is_plain(text: str) -> bool:
+    """Whether nothing in a text must be spelled in byte pieces; faster than the regex."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return _SPACE_SYMBOL not in text
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,7 @@ class Prompt:
 class TextCodec:
     """Encodes and renders with one SentencePiece model, direction and unit.
 
+    Encodes exactly as SentencePiece does; a codec that has much to encode finds a faster way to.
     Instances can be pickled; the model travels as its serialized bytes.
     """
 
@@ -141,10 +158,14 @@ class TextCodec:
             ) from None
         self.vocab_size: int = self._processor.vocab_size()
         self.id_dtype: np.dtype[Any] = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        self._reference = SentencePieceEncoder(self._processor, self.id_dtype)
+        self._characters_before_fastest = _CHARACTERS_BEFORE_FASTEST
         self.begin_id = self._require_control(BEGIN_PIECE)
         self.end_id = self._require_control(END_PIECE)
         self.chat_ids = {piece: self._require_control(piece) for piece in CHAT_PIECES}
-        self._byte_ids = [self._require_byte(value) for value in range(256)]
+        self._byte_ids = np.array(
+            [self._require_byte(value) for value in range(256)], dtype=self.id_dtype
+        )
         self._piece_bytes = [self._bytes_of(piece_id) for piece_id in range(self.vocab_size)]
         if self.render(self.encode(_PROBE)) != _PROBE:
             raise TokenizerError(
@@ -170,18 +191,32 @@ class TextCodec:
     def __reduce__(self) -> tuple[type["TextCodec"], tuple[bytes, Direction, Unit]]:
         return TextCodec, (self.model_bytes, self.format.direction, self.format.unit)
 
-    def encode(self, text: str) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """Ids of a text in the model's reading order, without markers: shape (tokens,)."""
-        if self._reverses_words:
-            text = reverse_words(text)
-        ids = np.array(self._encode_plain(text), dtype=self.id_dtype)
-        return ids[::-1] if self._reverses_ids else ids
+    @property
+    def encoder_name(self) -> str:
+        """What encodes once there is much to encode."""
+        return self._fastest.name
 
-    def encode_document(self, text: str) -> npt.NDArray[np.unsignedinteger[Any]]:
+    def encode(self, text: str) -> Ids:
+        """Ids of a text in the model's reading order, without markers: shape (tokens,).
+
+        Not to be written to.
+        """
+        (ids,) = self._encode_all([text])
+        return ids
+
+    def encode_document(self, text: str) -> Ids:
         """Ids of a whole document between its begin and end markers: shape (tokens + 2,)."""
-        begin = np.array([self.begin_id], dtype=self.id_dtype)
-        end = np.array([self.end_id], dtype=self.id_dtype)
-        return np.concatenate([begin, self.encode(text), end])
+        (ids,) = self.encode_documents([text])
+        return ids
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        """`encode_document` of each text, faster; best given what `encoder.in_batches` groups."""
+        documents = []
+        for ids in self._encode_all(texts):
+            document = np.empty(len(ids) + 2, dtype=self.id_dtype)
+            document[0], document[1:-1], document[-1] = self.begin_id, ids, self.end_id
+            documents.append(document)
+        return documents
 
     def render(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Text, in a person's reading order, of ids in the model's reading order.
@@ -244,17 +279,31 @@ class TextCodec:
     def _reverses_ids(self) -> bool:
         return self.format.direction is Direction.BACKWARD and self.format.unit is Unit.TOKEN
 
-    def _encode_plain(self, text: str) -> list[int]:
-        if not _SPELLED_IN_BYTES.search(text):
-            ids: list[int] = self._processor.encode(text)
-            return ids
-        ids = []
-        for index, part in enumerate(_SPELLED_IN_BYTES.split(text)):
-            if index % 2:
-                ids.extend(self._byte_ids[byte] for byte in part.encode("utf-8", "surrogatepass"))
-            else:
-                ids.extend(self._processor.encode(part))
-        return ids
+    @cached_property
+    def _fastest(self) -> Encoder:
+        return fastest_encoder(self.model_bytes, self._processor, self.id_dtype)
+
+    def _encode_all(self, texts: Sequence[str]) -> list[Ids]:
+        if self._reverses_words:
+            texts = [reverse_words(text) for text in texts]
+        self._characters_before_fastest -= sum(map(len, texts))
+        encoder = self._reference if self._characters_before_fastest > 0 else self._fastest
+        are_plain = list(map(_is_plain, texts))
+        ids_of_plain = iter(encoder.encode_all(list(compress(texts, are_plain))))
+        ids_of_texts = [
+            next(ids_of_plain) if is_plain else self._encode_spelled(text, encoder)
+            for text, is_plain in zip(texts, are_plain, strict=True)
+        ]
+        return [ids[::-1] for ids in ids_of_texts] if self._reverses_ids else ids_of_texts
+
+    def _encode_spelled(self, text: str, encoder: Encoder) -> Ids:
+        """Ids of a text of which some characters are spelled in byte pieces."""
+        parts = _SPELLED_IN_BYTES.split(text)
+        ids_of_parts = encoder.encode_all(parts[::2])
+        for index, part in enumerate(parts[1::2]):
+            spelled = np.frombuffer(part.encode("utf-8", "surrogatepass"), dtype=np.uint8)
+            ids_of_parts.insert(2 * index + 1, self._byte_ids[spelled])
+        return np.concatenate(ids_of_parts)
 
     def _require_control(self, piece: str) -> int:
         piece_id: int = self._processor.piece_to_id(piece)

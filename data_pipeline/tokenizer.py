@@ -9,7 +9,6 @@ import io
 import json
 import re
 import shlex
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,12 @@ from pathlib import Path
 import click
 
 from data_pipeline.command import Command, replacing
-from data_pipeline.errors import OutputExistsError, SourceEmptyError, TokenizerError
-from data_pipeline.sources import Document, Slice, list_slices, read_slice, require_outside
+from data_pipeline.errors import BadRecordError, OutputExistsError, SourceEmptyError, TokenizerError
+from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
+from data_pipeline.slices import Columns, OnBadRecord, stop_at_bad_record
+from data_pipeline.sources import require_outside
 from data_pipeline.text import BEGIN_PIECE, CHAT_PIECES, END_PIECE
+from data_pipeline.text_sample import num_bytes, sample_texts
 
 MODEL_NAME = "tokenizer.model"
 REPORT_NAME = "tokenizer_report.json"
@@ -28,10 +30,10 @@ DEFAULT_SAMPLE_BYTES = 200_000_000
 
 _CHARACTER_COVERAGE = 0.9995
 _NUM_THREADS = 4  # written into the model, so not the machine's; it does not change the pieces
-_MAX_OPEN_SLICES = 64
 _MAX_SENTENCE_BYTES = 1 << 30  # the library's limit; it drops longer sentences
 _SENTENCE_CHARACTERS = 1 << 20
 _MEASURED_BYTES = 4 << 20
+_SHOWN_PIECES = 20
 
 # U+2581 is how SentencePiece writes a space, a sentence with U+2585 is dropped, and lone surrogates
 # are no UTF-8. Text is cut there; these characters are spelled in byte pieces.
@@ -54,17 +56,21 @@ class TokenizerReport:
     text_bytes: int
     """UTF-8 bytes in the sample."""
     bytes_per_token: float
-    """Over at most the first 4 MiB of the sample."""
+    """Measured, as the coverage is, on about 4 MiB from all over the sample."""
+    coverage: float
+    """The part of the text's bytes that no byte piece was needed for."""
+    longest_pieces: tuple[str, ...]
     model_sha256: str
     sentencepiece_version: str
 
 
 def train_tokenizer(
-    source: str,
+    source: str | Sequence[WeightedSource],
     out_dir: Path,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
     max_bytes: int = DEFAULT_SAMPLE_BYTES,
     text_column: str = "text",
+    on_bad_record: OnBadRecord = stop_at_bad_record,
     *,
     overwrite: bool = False,
 ) -> TokenizerReport:
@@ -81,20 +87,23 @@ def train_tokenizer(
             f"{model_path} is there already; name another folder with --out, or add --overwrite "
             "(shards made with the old tokenizer cannot be used with a new one)"
         )
-    require_outside(source, out_dir)
-    texts = list(_sample(list_slices(source, text_column=text_column), max_bytes, text_column))
+    sources = (WeightedSource(source),) if isinstance(source, str) else source
+    for part in sources:
+        require_outside(part.source, out_dir)
+    texts = list(sample_texts(sources, max_bytes, Columns(text_column), on_bad_record))
     sentences = [sentence for text in texts for sentence in _sentences(text)]
+    described = ", ".join(map(str, sources))
     if not sentences:
-        raise SourceEmptyError(f"{source}: it holds no text to train on; name another source")
+        raise SourceEmptyError(f"{described}: it holds no text to train on; name another source")
     model = _train(sentences, vocab_size)
     report = TokenizerReport(
-        source=source,
+        source=described,
         text_column=text_column,
         vocab_size=vocab_size,
         sample_bytes=max_bytes,
         documents=len(texts),
-        text_bytes=sum(_num_bytes(text) for text in texts),
-        bytes_per_token=round(_bytes_per_token(model, sentences), 4),
+        text_bytes=sum(map(num_bytes, texts)),
+        **asdict(_measure(model, sentences)),
         model_sha256=hashlib.sha256(model).hexdigest(),
         sentencepiece_version=sentencepiece.__version__,
     )
@@ -103,32 +112,6 @@ def train_tokenizer(
         report_file.write((json.dumps(asdict(report), indent=2) + "\n").encode())
         model_file.write(model)
     return report
-
-
-def _sample(slices: Sequence[Slice], max_bytes: int, text_column: str) -> Iterator[str]:
-    """Texts from all over a source, up to `max_bytes` of UTF-8; the last text may be cut.
-
-    Slices take turns, a document each. Of many slices, 64 that lie far apart are open at a time.
-    """
-    stride = -(-len(slices) // _MAX_OPEN_SLICES)
-    waiting = deque(piece for offset in range(stride) for piece in slices[offset::stride])
-    turns: deque[Iterator[Document]] = deque()
-    remaining_bytes = max_bytes
-    while remaining_bytes > 0 and (waiting or turns):
-        if waiting and len(turns) < _MAX_OPEN_SLICES:
-            documents = read_slice(waiting.popleft(), text_column=text_column)
-        else:
-            documents = turns.popleft()
-        document = next(documents, None)
-        if document is None:
-            continue
-        turns.append(documents)
-        text = document.text
-        if _num_bytes(text) > remaining_bytes:
-            text = _encode(text)[:remaining_bytes].decode("utf-8", "ignore")
-            remaining_bytes = 0
-        remaining_bytes -= _num_bytes(text)
-        yield text
 
 
 def _sentences(text: str) -> Iterator[str]:
@@ -186,36 +169,57 @@ def _tokenizer_error(reason: str, vocab_size: int) -> TokenizerError:
     return TokenizerError(f"SentencePiece cannot train on this source: {reason.strip()}")
 
 
-def _bytes_per_token(model: bytes, sentences: Sequence[str]) -> float:
+@dataclass(frozen=True)
+class _Fit:
+    """How well a model fits a text: see the fields of the report."""
+
+    bytes_per_token: float
+    coverage: float
+    longest_pieces: tuple[str, ...]
+
+
+def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    num_bytes = num_tokens = 0
-    for sentence in sentences:
-        if num_bytes >= _MEASURED_BYTES:
-            break
-        num_bytes += _num_bytes(sentence)
-        num_tokens += len(processor.encode(sentence))
-    return num_bytes / num_tokens
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _num_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(_encode(text))
+    spread_bytes = sum(map(num_bytes, sentences))
+    stride = max(1, spread_bytes // _MEASURED_BYTES)
+    text_bytes = num_tokens = num_byte_pieces = 0
+    for sentence in sentences[::stride]:
+        ids = processor.encode(sentence[:_MEASURED_BYTES])
+        text_bytes += num_bytes(sentence[:_MEASURED_BYTES])
+        num_tokens += len(ids)
+        num_byte_pieces += sum(map(processor.is_byte, ids))
+    pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
+    longest = sorted(
+        (piece for index, piece in enumerate(pieces) if not processor.is_control(index)),
+        key=lambda piece: (-len(piece), piece),
+    )
+    return _Fit(
+        round(text_bytes / num_tokens, 4),
+        round(1 - num_byte_pieces / text_bytes, 6),
+        tuple(piece.replace("\u2581", " ") for piece in longest[:_SHOWN_PIECES]),
+    )
 
 
 @click.command(
     cls=Command,
     name="train",
-    help="Train a SentencePiece tokenizer on a sample of SOURCE.",
+    help="Train a SentencePiece tokenizer on a sample from all over the sources.",
 )
 @click.option(
     "--source",
+    "sources",
     required=True,
-    help="`pydocs`; a file, folder or pattern (parquet, jsonl, text); or `hf:NAME[:CONFIG]`.",
+    multiple=True,
+    help="pydocs; a path, pattern or URL; or hf:NAME[:CONFIG]. May be given several times.",
+)
+@click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    help="How much of the sample each --source gives, relative to its size: one for each.",
 )
 @click.option(
     "--out",
@@ -244,29 +248,53 @@ def _num_bytes(text: str) -> int:
     show_default=True,
     help="Column with the text, in parquet, jsonl and hub records.",
 )
+@click.option(
+    "--on-bad-record",
+    type=click.Choice(BAD_RECORD_CHOICES),
+    default="stop",
+    show_default=True,
+    help="A malformed record ends the training, or is left out.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a tokenizer that is in the folder.")
 def main(
-    source: str,
+    sources: tuple[str, ...],
+    weights: tuple[float, ...],
     out_dir: Path,
     vocab_size: int,
     sample_bytes: int,
     text_column: str,
+    on_bad_record: str,
     overwrite: bool,
 ) -> None:
     """The command `megaback tokenizer train`."""
+    weighted = weighted_sources(sources, weights)
     report = train_tokenizer(
-        source, out_dir, vocab_size, sample_bytes, text_column, overwrite=overwrite
+        weighted,
+        out_dir,
+        vocab_size,
+        sample_bytes,
+        text_column,
+        stop_at_bad_record if on_bad_record == "stop" else _skip_bad_record,
+        overwrite=overwrite,
     )
     model_path = out_dir / MODEL_NAME
-    column = "" if text_column == "text" else f" --text-column {text_column}"
+    words = [word for source in sources for word in ("--source", source)]
+    words += [word for weight in weights for word in ("--weight", f"{weight:g}")]
+    words += [] if text_column == "text" else ["--text-column", text_column]
     click.echo(
         f"pieces       {report.vocab_size:,}\n"
         f"trained on   {report.documents:,} documents, {report.text_bytes:,} bytes\n"
         f"bytes/token  {report.bytes_per_token:.2f}\n"
+        f"coverage     {report.coverage:.4%} of the text's bytes without byte pieces\n"
+        f"longest      {', '.join(map(repr, report.longest_pieces[:5]))}\n"
         f"written to   {model_path}\n"
-        f"next         megaback shards build --source {shlex.quote(source)}{column} "
+        f"next         megaback shards build {shlex.join(words)} "
         f"--tokenizer {shlex.quote(str(model_path))} --out SHARDS"
     )
+
+
+def _skip_bad_record(_error: BadRecordError) -> None:
+    pass
 
 
 if __name__ == "__main__":

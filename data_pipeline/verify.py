@@ -1,8 +1,6 @@
 """`megaback shards verify`: decode and re-hash everything that a manifest promises."""
 
 import hashlib
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -11,46 +9,109 @@ from data_pipeline.command import Command
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.manifest import Manifest, ShardEntry
 from data_pipeline.shard_format import ShardReader
+from data_pipeline.shard_walk import on_threads
 
 
-def verify_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
-    """Raises ShardCorruptError naming the file, and frame and byte offset where they are known."""
-    reader = ShardReader(folder / entry.file)
-    try:
-        header = reader.header
-        said = (header.direction, header.unit, header.tokenizer_sha256, header.frame_tokens)
-        text_format = manifest.text_format
-        expected = (
-            text_format.direction.value,
-            text_format.unit.value,
-            text_format.tokenizer_sha256,
-            manifest.frame_tokens,
-        )
-        if said != expected:
-            raise ShardCorruptError(
-                f"the shard {reader.path} belongs to another data set: it says {said}, "
-                f"the manifest {expected}; restore it or build the shards again"
-            )
-        counted = (header.tokens, header.documents, header.text_bytes, header.id_bytes)
-        promised = (entry.tokens, entry.documents, entry.text_bytes, manifest.id_bytes)
-        if (*counted, reader.file_bytes) != (*promised, entry.file_bytes):
-            raise ShardCorruptError(
-                f"the shard {reader.path} and the manifest disagree on its numbers: "
-                f"{(*counted, reader.file_bytes)} and {(*promised, entry.file_bytes)}; "
-                "restore the one that changed or build the shards again"
-            )
-        content_sha256 = reader.content_sha256()  # decodes every frame, so it names a broken one
-    finally:
-        reader.close()
-    with reader.path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if (content_sha256, digest.hexdigest()) != (entry.content_sha256, entry.file_sha256):
+def require_promised(reader: ShardReader, entry: ShardEntry, manifest: Manifest) -> None:
+    """Raises ShardCorruptError unless an opened shard says of itself what the manifest says."""
+    header = reader.header
+    text_format = manifest.text_format
+    said = (
+        header.direction,
+        header.unit,
+        header.tokenizer_sha256,
+        header.frame_tokens,
+        header.dictionary_sha256,
+    )
+    expected = (
+        text_format.direction.value,
+        text_format.unit.value,
+        text_format.tokenizer_sha256,
+        manifest.frame_tokens,
+        manifest.dictionary_sha256,
+    )
+    if said != expected:
         raise ShardCorruptError(
+            f"the shard {reader.path} belongs to another data set: it says {said}, "
+            f"the manifest {expected}; restore it or build the shards again"
+        )
+    counted = (header.tokens, header.documents, header.text_bytes, header.id_bytes)
+    promised = (entry.tokens, entry.documents, entry.text_bytes, manifest.id_bytes)
+    if (*counted, reader.file_bytes) != (*promised, entry.file_bytes):
+        raise ShardCorruptError(
+            f"the shard {reader.path} and the manifest disagree on its numbers: "
+            f"{(*counted, reader.file_bytes)} and {(*promised, entry.file_bytes)}; "
+            "restore the one that changed or build the shards again"
+        )
+
+
+def shard_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> list[ShardCorruptError]:
+    """All that is wrong with a shard, each naming the file, and frame and byte offset if known."""
+    try:
+        reader = manifest.open_shard(folder, entry)
+    except ShardCorruptError as error:
+        return [error]
+    damage: list[ShardCorruptError] = []
+    content = hashlib.sha256()
+    with reader:
+        try:
+            require_promised(reader, entry, manifest)
+        except ShardCorruptError as error:
+            damage.append(error)
+        for frame in range(reader.num_frames):
+            try:
+                content.update(reader.frame(frame).data)
+            except ShardCorruptError as error:
+                damage.append(error)
+        try:
+            content.update(reader.document_tokens().astype("<u4").data)
+        except ShardCorruptError as error:
+            damage.append(error)
+    if damage:
+        return damage  # a wrong hash would say it once more
+    file_sha256 = _file_sha256(reader.path)
+    if (content.hexdigest(), file_sha256) != (entry.content_sha256, entry.file_sha256):
+        message = (
             f"the shard {reader.path} is intact but is not the one in the manifest; "
             "restore it or build the shards again"
         )
+        return [ShardCorruptError(message)]
+    return []
+
+
+def verify_data_set(folder: Path, workers: int | None = None) -> Manifest:
+    """Check everything in a folder of shards; all of its damage but the first goes to stderr.
+
+    Raises ShardCorruptError, or what Manifest.load and Manifest.codec raise.
+    """
+    manifest = Manifest.load(folder)
+    manifest.codec(folder)  # reads the tokenizer, and compares it with the manifest
+    manifest.require_dictionary(folder)  # once, rather than as damage of every shard
+
+    def check(entry: ShardEntry) -> list[ShardCorruptError]:
+        return shard_damage(folder, entry, manifest)
+
+    found = dict(on_threads(check, manifest.shards, workers, "verifying"))
+    damaged = [entry for entry in manifest.shards if found[entry]]
+    if damaged:
+        first, *others = [error for entry in damaged for error in found[entry]]
+        for error in others:
+            click.echo(str(error), err=True)
+        more = f" (and {_count(len(damaged) - 1, 'other shard')})" if len(damaged) > 1 else ""
+        raise ShardCorruptError(str(first) + more)
+    return manifest
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @click.command(cls=Command, name="verify")
@@ -58,23 +119,7 @@ def verify_shard(folder: Path, entry: ShardEntry, manifest: Manifest) -> None:
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: every core.")
 def main(shards: Path, workers: int | None) -> None:
     """Decode and re-hash every shard of a data set; name what is broken."""
-    manifest = Manifest.load(shards)
-    manifest.codec(shards)  # reads the tokenizer, and compares it with the manifest
-    broken: list[str] = []
-    # Decompression and hashing release the interpreter's lock, so threads are enough.
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        checks = [pool.submit(verify_shard, shards, entry, manifest) for entry in manifest.shards]
-        for check in checks:
-            error = check.exception()
-            if isinstance(error, ShardCorruptError):
-                broken.append(str(error))
-            elif error is not None:
-                raise error
-    if broken:
-        others = f" (and {len(broken) - 1} other shards)" if len(broken) > 1 else ""
-        for message in broken[1:]:
-            click.echo(message, err=True)
-        raise ShardCorruptError(broken[0] + others)
+    manifest = verify_data_set(shards, workers)
     tokens = sum(entry.tokens for entry in manifest.shards)
     click.echo(
         f"{len(manifest.shards)} shards, {tokens:,} tokens: "

@@ -24,8 +24,11 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
     "shards": (
         "Build and look at data sets.",
         {
+            "plan": ("data_pipeline.plan", "Freeze what is read, and cut it into tasks."),
             "build": ("data_pipeline.build", "Encode a source into shards of reversed tokens."),
+            "finalize": ("data_pipeline.finalize", "Make a data set of tasks that are done."),
             "verify": ("data_pipeline.verify", "Decode and re-hash every shard."),
+            "recompress": ("data_pipeline.recompress", "Write the shards with other compression."),
             "inspect": ("data_pipeline.inspection", "Show what a data set holds."),
         },
     ),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import settings
 
 from data_pipeline.build import build_shards
-from data_pipeline.tasks import BuildSettings
+from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
 
@@ -143,7 +143,7 @@ def tiny_shards(
     """The documents as backward token shards in frames of 1,024, a tenth of them in the val set."""
     folder = tmp_path_factory.mktemp("data") / "shards"
     settings = BuildSettings(
-        source=str(tiny_text_folder),
+        sources=(WeightedSource(str(tiny_text_folder)),),
         tokenizer_sha256=codec().format.tokenizer_sha256,
         val_fraction=0.1,
         frame_tokens=FRAME_TOKENS,

@@ -50,17 +50,30 @@ class Slurm:
         )
         return answer.strip()
 
+    def elements(self, job_id: str) -> list[dict[str, str]]:
+        """What `scontrol show job` knows: of an array, each element, those that wait together."""
+        lines = self.command("scontrol", "--oneliner", "show", "job", job_id).splitlines()
+        return [
+            dict(word.split("=", 1) for word in line.split() if "=" in word)
+            for line in lines
+            if line.strip()
+        ]
+
     def job(self, job_id: str) -> dict[str, str]:
-        """What `scontrol show job` knows."""
-        words = self.command("scontrol", "--oneliner", "show", "job", job_id).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        """What is known of a job; of an array, of an element that is not complete, if any."""
+        elements = self.elements(job_id)
+        return next((job for job in elements if job["JobState"] != "COMPLETED"), elements[0])
 
     def wait(self, job_id: str, cwd: Path, timeout_s: float = 280) -> dict[str, str]:
-        """Wait until a job is over, in whatever way."""
+        """Wait until a job, or every element of an array, is over, in whatever way."""
+
+        def states() -> list[str]:
+            return [job["JobState"] for job in self.elements(job_id)]
+
         wait_for(
-            lambda: self.job(job_id)["JobState"] in _STOPPED,
+            lambda: set(states()) <= _STOPPED,
             timeout_s,
-            lambda: f"job {job_id} is {self.job(job_id)}\n{read_log(cwd, job_id)}",
+            lambda: f"job {job_id} is {states()}\n{read_log(cwd, job_id)}",
         )
         return self.job(job_id)
 
@@ -81,7 +94,8 @@ def wait_for(
 
 def read_log(cwd: Path, job_id: str) -> str:
     """The job's output, in the file that the shipped files name."""
-    return "".join(path.read_text() for path in cwd.glob(f"*-{job_id}.out"))
+    paths = [*cwd.glob(f"*-{job_id}.out"), *sorted(cwd.glob(f"*-{job_id}_*.out"))]
+    return "".join(path.read_text() for path in paths)
 
 
 def cpu_options(nodes: int = NUM_NODES, tasks_per_node: int = 1) -> str:

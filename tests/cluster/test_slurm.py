@@ -156,6 +156,7 @@ def test_building_training_and_converting_follow_one_another(
         *("--source", tiny_text_folder, "--tokenizer", tokenizer_path, "--out", shards),
         *("--frame-tokens", 1024),
         cwd=tmp_path,
+        options="--array=0-2",
     )
     train = slurm.submit(
         "train.sbatch",
@@ -176,7 +177,9 @@ def test_building_training_and_converting_follow_one_another(
 
 @pytest.mark.cluster
 def test_what_depends_on_a_failed_build_is_cancelled(slurm: Slurm, tmp_path: Path) -> None:
-    build = slurm.submit("build_shards.sbatch", "--source", "absent", cwd=tmp_path)
+    build = slurm.submit(
+        "build_shards.sbatch", "--source", "absent", cwd=tmp_path, options="--array=0-1"
+    )
     train = slurm.submit("train.sbatch", "any.yaml", cwd=tmp_path, options=_after(build))
     assert slurm.wait(build, tmp_path)["JobState"] == "FAILED"
     assert slurm.wait(train, tmp_path)["JobState"] == "CANCELLED"

@@ -41,7 +41,7 @@ from data_pipeline.errors import (
     TokenizerError,
     TokenizerMismatchError,
 )
-from data_pipeline.tasks import BuildSettings
+from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
 from tools.convert import convert_full
@@ -60,7 +60,11 @@ def _build(source: Path, tokenizer: Path, out: Path, **settings: object) -> Path
     codec = TextCodec.load(tokenizer, Direction.BACKWARD, unit)
     defaults: dict[str, object] = {"val_fraction": 0.1, "frame_tokens": 1024}
     build_shards(
-        BuildSettings(str(source), codec.format.tokenizer_sha256, **{**defaults, **settings}),
+        BuildSettings(
+            (WeightedSource(str(source)),),
+            codec.format.tokenizer_sha256,
+            **{**defaults, **settings},
+        ),
         codec,
         out,
         workers=1,

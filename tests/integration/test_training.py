@@ -23,7 +23,7 @@ from tiny_run import (
 
 from data_pipeline.build import build_shards
 from data_pipeline.manifest import Manifest
-from data_pipeline.tasks import BuildSettings
+from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
 from megaback.model import ReverseGPT
@@ -198,7 +198,10 @@ def prose_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(str(PROSE), folder, 1000, max_bytes=1_000_000)
     codec = TextCodec.load(folder / MODEL_NAME, Direction.BACKWARD, Unit.TOKEN)
     settings = BuildSettings(
-        str(PROSE), codec.format.tokenizer_sha256, val_fraction=0.002, frame_tokens=4096
+        (WeightedSource(str(PROSE)),),
+        codec.format.tokenizer_sha256,
+        val_fraction=0.002,
+        frame_tokens=4096,
     )
     build_shards(settings, codec, folder / "shards", workers=1)
     return folder / "shards"

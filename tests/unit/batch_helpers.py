@@ -87,7 +87,7 @@ def write_data_set(
         frame_tokens=frame_tokens,
         source="test",
         val_fraction=0.0,
-        empty_documents=0,
+        left_out={},
         shards=tuple(entries),
     )
     return DataSet(folder, manifest, frames)

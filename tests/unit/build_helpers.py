@@ -3,12 +3,24 @@
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.tasks import BuildSettings
+import pytest
+
+from data_pipeline import pool
+from data_pipeline.build import build_shards
+from data_pipeline.inspection import document_ids
+from data_pipeline.manifest import SPLITS, Manifest
+from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.text import TextCodec
+
+with suppress(ImportError):
+    # Loaded in a thread, it crashes whoever uses it after that thread has ended.
+    import kitoken  # noqa: F401
 
 Codecs = Callable[..., TextCodec]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -36,7 +48,7 @@ def write_source(folder: Path, texts: list[str], num_files: int = 6) -> Path:
 
 def make_settings(source: Path | str, codec: TextCodec, **changed: object) -> BuildSettings:
     settings = BuildSettings(
-        source=str(source),
+        sources=(WeightedSource(str(source)),),
         tokenizer_sha256=codec.format.tokenizer_sha256,
         direction=codec.format.direction.value,
         unit=codec.format.unit.value,
@@ -53,4 +65,40 @@ def hashes(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
+    }
+
+
+def write_records(path: Path, records: Sequence[dict[str, object]]) -> Path:
+    """A jsonl file, or a parquet file, by its suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(records)), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def build_here(
+    settings: BuildSettings,
+    codec: TextCodec,
+    out: Path,
+    workers: int = 1,
+    num_tasks: int | None = None,
+) -> Manifest:
+    """Build in threads of this process, also where a fixture would be shared by examples."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+        return build_shards(settings, codec, out, workers, num_tasks)[0]
+
+
+def documents_of(folder: Path) -> dict[str, list[str]]:
+    """The texts of every split, in order, from the shards alone."""
+    manifest = Manifest.load(folder)
+    codec = manifest.codec(folder)
+    return {
+        split: [codec.render(ids) for ids in document_ids(folder, manifest, split)]
+        for split in SPLITS
     }

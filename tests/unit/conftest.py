@@ -16,7 +16,7 @@ from build_helpers import (
     write_source,
 )
 
-from data_pipeline import build, tasks
+from data_pipeline import plan, pool
 from data_pipeline.build import build_shards
 
 
@@ -36,17 +36,17 @@ def source(tmp_path_factory: pytest.TempPathFactory, source_texts: list[str]) ->
 @pytest.fixture
 def a_task_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files would all be one task."""
-    monkeypatch.setattr(tasks, "_SMALLEST_TASK_BYTES", 1)
+    monkeypatch.setattr(plan, "_SMALLEST_TASK_BYTES", 1)
 
 
 @pytest.fixture
 def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what does not depend on processes, which take a second to start."""
 
-    def pool(workers: int, **_options: object) -> ThreadPoolExecutor:
+    def threads(workers: int, **_options: object) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(workers)
 
-    monkeypatch.setattr(build, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", threads)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def finished(
     """The folder of an uninterrupted build, not to be written to."""
     out = tmp_path_factory.mktemp("finished") / "shards"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "_SMALLEST_TASK_BYTES", 1)
+        patch.setattr(plan, "_SMALLEST_TASK_BYTES", 1)
         build_shards(make_settings(source, codec()), codec(), out, workers=1)
     before = hashes(out)
     yield out

@@ -136,10 +136,10 @@ def test_a_build_that_fails_leaves_no_folder(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"source": "x", "color": "red"}'])
-def test_settings_that_cannot_be_read_are_an_error_that_names_the_folder(
+def test_a_plan_that_cannot_be_read_are_an_error_that_names_the_folder(
     source: Path, codec: Codecs, copy: Path, content: str
 ) -> None:
-    (copy / ".build" / "settings.json").write_text(content)
+    (copy / "plan.json").write_text(content)
     with pytest.raises(MegabackError, match=str(copy)):
         build_shards(make_settings(source, codec()), codec(), copy, workers=1)
 

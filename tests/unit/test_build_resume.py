@@ -1,6 +1,5 @@
 """Builds that are killed, fail, or are run again: the same bytes whatever happens on the way."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -11,11 +10,11 @@ import psutil
 import pytest
 from build_helpers import Codecs, hashes, make_settings, write_source
 
-from data_pipeline import build
+from data_pipeline import plan
 from data_pipeline.build import build_shards
 from data_pipeline.errors import BadRecordError
 from data_pipeline.manifest import Manifest
-from data_pipeline.tasks import BuildSettings
+from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.text import TextCodec
 
 pytestmark = pytest.mark.usefixtures("a_task_a_file")
@@ -96,11 +95,11 @@ def test_a_source_that_changes_before_the_end_is_read_again(
 
 
 BUILD_SCRIPT = """
-from data_pipeline import tasks
+from data_pipeline import plan
 from data_pipeline.build import main
 
 if __name__ == "__main__":
-    tasks._SMALLEST_TASK_BYTES = 1
+    plan._SMALLEST_TASK_BYTES = 1
     main()
 """
 
@@ -152,7 +151,8 @@ def test_a_build_killed_half_way_is_finished_to_the_same_bytes(
     end(building.stop_half_way(signal.SIGKILL))
     assert not (building.out / "manifest.json").exists()
     building.finish()
-    same_settings = BuildSettings(str(building.source), codec().format.tokenizer_sha256)
+    same_settings = BuildSettings(
+        (WeightedSource(str(building.source)),), codec().format.tokenizer_sha256)
     build_shards(same_settings, codec(), tmp_path / "uninterrupted", workers=1)
     assert hashes(building.out) == hashes(tmp_path / "uninterrupted")
 
@@ -188,29 +188,28 @@ def test_a_build_that_failed_in_an_empty_folder_can_be_run_again(
 
 
 @pytest.mark.usefixtures("in_threads")
-def test_a_build_that_was_killed_and_then_failed_can_be_run_again(
+def test_a_build_that_was_killed_before_its_plan_and_then_failed_can_be_run_again(
     source_texts: list[str], codec: Codecs, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "source", tmp_path / "shards"
     (out / ".build").mkdir(parents=True)
-    settings = make_settings(source, codec())
-    (out / ".build" / "settings.json").write_text(json.dumps(vars(settings)))
-    (out / ".train-00000-00000.zst.1234.partial").write_bytes(b"half a shard")
+    (out / ".build" / "plan.json.1234").write_text("{")
+    (out / "tokenizer.model").write_bytes(codec().model_bytes)
     break_and_mend(source, codec(), out, source_texts, '{"text": "cut')
     assert Manifest.load(out).total("train")["documents"] > 0
 
 
 @pytest.mark.usefixtures("in_threads")
-def test_a_build_that_could_not_write_its_settings_can_be_run_again(
+def test_a_build_that_could_not_write_its_plan_leaves_nothing(
     source: Path, codec: Codecs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a full disk, or when killed at once."""
+    """As on a full disk."""
 
     def refuse(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "write_text", refuse)
+        patch.setattr(plan, "write_text", refuse)
         with pytest.raises(OSError, match="No space"):
             build_shards(make_settings(source, codec()), codec(), tmp_path / "shards", workers=1)
-    build_shards(make_settings(source, codec()), codec(), tmp_path / "shards", workers=1)
+    assert list(tmp_path.iterdir()) == []

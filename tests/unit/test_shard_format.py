@@ -21,7 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ShardCorruptError
-from data_pipeline.shard_format import ShardDigest, ShardReader, ShardWriter
+from data_pipeline.shard_format import (
+    Compression,
+    ShardDigest,
+    ShardHeader,
+    ShardReader,
+    ShardWriter,
+)
 
 Documents = list[npt.NDArray[np.unsignedinteger]]
 
@@ -39,9 +45,29 @@ def shards(draw: st.DrawFn) -> tuple[Documents, int]:
     return documents, draw(st.sampled_from([64, 128, 1024]))
 
 
-def write_shard(documents: Documents, frame_tokens: int) -> tuple[bytes, ShardDigest]:
+def train_dictionary(seed: int) -> bytes:
+    """A dictionary for ids of two bytes below 600."""
+    generator = np.random.default_rng(seed)
+    phrases = generator.integers(0, 600, (40, 12), np.dtype("<u2"))
+    samples = [phrases[generator.integers(0, 40, 30)].tobytes() for _ in range(60)]
+    return zstandard.train_dictionary(2048, samples).as_bytes()
+
+
+PLAIN = Compression()
+DICTIONARY = train_dictionary(1)
+COMPRESSIONS = {
+    "level 1": Compression(level=1),
+    "level 19": Compression(level=19),
+    "long distance": Compression(long_distance=True),
+    "dictionary": Compression(level=9, dictionary=DICTIONARY),
+}
+
+
+def write_shard(
+    documents: Documents, frame_tokens: int, compression: Compression = PLAIN
+) -> tuple[bytes, ShardDigest]:
     file = io.BytesIO()
-    writer = ShardWriter(file, IDENTITY, documents[0].dtype, frame_tokens)
+    writer = ShardWriter(file, IDENTITY, documents[0].dtype, frame_tokens, compression)
     for document in documents:
         writer.add(document, text_bytes=3 * len(document))
     digest = writer.finish()
@@ -65,24 +91,25 @@ def small_shard() -> bytes:
     return write_shard(some_documents(1, [50, 90, 2, 75]), frame_tokens=64)[0]
 
 
-def read_everything(path: Path) -> tuple[list[int], list[int], str]:
-    """All that a reader gives: ids, tokens of each document, hash of both."""
-    reader = ShardReader(path)
-    try:
-        ids = reader.tokens(0, reader.header.tokens).tolist()
-        return ids, reader.document_tokens().tolist(), reader.content_sha256()
-    finally:
-        reader.close()
+def read_everything(
+    path: Path, dictionary: bytes | None = None
+) -> tuple[list[int], list[int], str]:
+    """All that a reader gives: ids, tokens of each document, hash of both as in a digest."""
+    with ShardReader(path, dictionary) as reader:
+        ids = reader.tokens(0, reader.header.tokens)
+        document_tokens = reader.document_tokens()
+    content = ids.tobytes() + document_tokens.astype("<u4").tobytes()
+    return ids.tolist(), document_tokens.tolist(), hashlib.sha256(content).hexdigest()
 
 
-def outcome(path: Path, damaged: bytes) -> object:
+def outcome(path: Path, damaged: bytes, dictionary: bytes | None = None) -> object:
     """What reading a damaged shard gives: everything, or the error that came instead."""
     path.touch()
     with path.open("r+b") as file:  # in place: some file systems flush a file that is rewritten
         file.write(damaged)
         file.truncate()
     try:
-        return read_everything(path)
+        return read_everything(path, dictionary)
     except Exception as error:  # noqa: BLE001 - any other error is what the tests look for
         return error
 
@@ -94,11 +121,13 @@ def bit_flips(data: bytes, start: int, stop: int) -> Iterator[tuple[int, bytes]]
         yield bit, bytes(flipped)
 
 
-def harmful_flips(path: Path, data: bytes, intact: object, stop: int) -> list[str]:
+def harmful_flips(
+    path: Path, data: bytes, intact: object, stop: int, dictionary: bytes | None = None
+) -> list[str]:
     """Flips before byte `stop` that are not noticed as damage and yet change what is read."""
     harmful = []
     for bit, flipped in bit_flips(data, 0, stop):
-        found = outcome(path, flipped)
+        found = outcome(path, flipped, dictionary)
         if not isinstance(found, ShardCorruptError) and found != intact:
             around = flipped[max(bit // 8 - 16, 0) : bit // 8 + 4]
             harmful.append(f"bit {bit % 8} of byte {bit // 8}, {around!r}: {found!r:.80}")
@@ -112,6 +141,48 @@ def test_ids_and_documents_are_read_back(path: Path, shard: tuple[Documents, int
     path.write_bytes(data)
     ids = np.concatenate(documents).tolist()
     assert read_everything(path) == (ids, list(map(len, documents)), digest.content_sha256)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS.values(), ids=COMPRESSIONS)
+@settings(max_examples=25)
+@given(shard=shards())
+def test_any_compression_gives_the_same_ids_and_documents(
+    path: Path, compression: Compression, shard: tuple[Documents, int]
+) -> None:
+    documents, frame_tokens = shard
+    data, digest = write_shard(documents, frame_tokens, compression)
+    path.write_bytes(data)
+    _, plain = write_shard(documents, frame_tokens)
+    assert digest.content_sha256 == plain.content_sha256
+    assert read_everything(path, compression.dictionary) == (
+        np.concatenate(documents).tolist(),
+        list(map(len, documents)),
+        digest.content_sha256,
+    )
+
+
+@given(shard=shards())
+def test_the_documents_of_a_shard_come_one_by_one(path: Path, shard: tuple[Documents, int]) -> None:
+    documents, frame_tokens = shard
+    path.write_bytes(write_shard(documents, frame_tokens)[0])
+    with ShardReader(path) as reader:
+        found = [ids.tolist() for ids in reader.documents()]
+    assert found == [document.tolist() for document in documents]
+
+
+@settings(max_examples=25)
+@given(shard=shards(), frame_tokens=st.sampled_from([64, 256]))
+def test_a_shard_can_be_written_from_another_one(
+    path: Path, shard: tuple[Documents, int], frame_tokens: int
+) -> None:
+    documents, _ = shard
+    path.write_bytes(write_shard(documents, 128)[0])
+    file = io.BytesIO()
+    writer = ShardWriter(file, IDENTITY, documents[0].dtype, frame_tokens)
+    with ShardReader(path) as reader:
+        writer.add_shard(reader)
+    digest = writer.finish()
+    assert (file.getvalue(), digest) == write_shard(documents, frame_tokens)
 
 
 @given(shard=shards())
@@ -265,3 +336,60 @@ def test_a_shard_of_another_version_is_refused(path: Path, small_shard: bytes) -
     assert small_shard.count(b'"version": 1') == 1
     damaged = small_shard.replace(b'"version": 1', b'"version": 2')
     assert isinstance(outcome(path, damaged), ShardCorruptError)
+
+
+def test_frames_and_header_name_the_dictionary_that_they_need(path: Path) -> None:
+    documents = some_documents(4, [300, 20])
+    path.write_bytes(write_shard(documents, 64, Compression(dictionary=DICTIONARY))[0])
+    needed = zstandard.ZstdCompressionDict(DICTIONARY).dict_id()
+    assert needed != 0
+    assert zstandard.get_frame_parameters(path.read_bytes()).dict_id == needed
+    with ShardReader(path, DICTIONARY) as reader:
+        assert reader.header.dictionary_sha256 == hashlib.sha256(DICTIONARY).hexdigest()
+
+
+@pytest.mark.parametrize("given_dictionary", [None, train_dictionary(2)], ids=["none", "another"])
+def test_a_shard_without_its_dictionary_says_which_it_needs(
+    path: Path, given_dictionary: bytes | None
+) -> None:
+    documents = some_documents(4, [300, 20])
+    path.write_bytes(write_shard(documents, 64, Compression(dictionary=DICTIONARY))[0])
+    needed = hashlib.sha256(DICTIONARY).hexdigest()[:12]
+    with pytest.raises(ShardCorruptError, match=f"zstd dictionary {needed}"):
+        ShardReader(path, given_dictionary)
+
+
+def test_the_documents_index_can_be_read_by_who_has_no_dictionary(path: Path) -> None:
+    documents = some_documents(4, [300, 20])
+    data, _ = write_shard(documents, 64, Compression(dictionary=DICTIONARY))
+    compressed_counts = data[data.rindex(struct.pack("<I", zstandard.MAGIC_NUMBER)) :]
+    counts = zstandard.ZstdDecompressor().decompressobj().decompress(compressed_counts)
+    assert np.frombuffer(counts, dtype="<u4").tolist() == [300, 20]
+
+
+def test_a_flipped_bit_in_a_frame_with_a_dictionary_is_noticed_or_changes_nothing(
+    path: Path,
+) -> None:
+    documents = some_documents(1, [50, 90, 2, 75])
+    data, _ = write_shard(documents, 64, Compression(dictionary=DICTIONARY))
+    path.write_bytes(data)
+    intact = read_everything(path, DICTIONARY)
+    assert harmful_flips(path, data, intact, len(data), DICTIONARY) == []
+
+
+def header_json(tokens: str) -> bytes:
+    """A header from before dictionaries."""
+    return (
+        '{"version": 1, "direction": "backward", "unit": "token", "tokenizer_sha256": "5", '
+        f'"id_bytes": 2, "frame_tokens": 64, "tokens": {tokens}, "documents": 1, "text_bytes": 1}}'
+    ).encode()
+
+
+@pytest.mark.parametrize("tokens", ['"7"', "7.0", "null", "[7]", "1e999"])
+def test_a_header_with_a_field_of_another_type_is_refused(tokens: str) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        ShardHeader.from_json(header_json(tokens))
+
+
+def test_a_header_from_before_dictionaries_needs_none() -> None:
+    assert ShardHeader.from_json(header_json("7")).dictionary_sha256 is None

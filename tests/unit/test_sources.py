@@ -22,7 +22,7 @@ from data_pipeline.errors import (
     SourceMissingError,
     SourceUnreadableError,
 )
-from data_pipeline.sources import Document, Slice, list_slices, read_slice
+from data_pipeline.sources import Columns, Document, Slice, list_slices, read_slice
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -32,8 +32,10 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def read_all(source: Path | str, text_column: str = "text") -> list[Document]:
-    slices = list_slices(str(source), text_column=text_column)
-    return [document for piece in slices for document in read_slice(piece, text_column=text_column)]
+    slices = list_slices(str(source), Columns(text=text_column))
+    return [
+        document for piece in slices for document in read_slice(piece, Columns(text=text_column))
+    ]
 
 
 def texts(source: Path | str, text_column: str = "text") -> list[str]:
@@ -256,13 +258,13 @@ def test_invalid_utf8_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
 def test_a_missing_parquet_column_is_found_when_listing(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(SourceUnreadableError, match=r"'body'.* id, text: .*--text-column"):
-        list_slices(str(path), text_column="body")
+        list_slices(str(path), Columns(text="body"))
 
 
 def test_a_parquet_column_of_numbers_is_found_when_listing(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(SourceUnreadableError, match="holds int64, not strings"):
-        list_slices(str(path), text_column="id")
+        list_slices(str(path), Columns(text="id"))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline import tokenizer
 from data_pipeline.errors import OutputExistsError, SourceEmptyError, TokenizerError
-from data_pipeline.slices import Document
-from data_pipeline.sources import list_slices
 from data_pipeline.text import BEGIN_PIECE, CHAT_PIECES, END_PIECE
 from data_pipeline.tokenizer import main, train_tokenizer
 
@@ -116,39 +114,6 @@ def test_a_document_with_characters_that_cannot_be_learnt_still_counts(tmp_path:
     (tmp_path / "a.jsonl").write_text(f"{line}\n" * 50)
     train_tokenizer(str(tmp_path / "a.jsonl"), tmp_path, 277)
     assert load(tmp_path).encode("rarest", out_type=str) == ["rarest"]
-
-
-def sample(counts: list[int], max_bytes: int) -> list[str]:
-    """Sample slices of `counts` documents, each of one byte that tells its slice."""
-
-    def read(piece: int, text_column: str) -> object:
-        return iter([Document(chr(ord("a") + piece), "")] * counts[piece])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "read_slice", read)
-        patch.setattr(tokenizer, "_MAX_OPEN_SLICES", 3)
-        return list(tokenizer._sample(range(len(counts)), max_bytes, "text"))  # type: ignore[arg-type]
-
-
-@settings(max_examples=50)
-@given(st.lists(st.integers(0, 5), max_size=12))
-def test_a_sample_without_a_cap_is_the_whole_source(counts: list[int]) -> None:
-    expected = [chr(ord("a") + piece) for piece, count in enumerate(counts) for _ in range(count)]
-    assert sorted(sample(counts, 1000)) == expected
-
-
-def test_slices_take_turns() -> None:
-    assert "".join(sample([3, 1, 2], 1000)) == "abcaca"
-
-
-def test_of_many_slices_those_far_apart_are_read_first() -> None:
-    assert "".join(sample([2] * 9, 6)) == "adgadg"
-
-
-def test_the_last_text_of_a_sample_is_cut_at_a_whole_character(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("ab\u00e9", encoding="utf-8")
-    slices = list_slices(str(tmp_path))
-    assert list(tokenizer._sample(slices, 3, "text")) == ["ab"]
 
 
 @pytest.mark.parametrize("num_pieces", [100, 100_000])

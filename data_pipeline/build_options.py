@@ -1,0 +1,177 @@
+"""The options that the commands of a build share, and how they tell what came of it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from data_pipeline.manifest import SPLITS, Manifest
+from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, weighted_sources
+from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.text import Direction, TextCodec, Unit
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# The option that gives each setting, in the order in which help shows them.
+_SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "sources": click.option(
+        "--source",
+        "sources",
+        multiple=True,
+        help="pydocs; a path, pattern or URL; or hf:NAME[:CONFIG]. May be given several times.",
+    ),
+    "weights": click.option(
+        "--weight",
+        "weights",
+        type=float,
+        multiple=True,
+        help="How often each document of a --source is taken: one for each, in the same order.",
+    ),
+    "tokenizer": click.option(
+        "--tokenizer", type=click.Path(path_type=Path), help="The tokenizer.model to encode with."
+    ),
+    "direction": click.option(
+        "--direction",
+        type=click.Choice([direction.value for direction in Direction]),
+        default=Direction.BACKWARD.value,
+        show_default=True,
+    ),
+    "unit": click.option(
+        "--unit",
+        type=click.Choice([unit.value for unit in Unit]),
+        default=Unit.TOKEN.value,
+        show_default=True,
+        help="What is reversed: ids, or words before encoding.",
+    ),
+    "val_fraction": click.option("--val-fraction", type=float, default=0.01, show_default=True),
+    "text_column": click.option(
+        "--text-column", default="text", show_default=True, help="Column or key with the text."
+    ),
+    "languages": click.option(
+        "--language", "languages", multiple=True, help="Only documents in this language, or these."
+    ),
+    "min_language_score": click.option(
+        "--min-language-score", type=float, help="Only documents with at least this score."
+    ),
+    "language_column": click.option("--language-column", default="language", show_default=True),
+    "language_score_column": click.option(
+        "--language-score-column", default="language_score", show_default=True
+    ),
+    "min_characters": click.option(
+        "--min-characters", type=click.IntRange(min=1), default=1, show_default=True
+    ),
+    "max_characters": click.option("--max-characters", type=click.IntRange(min=1)),
+    "on_bad_record": click.option(
+        "--on-bad-record",
+        type=click.Choice(BAD_RECORD_CHOICES),
+        default="stop",
+        show_default=True,
+        help="A malformed record ends the build, or is left out and counted.",
+    ),
+    "deduplicate": click.option(
+        "--deduplicate", is_flag=True, help="Take equal texts once. Stages all shards first."
+    ),
+    "limit_documents": click.option(
+        "--limit-documents", type=click.IntRange(min=1), help="Take the first so many documents."
+    ),
+    "limit_tokens": click.option(
+        "--limit-tokens",
+        type=click.IntRange(min=1),
+        help="Take the first documents, up to so many tokens together.",
+    ),
+    "frame_tokens": click.option(
+        "--frame-tokens", type=int, default=DEFAULT_FRAME_TOKENS, show_default=True
+    ),
+    "shard_tokens": click.option(
+        "--shard-tokens",
+        type=click.IntRange(min=1),
+        default=1 << 26,
+        show_default=True,
+        help="A shard is closed after the document that reaches so many.",
+    ),
+    "compression_level": click.option(
+        "--compression-level", type=click.IntRange(1, 22), default=3, show_default=True
+    ),
+}
+
+out_option = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
+)
+tasks_option = click.option(
+    "--tasks",
+    type=click.IntRange(min=1),
+    help="Into how many tasks the input is cut; default: by its size.",
+)
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes; default: every core."
+)
+
+
+def settings_options(function: _Function) -> _Function:
+    """Gives a command every option that decides the bytes of a data set."""
+    for option in reversed(_SETTINGS.values()):
+        function = option(function)
+    return function
+
+
+def settings_from(options: dict[str, Any]) -> tuple[BuildSettings, TextCodec]:
+    """The settings that the options say, and the codec. Raises ConfigError, TokenizerError."""
+    if not options["sources"] or options["tokenizer"] is None:
+        raise click.UsageError("Give --source and --tokenizer.")
+    codec = TextCodec.load(
+        options["tokenizer"], Direction(options["direction"]), Unit(options["unit"])
+    )
+    settings = BuildSettings(
+        sources=weighted_sources(options["sources"], options["weights"]),
+        tokenizer_sha256=codec.format.tokenizer_sha256,
+        **{
+            name: value
+            for name, value in options.items()
+            if name not in ("sources", "weights", "tokenizer")
+        },
+    )
+    return settings, codec
+
+
+def require_no_settings(ctx: click.Context) -> None:
+    """Without a source, the settings are those of the plan. Raises click.UsageError."""
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name in _SETTINGS
+        and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(
+            f"{given[0]} was decided when the build was planned: leave it out, or name --source "
+            "and --tokenizer and all other options of the plan too."
+        )
+
+
+def num_workers(workers: int | None) -> int:
+    return workers or len(os.sched_getaffinity(0))
+
+
+def echo_manifest(manifest: Manifest, out: Path) -> None:
+    """Tell what a finished data set holds, and what to type next."""
+    for split in SPLITS:
+        total = manifest.total(split)
+        click.echo(
+            f"{split}: {total['documents']:,} documents, {total['tokens']:,} tokens, "
+            f"{total['text_bytes']:,} bytes of text in {total['shards']} shards "
+            f"of {total['file_bytes']:,} bytes"
+        )
+    if manifest.left_out:
+        counted = ", ".join(
+            f"{number:,} ({name.replace('_', ' ')})" for name, number in manifest.left_out.items()
+        )
+        click.echo(f"documents left out: {counted}")
+    if not manifest.split("val"):
+        click.echo(
+            "the val set is empty: raise --val-fraction or add documents to measure val loss"
+        )
+    click.echo(f"fingerprint {manifest.fingerprint[:16]} in {out}")
+    click.echo(f"next: megaback train configs/demo.yaml data.shards={out}")

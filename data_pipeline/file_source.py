@@ -1,0 +1,220 @@
+"""Documents from files: parquet by row groups, lines of JSON, and plain texts.
+
+Local and remote files are listed and read alike; remote ones are looked at by a few threads.
+"""
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import zstandard
+
+from data_pipeline.errors import BadRecordError, SourceMissingError, SourceUnreadableError
+from data_pipeline.files import COMPRESSIONS, DataFile, kind_of, look_at, name_of
+from data_pipeline.parquet_source import list_parquet_slices, read_parquet_slice
+from data_pipeline.remote import is_url, shown_url
+from data_pipeline.slices import (
+    Columns,
+    Document,
+    OnBadRecord,
+    Slice,
+    document_of,
+    require_no_columns,
+    require_stamp,
+)
+
+_LISTING_THREADS = 16
+_CHUNK_BYTES = 128 << 10
+_LONGEST_FIRST_LINE_BYTES = 4 << 20
+_MAX_ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=31` is the most that the format's tools write
+
+
+def list_files(addresses: Iterable[str], columns: Columns) -> list[Slice]:
+    """The slices of files, in the order of the files.
+
+    Raises SourceMissingError, SourceUnreadableError, BackendError.
+    """
+    addresses = list(addresses)
+    list_file = partial(_list_file, columns=columns)
+    if not any(is_url(address) for address in addresses):
+        return [piece for address in addresses for piece in list_file(address)]
+    # Each of thousands of files costs a few round trips and hardly any work.
+    pool = ThreadPoolExecutor(_LISTING_THREADS)
+    try:
+        return [piece for pieces in pool.map(list_file, addresses) for piece in pieces]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_file(piece: Slice, columns: Columns, on_bad_record: OnBadRecord) -> Iterator[Document]:
+    """The documents of one slice of a file. Raises SourceUnreadableError, BadRecordError."""
+    shown = shown_url(piece.path)
+    try:
+        file = look_at(piece.path)
+        require_stamp(piece, file.stamp)
+        if piece.kind == "parquet":
+            yield from read_parquet_slice(file, piece, columns, on_bad_record)
+        elif piece.kind == "jsonl":
+            yield from _read_jsonl(file, piece, columns, on_bad_record)
+        else:
+            yield from _read_text(file, piece, on_bad_record)
+        if is_url(piece.path):  # not all servers tell with each part which version it is of
+            require_stamp(piece, look_at(piece.path).stamp)
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise _corrupt(shown, error) from None
+    except OSError as error:
+        raise refused(shown, error) from None
+
+
+def holds_lines(address: str) -> bool:
+    """Whether a file's first line that is not blank is a JSON object by itself.
+
+    Raises SourceUnreadableError.
+    """
+    head = b""
+    try:
+        for chunk in _chunks(look_at(address), address):
+            head = (head + chunk).lstrip()
+            if b"\n" in head or len(head) > _LONGEST_FIRST_LINE_BYTES:
+                break
+        first_line = head.removeprefix(codecs.BOM_UTF8).partition(b"\n")[0]
+        return isinstance(json.loads(first_line), dict)
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError):
+        return False
+    except (ValueError, RecursionError):  # a list of records over many lines, most often
+        return False
+    except OSError as error:
+        raise refused(shown_url(address), error) from None
+
+
+def refused(address: str, error: OSError) -> SourceUnreadableError:
+    """The sentence for a file that the operating system or a server does not give."""
+    return SourceUnreadableError(
+        f"{address}: {error.strerror or error}; check that the file is there and may be read"
+    )
+
+
+def _list_file(address: str, columns: Columns) -> list[Slice]:
+    kind = kind_of(address) or ""
+    shown = shown_url(address)
+    try:
+        file = look_at(address)
+        if kind == "parquet":
+            return list(list_parquet_slices(file, address, columns))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and is_url(address):
+            raise SourceMissingError(
+                f"{shown}: {error.strerror or 'there is no such file'}; check the address"
+            ) from None
+        raise refused(shown, error) from None
+    if kind == "text":
+        require_no_columns(columns, shown)
+    if file.size_bytes == 0 and name_of(address).suffix.lower() in COMPRESSIONS:
+        raise _corrupt(shown, "it has no bytes")
+    return [Slice(kind, address, 0, 1, file.size_bytes, file.stamp)]
+
+
+def _read_text(file: DataFile, piece: Slice, on_bad_record: OnBadRecord) -> Iterator[Document]:
+    raw = b"".join(_chunks(file, piece.path))
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        on_bad_record(_not_utf8(f"{file.shown}:{line}", error))
+    else:
+        yield Document(text, name_of(piece.path).name)
+
+
+def _read_jsonl(
+    file: DataFile, piece: Slice, columns: Columns, on_bad_record: OnBadRecord
+) -> Iterator[Document]:
+    name = name_of(piece.path).name
+    for number, line in enumerate(_lines(_chunks(file, piece.path)), start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            where = f"{file.shown}:{number}"
+            try:
+                record = _parse_record(line, where)
+                document = document_of(record, columns, where, f"{name}:{number}")
+            except BadRecordError as error:
+                on_bad_record(error)
+            else:
+                yield document
+
+
+def _parse_record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error) from None
+    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
+        place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        reason = f"{getattr(error, 'msg', error)}{place}"
+        raise BadRecordError(
+            f"{where}: not valid JSON ({reason}); mend or remove the line, "
+            "which must hold one JSON object"
+        ) from None
+    if not isinstance(record, dict):
+        raise BadRecordError(
+            f"{where}: a JSON {type(record).__name__}, not an object with columns; "
+            "a file of records holds one object a line"
+        )
+    return record
+
+
+def _chunks(file: DataFile, address: str) -> Iterator[bytes]:
+    """The file's bytes, decompressed, in pieces. Raises what the decompressors raise."""
+    suffix = name_of(address).suffix.lower()
+    with file.stream() as stream:
+        if suffix == ".gz":
+            with gzip.open(stream, "rb") as inner:
+                yield from iter(lambda: inner.read(_CHUNK_BYTES), b"")
+        else:
+            blocks = iter(lambda: stream.read(_CHUNK_BYTES), b"")
+            yield from _decompress_zst(blocks) if suffix == ".zst" else blocks
+
+
+def _decompress_zst(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Every frame of a file. The library's own reader takes a truncated frame for the end."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW_BYTES)
+    frame = None
+    for block in blocks:
+        rest = block
+        while rest:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(rest)
+            rest = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame:
+        raise EOFError("the last frame is not complete")
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines without their newline; only b"\\n" ends one."""
+    parts: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        parts.append(first)
+        for other in others:
+            yield b"".join(parts)
+            parts = [other]
+    yield b"".join(parts)
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> BadRecordError:
+    value = error.object[error.start]
+    return BadRecordError(
+        f"{where}: byte 0x{value:02X} is not valid UTF-8; convert the file to UTF-8"
+    )
+
+
+def _corrupt(address: str, reason: object) -> SourceUnreadableError:
+    return SourceUnreadableError(
+        f"{address}: truncated, or not what its suffix says ({reason}); fetch or write it again"
+    )

@@ -1,0 +1,345 @@
+"""`megaback shards plan`: what a build reads, frozen, and cut into tasks.
+
+`plan.json` names every file with its size and the stamp of its content, and the tasks that share
+them. Whoever builds, on whatever machine, reads what the plan says: a file that has changed since
+is an error, and one that was added later does not count.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shlex
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_pipeline.build_options import (
+    out_option,
+    settings_from,
+    settings_options,
+    tasks_option,
+)
+from data_pipeline.command import Command, replacing, write_text
+from data_pipeline.errors import ConfigError, OutputExistsError, ShardsMissingError
+from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from data_pipeline.settings import (
+    BuildSettings,
+    WeightedSource,
+    content_settings,
+)
+from data_pipeline.slices import Slice
+from data_pipeline.sources import list_slices, require_outside
+from data_pipeline.text import TextCodec
+
+PLAN_NAME = "plan.json"
+BUILD_FOLDER = ".build"
+FORMAT_NAME = "megaback-plan"
+FORMAT_VERSION = 1
+
+_SMALLEST_TASK_BYTES = 2 << 20
+_LARGEST_TASK_BYTES = 1 << 30
+_AIMED_TASKS = 64
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A slice of a source in one of its passes, and the fraction of its documents to take."""
+
+    piece: Slice
+    pass_number: int = 0
+    fraction: float = 1.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process reads, one portion after another."""
+
+    index: int
+    portions: tuple[Portion, ...]
+    settings: BuildSettings
+
+    @property
+    def sha256(self) -> str:
+        """Names the task's result: equal tasks write equal bytes."""
+        fields = {
+            "index": self.index,
+            "settings": content_settings(self.settings),
+            "portions": [
+                [*vars(portion.piece).values(), portion.pass_number, portion.fraction]
+                for portion in self.portions
+            ],
+        }
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(portion.piece.size_bytes for portion in self.portions)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of a build, the slices of each of its sources, and where tasks begin."""
+
+    settings: BuildSettings
+    inputs: tuple[tuple[Slice, ...], ...]
+    """The slices of each source, in the order of `settings.sources`."""
+    task_portions: tuple[int, ...]
+    """How many portions each task takes, in order."""
+    asked_tasks: int | None
+    """The number of tasks that was asked for; None: chosen by size."""
+
+    @property
+    def portions(self) -> tuple[Portion, ...]:
+        """Everything that is read, in order: the passes of the first source, then the next one."""
+        return tuple(
+            portion
+            for part, slices in zip(self.settings.sources, self.inputs, strict=True)
+            for portion in _passes(part, slices)
+        )
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        portions = self.portions
+        starts = [0]
+        for count in self.task_portions:
+            starts.append(starts[-1] + count)
+        return tuple(
+            Task(index, portions[start:stop], self.settings)
+            for index, (start, stop) in enumerate(pairwise(starts))
+        )
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.task_portions)
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(piece.size_bytes for slices in self.inputs for piece in slices)
+
+    def to_json(self) -> str:
+        fields: dict[str, Any] = {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "settings": self.settings.to_dict(),
+            "inputs": [_files_of(slices) for slices in self.inputs],
+            "task_portions": self.task_portions,
+            "asked_tasks": self.asked_tasks,
+        }
+        return json.dumps(fields, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, out: Path) -> "Plan":
+        """Raises ShardsMissingError without a plan, OutputExistsError when it cannot be read."""
+        path = out / PLAN_NAME
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if fields["format"] != FORMAT_NAME or fields["version"] != FORMAT_VERSION:
+                raise ValueError(f"format {fields['format']} version {fields['version']}")
+            plan = cls(
+                BuildSettings.from_dict(fields["settings"]),
+                tuple(_slices_of(files) for files in fields["inputs"]),
+                tuple(fields["task_portions"]),
+                fields["asked_tasks"],
+            )
+            if sum(plan.task_portions) != len(plan.portions):
+                raise ValueError("its tasks do not add up to its inputs")
+        except FileNotFoundError:
+            raise ShardsMissingError(
+                f"{out} holds no plan of a build; name the source, the tokenizer and the folder: "
+                "`megaback shards build --source SRC --tokenizer MODEL --out OUT`"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise OutputExistsError(
+                f"{out} was begun by another version of megaback, or {path} is broken "
+                f"({error}); choose another --out, or remove that folder"
+            ) from None
+        return plan
+
+
+def make_plan(settings: BuildSettings, num_tasks: int | None = None) -> Plan:
+    """List the sources and cut them into tasks; `num_tasks` None chooses their number.
+
+    Depends on the sources' contents and the settings alone. Raises the errors of the sources.
+    """
+    columns = settings.columns
+    inputs = tuple(list_slices(part.source, columns) for part in settings.sources)
+    plan = Plan(settings, inputs, (), num_tasks)
+    sizes = [portion.piece.size_bytes * portion.fraction for portion in plan.portions]
+    return replace(plan, task_portions=cut_evenly(sizes, num_tasks))
+
+
+def _passes(part: WeightedSource, slices: Sequence[Slice]) -> list[Portion]:
+    return [
+        Portion(piece, number, min(1.0, part.weight - number))
+        for number in range(math.ceil(part.weight))
+        for piece in slices
+    ]
+
+
+def cut_evenly(sizes_bytes: Sequence[float], num_tasks: int | None = None) -> tuple[int, ...]:
+    """How many neighbouring portions each task takes, for tasks of about the same size.
+
+    Without `num_tasks`, about 64 tasks of 2 MiB to 1 GiB, none of them empty; or, where no size is
+    known, a task for each portion.
+    """
+    total_bytes = sum(sizes_bytes)
+    task_bytes = min(max(total_bytes // _AIMED_TASKS, _SMALLEST_TASK_BYTES), _LARGEST_TASK_BYTES)
+    sizes = sizes_bytes if total_bytes else [task_bytes] * len(sizes_bytes)
+    total_bytes = sum(sizes)
+    wanted = num_tasks or max(1, math.ceil(total_bytes / task_bytes))
+    counts = [0] * wanted
+    before_bytes = 0.0
+    for size in sizes:
+        middle = (before_bytes + size / 2) / total_bytes
+        counts[min(int(middle * wanted), wanted - 1)] += 1
+        before_bytes += size
+    return tuple(count for count in counts if count or num_tasks)
+
+
+def claim_plan(
+    settings: BuildSettings, codec: TextCodec, out: Path, num_tasks: int | None
+) -> tuple[Plan, bool]:
+    """The plan of a folder: the one that is there, or a new one. Second: whether it is new.
+
+    Of several processes that come at once, one writes the plan and the others use it. Raises the
+    errors of the sources, and of `BuildSettings.require_same` when the folder is of another build.
+    """
+    for part in settings.sources:
+        require_outside(part.source, out)
+    if not (out / PLAN_NAME).exists():
+        if out.exists() and (not out.is_dir() or _holds_something_else(out)):
+            raise OutputExistsError(
+                f"{out} already holds something that is no build of shards; choose another --out"
+            )
+        plan = make_plan(settings, num_tasks)
+        if _write_first(plan, codec, out):
+            return plan, True
+    plan = Plan.load(out)
+    plan.settings.require_same(settings, out)
+    require_same_tasks(plan, out, num_tasks)
+    return plan, False
+
+
+def require_same_tasks(plan: Plan, out: Path, num_tasks: int | None) -> None:
+    """Raises OutputExistsError when a plan has another number of tasks than was asked for."""
+    if num_tasks is not None and num_tasks != plan.num_tasks:
+        raise OutputExistsError(
+            f"{out} was planned as {plan.num_tasks} tasks, not {num_tasks}; give --tasks "
+            f"{plan.num_tasks} or none, or choose another --out"
+        )
+
+
+def renew_plan(plan: Plan, settings: BuildSettings) -> tuple[Plan, bool]:
+    """List the sources again. Returns the plan as it would be now, and whether it is another one.
+
+    Tasks whose input is the same are the same. Raises the errors of the sources.
+    """
+    renewed = make_plan(settings, plan.asked_tasks)
+    return (renewed, True) if renewed.inputs != plan.inputs else (plan, False)
+
+
+def _write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
+    """Write the plan and the tokenizer, unless another process was faster."""
+    was_there = out.exists()
+    draft = out / BUILD_FOLDER / f"{PLAN_NAME}.{uuid.uuid4().hex}"
+    try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        write_text(draft, plan.to_json())
+        with replacing(out / TOKENIZER_NAME) as file:
+            file.write(codec.model_bytes)
+        return _rename_unless_there(draft, out / PLAN_NAME)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # others may be here too: only what is empty goes
+            draft.parent.rmdir()
+            if not was_there:
+                out.rmdir()
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _rename_unless_there(draft: Path, path: Path) -> bool:
+    try:
+        os.link(draft, path)  # unlike a rename, leaves a file that is there alone
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        os.replace(draft, path)
+    return True
+
+
+def _holds_something_else(out: Path) -> bool:
+    """What a build leaves that was stopped before it could write its plan is ours."""
+    names = {path.name for path in out.iterdir()}
+    if PLAN_NAME in names:  # another process has just written it
+        return False
+    ours = {BUILD_FOLDER, TOKENIZER_NAME}
+    return any(name not in ours and not name.startswith(f".{TOKENIZER_NAME}.") for name in names)
+
+
+def _files_of(slices: Sequence[Slice]) -> list[dict[str, Any]]:
+    """Slices as JSON, a file once: its slices lie end to end."""
+    files = []
+    for (kind, path, stamp), group in groupby(slices, lambda s: (s.kind, s.path, s.stamp)):
+        pieces = list(group)
+        files.append(
+            {
+                "kind": kind,
+                "path": path,
+                "stamp": stamp,
+                "slices": [[piece.start, piece.stop, piece.size_bytes] for piece in pieces],
+            }
+        )
+    return files
+
+
+def _slices_of(files: Sequence[dict[str, Any]]) -> tuple[Slice, ...]:
+    return tuple(
+        Slice(file["kind"], file["path"], start, stop, size_bytes, file["stamp"])
+        for file in files
+        for start, stop, size_bytes in file["slices"]
+    )
+
+
+@click.command(cls=Command, name="plan")
+@settings_options
+@out_option
+@tasks_option
+@click.option("--overwrite", is_flag=True, help="Replace a plan: list the sources again.")
+def main(out: Path, tasks: int | None, overwrite: bool, **options: Any) -> None:
+    """List the sources, freeze what is read, and cut it into tasks."""
+    settings, codec = settings_from(options)
+    is_replaced = overwrite and (out / PLAN_NAME).exists()
+    plan, is_new = claim_plan(settings, codec, out, None if is_replaced else tasks)
+    if not is_new and overwrite:
+        plan = _overwrite(plan, settings, out, tasks)
+    files = {(piece.kind, piece.path) for slices in plan.inputs for piece in slices}
+    click.echo(
+        f"{len(files):,} files of {plan.input_bytes:,} bytes in {len(plan.portions):,} portions: "
+        f"{plan.num_tasks:,} tasks"
+    )
+    click.echo(f"{'written to' if is_new or overwrite else 'already in'} {out / PLAN_NAME}")
+    click.echo(
+        f"next: megaback shards build --out {shlex.quote(str(out))}"
+        f" (all tasks), or with --tasks {plan.num_tasks} --task-index I (one of them)"
+    )
+
+
+def _overwrite(plan: Plan, settings: BuildSettings, out: Path, num_tasks: int | None) -> Plan:
+    if (out / MANIFEST_NAME).exists():
+        raise OutputExistsError(f"{out} is a finished data set; choose another --out")
+    renewed = make_plan(replace(plan.settings, sources=settings.sources), num_tasks)
+    write_text(out / PLAN_NAME, renewed.to_json())
+    return renewed
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""`megaback shards recompress`: the same ids and documents in smaller, or faster, files.
+
+Only files change: contents, and so the fingerprint and the order of training, stay. Every frame's
+checksum and every shard's content hash are checked on the way. Killed anywhere, the same command
+goes on where it stopped, and the result has the same bytes with any number of workers. The manifest
+is written last.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+import zstandard
+
+from data_pipeline.command import Command, replacing, write_text
+from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
+from data_pipeline.manifest import (
+    DICTIONARY_NAME,
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardEntry,
+)
+from data_pipeline.shard_format import Compression, ShardWriter
+from data_pipeline.shard_walk import on_threads, spread_frames
+from data_pipeline.verify import require_promised
+
+WORK_FOLDER = ".recompress"
+
+_SETTINGS_NAME = "settings.json"
+_SAMPLE_FRAMES = 256
+_DEFAULT_LEVEL = 9
+
+
+@dataclass(frozen=True)
+class RecompressSettings:
+    """What decides the bytes that are written, besides the contents of the shards."""
+
+    fingerprint: str
+    level: int
+    long_distance: bool
+    dictionary_bytes: int | None
+
+
+def recompress(
+    shards: Path,
+    out: Path,
+    compression: Compression,
+    dictionary_bytes: int | None = None,
+    workers: int | None = None,
+) -> tuple[Manifest, int]:
+    """Write the shards of a data set to `out` with another compression, or finish doing so.
+
+    With `dictionary_bytes`, a dictionary of at most that size is trained on frames of the train
+    set. Returns the new manifest and the number of shards that were already done. Raises
+    OutputExistsError when `out` holds something else, ShardCorruptError for a damaged shard, and
+    ConfigError when there is too little to train a dictionary on.
+    """
+    manifest = Manifest.load(shards)
+    codec = manifest.codec(shards)
+    settings = RecompressSettings(
+        manifest.fingerprint, compression.level, compression.long_distance, dictionary_bytes
+    )
+    was_there = out.exists()
+    _claim_folder(out, shards, settings)
+    try:
+        if dictionary_bytes is not None:
+            dictionary = _stored_dictionary(shards, manifest, out, dictionary_bytes)
+            compression = replace(compression, dictionary=dictionary)
+        work = _Work(shards, manifest, out, compression)
+        done = {entry: made for entry in manifest.shards if (made := work.finished(entry))}
+        num_found = len(done)
+        waiting = [entry for entry in manifest.shards if entry not in done]
+        done |= on_threads(work.do, waiting, workers, "recompressing")
+        _remove_strays(out, manifest)
+        with replacing(out / TOKENIZER_NAME) as file:
+            file.write(codec.model_bytes)
+        recompressed = replace(
+            manifest,
+            shards=tuple(done[entry] for entry in manifest.shards),
+            dictionary_sha256=compression.dictionary_sha256,
+        )
+        recompressed.save(out)
+    except BaseException:
+        _forget_if_nothing_is_done(out, was_there)
+        raise
+    return recompressed, num_found
+
+
+def train_dictionary(frames: list[bytes], dictionary_bytes: int) -> bytes:
+    """A zstd dictionary of at most this size for such frames: the same for the same frames.
+
+    Raises ConfigError when they are too few or too small.
+    """
+    try:
+        return zstandard.train_dictionary(dictionary_bytes, [*frames]).as_bytes()
+    except zstandard.ZstdError as error:
+        raise ConfigError(
+            f"--dictionary-bytes is {dictionary_bytes}, but zstd cannot train a dictionary of that "
+            f"size on {len(frames)} frames of {sum(map(len, frames))} bytes ({error}); "
+            "leave it out, or give a smaller size or a larger data set"
+        ) from None
+
+
+class _Work:
+    """Rewriting single shards, each with a record by which it is not done again."""
+
+    def __init__(
+        self, shards: Path, manifest: Manifest, out: Path, compression: Compression
+    ) -> None:
+        self._shards = shards
+        self._manifest = manifest
+        self._out = out
+        self._compression = compression
+
+    def finished(self, entry: ShardEntry) -> ShardEntry | None:
+        """What was written for a shard, if its record says so and its file has that size."""
+        try:
+            record = json.loads(self._record_path(entry).read_text(encoding="utf-8"))
+            made = ShardEntry(**record["shard"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        path = self._out / entry.file
+        if (
+            record.get("work") != self._sha256(entry)
+            or not path.is_file()
+            or path.stat().st_size != made.file_bytes
+        ):
+            return None
+        return made
+
+    def do(self, entry: ShardEntry) -> ShardEntry:
+        """Rewrite one shard. Raises ShardCorruptError and OSError."""
+        manifest = self._manifest
+        with manifest.open_shard(self._shards, entry) as reader:
+            require_promised(reader, entry, manifest)
+            with replacing(self._out / entry.file) as file:
+                writer = ShardWriter(
+                    file,
+                    manifest.text_format.to_dict(),
+                    reader.id_dtype,
+                    manifest.frame_tokens,
+                    self._compression,
+                )
+                writer.add_shard(reader)
+                made = ShardEntry(entry.file, entry.split, **asdict(writer.finish()))
+                if made.content_sha256 != entry.content_sha256:
+                    raise ShardCorruptError(
+                        f"the shard {reader.path} is intact but is not the one in the manifest; "
+                        "restore it or build the shards again"
+                    )
+        record = {"work": self._sha256(entry), "shard": asdict(made)}
+        write_text(self._record_path(entry), json.dumps(record, indent=1) + "\n")
+        return made
+
+    def _record_path(self, entry: ShardEntry) -> Path:
+        return self._out / WORK_FOLDER / f"{entry.file}.json"
+
+    def _sha256(self, entry: ShardEntry) -> str:
+        """Names what is to be written: the contents, and how they are compressed."""
+        compression = self._compression
+        parts = [
+            entry.split,
+            entry.content_sha256,
+            compression.level,
+            compression.long_distance,
+            compression.dictionary_sha256,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _stored_dictionary(shards: Path, manifest: Manifest, out: Path, dictionary_bytes: int) -> bytes:
+    """The dictionary that an earlier run has stored, or else a new one, stored."""
+    path = out / DICTIONARY_NAME
+    if path.exists():
+        return path.read_bytes()
+    frames = []
+    for entry, numbers in spread_frames(manifest, "train", _SAMPLE_FRAMES):
+        with manifest.open_shard(shards, entry) as reader:
+            frames += [reader.frame(number).tobytes() for number in numbers]
+    dictionary = train_dictionary(frames, dictionary_bytes)
+    with replacing(path) as file:
+        file.write(dictionary)
+    return dictionary
+
+
+def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None:
+    """Make the folder ours, or find that it already is, with the same settings."""
+    if out.resolve() == shards.resolve():
+        raise OutputExistsError(
+            f"--out is {out}, the data set that is to be rewritten; choose another --out"
+        )
+    settings_path = out / WORK_FOLDER / _SETTINGS_NAME
+    if settings_path.exists():
+        try:
+            earlier = json.loads(settings_path.read_text(encoding="utf-8"))
+        except ValueError:
+            earlier = None
+        if earlier != asdict(settings):
+            raise OutputExistsError(
+                f"{out} was begun from other shards or with other settings; choose another --out, "
+                "or remove that folder"
+            )
+        return
+    # A work folder without settings is ours: we were stopped before we could write them.
+    if out.exists() and (
+        not out.is_dir() or any(path.name != WORK_FOLDER for path in out.iterdir())
+    ):
+        raise OutputExistsError(f"{out} already holds something else; choose another --out")
+    settings_path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(settings_path, json.dumps(asdict(settings), indent=2) + "\n")
+
+
+def _remove_strays(out: Path, manifest: Manifest) -> None:
+    """Remove what a killed process left half-written."""
+    names = {entry.file for entry in manifest.shards}
+    strays = [path for path in out.glob("*.zst") if path.name not in names]
+    for path in [*strays, *out.glob(".*.partial"), *(out / WORK_FOLDER).glob(".*.partial")]:
+        path.unlink(missing_ok=True)
+
+
+def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
+    """After a failure, leave no trace unless some shard's work is worth keeping."""
+    work = out / WORK_FOLDER
+    if (out / MANIFEST_NAME).exists() or any(
+        path.name != _SETTINGS_NAME for path in work.glob("*.json")
+    ):
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    for path in [*out.glob("*.zst"), *out.glob(".*.partial"), out / DICTIONARY_NAME]:
+        path.unlink(missing_ok=True)
+    if not was_there and out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+
+
+@click.command(cls=Command, name="recompress")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--level",
+    type=click.IntRange(1, 22),
+    default=_DEFAULT_LEVEL,
+    show_default=True,
+    help="Of zstd: higher is smaller and slower to write, hardly to read.",
+)
+@click.option(
+    "--long-distance",
+    is_flag=True,
+    help="Find far repetitions; brings nothing in frames of the usual size.",
+)
+@click.option(
+    "--dictionary-bytes",
+    type=click.IntRange(1024, 1 << 24),
+    help="Train a dictionary of this size; without it, none is used.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; default: every core.")
+def main(
+    shards: Path,
+    out: Path,
+    level: int,
+    long_distance: bool,
+    dictionary_bytes: int | None,
+    workers: int | None,
+) -> None:
+    """Write the shards of a data set again, with other compression; contents stay the same."""
+    before = Manifest.load(shards)
+    compression = Compression(level=level, long_distance=long_distance)
+    after, num_found = recompress(shards, out, compression, dictionary_bytes, workers)
+    if num_found:
+        click.echo(f"{num_found} shards were already done")
+    for split in SPLITS:
+        total = after.total(split)
+        if total["tokens"]:
+            was_bytes, raw_bytes = (
+                before.total(split)["file_bytes"],
+                total["tokens"] * after.id_bytes,
+            )
+            click.echo(
+                f"{split:<12} {total['shards']} shards, {total['tokens']:,} tokens; files at "
+                f"{total['file_bytes'] / raw_bytes:.3f} of the raw ids, before at "
+                f"{was_bytes / raw_bytes:.3f}"
+            )
+    click.echo(f"fingerprint  {after.fingerprint}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Trying again: which errors of a network pass by themselves, how long is waited, what is said.
+
+Every request that a source sends goes through `with_retries`. An error that would come back, like
+a missing file or a refused permission, passes through untouched and at once.
+"""
+
+import asyncio
+import errno
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from data_pipeline.errors import SourceUnreadableError
+
+Result = TypeVar("Result")
+
+_LOG = logging.getLogger("megaback.sources")
+TRANSIENT_STATUSES = {408, 425, 429, *range(500, 600)}
+_TRANSIENT_ERRNOS = {
+    *(errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.EPIPE),
+    *(errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET),
+    *(errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+}
+# The drivers of file systems are not dependencies: their errors are known by name.
+_TRANSIENT_NAMES = {
+    *("ClientPayloadError", "ClientConnectionError"),  # aiohttp
+    "TransportError",  # httpx
+    *("HTTPClientError", "IncompleteRead", "ResponseStreamingError"),  # botocore, urllib3
+    *("ServiceRequestError", "ServiceResponseError"),  # azure
+    *("ChunkedEncodingError", "ConnectionError", "Timeout"),  # requests
+}
+_LASTING_NAMES = {"OfflineModeIsEnabled", "InvalidURL", "UnsupportedProtocol"}
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How patient a source is."""
+
+    max_attempts: int = 8
+    first_wait_s: float = 1.0
+    """Before the second try, at most; doubled before each further one."""
+    longest_wait_s: float = 60.0
+    longest_total_s: float = 600.0
+    """No further try begins after this long."""
+    stall_timeout_s: float = 60.0
+    """An HTTP server that sends nothing for so long has stalled."""
+    request_timeout_s: float = 300.0
+    """For drivers that cannot tell a stalled request from a slow one."""
+    listing_timeout_s: float = 1800.0
+    """For listing a whole folder."""
+
+
+POLICY = RetryPolicy()
+
+
+class TransientError(Exception):
+    """A request failed in a way that may pass; `wait_s` is what the server asked for."""
+
+    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+def with_retries(what: str, attempt: Callable[[], Result]) -> Result:
+    """The result of `attempt`, called again after each error that may pass.
+
+    Each wait is logged in one line that begins with `what`. Raises SourceUnreadableError when the
+    policy's patience is used up, and any other error of `attempt` as it is.
+    """
+    import tenacity
+
+    policy = POLICY
+    begin = time.monotonic()
+
+    def log(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        wait_s = state.next_action.sleep if state.next_action else 0.0
+        _LOG.warning(
+            "%s: %s; trying again in %.1f s (try %d of %d failed)",
+            *(what, reason_of(error), wait_s, state.attempt_number, policy.max_attempts),
+        )
+
+    def wait_s(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked_s = error.wait_s if isinstance(error, TransientError) else 0.0
+        return max(backoff(state), min(asked_s, policy.longest_wait_s))
+
+    # Half of the wait is random, so that many readers do not come back at the same moment.
+    half = {"multiplier": policy.first_wait_s / 2, "max": policy.longest_wait_s / 2}
+    backoff = tenacity.wait_exponential(**half) + tenacity.wait_random_exponential(**half)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_transient),
+        stop=tenacity.stop_after_attempt(policy.max_attempts)
+        | tenacity.stop_after_delay(policy.longest_total_s),
+        wait=wait_s,
+        before_sleep=log,
+        reraise=False,
+    )
+    try:
+        return retrying(attempt)
+    except tenacity.RetryError as error:
+        last = error.last_attempt
+        raise SourceUnreadableError(
+            f"{what}: {reason_of(last.exception())}; gave up after {last.attempt_number} tries in "
+            f"{time.monotonic() - begin:.0f} s; check the network and the server, "
+            "then run the command again"
+        ) from None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    if isinstance(error, TransientError):
+        return True
+    causes = list(_causes(error))
+    if any(_names(cause) & _LASTING_NAMES for cause in causes):
+        return False
+    for cause in causes:
+        if _names(cause) & _TRANSIENT_NAMES:
+            return _passes(cause)
+    # A driver may turn a refusal into a general error: the status that caused it counts more.
+    statuses = [status for cause in causes if (status := _status(cause)) is not None]
+    if statuses:
+        return statuses[0] in TRANSIENT_STATUSES
+    return any(_passes(cause) for cause in causes)
+
+
+def reason_of(error: BaseException | None) -> str:
+    """An error in a few words on one line."""
+    if isinstance(error, TimeoutError | asyncio.TimeoutError) and not str(error):
+        return "no answer in time"
+    text = (getattr(error, "strerror", None) or str(error)).strip().split("\n", maxsplit=1)[0]
+    return text.rstrip(".") or type(error).__name__
+
+
+def _passes(error: BaseException) -> bool:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return False
+    cause = getattr(error, "os_error", error)  # aiohttp keeps the reason of a failed connection
+    if isinstance(cause, socket.gaierror):
+        return cause.errno == socket.EAI_AGAIN  # otherwise there is no such host
+    if isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError):
+        return True
+    if isinstance(error, asyncio.IncompleteReadError) or _names(error) & _TRANSIENT_NAMES:
+        return True
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _names(error: BaseException) -> set[str]:
+    return {parent.__name__ for parent in type(error).__mro__}
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error of a driver carries, wherever it carries it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        response = response.get("ResponseMetadata", {})
+        value = response.get("HTTPStatusCode")
+    else:
+        value = getattr(response, "status_code", None)
+    for name in ("status", "status_code", "code"):
+        value = value if value is not None else getattr(error, name, None)
+    try:
+        status = int(value) if value is not None else None
+    except (TypeError, ValueError):  # a code that is a word
+        return None
+    return status if status is not None and 100 <= status < 600 else None

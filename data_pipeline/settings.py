@@ -1,0 +1,190 @@
+"""What decides the bytes of a data set: the settings of a build, and what they let through.
+
+Equal settings, texts and tokenizer give equal shards. Numbers of workers and places of files are no
+settings.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import (
+    ConfigError,
+    DirectionMismatchError,
+    OutputExistsError,
+    TokenizerMismatchError,
+)
+from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.slices import Columns, Document
+from data_pipeline.text import Direction, Unit
+
+BAD_RECORD_CHOICES = ("stop", "skip")
+
+
+@dataclass(frozen=True)
+class WeightedSource:
+    """A source, and how many times each of its documents is taken.
+
+    With 2.5 every document is taken twice, and half of them, chosen by their text, a third time.
+    """
+
+    source: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.source if self.weight == 1.0 else f"{self.weight:g} x {self.source}"
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What decides the bytes of the shards, besides the source's text and the tokenizer's model."""
+
+    sources: tuple[WeightedSource, ...]
+    tokenizer_sha256: str
+    direction: str = Direction.BACKWARD.value
+    unit: str = Unit.TOKEN.value
+    val_fraction: float = 0.01
+    frame_tokens: int = DEFAULT_FRAME_TOKENS
+    shard_tokens: int = 1 << 26
+    compression_level: int = 3
+    text_column: str = "text"
+    language_column: str = "language"
+    language_score_column: str = "language_score"
+    languages: tuple[str, ...] = ()
+    """Documents of other languages are left out; empty: all languages."""
+    min_language_score: float | None = None
+    min_characters: int = 1
+    max_characters: int | None = None
+    on_bad_record: str = "stop"
+    deduplicate: bool = False
+    """Take a text once: where it comes first."""
+    limit_documents: int | None = None
+    """The first documents of the source that many, filters and de-duplication done."""
+    limit_tokens: int | None = None
+    """The first documents that together have at most so many tokens, markers included."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value out of range, naming its option."""
+        frame_tokens = self.frame_tokens
+        if frame_tokens < 64 or frame_tokens & (frame_tokens - 1) or frame_tokens > 1 << 24:
+            raise ConfigError(
+                f"--frame-tokens is {frame_tokens}; it must be a power of two from 64 to 16777216"
+            )
+        if not 0.0 <= self.val_fraction < 1.0:
+            raise ConfigError(
+                f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1"
+            )
+        for part in self.sources:
+            if not 0.0 < part.weight <= 1000.0:
+                raise ConfigError(
+                    f"--weight is {part.weight} for {part.source}; "
+                    "it must be above 0 and at most 1000"
+                )
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ConfigError(
+                f"--max-characters is {self.max_characters}, less than "
+                f"--min-characters {self.min_characters}; no document could pass"
+            )
+
+    @property
+    def description(self) -> str:
+        """The sources in one line, for people."""
+        return ", ".join(str(part) for part in self.sources)
+
+    @property
+    def columns(self) -> Columns:
+        """The columns that the filters need; others are not read."""
+        return Columns(
+            self.text_column,
+            self.language_column if self.languages else None,
+            self.language_score_column if self.min_language_score is not None else None,
+        )
+
+    @property
+    def selects(self) -> bool:
+        """Whether what a task keeps depends on other tasks."""
+        return self.deduplicate or self.limit_documents is not None or self.limit_tokens is not None
+
+    def why_left_out(self, document: Document) -> str | None:
+        """Which filter keeps a document out: `empty`, `length`, `language`, `language_score`."""
+        if not document.text:
+            return "empty"
+        characters = len(document.text)
+        if characters < self.min_characters or characters > (self.max_characters or characters):
+            return "length"
+        if self.languages and document.language not in self.languages:
+            return "language"
+        score = document.language_score
+        if self.min_language_score is not None and (
+            score is None or not score >= self.min_language_score
+        ):
+            return "language_score"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BuildSettings":
+        """Raises ConfigError, TypeError or KeyError when they are no settings of this version."""
+        sources = tuple(WeightedSource(**part) for part in values["sources"])
+        languages = tuple(values["languages"])
+        return cls(**{**values, "sources": sources, "languages": languages})
+
+    def require_same(
+        self, wanted: "BuildSettings", out: Path, names: Iterable[str] | None = None
+    ) -> None:
+        """Refuse to go on in a folder with other settings than it was begun with.
+
+        `names` are the settings to compare; default: all. Raises TokenizerMismatchError,
+        DirectionMismatchError or OutputExistsError.
+        """
+        for name in names or [field.name for field in fields(self)]:
+            mine, theirs = getattr(self, name), getattr(wanted, name)
+            if mine == theirs or (name == "sources" and _same_places(mine, theirs)):
+                continue
+            if name == "tokenizer_sha256":
+                raise TokenizerMismatchError(
+                    f"{out} holds shards of tokenizer {mine[:12]}, not of the given tokenizer "
+                    f"{theirs[:12]}; choose another --out or that tokenizer"
+                )
+            if name in ("direction", "unit"):
+                raise DirectionMismatchError(
+                    f"{out} holds shards with {name} {mine!r}, not {theirs!r}; choose another --out"
+                )
+            if name == "sources":
+                raise OutputExistsError(
+                    f"{out} holds shards of {self.description}, not of {wanted.description}; "
+                    "choose another --out, or remove that folder"
+                )
+            raise OutputExistsError(
+                f"{out} holds shards with other settings ({name} {mine!r}, not {theirs!r}); "
+                "choose another --out, or remove that folder"
+            )
+
+
+def weighted_sources(sources: tuple[str, ...], weights: tuple[float, ...]) -> tuple[Any, ...]:
+    """Sources with their weights, in the order given. Raises ConfigError when they do not pair."""
+    if weights and len(weights) != len(sources):
+        raise ConfigError(
+            f"{len(sources)} --source and {len(weights)} --weight were given; "
+            "give one --weight for each --source, in the same order, or none"
+        )
+    return tuple(
+        WeightedSource(source, weight)
+        for source, weight in zip(sources, weights or (1.0,) * len(sources), strict=True)
+    )
+
+
+def content_settings(settings: BuildSettings) -> dict[str, Any]:
+    """The settings that decide what a task writes: how a source was spelled does not matter."""
+    return replace(settings, sources=()).to_dict()
+
+
+def _same_places(left: tuple[WeightedSource, ...], right: tuple[WeightedSource, ...]) -> bool:
+    """Whether two builds read the same, one perhaps by a relative path."""
+    return len(left) == len(right) and all(
+        a.weight == b.weight and Path(a.source).resolve() == Path(b.source).resolve()
+        for a, b in zip(left, right, strict=True)
+    )

@@ -1,0 +1,79 @@
+"""Shards built by an array of jobs on a real Slurm."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_cluster import MINISLURM, Slurm, read_log, wait_for
+
+from data_pipeline.build import build_shards
+from data_pipeline.manifest import Manifest
+from data_pipeline.settings import BuildSettings, WeightedSource
+from data_pipeline.text import TextCodec
+
+_ELEMENTS = 8
+_AT_A_TIME = 4
+_SLOW_LEVEL = 22  # compressing takes seconds, so that a node can die in the middle of it
+
+
+@pytest.fixture(scope="module")
+def long_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for each element, of words that no compressor sees through."""
+    folder = tmp_path_factory.mktemp("long")
+    generator = random.Random(8)
+    for number in range(_ELEMENTS):
+        with (folder / f"{number}.jsonl").open("w") as file:
+            for _ in range(400):
+                words = (f"{generator.getrandbits(24):x}" for _ in range(600))
+                file.write(json.dumps({"text": " ".join(words)}) + "\n")
+    return folder
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_an_array_that_loses_a_node_ends_in_the_manifest_of_one_process(
+    slurm: Slurm,
+    long_source: Path,
+    tokenizer_path: Path,
+    codec: Callable[..., TextCodec],
+    tmp_path: Path,
+) -> None:
+    shards = tmp_path / "shards"
+    job_id = slurm.submit(
+        "build_shards.sbatch",
+        *("--source", long_source, "--tokenizer", tokenizer_path, "--out", shards),
+        *("--compression-level", _SLOW_LEVEL),
+        cwd=tmp_path,
+        options=f"--array=0-{_ELEMENTS - 1}%{_AT_A_TIME} --mem-per-cpu=30000",  # two a node
+    )
+
+    def finished() -> int:
+        return len(list(shards.glob(".build/task-*.json")))
+
+    def runs_on_second_node() -> bool:
+        nodes = slurm.command("squeue", "--noheader", "--states=RUNNING", "--format=%N")
+        return "n2" in nodes.split()
+
+    wait_for(
+        lambda: finished() > 0 and runs_on_second_node(),
+        60,
+        lambda: read_log(tmp_path, job_id),
+    )
+    assert finished() < _ELEMENTS
+    slurm.command("bash", MINISLURM, "crash", "n2")
+    try:
+        slurm.require_completed(job_id, tmp_path)
+        restarts = [int(element["Restarts"]) for element in slurm.elements(job_id)]
+        assert max(restarts) > 0, "nothing ran on the node that died"
+    finally:
+        slurm.command("bash", MINISLURM, "up")  # for the tests that follow
+
+    settings = BuildSettings(
+        (WeightedSource(str(long_source)),),
+        codec().format.tokenizer_sha256,
+        compression_level=_SLOW_LEVEL,
+    )
+    alone, _ = build_shards(settings, codec(), tmp_path / "alone", workers=2, num_tasks=_ELEMENTS)
+    assert Manifest.load(shards) == alone
