@@ -148,12 +148,15 @@ def _run(
     with showing_progress(counts, input_bytes):
         for number, record in run_in_processes(_run_counted, calls, workers, counts.raw):
             records[waiting[number]] = record
-            needed = tasks_within_limits(plan.settings, records)
-            if all(records[:needed]):
+            if plan.settings.is_limited and all(
+                records[: tasks_within_limits(plan.settings, records)]
+            ):
                 break
 
 
 def _run_counted(task: Task, out: Path, model_bytes: bytes) -> TaskRecord:
+    if record := finished_record(task, out):  # by another build of the same folder
+        return record
     raw = shared_by_all()
     counts = None if raw is None else SharedCounts.of_task(raw, task.index)
     return run_task(task, out, model_bytes, counts)
@@ -223,7 +226,7 @@ def main(
         settings, codec = settings_from(options)
         if task_index is None:
             manifest, num_found = build_shards(settings, codec, out, num_workers(workers), tasks)
-            return _tell(manifest, num_found, out)
+            return _tell(manifest, num_found, out, codec)
         plan, _ = claim_plan(settings, codec, out, tasks)
     else:
         require_no_settings(ctx)
@@ -232,19 +235,24 @@ def main(
         codec = codec_of_plan(plan, out)
         if task_index is None:
             manifest, num_found = build_planned(plan, codec, out, num_workers(workers))
-            return _tell(manifest, num_found, out)
+            return _tell(manifest, num_found, out, codec)
     indices = _indices(task_index)
     finished = build_tasks(plan, indices, codec, out, num_workers(workers))
     if finished:
-        return _tell(finished, 0, out)
+        return _tell(finished, 0, out, codec)
     named = f"task {indices[0]}" if len(indices) == 1 else f"tasks {task_index}"
     click.echo(f"{named} of {plan.num_tasks} done; {out} waits for the others")
     return None
 
 
-def _tell(manifest: Manifest, num_found: int, out: Path) -> None:
+def _tell(manifest: Manifest, num_found: int, out: Path, codec: TextCodec) -> None:
     if num_found:
         click.echo(f"{num_found} tasks were already done")
+    elif codec.encoder_name == "sentencepiece":
+        click.echo(
+            "encoded by SentencePiece, several times slower: kitoken is not installed, or cannot be "
+            "trusted with this tokenizer"
+        )
     echo_manifest(manifest, out)
 
 

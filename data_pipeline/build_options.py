@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from data_pipeline.manifest import SPLITS, Manifest
 from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, weighted_sources
-from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS, DEFAULT_LEVEL
 from data_pipeline.text import Direction, TextCodec, Unit
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -93,7 +93,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         help="A shard is closed after the document that reaches so many.",
     ),
     "compression_level": click.option(
-        "--compression-level", type=click.IntRange(1, 22), default=3, show_default=True
+        "--compression-level", type=click.IntRange(1, 22), default=DEFAULT_LEVEL, show_default=True
     ),
 }
 

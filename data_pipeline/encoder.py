@@ -273,14 +273,24 @@ def fastest_encoder(model_bytes: bytes, processor: Any, id_dtype: np.dtype[Any])
     return WordEncoder(alone, texts, id_dtype)
 
 
-def _load_kitoken(model_bytes: bytes) -> Any:
-    """kitoken with a model, or None if it is not installed or does not take the model."""
+def _import_kitoken() -> Any:
     try:
         import kitoken
     except ImportError:
         return None
+    return kitoken
+
+
+# At once, not when it is needed: imported first in a thread that ends, it breaks every later use.
+_KITOKEN = _import_kitoken()
+
+
+def _load_kitoken(model_bytes: bytes) -> Any:
+    """kitoken with a model, or None if it is not installed or does not take the model."""
+    if _KITOKEN is None:
+        return None
     try:
-        return kitoken.Kitoken.from_sentencepiece(model_bytes)
+        return _KITOKEN.Kitoken.from_sentencepiece(model_bytes)
     except (RuntimeError, ValueError):
         return None
 

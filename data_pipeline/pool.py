@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ def run_in_processes(
     """
     if not calls:
         return
+    others = set(active_children())
     # Spawned, not forked: a fork copies the locks of whatever threads a library has started.
     pool = ProcessPoolExecutor(
         min(workers, len(calls)),
@@ -47,6 +48,9 @@ def run_in_processes(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+        # A pool that breaks while it starts forgets processes, for which this one would wait.
+        for process in set(active_children()) - others:
+            process.kill()
 
 
 def shared_by_all() -> Any:

@@ -36,7 +36,7 @@ def tasks_within_limits(settings: BuildSettings, records: Sequence[TaskRecord | 
     All of them while de-duplication may take documents away from the first ones. `records` has
     None for tasks that are not done; these are needed unless the tasks before them suffice.
     """
-    if settings.deduplicate:
+    if settings.deduplicate or not settings.is_limited:
         return len(records)
     documents = tokens = 0
     for index, record in enumerate(records):

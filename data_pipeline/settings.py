@@ -4,6 +4,7 @@ Equal settings, texts and tokenizer give equal shards. Numbers of workers and pl
 settings.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from data_pipeline.errors import (
     OutputExistsError,
     TokenizerMismatchError,
 )
-from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS, DEFAULT_LEVEL
 from data_pipeline.slices import Columns, Document
 from data_pipeline.text import Direction, Unit
 
@@ -47,7 +48,7 @@ class BuildSettings:
     val_fraction: float = 0.01
     frame_tokens: int = DEFAULT_FRAME_TOKENS
     shard_tokens: int = 1 << 26
-    compression_level: int = 3
+    compression_level: int = DEFAULT_LEVEL
     text_column: str = "text"
     language_column: str = "language"
     language_score_column: str = "language_score"
@@ -75,6 +76,8 @@ class BuildSettings:
             raise ConfigError(
                 f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1"
             )
+        if self.min_language_score is not None and math.isnan(self.min_language_score):
+            raise ConfigError("--min-language-score is not a number; no score could pass")
         for part in self.sources:
             if not 0.0 < part.weight <= 1000.0:
                 raise ConfigError(
@@ -102,9 +105,13 @@ class BuildSettings:
         )
 
     @property
+    def is_limited(self) -> bool:
+        return self.limit_documents is not None or self.limit_tokens is not None
+
+    @property
     def selects(self) -> bool:
         """Whether what a task keeps depends on other tasks."""
-        return self.deduplicate or self.limit_documents is not None or self.limit_tokens is not None
+        return self.deduplicate or self.is_limited
 
     def why_left_out(self, document: Document) -> str | None:
         """Which filter keeps a document out: `empty`, `length`, `language`, `language_score`."""

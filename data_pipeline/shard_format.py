@@ -41,13 +41,14 @@ _INDEX_SIGNATURE = b"MEGABACK"
 _VERSION = 1
 
 DEFAULT_FRAME_TOKENS = 65_536
+DEFAULT_LEVEL = 6
 
 
 @dataclass(frozen=True)
 class Compression:
     """How frames are compressed. It changes a file's bytes, never what is read from it."""
 
-    level: int = 3
+    level: int = DEFAULT_LEVEL
     long_distance: bool = False
     dictionary: bytes | None = None
 

@@ -85,7 +85,8 @@ def require_stamp(piece: Slice, stamp: str) -> None:
     if stamp != piece.stamp:
         raise SourceUnreadableError(
             f"{piece.path}: changed since it was listed; "
-            "run the command again when nothing writes to the source"
+            "bring it back, or list the source again: run the command again, and where "
+            "`megaback shards plan` made the plan, that one with --overwrite"
         )
 
 

@@ -180,7 +180,13 @@ def _read(task: Task, counts: Counts) -> Iterator[_Passed | str]:
 
     on_bad_record = skip if settings.on_bad_record == "skip" else stop_at_bad_record
     for portion in task.portions:
+        size_bytes = portion.piece.size_bytes
+        shown_bytes = 0
         for document in read_slice(portion.piece, settings.columns, on_bad_record):
+            # A guess, so that the time left is known before the end of a long file.
+            step_bytes = min(len(document.text), size_bytes - shown_bytes)
+            shown_bytes += step_bytes
+            counts[3] += step_bytes
             if skipped:
                 yield from skipped
                 skipped.clear()
@@ -195,7 +201,7 @@ def _read(task: Task, counts: Counts) -> Iterator[_Passed | str]:
             yield _Passed(document.text, len(text_utf8), sha256, portion.pass_number)
         yield from skipped
         skipped.clear()
-        counts += (0, 0, 0, portion.piece.size_bytes)
+        counts[3] += size_bytes - shown_bytes
 
 
 def _encoded(
@@ -231,7 +237,7 @@ class _Notes:
         self.packed = bytearray()
         self._limit_documents = settings.limit_documents
         self._limit_tokens = settings.limit_tokens
-        self._is_limited = not (settings.limit_documents is settings.limit_tokens is None)
+        self._is_limited = settings.is_limited
         self._seen: set[int] | None = set() if settings.deduplicate else None
         self._documents = self._tokens = 0
 

@@ -152,7 +152,8 @@ def test_a_build_killed_half_way_is_finished_to_the_same_bytes(
     assert not (building.out / "manifest.json").exists()
     building.finish()
     same_settings = BuildSettings(
-        (WeightedSource(str(building.source)),), codec().format.tokenizer_sha256)
+        (WeightedSource(str(building.source)),), codec().format.tokenizer_sha256
+    )
     build_shards(same_settings, codec(), tmp_path / "uninterrupted", workers=1)
     assert hashes(building.out) == hashes(tmp_path / "uninterrupted")
 

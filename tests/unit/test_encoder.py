@@ -3,7 +3,6 @@
 import io
 import pickle
 import random
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -263,7 +262,7 @@ def _model_with(changed: str) -> bytes:
 
 
 def test_without_kitoken_sentencepiece_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "kitoken", None)
+    monkeypatch.setattr(encoder, "_KITOKEN", None)
     model_bytes = model_of("english")
     chosen = fastest_encoder(model_bytes, processor_of(model_bytes), ID_DTYPE)
     assert chosen.name == "sentencepiece"

@@ -83,7 +83,7 @@ def test_the_level_of_the_build_gives_the_files_of_the_build(
     finished: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "shards"
-    recompress(finished, out, Compression(level=3))
+    recompress(finished, out, Compression())
     names = ["tokenizer.model", "manifest.json", *(path.name for path in finished.glob("*.zst"))]
     made, built = hashes(out), hashes(finished)
     assert [name for name in names if made[name] != built[name]] == []
@@ -114,7 +114,7 @@ def test_the_number_of_threads_changes_no_byte(
 def test_shards_with_a_dictionary_can_be_recompressed_without_one(
     finished: Path, recompressed: Path, tmp_path: Path
 ) -> None:
-    recompress(recompressed, tmp_path / "back", Compression(level=3))
+    recompress(recompressed, tmp_path / "back", Compression())
     again, built = hashes(tmp_path / "back"), hashes(finished)
     assert DICTIONARY_NAME not in again
     assert {name for name in again if name in built and again[name] != built[name]} == set()
