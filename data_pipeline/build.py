@@ -250,8 +250,8 @@ def _tell(manifest: Manifest, num_found: int, out: Path, codec: TextCodec) -> No
         click.echo(f"{num_found} tasks were already done")
     elif codec.encoder_name == "sentencepiece":
         click.echo(
-            "encoded by SentencePiece, several times slower: kitoken is not installed, or cannot be "
-            "trusted with this tokenizer"
+            "encoded by SentencePiece, several times slower: kitoken is not installed, or cannot "
+            "be trusted with this tokenizer"
         )
     echo_manifest(manifest, out)
 
