@@ -147,7 +147,9 @@ class BuildSettings:
         `names` are the settings to compare; default: all. Raises TokenizerMismatchError,
         DirectionMismatchError or OutputExistsError.
         """
-        for name in names or [field.name for field in fields(self)]:
+        # What cannot be used together comes before what merely differs.
+        first = ("tokenizer_sha256", "direction", "unit")
+        for name in names or (*first, *(field.name for field in fields(self))):
             mine, theirs = getattr(self, name), getattr(wanted, name)
             if mine == theirs or (name == "sources" and _same_places(mine, theirs)):
                 continue
