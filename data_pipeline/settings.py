@@ -5,7 +5,6 @@ settings.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -139,17 +138,14 @@ class BuildSettings:
         languages = tuple(values["languages"])
         return cls(**{**values, "sources": sources, "languages": languages})
 
-    def require_same(
-        self, wanted: "BuildSettings", out: Path, names: Iterable[str] | None = None
-    ) -> None:
+    def require_same(self, wanted: "BuildSettings", out: Path) -> None:
         """Refuse to go on in a folder with other settings than it was begun with.
 
-        `names` are the settings to compare; default: all. Raises TokenizerMismatchError,
-        DirectionMismatchError or OutputExistsError.
+        Raises TokenizerMismatchError, DirectionMismatchError or OutputExistsError.
         """
         # What cannot be used together comes before what merely differs.
         first = ("tokenizer_sha256", "direction", "unit")
-        for name in names or (*first, *(field.name for field in fields(self))):
+        for name in (*first, *(field.name for field in fields(self))):
             mine, theirs = getattr(self, name), getattr(wanted, name)
             if mine == theirs or (name == "sources" and _same_places(mine, theirs)):
                 continue
