@@ -37,7 +37,7 @@ async def fetch_facts(file_system: Any, url: str, shown: str) -> FileFacts:
     `shown` is the address for messages. Raises FileNotFoundError, PermissionError,
     SourceUnreadableError, and errors that may pass.
     """
-    facts, _ = await _fetch(file_system, url, shown, 0, 1)
+    facts, _ = await fetch_part(file_system, url, shown, 0, 1)
     return facts
 
 
@@ -48,7 +48,7 @@ async def fetch_range(
 
     Raises as `fetch_facts`, and SourceUnreadableError when the file is not what `facts` says.
     """
-    found, body = await _fetch(file_system, url, shown, start, stop)
+    found, body = await fetch_part(file_system, url, shown, start, stop)
     if found != facts:
         raise SourceUnreadableError(
             f"{shown}: changed while it was read; "
@@ -57,9 +57,13 @@ async def fetch_range(
     return body
 
 
-async def _fetch(
+async def fetch_part(
     file_system: Any, url: str, shown: str, start: int, stop: int
 ) -> tuple[FileFacts, bytes]:
+    """As `fetch_range`, of whatever file is there, with what the server says about it.
+
+    Past the file's end there are no bytes. Raises as `fetch_facts`.
+    """
     import aiohttp
 
     session = await file_system.set_session()
@@ -74,7 +78,10 @@ async def _fetch(
     async with session.get(file_system.encode_url(url), headers=headers, **options) as response:
         _require_success(response, shown)
         first, num_bytes, size_bytes = _answered_range(response, shown)
-        if first != start or not min(1, size_bytes) <= num_bytes <= stop - start:
+        is_past_end = response.status == 416 and start >= size_bytes
+        if not is_past_end and (
+            first != start or not min(1, size_bytes) <= num_bytes <= stop - start
+        ):
             raise _no_ranges(shown)
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")
         try:
@@ -113,12 +120,7 @@ def _answered_range(response: Any, shown: str) -> tuple[int, int, int]:
     if match is None or match[3] == "*" or (match[1] is None) != (response.status == 416):
         raise _no_ranges(shown)
     if match[1] is None:
-        if match[3] != "0":
-            raise SourceUnreadableError(
-                f"{shown}: shorter than when it was listed; "
-                "run the command again when nothing writes to the source"
-            )
-        return 0, 0, 0
+        return 0, 0, int(match[3])
     return int(match[1]), int(match[2]) - int(match[1]) + 1, int(match[3])
 
 

@@ -112,14 +112,18 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         try:
-            text = path.read_text(encoding="utf-8")
+            data = path.read_bytes()
         except FileNotFoundError:
-            raise ShardsMissingError(
-                f"{folder} is not a finished set of shards (it has no {MANIFEST_NAME}); "
-                "run `megaback shards build --out` with this folder, to the end"
-            ) from None
+            raise shards_missing(str(folder)) from None
+        return cls.from_json(data, str(path))
+
+    @classmethod
+    def from_json(cls, data: bytes, shown: str) -> "Manifest":
+        """Check a manifest's bytes; `shown` names them. Raises ShardCorruptError."""
+        try:
+            text = data.decode()
         except UnicodeDecodeError:
-            raise ShardCorruptError(f"{path} is not text; build the shards again") from None
+            raise ShardCorruptError(f"{shown} is not text; build the shards again") from None
         try:
             fields = json.loads(text)
             if fields["format"] != FORMAT_NAME or fields["version"] != FORMAT_VERSION:
@@ -141,7 +145,7 @@ class Manifest:
                 raise ValueError("its fingerprint is not that of its entries")
         except (KeyError, TypeError, ValueError) as error:
             raise ShardCorruptError(
-                f"{path} is not a manifest of this version ({error}); build the shards again"
+                f"{shown} is not a manifest of this version ({error}); build the shards again"
             ) from None
         return manifest
 
@@ -159,37 +163,63 @@ class Manifest:
 
     def codec(self, folder: Path) -> TextCodec:
         """The codec that these shards were encoded with, from the copy of the tokenizer there."""
-        path = folder / TOKENIZER_NAME
-        codec = TextCodec.load(path, self.text_format.direction, self.text_format.unit)
+        text_format = self.text_format
+        codec = TextCodec.load(folder / TOKENIZER_NAME, text_format.direction, text_format.unit)
+        self.require_codec(codec, str(folder))
+        return codec
+
+    def require_codec(self, codec: TextCodec, shown: str) -> None:
+        """Raises TokenizerMismatchError or ShardCorruptError unless a codec made these shards.
+
+        `shown` names their folder.
+        """
         if codec.format.tokenizer_sha256 != self.text_format.tokenizer_sha256:
             raise TokenizerMismatchError(
-                f"{path} has sha256 {codec.format.tokenizer_sha256[:12]}, but the shards beside it "
+                f"{shown}/{TOKENIZER_NAME} has sha256 {codec.format.tokenizer_sha256[:12]}, "
+                "but the shards beside it "
                 f"were made with {self.text_format.tokenizer_sha256[:12]}; restore that tokenizer"
             )
         of_codec = (codec.vocab_size, codec.begin_id, codec.end_id, codec.id_dtype.itemsize)
         said = (self.vocab_size, self.begin_id, self.end_id, self.id_bytes)
         if said != of_codec:
             raise ShardCorruptError(
-                f"{folder / MANIFEST_NAME} gives pieces, begin, end and bytes of an id as {said}, "
+                f"{shown}/{MANIFEST_NAME} gives pieces, begin, end and bytes of an id as {said}, "
                 f"its tokenizer as {of_codec}; restore it or build the shards again"
             )
-        return codec
+
+
+def shards_missing(shown: str) -> ShardsMissingError:
+    """What is wrong with a folder without a manifest."""
+    return ShardsMissingError(
+        f"{shown} is not a finished set of shards (it has no {MANIFEST_NAME}); "
+        "run `megaback shards build --out` with this folder, to the end"
+    )
+
+
+def unreadable_dictionary(shown: str, error: OSError) -> ShardCorruptError:
+    """What is wrong when a dictionary cannot be read."""
+    return ShardCorruptError(
+        f"cannot read {shown}, without which the shards beside it cannot be read: "
+        f"{error.strerror}; restore that file or build the shards again"
+    )
+
+
+def require_dictionary_sha256(dictionary: bytes, expected_sha256: str, shown: str) -> None:
+    """Raises ShardCorruptError unless it is the dictionary that the shards beside it need."""
+    sha256 = hashlib.sha256(dictionary).hexdigest()
+    if sha256 != expected_sha256:
+        raise ShardCorruptError(
+            f"{shown} has sha256 {sha256[:12]}, but the shards beside it were compressed with "
+            f"{expected_sha256[:12]}; restore that file or build the shards again"
+        )
 
 
 def _read_dictionary(path: Path, expected_sha256: str) -> bytes:
     try:
         dictionary = path.read_bytes()
     except OSError as error:
-        raise ShardCorruptError(
-            f"cannot read {path}, without which the shards beside it cannot be read: "
-            f"{error.strerror}; restore that file or build the shards again"
-        ) from None
-    sha256 = hashlib.sha256(dictionary).hexdigest()
-    if sha256 != expected_sha256:
-        raise ShardCorruptError(
-            f"{path} has sha256 {sha256[:12]}, but the shards beside it were compressed with "
-            f"{expected_sha256[:12]}; restore that file or build the shards again"
-        )
+        raise unreadable_dictionary(str(path), error) from None
+    require_dictionary_sha256(dictionary, expected_sha256, str(path))
     return dictionary
 
 

@@ -11,6 +11,7 @@ The permutations are Feistel networks with cycle walking (Black & Rogaway, "Ciph
 Finite Domains", 2002) over the mixing function of SplitMix64 (Steele, Lea & Flood, 2014).
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,15 +20,23 @@ import numpy.typing as npt
 from data_pipeline.errors import BatchError, ConfigError
 
 _FEISTEL_ROUNDS = 6
-_MAX_AUTOMATIC_LANES = 1024
+MAX_AUTOMATIC_LANES = 1024
 
 Indices = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
+_ROUND_NUMBERS = np.arange(_FEISTEL_ROUNDS, dtype=np.uint64).reshape(-1, 1)
+_POWERS_OF_FOUR = 4 ** np.arange(1, 32)
+# As arrays without dimensions, with which small arrays are combined twice as fast as with scalars.
+_ONE, _INCREMENT, _FIRST_FACTOR, _SECOND_FACTOR, _FIRST_SHIFT, _SECOND_SHIFT, _THIRD_SHIFT = (
+    np.array(word, dtype=np.uint64)
+    for word in (1, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 30, 27, 31)
+)
+
 
 @dataclass(frozen=True)
 class RowPlace:
-    """Where the rows of a step lie, one entry a row: each array has shape (rows,)."""
+    """Where rows lie: arrays of one shape, with an entry for each row."""
 
     epoch: Indices
     frame: Indices
@@ -64,68 +73,170 @@ class Order:
         """Places of rows `start` to `stop` (default: all) of the batch at `step`."""
         stop = self.global_batch_rows if stop is None else stop
         position = np.arange(start, stop, dtype=np.int64)
+        return self.places_of(np.full_like(position, step), position)
+
+    def places_of(self, step: Indices, position: Indices) -> RowPlace:
+        """The place of the row at each position of the global batch of each step.
+
+        Both arrays have one shape, which those of the answer have too. A few thousand rows at a
+        time cost the least for each.
+        """
         rows_per_lane = self.global_batch_rows // self.lanes
         lane = position // rows_per_lane
-        lane_row = step * rows_per_lane + position % rows_per_lane
+        lane_row = (step - lane) * rows_per_lane + position
 
         # A lane's frames are the positions lane, lane + L, lane + 2L, ... of the endless deal.
         slot = lane_row // self.rows_per_frame
         epoch = (slot * self.lanes + lane) // self.num_frames
-        first_slot = _ceil_div(epoch * self.num_frames - lane, self.lanes)
-        num_slots = _ceil_div((epoch + 1) * self.num_frames - lane, self.lanes) - first_slot
-        window = (slot - first_slot) // self.window_frames
-        window_slot = window * self.window_frames
-        window_rows = np.minimum(self.window_frames, num_slots - window_slot) * self.rows_per_frame
-        row_in_window = (
-            slot - first_slot - window_slot
-        ) * self.rows_per_frame + lane_row % self.rows_per_frame
+        window, window_slot, window_rows = self._window_of(epoch, lane, slot)
+        row_in_window = lane_row - window_slot * self.rows_per_frame
+        shuffled = permute(row_in_window, window_rows, self._row_key(epoch, lane, window))
+        frame_in_window = shuffled // self.rows_per_frame
+        dealt = (window_slot + frame_in_window) * self.lanes + lane - epoch * self.num_frames
+        frame = permute(dealt, np.array([self.num_frames]), self._frame_key(epoch))
+        return RowPlace(epoch, frame, shuffled - frame_in_window * self.rows_per_frame)
 
-        shuffled = permute(row_in_window, window_rows, _key(self.seed, 1, epoch, lane, window))
-        dealt = (first_slot + window_slot + shuffled // self.rows_per_frame) * self.lanes + lane
-        frame = permute(
-            dealt - epoch * self.num_frames,
-            np.full_like(dealt, self.num_frames),
-            _key(self.seed, 0, epoch),
-        )
-        return RowPlace(epoch, frame, shuffled % self.rows_per_frame)
+    def find(self, epoch: Indices, frame: Indices, row: Indices) -> tuple[Indices, Indices]:
+        """The step that reads each row in an epoch, and the row's position in the global batch.
+
+        The inverse of `places_of`: all arrays have one shape.
+        """
+        dealt = unpermute(frame, np.array([self.num_frames]), self._frame_key(epoch))
+        dealt += epoch * self.num_frames
+        slot = dealt // self.lanes
+        lane = dealt - slot * self.lanes
+        window, window_slot, window_rows = self._window_of(epoch, lane, slot)
+        shuffled = (slot - window_slot) * self.rows_per_frame + row
+        row_in_window = unpermute(shuffled, window_rows, self._row_key(epoch, lane, window))
+        lane_row = window_slot * self.rows_per_frame + row_in_window
+        rows_per_lane = self.global_batch_rows // self.lanes
+        step = lane_row // rows_per_lane
+        return step, (lane - step) * rows_per_lane + lane_row
+
+    def _window_of(
+        self, epoch: Indices, lane: Indices, slot: Indices
+    ) -> tuple[Indices, Indices, Indices]:
+        """Number, first slot and rows of the window in which a slot of a lane lies.
+
+        Lanes begin new windows at different times, so that frames are needed one after another,
+        not those of all lanes at once.
+        """
+        first_slot = self._first_slot(epoch, lane)
+        ahead = lane * self.window_frames // self.lanes
+        window = (slot - first_slot + ahead) // self.window_frames
+        begin = first_slot + window * self.window_frames - ahead
+        window_slot = np.maximum(begin, first_slot)
+        stop = np.minimum(begin + self.window_frames, self._first_slot(epoch + 1, lane))
+        return window, window_slot, (stop - window_slot) * self.rows_per_frame
+
+    def _first_slot(self, epoch: Indices, lane: Indices) -> Indices:
+        """The first of a lane's frames that belongs to an epoch."""
+        return (epoch * self.num_frames - lane + self.lanes - 1) // self.lanes
+
+    def _row_key(self, epoch: Indices, lane: Indices, window: Indices) -> _Words:
+        return _key(self.seed, 1, _once_if_equal(epoch), lane, window)
+
+    def _frame_key(self, epoch: Indices) -> _Words:
+        return _key(self.seed, 0, _once_if_equal(epoch))
 
 
 def choose_lanes(num_frames: int, global_batch_rows: int) -> int:
     """The largest divisor of the batch that the data can feed: at most one lane a frame."""
-    most = min(num_frames, global_batch_rows, _MAX_AUTOMATIC_LANES)
+    most = min(num_frames, global_batch_rows, MAX_AUTOMATIC_LANES)
     return next(lanes for lanes in range(most, 0, -1) if global_batch_rows % lanes == 0)
 
 
 def permute(index: Indices, size: Indices, key: _Words) -> Indices:
     """Where a pseudo-random permutation of 0 .. size-1, chosen by key, sends each index.
 
-    All arrays have one shape; `size` and `key` may differ from entry to entry. A bijection for
-    every key: a balanced Feistel network over the next power of four, walked until back in range.
+    `size` and `key` have an entry for each index, or one for all of them. A bijection for every
+    key: a balanced Feistel network over the next power of four, walked until back in range.
     """
-    size_words = size.astype(np.uint64)
-    half_bits = _half_bits(size)
-    half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    value = index.astype(np.uint64)
-    outside = np.ones(value.shape, dtype=bool)
-    while outside.any():
-        left, right = value >> half_bits, value & half_mask
-        for round_number in range(_FEISTEL_ROUNDS):
-            mixed = _mix(right ^ _mix(key + np.uint64(round_number)))
-            left, right = right, left ^ (mixed & half_mask)
-        value = np.where(outside, (left << half_bits) | right, value)
-        outside = value >= size_words
-    return value.astype(np.int64)
+    return _walk(index, size, key, _encipher)
 
 
-def _half_bits(size: Indices) -> _Words:
-    bits = np.ceil(np.log2(np.maximum(size, 2).astype(np.float64))).astype(np.int64)
-    bits += (np.int64(1) << bits) < size  # in case the logarithm was rounded down
-    return ((bits + 1) // 2).astype(np.uint64)
+def unpermute(image: Indices, size: Indices, key: _Words) -> Indices:
+    """The index that `permute` sends to each image: the same walk backwards."""
+    return _walk(image, size, key, _decipher)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A Feistel network for each entry, along the last axis; or one for all, without that axis."""
+
+    limit: _Words
+    half_bits: _Words
+    round_keys: _Words
+
+    @classmethod
+    def of(cls, size: Indices, key: _Words) -> "_Network":
+        sizes, keys = np.broadcast_arrays(size.reshape(-1), key.reshape(-1))
+        # Half the bits of the smallest power of four that is not below size, at least 1.
+        half_bits = (1 + np.searchsorted(_POWERS_OF_FOUR, sizes)).astype(np.uint64)
+        round_keys = _mix(keys + _ROUND_NUMBERS)
+        limit = sizes.astype(np.uint64)
+        if len(sizes) == 1:
+            return cls(limit[0, ...], half_bits[0, ...], round_keys[:, 0])
+        return cls(limit, half_bits, round_keys)
+
+    def at(self, entries: Indices) -> "_Network":
+        if self.limit.ndim == 0:
+            return self
+        return _Network(
+            self.limit[entries], self.half_bits[entries], self.round_keys.take(entries, axis=1)
+        )
+
+    def run(self, left: _Words, right: _Words, rounds: Iterable[int]) -> tuple[_Words, _Words]:
+        half_mask = (_ONE << self.half_bits) - _ONE
+        for number in rounds:
+            mixed = _mix(right ^ self.round_keys[number, ...])
+            mixed &= half_mask
+            mixed ^= left
+            left, right = right, mixed
+        return left, right
+
+
+def _walk(
+    start: Indices,
+    size: Indices,
+    key: _Words,
+    encipher: Callable[[_Words, _Network], _Words],
+) -> Indices:
+    """Encipher everything once, and go on with whatever is not below its size until it is."""
+    network = _Network.of(size, key)
+    value = encipher(start.reshape(-1).astype(np.uint64), network)
+    outside = np.flatnonzero(value >= network.limit)
+    while outside.size:
+        of_outside = network.at(outside)
+        walked = encipher(value[outside], of_outside)
+        value[outside] = walked
+        outside = outside[walked >= of_outside.limit]
+    return value.astype(np.int64).reshape(start.shape)
+
+
+def _encipher(value: _Words, network: _Network) -> _Words:
+    left = value >> network.half_bits
+    right = value ^ (left << network.half_bits)
+    left, right = network.run(left, right, range(_FEISTEL_ROUNDS))
+    return (left << network.half_bits) | right
+
+
+def _decipher(value: _Words, network: _Network) -> _Words:
+    left = value >> network.half_bits
+    right = value ^ (left << network.half_bits)
+    # A Feistel network runs backwards with its halves exchanged and its rounds in reverse.
+    right, left = network.run(right, left, reversed(range(_FEISTEL_ROUNDS)))
+    return (left << network.half_bits) | right
+
+
+def _once_if_equal(epoch: Indices) -> Indices:
+    """One epoch for all where it is the same: most of the work on keys is then done once."""
+    first = epoch.reshape(-1)[:1]
+    return first if (epoch == first).all() else epoch
 
 
 def _key(seed: int, purpose: int, *parts: Indices) -> _Words:
-    start = np.full(parts[0].shape, (seed * 2 + purpose) % (1 << 64), dtype=np.uint64)
-    key = _mix(start)
+    key = _mix(np.array([(seed * 2 + purpose) % (1 << 64)], dtype=np.uint64))
     for part in parts:
         key = _mix(key ^ part.astype(np.uint64))
     return key
@@ -133,11 +244,10 @@ def _key(seed: int, purpose: int, *parts: Indices) -> _Words:
 
 def _mix(words: _Words) -> _Words:
     """The output function of SplitMix64; arithmetic modulo 2**64."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
-
-
-def _ceil_div(numerator: Indices, denominator: int) -> Indices:
-    return -(-numerator // denominator)
+    words = words + _INCREMENT
+    words ^= words >> _FIRST_SHIFT
+    words *= _FIRST_FACTOR
+    words ^= words >> _SECOND_SHIFT
+    words *= _SECOND_FACTOR
+    words ^= words >> _THIRD_SHIFT
+    return words

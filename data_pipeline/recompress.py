@@ -150,7 +150,7 @@ class _Work:
                 made = ShardEntry(entry.file, entry.split, **asdict(writer.finish()))
                 if made.content_sha256 != entry.content_sha256:
                     raise ShardCorruptError(
-                        f"the shard {reader.path} is intact but is not the one in the manifest; "
+                        f"the shard {reader.shown} is intact but is not the one in the manifest; "
                         "restore it or build the shards again"
                     )
         record = {"work": self._sha256(entry), "shard": asdict(made)}

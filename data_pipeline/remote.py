@@ -47,6 +47,11 @@ def is_url(source: str) -> bool:
     return _URL.match(source) is not None
 
 
+def is_http(url: str) -> bool:
+    """Whether an address is one of a web server, which gives files but lists none."""
+    return url.partition("://")[0] in _HTTP
+
+
 def url_path(url: str) -> PurePosixPath:
     """The path of an address, without the query that a signed address carries."""
     return PurePosixPath(shown_url(url).partition("://")[2])
@@ -67,23 +72,23 @@ def find(url: str) -> tuple[list[str], list[list[str]]]:
     A pattern may name several of both. Hidden files are left out. Over http only a file can be
     named. Raises SourceMissingError, SourceUnreadableError, BackendError.
     """
-    if url.partition("://")[0] in _HTTP:
+    if is_http(url):
         return [url], []  # that it is there is found when it is looked at
-    file_system, path = _open_file_system(url)
+    file_system, path = open_file_system(url)
     timeout_s = retries.POLICY.listing_timeout_s
 
     def look() -> tuple[list[str], list[list[str]]]:
         file_system.invalidate_cache()
         pinned = _pinned(path) if file_system.protocol == "hf" else path
         try:
-            found = {pinned: _call(file_system, "info", pinned, timeout_s=timeout_s)}
+            found = {pinned: call(file_system, "info", pinned, timeout_s=timeout_s)}
         except FileNotFoundError:
-            found = _call(file_system, "glob", pinned, detail=True, timeout_s=timeout_s)
+            found = call(file_system, "glob", pinned, detail=True, timeout_s=timeout_s)
             found = {name: info for name, info in found.items() if not _is_hidden(name)}
         files, folders = [], []
         for name, info in found.items():
             if info["type"] == "directory":
-                below = _call(file_system, "find", name, timeout_s=timeout_s)
+                below = call(file_system, "find", name, timeout_s=timeout_s)
                 shown = [other for other in below if not _is_hidden(other, name)]
                 folders.append([file_system.unstrip_protocol(other) for other in shown])
             else:
@@ -91,7 +96,7 @@ def find(url: str) -> tuple[list[str], list[list[str]]]:
         return files, folders
 
     try:
-        return _guarded(url, look)
+        return guarded(url, look)
     except FileNotFoundError:
         return [], []
 
@@ -103,10 +108,10 @@ class RemoteFile(io.RawIOBase):
         """Looks at the file. Raises FileNotFoundError, SourceUnreadableError, BackendError."""
         self.url = url
         self._shown = shown_url(url)
-        self._file_system, self._path = _open_file_system(url)
-        self._is_http = url.partition("://")[0] in _HTTP
+        self._file_system, self._path = open_file_system(url)
+        self._is_http = is_http(url)
         self._position = 0
-        facts = _guarded(url, self._http_facts if self._is_http else self._other_facts)
+        facts = guarded(url, self._http_facts if self._is_http else self._other_facts)
         self._facts = facts
         self.size_bytes = facts.size_bytes
 
@@ -169,7 +174,7 @@ class RemoteFile(io.RawIOBase):
     def _read_part(self, start: int, stop: int) -> bytes:
         """At least one byte from `start` on, and none from `stop` on."""
         fetch = self._http_range if self._is_http else self._other_range
-        return _guarded(self.url, lambda: fetch(start, stop))
+        return guarded(self.url, lambda: fetch(start, stop))
 
     def _http_facts(self) -> FileFacts:
         from fsspec.asyn import sync
@@ -190,7 +195,7 @@ class RemoteFile(io.RawIOBase):
         if not _PINNED_REVISION.search(self.url):  # what was listed before may be old by now
             self._file_system.invalidate_cache(self._path)
         timeout_s = retries.POLICY.request_timeout_s
-        info = _call(self._file_system, "info", self._path, timeout_s=timeout_s)
+        info = call(self._file_system, "info", self._path, timeout_s=timeout_s)
         if info["type"] == "directory":
             raise IsADirectoryError(f"{self._shown}: a folder, not a file")
         if info.get("size") is None:
@@ -201,7 +206,7 @@ class RemoteFile(io.RawIOBase):
         return FileFacts(int(info["size"]), _version(info))
 
     def _other_range(self, start: int, stop: int) -> bytes:
-        part: bytes = _call(
+        part: bytes = call(
             self._file_system,
             "cat_file",
             self._path,
@@ -221,8 +226,11 @@ class RemoteFile(io.RawIOBase):
         return part
 
 
-def _open_file_system(url: str) -> tuple[Any, str]:
-    """The file system of an address, and the address as it takes it."""
+def open_file_system(url: str) -> tuple[Any, str]:
+    """The file system of an address, and the address as it takes it.
+
+    Raises SourceMissingError, BackendError.
+    """
     import fsspec
 
     protocol, _, rest = url.partition("://")
@@ -259,7 +267,7 @@ def _pinned(path: str) -> str:
     return f"{resolved.root.partition('@')[0]}@{commit}/{resolved.path_in_repo}".rstrip("/")
 
 
-def _call(file_system: Any, method: str, *arguments: Any, timeout_s: float, **options: Any) -> Any:
+def call(file_system: Any, method: str, *arguments: Any, timeout_s: float, **options: Any) -> Any:
     """A method of a file system, with a time limit where the file system can be interrupted."""
     from fsspec.asyn import AsyncFileSystem, sync
 
@@ -269,7 +277,7 @@ def _call(file_system: Any, method: str, *arguments: Any, timeout_s: float, **op
     return getattr(file_system, method)(*arguments, **options)
 
 
-def _guarded(url: str, attempt: Callable[[], Result]) -> Result:
+def guarded(url: str, attempt: Callable[[], Result]) -> Result:
     """The result of an attempt with retries; whatever a driver raises becomes one sentence.
 
     Raises FileNotFoundError as it is, since only the caller knows what it means.

@@ -16,7 +16,7 @@ _LARGE_FRAMES = 64  # from here on, what the last frame lacks is less than 1/64 
 
 
 class RowTable:
-    """Translates (frame, row) of the rectangle into (frame, row) as they are stored."""
+    """Translates (frame, row) of the rectangle into (frame, row) as stored, and back."""
 
     def __init__(self, shard_tokens: Indices, frame_tokens: int, context_tokens: int) -> None:
         """`shard_tokens` is the tokens of each shard of a split: shape (shards,)."""
@@ -59,6 +59,17 @@ class RowTable:
             np.where(is_whole, stored_whole, stored_short),
             np.where(is_whole, number % self._stored_rows, row_in_short),
         )
+
+    def place_of(self, stored_frame: Indices, stored_row: Indices) -> tuple[Indices, Indices]:
+        """Frame and row in the rectangle of each stored row that holds tokens: undoes `locate`."""
+        shard = _shard_of(stored_frame, self._first_stored)
+        in_shard = stored_frame - self._first_stored[shard]
+        row_of_whole = (self._first_whole[shard] + in_shard) * self._stored_rows
+        row_of_short = self._num_whole * self._stored_rows + self._first_short_row[shard]
+        is_whole = in_shard < self._whole_frames[shard]
+        number = np.where(is_whole, row_of_whole, row_of_short) + stored_row
+        frame = number // self.rows_per_frame
+        return frame, number - frame * self.rows_per_frame
 
 
 def _before(counts: Indices) -> Indices:

@@ -6,7 +6,10 @@ is a skippable frame at the end of a file; integers are little-endian.
 
 import struct
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 SKIPPABLE_HEADER = struct.Struct("<II")
 """Magic number and size of what follows, of any skippable frame."""
@@ -15,6 +18,9 @@ _TABLE_MAGIC = 0x184D2A5E
 _SEEKABLE_MAGIC = 0x8F92EAB1
 _CHECKSUMS_FLAG = 1 << 7
 _ENTRY = struct.Struct("<III")
+_ENTRIES = np.dtype(
+    [("compressed_bytes", "<u4"), ("decompressed_bytes", "<u4"), ("checksum", "<u4")]
+)
 _FOOTER = struct.Struct("<IBI")
 
 
@@ -37,10 +43,16 @@ def pack_seek_table(entries: Iterable[SeekEntry]) -> bytes:
     return skippable_frame(_TABLE_MAGIC, b"".join([*packed, footer]))
 
 
-def read_seek_table(file_bytes: int, read_at: Callable[[int, int], bytes]) -> list[SeekEntry]:
+def seek_table_bytes(num_entries: int) -> int:
+    """The size of a whole table."""
+    return SKIPPABLE_HEADER.size + num_entries * _ENTRY.size + _FOOTER.size
+
+
+def read_seek_table(file_bytes: int, read_at: Callable[[int, int], bytes]) -> npt.NDArray[Any]:
     """The entries of a file's frames, which add up to the file; at least one.
 
-    `read_at(offset, size)` gives the file's bytes. Raises ValueError saying what is wrong.
+    `read_at(offset, size)` gives the file's bytes. The array's fields are those of SeekEntry.
+    Raises ValueError saying what is wrong.
     """
     if file_bytes < _FOOTER.size:
         raise ValueError(f"it has only {file_bytes} bytes")
@@ -57,8 +69,7 @@ def read_seek_table(file_bytes: int, read_at: Callable[[int, int], bytes]) -> li
     table = read_at(start, table_bytes + SKIPPABLE_HEADER.size)
     if SKIPPABLE_HEADER.unpack_from(table) != (_TABLE_MAGIC, table_bytes):
         raise ValueError(f"its seek table at byte {start} is malformed")
-    packed = table[SKIPPABLE_HEADER.size : -_FOOTER.size]
-    entries = [SeekEntry(*fields) for fields in _ENTRY.iter_unpack(packed)]
-    if sum(entry.compressed_bytes for entry in entries) != start:
+    entries = np.frombuffer(table[SKIPPABLE_HEADER.size : -_FOOTER.size], dtype=_ENTRIES)
+    if entries["compressed_bytes"].sum(dtype=np.int64) != start:
         raise ValueError(f"its seek table at byte {start} does not add up to the file's size")
     return entries

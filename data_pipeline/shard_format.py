@@ -14,31 +14,23 @@ included, one after another.
 """
 
 import hashlib
-import json
 import struct
+import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from data_pipeline.byte_ranges import ByteRanges, LocalRanges
 from data_pipeline.errors import ShardCorruptError
-from data_pipeline.seekable import (
-    SKIPPABLE_HEADER,
-    SeekEntry,
-    pack_seek_table,
-    read_seek_table,
-    skippable_frame,
-)
-
-_INDEX_MAGIC = 0x184D2A5D
-_INDEX_SIGNATURE = b"MEGABACK"
-_VERSION = 1
+from data_pipeline.seekable import SeekEntry, pack_seek_table
+from data_pipeline.shard_index import VERSION, ShardHeader, pack_index, read_index, tail_bytes
 
 DEFAULT_FRAME_TOKENS = 65_536
 DEFAULT_LEVEL = 6
@@ -80,32 +72,6 @@ def _dictionary(dictionary: bytes) -> tuple[str, zstandard.ZstdCompressionDict]:
     # Never as raw content, whose frames would not say that they need it.
     made = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_FULLDICT)
     return hashlib.sha256(dictionary).hexdigest(), made
-
-
-@dataclass(frozen=True)
-class ShardHeader:
-    """What a shard says about itself, so that a file that strayed is recognised."""
-
-    version: int
-    direction: str
-    unit: str
-    tokenizer_sha256: str
-    id_bytes: int
-    frame_tokens: int
-    tokens: int
-    documents: int
-    text_bytes: int
-    dictionary_sha256: str | None = None
-
-    @classmethod
-    def from_json(cls, data: bytes) -> "ShardHeader":
-        """Raises ValueError or TypeError unless every field is there and of its type."""
-        header = cls(**json.loads(data))
-        for field in fields(cls):
-            value = getattr(header, field.name)
-            if not isinstance(value, cast(type, field.type)):
-                raise TypeError(f"{field.name} is {value!r:.80}")
-        return header
 
 
 @dataclass(frozen=True)
@@ -170,7 +136,7 @@ class ShardWriter:
         if self._pending_tokens:
             self._write_frame(np.concatenate(self._pending))
         header = ShardHeader(
-            version=_VERSION,
+            version=VERSION,
             **self._identity,
             id_bytes=self._id_dtype.itemsize,
             frame_tokens=self._frame_tokens,
@@ -179,14 +145,9 @@ class ShardWriter:
             text_bytes=self._text_bytes,
             dictionary_sha256=self._dictionary_sha256,
         )
-        header_json = json.dumps(asdict(header), sort_keys=True).encode()
         counts = np.array(self._document_tokens, dtype="<u4").tobytes()
         self._content_sha256.update(counts)
-        size_of_header = struct.pack("<I", len(header_json))
-        compressed_counts = self._index_compressor.compress(counts)
-        index = skippable_frame(
-            _INDEX_MAGIC, _INDEX_SIGNATURE + size_of_header + header_json + compressed_counts
-        )
+        index = pack_index(header, self._index_compressor.compress(counts))
         self._write(index)
         self._seek_entries.append(SeekEntry(len(index), 0, 0))
         self._write(pack_seek_table(self._seek_entries))
@@ -226,41 +187,70 @@ class ShardWriter:
         self._file_sha256.update(data)
 
 
-class ShardReader:
-    """Reads the index of a shard at once and its frames on request.
+class FrameKeeper(Protocol):
+    """Where the compressed frames of one shard are kept, so that they are fetched once.
 
-    `dictionary` is the one that the header names, if it names one. Raises ShardCorruptError, naming
-    file, frame and byte offset, for anything that is not what the format says.
+    May be called by several threads at once; never raises.
     """
 
-    def __init__(self, path: Path, dictionary: bytes | None = None) -> None:
-        self.path = path
+    def get(self, frame: int) -> bytes | None:
+        """A frame that was put there, perhaps damaged since; None if it is not there any more."""
+
+    def put(self, frame: int, data: bytes) -> None:
+        """Keep a frame, if there is room."""
+
+    def remove(self, frame: int) -> None:
+        """Forget a frame, which was damaged."""
+
+
+class _Decompressor(threading.local):
+    """One zstd decompressor for each thread that asks: a single one cannot serve two at once."""
+
+    def __init__(self, dictionary: bytes | None) -> None:
+        made = None if dictionary is None else _dictionary(dictionary)[1]
+        self.zstd = zstandard.ZstdDecompressor(dict_data=made)
+
+
+# Thousands of shards share one for each thread: it takes more memory than a shard's index.
+_decompressor = lru_cache(maxsize=3)(_Decompressor)
+
+
+class ShardReader:
+    """Reads the index of a shard at once, and its frames on request, from any thread.
+
+    `dictionary` is the one that the header names, if it names one. `expected_frames` is how many
+    there should be, so that one look at a file far away finds them. Raises ShardCorruptError,
+    naming file, frame and byte offset, for anything that is not what the format says, and over a
+    network SourceUnreadableError.
+
+    Dropping a reader closes its file, as does `close`, which must not come while a thread reads.
+    """
+
+    def __init__(
+        self,
+        file: Path | ByteRanges,
+        dictionary: bytes | None = None,
+        keeper: FrameKeeper | None = None,
+        expected_frames: int = 0,
+    ) -> None:
+        self.shown = str(file) if isinstance(file, Path) else file.shown
+        self._keeper = keeper
         try:
-            self._file = path.open("rb")
+            self._file = LocalRanges(file) if isinstance(file, Path) else file
+            self.file_bytes, tail = self._file.tail(tail_bytes(expected_frames))
         except OSError as error:
             raise ShardCorruptError(
-                f"cannot read the shard {path}: {error.strerror}; build the shards again"
+                f"cannot read the shard {self.shown}: {error.strerror}; "
+                "restore it or build the shards again"
             ) from None
         try:
-            self._read_ends(dictionary)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _read_ends(self, dictionary: bytes | None) -> None:
-        self.file_bytes = self._file.seek(0, 2)
-        try:
-            entries = read_seek_table(self.file_bytes, self._read_at)
+            self._index = read_index(self.file_bytes, partial(self._read_behind, tail))
         except ValueError as error:
             raise self._corrupt(str(error)) from None
-        compressed_bytes = [entry.compressed_bytes for entry in entries]
-        self._offsets = np.concatenate([[0], np.cumsum(compressed_bytes, dtype=np.int64)])
-        self._frames = entries[:-1]
-        self.num_frames = len(self._frames)
-        self.header, self._compressed_counts = self._read_index()
-        self._check_header()
+        self.header = self._index.header
+        self.num_frames = len(self._index.checksums)
         self.id_dtype: np.dtype[Any] = np.dtype(f"<u{self.header.id_bytes}")
-        self._decompressor = self._make_decompressor(dictionary)
+        self._decompressor = self._require_decompressor(dictionary)
 
     def close(self) -> None:
         self._file.close()
@@ -278,31 +268,37 @@ class ShardReader:
 
     def frame(self, frame: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Decode one frame, checksum verified: ids of shape (frame_tokens,); the last has fewer."""
-        offset = int(self._offsets[frame])
-        compressed_bytes = int(self._offsets[frame + 1]) - offset
-        data = self._read_at(offset, compressed_bytes)
+        if self._keeper is not None and (kept := self._keeper.get(frame)) is not None:
+            try:
+                return self._decode(frame, kept)
+            except zstandard.ZstdError:
+                self._keeper.remove(frame)
+        offset = int(self._index.offsets[frame])
+        num_bytes = int(self._index.offsets[frame + 1]) - offset
+        data = self._read_at(offset, num_bytes, f"frame {frame} at byte {offset}")
         try:
-            # Before anything is allocated: a damaged head may claim any size.
-            if zstandard.frame_content_size(data) != self._frames[frame].decompressed_bytes:
-                raise zstandard.ZstdError("its head and the seek table disagree on its size")
-            raw = self._decompressor.decompress(data, allow_extra_data=False)
-            # The decoder has checked the frame's own copy.
-            if data[-4:] != struct.pack("<I", self._frames[frame].checksum):
-                raise zstandard.ZstdError("the seek table has another checksum")
+            ids = self._decode(frame, data)
         except zstandard.ZstdError as error:
             raise self._corrupt(
                 f"frame {frame} at byte {offset} does not decode ({error})"
             ) from None
-        return np.frombuffer(raw, dtype=self.id_dtype)
+        if self._keeper is not None:
+            self._keeper.put(frame, data)
+        return ids
+
+    @property
+    def frame_offsets(self) -> npt.NDArray[np.int64]:
+        """The byte where each frame begins and, at the end, where the last one ends."""
+        return self._index.offsets
 
     def document_tokens(self) -> npt.NDArray[np.int64]:
         """Tokens of each document, markers included: shape (documents,)."""
+        offset, num_bytes = self._index.counts_offset, self._index.counts_bytes
+        data = self._read_at(offset, num_bytes, f"its document index at byte {offset}")
         try:
-            if zstandard.frame_content_size(self._compressed_counts) != 4 * self.header.documents:
+            if zstandard.frame_content_size(data) != 4 * self.header.documents:
                 raise zstandard.ZstdError("its size is not that of the header's documents")
-            counts = zstandard.ZstdDecompressor().decompress(
-                self._compressed_counts, allow_extra_data=False
-            )
+            counts = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise self._corrupt(f"its document index does not decode ({error})") from None
         document_tokens = np.frombuffer(counts, dtype="<u4").astype(np.int64)
@@ -333,63 +329,49 @@ class ShardReader:
                 parts.append(waiting[:start])
             yield parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def _decode(self, frame: int, data: bytes) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Raises ZstdError."""
+        # Before anything is allocated: a damaged head may claim any size.
+        if zstandard.frame_content_size(data) != self._index.frame_bytes(frame):
+            raise zstandard.ZstdError("its head and the seek table disagree on its size")
+        raw = self._decompressor.zstd.decompress(data, allow_extra_data=False)
+        # The decoder has checked the frame's own copy.
+        if data[-4:] != struct.pack("<I", self._index.checksums[frame]):
+            raise zstandard.ZstdError("the seek table has another checksum")
+        return np.frombuffer(raw, dtype=self.id_dtype)
+
     def _corrupt(self, problem: str) -> ShardCorruptError:
         return ShardCorruptError(
-            f"the shard {self.path} is damaged: {problem}; restore it or build the shards again"
+            f"the shard {self.shown} is damaged: {problem}; restore it or build the shards again"
         )
 
-    def _read_at(self, offset: int, size: int) -> bytes:
+    def _read_at(self, offset: int, num_bytes: int, what: str) -> bytes:
         try:
-            self._file.seek(offset)
-            data = self._file.read(size)
+            data = self._file.read_at(offset, num_bytes)
         except OSError as error:
+            raise self._corrupt(f"{what} cannot be read ({error.strerror})") from None
+        if len(data) != num_bytes:
             raise self._corrupt(
-                f"the {size} bytes at byte {offset} cannot be read ({error.strerror})"
-            ) from None
-        if len(data) != size:
-            raise self._corrupt(f"it ends within the {size} bytes at byte {offset}")
+                f"{what} cannot be read (the file ends within its {num_bytes} bytes)"
+            )
         return data
 
-    def _check_header(self) -> None:
-        header = self.header
-        if header.version != _VERSION:
-            raise self._corrupt(f"its version is {header.version}, not {_VERSION}")
-        if header.id_bytes not in (2, 4) or header.frame_tokens < 1:
-            raise self._corrupt("its header has a number out of range")
-        full, rest = divmod(header.tokens, header.frame_tokens)
-        if full + (rest > 0) != self.num_frames:  # before a list of a false length is made
-            raise self._corrupt(f"its header speaks of {header.tokens} tokens, too many or too few")
-        tokens = [header.frame_tokens] * full + [rest] * (rest > 0)
-        frame_bytes = [entry.decompressed_bytes for entry in self._frames]
-        if frame_bytes != [header.id_bytes * number for number in tokens]:
-            raise self._corrupt("its frames and its header disagree on the number of tokens")
+    def _read_behind(self, tail: bytes, offset: int, num_bytes: int) -> bytes:
+        """Bytes at the file's end, from what was fetched of it where they lie there."""
+        start = offset - (self.file_bytes - len(tail))
+        if 0 <= start <= len(tail) - num_bytes:
+            return tail[start : start + num_bytes]
+        return self._read_at(offset, num_bytes, f"its index at byte {offset}")
 
-    def _make_decompressor(self, dictionary: bytes | None) -> zstandard.ZstdDecompressor:
+    def _require_decompressor(self, dictionary: bytes | None) -> _Decompressor:
         needed = self.header.dictionary_sha256
         if needed is None:
-            return zstandard.ZstdDecompressor()
+            return _decompressor(None)
         given = Compression(dictionary=dictionary)
         if given.dictionary_sha256 != needed:
             raise ShardCorruptError(
-                f"the shard {self.path} can only be read with the zstd dictionary {needed[:12]}, "
+                f"the shard {self.shown} can only be read with the zstd dictionary {needed[:12]}, "
                 f"not with {(given.dictionary_sha256 or 'none')[:12]}; "
                 "restore the dictionary beside the shards, or the shard itself"
             )
-        return zstandard.ZstdDecompressor(dict_data=given.zstd_dictionary())
-
-    def _read_index(self) -> tuple[ShardHeader, bytes]:
-        offset = int(self._offsets[-2])
-        data = self._read_at(offset, int(self._offsets[-1]) - offset)
-        try:
-            magic, index_bytes = SKIPPABLE_HEADER.unpack_from(data)
-            body = data[SKIPPABLE_HEADER.size :]
-            if magic != _INDEX_MAGIC or index_bytes != len(body):
-                raise ValueError("no index frame")
-            if body[: len(_INDEX_SIGNATURE)] != _INDEX_SIGNATURE:
-                raise ValueError("no signature")
-            (header_bytes,) = struct.unpack_from("<I", body, len(_INDEX_SIGNATURE))
-            start = len(_INDEX_SIGNATURE) + 4
-            header = ShardHeader.from_json(body[start : start + header_bytes])
-        except (ValueError, TypeError, struct.error) as error:
-            raise self._corrupt(f"its index at byte {offset} is malformed ({error})") from None
-        return header, body[start + header_bytes :]
+        return _decompressor(dictionary)

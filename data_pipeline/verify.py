@@ -32,14 +32,14 @@ def require_promised(reader: ShardReader, entry: ShardEntry, manifest: Manifest)
     )
     if said != expected:
         raise ShardCorruptError(
-            f"the shard {reader.path} belongs to another data set: it says {said}, "
+            f"the shard {reader.shown} belongs to another data set: it says {said}, "
             f"the manifest {expected}; restore it or build the shards again"
         )
     counted = (header.tokens, header.documents, header.text_bytes, header.id_bytes)
     promised = (entry.tokens, entry.documents, entry.text_bytes, manifest.id_bytes)
     if (*counted, reader.file_bytes) != (*promised, entry.file_bytes):
         raise ShardCorruptError(
-            f"the shard {reader.path} and the manifest disagree on its numbers: "
+            f"the shard {reader.shown} and the manifest disagree on its numbers: "
             f"{(*counted, reader.file_bytes)} and {(*promised, entry.file_bytes)}; "
             "restore the one that changed or build the shards again"
         )
@@ -69,10 +69,10 @@ def shard_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> list[Sh
             damage.append(error)
     if damage:
         return damage  # a wrong hash would say it once more
-    file_sha256 = _file_sha256(reader.path)
+    file_sha256 = _file_sha256(folder / entry.file)
     if (content.hexdigest(), file_sha256) != (entry.content_sha256, entry.file_sha256):
         message = (
-            f"the shard {reader.path} is intact but is not the one in the manifest; "
+            f"the shard {reader.shown} is intact but is not the one in the manifest; "
             "restore it or build the shards again"
         )
         return [ShardCorruptError(message)]

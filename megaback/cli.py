@@ -30,6 +30,7 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
             "verify": ("data_pipeline.verify", "Decode and re-hash every shard."),
             "recompress": ("data_pipeline.recompress", "Write the shards with other compression."),
             "inspect": ("data_pipeline.inspection", "Show what a data set holds."),
+            "locate": ("tools.locate", "Tell at which steps a run sees a document."),
         },
     ),
 }

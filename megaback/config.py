@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from data_pipeline.errors import BatchError, ConfigError
+from data_pipeline.remote import shown_url
 from data_pipeline.text import Direction
+
+CONFIG_COPY_NAME = "config.yaml"
+"""In a run's folder: its config, resolved."""
 
 
 class Section(BaseModel):
@@ -21,9 +33,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class WeightedShards(Section):
+    path: str
+    """Folder or URL of a data set."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Its part of all rows, relative to the other weights."""
+
+
 class DataSection(Section):
-    shards: Path
-    """Folder that `megaback shards build` made."""
+    shards: tuple[WeightedShards, ...]
+    """Folder that `megaback shards build` made, or its URL; or several, mixed by weight."""
     direction: Direction = Direction.BACKWARD
     """How the model reads. Shards of unit `token` serve both directions."""
     lanes: int | None = Field(default=None, ge=1)
@@ -31,6 +50,41 @@ class DataSection(Section):
     rows in a batch, or as the data can feed. Part of the order: it does not depend on ranks."""
     window_frames: int = Field(default=8, ge=1)
     """Rows are shuffled among this many frames of a lane."""
+    threads: int = Field(default=1, ge=0)
+    """Decode frames ahead of the training step; 0: when they are needed. Changes no batch."""
+    on_bad_frame: Literal["stop", "skip"] = "stop"
+    """A frame that cannot be read ends the run, or is left out, counted and logged."""
+    cache: Path | None = None
+    """Folder for frames of shards behind a URL, so that they are fetched once."""
+    cache_gb: float = Field(default=100.0, gt=0)
+    """At most so many gigabytes (10**9 bytes) are kept there."""
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            return ({"path": str(value)},)
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError("give a folder or URL, or a list of them with `path` and `weight`")
+        return value
+
+    @field_serializer("shards")
+    def _as_written(self, shards: tuple[WeightedShards, ...]) -> Any:
+        return shards[0].path if len(shards) == 1 else [part.model_dump() for part in shards]
+
+    @property
+    def description(self) -> str:
+        """The data sets in one line, for people; no URL's query, which may hold a secret."""
+        return ", ".join(
+            shown_url(part.path) + (f" x {part.weight:g}" if len(self.shards) > 1 else "")
+            for part in self.shards
+        )
+
+    @model_validator(mode="after")
+    def _lanes_of_one(self) -> "DataSection":
+        if self.lanes is not None and len(self.shards) > 1:
+            raise ValueError("lanes can be given for one data set, not for a mixture")
+        return self
 
 
 class ModelSection(Section):

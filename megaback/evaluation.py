@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.batches import IGNORED_TARGET, Batch
+from data_pipeline.rows import IGNORED_TARGET, Batch
 from megaback.attention import Segments
 from megaback.distributed import World
 

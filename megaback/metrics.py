@@ -43,6 +43,8 @@ class StepRecord:
     learning_rate: float
     gradient_norm: float
     step_s: float
+    skipped_rows: int = 0
+    """Rows of frames that could not be read."""
 
 
 class MetricsLog:
@@ -88,6 +90,8 @@ class MetricsLog:
         """Record a training step."""
         step = record.step
         line = asdict(record)
+        if not record.skipped_rows:
+            del line["skipped_rows"]
         line["tokens_seen"] = step * self._step_tokens
         line["tokens_per_s"] = self._step_tokens / record.step_s
         text = (

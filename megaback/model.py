@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data_pipeline.batches import IGNORED_TARGET
+from data_pipeline.rows import IGNORED_TARGET
 from megaback.attention import AttentionBackend, Segments, sdpa_attention
 from megaback.cache import KeyValueCache, LayerCache
 from megaback.config import ModelSection

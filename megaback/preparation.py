@@ -14,7 +14,7 @@ from megaback.checkpoint import (
     load_into_engine,
     newest_checkpoint,
 )
-from megaback.config import Config
+from megaback.config import CONFIG_COPY_NAME, Config
 from megaback.distributed import World
 from megaback.engine import start_engine
 from megaback.hardware import device_peak_flops
@@ -22,7 +22,6 @@ from megaback.model import ReverseGPT
 from megaback.model_folder import load_weights, read_description
 from megaback.run_data import Data, open_data
 
-CONFIG_COPY_NAME = "config.yaml"
 _LOCK_NAME = ".lock"
 
 # A run may be continued with other values of everything but these: they decide the batches or the
@@ -72,7 +71,7 @@ class Run:
             precision=self.config.training.precision,
             vocab_size=self.data.codec.vocab_size,
             text_format=self.data.text_format.to_dict(),
-            data_fingerprint=self.data.manifest.fingerprint,
+            data_fingerprint=self.data.fingerprint,
             config=self.config.model_dump(mode="json"),
             val_loss=val_loss,
             versions=library_versions(),
@@ -127,8 +126,7 @@ def batch_arithmetic(run: Run, world: World) -> str:
     """How the numbers of a run multiply, in three lines."""
     config, data = run.config, run.data
     tokens_a_step = config.batch.global_batch_rows * config.batch.context_tokens
-    epochs = data.total_steps * config.batch.global_batch_rows / data.order.rows_per_epoch
-    total = data.manifest.total("train")
+    epochs = data.total_steps * config.batch.global_batch_rows / data.rows_per_epoch
     return (
         f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
         f"{data.text_format.direction.value} by {data.text_format.unit.value}; attention "
@@ -137,7 +135,7 @@ def batch_arithmetic(run: Run, world: World) -> str:
         f"a step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
         f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_a_step:,} tokens\n"
         f"{data.total_steps:,} steps = {data.total_steps * tokens_a_step:,} tokens = "
-        f"{epochs:.2f} epochs of {total['tokens']:,} tokens, in {data.order.lanes} lanes"
+        f"{epochs:.2f} epochs of {data.num_tokens:,} tokens, in {data.num_lanes} lanes"
     )
 
 
@@ -162,7 +160,7 @@ def _initialize_from(model: ReverseGPT, config: Config, data: Data) -> None:
     folder = config.init_from or Path()
     description = read_description(folder)
     description.text_format.require_same(
-        data.text_format, f"init_from {folder}", f"the run on {config.data.shards}"
+        data.text_format, f"init_from {folder}", f"the run on {config.data.description}"
     )
     if (description.shape, description.vocab_size) != (config.model, data.codec.vocab_size):
         raise RunMismatchError(
@@ -175,12 +173,12 @@ def _initialize_from(model: ReverseGPT, config: Config, data: Data) -> None:
 def _require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:
     """A run goes on only with the batches and the model that it began with."""
     meta.format.require_same(
-        data.text_format, f"the checkpoint {target}", f"the run on {config.data.shards}"
+        data.text_format, f"the checkpoint {target}", f"the run on {config.data.description}"
     )
-    if meta.data_fingerprint != data.manifest.fingerprint:
+    if meta.data_fingerprint != data.fingerprint:
         raise RunMismatchError(
             f"{target} was trained on shards {meta.data_fingerprint[:12]}, and "
-            f"{config.data.shards} holds {data.manifest.fingerprint[:12]}; "
+            f"{config.data.description} holds {data.fingerprint[:12]}; "
             "use the same shards, or another run folder"
         )
     now = config.model_dump(mode="json")

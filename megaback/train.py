@@ -15,9 +15,9 @@ from types import FrameType
 import click
 import torch
 
-from data_pipeline.batches import Batch
 from data_pipeline.command import Command
 from data_pipeline.errors import MegabackError, NonFiniteError, PreemptedError
+from data_pipeline.rows import Batch
 from megaback.checkpoint import save_checkpoint
 from megaback.config import Config, load_config
 from megaback.distributed import World, attempt, end_world, one_voice, start_world
@@ -51,6 +51,7 @@ def train(config: Config, world: World, stop: StopRequest) -> None:
     try:
         _train_steps(run, world, stop, log)
     finally:
+        run.data.training.close()
         if log is not None:
             log.close()
 
@@ -62,7 +63,8 @@ def _train_steps(run: Run, world: World, stop: StopRequest, log: MetricsLog | No
     engine.train()
     for step in range(run.start_step, total_steps):
         started = time.monotonic()
-        micro_batches, num_targets, must_stop = _agree_on_step(run, world, stop, step)
+        micro_batches, counts, must_stop = _agree_on_step(run, world, stop, step)
+        num_targets, skipped_rows = counts
         if must_stop:
             if step > saved_step:
                 _save(run, world, step, val_loss)
@@ -79,7 +81,10 @@ def _train_steps(run: Run, world: World, stop: StopRequest, log: MetricsLog | No
         done = step + 1
         if log is not None:
             seconds = time.monotonic() - started
-            log.train(StepRecord(done, loss, num_targets, learning_rate, gradient_norm, seconds))
+            record = StepRecord(
+                done, loss, num_targets, learning_rate, gradient_norm, seconds, skipped_rows
+            )
+            log.train(record)
         if _is_due(config.validation.every_steps, done) or done == total_steps:
             val_loss = _validate(run, world, log, done)
         if _is_due(config.checkpoint.every_steps, done) or done == total_steps:
@@ -89,21 +94,22 @@ def _train_steps(run: Run, world: World, stop: StopRequest, log: MetricsLog | No
 
 def _agree_on_step(
     run: Run, world: World, stop: StopRequest, step: int
-) -> tuple[list[Batch], int, bool]:
-    """This rank's micro-batches, all ranks' targets, and whether any rank was asked to stop.
+) -> tuple[list[Batch], tuple[int, int], bool]:
+    """This rank's micro-batches, all ranks' targets and skipped rows, and whether to stop.
 
     If any rank cannot read its rows, all of them end here, with its message.
     """
     found, error = attempt(run.data.training.at, step)
     micro_batches = found or []
-    num_targets, num_stops, num_errors = world.sum(
+    num_targets, skipped_rows, num_stops, num_errors = world.sum(
         sum(batch.num_targets for batch in micro_batches),
+        sum(batch.num_skipped_rows for batch in micro_batches),
         stop.signal_number is not None,
         error is not None,
     )
     if num_errors:
         world.stop_if_any(error)
-    return micro_batches, int(num_targets), num_stops > 0
+    return micro_batches, (int(num_targets), int(skipped_rows)), num_stops > 0
 
 
 def _accumulate_gradients(

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.batches import IGNORED_TARGET, Batch
 from data_pipeline.manifest import Manifest
+from data_pipeline.rows import IGNORED_TARGET, Batch
 from data_pipeline.shard_format import ShardReader
 from megaback.attention import Segments
 from megaback.config import Config

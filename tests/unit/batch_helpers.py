@@ -11,11 +11,16 @@ import numpy.typing as npt
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from data_pipeline.batches import FrameStore, RowReader, TrainingBatches
+from data_pipeline.batches import Stream, TrainingBatches
+from data_pipeline.data_set import DataSet as OpenDataSet
+from data_pipeline.data_set import LocalFolder
+from data_pipeline.frame_store import FrameStore
 from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.mixture import Mixture
 from data_pipeline.order import Order
 from data_pipeline.row_table import RowTable
-from data_pipeline.shard_format import ShardWriter
+from data_pipeline.rows import RowReader
+from data_pipeline.shard_format import ShardReader, ShardWriter
 from data_pipeline.text import Direction, TextFormat, Unit
 
 Ids = npt.NDArray[np.int64]
@@ -34,18 +39,50 @@ class DataSet:
     manifest: Manifest
     frames: list[Ids]
 
-    def store(self, keep_frames: int = 64) -> FrameStore:
-        return FrameStore(self.folder, self.manifest, "train", keep_frames)
+    def store(self, keep_frames: int = 64, *, skip_bad_frames: bool = False) -> FrameStore:
+        return FrameStore(
+            OpenDataSet(LocalFolder(self.folder), self.manifest),
+            "train",
+            keep_frames,
+            skip_bad_frames=skip_bad_frames,
+        )
+
+    def damage(self, frame: int) -> Path:
+        """Flip a bit of a frame, the shards' frames being numbered through; the file."""
+        for entry in self.manifest.shards:
+            path = self.folder / entry.file
+            with ShardReader(path) as reader:
+                if frame < reader.num_frames:
+                    first, stop = reader.frame_offsets[frame : frame + 2].tolist()
+                    break
+                frame -= reader.num_frames
+        data = bytearray(path.read_bytes())
+        data[(first + stop) // 2] ^= 16
+        path.write_bytes(data)
+        return path
 
     def rows(self, context_tokens: int, direction: Direction = Direction.BACKWARD) -> RowReader:
         return RowReader(self.store(), context_tokens, direction)
 
     def training(
-        self, store: FrameStore, rank: int = 0, world_size: int = 1, micro_batch_rows: int = 1
+        self,
+        store: FrameStore,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_rows: int = 1,
+        threads: int = 0,
     ) -> TrainingBatches:
         rows = RowReader(store, CONTEXT_TOKENS, Direction.BACKWARD)
         table, order = self.table_and_order()
-        return TrainingBatches(store, rows, table, order, rank, world_size, micro_batch_rows)
+        return TrainingBatches(
+            [Stream(rows, table, order)],
+            Mixture([1.0]),
+            order.global_batch_rows,
+            rank,
+            world_size,
+            micro_batch_rows,
+            threads,
+        )
 
     def table_and_order(self) -> tuple[RowTable, Order]:
         table = RowTable(self.store().shard_tokens, self.manifest.frame_tokens, CONTEXT_TOKENS)
@@ -129,3 +166,13 @@ def mirrored(ids: Ids) -> Ids:
     """The same tokens from their other end, with begin and end markers exchanged."""
     exchanged = {BEGIN: END, END: BEGIN}
     return np.array([exchanged.get(piece_id, piece_id) for piece_id in ids[::-1].tolist()])
+
+
+def whole_frames(num_frames: int, frames_per_shard: int = 10) -> list[list[Ids]]:
+    """Shards of so many frames altogether, each frame being one document; no token comes twice."""
+    tokens = np.arange(3, 3 + num_frames * (FRAME_TOKENS - 2)).reshape(num_frames, -1)
+    documents = [np.array([BEGIN, *of_frame, END]) for of_frame in tokens.tolist()]
+    return [
+        documents[start : start + frames_per_shard]
+        for start in range(0, num_frames, frames_per_shard)
+    ]

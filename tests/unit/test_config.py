@@ -294,7 +294,7 @@ def test_no_shipped_config_names_a_place_on_somebodys_machine(name: str) -> None
     config: Config = load_config(CONFIGS / name)
 
     assert not config.run.is_absolute()
-    assert not config.data.shards.is_absolute()
+    assert not any(Path(part.path).is_absolute() for part in config.data.shards)
 
 
 @pytest.mark.skipif(SEED_CONFIG not in SHIPPED, reason=f"there is no configs/{SEED_CONFIG} yet")

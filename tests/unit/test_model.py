@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from data_pipeline.batches import IGNORED_TARGET
 from data_pipeline.errors import BackendError
+from data_pipeline.rows import IGNORED_TARGET
 from megaback.attention import Segments, attention_backend, sdpa_attention
 from megaback.cache import KeyValueCache
 from megaback.config import ModelSection

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import BatchError, ConfigError
-from data_pipeline.order import Order, RowPlace, choose_lanes, permute
+from data_pipeline.order import Indices, Order, RowPlace, choose_lanes, permute, unpermute
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # an overflow
 
@@ -31,6 +31,12 @@ def orders(draw: st.DrawFn) -> Order:
         seed=draw(st.integers(0, 2**63)),
         window_frames=draw(st.integers(1, 10)),
     )
+
+
+# 15 trillion tokens in frames of 65,536 and rows of 1,024: a billion steps are over 1,000 epochs.
+A_LARGE_ORDER = Order(
+    num_frames=228_881_836, rows_per_frame=64, global_batch_rows=16_384, lanes=1024, seed=2**32 - 1
+)
 
 
 def pairs(places: RowPlace) -> list[tuple[int, int]]:
@@ -99,6 +105,52 @@ def test_entries_of_different_sizes_are_permuted_as_if_alone(sizes: list[int]) -
         for at in range(len(sizes))
     ]
     assert together == alone
+
+
+@given(data=st.data(), size=st.one_of(st.integers(1, 5000), st.integers(1, 2**62)))
+@example(data=None, size=1)
+@example(data=None, size=2**62)
+def test_unpermuting_undoes_permuting(data: st.DataObject | None, size: int) -> None:
+    chosen = st.lists(st.integers(0, size - 1), max_size=40)
+    index = np.array([0, size - 1, *(data.draw(chosen) if data else [])], dtype=np.int64)
+    sizes, key = np.full_like(index, size), np.arange(len(index), dtype=np.uint64)
+    assert unpermute(permute(index, sizes, key), sizes, key).tolist() == index.tolist()
+    assert permute(unpermute(index, sizes, key), sizes, key).tolist() == index.tolist()
+
+
+@given(size=st.integers(1, 300), key=st.integers(0, 2**64 - 1))
+def test_one_size_and_key_for_all_is_the_same_for_each(size: int, key: int) -> None:
+    index, keys = np.arange(size), np.full(size, key, dtype=np.uint64)
+    for mix in (permute, unpermute):
+        expected = mix(index, np.full(size, size), keys).tolist()
+        assert mix(index, np.array([size]), keys[:1]).tolist() == expected
+        assert mix(index, np.array([size]), keys).tolist() == expected
+        assert mix(index, np.full(size, size), keys[:1]).tolist() == expected
+
+
+def test_permutations_are_the_recorded_ones() -> None:
+    """Held to recorded values: a change here changes the order of every data set."""
+    whole = permute(np.arange(12), np.full(12, 12), np.full(12, 7, dtype=np.uint64))
+    assert whole.tolist() == [8, 1, 5, 10, 4, 9, 0, 11, 3, 6, 2, 7]
+    image_of = {
+        1: 0,
+        2: 1,
+        3: 1,
+        5: 1,
+        16: 6,
+        17: 1,
+        64: 16,
+        65: 60,
+        1000: 477,
+        4097: 2158,
+        2**32 - 1: 2518941740,
+        2**32 + 1: 1961664180,
+        2**53 + 1: 1272459587249523,
+        2**62: 3078576423239828328,
+    }
+    size = np.array(list(image_of))
+    key = np.arange(len(size), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert permute(size // 2, size, key).tolist() == list(image_of.values())
 
 
 def test_every_permutation_of_four_is_about_equally_likely() -> None:
@@ -189,10 +241,115 @@ def test_seeds_have_different_orders() -> None:
     assert pairs(A_SMALL_ORDER.places(0)) != pairs(other.places(0))
 
 
-def test_the_same_order_gives_the_same_rows() -> None:
-    """Held to recorded values: a change here changes what every run sees."""
-    order = Order(num_frames=5, rows_per_frame=4, global_batch_rows=6, lanes=2, seed=3)
-    assert pairs(order.places(2)) == [(3, 1), (2, 3), (3, 3), (1, 3), (1, 2), (4, 3)]
+@pytest.mark.parametrize(
+    ("order", "step", "expected"),
+    [
+        (
+            Order(num_frames=5, rows_per_frame=4, global_batch_rows=6, lanes=2, seed=3),
+            2,
+            [(0, 3, 1), (0, 2, 3), (0, 3, 3), (0, 1, 3), (0, 1, 2), (1, 4, 3)],
+        ),
+        (
+            Order(num_frames=5, rows_per_frame=4, global_batch_rows=6, lanes=2, seed=3),
+            6,
+            [(1, 3, 1), (1, 1, 3), (2, 0, 2), (1, 0, 2), (1, 0, 3), (2, 4, 1)],
+        ),
+        (A_SMALL_ORDER, 41, [(3, 18, 3), (3, 16, 7), (3, 16, 3), (3, 4, 3), (3, 4, 6)]),
+        (
+            Order(num_frames=1000, rows_per_frame=33, global_batch_rows=8, lanes=2, seed=5),
+            123_456,
+            [(29, 359, 24), (29, 476, 17), (29, 359, 26), (29, 279, 26), (29, 555, 26)],
+        ),
+        (
+            replace(A_LARGE_ORDER, global_batch_rows=1024),
+            10**9,
+            [(69, 163080542, 5), (69, 139404342, 16), (69, 182371041, 19), (69, 22819969, 19)],
+        ),
+    ],
+)
+def test_rows_are_the_recorded_ones(
+    order: Order, step: int, expected: list[tuple[int, int, int]]
+) -> None:
+    """Held to recorded values of epoch, frame, row: a change here changes what every run sees."""
+    places = order.places(step, 0, len(expected))
+    found = zip(places.epoch.tolist(), *zip(*pairs(places), strict=True), strict=True)
+    assert list(found) == expected
+
+
+def step_and_position(order: Order, steps: list[int]) -> tuple[Indices, Indices]:
+    """Every position of each step: two arrays of shape (steps, global_batch_rows)."""
+    step, position = np.array(steps)[:, None], np.arange(order.global_batch_rows)
+    return tuple(np.broadcast_arrays(step, position))
+
+
+@given(order=orders(), steps=st.lists(st.integers(0, 10**12), min_size=1, max_size=6))
+def test_many_steps_at_once_have_the_rows_that_each_has_alone(
+    order: Order, steps: list[int]
+) -> None:
+    together = order.places_of(*step_and_position(order, steps))
+    for number, step in enumerate(steps):
+        alone = order.places(step)
+        for name in ("epoch", "frame", "row"):
+            assert getattr(together, name)[number].tolist() == getattr(alone, name).tolist()
+
+
+def test_no_rows_have_no_places() -> None:
+    nothing = np.empty(0, dtype=np.int64)
+    assert pairs(A_SMALL_ORDER.places_of(nothing, nothing)) == []
+    assert [len(found) for found in A_SMALL_ORDER.find(nothing, nothing, nothing)] == [0, 0]
+
+
+@given(order=orders(), data=st.data())
+def test_a_row_is_found_at_the_step_and_position_that_read_it(
+    order: Order, data: st.DataObject
+) -> None:
+    around_an_epochs_end = order.rows_per_epoch * data.draw(st.integers(0, 5))
+    near = around_an_epochs_end // order.global_batch_rows + data.draw(st.integers(-3, 3))
+    anywhere = data.draw(st.integers(0, 10**12))
+    step, position = step_and_position(order, [max(near, 0), anywhere])
+    places = order.places_of(step, position)
+    found_step, found_position = order.find(places.epoch, places.frame, places.row)
+    assert found_step.tolist() == step.tolist()
+    assert found_position.tolist() == position.tolist()
+
+
+@given(order=orders(), epoch=st.integers(0, 10**6))
+def test_the_step_and_position_of_a_row_read_it_in_the_epoch_asked_for(
+    order: Order, epoch: int
+) -> None:
+    frame, row = np.array(every_pair(order)).T
+    step, position = order.find(np.full_like(frame, epoch), frame, row)
+    assert (step >= 0).all()
+    assert ((position >= 0) & (position < order.global_batch_rows)).all()
+    places = order.places_of(step, position)
+    assert set(places.epoch.tolist()) == {epoch}
+    assert pairs(places) == every_pair(order)
+
+
+@pytest.mark.parametrize("step", [0, 10**6, 10**9])
+def test_rows_of_15_trillion_tokens_are_in_range_and_found_again(step: int) -> None:
+    order = A_LARGE_ORDER
+    places = order.places(step)
+    rows_before = step * order.global_batch_rows
+    assert np.abs(places.epoch - rows_before / order.rows_per_epoch).max() < 1
+    assert ((places.frame >= 0) & (places.frame < order.num_frames)).all()
+    assert ((places.row >= 0) & (places.row < order.rows_per_frame)).all()
+    assert len(set(pairs(places))) == order.global_batch_rows
+    found_step, position = order.find(places.epoch, places.frame, places.row)
+    assert set(found_step.tolist()) == {step}
+    assert position.tolist() == list(range(order.global_batch_rows))
+
+
+def test_the_arithmetic_of_a_large_order_is_that_of_unbounded_integers() -> None:
+    order, step = A_LARGE_ORDER, 10**9
+    rows_per_lane = order.global_batch_rows // order.lanes
+    lane_row = [step * rows_per_lane + at % rows_per_lane for at in range(order.global_batch_rows)]
+    expected = [
+        (row // order.rows_per_frame * order.lanes + at // rows_per_lane) // order.num_frames
+        for at, row in enumerate(lane_row)
+    ]
+    assert min(expected) > 1000
+    assert order.places(step).epoch.tolist() == expected
 
 
 def test_frames_are_not_read_in_stored_order() -> None:

@@ -20,8 +20,8 @@ from batch_helpers import (
 )
 from hypothesis import given
 
-from data_pipeline.batches import RowReader, format_read_as
 from data_pipeline.errors import DirectionMismatchError
+from data_pipeline.rows import RowReader, format_read_as
 from data_pipeline.text import Direction, TextCodec, TextFormat, Unit
 
 Codecs = Callable[..., TextCodec]

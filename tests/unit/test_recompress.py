@@ -13,8 +13,9 @@ from build_helpers import Run, hashes
 from click.testing import CliRunner
 
 from data_pipeline import recompress as module
-from data_pipeline.batches import FrameStore
+from data_pipeline.data_set import DataSet
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
+from data_pipeline.frame_store import FrameStore
 from data_pipeline.inspection import document_ids
 from data_pipeline.manifest import DICTIONARY_NAME, SPLITS, Manifest, ShardEntry
 from data_pipeline.recompress import WORK_FOLDER, recompress, train_dictionary
@@ -130,9 +131,7 @@ def test_the_zstd_command_reads_a_shard_with_its_dictionary(recompressed: Path) 
 
 
 def test_training_reads_shards_with_a_dictionary(finished: Path, recompressed: Path) -> None:
-    stores = [
-        FrameStore(folder, Manifest.load(folder), "train") for folder in (finished, recompressed)
-    ]
+    stores = [FrameStore(DataSet.open(folder), "train") for folder in (finished, recompressed)]
     for frame in range(stores[0].num_frames):
         assert stores[0].frame(frame).tolist() == stores[1].frame(frame).tolist()
 

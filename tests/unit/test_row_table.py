@@ -65,3 +65,27 @@ def test_less_than_a_frame_of_the_rectangle_is_empty(
     chosen = table(shards, context_tokens)
     empty = chosen.num_frames * chosen.rows_per_frame - chosen.num_rows
     assert 0 <= empty < chosen.rows_per_frame
+
+
+@given(shards=SHARDS, context_tokens=CONTEXTS)
+@example(shards=[64, 128], context_tokens=16)  # no frame is short
+@example(shards=[1, 63, 20], context_tokens=16)  # every frame is short
+@example(shards=[20, 0, 64, 0], context_tokens=16)
+def test_the_place_of_a_stored_row_is_the_one_that_locates_it(
+    shards: list[int], context_tokens: int
+) -> None:
+    chosen = table(shards, context_tokens)
+    number = np.arange(chosen.num_rows)
+    frame, row = chosen.place_of(*chosen.locate(*np.divmod(number, chosen.rows_per_frame)))
+    assert (frame * chosen.rows_per_frame + row).tolist() == number.tolist()
+    assert (row < chosen.rows_per_frame).all()
+
+
+def test_rows_of_15_trillion_tokens_have_places_and_are_found_at_them() -> None:
+    generator = np.random.default_rng(0)
+    shard_tokens = generator.integers(10**9, 2 * 10**9, 10_000)
+    chosen = RowTable(shard_tokens, 65_536, 1024)
+    assert chosen.num_rows > 1.4e10
+    number = np.append(generator.integers(0, chosen.num_rows, 1000), chosen.num_rows - 1)
+    frame, row = chosen.place_of(*chosen.locate(*np.divmod(number, chosen.rows_per_frame)))
+    assert (frame * chosen.rows_per_frame + row).tolist() == number.tolist()

@@ -24,7 +24,6 @@ from data_pipeline.errors import ShardCorruptError
 from data_pipeline.shard_format import (
     Compression,
     ShardDigest,
-    ShardHeader,
     ShardReader,
     ShardWriter,
 )
@@ -375,21 +374,3 @@ def test_a_flipped_bit_in_a_frame_with_a_dictionary_is_noticed_or_changes_nothin
     path.write_bytes(data)
     intact = read_everything(path, DICTIONARY)
     assert harmful_flips(path, data, intact, len(data), DICTIONARY) == []
-
-
-def header_json(tokens: str) -> bytes:
-    """A header from before dictionaries."""
-    return (
-        '{"version": 1, "direction": "backward", "unit": "token", "tokenizer_sha256": "5", '
-        f'"id_bytes": 2, "frame_tokens": 64, "tokens": {tokens}, "documents": 1, "text_bytes": 1}}'
-    ).encode()
-
-
-@pytest.mark.parametrize("tokens", ['"7"', "7.0", "null", "[7]", "1e999"])
-def test_a_header_with_a_field_of_another_type_is_refused(tokens: str) -> None:
-    with pytest.raises((TypeError, ValueError)):
-        ShardHeader.from_json(header_json(tokens))
-
-
-def test_a_header_from_before_dictionaries_needs_none() -> None:
-    assert ShardHeader.from_json(header_json("7")).dictionary_sha256 is None

@@ -69,7 +69,7 @@ def with_dictionary(finished: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def frame_offsets(folder: Path, entry: ShardEntry) -> list[int]:
     """Where each frame of a shard begins, and where the last one ends."""
     with Manifest.load(folder).open_shard(folder, entry) as reader:
-        return reader._offsets[:-1].tolist()
+        return reader.frame_offsets.tolist()
 
 
 def test_verify_names_every_broken_frame_of_a_shard(copy: Path, run_megaback: Run) -> None:

@@ -1,0 +1,146 @@
+"""A data set wherever it lies: a folder, or a URL of one, opened by its manifest.
+
+Shards over a network are fetched frame by frame and, if asked for, kept on a disk of this machine.
+What a shard is not, but should be, is said when it is opened or when the frame is read.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from data_pipeline.byte_ranges import ByteRanges, LocalRanges
+from data_pipeline.errors import ShardCorruptError, TokenizerError
+from data_pipeline.files import local_path
+from data_pipeline.frame_cache import CacheSettings, FrameCache
+from data_pipeline.manifest import (
+    DICTIONARY_NAME,
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardEntry,
+    require_dictionary_sha256,
+    shards_missing,
+    unreadable_dictionary,
+)
+from data_pipeline.remote_folder import RemoteFolder
+from data_pipeline.shard_format import ShardReader
+from data_pipeline.shard_walk import num_frames
+from data_pipeline.text import TextCodec
+
+
+class Folder(Protocol):
+    """The files of a data set, by name."""
+
+    shown: str
+    """Its address, for messages."""
+
+    def read(self, name: str) -> bytes:
+        """All of a file. Raises OSError, SourceUnreadableError."""
+
+    def ranges(self, name: str, expected_bytes: int) -> ByteRanges:
+        """A file of which parts are read. Raises OSError."""
+
+
+class LocalFolder:
+    """A folder on this machine or on a shared file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.shown = str(path)
+        self._path = path
+
+    def read(self, name: str) -> bytes:
+        return (self._path / name).read_bytes()
+
+    def ranges(self, name: str, expected_bytes: int) -> ByteRanges:  # noqa: ARG002
+        return LocalRanges(self._path / name)
+
+
+class DataSet:
+    """A manifest, and what it speaks of. Threads may share it, and a process may fork with it."""
+
+    def __init__(self, folder: Folder, manifest: Manifest, cache: FrameCache | None = None) -> None:
+        self.manifest = manifest
+        self.name = folder.shown
+        """Its path or URL, without passwords and signatures: for messages."""
+        self._folder = folder
+        self._cache = cache
+        self._dictionary: bytes | None = None
+
+    @classmethod
+    def open(cls, address: str | Path, cache: CacheSettings | None = None) -> "DataSet":
+        """Read the manifest of a folder, or of the URL of one.
+
+        `cache` is for frames that come over a network. Raises ShardsMissingError where there is no
+        manifest, ShardCorruptError where it is damaged, SourceUnreadableError when a server fails,
+        SourceMissingError and BackendError for an address that nothing here understands.
+        """
+        path = address if isinstance(address, Path) else local_path(address)
+        folder: Folder
+        if path is not None:
+            folder, cache = LocalFolder(path), None
+        else:
+            folder = RemoteFolder(str(address))
+        try:
+            data = folder.read(MANIFEST_NAME)
+        except FileNotFoundError:
+            raise shards_missing(folder.shown) from None
+        manifest = Manifest.from_json(data, f"{folder.shown}/{MANIFEST_NAME}")
+        return cls(folder, manifest, None if cache is None else FrameCache(cache))
+
+    def codec(self) -> TextCodec:
+        """The codec that the shards were encoded with.
+
+        Raises TokenizerError, TokenizerMismatchError, ShardCorruptError, SourceUnreadableError.
+        """
+        shown = f"{self.name}/{TOKENIZER_NAME}"
+        try:
+            model_bytes = self._folder.read(TOKENIZER_NAME)
+        except OSError as error:
+            raise TokenizerError(
+                f"cannot read the tokenizer {shown}: {error.strerror}; restore that file"
+            ) from None
+        text_format = self.manifest.text_format
+        try:
+            codec = TextCodec(model_bytes, text_format.direction, text_format.unit)
+        except TokenizerError as error:
+            raise TokenizerError(f"{shown}: {error}") from None
+        self.manifest.require_codec(codec, self.name)
+        return codec
+
+    def open_shard(self, entry: ShardEntry) -> ShardReader:
+        """Open a shard, and see that it is the manifest's.
+
+        Raises ShardCorruptError, SourceUnreadableError.
+        """
+        dictionary = self._require_dictionary()
+        keeper = None if self._cache is None else self._cache.of_shard(entry.file_sha256)
+        try:
+            file = self._folder.ranges(entry.file, entry.file_bytes)
+        except OSError as error:
+            raise ShardCorruptError(
+                f"cannot read the shard {self.name}/{entry.file}: {error.strerror}; "
+                "restore it or build the shards again"
+            ) from None
+        reader = ShardReader(file, dictionary, keeper, num_frames(self.manifest, entry))
+        if (reader.file_bytes, reader.header.tokens) != (entry.file_bytes, entry.tokens):
+            raise ShardCorruptError(
+                f"the shard {reader.shown} is not the one in the manifest: it has "
+                f"{reader.file_bytes} bytes instead of {entry.file_bytes}; "
+                "restore it or build the shards again"
+            )
+        return reader
+
+    def _require_dictionary(self) -> bytes | None:
+        """What the shards were compressed with, read once: there are thousands of them."""
+        expected_sha256 = self.manifest.dictionary_sha256
+        if expected_sha256 is None:
+            return None
+        # No lock, which a fork could leave held: at worst, two threads read the same.
+        if self._dictionary is None:
+            shown = f"{self.name}/{DICTIONARY_NAME}"
+            try:
+                dictionary = self._folder.read(DICTIONARY_NAME)
+            except OSError as error:
+                raise unreadable_dictionary(shown, error) from None
+            require_dictionary_sha256(dictionary, expected_sha256, shown)
+            self._dictionary = dictionary
+        return self._dictionary

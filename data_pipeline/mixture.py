@@ -1,0 +1,81 @@
+"""Which data set gives which row of a mixture: index arithmetic, like the order within each.
+
+Row n of the mixture, counted over all steps, is row m of one of the data sets. Data sets take turns
+as evenly as their weights allow (each of them in the way in which Bresenham draws a line), so that
+any stretch of rows has each weight's share, give or take one row for each data set.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.errors import ConfigError
+
+Indices = npt.NDArray[np.int64]
+
+_RESOLUTION = 1 << 20
+
+
+class Mixture:
+    """Deals rows to data sets by weight. One data set gets every row."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """Shares are rounded to a millionth, but not to 0.
+
+        Raises ConfigError for a weight that is not above 0.
+        """
+        if not weights or not all(0 < weight < float("inf") for weight in weights):
+            raise ConfigError(f"data sets are mixed with weights above 0, not {list(weights)}")
+        # Divided first: the sum of large weights would be infinite.
+        ratios = [weight / max(weights) for weight in weights]
+        parts = [max(1, round(ratio / sum(ratios) * _RESOLUTION)) for ratio in ratios]
+        # Data set k takes parts[k] of every self._of[k] rows that the ones before it leave.
+        self._parts = parts
+        self._of = [sum(parts[number:]) for number in range(len(parts))]
+
+    @property
+    def shares(self) -> list[float]:
+        """The part of all rows that each data set gives: they add up to 1."""
+        return [part / self._of[0] for part in self._parts]
+
+    def deal(self, number: Indices) -> tuple[Indices, Indices]:
+        """Data set, and row within it, of each row of the mixture."""
+        if len(self._parts) == 1:
+            return np.zeros_like(number), number
+        # The deal repeats itself; within a period the products below stay small.
+        period, number = np.divmod(number, self._of[0])
+        data_set, row = self._deal_within_period(number)
+        parts: Indices = np.array(self._parts, dtype=np.int64)
+        row += period * parts[data_set]
+        return data_set, row
+
+    def _deal_within_period(self, number: Indices) -> tuple[Indices, Indices]:
+        data_set = np.full_like(number, len(self._parts) - 1)
+        row = number.copy()
+        undecided = np.ones(number.shape, dtype=np.bool_)
+        for index in range(len(self._parts) - 1):
+            given = self._given(index, row)
+            is_mine = undecided & (self._given(index, row + 1) > given)
+            data_set[is_mine] = index
+            row = np.where(is_mine, given, np.where(undecided, row - given, row))
+            undecided &= ~is_mine
+        return data_set, row
+
+    def number_of(self, data_set: int, row: Indices) -> Indices:
+        """The row of the mixture that a row of a data set is: the inverse of `deal`."""
+        period, number = np.divmod(row, self._parts[data_set])
+        row = number
+        if data_set < len(self._parts) - 1:
+            part, of = self._parts[data_set], self._of[data_set]
+            number = -((of // 2 - (row + 1) * of) // part) - 1
+        for index in reversed(range(data_set)):
+            part, of = self._parts[index], self._of[index]
+            number = (number * of + of // 2) // (of - part)
+        result: Indices = number + period * self._of[0]
+        return result
+
+    def _given(self, index: int, left: Indices) -> Indices:
+        """How many of the first rows that are left for it a data set has been given."""
+        of = self._of[index]
+        return (left * self._parts[index] + of // 2) // of

@@ -1,0 +1,151 @@
+"""What a shard says of itself at its end: its header, and where its frames lie.
+
+All of it is read with one look at the file's tail and, where many documents lie between, one more.
+"""
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.seekable import (
+    SKIPPABLE_HEADER,
+    read_seek_table,
+    seek_table_bytes,
+    skippable_frame,
+)
+
+VERSION = 1
+
+_INDEX_MAGIC = 0x184D2A5D
+_INDEX_SIGNATURE = b"MEGABACK"
+_PREFIX = struct.Struct("<II8sI")
+"""Of the index: the skippable frame's magic number and size, the signature, the header's size."""
+_HEADER_BYTES = 1024
+"""More than the prefix and the header usually take."""
+_TAIL_BYTES = 1 << 12
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard says about itself, so that a file that strayed is recognised."""
+
+    version: int
+    direction: str
+    unit: str
+    tokenizer_sha256: str
+    id_bytes: int
+    frame_tokens: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    dictionary_sha256: str | None = None
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "ShardHeader":
+        """Raises ValueError or TypeError unless every field is there and of its type."""
+        header = cls(**json.loads(data))
+        for name, kind in _header_types():
+            value = getattr(header, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {value!r:.80}")
+        return header
+
+
+@cache
+def _header_types() -> list[tuple[str, type]]:
+    return [(field.name, cast(type, field.type)) for field in fields(ShardHeader)]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A shard's header and its places: those of its frames, and that of the documents' counts."""
+
+    header: ShardHeader
+    offsets: npt.NDArray[np.int64]
+    """Of every frame and, at the end, of the index: shape (frames + 1,)."""
+    checksums: npt.NDArray[np.uint32]
+    """Of the content of every frame: shape (frames,)."""
+    counts_offset: int
+    counts_bytes: int
+
+    def frame_bytes(self, frame: int) -> int:
+        """Decompressed bytes of a frame: the last one may be short."""
+        header = self.header
+        before = frame * header.frame_tokens
+        return header.id_bytes * min(header.frame_tokens, header.tokens - before)
+
+
+def tail_bytes(num_frames: int) -> int:
+    """How much of a file's end to fetch for a shard of so many frames to find the seek table."""
+    return max(_TAIL_BYTES, seek_table_bytes(num_frames + 1))
+
+
+def pack_index(header: ShardHeader, compressed_counts: bytes) -> bytes:
+    """The frame between the frames of ids and the seek table."""
+    header_json = json.dumps(asdict(header), sort_keys=True).encode()
+    size_of_header = struct.pack("<I", len(header_json))
+    return skippable_frame(
+        _INDEX_MAGIC, _INDEX_SIGNATURE + size_of_header + header_json + compressed_counts
+    )
+
+
+def read_index(file_bytes: int, read_at: Callable[[int, int], bytes]) -> ShardIndex:
+    """The index of a file; `read_at(offset, size)` gives its bytes.
+
+    Raises ValueError saying what is not as it must be.
+    """
+    entries = read_seek_table(file_bytes, read_at)
+    ends = np.cumsum(entries["compressed_bytes"], dtype=np.int64)
+    offset = int(ends[-2]) if len(ends) > 1 else 0
+    header, header_end = _read_header(offset, int(ends[-1]), read_at)
+    _check(header, entries["decompressed_bytes"][:-1].astype(np.int64))
+    return ShardIndex(
+        header=header,
+        offsets=np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]),
+        checksums=entries["checksum"][:-1].copy(),
+        counts_offset=header_end,
+        counts_bytes=int(ends[-1]) - header_end,
+    )
+
+
+def _read_header(
+    offset: int, stop: int, read_at: Callable[[int, int], bytes]
+) -> tuple[ShardHeader, int]:
+    """The header of the index that lies there, and the offset after it."""
+    head = read_at(offset, min(_HEADER_BYTES, stop - offset))
+    try:
+        magic, content_bytes, signature, header_bytes = _PREFIX.unpack_from(head)
+        if magic != _INDEX_MAGIC or content_bytes != stop - offset - SKIPPABLE_HEADER.size:
+            raise ValueError("no index frame")
+        if signature != _INDEX_SIGNATURE:
+            raise ValueError("no signature")
+        end = _PREFIX.size + header_bytes
+        if end > stop - offset:
+            raise ValueError(f"a header of {header_bytes} bytes")
+        if end > len(head):
+            head = read_at(offset, end)
+        return ShardHeader.from_json(head[_PREFIX.size : end]), offset + end
+    except (ValueError, TypeError, struct.error) as error:
+        raise ValueError(f"its index at byte {offset} is malformed ({error})") from None
+
+
+def _check(header: ShardHeader, frame_bytes: npt.NDArray[np.int64]) -> None:
+    if header.version != VERSION:
+        raise ValueError(f"its version is {header.version}, not {VERSION}")
+    if header.id_bytes not in (2, 4) or header.frame_tokens < 1:
+        raise ValueError("its header has a number out of range")
+    full, rest = divmod(header.tokens, header.frame_tokens)
+    if full + (rest > 0) != len(frame_bytes):
+        raise ValueError(f"its header speaks of {header.tokens} tokens, too many or too few")
+    # Compared as Python's numbers, which do not overflow, since a header may hold any.
+    is_full = not full or frame_bytes[:full].min() == frame_bytes[:full].max() == (
+        header.id_bytes * header.frame_tokens
+    )
+    if not is_full or (rest and frame_bytes[-1] != header.id_bytes * rest):
+        raise ValueError("its frames and its header disagree on the number of tokens")

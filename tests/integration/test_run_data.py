@@ -1,0 +1,125 @@
+"""Runs whose data is mixed, damaged or behind a URL, as real processes."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from remote_helpers import serving
+
+from data_pipeline.build import build_shards
+from data_pipeline.manifest import Manifest
+from data_pipeline.settings import BuildSettings, WeightedSource
+from data_pipeline.shard_format import ShardReader
+from data_pipeline.text import TextCodec
+from megaback.metrics import read_metrics
+
+Run = subprocess.CompletedProcess[str]
+STEPS = 12
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def other_shards(
+    tmp_path_factory: pytest.TempPathFactory,
+    english_documents: list[str],
+    codec: Callable[..., TextCodec],
+) -> Path:
+    """A second data set of the same tokenizer."""
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text.upper()}) + "\n" for text in english_documents[:150])
+    )
+    settings = BuildSettings(
+        (WeightedSource(str(folder / "a.jsonl")),),
+        codec().format.tokenizer_sha256,
+        val_fraction=0.1,
+        frame_tokens=1024,
+    )
+    build_shards(settings, codec(), folder / "shards", workers=1)
+    return folder / "shards"
+
+
+@pytest.fixture
+def damaged_shards(tiny_shards: Path, tmp_path: Path) -> Path:
+    """A copy of the data set with one frame of one shard damaged."""
+    folder = Path(shutil.copytree(tiny_shards, tmp_path / "damaged"))
+    entry = Manifest.load(folder).split("train")[0]
+    with ShardReader(folder / entry.file) as reader:
+        offset = int(reader.frame_offsets[0]) + 100
+    data = bytearray((folder / entry.file).read_bytes())
+    data[offset] ^= 1
+    (folder / entry.file).write_bytes(data)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_mixture_gives_two_ranks_the_losses_of_one(
+    train: Callable[..., Run],
+    train_one_rank: Callable[..., Run],
+    tiny_shards: Path,
+    other_shards: Path,
+    tmp_path: Path,
+) -> None:
+    mixed = json.dumps([{"path": str(tiny_shards), "weight": 3}, {"path": str(other_shards)}])
+    overrides = (f"data.shards={mixed}", f"training.steps={STEPS}")
+    for runner, name, more in (
+        (train_one_rank, "one", ()),
+        (train, "two", ("hardware.processes=2",)),
+    ):
+        result = runner(tmp_path / name, *overrides, *more)
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_damaged_frame_ends_all_ranks_with_one_message_that_names_it(
+    train: Callable[..., Run], damaged_shards: Path, tmp_path: Path
+) -> None:
+    result = train(
+        tmp_path / "run", f"data.shards={damaged_shards}", "hardware.processes=2", "data.threads=2"
+    )
+    said = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert (result.returncode, len(said)) == (31, 1), result.stderr
+    assert "frame 0 at byte 0" in said[0]
+
+
+@pytest.mark.slow
+def test_a_damaged_frame_is_left_out_and_counted_on_request(
+    train: Callable[..., Run], damaged_shards: Path, tmp_path: Path
+) -> None:
+    result = train(
+        tmp_path / "run",
+        *(f"data.shards={damaged_shards}", "data.on_bad_frame=skip", "hardware.processes=2"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "left out frame" in result.stderr + result.stdout
+    assert sum(line.get("skipped_rows", 0) for line in read_metrics(tmp_path / "run")) > 0
+
+
+@pytest.mark.slow
+def test_shards_behind_a_url_give_the_losses_of_a_folder(
+    train_one_rank: Callable[..., Run], tiny_shards: Path, tmp_path: Path
+) -> None:
+    steps = f"training.steps={STEPS}"
+    assert train_one_rank(tmp_path / "local", steps).returncode == 0
+    with serving() as server:
+        for path in tiny_shards.iterdir():
+            if path.is_file():
+                server.files[f"shards/{path.name}"] = path.read_bytes()
+        cache = f"data.cache={tmp_path / 'cache'}"
+        fetched = {}
+        for name in ("first", "again"):
+            before = len(server.requests)
+            result = train_one_rank(
+                tmp_path / name, f"data.shards={server.url('shards')}", cache, steps
+            )
+            assert result.returncode == 0, result.stderr
+            assert losses(tmp_path / name) == losses(tmp_path / "local")
+            fetched[name] = len(server.requests) - before
+    assert fetched["again"] < fetched["first"], "frames were fetched that lie in the cache"

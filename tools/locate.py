@@ -1,0 +1,362 @@
+"""`megaback shards locate`: at which steps a run sees a document.
+
+The order of training is arithmetic, so it answers backwards too: from a document to the rows that
+hold it, and from a row and an epoch to a step and a position in its batch. Nothing is searched but
+the document itself, and that only when it is given by its text.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.batches import Stream
+from data_pipeline.command import Command
+from data_pipeline.data_set import DataSet
+from data_pipeline.errors import ConfigError, SourceMissingError, SourceUnreadableError
+from data_pipeline.manifest import SPLITS, ShardEntry
+from data_pipeline.mixture import Mixture
+from data_pipeline.order import Indices
+from data_pipeline.shard_walk import on_threads
+from megaback.config import CONFIG_COPY_NAME, load_config
+from megaback.run_data import Data, open_data
+
+_MOST_EPOCHS = 10_000  # no run reads more, and numbers of rows stay far below 2**63
+
+_Ids = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """Where a document lies in a split: its tokens are `start` to `stop` of a shard."""
+
+    data_set: int
+    """Counted from 0, as all of these: which one of the run's."""
+    number: int
+    shard: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class DocumentRows:
+    """The rows of a split that hold a document, in its stored order: arrays of shape (rows,).
+
+    Of the document, tokens `start` to `stop` are among the `context_tokens` ids of a row. (A row's
+    window ends with the first id of the next row, which is predicted there but counts for the next.
+    Read in the other direction the windows, and so the rows, are the same.)
+    """
+
+    frame: Indices
+    row: Indices
+    start: Indices
+    stop: Indices
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A row in which a run sees tokens `start` to `stop` of a document.
+
+    `step` counts from 1, as in metrics.jsonl: it is the step that has been completed with this row.
+    """
+
+    step: int
+    position: int
+    rank: int | None
+    start: int
+    stop: int
+    is_reached: bool
+
+
+def document_by_number(
+    data_set: DataSet, split: str, number: int, of_run: int = 0
+) -> StoredDocument:
+    """The document that `megaback shards inspect` gives this number; reads one shard's index.
+
+    Raises ConfigError past the split's end.
+    """
+    before = 0
+    for shard, entry in enumerate(data_set.manifest.split(split)):
+        if number < before + entry.documents:
+            with data_set.open_shard(entry) as reader:
+                tokens = reader.document_tokens()[: number - before + 1]
+            stop = int(tokens.sum())
+            return StoredDocument(of_run, number, shard, stop - int(tokens[-1]), stop)
+        before += entry.documents
+    raise ConfigError(
+        f"--document is {number}, but the {split} set of {data_set.name} has {before} documents"
+    )
+
+
+def documents_with_ids(
+    data_sets: Sequence[DataSet], split: str, ids: _Ids, workers: int | None = None
+) -> list[StoredDocument]:
+    """Every document with just these ids, markers included; reads frames only where lengths fit."""
+    shards = []
+    for of_run, data_set in enumerate(data_sets):
+        before = 0
+        for shard, entry in enumerate(data_set.manifest.split(split)):
+            if entry.tokens >= len(ids):
+                shards.append((of_run, shard, before, entry))
+            before += entry.documents
+
+    def search(place: tuple[int, int, int, ShardEntry]) -> list[StoredDocument]:
+        of_run, shard, before, entry = place
+        return [
+            StoredDocument(of_run, before + number, shard, start, start + len(ids))
+            for number, start in _search_shard(data_sets[of_run], entry, ids)
+        ]
+
+    found = [
+        document
+        for _, of_shard in on_threads(search, shards, workers, f"{split} shards")
+        for document in of_shard
+    ]
+    return sorted(found, key=lambda document: (document.data_set, document.number))
+
+
+def _search_shard(data_set: DataSet, entry: ShardEntry, ids: _Ids) -> list[tuple[int, int]]:
+    """Number within the shard, and first token, of each document with these ids."""
+    with data_set.open_shard(entry) as reader:
+        tokens = reader.document_tokens()
+        stops = np.cumsum(tokens)
+        frame = lru_cache(maxsize=1)(reader.frame)  # neighbours are often in one frame
+        starts = [
+            (number, int(stops[number]) - len(ids))
+            for number in np.flatnonzero(tokens == len(ids)).tolist()
+        ]
+        frame_tokens = data_set.manifest.frame_tokens
+        return [place for place in starts if _holds(frame, frame_tokens, place[1], ids)]
+
+
+def _holds(frame: Callable[[int], _Ids], frame_tokens: int, start: int, ids: _Ids) -> bool:
+    """Whether these ids begin at token `start`; reads no frame after the first difference."""
+    compared = 0
+    while compared < len(ids):
+        number, first = divmod(start + compared, frame_tokens)
+        part = frame(number)[first : first + len(ids) - compared]
+        if not np.array_equal(part, ids[compared : compared + len(part)]):
+            return False
+        compared += len(part)
+    return True
+
+
+def rows_of_document(
+    document: StoredDocument, shard_tokens: Indices, frame_tokens: int, context_tokens: int
+) -> DocumentRows:
+    """The stored rows that hold a document, of a split whose shards have so many tokens."""
+    frames_of_shard = -(-shard_tokens // frame_tokens)
+    first_frame = int(frames_of_shard[: document.shard].sum())
+    # Frames are whole rows, so that the rows of a shard can be counted through.
+    of_shard = np.arange(
+        document.start // context_tokens, (document.stop - 1) // context_tokens + 1
+    )
+    frame, row = np.divmod(of_shard, frame_tokens // context_tokens)
+    first = of_shard * context_tokens
+    return DocumentRows(
+        frame=first_frame + frame,
+        row=row,
+        start=np.maximum(first, document.start) - document.start,
+        stop=np.minimum(first + context_tokens, document.stop) - document.start,
+    )
+
+
+def batches_of_rows(
+    streams: Sequence[Stream],
+    mixture: Mixture,
+    global_batch_rows: int,
+    data_set: int,
+    rows: DocumentRows,
+    epoch: int,
+) -> tuple[Indices, Indices]:
+    """Step, counted from 0, and position in its global batch, of stored rows in an epoch.
+
+    The epoch is that of the data set, which a mixture may read more often than others.
+    """
+    stream = streams[data_set]
+    frame, row = stream.table.place_of(rows.frame, rows.row)
+    step, position = stream.order.find(np.full_like(frame, epoch), frame, row)
+    number = mixture.number_of(data_set, step * stream.order.global_batch_rows + position)
+    step = number // global_batch_rows
+    return step, number - step * global_batch_rows
+
+
+def sights_of_document(
+    data: Data,
+    document: StoredDocument,
+    global_batch_rows: int,
+    epoch: int,
+    world_size: int | None,
+) -> list[Sight]:
+    """Every row of an epoch that shows a part of a document of the train set, by step."""
+    rows_of = data.streams[document.data_set].rows
+    rows = rows_of_document(
+        document,
+        rows_of.frames.shard_tokens,
+        rows_of.frames.manifest.frame_tokens,
+        rows_of.context_tokens,
+    )
+    step, position = batches_of_rows(
+        data.streams, data.mixture, global_batch_rows, document.data_set, rows, epoch
+    )
+    columns = (step, position, rows.start, rows.stop)
+    return [
+        Sight(
+            step=of_row + 1,
+            position=at,
+            rank=None if world_size is None else at * world_size // global_batch_rows,
+            start=start,
+            stop=stop,
+            is_reached=of_row < data.total_steps,
+        )
+        for of_row, at, start, stop in sorted(
+            zip(*(column.tolist() for column in columns), strict=True)
+        )
+    ]
+
+
+def _read_text(file: IO[bytes]) -> str:
+    try:
+        return file.read().decode("utf-8", "surrogatepass")  # as `shards inspect` writes it
+    except UnicodeDecodeError as error:
+        raise SourceUnreadableError(
+            f"the --text is not UTF-8 at byte {error.start}; convert it to UTF-8 first"
+        ) from None
+
+
+def _find_text(data: Data, split: str, text: str) -> list[StoredDocument]:
+    data_sets = [stream.rows.frames.data_set for stream in data.streams]
+    ids = data.codec.encode_document(text)
+    found = documents_with_ids(data_sets, split, ids)
+    if found:
+        return found
+    names = ", ".join(data_set.name for data_set in data_sets)
+    message = f"the text is no document of the {split} set of {names}"
+    for other in SPLITS:
+        elsewhere = documents_with_ids(data_sets, other, ids) if other != split else []
+        if elsewhere:
+            first = elsewhere[0]
+            message += (
+                f"; it is document {first.number} of the {other} set of "
+                f"{data_sets[first.data_set].name}"
+            )
+    if text.endswith("\n"):
+        message += "; it ends in a line break, which counts"
+    raise SourceMissingError(message)
+
+
+def _find_number(data: Data, split: str, number: int, shards: str | None) -> StoredDocument:
+    data_sets = [stream.rows.frames.data_set for stream in data.streams]
+    if len(data_sets) == 1 and shards is None:
+        return document_by_number(data_sets[0], split, number)
+    for of_run, data_set in enumerate(data_sets):
+        if data_set.name == shards:
+            return document_by_number(data_set, split, number, of_run)
+    names = ", ".join(data_set.name for data_set in data_sets)
+    raise ConfigError(
+        f"--shards says whose document {number} is meant, and must be one of the run's data sets: "
+        f"{names}"
+    )
+
+
+def _describe_document(data: Data, split: str, document: StoredDocument) -> dict[str, Any]:
+    data_set = data.streams[document.data_set].rows.frames.data_set
+    return {
+        "data_set": data_set.name,
+        "document": document.number,
+        "tokens": document.stop - document.start,
+        "shard": data_set.manifest.split(split)[document.shard].file,
+        "shard_tokens": [document.start, document.stop],
+    }
+
+
+def _show(
+    facts: dict[str, Any], split: str, epoch: int, sights: Sequence[Sight], total_steps: int
+) -> None:
+    start, stop = facts["shard_tokens"]
+    click.echo(
+        f"document {facts['document']:,} of the {split} set of {facts['data_set']}: "
+        f"{facts['tokens']:,} tokens, {start:,} to {stop - 1:,} of {facts['shard']}"
+    )
+    if split != "train":
+        click.echo(f"no step sees it: the {split} set is measured, never trained on")
+        return
+    click.echo(
+        f"epoch {epoch}; steps as in metrics.jsonl; rows, ranks and tokens, as stored, from 0:"
+    )
+    for sight in sights:
+        rank = "" if sight.rank is None else f", rank {sight.rank}"
+        reached = "" if sight.is_reached else f"; not reached, the run has {total_steps:,} steps"
+        click.echo(
+            f"  step {sight.step:,}, row {sight.position:,} of the batch{rank}: "
+            f"tokens {sight.start:,} to {sight.stop - 1:,}{reached}"
+        )
+
+
+@click.command(cls=Command, name="locate")
+@click.argument("config", metavar="CONFIG_OR_RUN", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option("--document", type=click.IntRange(min=0), help="As `shards inspect` counts them.")
+@click.option("--text", type=click.File("rb"), help="A file with just its text; - for the input.")
+@click.option("--shards", help="With --document: which of the data sets of a mixture.")
+@click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True)
+@click.option(
+    "--epoch",
+    type=click.IntRange(0, _MOST_EPOCHS),
+    default=0,
+    show_default=True,
+    help="Which reading of the data set.",
+)
+@click.option("--world-size", type=click.IntRange(min=1), help="Say which of so many ranks has it.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, for machines.")
+def main(
+    config: Path,
+    overrides: tuple[str, ...],
+    document: int | None,
+    text: IO[bytes] | None,
+    shards: str | None,
+    split: str,
+    epoch: int,
+    world_size: int | None,
+    as_json: bool,
+) -> None:
+    """Tell at which steps the run of CONFIG_OR_RUN, with key.sub=value OVERRIDES, sees a document.
+
+    CONFIG_OR_RUN is a config file or the folder of a run. A text that is several documents is
+    located in each of them; one that is none ends with code 20.
+    """
+    if (document is None) == (text is None):
+        raise ConfigError("give exactly one of --document and --text")
+    if shards is not None and document is None:
+        raise ConfigError("--shards belongs to --document; a --text is looked for everywhere")
+    path = config / CONFIG_COPY_NAME if config.is_dir() else config
+    settings = load_config(path, overrides)
+    data = open_data(settings, 0, world_size or 1)
+    if text is not None:
+        found = _find_text(data, split, _read_text(text))
+    else:
+        found = [_find_number(data, split, document or 0, shards)]
+    rows = settings.batch.global_batch_rows
+    described = [_describe_document(data, split, one) for one in found]
+    sights = [
+        sights_of_document(data, one, rows, epoch, world_size) if split == "train" else []
+        for one in found
+    ]
+    if as_json:
+        for facts, of_one in zip(described, sights, strict=True):
+            facts["rows"] = [vars(sight) for sight in of_one]
+        fields = {"split": split, "epoch": epoch, "total_steps": data.total_steps}
+        click.echo(json.dumps({**fields, "documents": described}))
+        return
+    for facts, of_one in zip(described, sights, strict=True):
+        _show(facts, split, epoch, of_one, data.total_steps)
+
+
+if __name__ == "__main__":
+    main()
