@@ -143,19 +143,20 @@ def pack(
     targets_T[place[is_between] - 1] = IGNORED_TARGET
     num_targets_N -= np.bincount(row[is_between], minlength=num_rows)
 
-    positions_T.reshape(num_rows, context_tokens)[:] = np.arange(context_tokens)
+    counted = np.arange(context_tokens)
+    positions_T.reshape(num_rows, context_tokens)[:] = counted
     inner = place[(column > 0) & (column < context_tokens)]
-    starts = np.sort(np.concatenate([np.arange(0, total, context_tokens), inner]))
-    stops = np.append(starts, total)[np.searchsorted(starts, inner) + 1]
+    bounds = np.sort(np.concatenate([np.arange(0, total + 1, context_tokens), inner]))
+    stops = bounds[np.searchsorted(bounds, inner) + 1]
     for start, stop in zip(inner.tolist(), stops.tolist(), strict=True):
-        positions_T[start:stop] -= positions_T[start]
+        positions_T[start:stop] = counted[: stop - start]
 
     tokens = micro_batch_rows * context_tokens
     targets_of = num_targets_N.reshape(-1, micro_batch_rows).sum(axis=1).tolist()
     skipped_of = (lengths_N < 0).reshape(-1, micro_batch_rows).sum(axis=1).tolist()
     # Every batch begins where a row does, so that the next one's first start is its end.
-    bounds = np.append(starts, total).astype(np.int32)
     first_of = np.searchsorted(bounds, np.arange(0, total + 1, tokens)).tolist()
+    bounds = bounds.astype(np.int32)
     return [
         Batch(
             ids_T[number * tokens : (number + 1) * tokens],

@@ -1,0 +1,216 @@
+"""What the loader costs a training step: against the same batches, already in memory.
+
+    python benchmarks/loader_in_training.py SHARDS [--config configs/demo.yaml] [--data-threads 1]
+
+Ranks on this machine's CPU, as `megaback train` starts them, train the config's model on SHARDS. In
+turns, a block of steps takes its batches from the loader and a block takes the same ones from
+memory; which comes first changes. The first steps of a block are left out: the loader's threads
+then still make what the other block will not take. Time, CPU time (all threads of rank 0) and the
+time that the step waits for its batch are medians over steps; the ratio is the median over pairs of
+steps with equal batches.
+"""
+
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+
+from data_pipeline.data_set import DataSet
+from data_pipeline.rows import Batch
+from launcher.local import rank_environment
+from megaback.config import Config, load_config
+
+_LEFT_OUT_STEPS = 3
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step of rank 0, in seconds."""
+
+    wall_s: float
+    cpu_s: float
+    waiting_s: float
+
+
+class InMemory:
+    """Batches that were made before: stands in for a run's TrainingBatches."""
+
+    def __init__(self, batches: dict[int, list[Batch]]) -> None:
+        self._batches = batches
+
+    def at(self, step: int) -> list[Batch]:
+        return self._batches[step]
+
+
+class Timed:
+    """Batches from elsewhere, and how long the latest ones took to come."""
+
+    def __init__(self, batches: object) -> None:
+        self._batches = batches
+        self.waited_s = 0.0
+
+    def at(self, step: int) -> list[Batch]:
+        started = time.perf_counter()
+        found: list[Batch] = self._batches.at(step)  # type: ignore[attr-defined]
+        self.waited_s = time.perf_counter() - started
+        return found
+
+
+def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
+    """Train as the rank that the environment names; the first one prints."""
+    from megaback.distributed import end_world, start_world
+    from megaback.engine import learning_rate_at, set_learning_rate, take_step
+    from megaback.preparation import prepare_run
+    from megaback.run_data import open_data
+    from megaback.train import StopRequest, _accumulate_gradients, _agree_on_step
+
+    stop = StopRequest()
+    world = start_world(config.hardware.device, config.hardware.collective_timeout_s)
+    run = prepare_run(config, world)
+    section = config.data.model_copy(update={"threads": 0})
+    copies = open_data(config.model_copy(update={"data": section}), world.rank, world.size)
+    run.engine.train()
+    done_steps = 0
+
+    def timed_block(batches: object, first_step: int) -> list[StepTime]:
+        nonlocal done_steps
+        source = Timed(batches)
+        timed_run = replace(run, data=replace(run.data, training=source))  # type: ignore[arg-type]
+        times = []
+        world.barrier()
+        for step in range(first_step, first_step + block_steps):
+            started, cpu_started = time.perf_counter(), time.process_time()
+            micro_batches, (num_targets, _), _ = _agree_on_step(timed_run, world, stop, step)
+            _accumulate_gradients(timed_run, world, micro_batches, num_targets)
+            rate = learning_rate_at(done_steps, run.data.total_steps, config.optimizer)
+            set_learning_rate(run.engine, rate)
+            take_step(run.engine)
+            times.append(
+                StepTime(
+                    time.perf_counter() - started,
+                    time.process_time() - cpu_started,
+                    source.waited_s,
+                )
+            )
+            done_steps += 1
+        return times[_LEFT_OUT_STEPS:]
+
+    timed_block(run.data.training, 0)
+    loaded: list[StepTime] = []
+    held: list[StepTime] = []
+    for pair in range(pairs):
+        first_step = (1 + pair) * block_steps
+        steps = range(first_step, first_step + block_steps)
+        memory = InMemory({step: copies.training.at(step) for step in steps})
+        if pair % 2:
+            held += timed_block(memory, first_step)
+            loaded += timed_block(run.data.training, first_step)
+        else:
+            loaded += timed_block(run.data.training, first_step)
+            held += timed_block(memory, first_step)
+    run.data.training.close()
+    if world.is_first:
+        report(run.num_parameters, config, world.size, loaded, held)
+    end_world()
+
+
+def report(
+    num_parameters: int, config: Config, ranks: int, loaded: list[StepTime], held: list[StepTime]
+) -> None:
+    batch = config.batch
+    click.echo(
+        f"{num_parameters:,} parameters, {ranks} ranks, steps of {batch.global_batch_rows} x "
+        f"{batch.context_tokens} tokens, data.threads {config.data.threads}: "
+        f"{len(loaded)} steps each"
+    )
+    for title, times in (("loader", loaded), ("memory", held)):
+        wall_ms = statistics.median(one.wall_s for one in times) * 1e3
+        cpu_ms = statistics.median(one.cpu_s for one in times) * 1e3
+        waiting = sum(one.waiting_s for one in times) / sum(one.wall_s for one in times)
+        slowest_ms = max(one.waiting_s for one in times) * 1e3
+        click.echo(
+            f"{title}: {wall_ms:7.2f} ms a step, {cpu_ms:7.2f} ms of CPU; waits for batches "
+            f"{waiting:.4%} of the time, {slowest_ms:.2f} ms at most"
+        )
+    both = list(zip(loaded, held, strict=True))
+    ratios = [one.wall_s / other.wall_s for one, other in both]
+    cpu_ratios = [one.cpu_s / other.cpu_s for one, other in both]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    click.echo(
+        f"loader / memory: {middle:.4f} (quartiles {low:.4f} and {high:.4f}), "
+        f"in CPU time {statistics.median(cpu_ratios):.4f}"
+    )
+
+
+def start_ranks(words: list[str], processes: int) -> int:
+    """Run this file once a rank; the worst exit code."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        **rank_environment("cpu", processes),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, *words],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(processes)
+    ]
+    return max(abs(rank.wait()) for rank in ranks)
+
+
+@click.command()
+@click.argument("shards")
+@click.option("--config", default="configs/demo.yaml", show_default=True)
+@click.option("--processes", default=2, show_default=True)
+@click.option("--data-threads", default=1, show_default=True)
+@click.option("--pairs", default=12, show_default=True, help="Of blocks of steps.")
+@click.option("--block-steps", default=13, show_default=True)
+@click.option("--rank-config", hidden=True, help="What the ranks are started with.")
+def main(
+    shards: str,
+    config: str,
+    processes: int,
+    data_threads: int,
+    pairs: int,
+    block_steps: int,
+    rank_config: str | None,
+) -> None:
+    """Print the time of a step with batches from the loader and from memory, and their ratio."""
+    if rank_config is not None:
+        train_as_rank(Config.model_validate(json.loads(rank_config)), pairs, block_steps)
+        return
+    with TemporaryDirectory() as folder:
+        direction = DataSet.open(shards).manifest.text_format.direction
+        settings = load_config(
+            Path(config),
+            (
+                f"run={folder}/run",
+                f"data.shards={Path(shards).resolve() if Path(shards).exists() else shards}",
+                f"data.direction={direction.value}",
+                f"data.threads={data_threads}",
+                f"hardware.processes={processes}",
+                "hardware.device=cpu",
+            ),
+        )
+        words = [shards, "--pairs", str(pairs), "--block-steps", str(block_steps)]
+        words += ["--rank-config", settings.model_dump_json()]
+        code = start_ranks(words, processes)
+    if code:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
