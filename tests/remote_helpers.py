@@ -61,14 +61,18 @@ class FileServer:
     """Files by name over HTTP; each request takes one fault from `faults`, while there are any."""
 
     def __init__(self) -> None:
+        self.is_closing = threading.Event()
+        self.port = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Have no files and no faults, and keep to the rules."""
         self.files: dict[str, bytes] = {}
         self.versions: dict[str, str] = {}
         self.faults: deque[str] = deque()
         self.gives_ranges = True
         self.gives_versions = True
         self.requests: list[str] = []
-        self.is_closing = threading.Event()
-        self.port = 0
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.port}/{name}"

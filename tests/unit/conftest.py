@@ -15,6 +15,7 @@ from build_helpers import (
     make_settings,
     write_source,
 )
+from remote_helpers import FileServer, serving
 
 from data_pipeline import plan, pool
 from data_pipeline.build import build_shards
@@ -72,3 +73,17 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def small(tmp_path: Path) -> DataSet:
     return write_data_set(tmp_path, some_shards())
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[FileServer]:
+    """A file server for the tests of a module."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def server(running: FileServer) -> FileServer:
+    """The module's server, without files, faults or memories of requests."""
+    running.forget()
+    return running

@@ -53,14 +53,6 @@ def running() -> Iterator[FileServer]:
         yield server
 
 
-@pytest.fixture
-def server(running: FileServer) -> FileServer:
-    port, closing = running.port, running.is_closing
-    running.__init__()  # type: ignore[misc]
-    running.port, running.is_closing = port, closing
-    return running
-
-
 @pytest.fixture(scope="module")
 def with_dictionary(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shards of a real build, recompressed with a dictionary; not to be written to."""

@@ -1,7 +1,6 @@
 """Data sets behind a web server: few requests, patience, and an end of it in one sentence."""
 
 import multiprocessing
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from data_set_helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from remote_helpers import QUICK, FileServer, serving
+from remote_helpers import QUICK, FileServer
 
 from data_pipeline import remote_folder, retries, shard_index
 from data_pipeline.data_set import DataSet
@@ -36,20 +35,6 @@ SHARDS = [
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "POLICY", QUICK)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FileServer]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: FileServer) -> FileServer:
-    port, closing = running.port, running.is_closing
-    running.__init__()  # type: ignore[misc]
-    running.port, running.is_closing = port, closing
-    return running
 
 
 @pytest.fixture

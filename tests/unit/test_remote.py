@@ -2,7 +2,6 @@
 
 import logging
 import multiprocessing
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,20 +35,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(file_source, "_CHUNK_BYTES", 100)
     monkeypatch.setattr(parquet_source, "_BATCH_ROWS", 5)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[FileServer]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: FileServer) -> FileServer:
-    port, closing = running.port, running.is_closing
-    running.__init__()  # type: ignore[misc]
-    running.port, running.is_closing = port, closing
-    return running
 
 
 @pytest.fixture(scope="module")
