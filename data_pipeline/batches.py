@@ -20,11 +20,11 @@ from data_pipeline.frame_store import FrameStore
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Order
 from data_pipeline.row_table import RowTable
-from data_pipeline.rows import Batch, Indices, RowReader, pack, read_windows
+from data_pipeline.rows import Batch, Indices, RowReader, pack, read_rows
 
 _AHEAD_STEPS = 16
 _READY_STEPS = 4
-_PLANNED_ROWS = 4096
+_PLANNED_ROWS = 16_384
 _POLL_S = 0.2
 
 
@@ -142,9 +142,8 @@ class TrainingBatches:
 
     def _assemble(self, plan: _Plan) -> list[Batch]:
         readers = [stream.rows for stream in self._streams]
-        windows_NC, lengths_N = read_windows(readers, plan.stream, plan.frame, plan.row)
-        ids = (readers[0].begin_id, readers[0].end_id)
-        return pack(windows_NC, lengths_N, *ids, self._micro_batch_rows)
+        rows = read_rows(readers, plan.stream, plan.frame, plan.row)
+        return pack(rows, readers[0].begin_id, readers[0].end_id, self._micro_batch_rows)
 
 
 class _Ahead:
@@ -205,11 +204,8 @@ def sequential_batches(
     Every rank gets the same number of batches of the same shape, filled up with rows that have no
     targets, because sharded ranks must take every forward pass together.
     """
-    place = [
-        (frame, row)
-        for frame in range(frames.num_frames)
-        for row in range(-(-frames.num_tokens(frame) // rows.context_tokens))
-    ]
+    num_rows = -(-frames.num_tokens(np.arange(frames.num_frames)) // rows.context_tokens)
+    place = [(frame, row) for frame, count in enumerate(num_rows.tolist()) for row in range(count)]
     frame_of_nothing, row_of_nothing = place[-1][0], place[-1][1] + 1
     group_rows = world_size * micro_batch_rows
     place += [(frame_of_nothing, row_of_nothing)] * (-len(place) % group_rows)

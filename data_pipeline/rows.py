@@ -12,6 +12,8 @@ exchanged, so that both directions see the same windows in the same steps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,17 +32,25 @@ Indices = npt.NDArray[np.int64]
 class Batch:
     """Packed rows. T is rows x context_tokens.
 
-    ids_T, positions_T and targets_T are int64 of shape (T,); cu_seqlens is int32 of shape
-    (segments + 1,), from 0 to T: where attention starts afresh.
+    ids_T and targets_T are int64 of shape (T,); cu_seqlens is int32 of shape (segments + 1,), from
+    0 to T: where attention starts afresh, and positions with it.
     """
 
     ids_T: npt.NDArray[np.int64]
     targets_T: npt.NDArray[np.int64]
-    positions_T: npt.NDArray[np.int64]
     cu_seqlens: npt.NDArray[np.int32]
     num_targets: int
     num_skipped_rows: int
     """Rows of frames that could not be read and were left out: they have no targets."""
+
+    @property
+    def positions_T(self) -> Indices:  # noqa: N802 - named as the arrays are
+        """Positions within segments, int64 of shape (T,): made when asked for, each time.
+
+        Segments say all there is to know, and a device counts faster than it is sent numbers.
+        """
+        starts = self.cu_seqlens[:-1].astype(np.int64)
+        return np.arange(len(self.ids_T)) - np.repeat(starts, np.diff(self.cu_seqlens))
 
 
 class RowReader:
@@ -59,117 +69,132 @@ class RowReader:
 
     def window(self, frame: int, row: int) -> Indices:
         """The ids of a row and the one after it, in reading order: at most context_tokens + 1."""
-        windows_NC, lengths_N = read_windows([self], *np.array([[0], [frame], [row]]))
-        return windows_NC[0, : max(lengths_N[0], 0)].astype(np.int64)
+        rows = read_rows([self], *(np.array([number]) for number in (0, frame, row)))
+        window = np.concatenate([rows.ids_NC[0], rows.next_N])
+        return window[: max(rows.lengths_N[0], 0)].astype(np.int64)
 
     def batch(self, frame: Indices, row: Indices) -> Batch:
         """Pack the rows at these places. A row past the end of a short frame has no targets."""
-        windows_NC, lengths_N = read_windows([self], np.zeros_like(frame), frame, row)
-        (batch,) = pack(windows_NC, lengths_N, self.begin_id, self.end_id, len(frame))
+        rows = read_rows([self], np.zeros_like(frame), frame, row)
+        (batch,) = pack(rows, self.begin_id, self.end_id, len(frame))
         return batch
 
+    def read(self, frame: Indices, row: Indices) -> "Rows":
+        """Rows in reading order. Raises the errors of the frames."""
+        frames = self.frames
+        ids_NC, next_N = frames.rows(frame, row, self.context_tokens)
+        lengths_N = frames.num_tokens(frame) - row * self.context_tokens
+        lengths_N = np.minimum(np.maximum(lengths_N, 0), self.context_tokens + 1)
+        if frames.skipped_frames:
+            lengths_N[frames.is_skipped(frame)] = -1
+        if lengths_N.min(initial=1) <= 0:
+            ids_NC[lengths_N <= 0] = self.end_id
+        rows = Rows(ids_NC, next_N, lengths_N)
+        return _flipped(rows, self.begin_id, self.end_id) if self.is_flipped else rows
 
-def read_windows(
-    readers: Sequence[RowReader], reader: Indices, frame: Indices, row: Indices
-) -> tuple[npt.NDArray[np.unsignedinteger[Any]], Indices]:
-    """The windows of rows in reading order, shape (rows, context_tokens + 1), and their lengths.
 
-    Row i lies in a frame of readers[reader[i]]; all readers read the same format. Short windows are
-    filled up with end markers, which attend to what is before them and which nothing attends to.
-    A row past the end of a short frame has length 0, one of a frame that was left out -1. Raises
-    the errors of the frames.
+@dataclass(frozen=True)
+class Rows:
+    """Rows in reading order: N windows of C = context_tokens ids and the one after them.
+
+    Of window i, the first lengths_N[i] ids are there: up to C + 1, 0 past the end of a short frame,
+    -1 in a frame that was left out. The rest is end markers, which attend to what is before them
+    and which nothing attends to; the id after a row that is not there has no meaning.
     """
-    first = readers[0]
-    size = first.context_tokens + 1
-    padding = np.full(size, first.end_id, dtype=f"<u{first.frames.manifest.id_bytes}")
-    lengths_N = np.full(len(frame), size, dtype=np.int64)
-    parts = []
-    stores = [one.frames.frame for one in readers]
-    places = zip(
-        reader.tolist(), frame.tolist(), (row * first.context_tokens).tolist(), strict=True
+
+    ids_NC: npt.NDArray[np.unsignedinteger[Any]]
+    next_N: npt.NDArray[np.unsignedinteger[Any]]
+    lengths_N: Indices
+
+
+def read_rows(readers: Sequence[RowReader], reader: Indices, frame: Indices, row: Indices) -> Rows:
+    """Rows of several data sets of one format: row i lies in a frame of readers[reader[i]].
+
+    Raises the errors of the frames.
+    """
+    if len(readers) == 1:
+        return readers[0].read(frame, row)
+    parts = [np.flatnonzero(reader == number) for number in range(len(readers))]
+    read = [one.read(frame[part], row[part]) for one, part in zip(readers, parts, strict=True)]
+    back = np.argsort(np.concatenate(parts), kind="stable")
+    return Rows(
+        np.concatenate([rows.ids_NC for rows in read])[back],
+        np.concatenate([rows.next_N for rows in read])[back],
+        np.concatenate([rows.lengths_N for rows in read])[back],
     )
-    for number, (store, of_frame, start) in enumerate(places):
-        ids = stores[store](of_frame)
-        window = ids[start : start + size]
-        if first.is_flipped:
-            window = window[::-1]
-        parts.append(window)
-        if len(window) < size:
-            lengths_N[number] = len(window) if len(ids) else -1
-            parts.append(padding[len(window) :])
-    windows_NC = np.empty((len(frame), size), dtype=padding.dtype)
-    np.concatenate(parts, out=windows_NC.reshape(-1))
-    if first.is_flipped:
-        _exchange_markers(windows_NC, lengths_N, first.begin_id, first.end_id)
-    return windows_NC, lengths_N
 
 
-def _exchange_markers(
-    windows_NC: npt.NDArray[np.unsignedinteger[Any]], lengths_N: Indices, begin_id: int, end_id: int
-) -> None:
-    begins, ends = windows_NC == begin_id, windows_NC == end_id
-    windows_NC[begins], windows_NC[ends] = end_id, begin_id
-    for number in np.flatnonzero(lengths_N < windows_NC.shape[1]).tolist():
-        windows_NC[number, max(lengths_N[number], 0) :] = end_id
+def _flipped(rows: Rows, begin_id: int, end_id: int) -> Rows:
+    """The same windows from their other end, with begin and end markers exchanged."""
+    context_tokens = rows.ids_NC.shape[1]
+    ids_NC = np.empty_like(rows.ids_NC)
+    ids_NC[:, 0] = rows.next_N
+    ids_NC[:, 1:] = rows.ids_NC[:, :0:-1]
+    next_N = rows.ids_NC[:, 0].copy()
+    for number in np.flatnonzero(rows.lengths_N <= context_tokens).tolist():
+        length = max(rows.lengths_N[number], 0)
+        ids_NC[number, :length] = rows.ids_NC[number, :length][::-1]
+        ids_NC[number, length:] = begin_id  # exchanged below
+    for ids in (ids_NC, next_N):
+        begins, ends = ids == begin_id, ids == end_id
+        ids[begins], ids[ends] = end_id, begin_id
+    return Rows(ids_NC, next_N, rows.lengths_N)
 
 
-def pack(
-    windows_NC: npt.NDArray[np.unsignedinteger[Any]],
-    lengths_N: Indices,
-    begin_id: int,
-    end_id: int,
-    micro_batch_rows: int,
-) -> list[Batch]:
-    """Batches of `micro_batch_rows` rows each, from windows of shape (rows, context_tokens + 1).
-
-    Of row i, the first lengths_N[i] ids are there, and the rest is end markers.
-    """
-    num_rows, context_tokens = windows_NC.shape[0], windows_NC.shape[1] - 1
+def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[Batch]:
+    """Batches of `micro_batch_rows` rows each."""
+    num_rows, context_tokens = rows.ids_NC.shape
     total = num_rows * context_tokens
-    # One block: three would be given back to the system, and faulted in again, at every step.
-    ids_T, targets_T, positions_T = np.empty((3, total), dtype=np.int64)
-    ids_T.reshape(num_rows, context_tokens)[:] = windows_NC[:, :-1]
-    targets_NC = targets_T.reshape(num_rows, context_tokens)
-    targets_NC[:] = windows_NC[:, 1:]
-    num_targets_N = np.maximum(lengths_N - 1, 0)
-    for number in np.flatnonzero(lengths_N <= context_tokens).tolist():
+    # One block: two would be given back to the system, and faulted in again, at every step.
+    ids_T, targets_T = np.empty((2, total), dtype=np.int64)
+    ids_T.reshape(rows.ids_NC.shape)[:] = rows.ids_NC
+    targets_T[:-1] = ids_T[1:]
+    targets_NC = targets_T.reshape(rows.ids_NC.shape)
+    targets_NC[:, -1] = rows.next_N
+    num_targets_N = np.maximum(rows.lengths_N - 1, 0)
+    for number in np.flatnonzero(rows.lengths_N <= context_tokens).tolist():
         targets_NC[number, num_targets_N[number] :] = IGNORED_TARGET
 
-    found = np.flatnonzero(windows_NC.reshape(-1) == begin_id)
-    row, column = np.divmod(found, context_tokens + 1)
-    place = row * context_tokens + column
+    flat_ids = rows.ids_NC.reshape(-1)
+    begins = np.flatnonzero(flat_ids == begin_id)
+    inner = begins[begins % context_tokens > 0]
     # Between documents: the end marker of one, whose target is the begin marker of the next.
-    is_between = (column > 0) & (windows_NC.reshape(-1)[found - 1] == end_id)
-    targets_T[place[is_between] - 1] = IGNORED_TARGET
-    num_targets_N -= np.bincount(row[is_between], minlength=num_rows)
+    between = inner[flat_ids[inner - 1] == end_id] - 1
+    is_between = (targets_NC[:, -1] == begin_id) & (rows.ids_NC[:, -1] == end_id)
+    if is_between.any():
+        at_ends = np.flatnonzero(is_between) * context_tokens + context_tokens - 1
+        between = np.concatenate([between, at_ends])
+    targets_T[between] = IGNORED_TARGET
+    num_targets_N -= np.bincount(between // context_tokens, minlength=num_rows)
 
-    counted = np.arange(context_tokens)
-    positions_T.reshape(num_rows, context_tokens)[:] = counted
-    inner = place[(column > 0) & (column < context_tokens)]
-    bounds = np.sort(np.concatenate([np.arange(0, total + 1, context_tokens), inner]))
-    stops = bounds[np.searchsorted(bounds, inner) + 1]
-    for start, stop in zip(inner.tolist(), stops.tolist(), strict=True):
-        positions_T[start:stop] = counted[: stop - start]
-
-    tokens = micro_batch_rows * context_tokens
-    targets_of = num_targets_N.reshape(-1, micro_batch_rows).sum(axis=1).tolist()
-    skipped_of = (lengths_N < 0).reshape(-1, micro_batch_rows).sum(axis=1).tolist()
-    # Every batch begins where a row does, so that the next one's first start is its end.
-    first_of = np.searchsorted(bounds, np.arange(0, total + 1, tokens)).tolist()
+    starts, batch_starts = _edges(num_rows, context_tokens, micro_batch_rows)
+    bounds = np.concatenate([starts, inner])
+    bounds.sort()
+    firsts = np.searchsorted(bounds, batch_starts).tolist()
     bounds = bounds.astype(np.int32)
-    return [
-        Batch(
-            ids_T[number * tokens : (number + 1) * tokens],
-            targets_T[number * tokens : (number + 1) * tokens],
-            positions_T[number * tokens : (number + 1) * tokens],
-            bounds[first_of[number] : first_of[number + 1] + 1] - np.int32(number * tokens),
-            num_targets,
-            num_skipped_rows,
+    tokens = micro_batch_rows * context_tokens
+    batches = []
+    for number, (first, next_first) in enumerate(pairwise(firsts)):
+        of_rows = slice(number * micro_batch_rows, (number + 1) * micro_batch_rows)
+        of_tokens = slice(number * tokens, (number + 1) * tokens)
+        batches.append(
+            Batch(
+                ids_T[of_tokens],
+                targets_T[of_tokens],
+                # Every batch begins where a row does: the next one's first start is its end.
+                bounds[first : next_first + 1] - np.int32(number * tokens),
+                int(num_targets_N[of_rows].sum()),
+                int(np.count_nonzero(rows.lengths_N[of_rows] < 0)),
+            )
         )
-        for number, (num_targets, num_skipped_rows) in enumerate(
-            zip(targets_of, skipped_of, strict=True)
-        )
-    ]
+    return batches
+
+
+@lru_cache(maxsize=8)
+def _edges(num_rows: int, context_tokens: int, micro_batch_rows: int) -> tuple[Indices, Indices]:
+    """Where rows, and where batches begin; and the end."""
+    starts = np.arange(0, num_rows * context_tokens + 1, context_tokens)
+    return starts, starts[::micro_batch_rows]
 
 
 def check_context(context_tokens: int, frame_tokens: int) -> None:

@@ -81,6 +81,44 @@ def test_threads_that_share_a_store_get_the_right_frames(data: DataSet, keep_fra
     assert ask_on_threads(data.store(keep_frames), data) == []
 
 
+@pytest.mark.parametrize("keep_frames", [1, 3, 64])
+def test_rows_of_more_frames_than_are_kept_come_in_the_order_in_which_they_were_asked_for(
+    data: DataSet, keep_frames: int
+) -> None:
+    store = data.store(keep_frames)
+    frame = np.random.default_rng(1).integers(30, size=50)
+    row = np.random.default_rng(2).integers(4, size=50)
+    with ThreadPoolExecutor(4) as executor:
+        asked = [executor.submit(store.rows, frame, row, 16) for _ in range(4)]
+        found = [tokens_NC.tolist() for tokens_NC, _ in (one.result() for one in asked)]
+    places = zip(frame.tolist(), row.tolist(), strict=True)
+    expected = [data.frames[of][16 * at : 16 * at + 16].tolist() for of, at in places]
+    assert found == [expected] * 4
+
+
+def test_frames_that_were_kept_stay_when_more_are_to_be_kept(
+    data: DataSet, decoded: list[str]
+) -> None:
+    store = data.store(keep_frames=3)
+    for number in range(3):
+        store.frame(number)
+    store.keep(10)
+    decoded.clear()
+    assert [store.frame(number).tolist() for number in range(3)] == [
+        data.frames[number].tolist() for number in range(3)
+    ]
+    assert decoded == []
+
+
+def test_requests_that_all_fail_leave_room_for_other_frames(data: DataSet) -> None:
+    data.damage(14)
+    data.damage(15)
+    store = data.store(keep_frames=2)
+    with ThreadPoolExecutor(1) as executor:
+        store.request([14, 15], executor)
+    assert store.frame(3).tolist() == data.frames[3].tolist()
+
+
 def test_threads_and_requests_together_give_the_right_frames(data: DataSet) -> None:
     store = data.store(keep_frames=7)
     with ThreadPoolExecutor(3) as executor:
