@@ -4,15 +4,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+FLASH_VENV := .venv-flash
+FLASH_BIN := $(FLASH_VENV)/bin
+FLASH_INSTALLED := $(FLASH_VENV)/.installed
+FLASH_LOG := $(FLASH_VENV).log
+FLASH_PINS := constraints.txt tests/flash/constraints.txt
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test flash-test lint format clean help
 
 help:
-	@echo "make demo    text to shards to training to a backward sample, in minutes"
-	@echo "make test    linters, type checker and every test that this machine can run"
-	@echo "make lint    ruff and mypy"
-	@echo "make format  let ruff format the code"
-	@echo "make clean   remove what the demo wrote"
+	@echo "make demo        text to shards to training to a backward sample, in minutes"
+	@echo "make test        linters, type checker and every test that this machine can run"
+	@echo "make flash-test  flash-attn's kernels on a CPU; part of make test"
+	@echo "make lint        ruff and mypy"
+	@echo "make format      let ruff format the code"
+	@echo "make clean       remove what the demo wrote"
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "megaback needs Python 3.10 or newer; try make PYTHON=python3.11")'
@@ -31,6 +37,30 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory flash-test
+
+# flash-attn without its CUDA part, which must reach neither the main venv nor pip's cache of wheels,
+# from where `pip install '.[flash]'` would take it.
+$(FLASH_INSTALLED): $(FLASH_PINS)
+	$(PYTHON) -m venv --clear $(FLASH_VENV)
+	$(FLASH_BIN)/python -m pip install --quiet --disable-pip-version-check $(FLASH_PINS:%=-c %) \
+		torch triton numpy einops ninja packaging psutil setuptools wheel pytest pytest-timeout
+	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
+		$(FLASH_BIN)/python -m pip install --quiet --disable-pip-version-check $(FLASH_PINS:%=-c %) \
+		--no-cache-dir --no-build-isolation --no-deps flash-attn
+	touch $@
+
+# Where that venv cannot be made, these tests are skipped; where it can, they must pass.
+flash-test:
+	@test -e $(FLASH_INSTALLED) || echo "flash-test: setting up $(FLASH_VENV)"
+	@if $(MAKE) $(FLASH_INSTALLED) >$(FLASH_LOG) 2>&1; then \
+		CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE \
+		$(FLASH_BIN)/python -m pytest --confcutdir=tests/flash tests/flash; \
+	else \
+		echo "flash-test: skipped flash-attn on a CPU, as $(FLASH_VENV) could not be set up:" \
+			"$$(grep -v '[*][*][*]' $(FLASH_LOG) | grep -i -m 1 -e error -e 'no such file')" \
+			"(see $(FLASH_LOG))"; \
+	fi
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
