@@ -66,9 +66,10 @@ class Timed:
 def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     """Train as the rank that the environment names; the first one prints."""
     from megaback.distributed import end_world, start_world
-    from megaback.engine import learning_rate_at, set_learning_rate, take_step
+    from megaback.engine import set_learning_rates, take_step
     from megaback.preparation import prepare_run
     from megaback.run_data import open_data
+    from megaback.schedule import rate_factor_at
     from megaback.train import StopRequest, _accumulate_gradients, _agree_on_step
 
     stop = StopRequest()
@@ -89,8 +90,8 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
             started, cpu_started = time.perf_counter(), time.process_time()
             micro_batches, (num_targets, _), _ = _agree_on_step(timed_run, world, stop, step)
             _accumulate_gradients(timed_run, world, micro_batches, num_targets)
-            rate = learning_rate_at(done_steps, run.data.total_steps, config.optimizer)
-            set_learning_rate(run.engine, rate)
+            factor = rate_factor_at(done_steps, run.data.total_steps, config.optimizer)
+            set_learning_rates(run.engine, factor)
             take_step(run.engine)
             times.append(
                 StepTime(

@@ -39,6 +39,7 @@ AttentionBackend = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 """(query_THD, key_TKD, value_TKD, segments) -> attended_THD"""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its splits differ in every batch
 def sdpa_attention(
     query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, segments: Segments
 ) -> Tensor:
@@ -82,27 +83,36 @@ def flash_attention(
     return attended
 
 
-def attention_backend(name: str, device: torch.device) -> tuple[str, AttentionBackend]:
+_MOST_FLASH_HEAD_DIM = 256
+
+
+def attention_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[str, AttentionBackend]:
     """The backend for a device, by name or `auto`; returns what was chosen.
 
     Raises BackendError when it was asked for by name and cannot be used.
     """
     if name == "sdpa":
         return "sdpa", sdpa_attention
-    problem = _why_no_flash_attention(device)
+    problem = _why_no_flash_attention(device, dtype, head_dim)
     if problem is None:
         return "flash_attn", flash_attention
     if name == "flash_attn":
         raise BackendError(
-            f"hardware.attention is flash_attn, but {problem}; use sdpa, or on a CUDA machine "
-            "`pip install --no-build-isolation -e '.[flash]'`"
+            f"hardware.attention is flash_attn, but {problem}; use sdpa, or bf16 on a CUDA machine "
+            "after `pip install --no-build-isolation -e '.[flash]'`"
         )
     return "sdpa", sdpa_attention
 
 
-def _why_no_flash_attention(device: torch.device) -> str | None:
+def _why_no_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type != "cuda":
         return f"the device is {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"its kernels take no {str(dtype).removeprefix('torch.')}"
+    if head_dim > _MOST_FLASH_HEAD_DIM:
+        return f"its heads have at most {_MOST_FLASH_HEAD_DIM} dimensions, not {head_dim}"
     try:
         import flash_attn  # noqa: F401 - an installed package may still fail to import
     except ImportError as error:

@@ -101,6 +101,13 @@ class ModelSection(Section):
     tie_embeddings: bool = False
     rope_theta: float = Field(default=10_000.0, gt=0)
     norm_epsilon: float = Field(default=1e-5, gt=0)
+    zero_output_projections: bool = False
+    """Matrices that write to the residual stream start at zero: every block starts as nothing."""
+    zero_head: bool = False
+    """lm_head starts at zero: the first loss is that of equal guesses. Not with tied embeddings."""
+    base_width: int | None = Field(default=None, ge=1)
+    """The width at which learning rates and weight decay were found, if they are to hold at this
+    model's width too (muP). Not with tied embeddings."""
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelSection":
@@ -113,6 +120,12 @@ class ModelSection(Section):
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}"
+            )
+        if self.tie_embeddings and (self.base_width is not None or self.zero_head):
+            key = "base_width" if self.base_width is not None else "zero_head"
+            raise ValueError(
+                f"{key} treats lm_head and the embeddings differently, and tie_embeddings makes "
+                "them one; leave one of the two out"
             )
         return self
 
@@ -145,17 +158,38 @@ class BatchSection(Section):
 
 
 class OptimizerSection(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of blocks; embeddings, lm_head and norms have AdamW all the same."""
     learning_rate: float = Field(gt=0)
-    """Peak of the schedule: linear warmup, then a cosine down to a part of it."""
+    """Peak of the schedule."""
+    matrix_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak of Muon's, whose updates are as large as AdamW's. Default: learning_rate."""
+    schedule: Literal["cosine", "wsd", "linear"] = "cosine"
+    """After a linear warmup: along a cosine; the peak, then down a line in the last part (warmup,
+    stable, decay); or down a line all the way."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Of all steps, the last part in which `wsd` goes down."""
     final_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Of the peak, what is left on the last step."""
     warmup_steps: int = Field(default=0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     """On matrices only, never on norms."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon's."""
     gradient_clip: float = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient; 0 for none."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log of the softmax's denominator, which keeps logits small (1e-4 is
+    usual). It is learnt from, and left out of the losses that are reported."""
+
+    @model_validator(mode="after")
+    def _rate_of_muon(self) -> "OptimizerSection":
+        if self.matrix_learning_rate is not None and self.name != "muon":
+            raise ValueError("matrix_learning_rate is Muon's; set name to muon, or leave it out")
+        return self
 
 
 class TrainingSection(Section):
@@ -164,8 +198,11 @@ class TrainingSection(Section):
     seed: int = Field(default=0, ge=0, lt=1 << 32)
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 arithmetic with fp32 master weights."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more work."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """What the backward pass computes again instead of keeping it. block: each block, a third more
+    work; selective: all but what matrix products and attention gave, little more work."""
+    compile: bool = False
+    """torch.compile: faster steps, after a minute of compiling at the start."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingSection":
@@ -177,6 +214,18 @@ class TrainingSection(Section):
 class ZeroSection(Section):
     stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer, 2 gradients, 3 weights too."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What is kept in the host's memory: the optimizer's state and fp32 weights (stage 1 to 3), or
+    the weights of the model as well (stage 3)."""
+
+    @model_validator(mode="after")
+    def _stage_can_offload(self) -> "ZeroSection":
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.stage < least:
+            raise ValueError(
+                f"offload {self.offload} needs stage {least} or higher, and stage is {self.stage}"
+            )
+        return self
 
 
 class HardwareSection(Section):

@@ -3,49 +3,39 @@
 What DeepSpeed gets wrong by itself is set right here: see docs/decisions/0003-deepspeed.md.
 """
 
-import math
 from typing import Any
 
 import torch
-from torch import nn
 
-from megaback.config import Config, OptimizerSection
+from megaback.config import Config
+from megaback.model import ReverseGPT
+from megaback.optimizers import attach_shards, build_optimizer
 
 _LEAST_BUCKET_ELEMENTS = 1_000_000
 _MOST_BUCKET_ELEMENTS = 500_000_000
 
 
 def start_engine(
-    model: nn.Module, config: Config, micro_batch_rows: int, accumulation_steps: int
+    model: ReverseGPT, config: Config, micro_batch_rows: int, accumulation_steps: int
 ) -> Any:
-    """Hand the model to DeepSpeed: sharding, precision, accumulation and clipping."""
+    """Hand the model to DeepSpeed: sharding, precision, accumulation, clipping, compilation."""
     import deepspeed
 
-    optimizer = build_optimizer(model, config.optimizer)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    matrix_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    named = model.named_parameters()
+    optimizer = build_optimizer(named, config.model, config.optimizer, matrix_dtype)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=deepspeed_config(config, micro_batch_rows, accumulation_steps, num_parameters),
+        config=deepspeed_config(
+            config, micro_batch_rows, accumulation_steps, model.num_parameters()
+        ),
         dist_init_required=False,
     )
+    attach_shards(optimizer, engine.optimizer, config.zero.stage, engine.device)
+    if config.training.compile:
+        engine.compile()
     return engine
-
-
-def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
-    """Fused AdamW (Loshchilov & Hutter, 2019) with weight decay on matrices only."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": section.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=section.learning_rate,
-        betas=(section.beta1, section.beta2),
-        eps=section.epsilon,
-        fused=True,
-    )
 
 
 def deepspeed_config(
@@ -68,6 +58,12 @@ def deepspeed_config(
             "allgather_bucket_size": bucket_elements,
         },
     }
+    if config.zero.offload != "none":
+        # Left alone, DeepSpeed compiles an optimizer of its own for the host, for minutes.
+        fields["zero_force_ds_cpu_optimizer"] = False
+        fields["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if config.zero.offload == "parameters":
+        fields["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if stage == 3:
         del fields["zero_optimization"]["allgather_bucket_size"]
         fields["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket_elements
@@ -80,24 +76,10 @@ def deepspeed_config(
     return fields
 
 
-def learning_rate_at(step: int, total_steps: int, section: OptimizerSection) -> float:
-    """The learning rate of a step, counted from 0: linear warmup, then a cosine.
-
-    A pure function of the step, so that a restart needs no state. The cosine ends at
-    `final_learning_rate_ratio` of the peak on the last step (Loshchilov & Hutter, "SGDR", 2017).
-    """
-    peak = section.learning_rate
-    if step < section.warmup_steps:
-        return peak * (step + 1) / section.warmup_steps
-    progress = (step - section.warmup_steps) / max(total_steps - 1 - section.warmup_steps, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    floor = section.final_learning_rate_ratio
-    return peak * (floor + (1 - floor) * cosine)
-
-
-def set_learning_rate(engine: Any, learning_rate: float) -> None:
+def set_learning_rates(engine: Any, factor: float) -> None:
+    """Set every learning rate to a part of its peak."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = factor * group["peak_learning_rate"]
 
 
 def take_step(engine: Any) -> float:

@@ -9,8 +9,9 @@ Shapes: T packed tokens, D width, H query heads, K key and value heads, E head d
 width, V vocabulary.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
@@ -21,8 +22,7 @@ from data_pipeline.rows import IGNORED_TARGET
 from megaback.attention import AttentionBackend, Segments, sdpa_attention
 from megaback.cache import KeyValueCache, LayerCache
 from megaback.config import ModelSection
-
-_INITIAL_STD = 0.02
+from megaback.width_scaling import initial_std
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,29 @@ class Rotary:
         return rotated_THE.to(heads_THE.dtype)
 
 
+class Elementwise(Protocol):
+    """Calls a function without weights, of which every number out needs few numbers in."""
+
+    def __call__(self, function: Callable[..., Tensor], *arguments: object) -> Tensor: ...
+
+
+def _kept(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    return function(*arguments)
+
+
+def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """Keep the arguments, which are there anyway, instead of what lies between them and the result.
+
+    Such functions are cheap beside matrix products, and hold most of what a pass would keep.
+    """
+    result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return result
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension, in fp32 whatever its input."""
+
+    elementwise: Elementwise = staticmethod(_kept)
 
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__()
@@ -56,12 +77,18 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, hidden: Tensor) -> Tensor:
-        normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.epsilon)
-        return self.weight * normed.to(hidden.dtype)
+        return self.weight * self.elementwise(_rms_normed, hidden, self.epsilon)
+
+
+def _rms_normed(hidden: Tensor, epsilon: float) -> Tensor:
+    normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=epsilon)
+    return normed.to(hidden.dtype)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
+
+    elementwise: Elementwise = staticmethod(_kept)
 
     def __init__(self, shape: ModelSection, backend: AttentionBackend) -> None:
         super().__init__()
@@ -84,7 +111,8 @@ class Attention(nn.Module):
         value_TKE = self.v_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             query_THE, key_TKE = self.q_norm(query_THE), self.k_norm(key_TKE)
-        query_THE, key_TKE = rotary.turn(query_THE), rotary.turn(key_TKE)
+        query_THE = self.elementwise(rotary.turn, query_THE)
+        key_TKE = self.elementwise(rotary.turn, key_TKE)
         if cache is None:
             attended_THE = self.backend(query_THE, key_TKE, value_TKE, segments)
         else:
@@ -96,6 +124,8 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """SwiGLU: Shazeer, "GLU Variants Improve Transformer" (2020)."""
 
+    elementwise: Elementwise = staticmethod(_kept)
+
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(width, hidden_width, bias=False)
@@ -103,9 +133,13 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden_width, width, bias=False)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        gated_TF = F.silu(self.gate_proj(hidden_TD)) * self.up_proj(hidden_TD)
+        gated_TF = self.elementwise(_gated, self.gate_proj(hidden_TD), self.up_proj(hidden_TD))
         output_TD: Tensor = self.down_proj(gated_TF)
         return output_TD
+
+
+def _gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    return F.silu(gate_TF) * up_TF
 
 
 class Block(nn.Module):
@@ -149,31 +183,40 @@ class ReverseGPT(nn.Module):
         shape: ModelSection,
         vocab_size: int,
         backend: AttentionBackend = sdpa_attention,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: str = "none",
+        z_loss: float = 0.0,
     ) -> None:
+        """`activation_checkpointing` and `z_loss`: as in the config."""
         super().__init__()
         self.shape = shape
         self.vocab_size = vocab_size
-        self.activation_checkpointing = activation_checkpointing
+        self.z_loss = z_loss
         self.model = Decoder(shape, vocab_size, backend)
         self.lm_head = nn.Linear(shape.width, vocab_size, bias=False)
         if shape.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.checkpoint_activations(activation_checkpointing)
+
+    def checkpoint_activations(self, kind: str) -> None:
+        """Choose what backward passes compute again: `none`, `selective` or `block`."""
+        self.activation_checkpointing = kind
+        call = _recomputed if kind == "selective" else _kept
+        for module in self.modules():
+            if isinstance(module, RMSNorm | Attention | GatedMLP):
+                module.elementwise = call
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Normal weights; those that add to the residual stream scaled by depth, as in GPT-2.
+        """Normal weights, and norms of one: see `width_scaling.initial_std`.
 
         The same seed gives the same weights on every rank and device.
         """
         generator = torch.Generator().manual_seed(seed)
-        residual_std = _INITIAL_STD / math.sqrt(2 * self.shape.num_layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 parameter.fill_(1.0)
                 continue
-            writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = residual_std if writes_residual else _INITIAL_STD
+            std = initial_std(name, self.shape)
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
     def hidden(
@@ -188,7 +231,7 @@ class ReverseGPT(nn.Module):
         hidden_TD: Tensor = self.model.embed_tokens(ids_T)
         rotary = Rotary.at(positions_T, shape.head_dim, shape.rope_theta)
         for index, block in enumerate(self.model.layers):
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing == "block" and self.training:
                 hidden_TD = checkpoint(block, hidden_TD, rotary, segments, use_reentrant=False)
             else:
                 layer_cache = cache.layers[index] if cache is not None else None
@@ -204,11 +247,18 @@ class ReverseGPT(nn.Module):
     def forward(
         self, ids_T: Tensor, targets_T: Tensor, positions_T: Tensor, segments: Segments
     ) -> Tensor:
-        """Cross-entropy in nats, summed over the targets that are not ignored: a scalar in fp32."""
-        logits_TV = self.logits(ids_T, positions_T, segments)
-        return F.cross_entropy(
-            logits_TV.float(), targets_T, ignore_index=IGNORED_TARGET, reduction="sum"
-        )
+        """Cross-entropy in nats, summed over the targets that are not ignored: a scalar in fp32.
+
+        Its gradient is also that of the z-loss, z_loss * log(sum(exp(logits)))^2 (Chowdhery et al.,
+        "PaLM", 2022), which its value leaves out.
+        """
+        logits_TV = self.logits(ids_T, positions_T, segments).float()
+        nats = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_TARGET, reduction="sum")
+        if not (self.z_loss and self.training):
+            return nats
+        squared_T = logits_TV.logsumexp(dim=-1).square()
+        penalty = self.z_loss * squared_T[targets_T != IGNORED_TARGET].sum()
+        return nats + (penalty - penalty.detach())
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

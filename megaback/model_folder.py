@@ -124,7 +124,7 @@ def load_model_folder(
     text_format = description.text_format
     codec = TextCodec.load(folder / TOKENIZER_NAME, text_format.direction, text_format.unit)
     text_format.require_same(codec.format, f"the model {folder}", f"{folder / TOKENIZER_NAME}")
-    _, backend = attention_backend("auto", device)
+    _, backend = attention_backend("auto", device, torch.float32, description.shape.head_dim)
     model = ReverseGPT(description.shape, description.vocab_size, backend)
     load_weights(model, folder)
     return model.to(device).eval(), description, codec

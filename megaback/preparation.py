@@ -1,9 +1,12 @@
 """Everything that stands before the training loop: data, model, engine, and where to go on."""
 
 import fcntl
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import torch
 
 from data_pipeline.command import write_text
 from data_pipeline.errors import LaunchError, RunMismatchError
@@ -17,7 +20,7 @@ from megaback.checkpoint import (
 from megaback.config import CONFIG_COPY_NAME, Config
 from megaback.distributed import World
 from megaback.engine import start_engine
-from megaback.hardware import device_peak_flops
+from megaback.hardware import device_peak_flops, require_host_memory, require_precision
 from megaback.model import ReverseGPT
 from megaback.model_folder import load_weights, read_description
 from megaback.run_data import Data, open_data
@@ -85,18 +88,37 @@ def prepare_run(config: Config, world: World) -> Run:
     Any rank's MegabackError stops all ranks with one message.
     """
     data = world.together(open_data, config, world.rank, world.size)
-    attention, backend = world.together(attention_backend, config.hardware.attention, world.device)
+    world.together(require_precision, config.training.precision, world.device)
+    attention, backend = world.together(
+        attention_backend,
+        config.hardware.attention,
+        world.device,
+        torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        config.model.head_dim,
+    )
     found = world.together(newest_checkpoint, config.run, world)
     if found is not None:
         world.together(_require_same_run, config, data, *found)
 
     model = ReverseGPT(
-        config.model, data.codec.vocab_size, backend, config.training.activation_checkpointing
+        config.model,
+        data.codec.vocab_size,
+        backend,
+        config.training.activation_checkpointing,
+        config.optimizer.z_loss,
     )
     if found is None and config.init_from is not None:
         world.together(_initialize_from, model, config, data)
     else:
         model.initialize(config.training.seed)
+    world.together(
+        require_host_memory,
+        config.zero.offload,
+        model.num_parameters(),
+        config.training.precision,
+        world.gather(socket.gethostname()).count(socket.gethostname()),
+        world.size,
+    )
     lock = world.together(_claim, config, world)
     flops_per_token = model.flops_per_token(config.batch.context_tokens)
     num_parameters = model.num_parameters()

@@ -21,10 +21,11 @@ from data_pipeline.rows import Batch
 from megaback.checkpoint import save_checkpoint
 from megaback.config import Config, load_config
 from megaback.distributed import World, attempt, end_world, one_voice, start_world
-from megaback.engine import learning_rate_at, set_learning_rate, take_step
+from megaback.engine import set_learning_rates, take_step
 from megaback.evaluation import ValidationResult, evaluate, to_device
 from megaback.metrics import MetricsLog, StepRecord
 from megaback.preparation import Run, batch_arithmetic, prepare_run
+from megaback.schedule import rate_factor_at
 
 
 class StopRequest:
@@ -74,16 +75,15 @@ def _train_steps(run: Run, world: World, stop: StopRequest, log: MetricsLog | No
             )
         loss = _accumulate_gradients(run, world, micro_batches, num_targets)
         _require_finite("loss", loss, step)
-        learning_rate = learning_rate_at(step, total_steps, config.optimizer)
-        set_learning_rate(engine, learning_rate)
+        rate_factor = rate_factor_at(step, total_steps, config.optimizer)
+        set_learning_rates(engine, rate_factor)
         gradient_norm = take_step(engine)
         _require_finite("gradient norm", gradient_norm, step)
         done = step + 1
         if log is not None:
             seconds = time.monotonic() - started
-            record = StepRecord(
-                done, loss, num_targets, learning_rate, gradient_norm, seconds, skipped_rows
-            )
+            rate = rate_factor * config.optimizer.learning_rate
+            record = StepRecord(done, loss, num_targets, rate, gradient_norm, seconds, skipped_rows)
             log.train(record)
         if _is_due(config.validation.every_steps, done) or done == total_steps:
             val_loss = _validate(run, world, log, done)

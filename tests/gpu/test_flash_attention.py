@@ -62,7 +62,10 @@ def test_flash_attention_has_the_gradients_of_sdpa_in_every_segment(num_kv_heads
 
 @needs_flash
 def test_flash_attention_is_chosen_where_it_can_be_used() -> None:
-    assert attention_backend("auto", torch.device("cuda")) == ("flash_attn", flash_attention)
+    assert attention_backend("auto", torch.device("cuda"), torch.bfloat16, 64) == (
+        "flash_attn",
+        flash_attention,
+    )
 
 
 @pytest.mark.slow

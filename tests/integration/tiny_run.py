@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.rows import IGNORED_TARGET, Batch
 from data_pipeline.shard_format import ShardReader
 from megaback.attention import Segments
-from megaback.config import Config
-from megaback.engine import learning_rate_at
+from megaback.config import Config, load_config
 from megaback.model import ReverseGPT
+from megaback.optimizers import build_optimizer
 from megaback.run_data import open_data
+from megaback.schedule import learning_rate_at, rate_factor_at
 
 TOTAL_STEPS = 100
 _TIMINGS = {"step_s", "tokens_per_s", "mfu"}
@@ -76,14 +79,43 @@ class PlainResult:
 
 
 def train_plainly(config: Config) -> PlainResult:
-    """Train in this process: no ranks, no accumulation, no DeepSpeed."""
+    """Train in this process: no ranks, no accumulation, no DeepSpeed.
+
+    bf16 is autocast's. AdamW is spelled out here; Muon is ours, on whole matrices (what they become
+    is compared with PyTorch's own Muon elsewhere).
+    """
     torch.set_num_threads(1)  # quickest for a model this small
     data = open_data(config, 0, 1)
-    model = ReverseGPT(config.model, data.codec.vocab_size)
-    model.initialize(config.training.seed)
     section = config.optimizer
+    model = ReverseGPT(config.model, data.codec.vocab_size, z_loss=section.z_loss)
+    model.initialize(config.training.seed)
+    model.train()
+    optimizer = _plain_optimizer(model, config)
+    is_bf16 = config.training.precision == "bf16"
+    result = PlainResult([], [], [], model)
+    for step in range(data.total_steps):
+        batch = join(data.training.at(step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            loss = model(*batch) / (batch[1] != IGNORED_TARGET).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clip)
+        for group in optimizer.param_groups:
+            peak = group.get("peak_learning_rate", section.learning_rate)
+            group["lr"] = peak * rate_factor_at(step, data.total_steps, section)
+        optimizer.step()
+        result.losses.append(loss.item())
+        result.gradient_norms.append(norm.item())
+        result.learning_rates.append(learning_rate_at(step, data.total_steps, section))
+    return result
+
+
+def _plain_optimizer(model: ReverseGPT, config: Config) -> torch.optim.Optimizer:
+    section = config.optimizer
+    if section.name == "muon":
+        return build_optimizer(model.named_parameters(), config.model, section)
     names = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [
             {
                 "params": [weight for name, weight in names.items() if "norm" not in name],
@@ -97,20 +129,6 @@ def train_plainly(config: Config) -> PlainResult:
         betas=(section.beta1, section.beta2),
         eps=section.epsilon,
     )
-    result = PlainResult([], [], [], model)
-    for step in range(data.total_steps):
-        batch = join(data.training.at(step))
-        loss = model(*batch) / (batch[1] != IGNORED_TARGET).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, data.total_steps, section)
-        optimizer.step()
-        result.losses.append(loss.item())
-        result.gradient_norms.append(norm.item())
-        result.learning_rates.append(optimizer.param_groups[0]["lr"])
-    return result
 
 
 def join(batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor, Segments]:
@@ -165,6 +183,9 @@ def _pieces(window_T: Tensor, begin_id: int) -> list[Tensor]:
     return [piece for piece in pieces if len(piece) > 1]
 
 
-def read_run_config(shards: Path) -> Config:
+def read_run_config(shards: Path, *overrides: str) -> Config:
     """The tiny config as an object."""
-    return Config.model_validate(tiny_config(shards))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny.yaml"
+        path.write_text(yaml.safe_dump(tiny_config(shards)))
+        return load_config(path, overrides)

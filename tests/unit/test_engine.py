@@ -5,12 +5,15 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megaback.config import Config, OptimizerSection
-from megaback.engine import build_optimizer, deepspeed_config, learning_rate_at
+from megaback.engine import deepspeed_config
 from megaback.model import ReverseGPT
+from megaback.optimizers import build_optimizer
+from megaback.schedule import learning_rate_at
 
 PEAK = 3e-4
 
@@ -179,7 +182,8 @@ def test_buckets_grow_with_the_model_between_two_bounds(
 @pytest.fixture
 def optimizer_and_model() -> tuple[Any, ReverseGPT]:
     model = ReverseGPT(config().model, 50)
-    return build_optimizer(model, section(weight_decay=0.3, beta1=0.8, epsilon=1e-7)), model
+    numbers = section(weight_decay=0.3, beta1=0.8, epsilon=1e-7)
+    return build_optimizer(model.named_parameters(), model.shape, numbers), model
 
 
 def test_weight_decay_is_on_every_matrix_and_on_nothing_else(
@@ -211,7 +215,7 @@ def test_the_optimizer_is_adamw_with_the_configs_numbers(
 ) -> None:
     optimizer, _ = optimizer_and_model
 
-    assert type(optimizer).__name__ == "AdamW"
+    assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (PEAK, (0.8, 0.95), 1e-7)
 

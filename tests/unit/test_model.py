@@ -1,6 +1,8 @@
 """The model is the stock decoder that it claims to be, and packed documents are strangers."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from data_pipeline.rows import IGNORED_TARGET
 from megaback.attention import Segments, attention_backend, sdpa_attention
 from megaback.cache import KeyValueCache
 from megaback.config import ModelSection
-from megaback.model import ReverseGPT
+from megaback.model import ReverseGPT, _recomputed
 
 VOCAB_SIZE = 97
 CPU = torch.device("cpu")
@@ -269,11 +271,12 @@ def test_a_cleared_cache_reads_as_a_new_one() -> None:
     torch.testing.assert_close(again_TD, model.hidden(random_ids(12), positions_T, segments))
 
 
-def test_activation_checkpointing_changes_neither_loss_nor_gradients() -> None:
+@pytest.mark.parametrize("kind", ["block", "selective"])
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(kind: str) -> None:
     losses, gradients = [], []
-    for recompute in (False, True):
+    for recompute in ("none", kind):
         model = make_model().train()
-        model.activation_checkpointing = recompute
+        model.checkpoint_activations(recompute)
         loss = model(random_ids(20), random_ids(20, seed=1), *packed(12, 8))
         loss.backward()
         losses.append(loss.item())
@@ -283,9 +286,40 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients() -> None:
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
+def kept_bytes(kind: str) -> int:
+    """Bytes of activations that a forward pass in bf16 keeps for the backward pass."""
+    model = make_model().bfloat16().train()
+    model.checkpoint_activations(kind)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # alive: no other gets its place
+        return tensor
+
+    def recomputed(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                keep(argument)
+        return _recomputed(function, *arguments)
+
+    for module in model.modules():
+        if getattr(module, "elementwise", None) is _recomputed:
+            module.elementwise = recomputed
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.hidden(random_ids(2000), *packed(1200, 800))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_the_more_is_computed_again_the_less_is_kept() -> None:
+    assert kept_bytes("selective") < 0.85 * kept_bytes("none")
+    assert kept_bytes("block") < 0.5 * kept_bytes("selective")
+
+
 def test_activation_checkpointing_recomputes_the_blocks() -> None:
     model = make_model().train()
-    model.activation_checkpointing = True
+    model.checkpoint_activations("block")
     calls = []
     model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
 
@@ -327,9 +361,9 @@ def test_tied_embeddings_are_counted_once() -> None:
 
 def test_flash_attention_that_was_asked_for_and_cannot_be_used_is_an_error() -> None:
     with pytest.raises(BackendError, match=r"hardware\.attention is flash_attn, but the device is"):
-        attention_backend("flash_attn", CPU)
+        attention_backend("flash_attn", CPU, torch.bfloat16, 64)
 
 
 @pytest.mark.parametrize("name", ["auto", "sdpa"])
 def test_attention_on_a_cpu_is_sdpa_and_says_so(name: str) -> None:
-    assert attention_backend(name, CPU) == ("sdpa", sdpa_attention)
+    assert attention_backend(name, CPU, torch.float32, 64) == ("sdpa", sdpa_attention)

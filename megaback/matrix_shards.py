@@ -1,0 +1,153 @@
+"""Whole matrices out of the slices that ZeRO leaves on each rank, and back.
+
+An optimizer under ZeRO sees flat slices; Muon needs matrices. Each matrix is put together on one of
+the ranks that hold most of it, worked on there, and its slices sent back: every rank sends and gets
+as much as its share of the weights, twice, and no rank ever holds more. What is computed does not
+depend on the number of ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A run of a matrix's elements in a rank's flat slice."""
+
+    local_start: int
+    matrix_start: int
+    length: int
+
+
+MatrixWork = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class MatrixShards:
+    """The matrices of one flat slice: `slices[rank][matrix]`, in the same order on every rank."""
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        slices: Sequence[Sequence[Slice]],
+        rank: int,
+        device: torch.device,
+    ) -> None:
+        """`device` is where matrices are put together: that of the ranks' collectives."""
+        self._shapes = list(shapes)
+        self._slices = slices
+        self._rank = rank
+        self._device = device
+        owners = choose_owners(self._shapes, slices)
+        ranks = range(len(slices))
+        # (rank at the other end, matrix), in the order in which slices travel, both ways.
+        self._lent = [(owner, number) for owner in ranks for number in _of(owners, owner)]
+        self._owned = [(other, number) for other in ranks for number in _of(owners, rank)]
+
+    def apply(self, work: MatrixWork, flat: Tensor, dtype: torch.dtype) -> Tensor:
+        """Do the work on whole matrices in `dtype`: this rank's slice of the results, like `flat`.
+
+        Collective: every rank calls it with its own slice. What is no matrix's stays 0.
+        """
+        mine = [self._slices[self._rank][number] for _, number in self._lent]
+        theirs = [self._slices[other][number] for other, number in self._owned]
+        lent = [_run(flat, one.local_start, one.length) for one in mine]
+        arrived = self._exchange(
+            [part.to(self._device, dtype) for part in lent], self._lent, self._owned, theirs
+        )
+        whole = {
+            number: torch.empty(self._shapes[number], dtype=dtype, device=self._device)
+            for _, number in self._owned
+        }
+        for (_, number), one, part in zip(self._owned, theirs, arrived, strict=True):
+            _run(whole[number].view(-1), one.matrix_start, one.length).copy_(part)
+        results = dict(zip(whole, work(list(whole.values())), strict=True))
+        flat_results = {number: result.reshape(-1) for number, result in results.items()}
+        back = [
+            _run(flat_results[number], one.matrix_start, one.length)
+            for (_, number), one in zip(self._owned, theirs, strict=True)
+        ]
+        returned = self._exchange(back, self._owned, self._lent, mine)
+        updates = torch.zeros_like(flat)
+        for one, part in zip(mine, returned, strict=True):
+            _run(updates, one.local_start, one.length).copy_(part)
+        return updates
+
+    def _exchange(
+        self,
+        parts: list[Tensor],
+        to: Sequence[tuple[int, int]],
+        come_from: Sequence[tuple[int, int]],
+        coming: Sequence[Slice],
+    ) -> list[Tensor]:
+        """Send each part to the rank it is for; what comes, in the order of `come_from`."""
+        world_size = len(self._slices)
+        if world_size == 1:
+            return parts
+        counts_out, counts_in = [0] * world_size, [0] * world_size
+        for (rank, _), part in zip(to, parts, strict=True):
+            counts_out[rank] += len(part)
+        for (rank, _), one in zip(come_from, coming, strict=True):
+            counts_in[rank] += one.length
+        sent = torch.cat(parts)
+        arrived = sent.new_empty(sum(counts_in))
+        dist.all_to_all_single(arrived, sent, counts_in, counts_out)
+        return list(torch.split(arrived, [one.length for one in coming]))
+
+
+def choose_owners(
+    shapes: Sequence[tuple[int, int]], slices: Sequence[Sequence[Slice]]
+) -> list[int]:
+    """The rank that works on each matrix: of those that hold most of it, the least busy one."""
+    work = [rows * columns * min(rows, columns) for rows, columns in shapes]
+    busy = [0] * len(slices)
+    owners = [0] * len(shapes)
+    for number in sorted(range(len(shapes)), key=lambda number: -work[number]):
+        held = [of_rank[number].length for of_rank in slices]
+        candidates = [rank for rank, length in enumerate(held) if length == max(held)]
+        owners[number] = min(candidates, key=busy.__getitem__)
+        busy[owners[number]] += work[number]
+    return owners
+
+
+def slices_of_flat(
+    starts: Sequence[int], lengths: Sequence[int], partition: int, world_size: int
+) -> list[list[Slice]]:
+    """Where matrices lie when they stand one after another and are cut into equal partitions."""
+
+    def slice_of(rank: int, start: int, length: int) -> Slice:
+        first = min(max(start, rank * partition), start + length)
+        stop = max(min(start + length, (rank + 1) * partition), first)
+        return Slice(max(first - rank * partition, 0), first - start, stop - first)
+
+    return [
+        [slice_of(rank, start, length) for start, length in zip(starts, lengths, strict=True)]
+        for rank in range(world_size)
+    ]
+
+
+def slices_of_each(
+    partitions: Sequence[int], lengths: Sequence[int], world_size: int
+) -> list[list[Slice]]:
+    """Where matrices lie when each is cut into one partition a rank, the last ones padded."""
+    starts = [sum(partitions[:number]) for number in range(len(partitions))]
+
+    def slice_of(rank: int, local_start: int, partition: int, length: int) -> Slice:
+        first = min(rank * partition, length)
+        return Slice(local_start, first, min(partition, length - first))
+
+    return [
+        [slice_of(rank, *one) for one in zip(starts, partitions, lengths, strict=True)]
+        for rank in range(world_size)
+    ]
+
+
+def _of(owners: Sequence[int], rank: int) -> list[int]:
+    return [number for number, owner in enumerate(owners) if owner == rank]
+
+
+def _run(flat: Tensor, start: int, length: int) -> Tensor:
+    return flat[start : start + length]

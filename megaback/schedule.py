@@ -1,0 +1,30 @@
+"""The learning rate of a step: a pure function of it, so that a restart needs no state."""
+
+import math
+
+from megaback.config import OptimizerSection
+
+
+def rate_factor_at(step: int, total_steps: int, section: OptimizerSection) -> float:
+    """The part of its peak that every learning rate has at a step, counted from 0.
+
+    A linear warmup, then down to `final_learning_rate_ratio` on the last step: along a cosine
+    (Loshchilov & Hutter, "SGDR", 2017), along a line, or, with `wsd`, along a line in the last
+    `decay_fraction` of the steps only (Hu et al., "MiniCPM", 2024).
+    """
+    if step < section.warmup_steps:
+        return (step + 1) / section.warmup_steps
+    first = section.warmup_steps
+    if section.schedule == "wsd":
+        first = max(first, total_steps - 1 - round(section.decay_fraction * total_steps))
+    progress = min(max(step - first, 0) / max(total_steps - 1 - first, 1), 1.0)
+    left = (
+        0.5 * (1 + math.cos(math.pi * progress)) if section.schedule == "cosine" else 1 - progress
+    )
+    floor = section.final_learning_rate_ratio
+    return floor + (1 - floor) * left
+
+
+def learning_rate_at(step: int, total_steps: int, section: OptimizerSection) -> float:
+    """The learning rate of a step."""
+    return section.learning_rate * rate_factor_at(step, total_steps, section)

@@ -1,0 +1,65 @@
+"""How initial weights and learning rates follow a model's width.
+
+With `model.base_width` a learning rate that was found at that width holds at any other: the maximal
+update parametrization of Yang et al., "Tensor Programs V" (2022), table 8, for a width of
+m = width / base_width. All of it lies in initial values and learning rates, so that the model stays
+a stock architecture. Without it, m is 1.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from megaback.config import ModelSection, OptimizerSection
+
+_INITIAL_STD = 0.02
+
+
+@dataclass(frozen=True)
+class ParameterRule:
+    """How one parameter learns."""
+
+    learning_rate: float
+    """Peak."""
+    weight_decay: float
+    is_orthogonalized: bool
+    """Whether Muon updates it."""
+
+
+def initial_std(name: str, shape: ModelSection) -> float:
+    """Of a matrix of ReverseGPT, by its name there.
+
+    Those that write to the residual stream are scaled by depth, as in GPT-2.
+    """
+    ratio = _width_ratio(shape)
+    if "embed_tokens" in name:
+        return _INITIAL_STD
+    if "lm_head" in name:
+        return 0.0 if shape.zero_head else _INITIAL_STD / ratio
+    std = _INITIAL_STD / math.sqrt(ratio)
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return 0.0 if shape.zero_output_projections else std / math.sqrt(2 * shape.num_layers)
+    return std
+
+
+def parameter_rule(
+    name: str, parameter: nn.Parameter, shape: ModelSection, section: OptimizerSection
+) -> ParameterRule:
+    """The rule of a parameter of ReverseGPT, by its name there; no weight decay on norms."""
+    ratio, rate = _width_ratio(shape), section.learning_rate
+    if parameter.ndim < 2:
+        return ParameterRule(rate, 0.0, False)
+    if "embed_tokens" in name:
+        return ParameterRule(rate, section.weight_decay, False)
+    if section.name == "muon" and "lm_head" not in name:
+        # An orthogonal matrix whose entries are as large as AdamW's updates has a spectral norm
+        # that grows with the root of the width.
+        ratio, rate = math.sqrt(ratio), section.matrix_learning_rate or rate
+        return ParameterRule(rate / ratio, section.weight_decay * ratio, True)
+    # What decay takes off at a step is rate times weight decay: that stays the same.
+    return ParameterRule(rate / ratio, section.weight_decay * ratio, False)
+
+
+def _width_ratio(shape: ModelSection) -> float:
+    return shape.width / (shape.base_width or shape.width)

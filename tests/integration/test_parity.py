@@ -1,0 +1,103 @@
+"""DeepSpeed in every way that the config offers, against the same training as a plain loop."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from tiny_run import PlainResult, curve_of, read_run_config, train_plainly
+
+pytestmark = pytest.mark.slow
+
+STEPS = 50
+SHORT = (f"training.steps={STEPS}", "validation.every_steps=null", "checkpoint.every_steps=null")
+MUON = ("optimizer.name=muon", "optimizer.matrix_learning_rate=0.01")
+BF16 = ("training.precision=bf16",)
+
+RunOf = Callable[..., Path]
+PlainOf = Callable[..., PlainResult]
+
+
+@pytest.fixture(scope="module")
+def plain_of(tiny_shards: Path) -> PlainOf:
+    """`plain_of(*overrides)`: the plain loop, trained once."""
+
+    @cache
+    def trained(*overrides: str) -> PlainResult:
+        return train_plainly(read_run_config(tiny_shards, *SHORT, *overrides))
+
+    return trained
+
+
+def largest_difference(run: Path, plain: PlainResult) -> float:
+    losses = curve_of(run)
+    assert len(losses) == STEPS
+    return max(abs(one - other) for one, other in zip(losses, plain.losses, strict=True))
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ("zero.stage=0",),
+        ("zero.stage=1",),
+        ("zero.stage=2",),
+        ("zero.stage=3",),
+        ("zero.stage=2", "batch.micro_batch_rows=4"),  # no accumulation
+        ("zero.stage=2", "training.activation_checkpointing=selective"),
+        ("zero.stage=3", "training.activation_checkpointing=block"),
+        ("zero.stage=1", "zero.offload=optimizer"),
+        ("zero.stage=2", "zero.offload=optimizer"),
+        ("zero.stage=3", "zero.offload=optimizer"),
+        ("zero.stage=3", "zero.offload=parameters"),
+        ("zero.stage=3", "zero.offload=parameters", "training.activation_checkpointing=selective"),
+        ("zero.stage=1", "training.compile=true"),
+    ],
+    ids=" ".join,
+)
+def test_every_way_of_training_gives_the_losses_of_a_plain_loop(
+    ways: tuple[str, ...], run_of: RunOf, plain_of: PlainOf
+) -> None:
+    assert largest_difference(run_of(*SHORT, *ways), plain_of()) < 1e-4
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_muon_gives_the_losses_of_whole_matrices_at_every_stage(
+    stage: int, run_of: RunOf, plain_of: PlainOf
+) -> None:
+    run = run_of(*SHORT, *MUON, f"zero.stage={stage}")
+
+    assert largest_difference(run, plain_of(*MUON)) < 1e-4
+
+
+def test_offloaded_muon_gives_the_losses_of_whole_matrices(
+    run_of: RunOf, plain_of: PlainOf
+) -> None:
+    run = run_of(*SHORT, *MUON, "zero.stage=2", "zero.offload=optimizer")
+
+    assert largest_difference(run, plain_of(*MUON)) < 1e-4
+
+
+def test_muon_learns_faster_than_adamw_though_gradients_are_clipped(plain_of: PlainOf) -> None:
+    muon, adamw = plain_of(*MUON), plain_of()
+
+    assert sum(norm > 0.5 for norm in muon.gradient_norms) > STEPS / 2
+    assert sum(muon.losses[-10:]) < sum(adamw.losses[-10:])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_gives_the_losses_of_a_plain_loop_in_bf16(
+    stage: int, run_of: RunOf, plain_of: PlainOf
+) -> None:
+    run = run_of(*SHORT, *BF16, f"zero.stage={stage}")
+
+    assert largest_difference(run, plain_of(*BF16)) < 1e-2
+
+
+def test_the_losses_of_a_run_with_z_loss_are_reported_without_it(
+    run_of: RunOf, plain_of: PlainOf
+) -> None:
+    z_loss = "optimizer.z_loss=0.01"
+
+    assert largest_difference(run_of(*SHORT, "zero.stage=1", z_loss), plain_of(z_loss)) < 1e-4
+    assert plain_of(z_loss).losses != plain_of().losses
+    assert plain_of(z_loss).losses[0] == plain_of().losses[0]

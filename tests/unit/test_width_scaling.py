@@ -1,0 +1,131 @@
+"""What a model's width changes in its start and its learning, and what it leaves alone."""
+
+import math
+
+import pytest
+import torch
+
+from megaback.attention import Segments
+from megaback.config import ModelSection, OptimizerSection
+from megaback.model import ReverseGPT
+from megaback.optimizers import build_optimizer
+from megaback.width_scaling import initial_std, parameter_rule
+
+VOCAB_SIZE = 128
+TOKENS = 64
+
+
+def shape(width: int, **changes: object) -> ModelSection:
+    fields = {"num_layers": 2, "width": width, "num_heads": width // 16, "mlp_width": 3 * width}
+    return ModelSection.model_validate({**fields, **changes})
+
+
+def section(name: str = "adamw", **changes: object) -> OptimizerSection:
+    fields = {"name": name, "learning_rate": 0.01, "weight_decay": 0.1}
+    return OptimizerSection.model_validate({**fields, **changes})
+
+
+def change_of_the_hidden_state(
+    model_shape: ModelSection, optimizer_section: OptimizerSection
+) -> float:
+    """Root mean square of what four steps on one batch change in the final hidden states."""
+    torch.manual_seed(0)
+    model = ReverseGPT(model_shape, VOCAB_SIZE)
+    model.initialize(1)
+    model.train()
+    optimizer = build_optimizer(model.named_parameters(), model_shape, optimizer_section)
+    ids_T = torch.randint(VOCAB_SIZE, (TOKENS,), generator=torch.Generator().manual_seed(2))
+    positions_T = torch.arange(TOKENS)
+    segments = Segments.from_lengths((TOKENS,), torch.device("cpu"))
+
+    def last_block() -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        hook = model.model.layers[-1].register_forward_hook(lambda *call: seen.append(call[-1]))
+        with torch.no_grad():
+            model.hidden(ids_T, positions_T, segments)
+        hook.remove()
+        return seen[0]
+
+    before_TD = last_block()
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(ids_T, ids_T.roll(-1), positions_T, segments) / TOKENS).backward()
+        optimizer.step()
+    return (last_block() - before_TD).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_with_a_base_width_a_rate_does_as_much_in_a_wide_model_as_in_a_narrow_one(
+    name: str,
+) -> None:
+    narrow = change_of_the_hidden_state(shape(64, base_width=64), section(name))
+    wide = change_of_the_hidden_state(shape(512, base_width=64), section(name))
+
+    assert 0.5 < wide / narrow < 2
+
+
+def test_without_a_base_width_a_rate_does_far_more_in_a_wide_model() -> None:
+    narrow = change_of_the_hidden_state(shape(64), section())
+    wide = change_of_the_hidden_state(shape(512), section())
+
+    assert wide / narrow > 3
+
+
+def test_at_its_base_width_a_model_is_as_without_one() -> None:
+    plain, based = ReverseGPT(shape(64), 50), ReverseGPT(shape(64, base_width=64), 50)
+    for model in (plain, based):
+        model.initialize(3)
+
+    for (name, one), other in zip(plain.named_parameters(), based.parameters(), strict=True):
+        assert torch.equal(one, other), name
+        rules = [parameter_rule(name, one, model.shape, section()) for model in (plain, based)]
+        assert rules[0] == rules[1], name
+
+
+def test_matrices_that_write_to_the_residual_stream_start_smaller_with_depth() -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    few, many = (shape(64, num_layers=layers) for layers in (2, 8))
+
+    assert initial_std(name, few) == pytest.approx(2 * initial_std(name, many))
+    assert initial_std(name, few) == pytest.approx(0.02 / math.sqrt(4))
+
+
+def test_zero_output_projections_make_every_block_do_nothing_at_first() -> None:
+    model = ReverseGPT(shape(64, zero_output_projections=True), VOCAB_SIZE)
+    model.initialize(1)
+    ids_T = torch.arange(TOKENS)
+
+    hidden_TD = model.hidden(
+        ids_T, torch.arange(TOKENS), Segments.from_lengths((TOKENS,), torch.device("cpu"))
+    )
+
+    expected_TD = model.model.norm(model.model.embed_tokens(ids_T))
+    torch.testing.assert_close(hidden_TD, expected_TD, atol=0, rtol=0)
+
+
+def test_a_head_of_zeros_guesses_all_ids_alike() -> None:
+    model = ReverseGPT(shape(64, zero_head=True), VOCAB_SIZE)
+    model.initialize(1)
+    ids_T = torch.arange(TOKENS)
+    segments = Segments.from_lengths((TOKENS,), torch.device("cpu"))
+
+    nats = model(ids_T, ids_T, torch.arange(TOKENS), segments)
+
+    assert nats.item() / TOKENS == pytest.approx(math.log(VOCAB_SIZE))
+
+
+def test_muon_has_the_matrices_of_blocks_and_nothing_else() -> None:
+    model = ReverseGPT(shape(64), 50)
+
+    for name, parameter in model.named_parameters():
+        rule = parameter_rule(name, parameter, model.shape, section("muon"))
+        assert rule.is_orthogonalized == ("_proj" in name), name
+
+
+def test_muons_own_rate_is_for_matrices_only() -> None:
+    model = ReverseGPT(shape(64), 50)
+    numbers = section("muon", matrix_learning_rate=0.5)
+
+    for name, parameter in model.named_parameters():
+        rate = parameter_rule(name, parameter, model.shape, numbers).learning_rate
+        assert rate == (0.5 if "_proj" in name else 0.01), name
