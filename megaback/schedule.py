@@ -16,7 +16,8 @@ def rate_factor_at(step: int, total_steps: int, section: OptimizerSection) -> fl
         return (step + 1) / section.warmup_steps
     first = section.warmup_steps
     if section.schedule == "wsd":
-        first = max(first, total_steps - 1 - round(section.decay_fraction * total_steps))
+        decay_steps = max(round(section.decay_fraction * total_steps), 1)
+        first = max(first, total_steps - 1 - decay_steps)
     progress = min(max(step - first, 0) / max(total_steps - 1 - first, 1), 1.0)
     left = (
         0.5 * (1 + math.cos(math.pi * progress)) if section.schedule == "cosine" else 1 - progress

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import BatchError, ConfigError, MegabackError
 from megaback.config import BatchSection, Config, load_config, split_batch
+from megaback.model import ReverseGPT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -113,6 +115,19 @@ def test_a_missing_key_is_named_with_its_section(tmp_path: Path) -> None:
         ("model.width=12", "width / num_heads is 3"),
         ("model.num_kv_heads=3", "num_kv_heads 3 does not divide num_heads 4"),
         ("model=null", "model = None"),
+        ("zero={stage: 0, offload: optimizer}", "offload optimizer needs stage 1 or higher"),
+        ("zero={stage: 2, offload: parameters}", "offload parameters needs stage 3"),
+        (
+            "model={num_layers: 1, width: 32, num_heads: 4, tie_embeddings: true, base_width: 8}",
+            "base_width treats lm_head and the embeddings differently",
+        ),
+        (
+            "model={num_layers: 1, width: 32, num_heads: 4, tie_embeddings: true, zero_head: true}",
+            "zero_head treats lm_head and the embeddings differently",
+        ),
+        ("optimizer.matrix_learning_rate=0.1", "matrix_learning_rate is Muon's"),
+        ("optimizer.schedule=step", "optimizer.schedule = 'step'"),
+        ("training.activation_checkpointing=true", "training.activation_checkpointing = True"),
     ],
 )
 def test_a_value_that_cannot_work_is_named_with_its_key(
@@ -258,6 +273,16 @@ def batch_of(global_rows: int, micro_rows: int) -> BatchSection:
     return BatchSection(
         context_tokens=64, global_batch_rows=global_rows, micro_batch_rows=micro_rows
     )
+
+
+@pytest.mark.parametrize(("name", "billions"), [("1b", 1.0), ("2b", 2.0), ("7b", 7.0)])
+def test_a_model_has_as_many_parameters_as_its_config_says(name: str, billions: float) -> None:
+    shape = load_config(CONFIGS / f"reverse_{name}.yaml").model
+    with torch.device("meta"):
+        model = ReverseGPT(shape, 8_888)
+
+    assert model.num_parameters() == pytest.approx(billions * 1e9, rel=0.04)
+    assert shape.head_dim == 128
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -98,6 +98,36 @@ def test_halfway_down_the_cosine_the_rate_is_halfway_between_peak_and_end() -> N
     assert learning_rate_at(15, 21, section(10)) == pytest.approx(PEAK * (1 + 0.1) / 2)
 
 
+@given(run=runs, decay=st.floats(0.01, 1), schedule=st.sampled_from(["wsd", "linear"]))
+def test_every_schedule_begins_at_the_peak_never_rises_and_ends_at_the_final_ratio(
+    run: tuple[int, int, float], decay: float, schedule: str
+) -> None:
+    total_steps, warmup_steps, ratio = run
+    assume(total_steps >= warmup_steps + 2)
+    numbers = section(warmup_steps, ratio, schedule=schedule, decay_fraction=decay)
+    rates = [
+        learning_rate_at(step, total_steps, numbers) for step in range(warmup_steps, total_steps)
+    ]
+
+    assert rates[0] == pytest.approx(PEAK)
+    assert rates[-1] == pytest.approx(PEAK * ratio, abs=1e-12)
+    assert all(later <= earlier for earlier, later in pairwise(rates))
+
+
+def test_wsd_stays_at_the_peak_until_its_last_part() -> None:
+    numbers = section(10, 0.0, schedule="wsd", decay_fraction=0.2)
+    rates = [learning_rate_at(step, 101, numbers) for step in range(101)]
+
+    assert rates[10:81] == [PEAK] * 71
+    assert rates[90] == pytest.approx(PEAK / 2)
+
+
+def test_linear_is_a_straight_line_from_the_peak() -> None:
+    numbers = section(0, 0.2, schedule="linear")
+
+    assert learning_rate_at(25, 101, numbers) == pytest.approx(PEAK * (1 - 0.8 / 4))
+
+
 def test_the_rate_of_a_step_does_not_depend_on_what_was_asked_before() -> None:
     steps = [7, 3, 90, 7, 3]
 
@@ -116,6 +146,21 @@ def config(**changes: dict[str, Any]) -> Config:
         "training": {"steps": 10, "precision": "fp32"},
     }
     return Config.model_validate(fields | changes)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_is_kept_on_the_host_and_is_ours(stage: int) -> None:
+    fields = deepspeed_config(config(zero={"stage": stage, "offload": "optimizer"}), 2, 4, 10_000)
+
+    assert fields["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert fields["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_offloaded_parameters_take_the_optimizer_with_them() -> None:
+    fields = deepspeed_config(config(zero={"stage": 3, "offload": "parameters"}), 2, 4, 10_000)
+
+    assert fields["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert fields["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
 
 
 def test_deepspeed_gets_micro_batch_accumulation_and_clipping() -> None:

@@ -1,0 +1,67 @@
+"""What the hardware cannot do is refused before the first step, with the numbers."""
+
+import psutil
+import pytest
+import torch
+
+from data_pipeline.errors import BackendError
+from megaback.attention import attention_backend
+from megaback.hardware import device_peak_flops, require_host_memory, require_precision
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_offload_that_the_host_cannot_hold_is_refused_with_both_numbers() -> None:
+    with pytest.raises(BackendError, match=r"optimizer keeps 160000\.0 GB .* GB are free"):
+        require_host_memory("optimizer", 10**13, "bf16", ranks_here=1, world_size=1)
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "parameters"])
+def test_offload_that_fits_is_accepted(offload: str) -> None:
+    require_host_memory(offload, 10_000, "bf16", ranks_here=2, world_size=2)
+
+
+def test_a_host_holds_the_share_of_its_own_ranks() -> None:
+    num_parameters = psutil.virtual_memory().available // 16 * 4
+
+    require_host_memory("optimizer", num_parameters, "bf16", ranks_here=1, world_size=8)
+    with pytest.raises(BackendError):
+        require_host_memory("optimizer", num_parameters, "bf16", ranks_here=8, world_size=8)
+
+
+def test_offloaded_parameters_take_more_than_the_optimizer_alone() -> None:
+    num_parameters = int(psutil.virtual_memory().available / 17)
+
+    require_host_memory("optimizer", num_parameters, "fp32", ranks_here=1, world_size=1)
+    with pytest.raises(BackendError):
+        require_host_memory("parameters", num_parameters, "fp32", ranks_here=1, world_size=1)
+
+
+def test_without_offload_no_memory_is_asked_for() -> None:
+    require_host_memory("none", 10**15, "bf16", ranks_here=1, world_size=1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_cpu_computes_in_every_precision(precision: str) -> None:
+    require_precision(precision, CPU)
+
+
+def test_a_cpu_has_no_known_peak() -> None:
+    assert device_peak_flops(CPU) is None
+
+
+def test_flash_attention_in_fp32_is_refused_by_name() -> None:
+    with pytest.raises(BackendError, match="float32"):
+        attention_backend("flash_attn", CUDA, torch.float32, 64)
+
+
+def test_flash_attention_with_large_heads_is_refused_by_name() -> None:
+    with pytest.raises(BackendError, match="256 dimensions, not 320"):
+        attention_backend("flash_attn", CUDA, torch.bfloat16, 320)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 64), (torch.bfloat16, 320)])
+def test_auto_takes_sdpa_for_what_flash_attention_cannot_do(
+    dtype: torch.dtype, head_dim: int
+) -> None:
+    assert attention_backend("auto", CUDA, dtype, head_dim)[0] == "sdpa"
