@@ -64,6 +64,7 @@ def sdpa_attention(
     return torch.cat(attended, dim=1).transpose(0, 1)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def flash_attention(
     query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, segments: Segments
 ) -> Tensor:

@@ -1,0 +1,284 @@
+"""What a training step costs: ours through DeepSpeed, against plain PyTorch with the same model.
+
+    python benchmarks/train_step.py [--rows 8] [--precision bf16] [--turns 5]
+
+One process against a plain loop (autocast, torch.compile, fused AdamW, clipping), and two ranks
+over gloo at ZeRO 1 to 3 against the same loop under DistributedDataParallel. One thread a process;
+CPU time of all threads and ranks, in turns, medians. All train 14 million parameters (6 layers,
+width 384) on packed documents of uneven lengths. Then: model FLOPs utilisation against this CPU's
+measured peak of matrix products in the same precision, and where our time goes, by the profiler.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from data_pipeline.rows import IGNORED_TARGET
+from launcher.local import rank_environment
+from megaback.attention import Segments
+from megaback.config import Config
+from megaback.model import ReverseGPT
+
+VOCAB_SIZE = 8_888
+CONTEXT_TOKENS = 512
+_DOCUMENTS = (70, 130, 40, 272)
+CPU = torch.device("cpu")
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way of training: `plain`, or `zeroN` for ours at a stage."""
+
+    kind: str
+    ranks: int
+
+
+def config_of(kind: str, rows: int, ranks: int, precision: str) -> Config:
+    return Config.model_validate(
+        {
+            "run": "unused",
+            "data": {"shards": "unused"},
+            "model": {"num_layers": 6, "width": 384, "num_heads": 6, "tie_embeddings": True},
+            "batch": {
+                "context_tokens": CONTEXT_TOKENS,
+                "global_batch_rows": rows * ranks,
+                "micro_batch_rows": rows,
+            },
+            "optimizer": {"learning_rate": 6e-4},
+            "training": {"steps": 1000, "precision": precision, "compile": True},
+            "zero": {"stage": int(kind.removeprefix("zero")) if kind != "plain" else 0},
+            "hardware": {"device": "cpu"},
+        }
+    )
+
+
+def batch_of(rows: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Segments]:
+    """Rows of the same few documents."""
+    generator = torch.Generator().manual_seed(rank)
+    ids_T = torch.randint(VOCAB_SIZE, (rows * CONTEXT_TOKENS,), generator=generator)
+    positions_T = torch.cat([torch.arange(length) for length in _DOCUMENTS * rows])
+    segments = Segments.from_lengths(_DOCUMENTS * rows, CPU)
+    return ids_T, ids_T.roll(-1), positions_T, segments
+
+
+def plain_step(config: Config, rank: int, ranks: int) -> Step:
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = ReverseGPT(config.model.resolved(), VOCAB_SIZE)
+    model.initialize(0)
+    trained: Any = DistributedDataParallel(model) if ranks > 1 else model
+    trained = torch.compile(trained)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=True)
+    batch = batch_of(config.batch.micro_batch_rows, rank)
+    num_targets = int((batch[1] != IGNORED_TARGET).sum())
+    is_bf16 = config.training.precision == "bf16"
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            loss = trained(*batch)
+        (loss / num_targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_step(config: Config, rank: int) -> Step:
+    from megaback.engine import set_learning_rates, start_engine, take_step
+
+    model = ReverseGPT(config.model.resolved(), VOCAB_SIZE)
+    model.initialize(0)
+    rows = config.batch.micro_batch_rows
+    engine = start_engine(model, config, rows, 1)
+    batch = batch_of(rows, rank)
+    num_targets = int((batch[1] != IGNORED_TARGET).sum())
+    engine.train()
+
+    def step() -> None:
+        loss = engine(*batch)
+        engine.backward(loss / num_targets)
+        set_learning_rates(engine, 1.0)
+        take_step(engine)
+
+    return step
+
+
+def serve(kind: str, rows: int, precision: str, turn_steps: int) -> None:
+    """One rank of a contender: for each line that is read, some steps, and the CPU time of one."""
+    from megaback.distributed import end_world, start_world
+
+    torch.set_num_threads(1)
+    world = start_world("cpu", 600)
+    config = config_of(kind, rows, world.size, precision)
+    step = (
+        plain_step(config, world.rank, world.size)
+        if kind == "plain"
+        else our_step(config, world.rank)
+    )
+    for _ in range(3):
+        step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line.strip() == "profile":
+            print(json.dumps(profile_of(step, turn_steps)), flush=True)
+            continue
+        started = time.process_time()
+        for _ in range(turn_steps):
+            step()
+        print(json.dumps((time.process_time() - started) / turn_steps), flush=True)
+    end_world()
+
+
+_PARTS = (
+    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn", "aten::linear")),
+    ("attention", ("scaled_dot_product",)),
+    ("loss", ("log_softmax", "nll_loss", "cross_entropy")),
+    ("optimizer", ("adamw", "aten::_foreach", "lerp", "clip", "norm")),
+    ("ranks", ("gloo", "c10d", "allreduce", "all_reduce", "allgather")),
+    ("compiled elementwise", ("graph_", "cpp_fused", "CompiledFunction", "Torch-Compiled")),
+    ("copies and casts", ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_")),
+)
+
+
+def profile_of(step: Step, steps: int) -> dict[str, float]:
+    """Shares of the time that operators take themselves."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            step()
+    found: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        part = next(
+            (name for name, words in _PARTS if any(word in event.key for word in words)), "other"
+        )
+        found[part] += event.self_cpu_time_total
+    total = sum(found.values())
+    return {name: share / total for name, share in found.most_common()}
+
+
+class Ranks:
+    """The processes of a contender."""
+
+    def __init__(self, contender: Contender, words: list[str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {
+            **rank_environment("cpu", 1),
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(contender.ranks),
+            "LOCAL_SIZE": str(contender.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        self._ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--serve", contender.kind, *words],
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for rank in range(contender.ranks)
+        ]
+        for rank in self._ranks:
+            self._read(rank, "ready")
+
+    def ask(self, what: str) -> list[Any]:
+        """The answers of all ranks."""
+        for rank in self._ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(what + "\n")
+            rank.stdin.flush()
+        return [json.loads(self._read(rank, "")) for rank in self._ranks]
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+            rank.wait()
+
+    @staticmethod
+    def _read(rank: "subprocess.Popen[str]", expected: str) -> str:
+        assert rank.stdout is not None
+        for line in rank.stdout:
+            if line.strip() == expected or (not expected and line[:1] in "0123456789{"):
+                return line
+        raise SystemExit("a rank ended; run it with --serve to see why")
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product on one thread."""
+    torch.set_num_threads(1)
+    size = 1024
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    times = []
+    for _ in range(12):
+        started = time.process_time()
+        left @ right
+        times.append(time.process_time() - started)
+    return 2 * size**3 / min(times)
+
+
+@click.command()
+@click.option("--rows", default=8, show_default=True, help="Of 512 tokens, a rank and step.")
+@click.option("--precision", default="bf16", show_default=True)
+@click.option("--turns", default=5, show_default=True)
+@click.option("--turn-steps", default=2, show_default=True)
+@click.option("--serve", "served", hidden=True)
+def main(rows: int, precision: str, turns: int, turn_steps: int, served: str | None) -> None:
+    """Print CPU time a step of every contender and its ratio, then where ours goes."""
+    if served is not None:
+        serve(served, rows, precision, turn_steps)
+        return
+    words = ["--rows", str(rows), "--precision", precision, "--turn-steps", str(turn_steps)]
+    peak = peak_flops(torch.bfloat16 if precision == "bf16" else torch.float32)
+    model = ReverseGPT(config_of("plain", rows, 1, precision).model.resolved(), VOCAB_SIZE)
+    step_flops = model.flops_per_token(CONTEXT_TOKENS) * rows * CONTEXT_TOKENS
+    click.echo(
+        f"{model.num_parameters():,} parameters, {rows} x {CONTEXT_TOKENS} tokens a rank, "
+        f"{precision}; torch {torch.__version__}, {os.cpu_count()} cores; matrix products reach "
+        f"{peak / 1e9:.0f} GFLOP/s a thread"
+    )
+    for ranks in (1, 2):
+        kinds = ["plain", "zero1"] if ranks == 1 else ["plain", "zero1", "zero2", "zero3"]
+        running = {kind: Ranks(Contender(kind, ranks), words) for kind in kinds}
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(turns):
+            for kind, one in running.items():
+                times[kind].append(sum(one.ask("go")) / ranks)
+        for kind, measured in times.items():
+            cpu_s = statistics.median(measured)
+            # Each turn against the plain loop's in the same turn: the machine's pace changes.
+            ratios = [one / other for one, other in zip(measured, times["plain"], strict=True)]
+            title = kind if kind != "plain" else "plain" if ranks == 1 else "DDP"
+            click.echo(
+                f"{ranks} rank{'s' * (ranks > 1)}  {title:<6}{cpu_s:7.3f} CPU-s a step and rank, "
+                f"{statistics.median(ratios):.3f} of {'DDP' if ranks > 1 else 'plain'} "
+                f"({min(ratios):.3f} to {max(ratios):.3f}), MFU {step_flops / cpu_s / peak:.1%}"
+            )
+        if ranks == 1:
+            shares = running["zero1"].ask("profile")[0]
+            listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+            click.echo(f"our time: {listed}")
+        for one in running.values():
+            one.close()
+
+
+if __name__ == "__main__":
+    main()
