@@ -129,6 +129,12 @@ class NonFiniteError(MegabackError):
     exit_code = 50
 
 
+class RankLostError(MegabackError):
+    """A rank died, froze or was cut off; the others have stopped. The run can be started again."""
+
+    exit_code = 51
+
+
 class StorageError(MegabackError):
     """The operating system refused a read or a write: disk full, read-only, not permitted."""
 

@@ -1,7 +1,8 @@
-"""`megaback train`: start one rank a device on this machine, through the deepspeed launcher.
+"""`megaback train`: start one rank a device on this machine, and stay with them to their end.
 
-What cannot work is refused before a rank starts. Signals to this process reach the ranks
-themselves, which save together: the deepspeed launcher would let them run on as orphans.
+What cannot work is refused before a rank starts. Signals to this process reach all ranks at once,
+which save together; when a rank dies, the others are given the time to say so.
+(`deepspeed megaback/train.py CONFIG` starts the same ranks: decision 13 says why this does not.)
 """
 
 import os
@@ -9,19 +10,25 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import click
-import psutil
 
 from data_pipeline import errors
 from data_pipeline.command import Command
 from data_pipeline.errors import LaunchError, MegabackError, PreemptedError
 from megaback.config import Config, load_config
+from megaback.exit_record import record_exit
 from megaback.run_data import open_data
+from megaback.stopping import LAUNCHER_VARIABLE, deadline_of
 
 _RANK_MODULE = "megaback.train"
+_GRACE_S = 10.0
+_POLL_S = 0.05
 
 
 def count_devices() -> int:
@@ -41,25 +48,6 @@ def plan_ranks(config: Config) -> tuple[str, int]:
     return device, config.hardware.processes or (devices if device == "cuda" else 1) or 1
 
 
-def launch_command(config_path: Path, overrides: tuple[str, ...], processes: int) -> list[str]:
-    """The deepspeed command that starts the ranks."""
-    return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--log_level=critical",  # how the ranks ended, they have said themselves
-        "--num_gpus",
-        str(processes),
-        "--master_port",
-        str(_free_port()),
-        "--no_local_rank",
-        "--module",
-        _RANK_MODULE,
-        str(config_path),
-        *overrides,
-    ]
-
-
 def rank_environment(device: str, processes: int) -> dict[str, str]:
     """The environment of the ranks: this one, quiet, with the cores shared out."""
     environment = dict(os.environ)
@@ -71,44 +59,73 @@ def rank_environment(device: str, processes: int) -> dict[str, str]:
     return environment
 
 
-def run_ranks(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
-    """Run the launcher to its end, passing signals on to every rank at once.
+def rank_names(processes: int) -> list[dict[str, str]]:
+    """The variables that tell each rank which one it is, and where they meet."""
+    common = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
-    Returns its exit code, and whether there was a signal.
+
+def run_ranks(
+    command: Sequence[str], environment: dict[str, str], processes: int
+) -> tuple[list[int], bool]:
+    """Run all ranks to their end, passing signals on to every one.
+
+    Returns their exit codes (negative: the signal that killed it), in the order in which they
+    ended, and whether there was a signal.
     """
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    ranks: list[subprocess.Popen[bytes]] = []
+    with _passing_signals(ranks) as received:
+        for names in rank_names(processes):
+            variables = environment | names | {LAUNCHER_VARIABLE: str(os.getpid())}
+            # A session of its own: a terminal's Ctrl-C is passed on, once, by this process.
+            ranks.append(subprocess.Popen(command, env=variables, start_new_session=True))
+        for number in received:  # for those that were not there yet
+            for process in ranks:
+                process.send_signal(number)
+        return _wait(ranks), bool(received)
+
+
+def _wait(ranks: list["subprocess.Popen[bytes]"]) -> list[int]:
+    codes: list[int] = []
+    running = list(ranks)
+    give_up = None
+    while running:
+        for process in list(running):
+            code = process.poll()
+            if code is not None:
+                running.remove(process)
+                codes.append(code)
+                if code and give_up is None:
+                    give_up = time.monotonic() + _GRACE_S
+        if give_up is not None and time.monotonic() > give_up:
+            for process in running:
+                process.kill()
+        time.sleep(_POLL_S)
+    return codes
+
+
+@contextmanager
+def _passing_signals(ranks: list["subprocess.Popen[bytes]"]) -> Iterator[list[int]]:
     received: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        ranks = _rank_processes(launcher.pid)
         for process in ranks:
-            process.send_signal(number)
-        if not ranks:  # still starting: there is nothing to save
-            launcher.terminate()
+            if process.poll() is None:
+                process.send_signal(number)
 
-    previous = {
-        number: signal.signal(number, pass_on)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
     try:
-        return launcher.wait(), bool(received)
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _rank_processes(launcher_pid: int) -> list[psutil.Process]:
-    ranks = []
-    for process in psutil.Process(launcher_pid).children(recursive=True):
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
-        # The launcher's own processes have the module among their later arguments.
-        if words[1:4] == ["-u", "-m", _RANK_MODULE]:
-            ranks.append(process)
-    return ranks
 
 
 def _free_port() -> int:
@@ -118,31 +135,57 @@ def _free_port() -> int:
     return port
 
 
-def _known_codes() -> set[int]:
+def _reasons() -> set[int]:
+    """Exit codes with which a rank has said why it ends."""
     family = [value for value in vars(errors).values() if isinstance(value, type)]
-    return {kind.exit_code for kind in family if issubclass(kind, MegabackError)}
+    codes = {kind.exit_code for kind in family if issubclass(kind, MegabackError)}
+    return codes - {MegabackError.exit_code}
+
+
+def _verdict(codes: list[int], was_signalled: bool) -> int:
+    """The exit code of the run. Raises what the ranks could not say themselves."""
+    said = [code for code in codes if code in _reasons()]
+    if said:
+        return said[0]
+    failed = [code for code in codes if code]
+    if not failed:
+        return 0
+    if was_signalled:
+        raise PreemptedError("asked to stop while starting; run the same command to go on")
+    code = failed[0]
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    advice = "often memory: see dmesg" if code == -signal.SIGKILL else "see the traceback above"
+    raise LaunchError(
+        f"the ranks were {how}, without a reason of their own ({advice}); "
+        "run the same command again to go on"
+    )
 
 
 @click.command(cls=Command, name="train")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-def main(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--save-before",
+    help="Save and stop by a time (2026-11-25T18:00) or after a duration (1h30m).",
+)
+def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> None:
     """Train the run that CONFIG describes, with key.sub=value OVERRIDES, on this machine.
 
     Run the same command again to go on from the newest checkpoint.
     """
     settings = load_config(config, overrides)
+    deadline_of(save_before)
     device, processes = plan_ranks(settings)
     open_data(settings, 0, processes)
-    command = launch_command(config, overrides, processes)
-    code, was_signalled = run_ranks(command, rank_environment(device, processes))
-    if was_signalled and code not in {0, *_known_codes()}:
-        raise PreemptedError("asked to stop while starting; run the same command to go on")
-    if code not in {0, *_known_codes()}:
-        raise LaunchError(
-            f"the ranks ended with code {code}, without a reason of their own; "
-            "look for the first traceback above, and run the same command again to go on"
-        )
+    command = [sys.executable, "-m", _RANK_MODULE, str(config), *overrides]
+    if save_before is not None:
+        command += ["--save-before", save_before]
+    codes, was_signalled = run_ranks(command, rank_environment(device, processes), processes)
+    try:
+        code = _verdict(codes, was_signalled)
+    except MegabackError as error:
+        record_exit(settings.run, error.exit_code, type(error).__name__, str(error))
+        raise
     raise SystemExit(code)
 
 

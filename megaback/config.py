@@ -237,6 +237,26 @@ class HardwareSection(Section):
     peak_flops: float | None = Field(default=None, gt=0)
     """A device's peak, for the model FLOPs utilisation. Default: known for common GPUs."""
     collective_timeout_s: float = Field(default=1800, gt=0)
+    """Until the first step is done, a rank that is longer at one thing ends, and so do the others:
+    connecting, reading a checkpoint, compiling."""
+    step_timeout_s: float = Field(default=300, gt=0)
+    """The same from then on: for a micro-batch, a batch of validation, an update, a save."""
+    heartbeat_s: float = Field(default=10, gt=0)
+    """How often each rank says in the run's folder what it is at."""
+
+
+class GuardSection(Section):
+    """Steps that are not learnt from. They are counted in the metrics, and the schedule goes on."""
+
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """A run ends after more than so many in a row. A loss or gradient norm that is no number is
+    always skipped."""
+    spike_nats: float | None = Field(default=None, gt=0)
+    """Skip a step whose loss is so much above the median of the last ones'."""
+    spike_norm_ratio: float | None = Field(default=None, gt=1)
+    """Skip a step whose gradient norm is so many times the median of the last ones'."""
+    window_steps: int = Field(default=100, ge=1)
+    """How many last steps those are; before there are so many, nothing is a spike."""
 
 
 class ValidationSection(Section):
@@ -248,6 +268,13 @@ class CheckpointSection(Section):
     every_steps: int | None = Field(default=None, ge=1)
     """Besides the end of the run and a signal."""
     keep_last: int = Field(default=3, ge=2)
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Checkpoints of multiples of this many steps are kept for ever."""
+    background: bool = True
+    """Write while training goes on, from a copy in the host's memory."""
+    copy_to: str | None = None
+    """A second place, a path or URL (s3://bucket/run): each complete checkpoint is copied there in
+    the background, and a run that has lost its own goes on from it."""
 
 
 class LoggingSection(Section):
@@ -273,6 +300,7 @@ class Config(Section):
     hardware: HardwareSection = HardwareSection()
     validation: ValidationSection = ValidationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
     logging: LoggingSection = LoggingSection()
 
     def to_yaml(self) -> str:

@@ -5,6 +5,7 @@ Ranks are named by RANK, WORLD_SIZE and LOCAL_RANK (the deepspeed command, torch
 whatever moves the gradients, so that agreeing never waits for a GPU.
 """
 
+import logging
 import os
 import socket
 import subprocess
@@ -21,6 +22,14 @@ from data_pipeline.command import report, storage_error
 from data_pipeline.errors import BackendError, LaunchError, MegabackError
 
 _Result = TypeVar("_Result")
+
+
+class AgreedExit(SystemExit):
+    """All ranks end together; the one that spoke has the error."""
+
+    def __init__(self, code: int | None, error: MegabackError | None) -> None:
+        super().__init__(code)
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -67,10 +76,11 @@ class World:
         failed = [rank for rank, code in enumerate(codes) if code is not None]
         if not failed:
             return
-        if self.rank == failed[0] and error is not None:
+        speaks = self.rank == failed[0] and error is not None
+        if speaks and error is not None:
             report(error)
         self.barrier()  # nobody exits, and is noticed by the launcher, before the message is out
-        raise SystemExit(codes[failed[0]])
+        raise AgreedExit(codes[failed[0]], error if speaks else None)
 
 
 def attempt(
@@ -94,6 +104,7 @@ def start_world(device_name: str, timeout_s: float) -> World:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On a CPU DeepSpeed compiles this operator at start-up, 45 s, for inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
@@ -123,6 +134,15 @@ def one_voice() -> Iterator[None]:
         ):
             raise
         raise SystemExit(error.exit_code) from None
+
+
+def is_collective_error(error: Exception) -> bool:
+    """Whether this is what a rank sees when another one is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("gloo/", "NCCL", "Connection closed by peer")
+    )
 
 
 def end_world() -> None:

@@ -3,6 +3,7 @@
 What DeepSpeed gets wrong by itself is set right here: see docs/decisions/0003-deepspeed.md.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,14 +83,26 @@ def set_learning_rates(engine: Any, factor: float) -> None:
         group["lr"] = factor * group["peak_learning_rate"]
 
 
-def take_step(engine: Any) -> float:
-    """Clip and update. Returns the norm of the whole gradient before clipping."""
-    norm = None
-    if engine.zero_optimization_stage() == 0:
+def take_step(
+    engine: Any, reason_to_skip: Callable[[float], str | None]
+) -> tuple[float, str | None]:
+    """Clip and update, unless there is a reason not to, given the gradient's norm.
+
+    Returns the norm of the whole gradient before clipping, and the reason. Whatever it is, the
+    gradients are gone afterwards.
+    """
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    whole = None
+    if stage == 0:
         # Here gradients are whole and already averaged, and the engine keeps no norm of them.
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        whole = float(torch.nn.utils.get_total_norm(gradients))
+
+    def norm() -> float:
+        return whole if whole is not None else float(zero._global_grad_norm)
+
+    # DeepSpeed asks the optimizer once it knows the norm. Where it skips a step by itself, for a
+    # norm that is no number, it does not ask.
+    engine.basic_optimizer.must_skip = lambda: reason_to_skip(norm()) is not None
     engine.step()
-    if norm is None:
-        norm = engine.get_global_grad_norm()
-    return float(norm)
+    return norm(), reason_to_skip(norm())

@@ -1,7 +1,7 @@
 """The loss over a whole val set, in nats a token and in bits a byte of text."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,21 @@ def _agreed(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, batches: Iterable[Batch], piece_num_bytes: npt.NDArray[np.int64], world: World
+    engine: Any,
+    batches: Iterable[Batch],
+    piece_num_bytes: npt.NDArray[np.int64],
+    world: World,
+    on_batch: Callable[[], None],
 ) -> ValidationResult:
-    """Measure a val set together with all ranks; every rank gets the same result."""
+    """Measure a val set together with all ranks; every rank gets the same result.
+
+    `on_batch` is called before each batch.
+    """
     engine.eval()
     nats, num_targets, num_bytes = 0.0, 0, 0
+    on_batch()
     for batch in _agreed(batches, world):
+        on_batch()
         nats += float(engine(*to_device(batch, world.device)))
         targets = batch.targets_T[batch.targets_T != IGNORED_TARGET]
         num_targets += len(targets)

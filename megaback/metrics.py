@@ -5,6 +5,7 @@ cut off, so that the file is that of an uninterrupted run.
 """
 
 import json
+import math
 import sys
 import uuid
 from dataclasses import asdict, dataclass
@@ -45,6 +46,8 @@ class StepRecord:
     step_s: float
     skipped_rows: int = 0
     """Rows of frames that could not be read."""
+    skipped: str | None = None
+    """Why the step changed no weights, if it did not."""
 
 
 class MetricsLog:
@@ -89,9 +92,11 @@ class MetricsLog:
     def train(self, record: StepRecord) -> None:
         """Record a training step."""
         step = record.step
-        line = asdict(record)
+        line = {name: _json_number(value) for name, value in asdict(record).items()}
         if not record.skipped_rows:
             del line["skipped_rows"]
+        if record.skipped is None:
+            del line["skipped"]
         line["tokens_seen"] = step * self._step_tokens
         line["tokens_per_s"] = self._step_tokens / record.step_s
         text = (
@@ -102,19 +107,25 @@ class MetricsLog:
             line["mfu"] = self._step_flops_share / record.step_s
             text += f"  MFU {line['mfu']:.1%}"
         self._write(line)
+        if record.skipped is not None:
+            self.say(f"step {step}/{self._total_steps}  skipped: {record.skipped}")
         if self._progress is not None:
             self._progress.update(self._bar, completed=step, description=text)
         elif step % self._every_steps == 0 or step == self._total_steps:
             left_minutes = (self._total_steps - step) * record.step_s / 60
             self.say(f"step {step}/{self._total_steps}  {text}  {left_minutes:.1f} min left")
 
+    def left_out(self, step: int) -> None:
+        """Record a step that was passed over."""
+        self._write({"step": step, "left_out": True})
+
     def validation(self, step: int, loss: float, bits_per_byte: float, targets: int) -> None:
         """Record a measurement of the whole val set."""
         self._write(
             {
                 "step": step,
-                "val_loss": loss,
-                "val_bits_per_byte": bits_per_byte,
+                "val_loss": _json_number(loss),
+                "val_bits_per_byte": _json_number(bits_per_byte),
                 "val_targets": targets,
             }
         )
@@ -137,6 +148,11 @@ class MetricsLog:
             self._wandb.log(
                 {key: value for key, value in line.items() if key != "step"}, line["step"]
             )
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _start_wandb(config: Config) -> Any:

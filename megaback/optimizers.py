@@ -6,7 +6,7 @@ the norm that is logged and clipped is the gradient's. (DeepSpeed's own Muon mak
 orthogonal before they are clipped, and then clips what was made.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class MatrixOptimizer(torch.optim.AdamW):
         self._momentum = section.momentum
         self._matrix_dtype = matrix_dtype
         self._shards: dict[Tensor, MatrixShards] = {}
+        self.must_skip: Callable[[], bool] = lambda: False
+        """Asked before each update, once gradients have their norm."""
 
     def attach(self, flat: Tensor, shards: MatrixShards) -> None:
         """Say which matrices a flat slice is made of."""
@@ -42,6 +44,8 @@ class MatrixOptimizer(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        if self.must_skip():
+            return None
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["orthogonalize"]]
         try:

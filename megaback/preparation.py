@@ -9,7 +9,7 @@ from typing import IO, Any
 import torch
 
 from data_pipeline.command import write_text
-from data_pipeline.errors import LaunchError, RunMismatchError
+from data_pipeline.errors import CheckpointCorruptError, LaunchError, RunMismatchError
 from megaback.attention import attention_backend
 from megaback.checkpoint import (
     CheckpointMeta,
@@ -17,15 +17,20 @@ from megaback.checkpoint import (
     load_into_engine,
     newest_checkpoint,
 )
+from megaback.checkpoint_copy import SecondPlace, fetch_newest
 from megaback.config import CONFIG_COPY_NAME, Config
 from megaback.distributed import World
 from megaback.engine import start_engine
+from megaback.engine_state import num_updates
+from megaback.exit_record import record_start
+from megaback.guard import read_left_out
 from megaback.hardware import device_peak_flops, require_host_memory, require_precision
 from megaback.model import ReverseGPT
 from megaback.model_folder import load_weights, read_description
+from megaback.pulse import Pulse
 from megaback.run_data import Data, open_data
 
-_LOCK_NAME = ".lock"
+LOCK_NAME = ".lock"
 
 # A run may be continued with other values of everything but these: they decide the batches or the
 # shape of what is saved.
@@ -54,8 +59,15 @@ class Run:
     num_parameters: int
     flops_per_token: float
     peak_flops: float | None
+    left_out: tuple[tuple[int, int], ...]
+    """Ranges of steps, first and last, that are passed over."""
+    pulse: Pulse
     lock: IO[str] | None
     """Open as long as the run is: it keeps others out of the run's folder."""
+
+    def is_left_out(self, step: int) -> bool:
+        """Whether a step, counted from 1, is passed over."""
+        return any(first <= step <= last for first, last in self.left_out)
 
     def step_flops_share(self, world: World) -> float | None:
         """FLOPs of a step over the devices' peak: the MFU of a step that takes one second."""
@@ -70,6 +82,7 @@ class Run:
         return CheckpointMeta(
             step=step,
             world_size=world.size,
+            updates=num_updates(self.engine),
             zero_stage=self.config.zero.stage,
             precision=self.config.training.precision,
             vocab_size=self.data.codec.vocab_size,
@@ -82,11 +95,14 @@ class Run:
         )
 
 
-def prepare_run(config: Config, world: World) -> Run:
+def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
     """Bring data, model and engine together, from the newest good checkpoint if there is one.
 
-    Any rank's MegabackError stops all ranks with one message.
+    Any rank's MegabackError stops all ranks with one message. The pulse is opened once the run's
+    folder is this run's alone.
     """
+    is_new = not world.gather(config.run.is_dir())[0]  # what cannot start leaves no folder
+    lock = None if is_new else world.together(_claim, config, world)
     data = world.together(open_data, config, world.rank, world.size)
     world.together(require_precision, config.training.precision, world.device)
     attention, backend = world.together(
@@ -96,7 +112,7 @@ def prepare_run(config: Config, world: World) -> Run:
         torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         config.model.head_dim,
     )
-    found = world.together(newest_checkpoint, config.run, world)
+    found = _find_start(config, world)
     if found is not None:
         world.together(_require_same_run, config, data, *found)
 
@@ -119,7 +135,10 @@ def prepare_run(config: Config, world: World) -> Run:
         world.gather(socket.gethostname()).count(socket.gethostname()),
         world.size,
     )
-    lock = world.together(_claim, config, world)
+    if is_new:
+        lock = world.together(_claim, config, world)
+    pulse.open()
+    world.together(_note_start, config, world, found)
     flops_per_token = model.flops_per_token(config.batch.context_tokens)
     num_parameters = model.num_parameters()
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
@@ -140,6 +159,8 @@ def prepare_run(config: Config, world: World) -> Run:
         num_parameters,
         flops_per_token,
         config.hardware.peak_flops or device_peak_flops(world.device),
+        tuple(world.gather(world.together(read_left_out, config.run))[0]),
+        pulse,
         lock,
     )
 
@@ -166,7 +187,7 @@ def _claim(config: Config, world: World) -> IO[str] | None:
     if not world.is_first:
         return None
     config.run.mkdir(parents=True, exist_ok=True)
-    lock = (config.run / _LOCK_NAME).open("w")
+    lock = (config.run / LOCK_NAME).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -176,6 +197,39 @@ def _claim(config: Config, world: World) -> IO[str] | None:
     except OSError:
         pass  # a file system without locks
     return lock
+
+
+def _find_start(config: Config, world: World) -> tuple[Path, CheckpointMeta] | None:
+    """The newest good checkpoint, if need be from the second place."""
+    copy_to = config.checkpoint.copy_to
+    error: CheckpointCorruptError | None = None
+    found = None
+    try:
+        found = newest_checkpoint(config.run, world)
+    except CheckpointCorruptError as problem:
+        error = problem
+    if found is None and copy_to is not None:
+        fetched = world.gather(world.together(_fetch, config.run, copy_to, world))[0]
+        if fetched:
+            found, error = newest_checkpoint(config.run, world), None
+    world.stop_if_any(error)
+    return found
+
+
+def _fetch(run: Path, copy_to: str, world: World) -> bool:
+    if not world.is_first:
+        return False
+    place = SecondPlace(copy_to)
+    target = fetch_newest(run, place)
+    if target is not None:
+        print(f"megaback: {target.name} was fetched from {place.name}", flush=True)
+    return target is not None
+
+
+def _note_start(config: Config, world: World, found: tuple[Path, CheckpointMeta] | None) -> None:
+    if world.is_first:
+        step = found[1].step if found is not None else 0
+        record_start(config.run, step=step, world_size=world.size, zero_stage=config.zero.stage)
 
 
 def _initialize_from(model: ReverseGPT, config: Config, data: Data) -> None:

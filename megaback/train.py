@@ -1,133 +1,227 @@
-"""What a rank runs: `python -m megaback.train CONFIG`, under the deepspeed command, srun or alone.
+"""What a rank runs: `python -m megaback.train CONFIG`, under a launcher, srun or alone.
 
 The loop takes the batch of a step, agrees with the other ranks that all is well, steps the engine,
 and now and then measures or saves. Setup is in `preparation`, faults in the modules that they
-concern.
+concern: `stopping`, `guard`, `pulse`, `checkpoint_saver`.
 """
 
-import math
 import os
-import signal
-import time
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from time import monotonic
+from typing import Any
 
 import click
 import torch
 
 from data_pipeline.command import Command
-from data_pipeline.errors import MegabackError, NonFiniteError, PreemptedError
+from data_pipeline.errors import LaunchError, MegabackError, NonFiniteError, PreemptedError
 from data_pipeline.rows import Batch
-from megaback.checkpoint import save_checkpoint
+from megaback.checkpoint_copy import CheckpointCopier
+from megaback.checkpoint_saver import CheckpointSaver
 from megaback.config import Config, load_config
-from megaback.distributed import World, attempt, end_world, one_voice, start_world
+from megaback.distributed import (
+    AgreedExit,
+    World,
+    attempt,
+    end_world,
+    is_collective_error,
+    one_voice,
+    start_world,
+)
 from megaback.engine import set_learning_rates, take_step
+from megaback.engine_state import named_state
 from megaback.evaluation import ValidationResult, evaluate, to_device
-from megaback.metrics import MetricsLog, StepRecord
+from megaback.exit_record import record_exit
+from megaback.guard import StepGuard
+from megaback.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
 from megaback.preparation import Run, batch_arithmetic, prepare_run
+from megaback.pulse import Pulse
 from megaback.schedule import rate_factor_at
+from megaback.stopping import StopRequest, deadline_of
 
 
-class StopRequest:
-    """Set by SIGTERM, SIGUSR1 or SIGINT; looked at between steps.
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of a step before they take it."""
 
-    A second SIGINT, which only a person sends, ends this rank at once and saves nothing.
-    """
-
-    def __init__(self) -> None:
-        self.signal_number: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if number == self.signal_number == signal.SIGINT:
-            os._exit(128 + number)
-        self.signal_number = number
+    num_targets: int
+    skipped_rows: int
+    must_stop: bool
+    is_writing: bool
+    """Whether any rank still writes a checkpoint."""
+    is_copying: bool
+    """Whether any rank still copies one to the second place."""
 
 
-def train(config: Config, world: World, stop: StopRequest) -> None:
-    """Train to the end of the run, or until a signal. Raises PreemptedError or NonFiniteError."""
-    run = prepare_run(config, world)
-    log = world.together(_open_log, run, world)
-    try:
-        _train_steps(run, world, stop, log)
-    finally:
-        run.data.training.close()
-        if log is not None:
-            log.close()
+class Trainer:
+    """The training loop of a run that is ready."""
+
+    def __init__(self, run: Run, world: World, stop: StopRequest) -> None:
+        self._run, self._world, self._stop = run, world, stop
+        # All ranks decide alike: by what the first one has read.
+        earlier = world.gather(world.together(_earlier_steps, run, world))[0]
+        self._guard = StepGuard(run.config.guard, earlier)
+        self._log = world.together(_open_log, run, world)
+        self._log_error: MegabackError | None = None
+        self._copier = world.together(CheckpointCopier, run.config.checkpoint, world)
+        self._saver = CheckpointSaver(
+            run.config.run, run.data.codec.model_bytes, run.config.checkpoint, world
+        )
+
+    def train(self) -> None:
+        """Train to the end of the run. Raises PreemptedError or NonFiniteError on all ranks."""
+        run, total_steps = self._run, self._run.data.total_steps
+        val_loss = run.val_loss if run.start_step else self._validate(0)
+        saved_step = run.start_step
+        run.engine.train()
+        for step in range(run.start_step, total_steps):
+            started, done = monotonic(), step + 1
+            run.pulse.at("reading its rows", done)
+            micro_batches, agreed = self._agree_on_step(step)
+            if self._copier.is_open and not agreed.is_copying:
+                self._copier.finish(self._say)
+            if self._saver.is_open and not agreed.is_writing:
+                self._copier.begin(self._saver.finish())
+            if agreed.must_stop:  # the time may be short: nothing is copied any more
+                if step > saved_step:
+                    self._save(step, val_loss)
+                self._saver.finish()
+                raise PreemptedError(
+                    f"asked to stop after {step} steps, all of them saved; "
+                    "run the same command to go on"
+                )
+            if run.is_left_out(done):
+                self._record(lambda log, done=done: log.left_out(done))  # type: ignore[misc]
+            else:
+                self._learn(step, micro_batches, agreed, started)
+            if _is_due(run.config.validation.every_steps, done) or done == total_steps:
+                val_loss = self._validate(done)
+            if _is_due(run.config.checkpoint.every_steps, done) or done == total_steps:
+                self._save(done, val_loss)
+                saved_step = done
+            if step == run.start_step:
+                run.pulse.settle()
+        run.pulse.at("saving", total_steps)
+        last = self._saver.finish()
+        self._copier.finish(self._say)
+        self._copier.begin(last)
+        self._copier.finish(self._say)
+        self._world.stop_if_any(self._log_error)
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+        self._run.data.training.close()
+        if self._log is not None:
+            self._record(MetricsLog.close)
+
+    def _agree_on_step(self, step: int) -> tuple[list[Batch], Agreement]:
+        """This rank's micro-batches, and what all ranks know.
+
+        If any rank cannot read its rows or write its metrics, all of them end here, with its
+        message.
+        """
+        found, error = attempt(self._run.data.training.at, step)
+        error = self._log_error or error
+        micro_batches = found or []
+        targets, skipped_rows, num_stops, num_writing, num_copying, num_errors = self._world.sum(
+            sum(batch.num_targets for batch in micro_batches),
+            sum(batch.num_skipped_rows for batch in micro_batches),
+            self._stop.reason is not None,
+            self._saver.is_writing,
+            self._copier.is_copying,
+            error is not None,
+        )
+        if num_errors:
+            self._world.stop_if_any(error)
+        return micro_batches, Agreement(
+            int(targets), int(skipped_rows), num_stops > 0, num_writing > 0, num_copying > 0
+        )
+
+    def _learn(
+        self, step: int, micro_batches: list[Batch], agreed: Agreement, started: float
+    ) -> None:
+        """Take a step, unless its numbers are bad."""
+        run, optimizer = self._run, self._run.config.optimizer
+        loss = self._accumulate_gradients(step, micro_batches, agreed.num_targets)
+        rate_factor = rate_factor_at(step, run.data.total_steps, optimizer)
+        set_learning_rates(run.engine, rate_factor)
+        run.pulse.at("updating", step + 1)
+        gradient_norm, skipped = take_step(run.engine, lambda norm: self._guard.verdict(loss, norm))
+        record = StepRecord(
+            step + 1,
+            loss,
+            agreed.num_targets,
+            rate_factor * optimizer.learning_rate,
+            gradient_norm,
+            monotonic() - started,
+            agreed.skipped_rows,
+            skipped,
+        )
+        self._record(lambda log: log.train(record))
+        self._guard.record(step + 1, loss, gradient_norm, skipped)
+
+    def _accumulate_gradients(
+        self, step: int, micro_batches: list[Batch], num_targets: int
+    ) -> float:
+        """Forward and backward through every micro-batch; the loss of all ranks, nats a target."""
+        run, world = self._run, self._world
+        # DeepSpeed averages over ranks and accumulation; what is wanted is the mean over all
+        # targets of the step, wherever they lie.
+        share = world.size * run.data.accumulation_steps / max(num_targets, 1)
+        nats = torch.zeros((), dtype=torch.float64, device=world.device)
+        for batch in micro_batches:
+            run.pulse.at("computing gradients", step + 1)
+            loss = run.engine(*to_device(batch, world.device))
+            run.engine.backward(loss * share)
+            nats += loss.detach()  # on the device: nothing waits for it until the step's end
+            if batch is not micro_batches[-1]:
+                run.engine.step()  # counts the micro-batch; changes nothing before the last one
+        (total_nats,) = world.sum(float(nats))
+        return total_nats / max(num_targets, 1)
+
+    def _validate(self, done: int) -> float | None:
+        run, world = self._run, self._world
+        if not run.data.has_val:
+            return None
+        result: ValidationResult = evaluate(
+            run.engine,
+            run.data.validation(world.rank, world.size),
+            run.data.codec.piece_num_bytes(),
+            world,
+            lambda: run.pulse.at("validating", done),
+        )
+        self._record(
+            lambda log: log.validation(done, result.loss, result.bits_per_byte, result.num_targets)
+        )
+        return result.loss
+
+    def _save(self, done: int, val_loss: float | None) -> None:
+        run, world = self._run, self._world
+        run.pulse.at("saving", done)
+        state = named_state(run.engine, world.rank, world.size)
+        self._saver.begin(state, run.meta(done, val_loss, world))
+
+    def _say(self, message: str) -> None:
+        self._record(lambda log: log.say(message))
+
+    def _record(self, write: Callable[[MetricsLog], None]) -> None:
+        """Write to the log where there is one; the ranks hear of an error at their next step."""
+        if self._log is not None:
+            _, error = attempt(write, self._log)
+            self._log_error = self._log_error or error
 
 
-def _train_steps(run: Run, world: World, stop: StopRequest, log: MetricsLog | None) -> None:
-    config, engine, total_steps = run.config, run.engine, run.data.total_steps
-    val_loss = run.val_loss if run.start_step else _validate(run, world, log, 0)
-    saved_step = run.start_step
-    engine.train()
-    for step in range(run.start_step, total_steps):
-        started = time.monotonic()
-        micro_batches, counts, must_stop = _agree_on_step(run, world, stop, step)
-        num_targets, skipped_rows = counts
-        if must_stop:
-            if step > saved_step:
-                _save(run, world, step, val_loss)
-            raise PreemptedError(
-                f"asked to stop after {step} steps, all of them saved; "
-                "run the same command to go on"
-            )
-        loss = _accumulate_gradients(run, world, micro_batches, num_targets)
-        _require_finite("loss", loss, step)
-        rate_factor = rate_factor_at(step, total_steps, config.optimizer)
-        set_learning_rates(engine, rate_factor)
-        gradient_norm = take_step(engine)
-        _require_finite("gradient norm", gradient_norm, step)
-        done = step + 1
-        if log is not None:
-            seconds = time.monotonic() - started
-            rate = rate_factor * config.optimizer.learning_rate
-            record = StepRecord(done, loss, num_targets, rate, gradient_norm, seconds, skipped_rows)
-            log.train(record)
-        if _is_due(config.validation.every_steps, done) or done == total_steps:
-            val_loss = _validate(run, world, log, done)
-        if _is_due(config.checkpoint.every_steps, done) or done == total_steps:
-            _save(run, world, done, val_loss)
-            saved_step = done
-
-
-def _agree_on_step(
-    run: Run, world: World, stop: StopRequest, step: int
-) -> tuple[list[Batch], tuple[int, int], bool]:
-    """This rank's micro-batches, all ranks' targets and skipped rows, and whether to stop.
-
-    If any rank cannot read its rows, all of them end here, with its message.
-    """
-    found, error = attempt(run.data.training.at, step)
-    micro_batches = found or []
-    num_targets, skipped_rows, num_stops, num_errors = world.sum(
-        sum(batch.num_targets for batch in micro_batches),
-        sum(batch.num_skipped_rows for batch in micro_batches),
-        stop.signal_number is not None,
-        error is not None,
-    )
-    if num_errors:
-        world.stop_if_any(error)
-    return micro_batches, (int(num_targets), int(skipped_rows)), num_stops > 0
-
-
-def _accumulate_gradients(
-    run: Run, world: World, micro_batches: list[Batch], num_targets: int
-) -> float:
-    """Forward and backward through every micro-batch; the loss over all ranks, in nats a target."""
-    # DeepSpeed averages over ranks and accumulation; what is wanted is the mean over all targets
-    # of the step, wherever they lie.
-    share = world.size * run.data.accumulation_steps / max(num_targets, 1)
-    nats = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in micro_batches:
-        loss = run.engine(*to_device(batch, world.device))
-        run.engine.backward(loss * share)
-        nats += loss.detach()  # on the device: nothing waits for it until the step's end
-        if batch is not micro_batches[-1]:
-            run.engine.step()  # counts the micro-batch; changes nothing before the last one
-    (total_nats,) = world.sum(float(nats))
-    return total_nats / max(num_targets, 1)
+def _earlier_steps(run: Run, world: World) -> list[dict[str, Any]]:
+    """The lines of the metrics that the guard's judgement rests on."""
+    path = run.config.run / METRICS_NAME
+    if not (world.is_first and run.start_step and path.exists()):
+        return []
+    lines = [line for line in read_metrics(run.config.run) if line["step"] <= run.start_step]
+    return lines[-4 * (run.config.guard.window_steps + run.config.guard.max_skipped_steps) :]
 
 
 def _open_log(run: Run, world: World) -> MetricsLog | None:
@@ -143,62 +237,62 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
     return log
 
 
-def _validate(run: Run, world: World, log: MetricsLog | None, done: int) -> float | None:
-    if not run.data.has_val:
-        return None
-    batches = run.data.validation(world.rank, world.size)
-    result: ValidationResult = evaluate(
-        run.engine, batches, run.data.codec.piece_num_bytes(), world
-    )
-    if log is not None:
-        log.validation(done, result.loss, result.bits_per_byte, result.num_targets)
-    return result.loss
-
-
-def _save(run: Run, world: World, done: int, val_loss: float | None) -> None:
-    save_checkpoint(
-        run.engine,
-        run.config.run,
-        run.meta(done, val_loss, world),
-        run.data.codec.model_bytes,
-        world,
-        run.config.checkpoint.keep_last,
-    )
-
-
 def _is_due(every_steps: int | None, done: int) -> bool:
     return every_steps is not None and done % every_steps == 0
 
 
-def _require_finite(what: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"the {what} of step {step + 1} is {value}; the checkpoints before it are intact: "
-            "lower optimizer.learning_rate or look at the data of that step"
-        )
+def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:
+    """Train, and say in the run's folder how it ended. Returns the exit code."""
+    pulse = Pulse(config.run, config.hardware, world)
+    try:
+        error: MegabackError | None = None
+        try:
+            trainer = Trainer(prepare_run(config, world, pulse), world, stop)
+            try:
+                trainer.train()
+            finally:
+                trainer.close()
+        except (NonFiniteError, PreemptedError) as shared:
+            error = shared  # raised on every rank alike
+        world.stop_if_any(error)
+    except AgreedExit as ending:
+        reason = ending.error
+        if reason is not None and not isinstance(reason, LaunchError):
+            record_exit(
+                config.run, reason.exit_code, type(reason).__name__, str(reason), world.rank
+            )
+        pulse.leave("all ranks ended together")
+        end_world()  # all ranks leave together: left open, its threads may abort the exit
+        return int(ending.code or 0)
+    except Exception as fault:  # noqa: BLE001 (what it is, is said)
+        # The other ranks cannot be asked; they see that this one has left, and why.
+        if is_collective_error(fault):
+            os._exit(pulse.report_lost().exit_code)
+        traceback.print_exc()
+        sys.stderr.flush()
+        reason_text = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
+        record_exit(config.run, MegabackError.exit_code, "Exception", reason_text, world.rank)
+        pulse.leave(reason_text)
+        os._exit(MegabackError.exit_code)
+    if world.is_first:
+        record_exit(config.run, 0, "finished", "trained to the end", world.rank)
+    pulse.leave("trained to the end")
+    end_world()
+    return 0
 
 
 @click.command(cls=Command, name="train")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
+@click.option("--save-before", hidden=True)
 @click.option("--local_rank", type=int, hidden=True, expose_value=False)  # the deepspeed command's
-def main(config: Path, overrides: tuple[str, ...]) -> None:
+def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> None:
     """Train as one rank of a run described by CONFIG and key.sub=value OVERRIDES."""
-    stop = StopRequest()
     with one_voice():
+        stop = StopRequest(deadline_of(save_before))
         settings = load_config(config, overrides)
         world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
-    try:
-        error: MegabackError | None = None
-        try:
-            train(settings, world, stop)
-        except (NonFiniteError, PreemptedError) as shared:
-            error = shared  # raised on every rank alike
-        world.stop_if_any(error)
-    except SystemExit:
-        end_world()  # all ranks leave together: left open, its threads may abort the exit
-        raise
-    end_world()
+    raise SystemExit(_train_as_rank(settings, world, stop))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +9,12 @@ import click
 
 from data_pipeline.command import Command
 from data_pipeline.errors import OutputExistsError
+from megaback.config import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from megaback.checkpoint import CheckpointMeta
 
 
 def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
@@ -26,7 +27,6 @@ def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
 
     from data_pipeline.manifest import TOKENIZER_NAME
     from megaback.checkpoint import find_checkpoint
-    from megaback.config import Config
     from megaback.model_folder import ModelDescription, save_model_folder
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -41,9 +41,7 @@ def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
         step=meta.step,
         val_loss=meta.val_loss,
     )
-    weights = gather_weights(target, meta.zero_stage)
-    if config.model.tie_embeddings:
-        del weights["lm_head.weight"]
+    weights = gather_weights(target, meta)
     weights = {
         name: weight.to(getattr(torch, dtype)).contiguous() for name, weight in weights.items()
     }
@@ -58,19 +56,23 @@ def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def gather_weights(target: Path, zero_stage: int) -> "dict[str, Tensor]":
+def gather_weights(target: Path, meta: "CheckpointMeta") -> "dict[str, Tensor]":
     """The full fp32 weights of a verified checkpoint, by parameter name."""
     import torch
 
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no device is needed to gather weights
-    if zero_stage == 0:
-        states = torch.load(target / "mp_rank_00_model_states.pt", weights_only=False, mmap=True)
-        return dict(states["module"])
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from megaback.checkpoint import WEIGHTS_PREFIX, saved_state
+    from megaback.engine_state import WEIGHT
+    from megaback.model import ReverseGPT
 
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # DeepSpeed narrates
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(target.parent), tag=target.name)
-    return dict(weights)
+    config = Config.model_validate(meta.config)
+    with torch.device("meta"):
+        model = ReverseGPT(config.model, meta.vocab_size)
+    saved = saved_state(target, meta, WEIGHTS_PREFIX)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights[name] = torch.empty(parameter.shape)
+        saved.read(WEIGHT, name, 0, weights[name].view(-1))
+    return weights
 
 
 @click.command(cls=Command, name="convert")
@@ -81,10 +83,7 @@ def gather_weights(target: Path, zero_stage: int) -> "dict[str, Tensor]":
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
 )
 def main(checkpoint: Path, kind: str, out: Path, dtype: str) -> None:
-    """Turn CHECKPOINT (a run, or one of its checkpoints) into a folder that samples anywhere.
-
-    Loading a checkpoint runs the pickles that it holds: convert only what you trust.
-    """
+    """Turn CHECKPOINT (a run, or one of its checkpoints) into a folder that samples anywhere."""
     assert kind == "full"
     convert_full(checkpoint, out, dtype)
     click.echo(f"wrote {out}")

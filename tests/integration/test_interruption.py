@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import psutil
 import pytest
 from tiny_run import TOTAL_STEPS, metrics_of
 
-from data_pipeline.errors import LaunchError, PreemptedError
+from data_pipeline.errors import PreemptedError
 
 pytestmark = pytest.mark.slow
 
@@ -121,25 +120,6 @@ def test_a_run_killed_with_all_its_ranks_resumes_to_bitwise_the_same_metrics(
     assert metrics_of(run) == metrics_of(run_of("zero.stage=3"))
 
 
-def test_a_rank_that_is_killed_ends_the_run_with_a_sentence(
-    tmp_path: Path, start_training: Start
-) -> None:
-    run = tmp_path / "run"
-    process = start_training(run, "zero.stage=3")
-    wait_for_step(process, run, 5)
-    ranks = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if child.cmdline()[1:4] == ["-u", "-m", "megaback.train"]
-    ]
-    ranks[1].kill()
-
-    code = process.wait(timeout=90)
-
-    assert code == LaunchError.exit_code
-    assert "megaback: error: the ranks ended with code" in (run / "output.txt").read_text()
-
-
 def test_a_signal_while_ranks_are_starting_means_requeue_too(
     tmp_path: Path, start_training: Start
 ) -> None:
@@ -162,17 +142,3 @@ def test_a_finished_run_that_is_started_again_changes_nothing(
     assert train_one_rank(run, "zero.stage=1").returncode == 0
 
     assert (run / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_second_interrupt_ends_a_rank_at_once() -> None:
-    script = (
-        "import os, signal\n"
-        "from megaback.train import StopRequest\n"
-        "stop = StopRequest()\n"
-        "os.kill(os.getpid(), signal.SIGINT)\n"
-        "print('asked', stop.signal_number, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGINT)\n"
-        "print('still here', flush=True)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (130, "asked 2\n")

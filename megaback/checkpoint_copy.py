@@ -1,0 +1,206 @@
+"""Complete checkpoints copied to a second place, by URL, while training goes on.
+
+Each rank copies the files that it wrote, and reads them back to compare their hashes; the first one
+then adds the tokenizer and, last, `meta.json`. A copy that fails is reported and tried again with
+the next checkpoint: it ends no run. A run whose own checkpoints are gone goes on from the copy.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+
+from data_pipeline.command import storage_error
+from data_pipeline.errors import CheckpointCorruptError, MegabackError, StorageError
+from data_pipeline.remote import is_url, open_file_system, shown_url
+from megaback.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    STEP_FOLDER,
+    CheckpointMeta,
+    read_meta,
+    verify_files,
+)
+from megaback.config import CheckpointSection
+from megaback.distributed import World
+from megaback.tensor_file import SizeAndHash
+
+_READ_BYTES = 1 << 23
+
+
+class SecondPlace:
+    """A folder of checkpoints behind a URL, or a path."""
+
+    def __init__(self, url: str) -> None:
+        """Raises the errors of URLs: BackendError for a file system that is not installed."""
+        self.name = shown_url(url)
+        self._files, self._root = open_file_system(
+            url if is_url(url) else Path(url).absolute().as_uri()
+        )
+
+    def path(self, *names: str) -> str:
+        """Of something in it."""
+        return "/".join([self._root.rstrip("/"), *names])
+
+    def complete(self) -> list[str]:
+        """The names of complete checkpoints, oldest first. Raises OSError."""
+        return sorted(
+            name
+            for name in self._names()
+            if STEP_FOLDER.fullmatch(name) and self._files.exists(self.path(name, META_NAME))
+        )
+
+    def put(self, source: Path, folder: str, expected: SizeAndHash) -> None:
+        """Copy a file and read it back. Raises OSError, CheckpointCorruptError."""
+        self._files.makedirs(self.path(folder), exist_ok=True)
+        target = self.path(folder, source.name)
+        self._files.put_file(str(source), target)
+        digest, num_bytes = hashlib.sha256(), 0
+        with self._files.open(target, "rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+                num_bytes += len(block)
+        if (num_bytes, digest.hexdigest()) != tuple(expected):
+            raise CheckpointCorruptError(f"{source.name} reads back differently from {self.name}")
+
+    def complete_with(self, meta: bytes, folder: str) -> None:
+        """Write the meta.json of a checkpoint whose files are all there."""
+        self._files.pipe_file(self.path(folder, META_NAME), meta)
+
+    def get(self, folder: str, target: Path) -> None:
+        """Fetch a checkpoint's files into a local folder that is there."""
+        self._files.invalidate_cache()
+        for path in self._files.ls(self.path(folder), detail=False):
+            self._files.get_file(path, str(target / Path(path).name))
+
+    def rotate(self, section: CheckpointSection) -> None:
+        """Let old copies go, and what was left unfinished."""
+        complete = self.complete()
+        newest = complete[-section.keep_last :]
+        for name in self._names():
+            if not STEP_FOLDER.fullmatch(name) or name in newest:
+                continue
+            step, every = int(name.partition("-")[2]), section.keep_every_steps
+            if name in complete:
+                if every is not None and step % every == 0:
+                    continue
+                self._files.rm_file(self.path(name, META_NAME))
+            self._files.rm(self.path(name), recursive=True)
+
+    def _names(self) -> list[str]:
+        self._files.invalidate_cache()
+        if not self._files.exists(self._root):
+            return []
+        return [Path(path).name for path in self._files.ls(self._root, detail=False)]
+
+
+class CheckpointCopier:
+    """Copies a run's checkpoints, one at a time; those that come too soon are left out."""
+
+    def __init__(self, section: CheckpointSection, world: World) -> None:
+        self._section, self._world = section, world
+        self._copying: _Copying | None = None
+        self._place = SecondPlace(section.copy_to) if section.copy_to is not None else None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a copy was begun and is not complete: the same on every rank."""
+        return self._copying is not None
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether this rank is still copying."""
+        return self._copying is not None and self._copying.is_alive()
+
+    def begin(self, target: Path | None) -> None:
+        """Start to copy a complete checkpoint, unless another one is on its way."""
+        if self._place is None or target is None or self._copying is not None:
+            return
+        self._copying = _Copying(self._place, target, self._world.rank)
+        self._copying.start()
+
+    def finish(self, say: Callable[[str], None]) -> None:
+        """Wait for every rank's part, and complete the copy. Collective."""
+        copying, world = self._copying, self._world
+        if copying is None or self._place is None:
+            return
+        copying.join()
+        self._copying = None
+        problems = [text for text in world.gather(copying.problem) if text]
+        if not problems and world.is_first:
+            try:
+                self._place.complete_with(copying.meta, copying.target.name)
+                self._place.rotate(self._section)
+            except Exception as error:  # noqa: BLE001 (file systems raise what they like)
+                problems.append(_reason(error))
+        if problems and world.is_first:
+            say(
+                f"megaback: {copying.target.name} was not copied to {self._place.name}: "
+                f"{problems[0]}; training goes on, and the next checkpoint is copied again"
+            )
+
+
+class _Copying(Thread):
+    """A rank's part of a copy."""
+
+    def __init__(self, place: SecondPlace, target: Path, rank: int) -> None:
+        super().__init__(name="checkpoint-copy", daemon=True)
+        self.target = target
+        self.problem: str | None = None
+        self.meta = b""
+        self._place, self._rank = place, rank
+
+    def run(self) -> None:
+        try:
+            self.meta = (self.target / META_NAME).read_bytes()
+            meta = read_meta(self.target)
+            for name, expected in meta.files.items():
+                if _writer_of(name) % meta.world_size == self._rank:
+                    self._place.put(self.target / name, self.target.name, expected)
+        except Exception as error:  # noqa: BLE001 (file systems raise what they like)
+            self.problem = _reason(error)
+
+
+def fetch_newest(run: Path, place: SecondPlace) -> Path | None:
+    """Bring the newest copy that verifies back into a run's folder; None if there is none.
+
+    Raises CheckpointCorruptError if there are copies and none of them verifies.
+    """
+    problems: list[str] = []
+    for name in reversed(place.complete()):
+        target = run / CHECKPOINTS_FOLDER / name
+        partial = target.with_name(f".{name}.{os.getpid()}.partial")
+        partial.mkdir(parents=True)
+        try:
+            place.get(name, partial)
+            meta: CheckpointMeta = read_meta(partial)
+            verify_files(partial, meta)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+        except CheckpointCorruptError as error:
+            problems.append(str(error))
+            continue
+        except OSError as error:
+            raise StorageError(f"cannot fetch {name} from {place.name}: {error}") from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+    if problems:
+        raise CheckpointCorruptError(f"no copy in {place.name} verifies: {problems[0]}")
+    return None
+
+
+def _writer_of(name: str) -> int:
+    """The rank in a file's name; the first one for what is nobody's."""
+    digits = name.removesuffix(".safetensors").rpartition("-")[2]
+    return int(digits) if digits.isdigit() else 0
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MegabackError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno:
+        return str(storage_error(error))
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,193 @@
+"""Saving without waiting for the disk.
+
+A save copies this rank's state to the host's memory, and a thread writes it from there while
+training goes on. Once all ranks have written, which they tell each other between steps, the first
+one completes the checkpoint with `meta.json` and lets old ones go.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from threading import Thread
+
+import torch
+from torch import Tensor
+
+from data_pipeline.command import replacing, storage_error, write_text
+from data_pipeline.errors import CheckpointCorruptError, StorageError
+from data_pipeline.manifest import TOKENIZER_NAME
+from megaback.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    META_NAME,
+    OPTIMIZER_PREFIX,
+    STEP_FOLDER,
+    WEIGHTS_PREFIX,
+    CheckpointMeta,
+    complete_checkpoints,
+    read_meta,
+    verify_files,
+)
+from megaback.config import CheckpointSection
+from megaback.distributed import World
+from megaback.engine_state import WEIGHT
+from megaback.tensor_file import SizeAndHash, size_and_hash, write_tensors
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of a run, one at a time."""
+
+    def __init__(
+        self, run: Path, tokenizer: bytes, section: CheckpointSection, world: World
+    ) -> None:
+        self._folder = run / CHECKPOINTS_FOLDER
+        self._tokenizer = tokenizer
+        self._section = section
+        self._world = world
+        self._host: dict[str, Tensor] = {}
+        self._open: _Writing | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a checkpoint was begun and is not complete: the same on every rank."""
+        return self._open is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._open is not None and self._open.is_alive()
+
+    def begin(self, state: Mapping[str, Tensor], meta: CheckpointMeta) -> None:
+        """Copy this rank's state and start to write it. Collective; completes what is open.
+
+        When a rank cannot write, all ranks stop with its message.
+        """
+        self.finish()
+        world = self._world
+        target = self._folder / f"step-{meta.step:08d}"
+        if any(world.gather(world.together(_is_saved, target, world))):
+            return
+        world.together(_make_empty, target, world)
+        self._copy(state)
+        self._open = _Writing(target, meta, self._host, world.rank)
+        self._open.start()
+        if not self._section.background:
+            self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for every rank, and complete the checkpoint that is open. Collective."""
+        writing, world = self._open, self._world
+        if writing is None:
+            return None
+        writing.join()
+        self._open = None
+        world.stop_if_any(writing.error)
+        files = {
+            name: entry for part in world.gather(writing.files) for name, entry in part.items()
+        }
+        world.together(self._complete, writing.target, replace(writing.meta, files=files))
+        return writing.target
+
+    def _complete(self, target: Path, meta: CheckpointMeta) -> None:
+        if not self._world.is_first:
+            return
+        with replacing(target / TOKENIZER_NAME) as file:
+            file.write(self._tokenizer)
+        files = {**meta.files, TOKENIZER_NAME: size_and_hash(target / TOKENIZER_NAME)}
+        meta = replace(meta, files=dict(sorted(files.items())))
+        fields = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
+        write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
+        write_text(target.parent / "latest", target.name + "\n")
+        rotate(self._folder, self._section)
+
+    def _copy(self, state: Mapping[str, Tensor]) -> None:
+        if self._host.keys() != state.keys():
+            self._host = {
+                key: torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+                for key, view in state.items()
+            }
+        for key, view in state.items():
+            self._host[key].copy_(view, non_blocking=True)
+        if any(view.is_cuda for view in state.values()):
+            torch.cuda.synchronize()
+
+
+class _Writing(Thread):
+    """A rank's part of a checkpoint, on its way to the disk."""
+
+    def __init__(
+        self, target: Path, meta: CheckpointMeta, tensors: Mapping[str, Tensor], rank: int
+    ) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.target, self.meta = target, meta
+        self.files: dict[str, SizeAndHash] = {}
+        self.error: StorageError | None = None
+        weights = [key for key in tensors if key.startswith(WEIGHT + ":")]
+        others = [key for key in tensors if key not in set(weights)]
+        self._tensors = tensors
+        self._parts = {
+            f"{WEIGHTS_PREFIX}{rank:05d}.safetensors": weights,
+            f"{OPTIMIZER_PREFIX}{rank:05d}.safetensors": others,
+        }
+
+    def run(self) -> None:
+        try:
+            for name, keys in self._parts.items():
+                specs = {key: (self._tensors[key].dtype, self._tensors[key].shape) for key in keys}
+                self.files[name] = write_tensors(
+                    self.target / name, specs, self._tensors.__getitem__
+                )
+        except OSError as error:
+            reason = str(storage_error(error)).removesuffix(".")
+            self.error = StorageError(
+                f"cannot write the checkpoint {self.target}: {reason}; the checkpoints before it "
+                "are intact: free some space and run the same command to go on"
+            )
+
+
+def rotate(folder: Path, section: CheckpointSection) -> None:
+    """Let checkpoints go, but the last ones, every so many steps' one, and the last finite one.
+
+    A checkpoint loses its meta.json first. What kills have left behind goes too.
+    """
+    complete = complete_checkpoints(folder.parent)
+    kept = set(complete[-section.keep_last :])
+    for target in complete[: -section.keep_last]:
+        step = int(target.name.partition("-")[2])
+        if section.keep_every_steps is not None and step % section.keep_every_steps == 0:
+            kept.add(target)
+    finite = next((target for target in reversed(complete) if _is_finite(target)), None)
+    for old in complete:
+        if old not in kept and old != finite:
+            (old / META_NAME).unlink()
+    for path in folder.iterdir():
+        if STEP_FOLDER.fullmatch(path.name) and not (path / META_NAME).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_finite(target: Path) -> bool:
+    try:
+        return read_meta(target).is_finite
+    except CheckpointCorruptError:
+        return False
+
+
+def _is_saved(target: Path, world: World) -> bool:
+    """Whether this step was saved before, and is intact. Only the first rank looks."""
+    if not world.is_first or not (target / META_NAME).is_file():
+        return False
+    try:
+        verify_files(target, read_meta(target))
+    except CheckpointCorruptError:
+        return False  # it is written again
+    return True
+
+
+def _make_empty(target: Path, world: World) -> None:
+    if world.is_first:
+        (target / META_NAME).unlink(missing_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True, exist_ok=True)

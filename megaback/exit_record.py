@@ -1,0 +1,72 @@
+"""How a run ended, for people and scripts that come later: `exit.json` and `history.jsonl`.
+
+`exit.json` is about the newest start: it goes when the run starts again, and the first process that
+knows a reason writes it. `history.jsonl` has a line for every start and every end.
+"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+EXIT_NAME = "exit.json"
+HISTORY_NAME = "history.jsonl"
+
+
+def record_start(run: Path, **fields: Any) -> None:
+    """Note that a run starts. Raises OSError."""
+    (run / EXIT_NAME).unlink(missing_ok=True)
+    _append(run, {"event": "start", **fields})
+
+
+def record_exit(run: Path, code: int, kind: str, reason: str, rank: int | None = None) -> bool:
+    """Note why a run ends, if no other process has. A disk that refuses is no further fault."""
+    fields = {"code": code, "kind": kind, "reason": reason, "rank": rank, **_here()}
+    path = run / EXIT_NAME
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(fields, indent=2) + "\n")
+        _append(run, {"event": "exit", **fields})
+    except OSError:  # it is there already, or cannot be written
+        return False
+    return True
+
+
+def read_exit(run: Path) -> dict[str, Any] | None:
+    """The reason of a run's end; None while it runs, or if nobody was left to write it."""
+    try:
+        fields = json.loads((run / EXIT_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """All starts and ends, oldest first; a line that a kill cut short is left out."""
+    lines = []
+    try:
+        text = (run / HISTORY_NAME).read_text(encoding="utf-8")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def _append(run: Path, fields: dict[str, Any]) -> None:
+    line = json.dumps({**fields, **_here()}) + "\n"
+    with (run / HISTORY_NAME).open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _here() -> dict[str, Any]:
+    return {
+        "time": time.time(),
+        "host": socket.gethostname(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }

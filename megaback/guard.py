@@ -1,0 +1,89 @@
+"""Which steps are not learnt from: those with numbers that would do harm, and those that are told.
+
+All ranks see the same loss and norm, so all decide alike. What it knows of earlier steps is read
+back from the metrics, so that a run that goes on decides as one that was never stopped.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.command import write_text
+from data_pipeline.errors import NonFiniteError, RunMismatchError
+from megaback.config import GuardSection
+
+SKIPPED_STEPS_NAME = "skipped_steps.json"
+"""In a run's folder: first and last of each range of steps that `megaback rollback` left out."""
+
+
+class StepGuard:
+    """Judges the loss and the gradient norm of each step."""
+
+    def __init__(self, section: GuardSection, earlier: Iterable[dict[str, Any]]) -> None:
+        """`earlier`: lines of the run's metrics, up to where it goes on."""
+        self._section = section
+        self._norms: deque[float] = deque(maxlen=section.window_steps)
+        self._losses: deque[float] = deque(maxlen=section.window_steps)
+        self._num_skipped = 0  # in a row
+        for line in earlier:
+            if "loss" in line:
+                self._remember(line["loss"], line["gradient_norm"], "skipped" in line)
+
+    def verdict(self, loss: float, gradient_norm: float | None) -> str | None:
+        """Why not to learn from a step; None if all is well. The norm may not be known yet."""
+        section = self._section
+        for what, value in (("loss", loss), ("gradient norm", gradient_norm)):
+            if value is not None and not math.isfinite(value):
+                return f"the {what} is {value}"
+        if len(self._norms) < section.window_steps:
+            return None  # too early to tell what is usual
+        if section.spike_nats is not None:
+            usual = statistics.median(self._losses)
+            if loss > usual + section.spike_nats:
+                return f"the loss is {loss:.4f}, and {usual:.4f} was usual"
+        if section.spike_norm_ratio is not None and gradient_norm is not None:
+            usual = statistics.median(self._norms)
+            if gradient_norm > usual * section.spike_norm_ratio:
+                return f"the gradient norm is {gradient_norm:.3g}, and {usual:.3g} was usual"
+        return None
+
+    def record(self, step: int, loss: float, gradient_norm: float, reason: str | None) -> None:
+        """Remember a step. Raises NonFiniteError after too many that were skipped in a row."""
+        self._remember(loss, gradient_norm, reason is not None)
+        if self._num_skipped > self._section.max_skipped_steps:
+            raise NonFiniteError(
+                f"step {step}: {reason}, after {self._section.max_skipped_steps} skipped steps in "
+                "a row; the checkpoints before them are intact: lower optimizer.learning_rate, or "
+                "look at the data of these steps and leave them out with `megaback rollback RUN "
+                "--steps N`"
+            )
+
+    def _remember(self, loss: float | None, gradient_norm: float | None, is_skipped: bool) -> None:
+        self._num_skipped = self._num_skipped + 1 if is_skipped else 0
+        if not is_skipped and loss is not None and gradient_norm is not None:
+            self._losses.append(loss)
+            self._norms.append(gradient_norm)
+
+
+def read_left_out(run: Path) -> list[tuple[int, int]]:
+    """The ranges of steps that a rollback left out, first and last. Raises RunMismatchError."""
+    path = run / SKIPPED_STEPS_NAME
+    if not path.exists():
+        return []
+    try:
+        return [(int(first), int(last)) for first, last in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise RunMismatchError(
+            f"{path} is no list of pairs of steps ({error}); mend it, or remove it to learn from "
+            "all steps"
+        ) from None
+
+
+def leave_out(run: Path, first: int, last: int) -> None:
+    """Add a range of steps that are passed over from now on."""
+    ranges = sorted({*read_left_out(run), (first, last)})
+    write_text(run / SKIPPED_STEPS_NAME, json.dumps(ranges) + "\n")

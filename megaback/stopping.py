@@ -1,0 +1,89 @@
+"""When a run has to stop early: asked by a signal, or because its time is nearly over.
+
+Each rank looks by itself; the ranks agree at the next step boundary, so it does not matter which of
+them was told.
+"""
+
+import os
+import re
+import signal
+import time
+from datetime import datetime
+from types import FrameType
+
+from data_pipeline.errors import ConfigError
+
+LAUNCHER_VARIABLE = "MEGABACK_LAUNCHER"
+"""The process that started this rank, and that it is not to outlive."""
+_LEAD_S = 60.0
+_SAME_REQUEST_S = 1.0
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGUSR1, SIGINT, a deadline or the launcher's end; looked at between steps.
+
+    The same signal once more ends this rank at once and saves nothing. A launcher and a terminal
+    may both deliver it, so within a second it counts as one; another signal is no repetition
+    (Slurm sends SIGUSR1, and SIGTERM later).
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        """`deadline` is in seconds since the epoch."""
+        self._signal: str | None = None
+        self._deadline = deadline
+        self._launcher = int(os.environ.get(LAUNCHER_VARIABLE, "0"))
+        self._received: dict[int, float] = {}
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop, if so."""
+        if self._signal is not None:
+            return self._signal
+        if self._deadline is not None and time.time() >= self._deadline:
+            return "the deadline"
+        if self._launcher and os.getppid() != self._launcher:
+            return "the launcher is gone"
+        return None
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._received.get(number, now) > _SAME_REQUEST_S:
+            os._exit(128 + number)
+        self._received.setdefault(number, now)
+        self._signal = self._signal or signal.Signals(number).name
+
+
+def deadline_of(save_before: str | None) -> float | None:
+    """When to stop, in seconds since the epoch: a little before what is given or Slurm's limit.
+
+    `save_before` is a local time (2026-11-25T18:00) or a duration from now (1h30m). The lead is a
+    minute, or a tenth of the time where that is less. Raises ConfigError.
+    """
+    now = time.time()
+    ends = []
+    if save_before is not None:
+        ends.append(_parse(save_before, now))
+    slurm_end = os.environ.get("SLURM_JOB_END_TIME", "")  # since Slurm 22.05
+    if slurm_end.isdigit() and "SLURM_PROCID" in os.environ:
+        ends.append(float(slurm_end))
+    if not ends:
+        return None
+    end = min(ends)
+    return end - min(_LEAD_S, max(end - now, 0) / 10)
+
+
+def _parse(text: str, now: float) -> float:
+    found = _DURATION.fullmatch(text)
+    if text and found is not None:
+        hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return now + 3600 * hours + 60 * minutes + seconds
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise ConfigError(
+            f"--save-before {text!r} is neither a time like 2026-11-25T18:00 nor a duration like "
+            "1h30m"
+        ) from None

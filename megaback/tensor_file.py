@@ -1,0 +1,78 @@
+"""Files of tensors in the safetensors format: written in one pass, with their hash.
+
+Format: https://huggingface.co/docs/safetensors (a length, a JSON header, raw little-endian data).
+The library writes a dictionary of whole tensors; here each tensor may be made when its turn comes,
+the bytes are hashed as they go out, and other threads run meanwhile. Reading is the library's.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_WRITE_BYTES = 1 << 24
+
+Spec = tuple[torch.dtype, Sequence[int]]
+SizeAndHash = tuple[int, str]
+
+
+def write_tensors(
+    path: Path, specs: Mapping[str, Spec], tensor_of: Callable[[str], Tensor]
+) -> SizeAndHash:
+    """Write tensors one after another, each from `tensor_of(name)`, and flush them to the disk.
+
+    Returns the file's bytes and SHA-256. Raises OSError; what was written then stays, and is not
+    whole.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in specs.items():
+        num_bytes = dtype.itemsize
+        for length in shape:
+            num_bytes *= length
+        offsets = [position, position + num_bytes]
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": offsets}
+        position += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data is aligned
+    digest = hashlib.sha256()
+    num_bytes = 0
+    try:
+        with path.open("wb", buffering=0) as file:
+            head = len(text).to_bytes(8, "little") + text
+            num_bytes += _write(file.fileno(), memoryview(head))
+            digest.update(head)
+            for name, (dtype, shape) in specs.items():
+                tensor = tensor_of(name).detach().to("cpu", dtype).contiguous()
+                assert list(tensor.shape) == list(shape), name
+                data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                for start in range(0, len(data), _WRITE_BYTES):
+                    block = data[start : start + _WRITE_BYTES]
+                    num_bytes += _write(file.fileno(), block)
+                    digest.update(block)
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where it is
+        raise
+    return num_bytes, digest.hexdigest()
+
+
+def _write(descriptor: int, data: "memoryview[int]") -> int:
+    written = 0
+    while written < len(data):
+        written += os.write(descriptor, data[written:])
+    return written
+
+
+def size_and_hash(path: Path) -> SizeAndHash:
+    """A file's bytes and SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return path.stat().st_size, digest.hexdigest()

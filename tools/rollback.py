@@ -1,0 +1,81 @@
+"""`megaback rollback`: back to a checkpoint from before bad data, and past that data.
+
+The checkpoints after it are kept aside, and the steps from there to where the run was are left out
+when it goes on: they learn nothing, and the schedule passes over them.
+"""
+
+import fcntl
+import os
+from pathlib import Path
+
+import click
+
+from data_pipeline.command import Command
+from data_pipeline.errors import CheckpointMissingError, LaunchError
+
+
+def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
+    """Set a run back by at least so many steps.
+
+    Returns the checkpoint that it goes on from, and the first and last step that are left out.
+    Raises CheckpointMissingError, CheckpointCorruptError, LaunchError while it is training.
+    """
+    from megaback.checkpoint import (
+        CHECKPOINTS_FOLDER,
+        complete_checkpoints,
+        read_meta,
+        verify_files,
+    )
+    from megaback.guard import leave_out
+    from megaback.metrics import METRICS_NAME, read_metrics
+    from megaback.preparation import LOCK_NAME
+
+    complete = complete_checkpoints(run)
+    if not complete or not (run / METRICS_NAME).is_file():
+        raise CheckpointMissingError(f"{run} is no run with a complete checkpoint; give its folder")
+    with (run / LOCK_NAME).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(
+                f"{run} is training; stop it first (SIGTERM saves), then roll back"
+            ) from None
+        last = max(line["step"] for line in read_metrics(run))
+        earlier = [target for target in complete if read_meta(target).step <= last - steps]
+        if not earlier:
+            oldest = read_meta(complete[0]).step
+            raise CheckpointMissingError(
+                f"{run} is at step {last}, and its oldest checkpoint is of step {oldest}: it can "
+                f"be set back by at most {last - oldest} steps; keep more with "
+                "checkpoint.keep_last or checkpoint.keep_every_steps"
+            )
+        target = earlier[-1]
+        meta = read_meta(target)
+        verify_files(target, meta)
+        # From here on, a kill leaves steps left out whose checkpoints are still there: the same
+        # command again mends that.
+        leave_out(run, meta.step + 1, last)
+        aside = run / CHECKPOINTS_FOLDER / f"rolled-back-from-{last:08d}"
+        while aside.exists():
+            aside = aside.with_name(aside.name + "-again")
+        aside.mkdir()
+        for newer in complete[complete.index(target) + 1 :]:
+            os.replace(newer, aside / newer.name)
+    return target, meta.step + 1, last
+
+
+@click.command(cls=Command, name="rollback")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--steps", required=True, type=click.IntRange(min=1), help="How far back, at the least."
+)
+def main(run: Path, steps: int) -> None:
+    """Set RUN back, so that it goes on without the data of its last steps."""
+    target, first, last = roll_back(run, steps)
+    click.echo(f"{run} goes on from {target.name}, and leaves out steps {first} to {last}")
+    click.echo("the newer checkpoints are kept aside, in its folder checkpoints/rolled-back-…")
+    click.echo(f"next: megaback train {run / 'config.yaml'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""`megaback watch`: whether a run is well, slow, stuck or dead, and why.
+
+It reads what the ranks leave in the run's folder (heartbeats, metrics, `exit.json`), so it works
+from any machine that sees the folder, and disturbs nothing.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from data_pipeline.command import Command
+from data_pipeline.errors import CheckpointMissingError
+from megaback.exit_record import HISTORY_NAME, read_exit, read_history
+from megaback.heartbeat import Heartbeat, missing_ranks, read_heartbeats
+from megaback.metrics import METRICS_NAME, read_metrics
+
+State = Literal["finished", "stopped", "starting", "running", "slow", "stuck", "dead"]
+EXIT_CODES: dict[State, int] = {
+    "finished": 0,
+    "starting": 0,
+    "running": 0,
+    "stopped": 3,
+    "slow": 4,
+    "stuck": 5,
+    "dead": 6,
+}
+_SLOW_RATIO = 3.0
+_RECENT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a run is like now."""
+
+    state: State
+    reason: str
+    step: int | None
+    median_step_s: float | None
+    ranks: int
+    restarts: int
+
+
+def look(run: Path, now: float | None = None) -> Health:
+    """Judge a run by its folder. Raises CheckpointMissingError if it is no run's."""
+    now = time.time() if now is None else now
+    history = read_history(run)
+    if not history:
+        raise CheckpointMissingError(
+            f"{run} holds no run (no {HISTORY_NAME}); give the folder of one that was started"
+        )
+    beats = read_heartbeats(run)
+    times = _step_times(run)
+    state, reason = _judge(beats, times, read_exit(run), now)
+    return Health(
+        state,
+        reason,
+        max((beat.step for beat in beats), default=None),
+        statistics.median(times) if times else None,
+        len(beats),
+        sum(line.get("event") == "start" for line in history) - 1,
+    )
+
+
+def _judge(
+    beats: Sequence[Heartbeat],
+    times: Sequence[float],
+    ending: dict[str, Any] | None,
+    now: float,
+) -> tuple[State, str]:
+    if ending is not None:
+        done: State = "finished" if ending["code"] == 0 else "stopped"
+        return done, f"exit code {ending['code']} ({ending['kind']}): {ending['reason']}"
+    world_size = max((beat.world_size for beat in beats), default=1)
+    missing = missing_ranks(beats, world_size, now)
+    if missing:
+        return "dead", "; ".join(list(missing.values())[:4])
+    # Others wait for the rank that began its part longest ago, or is at the earliest step.
+    last = min(beats, key=lambda beat: (beat.step, beat.since))
+    here_s = now - last.since
+    where = f"{last.name} is {last.phase} at step {last.step}, for {here_s:.0f} s"
+    if here_s > last.timeout_s:
+        return "stuck", f"{where}, longer than the {last.timeout_s:.0f} s that are allowed"
+    if not times:
+        return "starting", where
+    usual_s = statistics.median(times)
+    if here_s > max(_SLOW_RATIO * usual_s, 2 * last.interval_s):
+        return "slow", f"{where}; a step usually takes {usual_s:.2f} s"
+    if times[-1] > _SLOW_RATIO * usual_s:
+        return "slow", f"the last step took {times[-1]:.2f} s, and {usual_s:.2f} s is usual"
+    return "running", f"{len(beats)} ranks; {where}"
+
+
+def _step_times(run: Path) -> list[float]:
+    if not (run / METRICS_NAME).is_file():
+        return []
+    return [line["step_s"] for line in read_metrics(run) if "step_s" in line][-_RECENT_STEPS:]
+
+
+@click.command(cls=Command, name="watch")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--every", "every_s", type=click.FloatRange(min=0.1), help="Look every so many s.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a look.")
+def main(run: Path, every_s: float | None, as_json: bool) -> None:
+    """Say whether RUN is finished, stopped, starting, running, slow, stuck or dead, and why.
+
+    The exit code is 0 for a run that is well or finished, 3 for one that was stopped, 4 for slow,
+    5 for stuck, 6 for dead. With --every, it goes on until the run ends.
+    """
+    while True:
+        health = look(run)
+        if as_json:
+            click.echo(json.dumps(asdict(health)))
+        else:
+            restarts = f", {health.restarts} restarts" if health.restarts else ""
+            pace = f", {health.median_step_s:.3f} s a step" if health.median_step_s else ""
+            click.echo(f"{health.state}: step {health.step}{pace}{restarts}; {health.reason}")
+        if every_s is None or health.state in ("finished", "stopped", "dead"):
+            raise SystemExit(EXIT_CODES[health.state])
+        time.sleep(every_s)
+
+
+if __name__ == "__main__":
+    main()
