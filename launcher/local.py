@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import click
 
@@ -22,7 +23,7 @@ from data_pipeline import errors
 from data_pipeline.command import Command
 from data_pipeline.errors import LaunchError, MegabackError, PreemptedError
 from megaback.config import Config, load_config
-from megaback.exit_record import record_exit
+from megaback.exit_record import read_exit, record_exit
 from megaback.run_data import open_data
 from megaback.stopping import LAUNCHER_VARIABLE, deadline_of
 
@@ -142,8 +143,14 @@ def _reasons() -> set[int]:
     return codes - {MegabackError.exit_code}
 
 
-def _verdict(codes: list[int], was_signalled: bool) -> int:
-    """The exit code of the run. Raises what the ranks could not say themselves."""
+def _verdict(codes: list[int], was_signalled: bool, ending: dict[str, Any] | None) -> int:
+    """The exit code of the run. Raises what the ranks could not say themselves.
+
+    `ending` is what the first rank to know a reason has recorded; the others may have ended for
+    want of that one.
+    """
+    if ending is not None and ending["code"] in codes:
+        return int(ending["code"])
     said = [code for code in codes if code in _reasons()]
     if said:
         return said[0]
@@ -182,7 +189,7 @@ def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> N
         command += ["--save-before", save_before]
     codes, was_signalled = run_ranks(command, rank_environment(device, processes), processes)
     try:
-        code = _verdict(codes, was_signalled)
+        code = _verdict(codes, was_signalled, read_exit(settings.run))
     except MegabackError as error:
         record_exit(settings.run, error.exit_code, type(error).__name__, str(error))
         raise

@@ -187,7 +187,7 @@ def read_meta(target: Path) -> CheckpointMeta:
         _ = meta.format
         if target.name != f"step-{meta.step:08d}" and STEP_FOLDER.fullmatch(target.name):
             raise ValueError(f"it is of step {meta.step}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointCorruptError(
             f"{target / META_NAME} is not a checkpoint's description ({reason})"

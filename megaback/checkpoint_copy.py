@@ -6,9 +6,12 @@ the next checkpoint: it ends no run. A run whose own checkpoints are gone goes o
 """
 
 import hashlib
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -31,14 +34,14 @@ _READ_BYTES = 1 << 23
 
 
 class SecondPlace:
-    """A folder of checkpoints behind a URL, or a path."""
+    """A run's checkpoints behind a URL or path: the folder of the run's name in `copy_to`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, run: Path) -> None:
         """Raises the errors of URLs: BackendError for a file system that is not installed."""
+        folder = url if is_url(url) else f"file://{Path(url).absolute()}"
+        url = f"{folder.rstrip('/')}/{run.resolve().name}"
         self.name = shown_url(url)
-        self._files, self._root = open_file_system(
-            url if is_url(url) else Path(url).absolute().as_uri()
-        )
+        self._files, self._root = open_file_system(url)
 
     def path(self, *names: str) -> str:
         """Of something in it."""
@@ -51,6 +54,11 @@ class SecondPlace:
             for name in self._names()
             if STEP_FOLDER.fullmatch(name) and self._files.exists(self.path(name, META_NAME))
         )
+
+    def make_incomplete(self, folder: str) -> None:
+        """Remove the meta.json of a copy that is to be written again."""
+        if self._files.exists(self.path(folder, META_NAME)):
+            self._files.rm_file(self.path(folder, META_NAME))
 
     def put(self, source: Path, folder: str, expected: SizeAndHash) -> None:
         """Copy a file and read it back. Raises OSError, CheckpointCorruptError."""
@@ -79,6 +87,9 @@ class SecondPlace:
         """Let old copies go, and what was left unfinished."""
         complete = self.complete()
         newest = complete[-section.keep_last :]
+        finite = next((name for name in reversed(complete) if self._is_finite(name)), None)
+        if finite is not None:
+            newest.append(finite)
         for name in self._names():
             if not STEP_FOLDER.fullmatch(name) or name in newest:
                 continue
@@ -88,6 +99,13 @@ class SecondPlace:
                     continue
                 self._files.rm_file(self.path(name, META_NAME))
             self._files.rm(self.path(name), recursive=True)
+
+    def _is_finite(self, name: str) -> bool:
+        try:
+            loss = json.loads(self._files.cat_file(self.path(name, META_NAME)))["val_loss"]
+        except (ValueError, KeyError, TypeError):
+            return False
+        return loss is None or math.isfinite(loss)
 
     def _names(self) -> list[str]:
         self._files.invalidate_cache()
@@ -99,10 +117,10 @@ class SecondPlace:
 class CheckpointCopier:
     """Copies a run's checkpoints, one at a time; those that come too soon are left out."""
 
-    def __init__(self, section: CheckpointSection, world: World) -> None:
+    def __init__(self, run: Path, section: CheckpointSection, world: World) -> None:
         self._section, self._world = section, world
         self._copying: _Copying | None = None
-        self._place = SecondPlace(section.copy_to) if section.copy_to is not None else None
+        self._place = SecondPlace(section.copy_to, run) if section.copy_to is not None else None
 
     @property
     def is_open(self) -> bool:
@@ -115,9 +133,14 @@ class CheckpointCopier:
         return self._copying is not None and self._copying.is_alive()
 
     def begin(self, target: Path | None) -> None:
-        """Start to copy a complete checkpoint, unless another one is on its way."""
+        """Start to copy a complete checkpoint, unless another one is on its way. Collective."""
         if self._place is None or target is None or self._copying is not None:
             return
+        if self._world.is_first:
+            # What goes wrong here goes wrong again for the files, and is reported then.
+            with suppress(Exception):
+                self._place.make_incomplete(target.name)
+        self._world.barrier()
         self._copying = _Copying(self._place, target, self._world.rank)
         self._copying.start()
 
@@ -171,11 +194,14 @@ def fetch_newest(run: Path, place: SecondPlace) -> Path | None:
     problems: list[str] = []
     for name in reversed(place.complete()):
         target = run / CHECKPOINTS_FOLDER / name
-        partial = target.with_name(f".{name}.{os.getpid()}.partial")
-        partial.mkdir(parents=True)
+        partial = target.with_name(".fetched.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed start has left
         try:
+            partial.mkdir(parents=True)
             place.get(name, partial)
             meta: CheckpointMeta = read_meta(partial)
+            if name != f"step-{meta.step:08d}":
+                raise CheckpointCorruptError(f"{place.path(name)} holds step {meta.step}")
             verify_files(partial, meta)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)

@@ -49,6 +49,12 @@ class CheckpointSaver:
         self._world = world
         self._host: dict[str, Tensor] = {}
         self._open: _Writing | None = None
+        self._completed: Path | None = None
+
+    def take_completed(self) -> Path | None:
+        """The newest checkpoint that was completed since this was last asked."""
+        completed, self._completed = self._completed, None
+        return completed
 
     @property
     def is_open(self) -> bool:
@@ -77,11 +83,11 @@ class CheckpointSaver:
         if not self._section.background:
             self.finish()
 
-    def finish(self) -> Path | None:
+    def finish(self) -> None:
         """Wait for every rank, and complete the checkpoint that is open. Collective."""
         writing, world = self._open, self._world
         if writing is None:
-            return None
+            return
         writing.join()
         self._open = None
         world.stop_if_any(writing.error)
@@ -89,7 +95,7 @@ class CheckpointSaver:
             name: entry for part in world.gather(writing.files) for name, entry in part.items()
         }
         world.together(self._complete, writing.target, replace(writing.meta, files=files))
-        return writing.target
+        self._completed = writing.target
 
     def _complete(self, target: Path, meta: CheckpointMeta) -> None:
         if not self._world.is_first:

@@ -274,7 +274,7 @@ class CheckpointSection(Section):
     """Write while training goes on, from a copy in the host's memory."""
     copy_to: str | None = None
     """A second place, a path or URL (s3://bucket/run): each complete checkpoint is copied there in
-    the background, and a run that has lost its own goes on from it."""
+    the background, under the run's name, and a run that has lost its own goes on from it."""
 
 
 class LoggingSection(Section):

@@ -219,7 +219,7 @@ def _find_start(config: Config, world: World) -> tuple[Path, CheckpointMeta] | N
 def _fetch(run: Path, copy_to: str, world: World) -> bool:
     if not world.is_first:
         return False
-    place = SecondPlace(copy_to)
+    place = SecondPlace(copy_to, run)
     target = fetch_newest(run, place)
     if target is not None:
         print(f"megaback: {target.name} was fetched from {place.name}", flush=True)

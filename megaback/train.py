@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import click
@@ -43,6 +43,8 @@ from megaback.pulse import Pulse
 from megaback.schedule import rate_factor_at
 from megaback.stopping import StopRequest, deadline_of
 
+_POLL_S = 0.02
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -67,7 +69,9 @@ class Trainer:
         self._guard = StepGuard(run.config.guard, earlier)
         self._log = world.together(_open_log, run, world)
         self._log_error: MegabackError | None = None
-        self._copier = world.together(CheckpointCopier, run.config.checkpoint, world)
+        self._copier = world.together(
+            CheckpointCopier, run.config.run, run.config.checkpoint, world
+        )
         self._saver = CheckpointSaver(
             run.config.run, run.data.codec.model_bytes, run.config.checkpoint, world
         )
@@ -85,11 +89,13 @@ class Trainer:
             if self._copier.is_open and not agreed.is_copying:
                 self._copier.finish(self._say)
             if self._saver.is_open and not agreed.is_writing:
-                self._copier.begin(self._saver.finish())
+                self._saver.finish()
+            if not self._copier.is_open:
+                self._copier.begin(self._saver.take_completed())
             if agreed.must_stop:  # the time may be short: nothing is copied any more
                 if step > saved_step:
                     self._save(step, val_loss)
-                self._saver.finish()
+                self._finish_save(step)
                 raise PreemptedError(
                     f"asked to stop after {step} steps, all of them saved; "
                     "run the same command to go on"
@@ -105,11 +111,11 @@ class Trainer:
                 saved_step = done
             if step == run.start_step:
                 run.pulse.settle()
-        run.pulse.at("saving", total_steps)
-        last = self._saver.finish()
-        self._copier.finish(self._say)
-        self._copier.begin(last)
-        self._copier.finish(self._say)
+        self._finish_save(total_steps)
+        for _ in range(2):  # what is on its way, then the last one
+            self._wait_while(lambda: self._copier.is_copying, "copying a checkpoint", total_steps)
+            self._copier.finish(self._say)
+            self._copier.begin(self._saver.take_completed())
         self._world.stop_if_any(self._log_error)
 
     def close(self) -> None:
@@ -201,9 +207,21 @@ class Trainer:
 
     def _save(self, done: int, val_loss: float | None) -> None:
         run, world = self._run, self._world
+        self._finish_save(done)
         run.pulse.at("saving", done)
         state = named_state(run.engine, world.rank, world.size)
         self._saver.begin(state, run.meta(done, val_loss, world))
+
+    def _finish_save(self, done: int) -> None:
+        """Complete the checkpoint that is open, if there is one."""
+        self._wait_while(lambda: self._saver.is_writing, "writing a checkpoint", done)
+        self._saver.finish()
+
+    def _wait_while(self, is_busy: Callable[[], bool], phase: str, step: int) -> None:
+        """Wait together until no rank is busy, which may take longer than anything else may."""
+        while self._world.sum(is_busy())[0]:
+            self._run.pulse.at(phase, step)
+            sleep(_POLL_S)
 
     def _say(self, message: str) -> None:
         self._record(lambda log: log.say(message))

@@ -1,9 +1,12 @@
-"""Shards that more than one file of tests reads: those of a real build, and a small data set."""
+"""What more than one file of tests reads: shards of a real build, a small data set, checkpoints."""
 
+import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from batch_helpers import DataSet, some_shards, write_data_set
@@ -19,6 +22,15 @@ from remote_helpers import FileServer, serving
 
 from data_pipeline import plan, pool
 from data_pipeline.build import build_shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megaback.checkpoint import CheckpointMeta
+    from megaback.distributed import World
+
+TOKENIZER = b"a tokenizer"
+_LARGEST_FILE_BYTES = 1 << 16
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +99,93 @@ def server(running: FileServer) -> FileServer:
     """The module's server, without files, faults or memories of requests."""
     running.forget()
     return running
+
+
+@pytest.fixture(scope="module")
+def world() -> "Iterator[World]":
+    """One rank, with a real process group."""
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
+
+    from megaback.distributed import World
+
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield World(0, 1, torch.device("cpu"), dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def meta_at() -> "Callable[..., CheckpointMeta]":
+    """`meta_at(step, val_loss)`: what a run says of its checkpoint of a step."""
+    from megaback.checkpoint import CheckpointMeta
+
+    def make(step: int, val_loss: float | None = 1.5) -> CheckpointMeta:
+        return CheckpointMeta(
+            step=step,
+            updates=step - 1,
+            world_size=1,
+            zero_stage=2,
+            precision="fp32",
+            vocab_size=600,
+            text_format={"direction": "backward", "unit": "token", "tokenizer_sha256": "ab" * 32},
+            data_fingerprint="cd" * 32,
+            config={"run": "run"},
+            val_loss=val_loss,
+            versions={"torch": "2"},
+            files={},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def state_at() -> "Callable[[int], dict[str, Tensor]]":
+    """`state_at(step)`: weights, and more moments than `full_disk` has room for."""
+    import torch
+
+    def make(step: int) -> "dict[str, Tensor]":
+        return {
+            "weight:a:0": torch.full((10,), float(step)),
+            "exp_avg:a:0": torch.full((_LARGEST_FILE_BYTES // 3,), -float(step)),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def save(
+    world: "World",
+    meta_at: "Callable[..., CheckpointMeta]",
+    state_at: "Callable[[int], dict[str, Tensor]]",
+) -> Callable[..., Path]:
+    """`save(run, step, val_loss, **options of CheckpointSection)`: a whole checkpoint's folder."""
+    from megaback.checkpoint_saver import CheckpointSaver
+    from megaback.config import CheckpointSection
+
+    def save(
+        run: Path, step: int, val_loss: float | None = 1.5, keep_last: int = 10, **options: object
+    ) -> Path:
+        section = CheckpointSection.model_validate({"keep_last": keep_last, **options})
+        saver = CheckpointSaver(run, TOKENIZER, section, world)
+        saver.begin(state_at(step), meta_at(step, val_loss))
+        saver.finish()
+        return run / "checkpoints" / f"step-{step:08d}"
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def full_disk() -> Callable[[], AbstractContextManager[None]]:
+    """`with full_disk():` small files can be written, and large ones fail half way."""
+
+    @contextmanager
+    def limit() -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE_BYTES, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

@@ -1,0 +1,83 @@
+"""Loaded by every Python that has this folder on its path: makes one fault at one place.
+
+FAULT is a JSON object: `at` (`module:Class.function`), `rank`, `call` (which call, from 1), `when`
+(before, or after it), and `do` (kill, raise, nan, sleep). With `training`, only calls of a model
+in training count.
+"""
+
+import functools
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+FAULT: dict[str, Any] = json.loads(os.environ.get("FAULT", "null")) or {}
+
+
+def act(result: Any) -> Any:
+    """Do the fault; what the function is to return."""
+    deed = FAULT["do"]
+    if deed == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif deed == "raise":
+        raise MemoryError("cannot allocate 1 PiB")
+    elif deed == "sleep":
+        time.sleep(FAULT["seconds"])
+    elif deed == "nan":
+        return result * float("nan")
+    return result
+
+
+def faulty(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with the fault in some of its calls."""
+    calls = 0
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        if FAULT.get("training") and not arguments[0].training:
+            return function(*arguments, **options)
+        calls += 1
+        is_now = FAULT["call"] <= calls < FAULT["call"] + FAULT.get("times", 1)
+        if is_now and FAULT["when"] == "before":
+            act(None)
+        result = function(*arguments, **options)
+        return act(result) if is_now and FAULT["when"] == "after" else result
+
+    return wrapper
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds the module of the fault as others do, and changes its function once it is loaded."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        module_name, _, place = FAULT["at"].partition(":")
+        if name != module_name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            *owners, function_name = place.split(".")
+            owner: Any = module
+            for part in owners:
+                owner = getattr(owner, part)
+            setattr(owner, function_name, faulty(getattr(owner, function_name)))
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if FAULT and os.environ.get("RANK") == str(FAULT["rank"]):
+    sys.meta_path.insert(0, Finder())

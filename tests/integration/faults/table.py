@@ -1,0 +1,365 @@
+"""The faults that runs are put through, and what has to come of each: one entry, one test, and one
+line of docs/faults.md, which `python tests/integration/faults/table.py > docs/faults.md` writes.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    LaunchError,
+    MegabackError,
+    NonFiniteError,
+    PreemptedError,
+    RankLostError,
+    StorageError,
+)
+
+STEPS = 40
+SAVE_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to a run of 2 ranks, and what comes of it."""
+
+    what: str
+    """In a person's words."""
+    outcome: str
+    code: int | None = None
+    """Of the start that meets the fault; None if that one is the start that goes on."""
+    says: str = ""
+    """In what is printed."""
+    inject: dict[str, Any] | None = None
+    """For `inject/sitecustomize.py`."""
+    act: Callable[["subprocess.Popen[str]", Path], None] | None = None
+    """Done to the running launcher."""
+    at_step: int = 15
+    """When."""
+    damage: Callable[[Path], None] | None = None
+    """Done to the folder of a run that was stopped after step 30."""
+    stage: int = 2
+    overrides: tuple[str, ...] = ()
+    goes_on: bool = True
+    """Whether the same command then ends as if nothing had been."""
+    check: Callable[[Path], None] | None = None
+
+
+def ranks_of(launcher: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The ranks, by number."""
+    found = [
+        process
+        for process in psutil.Process(launcher.pid).children()
+        if "megaback.train" in process.cmdline()
+    ]
+    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+
+
+def signal_rank(number: signal.Signals, rank: int) -> Callable[[Any, Path], None]:
+    """Send a signal to one rank."""
+    return lambda launcher, _run: ranks_of(launcher)[rank].send_signal(number)
+
+
+def signal_ranks(number: signal.Signals) -> Callable[[Any, Path], None]:
+    """Send a signal to all ranks."""
+
+    def act(launcher: "subprocess.Popen[str]", _run: Path) -> None:
+        for process in ranks_of(launcher):
+            process.send_signal(number)
+
+    return act
+
+
+def signal_launcher(number: signal.Signals) -> Callable[[Any, Path], None]:
+    """Send a signal to `megaback train`."""
+
+    def act(launcher: "subprocess.Popen[str]", _run: Path) -> None:
+        ranks = ranks_of(launcher)
+        launcher.send_signal(number)
+        psutil.wait_procs(ranks, timeout=60)  # they may outlive it
+
+    return act
+
+
+def newest(run: Path) -> Path:
+    """The newest checkpoint of a run."""
+    return max((run / "checkpoints").glob("step-*"))
+
+
+def truncate(run: Path) -> None:
+    """Cut the newest checkpoint's largest file short."""
+    path = max(newest(run).iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(run: Path) -> None:
+    """Change one bit of the newest checkpoint."""
+    path = max(newest(run).glob("optimizer-*"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def remove_file(run: Path) -> None:
+    """Remove one file of the newest checkpoint."""
+    max(newest(run).glob("weights-*")).unlink()
+
+
+def remove_meta(run: Path) -> None:
+    """Make the newest checkpoint incomplete, as a kill in the middle of a save does."""
+    (newest(run) / "meta.json").unlink()
+
+
+def garble_latest(text: str | None) -> Callable[[Path], None]:
+    """Change or remove the file that names the newest checkpoint."""
+
+    def damage(run: Path) -> None:
+        path = run / "checkpoints" / "latest"
+        path.unlink() if text is None else path.write_text(text)
+
+    return damage
+
+
+def damage_all(run: Path) -> None:
+    """Leave no checkpoint that verifies."""
+    for path in (run / "checkpoints").glob("step-*/weights-*"):
+        os.truncate(path, 100)
+
+
+def cut_metrics(run: Path) -> None:
+    """Cut the last line of the metrics in two."""
+    path = run / "metrics.jsonl"
+    os.truncate(path, path.stat().st_size - 20)
+
+
+def at(place: str, do: str, rank: int = 1, call: int = 1, when: str = "before", **more: Any) -> Any:
+    """A fault for the injector."""
+    return {"at": place, "do": do, "rank": rank, "call": call, "when": when, **more}
+
+
+def one_step_was_skipped(run: Path) -> None:
+    """The step with the bad number changed nothing, and is counted."""
+    from tiny_run import metrics_of
+
+    skipped = [line["step"] for line in metrics_of(run) if "skipped" in line]
+    assert skipped == [5]
+
+
+SAVER = "megaback.checkpoint_saver:CheckpointSaver"
+FORWARD = "megaback.model:ReverseGPT.forward"
+LOST = RankLostError.exit_code
+GOES_ON = "the same command goes on from the newest checkpoint"
+FAULTS = {
+    "killed before a save": Fault(
+        "a rank is killed just before a save",
+        f"the other rank says which one is dead and ends; {GOES_ON}",
+        LOST,
+        "is dead",
+        at(f"{SAVER}.begin", "kill", call=2),
+        stage=1,
+    ),
+    "killed inside a save": Fault(
+        "a rank is killed while it writes its part of a checkpoint",
+        "the same; the checkpoint is incomplete and never used",
+        LOST,
+        "is dead",
+        at("megaback.tensor_file:write_tensors", "kill", call=3),
+        stage=3,
+    ),
+    "killed completing a save": Fault(
+        "the first rank is killed after all parts are written, before meta.json",
+        "the same",
+        LOST,
+        "rank 0",
+        at(f"{SAVER}._complete", "kill", rank=0, call=2),
+    ),
+    "killed after a save": Fault(
+        "a rank is killed just after a checkpoint is complete",
+        f"the other rank says which one is dead and ends; {GOES_ON}, which is that one",
+        LOST,
+        "is dead",
+        at(f"{SAVER}.finish", "kill", call=4, when="after"),
+    ),
+    "killed in validation": Fault(
+        "a rank is killed while the val set is measured",
+        f"the other rank says which one is dead and ends; {GOES_ON}",
+        LOST,
+        "is dead",
+        at("megaback.evaluation:to_device", "kill", call=3),
+    ),
+    "all ranks killed": Fault(
+        "all ranks are killed at once, as by a machine out of memory",
+        f"`megaback train` says so; {GOES_ON}",
+        LaunchError.exit_code,
+        "killed by SIGKILL",
+        act=signal_ranks(signal.SIGKILL),
+        stage=1,
+    ),
+    "launcher killed": Fault(
+        "`megaback train` itself is killed",
+        f"the ranks notice, save and end; {GOES_ON}",
+        -signal.SIGKILL,
+        "asked to stop",
+        act=signal_launcher(signal.SIGKILL),
+    ),
+    "SIGTERM to one rank": Fault(
+        "one rank gets SIGTERM",
+        "all ranks save together at the next step and end with the code that means requeue",
+        PreemptedError.exit_code,
+        "asked to stop",
+        act=signal_rank(signal.SIGTERM, 1),
+    ),
+    "SIGTERM to all": Fault(
+        "all ranks get SIGTERM",
+        "the same",
+        PreemptedError.exit_code,
+        "asked to stop",
+        act=signal_ranks(signal.SIGTERM),
+        stage=3,
+    ),
+    "SIGINT to the launcher": Fault(
+        "`megaback train` gets SIGINT (Ctrl-C)",
+        "the same",
+        PreemptedError.exit_code,
+        "asked to stop",
+        act=signal_launcher(signal.SIGINT),
+    ),
+    "frozen rank": Fault(
+        "a rank is frozen (SIGSTOP), or its node is cut off",
+        "after hardware.step_timeout_s the other rank says which one is silent and ends; "
+        "`megaback train` kills the frozen one",
+        LOST,
+        "has been silent",
+        act=signal_rank(signal.SIGSTOP, 1),
+    ),
+    "exception in a rank": Fault(
+        "a rank ends with an exception that nobody expected, such as out of memory",
+        f"its traceback is printed, its reason is in exit.json, the others end; {GOES_ON}",
+        1,
+        "MemoryError: cannot allocate",
+        at("megaback.evaluation:to_device", "raise", call=30),
+    ),
+    "full disk": Fault(
+        "the disk is full during a save",
+        "all ranks end with one sentence; the checkpoints before it are intact",
+        StorageError.exit_code,
+        "cannot write the checkpoint",
+    ),
+    "slow disk": Fault(
+        "writing a checkpoint takes as long as many steps",
+        "training goes on meanwhile",
+        inject=at("megaback.tensor_file:write_tensors", "sleep", call=1, seconds=3),
+    ),
+    "NaN": Fault(
+        "one batch gives a loss that is no number",
+        "the step is skipped and counted, on all ranks alike",
+        inject=at(FORWARD, "nan", call=9, when="after", training=True),
+        goes_on=False,
+        check=one_step_was_skipped,
+    ),
+    "only NaN": Fault(
+        "more batches in a row than guard.max_skipped_steps give a loss that is no number",
+        "the run ends; its checkpoints are finite",
+        NonFiniteError.exit_code,
+        "skipped steps in a row",
+        at(
+            "megaback.model:ReverseGPT.forward",
+            "nan",
+            call=51,
+            when="after",
+            training=True,
+            times=99,
+        ),
+        overrides=("guard.max_skipped_steps=2",),
+    ),
+    "truncated file": Fault(
+        "a file of the newest checkpoint is cut short",
+        "the damaged file is named, and the run goes on from the checkpoint before",
+        says="is not the file that was saved; going back",
+        damage=truncate,
+        stage=3,
+    ),
+    "flipped bit": Fault(
+        "a bit of the newest checkpoint is wrong",
+        "the same",
+        says="is not the file that was saved; going back",
+        damage=flip,
+        stage=1,
+    ),
+    "missing file": Fault(
+        "a file of the newest checkpoint is missing",
+        "the same",
+        says="is missing; going back",
+        damage=remove_file,
+    ),
+    "incomplete checkpoint": Fault(
+        "the newest checkpoint has no meta.json",
+        "it does not count; the run goes on from the checkpoint before",
+        damage=remove_meta,
+    ),
+    "latest missing": Fault(
+        "`checkpoints/latest` is missing",
+        "nothing: it is for people, and the folders themselves are looked at",
+        damage=garble_latest(None),
+    ),
+    "latest empty": Fault("`latest` is empty", "nothing", damage=garble_latest("")),
+    "latest pointing nowhere": Fault(
+        "`latest` names what is not there", "nothing", damage=garble_latest("step-99999999\n")
+    ),
+    "metrics cut short": Fault(
+        "the last line of metrics.jsonl is cut in two",
+        "nothing: the metrics are cut back to the checkpoint anyway",
+        damage=cut_metrics,
+    ),
+    "all checkpoints damaged": Fault(
+        "no checkpoint verifies",
+        "the run ends and says which file is damaged; it never starts again from nothing by itself",
+        CheckpointCorruptError.exit_code,
+        "no other checkpoint",
+        damage=damage_all,
+        goes_on=False,
+    ),
+    "checkpoints lost": Fault(
+        "the folder of checkpoints is gone, and checkpoint.copy_to has copies",
+        "the newest copy that verifies is fetched, and the run goes on from it",
+        says="was fetched from",
+    ),
+}
+
+
+def as_markdown() -> str:
+    """docs/faults.md."""
+    classes = {kind.exit_code: kind.__name__ for kind in _all_errors(MegabackError)}
+    lines = [
+        "# Faults",
+        "",
+        "What runs were put through, and what came of it. Each line is a test of a real run of two",
+        "processes (`tests/integration/faults/`), which also checks that the run, gone on with,",
+        "ends with the metrics of one that was never disturbed, bit for bit.",
+        "",
+        "| fault | outcome | exit code |",
+        "|---|---|---|",
+    ]
+    for fault in FAULTS.values():
+        code = "" if fault.code is None else str(fault.code)
+        if fault.code in classes:
+            code = f"{fault.code} `{classes[fault.code]}`"
+        elif fault.code is not None and fault.code < 0:
+            code = f"of the ranks: {PreemptedError.exit_code} `PreemptedError`"
+        lines.append(f"| {fault.what} | {fault.outcome} | {code} |")
+    return "\n".join(lines) + "\n"
+
+
+def _all_errors(kind: type[MegabackError]) -> list[type[MegabackError]]:
+    return [kind, *(error for child in kind.__subclasses__() for error in _all_errors(child))]
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

@@ -1,0 +1,170 @@
+"""Every fault of the table, on real runs of two processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from table import FAULTS, SAVE_EVERY, STEPS, Fault, as_markdown
+from tiny_run import metrics_of, tiny_config, training_environment
+
+from megaback.checkpoint import complete_checkpoints, read_meta, verify_files
+
+pytestmark = pytest.mark.slow
+
+_INJECTOR = Path(__file__).parent / "inject"
+_ROOT = Path(__file__).parents[3]
+_TIMEOUT_S = 120
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Start:
+    """`start(run, stage, *overrides, inject=None)`: `megaback train`; prints to `RUN.txt`."""
+    fields = tiny_config(tiny_shards)
+    fields["training"]["steps"] = STEPS
+    fields["checkpoint"]["every_steps"] = SAVE_EVERY
+    fields["validation"]["every_steps"] = 20
+    fields["hardware"] |= {"heartbeat_s": 0.5, "step_timeout_s": 5}
+    config = tmp_path_factory.mktemp("faults") / "config.yaml"
+    config.write_text(yaml.safe_dump(fields))
+
+    def start(
+        run: Path, stage: int, *overrides: str, inject: dict[str, Any] | None = None
+    ) -> "subprocess.Popen[str]":
+        path = os.pathsep.join([str(_INJECTOR), os.environ.get("PYTHONPATH", "")])
+        environment = {**training_environment(), "PYTHONPATH": path, "FAULT": json.dumps(inject)}
+        with run.with_suffix(".txt").open("w") as output:
+            command = [sys.executable, "-m", "megaback", "train", config, f"run={run}"]
+            return subprocess.Popen(
+                [*command, f"zero.stage={stage}", *overrides],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=_ROOT,
+                env=environment,
+            )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Callable[[int], Path]:
+    """`undisturbed(stage)`: a finished run that met no fault, with copies in `second`."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def run_of(stage: int) -> Path:
+        run = folder / f"stage-{stage}"
+        if not run.exists():
+            process = start(run, stage, f"checkpoint.copy_to={folder / 'second'}")
+            assert process.wait(_TIMEOUT_S) == 0, printed_by(run)
+        return run
+
+    return run_of
+
+
+def printed_by(run: Path) -> str:
+    return run.with_suffix(".txt").read_text()
+
+
+def wait_for_step(process: "subprocess.Popen[str]", run: Path, step: int) -> None:
+    """Return once the metrics have this many steps."""
+    give_up = time.monotonic() + _TIMEOUT_S
+    path = run / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count('"loss"') >= step):
+        assert process.poll() is None, printed_by(run)
+        assert time.monotonic() < give_up, f"no step {step} in {path}"
+        time.sleep(0.005)
+
+
+def stopped_after_30(source: Path, run: Path) -> None:
+    """Copy a finished run as it was after its last checkpoint but one."""
+    shutil.copytree(source, run)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    (run / "exit.json").unlink()
+    (run / "checkpoints" / "latest").write_text(f"step-{STEPS - SAVE_EVERY:08d}\n")
+
+
+@contextmanager
+def small_disk(run: Path) -> Iterator[None]:
+    """Mount a file system that has room for one checkpoint, and not for two, under a run."""
+    (run / "checkpoints").mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(run / "checkpoints")]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield
+        subprocess.run(["mount", "-o", "remount,size=100m", str(run / "checkpoints")], check=True)
+    except BaseException:
+        subprocess.run(["umount", "--lazy", str(run / "checkpoints")], check=False)
+        raise
+
+
+def inflict(fault: Fault, name: str, run: Path, start: Start) -> int:
+    """Start a run that meets a fault; its exit code."""
+    process = start(run, fault.stage, *fault.overrides, inject=fault.inject)
+    if fault.act is not None:
+        wait_for_step(process, run, fault.at_step)
+        fault.act(process, run)
+    return process.wait(_TIMEOUT_S)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault(name: str, tmp_path: Path, start: Start, undisturbed: Callable[[int], Path]) -> None:
+    fault = FAULTS[name]
+    run = tmp_path / "run"
+    whole = undisturbed(fault.stage)
+    overrides: tuple[str, ...] = ()
+    if name == "checkpoints lost":
+        stopped_after_30(whole, run)
+        shutil.rmtree(run / "checkpoints")
+        second = tmp_path / "second"
+        shutil.copytree(whole.parent / "second" / whole.name, second / run.name)
+        shutil.rmtree(second / run.name / f"step-{STEPS:08d}")
+        overrides = (f"checkpoint.copy_to={second}",)
+    elif fault.damage is not None:
+        stopped_after_30(whole, run)
+        fault.damage(run)
+    elif name == "full disk":
+        with small_disk(run):
+            code = inflict(fault, name, run, start)
+    else:
+        code = inflict(fault, name, run, start)
+
+    if fault.code is not None:
+        if fault.damage is not None:
+            code = start(run, fault.stage).wait(_TIMEOUT_S)
+        assert code == fault.code, printed_by(run)
+        assert fault.says in printed_by(run)
+        assert printed_by(run).count("megaback: error:") <= 1
+        ending = json.loads((run / "exit.json").read_text())
+        assert ending["code"] == fault.code or fault.code < 0
+        for target in complete_checkpoints(run):
+            if fault.damage is None:
+                verify_files(target, read_meta(target))
+    if fault.goes_on and (fault.code is not None or fault.damage or overrides):
+        resumed = start(run, fault.stage, *overrides)
+        assert resumed.wait(_TIMEOUT_S) == 0, printed_by(run)
+        if fault.code is None:
+            assert fault.says in printed_by(run)
+    elif fault.code is None:
+        assert code == 0, printed_by(run)
+    if fault.goes_on:
+        assert metrics_of(run) == metrics_of(whole)
+    if fault.check is not None:
+        fault.check(run)
+    if name == "full disk":
+        subprocess.run(["umount", "--lazy", str(run / "checkpoints")], check=True)
+
+
+def test_the_documentation_lists_the_faults() -> None:
+    assert (_ROOT / "docs" / "faults.md").read_text() == as_markdown()

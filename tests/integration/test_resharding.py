@@ -1,0 +1,116 @@
+"""A checkpoint goes on with any number of ranks at any ZeRO stage."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import curve_of, tiny_config, training_environment
+
+from data_pipeline.errors import PreemptedError
+from launcher.local import rank_names
+
+pytestmark = pytest.mark.slow
+
+_WORKER = Path(__file__).with_name("reshard_worker.py")
+_NAMES = ("adamw", "muon")
+_FP32_TOLERANCE = 1e-4
+_SAME = [(stage, stage) for stage in range(4)]
+_ALL = [(saved, stage) for saved in range(4) for stage in range(4)]
+_SOME = [*_SAME, (0, 3), (1, 3), (2, 0), (3, 2)]
+Losses = dict[tuple[str, int, int], list[float]]
+"""Of the optimizer, the stage that saved, and the stage that went on."""
+
+
+def work(
+    config: Path, action: str, pairs: list[tuple[int, int]], world_size: int, names: list[str]
+) -> Losses:
+    """Run the worker on so many ranks."""
+    command = [sys.executable, _WORKER, config, config.parent, action, json.dumps(pairs), *names]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**training_environment(), "PYTHONWARNINGS": "ignore", **variables},
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=_WORKER.parents[2],
+        )
+        for variables in rank_names(world_size)
+    ]
+    printed = [rank.communicate(timeout=200)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world_size, printed
+    lines = [json.loads(line) for line in printed[0].splitlines() if line.startswith("[")]
+    return {(name, saved, stage): losses for name, saved, stage, losses in lines}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    path = tmp_path_factory.mktemp("resharding") / "config.yaml"
+    fields = tiny_config(tiny_shards)
+    fields["batch"]["micro_batch_rows"] = 1
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(config: Path) -> Callable[[int], Losses]:
+    """`saved(world_size)`: the losses of runs that were not interrupted, at every stage."""
+    found: dict[int, Losses] = {}
+
+    def of(world_size: int) -> Losses:
+        if world_size not in found:
+            names = [f"{world_size}-{name}" for name in _NAMES]
+            found[world_size] = work(config, "save", _SAME, world_size, names)
+        return found[world_size]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "pairs"),
+    [(2, 2, _ALL), (2, 1, _SOME), (1, 2, _SOME), (2, 4, _SOME), (4, 2, _SOME)],
+    ids=["2-2", "2-1", "1-2", "2-4", "4-2"],
+)
+def test_a_checkpoint_goes_on_at_other_stages_with_as_many_or_other_ranks(
+    before: int,
+    after: int,
+    pairs: list[tuple[int, int]],
+    config: Path,
+    saved: Callable[[int], Losses],
+) -> None:
+    uninterrupted = saved(before)
+    names = [f"{before}-{name}" for name in _NAMES]
+
+    went_on = work(config, "load", pairs, after, names)
+
+    assert went_on.keys() == {(name, *pair) for name in names for pair in pairs}
+    for (name, saved_stage, _), losses in went_on.items():
+        assert losses == pytest.approx(
+            uninterrupted[name, saved_stage, saved_stage], abs=_FP32_TOLERANCE
+        )
+
+
+def test_the_command_goes_on_with_fewer_ranks_at_another_stage(
+    tmp_path: Path,
+    start_training: Callable[..., "subprocess.Popen[str]"],
+    train_one_rank: Callable[..., "subprocess.CompletedProcess[str]"],
+    run_of: Callable[..., Path],
+) -> None:
+    run = tmp_path / "run"
+    process = start_training(run, "zero.stage=1")
+    while not (run / "metrics.jsonl").exists() or len(curve_of(run)) < 30:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == PreemptedError.exit_code
+
+    result = train_one_rank(run, "zero.stage=3")
+
+    assert result.returncode == 0, result.stderr
+    assert "of 2 ranks at ZeRO stage 1 goes on with 1 ranks at stage 3" in result.stdout
+    assert curve_of(run) == pytest.approx(curve_of(run_of("zero.stage=1")), abs=_FP32_TOLERANCE)

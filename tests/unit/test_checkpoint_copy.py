@@ -1,0 +1,346 @@
+"""A second place holds whole checkpoints, gives them back, and ends no run."""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from time import sleep
+
+import fsspec
+import pytest
+
+from data_pipeline.errors import CheckpointCorruptError, SourceMissingError
+from megaback.checkpoint import (
+    META_NAME,
+    complete_checkpoints,
+    find_checkpoint,
+    newest_checkpoint,
+    read_meta,
+    verify_files,
+)
+from megaback.checkpoint_copy import CheckpointCopier, SecondPlace, fetch_newest
+from megaback.config import CheckpointSection
+from megaback.distributed import World
+
+Save = Callable[..., Path]
+Copy = Callable[..., list[str]]
+WEIGHTS = "weights-00000.safetensors"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "my run"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """What copy_to names."""
+    return tmp_path / "second"
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """A URL of a file system in memory."""
+    yield "memory://bucket/runs"
+    file_system = fsspec.filesystem("memory")
+    if file_system.exists("/bucket"):
+        file_system.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def copy(save: Save, world: World) -> Copy:
+    """`copy(run, copy_to, *steps, **options)` saves and copies; it returns what was said."""
+
+    def copy(run: Path, copy_to: object, *steps: int, **options: object) -> list[str]:
+        said: list[str] = []
+        section = CheckpointSection.model_validate({"copy_to": str(copy_to), **options})
+        copier = CheckpointCopier(run, section, world)
+        for step in steps:
+            copier.begin(save(run, step))
+            copier.finish(said.append)
+        return said
+
+    return copy
+
+
+def wait_for(copier: CheckpointCopier) -> None:
+    while copier.is_copying:
+        sleep(0.001)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def names(steps: list[int]) -> list[str]:
+    return [f"step-{step:08d}" for step in steps]
+
+
+def test_a_copy_is_the_checkpoint(run: Path, place: Path, copy: Copy) -> None:
+    assert copy(run, place, 100) == []
+
+    original = run / "checkpoints" / "step-00000100"
+    copied = place / run.name / "step-00000100"
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == {
+        path.name: path.read_bytes() for path in original.iterdir()
+    }
+    assert find_checkpoint(copied)[1].step == 100
+
+
+def test_a_copy_gets_its_meta_last(run: Path, place: Path, save: Save, world: World) -> None:
+    section = CheckpointSection(copy_to=str(place))
+    copier, second = CheckpointCopier(run, section, world), SecondPlace(str(place), run)
+    copier.begin(save(run, 100))
+    wait_for(copier)
+
+    assert (copier.is_open, copier.is_copying) == (True, False)
+    copied = {path.name for path in (place / run.name / "step-00000100").iterdir()}
+    assert copied == read_meta(run / "checkpoints" / "step-00000100").files.keys()
+    assert second.complete() == []
+
+    copier.finish(pytest.fail)
+    assert (copier.is_open, copier.is_copying) == (False, False)
+    assert second.complete() == ["step-00000100"]
+
+
+def test_a_checkpoint_that_comes_while_one_is_copied_is_left_out(
+    run: Path, place: Path, save: Save, world: World
+) -> None:
+    copier = CheckpointCopier(run, CheckpointSection(copy_to=str(place)), world)
+    for step in (100, 200):
+        copier.begin(save(run, step))
+    copier.finish(pytest.fail)
+
+    assert SecondPlace(str(place), run).complete() == ["step-00000100"]
+
+
+def test_without_a_second_place_or_a_checkpoint_nothing_is_copied(
+    run: Path, place: Path, save: Save, world: World
+) -> None:
+    nowhere = CheckpointCopier(run, CheckpointSection(), world)
+    nowhere.begin(save(run, 100))
+    somewhere = CheckpointCopier(run, CheckpointSection(copy_to=str(place)), world)
+    somewhere.begin(None)
+
+    for copier in (nowhere, somewhere):
+        assert (copier.is_open, copier.is_copying) == (False, False)
+        copier.finish(pytest.fail)
+    assert not place.exists()
+
+
+def test_the_newest_copy_comes_back_into_a_run_that_lost_its_own(
+    run: Path, place: Path, copy: Copy, world: World
+) -> None:
+    copy(run, place, 100, 200)
+    shutil.rmtree(run)
+
+    target = fetch_newest(run, SecondPlace(str(place), run))
+
+    assert target == run / "checkpoints" / "step-00000200"
+    verify_files(target, read_meta(target))
+    assert newest_checkpoint(run, world) == (target, read_meta(target))
+    assert [path.name for path in target.parent.iterdir()] == ["step-00000200"]
+
+
+def test_a_copy_behind_a_url_comes_back_too(
+    run: Path, memory: str, copy: Copy, world: World
+) -> None:
+    assert copy(run, memory, 100, 200, 300, keep_last=2) == []
+    shutil.rmtree(run)
+    place = SecondPlace(memory, run)
+    assert (place.complete(), place.name) == (names([200, 300]), f"{memory}/{run.name}")
+
+    target = fetch_newest(run, place)
+
+    assert target == run / "checkpoints" / "step-00000300"
+    assert newest_checkpoint(run, world) == (target, read_meta(target))
+
+
+def test_where_there_is_no_copy_none_comes_back(run: Path, place: Path, memory: str) -> None:
+    assert fetch_newest(run, SecondPlace(str(place), run)) is None
+    assert fetch_newest(run, SecondPlace(memory, run)) is None
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.model"])
+def test_a_damaged_copy_is_passed_over_for_the_one_before(
+    name: str, damage: Callable[[Path], object], run: Path, place: Path, copy: Copy
+) -> None:
+    copy(run, place, 100, 200, 300)
+    for step in ("200", "300"):
+        damage(place / run.name / f"step-00000{step}" / name)
+    shutil.rmtree(run)
+
+    target = fetch_newest(run, SecondPlace(str(place), run))
+
+    assert target is not None
+    assert find_checkpoint(run) == (target, read_meta(target))
+    assert [path.name for path in target.parent.iterdir()] == ["step-00000100"]
+
+
+def test_a_copy_without_its_meta_is_none(run: Path, place: Path, copy: Copy) -> None:
+    copy(run, place, 100, 200)
+    (place / run.name / "step-00000200" / META_NAME).unlink()
+    shutil.rmtree(run)
+
+    target = fetch_newest(run, SecondPlace(str(place), run))
+
+    assert target == run / "checkpoints" / "step-00000100"
+
+
+def test_when_every_copy_is_damaged_that_is_said(run: Path, place: Path, copy: Copy) -> None:
+    copy(run, place, 100, 200)
+    for copied in (place / run.name).iterdir():
+        flip(copied / WEIGHTS)
+    shutil.rmtree(run)
+
+    with pytest.raises(CheckpointCorruptError, match=f"no copy in .* verifies: .*{WEIGHTS}"):
+        fetch_newest(run, SecondPlace(str(place), run))
+
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep_last": 2}, [400, 500]),
+        ({"keep_last": 3}, [300, 400, 500]),
+        ({"keep_last": 2, "keep_every_steps": 200}, [200, 400, 500]),
+    ],
+)
+def test_copies_are_let_go_as_checkpoints_are(
+    options: dict[str, int], kept: list[int], run: Path, place: Path, copy: Copy
+) -> None:
+    copy(run, place, 100, 200, 300, 400, 500, **options)
+
+    assert SecondPlace(str(place), run).complete() == names(kept)
+    assert sorted(path.name for path in (place / run.name).iterdir()) == names(kept)
+
+
+def test_an_unfinished_copy_goes_with_the_next_one(run: Path, place: Path, copy: Copy) -> None:
+    copy(run, place, 100)
+    (place / run.name / "step-00000100" / META_NAME).unlink()
+    (place / run.name / "mine").mkdir()
+
+    copy(run, place, 200)
+
+    assert sorted(path.name for path in (place / run.name).iterdir()) == ["mine", *names([200])]
+
+
+def test_runs_of_different_names_do_not_meet(tmp_path: Path, place: Path, copy: Copy) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    copy(one, place, 100, 200)
+    copy(other, place, 300, 400, 500, keep_last=2)
+
+    for run, steps in ((one, [100, 200]), (other, [400, 500])):
+        shutil.rmtree(run)
+        second = SecondPlace(str(place), run)
+        assert second.complete() == names(steps)
+        target = fetch_newest(run, second)
+        assert target is not None
+        assert target.name == names(steps)[-1]
+
+
+def test_a_place_that_cannot_be_written_is_reported_and_tried_again(
+    run: Path, place: Path, copy: Copy
+) -> None:
+    place.write_text("a file in the way")
+
+    said = copy(run, place, 100, 200)
+
+    assert len(said) == 2
+    sentence = f"step-00000200 was not copied to {SecondPlace(str(place), run).name}: "
+    assert sentence in said[1]
+    assert "training goes on" in said[1]
+    assert "\n" not in said[1]
+    assert len(complete_checkpoints(run)) == 2
+    place.unlink()
+    assert copy(run, place, 300) == []
+
+
+def test_a_second_place_that_is_full_is_reported_and_its_copies_stay(
+    run: Path,
+    place: Path,
+    save: Save,
+    copy: Copy,
+    world: World,
+    full_disk: Callable[[], AbstractContextManager[None]],
+) -> None:
+    copy(run, place, 100)
+    copier = CheckpointCopier(run, CheckpointSection(copy_to=str(place)), world)
+    target, second = save(run, 200), SecondPlace(str(place), run)
+    said: list[str] = []
+    with full_disk():
+        copier.begin(target)
+        copier.finish(said.append)
+
+    assert len(said) == 1
+    assert "step-00000200 was not copied" in said[0]
+    assert second.complete() == ["step-00000100"]
+
+    copier.begin(target)
+    copier.finish(pytest.fail)
+    assert second.complete() == ["step-00000100", "step-00000200"]
+
+
+def test_a_file_system_that_is_unknown_is_refused_at_once(run: Path, world: World) -> None:
+    section = CheckpointSection(copy_to="nonsense://bucket/runs")
+
+    with pytest.raises(SourceMissingError, match="nonsense"):
+        CheckpointCopier(run, section, world)
+
+
+def test_a_loss_that_is_no_number_is_copied_as_it_is(
+    run: Path, place: Path, save: Save, world: World
+) -> None:
+    copier = CheckpointCopier(run, CheckpointSection(copy_to=str(place)), world)
+    copier.begin(save(run, 100, math.nan))
+    copier.finish(pytest.fail)
+
+    assert not read_meta(place / run.name / "step-00000100").is_finite
+
+
+def test_a_copy_that_is_written_again_does_not_count_meanwhile(
+    run: Path, place: Path, copy: Copy, save: Save, world: World
+) -> None:
+    copy(run, place, 100)
+    shutil.rmtree(run)
+    copier = CheckpointCopier(run, CheckpointSection(copy_to=str(place)), world)
+
+    copier.begin(save(run, 100))
+    assert SecondPlace(str(place), run).complete() == []
+    copier.finish(print)
+
+    assert SecondPlace(str(place), run).complete() == ["step-00000100"]
+
+
+def test_what_a_killed_fetch_has_left_is_no_hindrance(run: Path, place: Path, copy: Copy) -> None:
+    copy(run, place, 100)
+    shutil.rmtree(run)
+    (run / "checkpoints" / ".fetched.partial" / "half").mkdir(parents=True)
+
+    fetch_newest(run, SecondPlace(str(place), run))
+
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000100"]
+
+
+def test_a_place_may_have_any_name(tmp_path: Path, run: Path, copy: Copy) -> None:
+    place = tmp_path / "my place é 100%"
+    copy(run, place, 100)
+
+    assert (place / run.name / "step-00000100" / META_NAME).is_file()
+
+
+def test_the_last_finite_copy_is_kept(run: Path, place: Path, save: Save, world: World) -> None:
+    section = CheckpointSection(copy_to=str(place), keep_last=2)
+    copier = CheckpointCopier(run, section, world)
+    for step, val_loss in ((100, 1.5), (200, math.nan), (300, math.nan), (400, math.nan)):
+        copier.begin(save(run, step, val_loss))
+        copier.finish(print)
+
+    names = SecondPlace(str(place), run).complete()
+    assert names == ["step-00000100", "step-00000300", "step-00000400"]

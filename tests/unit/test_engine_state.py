@@ -1,0 +1,100 @@
+"""Runs of a parameter's elements are found again, in whichever files they were saved."""
+
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megaback.engine_state import WEIGHT, SavedState
+from megaback.tensor_file import write_tensors
+
+Runs = dict[str, Tensor]
+NUM_FILES = 3
+
+
+def write(folder: Path, files: list[Runs]) -> SavedState:
+    paths = [folder / f"{number}.safetensors" for number in range(len(files))]
+    for path, runs in zip(paths, files, strict=True):
+        specs = {key: (run.dtype, run.shape) for key, run in runs.items()}
+        write_tensors(path, specs, runs.__getitem__)
+    return SavedState(paths)
+
+
+def split(data: st.DataObject, kind: str, name: str, whole: Tensor, files: list[Runs]) -> None:
+    """Cut a tensor at some places, and deal the runs out to files."""
+    inner = data.draw(st.sets(st.integers(1, max(1, len(whole) - 1)), max_size=6))
+    bounds = sorted({0, len(whole)} | {place for place in inner if place < len(whole)})
+    for start, stop in data.draw(st.permutations(list(pairwise(bounds)))):
+        number = data.draw(st.integers(0, NUM_FILES - 1))
+        files[number][f"{kind}:{name}:{start}"] = whole[start:stop]
+
+
+@given(st.data())
+def test_any_part_of_a_tensor_is_read_from_runs_in_several_files(data: st.DataObject) -> None:
+    wholes = {
+        (kind, name): torch.randn(data.draw(st.integers(1, 40)))
+        for kind in (WEIGHT, "exp_avg")
+        for name in ("block.0.a", "block.1.a")
+    }
+    files: list[Runs] = [{} for _ in range(NUM_FILES)]
+    for (kind, name), whole in wholes.items():
+        split(data, kind, name, whole, files)
+
+    with TemporaryDirectory() as folder:
+        saved = write(Path(folder), files)
+
+        assert saved.kinds() == {WEIGHT, "exp_avg"}
+        assert sorted(saved.names()) == ["block.0.a", "block.1.a"]
+        for (kind, name), whole in wholes.items():
+            start = data.draw(st.integers(0, len(whole)))
+            stop = data.draw(st.integers(start, len(whole)))
+            for first, last in ((0, len(whole)), (start, stop)):
+                out = torch.empty(last - first)
+                saved.read(kind, name, first, out)
+                assert torch.equal(out, whole[first:last])
+            if kind == WEIGHT:
+                assert saved.num_elements(name) == len(whole)
+
+
+@given(st.data())
+def test_elements_that_nobody_saved_are_counted(data: st.DataObject) -> None:
+    present = data.draw(st.lists(st.booleans(), min_size=1, max_size=8))
+    runs = {
+        f"weight:a:{5 * number}": torch.ones(5) for number, is_in in enumerate(present) if is_in
+    }
+    lacking = 5 * present.count(False)
+    with TemporaryDirectory() as folder:
+        saved = write(Path(folder), [runs, {"weight:a:1000": torch.ones(5)}])
+        out = torch.zeros(5 * len(present))
+        if lacking:
+            with pytest.raises(KeyError, match=f"{lacking} elements of weight:a"):
+                saved.read(WEIGHT, "a", 0, out)
+        else:
+            saved.read(WEIGHT, "a", 0, out)
+            assert out.all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "start"),
+    [("momentum", "a", 0), (WEIGHT, "b", 0), (WEIGHT, "a", 1), (WEIGHT, "a", 9)],
+)
+def test_what_is_not_saved_is_a_key_error(kind: str, name: str, start: int, tmp_path: Path) -> None:
+    saved = write(tmp_path, [{"weight:a:0": torch.ones(5)}])
+
+    with pytest.raises(KeyError):
+        saved.read(kind, name, start, torch.empty(5))
+
+
+def test_elements_are_read_in_the_type_of_their_place(tmp_path: Path) -> None:
+    weight = torch.randn(10)
+    saved = write(tmp_path, [{"weight:a:0": weight}])
+    out = torch.empty(10, dtype=torch.bfloat16)
+
+    saved.read(WEIGHT, "a", 0, out)
+
+    assert torch.equal(out, weight.bfloat16())

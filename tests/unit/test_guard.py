@@ -1,0 +1,188 @@
+"""Steps that would do harm are told from usual ones, alike before and after an interruption."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import NonFiniteError, RunMismatchError
+from megaback.config import GuardSection
+from megaback.guard import SKIPPED_STEPS_NAME, StepGuard, leave_out, read_left_out
+
+Step = tuple[float, float]
+"""A loss and a gradient norm."""
+NO_NUMBERS = [math.nan, math.inf, -math.inf]
+NOT_LEARNT = "some reason"
+
+
+def make_guard(earlier: Sequence[dict[str, Any]] = (), /, **options: object) -> StepGuard:
+    """A guard with a window of three steps that takes 1 nat and 10 times the norm for a spike."""
+    fields = {"spike_nats": 1.0, "spike_norm_ratio": 10.0, "window_steps": 3, **options}
+    return StepGuard(GuardSection.model_validate(fields), earlier)
+
+
+def learn(guard: StepGuard, *steps: Step) -> None:
+    for number, (loss, norm) in enumerate(steps):
+        guard.record(number + 1, loss, norm, None)
+
+
+def after(*steps: Step, **options: object) -> StepGuard:
+    """A guard that saw these steps being learnt from."""
+    guard = make_guard(**options)
+    learn(guard, *steps)
+    return guard
+
+
+def line_of(number: int, step: Step, reason: str | None) -> dict[str, Any]:
+    """What the metrics say of a step: there are no numbers but finite ones in JSON."""
+    loss, norm = (value if math.isfinite(value) else None for value in step)
+    line = {"step": number, "loss": loss, "gradient_norm": norm}
+    return line if reason is None else {**line, "skipped": reason}
+
+
+def live(guard: StepGuard, steps: Sequence[Step], first: int) -> Iterator[tuple[str | None, bool]]:
+    """The verdict on each step, and whether the run ended there (it is started again)."""
+    for number, (loss, norm) in enumerate(steps, first):
+        reason = guard.verdict(loss, norm)
+        try:
+            guard.record(number, loss, norm, reason)
+        except NonFiniteError:
+            yield reason, True
+        else:
+            yield reason, False
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("num_learnt", [0, 3])
+def test_a_loss_or_norm_that_is_no_number_is_never_learnt_from(
+    num_learnt: int, value: float
+) -> None:
+    guard = after(*[(5.0, 1.0)] * num_learnt, spike_nats=None, spike_norm_ratio=None)
+
+    assert guard.verdict(value, 1.0) == guard.verdict(value, None) == f"the loss is {value}"
+    assert guard.verdict(5.0, value) == f"the gradient norm is {value}"
+
+
+def test_a_spike_is_said_with_what_was_usual() -> None:
+    guard = after(*[(5.0, 1.0)] * 3)
+
+    assert guard.verdict(6.25, 1.0) == "the loss is 6.2500, and 5.0000 was usual"
+    assert guard.verdict(5.0, 12.0) == "the gradient norm is 12, and 1 was usual"
+
+
+def test_up_to_the_limit_nothing_is_a_spike() -> None:
+    guard = after(*[(5.0, 1.0)] * 3)
+
+    assert guard.verdict(6.0, 10.0) is None
+    assert guard.verdict(-100.0, 0.0) is None
+
+
+@pytest.mark.parametrize("num_learnt", range(3))
+def test_before_the_window_is_full_nothing_is_a_spike(num_learnt: int) -> None:
+    assert after(*[(5.0, 1.0)] * num_learnt).verdict(1e6, 1e6) is None
+
+
+def test_without_limits_nothing_is_a_spike() -> None:
+    guard = after(*[(5.0, 1.0)] * 3, spike_nats=None, spike_norm_ratio=None)
+
+    assert guard.verdict(1e6, 1e6) is None
+
+
+def test_the_loss_can_be_judged_before_the_norm_is_known() -> None:
+    guard = after(*[(5.0, 1.0)] * 3)
+
+    assert guard.verdict(5.0, None) is None
+    assert guard.verdict(7.0, None) is not None
+
+
+def test_what_is_usual_is_the_median_of_the_last_steps() -> None:
+    """One step that was far off moves neither limit, and what left the window counts no more."""
+    guard = after((0.0, 0.0), (5.0, 1.0), (5.0, 1.0), (99.0, 1e6))
+
+    assert guard.verdict(6.0, 10.0) is None
+    assert guard.verdict(6.1, 1.0) is not None
+    assert guard.verdict(5.0, 10.1) is not None
+
+
+def test_skipped_steps_are_not_part_of_what_is_usual() -> None:
+    guard = after(*[(5.0, 1.0)] * 2)
+    for number in range(3, 8):
+        guard.record(number, 50.0, 100.0, NOT_LEARNT)
+    assert guard.verdict(1e6, 1e6) is None  # the window is not full yet
+
+    learn(guard, (5.0, 1.0))
+
+    assert guard.verdict(50.0, 1.0) is not None
+    assert guard.verdict(5.0, 100.0) is not None
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_too_many_skipped_steps_in_a_row_end_the_run(most: int) -> None:
+    guard = make_guard(max_skipped_steps=most)
+    for number in range(most):
+        guard.record(number, math.nan, 1.0, NOT_LEARNT)
+
+    with pytest.raises(NonFiniteError, match=rf"step 9: {NOT_LEARNT}, after {most} skipped steps"):
+        guard.record(9, math.nan, 1.0, NOT_LEARNT)
+
+
+def test_a_step_that_was_learnt_from_ends_a_row_of_skipped_ones() -> None:
+    guard = make_guard(max_skipped_steps=1)
+
+    for number in range(0, 20, 2):
+        guard.record(number, math.nan, math.nan, NOT_LEARNT)
+        guard.record(number + 1, 5.0, 1.0, None)
+
+
+numbers = st.sampled_from([0.5, 1.0, 5.0, 6.5, 20.0, math.nan, math.inf])
+several_steps = st.lists(st.tuples(numbers, numbers), max_size=25)
+
+
+@given(st.data(), several_steps, st.integers(1, 4), st.integers(0, 3))
+def test_a_guard_that_reads_the_metrics_judges_as_one_that_lived_through_them(
+    data: st.DataObject, steps: list[Step], window_steps: int, max_skipped_steps: int
+) -> None:
+    options = {"window_steps": window_steps, "max_skipped_steps": max_skipped_steps}
+    stop = data.draw(st.integers(0, len(steps)))
+    guard = make_guard(**options)
+    lines: list[dict[str, Any]] = []
+    for number, (reason, _) in enumerate(live(guard, steps[:stop], 1), 1):
+        lines.append(line_of(number, steps[number - 1], reason))
+        if data.draw(st.booleans()):
+            lines.append({"step": number, "val_loss": 99.0})
+            lines.append({"step": number, "left_out": True})
+
+    rebuilt = make_guard(json.loads(json.dumps(lines, allow_nan=False)), **options)
+
+    rest = steps[stop:]
+    assert list(live(rebuilt, rest, stop + 1)) == list(live(guard, rest, stop + 1))
+
+
+def test_a_run_in_which_nothing_was_left_out_has_no_ranges(tmp_path: Path) -> None:
+    assert read_left_out(tmp_path) == []
+
+
+def test_ranges_that_are_left_out_read_back_sorted_and_once(tmp_path: Path) -> None:
+    for first, last in ((30, 40), (5, 5), (30, 40), (30, 35)):
+        leave_out(tmp_path, first, last)
+
+    assert read_left_out(tmp_path) == [(5, 5), (30, 35), (30, 40)]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[[1, 2]", b"5", b"null", b"[1]", b"[[1]]", b"[[1, 2, 3]]", b'[["a", 2]]']
+)
+def test_a_file_that_is_no_list_of_ranges_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / SKIPPED_STEPS_NAME
+    path.write_bytes(content)
+
+    with pytest.raises(RunMismatchError, match=f"{path} is no list of pairs of steps"):
+        read_left_out(tmp_path)
+    with pytest.raises(RunMismatchError):
+        leave_out(tmp_path, 1, 2)
+    assert path.read_bytes() == content

@@ -1,0 +1,261 @@
+"""All ranks are started, told of signals and waited for, and the run ends as they did."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import LaunchError, MegabackError, NonFiniteError, PreemptedError
+from launcher import local
+from launcher.local import rank_environment, rank_names, run_ranks
+from megaback.stopping import LAUNCHER_VARIABLE
+
+RunRanks = Callable[[str, int], tuple[list[int], bool]]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+NAMES = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+LOST = 51
+
+_PREAMBLE = """
+import json, os, signal, sys, time
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+"""
+_REPORT = """
+fields = {"environment": dict(os.environ), "session": os.getsid(0), "pid": os.getpid()}
+with open(f"rank-{rank}", "w") as file:
+    json.dump(fields, file)
+"""
+# Notes each signal; ends half a second after the first one, so that all that come are noted.
+_LISTEN = """
+received = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, frame: received.append(number))
+open(f"ready-{rank}", "w").close()
+while not received:
+    time.sleep(0.01)
+time.sleep(0.5)
+with open(f"received-{rank}", "w") as file:
+    json.dump(received, file)
+sys.exit(75)
+"""
+_LAUNCH = """
+import os, sys
+from launcher.local import run_ranks
+print(run_ranks([sys.executable, "-c", sys.argv[1]], dict(os.environ), int(sys.argv[2])))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRanks:
+    """`run(script, processes)`: ranks in `tmp_path` that know `rank`, `size` and some modules."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script: str, processes: int) -> tuple[list[int], bool]:
+        command = [sys.executable, "-c", _PREAMBLE + script]
+        return run_ranks(command, {"PATH": os.environ["PATH"], "MINE": "a b"}, processes)
+
+    return run
+
+
+def test_every_rank_is_told_which_one_it_is_and_where_they_meet(
+    tmp_path: Path, run: RunRanks
+) -> None:
+    assert run(_REPORT, 3) == ([0, 0, 0], False)
+
+    environments = [
+        json.loads((tmp_path / f"rank-{rank}").read_text())["environment"] for rank in range(3)
+    ]
+    ports = {environment["MASTER_PORT"] for environment in environments}
+    assert len(ports) == 1
+    for rank, environment in enumerate(environments):
+        assert {name: environment[name] for name in NAMES} == {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "3",
+            "LOCAL_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": ports.copy().pop(),
+        }
+
+
+def test_ranks_have_the_environment_that_is_given_and_know_their_launcher(
+    tmp_path: Path, run: RunRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOT_GIVEN", "1")
+    run(_REPORT, 1)
+
+    environment = json.loads((tmp_path / "rank-0").read_text())["environment"]
+    assert environment["MINE"] == "a b"
+    assert environment[LAUNCHER_VARIABLE] == str(os.getpid())
+    assert "NOT_GIVEN" not in environment
+
+
+def test_a_terminals_signals_reach_ranks_through_the_launcher_alone(
+    tmp_path: Path, run: RunRanks
+) -> None:
+    """A terminal signals its whole session: each rank has one of its own."""
+    run(_REPORT, 2)
+
+    for rank in range(2):
+        fields = json.loads((tmp_path / f"rank-{rank}").read_text())
+        assert fields["session"] == fields["pid"]
+
+
+def test_ports_are_free_and_not_always_the_same() -> None:
+    ports = {int(rank_names(1)[0]["MASTER_PORT"]) for _ in range(20)}
+
+    assert len(ports) > 1
+    assert min(ports) > 1023
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 6), (2, 3), (4, 1), (7, 1)])
+def test_ranks_on_a_cpu_share_its_cores(
+    processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+
+    environment = rank_environment("cpu", processes)
+
+    assert (environment["DS_ACCELERATOR"], environment["OMP_NUM_THREADS"]) == ("cpu", str(threads))
+
+
+def test_what_the_user_has_set_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"OMP_NUM_THREADS": "5", "PYTHONWARNINGS": "error"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+
+    assert rank_environment("cpu", 2).items() >= own.items()
+
+
+def test_codes_come_in_the_order_in_which_ranks_ended(run: RunRanks) -> None:
+    script = "time.sleep(0.4 * (size - 1 - rank)); sys.exit(rank)"
+
+    assert run(script, 3) == ([2, 1, 0], False)
+
+
+def test_the_code_of_a_rank_that_was_killed_is_the_signals(run: RunRanks) -> None:
+    assert run("os.kill(os.getpid(), signal.SIGKILL)", 1) == ([-signal.SIGKILL], False)
+
+
+def test_a_rank_that_hangs_after_another_has_failed_is_killed_after_the_grace(
+    run: RunRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_GRACE_S", 1)
+    started = time.monotonic()
+    script = "sys.exit(3) if rank == 1 else time.sleep(120)"
+
+    assert run(script, 3) == ([3, -signal.SIGKILL, -signal.SIGKILL], False)
+    assert 1 <= time.monotonic() - started < 60
+
+
+def test_within_the_grace_the_others_say_why_they_end(run: RunRanks) -> None:
+    script = f"time.sleep(0.5 * rank); sys.exit({LOST} if rank else 3)"
+
+    assert run(script, 2) == ([3, LOST], False)
+
+
+def test_a_rank_that_has_finished_hurries_nobody(
+    run: RunRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_GRACE_S", 0.1)
+
+    assert run("time.sleep(rank)", 2) == ([0, 0], False)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_reaches_every_rank_once(number: signal.Signals, tmp_path: Path) -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", _LAUNCH, _PREAMBLE + _LISTEN, "3"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(local.__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    give_up = time.monotonic() + 60
+    while len(list(tmp_path.glob("ready-*"))) < 3 and time.monotonic() < give_up:
+        time.sleep(0.02)
+    launcher.send_signal(number)
+
+    assert launcher.communicate(timeout=60)[0] == "([75, 75, 75], True)\n"
+    for rank in range(3):
+        assert json.loads((tmp_path / f"received-{rank}").read_text()) == [number]
+
+
+def test_a_signal_before_there_are_ranks_reaches_them_too(
+    run: RunRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signal_and_name(processes: int) -> list[dict[str, str]]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return rank_names(processes)
+
+    monkeypatch.setattr(local, "rank_names", signal_and_name)
+
+    assert run("time.sleep(120)", 2) == ([-signal.SIGUSR1] * 2, True)
+
+
+def test_afterwards_signals_mean_what_they_meant_before(run: RunRanks) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    run("", 1)
+
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize(
+    ("codes", "ending", "expected"),
+    [
+        ([0, 0], None, 0),
+        ([75, 75], None, 75),
+        ([50, 51], None, 50),  # the first that has a reason
+        ([1, LOST], None, LOST),
+        ([-9, LOST, LOST], None, LOST),
+        ([LOST, 50], {"code": 50}, 50),  # the first that had a reason
+        ([LOST, 1], {"code": 1}, 1),
+        ([LOST, LOST], {"code": 75}, LOST),  # that is of an earlier start
+        ([0, 0], {"code": 50}, 0),
+    ],
+)
+@pytest.mark.parametrize("was_signalled", [False, True])
+def test_a_run_ends_with_the_code_of_the_rank_that_knew_why(
+    was_signalled: bool, codes: list[int], ending: dict[str, Any] | None, expected: int
+) -> None:
+    assert local._verdict(codes, was_signalled, ending) == expected
+
+
+@pytest.mark.parametrize(
+    ("codes", "sentence"),
+    [
+        ([-signal.SIGKILL, 1], r"the ranks were killed by SIGKILL, .*\(often memory: see dmesg\)"),
+        ([-signal.SIGSEGV], r"the ranks were killed by SIGSEGV, .*\(see the traceback above\)"),
+        ([0, 1], r"the ranks were ended with code 1, .*\(see the traceback above\)"),
+        ([2, 2], r"the ranks were ended with code 2, "),
+    ],
+)
+@pytest.mark.parametrize("ending", [None, {"code": 0, "kind": "finished"}, {"code": 75}])
+def test_ranks_that_die_without_a_reason_are_a_launch_error(
+    ending: dict[str, Any] | None, codes: list[int], sentence: str
+) -> None:
+    if ending is not None and ending["code"] in codes:
+        return
+    with pytest.raises(LaunchError, match=sentence):
+        local._verdict(codes, False, ending)
+
+
+@pytest.mark.parametrize("codes", [[-signal.SIGTERM] * 2, [0, -signal.SIGKILL], [1]])
+def test_ranks_that_die_of_a_signal_that_was_passed_on_mean_requeue(codes: list[int]) -> None:
+    with pytest.raises(PreemptedError, match="asked to stop while starting"):
+        local._verdict(codes, True, None)
+
+
+def test_a_traceback_is_no_reason_but_every_error_of_the_family_is() -> None:
+    reasons = local._reasons()
+
+    assert MegabackError.exit_code not in reasons
+    assert {NonFiniteError.exit_code, PreemptedError.exit_code, LOST} <= reasons
