@@ -68,13 +68,16 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     from megaback.distributed import end_world, start_world
     from megaback.engine import set_learning_rates, take_step
     from megaback.preparation import prepare_run
+    from megaback.pulse import Pulse
     from megaback.run_data import open_data
     from megaback.schedule import rate_factor_at
-    from megaback.train import StopRequest, _accumulate_gradients, _agree_on_step
+    from megaback.stopping import StopRequest
+    from megaback.train import Trainer
 
     stop = StopRequest()
     world = start_world(config.hardware.device, config.hardware.collective_timeout_s)
-    run = prepare_run(config, world)
+    run = prepare_run(config, world, Pulse(config.run, config.hardware, world))
+    trainer = Trainer(run, world, stop)
     section = config.data.model_copy(update={"threads": 0})
     copies = open_data(config.model_copy(update={"data": section}), world.rank, world.size)
     run.engine.train()
@@ -83,16 +86,17 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     def timed_block(batches: object, first_step: int) -> list[StepTime]:
         nonlocal done_steps
         source = Timed(batches)
-        timed_run = replace(run, data=replace(run.data, training=source))  # type: ignore[arg-type]
+        data = replace(run.data, training=source)  # type: ignore[arg-type]
+        trainer._run = replace(run, data=data)
         times = []
         world.barrier()
         for step in range(first_step, first_step + block_steps):
             started, cpu_started = time.perf_counter(), time.process_time()
-            micro_batches, (num_targets, _), _ = _agree_on_step(timed_run, world, stop, step)
-            _accumulate_gradients(timed_run, world, micro_batches, num_targets)
+            micro_batches, agreed = trainer._agree_on_step(step)
+            trainer._accumulate_gradients(step, micro_batches, agreed.num_targets)
             factor = rate_factor_at(done_steps, run.data.total_steps, config.optimizer)
             set_learning_rates(run.engine, factor)
-            take_step(run.engine)
+            take_step(run.engine, lambda _norm: None)
             times.append(
                 StepTime(
                     time.perf_counter() - started,

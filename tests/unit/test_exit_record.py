@@ -1,6 +1,17 @@
-"""Why a run ended stands in its folder, by whoever knew it first."""
+"""The first to know why a run ends has the word, and every start and end stays on record."""
 
+import json
+import socket
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megaback.exit_record import (
     EXIT_NAME,
@@ -11,50 +22,131 @@ from megaback.exit_record import (
     record_start,
 )
 
-
-def test_the_first_to_know_a_reason_writes_it(tmp_path: Path) -> None:
-    assert record_exit(tmp_path, 51, "RankLostError", "rank 1 is dead", rank=0)
-    assert not record_exit(tmp_path, 13, "LaunchError", "later")
-
-    ending = read_exit(tmp_path)
-    assert ending is not None
-    assert (ending["code"], ending["reason"], ending["rank"]) == (51, "rank 1 is dead", 0)
+FAULT = {"code": 51, "kind": "RankLostError", "reason": "rank 3 is dead", "rank": 0}
 
 
-def test_a_start_takes_the_reason_of_the_last_end_away(tmp_path: Path) -> None:
-    record_exit(tmp_path, 75, "PreemptedError", "asked to stop")
+def fault_in(fields: dict[str, Any] | None) -> dict[str, Any]:
+    """What was said, without where and when."""
+    assert fields is not None
+    return {name: fields[name] for name in FAULT}
 
-    record_start(tmp_path, step=20, world_size=2, zero_stage=1)
+
+def events_of(run: Path) -> list[str]:
+    return [line["event"] for line in read_history(run)]
+
+
+def test_why_a_run_ended_reads_back(tmp_path: Path) -> None:
+    assert record_exit(tmp_path, 51, "RankLostError", "rank 3 is dead", 0)
+
+    assert fault_in(read_exit(tmp_path)) == FAULT
+
+
+def test_an_end_says_where_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    earliest = time.time()
+    record_exit(tmp_path, 0, "finished", "trained to the end")
+    fields = read_exit(tmp_path)
+
+    assert fields is not None
+    assert earliest <= fields["time"] <= time.time()
+    assert (fields["host"], fields["job"]) == (socket.gethostname(), "77")
+    assert fields["rank"] is None  # the launcher said it
+
+
+def test_the_first_reason_stays(tmp_path: Path) -> None:
+    record_exit(tmp_path, 51, "RankLostError", "rank 3 is dead", 0)
+
+    assert not record_exit(tmp_path, 13, "LaunchError", "the ranks were killed")
+    assert fault_in(read_exit(tmp_path)) == FAULT
+    assert events_of(tmp_path) == ["exit"]
+
+
+def _record(run: Path, rank: int) -> bool:
+    return record_exit(run, 1, "Exception", f"rank {rank}", rank)
+
+
+def test_of_many_processes_one_is_the_first(tmp_path: Path) -> None:
+    with get_context("fork").Pool(8) as pool:
+        won = pool.starmap(_record, [(tmp_path, rank) for rank in range(8)], chunksize=1)
+
+    fields = read_exit(tmp_path)
+    assert fields is not None
+    assert won == [rank == fields["rank"] for rank in range(8)]
+    assert events_of(tmp_path) == ["exit"]
+
+
+def test_a_start_takes_the_reason_of_the_end_before_it_away(tmp_path: Path) -> None:
+    record_exit(tmp_path, 51, "RankLostError", "rank 3 is dead", 0)
+    record_start(tmp_path, step=0)
+    assert read_exit(tmp_path) is None
+
+    assert record_exit(tmp_path, 0, "finished", "trained to the end")
+
+
+def test_the_history_has_every_start_and_end(tmp_path: Path) -> None:
+    for step in (0, 100):
+        record_start(tmp_path, step=step, world_size=2)
+        record_exit(tmp_path, 75, "PreemptedError", f"at {step}")
+
+    assert events_of(tmp_path) == ["start", "exit"] * 2
+    assert [line.get("step") for line in read_history(tmp_path)] == [0, None, 100, None]
+    assert [line.get("reason") for line in read_history(tmp_path)] == [None, "at 0", None, "at 100"]
+
+
+@given(st.integers(1, 200))
+def test_a_last_line_that_was_cut_short_is_left_out(
+    tmp_path_factory: pytest.TempPathFactory, cut_bytes: int
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    record_start(run, step=0)
+    whole = (run / HISTORY_NAME).read_bytes()
+    record_exit(run, 75, "PreemptedError", "r" * 200)
+    data = (run / HISTORY_NAME).read_bytes()
+    (run / HISTORY_NAME).write_bytes(data[:-cut_bytes])
+
+    # Without its newline alone, the line is still whole.
+    assert events_of(run) == (["start", "exit"] if cut_bytes == 1 else ["start"])
+    assert data.startswith(whole)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"code": 5', "[]", "5", "null", "\0\0"])
+def test_what_is_no_reason_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / EXIT_NAME).write_text(content)
 
     assert read_exit(tmp_path) is None
 
 
-def test_history_has_every_start_and_end(tmp_path: Path) -> None:
-    for step in (0, 20):
-        record_start(tmp_path, step=step)
-        record_exit(tmp_path, 75, "PreemptedError", "asked to stop")
-
-    lines = read_history(tmp_path)
-    assert [line["event"] for line in lines] == ["start", "exit", "start", "exit"]
-    assert [line["step"] for line in lines if line["event"] == "start"] == [0, 20]
-
-
-def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
-    record_start(tmp_path, step=0)
-    with (tmp_path / HISTORY_NAME).open("a") as file:
-        file.write('{"event": "exi')
-
-    assert len(read_history(tmp_path)) == 1
+def test_a_folder_of_no_run_has_neither_reason_nor_history(tmp_path: Path) -> None:
+    for run in (tmp_path, tmp_path / "nowhere"):
+        assert read_exit(run) is None
+        assert read_history(run) == []
 
 
 def test_a_folder_that_cannot_be_written_is_no_further_fault(tmp_path: Path) -> None:
-    assert not record_exit(tmp_path / "nowhere", 0, "finished", "trained to the end")
-    assert read_exit(tmp_path / "nowhere") is None
-    assert read_history(tmp_path / "nowhere") == []
+    (tmp_path / "file").touch()
+
+    for run in (tmp_path / "nowhere", tmp_path / "file"):
+        assert not record_exit(run, 51, "RankLostError", "rank 3 is dead", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_is_no_record_is_none(tmp_path: Path) -> None:
-    for content in ("", "[1]", "{"):
-        (tmp_path / EXIT_NAME).write_text(content)
+def test_a_disk_that_fills_up_is_no_further_fault(
+    tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with full_disk():
+        assert not record_exit(tmp_path, 74, "StorageError", "r" * (1 << 17))
 
-        assert read_exit(tmp_path) is None
+    assert read_exit(tmp_path) is None
+
+
+def test_a_start_that_cannot_be_noted_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        record_start(tmp_path / "nowhere", step=0)
+
+
+def test_reasons_in_any_script_are_json_on_one_line(tmp_path: Path) -> None:
+    reason = "zwei\nZeilen, \u2028 日本"
+    record_exit(tmp_path, 1, "Exception", reason)
+
+    (line,) = (tmp_path / HISTORY_NAME).read_text().splitlines()
+    assert json.loads(line)["reason"] == read_history(tmp_path)[0]["reason"] == reason

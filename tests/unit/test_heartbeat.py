@@ -1,48 +1,59 @@
-"""Heartbeats tell a dead rank from a silent one, and both from one that waits."""
+"""Heartbeats say what a rank is at, and of a rank that says no more, why."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megaback.heartbeat import (
     HEARTBEATS_FOLDER,
     Heartbeat,
+    heartbeat_path,
     missing_ranks,
     read_heartbeats,
     write_heartbeat,
 )
 
 NOW = 1_000_000.0
+HERE = Heartbeat(
+    rank=0,
+    world_size=3,
+    host=socket.gethostname(),
+    pid=os.getpid(),
+    pid_started=psutil.Process().create_time(),
+    phase="updating",
+    step=7,
+    since=NOW - 4,
+    written=NOW - 3,
+    interval_s=10.0,
+    timeout_s=300.0,
+)
+"""Of this process, which is well."""
 
 
-def beat(rank: int = 0, world_size: int = 2, **changes: object) -> Heartbeat:
-    """A rank of another host that is well."""
-    well = Heartbeat(
-        rank=rank,
-        world_size=world_size,
-        host="elsewhere",
-        pid=1,
-        pid_started=0.0,
-        phase="updating",
-        step=7,
-        since=NOW - 1,
-        written=NOW - 1,
-        interval_s=10.0,
-        timeout_s=300.0,
-    )
-    return replace(well, **changes)  # type: ignore[arg-type]
+def alive(rank: int, **fields: Any) -> Heartbeat:
+    return replace(HERE, rank=rank, **fields)
 
 
-def of_process(pid: int) -> Heartbeat:
-    """The heartbeat of a process of this machine."""
-    started = psutil.Process(pid).create_time()
-    return beat(host=os.uname().nodename, pid=pid, pid_started=started)
+def dead(rank: int, **fields: Any) -> Heartbeat:
+    """Of a process whose number this one has now."""
+    return alive(rank, pid_started=HERE.pid_started - 100, **fields)
+
+
+def silent(rank: int, **fields: Any) -> Heartbeat:
+    """Of another host, from which no more is heard."""
+    return alive(rank, host="elsewhere", written=NOW - 26, **fields)
 
 
 @pytest.fixture
@@ -51,71 +62,191 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_heartbeats_read_back_by_rank(run: Path) -> None:
-    for rank in (1, 0):
-        write_heartbeat(run, beat(rank))
-
-    assert read_heartbeats(run) == [beat(0), beat(1)]
-
-
-def test_what_is_no_heartbeat_or_of_a_larger_world_is_left_out(run: Path) -> None:
-    write_heartbeat(run, beat(0))
-    write_heartbeat(run, beat(5))
-    for number, content in enumerate(("", "[]", '{"rank": 1}')):
-        (run / HEARTBEATS_FOLDER / f"rank-9{number}.json").write_text(content)
-
-    assert read_heartbeats(run) == [beat(0)]
+@pytest.fixture
+def child() -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that waits for the end of its input."""
+    script = "import sys; sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
 
 
-def test_a_living_process_is_not_gone() -> None:
-    assert of_process(os.getpid()).is_gone is False
+def beat_of(child: "subprocess.Popen[bytes]") -> Heartbeat:
+    return alive(1, pid=child.pid, pid_started=psutil.Process(child.pid).create_time())
 
 
-def test_a_process_that_ended_is_gone_before_and_after_it_is_waited_for() -> None:
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    its = of_process(process.pid)
-    process.kill()
-    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+def wait_for_zombie(pid: int) -> None:
+    give_up = time.monotonic() + 30
+    while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < give_up
         time.sleep(0.01)
 
-    assert its.is_gone is True
-    process.communicate()
-    assert its.is_gone is True
+
+@given(
+    st.builds(
+        Heartbeat,
+        rank=st.integers(0, 99_999),
+        world_size=st.just(100_000),
+        left=st.none() | st.text(),
+        **{name: st.text() for name in ("host", "phase")},
+        **{name: st.integers(0) for name in ("pid", "step")},
+        **{
+            name: st.floats(0, allow_infinity=False)
+            for name in ("pid_started", "since", "written", "interval_s", "timeout_s")
+        },
+    )
+)
+def test_a_heartbeat_reads_back_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, beat: Heartbeat
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    (run / HEARTBEATS_FOLDER).mkdir()
+    write_heartbeat(run, beat)
+
+    assert read_heartbeats(run) == [beat]
 
 
-def test_a_number_that_another_process_has_now_is_gone() -> None:
-    its = of_process(os.getpid())
+def test_only_the_newest_heartbeat_of_a_rank_is_kept(run: Path) -> None:
+    for step in (1, 2, 3):
+        write_heartbeat(run, alive(0, step=step))
 
-    assert replace(its, pid_started=its.pid_started - 100).is_gone is True
-
-
-def test_of_another_host_nothing_is_known() -> None:
-    assert beat().is_gone is None
+    assert [beat.step for beat in read_heartbeats(run)] == [3]
+    assert list((run / HEARTBEATS_FOLDER).iterdir()) == [heartbeat_path(run, 0)]
 
 
-def test_ranks_that_are_well_are_not_missing() -> None:
-    assert missing_ranks([beat(0), beat(1)], 2, NOW) == {}
+def test_heartbeats_are_in_order_of_rank(run: Path) -> None:
+    for rank in (10, 2, 0, 100):
+        write_heartbeat(run, alive(rank, world_size=101))
+
+    assert [beat.rank for beat in read_heartbeats(run)] == [0, 2, 10, 100]
 
 
-def test_a_silent_rank_is_missing() -> None:
-    missing = missing_ranks([beat(0), beat(1, written=NOW - 60)], 2, NOW)
+def test_ranks_outside_of_their_world_are_left_out(run: Path) -> None:
+    for rank in range(4):
+        write_heartbeat(run, alive(rank, world_size=2))
 
-    assert missing.keys() == {1}
-    assert "has been silent for 60 s; it was at step 7, updating" in missing[1]
-
-
-def test_a_dead_rank_is_missing_however_fresh_its_heartbeat() -> None:
-    dead = replace(of_process(os.getpid()), rank=1, pid_started=0.0, written=NOW)
-
-    assert "is dead" in missing_ranks([beat(0), dead], 2, NOW)[1]
+    assert [beat.rank for beat in read_heartbeats(run)] == [0, 1]
 
 
-def test_a_rank_that_was_never_heard_of_is_missing() -> None:
-    assert missing_ranks([beat(0)], 2, NOW) == {1: "rank 1 has never been heard of"}
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b"\xff\0",
+        json.dumps({**asdict(HERE), "another": 1}).encode(),
+        json.dumps({**asdict(HERE), "rank": 1}).encode()[:-2],
+    ],
+)
+def test_what_is_no_heartbeat_is_left_out(content: bytes, run: Path) -> None:
+    write_heartbeat(run, alive(0))
+    heartbeat_path(run, 1).write_bytes(content)
+    heartbeat_path(run, 2).mkdir()
+
+    assert read_heartbeats(run) == [alive(0)]
 
 
-def test_ranks_that_left_are_named_only_when_nobody_else_is() -> None:
-    left = beat(0, left="MemoryError: none", written=NOW - 500)
+def test_a_run_that_never_began_has_no_heartbeats(tmp_path: Path) -> None:
+    assert read_heartbeats(tmp_path) == []
 
-    assert "MemoryError: none" in missing_ranks([left, beat(1)], 2, NOW)[0]
-    assert missing_ranks([left, beat(1, written=NOW - 60)], 2, NOW).keys() == {1}
+
+def test_a_heartbeat_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_heartbeat(tmp_path, HERE)
+
+
+def test_a_process_that_runs_is_not_gone(child: "subprocess.Popen[bytes]") -> None:
+    assert HERE.is_gone is False
+    assert beat_of(child).is_gone is False
+
+
+def test_a_process_that_ended_is_gone(child: "subprocess.Popen[bytes]") -> None:
+    beat = beat_of(child)
+    child.kill()
+    wait_for_zombie(child.pid)
+    assert beat.is_gone is True  # nobody has asked for its exit code yet
+    child.wait()
+
+    assert beat.is_gone is True
+
+
+def test_a_process_with_the_number_of_another_one_is_not_it() -> None:
+    assert dead(0).is_gone is True
+
+
+def test_of_another_hosts_process_nothing_is_known() -> None:
+    assert alive(0, host="elsewhere").is_gone is None
+    assert dead(0, host="elsewhere").is_gone is None
+
+
+def test_when_all_are_well_nobody_is_missing() -> None:
+    assert missing_ranks([alive(0), alive(1), alive(2)], 3, NOW) == {}
+
+
+def test_a_dead_rank_is_named_with_what_it_was_at() -> None:
+    assert missing_ranks([alive(0), dead(1), alive(2)], 3, NOW) == {
+        1: f"rank 1 ({HERE.host}, process {HERE.pid}) is dead; "
+        "it was last heard of at step 7, updating"
+    }
+
+
+def test_a_silent_rank_is_named_with_for_how_long() -> None:
+    assert missing_ranks([alive(0), alive(1), silent(2)], 3, NOW) == {
+        2: f"rank 2 (elsewhere, process {HERE.pid}) has been silent for 26 s; "
+        "it was at step 7, updating"
+    }
+
+
+@pytest.mark.parametrize(("age_s", "is_missing"), [(0, False), (25, False), (25.1, True)])
+def test_a_rank_is_silent_after_two_and_a_half_intervals(age_s: float, is_missing: bool) -> None:
+    beat = alive(0, written=NOW - age_s)
+
+    assert (missing_ranks([beat], 1, NOW) != {}) is is_missing
+
+
+def test_without_a_time_it_is_now() -> None:
+    assert missing_ranks([alive(0, written=time.time())], 1) == {}
+    assert missing_ranks([alive(0, written=time.time() - 30)], 1).keys() == {0}
+
+
+def test_a_rank_that_was_never_heard_of_is_named() -> None:
+    assert missing_ranks([alive(1)], 3, NOW) == {
+        0: "rank 0 has never been heard of",
+        2: "rank 2 has never been heard of",
+    }
+
+
+def test_who_left_with_a_reason_is_named_when_nobody_else_is() -> None:
+    left = dead(1, left="a full disk")
+
+    assert missing_ranks([alive(0), left, alive(2)], 3, NOW) == {
+        1: f"{left.name} ended: a full disk"
+    }
+
+
+def test_who_left_with_a_reason_is_not_named_beside_others() -> None:
+    left = dead(1, left="another rank was lost", written=NOW - 999)
+
+    for other in (dead(2), silent(2)):
+        assert missing_ranks([alive(0), left, other], 3, NOW).keys() == {2}
+    assert missing_ranks([alive(0), left], 3, NOW).keys() == {2}
+
+
+kinds = st.sampled_from(["well", "dead", "silent", "left", "never"])
+
+
+@given(st.lists(kinds, min_size=1, max_size=6))
+def test_missing_are_those_who_went_without_a_word_else_those_who_left(kinds: list[str]) -> None:
+    make = {"well": alive, "dead": dead, "silent": silent}
+    beats = [
+        dead(rank, left="why") if kind == "left" else make[kind](rank)
+        for rank, kind in enumerate(kinds)
+        if kind != "never"
+    ]
+    wordless = {rank for rank, kind in enumerate(kinds) if kind in ("dead", "silent", "never")}
+    left = {rank for rank, kind in enumerate(kinds) if kind == "left"}
+
+    assert missing_ranks(beats, len(kinds), NOW).keys() == (wordless or left)

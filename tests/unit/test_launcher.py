@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +38,8 @@ received = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda number, frame: received.append(number))
 open(f"ready-{rank}", "w").close()
-while not received:
+give_up = time.monotonic() + 60
+while not received and time.monotonic() < give_up:
     time.sleep(0.01)
 time.sleep(0.5)
 with open(f"received-{rank}", "w") as file:
@@ -71,8 +73,7 @@ def test_every_rank_is_told_which_one_it_is_and_where_they_meet(
     environments = [
         json.loads((tmp_path / f"rank-{rank}").read_text())["environment"] for rank in range(3)
     ]
-    ports = {environment["MASTER_PORT"] for environment in environments}
-    assert len(ports) == 1
+    (port,) = {environment["MASTER_PORT"] for environment in environments}
     for rank, environment in enumerate(environments):
         assert {name: environment[name] for name in NAMES} == {
             "RANK": str(rank),
@@ -80,7 +81,7 @@ def test_every_rank_is_told_which_one_it_is_and_where_they_meet(
             "WORLD_SIZE": "3",
             "LOCAL_SIZE": "3",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": ports.copy().pop(),
+            "MASTER_PORT": port,
         }
 
 
@@ -107,11 +108,13 @@ def test_a_terminals_signals_reach_ranks_through_the_launcher_alone(
         assert fields["session"] == fields["pid"]
 
 
-def test_ports_are_free_and_not_always_the_same() -> None:
-    ports = {int(rank_names(1)[0]["MASTER_PORT"]) for _ in range(20)}
+def test_ranks_meet_at_a_port_that_is_free() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(rank_names(2)[0]["MASTER_PORT"])))
 
-    assert len(ports) > 1
-    assert min(ports) > 1023
+
+def test_two_runs_on_a_machine_do_not_meet_at_the_same_port() -> None:
+    assert len({rank_names(1)[0]["MASTER_PORT"] for _ in range(20)}) > 1
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(1, 6), (2, 3), (4, 1), (7, 1)])
@@ -238,12 +241,10 @@ def test_a_run_ends_with_the_code_of_the_rank_that_knew_why(
         ([2, 2], r"the ranks were ended with code 2, "),
     ],
 )
-@pytest.mark.parametrize("ending", [None, {"code": 0, "kind": "finished"}, {"code": 75}])
+@pytest.mark.parametrize("ending", [None, {"code": 75}])
 def test_ranks_that_die_without_a_reason_are_a_launch_error(
     ending: dict[str, Any] | None, codes: list[int], sentence: str
 ) -> None:
-    if ending is not None and ending["code"] in codes:
-        return
     with pytest.raises(LaunchError, match=sentence):
         local._verdict(codes, False, ending)
 

@@ -1,86 +1,225 @@
-"""`megaback watch` tells well from slow, stuck, dead, stopped and finished."""
+"""What `megaback watch` says of a run, from what its ranks have left in its folder."""
 
 import json
-from dataclasses import replace
+import os
+import socket
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
-from test_heartbeat import NOW, beat
 
 from data_pipeline.errors import CheckpointMissingError
 from megaback.exit_record import record_exit, record_start
 from megaback.heartbeat import HEARTBEATS_FOLDER, Heartbeat, write_heartbeat
 from megaback.metrics import METRICS_NAME
-from tools.watch import look
+from tools.watch import EXIT_CODES, Health, look
+
+Beat = Callable[..., None]
+NOW = 1_000_000.0
+STEP_S = 2.0
+INTERVAL_S = 5.0
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that was started."""
-    record_start(tmp_path, step=0)
+    """A run that was started once."""
+    record_start(tmp_path, step=0, world_size=2)
     (tmp_path / HEARTBEATS_FOLDER).mkdir()
     return tmp_path
 
 
-def state_of(run: Path, *beats: Heartbeat, step_times: tuple[float, ...] = (1.0,) * 9) -> str:
-    """What the run is said to be, and why."""
-    for one in beats or (beat(0), beat(1)):
-        write_heartbeat(run, one)
-    lines = [
-        json.dumps({"step": number, "step_s": time_s}) for number, time_s in enumerate(step_times)
-    ]
-    (run / METRICS_NAME).write_text("\n".join(lines))
+@pytest.fixture
+def beat(run: Path) -> Beat:
+    """`beat(rank, for_s, **fields)`: a living rank said a second ago what it is at, since when."""
+
+    def write(rank: int, for_s: float = 1.0, **fields: Any) -> None:
+        usual: dict[str, Any] = {
+            "rank": rank,
+            "world_size": 2,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pid_started": psutil.Process().create_time(),
+            "phase": "updating",
+            "step": 20,
+            "since": NOW - for_s,
+            "written": NOW - 1,
+            "interval_s": INTERVAL_S,
+            "timeout_s": TIMEOUT_S,
+        }
+        write_heartbeat(run, Heartbeat(**{**usual, **fields}))
+
+    return write
+
+
+def write_steps(run: Path, *seconds: float) -> None:
+    """Steps that took so long, with a measurement and a step that was left out after them."""
+    lines = [{"step": step, "step_s": taken_s} for step, taken_s in enumerate(seconds, 1)]
+    others = [{"step": len(lines), "val_loss": 5.0}, {"step": len(lines) + 1, "left_out": True}]
+    path = run / METRICS_NAME
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *others]))
+
+
+def usual_steps(run: Path) -> None:
+    write_steps(run, *[STEP_S] * 19)
+
+
+def assert_is(state: str, reason: str, run: Path) -> Health:
     health = look(run, NOW)
-    return f"{health.state}: {health.reason}"
+    assert (health.state, reason in health.reason) == (state, True), health
+    return health
 
 
-def test_a_run_is_well(run: Path) -> None:
-    assert state_of(run).startswith("running: 2 ranks")
-
-
-def test_a_run_without_a_step_is_starting(run: Path) -> None:
-    assert state_of(run, step_times=()).startswith("starting: rank")
-
-
-def test_a_run_that_ended_is_finished_or_stopped_with_its_reason(run: Path) -> None:
+def test_a_run_that_trained_to_the_end_is_finished(run: Path, beat: Beat) -> None:
+    beat(0, left="trained to the end")
     record_exit(run, 0, "finished", "trained to the end")
-    assert state_of(run).startswith("finished: exit code 0")
-    (run / "exit.json").unlink()
-    record_exit(run, 75, "PreemptedError", "asked to stop")
-    assert "stopped: exit code 75 (PreemptedError): asked to stop" in state_of(run)
+
+    assert_is("finished", "exit code 0 (finished): trained to the end", run)
 
 
-def test_a_step_that_takes_long_is_slow_and_the_rank_that_it_waits_for_is_named(run: Path) -> None:
-    late = beat(1, step=6, since=NOW - 40)
+def test_a_run_that_ended_with_a_reason_is_stopped(run: Path, beat: Beat) -> None:
+    beat(0, left="all ranks ended together")
+    record_exit(run, 75, "PreemptedError", "asked to stop after 20 steps")
 
-    assert "slow: rank 1 (elsewhere, process 1) is updating at step 6, for 40 s" in state_of(
-        run, beat(0), late
-    )
-
-
-def test_slow_steps_are_slow(run: Path) -> None:
-    assert state_of(run, step_times=(1.0, 1.0, 1.0, 9.0)).startswith(
-        "slow: the last step took 9.00"
-    )
+    assert_is("stopped", "exit code 75 (PreemptedError): asked to stop after 20 steps", run)
 
 
-def test_longer_than_allowed_is_stuck(run: Path) -> None:
-    assert state_of(run, beat(0, since=NOW - 301), beat(1)).startswith("stuck: rank 0")
+def test_before_the_first_step_a_run_is_starting(run: Path, beat: Beat) -> None:
+    beat(0, step=0, phase="starting", for_s=30)
+    beat(1, step=0, phase="starting", for_s=10)
+
+    health = assert_is("starting", "is starting at step 0, for 30 s", run)
+
+    assert (health.step, health.median_step_s) == (0, None)
 
 
-def test_a_silent_rank_makes_a_run_dead(run: Path) -> None:
-    silent = replace(beat(1), written=NOW - 100)
+def test_a_run_that_takes_its_steps_is_running(run: Path, beat: Beat) -> None:
+    beat(0)
+    beat(1, step=21)
+    usual_steps(run)
 
-    assert state_of(run, beat(0), silent).startswith("dead: rank 1")
+    health = assert_is("running", "2 ranks; rank 0", run)
 
-
-def test_restarts_are_counted(run: Path) -> None:
-    record_start(run, step=20)
-    state_of(run)
-
-    assert look(run, NOW).restarts == 1
+    assert (health.step, health.median_step_s, health.ranks, health.restarts) == (21, STEP_S, 2, 0)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointMissingError, match="holds no run"):
-        look(tmp_path)
+def test_a_run_whose_last_step_took_long_is_slow(run: Path, beat: Beat) -> None:
+    beat(0)
+    beat(1)
+    write_steps(run, *[STEP_S] * 19, 3 * STEP_S)
+    assert_is("running", "2 ranks", run)
+    write_steps(run, *[STEP_S] * 19, 3 * STEP_S + 0.1)
+
+    assert_is("slow", "the last step took 6.10 s, and 2.00 s is usual", run)
+
+
+def test_a_run_that_waits_for_a_rank_is_slow(run: Path, beat: Beat) -> None:
+    beat(0, for_s=3)
+    beat(1, for_s=11, phase="reading its rows")
+    usual_steps(run)
+
+    assert_is("slow", "is reading its rows at step 20, for 11 s; a step usually takes 2.00 s", run)
+
+
+@pytest.mark.parametrize(("for_s", "state"), [(10, "running"), (11, "slow")])
+def test_what_is_younger_than_two_heartbeats_is_not_slow(
+    for_s: float, state: str, run: Path, beat: Beat
+) -> None:
+    for rank in range(2):
+        beat(rank, for_s)
+    write_steps(run, *[0.1] * 19)
+
+    assert_is(state, "for", run)
+
+
+def test_a_run_that_is_longer_at_one_thing_than_allowed_is_stuck(run: Path, beat: Beat) -> None:
+    beat(0, for_s=62)
+    beat(1, for_s=64, phase="saving")
+    usual_steps(run)
+
+    assert_is("stuck", "is saving at step 20, for 64 s, longer than the 60 s", run)
+
+
+def test_the_rank_at_the_earliest_step_is_waited_for(run: Path, beat: Beat) -> None:
+    """The one that is ahead has been waiting for longer."""
+    beat(0, step=21, for_s=50)
+    beat(1, step=20, for_s=1)
+    usual_steps(run)
+
+    assert_is("running", "rank 1", run)
+
+
+def test_a_run_that_never_took_a_step_can_be_stuck(run: Path, beat: Beat) -> None:
+    for rank in range(2):
+        beat(rank, for_s=61, step=0, phase="starting")
+
+    assert_is("stuck", "is starting at step 0", run)
+
+
+def test_a_run_of_which_a_process_has_ended_is_dead(run: Path, beat: Beat) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        started = psutil.Process(process.pid).create_time()
+        process.kill()
+    beat(0)
+    beat(1, pid=process.pid, pid_started=started)
+    usual_steps(run)
+
+    assert_is("dead", f"process {process.pid}) is dead; it was last heard of at step 20", run)
+
+
+def test_a_run_of_which_a_rank_is_silent_is_dead(run: Path, beat: Beat) -> None:
+    beat(0)
+    beat(1, host="elsewhere", written=NOW - 13)
+    usual_steps(run)
+
+    assert_is("dead", "rank 1 (elsewhere, process", run)
+
+
+def test_a_run_of_which_a_rank_was_never_heard_of_is_dead(run: Path, beat: Beat) -> None:
+    assert_is("dead", "rank 0 has never been heard of", run)
+    beat(0)
+
+    assert_is("dead", "rank 1 has never been heard of", run)
+
+
+def test_a_run_whose_ranks_left_without_a_record_is_dead(run: Path, beat: Beat) -> None:
+    """The disk may have refused it."""
+    for rank in range(2):
+        beat(rank, left="a full disk")
+
+    assert_is("dead", "ended: a full disk", run)
+
+
+def test_of_many_that_are_missing_four_are_named(run: Path, beat: Beat) -> None:
+    beat(0, world_size=100)
+
+    assert look(run, NOW).reason.count("never") == 4
+
+
+def test_every_start_but_the_first_is_a_restart(run: Path, beat: Beat) -> None:
+    for _ in range(2):
+        record_exit(run, 51, "RankLostError", "rank 1 is dead")
+        record_start(run, step=20, world_size=2)
+    for rank in range(2):
+        beat(rank)
+    usual_steps(run)
+
+    assert assert_is("running", "2 ranks", run).restarts == 2
+
+
+@pytest.mark.parametrize("name", [".", "nowhere"])
+def test_a_folder_that_holds_no_run_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointMissingError, match=r"holds no run \(no history.jsonl\)"):
+        look(tmp_path / name)
+
+
+def test_the_command_exits_with_the_code_of_the_state(
+    run: Path, run_megaback: Callable[..., "subprocess.CompletedProcess[str]"]
+) -> None:
+    done = run_megaback("watch", run, "--json", "--every", "0.1")
+
+    assert done.returncode == EXIT_CODES["dead"] == 6
+    assert json.loads(done.stdout)["state"] == "dead"
