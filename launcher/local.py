@@ -149,7 +149,7 @@ def _verdict(codes: list[int], was_signalled: bool, ending: dict[str, Any] | Non
     `ending` is what the first rank to know a reason has recorded; the others may have ended for
     want of that one.
     """
-    if ending is not None and ending["code"] in codes:
+    if ending is not None and ending.get("code") in codes:
         return int(ending["code"])
     said = [code for code in codes if code in _reasons()]
     if said:
@@ -160,7 +160,8 @@ def _verdict(codes: list[int], was_signalled: bool, ending: dict[str, Any] | Non
     if was_signalled:
         raise PreemptedError("asked to stop while starting; run the same command to go on")
     code = failed[0]
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    how = f"killed by {names.get(-code, code)}" if code < 0 else f"ended with code {code}"
     advice = "often memory: see dmesg" if code == -signal.SIGKILL else "see the traceback above"
     raise LaunchError(
         f"the ranks were {how}, without a reason of their own ({advice}); "
@@ -187,9 +188,13 @@ def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> N
     command = [sys.executable, "-m", _RANK_MODULE, str(config), *overrides]
     if save_before is not None:
         command += ["--save-before", save_before]
+    started = time.time()
     codes, was_signalled = run_ranks(command, rank_environment(device, processes), processes)
     try:
-        code = _verdict(codes, was_signalled, read_exit(settings.run))
+        ending = read_exit(settings.run)
+        if ending is not None and ending.get("time", 0.0) < started:
+            ending = None  # of an earlier start
+        code = _verdict(codes, was_signalled, ending)
     except MegabackError as error:
         record_exit(settings.run, error.exit_code, type(error).__name__, str(error))
         raise

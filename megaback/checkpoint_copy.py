@@ -105,7 +105,7 @@ class SecondPlace:
             loss = json.loads(self._files.cat_file(self.path(name, META_NAME)))["val_loss"]
         except (ValueError, KeyError, TypeError):
             return False
-        return loss is None or math.isfinite(loss)
+        return loss is None or math.isfinite(float(loss))
 
     def _names(self) -> list[str]:
         self._files.invalidate_cache()

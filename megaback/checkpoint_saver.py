@@ -104,6 +104,8 @@ class CheckpointSaver:
             file.write(self._tokenizer)
         files = {**meta.files, TOKENIZER_NAME: size_and_hash(target / TOKENIZER_NAME)}
         meta = replace(meta, files=dict(sorted(files.items())))
+        if not meta.is_finite:
+            meta = replace(meta, val_loss=str(meta.val_loss))  # type: ignore[arg-type] # JSON's way
         fields = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
         write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
         write_text(target.parent / "latest", target.name + "\n")
@@ -146,8 +148,10 @@ class _Writing(Thread):
                 self.files[name] = write_tensors(
                     self.target / name, specs, self._tensors.__getitem__
                 )
-        except OSError as error:
-            reason = str(storage_error(error)).removesuffix(".")
+        except Exception as error:  # noqa: BLE001 (whatever it is, the checkpoint is not whole)
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError):
+                reason = str(storage_error(error)).removesuffix(".")
             self.error = StorageError(
                 f"cannot write the checkpoint {self.target}: {reason}; the checkpoints before it "
                 "are intact: free some space and run the same command to go on"

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,23 @@ def record_start(run: Path, **fields: Any) -> None:
 
 
 def record_exit(run: Path, code: int, kind: str, reason: str, rank: int | None = None) -> bool:
-    """Note why a run ends, if no other process has. A disk that refuses is no further fault."""
+    """Note why a run ends; False if another process has. A disk that refuses is no fault."""
     fields = {"code": code, "kind": kind, "reason": reason, "rank": rank, **_here()}
     path = run / EXIT_NAME
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(fields, indent=2) + "\n")
-        _append(run, {"event": "exit", **fields})
-    except OSError:  # it is there already, or cannot be written
+            try:
+                file.write(json.dumps(fields, indent=2) + "\n")
+                file.flush()
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+    except FileExistsError:
         return False
+    except OSError:
+        pass
+    with suppress(OSError):
+        _append(run, {"event": "exit", **fields})
     return True
 
 
@@ -48,7 +57,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
     lines = []
     try:
         text = (run / HISTORY_NAME).read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, ValueError):
         return []
     for line in text.splitlines():
         try:
@@ -60,8 +69,12 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
 def _append(run: Path, fields: dict[str, Any]) -> None:
     line = json.dumps({**fields, **_here()}) + "\n"
-    with (run / HISTORY_NAME).open("a", encoding="utf-8") as file:
-        file.write(line)
+    with (run / HISTORY_NAME).open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a kill cut the last line short
+                line = "\n" + line
+        file.write(line.encode())
 
 
 def _here() -> dict[str, Any]:

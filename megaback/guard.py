@@ -76,7 +76,7 @@ def read_left_out(run: Path) -> list[tuple[int, int]]:
         return []
     try:
         return [(int(first), int(last)) for first, last in json.loads(path.read_text())]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise RunMismatchError(
             f"{path} is no list of pairs of steps ({error}); mend it, or remove it to learn from "
             "all steps"

@@ -80,10 +80,12 @@ def read_heartbeats(run: Path) -> list[Heartbeat]:
     beats = []
     for path in sorted((run / HEARTBEATS_FOLDER).glob("rank-*.json")):
         try:
-            beats.append(Heartbeat(**json.loads(path.read_text(encoding="utf-8"))))
+            beat = Heartbeat(**json.loads(path.read_text(encoding="utf-8")))
+            if int(beat.rank) < int(beat.world_size):
+                beats.append(beat)
         except (OSError, ValueError, TypeError):
             continue
-    return [beat for beat in beats if beat.rank < beat.world_size]
+    return beats
 
 
 def missing_ranks(

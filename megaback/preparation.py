@@ -22,7 +22,7 @@ from megaback.config import CONFIG_COPY_NAME, Config
 from megaback.distributed import World
 from megaback.engine import start_engine
 from megaback.engine_state import num_updates
-from megaback.exit_record import record_start
+from megaback.exit_record import EXIT_NAME, record_start
 from megaback.guard import read_left_out
 from megaback.hardware import device_peak_flops, require_host_memory, require_precision
 from megaback.model import ReverseGPT
@@ -196,6 +196,7 @@ def _claim(config: Config, world: World) -> IO[str] | None:
         ) from None
     except OSError:
         pass  # a file system without locks
+    (config.run / EXIT_NAME).unlink(missing_ok=True)  # it was of an earlier start
     return lock
 
 

@@ -77,12 +77,12 @@ def deadline_of(save_before: str | None) -> float | None:
 
 def _parse(text: str, now: float) -> float:
     found = _DURATION.fullmatch(text)
-    if text and found is not None:
-        hours, minutes, seconds = (int(part or 0) for part in found.groups())
-        return now + 3600 * hours + 60 * minutes + seconds
     try:
+        if text and found is not None:
+            hours, minutes, seconds = (int(part or 0) for part in found.groups())
+            return now + float(3600 * hours + 60 * minutes + seconds)
         return datetime.fromisoformat(text).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(
             f"--save-before {text!r} is neither a time like 2026-11-25T18:00 nor a duration like "
             "1h30m"

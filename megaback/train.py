@@ -238,8 +238,15 @@ def _earlier_steps(run: Run, world: World) -> list[dict[str, Any]]:
     path = run.config.run / METRICS_NAME
     if not (world.is_first and run.start_step and path.exists()):
         return []
-    lines = [line for line in read_metrics(run.config.run) if line["step"] <= run.start_step]
-    return lines[-4 * (run.config.guard.window_steps + run.config.guard.max_skipped_steps) :]
+    earlier: list[dict[str, Any]] = []
+    num_learnt = 0
+    for line in reversed(read_metrics(run.config.run)):
+        if "loss" in line and line["step"] <= run.start_step:
+            earlier.append(line)
+            num_learnt += "skipped" not in line
+            if num_learnt == run.config.guard.window_steps:
+                break
+    return earlier[::-1]
 
 
 def _open_log(run: Run, world: World) -> MetricsLog | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.command import Command, write_text
 from data_pipeline.errors import CheckpointMissingError, LaunchError
 
 
@@ -40,10 +40,10 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
             raise LaunchError(
                 f"{run} is training; stop it first (SIGTERM saves), then roll back"
             ) from None
-        last = max(line["step"] for line in read_metrics(run))
-        earlier = [target for target in complete if read_meta(target).step <= last - steps]
+        last = max((line["step"] for line in read_metrics(run)), default=0)
+        earlier = [target for target in complete if _step_of(target) <= last - steps]
         if not earlier:
-            oldest = read_meta(complete[0]).step
+            oldest = _step_of(complete[0])
             raise CheckpointMissingError(
                 f"{run} is at step {last}, and its oldest checkpoint is of step {oldest}: it can "
                 f"be set back by at most {last - oldest} steps; keep more with "
@@ -61,7 +61,12 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         aside.mkdir()
         for newer in complete[complete.index(target) + 1 :]:
             os.replace(newer, aside / newer.name)
+        write_text(target.parent / "latest", target.name + "\n")
     return target, meta.step + 1, last
+
+
+def _step_of(target: Path) -> int:
+    return int(target.name.removeprefix("step-"))
 
 
 @click.command(cls=Command, name="rollback")

@@ -109,6 +109,15 @@ def test_a_last_line_that_was_cut_short_is_left_out(
     assert data.startswith(whole)
 
 
+def test_what_stands_after_a_line_that_is_none_is_read(tmp_path: Path) -> None:
+    record_start(tmp_path, step=0)
+    with (tmp_path / HISTORY_NAME).open("a") as file:
+        file.write('{"event": "exi\n')
+    record_start(tmp_path, step=20)
+
+    assert [line["step"] for line in read_history(tmp_path)] == [0, 20]
+
+
 @pytest.mark.parametrize("content", ["", "{", '{"code": 5', "[]", "5", "null", "\0\0"])
 def test_what_is_no_reason_is_none(content: str, tmp_path: Path) -> None:
     (tmp_path / EXIT_NAME).write_text(content)
@@ -126,7 +135,7 @@ def test_a_folder_that_cannot_be_written_is_no_further_fault(tmp_path: Path) -> 
     (tmp_path / "file").touch()
 
     for run in (tmp_path / "nowhere", tmp_path / "file"):
-        assert not record_exit(run, 51, "RankLostError", "rank 3 is dead", 0)
+        assert record_exit(run, 51, "RankLostError", "rank 3 is dead", 0)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -134,7 +143,7 @@ def test_a_disk_that_fills_up_is_no_further_fault(
     tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
 ) -> None:
     with full_disk():
-        assert not record_exit(tmp_path, 74, "StorageError", "r" * (1 << 17))
+        assert record_exit(tmp_path, 74, "StorageError", "r" * (1 << 17))
 
     assert read_exit(tmp_path) is None
 

@@ -54,6 +54,15 @@ def test_the_library_reads_what_was_written(
         assert_reads_back(path, tensors)
 
 
+@given(st.text(max_size=20))
+def test_data_is_aligned_whatever_the_names_are(name: str) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tensors"
+        num_bytes, _ = write(path, {name: torch.zeros(2)})
+
+        assert (num_bytes - 8) % 8 == 0
+
+
 @pytest.mark.parametrize("block_bytes", [1, 7, 64])
 def test_a_tensor_longer_than_a_block_is_whole(
     block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

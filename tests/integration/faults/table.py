@@ -88,6 +88,13 @@ def signal_launcher(number: signal.Signals) -> Callable[[Any, Path], None]:
     return act
 
 
+def make_read_only(_launcher: "subprocess.Popen[str]", run: Path) -> None:
+    """Mount the disk of the checkpoints anew."""
+    command = ["mount", "-o", "remount,ro", str(run / "checkpoints")]
+    while subprocess.run(command, capture_output=True, check=False).returncode:
+        pass  # a save is on its way
+
+
 def newest(run: Path) -> Path:
     """The newest checkpoint of a run."""
     return max((run / "checkpoints").glob("step-*"))
@@ -215,6 +222,7 @@ FAULTS = {
         PreemptedError.exit_code,
         "asked to stop",
         act=signal_rank(signal.SIGTERM, 1),
+        stage=0,
     ),
     "SIGTERM to all": Fault(
         "all ranks get SIGTERM",
@@ -251,6 +259,13 @@ FAULTS = {
         "all ranks end with one sentence; the checkpoints before it are intact",
         StorageError.exit_code,
         "cannot write the checkpoint",
+    ),
+    "read-only disk": Fault(
+        "the disk becomes read-only between saves",
+        "the same",
+        StorageError.exit_code,
+        "Read-only file system",
+        act=make_read_only,
     ),
     "slow disk": Fault(
         "writing a checkpoint takes as long as many steps",

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.slow
 _INJECTOR = Path(__file__).parent / "inject"
 _ROOT = Path(__file__).parents[3]
 _TIMEOUT_S = 120
+ON_A_DISK = {"full disk": "1400k", "read-only disk": "100m"}
+"""Faults of a disk, and its size: 1,400 KiB have room for one checkpoint, and not for two."""
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -95,15 +97,17 @@ def stopped_after_30(source: Path, run: Path) -> None:
 
 
 @contextmanager
-def small_disk(run: Path) -> Iterator[None]:
-    """Mount a file system that has room for one checkpoint, and not for two, under a run."""
+def small_disk(run: Path, size: str) -> Iterator[None]:
+    """Mount a file system under a run; it has room afterwards."""
     (run / "checkpoints").mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(run / "checkpoints")]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(run / "checkpoints")]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a file system needs root")
     try:
         yield
-        subprocess.run(["mount", "-o", "remount,size=100m", str(run / "checkpoints")], check=True)
+        subprocess.run(
+            ["mount", "-o", "remount,rw,size=100m", str(run / "checkpoints")], check=True
+        )
     except BaseException:
         subprocess.run(["umount", "--lazy", str(run / "checkpoints")], check=False)
         raise
@@ -134,8 +138,8 @@ def test_fault(name: str, tmp_path: Path, start: Start, undisturbed: Callable[[i
     elif fault.damage is not None:
         stopped_after_30(whole, run)
         fault.damage(run)
-    elif name == "full disk":
-        with small_disk(run):
+    elif name in ON_A_DISK:
+        with small_disk(run, ON_A_DISK[name]):
             code = inflict(fault, name, run, start)
     else:
         code = inflict(fault, name, run, start)
@@ -162,7 +166,7 @@ def test_fault(name: str, tmp_path: Path, start: Start, undisturbed: Callable[[i
         assert metrics_of(run) == metrics_of(whole)
     if fault.check is not None:
         fault.check(run)
-    if name == "full disk":
+    if name in ON_A_DISK:
         subprocess.run(["umount", "--lazy", str(run / "checkpoints")], check=True)
 
 
