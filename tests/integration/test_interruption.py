@@ -104,22 +104,6 @@ def test_wandb_offline_keeps_one_id_across_restarts(
     assert {name.rpartition("-")[2] for name in folders} == {wandb_id}
 
 
-def test_a_run_killed_with_all_its_ranks_resumes_to_bitwise_the_same_metrics(
-    tmp_path: Path, start_training: Start, train: Train, run_of: RunOf
-) -> None:
-    run = tmp_path / "run"
-    process = start_training(run, "zero.stage=3")
-    wait_for_step(process, run, 40)
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
-    assert metrics_of(run)[-1]["step"] < TOTAL_STEPS
-
-    assert train(run, "zero.stage=3").returncode == 0
-
-    assert metrics_of(run) == metrics_of(run_of("zero.stage=3"))
-
-
 def test_a_signal_while_ranks_are_starting_means_requeue_too(
     tmp_path: Path, start_training: Start
 ) -> None:

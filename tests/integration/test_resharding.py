@@ -84,7 +84,8 @@ def test_a_checkpoint_goes_on_at_other_stages_with_as_many_or_other_ranks(
     saved: Callable[[int], Losses],
 ) -> None:
     uninterrupted = saved(before)
-    names = [f"{before}-{name}" for name in _NAMES]
+    # Muon's runs have AdamW's state too, of what is no matrix.
+    names = [f"{before}-{name}" for name in _NAMES if before == after or name == "muon"]
 
     went_on = work(config, "load", pairs, after, names)
 
