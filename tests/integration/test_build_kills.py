@@ -184,16 +184,17 @@ def workers_of(pid: int) -> list[psutil.Process]:
 
 def require_nobody_left(group: int) -> None:
     deadline = time.monotonic() + 5
-    while left := [process.cmdline() for process in processes_of(group)]:
+    while left := list(command_lines_of(group)):
         assert time.monotonic() < deadline, left
         time.sleep(0.01)
 
 
-def processes_of(group: int) -> Iterator[psutil.Process]:
+def command_lines_of(group: int) -> Iterator[list[str]]:
+    """Of the living: a process may end, and be a zombie, between any two questions about it."""
     for process in psutil.process_iter():
         try:
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
+                yield process.cmdline()
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
 
