@@ -1,13 +1,14 @@
 """How long megaback takes to the loss that nanoGPT's recipe reaches in ten minutes.
 
-    python benchmarks/time_to_loss.py SHARDS [--baseline-s 600] [--ours-s 200] [--take-back]
+    python benchmarks/time_to_loss.py SHARDS [--baseline-s 600] [--ours-s 200] [--take-back TOKENS]
 
 A model of 14 million parameters (6 layers, width 384, context 512) on the CPUs of this machine,
 learning the backward direction of SHARDS. The baseline is nanoGPT's recipe as smolGPT runs it:
 random crops of 16 rows that know no documents, AdamW at 6e-4 with betas 0.9 and 0.95, 5% of warmup,
 a cosine to 10%, bf16 autocast, torch.compile, no dropout. Ours is the command `megaback train` with
 benchmarks/time_to_loss.yaml, for as many steps as fit into its time. With --take-back, one part of
-our recipe at a time is that of the baseline.
+our recipe at a time is that of the baseline, for the same number of tokens: what each part brings
+then depends on no other load of the machine, and what it costs is said in CPU time.
 
 Time is the wall time of training steps: compiling, validation and start-up are left out on both
 sides. Both are measured by the loss over the same whole val set; the baseline may attend across
@@ -162,8 +163,13 @@ def measure(model: torch.nn.Module, data: Data, alone: bool) -> float:
     return nats / targets
 
 
-def train_ours(shards: str, seconds: float, overrides: tuple[str, ...]) -> dict[str, float]:
-    """`megaback train`, for as many steps as fit into the time by the pace of a short run."""
+def train_ours(
+    shards: str, seconds: float, tokens: int, overrides: tuple[str, ...]
+) -> dict[str, float]:
+    """`megaback train` for so many tokens; if 0, for as many steps as fit into the time.
+
+    What fits is judged by the pace of a short run.
+    """
 
     def run(folder: Path, steps: int) -> list[dict[str, float]]:
         words = [f"run={folder}", f"data.shards={shards}", f"training.steps={steps}", *overrides]
@@ -176,8 +182,12 @@ def train_ours(shards: str, seconds: float, overrides: tuple[str, ...]) -> dict[
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     with TemporaryDirectory() as name:
-        paced = [line["step_s"] for line in run(Path(name) / "pace", 12) if "step_s" in line]
-        steps = int(seconds / statistics.median(paced[4:]))
+        if tokens:
+            batch = load_config(CONFIG, overrides).batch
+            steps = tokens // (batch.global_batch_rows * batch.context_tokens)
+        else:
+            paced = [line["step_s"] for line in run(Path(name) / "pace", 12) if "step_s" in line]
+            steps = int(seconds / statistics.median(paced[4:]))
         cpu_before = os.times().children_user + os.times().children_system
         lines = run(Path(name) / "run", steps)
         cpu_s = os.times().children_user + os.times().children_system - cpu_before
@@ -201,10 +211,12 @@ def show(title: str, found: dict[str, float]) -> None:
 @click.argument("shards")
 @click.option("--baseline-s", default=600.0, show_default=True, help="0: leave it out.")
 @click.option("--ours-s", default=200.0, show_default=True, help="0: leave it out.")
-@click.option("--take-back", is_flag=True, help="Also with one part of the baseline at a time.")
+@click.option(
+    "--take-back", default=0, help="Then, with one part of the baseline at a time, so many tokens."
+)
 @click.option("--only", multiple=True, help="Of what is taken back, only this.")
 def main(
-    shards: str, baseline_s: float, ours_s: float, take_back: bool, only: tuple[str, ...]
+    shards: str, baseline_s: float, ours_s: float, take_back: int, only: tuple[str, ...]
 ) -> None:
     """Print val losses and times of the baseline and of ours."""
     shards = str(Path(shards).resolve())
@@ -212,10 +224,11 @@ def main(
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if baseline_s:
         show("baseline", train_baseline(config, baseline_s))
-    names = [name for name in TAKEN_BACK if name in only] or list(TAKEN_BACK)
-    for name in names if take_back else ["ours"]:
-        if ours_s:
-            show(name, train_ours(shards, ours_s, TAKEN_BACK[name]))
+    if ours_s:
+        show("ours", train_ours(shards, ours_s, 0, ()))
+    for name, overrides in TAKEN_BACK.items():
+        if take_back and (name in only or not only):
+            show(name, train_ours(shards, 0, take_back, overrides))
 
 
 if __name__ == "__main__":
