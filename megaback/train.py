@@ -119,10 +119,12 @@ class Trainer:
         self._world.stop_if_any(self._log_error)
 
     def close(self) -> None:
-        """Let go of files and threads."""
+        """Let go of files, threads and the run's folder."""
         self._run.data.training.close()
         if self._log is not None:
             self._record(MetricsLog.close)
+        if self._run.lock is not None:
+            self._run.lock.close()
 
     def _agree_on_step(self, step: int) -> tuple[list[Batch], Agreement]:
         """This rank's micro-batches, and what all ranks know.
@@ -266,20 +268,28 @@ def _is_due(every_steps: int | None, done: int) -> bool:
     return every_steps is not None and done % every_steps == 0
 
 
+def train_run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> None:
+    """Train a run to its end. Raises AgreedExit on all ranks alike."""
+    error: MegabackError | None = None
+    try:
+        trainer = Trainer(prepare_run(config, world, pulse), world, stop)
+        try:
+            trainer.train()
+        finally:
+            trainer.close()
+    except (NonFiniteError, PreemptedError) as shared:
+        error = shared  # raised on every rank alike
+    world.stop_if_any(error)
+    if world.is_first:
+        record_exit(config.run, 0, "finished", "trained to the end", world.rank)
+    pulse.leave("trained to the end")
+
+
 def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:
     """Train, and say in the run's folder how it ended. Returns the exit code."""
     pulse = Pulse(config.run, config.hardware, world)
     try:
-        error: MegabackError | None = None
-        try:
-            trainer = Trainer(prepare_run(config, world, pulse), world, stop)
-            try:
-                trainer.train()
-            finally:
-                trainer.close()
-        except (NonFiniteError, PreemptedError) as shared:
-            error = shared  # raised on every rank alike
-        world.stop_if_any(error)
+        train_run(config, world, stop, pulse)
     except AgreedExit as ending:
         reason = ending.error
         if reason is not None and not isinstance(reason, LaunchError):
@@ -299,9 +309,6 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:
         record_exit(config.run, MegabackError.exit_code, "Exception", reason_text, world.rank)
         pulse.leave(reason_text)
         os._exit(MegabackError.exit_code)
-    if world.is_first:
-        record_exit(config.run, 0, "finished", "trained to the end", world.rank)
-    pulse.leave("trained to the end")
     end_world()
     return 0
 

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from tiny_run import (
     train_plainly,
     training_environment,
 )
+from warm_ranks import WarmRanks
 
 from tools.convert import convert_full
 
@@ -71,36 +72,43 @@ def start_training(config_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
 
 
 @pytest.fixture(scope="session")
-def run_of(
-    tmp_path_factory: pytest.TempPathFactory, train: Callable[..., Run]
-) -> Callable[..., Path]:
-    """`run_of(*overrides)`: the folder of a finished run, trained once, with its `output.txt`."""
+def warm_ranks() -> Iterator[Callable[[int], WarmRanks]]:
+    """`warm_ranks(world_size)`: ranks that stay for the session."""
+    of_size = cache(WarmRanks)
+    made = [of_size(size) for size in (1, 2)]
+    yield of_size
+    for ranks in made:
+        ranks.close()
 
+
+def _finished(ranks: WarmRanks, config: Path, folder: Callable[[], Path]) -> Callable[..., Path]:
     @cache
     def finished(*overrides: str) -> Path:
-        run = tmp_path_factory.mktemp("runs") / "run"
-        result = train(run, *overrides)
-        assert result.returncode == 0, result.stderr
-        (run / "output.txt").write_text(result.stdout)
+        run = folder() / "run"
+        ranks.train(config, (f"run={run}", *overrides), run / "output.txt")
         return run
 
     return finished
 
 
 @pytest.fixture(scope="session")
+def run_of(
+    tmp_path_factory: pytest.TempPathFactory,
+    config_path: Path,
+    warm_ranks: Callable[[int], WarmRanks],
+) -> Callable[..., Path]:
+    """`run_of(*overrides)`: the folder of a finished run, trained once, with its `output.txt`."""
+    return _finished(warm_ranks(2), config_path, lambda: tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
 def lonely_run_of(
-    tmp_path_factory: pytest.TempPathFactory, train_one_rank: Callable[..., Run]
+    tmp_path_factory: pytest.TempPathFactory,
+    config_path: Path,
+    warm_ranks: Callable[[int], WarmRanks],
 ) -> Callable[..., Path]:
     """As `run_of`, of one rank."""
-
-    @cache
-    def finished(*overrides: str) -> Path:
-        run = tmp_path_factory.mktemp("runs") / "run"
-        result = train_one_rank(run, *overrides)
-        assert result.returncode == 0, result.stderr
-        return run
-
-    return finished
+    return _finished(warm_ranks(1), config_path, lambda: tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -226,9 +227,10 @@ def test_100_steps_on_real_prose_give_the_loss_curve_of_a_plain_loop(
 
 @pytest.fixture(scope="module")
 def sample(run_of: RunOf, model_of: ModelOf, run_megaback: Command) -> Callable[..., str]:
-    """`sample(*options)`: what `megaback sample` prints for the ending."""
+    """`sample(*options, again=False)`: what `megaback sample` prints for the ending."""
 
-    def print_sample(*options: str) -> str:
+    @cache
+    def print_sample(*options: str, again: bool = False) -> str:
         result = run_megaback(
             "sample",
             model_of(run_of("zero.stage=1")),
@@ -245,14 +247,14 @@ def sample(run_of: RunOf, model_of: ModelOf, run_megaback: Command) -> Callable[
 
 
 def test_a_sample_ends_with_the_ending_byte_for_byte(sample: Callable[..., str]) -> None:
-    text = sample()
+    text = sample("--seed", "5")
 
     assert text.endswith(ENDING + "\n")
     assert len(text) > len(ENDING) + 1
 
 
 def test_one_seed_gives_one_text(sample: Callable[..., str]) -> None:
-    assert sample("--seed", "5") == sample("--seed", "5")
+    assert sample("--seed", "5") == sample("--seed", "5", again=True)
 
 
 def test_another_seed_gives_another_text(sample: Callable[..., str]) -> None:

@@ -1,0 +1,47 @@
+"""A rank that trains one run after another: what a real rank does, without its start.
+
+It reads a JSON line from stdin for each run (`config`, `overrides`, `output`: a file for what is
+printed), and answers with a line: null, or what went wrong. See warm_ranks.py.
+"""
+
+import gc
+import json
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from megaback.config import load_config
+from megaback.distributed import World, end_world, start_world
+from megaback.pulse import Pulse
+from megaback.stopping import StopRequest
+from megaback.train import train_run
+
+
+def train(world: World, config: str, overrides: list[str], output: str) -> str | None:
+    """Train a run to its end; what went wrong, if anything."""
+    settings = load_config(Path(config), tuple(overrides))
+    with Path(output).open("a") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            train_run(
+                settings, world, StopRequest(None), Pulse(settings.run, settings.hardware, world)
+            )
+        except (Exception, SystemExit):  # noqa: BLE001 (the test says what it was)
+            return traceback.format_exc()
+    return None
+
+
+def main() -> None:
+    """Train what is asked for until stdin ends."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is no answer
+    world = start_world("cpu", 60)
+    for line in sys.stdin:
+        problem = train(world, **json.loads(line))
+        gc.collect()  # the engine, and what it has open
+        print(json.dumps(problem), file=answers, flush=True)
+    end_world()
+
+
+if __name__ == "__main__":
+    main()
