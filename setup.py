@@ -17,6 +17,8 @@ setup(
     package_data={
         name: ["py.typed"] for name in ("megaback", "data_pipeline", "launcher", "tools")
     },
+    # A checkout uses its folder slurm; what pip installs otherwise finds it below the environment.
+    data_files=[("share/megaback/slurm", sorted(str(path) for path in Path("slurm").glob("*.*")))],
     install_requires=[
         "click>=8.1",
         "datasets>=3.0",

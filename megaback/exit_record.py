@@ -22,6 +22,11 @@ def record_start(run: Path, **fields: Any) -> None:
     _append(run, {"event": "start", **fields})
 
 
+def record_event(run: Path, event: str, **fields: Any) -> None:
+    """Note something else that happens to a run, in its history. Raises OSError."""
+    _append(run, {"event": event, **fields})
+
+
 def record_exit(run: Path, code: int, kind: str, reason: str, rank: int | None = None) -> bool:
     """Note why a run ends; False if another process has. A disk that refuses is no fault."""
     fields = {"code": code, "kind": kind, "reason": reason, "rank": rank, **_here()}

@@ -138,7 +138,7 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
     if is_new:
         lock = world.together(_claim, config, world)
     pulse.open()
-    world.together(_note_start, config, world, found)
+    world.together(_note_start, config, world, found, data.total_steps)
     flops_per_token = model.flops_per_token(config.batch.context_tokens)
     num_parameters = model.num_parameters()
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
@@ -227,10 +227,17 @@ def _fetch(run: Path, copy_to: str, world: World) -> bool:
     return target is not None
 
 
-def _note_start(config: Config, world: World, found: tuple[Path, CheckpointMeta] | None) -> None:
+def _note_start(
+    config: Config, world: World, found: tuple[Path, CheckpointMeta] | None, total_steps: int
+) -> None:
     if world.is_first:
-        step = found[1].step if found is not None else 0
-        record_start(config.run, step=step, world_size=world.size, zero_stage=config.zero.stage)
+        record_start(
+            config.run,
+            step=found[1].step if found is not None else 0,
+            total_steps=total_steps,
+            world_size=world.size,
+            zero_stage=config.zero.stage,
+        )
 
 
 def _initialize_from(model: ReverseGPT, config: Config, data: Data) -> None:

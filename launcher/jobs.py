@@ -1,0 +1,197 @@
+"""`megaback jobs`: runs, their Slurm jobs, and how far they are.
+
+The jobs are those that `megaback submit` has recorded in the run's folder and those that have
+worked on the run (its history). What has become of them Slurm says while it remembers, and the
+run's folder afterwards; accounting is not needed.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+
+from data_pipeline.command import Command
+from data_pipeline.errors import CheckpointMissingError
+from launcher.run_folder import jobs_of, read_progress, read_submissions
+from launcher.slurm_commands import Job, find_job
+from megaback.exit_record import HISTORY_NAME, read_exit, read_history
+from megaback.heartbeat import missing_ranks, read_heartbeats
+
+_JOBS_LOOKED_AT = 8
+_HEADS = ("RUN", "JOB", "STATE", "RESTARTS", "STEP", "LOSS", "TO TRAIN", "JOB ENDS IN", "WHY")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run with one of its jobs; what is not known is None."""
+
+    run: str
+    job: str | None
+    stage: str | None
+    state: str
+    restarts: int
+    step: int | None
+    total_steps: int | None
+    loss: float | None
+    to_train_s: float | None
+    """At the pace of the last steps."""
+    job_left_s: int | None
+    """Until the job's time limit."""
+    nodes: str | None
+    why: str | None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's that was started or submitted."""
+    return (folder / HISTORY_NAME).is_file() or bool(read_submissions(folder))
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """The runs among folders and right below them. Raises CheckpointMissingError for none."""
+    runs: list[Path] = []
+    for folder in folders:
+        if is_run(folder):
+            runs.append(folder)
+        elif folder.is_dir():
+            runs += [path for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
+    if not runs:
+        names = ", ".join(str(folder) for folder in folders)
+        raise CheckpointMissingError(
+            f"{names} holds no run that was started or submitted; name the folder of a run, or one "
+            "with runs in it"
+        )
+    return runs
+
+
+def look_at(run: Path) -> list[Row]:
+    """A run with each of its jobs that is not over; with its newest, where all are."""
+    known = list(jobs_of(run).items())[-_JOBS_LOOKED_AT:]
+    found = [(stage, find_job(job) or Job(job, "?")) for job, stage in known]
+    open_jobs = [(stage, job) for stage, job in found if not job.is_over and job.state != "?"]
+    trained = [(stage, job) for stage, job in found if stage == "train"]
+    row = _row_of(run)
+    if not open_jobs:
+        if not trained:
+            return [replace(row, state=_said(found[-1][1]) if found else row.state)]
+        job = trained[-1][1]
+        state = row.state if job.state == "?" or row.why else _said(job)
+        return [replace(row, job=job.job, stage="train", state=state, restarts=job.restarts)]
+    return [
+        replace(
+            row,
+            job=job.job,
+            stage=stage,
+            state=_said(job),
+            restarts=job.restarts,
+            job_left_s=job.left_s,
+            nodes=job.nodes,
+            to_train_s=row.to_train_s if job.state == "RUNNING" else None,
+            why=job.reason if job.state == "PENDING" else None,
+        )
+        for stage, job in open_jobs
+    ]
+
+
+def _row_of(run: Path) -> Row:
+    """What the folder alone says."""
+    starts = [line for line in read_history(run) if line.get("event") == "start"]
+    total_steps = starts[-1].get("total_steps") if starts else None
+    progress = read_progress(run)
+    ending = read_exit(run)
+    to_train_s = None
+    if progress is not None and progress.median_step_s is not None and total_steps is not None:
+        to_train_s = max(total_steps - progress.step, 0) * progress.median_step_s
+    if ending is not None:
+        state = "finished" if ending["code"] == 0 else f"stopped ({ending['code']})"
+        why = None if ending["code"] == 0 else str(ending["reason"])
+    else:
+        beats = read_heartbeats(run)
+        missing = missing_ranks(beats, beats[0].world_size, time.time()) if beats else {}
+        state = "not started" if not starts else "dead" if missing or not beats else "running"
+        why = "; ".join(list(missing.values())[:1]) or None
+    return Row(
+        run=str(run),
+        job=None,
+        stage=None,
+        state=state,
+        restarts=max(len(starts) - 1, 0),
+        step=progress.step if progress is not None else None,
+        total_steps=total_steps,
+        loss=progress.loss if progress is not None else None,
+        to_train_s=to_train_s if state != "finished" else None,
+        job_left_s=None,
+        nodes=None,
+        why=why,
+    )
+
+
+def _said(job: Job) -> str:
+    if not job.elements:
+        return job.state.lower()
+    return ", ".join(f"{count} {state.lower()}" for state, count in job.elements.items())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in columns, for people."""
+    cells = [_HEADS, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADS))]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    job = "-" if row.job is None else row.job
+    if row.stage not in (None, "train"):
+        job += f" ({row.stage})"
+    step = "-" if row.step is None else f"{row.step:,}"
+    if row.total_steps is not None:
+        step += f"/{row.total_steps:,}"
+    return (
+        row.run,
+        job,
+        row.state,
+        str(row.restarts),
+        step,
+        "-" if row.loss is None else f"{row.loss:.4f}",
+        _duration(row.to_train_s),
+        _duration(row.job_left_s),
+        row.why or "",
+    )
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s"
+
+
+@click.command(cls=Command, name="jobs")
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUNS_FOLDER]...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def main(folders: tuple[Path, ...], as_json: bool) -> None:
+    """Show the runs in RUNS_FOLDER (default: runs), their Slurm jobs, and how far they are.
+
+    A RUNS_FOLDER may also be a run itself. TO TRAIN is what is left at the pace of the last steps.
+    """
+    rows = [row for run in find_runs(folders or (Path("runs"),)) for row in look_at(run)]
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(asdict(row)))
+    else:
+        click.echo(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What a run's folder tells to those who look from outside: its step, its loss, its jobs.
+
+Only small files and the ends of long ones are read, so that looking disturbs nothing.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaback.exit_record import read_history
+from megaback.metrics import METRICS_NAME
+
+SUBMITTED_FOLDER = "submitted"
+SUBMISSION_NAME = "submission.json"
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int
+    loss: float | None
+    """Of the last step that learnt, in nats a token."""
+    median_step_s: float | None
+
+
+def newest_checkpoint_step(run: Path) -> int:
+    """The step of the newest complete checkpoint; 0 without one."""
+    complete = (run / "checkpoints").glob("step-*/meta.json")
+    steps = [path.parent.name.removeprefix("step-") for path in complete]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
+def read_progress(run: Path) -> Progress | None:
+    """The last step of the metrics; None before there is one."""
+    lines = [line for line in _last_lines(run / METRICS_NAME) if "step" in line]
+    if not lines:
+        return None
+    learnt = [line for line in lines if line.get("loss") is not None]
+    times = [float(line["step_s"]) for line in lines if "step_s" in line]
+    return Progress(
+        step=int(lines[-1]["step"]),
+        loss=float(learnt[-1]["loss"]) if learnt else None,
+        median_step_s=statistics.median(times) if times else None,
+    )
+
+
+def read_submissions(run: Path) -> list[dict[str, Any]]:
+    """What `megaback submit` has recorded, oldest first; what cannot be read is left out."""
+    found = []
+    for path in sorted((run / SUBMITTED_FOLDER).glob(f"*/{SUBMISSION_NAME}")):
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            found.append({"jobs": [dict(job) for job in fields["jobs"]]} | fields)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def jobs_of(run: Path) -> dict[str, str]:
+    """The Slurm jobs that worked on a run, or are to: job id to stage, oldest first."""
+    known = {str(line["job"]): "train" for line in read_history(run) if line.get("job") is not None}
+    for submission in read_submissions(run):
+        known |= {str(job["job"]): str(job["stage"]) for job in submission["jobs"]}
+    return dict(sorted(known.items(), key=lambda item: (len(item[0]), item[0])))
+
+
+def events_of_job(run: Path, job: str, event: str) -> Sequence[dict[str, Any]]:
+    """Lines of the history that a Slurm job wrote, oldest first."""
+    return [
+        line
+        for line in read_history(run)
+        if line.get("event") == event and str(line.get("job")) == job
+    ]
+
+
+def _last_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - _TAIL_BYTES, 0))
+            data = file.read()
+    except OSError:
+        return []
+    lines = []
+    for text in data.splitlines()[1 if size > _TAIL_BYTES else 0 :]:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # cut short by a kill
+            continue
+    return lines

@@ -1,0 +1,158 @@
+"""Slurm's own commands: queueing, and what becomes of jobs. No accounting is needed.
+
+Arguments go to them as lists, never through a shell.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from data_pipeline.errors import LaunchError
+
+_OVER = frozenset(
+    (
+        *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),
+        *("BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"),
+    )
+)
+_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A call of sbatch: variables for the job, options, the file and its arguments."""
+
+    stage: str
+    variables: Mapping[str, str]
+    options: tuple[str, ...]
+    file: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        return ["sbatch", *self.options, self.file, *self.arguments]
+
+    @property
+    def line(self) -> str:
+        """The same as a person types it."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
+        return " ".join([*variables, shlex.join(self.command)])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm knows of a job; of an array, of all its elements together."""
+
+    job: str
+    state: str
+    restarts: int = 0
+    reason: str | None = None
+    """Why it waits."""
+    nodes: str | None = None
+    left_s: int | None = None
+    """Until its time limit, while it runs."""
+    elements: Mapping[str, int] = field(default_factory=dict)
+    """Of an array: how many elements are in each state."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in _OVER
+
+
+def run_sbatch(submission: Submission, *more: str) -> str:
+    """Call sbatch. Returns what it said. Raises LaunchError with Slurm's reason."""
+    words = submission.command
+    command = [words[0], *more, *words[1:]]
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **submission.variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise LaunchError(
+            "sbatch is not there: this machine is no login node of a Slurm cluster; go to one, or "
+            "train here with `megaback train`"
+        ) from None
+    said = " ".join((done.stdout + done.stderr).split())
+    if done.returncode:
+        raise LaunchError(f"Slurm refuses the {submission.stage} job: {said}; {_advice(said)}")
+    return said
+
+
+def queue(submission: Submission) -> str:
+    """Queue a job. Returns its id. Raises LaunchError."""
+    return run_sbatch(submission, "--parsable").split()[-1].split(";")[0]
+
+
+def cancel(job: str) -> None:
+    """Take a job off the queue; that it is gone already is no error."""
+    subprocess.run(["scancel", job], capture_output=True, check=False)
+
+
+def find_job(job: str) -> Job | None:
+    """What Slurm knows of a job; None if it knows nothing (any more), or is not here."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", job],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    records = [
+        dict(word.split("=", 1) for word in line.split() if "=" in word)
+        for line in done.stdout.splitlines()
+        if "JobState=" in line
+    ]
+    if done.returncode or not records:
+        return None
+    # Of an array, what is not over stands for the whole; else what did not go well.
+    order = sorted(
+        records, key=lambda record: (record["JobState"] in _OVER, record["JobState"] == "COMPLETED")
+    )
+    first = order[0]
+    states = [record["JobState"] for record in records]
+    is_running = first["JobState"] == "RUNNING"
+    limit_s, run_s = (_seconds(first.get(name, "")) for name in ("TimeLimit", "RunTime"))
+    left_s = None
+    if is_running and limit_s is not None and run_s is not None:
+        left_s = max(limit_s - run_s, 0)
+    return Job(
+        job=job,
+        state=first["JobState"],
+        restarts=max(int(record.get("Restarts", 0)) for record in records),
+        reason=first.get("Reason") if first["JobState"] == "PENDING" else None,
+        nodes=first.get("NodeList") if is_running else None,
+        left_s=left_s,
+        elements={state: states.count(state) for state in sorted(set(states))}
+        if "ArrayJobId" in first
+        else {},
+    )
+
+
+def _seconds(text: str) -> int | None:
+    match = _TIME.fullmatch(text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _advice(said: str) -> str:
+    hints = {
+        "account": "give --account, or export SBATCH_ACCOUNT",
+        "partition": "`sinfo` lists the partitions; give --partition",
+        "node configuration is not available": "`sinfo -o '%P %D %c %m %G'` shows what the nodes "
+        "have; ask for fewer --nodes or --devices-per-node, or less memory",
+        "time limit": "give a shorter --time (`sinfo -o '%P %l'` shows the limits)",
+        "array": "give fewer --tasks (`scontrol show config` has MaxArraySize)",
+    }
+    found = [advice for sign, advice in hints.items() if sign in said.lower()]
+    return found[0] if found else "correct what it names"

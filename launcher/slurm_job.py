@@ -1,0 +1,168 @@
+"""What a training job on Slurm does before its ranks start and after they have ended.
+
+`slurm/ranks.sh` calls it. `begin` refuses what cannot work, and notes in the run's history that the
+job is here. `end` finds out how the ranks ended, whatever srun made of it, and queues the job again
+where that leads on: at the time limit, and after a lost rank, but never without end.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import click
+
+from data_pipeline.command import Command
+from data_pipeline.errors import ConfigError, LaunchError, PreemptedError, RankLostError
+from launcher.run_folder import events_of_job, newest_checkpoint_step
+from megaback.config import Config, load_config
+from megaback.exit_record import read_exit, record_event
+from megaback.run_data import open_data
+
+LIMIT_VARIABLE = "MEGABACK_REQUEUE_LIMIT"
+DEFAULT_LIMIT = 20
+JOB_EVENT = "job"
+FRUITLESS_STARTS = 3
+"""A job that has started so often without a new checkpoint is not queued again."""
+
+
+def requeue_limit() -> int:
+    """How many lost ranks or nodes a job outlives. Raises ConfigError."""
+    text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
+    if not text.isdecimal():
+        raise ConfigError(f"{LIMIT_VARIABLE} is {text!r}; give a number of restarts, 0 for none")
+    return int(text)
+
+
+def num_failures(run: Path, job: str, restarts: int) -> int:
+    """How many of a job's restarts came without the ranks having saved because they were asked."""
+    asked = [
+        line
+        for line in events_of_job(run, job, "exit")
+        if line.get("code") == PreemptedError.exit_code
+    ]
+    return max(restarts - len(asked), 0)
+
+
+def begin_job(config: Config, job: str, restarts: int, limit: int, num_ranks: int) -> None:
+    """Refuse what cannot work, and note the start. Raises MegabackErrors, OSError."""
+    open_data(config, 0, num_ranks)
+    failures = num_failures(config.run, job, restarts)
+    if failures > limit:
+        raise LaunchError(
+            f"job {job} was started again {failures} times after losing a rank or a node, and "
+            f"{LIMIT_VARIABLE} is {limit}; {config.run}/history.jsonl names the hosts: submit it "
+            "again, with --exclude=HOST if one of them is bad"
+        )
+    config.run.mkdir(parents=True, exist_ok=True)
+    record_event(config.run, JOB_EVENT, step=newest_checkpoint_step(config.run), restarts=restarts)
+
+
+def true_code(run: Path, job: str, step_code: int) -> int:
+    """The exit code that the ranks have given their end, else the one that srun returned."""
+    ending = read_exit(run)
+    starts = events_of_job(run, job, JOB_EVENT)
+    if ending is None or not starts or ending.get("time", 0.0) < starts[-1]["time"]:
+        return step_code
+    return int(ending["code"])
+
+
+def why_requeue(
+    run: Path, job: str, restarts: int, limit: int, code: int, limit_is_near: bool
+) -> tuple[bool, str | None]:
+    """Whether a job that ended with a code is to come back, and the sentence that says why."""
+    # Above 128 near the limit: the ranks were still starting, and the signal killed them.
+    at_limit = limit_is_near and (code == PreemptedError.exit_code or code > 128)
+    if not at_limit and code != RankLostError.exit_code:
+        return False, None
+    step = newest_checkpoint_step(run)
+    cause = "time limit near" if at_limit else "a rank was lost"
+    fruitless = 0
+    for line in reversed(events_of_job(run, job, JOB_EVENT)):
+        if line.get("step") != step:
+            break
+        fruitless += 1
+    if fruitless >= FRUITLESS_STARTS:
+        advice = "give it more --time" if at_limit else f"see {run}/exit.json"
+        return False, (
+            f"{cause}; the job has started {fruitless} times at step {step} and came to no newer "
+            f"checkpoint, so it is not queued again: {advice}, or lower checkpoint.every_steps"
+        )
+    failures = num_failures(run, job, restarts)
+    if not at_limit and failures >= limit:
+        return False, (
+            f"{cause}; the job has come back {failures} times after such losses, as often as "
+            f"{LIMIT_VARIABLE} allows, so it is not queued again: submit it again to go on"
+        )
+    return True, f"{cause}; the newest checkpoint is of step {step}, and the job is queued again"
+
+
+def _identity() -> tuple[str, int]:
+    try:
+        return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    except (KeyError, ValueError):
+        raise LaunchError(
+            "this is not a Slurm job: SLURM_JOB_ID is not set; slurm/train.sbatch calls this"
+        ) from None
+
+
+@click.group()
+def main() -> None:
+    """What slurm/ranks.sh asks before and after the ranks."""
+
+
+@main.command(cls=Command)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option("--save-before", hidden=True, expose_value=False)  # the ranks'
+@click.option("--needs-model", is_flag=True, help="Refuse a config without init_from.")
+def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
+    """Refuse what cannot work, and note in the run's history that the job is here."""
+    from megaback import __version__
+
+    job, restarts = _identity()
+    settings = load_config(config, overrides)
+    if needs_model and settings.init_from is None:
+        raise ConfigError(
+            f"{config} has no init_from; give init_from=MODEL, a folder that `megaback convert` "
+            "wrote, or use slurm/train.sbatch to train from nothing"
+        )
+    num_ranks = int(os.environ.get("SLURM_NTASKS", "1"))
+    begin_job(settings, job, restarts, requeue_limit(), num_ranks)
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    again = f", start {restarts + 1}" if restarts else ""
+    click.echo(f"slurm: megaback {__version__}, {num_ranks} ranks on {nodes}{again}")
+
+
+@main.command(cls=Command)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option("--save-before", hidden=True, expose_value=False)
+@click.option("--step-code", type=int, required=True, help="What srun returned.")
+@click.option("--limit-is-near", is_flag=True, help="USR1 has come, or the end is near.")
+def end(config: Path, overrides: tuple[str, ...], step_code: int, limit_is_near: bool) -> None:
+    """Say how the ranks ended, queue the job again where that leads on, and exit as they did."""
+    job, restarts = _identity()
+    settings = load_config(config, overrides)
+    code = true_code(settings.run, job, step_code)
+    if code:
+        ending = read_exit(settings.run)
+        of_srun = "" if code == step_code else f" (srun: {step_code})"
+        said = f": {ending['reason']}" if ending is not None and ending["code"] == code else ""
+        click.echo(f"slurm: the ranks ended with code {code}{of_srun}{said}")
+    is_wanted, sentence = why_requeue(
+        settings.run, job, restarts, requeue_limit(), code, limit_is_near
+    )
+    if sentence:
+        click.echo(f"slurm: {sentence}")
+    if is_wanted:
+        asked = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, check=False
+        )
+        if asked.returncode:
+            reason = " ".join((asked.stdout + asked.stderr).split())
+            click.echo(f"slurm: it could not be queued again ({reason}); submit it again to go on")
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""`megaback submit`: check a run against the allocation that it is to have, and queue it on Slurm.
+
+What cannot work is refused before it waits in a queue for days. What was submitted is kept in the
+run's folder, and is what the job reads. The shipped sbatch files do the work: the options here go
+before their names on sbatch's command line.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from data_pipeline.command import Command
+from data_pipeline.errors import ConfigError, LaunchError
+from launcher.run_folder import jobs_of
+from launcher.slurm_commands import Submission, cancel, find_job, queue, run_sbatch
+from launcher.slurm_files import SHARED_FILES, require_file, sbatch_value, shipped_folder
+from launcher.snapshot import (
+    new_folder,
+    record_jobs,
+    remove_snapshot,
+    write_snapshot,
+)
+from launcher.stages import (
+    Allocation,
+    Resources,
+    check_model_folder,
+    check_run,
+    choose_allocation,
+    convert_stage,
+    data_stage,
+    parse_chain,
+    plan_data,
+    train_file,
+    train_stage,
+)
+from megaback.config import CONFIG_COPY_NAME, Config, load_config
+
+_SBATCH_FILES = {"data": "build_shards.sbatch", "convert": "convert.sbatch"}
+_JOBS_LOOKED_AT = 20
+
+
+def require_no_job(run: Path) -> None:
+    """Only one job at a time may work on a run. Raises LaunchError when one waits or runs."""
+    for job, stage in list(jobs_of(run).items())[-_JOBS_LOOKED_AT:]:
+        found = find_job(job)
+        if found is not None and not found.is_over:
+            raise LaunchError(
+                f"{run} already has job {job} ({stage}, {found.state.lower()}); wait for it, stop "
+                f"it with `scancel {job}`, or submit all the same with --force"
+            )
+
+
+def queue_all(
+    config: Config, folder: Path, submissions: Sequence[Submission], files: Sequence[Path]
+) -> list[str]:
+    """Make the snapshot and queue the jobs, each after the one before. Returns their ids.
+
+    Raises LaunchError, and then leaves no job and no snapshot behind.
+    """
+    fields = write_snapshot(folder, config, files)
+    jobs: list[str] = []
+    recorded: list[dict[str, str]] = []
+    try:
+        for submission in submissions:
+            linked = after(submission, jobs[-1]) if jobs else submission
+            jobs.append(queue(linked))
+            recorded.append({"stage": linked.stage, "job": jobs[-1], "line": linked.line})
+            record_jobs(folder, fields, recorded)
+    except BaseException:
+        for job in jobs:
+            cancel(job)
+        remove_snapshot(folder)
+        raise
+    return jobs
+
+
+def after(submission: Submission, job: str) -> Submission:
+    """The same, once another job has finished; when that fails, this one is cancelled."""
+    link = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+    return replace(submission, options=(*submission.options, *link))
+
+
+@click.command(cls=Command, name="submit")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--devices-per-node",
+    type=click.IntRange(min=1),
+    help="Ranks a node, one a GPU (one a task with --cpu). Default: what the sbatch file says.",
+)
+@click.option(
+    "--gpus/--cpu",
+    "uses_gpus",
+    default=None,
+    help="Ask for GPUs or for none. Default: by hardware.device; auto asks for GPUs.",
+)
+@click.option("--cpus-per-task", type=click.IntRange(min=1), help="Cores a rank.")
+@click.option("--mem", help="Memory a node, as sbatch takes it (64G; 0 is all of it).")
+@click.option("--time", help="Time limit, as sbatch takes it (24:00:00, 2-00:00:00).")
+@click.option("--partition", help="Of the training job.")
+@click.option("--cpu-partition", help="Of the data and convert jobs.")
+@click.option("--account")
+@click.option("--sbatch-option", "more", multiple=True, help="More for training: --qos=high.")
+@click.option(
+    "--requeue-limit",
+    type=click.IntRange(min=0),
+    help="How many lost ranks and nodes the job outlives. Default: 20.",
+)
+@click.option("--chain", default="train", show_default=True, help="data,train,convert or a part.")
+@click.option("--source", "sources", multiple=True, help="data: what is read, as in shards build.")
+@click.option("--weight", "weights", type=float, multiple=True, help="data: one a --source.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="data: the tokenizer.model.")
+@click.option("--tasks", type=click.IntRange(min=1), help="data: into how many tasks it is cut.")
+@click.option("--out", type=click.Path(path_type=Path), help="convert: the model's folder.")
+@click.option(
+    "--files", type=click.Path(path_type=Path), help="A folder with sbatch files of yours."
+)
+@click.option("--force", is_flag=True, help="Even if a job of this run waits or runs.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check, and print commands and scripts; queue nothing."
+)
+def main(
+    config: Path,
+    overrides: tuple[str, ...],
+    nodes: int,
+    devices_per_node: int | None,
+    uses_gpus: bool | None,
+    cpus_per_task: int | None,
+    mem: str | None,
+    time: str | None,
+    partition: str | None,
+    cpu_partition: str | None,
+    account: str | None,
+    more: tuple[str, ...],
+    requeue_limit: int | None,
+    chain: str,
+    sources: tuple[str, ...],
+    weights: tuple[float, ...],
+    tokenizer: Path | None,
+    tasks: int | None,
+    out: Path | None,
+    files: Path | None,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Queue the run that CONFIG describes, with key.sub=value OVERRIDES, on a Slurm cluster.
+
+    --chain data,train,convert queues the whole way from text to a model: shards are built in
+    data.shards, and each job starts when the one before it has finished.
+    """
+    settings = load_config(config, overrides)
+    stages = parse_chain(chain)
+    _require_used(stages, "data", source=sources, weight=weights, tokenizer=tokenizer, tasks=tasks)
+    _require_used(stages, "convert", out=out)
+    if wrong := [option for option in more if not option.startswith("--")]:
+        raise ConfigError(f"--sbatch-option {wrong[0]!r} does not begin with --; write --qos=high")
+    folder = files or shipped_folder()
+    names = {**_SBATCH_FILES, "train": train_file(settings)}
+    paths = {stage: require_file(folder, names[stage]) for stage in stages}
+    allocation = choose_allocation(settings, paths["train"], nodes, devices_per_node, uses_gpus)
+    resources = Resources(cpus_per_task, mem, time, partition, cpu_partition, account, more)
+    check_run(settings, allocation.num_ranks, builds_data="data" in stages)
+    if not force:
+        require_no_job(settings.run)
+
+    snapshot = new_folder(settings.run)
+    submissions = {
+        "train": train_stage(
+            settings,
+            paths["train"],
+            snapshot / CONFIG_COPY_NAME,
+            allocation,
+            resources,
+            requeue_limit,
+        )
+    }
+    if "convert" in stages:
+        submissions["convert"] = convert_stage(
+            settings, paths["convert"], check_model_folder(out), resources
+        )
+    for submission in submissions.values():
+        run_sbatch(submission, "--test-only")
+    if "data" in stages:
+        cpus = int(sbatch_value(paths["data"], "cpus-per-task") or 1)
+        plan = plan_data(settings, sources, weights, tokenizer, tasks, cpus, dry_run)
+        submissions["data"] = data_stage(settings, paths["data"], plan, resources)
+        run_sbatch(submissions["data"], "--test-only")
+    # What runs is the copy in the snapshot, with its neighbours beside it.
+    queued = [
+        replace(submissions[stage], file=str(snapshot / paths[stage].name)) for stage in stages
+    ]
+    if dry_run:
+        return _show(queued, list(paths.values()))
+    copied = [*paths.values(), *(folder / name for name in SHARED_FILES)]
+    jobs = queue_all(settings, snapshot, queued, copied)
+    return _tell(settings, allocation, dict(zip(stages, jobs, strict=True)), snapshot)
+
+
+def _require_used(stages: Sequence[str], stage: str, **given: object) -> None:
+    for name, value in given.items():
+        if value and stage not in stages:
+            raise ConfigError(
+                f"--{name} is for the stage {stage}, which --chain {','.join(stages)} leaves out"
+            )
+
+
+def _show(submissions: Sequence[Submission], paths: Sequence[Path]) -> None:
+    before = ""
+    for submission, path in zip(submissions, paths, strict=True):
+        linked = after(submission, before) if before else submission
+        before = f"JOB_OF_{submission.stage.upper()}"
+        click.echo(f"# {submission.stage}: Slurm takes it. The command, and the script:")
+        click.echo(f"{linked.line}\n")
+        click.echo(path.read_text(encoding="utf-8"))
+    click.echo("# nothing was written or queued")
+
+
+def _tell(config: Config, allocation: Allocation, jobs: dict[str, str], snapshot: Path) -> None:
+    for stage, job in jobs.items():
+        shape = (
+            f", {allocation.nodes} nodes x {allocation.ranks_per_node} ranks"
+            if stage == "train"
+            else ""
+        )
+        click.echo(f"{stage}: job {job}{shape}")
+    run = shlex.quote(str(config.run))
+    click.echo(f"what runs is in {snapshot}")
+    click.echo(f"next: megaback jobs {run}                  how far it is")
+    click.echo(f"      tail -F {run}/logs/train-{jobs['train']}.out")
+    click.echo(
+        f"      scancel {' '.join(jobs.values())}                    stops; training saves first"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+# What train.sbatch and finetune.sbatch share: start the ranks, pass signals on to them, and queue
+# the job again where that leads on. Settings of your cluster are in those files and in network.sh.
+
+# A trap that did more than this could lose a signal.
+limit_is_near=
+to_pass_on=
+trap 'limit_is_near=yes to_pass_on=yes' USR1
+trap 'to_pass_on=yes' TERM
+
+MEGABACK_ENV=${MEGABACK_ENV:-$PWD/.venv}
+if [[ ! -x $MEGABACK_ENV/bin/python ]]; then
+    echo "slurm: error: there is no $MEGABACK_ENV/bin/python; submit from the folder with .venv, or" \
+        "export MEGABACK_ENV=FOLDER, the environment that megaback is installed in" >&2
+    exit 13
+fi
+export PATH="$MEGABACK_ENV/bin:$PATH"
+source "${BASH_SOURCE[0]%/*}/network.sh"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
+
+run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]
+    python -m launcher.slurm_job begin ${begin_options:-} "$@" # refuses what cannot work
+    local code=0 step
+
+    # Each rank finds its number, and the address and port of the first, in what srun sets.
+    # If a rank is lost and the others hang, they are killed after --wait seconds: longer than Slurm
+    # takes to notice a dead node (about 1.3 times its SlurmdTimeout, 300 s unless changed), so that
+    # it still finds a job to queue again. --kill-on-bad-exit=1 would not leave the others the time
+    # to say which rank was lost. How the run ended is in its exit.json, whatever srun returns.
+    if [[ ! $to_pass_on ]]; then
+        srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind="${SLURM_CPU_BIND:-cores}" \
+            --kill-on-bad-exit=0 --wait="${MEGABACK_WAIT_S:-600}" python -m megaback.train "$@" &
+        step=$!
+        while true; do
+            code=0
+            [[ $to_pass_on ]] || wait "$step" || code=$?
+            [[ $to_pass_on ]] || break # else the wait was cut short by a signal
+            to_pass_on=
+            echo "slurm: passing a signal on to the ranks, which save and stop"
+            kill -USR1 "$step" 2>/dev/null || true # srun sends it to every rank
+        done
+    else
+        code=$((128 + 10)) # SIGUSR1, before there were ranks
+    fi
+
+    # The ranks look at the clock too, and stop a minute before the end that newer Slurms tell them.
+    if ((${SLURM_JOB_END_TIME:-0} && ${SLURM_JOB_END_TIME:-0} - $(date +%s) < 90)); then
+        limit_is_near=yes
+    fi
+    # Without USR1 nobody wants the job back (scancel), or Slurm queues it again itself (preemption).
+    python -m launcher.slurm_job end --step-code "$code" ${limit_is_near:+--limit-is-near} "$@"
+}
