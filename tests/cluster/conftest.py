@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine.
+"""A real Slurm of four nodes on this machine.
 
 `minislurm.sh` starts the daemons that a cluster runs, each node in namespaces of its own. That
 needs root and the Slurm packages; where one of them is missing, the tests are skipped with the
@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from small_cluster import (
     Slurm,
     cpu_options,
     free_ports,
+    read_log,
     why_no_cluster,
 )
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """Two nodes, n1 and n2, large enough on paper for the shipped files; taken down at the end."""
+    """Nodes n1 to n4, large enough on paper for the shipped files; taken down at the end."""
     reason = why_no_cluster()
     if reason:
         pytest.skip(reason)
@@ -46,7 +48,7 @@ def slurm() -> Iterator[Slurm]:
         "MINISLURM_MEM": "64000",
         "MINISLURM_GPUS": "8",
         "MINISLURM_PORT": str(free_ports(NUM_NODES + 1)),
-        "MINISLURM_KILLWAIT": "30",  # Slurm's default
+        "MINISLURM_KILLWAIT": "15",  # Slurm's default is 30
         "SLURM_CONF": str(folder / "slurm.conf"),
         "MEGABACK_ENV": str(Path(sys.executable).parents[1]),
         "OMP_NUM_THREADS": "1",
@@ -81,13 +83,33 @@ def write_config(tiny_shards: Path) -> Callable[..., Path]:
     return write
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that nothing disturbed, and the empty places that it was given."""
+
+    run: Path
+    folder: Path
+    home: Path
+    temporary: Path
+    log: str
+
+
 @pytest.fixture(scope="session")
-def uninterrupted_run(
+def finished(
     slurm: Slurm, write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The run folder of a job on two nodes with two ranks each that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    config = write_config(folder)
-    job_id = slurm.submit("train.sbatch", config, cwd=folder, options=cpu_options(tasks_per_node=2))
+) -> FinishedRun:
+    """Trained by the shipped file on two nodes with two ranks and two (fake) GPUs each."""
+    base = tmp_path_factory.mktemp("finished")
+    folder, home, temporary = base / "folder", base / "home", base / "temporary"
+    for path in (folder, home, temporary):
+        path.mkdir()
+    job_id = slurm.submit(
+        "train.sbatch",
+        write_config(folder),
+        cwd=folder,
+        options=cpu_options(tasks_per_node=2, gpus_per_node=2),
+        HOME=home,
+        TMPDIR=temporary,
+    )
     slurm.require_completed(job_id, folder)
-    return folder / "run"
+    return FinishedRun(folder / "run", folder, home, temporary, read_log(folder, job_id))

@@ -6,16 +6,24 @@ slurmdbd.
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from megaback.metrics import METRICS_NAME, read_metrics
+
 REPOSITORY = Path(__file__).parents[2]
 SLURM_FILES = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
-NUM_NODES = 2
+SOURCED_FILES = sorted((REPOSITORY / "slurm").glob("*.sh"))
+NUM_NODES = 4
 NUM_STEPS = 40  # a little more than one epoch of the small data set
 
 MINISLURM = Path(__file__).with_name("minislurm.sh")
@@ -29,26 +37,37 @@ class Slurm:
 
     environment: dict[str, str]
 
-    def command(self, *words: object, cwd: Path | None = None) -> str:
-        done = subprocess.run(
+    def attempt(
+        self, *words: object, cwd: Path | None = None, **variables: object
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command, with more variables in its environment."""
+        return subprocess.run(
             [str(word) for word in words],
-            env=self.environment,
+            env=self.environment | {name: str(value) for name, value in variables.items()},
             cwd=cwd,
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
+
+    def command(self, *words: object, cwd: Path | None = None, **variables: object) -> str:
+        """The same, for one that must not fail. Returns what it said."""
+        done = self.attempt(*words, cwd=cwd, **variables)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
-    def submit(self, file_name: str, *arguments: object, cwd: Path, options: str = "") -> str:
+    def submit(
+        self, file_name: str, *arguments: object, cwd: Path, options: str = "", **variables: object
+    ) -> str:
         """Queue one of the shipped files. Returns the job's id."""
         shipped = REPOSITORY / "slurm" / file_name
-        answer = self.command(
-            "sbatch", "--parsable", *options.split(), shipped, *arguments, cwd=cwd
-        )
-        return answer.strip()
+        words = ("sbatch", "--parsable", *options.split(), shipped, *arguments)
+        return self.command(*words, cwd=cwd, **variables).strip()
+
+    def megaback(self, *words: object, cwd: Path) -> str:
+        """A command of megaback that must not fail, in the environment of the tests."""
+        return self.command(sys.executable, "-m", "megaback", *words, cwd=cwd)
 
     def elements(self, job_id: str) -> list[dict[str, str]]:
         """What `scontrol show job` knows: of an array, each element, those that wait together."""
@@ -93,17 +112,36 @@ def wait_for(
 
 
 def read_log(cwd: Path, job_id: str) -> str:
-    """The job's output, in the file that the shipped files name."""
-    paths = [*cwd.glob(f"*-{job_id}.out"), *sorted(cwd.glob(f"*-{job_id}_*.out"))]
+    """The job's output, in the file that the shipped files or `megaback submit` name."""
+    folders = (cwd, *cwd.glob("*/logs"))
+    paths = [path for folder in folders for path in folder.glob(f"*-{job_id}.out")]
+    paths += [path for folder in folders for path in sorted(folder.glob(f"*-{job_id}_*.out"))]
     return "".join(path.read_text() for path in paths)
 
 
-def cpu_options(nodes: int = NUM_NODES, tasks_per_node: int = 1) -> str:
-    """What turns the shipped train.sbatch from GPU nodes to small CPU tasks."""
+def cpu_options(nodes: int = 2, tasks_per_node: int = 1, gpus_per_node: int = 0) -> str:
+    """What turns the shipped train.sbatch from GPU nodes to small tasks."""
     return (
         f"--nodes={nodes} --ntasks-per-node={tasks_per_node} --cpus-per-task=1 "
-        "--gpus-per-node=0 --mem=4000 --time=10"
+        f"--gpus-per-node={gpus_per_node} --mem=4000 --time=10"
     )
+
+
+def last_step(run: Path) -> int:
+    """The newest step of a run's metrics; 0 before there is one."""
+    if not (run / METRICS_NAME).exists():
+        return 0
+    return max((line["step"] for line in read_metrics(run)), default=0)
+
+
+def ranks_of(config: Path) -> list[psutil.Process]:
+    """The rank processes of a config; from outside a node's namespace they can all be seen."""
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"].startswith("python")
+        and (process.info["cmdline"] or [])[1:4] == ["-m", "megaback.train", str(config)]
+    ]
 
 
 def why_no_cluster() -> str | None:
@@ -134,3 +172,16 @@ def free_ports(count: int) -> int:
             for probe in probes:
                 probe.close()
     raise RuntimeError("no free ports for Slurm's daemons")
+
+
+@contextmanager
+def held(config: Path) -> Iterator[list[psutil.Process]]:
+    """Freezes the ranks of a config for as long as the block takes."""
+    ranks = ranks_of(config)
+    for rank in ranks:
+        rank.send_signal(signal.SIGSTOP)
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.send_signal(signal.SIGCONT)

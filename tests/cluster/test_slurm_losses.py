@@ -1,0 +1,134 @@
+"""What comes of a training job that loses nodes and ranks, or gets nowhere."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_cluster import (
+    MINISLURM,
+    Slurm,
+    cpu_options,
+    last_step,
+    ranks_of,
+    read_log,
+    wait_for,
+)
+
+from megaback.exit_record import read_history
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+@pytest.mark.timeout(600)
+def test_a_job_outlives_a_node_that_reboots_and_one_that_dies_but_not_more_than_it_may(
+    write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = write_config(
+        tmp_path,
+        training={"steps": 100_000, "precision": "fp32"},
+        hardware={"device": "cpu", "heartbeat_s": 1, "step_timeout_s": 60},
+        checkpoint={"every_steps": 5},
+    )
+    # Longer than Slurm here takes to notice a dead node, as in the shipped file.
+    job_id = slurm.submit(
+        "train.sbatch",
+        config,
+        cwd=tmp_path,
+        options=cpu_options(),
+        MEGABACK_WAIT_S=25,
+        MEGABACK_REQUEUE_LIMIT=2,
+    )
+
+    def log() -> str:
+        return read_log(tmp_path, job_id)
+
+    def trains_in_start(number: int) -> bool:
+        starts = [line for line in read_history(run) if line["event"] == "start"]
+        return len(starts) == number and last_step(run) >= starts[-1]["step"] + 6
+
+    try:
+        wait_for(lambda: trains_in_start(1), 120, log)
+        lost = _last_node(slurm, job_id)
+        slurm.command("bash", MINISLURM, "crash", lost)
+        slurm.command("bash", MINISLURM, "boot", lost)  # before Slurm notices
+        wait_for(lambda: trains_in_start(2), 180, log)
+        assert "the ranks ended with code 51 (srun: " in log() or "code 51: rank 1" in log()
+        assert f"rank 1 ({lost}, process" in log()
+        assert "a rank was lost; the newest checkpoint is of step" in log()
+
+        lost = _last_node(slurm, job_id)
+        slurm.command("bash", MINISLURM, "crash", lost)
+        wait_for(lambda: trains_in_start(3), 180, log)
+        assert lost not in slurm.command("scontrol", "show", "hostnames", _nodes(slurm, job_id))
+
+        ranks_of(config)[0].kill()
+        job = slurm.wait(job_id, tmp_path)
+        assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "51:0", "2")
+        assert "come back 2 times after such losses" in log()
+        steps = [line["step"] for line in read_history(run) if line["event"] == "start"]
+        assert steps == sorted(set(steps)), "every start went on from a newer checkpoint"
+    finally:
+        slurm.command("bash", MINISLURM, "up")  # for the tests that follow
+
+
+def test_an_error_of_one_rank_is_the_end_of_the_job_with_its_reason_and_code(
+    write_config: Callable[..., Path], slurm: Slurm, tiny_shards: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards)
+    shard = next(shards.glob("train-*.zst"))
+    broken = bytearray(shard.read_bytes())
+    broken[200] ^= 1  # in the first frame: whichever rank comes to it
+    shard.write_bytes(broken)
+    config = write_config(tmp_path)
+    job_id = slurm.submit(
+        "train.sbatch", config, f"data.shards={shards}", cwd=tmp_path, options=cpu_options()
+    )
+    job = slurm.wait(job_id, tmp_path)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "31:0", "0")
+    log = read_log(tmp_path, job_id)
+    assert "slurm: the ranks ended with code 31" in log
+    assert log.count("megaback: error:") == 1
+    assert str(shard) in log
+    shown = slurm.megaback("jobs", tmp_path, cwd=tmp_path)
+    assert "stopped (31)" in shown
+    assert str(shard) in shown
+
+
+def test_a_job_that_gets_nowhere_is_not_queued_again_without_end(
+    write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
+) -> None:
+    job_id = slurm.submit(
+        "train.sbatch", write_config(tmp_path), cwd=tmp_path, options=cpu_options(nodes=1)
+    )
+    for start in range(1, 4):
+        wait_for(
+            lambda start=start: read_log(tmp_path, job_id).count("ranks on n") == start,  # type: ignore[misc]
+            60,
+            lambda: read_log(tmp_path, job_id),
+        )
+        # What Slurm sends near the time limit, before there was a step.
+        slurm.command("scancel", "--batch", "--signal=USR1", job_id)
+        wait_for(
+            lambda start=start: (  # type: ignore[misc]
+                read_log(tmp_path, job_id).count("time limit near") == start
+            ),
+            60,
+            lambda: read_log(tmp_path, job_id),
+        )
+    job = slurm.wait(job_id, tmp_path)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "2")
+    assert "has started 3 times at step 0 and came to no newer checkpoint" in read_log(
+        tmp_path, job_id
+    )
+
+
+def _nodes(slurm: Slurm, job_id: str) -> str:
+    return slurm.job(job_id)["NodeList"]
+
+
+def _last_node(slurm: Slurm, job_id: str) -> str:
+    """Not the one that the job's script runs on."""
+    return slurm.command("scontrol", "show", "hostnames", _nodes(slurm, job_id)).split()[-1]
