@@ -106,32 +106,38 @@ def find_job(job: str) -> Job | None:
         )
     except FileNotFoundError:
         return None
+    return None if done.returncode else parse_job(job, done.stdout)
+
+
+def parse_job(job: str, text: str) -> Job | None:
+    """Read what `scontrol --oneliner show job` says: a line, or one for each element of an array.
+
+    Of an array, what is not over stands for the whole; else what did not go well.
+    """
     records = [
         dict(word.split("=", 1) for word in line.split() if "=" in word)
-        for line in done.stdout.splitlines()
+        for line in text.splitlines()
         if "JobState=" in line
     ]
-    if done.returncode or not records:
+    if not records:
         return None
-    # Of an array, what is not over stands for the whole; else what did not go well.
-    order = sorted(
+    states = [record["JobState"] for record in records]
+    first = min(
         records, key=lambda record: (record["JobState"] in _OVER, record["JobState"] == "COMPLETED")
     )
-    first = order[0]
-    states = [record["JobState"] for record in records]
-    is_running = first["JobState"] == "RUNNING"
+    state, is_running = first["JobState"], first["JobState"] == "RUNNING"
     limit_s, run_s = (_seconds(first.get(name, "")) for name in ("TimeLimit", "RunTime"))
     left_s = None
     if is_running and limit_s is not None and run_s is not None:
         left_s = max(limit_s - run_s, 0)
     return Job(
         job=job,
-        state=first["JobState"],
+        state=state,
         restarts=max(int(record.get("Restarts", 0)) for record in records),
-        reason=first.get("Reason") if first["JobState"] == "PENDING" else None,
+        reason=first.get("Reason") if state == "PENDING" else None,
         nodes=first.get("NodeList") if is_running else None,
         left_s=left_s,
-        elements={state: states.count(state) for state in sorted(set(states))}
+        elements={name: states.count(name) for name in sorted(set(states))}
         if "ArrayJobId" in first
         else {},
     )

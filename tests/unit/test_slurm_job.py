@@ -1,0 +1,136 @@
+"""A job on Slurm comes back as long as that leads on, and ends as its ranks did."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ConfigError, LaunchError
+from launcher.slurm_job import (
+    FRUITLESS_STARTS,
+    LIMIT_VARIABLE,
+    main,
+    num_failures,
+    requeue_limit,
+    true_code,
+    why_requeue,
+)
+from megaback.exit_record import record_event, record_exit, record_start
+
+JOB = "77"
+LOST, SAVED, KILLED_BY_USR1 = 51, 75, 138
+
+
+@pytest.fixture(autouse=True)
+def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+
+
+def start(run: Path, step: int) -> None:
+    """The job starts at a checkpoint."""
+    save(run, step)
+    record_event(run, "job", step=step)
+
+
+def save(run: Path, step: int) -> None:
+    folder = run / f"checkpoints/step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").touch()
+
+
+def is_queued_again(
+    run: Path, code: int, *, near: bool = False, restarts: int = 0, limit: int = 20
+) -> bool:
+    return why_requeue(run, JOB, restarts, limit, code, near)[0]
+
+
+@pytest.mark.parametrize("code", [SAVED, KILLED_BY_USR1, LOST])
+def test_a_job_that_has_come_further_is_queued_again(tmp_path: Path, code: int) -> None:
+    for step in range(0, 100, 10):
+        start(tmp_path, step)
+        save(tmp_path, step + 10)
+        assert is_queued_again(tmp_path, code, near=True)
+
+
+@pytest.mark.parametrize("code", [SAVED, KILLED_BY_USR1, LOST])
+def test_one_that_gets_nowhere_is_not_queued_again_without_end(tmp_path: Path, code: int) -> None:
+    answers = []
+    for _ in range(FRUITLESS_STARTS):
+        start(tmp_path, 40)
+        answers.append(is_queued_again(tmp_path, code, near=True))
+    assert answers == [True] * (FRUITLESS_STARTS - 1) + [False]
+    _, sentence = why_requeue(tmp_path, JOB, 2, 20, code, True)
+    assert sentence is not None
+    assert "3 times at step 40" in sentence
+
+
+def test_starts_of_an_earlier_job_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    for _ in range(5):
+        start(tmp_path, 40)
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+    start(tmp_path, 40)
+    assert is_queued_again(tmp_path, SAVED, near=True)
+
+
+@given(code=st.integers(0, 255))
+def test_without_the_limit_only_a_lost_rank_brings_a_job_back(
+    tmp_path_factory: pytest.TempPathFactory, code: int
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    start(run, 0)
+    save(run, 10)
+    assert is_queued_again(run, code) is (code == LOST)
+
+
+@given(code=st.integers(1, 128))
+def test_an_error_at_the_time_limit_does_not_bring_it_back(
+    tmp_path_factory: pytest.TempPathFactory, code: int
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    start(run, 0)
+    save(run, 10)
+    assert is_queued_again(run, code, near=True) is (code in (LOST, SAVED))
+
+
+@given(st.lists(st.booleans(), max_size=12), st.integers(0, 5))
+def test_the_limit_counts_losses_and_no_restarts_that_were_asked_for(
+    tmp_path_factory: pytest.TempPathFactory, losses: list[bool], limit: int
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    for restarts, was_lost in enumerate(losses):
+        assert num_failures(run, JOB, restarts) == sum(losses[:restarts])
+        start(run, restarts)
+        record_start(run, step=restarts)
+        save(run, restarts + 1)
+        record_exit(run, LOST if was_lost else SAVED, "kind", "reason")
+        wanted = is_queued_again(
+            run, LOST if was_lost else SAVED, near=not was_lost, restarts=restarts, limit=limit
+        )
+        assert wanted is (not was_lost or sum(losses[:restarts]) < limit)
+
+
+def test_the_code_is_what_the_ranks_said_of_this_start(tmp_path: Path) -> None:
+    record_exit(tmp_path, 31, "ShardCorruptError", "of an earlier start")
+    start(tmp_path, 0)
+    assert true_code(tmp_path, JOB, 137) == 137
+    record_start(tmp_path, step=0)
+    record_exit(tmp_path, LOST, "RankLostError", "rank 1 is dead")
+    assert true_code(tmp_path, JOB, 143) == LOST
+
+
+@pytest.mark.parametrize("text", ["", "-1", "many", "1.5"])
+def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(LIMIT_VARIABLE, text)
+    with pytest.raises(ConfigError, match=LIMIT_VARIABLE):
+        requeue_limit()
+
+
+def test_outside_slurm_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with pytest.raises(SystemExit) as caught:
+        main(["begin", "any.yaml"], standalone_mode=False)
+    assert caught.value.code == LaunchError.exit_code
