@@ -93,7 +93,8 @@ def test_an_installation_that_is_no_checkout_has_the_files_too(tmp_path: Path) -
     for name in ("megaback", "data_pipeline", "launcher", "tools", "slurm"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    install += ["--no-build-isolation", f"--prefix={prefix}", str(source)]
+    # --ignore-installed: else pip takes the checkout out of this environment.
+    install += ["--no-build-isolation", "--ignore-installed", f"--prefix={prefix}", str(source)]
     subprocess.run(install, check=True, capture_output=True, timeout=120)
     packages = next(prefix.rglob("site-packages"))
     code = "from launcher.slurm_files import shipped_folder; print(shipped_folder())"
