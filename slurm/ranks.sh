@@ -28,7 +28,7 @@ run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]
     # it still finds a job to queue again. --kill-on-bad-exit=1 would not leave the others the time
     # to say which rank was lost. How the run ended is in its exit.json, whatever srun returns.
     if [[ ! $to_pass_on ]]; then
-        srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind="${SLURM_CPU_BIND:-cores}" \
+        srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=cores \
             --kill-on-bad-exit=0 --wait="${MEGABACK_WAIT_S:-600}" python -m megaback.train "$@" &
         step=$!
         while true; do
