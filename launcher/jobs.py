@@ -69,30 +69,32 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 def look_at(run: Path) -> list[Row]:
     """A run with each of its jobs that is not over; with its newest, where all are."""
     known = list(jobs_of(run).items())[-_JOBS_LOOKED_AT:]
-    found = [(stage, find_job(job) or Job(job, "?")) for job, stage in known]
-    open_jobs = [(stage, job) for stage, job in found if not job.is_over and job.state != "?"]
-    trained = [(stage, job) for stage, job in found if stage == "train"]
+    found = [(job, stage, find_job(job)) for job, stage in known]
     row = _row_of(run)
-    if not open_jobs:
-        if not trained:
-            return [replace(row, state=_said(found[-1][1]) if found else row.state)]
-        job = trained[-1][1]
-        state = row.state if job.state == "?" or row.why else _said(job)
-        return [replace(row, job=job.job, stage="train", state=state, restarts=job.restarts)]
-    return [
-        replace(
-            row,
-            job=job.job,
-            stage=stage,
-            state=_said(job),
-            restarts=job.restarts,
-            job_left_s=job.left_s,
-            nodes=job.nodes,
-            to_train_s=row.to_train_s if job.state == "RUNNING" else None,
-            why=job.reason if job.state == "PENDING" else None,
-        )
-        for stage, job in open_jobs
-    ]
+    shown = [entry for entry in found if entry[2] is not None and not entry[2].is_over]
+    if not shown and row.state != "not started":
+        shown = [entry for entry in found if entry[1] == "train"][-1:]
+    return [_with_job(row, *entry) for entry in shown or found] or [row]
+
+
+def _with_job(row: Row, number: str, stage: str, job: Job | None) -> Row:
+    """Add what Slurm says of a job; None: it has forgotten it."""
+    row = replace(row, job=number, stage=stage)
+    if job is None:
+        return row
+    if job.is_over:
+        has_ended = row.state == "finished" or row.state.startswith("stopped")
+        state = row.state if has_ended else _said(job)
+        return replace(row, state=state, restarts=job.restarts)
+    return replace(
+        row,
+        state=_said(job),
+        restarts=job.restarts,
+        job_left_s=job.left_s,
+        nodes=job.nodes,
+        to_train_s=row.to_train_s if job.state == "RUNNING" else None,
+        why=job.reason,
+    )
 
 
 def _row_of(run: Path) -> Row:

@@ -14,6 +14,7 @@ import click
 from data_pipeline.command import Command
 from data_pipeline.errors import ConfigError, LaunchError, PreemptedError, RankLostError
 from launcher.run_folder import events_of_job, newest_checkpoint_step
+from launcher.slurm_commands import find_job
 from megaback.config import Config, load_config
 from megaback.exit_record import read_exit, record_event
 from megaback.run_data import open_data
@@ -152,16 +153,23 @@ def end(config: Path, overrides: tuple[str, ...], step_code: int, limit_is_near:
     is_wanted, sentence = why_requeue(
         settings.run, job, restarts, requeue_limit(), code, limit_is_near
     )
-    if sentence:
+    found = find_job(job) if is_wanted else None
+    if found is not None and found.state != "RUNNING":
+        click.echo(f"slurm: Slurm itself ends the job ({found.state.lower()}): it is left at that")
+    elif sentence:
         click.echo(f"slurm: {sentence}")
-    if is_wanted:
-        asked = subprocess.run(
-            ["scontrol", "requeue", job], capture_output=True, text=True, check=False
-        )
-        if asked.returncode:
-            reason = " ".join((asked.stdout + asked.stderr).split())
-            click.echo(f"slurm: it could not be queued again ({reason}); submit it again to go on")
+        if is_wanted:
+            _requeue(job)
     raise SystemExit(code)
+
+
+def _requeue(job: str) -> None:
+    asked = subprocess.run(
+        ["scontrol", "requeue", job], capture_output=True, text=True, check=False
+    )
+    if asked.returncode:
+        reason = " ".join((asked.stdout + asked.stderr).split())
+        click.echo(f"slurm: it could not be queued again ({reason}); submit it again to go on")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from launcher.run_folder import jobs_of
 from launcher.slurm_commands import Submission, cancel, find_job, queue, run_sbatch
 from launcher.slurm_files import SHARED_FILES, require_file, sbatch_value, shipped_folder
 from launcher.snapshot import (
+    LOGS_FOLDER,
     new_folder,
     record_jobs,
     remove_snapshot,
@@ -227,13 +228,17 @@ def _tell(config: Config, allocation: Allocation, jobs: dict[str, str], snapshot
             else ""
         )
         click.echo(f"{stage}: job {job}{shape}")
-    run = shlex.quote(str(config.run))
     click.echo(f"what runs is in {snapshot}")
-    click.echo(f"next: megaback jobs {run}                  how far it is")
-    click.echo(f"      tail -F {run}/logs/train-{jobs['train']}.out")
-    click.echo(
-        f"      scancel {' '.join(jobs.values())}                    stops; training saves first"
-    )
+    run = shlex.quote(str(config.run))
+    log = shlex.quote(f"{config.run}/{LOGS_FOLDER}/train-{jobs['train']}.out")
+    lines = {
+        f"megaback jobs {run}": "how far it is",
+        f"tail -F {log}": "what it says",
+        f"scancel {' '.join(jobs.values())}": "stops it; training saves first",
+    }
+    width = max(map(len, lines))
+    for number, (line, meaning) in enumerate(lines.items()):
+        click.echo(f"{'      ' if number else 'next: '}{line:<{width}}   # {meaning}")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_two_runs_share_nodes_and_one_that_is_cancelled_saves_and_does_not_come_
     assert losses[0] == losses[1]  # the schedule is still in its warmup
 
 
-def test_a_preempted_job_saves_and_goes_on_later(
+def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_does_not_whatever_it_loses(
     write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     config, run = write_config(tmp_path, training=_ENDLESS), tmp_path / "run"
@@ -147,7 +147,7 @@ def test_a_preempted_job_saves_and_goes_on_later(
         "train.sbatch",
         config,
         cwd=tmp_path,
-        options=f"{cpu_options(nodes=1)} --nodelist=n1 --exclusive",
+        options=f"{cpu_options(nodes=1, tasks_per_node=2)} --nodelist=n1 --exclusive",
     )
     wait_for(lambda: last_step(run) >= 3, 120, lambda: read_log(tmp_path, victim))
     other = slurm.command(
@@ -161,10 +161,16 @@ def test_a_preempted_job_saves_and_goes_on_later(
         120,
         lambda: read_log(tmp_path, victim),
     )
+    resumed = last_step(run)
+    wait_for(lambda: last_step(run) > resumed, 120, lambda: read_log(tmp_path, victim))
     job = slurm.job(victim)
-    slurm.command("scancel", victim)
-    slurm.wait(victim, tmp_path)
+    with held(config) as ranks:
+        slurm.command("scancel", victim)
+        ranks[1].kill()
+    cancelled = slurm.wait(victim, tmp_path)
+    wait_for(lambda: "Slurm itself ends the job" in read_log(tmp_path, victim), 30)
     assert (job["JobState"], job["Restarts"]) == ("RUNNING", "1")
+    assert (cancelled["JobState"], cancelled["Restarts"]) == ("CANCELLED", "1")
     assert next(line["code"] for line in read_history(run) if line["event"] == "exit") == 75
 
 

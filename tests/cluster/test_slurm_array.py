@@ -13,7 +13,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.text import TextCodec
 
-_ELEMENTS = 8
+_ELEMENTS = 6
 _AT_A_TIME = 4
 _SLOW_LEVEL = 22  # compressing takes seconds, so that a node can die in the middle of it
 
@@ -25,7 +25,7 @@ def long_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = random.Random(8)
     for number in range(_ELEMENTS):
         with (folder / f"{number}.jsonl").open("w") as file:
-            for _ in range(400):
+            for _ in range(300):
                 words = (f"{generator.getrandbits(24):x}" for _ in range(600))
                 file.write(json.dumps({"text": " ".join(words)}) + "\n")
     return folder

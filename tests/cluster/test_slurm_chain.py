@@ -35,7 +35,7 @@ def test_a_chain_goes_from_text_to_a_model_and_its_run_goes_on_with_more_nodes(
     config = write_config(tmp_path, data={"shards": str(shards)})  # spaces survive
     slurm.megaback(
         *("shards", "plan", "--source", tiny_text_folder, "--tokenizer", tokenizer_path),
-        *("--frame-tokens", 1024, "--tasks", 3, "--out", shards),
+        *("--frame-tokens", 1024, "--tasks", 2, "--out", shards),
         cwd=tmp_path,
     )
     chain = ("submit", config, "training.steps=3", *_SMALL, "--nodes=2", "--out", out)
@@ -51,7 +51,7 @@ def test_a_chain_goes_from_text_to_a_model_and_its_run_goes_on_with_more_nodes(
 
     assert list(jobs) == ["data", "train", "convert"]
     assert all(f"{stage}: job {job_id}" in said for stage, job_id in jobs.items())
-    for words in ("--array=0-2%32", "afterok:JOB_OF_DATA", "afterok:JOB_OF_TRAIN", "--nodes=2"):
+    for words in ("--array=0-1%32", "afterok:JOB_OF_DATA", "afterok:JOB_OF_TRAIN", "--nodes=2"):
         assert words in shown
     assert "#SBATCH --signal=B:USR1@180" in shown
     assert f"{jobs['convert']} (convert)" in waiting
@@ -70,7 +70,7 @@ def test_a_chain_goes_from_text_to_a_model_and_its_run_goes_on_with_more_nodes(
     assert [(line["step"], line["world_size"]) for line in starts] == [(0, 2), (3, 4)]
     assert [line["step"] for line in read_metrics(run) if "loss" in line] == [1, 2, 3, 4, 5]
     row = json.loads(slurm.megaback("jobs", "--json", run, cwd=tmp_path))
-    assert (row["state"], row["step"], row["total_steps"]) == ("completed", 5, 5)
+    assert (row["state"], row["step"], row["total_steps"]) == ("finished", 5, 5)
 
 
 def test_what_depends_on_a_failed_build_is_cancelled(
@@ -87,6 +87,7 @@ def test_what_depends_on_a_failed_build_is_cancelled(
     jobs = _jobs(run)
     states = {stage: slurm.wait(job, run / "logs")["JobState"] for stage, job in jobs.items()}
     assert states == {"data": "FAILED", "train": "CANCELLED", "convert": "CANCELLED"}
+    assert slurm.megaback("jobs", run, cwd=tmp_path).count("cancelled") == 2
     wait_for(lambda: "text.jsonl" in next((run / "logs").glob("data-*.out")).read_text(), 10)
 
 
