@@ -48,7 +48,7 @@ def slurm() -> Iterator[Slurm]:
         "MINISLURM_MEM": "64000",
         "MINISLURM_GPUS": "8",
         "MINISLURM_PORT": str(free_ports(NUM_NODES + 1)),
-        "MINISLURM_KILLWAIT": "15",  # Slurm's default is 30
+        "MINISLURM_KILLWAIT": "10",  # Slurm's default is 30
         "SLURM_CONF": str(folder / "slurm.conf"),
         "MEGABACK_ENV": str(Path(sys.executable).parents[1]),
         "OMP_NUM_THREADS": "1",
