@@ -21,6 +21,8 @@ import torch.distributed as dist
 from data_pipeline.command import report, storage_error
 from data_pipeline.errors import BackendError, LaunchError, MegabackError
 
+HOST_VARIABLE = "MEGABACK_HOST"
+"""This node's name in the hostfile."""
 _Result = TypeVar("_Result")
 
 
@@ -142,6 +144,14 @@ def is_collective_error(error: Exception) -> bool:
         return True
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in ("gloo/", "NCCL", "Connection closed by peer")
+    )
+
+
+def node_name() -> str:
+    """This node as its user knows it: by the hostfile, by Slurm, or by itself."""
+    environment = os.environ
+    return (
+        environment.get(HOST_VARIABLE) or environment.get("SLURMD_NODENAME") or socket.gethostname()
     )
 
 
