@@ -145,11 +145,18 @@ def judge(everyone: Sequence[RankFacts], device_type: str, most_skew_s: float) -
 
 
 def judge_disks(disks: Sequence[DiskFacts]) -> list[Finding]:
-    """Nodes that cannot use the run's folder."""
+    """Nodes that cannot use the run's folder, or use another one under its name."""
+    first, *others = disks
+    unread = [(disk.node, disk.unread) for disk in others if disk.unread is not None]
+    if len(unread) == len(others) > 1:
+        unread = [(first.node, "writes to the run's folder what no other node reads there")]
+    if not unread and first.unread is not None:
+        unread = [(first.node, first.unread)]
+    unwritten = [(disk.node, disk.problem) for disk in disks if disk.problem is not None]
     return [
-        Finding("disk", disk.node, True, f"node {disk.node} {disk.problem}")
-        for disk in disks
-        if disk.problem is not None
+        Finding("disk", node, True, f"node {node} {'cannot use the run: ' * is_write}{problem}")
+        for is_write, found in ((True, unwritten), (False, unread))
+        for node, problem in found
     ]
 
 

@@ -26,13 +26,15 @@ class DiskFacts:
     read_gb_s: float | None = None
     """Of what another node wrote; with one node, of its own, which memory may still hold."""
     problem: str | None = None
-    """What the node cannot do, if so."""
+    """Why the node cannot write, if so."""
+    unread: str | None = None
+    """What it does not read, if so."""
 
 
 def check_shared_disk(run: Path, node: str, world: World) -> list[DiskFacts]:
-    """Let one rank of each node write a file, and read that of the next node. Collective.
+    """Let one rank of each node write a file; all read the first node's, and that the second's.
 
-    Leaves nothing behind.
+    Collective; leaves nothing behind.
     """
     names = world.gather(node)
     nodes = list(dict.fromkeys(names))
@@ -42,10 +44,10 @@ def check_shared_disk(run: Path, node: str, world: World) -> list[DiskFacts]:
     facts = DiskFacts(node)
     if leads:
         facts = _write(run, node, number, key)
-    following = (number + 1) % len(nodes)
-    is_written = world.gather(facts.problem is None)[names.index(nodes[following])]
+    other = 0 if number else min(1, len(nodes) - 1)
+    is_written = world.gather(facts.problem is None)[names.index(nodes[other])]
     if leads and facts.problem is None and is_written:
-        facts = _read(run, facts, following, nodes[following], key)
+        facts = _read(run, facts, other, nodes[other], key)
     found = world.gather(facts if leads else None)
     if world.is_first:
         shutil.rmtree(run / _FOLDER_NAME, ignore_errors=True)
@@ -94,7 +96,7 @@ def _read(run: Path, facts: DiskFacts, number: int, writer: str, key: int) -> Di
             return DiskFacts(
                 facts.node,
                 facts.write_gb_s,
-                problem=f"does not read in {run} what node {writer} wrote there ({problem}); `run` "
+                unread=f"does not read in {run} what node {writer} wrote there ({problem}); `run` "
                 "has to be a folder on a disk that all nodes share",
             )
         time.sleep(_POLL_S)
