@@ -12,7 +12,7 @@ _Commands = dict[str, tuple[str, str]]
 
 # name: (module that serves it, short help)
 _COMMANDS: _Commands = {
-    "train": ("launcher.local", "Train on this machine: every device, through DeepSpeed."),
+    "train": ("launcher.train", "Train on this machine or on several, through DeepSpeed."),
     "watch": ("tools.watch", "Say whether a run is well, slow, stuck or dead, and why."),
     "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
     "convert": ("tools.convert", "Turn a checkpoint into one safetensors file."),

@@ -20,9 +20,8 @@ import torch.distributed as dist
 
 from data_pipeline.command import report, storage_error
 from data_pipeline.errors import BackendError, LaunchError, MegabackError
+from megaback.stopping import HOST_VARIABLE
 
-HOST_VARIABLE = "MEGABACK_HOST"
-"""This node's name in the hostfile."""
 _Result = TypeVar("_Result")
 
 

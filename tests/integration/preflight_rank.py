@@ -14,8 +14,9 @@ from unittest.mock import patch
 
 from megaback import node_facts, preflight, shared_disk
 from megaback.config import load_config
-from megaback.distributed import HOST_VARIABLE, AgreedExit, World, end_world, start_world
+from megaback.distributed import AgreedExit, World, end_world, start_world
 from megaback.run_data import open_data
+from megaback.stopping import HOST_VARIABLE
 
 BAD_RANK = 1
 _TRUE = {
