@@ -56,8 +56,8 @@ class Host:
     @property
     def is_local(self) -> bool:
         """Whether it is this machine."""
-        own = {socket.gethostname(), socket.getfqdn()}
-        return self.name in _LOCAL_NAMES or self.name in own
+        own = socket.gethostname()
+        return self.name in {*_LOCAL_NAMES, own, own.partition(".")[0]}
 
 
 def read_hostfile(path: Path) -> list[Host]:

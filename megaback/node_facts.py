@@ -17,9 +17,9 @@ import torch
 from megaback.checkpoint import library_versions
 from megaback.distributed import node_name
 
-_TRIES = 5
-# Large enough to keep the device busy: 5 to 20 ms a product on most CPU cores.
-_MULTIPLY_SIZES = {"cuda": 8192, "cpu": 512}
+_TRIES = 10
+# On a CPU a product takes a few milliseconds of one core, so that some of them are not interrupted.
+_MULTIPLY_SIZES = {"cuda": 8192, "cpu": 384}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class RankFacts:
     memory_free_bytes: int
     """Of the device; on a CPU, of the host."""
     multiply_flops: float
-    """Of a matrix product, the best of several, in FLOP/s; 0 if the device cannot."""
+    """Of a matrix product, the best of several, in FLOP/s; 0 if the device cannot. On a CPU, of
+    one core."""
     versions: dict[str, str]
     problem: str | None = None
     """Why the device cannot be used, if so."""
@@ -82,6 +83,8 @@ def multiply(left_NN: torch.Tensor, right_NN: torch.Tensor) -> torch.Tensor:
 
 def _multiply_flops(device: torch.device) -> tuple[float, str | None]:
     """The speed of the best of some products, and what is wrong with the device."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # else ranks that share cores are compared by how they share them
     size = _MULTIPLY_SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
@@ -92,6 +95,8 @@ def _multiply_flops(device: torch.device) -> tuple[float, str | None]:
         seconds = min(_timed(lambda: multiply(ones_NN, ones_NN)) for _ in range(_TRIES))
     except RuntimeError as error:  # what the driver reports
         return 0.0, f"cannot multiply: {' '.join(str(error).split())}"
+    finally:
+        torch.set_num_threads(threads)
     return 2 * size**3 / seconds, None
 
 
