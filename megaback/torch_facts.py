@@ -1,4 +1,4 @@
-"""`python -m megaback.torch_facts`: this machine as torch, DeepSpeed and flash-attn see it, as JSON.
+"""`python -m megaback.torch_facts`: this machine as torch and DeepSpeed see it, as JSON.
 
 A process of its own, for commands that must not load torch, and because what is broken here may end
 it: whatever cannot be imported is named with the reason.
