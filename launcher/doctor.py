@@ -87,7 +87,7 @@ def _parts(machine: Machine) -> Iterator[Line]:
     writable = machine.is_writable
     yield Line(
         "disk",
-        "no" if not writable else "note" if low else "yes",
+        "no" if not writable or not machine.disk_free_bytes else "note" if low else "yes",
         f"{machine.disk_free_bytes / 1e9:,.1f} GB free for runs in {machine.folder}"
         + ("" if writable else ", which cannot be written"),
         "" if writable and not low else "choose another folder: run=/path/of/the/run",

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -141,13 +142,14 @@ def run_on_hosts(
     and whether there was a signal. Raises LaunchError.
     """
     names = host_rank_names(hosts)
+    ssh = [] if all(host.is_local for host in hosts) else ssh_command()
     places: list[str] = []
 
     def start_all() -> Iterator[Running]:
         for host, its_names in zip(hosts, names, strict=True):
             if not host.is_local:
                 places.append(host.name)
-                yield RemoteRanks(host, command, its_names, device)
+                yield RemoteRanks(ssh, host, command, its_names, device)
                 continue
             environment = rank_environment(device_here(device), host.slots)
             for one in its_names:
@@ -162,7 +164,12 @@ class RemoteRanks:
     """The ranks of another host, behind one ssh."""
 
     def __init__(
-        self, host: Host, command: Sequence[str], names: Sequence[Mapping[str, str]], device: str
+        self,
+        ssh: Sequence[str],
+        host: Host,
+        command: Sequence[str],
+        names: Sequence[Mapping[str, str]],
+        device: str,
     ) -> None:
         order = {
             "command": list(command),
@@ -173,7 +180,7 @@ class RemoteRanks:
         # ssh joins its arguments and gives them to a shell.
         remote = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.quote(sys.executable)}"
         self._process = subprocess.Popen(
-            [*ssh_command(), "--", host.name, f"{remote} -m launcher.host_ranks"],
+            [*ssh, "--", host.name, f"{remote} -m launcher.host_ranks"],
             stdin=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,  # a terminal's Ctrl-C is passed on by this process
@@ -209,8 +216,20 @@ class RemoteRanks:
 
 
 def ssh_command() -> list[str]:
-    """ssh, which asks for nothing and notices within a minute that a host is gone."""
-    words = shlex.split(os.environ.get(SSH_VARIABLE, "ssh"))
+    """ssh, which asks for nothing and notices within a minute that a host is gone.
+
+    Raises LaunchError if there is none.
+    """
+    text = os.environ.get(SSH_VARIABLE, "ssh")
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise LaunchError(f"{SSH_VARIABLE}={text} is not a command: {error}") from None
+    if not words or shutil.which(words[0]) is None:
+        raise LaunchError(
+            f"the command {text!r} is not here, by which other hosts are reached; install "
+            f"openssh-client, or name another one in {SSH_VARIABLE}"
+        )
     quiet = ("BatchMode=yes", "ConnectTimeout=20", "ServerAliveInterval=15")
     return [*words, *(word for option in quiet for word in ("-o", option))]
 

@@ -12,13 +12,13 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from data_pipeline import errors
 from data_pipeline.errors import LaunchError, MegabackError, PreemptedError
 from megaback.config import Config
+from megaback.device_files import count_devices
 from megaback.stopping import LAUNCHER_VARIABLE
 
 CONNECTION_LOST = 255
@@ -38,14 +38,6 @@ class Running(Protocol):
 
     def kill(self) -> None:
         """End it at once."""
-
-
-def count_devices() -> int:
-    """GPUs that ranks here may use: CUDA_VISIBLE_DEVICES, else the device files of the driver."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-    return len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()])
 
 
 def device_here(wanted: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from launcher.local import count_devices
+from megaback.device_files import count_devices
 
 _PROBE = [sys.executable, "-m", "megaback.torch_facts"]
 _PROBE_TIMEOUT_S = 180.0

@@ -114,6 +114,14 @@ def test_ssh_is_the_users_and_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert "BatchMode=yes" in ssh_command()
 
 
+@pytest.mark.parametrize("text", ["", "no-such-ssh -x", "ssh 'open"])
+def test_an_ssh_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGABACK_SSH", text)
+
+    with pytest.raises(LaunchError, match="MEGABACK_SSH"):
+        ssh_command()
+
+
 def test_settings_of_libraries_are_passed_on_and_what_belongs_to_this_machine_is_not() -> None:
     passed = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4", "WANDB_API_KEY": "x", "PYTHONPATH": "p"}
     own = {"PATH": "/bin", "HOME": "/root", "SSH_AUTH_SOCK": "s", "CUDA_VISIBLE_DEVICES": "3"}
