@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.command import write_text
-from data_pipeline.errors import MegabackError, PreflightError
+from data_pipeline.errors import MegabackError, PreflightError, StorageError
 from data_pipeline.frame_store import FrameStore
 from megaback.config import Config
 from megaback.distributed import World
@@ -51,7 +51,8 @@ class Finding:
 def preflight(config: Config, data: Data, world: World) -> None:
     """Check all nodes, if the config asks for it. Collective; the run's folder must be ours.
 
-    Raises AgreedExit on every rank, of a PreflightError or of what is wrong with the shards.
+    Raises AgreedExit on every rank: of a PreflightError, of a StorageError when no node can write,
+    or of what is wrong with the shards.
     """
     wanted = config.hardware.preflight
     if wanted == "off" or (wanted == "auto" and world.size == 1):
@@ -62,7 +63,11 @@ def preflight(config: Config, data: Data, world: World) -> None:
     offsets_s = clock_offsets(world)
     everyone = [replace(f, clock_offset_s=offsets_s[f.rank]) for f in everyone]
     disks = check_shared_disk(config.run, mine.node, world)
-    all_reduce_gb_s = _all_reduce_gb_s(world)
+    refused = [disk.problem for disk in disks if disk.problem is not None]
+    if len(refused) == len(disks):  # by the disk, and not because of a node
+        world.stop_if_any(StorageError(refused[0]))
+    # A device that cannot multiply may not answer either.
+    all_reduce_gb_s = None if any(f.problem for f in everyone) else _all_reduce_gb_s(world)
     findings = judge(everyone, world.device.type, config.hardware.heartbeat_s) + judge_disks(disks)
     findings.sort(key=lambda item: not item.stops)
     stopping = [item for item in findings if item.stops or wanted == "strict"]

@@ -19,6 +19,8 @@ from megaback.run_data import open_data
 from megaback.stopping import HOST_VARIABLE
 
 BAD_RANK = 1
+EVERYWHERE = {"full disk"}
+"""Faults of all ranks."""
 _TRUE = {
     "versions": node_facts.versions,
     "multiply": node_facts.multiply,
@@ -39,6 +41,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "wrong device": (node_facts, "multiply", lambda *a: _TRUE["multiply"](*a) * 1.01),
     "slow": (node_facts, "multiply", _slow),
     "skewed": (preflight, "wall_clock", lambda: _TRUE["wall_clock"]() + 300),
+    "full disk": (shared_disk, "_path", lambda *_: Path("/dev/full")),
     "own disk": (shared_disk, "_path", lambda run, n: _TRUE["_path"](run.with_name("own"), n)),
 }
 
@@ -52,7 +55,7 @@ def check(name: str, wanted: str, config: Path, run: Path, world: World) -> dict
     world.barrier()
     ending: dict[str, Any] = {"code": 0, "sentence": ""}
     with ExitStack() as stack:
-        if world.rank == BAD_RANK and name in FAULTS:
+        if name in FAULTS and (world.rank == BAD_RANK or name in EVERYWHERE):
             stack.enter_context(patch.object(*FAULTS[name]))
         stack.enter_context(patch.object(shared_disk, "_PATIENCE_S", 0.2))
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tiny_run import training_environment
 
-from data_pipeline.errors import PreflightError
+from data_pipeline.errors import PreflightError, StorageError
 from launcher.local import rank_environment, rank_names
 from megaback.preflight import BAD_NODES_NAME, PREFLIGHT_NAME
 
@@ -25,6 +25,7 @@ CASES = [
     ("other version", "auto"),
     ("wrong device", "auto"),
     ("own disk", "auto"),
+    ("full disk", "auto"),
     ("slow", "auto"),
     ("slow", "strict"),
     ("skewed", "auto"),
@@ -111,6 +112,14 @@ def test_what_makes_a_run_wrong_stops_it_and_names_the_node(
     assert f"megaback: error: {case.sentence}\n" in case.printed
     assert case.report["stops"]
     assert (case.run / BAD_NODES_NAME).read_text() == "node1\n"
+
+
+def test_a_disk_that_refuses_every_node_is_no_nodes_fault(checked: dict[Any, Checked]) -> None:
+    case = checked["full disk", "auto"]
+
+    assert case.code == StorageError.exit_code
+    assert "No space left on device" in case.sentence
+    assert not (case.run / BAD_NODES_NAME).exists()
 
 
 @pytest.mark.parametrize("name", ["slow", "skewed"])
