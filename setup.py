@@ -26,6 +26,7 @@ setup(
         "fsspec[http]>=2024.2",
         "kitoken>=0.11",
         "numpy>=1.26",
+        "packaging>=23",
         "psutil>=5.9",
         "pyarrow>=15",
         "pydantic>=2.7",

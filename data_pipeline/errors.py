@@ -135,6 +135,12 @@ class RankLostError(MegabackError):
     exit_code = 51
 
 
+class PreflightError(MegabackError):
+    """Before the first step, a node was found that does not fit the others; it is named."""
+
+    exit_code = 52
+
+
 class StorageError(MegabackError):
     """The operating system refused a read or a write: disk full, read-only, not permitted."""
 

@@ -12,9 +12,10 @@ _Commands = dict[str, tuple[str, str]]
 
 # name: (module that serves it, short help)
 _COMMANDS: _Commands = {
-    "train": ("launcher.local", "Train on this machine: every device, through DeepSpeed."),
     "submit": ("launcher.submit", "Check a run, and queue it on a Slurm cluster."),
     "jobs": ("launcher.jobs", "Show runs, their Slurm jobs, and how far they are."),
+    "train": ("launcher.train", "Train on this machine or on several, through DeepSpeed."),
+    "doctor": ("launcher.doctor", "Say what works on this machine, and how to mend the rest."),
     "watch": ("tools.watch", "Say whether a run is well, slow, stuck or dead, and why."),
     "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
     "convert": ("tools.convert", "Turn a checkpoint into one safetensors file."),

@@ -6,11 +6,12 @@ exist, or a value that cannot work, is refused with one sentence.
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -25,6 +26,11 @@ from data_pipeline.text import Direction
 
 CONFIG_COPY_NAME = "config.yaml"
 """In a run's folder: its config, resolved."""
+
+
+def _as_word(value: Any) -> Any:
+    """YAML reads the words on and off as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class Section(BaseModel):
@@ -243,6 +249,9 @@ class HardwareSection(Section):
     """The same from then on: for a micro-batch, a batch of validation, an update, a save."""
     heartbeat_s: float = Field(default=10, gt=0)
     """How often each rank says in the run's folder what it is at."""
+    preflight: Annotated[Literal["auto", "on", "strict", "off"], BeforeValidator(_as_word)] = "auto"
+    """Check every node before the first step of each start. auto: where there are several ranks;
+    strict: also stop for what is otherwise a warning, such as a slow device."""
 
 
 class GuardSection(Section):
@@ -280,7 +289,7 @@ class CheckpointSection(Section):
 class LoggingSection(Section):
     every_steps: int = Field(default=10, ge=1)
     """Lines on the console; metrics.jsonl has every step."""
-    wandb: Literal["off", "online", "offline"] = "off"
+    wandb: Annotated[Literal["off", "online", "offline"], BeforeValidator(_as_word)] = "off"
     wandb_project: str = "megaback"
 
 

@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from data_pipeline.command import report, storage_error
 from data_pipeline.errors import BackendError, LaunchError, MegabackError
+from megaback.device_files import count_device_files, count_devices
+from megaback.stopping import HOST_VARIABLE
 
 _Result = TypeVar("_Result")
 
@@ -145,6 +147,14 @@ def is_collective_error(error: Exception) -> bool:
     )
 
 
+def node_name() -> str:
+    """This node as its user knows it: by the hostfile, by Slurm, or by itself."""
+    environment = os.environ
+    return (
+        environment.get(HOST_VARIABLE) or environment.get("SLURMD_NODENAME") or socket.gethostname()
+    )
+
+
 def end_world() -> None:
     """Leave in order, so that no rank is seen to vanish."""
     if dist.is_initialized():
@@ -157,6 +167,13 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
         raise BackendError(
             "hardware.device is cuda, but torch sees no CUDA device; "
             "install a CUDA build of torch, or set hardware.device=cpu"
+        )
+    if name == "auto" and not has_cuda and count_devices() and count_device_files():
+        if local_rank:
+            raise SystemExit(LaunchError.exit_code)  # one rank of the node says it
+        raise LaunchError(
+            f"node {node_name()} has GPUs, but torch sees none; `megaback doctor` says more there, "
+            "and hardware.device=cpu does without them"
         )
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")

@@ -27,6 +27,7 @@ from megaback.guard import read_left_out
 from megaback.hardware import device_peak_flops, require_host_memory, require_precision
 from megaback.model import ReverseGPT
 from megaback.model_folder import load_weights, read_description
+from megaback.preflight import preflight
 from megaback.pulse import Pulse
 from megaback.run_data import Data, open_data
 
@@ -139,6 +140,9 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
         lock = world.together(_claim, config, world)
     pulse.open()
     world.together(_note_start, config, world, found, data.total_steps)
+    pulse.at("checking the nodes", 0)
+    preflight(config, data, world)
+    pulse.at("starting", 0)
     flops_per_token = model.flops_per_token(config.batch.context_tokens)
     num_parameters = model.num_parameters()
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)

@@ -52,7 +52,7 @@ _PREFIX = "megaback: error: "
 # What a run may leave that ended on its way.
 _NOTES_OF_A_RUN = {"exit.json", "history.jsonl"}
 """A start that fails is noted there."""
-_LEFT_BY_A_RUN = {".lock", "config.yaml", "metrics.jsonl", *_NOTES_OF_A_RUN}
+_LEFT_BY_A_RUN = {".lock", "config.yaml", "metrics.jsonl", "preflight.json", *_NOTES_OF_A_RUN}
 
 Megaback = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -404,7 +404,7 @@ def test_a_checkpoint_that_the_disk_refuses_ends_with_one_sentence(
     """A limit on the size of files stands for a full disk."""
     result = run_megaback(
         *("train", place / "config.yaml", f"run={tmp_path / 'run'}", "training.steps=2"),
-        f"hardware.processes={processes}",
+        *(f"hardware.processes={processes}", "hardware.preflight=off"),
         env=training_environment(),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )

@@ -342,3 +342,18 @@ def test_the_seed_experiments_batch_accumulates_four_times_on_one_device() -> No
 def test_a_refusal_belongs_to_the_one_family_of_errors() -> None:
     assert issubclass(BatchError, ConfigError)
     assert issubclass(ConfigError, MegabackError)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("hardware.preflight=off", "off"),
+        ("hardware.preflight=on", "on"),
+        ("logging.wandb=off", "off"),
+    ],
+)
+def test_words_that_yaml_takes_for_truth_need_no_quotes(override: str, value: str) -> None:
+    section, key = override.partition("=")[0].split(".")
+    config = load_config(Path(__file__).parents[2] / "configs" / "demo.yaml", (override,))
+
+    assert getattr(getattr(config, section), key) == value

@@ -229,7 +229,7 @@ def test_afterwards_signals_mean_what_they_meant_before(run: RunRanks) -> None:
 def test_a_run_ends_with_the_code_of_the_rank_that_knew_why(
     was_signalled: bool, codes: list[int], ending: dict[str, Any] | None, expected: int
 ) -> None:
-    assert local._verdict(codes, was_signalled, ending) == expected
+    assert local.verdict(codes, was_signalled, ending) == expected
 
 
 @pytest.mark.parametrize(
@@ -246,17 +246,17 @@ def test_ranks_that_die_without_a_reason_are_a_launch_error(
     ending: dict[str, Any] | None, codes: list[int], sentence: str
 ) -> None:
     with pytest.raises(LaunchError, match=sentence):
-        local._verdict(codes, False, ending)
+        local.verdict(codes, False, ending)
 
 
 @pytest.mark.parametrize("codes", [[-signal.SIGTERM] * 2, [0, -signal.SIGKILL], [1]])
 def test_ranks_that_die_of_a_signal_that_was_passed_on_mean_requeue(codes: list[int]) -> None:
     with pytest.raises(PreemptedError, match="asked to stop while starting"):
-        local._verdict(codes, True, None)
+        local.verdict(codes, True, None)
 
 
 def test_a_traceback_is_no_reason_but_every_error_of_the_family_is() -> None:
-    reasons = local._reasons()
+    reasons = local.reasons()
 
     assert MegabackError.exit_code not in reasons
     assert {NonFiniteError.exit_code, PreemptedError.exit_code, LOST} <= reasons

@@ -18,6 +18,7 @@ from data_pipeline.errors import (
     MegabackError,
     NonFiniteError,
     PreemptedError,
+    PreflightError,
     RankLostError,
     StorageError,
 )
@@ -271,6 +272,13 @@ FAULTS = {
         "writing a checkpoint takes as long as many steps",
         "training goes on meanwhile",
         inject=at("megaback.tensor_file:write_tensors", "sleep", call=1, seconds=3),
+    ),
+    "bad device": Fault(
+        "a device gets a product wrong before the first step",
+        "all ranks end, and the node is named; the same command starts the run when it does not",
+        PreflightError.exit_code,
+        "(rank 1): its device multiplies wrongly",
+        at("megaback.node_facts:multiply", "nan", call=1, when="after"),
     ),
     "NaN": Fault(
         "one batch gives a loss that is no number",

@@ -1,0 +1,72 @@
+"""`megaback train`: the ranks of a run, on this machine or on the hosts of a file.
+
+What cannot work is refused before a rank starts; how the ranks ended becomes one exit code.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from data_pipeline.command import Command
+from data_pipeline.errors import MegabackError
+from launcher.hostfile import read_hostfile, run_on_hosts
+from launcher.local import plan_ranks, rank_environment, run_ranks, verdict
+from megaback.config import load_config
+from megaback.exit_record import read_exit, record_exit
+from megaback.run_data import open_data
+from megaback.stopping import deadline_of
+
+_RANK_MODULE = "megaback.train"
+
+
+@click.command(cls=Command, name="train")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option(
+    "--save-before",
+    help="Save and stop by a time (2026-11-25T18:00) or after a duration (1h30m).",
+)
+@click.option(
+    "--hostfile",
+    type=click.Path(path_type=Path),
+    help="Train on the hosts of this file, over ssh: a line `NAME slots=N` each.",
+)
+def main(
+    config: Path, overrides: tuple[str, ...], save_before: str | None, hostfile: Path | None
+) -> None:
+    """Train the run that CONFIG describes, with key.sub=value OVERRIDES.
+
+    That is on this machine, or on the hosts of --hostfile. Run the same command again to go on from
+    the newest checkpoint.
+    """
+    settings = load_config(config, overrides)
+    deadline_of(save_before)
+    device, processes = plan_ranks(settings)
+    hosts = None if hostfile is None else read_hostfile(hostfile)
+    if hosts is not None:
+        processes = sum(host.slots for host in hosts)
+    open_data(settings, 0, processes)
+    command = [sys.executable, "-m", _RANK_MODULE, str(config), *overrides]
+    if save_before is not None:
+        command += ["--save-before", save_before]
+    started = time.time()
+    names: list[str] = []
+    if hosts is None:
+        codes, was_signalled = run_ranks(command, rank_environment(device, processes), processes)
+    else:
+        codes, names, was_signalled = run_on_hosts(hosts, command, settings.hardware.device)
+    try:
+        ending = read_exit(settings.run)
+        if ending is not None and ending.get("time", 0.0) < started:
+            ending = None  # of an earlier start
+        code = verdict(codes, was_signalled, ending, names)
+    except MegabackError as error:
+        record_exit(settings.run, error.exit_code, type(error).__name__, str(error))
+        raise
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

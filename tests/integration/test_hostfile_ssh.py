@@ -1,0 +1,224 @@
+"""Ranks of two hosts behind a real ssh: started, signalled, waited for, and never left behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from private_sshd import HOSTS, PrivateSshd, private_sshd
+from tiny_run import training_environment
+
+from data_pipeline.errors import LaunchError
+from launcher.local import CONNECTION_LOST
+
+pytestmark = pytest.mark.slow
+
+_ROOT = Path(__file__).parents[2]
+_LAUNCH = """
+import json, sys
+from pathlib import Path
+from launcher.hostfile import read_hostfile, run_on_hosts
+hosts = read_hostfile(Path(sys.argv[1]))
+print(json.dumps(run_on_hosts(hosts, [sys.executable, *sys.argv[2:]], "cpu")))
+"""
+# Says who it is in a file, and ends as its argument tells.
+_RANK = """
+import json, os, signal, sys, time
+rank = os.environ["RANK"]
+received = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, frame: received.append(number))
+fields = {"arguments": sys.argv[2:], "environment": dict(os.environ), "pid": os.getpid()}
+with open(f"partial-{rank}", "w") as file:
+    json.dump(fields, file)
+os.rename(f"partial-{rank}", f"rank-{rank}")
+print(f"rank {rank} speaks", flush=True)
+give_up = time.monotonic() + 60
+while sys.argv[1] == "wait" and not received and time.monotonic() < give_up:
+    print(".", flush=True, file=sys.stderr)
+    time.sleep(0.05)
+if sys.argv[1] == "die" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+with open(f"end-{rank}", "w") as file:
+    json.dump(received, file)
+sys.exit(75 if received else 0)
+"""
+Launch = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateSshd]:
+    with private_sshd(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def hostfile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hosts") / "hosts"
+    path.write_text("".join(f"{host} slots=1\n" for host in HOSTS))
+    return path
+
+
+@pytest.fixture
+def launch(tmp_path: Path, sshd: PrivateSshd, hostfile: Path) -> Launch:
+    """`launch(how, *arguments)`: a launcher of small ranks, which work in a folder `it's here`."""
+    folder = tmp_path / "it's here"
+    folder.mkdir()
+
+    def launch(*arguments: str, hosts: Path = hostfile) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-c", _LAUNCH, hosts, "-c", _RANK, *arguments],
+            cwd=folder,
+            env={**training_environment(), **sshd.environment, "PYTHONPATH": str(_ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return launch
+
+
+def wait_for(*paths: Path) -> list[Any]:
+    """What the files hold, once they are there and whole."""
+    give_up = time.monotonic() + 60
+    found: list[Any] = []
+    while len(found) < len(paths):
+        assert time.monotonic() < give_up, f"{paths} are not there"
+        time.sleep(0.02)
+        found = [json.loads(path.read_text() or "null") for path in paths if path.exists()]
+    return found
+
+
+def outcome(launcher: "subprocess.Popen[str]") -> tuple[Any, str]:
+    """What the launcher returned, and what the ranks printed before."""
+    printed, errors = launcher.communicate(timeout=60)
+    *before, last = printed.splitlines()
+    assert launcher.returncode == 0, errors
+    return json.loads(last), "\n".join(before)
+
+
+def test_ranks_of_other_hosts_get_every_argument_and_nothing_is_read_by_a_shell(
+    tmp_path: Path, launch: Launch
+) -> None:
+    evil = ["a b", "$(touch pwned)", "; touch pwned", "'\"\\", "* ~", "umlaut ü"]
+    result, printed = outcome(launch("end", *evil))
+
+    codes, hosts, was_signalled = result
+    assert (codes, sorted(hosts), was_signalled) == ([0, 0], sorted(HOSTS), False)
+    assert sorted(printed.splitlines()) == ["rank 0 speaks", "rank 1 speaks"]
+    ranks = wait_for(*(tmp_path / "it's here" / f"rank-{rank}" for rank in range(2)))
+    for host, rank in zip(HOSTS, ranks, strict=True):
+        assert rank["arguments"] == evil
+        assert rank["environment"]["MEGABACK_HOST"] == host
+        assert rank["environment"]["WORLD_SIZE"] == "2"
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_rank_that_is_killed_is_one_of_its_host(launch: Launch) -> None:
+    codes, hosts, _ = outcome(launch("die"))[0]
+
+    assert dict(zip(hosts, codes, strict=True)) == {HOSTS[0]: 0, HOSTS[1]: -signal.SIGKILL}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_reaches_the_ranks_of_every_host_once(
+    number: signal.Signals, tmp_path: Path, launch: Launch
+) -> None:
+    launcher = launch("wait")
+    folder = tmp_path / "it's here"
+    wait_for(folder / "rank-0", folder / "rank-1")
+    launcher.send_signal(number)
+
+    codes, _, was_signalled = outcome(launcher)[0]
+    assert (codes, was_signalled) == ([75, 75], True)
+    assert wait_for(folder / "end-0", folder / "end-1") == [[number], [number]]
+
+
+@pytest.mark.parametrize("what", ["launcher", "connections"])
+def test_ranks_whose_launcher_or_connection_is_gone_are_told_to_save(
+    what: str, tmp_path: Path, launch: Launch, sshd: PrivateSshd
+) -> None:
+    launcher = launch("wait")
+    folder = tmp_path / "it's here"
+    wait_for(folder / "rank-0", folder / "rank-1")
+    if what == "launcher":
+        launcher.kill()
+        launcher.communicate()
+    else:
+        for pid in sshd.connections():
+            os.kill(pid, signal.SIGKILL)
+        assert outcome(launcher)[0][0] == [CONNECTION_LOST, CONNECTION_LOST]
+
+    assert wait_for(folder / "end-0", folder / "end-1") == [[signal.SIGTERM]] * 2
+
+
+def test_a_host_that_is_not_there_is_named(
+    tmp_path: Path, sshd: PrivateSshd, config_path: Path
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("no-such-host.invalid slots=2\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "megaback", "train", "--hostfile", hosts, config_path],
+        cwd=tmp_path,
+        env={**training_environment(), **sshd.environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert run.returncode == LaunchError.exit_code
+    assert "megaback: error: ssh did not reach no-such-host.invalid, or lost it" in run.stderr
+
+
+def test_a_run_on_two_hosts_is_checked_saves_at_a_signal_and_goes_on_under_deepspeed(
+    tmp_path: Path, sshd: PrivateSshd, hostfile: Path, config_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = [config_path, f"run={run}", "validation.every_steps=100000"]
+    endless = "training.steps=100000"
+    environment = {**training_environment(), **sshd.environment, "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megaback", "train", "--hostfile", hostfile, *words, endless],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    give_up = time.monotonic() + 100
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 75, printed
+    saved = int(sorted((run / "checkpoints").glob("step-*"))[-1].name[5:])
+    assert f"asked to stop after {saved} steps, all of them saved" in printed
+    report = json.loads((run / "preflight.json").read_text())
+    assert [rank["node"] for rank in report["ranks"]] == list(HOSTS)
+
+    if shutil.which("pdsh") is None:
+        pytest.skip("there is no pdsh, which the deepspeed command needs for a hostfile")
+    options = ["--master_addr", "127.0.0.1", "--module", "megaback.train", *words]
+    options.append(f"training.steps={saved + 2}")
+    deepspeed = subprocess.run(
+        [Path(sys.executable).with_name("deepspeed"), "-q", "--hostfile", hostfile, *options],
+        env=environment,
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert deepspeed.returncode == 0, deepspeed.stdout + deepspeed.stderr
+    assert f"going on from step {saved}" in deepspeed.stdout
+    assert json.loads((run / "exit.json").read_text())["code"] == 0

@@ -1,0 +1,188 @@
+"""What the doctor says of machines of many kinds, and of this one."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import doctor
+from launcher.doctor import NOT_READY, Line, explain, is_ready
+from launcher.machine import Machine
+
+CPU_TORCH = {
+    "torch": "2.13.0+cpu",
+    "cuda_build": None,
+    "devices": [],
+    "gloo": True,
+    "nccl": False,
+    "deepspeed": "0.19.8",
+    "flash_attn": None,
+    "problems": {"flash_attn": "ModuleNotFoundError: No module named 'flash_attn'"},
+}
+GPU = {"name": "H100", "memory_bytes": 80 * 10**9, "compute_capability": "9.0"}
+CUDA_TORCH = CPU_TORCH | {
+    "torch": "2.13.0+cu130",
+    "cuda_build": "13.0",
+    "devices": [GPU] * 8,
+    "nccl": True,
+    "flash_attn": "2.8.3",
+}
+LAPTOP = Machine(
+    host="laptop",
+    python="3.11.7",
+    cores=8,
+    threads=None,
+    memory_bytes=16 * 10**9,
+    folder="runs",
+    disk_free_bytes=200 * 10**9,
+    is_writable=True,
+    shm_free_bytes=8 * 10**9,
+    open_files=4096,
+    most_open_files=4096,
+    locked_bytes=-1,
+    num_gpus=0,
+    driver=None,
+    unmet=(),
+    programs=("cc", "ssh"),
+    partitions=(),
+    torch=CPU_TORCH,
+)
+NODE = replace(
+    LAPTOP,
+    num_gpus=8,
+    driver="580.1",
+    programs=("cc", "ssh", "sbatch", "srun"),
+    partitions=("gpu*, 4 nodes, gpu:8, infinite",),
+    torch=CUDA_TORCH,
+)
+
+
+def line(machine: Machine, name: str) -> Line:
+    (found,) = [line for line in explain(machine) if line.name == name]
+    return found
+
+
+def test_a_laptop_is_ready_and_is_told_what_it_cannot_do() -> None:
+    states = {line.name: line.state for line in explain(LAPTOP)}
+
+    assert is_ready(explain(LAPTOP))
+    assert [name for name, state in states.items() if state == "no"] == [
+        "train on GPUs",
+        "flash attention",
+        "train on a Slurm cluster",
+    ]
+    assert all(line.fix for line in explain(LAPTOP) if line.state == "no")
+
+
+def test_on_a_node_of_a_cluster_all_works() -> None:
+    assert {line.state for line in explain(NODE)} == {"yes"}
+    assert line(NODE, "GPUs").text == "8 x H100, 80 GB"
+    assert line(NODE, "Slurm").text == "gpu*, 4 nodes, gpu:8, infinite"
+
+
+@pytest.mark.parametrize(
+    ("machine", "name", "text", "fix"),
+    [
+        (replace(LAPTOP, python="3.9.2"), "Python", "3.9.2", "make PYTHON="),
+        (replace(LAPTOP, unmet=("click is missing",)), "packages", "click is", "pip install -c"),
+        (
+            replace(LAPTOP, torch={"problems": {"torch": "OSError: libcudart"}}),
+            "torch",
+            "OSError: libcudart",
+            "pip install",
+        ),
+        (
+            replace(LAPTOP, torch=CPU_TORCH | {"deepspeed": None, "problems": {"deepspeed": "x"}}),
+            "DeepSpeed",
+            "x",
+            "pip install",
+        ),
+        (replace(NODE, torch=CPU_TORCH), "GPUs", "torch sees none", "a CUDA build of torch"),
+        (replace(NODE, torch=CUDA_TORCH | {"devices": []}), "GPUs", "sees none", "nvidia-smi"),
+        (replace(LAPTOP, is_writable=False), "disk", "cannot be written", "run=/path"),
+        (replace(LAPTOP, torch=CPU_TORCH | {"gloo": False}), "communication", "neither", "torch"),
+    ],
+)
+def test_what_the_main_job_needs_and_is_not_there_is_named_with_what_to_do(
+    machine: Machine, name: str, text: str, fix: str
+) -> None:
+    found = line(machine, name)
+
+    assert found.state == "no"
+    assert text in found.text
+    assert fix in found.fix
+    assert not is_ready(explain(machine))
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"disk_free_bytes": 10**9}, "disk"),
+        ({"shm_free_bytes": 64 * 10**6}, "shared memory"),
+        ({"open_files": 256}, "open files"),
+        ({"threads": "64"}, "cores"),
+        ({"programs": ("ssh",)}, "C compiler"),
+    ],
+)
+def test_what_may_matter_is_noted_and_stops_nothing(fields: dict[str, Any], name: str) -> None:
+    machine = replace(LAPTOP, **fields)
+
+    assert line(machine, name).state == "note"
+    assert line(machine, name).fix
+    assert is_ready(explain(machine))
+
+
+def test_slurm_that_does_not_answer_is_no_hindrance_on_this_machine() -> None:
+    machine = replace(NODE, slurm_problem="sinfo: fatal: no source")
+
+    assert line(machine, "Slurm").text == "sinfo: fatal: no source"
+    assert line(machine, "train on a Slurm cluster").state == "no"
+    assert is_ready(explain(machine))
+
+
+def test_a_terminal_gets_a_table_with_commands_as_they_are_typed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    doctor._print_table(explain(replace(NODE, torch=CUDA_TORCH | {"flash_attn": None})))
+
+    assert "pip install --no-build-isolation -e '.[flash]'" in capsys.readouterr().out
+
+
+def test_this_machine_can_do_what_the_tests_do(
+    run_megaback: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    result = run_megaback("doctor", "--json", tmp_path)
+    report = json.loads(result.stdout)
+
+    assert (result.returncode, report["ready"]) == (0, True), result.stdout
+    assert report["machine"]["torch"]["deepspeed"]
+    assert report["machine"]["cores"] == len(os.sched_getaffinity(0))
+
+
+def test_a_torch_that_cannot_be_imported_makes_a_machine_that_is_not_ready(
+    run_megaback: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = run_megaback("doctor", env=environment)
+
+    assert result.returncode == NOT_READY
+    assert "no   torch: ImportError: libcudart.so.13: cannot open -> pip install" in result.stdout
+    assert result.stderr == ""
+
+
+def test_a_torch_that_ends_its_process_does_not_end_the_doctor(
+    run_megaback: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("import os; os.abort()")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = run_megaback("doctor", env=environment)
+
+    assert result.returncode == NOT_READY
+    assert "no   torch: importing it ended with -6" in result.stdout

@@ -1,0 +1,125 @@
+"""Of the facts of all ranks, the node that does not fit is named, and no other."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megaback.node_facts import RankFacts, versions
+from megaback.preflight import Finding, judge, judge_disks
+from megaback.shared_disk import DiskFacts
+
+VERSIONS = {"torch": "2.13.0", "code": "abc"}
+
+
+def fleet(num_nodes: int, ranks_a_node: int = 2) -> list[RankFacts]:
+    """Equal ranks on equal nodes."""
+    return [
+        RankFacts(rank, f"n{rank // ranks_a_node}", "H100", 2, 80 * 10**9, 5e14, VERSIONS)
+        for rank in range(num_nodes * ranks_a_node)
+    ]
+
+
+def with_node(facts: Sequence[RankFacts], node: str, **fields: object) -> list[RankFacts]:
+    return [replace(one, **fields) if one.node == node else one for one in facts]  # type: ignore[arg-type]
+
+
+def named(findings: Sequence[Finding]) -> set[tuple[str, str, bool]]:
+    return {(item.check, item.node, item.stops) for item in findings}
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.sampled_from(["cuda", "cpu"]))
+def test_equal_nodes_fit(num_nodes: int, ranks_a_node: int, device: str) -> None:
+    assert judge(fleet(num_nodes, ranks_a_node), device, 10) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "check", "stops", "says"),
+    [
+        ({"versions": VERSIONS | {"torch": "2.9"}}, "versions", True, "has torch 2.9, and"),
+        ({"versions": VERSIONS | {"code": "def"}}, "versions", True, "has code def, and"),
+        ({"problem": "cannot multiply: ECC"}, "device", True, "its device cannot multiply: ECC"),
+        ({"device": "A100"}, "device", False, "has the device A100, and the others H100"),
+        ({"num_devices": 1}, "device", False, "shows 1 GPUs, and the other nodes 2"),
+        ({"multiply_flops": 3e14}, "speed", False, "multiplies at 300,000.0 GFLOP/s, and 500,000"),
+        ({"memory_free_bytes": 10**9}, "memory", False, "has 1.0 GB of memory free, and 80.0 GB"),
+        ({"clock_offset_s": -42.0}, "clock", False, "is 42.0 s behind the others'"),
+    ],
+)
+@given(st.integers(3, 6), st.data())
+def test_the_one_that_is_different_is_named(
+    fields: dict[str, object],
+    check: str,
+    stops: bool,
+    says: str,
+    num_nodes: int,
+    data: st.DataObject,
+) -> None:
+    bad = f"n{data.draw(st.integers(0, num_nodes - 1))}"
+    findings = judge(with_node(fleet(num_nodes), bad, **fields), "cuda", 10)
+
+    assert named(findings) == {(check, bad, stops)}
+    assert all(bad in item.sentence and says in item.sentence for item in findings)
+
+
+def test_a_cpu_may_be_busy_with_something_else() -> None:
+    slower = with_node(fleet(4), "n1", multiply_flops=3e14)
+
+    assert judge(slower, "cpu", 10) == []
+    assert named(judge(slower, "cuda", 10)) == {("speed", "n1", False)}
+
+
+def test_the_memory_of_a_host_is_complained_of_once_and_that_of_each_gpu() -> None:
+    poor = with_node(fleet(4), "n2", memory_free_bytes=10**9)
+
+    assert len(judge(poor, "cpu", 10)) == 1
+    assert len(judge(poor, "cuda", 10)) == 2
+
+
+@given(st.floats(-100, 100), st.floats(1, 100))
+def test_a_clock_may_differ_by_as_much_as_heartbeats_allow(offset_s: float, most_s: float) -> None:
+    findings = judge(with_node(fleet(3), "n1", clock_offset_s=offset_s), "cuda", most_s)
+
+    assert bool(findings) == (math.fabs(offset_s) > most_s)
+
+
+def test_of_two_nodes_with_other_versions_the_second_is_named() -> None:
+    both = with_node(fleet(2), "n0", versions=VERSIONS | {"torch": "2.9"})
+
+    assert {item.node for item in judge(both, "cuda", 10)} == {"n1"}
+
+
+A, B, C = (DiskFacts(node, 1.0, 1.0) for node in "abc")
+UNREAD = "does not read"
+
+
+@pytest.mark.parametrize(
+    ("disks", "bad"),
+    [
+        ([A], []),
+        ([A, B, C], []),
+        ([A, replace(B, unread=UNREAD), C], ["b"]),
+        ([replace(A, unread=UNREAD), replace(B, unread=UNREAD), C], ["b"]),
+        ([replace(A, unread=UNREAD), replace(B, unread=UNREAD)], ["b"]),
+        ([replace(A, unread=UNREAD), replace(B, unread=UNREAD), replace(C, unread=UNREAD)], ["a"]),
+        ([replace(A, unread=UNREAD), B], ["a"]),
+        ([A, B, replace(C, problem="disk full")], ["c"]),
+    ],
+)
+def test_the_node_whose_disk_is_another_one_is_named(
+    disks: list[DiskFacts], bad: list[str]
+) -> None:
+    findings = judge_disks(disks)
+
+    assert [item.node for item in findings] == bad
+    assert all(item.stops for item in findings)
+
+
+def test_versions_are_those_of_what_decides_the_numbers_and_of_our_own_code() -> None:
+    found = versions()
+
+    assert {"python", "torch", "deepspeed", "megaback", "flash-attn", "code"} <= set(found)
+    assert found == versions()
