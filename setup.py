@@ -39,9 +39,11 @@ setup(
         # The CUDA kernels. They compile against the torch that is there:
         # pip install --no-build-isolation -e '.[flash]'
         "flash": ["flash-attn>=2.8"],
+        "gguf": ["gguf>=0.17"],
         "plot": ["matplotlib>=3.8"],
         "wandb": ["wandb>=0.19"],
         "dev": [
+            "gguf>=0.17",
             "hypothesis>=6.100",
             "matplotlib>=3.8",
             "mypy>=1.13",

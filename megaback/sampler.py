@@ -1,0 +1,211 @@
+"""A trained model laid out for writing: one token a row at a time, for as many rows as there are.
+
+The same numbers as `ReverseGPT` to rounding, with few operations a token: products that read the
+same input are one, weights are packed as the CPU's kernels want them, positions are looked up, and
+keys and values have their place from the start.
+
+Shapes: N tokens, B rows, D width, H query heads, K key and value heads, G query heads a key head, E
+head dimension, F MLP width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor, nn
+
+from megaback.cache import KeyValueCache, LayerState
+from megaback.model import Attention, Block, ReverseGPT, RMSNorm, Rotary
+
+Product = Callable[[Tensor], Tensor]
+"""hidden_ND -> the product with a matrix."""
+_Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, query_NHE, key_NKE, value_NKE) -> attended_NHE"""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm: RMSNorm
+    query_key_value: Product
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
+    output: Product
+    mlp_norm: RMSNorm
+    gate_up: Product
+    down: Product
+
+
+class Sampler:
+    """Reads ids and gives the logits of the next ones."""
+
+    def __init__(
+        self,
+        model: ReverseGPT,
+        context_tokens: int,
+        *,
+        takes_over: bool = True,
+        compiled: bool = False,
+    ) -> None:
+        """Take a model's weights over, after which it is of no use; or, slower, only read them.
+
+        `compiled` lets torch.compile make one kernel of what lies between the products; the first
+        tokens then take long.
+        """
+        self.shape = model.shape
+        self.vocab_size = model.vocab_size
+        self.context_tokens = context_tokens
+        weight = model.lm_head.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        # On a CPU attention in bf16 is slower than in fp32, which the keys are computed in anyway.
+        self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        packs = self.device.type == "cpu" and torch.backends.mkldnn.enabled and not compiled
+        pack = (_packed if packs else _stacked) if takes_over else _side_by_side
+        self._embedding_VD = model.model.embed_tokens.weight.detach()
+        self._head = pack([model.lm_head])
+        self._layers = []
+        for block in model.model.layers:
+            assert isinstance(block, Block)
+            self._layers.append(_laid_out(block, pack))
+            if takes_over:  # so that weights are never there twice
+                _let_go(block)
+        self._norm = model.model.norm
+        positions = torch.arange(context_tokens, device=self.device)
+        self._rotary = Rotary.at(positions, self.shape.head_dim, self.shape.rope_theta)
+        self._compiled = compiled
+        self._step = torch.compile(self._step_eagerly, dynamic=True) if compiled else None
+
+    def new_cache(self, num_rows: int) -> KeyValueCache:
+        """Room for the whole context of each row."""
+        shape = self.shape
+        return KeyValueCache(
+            shape.num_layers,
+            num_rows,
+            shape.kv_heads,
+            self.context_tokens,
+            shape.head_dim,
+            self.cache_dtype,
+            self.device,
+        )
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int]) -> list[LayerState]:
+        """What every layer keeps of a row's first tokens; these may be none."""
+        kept: list[LayerState] = []
+
+        def attend(_layer: int, query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
+            key_KNE, value_KNE = key_NKE.transpose(0, 1), value_NKE.transpose(0, 1)
+            kept.append((key_KNE.to(self.cache_dtype), value_KNE.to(self.cache_dtype)))
+            groups = query_NHE.shape[1] // key_NKE.shape[1]
+            return F.scaled_dot_product_attention(
+                query_NHE.transpose(0, 1)[None],
+                key_KNE.repeat_interleave(groups, dim=0)[None],
+                value_KNE.repeat_interleave(groups, dim=0)[None],
+                is_causal=True,
+            )[0].transpose(0, 1)
+
+        if not ids:
+            nothing = torch.zeros(self.shape.kv_heads, 0, self.shape.head_dim, device=self.device)
+            return [(nothing, nothing)] * self.shape.num_layers
+        rotary = Rotary(self._rotary.cos_TE[: len(ids)], self._rotary.sin_TE[: len(ids)])
+        self._hidden(torch.tensor(ids, device=self.device), rotary, attend)
+        return kept
+
+    @torch.inference_mode()
+    def step(self, ids: Sequence[int], cache: KeyValueCache) -> Tensor:
+        """Read one more id of every row; logits of the next ones in fp32: shape (B, V)."""
+        ids_B = torch.tensor(ids, device=self.device)
+        positions_B = torch.tensor(cache.lengths, device=self.device)
+        if self._step is not None:
+            slot_1 = torch.tensor([cache.stop], device=self.device)
+            visible = cache.visible_of_all()
+            logits_BV: Tensor = self._step(ids_B, positions_B, cache.layers, slot_1, visible)
+        else:
+            stop = cache.stop + 1
+            slot = slice(stop - 1, stop)
+            layers = [(keys[:, :, :stop], values[:, :, :stop]) for keys, values in cache.layers]
+            logits_BV = self._step_eagerly(ids_B, positions_B, layers, slot, cache.visible(stop))
+        cache.advance()
+        return logits_BV
+
+    def _step_eagerly(
+        self,
+        ids_B: Tensor,
+        positions_B: Tensor,
+        layers: list[LayerState],
+        slot: Tensor | slice,
+        visible_BS: Tensor | None,
+    ) -> Tensor:
+        def attend(layer: int, query_BHE: Tensor, key_BKE: Tensor, value_BKE: Tensor) -> Tensor:
+            keys_BKSE, values_BKSE = layers[layer]
+            keys_BKSE[:, :, slot] = key_BKE[:, :, None].to(self.cache_dtype)
+            values_BKSE[:, :, slot] = value_BKE[:, :, None].to(self.cache_dtype)
+            # Queries that share a key head take the place of a sequence of queries.
+            query_BKGE = query_BHE.view(len(key_BKE), key_BKE.shape[1], -1, self.shape.head_dim)
+            attended_BKGE = F.scaled_dot_product_attention(
+                query_BKGE.to(self.cache_dtype), keys_BKSE, values_BKSE, attn_mask=visible_BS
+            )
+            return attended_BKGE.flatten(1, 2)
+
+        rotary = Rotary(self._rotary.cos_TE[positions_B], self._rotary.sin_TE[positions_B])
+        return self._head(self._hidden(ids_B, rotary, attend)).float()
+
+    def _hidden(self, ids_N: Tensor, rotary: Rotary, attend: _Attend) -> Tensor:
+        """Hidden states after the final norm: shape (N, D)."""
+        shape = self.shape
+        heads = [shape.num_heads, shape.kv_heads, shape.kv_heads]
+        hidden_ND = F.embedding(ids_N, self._embedding_VD)
+        for number, layer in enumerate(self._layers):
+            projected_ND = layer.query_key_value(layer.attention_norm(hidden_ND))
+            projected_NHE = projected_ND.view(len(ids_N), -1, shape.head_dim)
+            query_NHE, key_NKE, value_NKE = torch.split(projected_NHE, heads, dim=1)
+            if layer.query_norm is not None and layer.key_norm is not None:
+                query_NHE, key_NKE = layer.query_norm(query_NHE), layer.key_norm(key_NKE)
+            attended_NHE = attend(number, rotary.turn(query_NHE), rotary.turn(key_NKE), value_NKE)
+            hidden_ND = hidden_ND + layer.output(attended_NHE.flatten(1).to(self.dtype))
+            gate_NF, up_NF = layer.gate_up(layer.mlp_norm(hidden_ND)).chunk(2, dim=-1)
+            hidden_ND = hidden_ND + layer.down(F.silu(gate_NF) * up_NF)
+        normed_ND: Tensor = self._norm(hidden_ND)
+        return normed_ND
+
+
+def _laid_out(block: Block, pack: Callable[[list[nn.Linear]], Product]) -> _Layer:
+    attention: Attention = block.self_attn
+    return _Layer(
+        block.input_layernorm,
+        pack([attention.q_proj, attention.k_proj, attention.v_proj]),
+        attention.q_norm,
+        attention.k_norm,
+        pack([attention.o_proj]),
+        block.post_attention_layernorm,
+        pack([block.mlp.gate_proj, block.mlp.up_proj]),
+        pack([block.mlp.down_proj]),
+    )
+
+
+def _let_go(block: Block) -> None:
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(torch.empty(0))
+
+
+def _side_by_side(matrices: list[nn.Linear]) -> Product:
+    weights = [matrix.weight.detach() for matrix in matrices]
+    return lambda hidden_ND: torch.cat([F.linear(hidden_ND, weight) for weight in weights], dim=-1)
+
+
+def _stacked(matrices: list[nn.Linear]) -> Product:
+    weight = torch.cat([matrix.weight.detach() for matrix in matrices])
+    return lambda hidden_ND: F.linear(hidden_ND, weight)
+
+
+def _packed(matrices: list[nn.Linear]) -> Product:
+    """In the blocked layout of oneDNN's kernels, as torch.compile packs weights that it freezes.
+
+    One row comes nearer to the memory's bandwidth than with `F.linear`, and several rows save that
+    the weights are laid out anew at every call.
+    """
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    stacked = torch.cat([matrix.weight.detach() for matrix in matrices])
+    weight = torch.ops.mkldnn._reorder_linear_weight(stacked, 1)
+    return lambda hidden_ND: linear(hidden_ND, weight, None, "none", [], "")
