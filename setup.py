@@ -54,6 +54,7 @@ setup(
             "types-PyYAML",
             "types-psutil",
             "wandb>=0.19",
+            "xllamacpp>=2026.9; platform_system == 'Linux'",
         ],
     },
     entry_points={"console_scripts": ["megaback = megaback.cli:main"]},

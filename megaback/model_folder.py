@@ -215,6 +215,8 @@ def load_model_folder(
     with torch.device("meta"):
         model = ReverseGPT(description.shape, description.vocab_size, backend)
     model.to(dtype).to_empty(device=device)
+    if description.shape.tie_embeddings:  # which the line above makes two
+        model.lm_head.weight = model.model.embed_tokens.weight
     load_weights(model, folder)
     return model.eval(), description, codec
 
