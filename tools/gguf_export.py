@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.command import write_text
-from data_pipeline.errors import BackendError
+from data_pipeline.errors import BackendError, StorageError
 from megaback.config import ModelSection
 from megaback.model_folder import HEAD_NAME
 from megaback.tensor_file import size_and_hash
@@ -72,6 +72,13 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
         for tensor_name, tensor_shape in source.shapes.items():
             weight = as_llama_cpp_has_it(tensor_name, source.read(tensor_name), shape)
             writer.write_tensor_data(_array(weight.to(_stored_dtype(tensor_shape, dtype))))
+    except OSError as error:
+        if error.errno is None:  # numpy counts what was written, and does not ask why
+            raise StorageError(
+                f"cannot write all of {name}'s {GGUF_NAME}; "
+                "free some space and run the same command again"
+            ) from None
+        raise
     finally:
         writer.close()
     _, digest = size_and_hash(path)

@@ -101,7 +101,7 @@ def test_reading_id_by_id_gives_the_logits_of_reading_at_once(
     torch.testing.assert_close(logits_TV, expected_TV[7:], atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     prompts=st.lists(
         st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=24), min_size=1, max_size=4
@@ -118,7 +118,7 @@ def test_greedy_ids_are_those_of_reading_everything_anew_also_past_the_context(
     ]
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     prompts=st.lists(
         st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=24), min_size=2, max_size=5
