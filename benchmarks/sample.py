@@ -3,8 +3,8 @@
     python benchmarks/sample.py [--layers 6] [--width 384] [--heads 6] [--tokens 500] [--turns 3]
 
 One thread, CPU time, all with the same weights and dtype, 16 ids given, temperature 0.8, top_k 200,
-and no end marker. Reading everything anew, as the seed experiment did, is timed at every
-fiftieth length. The bound is the time in which this memory's bandwidth, measured here, gives the weights
+and no end marker. Reading everything anew, as the seed experiment did, is timed at every fiftieth
+length. The bound is the time in which this memory's bandwidth, measured here, gives the weights
 (once a step) and the keys and values (of every row).
 """
 

@@ -58,6 +58,8 @@ def write_tensors(
                     block = data[start : start + _WRITE_BYTES]
                     num_bytes += _write(file.fileno(), block)
                     digest.update(block)
+                    del block
+                del tensor, data  # before the next one is made
             os.fsync(file.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not say where it is
