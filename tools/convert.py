@@ -32,15 +32,20 @@ def _num_bytes(_context: click.Context, _parameter: click.Parameter, text: str) 
     return int(num_bytes)
 
 
+def require_free(out: Path) -> None:
+    """Raises OutputExistsError where something is that is no empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExistsError(f"{out} already holds something; choose another --out")
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, which gets its name when nothing went wrong, and else is removed.
 
     Raises OutputExistsError.
     """
+    require_free(out)
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(f"{out} already holds something; choose another --out")
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         partial.mkdir(parents=True)
@@ -62,17 +67,18 @@ def convert(
 
     Raises CheckpointMissingError, CheckpointCorruptError, OutputExistsError, BackendError, OSError.
     """
+    require_free(out)  # what takes long comes later
+    import torch
+
+    from megaback.model_folder import write_model_folder
+    from tools.gguf_export import write_gguf_folder
+    from tools.hf_export import write_hf_folder
+    from tools.weight_source import open_source
+
+    source = open_source(source_path)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    name = out.resolve().name
     with whole_folder(out) as folder:
-        import torch
-
-        from megaback.model_folder import write_model_folder
-        from tools.gguf_export import write_gguf_folder
-        from tools.hf_export import write_hf_folder
-        from tools.weight_source import open_source
-
-        source = open_source(source_path)
-        torch_dtype: torch.dtype = getattr(torch, dtype)
-        name = out.resolve().name
         if kind == "full":
             specs = source.specs(torch_dtype)
             write_model_folder(
