@@ -120,8 +120,8 @@ def main(layers: int, width: int, heads: int, tokens: int, turns: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = new_model(shape, dtype)
         stock = stock_model(model)
-        sampler = Sampler(new_model(shape, dtype), CONTEXT_TOKENS)
         for rows in BATCHES:
+            sampler = Sampler(new_model(shape, dtype), CONTEXT_TOKENS, usual_rows=rows)
             write_ours(sampler, rows, 3)
             write_stock(stock, rows, 3)
             times: dict[str, list[float]] = {"ours": [], "stock": []}

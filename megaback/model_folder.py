@@ -222,8 +222,14 @@ def load_model_folder(
 
 
 def load_sampler(
-    folder: Path, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    usual_rows: int = 1,
+    compiled: bool = False,
 ) -> tuple[Sampler, ModelDescription, TextCodec]:
     """A model ready to write, with the codec that its texts go through."""
     model, description, codec = load_model_folder(folder, device, dtype)
-    return Sampler(model, description.context_tokens, compiled=compiled), description, codec
+    sampler = Sampler(model, description.context_tokens, usual_rows=usual_rows, compiled=compiled)
+    return sampler, description, codec

@@ -20,7 +20,6 @@ from megaback.model import Attention, Block, ReverseGPT, Rotary
 
 Product = Callable[[Tensor], Tensor]
 """hidden_ND -> the product with a matrix."""
-_ROWS_PACKED_FOR = 16  # as fast for one row, and up to twice as fast for sixteen
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query_NHE, key_NKE, value_NKE) -> attended_NHE"""
 
@@ -45,13 +44,15 @@ class Sampler:
         model: ReverseGPT,
         context_tokens: int,
         *,
+        usual_rows: int = 1,
         takes_over: bool = True,
         compiled: bool = False,
     ) -> None:
         """Take a model's weights over, after which it is of no use; or, slower, only read them.
 
-        `compiled` lets torch.compile make one kernel of what lies between the products; the first
-        tokens then take long.
+        `usual_rows`: for how many rows at once to be fastest on a CPU; any number works. `compiled`
+        lets torch.compile make one kernel of what lies between the products; the first tokens then
+        take long.
         """
         self.shape = model.shape
         self.vocab_size = model.vocab_size
@@ -60,8 +61,11 @@ class Sampler:
         self.device, self.dtype = weight.device, weight.dtype
         # On a CPU attention in bf16 is slower than in fp32, which the keys are computed in anyway.
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        packs = self.device.type == "cpu" and torch.backends.mkldnn.enabled and not compiled
-        pack = (_packed if packs else _stacked) if takes_over else _side_by_side
+        pack = _side_by_side
+        if takes_over:
+            is_lonely = usual_rows == 1 and self.dtype is torch.float32
+            packs = not compiled and _can_pack(self.device, self.dtype)
+            pack = (_turned if is_lonely else _packed) if packs else _stacked
         self._embedding_VD = model.model.embed_tokens.weight.detach()
         self._head = pack([model.lm_head])
         self._layers = []
@@ -226,13 +230,28 @@ def _stacked(matrices: list[nn.Linear]) -> Product:
     return lambda hidden_ND: F.linear(hidden_ND, weight)
 
 
-def _packed(matrices: list[nn.Linear]) -> Product:
+def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this machine has oneDNN's kernels for a type."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _turned(matrices: list[nn.Linear]) -> Product:
+    """Column by column, which is faster than `F.linear` for one row in fp32 of many columns."""
+    stacked = torch.cat([matrix.weight.detach() for matrix in matrices])
+    if len(stacked) < stacked.shape[1]:
+        return _packed(matrices, 1)
+    weight = stacked.t().contiguous()
+    return lambda hidden_ND: torch.mm(hidden_ND, weight)
+
+
+def _packed(matrices: list[nn.Linear], rows: int = 16) -> Product:
     """In the blocked layout of oneDNN's kernels, as torch.compile packs weights that it freezes.
 
-    One row comes nearer to the memory's bandwidth than with `F.linear`, and several rows save that
-    the weights are laid out anew at every call.
+    Many rows save that the weights are laid out anew at every call; so does one row in bf16.
     """
     linear = torch.ops.mkldnn._linear_pointwise.default
     stacked = torch.cat([matrix.weight.detach() for matrix in matrices])
-    weight = torch.ops.mkldnn._reorder_linear_weight(stacked, _ROWS_PACKED_FOR)
+    weight = torch.ops.mkldnn._reorder_linear_weight(stacked, rows)
     return lambda hidden_ND: linear(hidden_ND, weight, None, "none", [], "")

@@ -42,19 +42,20 @@ def load_writer(
     *,
     device: str | None = None,
     dtype: str = "float32",
+    usual_rows: int = 1,
     compiled: bool = False,
 ) -> "Writer":
     """The model in a folder that `megaback convert --to full` or `--to hf` wrote.
 
     `device`: `cpu`, `cuda`, `cuda:1`; by default the first GPU, if there is one. `dtype`: `float32`
-    or `bfloat16`. `compiled`: with torch.compile. Raises CheckpointMissingError,
-    CheckpointCorruptError, BackendError.
+    or `bfloat16`. `usual_rows`: how many texts are mostly written at once. `compiled`: with
+    torch.compile. Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
     """
     if dtype not in _DTYPES:
         raise BackendError(f"dtype {dtype} is none of {', '.join(_DTYPES)}")
-    return Writer(
-        *load_sampler(Path(folder), choose_device(device), _DTYPES[dtype], compiled=compiled)
-    )
+    on = choose_device(device)
+    made = load_sampler(Path(folder), on, _DTYPES[dtype], usual_rows=usual_rows, compiled=compiled)
+    return Writer(*made)
 
 
 class Writer:

@@ -164,7 +164,7 @@ def main(
         require_direction(folder, direction, Direction.BACKWARD)
     if beginning is not None:
         require_direction(folder, direction, Direction.FORWARD)
-    writer = load_writer(folder, device=device, dtype=dtype, compiled=compiled)
+    writer = load_writer(folder, device=device, dtype=dtype, usual_rows=samples, compiled=compiled)
     options = SamplingOptions(tokens, temp, top_k, seed, top_p, min_p, repetition_penalty)
     given = ending if ending is not None else beginning
     if given is not None:

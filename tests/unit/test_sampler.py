@@ -84,15 +84,17 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("takes_over", [True, False], ids=["taken over", "borrowed"])
+@pytest.mark.parametrize(
+    "way", [{}, {"usual_rows": 16}, {"takes_over": False}], ids=["one row", "many", "borrowed"]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=["gqa", "llama", "tied"])
 def test_reading_id_by_id_gives_the_logits_of_reading_at_once(
-    shape: dict[str, object], takes_over: bool
+    shape: dict[str, object], way: dict[str, bool]
 ) -> None:
     ids_T = torch.randint(0, VOCAB_SIZE, (20,), generator=torch.manual_seed(0))
     with torch.no_grad():
         expected_TV = make_model(**shape).logits(ids_T, *packed(20))
-    reader = Sampler(make_model(**shape), CONTEXT_TOKENS, takes_over=takes_over)
+    reader = Sampler(make_model(**shape), CONTEXT_TOKENS, **way)
     cache = reader.new_cache(1)
     cache.fill([reader.read(ids_T[:7].tolist())])
 
