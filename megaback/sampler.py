@@ -81,7 +81,6 @@ class Sampler:
         signs_E = torch.ones(self.shape.head_dim, device=self.device)
         signs_E[: self.shape.head_dim // 2] = -1
         self._turns = (rotary.cos_TE, rotary.sin_TE * signs_E)
-        self._compiled = compiled
         self._step = torch.compile(self._step_eagerly, dynamic=True) if compiled else None
 
     def new_cache(self, num_rows: int) -> KeyValueCache:

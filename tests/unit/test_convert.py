@@ -6,15 +6,19 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from export_helpers import STEP, write_checkpoint
 
+import megaback
 from data_pipeline.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,
+    DirectionMismatchError,
     MegabackError,
     OutputExistsError,
     RunMismatchError,
@@ -23,12 +27,16 @@ from data_pipeline.errors import (
     TokenizerMismatchError,
 )
 from data_pipeline.text import Direction, TextCodec, Unit
+from megaback.checkpoint import read_meta
+from megaback.config import Config
 from megaback.model import ReverseGPT
 from megaback.model_folder import load_model_folder, read_description, read_weights
+from megaback.preparation import _initialize_from
 from megaback.stock_config import from_stock, to_stock
 from megaback.weight_files import INDEX_NAME, WEIGHTS_NAME
 from tools.convert import convert, whole_folder
 from tools.convert import main as convert_command
+from tools.sample import main as sample_command
 
 CPU = torch.device("cpu")
 KINDS = ["full", "hf", "gguf"]
@@ -239,6 +247,47 @@ def test_a_stock_model_is_described_by_its_config(
     assert description.shape.architecture() == model.shape.architecture()
     assert description.text_format.tokenizer_sha256 == codec().format.tokenizer_sha256
     assert torch.equal(load_model_folder(folder, CPU)[0].lm_head.weight, model.lm_head.weight)
+
+
+def test_a_backward_run_may_start_from_somebody_elses_model(
+    run: Path, tmp_path: Path, codec: Codecs
+) -> None:
+    folder = make_foreign(tmp_path / "model", run)
+    config = Config.model_validate(
+        {**read_meta(next(run.rglob("step-*"))).config, "init_from": folder}
+    )
+    data: Any = SimpleNamespace(text_format=codec().format, codec=codec())
+    model = ReverseGPT(config.model, codec().vocab_size)
+
+    _initialize_from(model, config, data)
+
+    assert torch.equal(model.lm_head.weight, read_weights(folder)["lm_head.weight"])
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "rms_norm_eps": 0.5}))
+    with pytest.raises(RunMismatchError, match=r"norm_epsilon is 0.5 there and 1e-05 here"):
+        _initialize_from(model, config, data)
+
+
+# From Python.
+
+
+def test_three_lines_of_python_write_what_the_command_writes(run: Path, tmp_path: Path) -> None:
+    convert(run, tmp_path / "model", "full", "float32")
+    writer = megaback.load(tmp_path / "model")
+    how = {"max_new_tokens": 12, "seed": 3}
+
+    text = writer.complete_backwards("the end.", **how)
+
+    printed = CliRunner().invoke(
+        sample_command, [f"{tmp_path / 'model'}", "--ending=the end.", "--tokens=12", "--seed=3"]
+    )
+    assert printed.output == text + "\n"
+    assert text.endswith("the end.")
+    *_, (last, other) = writer.stream(["the end.", "no end."], **how)
+    assert last == text
+    assert other == writer.complete_backwards("no end.", max_new_tokens=12, seed=4)
+    with pytest.raises(DirectionMismatchError, match="use complete_backwards"):
+        writer.complete_forwards("once")
 
 
 @pytest.mark.parametrize(
