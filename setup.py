@@ -42,9 +42,11 @@ setup(
         # The CUDA kernels. They compile against the torch that is there:
         # pip install --no-build-isolation -e '.[flash]'
         "flash": ["flash-attn>=2.8"],
+        "gguf": ["gguf>=0.17"],
         "plot": ["matplotlib>=3.8"],
         "wandb": ["wandb>=0.19"],
         "dev": [
+            "gguf>=0.17",
             "hypothesis>=6.100",
             "matplotlib>=3.8",
             "mypy>=1.13",
@@ -55,6 +57,7 @@ setup(
             "types-PyYAML",
             "types-psutil",
             "wandb>=0.19",
+            "xllamacpp>=2026.9; platform_system == 'Linux'",
         ],
     },
     entry_points={"console_scripts": ["megaback = megaback.cli:main"]},

@@ -1,3 +1,20 @@
 """The model that writes backwards, and how it learns."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from megaback.writer import Writer
+
 __version__ = "0.1.0"
+
+
+def load(folder: "str | Path", **how: Any) -> "Writer":
+    """A model that `megaback convert` wrote, ready to write: see `megaback.writer.load_writer`.
+
+    >>> megaback.load("models/xcoax").complete_backwards("the end.")  # doctest: +SKIP
+    """
+    from megaback.writer import load_writer  # torch is loaded when it is needed
+
+    return load_writer(folder, **how)

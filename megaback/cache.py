@@ -1,59 +1,83 @@
-"""Keys and values of what a sampler has read, so that each new token costs one position.
+"""Keys and values of what a sampler has read, so that each new token costs one position a row.
 
-Fixed size, one sequence. Shapes: T new tokens, H query heads, K key and value heads, E head
-dimension.
+Memory is laid out once, for all rows and the whole context. A row's tokens end at `stop`, which all
+rows share, and begin wherever their number lets them: so a step writes one slot for all rows, and
+rows of different lengths need a mask.
+
+Shapes: B rows, K key and value heads, S slots, E head dimension, T tokens of one row.
 """
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
-
-class LayerCache:
-    """One layer's keys and values, in order of position."""
-
-    def __init__(self, capacity_tokens: int, kv_heads: int, head_dim: int, like: Tensor) -> None:
-        shape = (kv_heads, capacity_tokens, head_dim)
-        self._key_KTE = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self._value_KTE = torch.empty_like(self._key_KTE)
-        self.length = 0
-
-    def attend(self, query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
-        """Append keys and values; attend from the new queries to everything before and themselves.
-
-        Either fills an empty cache with many tokens or lengthens it by one.
-        """
-        num_new = len(query_THE)
-        stop = self.length + num_new
-        self._key_KTE[:, self.length : stop] = key_TKE.transpose(0, 1)
-        self._value_KTE[:, self.length : stop] = value_TKE.transpose(0, 1)
-        is_first = self.length == 0
-        self.length = stop
-        groups = query_THE.shape[1] // key_TKE.shape[1]
-        attended_HTE = F.scaled_dot_product_attention(
-            query_THE.transpose(0, 1)[None],
-            self._key_KTE[:, :stop].repeat_interleave(groups, dim=0)[None],
-            self._value_KTE[:, :stop].repeat_interleave(groups, dim=0)[None],
-            is_causal=is_first and num_new > 1,
-        )[0]
-        return attended_HTE.transpose(0, 1)
+LayerState = tuple[Tensor, Tensor]
+"""One layer's keys and values of one row: each of shape (K, T, E)."""
 
 
 class KeyValueCache:
-    """The caches of all layers."""
+    """All layers' keys and values, and how many tokens each row has read."""
 
     def __init__(
-        self, num_layers: int, capacity_tokens: int, kv_heads: int, head_dim: int, like: Tensor
+        self,
+        num_layers: int,
+        num_rows: int,
+        kv_heads: int,
+        capacity_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        shape = (num_layers, num_rows, kv_heads, capacity_tokens, head_dim)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros_like(self._keys)
+        self._slots_S = torch.arange(capacity_tokens, device=device)
         self.capacity_tokens = capacity_tokens
-        self.layers = [
-            LayerCache(capacity_tokens, kv_heads, head_dim, like) for _ in range(num_layers)
-        ]
+        self.lengths = [0] * num_rows
+        self.stop = 0
+        self._visible_BS: Tensor | None = None
 
     @property
-    def length(self) -> int:
-        return self.layers[0].length
+    def layers(self) -> list[LayerState]:
+        """Each layer's keys and values of all rows: each of shape (B, K, S, E)."""
+        return list(zip(self._keys.unbind(), self._values.unbind(), strict=True))
 
-    def clear(self) -> None:
-        for layer in self.layers:
-            layer.length = 0
+    def row(self, row: int) -> list[LayerState]:
+        """Copies of what a row has read."""
+        window = slice(self.stop - self.lengths[row], self.stop)
+        return [
+            (keys[row, :, window].clone(), values[row, :, window].clone())
+            for keys, values in self.layers
+        ]
+
+    def fill(self, rows: Sequence[list[LayerState]]) -> None:
+        """Put what each row has read in its place; rows beyond these are given up."""
+        self._keys, self._values = self._keys[:, : len(rows)], self._values[:, : len(rows)]
+        self.lengths = [row[0][0].shape[1] for row in rows]
+        self.stop = max(self.lengths)
+        for number, row in enumerate(rows):
+            window = slice(self.stop - self.lengths[number], self.stop)
+            for (keys, values), (row_keys, row_values) in zip(self.layers, row, strict=True):
+                keys[number, :, window] = row_keys
+                values[number, :, window] = row_values
+        self._visible_BS = None
+        if min(self.lengths) < self.stop:
+            begins_B = self.stop - torch.tensor(self.lengths, device=self._slots_S.device)
+            self._visible_BS = self._slots_S >= begins_B[:, None]
+
+    def advance(self) -> None:
+        """Count a token that was written at `stop` of every row."""
+        self.stop += 1
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def visible(self, stop: int) -> Tensor | None:
+        """Which of the slots before `stop` belong to each row: (B, 1, 1, stop); None if all do."""
+        return None if self._visible_BS is None else self._visible_BS[:, None, None, :stop]
+
+    def visible_of_all(self) -> Tensor:
+        """Which of all slots each row sees at `stop`: shape (1 or B, 1, 1, S)."""
+        written_BS = (self._slots_S <= self.stop)[None]
+        if self._visible_BS is not None:
+            written_BS = written_BS & self._visible_BS
+        return written_BS[:, None, None]

@@ -18,7 +18,7 @@ _COMMANDS: _Commands = {
     "doctor": ("launcher.doctor", "Say what works on this machine, and how to mend the rest."),
     "watch": ("tools.watch", "Say whether a run is well, slow, stuck or dead, and why."),
     "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
-    "convert": ("tools.convert", "Turn a checkpoint into one safetensors file."),
+    "convert": ("tools.convert", "Turn a checkpoint into a model for anywhere."),
     "sample": ("tools.sample", "Write what comes before an ending."),
 }
 _GROUPS: dict[str, tuple[str, _Commands]] = {

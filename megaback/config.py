@@ -140,6 +140,11 @@ class ModelSection(Section):
         explicit = {"num_kv_heads": self.kv_heads, "mlp_width": self.hidden_mlp_width}
         return self.model_copy(update=explicit)
 
+    def architecture(self) -> dict[str, Any]:
+        """What decides the weights' shapes and what is computed with them."""
+        of_learning = {"zero_output_projections", "zero_head", "base_width"}
+        return self.resolved().model_dump(mode="json", exclude=of_learning)
+
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads

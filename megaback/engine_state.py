@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megaback.matrix_shards import Slice, slices_of_each, slices_of_flat
+from megaback.tensor_file import TensorFile
 
 WEIGHT = "weight"
 _ADAMW_KINDS = ("exp_avg", "exp_avg_sq")
@@ -110,14 +111,11 @@ class SavedState:
 
     def __init__(self, files: Iterable[Path]) -> None:
         """Read the files' headers."""
-        from safetensors import safe_open
-
-        self._runs: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        self._runs: dict[tuple[str, str], list[tuple[int, int, TensorFile, str]]] = {}
         for path in files:
-            file: Any = safe_open(path, framework="pt")
-            for key in file.keys():  # noqa: SIM118 (it is no dictionary)
+            file = TensorFile(path)
+            for key, length in file.lengths().items():
                 kind, name, start = key.split(":")
-                (length,) = file.get_slice(key).get_shape()
                 self._runs.setdefault((kind, name), []).append((int(start), length, file, key))
         for runs in self._runs.values():
             runs.sort(key=lambda run: run[0])
@@ -141,8 +139,7 @@ class SavedState:
         for run_start, length, file, key in self._runs[kind, name]:
             first, last = max(start, run_start), min(stop, run_start + length)
             if first < last:
-                part = file.get_slice(key)[first - run_start : last - run_start]
-                out[first - start : last - start].copy_(part)
+                file.read(key, first - run_start, out[first - start : last - start])
                 missing -= last - first
         if missing:
             raise KeyError(f"{missing} elements of {kind}:{name}")

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.rows import IGNORED_TARGET
 from megaback.attention import AttentionBackend, Segments, sdpa_attention
-from megaback.cache import KeyValueCache, LayerCache
 from megaback.config import ModelSection
 from megaback.width_scaling import initial_std
 
@@ -103,9 +102,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(shape.head_dim, shape.norm_epsilon) if shape.qk_norm else None
         self.k_norm = RMSNorm(shape.head_dim, shape.norm_epsilon) if shape.qk_norm else None
 
-    def forward(
-        self, hidden_TD: Tensor, rotary: Rotary, segments: Segments, cache: LayerCache | None
-    ) -> Tensor:
+    def forward(self, hidden_TD: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
         query_THE = self.q_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
         key_TKE = self.k_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
         value_TKE = self.v_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
@@ -113,10 +110,7 @@ class Attention(nn.Module):
             query_THE, key_TKE = self.q_norm(query_THE), self.k_norm(key_TKE)
         query_THE = self.elementwise(rotary.turn, query_THE)
         key_TKE = self.elementwise(rotary.turn, key_TKE)
-        if cache is None:
-            attended_THE = self.backend(query_THE, key_TKE, value_TKE, segments)
-        else:
-            attended_THE = cache.attend(query_THE, key_TKE, value_TKE)
+        attended_THE = self.backend(query_THE, key_TKE, value_TKE, segments)
         output_TD: Tensor = self.o_proj(attended_THE.flatten(1))
         return output_TD
 
@@ -152,14 +146,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.width, shape.norm_epsilon)
         self.mlp = GatedMLP(shape.width, shape.hidden_mlp_width)
 
-    def forward(
-        self,
-        hidden_TD: Tensor,
-        rotary: Rotary,
-        segments: Segments,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        attended_TD = self.self_attn(self.input_layernorm(hidden_TD), rotary, segments, cache)
+    def forward(self, hidden_TD: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+        attended_TD = self.self_attn(self.input_layernorm(hidden_TD), rotary, segments)
         hidden_TD = hidden_TD + attended_TD
         mixed_TD: Tensor = self.mlp(self.post_attention_layernorm(hidden_TD))
         return hidden_TD + mixed_TD
@@ -219,23 +207,16 @@ class ReverseGPT(nn.Module):
             std = initial_std(name, self.shape)
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
-    def hidden(
-        self,
-        ids_T: Tensor,
-        positions_T: Tensor,
-        segments: Segments,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the final norm: shape (T, D)."""
         shape = self.shape
         hidden_TD: Tensor = self.model.embed_tokens(ids_T)
         rotary = Rotary.at(positions_T, shape.head_dim, shape.rope_theta)
-        for index, block in enumerate(self.model.layers):
+        for block in self.model.layers:
             if self.activation_checkpointing == "block" and self.training:
                 hidden_TD = checkpoint(block, hidden_TD, rotary, segments, use_reentrant=False)
             else:
-                layer_cache = cache.layers[index] if cache is not None else None
-                hidden_TD = block(hidden_TD, rotary, segments, layer_cache)
+                hidden_TD = block(hidden_TD, rotary, segments)
         normed_TD: Tensor = self.model.norm(hidden_TD)
         return normed_TD
 

@@ -2,7 +2,7 @@
 
 import fcntl
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -247,13 +247,23 @@ def _note_start(
 def _initialize_from(model: ReverseGPT, config: Config, data: Data) -> None:
     folder = config.init_from or Path()
     description = read_description(folder)
-    description.text_format.require_same(
+    text_format = description.text_format
+    if description.is_foreign:  # it may learn another direction
+        text_format = replace(
+            text_format, direction=data.text_format.direction, unit=data.text_format.unit
+        )
+    text_format.require_same(
         data.text_format, f"init_from {folder}", f"the run on {config.data.description}"
     )
-    if (description.shape, description.vocab_size) != (config.model, data.codec.vocab_size):
+    theirs = {"vocab_size": description.vocab_size, **description.shape.architecture()}
+    ours = {"vocab_size": data.codec.vocab_size, **config.model.architecture()}
+    differing = [name for name in ours if theirs[name] != ours[name]]
+    if differing:
+        name = differing[0]
         raise RunMismatchError(
-            f"init_from {folder} has another shape than the config's model: "
-            f"{description.shape} and {config.model}; make the config's model equal"
+            f"init_from {folder} has another shape than the config's model: {name} is "
+            f"{theirs[name]} there and {ours[name]} here ({len(differing)} differ: "
+            f"{', '.join(differing)}); make the config's model equal"
         )
     load_weights(model, folder)
 

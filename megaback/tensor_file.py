@@ -2,9 +2,11 @@
 
 Format: https://huggingface.co/docs/safetensors (a length, a JSON header, raw little-endian data).
 The library writes a dictionary of whole tensors; here each tensor may be made when its turn comes,
-the bytes are hashed as they go out, and other threads run meanwhile. Reading is the library's.
+the bytes are hashed as they go out, and other threads run meanwhile. The library also maps files
+into memory, where what was read stays counted as ours; here parts are read to where they belong.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 _WRITE_BYTES = 1 << 24
 
 Spec = tuple[torch.dtype, Sequence[int]]
@@ -55,6 +58,8 @@ def write_tensors(
                     block = data[start : start + _WRITE_BYTES]
                     num_bytes += _write(file.fileno(), block)
                     digest.update(block)
+                    del block
+                del tensor, data  # before the next one is made
             os.fsync(file.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not say where it is
@@ -67,6 +72,40 @@ def _write(descriptor: int, data: "memoryview[int]") -> int:
     while written < len(data):
         written += os.write(descriptor, data[written:])
     return written
+
+
+class TensorFile:
+    """Parts of one-dimensional tensors of a file that was verified, read into other tensors."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header. Raises OSError."""
+        self._file = path.open("rb", buffering=0)
+        length = int.from_bytes(self._file.read(8), "little")
+        header = json.loads(self._file.read(length))
+        header.pop("__metadata__", None)
+        self._entries = header
+        self._data_start = 8 + length
+
+    def lengths(self) -> dict[str, int]:
+        """Elements of each tensor."""
+        return {name: entry["shape"][0] for name, entry in self._entries.items()}
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` with elements from `start` on. Raises OSError."""
+        entry = self._entries[name]
+        dtype = _DTYPES[entry["dtype"]]
+        is_direct = out.dtype is dtype and out.device.type == "cpu" and out.is_contiguous()
+        part = out if is_direct else torch.empty(out.shape, dtype=dtype)
+        data = memoryview(part.detach().view(torch.uint8).numpy().data)
+        position = self._data_start + entry["data_offsets"][0] + start * dtype.itemsize
+        while data:
+            num_bytes = os.preadv(self._file.fileno(), [data], position)
+            if not num_bytes:
+                raise OSError(errno.EIO, "it ends within a tensor", self._file.name)
+            position += num_bytes
+            data = data[num_bytes:]
+        if part is not out:
+            out.copy_(part)
 
 
 def size_and_hash(path: Path) -> SizeAndHash:

@@ -1,93 +1,132 @@
-"""`megaback convert`: from a checkpoint of any ZeRO stage to something that runs on one device."""
+"""`megaback convert`: from a checkpoint of any ZeRO stage to something that runs anywhere.
+
+Weights are read and written a tensor at a time, and the folder appears under its name when it is
+whole, or not at all.
+"""
 
 import os
+import re
 import shutil
+import signal
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
 
 import click
 
 from data_pipeline.command import Command
 from data_pipeline.errors import OutputExistsError
-from megaback.config import Config
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from megaback.checkpoint import CheckpointMeta
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+MOST_FILE_BYTES = 5 * 10**9
 
 
-def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
-    """Gather a checkpoint's weights into a model folder that appears whole or not at all.
+def _num_bytes(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    num_bytes = float(match[1]) * _FACTORS[match[2].upper()] if match else 0
+    if num_bytes < 1:
+        raise click.BadParameter(f"{text!r} is not a size; write for example 500MB or 5GB")
+    return int(num_bytes)
 
-    `checkpoint` is a run, or one of its checkpoints. Raises CheckpointMissingError,
-    CheckpointCorruptError, OutputExistsError.
-    """
-    import torch
 
-    from data_pipeline.manifest import TOKENIZER_NAME
-    from megaback.checkpoint import find_checkpoint
-    from megaback.model_folder import ModelDescription, save_model_folder
-
+def require_free(out: Path) -> None:
+    """Raises OutputExistsError where something is that is no empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(f"{out} already holds something; choose another --out")
-    target, meta = find_checkpoint(checkpoint)
-    config = Config.model_validate(meta.config)
-    description = ModelDescription(
-        shape=config.model,
-        vocab_size=meta.vocab_size,
-        context_tokens=config.batch.context_tokens,
-        text_format=meta.format,
-        step=meta.step,
-        val_loss=meta.val_loss,
-    )
-    weights = gather_weights(target, meta)
-    weights = {
-        name: weight.to(getattr(torch, dtype)).contiguous() for name, weight in weights.items()
-    }
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when nothing went wrong, and else is removed.
+
+    Raises OutputExistsError.
+    """
+    require_free(out)
+    out = out.resolve()
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        tokenizer = (target / TOKENIZER_NAME).read_bytes()
-        save_model_folder(partial, description, weights, tokenizer)
+        partial.mkdir(parents=True)
+        yield partial
         if out.is_dir():
             out.rmdir()
         os.replace(partial, out)
+    except OSError as error:
+        error.filename = error.filename or str(out)  # a full disk does not say where it is
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def gather_weights(target: Path, meta: "CheckpointMeta") -> "dict[str, Tensor]":
-    """The full fp32 weights of a verified checkpoint, by parameter name."""
+def convert(
+    source_path: Path, out: Path, kind: str, dtype: str, most_file_bytes: int = MOST_FILE_BYTES
+) -> None:
+    """Write `full`, `hf` or `gguf` from a run, one of its checkpoints, or a converted model.
+
+    Raises CheckpointMissingError, CheckpointCorruptError, OutputExistsError, BackendError, OSError.
+    """
+    require_free(out)  # what takes long comes later
     import torch
 
-    from megaback.checkpoint import WEIGHTS_PREFIX, saved_state
-    from megaback.engine_state import WEIGHT
-    from megaback.model import ReverseGPT
+    from megaback.model_folder import write_model_folder
+    from tools.gguf_export import write_gguf_folder
+    from tools.hf_export import write_hf_folder
+    from tools.weight_source import open_source
 
-    config = Config.model_validate(meta.config)
-    with torch.device("meta"):
-        model = ReverseGPT(config.model, meta.vocab_size)
-    saved = saved_state(target, meta, WEIGHTS_PREFIX)
-    weights = {}
-    for name, parameter in model.named_parameters():
-        weights[name] = torch.empty(parameter.shape)
-        saved.read(WEIGHT, name, 0, weights[name].view(-1))
-    return weights
+    source = open_source(source_path)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    name = out.resolve().name
+    with whole_folder(out) as folder:
+        if kind == "full":
+            specs = source.specs(torch_dtype)
+            write_model_folder(
+                folder, source.description, specs, source.read, source.tokenizer, most_file_bytes
+            )
+        elif kind == "hf":
+            write_hf_folder(folder, name, source, torch_dtype, most_file_bytes)
+        else:
+            write_gguf_folder(folder, name, source, torch_dtype)
+
+
+def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
+    """`convert` to megaback's own folder."""
+    convert(checkpoint, out, "full", dtype)
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 @click.command(cls=Command, name="convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--to", "kind", type=click.Choice(["full"]), default="full", show_default=True)
+@click.option(
+    "--to",
+    "kind",
+    type=click.Choice(["full", "hf", "gguf"]),
+    default="full",
+    show_default=True,
+    help="full: megaback's own. hf: transformers. gguf: llama.cpp.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
 )
-def main(checkpoint: Path, kind: str, out: Path, dtype: str) -> None:
-    """Turn CHECKPOINT (a run, or one of its checkpoints) into a folder that samples anywhere."""
-    assert kind == "full"
-    convert_full(checkpoint, out, dtype)
+@click.option(
+    "--max-shard-size",
+    callback=_num_bytes,
+    default="5GB",
+    show_default=True,
+    help="Largest file of weights (full and hf).",
+)
+def main(checkpoint: Path, kind: str, out: Path, dtype: str, max_shard_size: int) -> None:
+    """Turn CHECKPOINT (a run, one of its checkpoints, or a converted model) into a folder."""
+    signal.signal(signal.SIGTERM, _leave)  # so that nothing half-written is left behind
+    convert(checkpoint, out, kind, dtype, max_shard_size)
     click.echo(f"wrote {out}")
-    click.echo(f'next: megaback sample {out} --ending "the end."')
+    if kind == "full":
+        click.echo(f'next: megaback sample {out} --ending "the end."')
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
 """`megaback sample`: write what comes before an ending (or, with a forward model, after a text)."""
 
-from dataclasses import replace
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from data_pipeline.command import Command
-from data_pipeline.errors import BackendError, DirectionMismatchError, PromptError
+from data_pipeline.errors import DirectionMismatchError, PromptError
 from data_pipeline.text import Direction
 
 if TYPE_CHECKING:
-    import torch
+    from megaback.choice import SamplingOptions
+    from megaback.writer import Writer
 
-    from megaback.generate import SamplingOptions
-
+_BETWEEN_SAMPLES = "\n\n---\n\n"
+_SECONDS_A_PICTURE = 0.05
 _PROMPT_OPTION = {Direction.BACKWARD: "--ending", Direction.FORWARD: "--beginning"}
 
 
@@ -47,23 +51,30 @@ def apply_command(options: "SamplingOptions", line: str) -> "SamplingOptions | N
     raise PromptError(f"{line.strip()!r} is not a value for {name}; write for example temp=0.8")
 
 
-def choose_device(name: str | None) -> "torch.device":
-    """A device by name, or the first GPU, or the CPU. Raises BackendError when it is not there."""
-    import torch
+def write_samples(
+    writer: "Writer", given: str, num_samples: int, options: "SamplingOptions"
+) -> None:
+    """Print samples of one text; on a terminal they are seen growing, backward ones leftwards."""
+    stream = writer.stream([given] * num_samples, **asdict(options))
+    texts = [given] * num_samples
+    if sys.stdout.isatty():
+        from rich.live import Live
+        from rich.text import Text
 
-    has_cuda = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if has_cuda else "cpu"))
-    except RuntimeError:
-        raise BackendError(f"--device {name} is no device; use cpu, cuda or cuda:N") from None
-    if device.type != "cpu" and not (
-        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
-    ):
-        raise BackendError(
-            f"--device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
-            "use cpu, or a CUDA build of torch on a machine with GPUs"
-        )
-    return device
+        # A sample's beginning changes with every token, so everything is shown anew.
+        with Live(transient=True, auto_refresh=False, vertical_overflow="ellipsis") as live:
+            last_shown_s = 0.0
+            for texts in stream:
+                if time.monotonic() - last_shown_s > _SECONDS_A_PICTURE:
+                    live.update(Text(_joined(texts)), refresh=True)
+                    last_shown_s = time.monotonic()
+    else:
+        texts = writer.complete_many([given] * num_samples, **asdict(options))
+    click.echo(_joined(texts))
+
+
+def _joined(texts: Sequence[str]) -> str:
+    return _BETWEEN_SAMPLES.join(texts)
 
 
 @click.command(cls=Command, name="sample")
@@ -71,12 +82,56 @@ def choose_device(name: str | None) -> "torch.device":
 @click.option("--ending", help="Text that a backward model writes towards.")
 @click.option("--beginning", help="Text that a forward model goes on from.")
 @click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True)
-@click.option("--temp", type=click.FloatRange(min=0), default=0.8, show_default=True)
-@click.option("--top-k", type=click.IntRange(min=0), default=200, show_default=True)
+@click.option(
+    "--temp",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    help="0 takes the most likely token.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Choose among so many of the most likely tokens; 0 for all.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Choose among the fewest tokens that together have this probability.",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(min=0, max=1),
+    default=0.0,
+    show_default=True,
+    help="Leave out what has less than this part of the likeliest token's probability.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Above 1: tokens that were read or written become less likely.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Write so many at once; the second has the next seed, and so on.",
+)
 @click.option(
     "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
 )
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
+)
+@click.option("--compile", "compiled", is_flag=True, help="With torch.compile; slow to begin with.")
 def main(
     folder: Path,
     ending: str | None,
@@ -84,16 +139,23 @@ def main(
     tokens: int,
     temp: float,
     top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
     seed: int,
+    samples: int,
     device: str | None,
+    dtype: str,
+    compiled: bool,
 ) -> None:
     """Generate with the model in DIR on one device.
 
     Without a text, an interactive prompt: type one, or temp=X, top_k=X, tokens=X; an empty line or
     end of input leaves.
     """
-    from megaback.generate import SamplingOptions, complete
-    from megaback.model_folder import load_model_folder, read_description
+    from megaback.choice import SamplingOptions
+    from megaback.model_folder import read_description
+    from megaback.writer import load_writer
 
     direction = read_description(folder).text_format.direction
     if ending is not None and beginning is not None:
@@ -102,11 +164,11 @@ def main(
         require_direction(folder, direction, Direction.BACKWARD)
     if beginning is not None:
         require_direction(folder, direction, Direction.FORWARD)
-    model, description, codec = load_model_folder(folder, choose_device(device))
-    options = SamplingOptions(tokens, temp, top_k, seed)
+    writer = load_writer(folder, device=device, dtype=dtype, usual_rows=samples, compiled=compiled)
+    options = SamplingOptions(tokens, temp, top_k, seed, top_p, min_p, repetition_penalty)
     given = ending if ending is not None else beginning
     if given is not None:
-        click.echo(complete(model, codec, given, description.context_tokens, options))
+        write_samples(writer, given, samples, options)
         return
     label = "Ending" if direction is Direction.BACKWARD else "Beginning"
     click.echo(f"{label}s of a text, or temp=X, top_k=X, tokens=X; an empty line leaves.")
@@ -123,10 +185,10 @@ def main(
             if changed is not None:
                 options = changed
                 continue
-            click.echo(complete(model, codec, line, description.context_tokens, options))
+            write_samples(writer, line, samples, options)
         except PromptError as error:
             click.echo(f"megaback: {error}", err=True)
-        options = replace(options, seed=options.seed + 1)
+        options = replace(options, seed=options.seed + samples)
 
 
 if __name__ == "__main__":

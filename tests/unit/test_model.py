@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from data_pipeline.errors import BackendError
 from data_pipeline.rows import IGNORED_TARGET
 from megaback.attention import Segments, attention_backend, sdpa_attention
-from megaback.cache import KeyValueCache
 from megaback.config import ModelSection
 from megaback.model import ReverseGPT, _recomputed
 
@@ -232,43 +231,6 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradient() -> None:
 
     assert loss.item() == 0
     assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("prompt_tokens", [1, 9])
-@torch.no_grad()
-def test_reading_token_by_token_with_a_cache_gives_the_logits_of_reading_at_once(
-    prompt_tokens: int,
-) -> None:
-    model = make_model()
-    shape = model.shape
-    ids_T = random_ids(30)
-    cache = KeyValueCache(
-        shape.num_layers, 30, shape.kv_heads, shape.head_dim, model.lm_head.weight
-    )
-    hidden = []
-    for start, stop in [(0, prompt_tokens), *((at, at + 1) for at in range(prompt_tokens, 30))]:
-        segments = Segments.from_lengths((stop - start,), CPU)
-        hidden.append(model.hidden(ids_T[start:stop], torch.arange(start, stop), segments, cache))
-
-    cached_TV = model.lm_head(torch.cat(hidden))
-
-    torch.testing.assert_close(cached_TV, model.logits(ids_T, *packed(30)), atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_a_cleared_cache_reads_as_a_new_one() -> None:
-    model = make_model()
-    shape = model.shape
-    cache = KeyValueCache(
-        shape.num_layers, 12, shape.kv_heads, shape.head_dim, model.lm_head.weight
-    )
-    positions_T, segments = packed(12)
-    model.hidden(random_ids(12, seed=5), positions_T, segments, cache)
-
-    cache.clear()
-
-    again_TD = model.hidden(random_ids(12), positions_T, segments, cache)
-    torch.testing.assert_close(again_TD, model.hidden(random_ids(12), positions_T, segments))
 
 
 @pytest.mark.parametrize("kind", ["block", "selective"])

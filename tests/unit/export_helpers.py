@@ -1,0 +1,69 @@
+"""A checkpoint as some ranks left it, made without training."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from data_pipeline.text import TextCodec
+from megaback.checkpoint import FORMAT_NAME, FORMAT_VERSION, META_NAME, CheckpointMeta
+from megaback.config import Config
+from megaback.model import ReverseGPT
+from megaback.tensor_file import write_tensors
+
+STEP = 30
+
+
+def write_checkpoint(
+    run: Path, codec: TextCodec, ranks: int = 3, context_tokens: int = 64, **model: object
+) -> tuple[Path, ReverseGPT]:
+    """A run with one checkpoint, every parameter cut among the ranks; and its model."""
+    fields = {"num_layers": 2, "width": 32, "num_heads": 4, "num_kv_heads": 2, **model}
+    config = Config.model_validate(
+        {
+            "run": run,
+            "data": {"shards": "unused"},
+            "model": fields,
+            "batch": {
+                "context_tokens": context_tokens,
+                "global_batch_rows": ranks,
+                "micro_batch_rows": 1,
+            },
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {"steps": 1, "precision": "fp32"},
+            "zero": {"stage": 2},
+        }
+    )
+    made = ReverseGPT(config.model, codec.vocab_size)
+    made.initialize(5)
+    target = run / "checkpoints" / f"step-{STEP:08d}"
+    target.mkdir(parents=True)
+    files = {}
+    for rank in range(ranks):
+        runs = {}
+        for name, weight in made.named_parameters():
+            flat = weight.detach().view(-1)
+            edges = [len(flat) * part // ranks for part in range(ranks + 1)]
+            runs[f"weight:{name}:{edges[rank]}"] = flat[edges[rank] : edges[rank + 1]]
+        name = f"weights-{rank:05d}.safetensors"
+        specs = {key: (torch.float32, part.shape) for key, part in runs.items()}
+        files[name] = write_tensors(target / name, specs, runs.__getitem__)
+    (target / "tokenizer.model").write_bytes(codec.model_bytes)
+    meta = CheckpointMeta(
+        step=STEP,
+        updates=STEP,
+        world_size=ranks,
+        zero_stage=2,
+        precision="fp32",
+        vocab_size=codec.vocab_size,
+        text_format=codec.format.to_dict(),
+        data_fingerprint="",
+        config=config.model_dump(mode="json"),
+        val_loss=2.5,
+        versions={},
+        files=files,
+    )
+    described = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
+    (target / META_NAME).write_text(json.dumps(described))
+    return target, made

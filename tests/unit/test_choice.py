@@ -1,0 +1,104 @@
+"""The choice among next ids: transformers' filters, exact probabilities, streams of one's own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from data_pipeline.errors import ConfigError
+from megaback.choice import Chooser, SamplingOptions, candidates, penalized
+
+VOCAB_SIZE = 50
+
+
+def random_logits(seed: int, rows: int = 3) -> torch.Tensor:
+    return 3 * torch.randn(rows, VOCAB_SIZE, generator=torch.manual_seed(seed))
+
+
+@settings(max_examples=50)
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.floats(0.2, 3),
+    top_k=st.integers(0, VOCAB_SIZE + 5),
+    top_p=st.floats(0.05, 1),
+    min_p=st.floats(0, 0.9),
+)
+def test_the_candidates_and_their_probabilities_are_those_of_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits_BV = random_logits(seed)
+    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    expected_BV = LogitsProcessorList(warpers)(torch.zeros(3, 1), logits_BV.clone()).softmax(-1)
+    options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+    relative_BC, ids_BC = candidates(logits_BV, options)
+
+    found_BV = relative_BC / relative_BC.sum(-1, keepdim=True)
+    if ids_BC is not None:
+        found_BV = torch.zeros_like(logits_BV).scatter(1, ids_BC, found_BV)
+    torch.testing.assert_close(found_BV, expected_BV, atol=1e-5, rtol=1e-4)
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    logits_BV = random_logits(0)
+    ids_BT = torch.tensor([[1, 2, 2, 7], [0, 9, 9, 9], [49, 48, 1, 1]])
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(1, ids_BT, True)
+
+    expected_BV = RepetitionPenaltyLogitsProcessor(1.7)(ids_BT, logits_BV.clone())
+
+    assert torch.equal(penalized(logits_BV, seen_BV, 1.7), expected_BV)
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_ids_come_as_often_as_their_probabilities_say(top_k: int) -> None:
+    logits_BV = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]]).repeat(20_000, 1)
+    chooser = Chooser(SamplingOptions(temperature=1, top_k=top_k), 20_000)
+
+    counts = torch.bincount(torch.tensor(chooser.choose(logits_BV, range(20_000))), minlength=5)
+
+    assert counts[4] == 0
+    expected = 20_000 * logits_BV[0].softmax(-1)
+    assert (counts - expected).abs().max() < 4 * expected.max().sqrt()
+
+
+def test_a_row_draws_from_a_stream_of_its_own() -> None:
+    logits_BV = torch.zeros(3, VOCAB_SIZE)
+    options = SamplingOptions(temperature=1, top_k=0, seed=5)
+    together, apart = Chooser(options, 3), Chooser(options, 3)
+
+    all_rows = [together.choose(logits_BV, [0, 1, 2]) for _ in range(20)]
+    last_row = [apart.choose(logits_BV[:1], [2])[0] for _ in range(20)]
+
+    assert [chosen[2] for chosen in all_rows] == last_row
+    assert len({tuple(column) for column in zip(*all_rows, strict=True)}) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"max_new_tokens": 0},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+        {"temperature": float("nan")},
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused_by_name(wrong: dict[str, float]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=name):
+        SamplingOptions(**wrong)

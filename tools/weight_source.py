@@ -1,0 +1,97 @@
+"""What is converted: a checkpoint of any ranks and stage, or a model's folder; by tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.manifest import TOKENIZER_NAME
+from megaback.checkpoint import WEIGHTS_PREFIX, find_checkpoint, saved_state
+from megaback.config import Config
+from megaback.engine_state import WEIGHT
+from megaback.model import ReverseGPT
+from megaback.model_folder import (
+    CONFIG_NAME,
+    ModelDescription,
+    open_weights,
+    read_description,
+)
+from megaback.tensor_file import Spec
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A model's description and tokenizer, and its weights by name as they are asked for."""
+
+    description: ModelDescription
+    tokenizer: bytes
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+    def specs(self, dtype: torch.dtype) -> dict[str, Spec]:
+        """All tensors in one type; without the output projection where it is the embeddings."""
+        return {name: (dtype, shape) for name, shape in self.shapes.items()}
+
+
+def open_source(path: Path) -> WeightSource:
+    """Verify what is there.
+
+    Raises CheckpointMissingError or CheckpointCorruptError, and what `read_description` does.
+    """
+    return _from_folder(path) if (path / CONFIG_NAME).is_file() else _from_checkpoint(path)
+
+
+def _shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = ReverseGPT(description.shape, description.vocab_size)
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
+def _from_checkpoint(path: Path) -> WeightSource:
+    target, meta = find_checkpoint(path)
+    config = Config.model_validate(meta.config)
+    description = ModelDescription(
+        shape=config.model,
+        vocab_size=meta.vocab_size,
+        context_tokens=config.batch.context_tokens,
+        text_format=meta.format,
+        step=meta.step,
+        val_loss=meta.val_loss,
+    )
+    saved = saved_state(target, meta, WEIGHTS_PREFIX)
+    shapes = _shapes(description)
+
+    def read(name: str) -> Tensor:
+        weight = torch.empty(shapes[name])
+        try:
+            saved.read(WEIGHT, name, 0, weight.view(-1))
+        except KeyError as error:
+            raise CheckpointCorruptError(
+                f"the checkpoint {target} is not whole: it lacks {error}; convert another one"
+            ) from None
+        return weight
+
+    return WeightSource(description, (target / TOKENIZER_NAME).read_bytes(), shapes, read)
+
+
+def _from_folder(folder: Path) -> WeightSource:
+    description = read_description(folder)
+    stored = open_weights(folder)
+    shapes = _shapes(description)
+
+    def read(name: str) -> Tensor:
+        try:
+            weight = stored.read(name)
+        except KeyError:
+            raise CheckpointCorruptError(f"the model {folder} lacks {name}") from None
+        if tuple(weight.shape) != shapes[name]:
+            raise CheckpointCorruptError(
+                f"the model {folder} has {name} of shape {tuple(weight.shape)}, and its config "
+                f"says {shapes[name]}"
+            )
+        return weight
+
+    return WeightSource(description, (folder / TOKENIZER_NAME).read_bytes(), shapes, read)
