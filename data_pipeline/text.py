@@ -129,10 +129,11 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids to read, begin marker first, and the ids of which the first new one must be."""
+    """Ids to read, the ids of which the first new one must be, and the one that ends the text."""
 
     ids: list[int]
     first_ids: npt.NDArray[np.int64]
+    end_id: int
 
 
 class TextCodec:
@@ -201,8 +202,22 @@ class TextCodec:
 
         Not to be written to.
         """
-        (ids,) = self._encode_all([text])
+        (ids,) = self.encode_all([text])
         return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[Ids]:
+        """`encode` of each text, faster; best given what `encoder.in_batches` groups."""
+        if self._reverses_words:
+            texts = [reverse_words(text) for text in texts]
+        self._characters_before_fastest -= sum(map(len, texts))
+        encoder = self._reference if self._characters_before_fastest > 0 else self._fastest
+        are_plain = list(map(_is_plain, texts))
+        ids_of_plain = iter(encoder.encode_all(list(compress(texts, are_plain))))
+        ids_of_texts = [
+            next(ids_of_plain) if is_plain else self._encode_spelled(text, encoder)
+            for text, is_plain in zip(texts, are_plain, strict=True)
+        ]
+        return [ids[::-1] for ids in ids_of_texts] if self._reverses_ids else ids_of_texts
 
     def encode_document(self, text: str) -> Ids:
         """Ids of a whole document between its begin and end markers: shape (tokens + 2,)."""
@@ -212,7 +227,7 @@ class TextCodec:
     def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
         """`encode_document` of each text, faster; best given what `encoder.in_batches` groups."""
         documents = []
-        for ids in self._encode_all(texts):
+        for ids in self.encode_all(texts):
             document = np.empty(len(ids) + 2, dtype=self.id_dtype)
             document[0], document[1:-1], document[-1] = self.begin_id, ids, self.end_id
             documents.append(document)
@@ -251,23 +266,23 @@ class TextCodec:
         whitespace, nothing is held back, and the first new id begins with whitespace.
         """
         ids = [self.begin_id, *self.encode(given).tolist()]
-        writable = self.writable_ids()
+        writable = self.writable_ids(self.end_id)
         if len(ids) == 1:
-            return Prompt(ids, writable)
+            return Prompt(ids, writable, self.end_id)
         if self._reverses_words:
             first = [i for i in writable if self._piece_bytes[i][:1].isspace() or i == self.end_id]
         else:
             held_back = self._piece_bytes[ids.pop()]
             contains = bytes.endswith if self._reverses_ids else bytes.startswith
             first = [i for i in writable if contains(self._piece_bytes[i], held_back)]
-        return Prompt(ids, np.array(first, dtype=np.int64))
+        return Prompt(ids, np.array(first, dtype=np.int64), self.end_id)
 
-    def writable_ids(self) -> npt.NDArray[np.int64]:
-        """Ids that a sample may hold: those with text, and the end marker."""
+    def writable_ids(self, end_id: int) -> npt.NDArray[np.int64]:
+        """Ids that a sample may hold: those with text, and the marker that ends it."""
         allowed = [
             piece_id
             for piece_id, piece in enumerate(self._piece_bytes)
-            if piece or piece_id == self.end_id
+            if piece or piece_id == end_id
         ]
         return np.array(allowed, dtype=np.int64)
 
@@ -282,19 +297,6 @@ class TextCodec:
     @cached_property
     def _fastest(self) -> Encoder:
         return fastest_encoder(self.model_bytes, self._processor, self.id_dtype)
-
-    def _encode_all(self, texts: Sequence[str]) -> list[Ids]:
-        if self._reverses_words:
-            texts = [reverse_words(text) for text in texts]
-        self._characters_before_fastest -= sum(map(len, texts))
-        encoder = self._reference if self._characters_before_fastest > 0 else self._fastest
-        are_plain = list(map(_is_plain, texts))
-        ids_of_plain = iter(encoder.encode_all(list(compress(texts, are_plain))))
-        ids_of_texts = [
-            next(ids_of_plain) if is_plain else self._encode_spelled(text, encoder)
-            for text, is_plain in zip(texts, are_plain, strict=True)
-        ]
-        return [ids[::-1] for ids in ids_of_texts] if self._reverses_ids else ids_of_texts
 
     def _encode_spelled(self, text: str, encoder: Encoder) -> Ids:
         """Ids of a text of which some characters are spelled in byte pieces."""

@@ -78,11 +78,14 @@ def generate_many(
 ) -> Iterator[list[int | None]]:
     """The next id of each sample at once, None for those that have ended; until all have.
 
-    Sample i begins with prompts[i] and has seed `options.seed + i`.
+    Sample i begins with prompts[i], which all end at the same marker, and has seed
+    `options.seed + i`.
     """
     if not prompts:
         return
     context_tokens = sampler.context_tokens
+    if len({prompt.end_id for prompt in prompts}) > 1:
+        raise ValueError("prompts that end at different markers cannot be gone on from together")
     for prompt in prompts:
         if len(prompt.ids) > context_tokens:
             raise PromptError(
@@ -101,7 +104,7 @@ def generate_many(
         cache = sampler.new_cache(len(rows))
         cache.fill([read[tuple(row.ids[:-1])] for row in rows])
         del read
-    ends = {codec.end_id, *options.stop_ids}
+    ends = {prompts[0].end_id, *options.stop_ids}
     for _ in range(options.max_new_tokens):
         with torch.inference_mode():
             if cache.stop == cache.capacity_tokens:
@@ -151,7 +154,7 @@ class _Masks:
 
         self._added_BV = torch.stack([added(prompt.first_ids) for prompt in prompts])
         self._added_BV = self._added_BV.to(sampler.device)
-        writable = [*codec.writable_ids().tolist(), *options.stop_ids]
+        writable = [*codec.writable_ids(prompts[0].end_id).tolist(), *options.stop_ids]
         self._later_V = added(writable).to(sampler.device)
         self._penalty = options.repetition_penalty
         self._seen_BV: Tensor | None = None

@@ -74,7 +74,7 @@ def _tokenizer_config(
 
 
 def _generation_config(codec: TextCodec) -> dict[str, Any]:
-    writable = set(codec.writable_ids().tolist())
+    writable = set(codec.writable_ids(codec.end_id).tolist())
     return {
         "bos_token_id": codec.begin_id,
         "eos_token_id": codec.end_id,

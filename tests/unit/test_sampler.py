@@ -29,7 +29,8 @@ class Codec:
     end_id = END_ID
     vocab_size = VOCAB_SIZE
 
-    def writable_ids(self) -> np.ndarray:
+    def writable_ids(self, end_id: int) -> np.ndarray:
+        assert end_id == END_ID
         return WRITABLE
 
 
@@ -37,7 +38,7 @@ CODEC = Codec()
 
 
 def prompt_of(ids: Sequence[int], first_ids: np.ndarray = WRITABLE) -> Prompt:
-    return Prompt(list(ids), first_ids)
+    return Prompt(list(ids), first_ids, END_ID)
 
 
 @cache

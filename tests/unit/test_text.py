@@ -198,7 +198,10 @@ def test_a_sample_may_hold_what_has_text_and_the_end_marker(codec: Codecs) -> No
     chosen = codec()
     unknown_id = 0
     forbidden = (control_ids(chosen) | {unknown_id}) - {chosen.end_id}
-    assert set(chosen.writable_ids().tolist()) == set(range(chosen.vocab_size)) - forbidden
+    assert (
+        set(chosen.writable_ids(chosen.end_id).tolist())
+        == set(range(chosen.vocab_size)) - forbidden
+    )
 
 
 def test_by_words_what_is_written_first_keeps_away_from_the_given_word_or_ends(
@@ -233,7 +236,7 @@ def test_nothing_given_leaves_every_first_id_open(codec: Codecs) -> None:
     prompt = chosen.prompt("")
     assert (prompt.ids, prompt.first_ids.tolist()) == (
         [chosen.begin_id],
-        chosen.writable_ids().tolist(),
+        chosen.writable_ids(chosen.end_id).tolist(),
     )
 
 
