@@ -157,21 +157,31 @@ def num_workers(workers: int | None) -> int:
 
 def echo_manifest(manifest: Manifest, out: Path) -> None:
     """Tell what a finished data set holds, and what to type next."""
+    noun = "documents" if manifest.row_tokens is None else "examples"
     for split in SPLITS:
         total = manifest.total(split)
         click.echo(
-            f"{split}: {total['documents']:,} documents, {total['tokens']:,} tokens, "
+            f"{split}: {total['documents']:,} {noun}, {total['tokens']:,} tokens, "
             f"{total['text_bytes']:,} bytes of text in {total['shards']} shards "
             f"of {total['file_bytes']:,} bytes"
         )
+        if manifest.row_tokens is not None and total["tokens"]:
+            click.echo(
+                f"  in {total['tokens'] // manifest.row_tokens:,} rows of {manifest.row_tokens:,}: "
+                f"{total['learnt_tokens']:,} tokens with loss, "
+                f"{total['padding_tokens'] / total['tokens']:.1%} padding"
+            )
     if manifest.left_out:
         counted = ", ".join(
             f"{number:,} ({name.replace('_', ' ')})" for name, number in manifest.left_out.items()
         )
-        click.echo(f"documents left out: {counted}")
+        click.echo(f"{noun} left out: {counted}")
     if not manifest.split("val"):
-        click.echo(
-            "the val set is empty: raise --val-fraction or add documents to measure val loss"
-        )
+        click.echo(f"the val set is empty: raise --val-fraction or add {noun} to measure val loss")
     click.echo(f"fingerprint {manifest.fingerprint[:16]} in {out}")
-    click.echo(f"next: megaback train configs/demo.yaml data.shards={out}")
+    if manifest.row_tokens is None:
+        click.echo(f"next: megaback train configs/demo.yaml data.shards={out}")
+    else:
+        click.echo(
+            f"next: megaback train configs/backchat.yaml init_from=CHECKPOINT data.shards={out}"
+        )

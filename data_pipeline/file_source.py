@@ -19,11 +19,11 @@ from data_pipeline.files import COMPRESSIONS, DataFile, kind_of, look_at, name_o
 from data_pipeline.parquet_source import list_parquet_slices, read_parquet_slice
 from data_pipeline.remote import is_url, shown_url
 from data_pipeline.slices import (
-    Columns,
+    AnyColumns,
     Document,
     OnBadRecord,
     Slice,
-    document_of,
+    documents_of,
     require_no_columns,
     require_stamp,
 )
@@ -34,7 +34,7 @@ _LONGEST_FIRST_LINE_BYTES = 4 << 20
 _MAX_ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=31` is the most that the format's tools write
 
 
-def list_files(addresses: Iterable[str], columns: Columns) -> list[Slice]:
+def list_files(addresses: Iterable[str], columns: AnyColumns) -> list[Slice]:
     """The slices of files, in the order of the files.
 
     Raises SourceMissingError, SourceUnreadableError, BackendError.
@@ -51,7 +51,7 @@ def list_files(addresses: Iterable[str], columns: Columns) -> list[Slice]:
         pool.shutdown(cancel_futures=True)
 
 
-def read_file(piece: Slice, columns: Columns, on_bad_record: OnBadRecord) -> Iterator[Document]:
+def read_file(piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord) -> Iterator[Document]:
     """The documents of one slice of a file. Raises SourceUnreadableError, BadRecordError."""
     shown = shown_url(piece.path)
     try:
@@ -99,7 +99,7 @@ def refused(address: str, error: OSError) -> SourceUnreadableError:
     )
 
 
-def _list_file(address: str, columns: Columns) -> list[Slice]:
+def _list_file(address: str, columns: AnyColumns) -> list[Slice]:
     kind = kind_of(address) or ""
     shown = shown_url(address)
     try:
@@ -131,7 +131,7 @@ def _read_text(file: DataFile, piece: Slice, on_bad_record: OnBadRecord) -> Iter
 
 
 def _read_jsonl(
-    file: DataFile, piece: Slice, columns: Columns, on_bad_record: OnBadRecord
+    file: DataFile, piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord
 ) -> Iterator[Document]:
     name = name_of(piece.path).name
     for number, line in enumerate(_lines(_chunks(file, piece.path)), start=1):
@@ -141,11 +141,11 @@ def _read_jsonl(
             where = f"{file.shown}:{number}"
             try:
                 record = _parse_record(line, where)
-                document = document_of(record, columns, where, f"{name}:{number}")
+                documents = documents_of(record, columns, where, f"{name}:{number}")
             except BadRecordError as error:
                 on_bad_record(error)
             else:
-                yield document
+                yield from documents
 
 
 def _parse_record(line: bytes, where: str) -> dict[str, Any]:

@@ -160,6 +160,7 @@ def _manifest(plan: Plan, codec: TextCodec, records: Sequence[TaskRecord]) -> Ma
         frame_tokens=settings.frame_tokens,
         source=settings.description,
         val_fraction=settings.val_fraction,
+        row_tokens=settings.row_tokens,
         left_out={name: sum(record.left_out.get(name, 0) for record in records) for name in names},
         shards=tuple(
             sorted(

@@ -21,6 +21,7 @@ from data_pipeline.errors import ConfigError, ShardCorruptError, SourceUnreadabl
 from data_pipeline.shard_format import ShardReader
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
+Marks = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
 _LOG = logging.getLogger("megaback.data")
@@ -65,20 +66,28 @@ class FrameStore:
         # Under its lock: a slot is free, or of a frame that is coming or ready. Of the ready ones,
         # the oldest makes room.
         self._slots = np.empty((0, manifest.frame_tokens), dtype=f"<u{manifest.id_bytes}")
+        self._marks = np.empty((0, manifest.frame_tokens if self.has_examples else 0), dtype="u1")
         self._free: list[int] = []
         self._coming: dict[int, _Coming] = {}
         self._ready: dict[int, int] = {}
         self._failed: dict[int, BaseException] = {}
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
 
-    def rows(self, frame: Indices, row: Indices, row_tokens: int) -> tuple[Ids, Ids]:
+    @property
+    def has_examples(self) -> bool:
+        """Whether these are instruction examples, whose ids have marks."""
+        return self.manifest.row_tokens is not None
+
+    def rows(self, frame: Indices, row: Indices, row_tokens: int) -> tuple[Ids, Ids, Marks | None]:
         """The tokens of rows as stored, shape (rows, row_tokens), and the one after each row.
 
-        Where a frame holds no token, there is the end marker. Raises ShardCorruptError or
-        SourceUnreadableError for a frame that cannot be read, unless it is skipped.
+        Of examples, the marks of the tokens too. Where a frame holds no token, there is the end
+        marker, unmarked. Raises ShardCorruptError or SourceUnreadableError for a frame that cannot
+        be read, unless it is skipped.
         """
         tokens_NC = np.empty((len(frame), row_tokens), dtype=self._slots.dtype)
         next_N = np.empty(len(frame), dtype=self._slots.dtype)
+        marks_NC = np.empty((len(frame), row_tokens), dtype="u1") if self.has_examples else None
         left = np.arange(len(frame))
         while left.size:
             # More than one round only where other threads, or these frames themselves, take the
@@ -86,13 +95,13 @@ class FrameStore:
             for number in dict.fromkeys(frame[left].tolist()):
                 if number not in self._ready:
                     self._bring(number)
-            left = self._copy_ready(frame, row, left, tokens_NC, next_N)
-        return tokens_NC, next_N
+            left = self._copy_ready(frame, row, left, tokens_NC, next_N, marks_NC)
+        return tokens_NC, next_N, marks_NC
 
     def frame(self, frame: int) -> Ids:
         """Ids of one frame. Raises ShardCorruptError or SourceUnreadableError, unless skipped."""
         number = np.array([frame])
-        ids_NC, _ = self.rows(number, np.zeros_like(number), self.manifest.frame_tokens)
+        ids_NC, _, _ = self.rows(number, np.zeros_like(number), self.manifest.frame_tokens)
         return ids_NC[0, : 0 if frame in self._skipped else self.num_tokens(number)[0]]
 
     def request(self, frames: Iterable[int], executor: Executor) -> None:
@@ -134,7 +143,13 @@ class FrameStore:
                 self._make_slots()
 
     def _copy_ready(
-        self, frame: Indices, row: Indices, wanted: Indices, tokens_NC: Ids, next_N: Ids
+        self,
+        frame: Indices,
+        row: Indices,
+        wanted: Indices,
+        tokens_NC: Ids,
+        next_N: Ids,
+        marks_NC: Marks | None,
     ) -> Indices:
         """Copy those of the wanted rows whose frames are ready; the others."""
         row_tokens = tokens_NC.shape[1]
@@ -158,6 +173,8 @@ class FrameStore:
                 tokens_NC[wanted] = rows.take(place, axis=0, mode="clip")
             else:  # every row at once: the usual case
                 np.take(rows, place, axis=0, out=tokens_NC, mode="clip")
+            if marks_NC is not None:
+                marks_NC[wanted] = self._marks.reshape(-1, row_tokens).take(place, 0, mode="clip")
             # Behind the last row of a frame there is none; whatever is taken has no meaning.
             next_N[wanted] = self._slots.reshape(-1).take(start + row_tokens, mode="clip")
         return left
@@ -202,7 +219,7 @@ class FrameStore:
 
     def _fill(self, frame: int, slot: int) -> None:
         try:
-            ids = self._decode(frame)
+            ids, marks = self._decode(frame)
         except BaseException as error:
             with self._changed:
                 del self._coming[frame]
@@ -212,6 +229,9 @@ class FrameStore:
             raise
         self._slots[slot, : len(ids)] = ids
         self._slots[slot, len(ids) :] = self.manifest.end_id
+        if self.has_examples:
+            self._marks[slot] = 0
+            self._marks[slot, : len(ids)] = marks
         with self._changed:
             del self._coming[frame]
             self._ready[frame] = slot
@@ -238,12 +258,16 @@ class FrameStore:
             slots = np.empty((wanted, self._slots.shape[1]), dtype=self._slots.dtype)
             slots[:before] = self._slots
             self._slots = slots
+            marks = np.empty((wanted, self._marks.shape[1]), dtype="u1")
+            marks[:before] = self._marks
+            self._marks = marks
             self._free.extend(range(wanted - 1, before - 1, -1))
 
-    def _decode(self, frame: int) -> Ids:
+    def _decode(self, frame: int) -> tuple[Ids, Marks | None]:
         shard = int(np.searchsorted(self._first_frame, frame, side="right")) - 1
         try:
-            return self._reader(shard).frame(frame - int(self._first_frame[shard]))
+            reader, number = self._reader(shard), frame - int(self._first_frame[shard])
+            return reader.frame(number), reader.marks(number)
         except (ShardCorruptError, SourceUnreadableError) as error:
             if not self._skip_bad_frames:
                 raise
@@ -252,7 +276,7 @@ class FrameStore:
                 self._skipped.add(frame)
             if is_new:
                 _LOG.warning("left out frame %d of the data set: %s", frame, error)
-            return self._slots[:0, 0]
+            return self._slots[:0, 0], self._marks[:0, 0] if self.has_examples else None
 
     def _reader(self, shard: int) -> ShardReader:
         with self._changed:

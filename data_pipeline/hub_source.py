@@ -21,11 +21,11 @@ from data_pipeline.file_source import holds_lines, list_files
 from data_pipeline.files import kind_of, name_of
 from data_pipeline.retries import reason_of, with_retries
 from data_pipeline.slices import (
-    Columns,
+    AnyColumns,
     Document,
     OnBadRecord,
     Slice,
-    document_of,
+    documents_of,
     file_stamp,
     require_columns,
     require_stamp,
@@ -41,7 +41,7 @@ _NEUTRAL_SETTINGS = {
 }
 
 
-def list_hub_slices(source: str, columns: Columns) -> list[Slice]:
+def list_hub_slices(source: str, columns: AnyColumns) -> list[Slice]:
     """Slices of the train split of `NAME[:CONFIG]`.
 
     Raises SourceMissingError when the hub, the data set, the config or the split is not there, and
@@ -71,7 +71,7 @@ def list_hub_slices(source: str, columns: Columns) -> list[Slice]:
 
 
 def read_hub_slice(
-    piece: Slice, columns: Columns, on_bad_record: OnBadRecord
+    piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord
 ) -> Iterator[Document]:
     """Documents of one shard. Raises SourceMissingError, SourceUnreadableError, BadRecordError."""
     stamp, stream = _open(piece.path, _builder(piece.path))
@@ -81,11 +81,11 @@ def read_hub_slice(
     for row, record in enumerate(_records(shard, where)):
         position = f"{where} row {row}"
         try:
-            document = document_of(record, columns, position, position)
+            documents = documents_of(record, columns, position, position)
         except BadRecordError as error:
             on_bad_record(error)
         else:
-            yield document
+            yield from documents
 
 
 def _records(stream: Iterable[dict[str, object]], where: str) -> Iterator[dict[str, object]]:

@@ -23,7 +23,11 @@ TOKENIZER_NAME = "tokenizer.model"
 DICTIONARY_NAME = "dictionary.zdict"
 FORMAT_NAME = "megaback-shards"
 FORMAT_VERSION = 1
+"""Of documents."""
+EXAMPLES_VERSION = 2
+"""Of examples in rows."""
 SPLITS = ("train", "val")
+_OF_EXAMPLES = ("learnt_tokens", "padding_tokens")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class ShardEntry:
     file_bytes: int
     file_sha256: str
     content_sha256: str
+    learnt_tokens: int = 0
+    """Of examples: those with loss."""
+    padding_tokens: int = 0
+    """Of examples: those that fill rows."""
 
 
 @dataclass(frozen=True)
@@ -57,36 +65,43 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
     dictionary_sha256: str | None = None
     """Of the zstd dictionary that every shard needs, in the file `dictionary.zdict`."""
+    row_tokens: int | None = None
+    """Of instruction examples: the row that none of them crosses. None: documents."""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the contents: what every shard holds, in order."""
-        contents = {
+        contents: dict[str, Any] = {
             **self.text_format.to_dict(),
             "frame_tokens": self.frame_tokens,
             "shards": [[shard.split, shard.content_sha256] for shard in self.shards],
         }
+        if self.row_tokens is not None:
+            contents["row_tokens"] = self.row_tokens
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
     def split(self, name: str) -> tuple[ShardEntry, ...]:
         return tuple(shard for shard in self.shards if shard.split == name)
 
     def total(self, name: str) -> dict[str, int]:
-        """Sums over a split: shards, documents, tokens, text_bytes, file_bytes."""
+        """Sums over a split: shards, documents, tokens, text_bytes, file_bytes.
+
+        Of examples, learnt_tokens and padding_tokens too.
+        """
         shards = self.split(name)
-        return {
-            "shards": len(shards),
-            "documents": sum(shard.documents for shard in shards),
-            "tokens": sum(shard.tokens for shard in shards),
-            "text_bytes": sum(shard.text_bytes for shard in shards),
-            "file_bytes": sum(shard.file_bytes for shard in shards),
+        summed = ["documents", "tokens", "text_bytes", "file_bytes"]
+        if self.row_tokens is not None:
+            summed += _OF_EXAMPLES
+        return {"shards": len(shards)} | {
+            field: sum(getattr(shard, field) for shard in shards) for field in summed
         }
 
     def save(self, folder: Path) -> None:
         """Write manifest.json atomically; from then on the folder is a data set."""
+        is_of_examples = self.row_tokens is not None
         fields: dict[str, Any] = {
             "format": FORMAT_NAME,
-            "version": FORMAT_VERSION,
+            "version": EXAMPLES_VERSION if is_of_examples else FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             **self.text_format.to_dict(),
             "vocab_size": self.vocab_size,
@@ -101,6 +116,12 @@ class Manifest:
             "splits": {name: self.total(name) for name in SPLITS},
             "shards": [asdict(shard) for shard in self.shards],
         }
+        if is_of_examples:
+            fields["row_tokens"] = self.row_tokens
+        else:
+            for entry in fields["shards"]:
+                for name in _OF_EXAMPLES:
+                    del entry[name]
         write_text(folder / MANIFEST_NAME, json.dumps(fields, indent=2) + "\n")
 
     @classmethod
@@ -126,7 +147,9 @@ class Manifest:
             raise ShardCorruptError(f"{shown} is not text; build the shards again") from None
         try:
             fields = json.loads(text)
-            if fields["format"] != FORMAT_NAME or fields["version"] != FORMAT_VERSION:
+            row_tokens = fields.get("row_tokens")
+            version = FORMAT_VERSION if row_tokens is None else EXAMPLES_VERSION
+            if fields["format"] != FORMAT_NAME or fields["version"] != version:
                 raise ValueError(f"format {fields['format']} version {fields['version']}")
             manifest = cls(
                 text_format=TextFormat.from_dict(fields),
@@ -140,6 +163,7 @@ class Manifest:
                 left_out=dict(fields["left_out"]),
                 shards=tuple(ShardEntry(**entry) for entry in fields["shards"]),
                 dictionary_sha256=fields.get("dictionary_sha256"),
+                row_tokens=row_tokens,
             )
             if manifest.fingerprint != fields["fingerprint"]:
                 raise ValueError("its fingerprint is not that of its entries")

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
+from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.files import DataFile
 from data_pipeline.slices import (
-    Columns,
+    AnyColumns,
     Document,
     OnBadRecord,
     Slice,
     asked_columns,
-    document_of,
+    documents_of,
     require_columns,
 )
 
@@ -24,7 +25,7 @@ SLICE_BYTES = 64 << 20
 _BATCH_ROWS = 256
 
 
-def list_parquet_slices(file: DataFile, address: str, columns: Columns) -> Iterator[Slice]:
+def list_parquet_slices(file: DataFile, address: str, columns: AnyColumns) -> Iterator[Slice]:
     """Slices of about 64 MiB of text; none for a file without rows.
 
     Raises SourceUnreadableError when the file is no parquet, or lacks a column of the right type.
@@ -38,28 +39,46 @@ def list_parquet_slices(file: DataFile, address: str, columns: Columns) -> Itera
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file.shown, error) from None
     require_columns(columns, schema.names, file.shown)
-    for column, option, content in asked_columns(columns):
-        column_type = schema.field(column).type
-        is_score = column == columns.language_score
-        fits = _is_number(column_type) if is_score else _is_string(column_type)
-        if column not in leaves or not fits:
-            raise SourceUnreadableError(
-                f"{file.shown}: column {column!r} holds {column_type}, not "
-                f"{'numbers' if is_score else 'strings'}; the columns are "
-                f"{', '.join(schema.names)}: name the one with the {content} with {option}"
-            )
-    leaf = leaves.index(columns.text)
+    _require_types(columns, schema, leaves, file.shown)
+    if isinstance(columns, ExampleColumns):
+        roots = columns.found_in(schema.names, file.shown)
+        sized = [leaf for leaf, path in enumerate(leaves) if path.partition(".")[0] in roots]
+    else:
+        sized = [leaves.index(columns.text)]
     start = size_bytes = 0
     for group in range(metadata.num_row_groups):
-        size_bytes += metadata.row_group(group).column(leaf).total_uncompressed_size
+        row_group = metadata.row_group(group)
+        size_bytes += sum(row_group.column(leaf).total_uncompressed_size for leaf in sized)
         if size_bytes >= SLICE_BYTES or group == metadata.num_row_groups - 1:
             if any(metadata.row_group(index).num_rows for index in range(start, group + 1)):
                 yield Slice("parquet", address, start, group + 1, size_bytes, file.stamp)
             start, size_bytes = group + 1, 0
 
 
+def _columns_to_read(columns: AnyColumns, names: list[str], shown: str) -> list[str]:
+    if isinstance(columns, ExampleColumns):
+        return columns.found_in(names, shown)
+    return list(dict.fromkeys(column for column, _, _ in asked_columns(columns)))
+
+
+def _require_types(columns: AnyColumns, schema: Any, leaves: list[str], shown: str) -> None:
+    """Raises SourceUnreadableError when a column of text or of scores holds something else."""
+    if isinstance(columns, ExampleColumns):
+        return  # records say for themselves what is in them
+    for column, option, content in asked_columns(columns):
+        column_type = schema.field(column).type
+        is_score = column == columns.language_score
+        fits = _is_number(column_type) if is_score else _is_string(column_type)
+        if column not in leaves or not fits:
+            raise SourceUnreadableError(
+                f"{shown}: column {column!r} holds {column_type}, not "
+                f"{'numbers' if is_score else 'strings'}; the columns are "
+                f"{', '.join(schema.names)}: name the one with the {content} with {option}"
+            )
+
+
 def read_parquet_slice(
-    file: DataFile, piece: Slice, columns: Columns, on_bad_record: OnBadRecord
+    file: DataFile, piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord
 ) -> Iterator[Document]:
     """Documents of some row groups. Raises OSError, SourceUnreadableError, BadRecordError."""
     import pyarrow as pa
@@ -70,7 +89,7 @@ def read_parquet_slice(
             batches = parquet.iter_batches(
                 _BATCH_ROWS,
                 row_groups=range(piece.start, piece.stop),
-                columns=list(dict.fromkeys(column for column, _, _ in asked_columns(columns))),
+                columns=_columns_to_read(columns, parquet.schema_arrow.names, file.shown),
                 use_threads=False,
             )
             rows = _Rows(file.shown, parquet.schema_arrow.names, columns, on_bad_record)
@@ -85,7 +104,7 @@ class _Rows:
     """Turns the rows of one file into documents."""
 
     def __init__(
-        self, shown: str, names: list[str], columns: Columns, on_bad_record: OnBadRecord
+        self, shown: str, names: list[str], columns: AnyColumns, on_bad_record: OnBadRecord
     ) -> None:
         self._shown = shown
         self._name = shown.rpartition("/")[2]
@@ -96,6 +115,9 @@ class _Rows:
     def documents(self, batch: Any, first_row: int) -> Iterator[Document]:
         """The documents of a batch: whole columns at once, or row by row where one is bad."""
         columns = self._columns
+        if isinstance(columns, ExampleColumns):
+            yield from self._one_by_one(batch, first_row)
+            return
         none: list[Any] = [None] * batch.num_rows
         try:
             texts = batch.column(columns.text).to_pylist()
@@ -123,11 +145,11 @@ class _Rows:
                     name: _python_value(batch.column(name)[index], name, where)
                     for name in batch.schema.names
                 }
-                document = document_of(record, self._columns, where, f"{self._name} row {row}")
+                documents = documents_of(record, self._columns, where, f"{self._name} row {row}")
             except BadRecordError as error:
                 self._on_bad_record(error)
             else:
-                yield document
+                yield from documents
 
 
 def _open(file: DataFile) -> Any:

@@ -50,11 +50,13 @@ _AIMED_TASKS = 64
 
 @dataclass(frozen=True)
 class Portion:
-    """A slice of a source in one of its passes, and the fraction of its documents to take."""
+    """A slice of a source in one of its passes, and which of its documents to take."""
 
     piece: Slice
     pass_number: int = 0
     fraction: float = 1.0
+    split: str | None = None
+    """The set that its documents belong to, if their texts do not decide that."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ class Task:
             "index": self.index,
             "settings": content_settings(self.settings),
             "portions": [
-                [*vars(portion.piece).values(), portion.pass_number, portion.fraction]
+                [
+                    *vars(portion.piece).values(),
+                    *(portion.pass_number, portion.fraction, portion.split),
+                ]
                 for portion in self.portions
             ],
         }
@@ -177,7 +182,7 @@ def make_plan(settings: BuildSettings, num_tasks: int | None = None) -> Plan:
 
 def _passes(part: WeightedSource, slices: Sequence[Slice]) -> list[Portion]:
     return [
-        Portion(piece, number, min(1.0, part.weight - number))
+        Portion(piece, number, min(1.0, part.weight - number), part.split)
         for number in range(math.ceil(part.weight))
         for piece in slices
     ]

@@ -145,6 +145,7 @@ class _Work:
                     reader.id_dtype,
                     manifest.frame_tokens,
                     self._compression,
+                    manifest.row_tokens,
                 )
                 writer.add_shard(reader)
                 made = ShardEntry(entry.file, entry.split, **asdict(writer.finish()))

@@ -5,6 +5,9 @@ attention starts afresh at every begin marker and at every row (`cu_seqlens`), p
 A target is ignored where there is nothing to learn: past a frame's end, and from one document's
 end marker to the next one's begin marker.
 
+Rows of instruction examples say themselves where attention starts afresh and what is learnt: their
+ids have marks. No example crosses a row's end, so none sees its neighbour or is cut.
+
 Direction is a way of reading: a run may read `token` shards against their stored direction. Each
 row's window of `context_tokens + 1` ids is then read from its other end with begin and end markers
 exchanged, so that both directions see the same windows in the same steps.
@@ -20,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import ConfigError, DirectionMismatchError
-from data_pipeline.frame_store import FrameStore
+from data_pipeline.example_rows import LEARNT, STARTS
+from data_pipeline.frame_store import FrameStore, Marks
 from data_pipeline.text import Direction, TextFormat, Unit
 
 IGNORED_TARGET = -100
@@ -60,6 +64,8 @@ class RowReader:
         """Raises ConfigError or DirectionMismatchError when these shards cannot be read so."""
         manifest = frames.manifest
         check_context(context_tokens, manifest.frame_tokens)
+        if manifest.row_tokens is not None:
+            _check_examples(context_tokens, manifest.row_tokens, manifest.text_format, direction)
         self.text_format = format_read_as(manifest.text_format, direction)
         self.frames = frames
         self.context_tokens = context_tokens
@@ -82,14 +88,16 @@ class RowReader:
     def read(self, frame: Indices, row: Indices) -> "Rows":
         """Rows in reading order. Raises the errors of the frames."""
         frames = self.frames
-        ids_NC, next_N = frames.rows(frame, row, self.context_tokens)
+        ids_NC, next_N, marks_NC = frames.rows(frame, row, self.context_tokens)
         lengths_N = frames.num_tokens(frame) - row * self.context_tokens
         lengths_N = np.minimum(np.maximum(lengths_N, 0), self.context_tokens + 1)
         if frames.skipped_frames:
             lengths_N[frames.is_skipped(frame)] = -1
         if lengths_N.min(initial=1) <= 0:
             ids_NC[lengths_N <= 0] = self.end_id
-        rows = Rows(ids_NC, next_N, lengths_N)
+            if marks_NC is not None:
+                marks_NC[lengths_N <= 0] = 0
+        rows = Rows(ids_NC, next_N, lengths_N, marks_NC)
         return _flipped(rows, self.begin_id, self.end_id) if self.is_flipped else rows
 
 
@@ -105,6 +113,8 @@ class Rows:
     ids_NC: npt.NDArray[np.unsignedinteger[Any]]
     next_N: npt.NDArray[np.unsignedinteger[Any]]
     lengths_N: Indices
+    marks_NC: Marks | None = None
+    """Of examples: what stands in `example_rows` of each id."""
 
 
 def read_rows(readers: Sequence[RowReader], reader: Indices, frame: Indices, row: Indices) -> Rows:
@@ -117,10 +127,12 @@ def read_rows(readers: Sequence[RowReader], reader: Indices, frame: Indices, row
     parts = [np.flatnonzero(reader == number) for number in range(len(readers))]
     read = [one.read(frame[part], row[part]) for one, part in zip(readers, parts, strict=True)]
     back = np.argsort(np.concatenate(parts), kind="stable")
+    marks = [rows.marks_NC for rows in read if rows.marks_NC is not None]
     return Rows(
         np.concatenate([rows.ids_NC for rows in read])[back],
         np.concatenate([rows.next_N for rows in read])[back],
         np.concatenate([rows.lengths_N for rows in read])[back],
+        np.concatenate(marks)[back] if marks else None,
     )
 
 
@@ -155,17 +167,14 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
     for number in np.flatnonzero(rows.lengths_N <= context_tokens).tolist():
         targets_NC[number, num_targets_N[number] :] = IGNORED_TARGET
 
-    flat_ids = rows.ids_NC.reshape(-1)
-    begins = np.flatnonzero(flat_ids == begin_id)
-    inner = begins[begins % context_tokens > 0]
-    # Between documents: the end marker of one, whose target is the begin marker of the next.
-    between = inner[flat_ids[inner - 1] == end_id] - 1
-    is_between = (targets_NC[:, -1] == begin_id) & (rows.ids_NC[:, -1] == end_id)
-    if is_between.any():
-        at_ends = np.flatnonzero(is_between) * context_tokens + context_tokens - 1
-        between = np.concatenate([between, at_ends])
-    targets_T[between] = IGNORED_TARGET
-    num_targets_N -= np.bincount(between // context_tokens, minlength=num_rows)
+    if rows.marks_NC is None:
+        inner = _ignore_between(rows, targets_T, num_targets_N, begin_id, end_id)
+    else:
+        is_learnt_NC = rows.marks_NC & LEARNT != 0
+        targets_NC[~is_learnt_NC] = IGNORED_TARGET
+        num_targets_N = is_learnt_NC.sum(axis=1)
+        segments = np.flatnonzero(rows.marks_NC & STARTS)
+        inner = segments[segments % context_tokens > 0]
 
     starts, batch_starts = _edges(num_rows, context_tokens, micro_batch_rows)
     bounds = np.concatenate([starts, inner])
@@ -190,6 +199,26 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
     return batches
 
 
+def _ignore_between(
+    rows: Rows, targets_T: Indices, num_targets_N: Indices, begin_id: int, end_id: int
+) -> Indices:
+    """Ignore the step from one document to the next; where documents begin within rows."""
+    num_rows, context_tokens = rows.ids_NC.shape
+    flat_ids = rows.ids_NC.reshape(-1)
+    begins = np.flatnonzero(flat_ids == begin_id)
+    inner = begins[begins % context_tokens > 0]
+    # Between documents: the end marker of one, whose target is the begin marker of the next.
+    between = inner[flat_ids[inner - 1] == end_id] - 1
+    last_targets_N = targets_T[context_tokens - 1 :: context_tokens]
+    is_between = (last_targets_N == begin_id) & (rows.ids_NC[:, -1] == end_id)
+    if is_between.any():
+        at_ends = np.flatnonzero(is_between) * context_tokens + context_tokens - 1
+        between = np.concatenate([between, at_ends])
+    targets_T[between] = IGNORED_TARGET
+    num_targets_N -= np.bincount(between // context_tokens, minlength=num_rows)
+    return inner  # type: ignore[no-any-return]
+
+
 @lru_cache(maxsize=8)
 def _edges(num_rows: int, context_tokens: int, micro_batch_rows: int) -> tuple[Indices, Indices]:
     """Where rows, and where batches begin; and the end."""
@@ -203,6 +232,24 @@ def check_context(context_tokens: int, frame_tokens: int) -> None:
         raise ConfigError(
             f"batch.context_tokens is {context_tokens}, which does not divide the shards' frames "
             f"of {frame_tokens} tokens; choose a power of two up to {frame_tokens}"
+        )
+
+
+def _check_examples(
+    context_tokens: int, row_tokens: int, stored: TextFormat, direction: Direction
+) -> None:
+    """Raises ConfigError or DirectionMismatchError when examples cannot be read so."""
+    if context_tokens % row_tokens:
+        raise ConfigError(
+            f"batch.context_tokens is {context_tokens}, and the examples of the shards are packed "
+            f"into rows of {row_tokens}, which must not be cut; use {row_tokens} or a multiple, or "
+            f"build the shards with --context-tokens {context_tokens}"
+        )
+    if direction is not stored.direction:
+        raise DirectionMismatchError(
+            f"the run reads {direction.value!r}, but the shards hold instruction examples in "
+            f"direction {stored.direction.value!r}, whose given and written parts cannot be "
+            f"exchanged; build shards with --direction {direction.value}"
         )
 
 

@@ -15,8 +15,9 @@ from data_pipeline.errors import (
     OutputExistsError,
     TokenizerMismatchError,
 )
+from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS, DEFAULT_LEVEL
-from data_pipeline.slices import Columns, Document
+from data_pipeline.slices import AnyColumns, Columns, Document
 from data_pipeline.text import Direction, Unit
 
 BAD_RECORD_CHOICES = ("stop", "skip")
@@ -31,6 +32,8 @@ class WeightedSource:
 
     source: str
     weight: float = 1.0
+    split: str | None = None
+    """The set that all of it belongs to; None: as the hash of each text says."""
 
     def __str__(self) -> str:
         return self.source if self.weight == 1.0 else f"{self.weight:g} x {self.source}"
@@ -63,6 +66,10 @@ class BuildSettings:
     """The first documents of the source that many, filters and de-duplication done."""
     limit_tokens: int | None = None
     """The first documents that together have at most so many tokens, markers included."""
+    examples: ExampleColumns | None = None
+    """Where records hold instruction examples; None: documents of text are read."""
+    row_tokens: int | None = None
+    """Into rows of so many tokens examples are packed; longer ones are left out."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value out of range, naming its option."""
@@ -70,6 +77,12 @@ class BuildSettings:
         if frame_tokens < 64 or frame_tokens & (frame_tokens - 1) or frame_tokens > 1 << 24:
             raise ConfigError(
                 f"--frame-tokens is {frame_tokens}; it must be a power of two from 64 to 16777216"
+            )
+        row_tokens = self.row_tokens
+        if row_tokens is not None and (row_tokens < 8 or frame_tokens % row_tokens):
+            raise ConfigError(
+                f"--context-tokens is {row_tokens}, which does not divide --frame-tokens "
+                f"{frame_tokens}; choose a power of two from 8 to {frame_tokens}"
             )
         if not 0.0 <= self.val_fraction < 1.0:
             raise ConfigError(
@@ -95,8 +108,10 @@ class BuildSettings:
         return ", ".join(str(part) for part in self.sources)
 
     @property
-    def columns(self) -> Columns:
-        """The columns that the filters need; others are not read."""
+    def columns(self) -> AnyColumns:
+        """The columns that hold the examples, or those that the filters need; no others."""
+        if self.examples is not None:
+            return self.examples
         return Columns(
             self.text_column,
             self.language_column if self.languages else None,
@@ -114,7 +129,7 @@ class BuildSettings:
 
     def why_left_out(self, document: Document) -> str | None:
         """Which filter keeps a document out: `empty`, `length`, `language`, `language_score`."""
-        if not document.text:
+        if not document.text or document.response == "":
             return "empty"
         characters = len(document.text)
         if characters < self.min_characters or characters > (self.max_characters or characters):
@@ -136,7 +151,11 @@ class BuildSettings:
         """Raises ConfigError, TypeError or KeyError when they are no settings of this version."""
         sources = tuple(WeightedSource(**part) for part in values["sources"])
         languages = tuple(values["languages"])
-        return cls(**{**values, "sources": sources, "languages": languages})
+        examples = values.get("examples")
+        if examples is not None:
+            examples = ExampleColumns(**examples)
+        changed = {"sources": sources, "languages": languages, "examples": examples}
+        return cls(**{**values, **changed})
 
     def require_same(self, wanted: "BuildSettings", out: Path) -> None:
         """Refuse to go on in a folder with other settings than it was begun with.
@@ -190,6 +209,7 @@ def content_settings(settings: BuildSettings) -> dict[str, Any]:
 def _same_places(left: tuple[WeightedSource, ...], right: tuple[WeightedSource, ...]) -> bool:
     """Whether two builds read the same, one perhaps by a relative path."""
     return len(left) == len(right) and all(
-        a.weight == b.weight and Path(a.source).resolve() == Path(b.source).resolve()
+        (a.weight, a.split) == (b.weight, b.split)
+        and Path(a.source).resolve() == Path(b.source).resolve()
         for a, b in zip(left, right, strict=True)
     )

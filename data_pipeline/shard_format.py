@@ -4,7 +4,8 @@ Layout, in file order:
   frame 0 .. frame n-1   Zstandard frames with content checksums; each holds `frame_tokens`
                          little-endian ids, the last one perhaps fewer
   index                  skippable frame 0x184D2A5D: b"MEGABACK", u32 header bytes, the header
-                         (JSON), and the zstd-compressed u32 token counts of the documents
+                         (JSON), and the zstd-compressed u32 token counts of the documents;
+                         of examples in rows (example_rows.py), three counts each
   seek table             of the Zstandard seekable format (seekable.py), the index being its last
                          entry, with 0 decompressed bytes
 
@@ -18,7 +19,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -29,8 +30,16 @@ import zstandard
 
 from data_pipeline.byte_ranges import ByteRanges, LocalRanges
 from data_pipeline.errors import ShardCorruptError
+from data_pipeline.example_rows import NUM_COUNTS, ExampleMarks, PackedExample
 from data_pipeline.seekable import SeekEntry, pack_seek_table
-from data_pipeline.shard_index import VERSION, ShardHeader, pack_index, read_index, tail_bytes
+from data_pipeline.shard_index import (
+    EXAMPLES_VERSION,
+    VERSION,
+    ShardHeader,
+    pack_index,
+    read_index,
+    tail_bytes,
+)
 
 DEFAULT_FRAME_TOKENS = 65_536
 DEFAULT_LEVEL = 6
@@ -84,12 +93,17 @@ class ShardDigest:
     file_bytes: int
     file_sha256: str
     content_sha256: str
+    learnt_tokens: int = 0
+    """Of examples: those with loss."""
+    padding_tokens: int = 0
+    """Of examples: those that fill rows."""
 
 
 class ShardWriter:
     """Writes one shard to an open file. The caller makes the file appear under its final name.
 
-    `identity` gives direction, unit and tokenizer_sha256. Documents come as ids with markers.
+    `identity` gives direction, unit and tokenizer_sha256. Documents come as ids with markers or,
+    with `row_tokens`, as examples that fill one row after another.
     """
 
     def __init__(
@@ -99,7 +113,9 @@ class ShardWriter:
         id_dtype: np.dtype[Any],
         frame_tokens: int = DEFAULT_FRAME_TOKENS,
         compression: Compression = Compression(),
+        row_tokens: int | None = None,
     ) -> None:
+        self._row_tokens = row_tokens
         self._file = file
         self._identity = identity
         self._id_dtype = id_dtype
@@ -111,7 +127,8 @@ class ShardWriter:
         self._pending: list[npt.NDArray[Any]] = []
         self._pending_tokens = 0
         self._seek_entries: list[SeekEntry] = []
-        self._document_tokens: list[int] = []
+        self._counts: list[int] = []  # of each document one, of each example three
+        self._documents = self._learnt_tokens = self._padding_tokens = 0
         self._text_bytes = 0
         self._file_bytes = 0
         self._file_sha256 = hashlib.sha256()
@@ -120,13 +137,29 @@ class ShardWriter:
 
     def add(self, document_ids: npt.NDArray[Any], text_bytes: int) -> None:
         """Append a document; whole frames are compressed and written as they fill."""
-        self._document_tokens.append(len(document_ids))
+        self._counts.append(len(document_ids))
+        self._documents += 1
         self._text_bytes += text_bytes
         self._append(document_ids)
 
+    def add_example(self, example: PackedExample) -> None:
+        """Append an example, which must not cross a row's end."""
+        self._counts += [len(example.ids), example.num_given, example.num_learnt]
+        self._documents += 1
+        self._learnt_tokens += example.num_learnt
+        self._padding_tokens += len(example.ids) - example.num_given - example.num_learnt
+        self._text_bytes += example.text_bytes
+        self._append(example.ids)
+
     def add_shard(self, shard: "ShardReader") -> None:
         """Append every document of another shard, frame by frame."""
-        self._document_tokens.extend(shard.document_tokens().tolist())
+        counts = shard.counts()
+        self._counts.extend(counts.reshape(-1).tolist())
+        if self._row_tokens is not None:
+            tokens, given, learnt = counts.sum(axis=0).tolist()
+            self._learnt_tokens += learnt
+            self._padding_tokens += tokens - given - learnt
+        self._documents += shard.header.documents
         self._text_bytes += shard.header.text_bytes
         for frame in range(shard.num_frames):
             self._append(shard.frame(frame))
@@ -136,16 +169,17 @@ class ShardWriter:
         if self._pending_tokens:
             self._write_frame(np.concatenate(self._pending))
         header = ShardHeader(
-            version=VERSION,
+            version=VERSION if self._row_tokens is None else EXAMPLES_VERSION,
             **self._identity,
             id_bytes=self._id_dtype.itemsize,
             frame_tokens=self._frame_tokens,
             tokens=self.tokens,
-            documents=len(self._document_tokens),
+            documents=self._documents,
             text_bytes=self._text_bytes,
             dictionary_sha256=self._dictionary_sha256,
+            row_tokens=self._row_tokens,
         )
-        counts = np.array(self._document_tokens, dtype="<u4").tobytes()
+        counts = np.array(self._counts, dtype="<u4").tobytes()
         self._content_sha256.update(counts)
         index = pack_index(header, self._index_compressor.compress(counts))
         self._write(index)
@@ -153,11 +187,13 @@ class ShardWriter:
         self._write(pack_seek_table(self._seek_entries))
         return ShardDigest(
             tokens=self.tokens,
-            documents=len(self._document_tokens),
+            documents=self._documents,
             text_bytes=self._text_bytes,
             file_bytes=self._file_bytes,
             file_sha256=self._file_sha256.hexdigest(),
             content_sha256=self._content_sha256.hexdigest(),
+            learnt_tokens=self._learnt_tokens,
+            padding_tokens=self._padding_tokens,
         )
 
     def _append(self, ids: npt.NDArray[Any]) -> None:
@@ -292,19 +328,42 @@ class ShardReader:
         return self._index.offsets
 
     def document_tokens(self) -> npt.NDArray[np.int64]:
-        """Tokens of each document, markers included: shape (documents,)."""
+        """Tokens of each document, markers and padding included: shape (documents,)."""
+        return self.counts()[:, 0]
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """What is stored of each document: its tokens; of each example, three numbers.
+
+        Shape (documents, 1) or (examples, 3).
+        """
         offset, num_bytes = self._index.counts_offset, self._index.counts_bytes
+        columns = 1 if self.header.row_tokens is None else NUM_COUNTS
         data = self._read_at(offset, num_bytes, f"its document index at byte {offset}")
         try:
-            if zstandard.frame_content_size(data) != 4 * self.header.documents:
+            if zstandard.frame_content_size(data) != 4 * columns * self.header.documents:
                 raise zstandard.ZstdError("its size is not that of the header's documents")
-            counts = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+            raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise self._corrupt(f"its document index does not decode ({error})") from None
-        document_tokens = np.frombuffer(counts, dtype="<u4").astype(np.int64)
-        if document_tokens.sum() != self.header.tokens:
+        counts = np.frombuffer(raw, dtype="<u4").astype(np.int64).reshape(-1, columns)
+        if counts[:, 0].sum() != self.header.tokens:
             raise self._corrupt("its document index and its token count disagree")
-        return document_tokens
+        return counts
+
+    def marks(self, frame: int) -> npt.NDArray[np.uint8] | None:
+        """Of a frame of examples, where segments begin and what is learnt; None of documents."""
+        if self.header.row_tokens is None:
+            return None
+        start = frame * self.header.frame_tokens
+        stop = min(start + self.header.frame_tokens, self.header.tokens)
+        return self._example_marks.between(start, stop)
+
+    @cached_property
+    def _example_marks(self) -> ExampleMarks:
+        try:
+            return ExampleMarks(self.counts(), self.header.row_tokens or 1)
+        except ValueError as error:
+            raise self._corrupt(f"its document index is wrong ({error})") from None
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Ids from `start` to `stop` of the shard, across frames: shape (stop - start,)."""

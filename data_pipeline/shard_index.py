@@ -21,6 +21,9 @@ from data_pipeline.seekable import (
 )
 
 VERSION = 1
+"""Of shards of documents."""
+EXAMPLES_VERSION = 2
+"""Of shards of examples in rows."""
 
 _INDEX_MAGIC = 0x184D2A5D
 _INDEX_SIGNATURE = b"MEGABACK"
@@ -45,6 +48,14 @@ class ShardHeader:
     documents: int
     text_bytes: int
     dictionary_sha256: str | None = None
+    row_tokens: int | None = None
+    """Of examples: the row that none of them crosses. None: documents."""
+
+    def to_json(self) -> bytes:
+        values = asdict(self)
+        if self.row_tokens is None:
+            del values["row_tokens"]
+        return json.dumps(values, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "ShardHeader":
@@ -88,7 +99,7 @@ def tail_bytes(num_frames: int) -> int:
 
 def pack_index(header: ShardHeader, compressed_counts: bytes) -> bytes:
     """The frame between the frames of ids and the seek table."""
-    header_json = json.dumps(asdict(header), sort_keys=True).encode()
+    header_json = header.to_json()
     size_of_header = struct.pack("<I", len(header_json))
     return skippable_frame(
         _INDEX_MAGIC, _INDEX_SIGNATURE + size_of_header + header_json + compressed_counts
@@ -136,8 +147,13 @@ def _read_header(
 
 
 def _check(header: ShardHeader, frame_bytes: npt.NDArray[np.int64]) -> None:
-    if header.version != VERSION:
-        raise ValueError(f"its version is {header.version}, not {VERSION}")
+    version = VERSION if header.row_tokens is None else EXAMPLES_VERSION
+    if header.version != version:
+        raise ValueError(f"its version is {header.version}, not {version}")
+    if header.row_tokens is not None and (
+        header.row_tokens < 1 or header.frame_tokens % header.row_tokens
+    ):
+        raise ValueError("its rows do not fit its frames")
     if header.id_bytes not in (2, 4) or header.frame_tokens < 1:
         raise ValueError("its header has a number out of range")
     full, rest = divmod(header.tokens, header.frame_tokens)

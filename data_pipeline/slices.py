@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
+from data_pipeline.example_columns import ExampleColumns
 
 STAMPED_BYTES = 64 << 10
 
@@ -27,6 +28,14 @@ class Document:
     """Only when `Columns.language` asks for it."""
     language_score: float | None = None
     """Only when `Columns.language_score` asks for it."""
+    response: str | None = None
+    """Of an instruction, which is the text then: only when `ExampleColumns` asks for it."""
+
+    @property
+    def content(self) -> bytes:
+        """What tells it from other documents: UTF-8 of the text and, after a NUL, the response."""
+        text = self.text if self.response is None else f"{self.text}\0{self.response}"
+        return text.encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Columns:
     language_score: str | None = None
 
 
+AnyColumns = Columns | ExampleColumns
 OnBadRecord = Callable[[BadRecordError], None]
 """What is done with a malformed record: raises the error, or returns to have it left out."""
 
@@ -90,20 +100,33 @@ def require_stamp(piece: Slice, stamp: str) -> None:
         )
 
 
-def document_of(
-    record: Mapping[str, object], columns: Columns, where: str, position: str
-) -> Document:
-    """The document of one record. Raises BadRecordError, which begins with `where`."""
+def documents_of(
+    record: Mapping[str, object], columns: AnyColumns, where: str, position: str
+) -> list[Document]:
+    """The document of one record, or its examples.
+
+    Raises BadRecordError, which begins with `where`.
+    """
+    if isinstance(columns, ExampleColumns):
+        return [
+            Document(example.instruction, position, response=example.response)
+            for example in columns.examples(record, where)
+        ]
     text = _value(record, columns.text, "text", "--text-column", where)
     if not isinstance(text, str):
         raise _bad_value(record, columns.text, text, "text", where)
     language = _language(record, columns.language, where) if columns.language else None
     score = _score(record, columns.language_score, where) if columns.language_score else None
-    return Document(text, position, language, score)
+    return [Document(text, position, language, score)]
 
 
-def require_no_columns(columns: Columns, source: str) -> None:
-    """Raises SourceUnreadableError when a source without columns is asked for languages."""
+def require_no_columns(columns: AnyColumns, source: str) -> None:
+    """Raises SourceUnreadableError when a source without columns is asked for any."""
+    if isinstance(columns, ExampleColumns):
+        raise SourceUnreadableError(
+            f"{source}: this source has no columns, so no instructions; "
+            "name one of jsonl or parquet, or a data set of the hub"
+        )
     asked = {
         "--language-column": columns.language,
         "--language-score-column": columns.language_score,
@@ -115,8 +138,11 @@ def require_no_columns(columns: Columns, source: str) -> None:
             )
 
 
-def require_columns(columns: Columns, found: Iterable[str], source: str) -> None:
+def require_columns(columns: AnyColumns, found: Iterable[str], source: str) -> None:
     """Raises SourceUnreadableError when a source lacks a column that is asked for."""
+    if isinstance(columns, ExampleColumns):
+        columns.found_in(found, source)
+        return
     names = list(found)
     for column, option, content in asked_columns(columns):
         if column not in names:

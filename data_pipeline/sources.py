@@ -16,6 +16,7 @@ from data_pipeline.hub_source import list_hub_slices, read_hub_slice
 from data_pipeline.pydocs import list_pydocs_slices, read_pydocs_slice
 from data_pipeline.remote import is_url, shown_url
 from data_pipeline.slices import (
+    AnyColumns,
     Columns,
     Document,
     OnBadRecord,
@@ -25,6 +26,7 @@ from data_pipeline.slices import (
 )
 
 __all__ = [
+    "AnyColumns",
     "Columns",
     "Document",
     "OnBadRecord",
@@ -38,7 +40,7 @@ __all__ = [
 _HUB_PREFIX = "hf:"
 
 
-def list_slices(source: str, columns: Columns = Columns()) -> tuple[Slice, ...]:
+def list_slices(source: str, columns: AnyColumns = Columns()) -> tuple[Slice, ...]:
     """The slices of a source, in an order that only its contents decide.
 
     A folder gives the parquet and jsonl files below it or, where it has none, the text files: what
@@ -65,7 +67,7 @@ def list_slices(source: str, columns: Columns = Columns()) -> tuple[Slice, ...]:
 
 def read_slice(
     piece: Slice,
-    columns: Columns = Columns(),
+    columns: AnyColumns = Columns(),
     on_bad_record: OnBadRecord = stop_at_bad_record,
 ) -> Iterator[Document]:
     """The documents of one slice, in order, holding no more than a few of them in memory.

@@ -12,7 +12,7 @@ import hashlib
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.chat_format import ChatFormat, Example
 from data_pipeline.command import replacing, write_text
 from data_pipeline.encoder import BATCH_CHARACTERS, Ids
 from data_pipeline.errors import BadRecordError
+from data_pipeline.example_rows import PackedExample, RowPacker
 from data_pipeline.manifest import SPLITS, ShardEntry
 from data_pipeline.plan import BUILD_FOLDER, Task
 from data_pipeline.progress import Counts, no_counts
@@ -128,16 +130,20 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
             stack.enter_context(_SplitOutput(split, task, folder, codec, shards))
             for split in SPLITS
         ]
-        for item in _encoded(_read(task, counts), codec):
+        for item in _encoded(_read(task, counts), codec, settings.row_tokens):
             if isinstance(item, str):
                 left_out[item] += 1
                 continue
-            document, ids = item
-            split = int(_fraction(document.sha256[:8]) < settings.val_fraction)  # 1 is val
-            outputs[split].add(ids, document.num_bytes)
-            counts += (1, document.num_bytes, len(ids), 0)
-            if notes and notes.add(split, len(ids), document):
+            document, encoded = item
+            split = document.split
+            if split is None:
+                split = int(_fraction(document.sha256[:8]) < settings.val_fraction)  # 1 is val
+            outputs[split].add(encoded)
+            counts += (1, document.num_bytes, len(encoded.ids), 0)
+            if notes and notes.add(split, len(encoded.ids), document):
                 break
+        for output in outputs:
+            output.finish()
     if notes:
         with replacing(notes_path(task, out)) as file:
             file.write(notes.packed)
@@ -165,9 +171,12 @@ class _Passed:
     """A document that passed the filters."""
 
     text: str
+    response: str | None
     num_bytes: int
     sha256: bytes
     pass_number: int
+    split: int | None
+    """The number of its set, if its text does not decide that."""
 
 
 def _read(task: Task, counts: Counts) -> Iterator[_Passed | str]:
@@ -180,11 +189,12 @@ def _read(task: Task, counts: Counts) -> Iterator[_Passed | str]:
 
     on_bad_record = skip if settings.on_bad_record == "skip" else stop_at_bad_record
     for portion in task.portions:
+        split = None if portion.split is None else SPLITS.index(portion.split)
         size_bytes = portion.piece.size_bytes
         shown_bytes = 0
         for document in read_slice(portion.piece, settings.columns, on_bad_record):
             # A guess, so that the time left is known before the end of a long file.
-            step_bytes = min(len(document.text), size_bytes - shown_bytes)
+            step_bytes = min(len(document.content), size_bytes - shown_bytes)
             shown_bytes += step_bytes
             counts[3] += step_bytes
             if skipped:
@@ -193,26 +203,59 @@ def _read(task: Task, counts: Counts) -> Iterator[_Passed | str]:
             if reason := settings.why_left_out(document):
                 yield reason
                 continue
-            text_utf8 = document.text.encode("utf-8", "surrogatepass")
-            sha256 = hashlib.sha256(text_utf8).digest()
+            content = document.content
+            sha256 = hashlib.sha256(content).digest()
             if portion.fraction < 1.0 and _fraction(sha256[8:16]) >= portion.fraction:
                 yield "weight"
                 continue
-            yield _Passed(document.text, len(text_utf8), sha256, portion.pass_number)
+            yield _Passed(
+                *(document.text, document.response, len(content)),
+                *(sha256, portion.pass_number, split),
+            )
         yield from skipped
         skipped.clear()
         counts[3] += size_bytes - shown_bytes
 
 
+@dataclass(frozen=True)
+class _EncodedDocument:
+    ids: Ids
+    text_bytes: int
+
+
+_Encoded = _EncodedDocument | PackedExample
+
+
 def _encoded(
-    items: Iterator[_Passed | str], codec: TextCodec
-) -> Iterator[tuple[_Passed, Ids] | str]:
+    items: Iterator[_Passed | str], codec: TextCodec, row_tokens: int | None
+) -> Iterator[tuple[_Passed, _Encoded] | str]:
     """What is read, documents with their ids: many are encoded at a time."""
     while batch := _next_batch(items):
-        texts = [item.text for item in batch if isinstance(item, _Passed)]
-        ids = iter(codec.encode_documents(texts))
+        passed = [item for item in batch if isinstance(item, _Passed)]
+        encode = _encode_documents if row_tokens is None else _encode_examples
+        encoded = iter(encode(passed, codec))
         for item in batch:
-            yield item if isinstance(item, str) else (item, next(ids))
+            if isinstance(item, str):
+                yield item
+                continue
+            of_item = next(encoded)
+            is_too_long = row_tokens is not None and len(of_item.ids) > row_tokens
+            yield "too_long" if is_too_long else (item, of_item)
+
+
+def _encode_documents(passed: Sequence[_Passed], codec: TextCodec) -> Iterator[_Encoded]:
+    ids = codec.encode_documents([document.text for document in passed])
+    for document, of_document in zip(passed, ids, strict=True):
+        yield _EncodedDocument(of_document, document.num_bytes)
+
+
+def _encode_examples(passed: Sequence[_Passed], codec: TextCodec) -> Iterator[_Encoded]:
+    examples = [Example(document.text, document.response or "") for document in passed]
+    encoded = ChatFormat(codec).encode_all(examples)
+    for document, example in zip(passed, encoded, strict=True):
+        num_learnt = len(example.ids) - example.num_given
+        text_bytes = document.num_bytes - 1  # without the NUL between instruction and response
+        yield PackedExample(example.ids, example.num_given, num_learnt, text_bytes)
 
 
 def _next_batch(items: Iterator[_Passed | str]) -> list[_Passed | str]:
@@ -220,7 +263,7 @@ def _next_batch(items: Iterator[_Passed | str]) -> list[_Passed | str]:
     num_characters = 0
     for item in items:
         batch.append(item)
-        num_characters += 1 if isinstance(item, str) else len(item.text)
+        num_characters += 1 if isinstance(item, str) else len(item.text) + len(item.response or "")
         if num_characters >= BATCH_CHARACTERS:
             break
     return batch
@@ -277,6 +320,8 @@ class _SplitOutput:
         self._num_shards = 0
         self._open_file = ExitStack()
         self._writer: ShardWriter | None = None
+        row_tokens = task.settings.row_tokens
+        self._packer = None if row_tokens is None else RowPacker(row_tokens, codec.end_id)
 
     def __enter__(self) -> "_SplitOutput":
         return self
@@ -287,7 +332,26 @@ class _SplitOutput:
         else:
             self._open_file.__exit__(*error)
 
-    def add(self, ids: Ids, text_bytes: int) -> None:
+    def add(self, encoded: _Encoded) -> None:
+        if isinstance(encoded, _EncodedDocument):
+            self._open().add(encoded.ids, encoded.text_bytes)
+            self._close_if_full()
+        elif self._packer is not None:
+            self._add_rows(self._packer.add(encoded))
+
+    def finish(self) -> None:
+        """Write the rows that are not full."""
+        if self._packer is not None:
+            self._add_rows(self._packer.finish())
+
+    def _add_rows(self, examples: Iterator[PackedExample]) -> None:
+        for example in examples:
+            writer = self._open()
+            writer.add_example(example)
+            if writer.tokens % (self._task.settings.row_tokens or 1) == 0:
+                self._close_if_full()
+
+    def _open(self) -> ShardWriter:
         settings = self._task.settings
         if self._writer is None:
             file = self._open_file.enter_context(replacing(self._folder / self._file_name()))
@@ -297,9 +361,12 @@ class _SplitOutput:
                 self._codec.id_dtype,
                 settings.frame_tokens,
                 Compression(level=settings.compression_level),
+                settings.row_tokens,
             )
-        self._writer.add(ids, text_bytes)
-        if self._writer.tokens >= settings.shard_tokens:
+        return self._writer
+
+    def _close_if_full(self) -> None:
+        if self._writer is not None and self._writer.tokens >= self._task.settings.shard_tokens:
             self._close_shard()
 
     def _file_name(self) -> str:

@@ -22,6 +22,7 @@ def require_promised(reader: ShardReader, entry: ShardEntry, manifest: Manifest)
         header.tokenizer_sha256,
         header.frame_tokens,
         header.dictionary_sha256,
+        header.row_tokens,
     )
     expected = (
         text_format.direction.value,
@@ -29,6 +30,7 @@ def require_promised(reader: ShardReader, entry: ShardEntry, manifest: Manifest)
         text_format.tokenizer_sha256,
         manifest.frame_tokens,
         manifest.dictionary_sha256,
+        manifest.row_tokens,
     )
     if said != expected:
         raise ShardCorruptError(
@@ -64,7 +66,7 @@ def shard_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> list[Sh
             except ShardCorruptError as error:
                 damage.append(error)
         try:
-            content.update(reader.document_tokens().astype("<u4").data)
+            content.update(reader.counts().astype("<u4").data)
         except ShardCorruptError as error:
             damage.append(error)
     if damage:

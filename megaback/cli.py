@@ -26,6 +26,10 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
         "Train a tokenizer.",
         {"train": ("data_pipeline.tokenizer", "Train a SentencePiece model on a source.")},
     ),
+    "instruct": (
+        "Instructions and their responses.",
+        {"build": ("data_pipeline.instruct", "Encode instruction rows into shards.")},
+    ),
     "shards": (
         "Build and look at data sets.",
         {

@@ -90,7 +90,7 @@ def test_rows_of_more_frames_than_are_kept_come_in_the_order_in_which_they_were_
     row = np.random.default_rng(2).integers(4, size=50)
     with ThreadPoolExecutor(4) as executor:
         asked = [executor.submit(store.rows, frame, row, 16) for _ in range(4)]
-        found = [tokens_NC.tolist() for tokens_NC, _ in (one.result() for one in asked)]
+        found = [tokens_NC.tolist() for tokens_NC, _, _ in (one.result() for one in asked)]
     places = zip(frame.tolist(), row.tolist(), strict=True)
     expected = [data.frames[of][16 * at : 16 * at + 16].tolist() for of, at in places]
     assert found == [expected] * 4
