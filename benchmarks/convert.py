@@ -31,12 +31,12 @@ print((peak() - before) / 1e6, time.perf_counter() - started)
 """
 _WAYS = {
     "ours, float32": (
-        "import tools.gguf_export, tools.hf_export, tools.weight_source\n"
+        "import tools.gguf_export, tools.hf_export, megaback.weight_source\n"
         "from tools.convert import convert",
         "convert(Path(source) / 'ours', Path(out), 'hf', 'float32')",
     ),
     "ours, bfloat16": (
-        "import tools.gguf_export, tools.hf_export, tools.weight_source\n"
+        "import tools.gguf_export, tools.hf_export, megaback.weight_source\n"
         "from tools.convert import convert",
         "convert(Path(source) / 'ours', Path(out), 'hf', 'bfloat16')",
     ),

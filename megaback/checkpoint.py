@@ -31,6 +31,9 @@ from megaback.tensor_file import size_and_hash
 
 CHECKPOINTS_FOLDER = "checkpoints"
 META_NAME = "meta.json"
+LATEST_NAME = "latest"
+BEST_NAME = "best"
+"""Beside the checkpoints: the name of the one with the lowest val loss, which is never let go."""
 WEIGHTS_PREFIX = "weights-"
 OPTIMIZER_PREFIX = "optimizer-"
 FORMAT_NAME = "megaback-checkpoint"
@@ -65,6 +68,11 @@ class CheckpointMeta:
     @property
     def format(self) -> TextFormat:
         return TextFormat.from_dict(self.text_format)
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
 
 
 def library_versions() -> dict[str, str]:
@@ -153,8 +161,11 @@ def complete_checkpoints(run: Path) -> list[Path]:
 def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
     """The verified checkpoint that a path means: a run, its checkpoints, or one step's folder.
 
-    Raises CheckpointMissingError or CheckpointCorruptError.
+    A path that ends in `checkpoints/best` or `latest` means the one that is named there. Raises
+    CheckpointMissingError or CheckpointCorruptError.
     """
+    if path.is_file() and path.name in (BEST_NAME, LATEST_NAME):
+        path = path.parent / path.read_text(encoding="utf-8").strip()
     if (path / META_NAME).is_file():
         candidates = [path]
     else:
@@ -185,7 +196,7 @@ def read_meta(target: Path) -> CheckpointMeta:
             raise ValueError("another format or version")
         meta = TypeAdapter(CheckpointMeta).validate_python(fields)
         _ = meta.format
-        if target.name != f"step-{meta.step:08d}" and STEP_FOLDER.fullmatch(target.name):
+        if target.name != step_name(meta.step) and STEP_FOLDER.fullmatch(target.name):
             raise ValueError(f"it is of step {meta.step}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())

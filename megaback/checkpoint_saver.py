@@ -19,9 +19,11 @@ from data_pipeline.command import replacing, storage_error, write_text
 from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.manifest import TOKENIZER_NAME
 from megaback.checkpoint import (
+    BEST_NAME,
     CHECKPOINTS_FOLDER,
     FORMAT_NAME,
     FORMAT_VERSION,
+    LATEST_NAME,
     META_NAME,
     OPTIMIZER_PREFIX,
     STEP_FOLDER,
@@ -29,6 +31,7 @@ from megaback.checkpoint import (
     CheckpointMeta,
     complete_checkpoints,
     read_meta,
+    step_name,
     verify_files,
 )
 from megaback.config import CheckpointSection
@@ -66,19 +69,22 @@ class CheckpointSaver:
         """Whether this rank is still writing."""
         return self._open is not None and self._open.is_alive()
 
-    def begin(self, state: Mapping[str, Tensor], meta: CheckpointMeta) -> None:
+    def begin(
+        self, state: Mapping[str, Tensor], meta: CheckpointMeta, *, is_best: bool = False
+    ) -> None:
         """Copy this rank's state and start to write it. Collective; completes what is open.
 
-        When a rank cannot write, all ranks stop with its message.
+        The best checkpoint is named in `best`, and kept until another one is. When a rank cannot
+        write, all ranks stop with its message.
         """
         self.finish()
         world = self._world
-        target = self._folder / f"step-{meta.step:08d}"
+        target = self._folder / step_name(meta.step)
         if any(world.gather(world.together(_is_saved, target, world))):
             return
         world.together(_make_empty, target, world)
         self._copy(state)
-        self._open = _Writing(target, meta, self._host, world.rank)
+        self._open = _Writing(target, meta, self._host, world.rank, is_best=is_best)
         self._open.start()
         if not self._section.background:
             self.finish()
@@ -94,21 +100,24 @@ class CheckpointSaver:
         files = {
             name: entry for part in world.gather(writing.files) for name, entry in part.items()
         }
-        world.together(self._complete, writing.target, replace(writing.meta, files=files))
+        world.together(self._complete, writing, files)
         self._completed = writing.target
 
-    def _complete(self, target: Path, meta: CheckpointMeta) -> None:
+    def _complete(self, writing: "_Writing", files: dict[str, SizeAndHash]) -> None:
         if not self._world.is_first:
             return
+        target = writing.target
         with replacing(target / TOKENIZER_NAME) as file:
             file.write(self._tokenizer)
-        files = {**meta.files, TOKENIZER_NAME: size_and_hash(target / TOKENIZER_NAME)}
-        meta = replace(meta, files=dict(sorted(files.items())))
+        files = {**files, TOKENIZER_NAME: size_and_hash(target / TOKENIZER_NAME)}
+        meta = replace(writing.meta, files=dict(sorted(files.items())))
         if not meta.is_finite:
             meta = replace(meta, val_loss=str(meta.val_loss))  # type: ignore[arg-type] # JSON's way
         fields = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
         write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
-        write_text(target.parent / "latest", target.name + "\n")
+        write_text(target.parent / LATEST_NAME, target.name + "\n")
+        if writing.is_best:
+            write_text(target.parent / BEST_NAME, target.name + "\n")
         rotate(self._folder, self._section)
 
     def _copy(self, state: Mapping[str, Tensor]) -> None:
@@ -127,9 +136,16 @@ class _Writing(Thread):
     """A rank's part of a checkpoint, on its way to the disk."""
 
     def __init__(
-        self, target: Path, meta: CheckpointMeta, tensors: Mapping[str, Tensor], rank: int
+        self,
+        target: Path,
+        meta: CheckpointMeta,
+        tensors: Mapping[str, Tensor],
+        rank: int,
+        *,
+        is_best: bool,
     ) -> None:
         super().__init__(name="checkpoint", daemon=True)
+        self.is_best = is_best
         self.target, self.meta = target, meta
         self.files: dict[str, SizeAndHash] = {}
         self.error: StorageError | None = None
@@ -159,12 +175,14 @@ class _Writing(Thread):
 
 
 def rotate(folder: Path, section: CheckpointSection) -> None:
-    """Let checkpoints go, but the last ones, every so many steps' one, and the last finite one.
+    """Let checkpoints go, but the last ones, every so many steps', the last finite, and the best.
 
     A checkpoint loses its meta.json first. What kills have left behind goes too.
     """
     complete = complete_checkpoints(folder.parent)
     kept = set(complete[-section.keep_last :])
+    if (folder / BEST_NAME).is_file():
+        kept.add(folder / (folder / BEST_NAME).read_text(encoding="utf-8").strip())
     for target in complete[: -section.keep_last]:
         step = int(target.name.partition("-")[2])
         if section.keep_every_steps is not None and step % section.keep_every_steps == 0:

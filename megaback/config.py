@@ -276,6 +276,15 @@ class GuardSection(Section):
 class ValidationSection(Section):
     every_steps: int | None = Field(default=None, ge=1)
     """The whole val set is measured at the start, at the end, and after every this many steps."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run after so many measurements in a row that are not the best so far. The checkpoint
+    of the best one is kept, and named in `checkpoints/best`."""
+
+    @model_validator(mode="after")
+    def _patient_with_something(self) -> "ValidationSection":
+        if self.patience is not None and self.every_steps is None:
+            raise ValueError("patience counts measurements, so it needs every_steps too")
+        return self
 
 
 class CheckpointSection(Section):
@@ -304,7 +313,8 @@ class Config(Section):
     run: Path
     """Folder of the run: config, metrics, checkpoints, logs."""
     init_from: Path | None = None
-    """Folder of `megaback convert --to full` whose weights the run starts from."""
+    """Whose weights the run starts from: a folder of `megaback convert --to full`, another run, or
+    one of its checkpoints."""
     data: DataSection
     model: ModelSection
     batch: BatchSection

@@ -2,7 +2,7 @@
 
 import fcntl
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,6 +11,7 @@ import torch
 from data_pipeline.command import write_text
 from data_pipeline.errors import CheckpointCorruptError, LaunchError, RunMismatchError
 from megaback.attention import attention_backend
+from megaback.base_model import load_base
 from megaback.checkpoint import (
     CheckpointMeta,
     library_versions,
@@ -26,7 +27,6 @@ from megaback.exit_record import EXIT_NAME, record_start
 from megaback.guard import read_left_out
 from megaback.hardware import device_peak_flops, require_host_memory, require_precision
 from megaback.model import ReverseGPT
-from megaback.model_folder import load_weights, read_description
 from megaback.preflight import preflight
 from megaback.pulse import Pulse
 from megaback.run_data import Data, open_data
@@ -125,7 +125,8 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
         config.optimizer.z_loss,
     )
     if found is None and config.init_from is not None:
-        world.together(_initialize_from, model, config, data)
+        run = f"the run on {config.data.description}"
+        world.together(load_base, model, config.init_from, data.text_format, run)
     else:
         model.initialize(config.training.seed)
     world.together(
@@ -242,30 +243,6 @@ def _note_start(
             world_size=world.size,
             zero_stage=config.zero.stage,
         )
-
-
-def _initialize_from(model: ReverseGPT, config: Config, data: Data) -> None:
-    folder = config.init_from or Path()
-    description = read_description(folder)
-    text_format = description.text_format
-    if description.is_foreign:  # it may learn another direction
-        text_format = replace(
-            text_format, direction=data.text_format.direction, unit=data.text_format.unit
-        )
-    text_format.require_same(
-        data.text_format, f"init_from {folder}", f"the run on {config.data.description}"
-    )
-    theirs = {"vocab_size": description.vocab_size, **description.shape.architecture()}
-    ours = {"vocab_size": data.codec.vocab_size, **config.model.architecture()}
-    differing = [name for name in ours if theirs[name] != ours[name]]
-    if differing:
-        name = differing[0]
-        raise RunMismatchError(
-            f"init_from {folder} has another shape than the config's model: {name} is "
-            f"{theirs[name]} there and {ours[name]} here ({len(differing)} differ: "
-            f"{', '.join(differing)}); make the config's model equal"
-        )
-    load_weights(model, folder)
 
 
 def _require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:

@@ -12,6 +12,7 @@ from itertools import chain
 
 from data_pipeline.batches import Stream, TrainingBatches, sequential_batches
 from data_pipeline.data_set import DataSet
+from data_pipeline.errors import ConfigError
 from data_pipeline.frame_cache import CacheSettings
 from data_pipeline.frame_store import FrameStore
 from data_pipeline.mixture import Mixture
@@ -76,11 +77,23 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
         first.manifest.text_format.require_same(
             other.manifest.text_format, f"the data set {first.name}", f"the data set {other.name}"
         )
+    if len({data_set.manifest.row_tokens is None for data_set in data_sets}) > 1:
+        raise ConfigError(
+            f"data.shards mixes documents and instruction examples ({section.description}); "
+            "train on one kind after the other"
+        )
     mixture = Mixture([part.weight for part in section.shards])
     streams = tuple(
         _stream(data_set, config, share)
         for data_set, share in zip(data_sets, mixture.shares, strict=True)
     )
+    if config.validation.patience is not None and not any(
+        data_set.manifest.split("val") for data_set in data_sets
+    ):
+        raise ConfigError(
+            f"validation.patience needs a val set, and {section.description} has none; "
+            "build one with --val-fraction, or leave validation.patience out"
+        )
     micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
     steps = config.training.steps
     if steps is None:

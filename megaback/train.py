@@ -38,6 +38,7 @@ from megaback.evaluation import ValidationResult, evaluate, to_device
 from megaback.exit_record import record_exit
 from megaback.guard import StepGuard
 from megaback.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
+from megaback.patience import Patience, mark_best, read_measurements
 from megaback.preparation import Run, batch_arithmetic, prepare_run
 from megaback.pulse import Pulse
 from megaback.schedule import rate_factor_at
@@ -67,6 +68,8 @@ class Trainer:
         # All ranks decide alike: by what the first one has read.
         earlier = world.gather(world.together(_earlier_steps, run, world))[0]
         self._guard = StepGuard(run.config.guard, earlier)
+        measured = world.gather(world.together(_measurements, run, world))[0]
+        self._patience = Patience(run.config.validation.patience, measured)
         self._log = world.together(_open_log, run, world)
         self._log_error: MegabackError | None = None
         self._copier = world.together(
@@ -76,11 +79,16 @@ class Trainer:
             run.config.run, run.data.codec.model_bytes, run.config.checkpoint, world
         )
 
-    def train(self) -> None:
-        """Train to the end of the run. Raises PreemptedError or NonFiniteError on all ranks."""
+    def train(self) -> str:
+        """Train to the end of the run, and say why it ended.
+
+        Raises PreemptedError or NonFiniteError on all ranks.
+        """
         run, total_steps = self._run, self._run.data.total_steps
         val_loss = run.val_loss if run.start_step else self._validate(0)
         saved_step = run.start_step
+        if self._patience.is_exhausted:  # before it was interrupted
+            total_steps = run.start_step
         run.engine.train()
         for step in range(run.start_step, total_steps):
             started, done = monotonic(), step + 1
@@ -104,19 +112,28 @@ class Trainer:
                 self._record(lambda log, done=done: log.left_out(done))  # type: ignore[misc]
             else:
                 self._learn(step, micro_batches, agreed, started)
-            if _is_due(run.config.validation.every_steps, done) or done == total_steps:
+            is_end = done == total_steps
+            if _is_due(run.config.validation.every_steps, done) or is_end:
                 val_loss = self._validate(done)
-            if _is_due(run.config.checkpoint.every_steps, done) or done == total_steps:
+                is_end = is_end or self._patience.is_exhausted
+            is_best = self._patience.is_kept(done)
+            if _is_due(run.config.checkpoint.every_steps, done) or is_end or is_best:
                 self._save(done, val_loss)
                 saved_step = done
             if step == run.start_step:
                 run.pulse.settle()
-        self._finish_save(total_steps)
+            if is_end:
+                break
+        self._finish_save(saved_step)
         for _ in range(2):  # what is on its way, then the last one
-            self._wait_while(lambda: self._copier.is_copying, "copying a checkpoint", total_steps)
+            self._wait_while(lambda: self._copier.is_copying, "copying a checkpoint", saved_step)
             self._copier.finish(self._say)
             self._copier.begin(self._saver.take_completed())
         self._world.stop_if_any(self._log_error)
+        if not self._patience.is_exhausted:
+            return "trained to the end"
+        self._say(self._patience.reason)
+        return self._patience.reason
 
     def close(self) -> None:
         """Let go of files, threads and the run's folder."""
@@ -205,6 +222,7 @@ class Trainer:
         self._record(
             lambda log: log.validation(done, result.loss, result.bits_per_byte, result.num_targets)
         )
+        self._patience.measured(done, result.loss)
         return result.loss
 
     def _save(self, done: int, val_loss: float | None) -> None:
@@ -212,7 +230,8 @@ class Trainer:
         self._finish_save(done)
         run.pulse.at("saving", done)
         state = named_state(run.engine, world.rank, world.size)
-        self._saver.begin(state, run.meta(done, val_loss, world))
+        meta = run.meta(done, val_loss, world)
+        self._saver.begin(state, meta, is_best=self._patience.is_kept(done))
 
     def _finish_save(self, done: int) -> None:
         """Complete the checkpoint that is open, if there is one."""
@@ -251,6 +270,16 @@ def _earlier_steps(run: Run, world: World) -> list[dict[str, Any]]:
     return earlier[::-1]
 
 
+def _measurements(run: Run, world: World) -> list[tuple[int, float | None]]:
+    """The validations before the run went on; the best checkpoint is marked."""
+    if not (world.is_first and run.start_step):
+        return []
+    found = read_measurements(run.config.run, run.start_step) or [(run.start_step, run.val_loss)]
+    if run.config.validation.patience is not None:
+        mark_best(run.config.run, Patience(None, found).best_step)
+    return found
+
+
 def _open_log(run: Run, world: World) -> MetricsLog | None:
     if not world.is_first:
         return None
@@ -271,18 +300,19 @@ def _is_due(every_steps: int | None, done: int) -> bool:
 def train_run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> None:
     """Train a run to its end. Raises AgreedExit on all ranks alike."""
     error: MegabackError | None = None
+    reason = ""
     try:
         trainer = Trainer(prepare_run(config, world, pulse), world, stop)
         try:
-            trainer.train()
+            reason = trainer.train()
         finally:
             trainer.close()
     except (NonFiniteError, PreemptedError) as shared:
         error = shared  # raised on every rank alike
     world.stop_if_any(error)
     if world.is_first:
-        record_exit(config.run, 0, "finished", "trained to the end", world.rank)
-    pulse.leave("trained to the end")
+        record_exit(config.run, 0, "finished", reason, world.rank)
+    pulse.leave(reason)
 
 
 def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:

@@ -71,9 +71,9 @@ def convert(
     import torch
 
     from megaback.model_folder import write_model_folder
+    from megaback.weight_source import open_source
     from tools.gguf_export import write_gguf_folder
     from tools.hf_export import write_hf_folder
-    from tools.weight_source import open_source
 
     source = open_source(source_path)
     torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -121,7 +121,10 @@ def _leave(_signal: int, _frame: FrameType | None) -> None:
     help="Largest file of weights (full and hf).",
 )
 def main(checkpoint: Path, kind: str, out: Path, dtype: str, max_shard_size: int) -> None:
-    """Turn CHECKPOINT (a run, one of its checkpoints, or a converted model) into a folder."""
+    """Turn CHECKPOINT (a run, one of its checkpoints, or a converted model) into a folder.
+
+    RUN/checkpoints/best names the best one of a run with validation.patience.
+    """
     signal.signal(signal.SIGTERM, _leave)  # so that nothing half-written is left behind
     convert(checkpoint, out, kind, dtype, max_shard_size)
     click.echo(f"wrote {out}")

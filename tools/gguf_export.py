@@ -19,7 +19,7 @@ from data_pipeline.errors import BackendError, StorageError
 from megaback.config import ModelSection
 from megaback.model_folder import HEAD_NAME
 from megaback.tensor_file import size_and_hash
-from tools.weight_source import WeightSource
+from megaback.weight_source import WeightSource
 
 GGUF_NAME = "model.gguf"
 _OUTER_NAMES = {

@@ -17,7 +17,7 @@ from megaback.model_folder import CONFIG_NAME, STOCK_SECTION, ModelDescription
 from megaback.stock_config import to_stock
 from megaback.tensor_file import SizeAndHash
 from megaback.weight_files import write_weights
-from tools.weight_source import WeightSource
+from megaback.weight_source import WeightSource
 
 _TOKENIZER_CLASS = "MegabackTokenizer"
 

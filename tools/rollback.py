@@ -22,6 +22,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     """
     from megaback.checkpoint import (
         CHECKPOINTS_FOLDER,
+        LATEST_NAME,
         complete_checkpoints,
         read_meta,
         verify_files,
@@ -61,7 +62,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         aside.mkdir()
         for newer in complete[complete.index(target) + 1 :]:
             os.replace(newer, aside / newer.name)
-        write_text(target.parent / "latest", target.name + "\n")
+        write_text(target.parent / LATEST_NAME, target.name + "\n")
     return target, meta.step + 1, last
 
 

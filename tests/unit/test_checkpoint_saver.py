@@ -24,6 +24,7 @@ from megaback.checkpoint import (
     META_NAME,
     CheckpointMeta,
     complete_checkpoints,
+    find_checkpoint,
     newest_checkpoint,
     read_meta,
     verify_files,
@@ -135,6 +136,27 @@ def test_latest_names_the_newest_checkpoint(tmp_path: Path, save: Save) -> None:
         save(tmp_path, step)
 
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000200\n"
+
+
+def test_the_best_checkpoint_is_named_and_kept_until_another_one_is(
+    tmp_path: Path,
+    make_saver: Callable[..., CheckpointSaver],
+    meta_at: Callable[..., CheckpointMeta],
+    state_at: Callable[[int], State],
+) -> None:
+    saver = make_saver(keep_last=2)
+
+    def save_all(*steps: int, best: int) -> None:
+        for step in steps:
+            saver.begin(state_at(step), meta_at(step), is_best=step == best)
+        saver.finish()
+
+    save_all(100, 200, 300, 400, best=100)
+    assert steps_of(tmp_path) == [100, 300, 400]
+    named, _ = find_checkpoint(tmp_path / "checkpoints" / "best")
+    assert named.name == "step-00000100"
+    save_all(500, 600, 700, best=500)
+    assert steps_of(tmp_path) == [500, 600, 700]
 
 
 def test_a_checkpoint_that_fails_half_way_is_not_complete(

@@ -335,7 +335,7 @@ _PEAK = """
 import resource, sys
 from pathlib import Path
 from tools.convert import convert
-import megaback.model_folder, tools.gguf_export, tools.hf_export, tools.weight_source, gguf
+import megaback.model_folder, tools.gguf_export, tools.hf_export, megaback.weight_source, gguf
 run, small, out, kind = map(str, sys.argv[1:])
 convert(Path(small), Path(out + "-small"), kind, "float32")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

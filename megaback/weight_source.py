@@ -1,4 +1,4 @@
-"""What is converted: a checkpoint of any ranks and stage, or a model's folder; by tensors."""
+"""A model by tensors, from a checkpoint of any ranks and stage or from a folder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def open_source(path: Path) -> WeightSource:
 
     Raises CheckpointMissingError or CheckpointCorruptError, and what `read_description` does.
     """
-    return _from_folder(path) if (path / CONFIG_NAME).is_file() else _from_checkpoint(path)
+    return _from_folder(path) if (path / CONFIG_NAME).is_file() else open_checkpoint(path)
 
 
 def _shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
@@ -50,7 +50,8 @@ def _shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
 
-def _from_checkpoint(path: Path) -> WeightSource:
+def open_checkpoint(path: Path) -> WeightSource:
+    """Verify the checkpoint that a path means. Raises what `find_checkpoint` does."""
     target, meta = find_checkpoint(path)
     config = Config.model_validate(meta.config)
     description = ModelDescription(

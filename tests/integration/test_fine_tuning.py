@@ -1,0 +1,123 @@
+"""From rows to a model that is asked: instruction shards, a base, early stopping, a chat."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_run import curve_of, metrics_of, val_losses_of
+
+from data_pipeline.build import build_shards
+from data_pipeline.example_columns import ExampleColumns
+from data_pipeline.settings import BuildSettings, WeightedSource
+from data_pipeline.text import TextCodec
+from megaback.checkpoint import complete_checkpoints, find_checkpoint
+
+pytestmark = pytest.mark.slow
+
+RunOf = Callable[..., Path]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+CONTEXT_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def instruct_shards(
+    tmp_path_factory: pytest.TempPathFactory,
+    english_documents: list[str],
+    codec: Callable[..., TextCodec],
+) -> Path:
+    """Sentences, and which words they end in."""
+    folder = tmp_path_factory.mktemp("instruct")
+    sentences = [text.partition(".")[0] for text in english_documents]
+    lines = [
+        {"instruction": "What came last?", "input": sentence.split()[-1], "output": sentence}
+        for sentence in sentences
+    ]
+    source = folder / "rows.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = BuildSettings(
+        sources=(WeightedSource(str(source)),),
+        tokenizer_sha256=codec().format.tokenizer_sha256,
+        val_fraction=0.2,
+        frame_tokens=1024,
+        examples=ExampleColumns(),
+        row_tokens=CONTEXT_TOKENS,
+    )
+    build_shards(settings, codec(), folder / "shards", workers=1)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def tuned(instruct_shards: Path, run_of: RunOf, lonely_run_of: RunOf) -> Path:
+    """A run that goes on from the tiny run's checkpoint, and stops when it has had enough."""
+    return lonely_run_of(
+        f"init_from={run_of('zero.stage=1')}",
+        f"data.shards={instruct_shards}",
+        "training.steps=null",
+        "training.epochs=20",
+        "optimizer.learning_rate=0.03",
+        "optimizer.schedule=wsd",
+        "validation.every_steps=4",
+        "validation.patience=2",
+        "checkpoint.every_steps=4",
+    )
+
+
+def test_a_run_on_instructions_starts_from_a_runs_weights_and_learns(
+    tuned: Path, run_of: RunOf
+) -> None:
+    weights = val_losses_of(tuned)
+    assert weights[0] < 8  # those of a run on other text, not of chance: ln 600 is 6.4
+    assert min(weights.values()) < weights[0] / 2
+
+
+def test_a_run_stops_early_and_keeps_its_best_checkpoint(tuned: Path) -> None:
+    losses = val_losses_of(tuned)
+    best = min(losses, key=losses.__getitem__)
+    last = max(losses)
+    assert last == best + 8 < 300
+    assert len(curve_of(tuned)) == last
+    assert find_checkpoint(tuned / "checkpoints" / "best")[1].step == best
+    ending = json.loads((tuned / "exit.json").read_text())
+    assert (ending["code"], ending["kind"]) == (0, "finished")
+    assert ending["reason"].startswith("stopped early: val loss did not fall below")
+    assert f"(step {best})" in ending["reason"]
+
+
+def test_a_run_that_stopped_early_does_not_go_on(
+    tuned: Path, tmp_path: Path, train_again: Callable[[Path], str]
+) -> None:
+    run = Path(shutil.copytree(tuned, tmp_path / "run"))
+    output = train_again(run)
+    assert "stopped early" in output
+    assert metrics_of(run) == metrics_of(tuned)
+
+
+def test_a_run_that_goes_on_stops_early_where_it_would_have_stopped(
+    tuned: Path, tmp_path: Path, train_again: Callable[[Path], str]
+) -> None:
+    run = Path(shutil.copytree(tuned, tmp_path / "run"))
+    newest = complete_checkpoints(run)[-1]
+    shutil.rmtree(newest)
+    (run / "checkpoints" / "best").write_text("step-00009999\n")  # as a kill may leave it
+    train_again(run)
+    assert metrics_of(run) == metrics_of(tuned)
+    assert newest in complete_checkpoints(run)
+    assert (run / "checkpoints" / "best").read_text() == (
+        tuned / "checkpoints" / "best"
+    ).read_text()
+
+
+@pytest.fixture
+def train_again(warm_ranks: Callable[..., object], tmp_path: Path) -> Callable[[Path], str]:
+    """`train_again(run)`: the command that the run's own config is, again; what it prints."""
+
+    def again(run: Path) -> str:
+        output = tmp_path / "again.txt"
+        warm_ranks(1).train(run / "config.yaml", (f"run={run}",), output)  # type: ignore[attr-defined]
+        return output.read_text()
+
+    return again
