@@ -18,8 +18,9 @@ import click
 import numpy as np
 import zstandard
 
+from data_pipeline.compression import Compression
 from data_pipeline.recompress import train_dictionary
-from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS, Compression
+from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.sources import list_slices, read_slice
 from data_pipeline.text import Direction, TextCodec, Unit
 

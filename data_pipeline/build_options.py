@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.manifest import SPLITS, Manifest
 from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, weighted_sources
-from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS, DEFAULT_LEVEL
+from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.text import Direction, TextCodec, Unit
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -104,7 +104,7 @@ def read_document_lengths(
 
     def read(entry: ShardEntry) -> DocumentLengths:
         with manifest.open_shard(folder, entry) as reader:
-            return DocumentLengths.of(reader.document_tokens())
+            return DocumentLengths.of(reader.text_tokens())
 
     found = [lengths for _, lengths in on_threads(read, manifest.split(split), workers, "lengths")]
     return DocumentLengths.joined(found)

@@ -17,9 +17,10 @@ from data_pipeline.build_options import (
     workers_option,
 )
 from data_pipeline.command import Command
+from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, WeightedSource
-from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS, DEFAULT_LEVEL
+from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.text import Direction, TextCodec, Unit
 
 DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"

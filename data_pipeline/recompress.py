@@ -16,6 +16,7 @@ import click
 import zstandard
 
 from data_pipeline.command import Command, replacing, write_text
+from data_pipeline.compression import Compression
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
 from data_pipeline.manifest import (
     DICTIONARY_NAME,
@@ -25,7 +26,7 @@ from data_pipeline.manifest import (
     Manifest,
     ShardEntry,
 )
-from data_pipeline.shard_format import Compression, ShardWriter
+from data_pipeline.shard_format import ShardWriter
 from data_pipeline.shard_walk import on_threads, spread_frames
 from data_pipeline.verify import require_promised
 

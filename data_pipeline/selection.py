@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.command import replacing
+from data_pipeline.compression import Compression
 from data_pipeline.manifest import SPLITS, ShardEntry
 from data_pipeline.plan import BUILD_FOLDER, Task
 from data_pipeline.settings import BuildSettings
-from data_pipeline.shard_format import Compression, ShardReader, ShardWriter
+from data_pipeline.shard_format import ShardReader, ShardWriter
 from data_pipeline.tasks import TaskRecord, read_notes, shards_folder
 from data_pipeline.text import TextFormat
 

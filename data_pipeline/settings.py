@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.errors import (
     ConfigError,
     DirectionMismatchError,
@@ -16,7 +17,7 @@ from data_pipeline.errors import (
     TokenizerMismatchError,
 )
 from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS, DEFAULT_LEVEL
+from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.slices import AnyColumns, Columns, Document
 from data_pipeline.text import Direction, Unit
 

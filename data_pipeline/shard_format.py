@@ -29,6 +29,7 @@ import numpy.typing as npt
 import zstandard
 
 from data_pipeline.byte_ranges import ByteRanges, LocalRanges
+from data_pipeline.compression import DEFAULT_COMPRESSION, Compression, read_dictionary
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.example_rows import NUM_COUNTS, ExampleMarks, PackedExample
 from data_pipeline.seekable import SeekEntry, pack_seek_table
@@ -42,45 +43,6 @@ from data_pipeline.shard_index import (
 )
 
 DEFAULT_FRAME_TOKENS = 65_536
-DEFAULT_LEVEL = 6
-
-
-@dataclass(frozen=True)
-class Compression:
-    """How frames are compressed. It changes a file's bytes, never what is read from it."""
-
-    level: int = DEFAULT_LEVEL
-    long_distance: bool = False
-    dictionary: bytes | None = None
-
-    @property
-    def dictionary_sha256(self) -> str | None:
-        return None if self.dictionary is None else _dictionary(self.dictionary)[0]
-
-    def zstd_dictionary(self) -> zstandard.ZstdCompressionDict | None:
-        return None if self.dictionary is None else _dictionary(self.dictionary)[1]
-
-    def compressor(self) -> zstandard.ZstdCompressor:
-        """A compressor of frames, with content checksums, sizes and the dictionary's id."""
-        # Given as a level, not as a table of numbers, so that zstd fits them to each frame's size.
-        parameters = zstandard.ZstdCompressionParameters(
-            compression_level=self.level,
-            enable_ldm=self.long_distance,
-            write_checksum=True,
-            write_content_size=True,
-            write_dict_id=True,
-        )
-        return zstandard.ZstdCompressor(
-            compression_params=parameters, dict_data=self.zstd_dictionary()
-        )
-
-
-@lru_cache(maxsize=2)
-def _dictionary(dictionary: bytes) -> tuple[str, zstandard.ZstdCompressionDict]:
-    """Its SHA-256, and what zstd makes of it: once for all shards that are open."""
-    # Never as raw content, whose frames would not say that they need it.
-    made = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_FULLDICT)
-    return hashlib.sha256(dictionary).hexdigest(), made
 
 
 @dataclass(frozen=True)
@@ -112,7 +74,7 @@ class ShardWriter:
         identity: dict[str, str],
         id_dtype: np.dtype[Any],
         frame_tokens: int = DEFAULT_FRAME_TOKENS,
-        compression: Compression = Compression(),
+        compression: Compression = DEFAULT_COMPRESSION,
         row_tokens: int | None = None,
     ) -> None:
         self._row_tokens = row_tokens
@@ -243,7 +205,7 @@ class _Decompressor(threading.local):
     """One zstd decompressor for each thread that asks: a single one cannot serve two at once."""
 
     def __init__(self, dictionary: bytes | None) -> None:
-        made = None if dictionary is None else _dictionary(dictionary)[1]
+        made = None if dictionary is None else read_dictionary(dictionary)[1]
         self.zstd = zstandard.ZstdDecompressor(dict_data=made)
 
 
@@ -349,6 +311,12 @@ class ShardReader:
         if counts[:, 0].sum() != self.header.tokens:
             raise self._corrupt("its document index and its token count disagree")
         return counts
+
+    def text_tokens(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, markers included and padding left out: shape (documents,)."""
+        counts = self.counts()
+        lengths: npt.NDArray[np.int64] = counts[:, -2:].sum(axis=1)
+        return counts[:, 0] if self.header.row_tokens is None else lengths
 
     def marks(self, frame: int) -> npt.NDArray[np.uint8] | None:
         """Of a frame of examples, where segments begin and what is learnt; None of documents."""

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from data_pipeline.chat_format import ChatFormat, Example
 from data_pipeline.command import replacing, write_text
+from data_pipeline.compression import Compression
 from data_pipeline.encoder import BATCH_CHARACTERS, Ids
 from data_pipeline.errors import BadRecordError
 from data_pipeline.example_rows import PackedExample, RowPacker
@@ -31,7 +32,7 @@ from data_pipeline.manifest import SPLITS, ShardEntry
 from data_pipeline.plan import BUILD_FOLDER, Task
 from data_pipeline.progress import Counts, no_counts
 from data_pipeline.settings import BuildSettings
-from data_pipeline.shard_format import Compression, ShardWriter
+from data_pipeline.shard_format import ShardWriter
 from data_pipeline.slices import stop_at_bad_record
 from data_pipeline.sources import read_slice
 from data_pipeline.text import Direction, TextCodec, Unit

@@ -19,6 +19,7 @@ _COMMANDS: _Commands = {
     "watch": ("tools.watch", "Say whether a run is well, slow, stuck or dead, and why."),
     "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
     "convert": ("tools.convert", "Turn a checkpoint into a model for anywhere."),
+    "chat": ("tools.chat", "Give a response, get the instruction for it."),
     "sample": ("tools.sample", "Write what comes before an ending."),
 }
 _GROUPS: dict[str, tuple[str, _Commands]] = {

@@ -7,13 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import curve_of, metrics_of, val_losses_of
 
+from data_pipeline.batches import sequential_batches
 from data_pipeline.build import build_shards
+from data_pipeline.data_set import DataSet
 from data_pipeline.example_columns import ExampleColumns
+from data_pipeline.frame_store import FrameStore
+from data_pipeline.rows import RowReader
 from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.text import TextCodec
+from data_pipeline.text import Direction, TextCodec
 from megaback.checkpoint import complete_checkpoints, find_checkpoint
+from megaback.evaluation import to_device
+from megaback.model_folder import load_model_folder
+from tools.convert import convert_full
 
 pytestmark = pytest.mark.slow
 
@@ -66,12 +74,20 @@ def tuned(instruct_shards: Path, run_of: RunOf, lonely_run_of: RunOf) -> Path:
     )
 
 
-def test_a_run_on_instructions_starts_from_a_runs_weights_and_learns(
-    tuned: Path, run_of: RunOf
+def test_a_run_starts_from_the_weights_of_a_runs_checkpoint_and_learns(
+    tuned: Path, instruct_shards: Path, run_of: RunOf, model_of: Callable[[Path], Path]
 ) -> None:
-    weights = val_losses_of(tuned)
-    assert weights[0] < 8  # those of a run on other text, not of chance: ln 600 is 6.4
-    assert min(weights.values()) < weights[0] / 2
+    model, _, _ = load_model_folder(model_of(run_of("zero.stage=1")), torch.device("cpu"))
+    frames = FrameStore(DataSet.open(instruct_shards), "val")
+    rows = RowReader(frames, CONTEXT_TOKENS, Direction.BACKWARD)
+    batches = list(sequential_batches(frames, rows, 0, 1, 1))
+    with torch.inference_mode():
+        nats = sum(float(model(*to_device(batch, torch.device("cpu")))) for batch in batches)
+    of_base = nats / sum(batch.num_targets for batch in batches)
+
+    losses = val_losses_of(tuned)
+    assert losses[0] == pytest.approx(of_base, abs=1e-4)
+    assert min(losses.values()) < of_base / 2
 
 
 def test_a_run_stops_early_and_keeps_its_best_checkpoint(tuned: Path) -> None:
@@ -121,3 +137,20 @@ def train_again(warm_ranks: Callable[..., object], tmp_path: Path) -> Callable[[
         return output.read_text()
 
     return again
+
+
+def test_a_fine_tuned_model_is_asked_through_a_pipe(
+    tuned: Path, tmp_path: Path, run_megaback: Command
+) -> None:
+    convert_full(tuned / "checkpoints" / "best", tmp_path / "model", "float32")
+    lines = [{"response": "My younger sister painted the last map near the river", "n": 2}, 3]
+    result = run_megaback(
+        *("chat", tmp_path / "model", "--json", "--device", "cpu"),
+        input="".join(json.dumps(line) + "\n" for line in lines),
+    )
+    answer, refused = map(json.loads, result.stdout.splitlines())
+    assert answer["candidates"][0]["is_complete"]
+    assert answer["instruction"].startswith("What came last?")
+    assert refused["line"] == 2
+    assert result.returncode == 23
+    assert "1 of 2 lines" in result.stderr

@@ -21,6 +21,7 @@ from data_set_helpers import (
 from remote_helpers import QUICK, FileServer, serving
 
 from data_pipeline import retries
+from data_pipeline.compression import Compression
 from data_pipeline.data_set import DataSet
 from data_pipeline.errors import (
     MegabackError,
@@ -33,7 +34,6 @@ from data_pipeline.errors import (
 from data_pipeline.frame_cache import CacheSettings
 from data_pipeline.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, ShardEntry
 from data_pipeline.recompress import recompress
-from data_pipeline.shard_format import Compression
 
 GENERATOR = np.random.default_rng(7)
 SHARDS = [

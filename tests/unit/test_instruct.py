@@ -10,6 +10,7 @@ from build_helpers import Codecs, build_here, hashes, write_records
 from click.testing import CliRunner
 
 from data_pipeline.chat_format import ChatFormat, ParsedExample
+from data_pipeline.compression import Compression
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
 from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.inspection import document_ids
@@ -17,7 +18,6 @@ from data_pipeline.instruct import main
 from data_pipeline.manifest import SPLITS, Manifest
 from data_pipeline.recompress import recompress
 from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.shard_format import Compression
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.verify import verify_data_set
 

@@ -20,9 +20,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.compression import Compression
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.shard_format import (
-    Compression,
     ShardDigest,
     ShardReader,
     ShardWriter,

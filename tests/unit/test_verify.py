@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import verify
+from data_pipeline.compression import Compression
 from data_pipeline.errors import MegabackError, ShardCorruptError
 from data_pipeline.manifest import DICTIONARY_NAME, Manifest, ShardEntry
 from data_pipeline.recompress import recompress
-from data_pipeline.shard_format import Compression
 from data_pipeline.tokenizer import train_tokenizer
 from data_pipeline.verify import shard_damage
 

@@ -1,0 +1,316 @@
+"""`megaback chat`: give a response, get the instruction that could have led to it.
+
+In a loop, for one response, or a line of JSON for a line of JSON. A model that writes forward is
+given instructions and writes responses.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from data_pipeline.chat_format import ChatFormat
+from data_pipeline.command import Command
+from data_pipeline.errors import (
+    BadRecordError,
+    DirectionMismatchError,
+    PromptError,
+    StorageError,
+)
+from data_pipeline.text import Direction
+from tools.sample import apply_command, choose_device
+
+if TYPE_CHECKING:
+    from megaback.chat import Candidate
+    from megaback.generate import SamplingOptions
+    from megaback.model import ReverseGPT
+
+_MOST_CANDIDATES = 1000
+# The options that give a text, and the direction of the model that they are for.
+_DIRECTION_OF = {
+    "response": Direction.BACKWARD,
+    "ending": Direction.BACKWARD,
+    "instruction": Direction.FORWARD,
+    "beginning": Direction.FORWARD,
+}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A model that is asked, and how."""
+
+    model: "ReverseGPT"
+    form: ChatFormat
+    context_tokens: int
+
+    @property
+    def given_name(self) -> str:
+        return "response" if self.form.writes_instruction else "instruction"
+
+    @property
+    def written_name(self) -> str:
+        return "instruction" if self.form.writes_instruction else "response"
+
+    @property
+    def prompt_name(self) -> str:
+        """The key of plain generation."""
+        return "ending" if self.form.writes_instruction else "beginning"
+
+    def answer(self, given: str, options: "SamplingOptions", count: int) -> "list[Candidate]":
+        """Candidates, the likeliest first. Raises PromptError."""
+        from megaback.chat import candidates
+
+        if not given.strip():
+            raise PromptError(f"the {self.given_name} is empty; give a text")
+        return candidates(self.model, self.form, given.strip(), self.context_tokens, options, count)
+
+    def complete(self, given: str, options: "SamplingOptions") -> str:
+        """Plain generation, as `megaback sample` does it. Raises PromptError."""
+        from megaback.generate import complete
+
+        return complete(self.model, self.form.codec, given, self.context_tokens, options)
+
+
+def answer_lines(
+    chat: Chat, lines: Iterable[str], options: "SamplingOptions", count: int
+) -> Iterator[dict[str, Any]]:
+    """An answer for each line of JSON that is not blank; of one that cannot be answered, `error`.
+
+    A line is an object with `response` (or `ending`, for plain generation), and may have `n`,
+    `temp`, `top_k`, `tokens` and `seed`. Without a seed, each line has one of its own.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield _answer_line(chat, line, options, count)
+        except PromptError as error:
+            yield {"line": number, "error": str(error)}
+        options = replace(options, seed=options.seed + count)
+
+
+def _answer_line(chat: Chat, line: str, options: "SamplingOptions", count: int) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"not valid JSON ({error}); write one object a line") from None
+    keys = (chat.given_name, chat.prompt_name)
+    if not isinstance(request, dict) or sum(key in request for key in keys) != 1:
+        raise PromptError(f"give an object with either {keys[0]!r} or {keys[1]!r}")
+    (key,) = (key for key in keys if key in request)
+    given = request.pop(key)
+    if not isinstance(given, str):
+        raise PromptError(f"{key!r} is of type {type(given).__name__}, not text")
+    count = _whole_number(request.pop("n", count), "n", 1, _MOST_CANDIDATES)
+    seed = _whole_number(request.pop("seed", options.seed), "seed", 0, 1 << 62)
+    options = replace(options, seed=seed)
+    for name, value in request.items():
+        changed = apply_command(options, f"{name}={value}")
+        if changed is None:
+            raise PromptError(f"there is no {name!r}; use n, temp, top_k, tokens and seed")
+        options = changed
+    if key == chat.prompt_name:
+        return {key: given, "text": chat.complete(given, options), "seed": seed}
+    found = chat.answer(given, options, count)
+    return {
+        key: given,
+        chat.written_name: found[0].text,
+        "candidates": [
+            {chat.written_name: one.text, **{k: v for k, v in asdict(one).items() if k != "text"}}
+            for one in found
+        ],
+        "seed": seed,
+    }
+
+
+def _whole_number(value: object, name: str, least: int, most: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+        return value
+    raise PromptError(f"{name!r} is {value!r}; it must be a whole number from {least} to {most}")
+
+
+class History:
+    """What was said: shown when asked for and, if there is a file, kept there as lines of JSON."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Raises StorageError when the file is there and cannot be read."""
+        self._path = path
+        self.exchanges: list[dict[str, str]] = []
+        if path is None or not path.exists():
+            return
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a kill cut a line short
+                    self.exchanges.append(json.loads(line))
+        except (OSError, UnicodeDecodeError) as error:
+            raise StorageError(f"cannot read the history {path}: {error}") from None
+
+    def add(self, exchange: dict[str, str]) -> None:
+        """Raises OSError."""
+        self.exchanges.append(exchange)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(exchange) + "\n")
+
+    def show(self) -> None:
+        for number, exchange in enumerate(self.exchanges, start=1):
+            for name, text in exchange.items():
+                click.echo(f"{number:>3} {name}: {text}")
+
+
+def _show(chat: Chat, found: "list[Candidate]") -> None:
+    """The one candidate there is, or all with their log-probabilities."""
+    label = chat.written_name.capitalize()
+    for one in found:
+        cut = "" if one.is_complete else f" … (not ended after {one.tokens} tokens)"
+        likelihood = f" ({one.log_probability:.1f} nats)" if len(found) > 1 else ""
+        click.echo(f"{label}{likelihood}: {one.text}{cut}")
+
+
+def _talk(chat: Chat, options: "SamplingOptions", count: int, history: History) -> None:
+    label = chat.given_name.capitalize()
+    with suppress(ImportError):
+        import readline  # lines can be edited, and earlier ones brought back
+
+        for exchange in history.exchanges:
+            readline.add_history(exchange.get(chat.given_name, ""))
+    click.echo(
+        f"{label}s, or temp=X, top_k=X, tokens=X, n=X, {chat.prompt_name}=TEXT, history; "
+        "an empty line leaves."
+    )
+    while True:
+        try:
+            line = input(f"{label}: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            click.echo()
+            return
+        if not line:
+            return
+        name, _, value = (part.strip() for part in line.partition("="))
+        try:
+            if line == "history":
+                history.show()
+                continue
+            if name == "n" and value:
+                number = int(value) if value.isdecimal() else value
+                count = _whole_number(number, "n", 1, _MOST_CANDIDATES)
+                continue
+            if name == chat.prompt_name and value:
+                click.echo(chat.complete(value, options))
+            elif (changed := apply_command(options, line)) is not None:
+                options = changed
+                continue
+            else:
+                found = chat.answer(line, options, count)
+                _show(chat, found)
+                history.add({chat.given_name: line, chat.written_name: found[0].text})
+        except PromptError as error:
+            click.echo(f"megaback: {error}", err=True)
+        options = replace(options, seed=options.seed + count)
+
+
+def _answer_stdin(chat: Chat, options: "SamplingOptions", count: int) -> None:
+    problems, answers = [], 0
+    for answer in answer_lines(chat, sys.stdin, options, count):
+        click.echo(json.dumps(answer))
+        answers += 1
+        if "error" in answer:
+            problems.append(answer)
+    if problems:
+        first = problems[0]
+        raise BadRecordError(
+            f"{len(problems)} of {answers} lines were not answered; the first is line "
+            f"{first['line']}: {first['error']}"
+        )
+
+
+def _require_direction(folder: Path, actual: Direction, name: str) -> None:
+    needed = _DIRECTION_OF[name]
+    if actual is not needed:
+        others = [f"--{other}" for other, of_other in _DIRECTION_OF.items() if of_other is actual]
+        raise DirectionMismatchError(
+            f"--{name} needs a model that writes {needed.value}, and {folder} writes "
+            f"{actual.value}; use {' or '.join(others)}, or another model"
+        )
+
+
+@click.command(cls=Command, name="chat")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--response", "given", help="Answer this one, and leave.")
+@click.option("--instruction", help="The same, with a model that writes forward.")
+@click.option("--ending", help="Plain generation: text that a backward model writes towards.")
+@click.option("--beginning", help="Plain generation: text that a forward model goes on from.")
+@click.option("--json", "is_json", is_flag=True, help="A line of JSON for each from stdin.")
+@click.option(
+    "--n",
+    "count",
+    type=click.IntRange(1, _MOST_CANDIDATES),
+    default=1,
+    show_default=True,
+    help="Samples of each answer; different ones are shown, the likeliest first.",
+)
+@click.option("--history", type=click.Path(path_type=Path, dir_okay=False), help="File to keep.")
+@click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True)
+@click.option("--temp", type=click.FloatRange(min=0), default=0.8, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=0), default=200, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
+)
+def main(
+    folder: Path,
+    given: str | None,
+    instruction: str | None,
+    ending: str | None,
+    beginning: str | None,
+    is_json: bool,
+    count: int,
+    history: Path | None,
+    tokens: int,
+    temp: float,
+    top_k: int,
+    seed: int,
+    device: str | None,
+) -> None:
+    """Ask the model in DIR for the instruction that could have led to a response.
+
+    Without a text, an interactive prompt. With --json, each line from stdin is an object such as
+    {"response": "Telegram", "n": 4}, and is answered by a line.
+    """
+    from megaback.generate import SamplingOptions
+    from megaback.model_folder import load_model_folder, read_description
+
+    values = (given, ending, instruction, beginning)
+    texts = {
+        name: text for name, text in zip(_DIRECTION_OF, values, strict=True) if text is not None
+    }
+    if len(texts) + is_json > 1:
+        raise click.UsageError(
+            "Give one of --response, --instruction, --ending, --beginning and --json."
+        )
+    direction = read_description(folder).text_format.direction
+    for name in texts:
+        _require_direction(folder, direction, name)
+    model, description, codec = load_model_folder(folder, choose_device(device))
+    chat = Chat(model, ChatFormat(codec), description.context_tokens)
+    options = SamplingOptions(tokens, temp, top_k, seed)
+    if is_json:
+        _answer_stdin(chat, options, count)
+    elif not texts:
+        _talk(chat, options, count, History(history))
+    elif chat.prompt_name in texts:
+        click.echo(chat.complete(texts[chat.prompt_name], options))
+    else:
+        text = texts[chat.given_name]
+        found = chat.answer(text, options, count)
+        _show(chat, found)
+        History(history).add({chat.given_name: text, chat.written_name: found[0].text})
+
+
+if __name__ == "__main__":
+    main()
