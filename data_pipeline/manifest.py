@@ -147,9 +147,10 @@ class Manifest:
             raise ShardCorruptError(f"{shown} is not text; build the shards again") from None
         try:
             fields = json.loads(text)
-            row_tokens = fields.get("row_tokens")
-            version = FORMAT_VERSION if row_tokens is None else EXAMPLES_VERSION
-            if fields["format"] != FORMAT_NAME or fields["version"] != version:
+            is_of_examples = fields["version"] == EXAMPLES_VERSION
+            if fields["format"] != FORMAT_NAME or not (
+                is_of_examples or fields["version"] == FORMAT_VERSION
+            ):
                 raise ValueError(f"format {fields['format']} version {fields['version']}")
             manifest = cls(
                 text_format=TextFormat.from_dict(fields),
@@ -163,7 +164,7 @@ class Manifest:
                 left_out=dict(fields["left_out"]),
                 shards=tuple(ShardEntry(**entry) for entry in fields["shards"]),
                 dictionary_sha256=fields.get("dictionary_sha256"),
-                row_tokens=row_tokens,
+                row_tokens=fields["row_tokens"] if is_of_examples else None,
             )
             if manifest.fingerprint != fields["fingerprint"]:
                 raise ValueError("its fingerprint is not that of its entries")
