@@ -152,6 +152,9 @@ class Manifest:
                 is_of_examples or fields["version"] == FORMAT_VERSION
             ):
                 raise ValueError(f"format {fields['format']} version {fields['version']}")
+            row_tokens = fields["row_tokens"] if is_of_examples else None
+            if is_of_examples and (not isinstance(row_tokens, int) or row_tokens < 1):
+                raise ValueError(f"row_tokens is {row_tokens!r}")
             manifest = cls(
                 text_format=TextFormat.from_dict(fields),
                 vocab_size=fields["vocab_size"],
@@ -164,7 +167,7 @@ class Manifest:
                 left_out=dict(fields["left_out"]),
                 shards=tuple(ShardEntry(**entry) for entry in fields["shards"]),
                 dictionary_sha256=fields.get("dictionary_sha256"),
-                row_tokens=fields["row_tokens"] if is_of_examples else None,
+                row_tokens=row_tokens,
             )
             if manifest.fingerprint != fields["fingerprint"]:
                 raise ValueError("its fingerprint is not that of its entries")

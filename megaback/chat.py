@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 from data_pipeline.chat_format import ChatFormat
 from data_pipeline.errors import PromptError
-from megaback.generate import SamplingOptions, generate
+from megaback.choice import SamplingOptions
+from megaback.generate import generate_many
 from megaback.likelihood import Continuation, log_probabilities
 from megaback.model import ReverseGPT
+from megaback.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -26,30 +28,34 @@ class Candidate:
 
 def candidates(
     model: ReverseGPT,
+    sampler: Sampler,
     form: ChatFormat,
     given: str,
-    context_tokens: int,
     options: SamplingOptions,
     count: int = 1,
 ) -> list[Candidate]:
     """Sample `count` times, with seeds from `options.seed` on; different texts, likeliest first.
 
-    Likelihood is at temperature 1, whatever the options. Those that were cut come last. Raises
-    PromptError when what is given leaves no room in the context.
+    The sampler has the model's weights, and writes; the model says how likely that was, at
+    temperature 1, whatever the options. Samples that were cut come last. Raises PromptError when
+    what is given leaves no room in the context.
     """
     prompt = form.prompt(given)
-    room = context_tokens - len(prompt.ids)
+    room = sampler.context_tokens - len(prompt.ids)
     if room < 1:
         name = "response" if form.writes_instruction else "instruction"
         raise PromptError(
             f"the {name} is {len(prompt.ids)} tokens to read, and the model's context of "
-            f"{context_tokens} must hold what it writes too; shorten it"
+            f"{sampler.context_tokens} must hold what it writes too; shorten it"
         )
     options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
     written: dict[tuple[int, ...], bool] = {}
-    for number in range(count):
-        seeded = replace(options, seed=options.seed + number)
-        ids = tuple(generate(model, form.codec, prompt, context_tokens, seeded))
+    samples: list[list[int]] = [[] for _ in range(count)]
+    for new_ids in generate_many(sampler, form.codec, [prompt] * count, options):
+        for sample, new_id in zip(samples, new_ids, strict=True):
+            if new_id is not None:
+                sample.append(new_id)
+    for ids in map(tuple, samples):
         is_complete = len(ids) < options.max_new_tokens
         written[(*ids, form.stop_id) if is_complete else ids] = is_complete
     likelihoods = log_probabilities(model, [Continuation(prompt.ids, ids) for ids in written])

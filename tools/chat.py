@@ -23,12 +23,13 @@ from data_pipeline.errors import (
     StorageError,
 )
 from data_pipeline.text import Direction
-from tools.sample import apply_command, choose_device
+from tools.sample import apply_command
 
 if TYPE_CHECKING:
     from megaback.chat import Candidate
-    from megaback.generate import SamplingOptions
+    from megaback.choice import SamplingOptions
     from megaback.model import ReverseGPT
+    from megaback.sampler import Sampler
 
 _MOST_CANDIDATES = 1000
 # The options that give a text, and the direction of the model that they are for.
@@ -45,8 +46,8 @@ class Chat:
     """A model that is asked, and how."""
 
     model: "ReverseGPT"
+    sampler: "Sampler"
     form: ChatFormat
-    context_tokens: int
 
     @property
     def given_name(self) -> str:
@@ -67,13 +68,14 @@ class Chat:
 
         if not given.strip():
             raise PromptError(f"the {self.given_name} is empty; give a text")
-        return candidates(self.model, self.form, given.strip(), self.context_tokens, options, count)
+        return candidates(self.model, self.sampler, self.form, given.strip(), options, count)
 
     def complete(self, given: str, options: "SamplingOptions") -> str:
         """Plain generation, as `megaback sample` does it. Raises PromptError."""
         from megaback.generate import complete
 
-        return complete(self.model, self.form.codec, given, self.context_tokens, options)
+        context_tokens = self.sampler.context_tokens
+        return complete(self.sampler, self.form.codec, given, context_tokens, options)
 
 
 def answer_lines(
@@ -282,8 +284,10 @@ def main(
     Without a text, an interactive prompt. With --json, each line from stdin is an object such as
     {"response": "Telegram", "n": 4}, and is answered by a line.
     """
-    from megaback.generate import SamplingOptions
+    from megaback.choice import SamplingOptions
     from megaback.model_folder import load_model_folder, read_description
+    from megaback.sampler import Sampler
+    from megaback.writer import choose_device
 
     values = (given, ending, instruction, beginning)
     texts = {
@@ -297,7 +301,8 @@ def main(
     for name in texts:
         _require_direction(folder, direction, name)
     model, description, codec = load_model_folder(folder, choose_device(device))
-    chat = Chat(model, ChatFormat(codec), description.context_tokens)
+    sampler = Sampler(model, description.context_tokens, takes_over=False)
+    chat = Chat(model, sampler, ChatFormat(codec))
     options = SamplingOptions(tokens, temp, top_k, seed)
     if is_json:
         _answer_stdin(chat, options, count)

@@ -16,11 +16,12 @@ from data_pipeline.chat_format import ChatFormat
 from data_pipeline.errors import PromptError
 from data_pipeline.text import Direction, TextCodec
 from megaback.chat import candidates
+from megaback.choice import SamplingOptions
 from megaback.config import ModelSection
-from megaback.generate import SamplingOptions
 from megaback.likelihood import Continuation, log_probabilities
 from megaback.model import ReverseGPT
-from megaback.model_folder import ModelDescription, save_model_folder
+from megaback.model_folder import ModelDescription, write_model_folder
+from megaback.sampler import Sampler
 from tools.chat import main
 
 Codecs = Callable[..., TextCodec]
@@ -39,6 +40,10 @@ def model() -> ReverseGPT:
     with torch.no_grad():
         model.lm_head.weight *= 20
     return model.eval()
+
+
+def sampler_of(model: ReverseGPT) -> Sampler:
+    return Sampler(model, CONTEXT_TOKENS, takes_over=False)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,7 @@ def test_candidates_are_different_and_the_likeliest_that_ended_comes_first(
     model: ReverseGPT, form: ChatFormat
 ) -> None:
     options = SamplingOptions(temperature=1.0, top_k=0)
-    found = candidates(model, form, "a map", CONTEXT_TOKENS, options, count=150)
+    found = candidates(model, sampler_of(model), form, "a map", options, count=150)
     ended = [one for one in found if one.is_complete]
     assert 2 <= len(ended) < len(found) <= 150
     assert found[: len(ended)] == ended  # then those that were cut
@@ -86,14 +91,14 @@ def test_a_sample_that_is_not_random_is_one_candidate_however_many_are_asked_for
     model: ReverseGPT, form: ChatFormat
 ) -> None:
     options = SamplingOptions(max_new_tokens=8, temperature=0.0)
-    (only,) = candidates(model, form, "a map", CONTEXT_TOKENS, options, count=3)
+    (only,) = candidates(model, sampler_of(model), form, "a map", options, count=3)
     assert (only.tokens, only.is_complete) == (8, False)
-    assert only in candidates(model, form, "a map", CONTEXT_TOKENS, replace(options, seed=5))
+    assert only in candidates(model, sampler_of(model), form, "a map", replace(options, seed=5))
 
 
 def test_what_leaves_no_room_for_an_answer_is_refused(model: ReverseGPT, form: ChatFormat) -> None:
     with pytest.raises(PromptError, match=r"the response is .* shorten it"):
-        candidates(model, form, "a map " * 60, CONTEXT_TOKENS, SamplingOptions())
+        candidates(model, sampler_of(model), form, "a map " * 60, SamplingOptions())
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +113,16 @@ def folder_of(
         description = ModelDescription(
             SHAPE, 600, CONTEXT_TOKENS, of_direction.format, step=1, val_loss=None
         )
-        save_model_folder(folder, description, model.state_dict(), of_direction.model_bytes)
+        weights = dict(model.named_parameters())
+        specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
+        write_model_folder(
+            folder,
+            description,
+            specs,
+            lambda name: weights[name].detach(),
+            of_direction.model_bytes,
+            1 << 30,
+        )
         return folder
 
     return make

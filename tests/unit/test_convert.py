@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -27,11 +25,11 @@ from data_pipeline.errors import (
     TokenizerMismatchError,
 )
 from data_pipeline.text import Direction, TextCodec, Unit
+from megaback.base_model import load_base
 from megaback.checkpoint import read_meta
 from megaback.config import Config
 from megaback.model import ReverseGPT
 from megaback.model_folder import load_model_folder, read_description, read_weights
-from megaback.preparation import _initialize_from
 from megaback.stock_config import from_stock, to_stock
 from megaback.weight_files import INDEX_NAME, WEIGHTS_NAME
 from tools.convert import convert, whole_folder
@@ -253,19 +251,16 @@ def test_a_backward_run_may_start_from_somebody_elses_model(
     run: Path, tmp_path: Path, codec: Codecs
 ) -> None:
     folder = make_foreign(tmp_path / "model", run)
-    config = Config.model_validate(
-        {**read_meta(next(run.rglob("step-*"))).config, "init_from": folder}
-    )
-    data: Any = SimpleNamespace(text_format=codec().format, codec=codec())
+    config = Config.model_validate(read_meta(next(run.rglob("step-*"))).config)
     model = ReverseGPT(config.model, codec().vocab_size)
 
-    _initialize_from(model, config, data)
+    load_base(model, folder, codec().format, "the run")
 
     assert torch.equal(model.lm_head.weight, read_weights(folder)["lm_head.weight"])
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**fields, "rms_norm_eps": 0.5}))
     with pytest.raises(RunMismatchError, match=r"norm_epsilon is 0.5 there and 1e-05 here"):
-        _initialize_from(model, config, data)
+        load_base(model, folder, codec().format, "the run")
 
 
 # From Python.
