@@ -36,6 +36,18 @@ def newest_checkpoint_step(run: Path) -> int:
     return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
+def holds_weights(base: Path) -> bool:
+    """Whether a run can start from a path: a model's folder, a run, or one of its checkpoints.
+
+    What lies there is not verified.
+    """
+    if base.is_file():  # it names a checkpoint beside it
+        return base.name in ("best", "latest")
+    run = base.parent if base.name == "checkpoints" else base
+    is_folder = any((base / name).is_file() for name in ("config.json", "meta.json"))
+    return is_folder or newest_checkpoint_step(run) > 0
+
+
 def read_progress(run: Path) -> Progress | None:
     """The last step of the metrics; None before there is one."""
     lines = [line for line in _last_lines(run / METRICS_NAME) if "step" in line]

@@ -124,8 +124,8 @@ def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
     settings = load_config(config, overrides)
     if needs_model and settings.init_from is None:
         raise ConfigError(
-            f"{config} has no init_from; give init_from=MODEL, a folder that `megaback convert` "
-            "wrote, or use slurm/train.sbatch to train from nothing"
+            f"{config} has no init_from; give init_from=MODEL (a run, a checkpoint, or a folder "
+            "that `megaback convert` wrote), or use slurm/train.sbatch to train from nothing"
         )
     num_ranks = int(os.environ.get("SLURM_NTASKS", "1"))
     begin_job(settings, job, restarts, requeue_limit(), num_ranks)

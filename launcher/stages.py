@@ -22,6 +22,7 @@ from data_pipeline.remote import is_url
 from data_pipeline.rows import check_context
 from data_pipeline.settings import BuildSettings, weighted_sources
 from data_pipeline.text import Direction, TextCodec, Unit
+from launcher.run_folder import holds_weights
 from launcher.slurm_commands import Submission
 from launcher.slurm_files import sbatch_value
 from launcher.slurm_job import LIMIT_VARIABLE
@@ -108,13 +109,11 @@ def check_run(config: Config, num_ranks: int, builds_data: bool) -> None:
     split_batch(config.batch, num_ranks)
     if not builds_data:
         open_data(config, 0, num_ranks)
-    if config.init_from is not None:
-        for name in ("config.json", "model.safetensors"):
-            if not (config.init_from / name).is_file():
-                raise CheckpointMissingError(
-                    f"init_from {config.init_from} is not a model's folder (it has no {name}); "
-                    "make one with `megaback convert RUN --out DIR`"
-                )
+    if config.init_from is not None and not holds_weights(config.init_from):
+        raise CheckpointMissingError(
+            f"init_from {config.init_from} is not a model's folder, a run with a checkpoint, or a "
+            "checkpoint; name one of these"
+        )
     for folder in (config.run.absolute(), *config.run.absolute().parents):
         if folder.exists():
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):

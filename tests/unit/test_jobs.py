@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import CheckpointMissingError, ConfigError, OutputExistsError
 from launcher.jobs import Row, find_runs, look_at, table
-from launcher.run_folder import jobs_of, newest_checkpoint_step, read_progress
+from launcher.run_folder import (
+    holds_weights,
+    jobs_of,
+    newest_checkpoint_step,
+    read_progress,
+)
 from launcher.snapshot import new_folder, record_jobs, remove_snapshot, write_snapshot
 from launcher.stages import check_model_folder, choose_allocation, parse_chain
 from megaback.config import CONFIG_COPY_NAME, Config, load_config
@@ -169,3 +174,19 @@ def test_the_models_folder_must_be_named_and_empty(tmp_path: Path) -> None:
 
 def _config(*overrides: str) -> Config:
     return load_config(ROOT / "configs/demo.yaml", overrides)
+
+
+def test_a_run_starts_from_a_models_folder_a_run_or_a_checkpoint(run: Path) -> None:
+    assert not holds_weights(run)
+    assert not holds_weights(run / "absent")
+    checkpoint = run / "checkpoints" / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    assert not holds_weights(run)
+    (checkpoint / "meta.json").write_text("{}")
+    (run / "checkpoints" / "best").write_text(checkpoint.name)
+    model = run / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for base in (run, run / "checkpoints", checkpoint, run / "checkpoints" / "best", model):
+        assert holds_weights(base)
+    assert not holds_weights(model / "config.json")
