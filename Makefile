@@ -36,7 +36,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=20
 	$(MAKE) --no-print-directory flash-test
 
 # flash-attn without its CUDA part, which must reach neither the main venv nor pip's cache of wheels,
