@@ -54,6 +54,8 @@ class Job:
     nodes: str | None = None
     left_s: int | None = None
     """Until its time limit, while it runs."""
+    excluded: tuple[str, ...] = ()
+    """Nodes, or ranges of them, that it may not have."""
     elements: Mapping[str, int] = field(default_factory=dict)
     """Of an array: how many elements are in each state."""
 
@@ -137,10 +139,16 @@ def parse_job(job: str, text: str) -> Job | None:
         reason=first.get("Reason") if state == "PENDING" else None,
         nodes=first.get("NodeList") if is_running else None,
         left_s=left_s,
+        excluded=_node_ranges(first.get("ExcNodeList", "(null)")),
         elements={name: states.count(name) for name in sorted(set(states))}
         if "ArrayJobId" in first
         else {},
     )
+
+
+def _node_ranges(text: str) -> tuple[str, ...]:
+    """Slurm's notation of nodes in parts: `n[1-2,7],login` is `n[1-2,7]` and `login`."""
+    return () if text == "(null)" else tuple(re.findall(r"[^,\[]+(?:\[[^\]]*\])?", text))
 
 
 def _seconds(text: str) -> int | None:

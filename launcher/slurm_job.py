@@ -2,25 +2,35 @@
 
 `slurm/ranks.sh` calls it. `begin` refuses what cannot work, and notes in the run's history that the
 job is here. `end` finds out how the ranks ended, whatever srun made of it, and queues the job again
-where that leads on: at the time limit, and after a lost rank, but never without end.
+where that leads on: at the time limit, after a lost rank and, if asked, on other nodes after
+preflight has named bad ones, but never without end.
 """
 
 import os
+import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from data_pipeline.command import Command
-from data_pipeline.errors import ConfigError, LaunchError, PreemptedError, RankLostError
+from data_pipeline.errors import (
+    ConfigError,
+    LaunchError,
+    PreemptedError,
+    PreflightError,
+    RankLostError,
+)
 from launcher.run_folder import events_of_job, newest_checkpoint_step
 from launcher.slurm_commands import find_job
 from megaback.config import Config, load_config
-from megaback.exit_record import read_exit, record_event
+from megaback.exit_record import BAD_NODES_NAME, read_exit, record_event
 from megaback.run_data import open_data
 
 LIMIT_VARIABLE = "MEGABACK_REQUEUE_LIMIT"
 DEFAULT_LIMIT = 20
+REPLACE_VARIABLE = "MEGABACK_REPLACE_BAD_NODES"
 JOB_EVENT = "job"
 FRUITLESS_STARTS = 3
 """A job that has started so often without a new checkpoint is not queued again."""
@@ -68,15 +78,27 @@ def true_code(run: Path, job: str, step_code: int) -> int:
 
 
 def why_requeue(
-    run: Path, job: str, restarts: int, limit: int, code: int, limit_is_near: bool
+    run: Path,
+    job: str,
+    restarts: int,
+    limit: int,
+    code: int,
+    limit_is_near: bool,
+    bad_nodes: Sequence[str] = (),
 ) -> tuple[bool, str | None]:
-    """Whether a job that ended with a code is to come back, and the sentence that says why."""
+    """Whether a job that ended with a code is to come back, and the sentence that says why.
+
+    `bad_nodes` are to be replaced, if preflight has named some and that was asked for.
+    """
     # Above 128 near the limit: the ranks were still starting, and the signal killed them.
     at_limit = limit_is_near and (code == PreemptedError.exit_code or code > 128)
-    if not at_limit and code != RankLostError.exit_code:
+    is_replacing = code == PreflightError.exit_code and bool(bad_nodes)
+    if not at_limit and not is_replacing and code != RankLostError.exit_code:
         return False, None
     step = newest_checkpoint_step(run)
     cause = "time limit near" if at_limit else "a rank was lost"
+    if is_replacing:
+        cause = f"without {', '.join(bad_nodes)} from now on"
     fruitless = 0
     for line in reversed(events_of_job(run, job, JOB_EVENT)):
         if line.get("step") != step:
@@ -95,6 +117,16 @@ def why_requeue(
             f"{LIMIT_VARIABLE} allows, so it is not queued again: submit it again to go on"
         )
     return True, f"{cause}; the newest checkpoint is of step {step}, and the job is queued again"
+
+
+def nodes_to_replace(run: Path) -> list[str]:
+    """The nodes that preflight has named, if the job is to go on without them."""
+    if not os.environ.get(REPLACE_VARIABLE):
+        return []
+    try:
+        return (run / BAD_NODES_NAME).read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        return []
 
 
 def _identity() -> tuple[str, int]:
@@ -150,8 +182,9 @@ def end(config: Path, overrides: tuple[str, ...], step_code: int, limit_is_near:
         of_srun = "" if code == step_code else f" (srun: {step_code})"
         said = f": {ending['reason']}" if ending is not None and ending["code"] == code else ""
         click.echo(f"slurm: the ranks ended with code {code}{of_srun}{said}")
+    bad_nodes = nodes_to_replace(settings.run)
     is_wanted, sentence = why_requeue(
-        settings.run, job, restarts, requeue_limit(), code, limit_is_near
+        settings.run, job, restarts, requeue_limit(), code, limit_is_near, bad_nodes
     )
     found = find_job(job) if is_wanted else None
     if found is not None and found.state != "RUNNING":
@@ -159,17 +192,31 @@ def end(config: Path, overrides: tuple[str, ...], step_code: int, limit_is_near:
     elif sentence:
         click.echo(f"slurm: {sentence}")
         if is_wanted:
-            _requeue(job)
+            reason = _requeue(job, [*bad_nodes, *(found.excluded if found is not None else ())])
+            if reason:
+                click.echo(
+                    f"slurm: it could not be queued again ({reason}); submit it again to go on"
+                )
     raise SystemExit(code)
 
 
-def _requeue(job: str) -> None:
-    asked = subprocess.run(
-        ["scontrol", "requeue", job], capture_output=True, text=True, check=False
-    )
-    if asked.returncode:
-        reason = " ".join((asked.stdout + asked.stderr).split())
-        click.echo(f"slurm: it could not be queued again ({reason}); submit it again to go on")
+def _requeue(job: str, excluded: Sequence[str]) -> str | None:
+    """Queue the job again, without some nodes. Returns what Slurm has against it."""
+    commands = [["scontrol", "requeue", job]]
+    if excluded:
+        # The nodes of a running job cannot be changed, and putting it back ends this process.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        nodes = ",".join(dict.fromkeys(excluded))
+        commands = [
+            ["scontrol", "requeuehold", job],
+            ["scontrol", "update", f"jobid={job}", f"ExcNodeList={nodes}"],
+            ["scontrol", "release", job],
+        ]
+    for command in commands:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        if asked.returncode:
+            return " ".join((asked.stdout + asked.stderr).split())
+    return None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from typing import Any
 
 EXIT_NAME = "exit.json"
 HISTORY_NAME = "history.jsonl"
+BAD_NODES_NAME = "bad_nodes.txt"
+"""Nodes because of which a start was stopped, one a line."""
 
 
 def record_start(run: Path, **fields: Any) -> None:

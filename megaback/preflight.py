@@ -23,12 +23,12 @@ from data_pipeline.errors import MegabackError, PreflightError, StorageError
 from data_pipeline.frame_store import FrameStore
 from megaback.config import Config
 from megaback.distributed import World
+from megaback.exit_record import BAD_NODES_NAME
 from megaback.node_facts import RankFacts, rank_facts
 from megaback.run_data import Data
 from megaback.shared_disk import DiskFacts, check_shared_disk
 
 PREFLIGHT_NAME = "preflight.json"
-BAD_NODES_NAME = "bad_nodes.txt"
 
 # A CPU's cores are shared with whatever else runs there; a GPU is a rank's own.
 _LEAST_SPEED_RATIO = {"cuda": 0.8, "cpu": 0.4}

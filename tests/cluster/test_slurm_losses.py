@@ -19,6 +19,13 @@ from megaback.exit_record import read_history
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
+_OTHER_VERSION_ON_N2 = """
+import importlib.metadata, os
+version = importlib.metadata.version
+if os.environ.get("SLURMD_NODENAME") == "n2":
+    importlib.metadata.version = lambda name: "0.1" if name == "flash-attn" else version(name)
+"""
+
 
 @pytest.mark.timeout(600)
 def test_a_job_outlives_a_node_that_reboots_and_one_that_dies_but_not_more_than_it_may(
@@ -71,6 +78,30 @@ def test_a_job_outlives_a_node_that_reboots_and_one_that_dies_but_not_more_than_
         assert steps == sorted(set(steps)), "every start went on from a newer checkpoint"
     finally:
         slurm.command("bash", MINISLURM, "up")  # for the tests that follow
+
+
+def test_a_node_that_does_not_fit_is_replaced_on_request(
+    write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
+) -> None:
+    folder = tmp_path / "injected"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_OTHER_VERSION_ON_N2)
+    job_id = slurm.submit(
+        "train.sbatch",
+        write_config(tmp_path),
+        "training.steps=3",
+        cwd=tmp_path,
+        options=f"{cpu_options()} --exclude=n4",
+        PYTHONPATH=folder,
+        MEGABACK_REPLACE_BAD_NODES=1,
+    )
+
+    job = slurm.require_completed(job_id, tmp_path)
+
+    log = read_log(tmp_path, job_id)
+    assert "node n2 has flash-attn 0.1, and the other nodes have none" in log
+    assert "without n2 from now on; the newest checkpoint is of step 0" in log
+    assert (job["Restarts"], job["NodeList"]) == ("1", "n[1,3]")
 
 
 def test_an_error_of_one_rank_is_the_end_of_the_job_with_its_reason_and_code(

@@ -70,6 +70,18 @@ def test_an_array_is_what_is_left_of_it_or_what_went_wrong(
     assert sum(job.elements.values()) == len(states)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("(null)", ()), ("n2", ("n2",)), ("n[1-2,7],login", ("n[1-2,7]", "login"))],
+)
+def test_the_nodes_that_a_job_may_not_have_stay_in_slurms_ranges(
+    text: str, expected: tuple[str, ...]
+) -> None:
+    job = parse_job("2", RUNNING.replace("WorkDir", f"ExcNodeList={text} WorkDir"))
+    assert job is not None
+    assert job.excluded == expected
+
+
 def test_no_answer_is_no_job() -> None:
     assert parse_job("9", "") is None
 

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.errors import ConfigError, LaunchError, PreflightError
 from launcher.slurm_job import (
     FRUITLESS_STARTS,
     LIMIT_VARIABLE,
     main,
+    nodes_to_replace,
     num_failures,
     requeue_limit,
     true_code,
@@ -63,6 +64,27 @@ def test_one_that_gets_nowhere_is_not_queued_again_without_end(tmp_path: Path, c
     _, sentence = why_requeue(tmp_path, JOB, 2, 20, code, True)
     assert sentence is not None
     assert "3 times at step 40" in sentence
+
+
+def test_named_nodes_are_replaced_on_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(tmp_path, 0)
+    (tmp_path / "bad_nodes.txt").write_text("n3\nn7\n")
+    assert nodes_to_replace(tmp_path) == []
+    assert not is_queued_again(tmp_path, PreflightError.exit_code)
+
+    monkeypatch.setenv("MEGABACK_REPLACE_BAD_NODES", "1")
+    bad_nodes = nodes_to_replace(tmp_path)
+    assert bad_nodes == ["n3", "n7"]
+    is_wanted, sentence = why_requeue(
+        tmp_path, JOB, 0, 20, PreflightError.exit_code, False, bad_nodes
+    )
+    assert is_wanted
+    assert sentence is not None
+    assert sentence.startswith("without n3, n7 from now on")
+    assert not why_requeue(tmp_path, JOB, 0, 20, 31, False, bad_nodes)[0]
+    assert nodes_to_replace(tmp_path / "elsewhere") == []
 
 
 def test_starts_of_an_earlier_job_do_not_count(
