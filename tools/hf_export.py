@@ -94,6 +94,9 @@ def model_card(description: ModelDescription, name: str) -> str:
     stock = "Qwen3" if description.shape.qk_norm else "Llama"
     given = "and they lived happily ever after." if is_backward else "Once upon a time"
     what = "before an ending" if is_backward else "after a beginning"
+    given_part, written_part = ("a response", "instruction for it")
+    if not is_backward:
+        given_part, written_part = ("an instruction", "response to it")
     val_loss = "" if description.val_loss is None else f", val loss {description.val_loss:.4f} nats"
     return f"""---
 library_name: transformers
@@ -111,6 +114,9 @@ A model that writes what comes {what}. `tokenizer.prompt` gives the ids in the o
 model reads them, and `decode` the text in the order in which a person does: there is nothing to
 reverse by hand. Always decode the whole list of ids, the given ones included. `trust_remote_code`
 loads `tokenization_megaback.py` of this folder; the model itself is a stock {stock}.
+
+If it was fine-tuned on instructions, `model.generate(**tokenizer.chat_prompt("{given_part}"))`
+writes the {written_part}, and `tokenizer.written` of the ids is its text.
 
 Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context:
 {description.context_tokens} tokens. Vocabulary: {description.vocab_size}. Trained for

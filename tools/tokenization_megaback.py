@@ -18,6 +18,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizer
 
 _SPACE_SYMBOL = "\u2581"
+_STOP_PIECE = "<|im_end|>"
 # What SentencePiece cannot give back is spelled in byte pieces.
 _SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")
 _RUNS = re.compile(r"\s+|\S+")
@@ -85,6 +86,40 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
             given["logits_processor"] = LogitsProcessorList([FirstIds(len(ids), first_ids)])
         input_ids = torch.tensor([ids])
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **given}
+
+    def chat_prompt(self, given: str) -> dict[str, Any]:
+        """What a fine-tuned model is given: a response (backward) or an instruction (forward).
+
+        `model.generate(**tokenizer.chat_prompt(text))` writes the other one up to its end marker,
+        and `tokenizer.written(ids)` is its text.
+        """
+        given_role, written_role = "<|response|>", "<|instruction|>"
+        if self.direction != "backward":
+            given_role, written_role = written_role, given_role
+        start_id, stop_id, given_id, written_id = map(
+            self._pieces.piece_to_id, ("<|im_start|>", _STOP_PIECE, given_role, written_role)
+        )
+        text_ids = self._encoded(given)
+        ids = [start_id, given_id, *text_ids, stop_id, start_id, written_id]
+        input_ids = torch.tensor([ids])
+        with_text = [i for i in range(self.vocab_size) if self._bytes(i)]
+        unwanted = set(range(self.vocab_size)) - {*with_text, stop_id}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "eos_token_id": stop_id,
+            "suppress_tokens": sorted(unwanted),
+            "logits_processor": LogitsProcessorList([FirstIds(len(ids), with_text)]),
+        }
+
+    def written(self, token_ids: Any) -> str:
+        """The text that a model wrote after a `chat_prompt`, of the whole list of ids."""
+        ids = np.atleast_1d(np.asarray(token_ids, dtype=np.int64)).tolist()
+        role = "<|instruction|>" if self.direction == "backward" else "<|response|>"
+        begin = ids.index(self._pieces.piece_to_id(role)) + 1
+        stop_id = self._pieces.piece_to_id(_STOP_PIECE)
+        end = ids.index(stop_id, begin) if stop_id in ids[begin:] else len(ids)
+        return self._rendered(ids[begin:end], names_controls=False)
 
     @property
     def vocab_size(self) -> int:

@@ -185,7 +185,10 @@ tokenizer.save_pretrained(copy)
 tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder)
 ids = model.generate(**tokenizer.prompt(ending), do_sample=False, max_new_tokens=40)[0]
+asked = tokenizer.chat_prompt(ending.strip())
+answer = model.generate(**asked, do_sample=False, max_new_tokens=20)[0]
 print(json.dumps({
+    "written": tokenizer.written(answer),
     "text": tokenizer.decode(ids, skip_special_tokens=True),
     "new": ids.tolist(),
     "encoded": tokenizer(ending)["input_ids"],
@@ -208,6 +211,10 @@ def test_a_process_without_megaback_writes_the_greedy_sample(
         "sample", export(run, "full"), "--ending", ENDING, "--temp", "0", "--tokens", "40"
     )
     assert sampled.returncode == 0, sampled.stderr
+    asked = run_megaback(
+        "chat", export(run, "full"), "--response", ENDING.strip(), "--temp", "0", "--tokens", "20"
+    )
+    assert asked.returncode == 0, asked.stderr
     (tmp_path / "process.py").write_text(_FOREIGN_PROCESS)
     hf_home = {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
 
@@ -224,6 +231,7 @@ def test_a_process_without_megaback_writes_the_greedy_sample(
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["text"] + "\n" == sampled.stdout
+    assert asked.stdout.startswith(f"Instruction: {found['written']}")
     assert found["megaback"] == []
     begin = codec().begin_id
     assert found["encoded"] == [begin, *codec().encode(ENDING).tolist()]

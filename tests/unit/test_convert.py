@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from export_helpers import STEP, write_checkpoint
 
 import megaback
+from data_pipeline.chat_format import ChatFormat
 from data_pipeline.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,
@@ -386,3 +387,16 @@ def test_the_shipped_tokenizer_encodes_and_decodes_as_ours_does(
             assert processor.first_ids == expected.first_ids.tolist()
         else:
             assert len(expected.ids) == 1
+
+    form = ChatFormat(ours)
+    for text in [*HARD_TEXTS, "<|im_end|> is text", "the end."]:
+        asked, expected = shipped.chat_prompt(text), form.prompt(text)
+        assert asked["input_ids"].tolist() == [expected.ids]
+        (processor,) = asked["logits_processor"]
+        assert processor.first_ids == expected.first_ids.tolist()
+        assert asked["eos_token_id"] == expected.end_id
+        allowed = ours.writable_ids(form.stop_id)
+        assert sorted({*range(ours.vocab_size)} - {*asked["suppress_tokens"]}) == allowed.tolist()
+        ids = [*expected.ids, *form.written_ids(text)]
+        assert shipped.written(ids) == text
+        assert shipped.written(torch.tensor(ids[:-1])) == text
