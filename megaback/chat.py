@@ -3,10 +3,12 @@
 With a model that writes forward it is the other way round: responses to an instruction.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from data_pipeline.chat_format import ChatFormat
 from data_pipeline.errors import PromptError
+from data_pipeline.text import Prompt
 from megaback.choice import SamplingOptions
 from megaback.generate import generate_many
 from megaback.likelihood import Continuation, log_probabilities
@@ -49,21 +51,46 @@ def candidates(
             f"{sampler.context_tokens} must hold what it writes too; shorten it"
         )
     options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
-    written: dict[tuple[int, ...], bool] = {}
-    samples: list[list[int]] = [[] for _ in range(count)]
-    for new_ids in generate_many(sampler, form.codec, [prompt] * count, options):
+    return candidates_of_each(model, sampler, form, [prompt], options, count)[0]
+
+
+def candidates_of_each(
+    model: ReverseGPT,
+    sampler: Sampler,
+    form: ChatFormat,
+    prompts: Sequence[Prompt],
+    options: SamplingOptions,
+    count: int,
+) -> list[list[Candidate]]:
+    """`candidates` for each of several prompts of `form`, all in one batch.
+
+    Sample j of prompt i has seed `options.seed + i * count + j`. Each prompt leaves room for
+    `options.max_new_tokens`.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    samples: list[list[int]] = [[] for _ in repeated]
+    for new_ids in generate_many(sampler, form.codec, repeated, options):
         for sample, new_id in zip(samples, new_ids, strict=True):
             if new_id is not None:
                 sample.append(new_id)
-    for ids in map(tuple, samples):
-        is_complete = len(ids) < options.max_new_tokens
-        written[(*ids, form.stop_id) if is_complete else ids] = is_complete
-    likelihoods = log_probabilities(model, [Continuation(prompt.ids, ids) for ids in written])
-    found = [
-        Candidate(_written(form, [*prompt.ids, *ids]), likelihood, len(ids), is_complete)
-        for (ids, is_complete), likelihood in zip(written.items(), likelihoods, strict=True)
+    different: dict[tuple[int, tuple[int, ...]], bool] = {}
+    for number, sample in enumerate(samples):
+        is_complete = len(sample) < options.max_new_tokens
+        ids = (*sample, form.stop_id) if is_complete else tuple(sample)
+        different[number // count, ids] = is_complete
+    likelihoods = log_probabilities(
+        model, [Continuation(prompts[number].ids, ids) for number, ids in different]
+    )
+    found: list[list[Candidate]] = [[] for _ in prompts]
+    for ((number, ids), is_complete), likelihood in zip(
+        different.items(), likelihoods, strict=True
+    ):
+        text = _written(form, [*prompts[number].ids, *ids])
+        found[number].append(Candidate(text, likelihood, len(ids), is_complete))
+    return [
+        sorted(of_one, key=lambda one: (not one.is_complete, -one.log_probability))
+        for of_one in found
     ]
-    return sorted(found, key=lambda one: (not one.is_complete, -one.log_probability))
 
 
 def _written(form: ChatFormat, ids: list[int]) -> str:

@@ -20,6 +20,7 @@ _COMMANDS: _Commands = {
     "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
     "convert": ("tools.convert", "Turn a checkpoint into a model for anywhere."),
     "chat": ("tools.chat", "Give a response, get the instruction for it."),
+    "backtranslate": ("tools.backtranslate", "Write instructions for texts, to fine-tune on."),
     "sample": ("tools.sample", "Write what comes before an ending."),
 }
 _GROUPS: dict[str, tuple[str, _Commands]] = {

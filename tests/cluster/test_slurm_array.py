@@ -1,11 +1,14 @@
-"""Shards built by an array of jobs on a real Slurm."""
+"""Arrays of jobs on a real Slurm: shards, and instructions for texts."""
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from model_helpers import write_chat_model
 from small_cluster import MINISLURM, Slurm, read_log, wait_for
 
 from data_pipeline.build import build_shards
@@ -77,3 +80,28 @@ def test_an_array_that_loses_a_node_ends_in_the_manifest_of_one_process(
     )
     alone, _ = build_shards(settings, codec(), tmp_path / "alone", workers=2, num_tasks=_ELEMENTS)
     assert Manifest.load(shards) == alone
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_an_array_writes_the_instructions_that_one_process_writes(
+    slurm: Slurm, codec: Callable[..., TextCodec], tmp_path: Path
+) -> None:
+    model = write_chat_model(tmp_path / "model", codec(), context_tokens=64)
+    texts = [{"text": f"{word} {number}"} for word in ("sea", "map") for number in range(40)]
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    arguments = (model, "--in", source, "--tokens", 12, "--temp", 1, "--out")
+
+    job_id = slurm.submit(
+        *("backtranslate.sbatch", *arguments, tmp_path / "array.jsonl"),
+        cwd=tmp_path,
+        options="--array=0-3%4 --cpus-per-task=1 --mem-per-cpu=4G",
+    )
+    slurm.require_completed(job_id, tmp_path)
+
+    alone = [sys.executable, "-m", "tools.backtranslate", *arguments, tmp_path / "alone.jsonl"]
+    subprocess.run([str(word) for word in alone], check=True, cwd=Path(__file__).parents[2])
+    written = (tmp_path / "array.jsonl").read_bytes()
+    assert written.count(b"\n") > 10
+    assert written == (tmp_path / "alone.jsonl").read_bytes()

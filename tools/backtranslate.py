@@ -1,0 +1,245 @@
+"""`megaback backtranslate`: texts become examples to fine-tune on, each with an instruction for it.
+
+Results are kept, chunk by chunk, in a folder beside the output: killed anywhere, the same command
+goes on. Tasks share the texts; whoever finds that all are done writes the output, whose bytes
+depend on the texts, the models and the options, not on kills or on the number of tasks.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from data_pipeline.chat_format import ChatFormat
+from data_pipeline.command import Command, replacing, write_text
+from data_pipeline.errors import (
+    CheckpointMissingError,
+    DirectionMismatchError,
+    LaunchError,
+    OutputExistsError,
+)
+from data_pipeline.locks import locked
+from data_pipeline.slices import Columns, Slice
+from data_pipeline.sources import list_slices, read_slice
+from data_pipeline.text import Direction
+from tools.back_translation import BackTranslator, Judge, Text
+from tools.chunk_parts import ChunkParts
+from tools.example_choice import Choice, different_texts
+
+if TYPE_CHECKING:
+    from torch import device as Device  # noqa: N812 - a type
+
+PLAN_NAME = "plan.json"
+_FORMAT = {"format": "megaback-backtranslation", "version": 1}
+_PROGRESS_INTERVAL_S = 10.0
+
+
+def work_folder(out: Path) -> Path:
+    """Where results are kept until the output is written, and after."""
+    return out.with_name(f"{out.name}.work")
+
+
+def _require_plan(folder: Path, plan: dict[str, Any], out: Path) -> None:
+    """Begin the folder with this plan, or refuse to go on with another one."""
+    path = folder / PLAN_NAME
+    if not path.exists():
+        if out.exists():
+            raise OutputExistsError(
+                f"{out} is there, and not {folder}, from which it could be gone on with; "
+                "choose another --out, or remove that file"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(plan, indent=2) + "\n")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = {}
+    for key in plan:
+        if found.get(key) != plan[key]:
+            raise OutputExistsError(
+                f"{folder} was begun with another {key}; give the same one, choose another --out, "
+                "or remove that folder"
+            )
+
+
+def _identity(model: Path) -> str:
+    """Of a model's folder: the hash of config.json, which has those of its weights."""
+    try:
+        return hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise CheckpointMissingError(
+            f"{model} holds no model: config.json is missing; make one with megaback convert"
+        ) from None
+
+
+def _texts(pieces: tuple[Slice, ...], columns: Columns, limit: int | None) -> Iterator[Text]:
+    documents = (document for piece in pieces for document in read_slice(piece, columns))
+    positions_and_texts = ((document.position, document.text) for document in documents)
+    yield from islice(different_texts(positions_and_texts), limit)
+
+
+def _load(
+    folder: Path, forward: Path | None, device: "Device", options: Any, count: int
+) -> BackTranslator:
+    from megaback.model_folder import load_model_folder
+    from megaback.sampler import Sampler
+
+    model, description, codec = load_model_folder(folder, device)
+    _require_direction(folder, codec.format.direction, Direction.BACKWARD)
+    judge = None
+    if forward is not None:
+        judging, of_judge, its_codec = load_model_folder(forward, device)
+        _require_direction(forward, its_codec.format.direction, Direction.FORWARD)
+        judge = Judge(judging, ChatFormat(its_codec), of_judge.context_tokens)
+    sampler = Sampler(model, description.context_tokens, takes_over=False)
+    return BackTranslator(model, sampler, ChatFormat(codec), judge, options, count)
+
+
+def _require_direction(folder: Path, found: Direction, wanted: Direction) -> None:
+    if found is not wanted:
+        raise DirectionMismatchError(
+            f"{folder} writes {found.value}, and one that writes {wanted.value} is needed; "
+            "use another model"
+        )
+
+
+def _do_task(
+    parts: ChunkParts,
+    task: int,
+    num_tasks: int,
+    texts: Iterator[Text],
+    texts_at_once: int,
+    translator: BackTranslator,
+) -> None:
+    """Every chunk of a task that is not there yet."""
+    done = parts.resume(task)
+    if done:
+        click.echo(f"task {task} goes on after {done} chunks", err=True)
+    chunks = iter(lambda: list(islice(texts, texts_at_once)), [])
+    started = said = time.monotonic()
+    num_texts = 0
+    for chunk in islice(chunks, task + done * num_tasks, None, num_tasks):
+        parts.append(task, translator.records(chunk))
+        num_texts += len(chunk)
+        if time.monotonic() - said > _PROGRESS_INTERVAL_S:
+            said = time.monotonic()
+            line = {"event": "backtranslate", "task": task, "texts": num_texts}
+            rate = {"texts_per_s": round(num_texts / (said - started), 2)}
+            click.echo(json.dumps({**line, "up_to": chunk[-1].position, **rate}), err=True)
+    parts.finish(task)
+
+
+def _merge(parts: ChunkParts, choice: Choice, out: Path) -> None:
+    counts: Counter[str] = Counter()
+    with replacing(out) as file:
+        for row in choice.examples(
+            lambda: (record for chunk in parts.read_all() for record in chunk), counts
+        ):
+            file.write(json.dumps(row).encode() + b"\n")
+    texts, examples = counts.pop("texts", 0), counts.pop("examples", 0)
+    click.echo(f"{out}: {examples:,} examples from {texts:,} texts")
+    for why, count in sorted(counts.items()):
+        click.echo(f"  left out: {count:,} ({why})")
+
+
+@click.command(cls=Command, name="backtranslate")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--in", "source", required=True, help="Texts: a path, pattern, URL or hf:NAME.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A file of JSON lines.")
+@click.option("--text-column", default="text", show_default=True)
+@click.option(
+    "--forward",
+    type=click.Path(path_type=Path),
+    help="A model that writes responses: judges whether an instruction leads back to its text.",
+)
+@click.option("--k", "count", type=click.IntRange(1, 1000), default=4, show_default=True)
+@click.option("--keep", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--min-score", type=float, help="Leave out instructions of a lower score.")
+@click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--temp", type=click.FloatRange(min=0), default=0.8, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=0), default=200, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first texts.")
+@click.option(
+    "--texts-at-once", type=click.IntRange(min=1), default=16, show_default=True, help="A batch."
+)
+@click.option("--tasks", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--task-index", type=click.IntRange(min=0), help="Do this task alone, from 0 on.")
+@click.option("--device", default=None, help="cpu, cuda, cuda:1; default: cuda if there is one.")
+def main(
+    folder: Path,
+    source: str,
+    out: Path,
+    text_column: str,
+    forward: Path | None,
+    count: int,
+    keep: int,
+    min_score: float | None,
+    tokens: int,
+    temp: float,
+    top_k: int,
+    seed: int,
+    limit: int | None,
+    texts_at_once: int,
+    tasks: int,
+    task_index: int | None,
+    device: str | None,
+) -> None:
+    """Write instructions for texts with the fine-tuned backward model in DIR.
+
+    Run again after a kill, it goes on. --keep and --min-score may be changed afterwards.
+    """
+    if task_index is not None and task_index >= tasks:
+        raise click.UsageError(f"--task-index {task_index} is none of {tasks} --tasks.")
+    columns = Columns(text_column)
+    pieces = list_slices(source, columns)
+    plan = {
+        **_FORMAT,
+        "model": _identity(folder),
+        "--forward": forward and _identity(forward),
+        "--in": [asdict(piece) for piece in pieces],
+        "--text-column": text_column,
+        "--limit": limit,
+        "--k": count,
+        "--tokens": tokens,
+        "--temp": temp,
+        "--top-k": top_k,
+        "--seed": seed,
+        "--texts-at-once": texts_at_once,
+        "--tasks": tasks,
+    }
+    _require_plan(work_folder(out), plan, out)
+    parts = ChunkParts(work_folder(out), tasks)
+    wanted = range(tasks) if task_index is None else [task_index]
+    waiting = [task for task in wanted if not parts.is_done(task)]
+    if waiting:
+        from megaback.choice import SamplingOptions
+        from megaback.writer import choose_device
+
+        options = SamplingOptions(tokens, temp, top_k, seed)
+        translator = _load(folder, forward, choose_device(device), options, count)
+        for task in waiting:
+            with locked(parts.lock_path(task), wait=False) as is_ours:
+                if not is_ours:
+                    raise LaunchError(
+                        f"another process does task {task} of {out}; wait for it, or stop it"
+                    )
+                texts = _texts(pieces, columns, limit)
+                _do_task(parts, task, tasks, texts, texts_at_once, translator)
+    missing = parts.missing
+    if missing:
+        click.echo(f"task {task_index} is done; {len(missing)} of {tasks} are still missing")
+        return
+    _merge(parts, Choice(keep, min_score), out)
+
+
+if __name__ == "__main__":
+    main()
