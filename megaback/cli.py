@@ -20,6 +20,7 @@ _COMMANDS: _Commands = {
     "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
     "convert": ("tools.convert", "Turn a checkpoint into a model for anywhere."),
     "chat": ("tools.chat", "Give a response, get the instruction for it."),
+    "score": ("tools.score", "Say how well each answer explains its question."),
     "sample": ("tools.sample", "Write what comes before an ending."),
 }
 _GROUPS: dict[str, tuple[str, _Commands]] = {
