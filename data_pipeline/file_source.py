@@ -4,18 +4,21 @@ Local and remote files are listed and read alike; remote ones are looked at by a
 """
 
 import codecs
-import gzip
 import json
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
-
-import zstandard
 
 from data_pipeline.errors import BadRecordError, SourceMissingError, SourceUnreadableError
 from data_pipeline.files import COMPRESSIONS, DataFile, kind_of, look_at, name_of
+from data_pipeline.json_lines import (
+    CORRUPT_ERRORS,
+    corrupt,
+    decompressed,
+    lines,
+    not_utf8,
+    parse_record,
+)
 from data_pipeline.parquet_source import list_parquet_slices, read_parquet_slice
 from data_pipeline.remote import is_url, shown_url
 from data_pipeline.slices import (
@@ -29,9 +32,7 @@ from data_pipeline.slices import (
 )
 
 _LISTING_THREADS = 16
-_CHUNK_BYTES = 128 << 10
 _LONGEST_FIRST_LINE_BYTES = 4 << 20
-_MAX_ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=31` is the most that the format's tools write
 
 
 def list_files(addresses: Iterable[str], columns: AnyColumns) -> list[Slice]:
@@ -65,8 +66,8 @@ def read_file(piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord) -> 
             yield from _read_text(file, piece, on_bad_record)
         if is_url(piece.path):  # not all servers tell with each part which version it is of
             require_stamp(piece, look_at(piece.path).stamp)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise _corrupt(shown, error) from None
+    except CORRUPT_ERRORS as error:
+        raise corrupt(shown, error) from None
     except OSError as error:
         raise refused(shown, error) from None
 
@@ -84,7 +85,7 @@ def holds_lines(address: str) -> bool:
                 break
         first_line = head.removeprefix(codecs.BOM_UTF8).partition(b"\n")[0]
         return isinstance(json.loads(first_line), dict)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError):
+    except CORRUPT_ERRORS:
         return False
     except (ValueError, RecursionError):  # a list of records over many lines, most often
         return False
@@ -115,7 +116,7 @@ def _list_file(address: str, columns: AnyColumns) -> list[Slice]:
     if kind == "text":
         require_no_columns(columns, shown)
     if file.size_bytes == 0 and name_of(address).suffix.lower() in COMPRESSIONS:
-        raise _corrupt(shown, "it has no bytes")
+        raise corrupt(shown, "it has no bytes")
     return [Slice(kind, address, 0, 1, file.size_bytes, file.stamp)]
 
 
@@ -125,7 +126,7 @@ def _read_text(file: DataFile, piece: Slice, on_bad_record: OnBadRecord) -> Iter
         text = raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        on_bad_record(_not_utf8(f"{file.shown}:{line}", error))
+        on_bad_record(not_utf8(f"{file.shown}:{line}", error))
     else:
         yield Document(text, name_of(piece.path).name)
 
@@ -134,87 +135,18 @@ def _read_jsonl(
     file: DataFile, piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord
 ) -> Iterator[Document]:
     name = name_of(piece.path).name
-    for number, line in enumerate(_lines(_chunks(file, piece.path)), start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-            where = f"{file.shown}:{number}"
-            try:
-                record = _parse_record(line, where)
-                documents = documents_of(record, columns, where, f"{name}:{number}")
-            except BadRecordError as error:
-                on_bad_record(error)
-            else:
-                yield from documents
-
-
-def _parse_record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise _not_utf8(where, error) from None
-    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
-        place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        reason = f"{getattr(error, 'msg', error)}{place}"
-        raise BadRecordError(
-            f"{where}: not valid JSON ({reason}); mend or remove the line, "
-            "which must hold one JSON object"
-        ) from None
-    if not isinstance(record, dict):
-        raise BadRecordError(
-            f"{where}: a JSON {type(record).__name__}, not an object with columns; "
-            "a file of records holds one object a line"
-        )
-    return record
+    for number, line in lines(_chunks(file, piece.path)):
+        where = f"{file.shown}:{number}"
+        try:
+            record = parse_record(line, where)
+            documents = documents_of(record, columns, where, f"{name}:{number}")
+        except BadRecordError as error:
+            on_bad_record(error)
+        else:
+            yield from documents
 
 
 def _chunks(file: DataFile, address: str) -> Iterator[bytes]:
     """The file's bytes, decompressed, in pieces. Raises what the decompressors raise."""
-    suffix = name_of(address).suffix.lower()
     with file.stream() as stream:
-        if suffix == ".gz":
-            with gzip.open(stream, "rb") as inner:
-                yield from iter(lambda: inner.read(_CHUNK_BYTES), b"")
-        else:
-            blocks = iter(lambda: stream.read(_CHUNK_BYTES), b"")
-            yield from _decompress_zst(blocks) if suffix == ".zst" else blocks
-
-
-def _decompress_zst(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Every frame of a file. The library's own reader takes a truncated frame for the end."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW_BYTES)
-    frame = None
-    for block in blocks:
-        rest = block
-        while rest:
-            frame = frame or decompressor.decompressobj()
-            yield frame.decompress(rest)
-            rest = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame:
-        raise EOFError("the last frame is not complete")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines without their newline; only b"\\n" ends one."""
-    parts: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        parts.append(first)
-        for other in others:
-            yield b"".join(parts)
-            parts = [other]
-    yield b"".join(parts)
-
-
-def _not_utf8(where: str, error: UnicodeDecodeError) -> BadRecordError:
-    value = error.object[error.start]
-    return BadRecordError(
-        f"{where}: byte 0x{value:02X} is not valid UTF-8; convert the file to UTF-8"
-    )
-
-
-def _corrupt(address: str, reason: object) -> SourceUnreadableError:
-    return SourceUnreadableError(
-        f"{address}: truncated, or not what its suffix says ({reason}); fetch or write it again"
-    )
+        yield from decompressed(stream, name_of(address).suffix)

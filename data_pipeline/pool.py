@@ -61,7 +61,11 @@ def shared_by_all() -> Any:
 def _begin(shared: Any) -> None:
     global _shared
     _shared = shared
-    # End this worker when the build is killed: it would wait for work for ever.
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: it would wait for work for ever."""
     parent = parent_process()
     if parent is not None:
         Thread(target=_wait_and_exit, args=(parent.sentinel,), daemon=True).start()

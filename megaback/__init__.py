@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from megaback.scoring import Scorer
     from megaback.writer import Writer
 
 __version__ = "0.1.0"
@@ -18,3 +19,10 @@ def load(folder: "str | Path", **how: Any) -> "Writer":
     from megaback.writer import load_writer  # torch is loaded when it is needed
 
     return load_writer(folder, **how)
+
+
+def load_scorer(folder: "str | Path", **how: Any) -> "Scorer":
+    """A model that scores pairs of questions and answers: see `megaback.scoring.load_scorer`."""
+    from megaback.scoring import load_scorer as load
+
+    return load(folder, **how)

@@ -21,6 +21,7 @@ _COMMANDS: _Commands = {
     "convert": ("tools.convert", "Turn a checkpoint into a model for anywhere."),
     "chat": ("tools.chat", "Give a response, get the instruction for it."),
     "backtranslate": ("tools.backtranslate", "Write instructions for texts, to fine-tune on."),
+    "score": ("tools.score", "Say how well each answer explains its question."),
     "sample": ("tools.sample", "Write what comes before an ending."),
 }
 _GROUPS: dict[str, tuple[str, _Commands]] = {

@@ -7,39 +7,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_helpers import CONTEXT_TOKENS, random_model, write_model
 
 from data_pipeline.chat_format import ChatFormat
 from data_pipeline.errors import PromptError
 from data_pipeline.text import Direction, TextCodec
 from megaback.chat import candidates
 from megaback.choice import SamplingOptions
-from megaback.config import ModelSection
 from megaback.likelihood import Continuation, log_probabilities
 from megaback.model import ReverseGPT
-from megaback.model_folder import ModelDescription, write_model_folder
 from megaback.sampler import Sampler
 from tools.chat import main
 
 Codecs = Callable[..., TextCodec]
 Ask = Callable[..., Result]
 
-CONTEXT_TOKENS = 64
-SHAPE = ModelSection(num_layers=2, width=16, num_heads=2).resolved()
 IDS = st.lists(st.integers(0, 599), min_size=1, max_size=12)
 
 
 @pytest.fixture(scope="module")
 def model() -> ReverseGPT:
-    """Weights larger than usual, so that it is not equally sure of everything."""
-    model = ReverseGPT(SHAPE, 600)
-    model.initialize(1)
-    with torch.no_grad():
-        model.lm_head.weight *= 20
-    return model.eval()
+    return random_model()
 
 
 def sampler_of(model: ReverseGPT) -> Sampler:
@@ -108,22 +99,7 @@ def folder_of(
     """`folder_of(direction)`: the model as a folder."""
 
     def make(direction: Direction) -> Path:
-        folder = tmp_path_factory.mktemp("model")
-        of_direction = codec(direction)
-        description = ModelDescription(
-            SHAPE, 600, CONTEXT_TOKENS, of_direction.format, step=1, val_loss=None
-        )
-        weights = dict(model.named_parameters())
-        specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
-        write_model_folder(
-            folder,
-            description,
-            specs,
-            lambda name: weights[name].detach(),
-            of_direction.model_bytes,
-            1 << 30,
-        )
-        return folder
+        return write_model(tmp_path_factory.mktemp("model"), model, codec(direction))
 
     return make
 

@@ -1,0 +1,185 @@
+"""Lines of JSON, an object a line, from a file of whatever compression or from stdin.
+
+Every record that is malformed is named by file and line. `-` is stdin, and for output stdout.
+"""
+
+import codecs
+import gzip
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import IO, Any, BinaryIO
+
+import zstandard
+
+from data_pipeline.command import replacing
+from data_pipeline.errors import BadRecordError, SourceMissingError, SourceUnreadableError
+
+STANDARD_STREAM = "-"
+CORRUPT_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+"""What reading a compressed file raises that is truncated or none."""
+
+_CHUNK_BYTES = 128 << 10
+_MAX_ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=31` is the most that the format's tools write
+
+
+@dataclass(frozen=True)
+class Record:
+    """An object, and where it stood: `FILE:LINE`, with lines from 1."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+def read_records(path: str) -> "Iterator[Record | BadRecordError]":
+    """The records of a file, or of stdin for `-`; of a malformed line, the error.
+
+    Blank lines are passed over; `.gz` and `.zst` are decompressed. Raises SourceMissingError,
+    SourceUnreadableError.
+    """
+    if path == STANDARD_STREAM:
+        yield from _records(_blocks(sys.stdin.buffer), "stdin")
+        return
+    try:
+        with Path(path).open("rb") as stream:
+            yield from _records(decompressed(stream, PurePath(path).suffix), path)
+    except FileNotFoundError:
+        raise SourceMissingError(
+            f"{path}: there is no such file; name one of JSON lines, or - for stdin"
+        ) from None
+    except CORRUPT_ERRORS as error:
+        raise corrupt(path, error) from None
+    except OSError as error:
+        raise SourceUnreadableError(
+            f"{path}: {error.strerror or error}; check that the file is there and may be read"
+        ) from None
+
+
+@contextmanager
+def writing_lines(path: str) -> "Iterator[LineWriter]":
+    """Write a file of JSON lines that appears whole, or not at all; or lines to stdout for `-`."""
+    if path == STANDARD_STREAM:
+        yield LineWriter(sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return
+    with replacing(Path(path)) as file:
+        yield LineWriter(file)
+
+
+class LineWriter:
+    """Writes objects, a line each."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, fields: dict[str, Any]) -> None:
+        self._file.write(line_of(fields))
+
+
+def line_of(fields: dict[str, Any]) -> bytes:
+    """One line: ASCII, so that any string can be written, lone surrogates too."""
+    return json.dumps(fields).encode() + b"\n"
+
+
+def parse_record(line: bytes, where: str) -> dict[str, Any]:
+    """Raises BadRecordError, which begins with `where`."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise not_utf8(where, error) from None
+    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
+        place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        reason = f"{getattr(error, 'msg', error)}{place}"
+        raise BadRecordError(
+            f"{where}: not valid JSON ({reason}); mend or remove the line, "
+            "which must hold one JSON object"
+        ) from None
+    if not isinstance(record, dict):
+        raise BadRecordError(
+            f"{where}: a JSON {type(record).__name__}, not an object with columns; "
+            "a file of records holds one object a line"
+        )
+    return record
+
+
+def decompressed(stream: BinaryIO, suffix: str) -> Iterator[bytes]:
+    """A stream's bytes in pieces, decompressed if the suffix is `.gz` or `.zst`.
+
+    Raises what the decompressors raise: `CORRUPT_ERRORS`.
+    """
+    if suffix.lower() == ".gz":
+        with gzip.open(stream, "rb") as inner:
+            yield from iter(lambda: inner.read(_CHUNK_BYTES), b"")
+    else:
+        blocks = _blocks(stream)
+        yield from _decompress_zst(blocks) if suffix.lower() == ".zst" else blocks
+
+
+def lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers from 1, without newline or byte order mark.
+
+    Only b"\\n" ends one.
+    """
+    for number, line in enumerate(_split(chunks), start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield number, line
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> BadRecordError:
+    """The error for bytes that are no text."""
+    value = error.object[error.start]
+    return BadRecordError(
+        f"{where}: byte 0x{value:02X} is not valid UTF-8; convert the file to UTF-8"
+    )
+
+
+def corrupt(address: str, reason: object) -> SourceUnreadableError:
+    """The error for a file that cannot be decompressed to its end."""
+    return SourceUnreadableError(
+        f"{address}: truncated, or not what its suffix says ({reason}); fetch or write it again"
+    )
+
+
+def _records(chunks: Iterable[bytes], shown: str) -> "Iterator[Record | BadRecordError]":
+    for number, line in lines(chunks):
+        where = f"{shown}:{number}"
+        try:
+            yield Record(where, parse_record(line, where))
+        except BadRecordError as error:
+            yield error
+
+
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: stream.read(_CHUNK_BYTES), b"")
+
+
+def _decompress_zst(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Every frame of a file. The library's own reader takes a truncated frame for the end."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW_BYTES)
+    frame = None
+    for block in blocks:
+        rest = block
+        while rest:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(rest)
+            rest = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame:
+        raise EOFError("the last frame is not complete")
+
+
+def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    parts: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        parts.append(first)
+        for other in others:
+            yield b"".join(parts)
+            parts = [other]
+    yield b"".join(parts)

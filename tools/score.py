@@ -1,0 +1,143 @@
+"""`megaback score`: how well each answer explains its question, a line of JSON for a line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from data_pipeline.command import Command
+from data_pipeline.errors import BadRecordError, ConfigError, PromptError, SourceEmptyError
+from data_pipeline.json_lines import STANDARD_STREAM, Record, read_records, writing_lines
+from data_pipeline.pairs import PairColumns
+from data_pipeline.settings import BAD_RECORD_CHOICES
+
+if TYPE_CHECKING:
+    from megaback.scoring import EncodedPair, PairEncoder
+
+in_option = click.option(
+    "--in", "source", required=True, help="JSON lines, also .gz and .zst; - for stdin."
+)
+out_option = click.option(
+    "--out", required=True, help="JSON lines, in the order of the input; - for stdout."
+)
+bad_record_option = click.option(
+    "--on-bad-record",
+    type=click.Choice(BAD_RECORD_CHOICES),
+    default="stop",
+    show_default=True,
+    help="A malformed line ends the command, or is named and left out.",
+)
+device_option = click.option(
+    "--device", default=None, help="cpu, cuda:0, ..., or several with commas; default: every GPU."
+)
+form_option = click.option(
+    "--form",
+    type=click.Choice(["chat", "plain"]),
+    default="chat",
+    show_default=True,
+    help="With BackChat's markers, as after fine-tuning; or one text, as in pretraining.",
+)
+
+
+class BadRecords:
+    """What is done with malformed lines: the first one stops, or all are named and counted."""
+
+    def __init__(self, choice: str) -> None:
+        self._stops = choice == "stop"
+        self.count = 0
+
+    def add(self, error: BadRecordError) -> None:
+        """Raises the error, if it is to."""
+        if self._stops:
+            raise error
+        self.count += 1
+        click.echo(f"left out: {error}", err=True)
+
+
+def good_records(source: str, bad: BadRecords) -> Iterator[Record]:
+    """The records of a file that can be read, of which there must be one.
+
+    Raises SourceEmptyError, and what `read_records` raises.
+    """
+    is_empty = True
+    for record in read_records(source):
+        if isinstance(record, BadRecordError):
+            bad.add(record)
+        else:
+            is_empty = False
+            yield record
+    if is_empty:
+        raise SourceEmptyError(f"{source}: no record is in it; give a file of JSON lines")
+
+
+def require_other_file(source: str, out: str) -> None:
+    """Raises ConfigError when a command would replace what it reads."""
+    if STANDARD_STREAM in (source, out) or not (Path(source).exists() and Path(out).exists()):
+        return
+    if Path(out).samefile(source):
+        raise ConfigError(f"--out is --in, {source}; choose another --out")
+
+
+def encoded_pairs(
+    records: Iterator[Record], columns: PairColumns, encoder: "PairEncoder", bad: BadRecords
+) -> "Iterator[tuple[dict[str, Any], EncodedPair]]":
+    """Each record with its pair's ids."""
+    for record in records:
+        try:
+            yield record.fields, encoder.encode(columns.pair(record.fields, record.where))
+        except PromptError as error:
+            bad.add(BadRecordError(f"{record.where}: {error}"))
+        except BadRecordError as error:
+            bad.add(error)
+
+
+@click.command(cls=Command, name="score")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@in_option
+@out_option
+@form_option
+@click.option(
+    "--columns", default="", help="Keys with other names: question=prompt,answer=completion."
+)
+@click.option(
+    "--prior/--no-prior", default=True, show_default=True, help="Also log P(question) alone."
+)
+@bad_record_option
+@device_option
+def main(
+    folder: Path,
+    source: str,
+    out: str,
+    form: str,
+    columns: str,
+    prior: bool,
+    on_bad_record: str,
+    device: str | None,
+) -> None:
+    """Score each question by the model in DIR: log P(question | answer), in nats.
+
+    A line holds `question` and `answer`, or `instruction`, `input` and `output`. It is written
+    again with `score`. A model that writes forward scores the answer given the question.
+    """
+    from megaback.scoring import load_scorer
+
+    names, bad = PairColumns.parse(columns), BadRecords(on_bad_record)
+    require_other_file(source, out)
+    with load_scorer(folder, form=form, device=device, with_prior=prior) as scorer:
+        pairs = encoded_pairs(good_records(source, bad), names, scorer.encoder, bad)
+        with writing_lines(out) as writer:
+            written = 0
+            for fields, score in scorer.score_all(pairs):
+                writer.write({**fields, "score": score.to_dict()})
+                written += 1
+    say(f"{written:,} pairs scored" + (f", {bad.count:,} lines left out" if bad.count else ""))
+
+
+def say(text: str) -> None:
+    """On stderr: stdout may be the output."""
+    click.echo(text, err=True)
+
+
+if __name__ == "__main__":
+    main()
