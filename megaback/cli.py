@@ -21,6 +21,7 @@ _COMMANDS: _Commands = {
     "convert": ("tools.convert", "Turn a checkpoint into a model for anywhere."),
     "chat": ("tools.chat", "Give a response, get the instruction for it."),
     "sample": ("tools.sample", "Write what comes before an ending."),
+    "infill": ("tools.infill", "Write what comes between a beginning and an ending."),
 }
 _GROUPS: dict[str, tuple[str, _Commands]] = {
     "tokenizer": (

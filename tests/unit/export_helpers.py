@@ -1,4 +1,4 @@
-"""A checkpoint as some ranks left it, made without training."""
+"""Checkpoints as some ranks left them, and models as folders, made without training."""
 
 import json
 from dataclasses import asdict
@@ -10,6 +10,7 @@ from data_pipeline.text import TextCodec
 from megaback.checkpoint import FORMAT_NAME, FORMAT_VERSION, META_NAME, CheckpointMeta
 from megaback.config import Config
 from megaback.model import ReverseGPT
+from megaback.model_folder import ModelDescription, write_model_folder
 from megaback.tensor_file import write_tensors
 
 STEP = 30
@@ -67,3 +68,15 @@ def write_checkpoint(
     described = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
     (target / META_NAME).write_text(json.dumps(described))
     return target, made
+
+
+def write_model(folder: Path, model: ReverseGPT, codec: TextCodec, context_tokens: int) -> Path:
+    """A model's folder, as `megaback convert --to full` writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    description = ModelDescription(
+        model.shape, codec.vocab_size, context_tokens, codec.format, step=1, val_loss=None
+    )
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
+    write_model_folder(folder, description, specs, weights.__getitem__, codec.model_bytes, 1 << 30)
+    return folder

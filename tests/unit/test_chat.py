@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from export_helpers import write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,6 @@ from megaback.choice import SamplingOptions
 from megaback.config import ModelSection
 from megaback.likelihood import Continuation, log_probabilities
 from megaback.model import ReverseGPT
-from megaback.model_folder import ModelDescription, write_model_folder
 from megaback.sampler import Sampler
 from tools.chat import main
 
@@ -109,21 +109,7 @@ def folder_of(
 
     def make(direction: Direction) -> Path:
         folder = tmp_path_factory.mktemp("model")
-        of_direction = codec(direction)
-        description = ModelDescription(
-            SHAPE, 600, CONTEXT_TOKENS, of_direction.format, step=1, val_loss=None
-        )
-        weights = dict(model.named_parameters())
-        specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
-        write_model_folder(
-            folder,
-            description,
-            specs,
-            lambda name: weights[name].detach(),
-            of_direction.model_bytes,
-            1 << 30,
-        )
-        return folder
+        return write_model(folder, model, codec(direction), CONTEXT_TOKENS)
 
     return make
 
