@@ -59,9 +59,10 @@ class SamplingOptions:
 class Chooser:
     """Chooses for rows that are numbered from 0 and may be fewer at every call."""
 
-    def __init__(self, options: SamplingOptions, num_rows: int) -> None:
+    def __init__(self, options: SamplingOptions, seeds: Sequence[int]) -> None:
+        """`seeds`: one a row."""
         self._options = options
-        self._draws = [np.random.default_rng(options.seed + row) for row in range(num_rows)]
+        self._draws = [np.random.default_rng(seed) for seed in seeds]
 
     def choose(self, logits_BV: Tensor, rows: Sequence[int]) -> list[int]:
         """An id for each of these rows, from logits that may be -inf."""

@@ -23,6 +23,7 @@ _COMMANDS: _Commands = {
     "backtranslate": ("tools.backtranslate", "Write instructions for texts, to fine-tune on."),
     "score": ("tools.score", "Say how well each answer explains its question."),
     "sample": ("tools.sample", "Write what comes before an ending."),
+    "infill": ("tools.infill", "Write what comes between a beginning and an ending."),
 }
 _GROUPS: dict[str, tuple[str, _Commands]] = {
     "tokenizer": (

@@ -74,12 +74,16 @@ class _Row:
 
 
 def generate_many(
-    sampler: Sampler, codec: TextCodec, prompts: Sequence[Prompt], options: SamplingOptions
+    sampler: Sampler,
+    codec: TextCodec,
+    prompts: Sequence[Prompt],
+    options: SamplingOptions,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """The next id of each sample at once, None for those that have ended; until all have.
 
-    Sample i begins with prompts[i], which all end at the same marker, and has seed
-    `options.seed + i`.
+    Sample i begins with prompts[i], which all end at the same marker, and has the seed seeds[i], or
+    without `seeds` `options.seed + i`.
     """
     if not prompts:
         return
@@ -95,7 +99,9 @@ def generate_many(
     rows = [_Row(number, list(prompt.ids)) for number, prompt in enumerate(prompts)]
     with torch.inference_mode():
         masks = _Masks(sampler, codec, rows, prompts, options)
-        chooser = Chooser(options, len(rows))
+        if seeds is None:
+            seeds = range(options.seed, options.seed + len(rows))
+        chooser = Chooser(options, seeds)
         read = {}
         for row in rows:
             before = tuple(row.ids[:-1])

@@ -1,6 +1,6 @@
 """How likely a model finds a continuation, in nats: many of them in one forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,39 @@ def log_probabilities(model: ReverseGPT, continuations: Sequence[Continuation]) 
     Continuations are packed side by side without seeing each other, in the order given. The terms
     are of fp32, their sums of fp64: a long text loses nothing by being long.
     """
-    packs = _cut(range(len(continuations)), continuations)
+    return [float(terms_W.sum()) for terms_W in token_log_probabilities(model, continuations)]
+
+
+@torch.inference_mode()
+def token_log_probabilities(
+    model: ReverseGPT, continuations: Sequence[Continuation]
+) -> list[Tensor]:
+    """log P(id | given and written before it) of each written id: shape (W,) each, fp64, on CPU."""
+    found: list[Tensor] = []
+    for pack, hidden_WD in _read(model, continuations):
+        ids = [written_id for one in pack for written_id in one.written]
+        targets_W = torch.tensor(ids, dtype=torch.long, device=hidden_WD.device)
+        logits_WV: Tensor = model.lm_head(hidden_WD).float()
+        nats_W = F.cross_entropy(logits_WV, targets_W, reduction="none").double().cpu()
+        found += torch.split(-nats_W, [len(one.written) for one in pack])
+    return found
+
+
+@torch.inference_mode()
+def next_log_probabilities(
+    model: ReverseGPT, continuations: Sequence[Continuation], ids: Sequence[int]
+) -> list[Tensor]:
+    """What could stand in a written id's place, or after the last one: shape (W + 1, C) each.
+
+    Row k, column c is log P(ids[c] | given and the first k written ids).
+    """
+    # An id that is never looked at, so that the last one written is read.
+    longer = [Continuation(one.given, [*one.written, 0]) for one in continuations]
+    chosen_C = torch.tensor(list(ids), dtype=torch.long, device=next(model.parameters()).device)
     return [
-        one for pack in packs for one in _of_pack(model, [continuations[number] for number in pack])
+        model.lm_head(part_WD).float().log_softmax(-1)[:, chosen_C]
+        for pack, hidden_WD in _read(model, longer)
+        for part_WD in torch.split(hidden_WD, [len(one.written) for one in pack])
     ]
 
 
@@ -57,18 +87,18 @@ def _cut(numbers: Sequence[int], continuations: Sequence[Continuation]) -> list[
     return packs
 
 
-def _of_pack(model: ReverseGPT, pack: Sequence[Continuation]) -> list[float]:
+def _read(
+    model: ReverseGPT, continuations: Sequence[Continuation]
+) -> Iterator[tuple[list[Continuation], Tensor]]:
+    """Packs, each with the hidden states that its written ids are predicted from."""
     device = next(model.parameters()).device
-    # The last id of each is a target only.
-    read = [[*one.given, *one.written][:-1] for one in pack]
-    lengths = tuple(map(len, read))
-    ids_T = torch.tensor([i for ids in read for i in ids], device=device)
-    positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
-    hidden_TD = model.hidden(ids_T, positions_T, Segments.from_lengths(lengths, device))
-    num_written = [len(one.written) for one in pack]
-    parts = torch.split(hidden_TD, list(lengths))
-    hidden_WD = torch.cat([part[-count:] for part, count in zip(parts, num_written, strict=True)])
-    targets_W = torch.tensor([i for one in pack for i in one.written], device=device)
-    logits_WV: Tensor = model.lm_head(hidden_WD).float()
-    nats_W = F.cross_entropy(logits_WV, targets_W, reduction="none").double()
-    return [-float(nats.sum()) for nats in torch.split(nats_W.cpu(), num_written)]
+    for numbers in _cut(range(len(continuations)), continuations):
+        pack = [continuations[number] for number in numbers]
+        # The last id of each is a target only.
+        read = [[*one.given, *one.written][:-1] for one in pack]
+        lengths = tuple(map(len, read))
+        ids_T = torch.tensor([i for ids in read for i in ids], device=device)
+        positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+        hidden_TD = model.hidden(ids_T, positions_T, Segments.from_lengths(lengths, device))
+        parts = zip(pack, torch.split(hidden_TD, list(lengths)), strict=True)
+        yield pack, torch.cat([part_TD[len(one.given) - 1 :] for one, part_TD in parts])

@@ -1,4 +1,4 @@
-"""Models that nobody has trained, as folders."""
+"""Models that nobody has trained, as folders: quick to make, and sure of nothing."""
 
 from pathlib import Path
 
@@ -10,19 +10,38 @@ from megaback.config import ModelSection
 from megaback.model import ReverseGPT
 from megaback.model_folder import ModelDescription, write_model_folder
 
-_SHAPE = ModelSection(num_layers=1, width=16, num_heads=2).resolved()
+CONTEXT_TOKENS = 64
+SHAPE = ModelSection(num_layers=2, width=16, num_heads=2).resolved()
 
 
-def write_chat_model(folder: Path, codec: TextCodec, context_tokens: int, seed: int = 0) -> Path:
-    """One that is sure of something, and ends what it writes sooner or later."""
-    model = ReverseGPT(_SHAPE, codec.vocab_size)
+def random_model(seed: int = 1, vocab_size: int = 600) -> ReverseGPT:
+    """Weights larger than usual, so that it is not equally sure of everything."""
+    model = ReverseGPT(SHAPE, vocab_size)
     model.initialize(seed)
     with torch.no_grad():
         model.lm_head.weight *= 20
-        model.lm_head.weight[codec.chat_ids[STOP_PIECE]] *= 3
+    return model.eval()
+
+
+def write_model(
+    folder: Path, model: ReverseGPT, codec: TextCodec, context_tokens: int = CONTEXT_TOKENS
+) -> Path:
+    """A folder as `megaback convert --to full` leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    description = ModelDescription(
+        model.shape, codec.vocab_size, context_tokens, codec.format, step=1, val_loss=None
+    )
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
-    description = ModelDescription(_SHAPE, codec.vocab_size, context_tokens, codec.format, 1, None)
-    folder.mkdir(parents=True, exist_ok=True)
     write_model_folder(folder, description, specs, weights.__getitem__, codec.model_bytes, 1 << 30)
     return folder
+
+
+def write_chat_model(
+    folder: Path, codec: TextCodec, context_tokens: int = CONTEXT_TOKENS, seed: int = 0
+) -> Path:
+    """One that ends what it writes sooner or later."""
+    model = random_model(seed, codec.vocab_size)
+    with torch.no_grad():
+        model.lm_head.weight[codec.chat_ids[STOP_PIECE]] *= 3
+    return write_model(folder, model, codec, context_tokens)

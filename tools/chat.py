@@ -4,6 +4,7 @@ In a loop, for one response, or a line of JSON for a line of JSON. A model that 
 given instructions and writes responses.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,12 +18,12 @@ import click
 from data_pipeline.chat_format import ChatFormat
 from data_pipeline.command import Command
 from data_pipeline.errors import (
-    BadRecordError,
     DirectionMismatchError,
     PromptError,
     StorageError,
 )
 from data_pipeline.text import Direction
+from tools.json_lines import answer_each, parse_object, print_all
 from tools.sample import apply_command
 
 if TYPE_CHECKING:
@@ -86,24 +87,18 @@ def answer_lines(
     A line is an object with `response` (or `ending`, for plain generation), and may have `n`,
     `temp`, `top_k`, `tokens` and `seed`. Without a seed, each line has one of its own.
     """
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield _answer_line(chat, line, options, count)
-        except PromptError as error:
-            yield {"line": number, "error": str(error)}
-        options = replace(options, seed=options.seed + count)
+    seeds = itertools.count(options.seed, count)
+    return answer_each(
+        lines, lambda line: _answer_line(chat, line, replace(options, seed=next(seeds)), count)
+    )
 
 
 def _answer_line(chat: Chat, line: str, options: "SamplingOptions", count: int) -> dict[str, Any]:
-    try:
-        request = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"not valid JSON ({error}); write one object a line") from None
     keys = (chat.given_name, chat.prompt_name)
-    if not isinstance(request, dict) or sum(key in request for key in keys) != 1:
-        raise PromptError(f"give an object with either {keys[0]!r} or {keys[1]!r}")
+    wanted = f"an object with either {keys[0]!r} or {keys[1]!r}"
+    request = parse_object(line, wanted)
+    if sum(key in request for key in keys) != 1:
+        raise PromptError(f"give {wanted}")
     (key,) = (key for key in keys if key in request)
     given = request.pop(key)
     if not isinstance(given, str):
@@ -216,21 +211,6 @@ def _talk(chat: Chat, options: "SamplingOptions", count: int, history: History) 
         options = replace(options, seed=options.seed + count)
 
 
-def _answer_stdin(chat: Chat, options: "SamplingOptions", count: int) -> None:
-    problems, answers = [], 0
-    for answer in answer_lines(chat, sys.stdin, options, count):
-        click.echo(json.dumps(answer))
-        answers += 1
-        if "error" in answer:
-            problems.append(answer)
-    if problems:
-        first = problems[0]
-        raise BadRecordError(
-            f"{len(problems)} of {answers} lines were not answered; the first is line "
-            f"{first['line']}: {first['error']}"
-        )
-
-
 def _require_direction(folder: Path, actual: Direction, name: str) -> None:
     needed = _DIRECTION_OF[name]
     if actual is not needed:
@@ -305,7 +285,7 @@ def main(
     chat = Chat(model, sampler, ChatFormat(codec))
     options = SamplingOptions(tokens, temp, top_k, seed)
     if is_json:
-        _answer_stdin(chat, options, count)
+        print_all(answer_lines(chat, sys.stdin, options, count))
     elif not texts:
         _talk(chat, options, count, History(history))
     elif chat.prompt_name in texts:

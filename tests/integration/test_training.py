@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from tiny_run import (
+    FORWARD,
     TOTAL_STEPS,
     PlainMeasure,
     PlainResult,
@@ -34,7 +35,6 @@ pytestmark = pytest.mark.slow
 
 STAGES = [0, 1, 2, 3]
 ENDING = "  and so\tit ended – in 1871 ☃.\n\nThe end "
-FORWARD = ("data.direction=forward", "training.steps=null", "training.epochs=1.5")
 # Real English, if there is some beside this repository: any parquet file with a column `text`.
 PROSE = Path(
     os.environ.get(

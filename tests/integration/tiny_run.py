@@ -25,6 +25,8 @@ from megaback.run_data import open_data
 from megaback.schedule import learning_rate_at, rate_factor_at
 
 TOTAL_STEPS = 100
+FORWARD = ("data.direction=forward", "training.steps=null", "training.epochs=1.5")
+"""What a forward run overrides."""
 _TIMINGS = {"step_s", "tokens_per_s", "mfu"}
 
 

@@ -1,0 +1,222 @@
+"""`megaback infill`: write the middle of a text, given its beginning and its ending.
+
+Once, or a line of JSON for a line of JSON.
+"""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_pipeline.command import Command
+from data_pipeline.errors import PromptError
+from tools.json_lines import Answer, answer_each, parse_object, print_all
+
+if TYPE_CHECKING:
+    from megaback.infill import Infill, Infiller, InfillOptions
+
+_BETWEEN_INFILLS = "\n\n---\n\n"
+_MOST_CANDIDATES = 1000
+_DECIMALS = 4
+
+
+class Request(BaseModel):
+    """One line of JSON; what is not given is as on the command line."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    beginning: str
+    ending: str
+    tokens: int | None = None
+    min_tokens: int | None = None
+    candidates: int | None = Field(default=None, ge=1, le=_MOST_CANDIDATES)
+    n: int | None = Field(default=None, ge=1, le=_MOST_CANDIDATES)
+    temperature: float | None = None
+    top_k: int | None = None
+    seed: int | None = Field(default=None, ge=0, lt=1 << 62)
+
+    def changed(self, options: "InfillOptions") -> "InfillOptions":
+        """Raises ConfigError for a value that makes no sense."""
+        sampling = _given(temperature=self.temperature, top_k=self.top_k, seed=self.seed)
+        return replace(
+            options,
+            **_given(
+                most_tokens=self.tokens,
+                least_tokens=self.min_tokens,
+                forward_candidates=self.candidates,
+                backward_candidates=self.candidates,
+            ),
+            sampling=replace(options.sampling, **sampling),
+        )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def answer(infiller: "Infiller", line: str, options: "InfillOptions", count: int) -> Answer:
+    """The answer to a line of JSON, which does not depend on the lines around it.
+
+    Raises PromptError or ConfigError.
+    """
+    fields = parse_object(line, "an object with 'beginning' and 'ending'")
+    try:
+        request = Request.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise PromptError(
+            f"{name!r}: {first['msg']}; there are {', '.join(Request.model_fields)}"
+        ) from None
+    options, count = request.changed(options), request.n or count
+    found = infill(infiller, request.beginning, request.ending, options, count)
+    return {
+        "beginning": request.beginning,
+        "middle": found[0].middle,
+        "ending": request.ending,
+        "infills": [_rounded(one) for one in found],
+        "seed": options.sampling.seed,
+    }
+
+
+def _rounded(one: "Infill") -> dict[str, Any]:
+    """Without the digits that depend on what is computed side by side."""
+    return {
+        name: round(value, _DECIMALS) if isinstance(value, float) else value
+        for name, value in asdict(one).items()
+    }
+
+
+def infill(
+    infiller: "Infiller", beginning: str, ending: str, options: "InfillOptions", count: int
+) -> "list[Infill]":
+    """So many middles if there are, at least one, the best first. Raises PromptError."""
+    options = replace(options, rescored=max(options.rescored, count))
+    found = infiller.fill(beginning, ending, options)
+    if not found:
+        raise PromptError(
+            f"no middle of {options.least_tokens} to {options.most_tokens} tokens was written; "
+            "allow other lengths, or ask for more candidates"
+        )
+    return found[:count]
+
+
+@click.command(cls=Command, name="infill")
+@click.option(
+    "--forward",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Model that writes on from the beginning.",
+)
+@click.option(
+    "--backward",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Model that writes towards the ending.",
+)
+@click.option("--beginning", help="Text before the middle.")
+@click.option("--ending", help="Text after it.")
+@click.option("--json", "is_json", is_flag=True, help="A line of JSON for each from stdin.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="The middle has at most so many.",
+)
+@click.option(
+    "--min-tokens",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="The middle has at least so many.",
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(1, _MOST_CANDIDATES),
+    default=16,
+    show_default=True,
+    help="Samples of each model.",
+)
+@click.option(
+    "--n",
+    "count",
+    type=click.IntRange(1, _MOST_CANDIDATES),
+    default=1,
+    show_default=True,
+    help="Show so many middles, the best first.",
+)
+@click.option(
+    "--temperature",
+    "--temp",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    help="0 takes the most likely token.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Choose among so many of the most likely tokens; 0 for all.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
+)
+def main(
+    forward: Path,
+    backward: Path,
+    beginning: str | None,
+    ending: str | None,
+    is_json: bool,
+    tokens: int,
+    min_tokens: int,
+    candidates: int,
+    count: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    device: str | None,
+) -> None:
+    """Write what could stand between a beginning and an ending.
+
+    A forward and a backward model of one tokenizer write candidates, which are joined where both
+    find the whole most likely. With --json, each line from stdin is an object such as
+    {"beginning": "Once", "ending": "the end.", "n": 2}, and is answered by a line.
+    """
+    from megaback.choice import SamplingOptions
+    from megaback.infill import InfillOptions, load_infiller
+
+    if is_json and (beginning is not None or ending is not None):
+        raise click.UsageError("Give either --json, or --beginning and --ending.")
+    if not is_json and (beginning is None or ending is None):
+        raise click.UsageError("Give --beginning and --ending, or --json.")
+    options = InfillOptions(
+        most_tokens=tokens,
+        least_tokens=min_tokens,
+        forward_candidates=candidates,
+        backward_candidates=candidates,
+        sampling=SamplingOptions(temperature=temperature, top_k=top_k, seed=seed),
+    )
+    infiller = load_infiller(forward, backward, device=device)
+    if beginning is None or ending is None:
+        print_all(answer_each(sys.stdin, lambda line: answer(infiller, line, options, count)))
+        return
+    found = infill(infiller, beginning, ending, options, count)
+    texts = [beginning + one.middle + ending for one in found]
+    if count > 1:
+        texts = [
+            f"({one.score:.3f} nats/token)\n{text}" for one, text in zip(found, texts, strict=True)
+        ]
+    click.echo(_BETWEEN_INFILLS.join(texts))
+
+
+if __name__ == "__main__":
+    main()
