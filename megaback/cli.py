@@ -22,6 +22,7 @@ _COMMANDS: _Commands = {
     "chat": ("tools.chat", "Give a response, get the instruction for it."),
     "backtranslate": ("tools.backtranslate", "Write instructions for texts, to fine-tune on."),
     "score": ("tools.score", "Say how well each answer explains its question."),
+    "eval": ("tools.evaluate", "Measure what a model can do, on held-out data."),
     "sample": ("tools.sample", "Write what comes before an ending."),
     "infill": ("tools.infill", "Write what comes between a beginning and an ending."),
 }

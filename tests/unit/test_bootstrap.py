@@ -1,0 +1,29 @@
+"""Intervals against what is known of means and ratios."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megaback.bootstrap import mean_interval, ratio_interval
+
+
+def test_an_interval_is_as_wide_as_the_standard_error_says() -> None:
+    values = np.random.default_rng(3).random(4000) < 0.3
+    interval = mean_interval(values.astype(float))
+    error = np.sqrt(0.3 * 0.7 / 4000)
+    assert interval.value == values.mean()
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.08)
+
+
+def test_a_ratio_counts_long_rows_for_more() -> None:
+    interval = ratio_interval([1.0, 30.0], [1.0, 10.0])
+    assert interval.value == 31 / 11
+    assert (interval.low, interval.high) == (1.0, 3.0)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.integers(0, 5))
+def test_the_value_lies_within_and_the_seed_decides(values: list[float], seed: int) -> None:
+    interval = mean_interval(values, seed)
+    assert min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
+    assert interval == mean_interval(values, seed)

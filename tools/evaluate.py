@@ -1,0 +1,119 @@
+"""`megaback eval`: what a model can do, measured on held-out data, with confidence intervals."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.command import Command, write_text
+from data_pipeline.json_lines import writing_lines
+
+if TYPE_CHECKING:
+    from tools.suites import Suite, SuiteResult
+
+SUITES = ("instruction-recall", "reverse-dictionary", "passage-choice", "bits-per-byte")
+
+
+def _suites() -> "dict[str, Suite]":
+    from tools.suite_passages import bits_per_byte, passage_choice
+    from tools.suite_recall import instruction_recall, reverse_dictionary
+
+    functions = (instruction_recall, reverse_dictionary, passage_choice, bits_per_byte)
+    return dict(zip(SUITES, functions, strict=True))
+
+
+def to_json(folder: Path, results: "Mapping[str, SuiteResult]") -> dict[str, Any]:
+    """What a program reads of some suites."""
+    return {
+        "model": str(folder),
+        "suites": {
+            name: {
+                "rows": result.rows,
+                "left_out": result.left_out,
+                "metrics": {key: metric.to_dict() for key, metric in result.metrics.items()},
+            }
+            for name, result in results.items()
+        },
+    }
+
+
+def _table(results: "Mapping[str, SuiteResult]") -> Table:
+    table = Table(title_justify="left")
+    for column in ("suite", "metric", "value", "95%", "chance", "rows"):
+        table.add_column(column, justify="left" if column in ("suite", "metric") else "right")
+    for name, result in results.items():
+        for key, metric in result.metrics.items():
+            one = metric.interval
+            chance = "" if metric.chance is None else f"{metric.chance:.3f}"
+            between = f"{one.low:.3f} to {one.high:.3f}"
+            table.add_row(name, key, f"{one.value:.3f}", between, chance, f"{result.rows:,}")
+    return table
+
+
+@click.command(cls=Command, name="eval")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--suite",
+    "names",
+    multiple=True,
+    required=True,
+    type=click.Choice(SUITES),
+    help="May be given several times.",
+)
+@click.option("--rows", help="Held-out instruction rows: JSON lines, for recall and dictionary.")
+@click.option(
+    "--word-pattern",
+    default="",
+    help=r"Which instructions ask for a definition; its group is the word. "
+    r"Default: ^Define the \w+ '(.+)'\.$",
+)
+@click.option("--passages", help="Held-out documents, for the choice: a source as of shards build.")
+@click.option("--passage-characters", type=click.IntRange(min=1), default=300, show_default=True)
+@click.option("--shards", help="A data set whose val set is measured in bits/byte.")
+@click.option(
+    "--forward", type=click.Path(path_type=Path), help="A forward model, for the choice too."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="The first so many rows of each suite.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Most to write."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the results.")
+@click.option("--predictions", help="JSON lines of what was written for each row.")
+@click.option(
+    "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if it is there."
+)
+def main(
+    folder: Path,
+    names: tuple[str, ...],
+    forward: Path | None,
+    out: Path | None,
+    predictions: str | None,
+    device: str | None,
+    **options: Any,
+) -> None:
+    """Measure the model in DIR by one or several suites."""
+    from megaback.writer import choose_device
+    from tools.suites import Evaluated, SuiteOptions
+
+    given, suites = SuiteOptions(**options), _suites()
+    on = choose_device(device)
+    evaluated = Evaluated(folder, on)
+    other = None if forward is None else Evaluated(forward, on)
+    results = {name: suites[name](evaluated, other, given) for name in dict.fromkeys(names)}
+    if out is not None:
+        write_text(out, json.dumps(to_json(folder, results), indent=2) + "\n")
+    if predictions is not None:
+        with writing_lines(predictions) as writer:
+            for name, result in results.items():
+                for fields in result.predictions:
+                    writer.write({"suite": name, **fields})
+    Console(width=110, stderr=predictions == "-").print(_table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Suites of running text: which passage came before this one, and how surprising text is."""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline.batches import sequential_batches
+from data_pipeline.data_set import DataSet
+from data_pipeline.errors import DirectionMismatchError, ShardsMissingError, SourceEmptyError
+from data_pipeline.frame_store import FrameStore
+from data_pipeline.pairs import Pair
+from data_pipeline.rows import IGNORED_TARGET, RowReader
+from data_pipeline.sources import list_slices, read_slice
+from data_pipeline.text import Direction
+from megaback.bootstrap import mean_interval, ratio_interval
+from megaback.evaluation import to_device
+from megaback.scoring import Form
+from tools.suite_recall import NUM_CHOICES, first_is_best
+from tools.suites import Evaluated, Metric, SuiteOptions, SuiteResult
+
+_DEFAULT_ITEMS = 500
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Two passages of one document; `first + second` is as it stands there."""
+
+    first: str
+    second: str
+
+
+def neighbours(text: str, characters: int) -> Iterator[Neighbours]:
+    """A document cut into passages of this many characters or a word more, and paired off.
+
+    A passage after the first begins with the whitespace before its first word.
+    """
+    cuts = [0]
+    while True:
+        at = cuts[-1] + characters
+        while at < len(text) and not text[at].isspace():
+            at += 1
+        if at >= len(text):
+            break
+        cuts.append(at)
+    for start, middle, stop in zip(cuts[::2], cuts[1::2], cuts[2::2], strict=False):
+        yield Neighbours(text[start:middle], text[middle:stop])
+
+
+def passage_choice(
+    evaluated: Evaluated, forward: Evaluated | None, options: SuiteOptions
+) -> SuiteResult:
+    """Which of ten passages came before this one? Nine are those before other ones.
+
+    By log P(first | second) and its ratio to log P(first) of the backward model and, where there is
+    a forward model, by its log P(second | first).
+    """
+    if evaluated.codec.format.direction is not Direction.BACKWARD:
+        raise DirectionMismatchError(
+            f"--suite passage-choice needs a model that writes backward, and {evaluated.folder} "
+            "writes forward; give that one as --forward"
+        )
+    source = options.need("passages", "passage-choice")
+    items = [
+        item
+        for piece in list_slices(source)
+        for document in read_slice(piece)
+        for item in neighbours(document.text, options.passage_characters)
+    ]
+    generator = random.Random(options.seed)
+    generator.shuffle(items)
+    items = items[: options.limit or _DEFAULT_ITEMS]
+    if len(items) < NUM_CHOICES:
+        raise SourceEmptyError(
+            f"{source}: it has {len(items)} pairs of passages of {options.passage_characters} "
+            f"characters, and a choice needs {NUM_CHOICES}; name more text, or make "
+            "--passage-characters less"
+        )
+    pairs = []
+    for number, item in enumerate(items):
+        others = generator.sample([at for at in range(len(items)) if at != number], NUM_CHOICES - 1)
+        pairs += [Pair(items[at].first, item.second) for at in (number, *others)]
+    scores = evaluated.score(pairs, Form.PLAIN)
+    choices = {
+        "reverse": [one.log_probability for one in scores],
+        "prior-normalised": [one.log_ratio or 0.0 for one in scores],
+    }
+    if forward is not None:
+        if forward.codec.format.direction is not Direction.FORWARD:
+            raise DirectionMismatchError(
+                f"--forward needs a model that writes forward, and {forward.folder} writes backward"
+            )
+        of_forward = forward.score(pairs, Form.PLAIN, with_prior=False)
+        choices["forward"] = [one.log_probability for one in of_forward]
+    metrics = {}
+    for name, values in choices.items():
+        right = [
+            first_is_best(values[at : at + NUM_CHOICES])
+            for at in range(0, len(values), NUM_CHOICES)
+        ]
+        metrics[name] = Metric(mean_interval(right, options.seed), 1 / NUM_CHOICES)
+    return SuiteResult(len(items), metrics)
+
+
+@torch.inference_mode()
+def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptions) -> SuiteResult:
+    """The val set of some shards, as validation in training measures it; resampled by rows."""
+    shards = options.need("shards", "bits-per-byte")
+    data_set = DataSet.open(shards)
+    if not data_set.manifest.split("val"):
+        raise ShardsMissingError(f"{shards} has no val set; build it with --val-fraction")
+    frames = FrameStore(data_set, "val")
+    text_format = evaluated.description.text_format
+    rows = RowReader(frames, evaluated.description.context_tokens, text_format.direction)
+    rows.text_format.require_same(text_format, f"the data set {shards}", f"{evaluated.folder}")
+    num_bytes = evaluated.codec.piece_num_bytes()
+    nats_N, bytes_N = [], []
+    for batch in sequential_batches(frames, rows, 0, 1, 1):
+        targets = batch.targets_T[batch.targets_T != IGNORED_TARGET]
+        if len(targets):
+            nats_N.append(float(evaluated.model(*to_device(batch, evaluated.device))))
+            bytes_N.append(float(num_bytes[targets].sum()))
+    bits = ratio_interval(nats_N, bytes_N, options.seed).scaled(1 / math.log(2))
+    return SuiteResult(len(nats_N), {"bits/byte": Metric(bits)})
