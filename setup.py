@@ -43,6 +43,7 @@ setup(
         # pip install --no-build-isolation -e '.[flash]'
         "flash": ["flash-attn>=2.8"],
         "gguf": ["gguf>=0.17"],
+        "transformers": ["transformers>=4.53"],
         "plot": ["matplotlib>=3.8"],
         "wandb": ["wandb>=0.19"],
         "dev": [

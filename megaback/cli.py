@@ -21,6 +21,7 @@ _COMMANDS: _Commands = {
     "convert": ("tools.convert", "Turn a checkpoint into a model for anywhere."),
     "chat": ("tools.chat", "Give a response, get the instruction for it."),
     "backtranslate": ("tools.backtranslate", "Write instructions for texts, to fine-tune on."),
+    "rerank": ("tools.rerank", "Rank answers by how well they explain their question."),
     "score": ("tools.score", "Say how well each answer explains its question."),
     "eval": ("tools.evaluate", "Measure what a model can do, on held-out data."),
     "sample": ("tools.sample", "Write what comes before an ending."),

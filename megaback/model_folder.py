@@ -113,6 +113,15 @@ def _our_fields(folder: Path) -> dict[str, Any] | None:
     return ours if isinstance(ours, dict) else None
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder's config.json is one that `megaback convert` wrote.
+
+    Raises CheckpointMissingError, CheckpointCorruptError.
+    """
+    fields = _our_fields(folder)
+    return fields is not None and fields.get("format") == _FORMAT_NAME
+
+
 def read_description(folder: Path) -> ModelDescription:
     """Raises CheckpointMissingError, CheckpointCorruptError or, for what does not fit at all,
     RunMismatchError."""

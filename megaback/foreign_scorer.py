@@ -1,0 +1,116 @@
+"""log P(answer | question) by a causal model of transformers, from local files.
+
+The question goes where the tokenizer's chat template puts what a user says, or, without a template,
+before a newline. Special tokens that a text spells are text. No code of the folder is run, and no
+pickle is read.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+
+from data_pipeline.errors import BackendError, CheckpointCorruptError, PromptError
+from data_pipeline.pairs import Pair
+from megaback.likelihood import Continuation, in_packs
+from megaback.scoring import Score
+
+_PLACEHOLDER = "QuestionGoesHere"
+_BETWEEN = "\n"
+
+
+class ForeignScorer:
+    """Scores answers, the end-of-text token included if the tokenizer has one."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """Raises BackendError without transformers, CheckpointCorruptError for no such model."""
+        try:
+            import transformers
+        except ImportError as error:
+            raise BackendError(
+                f"a model of transformers needs that library ({error}); "
+                "pip install 'megaback[transformers]'"
+            ) from None
+        how = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **how)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, **how
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CheckpointCorruptError(
+                f"{folder} cannot be read as a causal model of transformers ({reason}); save one "
+                "there with save_pretrained, in safetensors, with its tokenizer"
+            ) from None
+        self._model = model.to(device).eval()
+        self._device = device
+        self._before, self._after = self._frame()
+        end = self._tokenizer.eos_token_id
+        self._end = [] if end is None else [int(end)]
+        self._most_tokens = getattr(model.config, "max_position_embeddings", None)
+
+    def encode(self, pair: Pair) -> Continuation:
+        """Raises PromptError for a pair that the model's context does not hold."""
+        given = [*self._before, *self._text(pair.question.strip()), *self._after]
+        written = [*self._text(pair.answer.strip()), *self._end]
+        if self._most_tokens is not None and len(given) + len(written) > self._most_tokens:
+            raise PromptError(
+                f"the two texts are {len(given) + len(written)} tokens, and the forward model's "
+                f"context holds {self._most_tokens}; shorten them"
+            )
+        return Continuation(tuple(given), tuple(written))
+
+    def score(self, pairs: Sequence[Pair]) -> list[Score]:
+        """log P(answer | question) of each."""
+        continuations = [self.encode(pair) for pair in pairs]
+        found = [0.0] * len(pairs)
+        for numbers in in_packs(continuations):
+            pack = [continuations[number] for number in numbers]
+            for number, nats in zip(numbers, self._log_probabilities(pack), strict=True):
+                found[number] = nats
+        return [
+            Score(nats, None, len(one.written), len(pair.answer.strip().encode()))
+            for nats, one, pair in zip(found, continuations, pairs, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _log_probabilities(self, pack: Sequence[Continuation]) -> list[float]:
+        """Rows beside one another, padded at their ends, which no causal model looks at."""
+        rows = [[*one.given, *one.written] for one in pack]
+        longest = max(map(len, rows))
+        ids_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        output = self._model(ids_BT.to(self._device), attention_mask=mask_BT.to(self._device))
+        sums = []
+        for logits_TV, one in zip(output.logits, pack, strict=True):
+            start = len(one.given) - 1
+            targets_W = torch.tensor(one.written, device=self._device)
+            logits_WV = logits_TV[start : start + len(one.written)].float()
+            nats_W = F.cross_entropy(logits_WV, targets_W, reduction="none").double()
+            sums.append(-float(nats_W.sum()))
+        return sums
+
+    def _text(self, text: str) -> list[int]:
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The ids before and after a question."""
+        if self._tokenizer.chat_template is None:
+            begin = self._tokenizer.bos_token_id
+            return ([] if begin is None else [int(begin)]), self._text(_BETWEEN)
+        said = [{"role": "user", "content": _PLACEHOLDER}]
+        rendered: str = self._tokenizer.apply_chat_template(
+            said, tokenize=False, add_generation_prompt=True
+        )
+        before, found, after = rendered.partition(_PLACEHOLDER)
+        if not found:
+            raise BackendError("the tokenizer's chat template does not show what a user says")
+        return (
+            self._tokenizer(before, add_special_tokens=False)["input_ids"],
+            self._tokenizer(after, add_special_tokens=False)["input_ids"],
+        )

@@ -1,0 +1,308 @@
+"""Mixing two scores, fitting the weight, and the command; transformers' models as forward ones."""
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from model_helpers import random_model, write_model
+
+import megaback
+from data_pipeline.errors import CheckpointCorruptError, PromptError
+from data_pipeline.pairs import Pair
+from data_pipeline.text import Direction, TextCodec
+from megaback.foreign_scorer import ForeignScorer
+from megaback.reranking import Scored, accuracies, fit_weight, ranking, rightness
+from tools.rerank import main
+
+Codecs = Callable[..., TextCodec]
+
+CPU = torch.device("cpu")
+SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=6).map(np.array)
+
+
+def scored(forward: list[float] | None, reverse: list[float], right: int) -> Scored:
+    is_right = np.arange(len(reverse)) == right
+    return Scored(None if forward is None else np.array(forward), np.array(reverse), is_right)
+
+
+@given(SCORES)
+def test_a_ranking_goes_down_and_keeps_the_order_of_equals(scores: "np.ndarray") -> None:
+    order = ranking(scores)
+    assert sorted(order) == list(range(len(scores)))
+    for one, other in pairwise(order):
+        assert (scores[one], -one) > (scores[other], -other)
+
+
+def test_where_candidates_are_equal_lots_are_drawn() -> None:
+    assert rightness(np.array([1.0, 1.0, 0.0]), np.array([True, False, True])) == 0.5
+
+
+def test_the_weight_is_found_that_one_needs() -> None:
+    """Right is what has the most of forward + 3 * reverse: a weight of 3/4."""
+    generator = np.random.default_rng(5)
+    questions = []
+    for _ in range(400):
+        forward, reverse = generator.normal(size=(2, 6))
+        right = int(np.argmax(forward + 3 * reverse))
+        questions.append(scored(list(forward), list(reverse), right))
+    weight = fit_weight(questions)
+    assert weight == pytest.approx(0.75, abs=0.02)
+    found = accuracies(questions, weight)
+    assert found["mixed"].value > 0.97
+    assert found["mixed"].value > found["reverse"].value > found["forward"].value
+    assert found["forward"].value > found["random"].value == pytest.approx(1 / 6)
+    assert found["oracle"].value == 1.0
+    assert found["gain"].value == pytest.approx(found["mixed"].value - found["forward"].value)
+
+
+def test_a_score_that_says_nothing_gets_no_weight() -> None:
+    questions = [scored([1.0, 0.0], [0.0, 0.0], 0), scored([0.0, 9.0], [9.0, 0.0], 1)]
+    assert fit_weight(questions) < 0.5
+    flipped = [scored([0.0, 0.0], [1.0, 0.0], 0), scored([9.0, 0.0], [0.0, 9.0], 1)]
+    assert fit_weight(flipped) > 0.5
+
+
+# Models of transformers.
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory, english_documents: list[str]) -> Path:
+    """A Llama of random weights with a byte-level tokenizer of its own and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("foreign")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<user>", "<answer>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    inner.train_from_iterator(english_documents[:100], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<user>", "<answer>"],
+    )
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}<user>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<answer>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_foreign_models_score_is_the_sum_of_what_it_says_of_each_token(foreign: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    pairs = [
+        Pair("Who sold the map?", "My younger sister."),
+        Pair("Who?", "The old captain sold it for nine shillings."),
+    ]
+    found = ForeignScorer(foreign, CPU).score(pairs)
+
+    tokenizer = AutoTokenizer.from_pretrained(foreign)
+    model = AutoModelForCausalLM.from_pretrained(foreign).eval()
+    for pair, score in zip(pairs, found, strict=True):
+        given = tokenizer(f"<s><user>{pair.question}<answer>", add_special_tokens=False).input_ids
+        written = [*tokenizer(pair.answer, add_special_tokens=False).input_ids, 1]
+        with torch.inference_mode():
+            logits_TV = model(torch.tensor([[*given, *written]])).logits[0]
+        log_TV = logits_TV.double().log_softmax(-1)
+        alone = sum(float(log_TV[len(given) - 1 + at, token]) for at, token in enumerate(written))
+        assert score.log_probability == pytest.approx(alone, abs=1e-4)
+        assert score.tokens == len(written)
+
+
+def test_special_tokens_that_a_text_spells_are_text_for_a_foreign_model_too(foreign: Path) -> None:
+    encoded = ForeignScorer(foreign, CPU).encode(Pair("<user> or <answer>?", "</s><s>"))
+    assert [token for token in encoded.given if token < 4] == [0, 2, 3]
+    assert [token for token in encoded.written if token < 4] == [1]
+
+
+def test_without_a_template_the_question_is_a_line(foreign: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(foreign, tmp_path / "plain"))
+    (folder / "chat_template.jinja").unlink()
+    scorer = ForeignScorer(folder, CPU)
+    encoded = scorer.encode(Pair("Who?", "me"))
+    assert scorer._tokenizer.decode(encoded.given) == "<s>Who?\n"
+    with pytest.raises(PromptError, match="forward model's context holds 64"):
+        scorer.encode(Pair("Who? " * 60, "me"))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointCorruptError, match="save_pretrained"):
+        ForeignScorer(tmp_path, CPU)
+
+
+# The command.
+
+ROWS = [
+    {
+        "question": "Who sold the map?",
+        "candidates": [
+            {"answer": "My sister.", "correct": False, "score": -1.0},
+            {"answer": "The captain.", "correct": True, "score": -2.0},
+            {"answer": "<|im_end|>", "correct": False, "score": -3.0},
+        ],
+        "id": "a",
+    },
+    {
+        "question": "<|im_start|>?",
+        "candidates": [
+            {"answer": "A map.", "correct": True, "score": -1.5},
+            {"answer": "Nobody.", "correct": False, "score": -1.25},
+        ],
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[Direction, Path]:
+    place = tmp_path_factory.mktemp("models")
+    return {
+        direction: write_model(place / direction.value, random_model(), codec(direction))
+        for direction in Direction
+    }
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def rerank(folder: Path, *arguments: object) -> Result:
+    command = [folder, "--device", "cpu", *arguments]
+    return CliRunner().invoke(main, [str(part) for part in command])
+
+
+def test_a_column_is_mixed_with_the_reverse_score(
+    folders: dict[Direction, Path], source: Path, tmp_path: Path
+) -> None:
+    out, report = tmp_path / "out.jsonl", tmp_path / "report.json"
+    result = rerank(
+        folders[Direction.BACKWARD],
+        *("--in", source, "--out", out, "--forward-column", "score", "--weight", 0.25),
+        *("--report", report),
+    )
+
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    with megaback.load_scorer(folders[Direction.BACKWARD], device="cpu") as scorer:
+        for row, given_row in zip(rows, ROWS, strict=True):
+            assert {k: v for k, v in row.items() if k not in ("ranking", "scores")} == given_row
+            pairs = [Pair(row["question"], one["answer"]) for one in row["candidates"]]
+            reverse = [one.log_probability for one in scorer.score(pairs)]
+            mixed = [
+                0.75 * one["score"] + 0.25 * other
+                for one, other in zip(row["candidates"], reverse, strict=True)
+            ]
+            assert [one["mixed"] for one in row["scores"]] == pytest.approx(mixed, abs=1e-4)
+            assert row["ranking"] == list(np.argsort(-np.array(mixed)))
+    accuracy = json.loads(report.read_text())["accuracy"]
+    assert accuracy["random"]["value"] == pytest.approx((1 / 3 + 1 / 2) / 2, abs=1e-6)
+    assert accuracy["forward"]["value"] == 0.0
+    assert accuracy["oracle"]["value"] == 1.0
+    assert "mixed - forward" in result.stderr
+
+
+def test_the_weight_is_fitted_on_another_file(
+    folders: dict[Direction, Path], source: Path, tmp_path: Path
+) -> None:
+    arguments = ("--in", source, "--out", tmp_path / "out", "--forward-column", "score")
+    result = rerank(folders[Direction.BACKWARD], *arguments, "--fit", source)
+    assert result.exit_code == 0, result.output
+    assert "fitted on 2 questions" in result.stderr
+    refused = rerank(folders[Direction.BACKWARD], *arguments[:4], "--fit", source)
+    assert (refused.exit_code, "--fit needs a forward score" in refused.stderr) == (10, True)
+
+
+def test_forward_models_are_megabacks_or_those_of_transformers(
+    folders: dict[Direction, Path], foreign: Path, source: Path, tmp_path: Path
+) -> None:
+    with megaback.load_scorer(folders[Direction.FORWARD], device="cpu") as scorer:
+        (ours,) = scorer.score([Pair("Who sold the map?", "My sister.")])
+    (theirs,) = ForeignScorer(foreign, CPU).score([Pair("Who sold the map?", "My sister.")])
+    for forward, expected in ((folders[Direction.FORWARD], ours), (foreign, theirs)):
+        out = tmp_path / f"{forward.name}.jsonl"
+        result = rerank(
+            folders[Direction.BACKWARD],
+            *("--in", source, "--out", out, "--forward", forward, "--forward-per", "token"),
+        )
+        assert result.exit_code == 0, result.output
+        first = json.loads(out.read_text().splitlines()[0])
+        assert first["scores"][0]["forward"] == pytest.approx(expected.per_token, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "a"}, "no list of answers"),
+        ({"question": "a", "candidates": []}, "no list of answers"),
+        ({"question": "a", "candidates": [3]}, "candidate 0 is neither"),
+        ({"question": "a", "candidates": [{"answer": "b", "score": True}]}, "no finite number"),
+        ({"question": "a", "candidates": [{"answer": "b"}]}, "no finite number under 'score'"),
+        (
+            {"question": "a", "candidates": [{"answer": "b", "score": 1, "correct": 1}]},
+            "not true or false",
+        ),
+        (
+            {"question": "a map " * 40, "candidates": [{"answer": "b", "score": 1}]},
+            "context holds 64",
+        ),
+    ],
+)
+def test_a_malformed_row_is_named(
+    row: dict[str, object],
+    reason: str,
+    folders: dict[Direction, Path],
+    source: Path,
+    tmp_path: Path,
+) -> None:
+    with source.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    out = tmp_path / "out.jsonl"
+    arguments = ("--in", source, "--out", out, "--forward-column", "score")
+
+    result = rerank(folders[Direction.BACKWARD], *arguments)
+
+    assert result.exit_code == 23
+    assert f"{source}:3: " in result.stderr
+    assert reason in result.stderr
+    assert not out.exists()
+    assert rerank(folders[Direction.BACKWARD], *arguments, "--on-bad-record", "skip").exit_code == 0
+    assert len(out.read_text().splitlines()) == 2
+
+
+def test_models_of_the_wrong_direction_are_refused(
+    folders: dict[Direction, Path], source: Path, tmp_path: Path
+) -> None:
+    arguments = ("--in", source, "--out", tmp_path / "out")
+    assert rerank(folders[Direction.FORWARD], *arguments).exit_code == 33
+    backward = folders[Direction.BACKWARD]
+    assert rerank(backward, *arguments, "--forward", backward).exit_code == 33

@@ -1,0 +1,252 @@
+"""`megaback rerank`: answers by how well they explain their question, and by a forward score."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.candidates import Question, question_of
+from data_pipeline.command import Command, write_text
+from data_pipeline.errors import BadRecordError, ConfigError, DirectionMismatchError, PromptError
+from data_pipeline.json_lines import writing_lines
+from data_pipeline.pairs import Pair
+from tools.score import (
+    BadRecords,
+    bad_record_option,
+    device_option,
+    form_option,
+    good_records,
+    in_option,
+    out_option,
+    require_other_file,
+    say,
+)
+
+if TYPE_CHECKING:
+    from megaback.bootstrap import Interval
+    from megaback.foreign_scorer import ForeignScorer
+    from megaback.reranking import Scored
+    from megaback.scoring import Scorer
+
+_DEFAULT_WEIGHT = 0.5
+_LENGTHS = ("total", "token", "byte")
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What scores candidates: a reverse model, and a forward one or a column of the input."""
+
+    reverse: "Scorer"
+    forward: "Scorer | ForeignScorer | None"
+    forward_column: str | None
+    forward_per: str
+
+    def questions(self, source: str, bad: BadRecords) -> list[tuple[dict[str, Any], Question]]:
+        """The records of a file that every judge can score. Raises BadRecordError."""
+        found = []
+        for record in good_records(source, bad):
+            try:
+                question = question_of(record, self.forward_column)
+                for pair in _pairs(question):
+                    self.reverse.encoder.encode(pair)
+                    if self.forward is not None:
+                        _encode_forward(self.forward, pair)
+                found.append((record.fields, question))
+            except PromptError as error:
+                bad.add(BadRecordError(f"{record.where}: {error}"))
+            except BadRecordError as error:
+                bad.add(error)
+        return found
+
+    def scored(self, questions: Sequence[Question]) -> "list[Scored]":
+        """Both scores of every candidate."""
+        from megaback.reranking import Scored
+
+        pairs = [pair for question in questions for pair in _pairs(question)]
+        reverse = [one.log_probability for one in self.reverse.score(pairs)]
+        forward: list[float] | None = None
+        if self.forward is not None:
+            name = {"total": "log_probability", "token": "per_token", "byte": "per_byte"}
+            attribute = name[self.forward_per]
+            forward = [float(getattr(one, attribute)) for one in self.forward.score(pairs)]
+        elif self.forward_column is not None:
+            forward = [
+                one.given_score or 0.0 for question in questions for one in question.candidates
+            ]
+        results, start = [], 0
+        for question in questions:
+            window = slice(start, start + len(question.candidates))
+            start = window.stop
+            results.append(
+                Scored(
+                    None if forward is None else np.array(forward[window]),
+                    np.array(reverse[window]),
+                    np.array([one.is_right for one in question.candidates], dtype=bool)
+                    if question.is_judged
+                    else None,
+                )
+            )
+        return results
+
+
+def _pairs(question: Question) -> list[Pair]:
+    return [Pair(question.text, one.answer) for one in question.candidates]
+
+
+def _encode_forward(forward: "Scorer | ForeignScorer", pair: Pair) -> None:
+    """Raises PromptError for a pair that the model's context does not hold."""
+    from megaback.scoring import Scorer
+
+    if isinstance(forward, Scorer):
+        forward.encoder.encode(pair)
+    else:
+        forward.encode(pair)
+
+
+def load_forward(folder: Path, form: str, device: str | None) -> "Scorer | ForeignScorer":
+    """A forward model of megaback, or one of transformers."""
+    from megaback.device_pool import choose_devices
+    from megaback.foreign_scorer import ForeignScorer
+    from megaback.model_folder import is_ours
+    from megaback.scoring import load_scorer
+
+    if not is_ours(folder):
+        return ForeignScorer(folder, choose_devices(device)[0])
+    scorer = load_scorer(folder, form=form, device=device, with_prior=False)
+    if scorer.encoder.writes_question:
+        raise DirectionMismatchError(
+            f"--forward needs a model that writes forward, and {folder} writes backward"
+        )
+    return scorer
+
+
+def _fitted(judges: Judges, dev: str) -> float:
+    from megaback.reranking import fit_weight
+
+    if judges.forward is None and judges.forward_column is None:
+        raise ConfigError("--fit needs a forward score: give --forward or --forward-column")
+    questions = [question for _, question in judges.questions(dev, BadRecords("stop"))]
+    unjudged = sum(not question.is_judged for question in questions)
+    if unjudged:
+        raise ConfigError(
+            f"--fit {dev}: {unjudged} of {len(questions)} questions do not say of every candidate "
+            "whether it is 'correct'; a weight is fitted on questions that do"
+        )
+    weight = fit_weight(judges.scored(questions))
+    say(f"weight {weight:.2f}, fitted on {len(questions):,} questions")
+    return weight
+
+
+def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
+    table = Table(title=f"accuracy over {num_questions:,} questions", title_justify="left")
+    for column in ("chosen by", "accuracy", "95%"):
+        table.add_column(column, justify="left" if column == "chosen by" else "right")
+    for name, one in found.items():
+        shown = "mixed - forward" if name == "gain" else name
+        table.add_row(shown, f"{one.value:.3f}", f"{one.low:.3f} to {one.high:.3f}")
+    return table
+
+
+@click.command(cls=Command, name="rerank")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@in_option
+@out_option
+@form_option
+@click.option(
+    "--forward",
+    type=click.Path(path_type=Path),
+    help="A forward model's folder: megaback's, or one of transformers (local files).",
+)
+@click.option("--forward-column", help="Or: the key of a candidate with its forward score.")
+@click.option(
+    "--forward-per",
+    type=click.Choice(_LENGTHS),
+    default="total",
+    show_default=True,
+    help="What the forward model's log P(answer | question) is divided by.",
+)
+@click.option("--weight", type=click.FloatRange(0, 1), help="Of the reverse score. Default: 0.5.")
+@click.option("--fit", "dev", help="Judged questions on which the weight is fitted instead.")
+@click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the accuracies."
+)
+@bad_record_option
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@device_option
+def main(
+    folder: Path,
+    source: str,
+    out: str,
+    form: str,
+    forward: Path | None,
+    forward_column: str | None,
+    forward_per: str,
+    weight: float | None,
+    dev: str | None,
+    report: Path | None,
+    on_bad_record: str,
+    seed: int,
+    device: str | None,
+) -> None:
+    """Rank the candidate answers to each question by the reverse model in DIR.
+
+    A line holds `question` and `candidates`: texts, or objects with `answer`, which may say whether
+    they are `correct`. It is written again with `ranking` and `scores`.
+    """
+    from megaback.reranking import accuracies, ranking
+    from megaback.scoring import load_scorer
+
+    if forward is not None and forward_column is not None:
+        raise click.UsageError("Give either --forward or --forward-column.")
+    if weight is not None and dev is not None:
+        raise click.UsageError("Give either --weight or --fit.")
+    require_other_file(source, out)
+    with load_scorer(folder, form=form, device=device, with_prior=False) as reverse:
+        if not reverse.encoder.writes_question:
+            raise DirectionMismatchError(
+                f"rerank needs a model that writes backward, and {folder} writes forward; give "
+                "that one as --forward"
+            )
+        by = None if forward is None else load_forward(forward, form, device)
+        judges = Judges(reverse, by, forward_column, forward_per)
+        used = _DEFAULT_WEIGHT if weight is None else weight
+        if dev is not None:
+            used = _fitted(judges, dev)
+        records = judges.questions(source, BadRecords(on_bad_record))
+        scored = judges.scored([question for _, question in records])
+    with writing_lines(out) as writer:
+        for (fields, _), one in zip(records, scored, strict=True):
+            mixed = one.mixed(used)
+            scores = {"reverse": one.reverse, "mixed": mixed}
+            if one.forward is not None:
+                scores = {"forward": one.forward, **scores}
+            writer.write(
+                {
+                    **fields,
+                    "ranking": ranking(mixed),
+                    "scores": [
+                        {name: round(float(values[at]), 5) for name, values in scores.items()}
+                        for at in range(len(mixed))
+                    ],
+                }
+            )
+    judged = [one for one in scored if one.is_right is not None]
+    if not judged:
+        return say(f"{len(scored):,} questions ranked; none says which candidate is correct")
+    found = accuracies(judged, used, seed)
+    if report is not None:
+        fields = {name: one.to_dict() for name, one in found.items()}
+        what = {"questions": len(judged), "weight": used, "accuracy": fields}
+        write_text(report, json.dumps(what, indent=2) + "\n")
+    Console(stderr=True, width=80).print(_report(found, len(judged)))
+    return None
+
+
+if __name__ == "__main__":
+    main()
