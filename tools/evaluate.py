@@ -50,7 +50,7 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
             one = metric.interval
             chance = "" if metric.chance is None else f"{metric.chance:.3f}"
             between = f"{one.low:.3f} to {one.high:.3f}"
-            table.add_row(name, key, f"{one.value:.3f}", between, chance, f"{result.rows:,}")
+            table.add_row(name, key, f"{one.value:.3f}", between, chance, f"{metric.rows:,}")
     return table
 
 

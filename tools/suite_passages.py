@@ -15,7 +15,7 @@ from data_pipeline.pairs import Pair
 from data_pipeline.rows import IGNORED_TARGET, RowReader
 from data_pipeline.sources import list_slices, read_slice
 from data_pipeline.text import Direction
-from megaback.bootstrap import mean_interval, ratio_interval
+from megaback.bootstrap import ratio_interval
 from megaback.evaluation import to_device
 from megaback.scoring import Form
 from tools.suite_recall import NUM_CHOICES, first_is_best
@@ -100,7 +100,7 @@ def passage_choice(
             first_is_best(values[at : at + NUM_CHOICES])
             for at in range(0, len(values), NUM_CHOICES)
         ]
-        metrics[name] = Metric(mean_interval(right, options.seed), 1 / NUM_CHOICES)
+        metrics[name] = Metric.mean(right, options.seed, 1 / NUM_CHOICES)
     return SuiteResult(len(items), metrics)
 
 
@@ -123,4 +123,4 @@ def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptio
             nats_N.append(float(evaluated.model(*to_device(batch, evaluated.device))))
             bytes_N.append(float(num_bytes[targets].sum()))
     bits = ratio_interval(nats_N, bytes_N, options.seed).scaled(1 / math.log(2))
-    return SuiteResult(len(nats_N), {"bits/byte": Metric(bits)})
+    return SuiteResult(len(nats_N), {"bits/byte": Metric(bits, len(nats_N))})

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from data_pipeline.chat_format import Example
 from data_pipeline.errors import ConfigError, DirectionMismatchError, SourceEmptyError
 from data_pipeline.pairs import Pair
-from megaback.bootstrap import mean_interval
 from megaback.scoring import Form
 from tools.suites import Evaluated, Metric, SuiteOptions, SuiteResult, read_examples
 
@@ -54,8 +53,8 @@ def instruction_recall(
     return SuiteResult(
         len(rows),
         {
-            "exact match": Metric(mean_interval(matches, options.seed), chance[0]),
-            "token F1": Metric(mean_interval(f1s, options.seed), chance[1]),
+            "exact match": Metric.mean(matches, options.seed, chance[0]),
+            "token F1": Metric.mean(f1s, options.seed, chance[1]),
         },
         len(all_rows) - len(rows),
         predictions,
@@ -93,13 +92,11 @@ def reverse_dictionary(
         {"definition": row.response, "word": word, "written": one.text}
         for one, row, word in zip(found, rows, words, strict=True)
     ]
-    metrics = {"exact match": Metric(mean_interval(matches, options.seed), chance)}
+    metrics = {"exact match": Metric.mean(matches, options.seed, chance)}
     if by_probability:
-        metrics["choice of 10"] = Metric(
-            mean_interval(by_probability, options.seed), 1 / NUM_CHOICES
-        )
-        metrics["choice of 10, prior-normalised"] = Metric(
-            mean_interval(by_ratio, options.seed), 1 / NUM_CHOICES
+        metrics["choice of 10"] = Metric.mean(by_probability, options.seed, 1 / NUM_CHOICES)
+        metrics["choice of 10, prior-normalised"] = Metric.mean(
+            by_ratio, options.seed, 1 / NUM_CHOICES
         )
     return SuiteResult(total, metrics, len(all_rows) - total, predictions)
 

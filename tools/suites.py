@@ -11,7 +11,7 @@ from data_pipeline.errors import BadRecordError, ConfigError, SourceEmptyError
 from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.json_lines import read_records
 from data_pipeline.pairs import Pair
-from megaback.bootstrap import Interval
+from megaback.bootstrap import Interval, mean_interval
 from megaback.chat import Candidate, candidates_of_each
 from megaback.choice import SamplingOptions
 from megaback.device_pool import DevicePool
@@ -48,13 +48,19 @@ class SuiteOptions:
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured value with its interval, and what one gets without a model."""
+    """A measured value with its interval, over how many rows, and what one gets without a model."""
 
     interval: Interval
+    rows: int
     chance: float | None = None
 
+    @classmethod
+    def mean(cls, values: Sequence[float], seed: int, chance: float) -> "Metric":
+        """Of a value for each row."""
+        return cls(mean_interval(values, seed), len(values), chance)
+
     def to_dict(self) -> dict[str, float]:
-        fields = self.interval.to_dict()
+        fields = {**self.interval.to_dict(), "rows": self.rows}
         return fields if self.chance is None else {**fields, "chance": round(self.chance, 6)}
 
 
