@@ -9,12 +9,19 @@ import click
 import psutil
 
 from data_pipeline.command import Command
-from data_pipeline.errors import ConfigError, NotEnoughMemoryError
+from data_pipeline.errors import ConfigError
 from megaback.config import Config, load_config
 from megaback.devices import CPU, DEVICES, Device, cpu_device, find_device
 from megaback.memory_plan import Parts
 from megaback.run_facts import RunFacts, run_facts
-from megaback.run_plan import DEFAULT_MFU, Cluster, RunPlan, plan_run, smallest_change
+from megaback.run_plan import (
+    DEFAULT_MFU,
+    Cluster,
+    RunPlan,
+    plan_run,
+    require_room,
+    smallest_change,
+)
 
 _GB = 1e9
 _ROUNDED_UP = 0.05
@@ -40,24 +47,6 @@ def choose_device(
         share = psutil.virtual_memory().total / devices_per_node
         return cpu_device(memory_bytes or share, config.hardware.peak_flops)
     return find_device(name, memory_bytes)
-
-
-def require_room(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan) -> None:
-    """Raises NotEnoughMemoryError, with what to change, unless the run fits."""
-    needed, there = plan.memory.parts.total, cluster.device.memory_bytes
-    if needed <= there:
-        return
-    change = smallest_change(config, facts, cluster)
-    advice = (
-        f"the smallest change that fits is {change}"
-        if change is not None
-        else "no smaller micro-batch, higher stage, checkpointing, offload or more nodes make it "
-        "fit; take a smaller model, or devices with more memory"
-    )
-    raise NotEnoughMemoryError(
-        f"{config.run} needs {needed / _GB:.1f} GB on each of {cluster.shown}, which has "
-        f"{there / _GB:.1f} GB (most at: {plan.memory.moment}); {advice}"
-    )
 
 
 def _rows(plan: RunPlan, cluster: Cluster) -> list[str]:
@@ -140,6 +129,8 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
                 f"; {plan.duration.days:.3g} days = {plan.duration.device_hours:,.0f} device-hours"
             )
         say(f"time     {plan.duration.step_s:.3g} s a step at an MFU of {mfu:.0%}{days}")
+    if plan.duration is not None and plan.traffic_s > plan.duration.step_s:
+        say("note     the network takes longer than the arithmetic: the MFU cannot be so high")
     for note in facts.notes:
         say(f"note     {note}")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from math import ceil
 
-from data_pipeline.errors import BatchError
+from data_pipeline.errors import BatchError, NotEnoughMemoryError
 from megaback.activation_memory import Attention
 from megaback.config import Config, split_batch
 from megaback.devices import Device
@@ -179,6 +179,24 @@ def smallest_change(config: Config, facts: RunFacts, cluster: Cluster) -> str | 
                 except BatchError:
                     continue
     return None
+
+
+def require_room(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan) -> None:
+    """Raises NotEnoughMemoryError, with what to change, unless the run fits."""
+    needed, there = plan.memory.parts.total, cluster.device.memory_bytes
+    if needed <= there:
+        return
+    change = smallest_change(config, facts, cluster)
+    advice = (
+        f"the smallest change that fits is {change}"
+        if change is not None
+        else "no smaller micro-batch, higher stage, checkpointing, offload or more nodes make it "
+        "fit; take a smaller model, or devices with more memory"
+    )
+    raise NotEnoughMemoryError(
+        f"{config.run} needs {needed / 1e9:.1f} GB on each of {cluster.shown}, which has "
+        f"{there / 1e9:.1f} GB (most at: {plan.memory.moment}); {advice}"
+    )
 
 
 _Option = tuple[str, str, tuple[object, ...]]
