@@ -29,6 +29,7 @@ from data_pipeline.rows import IGNORED_TARGET
 from launcher.local import rank_environment
 from megaback.attention import Segments
 from megaback.config import Config
+from megaback.flops import flops_per_token
 from megaback.model import ReverseGPT
 
 VOCAB_SIZE = 8_888
@@ -249,7 +250,9 @@ def main(rows: int, precision: str, turns: int, turn_steps: int, served: str | N
     words = ["--rows", str(rows), "--precision", precision, "--turn-steps", str(turn_steps)]
     peak = peak_flops(torch.bfloat16 if precision == "bf16" else torch.float32)
     model = ReverseGPT(config_of("plain", rows, 1, precision).model.resolved(), VOCAB_SIZE)
-    step_flops = model.flops_per_token(CONTEXT_TOKENS) * rows * CONTEXT_TOKENS
+    # Each token attends to half of its document, itself included.
+    attended = sum(length * (length + 1) / 2 for length in _DOCUMENTS) / CONTEXT_TOKENS
+    step_flops = flops_per_token(model.shape, VOCAB_SIZE, attended) * rows * CONTEXT_TOKENS
     click.echo(
         f"{model.num_parameters():,} parameters, {rows} x {CONTEXT_TOKENS} tokens a rank, "
         f"{precision}; torch {torch.__version__}, {os.cpu_count()} cores; matrix products reach "

@@ -39,6 +39,12 @@ class LaunchError(MegabackError):
     exit_code = 13
 
 
+class NotEnoughMemoryError(MegabackError):
+    """A run needs more memory than the devices have that it is to have; what would fit is named."""
+
+    exit_code = 14
+
+
 class SourceMissingError(MegabackError):
     """A source names no file or data set that can be found."""
 

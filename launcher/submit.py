@@ -14,6 +14,7 @@ import click
 
 from data_pipeline.command import Command
 from data_pipeline.errors import ConfigError, LaunchError
+from launcher.memory_check import check_memory
 from launcher.run_folder import jobs_of
 from launcher.slurm_commands import Submission, cancel, find_job, queue, run_sbatch
 from launcher.slurm_files import SHARED_FILES, require_file, sbatch_value, shipped_folder
@@ -99,6 +100,7 @@ def after(submission: Submission, job: str) -> Submission:
     default=None,
     help="Ask for GPUs or for none. Default: by hardware.device; auto asks for GPUs.",
 )
+@click.option("--device", help="What the GPUs are, for the check of memory: h100-80gb, a100-40gb.")
 @click.option("--cpus-per-task", type=click.IntRange(min=1), help="Cores a rank.")
 @click.option("--mem", help="Memory a node, as sbatch takes it (64G; 0 is all of it).")
 @click.option("--time", help="Time limit, as sbatch takes it (24:00:00, 2-00:00:00).")
@@ -130,6 +132,7 @@ def main(
     nodes: int,
     devices_per_node: int | None,
     uses_gpus: bool | None,
+    device: str | None,
     cpus_per_task: int | None,
     mem: str | None,
     time: str | None,
@@ -165,6 +168,14 @@ def main(
     allocation = choose_allocation(settings, paths["train"], nodes, devices_per_node, uses_gpus)
     resources = Resources(cpus_per_task, mem, time, partition, cpu_partition, account, more)
     check_run(settings, allocation.num_ranks, builds_data="data" in stages)
+    room = check_memory(
+        settings,
+        allocation.nodes,
+        allocation.ranks_per_node,
+        uses_gpus=allocation.gpus_per_node != 0,
+        device_name=device,
+        partition=partition or sbatch_value(paths["train"], "partition"),
+    )
     if not force:
         require_no_job(settings.run)
 
@@ -194,6 +205,7 @@ def main(
     queued = [
         replace(submissions[stage], file=str(snapshot / paths[stage].name)) for stage in stages
     ]
+    click.echo(f"# {room}" if dry_run else room)
     if dry_run:
         return _show(queued, list(paths.values()))
     copied = [*paths.values(), *(folder / name for name in SHARED_FILES)]

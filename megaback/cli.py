@@ -12,6 +12,7 @@ _Commands = dict[str, tuple[str, str]]
 
 # name: (module that serves it, short help)
 _COMMANDS: _Commands = {
+    "plan": ("launcher.plan", "Work out a run's memory, time, network and disk before it starts."),
     "submit": ("launcher.submit", "Check a run, and queue it on a Slurm cluster."),
     "jobs": ("launcher.jobs", "Show runs, their Slurm jobs, and how far they are."),
     "train": ("launcher.train", "Train on this machine or on several, through DeepSpeed."),

@@ -245,6 +245,8 @@ class HardwareSection(Section):
     """Ranks that `megaback train` starts here. Default: one a GPU, or one on a CPU."""
     attention: Literal["auto", "flash_attn", "sdpa"] = "auto"
     """auto: flash_attn where it is installed and there is a CUDA device, sdpa elsewhere."""
+    device_name: str | None = None
+    """What `megaback plan` and `submit` take the devices for: h100-80gb, a100-40gb, …"""
     peak_flops: float | None = Field(default=None, gt=0)
     """A device's peak, for the model FLOPs utilisation. Default: known for common GPUs."""
     collective_timeout_s: float = Field(default=1800, gt=0)

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 
 from megaback.config import Config
+from megaback.memory_plan import bucket_elements
 from megaback.model import ReverseGPT
 from megaback.optimizers import attach_shards, build_optimizer
-
-_LEAST_BUCKET_ELEMENTS = 1_000_000
-_MOST_BUCKET_ELEMENTS = 500_000_000
 
 
 def start_engine(
@@ -44,9 +42,7 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Our config in DeepSpeed's words."""
     stage = config.zero.stage
-    # DeepSpeed's default buckets are made for models of billions of weights; on small ones they
-    # cost memory and time.
-    bucket_elements = min(max(num_parameters // 8, _LEAST_BUCKET_ELEMENTS), _MOST_BUCKET_ELEMENTS)
+    bucket = bucket_elements(num_parameters)
     fields: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_rows,
         "gradient_accumulation_steps": accumulation_steps,
@@ -55,8 +51,8 @@ def deepspeed_config(
         "steps_per_print": None,
         "zero_optimization": {
             "stage": stage,
-            "reduce_bucket_size": bucket_elements,
-            "allgather_bucket_size": bucket_elements,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
         },
     }
     if config.zero.offload != "none":
@@ -67,7 +63,7 @@ def deepspeed_config(
         fields["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if stage == 3:
         del fields["zero_optimization"]["allgather_bucket_size"]
-        fields["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket_elements
+        fields["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
     if config.training.precision == "bf16":
         if stage == 0:
             # DeepSpeed's bf16 optimizer of stage 0 takes a step on zero gradients at start-up.

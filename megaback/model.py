@@ -243,15 +243,3 @@ class ReverseGPT(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def flops_per_token(self, context_tokens: int) -> float:
-        """FLOPs of a training step per token, without recomputation.
-
-        6 for every weight that multiplies, plus attention over half the context on average:
-        Chowdhery et al., "PaLM" (2022), appendix B, with the causal half taken off.
-        """
-        shape = self.shape
-        embedding = 0 if shape.tie_embeddings else self.model.embed_tokens.weight.numel()
-        multiplying = self.num_parameters() - embedding
-        attention = 6 * shape.num_layers * shape.num_heads * shape.head_dim * context_tokens
-        return 6.0 * multiplying + attention

@@ -24,6 +24,7 @@ from megaback.distributed import World
 from megaback.engine import start_engine
 from megaback.engine_state import num_updates
 from megaback.exit_record import EXIT_NAME, record_start
+from megaback.flops import flops_per_token
 from megaback.guard import read_left_out
 from megaback.hardware import device_peak_flops, require_host_memory, require_precision
 from megaback.model import ReverseGPT
@@ -144,7 +145,8 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
     pulse.at("checking the nodes", 0)
     preflight(config, data, world)
     pulse.at("starting", 0)
-    flops_per_token = model.flops_per_token(config.batch.context_tokens)
+    attended = world.together(data.attended_tokens)
+    flops_a_token = flops_per_token(config.model, data.codec.vocab_size, attended)
     num_parameters = model.num_parameters()
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
     start_step = 0
@@ -162,8 +164,8 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
         found[1].val_loss if found is not None else None,
         attention,
         num_parameters,
-        flops_per_token,
-        config.hardware.peak_flops or device_peak_flops(world.device),
+        flops_a_token,
+        config.hardware.peak_flops or device_peak_flops(world.device, config.training.precision),
         tuple(world.gather(world.together(read_left_out, config.run))[0]),
         pulse,
         lock,

@@ -21,6 +21,7 @@ from data_pipeline.row_table import RowTable
 from data_pipeline.rows import Batch, RowReader
 from data_pipeline.text import TextCodec, TextFormat
 from megaback.config import Config, DataSection, split_batch
+from megaback.run_facts import attended_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ class Data:
     @property
     def num_lanes(self) -> int:
         return sum(stream.order.lanes for stream in self.streams)
+
+    def attended_tokens(self) -> float:
+        """What a token attends to on average, for FLOPs. Raises ShardCorruptError."""
+        return sum(
+            share * attended_of(stream.rows.frames.data_set, stream.rows.context_tokens)
+            for share, stream in zip(self.mixture.shares, self.streams, strict=True)
+        )
 
     @property
     def rows_per_epoch(self) -> float:

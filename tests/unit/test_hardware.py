@@ -47,7 +47,7 @@ def test_a_cpu_computes_in_every_precision(precision: str) -> None:
 
 
 def test_a_cpu_has_no_known_peak() -> None:
-    assert device_peak_flops(CPU) is None
+    assert device_peak_flops(CPU, "bf16") is None
 
 
 def test_flash_attention_in_fp32_is_refused_by_name() -> None:

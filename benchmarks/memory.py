@@ -1,0 +1,267 @@
+"""The memory that `megaback plan` gives a rank, against what real runs take.
+
+    python benchmarks/memory.py [--ranks 1,2] [--shards DIR] [--only adamw] [--json]
+
+Runs of two steps, whole, on 1 and 2 processes of this machine: every ZeRO stage, fp32 and bf16,
+every kind of activation checkpointing, AdamW and Muon. Measured is the highest resident memory of
+the rank that has most (VmHWM of Linux), less what it had before the run: until the checkpoint is
+written, and with it. glibc gives every block above 64 KiB back when it is freed, so that what is
+measured is what is allocated. Without --shards, they are built from `pydocs`.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from launcher.local import rank_environment, rank_names
+from megaback.config import Config, load_config
+from megaback.devices import cpu_device
+from megaback.memory_plan import RankMemory
+from megaback.run_facts import run_facts
+from megaback.run_plan import Cluster, memory_of
+
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
+_RUNS_A_PROCESS = 8
+"""What ended runs leave behind adds up."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way of training."""
+
+    ranks: int
+    optimizer: str
+    checkpointing: str
+    precision: str
+    stage: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.ranks}-{self.optimizer}-{self.checkpointing}-{self.precision}-{self.stage}"
+
+    def overrides(self) -> list[str]:
+        return [
+            f"optimizer.name={self.optimizer}",
+            f"training.activation_checkpointing={self.checkpointing}",
+            f"training.precision={self.precision}",
+            f"zero.stage={self.stage}",
+        ]
+
+
+def all_cases(ranks: list[int], only: str) -> list[Case]:
+    ways = product(
+        ranks,
+        ("adamw", "muon"),
+        ("none", "selective", "block"),
+        ("fp32", "bf16"),
+        (0, 1, 2, 3),
+    )
+    return [case for way in ways if only in (case := Case(*way)).name]
+
+
+def config_fields(shards: Path, run: Path) -> dict[str, Any]:
+    """17 million parameters; on one process, two micro-batches are accumulated."""
+    return {
+        "run": str(run),
+        "data": {"shards": str(shards)},
+        "model": {"num_layers": 6, "width": 384, "num_heads": 6},
+        "batch": {"context_tokens": 512, "global_batch_rows": 2, "micro_batch_rows": 1},
+        "optimizer": {"learning_rate": 1e-3},
+        "training": {"steps": 2, "precision": "fp32"},
+        "hardware": {"device": "cpu", "preflight": "off"},
+    }
+
+
+def planned(config: Config, ranks: int) -> RankMemory:
+    return memory_of(config, run_facts(config, None, None), Cluster(1, ranks, cpu_device(1, None)))
+
+
+def _status(name: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in text.splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def serve() -> None:
+    """A rank: for each line of overrides a run, and its peaks in bytes."""
+    import torch
+
+    from megaback import train
+    from megaback.checkpoint_saver import CheckpointSaver
+    from megaback.distributed import end_world, start_world
+    from megaback.pulse import Pulse
+    from megaback.stopping import StopRequest
+
+    answers, sys.stdout = sys.stdout, sys.stderr
+    torch.set_num_threads(1)
+    libc = ctypes.CDLL("libc.so.6")
+    before_saving: list[int] = []
+
+    class NotingSaver(CheckpointSaver):
+        def begin(self, *arguments: Any, **named: Any) -> None:
+            before_saving.append(_status("VmHWM"))
+            super().begin(*arguments, **named)
+
+    train.CheckpointSaver = NotingSaver  # type: ignore[misc]
+    world = start_world("cpu", 300)
+    for line in sys.stdin:
+        path, overrides = json.loads(line)
+        config = load_config(Path(path), tuple(overrides))
+        gc.collect()
+        libc.malloc_trim(0)
+        before_saving.clear()
+        base = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM from here on
+        pulse = Pulse(config.run, config.hardware, world)
+        train.train_run(config, world, StopRequest(None), pulse)
+        peaks = (before_saving[0] - base, _status("VmHWM") - base)
+        all_peaks = world.gather(peaks)
+        if world.is_first:
+            shutil.rmtree(config.run)
+            print(
+                json.dumps([max(part) for part in zip(*all_peaks, strict=True)]),
+                file=answers,
+                flush=True,
+            )
+        world.barrier()
+    end_world()
+
+
+class Ranks:
+    """The processes of some runs, one after another."""
+
+    def __init__(self, ranks: int) -> None:
+        environment = {**rank_environment("cpu", ranks), "OMP_NUM_THREADS": "1", **_MALLOC}
+        self._ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--serve"],
+                env=environment | names,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for names in rank_names(ranks)
+        ]
+
+    def peaks(self, config: Path, overrides: list[str]) -> tuple[int, int]:
+        """Bytes of a run before and with its checkpoint."""
+        for rank in self._ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(json.dumps([str(config), overrides]) + "\n")
+            rank.stdin.flush()
+        assert self._ranks[0].stdout is not None
+        for line in self._ranks[0].stdout:
+            if line.startswith("["):
+                before, whole = json.loads(line)
+                return before, whole
+        raise SystemExit("a rank ended; run it with --serve to see why")
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def measure(cases: list[Case], config_path: Path) -> Iterator[dict[str, Any]]:
+    """Run every case, and say what was planned for it and what it took."""
+    started: Ranks | None = None
+    last: tuple[int, str] | None = None
+    num_runs = 0
+    for case in cases:
+        if started is None or last != (case.ranks, case.optimizer) or num_runs == _RUNS_A_PROCESS:
+            if started is not None:
+                started.close()
+            started, num_runs, last = Ranks(case.ranks), 0, (case.ranks, case.optimizer)
+            for precision in ("fp32", "bf16"):  # what libraries load once
+                small = ["model.num_layers=1", "model.width=64", "model.num_heads=2"]
+                muon = f"optimizer.name={case.optimizer}"
+                started.peaks(config_path, [*small, muon, f"training.precision={precision}"])
+        config = load_config(config_path, tuple(case.overrides()))
+        memory = planned(config, case.ranks)
+        training = max(total for name, total in memory.moments.items() if name != "saving")
+        before, whole = started.peaks(config_path, case.overrides())
+        num_runs += 1
+        yield {
+            **asdict(case),
+            "training_bytes": before,
+            "planned_training_bytes": round(training),
+            "whole_bytes": whole,
+            "planned_whole_bytes": round(memory.parts.total),
+            "moment": memory.moment,
+        }
+    if started is not None:
+        started.close()
+
+
+def build_shards(folder: Path) -> Path:
+    tokenizer, shards = folder / "tokenizer", folder / "shards"
+    model = tokenizer / "tokenizer.model"
+    for line in (
+        f"tokenizer train --source pydocs --out {tokenizer}",
+        f"shards build --source pydocs --tokenizer {model} --out {shards} --val-fraction 0",
+    ):
+        command = [sys.executable, "-m", "megaback", *line.split()]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return shards
+
+
+@click.command()
+@click.option("--ranks", default="1,2", show_default=True, help="Numbers of processes.")
+@click.option("--shards", type=click.Path(path_type=Path), help="Without a val set.")
+@click.option("--only", default="", help="Cases whose name holds this: 2-muon-none-fp32-3.")
+@click.option("--json", "as_json", is_flag=True, help="A line of JSON a case.")
+@click.option("--serve", "is_rank", is_flag=True, hidden=True)
+def main(ranks: str, shards: Path | None, only: str, as_json: bool, is_rank: bool) -> None:
+    """Print planned and measured memory of every case, and the largest difference."""
+    if is_rank:
+        serve()
+        return
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    cases = all_cases([int(number) for number in ranks.split(",")], only)
+    worst = 0.0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "run.yaml"
+        fields = config_fields((shards or build_shards(folder)).absolute(), folder / "run")
+        path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+        for found in measure(cases, path):
+            ratios = [
+                found[f"planned_{name}_bytes"] / found[f"{name}_bytes"] - 1
+                for name in ("training", "whole")
+            ]
+            worst = max(worst, *map(abs, ratios))
+            if as_json:
+                click.echo(json.dumps(found))
+                continue
+            click.echo(
+                f"{found['ranks']} {found['optimizer']:5} {found['checkpointing']:9} "
+                f"{found['precision']} ZeRO {found['stage']}  training "
+                f"{found['planned_training_bytes'] / 1e6:4.0f} planned, "
+                f"{found['training_bytes'] / 1e6:4.0f} MB measured, {ratios[0]:+.1%}; with the "
+                f"checkpoint {found['planned_whole_bytes'] / 1e6:4.0f}, "
+                f"{found['whole_bytes'] / 1e6:4.0f}, {ratios[1]:+.1%}"
+            )
+    if not as_json:
+        click.echo(f"largest difference of {len(cases)} runs: {worst:.1%}")
+
+
+if __name__ == "__main__":
+    main()

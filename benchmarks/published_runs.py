@@ -1,0 +1,105 @@
+"""Published runs predicted again: device-hours at the plan's default MFU against those reported.
+
+    python benchmarks/published_runs.py
+
+What is predicted is arithmetic: FLOPs a token of the model's shape, times tokens, over the peak.
+Every row is taken as one document, as these runs had them packed or say nothing. `MFU` is the one
+that the reported hours come to, counted as here.
+"""
+
+from dataclasses import dataclass
+
+import click
+
+from megaback.config import ModelSection
+from megaback.devices import find_device
+from megaback.flops import ModelSize, flops_per_token
+from megaback.run_plan import DEFAULT_MFU
+
+
+@dataclass(frozen=True)
+class Published:
+    """A run as its makers report it."""
+
+    name: str
+    shape: ModelSection
+    vocab_size: int
+    context_tokens: int
+    tokens: float
+    device: str
+    device_hours: float
+
+
+def _shape(
+    layers: int, width: int, heads: int, kv_heads: int, mlp_width: int, *, tied: bool = False
+) -> ModelSection:
+    return ModelSection(
+        num_layers=layers,
+        width=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        mlp_width=mlp_width,
+        qk_norm=False,
+        tie_embeddings=tied,
+    )
+
+
+# LEDOM's shapes are not Llama's: configs/reverse_2b.yaml and reverse_7b.yaml stand for them.
+# GPT-2's MLP has two matrices of four widths, which multiply as often as three of 8/3 widths.
+PUBLISHED = (
+    Published(
+        "LEDOM 7B", _shape(32, 4096, 32, 8, 14336), 32_000, 4096, 435e9, "a100-80gb", 64 * 628
+    ),
+    Published(
+        "LEDOM 2B", _shape(24, 2560, 20, 4, 8704), 32_000, 4096, 435e9, "a100-80gb", 64 * 307
+    ),
+    Published(
+        "TinyLlama 1.1B", _shape(22, 2048, 32, 4, 5632), 32_000, 2048, 22e9, "a100-40gb", 8 * 32
+    ),
+    Published(
+        "LLaMA 13B", _shape(40, 5120, 40, 40, 13824), 32_000, 2048, 1e12, "a100-80gb", 135_168
+    ),
+    Published(
+        "Llama 2 7B", _shape(32, 4096, 32, 32, 11008), 32_000, 4096, 2e12, "a100-80gb", 184_320
+    ),
+    Published(
+        "Llama 2 70B", _shape(80, 8192, 64, 8, 28672), 32_000, 4096, 2e12, "a100-80gb", 1_720_320
+    ),
+    Published(
+        "Llama 3 8B", _shape(32, 4096, 32, 8, 14336), 128_256, 8192, 15e12, "h100-80gb", 1.3e6
+    ),
+    Published(
+        "GPT-2 124M, llm.c",
+        _shape(12, 768, 12, 12, 2048, tied=True),
+        50_304,
+        1024,
+        10e9,
+        "a100-80gb",
+        8 * 1.5,
+    ),
+)
+
+
+@click.command()
+def main() -> None:
+    """Print the table of docs/scale.md."""
+    click.echo(
+        f"| run | weights | GFLOP a token | tokens | reported | at {DEFAULT_MFU:.0%} | MFU |"
+    )
+    click.echo("|---|---|---|---|---|---|---|")
+    for run in PUBLISHED:
+        flops = flops_per_token(run.shape, run.vocab_size, (run.context_tokens + 1) / 2)
+        peak = find_device(run.device).peak_flops("bf16")
+        assert peak is not None
+        hours = run.tokens * flops / peak / 3600
+        size = ModelSize.of(run.shape, run.vocab_size).total
+        kind = run.device.split("-")[0].upper()
+        click.echo(
+            f"| {run.name} | {size / 1e9:.3g} billion | {flops / 1e9:.3g} | {run.tokens:.3g} | "
+            f"{run.device_hours:,.0f} {kind}-hours | {hours / DEFAULT_MFU:,.0f} | "
+            f"{hours / run.device_hours:.0%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""`megaback plan`: what a run takes on devices that need not be here, and whether it fits."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+
+from data_pipeline.command import Command
+from data_pipeline.errors import ConfigError
+from megaback.config import Config, load_config
+from megaback.devices import CPU, DEVICES, Device, cpu_device, find_device
+from megaback.memory_plan import Parts
+from megaback.run_facts import RunFacts, run_facts
+from megaback.run_plan import (
+    DEFAULT_MFU,
+    Cluster,
+    RunPlan,
+    plan_run,
+    require_room,
+    smallest_change,
+)
+
+_GB = 1e9
+_ROUNDED_UP = 0.05
+
+
+def choose_device(
+    name: str | None, config: Config, devices_per_node: int, memory_gb: float | None
+) -> Device:
+    """The device that was named, here or in the config; a CPU where the config says so.
+
+    Raises ConfigError.
+    """
+    name = name or config.hardware.device_name
+    if name is None and config.hardware.device == "cpu":
+        name = CPU
+    if name is None:
+        raise ConfigError(
+            "which devices the run is to have is not known; give --device, or set "
+            f"hardware.device_name: {', '.join(DEVICES)}, or {CPU}"
+        )
+    memory_bytes = None if memory_gb is None else memory_gb * _GB
+    if name.lower() == CPU:
+        share = psutil.virtual_memory().total / devices_per_node
+        return cpu_device(memory_bytes or share, config.hardware.peak_flops)
+    return find_device(name, memory_bytes)
+
+
+def _rows(plan: RunPlan, cluster: Cluster) -> list[str]:
+    """The table of stages, as lines."""
+    names = [
+        name
+        for name in asdict(Parts())
+        if any(asdict(memory.parts)[name] for memory in plan.stages.values())
+    ]
+    titles = ["ZeRO", *names, "total", "most at"]
+    rows = []
+    for stage, memory in plan.stages.items():
+        parts = asdict(memory.parts)
+        is_full = memory.parts.total > cluster.device.memory_bytes
+        mark = ">" if stage == plan.stage else " "
+        cells = [_gigabytes(parts[name]) for name in names]
+        total = _gigabytes(memory.parts.total)
+        rows.append([f"{mark} {stage}", *cells, total, memory.moment + "; too much" * is_full])
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place in (0, len(titles) - 1) else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (titles, *rows)
+    ]
+
+
+def _gigabytes(number: float) -> str:
+    gigabytes = number / _GB
+    if not number:
+        return "-"
+    return f"{gigabytes:.1f}" if gigabytes >= _ROUNDED_UP else f"{gigabytes:.3f}"
+
+
+def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu: float) -> None:
+    batch, device = config.batch, cluster.device
+    size = plan.size
+    say = click.echo
+    say(
+        f"model    {size.total:,} parameters ({size.matrices:,} in the blocks' matrices), "
+        f"{plan.flops_per_token / 1e9:.3g} GFLOP a token"
+    )
+    say(
+        f"step     {plan.micro_batch_rows} rows x {batch.context_tokens:,} tokens x "
+        f"{cluster.ranks} ranks x {plan.accumulation_steps} accumulation = "
+        f"{plan.step_tokens:,} tokens"
+    )
+    if plan.steps is not None:
+        say(f"run      {plan.steps:,} steps = {plan.steps * plan.step_tokens:,} tokens")
+    say(f"memory   GB of a rank; {cluster.shown} has {device.memory_bytes / _GB:.1f}")
+    for line in _rows(plan, cluster):
+        say(f"         {line}")
+    if plan.memory.host_bytes_a_node:
+        say(
+            f"host     {_gigabytes(plan.memory.host_bytes_a_node)} GB of a node's memory, for "
+            "checkpoints on their way and what is offloaded"
+        )
+    link = "between nodes" if cluster.nodes > 1 else "within the node"
+    rate = device.network_bytes if cluster.nodes > 1 else device.link_bytes
+    share = ""
+    if plan.duration is not None:
+        share = f", {plan.traffic_s / plan.duration.step_s:.0%} of its arithmetic's time"
+    say(
+        f"network  {_gigabytes(plan.traffic.total)} GB a step from each rank (gradients "
+        f"{_gigabytes(plan.traffic.gradient_bytes)}, weights "
+        f"{_gigabytes(plan.traffic.weight_bytes)}, Muon {_gigabytes(plan.traffic.optimizer_bytes)})"
+        f": {plan.traffic_s:.2f} s {link} at {rate / _GB:.1f} GB/s{share}"
+    )
+    kept = plan.checkpoints_kept
+    shards = "" if facts.shard_bytes is None else f"; shards {_gigabytes(facts.shard_bytes)} GB"
+    checkpoints = "" if kept is None else f" x {kept} = {_gigabytes(kept * plan.checkpoint_bytes)}"
+    say(f"disk     checkpoints {_gigabytes(plan.checkpoint_bytes)}{checkpoints} GB{shards}")
+    if plan.duration is None:
+        say("time     not known: set hardware.peak_flops, the FLOP/s of a device")
+    else:
+        days = ""
+        if plan.duration.days is not None and plan.duration.device_hours is not None:
+            days = (
+                f"; {plan.duration.days:.3g} days = {plan.duration.device_hours:,.0f} device-hours"
+            )
+        say(f"time     {plan.duration.step_s:.3g} s a step at an MFU of {mfu:.0%}{days}")
+    if plan.duration is not None and plan.traffic_s > plan.duration.step_s:
+        say("note     the network takes longer than the arithmetic: the MFU cannot be so high")
+    for note in facts.notes:
+        say(f"note     {note}")
+
+
+def to_json(
+    facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu: float, change: str | None
+) -> dict[str, Any]:
+    """The plan for machines; bytes, seconds, days."""
+    stages = {
+        stage: {**asdict(memory), "total_bytes": memory.parts.total}
+        for stage, memory in plan.stages.items()
+    }
+    return {
+        **asdict(plan),
+        "parameters": plan.size.total,
+        "stages": stages,
+        "fits": plan.memory.parts.total <= cluster.device.memory_bytes,
+        "smallest_change": change,
+        "mfu": mfu,
+        "cluster": asdict(cluster),
+        "facts": asdict(facts),
+    }
+
+
+@click.command(cls=Command, name="plan")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--devices-per-node",
+    type=click.IntRange(min=1),
+    help="Ranks a node, one a device. Default: hardware.processes, or 8.",
+)
+@click.option("--device", help=f"{', '.join(DEVICES)} or {CPU}. Default: hardware.device_name.")
+@click.option(
+    "--memory-gb",
+    type=click.FloatRange(min=0, min_open=True),
+    help="A device's memory in GB (10**9 bytes), where it is not what its name says.",
+)
+@click.option(
+    "--network-gbits",
+    type=click.FloatRange(min=0, min_open=True),
+    help="A device's share of its node's network. Default: by device, docs/planning.md.",
+)
+@click.option(
+    "--mfu",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=DEFAULT_MFU,
+    show_default=True,
+    help="Model FLOPs utilisation: the part of the peak that is used.",
+)
+@click.option(
+    "--tokens",
+    type=click.FloatRange(min=1),
+    help="Of the whole run (1.1e11). Default: by the config and its data.",
+)
+@click.option(
+    "--vocab-size", type=click.IntRange(min=1), help="Where there is no data yet. Default: 8888."
+)
+@click.option("--json", "as_json", is_flag=True, help="Everything, for machines.")
+def main(
+    config: Path,
+    overrides: tuple[str, ...],
+    nodes: int,
+    devices_per_node: int | None,
+    device: str | None,
+    memory_gb: float | None,
+    network_gbits: float | None,
+    mfu: float,
+    tokens: float | None,
+    vocab_size: int | None,
+    as_json: bool,
+) -> None:
+    """Work out what the run that CONFIG describes takes on a cluster, with key.sub=value OVERRIDES.
+
+    Nothing is started, and the devices need not be here. A run that does not fit ends with code 14
+    and the smallest change that does.
+    """
+    settings = load_config(config, overrides)
+    per_node = devices_per_node or settings.hardware.processes or 8
+    chosen = choose_device(device, settings, per_node, memory_gb)
+    if network_gbits is not None:
+        chosen = chosen.with_network(network_gbits * 1e9 / 8)
+    if settings.training.precision == "bf16" and chosen.bf16_flops is None and not chosen.is_cpu:
+        raise ConfigError(f"{chosen.name} does not compute in bf16; set training.precision=fp32")
+    cluster = Cluster(nodes, per_node, chosen)
+    facts = run_facts(settings, vocab_size, tokens)
+    plan = plan_run(settings, facts, cluster, mfu)
+    fits = plan.memory.parts.total <= chosen.memory_bytes
+    if as_json:
+        change = None if fits else smallest_change(settings, facts, cluster)
+        click.echo(json.dumps(to_json(facts, cluster, plan, mfu, change), indent=2))
+    else:
+        _show(settings, facts, cluster, plan, mfu)
+    require_room(settings, facts, cluster, plan)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What a forward pass keeps for its backward pass, in bytes: the tensors of `model.ReverseGPT`.
+
+Counted tensor by tensor, as PyTorch saves them without torch.compile, which keeps less. Tensors of
+one number a head or token count too, so that the sum is exact (a test compares it with the model's
+own). Loads no torch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megaback.config import ModelSection
+
+Arithmetic = Literal["fp32", "bf16", "autocast"]
+"""autocast: fp32 weights, matrix products in bf16 (bf16 at ZeRO stage 0)."""
+Attention = Literal["flash_attn", "sdpa"]
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes a token of a micro-batch."""
+
+    block: float
+    """What each block keeps."""
+    rest: float
+    """What the embedding, rotary positions and final norm keep."""
+    logits: float
+    """What the loss keeps."""
+    logits_work: float
+    """What the loss's backward pass takes besides."""
+    block_work: float
+    """What a block's backward pass takes besides: gradients, and what is computed again."""
+
+
+def activations_of(
+    shape: ModelSection,
+    vocab_size: int,
+    arithmetic: Arithmetic,
+    checkpointing: str,
+    attention: Attention,
+    z_loss: bool,
+) -> Activations:
+    """What one token keeps. `checkpointing`: as in the config."""
+    whole = _block(shape, arithmetic, "none", attention)
+    kept = _block(shape, arithmetic, checkpointing, attention)
+    size = 4 if arithmetic == "fp32" else 2
+    # Backward through the MLP: gradients of the product, of both of its factors, and of one's
+    # input.
+    work = 3.0 * size * shape.hidden_mlp_width
+    if checkpointing == "block":
+        work += whole
+    elif checkpointing == "selective":
+        work += size * shape.hidden_mlp_width
+    stream = _FP32 if arithmetic == "autocast" else size
+    norm = _norm(shape.width, arithmetic, recomputed=checkpointing == "selective")
+    ids = 8 + 8
+    rotary = 2 * _FP32 * shape.head_dim
+    head_input = size * shape.width
+    logits = _FP32 * vocab_size
+    return Activations(
+        block=kept,
+        rest=norm + head_input + rotary + ids,
+        logits=logits * (2 if z_loss else 1),
+        logits_work=logits * (3 if z_loss else 2),
+        block_work=work + 2 * stream * shape.width,
+    )
+
+
+def _norm(width: int, arithmetic: Arithmetic, *, recomputed: bool) -> float:
+    """RMSNorm of so many dimensions: its input in fp32, what it is divided by, and the quotient.
+
+    If it is computed again, its input in its own precision. (In fp32 both are the same tensor.)
+    """
+    kept = 2 if arithmetic == "bf16" else _FP32
+    if recomputed:
+        return (kept + kept) * width
+    return (_FP32 + kept) * width + _FP32
+
+
+def _head_norm(width: int, heads: int, arithmetic: Arithmetic, *, recomputed: bool) -> float:
+    """The norm of each head, of a query or key; its input is bf16 in autocast."""
+    size = 4 if arithmetic == "fp32" else 2
+    if recomputed:
+        return 2 * size * width
+    return (_FP32 + size) * width + _FP32 * heads
+
+
+def _block(
+    shape: ModelSection, arithmetic: Arithmetic, checkpointing: str, attention: Attention
+) -> float:
+    """What a block keeps of a token."""
+    size = 4 if arithmetic == "fp32" else 2
+    width, mlp_width = shape.width, shape.hidden_mlp_width
+    kv_width = shape.kv_heads * shape.head_dim
+    if checkpointing == "block":
+        return (_FP32 if arithmetic == "autocast" else size) * width
+    recomputed = checkpointing == "selective"
+    # Autocast makes a copy of its input for each matrix.
+    copies = (3, 2) if arithmetic == "autocast" else (1, 1)
+    norms = 2 * _norm(width, arithmetic, recomputed=recomputed)
+    inputs = sum(copies) * size * width
+    heads = 0.0
+    if shape.qk_norm:
+        heads += _head_norm(width, shape.num_heads, arithmetic, recomputed=recomputed)
+        heads += _head_norm(kv_width, shape.kv_heads, arithmetic, recomputed=recomputed)
+    if recomputed:  # what is to be turned by rotary positions; in fp32 after a norm in autocast
+        turned = _FP32 if arithmetic == "autocast" and shape.qk_norm else size
+        heads += turned * (width + kv_width)
+    # sdpa repeats keys and values for the query heads that share them, and its result is copied to
+    # stand token by token.
+    if attention == "sdpa":
+        attended = size * (3 * width + 2 * width)
+    else:
+        attended = size * (width + 2 * kv_width + width)
+    attended += _FP32 * shape.num_heads
+    mlp = size * mlp_width * (3 if recomputed else 4)
+    return norms + inputs + heads + attended + mlp

@@ -1,0 +1,64 @@
+"""What a training step computes: weights, and floating-point operations a token. Loads no torch.
+
+Chowdhery et al., "PaLM" (2022), appendix B: 6 for every weight that multiplies a token (2 forward,
+4 backward), and 12 for every dimension of every head and layer and every token attended to. These
+are model FLOPs: what is computed again (activation checkpointing) and what is no matrix product is
+left out.
+"""
+
+from dataclasses import dataclass
+
+from megaback.config import ModelSection
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of weights by what is done with them; they are those of `model.ReverseGPT`."""
+
+    embedding: int
+    """One row a piece; tied embeddings are the head's weights too, counted here."""
+    head: int
+    """lm_head; 0 where it is tied to the embeddings."""
+    matrices: int
+    """The matrices of all blocks: what Muon updates."""
+    norms: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.head + self.matrices + self.norms
+
+    @classmethod
+    def of(cls, shape: ModelSection, vocab_size: int) -> "ModelSize":
+        width, query_width = shape.width, shape.num_heads * shape.head_dim
+        kv_width = shape.kv_heads * shape.head_dim
+        attention = 2 * width * query_width + 2 * width * kv_width
+        mlp = 3 * width * shape.hidden_mlp_width
+        norms_a_block = 2 * width + (2 * shape.head_dim if shape.qk_norm else 0)
+        return cls(
+            embedding=vocab_size * width,
+            head=0 if shape.tie_embeddings else vocab_size * width,
+            matrices=shape.num_layers * (attention + mlp),
+            norms=shape.num_layers * norms_a_block + width,
+        )
+
+
+def flops_per_token(shape: ModelSection, vocab_size: int, attended_tokens: float) -> float:
+    """FLOPs of a training step per token that attends to `attended_tokens` on average."""
+    multiplying = ModelSize.of(shape, vocab_size).matrices + vocab_size * shape.width
+    attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim * attended_tokens
+    return 6.0 * multiplying + attention
+
+
+def attended_tokens(document_tokens: float, context_tokens: int) -> float:
+    """Tokens that a token attends to, itself included, on average over a document and rows.
+
+    Documents are packed, attention is causal and starts afresh at each document and at each row,
+    and a row's edge is equally likely at any token of a document. A document that never ends gives
+    (context_tokens + 1) / 2.
+    """
+    near = min(document_tokens, context_tokens)
+    # The p-th token of a document attends to min(p, r) tokens, r its place in the row, which is
+    # uniform in 1..context: q - q(q - 1) / (2 context) on average, q = min(p, context). Summed:
+    total = near * (near + 1) / 2 - near * (near + 1) * (near - 1) / (6 * context_tokens)
+    total += (document_tokens - near) * (context_tokens + 1) / 2
+    return total / document_tokens

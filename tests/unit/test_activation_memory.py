@@ -1,0 +1,75 @@
+"""What a forward pass keeps is counted to the byte, against what PyTorch saves."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megaback.activation_memory import Arithmetic, activations_of
+from megaback.attention import Segments
+from megaback.config import ModelSection
+from megaback.model import ReverseGPT
+
+VOCAB_SIZE, TOKENS = 101, 64
+CPU = torch.device("cpu")
+
+
+def saved_bytes(
+    shape: ModelSection, arithmetic: Arithmetic, checkpointing: str, z_loss: float
+) -> float:
+    """Bytes a token of all that PyTorch saves, weights and their copies left out."""
+    model = ReverseGPT(
+        shape, VOCAB_SIZE, activation_checkpointing=checkpointing, z_loss=z_loss
+    ).train()
+    if arithmetic == "bf16":
+        model.bfloat16()
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    found: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # so that no other tensor gets its address
+        return tensor
+
+    ids_T = torch.randint(0, VOCAB_SIZE, (TOKENS,))
+    segments = Segments.from_lengths((TOKENS // 2, TOKENS // 2), CPU)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"),
+    ):
+        model(ids_T, ids_T, torch.arange(TOKENS), segments)
+    copies = 0
+    if arithmetic == "autocast" and checkpointing != "block":
+        copies = 2 * sum(
+            w.numel() for n, w in model.named_parameters() if "layers" in n and w.ndim > 1
+        )
+    if arithmetic == "autocast":
+        copies += 2 * model.lm_head.weight.numel()
+    return (sum(found.values()) - copies) / TOKENS
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_kv_heads": 2}, {"qk_norm": False}], ids=["mha", "gqa", "llama"]
+)
+def test_what_blocks_keep_is_exact_and_the_rest_within_a_few_bytes(
+    changes: dict[str, object], checkpointing: str, arithmetic: Arithmetic
+) -> None:
+    def of_layers(num_layers: int, z_loss: float = 0.0) -> tuple[float, ModelSection]:
+        fields = {"num_layers": num_layers, "width": 64, "num_heads": 4, **changes}
+        shape = ModelSection.model_validate(fields).resolved()
+        return saved_bytes(shape, arithmetic, checkpointing, z_loss), shape
+
+    (one, shape), (three, _), (penalized, _) = of_layers(1), of_layers(3), of_layers(1, 1e-4)
+
+    kept = activations_of(shape, VOCAB_SIZE, arithmetic, checkpointing, "sdpa", False)
+    with_penalty = activations_of(shape, VOCAB_SIZE, arithmetic, checkpointing, "sdpa", True)
+
+    assert (three - one) / 2 == kept.block
+    # Functions that are computed again hold the cosines without saving them.
+    rotary = 0 if checkpointing == "none" else 8 * shape.head_dim
+    assert one - kept.block + rotary == pytest.approx(kept.rest + kept.logits, abs=16)
+    assert penalized - one == pytest.approx(with_penalty.logits - kept.logits, abs=8)

@@ -1,0 +1,134 @@
+"""Weights and FLOPs are those of the real model; what a token attends to is that of real rows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_pipeline.rows import Batch
+from megaback.attention import Segments
+from megaback.config import ModelSection, load_config
+from megaback.flops import ModelSize, attended_tokens, flops_per_token
+from megaback.model import ReverseGPT
+from megaback.run_data import open_data
+
+VOCAB_SIZE = 97
+CPU = torch.device("cpu")
+
+
+def shape_of(**changes: object) -> ModelSection:
+    fields = {"num_layers": 3, "width": 64, "num_heads": 4, **changes}
+    return ModelSection.model_validate(fields).resolved()
+
+
+def counted_flops(model: ReverseGPT, lengths: Sequence[int]) -> float:
+    """Of a forward and backward pass over documents, as PyTorch counts matrix products.
+
+    Its math kernel multiplies the whole square of a document's scores; what lies above the
+    diagonal, 12 FLOPs a dimension, head and layer, is taken off.
+    """
+    shape, tokens = model.shape, sum(lengths)
+    ids_T = torch.randint(0, VOCAB_SIZE, (tokens,), generator=torch.manual_seed(0))
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    segments = Segments.from_lengths(tuple(lengths), CPU)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids_T, ids_T, positions_T, segments).backward()
+    above = sum(length * (length - 1) / 2 for length in lengths)
+    width = shape.num_heads * shape.head_dim
+    return counter.get_total_flops() - 12 * shape.num_layers * width * above
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+@pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("lengths", [(128,), (5, 100, 1, 60)], ids=["one", "packed"])
+def test_flops_a_token_are_those_that_pytorch_counts(
+    lengths: tuple[int, ...], tie_embeddings: bool, num_kv_heads: int | None
+) -> None:
+    shape = shape_of(tie_embeddings=tie_embeddings, num_kv_heads=num_kv_heads)
+    model = ReverseGPT(shape, VOCAB_SIZE).train()
+    tokens = sum(lengths)
+    attended = sum(length * (length + 1) / 2 for length in lengths) / tokens
+
+    expected = tokens * flops_per_token(shape, VOCAB_SIZE, attended)
+
+    assert counted_flops(model, lengths) == pytest.approx(expected, rel=0.001)
+
+
+def batches_of(shards: Path, folder: Path, context_tokens: int) -> tuple[list[Batch], float]:
+    """An epoch of rows, and what the run says that a token attends to."""
+    fields = {
+        "run": str(folder / "run"),
+        "data": {"shards": str(shards), "threads": 0},
+        "model": {"num_layers": 1, "width": 8, "num_heads": 1},
+        "batch": {
+            "context_tokens": context_tokens,
+            "global_batch_rows": 4,
+            "micro_batch_rows": 4,
+        },
+        "optimizer": {"learning_rate": 1e-3},
+        "training": {"epochs": 1},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    data = open_data(load_config(path), 0, 1)
+    batches = [batch for step in range(data.total_steps) for batch in data.training.at(step)]
+    return batches, data.attended_tokens()
+
+
+@pytest.mark.parametrize("context_tokens", [64, 512])
+def test_a_runs_flops_are_within_2_percent_of_those_of_its_rows(
+    context_tokens: int, tiny_shards: Path, tmp_path: Path
+) -> None:
+    batches, attended = batches_of(tiny_shards, tmp_path, context_tokens)
+    lengths = np.concatenate([np.diff(batch.cu_seqlens) for batch in batches]).astype(float)
+    found = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
+    shape = shape_of(width=256)
+
+    assert flops_per_token(shape, 8_888, attended) == pytest.approx(
+        flops_per_token(shape, 8_888, found), rel=0.02
+    )
+
+
+@given(length=st.integers(1, 40), context_tokens=st.integers(1, 24))
+def test_attended_tokens_are_the_mean_over_all_places_of_a_rows_edge(
+    length: int, context_tokens: int
+) -> None:
+    total = 0
+    for offset in range(context_tokens):  # of the document's first token in its row
+        place = 0
+        for token in range(length):
+            is_edge = (offset + token) % context_tokens == 0
+            place = 1 if is_edge else place + 1
+            total += place
+
+    expected = total / (length * context_tokens)
+    assert attended_tokens(length, context_tokens) == pytest.approx(expected)
+
+
+def test_a_document_without_end_attends_to_half_of_its_rows() -> None:
+    assert attended_tokens(1e12, 1024) == pytest.approx(512.5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"qk_norm": False}])
+@pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
+def test_numbers_of_weights_are_those_of_the_model(
+    tie_embeddings: bool, changes: dict[str, object]
+) -> None:
+    shape = shape_of(tie_embeddings=tie_embeddings, **changes)
+    model = ReverseGPT(shape, VOCAB_SIZE)
+    matrices = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.ndim == 2 and "layers" in name
+    )
+
+    size = ModelSize.of(shape, VOCAB_SIZE)
+
+    assert (size.total, size.matrices) == (model.num_parameters(), matrices)
