@@ -52,7 +52,7 @@ class InfillOptions:
     forward_candidates: int = 16
     """Samples of the forward model; 0 leaves the whole middle to the other."""
     backward_candidates: int = 16
-    rescored: int = 32
+    rescored: int = 16
     """How many joins are judged exactly, and come back."""
     forward_weight: float = 0.5
     """Of the forward model in the score, from 0 to 1; the backward model has the rest."""

@@ -1,0 +1,258 @@
+"""Infilling held-out prose: both models, and either of them alone, against the true middle.
+
+    pip install sacrebleu
+    python benchmarks/infill.py --forward DIR --backward DIR --text SHARDS [--windows 200]
+
+TEXT is a folder of shards, of which the val split is read, or a text file. Windows are cut out at
+random places: a beginning, a middle and an ending of fixed numbers of tokens. Every way to fill
+them has the same number of samples in all, and writes from half to one and a half times as many
+tokens as the true middle has. Similarity to the true middle is chrF (Popovic, 2015). Intervals
+hold 95% of 2,000 bootstrap resamples of the windows.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import pairwise, repeat
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+from sacrebleu.metrics import CHRF
+
+from data_pipeline.manifest import Manifest
+from data_pipeline.text import TextCodec
+from megaback.choice import SamplingOptions
+from megaback.infill import Infill, Infiller, InfillOptions, load_infiller
+
+RESAMPLES = 2_000
+STRANGERS = 15
+"""True middles of other windows, among which the true one is looked for."""
+BOTH = "both models"
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Window:
+    beginning: str
+    middle: str
+    ending: str
+
+
+def documents(path: Path, codec: TextCodec) -> Iterator[list[int]]:
+    """Ids of held-out documents, without markers, in the order in which people read."""
+    if path.is_file():
+        yield codec.encode(path.read_text(encoding="utf-8")).tolist()
+        return
+    manifest = Manifest.load(path)
+    stored = manifest.codec(path)
+    for entry in manifest.split("val"):
+        with manifest.open_shard(path, entry) as shard:
+            for ids in shard.documents():
+                yield codec.encode(stored.render(ids)).tolist()
+
+
+def cut_windows(
+    path: Path, codec: TextCodec, count: int, sizes: Sequence[int], seed: int
+) -> list[Window]:
+    """Windows of sizes tokens before, within and after, whose texts are whole characters."""
+    generator = np.random.default_rng(seed)
+    long_enough = [ids for ids in documents(path, codec) if len(ids) >= sum(sizes)]
+    places = np.array([len(ids) - sum(sizes) + 1 for ids in long_enough])
+    windows: dict[Window, None] = {}
+    edges = np.cumsum([0, *sizes])
+    while len(windows) < count:
+        ids = long_enough[generator.choice(len(places), p=places / places.sum())]
+        start = int(generator.integers(len(ids) - sum(sizes) + 1))
+        parts = [codec.render(ids[start + left : start + right]) for left, right in pairwise(edges)]
+        if all(parts) and not any("\ufffd" in part for part in parts):
+            windows[Window(*parts)] = None
+    return list(windows)
+
+
+def ways(tokens: int, samples: int, seed: int) -> dict[str, InfillOptions]:
+    """How to fill a gap: who writes, and who judges."""
+
+    def way(ahead: int, back: int, weight: float) -> InfillOptions:
+        return InfillOptions(
+            most_tokens=tokens + tokens // 2,
+            least_tokens=tokens - tokens // 2,
+            forward_candidates=ahead,
+            backward_candidates=back,
+            forward_weight=weight,
+            sampling=SamplingOptions(seed=seed),
+        )
+
+    return {
+        "forward only": way(samples, 0, 1.0),
+        "backward only": way(0, samples, 0.0),
+        BOTH: way(samples // 2, samples - samples // 2, 0.5),
+    }
+
+
+# What each model says, and both, a token.
+SCORES: dict[str, Callable[[Infill], float]] = {
+    "forward": lambda one: one.forward / one.forward_tokens,
+    "backward": lambda one: one.backward / one.backward_tokens,
+    "both": lambda one: (one.forward + one.backward) / (one.forward_tokens + one.backward_tokens),
+}
+
+
+class Bootstrap:
+    """Means over windows with their intervals, all of the same resamples."""
+
+    def __init__(self, num_windows: int) -> None:
+        generator = np.random.default_rng(0)
+        self._chosen_RW = generator.integers(num_windows, size=(RESAMPLES, num_windows))
+
+    def of(self, values: Sequence[float], digits: int, sign: str = "") -> str:
+        values_W: Floats = np.asarray(values, dtype=np.float64)
+        low, high = np.quantile(values_W[self._chosen_RW].mean(1), (0.025, 0.975))
+        form = f"{sign}.{digits}f"
+        return f"{values_W.mean():{form}} ({low:{form}} to {high:{form}})"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A window with what was found for it."""
+
+    truth: Infill
+    strangers: list[Infill]
+    found: dict[str, list[Infill]]
+    """By each way, the best first."""
+
+    @property
+    def written(self) -> list[Infill]:
+        """What all ways found, without the true middle."""
+        every = {one.middle: one for found in self.found.values() for one in found}
+        return [one for one in every.values() if one.middle != self.truth.middle]
+
+
+def measure(window: Window, others: list[str], options: dict[str, InfillOptions]) -> Measured:
+    """Runs in a process that has loaded both models."""
+    infiller, gap = _loaded[0], (window.beginning, window.ending)
+    truth, *strangers = infiller.judge(*gap, [window.middle, *others])
+    return Measured(truth, strangers, {way: infiller.fill(*gap, of) for way, of in options.items()})
+
+
+_loaded: list[Infiller] = []
+
+
+def load(forward: Path, backward: Path) -> None:
+    torch.set_num_threads(1)
+    _loaded.append(load_infiller(forward, backward))
+
+
+def print_ranks(
+    title: str,
+    pools: Sequence[Sequence[Infill]],
+    truths: Sequence[Infill],
+    bootstrap: Bootstrap,
+) -> None:
+    """The place of the true middle among others, 1 being the best."""
+    print(
+        f"\nthe true middle among {title}, {np.mean([len(pool) for pool in pools]):.0f} a window\n"
+    )
+    print("| score | likelier than | first | reciprocal rank |\n|---|---|---|---|")
+    for name, score in SCORES.items():
+        better = [
+            sum(score(one) > score(truth) for one in pool)
+            for pool, truth in zip(pools, truths, strict=True)
+        ]
+        beaten = [100 * (1 - n / len(pool)) for n, pool in zip(better, pools, strict=True)]
+        print(
+            f"| {name} | {bootstrap.of(beaten, 1)}% "
+            f"| {bootstrap.of([100.0 * (n == 0) for n in better], 1)}% "
+            f"| {bootstrap.of([1 / (n + 1) for n in better], 3)} |"
+        )
+
+
+def print_found(
+    measured: Sequence[Measured], similarities: dict[str, list[float]], bootstrap: Bootstrap
+) -> None:
+    """What is found by each way, and how much that differs from what both models find."""
+    best = {way: [one.found[way][0] for one in measured] for way in similarities}
+    print("\n| | forward, nats/token | backward, nats/token | both | chrF | both models: chrF |")
+    print("|---|---|---|---|---|---|")
+    for way, found in {**best, "the true middle": [one.truth for one in measured]}.items():
+        cells = [bootstrap.of([score(one) for one in found], 3) for score in SCORES.values()]
+        if way in similarities:
+            cells.append(bootstrap.of(similarities[way], 1))
+            pairs = zip(similarities[BOTH], similarities[way], strict=True)
+            more = [ours - theirs for ours, theirs in pairs]
+            cells.append("" if way == BOTH else bootstrap.of(more, 2, "+"))
+        print(f"| {way} | {' | '.join(cells)} |")
+    score = SCORES["both"]
+    for way in similarities:
+        if way != BOTH:
+            gains = [score(o) - score(t) for o, t in zip(best[BOTH], best[way], strict=True)]
+            print(f"{BOTH} against {way}: {bootstrap.of(gains, 3, '+')} nats/token")
+    joined = [100.0 * bool(one.written_forward and one.written_backward) for one in best[BOTH]]
+    print(f"written by both: {bootstrap.of(joined, 0)}% of what both models find")
+
+
+@click.command()
+@click.option("--forward", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--backward", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--text", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--windows", "count", default=200, show_default=True)
+@click.option("--given-tokens", default=32, show_default=True, help="On each side.")
+@click.option("--tokens", default=16, show_default=True, help="Of the true middle.")
+@click.option("--samples", default=32, show_default=True, help="For each window and way.")
+@click.option("--processes", default=2, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--examples", type=click.Path(path_type=Path), help="File for what was found.")
+def main(
+    forward: Path,
+    backward: Path,
+    text: Path,
+    count: int,
+    given_tokens: int,
+    tokens: int,
+    samples: int,
+    processes: int,
+    seed: int,
+    examples: Path | None,
+) -> None:
+    """Print three tables."""
+    infiller = load_infiller(forward, backward)
+    sizes = given_tokens, tokens, given_tokens
+    windows = cut_windows(text, infiller.forward.codec, count, sizes, seed)
+    others = [
+        [windows[(number + place) % count].middle for place in range(1, STRANGERS + 1)]
+        for number in range(count)
+    ]
+    options = ways(tokens, samples, seed)
+    with ProcessPoolExecutor(
+        processes, get_context("spawn"), initializer=load, initargs=(forward, backward)
+    ) as pool:
+        measured = list(pool.map(measure, windows, others, repeat(options)))
+    chrf = CHRF()
+    similarities = {
+        way: [
+            chrf.sentence_score(one.found[way][0].middle, [one.truth.middle]).score
+            for one in measured
+        ]
+        for way in options
+    }
+    bootstrap = Bootstrap(count)
+    truths = [one.truth for one in measured]
+    print_ranks(
+        "true middles of other windows", [one.strangers for one in measured], truths, bootstrap
+    )
+    print_ranks("what all ways found", [one.written for one in measured], truths, bootstrap)
+    print_found(measured, similarities, bootstrap)
+    if examples is not None:
+        lines = [
+            {**asdict(window), **{way: found[0].middle for way, found in one.found.items()}}
+            for window, one in zip(windows, measured, strict=True)
+        ]
+        examples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    main()
