@@ -161,7 +161,7 @@ def test_a_build_killed_half_way_is_finished_to_the_same_bytes(
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_build_leaves_no_process_behind(building: Building, number: int) -> None:
     children = building.stop_half_way(number)
-    _, alive = psutil.wait_procs(children, timeout=3)
+    _, alive = psutil.wait_procs(children, timeout=20)
     end(alive)
     assert [process.pid for process in alive] == []
 
