@@ -62,6 +62,10 @@ def passage_choice(
             f"--suite passage-choice needs a model that writes backward, and {evaluated.folder} "
             "writes forward; give that one as --forward"
         )
+    if forward is not None and forward.codec.format.direction is not Direction.FORWARD:
+        raise DirectionMismatchError(
+            f"--forward needs a model that writes forward, and {forward.folder} writes backward"
+        )
     source = options.need("passages", "passage-choice")
     items = [
         item
@@ -71,12 +75,14 @@ def passage_choice(
     ]
     generator = random.Random(options.seed)
     generator.shuffle(items)
-    items = items[: options.limit or _DEFAULT_ITEMS]
+    drawn = items[: options.limit or _DEFAULT_ITEMS]
+    models = [evaluated] if forward is None else [evaluated, forward]
+    items = [item for item in drawn if all(_fits_with_any(item, model) for model in models)]
     if len(items) < NUM_CHOICES:
         raise SourceEmptyError(
             f"{source}: it has {len(items)} pairs of passages of {options.passage_characters} "
-            f"characters, and a choice needs {NUM_CHOICES}; name more text, or make "
-            "--passage-characters less"
+            f"characters that the context holds, and a choice needs {NUM_CHOICES}; name more text, "
+            "or make --passage-characters less"
         )
     pairs = []
     for number, item in enumerate(items):
@@ -88,10 +94,6 @@ def passage_choice(
         "prior-normalised": [one.log_ratio or 0.0 for one in scores],
     }
     if forward is not None:
-        if forward.codec.format.direction is not Direction.FORWARD:
-            raise DirectionMismatchError(
-                f"--forward needs a model that writes forward, and {forward.folder} writes backward"
-            )
         of_forward = forward.score(pairs, Form.PLAIN, with_prior=False)
         choices["forward"] = [one.log_probability for one in of_forward]
     metrics = {}
@@ -101,7 +103,13 @@ def passage_choice(
             for at in range(0, len(values), NUM_CHOICES)
         ]
         metrics[name] = Metric.mean(right, options.seed, 1 / NUM_CHOICES)
-    return SuiteResult(len(items), metrics)
+    return SuiteResult(len(items), metrics, len(drawn) - len(items))
+
+
+def _fits_with_any(item: Neighbours, model: Evaluated) -> bool:
+    """Whether each passage takes at most half of the context, so that any two fit."""
+    most = (model.description.context_tokens - 1) // 2
+    return all(len(model.codec.encode(text)) <= most for text in (item.first, item.second))
 
 
 @torch.inference_mode()

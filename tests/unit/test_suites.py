@@ -118,6 +118,25 @@ def test_recall_counts_the_rows_that_were_found_again(
     assert found.metrics["token F1"].chance == pytest.approx(0.75)  # 3 of 4 words: Define the noun
 
 
+def test_passages_that_two_of_the_context_does_not_hold_are_left_out(
+    folders: dict[Direction, Path], tmp_path: Path
+) -> None:
+    """Each odd character is several tokens."""
+    path = tmp_path / "texts.jsonl"
+    texts = [f"the map {number} was sold to the captain" for number in range(12)]
+    texts += ["\u16a0" * 20 + " " + "\u16a0" * 20 + " " + "a" for _ in range(3)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out = tmp_path / "results.json"
+    result = evaluate(
+        folders[Direction.BACKWARD],
+        *("--suite", "passage-choice", "--passages", path, "--passage-characters", 10),
+        *("--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    suite = json.loads(out.read_text())["suites"]["passage-choice"]
+    assert (suite["rows"], suite["left_out"]) == (12, 3)
+
+
 def test_bits_per_byte_is_what_training_measures(
     folders: dict[Direction, Path], tiny_shards: Path, world: object
 ) -> None:

@@ -1,0 +1,161 @@
+"""BackChat on two CPU cores: what fine-tuning learns, with pretraining and without it.
+
+    python benchmarks/backchat.py --prose "prose/train-*.parquet" \\
+        --prose-val prose/val-00000.parquet --rows instruct-train.jsonl.gz \\
+        --rows-val instruct-val.jsonl.gz --out runs/backchat_recipe
+
+A base of 4.2 million parameters learns prose backwards, another one the same rows forwards. The
+first goes on with instruction rows; so does, for as many steps, a model that has read nothing. All
+are measured by `megaback eval` on what was held out. Every stage is a command that is shown; stages
+that are finished are not repeated, so that the same command goes on after an interruption. At the
+end come the tables of docs/results.md, and the first ten held-out rows with what was written.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_pipeline.command import Command
+from tools.demo import run
+
+CONFIG = Path(__file__).with_name("backchat.yaml")
+_VOCAB_SIZE = "4096"
+_CONTEXT_TOKENS = "256"
+_EXAMPLES = 10
+_RECALL = ("--suite", "instruction-recall", "--suite", "reverse-dictionary")
+
+
+def build(out: Path, prose: str, rows: str, rows_val: str) -> None:
+    """A tokenizer, shards of prose, shards of instructions."""
+    tokenizer = out / "tokenizer" / "tokenizer.model"
+    if not tokenizer.exists():
+        words = ("--source", prose, "--out", str(tokenizer.parent), "--vocab-size", _VOCAB_SIZE)
+        run("tokenizer", "train", *words)
+    given = ("--tokenizer", str(tokenizer))
+    if not (out / "prose" / "manifest.json").exists():
+        run("shards", "build", "--source", prose, *given, "--out", str(out / "prose"))
+    if not (out / "instruct" / "manifest.json").exists():
+        run(
+            *("instruct", "build", "--source", rows, "--val-source", rows_val, *given),
+            *("--context-tokens", _CONTEXT_TOKENS, "--out", str(out / "instruct")),
+        )
+
+
+def train(out: Path, config: Path) -> None:
+    """Two bases, and the two models that are fine-tuned."""
+    prose, instruct = f"data.shards={out / 'prose'}", f"data.shards={out / 'instruct'}"
+    for name, *words in (
+        ("backward", prose),
+        ("untaught", instruct),
+        ("tuned", instruct, f"init_from={out / 'backward'}"),
+        ("forward", prose, "data.direction=forward"),
+    ):
+        model = out / "models" / name
+        if not (model / "config.json").exists():
+            run("train", str(config), f"run={out / name}", *words)
+            run("convert", str(out / name), "--to", "full", "--out", str(model))
+
+
+def evaluate(out: Path, rows_val: str, prose_val: str) -> dict[str, dict[str, Any]]:
+    """The suites of each model, as `megaback eval` writes them."""
+    rows = ("--rows", rows_val)
+    suites = {
+        "tuned": (*_RECALL, *rows, "--suite", "bits-per-byte", "--shards", out / "instruct"),
+        "untaught": (*_RECALL, *rows, "--suite", "bits-per-byte", "--shards", out / "instruct"),
+        "backward": (
+            *("--suite", "passage-choice", "--passages", prose_val),
+            *("--forward", out / "models" / "forward"),
+            *("--suite", "bits-per-byte", "--shards", out / "prose"),
+        ),
+        "forward": ("--suite", "bits-per-byte", "--shards", out / "prose"),
+    }
+    found = {}
+    for name, words in suites.items():
+        results = out / f"{name}.json"
+        if not results.exists():
+            written = ("--predictions", out / f"{name}.jsonl", "--out", results)
+            run("eval", *map(str, (out / "models" / name, *words, *written)))
+        found[name] = json.loads(results.read_text())["suites"]
+    return found
+
+
+def _cell(metric: dict[str, float]) -> str:
+    return f"{metric['value']:.3f} ({metric['low']:.3f} to {metric['high']:.3f})"
+
+
+def metrics_of(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(out: Path, found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Markdown of what was measured."""
+    yield "| held-out instruction rows | with pretraining | without | chance |"
+    yield "|---|---|---|---|"
+    for suite in ("instruction-recall", "reverse-dictionary"):
+        for metric, tuned in found["tuned"][suite]["metrics"].items():
+            untaught = found["untaught"][suite]["metrics"][metric]
+            yield (
+                f"| {suite.replace('-', ' ')}: {metric} | {_cell(tuned)} | {_cell(untaught)} "
+                f"| {tuned['chance']:.3f} |"
+            )
+    bits = [found[name]["bits-per-byte"]["metrics"]["bits/byte"] for name in ("tuned", "untaught")]
+    yield (
+        f"| val bits/byte of instructions | {_cell(bits[0])} | {_cell(bits[1])} "
+        f"| {_at_start(out / 'untaught')} (random weights) |"
+    )
+    yield ""
+    yield "| held-out prose | value | chance |"
+    yield "|---|---|---|"
+    for metric, value in found["backward"]["passage-choice"]["metrics"].items():
+        yield f"| the preceding passage among 10: {metric} | {_cell(value)} | {value['chance']} |"
+    for name in ("backward", "forward"):
+        value = found[name]["bits-per-byte"]["metrics"]["bits/byte"]
+        start = _at_start(out / name)
+        yield f"| val bits/byte, {name} | {_cell(value)} | {start} (random weights) |"
+    yield ""
+    yield "| stage | steps | tokens read | seconds of steps |"
+    yield "|---|---|---|---|"
+    for name in ("backward", "forward", "tuned", "untaught"):
+        steps = [line for line in metrics_of(out / name) if "step_s" in line]
+        seconds = sum(line["step_s"] for line in steps)
+        yield f"| {name} | {len(steps):,} | {steps[-1]['tokens_seen']:,} | {seconds:.0f} |"
+
+
+def _at_start(run_folder: Path) -> str:
+    first = next(line for line in metrics_of(run_folder) if "val_bits_per_byte" in line)
+    assert first["step"] == 0
+    return f"{first['val_bits_per_byte']:.3f}"
+
+
+def examples(out: Path) -> Iterator[str]:
+    """Markdown of the first held-out rows, whatever was written for them."""
+    yield "| response | instruction | written, with pretraining | written, without |"
+    yield "|---|---|---|---|"
+    lines = [(out / f"{name}.jsonl").read_text().splitlines() for name in ("tuned", "untaught")]
+    for tuned, untaught in list(zip(*lines, strict=True))[:_EXAMPLES]:
+        one, other = json.loads(tuned), json.loads(untaught)
+        cells = (one["response"], one["instruction"], one["written"], other["written"])
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+@click.command(cls=Command)
+@click.option("--prose", required=True, help="Documents to pretrain on: a source.")
+@click.option("--prose-val", required=True, help="Held-out documents, for the choice of passages.")
+@click.option("--rows", required=True, help="Instruction rows to fine-tune on.")
+@click.option("--rows-val", required=True, help="Held-out instruction rows.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--config", type=click.Path(path_type=Path), default=CONFIG, help="What is trained.")
+def main(prose: str, prose_val: str, rows: str, rows_val: str, out: Path, config: Path) -> None:
+    """Build, train, measure, and print the tables."""
+    build(out, prose, rows, rows_val)
+    train(out, config)
+    found = evaluate(out, rows_val, prose_val)
+    for line in (*table(out, found), "", *examples(out)):
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    main()
