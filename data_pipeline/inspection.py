@@ -134,7 +134,8 @@ def _show_document(shards: Path, manifest: Manifest, split: str, number: int, fo
         click.echo(codec.render(ids).encode("utf-8", "surrogatepass"), nl=False)
 
 
-def _facts(shards: Path, manifest: Manifest) -> dict[str, Any]:
+def data_set_facts(shards: Path, manifest: Manifest) -> dict[str, Any]:
+    """What made a data set, and what it is for."""
     text_format = manifest.text_format
     return {
         "data_set": str(shards),
@@ -216,7 +217,7 @@ def main(
         for name in SPLITS
         if manifest.total(name)["tokens"]
     }
-    facts = _facts(shards, manifest)
+    facts = data_set_facts(shards, manifest)
     if form == "json":
         splits = {name: summary.to_dict() for name, summary in summaries.items()}
         click.echo(json.dumps({**facts, "splits": splits}))

@@ -131,6 +131,11 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
         say(f"time     {plan.duration.step_s:.3g} s a step at an MFU of {mfu:.0%}{days}")
     if plan.duration is not None and plan.traffic_s > plan.duration.step_s:
         say("note     the network takes longer than the arithmetic: the MFU cannot be so high")
+    if device.is_cpu:
+        say(
+            "note     glibc keeps freed memory: allow 40% more, or export "
+            "MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 (docs/planning.md)"
+        )
     for note in facts.notes:
         say(f"note     {note}")
 

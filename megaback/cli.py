@@ -19,6 +19,7 @@ _COMMANDS: _Commands = {
     "doctor": ("launcher.doctor", "Say what works on this machine, and how to mend the rest."),
     "watch": ("tools.watch", "Say whether a run is well, slow, stuck or dead, and why."),
     "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
+    "inspect": ("tools.look", "Say what a path is, whether it is whole, and what made it."),
     "convert": ("tools.convert", "Turn a checkpoint into a model for anywhere."),
     "chat": ("tools.chat", "Give a response, get the instruction for it."),
     "backtranslate": ("tools.backtranslate", "Write instructions for texts, to fine-tune on."),

@@ -207,6 +207,8 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     bucket = {0: 0.0, 3: 0.0}.get(stage, float(bytes_each * bucket_elements(total)))
     # Stage 2 adds a micro-batch's gradients to those of the ones before it.
     last = whole + (earlier if stage == 2 else 0.0)
+    # Those of untied embeddings come after the last block.
+    embedding = bytes_each * size.embedding * share if whole and size.head else 0.0
 
     def moment(blocks: int, gradients: float, buckets: float, work: float, logits: float) -> Parts:
         return replace(
@@ -221,7 +223,7 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     return {
         "loss": moment(layers, earlier, 0, 0, kept.logits + kept.logits_work),
         "first block": moment(layers, max(earlier, head), bucket, kept.block_work, 0),
-        "last block": moment(1, last, bucket, kept.block_work, 0),
+        "last block": moment(1, max(last - embedding, earlier), bucket, kept.block_work, 0),
         "reduction": replace(
             resident,
             gradients=resident.gradients + last,

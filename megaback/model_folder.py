@@ -169,15 +169,23 @@ def _describe_foreign(folder: Path) -> ModelDescription:
         raise _no_description(folder / CONFIG_NAME, error) from None
 
 
+def stored_files(folder: Path) -> dict[str, SizeAndHash]:
+    """The files of weights as they were written; none of somebody else's model.
+
+    Raises CheckpointCorruptError.
+    """
+    fields = _our_fields(folder)
+    if fields is None:
+        return {}
+    try:
+        return {name: (int(size), str(sha)) for name, (size, sha) in fields["files"].items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise _no_description(folder / CONFIG_NAME, error) from None
+
+
 def open_weights(folder: Path) -> StoredWeights:
     """Raises CheckpointCorruptError when the weights are missing, cut short or altered."""
-    fields = _our_fields(folder)
-    if fields is not None:
-        try:
-            files = {name: (int(size), str(sha)) for name, (size, sha) in fields["files"].items()}
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise _no_description(folder / CONFIG_NAME, error) from None
-        verify_weights(folder, files)
+    verify_weights(folder, stored_files(folder))
     return StoredWeights(folder)
 
 

@@ -1,0 +1,198 @@
+"""`megaback inspect` tells everything that megaback writes apart, and what is not whole."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    CheckpointMissingError,
+    MegabackError,
+    ShardCorruptError,
+    SourceMissingError,
+    TokenizerError,
+)
+from tools.artefacts import look_at
+from tools.convert import convert_full
+from tools.gguf_export import write_gguf_folder
+from tools.hf_export import write_hf_folder
+
+RunOf = Callable[..., Path]
+ModelOf = Callable[[Path], Path]
+
+
+@pytest.fixture
+def run(run_of: RunOf) -> Path:
+    return run_of()
+
+
+@pytest.fixture(scope="session")
+def exports(run_of: RunOf, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`exports(kind)`: the run's model as `full`, `hf` or `gguf`."""
+    import torch
+
+    from megaback.weight_source import open_source
+
+    folder = tmp_path_factory.mktemp("exports")
+    convert_full(run_of(), folder / "full", "float32")
+    source = open_source(run_of())
+    for kind in ("hf", "gguf"):
+        (folder / kind).mkdir()
+    write_hf_folder(folder / "hf", "tiny", source, torch.float32, 10**9)
+    write_gguf_folder(folder / "gguf", "tiny", source, torch.float32)
+    return lambda kind: folder / kind
+
+
+@pytest.mark.parametrize("verify", [False, True], ids=["by size", "by hash"])
+def test_a_data_set_and_its_parts_are_known(tiny_shards: Path, verify: bool) -> None:
+    found = look_at(tiny_shards, verify=verify)
+    shard = look_at(next(tiny_shards.glob("*.zst")), verify=verify)
+    tokenizer = look_at(tiny_shards / "tokenizer.model", verify=verify)
+
+    assert (found.kind, shard.kind, tokenizer.kind) == ("data set", "shard", "tokenizer")
+    sha256 = found.facts["tokenizer_sha256"]
+    assert shard.facts["tokenizer_sha256"] == tokenizer.facts["tokenizer_sha256"] == sha256
+    assert found.facts["direction"] == "backward"
+    assert any(line.startswith("megaback train") for line in found.next_lines)
+
+
+@pytest.mark.parametrize("verify", [False, True], ids=["by size", "by hash"])
+def test_a_run_and_its_checkpoints_are_known(run: Path, verify: bool) -> None:
+    found = look_at(run, verify=verify)
+    newest = look_at(run / "checkpoints", verify=verify)
+    named = look_at(run / "checkpoints" / "latest", verify=verify)
+
+    assert (found.kind, newest.kind) == ("run", "checkpoint")
+    assert found.facts["newest"] == newest.facts == named.facts
+    assert newest.facts["saved_by"] == "2 ranks at ZeRO 1, fp32"
+    assert "torch" in newest.facts["versions"]
+    assert found.facts["ended"] == "trained to the end"
+
+
+@pytest.mark.parametrize("verify", [False, True], ids=["by size", "by hash"])
+@pytest.mark.parametrize(
+    ("kind", "said"), [("full", "--to full"), ("hf", "--to hf"), ("gguf", "--to gguf")]
+)
+def test_exports_are_known_with_their_direction(
+    kind: str, said: str, verify: bool, exports: Callable[[str], Path]
+) -> None:
+    found = look_at(exports(kind), verify=verify)
+
+    assert said in found.kind
+    assert found.facts["direction"] == "backward"
+    assert len(found.facts["tokenizer_sha256"]) == 64
+
+
+def cut(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("manifest.json", ShardCorruptError),
+        ("train-00000-00000.zst", ShardCorruptError),
+        ("tokenizer.model", TokenizerError),
+    ],
+)
+def test_a_data_set_with_a_file_cut_short_is_not_whole(
+    name: str, error: type[MegabackError], tiny_shards: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(tiny_shards, folder)
+    cut(folder / name)
+
+    with pytest.raises(error):
+        look_at(folder, verify=False)
+
+
+def test_a_checkpoint_with_a_file_cut_short_is_not_whole(run: Path, tmp_path: Path) -> None:
+    newest = max((run / "checkpoints").glob("step-*"))
+    shutil.copytree(newest, tmp_path / newest.name)
+    cut(tmp_path / newest.name / "weights-00001.safetensors")
+
+    with pytest.raises(CheckpointCorruptError, match=r"weights-00001\.safetensors has .* bytes"):
+        look_at(tmp_path / newest.name, verify=False)
+
+
+def test_one_byte_is_seen_with_verify_alone(run: Path, tmp_path: Path) -> None:
+    newest = max((run / "checkpoints").glob("step-*"))
+    shutil.copytree(newest, tmp_path / newest.name)
+    path = tmp_path / newest.name / "weights-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+    assert look_at(tmp_path / newest.name, verify=False).kind == "checkpoint"
+    with pytest.raises(CheckpointCorruptError, match="is not the file that was saved"):
+        look_at(tmp_path / newest.name, verify=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("full", "config.json"),
+        ("full", "model.safetensors"),
+        ("hf", "config.json"),
+        ("gguf", "model.gguf"),
+    ],
+)
+def test_an_export_with_a_file_cut_short_is_not_whole(
+    kind: str, name: str, exports: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(exports(kind), folder)
+    cut(folder / name)
+
+    with pytest.raises(CheckpointCorruptError):
+        look_at(folder, verify=False)
+
+
+def test_a_checkpoint_without_its_last_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+
+    with pytest.raises(CheckpointMissingError, match="no complete checkpoint"):
+        look_at(tmp_path, verify=False)
+
+
+def test_another_version_is_said(exports: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(exports("full"), folder)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+
+    with pytest.raises(CheckpointCorruptError, match="another format or version"):
+        look_at(folder, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.mkdir(), "empty folder"),
+        (lambda path: (path.mkdir(), (path / "a.txt").touch()), "nothing that megaback wrote"),
+        (lambda path: path.touch(), "no file of megaback's"),
+        (lambda path: path.with_name("another").touch(), "there is nothing at"),
+    ],
+    ids=["empty", "foreign", "file", "absent"],
+)
+def test_what_is_nothing_of_ours_is_one_sentence(
+    make: Callable[[Path], object], said: str, tmp_path: Path
+) -> None:
+    make(tmp_path / "it")
+
+    with pytest.raises(SourceMissingError, match=said):
+        look_at(tmp_path / "it", verify=False)
+
+
+def test_the_command_says_what_to_type_next(
+    tiny_shards: Path, run_megaback: Callable[..., object]
+) -> None:
+    done = run_megaback("inspect", tiny_shards)
+
+    assert done.returncode == 0  # type: ignore[attr-defined]
+    lines = done.stdout.splitlines()  # type: ignore[attr-defined]
+    assert lines[0].split() == ["what", "data", "set,", str(tiny_shards)]
+    assert any(line.startswith("next") for line in lines)

@@ -1,0 +1,353 @@
+"""What lies at a path: a data set, a shard, a tokenizer, a run, a checkpoint or a model.
+
+Each is read by the reader that its users have; here it is only told apart, looked at from outside
+(names and sizes) or, on request, hashed. What is there and is not whole raises what its reader
+raises, with its exit code.
+"""
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    CheckpointMissingError,
+    MegabackError,
+    ShardCorruptError,
+    SourceMissingError,
+)
+from data_pipeline.inspection import data_set_facts
+from data_pipeline.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest
+from data_pipeline.plan import PLAN_NAME, Plan
+from data_pipeline.shard_format import ShardReader
+from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.verify import verify_data_set
+from megaback.config import CONFIG_COPY_NAME
+
+_GGUF_NAME, _GGUF_MAGIC = "model.gguf", b"GGUF"
+_GGUF_SUMS = "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Something of ours, and what was seen of it."""
+
+    kind: str
+    path: Path
+    facts: Mapping[str, Any]
+    checked: str
+    """What was found to be as it should."""
+    next_lines: Mapping[str, str] = field(default_factory=dict)
+    """What to type next, and what it does."""
+
+
+def look_at(path: Path, *, verify: bool) -> Artefact:
+    """Say what a path holds; with `verify`, after everything was hashed.
+
+    Raises SourceMissingError for what is nothing of ours, and the readers' MegabackErrors.
+    """
+    if not path.exists():
+        raise SourceMissingError(f"there is nothing at {path}; check the path")
+    if path.is_file():
+        return _look_at_file(path, verify)
+    if not any(path.iterdir()):
+        raise SourceMissingError(f"{path} is an empty folder: nothing was written to it")
+    for name, look in _FOLDERS.items():
+        if (path / name).exists():
+            return look(path, verify)
+    raise SourceMissingError(
+        f"{path} holds nothing that megaback wrote (none of {', '.join(_FOLDERS)}); "
+        "name the folder of a data set, a tokenizer, a run, a checkpoint or a model"
+    )
+
+
+def _look_at_file(path: Path, verify: bool) -> Artefact:
+    if path.name == TOKENIZER_NAME or path.suffix == ".model":
+        return _tokenizer(path, verify)
+    if path.suffix == ".gguf":
+        return _gguf(path, verify)
+    if path.suffix == ".zst":
+        return _shard(path, verify)
+    if path.name in ("best", "latest", "meta.json"):
+        return _checkpoint(path.parent if path.name == "meta.json" else path, verify)
+    if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, "config.json"):
+        return look_at(path.parent, verify=verify)
+    raise SourceMissingError(
+        f"{path} is no file of megaback's; name a tokenizer.model, a shard, a .gguf or a folder"
+    )
+
+
+def _data_set(folder: Path, verify: bool) -> Artefact:
+    manifest = verify_data_set(folder) if verify else Manifest.load(folder)
+    manifest.codec(folder)
+    manifest.require_dictionary(folder)
+    for entry in manifest.shards:
+        _require_size(folder / entry.file, entry.file_bytes, ShardCorruptError, "build them again")
+    splits = {name: manifest.total(name) for name in SPLITS}
+    kind = "data set" if manifest.row_tokens is None else "data set of instruction examples"
+    config = "configs/xcoax_100bt.yaml" if manifest.row_tokens is None else "configs/backchat.yaml"
+    shown = shlex.quote(str(folder))
+    return Artefact(
+        kind,
+        folder,
+        {**data_set_facts(folder, manifest), **splits, "left_out": manifest.left_out},
+        f"{len(manifest.shards)} shards and the tokenizer, "
+        + ("decoded and hashed" if verify else "by size; the tokenizer by its hash"),
+        {
+            f"megaback shards inspect {shown}": "lengths, entropy, documents",
+            f"megaback train {config} data.shards={shown}": "trains on it",
+        },
+    )
+
+
+def _unfinished(folder: Path, _verify: bool) -> Artefact:
+    plan = Plan.load(folder)
+    shown = shlex.quote(str(folder))
+    return Artefact(
+        "data set that is not finished",
+        folder,
+        {"tasks": plan.num_tasks},
+        f"the plan; there is no {MANIFEST_NAME} yet",
+        {
+            f"megaback shards finalize {shown}": "finishes it, or says what is missing",
+            f"megaback shards build --out {shown}": "does what is missing",
+        },
+    )
+
+
+def _shard(path: Path, verify: bool) -> Artefact:
+    with ShardReader(path) as reader:
+        if verify:
+            for frame in range(reader.num_frames):
+                reader.frame(frame)
+        header = reader.header
+        facts = {**vars(header), "frames": reader.num_frames, "file_bytes": reader.file_bytes}
+    return Artefact(
+        "shard",
+        path,
+        facts,
+        "every frame, decoded" if verify else "its index",
+        {f"megaback inspect {shlex.quote(str(path.parent))}": "the data set that it is of"},
+    )
+
+
+def _tokenizer(path: Path, _verify: bool) -> Artefact:
+    path = path / TOKENIZER_NAME if path.is_dir() else path
+    codec = TextCodec.load(path, Direction.BACKWARD, Unit.TOKEN)
+    shown = shlex.quote(str(path))
+    return Artefact(
+        "tokenizer",
+        path,
+        {
+            "vocab_size": codec.vocab_size,
+            "tokenizer_sha256": codec.format.tokenizer_sha256,
+            "begin": codec.piece(codec.begin_id),
+            "end": codec.piece(codec.end_id),
+        },
+        "it loads, and has the pieces that megaback needs",
+        {f"megaback shards build --source SOURCE --tokenizer {shown} --out DIR": "uses it"},
+    )
+
+
+def _run(folder: Path, verify: bool) -> Artefact:
+    from megaback.checkpoint import complete_checkpoints
+    from megaback.config import load_config
+    from megaback.exit_record import read_exit
+    from megaback.metrics import METRICS_NAME, read_metrics
+
+    config = load_config(folder / CONFIG_COPY_NAME)
+    ending = read_exit(folder)
+    facts: dict[str, Any] = {
+        "config": f"{config.model.num_layers} layers, width {config.model.width}, "
+        f"{config.data.description}, {config.data.direction.value}",
+    }
+    if (folder / METRICS_NAME).is_file():
+        steps = [line for line in read_metrics(folder) if line.get("loss") is not None]
+        if steps:
+            facts |= {"step": steps[-1]["step"], "loss": steps[-1]["loss"]}
+    facts["ended"] = "it runs, or nobody could say" if ending is None else ending.get("reason")
+    shown = shlex.quote(str(folder))
+    following = {f"megaback watch {shown}": "whether it is well"}
+    found = complete_checkpoints(folder)
+    if not found:
+        return Artefact("run without a checkpoint", folder, facts, "its config", following)
+    newest = _checkpoint(found[-1], verify)
+    facts |= {"checkpoints": [target.name for target in found], "newest": newest.facts}
+    return Artefact(
+        "run",
+        folder,
+        facts,
+        f"{found[-1].name}: {newest.checked}",
+        {**following, **_of_weights(shown)},
+    )
+
+
+def _of_weights(shown: str) -> dict[str, str]:
+    return {
+        f"megaback convert {shown} --to full --out DIR": "makes a model of it",
+        f"megaback train CONFIG init_from={shown}": "starts another run from it",
+    }
+
+
+def _checkpoint(path: Path, verify: bool) -> Artefact:
+    from megaback.checkpoint import META_NAME, find_checkpoint, read_meta
+
+    if path.is_file():  # best or latest
+        path = path.parent / path.read_text(encoding="utf-8").strip()
+    if not (path / META_NAME).is_file():
+        raise CheckpointMissingError(
+            f"{path} has no {META_NAME}: its writing was cut short, or it was let go; name another"
+        )
+    if verify:
+        find_checkpoint(path)
+    meta = read_meta(path)
+    for name, (num_bytes, _) in meta.files.items():
+        _require_size(path / name, num_bytes, CheckpointCorruptError, "name another checkpoint")
+    facts = {
+        "step": meta.step,
+        "val_loss": meta.val_loss,
+        **meta.text_format,
+        "vocab_size": meta.vocab_size,
+        "data_fingerprint": meta.data_fingerprint,
+        "saved_by": f"{meta.world_size} ranks at ZeRO {meta.zero_stage}, {meta.precision}",
+        "versions": meta.versions,
+    }
+    return Artefact(
+        "checkpoint",
+        path,
+        facts,
+        f"{len(meta.files)} files, " + ("by their hashes" if verify else "by size"),
+        _of_weights(shlex.quote(str(path))),
+    )
+
+
+def _checkpoints(folder: Path, verify: bool) -> Artefact:
+    from megaback.checkpoint import complete_checkpoints
+
+    found = complete_checkpoints(folder.parent)
+    if not found:
+        raise CheckpointMissingError(
+            f"{folder} has no complete checkpoint; train until one is saved"
+        )
+    return _checkpoint(found[-1], verify)
+
+
+def _model(folder: Path, verify: bool) -> Artefact:
+    from megaback.model_folder import open_weights, read_description, stored_files
+
+    description = read_description(folder)
+    files = stored_files(folder)
+    if verify:
+        open_weights(folder)
+    for name, (num_bytes, _) in files.items():
+        _require_size(folder / name, num_bytes, CheckpointCorruptError, "convert it again")
+    if description.is_foreign:
+        kind, checked = "model of another library", "its config and tokenizer"
+    else:
+        is_hf = (folder / "tokenizer_config.json").is_file()
+        kind = "model for transformers (--to hf)" if is_hf else "model (--to full)"
+        checked = f"{len(files)} files of weights, " + ("by their hashes" if verify else "by size")
+    codec = TextCodec.load(
+        folder / TOKENIZER_NAME, description.text_format.direction, description.text_format.unit
+    )
+    description.text_format.require_same(codec.format, f"the model {folder}", "its tokenizer")
+    shape = description.shape
+    given = "ending" if description.text_format.direction is Direction.BACKWARD else "beginning"
+    return Artefact(
+        kind,
+        folder,
+        {
+            "model": f"{shape.num_layers} layers, width {shape.width}, {shape.num_heads} heads",
+            **description.text_format.to_dict(),
+            "vocab_size": description.vocab_size,
+            "context_tokens": description.context_tokens,
+            "step": description.step,
+            "val_loss": description.val_loss,
+        },
+        checked,
+        {f"megaback sample {shlex.quote(str(folder))} --{given} TEXT": "writes with it"},
+    )
+
+
+def _gguf(path: Path, verify: bool) -> Artefact:
+    path = path / _GGUF_NAME if path.is_dir() else path
+    with path.open("rb") as file:
+        magic = file.read(len(_GGUF_MAGIC))
+    if magic != _GGUF_MAGIC:
+        raise CheckpointCorruptError(f"{path} is no GGUF file: convert the model again")
+    facts: dict[str, Any] = {"file_bytes": path.stat().st_size}
+    checked = "that it begins as a GGUF file"
+    try:
+        import gguf
+    except ImportError:
+        checked += "; more with `pip install 'megaback[gguf]'`"
+    else:
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointCorruptError(
+                f"{path} is cut short or altered ({reason}); convert the model again"
+            ) from None
+        for key, stored in reader.fields.items():
+            if key.startswith(("general.architecture", "general.name", "megaback.")):
+                facts[key.rpartition(".")[2]] = stored.contents()
+        facts["tensors"] = len(reader.tensors)
+        checked = "its metadata and where its tensors lie"
+    if verify:
+        _require_sum(path)
+        checked = f"by its hash in {_GGUF_SUMS}"
+    return Artefact(
+        "model for llama.cpp (--to gguf)",
+        path,
+        facts,
+        checked,
+        {f"llama-cli -m {shlex.quote(str(path))}": "reads ids in the model's order"},
+    )
+
+
+def _require_sum(path: Path) -> None:
+    from megaback.tensor_file import size_and_hash
+
+    sums = path.with_name(_GGUF_SUMS)
+    if not sums.is_file():
+        raise CheckpointMissingError(f"{sums} is not there, so {path.name} cannot be verified")
+    expected = dict(line.split()[::-1] for line in sums.read_text(encoding="utf-8").splitlines())
+    if expected.get(path.name) != size_and_hash(path)[1]:
+        raise CheckpointCorruptError(
+            f"{path} is not the file that was written; convert the model again"
+        )
+
+
+def _require_size(path: Path, expected_bytes: int, error: type[MegabackError], advice: str) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != expected_bytes:
+        what = "is missing" if found is None else f"has {found:,} bytes, not {expected_bytes:,}"
+        raise error(f"{path} {what}; restore it, or {advice}")
+
+
+def _config_json(folder: Path, verify: bool) -> Artefact:
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise CheckpointCorruptError(
+            f"{folder / 'config.json'} is cut short; convert the model again"
+        ) from None
+    return _model(folder, verify)
+
+
+# The file by which a folder is told: the most telling first.
+_FOLDERS: dict[str, Callable[[Path, bool], Artefact]] = {
+    MANIFEST_NAME: _data_set,
+    "meta.json": _checkpoint,
+    CONFIG_COPY_NAME: _run,
+    "config.json": _config_json,
+    _GGUF_NAME: _gguf,
+    PLAN_NAME: _unfinished,
+    "checkpoints": lambda folder, verify: _checkpoints(folder / "checkpoints", verify),
+    "latest": _checkpoints,
+    TOKENIZER_NAME: _tokenizer,
+}
