@@ -39,7 +39,6 @@ AttentionBackend = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 """(query_THD, key_TKD, value_TKD, segments) -> attended_THD"""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # its splits differ in every batch
 def sdpa_attention(
     query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, segments: Segments
 ) -> Tensor:
@@ -64,7 +63,6 @@ def sdpa_attention(
     return torch.cat(attended, dim=1).transpose(0, 1)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def flash_attention(
     query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, segments: Segments
 ) -> Tensor:

@@ -33,6 +33,7 @@ def start_engine(
     )
     attach_shards(optimizer, engine.optimizer, config.zero.stage, engine.device)
     if config.training.compile:
+        model.leave_attention_uncompiled()
         engine.compile()
     return engine
 

@@ -158,7 +158,10 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: ModelSection, vocab_size: int, backend: AttentionBackend) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, shape.width)
+        # Zeros until `initialize` or loading: on the meta device, what nn.Embedding does would
+        # load the compiler.
+        zeros_VD = torch.zeros(vocab_size, shape.width)
+        self.embed_tokens = nn.Embedding.from_pretrained(zeros_VD, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Block(shape, backend) for _ in range(shape.num_layers))
         self.norm = RMSNorm(shape.width, shape.norm_epsilon)
 
@@ -192,6 +195,15 @@ class ReverseGPT(nn.Module):
         for module in self.modules():
             if isinstance(module, RMSNorm | Attention | GatedMLP):
                 module.elementwise = call
+
+    def leave_attention_uncompiled(self) -> None:
+        """Before compiling the model: segments differ in every batch.
+
+        Not when attention is imported, as that would load the compiler for those who only write.
+        """
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = torch.compiler.disable(module.backend)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

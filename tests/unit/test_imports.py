@@ -150,3 +150,21 @@ def test_every_file_can_be_read_in_one_sitting(package: str) -> None:
     }
 
     assert {name: lines for name, lines in lengths.items() if lines >= MOST_LINES} == {}
+
+
+def test_a_model_that_only_writes_loads_no_compiler(tmp_path: Path) -> None:
+    """Which takes most of a second."""
+    code = """
+import torch
+import megaback.infill, megaback.writer
+from megaback.config import ModelSection
+from megaback.model import ReverseGPT
+from megaback.sampler import Sampler
+with torch.device("meta"):
+    model = ReverseGPT(ModelSection(num_layers=1, width=8, num_heads=1).resolved(), 16)
+model.to_empty(device="cpu").initialize(0)
+Sampler(model, 8).read([1, 2])
+"""
+    loaded, _ = loaded_by(code, tmp_path)
+    assert "torch" in loaded
+    assert "torch._dynamo" not in loaded

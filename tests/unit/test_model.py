@@ -302,3 +302,21 @@ def test_flash_attention_that_was_asked_for_and_cannot_be_used_is_an_error() -> 
 @pytest.mark.parametrize("name", ["auto", "sdpa"])
 def test_attention_on_a_cpu_is_sdpa_and_says_so(name: str) -> None:
     assert attention_backend(name, CPU, torch.float32, 64) == ("sdpa", sdpa_attention)
+
+
+def test_a_compiled_model_is_compiled_once_whatever_its_segments_are() -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = make_model(num_layers=1)
+    expected = [model.logits(random_ids(12), *packed(*lengths)) for lengths in ((5, 7), (2, 9, 1))]
+    model.leave_attention_uncompiled()
+    compiled = torch.compile(model.logits, backend=count)
+    first = compiled(random_ids(12), *packed(5, 7))
+    num_graphs = len(graphs)
+    second = compiled(random_ids(12), *packed(2, 9, 1))
+    assert len(graphs) == num_graphs > 1
+    torch.testing.assert_close([first, second], expected)
