@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from data_pipeline.command import Command
+from data_pipeline.durations import duration
 from data_pipeline.errors import CheckpointMissingError
 from launcher.run_folder import jobs_of, read_progress, read_submissions
 from launcher.slurm_commands import Job, find_job
@@ -161,22 +162,10 @@ def _cells(row: Row) -> tuple[str, ...]:
         str(row.restarts),
         step,
         "-" if row.loss is None else f"{row.loss:.4f}",
-        _duration(row.to_train_s),
-        _duration(row.job_left_s),
+        duration(row.to_train_s),
+        duration(row.job_left_s),
         row.why or "",
     )
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24}d{hours % 24:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s"
 
 
 @click.command(cls=Command, name="jobs")

@@ -17,6 +17,8 @@ _COMMANDS: _Commands = {
     "jobs": ("launcher.jobs", "Show runs, their Slurm jobs, and how far they are."),
     "train": ("launcher.train", "Train on this machine or on several, through DeepSpeed."),
     "doctor": ("launcher.doctor", "Say what works on this machine, and how to mend the rest."),
+    "plot": ("tools.plot", "Draw the curves of runs, several over each other."),
+    "status": ("tools.status", "Say where a run stands, how it got there and when it ends."),
     "watch": ("tools.watch", "Say whether a run is well, slow, stuck or dead, and why."),
     "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
     "inspect": ("tools.look", "Say what a path is, whether it is whole, and what made it."),

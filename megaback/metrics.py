@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipeline.command import write_text
-from data_pipeline.errors import BackendError
+from data_pipeline.errors import BackendError, CheckpointCorruptError
 from megaback.config import Config
 
 METRICS_NAME = "metrics.jsonl"
@@ -24,13 +24,23 @@ _WANDB_ID_NAME = "wandb_id.txt"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; a last line that a kill cut short is left out."""
+    """The lines of a run's metrics; a last line that a kill cut short is left out.
+
+    Raises CheckpointCorruptError for lines that are not of a run.
+    """
     lines: list[dict[str, Any]] = []
-    for line in (run / METRICS_NAME).read_text(encoding="utf-8").splitlines():
+    path = run / METRICS_NAME
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise CheckpointCorruptError(
+                f"{path}:{number} is not of this version of megaback, or damaged; look at the run "
+                "with the version that wrote it"
+            )
+        lines.append(line)
     return lines
 
 

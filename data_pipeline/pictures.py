@@ -1,0 +1,54 @@
+"""What all pictures share: matplotlib, which is an extra, and files that appear whole."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipeline.command import replacing
+from data_pipeline.errors import BackendError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEXT_COLOUR = "#333333"
+GRID_COLOUR = "#dddddd"
+_DOTS_PER_INCH = 150
+
+
+def require_matplotlib(what: str, otherwise: str = "") -> None:
+    """Raises BackendError when matplotlib, which `what` needs, is not installed.
+
+    `otherwise` says what can be done without it.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise BackendError(
+            f"{what} needs matplotlib, which is not installed; "
+            f"install it with `pip install 'megaback[plot]'`{otherwise}"
+        ) from None
+
+
+def new_figure(width_inches: float, height_inches: float) -> "Figure":
+    """An empty figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Not pyplot, which keeps figures in a global list and may look for a display.
+    figure = Figure(figsize=(width_inches, height_inches), dpi=_DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_of(figure: "Figure") -> bytes:
+    """The figure as a PNG. The same figure gives the same bytes."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def write_picture(figure: "Figure", path: Path) -> None:
+    """Write a PNG, whole or not at all. Raises OSError."""
+    picture = png_of(figure)
+    with replacing(path) as file:
+        file.write(picture)

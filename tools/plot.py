@@ -1,0 +1,109 @@
+"""`megaback plot`: loss, learning rate, gradient norm and throughput of runs, over each other.
+
+A PNG, and one HTML page that needs nothing beside it: the same picture, a table of the runs, and
+what their configs do not have in common.
+"""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import click
+
+from data_pipeline.command import Command, write_text
+from data_pipeline.errors import CheckpointMissingError
+from data_pipeline.pictures import require_matplotlib, write_picture
+from tools.curve_picture import COLOURS, Look, curves_figure, svg_of
+from tools.run_curves import Axis, RunCurves, differences, names_of, read_curves
+
+_SMOOTHED_SHARE = 50
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 1200px; margin: 2em auto; }
+svg { width: 100%; height: auto; }
+table { border-collapse: collapse; margin: 1.5em 0; }
+th, td { padding: .3em .9em; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em; }
+"""
+
+
+def draw(runs: Sequence[Path], out: Path, axis: Axis, smooth: int | None, log: bool) -> list[Path]:
+    """Write `out.png` and `out.html`. Raises what `read_curves` does, and CheckpointMissingError
+    when there is nothing to draw."""
+    require_matplotlib("megaback plot")
+    curves = [read_curves(run, axis, name) for run, name in zip(runs, names_of(runs), strict=True)]
+    longest = max(one.num_steps for one in curves)
+    if not longest:
+        names = ", ".join(map(str, runs))
+        raise CheckpointMissingError(f"{names}: no step is done yet; try again later")
+    look = Look(axis, max(1, longest // _SMOOTHED_SHARE) if smooth is None else smooth, log)
+    figure = curves_figure(curves, look)
+    picture, page = out.with_suffix(".png"), out.with_suffix(".html")
+    write_picture(figure, picture)
+    write_text(page, page_of(svg_of(figure), curves, differences(runs)))
+    return [picture, page]
+
+
+def page_of(svg: str, curves: Sequence[RunCurves], unequal: Sequence[tuple[str, list[str]]]) -> str:
+    """One HTML page that loads nothing."""
+    title = escape(", ".join(one.name for one in curves))
+    rows = [_row(one, COLOURS[number % len(COLOURS)]) for number, one in enumerate(curves)]
+    heads = ("run", "steps", "loss", "val loss", "lowest val loss", "tokens/s", "starts")
+    parts = [
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
+        f"<style>{_STYLE}</style></head><body>{svg}",
+        _table(heads, rows),
+    ]
+    if unequal:
+        names = ("what differs", *(escape(one.name) for one in curves))
+        cells = [[escape(key), *map(escape, values)] for key, values in unequal]
+        parts.append(_table(names, cells))
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def _row(run: RunCurves, colour: str) -> list[str]:
+    losses, speeds = run.val_loss.values, run.tokens_per_s.values
+    last = run.loss.values[-max(1, len(run.loss.values) // _SMOOTHED_SHARE) :]
+    return [
+        f'<i style="background:{colour}"></i>{escape(run.name)}',
+        f"{run.num_steps:,}",
+        f"{last.mean():.4f}" if len(last) else "–",
+        f"{losses[-1]:.4f}" if len(losses) else "–",
+        f"{losses.min():.4f}" if len(losses) else "–",
+        f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if len(speeds) else "–",
+        str(len(run.restarts) + 1),
+    ]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table><tr>{head}</tr>\n{body}</table>"
+
+
+@click.command(cls=Command, name="plot")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("curves"),
+    show_default=True,
+    help="Without suffix: OUT.png and OUT.html are written.",
+)
+@click.option(
+    "--by", "axis", type=click.Choice(["step", "tokens", "time"]), default="step", show_default=True
+)
+@click.option(
+    "--smooth",
+    type=click.IntRange(min=1),
+    help="The mean of so many steps; default: a fiftieth of the longest run's.",
+)
+@click.option("--log", is_flag=True, help="A logarithmic axis of steps, tokens or time.")
+def main(runs: tuple[Path, ...], out: Path, axis: Axis, smooth: int | None, log: bool) -> None:
+    """Draw the curves of runs, several over each other."""
+    for path in draw(runs, out, axis, smooth, log):
+        click.echo(path)
+
+
+if __name__ == "__main__":
+    main()

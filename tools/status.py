@@ -1,0 +1,214 @@
+"""`megaback status`: where a run stands, how it got there, and when it ends, on one screen.
+
+It reads the run's folder alone; whether a run that has not ended is well is what `megaback watch`
+says.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_pipeline.command import Command
+from data_pipeline.durations import duration
+from data_pipeline.errors import CheckpointCorruptError
+from megaback.exit_record import read_history
+from megaback.metrics import METRICS_NAME, read_metrics
+from tools.watch import Health, look
+
+_RECENT_STEPS = 50
+_MOST_EVENTS = 12
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A measurement of the whole val set."""
+
+    step: int
+    loss: float | None
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a run's folder says; None is what nobody knows yet."""
+
+    run: str
+    health: Health
+    step: int
+    total_steps: int | None
+    tokens_seen: int
+    loss: float | None
+    """The mean of the last steps that were learnt from."""
+    validation: Validation | None
+    best_validation: Validation | None
+    tokens_per_s: float | None
+    left_s: float | None
+    """At the pace of the last steps; 0 for a run that is finished."""
+    skipped: dict[int, str]
+    """Steps that changed no weights, and why."""
+    left_out_steps: int
+    """Passed over by a rollback."""
+    checkpoints: list[int]
+    """Steps of the complete ones."""
+    checkpoint_age_s: float | None
+    history: list[dict[str, Any]]
+    """Starts, ends and whatever else was noted, oldest first."""
+
+
+def status_of(run: Path, now: float) -> Status:
+    """Raises CheckpointMissingError where no run is, CheckpointCorruptError for another version."""
+    lines = read_metrics(run) if (run / METRICS_NAME).is_file() else []
+    try:
+        health = look(run, now)
+        return _status(run, health, lines, read_history(run), now)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointCorruptError(
+            f"{run / METRICS_NAME} is not of this version of megaback, or damaged ({error}); look "
+            "at the run with the version that wrote it"
+        ) from None
+
+
+def _status(
+    run: Path,
+    health: Health,
+    lines: Sequence[Mapping[str, Any]],
+    history: list[dict[str, Any]],
+    now: float,
+) -> Status:
+    steps = [line for line in lines if "learning_rate" in line]
+    learnt = [line["loss"] for line in steps if "skipped" not in line and line["loss"] is not None]
+    validations = [
+        Validation(line["step"], line["val_loss"], line["val_bits_per_byte"])
+        for line in lines
+        if "val_loss" in line
+    ]
+    measured = [one for one in validations if one.loss is not None]
+    totals = [line["total_steps"] for line in history if line.get("total_steps") is not None]
+    step = max((line["step"] for line in lines), default=0)
+    recent = steps[-_RECENT_STEPS:]
+    step_s = statistics.median(line["step_s"] for line in recent) if recent else None
+    left_s = None
+    if health.state == "finished":
+        left_s = 0.0
+    elif totals and step_s is not None:
+        left_s = max(totals[-1] - step, 0) * step_s
+    complete = sorted((run / "checkpoints").glob("step-*/meta.json"))
+    return Status(
+        run=str(run),
+        health=health,
+        step=step,
+        total_steps=totals[-1] if totals else None,
+        tokens_seen=steps[-1]["tokens_seen"] if steps else 0,
+        loss=statistics.fmean(learnt[-_RECENT_STEPS:]) if learnt else None,
+        validation=validations[-1] if validations else None,
+        best_validation=min(measured, key=lambda one: (one.loss or 0.0, one.step), default=None),
+        tokens_per_s=(
+            statistics.median(line["tokens_per_s"] for line in recent) if recent else None
+        ),
+        left_s=left_s,
+        skipped={line["step"]: line["skipped"] for line in steps if "skipped" in line},
+        left_out_steps=sum("left_out" in line for line in lines),
+        checkpoints=[int(path.parent.name.removeprefix("step-")) for path in complete],
+        checkpoint_age_s=now - complete[-1].stat().st_mtime if complete else None,
+        history=history,
+    )
+
+
+def screen(status: Status, now: float) -> str:
+    """The status for people."""
+    health = status.health
+    rows = [("state", f"{health.state}: {health.reason}"), ("step", _steps(status))]
+    if status.loss is not None:
+        rows.append(("loss", f"{status.loss:.4f} nats/token over the last steps"))
+    if status.validation is not None:
+        rows.append(("val loss", _validations(status)))
+    if status.tokens_per_s is not None:
+        rows.append(("pace", f"{status.tokens_per_s:,.0f} tokens/s"))
+    if status.left_s:
+        rows.append(("left", _left(status, now)))
+    if status.checkpoints:
+        age = (
+            "" if status.checkpoint_age_s is None else f", {duration(status.checkpoint_age_s)} old"
+        )
+        kept = f"; {len(status.checkpoints)} are kept" if len(status.checkpoints) > 1 else ""
+        rows.append(("checkpoint", f"step {status.checkpoints[-1]:,}{age}{kept}"))
+    if status.skipped:
+        last, why = list(status.skipped.items())[-1]
+        count = len(status.skipped)
+        rows.append(("skipped", f"{count} step{'s' * (count > 1)}; the last is {last:,}: {why}"))
+    if status.left_out_steps:
+        rows.append(("left out", f"{status.left_out_steps:,} steps, by megaback rollback"))
+    lines = [status.run, *(f"  {name:<11}{text}" for name, text in rows), "history"]
+    hidden = len(status.history) - _MOST_EVENTS
+    if hidden > 0:
+        lines.append(f"  … {hidden} earlier ones in history.jsonl")
+    lines += [f"  {_event(line)}" for line in status.history[-_MOST_EVENTS:]]
+    return "\n".join(lines)
+
+
+def _steps(status: Status) -> str:
+    share = ""
+    if status.total_steps:
+        share = f" of {status.total_steps:,} ({status.step / status.total_steps:.1%})"
+    return f"{status.step:,}{share}, {status.tokens_seen:,} tokens"
+
+
+def _validations(status: Status) -> str:
+    last, best = status.validation, status.best_validation
+    assert last is not None
+    loss = "not finite" if last.loss is None else f"{last.loss:.4f} nats/token"
+    bits = "" if last.bits_per_byte is None else f", {last.bits_per_byte:.4f} bits/byte"
+    lowest = ""
+    if best is not None and best.step != last.step:
+        lowest = f"; lowest {best.loss:.4f} at step {best.step:,}"
+    return f"{loss}{bits} at step {last.step:,}{lowest}"
+
+
+def _left(status: Status, now: float) -> str:
+    assert status.left_s is not None
+    if status.health.state in ("stopped", "dead"):
+        return f"{duration(status.left_s)} of training, once it goes on"
+    return f"{duration(status.left_s)}; ends about {_at(now + status.left_s)}"
+
+
+def _event(line: Mapping[str, Any]) -> str:
+    event = line.get("event")
+    if event == "start":
+        what = (
+            f"started at step {line.get('step', 0):,} on {line.get('world_size')} ranks, "
+            f"ZeRO {line.get('zero_stage')}"
+        )
+    elif event == "exit":
+        what = f"ended with code {line.get('code')} ({line.get('kind')}): {line.get('reason')}"
+    else:
+        known = ("event", "time", "host", "job")
+        facts = ", ".join(f"{key} {value}" for key, value in line.items() if key not in known)
+        what = f"{event} {facts}".strip()
+    when = _at(line["time"]) if "time" in line else "-"
+    job = "" if line.get("job") is None else f", job {line['job']}"
+    return f"{when}  {what} ({line.get('host')}{job})"
+
+
+def _at(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+@click.command(cls=Command, name="status")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def main(run: Path, as_json: bool) -> None:
+    """Say where RUN stands, how it got there, and when it ends."""
+    now = time.time()
+    status = status_of(run, now)
+    click.echo(json.dumps(asdict(status)) if as_json else screen(status, now))
+
+
+if __name__ == "__main__":
+    main()
