@@ -44,8 +44,9 @@ def build(out: Path, prose: str, rows: str, rows_val: str) -> None:
         )
 
 
-def train(out: Path, config: Path) -> None:
-    """Two bases, and the two models that are fine-tuned."""
+def train(out: Path, config: Path, steps: int | None) -> None:
+    """Two bases, and the two models that are fine-tuned; `steps` of each, or the config's."""
+    length = () if steps is None else (f"training.steps={steps}",)
     prose, instruct = f"data.shards={out / 'prose'}", f"data.shards={out / 'instruct'}"
     for name, *words in (
         ("backward", prose),
@@ -55,7 +56,7 @@ def train(out: Path, config: Path) -> None:
     ):
         model = out / "models" / name
         if not (model / "config.json").exists():
-            run("train", str(config), f"run={out / name}", *words)
+            run("train", str(config), f"run={out / name}", *length, *words)
             run("convert", str(out / name), "--to", "full", "--out", str(model))
 
 
@@ -148,10 +149,19 @@ def examples(out: Path) -> Iterator[str]:
 @click.option("--rows-val", required=True, help="Held-out instruction rows.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--config", type=click.Path(path_type=Path), default=CONFIG, help="What is trained.")
-def main(prose: str, prose_val: str, rows: str, rows_val: str, out: Path, config: Path) -> None:
+@click.option("--steps", type=click.IntRange(min=1), help="Of each run; default: the config's 500.")
+def main(
+    prose: str,
+    prose_val: str,
+    rows: str,
+    rows_val: str,
+    out: Path,
+    config: Path,
+    steps: int | None,
+) -> None:
     """Build, train, measure, and print the tables."""
     build(out, prose, rows, rows_val)
-    train(out, config)
+    train(out, config, steps)
     found = evaluate(out, rows_val, prose_val)
     for line in (*table(out, found), "", *examples(out)):
         click.echo(line)
