@@ -3,6 +3,7 @@
 What DeepSpeed gets wrong by itself is set right here: see docs/decisions/0003-deepspeed.md.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ def start_engine(
     """Hand the model to DeepSpeed: sharding, precision, accumulation, clipping, compilation."""
     import deepspeed
 
+    _import_deepspeed_muon()
     matrix_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     named = model.named_parameters()
     optimizer = build_optimizer(named, config.model, config.optimizer, matrix_dtype)
@@ -36,6 +38,22 @@ def start_engine(
         model.leave_attention_uncompiled()
         engine.compile()
     return engine
+
+
+def _import_deepspeed_muon() -> None:
+    """Import DeepSpeed's own Muon without compiling it.
+
+    DeepSpeed does it at every start, whatever the optimizer is, and loads all of PyTorch's compiler
+    for it, which takes a second. It is never called: our Muon is another (`optimizers.py`).
+    """
+    from deepspeed.runtime import compiler
+
+    usual = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = usual
 
 
 def deepspeed_config(

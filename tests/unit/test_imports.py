@@ -5,12 +5,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from megaback.cli import command_modules
+from megaback.cli import main as megaback_command
 
 ROOT = Path(__file__).parents[2]
 ALLOWED = {
@@ -101,20 +103,42 @@ def test_every_command_lives_in_one_of_the_four_packages() -> None:
     assert {module.split(".")[0] for module in COMMANDS.values()} <= set(ALLOWED)
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_importing_it_loads_no_torch(module: str, tmp_path: Path) -> None:
-    modules, _ = loaded_by(f"import {module}", tmp_path)
+def first_with_torch(steps: Iterable[str], step: str, tmp_path: Path) -> list[str]:
+    """Does a step for each of some words in one fresh interpreter; the first that loads torch."""
+    code = f"""
+import importlib, sys
+from contextlib import suppress
+from megaback.cli import main
+for words in {list(steps)!r}:
+    {step}
+    if {{"torch", "deepspeed"}} & sys.modules.keys():
+        sys.modules[f"culprit {{words}}"] = None
+        break
+    sys.modules[f"done {{words}}"] = None
+"""
+    modules, _ = loaded_by(code, tmp_path)
+    assert len([name for name in modules if name.startswith(("culprit ", "done "))]) > 0
+    culprits = [name for name in modules if name.startswith("culprit ")]
+    missing = [words for words in steps if f"done {words}" not in modules]
+    return culprits or missing
 
-    assert module in modules
-    assert not modules & {"torch", "deepspeed"}
+
+def test_the_launcher_and_the_data_pipeline_load_no_torch(tmp_path: Path) -> None:
+    assert first_with_torch(WITHOUT_TORCH, "importlib.import_module(words)", tmp_path) == []
 
 
-@pytest.mark.parametrize("words", ["", "shards", "tokenizer", *COMMANDS])
-def test_help_loads_no_torch(words: str, tmp_path: Path) -> None:
-    modules, _ = loaded_by(help_of(words), tmp_path)
+def test_help_loads_no_torch(tmp_path: Path) -> None:
+    asking = "with suppress(SystemExit): main([*words.split(), '--help'])"
 
-    assert "megaback.cli" in modules
-    assert not modules & {"torch", "deepspeed"}
+    assert first_with_torch(["", "shards", "tokenizer", *COMMANDS], asking, tmp_path) == []
+
+
+def test_a_command_that_loads_torch_is_found(tmp_path: Path) -> None:
+    loading = ["click", "torch.version", "json"]
+
+    assert first_with_torch(loading, "importlib.import_module(words)", tmp_path) == [
+        "culprit torch.version"
+    ]
 
 
 def test_the_help_of_megaback_takes_less_than_half_a_second(tmp_path: Path) -> None:
@@ -128,12 +152,9 @@ def test_every_command_is_also_its_module(words: str, module: str) -> None:
     as_module = subprocess.run(
         [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60
     )
-    as_command = subprocess.run(
-        [sys.executable, "-m", "megaback", *words.split(), "--help"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    # As wide as click takes a terminal that is none.
+    arguments = [*words.split(), "--help"]
+    as_command = CliRunner().invoke(megaback_command, arguments, terminal_width=78)
 
     def body(text: str) -> str:
         return re.sub(r"^Usage: .*? \[OPTIONS\]", "", text)
@@ -150,6 +171,28 @@ def test_every_file_can_be_read_in_one_sitting(package: str) -> None:
     }
 
     assert {name: lines for name, lines in lengths.items() if lines >= MOST_LINES} == {}
+
+
+def test_training_that_does_not_compile_loads_none_of_what_compiles(tmp_path: Path) -> None:
+    """DeepSpeed's Muon would, at every start: a second of every rank."""
+    code = """
+from megaback.config import Config
+from megaback.distributed import start_world
+from megaback.engine import start_engine
+from megaback.model import ReverseGPT
+config = Config.model_validate({
+    "run": "run", "data": {"shards": "shards"},
+    "model": {"num_layers": 1, "width": 8, "num_heads": 1},
+    "batch": {"context_tokens": 8, "global_batch_rows": 1, "micro_batch_rows": 1},
+    "optimizer": {"learning_rate": 1e-3}, "training": {"steps": 1, "precision": "fp32"},
+    "zero": {"stage": 3},
+})
+start_world("cpu", 60)
+start_engine(ReverseGPT(config.model, 16), config, 1, 1)
+"""
+    loaded, _ = loaded_by(code, tmp_path)
+    assert "deepspeed.runtime.zero.stage3" in loaded
+    assert "torch._inductor.compile_fx" not in loaded
 
 
 def test_a_model_that_only_writes_loads_no_compiler(tmp_path: Path) -> None:
