@@ -147,6 +147,12 @@ class PreflightError(MegabackError):
     exit_code = 52
 
 
+class ServeError(MegabackError):
+    """A server cannot be started: its address is taken, or open to others without a token."""
+
+    exit_code = 60
+
+
 class StorageError(MegabackError):
     """The operating system refused a read or a write: disk full, read-only, not permitted."""
 

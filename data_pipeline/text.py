@@ -134,6 +134,8 @@ class Prompt:
     ids: list[int]
     first_ids: npt.NDArray[np.int64]
     end_id: int
+    held_back: bytes = b""
+    """Bytes of the given text that are not in `ids`, and that the first new id brings back."""
 
 
 class TextCodec:
@@ -207,7 +209,7 @@ class TextCodec:
 
     def encode_all(self, texts: Sequence[str]) -> list[Ids]:
         """`encode` of each text, faster; best given what `encoder.in_batches` groups."""
-        if self._reverses_words:
+        if self.reverses_words:
             texts = [reverse_words(text) for text in texts]
         self._characters_before_fastest -= sum(map(len, texts))
         encoder = self._reference if self._characters_before_fastest > 0 else self._fastest
@@ -217,7 +219,7 @@ class TextCodec:
             next(ids_of_plain) if is_plain else self._encode_spelled(text, encoder)
             for text, is_plain in zip(texts, are_plain, strict=True)
         ]
-        return [ids[::-1] for ids in ids_of_texts] if self._reverses_ids else ids_of_texts
+        return [ids[::-1] for ids in ids_of_texts] if self.reverses_ids else ids_of_texts
 
     def encode_document(self, text: str) -> Ids:
         """Ids of a whole document between its begin and end markers: shape (tokens + 2,)."""
@@ -239,18 +241,25 @@ class TextCodec:
         Control ids have no text. Ids that end within a character, as a sample may, give U+FFFD
         for its bytes. Always pass all ids of a text: a part of a character cannot be rendered.
         """
-        ordered = reversed(ids) if self._reverses_ids else ids
+        ordered = reversed(ids) if self.reverses_ids else ids
         raw = b"".join([self._piece_bytes[int(piece_id)] for piece_id in ordered])
         try:
             text = raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             text = raw.decode("utf-8", "replace")
-        return reverse_words(text) if self._reverses_words else text
+        return reverse_words(text) if self.reverses_words else text
 
     def piece(self, piece_id: int) -> str:
         """The spelling of an id, for people to look at."""
         spelling: str = self._processor.id_to_piece(piece_id)
         return spelling
+
+    def piece_bytes(self, piece_id: int) -> bytes:
+        """The text that an id stands for, in UTF-8; maybe a part of a character; b"" for control.
+
+        Of a model that reverses words, it is text whose words are in the model's order.
+        """
+        return self._piece_bytes[piece_id]
 
     def piece_num_bytes(self) -> npt.NDArray[np.int64]:
         """Bytes of text that each id stands for, 0 for control ids: shape (vocab_size,)."""
@@ -269,12 +278,13 @@ class TextCodec:
         writable = self.writable_ids(self.end_id)
         if len(ids) == 1:
             return Prompt(ids, writable, self.end_id)
-        if self._reverses_words:
+        if self.reverses_words:
             first = [i for i in writable if self._piece_bytes[i][:1].isspace() or i == self.end_id]
         else:
             held_back = self._piece_bytes[ids.pop()]
-            contains = bytes.endswith if self._reverses_ids else bytes.startswith
+            contains = bytes.endswith if self.reverses_ids else bytes.startswith
             first = [i for i in writable if contains(self._piece_bytes[i], held_back)]
+            return Prompt(ids, np.array(first, dtype=np.int64), self.end_id, held_back)
         return Prompt(ids, np.array(first, dtype=np.int64), self.end_id)
 
     def writable_ids(self, end_id: int) -> npt.NDArray[np.int64]:
@@ -287,11 +297,11 @@ class TextCodec:
         return np.array(allowed, dtype=np.int64)
 
     @property
-    def _reverses_words(self) -> bool:
+    def reverses_words(self) -> bool:
         return self.format.direction is Direction.BACKWARD and self.format.unit is Unit.WORD
 
     @property
-    def _reverses_ids(self) -> bool:
+    def reverses_ids(self) -> bool:
         return self.format.direction is Direction.BACKWARD and self.format.unit is Unit.TOKEN
 
     @cached_property

@@ -2,18 +2,44 @@
 
 Memory is laid out once, for all rows and the whole context. A row's tokens end at `stop`, which all
 rows share, and begin wherever their number lets them: so a step writes one slot for all rows, and
-rows of different lengths need a mask.
+rows of different lengths need a mask. (For rows that come and go, see `slots.py`.)
 
 Shapes: B rows, K key and value heads, S slots, E head dimension, T tokens of one row.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 LayerState = tuple[Tensor, Tensor]
 """One layer's keys and values of one row: each of shape (K, T, E)."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a step over all rows reads and writes."""
+
+    layers: list[LayerState]
+    """Each layer's keys and values up to the token at hand: each of shape (B, K, S, E)."""
+    place: tuple[Any, Any, Any]
+    """Where in these the token's keys and values go: an index that leaves (B, K, E)."""
+    visible: Tensor | None
+    """Which slots belong to each row: (B, 1, 1, S); None if all do."""
+
+
+class Cache(Protocol):
+    """What a sampler's step needs of a cache."""
+
+    lengths: list[int]
+    """How many tokens each row has read."""
+
+    def reach(self) -> Reach: ...
+
+    def advance(self) -> None:
+        """Count a token of every row, written where `reach` said."""
 
 
 class KeyValueCache:
@@ -65,6 +91,12 @@ class KeyValueCache:
         if min(self.lengths) < self.stop:
             begins_B = self.stop - torch.tensor(self.lengths, device=self._slots_S.device)
             self._visible_BS = self._slots_S >= begins_B[:, None]
+
+    def reach(self) -> Reach:
+        stop = self.stop + 1
+        layers = [(keys[:, :, :stop], values[:, :, :stop]) for keys, values in self.layers]
+        every = slice(None)
+        return Reach(layers, (every, every, self.stop), self.visible(stop))
 
     def advance(self) -> None:
         """Count a token that was written at `stop` of every row."""

@@ -3,7 +3,7 @@
 With a model that writes forward it is the other way round: responses to an instruction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from data_pipeline.chat_format import ChatFormat
@@ -73,26 +73,35 @@ def candidates_of_each(
         for sample, new_id in zip(samples, new_ids, strict=True):
             if new_id is not None:
                 sample.append(new_id)
-    different: dict[tuple[int, tuple[int, ...]], bool] = {}
+    different: list[dict[tuple[int, ...], float]] = [{} for _ in prompts]
     for number, sample in enumerate(samples):
-        is_complete = len(sample) < options.max_new_tokens
-        ids = (*sample, form.stop_id) if is_complete else tuple(sample)
-        different[number // count, ids] = is_complete
+        is_cut = len(sample) >= options.max_new_tokens
+        different[number // count][tuple(sample) if is_cut else (*sample, form.stop_id)] = 0.0
+    each = [(number, ids) for number, of_one in enumerate(different) for ids in of_one]
     likelihoods = log_probabilities(
-        model, [Continuation(prompts[number].ids, ids) for number, ids in different]
+        model, [Continuation(prompts[number].ids, ids) for number, ids in each]
     )
-    found: list[list[Candidate]] = [[] for _ in prompts]
-    for ((number, ids), is_complete), likelihood in zip(
-        different.items(), likelihoods, strict=True
-    ):
-        text = _written(form, [*prompts[number].ids, *ids])
-        found[number].append(Candidate(text, likelihood, len(ids), is_complete))
+    for (number, ids), likelihood in zip(each, likelihoods, strict=True):
+        different[number][ids] = likelihood
     return [
-        sorted(of_one, key=lambda one: (not one.is_complete, -one.log_probability))
-        for of_one in found
+        ranked(form, prompt.ids, of_one) for prompt, of_one in zip(prompts, different, strict=True)
     ]
 
 
-def _written(form: ChatFormat, ids: list[int]) -> str:
+def ranked(
+    form: ChatFormat, given: Sequence[int], likelihoods: Mapping[tuple[int, ...], float]
+) -> list[Candidate]:
+    """Candidates of ids that were written for what is given: those that were cut come last.
+
+    Ids of a candidate that the model ended have the end marker; likelihoods are log P in nats.
+    """
+    found = [
+        Candidate(_written(form, [*given, *ids]), likelihood, len(ids), ids[-1:] == (form.stop_id,))
+        for ids, likelihood in likelihoods.items()
+    ]
+    return sorted(found, key=lambda one: (not one.is_complete, -one.log_probability))
+
+
+def _written(form: ChatFormat, ids: Sequence[int]) -> str:
     parsed = form.parse(ids)
     return (parsed.instruction if form.writes_instruction else parsed.response) or ""

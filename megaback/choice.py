@@ -66,20 +66,26 @@ class Chooser:
 
     def choose(self, logits_BV: Tensor, rows: Sequence[int]) -> list[int]:
         """An id for each of these rows, from logits that may be -inf."""
-        options = self._options
-        if options.temperature == 0:
-            likeliest: list[int] = logits_BV.argmax(-1).tolist()
-            return likeliest
-        probabilities_BC, ids_BC = candidates(logits_BV, options)
-        # In float64 and with draws of 24 bits, a product below the sum stays below it.
-        sums_BC = probabilities_BC.double().cumsum(-1)
-        draws_B = [self._draws[row].random(dtype=np.float32) for row in rows]
-        draws_B1 = torch.tensor(draws_B, dtype=torch.float64, device=logits_BV.device)[:, None]
-        places_B1 = torch.searchsorted(sums_BC, draws_B1 * sums_BC[:, -1:], right=True)
-        if ids_BC is not None:
-            places_B1 = ids_BC.gather(-1, places_B1)
-        chosen: list[int] = places_B1[:, 0].tolist()
-        return chosen
+        return choose(logits_BV, self._options, [self._draws[row] for row in rows])
+
+
+def choose(
+    logits_BV: Tensor, options: SamplingOptions, draws: Sequence[np.random.Generator]
+) -> list[int]:
+    """An id for each row, from logits that may be -inf and each row's own stream of numbers."""
+    if options.temperature == 0:
+        likeliest: list[int] = logits_BV.argmax(-1).tolist()
+        return likeliest
+    probabilities_BC, ids_BC = candidates(logits_BV, options)
+    # In float64 and with draws of 24 bits, a product below the sum stays below it.
+    sums_BC = probabilities_BC.double().cumsum(-1)
+    draws_B = [draw.random(dtype=np.float32) for draw in draws]
+    draws_B1 = torch.tensor(draws_B, dtype=torch.float64, device=logits_BV.device)[:, None]
+    places_B1 = torch.searchsorted(sums_BC, draws_B1 * sums_BC[:, -1:], right=True)
+    if ids_BC is not None:
+        places_B1 = ids_BC.gather(-1, places_B1)
+    chosen: list[int] = places_B1[:, 0].tolist()
+    return chosen
 
 
 def candidates(logits_BV: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor | None]:

@@ -30,6 +30,7 @@ _COMMANDS: _Commands = {
     "eval": ("tools.evaluate", "Measure what a model can do, on held-out data."),
     "sample": ("tools.sample", "Write what comes before an ending."),
     "infill": ("tools.infill", "Write what comes between a beginning and an ending."),
+    "serve": ("tools.serve", "Serve a model to OpenAI's clients, and as a page."),
 }
 _GROUPS: dict[str, tuple[str, _Commands]] = {
     "tokenizer": (

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
-from megaback.cache import KeyValueCache, LayerState
+from megaback.cache import Cache, KeyValueCache, LayerState, Reach
 from megaback.model import Attention, Block, ReverseGPT, Rotary
 
 Product = Callable[[Tensor], Tensor]
@@ -57,6 +57,7 @@ class Sampler:
         self.shape = model.shape
         self.vocab_size = model.vocab_size
         self.context_tokens = context_tokens
+        self.num_parameters = model.num_parameters()
         weight = model.lm_head.weight
         self.device, self.dtype = weight.device, weight.dtype
         # On a CPU attention in bf16 is slower than in fp32, which the keys are computed in anyway.
@@ -104,61 +105,63 @@ class Sampler:
         def attend(_layer: int, query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
             key_KNE, value_KNE = key_NKE.transpose(0, 1), value_NKE.transpose(0, 1)
             kept.append((key_KNE.to(self.cache_dtype), value_KNE.to(self.cache_dtype)))
-            groups = query_NHE.shape[1] // key_NKE.shape[1]
-            return F.scaled_dot_product_attention(
-                query_NHE.transpose(0, 1)[None],
-                key_KNE.repeat_interleave(groups, dim=0)[None],
-                value_KNE.repeat_interleave(groups, dim=0)[None],
-                is_causal=True,
-            )[0].transpose(0, 1)
+            return _causal(query_NHE, key_NKE, value_NKE)
 
         if not ids:
             nothing = torch.zeros(self.shape.kv_heads, 0, self.shape.head_dim, device=self.device)
             return [(nothing, nothing)] * self.shape.num_layers
-        cos_TE, sin_TE = self._turns
-        turns = cos_TE[: len(ids)], sin_TE[: len(ids)]
-        self._hidden(torch.tensor(ids, device=self.device), turns, attend)
+        self._hidden_of_row(ids, attend)
         return kept
 
     @torch.inference_mode()
-    def step(self, ids: Sequence[int], cache: KeyValueCache) -> Tensor:
+    def log_probabilities(self, given: Sequence[int], written: Sequence[int]) -> Tensor:
+        """log P of all ids at each place of `written`, in nats: shape (written, V), on the CPU.
+
+        `given` is at least one id; both together, without the last, fit the context.
+        """
+
+        def attend(_layer: int, query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
+            return _causal(query_NHE, key_NKE, value_NKE)
+
+        hidden_ND = self._hidden_of_row([*given, *written][:-1], attend)
+        return self._head(hidden_ND[len(given) - 1 :]).float().log_softmax(-1).cpu()
+
+    @torch.inference_mode()
+    def step(self, ids: Sequence[int], cache: Cache) -> Tensor:
         """Read one more id of every row; logits of the next ones in fp32: shape (B, V)."""
         ids_B = torch.tensor(ids, device=self.device)
         positions_B = torch.tensor(cache.lengths, device=self.device)
-        if self._step is not None:
-            slot_1 = torch.tensor([cache.stop], device=self.device)
-            visible = cache.visible_of_all()
-            logits_BV: Tensor = self._step(ids_B, positions_B, cache.layers, slot_1, visible)
+        if self._step is not None and isinstance(cache, KeyValueCache):
+            slot = torch.tensor(cache.stop, device=self.device)
+            place = (slice(None), slice(None), slot)
+            reach = Reach(cache.layers, place, cache.visible_of_all())
+            logits_BV: Tensor = self._step(ids_B, positions_B, reach)
         else:
-            stop = cache.stop + 1
-            slot = slice(stop - 1, stop)
-            layers = [(keys[:, :, :stop], values[:, :, :stop]) for keys, values in cache.layers]
-            logits_BV = self._step_eagerly(ids_B, positions_B, layers, slot, cache.visible(stop))
+            logits_BV = self._step_eagerly(ids_B, positions_B, cache.reach())
         cache.advance()
         return logits_BV
 
-    def _step_eagerly(
-        self,
-        ids_B: Tensor,
-        positions_B: Tensor,
-        layers: list[LayerState],
-        slot: Tensor | slice,
-        visible_BS: Tensor | None,
-    ) -> Tensor:
+    def _step_eagerly(self, ids_B: Tensor, positions_B: Tensor, reach: Reach) -> Tensor:
         def attend(layer: int, query_BHE: Tensor, key_BKE: Tensor, value_BKE: Tensor) -> Tensor:
-            keys_BKSE, values_BKSE = layers[layer]
-            keys_BKSE[:, :, slot] = key_BKE[:, :, None].to(self.cache_dtype)
-            values_BKSE[:, :, slot] = value_BKE[:, :, None].to(self.cache_dtype)
+            keys_BKSE, values_BKSE = reach.layers[layer]
+            keys_BKSE[reach.place] = key_BKE.to(self.cache_dtype)
+            values_BKSE[reach.place] = value_BKE.to(self.cache_dtype)
             # Queries that share a key head take the place of a sequence of queries.
             query_BKGE = query_BHE.reshape(len(key_BKE), key_BKE.shape[1], -1, self.shape.head_dim)
             attended_BKGE = F.scaled_dot_product_attention(
-                query_BKGE.to(self.cache_dtype), keys_BKSE, values_BKSE, attn_mask=visible_BS
+                query_BKGE.to(self.cache_dtype), keys_BKSE, values_BKSE, attn_mask=reach.visible
             )
             return attended_BKGE.flatten(1, 2)
 
         cos_TE, sin_TE = self._turns
         turns = cos_TE[positions_B], sin_TE[positions_B]
         return self._head(self._hidden(ids_B, turns, attend)).float()
+
+    def _hidden_of_row(self, ids: Sequence[int], attend: _Attend) -> Tensor:
+        """Hidden states of a row that begins here: shape (N, D)."""
+        cos_TE, sin_TE = self._turns
+        turns = cos_TE[: len(ids)], sin_TE[: len(ids)]
+        return self._hidden(torch.tensor(ids, device=self.device), turns, attend)
 
     def _hidden(self, ids_N: Tensor, turns: tuple[Tensor, Tensor], attend: _Attend) -> Tensor:
         """Hidden states after the final norm: shape (N, D)."""
@@ -184,6 +187,17 @@ class Sampler:
             gate_NF, up_NF = layer.gate_up(normed_ND).chunk(2, dim=-1)
             hidden_ND = hidden_ND + layer.down(F.silu(gate_NF) * up_NF)
         return _normed(hidden_ND, self._norm_D, epsilon)
+
+
+def _causal(query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
+    """Attention of one row's tokens to themselves and to those before: shape (N, H, E)."""
+    groups = query_NHE.shape[1] // key_NKE.shape[1]
+    return F.scaled_dot_product_attention(
+        query_NHE.transpose(0, 1)[None],
+        key_NKE.transpose(0, 1).repeat_interleave(groups, dim=0)[None],
+        value_NKE.transpose(0, 1).repeat_interleave(groups, dim=0)[None],
+        is_causal=True,
+    )[0].transpose(0, 1)
 
 
 def _normed(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:

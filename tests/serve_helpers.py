@@ -1,0 +1,103 @@
+"""A server for tests: a tiny model behind real sockets, in a thread of this process."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+
+from data_pipeline.text import Direction, TextCodec, Unit
+from megaback.config import ModelSection
+from megaback.model import ReverseGPT
+from megaback.model_folder import ModelDescription, write_model_folder
+from tools.serve import listening_socket
+from tools.serving.app import make_app
+from tools.serving.connections import ImpatientConnection
+from tools.serving.engine import Engine
+from tools.serving.guard import Limits
+from tools.serving.metrics import Metrics
+from tools.serving.models import ServedModel, load_models
+from tools.serving.service import Service
+
+CONTEXT_TOKENS = 64
+SHAPE = ModelSection(num_layers=2, width=16, num_heads=2).resolved()
+
+
+def write_tiny_model(folder: Path, codec: TextCodec) -> Path:
+    """A model of random weights, larger than usual so that it is not equally sure of everything."""
+    model = ReverseGPT(SHAPE, codec.vocab_size)
+    model.initialize(1)
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    folder.mkdir(parents=True)
+    weights = dict(model.named_parameters())
+    write_model_folder(
+        folder,
+        ModelDescription(SHAPE, codec.vocab_size, CONTEXT_TOKENS, codec.format, 1, None),
+        {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
+        lambda name: weights[name].detach(),
+        codec.model_bytes,
+        1 << 30,
+    )
+    return folder
+
+
+def tiny_models(folder: Path, codec: Any, num_slots: int = 8) -> dict[str, ServedModel]:
+    """`tiny`, which writes backward, and `ahead`, which writes forward."""
+    backward = write_tiny_model(folder / "tiny", codec(Direction.BACKWARD, Unit.TOKEN))
+    forward = write_tiny_model(folder / "ahead", codec(Direction.FORWARD, Unit.TOKEN))
+    return load_models(backward, forward, torch.device("cpu"), torch.float32, num_slots)
+
+
+@dataclass
+class Running:
+    """A server that runs, and where."""
+
+    url: str
+    service: Service
+    server: uvicorn.Server
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **options)
+
+
+@contextmanager
+def serving(
+    models: dict[str, ServedModel],
+    limits: Limits | None = None,
+    *,
+    token: str | None = None,
+    is_loopback: bool = True,
+) -> Iterator[Running]:
+    """A server for as long as the block runs."""
+    limits = limits or Limits()
+    metrics = Metrics()
+    batches = {name: model.batch for name, model in models.items()}
+    service = Service(models, Engine(batches, limits.waiting_samples, metrics), limits, metrics)
+    config = uvicorn.Config(
+        make_app(service, token=token, is_loopback=is_loopback),
+        http=ImpatientConnection,
+        ws="none",
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+    listener = listening_socket("127.0.0.1", 0)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+    thread.start()
+    try:
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, server)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()

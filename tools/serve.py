@@ -1,0 +1,225 @@
+"""`megaback serve`: OpenAI's completions, and a page where words appear to the left."""
+
+import ipaddress
+import os
+import resource
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from data_pipeline.command import Command
+from data_pipeline.errors import BackendError, ServeError
+
+if TYPE_CHECKING:
+    from tools.serving.guard import Limits
+    from tools.serving.models import ServedModel
+
+TOKEN_VARIABLE = "MEGABACK_SERVE_TOKEN"  # noqa: S105 - a variable's name, not a token
+_FEWEST_TOKEN_CHARACTERS = 16
+_SMALLEST_SPARE_FILES = 4096
+
+
+def read_token(path: Path | None) -> str | None:
+    """The token of a file or, if none is named, of the environment.
+
+    Raises ServeError for one that is too short to be a secret, or that no header can carry.
+    """
+    if path is not None:
+        where, token = str(path), path.read_text(encoding="utf-8", errors="replace").strip()
+    elif TOKEN_VARIABLE in os.environ:
+        where, token = TOKEN_VARIABLE, os.environ[TOKEN_VARIABLE].strip()
+    else:
+        return None
+    is_plain = token.isascii() and token.isprintable() and " " not in token
+    if len(token) < _FEWEST_TOKEN_CHARACTERS or not is_plain:
+        raise ServeError(
+            f"the token in {where} is not {_FEWEST_TOKEN_CHARACTERS} or more visible ASCII "
+            "characters without spaces; write one with `openssl rand -hex 32`"
+        )
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Raises ServeError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ServeError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; "
+            "choose another --port or --host"
+        ) from None
+
+
+def _allow_many_files() -> None:
+    """As many open connections as the system lets this process have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, _SMALLEST_SPARE_FILES)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def run_server(
+    models: "dict[str, ServedModel]",
+    listener: socket.socket,
+    limits: "Limits",
+    token: str | None,
+    shutdown_s: float,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what runs, for `shutdown_s` at most."""
+    import uvicorn
+
+    from tools.serving.app import make_app
+    from tools.serving.connections import ImpatientConnection
+    from tools.serving.engine import Engine
+    from tools.serving.metrics import Metrics
+    from tools.serving.service import Service
+
+    host, port = listener.getsockname()[:2]
+    metrics = Metrics()
+    batches = {name: model.batch for name, model in models.items()}
+    service = Service(models, Engine(batches, limits.waiting_samples, metrics), limits, metrics)
+    config = uvicorn.Config(
+        make_app(service, token=token, is_loopback=is_loopback(host)),
+        http=ImpatientConnection,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(shutdown_s)),
+    )
+    # uvicorn hands a signal that it has obeyed on to who handled it before; that is not to end us.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    shown = f"[{host}]" if ":" in host else host
+    click.echo(f"{', '.join(models)}: http://{shown}:{port} (Ctrl-C ends)")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+@click.command(cls=Command, name="serve")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--forward",
+    type=click.Path(path_type=Path),
+    help="A second model, which writes forward, to be seen beside the first.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help=f"File with the token that clients must send; or set {TOKEN_VARIABLE}. Needed on any "
+    "address but loopback.",
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(1, 1024),
+    default=16,
+    show_default=True,
+    help="Samples that each model writes at once.",
+)
+@click.option(
+    "--most-tokens",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Of one sample.",
+)
+@click.option(
+    "--most-requests",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Answered or waiting at the same time.",
+)
+@click.option(
+    "--most-body-bytes", type=click.IntRange(min=1024), default=1 << 20, show_default=True
+)
+@click.option(
+    "--most-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Of one request; what is written by then is its answer.",
+)
+@click.option(
+    "--shutdown-seconds",
+    type=click.FloatRange(min=1),
+    default=30.0,
+    show_default=True,
+    help="What runs at a SIGTERM is finished within this time.",
+)
+@click.option(
+    "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
+)
+def main(
+    folder: Path,
+    forward: Path | None,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    slots: int,
+    most_tokens: int,
+    most_requests: int,
+    most_body_bytes: int,
+    most_seconds: float,
+    shutdown_seconds: float,
+    device: str | None,
+    dtype: str,
+) -> None:
+    """Serve the model in DIR to OpenAI's clients, and as a page to look at."""
+    token = read_token(token_file)
+    if token is None and not is_loopback(host):
+        raise ServeError(
+            f"{host} can be reached from other machines: name a file with a token by "
+            f"--token-file, or set {TOKEN_VARIABLE}; or use --host 127.0.0.1"
+        )
+    try:
+        import fastapi  # noqa: F401 - before a model is loaded for nothing
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise BackendError(
+            f"serving needs the package {error.name}; type pip install 'megaback[serve]'"
+        ) from None
+    _allow_many_files()
+    with listening_socket(host, port) as listener:
+        import torch
+
+        from megaback.writer import choose_device
+        from tools.serving.guard import Limits
+        from tools.serving.models import load_models
+
+        torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        models = load_models(folder, forward, choose_device(device), torch_dtype, slots)
+        limits = Limits(
+            body_bytes=most_body_bytes,
+            open_requests=most_requests,
+            waiting_samples=most_requests * 4,
+            tokens=most_tokens,
+            request_s=most_seconds,
+        )
+        run_server(models, listener, limits, token, shutdown_seconds)
+
+
+if __name__ == "__main__":
+    main()

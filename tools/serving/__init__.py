@@ -1,0 +1,1 @@
+"""What `megaback serve` is made of."""

@@ -1,0 +1,104 @@
+"""/v1/backchat and /v1/score: instructions for a response, and how likely texts are."""
+
+import math
+
+import torch
+
+from data_pipeline.errors import PromptError
+from data_pipeline.growing_text import sendable
+from megaback.batch import Sample
+from megaback.chat import ranked
+from tools.serving import wire
+from tools.serving.completions import chosen_seed, sampling_options
+from tools.serving.jobs import Job
+from tools.serving.models import ServedModel
+from tools.serving.problems import ProblemError
+from tools.serving.service import Service
+
+
+def _given(model: ServedModel, request: "wire.BackChatRequest | wire.ScoreRequest") -> str | None:
+    """What the texts are for. Raises ProblemError for what this model is not given."""
+    texts = {"response": request.response, "instruction": request.instruction}
+    name = "response" if model.writes_backward else "instruction"
+    other = next(key for key in texts if key != name)
+    if texts[other] is not None:
+        direction = model.codec.format.direction.value
+        raise ProblemError(400, f"{model.name} writes {direction}: give it {name}, not {other}")
+    text = texts[name]
+    if text is not None and not text.strip():
+        raise ProblemError(400, f"{name} is empty; give a text")
+    return None if text is None else text.strip()
+
+
+async def answer(service: Service, request: wire.BackChatRequest) -> wire.BackChat:
+    """Different samples for what is given, ended ones first, then the likeliest first."""
+    model = service.model(request.model)
+    given = _given(model, request)
+    if given is None:
+        name = "response" if model.writes_backward else "instruction"
+        raise ProblemError(400, f"{name} is missing; give a text")
+    seed = chosen_seed(request)
+    prompt = model.chat_prompt(given)
+    room = model.sampler.context_tokens - len(prompt.ids)
+    request = request.model_copy(update={"max_tokens": min(request.max_tokens, room)})
+    samples = [
+        Sample(prompt, sampling_options(request, seed + index, service.limits.tokens), 0)
+        for index in range(request.n)
+    ]
+    ids: list[list[int]] = [[] for _ in samples]
+    likelihoods = [0.0] * request.n
+    most_s = service.limits.request_s
+    with Job(service.engine, service.metrics, model.name, samples, most_s) as job:
+        async for index, step in job.steps():
+            ids[index].append(step.new_id)
+            likelihoods[index] += step.log_probability or 0.0
+    found = {tuple(one): likelihood for one, likelihood in zip(ids, likelihoods, strict=True)}
+    written = sum(map(len, ids))
+    return wire.BackChat(
+        model=model.name,
+        candidates=[
+            wire.Candidate(
+                text=sendable(one.text),
+                log_probability=one.log_probability,
+                tokens=one.tokens,
+                is_complete=one.is_complete,
+            )
+            for one in ranked(model.form, prompt.ids, found)
+        ],
+        usage=wire.Usage(
+            prompt_tokens=len(prompt.ids),
+            completion_tokens=written,
+            total_tokens=len(prompt.ids) + written,
+        ),
+        seed=seed,
+    )
+
+
+async def score(service: Service, request: wire.ScoreRequest) -> wire.Score:
+    """log P of whole texts and their ends, each alone."""
+    model = service.model(request.model)
+    given = _given(model, request)
+    scores: list[wire.TextScore] = []
+    for text in request.texts:
+        if given is None:
+            model.require_bytes(text)
+            whole = model.codec.encode_document(text).tolist()
+            read, written = whole[:1], whole[1:]
+        else:
+            model.require_bytes(text)
+            read = model.chat_prompt(given).ids
+            written = model.form.written_ids(text)
+        try:
+            model.require_room(len(read) + len(written) - 1)
+        except PromptError as error:
+            raise ProblemError(400, f"texts.{len(scores)}: {error}", "invalid_value") from None
+        table_WV = await service.log_probabilities(model, read, written)
+        total = float(table_WV.gather(1, torch.tensor(written)[:, None]).double().sum())
+        num_bytes = len(text.encode("utf-8", "surrogatepass"))
+        bits = -total / math.log(2) / num_bytes if num_bytes else None
+        scores.append(
+            wire.TextScore(
+                log_probability=total, tokens=len(written), bytes=num_bytes, bits_per_byte=bits
+            )
+        )
+    return wire.Score(model=model.name, scores=scores)

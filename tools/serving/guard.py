@@ -1,0 +1,196 @@
+"""What every request passes: who asks, from where, how much at once, how large, how slowly.
+
+Pure ASGI, so that nothing is read before it is known that it may be.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tools.serving.metrics import Metrics
+from tools.serving.problems import ProblemError, busy
+
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+_API_PATHS = ("/v1/", "/metrics")
+# A body that is too large is read on for a while, as a client that is still sending sees no answer.
+_MOST_PASSED_OVER_BYTES = 64 << 20
+_PAGE_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+_HEADERS = {
+    "content-security-policy": _PAGE_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may take."""
+
+    body_bytes: int = 1 << 20
+    open_requests: int = 256
+    """Of the API, answered or waiting at the same time."""
+    waiting_samples: int = 1024
+    tokens: int = 4096
+    """Of one sample."""
+    request_s: float = 300.0
+    """After which samples end as they are."""
+    body_s: float = 20.0
+    """Within which a request has to be there."""
+
+
+class Guard:
+    """Wraps an application."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limits: Limits,
+        metrics: Metrics,
+        paths: Sequence[str],
+        token: str | None,
+        is_loopback: bool,
+    ) -> None:
+        """`paths` are told apart in metrics. With a token, the API is for those who send it."""
+        self._app, self._limits, self._metrics = app, limits, metrics
+        self._paths = frozenset(paths)
+        self._token = None if token is None else token.encode()
+        self._is_loopback = is_loopback
+        self._num_open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = time.monotonic()
+        status = 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        path = scope["path"]
+        self._metrics.opened()
+        try:
+            await self._pass(scope, receive, send_with_headers)
+        except ProblemError as problem:
+            await problem.response()(scope, receive, send_with_headers)
+        finally:
+            seconds = time.monotonic() - started_s
+            self._metrics.answered(path if path in self._paths else "other", status, seconds)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        self._require_here(headers)
+        if not scope["path"].startswith(_API_PATHS):
+            await self._app(scope, receive, send)
+            return
+        self._require_token(headers)
+        if scope["path"] == "/metrics":
+            await self._app(scope, receive, send)
+            return
+        if self._num_open >= self._limits.open_requests:
+            raise busy(f"{self._num_open} requests are open already; try again")
+        self._num_open += 1
+        try:
+            body = await self._body(headers, receive)
+            await self._app(scope, _after(body, receive), send)
+        finally:
+            self._num_open -= 1
+
+    def _require_here(self, headers: Headers) -> None:
+        """Refuse what another site's page makes a browser send, under its own name or ours."""
+        host = headers.get("host", "")
+        try:
+            name = urlsplit(f"//{host}").hostname
+            origin = urlsplit(headers["origin"]).netloc if "origin" in headers else host
+        except ValueError:
+            raise ProblemError(400, "the header Host or Origin is no address") from None
+        if self._is_loopback and name not in _LOOPBACK_NAMES:
+            raise ProblemError(
+                403, f"this server is for this machine; call it {_LOOPBACK_NAMES[0]}"
+            )
+        if origin != host:
+            raise ProblemError(403, "sent by a page of another site")
+
+    def _require_token(self, headers: Headers) -> None:
+        if self._token is None:
+            return
+        scheme, _, sent = headers.get("authorization", "").partition(" ")
+        is_right = hmac.compare_digest(sent.strip().encode(), self._token)
+        if scheme.lower() != "bearer" or not is_right:
+            raise ProblemError(
+                401,
+                "send the server's token as Authorization: Bearer TOKEN",
+                "invalid_api_key",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        try:
+            return await asyncio.wait_for(self._read(headers, receive), self._limits.body_s)
+        except asyncio.TimeoutError:
+            raise ProblemError(408, "the body did not come in time") from None
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        most = self._limits.body_bytes
+        body, passed_over, is_over = bytearray(), 0, False
+        announced = headers.get("content-length", "")
+        is_too_large = announced.isdecimal() and int(announced) > most
+        while not is_over:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ProblemError(400, "the client hung up")
+            is_over = not message.get("more_body", False)
+            part = message.get("body", b"")
+            is_too_large = is_too_large or len(body) + len(part) > most
+            if is_too_large:
+                body.clear()
+                passed_over += len(part)
+                is_over = is_over or passed_over > _MOST_PASSED_OVER_BYTES
+            else:
+                body += part
+        if is_too_large:
+            raise ProblemError(413, f"the body has more than {most} bytes; send less")
+        return bytes(body)
+
+
+def _after(body: bytes, receive: Receive) -> Receive:
+    """Give a body that has been read, then what comes after it."""
+    is_given = False
+
+    async def receive_again() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again

@@ -1,0 +1,111 @@
+"""The models that a server writes with, by name."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.chat_format import ChatFormat
+from data_pipeline.errors import DirectionMismatchError, PromptError
+from data_pipeline.text import Direction, Prompt, TextCodec
+from megaback.batch import Batch
+from megaback.model_folder import ModelDescription, load_sampler
+from megaback.sampler import Sampler
+from tools.serving import wire
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model with the batch in which its samples are written."""
+
+    name: str
+    description: ModelDescription
+    sampler: Sampler
+    codec: TextCodec
+    batch: Batch
+    loaded_s: int
+    """When it was loaded, in seconds since 1970."""
+
+    @property
+    def form(self) -> ChatFormat:
+        return ChatFormat(self.codec)
+
+    @property
+    def writes_backward(self) -> bool:
+        return self.codec.format.direction is Direction.BACKWARD
+
+    def prompt(self, given: str) -> Prompt:
+        """Raises PromptError when a text does not fit the context."""
+        self.require_bytes(given)
+        prompt = self.codec.prompt(given)
+        self.batch.check(prompt)
+        return prompt
+
+    def chat_prompt(self, given: str) -> Prompt:
+        """Raises PromptError when a text leaves no room for what is to be written."""
+        self.require_bytes(given)
+        prompt = self.form.prompt(given)
+        self.require_room(len(prompt.ids) + 1)
+        return prompt
+
+    def require_room(self, tokens: int) -> None:
+        """Raises PromptError when there are more tokens than the context holds."""
+        if tokens > self.sampler.context_tokens:
+            raise PromptError(
+                f"the text is {tokens} tokens, and the model's context holds "
+                f"{self.sampler.context_tokens}; shorten it"
+            )
+
+    def require_bytes(self, given: str) -> None:
+        """Refuse at once what cannot fit, however it is encoded."""
+        most_bytes = self.sampler.context_tokens * int(self.codec.piece_num_bytes().max())
+        if len(given) > most_bytes:
+            raise PromptError(
+                f"the text given has {len(given)} characters, and the model's context of "
+                f"{self.sampler.context_tokens} tokens holds {most_bytes} at most; shorten it"
+            )
+
+    def describe(self) -> wire.Model:
+        description = self.description
+        return wire.Model(
+            id=self.name,
+            created=self.loaded_s,
+            direction=self.codec.format.direction.value,
+            unit=self.codec.format.unit.value,
+            context_tokens=description.context_tokens,
+            parameters=self.sampler.num_parameters,
+        )
+
+
+def load_models(
+    folder: Path,
+    forward: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_slots: int,
+) -> dict[str, ServedModel]:
+    """The model of a folder and, if one is named, a forward one. Their folders name them.
+
+    Raises DirectionMismatchError when the second one does not write forward, and what loading a
+    model raises.
+    """
+    models: dict[str, ServedModel] = {}
+    for path in [folder, *_given(forward)]:
+        sampler, description, codec = load_sampler(path, device, dtype, usual_rows=num_slots)
+        name = path.resolve().name
+        if name in models:
+            name = f"{name}-forward"
+        batch = Batch(sampler, codec, num_slots)
+        models[name] = ServedModel(name, description, sampler, codec, batch, int(time.time()))
+        if path == forward and models[name].writes_backward:
+            raise DirectionMismatchError(
+                f"--forward needs a model that writes forward, and {path} writes backward; "
+                "name another folder"
+            )
+    return models
+
+
+def _given(path: Path | None) -> Sequence[Path]:
+    return [] if path is None else [path]

@@ -1,0 +1,92 @@
+"""Errors as OpenAI's clients know them: a status, and JSON that says what is wrong."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from data_pipeline.errors import ConfigError, PromptError
+from data_pipeline.growing_text import sendable
+from tools.serving import wire
+
+_log = logging.getLogger("megaback.serve")
+_MOST_SHOWN_PROBLEMS = 3
+Described = dict[int | str, dict[str, Any]]
+"""Answers by status, as FastAPI describes them."""
+DESCRIBED: Described = {
+    400: {"model": wire.ProblemBody, "description": "The request makes no sense."},
+    401: {"model": wire.ProblemBody, "description": "No token, or a wrong one."},
+    403: {"model": wire.ProblemBody, "description": "Sent by a page of another site."},
+    404: {"model": wire.ProblemBody, "description": "There is no such model."},
+    413: {"model": wire.ProblemBody, "description": "The body is too large."},
+    415: {"model": wire.ProblemBody, "description": "The body is not JSON."},
+    503: {"model": wire.ProblemBody, "description": "Too much is asked for at once."},
+}
+
+
+class ProblemError(Exception):
+    """An answer that says what is wrong."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.headers = status, message, code, headers
+
+    def response(self) -> JSONResponse:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        problem = wire.Problem(message=self.message, type=kind, code=self.code)
+        body = wire.ProblemBody(error=problem).model_dump()
+        return JSONResponse(body, self.status, self.headers)
+
+
+def busy(message: str) -> ProblemError:
+    return ProblemError(503, message, "overloaded", {"Retry-After": "1"})
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of this application be answered in this form."""
+
+    @app.exception_handler(ProblemError)
+    async def on_problem(_request: Request, error: ProblemError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def on_wrong_body(_request: Request, error: RequestValidationError) -> JSONResponse:
+        return ProblemError(400, _told(error), "invalid_value").response()
+
+    @app.exception_handler(PromptError)
+    @app.exception_handler(ConfigError)
+    async def on_wrong_value(_request: Request, error: Exception) -> JSONResponse:
+        return ProblemError(400, str(error), "invalid_value").response()
+
+    @app.exception_handler(HTTPException)
+    async def on_http(_request: Request, error: HTTPException) -> JSONResponse:
+        return ProblemError(error.status_code, str(error.detail), headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def on_defect(_request: Request, error: Exception) -> JSONResponse:
+        _log.error("a request could not be answered", exc_info=error)
+        return ProblemError(500, "the server failed; its log says why").response()
+
+
+def _told(error: RequestValidationError) -> str:
+    """Where the first problems are, without what was sent, which may be text of any kind."""
+    problems = error.errors()
+    told = []
+    for problem in problems[:_MOST_SHOWN_PROBLEMS]:
+        where = ".".join(str(part) for part in problem["loc"] if part != "body")
+        if problem["type"] == "json_invalid":
+            told.append(f"the body is not JSON, from character {where} on")
+        else:
+            told.append(f"{where or 'the body'}: {problem['msg']}")
+    more = len(problems) - len(told)
+    return sendable("; ".join(told) + (f"; and {more} more" if more > 0 else ""))

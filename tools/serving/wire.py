@@ -1,0 +1,190 @@
+"""What clients send and get, as JSON: OpenAI's completions, and what megaback adds.
+
+Fields that OpenAI has and this server cannot honour are known here, so that they are refused by
+name and never ignored.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MOST_SAMPLES = 64
+MOST_STOPS = 4
+MOST_LIKELIEST = 20
+_MOST_SEED = (1 << 53) - 1  # what JavaScript can say exactly
+
+Seed = Annotated[int, Field(ge=0, le=_MOST_SEED)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class Request(BaseModel):
+    """A field that does not exist is an error, so that no misspelled one is passed over."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+    model: str | None = Field(None, description="Of /v1/models; the first one by default.")
+
+
+class Sampling(Request):
+    """How ids are chosen; what is not OpenAI's is named as in vLLM."""
+
+    max_tokens: int = Field(16, ge=0, le=1_000_000)
+    temperature: float = Field(1.0, ge=0, le=100, description="0 takes the most likely token.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=1_000_000, description="0 for all.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    seed: Seed | None = Field(
+        None, description="Of the first sample; the next ones have the next numbers."
+    )
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class CompletionRequest(Sampling):
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_SAMPLES)] = Field(
+        description="What comes after the text that a backward model writes, and before that of a "
+        "forward model."
+    )
+    n: int = Field(1, ge=1, le=MOST_SAMPLES)
+    echo: bool = Field(False, description="Give the prompt too, where it stands in the text.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stream_order: Literal["reading", "writing"] = Field(
+        "reading",
+        description="reading: all parts of a choice, joined one after another, are its text. "
+        "writing: parts come as they are written; those of a backward model each stand before all "
+        "that came earlier.",
+    )
+    user: str | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def stops(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class LogProbs(BaseModel):
+    """Of each token in the order of writing, which a backward model does from right to left."""
+
+    tokens: list[str] = Field(description="`bytes:\\xe2` and so on for a part of a character.")
+    token_logprobs: list[float] = Field(description="In nats, at temperature 1, among all tokens.")
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int] = Field(
+        description="Where the token's text begins, in characters from the beginning of the "
+        "prompt: negative for what stands before it."
+    )
+
+
+class Choice(BaseModel):
+    index: int
+    text: str
+    logprobs: LogProbs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+    seed: int = Field(description="With which the same request gives the same again.")
+
+
+class BackChatRequest(Sampling):
+    """A response, for which a backward model writes instructions; or the other way round."""
+
+    max_tokens: int = Field(128, ge=1, le=1_000_000)
+    response: str | None = Field(None, min_length=1, description="For a backward model.")
+    instruction: str | None = Field(None, min_length=1, description="For a forward model.")
+    n: int = Field(4, ge=1, le=MOST_SAMPLES, description="Samples; different ones are given.")
+
+
+class Candidate(BaseModel):
+    text: str
+    log_probability: float = Field(description="log P(text and its end | what was given), in nats.")
+    tokens: int
+    is_complete: bool = Field(description="Whether the model ended it, or it was cut.")
+
+
+class BackChat(BaseModel):
+    object: Literal["backchat"] = "backchat"
+    model: str
+    candidates: list[Candidate] = Field(description="Ended ones first, then the likeliest first.")
+    usage: Usage
+    seed: int
+
+
+class ScoreRequest(Request):
+    """Whole texts; or instructions for a response; or responses to an instruction."""
+
+    texts: Annotated[list[str], Field(min_length=1, max_length=MOST_SAMPLES)] = Field(
+        description="Whole documents, or what a BackChat model would write for what is given."
+    )
+    response: str | None = Field(None, min_length=1, description="`texts` are instructions for it.")
+    instruction: str | None = Field(None, min_length=1, description="`texts` are responses to it.")
+
+
+class TextScore(BaseModel):
+    log_probability: float = Field(description="Of the text and its end, in nats, natural log.")
+    tokens: int
+    bytes: int
+    bits_per_byte: float | None = Field(description="None for an empty text.")
+
+
+class Score(BaseModel):
+    object: Literal["score"] = "score"
+    model: str
+    scores: list[TextScore]
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["megaback"] = "megaback"
+    direction: Literal["backward", "forward"]
+    unit: Literal["token", "word"]
+    context_tokens: int
+    parameters: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ProblemBody(BaseModel):
+    error: Problem
