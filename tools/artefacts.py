@@ -20,7 +20,7 @@ from data_pipeline.errors import (
     SourceMissingError,
 )
 from data_pipeline.inspection import data_set_facts
-from data_pipeline.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest
+from data_pipeline.manifest import DICTIONARY_NAME, MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest
 from data_pipeline.plan import PLAN_NAME, Plan
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.text import Direction, TextCodec, Unit
@@ -42,6 +42,8 @@ class Artefact:
     """What was found to be as it should."""
     next_lines: Mapping[str, str] = field(default_factory=dict)
     """What to type next, and what it does."""
+    is_whole: bool = True
+    """False for what was begun and is not finished; what is damaged raises."""
 
 
 def look_at(path: Path, *, verify: bool) -> Artefact:
@@ -115,11 +117,13 @@ def _unfinished(folder: Path, _verify: bool) -> Artefact:
             f"megaback shards finalize {shown}": "finishes it, or says what is missing",
             f"megaback shards build --out {shown}": "does what is missing",
         },
+        is_whole=False,
     )
 
 
 def _shard(path: Path, verify: bool) -> Artefact:
-    with ShardReader(path) as reader:
+    dictionary = path.with_name(DICTIONARY_NAME)
+    with ShardReader(path, dictionary.read_bytes() if dictionary.is_file() else None) as reader:
         if verify:
             for frame in range(reader.num_frames):
                 reader.frame(frame)

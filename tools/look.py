@@ -36,6 +36,7 @@ def main(path: Path, verify: bool, as_json: bool) -> None:
         fields = {
             "kind": found.kind,
             "path": str(found.path),
+            "whole": found.is_whole,
             "checked": found.checked,
             "verified": verify,
             "facts": dict(found.facts),
@@ -43,7 +44,8 @@ def main(path: Path, verify: bool, as_json: bool) -> None:
         }
         click.echo(json.dumps(fields, indent=2, default=str))
         return
-    lines = {"what": f"{found.kind}, {found.path}", "whole": f"yes: {found.checked}"}
+    whole = "yes" if found.is_whole else "not yet"
+    lines = {"what": f"{found.kind}, {found.path}", "whole": f"{whole}: {found.checked}"}
     lines |= {name: _shown(value) for name, value in found.facts.items() if value is not None}
     width = max(map(len, lines))
     for name, text in lines.items():

@@ -85,6 +85,22 @@ def test_exports_are_known_with_their_direction(
     assert len(found.facts["tokenizer_sha256"]) == 64
 
 
+def test_a_data_set_that_is_only_begun_is_not_whole(
+    tiny_text_folder: Path,
+    tokenizer_path: Path,
+    tmp_path: Path,
+    run_megaback: Callable[..., object],
+) -> None:
+    out = tmp_path / "shards"
+    given = ("--source", tiny_text_folder, "--tokenizer", tokenizer_path, "--out", out)
+    run_megaback("shards", "plan", *given)
+
+    found = look_at(out, verify=False)
+
+    assert (found.kind, found.is_whole) == ("data set that is not finished", False)
+    assert f"megaback shards finalize {out}" in found.next_lines
+
+
 def cut(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
