@@ -68,7 +68,7 @@ def test_a_higher_stage_takes_no_more_weights_gradients_and_states(optimizer: st
     ("overrides", "expected"),
     [
         (("zero.stage=1", "batch.micro_batch_rows=1", "optimizer.name=adamw"), "zero.stage=2"),
-        (("batch.micro_batch_rows=8",), "batch.micro_batch_rows=2"),
+        (("zero.stage=2", "batch.micro_batch_rows=8"), "batch.micro_batch_rows=2"),
     ],
     ids=["stage", "micro-batch"],
 )
