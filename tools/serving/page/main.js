@@ -162,7 +162,6 @@ async function write(signal) {
 }
 
 function list(candidates, textsOf) {
-  const best = Math.max(...candidates.map((one) => one.log_probability / Math.max(one.tokens ?? 1, 1)));
   at("candidates").replaceChildren(
     ...candidates.map((one) => {
       const item = document.createElement("li");
@@ -170,14 +169,8 @@ function list(candidates, textsOf) {
       text.dir = directionOf(one.text);
       text.append(...textsOf(one));
       const small = document.createElement("small");
-      const mean = one.log_probability / Math.max(one.tokens ?? 1, 1);
-      small.textContent = `${one.log_probability.toFixed(1)} nats` + (one.is_complete === false ? " · cut" : "");
-      const bar = document.createElement("progress");
-      bar.className = "bar";
-      bar.max = 1;
-      bar.value = Math.exp(mean - best);
-      bar.setAttribute("aria-label", "Probability a token, beside the best");
-      item.append(text, small, bar);
+      small.textContent = one.says;
+      item.append(text, small);
       return item;
     }),
   );
@@ -189,7 +182,10 @@ async function askBack(signal) {
   const n = Math.max(at("n").valueAsNumber || 1, 4);
   const body = { ...settings(), model: model.id, [key]: at("given").value, n };
   const found = await ask("v1/backchat", body, signal);
-  list(found.candidates, (one) => [one.text || "(nothing)"]);
+  const saying = (one) =>
+    `${one.log_probability.toFixed(1)} nats · ${one.tokens} tokens` + (one.is_complete ? "" : " · cut");
+  const candidates = found.candidates.map((one) => ({ text: one.text, says: saying(one) }));
+  list(candidates, (one) => [one.text || "(nothing)"]);
   say(`${found.candidates.length} different of ${n} · seed ${found.seed}`);
 }
 
@@ -200,13 +196,13 @@ async function fill(signal) {
   const n = Math.max(at("n").valueAsNumber || 1, 3);
   const body = { beginning, ending, n, temperature, top_k: topK, max_tokens: Math.min(tokens, 64), seed };
   const found = await ask("v1/infill", body, signal);
-  const candidates = found.infills.map((one) => ({ text: one.middle, log_probability: one.score }));
+  const candidates = found.infills.map((one) => ({ text: one.middle, says: `${one.score.toFixed(2)} nats a token` }));
   list(candidates, (one) => {
     const middle = document.createElement("b");
     middle.textContent = one.text;
     return [beginning, middle, ending];
   });
-  say(candidates.length ? `best first, in nats a token · seed ${found.seed}` : "nothing fits between");
+  say(candidates.length ? `the best first · seed ${found.seed}` : "nothing fits between");
 }
 
 async function go() {
