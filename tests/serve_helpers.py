@@ -14,6 +14,7 @@ import uvicorn
 
 from data_pipeline.text import Direction, TextCodec, Unit
 from megaback.config import ModelSection
+from megaback.infill import Infiller
 from megaback.model import ReverseGPT
 from megaback.model_folder import ModelDescription, write_model_folder
 from tools.serve import listening_socket
@@ -77,12 +78,14 @@ def serving(
     *,
     token: str | None = None,
     is_loopback: bool = True,
+    infiller: Infiller | None = None,
 ) -> Iterator[Running]:
     """A server for as long as the block runs."""
     limits = limits or Limits()
     metrics = Metrics()
     batches = {name: model.batch for name, model in models.items()}
-    service = Service(models, Engine(batches, limits.waiting_samples, metrics), limits, metrics)
+    engine = Engine(batches, limits.waiting_samples, metrics)
+    service = Service(models, engine, limits, metrics, infiller)
     config = uvicorn.Config(
         make_app(service, token=token, is_loopback=is_loopback),
         http=ImpatientConnection,

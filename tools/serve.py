@@ -15,6 +15,7 @@ from data_pipeline.command import Command
 from data_pipeline.errors import BackendError, ServeError
 
 if TYPE_CHECKING:
+    from megaback.infill import Infiller
     from tools.serving.guard import Limits
     from tools.serving.models import ServedModel
 
@@ -79,6 +80,7 @@ def run_server(
     limits: "Limits",
     token: str | None,
     shutdown_s: float,
+    infiller: "Infiller | None" = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then finish what runs, for `shutdown_s` at most."""
     import uvicorn
@@ -92,7 +94,8 @@ def run_server(
     host, port = listener.getsockname()[:2]
     metrics = Metrics()
     batches = {name: model.batch for name, model in models.items()}
-    service = Service(models, Engine(batches, limits.waiting_samples, metrics), limits, metrics)
+    engine = Engine(batches, limits.waiting_samples, metrics)
+    service = Service(models, engine, limits, metrics, infiller)
     config = uvicorn.Config(
         make_app(service, token=token, is_loopback=is_loopback(host)),
         http=ImpatientConnection,
@@ -207,7 +210,7 @@ def main(
 
         from megaback.writer import choose_device
         from tools.serving.guard import Limits
-        from tools.serving.models import load_models
+        from tools.serving.models import load_meeting, load_models
 
         torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
         models = load_models(folder, forward, choose_device(device), torch_dtype, slots)
@@ -218,7 +221,8 @@ def main(
             tokens=most_tokens,
             request_s=most_seconds,
         )
-        run_server(models, listener, limits, token, shutdown_seconds)
+        infiller = load_meeting(folder, forward, device)
+        run_server(models, listener, limits, token, shutdown_seconds, infiller)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from serve_helpers import CONTEXT_TOKENS, Running, serving, tiny_models
 from data_pipeline.text import TextCodec
 from megaback.choice import SamplingOptions
 from megaback.generate import complete, generate
+from megaback.infill import InfillOptions
 from tools.serving.connections import ImpatientConnection
 from tools.serving.guard import Limits
-from tools.serving.models import ServedModel
+from tools.serving.models import ServedModel, load_meeting
 
 Codecs = Callable[..., TextCodec]
 
@@ -242,6 +243,18 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(
     assert words in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("name", ["tiny", "ahead"])
+def test_of_a_long_prompt_the_near_part_can_be_read(running: Running, name: str) -> None:
+    near, far = "the last map ", "a wooden clock " * 60
+    prompt = near * 20 + far if name == "tiny" else far + near * 20
+    asked = {"model": name, "max_tokens": 8, "temperature": 0, "truncate": True}
+    long = running.post("/v1/completions", {**asked, "prompt": prompt}).json()["choices"][0]
+    other = prompt.replace("clock", "lantern")
+    again = running.post("/v1/completions", {**asked, "prompt": other}).json()["choices"][0]
+    assert long == again
+    assert long["text"]
+
+
 def test_lone_surrogates_are_read_and_come_back_as_replacements(running: Running) -> None:
     body = b'{"prompt": "a\\ud800b", "max_tokens": 2, "echo": true, "logprobs": 2, "seed": 1}'
     headers = {"content-type": "application/json"}
@@ -416,3 +429,22 @@ def test_a_model_of_the_wrong_direction_is_refused_as_forward(
     folder = write_tiny_model(tmp_path / "back", codec())
     result = CliRunner().invoke(main, [str(folder), "--forward", str(folder), "--port", "0"])
     assert (result.exit_code, "writes backward" in result.stderr) == (33, True)
+
+
+def test_a_middle_is_what_both_models_write_between(
+    models: dict[str, ServedModel], running: Running, tmp_path: Path, codec: Codecs
+) -> None:
+    body = {"beginning": "the old", "ending": "the last map.", "candidates": 3, "max_tokens": 6}
+    assert running.post("/v1/infill", body).status_code == 400
+    tiny_models(tmp_path, codec)
+    infiller = load_meeting(tmp_path / "tiny", tmp_path / "ahead", "cpu")
+    assert infiller is not None
+    with serving(models, infiller=infiller) as meeting:
+        assert all(one["can_infill"] for one in meeting.get("/v1/models").json()["data"])
+        found = meeting.post("/v1/infill", {**body, "seed": 4, "n": 2}).json()["infills"]
+    options = InfillOptions(
+        6, forward_candidates=3, backward_candidates=3, rescored=3, sampling=SamplingOptions(seed=4)
+    )
+    expected = infiller.fill("the old", "the last map.", options)[:2]
+    assert [one["middle"] for one in found] == [as_sent(one.middle) for one in expected]
+    assert load_meeting(tmp_path / "tiny", tmp_path / "tiny", "cpu") is None

@@ -20,6 +20,7 @@ OPERATIONS = [
     "POST /v1/completions",
     "POST /v1/backchat",
     "POST /v1/score",
+    "POST /v1/infill",
 ]
 
 

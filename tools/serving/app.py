@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from megaback import __version__
-from tools.serving import backchat, completions, problems, wire
+from tools.serving import backchat, between, completions, problems, wire
 from tools.serving.guard import Guard
 from tools.serving.jobs import hanging_up
 from tools.serving.service import Service
@@ -98,18 +98,21 @@ def make_app(service: Service, *, token: str | None, is_loopback: bool) -> FastA
 
 def _add_api(app: FastAPI, service: Service) -> None:
     described = problems.DESCRIBED
+    can_infill = service.infiller is not None
     few: problems.Described = {code: described[code] for code in (401, 403)}
     few_and_404: problems.Described = {code: described[code] for code in (401, 403, 404)}
 
     @app.get("/v1/models", responses=few)
     async def list_models() -> wire.ModelList:
         """The models that are served, the default one first."""
-        return wire.ModelList(data=[model.describe() for model in service.models.values()])
+        return wire.ModelList(
+            data=[model.describe(can_infill=can_infill) for model in service.models.values()]
+        )
 
     @app.get("/v1/models/{name}", responses=few_and_404)
     async def show_model(name: str) -> wire.Model:
         """One model."""
-        return service.model(name).describe()
+        return service.model(name).describe(can_infill=can_infill)
 
     @app.post(
         "/v1/completions",
@@ -132,6 +135,11 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def score(asked: wire.ScoreRequest, request: Request) -> Any:
         """How likely a model finds texts."""
         return await _unless_hung_up(service, request, backchat.score(service, asked))
+
+    @app.post("/v1/infill", response_model=wire.Infills, responses=described)
+    async def fill(asked: wire.InfillRequest, request: Request) -> Any:
+        """Write what comes between a beginning and an ending."""
+        return await _unless_hung_up(service, request, between.fill(service, asked))
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:

@@ -37,7 +37,7 @@ async def answer(service: Service, request: wire.BackChatRequest) -> wire.BackCh
     if given is None:
         name = "response" if model.writes_backward else "instruction"
         raise ProblemError(400, f"{name} is missing; give a text")
-    seed = chosen_seed(request)
+    seed = chosen_seed(request.seed)
     prompt = model.chat_prompt(given)
     room = model.sampler.context_tokens - len(prompt.ids)
     request = request.model_copy(update={"max_tokens": min(request.max_tokens, room)})

@@ -37,8 +37,9 @@ def sampling_options(request: wire.Sampling, seed: int, most_tokens: int) -> Sam
     )
 
 
-def chosen_seed(request: wire.Sampling) -> int:
-    return secrets.randbelow(1 << 31) if request.seed is None else request.seed
+def chosen_seed(seed: int | None) -> int:
+    """The seed that is asked for, or any."""
+    return secrets.randbelow(1 << 31) if seed is None else seed
 
 
 @dataclass
@@ -95,7 +96,7 @@ class _Asked:
 async def ask(service: Service, request: wire.CompletionRequest) -> _Asked:
     """Raises ProblemError and PromptError for what cannot be written."""
     model = service.model(request.model)
-    seed = chosen_seed(request)
+    seed = chosen_seed(request.seed)
     if len(request.prompts) * request.n > wire.MOST_SAMPLES:
         raise ProblemError(400, f"prompts times n is more than {wire.MOST_SAMPLES}")
     likeliest = request.logprobs
@@ -104,7 +105,7 @@ async def ask(service: Service, request: wire.CompletionRequest) -> _Asked:
     choices: list[ChoiceText] = []
     samples: list[Sample] = []
     for given in request.prompts:
-        prompt = model.prompt(given)
+        prompt = model.prompt(given, is_cut=request.truncate)
         for _ in range(request.n):
             options = sampling_options(request, seed + len(samples), service.limits.tokens)
             samples.append(Sample(prompt, options, likeliest))
@@ -112,6 +113,7 @@ async def ask(service: Service, request: wire.CompletionRequest) -> _Asked:
     given_tokens = {}
     if request.echo and likeliest is not None:
         for given in dict.fromkeys(request.prompts):
+            model.prompt(given)  # all of it is to be read
             given_tokens[given] = await _tokens_of(service, model, given, likeliest)
     head = wire.Completion(
         id=f"cmpl-{secrets.token_hex(12)}",

@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from data_pipeline.chat_format import ChatFormat
-from data_pipeline.errors import DirectionMismatchError, PromptError
+from data_pipeline.errors import DirectionMismatchError, PromptError, TokenizerMismatchError
 from data_pipeline.text import Direction, Prompt, TextCodec
 from megaback.batch import Batch
+from megaback.infill import Infiller, load_infiller
 from megaback.model_folder import ModelDescription, load_sampler
 from megaback.sampler import Sampler
 from tools.serving import wire
@@ -36,10 +38,19 @@ class ServedModel:
     def writes_backward(self) -> bool:
         return self.codec.format.direction is Direction.BACKWARD
 
-    def prompt(self, given: str) -> Prompt:
-        """Raises PromptError when a text does not fit the context."""
+    def prompt(self, given: str, *, is_cut: bool = False) -> Prompt:
+        """Raises PromptError when a text does not fit the context.
+
+        `is_cut`: then only what stands next to the text to come is read, in half the context, as
+        when a sample has filled it.
+        """
+        if is_cut:
+            most = self._most_characters
+            given = given[:most] if self.writes_backward else given[-most:]
         self.require_bytes(given)
         prompt = self.codec.prompt(given)
+        if is_cut and len(prompt.ids) > self.sampler.context_tokens:
+            prompt = replace(prompt, ids=prompt.ids[-(self.sampler.context_tokens // 2) :])
         self.batch.check(prompt)
         return prompt
 
@@ -60,14 +71,19 @@ class ServedModel:
 
     def require_bytes(self, given: str) -> None:
         """Refuse at once what cannot fit, however it is encoded."""
-        most_bytes = self.sampler.context_tokens * int(self.codec.piece_num_bytes().max())
-        if len(given) > most_bytes:
+        if len(given) > self._most_characters:
             raise PromptError(
                 f"the text given has {len(given)} characters, and the model's context of "
-                f"{self.sampler.context_tokens} tokens holds {most_bytes} at most; shorten it"
+                f"{self.sampler.context_tokens} tokens holds {self._most_characters} at most; "
+                "shorten it"
             )
 
-    def describe(self) -> wire.Model:
+    @cached_property
+    def _most_characters(self) -> int:
+        """That the context can hold: a piece has at least as many bytes as characters."""
+        return self.sampler.context_tokens * int(self.codec.piece_num_bytes().max())
+
+    def describe(self, *, can_infill: bool) -> wire.Model:
         description = self.description
         return wire.Model(
             id=self.name,
@@ -76,6 +92,7 @@ class ServedModel:
             unit=self.codec.format.unit.value,
             context_tokens=description.context_tokens,
             parameters=self.sampler.num_parameters,
+            can_infill=can_infill,
         )
 
 
@@ -105,6 +122,16 @@ def load_models(
                 "name another folder"
             )
     return models
+
+
+def load_meeting(folder: Path, forward: Path | None, device: str | None) -> Infiller | None:
+    """The two models once more, as infilling needs them; None if they cannot meet."""
+    if forward is None:
+        return None
+    try:
+        return load_infiller(forward, folder, device=device)
+    except (DirectionMismatchError, TokenizerMismatchError):
+        return None
 
 
 def _given(path: Path | None) -> Sequence[Path]:

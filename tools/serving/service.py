@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data_pipeline.growing_text import sendable
+from megaback.infill import Infiller
 from tools.serving.engine import Engine
 from tools.serving.guard import Limits
 from tools.serving.metrics import Metrics
@@ -22,6 +23,7 @@ class Service:
     engine: Engine
     limits: Limits
     metrics: Metrics
+    infiller: Infiller | None = None
 
     def model(self, name: str | None) -> ServedModel:
         """A model by name, or the first one. Raises ProblemError when there is none."""

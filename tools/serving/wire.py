@@ -52,6 +52,11 @@ class CompletionRequest(Sampling):
         "forward model."
     )
     n: int = Field(1, ge=1, le=MOST_SAMPLES)
+    truncate: bool = Field(
+        False,
+        description="Of a prompt that is longer than the context, read the part next to the text "
+        "to come, instead of refusing it.",
+    )
     echo: bool = Field(False, description="Give the prompt too, where it stands in the text.")
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
@@ -163,6 +168,38 @@ class Score(BaseModel):
     scores: list[TextScore]
 
 
+class InfillRequest(BaseModel):
+    """A text without its middle."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+    beginning: str = Field(min_length=1)
+    ending: str = Field(min_length=1)
+    n: int = Field(1, ge=1, le=MOST_SAMPLES)
+    max_tokens: int = Field(32, ge=1, le=256, description="Of the middle.")
+    candidates: int = Field(16, ge=1, le=MOST_SAMPLES, description="Samples of each model.")
+    temperature: float = Field(0.8, ge=0, le=100)
+    top_k: int = Field(200, ge=0, le=1_000_000, description="0 for all.")
+    seed: Seed | None = None
+
+
+class Infill(BaseModel):
+    middle: str
+    score: float = Field(description="Nats a token; higher is better.")
+    forward: float = Field(description="log P(middle and ending | beginning), in nats.")
+    backward: float = Field(description="log P(middle and beginning | ending), in nats.")
+    forward_tokens: int
+    backward_tokens: int
+    written_forward: int | None
+    written_backward: int | None
+
+
+class Infills(BaseModel):
+    object: Literal["infill"] = "infill"
+    infills: list[Infill] = Field(description="Different ones, the best first; maybe none.")
+    seed: int
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -172,6 +209,7 @@ class Model(BaseModel):
     unit: Literal["token", "word"]
     context_tokens: int
     parameters: int
+    can_infill: bool = Field(description="Together with the other model: /v1/infill.")
 
 
 class ModelList(BaseModel):

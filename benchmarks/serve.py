@@ -1,0 +1,127 @@
+"""Serving many clients at once beside one after another, with the same texts.
+
+    python benchmarks/serve.py [--clients 50] [--tokens 100] [--slots 16] [--threads 2]
+
+A model of random weights behind a real server, in a process of its own; greedy, 50 different
+endings. Each text is compared with that which `generate` writes for it alone. Wall time.
+"""
+
+import asyncio
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import httpx
+import psutil
+import torch
+
+from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
+from megaback.choice import SamplingOptions
+from megaback.config import ModelSection
+from megaback.generate import complete
+from megaback.model import ReverseGPT
+from megaback.model_folder import ModelDescription, load_sampler, write_model_folder
+from tools.serve import listening_socket, run_server
+from tools.serving.guard import Limits
+from tools.serving.models import load_models
+
+CONTEXT_TOKENS = 512
+
+
+def write_model(folder: Path, layers: int, width: int) -> None:
+    train_tokenizer("pydocs", folder.parent / "tokenizer", 2048, 5_000_000)
+    path = folder.parent / "tokenizer" / MODEL_NAME
+    codec = TextCodec.load(path, Direction.BACKWARD, Unit.TOKEN)
+    shape = ModelSection(num_layers=layers, width=width, num_heads=width // 64).resolved()
+    model = ReverseGPT(shape, codec.vocab_size)
+    model.initialize(0)
+    with torch.no_grad():  # surer than a new model, so that rounding decides nothing
+        model.lm_head.weight *= 20
+    weights = dict(model.named_parameters())
+    folder.mkdir()
+    write_model_folder(
+        folder,
+        ModelDescription(shape, codec.vocab_size, CONTEXT_TOKENS, codec.format, 0, None),
+        {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
+        lambda name: weights[name].detach(),
+        codec.model_bytes,
+        1 << 30,
+    )
+
+
+def serve(folder: Path, port: int, slots: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    models = load_models(folder, None, torch.device("cpu"), torch.float32, slots)
+    run_server(models, listening_socket("127.0.0.1", port), Limits(), None, 10)
+
+
+async def ask_all(
+    url: str, endings: Sequence[str], tokens: int, at_once: int
+) -> tuple[list[str], int]:
+    """The texts, and how many tokens they are."""
+    gate = asyncio.Semaphore(at_once)
+    limits = httpx.Limits(max_connections=at_once)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+
+        async def ask(ending: str) -> tuple[str, int]:
+            body = {"prompt": ending, "max_tokens": tokens, "temperature": 0, "echo": True}
+            async with gate:
+                answer = (await client.post(f"{url}/v1/completions", json=body)).json()
+            return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
+
+        found = await asyncio.gather(*map(ask, endings))
+    return [text for text, _ in found], sum(count for _, count in found)
+
+
+@click.command()
+@click.option("--clients", default=50, show_default=True)
+@click.option("--tokens", default=100, show_default=True)
+@click.option("--slots", default=16, show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--layers", default=6, show_default=True)
+@click.option("--width", default=384, show_default=True)
+def main(clients: int, tokens: int, slots: int, threads: int, layers: int, width: int) -> None:
+    """Print both speeds and their ratio."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "model"
+        write_model(folder, layers, width)
+        with listening_socket("127.0.0.1", 0) as free:
+            port = free.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        start = multiprocessing.get_context("spawn").Process
+        server = start(target=serve, args=(folder, port, slots, threads))
+        server.start()
+        while True:
+            try:
+                httpx.get(f"{url}/health")
+                break
+            except httpx.ConnectError:
+                time.sleep(0.2)
+        endings = [f"and the value of number {number} is returned." for number in range(clients)]
+        asyncio.run(ask_all(url, endings[:2], 3, 2))
+        memory = psutil.Process(server.pid).memory_info
+        before = memory().rss
+        speeds, texts = {}, {}
+        for at_once in (1, clients):
+            started_s = time.monotonic()
+            texts[at_once], written = asyncio.run(ask_all(url, endings, tokens, at_once))
+            speeds[at_once] = written / (time.monotonic() - started_s)
+            print(f"{at_once:3} at once: {written} tokens, {speeds[at_once]:.0f} tokens/s")
+        grown = (memory().rss - before) / 1e6
+        server.terminate()
+        server.join()
+        sampler, _, codec = load_sampler(folder, torch.device("cpu"), torch.float32)
+        options = SamplingOptions(tokens, temperature=0)
+        alone = [complete(sampler, codec, ending, CONTEXT_TOKENS, options) for ending in endings]
+        alone = [text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for text in alone]
+        same = [texts[at_once] == alone for at_once in (1, clients)]
+        print(f"ratio {speeds[clients] / speeds[1]:.2f}, texts as alone: {same}")
+        print(f"memory grew by {grown:.0f} MB, exit code {server.exitcode}")
+
+
+if __name__ == "__main__":
+    main()
