@@ -10,11 +10,12 @@ FLASH_INSTALLED := $(FLASH_VENV)/.installed
 FLASH_LOG := $(FLASH_VENV).log
 FLASH_PINS := constraints.txt tests/flash/constraints.txt
 
-.PHONY: demo test flash-test lint format clean help
+.PHONY: demo test fuzz flash-test lint format clean help
 
 help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
 	@echo "make test        linters, type checker and every test that this machine can run"
+	@echo "make fuzz        the properties again, with other examples every time"
 	@echo "make flash-test  flash-attn's kernels on a CPU; part of make test"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff format the code"
@@ -38,6 +39,9 @@ lint: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest --durations=20
 	$(MAKE) --no-print-directory flash-test
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/unit
 
 # flash-attn without its CUDA part, which must reach neither the main venv nor pip's cache of wheels,
 # from where `pip install '.[flash]'` would take it.

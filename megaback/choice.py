@@ -15,6 +15,9 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 
+_LEAST_TEMPERATURE = 1e-5
+_MOST_PENALTY = 100.0
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -25,7 +28,8 @@ class SamplingOptions:
 
     max_new_tokens: int = 500
     temperature: float = 0.8
-    """0 takes the most likely token."""
+    """0 takes the most likely token, as does anything below 1e-5: logits divided by less are no
+    longer numbers."""
     top_k: int = 200
     """Choose among this many of the most likely tokens; 0 for all."""
     seed: int = 0
@@ -50,7 +54,11 @@ class SamplingOptions:
             ("seed", self.seed >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            (
+                "repetition_penalty",
+                1 / _MOST_PENALTY <= self.repetition_penalty <= _MOST_PENALTY,
+                f"from {1 / _MOST_PENALTY:g} to {_MOST_PENALTY:g}",
+            ),
         ):
             if not is_right:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be {what}")
@@ -73,7 +81,7 @@ def choose(
     logits_BV: Tensor, options: SamplingOptions, draws: Sequence[np.random.Generator]
 ) -> list[int]:
     """An id for each row, from logits that may be -inf and each row's own stream of numbers."""
-    if options.temperature == 0:
+    if options.temperature < _LEAST_TEMPERATURE:
         likeliest: list[int] = logits_BV.argmax(-1).tolist()
         return likeliest
     probabilities_BC, ids_BC = candidates(logits_BV, options)
@@ -101,6 +109,7 @@ def candidates(logits_BV: Tensor, options: SamplingOptions) -> tuple[Tensor, Ten
     probabilities_BC = logits_BC.softmax(-1)
     if options.top_p < 1:
         before_BC = probabilities_BC.cumsum(-1) - probabilities_BC
+        before_BC[:, 0] = -1  # the likeliest one stays, also where fp32 has no number for top_p
         probabilities_BC = probabilities_BC.masked_fill(before_BC >= options.top_p, 0)
     if options.min_p > 0:
         least_B1 = options.min_p * probabilities_BC.amax(-1, keepdim=True)

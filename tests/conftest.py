@@ -20,7 +20,9 @@ from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
 
-settings.register_profile("megaback", deadline=None)  # a busy machine is not a failure
+# A busy machine is not a failure, and what failed fails again: `make fuzz` tries what is new.
+settings.register_profile("megaback", deadline=None, derandomize=True)
+settings.register_profile("fuzz", deadline=None)
 settings.load_profile("megaback")
 
 NUM_PIECES = 600

@@ -1,8 +1,10 @@
 """A server for tests: a tiny model behind real sockets, in a thread of this process."""
 
 import asyncio
+import re
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,3 +106,21 @@ def serving(
         server.should_exit = True
         thread.join(30)
     assert not thread.is_alive()
+
+
+def metric(running: Running, name: str, model: str | None = None) -> float:
+    """A number of /metrics."""
+    label = f'{{model="{model}"}}' if model else ""
+    found = re.search(
+        rf"^megaback_{name}{re.escape(label)} (\S+)$", running.get("/metrics").text, re.MULTILINE
+    )
+    assert found, name
+    return float(found.group(1))
+
+
+def wait_until(is_so: Callable[[], bool], most_s: float = 20) -> None:
+    """Look again until it is so."""
+    ends_s = time.monotonic() + most_s
+    while not is_so():
+        assert time.monotonic() < ends_s
+        time.sleep(0.05)

@@ -39,6 +39,13 @@ class Proposal:
     cycle_log_probability: float | None = None
     """log P(text | instruction), of a forward model."""
 
+    def rounded(self) -> dict[str, Any]:
+        """For JSON, with as many digits as fp32 can tell apart."""
+        return {
+            name: round(value, 5) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -124,7 +131,7 @@ class BackTranslator:
         proposals, why = self._judged(text.text, [one for one in found if one.is_complete])
         if not proposals:
             return {**record, "left_out": why}
-        return {**record, "proposals": [asdict(one) for one in proposals]}
+        return {**record, "proposals": [one.rounded() for one in proposals]}
 
     def _judged(self, text: str, found: "list[Candidate]") -> tuple[list[Proposal], str]:
         """Proposals, best first; and why there are none, if so."""

@@ -1,6 +1,7 @@
 """Arrays of jobs on a real Slurm: shards, and instructions for texts."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -101,7 +102,13 @@ def test_an_array_writes_the_instructions_that_one_process_writes(
     slurm.require_completed(job_id, tmp_path)
 
     alone = [sys.executable, "-m", "tools.backtranslate", *arguments, tmp_path / "alone.jsonl"]
-    subprocess.run([str(word) for word in alone], check=True, cwd=Path(__file__).parents[2])
+    # As many threads as a task of the array has: another number rounds other sums otherwise.
+    subprocess.run(
+        [str(word) for word in alone],
+        check=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": slurm.environment["OMP_NUM_THREADS"]},
+    )
     written = (tmp_path / "array.jsonl").read_bytes()
     assert written.count(b"\n") > 10
     assert written == (tmp_path / "alone.jsonl").read_bytes()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
@@ -102,3 +102,30 @@ def test_options_that_make_no_sense_are_refused_by_name(wrong: dict[str, float])
     (name,) = wrong
     with pytest.raises(ConfigError, match=name):
         SamplingOptions(**wrong)
+
+
+@settings(max_examples=200)
+@given(
+    seed=st.integers(0, 100),
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, VOCAB_SIZE),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    penalty=st.floats(0.01, 100),
+)
+@example(0, 1.0, 0, 1.3051366284759888e-153, 0.0, 1.0)
+@example(0, 5e-324, 0, 1.0, 0.0, 1.0)
+def test_whatever_the_options_an_id_is_chosen_that_can_be(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+) -> None:
+    options = SamplingOptions(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
+    )
+    logits_BV = 50 * random_logits(seed)
+    logits_BV[:, ::2] = -torch.inf
+    seen_BV = torch.rand(logits_BV.shape, generator=torch.manual_seed(seed)) < 0.5
+    logits_BV = penalized(logits_BV, seen_BV, penalty)
+
+    chosen = Chooser(options, range(3)).choose(logits_BV, range(3))
+
+    assert all(logits_BV[row, choice] > -torch.inf for row, choice in enumerate(chosen))

@@ -1,33 +1,23 @@
 """The server, over real sockets: what OpenAI's own client gets, and what nobody gets."""
 
-import json
-import re
-import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import openai
-import psutil
 import pytest
-from serve_helpers import CONTEXT_TOKENS, Running, serving, tiny_models
+from serve_helpers import CONTEXT_TOKENS, Running, metric, serving, tiny_models
 
 from data_pipeline.text import TextCodec
 from megaback.choice import SamplingOptions
-from megaback.generate import complete, generate
+from megaback.generate import complete
 from megaback.infill import InfillOptions
-from tools.serving.connections import ImpatientConnection
-from tools.serving.guard import Limits
 from tools.serving.models import ServedModel, load_meeting
 
 Codecs = Callable[..., TextCodec]
 
 ENDING = "and said nothing about it."
-TOKEN = "a-token-of-more-than-16"
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +43,6 @@ def alone(
     model = models[name]
     chosen = SamplingOptions(tokens, **{"temperature": 1.0, "top_k": 0, **options})
     return complete(model.sampler, model.codec, given, CONTEXT_TOKENS, chosen)
-
-
-@pytest.fixture(scope="module")
-def endless(models: dict[str, ServedModel]) -> str:
-    """A prompt for which greedy writing does not end soon."""
-    model = models["tiny"]
-    for number in range(100):
-        prompt = model.codec.prompt(f"{number} maps.")
-        options = SamplingOptions(1000, temperature=0)
-        new_ids = generate(model.sampler, model.codec, prompt, CONTEXT_TOKENS, options)
-        if sum(1 for _ in new_ids) == 1000:
-            return f"{number} maps."
-    raise AssertionError
 
 
 def as_sent(text: str) -> str:
@@ -211,38 +188,6 @@ def test_models_say_in_which_direction_they_write(client: openai.OpenAI) -> None
         client.completions.create(model="gpt-5", prompt="x")
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "words"),
-    [
-        (b"{", 400, "not JSON"),
-        (b'{"prompt": "\xff\xfe"}', 400, "parsing"),
-        (b"[" * 5000, 400, ""),
-        (b'{"prompt": NaN}', 400, "prompt"),
-        (b"null", 400, "body"),
-        (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature"),
-        (b'{"prompt": "a", "temprature": 1}', 400, "temprature"),
-        (b'{"prompt": "a", "best_of": 3}', 400, "best_of"),
-        (b'{"prompt": "a", "logit_bias": {"5": 1}}', 400, "logit_bias"),
-        (b'{"prompt": "a", "max_tokens": 999999}', 400, "max_tokens"),
-        (b'{"prompt": "a", "n": 64, "model": "\\ud800"}', 404, "tiny"),
-        (b'{"prompt": [], "n": 1}', 400, "prompt"),
-        (b'{"prompt": [1, 2]}', 400, "prompt"),
-        (b'{"prompt": "a", "seed": -1}', 400, "seed"),
-        (b'{"prompt": "a", "stop": ""}', 400, "stop"),
-        (json.dumps({"prompt": "a map " * 60}).encode(), 400, "shorten"),
-        (json.dumps({"prompt": "a" * 500_000}).encode(), 400, "shorten"),
-        (json.dumps({"prompt": ["a"] * 33, "n": 2}).encode(), 400, "more than"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_in_a_sentence(
-    running: Running, body: bytes, status: int, words: str
-) -> None:
-    headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers)
-    assert answer.status_code == status, answer.text
-    assert words in answer.json()["error"]["message"]
-
-
 @pytest.mark.parametrize("name", ["tiny", "ahead"])
 def test_of_a_long_prompt_the_near_part_can_be_read(running: Running, name: str) -> None:
     near, far = "the last map ", "a wooden clock " * 60
@@ -260,151 +205,6 @@ def test_lone_surrogates_are_read_and_come_back_as_replacements(running: Running
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers)
     assert answer.json()["choices"][0]["text"].endswith("a�b")
-
-
-def test_ten_megabytes_are_refused_and_leave_no_memory_behind(running: Running) -> None:
-    body = json.dumps({"prompt": "word " * 2_000_000})
-    before = psutil.Process().memory_info().rss
-    for _ in range(5):
-        answer = httpx.post(f"{running.url}/v1/completions", content=body, timeout=30)
-        assert answer.status_code == 413
-    chunks = (b"x" * 65536 for _ in range(160))  # without a Content-Length
-    assert httpx.post(f"{running.url}/v1/score", content=chunks).status_code == 413
-    assert psutil.Process().memory_info().rss - before < 60 << 20
-
-
-def test_who_hangs_up_frees_the_place(running: Running, endless: str) -> None:
-    body = {"prompt": endless, "max_tokens": 4096, "n": 8, "temperature": 0, "stream": True}
-    body |= {"stream_order": "writing"}
-    with httpx.stream("POST", f"{running.url}/v1/completions", json=body) as answer:
-        lines = answer.iter_lines()  # forgotten, it closes the connection
-        next(lines)
-        wait_until(lambda: metric(running, "samples_running", "tiny") == 8)
-    wait_until(lambda: metric(running, "samples_running", "tiny") == 0)
-    request = httpx.Request("POST", f"{running.url}/v1/completions", json={**body, "stream": False})
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.Client(timeout=0.5).send(request)
-    wait_until(lambda: metric(running, "samples_running", "tiny") == 0)
-    assert metric(running, "requests_given_up_total") >= 2
-
-
-def metric(running: Running, name: str, model: str | None = None) -> float:
-    label = f'{{model="{model}"}}' if model else ""
-    found = re.search(
-        rf"^megaback_{name}{re.escape(label)} (\S+)$", running.get("/metrics").text, re.MULTILINE
-    )
-    assert found, name
-    return float(found.group(1))
-
-
-def wait_until(is_so: Callable[[], bool], most_s: float = 20) -> None:
-    ends_s = time.monotonic() + most_s
-    while not is_so():
-        assert time.monotonic() < ends_s
-        time.sleep(0.05)
-
-
-def test_a_thousand_connections_that_are_left_open_keep_nobody_out(running: Running) -> None:
-    port = int(running.url.rsplit(":", 1)[1])
-    left = []
-    try:
-        for number in range(1000):
-            connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-            if number % 2:
-                connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
-            left.append(connection)
-        assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
-        open_now = len(running.server.server_state.connections)
-        assert open_now <= ImpatientConnection.most_connections + 5
-    finally:
-        for connection in left:
-            connection.close()
-
-
-def test_a_connection_without_a_request_is_closed(
-    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_request", 0.3)
-    with serving(models) as running:
-        port = int(running.url.rsplit(":", 1)[1])
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-            for letter in b"GET":
-                connection.sendall(bytes([letter]))
-                time.sleep(0.05)
-            with suppress(ConnectionResetError):
-                assert connection.recv(100) == b""
-
-
-def test_a_token_is_asked_for_where_there_is_one(models: dict[str, ServedModel]) -> None:
-    with serving(models, token=TOKEN, is_loopback=False) as running:
-        for path in ("/v1/models", "/metrics"):
-            for sent in ({}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN}):
-                answer = running.get(path, headers=sent)
-                assert answer.status_code == 401
-                assert answer.headers["www-authenticate"] == "Bearer"
-        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=TOKEN)
-        assert client.completions.create(model="tiny", prompt="a", max_tokens=2).choices
-        assert running.get("/health").status_code == 200
-        assert (
-            TOKEN not in running.get("/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text
-        )
-
-
-@pytest.mark.parametrize(
-    "headers", [{"host": "evil.example"}, {"origin": "https://evil.example"}, {"origin": "null"}]
-)
-def test_a_page_of_another_site_is_refused(running: Running, headers: dict[str, str]) -> None:
-    assert running.get("/v1/models", headers=headers).status_code == 403
-
-
-def test_beyond_the_limits_clients_are_told_to_come_again(
-    models: dict[str, ServedModel], endless: str
-) -> None:
-    limits = Limits(open_requests=2, waiting_samples=4, request_s=1.5)
-    with serving(models, limits) as running:
-        long = {"prompt": endless, "max_tokens": 4096, "temperature": 0, "n": 8}
-        with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(lambda _: running.post("/v1/completions", long), range(4)))
-        codes = sorted(answer.status_code for answer in answers)
-        assert codes[0] == 200
-        assert codes[-1] == 503
-        assert all(a.headers["retry-after"] for a in answers if a.status_code == 503)
-        # Time was up; what was written by then is the answer.
-        (first, *_) = [answer for answer in answers if answer.status_code == 200]
-        assert {choice["finish_reason"] for choice in first.json()["choices"]} == {"length"}
-
-
-def test_a_body_that_does_not_come_is_not_waited_for(models: dict[str, ServedModel]) -> None:
-    with serving(models, replace(Limits(), body_s=0.3)) as running:
-        port = int(running.url.rsplit(":", 1)[1])
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-            connection.sendall(
-                b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
-            )
-            assert b" 408 " in connection.recv(1000)
-
-
-def test_every_answer_has_a_strict_policy(running: Running) -> None:
-    for path in ("/", "/v1/models", "/nowhere"):
-        policy = running.get(path).headers["content-security-policy"]
-        assert policy.startswith("default-src 'none'")
-        assert "unsafe" not in policy
-    assert running.get("/../../setup.py").status_code == 404
-    assert running.get("/%2e%2e/app.py").status_code == 404
-
-
-def test_a_sample_that_fails_is_an_answer_and_the_server_lives(
-    running: Running, models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("no memory")
-
-    body = {"prompt": "a", "max_tokens": 3}
-    with monkeypatch.context() as patch:
-        patch.setattr(models["tiny"].sampler, "step", broken)
-        answer = running.post("/v1/completions", body)
-        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
-    assert running.post("/v1/completions", body).status_code == 200
 
 
 def test_metrics_count_tokens(running: Running) -> None:

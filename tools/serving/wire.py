@@ -33,7 +33,7 @@ class Sampling(Request):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=1_000_000, description="0 for all.")
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     seed: Seed | None = Field(
         None, description="Of the first sample; the next ones have the next numbers."
     )
