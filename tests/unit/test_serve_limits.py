@@ -61,6 +61,8 @@ def endless(models: dict[str, ServedModel]) -> str:
         (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature"),
         (b'{"prompt": "a", "temprature": 1}', 400, "temprature"),
         (b'{"prompt": "a", "best_of": 3}', 400, "best_of"),
+        (b'{"prompt": "a", "presence_penalty": false}', 400, "presence_penalty"),
+        (b'{"prompt": "a", "stream_options": {"include_obfuscation": 0}}', 400, "obfuscation"),
         (b'{"prompt": "a", "logit_bias": {"5": 1}}', 400, "logit_bias"),
         (b'{"prompt": "a", "max_tokens": 999999}', 400, "max_tokens"),
         (b'{"prompt": "a", "n": 64, "model": "\\ud800"}', 404, "tiny"),

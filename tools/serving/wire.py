@@ -4,9 +4,9 @@ Fields that OpenAI has and this server cannot honour are known here, so that the
 name and never ignored.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 MOST_SAMPLES = 64
 MOST_STOPS = 4
@@ -15,6 +15,24 @@ _MOST_SEED = (1 << 53) - 1  # what JavaScript can say exactly
 
 Seed = Annotated[int, Field(ge=0, le=_MOST_SEED)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+def _is_bool(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("it must be true or false")
+    return value
+
+
+def _is_no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("it must be a number")
+    return value
+
+
+# Python finds 0, 0.0 and False equal, and so does Literal; JSON does not.
+_False = Annotated[Literal[False], BeforeValidator(_is_bool)]
+_Zero = Annotated[Literal[0], BeforeValidator(_is_no_bool)]
+_One = Annotated[Literal[1], BeforeValidator(_is_no_bool)]
 
 
 class Request(BaseModel):
@@ -43,7 +61,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: _False = False
 
 
 class CompletionRequest(Sampling):
@@ -69,10 +87,10 @@ class CompletionRequest(Sampling):
         "that came earlier.",
     )
     user: str | None = None
-    best_of: Literal[1] | None = None
+    best_of: _One | None = None
     suffix: Literal[""] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: _Zero | None = None
+    frequency_penalty: _Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     @property
