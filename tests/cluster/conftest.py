@@ -9,7 +9,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from small_cluster import (
     MINISLURM,
     NUM_NODES,
     NUM_STEPS,
+    FinishedRun,
     Slurm,
     cpu_options,
     free_ports,
@@ -81,17 +81,6 @@ def write_config(tiny_shards: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A run that nothing disturbed, and the empty places that it was given."""
-
-    run: Path
-    folder: Path
-    home: Path
-    temporary: Path
-    log: str
 
 
 @pytest.fixture(scope="session")

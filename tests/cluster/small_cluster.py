@@ -185,3 +185,14 @@ def held(config: Path) -> Iterator[list[psutil.Process]]:
     finally:
         for rank in ranks:
             rank.send_signal(signal.SIGCONT)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that nothing disturbed, and the empty places that it was given."""
+
+    run: Path
+    folder: Path
+    home: Path
+    temporary: Path
+    log: str

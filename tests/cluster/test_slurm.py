@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FinishedRun
 from small_cluster import (
     NUM_STEPS,
     REPOSITORY,
+    FinishedRun,
     Slurm,
     cpu_options,
     held,

@@ -27,6 +27,7 @@ Ids = npt.NDArray[np.int64]
 
 BEGIN, END = 1, 2
 FRAME_TOKENS = 64
+CHECKPOINT_TOKENIZER = b"a tokenizer"
 CONTEXT_TOKENS = 16  # where it does not matter
 BACKWARD_TOKENS = TextFormat(Direction.BACKWARD, Unit.TOKEN, "5" * 64)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from batch_helpers import DataSet, some_shards, write_data_set
+from batch_helpers import CHECKPOINT_TOKENIZER, DataSet, some_shards, write_data_set
 from build_helpers import (
     EMPTY_DOCUMENTS,
     HARD_TEXTS,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from megaback.checkpoint import CheckpointMeta
     from megaback.distributed import World
 
-TOKENIZER = b"a tokenizer"
 _LARGEST_FILE_BYTES = 1 << 16
 
 
@@ -167,7 +166,7 @@ def save(
         run: Path, step: int, val_loss: float | None = 1.5, keep_last: int = 10, **options: object
     ) -> Path:
         section = CheckpointSection.model_validate({"keep_last": keep_last, **options})
-        saver = CheckpointSaver(run, TOKENIZER, section, world)
+        saver = CheckpointSaver(run, CHECKPOINT_TOKENIZER, section, world)
         saver.begin(state_at(step), meta_at(step, val_loss))
         saver.finish()
         return run / "checkpoints" / f"step-{step:08d}"

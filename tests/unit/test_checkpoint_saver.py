@@ -12,7 +12,7 @@ from time import sleep
 
 import pytest
 import torch
-from conftest import TOKENIZER
+from batch_helpers import CHECKPOINT_TOKENIZER
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -47,7 +47,7 @@ def make_saver(tmp_path: Path, world: World) -> Callable[..., CheckpointSaver]:
 
     def make(**options: object) -> CheckpointSaver:
         section = CheckpointSection.model_validate(options)
-        return CheckpointSaver(tmp_path, TOKENIZER, section, world)
+        return CheckpointSaver(tmp_path, CHECKPOINT_TOKENIZER, section, world)
 
     return make
 
@@ -100,7 +100,7 @@ def test_weights_and_optimizer_are_saved_each_in_its_file(
 
     assert load_file(target / WEIGHTS).keys() == {"weight:a:0"}
     assert_equal(saved_in(target), state_at(100))
-    assert (target / "tokenizer.model").read_bytes() == TOKENIZER
+    assert (target / "tokenizer.model").read_bytes() == CHECKPOINT_TOKENIZER
 
 
 @pytest.mark.parametrize(
