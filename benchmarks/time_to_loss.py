@@ -104,7 +104,7 @@ def train_baseline(config: Config, seconds: float) -> dict[str, float]:
     def backward() -> float:
         ids_T, targets_T = next(rows)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = compiled(ids_T, targets_T, positions_T, segments) / len(ids_T)
+            loss = compiled(ids_T, targets_T, positions_T, segments).mean()
         loss.backward()
         return float(loss.detach())
 
@@ -159,7 +159,7 @@ def measure(model: torch.nn.Module, data: Data, alone: bool) -> float:
         if not alone:
             positions_T = torch.arange(len(ids_T) // ROWS).repeat(ROWS)
         with torch.autocast("cpu", torch.bfloat16):
-            nats += float(inner(ids_T, targets_T, positions_T, segments))
+            nats += float(inner(ids_T, targets_T, positions_T, segments).sum())
         targets += int((targets_T != IGNORED_TARGET).sum())
     return nats / targets
 

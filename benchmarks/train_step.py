@@ -111,7 +111,7 @@ def our_step(config: Config, rank: int) -> Step:
     engine.train()
 
     def step() -> None:
-        loss = engine(*batch)
+        loss = engine(*batch).sum()
         engine.backward(loss / num_targets)
         set_learning_rates(engine, 1.0)
         take_step(engine, lambda _norm: None)

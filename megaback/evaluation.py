@@ -1,8 +1,6 @@
-"""The loss over a whole val set, in nats a token and in bits a byte of text."""
+"""The loss over a whole val set, in nats a token and bits a byte of text, and by context."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,16 +10,8 @@ from torch import Tensor
 
 from data_pipeline.rows import IGNORED_TARGET, Batch
 from megaback.attention import Segments
+from megaback.context_loss import ContextLoss, bucket_of, num_buckets
 from megaback.distributed import World
-
-
-@dataclass(frozen=True)
-class ValidationResult:
-    """loss is nats a token; bits_per_byte counts the bytes of text that the targets stand for."""
-
-    loss: float
-    bits_per_byte: float
-    num_targets: int
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Segments]:
@@ -48,25 +38,25 @@ def _agreed(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
 def evaluate(
     engine: Any,
     batches: Iterable[Batch],
+    context_tokens: int,
     piece_num_bytes: npt.NDArray[np.int64],
     world: World,
     on_batch: Callable[[], None],
-) -> ValidationResult:
+) -> ContextLoss:
     """Measure a val set together with all ranks; every rank gets the same result.
 
-    `on_batch` is called before each batch.
+    `context_tokens` are those of a row. `on_batch` is called before each batch.
     """
     engine.eval()
-    nats, num_targets, num_bytes = 0.0, 0, 0
+    sums_3B = np.zeros((3, num_buckets(context_tokens)))
     on_batch()
     for batch in _agreed(batches, world):
         on_batch()
-        nats += float(engine(*to_device(batch, world.device)))
-        targets = batch.targets_T[batch.targets_T != IGNORED_TARGET]
-        num_targets += len(targets)
-        num_bytes += int(piece_num_bytes[targets].sum())
+        nats_T = engine(*to_device(batch, world.device)).double().cpu().numpy()
+        is_target_T = batch.targets_T != IGNORED_TARGET
+        bucket_N = bucket_of(batch.positions_T[is_target_T] + 1)
+        bytes_N = piece_num_bytes[batch.targets_T[is_target_T]]
+        for sums_B, of_each_N in zip(sums_3B, (nats_T[is_target_T], None, bytes_N), strict=True):
+            sums_B += np.bincount(bucket_N, of_each_N, len(sums_B))
     engine.train()
-    nats, all_targets, all_bytes = world.sum(nats, num_targets, num_bytes)
-    return ValidationResult(
-        nats / max(all_targets, 1), nats / math.log(2) / max(all_bytes, 1), int(all_targets)
-    )
+    return ContextLoss.of_sums(np.array(world.sum(*sums_3B.ravel())).reshape(sums_3B.shape))

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from data_pipeline.command import write_text
 from data_pipeline.errors import BackendError, CheckpointCorruptError
 from megaback.config import Config
+from megaback.context_loss import ContextLoss
 
 METRICS_NAME = "metrics.jsonl"
 _WANDB_ID_NAME = "wandb_id.txt"
@@ -129,19 +130,28 @@ class MetricsLog:
         """Record a step that was passed over."""
         self._write({"step": step, "left_out": True})
 
-    def validation(self, step: int, loss: float, bits_per_byte: float, targets: int) -> None:
+    def validation(self, step: int, measured: ContextLoss) -> None:
         """Record a measurement of the whole val set."""
+        whole = measured.whole
         self._write(
             {
                 "step": step,
-                "val_loss": _json_number(loss),
-                "val_bits_per_byte": _json_number(bits_per_byte),
-                "val_targets": targets,
+                "val_loss": _json_number(whole.nats_per_token),
+                "val_bits_per_byte": _json_number(whole.bits_per_byte),
+                "val_targets": whole.num_targets,
+                "val_by_context": {
+                    name: {
+                        "loss": _json_number(one.nats_per_token),
+                        "bits_per_byte": _json_number(one.bits_per_byte),
+                        "targets": one.num_targets,
+                    }
+                    for name, one in measured.by_context.items()
+                },
             }
         )
         self.say(
-            f"step {step}/{self._total_steps}  val loss {loss:.4f} nats/token, "
-            f"{bits_per_byte:.4f} bits/byte over {targets:,} tokens"
+            f"step {step}/{self._total_steps}  val loss {whole.nats_per_token:.4f} nats/token, "
+            f"{whole.bits_per_byte or 0:.4f} bits/byte over {whole.num_targets:,} tokens"
         )
 
     def close(self) -> None:

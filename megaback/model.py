@@ -167,7 +167,7 @@ class Decoder(nn.Module):
 
 
 class ReverseGPT(nn.Module):
-    """The whole model. Called with targets it gives a loss; `logits` gives what samplers need."""
+    """The whole model. Called with targets it gives losses; `logits` gives what samplers need."""
 
     def __init__(
         self,
@@ -240,18 +240,20 @@ class ReverseGPT(nn.Module):
     def forward(
         self, ids_T: Tensor, targets_T: Tensor, positions_T: Tensor, segments: Segments
     ) -> Tensor:
-        """Cross-entropy in nats, summed over the targets that are not ignored: a scalar in fp32.
+        """Cross-entropy of each target in nats, 0 where it is ignored: shape (T,), in fp32.
 
         Its gradient is also that of the z-loss, z_loss * log(sum(exp(logits)))^2 (Chowdhery et al.,
         "PaLM", 2022), which its value leaves out.
         """
         logits_TV = self.logits(ids_T, positions_T, segments).float()
-        nats = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_TARGET, reduction="sum")
+        nats_T = F.cross_entropy(
+            logits_TV, targets_T, ignore_index=IGNORED_TARGET, reduction="none"
+        )
         if not (self.z_loss and self.training):
-            return nats
+            return nats_T
         squared_T = logits_TV.logsumexp(dim=-1).square()
-        penalty = self.z_loss * squared_T[targets_T != IGNORED_TARGET].sum()
-        return nats + (penalty - penalty.detach())
+        penalty_T = self.z_loss * squared_T * (targets_T != IGNORED_TARGET)
+        return nats_T + (penalty_T - penalty_T.detach())
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

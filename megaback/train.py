@@ -34,7 +34,7 @@ from megaback.distributed import (
 )
 from megaback.engine import set_learning_rates, take_step
 from megaback.engine_state import named_state
-from megaback.evaluation import ValidationResult, evaluate, to_device
+from megaback.evaluation import evaluate, to_device
 from megaback.exit_record import record_exit
 from megaback.guard import StepGuard
 from megaback.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
@@ -200,7 +200,7 @@ class Trainer:
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
         for batch in micro_batches:
             run.pulse.at("computing gradients", step + 1)
-            loss = run.engine(*to_device(batch, world.device))
+            loss = run.engine(*to_device(batch, world.device)).sum()
             run.engine.backward(loss * share)
             nats += loss.detach()  # on the device: nothing waits for it until the step's end
             if batch is not micro_batches[-1]:
@@ -212,18 +212,18 @@ class Trainer:
         run, world = self._run, self._world
         if not run.data.has_val:
             return None
-        result: ValidationResult = evaluate(
+        measured = evaluate(
             run.engine,
             run.data.validation(world.rank, world.size),
+            run.config.batch.context_tokens,
             run.data.codec.piece_num_bytes(),
             world,
             lambda: run.pulse.at("validating", done),
         )
-        self._record(
-            lambda log: log.validation(done, result.loss, result.bits_per_byte, result.num_targets)
-        )
-        self._patience.measured(done, result.loss)
-        return result.loss
+        self._record(lambda log: log.validation(done, measured))
+        loss = measured.whole.nats_per_token
+        self._patience.measured(done, loss)
+        return loss
 
     def _save(self, done: int, val_loss: float | None) -> None:
         run, world = self._run, self._world

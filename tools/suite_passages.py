@@ -128,7 +128,7 @@ def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptio
     for batch in sequential_batches(frames, rows, 0, 1, 1):
         targets = batch.targets_T[batch.targets_T != IGNORED_TARGET]
         if len(targets):
-            nats_N.append(float(evaluated.model(*to_device(batch, evaluated.device))))
+            nats_N.append(float(evaluated.model(*to_device(batch, evaluated.device)).sum()))
             bytes_N.append(float(num_bytes[targets].sum()))
     bits = ratio_interval(nats_N, bytes_N, options.seed).scaled(1 / math.log(2))
     return SuiteResult(len(nats_N), {"bits/byte": Metric(bits, len(nats_N))})

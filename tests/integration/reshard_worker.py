@@ -64,7 +64,7 @@ def train(engine: Any, config: Config, world: World, first: int) -> list[float]:
         (targets,) = world.sum(sum(batch.num_targets for batch in micro_batches))
         nats = 0.0
         for batch in micro_batches:
-            loss = engine(*to_device(batch, torch.device("cpu")))
+            loss = engine(*to_device(batch, torch.device("cpu"))).sum()
             engine.backward(loss * (world.size * len(micro_batches) / targets))
             nats += float(loss)
             if batch is not micro_batches[-1]:

@@ -127,6 +127,21 @@ def test_validation_counts_the_targets_and_bytes_of_the_whole_val_set(
     assert logged["val_bits_per_byte"] == pytest.approx(measured.bits_per_byte, abs=1e-5)
 
 
+def test_validation_tells_the_loss_by_how_much_context_there_was(
+    run_of: RunOf, model_of: ModelOf, tiny_shards: Path
+) -> None:
+    measured = measure(model_of(run_of("zero.stage=1")), tiny_shards).nats_of_context
+
+    logged = metrics_of(run_of("zero.stage=1"))[-1]["val_by_context"]
+    assert sum(bucket["targets"] for bucket in logged.values()) == sum(map(len, measured.values()))
+    for name, bucket in logged.items():
+        first, _, last = name.partition("-")
+        contexts = range(int(first), int(last or first) + 1)
+        nats = [value for context in contexts for value in measured.get(context, [])]
+        assert bucket["targets"] == len(nats)
+        assert bucket["loss"] == pytest.approx(sum(nats) / len(nats), abs=1e-4)
+
+
 def test_validation_is_done_at_the_start_at_the_end_and_when_it_is_due(run_of: RunOf) -> None:
     assert list(val_losses_of(run_of("zero.stage=1"))) == [0, 50, TOTAL_STEPS]
 

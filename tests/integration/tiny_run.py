@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -98,7 +99,7 @@ def train_plainly(config: Config) -> PlainResult:
     for step in range(data.total_steps):
         batch = join(data.training.at(step))
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            loss = model(*batch) / (batch[1] != IGNORED_TARGET).sum()
+            loss = model(*batch).sum() / (batch[1] != IGNORED_TARGET).sum()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clip)
@@ -152,6 +153,8 @@ class PlainMeasure:
     loss: float
     bits_per_byte: float
     num_targets: int
+    nats_of_context: dict[int, list[float]]
+    """Losses of targets by how many tokens were read before them."""
 
 
 @torch.no_grad()
@@ -159,7 +162,8 @@ def measure_plainly(model: ReverseGPT, shards: Path, context_tokens: int) -> Pla
     """The loss over a stored val set, a piece of a document at a time: no packing, no batches."""
     manifest = Manifest.load(shards)
     piece_num_bytes = manifest.codec(shards).piece_num_bytes()
-    nats, targets = 0.0, []
+    nats_of_context: dict[int, list[float]] = defaultdict(list)
+    targets = []
     for entry in manifest.split("val"):
         reader = ShardReader(shards / entry.file)
         for frame in range(reader.num_frames):
@@ -169,12 +173,21 @@ def measure_plainly(model: ReverseGPT, shards: Path, context_tokens: int) -> Pla
                 for piece in _pieces(window, manifest.begin_id):
                     inputs_T, targets_T = piece[:-1], piece[1:]
                     segments = Segments.from_lengths((len(inputs_T),), torch.device("cpu"))
-                    nats += model(inputs_T, targets_T, torch.arange(len(inputs_T)), segments).item()
+                    positions_T = torch.arange(len(inputs_T))
+                    nats_T = model(inputs_T, targets_T, positions_T, segments)
+                    for context, nats in enumerate(nats_T.tolist(), start=1):
+                        nats_of_context[context].append(nats)
                     targets.append(targets_T)
         reader.close()
     all_targets = torch.cat(targets).numpy()
     num_bytes = int(piece_num_bytes[all_targets].sum())
-    return PlainMeasure(nats / len(all_targets), nats / np.log(2) / num_bytes, len(all_targets))
+    nats = sum(map(sum, nats_of_context.values()))
+    return PlainMeasure(
+        nats / len(all_targets),
+        nats / np.log(2) / num_bytes,
+        len(all_targets),
+        dict(nats_of_context),
+    )
 
 
 def _pieces(window_T: Tensor, begin_id: int) -> list[Tensor]:

@@ -214,7 +214,7 @@ def test_no_example_sees_its_neighbour() -> None:
         assert not torch.equal(before_TV[start], after_TV[start])
         others_T = torch.where(outside, targets_T, IGNORED_TARGET)
         model.zero_grad()
-        model(ids_T, others_T, positions_T, segments).backward()
+        model(ids_T, others_T, positions_T, segments).sum().backward()
         embedded = model.model.embed_tokens.weight.grad
         assert embedded is not None
         inside = set(ids_T[start:stop].tolist()) - {END}
@@ -233,7 +233,7 @@ def test_the_loss_has_no_gradient_at_the_targets_of_what_is_given() -> None:
 
     model = tiny_model()
     model.lm_head.register_forward_hook(keep)
-    model(ids_T, targets_T, positions_T, segments).backward()
+    model(ids_T, targets_T, positions_T, segments).sum().backward()
     (logits_TV,) = kept
     assert logits_TV.grad is not None
     has_gradient = logits_TV.grad.abs().sum(dim=1) > 0

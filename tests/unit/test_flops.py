@@ -39,7 +39,7 @@ def counted_flops(model: ReverseGPT, lengths: Sequence[int]) -> float:
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     segments = Segments.from_lengths(tuple(lengths), CPU)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(ids_T, ids_T, positions_T, segments).backward()
+        model(ids_T, ids_T, positions_T, segments).sum().backward()
     above = sum(length * (length - 1) / 2 for length in lengths)
     width = shape.num_heads * shape.head_dim
     return counter.get_total_flops() - 12 * shape.num_layers * width * above

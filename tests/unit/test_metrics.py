@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from megaback.config import Config
+from megaback.context_loss import ContextLoss, Loss
 from megaback.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
 
 STEP_TOKENS = 4 * 64
+MEASURED = ContextLoss(Loss(5.5, 2.0, 7), {"1": Loss(6.5, None, 1), "2-3": Loss(5.3, 1.9, 6)})
 
 
 def open_log(run: Path, resumed_step: int = 0, share: float | None = None) -> MetricsLog:
@@ -36,7 +38,7 @@ def write_steps(log: MetricsLog, first: int, last: int) -> None:
     for step in range(first, last + 1):
         log.train(record(step))
         if step == 3:
-            log.validation(step, 5.5, 2.0, 7)
+            log.validation(step, MEASURED)
     log.close()
 
 
@@ -78,6 +80,10 @@ def test_a_validation_line_says_what_was_measured(run: Path) -> None:
         "val_loss": 5.5,
         "val_bits_per_byte": 2.0,
         "val_targets": 7,
+        "val_by_context": {
+            "1": {"loss": 6.5, "bits_per_byte": None, "targets": 1},
+            "2-3": {"loss": 5.3, "bits_per_byte": 1.9, "targets": 6},
+        },
     }
 
 
@@ -166,7 +172,7 @@ def test_every_measurement_is_on_the_console(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = open_log(tmp_path)
-    log.validation(3, 5.5, 2.0, 7)
+    log.validation(3, MEASURED)
     log.close()
 
     printed = capsys.readouterr().out

@@ -153,13 +153,14 @@ def test_bits_per_byte_is_what_training_measures(
     expected = evaluation.evaluate(
         evaluated.model,
         batches,
+        64,
         evaluated.codec.piece_num_bytes(),
         world,
         lambda: None,  # type: ignore[arg-type]
     )
     found = bits_per_byte(evaluated, None, SuiteOptions(shards=str(tiny_shards)))
     measured = found.metrics["bits/byte"].interval
-    assert measured.value == pytest.approx(expected.bits_per_byte, rel=1e-6)
+    assert measured.value == pytest.approx(expected.whole.bits_per_byte, rel=1e-6)
     assert measured.low < measured.value < measured.high
 
 

@@ -1,0 +1,62 @@
+"""A loss as a whole and by how much context a prediction had. Loads no torch.
+
+A target's context is the tokens that were read before it within its segment: a document's, or a
+row's part of one. Buckets are powers of two: 1, 2-3, 4-7, and so on.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What some targets cost. bits_per_byte counts the bytes of text that they stand for."""
+
+    nats_per_token: float
+    bits_per_byte: float | None
+    """None where the targets stand for no text, such as end markers alone."""
+    num_targets: int
+
+    @classmethod
+    def of_sums(cls, nats: float, num_targets: float, num_bytes: float) -> "Loss":
+        bits = nats / math.log(2) / num_bytes if num_bytes else None
+        return cls(nats / max(num_targets, 1), bits, int(num_targets))
+
+
+@dataclass(frozen=True)
+class ContextLoss:
+    """The loss over a whole set, and of the targets of each bucket that has any, by its name."""
+
+    whole: Loss
+    by_context: dict[str, Loss]
+
+    @classmethod
+    def of_sums(cls, sums_3B: npt.NDArray[np.float64]) -> "ContextLoss":
+        """From nats, targets and bytes of text of each bucket: shape (3, buckets)."""
+        return cls(
+            Loss.of_sums(*sums_3B.sum(axis=1).tolist()),
+            {
+                bucket_name(number): Loss.of_sums(*sums.tolist())
+                for number, sums in enumerate(sums_3B.T)
+                if sums[1]
+            },
+        )
+
+
+def num_buckets(context_tokens: int) -> int:
+    """How many buckets a context of so many tokens fills."""
+    return context_tokens.bit_length()
+
+
+def bucket_of(context: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The bucket of each number of tokens of context, which is 1 or more."""
+    return np.frexp(context)[1] - 1
+
+
+def bucket_name(bucket: int) -> str:
+    first, last = 1 << bucket, (2 << bucket) - 1
+    return str(first) if first == last else f"{first}-{last}"
