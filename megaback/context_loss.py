@@ -54,7 +54,8 @@ def num_buckets(context_tokens: int) -> int:
 
 def bucket_of(context: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The bucket of each number of tokens of context, which is 1 or more."""
-    return np.frexp(context)[1] - 1
+    exponent: npt.NDArray[np.int32] = np.frexp(context)[1]
+    return exponent - 1
 
 
 def bucket_name(bucket: int) -> str:
