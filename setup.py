@@ -48,6 +48,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.32"],
         "wandb": ["wandb>=0.19"],
+        "tensorboard": ["tensorboard>=2.15"],
         "dev": [
             "fastapi>=0.115",
             "gguf>=0.17",
@@ -62,6 +63,7 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.9",
             "schemathesis>=4.0",
+            "tensorboard>=2.15",
             "transformers>=4.53",
             "types-PyYAML",
             "types-psutil",

@@ -23,7 +23,8 @@ import click
 import psutil
 import yaml
 
-_TIMINGS = {"step_s", "tokens_per_s", "mfu"}
+from megaback.metrics import MACHINE_FIELDS
+
 _DAMAGE_SHARE = 0.1
 
 
@@ -88,7 +89,9 @@ def damage_newest(run: Path, dice: random.Random) -> bool:
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     """The lines of the metrics without timings."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in _TIMINGS} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in MACHINE_FIELDS} for line in lines
+    ]
 
 
 @click.command()

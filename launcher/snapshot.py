@@ -8,7 +8,6 @@ import getpass
 import json
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from data_pipeline.command import write_text
 from launcher.run_folder import SUBMISSION_NAME, SUBMITTED_FOLDER
-from megaback import __version__
+from megaback.code_version import code_changes, code_version
 from megaback.config import CONFIG_COPY_NAME, Config
 
 CHANGES_NAME = "changes.diff"
@@ -35,27 +34,6 @@ def new_folder(run: Path) -> Path:
     return folder.absolute()
 
 
-def code_version() -> tuple[dict[str, Any], str]:
-    """Which code this is, and what was changed since its commit."""
-    root = Path(__file__).resolve().parents[1]
-    version: dict[str, Any] = {"megaback": __version__, "python": sys.version.split()[0]}
-    if not (root / ".git").exists():
-        return version, ""
-    commit, changes, status = (
-        _git(root, *words)
-        for words in (("rev-parse", "HEAD"), ("diff", "HEAD"), ("status", "--porcelain"))
-    )
-    if commit is None:
-        return version, ""
-    untracked = [line[3:] for line in (status or "").splitlines() if line.startswith("??")]
-    version |= {
-        "commit": commit.strip(),
-        "is_changed": bool(changes),
-        "untracked": untracked,
-    }
-    return version, changes or ""
-
-
 def write_snapshot(folder: Path, config: Config, files: Sequence[Path]) -> dict[str, Any]:
     """Make the snapshot. Returns the fields that say what it is. Raises OSError."""
     folder.mkdir(parents=True)
@@ -63,7 +41,7 @@ def write_snapshot(folder: Path, config: Config, files: Sequence[Path]) -> dict[
     write_text(folder / CONFIG_COPY_NAME, config.to_yaml())
     for file in files:
         shutil.copyfile(file, folder / file.name)
-    version, changes = code_version()
+    changes = code_changes()
     if changes:
         write_text(folder / CHANGES_NAME, changes)
     return {
@@ -73,7 +51,7 @@ def write_snapshot(folder: Path, config: Config, files: Sequence[Path]) -> dict[
         "folder": str(Path.cwd()),
         "command": sys.argv[1:],
         "environment": sys.prefix,
-        "code": version,
+        "code": code_version(),
     }
 
 
@@ -92,17 +70,3 @@ def remove_snapshot(folder: Path) -> None:
             empty.rmdir()
         except OSError:  # others' files are in it
             continue
-
-
-def _git(root: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -307,6 +307,8 @@ class LoggingSection(Section):
     """Lines on the console; metrics.jsonl has every step."""
     wandb: Annotated[Literal["off", "online", "offline"], BeforeValidator(_as_word)] = "off"
     wandb_project: str = "megaback"
+    tensorboard: Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)] = "auto"
+    """auto: written into the run's folder where tensorboard is installed."""
 
 
 class Config(Section):

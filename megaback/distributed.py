@@ -54,6 +54,10 @@ class World:
         summed: list[float] = totals.tolist()
         return summed
 
+    def slots(self, value: float) -> list[float]:
+        """A value a rank, zeros but for this rank's: their `sum` are the values of all ranks."""
+        return [value if rank == self.rank else 0.0 for rank in range(self.size)]
+
     def gather(self, value: _Result) -> list[_Result]:
         """Every rank's value, in order of rank, on every rank."""
         values: list[Any] = [None] * self.size

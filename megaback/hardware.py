@@ -1,5 +1,9 @@
 """What devices and their hosts can do: peak arithmetic, precisions, memory."""
 
+import resource
+import sys
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -13,6 +17,20 @@ def device_peak_flops(device: torch.device, precision: str) -> float | None:
         return None
     known = devices_named_like(torch.cuda.get_device_name(device))
     return known[0].peak_flops(precision) if known else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has had: of its GPU's allocator, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # what the kernel tells a process of itself counts what its parent had, too
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def require_precision(precision: str, device: torch.device) -> None:

@@ -1,13 +1,12 @@
-"""metrics.jsonl: one line a step, canonical; and its mirrors on the console and in wandb.
+"""metrics.jsonl: one line a step, canonical; what the console shows of it; and its mirrors.
 
 Every line has `step`, the number of steps completed. On resuming, lines past the resumed step are
-cut off, so that the file is that of an uninterrupted run.
+cut off, so that the file is that of an uninterrupted run. docs/metrics.md says what each field is.
 """
 
 import json
 import math
 import sys
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipeline.command import write_text
-from data_pipeline.errors import BackendError, CheckpointCorruptError
+from data_pipeline.errors import CheckpointCorruptError
 from megaback.config import Config
 from megaback.context_loss import ContextLoss
+from megaback.mirrors import BEFORE_ALL_STEPS, Mirrors
 
 METRICS_NAME = "metrics.jsonl"
-_WANDB_ID_NAME = "wandb_id.txt"
+MACHINE_FIELDS = frozenset(
+    {
+        "step_s",
+        "tokens_per_s",
+        "tokens_per_s_per_device",
+        "mfu",
+        "data_wait_share",
+        "memory_peak_bytes",
+    }
+)
+"""What says how fast a machine was, not what was learnt: it differs between equal runs."""
+_LEAST_DATA_WAIT_SHARE = 0.01
+"""Below, the console does not speak of it."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -55,6 +67,10 @@ class StepRecord:
     learning_rate: float
     gradient_norm: float
     step_s: float
+    data_wait_share: float
+    """Of these seconds, what the rank that waited longest for its rows waited."""
+    memory_peak_bytes: int
+    """Since the start, of the rank with most: of its GPU's allocator, or resident on a CPU."""
     skipped_rows: int = 0
     """Rows of frames that could not be read."""
     skipped: str | None = None
@@ -70,8 +86,13 @@ class MetricsLog:
         resumed_step: int,
         total_steps: int,
         step_flops_share: float | None,
+        num_devices: int,
     ) -> None:
-        """`step_flops_share` is the MFU of a step that takes one second, None if unknown."""
+        """`step_flops_share` is the MFU of a step that takes one second, None if unknown.
+
+        Raises BackendError for a mirror that was asked for and is not installed, OSError, and
+        CheckpointCorruptError for lines that are not of a run.
+        """
         path = config.run / METRICS_NAME
         kept: list[dict[str, Any]] = []
         if resumed_step and path.exists():
@@ -79,11 +100,13 @@ class MetricsLog:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._step_tokens = config.batch.global_batch_rows * config.batch.context_tokens
+        self._num_devices = num_devices
         self._step_flops_share = step_flops_share
         self._total_steps = total_steps
         self._every_steps = config.logging.every_steps
-        self._wandb = _start_wandb(config)
         self._console = Console(soft_wrap=True)
+        self._mirrors = Mirrors(config, resumed_step or BEFORE_ALL_STEPS, self.say)
+        self._mirrors.feed(kept)
         self._progress: Progress | None = None
         if sys.stdout.isatty():
             self._progress = Progress(
@@ -110,13 +133,10 @@ class MetricsLog:
             del line["skipped"]
         line["tokens_seen"] = step * self._step_tokens
         line["tokens_per_s"] = self._step_tokens / record.step_s
-        text = (
-            f"loss {record.loss:.4f}  {line['tokens_per_s']:,.0f} tokens/s  "
-            f"lr {record.learning_rate:.2e}  norm {record.gradient_norm:.2f}"
-        )
+        line["tokens_per_s_per_device"] = line["tokens_per_s"] / self._num_devices
         if self._step_flops_share is not None:
             line["mfu"] = self._step_flops_share / record.step_s
-            text += f"  MFU {line['mfu']:.1%}"
+        text = self._summary(record, line)
         self._write(line)
         if record.skipped is not None:
             self.say(f"step {step}/{self._total_steps}  skipped: {record.skipped}")
@@ -158,45 +178,32 @@ class MetricsLog:
         if self._progress is not None:
             self._progress.stop()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._mirrors.close()
+
+    def _summary(self, record: StepRecord, line: dict[str, Any]) -> str:
+        """A step on the console."""
+        pace = f"{line['tokens_per_s']:,.0f} tokens/s"
+        if self._num_devices > 1:
+            pace += f" ({line['tokens_per_s_per_device']:,.0f} a device)"
+        parts = [
+            f"loss {record.loss:.4f}",
+            pace,
+            f"lr {record.learning_rate:.2e}",
+            f"norm {record.gradient_norm:.2f}",
+        ]
+        if "mfu" in line:
+            parts.append(f"MFU {line['mfu']:.1%}")
+        parts.append(f"{record.memory_peak_bytes / 1e9:.1f} GB")
+        if record.data_wait_share > _LEAST_DATA_WAIT_SHARE:
+            parts.append(f"data wait {record.data_wait_share:.0%}")
+        return "  ".join(parts)
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(
-                {key: value for key, value in line.items() if key != "step"}, line["step"]
-            )
+        self._mirrors.feed([line])
 
 
 def _json_number(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _start_wandb(config: Config) -> Any:
-    """One wandb run across restarts: its id is drawn once and kept in the run's folder."""
-    run, logging = config.run, config.logging
-    if logging.wandb == "off":
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise BackendError(
-            "logging.wandb is on, but wandb is not installed; "
-            "install it with `pip install wandb`, or set logging.wandb=off"
-        ) from None
-    id_path = run / _WANDB_ID_NAME
-    if not id_path.exists():
-        write_text(id_path, uuid.uuid4().hex[:12] + "\n")
-    return wandb.init(
-        project=logging.wandb_project,
-        name=run.name,
-        id=id_path.read_text(encoding="utf-8").strip(),
-        resume="allow",
-        mode=logging.wandb,
-        dir=run,
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True),
-    )

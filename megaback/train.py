@@ -37,6 +37,7 @@ from megaback.engine_state import named_state
 from megaback.evaluation import evaluate, to_device
 from megaback.exit_record import record_exit
 from megaback.guard import StepGuard
+from megaback.hardware import peak_memory_bytes
 from megaback.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
 from megaback.patience import Patience, mark_best, read_measurements
 from megaback.preparation import Run, batch_arithmetic, prepare_run
@@ -53,6 +54,8 @@ class Agreement:
 
     num_targets: int
     skipped_rows: int
+    data_wait_s: float
+    """Of the rank that waited longest for its rows."""
     must_stop: bool
     is_writing: bool
     """Whether any rank still writes a checkpoint."""
@@ -149,21 +152,31 @@ class Trainer:
         If any rank cannot read its rows or write its metrics, all of them end here, with its
         message.
         """
+        asked = monotonic()
         found, error = attempt(self._run.data.training.at, step)
+        waits_s = self._world.slots(monotonic() - asked)
         error = self._log_error or error
         micro_batches = found or []
-        targets, skipped_rows, num_stops, num_writing, num_copying, num_errors = self._world.sum(
-            sum(batch.num_targets for batch in micro_batches),
-            sum(batch.num_skipped_rows for batch in micro_batches),
-            self._stop.reason is not None,
-            self._saver.is_writing,
-            self._copier.is_copying,
-            error is not None,
+        targets, skipped_rows, num_stops, num_writing, num_copying, num_errors, *waits_s = (
+            self._world.sum(
+                sum(batch.num_targets for batch in micro_batches),
+                sum(batch.num_skipped_rows for batch in micro_batches),
+                self._stop.reason is not None,
+                self._saver.is_writing,
+                self._copier.is_copying,
+                error is not None,
+                *waits_s,
+            )
         )
         if num_errors:
             self._world.stop_if_any(error)
         return micro_batches, Agreement(
-            int(targets), int(skipped_rows), num_stops > 0, num_writing > 0, num_copying > 0
+            int(targets),
+            int(skipped_rows),
+            max(waits_s),
+            num_stops > 0,
+            num_writing > 0,
+            num_copying > 0,
         )
 
     def _learn(
@@ -171,18 +184,21 @@ class Trainer:
     ) -> None:
         """Take a step, unless its numbers are bad."""
         run, optimizer = self._run, self._run.config.optimizer
-        loss = self._accumulate_gradients(step, micro_batches, agreed.num_targets)
+        loss, peak_bytes = self._accumulate_gradients(step, micro_batches, agreed.num_targets)
         rate_factor = rate_factor_at(step, run.data.total_steps, optimizer)
         set_learning_rates(run.engine, rate_factor)
         run.pulse.at("updating", step + 1)
         gradient_norm, skipped = take_step(run.engine, lambda norm: self._guard.verdict(loss, norm))
+        step_s = monotonic() - started
         record = StepRecord(
             step + 1,
             loss,
             agreed.num_targets,
             rate_factor * optimizer.learning_rate,
             gradient_norm,
-            monotonic() - started,
+            step_s,
+            min(agreed.data_wait_s / step_s, 1.0),
+            peak_bytes,
             agreed.skipped_rows,
             skipped,
         )
@@ -191,8 +207,11 @@ class Trainer:
 
     def _accumulate_gradients(
         self, step: int, micro_batches: list[Batch], num_targets: int
-    ) -> float:
-        """Forward and backward through every micro-batch; the loss of all ranks, nats a target."""
+    ) -> tuple[float, int]:
+        """Forward and backward through every micro-batch.
+
+        Returns the loss of all ranks in nats a target, and the peak memory of the rank with most.
+        """
         run, world = self._run, self._world
         # DeepSpeed averages over ranks and accumulation; what is wanted is the mean over all
         # targets of the step, wherever they lie.
@@ -205,8 +224,8 @@ class Trainer:
             nats += loss.detach()  # on the device: nothing waits for it until the step's end
             if batch is not micro_batches[-1]:
                 run.engine.step()  # counts the micro-batch; changes nothing before the last one
-        (total_nats,) = world.sum(float(nats))
-        return total_nats / max(num_targets, 1)
+        nats_of_all, *peaks = world.sum(float(nats), *world.slots(peak_memory_bytes(world.device)))
+        return nats_of_all / max(num_targets, 1), int(max(peaks))
 
     def _validate(self, done: int) -> float | None:
         run, world = self._run, self._world
@@ -284,7 +303,9 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
     if not world.is_first:
         return None
     config = run.config
-    log = MetricsLog(config, run.start_step, run.data.total_steps, run.step_flops_share(world))
+    log = MetricsLog(
+        config, run.start_step, run.data.total_steps, run.step_flops_share(world), world.size
+    )
     log.say(batch_arithmetic(run, world))
     if run.start_step:
         log.say(f"going on from step {run.start_step:,}")

@@ -22,9 +22,8 @@ from small_cluster import (
 )
 
 from megaback.exit_record import read_history
-from megaback.metrics import read_metrics
+from megaback.metrics import MACHINE_FIELDS, read_metrics
 
-_TIMINGS = ("step_s", "tokens_per_s")
 _ENDLESS = {"steps": 100_000, "precision": "fp32"}
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -44,7 +43,7 @@ def test_a_run_on_two_nodes_has_the_losses_of_one_process(
     assert [line["step"] for line in shared if "loss" in line] == [*range(1, NUM_STEPS + 1)]
     assert [list(line) for line in shared] == [list(line) for line in alone]
     for of_shared, of_alone in zip(shared, alone, strict=True):
-        for key in set(of_shared) - set(_TIMINGS):
+        for key in set(of_shared) - MACHINE_FIELDS:
             assert of_shared[key] == pytest.approx(of_alone[key], abs=1e-4), (key, of_alone["step"])
 
 
@@ -205,6 +204,6 @@ def test_files_that_were_taken_apart_say_what_they_miss(slurm: Slurm, tmp_path: 
 
 def _without_timings(run: Path) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in line.items() if key not in _TIMINGS}
+        {key: value for key, value in line.items() if key not in MACHINE_FIELDS}
         for line in read_metrics(run)
     ]

@@ -20,6 +20,7 @@ from data_pipeline.rows import IGNORED_TARGET, Batch
 from data_pipeline.shard_format import ShardReader
 from megaback.attention import Segments
 from megaback.config import Config, load_config
+from megaback.metrics import MACHINE_FIELDS
 from megaback.model import ReverseGPT
 from megaback.optimizers import build_optimizer
 from megaback.run_data import open_data
@@ -28,7 +29,6 @@ from megaback.schedule import learning_rate_at, rate_factor_at
 TOTAL_STEPS = 100
 FORWARD = ("data.direction=forward", "training.steps=null", "training.epochs=1.5")
 """What a forward run overrides."""
-_TIMINGS = {"step_s", "tokens_per_s", "mfu"}
 
 
 def tiny_config(shards: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def tiny_config(shards: Path) -> dict[str, Any]:
         "hardware": {"device": "cpu", "processes": 2, "collective_timeout_s": 60},
         "validation": {"every_steps": 50},
         "checkpoint": {"every_steps": 25},
-        "logging": {"every_steps": 50},
+        "logging": {"every_steps": 50, "tensorboard": "off"},
     }
 
 
@@ -58,7 +58,10 @@ def training_environment() -> dict[str, str]:
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics without timings."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in _TIMINGS} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name not in MACHINE_FIELDS}
+        for line in lines
+    ]
 
 
 def curve_of(run: Path, name: str = "loss") -> list[float]:

@@ -7,13 +7,15 @@ import pytest
 
 from megaback.config import Config
 from megaback.context_loss import ContextLoss, Loss
-from megaback.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
+from megaback.metrics import MACHINE_FIELDS, METRICS_NAME, MetricsLog, StepRecord, read_metrics
 
 STEP_TOKENS = 4 * 64
 MEASURED = ContextLoss(Loss(5.5, 2.0, 7), {"1": Loss(6.5, None, 1), "2-3": Loss(5.3, 1.9, 6)})
 
 
-def open_log(run: Path, resumed_step: int = 0, share: float | None = None) -> MetricsLog:
+def open_log(
+    run: Path, resumed_step: int = 0, share: float | None = None, num_devices: int = 2
+) -> MetricsLog:
     """The log of a run of 25 steps."""
     config = Config.model_validate(
         {
@@ -23,14 +25,14 @@ def open_log(run: Path, resumed_step: int = 0, share: float | None = None) -> Me
             "batch": {"context_tokens": 64, "global_batch_rows": 4, "micro_batch_rows": 2},
             "optimizer": {"learning_rate": 1e-3},
             "training": {"steps": 25},
-            "logging": {"every_steps": 10},
+            "logging": {"every_steps": 10, "tensorboard": "off"},
         }
     )
-    return MetricsLog(config, resumed_step, 25, share)
+    return MetricsLog(config, resumed_step, 25, share, num_devices)
 
 
-def record(step: int) -> StepRecord:
-    return StepRecord(step, 6.0 - step / 10, 200, 1e-3, 0.5, 0.25)
+def record(step: int, data_wait_share: float = 0.002) -> StepRecord:
+    return StepRecord(step, 6.0 - step / 10, 200, 1e-3, 0.5, 0.25, data_wait_share, 3_200_000_000)
 
 
 def write_steps(log: MetricsLog, first: int, last: int) -> None:
@@ -71,6 +73,9 @@ def test_a_training_line_says_what_the_step_was(run: Path) -> None:
         "step_s": 0.25,
         "tokens_seen": 2 * STEP_TOKENS,
         "tokens_per_s": STEP_TOKENS / 0.25,
+        "tokens_per_s_per_device": STEP_TOKENS / 0.25 / 2,
+        "data_wait_share": 0.002,
+        "memory_peak_bytes": 3_200_000_000,
     }
 
 
@@ -166,6 +171,38 @@ def test_the_console_has_every_tenth_step_and_the_last(
 
     steps = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert steps == ["10/25", "20/25", "25/25"]
+
+
+def console_text(run: Path, capsys: pytest.CaptureFixture[str], share: float, devices: int) -> str:
+    """What the console says of a tenth step."""
+    log = open_log(run, share=0.1, num_devices=devices)
+    log.train(record(10, share))
+    log.close()
+    return capsys.readouterr().out
+
+
+def test_the_console_says_what_each_device_does_and_what_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert console_text(tmp_path, capsys, 0.25, 4) == (
+        "step 10/25  loss 5.0000  1,024 tokens/s (256 a device)  lr 1.00e-03  norm 0.50  "
+        "MFU 40.0%  3.2 GB  data wait 25%  0.1 min left\n"
+    )
+
+
+def test_the_console_is_silent_about_what_does_not_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = console_text(tmp_path, capsys, 0.009, 1)
+    assert "data wait" not in text
+    assert "a device" not in text
+
+
+def test_what_is_of_the_machine_is_listed_once(tmp_path: Path) -> None:
+    write_steps(open_log(tmp_path, share=0.1), 1, 1)
+    learnt = {"step", "loss", "targets", "learning_rate", "gradient_norm", "tokens_seen"}
+
+    assert set(read_metrics(tmp_path)[0]) - learnt == MACHINE_FIELDS
 
 
 def test_every_measurement_is_on_the_console(

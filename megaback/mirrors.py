@@ -1,0 +1,140 @@
+"""Other places that show a run's numbers: wandb and TensorBoard, fed from metrics.jsonl.
+
+metrics.jsonl is canonical. When a run goes on, a mirror forgets what came after the resumed step,
+is given what it lacks, and no step twice. One that fails is left out, and training goes on.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from data_pipeline.errors import BackendError, MegabackError
+from megaback.config import Config
+
+Value = float | str
+BEFORE_ALL_STEPS = -1
+"""Measurements before the first step are of step 0."""
+_SECRET_VARIABLES = ("WANDB_API_KEY",)
+
+
+class Mirror(Protocol):
+    """Where numbers go besides metrics.jsonl. Any exception means that it has failed."""
+
+    name: str
+    held_step: int
+    """Up to here it has everything from earlier starts: only later steps are written to it."""
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Take what a line of metrics.jsonl says of a step; steps never go down."""
+
+    def close(self) -> None:
+        """Bring everything to where it belongs."""
+
+
+class Mirrors:
+    """The mirrors that a config asks for, as long as they work."""
+
+    def __init__(self, config: Config, last_step: int, say: Callable[[str], None]) -> None:
+        """`last_step`: the last one that metrics.jsonl still has, or BEFORE_ALL_STEPS.
+
+        Raises BackendError for one that was asked for and is not installed.
+        """
+        self._say = say
+        self._mirrors: list[Mirror] = []
+        for name, start in _STARTS.items():
+            try:
+                mirror = start(config, last_step)
+            except MegabackError:
+                raise
+            except Exception as error:  # noqa: BLE001 (theirs may raise anything)
+                say(_failure(name, "did not start", error))
+                continue
+            if mirror is None:
+                continue
+            self._mirrors.append(mirror)
+            if mirror.held_step > last_step:
+                say(
+                    f"{name} has steps up to {mirror.held_step:,} already: those that are made "
+                    "again are not shown there"
+                )
+
+    def feed(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Give lines of metrics.jsonl to the mirrors that lack them."""
+        for line in lines:
+            step, values = line["step"], flat_values(line)
+            for mirror in list(self._mirrors):
+                if step > mirror.held_step:
+                    self._attempt(mirror, mirror.write, step, values)
+
+    def close(self) -> None:
+        for mirror in list(self._mirrors):
+            self._attempt(mirror, mirror.close)
+
+    def _attempt(self, mirror: Mirror, act: Callable[..., None], *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except Exception as error:  # noqa: BLE001 (theirs may raise anything)
+            self._mirrors.remove(mirror)
+            self._say(_failure(mirror.name, "has failed", error))
+
+
+def flat_values(line: Mapping[str, Any], before: str = "") -> dict[str, Value]:
+    """What a line says but its step: nested keys are joined by `/`, what is unknown is left out."""
+    flat: dict[str, Value] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            flat |= flat_values(value, f"{before}{key}/")
+        elif value is not None and (before or key != "step"):
+            flat[before + key] = value
+    return flat
+
+
+def _failure(name: str, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    for variable in _SECRET_VARIABLES:
+        secret = os.environ.get(variable)
+        if secret:
+            reason = reason.replace(secret, f"${variable}")
+    return (
+        f"{name} {what} ({type(error).__name__}: {reason}); training goes on without it, and the "
+        "next start gives it what it lacks from metrics.jsonl"
+    )
+
+
+def _start_wandb(config: Config, last_step: int) -> Mirror | None:
+    if config.logging.wandb == "off":
+        return None
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise BackendError(
+            f"logging.wandb is {config.logging.wandb}, but wandb is not installed; "
+            "install it with `pip install wandb`, or set logging.wandb=off"
+        ) from None
+    from megaback.wandb_mirror import WandbMirror
+
+    return WandbMirror(config, last_step)
+
+
+def _start_tensorboard(config: Config, last_step: int) -> Mirror | None:
+    wanted = config.logging.tensorboard
+    if wanted == "off":
+        return None
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        if wanted == "auto":
+            return None
+        raise BackendError(
+            "logging.tensorboard is on, but tensorboard is not installed; "
+            "install it with `pip install tensorboard`, or set logging.tensorboard=auto"
+        ) from None
+    from megaback.tensorboard_mirror import TensorboardMirror
+
+    return TensorboardMirror(config.run, last_step)
+
+
+_STARTS: dict[str, Callable[[Config, int], Mirror | None]] = {
+    "wandb": _start_wandb,
+    "TensorBoard": _start_tensorboard,
+}

@@ -1,0 +1,70 @@
+"""A run in wandb: one run there, with one id, for as long as its folder lives.
+
+Every start is a segment of it. Offline, what earlier segments hold beyond the resumed step is cut
+off, as it is from metrics.jsonl, unless it has been sent; online, the server says what it holds.
+"""
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import wandb
+
+from data_pipeline.command import write_text
+from megaback.code_version import code_version
+from megaback.config import Config
+from megaback.lineage import lineage
+from megaback.mirrors import BEFORE_ALL_STEPS, Value
+from megaback.wandb_files import cut_back, read_segments
+
+ID_NAME = "wandb_id.txt"
+
+
+class WandbMirror:
+    """Steps are rows of wandb's history, their number is wandb's own `_step`.
+
+    wandb joins what is written of one step, and keeps it once a later one comes, or at the close.
+    """
+
+    name = "wandb"
+
+    def __init__(self, config: Config, last_step: int) -> None:
+        """May raise whatever wandb raises, OSError, and ValueError for files of another kind."""
+        run, logging = config.run, config.logging
+        is_online = logging.wandb == "online"
+        if not is_online:
+            self.held_step = _cut_back(config, last_step)
+        id_path = run / ID_NAME
+        if not id_path.exists():
+            write_text(id_path, uuid.uuid4().hex[:12] + "\n")
+        self._run: Any = wandb.init(
+            project=logging.wandb_project,
+            name=run.name,
+            id=id_path.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            mode="online" if is_online else "offline",
+            dir=run,
+            config={
+                **config.model_dump(mode="json"),
+                "code": code_version(),
+                "lineage": lineage(config, max(last_step, 0)),
+            },
+            settings=wandb.Settings(silent=True),
+        )
+        if is_online:
+            self.held_step = self._run.starting_step - 1  # the server's next one
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _cut_back(config: Config, last_step: int) -> int:
+    """Cut what was not sent; the last step that is left, or BEFORE_ALL_STEPS."""
+    held = [BEFORE_ALL_STEPS]
+    for segment in read_segments(config.run):
+        kept = segment if segment.is_sent else cut_back(segment, last_step)
+        held.extend(kept.steps)
+    return max(held)
