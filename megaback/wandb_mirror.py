@@ -5,7 +5,8 @@ off, as it is from metrics.jsonl, unless it has been sent; online, the server sa
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import wandb
@@ -55,10 +56,23 @@ class WandbMirror:
             self.held_step = self._run.starting_step - 1  # the server's next one
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
-        self._run.log(dict(values), step=step)
+        with _quiet_if_lost():
+            self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        with _quiet_if_lost():
+            self._run.finish()
+
+
+@contextmanager
+def _quiet_if_lost() -> Iterator[None]:
+    """If wandb's own process is gone, do not let wandb wait for it at the end of ours."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError, SystemExit):
+            wandb.teardown()
+        raise
 
 
 def _cut_back(config: Config, last_step: int) -> int:

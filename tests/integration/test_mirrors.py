@@ -1,0 +1,172 @@
+"""wandb and TensorBoard after real kills: what they show is what metrics.jsonl says."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import training_environment
+
+from megaback.code_version import code_version
+from megaback.exit_record import read_history
+from megaback.metrics import read_metrics
+from megaback.mirrors import flat_values
+
+pytestmark = pytest.mark.slow
+
+TOTAL_STEPS = 240
+KILLED_AFTER = (110, 190)
+OPTIONS = (
+    f"training.steps={TOTAL_STEPS}",
+    "zero.stage=0",
+    "checkpoint.every_steps=40",
+    "validation.every_steps=60",
+    "logging.wandb=offline",
+    "logging.tensorboard=on",
+)
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A run that was killed twice and went on each time, and what wandb's own reader says of it."""
+
+    run: Path
+    segments: list[list[dict[str, Any]]]
+    """The records of each of wandb's logs, oldest first."""
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The metrics, one entry a step."""
+        merged: dict[int, dict[str, Any]] = {}
+        for line in read_metrics(self.run):
+            merged.setdefault(line["step"], {}).update(flat_values(line))
+        return [{"step": step, **values} for step, values in merged.items()]
+
+    def of_kind(self, kind: str) -> list[list[dict[str, Any]]]:
+        """What the records of one kind say, by segment."""
+        return [
+            [record[kind] for record in records if record["type"] == kind]
+            for records in self.segments
+        ]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The history over all segments."""
+        return [row["item"] for rows in self.of_kind("history") for row in rows]
+
+
+def kill_after(run: Path, step: int, config: Path) -> None:
+    """Start the run, and kill it once its metrics have a step."""
+    with (run / "output.txt").open("a") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megaback.train", config, f"run={run}", *OPTIONS],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=training_environment(),
+        )
+    give_up = time.monotonic() + 120
+    path = run / "metrics.jsonl"
+    while not (path.exists() and f'{{"step": {step}, ' in path.read_text()):
+        assert process.poll() is None, (run / "output.txt").read_text()
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=20)
+
+
+def inspected(log: Path) -> list[dict[str, Any]]:
+    """The records of a log, read by wandb."""
+    result = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", log],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "WANDB_MODE": "offline"},
+    )
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def killed(
+    tmp_path_factory: pytest.TempPathFactory,
+    config_path: Path,
+    train_one_rank: Callable[..., "subprocess.CompletedProcess[str]"],
+) -> Killed:
+    """Killed between two checkpoints each time, and trained to its end."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    run.mkdir()
+    for step in KILLED_AFTER:
+        kill_after(run, step, config_path)
+    result = train_one_rank(run, *OPTIONS)
+    assert result.returncode == 0, result.stderr
+    logs = sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda log: log.parent.name)
+    return Killed(run, [inspected(log) for log in logs])
+
+
+def test_a_run_that_was_killed_twice_is_one_run_in_wandb(killed: Killed) -> None:
+    ids = {record["run_id"] for records in killed.of_kind("run") for record in records}
+
+    assert len(killed.segments) == 3
+    assert ids == {(killed.run / "wandb_id.txt").read_text().strip()}
+
+
+def test_no_step_is_repeated_or_missing_in_wandb(killed: Killed) -> None:
+    assert [row["_step"] for row in killed.rows] == [*range(TOTAL_STEPS + 1)]
+
+
+def test_wandb_has_the_values_of_the_metrics(killed: Killed) -> None:
+    shown = [
+        {"step": row["_step"]} | {key: value for key, value in row.items() if key[0] != "_"}
+        for row in killed.rows
+    ]
+
+    assert shown == killed.lines
+
+
+def test_both_kills_came_between_two_checkpoints(killed: Killed) -> None:
+    """Otherwise no step would have been repeated."""
+    starts = [line["step"] for line in read_history(killed.run) if line["event"] == "start"]
+
+    assert starts[0] == 0 < starts[1] < KILLED_AFTER[0]
+    assert starts[1] < starts[2] < KILLED_AFTER[1]
+
+
+def test_wandb_knows_which_checkpoint_each_segment_started_from(killed: Killed) -> None:
+    lineages = [run["config"]["update"]["lineage"] for (run,) in killed.of_kind("run")]
+    starts = [line["step"] for line in read_history(killed.run) if line["event"] == "start"]
+    meta = killed.run / "checkpoints" / f"step-{starts[2]:08d}" / "meta.json"
+
+    assert lineages[0]["checkpoint"] is None
+    assert lineages[2]["checkpoint"] == {
+        "path": str(meta.parent),
+        "step": starts[2],
+        "sha256": hashlib.sha256(meta.read_bytes()).hexdigest(),
+    }
+    assert [lineage["restarts"] for lineage in lineages] == [0, 1, 2]
+    assert [start["step"] for start in lineages[2]["starts"]] == starts
+
+
+def test_wandb_knows_the_config_and_the_code(killed: Killed) -> None:
+    config = killed.of_kind("run")[2][0]["config"]["update"]
+    trained = yaml.safe_load((killed.run / "config.yaml").read_text())
+
+    assert config["code"].get("commit") == code_version().get("commit")
+    assert {key: config[key] for key in trained} == trained
+
+
+def test_tensorboard_shows_the_values_of_the_metrics(killed: Killed) -> None:
+    shown = EventAccumulator(str(killed.run / "tensorboard"), {"scalars": 0}).Reload()
+    for tag in ("loss", "learning_rate", "step_s", "val_loss", "val_by_context/4-7/loss"):
+        points = [(point.step, point.value) for point in shown.Scalars(tag)]
+        known = [(line["step"], line[tag]) for line in killed.lines if tag in line]
+        assert points == [(step, pytest.approx(value, rel=1e-6)) for step, value in known]
