@@ -20,7 +20,6 @@ _SECRET_VARIABLES = ("WANDB_API_KEY",)
 class Mirror(Protocol):
     """Where numbers go besides metrics.jsonl. Any exception means that it has failed."""
 
-    name: str
     held_step: int
     """Up to here it has everything from earlier starts: only later steps are written to it."""
 
@@ -40,7 +39,7 @@ class Mirrors:
         Raises BackendError for one that was asked for and is not installed.
         """
         self._say = say
-        self._mirrors: list[Mirror] = []
+        self._mirrors: dict[str, Mirror] = {}
         for name, start in _STARTS.items():
             try:
                 mirror = start(config, last_step)
@@ -51,7 +50,7 @@ class Mirrors:
                 continue
             if mirror is None:
                 continue
-            self._mirrors.append(mirror)
+            self._mirrors[name] = mirror
             if mirror.held_step > last_step:
                 say(
                     f"{name} has steps up to {mirror.held_step:,} already: those that are made "
@@ -62,20 +61,20 @@ class Mirrors:
         """Give lines of metrics.jsonl to the mirrors that lack them."""
         for line in lines:
             step, values = line["step"], flat_values(line)
-            for mirror in list(self._mirrors):
+            for name, mirror in list(self._mirrors.items()):
                 if step > mirror.held_step:
-                    self._attempt(mirror, mirror.write, step, values)
+                    self._attempt(name, mirror.write, step, values)
 
     def close(self) -> None:
-        for mirror in list(self._mirrors):
-            self._attempt(mirror, mirror.close)
+        for name, mirror in list(self._mirrors.items()):
+            self._attempt(name, mirror.close)
 
-    def _attempt(self, mirror: Mirror, act: Callable[..., None], *arguments: Any) -> None:
+    def _attempt(self, name: str, act: Callable[..., None], *arguments: Any) -> None:
         try:
             act(*arguments)
         except Exception as error:  # noqa: BLE001 (theirs may raise anything)
-            self._mirrors.remove(mirror)
-            self._say(_failure(mirror.name, "has failed", error))
+            del self._mirrors[name]
+            self._say(_failure(name, "has failed", error))
 
 
 def flat_values(line: Mapping[str, Any], before: str = "") -> dict[str, Value]:

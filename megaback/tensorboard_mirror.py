@@ -24,8 +24,6 @@ _CHECKSUM_BYTES = 4
 class TensorboardMirror:
     """Numbers only: TensorBoard draws no words."""
 
-    name = "TensorBoard"
-
     def __init__(self, run: Path, last_step: int) -> None:
         """Raises OSError."""
         folder = run / FOLDER_NAME

@@ -27,8 +27,6 @@ class WandbMirror:
     wandb joins what is written of one step, and keeps it once a later one comes, or at the close.
     """
 
-    name = "wandb"
-
     def __init__(self, config: Config, last_step: int) -> None:
         """May raise whatever wandb raises, OSError, and ValueError for files of another kind."""
         run, logging = config.run, config.logging
@@ -62,6 +60,8 @@ class WandbMirror:
     def close(self) -> None:
         with _quiet_if_lost():
             self._run.finish()
+            with suppress(SystemExit):
+                wandb.teardown()  # only after its end has wandb's process written everything
 
 
 @contextmanager
