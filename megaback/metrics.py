@@ -32,8 +32,8 @@ MACHINE_FIELDS = frozenset(
     }
 )
 """What says how fast a machine was, not what was learnt: it differs between equal runs."""
-_LEAST_DATA_WAIT_SHARE = 0.01
-"""Below, the console does not speak of it."""
+LEAST_DATA_WAIT_SHARE = 0.01
+"""Below, nobody is told of it but metrics.jsonl."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ class MetricsLog:
         if "mfu" in line:
             parts.append(f"MFU {line['mfu']:.1%}")
         parts.append(f"{record.memory_peak_bytes / 1e9:.1f} GB")
-        if record.data_wait_share > _LEAST_DATA_WAIT_SHARE:
+        if record.data_wait_share > LEAST_DATA_WAIT_SHARE:
             parts.append(f"data wait {record.data_wait_share:.0%}")
         return "  ".join(parts)
 

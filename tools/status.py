@@ -19,7 +19,7 @@ from data_pipeline.command import Command
 from data_pipeline.durations import duration
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.exit_record import read_history
-from megaback.metrics import METRICS_NAME, read_metrics
+from megaback.metrics import LEAST_DATA_WAIT_SHARE, METRICS_NAME, read_metrics
 from tools.watch import Health, look
 
 _RECENT_STEPS = 50
@@ -49,6 +49,9 @@ class Status:
     validation: Validation | None
     best_validation: Validation | None
     tokens_per_s: float | None
+    data_wait_share: float | None
+    """Of the time of the last steps, what the slowest loader took."""
+    memory_peak_bytes: int | None
     left_s: float | None
     """At the pace of the last steps; 0 for a run that is finished."""
     skipped: dict[int, str]
@@ -112,6 +115,8 @@ def _status(
         tokens_per_s=(
             statistics.median(line["tokens_per_s"] for line in recent) if recent else None
         ),
+        data_wait_share=_data_wait_share(recent),
+        memory_peak_bytes=recent[-1].get("memory_peak_bytes") if recent else None,
         left_s=left_s,
         skipped={line["step"]: line["skipped"] for line in steps if "skipped" in line},
         left_out_steps=sum("left_out" in line for line in lines),
@@ -119,6 +124,14 @@ def _status(
         checkpoint_age_s=now - complete[-1].stat().st_mtime if complete else None,
         history=history,
     )
+
+
+def _data_wait_share(steps: Sequence[Mapping[str, Any]]) -> float | None:
+    known = [line for line in steps if "data_wait_share" in line]
+    if not known:
+        return None
+    waited_s = sum(line["data_wait_share"] * line["step_s"] for line in known)
+    return float(waited_s / sum(line["step_s"] for line in known))
 
 
 def screen(status: Status, now: float) -> str:
@@ -130,7 +143,7 @@ def screen(status: Status, now: float) -> str:
     if status.validation is not None:
         rows.append(("val loss", _validations(status)))
     if status.tokens_per_s is not None:
-        rows.append(("pace", f"{status.tokens_per_s:,.0f} tokens/s"))
+        rows.append(("pace", _pace(status)))
     if status.left_s:
         rows.append(("left", _left(status, now)))
     if status.checkpoints:
@@ -158,6 +171,15 @@ def _steps(status: Status) -> str:
     if status.total_steps:
         share = f" of {status.total_steps:,} ({status.step / status.total_steps:.1%})"
     return f"{status.step:,}{share}, {status.tokens_seen:,} tokens"
+
+
+def _pace(status: Status) -> str:
+    parts = [f"{status.tokens_per_s:,.0f} tokens/s"]
+    if status.data_wait_share is not None and status.data_wait_share > LEAST_DATA_WAIT_SHARE:
+        parts.append(f"data wait {status.data_wait_share:.0%}")
+    if status.memory_peak_bytes is not None:
+        parts.append(f"{status.memory_peak_bytes / 1e9:.1f} GB")
+    return ", ".join(parts)
 
 
 def _validations(status: Status) -> str:
