@@ -6,7 +6,12 @@ import torch
 
 from data_pipeline.errors import BackendError
 from megaback.attention import attention_backend
-from megaback.hardware import device_peak_flops, require_host_memory, require_precision
+from megaback.hardware import (
+    device_peak_flops,
+    peak_memory_bytes,
+    require_host_memory,
+    require_precision,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -14,6 +19,19 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_offload_that_the_host_cannot_hold_is_refused_with_both_numbers() -> None:
     with pytest.raises(BackendError, match=r"optimizer keeps 160000\.0 GB .* GB are free"):
         require_host_memory("optimizer", 10**13, "bf16", ranks_here=1, world_size=1)
+
+
+def test_peak_memory_is_this_process_s_in_bytes_and_stays_when_it_is_freed() -> None:
+    before = peak_memory_bytes(CPU)
+    resident = psutil.Process().memory_info().rss
+    assert before >= resident * 0.95
+    more = max(before - resident, 0) + 50_000_000
+    held = torch.ones(more, dtype=torch.uint8)
+    with_more = peak_memory_bytes(CPU)
+    del held
+
+    assert before + 40_000_000 < with_more < before + 200_000_000
+    assert peak_memory_bytes(CPU) >= with_more * 0.98  # the kernel counts by the handful of pages
 
 
 @pytest.mark.parametrize("offload", ["optimizer", "parameters"])

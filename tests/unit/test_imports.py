@@ -195,6 +195,26 @@ start_engine(ReverseGPT(config.model, 16), config, 1, 1)
     assert "torch._inductor.compile_fx" not in loaded
 
 
+def test_training_needs_neither_wandb_nor_tensorboard(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules |= {"wandb": None, "tensorboard": None}
+import megaback.metrics, megaback.train
+from megaback.mirrors import Mirrors
+from megaback.config import Config
+config = Config.model_validate({
+    "run": "run", "data": {"shards": "shards"},
+    "model": {"num_layers": 1, "width": 8, "num_heads": 1},
+    "batch": {"context_tokens": 8, "global_batch_rows": 1, "micro_batch_rows": 1},
+    "optimizer": {"learning_rate": 1e-3}, "training": {"steps": 1},
+})
+Mirrors(config, -1, print).feed([{"step": 1, "loss": 2.0}])
+"""
+    loaded, _ = loaded_by(code, tmp_path)
+    assert "megaback.train" in loaded
+    assert {"megaback.wandb_mirror", "megaback.tensorboard_mirror"} & loaded == set()
+
+
 def test_a_model_that_only_writes_loads_no_compiler(tmp_path: Path) -> None:
     """Which takes most of a second."""
     code = """

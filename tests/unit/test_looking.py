@@ -200,6 +200,19 @@ def test_the_screen_says_where_a_run_stands_and_how_it_got_there(run_of: Steps) 
     assert len(fields["history"]) == 4
 
 
+def test_data_wait_is_that_of_the_time_and_is_told_where_it_matters(run_of: Steps) -> None:
+    run = run_of("a", 4)
+    lines = [json.loads(text) for text in (run / METRICS_NAME).read_text().splitlines()]
+    for line, share, taken_s in zip(lines[1:], (0.0, 0.0, 0.5, 0.01), (1, 1, 2, 6), strict=True):
+        line |= {"data_wait_share": share, "step_s": taken_s, "memory_peak_bytes": 2_500_000_000}
+    (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pace = f"pace       {2 * ROW_TOKENS:,} tokens/s"
+
+    assert f"{pace}, data wait 11%, 2.5 GB\n" in status(run).output
+    assert json.loads(status(run, "--json").output)["data_wait_share"] == pytest.approx(0.106)
+    assert f"{pace}\n" in status(run_of("older", 4)).output
+
+
 def test_a_run_that_is_finished_has_nothing_left(run_of: Steps) -> None:
     run = run_of("a", 100)
     record_exit(run, 0, "finished", "trained to the end", 0)
