@@ -1,0 +1,56 @@
+"""What the metrics say of a machine is that of the rank that matters, whichever it is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import training_environment
+
+from launcher.local import rank_environment, rank_names
+from megaback.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+WAIT_S = 0.2
+MORE_BYTES = 600_000_000
+# A rank whose loader is slow and which has much in memory, if it is the second one.
+RANK = f"""
+import os, time
+from data_pipeline.batches import TrainingBatches
+from megaback.train import main
+quick = TrainingBatches.at
+def slow(self, step):
+    time.sleep({WAIT_S})
+    return quick(self, step)
+if os.environ["RANK"] == "1":
+    TrainingBatches.at = slow
+    held = bytearray({MORE_BYTES})
+main()
+"""
+
+
+def test_the_rank_that_waits_longest_and_the_one_with_most_memory_are_told(
+    tmp_path: Path, config_path: Path
+) -> None:
+    environment = training_environment() | rank_environment("cpu", 2)
+    options = (f"run={tmp_path / 'run'}", "training.steps=4", "zero.stage=0")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, config_path, *options],
+            env=environment | names,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for names in rank_names(2)
+    ]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+
+    lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert len(lines) == 4
+    for line in lines:
+        assert WAIT_S / 2 < line["data_wait_share"] * line["step_s"] <= line["step_s"]
+        assert line["tokens_per_s_per_device"] == line["tokens_per_s"] / 2
+        assert MORE_BYTES < line["memory_peak_bytes"] < 3 * MORE_BYTES
