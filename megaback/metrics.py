@@ -6,15 +6,19 @@ cut off, so that the file is that of an uninterrupted run. docs/metrics.md says 
 
 import json
 import math
+import statistics
 import sys
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from data_pipeline.command import write_text
+from data_pipeline.durations import duration
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.config import Config
 from megaback.context_loss import ContextLoss
@@ -32,6 +36,8 @@ MACHINE_FIELDS = frozenset(
     }
 )
 """What says how fast a machine was, not what was learnt: it differs between equal runs."""
+_RECENT_STEPS = 50
+"""Whose pace tells how much time is left."""
 LEAST_DATA_WAIT_SHARE = 0.01
 """Below, nobody is told of it but metrics.jsonl."""
 
@@ -101,6 +107,7 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         self._step_tokens = config.batch.global_batch_rows * config.batch.context_tokens
         self._num_devices = num_devices
+        self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._step_flops_share = step_flops_share
         self._total_steps = total_steps
         self._every_steps = config.logging.every_steps
@@ -110,10 +117,9 @@ class MetricsLog:
         self._progress: Progress | None = None
         if sys.stdout.isatty():
             self._progress = Progress(
-                TextColumn("{task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
+                # Where there is not room for all, first the bar goes, then the end of the text.
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
                 console=self._console,
             )
             self._bar = self._progress.add_task("", total=total_steps, completed=resumed_step)
@@ -143,8 +149,7 @@ class MetricsLog:
         if self._progress is not None:
             self._progress.update(self._bar, completed=step, description=text)
         elif step % self._every_steps == 0 or step == self._total_steps:
-            left_minutes = (self._total_steps - step) * record.step_s / 60
-            self.say(f"step {step}/{self._total_steps}  {text}  {left_minutes:.1f} min left")
+            self.say(f"step {text}")
 
     def left_out(self, step: int) -> None:
         """Record a step that was passed over."""
@@ -181,12 +186,16 @@ class MetricsLog:
         self._mirrors.close()
 
     def _summary(self, record: StepRecord, line: dict[str, Any]) -> str:
-        """A step on the console."""
+        """A step on the console: what is asked for most comes first."""
+        self._recent_s.append(record.step_s)
+        left_s = (self._total_steps - record.step) * statistics.fmean(self._recent_s)
         pace = f"{line['tokens_per_s']:,.0f} tokens/s"
         if self._num_devices > 1:
             pace += f" ({line['tokens_per_s_per_device']:,.0f} a device)"
         parts = [
+            f"{record.step}/{self._total_steps}",
             f"loss {record.loss:.4f}",
+            f"{duration(left_s)} left",
             pace,
             f"lr {record.learning_rate:.2e}",
             f"norm {record.gradient_norm:.2f}",

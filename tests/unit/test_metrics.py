@@ -185,9 +185,31 @@ def test_the_console_says_what_each_device_does_and_what_is_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert console_text(tmp_path, capsys, 0.25, 4) == (
-        "step 10/25  loss 5.0000  1,024 tokens/s (256 a device)  lr 1.00e-03  norm 0.50  "
-        "MFU 40.0%  3.2 GB  data wait 25%  0.1 min left\n"
+        "step 10/25  loss 5.0000  0m04s left  1,024 tokens/s (256 a device)  lr 1.00e-03  "
+        "norm 0.50  MFU 40.0%  3.2 GB  data wait 25%\n"
     )
+
+
+@pytest.mark.parametrize("columns", [70, 200])
+def test_a_terminal_has_one_line_that_begins_with_what_matters(
+    columns: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    log = open_log(tmp_path, share=0.1)
+    for step in range(1, 11):
+        log.train(record(step, 0.25))
+    log.close()
+
+    # The line as it was left: all that came before is written over.
+    shown = [text for text in capsys.readouterr().out.splitlines() if "loss" in text]
+    last = shown[-1].split("\r")[-1]
+    assert "10/25  loss 5.0000  0m04s left  1,024 tokens/s" in last
+    assert ("data wait 25%" in last) == (columns == 200)
 
 
 def test_the_console_is_silent_about_what_does_not_matter(
