@@ -100,6 +100,12 @@ class TrainedPair:
         (first, meta), (second, other) = (
             find_checkpoint(run.folder) for run in (forward, backward)
         )
+        for run, target, found in ((forward, first, meta), (backward, second, other)):
+            if found.format.direction is not run.direction:
+                raise DirectionMismatchError(
+                    f"{target} writes {found.format.direction.value}, where the run that writes "
+                    f"{run.direction.value} should be; give the arrow a run folder of its own"
+                )
         for name, here, there in _facts(meta, other):
             if here != there:
                 raise RunMismatchError(
