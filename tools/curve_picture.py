@@ -30,7 +30,7 @@ class Look:
 
 def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
     """The panels, and a legend."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, StrMethodFormatter
 
     has_contexts = any(len(run.context_loss.places) for run in runs)
     figure = new_figure(12, 10.5 if has_contexts else 7.5)
@@ -58,8 +58,11 @@ def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
             for place in run.restarts:
                 axes.axvline(place, color=colour, linewidth=0.7, linestyle=(0, (1, 3)))
     norm.set_yscale("log")
-    norm.yaxis.set_major_formatter(ScalarFormatter())
-    norm.yaxis.set_minor_formatter(ScalarFormatter())
+    norm.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    norm.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    low, high = norm.get_ylim()
+    if high > 8 * low:  # more numbers between the powers of ten than there is room for
+        norm.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     if look.is_logarithmic:
         loss.set_xscale("log")
     elif max(run.num_steps for run in runs) == 1:
