@@ -140,7 +140,7 @@ def start_to(config: Path, run: Path, last: int) -> int:
     path = run / "metrics.jsonl"
     while launcher.poll() is None:
         time.sleep(0.2)
-        if path.exists() and path.read_text().count('"loss"') >= last:
+        if path.exists() and path.read_text().count('"learning_rate"') >= last:
             launcher.send_signal(signal.SIGTERM)
             break
     code = launcher.wait()

@@ -41,6 +41,19 @@ def main(
     That is on this machine, or on the hosts of --hostfile. Run the same command again to go on from
     the newest checkpoint.
     """
+    raise SystemExit(train(config, overrides, save_before, hostfile))
+
+
+def train(
+    config: Path,
+    overrides: tuple[str, ...],
+    save_before: str | None = None,
+    hostfile: Path | None = None,
+) -> int:
+    """Start the ranks of a run and stay with them. Returns the exit code.
+
+    Raises what keeps the ranks from starting, and what they could not say themselves.
+    """
     settings = load_config(config, overrides)
     deadline_of(save_before)
     device, processes = plan_ranks(settings)
@@ -61,11 +74,10 @@ def main(
         ending = read_exit(settings.run)
         if ending is not None and ending.get("time", 0.0) < started:
             ending = None  # of an earlier start
-        code = verdict(codes, was_signalled, ending, names)
+        return verdict(codes, was_signalled, ending, names)
     except MegabackError as error:
         record_exit(settings.run, error.exit_code, type(error).__name__, str(error))
         raise
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ is loaded.
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from data_pipeline.errors import CheckpointMissingError, RunMismatchError
 from data_pipeline.text import TextFormat
 from megaback.model import ReverseGPT
 from megaback.model_folder import CONFIG_NAME, ModelDescription, load_weights, read_description
-from megaback.weight_source import WeightSource, open_checkpoint
+from megaback.weight_source import open_checkpoint
 
 
 def load_base(model: ReverseGPT, base: Path, text_format: TextFormat, run: str) -> None:
@@ -34,13 +32,7 @@ def load_base(model: ReverseGPT, base: Path, text_format: TextFormat, run: str) 
         )
     checkpoint = open_checkpoint(base)
     _require_fit(checkpoint.description, model, base, text_format, run)
-    _copy(checkpoint, model)
-
-
-@torch.no_grad()
-def _copy(source: WeightSource, model: ReverseGPT) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(source.read(name))
+    checkpoint.fill(model)
 
 
 def _require_fit(

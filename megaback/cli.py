@@ -19,6 +19,7 @@ _COMMANDS: _Commands = {
     "doctor": ("launcher.doctor", "Say what works on this machine, and how to mend the rest."),
     "plot": ("tools.plot", "Draw the curves of runs, several over each other."),
     "status": ("tools.status", "Say where a run stands, how it got there and when it ends."),
+    "arrow": ("tools.arrow", "Compare a model's two directions on the same documents."),
     "watch": ("tools.watch", "Say whether a run is well, slow, stuck or dead, and why."),
     "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
     "inspect": ("tools.look", "Say what a path is, whether it is whole, and what made it."),

@@ -1,7 +1,7 @@
 """A loss as a whole and by how much context a prediction had. Loads no torch.
 
 A target's context is the tokens that were read before it within its segment: a document's, or a
-row's part of one. Buckets are powers of two: 1, 2-3, 4-7, and so on.
+row's part of one. Buckets end at powers of two: 1, 2, 3-4, 5-8, and so on.
 """
 
 import math
@@ -49,15 +49,15 @@ class ContextLoss:
 
 def num_buckets(context_tokens: int) -> int:
     """How many buckets a context of so many tokens fills."""
-    return context_tokens.bit_length()
+    return (context_tokens - 1).bit_length() + 1
 
 
 def bucket_of(context: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The bucket of each number of tokens of context, which is 1 or more."""
-    exponent: npt.NDArray[np.int32] = np.frexp(context)[1]
-    return exponent - 1
+    bucket: npt.NDArray[np.int32] = np.frexp(context - 1)[1]
+    return bucket
 
 
 def bucket_name(bucket: int) -> str:
-    first, last = 1 << bucket, (2 << bucket) - 1
+    first, last = (1 << bucket >> 1) + 1, 1 << bucket
     return str(first) if first == last else f"{first}-{last}"

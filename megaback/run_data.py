@@ -45,6 +45,11 @@ class Data:
         return bool(self._val)
 
     @property
+    def data_sets(self) -> tuple[DataSet, ...]:
+        """In the order of the config."""
+        return tuple(stream.rows.frames.data_set for stream in self.streams)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all train sets."""
         return sum(int(stream.rows.frames.shard_tokens.sum()) for stream in self.streams)

@@ -31,6 +31,12 @@ class WeightSource:
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
 
+    @torch.no_grad()
+    def fill(self, model: ReverseGPT) -> None:
+        """Give a model of the same shape these weights."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.read(name))
+
     def specs(self, dtype: torch.dtype) -> dict[str, Spec]:
         """All tensors in one type; without the output projection where it is the embeddings."""
         return {name: (dtype, shape) for name, shape in self.shapes.items()}

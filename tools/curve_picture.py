@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data_pipeline.pictures import GRID_COLOUR, TEXT_COLOUR, new_figure
+from megaback.context_loss import bucket_name, num_buckets
 from tools.run_curves import Axis, RunCurves
 
 if TYPE_CHECKING:
@@ -28,14 +29,22 @@ class Look:
 
 
 def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
-    """The four panels, and a legend."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
+    """The panels, and a legend."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, StrMethodFormatter
 
-    figure = new_figure(12, 7.5)
-    (loss, rate), (norm, speed) = figure.subplots(2, 2, sharex=True)
+    has_contexts = any(len(run.context_loss.places) for run in runs)
+    figure = new_figure(12, 10.5 if has_contexts else 7.5)
+    grid = figure.add_gridspec(3 if has_contexts else 2, 2)
+    loss = figure.add_subplot(grid[0, 0])
+    rate, norm, speed = (
+        figure.add_subplot(grid[place], sharex=loss) for place in ((0, 1), (1, 0), (1, 1))
+    )
+    for axes in (loss, rate):
+        axes.tick_params(labelbottom=False)
+    if has_contexts:
+        _draw_contexts(figure.add_subplot(grid[2, :]), runs)
     for number, run in enumerate(runs):
-        colour = COLOURS[number % len(COLOURS)]
-        style = _STYLES[number // len(COLOURS) % len(_STYLES)]
+        colour, style = _colour_and_style(number)
         _draw_loss(loss, run, look, colour, style)
         for axes, curve, width in (
             (rate, run.learning_rate, 1),
@@ -49,8 +58,11 @@ def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
             for place in run.restarts:
                 axes.axvline(place, color=colour, linewidth=0.7, linestyle=(0, (1, 3)))
     norm.set_yscale("log")
-    norm.yaxis.set_major_formatter(ScalarFormatter())
-    norm.yaxis.set_minor_formatter(ScalarFormatter())
+    norm.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    norm.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    low, high = norm.get_ylim()
+    if high > 8 * low:  # more numbers between the powers of ten than there is room for
+        norm.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     if look.is_logarithmic:
         loss.set_xscale("log")
     elif max(run.num_steps for run in runs) == 1:
@@ -61,10 +73,7 @@ def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
         (norm, "gradient norm, before clipping"),
         (speed, "tokens/s"),
     ):
-        axes.set_title(title, loc="left", fontsize=10, color=TEXT_COLOUR)
-        axes.grid(color=GRID_COLOUR, linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        _furnish(axes, title)
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (norm, speed):
@@ -74,6 +83,31 @@ def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
             axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     _draw_legend(figure, loss, runs)
     return figure
+
+
+def _furnish(axes: "Axes", title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=TEXT_COLOUR)
+    axes.grid(color=GRID_COLOUR, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _colour_and_style(number: int) -> tuple[str, str]:
+    return COLOURS[number % len(COLOURS)], _STYLES[number // len(COLOURS) % len(_STYLES)]
+
+
+def _draw_contexts(axes: "Axes", runs: Sequence[RunCurves]) -> None:
+    """How much it helps to have read more."""
+    most = 1.0
+    for number, run in enumerate(runs):
+        colour, style = _colour_and_style(number)
+        curve = run.context_loss
+        axes.plot(curve.places, curve.values, "o" + style, color=colour, markersize=4)
+        most = max(most, *curve.places, 1.0)
+    axes.set_xscale("log", base=2)
+    buckets = range(num_buckets(int(most)))
+    axes.set_xticks([1 << bucket for bucket in buckets], list(map(bucket_name, buckets)))
+    _furnish(axes, "last val loss (nats/token) by tokens of context")
 
 
 def _draw_loss(axes: "Axes", run: RunCurves, look: Look, colour: str, style: str) -> None:

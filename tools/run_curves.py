@@ -49,6 +49,9 @@ class Curve:
         return Curve(self.places, (sums[stops] - sums[starts]) / (stops - starts))
 
 
+_NO_CURVE = Curve(np.empty(0), np.empty(0))
+
+
 @dataclass(frozen=True)
 class RunCurves:
     """A run's numbers; places are steps, tokens or hours of training steps."""
@@ -58,6 +61,8 @@ class RunCurves:
     loss: Curve
     """Nats a token, of the steps that were learnt from."""
     val_loss: Curve
+    context_loss: Curve
+    """The last val loss by tokens of context: places are the most of each bucket."""
     learning_rate: Curve
     gradient_norm: Curve
     tokens_per_s: Curve
@@ -110,17 +115,29 @@ def _curves(
         places = np.array([place_of(line["step"]) for line in known], dtype=np.float64)
         return Curve(places, np.array([line[key] for line in known], dtype=np.float64))
 
+    validations = [line for line in lines if "val_loss" in line]
     starts = [line["step"] for line in history if line.get("event") == "start"]
     return RunCurves(
         name=name,
         num_steps=len(steps),
         loss=curve("loss", [line for line in steps if "skipped" not in line]),
-        val_loss=curve("val_loss", [line for line in lines if "val_loss" in line]),
+        val_loss=curve("val_loss", validations),
+        context_loss=_context_loss(validations[-1]) if validations else _NO_CURVE,
         learning_rate=curve("learning_rate", steps),
         gradient_norm=curve("gradient_norm", steps),
         tokens_per_s=curve("tokens_per_s", steps),
         skipped=np.array([place_of(line["step"]) for line in steps if "skipped" in line]),
         restarts=np.array([place_of(step) for step in starts[1:]]),
+    )
+
+
+def _context_loss(validation: Mapping[str, Any]) -> Curve:
+    """Runs of versions before it have none."""
+    by_context = validation.get("val_by_context", {})
+    known = {name: one["loss"] for name, one in by_context.items() if one["loss"] is not None}
+    return Curve(
+        np.array([int(name.rpartition("-")[2]) for name in known], dtype=np.float64),
+        np.array(list(known.values()), dtype=np.float64),
     )
 
 

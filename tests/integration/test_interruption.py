@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_run import TOTAL_STEPS, metrics_of
+from tiny_run import TOTAL_STEPS, metrics_of, wait_for_step
 
 from data_pipeline.errors import PreemptedError
 
@@ -19,18 +19,6 @@ Train = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[..., "subprocess.Popen[str]"]
 RunOf = Callable[..., Path]
 SIGNALS = {"SIGTERM": (signal.SIGTERM, 20), "SIGUSR1": (signal.SIGUSR1, 50)}
-
-
-def wait_for_step(process: "subprocess.Popen[str]", run: Path, step: int) -> None:
-    """Return once the metrics have this many training steps."""
-    give_up = time.monotonic() + 120
-    path = run / "metrics.jsonl"
-    while time.monotonic() < give_up:
-        if path.exists() and path.read_text().count('"loss"') >= step:
-            return
-        assert process.poll() is None, (run / "output.txt").read_text()
-        time.sleep(0.01)
-    raise TimeoutError(f"no step {step} in {path}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,6 +74,23 @@ def curve_of(run: Path, name: str = "loss") -> list[float]:
 def val_losses_of(run: Path) -> dict[int, float]:
     """The loss over the val set, by steps completed."""
     return {line["step"]: line["val_loss"] for line in metrics_of(run) if "val_loss" in line}
+
+
+def wait_for_step(
+    process: "subprocess.Popen[str]", run: Path, step: int, output: Path | None = None
+) -> None:
+    """Return once the metrics have this many training steps.
+
+    `output` is where the process prints to. Raises AssertionError if it ends before.
+    """
+    give_up = time.monotonic() + 120
+    path = run / "metrics.jsonl"
+    while time.monotonic() < give_up:
+        if path.exists() and path.read_text().count('"learning_rate"') >= step:
+            return
+        assert process.poll() is None, (output or run / "output.txt").read_text()
+        time.sleep(0.01)
+    raise TimeoutError(f"no step {step} in {path}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ ALLOWED = {
     "data_pipeline": {"data_pipeline"},
     "megaback": {"megaback", "data_pipeline"},
     "launcher": {"launcher", "megaback", "data_pipeline"},
-    "tools": {"tools", "megaback", "data_pipeline"},
+    "tools": {"tools", "launcher", "megaback", "data_pipeline"},
 }
 FILES = {
     package: sorted((ROOT / package).rglob("*.py"))

@@ -49,7 +49,12 @@ def run_of(tmp_path: Path) -> Steps:
                 }
             )
             if step % 10 == 0:
-                lines.append({"step": step, "val_loss": 8.0, "val_bits_per_byte": 3.5})
+                by_context = {
+                    name: {"loss": loss, "bits_per_byte": None, "targets": 9}
+                    for name, loss in {"1": 9.0 - step / 100, "2": 8.0, "33-64": 7.0}.items()
+                }
+                measured = {"val_loss": 8.0, "val_bits_per_byte": 3.5}
+                lines.append({"step": step, **measured, "val_by_context": by_context})
         (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return run
 
@@ -63,6 +68,8 @@ def test_curves_are_what_the_metrics_say(run_of: Steps) -> None:
     assert by_step.loss.places.tolist() == [step for step in range(1, 21) if step != 5]
     assert by_step.loss.values[0] == 8.99
     assert by_step.val_loss.places.tolist() == [0, 10, 20]
+    assert by_step.context_loss.places.tolist() == [1, 2, 64]
+    assert by_step.context_loss.values.tolist() == [8.8, 8.0, 7.0]
     assert by_step.skipped.tolist() == [5]
     assert by_step.restarts.tolist() == [3]
     by_tokens = read_curves(run, "tokens", "a")

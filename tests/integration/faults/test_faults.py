@@ -99,7 +99,7 @@ def wait_for_step(process: "subprocess.Popen[str]", run: Path, step: int) -> Non
     """Return once the metrics have this many steps."""
     give_up = time.monotonic() + _TIMEOUT_S
     path = run / "metrics.jsonl"
-    while not (path.exists() and path.read_text().count('"loss"') >= step):
+    while not (path.exists() and path.read_text().count('"learning_rate"') >= step):
         assert process.poll() is None, printed_by(run)
         assert time.monotonic() < give_up, f"no step {step} in {path}"
         time.sleep(0.005)

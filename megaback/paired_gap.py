@@ -1,0 +1,102 @@
+"""How much more one model pays than another for the same documents, with a paired standard error.
+
+Each model's loss is a ratio of sums over documents, nats over targets. Their difference is
+linearised in the documents (Cochran, "Sampling Techniques", 1977, section 6.3), so that what is
+hard in a document for both models cancels, and long documents count for what they hold. Loads no
+torch. Shapes: N documents.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What each document cost a model: nats, and over how many targets. Shape (N,) each."""
+
+    nats_N: Floats
+    targets_N: Floats
+
+    @property
+    def per_token(self) -> float:
+        return float(self.nats_N.sum() / self.targets_N.sum())
+
+    @property
+    def num_targets(self) -> float:
+        return float(self.targets_N.sum())
+
+    @classmethod
+    def mean(cls, several: "Iterable[Losses]") -> "Losses":
+        """Over models that were measured on the same documents."""
+        measured = list(several)
+        return cls(
+            np.mean([one.nats_N for one in measured], axis=0),
+            np.mean([one.targets_N for one in measured], axis=0),
+        )
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Losses in nats/token, and how much more `second` is, with standard errors over documents.
+
+    The errors are None where fewer than two documents have targets.
+    """
+
+    first: float
+    second: float
+    nats: float
+    nats_error: float | None
+    percent: float
+    """Of the first."""
+    percent_error: float | None
+    num_targets: float
+    """Of the first."""
+    num_documents: int
+
+    @classmethod
+    def between(cls, first: Losses, second: Losses) -> "Gap":
+        """Both have targets, if not in every document."""
+        of_first, of_second = first.per_token, second.per_token
+        ratio = of_second / of_first
+        residuals_N = _residuals(second) - _residuals(first)
+        # The ratio's: d(s / f) = (ds - ratio df) / f.
+        of_ratio_N = (_residuals(second) - ratio * _residuals(first)) / of_first
+        has_targets_N = (first.targets_N > 0) | (second.targets_N > 0)
+        return cls(
+            of_first,
+            of_second,
+            of_second - of_first,
+            _standard_error(residuals_N[has_targets_N]),
+            100 * (ratio - 1),
+            _standard_error(100 * of_ratio_N[has_targets_N]),
+            first.num_targets,
+            int(has_targets_N.sum()),
+        )
+
+
+def _residuals(losses: Losses) -> Floats:
+    """What each document adds to the loss beyond its share, summing to 0."""
+    residuals: Floats = (losses.nats_N - losses.per_token * losses.targets_N) / (
+        losses.targets_N.sum()
+    )
+    return residuals
+
+
+def _standard_error(residuals_N: Floats) -> float | None:
+    """Of a sum of independent residuals whose mean is known to be 0 only by fitting it."""
+    number = len(residuals_N)
+    if number < 2:
+        return None
+    return float(np.sqrt(number / (number - 1) * np.square(residuals_N).sum()))
+
+
+def standard_error_of_mean(values: Sequence[float]) -> float | None:
+    """None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,263 @@
+"""`megaback arrow`: two real runs, and what differs between them; interrupted, and refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from tiny_run import tiny_config, training_environment, val_losses_of, wait_for_step
+
+from data_pipeline.errors import (
+    CheckpointMissingError,
+    ConfigError,
+    DirectionMismatchError,
+    MegabackError,
+    PreemptedError,
+    RunMismatchError,
+    ShardsMissingError,
+)
+from data_pipeline.manifest import Manifest
+from data_pipeline.shard_format import ShardReader
+from megaback.attention import Segments
+from megaback.model import ReverseGPT
+from megaback.weight_source import open_checkpoint
+from tools.arrow import main
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+CONTEXT_TOKENS = 128
+OPTIONS = (
+    f"training.steps={STEPS}",
+    "hardware.processes=1",
+    "hardware.preflight=off",
+    "validation.every_steps=null",
+    f"batch.context_tokens={CONTEXT_TOKENS}",
+)
+
+
+def start_arrow(config: Path, run: Path, output: Path) -> "subprocess.Popen[str]":
+    with output.open("a") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megaback", "arrow", config, f"run={run}", *OPTIONS],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=training_environment(),
+        )
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, config_path: Path) -> tuple[Path, str]:
+    """An arrow that nothing disturbed, and what was printed."""
+    folder = tmp_path_factory.mktemp("arrow")
+    process = start_arrow(config_path, folder / "run", folder / "output.txt")
+    assert process.wait(200) == 0, (folder / "output.txt").read_text()
+    return folder / "run", (folder / "output.txt").read_text()
+
+
+def found_in(run: Path) -> dict[str, Any]:
+    """What was found, without where."""
+    fields: dict[str, Any] = json.loads((run / "arrow.json").read_text())
+    assert fields.pop("config")["run"] == str(run)
+    return fields
+
+
+def nats_of_documents(run: Path, shards: Path, *, is_turned: bool) -> tuple[float, int]:
+    """What whole documents cost the model of a run, a document at a time; and their targets.
+
+    Only for documents that fit the context, read as they are stored or `is_turned`.
+    """
+    source = open_checkpoint(run)
+    model = ReverseGPT(source.description.shape, source.description.vocab_size)
+    source.fill(model)
+    manifest = Manifest.load(shards)
+    exchanged = {manifest.begin_id: manifest.end_id, manifest.end_id: manifest.begin_id}
+    nats, targets = 0.0, 0
+    for entry in manifest.split("val"):
+        with ShardReader(shards / entry.file) as reader:
+            for stored in reader.documents():
+                ids = stored.tolist()
+                assert len(ids) <= CONTEXT_TOKENS + 1
+                if is_turned:
+                    ids = [exchanged.get(piece, piece) for piece in ids[::-1]]
+                ids_T = torch.tensor(ids)
+                read = len(ids) - 1
+                with torch.no_grad():
+                    nats_T = model.eval()(
+                        ids_T[:-1],
+                        ids_T[1:],
+                        torch.arange(read),
+                        Segments.from_lengths((read,), torch.device("cpu")),
+                    )
+                nats += float(nats_T.sum())
+                targets += read
+    return nats, targets
+
+
+def test_the_losses_are_those_of_whole_documents_read_each_way(
+    finished_run: tuple[Path, str], tiny_shards: Path
+) -> None:
+    run, _ = finished_run
+    found = found_in(run)["whole"]
+
+    for direction, is_turned in (("backward", False), ("forward", True)):
+        nats, targets = nats_of_documents(
+            run / "seed-3" / direction, tiny_shards, is_turned=is_turned
+        )
+        assert found["targets"] == targets
+        assert found[direction] == pytest.approx(nats / targets, rel=1e-5)
+    assert found["gap"] == pytest.approx(found["backward"] - found["forward"])
+    assert found["gap_error"] > 0
+
+
+def test_both_runs_begin_alike_and_end_apart(finished_run: tuple[Path, str]) -> None:
+    run, _ = finished_run
+    forward, backward = (val_losses_of(run / "seed-3" / name) for name in ("forward", "backward"))
+
+    assert list(forward) == list(backward) == [0, STEPS]
+    assert forward[0] == pytest.approx(backward[0], abs=0.05)
+    assert forward[STEPS] < forward[0] - 0.1
+    assert forward[STEPS] != backward[STEPS]
+
+
+def test_it_says_what_was_found_and_where(finished_run: tuple[Path, str]) -> None:
+    run, output = finished_run
+    whole = found_in(run)["whole"]
+
+    assert f"{abs(whole['gap']):.4f} +- {whole['gap_error']:.4f} nats/token" in output
+    assert "--seeds 3" in output
+    assert str(run / "arrow.json") in output
+    assert (run / "arrow.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_arrow_that_was_interrupted_comes_to_the_same(
+    finished_run: tuple[Path, str], config_path: Path, tmp_path: Path
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "output.txt"
+    process = start_arrow(config_path, run, output)
+    wait_for_step(process, run / "seed-3" / "backward", 1, output)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(100) in (PreemptedError.exit_code, 0), output.read_text()
+
+    again = start_arrow(config_path, run, output)
+
+    assert again.wait(200) == 0, output.read_text()
+    assert found_in(run) == found_in(finished_run[0])
+
+
+def arrow(config: Path, *arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(config), *map(str, arguments)])
+
+
+def assert_refused(result: Result, kind: type[MegabackError], *words: str) -> None:
+    assert result.exit_code == kind.exit_code, result.output
+    assert len(result.output.strip().splitlines()) == 1
+    for word in words:
+        assert word in result.output
+
+
+@pytest.fixture
+def copied_run(finished_run: tuple[Path, str], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run[0], tmp_path / "run"))
+
+
+def test_runs_that_were_trained_elsewhere_are_only_measured(
+    copied_run: Path, config_path: Path
+) -> None:
+    before = json.loads((copied_run / "arrow.json").read_text())
+    (copied_run / "arrow.json").unlink()
+
+    result = arrow(config_path, f"run={copied_run}", *OPTIONS, "--measure-only")
+
+    assert result.exit_code == 0, result.output
+    assert "ranks" not in result.output  # as training says
+    assert found_in(copied_run)["whole"] == before["whole"]
+
+
+def test_fewer_documents_can_be_asked_for(copied_run: Path, config_path: Path) -> None:
+    options = (f"run={copied_run}", *OPTIONS, "--measure-only", "--documents", 5)
+
+    assert arrow(config_path, *options).exit_code == 0
+
+    assert found_in(copied_run)["whole"]["documents"] == 5
+
+
+def test_runs_that_are_not_there_cannot_be_measured(config_path: Path, tmp_path: Path) -> None:
+    result = arrow(config_path, f"run={tmp_path / 'none'}", *OPTIONS, "--measure-only")
+
+    assert_refused(result, CheckpointMissingError, "seed-3/forward")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_of_the_other_direction_is_not_taken_for_it(
+    copied_run: Path, config_path: Path
+) -> None:
+    shutil.rmtree(copied_run / "seed-3" / "forward")
+    shutil.copytree(copied_run / "seed-3" / "backward", copied_run / "seed-3" / "forward")
+
+    result = arrow(config_path, f"run={copied_run}", *OPTIONS, "--measure-only")
+
+    assert_refused(result, DirectionMismatchError, "writes backward", "seed-3/forward")
+
+
+def test_runs_of_unequal_length_are_not_compared(copied_run: Path, config_path: Path) -> None:
+    meta = next((copied_run / "seed-3" / "backward").glob("checkpoints/step-*/meta.json"))
+    fields = json.loads(meta.read_text())
+    meta.write_text(json.dumps({**fields, "step": STEPS - 1}))
+    meta.parent.rename(meta.parent.with_name(f"step-{STEPS - 1:08d}"))
+
+    result = arrow(config_path, f"run={copied_run}", *OPTIONS, "--measure-only")
+
+    assert_refused(result, RunMismatchError, "step = 6", "has 5")
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "words"),
+    [
+        ("init_from=elsewhere", ConfigError, ("init_from", "one direction")),
+        ("validation={every_steps: 1, patience: 2}", ConfigError, ("validation.patience",)),
+    ],
+    ids=["init-from", "patience"],
+)
+def test_what_would_favour_a_direction_is_refused(
+    override: str,
+    kind: type[MegabackError],
+    words: tuple[str, ...],
+    config_path: Path,
+    tmp_path: Path,
+) -> None:
+    result = arrow(config_path, f"run={tmp_path / 'run'}", override)
+
+    assert_refused(result, kind, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_that_cannot_be_read_both_ways_are_refused(
+    tmp_path: Path, tiny_text_folder: Path, tokenizer_path: Path, run_megaback: Callable[..., Any]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    for name, options, kind, word in (
+        ("words", ("--unit", "word", "--val-fraction", 0.1), DirectionMismatchError, "flipped"),
+        ("no-val", ("--val-fraction", 0), ShardsMissingError, "--val-fraction"),
+    ):
+        shards = tmp_path / name
+        built = run_megaback(
+            *("shards", "build", "--source", tiny_text_folder, "--tokenizer", tokenizer_path),
+            *("--out", shards, *options),
+        )
+        assert built.returncode == 0, built.stderr
+        path.write_text(yaml.safe_dump(tiny_config(shards)))
+
+        result = arrow(path, f"run={tmp_path / 'run'}")
+
+        assert_refused(result, kind, word)
+        assert not (tmp_path / "run").exists()

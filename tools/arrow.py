@@ -1,0 +1,139 @@
+"""`megaback arrow`: the same model forward and backward, and what the directions cost."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.command import Command, write_text
+from data_pipeline.pictures import require_matplotlib, write_picture
+from megaback.config import load_config
+from megaback.paired_gap import Gap
+from tools.arrow_result import Arrow, compare
+from tools.arrow_runs import ArrowRun, TrainedPair, require_comparable, runs_of
+
+JSON_NAME, PICTURE_NAME = "arrow.json", "arrow.png"
+
+
+def sentence(arrow: Arrow) -> str:
+    """What was found, for people."""
+    whole = arrow.whole
+    text = (
+        f"backward costs {_plain(abs(whole.nats), whole.nats_error)} nats/token "
+        f"{'more' if whole.nats >= 0 else 'less'} than forward, "
+        f"{_plain(abs(whole.percent), whole.percent_error, 2)}%; +- is a standard error over "
+        f"{whole.num_documents:,} documents."
+    )
+    if arrow.seeds_error is None:
+        return f"{text} Training again moves it too: --seeds 3 says how far."
+    return f"{text} Over {len(arrow.seeds)} seeds it is +- {arrow.seeds_error:.4f}."
+
+
+def _plain(value: float, error: float | None, digits: int = 4) -> str:
+    shown = f"{value:.{digits}f}"
+    return shown if error is None else f"{shown} +- {error:.{digits}f}"
+
+
+def table_of(arrow: Arrow) -> Table:
+    """All gaps, a line each."""
+    table = Table(
+        title=f"Loss in nats/token after {arrow.tokens:,} tokens of training", title_justify="left"
+    )
+    table.add_column("targets")
+    for column in ("forward", "backward", "gap", "+-", "gap in %", "+-", "tokens"):
+        table.add_column(column, justify="right")
+    sections: tuple[tuple[str, dict[str, Gap]], ...] = (
+        ("", {"all": arrow.whole}),
+        ("seed ", {str(seed): gap for seed, gap in arrow.seeds.items()}),
+        ("context ", arrow.by_context),
+        ("at ", arrow.by_part),
+    )
+    for prefix, gaps in sections:
+        if prefix == "seed " and len(gaps) == 1:
+            continue
+        table.add_section()
+        for name, gap in gaps.items():
+            table.add_row(
+                prefix + name,
+                f"{gap.first:.4f}",
+                f"{gap.second:.4f}",
+                f"{gap.nats:+.4f}",
+                "" if gap.nats_error is None else f"{gap.nats_error:.4f}",
+                f"{gap.percent:+.2f}",
+                "" if gap.percent_error is None else f"{gap.percent_error:.2f}",
+                f"{gap.num_targets:,.0f}",
+            )
+    return table
+
+
+def train_all(
+    config: Path,
+    overrides: tuple[str, ...],
+    runs: Sequence[ArrowRun],
+    save_before: str | None,
+    hostfile: Path | None,
+) -> None:
+    """Train each run to its end; one that is there goes on. Exits with a run's code if not 0."""
+    from launcher.train import train
+
+    for run in runs:
+        click.echo(f"seed {run.seed}, {run.direction.value}: {run.folder}")
+        code = train(config, (*overrides, *run.overrides), save_before, hostfile)
+        if code:
+            raise SystemExit(code)
+
+
+@click.command(cls=Command, name="arrow")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many pairs to train, from training.seed on.",
+)
+@click.option("--measure-only", is_flag=True, help="The runs have been trained, here or elsewhere.")
+@click.option("--documents", type=click.IntRange(min=2), help="At most so many of the val set.")
+@click.option("--device", help="To measure on: cpu, cuda, cuda:1, ...; default: cuda if there.")
+@click.option("--save-before", help="As of `megaback train`, for each run.")
+@click.option("--hostfile", type=click.Path(path_type=Path), help="As of `megaback train`.")
+def main(
+    config: Path,
+    overrides: tuple[str, ...],
+    seeds: int,
+    measure_only: bool,
+    documents: int | None,
+    device: str | None,
+    save_before: str | None,
+    hostfile: Path | None,
+) -> None:
+    """Train the model of CONFIG forward and backward, and compare their losses.
+
+    Both have the same seed, documents and steps; the config's data.direction does not matter. The
+    runs are RUN/seed-N/forward and RUN/seed-N/backward, and what comes of them is
+    RUN/arrow.json and RUN/arrow.png. Run the same command again to go on.
+    """
+    settings = load_config(config, overrides)
+    runs = runs_of(settings, seeds)
+    require_comparable(config, overrides, runs)
+    require_matplotlib("megaback arrow")
+    if not measure_only:
+        train_all(config, overrides, runs, save_before, hostfile)
+    pairs = [TrainedPair.find(*pair) for pair in zip(runs[::2], runs[1::2], strict=True)]
+    arrow = compare(settings, pairs, device, documents)
+    from tools.arrow_picture import arrow_figure
+
+    write_text(settings.run / JSON_NAME, json.dumps(arrow.to_json(settings), indent=2) + "\n")
+    write_picture(arrow_figure(arrow), settings.run / PICTURE_NAME)
+    console = Console(soft_wrap=True)
+    console.print(table_of(arrow))
+    click.echo(sentence(arrow))
+    click.echo(f"{settings.run / JSON_NAME}\n{settings.run / PICTURE_NAME}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The gap between the directions, as a whole and in parts, from pairs of trained models."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from data_pipeline.data_set import DataSet
+from data_pipeline.errors import SourceEmptyError
+from data_pipeline.text import Direction
+from megaback.config import Config
+from megaback.context_loss import bucket_name, num_buckets
+from megaback.paired_gap import Gap, Losses, standard_error_of_mean
+from megaback.run_data import open_data
+from tools.arrow_runs import DIRECTIONS, TrainedPair
+
+if TYPE_CHECKING:
+    from megaback.arrow import DocumentLosses, Window
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """What was found. Every gap is backward less forward; all but `seeds` are means of seeds."""
+
+    steps: int
+    tokens: int
+    """That each model was trained on."""
+    whole: Gap
+    seeds: dict[int, Gap]
+    by_context: dict[str, Gap]
+    """By how many tokens were read before the target."""
+    by_part: dict[str, Gap]
+    """By where the target stands in its document, in percent from the beginning."""
+    bits_per_byte: dict[str, float]
+
+    @property
+    def seeds_error(self) -> float | None:
+        """Of the mean gap over seeds, nats/token: how far training again moves it."""
+        return standard_error_of_mean([gap.nats for gap in self.seeds.values()])
+
+    def to_json(self, config: Config) -> dict[str, Any]:
+        return {
+            "format": "megaback-arrow",
+            "version": _FORMAT_VERSION,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "whole": _gap_json(self.whole),
+            "bits_per_byte": self.bits_per_byte,
+            "seeds_error": self.seeds_error,
+            "seeds": {str(seed): _gap_json(gap) for seed, gap in self.seeds.items()},
+            "by_context": {name: _gap_json(gap) for name, gap in self.by_context.items()},
+            "by_part": {name: _gap_json(gap) for name, gap in self.by_part.items()},
+            "config": config.model_dump(mode="json"),
+        }
+
+
+def _gap_json(gap: Gap) -> dict[str, Any]:
+    return {
+        "forward": gap.first,
+        "backward": gap.second,
+        "gap": gap.nats,
+        "gap_error": gap.nats_error,
+        "percent": gap.percent,
+        "percent_error": gap.percent_error,
+        "targets": gap.num_targets,
+        "documents": gap.num_documents,
+    }
+
+
+def compare(
+    config: Config, pairs: Sequence[TrainedPair], device: str | None, most_documents: int | None
+) -> Arrow:
+    """Measure pairs of models on the val set, or on its first documents.
+
+    Raises SourceEmptyError, BackendError, and the errors of shards and checkpoints.
+    """
+    from megaback.arrow import Markers, measure
+    from megaback.writer import choose_device
+
+    on = choose_device(device)
+    data = open_data(config, 0, 1)
+    context_tokens = config.batch.context_tokens
+    windows = _windows(data.data_sets, context_tokens, most_documents)
+    markers = Markers(data.codec.begin_id, data.codec.end_id)
+    num_bytes = data.codec.piece_num_bytes()
+    found: dict[Direction, list[DocumentLosses]] = {direction: [] for direction in DIRECTIONS}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for pair in pairs:
+            for direction, model in pair.models(on):
+                bar = progress.add_task(f"seed {pair.seed}, {direction.value}", total=len(windows))
+                losses = measure(
+                    model,
+                    direction,
+                    windows,
+                    context_tokens,
+                    markers,
+                    num_bytes,
+                    partial(progress.advance, bar),
+                )
+                found[direction].append(losses)
+    steps = pairs[0].meta.step
+    tokens = steps * config.batch.global_batch_rows * context_tokens
+    seeds = [pair.seed for pair in pairs]
+    forward, backward = (found[direction] for direction in DIRECTIONS)
+    return _arrow(steps, tokens, seeds, forward, backward, context_tokens)
+
+
+def _windows(
+    data_sets: Sequence[DataSet], context_tokens: int, most_documents: int | None
+) -> "list[Window]":
+    from megaback.arrow import documents_of, windows_of
+
+    windows: list[Window] = []
+    number = 0
+    for data_set in data_sets:
+        for ids in documents_of(data_set, "val"):
+            if number == most_documents:
+                return windows
+            windows += windows_of(number, ids, context_tokens)
+            number += 1
+    if number < 2:
+        raise SourceEmptyError(
+            f"the val set of {data_sets[0].name} has {number} document, and a standard error needs "
+            "two; build the shards with a larger --val-fraction"
+        )
+    return windows
+
+
+def _arrow(
+    steps: int,
+    tokens: int,
+    seeds: Sequence[int],
+    forward: "Sequence[DocumentLosses]",
+    backward: "Sequence[DocumentLosses]",
+    context_tokens: int,
+) -> Arrow:
+    from megaback.arrow import NUM_PARTS
+
+    def gap(of: "Callable[[DocumentLosses], Losses]") -> Gap:
+        return Gap.between(Losses.mean(map(of, forward)), Losses.mean(map(of, backward)))
+
+    first = forward[0]
+    contexts = [
+        bucket
+        for bucket in range(num_buckets(context_tokens))
+        if first.at_context(bucket).num_targets
+    ]
+    parts = [
+        part
+        for part in range(NUM_PARTS)
+        if first.at_part(part).num_targets and backward[0].at_part(part).num_targets
+    ]
+    percent = 100 // NUM_PARTS
+    return Arrow(
+        steps,
+        tokens,
+        gap(lambda losses: losses.whole),
+        {
+            seed: Gap.between(of_forward.whole, of_backward.whole)
+            for seed, of_forward, of_backward in zip(seeds, forward, backward, strict=True)
+        },
+        {
+            bucket_name(bucket): gap(lambda losses, bucket=bucket: losses.at_context(bucket))  # type: ignore[misc]
+            for bucket in contexts
+        },
+        {
+            f"{part * percent}-{(part + 1) * percent}%": gap(
+                lambda losses, part=part: losses.at_part(part)  # type: ignore[misc]
+            )
+            for part in parts
+        },
+        {
+            direction.value: sum(one.bits_per_byte for one in losses) / len(losses)
+            for direction, losses in zip(DIRECTIONS, (forward, backward), strict=True)
+        },
+    )
