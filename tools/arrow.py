@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -40,15 +41,19 @@ def _plain(value: float, error: float | None, digits: int = 4) -> str:
 def table_of(arrow: Arrow) -> Table:
     """All gaps, a line each."""
     table = Table(
-        title=f"Loss in nats/token after {arrow.tokens:,} tokens of training", title_justify="left"
+        title=f"Loss in nats/token after {arrow.tokens:,} tokens of training",
+        title_justify="left",
+        box=SIMPLE,
+        show_edge=False,
+        pad_edge=False,
     )
-    table.add_column("targets")
-    for column in ("forward", "backward", "gap", "+-", "gap in %", "+-", "tokens"):
+    table.add_column("targets", no_wrap=True)
+    for column in ("forward", "backward", "gap", "+-", "in %", "+-", "tokens"):
         table.add_column(column, justify="right")
     sections: tuple[tuple[str, dict[str, Gap]], ...] = (
         ("", {"all": arrow.whole}),
         ("seed ", {str(seed): gap for seed, gap in arrow.seeds.items()}),
-        ("context ", arrow.by_context),
+        ("after ", arrow.by_context),
         ("at ", arrow.by_part),
     )
     for prefix, gaps in sections:
