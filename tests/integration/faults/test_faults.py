@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from table import FAULTS, SAVE_EVERY, STEPS, Fault, as_markdown
-from tiny_run import metrics_of, tiny_config, training_environment
+from tiny_run import metrics_of, tiny_config, training_environment, wait_for_step
 from warm_ranks import WarmRanks
 
 from megaback.checkpoint import complete_checkpoints, read_meta, verify_files
@@ -95,16 +94,6 @@ def printed_by(run: Path) -> str:
     return run.with_suffix(".txt").read_text()
 
 
-def wait_for_step(process: "subprocess.Popen[str]", run: Path, step: int) -> None:
-    """Return once the metrics have this many steps."""
-    give_up = time.monotonic() + _TIMEOUT_S
-    path = run / "metrics.jsonl"
-    while not (path.exists() and path.read_text().count('"learning_rate"') >= step):
-        assert process.poll() is None, printed_by(run)
-        assert time.monotonic() < give_up, f"no step {step} in {path}"
-        time.sleep(0.005)
-
-
 def stopped_after_30(source: Path, run: Path) -> None:
     """Copy a finished run as it was after its last checkpoint but one."""
     shutil.copytree(source, run)
@@ -134,7 +123,7 @@ def inflict(fault: Fault, name: str, run: Path, start: Start) -> int:
     """Start a run that meets a fault; its exit code."""
     process = start(run, fault.stage, *fault.overrides, inject=fault.inject)
     if fault.act is not None:
-        wait_for_step(process, run, fault.at_step)
+        wait_for_step(process, run, fault.at_step, run.with_suffix(".txt"))
         fault.act(process, run)
     return process.wait(_TIMEOUT_S)
 
