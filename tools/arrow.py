@@ -13,10 +13,10 @@ from data_pipeline.command import Command, write_text
 from data_pipeline.pictures import require_matplotlib, write_picture
 from megaback.config import load_config
 from megaback.paired_gap import Gap
-from tools.arrow_result import Arrow, compare
+from tools.arrow_result import JSON_NAME, Arrow, compare
 from tools.arrow_runs import ArrowRun, TrainedPair, require_comparable, runs_of
 
-JSON_NAME, PICTURE_NAME = "arrow.json", "arrow.png"
+PICTURE_NAME = "arrow.png"
 
 
 def sentence(arrow: Arrow) -> str:

@@ -1,15 +1,17 @@
 """The gap between the directions, as a whole and in parts, from pairs of trained models."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from data_pipeline.data_set import DataSet
-from data_pipeline.errors import SourceEmptyError
+from data_pipeline.errors import CheckpointCorruptError, SourceEmptyError
 from data_pipeline.text import Direction
 from megaback.config import Config
 from megaback.context_loss import bucket_name, num_buckets
@@ -20,7 +22,8 @@ from tools.arrow_runs import DIRECTIONS, TrainedPair
 if TYPE_CHECKING:
     from megaback.arrow import DocumentLosses, Window
 
-_FORMAT_VERSION = 1
+JSON_NAME = "arrow.json"
+_FORMAT_NAME, _FORMAT_VERSION = "megaback-arrow", 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Arrow:
 
     def to_json(self, config: Config) -> dict[str, Any]:
         return {
-            "format": "megaback-arrow",
+            "format": _FORMAT_NAME,
             "version": _FORMAT_VERSION,
             "steps": self.steps,
             "tokens": self.tokens,
@@ -70,6 +73,24 @@ def _gap_json(gap: Gap) -> dict[str, Any]:
         "targets": gap.num_targets,
         "documents": gap.num_documents,
     }
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The main numbers of an arrow that was written. Raises CheckpointCorruptError."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if (fields["format"], fields["version"]) != (_FORMAT_NAME, _FORMAT_VERSION):
+            raise ValueError("another format or version")
+        keys = ("forward", "backward", "gap", "gap_error", "percent", "percent_error", "documents")
+        summary = {key: fields["whole"][key] for key in keys}
+        more = {key: fields[key] for key in ("seeds_error", "steps", "tokens")}
+        return {**summary, "seeds": len(fields["seeds"]), **more}
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointCorruptError(
+            f"{path} is not what this version of megaback arrow writes ({reason}); run "
+            "`megaback arrow CONFIG --measure-only` again"
+        ) from None
 
 
 def compare(

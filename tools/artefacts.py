@@ -26,6 +26,7 @@ from data_pipeline.shard_format import ShardReader
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.verify import verify_data_set
 from megaback.config import CONFIG_COPY_NAME
+from tools.arrow_result import JSON_NAME, read_summary
 
 _GGUF_NAME, _GGUF_MAGIC = "model.gguf", b"GGUF"
 _GGUF_SUMS = "SHA256SUMS"
@@ -75,7 +76,7 @@ def _look_at_file(path: Path, verify: bool) -> Artefact:
         return _shard(path, verify)
     if path.name in ("best", "latest", "meta.json"):
         return _checkpoint(path.parent if path.name == "meta.json" else path, verify)
-    if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, "config.json"):
+    if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, JSON_NAME, "config.json"):
         return look_at(path.parent, verify=verify)
     raise SourceMissingError(
         f"{path} is no file of megaback's; name a tokenizer.model, a shard, a .gguf or a folder"
@@ -186,6 +187,18 @@ def _run(folder: Path, verify: bool) -> Artefact:
         facts,
         f"{found[-1].name}: {newest.checked}",
         {**following, **_of_weights(shown)},
+    )
+
+
+def _arrow(folder: Path, _verify: bool) -> Artefact:
+    runs = sorted(folder.glob("seed-*/*ward"))
+    line = shlex.join(["megaback", "plot", *map(str, runs)])
+    return Artefact(
+        "arrow of time",
+        folder,
+        read_summary(folder / JSON_NAME),
+        f"{JSON_NAME}, of {len(runs)} runs",
+        {line: "their curves"} if runs else {},
     )
 
 
@@ -348,6 +361,7 @@ _FOLDERS: dict[str, Callable[[Path, bool], Artefact]] = {
     MANIFEST_NAME: _data_set,
     "meta.json": _checkpoint,
     CONFIG_COPY_NAME: _run,
+    JSON_NAME: _arrow,
     "config.json": _config_json,
     _GGUF_NAME: _gguf,
     PLAN_NAME: _unfinished,

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from tiny_run import tiny_config, training_environment, val_losses_of, wait_for_step
 
 from data_pipeline.errors import (
+    CheckpointCorruptError,
     CheckpointMissingError,
     ConfigError,
     DirectionMismatchError,
@@ -30,6 +31,7 @@ from megaback.attention import Segments
 from megaback.model import ReverseGPT
 from megaback.weight_source import open_checkpoint
 from tools.arrow import main
+from tools.artefacts import look_at
 
 pytestmark = pytest.mark.slow
 
@@ -152,6 +154,21 @@ def test_an_arrow_that_was_interrupted_comes_to_the_same(
 
     assert again.wait(200) == 0, output.read_text()
     assert found_in(run) == found_in(finished_run[0])
+
+
+def test_inspect_knows_what_it_left(finished_run: tuple[Path, str], tmp_path: Path) -> None:
+    run, _ = finished_run
+    whole = found_in(run)["whole"]
+
+    for path in (run, run / "arrow.json"):
+        found = look_at(path, verify=False)
+        assert found.kind == "arrow of time"
+        assert found.facts["gap"] == whole["gap"]
+        assert found.facts["seeds"] == 1
+        assert str(run / "seed-3" / "forward") in next(iter(found.next_lines))
+    (tmp_path / "arrow.json").write_text((run / "arrow.json").read_text()[:100])
+    with pytest.raises(CheckpointCorruptError, match="--measure-only"):
+        look_at(tmp_path, verify=False)
 
 
 def arrow(config: Path, *arguments: object) -> Result:
