@@ -49,6 +49,7 @@ setup(
         "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.32"],
         "wandb": ["wandb>=0.19"],
         "tensorboard": ["tensorboard>=2.15"],
+        "infill-benchmark": ["sacrebleu>=2.4"],
         "dev": [
             "fastapi>=0.115",
             "gguf>=0.17",

@@ -1,6 +1,6 @@
 """Infilling held-out prose: both models, and either of them alone, against the true middle.
 
-    pip install sacrebleu
+    pip install -c constraints.txt -e '.[infill-benchmark]'
     python benchmarks/infill.py --forward DIR --backward DIR --text SHARDS [--windows 200]
 
 TEXT is a folder of shards, of which the val split is read, or a text file. Windows are cut out at
