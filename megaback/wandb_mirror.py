@@ -16,6 +16,7 @@ from megaback.code_version import code_version
 from megaback.config import Config
 from megaback.lineage import lineage
 from megaback.mirrors import BEFORE_ALL_STEPS, Value
+from megaback.shown_config import shown_config
 from megaback.wandb_files import cut_back, read_segments
 
 ID_NAME = "wandb_id.txt"
@@ -44,7 +45,7 @@ class WandbMirror:
             mode="online" if is_online else "offline",
             dir=run,
             config={
-                **config.model_dump(mode="json"),
+                **shown_config(config),
                 "code": code_version(),
                 "lineage": lineage(config, max(last_step, 0)),
             },

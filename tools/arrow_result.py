@@ -17,6 +17,7 @@ from megaback.config import Config
 from megaback.context_loss import bucket_name, num_buckets
 from megaback.paired_gap import Gap, Losses, standard_error_of_mean
 from megaback.run_data import open_data
+from megaback.shown_config import shown_config
 from tools.arrow_runs import DIRECTIONS, TrainedPair
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Arrow:
             "seeds": {str(seed): _gap_json(gap) for seed, gap in self.seeds.items()},
             "by_context": {name: _gap_json(gap) for name, gap in self.by_context.items()},
             "by_part": {name: _gap_json(gap) for name, gap in self.by_part.items()},
-            "config": config.model_dump(mode="json"),
+            "config": shown_config(config),
         }
 
 

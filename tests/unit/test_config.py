@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import BatchError, ConfigError, MegabackError
 from megaback.config import BatchSection, Config, load_config, split_batch
 from megaback.model import ReverseGPT
+from megaback.shown_config import shown_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -54,6 +55,17 @@ def test_what_is_written_as_yaml_reads_back_equal(tmp_path: Path) -> None:
     copy.write_text(config.to_yaml())
 
     assert load_config(copy) == config
+
+
+def test_a_config_that_is_shown_has_no_secrets_of_addresses(tmp_path: Path) -> None:
+    secret = "data.shards=[{path: 'https://me:word@host/web?token=abc', weight: 2}, {path: books}]"
+    config = load_config(write_config(tmp_path), (secret,))
+
+    shown = shown_config(config)
+
+    assert [part["path"] for part in shown["data"]["shards"]] == ["https://host/web", "books"]
+    assert shown["model"] == config.model.model_dump()
+    assert "token=abc" in config.to_yaml()
 
 
 @pytest.mark.parametrize(
