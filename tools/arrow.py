@@ -102,7 +102,13 @@ def train_all(
     help="How many pairs to train, from training.seed on.",
 )
 @click.option("--measure-only", is_flag=True, help="The runs have been trained, here or elsewhere.")
-@click.option("--documents", type=click.IntRange(min=2), help="At most so many of the val set.")
+@click.option(
+    "--documents",
+    type=click.IntRange(min=2),
+    default=2000,
+    show_default=True,
+    help="To measure on: at most so many of the val set, spread evenly over it.",
+)
 @click.option("--device", help="To measure on: cpu, cuda, cuda:1, ...; default: cuda if there.")
 @click.option("--save-before", help="As of `megaback train`, for each run.")
 @click.option("--hostfile", type=click.Path(path_type=Path), help="As of `megaback train`.")
@@ -111,7 +117,7 @@ def main(
     overrides: tuple[str, ...],
     seeds: int,
     measure_only: bool,
-    documents: int | None,
+    documents: int,
     device: str | None,
     save_before: str | None,
     hostfile: Path | None,

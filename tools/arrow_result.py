@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_pipeline.data_set import DataSet
-from data_pipeline.errors import CheckpointCorruptError, SourceEmptyError
+from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.text import Direction
 from megaback.config import Config
 from megaback.context_loss import bucket_name, num_buckets
@@ -95,11 +96,11 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def compare(
-    config: Config, pairs: Sequence[TrainedPair], device: str | None, most_documents: int | None
+    config: Config, pairs: Sequence[TrainedPair], device: str | None, most_documents: int
 ) -> Arrow:
-    """Measure pairs of models on the val set, or on its first documents.
+    """Measure pairs of models on the val set, or on some of its documents.
 
-    Raises SourceEmptyError, BackendError, and the errors of shards and checkpoints.
+    Raises BackendError, and the errors of shards and checkpoints.
     """
     from megaback.arrow import Markers, measure
     from megaback.writer import choose_device
@@ -133,23 +134,19 @@ def compare(
 
 
 def _windows(
-    data_sets: Sequence[DataSet], context_tokens: int, most_documents: int | None
+    data_sets: Sequence[DataSet], context_tokens: int, most_documents: int
 ) -> "list[Window]":
+    """Of at most so many documents, spread evenly over all val sets."""
     from megaback.arrow import documents_of, windows_of
 
+    total = sum(data_set.manifest.total("val")["documents"] for data_set in data_sets)
+    chosen = min(total, most_documents)
+    documents = chain.from_iterable(documents_of(data_set, "val") for data_set in data_sets)
     windows: list[Window] = []
-    number = 0
-    for data_set in data_sets:
-        for ids in documents_of(data_set, "val"):
-            if number == most_documents:
-                return windows
+    for place, ids in enumerate(documents):
+        number, following = place * chosen // total, (place + 1) * chosen // total
+        if following > number:
             windows += windows_of(number, ids, context_tokens)
-            number += 1
-    if number < 2:
-        raise SourceEmptyError(
-            f"the val set of {data_sets[0].name} has {number} document, and a standard error needs "
-            "two; build the shards with a larger --val-fraction"
-        )
     return windows
 
 

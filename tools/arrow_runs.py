@@ -10,6 +10,7 @@ from data_pipeline.errors import (
     DirectionMismatchError,
     RunMismatchError,
     ShardsMissingError,
+    SourceEmptyError,
 )
 from data_pipeline.text import Direction
 from megaback.config import Config, load_config
@@ -55,7 +56,8 @@ def runs_of(config: Config, num_seeds: int) -> list[ArrowRun]:
 def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[ArrowRun]) -> None:
     """See that both directions can be trained on these shards, for as long as each other.
 
-    Raises ConfigError, DirectionMismatchError, ShardsMissingError, and what `open_data` does.
+    Raises ConfigError, DirectionMismatchError, ShardsMissingError, SourceEmptyError, and what
+    `open_data` does.
     """
     for run in runs[: len(DIRECTIONS)]:
         settings = load_config(config, (*overrides, *run.overrides))
@@ -79,6 +81,12 @@ def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[Arro
             raise ShardsMissingError(
                 f"{settings.data.description} has no val set to compare on; build one with "
                 "--val-fraction"
+            )
+        num_documents = sum(one.manifest.total("val")["documents"] for one in data.data_sets)
+        if num_documents < 2:
+            raise SourceEmptyError(
+                f"the val set of {settings.data.description} has one document, and a standard "
+                "error needs two; build the shards with a larger --val-fraction"
             )
 
 

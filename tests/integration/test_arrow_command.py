@@ -1,6 +1,7 @@
 """`megaback arrow`: two real runs, and what differs between them; interrupted, and refused."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from data_pipeline.errors import (
     PreemptedError,
     RunMismatchError,
     ShardsMissingError,
+    SourceEmptyError,
 )
 from data_pipeline.manifest import Manifest
 from data_pipeline.shard_format import ShardReader
@@ -200,12 +202,21 @@ def test_runs_that_were_trained_elsewhere_are_only_measured(
     assert found_in(copied_run)["whole"] == before["whole"]
 
 
-def test_fewer_documents_can_be_asked_for(copied_run: Path, config_path: Path) -> None:
+def test_fewer_documents_can_be_asked_for_and_are_spread_evenly(
+    copied_run: Path, config_path: Path, tiny_shards: Path
+) -> None:
     options = (f"run={copied_run}", *OPTIONS, "--measure-only", "--documents", 5)
 
     assert arrow(config_path, *options).exit_code == 0
 
-    assert found_in(copied_run)["whole"]["documents"] == 5
+    whole = found_in(copied_run)["whole"]
+    lengths: list[int] = []
+    for entry in Manifest.load(tiny_shards).split("val"):
+        with ShardReader(tiny_shards / entry.file) as reader:
+            lengths += reader.document_tokens().tolist()
+    last_of_fifths = [math.ceil(part * len(lengths) / 5) - 1 for part in range(1, 6)]
+    assert whole["documents"] == 5
+    assert whole["targets"] == sum(lengths[place] - 1 for place in last_of_fifths)
 
 
 def test_runs_that_are_not_there_cannot_be_measured(config_path: Path, tmp_path: Path) -> None:
@@ -278,3 +289,19 @@ def test_shards_that_cannot_be_read_both_ways_are_refused(
 
         assert_refused(result, kind, word)
         assert not (tmp_path / "run").exists()
+
+
+def test_one_document_is_too_few(tmp_path: Path, tiny_shards: Path) -> None:
+    shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    fields = json.loads((shards / "manifest.json").read_text())
+    for entry in fields["shards"]:
+        if entry["split"] == "val":
+            entry["documents"] = 1
+    (shards / "manifest.json").write_text(json.dumps(fields))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(shards)))
+
+    result = arrow(path, f"run={tmp_path / 'run'}")
+
+    assert_refused(result, SourceEmptyError, "one document", "--val-fraction")
+    assert not (tmp_path / "run").exists()
