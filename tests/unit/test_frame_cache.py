@@ -280,7 +280,7 @@ def fill(folder: Path, max_bytes: int, seed: int) -> tuple[int, int]:
 
 def test_processes_share_a_cache_and_its_bound(tmp_path: Path) -> None:
     max_bytes, processes = 20 * LARGEST, 4
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
         tasks = [(tmp_path, max_bytes, seed) for seed in range(processes)]
         wrong, largest = zip(*pool.starmap(fill, tasks, chunksize=1), strict=True)
     assert sum(wrong) == 0
