@@ -7,25 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_config import run_config
 
 from megaback import code_version as code
-from megaback.config import Config
 from megaback.exit_record import record_exit, record_start
 from megaback.lineage import lineage
-
-
-def config_of(run: Path, init_from: Path | None = None) -> Config:
-    return Config.model_validate(
-        {
-            "run": run,
-            "init_from": init_from,
-            "data": {"shards": "shards"},
-            "model": {"num_layers": 1, "width": 32, "num_heads": 4},
-            "batch": {"context_tokens": 64, "global_batch_rows": 4, "micro_batch_rows": 2},
-            "optimizer": {"learning_rate": 1e-3},
-            "training": {"steps": 25},
-        }
-    )
 
 
 def identity(description: Path, step: int) -> dict[str, object]:
@@ -35,7 +21,7 @@ def identity(description: Path, step: int) -> dict[str, object]:
 
 def test_a_first_start_has_no_ancestors(tmp_path: Path) -> None:
     record_start(tmp_path, step=0)
-    found = lineage(config_of(tmp_path), 0)
+    found = lineage(run_config(tmp_path), 0)
 
     assert (found["base"], found["checkpoint"], found["restarts"]) == (None, None, 0)
 
@@ -48,7 +34,7 @@ def test_a_start_names_its_checkpoint_by_content_and_all_starts(
     for step in (0, 10):
         record_start(tmp_path, step=step)
         record_exit(tmp_path, 75, "preempted", "SIGTERM came", 0)
-    found = lineage(config_of(tmp_path), 10)
+    found = lineage(run_config(tmp_path), 10)
 
     assert found["checkpoint"] == identity(target / "meta.json", 10)
     assert found["restarts"] == 1
@@ -62,20 +48,20 @@ def test_a_base_is_the_checkpoint_that_its_path_means(
     older, newest = save(tmp_path, 10), save(tmp_path, 20)
     (tmp_path / "checkpoints/best").write_text(older.name + "\n")
     meant = older if name.endswith("best") else newest
-    found = lineage(config_of(tmp_path / "run", tmp_path / name), 0)
+    found = lineage(run_config(tmp_path / "run", init_from=tmp_path / name), 0)
 
     assert found["base"] == identity(meant / "meta.json", 20 if meant == newest else 10)
 
 
 def test_a_base_may_be_a_converted_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"step": 7}))
-    found = lineage(config_of(tmp_path / "run", tmp_path), 0)
+    found = lineage(run_config(tmp_path / "run", init_from=tmp_path), 0)
 
     assert found["base"] == identity(tmp_path / "config.json", 7)
 
 
 def test_a_base_that_says_nothing_is_named_all_the_same(tmp_path: Path) -> None:
-    found = lineage(config_of(tmp_path / "run", tmp_path / "gone"), 0)
+    found = lineage(run_config(tmp_path / "run", init_from=tmp_path / "gone"), 0)
 
     assert found["base"] == {"path": str(tmp_path / "gone"), "step": None, "sha256": None}
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from run_config import run_config
 
-from megaback.config import Config
 from megaback.context_loss import ContextLoss, Loss
 from megaback.metrics import MACHINE_FIELDS, METRICS_NAME, MetricsLog, StepRecord, read_metrics
 
@@ -17,17 +17,7 @@ def open_log(
     run: Path, resumed_step: int = 0, share: float | None = None, num_devices: int = 2
 ) -> MetricsLog:
     """The log of a run of 25 steps."""
-    config = Config.model_validate(
-        {
-            "run": run,
-            "data": {"shards": "shards"},
-            "model": {"num_layers": 1, "width": 32, "num_heads": 4},
-            "batch": {"context_tokens": 64, "global_batch_rows": 4, "micro_batch_rows": 2},
-            "optimizer": {"learning_rate": 1e-3},
-            "training": {"steps": 25},
-            "logging": {"every_steps": 10, "tensorboard": "off"},
-        }
-    )
+    config = run_config(run, logging={"every_steps": 10, "tensorboard": "off"})
     return MetricsLog(config, resumed_step, 25, share, num_devices)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_config import run_config
 
 from data_pipeline.errors import BackendError
 from megaback import mirrors
@@ -35,16 +36,7 @@ class Notebook:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return Config.model_validate(
-        {
-            "run": tmp_path,
-            "data": {"shards": "shards"},
-            "model": {"num_layers": 1, "width": 32, "num_heads": 4},
-            "batch": {"context_tokens": 64, "global_batch_rows": 4, "micro_batch_rows": 2},
-            "optimizer": {"learning_rate": 1e-3},
-            "training": {"steps": 25},
-        }
-    )
+    return run_config(tmp_path)
 
 
 @pytest.fixture

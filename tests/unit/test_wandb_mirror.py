@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import wandb
+from run_config import run_config
 
 from megaback.config import Config
 from megaback.mirrors import BEFORE_ALL_STEPS, Mirrors
@@ -30,17 +31,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(run: Path, mode: str = "offline") -> Config:
-    return Config.model_validate(
-        {
-            "run": run,
-            "data": {"shards": "shards"},
-            "model": {"num_layers": 1, "width": 32, "num_heads": 4},
-            "batch": {"context_tokens": 64, "global_batch_rows": 4, "micro_batch_rows": 2},
-            "optimizer": {"learning_rate": 1e-3},
-            "training": {"steps": 25},
-            "logging": {"wandb": mode, "tensorboard": "off"},
-        }
-    )
+    return run_config(run, logging={"wandb": mode, "tensorboard": "off"})
 
 
 def line(step: int, factor: float = 1.0) -> dict[str, Any]:
