@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from data_pipeline.data_set import DataSet
 from data_pipeline.text import Direction
@@ -99,8 +98,8 @@ def documents_of(data_set: DataSet, split: str) -> Iterator[Ids]:
 def windows_of(number: int, ids: Ids, context_tokens: int) -> list[Window]:
     """The windows of a document that models of this context are asked for."""
     first_starts = range(0, len(ids) - 1, context_tokens)
-    if len(first_starts) <= 1:
-        return [Window(number, ids, start, len(ids), 1.0) for start in first_starts]
+    if len(first_starts) == 1:
+        return [Window(number, ids, 0, len(ids), 1.0)]
     windows = []
     for start in first_starts:
         stop = start + context_tokens + 1
@@ -135,8 +134,7 @@ def measure(
         at_once = order[first : first + _WINDOWS_AT_ONCE]
         read = [markers.turned(one.ids) if is_backward else one.ids for one in at_once]
         continuations = [Continuation([int(ids[0])], ids[1:].tolist()) for ids in read]
-        with torch.inference_mode():
-            found = token_log_probabilities(model, continuations)
+        found = token_log_probabilities(model, continuations)
         for window, ids, log_probabilities_W in zip(at_once, read, found, strict=True):
             nats_W = -window.weight * log_probabilities_W.numpy()
             context_W = np.arange(1, len(ids))
