@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from private_sshd import HOSTS, PrivateSshd, private_sshd
-from tiny_run import training_environment
+from tiny_run import training_environment, wait_for_step
 
 from data_pipeline.errors import LaunchError
 from launcher.local import CONNECTION_LOST
@@ -185,22 +185,21 @@ def test_a_run_on_two_hosts_is_checked_saves_at_a_signal_and_goes_on_under_deeps
     words = [config_path, f"run={run}", "validation.every_steps=100000"]
     endless = "training.steps=100000"
     environment = {**training_environment(), **sshd.environment, "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megaback", "train", "--hostfile", hostfile, *words, endless],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    give_up = time.monotonic() + 100
-    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
+    output = tmp_path / "output.txt"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megaback", "train", "--hostfile", hostfile, *words, endless],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    wait_for_step(process, run, 1, output)
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
+    exit_code = process.wait(timeout=60)
+    printed = output.read_text()
 
-    assert process.returncode == 75, printed
+    assert exit_code == 75, printed
     saved = int(sorted((run / "checkpoints").glob("step-*"))[-1].name[5:])
     assert f"asked to stop after {saved} steps, all of them saved" in printed
     report = json.loads((run / "preflight.json").read_text())

@@ -4,13 +4,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import curve_of, tiny_config, training_environment
+from tiny_run import curve_of, tiny_config, training_environment, wait_for_step
 
 from data_pipeline.errors import PreemptedError
 from launcher.local import rank_names
@@ -104,9 +103,7 @@ def test_the_command_goes_on_with_fewer_ranks_at_another_stage(
 ) -> None:
     run = tmp_path / "run"
     process = start_training(run, "zero.stage=1")
-    while not (run / "metrics.jsonl").exists() or len(curve_of(run)) < 30:
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for_step(process, run, 30)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == PreemptedError.exit_code
 
