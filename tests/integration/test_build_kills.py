@@ -335,10 +335,12 @@ def test_a_build_killed_before_any_change_to_the_disk_ends_with_the_same_bytes(
         deduplicate=bool(selection),
         limit_tokens=1500 if selection else None,
     )
-    forked = multiprocessing.get_context("fork")
+    # Forks of a process without threads, which has imported what they need.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["data_pipeline.build", "psutil", "pytest"])
 
     def build_until(steps: int, out: Path) -> int | None:
-        process = forked.Process(
+        process = server.Process(
             target=_build_until, args=(steps, settings, codec().model_bytes, out)
         )
         process.start()

@@ -1,6 +1,7 @@
 """Data sets behind a web server: few requests, patience, and an end of it in one sentence."""
 
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -184,15 +185,24 @@ def test_signatures_and_passwords_are_used_and_not_shown(server: FileServer, fol
     assert "word" not in str(caught.value)
 
 
-def test_a_process_that_was_forked_with_a_data_set_reads_as_well(
-    server: FileServer, folder: Path
-) -> None:
-    data_set = DataSet.open(publish(server, folder))
+def frames_after_a_fork(url: str) -> list[list[int]]:
+    data_set = DataSet.open(url)
     expected = frames_of(data_set)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(frames_of(data_set)))
     process.start()
     assert receiver.poll(20)
-    assert receiver.recv() == expected
+    found = receiver.recv()
     process.join()
+    assert found == expected
+    return found
+
+
+def test_a_process_that_was_forked_with_a_data_set_reads_as_well(
+    server: FileServer, folder: Path
+) -> None:
+    url = publish(server, folder)
+    spawned = multiprocessing.get_context("spawn")  # this process has threads of other tests
+    with ProcessPoolExecutor(1, spawned) as pool:
+        assert pool.submit(frames_after_a_fork, url).result() == stored_frames(folder)

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -261,13 +262,20 @@ def texts_of(piece: Slice) -> list[str]:
     return [document.text for document in read_slice(piece)]
 
 
+def texts_before_and_after_a_fork(url: str) -> list[list[str]]:
+    (piece,) = list_slices(url)
+    before = texts_of(piece)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return [before, pool.apply_async(texts_of, [piece]).get(timeout=20)]
+
+
 def test_a_process_that_was_forked_after_listing_reads_as_well(
     server: FileServer, folder: Path
 ) -> None:
-    (piece,) = list_slices(put(server, folder / "a.parquet"))
-    assert texts_of(piece) == TEXTS
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply_async(texts_of, [piece]).get(timeout=20) == TEXTS
+    url = put(server, folder / "a.parquet")
+    spawned = multiprocessing.get_context("spawn")  # this process has threads of other tests
+    with ProcessPoolExecutor(1, spawned) as pool:
+        assert pool.submit(texts_before_and_after_a_fork, url).result() == [TEXTS, TEXTS]
 
 
 def test_a_server_that_is_not_there_is_tried_again() -> None:
