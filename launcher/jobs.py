@@ -6,8 +6,9 @@ run's folder afterwards; accounting is not needed.
 """
 
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from megaback.exit_record import HISTORY_NAME, read_exit, read_history
 from megaback.heartbeat import missing_ranks, read_heartbeats
 
 _JOBS_LOOKED_AT = 8
+_DEPTH = 3
+"""Of runs/ARROW/seed-N/DIRECTION below runs/."""
 _HEADS = ("RUN", "JOB", "STATE", "RESTARTS", "STEP", "LOSS", "TO TRAIN", "JOB ENDS IN", "WHY")
 
 
@@ -51,13 +54,11 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The runs among folders and right below them. Raises CheckpointMissingError for none."""
-    runs: list[Path] = []
-    for folder in folders:
-        if is_run(folder):
-            runs.append(folder)
-        elif folder.is_dir():
-            runs += [path for path in sorted(folder.iterdir()) if path.is_dir() and is_run(path)]
+    """The runs among folders and below them, as deep as those of an arrow of time lie.
+
+    Raises CheckpointMissingError for none.
+    """
+    runs = [run for folder in folders for run in _runs_below(folder, _DEPTH)]
     if not runs:
         names = ", ".join(str(folder) for folder in folders)
         raise CheckpointMissingError(
@@ -65,6 +66,16 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
             "with runs in it"
         )
     return runs
+
+
+def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
+    if not os.access(folder, os.R_OK | os.X_OK) or not folder.is_dir():
+        return
+    if is_run(folder):
+        yield folder
+    elif depth:
+        for path in sorted(folder.iterdir()):
+            yield from _runs_below(path, depth - 1)
 
 
 def look_at(run: Path) -> list[Row]:
@@ -174,7 +185,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 def main(folders: tuple[Path, ...], as_json: bool) -> None:
     """Show the runs in RUNS_FOLDER (default: runs), their Slurm jobs, and how far they are.
 
-    A RUNS_FOLDER may also be a run itself. TO TRAIN is what is left at the pace of the last steps.
+    A RUNS_FOLDER may be a run itself, or have runs up to three levels below it. TO TRAIN is what is
+    left at the pace of the last steps.
     """
     rows = [row for run in find_runs(folders or (Path("runs"),)) for row in look_at(run)]
     if as_json:

@@ -98,9 +98,16 @@ def test_a_run_without_slurm_is_shown_too(run: Path) -> None:
     assert (row.job, row.state, row.to_train_s, row.why) == (None, "finished", None, None)
 
 
-def test_runs_are_found_by_their_folder_or_the_one_above(run: Path) -> None:
+def test_runs_are_found_by_their_folder_or_those_above(run: Path, tmp_path: Path) -> None:
     record_start(run, step=0)
     (run.parent / "no run").mkdir()
+    directions = [tmp_path / "arrow" / "seed-0" / name for name in ("backward", "forward")]
+    for folder in directions:
+        (folder / "copy").mkdir(parents=True)
+        record_start(folder, step=0)
+        record_start(folder / "copy", step=0)  # a run's folder is its own matter
+    assert find_runs([tmp_path / "arrow"]) == find_runs([tmp_path / "arrow" / "seed-0"])
+    assert find_runs([tmp_path / "arrow"]) == directions
     assert find_runs([run]) == find_runs([run.parent]) == [run]
     with pytest.raises(CheckpointMissingError, match="holds no run"):
         find_runs([run.parent / "no run", run.parent / "absent"])
