@@ -6,9 +6,8 @@ run's folder afterwards; accounting is not needed.
 """
 
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,14 +16,12 @@ import click
 from data_pipeline.command import Command
 from data_pipeline.durations import duration
 from data_pipeline.errors import CheckpointMissingError
-from launcher.run_folder import jobs_of, read_progress, read_submissions
+from launcher.run_folder import jobs_of, read_progress, runs_below
 from launcher.slurm_commands import Job, find_job
-from megaback.exit_record import HISTORY_NAME, read_exit, read_history
+from megaback.exit_record import read_exit, read_history
 from megaback.heartbeat import missing_ranks, read_heartbeats
 
 _JOBS_LOOKED_AT = 8
-_DEPTH = 3
-"""Of runs/ARROW/seed-N/DIRECTION below runs/."""
 _HEADS = ("RUN", "JOB", "STATE", "RESTARTS", "STEP", "LOSS", "TO TRAIN", "JOB ENDS IN", "WHY")
 
 
@@ -48,17 +45,12 @@ class Row:
     why: str | None
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's that was started or submitted."""
-    return (folder / HISTORY_NAME).is_file() or bool(read_submissions(folder))
-
-
 def find_runs(folders: Sequence[Path]) -> list[Path]:
     """The runs among folders and below them, as deep as those of an arrow of time lie.
 
     Raises CheckpointMissingError for none.
     """
-    runs = [run for folder in folders for run in _runs_below(folder, _DEPTH)]
+    runs = [run for folder in folders for run in runs_below(folder)]
     if not runs:
         names = ", ".join(str(folder) for folder in folders)
         raise CheckpointMissingError(
@@ -66,16 +58,6 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
             "with runs in it"
         )
     return runs
-
-
-def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
-    if not os.access(folder, os.R_OK | os.X_OK) or not folder.is_dir():
-        return
-    if is_run(folder):
-        yield folder
-    elif depth:
-        for path in sorted(folder.iterdir()):
-            yield from _runs_below(path, depth - 1)
 
 
 def look_at(run: Path) -> list[Row]:

@@ -6,17 +6,19 @@ Only small files and the ends of long ones are read, so that looking disturbs no
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaback.exit_record import read_history
+from megaback.exit_record import HISTORY_NAME, read_history
 from megaback.metrics import METRICS_NAME
 
 SUBMITTED_FOLDER = "submitted"
 SUBMISSION_NAME = "submission.json"
 _TAIL_BYTES = 1 << 16
+_DEPTH = 3
+"""Of runs/ARROW/seed-N/DIRECTION below runs/."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,22 @@ class Progress:
     loss: float | None
     """Of the last step that learnt, in nats a token."""
     median_step_s: float | None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's that was started or submitted."""
+    return (folder / HISTORY_NAME).is_file() or bool(read_submissions(folder))
+
+
+def runs_below(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """A folder, if it is a run's; else the runs below it, as deep as those of an arrow of time."""
+    if not os.access(folder, os.R_OK | os.X_OK) or not folder.is_dir():
+        return
+    if is_run(folder):
+        yield folder
+    elif depth:
+        for path in sorted(folder.iterdir()):
+            yield from runs_below(path, depth - 1)
 
 
 def newest_checkpoint_step(run: Path) -> int:

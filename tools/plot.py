@@ -13,6 +13,8 @@ import click
 from data_pipeline.command import Command, write_text
 from data_pipeline.errors import CheckpointMissingError
 from data_pipeline.pictures import require_matplotlib, write_picture
+from launcher.run_folder import runs_below
+from megaback.metrics import METRICS_NAME
 from tools.curve_picture import COLOURS, Look, curves_figure, svg_of
 from tools.run_curves import Axis, RunCurves, differences, names_of, read_curves
 
@@ -81,6 +83,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>\n{body}</table>"
 
 
+def _with_numbers(folder: Path) -> list[Path]:
+    if (folder / METRICS_NAME).is_file():
+        return [folder]
+    return [run for run in runs_below(folder) if (run / METRICS_NAME).is_file()] or [folder]
+
+
 @click.command(cls=Command, name="plot")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option(
@@ -100,8 +108,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 )
 @click.option("--log", is_flag=True, help="A logarithmic axis of steps, tokens or time.")
 def main(runs: tuple[Path, ...], out: Path, axis: Axis, smooth: int | None, log: bool) -> None:
-    """Draw the curves of runs, several over each other."""
-    for path in draw(runs, out, axis, smooth, log):
+    """Draw the curves of runs, several over each other.
+
+    A RUN may also be a folder with runs up to three levels below it.
+    """
+    found = [run for folder in runs for run in _with_numbers(folder)]
+    for path in draw(found, out, axis, smooth, log):
         click.echo(path)
 
 

@@ -16,11 +16,13 @@ import click
 
 from data_pipeline.command import Command
 from data_pipeline.errors import CheckpointMissingError
+from launcher.run_folder import runs_below
 from megaback.exit_record import HISTORY_NAME, read_exit, read_history
 from megaback.heartbeat import Heartbeat, missing_ranks, read_heartbeats
 from megaback.metrics import METRICS_NAME, read_metrics
 
 State = Literal["finished", "stopped", "starting", "running", "slow", "stuck", "dead"]
+_NAMED_RUNS = 6
 EXIT_CODES: dict[State, int] = {
     "finished": 0,
     "starting": 0,
@@ -51,9 +53,12 @@ def look(run: Path, now: float | None = None) -> Health:
     now = time.time() if now is None else now
     history = read_history(run)
     if not history:
-        raise CheckpointMissingError(
-            f"{run} holds no run (no {HISTORY_NAME}); give the folder of one that was started"
-        )
+        below = list(runs_below(run))
+        which = "the folder of one that was started"
+        if below:
+            more = f" and {len(below) - _NAMED_RUNS} more" if len(below) > _NAMED_RUNS else ""
+            which = f"one of {', '.join(map(str, below[:_NAMED_RUNS]))}{more}"
+        raise CheckpointMissingError(f"{run} is no run's folder (no {HISTORY_NAME}); give {which}")
     beats = read_heartbeats(run)
     times = _step_times(run)
     state, reason = _judge(beats, times, read_exit(run), now)

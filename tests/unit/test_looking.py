@@ -154,6 +154,18 @@ def test_a_page_loads_nothing_and_says_what_the_runs_came_to(run_of: Steps, tmp_
     assert after == before
 
 
+def test_a_folder_stands_for_the_runs_below_it(run_of: Steps, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "arrow").mkdir(parents=True)
+    runs = [run_of(f"runs/arrow/{name}", 20) for name in ("backward", "forward")]
+    (run_of("runs/arrow/queued", 0) / METRICS_NAME).unlink()
+    pages = []
+    for words in (runs, [tmp_path / "runs"]):
+        result = plot(*words, "--out", tmp_path / "curves")
+        assert result.exit_code == 0, result.output
+        pages.append((tmp_path / "curves.html").read_bytes())
+    assert pages[0] == pages[1]
+
+
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [

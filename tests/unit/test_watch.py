@@ -212,8 +212,20 @@ def test_every_start_but_the_first_is_a_restart(run: Path, beat: Beat) -> None:
 
 @pytest.mark.parametrize("name", [".", "nowhere"])
 def test_a_folder_that_holds_no_run_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointMissingError, match=r"holds no run \(no history.jsonl\)"):
+    with pytest.raises(CheckpointMissingError, match=r"is no run.s folder \(no history.jsonl\)"):
         look(tmp_path / name)
+
+
+@pytest.mark.parametrize(("number", "more"), [(1, ""), (8, " and 2 more")])
+def test_of_a_folder_with_runs_below_it_some_are_named(
+    number: int, more: str, tmp_path: Path
+) -> None:
+    for name in map(str, range(number)):
+        (tmp_path / name).mkdir()
+        record_start(tmp_path / name, step=0)
+    with pytest.raises(CheckpointMissingError, match=f"give one of {tmp_path}/0.*{more}$") as found:
+        look(tmp_path)
+    assert str(found.value).count(f"{tmp_path}/") == min(number, 6)
 
 
 def test_the_command_exits_with_the_code_of_the_state(
