@@ -40,7 +40,7 @@ def time_saves(width: int, layers: int, turns: int, folder: Path) -> None:
     from megaback.checkpoint import CheckpointMeta
     from megaback.checkpoint_saver import CheckpointSaver
     from megaback.config import CheckpointSection, Config
-    from megaback.distributed import end_world, start_world
+    from megaback.distributed import end_rank, start_world
     from megaback.engine import start_engine
     from megaback.engine_state import named_state
     from megaback.model import ReverseGPT
@@ -109,7 +109,7 @@ def time_saves(width: int, layers: int, turns: int, folder: Path) -> None:
         f"engine.save_checkpoint stalls for {medians['plain']:.2f} s: "
         f"{medians['plain'] / stall:.1f} times as long"
     )
-    end_world()
+    end_rank()
 
 
 def replace_step(meta: Any, step: int) -> Any:

@@ -64,7 +64,7 @@ def save_both(width: int, layers: int, folder: Path, tokenizer: Path) -> None:
     from megaback.checkpoint import CheckpointMeta
     from megaback.checkpoint_saver import CheckpointSaver
     from megaback.config import CheckpointSection, Config
-    from megaback.distributed import end_world, start_world
+    from megaback.distributed import end_rank, start_world
     from megaback.engine import start_engine
     from megaback.engine_state import named_state
     from megaback.model import ReverseGPT
@@ -111,7 +111,7 @@ def save_both(width: int, layers: int, folder: Path, tokenizer: Path) -> None:
     print(
         f"weights {sum(sizes) / 1e6:.0f} MB, largest tensor {max(sizes) / 1e6:.0f} MB", flush=True
     )
-    end_world()
+    end_rank()
 
 
 @click.command()

@@ -65,7 +65,7 @@ class Timed:
 
 def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     """Train as the rank that the environment names; the first one prints."""
-    from megaback.distributed import end_world, start_world
+    from megaback.distributed import end_rank, start_world
     from megaback.engine import set_learning_rates, take_step
     from megaback.preparation import prepare_run
     from megaback.pulse import Pulse
@@ -123,7 +123,7 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     run.data.training.close()
     if world.is_first:
         report(run.num_parameters, config, world.size, loaded, held)
-    end_world()
+    end_rank()
 
 
 def report(

@@ -105,7 +105,7 @@ def serve() -> None:
 
     from megaback import train
     from megaback.checkpoint_saver import CheckpointSaver
-    from megaback.distributed import end_world, start_world
+    from megaback.distributed import end_rank, start_world
     from megaback.pulse import Pulse
     from megaback.stopping import StopRequest
 
@@ -141,7 +141,7 @@ def serve() -> None:
                 flush=True,
             )
         world.barrier()
-    end_world()
+    end_rank()
 
 
 class Ranks:

@@ -121,7 +121,7 @@ def our_step(config: Config, rank: int) -> Step:
 
 def serve(kind: str, rows: int, precision: str, turn_steps: int) -> None:
     """One rank of a contender: for each line that is read, some steps, and the CPU time of one."""
-    from megaback.distributed import end_world, start_world
+    from megaback.distributed import end_rank, start_world
 
     torch.set_num_threads(1)
     world = start_world("cpu", 600)
@@ -142,7 +142,7 @@ def serve(kind: str, rows: int, precision: str, turn_steps: int) -> None:
         for _ in range(turn_steps):
             step()
         print(json.dumps((time.process_time() - started) / turn_steps), flush=True)
-    end_world()
+    end_rank()
 
 
 _PARTS = (

@@ -5,15 +5,17 @@ Ranks are named by RANK, WORLD_SIZE and LOCAL_RANK (the deepspeed command, torch
 whatever moves the gradients, so that agreeing never waits for a GPU.
 """
 
+import atexit
 import logging
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -159,10 +161,20 @@ def node_name() -> str:
     )
 
 
-def end_world() -> None:
-    """Leave in order, so that no rank is seen to vanish."""
+def end_rank(code: int = 0) -> NoReturn:
+    """End this process, of which everything is said and saved; the other ranks do so too.
+
+    Threads of gloo outlive their groups for as long as anything refers to these. One of them that
+    meets the interpreter while this is taken down aborts the process, and a run that has trained to
+    its end would count as failed. So handlers of the exit run, and the rest is left to the kernel.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    atexit._run_exitfuncs()  # wandb's, the compiler's
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _choose_device(name: str, local_rank: int) -> torch.device:

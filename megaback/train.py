@@ -27,7 +27,7 @@ from megaback.distributed import (
     AgreedExit,
     World,
     attempt,
-    end_world,
+    end_rank,
     is_collective_error,
     one_voice,
     start_world,
@@ -348,7 +348,6 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:
                 config.run, reason.exit_code, type(reason).__name__, str(reason), world.rank
             )
         pulse.leave("all ranks ended together")
-        end_world()  # all ranks leave together: left open, its threads may abort the exit
         return int(ending.code or 0)
     except Exception as fault:  # noqa: BLE001 (what it is, is said)
         # The other ranks cannot be asked; they see that this one has left, and why.
@@ -360,7 +359,6 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:
         record_exit(config.run, MegabackError.exit_code, "Exception", reason_text, world.rank)
         pulse.leave(reason_text)
         os._exit(MegabackError.exit_code)
-    end_world()
     return 0
 
 
@@ -375,7 +373,7 @@ def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> N
         stop = StopRequest(deadline_of(save_before))
         settings = load_config(config, overrides)
         world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
-    raise SystemExit(_train_as_rank(settings, world, stop))
+    end_rank(_train_as_rank(settings, world, stop))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from megaback.attention import Segments
 from megaback.checkpoint import CheckpointMeta, library_versions
 from megaback.checkpoint_saver import CheckpointSaver
 from megaback.config import CheckpointSection, Config, load_config
-from megaback.distributed import World, end_world, start_world
+from megaback.distributed import World, end_rank, start_world
 from megaback.engine_state import named_state, num_updates
 from megaback.run_data import open_data
 
@@ -42,7 +42,7 @@ def main(path: Path, folder: Path) -> None:
             if world.is_first:
                 tensors = {"ids": ids_T, "logits": logits_TV}
                 save_file(tensors, folder / f"{name}-{stage}.safetensors")
-    end_world()
+    end_rank()
 
 
 def save(engine: Any, run: Path, config: Config, world: World) -> None:

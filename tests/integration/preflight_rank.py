@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from megaback import node_facts, preflight, shared_disk
 from megaback.config import load_config
-from megaback.distributed import AgreedExit, World, end_world, start_world
+from megaback.distributed import AgreedExit, World, end_rank, start_world
 from megaback.run_data import open_data
 from megaback.stopping import HOST_VARIABLE
 
@@ -75,7 +75,7 @@ def main() -> None:
     ]
     if world.is_first:
         print(json.dumps(endings))
-    end_world()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from megaback.checkpoint import CheckpointMeta, load_into_engine, read_meta
 from megaback.checkpoint_saver import CheckpointSaver
 from megaback.config import CheckpointSection, Config, load_config
-from megaback.distributed import World, end_world, start_world
+from megaback.distributed import World, end_rank, start_world
 from megaback.engine import set_learning_rates, start_engine, take_step
 from megaback.engine_state import named_state, num_updates
 from megaback.evaluation import to_device
@@ -43,7 +43,7 @@ def main(path: Path, folder: Path, action: str, pairs: list[list[int]], names: l
                 target = run / "checkpoints" / f"step-{STEPS:08d}"
                 load_into_engine(engine, target, read_meta(target), world)
             tell(world, name, saved_stage, stage, train(engine, config, world, STEPS))
-    end_world()
+    end_rank()
 
 
 def new_engine(config: Config, world: World) -> Any:

@@ -12,7 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from megaback.config import load_config
-from megaback.distributed import World, end_world, start_world
+from megaback.distributed import World, end_rank, start_world
 from megaback.pulse import Pulse
 from megaback.stopping import StopRequest
 from megaback.train import train_run
@@ -40,7 +40,7 @@ def main() -> None:
         problem = train(world, **json.loads(line))
         gc.collect()  # the engine, and what it has open
         print(json.dumps(problem), file=answers, flush=True)
-    end_world()
+    end_rank()
 
 
 if __name__ == "__main__":

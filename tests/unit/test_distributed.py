@@ -1,0 +1,32 @@
+"""How a rank's process ends."""
+
+import subprocess
+import sys
+
+_RANK = """
+import atexit, os
+import megaback.distributed as distributed
+
+class AbortsTheTeardown:
+    def __del__(self):
+        os.abort()
+
+distributed.kept = AbortsTheTeardown()
+atexit.register(print, "handler")
+print("said")
+if {is_rank}:
+    distributed.end_rank(7)
+"""
+
+
+def _end(*, is_rank: bool) -> "subprocess.CompletedProcess[str]":
+    code = _RANK.format(is_rank=is_rank)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def test_what_would_abort_the_teardown_does_not_change_how_a_rank_ends() -> None:
+    usual, rank = _end(is_rank=False), _end(is_rank=True)
+    assert usual.returncode < 0  # so there is something to be spared
+    assert (rank.returncode, rank.stdout, rank.stderr) == (7, "said\nhandler\n", "")
