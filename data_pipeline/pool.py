@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
@@ -38,7 +38,7 @@ def run_in_processes(
         initargs=(shared,),
     )
     try:
-        running = {pool.submit(function, *call): number for number, call in enumerate(calls)}
+        running = {_submit(pool, function, call): number for number, call in enumerate(calls)}
         for future in as_completed(running):
             yield running[future], future.result()
     except BrokenProcessPool:
@@ -51,6 +51,18 @@ def run_in_processes(
         # A pool that breaks while it starts forgets processes, for which this one would wait.
         for process in set(active_children()) - others:
             process.kill()
+
+
+def _submit(
+    pool: ProcessPoolExecutor, function: Callable[..., _Result], call: tuple[Any, ...]
+) -> "Future[_Result]":
+    try:
+        return pool.submit(function, *call)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # A worker was killed while this one was started: the queue is closed that it was to have.
+        raise BrokenProcessPool from error
 
 
 def shared_by_all() -> Any:
