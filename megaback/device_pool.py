@@ -20,6 +20,11 @@ from megaback.model import ReverseGPT
 from megaback.model_folder import load_model_folder
 from megaback.writer import choose_device
 
+_KILLED = (
+    "a device's process was killed from outside (out of memory, perhaps); run the same command "
+    "again, with fewer devices in --device"
+)
+
 
 def choose_devices(names: str | None) -> list[torch.device]:
     """Devices by name, separated by commas; by default every GPU, or else the CPU.
@@ -51,11 +56,17 @@ class DevicePool:
         self._turns = cycle(range(len(devices)))
 
     def submit(self, continuations: Sequence[Continuation]) -> "Future[list[float]]":
-        """Begin to compute log P(written | given) of each, on the next device."""
+        """Begin to compute log P(written | given) of each, on the next device.
+
+        Raises LaunchError when its process was killed.
+        """
         turn = next(self._turns)
         if self._pools:
             call = (str(self._folder), self._devices[turn], continuations)
-            return self._pools[turn].submit(_on_device, *call)
+            try:
+                return self._pools[turn].submit(_on_device, *call)
+            except BrokenProcessPool:
+                raise LaunchError(_KILLED) from None
         if self._model is None:
             self._model, _, _ = load_model_folder(self._folder, torch.device(self._devices[0]))
         done: Future[list[float]] = Future()
@@ -68,10 +79,7 @@ class DevicePool:
         try:
             return future.result()
         except BrokenProcessPool:
-            raise LaunchError(
-                "a device's process was killed from outside (out of memory, perhaps); run the "
-                "same command again, with fewer devices in --device"
-            ) from None
+            raise LaunchError(_KILLED) from None
 
     def close(self) -> None:
         for pool in self._pools:
