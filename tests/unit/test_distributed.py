@@ -1,5 +1,6 @@
 """How a rank's process ends."""
 
+import os
 import subprocess
 import sys
 
@@ -30,3 +31,13 @@ def test_what_would_abort_the_teardown_does_not_change_how_a_rank_ends() -> None
     usual, rank = _end(is_rank=False), _end(is_rank=True)
     assert usual.returncode < 0  # so there is something to be spared
     assert (rank.returncode, rank.stdout, rank.stderr) == (7, "said\nhandler\n", "")
+
+
+def test_a_rank_whose_output_nobody_reads_any_more_ends_with_its_code() -> None:
+    reader, writer = os.pipe()
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # until the end
+    words = [sys.executable, "-c", _RANK.format(is_rank=True)]
+    rank = subprocess.Popen(words, stdout=writer, env=buffered)
+    os.close(reader)
+    os.close(writer)
+    assert rank.wait(100) == 7
