@@ -25,6 +25,8 @@ SLURM_FILES = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
 SOURCED_FILES = sorted((REPOSITORY / "slurm").glob("*.sh"))
 NUM_NODES = 4
 NUM_STEPS = 40  # a little more than one epoch of the small data set
+SMALL_JOB = ("--devices-per-node=1", "--cpus-per-task=1", "--mem=4000", "--time=10")
+"""What `megaback submit` asks for here."""
 
 MINISLURM = Path(__file__).with_name("minislurm.sh")
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "unshare", "flock")

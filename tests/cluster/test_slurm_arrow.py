@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_cluster import Slurm
+from small_cluster import SMALL_JOB, Slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-_SMALL = ("--nodes=1", "--devices-per-node=1", "--cpus-per-task=1", "--mem=4000", "--time=10")
 
 
 def _found_in(run: Path) -> dict[str, Any]:
@@ -28,7 +26,8 @@ def test_an_arrow_of_two_jobs_is_that_of_one_command(
     options = ("training.seed=5", "training.steps=4")
     for run in runs:
         direction = f"data.direction={run.name}"
-        slurm.megaback("submit", config, f"run={run}", direction, *options, *_SMALL, cwd=tmp_path)
+        words = ("submit", config, f"run={run}", direction, *options, *SMALL_JOB, "--nodes=1")
+        slurm.megaback(*words, cwd=tmp_path)
     rows = [
         json.loads(line)
         for line in slurm.megaback("jobs", "--json", queued.parent, cwd=tmp_path).splitlines()

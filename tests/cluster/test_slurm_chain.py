@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_cluster import Slurm, wait_for
+from small_cluster import SMALL_JOB, Slurm, wait_for
 
 from megaback.exit_record import read_history
 from megaback.metrics import read_metrics
 
-_SMALL = ("--devices-per-node=1", "--cpus-per-task=1", "--mem=4000", "--time=10")
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
@@ -38,7 +37,7 @@ def test_a_chain_goes_from_text_to_a_model_and_its_run_goes_on_with_more_nodes(
         *("--frame-tokens", 1024, "--tasks", 2, "--out", shards),
         cwd=tmp_path,
     )
-    chain = ("submit", config, "training.steps=3", *_SMALL, "--nodes=2", "--out", out)
+    chain = ("submit", config, "training.steps=3", *SMALL_JOB, "--nodes=2", "--out", out)
     chain = (*chain, "--chain=data,train,convert", "--requeue-limit=0")
     before = sorted(tmp_path.rglob("*"))
     shown = slurm.megaback(*chain, "--dry-run", cwd=tmp_path)
@@ -64,7 +63,7 @@ def test_a_chain_goes_from_text_to_a_model_and_its_run_goes_on_with_more_nodes(
     assert {path.name for path in snapshot.iterdir()} >= {"train.sbatch", "ranks.sh", "network.sh"}
     assert [path.name for path in tmp_path.glob("*.out")] == []
 
-    slurm.megaback("submit", config, "training.steps=5", *_SMALL, "--nodes=4", cwd=tmp_path)
+    slurm.megaback("submit", config, "training.steps=5", *SMALL_JOB, "--nodes=4", cwd=tmp_path)
     slurm.require_completed(_jobs(run)["train"], run / "logs")
     starts = [line for line in read_history(run) if line["event"] == "start"]
     assert [(line["step"], line["world_size"]) for line in starts] == [(0, 2), (3, 4)]
@@ -80,7 +79,7 @@ def test_what_depends_on_a_failed_build_is_cancelled(
     source.write_text('{"text": "fine"}\n{"text": 5}\n')
     config = write_config(tmp_path, data={"shards": str(tmp_path / "shards")})
     slurm.megaback(
-        *("submit", config, *_SMALL, "--chain=data,train,convert", "--out", tmp_path / "model"),
+        *("submit", config, *SMALL_JOB, "--chain=data,train,convert", "--out", tmp_path / "model"),
         *("--source", source, "--tokenizer", tokenizer_path),
         cwd=tmp_path,
     )
@@ -121,7 +120,7 @@ def test_what_cannot_work_is_refused_before_it_is_queued(
 ) -> None:
     config = write_config(tmp_path)
     done = slurm.attempt(
-        sys.executable, "-m", "megaback", "submit", config, *_SMALL, *options, cwd=tmp_path
+        sys.executable, "-m", "megaback", "submit", config, *SMALL_JOB, *options, cwd=tmp_path
     )
     assert (done.returncode, done.stdout) == (code, "")
     assert sentence in done.stderr
