@@ -71,6 +71,7 @@ setup(
             "uvicorn>=0.32",
             "wandb>=0.19",
             "xllamacpp>=2026.9; platform_system == 'Linux'",
+            "xxhash>=3.0",
         ],
     },
     entry_points={"console_scripts": ["megaback = megaback.cli:main"]},

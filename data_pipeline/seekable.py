@@ -14,6 +14,9 @@ import numpy.typing as npt
 SKIPPABLE_HEADER = struct.Struct("<II")
 """Magic number and size of what follows, of any skippable frame."""
 
+EMPTY_CHECKSUM = 0x51D8E999
+"""The low half of XXH64 of no bytes: of a frame without content, such as a skippable one."""
+
 _TABLE_MAGIC = 0x184D2A5E
 _SEEKABLE_MAGIC = 0x8F92EAB1
 _CHECKSUMS_FLAG = 1 << 7

@@ -32,7 +32,7 @@ from data_pipeline.byte_ranges import ByteRanges, LocalRanges
 from data_pipeline.compression import DEFAULT_COMPRESSION, Compression, read_dictionary
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.example_rows import NUM_COUNTS, ExampleMarks, PackedExample
-from data_pipeline.seekable import SeekEntry, pack_seek_table
+from data_pipeline.seekable import EMPTY_CHECKSUM, SeekEntry, pack_seek_table
 from data_pipeline.shard_index import (
     EXAMPLES_VERSION,
     VERSION,
@@ -145,7 +145,7 @@ class ShardWriter:
         self._content_sha256.update(counts)
         index = pack_index(header, self._index_compressor.compress(counts))
         self._write(index)
-        self._seek_entries.append(SeekEntry(len(index), 0, 0))
+        self._seek_entries.append(SeekEntry(len(index), 0, EMPTY_CHECKSUM))
         self._write(pack_seek_table(self._seek_entries))
         return ShardDigest(
             tokens=self.tokens,
