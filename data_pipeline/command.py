@@ -7,7 +7,9 @@ keeps its traceback.
 
 import errno
 import os
+import subprocess
 import sys
+import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import IO, Any
 
 import click
 
-from data_pipeline.errors import MegabackError, StorageError
+from data_pipeline.errors import BackendError, MegabackError, StorageError
 
 _OS_ADVICE = {
     errno.ENOSPC: "free some space and run the same command again",
@@ -24,6 +26,15 @@ _OS_ADVICE = {
     errno.EROFS: "choose a path on a disk that can be written",
     errno.EACCES: "check the permissions of the path",
     errno.EPERM: "check the permissions of the path",
+}
+_PROGRAM_ADVICE = {
+    **dict.fromkeys(("cc", "gcc", "g++", "c++"), "install a C compiler (build-essential)"),
+    **dict.fromkeys(
+        ("sbatch", "scontrol", "srun", "sinfo", "squeue", "sacct", "scancel"),
+        "run it where Slurm's commands are, on a login node or outside the container",
+    ),
+    "ssh": "install openssh-client",
+    "ninja": "install ninja (pip install ninja)",
 }
 
 
@@ -33,6 +44,35 @@ def storage_error(error: OSError) -> StorageError:
     reason = error.strerror or str(error) or type(error).__name__
     advice = _OS_ADVICE.get(error.errno or 0, "check the path and the disk behind it")
     return StorageError(f"cannot read or write{where}: {reason}; {advice}")
+
+
+def system_error(error: OSError) -> MegabackError:
+    """One sentence for an error of the operating system: a missing program, or a disk's."""
+    return _program_error(error) or storage_error(error)
+
+
+def _program_error(error: OSError) -> BackendError | None:
+    """The sentence for a program that could not be started; None for any other error.
+
+    Both a missing file and a missing program are a FileNotFoundError. Whoever wanted the program
+    (a compiler may be asked for deep within a library), it was `subprocess` that failed to start
+    it: the error was raised there.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames or frames[-1].f_code.co_filename != subprocess.__file__:
+        return None
+    if error.filename is None or Path(os.fsdecode(error.filename)).is_dir():
+        return None
+    program = Path(os.fsdecode(error.filename)).name
+    if isinstance(error, FileNotFoundError):
+        return BackendError(
+            f"the program {program} is not on this machine (or not on the PATH), and this needs "
+            f"it; {_PROGRAM_ADVICE.get(program, 'install it')}, then run the same command again"
+        )
+    return BackendError(
+        f"the program {error.filename} cannot be started: {error.strerror}; make it executable, "
+        "or install it again"
+    )
 
 
 def report(error: MegabackError) -> int:
@@ -52,7 +92,7 @@ class Command(click.Command):
         except BrokenPipeError:
             raise  # click ends the command quietly: the reader of our output went away
         except OSError as error:
-            raise SystemExit(report(storage_error(error))) from None
+            raise SystemExit(report(system_error(error))) from None
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class BatchError(ConfigError):
 
 
 class BackendError(MegabackError):
-    """An attention backend, device, precision or library that was asked for is not there."""
+    """An attention backend, device, precision, library or program that is needed is not there."""
 
     exit_code = 12
 

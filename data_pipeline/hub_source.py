@@ -19,7 +19,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.file_source import holds_lines, list_files
 from data_pipeline.files import kind_of, name_of
-from data_pipeline.retries import reason_of, with_retries
+from data_pipeline.retries import reason_of, require_hub, with_retries
 from data_pipeline.slices import (
     AnyColumns,
     Document,
@@ -136,8 +136,16 @@ def _open(path: str, builder: Any) -> tuple[str, Any]:
 
 def _reached(path: str, attempt: Callable[[], Result], *, is_offline: bool) -> Result:
     """The result of an attempt, with retries unless the user has switched the network off."""
+
+    is_local = Path(path.partition(":")[0]).is_dir()
+
+    def ask() -> Result:
+        if not is_local:
+            require_hub()
+        return attempt()
+
     try:
-        return attempt() if is_offline else with_retries(f"hf:{path}", attempt)
+        return attempt() if is_offline else with_retries(f"hf:{path}", ask)
     except MegabackError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the network and format libraries raise

@@ -19,7 +19,7 @@ from data_pipeline.errors import (
     SourceUnreadableError,
 )
 from data_pipeline.http_ranges import CLIENT_OPTIONS, FileFacts, fetch_facts, fetch_range
-from data_pipeline.retries import TransientError, reason_of, with_retries
+from data_pipeline.retries import TransientError, reason_of, require_hub, with_retries
 from data_pipeline.slices import STAMPED_BYTES, stamp_of
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def find(url: str) -> tuple[list[str], list[list[str]]]:
     timeout_s = retries.POLICY.listing_timeout_s
 
     def look() -> tuple[list[str], list[list[str]]]:
+        _require_hub_of(file_system)
         file_system.invalidate_cache()
         pinned = _pinned(path) if file_system.protocol == "hf" else path
         try:
@@ -192,6 +193,7 @@ class RemoteFile(io.RawIOBase):
         return part
 
     def _other_facts(self) -> FileFacts:
+        _require_hub_of(self._file_system)
         if not _PINNED_REVISION.search(self.url):  # what was listed before may be old by now
             self._file_system.invalidate_cache(self._path)
         timeout_s = retries.POLICY.request_timeout_s
@@ -253,6 +255,12 @@ def open_file_system(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise SourceMissingError(f"{shown}: {reason_of(error)}; check the address") from None
     return file_system, path
+
+
+def _require_hub_of(file_system: Any) -> None:
+    """Raises UnresolvedHostError when it is the hub's, and the hub cannot be found."""
+    if file_system.protocol == "hf":
+        require_hub()
 
 
 def _pinned(path: str) -> str:

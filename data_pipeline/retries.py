@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from data_pipeline.errors import SourceUnreadableError
 
@@ -52,6 +54,10 @@ class RetryPolicy:
     """For drivers that cannot tell a stalled request from a slow one."""
     listing_timeout_s: float = 1800.0
     """For listing a whole folder."""
+    max_unresolved_attempts: int = 3
+    """Of a host whose name is not known: mostly there is no network, and waiting is no cure."""
+    longest_unresolved_s: float = 10.0
+    """No further try of such a host begins after this long."""
 
 
 POLICY = RetryPolicy()
@@ -65,6 +71,39 @@ class TransientError(Exception):
         self.wait_s = wait_s
 
 
+class UnresolvedHostError(TransientError):
+    """The name of a host is not known to this network."""
+
+
+def require_host(url: str) -> None:
+    """Look up the host that requests to an address go to, which may be a proxy's.
+
+    Asked before a library that retries by itself, for minutes. Raises UnresolvedHostError.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(host):
+        host = urlsplit(proxy if "://" in proxy else f"//{proxy}").hostname or ""
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnresolvedHostError(f"cannot find the host {host} ({reason})") from None
+
+
+def require_hub() -> None:
+    """Look up the hub's host, and leave what is said of retries to us. Raises UnresolvedHostError.
+
+    The hub's library tries each request six times within half a minute and says two lines each.
+    """
+    from huggingface_hub import constants
+
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    require_host(constants.ENDPOINT)
+
+
 def with_retries(what: str, attempt: Callable[[], Result]) -> Result:
     """The result of `attempt`, called again after each error that may pass.
 
@@ -76,12 +115,21 @@ def with_retries(what: str, attempt: Callable[[], Result]) -> Result:
     policy = POLICY
     begin = time.monotonic()
 
+    def limits(state: tenacity.RetryCallState) -> tuple[int, float]:
+        if state.outcome is not None and is_unresolved(state.outcome.exception()):
+            return policy.max_unresolved_attempts, policy.longest_unresolved_s
+        return policy.max_attempts, policy.longest_total_s
+
+    def is_enough(state: tenacity.RetryCallState) -> bool:
+        attempts, total_s = limits(state)
+        return state.attempt_number >= attempts or (state.seconds_since_start or 0.0) >= total_s
+
     def log(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         wait_s = state.next_action.sleep if state.next_action else 0.0
         _LOG.warning(
             "%s: %s; trying again in %.1f s (try %d of %d failed)",
-            *(what, reason_of(error), wait_s, state.attempt_number, policy.max_attempts),
+            *(what, reason_of(error), wait_s, state.attempt_number, limits(state)[0]),
         )
 
     def wait_s(state: tenacity.RetryCallState) -> float:
@@ -94,8 +142,7 @@ def with_retries(what: str, attempt: Callable[[], Result]) -> Result:
     backoff = tenacity.wait_exponential(**half) + tenacity.wait_random_exponential(**half)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
-        stop=tenacity.stop_after_attempt(policy.max_attempts)
-        | tenacity.stop_after_delay(policy.longest_total_s),
+        stop=is_enough,
         wait=wait_s,
         before_sleep=log,
         reraise=False,
@@ -126,6 +173,15 @@ def is_transient(error: BaseException) -> bool:
     if statuses:
         return statuses[0] in TRANSIENT_STATUSES
     return any(_passes(cause) for cause in causes)
+
+
+def is_unresolved(error: BaseException | None) -> bool:
+    """Whether the host's name could not be looked up."""
+    return error is not None and any(
+        isinstance(cause, UnresolvedHostError)
+        or isinstance(getattr(cause, "os_error", cause), socket.gaierror)
+        for cause in _causes(error)
+    )
 
 
 def reason_of(error: BaseException | None) -> str:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from data_pipeline.errors import LaunchError
@@ -94,7 +95,8 @@ def queue(submission: Submission) -> str:
 
 def cancel(job: str) -> None:
     """Take a job off the queue; that it is gone already is no error."""
-    subprocess.run(["scancel", job], capture_output=True, check=False)
+    with suppress(FileNotFoundError):  # what queued the job has its own error to tell
+        subprocess.run(["scancel", job], capture_output=True, check=False)
 
 
 def find_job(job: str) -> Job | None:

@@ -213,7 +213,10 @@ def _requeue(job: str, excluded: Sequence[str]) -> str | None:
             ["scontrol", "release", job],
         ]
     for command in commands:
-        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return "scontrol is not here"
         if asked.returncode:
             return " ".join((asked.stdout + asked.stderr).split())
     return None

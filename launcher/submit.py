@@ -6,6 +6,7 @@ before their names on sbatch's command line.
 """
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -194,20 +195,24 @@ def main(
         submissions["convert"] = convert_stage(
             settings, paths["convert"], check_model_folder(out), resources
         )
-    for submission in submissions.values():
-        run_sbatch(submission, "--test-only")
+    # What a dry run shows can be looked at anywhere; whether Slurm takes it, only where it is.
+    asks_slurm = not dry_run or shutil.which("sbatch") is not None
+    if asks_slurm:
+        for submission in submissions.values():
+            run_sbatch(submission, "--test-only")
     if "data" in stages:
         cpus = int(sbatch_value(paths["data"], "cpus-per-task") or 1)
         plan = plan_data(settings, sources, weights, tokenizer, tasks, cpus, dry_run)
         submissions["data"] = data_stage(settings, paths["data"], plan, resources)
-        run_sbatch(submissions["data"], "--test-only")
+        if asks_slurm:
+            run_sbatch(submissions["data"], "--test-only")
     # What runs is the copy in the snapshot, with its neighbours beside it.
     queued = [
         replace(submissions[stage], file=str(snapshot / paths[stage].name)) for stage in stages
     ]
     click.echo(f"# {room}" if dry_run else room)
     if dry_run:
-        return _show(queued, list(paths.values()))
+        return _show(queued, list(paths.values()), asks_slurm)
     copied = [*paths.values(), *(folder / name for name in SHARED_FILES)]
     jobs = queue_all(settings, snapshot, queued, copied)
     return _tell(settings, allocation, dict(zip(stages, jobs, strict=True)), snapshot)
@@ -221,12 +226,13 @@ def _require_used(stages: Sequence[str], stage: str, **given: object) -> None:
             )
 
 
-def _show(submissions: Sequence[Submission], paths: Sequence[Path]) -> None:
+def _show(submissions: Sequence[Submission], paths: Sequence[Path], was_asked: bool) -> None:
+    verdict = "Slurm takes it" if was_asked else "not shown to Slurm, as sbatch is not here"
     before = ""
     for submission, path in zip(submissions, paths, strict=True):
         linked = after(submission, before) if before else submission
         before = f"JOB_OF_{submission.stage.upper()}"
-        click.echo(f"# {submission.stage}: Slurm takes it. The command, and the script:")
+        click.echo(f"# {submission.stage}: {verdict}. The command, and the script:")
         click.echo(f"{linked.line}\n")
         click.echo(path.read_text(encoding="utf-8"))
     click.echo("# nothing was written or queued")

@@ -9,8 +9,8 @@ import atexit
 import logging
 import os
 import socket
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,12 +20,15 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_pipeline.command import report, storage_error
+from data_pipeline.command import report, system_error
 from data_pipeline.errors import BackendError, LaunchError, MegabackError
 from megaback.device_files import count_device_files, count_devices
+from megaback.slurm_nodes import first_node
 from megaback.stopping import HOST_VARIABLE
 
 _Result = TypeVar("_Result")
+_NAME_WAIT_S = 1.0
+"""Between tries to look up a name: a job's many ranks ask at once."""
 
 
 class AgreedExit(SystemExit):
@@ -100,7 +103,7 @@ def attempt(
     except MegabackError as error:
         return None, error
     except OSError as error:
-        return None, storage_error(error)
+        return None, system_error(error)
 
 
 def start_world(device_name: str, timeout_s: float) -> World:
@@ -117,6 +120,7 @@ def start_world(device_name: str, timeout_s: float) -> World:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    _require_first_node(os.environ["MASTER_ADDR"])
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
@@ -125,6 +129,23 @@ def start_world(device_name: str, timeout_s: float) -> World:
     )
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def _require_first_node(address: str) -> None:
+    """Raises LaunchError for a name that nobody knows here, which torch asks for until it times
+    out."""
+    for tries_left in (2, 1, 0):
+        try:
+            socket.getaddrinfo(address, None)
+        except OSError as error:
+            if not tries_left:
+                raise LaunchError(
+                    f"the first node's name, {address}, is not known on {node_name()} "
+                    f"({error.strerror}); set MASTER_ADDR to its address"
+                ) from None
+            time.sleep(_NAME_WAIT_S)
+        else:
+            return
 
 
 @contextmanager
@@ -214,16 +235,7 @@ def _name_rank_from_slurm() -> None:
         _tasks_on_node(environment["SLURM_STEP_TASKS_PER_NODE"], int(environment["SLURM_NODEID"]))
     )
     if "MASTER_ADDR" not in environment:
-        nodes = environment["SLURM_STEP_NODELIST"]
-        listing = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False
-        )
-        if listing.returncode or not listing.stdout.strip():
-            raise LaunchError(
-                f"scontrol cannot list the nodes {nodes}: {listing.stderr.strip()}; "
-                "set MASTER_ADDR to the first node"
-            )
-        environment["MASTER_ADDR"] = listing.stdout.split()[0]
+        environment["MASTER_ADDR"] = first_node(environment.get("SLURM_STEP_NODELIST", ""))
     if "MASTER_PORT" not in environment:
         # Below the ports that Linux hands out by itself; two steps of a job differ too.
         job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])

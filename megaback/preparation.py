@@ -19,6 +19,7 @@ from megaback.checkpoint import (
     newest_checkpoint,
 )
 from megaback.checkpoint_copy import SecondPlace, fetch_newest
+from megaback.compiler import require_compiler
 from megaback.config import CONFIG_COPY_NAME, Config
 from megaback.distributed import World
 from megaback.engine import start_engine
@@ -114,6 +115,8 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
         torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
         config.model.head_dim,
     )
+    if config.training.compile:
+        world.together(require_compiler, world.device.type, "training.compile")
     found = _find_start(config, world)
     if found is not None:
         world.together(_require_same_run, config, data, *found)

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from megaback.cache import Cache, KeyValueCache, LayerState, Reach
+from megaback.compiler import require_compiler
 from megaback.model import Attention, Block, ReverseGPT, Rotary
 
 Product = Callable[[Tensor], Tensor]
@@ -82,6 +83,8 @@ class Sampler:
         signs_E = torch.ones(self.shape.head_dim, device=self.device)
         signs_E[: self.shape.head_dim // 2] = -1
         self._turns = (rotary.cos_TE, rotary.sin_TE * signs_E)
+        if compiled:
+            require_compiler(self.device.type, "--compile")
         self._step = torch.compile(self._step_eagerly, dynamic=True) if compiled else None
 
     def new_cache(self, num_rows: int) -> KeyValueCache:

@@ -14,6 +14,11 @@ if [[ ! -x $MEGABACK_ENV/bin/python ]]; then
     exit 13
 fi
 export PATH="$MEGABACK_ENV/bin:$PATH"
+if ! command -v srun >/dev/null; then
+    echo "slurm: error: srun is not on the PATH of this job (a container without Slurm's programs?);" \
+        "submit the sbatch file itself, and let srun start the container" >&2
+    exit 13
+fi
 source "${BASH_SOURCE[0]%/*}/network.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -221,6 +222,7 @@ def test_patience_with_a_hub_that_never_answers_ends(
         raise ConnectionError("Couldn't reach the hub")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", never)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     with pytest.raises(SourceUnreadableError, match="Couldn't reach the hub; gave up after 4"):
         list_slices("hf:some/set")
