@@ -13,6 +13,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
+    # With this, `pip install -e` puts this folder on the path. Without it, setuptools installs a
+    # finder that any folder named megaback/ (a clone, say) in the working directory wins over.
+    package_dir={"": "."},
     packages=["megaback", "data_pipeline", "launcher", "tools", "tools.serving"],
     package_data={
         **{name: ["py.typed"] for name in ("megaback", "data_pipeline", "launcher", "tools")},

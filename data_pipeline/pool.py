@@ -10,6 +10,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from data_pipeline.errors import LaunchError
+from data_pipeline.import_path import safe_child_imports
 
 _Result = TypeVar("_Result")
 _shared: Any = None
@@ -31,14 +32,16 @@ def run_in_processes(
         return
     others = set(active_children())
     # Spawned, not forked: a fork copies the locks of whatever threads a library has started.
-    pool = ProcessPoolExecutor(
-        min(workers, len(calls)),
-        mp_context=get_context("spawn"),
-        initializer=_begin,
-        initargs=(shared,),
-    )
+    with safe_child_imports():
+        pool = ProcessPoolExecutor(
+            min(workers, len(calls)),
+            mp_context=get_context("spawn"),
+            initializer=_begin,
+            initargs=(shared,),
+        )
     try:
-        running = {_submit(pool, function, call): number for number, call in enumerate(calls)}
+        with safe_child_imports():
+            running = {_submit(pool, function, call): number for number, call in enumerate(calls)}
         for future in as_completed(running):
             yield running[future], future.result()
     except BrokenProcessPool:

@@ -56,6 +56,15 @@ def _parts(machine: Machine) -> Iterator[Line]:
         "make PYTHON=python3.11 .venv/.installed" if too_old else "",
         is_needed=True,
     )
+    names = ", ".join(machine.hidden)
+    yield Line(
+        "megaback",
+        "note" if names else "yes",
+        machine.megaback + (f"; this folder hides {names}" if names else ""),
+        "type `megaback` here, not `python -m megaback`; run your own scripts elsewhere, or rename"
+        if names
+        else "",
+    )
     yield Line(
         "packages",
         "no" if machine.unmet else "yes",

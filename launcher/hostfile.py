@@ -14,7 +14,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from pathlib import Path
 from random import SystemRandom
 
 from data_pipeline.errors import LaunchError
+from data_pipeline.import_path import module_command
 from launcher.local import (
     Running,
     device_here,
@@ -178,9 +178,9 @@ class RemoteRanks:
             "environment": passed_environment(os.environ),
         }
         # ssh joins its arguments and gives them to a shell.
-        remote = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.quote(sys.executable)}"
+        ranks = shlex.join(module_command("launcher.host_ranks"))
         self._process = subprocess.Popen(
-            [*ssh, "--", host.name, f"{remote} -m launcher.host_ranks"],
+            [*ssh, "--", host.name, f"cd {shlex.quote(str(Path.cwd()))} && exec {ranks}"],
             stdin=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,  # a terminal's Ctrl-C is passed on by this process

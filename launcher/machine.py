@@ -7,7 +7,6 @@ import resource
 import shutil
 import socket
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -15,9 +14,12 @@ from typing import Any
 
 import psutil
 
+from data_pipeline.import_path import module_command
+from megaback import __version__
 from megaback.device_files import count_devices
+from megaback.installation import ROOT, hidden_by
 
-_PROBE = [sys.executable, "-m", "megaback.torch_facts"]
+_PROBE = module_command("megaback.torch_facts")
 _PROBE_TIMEOUT_S = 180.0
 _COMMAND_TIMEOUT_S = 10.0
 
@@ -27,6 +29,10 @@ class Machine:
     """Facts; `explain` says what they mean."""
 
     host: str
+    megaback: str
+    """Its version and folder."""
+    hidden: tuple[str, ...]
+    """Modules that the working directory holds under the names of installed ones."""
     python: str
     cores: int
     threads: str | None
@@ -65,6 +71,8 @@ def examine(folder: Path) -> Machine:
     partitions, slurm_problem = _partitions()
     return Machine(
         host=socket.gethostname(),
+        megaback=f"{__version__} of {ROOT}",
+        hidden=tuple(hidden_by(Path.cwd())),
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)),
         threads=os.environ.get("OMP_NUM_THREADS"),

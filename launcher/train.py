@@ -3,7 +3,6 @@
 What cannot work is refused before a rank starts; how the ranks ended becomes one exit code.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import click
 
 from data_pipeline.command import Command
 from data_pipeline.errors import MegabackError
+from data_pipeline.import_path import module_command
 from launcher.hostfile import read_hostfile, run_on_hosts
 from launcher.local import plan_ranks, rank_environment, run_ranks, verdict
 from megaback.config import load_config
@@ -61,7 +61,7 @@ def train(
     if hosts is not None:
         processes = sum(host.slots for host in hosts)
     open_data(settings, 0, processes)
-    command = [sys.executable, "-m", _RANK_MODULE, str(config), *overrides]
+    command = module_command(_RANK_MODULE, str(config), *overrides)
     if save_before is not None:
         command += ["--save-before", save_before]
     started = time.time()

@@ -1,6 +1,9 @@
 """The model that writes backwards, and how it learns."""
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+from megaback.installation import leave_working_directory, require_packages
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -9,6 +12,10 @@ if TYPE_CHECKING:
     from megaback.writer import Writer
 
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # as long as `python -m megaback…` looks for what it is to run
+    leave_working_directory()
+require_packages()
 
 
 def load(folder: "str | Path", **how: Any) -> "Writer":

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import LaunchError
+from data_pipeline.import_path import safe_child_imports
 from data_pipeline.pool import end_with_parent
 from megaback.likelihood import Continuation, log_probabilities
 from megaback.model import ReverseGPT
@@ -64,7 +65,8 @@ class DevicePool:
         if self._pools:
             call = (str(self._folder), self._devices[turn], continuations)
             try:
-                return self._pools[turn].submit(_on_device, *call)
+                with safe_child_imports():  # the first call starts the process
+                    return self._pools[turn].submit(_on_device, *call)
             except BrokenProcessPool:
                 raise LaunchError(_KILLED) from None
         if self._model is None:

@@ -104,7 +104,7 @@ def _start_wandb(config: Config, last_step: int) -> Mirror | None:
     if config.logging.wandb == "off":
         return None
     try:
-        import wandb  # noqa: F401
+        import wandb.sdk  # noqa: F401 (a folder wandb/ of offline runs has none)
     except ImportError:
         raise BackendError(
             f"logging.wandb is {config.logging.wandb}, but wandb is not installed; "
@@ -120,7 +120,7 @@ def _start_tensorboard(config: Config, last_step: int) -> Mirror | None:
     if wanted == "off":
         return None
     try:
-        import tensorboard  # noqa: F401
+        import tensorboard.summary  # noqa: F401 (a mere folder of that name has none)
     except ImportError:
         if wanted == "auto":
             return None

@@ -38,6 +38,7 @@ from megaback.evaluation import evaluate, to_device
 from megaback.exit_record import record_exit
 from megaback.guard import StepGuard
 from megaback.hardware import peak_memory_bytes
+from megaback.installation import HIDDEN, is_whole
 from megaback.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
 from megaback.patience import Patience, mark_best, read_measurements
 from megaback.preparation import Run, batch_arithmetic, prepare_run
@@ -370,6 +371,8 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:
 def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> None:
     """Train as one rank of a run described by CONFIG and key.sub=value OVERRIDES."""
     with one_voice():
+        if not is_whole():
+            raise LaunchError(HIDDEN)
         stop = StopRequest(deadline_of(save_before))
         settings = load_config(config, overrides)
         world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)

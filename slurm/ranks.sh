@@ -21,6 +21,7 @@ if ! command -v srun >/dev/null; then
 fi
 source "${BASH_SOURCE[0]%/*}/network.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export PYTHONSAFEPATH=1 # what is installed runs, whatever the folder holds (Python 3.11 and later)
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 
 run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]

@@ -7,7 +7,6 @@ Started again after an interruption, it goes on where it stopped.
 import json
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from data_pipeline.command import Command
 from data_pipeline.errors import LaunchError
+from data_pipeline.import_path import module_command
 from data_pipeline.inspection import unigram_entropy
 from data_pipeline.manifest import Manifest
 
@@ -36,7 +36,7 @@ def run(*words: str) -> str:
     """Run a megaback command as a person would, its output shown; returns what it printed."""
     click.echo(f"\n$ megaback {shlex.join(words)}")
     process = subprocess.Popen(
-        [sys.executable, "-m", "megaback", *words], stdout=subprocess.PIPE, text=True
+        module_command("megaback", *words), stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     lines = []

@@ -34,6 +34,8 @@ CUDA_TORCH = CPU_TORCH | {
 }
 LAPTOP = Machine(
     host="laptop",
+    megaback="0.1.0 of /opt/megaback",
+    hidden=(),
     python="3.11.7",
     cores=8,
     threads=None,
