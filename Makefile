@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TEST_PROCESSES ?= 2
 FLASH_VENV := .venv-flash
 FLASH_BIN := $(FLASH_VENV)/bin
 FLASH_INSTALLED := $(FLASH_VENV)/.installed
@@ -14,7 +15,8 @@ FLASH_PINS := constraints.txt tests/flash/constraints.txt
 
 help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
-	@echo "make test        linters, type checker and every test that this machine can run"
+	@echo "make test        linters, type checker and every test that this machine can run, in two"
+	@echo "                 processes; TEST_PROCESSES=N for more"
 	@echo "make fuzz        the properties again, with other examples every time"
 	@echo "make flash-test  flash-attn's kernels on a CPU; part of make test"
 	@echo "make lint        ruff and mypy"
@@ -37,7 +39,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest --durations=20
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=20
 	$(MAKE) --no-print-directory flash-test
 
 fuzz: $(INSTALLED)

@@ -65,6 +65,7 @@ setup(
             "prometheus-client>=0.20",
             "pytest>=8.2",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "schemathesis>=4.0",
             "tensorboard>=2.15",

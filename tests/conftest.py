@@ -5,12 +5,14 @@ outside the repository. All of it is session-wide, so a test must not write into
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -19,6 +21,9 @@ from data_pipeline.build import build_shards
 from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
+
+# Models of the tests are so small that several threads take five times the CPU time of one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine is not a failure, and what failed fails again: `make fuzz` tries what is new.
 settings.register_profile("megaback", deadline=None, derandomize=True)
@@ -78,6 +83,14 @@ _ENDINGS = [
     "near the river",
     "and said nothing about it",
 ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What the processes of `pytest -n` take at a time."""
+    from work_units import WorkUnits
+
+    return WorkUnits(config, log)
 
 
 def english_document(generator: random.Random) -> str:

@@ -113,10 +113,10 @@ LINES = b'{"text": "one", "language": "en"}\n{"text": "two", "language": "de"}\n
     ("name", "data"),
     [
         ("a.jsonl", LINES),
-        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("a.jsonl.zst", zstandard.compress(LINES)),
         ("a.json", b"\n" + LINES),
-        ("a.json.gz", gzip.compress(LINES)),
+        ("a.json.gz", gzip.compress(LINES, mtime=0)),
     ],
 )
 def test_lines_of_json_of_a_hub_data_set_are_read_as_a_file(

@@ -116,14 +116,19 @@ def estimated(
 def test_estimates_are_exact_for_models_that_see_one_id(
     halves: list[Half], others: list[Half]
 ) -> None:
-    for join in estimated(halves, others):
+    joins = estimated(halves, others)
+    onwards, backwards = [], []
+    for join in joins:
         ahead = halves[join.forward].ids[: join.forward_cut]
         back = others[join.backward].ids[: join.backward_cut]
-        after_forward = [*ahead, *reversed(back), *reversed(OTHER_PROMPT[1:])]
-        after_backward = [*back, *reversed(ahead), *reversed(PROMPT[1:])]
-        (forward,) = log_probabilities(FORWARD, [Continuation(PROMPT, after_forward)])
-        (backward,) = log_probabilities(BACKWARD, [Continuation(OTHER_PROMPT, after_backward)])
-        expected = mean_a_token(forward, backward, len(after_forward), len(after_backward), WEIGHT)
+        onwards.append(Continuation(PROMPT, [*ahead, *reversed(back), *OTHER_PROMPT[:0:-1]]))
+        backwards.append(Continuation(OTHER_PROMPT, [*back, *reversed(ahead), *PROMPT[:0:-1]]))
+    pairs = zip(onwards, backwards, strict=True)
+    lengths = [(len(one.written), len(other.written)) for one, other in pairs]
+    forward = log_probabilities(FORWARD, onwards)
+    backward = log_probabilities(BACKWARD, backwards)
+    for join, nats, other_nats, num_tokens in zip(joins, forward, backward, lengths, strict=True):
+        expected = mean_a_token(nats, other_nats, *num_tokens, WEIGHT)
         assert join.estimate == pytest.approx(float(expected), abs=1e-4)
 
 

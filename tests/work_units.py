@@ -1,0 +1,36 @@
+"""What each of several test processes takes at a time, when `pytest -n 2` starts them.
+
+A unit is a file, so that its fixtures are made once and its tests keep their order; or all tests of
+a Slurm cluster, which is started once; or the files that look at the same finished runs. Units are
+handed out in the order of collection: files of real processes, which take minutes, come first, and
+what is short fills the gaps at the end.
+"""
+
+from typing import Any
+
+from xdist.scheduler import LoadScopeScheduling
+
+_TOGETHER = {
+    "tests/cluster/": "a cluster",
+    **{
+        f"tests/integration/test_{name}.py": "finished runs"
+        for name in ("training", "parity", "inspect", "fine_tuning", "infill_command")
+    },
+}
+
+
+def unit_of(test_id: str) -> str:
+    """The unit that a test belongs to."""
+    path = test_id.split("::")[0]
+    return next((unit for start, unit in _TOGETHER.items() if path.startswith(start)), path)
+
+
+class WorkUnits(LoadScopeScheduling):
+    """Gives the next unit to the process that has almost finished its last one."""
+
+    def __init__(self, config: Any, log: Any) -> None:
+        config.option.loadscopereorder = False
+        super().__init__(config, log)
+
+    def _split_scope(self, nodeid: str) -> str:
+        return unit_of(nodeid)
