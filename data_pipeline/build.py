@@ -16,6 +16,7 @@ import click
 
 from data_pipeline.build_options import (
     echo_manifest,
+    is_given,
     num_workers,
     out_option,
     require_no_settings,
@@ -42,6 +43,7 @@ from data_pipeline.plan import (
     Plan,
     Task,
     claim_plan,
+    handling_bad_records,
     renew_plan,
     require_same_tasks,
 )
@@ -232,6 +234,8 @@ def main(
         require_no_settings(ctx)
         plan = Plan.load(out)
         require_same_tasks(plan, out, tasks)
+        if is_given(ctx, "on_bad_record"):
+            plan = handling_bad_records(plan, options["on_bad_record"], out)
         codec = codec_of_plan(plan, out)
         if task_index is None:
             manifest, num_found = build_planned(plan, codec, out, num_workers(workers))

@@ -12,6 +12,7 @@ from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.manifest import SPLITS, Manifest
 from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, weighted_sources
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.skipped import skipped_lines
 from data_pipeline.text import Direction, TextCodec, Unit
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -137,13 +138,22 @@ def settings_from(options: dict[str, Any]) -> tuple[BuildSettings, TextCodec]:
     return settings, codec
 
 
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Whether an option is on the command line."""
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
 def require_no_settings(ctx: click.Context) -> None:
-    """Without a source, the settings are those of the plan. Raises click.UsageError."""
+    """Without a source, the settings are those of the plan. Raises click.UsageError.
+
+    All but what a malformed record does, which decides no byte of what is written.
+    """
     given = [
         parameter.opts[0]
         for parameter in ctx.command.params
         if parameter.name in _SETTINGS
-        and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+        and parameter.name != "on_bad_record"
+        and is_given(ctx, parameter.name)
     ]
     if given:
         raise click.UsageError(
@@ -156,9 +166,24 @@ def num_workers(workers: int | None) -> int:
     return workers or len(os.sched_getaffinity(0))
 
 
+def echo_left_out(manifest: Manifest) -> None:
+    """Report what of the sources is not in a data set, and why."""
+    if manifest.left_out:
+        counted = ", ".join(
+            f"{number:,} ({name.replace('_', ' ')})" for name, number in manifest.left_out.items()
+        )
+        click.echo(f"{_noun(manifest)} left out: {counted}")
+    for line in skipped_lines(manifest.skipped):
+        click.echo(line)
+
+
+def _noun(manifest: Manifest) -> str:
+    return "documents" if manifest.row_tokens is None else "examples"
+
+
 def echo_manifest(manifest: Manifest, out: Path) -> None:
     """Tell what a finished data set holds, and what to type next."""
-    noun = "documents" if manifest.row_tokens is None else "examples"
+    noun = _noun(manifest)
     for split in SPLITS:
         total = manifest.total(split)
         click.echo(
@@ -172,11 +197,7 @@ def echo_manifest(manifest: Manifest, out: Path) -> None:
                 f"{total['learnt_tokens']:,} tokens with loss, "
                 f"{total['padding_tokens'] / total['tokens']:.1%} padding"
             )
-    if manifest.left_out:
-        counted = ", ".join(
-            f"{number:,} ({name.replace('_', ' ')})" for name, number in manifest.left_out.items()
-        )
-        click.echo(f"{noun} left out: {counted}")
+    echo_left_out(manifest)
     if not manifest.split("val"):
         click.echo(f"the val set is empty: raise --val-fraction or add {noun} to measure val loss")
     click.echo(f"fingerprint {manifest.fingerprint[:16]} in {out}")

@@ -68,6 +68,12 @@ class BadRecordError(MegabackError):
 
     exit_code = 23
 
+    def __init__(self, message: str, cause: str = "malformed", place: str = "") -> None:
+        """`cause` is the kind of fault, under which such records are counted; `place` is where."""
+        super().__init__(message)
+        self.cause = cause
+        self.place = place or message.partition("; ")[0]
+
 
 class TokenizerError(MegabackError):
     """A tokenizer cannot be trained, read, or lacks pieces that megaback needs."""

@@ -23,6 +23,7 @@ from data_pipeline.selection import (
     tasks_within_limits,
     write_selection,
 )
+from data_pipeline.skipped import merged, why_records_are_bad
 from data_pipeline.tasks import STAGED_FOLDER, TaskRecord, finished_record, record_path
 from data_pipeline.text import Direction, TextCodec, Unit
 
@@ -47,12 +48,7 @@ def finalize_build(plan: Plan, codec: TextCodec, out: Path, workers: int) -> Man
         if not manifest.split("train"):
             for task in tasks:
                 record_path(out, task.index).unlink(missing_ok=True)  # not worth keeping
-            counted = ", ".join(f"{number} {name}" for name, number in manifest.left_out.items())
-            raise SourceEmptyError(
-                f"the source {plan.settings.description} holds no text to train on "
-                f"({manifest.total('val')['documents']} documents in the val set; left out: "
-                f"{counted or 'none'}); give a source with text"
-            )
+            raise _nothing_to_train_on(manifest)
         with replacing(out / TOKENIZER_NAME) as file:
             file.write(codec.model_bytes)
         with locked(out / BUILDERS_LOCK, wait=False) as alone:
@@ -62,6 +58,17 @@ def finalize_build(plan: Plan, codec: TextCodec, out: Path, workers: int) -> Man
             if alone:
                 shutil.rmtree(out / STAGED_FOLDER, ignore_errors=True)
         return manifest
+
+
+def _nothing_to_train_on(manifest: Manifest) -> SourceEmptyError:
+    counted = ", ".join(f"{number} {name}" for name, number in manifest.left_out.items())
+    reasons = why_records_are_bad(manifest.skipped)
+    advice = "fix the records, or name the columns" if reasons else "give a source with text"
+    return SourceEmptyError(
+        f"the source {manifest.source} holds no text to train on "
+        f"({manifest.total('val')['documents']} documents in the val set; left out: "
+        f"{counted or 'none'}{reasons and f'; why records are bad: {reasons}'}); {advice}"
+    )
 
 
 def finished_build(out: Path) -> Manifest:
@@ -162,6 +169,7 @@ def _manifest(plan: Plan, codec: TextCodec, records: Sequence[TaskRecord]) -> Ma
         val_fraction=settings.val_fraction,
         row_tokens=settings.row_tokens,
         left_out={name: sum(record.left_out.get(name, 0) for record in records) for name in names},
+        skipped=merged([plan.skipped, *(record.skipped for record in records)]),
         shards=tuple(
             sorted(
                 (shard for record in records for shard in record.shards),

@@ -11,12 +11,14 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.build_options import echo_left_out
 from data_pipeline.command import Command
 from data_pipeline.document_lengths import DocumentLengths, describe, read_document_lengths
 from data_pipeline.errors import ConfigError
 from data_pipeline.histogram import draw_histogram, require_matplotlib
 from data_pipeline.manifest import SPLITS, Manifest, ShardEntry
 from data_pipeline.shard_walk import num_frames, on_threads, spread_frames
+from data_pipeline.skipped import skipped_to_json
 
 _MOST_FRAMES = 4096
 
@@ -220,7 +222,11 @@ def main(
     facts = data_set_facts(shards, manifest)
     if form == "json":
         splits = {name: summary.to_dict() for name, summary in summaries.items()}
-        click.echo(json.dumps({**facts, "splits": splits}))
+        left_out = {
+            "left_out": manifest.left_out,
+            "skipped": skipped_to_json(manifest.skipped),
+        }
+        click.echo(json.dumps({**facts, **left_out, "splits": splits}))
     else:
         _show_facts(facts)
         for name in SPLITS:
@@ -228,6 +234,7 @@ def main(
                 _show_split(name, summaries[name], manifest.id_bytes)
             else:
                 click.echo(f"{name:<12} empty")
+        echo_left_out(manifest)
         if split in summaries:
             click.echo(f"\nlengths of the {split} documents in tokens, markers included")
             click.echo("\n".join(describe(summaries[split].lengths)))

@@ -95,13 +95,15 @@ def parse_record(line: bytes, where: str) -> dict[str, Any]:
         place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         reason = f"{getattr(error, 'msg', error)}{place}"
         raise BadRecordError(
-            f"{where}: not valid JSON ({reason}); mend or remove the line, "
-            "which must hold one JSON object"
+            f"{where}: not valid JSON ({reason}); fix or remove the line, "
+            "which must hold one JSON object",
+            "not valid JSON",
         ) from None
     if not isinstance(record, dict):
         raise BadRecordError(
             f"{where}: a JSON {type(record).__name__}, not an object with columns; "
-            "a file of records holds one object a line"
+            "a file of records holds one object per line",
+            "not a JSON object",
         )
     return record
 
@@ -135,7 +137,8 @@ def not_utf8(where: str, error: UnicodeDecodeError) -> BadRecordError:
     """The error for bytes that are no text."""
     value = error.object[error.start]
     return BadRecordError(
-        f"{where}: byte 0x{value:02X} is not valid UTF-8; convert the file to UTF-8"
+        f"{where}: byte 0x{value:02X} is not valid UTF-8; convert the file to UTF-8",
+        "not valid UTF-8",
     )
 
 

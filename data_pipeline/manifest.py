@@ -8,7 +8,7 @@ same fingerprint, however they were compressed.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from data_pipeline.command import write_text
 from data_pipeline.errors import ShardCorruptError, ShardsMissingError, TokenizerMismatchError
 from data_pipeline.shard_format import ShardReader
+from data_pipeline.skipped import Skipped, skipped_from_json, skipped_to_json
 from data_pipeline.text import TextCodec, TextFormat
 
 MANIFEST_NAME = "manifest.json"
@@ -67,6 +68,8 @@ class Manifest:
     """Of the zstd dictionary that every shard needs, in the file `dictionary.zdict`."""
     row_tokens: int | None = None
     """Of instruction examples: the row that none of them crosses. None: documents."""
+    skipped: Skipped = field(default_factory=dict)
+    """Files, malformed records and parts of records that were not read, by cause."""
 
     @property
     def fingerprint(self) -> str:
@@ -116,6 +119,8 @@ class Manifest:
             "splits": {name: self.total(name) for name in SPLITS},
             "shards": [asdict(shard) for shard in self.shards],
         }
+        if self.skipped:
+            fields["skipped"] = skipped_to_json(self.skipped)
         if is_of_examples:
             fields["row_tokens"] = self.row_tokens
         else:
@@ -168,10 +173,11 @@ class Manifest:
                 shards=tuple(ShardEntry(**entry) for entry in fields["shards"]),
                 dictionary_sha256=fields.get("dictionary_sha256"),
                 row_tokens=row_tokens,
+                skipped=skipped_from_json(fields.get("skipped", {})),
             )
             if manifest.fingerprint != fields["fingerprint"]:
                 raise ValueError("its fingerprint is not that of its entries")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShardCorruptError(
                 f"{shown} is not a manifest of this version ({error}); build the shards again"
             ) from None

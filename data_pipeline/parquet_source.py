@@ -183,7 +183,8 @@ def _python_value(value: Any, column: str, where: str) -> object:
         return value.as_py()
     except UnicodeDecodeError:
         raise BadRecordError(
-            f"{where}: column {column!r} is not valid UTF-8; mend or remove the row"
+            f"{where}: column {column!r} is not valid UTF-8; fix or remove the row",
+            "not valid UTF-8",
         ) from None
 
 

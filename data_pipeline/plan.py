@@ -13,7 +13,7 @@ import shlex
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from data_pipeline.build_options import (
 )
 from data_pipeline.command import Command, replacing, write_text
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardsMissingError
-from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.settings import (
     BuildSettings,
     WeightedSource,
     content_settings,
 )
+from data_pipeline.skipped import Skipped, skipped_from_json, skipped_to_json
 from data_pipeline.slices import Slice
 from data_pipeline.sources import list_slices, require_outside
 from data_pipeline.text import TextCodec
@@ -99,6 +100,8 @@ class Plan:
     """How many portions each task takes, in order."""
     asked_tasks: int | None
     """The number of tasks that was asked for; None: chosen by size."""
+    skipped: Skipped = field(default_factory=dict)
+    """Files of the sources that are not read, by cause."""
 
     @property
     def portions(self) -> tuple[Portion, ...]:
@@ -137,6 +140,8 @@ class Plan:
             "task_portions": self.task_portions,
             "asked_tasks": self.asked_tasks,
         }
+        if self.skipped:
+            fields["skipped"] = skipped_to_json(self.skipped)
         return json.dumps(fields, indent=1) + "\n"
 
     @classmethod
@@ -152,6 +157,7 @@ class Plan:
                 tuple(_slices_of(files) for files in fields["inputs"]),
                 tuple(fields["task_portions"]),
                 fields["asked_tasks"],
+                skipped_from_json(fields.get("skipped", {})),
             )
             if sum(plan.task_portions) != len(plan.portions):
                 raise ValueError("its tasks do not add up to its inputs")
@@ -229,7 +235,25 @@ def claim_plan(
     plan = Plan.load(out)
     plan.settings.require_same(settings, out)
     require_same_tasks(plan, out, num_tasks)
-    return plan, False
+    return handling_bad_records(plan, settings.on_bad_record, out), False
+
+
+def handling_bad_records(plan: Plan, on_bad_record: str, out: Path) -> Plan:
+    """The plan with another choice of what a malformed record does, which a resumed build may make.
+
+    Raises OutputExistsError when such records were left out of a finished data set.
+    """
+    if plan.settings.on_bad_record == on_bad_record:
+        return plan
+    if not (out / MANIFEST_NAME).exists():
+        plan = replace(plan, settings=replace(plan.settings, on_bad_record=on_bad_record))
+        write_text(out / PLAN_NAME, plan.to_json())
+    elif on_bad_record == "stop" and (bad := Manifest.load(out).left_out.get("bad_record")):
+        raise OutputExistsError(
+            f"{out} is a finished data set that left out {bad:,} malformed records; give "
+            "--on-bad-record skip, or choose another --out"
+        )
+    return plan
 
 
 def require_same_tasks(plan: Plan, out: Path, num_tasks: int | None) -> None:

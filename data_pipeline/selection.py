@@ -145,7 +145,7 @@ def write_selection(
                 text_bytes = notes["text_bytes"][documents]
                 shards.append(_copy_shard(shard, staged, out, keep[documents], text_bytes, task))
     counted = Counter(record.left_out) + Counter(left_out)
-    selected = TaskRecord(sha256, tuple(shards), dict(sorted(counted.items())))
+    selected = TaskRecord(sha256, tuple(shards), dict(sorted(counted.items())), record.skipped)
     selected.save(path)
     return selected
 

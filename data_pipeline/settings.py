@@ -167,7 +167,9 @@ class BuildSettings:
         first = ("tokenizer_sha256", "direction", "unit")
         for name in (*first, *(field.name for field in fields(self))):
             mine, theirs = getattr(self, name), getattr(wanted, name)
-            if mine == theirs or (name == "sources" and _same_places(mine, theirs)):
+            if mine == theirs or name == "on_bad_record":  # decides what fails, not what is written
+                continue
+            if name == "sources" and _same_places(mine, theirs):
                 continue
             if name == "tokenizer_sha256":
                 raise TokenizerMismatchError(
@@ -204,7 +206,9 @@ def weighted_sources(sources: tuple[str, ...], weights: tuple[float, ...]) -> tu
 
 def content_settings(settings: BuildSettings) -> dict[str, Any]:
     """The settings that decide what a task writes: how a source was spelled does not matter."""
-    return replace(settings, sources=()).to_dict()
+    decisive = replace(settings, sources=()).to_dict()
+    del decisive["on_bad_record"]  # it decides what fails: what is written is the same
+    return decisive
 
 
 def _same_places(left: tuple[WeightedSource, ...], right: tuple[WeightedSource, ...]) -> bool:

@@ -53,8 +53,12 @@ OnBadRecord = Callable[[BadRecordError], None]
 
 
 def stop_at_bad_record(error: BadRecordError) -> None:
-    """Raises the error."""
-    raise error
+    """Raises the error, whose sentence then also names the option that would leave it out."""
+    raise BadRecordError(
+        f"{error}; or leave out such records, counted, with --on-bad-record skip",
+        error.cause,
+        error.place,
+    )
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,8 @@ def _value(
     if column not in record:
         raise BadRecordError(
             f"{where}: no column {column!r}; the columns are {', '.join(record) or 'none'}: "
-            f"name the one with the {content} with {option}, or remove the record"
+            f"name the one with the {content} with {option}, or remove the record",
+            f"no column {column!r}",
         )
     return record[column]
 
@@ -197,5 +202,6 @@ def _bad_value(
     found = "null" if value is None else f"of type {type(value).__name__}, not {wanted}"
     return BadRecordError(
         f"{where}: column {column!r} is {found} "
-        f"(the columns are {', '.join(record)}); mend or remove the record"
+        f"(the columns are {', '.join(record)}); fix or remove the record",
+        f"column {column!r} is {found}",
     )

@@ -14,7 +14,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,14 @@ from data_pipeline.chat_format import ChatFormat, Example
 from data_pipeline.command import replacing, write_text
 from data_pipeline.compression import Compression
 from data_pipeline.encoder import BATCH_CHARACTERS, Ids
-from data_pipeline.errors import BadRecordError
 from data_pipeline.example_rows import PackedExample, RowPacker
 from data_pipeline.manifest import SPLITS, ShardEntry
 from data_pipeline.plan import BUILD_FOLDER, Task
 from data_pipeline.progress import Counts, no_counts
 from data_pipeline.settings import BuildSettings
 from data_pipeline.shard_format import ShardWriter
-from data_pipeline.slices import stop_at_bad_record
-from data_pipeline.sources import read_slice
+from data_pipeline.skipped import Skipped, merged, skipped_from_json
+from data_pipeline.task_input import BAD_RECORD, LeftOut, Passed, hash_fraction, read_task
 from data_pipeline.text import Direction, TextCodec, Unit
 
 # What is noted of a document that a task stages. The two halves of the first 16 bytes of the
@@ -54,6 +53,8 @@ class TaskRecord:
     task_sha256: str
     shards: tuple[ShardEntry, ...]
     left_out: dict[str, int]
+    skipped: Skipped = field(default_factory=dict)
+    """Records that are malformed, and parts of records, by cause."""
 
     @property
     def documents(self) -> int:
@@ -72,8 +73,13 @@ class TaskRecord:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             shards = tuple(ShardEntry(**entry) for entry in fields["shards"])
-            record = cls(fields["task_sha256"], shards, dict(fields["left_out"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            record = cls(
+                fields["task_sha256"],
+                shards,
+                dict(fields["left_out"]),
+                skipped_from_json(fields.get("skipped", {})),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         whole = record.task_sha256 == sha256 and all(
             (file := folder / shard.file).is_file() and file.stat().st_size == shard.file_bytes
@@ -96,10 +102,16 @@ def notes_path(task: Task, out: Path) -> Path:
 
 
 def finished_record(task: Task, out: Path) -> TaskRecord | None:
-    """The record of a task that is done and whose files are there, else None."""
-    if task.settings.selects and not notes_path(task, out).is_file():
+    """The record of a task that is done and whose files are there, else None.
+
+    A task that left out malformed records is not done where such a record is to stop the build.
+    """
+    settings = task.settings
+    if settings.selects and not notes_path(task, out).is_file():
         return None
-    return TaskRecord.load(record_path(out, task.index), task.sha256, shards_folder(task, out))
+    record = TaskRecord.load(record_path(out, task.index), task.sha256, shards_folder(task, out))
+    stops = settings.on_bad_record == "stop"
+    return None if record and stops and record.left_out.get(BAD_RECORD) else record
 
 
 def run_task(task: Task, out: Path, model_bytes: bytes, counts: Counts | None = None) -> TaskRecord:
@@ -123,7 +135,7 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
     codec = _codec(model_bytes, settings.direction, settings.unit)
     folder = shards_folder(task, out)
     folder.mkdir(parents=True, exist_ok=True)
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut()
     shards: list[ShardEntry] = []
     notes = _Notes(settings) if settings.selects else None
     with ExitStack() as stack:
@@ -131,14 +143,14 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
             stack.enter_context(_SplitOutput(split, task, folder, codec, shards))
             for split in SPLITS
         ]
-        for item in _encoded(_read(task, counts), codec, settings.row_tokens):
-            if isinstance(item, str):
-                left_out[item] += 1
+        for item in _encoded(read_task(task, counts), codec, settings.row_tokens):
+            if isinstance(item, LeftOut):
+                left_out.add(item)
                 continue
             document, encoded = item
             split = document.split
             if split is None:
-                split = int(_fraction(document.sha256[:8]) < settings.val_fraction)  # 1 is val
+                split = int(hash_fraction(document.sha256[:8]) < settings.val_fraction)  # 1 is val
             outputs[split].add(encoded)
             counts += (1, document.num_bytes, len(encoded.ids), 0)
             if notes and notes.add(split, len(encoded.ids), document):
@@ -149,14 +161,15 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
         with replacing(notes_path(task, out)) as file:
             file.write(notes.packed)
     by_file = sorted(shards, key=lambda shard: shard.file)
-    record = TaskRecord(task.sha256, tuple(by_file), dict(sorted(left_out.items())))
+    counted = dict(sorted(left_out.counts.items()))
+    record = TaskRecord(task.sha256, tuple(by_file), counted, merged([left_out.skipped]))
     record.save(record_path(out, task.index))
     return record
 
 
 def belongs_to_val(text_utf8: bytes, val_fraction: float) -> bool:
     """Decide the split by the text alone, so that equal texts never lie in both."""
-    return _fraction(hashlib.sha256(text_utf8).digest()[:8]) < val_fraction
+    return hash_fraction(hashlib.sha256(text_utf8).digest()[:8]) < val_fraction
 
 
 def read_notes(task: Task, out: Path) -> npt.NDArray[Any]:
@@ -165,57 +178,6 @@ def read_notes(task: Task, out: Path) -> npt.NDArray[Any]:
     if path.stat().st_size == 0:
         return np.empty(0, dtype=DOCUMENT_NOTE)
     return np.memmap(path, dtype=DOCUMENT_NOTE, mode="r")
-
-
-@dataclass(frozen=True)
-class _Passed:
-    """A document that passed the filters."""
-
-    text: str
-    response: str | None
-    num_bytes: int
-    sha256: bytes
-    pass_number: int
-    split: int | None
-    """The number of its set, if its text does not decide that."""
-
-
-def _read(task: Task, counts: Counts) -> Iterator[_Passed | str]:
-    """What a task reads, in order: documents, and for each that is left out the reason."""
-    settings = task.settings
-    skipped: list[str] = []
-
-    def skip(_error: BadRecordError) -> None:
-        skipped.append("bad_record")
-
-    on_bad_record = skip if settings.on_bad_record == "skip" else stop_at_bad_record
-    for portion in task.portions:
-        split = None if portion.split is None else SPLITS.index(portion.split)
-        size_bytes = portion.piece.size_bytes
-        shown_bytes = 0
-        for document in read_slice(portion.piece, settings.columns, on_bad_record):
-            # A guess, so that the time left is known before the end of a long file.
-            step_bytes = min(len(document.content), size_bytes - shown_bytes)
-            shown_bytes += step_bytes
-            counts[3] += step_bytes
-            if skipped:
-                yield from skipped
-                skipped.clear()
-            if reason := settings.why_left_out(document):
-                yield reason
-                continue
-            content = document.content
-            sha256 = hashlib.sha256(content).digest()
-            if portion.fraction < 1.0 and _fraction(sha256[8:16]) >= portion.fraction:
-                yield "weight"
-                continue
-            yield _Passed(
-                *(document.text, document.response, len(content)),
-                *(sha256, portion.pass_number, split),
-            )
-        yield from skipped
-        skipped.clear()
-        counts[3] += size_bytes - shown_bytes
 
 
 @dataclass(frozen=True)
@@ -228,29 +190,29 @@ _Encoded = _EncodedDocument | PackedExample
 
 
 def _encoded(
-    items: Iterator[_Passed | str], codec: TextCodec, row_tokens: int | None
-) -> Iterator[tuple[_Passed, _Encoded] | str]:
+    items: Iterator[Passed | LeftOut], codec: TextCodec, row_tokens: int | None
+) -> Iterator[tuple[Passed, _Encoded] | LeftOut]:
     """What is read, documents with their ids: many are encoded at a time."""
     while batch := _next_batch(items):
-        passed = [item for item in batch if isinstance(item, _Passed)]
+        passed = [item for item in batch if isinstance(item, Passed)]
         encode = _encode_documents if row_tokens is None else _encode_examples
         encoded = iter(encode(passed, codec))
         for item in batch:
-            if isinstance(item, str):
+            if isinstance(item, LeftOut):
                 yield item
                 continue
             of_item = next(encoded)
             is_too_long = row_tokens is not None and len(of_item.ids) > row_tokens
-            yield "too_long" if is_too_long else (item, of_item)
+            yield LeftOut(Counter(["too_long"])) if is_too_long else (item, of_item)
 
 
-def _encode_documents(passed: Sequence[_Passed], codec: TextCodec) -> Iterator[_Encoded]:
+def _encode_documents(passed: Sequence[Passed], codec: TextCodec) -> Iterator[_Encoded]:
     ids = codec.encode_documents([document.text for document in passed])
     for document, of_document in zip(passed, ids, strict=True):
         yield _EncodedDocument(of_document, document.num_bytes)
 
 
-def _encode_examples(passed: Sequence[_Passed], codec: TextCodec) -> Iterator[_Encoded]:
+def _encode_examples(passed: Sequence[Passed], codec: TextCodec) -> Iterator[_Encoded]:
     examples = [Example(document.text, document.response or "") for document in passed]
     encoded = ChatFormat(codec).encode_all(examples)
     for document, example in zip(passed, encoded, strict=True):
@@ -259,19 +221,18 @@ def _encode_examples(passed: Sequence[_Passed], codec: TextCodec) -> Iterator[_E
         yield PackedExample(example.ids, example.num_given, num_learnt, text_bytes)
 
 
-def _next_batch(items: Iterator[_Passed | str]) -> list[_Passed | str]:
+def _next_batch(items: Iterator[Passed | LeftOut]) -> list[Passed | LeftOut]:
     batch = []
     num_characters = 0
     for item in items:
         batch.append(item)
-        num_characters += 1 if isinstance(item, str) else len(item.text) + len(item.response or "")
+        if isinstance(item, LeftOut):
+            num_characters += 1
+        else:
+            num_characters += len(item.text) + len(item.response or "")
         if num_characters >= BATCH_CHARACTERS:
             break
     return batch
-
-
-def _fraction(eight_bytes: bytes) -> float:
-    return int.from_bytes(eight_bytes, "big") / 2.0**64
 
 
 class _Notes:
@@ -285,7 +246,7 @@ class _Notes:
         self._seen: set[int] | None = set() if settings.deduplicate else None
         self._documents = self._tokens = 0
 
-    def add(self, split: int, tokens: int, document: "_Passed") -> bool:
+    def add(self, split: int, tokens: int, document: Passed) -> bool:
         """True when no later document of this task can be within the limits.
 
         That holds with de-duplication too: of the texts that stand here before a later one, each

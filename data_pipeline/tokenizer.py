@@ -18,7 +18,15 @@ import click
 from data_pipeline.command import Command, replacing
 from data_pipeline.errors import BadRecordError, OutputExistsError, SourceEmptyError, TokenizerError
 from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
-from data_pipeline.slices import Columns, OnBadRecord, stop_at_bad_record
+from data_pipeline.skipped import (
+    RECORDS,
+    Skipped,
+    count_skipped,
+    merged,
+    skipped_lines,
+    why_records_are_bad,
+)
+from data_pipeline.slices import Columns, stop_at_bad_record
 from data_pipeline.sources import require_outside
 from data_pipeline.text import BEGIN_PIECE, CHAT_PIECES, END_PIECE
 from data_pipeline.text_sample import num_bytes, sample_texts
@@ -62,6 +70,8 @@ class TokenizerReport:
     longest_pieces: tuple[str, ...]
     model_sha256: str
     sentencepiece_version: str
+    skipped: Skipped
+    """What of the sources was not read, by cause; records, as far as the sample reached."""
 
 
 def train_tokenizer(
@@ -70,7 +80,7 @@ def train_tokenizer(
     vocab_size: int = DEFAULT_VOCAB_SIZE,
     max_bytes: int = DEFAULT_SAMPLE_BYTES,
     text_column: str = "text",
-    on_bad_record: OnBadRecord = stop_at_bad_record,
+    on_bad_record: str = "stop",
     *,
     overwrite: bool = False,
 ) -> TokenizerReport:
@@ -90,11 +100,22 @@ def train_tokenizer(
     sources = (WeightedSource(source),) if isinstance(source, str) else source
     for part in sources:
         require_outside(part.source, out_dir)
-    texts = list(sample_texts(sources, max_bytes, Columns(text_column), on_bad_record))
+    skipped: Skipped = {}
+
+    def skip(error: BadRecordError) -> None:
+        count_skipped(skipped, RECORDS, error.cause, error.place)
+
+    on_bad = stop_at_bad_record if on_bad_record == "stop" else skip
+    texts = list(sample_texts(sources, max_bytes, Columns(text_column), on_bad))
     sentences = [sentence for text in texts for sentence in _sentences(text)]
     described = ", ".join(map(str, sources))
     if not sentences:
-        raise SourceEmptyError(f"{described}: it holds no text to train on; name another source")
+        reasons = why_records_are_bad(skipped)
+        raise SourceEmptyError(
+            f"{described}: it holds no text to train on"
+            f"{reasons and f'; why records are bad: {reasons}'}; "
+            f"{'fix the records' if reasons else 'name another source'}"
+        )
     model = _train(sentences, vocab_size)
     report = TokenizerReport(
         source=described,
@@ -106,6 +127,7 @@ def train_tokenizer(
         **asdict(_measure(model, sentences)),
         model_sha256=hashlib.sha256(model).hexdigest(),
         sentencepiece_version=sentencepiece.__version__,
+        skipped=merged([skipped]),
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     with replacing(report_path) as report_file, replacing(model_path) as model_file:
@@ -274,7 +296,7 @@ def main(
         vocab_size,
         sample_bytes,
         text_column,
-        stop_at_bad_record if on_bad_record == "stop" else _skip_bad_record,
+        on_bad_record,
         overwrite=overwrite,
     )
     model_path = out_dir / MODEL_NAME
@@ -287,14 +309,11 @@ def main(
         f"bytes/token  {report.bytes_per_token:.2f}\n"
         f"coverage     {report.coverage:.4%} of the text's bytes without byte pieces\n"
         f"longest      {', '.join(map(repr, report.longest_pieces[:5]))}\n"
+        f"{''.join(f'left out     {line}' + chr(10) for line in skipped_lines(report.skipped))}"
         f"written to   {model_path}\n"
         f"next         megaback shards build {shlex.join(words)} "
         f"--tokenizer {shlex.quote(str(model_path))} --out SHARDS"
     )
-
-
-def _skip_bad_record(_error: BadRecordError) -> None:
-    pass
 
 
 if __name__ == "__main__":

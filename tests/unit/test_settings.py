@@ -105,7 +105,6 @@ def test_a_score_that_is_not_known_or_too_low_leaves_a_document_out(score: float
         {"max_characters": 900},
         {"languages": ("en",)},
         {"text_column": "body"},
-        {"on_bad_record": "skip"},
         {"shard_tokens": 1600},
         {"compression_level": 4},
     ],

@@ -1,0 +1,88 @@
+"""What a task reads of its portions: the documents that pass the filters, and what is left out."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from data_pipeline.errors import BadRecordError
+from data_pipeline.manifest import SPLITS
+from data_pipeline.plan import Task
+from data_pipeline.progress import Counts
+from data_pipeline.skipped import RECORDS, Skipped, add_skipped, count_skipped
+from data_pipeline.slices import stop_at_bad_record
+from data_pipeline.sources import read_slice
+
+BAD_RECORD = "bad_record"
+"""The name of malformed records in `left_out`."""
+
+
+def hash_fraction(eight_bytes: bytes) -> float:
+    """Eight bytes of a hash as a number from 0 to 1."""
+    return int.from_bytes(eight_bytes, "big") / 2.0**64
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A document that passed the filters."""
+
+    text: str
+    response: str | None
+    num_bytes: int
+    sha256: bytes
+    pass_number: int
+    split: int | None
+    """The number of its set, if its text does not decide that."""
+
+
+@dataclass
+class LeftOut:
+    """Documents, records and parts of records that were left out."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Documents and records, by the filter that left them out."""
+    skipped: Skipped = field(default_factory=dict)
+
+    def add(self, other: "LeftOut") -> None:
+        self.counts.update(other.counts)
+        add_skipped(self.skipped, other.skipped)
+
+
+def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
+    """What a task reads, in order: documents, and what is left out."""
+    settings = task.settings
+    left_out = LeftOut()  # a whole file of malformed records may come between two documents
+
+    def skip(error: BadRecordError) -> None:
+        left_out.counts[BAD_RECORD] += 1
+        count_skipped(left_out.skipped, RECORDS, error.cause, error.place)
+
+    on_bad_record = skip if settings.on_bad_record == "skip" else stop_at_bad_record
+    for portion in task.portions:
+        split = None if portion.split is None else SPLITS.index(portion.split)
+        size_bytes = portion.piece.size_bytes
+        shown_bytes = 0
+        for document in read_slice(portion.piece, settings.columns, on_bad_record):
+            # A guess, so that the time left is known before the end of a long file.
+            step_bytes = min(len(document.content), size_bytes - shown_bytes)
+            shown_bytes += step_bytes
+            counts[3] += step_bytes
+            if left_out.counts:
+                yield left_out
+                left_out = LeftOut()
+            if reason := settings.why_left_out(document):
+                yield LeftOut(Counter([reason]))
+                continue
+            content = document.content
+            sha256 = hashlib.sha256(content).digest()
+            if portion.fraction < 1.0 and hash_fraction(sha256[8:16]) >= portion.fraction:
+                yield LeftOut(Counter(["weight"]))
+                continue
+            yield Passed(
+                *(document.text, document.response, len(content)),
+                *(sha256, portion.pass_number, split),
+            )
+        if left_out.counts:
+            yield left_out
+            left_out = LeftOut()
+        counts[3] += size_bytes - shown_bytes
