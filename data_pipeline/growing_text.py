@@ -8,14 +8,12 @@ be sent as UTF-8.
 """
 
 import codecs
-import re
 from collections.abc import Sequence
 
 from data_pipeline.text import Direction, TextCodec, reverse_words
 
 # After a byte that begins a character, at most three go on with it.
 _MOST_CONTINUATION_BYTES = 3
-_LAST_RUN = re.compile(r"(\s+|\S+)\Z")
 
 
 def sendable(text: str) -> str:
@@ -37,7 +35,7 @@ class GrowingText:
         self._held_back = held_back
         self._pending = b""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._last_run = ""
+        self._last_run: list[str] = []
 
     def add(self, new_id: int) -> str:
         """The text that has become certain with one more id; may be empty."""
@@ -59,7 +57,8 @@ class GrowingText:
         text = self._decoder.decode(b"", final=True)
         if not self._codec.reverses_words:
             return text
-        rest, self._last_run = self._last_run + text, ""
+        rest = "".join([*self._last_run, text])
+        self._last_run = []
         return reverse_words(rest)
 
     def _take(self, undecided: int) -> str:
@@ -69,11 +68,26 @@ class GrowingText:
 
     def _whole_runs(self, text: str) -> str:
         """Words, and the whitespace between them, of which the last one may yet go on."""
-        text = self._last_run + text
-        last = _LAST_RUN.search(text)
-        start = last.start() if last else 0
-        self._last_run = text[start:]
-        return reverse_words(text[:start])
+        if not text:
+            return ""
+        start = _last_run_start(text)
+        run = self._last_run
+        if start == 0 and (not run or run[-1][-1].isspace() == text[0].isspace()):
+            run.append(text)  # a giant word is joined once, not with each of its parts
+            return ""
+        self._last_run = [text[start:]]
+        return reverse_words("".join([*run, text[:start]]))
+
+
+def _last_run_start(text: str) -> int:
+    """Where the last word begins, or the whitespace after it: as `reverse_words` parts a text.
+
+    >>> _last_run_start("a  cat"), _last_run_start("cat  ")
+    (3, 3)
+    """
+    if text[-1].isspace():
+        return len(text.rstrip())
+    return len(text) - len(text.rsplit(None, 1)[-1])
 
 
 def _undecided(raw: bytes) -> int:

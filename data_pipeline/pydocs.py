@@ -46,9 +46,10 @@ _LABEL = re.compile(
     r"|(?:[-*+]|\d+[.)]) +"  # list items
     r"|\.\. (?:note|warning|tip|important|seealso)::\s+"
 )
-_CODE = re.compile(r">>>|\.\. |::\s|::$|https?:|==|->|[{}\\|@^~<>$]|^[#%]|---|_\w*\(|\w=\w")
-_ROLE = re.compile(r":[a-z][\w:+-]*:`[~!]?([^`<]*?)(?: *<[^`>]*>)?`")
-_LINK = re.compile(r"`([^`<]+?) *<[^`>]*>`__?|(?<!\w)\[`?([^\]`]+)`?\](?:\([^)]*\))?_?")
+# Bounded where a match may begin within another: a docstring of brackets took quadratic time.
+_CODE = re.compile(r">>>|\.\. |::\s|::$|https?:|==|->|[{}\\|@^~<>$]|^[#%]|---|_\w{0,200}\(|\w=\w")
+_ROLE = re.compile(r":[a-z][\w:+-]{0,200}:`[~!]?([^`<]*?)(?: *<[^`>]*>)?`")
+_LINK = re.compile(r"`([^`<]+?) *<[^`>]*>`__?|(?<!\w)\[`?([^\]`]{1,500})`?\](?:\([^)]{0,500}\))?_?")
 _SENTENCES = re.compile(r"[A-Z\"'(\d*].*[\w)\"'%][.!?:][)\"']?")
 _ODD_CHARACTER = re.compile(r"[^A-Za-z\s,.;:'\"()\-!?]")
 _PLAIN_WORD = re.compile(r"[\"'(]*[A-Za-z]+(?:['-][A-Za-z]+)*[\"').,;:!?]*")

@@ -170,6 +170,7 @@ class TextCodec:
             [self._require_byte(value) for value in range(256)], dtype=self.id_dtype
         )
         self._piece_bytes = [self._bytes_of(piece_id) for piece_id in range(self.vocab_size)]
+        self._writable_ids: dict[int, npt.NDArray[np.int64]] = {}
         if self.render(self.encode(_PROBE)) != _PROBE:
             raise TokenizerError(
                 "the tokenizer alters text (it normalizes characters or spaces), so nothing could "
@@ -289,12 +290,10 @@ class TextCodec:
 
     def writable_ids(self, end_id: int) -> npt.NDArray[np.int64]:
         """Ids that a sample may hold: those with text, and the marker that ends it."""
-        allowed = [
-            piece_id
-            for piece_id, piece in enumerate(self._piece_bytes)
-            if piece or piece_id == end_id
-        ]
-        return np.array(allowed, dtype=np.int64)
+        if end_id not in self._writable_ids:
+            allowed = [i for i, piece in enumerate(self._piece_bytes) if piece or i == end_id]
+            self._writable_ids[end_id] = np.array(allowed, dtype=np.int64)
+        return self._writable_ids[end_id]
 
     @property
     def reverses_words(self) -> bool:
@@ -311,11 +310,17 @@ class TextCodec:
     def _encode_spelled(self, text: str, encoder: Encoder) -> Ids:
         """Ids of a text of which some characters are spelled in byte pieces."""
         parts = _SPELLED_IN_BYTES.split(text)
-        ids_of_parts = encoder.encode_all(parts[::2])
-        for index, part in enumerate(parts[1::2]):
-            spelled = np.frombuffer(part.encode("utf-8", "surrogatepass"), dtype=np.uint8)
-            ids_of_parts.insert(2 * index + 1, self._byte_ids[spelled])
-        return np.concatenate(ids_of_parts)
+        # In place, and each distinct part once: a text may alternate half a million times.
+        distinct = list(dict.fromkeys(parts[::2]))
+        ids_of_distinct = dict(zip(distinct, encoder.encode_all(distinct), strict=True))
+        ids_of_parts = [ids_of_distinct[part] for part in parts[::2]]
+        spelled = [
+            self._byte_ids[np.frombuffer(part.encode("utf-8", "surrogatepass"), dtype=np.uint8)]
+            for part in parts[1::2]
+        ]
+        together: list[Ids] = [ids_of_parts[0]] * len(parts)
+        together[::2], together[1::2] = ids_of_parts, spelled
+        return np.concatenate(together)
 
     def _require_control(self, piece: str) -> int:
         piece_id: int = self._processor.piece_to_id(piece)

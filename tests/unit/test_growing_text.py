@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
+from cpu_helpers import grows_linearly
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -126,3 +127,16 @@ def test_what_may_be_a_part_of_a_stop_text_is_held_back() -> None:
         "a\n",
         "",
     ]
+
+
+@pytest.mark.parametrize(("run", "end"), [("7", " "), (" ", "7")])
+def test_a_giant_word_takes_linear_time_and_comes_whole(codec: Codecs, run: str, end: str) -> None:
+    of_format = codec(Direction.BACKWARD, Unit.WORD)
+    (run_id,), (end_id,) = of_format.encode(run).tolist(), of_format.encode(end).tolist()
+
+    def write(size: int) -> list[str]:
+        return parts_of(of_format, [*[run_id] * size, end_id])
+
+    assert grows_linearly(write, 3000)
+    parts = write(3000)
+    assert [part for part in parts if part] == [run * 3000, end]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cpu_helpers import grows_linearly
 
 from data_pipeline import pydocs
 from data_pipeline.errors import SourceEmptyError, SourceUnreadableError
@@ -147,3 +148,12 @@ def test_the_topics_of_this_python_are_documents() -> None:
 def test_this_python_gives_the_same_documents_each_time() -> None:
     piece = list_pydocs_slices()[1]
     assert list(read_pydocs_slice(piece)) == list(read_pydocs_slice(piece)) != []
+
+
+@pytest.mark.parametrize("part", ["[", " [a", ":a", "[a]("])
+def test_a_docstring_of_brackets_or_colons_takes_linear_time(installation: Path, part: str) -> None:
+    def read(size: int) -> None:
+        (installation / "a.py").write_text(f'"""A word. {part * size} word."""\n')
+        assert read_all() is not None
+
+    assert grows_linearly(read, 3000)

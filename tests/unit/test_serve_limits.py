@@ -2,11 +2,13 @@
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import openai
@@ -17,6 +19,7 @@ from serve_helpers import CONTEXT_TOKENS, Running, metric, serving, tiny_models,
 from data_pipeline.text import TextCodec
 from megaback.choice import SamplingOptions
 from megaback.generate import generate
+from tools.serving import completions
 from tools.serving.connections import ImpatientConnection
 from tools.serving.guard import Limits
 from tools.serving.models import ServedModel
@@ -211,3 +214,64 @@ def test_a_sample_that_fails_is_an_answer_and_the_server_lives(
         answer = running.post("/v1/completions", body)
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert running.post("/v1/completions", body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "path", "body"),
+    [
+        (TextCodec, "encode", "completions", {"prompt": "a", "max_tokens": 2}),
+        (TextCodec, "encode", "backchat", {"response": "a", "max_tokens": 2}),
+        (TextCodec, "encode_document", "score", {"texts": ["a"]}),
+        (TextCodec, "render", "backchat", {"response": "a", "max_tokens": 2, "n": 1}),
+        (completions, "log_probs", "completions", {"prompt": "a", "max_tokens": 2, "logprobs": 1}),
+        (completions, "offsets", "completions", {"prompt": "a", "echo": True, "logprobs": 1}),
+    ],
+)
+def test_what_takes_time_in_a_texts_length_leaves_the_event_loop_to_others(
+    running: Running,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    name: str,
+    path: str,
+    body: dict[str, Any],
+) -> None:
+    is_at_it, may_go_on = threading.Event(), threading.Event()
+    original = getattr(owner, name)
+
+    def blocked(*arguments: Any) -> Any:
+        is_at_it.set()
+        assert may_go_on.wait(60)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(owner, name, blocked)
+        asking = pool.submit(running.post, f"/v1/{path}", body)
+        try:
+            assert is_at_it.wait(30)
+            assert httpx.get(f"{running.url}/health", timeout=10).status_code == 200
+        finally:
+            may_go_on.set()
+        assert asking.result().status_code == 200
+
+
+def test_of_a_prompt_that_is_cut_only_what_is_read_is_encoded_and_counted(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    original = TextCodec.encode
+
+    def counted(codec: TextCodec, text: str) -> Any:
+        lengths.append(len(text))
+        return original(codec, text)
+
+    monkeypatch.setattr(TextCodec, "encode", counted)
+    body = {"prompt": "\u2581a" * 200_000, "truncate": True, "max_tokens": 1}
+    usage = running.post("/v1/completions", body).json()["usage"]
+    assert usage["prompt_tokens"] == CONTEXT_TOKENS // 2 + 1  # with the piece that is held back
+    assert sum(lengths) < 10_000
+
+
+def test_a_long_name_is_not_repeated_whole(running: Running) -> None:
+    answer = running.post("/v1/completions", {"prompt": "a", "k" * 500_000: 1})
+    assert answer.status_code == 400
+    assert len(answer.text) < 1000

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from cpu_helpers import grows_linearly
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -325,3 +326,15 @@ def test_a_mismatch_names_both_artefacts_and_both_values(
 def test_equal_formats_can_be_used_together() -> None:
     ours = TextFormat(Direction.BACKWARD, Unit.TOKEN, "a" * 64)
     ours.require_same(TextFormat.from_dict(ours.to_dict()), "the run", "the shards")
+
+
+@pytest.mark.parametrize("reserved", ["\u2581", "\ud800"])
+def test_many_characters_that_are_spelled_in_bytes_take_linear_time(
+    codec: Codecs, reserved: str
+) -> None:
+    chosen = codec()
+    assert grows_linearly(lambda size: chosen.encode(f"a{reserved}" * size), 50_000)
+    few = reserved.join(map(str, range(2000)))
+    assert chosen.render(chosen.encode(few)) == few
+    parts = [chosen.encode(part).tolist() for part in re.split(f"({reserved})", few)]
+    assert chosen.encode(few).tolist() == [i for part in reversed(parts) for i in part]

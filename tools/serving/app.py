@@ -70,7 +70,7 @@ def make_app(service: Service, *, token: str | None, is_loopback: bool) -> FastA
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
         yield
-        await asyncio.get_running_loop().run_in_executor(None, service.engine.close)
+        await asyncio.get_running_loop().run_in_executor(None, service.close)
 
     app = FastAPI(
         title="megaback",
@@ -124,7 +124,10 @@ def _add_api(app: FastAPI, service: Service) -> None:
         ready = await completions.ask(service, asked)
         if asked.stream:
             return _Stream(service, completions.stream(service, ready))
-        return await _unless_hung_up(service, request, completions.complete(service, ready))
+        answer = await _unless_hung_up(service, request, completions.complete(service, ready))
+        if isinstance(answer, Response):
+            return answer
+        return Response(answer, media_type="application/json")
 
     @app.post("/v1/backchat", response_model=wire.BackChat, responses=described)
     async def answer(asked: wire.BackChatRequest, request: Request) -> Any:

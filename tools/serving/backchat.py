@@ -1,6 +1,7 @@
 """/v1/backchat and /v1/score: instructions for a response, and how likely texts are."""
 
 import math
+from functools import partial
 
 import torch
 
@@ -38,7 +39,7 @@ async def answer(service: Service, request: wire.BackChatRequest) -> wire.BackCh
         name = "response" if model.writes_backward else "instruction"
         raise ProblemError(400, f"{name} is missing; give a text")
     seed = chosen_seed(request.seed)
-    prompt = model.chat_prompt(given)
+    prompt = await service.aside(lambda: model.chat_prompt(given))
     room = model.sampler.context_tokens - len(prompt.ids)
     request = request.model_copy(update={"max_tokens": min(request.max_tokens, room)})
     samples = [
@@ -54,6 +55,7 @@ async def answer(service: Service, request: wire.BackChatRequest) -> wire.BackCh
             likelihoods[index] += step.log_probability or 0.0
     found = {tuple(one): likelihood for one, likelihood in zip(ids, likelihoods, strict=True)}
     written = sum(map(len, ids))
+    different = await service.aside(lambda: ranked(model.form, prompt.ids, found))
     return wire.BackChat(
         model=model.name,
         candidates=[
@@ -63,7 +65,7 @@ async def answer(service: Service, request: wire.BackChatRequest) -> wire.BackCh
                 tokens=one.tokens,
                 is_complete=one.is_complete,
             )
-            for one in ranked(model.form, prompt.ids, found)
+            for one in different
         ],
         usage=wire.Usage(
             prompt_tokens=len(prompt.ids),
@@ -80,16 +82,8 @@ async def score(service: Service, request: wire.ScoreRequest) -> wire.Score:
     given = _given(model, request)
     scores: list[wire.TextScore] = []
     for text in request.texts:
-        if given is None:
-            model.require_bytes(text)
-            whole = model.codec.encode_document(text).tolist()
-            read, written = whole[:1], whole[1:]
-        else:
-            model.require_bytes(text)
-            read = model.chat_prompt(given).ids
-            written = model.form.written_ids(text)
         try:
-            model.require_room(len(read) + len(written) - 1)
+            read, written = await service.aside(partial(_ids, model, given, text))
         except PromptError as error:
             raise ProblemError(400, f"texts.{len(scores)}: {error}", "invalid_value") from None
         table_WV = await service.log_probabilities(model, read, written)
@@ -102,3 +96,18 @@ async def score(service: Service, request: wire.ScoreRequest) -> wire.Score:
             )
         )
     return wire.Score(model=model.name, scores=scores)
+
+
+def _ids(model: ServedModel, given: str | None, text: str) -> tuple[list[int], list[int]]:
+    """What is read and what is written: of a whole document, or of what is written for a text.
+
+    Raises PromptError when both do not fit the context.
+    """
+    model.require_bytes(text)
+    if given is None:
+        whole = model.codec.encode_document(text).tolist()
+        read, written = whole[:1], whole[1:]
+    else:
+        read, written = model.chat_prompt(given).ids, model.form.written_ids(text)
+    model.require_room(len(read) + len(written) - 1)
+    return read, written

@@ -5,7 +5,10 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+import torch
+
 from data_pipeline.growing_text import sendable
+from data_pipeline.text import Prompt
 from megaback.batch import Sample
 from megaback.choice import SamplingOptions
 from tools.serving import wire
@@ -57,7 +60,12 @@ class _Asked:
 
     @property
     def usage(self) -> wire.Usage:
-        prompt_tokens = sum(len(self.model.codec.encode(given)) for given in self.request.prompts)
+        """What was read of the prompts, and written; without markers."""
+        begin_id = self.model.codec.begin_id
+        prompt_tokens = sum(
+            len(prompt.ids) - (prompt.ids[:1] == [begin_id]) + bool(prompt.held_back)
+            for prompt in (choice.prompt for choice in self.choices[:: self.request.n])
+        )
         written = sum(choice.tokens for choice in self.choices)
         return wire.Usage(
             prompt_tokens=prompt_tokens,
@@ -102,10 +110,10 @@ async def ask(service: Service, request: wire.CompletionRequest) -> _Asked:
     likeliest = request.logprobs
     if likeliest is not None:
         likeliest = min(likeliest, model.codec.vocab_size)
+    prompts = await service.aside(lambda: _prompts(model, request))
     choices: list[ChoiceText] = []
     samples: list[Sample] = []
-    for given in request.prompts:
-        prompt = model.prompt(given, is_cut=request.truncate)
+    for given, prompt in zip(request.prompts, prompts, strict=True):
         for _ in range(request.n):
             options = sampling_options(request, seed + len(samples), service.limits.tokens)
             samples.append(Sample(prompt, options, likeliest))
@@ -113,7 +121,6 @@ async def ask(service: Service, request: wire.CompletionRequest) -> _Asked:
     given_tokens = {}
     if request.echo and likeliest is not None:
         for given in dict.fromkeys(request.prompts):
-            model.prompt(given)  # all of it is to be read
             given_tokens[given] = await _tokens_of(service, model, given, likeliest)
     head = wire.Completion(
         id=f"cmpl-{secrets.token_hex(12)}",
@@ -125,22 +132,32 @@ async def ask(service: Service, request: wire.CompletionRequest) -> _Asked:
     return _Asked(request, model, seed, choices, samples, given_tokens, head)
 
 
+def _prompts(model: ServedModel, request: wire.CompletionRequest) -> list[Prompt]:
+    """Raises PromptError when one does not fit; of a prompt that is echoed with `logprobs`, all."""
+    is_cut = request.truncate and not (request.echo and request.logprobs is not None)
+    return [model.prompt(given, is_cut=is_cut) for given in request.prompts]
+
+
 async def _tokens_of(
     service: Service, model: ServedModel, given: str, num_likeliest: int
 ) -> list[Token]:
     """A prompt's own tokens, in the model's order."""
-    ids = model.codec.encode(given).tolist()
+    codec = model.codec
+    ids = await service.aside(lambda: codec.encode(given).tolist())
     if not ids:
         return []
-    table = await service.log_probabilities(model, [model.codec.begin_id], ids)
-    values, likeliest = table.topk(num_likeliest)
-    tokens = []
-    for at, (piece_id, offset) in enumerate(
-        zip(ids, offsets(model.codec, ids, given), strict=True)
-    ):
-        pairs = list(zip(likeliest[at].tolist(), values[at].tolist(), strict=True))
-        tokens.append(Token(piece_id, float(table[at, piece_id]), pairs, offset))
-    return tokens
+    table = await service.log_probabilities(model, [codec.begin_id], ids)
+
+    def tokens() -> list[Token]:
+        of_ids = table.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+        values, likeliest = (found.tolist() for found in table.topk(num_likeliest))
+        places = offsets(codec, ids, given)
+        return [
+            Token(piece_id, of_ids[at], list(zip(likeliest[at], values[at], strict=True)), offset)
+            for at, (piece_id, offset) in enumerate(zip(ids, places, strict=True))
+        ]
+
+    return await service.aside(tokens)
 
 
 def _job(service: Service, asked: _Asked) -> Job:
@@ -149,8 +166,8 @@ def _job(service: Service, asked: _Asked) -> Job:
     )
 
 
-async def complete(service: Service, asked: _Asked) -> wire.Completion:
-    """All choices, when all are written or time is up."""
+async def complete(service: Service, asked: _Asked) -> str:
+    """All choices as JSON, when all are written or time is up."""
     parts: list[list[Part]] = [[] for _ in asked.choices]
     if asked.request.max_tokens:
         with _job(service, asked) as job:
@@ -166,10 +183,13 @@ async def complete(service: Service, asked: _Asked) -> wire.Completion:
     for index, choice in enumerate(asked.choices):
         if choice.finish_reason is None:
             parts[index].append(choice.finish("length"))
-    choices = [
-        asked.choice(index, asked.whole(index, of_choice)) for index, of_choice in enumerate(parts)
-    ]
-    return asked.body(choices, asked.usage)
+
+    def body() -> str:
+        wholes = [asked.whole(index, of_choice) for index, of_choice in enumerate(parts)]
+        choices = [asked.choice(index, whole) for index, whole in enumerate(wholes)]
+        return asked.body(choices, asked.usage).model_dump_json()
+
+    return await service.aside(body)
 
 
 async def stream(service: Service, asked: _Asked) -> AsyncIterator[str]:
@@ -182,21 +202,24 @@ async def stream(service: Service, asked: _Asked) -> AsyncIterator[str]:
     is_kept = asked.request.stream_order == "reading" and asked.model.writes_backward
     with_usage = asked.request.stream_options and asked.request.stream_options.include_usage
 
-    def event(index: int, part: Part) -> str:
+    def sent(index: int, part: Part) -> str:
+        body = asked.body([asked.choice(index, part)], None)
+        return f"data: {body.model_dump_json()}\n\n"
+
+    async def event(index: int, part: Part) -> str:
         if is_kept:
             kept[index].append(part)
             if part.finish_reason is None:
                 return ""
-            part = asked.whole(index, kept[index])
-        elif not part.text and not part.tokens and part.finish_reason is None:
+            return await service.aside(lambda: sent(index, asked.whole(index, kept[index])))
+        if not part.text and not part.tokens and part.finish_reason is None:
             return ""
-        body = asked.body([asked.choice(index, part)], None)
-        return f"data: {body.model_dump_json()}\n\n"
+        return sent(index, part)
 
     if not is_kept:
         for index in range(len(asked.choices)):
             if (first := asked.echo(index)) is not None:
-                yield event(index, first)
+                yield await event(index, first)
     if asked.request.max_tokens:
         with _job(service, asked) as job:
             while not all(choice.finish_reason for choice in asked.choices) and not job.is_late:
@@ -213,13 +236,13 @@ async def stream(service: Service, asked: _Asked) -> AsyncIterator[str]:
                 if choice.finish_reason is not None:
                     continue
                 part = choice.add(step)
-                if sent := event(index, part):
-                    yield sent
+                if found_event := await event(index, part):
+                    yield found_event
                 if part.finish_reason is not None and not step.is_last:
                     job.end(index)
     for index, choice in enumerate(asked.choices):
         if choice.finish_reason is None:
-            yield event(index, choice.finish("length"))
+            yield await event(index, choice.finish("length"))
     if with_usage:
         yield f"data: {asked.body([], asked.usage).model_dump_json()}\n\n"
     yield _DONE

@@ -15,6 +15,7 @@ from tools.serving import wire
 
 _log = logging.getLogger("megaback.serve")
 _MOST_SHOWN_PROBLEMS = 3
+_MOST_SHOWN_CHARACTERS = 100
 Described = dict[int | str, dict[str, Any]]
 """Answers by status, as FastAPI describes them."""
 DESCRIBED: Described = {
@@ -84,6 +85,8 @@ def _told(error: RequestValidationError) -> str:
     told = []
     for problem in problems[:_MOST_SHOWN_PROBLEMS]:
         where = ".".join(str(part) for part in problem["loc"] if part != "body")
+        if len(where) > _MOST_SHOWN_CHARACTERS:
+            where = f"{where[:_MOST_SHOWN_CHARACTERS]}..."
         if problem["type"] == "json_invalid":
             told.append(f"the body is not JSON, from character {where} on")
         else:
