@@ -1,0 +1,221 @@
+"""What the documentation tells people to type exists: commands, options, keys, files, names."""
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import megaback
+from data_pipeline.errors import MegabackError
+from megaback.cli import main
+from megaback.config import load_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks/README.md"]
+COMMENTED = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "slurm").iterdir())]
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+MAKEFILE = (ROOT / "Makefile").read_text()
+EXTRAS = re.findall(r'^        "([a-z-]+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
+BY_FILE = {
+    "build_shards.sbatch": ["shards", "build"],
+    "convert.sbatch": ["convert"],
+    "backtranslate.sbatch": ["backtranslate"],
+    "train.sbatch": ["train"],
+    "finetune.sbatch": ["train"],
+}
+"""The commands whose options the shipped files pass on."""
+_OPERATORS = re.compile(r"[;|&<>()]+")
+_PLACEHOLDER = re.compile(r"…|\$?[A-Z][A-Z0-9]*")
+
+
+def fenced(text: str, language: str = "") -> Iterator[str]:
+    """The blocks of a page that are in this language."""
+    for found, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if found == language:
+            yield block
+
+
+def simple_commands(block: str) -> Iterator[list[str]]:
+    """The words of every simple command of a block of shell, without comments."""
+    for line in block.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&<>")
+        lexer.whitespace_split = True
+        try:
+            words = list(lexer)
+        except ValueError:  # prose, with an apostrophe
+            continue
+        command: list[str] = []
+        for word in [*words, ";"]:
+            if not _OPERATORS.fullmatch(word):
+                command.append(word)
+            elif command:
+                yield command
+                command = []
+
+
+def typed(words: list[str]) -> tuple[str, list[str]] | None:
+    """The program that is started, and its words; None for what is no command of ours."""
+    while words and (words[0] in ("do", "srun") or re.fullmatch(r"[A-Z_]+=.*", words[0])):
+        wrapper, *words = words
+        if wrapper == "srun":
+            words = words[words.index("megaback") :]
+    program, *rest = words or [""]
+    if program == "sbatch":
+        at = next(at for at, word in enumerate(rest) if word.startswith("slurm/"))
+        assert (ROOT / rest[at]).is_file(), f"there is no {rest[at]}"
+        return "megaback", [*BY_FILE[Path(rest[at]).name], *rest[at + 1 :]]
+    if program == "python" and rest[0].startswith("benchmarks/"):
+        return rest[0], rest[1:]
+    return (program, rest) if program in ("megaback", "make", "deepspeed", "pip") else None
+
+
+def require(program: str, words: list[str]) -> None:
+    """Raises AssertionError or click's error for what does not exist."""
+    if program == "make":
+        assert set(words) <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)), words
+    elif program == "pip":
+        extras = re.findall(r"\[([a-z,-]+)\]", " ".join(words))
+        assert {one for some in extras for one in some.split(",")} <= set(EXTRAS), words
+    elif program == "deepspeed":
+        names = [word for word in words if word.startswith("megaback")]
+        assert all((ROOT / name).is_file() or importlib.util.find_spec(name) for name in names)
+    elif program == "megaback":
+        require_command(words)
+    else:
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / program).read_text()))
+        assert given <= {*known, "--smoke"}, given - known
+
+
+def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The subcommand, and what is left for it."""
+    command: click.Command = main
+    while isinstance(command, click.Group) and words and words[0][:1].isalpha():
+        found = command.get_command(click.Context(command), words[0])
+        assert found, f"there is no command {words[0]}"
+        command, words = found, words[1:]
+    return command, words
+
+
+def require_command(words: list[str]) -> None:
+    """A whole command line: its options and their values, its arguments, its config's keys."""
+    is_whole = "…" not in words
+    command, words = command_of([word for word in words if word != "…"])
+    context = click.Context(command)
+    parsed, left, _ = command.make_parser(context).parse_args(list(words))
+    assert not left, f"{left} is more than {command.name} takes"
+    for parameter in command.params:
+        value = parsed.get(parameter.name or "")
+        is_given = value is not None and not str(value).startswith("Sentinel") and value != ()
+        if not is_given:
+            assert not (is_whole and parameter.required), f"{parameter.name} is missing"
+        elif not isinstance(parameter.type, click.Path) and not has_placeholder(value):
+            parameter.type_cast_value(context, value)
+    configs = [word for word in words if re.fullmatch(r"configs/\w+\.yaml", word)]
+    overrides = [word for word in words if re.match(r"[a-z_0-9.]+=", word)]
+    for config in configs:
+        load_config(ROOT / config, overrides)
+
+
+def has_placeholder(value: object) -> bool:
+    return any(_PLACEHOLDER.search(word) for word in re.findall(r"[^',()\[\] ]+", str(value)))
+
+
+def all_commands(text: str) -> list[list[str]]:
+    return [words for block in fenced(text) for words in simple_commands(block)]
+
+
+def problems_of(commands: list[list[str]]) -> list[str]:
+    found = []
+    for words in commands:
+        try:
+            if what := typed(words):
+                require(*what)
+        except (AssertionError, click.ClickException, MegabackError) as error:
+            found.append(f"{shlex.join(words)}: {error}")
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_commands_of_a_page_exist(path: Path) -> None:
+    assert problems_of(all_commands(path.read_text())) == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_within_a_sentence_have_options_that_exist(path: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    wrong = []
+    for code in re.findall(r"`megaback ([^`]+)`", prose):
+        try:
+            command, words = command_of(re.sub(r"[\[\]…]", " ", code).split())
+        except AssertionError as error:
+            wrong.append(f"{code}: {error}")
+            continue
+        known = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
+        given = {word.partition("=")[0] for word in words if word.startswith("-")}
+        wrong += [f"{code}: {name}" for name in given - known - {"--help", "--version"}]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", COMMENTED, ids=lambda path: path.name)
+def test_the_commands_in_the_comments_of_a_shipped_file_exist(path: Path) -> None:
+    lines = [line[1:] for line in path.read_text().splitlines() if line.startswith("#  ")]
+    block = "\n".join(line.split("  # ")[0] for line in lines)
+    assert problems_of(list(simple_commands(block))) == []
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_the_commands_in_a_benchmarks_docstring_exist(path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    block = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    assert problems_of(list(simple_commands(re.sub(r"[\[\]]", " ", block)))) == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_python_of_a_page_compiles_and_its_names_resolve(path: Path) -> None:
+    for block in fenced(path.read_text(), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+            elif isinstance(node, ast.Import):
+                for name in node.names:
+                    importlib.import_module(name.name)
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "megaback":
+                assert hasattr(megaback, node.attr), ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("megaback smaple models/m", "no command smaple"),
+        ("megaback sample models/m --endings x", "--endings"),
+        ("megaback sample models/m --tokens many", "'many' is not a valid integer"),
+        ("megaback convert runs/a --to full", "missing"),
+        ("megaback convert runs/a --to fll --out m", "'fll'"),
+        ("megaback sample models/m more", "is more than"),
+        ("megaback train configs/demo.yaml optimizer.learning_rat=1", "learning_rate"),
+        ("megaback train configs/absent.yaml", "absent.yaml"),
+        ("cd x && megaback jobs --nothing | head", "--nothing"),
+        ("A=1 srun -n 2 megaback plan configs/demo.yaml --nodes many", "'many'"),
+        ("sbatch --nodes=2 slurm/absent.sbatch x", "no slurm/absent.sbatch"),
+        ("sbatch slurm/convert.sbatch runs/a --too full", "--too"),
+        ("make demos", "demos"),
+        ("pip install 'megaback[serv]'", "serv"),
+        ("deepspeed --module megaback.trian configs/demo.yaml", ""),
+        ("python benchmarks/loader.py SHARDS --second 2", "--second"),
+    ],
+)
+def test_what_does_not_exist_is_found(line: str, problem: str) -> None:
+    (found,) = problems_of(all_commands(f"```\n{line}\n```\n"))
+    assert problem in found.removeprefix(line)
+
+
+def test_what_exists_is_passed() -> None:
+    lines = 'megaback sample models/m --tokens 5 \\\n  --ending "it\'s"   # so\nls --nothing\n'
+    assert problems_of(all_commands(f"```\n{lines}```\n")) == []
