@@ -26,7 +26,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.text import TextFormat
 from megaback.distributed import World
-from megaback.engine_state import SavedState, restore
+from megaback.engine_state import SavedState, StateDiffersError, restore
 from megaback.tensor_file import size_and_hash
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -127,11 +127,11 @@ def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: Wor
     """
     try:
         restore(engine, saved_state(target, meta), meta.updates, world.rank, world.size)
-    except KeyError as error:
+    except StateDiffersError as error:
+        others = f" ({len(error.differing)} differ)" if len(error.differing) > 1 else ""
         raise RunMismatchError(
-            f"{target} was saved by a run with another model or optimizer: it has no {error}; "
-            f"use the same, or take its weights with `megaback convert {target} --to full "
-            "--out DIR` and init_from=DIR"
+            f"{target} was saved by a run with another model or optimizer: {error.differing[0]}"
+            f"{others}; use the same, or begin another run with its weights: init_from={target}"
         ) from None
     now = (world.size, engine.zero_optimization_stage())
     if world.is_first and now != (meta.world_size, meta.zero_stage):

@@ -8,7 +8,7 @@ A run's key is `KIND:PARAMETER:START`: elements from START on of the parameter's
 KIND is `weight`, or the optimizer's `exp_avg`, `exp_avg_sq` (AdamW) or `momentum` (Muon).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,14 @@ def num_updates(engine: Any) -> int:
     return int(max(counts, default=0))
 
 
+class StateDiffersError(Exception):
+    """A checkpoint does not hold what an engine has; `differing` names each difference."""
+
+    def __init__(self, differing: Sequence[str]) -> None:
+        super().__init__("; ".join(differing))
+        self.differing = differing
+
+
 class SavedState:
     """The runs in the files of a checkpoint, whoever wrote them."""
 
@@ -120,18 +128,30 @@ class SavedState:
         for runs in self._runs.values():
             runs.sort(key=lambda run: run[0])
 
-    def kinds(self) -> set[str]:
-        """`weight`, and the kinds of optimizer state that were saved."""
-        return {kind for kind, _ in self._runs}
+    def differences(self, expected: Mapping[tuple[str, str], int]) -> list[str]:
+        """What is not exactly as expected: the number of elements, by kind and parameter."""
+        found = {key: self._num_elements(key) for key in self._runs}
+        return [
+            f"{kind} of {name} "
+            + (
+                "is missing"
+                if (kind, name) not in found
+                else "is read by nothing"
+                if (kind, name) not in expected
+                else f"has {found[kind, name]:,} elements, not {expected[kind, name]:,}"
+            )
+            for kind, name in sorted(found.keys() | expected.keys())
+            if found.get((kind, name)) != expected.get((kind, name))
+        ]
 
-    def names(self) -> Iterator[str]:
-        """The parameters."""
-        return (name for kind, name in self._runs if kind == WEIGHT)
-
-    def num_elements(self, name: str) -> int:
-        """How many elements of a parameter's weight there are."""
-        start, length, *_ = self._runs[WEIGHT, name][-1]
-        return start + length
+    def _num_elements(self, key: tuple[str, str]) -> int:
+        """How many elements there are, each counted once; further than a gap goes no count."""
+        end = 0
+        for start, length, *_ in self._runs[key]:
+            if start > end:
+                break
+            end = max(end, start + length)
+        return end
 
     def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
         """Fill `out` with a parameter's elements from `start` on. Raises KeyError if any lack."""
@@ -147,14 +167,21 @@ class SavedState:
 
 @torch.no_grad()
 def restore(engine: Any, saved: SavedState, updates: int, rank: int, world_size: int) -> None:
-    """Fill an engine that has taken no step. Collective. Raises KeyError for what is not saved."""
+    """Fill an engine that has taken no step with all that was saved. Collective.
+
+    Raises StateDiffersError, before anything is changed, unless exactly what the engine has was
+    saved of every parameter.
+    """
     optimizer = engine.basic_optimizer
-    kinds = saved.kinds()
-    for holding in holdings_of(engine, rank, world_size):
+    holdings = holdings_of(engine, rank, world_size)
+    differing = saved.differences(_expected(engine, holdings, has_state=updates > 0))
+    if differing:
+        raise StateDiffersError(differing)
+    for holding in holdings:
         tensor = holding.tensor
         tensors = {WEIGHT: tensor.data}
         if updates:
-            state = {kind: torch.zeros_like(tensor) for kind in holding.kinds() if kind in kinds}
+            state = {kind: torch.zeros_like(tensor) for kind in holding.kinds()}
             tensors |= state
             if "exp_avg" in state:
                 state["step"] = torch.tensor(float(updates), device=tensor.device)
@@ -166,6 +193,25 @@ def restore(engine: Any, saved: SavedState, updates: int, rank: int, world_size:
                     part = flat[run.local_start : run.local_start + run.length]
                     saved.read(kind, name, run.matrix_start, part)
     _refresh_copies(engine)
+
+
+def _expected(
+    engine: Any, holdings: Iterable[Holding], has_state: bool
+) -> dict[tuple[str, str], int]:
+    """Elements of every parameter's weight and optimizer state, by kind and name.
+
+    Each rank's holdings name all parameters, of which it may hold no element.
+    """
+    sizes = {
+        name: int(getattr(weight, "ds_numel", weight.numel()))
+        for name, weight in engine.module.named_parameters()
+    }
+    return {
+        (kind, name): sizes[name]
+        for holding in holdings
+        for name, _ in holding.runs
+        for kind in (WEIGHT, *(holding.kinds() if has_state else ()))
+    }
 
 
 def _refresh_copies(engine: Any) -> None:

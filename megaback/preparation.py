@@ -20,7 +20,8 @@ from megaback.checkpoint import (
 )
 from megaback.checkpoint_copy import SecondPlace, fetch_newest
 from megaback.compiler import require_compiler
-from megaback.config import CONFIG_COPY_NAME, Config
+from megaback.config import CONFIG_COPY_NAME, Config, ModelSection
+from megaback.config_difference import differing_keys, shown_values
 from megaback.distributed import World
 from megaback.engine import start_engine
 from megaback.engine_state import num_updates
@@ -35,8 +36,8 @@ from megaback.run_data import Data, open_data
 
 LOCK_NAME = ".lock"
 
-# A run may be continued with other values of everything but these: they decide the batches or the
-# shape of what is saved.
+# A run may be continued with other values of everything but these: they decide the batches or what
+# is saved.
 _FIXED_KEYS = (
     "model",
     "batch.context_tokens",
@@ -45,6 +46,7 @@ _FIXED_KEYS = (
     "data.window_frames",
     "training.seed",
     "training.precision",
+    "optimizer.name",
 )
 
 
@@ -261,18 +263,17 @@ def _require_same_run(config: Config, data: Data, target: Path, meta: Checkpoint
             f"{config.data.description} holds {data.fingerprint[:12]}; "
             "use the same shards, or another run folder"
         )
-    now = config.model_dump(mode="json")
-    for key in _FIXED_KEYS:
-        before_value, now_value = _look_up(meta.config, key), _look_up(now, key)
-        if before_value != now_value:
-            raise RunMismatchError(
-                f"the run {config.run} began with {key} = {before_value}, and the config has "
-                f"{now_value}; use the same value, or another run folder"
-            )
+    before, now = (_with_whole_model(one) for one in (meta.config, config.model_dump(mode="json")))
+    differing = differing_keys(before, now, _FIXED_KEYS)
+    if differing:
+        has = "the same value" if len(differing) == 1 else "the same values"
+        raise RunMismatchError(
+            f"the run {config.run} began with {shown_values(differing, 0)}, and the config has "
+            f"{shown_values(differing, 1)}; use {has}, or another run folder"
+        )
 
 
-def _look_up(fields: dict[str, Any], key: str) -> Any:
-    value: Any = fields
-    for part in key.split("."):
-        value = value[part]
-    return value
+def _with_whole_model(fields: dict[str, Any]) -> dict[str, Any]:
+    """A config with the model's defaults spelled out: `null` may mean what the other has."""
+    model = ModelSection.model_validate(fields["model"]).resolved()
+    return fields | {"model": model.model_dump(mode="json")}

@@ -38,6 +38,7 @@ from megaback.evaluation import evaluate, to_device
 from megaback.exit_record import record_exit
 from megaback.guard import StepGuard
 from megaback.hardware import peak_memory_bytes
+from megaback.history_gap import history_gap
 from megaback.installation import HIDDEN, is_whole
 from megaback.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
 from megaback.patience import Patience, mark_best, read_measurements
@@ -310,6 +311,9 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
     log.say(batch_arithmetic(run, world))
     if run.start_step:
         log.say(f"going on from step {run.start_step:,}")
+        gap = history_gap(config, run.start_step)
+        if gap is not None:
+            log.say(gap)
     if run.start_step >= run.data.total_steps:
         log.say("nothing is left to do; raise training.steps to train on")
     return log

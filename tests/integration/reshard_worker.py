@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from data_pipeline.errors import RunMismatchError
 from megaback.checkpoint import CheckpointMeta, load_into_engine, read_meta
 from megaback.checkpoint_saver import CheckpointSaver
 from megaback.config import CheckpointSection, Config, load_config
@@ -41,9 +43,28 @@ def main(path: Path, folder: Path, action: str, pairs: list[list[int]], names: l
                 save(engine, run, config, world)
             else:
                 target = run / "checkpoints" / f"step-{STEPS:08d}"
+                if saved_stage == stage:
+                    refuse_another_optimizer(path, target, optimizer, stage, world)
                 load_into_engine(engine, target, read_meta(target), world)
             tell(world, name, saved_stage, stage, train(engine, config, world, STEPS))
     end_rank()
+
+
+def refuse_another_optimizer(
+    path: Path, target: Path, optimizer: str, stage: int, world: World
+) -> None:
+    """Even where nobody has compared configs, no state is taken for another or left out."""
+    other, lacking = {"adamw": ("muon", "momentum"), "muon": ("adamw", "exp_avg")}[optimizer]
+    config = load_config(path, (f"zero.stage={stage}", f"optimizer.name={other}"))
+    engine = new_engine(config, world)
+    before = {
+        key: part.clone() for key, part in named_state(engine, world.rank, world.size).items()
+    }
+    with pytest.raises(RunMismatchError, match=f"{lacking}.* of .* is missing|is read by nothing"):
+        load_into_engine(engine, target, read_meta(target), world)
+    after = named_state(engine, world.rank, world.size)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def new_engine(config: Config, world: World) -> Any:

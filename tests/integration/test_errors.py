@@ -282,7 +282,14 @@ CASES = {
         ("'backward'", "'forward'"),
     ),
     "going on with another model": Case(
-        RESUME + "model.num_layers=3", RunMismatchError, ("model",)
+        RESUME + "model.num_layers=3",
+        RunMismatchError,
+        ("began with model.num_layers = 2, and the config has model.num_layers = 3; use",),
+    ),
+    "going on with another optimizer": Case(
+        RESUME + "optimizer.name=muon",
+        RunMismatchError,
+        ("began with optimizer.name = adamw, and the config has optimizer.name = muon; use",),
     ),
     "going on from a damaged checkpoint": Case(
         "rank {place}/config.yaml run={place}/damaged_run",

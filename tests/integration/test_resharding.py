@@ -86,6 +86,7 @@ def test_a_checkpoint_goes_on_at_other_stages_with_as_many_or_other_ranks(
     # Muon's runs have AdamW's state too, of what is no matrix.
     names = [f"{before}-{name}" for name in _NAMES if before == after or name == "muon"]
 
+    # That the other optimizer does not take up a state is tried by the worker.
     went_on = work(config, "load", pairs, after, names)
 
     assert went_on.keys() == {(name, *pair) for name in names for pair in pairs}
