@@ -16,16 +16,41 @@ from data_pipeline.errors import BackendError, CheckpointCorruptError, PromptErr
 from data_pipeline.pairs import Pair
 from megaback.likelihood import Continuation, in_packs
 from megaback.scoring import Score
+from megaback.weight_files import StoredWeights
+from megaback.weight_names import HEAD_NAME
 
 _PLACEHOLDER = "QuestionGoesHere"
 _BETWEEN = "\n"
+
+
+def _require_all_read(folder: Path, model: Any, loading: dict[str, Any]) -> None:
+    said = {
+        "is missing": loading["missing_keys"],
+        "is read by nothing": loading["unexpected_keys"],
+        "has another shape": [entry[0] for entry in loading["mismatched_keys"]],
+    }
+    problems = [f"{name} {what}" for what, names in said.items() for name in sorted(names)]
+    stored, head = StoredWeights(folder), model.get_output_embeddings()
+    # Some versions of the library take the embeddings in its place, where the config ties them.
+    is_stored = head is not None and HEAD_NAME in dict(stored.shapes())
+    if is_stored and not torch.equal(stored.read(HEAD_NAME).to(head.weight.dtype), head.weight):
+        problems.append(f"{HEAD_NAME} is not what the config makes of it (tie_word_embeddings)")
+    if problems:
+        raise CheckpointCorruptError(
+            f"the weights in {folder} are not of the model that its config describes: "
+            f"{problems[0]} ({len(problems)} differ); save it once more, with save_pretrained"
+        )
 
 
 class ForeignScorer:
     """Scores answers, the end-of-text token included if the tokenizer has one."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        """Raises BackendError without transformers, CheckpointCorruptError for no such model."""
+        """Raises BackendError without transformers, CheckpointCorruptError for no such model.
+
+        The model is refused unless every tensor of the folder is one of it, and every one of it is
+        in the folder: the library would make up what is missing, and pass over the rest.
+        """
         try:
             import transformers
         except ImportError as error:
@@ -36,8 +61,9 @@ class ForeignScorer:
         how = {"local_files_only": True, "trust_remote_code": False}
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **how)
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, **how
+            model: Any
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **how
             )
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -45,6 +71,7 @@ class ForeignScorer:
                 f"{folder} cannot be read as a causal model of transformers ({reason}); save one "
                 "there with save_pretrained, in safetensors, with its tokenizer"
             ) from None
+        _require_all_read(folder, model, loading)
         self._model = model.to(device).eval()
         self._device = device
         self._before, self._after = self._frame()

@@ -31,11 +31,10 @@ from megaback.sampler import Sampler
 from megaback.stock_config import from_stock, is_stock
 from megaback.tensor_file import SizeAndHash, Spec
 from megaback.weight_files import StoredWeights, verify_weights, write_weights
+from megaback.weight_names import require_exact
 
 CONFIG_NAME = "config.json"
 STOCK_SECTION = "megaback"
-HEAD_NAME = "lm_head.weight"
-_EMBEDDING_NAME = "model.embed_tokens.weight"
 _FORMAT_NAME = "megaback-model"
 _FORMAT_VERSION = 2
 
@@ -196,20 +195,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: ReverseGPT, folder: Path) -> None:
-    """Fill a model from a folder. Raises CheckpointCorruptError when names or shapes differ."""
+    """Fill a model from a folder. Raises CheckpointCorruptError when it holds others' weights."""
     stored = open_weights(folder)
     wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    found = dict(stored.shapes())
-    if model.shape.tie_embeddings:
-        found.pop(HEAD_NAME, None)  # some folders hold it twice
-    if found != wanted:
-        differing = sorted(dict(found.items() ^ wanted.items()))
-        name = differing[0]
-        raise CheckpointCorruptError(
-            f"the weights in {folder} are not of the model that its config describes: {name} is "
-            f"{found.get(name, 'missing')}, not {wanted.get(name, 'there')}"
-            f" ({len(differing)} differ)"
-        )
+    require_exact(folder, stored, wanted, model.shape)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(stored.read(name))

@@ -72,6 +72,11 @@ def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
         raise RunMismatchError(
             f"{where} is of a {model_type!r} model; only {' and '.join(_ARCHITECTURES)} fit"
         )
+    if "AutoModelForCausalLM" in (fields.get("auto_map") or {}):
+        raise RunMismatchError(
+            f"{where} names code of its own for the model (auto_map), which may compute something "
+            f"else than a {model_type}; only the library's own fits"
+        )
     for name, meant in _FIXED.items():
         value = fields.get(name, meant)
         if value != meant:

@@ -6,7 +6,7 @@ time.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class StoredWeights:
 
         self._files: dict[str, Any] = {}
         names = self._names_of_files(folder)
+        _require_no_others(folder, names)
         for name in names:
             try:
                 file: Any = safe_open(folder / name, framework="pt")
@@ -82,6 +83,7 @@ class StoredWeights:
                 raise CheckpointCorruptError(
                     f"cannot read the weights {folder / name}: {error}; convert them again"
                 ) from None
+            _require_new(folder / name, self._files.keys() & set(file.keys()))
             self._files |= dict.fromkeys(file.keys(), file)
 
     @staticmethod
@@ -90,9 +92,8 @@ class StoredWeights:
         if not index.is_file():
             return [WEIGHTS_NAME]
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
             if any(not isinstance(name, str) or Path(name).name != name for name in names):
                 raise ValueError("it names files elsewhere")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -110,6 +111,30 @@ class StoredWeights:
         """Raises KeyError when there is no such tensor."""
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+
+def _require_new(path: Path, twice: set[str]) -> None:
+    """Raise unless a file holds no tensor that another one of the model has already given."""
+    if twice:
+        raise CheckpointCorruptError(
+            f"{path} holds {min(twice)}, and so does another file of this model; which of them is "
+            "meant cannot be told: save the model once more, into an empty folder"
+        )
+
+
+def _require_no_others(folder: Path, names: Sequence[str]) -> None:
+    """Raise if there are more files of weights, by the names that weights have, than are read."""
+    others = sorted(
+        path.name
+        for pattern in ("model*.safetensors", "adapter_model*.safetensors")
+        for path in folder.glob(pattern)
+        if path.name not in names
+    )
+    if others:
+        raise CheckpointCorruptError(
+            f"{folder} holds {others[0]} beside {names[0]}, and only the latter would be read; "
+            "merge an adapter into its model, or remove what is not meant"
+        )
 
 
 def verify_weights(folder: Path, files: Mapping[str, SizeAndHash]) -> None:

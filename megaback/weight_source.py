@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from megaback.model_folder import (
     read_description,
 )
 from megaback.tensor_file import Spec
+from megaback.weight_names import require_exact
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,16 @@ def open_checkpoint(path: Path) -> WeightSource:
     )
     saved = saved_state(target, meta, WEIGHTS_PREFIX)
     shapes = _shapes(description)
+    differing = saved.differences({(WEIGHT, name): prod(shapes[name]) for name in shapes})
+    if differing:
+        raise CheckpointCorruptError(
+            f"the checkpoint {target} does not hold the model of its config: {differing[0]} "
+            f"({len(differing)} differ); use another one"
+        )
 
     def read(name: str) -> Tensor:
         weight = torch.empty(shapes[name])
-        try:
-            saved.read(WEIGHT, name, 0, weight.view(-1))
-        except KeyError as error:
-            raise CheckpointCorruptError(
-                f"the checkpoint {target} is not whole: it lacks {error}; convert another one"
-            ) from None
+        saved.read(WEIGHT, name, 0, weight.view(-1))
         return weight
 
     return WeightSource(description, (target / TOKENIZER_NAME).read_bytes(), shapes, read)
@@ -89,16 +92,6 @@ def _from_folder(folder: Path) -> WeightSource:
     stored = open_weights(folder)
     shapes = _shapes(description)
 
-    def read(name: str) -> Tensor:
-        try:
-            weight = stored.read(name)
-        except KeyError:
-            raise CheckpointCorruptError(f"the model {folder} lacks {name}") from None
-        if tuple(weight.shape) != shapes[name]:
-            raise CheckpointCorruptError(
-                f"the model {folder} has {name} of shape {tuple(weight.shape)}, and its config "
-                f"says {shapes[name]}"
-            )
-        return weight
-
-    return WeightSource(description, (folder / TOKENIZER_NAME).read_bytes(), shapes, read)
+    require_exact(folder, stored, shapes, description.shape)
+    tokenizer = (folder / TOKENIZER_NAME).read_bytes()
+    return WeightSource(description, tokenizer, shapes, stored.read)

@@ -17,8 +17,8 @@ from torch import Tensor
 from data_pipeline.command import write_text
 from data_pipeline.errors import BackendError, StorageError
 from megaback.config import ModelSection
-from megaback.model_folder import HEAD_NAME
 from megaback.tensor_file import size_and_hash
+from megaback.weight_names import HEAD_NAME
 from megaback.weight_source import WeightSource
 
 GGUF_NAME = "model.gguf"

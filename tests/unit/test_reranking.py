@@ -13,12 +13,13 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from model_helpers import random_model, write_model
+from safetensors.torch import load_file, save_file
 
 import megaback
 from data_pipeline.errors import CheckpointCorruptError, PromptError
 from data_pipeline.pairs import Pair
 from data_pipeline.text import Direction, TextCodec
-from megaback.foreign_scorer import ForeignScorer
+from megaback.foreign_scorer import ForeignScorer, _require_all_read
 from megaback.reranking import Scored, accuracies, fit_weight, ranking, rightness
 from tools.rerank import main
 
@@ -134,6 +135,42 @@ def test_a_foreign_models_score_is_the_sum_of_what_it_says_of_each_token(foreign
         alone = sum(float(log_TV[len(given) - 1 + at, token]) for at, token in enumerate(written))
         assert score.log_probability == pytest.approx(alone, abs=1e-4)
         assert score.tokens == len(written)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("model.norm.weight", None, "model.norm.weight is missing"),
+        ("model.layers.0.self_attn.q_proj.bias", torch.zeros(16), "bias is read by nothing"),
+        ("model.norm.weight", torch.ones(15), "cannot be read"),
+    ],
+    ids=["missing", "unread", "shape"],
+)
+def test_a_foreign_model_is_what_its_files_hold_or_refused(
+    name: str, change: torch.Tensor | None, said: str, foreign: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(foreign, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    if change is not None:
+        weights[name] = change
+    else:
+        weights.pop(name, None)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(CheckpointCorruptError, match=said):
+        ForeignScorer(folder, CPU)
+
+
+def test_a_head_that_the_library_ties_away_is_noticed(foreign: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(foreign, dtype=torch.float32)
+    whole = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    _require_all_read(foreign, model, whole)
+    model.lm_head.weight = model.model.embed_tokens.weight  # as some versions do
+
+    with pytest.raises(CheckpointCorruptError, match="lm_head.weight is not what"):
+        _require_all_read(foreign, model, whole)
 
 
 def test_special_tokens_that_a_text_spells_are_text_for_a_foreign_model_too(foreign: Path) -> None:
