@@ -169,7 +169,7 @@ def test_a_head_that_the_library_ties_away_is_noticed(foreign: Path) -> None:
     _require_all_read(foreign, model, whole)
     model.lm_head.weight = model.model.embed_tokens.weight  # as some versions do
 
-    with pytest.raises(CheckpointCorruptError, match="lm_head.weight is not what"):
+    with pytest.raises(CheckpointCorruptError, match=r"lm_head.weight is not what"):
         _require_all_read(foreign, model, whole)
 
 
