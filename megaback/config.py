@@ -4,9 +4,9 @@ Importing this module loads no torch. Every field is explained where it stands; 
 exist, or a value that cannot work, is refused with one sentence.
 """
 
-import difflib
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -23,6 +23,10 @@ from pydantic import (
 from data_pipeline.errors import BatchError, ConfigError
 from data_pipeline.remote import shown_url
 from data_pipeline.text import Direction
+from megaback.config_messages import sentence
+from megaback.yaml_text import apply_override, read_yaml
+
+_WHOLE = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?")
 
 CONFIG_COPY_NAME = "config.yaml"
 """In a run's folder: its config, resolved."""
@@ -33,10 +37,32 @@ def _as_word(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _as_number(value: Any, annotation: Any) -> Any:
+    kinds = {annotation, *get_args(annotation)}
+    if isinstance(value, bool) and bool not in kinds and (kinds & {int, float} or 1 in kinds):
+        return str(value).lower()  # which the field refuses; true would be 1
+    if isinstance(value, str) and int in kinds and _WHOLE.fullmatch(value):
+        number = float(value.replace("_", ""))
+        return int(number) if number.is_integer() else number
+    return value
+
+
 class Section(BaseModel):
     """A part of the config: immutable, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, fields: Any) -> Any:
+        """`1e3` is a whole number, which YAML takes for text; `yes` and `true` are no numbers."""
+        if not isinstance(fields, dict):
+            return fields
+        known = cls.model_fields
+        return {
+            key: _as_number(value, known[key].annotation) if key in known else value
+            for key, value in fields.items()
+        }
 
 
 class WeightedShards(Section):
@@ -338,10 +364,14 @@ class Config(Section):
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides in turn, and check the whole.
 
-    Raises ConfigError with the file and the key, and a did-you-mean for a key that does not exist.
+    What it leaves out of `model` is that of init_from, if that is given. Raises ConfigError with
+    the file and the key, and a did-you-mean for a key that does not exist; and, for init_from, what
+    `with_base_shape` does.
     """
+    from megaback.base_shape import with_base_shape  # it is built on this module
+
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -350,11 +380,12 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds no keys; see configs/demo.yaml for a small example")
     for override in overrides:
-        _apply(fields, override)
+        apply_override(fields, override)
+    fields = with_base_shape(fields)
     try:
         config = Config.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_sentence(error)}") from None
+        raise ConfigError(f"{path}: {sentence(error, Config)}") from None
     return config.model_copy(update={"model": config.model.resolved()})
 
 
@@ -377,53 +408,3 @@ def split_batch(batch: BatchSection, world_size: int) -> tuple[int, int]:
         if rank_rows % size == 0
     )
     return micro_rows, rank_rows // micro_rows
-
-
-def _apply(fields: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"{override!r} is not an override; write key.sub=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"the value of the override {override!r} is not valid YAML") from None
-    *parents, last = key.split(".")
-    section = fields
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"the override {override!r} looks into {parent}, which has no keys")
-    section[last] = value
-
-
-def _sentence(error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    first = next((item for item in problems if item["type"] == "extra_forbidden"), problems[0])
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        message = f"there is no key {key}" + _did_you_mean(location)
-    elif first["type"] == "missing":
-        message = f"the key {key} is missing"
-    else:
-        where = f"{key} = {first['input']!r}: " if not isinstance(first["input"], dict) else ""
-        prefix = f"{key}: " if key and not where else where
-        message = prefix + first["msg"].removeprefix("Value error, ")
-    others = len(problems) - 1
-    return message + (f" (and {others} more problems)" if others else "")
-
-
-def _did_you_mean(location: list[str]) -> str:
-    section: type[BaseModel] = Config
-    for part in location[:-1]:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return ""
-        section = annotation
-    names = list(section.model_fields)
-    close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-    prefix = ".".join(location[:-1])
-    dotted = f"{prefix}." if prefix else ""
-    if close:
-        return f"; did you mean {dotted}{close[0]}?"
-    return f"; {prefix or 'the config'} has {', '.join(names)}"

@@ -184,7 +184,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_by_their_name(
     assert_refused(
         converted(run, "--out", tmp_path / "model"),
         CheckpointCorruptError,
-            "weight of lm_head.weight has 6,400 elements",
+        "weight of lm_head.weight has 6,400 elements",
     )
 
 

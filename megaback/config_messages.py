@@ -1,0 +1,55 @@
+"""What is wrong with a config, as one sentence that names the key."""
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+_MOST_SHOWN = 60
+"""Characters of a value."""
+
+
+def sentence(error: ValidationError, config: type[BaseModel]) -> str:
+    """The first problem, a key that does not exist before all else; with a did-you-mean."""
+    problems = error.errors(include_url=False)
+    first = next((item for item in problems if item["type"] == "extra_forbidden"), problems[0])
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        message = f"there is no key {key}" + _did_you_mean(location, config)
+    elif first["type"] == "missing":
+        message = f"the key {key} is missing"
+        if key == "model":
+            message += "; give it, or init_from, whose model is then taken"
+    else:
+        where = f"{key} = {shown(first['input'])}: " if _is_short(first["input"]) else ""
+        prefix = f"{key}: " if key and not where else where
+        message = prefix + first["msg"].removeprefix("Value error, ")
+    others = len(problems) - 1
+    return message + (f" (and {others} more problems)" if others else "")
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: whole if it is short."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
+
+
+def _is_short(value: Any) -> bool:
+    return not isinstance(value, dict | list | tuple | BaseModel)
+
+
+def _did_you_mean(location: list[str], config: type[BaseModel]) -> str:
+    section = config
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        section = annotation
+    names = list(section.model_fields)
+    close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+    prefix = ".".join(location[:-1])
+    dotted = f"{prefix}." if prefix else ""
+    if close:
+        return f"; did you mean {dotted}{close[0]}?"
+    return f"; {prefix or 'the config'} has {', '.join(names)}"
