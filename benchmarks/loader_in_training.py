@@ -67,7 +67,7 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     """Train as the rank that the environment names; the first one prints."""
     from megaback.distributed import end_rank, start_world
     from megaback.engine import set_learning_rates, take_step
-    from megaback.preparation import prepare_run
+    from megaback.preparation import Run, prepare_run
     from megaback.pulse import Pulse
     from megaback.run_data import open_data
     from megaback.schedule import rate_factor_at
@@ -77,6 +77,7 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     stop = StopRequest()
     world = start_world(config.hardware.device, config.hardware.collective_timeout_s)
     run = prepare_run(config, world, Pulse(config.run, config.hardware, world))
+    assert isinstance(run, Run)  # of a new folder, there is something left to do
     trainer = Trainer(run, world, stop)
     section = config.data.model_copy(update={"threads": 0})
     copies = open_data(config.model_copy(update={"data": section}), world.rank, world.size)

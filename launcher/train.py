@@ -3,7 +3,6 @@
 What cannot work is refused before a rank starts; how the ranks ended becomes one exit code.
 """
 
-import time
 from pathlib import Path
 
 import click
@@ -14,7 +13,7 @@ from data_pipeline.import_path import module_command
 from launcher.hostfile import read_hostfile, run_on_hosts
 from launcher.local import plan_ranks, rank_environment, run_ranks, verdict
 from megaback.config import load_config
-from megaback.exit_record import read_exit, record_exit
+from megaback.exit_record import num_starts, read_exit, record_exit
 from megaback.run_data import open_data
 from megaback.stopping import deadline_of
 
@@ -64,19 +63,20 @@ def train(
     command = module_command(_RANK_MODULE, str(config), *overrides)
     if save_before is not None:
         command += ["--save-before", save_before]
-    started = time.time()
+    starts = num_starts(settings.run)
     names: list[str] = []
     if hosts is None:
         codes, was_signalled = run_ranks(command, rank_environment(device, processes), processes)
     else:
         codes, names, was_signalled = run_on_hosts(hosts, command, settings.hardware.device)
+    # A start that was refused, or had nothing to do, leaves the record of an earlier one alone.
+    has_started = num_starts(settings.run) > starts
     try:
-        ending = read_exit(settings.run)
-        if ending is not None and ending.get("time", 0.0) < started:
-            ending = None  # of an earlier start
+        ending = read_exit(settings.run) if has_started else None
         return verdict(codes, was_signalled, ending, names)
     except MegabackError as error:
-        record_exit(settings.run, error.exit_code, type(error).__name__, str(error))
+        if has_started:
+            record_exit(settings.run, error.exit_code, type(error).__name__, str(error))
         raise
 
 

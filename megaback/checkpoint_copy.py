@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 
 from data_pipeline.command import storage_error
@@ -76,6 +77,15 @@ class SecondPlace:
     def complete_with(self, meta: bytes, folder: str) -> None:
         """Write the meta.json of a checkpoint whose files are all there."""
         self._files.pipe_file(self.path(folder, META_NAME), meta)
+
+    def meta(self, folder: str) -> CheckpointMeta:
+        """What a complete copy says about itself. Raises CheckpointCorruptError, OSError."""
+        self._files.invalidate_cache()
+        with TemporaryDirectory() as here:
+            target = Path(here) / folder
+            target.mkdir()
+            (target / META_NAME).write_bytes(self._files.cat_file(self.path(folder, META_NAME)))
+            return read_meta(target)
 
     def get(self, folder: str, target: Path) -> None:
         """Fetch a checkpoint's files into a local folder that is there."""
@@ -184,6 +194,14 @@ class _Copying(Thread):
                     self._place.put(self.target / name, self.target.name, expected)
         except Exception as error:  # noqa: BLE001 (file systems raise what they like)
             self.problem = _reason(error)
+
+
+def newest_meta(place: SecondPlace) -> CheckpointMeta | None:
+    """Of the newest copy that can be read; None if there is none. Raises StorageError."""
+    for name in reversed(place.complete()):
+        with suppress(CheckpointCorruptError, FileNotFoundError):
+            return place.meta(name)
+    return None
 
 
 def fetch_newest(run: Path, place: SecondPlace) -> Path | None:

@@ -68,10 +68,17 @@ def read_history(run: Path) -> list[dict[str, Any]]:
         return []
     for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
+            fields = json.loads(line)
         except ValueError:
             continue
+        if isinstance(fields, dict):
+            lines.append(fields)
     return lines
+
+
+def num_starts(run: Path) -> int:
+    """How often a run has started so far."""
+    return sum(line.get("event") == "start" for line in read_history(run))
 
 
 def _append(run: Path, fields: dict[str, Any]) -> None:

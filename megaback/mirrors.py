@@ -6,15 +6,18 @@ is given what it lacks, and no step twice. One that fails is left out, and train
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any, Protocol
 
-from data_pipeline.errors import BackendError, MegabackError
+from data_pipeline.errors import BackendError
 from megaback.config import Config
 
 Value = float | str
 BEFORE_ALL_STEPS = -1
 """Measurements before the first step are of step 0."""
 _SECRET_VARIABLES = ("WANDB_API_KEY",)
+_A_MODULE_OF = {"wandb": "wandb.sdk", "tensorboard": "tensorboard.summary"}
+"""What a mere folder of that name, such as one of offline runs, has not."""
 
 
 class Mirror(Protocol):
@@ -38,13 +41,12 @@ class Mirrors:
 
         Raises BackendError for one that was asked for and is not installed.
         """
+        require_installed(config)
         self._say = say
         self._mirrors: dict[str, Mirror] = {}
         for name, start in _STARTS.items():
             try:
                 mirror = start(config, last_step)
-            except MegabackError:
-                raise
             except Exception as error:  # noqa: BLE001 (theirs may raise anything)
                 say(_failure(name, "did not start", error))
                 continue
@@ -100,34 +102,38 @@ def _failure(name: str, what: str, error: Exception) -> str:
     )
 
 
+def require_installed(config: Config) -> None:
+    """Raises BackendError for a mirror that the config asks for and that is not installed."""
+    section = config.logging
+    for name, value in (("wandb", section.wandb), ("tensorboard", section.tensorboard)):
+        if value not in ("off", "auto") and not _is_installed(name):
+            otherwise = "off" if name == "wandb" else "auto"
+            raise BackendError(
+                f"logging.{name} is {value}, but {name} is not installed; "
+                f"install it with `pip install {name}`, or set logging.{name}={otherwise}"
+            )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(_A_MODULE_OF[name]) is not None
+    except ModuleNotFoundError:
+        return False
+    except ValueError:  # it is loaded, by an unusual way
+        return True
+
+
 def _start_wandb(config: Config, last_step: int) -> Mirror | None:
     if config.logging.wandb == "off":
         return None
-    try:
-        import wandb.sdk  # noqa: F401 (a folder wandb/ of offline runs has none)
-    except ImportError:
-        raise BackendError(
-            f"logging.wandb is {config.logging.wandb}, but wandb is not installed; "
-            "install it with `pip install wandb`, or set logging.wandb=off"
-        ) from None
     from megaback.wandb_mirror import WandbMirror
 
     return WandbMirror(config, last_step)
 
 
 def _start_tensorboard(config: Config, last_step: int) -> Mirror | None:
-    wanted = config.logging.tensorboard
-    if wanted == "off":
+    if config.logging.tensorboard == "off" or not _is_installed("tensorboard"):
         return None
-    try:
-        import tensorboard.summary  # noqa: F401 (a mere folder of that name has none)
-    except ImportError:
-        if wanted == "auto":
-            return None
-        raise BackendError(
-            "logging.tensorboard is on, but tensorboard is not installed; "
-            "install it with `pip install tensorboard`, or set logging.tensorboard=auto"
-        ) from None
     from megaback.tensorboard_mirror import TensorboardMirror
 
     return TensorboardMirror(config.run, last_step)

@@ -1,4 +1,7 @@
-"""Everything that stands before the training loop: data, model, engine, and where to go on."""
+"""Everything that stands before the training loop: data, model, engine, and where to go on.
+
+First comes all that can refuse a start, then the first line that is written (`_accept`).
+"""
 
 import fcntl
 import socket
@@ -13,26 +16,30 @@ from data_pipeline.errors import CheckpointCorruptError, LaunchError, RunMismatc
 from megaback.attention import attention_backend
 from megaback.base_model import load_base
 from megaback.checkpoint import (
+    CHECKPOINTS_FOLDER,
     CheckpointMeta,
     library_versions,
     load_into_engine,
     newest_checkpoint,
+    step_name,
 )
-from megaback.checkpoint_copy import SecondPlace, fetch_newest
+from megaback.checkpoint_copy import SecondPlace, fetch_newest, newest_meta
 from megaback.compiler import require_compiler
 from megaback.config import CONFIG_COPY_NAME, Config, ModelSection
 from megaback.config_difference import differing_keys, shown_values
 from megaback.distributed import World
 from megaback.engine import start_engine
 from megaback.engine_state import num_updates
-from megaback.exit_record import EXIT_NAME, record_start
+from megaback.exit_record import record_exit, record_start
 from megaback.flops import flops_per_token
 from megaback.guard import read_left_out
 from megaback.hardware import device_peak_flops, require_host_memory, require_precision
+from megaback.mirrors import require_installed
 from megaback.model import ReverseGPT
 from megaback.preflight import preflight
 from megaback.pulse import Pulse
 from megaback.run_data import Data, open_data
+from megaback.start import Changes, NothingLeft, changes_on_resume, nothing_left, require_readable
 
 LOCK_NAME = ".lock"
 
@@ -69,6 +76,8 @@ class Run:
     pulse: Pulse
     lock: IO[str] | None
     """Open as long as the run is: it keeps others out of the run's folder."""
+    changes: Changes
+    """Keys of the config that have other values than before a resume."""
 
     def is_left_out(self, step: int) -> bool:
         """Whether a step, counted from 1, is passed over."""
@@ -100,13 +109,13 @@ class Run:
         )
 
 
-def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
+def prepare_run(config: Config, world: World, pulse: Pulse) -> Run | NothingLeft:
     """Bring data, model and engine together, from the newest good checkpoint if there is one.
 
     Any rank's MegabackError stops all ranks with one message. The pulse is opened once the run's
-    folder is this run's alone.
+    folder is this run's alone and the start is accepted; before, nothing is written.
     """
-    is_new = not world.gather(config.run.is_dir())[0]  # what cannot start leaves no folder
+    is_new = not world.gather((config.run / LOCK_NAME).exists())[0]
     lock = None if is_new else world.together(_claim, config, world)
     data = world.together(open_data, config, world.rank, world.size)
     world.together(require_precision, config.training.precision, world.device)
@@ -119,9 +128,23 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
     )
     if config.training.compile:
         world.together(require_compiler, world.device.type, "training.compile")
-    found = _find_start(config, world)
-    if found is not None:
-        world.together(_require_same_run, config, data, *found)
+    world.together(require_installed, config)
+    found, fetched_meta = _find_start(config, world)
+    meta = found[1] if found is not None else fetched_meta
+    changes: Changes = {}
+    if meta is not None:
+        target = config.run / CHECKPOINTS_FOLDER / step_name(meta.step)
+        world.together(_require_same_run, config, data, target, meta)
+        world.together(require_readable, config.run)
+        changes = changes_on_resume(meta.config, config)
+        left = world.together(nothing_left, config, meta, data.total_steps)
+        left = world.gather(left)[0]  # by the first rank's eyes
+        if left is not None and fetched_meta is None:
+            data.training.close()
+            if lock is not None:
+                world.together(_note_end, config, world, left, data.total_steps)
+                lock.close()
+            return left
 
     model = ReverseGPT(
         config.model,
@@ -130,7 +153,7 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
         config.training.activation_checkpointing,
         config.optimizer.z_loss,
     )
-    if found is None and config.init_from is not None:
+    if meta is None and config.init_from is not None:
         run = f"the run on {config.data.description}"
         world.together(load_base, model, config.init_from, data.text_format, run)
     else:
@@ -145,22 +168,20 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
     )
     if is_new:
         lock = world.together(_claim, config, world)
+    if fetched_meta is not None:
+        found = _fetch_start(config, world)
+    start_step = found[1].step if found is not None else 0
     pulse.open()
-    world.together(_note_start, config, world, found, data.total_steps)
-    pulse.at("checking the nodes", 0)
+    world.together(_accept, config, world, start_step, data.total_steps, changes)
+    pulse.at("checking the nodes", start_step)
     preflight(config, data, world)
-    pulse.at("starting", 0)
+    pulse.at("starting", start_step)
     attended = world.together(data.attended_tokens)
     flops_a_token = flops_per_token(config.model, data.codec.vocab_size, attended)
     num_parameters = model.num_parameters()
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
-    start_step = 0
     if found is not None:
         world.together(load_into_engine, engine, *found, world)
-        start_step = found[1].step
-    if world.is_first:
-        config.run.mkdir(parents=True, exist_ok=True)
-        write_text(config.run / CONFIG_COPY_NAME, config.to_yaml())
     return Run(
         config,
         data,
@@ -174,6 +195,7 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run:
         tuple(world.gather(world.together(read_left_out, config.run))[0]),
         pulse,
         lock,
+        changes,
     )
 
 
@@ -208,48 +230,73 @@ def _claim(config: Config, world: World) -> IO[str] | None:
         ) from None
     except OSError:
         pass  # a file system without locks
-    (config.run / EXIT_NAME).unlink(missing_ok=True)  # it was of an earlier start
     return lock
 
 
-def _find_start(config: Config, world: World) -> tuple[Path, CheckpointMeta] | None:
-    """The newest good checkpoint, if need be from the second place."""
+def _find_start(
+    config: Config, world: World
+) -> tuple[tuple[Path, CheckpointMeta] | None, CheckpointMeta | None]:
+    """The newest good checkpoint or, if there is none, what the newest one in the second place is.
+
+    Nothing is fetched yet.
+    """
     copy_to = config.checkpoint.copy_to
     error: CheckpointCorruptError | None = None
-    found = None
+    found = meta = None
     try:
         found = newest_checkpoint(config.run, world)
     except CheckpointCorruptError as problem:
         error = problem
     if found is None and copy_to is not None:
-        fetched = world.gather(world.together(_fetch, config.run, copy_to, world))[0]
-        if fetched:
-            found, error = newest_checkpoint(config.run, world), None
+        meta = world.gather(world.together(_ask_second_place, config.run, copy_to, world))[0]
+        error = None if meta is not None else error
     world.stop_if_any(error)
-    return found
+    return found, meta
 
 
-def _fetch(run: Path, copy_to: str, world: World) -> bool:
-    if not world.is_first:
-        return False
-    place = SecondPlace(copy_to, run)
-    target = fetch_newest(run, place)
+def _ask_second_place(run: Path, copy_to: str, world: World) -> CheckpointMeta | None:
+    return newest_meta(SecondPlace(copy_to, run)) if world.is_first else None
+
+
+def _fetch_start(config: Config, world: World) -> tuple[Path, CheckpointMeta] | None:
+    """Bring the newest good checkpoint back from the second place."""
+    world.together(_fetch, config, world)
+    return newest_checkpoint(config.run, world)
+
+
+def _fetch(config: Config, world: World) -> None:
+    if not world.is_first or config.checkpoint.copy_to is None:
+        return
+    place = SecondPlace(config.checkpoint.copy_to, config.run)
+    target = fetch_newest(config.run, place)
     if target is not None:
         print(f"megaback: {target.name} was fetched from {place.name}", flush=True)
-    return target is not None
 
 
-def _note_start(
-    config: Config, world: World, found: tuple[Path, CheckpointMeta] | None, total_steps: int
+def _accept(
+    config: Config, world: World, start_step: int, total_steps: int, changes: Changes
 ) -> None:
-    if world.is_first:
-        record_start(
-            config.run,
-            step=found[1].step if found is not None else 0,
-            total_steps=total_steps,
-            world_size=world.size,
-            zero_stage=config.zero.stage,
-        )
+    """Write that the run starts, and with which config."""
+    if not world.is_first:
+        return
+    changed = {"changed": changes} if changes else {}
+    record_start(
+        config.run,
+        step=start_step,
+        total_steps=total_steps,
+        world_size=world.size,
+        zero_stage=config.zero.stage,
+        **changed,
+    )
+    write_text(config.run / CONFIG_COPY_NAME, config.to_yaml())
+
+
+def _note_end(config: Config, world: World, left: NothingLeft, total_steps: int) -> None:
+    """Say how a run ended that was killed, or failed, after its last step was saved."""
+    if not world.is_first or left.is_recorded:
+        return
+    _accept(config, world, left.step, total_steps, {})
+    record_exit(config.run, 0, "finished", left.reason, world.rank)
 
 
 def _require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:

@@ -55,6 +55,11 @@ class Pulse:
         )
         self._thread = Thread(target=self._watch, name="pulse", daemon=True)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the run's folder is ours and says that the run has started."""
+        return self._thread.ident is not None
+
     def open(self) -> None:
         """Begin, in a run's folder that is ours. Collective: all ranks then have a heartbeat."""
         self._world.together(self._begin)
@@ -73,8 +78,8 @@ class Pulse:
     def leave(self, reason: str) -> None:
         """Say why this rank ends, so that the others do not wait for it in vain."""
         self._stopped.set()
-        if self._thread.ident is None:
-            return  # it never began
+        if not self.is_open:
+            return
         if current_thread() is not self._thread:
             self._thread.join(timeout=5)
         with self._lock:
@@ -83,6 +88,13 @@ class Pulse:
 
     def report_lost(self) -> RankLostError:
         """Who is missing, after a collective has failed or taken too long; records it."""
+        if not self.is_open:  # what lies in the run's folder is of an earlier start
+            error = RankLostError(
+                "another rank ended before the run had started; see the messages above, and run "
+                "the same command again"
+            )
+            report(error)
+            return error
         reason = self._wait_for_missing()
         error = RankLostError(
             f"{reason}; the other ranks stop, and the checkpoints are intact: run the same command "

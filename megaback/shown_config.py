@@ -1,5 +1,6 @@
 """A config for eyes other than its owner's."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.remote import shown_url
@@ -8,8 +9,13 @@ from megaback.config import Config
 
 def shown_config(config: Config) -> dict[str, Any]:
     """What a config says, without the passwords and signatures of addresses."""
-    fields: dict[str, Any] = _shown(config.model_dump(mode="json"))
-    return fields
+    return shown_fields(config.model_dump(mode="json"))
+
+
+def shown_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a config's fields as JSON."""
+    shown: dict[str, Any] = _shown(dict(fields))
+    return shown
 
 
 def _shown(value: Any) -> Any:

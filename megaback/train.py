@@ -45,6 +45,7 @@ from megaback.patience import Patience, mark_best, read_measurements
 from megaback.preparation import Run, batch_arithmetic, prepare_run
 from megaback.pulse import Pulse
 from megaback.schedule import rate_factor_at
+from megaback.start import NothingLeft, describe_changes
 from megaback.stopping import StopRequest, deadline_of
 
 _POLL_S = 0.02
@@ -92,8 +93,6 @@ class Trainer:
         run, total_steps = self._run, self._run.data.total_steps
         val_loss = run.val_loss if run.start_step else self._validate(0)
         saved_step = run.start_step
-        if self._patience.is_exhausted:  # before it was interrupted
-            total_steps = run.start_step
         run.engine.train()
         for step in range(run.start_step, total_steps):
             started, done = monotonic(), step + 1
@@ -314,8 +313,8 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
         gap = history_gap(config, run.start_step)
         if gap is not None:
             log.say(gap)
-    if run.start_step >= run.data.total_steps:
-        log.say("nothing is left to do; raise training.steps to train on")
+    if run.changes:
+        log.say(f"changed on resume: {describe_changes(run.changes)}")
     return log
 
 
@@ -328,7 +327,12 @@ def train_run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> 
     error: MegabackError | None = None
     reason = ""
     try:
-        trainer = Trainer(prepare_run(config, world, pulse), world, stop)
+        prepared = prepare_run(config, world, pulse)
+        if isinstance(prepared, NothingLeft):
+            if world.is_first:
+                print(prepared.message, flush=True)
+            return
+        trainer = Trainer(prepared, world, stop)
         try:
             reason = trainer.train()
         finally:
@@ -348,7 +352,7 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:
         train_run(config, world, stop, pulse)
     except AgreedExit as ending:
         reason = ending.error
-        if reason is not None and not isinstance(reason, LaunchError):
+        if reason is not None and pulse.is_open:  # else the record is that of an earlier start
             record_exit(
                 config.run, reason.exit_code, type(reason).__name__, str(reason), world.rank
             )
@@ -361,7 +365,9 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:
         traceback.print_exc()
         sys.stderr.flush()
         reason_text = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
-        record_exit(config.run, MegabackError.exit_code, "Exception", reason_text, world.rank)
+        if pulse.is_open:
+            code = MegabackError.exit_code
+            record_exit(config.run, code, "Exception", reason_text, world.rank)
         pulse.leave(reason_text)
         os._exit(MegabackError.exit_code)
     return 0

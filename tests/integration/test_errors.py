@@ -50,9 +50,9 @@ pytestmark = pytest.mark.slow
 
 _PREFIX = "megaback: error: "
 # What a run may leave that ended on its way.
-_NOTES_OF_A_RUN = {"exit.json", "history.jsonl"}
-"""A start that fails is noted there."""
-_LEFT_BY_A_RUN = {".lock", "config.yaml", "metrics.jsonl", "preflight.json", *_NOTES_OF_A_RUN}
+_LEFT_BY_A_RUN = {
+    *(".lock", "config.yaml", "metrics.jsonl", "preflight.json", "exit.json", "history.jsonl"),
+}
 
 Megaback = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -372,7 +372,7 @@ def _contents(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in _NOTES_OF_A_RUN
+        if path.is_file()
     }
 
 

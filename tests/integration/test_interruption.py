@@ -1,5 +1,7 @@
 """Real runs that are stopped and killed: what they say, and where they go on."""
 
+import json
+import shutil
 import signal
 import subprocess
 import time
@@ -10,8 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 from tiny_run import TOTAL_STEPS, metrics_of, wait_for_step
+from warm_ranks import WarmRanks
 
-from data_pipeline.errors import PreemptedError
+from data_pipeline.errors import PreemptedError, RunMismatchError
+from megaback.exit_record import read_history
+from tools.watch import look
 
 pytestmark = pytest.mark.slow
 
@@ -105,12 +110,81 @@ def test_a_signal_while_ranks_are_starting_means_requeue_too(
     assert process.wait(timeout=60) == PreemptedError.exit_code
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ((), f"nothing is left to do: {{run}} has done {TOTAL_STEPS} of {TOTAL_STEPS} steps"),
+        (("training.steps=50",), f"has done {TOTAL_STEPS} of 50 steps"),
+    ],
+)
 def test_a_finished_run_that_is_started_again_changes_nothing(
-    lonely_run_of: RunOf, train_one_rank: Train
+    overrides: tuple[str, ...], says: str, lonely_run_of: RunOf, train_one_rank: Train
 ) -> None:
     run = lonely_run_of("zero.stage=1")
+    before = contents_of(run)
+
+    result = train_one_rank(run, "zero.stage=1", *overrides)
+
+    assert result.returncode == 0
+    assert says.format(run=run) in result.stdout
+    assert contents_of(run) == before
+    assert (look(run).state, look(run).step) == ("finished", TOTAL_STEPS)
+
+
+def test_a_refused_start_changes_nothing_of_a_finished_run(
+    lonely_run_of: RunOf, train: Train
+) -> None:
+    """By the launcher, whose own record of ends is also asked."""
+    run = lonely_run_of("zero.stage=1")
+    before = contents_of(run)
+
+    result = train(run, "zero.stage=1", "hardware.processes=1", "model.width=64")
+
+    assert result.returncode == RunMismatchError.exit_code, result.stderr
+    assert contents_of(run) == before
+
+
+def test_a_run_that_was_killed_after_its_last_step_is_finished_when_it_is_started_again(
+    lonely_run_of: RunOf, tmp_path: Path, warm_ranks: Callable[[int], WarmRanks], config_path: Path
+) -> None:
+    run = shutil.copytree(lonely_run_of("zero.stage=1"), tmp_path / "run")
+    (run / "exit.json").unlink()
     before = (run / "metrics.jsonl").read_bytes()
 
-    assert train_one_rank(run, "zero.stage=1").returncode == 0
+    warm_ranks(1).train(config_path, (f"run={run}", "zero.stage=1"), tmp_path / "output.txt")
 
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_a_resume_changes_is_told_and_kept_in_the_history(
+    lonely_run_of: RunOf, tmp_path: Path, warm_ranks: Callable[[int], WarmRanks], config_path: Path
+) -> None:
+    run = shutil.copytree(lonely_run_of("zero.stage=1"), tmp_path / "run")
+    words = ("training.steps=101", "optimizer.learning_rate=0.001", "data.threads=0")
+
+    warm_ranks(1).train(
+        config_path, (f"run={run}", "zero.stage=1", *words), tmp_path / "output.txt"
+    )
+
+    line = (
+        "changed on resume: data.threads 1 -> 0, optimizer.learning_rate 0.003 -> 0.001, "
+        "training.steps 100 -> 101\n"
+    )
+    assert line in (tmp_path / "output.txt").read_text()
+    first, second = [event for event in read_history(run) if event["event"] == "start"]
+    assert "changed" not in first
+    assert second["changed"] == {
+        "data.threads": [1, 0],
+        "optimizer.learning_rate": [0.003, 0.001],
+        "training.steps": [100, 101],
+    }
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path; what the test itself has had printed is no part."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "output.txt"
+    }
