@@ -48,6 +48,8 @@ setup(
         "flash": ["flash-attn>=2.8"],
         "gguf": ["gguf>=0.17"],
         "transformers": ["transformers>=4.53"],
+        # trafilatura asks for lxml_html_clean by a name that pip does not always find.
+        "html": ["trafilatura>=2.0", "lxml_html_clean>=0.4"],
         "plot": ["matplotlib>=3.8"],
         "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.32"],
         "wandb": ["wandb>=0.19"],
@@ -69,6 +71,8 @@ setup(
             "ruff>=0.9",
             "schemathesis>=4.0",
             "tensorboard>=2.15",
+            "lxml_html_clean>=0.4",
+            "trafilatura>=2.0",
             "transformers>=4.53",
             "types-PyYAML",
             "types-psutil",

@@ -166,9 +166,10 @@ def _run_counted(task: Task, out: Path, model_bytes: bytes) -> TaskRecord:
 
 def _listed_again(plan: Plan, settings: BuildSettings, out: Path) -> Plan:
     renewed, has_changed = renew_plan(plan, settings)
-    if not has_changed:
+    is_finished = (out / MANIFEST_NAME).exists()
+    if not has_changed and (is_finished or renewed.skipped == plan.skipped):
         return plan
-    if (out / MANIFEST_NAME).exists():
+    if is_finished:
         raise OutputExistsError(
             f"{out} is a finished data set, but {settings.description} has changed since; "
             "choose another --out, or remove that folder"

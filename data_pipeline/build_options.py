@@ -17,6 +17,10 @@ from data_pipeline.text import Direction, TextCodec, Unit
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+html_option = click.option(
+    "--html", is_flag=True, help="Read HTML pages too: their main text, by trafilatura."
+)
+
 # The option that gives each setting, in the order in which help shows them.
 _SETTINGS: dict[str, Callable[[Any], Any]] = {
     "sources": click.option(
@@ -52,6 +56,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
     "text_column": click.option(
         "--text-column", default="text", show_default=True, help="Column or key with the text."
     ),
+    "html": html_option,
     "languages": click.option(
         "--language", "languages", multiple=True, help="Only documents in this language, or these."
     ),

@@ -1,4 +1,4 @@
-"""Documents from files: parquet by row groups, lines of JSON, and plain texts.
+"""Documents from files: parquet by row groups, zip archives by files, and whole files.
 
 Local and remote files are listed and read alike; remote ones are looked at by a few threads.
 """
@@ -9,16 +9,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from data_pipeline.errors import BadRecordError, SourceMissingError, SourceUnreadableError
-from data_pipeline.files import COMPRESSIONS, DataFile, kind_of, look_at, name_of
-from data_pipeline.json_lines import (
-    CORRUPT_ERRORS,
-    corrupt,
-    decompressed,
-    lines,
-    not_utf8,
-    parse_record,
-)
+from data_pipeline.content import read_content
+from data_pipeline.errors import SourceMissingError, SourceUnreadableError
+from data_pipeline.files import DataFile, kind_of, look_at, name_of
+from data_pipeline.html_text import require_html_reader
+from data_pipeline.json_lines import COMPRESSIONS, CORRUPT_ERRORS, corrupt, decompressed
 from data_pipeline.parquet_source import list_parquet_slices, read_parquet_slice
 from data_pipeline.remote import is_url, shown_url
 from data_pipeline.slices import (
@@ -26,30 +21,43 @@ from data_pipeline.slices import (
     Document,
     OnBadRecord,
     Slice,
-    documents_of,
     require_no_columns,
     require_stamp,
 )
+from data_pipeline.zip_source import holds_records, list_zip_slices, read_zip_slice
 
 _LISTING_THREADS = 16
 _LONGEST_FIRST_LINE_BYTES = 4 << 20
 
 
-def list_files(addresses: Iterable[str], columns: AnyColumns) -> list[Slice]:
+def list_files(
+    addresses: Iterable[str], columns: AnyColumns, *, skips_bad: bool = False
+) -> list[Slice]:
     """The slices of files, in the order of the files.
 
-    Raises SourceMissingError, SourceUnreadableError, BackendError.
+    A parquet file whose columns do not fit is an error. If others' do, `skips_bad` lists it
+    nevertheless: each of its rows is a malformed record then. Raises SourceMissingError,
+    SourceUnreadableError, BackendError.
     """
     addresses = list(addresses)
     list_file = partial(_list_file, columns=columns)
-    if not any(is_url(address) for address in addresses):
-        return [piece for address in addresses for piece in list_file(address)]
-    # Each of thousands of files costs a few round trips and hardly any work.
-    pool = ThreadPoolExecutor(_LISTING_THREADS)
-    try:
-        return [piece for pieces in pool.map(list_file, addresses) for piece in pieces]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    if any(is_url(address) for address in addresses):
+        # Each of thousands of files costs a few round trips and hardly any work.
+        pool = ThreadPoolExecutor(_LISTING_THREADS)
+        try:
+            listed = list(pool.map(list_file, addresses))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    else:
+        listed = [list_file(address) for address in addresses]
+    faults = [fault for _, fault in listed if fault]
+    if faults and len(faults) == sum(bool(slices) for slices, _ in listed):
+        raise SourceUnreadableError(faults[0])
+    if faults and not skips_bad:
+        raise SourceUnreadableError(
+            f"{faults[0]}; or leave out the rows of such files, counted, with --on-bad-record skip"
+        )
+    return [piece for slices, _ in listed for piece in slices]
 
 
 def read_file(piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord) -> Iterator[Document]:
@@ -60,10 +68,11 @@ def read_file(piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord) -> 
         require_stamp(piece, file.stamp)
         if piece.kind == "parquet":
             yield from read_parquet_slice(file, piece, columns, on_bad_record)
-        elif piece.kind == "jsonl":
-            yield from _read_jsonl(file, piece, columns, on_bad_record)
+        elif piece.kind == "zip":
+            yield from read_zip_slice(file, piece, columns, on_bad_record)
         else:
-            yield from _read_text(file, piece, on_bad_record)
+            chunks = _chunks(file, piece.path)
+            yield from read_content(piece.kind, shown, chunks, columns, on_bad_record)
         if is_url(piece.path):  # not all servers tell with each part which version it is of
             require_stamp(piece, look_at(piece.path).stamp)
     except CORRUPT_ERRORS as error:
@@ -100,50 +109,32 @@ def refused(address: str, error: OSError) -> SourceUnreadableError:
     )
 
 
-def _list_file(address: str, columns: AnyColumns) -> list[Slice]:
+def _list_file(address: str, columns: AnyColumns) -> tuple[list[Slice], str | None]:
+    """A file's slices, and why none of its rows can be read, if that is so."""
     kind = kind_of(address) or ""
     shown = shown_url(address)
     try:
         file = look_at(address)
         if kind == "parquet":
-            return list(list_parquet_slices(file, address, columns))
+            parquet = list_parquet_slices(file, address, columns)
+            return parquet.slices, parquet.fault and f"{shown}: {parquet.fault}"
+        if kind == "zip":
+            if not holds_records(file, columns):
+                require_no_columns(columns, shown)
+            return list(list_zip_slices(file, address, columns)), None
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_url(address):
             raise SourceMissingError(
                 f"{shown}: {error.strerror or 'there is no such file'}; check the address"
             ) from None
         raise refused(shown, error) from None
-    if kind == "text":
+    if kind == "html":
+        require_html_reader()
+    if kind in ("text", "html"):
         require_no_columns(columns, shown)
     if file.size_bytes == 0 and name_of(address).suffix.lower() in COMPRESSIONS:
         raise corrupt(shown, "it has no bytes")
-    return [Slice(kind, address, 0, 1, file.size_bytes, file.stamp)]
-
-
-def _read_text(file: DataFile, piece: Slice, on_bad_record: OnBadRecord) -> Iterator[Document]:
-    raw = b"".join(_chunks(file, piece.path))
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        on_bad_record(not_utf8(f"{file.shown}:{line}", error))
-    else:
-        yield Document(text, name_of(piece.path).name)
-
-
-def _read_jsonl(
-    file: DataFile, piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord
-) -> Iterator[Document]:
-    name = name_of(piece.path).name
-    for number, line in lines(_chunks(file, piece.path)):
-        where = f"{file.shown}:{number}"
-        try:
-            record = parse_record(line, where)
-            documents = documents_of(record, columns, where, f"{name}:{number}")
-        except BadRecordError as error:
-            on_bad_record(error)
-        else:
-            yield from documents
+    return [Slice(kind, address, 0, 1, file.size_bytes, file.stamp)], None
 
 
 def _chunks(file: DataFile, address: str) -> Iterator[bytes]:

@@ -1,25 +1,29 @@
-"""The files of a source, wherever they lie: found, looked at and opened in one way.
+"""The files of a source, wherever they lie: told apart, looked at and opened in one way.
 
 A file has an address: an absolute path on this machine, or a URL. Paths are read natively.
 """
 
-import glob
-import os
-from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Protocol
 
 from data_pipeline import remote
-from data_pipeline.errors import SourceMissingError
+from data_pipeline.json_lines import COMPRESSIONS
 from data_pipeline.slices import file_stamp
 
-COMPRESSIONS = (".gz", ".zst")
 _KINDS = {
     ".parquet": "parquet",
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
-    **dict.fromkeys((".txt", ".md", ".rst"), "text"),
+    **dict.fromkeys((".jsonl", ".jsonlines", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst"), "text"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
+    ".zip": "zip",
 }
-_SUFFIXES = f"{', '.join(_KINDS)} (all but .parquet also with {' or '.join(COMPRESSIONS)})"
+_WHOLE = ("parquet", "zip")
+"""Kinds that are compressed by themselves."""
+SUFFIXES = (
+    f"{', '.join(_KINDS)} (all but .parquet and .zip also with {', '.join(COMPRESSIONS)}; "
+    "HTML with --html)"
+)
+"""What can be read, for messages."""
 _LOCAL_URL = "file://"
 _PARQUET_BUFFER_BYTES = 1 << 20
 
@@ -93,66 +97,17 @@ def name_of(address: str) -> PurePath:
 
 
 def kind_of(address: str) -> str | None:
-    """`parquet`, `jsonl` or `text` by the suffix; None for a file that is not read."""
+    """`parquet`, `jsonl`, `text`, `html` or `zip` by the suffix; None for what is not read."""
     name = name_of(address)
     suffix = name.suffix.lower()
     if suffix in COMPRESSIONS:
         kind = _KINDS.get(PurePath(name.stem).suffix.lower())
-        return None if kind == "parquet" else kind
+        return None if kind in _WHOLE else kind
     return _KINDS.get(suffix)
 
 
-def find_files(source: str) -> list[str]:
-    """The addresses of a source's files that can be read, sorted.
-
-    Raises OSError, SourceMissingError, SourceUnreadableError, BackendError.
-    """
-    path = local_path(source)
-    if path is None:
-        files, folders = remote.find(source)
-    elif source in ("", _LOCAL_URL):  # Path("") would be the folder we are in
-        files, folders = [], []
-    else:
-        files, folders = _find_local(path)
-    if not files and not folders:
-        raise SourceMissingError(
-            f"{remote.shown_url(source) or '(empty)'}: there is no such file or folder, "
-            "and no file matches it as a pattern; a source is `pydocs`, a path, a URL, "
-            "a quoted pattern, or `hf:NAME` on the hub"
-        )
-    readable = {address for address in files if kind_of(address)}
-    for below in folders:
-        readable.update(_data_of(below))
-    if not readable:
-        shown = remote.shown_url(source)
-        raise SourceMissingError(f"{shown}: no file has a suffix that can be read: {_SUFFIXES}")
-    return sorted(readable, key=lambda address: address.split("/"))
-
-
-def _data_of(files: list[str]) -> list[str]:
-    """The files of a folder that hold its data: beside data, a text is a README or a licence."""
-    texts = [address for address in files if kind_of(address) == "text"]
-    return [address for address in files if kind_of(address) not in ("text", None)] or texts
-
-
-def _find_local(path: Path) -> tuple[list[str], list[list[str]]]:
-    if path.exists():
-        matches = [path]
-    else:
-        # Path.glob takes no absolute patterns.
-        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
-    # Not resolved: the files that a hub cache links to have no suffix.
-    absolute = [Path(os.path.abspath(match)) for match in matches]  # noqa: PTH100
-    return (
-        [str(match) for match in absolute if not match.is_dir()],
-        [list(_files_below(match)) for match in absolute if match.is_dir()],
-    )
-
-
-def _files_below(root: Path) -> Iterator[str]:
-    def stop(error: OSError) -> None:
-        raise error
-
-    for folder, subfolders, names in os.walk(root, onerror=stop):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (str(Path(folder, name)) for name in names if not name.startswith("."))
+def suffix_of(address: str) -> str:
+    """The suffix, and before that of a compression the one of what is compressed."""
+    name = name_of(address)
+    inner = PurePath(name.stem).suffix if name.suffix.lower() in COMPRESSIONS else ""
+    return f"{inner}{name.suffix}".lower()

@@ -41,7 +41,7 @@ _NEUTRAL_SETTINGS = {
 }
 
 
-def list_hub_slices(source: str, columns: AnyColumns) -> list[Slice]:
+def list_hub_slices(source: str, columns: AnyColumns, *, skips_bad: bool = False) -> list[Slice]:
     """Slices of the train split of `NAME[:CONFIG]`.
 
     Raises SourceMissingError when the hub, the data set, the config or the split is not there, and
@@ -56,7 +56,7 @@ def list_hub_slices(source: str, columns: AnyColumns) -> list[Slice]:
     builder = _builder(path)
     addresses = _plain_files(builder)
     if addresses:
-        return list_files(addresses, columns)
+        return list_files(addresses, columns, skips_bad=skips_bad)
     stamp, stream = _open(path, builder)
     # Without a header to tell, the first record does.
     names = stream.column_names or next(_records(stream, f"hf:{path}"), None)

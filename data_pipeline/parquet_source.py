@@ -6,6 +6,7 @@ however large the file or a row group is.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
@@ -18,17 +19,27 @@ from data_pipeline.slices import (
     Slice,
     asked_columns,
     documents_of,
-    require_columns,
 )
 
 SLICE_BYTES = 64 << 20
 _BATCH_ROWS = 256
+_STRINGS = {"string", "large_string", "string_view"}
+_BINARIES = {"binary", "large_binary", "binary_view"}
+"""Bytes that are UTF-8, as programs write that do not mark their columns as text."""
 
 
-def list_parquet_slices(file: DataFile, address: str, columns: AnyColumns) -> Iterator[Slice]:
-    """Slices of about 64 MiB of text; none for a file without rows.
+@dataclass(frozen=True)
+class ParquetListing:
+    """The slices of a file, and why none of its rows can be read, if that is so."""
 
-    Raises SourceUnreadableError when the file is no parquet, or lacks a column of the right type.
+    slices: list[Slice]
+    fault: str | None
+
+
+def list_parquet_slices(file: DataFile, address: str, columns: AnyColumns) -> ParquetListing:
+    """Slices of about 64 MiB of text; none for a file without rows, whatever its columns.
+
+    Raises SourceUnreadableError when the file is no parquet.
     """
     import pyarrow as pa
 
@@ -38,43 +49,23 @@ def list_parquet_slices(file: DataFile, address: str, columns: AnyColumns) -> It
             leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file.shown, error) from None
-    require_columns(columns, schema.names, file.shown)
-    _require_types(columns, schema, leaves, file.shown)
-    if isinstance(columns, ExampleColumns):
-        roots = columns.found_in(schema.names, file.shown)
-        sized = [leaf for leaf, path in enumerate(leaves) if path.partition(".")[0] in roots]
-    else:
-        sized = [leaves.index(columns.text)]
+    if metadata.num_rows == 0:
+        return ParquetListing([], None)
+    fault = _fault(columns, schema, leaves)
+    names = set() if fault else set(_columns_to_read(columns, schema.names))
+    if not isinstance(columns, ExampleColumns):
+        names &= {columns.text}
+    sized = [leaf for leaf, path in enumerate(leaves) if _is_within(path, names)]
+    slices = []
     start = size_bytes = 0
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
         size_bytes += sum(row_group.column(leaf).total_uncompressed_size for leaf in sized)
         if size_bytes >= SLICE_BYTES or group == metadata.num_row_groups - 1:
             if any(metadata.row_group(index).num_rows for index in range(start, group + 1)):
-                yield Slice("parquet", address, start, group + 1, size_bytes, file.stamp)
+                slices.append(Slice("parquet", address, start, group + 1, size_bytes, file.stamp))
             start, size_bytes = group + 1, 0
-
-
-def _columns_to_read(columns: AnyColumns, names: list[str], shown: str) -> list[str]:
-    if isinstance(columns, ExampleColumns):
-        return columns.found_in(names, shown)
-    return list(dict.fromkeys(column for column, _, _ in asked_columns(columns)))
-
-
-def _require_types(columns: AnyColumns, schema: Any, leaves: list[str], shown: str) -> None:
-    """Raises SourceUnreadableError when a column of text or of scores holds something else."""
-    if isinstance(columns, ExampleColumns):
-        return  # records say for themselves what is in them
-    for column, option, content in asked_columns(columns):
-        column_type = schema.field(column).type
-        is_score = column == columns.language_score
-        fits = _is_number(column_type) if is_score else _is_string(column_type)
-        if column not in leaves or not fits:
-            raise SourceUnreadableError(
-                f"{shown}: column {column!r} holds {column_type}, not "
-                f"{'numbers' if is_score else 'strings'}; the columns are "
-                f"{', '.join(schema.names)}: name the one with the {content} with {option}"
-            )
+    return ParquetListing(slices, None if fault is None else fault.sentence)
 
 
 def read_parquet_slice(
@@ -85,19 +76,77 @@ def read_parquet_slice(
 
     try:
         with _open(file) as parquet:
-            row = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.start))
+            schema, metadata = parquet.schema_arrow, parquet.metadata
+            leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+            groups = range(piece.start, piece.stop)
+            row = sum(metadata.row_group(group).num_rows for group in range(piece.start))
+            if fault := _fault(columns, schema, leaves):
+                for index in range(sum(metadata.row_group(group).num_rows for group in groups)):
+                    where = f"{file.shown} row {row + index}"
+                    on_bad_record(BadRecordError(f"{where}: {fault.sentence}", fault.cause))
+                return
             batches = parquet.iter_batches(
                 _BATCH_ROWS,
-                row_groups=range(piece.start, piece.stop),
-                columns=_columns_to_read(columns, parquet.schema_arrow.names, file.shown),
+                row_groups=groups,
+                columns=_columns_to_read(columns, schema.names),
                 use_threads=False,
             )
-            rows = _Rows(file.shown, parquet.schema_arrow.names, columns, on_bad_record)
+            rows = _Rows(file.shown, schema.names, columns, on_bad_record)
             for batch in batches:
                 yield from rows.documents(batch, row)
                 row += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file.shown, error) from None
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """Why no row of a file can be read."""
+
+    cause: str
+    sentence: str
+
+
+def _fault(columns: AnyColumns, schema: Any, leaves: list[str]) -> _Fault | None:
+    """What is wrong with the columns that are asked for, if anything is."""
+    names = schema.names
+    shown = ", ".join(names) or "none"
+    if isinstance(columns, ExampleColumns):
+        try:
+            asked = columns.found_in(names, "")
+        except SourceUnreadableError as error:
+            return _Fault("no columns with examples", str(error).removeprefix(": "))
+    else:
+        asked = _columns_to_read(columns, names)
+        for column, option, content in asked_columns(columns):
+            advice = f"the columns are {shown}: name the one with the {content} with {option}"
+            if column not in names:
+                return _Fault(f"no column {column!r}", f"no column {column!r}; {advice}")
+            if names.count(column) > 1:
+                continue
+            column_type = schema.field(column).type
+            is_score = column == columns.language_score
+            fits = _is_number(column_type) if is_score else _is_string(column_type)
+            if column not in leaves or not fits:
+                wanted = "numbers" if is_score else "strings"
+                cause = f"column {column!r} holds {column_type}, not {wanted}"
+                return _Fault(cause, f"{cause}; {advice}")
+    for column in asked:
+        if names.count(column) > 1:
+            cause = f"{names.count(column)} columns are called {column!r}"
+            return _Fault(cause, f"{cause} (the columns are {shown}); rename all but one of them")
+    return None
+
+
+def _columns_to_read(columns: AnyColumns, names: list[str]) -> list[str]:
+    if isinstance(columns, ExampleColumns):
+        return columns.found_in(names, "")
+    return list(dict.fromkeys(column for column, _, _ in asked_columns(columns)))
+
+
+def _is_within(path: str, names: set[str]) -> bool:
+    """Whether a leaf is one of some columns, or lies in one that is nested."""
+    return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
 class _Rows:
@@ -120,8 +169,8 @@ class _Rows:
             return
         none: list[Any] = [None] * batch.num_rows
         try:
-            texts = batch.column(columns.text).to_pylist()
-            languages = batch.column(columns.language).to_pylist() if columns.language else none
+            texts = _strings(batch.column(columns.text))
+            languages = _strings(batch.column(columns.language)) if columns.language else none
         except UnicodeDecodeError:
             texts = none
         if None in texts:
@@ -165,22 +214,37 @@ def _open(file: DataFile) -> Any:
 
 
 def _is_string(column_type: Any) -> bool:
+    """Whether a column may hold texts: as strings, as bytes, or as nothing but nulls."""
+    return str(_stored_type(column_type)) in {*_STRINGS, *_BINARIES, "null"}
+
+
+def _stored_type(column_type: Any) -> Any:
     import pyarrow as pa
 
-    value_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
-    return str(value_type) in {"string", "large_string", "string_view"}
+    if pa.types.is_dictionary(column_type):
+        return column_type.value_type
+    return getattr(column_type, "storage_type", column_type)
 
 
 def _is_number(column_type: Any) -> bool:
     from pyarrow import types
 
-    tests = (types.is_floating, types.is_integer, types.is_decimal)
+    tests = (types.is_floating, types.is_integer, types.is_decimal, types.is_null)
     return any(test(column_type) for test in tests)
+
+
+def _strings(column: Any) -> list[Any]:
+    """The values of a column. Raises UnicodeDecodeError."""
+    values: list[Any] = column.to_pylist()
+    if str(_stored_type(column.type)) in _BINARIES:
+        return [None if value is None else value.decode() for value in values]
+    return values
 
 
 def _python_value(value: Any, column: str, where: str) -> object:
     try:
-        return value.as_py()
+        found = value.as_py()
+        return found.decode() if isinstance(found, bytes) else found
     except UnicodeDecodeError:
         raise BadRecordError(
             f"{where}: column {column!r} is not valid UTF-8; fix or remove the row",

@@ -34,9 +34,9 @@ from data_pipeline.settings import (
     WeightedSource,
     content_settings,
 )
-from data_pipeline.skipped import Skipped, skipped_from_json, skipped_to_json
+from data_pipeline.skipped import Skipped, merged, skipped_from_json, skipped_lines, skipped_to_json
 from data_pipeline.slices import Slice
-from data_pipeline.sources import list_slices, require_outside
+from data_pipeline.sources import list_source, require_outside
 from data_pipeline.text import TextCodec
 
 PLAN_NAME = "plan.json"
@@ -180,8 +180,10 @@ def make_plan(settings: BuildSettings, num_tasks: int | None = None) -> Plan:
     Depends on the sources' contents and the settings alone. Raises the errors of the sources.
     """
     columns = settings.columns
-    inputs = tuple(list_slices(part.source, columns) for part in settings.sources)
-    plan = Plan(settings, inputs, (), num_tasks)
+    skips_bad = settings.on_bad_record == "skip"
+    listings = [list_source(part.source, columns, skips_bad=skips_bad) for part in settings.sources]
+    skipped = merged(listing.skipped for listing in listings)
+    plan = Plan(settings, tuple(listing.slices for listing in listings), (), num_tasks, skipped)
     sizes = [portion.piece.size_bytes * portion.fraction for portion in plan.portions]
     return replace(plan, task_portions=cut_evenly(sizes, num_tasks))
 
@@ -266,12 +268,13 @@ def require_same_tasks(plan: Plan, out: Path, num_tasks: int | None) -> None:
 
 
 def renew_plan(plan: Plan, settings: BuildSettings) -> tuple[Plan, bool]:
-    """List the sources again. Returns the plan as it would be now, and whether it is another one.
+    """List the sources again. Returns the plan as it would be now, and whether it reads others.
 
     Tasks whose input is the same are the same. Raises the errors of the sources.
     """
     renewed = make_plan(settings, plan.asked_tasks)
-    return (renewed, True) if renewed.inputs != plan.inputs else (plan, False)
+    has_changed = renewed.inputs != plan.inputs
+    return (renewed if has_changed else replace(plan, skipped=renewed.skipped)), has_changed
 
 
 def _write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
@@ -355,6 +358,8 @@ def main(out: Path, tasks: int | None, overwrite: bool, **options: Any) -> None:
         f"{len(files):,} files of {plan.input_bytes:,} bytes in {len(plan.portions):,} portions: "
         f"{plan.num_tasks:,} tasks"
     )
+    for line in skipped_lines(plan.skipped):
+        click.echo(line)
     click.echo(f"{'written to' if is_new or overwrite else 'already in'} {out / PLAN_NAME}")
     click.echo(
         f"next: megaback shards build --out {shlex.quote(str(out))}"

@@ -66,18 +66,18 @@ def shown_url(url: str) -> str:
     return f"{protocol}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
-def find(url: str) -> tuple[list[str], list[list[str]]]:
+def find(url: str) -> tuple[list[str], list[list[str]], list[str]]:
     """The files that an address names, and for each folder that it names the files below.
 
-    A pattern may name several of both. Hidden files are left out. Over http only a file can be
-    named. Raises SourceMissingError, SourceUnreadableError, BackendError.
+    A pattern may name several of both. Third: the hidden files, which are in neither. Over http
+    only a file can be named. Raises SourceMissingError, SourceUnreadableError, BackendError.
     """
     if is_http(url):
-        return [url], []  # that it is there is found when it is looked at
+        return [url], [], []  # that it is there is found when it is looked at
     file_system, path = open_file_system(url)
     timeout_s = retries.POLICY.listing_timeout_s
 
-    def look() -> tuple[list[str], list[list[str]]]:
+    def look() -> tuple[list[str], list[list[str]], list[str]]:
         _require_hub_of(file_system)
         file_system.invalidate_cache()
         pinned = _pinned(path) if file_system.protocol == "hf" else path
@@ -85,21 +85,25 @@ def find(url: str) -> tuple[list[str], list[list[str]]]:
             found = {pinned: call(file_system, "info", pinned, timeout_s=timeout_s)}
         except FileNotFoundError:
             found = call(file_system, "glob", pinned, detail=True, timeout_s=timeout_s)
-            found = {name: info for name, info in found.items() if not _is_hidden(name)}
-        files, folders = [], []
+        files: list[str] = []
+        folders: list[list[str]] = []
+        hidden: list[str] = []
         for name, info in found.items():
-            if info["type"] == "directory":
-                below = call(file_system, "find", name, timeout_s=timeout_s)
-                shown = [other for other in below if not _is_hidden(other, name)]
-                folders.append([file_system.unstrip_protocol(other) for other in shown])
+            if name != pinned and _is_hidden(name):
+                hidden.append(file_system.unstrip_protocol(name))
+            elif info["type"] == "directory":
+                folders.append([])
+                for other in call(file_system, "find", name, timeout_s=timeout_s):
+                    some = hidden if _is_hidden(other, name) else folders[-1]
+                    some.append(file_system.unstrip_protocol(other))
             else:
                 files.append(file_system.unstrip_protocol(name))
-        return files, folders
+        return files, folders, hidden
 
     try:
         return guarded(url, look)
     except FileNotFoundError:
-        return [], []
+        return [], [], []
 
 
 class RemoteFile(io.RawIOBase):

@@ -71,6 +71,8 @@ class BuildSettings:
     """Where records hold instruction examples; None: documents of text are read."""
     row_tokens: int | None = None
     """Into rows of so many tokens examples are packed; longer ones are left out."""
+    html: bool = False
+    """Whether the text of HTML pages is read."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value out of range, naming its option."""
@@ -117,6 +119,7 @@ class BuildSettings:
             self.text_column,
             self.language_column if self.languages else None,
             self.language_score_column if self.min_language_score is not None else None,
+            self.html,
         )
 
     @property

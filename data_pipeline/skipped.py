@@ -15,7 +15,11 @@ PARTS = "parts"
 
 _MAX_FIRST = {FILES: 3, RECORDS: 10, PARTS: 3}
 _MAX_PLACE_CHARACTERS = 300
-_NOUNS = {FILES: "files", RECORDS: "records", PARTS: "parts of records"}
+_NOUNS = {
+    FILES: ("file", "files"),
+    RECORDS: ("record", "records"),
+    PARTS: ("part of a record", "parts of records"),
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def num_skipped(skipped: Skipped, kind: str) -> int:
 def skipped_lines(skipped: Skipped) -> list[str]:
     """One line per cause, the most frequent ones of each kind first, for people."""
     return [
-        f"{tally.count:,} {_NOUNS[kind]} left out: {cause} ({_places(tally)})"
+        f"{tally.count:,} {_NOUNS[kind][tally.count > 1]} left out: {cause} ({_places(tally)})"
         for kind in skipped
         for cause, tally in _by_count(skipped[kind])
     ]

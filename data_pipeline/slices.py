@@ -45,6 +45,8 @@ class Columns:
     text: str = "text"
     language: str | None = None
     language_score: str | None = None
+    html: bool = False
+    """Whether the text of HTML pages is read."""
 
 
 AnyColumns = Columns | ExampleColumns
@@ -66,11 +68,11 @@ class Slice:
     """One independently readable part of a source; `dataclasses.asdict` gives its JSON."""
 
     kind: str
-    """`pydocs`, `parquet`, `jsonl`, `text` or `hub`."""
+    """`pydocs`, `parquet`, `jsonl`, `text`, `html`, `zip` or `hub`."""
     path: str
     """An absolute path or URL; a hub name with its config; `modules` or `topics` of pydocs."""
     start: int
-    """First row group, hub shard or pydocs file. Text and jsonl files are never cut: 0 to 1."""
+    """First row group, hub shard, file of pydocs or of a zip. Other files are never cut: 0 to 1."""
     stop: int
     """One past the last."""
     size_bytes: int

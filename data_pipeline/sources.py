@@ -7,14 +7,17 @@ and splitting are left to the reader.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import OutputExistsError, SourceEmptyError
 from data_pipeline.file_source import list_files, read_file, refused
-from data_pipeline.files import find_files, local_path
+from data_pipeline.files import local_path
+from data_pipeline.finding import find_files
 from data_pipeline.hub_source import list_hub_slices, read_hub_slice
 from data_pipeline.pydocs import list_pydocs_slices, read_pydocs_slice
 from data_pipeline.remote import is_url, shown_url
+from data_pipeline.skipped import Skipped
 from data_pipeline.slices import (
     AnyColumns,
     Columns,
@@ -29,9 +32,11 @@ __all__ = [
     "AnyColumns",
     "Columns",
     "Document",
+    "Listing",
     "OnBadRecord",
     "Slice",
     "list_slices",
+    "list_source",
     "read_slice",
     "require_outside",
     "stop_at_bad_record",
@@ -40,29 +45,48 @@ __all__ = [
 _HUB_PREFIX = "hf:"
 
 
-def list_slices(source: str, columns: AnyColumns = Columns()) -> tuple[Slice, ...]:
-    """The slices of a source, in an order that only its contents decide.
+@dataclass(frozen=True)
+class Listing:
+    """What is read of a source, and which of its files are not."""
 
-    A folder gives the parquet and jsonl files below it or, where it has none, the text files: what
-    lies beside data is a README or a licence. Hidden files are left out. A file of suffix .json
-    must hold one object a line. `columns` names what is read of parquet, jsonl and hub records.
-    Raises SourceMissingError, SourceEmptyError, SourceUnreadableError, BackendError.
+    slices: tuple[Slice, ...]
+    """In an order that only the source's contents decide."""
+    skipped: Skipped = field(default_factory=dict)
+
+
+def list_slices(source: str, columns: AnyColumns = Columns()) -> tuple[Slice, ...]:
+    """The slices of a source: see `list_source`."""
+    return list_source(source, columns).slices
+
+
+def list_source(
+    source: str, columns: AnyColumns = Columns(), *, skips_bad: bool = False
+) -> Listing:
+    """List a source; `skips_bad` says whether malformed records will be left out.
+
+    A folder, and a zip archive, gives the parquet and jsonl files below it or, where it has none,
+    the text files: what lies beside data is a README or a license. A file of suffix .json holds
+    one object per line, or one array. `columns` names what is read of parquet, jsonl and hub
+    records. Raises SourceMissingError, SourceEmptyError, SourceUnreadableError, BackendError.
     """
+    skipped: Skipped = {}
     if source == "pydocs":
         require_no_columns(columns, source)
-        return list_pydocs_slices()
+        return Listing(list_pydocs_slices())
     if source.startswith(_HUB_PREFIX) and not is_url(source):
-        slices = list_hub_slices(source.removeprefix(_HUB_PREFIX), columns)
+        slices = list_hub_slices(source.removeprefix(_HUB_PREFIX), columns, skips_bad=skips_bad)
     else:
         try:
-            slices = list_files(find_files(source), columns)
+            html = isinstance(columns, Columns) and columns.html
+            files, skipped = find_files(source, html=html)
+            slices = list_files(files, columns, skips_bad=skips_bad)
         except OSError as error:
             raise refused(str(error.filename or source), error) from None
-    if not any(piece.size_bytes or piece.kind == "hub" for piece in slices):
+    if not any(piece.size_bytes or piece.kind in ("hub", "parquet") for piece in slices):
         raise SourceEmptyError(
             f"{shown_url(source)}: nothing is in it; name a source that holds text"
         )
-    return tuple(slices)
+    return Listing(tuple(slices), skipped)
 
 
 def read_slice(

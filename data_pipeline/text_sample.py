@@ -1,10 +1,11 @@
 """A sample of sources that fits in memory: a little from all over them, the same every time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from data_pipeline.settings import WeightedSource
+from data_pipeline.skipped import Skipped, merged
 from data_pipeline.slices import Columns, OnBadRecord, Slice, stop_at_bad_record
-from data_pipeline.sources import list_slices, read_slice
+from data_pipeline.sources import list_source, read_slice
 
 _SMALLEST_PART_BYTES = 256 << 10  # opening a part costs as much as reading about so much
 
@@ -14,15 +15,19 @@ def sample_texts(
     max_bytes: int,
     columns: Columns,
     on_bad_record: OnBadRecord = stop_at_bad_record,
+    on_skipped_files: Callable[[Skipped], None] = lambda _skipped: None,
 ) -> Iterator[str]:
     """Texts of up to `max_bytes` of UTF-8, from slices that are spread evenly over the sources.
 
     Every slice gives a share by its size and weight, from its beginning; the last text of a share
     may be cut. Raises the errors of the sources.
     """
-    listed = [
-        (piece, part.weight) for part in sources for piece in list_slices(part.source, columns)
+    skips_bad = on_bad_record is not stop_at_bad_record
+    listings = [
+        (list_source(part.source, columns, skips_bad=skips_bad), part.weight) for part in sources
     ]
+    on_skipped_files(merged(listing.skipped for listing, _ in listings))
+    listed = [(piece, weight) for listing, weight in listings for piece in listing.slices]
     is_known = any(piece.size_bytes for piece, _ in listed)
     weighted = [(piece, weight * (piece.size_bytes if is_known else 1)) for piece, weight in listed]
     chosen = _spread(weighted, max(1, max_bytes // _SMALLEST_PART_BYTES))

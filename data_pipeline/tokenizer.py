@@ -11,16 +11,19 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import click
 
+from data_pipeline.build_options import html_option
 from data_pipeline.command import Command, replacing
 from data_pipeline.errors import BadRecordError, OutputExistsError, SourceEmptyError, TokenizerError
 from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
 from data_pipeline.skipped import (
     RECORDS,
     Skipped,
+    add_skipped,
     count_skipped,
     merged,
     skipped_lines,
@@ -82,6 +85,7 @@ def train_tokenizer(
     text_column: str = "text",
     on_bad_record: str = "stop",
     *,
+    html: bool = False,
     overwrite: bool = False,
 ) -> TokenizerReport:
     """Write `tokenizer.model` and `tokenizer_report.json` into `out_dir`, and return the report.
@@ -106,7 +110,9 @@ def train_tokenizer(
         count_skipped(skipped, RECORDS, error.cause, error.place)
 
     on_bad = stop_at_bad_record if on_bad_record == "stop" else skip
-    texts = list(sample_texts(sources, max_bytes, Columns(text_column), on_bad))
+    columns = Columns(text_column, html=html)
+    count_files = partial(add_skipped, skipped)
+    texts = list(sample_texts(sources, max_bytes, columns, on_bad, count_files))
     sentences = [sentence for text in texts for sentence in _sentences(text)]
     described = ", ".join(map(str, sources))
     if not sentences:
@@ -277,6 +283,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     show_default=True,
     help="A malformed record ends the training, or is left out.",
 )
+@html_option
 @click.option("--overwrite", is_flag=True, help="Replace a tokenizer that is in the folder.")
 def main(
     sources: tuple[str, ...],
@@ -286,6 +293,7 @@ def main(
     sample_bytes: int,
     text_column: str,
     on_bad_record: str,
+    html: bool,
     overwrite: bool,
 ) -> None:
     """The command `megaback tokenizer train`."""
@@ -297,12 +305,14 @@ def main(
         sample_bytes,
         text_column,
         on_bad_record,
+        html=html,
         overwrite=overwrite,
     )
     model_path = out_dir / MODEL_NAME
     words = [word for source in sources for word in ("--source", source)]
     words += [word for weight in weights for word in ("--weight", f"{weight:g}")]
     words += [] if text_column == "text" else ["--text-column", text_column]
+    words += ["--html"] if html else []
     click.echo(
         f"pieces       {report.vocab_size:,}\n"
         f"trained on   {report.documents:,} documents, {report.text_bytes:,} bytes\n"
