@@ -1,20 +1,30 @@
 """From a record to instruction examples: Alpaca's columns, or the messages of a chat.
 
-A record with messages gives an example for each message of the user that the assistant answers
-next; what a system says is left out. Any other record gives one example.
+A record with messages gives an example for each turn of the user that the assistant answers; what
+a system says is left out. Any other record gives one example.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from data_pipeline.chat_format import Example
+from data_pipeline.chat_messages import Exchanges, looks_like_chat, read_messages
 from data_pipeline.errors import BadRecordError, ConfigError, SourceUnreadableError
 
-_USER = ("user", "human")
-_ASSISTANT = ("assistant", "gpt")
-# The keys of a message: OpenAI's, and those of ShareGPT.
-_ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value")
+# What the columns are called elsewhere, the most usual names first.
+_LIKELY = {
+    "messages": (
+        "messages",
+        "conversations",
+        "conversation",
+        "chat",
+        "dialogue",
+        "dialog",
+        "turns",
+    ),
+    "instruction": ("instruction", "prompt", "question", "query", "problem", "input", "inputs"),
+    "output": ("output", "response", "answer", "completion", "target", "solution", "chosen"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,55 +63,52 @@ class ExampleColumns:
 
     def examples(self, record: Mapping[str, object], where: str) -> list[Example]:
         """The examples of a record, at least one. Raises BadRecordError, beginning with `where`."""
+        return self.read(record, where).examples
+
+    def read(self, record: Mapping[str, object], where: str) -> Exchanges:
+        """The same, with what of the record is left out."""
         messages = record.get(self.messages)
         if messages is not None:
-            examples = list(_answered(messages, self.messages, where))
-            if not examples:
-                raise BadRecordError(
-                    f"{where}: no message of a user in {self.messages!r} that the assistant "
-                    "answers next; mend or remove the record"
-                )
-            return examples
+            return read_messages(messages, self.messages, where)
         if not {self.instruction, self.output} <= record.keys():
-            raise BadRecordError(f"{where}: {self._missing(record)}, or remove the record")
-        given_input = record.get(self.input)
-        return [
-            Example.of(
-                _text(record[self.instruction], self.instruction, where),
-                "" if given_input is None else _text(given_input, self.input, where),
-                _text(record[self.output], self.output, where),
+            missing = f"{where}: {self._missing(record)}"
+            place = missing.replace("; ", ", ")  # what would help is told with the place
+            raise BadRecordError(
+                f"{missing}, or remove the record", "no columns with examples", place
             )
-        ]
+        given_input = record.get(self.input)
+        example = Example.of(
+            _text(record[self.instruction], self.instruction, where),
+            "" if given_input is None else _text(given_input, self.input, where),
+            _text(record[self.output], self.output, where),
+        )
+        return Exchanges([example])
 
-    def _missing(self, names: Iterable[str]) -> str:
+    def suggested(self, names: Iterable[str], record: Mapping[str, object] | None = None) -> str:
+        """The value of --columns that the names of columns suggest, and what is in them; or ""."""
+        by_name = {name.casefold(): name for name in names}
+        values = record or {}
+        chats = [name for name, value in values.items() if looks_like_chat(value)]
+        found = {
+            role: next((by_name[name] for name in likely if name in by_name), None)
+            for role, likely in _LIKELY.items()
+        }
+        chat = chats[0] if chats else None if values else found["messages"]
+        if chat is not None:
+            return f"messages={chat}"
+        instruction, output = found["instruction"], found["output"]
+        if instruction is None or output is None:
+            return ""
+        return f"instruction={instruction},output={output}"
+
+    def _missing(self, names: Iterable[str] | Mapping[str, object]) -> str:
+        record = names if isinstance(names, Mapping) else None
+        suggested = self.suggested(names, record)
         return (
             f"no columns {self.instruction!r} and {self.output!r}, and no {self.messages!r}; the "
             f"columns are {', '.join(names) or 'none'}: name those that hold them with --columns"
+            f"{suggested and f', perhaps --columns {suggested}'}"
         )
-
-
-def _answered(messages: object, column: str, where: str) -> Iterator[Example]:
-    if not isinstance(messages, list):
-        raise _bad_value(messages, column, "a list of messages", where)
-    asked: str | None = None
-    for message in messages:
-        if not isinstance(message, dict):
-            raise _bad_value(message, column, "a list of messages", where)
-        role = _one_of(message, _ROLE_KEYS, column, where)
-        content = _one_of(message, _CONTENT_KEYS, column, where)
-        if role in _ASSISTANT and asked is not None:
-            yield Example.of(asked, "", content)
-        asked = content if role in _USER else None
-
-
-def _one_of(message: Mapping[str, object], keys: tuple[str, ...], column: str, where: str) -> str:
-    value = next((message[key] for key in keys if message.get(key) is not None), None)
-    if not isinstance(value, str):
-        raise BadRecordError(
-            f"{where}: a message in {column!r} has no text under {' or '.join(map(repr, keys))}; "
-            "mend or remove the record"
-        )
-    return value
 
 
 def _text(value: object, column: str, where: str) -> str:
@@ -113,5 +120,6 @@ def _text(value: object, column: str, where: str) -> str:
 def _bad_value(value: object, column: str, wanted: str, where: str) -> BadRecordError:
     found = "null" if value is None else f"of type {type(value).__name__}"
     return BadRecordError(
-        f"{where}: column {column!r} is {found}, not {wanted}; mend or remove the record"
+        f"{where}: column {column!r} is {found}, not {wanted}; fix or remove the record",
+        f"column {column!r} is {found}, not {wanted}",
     )

@@ -24,20 +24,20 @@ from data_pipeline.slices import (
     require_no_columns,
     require_stamp,
 )
-from data_pipeline.zip_source import holds_records, list_zip_slices, read_zip_slice
+from data_pipeline.zip_source import list_zip_slices, read_zip_slice
 
 _LISTING_THREADS = 16
 _LONGEST_FIRST_LINE_BYTES = 4 << 20
 
 
 def list_files(
-    addresses: Iterable[str], columns: AnyColumns, *, skips_bad: bool = False
+    addresses: Iterable[str], columns: AnyColumns, *, skips_bad: bool | None = None
 ) -> list[Slice]:
     """The slices of files, in the order of the files.
 
     A parquet file whose columns do not fit is an error. If others' do, `skips_bad` lists it
-    nevertheless: each of its rows is a malformed record then. Raises SourceMissingError,
-    SourceUnreadableError, BackendError.
+    nevertheless: each of its rows is a malformed record then. None: nobody can ask for that.
+    Raises SourceMissingError, SourceUnreadableError, BackendError.
     """
     addresses = list(addresses)
     list_file = partial(_list_file, columns=columns)
@@ -54,9 +54,8 @@ def list_files(
     if faults and len(faults) == sum(bool(slices) for slices, _ in listed):
         raise SourceUnreadableError(faults[0])
     if faults and not skips_bad:
-        raise SourceUnreadableError(
-            f"{faults[0]}; or leave out the rows of such files, counted, with --on-bad-record skip"
-        )
+        cure = "; or leave out the rows of such files, counted, with --on-bad-record skip"
+        raise SourceUnreadableError(f"{faults[0]}{'' if skips_bad is None else cure}")
     return [piece for slices, _ in listed for piece in slices]
 
 
@@ -119,9 +118,10 @@ def _list_file(address: str, columns: AnyColumns) -> tuple[list[Slice], str | No
             parquet = list_parquet_slices(file, address, columns)
             return parquet.slices, parquet.fault and f"{shown}: {parquet.fault}"
         if kind == "zip":
-            if not holds_records(file, columns):
+            slices, has_columns = list_zip_slices(file, address, columns)
+            if not has_columns:
                 require_no_columns(columns, shown)
-            return list(list_zip_slices(file, address, columns)), None
+            return slices, None
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_url(address):
             raise SourceMissingError(

@@ -10,6 +10,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from data_pipeline import remote
@@ -33,10 +34,23 @@ class _Found:
     """The files below each folder that is named or matched."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """Cause and address."""
+    linked: list[str] = field(default_factory=list)
+    """Where the links to folders lead that were followed."""
 
 
-def find_files(source: str, *, html: bool = False) -> tuple[list[str], Skipped]:
-    """The addresses of a source's files that can be read, sorted; and what is left out.
+@dataclass(frozen=True)
+class Files:
+    """The files of a source."""
+
+    readable: list[str]
+    """Their addresses, sorted."""
+    skipped: Skipped
+    linked: list[str]
+    """Folders outside of the source that links in it lead to."""
+
+
+def find_files(source: str, *, html: bool = False) -> Files:
+    """The files of a source.
 
     `html`: whether HTML pages are read. Raises OSError, SourceMissingError, SourceUnreadableError,
     BackendError.
@@ -60,13 +74,15 @@ def find_files(source: str, *, html: bool = False) -> tuple[list[str], Skipped]:
     readable = set(finder.readable(found.files))
     for below in found.folders:
         readable.update(finder.data_of(below))
-    skipped = _counted(finder.left_out)
+    # Of overlapping matches of a pattern, one may read what another one leaves out.
+    skipped = _counted({each for each in finder.left_out if each[1] not in readable})
     if not readable:
         why = "; ".join(skipped_lines(skipped))
         raise SourceMissingError(
             f"{shown}: no file has a suffix that can be read{why and f' ({why})'}: {SUFFIXES}"
         )
-    return sorted(readable, key=lambda address: address.split("/")), skipped
+    in_order = sorted(readable, key=lambda address: address.split("/"))
+    return Files(in_order, skipped, found.linked)
 
 
 class _Sorter:
@@ -118,7 +134,7 @@ class _Sorter:
         self.left_out.append((cause, address))
 
 
-def _counted(left_out: list[tuple[str, str]]) -> Skipped:
+def _counted(left_out: set[tuple[str, str]]) -> Skipped:
     numbers = Counter(cause for cause, _ in left_out)
     frequent = sorted(numbers, key=lambda cause: (-numbers[cause], cause))[:_MAX_CAUSES]
     skipped: Skipped = {}
@@ -142,30 +158,35 @@ def _find_local(path: Path) -> _Found:
     # Path.glob takes no absolute patterns.
     matches = [path] if path.exists() else glob.glob(str(path), recursive=True)  # noqa: PTH207
     # Not resolved: the files that a hub cache links to have no suffix.
-    absolute = sorted({os.path.abspath(match) for match in matches})  # noqa: PTH100
     found = _Found()
-    if "**" in str(path):
-        absolute = list(_once_per_folder(absolute, found))
-    for match in absolute:
+    for match in sorted({os.path.abspath(match) for match in matches}):  # noqa: PTH100
+        if not os.path.lexists(match):
+            continue  # so many links round in a circle that the system gives up
         if not os.path.isdir(match):  # noqa: PTH112
             found.files.append(match)
         else:
             found.folders.append(list(_files_below(match, found)))
+    if "**" in str(path):
+        _keep_one_way_to_each_file(found)
     return found
 
 
-def _once_per_folder(matches: list[str], found: _Found) -> Iterator[str]:
-    """Matches of `**`, which follows links round in circles: each file of a folder once."""
-    seen = set()
-    # The way with the fewest links is the shortest one where links form a loop.
-    for match in sorted(matches, key=lambda match: (match.count("/"), match)):
-        folder, name = os.path.split(match)
-        place = (os.path.realpath(folder), name)
-        if place in seen:
-            found.left_out.append((_LINK_TO_READ, match))
-        else:
-            seen.add(place)
-            yield match
+def _keep_one_way_to_each_file(found: _Found) -> None:
+    """Of the ways that `**` finds to a file by following links, keep the one with fewest links."""
+    is_link = cache(os.path.islink)
+
+    def num_links(address: str) -> int:
+        return sum(is_link(str(parent)) for parent in Path(address).parents)
+
+    ways: dict[tuple[str, str], list[str]] = {}
+    for address in {*found.files, *(each for below in found.folders for each in below)}:
+        folder, name = os.path.split(address)
+        ways.setdefault((os.path.realpath(folder), name), []).append(address)
+    kept = {
+        min(each, key=lambda way: (num_links(way), way.count("/"), way)) for each in ways.values()
+    }
+    found.files = [address for address in found.files if address in kept]
+    found.folders = [[each for each in below if each in kept] for below in found.folders]
 
 
 def _files_below(root: str, found: _Found) -> Iterator[str]:
@@ -185,6 +206,8 @@ def _files_below(root: str, found: _Found) -> Iterator[str]:
         if start != root and (os.path.realpath(start) in above or _identity(start) in seen):
             found.left_out.append((_LINK_TO_READ, start))
             continue
+        if start != root:
+            found.linked.append(os.path.realpath(start))
         for folder, subfolders, names in os.walk(start, onerror=stop):
             seen.add(_identity(folder))
             hidden = [name for name in (*subfolders, *names) if name.startswith(".")]

@@ -41,7 +41,9 @@ _NEUTRAL_SETTINGS = {
 }
 
 
-def list_hub_slices(source: str, columns: AnyColumns, *, skips_bad: bool = False) -> list[Slice]:
+def list_hub_slices(
+    source: str, columns: AnyColumns, *, skips_bad: bool | None = None
+) -> list[Slice]:
     """Slices of the train split of `NAME[:CONFIG]`.
 
     Raises SourceMissingError when the hub, the data set, the config or the split is not there, and

@@ -174,14 +174,20 @@ class Plan:
         return plan
 
 
-def make_plan(settings: BuildSettings, num_tasks: int | None = None) -> Plan:
+def make_plan(
+    settings: BuildSettings, num_tasks: int | None = None, out: Path | None = None
+) -> Plan:
     """List the sources and cut them into tasks; `num_tasks` None chooses their number.
 
-    Depends on the sources' contents and the settings alone. Raises the errors of the sources.
+    Depends on the sources' contents and the settings alone. Raises the errors of the sources, and
+    OutputExistsError when a link in a source leads to `out`.
     """
     columns = settings.columns
     skips_bad = settings.on_bad_record == "skip"
     listings = [list_source(part.source, columns, skips_bad=skips_bad) for part in settings.sources]
+    if out is not None:
+        for part, listing in zip(settings.sources, listings, strict=True):
+            listing.require_outside(part.source, out)
     skipped = merged(listing.skipped for listing in listings)
     plan = Plan(settings, tuple(listing.slices for listing in listings), (), num_tasks, skipped)
     sizes = [portion.piece.size_bytes * portion.fraction for portion in plan.portions]
@@ -231,7 +237,7 @@ def claim_plan(
             raise OutputExistsError(
                 f"{out} already holds something that is no build of shards; choose another --out"
             )
-        plan = make_plan(settings, num_tasks)
+        plan = make_plan(settings, num_tasks, out)
         if _write_first(plan, codec, out):
             return plan, True
     plan = Plan.load(out)

@@ -7,7 +7,7 @@ is still what was listed.
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -30,6 +30,8 @@ class Document:
     """Only when `Columns.language_score` asks for it."""
     response: str | None = None
     """Of an instruction, which is the text then: only when `ExampleColumns` asks for it."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Cause and place of each part of its record that is in no document."""
 
     @property
     def content(self) -> bytes:
@@ -55,7 +57,12 @@ OnBadRecord = Callable[[BadRecordError], None]
 
 
 def stop_at_bad_record(error: BadRecordError) -> None:
-    """Raises the error, whose sentence then also names the option that would leave it out."""
+    """Raises the error."""
+    raise error
+
+
+def stop_or_skip(error: BadRecordError) -> None:
+    """Raises the error where a command has --on-bad-record, which its sentence then names."""
     raise BadRecordError(
         f"{error}; or leave out such records, counted, with --on-bad-record skip",
         error.cause,
@@ -114,10 +121,13 @@ def documents_of(
     Raises BadRecordError, which begins with `where`.
     """
     if isinstance(columns, ExampleColumns):
-        return [
+        found = columns.read(record, where)
+        documents = [
             Document(example.instruction, position, response=example.response)
-            for example in columns.examples(record, where)
+            for example in found.examples
         ]
+        documents[0] = replace(documents[0], left_out=tuple(found.left_out))
+        return documents
     text = _value(record, columns.text, "text", "--text-column", where)
     if not isinstance(text, str):
         raise _bad_value(record, columns.text, text, "text", where)

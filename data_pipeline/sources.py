@@ -52,6 +52,14 @@ class Listing:
     slices: tuple[Slice, ...]
     """In an order that only the source's contents decide."""
     skipped: Skipped = field(default_factory=dict)
+    linked: tuple[str, ...] = ()
+    """Folders outside of the source that links in it lead to."""
+
+    def require_outside(self, source: str, out: Path) -> None:
+        """As the function does, where a link leads to `out` or to a folder above it."""
+        for folder in self.linked:
+            if out.resolve().is_relative_to(folder):
+                raise _within(source, out)
 
 
 def list_slices(source: str, columns: AnyColumns = Columns()) -> tuple[Slice, ...]:
@@ -60,7 +68,7 @@ def list_slices(source: str, columns: AnyColumns = Columns()) -> tuple[Slice, ..
 
 
 def list_source(
-    source: str, columns: AnyColumns = Columns(), *, skips_bad: bool = False
+    source: str, columns: AnyColumns = Columns(), *, skips_bad: bool | None = None
 ) -> Listing:
     """List a source; `skips_bad` says whether malformed records will be left out.
 
@@ -70,6 +78,7 @@ def list_source(
     records. Raises SourceMissingError, SourceEmptyError, SourceUnreadableError, BackendError.
     """
     skipped: Skipped = {}
+    linked: list[str] = []
     if source == "pydocs":
         require_no_columns(columns, source)
         return Listing(list_pydocs_slices())
@@ -78,15 +87,16 @@ def list_source(
     else:
         try:
             html = isinstance(columns, Columns) and columns.html
-            files, skipped = find_files(source, html=html)
-            slices = list_files(files, columns, skips_bad=skips_bad)
+            files = find_files(source, html=html)
+            skipped, linked = files.skipped, files.linked
+            slices = list_files(files.readable, columns, skips_bad=skips_bad)
         except OSError as error:
             raise refused(str(error.filename or source), error) from None
     if not any(piece.size_bytes or piece.kind in ("hub", "parquet") for piece in slices):
         raise SourceEmptyError(
             f"{shown_url(source)}: nothing is in it; name a source that holds text"
         )
-    return Listing(tuple(slices), skipped)
+    return Listing(tuple(slices), skipped, tuple(linked))
 
 
 def read_slice(
@@ -110,7 +120,11 @@ def require_outside(source: str, out: Path) -> None:
     """Raises OutputExistsError when what is written to `out` would become part of the source."""
     folder = local_path(source)
     if folder and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-        raise OutputExistsError(
-            f"{out} lies within the source {source}, of which it would become a part; "
-            "choose another --out"
-        )
+        raise _within(source, out)
+
+
+def _within(source: str, out: Path) -> OutputExistsError:
+    return OutputExistsError(
+        f"{out} lies within the source {source}, of which it would become a part; "
+        "choose another --out"
+    )

@@ -9,8 +9,8 @@ from data_pipeline.errors import BadRecordError
 from data_pipeline.manifest import SPLITS
 from data_pipeline.plan import Task
 from data_pipeline.progress import Counts
-from data_pipeline.skipped import RECORDS, Skipped, add_skipped, count_skipped
-from data_pipeline.slices import stop_at_bad_record
+from data_pipeline.skipped import PARTS, RECORDS, Skipped, add_skipped, count_skipped
+from data_pipeline.slices import stop_or_skip
 from data_pipeline.sources import read_slice
 
 BAD_RECORD = "bad_record"
@@ -57,7 +57,7 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
         left_out.counts[BAD_RECORD] += 1
         count_skipped(left_out.skipped, RECORDS, error.cause, error.place)
 
-    on_bad_record = skip if settings.on_bad_record == "skip" else stop_at_bad_record
+    on_bad_record = skip if settings.on_bad_record == "skip" else stop_or_skip
     for portion in task.portions:
         split = None if portion.split is None else SPLITS.index(portion.split)
         size_bytes = portion.piece.size_bytes
@@ -67,7 +67,9 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
             step_bytes = min(len(document.content), size_bytes - shown_bytes)
             shown_bytes += step_bytes
             counts[3] += step_bytes
-            if left_out.counts:
+            for cause, place in document.left_out:
+                count_skipped(left_out.skipped, PARTS, cause, place)
+            if left_out.skipped:
                 yield left_out
                 left_out = LeftOut()
             if reason := settings.why_left_out(document):
@@ -82,7 +84,7 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
                 *(document.text, document.response, len(content)),
                 *(sha256, portion.pass_number, split),
             )
-        if left_out.counts:
+        if left_out.skipped:
             yield left_out
             left_out = LeftOut()
         counts[3] += size_bytes - shown_bytes

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from data_pipeline.settings import WeightedSource
 from data_pipeline.skipped import Skipped, merged
-from data_pipeline.slices import Columns, OnBadRecord, Slice, stop_at_bad_record
+from data_pipeline.slices import Columns, OnBadRecord, Slice, stop_at_bad_record, stop_or_skip
 from data_pipeline.sources import list_source, read_slice
 
 _SMALLEST_PART_BYTES = 256 << 10  # opening a part costs as much as reading about so much
@@ -22,7 +22,7 @@ def sample_texts(
     Every slice gives a share by its size and weight, from its beginning; the last text of a share
     may be cut. Raises the errors of the sources.
     """
-    skips_bad = on_bad_record is not stop_at_bad_record
+    skips_bad = on_bad_record not in (stop_at_bad_record, stop_or_skip)
     listings = [
         (list_source(part.source, columns, skips_bad=skips_bad), part.weight) for part in sources
     ]

@@ -29,7 +29,7 @@ from data_pipeline.skipped import (
     skipped_lines,
     why_records_are_bad,
 )
-from data_pipeline.slices import Columns, stop_at_bad_record
+from data_pipeline.slices import Columns, stop_or_skip
 from data_pipeline.sources import require_outside
 from data_pipeline.text import BEGIN_PIECE, CHAT_PIECES, END_PIECE
 from data_pipeline.text_sample import num_bytes, sample_texts
@@ -109,7 +109,7 @@ def train_tokenizer(
     def skip(error: BadRecordError) -> None:
         count_skipped(skipped, RECORDS, error.cause, error.place)
 
-    on_bad = stop_at_bad_record if on_bad_record == "stop" else skip
+    on_bad = stop_or_skip if on_bad_record == "stop" else skip
     columns = Columns(text_column, html=html)
     count_files = partial(add_skipped, skipped)
     texts = list(sample_texts(sources, max_bytes, columns, on_bad, count_files))

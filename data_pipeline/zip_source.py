@@ -41,15 +41,20 @@ def zip_members(file: DataFile, *, html: bool) -> tuple[list[Member], list[tuple
         raise corrupt(file.shown, error) from None
 
 
-def list_zip_slices(file: DataFile, address: str, columns: AnyColumns) -> Iterator[Slice]:
-    """Slices of about 64 MiB of what is read. Raises OSError, SourceUnreadableError."""
+def list_zip_slices(file: DataFile, address: str, columns: AnyColumns) -> tuple[list[Slice], bool]:
+    """Slices of about 64 MiB of what is read; second: whether it has columns.
+
+    Raises OSError, SourceUnreadableError.
+    """
     members, _ = zip_members(file, html=_reads_html(columns))
+    slices = []
     start = size_bytes = 0
     for stop, member in enumerate(members, start=1):
         size_bytes += member.info.file_size
         if size_bytes >= _SLICE_BYTES or stop == len(members):
-            yield Slice("zip", address, start, stop, size_bytes, file.stamp)
+            slices.append(Slice("zip", address, start, stop, size_bytes, file.stamp))
             start, size_bytes = stop, 0
+    return slices, not all(member.is_text for member in members)
 
 
 def read_zip_slice(
@@ -70,12 +75,6 @@ def read_zip_slice(
                     yield from read_content(member.kind, shown, chunks, columns, on_bad_record)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise corrupt(file.shown, error) from None
-
-
-def holds_records(file: DataFile, columns: AnyColumns) -> bool:
-    """Whether what is read of an archive has columns. Raises OSError, SourceUnreadableError."""
-    members, _ = zip_members(file, html=_reads_html(columns))
-    return bool(members) and not members[0].is_text
 
 
 def _members(archive: zipfile.ZipFile, *, html: bool) -> tuple[list[Member], list[tuple[str, str]]]:

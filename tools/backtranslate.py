@@ -26,8 +26,9 @@ from data_pipeline.errors import (
     OutputExistsError,
 )
 from data_pipeline.locks import locked
+from data_pipeline.skipped import skipped_lines
 from data_pipeline.slices import Columns, Slice
-from data_pipeline.sources import list_slices, read_slice
+from data_pipeline.sources import list_source, read_slice
 from data_pipeline.text import Direction
 from tools.back_translation import BackTranslator, Judge, Text
 from tools.chunk_parts import ChunkParts
@@ -200,7 +201,10 @@ def main(
     if task_index is not None and task_index >= tasks:
         raise click.UsageError(f"--task-index {task_index} is none of {tasks} --tasks.")
     columns = Columns(text_column)
-    pieces = list_slices(source, columns)
+    listing = list_source(source, columns)
+    pieces = listing.slices
+    for line in skipped_lines(listing.skipped):
+        click.echo(line, err=True)
     plan = {
         **_FORMAT,
         "model": _identity(folder),

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from megaback.scoring import EncodedPair, PairEncoder
 
 in_option = click.option(
-    "--in", "source", required=True, help="JSON lines, also .gz and .zst; - for stdin."
+    "--in",
+    "source",
+    required=True,
+    help="JSON lines, also compressed (.gz, .zst, .bz2, .xz); - for stdin.",
 )
 out_option = click.option(
     "--out", required=True, help="JSON lines, in the order of the input; - for stdout."

@@ -37,20 +37,126 @@ def test_a_mapping_that_makes_no_sense_is_refused(text: str) -> None:
         ExampleColumns.parse(text)
 
 
-def test_each_answered_message_of_a_user_is_an_example_and_what_a_system_says_is_none() -> None:
+def test_each_answered_turn_of_a_user_is_an_example_and_what_a_system_says_is_none() -> None:
     chat = messages(
         ("system", "Be brief."),
         ("user", "Who?"),
         ("assistant", "I."),
-        ("user", "unanswered"),
+        ("user", "Here is a poem."),
+        ("system", "Be kind."),
         ("user", "Where?"),
         ("assistant", "Here."),
         ("assistant", "And there."),
+        ("user", "unanswered"),
     )
-    assert ALPACA.examples({"messages": chat}, "x") == [
+    found = ALPACA.read({"messages": chat}, "a.jsonl:7")
+    assert found.examples == [
         Example("Who?", "I."),
-        Example("Where?", "Here."),
+        Example("Here is a poem.\n\nWhere?", "Here.\n\nAnd there."),
     ]
+    assert found.left_out == [
+        ("message of a system", "a.jsonl:7"),
+        ("message of a system", "a.jsonl:7"),
+        ("question without an answer", "a.jsonl:7"),
+    ]
+
+
+@pytest.mark.parametrize("user", ["user", "human", "prompter", " User "])
+@pytest.mark.parametrize(
+    "assistant", ["assistant", "gpt", "chatgpt", "bing", "bard", "model", "ChatGPT", "Assistant"]
+)
+def test_the_roles_that_data_sets_use_are_known(user: str, assistant: str) -> None:
+    found = ALPACA.read({"messages": messages((user, "Who?"), (assistant, "I."))}, "x")
+    assert (found.examples, found.left_out) == ([Example("Who?", "I.")], [])
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}
+HELLO = messages(("user", "Say hello."), ("assistant", "Hello."))
+ASKED = messages(("user", "Weather?"))
+AFTER = messages(("tool", "19 C"), ("assistant", "It is 19 C."), ("assistant", "More?"))
+NO_TEXT = "exchange whose answer has no text, such as a tool call"
+UNKNOWN = "exchange with a message of an unknown role"
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("others", "left_out"),
+    [
+        ([*ASKED, CALL, *AFTER], [(NO_TEXT, "x:1")]),
+        ([*ASKED, {**CALL, "content": ""}, *AFTER], [(NO_TEXT, "x:1")]),
+        ([*ASKED, {"role": "assistant"}], [(NO_TEXT, "x:1")]),
+        ([*ASKED, {"role": "assistant", "content": 5}], [(NO_TEXT, "x:1")]),
+        (AFTER, [("message of a tool, and what answers it", "x:1")]),
+        ([*ASKED, *AFTER], [("message of a tool, and what answers it", "x:1")]),
+        (ASKED, [("question without an answer", "x:1")]),
+        ([*ASKED, {"role": "critic", "content": "Hm."}], [(UNKNOWN, "x:1: role 'critic'")]),
+        ([*ASKED, {"content": "Hm."}], [(UNKNOWN, "x:1: role None")]),
+        (
+            [{"role": "user", "content": None}, {"role": "assistant", "content": "What?"}],
+            [("exchange whose question has no text", "x:1")],
+        ),
+        (
+            [{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": "A cat."}],
+            [
+                ("part of a message that is not text", "x:1: type 'image_url'"),
+                ("exchange whose question has no text", "x:1"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_exchange_that_cannot_be_read_is_left_out_alone_and_noted_with_its_cause(
+    others: list[dict[str, object]], left_out: list[tuple[str, str]], is_first: bool
+) -> None:
+    chat = [*others, *HELLO] if is_first else [*HELLO, *others]
+    if is_first and others == ASKED:
+        return  # two messages of the user in a row are one turn
+    found = ALPACA.read({"messages": chat}, "x:1")
+    assert found.examples == [Example("Say hello.", "Hello.")]
+    assert found.left_out == left_out
+
+
+def test_an_answer_before_any_question_is_noted() -> None:
+    found = ALPACA.read({"messages": [*messages(("assistant", "Welcome!")), *HELLO]}, "x:1")
+    assert found.examples == [Example("Say hello.", "Hello.")]
+    assert found.left_out == [("answer without a question", "x:1")]
+
+
+def test_content_in_parts_is_read() -> None:
+    parts = [{"type": "text", "text": "What is"}, IMAGE, {"type": "text", "text": "this?"}]
+    chat = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "A cat."}]},
+    ]
+    found = ALPACA.read({"messages": chat}, "x:1")
+    assert found.examples == [Example("What is\nthis?", "A cat.")]
+    assert found.left_out == [
+        ("part of a message that is not text", "x:1: type 'image_url'"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "suggested"),
+    [
+        ({"conversations": HELLO, "id": 1}, "messages=conversations"),
+        ({"talk": [{"from": "Kim", "value": "Hi."}]}, "messages=talk"),
+        ({"prompt": "x", "completion": "y"}, "instruction=prompt,output=completion"),
+        ({"Question": "x", "Answer": "y"}, "instruction=Question,output=Answer"),
+        ({"instruction": "x", "response": "y"}, "instruction=instruction,output=response"),
+        ({"conversation": "plain text", "id": 1}, ""),
+        ({"text": "x"}, ""),
+    ],
+)
+def test_columns_are_suggested_by_what_the_records_hold(
+    record: dict[str, object], suggested: str
+) -> None:
+    with pytest.raises(BadRecordError) as caught:
+        ALPACA.examples(record, "x:1")
+    _, separator, found = str(caught.value).partition("perhaps --columns ")
+    assert found.partition(", or remove")[0] == suggested
+    if separator:
+        assert suggested in caught.value.place
+        assert ExampleColumns.parse(suggested) != ALPACA
 
 
 def test_messages_in_sharegpts_words_are_read() -> None:
@@ -69,8 +175,9 @@ def test_messages_in_sharegpts_words_are_read() -> None:
         ({"instruction": "x", "input": [], "output": "x"}, "'input' is of type list, not text"),
         ({"messages": "hello"}, "'messages' is of type str, not a list of messages"),
         ({"messages": ["hello"]}, "'messages' is of type str, not a list of messages"),
-        ({"messages": [{"role": "user"}]}, "no text under 'content' or 'value'"),
+        ({"messages": [{"role": "user"}]}, "(exchange whose question has no text)"),
         ({"messages": messages(("user", "Who?"))}, "no message of a user in 'messages'"),
+        ({"messages": [*ASKED, CALL]}, "answers (exchange whose answer has no text"),
         ({"messages": []}, "no message of a user in 'messages'"),
     ],
 )

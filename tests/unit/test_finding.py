@@ -14,7 +14,7 @@ import zstandard
 from build_helpers import Codecs, build_here, documents_of, make_settings
 from remote_helpers import FileServer
 
-from data_pipeline.errors import SourceMissingError, SourceUnreadableError
+from data_pipeline.errors import OutputExistsError, SourceMissingError, SourceUnreadableError
 from data_pipeline.slices import Columns, Document
 from data_pipeline.sources import list_source, read_slice
 
@@ -154,12 +154,31 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
     assert left_out(data) == {"link to a folder that is read already": 4}
 
 
+def test_an_output_that_a_link_in_the_source_leads_to_is_refused(
+    tmp_path: Path, codec: Codecs
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_bytes(lines("one"))
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "scratch")
+    settings = make_settings(tmp_path / "data", codec())
+    with pytest.raises(OutputExistsError, match="of which it would become a part"):
+        build_here(settings, codec(), tmp_path / "scratch" / "shards")
+    assert not (tmp_path / "scratch" / "shards").exists()
+
+
 def test_a_pattern_that_follows_links_round_in_circles_reads_each_file_once(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines("one"))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.jsonl").write_bytes(lines("one"))
+    (tmp_path / "x" / "b.pdf").touch()
     (tmp_path / "loop").symlink_to(tmp_path)
-    assert texts(tmp_path / "**" / "*.jsonl") == ["one"]
+    (tmp_path / "again").symlink_to(tmp_path / "x")
+    for pattern in ("**", "**/*", "**/*.jsonl", "*/**"):
+        (piece,) = list_source(str(tmp_path / pattern)).slices
+        assert piece.path == str(tmp_path / "x" / "a.jsonl")
+    assert left_out(tmp_path / "**" / "*.*") == {"suffix .pdf is not read": 1}
 
 
 def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path) -> None:

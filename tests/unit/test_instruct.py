@@ -135,6 +135,32 @@ def test_what_is_left_out_is_counted_by_its_reason(
     assert not (tmp_path / "stopped").exists()
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_what_is_left_out_within_rows_is_counted_by_cause_and_named(
+    tmp_path: Path, codec: Codecs, a_task_a_file: None, workers: int, suffix: str
+) -> None:
+    user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}
+    call = {"role": "assistant", "content": None}
+    chats = [[user, answer, user, call], [user, answer], [user, call, user, answer, user]]
+    for number in range(4):
+        records: Records = [{"messages": chat} for chat in chats]
+        write_records(tmp_path / "rows" / f"{number}.{suffix}", records)
+    settings = settings_of(tmp_path / "rows", codec(), val_fraction=0.0)
+    manifest = build_here(settings, codec(), tmp_path / "out", workers)
+    parts = manifest.skipped["parts"]
+    counts = {cause.split(",")[0]: tally.count for cause, tally in parts.items()}
+    assert counts == {"exchange whose answer has no text": 8, "question without an answer": 4}
+    assert manifest.total("train")["documents"] == 12
+    places = [":1", ":3", ":1"] if suffix == "jsonl" else [" row 0", " row 2", " row 0"]
+    first = parts["exchange whose answer has no text, such as a tool call"].first
+    assert first == tuple(
+        f"{tmp_path / 'rows' / f'{number}.{suffix}'}{place}"
+        for number, place in zip((0, 0, 1), places, strict=True)
+    )
+    assert manifest.left_out == {}
+
+
 def test_the_bytes_do_not_depend_on_workers_or_on_an_interruption(
     tmp_path: Path,
     rows: Records,
@@ -221,3 +247,16 @@ def test_the_command_maps_columns_and_refuses_a_context_that_does_not_fit(
     assert not (tmp_path / "other").exists()
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["settings"]["row_tokens"] == 1024
+
+
+def test_where_no_row_has_the_columns_those_that_it_may_have_are_suggested(
+    tmp_path: Path, instruct: Callable[..., str]
+) -> None:
+    chat = [{"from": "human", "value": "Who?"}, {"from": "bing", "value": "I."}]
+    for name in ("rows.jsonl", "rows.parquet"):
+        source = write_records(tmp_path / name, [{"conversations": chat}] * 2)
+        told = instruct("--source", source, "--out", tmp_path / "out", "--val-fraction", 0)
+        assert "perhaps --columns messages=conversations" in told
+        arguments = ("--source", source, "--columns", "messages=conversations")
+        told = instruct(*arguments, "--out", tmp_path / f"{name}.out", "--val-fraction", 0)
+        assert "train: 2 examples" in told

@@ -30,7 +30,7 @@ def marked(text: str, encoding: str) -> bytes:
 
 
 def read(
-    source: Path, columns: AnyColumns = Columns(), *, skips_bad: bool = False
+    source: Path, columns: AnyColumns = Columns(), *, skips_bad: bool | None = None
 ) -> tuple[list[Document], list[BadRecordError]]:
     bad: list[BadRecordError] = []
     listing = list_source(str(source), columns, skips_bad=skips_bad)
@@ -78,7 +78,7 @@ def test_files_that_were_joined_may_have_marks_at_any_line(tmp_path: Path) -> No
 
 
 def test_text_that_is_not_what_its_mark_says_is_named(tmp_path: Path) -> None:
-    broken = marked("fine\n", "utf-16-le") + b"\x00\xd8"
+    broken = marked('{"text": "x"}\n', "utf-16-le") + b"\x00\xd8"
     (tmp_path / "a.txt").write_bytes(broken)
     with pytest.raises(BadRecordError, match=r"a\.txt:2: .* not valid UTF-16"):
         texts(tmp_path)
@@ -218,7 +218,10 @@ def test_a_file_whose_columns_do_not_fit_is_refused_or_its_rows_are_left_out(
     assert "--on-bad-record" not in str(alone.value)
     write(tmp_path / "b.parquet", text=["good"])
     with pytest.raises(SourceUnreadableError, match=rf"{cause}.*--on-bad-record skip"):
+        read(tmp_path, skips_bad=False)
+    with pytest.raises(SourceUnreadableError, match=cause) as without_option:
         read(tmp_path)
+    assert "--on-bad-record" not in str(without_option.value)
     documents, bad = read(tmp_path, skips_bad=True)
     assert [document.text for document in documents] == ["good"]
     assert [(error.cause, error.place.split(": ")[0]) for error in bad] == [
