@@ -14,6 +14,7 @@ from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, weighted_s
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.skipped import skipped_lines
 from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.val_hashes import MIN_VAL_DOCUMENTS
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -203,6 +204,12 @@ def echo_manifest(manifest: Manifest, out: Path) -> None:
                 f"{total['padding_tokens'] / total['tokens']:.1%} padding"
             )
     echo_left_out(manifest)
+    if manifest.asked_val_fraction is not None:
+        click.echo(
+            f"--val-fraction was raised from {manifest.asked_val_fraction:g} to "
+            f"{manifest.val_fraction:.3g}: a val set has at least {MIN_VAL_DOCUMENTS} {noun}, or a "
+            f"tenth of fewer than {10 * MIN_VAL_DOCUMENTS}"
+        )
     if not manifest.split("val"):
         click.echo(f"the val set is empty: raise --val-fraction or add {noun} to measure val loss")
     click.echo(f"fingerprint {manifest.fingerprint[:16]} in {out}")

@@ -26,6 +26,7 @@ from data_pipeline.selection import (
 from data_pipeline.skipped import merged, why_records_are_bad
 from data_pipeline.tasks import STAGED_FOLDER, TaskRecord, finished_record, record_path
 from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.val_minimum import with_val_minimum
 
 BUILDERS_LOCK = Path(BUILD_FOLDER) / "builders.lock"
 """Shared by whoever builds in a folder; held alone by whoever tidies it up."""
@@ -41,10 +42,12 @@ def finalize_build(plan: Plan, codec: TextCodec, out: Path, workers: int) -> Man
     with locked(out / _FINALIZE_LOCK):
         if (out / MANIFEST_NAME).exists():
             return finished_build(out)
-        tasks, records = _whole_tasks(plan, out)
+        tasks, records = with_val_minimum(
+            *_whole_tasks(plan, out), plan.num_tasks, out, codec.model_bytes, workers
+        )
         if plan.settings.selects:
             records = _select(tasks, records, out, workers)
-        manifest = _manifest(plan, codec, records)
+        manifest = _manifest(plan, codec, tasks, records)
         if not manifest.split("train"):
             for task in tasks:
                 record_path(out, task.index).unlink(missing_ok=True)  # not worth keeping
@@ -155,8 +158,11 @@ def _select(
     return [selected[index] for index in range(len(calls))]
 
 
-def _manifest(plan: Plan, codec: TextCodec, records: Sequence[TaskRecord]) -> Manifest:
+def _manifest(
+    plan: Plan, codec: TextCodec, tasks: Sequence[Task], records: Sequence[TaskRecord]
+) -> Manifest:
     settings = plan.settings
+    val_fraction = max(task.settings.val_fraction for task in tasks)
     names = sorted({name for record in records for name in record.left_out})
     return Manifest(
         text_format=codec.format,
@@ -166,7 +172,8 @@ def _manifest(plan: Plan, codec: TextCodec, records: Sequence[TaskRecord]) -> Ma
         id_bytes=codec.id_dtype.itemsize,
         frame_tokens=settings.frame_tokens,
         source=settings.description,
-        val_fraction=settings.val_fraction,
+        val_fraction=val_fraction,
+        asked_val_fraction=None if val_fraction == settings.val_fraction else settings.val_fraction,
         row_tokens=settings.row_tokens,
         left_out={name: sum(record.left_out.get(name, 0) for record in records) for name in names},
         skipped=merged([plan.skipped, *(record.skipped for record in records)]),

@@ -70,6 +70,8 @@ class Manifest:
     """Of instruction examples: the row that none of them crosses. None: documents."""
     skipped: Skipped = field(default_factory=dict)
     """Files, malformed records and parts of records that were not read, by cause."""
+    asked_val_fraction: float | None = None
+    """The val fraction that was asked for, where it was raised to give the val set its minimum."""
 
     @property
     def fingerprint(self) -> str:
@@ -119,6 +121,8 @@ class Manifest:
             "splits": {name: self.total(name) for name in SPLITS},
             "shards": [asdict(shard) for shard in self.shards],
         }
+        if self.asked_val_fraction is not None:
+            fields["asked_val_fraction"] = self.asked_val_fraction
         if self.skipped:
             fields["skipped"] = skipped_to_json(self.skipped)
         if is_of_examples:
@@ -174,6 +178,7 @@ class Manifest:
                 dictionary_sha256=fields.get("dictionary_sha256"),
                 row_tokens=row_tokens,
                 skipped=skipped_from_json(fields.get("skipped", {})),
+                asked_val_fraction=fields.get("asked_val_fraction"),
             )
             if manifest.fingerprint != fields["fingerprint"]:
                 raise ValueError("its fingerprint is not that of its entries")

@@ -35,6 +35,7 @@ from data_pipeline.shard_format import ShardWriter
 from data_pipeline.skipped import Skipped, merged, skipped_from_json
 from data_pipeline.task_input import BAD_RECORD, LeftOut, Passed, hash_fraction, read_task
 from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.val_hashes import LowestHashes
 
 # What is noted of a document that a task stages. The two halves of the first 16 bytes of the
 # SHA-256 of its text, and of the pass that took it, tell it from all others.
@@ -43,6 +44,7 @@ DOCUMENT_NOTE = np.dtype(
 )
 STAGED_FOLDER = Path(BUILD_FOLDER) / "staged"
 
+_TRAIN = SPLITS.index("train")
 _NOTE = struct.Struct("<BIIQQ")
 
 
@@ -55,6 +57,8 @@ class TaskRecord:
     left_out: dict[str, int]
     skipped: Skipped = field(default_factory=dict)
     """Records that are malformed, and parts of records, by cause."""
+    lowest_hashes: tuple[tuple[int, int], ...] = ()
+    """The lowest hashes of documents in the train set, and how many have each."""
 
     @property
     def documents(self) -> int:
@@ -78,6 +82,7 @@ class TaskRecord:
                 shards,
                 dict(fields["left_out"]),
                 skipped_from_json(fields.get("skipped", {})),
+                tuple((int(key), int(number)) for key, number in fields.get("lowest_hashes", ())),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -138,6 +143,7 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
     left_out = LeftOut()
     shards: list[ShardEntry] = []
     notes = _Notes(settings) if settings.selects else None
+    lowest = LowestHashes()
     with ExitStack() as stack:
         outputs = [
             stack.enter_context(_SplitOutput(split, task, folder, codec, shards))
@@ -152,6 +158,8 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
             if split is None:
                 split = int(hash_fraction(document.sha256[:8]) < settings.val_fraction)  # 1 is val
             outputs[split].add(encoded)
+            if split == _TRAIN:
+                lowest.add(document.sha256[:8])
             counts += (1, document.num_bytes, len(encoded.ids), 0)
             if notes and notes.add(split, len(encoded.ids), document):
                 break
@@ -162,7 +170,10 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
             file.write(notes.packed)
     by_file = sorted(shards, key=lambda shard: shard.file)
     counted = dict(sorted(left_out.counts.items()))
-    record = TaskRecord(task.sha256, tuple(by_file), counted, merged([left_out.skipped]))
+    record = TaskRecord(
+        *(task.sha256, tuple(by_file), counted, merged([left_out.skipped])),
+        lowest.counted(),
+    )
     record.save(record_path(out, task.index))
     return record
 
