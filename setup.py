@@ -82,5 +82,5 @@ setup(
             "xxhash>=3.0",
         ],
     },
-    entry_points={"console_scripts": ["megaback = megaback.cli:main"]},
+    entry_points={"console_scripts": ["megaback = megaback.__main__:main"]},
 )

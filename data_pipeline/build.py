@@ -25,7 +25,7 @@ from data_pipeline.build_options import (
     tasks_option,
     workers_option,
 )
-from data_pipeline.command import Command, write_text
+from data_pipeline.command import ResumableCommand, write_text
 from data_pipeline.errors import ConfigError, OutputExistsError
 from data_pipeline.finalize import (
     BUILDERS_LOCK,
@@ -46,6 +46,7 @@ from data_pipeline.plan import (
     handling_bad_records,
     renew_plan,
     require_same_tasks,
+    write_first,
 )
 from data_pipeline.pool import run_in_processes, shared_by_all
 from data_pipeline.progress import SharedCounts, showing_progress
@@ -122,6 +123,8 @@ def _do(tasks: tuple[Task, ...], plan: Plan, codec: TextCodec, out: Path, worker
     with locked(out / BUILDERS_LOCK, shared=True):
         if (out / MANIFEST_NAME).exists():  # another process was faster
             return len(tasks)
+        if not (out / PLAN_NAME).exists():  # forgotten by one that failed before we held the lock
+            write_first(plan, codec, out)
         records = [finished_record(task, out) for task in tasks]
         num_found = sum(record is not None for record in records)
         try:
@@ -199,7 +202,7 @@ def _indices(text: str) -> range:
     return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
-@click.command(cls=Command, name="build")
+@click.command(cls=ResumableCommand, name="build")
 @settings_options
 @out_option
 @tasks_option

@@ -7,18 +7,36 @@ keeps its traceback.
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import traceback
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
+from data_pipeline.console import (
+    ReaderGoneError,
+    is_result_unread,
+    only_comments,
+    protect_console,
+)
 from data_pipeline.errors import BackendError, MegabackError, StorageError
+from data_pipeline.interrupts import (
+    Interrupted,
+    at_work,
+    leave,
+    received_signal,
+    sentence,
+    take_signals,
+)
+
+READER_GONE_CODE = 141
+"""128 and SIGPIPE: what a shell sees of any program whose output nobody reads any more."""
 
 _OS_ADVICE = {
     errno.ENOSPC: "free some space and run the same command again",
@@ -77,22 +95,87 @@ def _program_error(error: OSError) -> BackendError | None:
 
 def report(error: MegabackError) -> int:
     """Print an error's sentence to stderr; return its exit code."""
-    print(f"megaback: error: {error}", file=sys.stderr, flush=True)
+    _print_error(f"megaback: error: {error}")
     return error.exit_code
 
 
+def _print_error(line: str) -> None:
+    with suppress(OSError):  # nobody reads it; the code says it too
+        print(line, file=sys.stderr, flush=True)
+
+
+def run_as_process(main: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run a command that this process is for; one that is called by a program runs as it is."""
+    if sys.stdout is not sys.__stdout__:  # a test or a notebook captures what is printed
+        return main(*arguments, **options)
+    protect_console()
+    take_signals()
+    try:
+        return main(*arguments, **options)
+    except SystemExit as ending:
+        if ending.code == 1 and is_result_unread():  # click's own, of a help page
+            raise SystemExit(READER_GONE_CODE) from None
+        if received_signal() is not None and isinstance(ending.code, int):
+            leave(ending.code)
+        raise
+
+
 class Command(click.Command):
-    """A click command that ends every `MegabackError` with its sentence and its exit code."""
+    """A click command that ends every `MegabackError` with its sentence and its exit code.
+
+    What it prints to standard output is its result: see `data_pipeline.console`.
+    """
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        return run_as_process(super().main, *arguments, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except MegabackError as error:
-            raise SystemExit(report(error)) from None
-        except BrokenPipeError:
-            raise  # click ends the command quietly: the reader of our output went away
-        except OSError as error:
-            raise SystemExit(report(system_error(error))) from None
+            with at_work():
+                result = super().invoke(ctx)
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+                return result
+        except BaseException as error:
+            code = self._code_of(error)
+            if code is None:
+                raise
+            raise SystemExit(code) from None
+
+    def _code_of(self, error: BaseException) -> int | None:
+        """Print what is to be said of an error; its exit code, or None for a defect."""
+        number = error.number if isinstance(error, Interrupted) else received_signal()
+        if number is None and isinstance(error, KeyboardInterrupt):
+            number = signal.SIGINT  # of a program that calls this command
+        if number is not None:
+            line = sentence(number, self._advice())
+            _print_error(f"\n{line}" if sys.stderr is not None and sys.stderr.isatty() else line)
+            return 128 + number
+        if isinstance(error, MegabackError):
+            return report(error)
+        if isinstance(error, ReaderGoneError):
+            return READER_GONE_CODE
+        if isinstance(error, OSError):
+            return report(system_error(error))
+        return None
+
+    def _advice(self) -> str:
+        return ""
+
+
+class WorkCommand(Command):
+    """A command whose result is a file, a run or a service: what it prints is a comment."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        only_comments()
+        return super().invoke(ctx)
+
+
+class ResumableCommand(WorkCommand):
+    """A command that, run again, continues where it was interrupted."""
+
+    def _advice(self) -> str:
+        return "run the same command to resume"
 
 
 @contextmanager
@@ -122,3 +205,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically, as UTF-8."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can say so."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -169,3 +169,9 @@ class PreemptedError(MegabackError):
     """The run was asked to stop, saved, and can be requeued (EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
+
+
+class UserInterruptError(MegabackError):
+    """Ended by Ctrl-C (SIGINT), where nothing was there to save, or a second time."""
+
+    exit_code = 130

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from data_pipeline.build_options import echo_manifest, num_workers, workers_option
-from data_pipeline.command import Command, replacing
+from data_pipeline.command import ResumableCommand, replacing
 from data_pipeline.errors import OutputExistsError, ShardsMissingError, SourceEmptyError
 from data_pipeline.locks import locked
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
@@ -199,7 +199,7 @@ def codec_of_plan(plan: Plan, out: Path) -> TextCodec:
     return codec
 
 
-@click.command(cls=Command, name="finalize")
+@click.command(cls=ResumableCommand, name="finalize")
 @click.argument("out", type=click.Path(path_type=Path))
 @workers_option
 def main(out: Path, workers: int | None) -> None:

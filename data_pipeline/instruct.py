@@ -16,7 +16,7 @@ from data_pipeline.build_options import (
     tasks_option,
     workers_option,
 )
-from data_pipeline.command import Command
+from data_pipeline.command import ResumableCommand
 from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, WeightedSource
@@ -26,7 +26,7 @@ from data_pipeline.text import Direction, TextCodec, Unit
 DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
 
 
-@click.command(cls=Command, name="build")
+@click.command(cls=ResumableCommand, name="build")
 @click.option(
     "--source",
     "sources",

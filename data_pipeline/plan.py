@@ -26,7 +26,7 @@ from data_pipeline.build_options import (
     settings_options,
     tasks_option,
 )
-from data_pipeline.command import Command, replacing, write_text
+from data_pipeline.command import ResumableCommand, replacing, sync_folder, write_text
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardsMissingError
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.settings import (
@@ -238,7 +238,7 @@ def claim_plan(
                 f"{out} already holds something that is no build of shards; choose another --out"
             )
         plan = make_plan(settings, num_tasks, out)
-        if _write_first(plan, codec, out):
+        if write_first(plan, codec, out):
             return plan, True
     plan = Plan.load(out)
     plan.settings.require_same(settings, out)
@@ -283,8 +283,11 @@ def renew_plan(plan: Plan, settings: BuildSettings) -> tuple[Plan, bool]:
     return (renewed if has_changed else replace(plan, skipped=renewed.skipped)), has_changed
 
 
-def _write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
-    """Write the plan and the tokenizer, unless another process was faster."""
+def write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
+    """Write the plan and the tokenizer, unless another process was faster.
+
+    What was written is on the disk when this returns: no shard lies in a folder without its plan.
+    """
     was_there = out.exists()
     draft = out / BUILD_FOLDER / f"{PLAN_NAME}.{uuid.uuid4().hex}"
     try:
@@ -293,7 +296,7 @@ def _write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
         with replacing(out / TOKENIZER_NAME) as file:
             file.write(codec.model_bytes)
         return _rename_unless_there(draft, out / PLAN_NAME)
-    except OSError:
+    except BaseException:
         draft.unlink(missing_ok=True)
         with suppress(OSError):  # others may be here too: only what is empty goes
             draft.parent.rmdir()
@@ -311,6 +314,7 @@ def _rename_unless_there(draft: Path, path: Path) -> bool:
         return False
     except OSError:  # a file system without links
         os.replace(draft, path)
+    sync_folder(path.parent)
     return True
 
 
@@ -347,7 +351,7 @@ def _slices_of(files: Sequence[dict[str, Any]]) -> tuple[Slice, ...]:
     )
 
 
-@click.command(cls=Command, name="plan")
+@click.command(cls=ResumableCommand, name="plan")
 @settings_options
 @out_option
 @tasks_option

@@ -1,16 +1,20 @@
 """Work shared by processes that end with whoever started them."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import Any, TypeVar
 
+from data_pipeline.console import only_comments, protect_console
 from data_pipeline.errors import LaunchError
 from data_pipeline.import_path import safe_child_imports
+from data_pipeline.interrupts import begin_child, received_signal, signals_deferred
 
 _Result = TypeVar("_Result")
 _shared: Any = None
@@ -26,10 +30,12 @@ def run_in_processes(
 
     `shared` is what `shared_by_all` gives in every process. Raises what the function raises, when
     the calls that run have ended, and LaunchError when a process was killed. A consumer that stops
-    iterating leaves the calls undone that have not begun.
+    iterating leaves the calls undone that have not begun. An interrupt ends all processes; none
+    runs any more when it is raised.
     """
     if not calls:
         return
+    hush_tracker()
     others = set(active_children())
     # Spawned, not forked: a fork copies the locks of whatever threads a library has started.
     with safe_child_imports():
@@ -39,6 +45,7 @@ def run_in_processes(
             initializer=_begin,
             initargs=(shared,),
         )
+    is_interrupted = False
     try:
         with safe_child_imports():
             running = {_submit(pool, function, call): number for number, call in enumerate(calls)}
@@ -49,18 +56,44 @@ def run_in_processes(
             "a worker was killed from outside (out of memory, perhaps); "
             "run the same command again, with fewer --workers, to go on"
         ) from None
+    except GeneratorExit:
+        is_interrupted = received_signal() is not None
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        is_interrupted = True
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
-        # A pool that breaks while it starts forgets processes, for which this one would wait.
-        for process in set(active_children()) - others:
-            process.kill()
+        try:
+            if not is_interrupted:
+                pool.shutdown(cancel_futures=True)  # waits for the calls that run
+        finally:
+            # What an interrupt leaves, and what a pool forgets that breaks while it starts.
+            kill(set(active_children()) - others)
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def hush_tracker() -> None:
+    """Have the standard library's tracker of semaphores tidy up after workers without warnings."""
+    option = "ignore:resource_tracker:UserWarning"
+    if option not in sys.warnoptions:
+        sys.warnoptions.append(option)  # the tracker is started with the options of this process
+
+
+def kill(processes: Iterable[BaseProcess]) -> None:
+    """Kill processes, and wait until they are gone."""
+    processes = list(processes)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 def _submit(
     pool: ProcessPoolExecutor, function: Callable[..., _Result], call: tuple[Any, ...]
 ) -> "Future[_Result]":
     try:
-        return pool.submit(function, *call)
+        with signals_deferred():  # a worker is started here, if there are not enough
+            return pool.submit(function, *call)
     except OSError as error:
         if error.errno is not None:
             raise
@@ -76,6 +109,14 @@ def shared_by_all() -> Any:
 def _begin(shared: Any) -> None:
     global _shared
     _shared = shared
+    begin_worker()
+
+
+def begin_worker() -> None:
+    """In a process that works for another one: end with that one, and by it alone."""
+    begin_child()
+    protect_console()
+    only_comments()
     end_with_parent()
 
 

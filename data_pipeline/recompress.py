@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import zstandard
 
-from data_pipeline.command import Command, replacing, write_text
+from data_pipeline.command import ResumableCommand, replacing, write_text
 from data_pipeline.compression import Compression
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
 from data_pipeline.manifest import (
@@ -239,7 +239,7 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
         out.rmdir()
 
 
-@click.command(cls=Command, name="recompress")
+@click.command(cls=ResumableCommand, name="recompress")
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(

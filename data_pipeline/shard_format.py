@@ -32,6 +32,7 @@ from data_pipeline.byte_ranges import ByteRanges, LocalRanges
 from data_pipeline.compression import DEFAULT_COMPRESSION, Compression, read_dictionary
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.example_rows import NUM_COUNTS, ExampleMarks, PackedExample
+from data_pipeline.interrupts import require_uninterrupted
 from data_pipeline.seekable import EMPTY_CHECKSUM, SeekEntry, pack_seek_table
 from data_pipeline.shard_index import (
     EXAMPLES_VERSION,
@@ -124,6 +125,7 @@ class ShardWriter:
         self._documents += shard.header.documents
         self._text_bytes += shard.header.text_bytes
         for frame in range(shard.num_frames):
+            require_uninterrupted()
             self._append(shard.frame(frame))
 
     def finish(self) -> ShardDigest:

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from data_pipeline.build_options import html_option
-from data_pipeline.command import Command, replacing
+from data_pipeline.command import WorkCommand, replacing
 from data_pipeline.errors import BadRecordError, OutputExistsError, SourceEmptyError, TokenizerError
 from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
 from data_pipeline.skipped import (
@@ -231,7 +231,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
 
 
 @click.command(
-    cls=Command,
+    cls=WorkCommand,
     name="train",
     help="Train a SentencePiece tokenizer on a sample from all over the sources.",
 )

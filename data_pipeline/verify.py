@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.command import WorkCommand
 from data_pipeline.errors import ShardCorruptError
+from data_pipeline.interrupts import require_uninterrupted
 from data_pipeline.manifest import Manifest, ShardEntry
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.shard_walk import on_threads
@@ -61,6 +62,7 @@ def shard_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> list[Sh
         except ShardCorruptError as error:
             damage.append(error)
         for frame in range(reader.num_frames):
+            require_uninterrupted()
             try:
                 content.update(reader.frame(frame).data)
             except ShardCorruptError as error:
@@ -116,7 +118,7 @@ def _file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-@click.command(cls=Command, name="verify")
+@click.command(cls=WorkCommand, name="verify")
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: every core.")
 def main(shards: Path, workers: int | None) -> None:

@@ -134,12 +134,12 @@ def host_rank_names(hosts: Sequence[Host]) -> list[list[dict[str, str]]]:
 
 def run_on_hosts(
     hosts: Sequence[Host], command: Sequence[str], device: str
-) -> tuple[list[int], list[str], bool]:
+) -> tuple[list[int], list[str], list[int]]:
     """Run ranks on all hosts to their end, passing signals on to every one.
 
     `device` is hardware.device; `auto` is decided by each host. Returns exit codes in the order in
     which they came (of each rank here, of all ranks of another host together), the host of each,
-    and whether there was a signal. Raises LaunchError.
+    and the signals that came. Raises LaunchError.
     """
     names = host_rank_names(hosts)
     ssh = [] if all(host.is_local for host in hosts) else ssh_command()
@@ -156,8 +156,8 @@ def run_on_hosts(
                 places.append(host.name)
                 yield start_rank(command, {**environment, **one})
 
-    ended, was_signalled = stay_with(start_all())
-    return [code for _, code in ended], [places[number] for number, _ in ended], was_signalled
+    ended, signals = stay_with(start_all())
+    return [code for _, code in ended], [places[number] for number, _ in ended], signals
 
 
 class RemoteRanks:

@@ -5,6 +5,7 @@ are given the time to say so. The command is in `train`, other machines in `host
 (`deepspeed megaback/train.py CONFIG` starts the same ranks: decision 14 says why this does not.)
 """
 
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,12 @@ from types import FrameType
 from typing import Any, Protocol
 
 from data_pipeline import errors
-from data_pipeline.errors import LaunchError, MegabackError, PreemptedError
+from data_pipeline.errors import (
+    LaunchError,
+    MegabackError,
+    PreemptedError,
+    UserInterruptError,
+)
 from megaback.config import Config
 from megaback.device_files import count_devices
 from megaback.stopping import LAUNCHER_VARIABLE
@@ -24,6 +30,9 @@ from megaback.stopping import LAUNCHER_VARIABLE
 CONNECTION_LOST = 255
 """ssh's own exit code."""
 _GRACE_S = 10.0
+_SECOND_GRACE_S = 2.0
+"""After Ctrl-C came a second time."""
+_SAME_REQUEST_S = 1.0
 _POLL_S = 0.05
 
 
@@ -77,19 +86,19 @@ def rank_names(processes: int) -> list[dict[str, str]]:
 
 def run_ranks(
     command: Sequence[str], environment: Mapping[str, str], processes: int
-) -> tuple[list[int], bool]:
+) -> tuple[list[int], list[int]]:
     """Run all ranks to their end, passing signals on to every one.
 
     Returns their exit codes (negative: the signal that killed it), in the order in which they
-    ended, and whether there was a signal.
+    ended, and the signals that came.
     """
 
     def start_all() -> Iterator[Running]:
         for names in rank_names(processes):
             yield start_rank(command, {**environment, **names})
 
-    ended, was_signalled = stay_with(start_all())
-    return [code for _, code in ended], was_signalled
+    ended, signals = stay_with(start_all())
+    return [code for _, code in ended], signals
 
 
 def start_rank(
@@ -106,23 +115,23 @@ def start_rank(
     )
 
 
-def stay_with(starting: Iterable[Running]) -> tuple[list[tuple[int, int]], bool]:
+def stay_with(starting: Iterable[Running]) -> tuple[list[tuple[int, int]], list[int]]:
     """Start ranks one after another, wait for all, and pass on every signal meanwhile.
 
-    Returns the number and exit code of each, in the order in which they ended, and whether there
-    was a signal.
+    Returns the number and exit code of each, in the order in which they ended, and the signals
+    that came.
     """
     ranks: list[Running] = []
     with _passing_signals(ranks) as received:
         for rank in starting:
             ranks.append(rank)
-        for number in received:  # for those that were not there yet
+        for number, _ in list(received):  # for those that were not there yet
             for rank in ranks:
                 rank.send_signal(number)
-        return _wait(ranks), bool(received)
+        return _wait(ranks, received), [number for number, _ in received]
 
 
-def _wait(ranks: Sequence[Running]) -> list[tuple[int, int]]:
+def _wait(ranks: Sequence[Running], received: Sequence[tuple[int, float]]) -> list[tuple[int, int]]:
     ended: list[tuple[int, int]] = []
     running = dict(enumerate(ranks))
     give_up = None
@@ -134,6 +143,9 @@ def _wait(ranks: Sequence[Running]) -> list[tuple[int, int]]:
                 ended.append((number, code))
                 if code and give_up is None:
                     give_up = time.monotonic() + _GRACE_S
+        interrupts_s = [moment for number, moment in received if number == signal.SIGINT]
+        if interrupts_s and interrupts_s[-1] - interrupts_s[0] > _SAME_REQUEST_S:
+            give_up = min(give_up or math.inf, interrupts_s[-1] + _SECOND_GRACE_S)
         if give_up is not None and time.monotonic() > give_up:
             for process in running.values():
                 process.kill()
@@ -142,16 +154,23 @@ def _wait(ranks: Sequence[Running]) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _passing_signals(ranks: list[Running]) -> Iterator[list[int]]:
-    received: list[int] = []
+def _passing_signals(ranks: list[Running]) -> Iterator[list[tuple[int, float]]]:
+    """Yields the signals that came, and when.
+
+    The end of the terminal (SIGHUP) is a SIGTERM to the ranks, which have none.
+    """
+    received: list[tuple[int, float]] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        received.append((number, time.monotonic()))
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
+        numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield received
@@ -176,25 +195,29 @@ def reasons() -> set[int]:
 
 def verdict(
     codes: Sequence[int],
-    was_signalled: bool,
+    signals: Sequence[int],
     ending: dict[str, Any] | None,
     hosts: Sequence[str] = (),
+    *,
+    has_trained: bool = False,
 ) -> int:
     """The exit code of the run. Raises what the ranks could not say themselves.
 
     `ending` is what the first rank to know a reason has recorded; the others may have ended for
-    want of that one. `hosts` are where the codes come from, if not all from this machine.
+    want of that one. `signals` were passed on to the ranks. `hosts` are where the codes come from,
+    if not all from this machine. `has_trained`: the ranks have taken a step since they were
+    started.
     """
     if ending is not None and ending.get("code") in codes:
         return int(ending["code"])
-    said = [code for code in codes if code in reasons()]
+    said = [code for code in codes if code in reasons() - {UserInterruptError.exit_code}]
     if said:
         return said[0]
     failed = [number for number, code in enumerate(codes) if code]
     if not failed:
         return 0
-    if was_signalled:
-        raise PreemptedError("asked to stop while starting; run the same command to go on")
+    if signals:
+        raise _unsaved(set(signals), codes[failed[0]], has_trained)
     code = codes[failed[0]]
     where = f" on {hosts[failed[0]]}" if hosts else ""
     if hosts and code == CONNECTION_LOST:
@@ -202,14 +225,33 @@ def verdict(
             f"ssh did not reach {hosts[failed[0]]}, or lost it (its own message stands above); "
             "see that `ssh HOST true` works without a password, and run the same command again"
         )
-    names = {number.value: number.name for number in signal.Signals}
-    how = f"killed by {names.get(-code, code)}" if code < 0 else f"ended with code {code}"
-    advice = "often memory: see dmesg" if code == -signal.SIGKILL else "see the traceback above"
+    advice = "see what they printed, if anything"
+    if code == -signal.SIGKILL:
+        advice = "often memory: see dmesg"
     if hosts and code > 0:
         advice = (
             "see the messages above; this folder and this Python are needed at the same paths there"
         )
     raise LaunchError(
-        f"the ranks{where} were {how}, without a reason of their own ({advice}); "
+        f"the ranks{where} {_how(code)}, without a reason of their own ({advice}); "
         "run the same command again to go on"
     )
+
+
+def _unsaved(signals: set[int], code: int, has_trained: bool) -> MegabackError:
+    """The error of ranks that were asked to stop, and ended without saving."""
+    if not has_trained and signals == {signal.SIGINT}:
+        return UserInterruptError("interrupted before the first step; nothing was there to save")
+    if not has_trained:
+        return PreemptedError("asked to stop while starting; run the same command to resume")
+    resume = "run the same command to resume from the newest checkpoint"
+    if signal.SIGINT in signals:
+        return UserInterruptError(f"interrupted before the ranks had saved; {resume}")
+    return LaunchError(
+        f"the ranks were asked to stop, but {_how(code)} before they saved; {resume}"
+    )
+
+
+def _how(code: int) -> str:
+    names = {number.value: number.name for number in signal.Signals}
+    return f"were killed by {names.get(-code, code)}" if code < 0 else f"ended with code {code}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.command import WorkCommand
 from data_pipeline.errors import (
     ConfigError,
     LaunchError,
@@ -143,7 +143,7 @@ def main() -> None:
     """What slurm/ranks.sh asks before and after the ranks."""
 
 
-@main.command(cls=Command)
+@main.command(cls=WorkCommand)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--save-before", hidden=True, expose_value=False)  # the ranks'
@@ -166,7 +166,7 @@ def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
     click.echo(f"slurm: megaback {__version__}, {num_ranks} ranks on {nodes}{again}")
 
 
-@main.command(cls=Command)
+@main.command(cls=WorkCommand)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--save-before", hidden=True, expose_value=False)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.command import WorkCommand
 from data_pipeline.errors import ConfigError, LaunchError
+from data_pipeline.interrupts import signals_deferred
 from launcher.memory_check import check_memory
 from launcher.run_folder import jobs_of
 from launcher.slurm_commands import Submission, cancel, find_job, queue, run_sbatch
@@ -69,7 +70,8 @@ def queue_all(
     try:
         for submission in submissions:
             linked = after(submission, jobs[-1]) if jobs else submission
-            jobs.append(queue(linked))
+            with signals_deferred():  # a job that is queued is known, or it could not be cancelled
+                jobs.append(queue(linked))
             recorded.append({"stage": linked.stage, "job": jobs[-1], "line": linked.line})
             record_jobs(folder, fields, recorded)
     except BaseException:
@@ -86,7 +88,7 @@ def after(submission: Submission, job: str) -> Submission:
     return replace(submission, options=(*submission.options, *link))
 
 
-@click.command(cls=Command, name="submit")
+@click.command(cls=WorkCommand, name="submit")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)

@@ -7,20 +7,21 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.command import WorkCommand
 from data_pipeline.errors import MegabackError
 from data_pipeline.import_path import module_command
 from launcher.hostfile import read_hostfile, run_on_hosts
 from launcher.local import plan_ranks, rank_environment, run_ranks, verdict
+from launcher.run_folder import read_progress
 from megaback.config import load_config
-from megaback.exit_record import num_starts, read_exit, record_exit
+from megaback.exit_record import num_starts, read_exit, read_history, record_exit
 from megaback.run_data import open_data
 from megaback.stopping import deadline_of
 
 _RANK_MODULE = "megaback.train"
 
 
-@click.command(cls=Command, name="train")
+@click.command(cls=WorkCommand, name="train")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option(
@@ -66,18 +67,26 @@ def train(
     starts = num_starts(settings.run)
     names: list[str] = []
     if hosts is None:
-        codes, was_signalled = run_ranks(command, rank_environment(device, processes), processes)
+        codes, signals = run_ranks(command, rank_environment(device, processes), processes)
     else:
-        codes, names, was_signalled = run_on_hosts(hosts, command, settings.hardware.device)
+        codes, names, signals = run_on_hosts(hosts, command, settings.hardware.device)
     # A start that was refused, or had nothing to do, leaves the record of an earlier one alone.
     has_started = num_starts(settings.run) > starts
     try:
         ending = read_exit(settings.run) if has_started else None
-        return verdict(codes, was_signalled, ending, names)
+        has_trained = has_started and _has_trained(settings.run)
+        return verdict(codes, signals, ending, names, has_trained=has_trained)
     except MegabackError as error:
         if has_started:
             record_exit(settings.run, error.exit_code, type(error).__name__, str(error))
         raise
+
+
+def _has_trained(run: Path) -> bool:
+    """Whether the newest start has taken a step."""
+    progress = read_progress(run)
+    starts = [line for line in read_history(run) if line.get("event") == "start"]
+    return progress is not None and bool(starts) and progress.step > starts[-1].get("step", 0)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ Nothing heavy is imported here, so that help appears at once. Every subcommand i
 """
 
 import importlib
+from typing import Any
 
 import click
+
+from data_pipeline.command import run_as_process
 
 _Commands = dict[str, tuple[str, str]]
 
@@ -63,6 +66,9 @@ class LazyGroup(click.Group):
     def __init__(self, name: str, modules: _Commands, help_text: str) -> None:
         super().__init__(name, help=help_text)
         self._modules = modules
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        return run_as_process(super().main, *arguments, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self._modules, *super().list_commands(ctx)]

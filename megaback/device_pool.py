@@ -8,14 +8,16 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from itertools import cycle
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 from data_pipeline.errors import LaunchError
 from data_pipeline.import_path import safe_child_imports
-from data_pipeline.pool import end_with_parent
+from data_pipeline.interrupts import received_signal, signals_deferred
+from data_pipeline.pool import begin_worker, hush_tracker, kill
 from megaback.likelihood import Continuation, log_probabilities
 from megaback.model import ReverseGPT
 from megaback.model_folder import load_model_folder
@@ -49,9 +51,11 @@ class DevicePool:
         self._devices = [str(device) for device in devices]
         self._model = model
         self._pools = []
+        self._processes: set[BaseProcess] = set()
         if len(devices) > 1:
+            hush_tracker()
             self._pools = [
-                ProcessPoolExecutor(1, get_context("spawn"), initializer=end_with_parent)
+                ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_worker)
                 for _ in devices
             ]
         self._turns = cycle(range(len(devices)))
@@ -64,9 +68,15 @@ class DevicePool:
         turn = next(self._turns)
         if self._pools:
             call = (str(self._folder), self._devices[turn], continuations)
+            others = set(active_children())
             try:
-                with safe_child_imports():  # the first call starts the process
-                    return self._pools[turn].submit(_on_device, *call)
+                with (
+                    safe_child_imports(),
+                    signals_deferred(),
+                ):  # a process is started here, the first time
+                    running = self._pools[turn].submit(_on_device, *call)
+                    self._processes |= set(active_children()) - others
+                return running
             except BrokenProcessPool:
                 raise LaunchError(_KILLED) from None
         if self._model is None:
@@ -84,8 +94,12 @@ class DevicePool:
             raise LaunchError(_KILLED) from None
 
     def close(self) -> None:
+        """Wait for what runs, unless this process was asked to end."""
+        is_interrupted = received_signal() is not None
+        if is_interrupted:
+            kill(self._processes)
         for pool in self._pools:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=not is_interrupted, cancel_futures=True)
 
     def __enter__(self) -> "DevicePool":
         return self

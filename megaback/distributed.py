@@ -5,14 +5,12 @@ Ranks are named by RANK, WORLD_SIZE and LOCAL_RANK (the deepspeed command, torch
 whatever moves the gradients, so that agreeing never waits for a GPU.
 """
 
-import atexit
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -22,6 +20,7 @@ import torch.distributed as dist
 
 from data_pipeline.command import report, system_error
 from data_pipeline.errors import BackendError, LaunchError, MegabackError
+from data_pipeline.interrupts import leave
 from megaback.device_files import count_device_files, count_devices
 from megaback.slurm_nodes import first_node
 from megaback.stopping import HOST_VARIABLE
@@ -191,12 +190,7 @@ def end_rank(code: int = 0) -> NoReturn:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    atexit._run_exitfuncs()  # wandb's, the compiler's
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # whoever read it may be gone
-            stream.flush()
-    os._exit(code)
+    leave(code)
 
 
 def _choose_device(name: str, local_rank: int) -> torch.device:

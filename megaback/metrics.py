@@ -18,10 +18,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from data_pipeline.command import write_text
+from data_pipeline.console import console_losses
 from data_pipeline.durations import duration
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.config import Config
 from megaback.context_loss import ContextLoss
+from megaback.exit_record import record_event
 from megaback.mirrors import BEFORE_ALL_STEPS, Mirrors
 
 METRICS_NAME = "metrics.jsonl"
@@ -112,6 +114,8 @@ class MetricsLog:
         self._total_steps = total_steps
         self._every_steps = config.logging.every_steps
         self._console = Console(soft_wrap=True)
+        self._run = config.run
+        self._noted_losses: set[str] = set()
         self._mirrors = Mirrors(config, resumed_step or BEFORE_ALL_STEPS, self.say)
         self._mirrors.feed(kept)
         self._progress: Progress | None = None
@@ -150,6 +154,7 @@ class MetricsLog:
             self._progress.update(self._bar, completed=step, description=text)
         elif step % self._every_steps == 0 or step == self._total_steps:
             self.say(f"step {text}")
+        self._note_losses(step)
 
     def left_out(self, step: int) -> None:
         """Record a step that was passed over."""
@@ -206,6 +211,13 @@ class MetricsLog:
         if record.data_wait_share > LEAST_DATA_WAIT_SHARE:
             parts.append(f"data wait {record.data_wait_share:.0%}")
         return "  ".join(parts)
+
+    def _note_losses(self, step: int) -> None:
+        """Note in the run's history what can no longer be printed to: nobody sees it there."""
+        losses = console_losses()
+        for name in losses.keys() - self._noted_losses:
+            self._noted_losses.add(name)
+            record_event(self._run, "console lost", stream=name, reason=losses[name], step=step)
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")

@@ -8,10 +8,11 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 from datetime import datetime
 from types import FrameType
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, UserInterruptError
 
 LAUNCHER_VARIABLE = "MEGABACK_LAUNCHER"
 """The process that started this rank, and that it is not to outlive."""
@@ -22,12 +23,19 @@ _SAME_REQUEST_S = 1.0
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
-class StopRequest:
-    """Set by SIGTERM, SIGUSR1, SIGINT, a deadline or the launcher's end; looked at between steps.
+def leave_at_ctrl_c() -> None:
+    """Until there is a StopRequest, Ctrl-C ends this rank at once and without a traceback."""
+    signal.signal(signal.SIGINT, lambda *_: _leave_while_starting())
 
-    The same signal once more ends this rank at once and saves nothing. A launcher and a terminal
-    may both deliver it, so within a second it counts as one; another signal is no repetition
-    (Slurm sends SIGUSR1, and SIGTERM later).
+
+class StopRequest:
+    """Set by a signal, a deadline or the launcher's end; looked at between steps.
+
+    The signals are SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and, unless ignored (`nohup`), SIGHUP (the
+    terminal was closed). The same signal once more ends this rank at once and saves nothing. A
+    launcher and a terminal may both deliver it, so within a second it counts as one; another signal
+    is no repetition (Slurm sends SIGUSR1, and SIGTERM later). Before `begin_training` nothing is
+    there to save, and Ctrl-C ends the rank at once.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -36,8 +44,20 @@ class StopRequest:
         self._deadline = deadline
         self._launcher = int(os.environ.get(LAUNCHER_VARIABLE, "0"))
         self._received: dict[int, float] = {}
+        self._is_training = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._receive)
+
+    def begin_training(self) -> None:
+        """From now on there may be something to save."""
+        self._is_training = True
+
+    @property
+    def is_interrupt(self) -> bool:
+        """Whether it is by Ctrl-C."""
+        return self._signal == signal.SIGINT.name
 
     @property
     def reason(self) -> str | None:
@@ -51,11 +71,20 @@ class StopRequest:
         return None
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and not self._is_training:
+            _leave_while_starting()
         now = time.monotonic()
         if now - self._received.get(number, now) > _SAME_REQUEST_S:
             os._exit(128 + number)
         self._received.setdefault(number, now)
         self._signal = self._signal or signal.Signals(number).name
+
+
+def _leave_while_starting() -> None:
+    if LAUNCHER_VARIABLE not in os.environ:  # else the launcher says it, for all ranks
+        with suppress(OSError):
+            os.write(2, b"megaback: error: interrupted before the first step\n")
+    os._exit(UserInterruptError.exit_code)
 
 
 def deadline_of(save_before: str | None) -> float | None:

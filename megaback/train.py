@@ -14,11 +14,25 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
+if __name__ == "__main__":  # before torch is loaded, which takes seconds
+    from data_pipeline.console import protect_console
+    from megaback.stopping import leave_at_ctrl_c
+
+    leave_at_ctrl_c()
+    protect_console()
+
 import click
 import torch
 
-from data_pipeline.command import Command
-from data_pipeline.errors import LaunchError, MegabackError, NonFiniteError, PreemptedError
+from data_pipeline.command import WorkCommand
+from data_pipeline.console import only_comments
+from data_pipeline.errors import (
+    LaunchError,
+    MegabackError,
+    NonFiniteError,
+    PreemptedError,
+    UserInterruptError,
+)
 from data_pipeline.rows import Batch
 from megaback.checkpoint_copy import CheckpointCopier
 from megaback.checkpoint_saver import CheckpointSaver
@@ -49,6 +63,8 @@ from megaback.start import NothingLeft, describe_changes
 from megaback.stopping import StopRequest, deadline_of
 
 _POLL_S = 0.02
+_CONSOLE_PATIENCE_S = 3.0
+"""How long a step waits for whoever reads what the run prints, before that is dropped."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +104,13 @@ class Trainer:
     def train(self) -> str:
         """Train to the end of the run, and say why it ended.
 
-        Raises PreemptedError or NonFiniteError on all ranks.
+        Raises PreemptedError, UserInterruptError or NonFiniteError on all ranks.
         """
         run, total_steps = self._run, self._run.data.total_steps
         val_loss = run.val_loss if run.start_step else self._validate(0)
         saved_step = run.start_step
         run.engine.train()
+        self._stop.begin_training()
         for step in range(run.start_step, total_steps):
             started, done = monotonic(), step + 1
             run.pulse.at("reading its rows", done)
@@ -108,10 +125,7 @@ class Trainer:
                 if step > saved_step:
                     self._save(step, val_loss)
                 self._finish_save(step)
-                raise PreemptedError(
-                    f"asked to stop after {step} steps, all of them saved; "
-                    "run the same command to go on"
-                )
+                raise self._ending(step)
             if run.is_left_out(done):
                 self._record(lambda log, done=done: log.left_out(done))  # type: ignore[misc]
             else:
@@ -178,6 +192,16 @@ class Trainer:
             num_stops > 0,
             num_writing > 0,
             num_copying > 0,
+        )
+
+    def _ending(self, step: int) -> MegabackError:
+        """Why a run that was asked to stop ends, the same on all ranks."""
+        if self._world.sum(self._stop.is_interrupt)[0] and step == self._run.start_step:
+            return UserInterruptError(
+                "interrupted before the first step; nothing was there to save"
+            )
+        return PreemptedError(
+            f"asked to stop after {step} steps, all of them saved; run the same command to go on"
         )
 
     def _learn(
@@ -337,7 +361,7 @@ def train_run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> 
             reason = trainer.train()
         finally:
             trainer.close()
-    except (NonFiniteError, PreemptedError) as shared:
+    except (NonFiniteError, PreemptedError, UserInterruptError) as shared:
         error = shared  # raised on every rank alike
     world.stop_if_any(error)
     if world.is_first:
@@ -373,13 +397,14 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:
     return 0
 
 
-@click.command(cls=Command, name="train")
+@click.command(cls=WorkCommand, name="train")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--save-before", hidden=True)
 @click.option("--local_rank", type=int, hidden=True, expose_value=False)  # the deepspeed command's
 def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> None:
     """Train as one rank of a run described by CONFIG and key.sub=value OVERRIDES."""
+    only_comments(_CONSOLE_PATIENCE_S)
     with one_voice():
         if not is_whole():
             raise LaunchError(HIDDEN)

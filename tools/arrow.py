@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.command import Command, write_text
+from data_pipeline.command import ResumableCommand, write_text
 from data_pipeline.pictures import require_matplotlib, write_picture
 from megaback.config import load_config
 from megaback.paired_gap import Gap
@@ -91,7 +91,7 @@ def train_all(
             raise SystemExit(code)
 
 
-@click.command(cls=Command, name="arrow")
+@click.command(cls=ResumableCommand, name="arrow")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_pipeline.chat_format import ChatFormat
-from data_pipeline.command import Command, replacing, write_text
+from data_pipeline.command import ResumableCommand, replacing, write_text
 from data_pipeline.errors import (
     CheckpointMissingError,
     DirectionMismatchError,
@@ -151,7 +151,7 @@ def _merge(parts: ChunkParts, choice: Choice, out: Path) -> None:
         click.echo(f"  left out: {count:,} ({why})")
 
 
-@click.command(cls=Command, name="backtranslate")
+@click.command(cls=ResumableCommand, name="backtranslate")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--in", "source", required=True, help="Texts: a path, pattern, URL or hf:NAME.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A file of JSON lines.")

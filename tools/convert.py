@@ -16,7 +16,7 @@ from types import FrameType
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.command import WorkCommand
 from data_pipeline.errors import OutputExistsError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -99,7 +99,7 @@ def _leave(_signal: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-@click.command(cls=Command, name="convert")
+@click.command(cls=WorkCommand, name="convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--to",

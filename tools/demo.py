@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.command import Command
+from data_pipeline.command import ResumableCommand
 from data_pipeline.errors import LaunchError
 from data_pipeline.import_path import module_command
 from data_pipeline.inspection import unigram_entropy
@@ -75,7 +75,7 @@ def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
     Console(soft_wrap=False, width=100).print(table, markup=False, highlight=False)
 
 
-@click.command(cls=Command, name="demo")
+@click.command(cls=ResumableCommand, name="demo")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 @click.option("--source", default="pydocs", show_default=True)
 def main(out: Path, source: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import Command, write_text
+from data_pipeline.command import WorkCommand, write_text
 from data_pipeline.errors import CheckpointMissingError
 from data_pipeline.pictures import require_matplotlib, write_picture
 from launcher.run_folder import runs_below
@@ -89,7 +89,7 @@ def _with_numbers(folder: Path) -> list[Path]:
     return [run for run in runs_below(folder) if (run / METRICS_NAME).is_file()] or [folder]
 
 
-@click.command(cls=Command, name="plot")
+@click.command(cls=WorkCommand, name="plot")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option(
     "--out",

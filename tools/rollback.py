@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import Command, write_text
+from data_pipeline.command import WorkCommand, write_text
 from data_pipeline.errors import CheckpointMissingError, LaunchError
 
 
@@ -70,7 +70,7 @@ def _step_of(target: Path) -> int:
     return int(target.name.removeprefix("step-"))
 
 
-@click.command(cls=Command, name="rollback")
+@click.command(cls=WorkCommand, name="rollback")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--steps", required=True, type=click.IntRange(min=1), help="How far back, at the least."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.command import WorkCommand
 from data_pipeline.errors import BackendError, ServeError
 
 if TYPE_CHECKING:
@@ -82,7 +82,10 @@ def run_server(
     shutdown_s: float,
     infiller: "Infiller | None" = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what runs, for `shutdown_s` at most."""
+    """Serve until SIGTERM or SIGINT; then finish what runs, for `shutdown_s` at most.
+
+    Raises KeyboardInterrupt after SIGINT.
+    """
     import uvicorn
 
     from tools.serving.app import make_app
@@ -108,14 +111,17 @@ def run_server(
         timeout_graceful_shutdown=max(1, round(shutdown_s)),
     )
     # uvicorn hands a signal that it has obeyed on to who handled it before; that is not to end us.
+    received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda number, _: received.append(number))
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"{', '.join(models)}: http://{shown}:{port} (Ctrl-C ends)")
     uvicorn.Server(config).run(sockets=[listener])
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
 
 
-@click.command(cls=Command, name="serve")
+@click.command(cls=WorkCommand, name="serve")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--forward",

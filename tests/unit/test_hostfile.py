@@ -149,7 +149,7 @@ def test_the_ranks_of_a_host_have_one_code(codes: list[int], expected: int) -> N
     ("codes", "says"),
     [
         ([0, -9], r"the ranks on b were killed by SIGKILL, .*\(often memory: see dmesg\)"),
-        ([1, -9], r"the ranks on a were ended with code 1, .*at the same paths there\)"),
+        ([1, -9], r"the ranks on a ended with code 1, .*at the same paths there\)"),
         ([0, CONNECTION_LOST], "ssh did not reach b, or lost it"),
     ],
 )

@@ -13,12 +13,18 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import LaunchError, MegabackError, NonFiniteError, PreemptedError
+from data_pipeline.errors import (
+    LaunchError,
+    MegabackError,
+    NonFiniteError,
+    PreemptedError,
+    UserInterruptError,
+)
 from launcher import local
 from launcher.local import rank_environment, rank_names, run_ranks
 from megaback.stopping import LAUNCHER_VARIABLE
 
-RunRanks = Callable[[str, int], tuple[list[int], bool]]
+RunRanks = Callable[[str, int], tuple[list[int], list[int]]]
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 NAMES = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"]
 LOST = 51
@@ -58,7 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRanks:
     """`run(script, processes)`: ranks in `tmp_path` that know `rank`, `size` and some modules."""
     monkeypatch.chdir(tmp_path)
 
-    def run(script: str, processes: int) -> tuple[list[int], bool]:
+    def run(script: str, processes: int) -> tuple[list[int], list[int]]:
         command = [sys.executable, "-c", _PREAMBLE + script]
         return run_ranks(command, {"PATH": os.environ["PATH"], "MINE": "a b"}, processes)
 
@@ -68,7 +74,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRanks:
 def test_every_rank_is_told_which_one_it_is_and_where_they_meet(
     tmp_path: Path, run: RunRanks
 ) -> None:
-    assert run(_REPORT, 3) == ([0, 0, 0], False)
+    assert run(_REPORT, 3) == ([0, 0, 0], [])
 
     environments = [
         json.loads((tmp_path / f"rank-{rank}").read_text())["environment"] for rank in range(3)
@@ -140,11 +146,11 @@ def test_what_the_user_has_set_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch)
 def test_codes_come_in_the_order_in_which_ranks_ended(run: RunRanks) -> None:
     script = "time.sleep(0.4 * (size - 1 - rank)); sys.exit(rank)"
 
-    assert run(script, 3) == ([2, 1, 0], False)
+    assert run(script, 3) == ([2, 1, 0], [])
 
 
 def test_the_code_of_a_rank_that_was_killed_is_the_signals(run: RunRanks) -> None:
-    assert run("os.kill(os.getpid(), signal.SIGKILL)", 1) == ([-signal.SIGKILL], False)
+    assert run("os.kill(os.getpid(), signal.SIGKILL)", 1) == ([-signal.SIGKILL], [])
 
 
 def test_a_rank_that_hangs_after_another_has_failed_is_killed_after_the_grace(
@@ -154,14 +160,14 @@ def test_a_rank_that_hangs_after_another_has_failed_is_killed_after_the_grace(
     started = time.monotonic()
     script = "sys.exit(3) if rank == 1 else time.sleep(120)"
 
-    assert run(script, 3) == ([3, -signal.SIGKILL, -signal.SIGKILL], False)
+    assert run(script, 3) == ([3, -signal.SIGKILL, -signal.SIGKILL], [])
     assert 1 <= time.monotonic() - started < 60
 
 
 def test_within_the_grace_the_others_say_why_they_end(run: RunRanks) -> None:
     script = f"time.sleep(0.5 * rank); sys.exit({LOST} if rank else 3)"
 
-    assert run(script, 2) == ([3, LOST], False)
+    assert run(script, 2) == ([3, LOST], [])
 
 
 def test_a_rank_that_has_finished_hurries_nobody(
@@ -169,7 +175,7 @@ def test_a_rank_that_has_finished_hurries_nobody(
 ) -> None:
     monkeypatch.setattr(local, "_GRACE_S", 0.1)
 
-    assert run("time.sleep(rank)", 2) == ([0, 0], False)
+    assert run("time.sleep(rank)", 2) == ([0, 0], [])
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -187,7 +193,7 @@ def test_a_signal_reaches_every_rank_once(number: signal.Signals, tmp_path: Path
         time.sleep(0.02)
     launcher.send_signal(number)
 
-    assert launcher.communicate(timeout=60)[0] == "([75, 75, 75], True)\n"
+    assert launcher.communicate(timeout=60)[0] == f"([75, 75, 75], [{int(number)}])\n"
     for rank in range(3):
         assert json.loads((tmp_path / f"received-{rank}").read_text()) == [number]
 
@@ -201,7 +207,7 @@ def test_a_signal_before_there_are_ranks_reaches_them_too(
 
     monkeypatch.setattr(local, "rank_names", signal_and_name)
 
-    assert run("time.sleep(120)", 2) == ([-signal.SIGUSR1] * 2, True)
+    assert run("time.sleep(120)", 2) == ([-signal.SIGUSR1] * 2, [signal.SIGUSR1])
 
 
 def test_afterwards_signals_mean_what_they_meant_before(run: RunRanks) -> None:
@@ -225,20 +231,20 @@ def test_afterwards_signals_mean_what_they_meant_before(run: RunRanks) -> None:
         ([0, 0], {"code": 50}, 0),
     ],
 )
-@pytest.mark.parametrize("was_signalled", [False, True])
+@pytest.mark.parametrize("signals", [[], [signal.SIGTERM]])
 def test_a_run_ends_with_the_code_of_the_rank_that_knew_why(
-    was_signalled: bool, codes: list[int], ending: dict[str, Any] | None, expected: int
+    signals: list[int], codes: list[int], ending: dict[str, Any] | None, expected: int
 ) -> None:
-    assert local.verdict(codes, was_signalled, ending) == expected
+    assert local.verdict(codes, signals, ending) == expected
 
 
 @pytest.mark.parametrize(
     ("codes", "sentence"),
     [
         ([-signal.SIGKILL, 1], r"the ranks were killed by SIGKILL, .*\(often memory: see dmesg\)"),
-        ([-signal.SIGSEGV], r"the ranks were killed by SIGSEGV, .*\(see the traceback above\)"),
-        ([0, 1], r"the ranks were ended with code 1, .*\(see the traceback above\)"),
-        ([2, 2], r"the ranks were ended with code 2, "),
+        ([-signal.SIGSEGV], r"the ranks were killed by SIGSEGV, .*\(see what they printed, if any"),
+        ([0, 1], r"the ranks ended with code 1, .*\(see what they printed, if anything\)"),
+        ([2, 2], r"the ranks ended with code 2, "),
     ],
 )
 @pytest.mark.parametrize("ending", [None, {"code": 75}])
@@ -246,13 +252,40 @@ def test_ranks_that_die_without_a_reason_are_a_launch_error(
     ending: dict[str, Any] | None, codes: list[int], sentence: str
 ) -> None:
     with pytest.raises(LaunchError, match=sentence):
-        local.verdict(codes, False, ending)
+        local.verdict(codes, [], ending)
 
 
-@pytest.mark.parametrize("codes", [[-signal.SIGTERM] * 2, [0, -signal.SIGKILL], [1]])
-def test_ranks_that_die_of_a_signal_that_was_passed_on_mean_requeue(codes: list[int]) -> None:
+UNSAVED = [[-signal.SIGTERM] * 2, [0, -signal.SIGKILL], [1], [130, 130]]
+
+
+@pytest.mark.parametrize("codes", UNSAVED)
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]])
+def test_ranks_that_die_while_starting_of_a_signal_that_was_passed_on_mean_requeue(
+    signals: list[int], codes: list[int]
+) -> None:
     with pytest.raises(PreemptedError, match="asked to stop while starting"):
-        local.verdict(codes, True, None)
+        local.verdict(codes, signals, None)
+
+
+@pytest.mark.parametrize("codes", UNSAVED)
+def test_ctrl_c_before_the_first_step_has_nothing_to_save(codes: list[int]) -> None:
+    with pytest.raises(UserInterruptError, match="interrupted before the first step"):
+        local.verdict(codes, [signal.SIGINT], None)
+
+
+@pytest.mark.parametrize("codes", UNSAVED)
+@pytest.mark.parametrize(
+    ("signals", "error", "sentence"),
+    [
+        ([signal.SIGTERM], LaunchError, "were asked to stop, but .* before they saved"),
+        ([signal.SIGINT] * 2, UserInterruptError, "interrupted before the ranks had saved"),
+    ],
+)
+def test_a_run_that_trained_and_could_not_save_is_not_said_to_have_been_starting(
+    signals: list[int], error: type[MegabackError], sentence: str, codes: list[int]
+) -> None:
+    with pytest.raises(error, match=f"{sentence}.* to resume from the newest checkpoint"):
+        local.verdict(codes, signals, None, has_trained=True)
 
 
 def test_a_traceback_is_no_reason_but_every_error_of_the_family_is() -> None:

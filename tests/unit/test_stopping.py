@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, UserInterruptError
 from megaback.stopping import LAUNCHER_VARIABLE, StopRequest, deadline_of
 
 Start = Callable[..., "Rank"]
-NAMES = ["SIGTERM", "SIGUSR1", "SIGINT"]
+NAMES = ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"]
 HOUR_S = 3600
 LEAD_S = 60
 
@@ -25,8 +25,15 @@ _RANK = """
 import sys
 from megaback.stopping import StopRequest
 stop = StopRequest()
-for _ in sys.stdin:
+for line in sys.stdin:
+    if line == "train\\n":
+        stop.begin_training()
     print(stop.reason, flush=True)
+"""
+_IGNORING = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
 """
 # Starts a rank that has its input and output, and waits.
 _LAUNCHER = """
@@ -49,15 +56,25 @@ class Rank:
             text=True,
         )
 
-    def reason(self) -> str:
+    def reason(self, asked: str = "train") -> str:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{asked}\n")
         self.process.stdin.flush()
         return self.process.stdout.readline().rstrip()
 
     def receive(self, name: str) -> None:
         self.process.send_signal(signal.Signals[name])
+
+
+@pytest.fixture(autouse=True)
+def signals_that_a_terminal_sends() -> Iterator[None]:
+    """What the tests start does not ignore them, even if these run by `nohup` or in a script."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +136,20 @@ def test_the_same_signal_once_more_ends_a_rank_at_once(name: str, start: Start) 
     rank.receive(name)
 
     assert rank.process.wait(timeout=30) == 128 + signal.Signals[name]
+
+
+def test_ctrl_c_ends_a_rank_at_once_while_nothing_is_there_to_save(start: Start) -> None:
+    rank = start(_RANK.replace("stop.begin_training()", "pass"))
+    rank.receive("SIGINT")
+
+    assert rank.process.wait(timeout=30) == UserInterruptError.exit_code
+
+
+def test_the_end_of_the_terminal_is_ignored_under_nohup(start: Start) -> None:
+    rank = start(_IGNORING, _RANK)
+    rank.receive("SIGHUP")
+
+    assert rank.reason() == "None"
 
 
 def test_another_signal_is_no_repetition(start: Start) -> None:
