@@ -118,6 +118,8 @@ def run_as_process(main: Callable[..., Any], *arguments: Any, **options: Any) ->
         if received_signal() is not None and isinstance(ending.code, int):
             leave(ending.code)
         raise
+    except OSError as error:  # of a help page, on a full disk
+        raise SystemExit(report(storage_error(error))) from None
 
 
 class Command(click.Command):

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_run import TOTAL_STEPS, metrics_of, wait_for_step
+from interrupting import hearing_ctrl_c
+from tiny_run import TOTAL_STEPS, metrics_of, training_environment, wait_for_step
 from warm_ranks import WarmRanks
 
-from data_pipeline.errors import PreemptedError, RunMismatchError
+from data_pipeline.errors import PreemptedError, RunMismatchError, UserInterruptError
+from megaback.checkpoint import complete_checkpoints
 from megaback.exit_record import read_history
 from tools.watch import look
 
@@ -108,6 +111,29 @@ def test_a_signal_while_ranks_are_starting_means_requeue_too(
     process.send_signal(signal.SIGTERM)
 
     assert process.wait(timeout=60) == PreemptedError.exit_code
+
+
+def test_ctrl_c_while_ranks_are_starting_is_one_sentence(config_path: Path, tmp_path: Path) -> None:
+    """They load torch: there is nothing to save, and no traceback is printed."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megaback", "train", config_path, f"run={run}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=training_environment(),
+        preexec_fn=hearing_ctrl_c,
+    )
+    give_up = time.monotonic() + 60
+    while len(psutil.Process(process.pid).children()) < 2 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, said = process.communicate(timeout=60)
+
+    assert process.returncode == UserInterruptError.exit_code
+    assert (output, said.count("\n")) == ("", 1), said
+    assert "interrupted before the first step" in said
+    assert not complete_checkpoints(run)
 
 
 @pytest.mark.parametrize(

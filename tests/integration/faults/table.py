@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from consoles import close_terminal
 
 from data_pipeline.errors import (
     CheckpointCorruptError,
@@ -22,6 +23,7 @@ from data_pipeline.errors import (
     RankLostError,
     StorageError,
 )
+from megaback.exit_record import read_history
 
 STEPS = 40
 SAVE_EVERY = 10
@@ -46,6 +48,8 @@ class Fault:
     """When."""
     damage: Callable[[Path], None] | None = None
     """Done to the folder of a run that was stopped after step 30."""
+    console: str = "file"
+    """Where it prints to: a key of `consoles.CONSOLES`."""
     stage: int = 2
     overrides: tuple[str, ...] = ()
     goes_on: bool = True
@@ -87,6 +91,13 @@ def signal_launcher(number: signal.Signals) -> Callable[[Any, Path], None]:
         psutil.wait_procs(ranks, timeout=60)  # they may outlive it
 
     return act
+
+
+def end_reader_and_interrupt(launcher: "subprocess.Popen[str]", run: Path) -> None:
+    """A terminal's Ctrl-C, which whoever reads the pipe hears too."""
+    assert launcher.stdout is not None
+    launcher.stdout.close()
+    signal_launcher(signal.SIGINT)(launcher, run)
 
 
 def make_read_only(_launcher: "subprocess.Popen[str]", run: Path) -> None:
@@ -158,6 +169,18 @@ def one_step_was_skipped(run: Path) -> None:
 
     skipped = [line["step"] for line in metrics_of(run) if "skipped" in line]
     assert skipped == [5]
+
+
+def lost_its_console(run: Path) -> None:
+    """The run is whole, and its history has the reason for what is missing from the console."""
+    from tiny_run import metrics_of
+
+    assert metrics_of(run)[-1]["step"] == STEPS
+    assert newest(run).name == f"step-{STEPS:08d}"
+    lost = [line for line in read_history(run) if line["event"] == "console lost"]
+    assert [(line["stream"], line["reason"]) for line in lost] == [
+        ("standard output", "Broken pipe")
+    ]
 
 
 SAVER = "megaback.checkpoint_saver:CheckpointSaver"
@@ -233,12 +256,28 @@ FAULTS = {
         act=signal_ranks(signal.SIGTERM),
         stage=3,
     ),
-    "SIGINT to the launcher": Fault(
-        "`megaback train` gets SIGINT (Ctrl-C)",
+    "Ctrl-C in a pipe": Fault(
+        "`megaback train` in a pipe gets Ctrl-C, which ends the reader (`tee log`) too",
         "the same",
         PreemptedError.exit_code,
         "asked to stop",
-        act=signal_launcher(signal.SIGINT),
+        act=end_reader_and_interrupt,
+        console="pipe",
+    ),
+    "closed terminal": Fault(
+        "the terminal of `megaback train` is closed (SIGHUP), without `nohup`",
+        "the same; exit.json says why",
+        PreemptedError.exit_code,
+        act=close_terminal,
+        console="terminal",
+    ),
+    "lost console": Fault(
+        "the reader of what the run prints ends (`head`), and the disk of its log is full",
+        "training continues to its end without a console, and history.jsonl says so",
+        console="nobody",
+        goes_on=False,
+        check=lost_its_console,
+        stage=1,
     ),
     "frozen rank": Fault(
         "a rank is frozen (SIGSTOP), or its node is cut off",

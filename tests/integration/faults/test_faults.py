@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from consoles import CONSOLES
 from table import FAULTS, SAVE_EVERY, STEPS, Fault, as_markdown
 from tiny_run import metrics_of, tiny_config, training_environment, wait_for_step
 from warm_ranks import WarmRanks
@@ -44,23 +45,21 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def start(config: Path) -> Start:
-    """`start(run, stage, *overrides, inject=None)`: `megaback train`; prints to `RUN.txt`."""
+    """`start(run, stage, *overrides, inject=None, console="file")`: `megaback train`."""
 
     def start(
-        run: Path, stage: int, *overrides: str, inject: dict[str, Any] | None = None
+        run: Path,
+        stage: int,
+        *overrides: str,
+        inject: dict[str, Any] | None = None,
+        console: str = "file",
     ) -> "subprocess.Popen[str]":
         path = os.pathsep.join([str(_INJECTOR), os.environ.get("PYTHONPATH", "")])
         environment = {**training_environment(), "PYTHONPATH": path, "FAULT": json.dumps(inject)}
+        command = [sys.executable, "-m", "megaback", "train", config, f"run={run}"]
+        command += [f"zero.stage={stage}", *overrides]
         with run.with_suffix(".txt").open("w") as output:
-            command = [sys.executable, "-m", "megaback", "train", config, f"run={run}"]
-            return subprocess.Popen(
-                [*command, f"zero.stage={stage}", *overrides],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=_ROOT,
-                env=environment,
-            )
+            return CONSOLES[console](command, output, cwd=_ROOT, env=environment)
 
     return start
 
@@ -121,7 +120,7 @@ def small_disk(run: Path, size: str) -> Iterator[None]:
 
 def inflict(fault: Fault, name: str, run: Path, start: Start) -> int:
     """Start a run that meets a fault; its exit code."""
-    process = start(run, fault.stage, *fault.overrides, inject=fault.inject)
+    process = start(run, fault.stage, *fault.overrides, inject=fault.inject, console=fault.console)
     if fault.act is not None:
         wait_for_step(process, run, fault.at_step, run.with_suffix(".txt"))
         fault.act(process, run)
