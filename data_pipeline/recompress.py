@@ -17,6 +17,7 @@ import zstandard
 
 from data_pipeline.command import ResumableCommand, replacing, write_text
 from data_pipeline.compression import Compression
+from data_pipeline.differences import differing_keys, shown_values
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
 from data_pipeline.manifest import (
     DICTIONARY_NAME,
@@ -202,10 +203,11 @@ def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None
             earlier = json.loads(settings_path.read_text(encoding="utf-8"))
         except ValueError:
             earlier = None
-        if earlier != asdict(settings):
+        differing = differing_keys(earlier or {}, asdict(settings))
+        if differing:
             raise OutputExistsError(
-                f"{out} was begun from other shards or with other settings; choose another --out, "
-                "or remove that folder"
+                f"{out} was begun with {shown_values(differing, 0)}, not with "
+                f"{shown_values(differing, 1)}; choose another --out, or remove that folder"
             )
         return
     # A work folder without settings is ours: we were stopped before we could write them.

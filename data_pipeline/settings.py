@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.compression import DEFAULT_LEVEL
+from data_pipeline.differences import differing_keys, shown_values
 from data_pipeline.errors import (
     ConfigError,
     DirectionMismatchError,
@@ -188,9 +189,10 @@ class BuildSettings:
                     f"{out} holds shards of {self.description}, not of {wanted.description}; "
                     "choose another --out, or remove that folder"
                 )
+            differing = differing_keys(self.to_dict(), wanted.to_dict(), [name])
             raise OutputExistsError(
-                f"{out} holds shards with other settings ({name} {mine!r}, not {theirs!r}); "
-                "choose another --out, or remove that folder"
+                f"{out} holds shards with other settings ({shown_values(differing, 0)}, not "
+                f"{shown_values(differing, 1)}); choose another --out, or remove that folder"
             )
 
 

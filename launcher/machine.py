@@ -12,11 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from data_pipeline.import_path import module_command
 from megaback import __version__
 from megaback.device_files import count_devices
+from megaback.host_memory import host_memory_bytes
 from megaback.installation import ROOT, hidden_by
 
 _PROBE = module_command("megaback.torch_facts")
@@ -76,7 +75,7 @@ def examine(folder: Path) -> Machine:
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)),
         threads=os.environ.get("OMP_NUM_THREADS"),
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=host_memory_bytes(),
         folder=str(folder),
         disk_free_bytes=shutil.disk_usage(there).free,
         is_writable=os.access(there, os.W_OK),

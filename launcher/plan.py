@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 
 from data_pipeline.command import Command
 from data_pipeline.errors import ConfigError
 from megaback.config import Config, load_config
 from megaback.devices import CPU, DEVICES, Device, cpu_device, find_device
+from megaback.host_memory import host_memory_bytes
 from megaback.memory_plan import Parts
 from megaback.run_facts import RunFacts, run_facts
 from megaback.run_plan import (
@@ -44,7 +44,7 @@ def choose_device(
         )
     memory_bytes = None if memory_gb is None else memory_gb * _GB
     if name.lower() == CPU:
-        share = psutil.virtual_memory().total / devices_per_node
+        share = host_memory_bytes() / devices_per_node
         return cpu_device(memory_bytes or share, config.hardware.peak_flops)
     return find_device(name, memory_bytes)
 

@@ -285,6 +285,8 @@ class HardwareSection(Section):
     preflight: Annotated[Literal["auto", "on", "strict", "off"], BeforeValidator(_as_word)] = "auto"
     """Check every node before the first step of each start. auto: where there are several ranks;
     strict: also stop for what is otherwise a warning, such as a slow device."""
+    memory_check: Annotated[Literal["on", "off"], BeforeValidator(_as_word)] = "on"
+    """Refuse a run that needs more memory than its devices, or this machine, have."""
 
 
 class GuardSection(Section):

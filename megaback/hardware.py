@@ -1,14 +1,16 @@
 """What devices and their hosts can do: peak arithmetic, precisions, memory."""
 
 import resource
+import socket
 import sys
 from pathlib import Path
 
-import psutil
 import torch
 
 from data_pipeline.errors import BackendError
-from megaback.devices import devices_named_like
+from megaback.devices import CPU, devices_named_like
+from megaback.host_memory import free_host_memory_bytes, host_memory_bytes
+from megaback.memory_room import RankRoom
 
 
 def device_peak_flops(device: torch.device, precision: str) -> float | None:
@@ -31,6 +33,15 @@ def peak_memory_bytes(device: torch.device) -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rank_room(device: torch.device) -> RankRoom:
+    """What memory this rank's device has, or its host."""
+    host = socket.gethostname()
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return RankRoom(host, found.name, found.total_memory)
+    return RankRoom(host, CPU, host_memory_bytes())
 
 
 def require_precision(precision: str, device: torch.device) -> None:
@@ -59,7 +70,7 @@ def require_host_memory(
     if offload == "parameters":
         bytes_a_parameter += _WEIGHT_BYTES[precision]
     needed = num_parameters * bytes_a_parameter * ranks_here / world_size
-    available = psutil.virtual_memory().available
+    available = free_host_memory_bytes()
     if needed > available:
         raise BackendError(
             f"zero.offload {offload} keeps {needed / 1e9:.1f} GB in this host's memory, of which "

@@ -12,6 +12,7 @@ from typing import IO, Any
 import torch
 
 from data_pipeline.command import write_text
+from data_pipeline.differences import differing_keys, shown_values
 from data_pipeline.errors import CheckpointCorruptError, LaunchError, RunMismatchError
 from megaback.attention import attention_backend
 from megaback.base_model import load_base
@@ -26,14 +27,19 @@ from megaback.checkpoint import (
 from megaback.checkpoint_copy import SecondPlace, fetch_newest, newest_meta
 from megaback.compiler import require_compiler
 from megaback.config import CONFIG_COPY_NAME, Config, ModelSection
-from megaback.config_difference import differing_keys, shown_values
 from megaback.distributed import World
 from megaback.engine import start_engine
 from megaback.engine_state import num_updates
 from megaback.exit_record import record_exit, record_start
 from megaback.flops import flops_per_token
 from megaback.guard import read_left_out
-from megaback.hardware import device_peak_flops, require_host_memory, require_precision
+from megaback.hardware import (
+    device_peak_flops,
+    rank_room,
+    require_host_memory,
+    require_precision,
+)
+from megaback.memory_room import require_memory
 from megaback.mirrors import require_installed
 from megaback.model import ReverseGPT
 from megaback.preflight import preflight
@@ -145,6 +151,9 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run | NothingLeft
                 world.together(_note_end, config, world, left, data.total_steps)
                 lock.close()
             return left
+    # Before the model is made, which is whole on every rank.
+    rooms = world.gather(rank_room(world.device))
+    world.together(require_memory, config, data.codec.vocab_size, rooms)
 
     model = ReverseGPT(
         config.model,

@@ -24,6 +24,7 @@ _MOST_FLASH_HEAD_DIM = 256
 _MOST_CHANGES = 3
 _MOST_NODE_DOUBLINGS = 6
 _DAY_S = 86_400
+_NODES = "--nodes"
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,17 @@ class Change:
     cluster: Cluster
 
 
-def smallest_change(config: Config, facts: RunFacts, cluster: Cluster) -> str | None:
+def smallest_change(
+    config: Config, facts: RunFacts, cluster: Cluster, *, can_add_nodes: bool = True
+) -> str | None:
     """What to change, as it is typed, so that the run fits; None if nothing here does.
 
     One change if one is enough, else two or three; of as many, those that cost least: more
     sharding, a smaller micro-batch, less that is kept, offloading, more nodes.
     """
-    options = list(_changes(config, cluster))
+    options = [
+        option for option in _changes(config, cluster) if can_add_nodes or option[1] != _NODES
+    ]
     kinds = range(len(options))
     for count in range(1, _MOST_CHANGES + 1):
         for chosen in combinations(kinds, count):
@@ -186,16 +191,24 @@ def require_room(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPla
     needed, there = plan.memory.parts.total, cluster.device.memory_bytes
     if needed <= there:
         return
-    change = smallest_change(config, facts, cluster)
-    advice = (
-        f"the smallest change that fits is {change}"
-        if change is not None
-        else "no smaller micro-batch, higher stage, checkpointing, offload or more nodes make it "
-        "fit; take a smaller model, or devices with more memory"
-    )
     raise NotEnoughMemoryError(
         f"{config.run} needs {needed / 1e9:.1f} GB on each of {cluster.shown}, which has "
-        f"{there / 1e9:.1f} GB (most at: {plan.memory.moment}); {advice}"
+        f"{there / 1e9:.1f} GB (most at: {plan.memory.moment}); "
+        f"{advice_to_fit(config, facts, cluster)}"
+    )
+
+
+def advice_to_fit(
+    config: Config, facts: RunFacts, cluster: Cluster, *, can_add_nodes: bool = True
+) -> str:
+    """What to do about a run that does not fit, as the end of a sentence."""
+    change = smallest_change(config, facts, cluster, can_add_nodes=can_add_nodes)
+    if change is not None:
+        return f"the smallest change that fits is {change}"
+    last = ", offload or more nodes" if can_add_nodes else " or offload"
+    return (
+        f"no smaller micro-batch, higher stage, checkpointing{last} make it fit; take a smaller "
+        "model, or devices with more memory"
     )
 
 
@@ -220,7 +233,7 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[_Option]:
     if config.zero.offload == "none" and not cluster.device.is_cpu:
         yield "zero", "offload", ("optimizer",)
     doublings = range(1, _MOST_NODE_DOUBLINGS + 1)
-    yield "", "--nodes", tuple(cluster.nodes << doubling for doubling in doublings)
+    yield "", _NODES, tuple(cluster.nodes << doubling for doubling in doublings)
     if config.zero.offload != "parameters" and not cluster.device.is_cpu:
         yield "zero", "offload", ("parameters",)
 

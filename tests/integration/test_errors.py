@@ -29,6 +29,7 @@ from data_pipeline.errors import (
     DirectionMismatchError,
     MegabackError,
     NonFiniteError,
+    NotEnoughMemoryError,
     OutputExistsError,
     PromptError,
     RunMismatchError,
@@ -262,6 +263,11 @@ CASES = {
         RANK + "optimizer.learning_rate=1.0e+25 optimizer.warmup_steps=0 guard.max_skipped_steps=0",
         NonFiniteError,
         ("step 2", "optimizer.learning_rate"),
+    ),
+    "a model that no memory here holds": Case(
+        RANK + "model.width=65536 model.num_layers=64 batch.micro_batch_rows=1",
+        NotEnoughMemoryError,
+        ("GB or more for each of 1 processes", "take a smaller model", "hardware.memory_check=off"),
     ),
     "reading word shards the other way": Case(
         TRAIN + "data.shards={place}/word_shards data.direction=forward",
