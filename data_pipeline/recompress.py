@@ -206,8 +206,8 @@ def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None
         differing = differing_keys(earlier or {}, asdict(settings))
         if differing:
             raise OutputExistsError(
-                f"{out} was begun with {shown_values(differing, 0)}, not with "
-                f"{shown_values(differing, 1)}; choose another --out, or remove that folder"
+                f"{out} was begun with other settings ({shown_values(differing, 0)}, not "
+                f"{shown_values(differing, 1)}); choose another --out, or remove that folder"
             )
         return
     # A work folder without settings is ours: we were stopped before we could write them.
