@@ -29,7 +29,6 @@ from data_pipeline.errors import (
     DirectionMismatchError,
     MegabackError,
     NonFiniteError,
-    NotEnoughMemoryError,
     OutputExistsError,
     PromptError,
     RunMismatchError,
@@ -266,7 +265,7 @@ CASES = {
     ),
     "a model that no memory here holds": Case(
         RANK + "model.width=65536 model.num_layers=64 batch.micro_batch_rows=1",
-        NotEnoughMemoryError,
+        errors.NotEnoughMemoryError,
         ("GB or more for each of 1 processes", "take a smaller model", "hardware.memory_check=off"),
     ),
     "reading word shards the other way": Case(
@@ -357,9 +356,7 @@ CASES = {
         ("--ending", "--beginning"),
     ),
     "a device that does not exist": Case(
-        "sample {place}/backward_model --ending end --device gpu0",
-        errors.BackendError,
-        ("gpu0",),
+        "sample {place}/backward_model --ending end --device gpu0", errors.BackendError, ("gpu0",)
     ),
 }
 
