@@ -34,6 +34,7 @@ from data_pipeline.interrupts import (
     sentence,
     take_signals,
 )
+from data_pipeline.unquoted import require_quoted, too_many
 
 READER_GONE_CODE = 141
 """128 and SIGPIPE: what a shell sees of any program whose output nobody reads any more."""
@@ -130,6 +131,14 @@ class Command(click.Command):
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         return run_as_process(super().main, *arguments, **options)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)
+        require_quoted(self, words)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise too_many(error, words) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -117,7 +117,7 @@ def after(submission: Submission, job: str) -> Submission:
     help="How many lost ranks and nodes the job outlives. Default: 20.",
 )
 @click.option("--chain", default="train", show_default=True, help="data,train,convert or a part.")
-@click.option("--source", "sources", multiple=True, help="data: what is read, as in shards build.")
+@click.option("--source", "sources", multiple=True, help="data: a path, pattern or URL.")
 @click.option("--weight", "weights", type=float, multiple=True, help="data: one a --source.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="data: the tokenizer.model.")
 @click.option("--tasks", type=click.IntRange(min=1), help="data: into how many tasks it is cut.")

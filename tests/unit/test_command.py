@@ -1,6 +1,7 @@
 """What every command shares: errors as one sentence with a code, files that appear whole."""
 
 import errno
+import importlib
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from data_pipeline import inspection
 from data_pipeline.command import Command, replacing
 from data_pipeline.errors import BatchError, ConfigError, MegabackError, UserInterruptError
 from data_pipeline.manifest import Manifest
+from data_pipeline.unquoted import pattern_options
+from megaback.cli import command_modules
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -274,3 +277,50 @@ def test_a_full_disk_is_named_by_a_path_on_it(
         *("--tokenizer", tokenizer_path, "--out", small_disk / "shards"),
     )
     assert str(small_disk) in result.stderr
+
+
+SOURCE_COMMANDS = {
+    "shards build": ["--tokenizer", "t.model", "--out", "out"],
+    "shards plan": ["--tokenizer", "t.model", "--out", "out"],
+    "tokenizer train": ["--out", "out"],
+    "instruct build": ["--tokenizer", "t.model", "--out", "out"],
+    "submit": ["--chain", "data,train"],
+    "backtranslate": ["--out", "out"],
+}
+
+
+def _command(name: str) -> click.Command:
+    command: click.Command = importlib.import_module(command_modules()[name]).main
+    return command
+
+
+def test_the_commands_that_take_patterns_are_all_tried() -> None:
+    found = {name for name in command_modules() if pattern_options(_command(name))}
+    assert found == set(SOURCE_COMMANDS)
+
+
+@pytest.mark.parametrize("name", SOURCE_COMMANDS)
+def test_a_pattern_without_quotes_is_told_to_be_quoted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [f"my data/part {number}.jsonl" for number in (1, 2, 3)]
+    (tmp_path / "my data").mkdir()
+    for file in files:
+        (tmp_path / file).touch()
+    option = "--in" if name == "backtranslate" else "--source"
+    first = ["config.yaml"] if name in ("submit", "backtranslate") else []
+    words = [*first, option, *files, *SOURCE_COMMANDS[name]]
+    result = CliRunner().invoke(_command(name), words)
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert f"{option} takes one value, and 3 files follow it" in said
+    assert said.endswith(f"Quote it: {option} 'my data/part *.jsonl'")
+    once = CliRunner().invoke(_command(name), [*first, option, files[0], *SOURCE_COMMANDS[name]])
+    assert "pattern" not in once.output
+
+
+def test_a_text_without_quotes_is_told_to_be_quoted() -> None:
+    words = ["model", "--ending", "the", "very", "end.", "--samples", "2"]
+    result = CliRunner().invoke(_command("sample"), words)
+    assert (result.exit_code, "--ending 'the very end.'" in result.output) == (2, True)

@@ -1,0 +1,77 @@
+"""Words on a command line that a shell has made of one: a pattern or a text without quotes."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+
+import click
+
+
+def require_quoted(command: click.Command, words: Sequence[str]) -> None:
+    """Raises click.UsageError when an option is followed by the files that a pattern stands for.
+
+    Where arguments may follow, click would take them for these; elsewhere it counts what is too
+    much, and does not say why.
+    """
+    patterns = pattern_options(command)
+    for number, word in enumerate(words):
+        following = _values(words[number + 1 :])
+        if word not in patterns or len(following) < 2:
+            continue
+        files = [value for value in following if Path(value).suffix == Path(following[0]).suffix]
+        if len(files) > 1 and all(map(os.path.exists, files)):
+            raise click.UsageError(
+                f"{word} takes one value, and {len(files)} files follow it: the shell has put them "
+                f"in the place of a pattern. Quote it: {word} {shlex.quote(_pattern(files))}"
+            )
+
+
+def pattern_options(command: click.Command) -> set[str]:
+    """The options of a command whose help says that they take a pattern."""
+    return {
+        name
+        for option in command.params
+        if isinstance(option, click.Option) and "path, pattern" in (option.help or "").lower()
+        for name in option.opts
+    }
+
+
+def too_many(error: click.UsageError, words: Sequence[str]) -> click.UsageError:
+    """The error of arguments that are too many, with what mostly causes it."""
+    if not error.message.startswith("Got unexpected extra argument"):
+        return error
+    for number, word in enumerate(words):
+        values = _values(words[number + 1 :])
+        if word.startswith("--") and len(values) > 1:
+            return click.UsageError(
+                f"{error.message.rstrip('.')}. If it belongs to {word}, quote the value: "
+                f"{word} {shlex.quote(' '.join(values))}",
+                error.ctx,
+            )
+    return error
+
+
+def _values(words: Sequence[str]) -> list[str]:
+    """The words before the next option."""
+    values = []
+    for word in words:
+        if word.startswith("--"):
+            break
+        values.append(word)
+    return values
+
+
+def _pattern(files: Sequence[str]) -> str:
+    """A pattern that names these files."""
+    columns = list(zip(*files, strict=False))
+    head = _common(columns)
+    rest = [file[len(head) :][::-1] for file in files]
+    return f"{head}*{_common(list(zip(*rest, strict=False)))[::-1]}"
+
+
+def _common(columns: Sequence[tuple[str, ...]]) -> str:
+    """The characters of the first columns in which all are equal."""
+    equal = takewhile(lambda column: len(set(column)) == 1, columns)
+    return "".join(column[0] for column in equal)
