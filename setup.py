@@ -21,8 +21,11 @@ setup(
         **{name: ["py.typed"] for name in ("megaback", "data_pipeline", "launcher", "tools")},
         "tools.serving": ["page/*"],
     },
-    # A checkout uses its folder slurm; what pip installs otherwise finds it below the environment.
-    data_files=[("share/megaback/slurm", sorted(str(path) for path in Path("slurm").glob("*.*")))],
+    # A checkout uses its own folders; what pip installs otherwise finds them below the environment.
+    data_files=[
+        (f"share/megaback/{name}", sorted(str(path) for path in Path(name).glob("*.*")))
+        for name in ("configs", "slurm")
+    ],
     install_requires=[
         "click>=8.1",
         "datasets>=3.0",

@@ -10,10 +10,12 @@ from click.core import ParameterSource
 
 from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.manifest import SPLITS, Manifest
+from data_pipeline.next_command import show_next
 from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, weighted_sources
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.skipped import skipped_lines
 from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.train_command import train_commands
 from data_pipeline.val_hashes import MIN_VAL_DOCUMENTS
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -213,9 +215,4 @@ def echo_manifest(manifest: Manifest, out: Path) -> None:
     if not manifest.split("val"):
         click.echo(f"the val set is empty: raise --val-fraction or add {noun} to measure val loss")
     click.echo(f"fingerprint {manifest.fingerprint[:16]} in {out}")
-    if manifest.row_tokens is None:
-        click.echo(f"next: megaback train configs/demo.yaml data.shards={out}")
-    else:
-        click.echo(
-            f"next: megaback train configs/backchat.yaml init_from=CHECKPOINT data.shards={out}"
-        )
+    show_next(train_commands(out, manifest))

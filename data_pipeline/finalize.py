@@ -16,6 +16,7 @@ from data_pipeline.command import ResumableCommand, replacing
 from data_pipeline.errors import OutputExistsError, ShardsMissingError, SourceEmptyError
 from data_pipeline.locks import locked
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.next_command import command
 from data_pipeline.plan import BUILD_FOLDER, PLAN_NAME, Plan, Task
 from data_pipeline.pool import run_in_processes
 from data_pipeline.selection import (
@@ -125,7 +126,8 @@ def _whole_tasks(plan: Plan, out: Path) -> tuple[Sequence[Task], list[TaskRecord
         named = ", ".join(map(str, missing[:8])) + (" and others" if len(missing) > 8 else "")
         raise ShardsMissingError(
             f"{len(missing)} of {plan.num_tasks} tasks of {out} are not done ({named}); "
-            f"run `megaback shards build --out {out}` to do them, or with --task-index one of them"
+            f"run `{command('shards', 'build', '--out', out)}` to do them, or with --task-index "
+            "one of them"
         )
     return tasks, [record for record in records if record]
 

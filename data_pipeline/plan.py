@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,6 +28,7 @@ from data_pipeline.build_options import (
 from data_pipeline.command import ResumableCommand, replacing, sync_folder, write_text
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardsMissingError
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.next_command import command, show_next
 from data_pipeline.settings import (
     BuildSettings,
     WeightedSource,
@@ -371,10 +371,9 @@ def main(out: Path, tasks: int | None, overwrite: bool, **options: Any) -> None:
     for line in skipped_lines(plan.skipped):
         click.echo(line)
     click.echo(f"{'written to' if is_new or overwrite else 'already in'} {out / PLAN_NAME}")
-    click.echo(
-        f"next: megaback shards build --out {shlex.quote(str(out))}"
-        f" (all tasks), or with --tasks {plan.num_tasks} --task-index I (one of them)"
-    )
+    build = ("shards", "build", "--out", out)
+    one = command(*build, "--tasks", plan.num_tasks, "--task-index", 0)
+    show_next({command(*build): "all tasks", one: f"one of them; the last is {plan.num_tasks - 1}"})
 
 
 def _overwrite(plan: Plan, settings: BuildSettings, out: Path, num_tasks: int | None) -> Plan:

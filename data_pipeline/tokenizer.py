@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +18,7 @@ import click
 from data_pipeline.build_options import html_option
 from data_pipeline.command import WorkCommand, replacing
 from data_pipeline.errors import BadRecordError, OutputExistsError, SourceEmptyError, TokenizerError
+from data_pipeline.next_command import command, free_path, show_next
 from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
 from data_pipeline.skipped import (
     RECORDS,
@@ -313,6 +313,7 @@ def main(
     words += [word for weight in weights for word in ("--weight", f"{weight:g}")]
     words += [] if text_column == "text" else ["--text-column", text_column]
     words += ["--html"] if html else []
+    shards = free_path(out_dir.parent / "shards")
     click.echo(
         f"pieces       {report.vocab_size:,}\n"
         f"trained on   {report.documents:,} documents, {report.text_bytes:,} bytes\n"
@@ -320,10 +321,9 @@ def main(
         f"coverage     {report.coverage:.4%} of the text's bytes without byte pieces\n"
         f"longest      {', '.join(map(repr, report.longest_pieces[:5]))}\n"
         f"{''.join(f'left out     {line}' + chr(10) for line in skipped_lines(report.skipped))}"
-        f"written to   {model_path}\n"
-        f"next         megaback shards build {shlex.join(words)} "
-        f"--tokenizer {shlex.quote(str(model_path))} --out SHARDS"
+        f"written to   {model_path}"
     )
+    show_next({command("shards", "build", *words, "--tokenizer", model_path, "--out", shards): ""})
 
 
 if __name__ == "__main__":

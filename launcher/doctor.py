@@ -10,6 +10,7 @@ from typing import Literal
 import click
 
 from data_pipeline.command import Command
+from data_pipeline.next_command import command, show_next
 from launcher.machine import Machine, examine
 
 State = Literal["yes", "note", "no"]
@@ -234,7 +235,10 @@ def main(folder: Path, as_json: bool) -> None:
             click.echo(f"{line.state:4} {line.name}: {line.text}{fix}")
     if not as_json:
         if ready:
-            click.echo("\nThis machine is ready. Next: megaback shards build --help, or make demo")
+            click.echo("\nThis machine is ready.")
+            show_next(
+                {command("tokenizer", "train", "--source", "pydocs", "--out", "data/tokenizer"): ""}
+            )
         else:
             click.echo("\nThis machine is not ready: see the lines with `no`, from the top.")
     raise SystemExit(0 if ready else NOT_READY)

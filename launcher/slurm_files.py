@@ -5,35 +5,24 @@ environment.
 """
 
 import re
-from importlib import metadata
 from pathlib import Path
 
+from data_pipeline import shipped
 from data_pipeline.errors import LaunchError
 
 SHARED_FILES = ("ranks.sh", "network.sh")
 """What the files of training need beside them."""
-_PACKAGED = "share/megaback/slurm/train.sbatch"
 
 
 def shipped_folder() -> Path:
     """The folder of the sbatch files. Raises LaunchError where it is not installed."""
-    checkout = Path(__file__).resolve().parents[1] / "slurm"
-    if (checkout / "train.sbatch").is_file():
-        return checkout
-    try:
-        packaged = [
-            Path(str(file.locate()))
-            for file in metadata.files("megaback") or ()
-            if str(file).endswith(_PACKAGED)
-        ]
-    except metadata.PackageNotFoundError:
-        packaged = []
-    if not packaged or not packaged[0].is_file():
+    folder = shipped.shipped_folder("slurm", "train.sbatch")
+    if folder is None:
         raise LaunchError(
             "this installation of megaback has no sbatch files; copy the folder slurm of its "
             "repository and give --files FOLDER"
         )
-    return packaged[0].parent
+    return folder
 
 
 def require_file(folder: Path, name: str) -> Path:

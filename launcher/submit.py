@@ -16,6 +16,7 @@ import click
 from data_pipeline.command import WorkCommand
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.interrupts import signals_deferred
+from data_pipeline.next_command import command, show_next
 from launcher.memory_check import check_memory
 from launcher.run_folder import jobs_of
 from launcher.slurm_commands import Submission, cancel, find_job, queue, run_sbatch
@@ -249,16 +250,13 @@ def _tell(config: Config, allocation: Allocation, jobs: dict[str, str], snapshot
         )
         click.echo(f"{stage}: job {job}{shape}")
     click.echo(f"what runs is in {snapshot}")
-    run = shlex.quote(str(config.run))
     log = shlex.quote(f"{config.run}/{LOGS_FOLDER}/train-{jobs['train']}.out")
     lines = {
-        f"megaback jobs {run}": "how far it is",
+        command("jobs", config.run): "how far it is",
         f"tail -F {log}": "what it says",
         f"scancel {' '.join(jobs.values())}": "stops it; training saves first",
     }
-    width = max(map(len, lines))
-    for number, (line, meaning) in enumerate(lines.items()):
-        click.echo(f"{'      ' if number else 'next: '}{line:<{width}}   # {meaning}")
+    show_next(lines)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 What cannot work is refused before a rank starts; how the ranks ended becomes one exit code.
 """
 
+import time
 from pathlib import Path
 
 import click
@@ -13,6 +14,7 @@ from data_pipeline.import_path import module_command
 from launcher.hostfile import read_hostfile, run_on_hosts
 from launcher.local import plan_ranks, rank_environment, run_ranks, verdict
 from launcher.run_folder import read_progress
+from launcher.train_result import show_result
 from megaback.config import load_config
 from megaback.exit_record import num_starts, read_exit, read_history, record_exit
 from megaback.run_data import open_data
@@ -41,7 +43,11 @@ def main(
     That is on this machine, or on the hosts of --hostfile. Run the same command again to go on from
     the newest checkpoint.
     """
-    raise SystemExit(train(config, overrides, save_before, hostfile))
+    started = time.monotonic()
+    code = train(config, overrides, save_before, hostfile)
+    if not code:
+        show_result(load_config(config, overrides), time.monotonic() - started)
+    raise SystemExit(code)
 
 
 def train(

@@ -19,7 +19,7 @@ require_packages()
 
 
 def load(folder: "str | Path", **how: Any) -> "Writer":
-    """A model that `megaback convert` wrote, ready to write: see `megaback.writer.load_writer`.
+    """A model's folder, a run or a checkpoint, ready to write: see `megaback.writer.load_writer`.
 
     >>> megaback.load("models/xcoax").complete_backwards("the end.")  # doctest: +SKIP
     """

@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from data_pipeline.errors import (
     CheckpointMissingError,
     RunMismatchError,
 )
+from data_pipeline.next_command import override
 from data_pipeline.text import TextFormat
 from megaback.distributed import World
 from megaback.engine_state import SavedState, StateDiffersError, restore
@@ -59,6 +61,8 @@ class CheckpointMeta:
     versions: dict[str, str]
     files: dict[str, tuple[int, str]]
     """name: (bytes, sha256)"""
+    on_examples: bool = False
+    """Whether instruction examples were trained on, as of BackChat."""
 
     @property
     def is_finite(self) -> bool:
@@ -131,7 +135,8 @@ def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: Wor
         others = f" ({len(error.differing)} differ)" if len(error.differing) > 1 else ""
         raise RunMismatchError(
             f"{target} was saved by a run with another model or optimizer: {error.differing[0]}"
-            f"{others}; use the same, or begin another run with its weights: init_from={target}"
+            f"{others}; use the same, or begin another run with its weights: "
+            f"{shlex.quote(override('init_from', target))}"
         ) from None
     now = (world.size, engine.zero_optimization_stage())
     if world.is_first and now != (meta.world_size, meta.zero_stage):

@@ -13,6 +13,7 @@ from pathlib import Path
 from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.text import Direction, TextCodec, Unit
 from megaback.choice import SamplingOptions
+from megaback.converted import model_folder
 from megaback.gap import Gap
 from megaback.generate import generate_many
 from megaback.joins import best_joins, mean_a_token
@@ -37,8 +38,9 @@ class Reader:
 
     @classmethod
     def load(cls, folder: Path, device: str | None = None) -> "Reader":
-        """The model in a folder that `megaback convert` wrote."""
-        model, description, codec = load_model_folder(folder, choose_device(device))
+        """The model in a folder that `megaback convert` wrote, of a run or of a checkpoint."""
+        on = choose_device(device)
+        model, description, codec = load_model_folder(model_folder(folder), on)
         return cls(model, Sampler(model, description.context_tokens, takes_over=False), codec)
 
 
@@ -215,7 +217,9 @@ class Infiller:
 def load_infiller(
     forward: str | Path, backward: str | Path, *, device: str | None = None
 ) -> Infiller:
-    """Two models in folders that `megaback convert` wrote; `device` as `megaback.load` takes it.
+    """Two models: folders that `megaback convert` wrote, runs or checkpoints.
+
+    `device` is as `megaback.load` takes it.
 
     Raises CheckpointMissingError, CheckpointCorruptError, BackendError, TokenizerMismatchError,
     DirectionMismatchError.

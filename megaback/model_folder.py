@@ -51,6 +51,8 @@ class ModelDescription:
     val_loss: float | None
     is_foreign: bool = False
     """Somebody else's Llama or Qwen3: nobody has said which direction it is for."""
+    on_examples: bool = False
+    """Whether instruction examples were trained on, as of BackChat."""
 
     def to_fields(self, files: Mapping[str, SizeAndHash]) -> dict[str, Any]:
         """What config.json says in our words."""
@@ -63,6 +65,7 @@ class ModelDescription:
             "context_tokens": self.context_tokens,
             "step": self.step,
             "val_loss": self.val_loss,
+            "on_examples": self.on_examples,
             "files": files,
         }
 
@@ -86,8 +89,8 @@ def _config_fields(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise CheckpointMissingError(
-            f"{folder} is not a model's folder (it has no {CONFIG_NAME}); "
-            f"make one with `megaback convert CHECKPOINT --to full --out {folder}`"
+            f"{folder} is not a model's folder (it has no {CONFIG_NAME}); name one that "
+            "`megaback convert` wrote"
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -138,6 +141,7 @@ def read_description(folder: Path) -> ModelDescription:
             TextFormat.from_dict(fields),
             fields["step"],
             fields["val_loss"],
+            on_examples=bool(fields.get("on_examples", False)),  # earlier ones do not say
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _no_description(path, error) from None

@@ -112,6 +112,7 @@ class Run:
             val_loss=val_loss,
             versions=library_versions(),
             files={},
+            on_examples=self.data.data_sets[0].manifest.row_tokens is not None,
         )
 
 

@@ -18,6 +18,7 @@ from data_pipeline.errors import PromptError
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.pairs import Pair
 from data_pipeline.text import Direction, TextCodec
+from megaback.converted import model_folder
 from megaback.device_pool import DevicePool, choose_devices
 from megaback.likelihood import Continuation, in_packs
 from megaback.model_folder import read_description
@@ -200,12 +201,13 @@ def load_scorer(
     device: str | None = None,
     with_prior: bool = True,
 ) -> Scorer:
-    """A scorer with the model in a folder that `megaback convert --to full` or `--to hf` wrote.
+    """A scorer with the model in a folder that `megaback convert --to full` or `--to hf` wrote, or
+    of a run or a checkpoint, which is converted beside it, once.
 
     `device`: names separated by commas; by default every GPU, or else the CPU. Raises
     CheckpointMissingError, CheckpointCorruptError, BackendError.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     description = read_description(folder)
     text_format = description.text_format
     codec = TextCodec.load(folder / TOKENIZER_NAME, text_format.direction, text_format.unit)

@@ -69,6 +69,7 @@ def open_checkpoint(path: Path) -> WeightSource:
         text_format=meta.format,
         step=meta.step,
         val_loss=meta.val_loss,
+        on_examples=meta.on_examples,
     )
     saved = saved_state(target, meta, WEIGHTS_PREFIX)
     shapes = _shapes(description)

@@ -13,6 +13,7 @@ import torch
 from data_pipeline.errors import BackendError, DirectionMismatchError
 from data_pipeline.text import Direction, TextCodec
 from megaback.choice import SamplingOptions
+from megaback.converted import model_folder
 from megaback.generate import generate_many
 from megaback.model_folder import ModelDescription, load_sampler
 from megaback.sampler import Sampler
@@ -45,7 +46,8 @@ def load_writer(
     usual_rows: int = 1,
     compiled: bool = False,
 ) -> "Writer":
-    """The model in a folder that `megaback convert --to full` or `--to hf` wrote.
+    """The model in a folder that `megaback convert --to full` or `--to hf` wrote, or of a run or
+    a checkpoint, which is converted beside it, once.
 
     `device`: `cpu`, `cuda`, `cuda:1`; by default the first GPU, if there is one. `dtype`: `float32`
     or `bfloat16`. `usual_rows`: how many texts are mostly written at once. `compiled`: with
@@ -54,7 +56,8 @@ def load_writer(
     if dtype not in _DTYPES:
         raise BackendError(f"dtype {dtype} is none of {', '.join(_DTYPES)}")
     on = choose_device(device)
-    made = load_sampler(Path(folder), on, _DTYPES[dtype], usual_rows=usual_rows, compiled=compiled)
+    path = model_folder(folder)
+    made = load_sampler(path, on, _DTYPES[dtype], usual_rows=usual_rows, compiled=compiled)
     return Writer(*made)
 
 

@@ -24,12 +24,23 @@ def random_model(seed: int = 1, vocab_size: int = 600) -> ReverseGPT:
 
 
 def write_model(
-    folder: Path, model: ReverseGPT, codec: TextCodec, context_tokens: int = CONTEXT_TOKENS
+    folder: Path,
+    model: ReverseGPT,
+    codec: TextCodec,
+    context_tokens: int = CONTEXT_TOKENS,
+    *,
+    on_examples: bool = False,
 ) -> Path:
     """A folder as `megaback convert --to full` leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     description = ModelDescription(
-        model.shape, codec.vocab_size, context_tokens, codec.format, step=1, val_loss=None
+        model.shape,
+        codec.vocab_size,
+        context_tokens,
+        codec.format,
+        step=1,
+        val_loss=None,
+        on_examples=on_examples,
     )
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
@@ -38,10 +49,15 @@ def write_model(
 
 
 def write_chat_model(
-    folder: Path, codec: TextCodec, context_tokens: int = CONTEXT_TOKENS, seed: int = 0
+    folder: Path,
+    codec: TextCodec,
+    context_tokens: int = CONTEXT_TOKENS,
+    seed: int = 0,
+    *,
+    on_examples: bool = False,
 ) -> Path:
     """One that ends what it writes sooner or later."""
     model = random_model(seed, codec.vocab_size)
     with torch.no_grad():
         model.lm_head.weight[codec.chat_ids[STOP_PIECE]] *= 3
-    return write_model(folder, model, codec, context_tokens)
+    return write_model(folder, model, codec, context_tokens, on_examples=on_examples)

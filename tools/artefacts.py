@@ -6,11 +6,10 @@ raises, with its exit code.
 """
 
 import json
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import (
     CheckpointCorruptError,
@@ -19,14 +18,22 @@ from data_pipeline.errors import (
     ShardCorruptError,
     SourceMissingError,
 )
+from data_pipeline.finalize import unfinished_tasks
 from data_pipeline.inspection import data_set_facts
 from data_pipeline.manifest import DICTIONARY_NAME, MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest
+from data_pipeline.next_command import command, free_path, override
 from data_pipeline.plan import PLAN_NAME, Plan
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.tokenizer import REPORT_NAME
+from data_pipeline.train_command import train_commands
 from data_pipeline.verify import verify_data_set
 from megaback.config import CONFIG_COPY_NAME
+from megaback.use_commands import use_commands
 from tools.arrow_result import JSON_NAME, read_summary
+
+if TYPE_CHECKING:
+    from megaback.checkpoint import CheckpointMeta
 
 _GGUF_NAME, _GGUF_MAGIC = "model.gguf", b"GGUF"
 _GGUF_SUMS = "SHA256SUMS"
@@ -91,8 +98,6 @@ def _data_set(folder: Path, verify: bool) -> Artefact:
         _require_size(folder / entry.file, entry.file_bytes, ShardCorruptError, "build them again")
     splits = {name: manifest.total(name) for name in SPLITS}
     kind = "data set" if manifest.row_tokens is None else "data set of instruction examples"
-    config = "configs/xcoax_100bt.yaml" if manifest.row_tokens is None else "configs/backchat.yaml"
-    shown = shlex.quote(str(folder))
     return Artefact(
         kind,
         folder,
@@ -100,24 +105,23 @@ def _data_set(folder: Path, verify: bool) -> Artefact:
         f"{len(manifest.shards)} shards and the tokenizer, "
         + ("decoded and hashed" if verify else "by size; the tokenizer by its hash"),
         {
-            f"megaback shards inspect {shown}": "lengths, entropy, documents",
-            f"megaback train {config} data.shards={shown}": "trains on it",
+            command("shards", "inspect", folder): "lengths, entropy, documents",
+            **train_commands(folder, manifest),
         },
     )
 
 
 def _unfinished(folder: Path, _verify: bool) -> Artefact:
     plan = Plan.load(folder)
-    shown = shlex.quote(str(folder))
+    missing = unfinished_tasks(plan, folder)
     return Artefact(
         "data set that is not finished",
         folder,
-        {"tasks": plan.num_tasks},
+        {"tasks": plan.num_tasks, "not_done": len(missing)},
         f"the plan; there is no {MANIFEST_NAME} yet",
-        {
-            f"megaback shards finalize {shown}": "finishes it, or says what is missing",
-            f"megaback shards build --out {shown}": "does what is missing",
-        },
+        {command("shards", "build", "--out", folder): "does what is missing"}
+        if missing
+        else {command("shards", "finalize", folder): "finishes it"},
         is_whole=False,
     )
 
@@ -135,14 +139,17 @@ def _shard(path: Path, verify: bool) -> Artefact:
         path,
         facts,
         "every frame, decoded" if verify else "its index",
-        {f"megaback inspect {shlex.quote(str(path.parent))}": "the data set that it is of"},
+        {command("inspect", path.parent): "the data set that it is of"}
+        if (path.parent / MANIFEST_NAME).is_file()
+        else {},
     )
 
 
 def _tokenizer(path: Path, _verify: bool) -> Artefact:
     path = path / TOKENIZER_NAME if path.is_dir() else path
     codec = TextCodec.load(path, Direction.BACKWARD, Unit.TOKEN)
-    shown = shlex.quote(str(path))
+    out = free_path(path.parent.parent / "shards")
+    build = ("shards", "build", "--source", _source_of(path), "--tokenizer", path, "--out", out)
     return Artefact(
         "tokenizer",
         path,
@@ -153,8 +160,19 @@ def _tokenizer(path: Path, _verify: bool) -> Artefact:
             "end": codec.piece(codec.end_id),
         },
         "it loads, and has the pieces that megaback needs",
-        {f"megaback shards build --source SOURCE --tokenizer {shown} --out DIR": "uses it"},
+        {command(*build): "uses it"},
     )
+
+
+def _source_of(tokenizer: Path) -> str:
+    """What a tokenizer was trained on, where that was one source that is still there."""
+    try:
+        report = tokenizer.with_name(REPORT_NAME).read_text(encoding="utf-8")
+        source = str(json.loads(report)["source"])
+        is_there = "hf:" in source[:3] or Path(source).exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return "pydocs"
+    return source if is_there and ", " not in source else "pydocs"
 
 
 def _run(folder: Path, verify: bool) -> Artefact:
@@ -174,25 +192,24 @@ def _run(folder: Path, verify: bool) -> Artefact:
         if steps:
             facts |= {"step": steps[-1]["step"], "loss": steps[-1]["loss"]}
     facts["ended"] = "it runs, or nobody could say" if ending is None else ending.get("reason")
-    shown = shlex.quote(str(folder))
-    following = {f"megaback watch {shown}": "whether it is well"}
+    following = {command("status", folder): "where it stands"}
     found = complete_checkpoints(folder)
     if not found:
         return Artefact("run without a checkpoint", folder, facts, "its config", following)
-    newest = _checkpoint(found[-1], verify)
+    newest = _checkpoint(found[-1], verify, folder)
     facts |= {"checkpoints": [target.name for target in found], "newest": newest.facts}
     return Artefact(
         "run",
         folder,
         facts,
         f"{found[-1].name}: {newest.checked}",
-        {**following, **_of_weights(shown)},
+        {**following, **newest.next_lines},
     )
 
 
 def _arrow(folder: Path, _verify: bool) -> Artefact:
     runs = sorted(folder.glob("seed-*/*ward"))
-    line = shlex.join(["megaback", "plot", *map(str, runs)])
+    line = command("plot", *runs)
     return Artefact(
         "arrow of time",
         folder,
@@ -202,14 +219,25 @@ def _arrow(folder: Path, _verify: bool) -> Artefact:
     )
 
 
-def _of_weights(shown: str) -> dict[str, str]:
-    return {
-        f"megaback convert {shown} --to full --out DIR": "makes a model of it",
-        f"megaback train CONFIG init_from={shown}": "starts another run from it",
+def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
+    """What to do with a run or a checkpoint."""
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    name = run.resolve().name or "run"
+    convert = command("convert", path, "--to", "full", "--out", free_path(Path("models") / name))
+    lines = {
+        **use_commands(path, meta.format.direction, on_examples=meta.on_examples),
+        convert: "makes a model of it",
     }
+    config = run / CONFIG_COPY_NAME
+    if config.is_file():
+        other = override("run", free_path(run.with_name(f"{name}-2")))
+        again = command("train", config, other, override("init_from", path))
+        lines[again] = "starts another run from it"
+    return lines
 
 
-def _checkpoint(path: Path, verify: bool) -> Artefact:
+def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artefact:
+    """`shown`: what names it in commands, if not its folder."""
     from megaback.checkpoint import META_NAME, find_checkpoint, read_meta
 
     if path.is_file():  # best or latest
@@ -237,7 +265,7 @@ def _checkpoint(path: Path, verify: bool) -> Artefact:
         path,
         facts,
         f"{len(meta.files)} files, " + ("by their hashes" if verify else "by size"),
-        _of_weights(shlex.quote(str(path))),
+        _of_weights(shown or path, meta),
     )
 
 
@@ -272,7 +300,6 @@ def _model(folder: Path, verify: bool) -> Artefact:
     )
     description.text_format.require_same(codec.format, f"the model {folder}", "its tokenizer")
     shape = description.shape
-    given = "ending" if description.text_format.direction is Direction.BACKWARD else "beginning"
     return Artefact(
         kind,
         folder,
@@ -285,7 +312,11 @@ def _model(folder: Path, verify: bool) -> Artefact:
             "val_loss": description.val_loss,
         },
         checked,
-        {f"megaback sample {shlex.quote(str(folder))} --{given} TEXT": "writes with it"},
+        {}
+        if description.is_foreign
+        else use_commands(
+            folder, description.text_format.direction, on_examples=description.on_examples
+        ),
     )
 
 
@@ -322,7 +353,6 @@ def _gguf(path: Path, verify: bool) -> Artefact:
         path,
         facts,
         checked,
-        {f"llama-cli -m {shlex.quote(str(path))}": "reads ids in the model's order"},
     )
 
 

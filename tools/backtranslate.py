@@ -71,6 +71,15 @@ def _require_plan(folder: Path, plan: dict[str, Any], out: Path) -> None:
             )
 
 
+def _converted(path: Path) -> Path:
+    """The model's folder of a run or a checkpoint; without torch where it is a model's already."""
+    if (path / "config.json").is_file():
+        return path
+    from megaback.converted import model_folder
+
+    return model_folder(path)
+
+
 def _identity(model: Path) -> str:
     """Of a model's folder: the hash of config.json, which has those of its weights."""
     try:
@@ -200,6 +209,8 @@ def main(
     """
     if task_index is not None and task_index >= tasks:
         raise click.UsageError(f"--task-index {task_index} is none of {tasks} --tasks.")
+    folder = _converted(folder)
+    forward = None if forward is None else _converted(forward)
     columns = Columns(text_column)
     listing = list_source(source, columns)
     pieces = listing.slices

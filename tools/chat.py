@@ -259,12 +259,14 @@ def main(
     seed: int,
     device: str | None,
 ) -> None:
-    """Ask the model in DIR for the instruction that could have led to a response.
+    """Ask the model DIR for the instruction that could have led to a response.
 
+    DIR is what `megaback convert` wrote, a run or a checkpoint.
     Without a text, an interactive prompt. With --json, each line from stdin is an object such as
     {"response": "Telegram", "n": 4}, and is answered by a line.
     """
     from megaback.choice import SamplingOptions
+    from megaback.converted import model_folder
     from megaback.model_folder import load_model_folder, read_description
     from megaback.sampler import Sampler
     from megaback.writer import choose_device
@@ -277,6 +279,7 @@ def main(
         raise click.UsageError(
             "Give one of --response, --instruction, --ending, --beginning and --json."
         )
+    folder = model_folder(folder)
     direction = read_description(folder).text_format.direction
     for name in texts:
         _require_direction(folder, direction, name)

@@ -18,6 +18,8 @@ import click
 
 from data_pipeline.command import WorkCommand
 from data_pipeline.errors import OutputExistsError
+from data_pipeline.next_command import show_next
+from megaback.use_commands import use_commands
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -128,8 +130,11 @@ def main(checkpoint: Path, kind: str, out: Path, dtype: str, max_shard_size: int
     signal.signal(signal.SIGTERM, _leave)  # so that nothing half-written is left behind
     convert(checkpoint, out, kind, dtype, max_shard_size)
     click.echo(f"wrote {out}")
-    if kind == "full":
-        click.echo(f'next: megaback sample {out} --ending "the end."')
+    if kind != "gguf":
+        from megaback.model_folder import read_description
+
+        made = read_description(out)
+        show_next(use_commands(out, made.text_format.direction, on_examples=made.on_examples))
 
 
 if __name__ == "__main__":

@@ -111,11 +111,13 @@ def _encode_forward(forward: "Scorer | ForeignScorer", pair: Pair) -> None:
 
 def load_forward(folder: Path, form: str, device: str | None) -> "Scorer | ForeignScorer":
     """A forward model of megaback, or one of transformers."""
+    from megaback.converted import model_folder
     from megaback.device_pool import choose_devices
     from megaback.foreign_scorer import ForeignScorer
     from megaback.model_folder import is_ours
     from megaback.scoring import load_scorer
 
+    folder = model_folder(folder)
     if not is_ours(folder):
         return ForeignScorer(folder, choose_devices(device)[0])
     scorer = load_scorer(folder, form=form, device=device, with_prior=False)

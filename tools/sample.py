@@ -148,15 +148,17 @@ def main(
     dtype: str,
     compiled: bool,
 ) -> None:
-    """Generate with the model in DIR on one device.
+    """Generate with the model DIR on one device: a converted model, a run or a checkpoint.
 
     Without a text, an interactive prompt: type one, or temp=X, top_k=X, tokens=X; an empty line or
     end of input leaves.
     """
     from megaback.choice import SamplingOptions
+    from megaback.converted import model_folder
     from megaback.model_folder import read_description
     from megaback.writer import load_writer
 
+    folder = model_folder(folder)
     direction = read_description(folder).text_format.direction
     if ending is not None and beginning is not None:
         raise PromptError("give either --ending or --beginning, not both")

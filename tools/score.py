@@ -118,8 +118,9 @@ def main(
     on_bad_record: str,
     device: str | None,
 ) -> None:
-    """Score each question by the model in DIR: log P(question | answer), in nats.
+    """Score each question by the model DIR: log P(question | answer), in nats.
 
+    DIR is what `megaback convert` wrote, a run or a checkpoint.
     A line holds `question` and `answer`, or `instruction`, `input` and `output`. It is written
     again with `score`. A model that writes forward scores the answer given the question.
     """

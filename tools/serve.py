@@ -195,7 +195,10 @@ def main(
     device: str | None,
     dtype: str,
 ) -> None:
-    """Serve the model in DIR to OpenAI's clients, and as a page to look at."""
+    """Serve the model DIR to OpenAI's clients, and as a page to look at.
+
+    DIR is what `megaback convert` wrote, a run or a checkpoint.
+    """
     token = read_token(token_file)
     if token is None and not is_loopback(host):
         raise ServeError(
@@ -214,11 +217,14 @@ def main(
     with listening_socket(host, port) as listener:
         import torch
 
+        from megaback.converted import model_folder
         from megaback.writer import choose_device
         from tools.serving.guard import Limits
         from tools.serving.models import load_meeting, load_models
 
         torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        folder = model_folder(folder)
+        forward = None if forward is None else model_folder(forward)
         models = load_models(folder, forward, choose_device(device), torch_dtype, slots)
         limits = Limits(
             body_bytes=most_body_bytes,

@@ -14,6 +14,7 @@ from data_pipeline.pairs import Pair
 from megaback.bootstrap import Interval, mean_interval
 from megaback.chat import Candidate, candidates_of_each
 from megaback.choice import SamplingOptions
+from megaback.converted import model_folder
 from megaback.device_pool import DevicePool
 from megaback.model_folder import load_model_folder
 from megaback.sampler import Sampler
@@ -79,7 +80,7 @@ class Evaluated:
     """A model in a folder, as a suite uses it: it writes, and it scores."""
 
     def __init__(self, folder: Path, device: "torch.device") -> None:
-        self.folder = folder
+        self.folder = folder = model_folder(folder)
         self.device = device
         self.model, self.description, self.codec = load_model_folder(folder, device)
         self.form = ChatFormat(self.codec)

@@ -98,7 +98,7 @@ def test_a_data_set_that_is_only_begun_is_not_whole(
     found = look_at(out, verify=False)
 
     assert (found.kind, found.is_whole) == ("data set that is not finished", False)
-    assert f"megaback shards finalize {out}" in found.next_lines
+    assert f"megaback shards build --out {out}" in found.next_lines
 
 
 def cut(path: Path) -> None:

@@ -6,6 +6,7 @@ printed), and answers with a line: null, or what went wrong. See warm_ranks.py.
 
 import gc
 import json
+import os
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,8 +19,9 @@ from megaback.stopping import StopRequest
 from megaback.train import train_run
 
 
-def train(world: World, config: str, overrides: list[str], output: str) -> str | None:
+def train(world: World, config: str, overrides: list[str], output: str, folder: str) -> str | None:
     """Train a run to its end; what went wrong, if anything."""
+    os.chdir(folder)
     settings = load_config(Path(config), tuple(overrides))
     with Path(output).open("a") as file, redirect_stdout(file), redirect_stderr(file):
         try:

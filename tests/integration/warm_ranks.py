@@ -24,12 +24,18 @@ class WarmRanks:
         self._world_size = world_size
         self._ranks: list[subprocess.Popen[str]] = []
 
-    def train(self, config: Path, overrides: Sequence[str], output: Path) -> None:
-        """Train a run to its end, and write what it prints to a file. Raises AssertionError."""
+    def train(
+        self, config: Path, overrides: Sequence[str], output: Path, folder: Path | None = None
+    ) -> None:
+        """Train a run to its end, and write what it prints to a file. Raises AssertionError.
+
+        `folder`: the working directory, where paths are relative.
+        """
         if not self._ranks:
             self._start()
         output.parent.mkdir(parents=True, exist_ok=True)
         request = {"config": str(config), "overrides": list(overrides), "output": str(output)}
+        request["folder"] = str(folder or _RANK.parents[2])
         for rank in self._ranks:
             assert rank.stdin is not None
             rank.stdin.write(json.dumps(request) + "\n")

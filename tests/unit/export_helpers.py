@@ -16,7 +16,12 @@ STEP = 30
 
 
 def write_checkpoint(
-    run: Path, codec: TextCodec, ranks: int = 3, context_tokens: int = 64, **model: object
+    run: Path,
+    codec: TextCodec,
+    ranks: int = 3,
+    context_tokens: int = 64,
+    step: int = STEP,
+    **model: object,
 ) -> tuple[Path, ReverseGPT]:
     """A run with one checkpoint, every parameter cut among the ranks; and its model."""
     fields = {"num_layers": 2, "width": 32, "num_heads": 4, "num_kv_heads": 2, **model}
@@ -37,7 +42,7 @@ def write_checkpoint(
     )
     made = ReverseGPT(config.model, codec.vocab_size)
     made.initialize(5)
-    target = run / "checkpoints" / f"step-{STEP:08d}"
+    target = run / "checkpoints" / f"step-{step:08d}"
     target.mkdir(parents=True)
     files = {}
     for rank in range(ranks):
@@ -51,8 +56,8 @@ def write_checkpoint(
         files[name] = write_tensors(target / name, specs, runs.__getitem__)
     (target / "tokenizer.model").write_bytes(codec.model_bytes)
     meta = CheckpointMeta(
-        step=STEP,
-        updates=STEP,
+        step=step,
+        updates=step,
         world_size=ranks,
         zero_stage=2,
         precision="fp32",

@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(
     cases: list[tuple[tuple[object, ...], int, str]] = [
         (("--text-column", "body"), 23, "--text-column"),
         (("--forward", folders[Direction.BACKWARD]), 33, "writes backward"),
-        (("--forward", tmp_path / "nowhere"), 40, "holds no model"),
+        (("--forward", tmp_path / "nowhere"), 40, "there is nothing at"),
         (("--task-index", 1), 2, "is none of 1"),
     ]
     for options, exit_code, message in cases:

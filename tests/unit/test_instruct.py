@@ -227,7 +227,7 @@ def test_held_out_rows_are_the_val_set_and_nothing_else_is(
     out = tmp_path / "out"
     told = instruct("--source", source, "--val-source", held_out, "--out", out)
     assert "val: 20 examples" in told
-    assert "next: megaback train configs/backchat.yaml init_from=CHECKPOINT" in told
+    assert "backchat.yaml init_from=BASE run=runs/out" in told  # no base is near
     found = examples_of(out)
     assert pairs_of(found["val"]) == expected_of(rows[:20])
     assert pairs_of(found["train"]) == expected_of(rows[20:])

@@ -168,7 +168,7 @@ def test_the_command_ends_with_the_next_command_to_type(source: str, tmp_path: P
     )
     assert result.stdout.splitlines()[-1].endswith(
         f"megaback shards build --source {source} "
-        f"--tokenizer {tmp_path / 'out' / 'tokenizer.model'} --out SHARDS"
+        f"--tokenizer {tmp_path / 'out' / 'tokenizer.model'} --out {tmp_path / 'shards'}"
     )
 
 

@@ -12,6 +12,7 @@ from data_pipeline.chat_format import ChatFormat
 from data_pipeline.errors import DirectionMismatchError, PromptError, TokenizerMismatchError
 from data_pipeline.text import Direction, Prompt, TextCodec
 from megaback.batch import Batch
+from megaback.converted import shown_name
 from megaback.infill import Infiller, load_infiller
 from megaback.model_folder import ModelDescription, load_sampler
 from megaback.sampler import Sampler
@@ -111,7 +112,7 @@ def load_models(
     models: dict[str, ServedModel] = {}
     for path in [folder, *_given(forward)]:
         sampler, description, codec = load_sampler(path, device, dtype, usual_rows=num_slots)
-        name = path.resolve().name
+        name = shown_name(path)
         if name in models:
             name = f"{name}-forward"
         batch = Batch(sampler, codec, num_slots)

@@ -1,0 +1,53 @@
+"""What a run that has ended well came to, and what to type next, from what it recorded."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_pipeline.durations import duration
+from data_pipeline.next_command import command, free_path, show_next
+from data_pipeline.text import Direction
+from launcher.run_folder import newest_checkpoint_step
+from megaback.config import Config
+from megaback.use_commands import use_commands
+
+MODELS_FOLDER = Path("models")
+
+
+def show_result(config: Config, took_s: float) -> None:
+    """Print where the run lies, its val loss, the time that this start took, and what is next."""
+    path, meta = _checkpoint(config)
+    if meta is None:
+        return
+    click.echo(f"{config.run}: {meta['step']:,} steps, {duration(took_s)} since this start")
+    val_loss = meta.get("val_loss")
+    if val_loss is not None:
+        shown = f"{val_loss:.4f} nats/token" if math.isfinite(val_loss) else "not finite"
+        best = "the lowest, at" if path != config.run else "at"
+        click.echo(f"val loss {shown}, {best} step {meta['step']:,}")
+    use = use_commands(
+        path,
+        Direction(meta["text_format"]["direction"]),
+        on_examples=bool(meta.get("on_examples")),
+    )
+    out = free_path(MODELS_FOLDER / (config.run.resolve().name or "model"))
+    convert = command("convert", path, "--to", "full", "--out", out)
+    show_next({**use, convert: "a model to keep elsewhere"})
+
+
+def _checkpoint(config: Config) -> tuple[Path, dict[str, Any] | None]:
+    """What to name for the model that came of the run, and the description of its checkpoint."""
+    checkpoints = config.run / "checkpoints"
+    best = checkpoints / "best"
+    step = f"step-{newest_checkpoint_step(config.run):08d}"
+    path = config.run
+    if config.validation.patience is not None and best.is_file():
+        path, step = best, best.read_text(encoding="utf-8").strip()
+    try:
+        meta: dict[str, Any] = json.loads((checkpoints / step / "meta.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return path, None
+    return path, meta
