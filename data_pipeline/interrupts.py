@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _IMPORTER = "<frozen importlib._bootstrap>"
+_Result = TypeVar("_Result")
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -98,6 +99,25 @@ def begin_child() -> None:
     """In a worker: Ctrl-C is for the process that started this one, and ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def interruptible(function: Callable[..., _Result], *arguments: Any, **options: Any) -> _Result:
+    """Call what works for long without returning to Python, and hear signals meanwhile.
+
+    It runs in another thread, which an interrupt leaves behind: the process ends.
+    """
+    from concurrent.futures import Future
+
+    done: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function(*arguments, **options))
+        except BaseException as error:  # noqa: BLE001 (raised where the result is wanted)
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 def sentence(number: int, advice: str = "") -> str:

@@ -18,6 +18,7 @@ import click
 from data_pipeline.build_options import html_option
 from data_pipeline.command import WorkCommand, replacing
 from data_pipeline.errors import BadRecordError, OutputExistsError, SourceEmptyError, TokenizerError
+from data_pipeline.interrupts import interruptible
 from data_pipeline.next_command import command, free_path, show_next
 from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
 from data_pipeline.skipped import (
@@ -155,7 +156,8 @@ def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
 
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        interruptible(
+            sentencepiece.SentencePieceTrainer.train,
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",

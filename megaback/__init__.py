@@ -1,6 +1,15 @@
 """The model that writes backwards, and how it learns."""
 
+import os
+import signal
 import sys
+
+if (
+    sys.argv[:1] == ["-m"] or "".join(sys.argv[:1]).endswith(f"{os.sep}megaback")
+) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # The process of a command or a rank: from here on, Ctrl-C ends it without a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from typing import TYPE_CHECKING, Any
 
 from megaback.installation import leave_working_directory, require_packages

@@ -42,8 +42,9 @@ run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]
             [[ $to_pass_on ]] || wait "$step" || code=$?
             [[ $to_pass_on ]] || break # else the wait was cut short by a signal
             to_pass_on=
-            echo "slurm: passing a signal on to the ranks, which save and stop"
             kill -USR1 "$step" 2>/dev/null || true # srun sends it to every rank
+            # A log that is full must not end this script.
+            echo "slurm: passing a signal on to the ranks, which save and stop" || true
         done
     else
         code=$((128 + 10)) # SIGUSR1, before there were ranks

@@ -183,7 +183,7 @@ def _talk(chat: Chat, options: "SamplingOptions", count: int, history: History) 
     while True:
         try:
             line = input(f"{label}: ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             click.echo()
             return
         if not line:

@@ -7,12 +7,10 @@ whole, or not at all.
 import os
 import re
 import shutil
-import signal
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import click
 
@@ -97,10 +95,6 @@ def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
     convert(checkpoint, out, "full", dtype)
 
 
-def _leave(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
-
-
 @click.command(cls=WorkCommand, name="convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
@@ -127,7 +121,6 @@ def main(checkpoint: Path, kind: str, out: Path, dtype: str, max_shard_size: int
 
     RUN/checkpoints/best names the best one of a run with validation.patience.
     """
-    signal.signal(signal.SIGTERM, _leave)  # so that nothing half-written is left behind
     convert(checkpoint, out, kind, dtype, max_shard_size)
     click.echo(f"wrote {out}")
     if kind != "gguf":

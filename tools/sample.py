@@ -177,7 +177,7 @@ def main(
     while True:
         try:
             line = input(f"{label}: ")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             click.echo()
             return
         if not line.strip():

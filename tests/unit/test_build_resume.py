@@ -11,7 +11,7 @@ import pytest
 from build_helpers import Codecs, hashes, make_settings, write_source
 
 from data_pipeline import plan
-from data_pipeline.build import build_shards
+from data_pipeline.build import build_planned, build_shards
 from data_pipeline.errors import BadRecordError
 from data_pipeline.manifest import Manifest
 from data_pipeline.settings import BuildSettings, WeightedSource
@@ -164,6 +164,18 @@ def test_a_stopped_build_leaves_no_process_behind(building: Building, number: in
     _, alive = psutil.wait_procs(children, timeout=20)
     end(alive)
     assert [process.pid for process in alive] == []
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_a_plan_that_another_build_forgot_is_written_again_before_a_shard(
+    source: Path, codec: Codecs, tmp_path: Path
+) -> None:
+    """That one failed after this one had read the plan, and before it held the lock."""
+    out = tmp_path / "shards"
+    made, _ = plan.claim_plan(make_settings(source, codec()), codec(), out, None)
+    (out / plan.PLAN_NAME).unlink()
+    build_planned(made, codec(), out, workers=1)
+    assert plan.Plan.load(out) == made
 
 
 def break_and_mend(source: Path, codec: TextCodec, out: Path, texts: list[str], cause: str) -> None:
