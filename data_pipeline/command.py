@@ -189,14 +189,26 @@ class ResumableCommand(WorkCommand):
         return "run the same command to resume"
 
 
+def is_device(path: Path) -> bool:
+    """Whether a path is there and is neither a file nor a folder: a device, a pipe, a socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Write a file that appears under `path` whole, or not at all.
 
     Bytes go to a hidden neighbour, are flushed to the disk, and are renamed at the end. On any
     error the neighbour is removed and what stood at `path` stays. Two processes may write the same
-    path: the last one to finish wins, and nobody sees a mixture.
+    path: the last one to finish wins, and nobody sees a mixture. A symbolic link stays, and what it
+    names is written. A device or a pipe cannot be replaced: it is written to as the bytes come.
     """
+    if is_device(path):
+        with path.open("wb") as file:
+            yield file
+        return
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     # Not the process's number, which another node may have given to a process of its own.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:

@@ -15,7 +15,7 @@ from data_pipeline.build_options import echo_manifest, num_workers, workers_opti
 from data_pipeline.command import ResumableCommand, replacing
 from data_pipeline.errors import OutputExistsError, ShardsMissingError, SourceEmptyError
 from data_pipeline.locks import locked
-from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.manifest import MANIFEST_NAME, SHARD_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.next_command import command
 from data_pipeline.plan import BUILD_FOLDER, PLAN_NAME, Plan, Task
 from data_pipeline.pool import run_in_processes
@@ -102,7 +102,8 @@ def finished_manifest(out: Path) -> Manifest:
 
 def remove_all_but(out: Path, names: set[str]) -> None:
     """Remove the shards left by a killed process, or by portions that have changed."""
-    for path in [*out.glob("*.zst"), *_drafts(out)]:
+    shards = (path for path in out.glob("*.zst") if SHARD_NAME.fullmatch(path.name))
+    for path in [*shards, *_drafts(out)]:
         if path.name not in names:
             path.unlink(missing_ok=True)
 

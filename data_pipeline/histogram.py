@@ -1,11 +1,10 @@
 """The lengths of documents as a picture, drawn by matplotlib, which is an extra."""
 
-import io
 from pathlib import Path
 
-from data_pipeline.command import replacing
 from data_pipeline.document_lengths import DocumentLengths
 from data_pipeline.errors import BackendError
+from data_pipeline.pictures import write_picture
 
 _DOCUMENTS_COLOUR = "#8db3d6"
 _TOKENS_COLOUR = "#c8541f"
@@ -85,7 +84,4 @@ def draw_histogram(lengths: DocumentLengths, title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=[bars, outline, *marks], frameon=False)
 
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    with replacing(path) as file:
-        file.write(picture.getvalue())
+    write_picture(figure, path)

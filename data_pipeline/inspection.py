@@ -17,6 +17,7 @@ from data_pipeline.document_lengths import DocumentLengths, describe, read_docum
 from data_pipeline.errors import ConfigError
 from data_pipeline.histogram import draw_histogram, require_matplotlib
 from data_pipeline.manifest import SPLITS, Manifest, ShardEntry
+from data_pipeline.output_paths import is_our_picture, overwrite_option, require_output
 from data_pipeline.shard_walk import num_frames, on_threads, spread_frames
 from data_pipeline.skipped import skipped_to_json
 
@@ -192,6 +193,7 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Draw the lengths of the split's documents to this PNG.",
 )
+@overwrite_option
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: every core.")
 def main(
     shards: Path,
@@ -199,6 +201,7 @@ def main(
     document: int | None,
     form: str | None,
     picture: Path | None,
+    overwrite: bool,
     workers: int | None,
 ) -> None:
     """Show what a data set holds, or one of its documents."""
@@ -211,6 +214,13 @@ def main(
     if form in ("stored", "ids"):
         raise ConfigError(f"--{form} shows a document; say which one with --document")
     if picture is not None:
+        require_output(
+            picture,
+            (shards,),
+            is_ours=is_our_picture,
+            overwrite=overwrite,
+            option="--picture",
+        )
         require_matplotlib()
         if not manifest.split(split):
             raise ConfigError(f"--picture has nothing to draw: the {split} set is empty")

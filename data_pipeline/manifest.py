@@ -8,6 +8,7 @@ same fingerprint, however they were compressed.
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,8 @@ FORMAT_VERSION = 1
 EXAMPLES_VERSION = 2
 """Of examples in rows."""
 SPLITS = ("train", "val")
+SHARD_NAME = re.compile(r"(train|val)-\d{5,}-\d{5,}\.zst")
+"""The names of shards: what else a folder holds is not ours to remove."""
 _OF_EXAMPLES = ("learnt_tokens", "padding_tokens")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.command import replacing
 from data_pipeline.errors import BackendError
+from data_pipeline.output_paths import MAKER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +44,7 @@ def new_figure(width_inches: float, height_inches: float) -> "Figure":
 def png_of(figure: "Figure") -> bytes:
     """The figure as a PNG. The same figure gives the same bytes."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(picture, format="png", metadata={"Software": MAKER})
     return picture.getvalue()
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -44,6 +45,8 @@ BUILD_FOLDER = ".build"
 FORMAT_NAME = "megaback-plan"
 FORMAT_VERSION = 1
 
+_OF_A_BUILD = re.compile(r"task-.*|plan\.json\..*|staged|.*\.lock|\..*\.partial")
+"""Names in BUILD_FOLDER."""
 _SMALLEST_TASK_BYTES = 2 << 20
 _LARGEST_TASK_BYTES = 1 << 30
 _AIMED_TASKS = 64
@@ -323,8 +326,12 @@ def _holds_something_else(out: Path) -> bool:
     names = {path.name for path in out.iterdir()}
     if PLAN_NAME in names:  # another process has just written it
         return False
+    if BUILD_FOLDER not in names:  # a tokenizer alone is somebody's
+        return bool(names)
     ours = {BUILD_FOLDER, TOKENIZER_NAME}
-    return any(name not in ours and not name.startswith(f".{TOKENIZER_NAME}.") for name in names)
+    return any(
+        name not in ours and not name.startswith(f".{TOKENIZER_NAME}.") for name in names
+    ) or not all(_OF_A_BUILD.fullmatch(path.name) for path in (out / BUILD_FOLDER).iterdir())
 
 
 def _files_of(slices: Sequence[Slice]) -> list[dict[str, Any]]:

@@ -22,11 +22,13 @@ from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptErr
 from data_pipeline.manifest import (
     DICTIONARY_NAME,
     MANIFEST_NAME,
+    SHARD_NAME,
     SPLITS,
     TOKENIZER_NAME,
     Manifest,
     ShardEntry,
 )
+from data_pipeline.output_paths import require_apart
 from data_pipeline.shard_format import ShardWriter
 from data_pipeline.shard_walk import on_threads, spread_frames
 from data_pipeline.verify import require_promised
@@ -193,10 +195,7 @@ def _stored_dictionary(shards: Path, manifest: Manifest, out: Path, dictionary_b
 
 def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None:
     """Make the folder ours, or find that it already is, with the same settings."""
-    if out.resolve() == shards.resolve():
-        raise OutputExistsError(
-            f"--out is {out}, the data set that is to be rewritten; choose another --out"
-        )
+    require_apart(out, (shards,))
     settings_path = out / WORK_FOLDER / _SETTINGS_NAME
     if settings_path.exists():
         try:
@@ -210,19 +209,26 @@ def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None
                 f"{shown_values(differing, 1)}); choose another --out, or remove that folder"
             )
         return
-    # A work folder without settings is ours: we were stopped before we could write them.
+    # A work folder in which nothing is yet is ours: we were stopped before we could write there.
     if out.exists() and (
-        not out.is_dir() or any(path.name != WORK_FOLDER for path in out.iterdir())
+        not out.is_dir()
+        or any(path.name != WORK_FOLDER for path in out.iterdir())
+        or any(path.suffix != ".partial" for path in (out / WORK_FOLDER).glob("*"))
     ):
         raise OutputExistsError(f"{out} already holds something else; choose another --out")
     settings_path.parent.mkdir(parents=True, exist_ok=True)
     write_text(settings_path, json.dumps(asdict(settings), indent=2) + "\n")
 
 
+def _shards_in(out: Path) -> list[Path]:
+    """The files that are named as shards are; others are not ours."""
+    return [path for path in out.glob("*.zst") if SHARD_NAME.fullmatch(path.name)]
+
+
 def _remove_strays(out: Path, manifest: Manifest) -> None:
     """Remove what a killed process left half-written."""
     names = {entry.file for entry in manifest.shards}
-    strays = [path for path in out.glob("*.zst") if path.name not in names]
+    strays = [path for path in _shards_in(out) if path.name not in names]
     for path in [*strays, *out.glob(".*.partial"), *(out / WORK_FOLDER).glob(".*.partial")]:
         path.unlink(missing_ok=True)
 
@@ -235,7 +241,7 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
     ):
         return
     shutil.rmtree(work, ignore_errors=True)
-    for path in [*out.glob("*.zst"), *out.glob(".*.partial"), out / DICTIONARY_NAME]:
+    for path in [*_shards_in(out), *out.glob(".*.partial"), out / DICTIONARY_NAME]:
         path.unlink(missing_ok=True)
     if not was_there and out.is_dir() and not any(out.iterdir()):
         out.rmdir()

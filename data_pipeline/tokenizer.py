@@ -17,9 +17,10 @@ import click
 
 from data_pipeline.build_options import html_option
 from data_pipeline.command import WorkCommand, replacing
-from data_pipeline.errors import BadRecordError, OutputExistsError, SourceEmptyError, TokenizerError
+from data_pipeline.errors import BadRecordError, SourceEmptyError, TokenizerError
 from data_pipeline.interrupts import interruptible
 from data_pipeline.next_command import command, free_path, show_next
+from data_pipeline.output_paths import overwrite_option, read_object, require_output
 from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
 from data_pipeline.skipped import (
     RECORDS,
@@ -97,11 +98,8 @@ def train_tokenizer(
     import sentencepiece
 
     model_path, report_path = out_dir / MODEL_NAME, out_dir / REPORT_NAME
-    if model_path.exists() and not overwrite:
-        raise OutputExistsError(
-            f"{model_path} is there already; name another folder with --out, or add --overwrite "
-            "(shards made with the old tokenizer cannot be used with a new one)"
-        )
+    for path in (model_path, report_path):
+        require_output(path, is_ours=_is_trained_here, overwrite=overwrite)
     sources = (WeightedSource(source),) if isinstance(source, str) else source
     for part in sources:
         require_outside(part.source, out_dir)
@@ -141,6 +139,16 @@ def train_tokenizer(
         report_file.write((json.dumps(asdict(report), indent=2) + "\n").encode())
         model_file.write(model)
     return report
+
+
+def _is_trained_here(path: Path) -> bool:
+    """Whether a tokenizer, or its report, is one of `train_tokenizer`, and both belong together."""
+    report = read_object(path.with_name(REPORT_NAME))
+    try:
+        model = path.with_name(MODEL_NAME).read_bytes()
+    except FileNotFoundError:
+        return False
+    return report is not None and report.get("model_sha256") == hashlib.sha256(model).hexdigest()
 
 
 def _sentences(text: str) -> Iterator[str]:
@@ -286,7 +294,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     help="A malformed record ends the training, or is left out.",
 )
 @html_option
-@click.option("--overwrite", is_flag=True, help="Replace a tokenizer that is in the folder.")
+@overwrite_option
 def main(
     sources: tuple[str, ...],
     weights: tuple[float, ...],

@@ -27,6 +27,7 @@ from launcher.slurm_commands import find_job
 from megaback.config import Config, load_config
 from megaback.exit_record import BAD_NODES_NAME, read_exit, record_event
 from megaback.run_data import open_data
+from megaback.run_ownership import require_run_folder
 
 LIMIT_VARIABLE = "MEGABACK_REQUEUE_LIMIT"
 DEFAULT_LIMIT = 20
@@ -54,8 +55,11 @@ def num_failures(run: Path, job: str, restarts: int) -> int:
     return max(restarts - len(asked), 0)
 
 
-def begin_job(config: Config, job: str, restarts: int, limit: int, num_ranks: int) -> None:
+def begin_job(
+    config: Config, job: str, restarts: int, limit: int, num_ranks: int, given: Path | None = None
+) -> None:
     """Refuse what cannot work, and note the start. Raises MegabackErrors, OSError."""
+    require_run_folder(config, given)
     open_data(config, 0, num_ranks)
     failures = num_failures(config.run, job, restarts)
     if failures > limit:
@@ -160,7 +164,7 @@ def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
             "that `megaback convert` wrote), or use slurm/train.sbatch to train from nothing"
         )
     num_ranks = int(os.environ.get("SLURM_NTASKS", "1"))
-    begin_job(settings, job, restarts, requeue_limit(), num_ranks)
+    begin_job(settings, job, restarts, requeue_limit(), num_ranks, config)
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     again = f", start {restarts + 1}" if restarts else ""
     click.echo(f"slurm: megaback {__version__}, {num_ranks} ranks on {nodes}{again}")

@@ -17,6 +17,7 @@ from data_pipeline.errors import (
     StorageError,
 )
 from data_pipeline.manifest import MANIFEST_NAME
+from data_pipeline.output_folder import require_output_folder
 from data_pipeline.plan import PLAN_NAME, Plan, claim_plan, make_plan
 from data_pipeline.remote import is_url
 from data_pipeline.rows import check_context
@@ -128,8 +129,7 @@ def check_model_folder(out: Path | None) -> Path:
     """The folder that the model is to lie in. Raises ConfigError, OutputExistsError."""
     if out is None:
         raise ConfigError("the stage convert needs --out DIR, the folder for the model")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(f"{out} already holds something; choose another --out")
+    require_output_folder(out)
     return out
 
 

@@ -42,6 +42,7 @@ from launcher.stages import (
     train_stage,
 )
 from megaback.config import CONFIG_COPY_NAME, Config, load_config
+from megaback.run_ownership import require_run_folder
 
 _SBATCH_FILES = {"data": "build_shards.sbatch", "convert": "convert.sbatch"}
 _JOBS_LOOKED_AT = 20
@@ -171,6 +172,7 @@ def main(
     paths = {stage: require_file(folder, names[stage]) for stage in stages}
     allocation = choose_allocation(settings, paths["train"], nodes, devices_per_node, uses_gpus)
     resources = Resources(cpus_per_task, mem, time, partition, cpu_partition, account, more)
+    require_run_folder(settings, config)
     check_run(settings, allocation.num_ranks, builds_data="data" in stages)
     room = check_memory(
         settings,

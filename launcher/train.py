@@ -18,6 +18,7 @@ from launcher.train_result import show_result
 from megaback.config import load_config
 from megaback.exit_record import num_starts, read_exit, read_history, record_exit
 from megaback.run_data import open_data
+from megaback.run_ownership import require_run_folder
 from megaback.stopping import deadline_of
 
 _RANK_MODULE = "megaback.train"
@@ -66,6 +67,7 @@ def train(
     hosts = None if hostfile is None else read_hostfile(hostfile)
     if hosts is not None:
         processes = sum(host.slots for host in hosts)
+    require_run_folder(settings, config)
     open_data(settings, 0, processes)
     command = module_command(_RANK_MODULE, str(config), *overrides)
     if save_before is not None:

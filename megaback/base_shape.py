@@ -12,7 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError, RunMismatchError
-from megaback.config import CONFIG_COPY_NAME, ModelSection
+from megaback.config import ModelSection
+from megaback.run_ownership import config_of_run
 from megaback.stock_config import from_stock, is_stock
 from megaback.yaml_text import read_yaml
 
@@ -85,7 +86,7 @@ def base_shape(base: Path) -> ModelSection | None:
 
 def _shape_of_run(run: Any) -> ModelSection | None:
     """The model that a run has begun with, by its folder."""
-    path = Path(str(run)) / CONFIG_COPY_NAME
+    path = config_of_run(Path(str(run)))
     try:
         return _shape(path, read_yaml(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError, CheckpointCorruptError):

@@ -5,6 +5,7 @@ First comes all that can refuse a start, then the first line that is written (`_
 
 import fcntl
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +27,7 @@ from megaback.checkpoint import (
 )
 from megaback.checkpoint_copy import SecondPlace, fetch_newest, newest_meta
 from megaback.compiler import require_compiler
-from megaback.config import CONFIG_COPY_NAME, Config, ModelSection
+from megaback.config import Config, ModelSection
 from megaback.distributed import World
 from megaback.engine import start_engine
 from megaback.engine_state import num_updates
@@ -45,6 +46,7 @@ from megaback.model import ReverseGPT
 from megaback.preflight import preflight
 from megaback.pulse import Pulse
 from megaback.run_data import Data, open_data
+from megaback.run_ownership import place_of_config, require_run_folder
 from megaback.start import Changes, NothingLeft, changes_on_resume, nothing_left, require_readable
 
 LOCK_NAME = ".lock"
@@ -116,12 +118,17 @@ class Run:
         )
 
 
-def prepare_run(config: Config, world: World, pulse: Pulse) -> Run | NothingLeft:
+def prepare_run(
+    config: Config, world: World, pulse: Pulse, given: Path | None = None
+) -> Run | NothingLeft:
     """Bring data, model and engine together, from the newest good checkpoint if there is one.
+
+    `given` is the file of the config.
 
     Any rank's MegabackError stops all ranks with one message. The pulse is opened once the run's
     folder is this run's alone and the start is accepted; before, nothing is written.
     """
+    world.together(_ask_first, world, require_run_folder, config, given)
     is_new = not world.gather((config.run / LOCK_NAME).exists())[0]
     lock = None if is_new else world.together(_claim, config, world)
     data = world.together(open_data, config, world.rank, world.size)
@@ -149,7 +156,7 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run | NothingLeft
         if left is not None and fetched_meta is None:
             data.training.close()
             if lock is not None:
-                world.together(_note_end, config, world, left, data.total_steps)
+                world.together(_note_end, config, world, given, left, data.total_steps)
                 lock.close()
             return left
     # Before the model is made, which is whole on every rank.
@@ -182,7 +189,7 @@ def prepare_run(config: Config, world: World, pulse: Pulse) -> Run | NothingLeft
         found = _fetch_start(config, world)
     start_step = found[1].step if found is not None else 0
     pulse.open()
-    world.together(_accept, config, world, start_step, data.total_steps, changes)
+    world.together(_accept, config, world, given, start_step, data.total_steps, changes)
     pulse.at("checking the nodes", start_step)
     preflight(config, data, world)
     pulse.at("starting", start_step)
@@ -224,6 +231,12 @@ def batch_arithmetic(run: Run, world: World) -> str:
         f"{data.total_steps:,} steps = {data.total_steps * tokens_a_step:,} tokens = "
         f"{epochs:.2f} epochs of {data.num_tokens:,} tokens, in {data.num_lanes} lanes"
     )
+
+
+def _ask_first(world: World, question: Callable[..., None], *arguments: Any) -> None:
+    """Let the first rank, which writes, see that it may."""
+    if world.is_first:
+        question(*arguments)
 
 
 def _claim(config: Config, world: World) -> IO[str] | None:
@@ -284,7 +297,12 @@ def _fetch(config: Config, world: World) -> None:
 
 
 def _accept(
-    config: Config, world: World, start_step: int, total_steps: int, changes: Changes
+    config: Config,
+    world: World,
+    given: Path | None,
+    start_step: int,
+    total_steps: int,
+    changes: Changes,
 ) -> None:
     """Write that the run starts, and with which config."""
     if not world.is_first:
@@ -298,14 +316,18 @@ def _accept(
         zero_stage=config.zero.stage,
         **changed,
     )
-    write_text(config.run / CONFIG_COPY_NAME, config.to_yaml())
+    place = place_of_config(config.run, given)
+    if place is not None:
+        write_text(place, config.to_yaml())
 
 
-def _note_end(config: Config, world: World, left: NothingLeft, total_steps: int) -> None:
+def _note_end(
+    config: Config, world: World, given: Path | None, left: NothingLeft, total_steps: int
+) -> None:
     """Say how a run ended that was killed, or failed, after its last step was saved."""
     if not world.is_first or left.is_recorded:
         return
-    _accept(config, world, left.step, total_steps, {})
+    _accept(config, world, given, left.step, total_steps, {})
     record_exit(config.run, 0, "finished", left.reason, world.rank)
 
 

@@ -346,12 +346,17 @@ def _is_due(every_steps: int | None, done: int) -> bool:
     return every_steps is not None and done % every_steps == 0
 
 
-def train_run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> None:
-    """Train a run to its end. Raises AgreedExit on all ranks alike."""
+def train_run(
+    config: Config, world: World, stop: StopRequest, pulse: Pulse, given: Path | None = None
+) -> None:
+    """Train a run, whose config was given as a file, to its end.
+
+    Raises AgreedExit on all ranks alike.
+    """
     error: MegabackError | None = None
     reason = ""
     try:
-        prepared = prepare_run(config, world, pulse)
+        prepared = prepare_run(config, world, pulse, given)
         if isinstance(prepared, NothingLeft):
             if world.is_first:
                 print(prepared.message, flush=True)
@@ -369,11 +374,11 @@ def train_run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> 
     pulse.leave(reason)
 
 
-def _train_as_rank(config: Config, world: World, stop: StopRequest) -> int:
+def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path) -> int:
     """Train, and say in the run's folder how it ended. Returns the exit code."""
     pulse = Pulse(config.run, config.hardware, world)
     try:
-        train_run(config, world, stop, pulse)
+        train_run(config, world, stop, pulse, given)
     except AgreedExit as ending:
         reason = ending.error
         if reason is not None and pulse.is_open:  # else the record is that of an earlier start
@@ -411,7 +416,7 @@ def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> N
         stop = StopRequest(deadline_of(save_before))
         settings = load_config(config, overrides)
         world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
-    end_rank(_train_as_rank(settings, world, stop))
+    end_rank(_train_as_rank(settings, world, stop, config))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.command import ResumableCommand, write_text
+from data_pipeline.output_paths import is_our_picture, require_output
 from data_pipeline.pictures import require_matplotlib, write_picture
 from megaback.config import load_config
 from megaback.paired_gap import Gap
-from tools.arrow_result import JSON_NAME, Arrow, compare
+from megaback.run_ownership import require_run_folder
+from tools.arrow_result import JSON_NAME, Arrow, compare, is_summary
 from tools.arrow_runs import ArrowRun, TrainedPair, require_comparable, runs_of
 
 PICTURE_NAME = "arrow.png"
@@ -132,6 +134,13 @@ def main(
     runs = runs_of(settings, seeds)
     require_comparable(config, overrides, runs)
     require_matplotlib("megaback arrow")
+    for run in runs:
+        require_run_folder(load_config(config, (*overrides, *run.overrides)), config)
+    # What was trained and measured earlier goes on, and its result with it.
+    for name, is_ours in ((JSON_NAME, is_summary), (PICTURE_NAME, is_our_picture)):
+        require_output(
+            settings.run / name, (config,), is_ours=is_ours, overwrite=True, option="run"
+        )
     if not measure_only:
         train_all(config, overrides, runs, save_before, hostfile)
     pairs = [TrainedPair.find(*pair) for pair in zip(runs[::2], runs[1::2], strict=True)]

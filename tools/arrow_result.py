@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from data_pipeline.data_set import DataSet
 from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.output_paths import read_object
 from data_pipeline.text import Direction
 from megaback.config import Config
 from megaback.context_loss import bucket_name, num_buckets
@@ -75,6 +76,11 @@ def _gap_json(gap: Gap) -> dict[str, Any]:
         "targets": gap.num_targets,
         "documents": gap.num_documents,
     }
+
+
+def is_summary(path: Path) -> bool:
+    """Whether a file is an arrow's result, of any version."""
+    return (read_object(path) or {}).get("format") == _FORMAT_NAME
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from data_pipeline.tokenizer import REPORT_NAME
 from data_pipeline.train_command import train_commands
 from data_pipeline.verify import verify_data_set
 from megaback.config import CONFIG_COPY_NAME
+from megaback.run_ownership import config_of_run
 from megaback.use_commands import use_commands
 from tools.arrow_result import JSON_NAME, read_summary
 
@@ -181,7 +182,7 @@ def _run(folder: Path, verify: bool) -> Artefact:
     from megaback.exit_record import read_exit
     from megaback.metrics import METRICS_NAME, read_metrics
 
-    config = load_config(folder / CONFIG_COPY_NAME)
+    config = load_config(config_of_run(folder))
     ending = read_exit(folder)
     facts: dict[str, Any] = {
         "config": f"{config.model.num_layers} layers, width {config.model.width}, "
@@ -228,7 +229,7 @@ def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
         **use_commands(path, meta.format.direction, on_examples=meta.on_examples),
         convert: "makes a model of it",
     }
-    config = run / CONFIG_COPY_NAME
+    config = config_of_run(run)
     if config.is_file():
         other = override("run", free_path(run.with_name(f"{name}-2")))
         again = command("train", config, other, override("init_from", path))

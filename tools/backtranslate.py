@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,13 @@ from data_pipeline.errors import (
     OutputExistsError,
 )
 from data_pipeline.locks import locked
+from data_pipeline.output_paths import (
+    is_stream,
+    is_vacant,
+    overwrite_option,
+    read_object,
+    require_apart,
+)
 from data_pipeline.skipped import skipped_lines
 from data_pipeline.slices import Columns, Slice
 from data_pipeline.sources import list_source, read_slice
@@ -38,8 +45,11 @@ if TYPE_CHECKING:
     from torch import device as Device  # noqa: N812 - a type
 
 PLAN_NAME = "plan.json"
+OUTPUT_NAME = "output.json"
+"""In the work folder: the hashes of what was written as the output."""
 _FORMAT = {"format": "megaback-backtranslation", "version": 1}
 _PROGRESS_INTERVAL_S = 10.0
+_READ_BYTES = 1 << 20
 
 
 def work_folder(out: Path) -> Path:
@@ -47,14 +57,17 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.work")
 
 
-def _require_plan(folder: Path, plan: dict[str, Any], out: Path) -> None:
-    """Begin the folder with this plan, or refuse to go on with another one."""
+def _require_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Begin the folder with this plan, or refuse to go on with another one.
+
+    A folder that is not empty and has no plan is not ours.
+    """
     path = folder / PLAN_NAME
     if not path.exists():
-        if out.exists():
+        if (not folder.is_dir() and folder.exists()) or _has_strangers(folder):
             raise OutputExistsError(
-                f"{out} is there, and not {folder}, from which it could be gone on with; "
-                "choose another --out, or remove that file"
+                f"{folder}, where results would be kept, already holds something that this command "
+                "did not write; choose another --out"
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(plan, indent=2) + "\n")
@@ -78,6 +91,37 @@ def _converted(path: Path) -> Path:
     from megaback.converted import model_folder
 
     return model_folder(path)
+
+
+def _require_output(out: Path, inputs: Iterable[str | Path | None]) -> None:
+    """See that the output is absent, or as it was written here. Raises OutputExistsError."""
+    if is_stream(out):
+        raise OutputExistsError(f"--out {out} is no file, which is needed to resume; name one")
+    require_apart(out, inputs)
+    if not is_vacant(out) and (out.is_dir() or _sha256(out) not in _written(out)):
+        raise OutputExistsError(
+            f"{out} holds something that this command did not write, or that was changed since; "
+            "choose another --out"
+        )
+
+
+def _written(out: Path) -> list[str]:
+    """The hashes of all outputs that were written from this work folder."""
+    hashes = (read_object(work_folder(out) / OUTPUT_NAME) or {}).get("sha256")
+    return hashes if isinstance(hashes, list) else []
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _has_strangers(folder: Path) -> bool:
+    """Whether a work folder without a plan holds anything but the locks of tasks."""
+    return folder.is_dir() and any(path.suffix != ".lock" for path in folder.iterdir())
 
 
 def _identity(model: Path) -> str:
@@ -147,13 +191,24 @@ def _do_task(
     parts.finish(task)
 
 
-def _merge(parts: ChunkParts, choice: Choice, out: Path) -> None:
+def _merge(parts: ChunkParts, choice: Choice, out: Path, overwrite: bool) -> None:
     counts: Counter[str] = Counter()
+    digest = hashlib.sha256()
     with replacing(out) as file:
         for row in choice.examples(
             lambda: (record for chunk in parts.read_all() for record in chunk), counts
         ):
-            file.write(json.dumps(row).encode() + b"\n")
+            line = json.dumps(row).encode() + b"\n"
+            digest.update(line)
+            file.write(line)
+        found = digest.hexdigest()
+        if not overwrite and not is_vacant(out) and _sha256(out) != found:
+            raise OutputExistsError(
+                f"{out} holds what another choice (--keep, --min-score) gave; add --overwrite to "
+                "replace it, or remove it"
+            )
+        hashes = list(dict.fromkeys([*_written(out), found]))
+        write_text(work_folder(out) / OUTPUT_NAME, json.dumps({"sha256": hashes}) + "\n")
     texts, examples = counts.pop("texts", 0), counts.pop("examples", 0)
     click.echo(f"{out}: {examples:,} examples from {texts:,} texts")
     for why, count in sorted(counts.items()):
@@ -164,6 +219,7 @@ def _merge(parts: ChunkParts, choice: Choice, out: Path) -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--in", "source", required=True, help="Texts: a path, pattern, URL or hf:NAME.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A file of JSON lines.")
+@overwrite_option
 @click.option("--text-column", default="text", show_default=True)
 @click.option(
     "--forward",
@@ -188,6 +244,7 @@ def main(
     folder: Path,
     source: str,
     out: Path,
+    overwrite: bool,
     text_column: str,
     forward: Path | None,
     count: int,
@@ -209,6 +266,7 @@ def main(
     """
     if task_index is not None and task_index >= tasks:
         raise click.UsageError(f"--task-index {task_index} is none of {tasks} --tasks.")
+    _require_output(out, (source, folder, forward))
     folder = _converted(folder)
     forward = None if forward is None else _converted(forward)
     columns = Columns(text_column)
@@ -231,7 +289,7 @@ def main(
         "--texts-at-once": texts_at_once,
         "--tasks": tasks,
     }
-    _require_plan(work_folder(out), plan, out)
+    _require_plan(work_folder(out), plan)
     parts = ChunkParts(work_folder(out), tasks)
     wanted = range(tasks) if task_index is None else [task_index]
     waiting = [task for task in wanted if not parts.is_done(task)]
@@ -253,7 +311,7 @@ def main(
     if missing:
         click.echo(f"task {task_index} is done; {len(missing)} of {tasks} are still missing")
         return
-    _merge(parts, Choice(keep, min_score), out)
+    _merge(parts, Choice(keep, min_score), out, overwrite)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,15 @@ Weights are read and written a tensor at a time, and the folder appears under it
 whole, or not at all.
 """
 
-import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from data_pipeline.command import WorkCommand
-from data_pipeline.errors import OutputExistsError
 from data_pipeline.next_command import show_next
+from data_pipeline.output_folder import require_output_folder, whole_folder
+from data_pipeline.output_paths import overwrite_option
 from megaback.use_commands import use_commands
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -32,42 +28,23 @@ def _num_bytes(_context: click.Context, _parameter: click.Parameter, text: str) 
     return int(num_bytes)
 
 
-def require_free(out: Path) -> None:
-    """Raises OutputExistsError where something is that is no empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(f"{out} already holds something; choose another --out")
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when nothing went wrong, and else is removed.
-
-    Raises OutputExistsError.
-    """
-    require_free(out)
-    out = out.resolve()
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if out.is_dir():
-            out.rmdir()
-        os.replace(partial, out)
-    except OSError as error:
-        error.filename = error.filename or str(out)  # a full disk does not say where it is
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def convert(
-    source_path: Path, out: Path, kind: str, dtype: str, most_file_bytes: int = MOST_FILE_BYTES
+    source_path: Path,
+    out: Path,
+    kind: str,
+    dtype: str,
+    most_file_bytes: int = MOST_FILE_BYTES,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write `full`, `hf` or `gguf` from a run, one of its checkpoints, or a converted model.
 
     Raises CheckpointMissingError, CheckpointCorruptError, OutputExistsError, BackendError, OSError.
     """
-    require_free(out)  # what takes long comes later
+    # What takes long comes later. Beside its checkpoints, a run's folder has room for a model.
+    checkpoints = source_path / "checkpoints"
+    source_files = checkpoints if checkpoints.is_dir() else source_path
+    require_output_folder(out, (source_files,), overwrite=overwrite)
     import torch
 
     from megaback.model_folder import write_model_folder
@@ -78,7 +55,7 @@ def convert(
     source = open_source(source_path)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     name = out.resolve().name
-    with whole_folder(out) as folder:
+    with whole_folder(out, overwrite=overwrite) as folder:
         if kind == "full":
             specs = source.specs(torch_dtype)
             write_model_folder(
@@ -106,6 +83,7 @@ def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
     help="full: megaback's own. hf: transformers. gguf: llama.cpp.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@overwrite_option
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
 )
@@ -116,12 +94,14 @@ def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
     show_default=True,
     help="Largest file of weights (full and hf).",
 )
-def main(checkpoint: Path, kind: str, out: Path, dtype: str, max_shard_size: int) -> None:
+def main(
+    checkpoint: Path, kind: str, out: Path, overwrite: bool, dtype: str, max_shard_size: int
+) -> None:
     """Turn CHECKPOINT (a run, one of its checkpoints, or a converted model) into a folder.
 
     RUN/checkpoints/best names the best one of a run with validation.patience.
     """
-    convert(checkpoint, out, kind, dtype, max_shard_size)
+    convert(checkpoint, out, kind, dtype, max_shard_size, overwrite=overwrite)
     click.echo(f"wrote {out}")
     if kind != "gguf":
         from megaback.model_folder import read_description

@@ -11,6 +11,13 @@ from rich.table import Table
 
 from data_pipeline.command import Command, write_text
 from data_pipeline.json_lines import writing_lines
+from data_pipeline.output_paths import (
+    json_lines_with,
+    json_object_with,
+    overwrite_option,
+    require_distinct,
+    require_output,
+)
 
 if TYPE_CHECKING:
     from tools.suites import Suite, SuiteResult
@@ -84,6 +91,7 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the results.")
 @click.option("--predictions", help="JSON lines of what was written for each row.")
+@overwrite_option
 @click.option(
     "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if it is there."
 )
@@ -93,10 +101,19 @@ def main(
     forward: Path | None,
     out: Path | None,
     predictions: str | None,
+    overwrite: bool,
     device: str | None,
     **options: Any,
 ) -> None:
     """Measure the model in DIR by one or several suites."""
+    inputs = (folder, forward, options["rows"], options["passages"], options["shards"])
+    for option, path, is_ours in (
+        ("--out", out, json_object_with("model", "suites")),
+        ("--predictions", predictions, json_lines_with(suite=str)),
+    ):
+        if path is not None:
+            require_output(path, inputs, is_ours=is_ours, overwrite=overwrite, option=option)
+    require_distinct(out=out, predictions=predictions)
     from megaback.writer import choose_device
     from tools.suites import Evaluated, SuiteOptions
 

@@ -24,8 +24,9 @@ from data_pipeline.manifest import SPLITS, ShardEntry
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Indices
 from data_pipeline.shard_walk import on_threads
-from megaback.config import CONFIG_COPY_NAME, load_config
+from megaback.config import load_config
 from megaback.run_data import Data, open_data
+from megaback.run_ownership import config_of_run
 
 _MOST_EPOCHS = 10_000  # no run reads more, and numbers of rows stay far below 2**63
 
@@ -335,7 +336,7 @@ def main(
         raise ConfigError("give exactly one of --document and --text")
     if shards is not None and document is None:
         raise ConfigError("--shards belongs to --document; a --text is looked for everywhere")
-    path = config / CONFIG_COPY_NAME if config.is_dir() else config
+    path = config_of_run(config) if config.is_dir() else config
     settings = load_config(path, overrides)
     data = open_data(settings, 0, world_size or 1)
     if text is not None:

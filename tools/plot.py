@@ -12,6 +12,13 @@ import click
 
 from data_pipeline.command import WorkCommand, write_text
 from data_pipeline.errors import CheckpointMissingError
+from data_pipeline.output_paths import (
+    MAKER,
+    file_with_mark,
+    is_our_picture,
+    overwrite_option,
+    require_output,
+)
 from data_pipeline.pictures import require_matplotlib, write_picture
 from launcher.run_folder import runs_below
 from megaback.metrics import METRICS_NAME
@@ -19,6 +26,7 @@ from tools.curve_picture import COLOURS, Look, curves_figure, svg_of
 from tools.run_curves import Axis, RunCurves, differences, names_of, read_curves
 
 _SMOOTHED_SHARE = 50
+_MARK = f'<meta name="generator" content="{MAKER}">'
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 1200px; margin: 2em auto; }
 svg { width: 100%; height: auto; }
@@ -29,9 +37,25 @@ i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin
 """
 
 
-def draw(runs: Sequence[Path], out: Path, axis: Axis, smooth: int | None, log: bool) -> list[Path]:
-    """Write `out.png` and `out.html`. Raises what `read_curves` does, and CheckpointMissingError
-    when there is nothing to draw."""
+def draw(
+    runs: Sequence[Path],
+    out: Path,
+    axis: Axis,
+    smooth: int | None,
+    log: bool,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write `out.png` and `out.html`.
+
+    Raises what `read_curves` does, OutputExistsError, and CheckpointMissingError when there is
+    nothing to draw.
+    """
+    picture, page = (
+        out.with_name(f"{out.name.removesuffix('.png').removesuffix('.html')}{suffix}")
+        for suffix in (".png", ".html")
+    )
+    for path, is_ours in ((picture, is_our_picture), (page, file_with_mark(_MARK.encode()))):
+        require_output(path, is_ours=is_ours, overwrite=overwrite)
     require_matplotlib("megaback plot")
     curves = [read_curves(run, axis, name) for run, name in zip(runs, names_of(runs), strict=True)]
     longest = max(one.num_steps for one in curves)
@@ -40,7 +64,6 @@ def draw(runs: Sequence[Path], out: Path, axis: Axis, smooth: int | None, log: b
         raise CheckpointMissingError(f"{names}: no step is done yet; try again later")
     look = Look(axis, max(1, longest // _SMOOTHED_SHARE) if smooth is None else smooth, log)
     figure = curves_figure(curves, look)
-    picture, page = out.with_suffix(".png"), out.with_suffix(".html")
     write_picture(figure, picture)
     write_text(page, page_of(svg_of(figure), curves, differences(runs)))
     return [picture, page]
@@ -52,7 +75,7 @@ def page_of(svg: str, curves: Sequence[RunCurves], unequal: Sequence[tuple[str, 
     rows = [_row(one, COLOURS[number % len(COLOURS)]) for number, one in enumerate(curves)]
     heads = ("run", "steps", "loss", "val loss", "lowest val loss", "tokens/s", "starts")
     parts = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{_MARK}<title>{title}</title>',
         f"<style>{_STYLE}</style></head><body>{svg}",
         _table(heads, rows),
     ]
@@ -107,13 +130,16 @@ def _with_numbers(folder: Path) -> list[Path]:
     help="The mean of so many steps; default: a fiftieth of the longest run's.",
 )
 @click.option("--log", is_flag=True, help="A logarithmic axis of steps, tokens or time.")
-def main(runs: tuple[Path, ...], out: Path, axis: Axis, smooth: int | None, log: bool) -> None:
+@overwrite_option
+def main(
+    runs: tuple[Path, ...], out: Path, axis: Axis, smooth: int | None, log: bool, overwrite: bool
+) -> None:
     """Draw the curves of runs, several over each other.
 
     A RUN may also be a folder with runs up to three levels below it.
     """
     found = [run for folder in runs for run in _with_numbers(folder)]
-    for path in draw(found, out, axis, smooth, log):
+    for path in draw(found, out, axis, smooth, log, overwrite):
         click.echo(path)
 
 

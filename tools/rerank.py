@@ -15,6 +15,13 @@ from data_pipeline.candidates import Question, question_of
 from data_pipeline.command import Command, write_text
 from data_pipeline.errors import BadRecordError, ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.json_lines import writing_lines
+from data_pipeline.output_paths import (
+    json_lines_with,
+    json_object_with,
+    overwrite_option,
+    require_distinct,
+    require_output,
+)
 from data_pipeline.pairs import Pair
 from tools.score import (
     BadRecords,
@@ -24,7 +31,6 @@ from tools.score import (
     good_records,
     in_option,
     out_option,
-    require_other_file,
     say,
 )
 
@@ -159,6 +165,7 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @in_option
 @out_option
+@overwrite_option
 @form_option
 @click.option(
     "--forward",
@@ -185,6 +192,7 @@ def main(
     folder: Path,
     source: str,
     out: str,
+    overwrite: bool,
     form: str,
     forward: Path | None,
     forward_column: str | None,
@@ -201,14 +209,20 @@ def main(
     A line holds `question` and `candidates`: texts, or objects with `answer`, which may say whether
     they are `correct`. It is written again with `ranking` and `scores`.
     """
-    from megaback.reranking import accuracies, ranking
-    from megaback.scoring import load_scorer
-
     if forward is not None and forward_column is not None:
         raise click.UsageError("Give either --forward or --forward-column.")
     if weight is not None and dev is not None:
         raise click.UsageError("Give either --weight or --fit.")
-    require_other_file(source, out)
+    inputs = (source, folder, forward, dev)
+    of_out = json_lines_with(ranking=list, scores=list)
+    require_output(out, inputs, is_ours=of_out, overwrite=overwrite)
+    if report is not None:
+        of_report = json_object_with("questions", "weight", "accuracy")
+        require_output(report, inputs, is_ours=of_report, overwrite=overwrite, option="--report")
+        require_distinct(out=out, report=report)
+    from megaback.reranking import accuracies, ranking
+    from megaback.scoring import load_scorer
+
     with load_scorer(folder, form=form, device=device, with_prior=False) as reverse:
         if not reverse.encoder.writes_question:
             raise DirectionMismatchError(

@@ -13,7 +13,7 @@ import click
 from data_pipeline.command import WorkCommand, write_text
 from data_pipeline.errors import CheckpointMissingError, LaunchError
 from data_pipeline.next_command import command, override, show_next
-from megaback.config import CONFIG_COPY_NAME
+from megaback.run_ownership import config_of_run
 
 
 def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
@@ -82,7 +82,7 @@ def main(run: Path, steps: int) -> None:
     target, first, last = roll_back(run, steps)
     click.echo(f"{run} goes on from {target.name}, and leaves out steps {first} to {last}")
     click.echo("the newer checkpoints are kept aside, in its folder checkpoints/rolled-back-…")
-    show_next({command("train", run / CONFIG_COPY_NAME, override("run", run)): ""})
+    show_next({command("train", config_of_run(run), override("run", run)): ""})
 
 
 if __name__ == "__main__":

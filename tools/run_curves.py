@@ -12,10 +12,10 @@ import yaml
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
 from megaback.exit_record import read_history
 from megaback.metrics import METRICS_NAME, read_metrics
+from megaback.run_ownership import config_of_run
 
 Axis = Literal["step", "tokens", "time"]
 Values = npt.NDArray[np.float64]
-CONFIG_NAME = "config.yaml"
 
 _MOST_POINTS = 2000
 
@@ -164,7 +164,7 @@ def differences(runs: Sequence[Path]) -> list[tuple[str, list[str]]]:
 
 def _config(run: Path) -> dict[str, Any]:
     try:
-        fields = yaml.safe_load((run / CONFIG_NAME).read_text(encoding="utf-8"))
+        fields = yaml.safe_load(config_of_run(run).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return fields if isinstance(fields, dict) else {}

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_pipeline.command import Command
-from data_pipeline.errors import BadRecordError, ConfigError, PromptError, SourceEmptyError
-from data_pipeline.json_lines import STANDARD_STREAM, Record, read_records, writing_lines
+from data_pipeline.errors import BadRecordError, PromptError, SourceEmptyError
+from data_pipeline.json_lines import Record, read_records, writing_lines
+from data_pipeline.output_paths import json_lines_with, overwrite_option, require_output
 from data_pipeline.pairs import PairColumns
 from data_pipeline.settings import BAD_RECORD_CHOICES
 
@@ -74,14 +75,6 @@ def good_records(source: str, bad: BadRecords) -> Iterator[Record]:
         raise SourceEmptyError(f"{source}: no record is in it; give a file of JSON lines")
 
 
-def require_other_file(source: str, out: str) -> None:
-    """Raises ConfigError when a command would replace what it reads."""
-    if STANDARD_STREAM in (source, out) or not (Path(source).exists() and Path(out).exists()):
-        return
-    if Path(out).samefile(source):
-        raise ConfigError(f"--out is --in, {source}; choose another --out")
-
-
 def encoded_pairs(
     records: Iterator[Record], columns: PairColumns, encoder: "PairEncoder", bad: BadRecords
 ) -> "Iterator[tuple[dict[str, Any], EncodedPair]]":
@@ -99,6 +92,7 @@ def encoded_pairs(
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @in_option
 @out_option
+@overwrite_option
 @form_option
 @click.option(
     "--columns", default="", help="Keys with other names: question=prompt,answer=completion."
@@ -112,6 +106,7 @@ def main(
     folder: Path,
     source: str,
     out: str,
+    overwrite: bool,
     form: str,
     columns: str,
     prior: bool,
@@ -124,10 +119,10 @@ def main(
     A line holds `question` and `answer`, or `instruction`, `input` and `output`. It is written
     again with `score`. A model that writes forward scores the answer given the question.
     """
+    names, bad = PairColumns.parse(columns), BadRecords(on_bad_record)
+    require_output(out, (source, folder), is_ours=json_lines_with(score=dict), overwrite=overwrite)
     from megaback.scoring import load_scorer
 
-    names, bad = PairColumns.parse(columns), BadRecords(on_bad_record)
-    require_other_file(source, out)
     with load_scorer(folder, form=form, device=device, with_prior=prior) as scorer:
         pairs = encoded_pairs(good_records(source, bad), names, scorer.encoder, bad)
         with writing_lines(out) as writer:

@@ -25,9 +25,8 @@ def train(world: World, config: str, overrides: list[str], output: str, folder: 
     settings = load_config(Path(config), tuple(overrides))
     with Path(output).open("a") as file, redirect_stdout(file), redirect_stderr(file):
         try:
-            train_run(
-                settings, world, StopRequest(None), Pulse(settings.run, settings.hardware, world)
-            )
+            pulse = Pulse(settings.run, settings.hardware, world)
+            train_run(settings, world, StopRequest(None), pulse, Path(config))
         except (Exception, SystemExit):  # noqa: BLE001 (the test says what it was)
             return traceback.format_exc()
     return None

@@ -178,7 +178,9 @@ def test_the_choice_can_be_changed_afterwards(translate: Translate, tmp_path: Pa
     before = rows_of(tmp_path / "out.jsonl")
     least = sorted(row["score"] for row in before)[1]
 
-    result = translate("--min-score", least)
+    assert translate("--min-score", least).exit_code == 44
+    assert rows_of(tmp_path / "out.jsonl") == before
+    result = translate("--min-score", least, "--overwrite")
 
     assert "below --min-score" in result.output
     assert rows_of(tmp_path / "out.jsonl") == [row for row in before if row["score"] >= least]

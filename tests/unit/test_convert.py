@@ -25,6 +25,7 @@ from data_pipeline.errors import (
     TokenizerError,
     TokenizerMismatchError,
 )
+from data_pipeline.output_folder import whole_folder
 from data_pipeline.text import Direction, TextCodec, Unit
 from megaback.base_model import load_base
 from megaback.checkpoint import read_meta
@@ -33,7 +34,7 @@ from megaback.model import ReverseGPT
 from megaback.model_folder import load_model_folder, read_description, read_weights
 from megaback.stock_config import from_stock, to_stock
 from megaback.weight_files import INDEX_NAME, WEIGHTS_NAME
-from tools.convert import convert, whole_folder
+from tools.convert import convert
 from tools.convert import main as convert_command
 from tools.sample import main as sample_command
 
@@ -152,7 +153,7 @@ def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
             (tmp_path / "model").mkdir()
             (tmp_path / "model" / "theirs").touch()
 
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(OutputExistsError, match="did not write"):
         write_beside_somebody()
 
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "theirs"]

@@ -160,7 +160,7 @@ def test_a_folder_stands_for_the_runs_below_it(run_of: Steps, tmp_path: Path) ->
     (run_of("runs/arrow/queued", 0) / METRICS_NAME).unlink()
     pages = []
     for words in (runs, [tmp_path / "runs"]):
-        result = plot(*words, "--out", tmp_path / "curves")
+        result = plot(*words, "--out", tmp_path / "curves", "--overwrite")
         assert result.exit_code == 0, result.output
         pages.append((tmp_path / "curves.html").read_bytes())
     assert pages[0] == pages[1]

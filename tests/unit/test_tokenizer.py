@@ -140,10 +140,23 @@ def test_an_error_leaves_no_folder(source: str, tmp_path: Path) -> None:
 
 
 def test_an_existing_tokenizer_is_not_overwritten_unasked(source: str, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_text("precious")
+    train_tokenizer(source, tmp_path, NUM_PIECES)
+    before = (tmp_path / "tokenizer.model").read_bytes()
     with pytest.raises(OutputExistsError, match="--overwrite"):
-        train_tokenizer(source, tmp_path, NUM_PIECES)
-    assert (tmp_path / "tokenizer.model").read_text() == "precious"
+        train_tokenizer(source, tmp_path, NUM_PIECES - 1)
+    assert (tmp_path / "tokenizer.model").read_bytes() == before
+    train_tokenizer(source, tmp_path, NUM_PIECES - 1, overwrite=True)
+    assert (tmp_path / "tokenizer.model").read_bytes() != before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_report.json"])
+def test_a_file_that_no_training_wrote_is_never_overwritten(
+    name: str, source: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(OutputExistsError, match="did not write"):
+        train_tokenizer(source, tmp_path, NUM_PIECES, overwrite=True)
+    assert [path.read_text() for path in tmp_path.glob("tokenizer*")] == ["precious"]
 
 
 def test_a_disk_that_fails_leaves_the_old_tokenizer_and_nothing_else(
@@ -152,14 +165,12 @@ def test_a_disk_that_fails_leaves_the_old_tokenizer_and_nothing_else(
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "tokenizer.model").write_text("precious")
+    train_tokenizer(source, tmp_path / "out", NUM_PIECES)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         train_tokenizer(source, tmp_path / "out", NUM_PIECES, overwrite=True)
-    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
-        "tokenizer.model": "precious"
-    }
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_the_command_ends_with_the_next_command_to_type(source: str, tmp_path: Path) -> None:

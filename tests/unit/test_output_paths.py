@@ -1,0 +1,192 @@
+"""One rule for every output: never an input, never what others made, ours only with --overwrite."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.command import write_text
+from data_pipeline.errors import OutputExistsError
+from data_pipeline.output_folder import MARKER_NAME, require_output_folder, whole_folder
+from data_pipeline.output_paths import (
+    file_with_mark,
+    json_lines_with,
+    json_object_with,
+    require_distinct,
+    require_output,
+)
+
+OURS = '{"score": {}}\n'
+is_score = json_lines_with(score=dict)
+
+
+def ask(out: Path, *inputs: object, overwrite: bool = False) -> None:
+    require_output(out, inputs, is_ours=is_score, overwrite=overwrite)  # type: ignore[arg-type]
+
+
+def itself(rows: Path, out: Path) -> None:
+    rows.rename(out)
+    rows.symlink_to(out)
+
+
+WAYS: dict[str, Callable[[Path, Path], None]] = {
+    "a hard link": lambda rows, out: os.link(rows, out),
+    "a symbolic link": lambda rows, out: out.symlink_to(rows),
+    "what a symbolic link names": itself,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_output_that_is_an_input_is_refused_even_with_overwrite(
+    way: str, tmp_path: Path
+) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text(OURS)
+    WAYS[way](rows, out)
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match="which is read"):
+            ask(out, rows, overwrite=overwrite)
+    assert rows.read_text() == OURS
+
+
+@pytest.mark.parametrize("given", ["{folder}/rows.jsonl", "{folder}", "{folder}/*.jsonl"])
+def test_inputs_are_files_folders_and_patterns(given: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(OURS)
+    source = given.format(folder=tmp_path)
+
+    with pytest.raises(OutputExistsError, match="which is read"):
+        ask(tmp_path / "rows.jsonl", None, "-", "hf:NAME", source, overwrite=True)
+
+
+def test_an_output_in_a_folder_that_is_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+
+    with pytest.raises(OutputExistsError, match="lies in"):
+        ask(tmp_path / "texts" / "deep" / "new.jsonl", str(tmp_path / "texts"))
+
+
+def test_a_file_of_somebody_else_is_refused_even_with_overwrite(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    for text in ('{"text": 1}\n', "no JSON", OURS + '{"text": "added"}\n', "[" * 100_000):
+        out.write_text(text)
+        for overwrite in (False, True):
+            with pytest.raises(OutputExistsError, match="did not write"):
+                ask(out, overwrite=overwrite)
+
+
+def test_a_result_of_ours_is_replaced_with_overwrite_only(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text(OURS * 3)
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        ask(out)
+
+    ask(out, overwrite=True)
+
+
+def test_what_holds_nothing_is_free(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+
+    for name in ("absent.jsonl", "empty.jsonl", "dangling.jsonl"):
+        ask(tmp_path / name, tmp_path / "also absent")
+
+
+def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, Path(os.devnull)):
+        ask(path)
+        write_text(path, "through")
+
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert Path(os.devnull).is_char_device()
+
+
+def test_a_link_stays_and_what_it_names_is_written(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "out.json"
+    link.symlink_to(tmp_path / "disk" / "out.json")
+
+    write_text(link, "written")
+
+    assert link.is_symlink()
+    assert (tmp_path / "disk" / "out.json").read_text() == "written"
+
+
+def test_two_outputs_cannot_be_one_file(tmp_path: Path) -> None:
+    require_distinct(out="-", report="-")
+    require_distinct(out=tmp_path / "a", report=None, predictions=tmp_path / "b")
+
+    with pytest.raises(OutputExistsError, match="--out and --report are the same file"):
+        require_distinct(out=str(tmp_path / "x" / ".." / "a"), report=tmp_path / "a")
+
+
+def test_formats_are_recognized_by_what_they_hold(tmp_path: Path) -> None:
+    path = tmp_path / "any name"
+    path.write_text(json.dumps({"model": 1, "suites": 2}))
+    assert json_object_with("model", "suites")(path)
+    assert not json_object_with("model", "questions")(path)
+    assert not is_score(path)
+    assert file_with_mark(b"suites")(path)
+    assert not file_with_mark(b"suite ")(path)
+    assert not is_score(tmp_path)
+
+
+def write_model(out: Path, text: str, *, overwrite: bool = False) -> None:
+    with whole_folder(out, overwrite=overwrite) as folder:
+        (folder / "weights").write_text(text)
+
+
+def test_a_folder_of_ours_is_replaced_as_a_whole_with_overwrite_only(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    write_model(out, "old")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        write_model(out, "new")
+    assert (out / "weights").read_text() == "old"
+
+    write_model(out, "new", overwrite=True)
+
+    assert (out / "weights").read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    write_model(out, "old")
+
+    with pytest.raises(ZeroDivisionError), whole_folder(out, overwrite=True):
+        raise ZeroDivisionError
+
+    assert (out / "weights").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [("notes.txt", "mine", "added"), ("weights", "tuned", "changed"), (MARKER_NAME, "{}", "model")],
+)
+def test_a_folder_that_somebody_has_worked_in_is_never_replaced(
+    name: str, text: str, says: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    write_model(out, "old")
+    (out / name).write_text(text)
+
+    with pytest.raises(OutputExistsError, match=says):
+        write_model(out, "new", overwrite=True)
+
+    assert (out / name).read_text() == text
+
+
+def test_a_folder_is_not_written_into_what_is_read_or_over_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "model", tmp_path):
+        with pytest.raises(OutputExistsError, match="which is read"):
+            require_output_folder(out, (tmp_path,), overwrite=True)
+    with pytest.raises(OutputExistsError, match="a file"):
+        require_output_folder(tmp_path / "file", overwrite=True)
