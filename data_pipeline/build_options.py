@@ -14,6 +14,7 @@ from data_pipeline.next_command import show_next
 from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, weighted_sources
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.skipped import skipped_lines
+from data_pipeline.terminal import say
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.train_command import train_commands
 from data_pipeline.val_hashes import MIN_VAL_DOCUMENTS
@@ -194,25 +195,25 @@ def echo_manifest(manifest: Manifest, out: Path) -> None:
     noun = _noun(manifest)
     for split in SPLITS:
         total = manifest.total(split)
-        click.echo(
+        say(
             f"{split}: {total['documents']:,} {noun}, {total['tokens']:,} tokens, "
             f"{total['text_bytes']:,} bytes of text in {total['shards']} shards "
             f"of {total['file_bytes']:,} bytes"
         )
         if manifest.row_tokens is not None and total["tokens"]:
-            click.echo(
+            say(
                 f"  in {total['tokens'] // manifest.row_tokens:,} rows of {manifest.row_tokens:,}: "
                 f"{total['learnt_tokens']:,} tokens with loss, "
                 f"{total['padding_tokens'] / total['tokens']:.1%} padding"
             )
     echo_left_out(manifest)
     if manifest.asked_val_fraction is not None:
-        click.echo(
+        say(
             f"--val-fraction was raised from {manifest.asked_val_fraction:g} to "
             f"{manifest.val_fraction:.3g}: a val set has at least {MIN_VAL_DOCUMENTS} {noun}, or a "
             f"tenth of fewer than {10 * MIN_VAL_DOCUMENTS}"
         )
     if not manifest.split("val"):
-        click.echo(f"the val set is empty: raise --val-fraction or add {noun} to measure val loss")
-    click.echo(f"fingerprint {manifest.fingerprint[:16]} in {out}")
+        say(f"the val set is empty: raise --val-fraction or add {noun} to measure val loss")
+    say(f"fingerprint {manifest.fingerprint[:16]} in {out}")
     show_next(train_commands(out, manifest))

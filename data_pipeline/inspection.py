@@ -20,6 +20,7 @@ from data_pipeline.manifest import SPLITS, Manifest, ShardEntry
 from data_pipeline.output_paths import is_our_picture, overwrite_option, require_output
 from data_pipeline.shard_walk import num_frames, on_threads, spread_frames
 from data_pipeline.skipped import skipped_to_json
+from data_pipeline.terminal import say
 
 _MOST_FRAMES = 4096
 
@@ -153,16 +154,14 @@ def data_set_facts(shards: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _show_facts(facts: dict[str, Any]) -> None:
-    click.echo(f"data set     {facts['data_set']}")
-    click.echo(f"source       {facts['source']}")
-    click.echo(f"direction    {facts['direction']}, unit {facts['unit']}")
-    click.echo(
-        f"tokenizer    {facts['vocab_size']:,} pieces, sha256 {facts['tokenizer_sha256'][:16]}"
-    )
-    click.echo(f"frames       {facts['frame_tokens']:,} tokens")
+    say(f"data set     {facts['data_set']}")
+    say(f"source       {facts['source']}")
+    say(f"direction    {facts['direction']}, unit {facts['unit']}")
+    say(f"tokenizer    {facts['vocab_size']:,} pieces, sha256 {facts['tokenizer_sha256'][:16]}")
+    say(f"frames       {facts['frame_tokens']:,} tokens")
     if facts["dictionary_sha256"]:
-        click.echo(f"dictionary   sha256 {facts['dictionary_sha256'][:16]}")
-    click.echo(f"fingerprint  {facts['fingerprint']}")
+        say(f"dictionary   sha256 {facts['dictionary_sha256'][:16]}")
+    say(f"fingerprint  {facts['fingerprint']}")
 
 
 def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
@@ -172,7 +171,7 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
         if entropy.frames < entropy.of_frames
         else ""
     )
-    click.echo(
+    say(
         f"{name:<12} {total['shards']} shards, {total['documents']:,} documents, "
         f"{total['tokens']:,} tokens; {total['text_bytes'] / total['tokens']:.2f} bytes of "
         f"text a token, files at {total['file_bytes'] / (total['tokens'] * id_bytes):.2f} of the "
@@ -246,8 +245,8 @@ def main(
                 click.echo(f"{name:<12} empty")
         echo_left_out(manifest)
         if split in summaries:
-            click.echo(f"\nlengths of the {split} documents in tokens, markers included")
-            click.echo("\n".join(describe(summaries[split].lengths)))
+            say(f"\nlengths of the {split} documents in tokens, markers included")
+            say("\n".join(describe(summaries[split].lengths)))
     if picture is not None:
         lengths = summaries[split].lengths
         title = (

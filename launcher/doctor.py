@@ -11,6 +11,7 @@ import click
 
 from data_pipeline.command import Command
 from data_pipeline.next_command import command, show_next
+from data_pipeline.terminal import print_table, say
 from launcher.machine import Machine, examine
 
 State = Literal["yes", "note", "no"]
@@ -209,7 +210,7 @@ def _print_table(lines: Sequence[Line]) -> None:
         colour = colours[line.state]
         words = (line.name, f"[{colour}]{line.state}[/]", escape(line.text), escape(line.fix))
         table.add_row(*words)
-    Console(highlight=False).print(table)
+    print_table(Console(highlight=False), table)
 
 
 @click.command(cls=Command, name="doctor")
@@ -232,7 +233,7 @@ def main(folder: Path, as_json: bool) -> None:
     else:
         for line in lines:
             fix = f" -> {line.fix}" if line.fix else ""
-            click.echo(f"{line.state:4} {line.name}: {line.text}{fix}")
+            say(f"{line.state:4} {line.name}: {line.text}{fix}")
     if not as_json:
         if ready:
             click.echo("\nThis machine is ready.")

@@ -16,6 +16,7 @@ import click
 from data_pipeline.command import Command
 from data_pipeline.durations import duration
 from data_pipeline.errors import CheckpointMissingError
+from data_pipeline.terminal import table_lines
 from launcher.run_folder import jobs_of, read_progress, runs_below
 from launcher.slurm_commands import Job, find_job
 from megaback.exit_record import read_exit, read_history
@@ -132,13 +133,7 @@ def _said(job: Job) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows in columns, for people."""
-    cells = [_HEADS, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADS))]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    )
-    return "\n".join(lines)
+    return "\n".join(table_lines(_HEADS, [_cells(row) for row in rows]))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

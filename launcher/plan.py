@@ -9,6 +9,7 @@ import click
 
 from data_pipeline.command import Command
 from data_pipeline.errors import ConfigError
+from data_pipeline.terminal import say, table_lines
 from megaback.config import Config, load_config
 from megaback.devices import CPU, DEVICES, Device, cpu_device, find_device
 from megaback.host_memory import host_memory_bytes
@@ -65,14 +66,7 @@ def _rows(plan: RunPlan, cluster: Cluster) -> list[str]:
         cells = [_gigabytes(parts[name]) for name in names]
         total = _gigabytes(memory.parts.total)
         rows.append([f"{mark} {stage}", *cells, total, memory.moment + "; too much" * is_full])
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place in (0, len(titles) - 1) else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (titles, *rows)
-    ]
+    return table_lines(titles, rows, right=range(1, len(titles) - 1), indent=9)
 
 
 def _gigabytes(number: float) -> str:
@@ -85,7 +79,6 @@ def _gigabytes(number: float) -> str:
 def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu: float) -> None:
     batch, device = config.batch, cluster.device
     size = plan.size
-    say = click.echo
     say(
         f"model    {size.total:,} parameters ({size.matrices:,} in the blocks' matrices), "
         f"{plan.flops_per_token / 1e9:.3g} GFLOP a token"
@@ -99,7 +92,7 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
         say(f"run      {plan.steps:,} steps = {plan.steps * plan.step_tokens:,} tokens")
     say(f"memory   GB of a rank; {cluster.shown} has {device.memory_bytes / _GB:.1f}")
     for line in _rows(plan, cluster):
-        say(f"         {line}")
+        click.echo(line)
     if plan.memory.host_bytes_a_node:
         say(
             f"host     {_gigabytes(plan.memory.host_bytes_a_node)} GB of a node's memory, for "

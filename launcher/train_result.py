@@ -5,10 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import click
-
 from data_pipeline.durations import duration
 from data_pipeline.next_command import command, free_path, show_next
+from data_pipeline.terminal import say
 from data_pipeline.text import Direction
 from launcher.run_folder import newest_checkpoint_step
 from megaback.config import Config
@@ -22,12 +21,12 @@ def show_result(config: Config, took_s: float) -> None:
     path, meta = _checkpoint(config)
     if meta is None:
         return
-    click.echo(f"{config.run}: {meta['step']:,} steps, {duration(took_s)} since this start")
+    say(f"{config.run}: {meta['step']:,} steps, {duration(took_s)} since this start")
     val_loss = meta.get("val_loss")
     if val_loss is not None:
         shown = f"{val_loss:.4f} nats/token" if math.isfinite(val_loss) else "not finite"
         best = "the lowest, at" if path != config.run else "at"
-        click.echo(f"val loss {shown}, {best} step {meta['step']:,}")
+        say(f"val loss {shown}, {best} step {meta['step']:,}")
     use = use_commands(
         path,
         Direction(meta["text_format"]["direction"]),

@@ -12,6 +12,7 @@ from rich.table import Table
 from data_pipeline.command import ResumableCommand, write_text
 from data_pipeline.output_paths import is_our_picture, require_output
 from data_pipeline.pictures import require_matplotlib, write_picture
+from data_pipeline.terminal import print_table, say
 from megaback.config import load_config
 from megaback.paired_gap import Gap
 from megaback.run_ownership import require_run_folder
@@ -149,9 +150,8 @@ def main(
 
     write_text(settings.run / JSON_NAME, json.dumps(arrow.to_json(settings), indent=2) + "\n")
     write_picture(arrow_figure(arrow), settings.run / PICTURE_NAME)
-    console = Console(soft_wrap=True)
-    console.print(table_of(arrow))
-    click.echo(sentence(arrow))
+    print_table(Console(), table_of(arrow))
+    say(sentence(arrow))
     click.echo(f"{settings.run / JSON_NAME}\n{settings.run / PICTURE_NAME}")
 
 

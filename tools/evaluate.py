@@ -18,6 +18,7 @@ from data_pipeline.output_paths import (
     require_distinct,
     require_output,
 )
+from data_pipeline.terminal import print_table
 
 if TYPE_CHECKING:
     from tools.suites import Suite, SuiteResult
@@ -129,7 +130,7 @@ def main(
             for name, result in results.items():
                 for fields in result.predictions:
                     writer.write({"suite": name, **fields})
-    Console(width=110, stderr=predictions == "-").print(_table(results))
+    print_table(Console(stderr=predictions == "-"), _table(results))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from data_pipeline.command import Command
+from data_pipeline.terminal import say
 
 
 def _shown(value: Any) -> str:
@@ -49,7 +50,7 @@ def main(path: Path, verify: bool, as_json: bool) -> None:
     lines |= {name: _shown(value) for name, value in found.facts.items() if value is not None}
     width = max(map(len, lines))
     for name, text in lines.items():
-        click.echo(f"{name:<{width}}  {text}")
+        say(f"{name:<{width}}  {text}")
     for number, (line, meaning) in enumerate(found.next_lines.items()):
         click.echo(f"{'next' if not number else '':<{width}}  {line}   # {meaning}")
 

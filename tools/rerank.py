@@ -23,6 +23,7 @@ from data_pipeline.output_paths import (
     require_output,
 )
 from data_pipeline.pairs import Pair
+from data_pipeline.terminal import print_table
 from tools.score import (
     BadRecords,
     bad_record_option,
@@ -260,7 +261,7 @@ def main(
         fields = {name: one.to_dict() for name, one in found.items()}
         what = {"questions": len(judged), "weight": used, "accuracy": fields}
         write_text(report, json.dumps(what, indent=2) + "\n")
-    Console(stderr=True, width=80).print(_report(found, len(judged)))
+    print_table(Console(stderr=True), _report(found, len(judged)))
     return None
 
 

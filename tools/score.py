@@ -12,6 +12,7 @@ from data_pipeline.json_lines import Record, read_records, writing_lines
 from data_pipeline.output_paths import json_lines_with, overwrite_option, require_output
 from data_pipeline.pairs import PairColumns
 from data_pipeline.settings import BAD_RECORD_CHOICES
+from data_pipeline.terminal import fit
 
 if TYPE_CHECKING:
     from megaback.scoring import EncodedPair, PairEncoder
@@ -135,7 +136,7 @@ def main(
 
 def say(text: str) -> None:
     """On stderr: stdout may be the output."""
-    click.echo(text, err=True)
+    click.echo(fit(text), err=True)
 
 
 if __name__ == "__main__":

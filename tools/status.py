@@ -18,6 +18,7 @@ import click
 from data_pipeline.command import Command
 from data_pipeline.durations import duration
 from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.terminal import fit
 from megaback.exit_record import read_history
 from megaback.metrics import LEAST_DATA_WAIT_SHARE, METRICS_NAME, read_metrics
 from tools.watch import Health, look
@@ -229,7 +230,7 @@ def main(run: Path, as_json: bool) -> None:
     """Say where RUN stands, how it got there, and when it ends."""
     now = time.time()
     status = status_of(run, now)
-    click.echo(json.dumps(asdict(status)) if as_json else screen(status, now))
+    click.echo(json.dumps(asdict(status)) if as_json else fit(screen(status, now)))
 
 
 if __name__ == "__main__":

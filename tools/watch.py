@@ -16,6 +16,7 @@ import click
 
 from data_pipeline.command import Command
 from data_pipeline.errors import CheckpointMissingError
+from data_pipeline.terminal import say
 from launcher.run_folder import runs_below
 from megaback.exit_record import HISTORY_NAME, read_exit, read_history
 from megaback.heartbeat import Heartbeat, missing_ranks, read_heartbeats
@@ -124,7 +125,7 @@ def main(run: Path, every_s: float | None, as_json: bool) -> None:
         else:
             restarts = f", {health.restarts} restarts" if health.restarts else ""
             pace = f", {health.median_step_s:.3f} s a step" if health.median_step_s else ""
-            click.echo(f"{health.state}: step {health.step}{pace}{restarts}; {health.reason}")
+            say(f"{health.state}: step {health.step}{pace}{restarts}; {health.reason}")
         if every_s is None or health.state in ("finished", "stopped", "dead"):
             raise SystemExit(EXIT_CODES[health.state])
         time.sleep(every_s)
