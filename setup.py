@@ -27,6 +27,7 @@ setup(
         for name in ("configs", "slurm")
     ],
     install_requires=[
+        "annotated-types>=0.6",
         "click>=8.1",
         "datasets>=3.0",
         "deepspeed>=0.19,<0.20",

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from data_pipeline.command import Command
+from data_pipeline.number_ranges import COUNT
 from tools.demo import run
 
 CONFIG = Path(__file__).with_name("backchat.yaml")
@@ -149,7 +150,7 @@ def examples(out: Path) -> Iterator[str]:
 @click.option("--rows-val", required=True, help="Held-out instruction rows.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--config", type=click.Path(path_type=Path), default=CONFIG, help="What is trained.")
-@click.option("--steps", type=click.IntRange(min=1), help="Of each run; default: the config's 500.")
+@click.option("--steps", type=COUNT.option, help="Of each run; default: the config's 500.")
 def main(
     prose: str,
     prose_val: str,

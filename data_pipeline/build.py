@@ -56,7 +56,7 @@ from data_pipeline.tasks import TaskRecord, finished_record, run_task
 from data_pipeline.text import TextCodec
 
 _ARRAY_INDEX_VARIABLE = "SLURM_ARRAY_TASK_ID"
-_INDICES = re.compile(r"(\d+)(?:-(\d+))?")
+_INDICES = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 
 
 def build_shards(

@@ -11,6 +11,15 @@ from click.core import ParameterSource
 from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.manifest import SPLITS, Manifest
 from data_pipeline.next_command import show_next
+from data_pipeline.number_ranges import (
+    COUNT,
+    FRAME_TOKENS,
+    LEVEL,
+    MANY,
+    NUMBER,
+    SHARE_BELOW_ALL,
+    SOURCE_WEIGHT,
+)
 from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, weighted_sources
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.skipped import skipped_lines
@@ -36,7 +45,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
     "weights": click.option(
         "--weight",
         "weights",
-        type=float,
+        type=SOURCE_WEIGHT.option,
         multiple=True,
         help="How often each document of a --source is taken: one for each, in the same order.",
     ),
@@ -56,7 +65,9 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         show_default=True,
         help="What is reversed: ids, or words before encoding.",
     ),
-    "val_fraction": click.option("--val-fraction", type=float, default=0.01, show_default=True),
+    "val_fraction": click.option(
+        "--val-fraction", type=SHARE_BELOW_ALL.option, default=0.01, show_default=True
+    ),
     "text_column": click.option(
         "--text-column", default="text", show_default=True, help="Column or key with the text."
     ),
@@ -65,16 +76,16 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         "--language", "languages", multiple=True, help="Only documents in this language, or these."
     ),
     "min_language_score": click.option(
-        "--min-language-score", type=float, help="Only documents with at least this score."
+        "--min-language-score", type=NUMBER.option, help="Only documents with at least this score."
     ),
     "language_column": click.option("--language-column", default="language", show_default=True),
     "language_score_column": click.option(
         "--language-score-column", default="language_score", show_default=True
     ),
     "min_characters": click.option(
-        "--min-characters", type=click.IntRange(min=1), default=1, show_default=True
+        "--min-characters", type=COUNT.option, default=1, show_default=True
     ),
-    "max_characters": click.option("--max-characters", type=click.IntRange(min=1)),
+    "max_characters": click.option("--max-characters", type=COUNT.option),
     "on_bad_record": click.option(
         "--on-bad-record",
         type=click.Choice(BAD_RECORD_CHOICES),
@@ -86,25 +97,25 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         "--deduplicate", is_flag=True, help="Take equal texts once. Stages all shards first."
     ),
     "limit_documents": click.option(
-        "--limit-documents", type=click.IntRange(min=1), help="Take the first so many documents."
+        "--limit-documents", type=COUNT.option, help="Take the first so many documents."
     ),
     "limit_tokens": click.option(
         "--limit-tokens",
-        type=click.IntRange(min=1),
+        type=COUNT.option,
         help="Take the first documents, up to so many tokens together.",
     ),
     "frame_tokens": click.option(
-        "--frame-tokens", type=int, default=DEFAULT_FRAME_TOKENS, show_default=True
+        "--frame-tokens", type=FRAME_TOKENS.option, default=DEFAULT_FRAME_TOKENS, show_default=True
     ),
     "shard_tokens": click.option(
         "--shard-tokens",
-        type=click.IntRange(min=1),
+        type=COUNT.option,
         default=1 << 26,
         show_default=True,
         help="A shard is closed after the document that reaches so many.",
     ),
     "compression_level": click.option(
-        "--compression-level", type=click.IntRange(1, 22), default=DEFAULT_LEVEL, show_default=True
+        "--compression-level", type=LEVEL.option, default=DEFAULT_LEVEL, show_default=True
     ),
 }
 
@@ -113,12 +124,10 @@ out_option = click.option(
 )
 tasks_option = click.option(
     "--tasks",
-    type=click.IntRange(min=1),
+    type=MANY.option,
     help="Into how many tasks the input is cut; default: by its size.",
 )
-workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), help="Processes; default: every core."
-)
+workers_option = click.option("--workers", type=MANY.option, help="Processes; default: every core.")
 
 
 def settings_options(function: _Function) -> _Function:

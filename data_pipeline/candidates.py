@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from data_pipeline.errors import BadRecordError
 from data_pipeline.json_lines import Record
+from data_pipeline.number_ranges import NUMBER
 from data_pipeline.pairs import text_of
 
 
@@ -65,7 +66,7 @@ def _score(fields: Mapping[str, object], column: str | None, place: str) -> floa
             score = float(value)
         except OverflowError:
             score = float("nan")
-        if abs(score) < float("inf"):
+        if NUMBER.problem(score) is None:
             return score
     raise BadRecordError(
         f"{place} has no finite number under {column!r}; mend or remove the line, or leave out "

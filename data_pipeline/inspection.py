@@ -17,6 +17,7 @@ from data_pipeline.document_lengths import DocumentLengths, describe, read_docum
 from data_pipeline.errors import ConfigError
 from data_pipeline.histogram import draw_histogram, require_matplotlib
 from data_pipeline.manifest import SPLITS, Manifest, ShardEntry
+from data_pipeline.number_ranges import COUNT_OR_ZERO, MANY
 from data_pipeline.output_paths import is_our_picture, overwrite_option, require_output
 from data_pipeline.shard_walk import num_frames, on_threads, spread_frames
 from data_pipeline.skipped import skipped_to_json
@@ -183,7 +184,7 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
 @click.command(cls=Command, name="inspect")
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True)
-@click.option("--document", type=click.IntRange(min=0), help="Show one document of the split.")
+@click.option("--document", type=COUNT_OR_ZERO.option, help="Show one document of the split.")
 @click.option("--stored", "form", flag_value="stored", help="Its pieces in stored order.")
 @click.option("--ids", "form", flag_value="ids", help="Its ids in stored order.")
 @click.option("--json", "form", flag_value="json", help="Everything, for machines.")
@@ -193,7 +194,7 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
     help="Draw the lengths of the split's documents to this PNG.",
 )
 @overwrite_option
-@click.option("--workers", type=click.IntRange(min=1), help="Threads; default: every core.")
+@click.option("--workers", type=MANY.option, help="Threads; default: every core.")
 def main(
     shards: Path,
     split: str,

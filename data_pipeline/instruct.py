@@ -19,6 +19,7 @@ from data_pipeline.build_options import (
 from data_pipeline.command import ResumableCommand
 from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.example_columns import ExampleColumns
+from data_pipeline.number_ranges import FRAME_TOKENS, LEVEL, ROW_TOKENS, SHARE_BELOW_ALL
 from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, WeightedSource
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.text import Direction, TextCodec, Unit
@@ -56,7 +57,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
 )
 @click.option(
     "--context-tokens",
-    type=int,
+    type=ROW_TOKENS.option,
     default=1024,
     show_default=True,
     help="Tokens of a row, which examples share and never cross; longer examples are left out.",
@@ -67,7 +68,11 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     help="Columns with other names: instruction=prompt,input=context,output=answer,messages=chat.",
 )
 @click.option(
-    "--val-fraction", type=float, default=0.01, show_default=True, help="Without --val-source."
+    "--val-fraction",
+    type=SHARE_BELOW_ALL.option,
+    default=0.01,
+    show_default=True,
+    help="Without --val-source.",
 )
 @click.option(
     "--on-bad-record",
@@ -76,10 +81,10 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     show_default=True,
     help="A malformed record is left out and counted, or ends the build.",
 )
-@click.option("--frame-tokens", type=int, default=DEFAULT_FRAME_TOKENS, show_default=True)
 @click.option(
-    "--compression-level", type=click.IntRange(1, 22), default=DEFAULT_LEVEL, show_default=True
+    "--frame-tokens", type=FRAME_TOKENS.option, default=DEFAULT_FRAME_TOKENS, show_default=True
 )
+@click.option("--compression-level", type=LEVEL.option, default=DEFAULT_LEVEL, show_default=True)
 @tasks_option
 @workers_option
 def main(

@@ -16,6 +16,7 @@ from typing import Any
 
 from data_pipeline.command import write_text
 from data_pipeline.errors import ShardCorruptError, ShardsMissingError, TokenizerMismatchError
+from data_pipeline.number_ranges import finite_json
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.skipped import Skipped, skipped_from_json, skipped_to_json
 from data_pipeline.text import TextCodec, TextFormat
@@ -158,7 +159,7 @@ class Manifest:
         except UnicodeDecodeError:
             raise ShardCorruptError(f"{shown} is not text; build the shards again") from None
         try:
-            fields = json.loads(text)
+            fields = finite_json(text)
             is_of_examples = fields["version"] == EXAMPLES_VERSION
             if fields["format"] != FORMAT_NAME or not (
                 is_of_examples or fields["version"] == FORMAT_VERSION

@@ -5,6 +5,7 @@ that are asked for are read; memory is bounded by a batch of rows and a few page
 however large the file or a row group is.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -180,6 +181,9 @@ class _Rows:
         if columns.language_score:
             values = batch.column(columns.language_score).to_pylist()
             scores = [None if value is None else float(value) for value in values]
+            if not all(score is None or math.isfinite(score) for score in scores):
+                yield from self._one_by_one(batch, first_row)
+                return
         for row, (text, language, score) in enumerate(
             zip(texts, languages, scores, strict=True), start=first_row
         ):

@@ -30,6 +30,7 @@ from data_pipeline.command import ResumableCommand, replacing, sync_folder, writ
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardsMissingError
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.next_command import command, show_next
+from data_pipeline.number_ranges import finite_json
 from data_pipeline.settings import (
     BuildSettings,
     WeightedSource,
@@ -152,7 +153,7 @@ class Plan:
         """Raises ShardsMissingError without a plan, OutputExistsError when it cannot be read."""
         path = out / PLAN_NAME
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = finite_json(path.read_text(encoding="utf-8"))
             if fields["format"] != FORMAT_NAME or fields["version"] != FORMAT_VERSION:
                 raise ValueError(f"format {fields['format']} version {fields['version']}")
             plan = cls(

@@ -28,6 +28,7 @@ from data_pipeline.manifest import (
     Manifest,
     ShardEntry,
 )
+from data_pipeline.number_ranges import DICTIONARY_BYTES, LEVEL, MANY, finite_json
 from data_pipeline.output_paths import require_apart
 from data_pipeline.shard_format import ShardWriter
 from data_pipeline.shard_walk import on_threads, spread_frames
@@ -124,7 +125,7 @@ class _Work:
     def finished(self, entry: ShardEntry) -> ShardEntry | None:
         """What was written for a shard, if its record says so and its file has that size."""
         try:
-            record = json.loads(self._record_path(entry).read_text(encoding="utf-8"))
+            record = finite_json(self._record_path(entry).read_text(encoding="utf-8"))
             made = ShardEntry(**record["shard"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -199,7 +200,7 @@ def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None
     settings_path = out / WORK_FOLDER / _SETTINGS_NAME
     if settings_path.exists():
         try:
-            earlier = json.loads(settings_path.read_text(encoding="utf-8"))
+            earlier = finite_json(settings_path.read_text(encoding="utf-8"))
         except ValueError:
             earlier = None
         differing = differing_keys(earlier or {}, asdict(settings))
@@ -252,7 +253,7 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
     "--level",
-    type=click.IntRange(1, 22),
+    type=LEVEL.option,
     default=_DEFAULT_LEVEL,
     show_default=True,
     help="Of zstd: higher is smaller and slower to write, hardly to read.",
@@ -264,10 +265,10 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
 )
 @click.option(
     "--dictionary-bytes",
-    type=click.IntRange(1024, 1 << 24),
+    type=DICTIONARY_BYTES.option,
     help="Train a dictionary of this size; without it, none is used.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Threads; default: every core.")
+@click.option("--workers", type=MANY.option, help="Threads; default: every core.")
 def main(
     shards: Path,
     out: Path,

@@ -4,7 +4,6 @@ Equal settings, texts and tokenizer give equal shards. Numbers of workers and pl
 settings.
 """
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from data_pipeline.errors import (
     TokenizerMismatchError,
 )
 from data_pipeline.example_columns import ExampleColumns
+from data_pipeline.number_ranges import NUMBER, SHARE_BELOW_ALL, SOURCE_WEIGHT
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.slices import AnyColumns, Columns, Document
 from data_pipeline.text import Direction, Unit
@@ -88,14 +88,15 @@ class BuildSettings:
                 f"--context-tokens is {row_tokens}, which does not divide --frame-tokens "
                 f"{frame_tokens}; choose a power of two from 8 to {frame_tokens}"
             )
-        if not 0.0 <= self.val_fraction < 1.0:
+        if SHARE_BELOW_ALL.problem(self.val_fraction):
             raise ConfigError(
                 f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1"
             )
-        if self.min_language_score is not None and math.isnan(self.min_language_score):
-            raise ConfigError("--min-language-score is not a number; no score could pass")
+        least = self.min_language_score
+        if least is not None and (problem := NUMBER.problem(least)) is not None:
+            raise ConfigError(f"--min-language-score is {least}, {problem}; no score could pass")
         for part in self.sources:
-            if not 0.0 < part.weight <= 1000.0:
+            if SOURCE_WEIGHT.problem(part.weight):
                 raise ConfigError(
                     f"--weight is {part.weight} for {part.source}; "
                     "it must be above 0 and at most 1000"

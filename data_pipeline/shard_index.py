@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.number_ranges import finite_json
 from data_pipeline.seekable import (
     SKIPPABLE_HEADER,
     read_seek_table,
@@ -60,7 +61,7 @@ class ShardHeader:
     @classmethod
     def from_json(cls, data: bytes) -> "ShardHeader":
         """Raises ValueError or TypeError unless every field is there and of its type."""
-        header = cls(**json.loads(data))
+        header = cls(**finite_json(data))
         for name, kind in _header_types():
             value = getattr(header, name)
             if not isinstance(value, kind):

@@ -5,6 +5,7 @@ is still what was listed.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -190,9 +191,12 @@ def _score(record: Mapping[str, object], column: str, where: str) -> float | Non
         return None
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         try:
-            return float(value)
+            score = float(value)
         except OverflowError:  # an integer of hundreds of digits
-            raise _bad_value(record, column, value, "a number in range", where) from None
+            score = math.inf
+        if math.isfinite(score):
+            return score
+        raise _bad_value(record, column, value, "a finite number", where)
     raise _bad_value(record, column, value, "a number", where)
 
 

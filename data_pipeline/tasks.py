@@ -28,6 +28,7 @@ from data_pipeline.compression import Compression
 from data_pipeline.encoder import BATCH_CHARACTERS, Ids
 from data_pipeline.example_rows import PackedExample, RowPacker
 from data_pipeline.manifest import SPLITS, ShardEntry
+from data_pipeline.number_ranges import finite_json
 from data_pipeline.plan import BUILD_FOLDER, Task
 from data_pipeline.progress import Counts, no_counts
 from data_pipeline.settings import BuildSettings
@@ -75,7 +76,7 @@ class TaskRecord:
     def load(cls, path: Path, sha256: str, folder: Path) -> "TaskRecord | None":
         """The record of this work if its shards in `folder` have the recorded sizes, else None."""
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = finite_json(path.read_text(encoding="utf-8"))
             shards = tuple(ShardEntry(**entry) for entry in fields["shards"])
             record = cls(
                 fields["task_sha256"],

@@ -20,6 +20,7 @@ from data_pipeline.command import WorkCommand, replacing
 from data_pipeline.errors import BadRecordError, SourceEmptyError, TokenizerError
 from data_pipeline.interrupts import interruptible
 from data_pipeline.next_command import command, free_path, show_next
+from data_pipeline.number_ranges import COUNT, SOURCE_WEIGHT, VOCABULARY
 from data_pipeline.output_paths import overwrite_option, read_object, require_output
 from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
 from data_pipeline.skipped import (
@@ -255,7 +256,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
 @click.option(
     "--weight",
     "weights",
-    type=float,
+    type=SOURCE_WEIGHT.option,
     multiple=True,
     help="How much of the sample each --source gives, relative to its size: one for each.",
 )
@@ -270,14 +271,14 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     "--vocab-size",
     default=DEFAULT_VOCAB_SIZE,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=VOCABULARY.option,
     help="Number of pieces, the bytes and the markers included.",
 )
 @click.option(
     "--sample-bytes",
     default=DEFAULT_SAMPLE_BYTES,
     show_default=True,
-    type=click.IntRange(min=1),
+    type=COUNT.option,
     help="Most text to train on, taken from all over the source; it is held in memory.",
 )
 @click.option(

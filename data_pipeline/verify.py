@@ -9,6 +9,7 @@ from data_pipeline.command import WorkCommand
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.interrupts import require_uninterrupted
 from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.number_ranges import MANY
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.shard_walk import on_threads
 
@@ -120,7 +121,7 @@ def _file_sha256(path: Path) -> str:
 
 @click.command(cls=WorkCommand, name="verify")
 @click.argument("shards", type=click.Path(path_type=Path))
-@click.option("--workers", type=click.IntRange(min=1), help="Threads; default: every core.")
+@click.option("--workers", type=MANY.option, help="Threads; default: every core.")
 def main(shards: Path, workers: int | None) -> None:
     """Decode and re-hash every shard of a data set; name what is broken."""
     manifest = verify_data_set(shards, workers)

@@ -9,6 +9,7 @@ import click
 
 from data_pipeline.command import Command
 from data_pipeline.errors import ConfigError
+from data_pipeline.number_ranges import MANY, PLANNED_TOKENS, QUANTITY, SOME_SHARE, VOCABULARY
 from data_pipeline.terminal import say, table_lines
 from megaback.config import Config, load_config
 from megaback.devices import CPU, DEVICES, Device, cpu_device, find_device
@@ -156,37 +157,37 @@ def to_json(
 @click.command(cls=Command, name="plan")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--nodes", type=MANY.option, default=1, show_default=True)
 @click.option(
     "--devices-per-node",
-    type=click.IntRange(min=1),
+    type=MANY.option,
     help="Ranks a node, one a device. Default: hardware.processes, or 8.",
 )
 @click.option("--device", help=f"{', '.join(DEVICES)} or {CPU}. Default: hardware.device_name.")
 @click.option(
     "--memory-gb",
-    type=click.FloatRange(min=0, min_open=True),
+    type=QUANTITY.option,
     help="A device's memory in GB (10**9 bytes), where it is not what its name says.",
 )
 @click.option(
     "--network-gbits",
-    type=click.FloatRange(min=0, min_open=True),
+    type=QUANTITY.option,
     help="A device's share of its node's network. Default: by device, docs/planning.md.",
 )
 @click.option(
     "--mfu",
-    type=click.FloatRange(min=0, max=1, min_open=True),
+    type=SOME_SHARE.option,
     default=DEFAULT_MFU,
     show_default=True,
     help="Model FLOPs utilisation: the part of the peak that is used.",
 )
 @click.option(
     "--tokens",
-    type=click.FloatRange(min=1),
+    type=PLANNED_TOKENS.option,
     help="Of the whole run (1.1e11). Default: by the config and its data.",
 )
 @click.option(
-    "--vocab-size", type=click.IntRange(min=1), help="Where there is no data yet. Default: 8888."
+    "--vocab-size", type=VOCABULARY.option, help="Where there is no data yet. Default: 8888."
 )
 @click.option("--json", "as_json", is_flag=True, help="Everything, for machines.")
 def main(

@@ -22,6 +22,7 @@ from data_pipeline.errors import (
     PreflightError,
     RankLostError,
 )
+from data_pipeline.number_ranges import EXIT_CODE
 from launcher.run_folder import events_of_job, newest_checkpoint_step
 from launcher.slurm_commands import find_job
 from megaback.config import Config, load_config
@@ -174,7 +175,7 @@ def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--save-before", hidden=True, expose_value=False)
-@click.option("--step-code", type=int, required=True, help="What srun returned.")
+@click.option("--step-code", type=EXIT_CODE.option, required=True, help="What srun returned.")
 @click.option("--limit-is-near", is_flag=True, help="USR1 has come, or the end is near.")
 def end(config: Path, overrides: tuple[str, ...], step_code: int, limit_is_near: bool) -> None:
     """Say how the ranks ended, queue the job again where that leads on, and exit as they did."""

@@ -17,6 +17,7 @@ from data_pipeline.command import WorkCommand
 from data_pipeline.errors import ConfigError, LaunchError
 from data_pipeline.interrupts import signals_deferred
 from data_pipeline.next_command import command, show_next
+from data_pipeline.number_ranges import MANY, MANY_OR_ZERO, SOURCE_WEIGHT
 from launcher.memory_check import check_memory
 from launcher.run_folder import jobs_of
 from launcher.slurm_commands import Submission, cancel, find_job, queue, run_sbatch
@@ -93,10 +94,10 @@ def after(submission: Submission, job: str) -> Submission:
 @click.command(cls=WorkCommand, name="submit")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--nodes", type=MANY.option, default=1, show_default=True)
 @click.option(
     "--devices-per-node",
-    type=click.IntRange(min=1),
+    type=MANY.option,
     help="Ranks a node, one a GPU (one a task with --cpu). Default: what the sbatch file says.",
 )
 @click.option(
@@ -106,7 +107,7 @@ def after(submission: Submission, job: str) -> Submission:
     help="Ask for GPUs or for none. Default: by hardware.device; auto asks for GPUs.",
 )
 @click.option("--device", help="What the GPUs are, for the check of memory: h100-80gb, a100-40gb.")
-@click.option("--cpus-per-task", type=click.IntRange(min=1), help="Cores a rank.")
+@click.option("--cpus-per-task", type=MANY.option, help="Cores a rank.")
 @click.option("--mem", help="Memory a node, as sbatch takes it (64G; 0 is all of it).")
 @click.option("--time", help="Time limit, as sbatch takes it (24:00:00, 2-00:00:00).")
 @click.option("--partition", help="Of the training job.")
@@ -115,14 +116,16 @@ def after(submission: Submission, job: str) -> Submission:
 @click.option("--sbatch-option", "more", multiple=True, help="More for training: --qos=high.")
 @click.option(
     "--requeue-limit",
-    type=click.IntRange(min=0),
+    type=MANY_OR_ZERO.option,
     help="How many lost ranks and nodes the job outlives. Default: 20.",
 )
 @click.option("--chain", default="train", show_default=True, help="data,train,convert or a part.")
 @click.option("--source", "sources", multiple=True, help="data: a path, pattern or URL.")
-@click.option("--weight", "weights", type=float, multiple=True, help="data: one a --source.")
+@click.option(
+    "--weight", "weights", type=SOURCE_WEIGHT.option, multiple=True, help="data: one a --source."
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="data: the tokenizer.model.")
-@click.option("--tasks", type=click.IntRange(min=1), help="data: into how many tasks it is cut.")
+@click.option("--tasks", type=MANY.option, help="data: into how many tasks it is cut.")
 @click.option("--out", type=click.Path(path_type=Path), help="convert: the model's folder.")
 @click.option(
     "--files", type=click.Path(path_type=Path), help="A folder with sbatch files of yours."

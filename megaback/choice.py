@@ -14,9 +14,26 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.number_ranges import (
+    COUNT,
+    COUNT_OR_ZERO,
+    REPETITION_PENALTY,
+    SHARE,
+    SOME_SHARE,
+    TEMPERATURE,
+    TOP_K,
+)
 
 _LEAST_TEMPERATURE = 1e-5
-_MOST_PENALTY = 100.0
+_ALLOWED = {
+    "max_new_tokens": COUNT,
+    "temperature": TEMPERATURE,
+    "top_k": TOP_K,
+    "seed": COUNT_OR_ZERO,  # of one of many samples, whose first has a `SEED`
+    "top_p": SOME_SHARE,
+    "min_p": SHARE,
+    "repetition_penalty": REPETITION_PENALTY,
+}
 
 
 @dataclass(frozen=True)
@@ -47,21 +64,9 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that makes no sense."""
-        for name, is_right, what in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0"),
-            ("seed", self.seed >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            (
-                "repetition_penalty",
-                1 / _MOST_PENALTY <= self.repetition_penalty <= _MOST_PENALTY,
-                f"from {1 / _MOST_PENALTY:g} to {_MOST_PENALTY:g}",
-            ),
-        ):
-            if not is_right:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {what}")
+        for name, allowed in _ALLOWED.items():
+            if (problem := allowed.problem(getattr(self, name))) is not None:
+                raise ConfigError(f"{name} is {getattr(self, name)}, {problem}")
 
 
 class Chooser:

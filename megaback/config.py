@@ -13,13 +13,13 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     ValidationError,
     field_serializer,
     field_validator,
     model_validator,
 )
 
+from data_pipeline import number_ranges as ranges
 from data_pipeline.errors import BatchError, ConfigError
 from data_pipeline.remote import shown_url
 from data_pipeline.text import Direction
@@ -68,7 +68,7 @@ class Section(BaseModel):
 class WeightedShards(Section):
     path: str
     """Folder or URL of a data set."""
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: Annotated[float, ranges.POSITIVE] = 1.0
     """Its part of all rows, relative to the other weights."""
 
 
@@ -77,18 +77,18 @@ class DataSection(Section):
     """Folder that `megaback shards build` made, or its URL; or several, mixed by weight."""
     direction: Direction = Direction.BACKWARD
     """How the model reads. Shards of unit `token` serve both directions."""
-    lanes: int | None = Field(default=None, ge=1)
+    lanes: Annotated[int, ranges.SIZE] | None = None
     """Parallel streams of frames; a divisor of global_batch_rows. Default: as many as there are
     rows in a batch, or as the data can feed. Part of the order: it does not depend on ranks."""
-    window_frames: int = Field(default=8, ge=1)
+    window_frames: Annotated[int, ranges.COUNT] = 8
     """Rows are shuffled among this many frames of a lane."""
-    threads: int = Field(default=1, ge=0)
+    threads: Annotated[int, ranges.MANY_OR_ZERO] = 1
     """Decode frames ahead of the training step; 0: when they are needed. Changes no batch."""
     on_bad_frame: Literal["stop", "skip"] = "stop"
     """A frame that cannot be read ends the run, or is left out, counted and logged."""
     cache: Path | None = None
     """Folder for frames of shards behind a URL, so that they are fetched once."""
-    cache_gb: float = Field(default=100.0, gt=0)
+    cache_gb: Annotated[float, ranges.QUANTITY] = 100.0
     """At most so many gigabytes (10**9 bytes) are kept there."""
 
     @field_validator("shards", mode="before")
@@ -122,22 +122,22 @@ class DataSection(Section):
 class ModelSection(Section):
     """A stock decoder: Llama's without qk_norm, Qwen3's with it."""
 
-    num_layers: int = Field(ge=1)
-    width: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    num_kv_heads: int | None = Field(default=None, ge=1)
+    num_layers: Annotated[int, ranges.SIZE]
+    width: Annotated[int, ranges.SIZE]
+    num_heads: Annotated[int, ranges.SIZE]
+    num_kv_heads: Annotated[int, ranges.SIZE] | None = None
     """Key and value heads, each shared by num_heads / num_kv_heads query heads. Default: all."""
-    mlp_width: int | None = Field(default=None, ge=1)
+    mlp_width: Annotated[int, ranges.SIZE] | None = None
     """Default: 8/3 of the width, rounded up to a multiple of 64."""
     qk_norm: bool = True
     tie_embeddings: bool = False
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    norm_epsilon: float = Field(default=1e-5, gt=0)
+    rope_theta: Annotated[float, ranges.POSITIVE] = 10_000.0
+    norm_epsilon: Annotated[float, ranges.POSITIVE] = 1e-5
     zero_output_projections: bool = False
     """Matrices that write to the residual stream start at zero: every block starts as nothing."""
     zero_head: bool = False
     """lm_head starts at zero: the first loss is that of equal guesses. Not with tied embeddings."""
-    base_width: int | None = Field(default=None, ge=1)
+    base_width: Annotated[int, ranges.SIZE] | None = None
     """The width at which learning rates and weight decay were found, if they are to hold at this
     model's width too (muP). Not with tied embeddings."""
 
@@ -185,11 +185,11 @@ class ModelSection(Section):
 
 
 class BatchSection(Section):
-    context_tokens: int = Field(ge=2)
+    context_tokens: Annotated[int, ranges.CONTEXT]
     """Tokens a row; divides the shards' frames."""
-    global_batch_rows: int = Field(ge=1)
+    global_batch_rows: Annotated[int, ranges.SIZE]
     """Rows a step, over all ranks and accumulation."""
-    micro_batch_rows: int = Field(ge=1)
+    micro_batch_rows: Annotated[int, ranges.SIZE]
     """At most this many rows a forward pass; the largest divisor of a rank's rows is used, and the
     rest is accumulation."""
 
@@ -197,28 +197,28 @@ class BatchSection(Section):
 class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """muon: for the matrices of blocks; embeddings, lm_head and norms have AdamW all the same."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: Annotated[float, ranges.POSITIVE]
     """Peak of the schedule."""
-    matrix_learning_rate: float | None = Field(default=None, gt=0)
+    matrix_learning_rate: Annotated[float, ranges.POSITIVE] | None = None
     """Peak of Muon's, whose updates are as large as AdamW's. Default: learning_rate."""
     schedule: Literal["cosine", "wsd", "linear"] = "cosine"
     """After a linear warmup: along a cosine; the peak, then down a line in the last part (warmup,
     stable, decay); or down a line all the way."""
-    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    decay_fraction: Annotated[float, ranges.SOME_SHARE] = 0.2
     """Of all steps, the last part in which `wsd` goes down."""
-    final_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    final_learning_rate_ratio: Annotated[float, ranges.SHARE] = 0.1
     """Of the peak, what is left on the last step."""
-    warmup_steps: int = Field(default=0, ge=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    epsilon: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    warmup_steps: Annotated[int, ranges.COUNT_OR_ZERO] = 0
+    beta1: Annotated[float, ranges.SHARE_BELOW_ALL] = 0.9
+    beta2: Annotated[float, ranges.SHARE_BELOW_ALL] = 0.95
+    epsilon: Annotated[float, ranges.POSITIVE] = 1e-8
+    weight_decay: Annotated[float, ranges.NOT_NEGATIVE] = 0.1
     """On matrices only, never on norms."""
-    momentum: float = Field(default=0.95, ge=0, lt=1)
+    momentum: Annotated[float, ranges.SHARE_BELOW_ALL] = 0.95
     """Muon's."""
-    gradient_clip: float = Field(default=1.0, ge=0)
+    gradient_clip: Annotated[float, ranges.NOT_NEGATIVE] = 1.0
     """Largest norm of the whole gradient; 0 for none."""
-    z_loss: float = Field(default=0.0, ge=0)
+    z_loss: Annotated[float, ranges.NOT_NEGATIVE] = 0.0
     """Weight of the squared log of the softmax's denominator, which keeps logits small (1e-4 is
     usual). It is learnt from, and left out of the losses that are reported."""
 
@@ -230,9 +230,9 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
-    seed: int = Field(default=0, ge=0, lt=1 << 32)
+    steps: Annotated[int, ranges.COUNT] | None = None
+    epochs: Annotated[float, ranges.EPOCHS] | None = None
+    seed: Annotated[int, ranges.TRAINING_SEED] = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 arithmetic with fp32 master weights."""
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
@@ -267,20 +267,20 @@ class ZeroSection(Section):
 
 class HardwareSection(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    processes: int | None = Field(default=None, ge=1)
+    processes: Annotated[int, ranges.MANY] | None = None
     """Ranks that `megaback train` starts here. Default: one a GPU, or one on a CPU."""
     attention: Literal["auto", "flash_attn", "sdpa"] = "auto"
     """auto: flash_attn where it is installed and there is a CUDA device, sdpa elsewhere."""
     device_name: str | None = None
     """What `megaback plan` and `submit` take the devices for: h100-80gb, a100-40gb, …"""
-    peak_flops: float | None = Field(default=None, gt=0)
+    peak_flops: Annotated[float, ranges.POSITIVE] | None = None
     """A device's peak, for the model FLOPs utilisation. Default: known for common GPUs."""
-    collective_timeout_s: float = Field(default=1800, gt=0)
+    collective_timeout_s: Annotated[float, ranges.SECONDS] = 1800
     """Until the first step is done, a rank that is longer at one thing ends, and so do the others:
     connecting, reading a checkpoint, compiling."""
-    step_timeout_s: float = Field(default=300, gt=0)
+    step_timeout_s: Annotated[float, ranges.SECONDS] = 300
     """The same from then on: for a micro-batch, a batch of validation, an update, a save."""
-    heartbeat_s: float = Field(default=10, gt=0)
+    heartbeat_s: Annotated[float, ranges.SECONDS] = 10
     """How often each rank says in the run's folder what it is at."""
     preflight: Annotated[Literal["auto", "on", "strict", "off"], BeforeValidator(_as_word)] = "auto"
     """Check every node before the first step of each start. auto: where there are several ranks;
@@ -292,21 +292,21 @@ class HardwareSection(Section):
 class GuardSection(Section):
     """Steps that are not learnt from. They are counted in the metrics, and the schedule goes on."""
 
-    max_skipped_steps: int = Field(default=10, ge=0)
+    max_skipped_steps: Annotated[int, ranges.COUNT_OR_ZERO] = 10
     """A run ends after more than so many in a row. A loss or gradient norm that is no number is
     always skipped."""
-    spike_nats: float | None = Field(default=None, gt=0)
+    spike_nats: Annotated[float, ranges.POSITIVE] | None = None
     """Skip a step whose loss is so much above the median of the last ones'."""
-    spike_norm_ratio: float | None = Field(default=None, gt=1)
+    spike_norm_ratio: Annotated[float, ranges.RATIO_ABOVE_ONE] | None = None
     """Skip a step whose gradient norm is so many times the median of the last ones'."""
-    window_steps: int = Field(default=100, ge=1)
+    window_steps: Annotated[int, ranges.COUNT] = 100
     """How many last steps those are; before there are so many, nothing is a spike."""
 
 
 class ValidationSection(Section):
-    every_steps: int | None = Field(default=None, ge=1)
+    every_steps: Annotated[int, ranges.COUNT] | None = None
     """The whole val set is measured at the start, at the end, and after every this many steps."""
-    patience: int | None = Field(default=None, ge=1)
+    patience: Annotated[int, ranges.COUNT] | None = None
     """End the run after so many measurements in a row that are not the best so far. The checkpoint
     of the best one is kept, and named in `checkpoints/best`."""
 
@@ -318,10 +318,10 @@ class ValidationSection(Section):
 
 
 class CheckpointSection(Section):
-    every_steps: int | None = Field(default=None, ge=1)
+    every_steps: Annotated[int, ranges.COUNT] | None = None
     """Besides the end of the run and a signal."""
-    keep_last: int = Field(default=3, ge=2)
-    keep_every_steps: int | None = Field(default=None, ge=1)
+    keep_last: Annotated[int, ranges.TWO_OR_MORE] = 3
+    keep_every_steps: Annotated[int, ranges.COUNT] | None = None
     """Checkpoints of multiples of this many steps are kept for ever."""
     background: bool = True
     """Write while training goes on, from a copy in the host's memory."""
@@ -331,7 +331,7 @@ class CheckpointSection(Section):
 
 
 class LoggingSection(Section):
-    every_steps: int = Field(default=10, ge=1)
+    every_steps: Annotated[int, ranges.COUNT] = 10
     """Lines on the console; metrics.jsonl has every step."""
     wandb: Annotated[Literal["off", "online", "offline"], BeforeValidator(_as_word)] = "off"
     wandb_project: str = "megaback"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
+from data_pipeline.number_ranges import SHARE
 from data_pipeline.text import Direction, TextCodec, Unit
 from megaback.choice import SamplingOptions
 from megaback.converted import model_folder
@@ -70,7 +71,7 @@ class InfillOptions:
             ("forward_candidates", self.forward_candidates >= 0, "at least 0"),
             ("backward_candidates", self.backward_candidates >= 0, "at least 0"),
             ("rescored", self.rescored >= 1, "at least 1"),
-            ("forward_weight", 0 <= self.forward_weight <= 1, "from 0 to 1"),
+            ("forward_weight", SHARE.problem(self.forward_weight) is None, "from 0 to 1"),
         ):
             if not is_right:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be {what}")

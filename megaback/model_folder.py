@@ -23,6 +23,7 @@ from data_pipeline.errors import (
     TokenizerError,
 )
 from data_pipeline.manifest import TOKENIZER_NAME
+from data_pipeline.number_ranges import finite_json
 from data_pipeline.text import Direction, TextCodec, TextFormat, Unit
 from megaback.attention import attention_backend
 from megaback.config import ModelSection
@@ -93,7 +94,7 @@ def _config_fields(folder: Path) -> dict[str, Any]:
             "`megaback convert` wrote"
         )
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = finite_json(path.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
             raise ValueError("not an object")
     except ValueError as error:

@@ -33,6 +33,7 @@ from data_pipeline.errors import (
     PreemptedError,
     UserInterruptError,
 )
+from data_pipeline.number_ranges import MANY_OR_ZERO
 from data_pipeline.rows import Batch
 from megaback.checkpoint_copy import CheckpointCopier
 from megaback.checkpoint_saver import CheckpointSaver
@@ -406,7 +407,9 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--save-before", hidden=True)
-@click.option("--local_rank", type=int, hidden=True, expose_value=False)  # the deepspeed command's
+@click.option(
+    "--local_rank", type=MANY_OR_ZERO.option, hidden=True, expose_value=False
+)  # the deepspeed command's
 def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> None:
     """Train as one rank of a run described by CONFIG and key.sub=value OVERRIDES."""
     only_comments(_CONSOLE_PATIENCE_S)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.command import ResumableCommand, write_text
+from data_pipeline.number_ranges import MANY, TWO_OR_MORE
 from data_pipeline.output_paths import is_our_picture, require_output
 from data_pipeline.pictures import require_matplotlib, write_picture
 from data_pipeline.terminal import print_table, say
@@ -99,7 +100,7 @@ def train_all(
 @click.argument("overrides", nargs=-1)
 @click.option(
     "--seeds",
-    type=click.IntRange(min=1),
+    type=MANY.option,
     default=1,
     show_default=True,
     help="How many pairs to train, from training.seed on.",
@@ -107,7 +108,7 @@ def train_all(
 @click.option("--measure-only", is_flag=True, help="The runs have been trained, here or elsewhere.")
 @click.option(
     "--documents",
-    type=click.IntRange(min=2),
+    type=TWO_OR_MORE.option,
     default=2000,
     show_default=True,
     help="To measure on: at most so many of the val set, spread evenly over it.",

@@ -26,6 +26,16 @@ from data_pipeline.errors import (
     OutputExistsError,
 )
 from data_pipeline.locks import locked
+from data_pipeline.number_ranges import (
+    COUNT,
+    FEW,
+    MANY,
+    MANY_OR_ZERO,
+    NUMBER,
+    SEED,
+    TEMPERATURE,
+    TOP_K,
+)
 from data_pipeline.output_paths import (
     is_stream,
     is_vacant,
@@ -226,19 +236,17 @@ def _merge(parts: ChunkParts, choice: Choice, out: Path, overwrite: bool) -> Non
     type=click.Path(path_type=Path),
     help="A model that writes responses: judges whether an instruction leads back to its text.",
 )
-@click.option("--k", "count", type=click.IntRange(1, 1000), default=4, show_default=True)
-@click.option("--keep", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--min-score", type=float, help="Leave out instructions of a lower score.")
-@click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--temp", type=click.FloatRange(min=0), default=0.8, show_default=True)
-@click.option("--top-k", type=click.IntRange(min=0), default=200, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first texts.")
-@click.option(
-    "--texts-at-once", type=click.IntRange(min=1), default=16, show_default=True, help="A batch."
-)
-@click.option("--tasks", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--task-index", type=click.IntRange(min=0), help="Do this task alone, from 0 on.")
+@click.option("--k", "count", type=FEW.option, default=4, show_default=True)
+@click.option("--keep", type=COUNT.option, default=1, show_default=True)
+@click.option("--min-score", type=NUMBER.option, help="Leave out instructions of a lower score.")
+@click.option("--tokens", type=COUNT.option, default=128, show_default=True)
+@click.option("--temp", type=TEMPERATURE.option, default=0.8, show_default=True)
+@click.option("--top-k", type=TOP_K.option, default=200, show_default=True)
+@click.option("--seed", type=SEED.option, default=0, show_default=True)
+@click.option("--limit", type=COUNT.option, help="Only the first texts.")
+@click.option("--texts-at-once", type=MANY.option, default=16, show_default=True, help="A batch.")
+@click.option("--tasks", type=MANY.option, default=1, show_default=True)
+@click.option("--task-index", type=MANY_OR_ZERO.option, help="Do this task alone, from 0 on.")
 @click.option("--device", default=None, help="cpu, cuda, cuda:1; default: cuda if there is one.")
 def main(
     folder: Path,

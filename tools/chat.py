@@ -22,6 +22,7 @@ from data_pipeline.errors import (
     PromptError,
     StorageError,
 )
+from data_pipeline.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K, Range
 from data_pipeline.text import Direction
 from tools.json_lines import answer_each, parse_object, print_all
 from tools.sample import apply_command
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from megaback.model import ReverseGPT
     from megaback.sampler import Sampler
 
-_MOST_CANDIDATES = 1000
 # The options that give a text, and the direction of the model that they are for.
 _DIRECTION_OF = {
     "response": Direction.BACKWARD,
@@ -103,8 +103,8 @@ def _answer_line(chat: Chat, line: str, options: "SamplingOptions", count: int) 
     given = request.pop(key)
     if not isinstance(given, str):
         raise PromptError(f"{key!r} is of type {type(given).__name__}, not text")
-    count = _whole_number(request.pop("n", count), "n", 1, _MOST_CANDIDATES)
-    seed = _whole_number(request.pop("seed", options.seed), "seed", 0, 1 << 62)
+    count = _whole_number(request.pop("n", count), "n", FEW)
+    seed = _whole_number(request.pop("seed", options.seed), "seed", SEED)
     options = replace(options, seed=seed)
     for name, value in request.items():
         changed = apply_command(options, f"{name}={value}")
@@ -125,10 +125,13 @@ def _answer_line(chat: Chat, line: str, options: "SamplingOptions", count: int) 
     }
 
 
-def _whole_number(value: object, name: str, least: int, most: int) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+def _whole_number(value: object, name: str, allowed: Range) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and not allowed.problem(value):
         return value
-    raise PromptError(f"{name!r} is {value!r}; it must be a whole number from {least} to {most}")
+    shown = str(value)[:40]
+    raise PromptError(
+        f"{name!r} is {shown!r}; it must be a whole number from {allowed.least} to {allowed.most}"
+    )
 
 
 class History:
@@ -195,7 +198,7 @@ def _talk(chat: Chat, options: "SamplingOptions", count: int, history: History) 
                 continue
             if name == "n" and value:
                 number = int(value) if value.isdecimal() else value
-                count = _whole_number(number, "n", 1, _MOST_CANDIDATES)
+                count = _whole_number(number, "n", FEW)
                 continue
             if name == chat.prompt_name and value:
                 click.echo(chat.complete(value, options))
@@ -231,16 +234,16 @@ def _require_direction(folder: Path, actual: Direction, name: str) -> None:
 @click.option(
     "--n",
     "count",
-    type=click.IntRange(1, _MOST_CANDIDATES),
+    type=FEW.option,
     default=1,
     show_default=True,
     help="Samples of each answer; different ones are shown, the likeliest first.",
 )
 @click.option("--history", type=click.Path(path_type=Path, dir_okay=False), help="File to keep.")
-@click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True)
-@click.option("--temp", type=click.FloatRange(min=0), default=0.8, show_default=True)
-@click.option("--top-k", type=click.IntRange(min=0), default=200, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--tokens", type=COUNT.option, default=500, show_default=True)
+@click.option("--temp", type=TEMPERATURE.option, default=0.8, show_default=True)
+@click.option("--top-k", type=TOP_K.option, default=200, show_default=True)
+@click.option("--seed", type=SEED.option, default=0, show_default=True)
 @click.option(
     "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
 )

@@ -11,6 +11,7 @@ import click
 
 from data_pipeline.command import WorkCommand
 from data_pipeline.next_command import show_next
+from data_pipeline.number_ranges import COUNT
 from data_pipeline.output_folder import require_output_folder, whole_folder
 from data_pipeline.output_paths import overwrite_option
 from megaback.use_commands import use_commands
@@ -23,7 +24,7 @@ MOST_FILE_BYTES = 5 * 10**9
 def _num_bytes(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     num_bytes = float(match[1]) * _FACTORS[match[2].upper()] if match else 0
-    if num_bytes < 1:
+    if COUNT.problem(num_bytes):
         raise click.BadParameter(f"{text!r} is not a size; write for example 500MB or 5GB")
     return int(num_bytes)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from data_pipeline.command import Command, write_text
 from data_pipeline.json_lines import writing_lines
+from data_pipeline.number_ranges import COUNT, SEED
 from data_pipeline.output_paths import (
     json_lines_with,
     json_object_with,
@@ -80,16 +81,14 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     r"Default: ^Define the \w+ '(.+)'\.$",
 )
 @click.option("--passages", help="Held-out documents, for the choice: a source as of shards build.")
-@click.option("--passage-characters", type=click.IntRange(min=1), default=300, show_default=True)
+@click.option("--passage-characters", type=COUNT.option, default=300, show_default=True)
 @click.option("--shards", help="A data set whose val set is measured in bits/byte.")
 @click.option(
     "--forward", type=click.Path(path_type=Path), help="A forward model, for the choice too."
 )
-@click.option("--limit", type=click.IntRange(min=1), help="The first so many rows of each suite.")
-@click.option(
-    "--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Most to write."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--limit", type=COUNT.option, help="The first so many rows of each suite.")
+@click.option("--tokens", type=COUNT.option, default=100, show_default=True, help="Most to write.")
+@click.option("--seed", type=SEED.option, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the results.")
 @click.option("--predictions", help="JSON lines of what was written for each row.")
 @overwrite_option

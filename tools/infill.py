@@ -6,37 +6,37 @@ Once, or a line of JSON for a line of JSON.
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.command import Command
 from data_pipeline.errors import PromptError
+from data_pipeline.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K
 from tools.json_lines import Answer, answer_each, parse_object, print_all
 
 if TYPE_CHECKING:
     from megaback.infill import Infill, Infiller, InfillOptions
 
 _BETWEEN_INFILLS = "\n\n---\n\n"
-_MOST_CANDIDATES = 1000
 _DECIMALS = 4
 
 
 class Request(BaseModel):
     """One line of JSON; what is not given is as on the command line."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     beginning: str
     ending: str
-    tokens: int | None = None
-    min_tokens: int | None = None
-    candidates: int | None = Field(default=None, ge=1, le=_MOST_CANDIDATES)
-    n: int | None = Field(default=None, ge=1, le=_MOST_CANDIDATES)
-    temperature: float | None = None
-    top_k: int | None = None
-    seed: int | None = Field(default=None, ge=0, lt=1 << 62)
+    tokens: Annotated[int, COUNT] | None = None
+    min_tokens: Annotated[int, COUNT] | None = None
+    candidates: Annotated[int, FEW] | None = None
+    n: Annotated[int, FEW] | None = None
+    temperature: Annotated[float, TEMPERATURE] | None = None
+    top_k: Annotated[int, TOP_K] | None = None
+    seed: Annotated[int, SEED] | None = None
 
     def changed(self, options: "InfillOptions") -> "InfillOptions":
         """Raises ConfigError for a value that makes no sense."""
@@ -124,21 +124,21 @@ def infill(
 @click.option("--json", "is_json", is_flag=True, help="A line of JSON for each from stdin.")
 @click.option(
     "--tokens",
-    type=click.IntRange(min=1),
+    type=COUNT.option,
     default=32,
     show_default=True,
     help="The middle has at most so many.",
 )
 @click.option(
     "--min-tokens",
-    type=click.IntRange(min=1),
+    type=COUNT.option,
     default=1,
     show_default=True,
     help="The middle has at least so many.",
 )
 @click.option(
     "--candidates",
-    type=click.IntRange(1, _MOST_CANDIDATES),
+    type=FEW.option,
     default=16,
     show_default=True,
     help="Samples of each model.",
@@ -146,7 +146,7 @@ def infill(
 @click.option(
     "--n",
     "count",
-    type=click.IntRange(1, _MOST_CANDIDATES),
+    type=FEW.option,
     default=1,
     show_default=True,
     help="Show so many middles, the best first.",
@@ -154,19 +154,19 @@ def infill(
 @click.option(
     "--temperature",
     "--temp",
-    type=click.FloatRange(min=0),
+    type=TEMPERATURE.option,
     default=0.8,
     show_default=True,
     help="0 takes the most likely token.",
 )
 @click.option(
     "--top-k",
-    type=click.IntRange(min=0),
+    type=TOP_K.option,
     default=200,
     show_default=True,
     help="Choose among so many of the most likely tokens; 0 for all.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=SEED.option, default=0, show_default=True)
 @click.option(
     "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
 )

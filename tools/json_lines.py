@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from data_pipeline.errors import BadRecordError, ConfigError, PromptError
+from data_pipeline.number_ranges import finite_json
 
 Answer = dict[str, Any]
 
@@ -14,7 +15,7 @@ Answer = dict[str, Any]
 def parse_object(line: str, wanted: str) -> Answer:
     """A line's object. Raises PromptError; `wanted` is what it should be."""
     try:
-        fields = json.loads(line)
+        fields = finite_json(line)
     except (ValueError, RecursionError) as error:
         raise PromptError(f"not valid JSON ({error}); write one object a line") from None
     if not isinstance(fields, dict):

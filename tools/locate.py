@@ -22,6 +22,7 @@ from data_pipeline.data_set import DataSet
 from data_pipeline.errors import ConfigError, SourceMissingError, SourceUnreadableError
 from data_pipeline.manifest import SPLITS, ShardEntry
 from data_pipeline.mixture import Mixture
+from data_pipeline.number_ranges import COUNT_OR_ZERO, MANY, MOST_EPOCH
 from data_pipeline.order import Indices
 from data_pipeline.shard_walk import on_threads
 from megaback.config import load_config
@@ -303,18 +304,18 @@ def _show(
 @click.command(cls=Command, name="locate")
 @click.argument("config", metavar="CONFIG_OR_RUN", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option("--document", type=click.IntRange(min=0), help="As `shards inspect` counts them.")
+@click.option("--document", type=COUNT_OR_ZERO.option, help="As `shards inspect` counts them.")
 @click.option("--text", type=click.File("rb"), help="A file with just its text; - for the input.")
 @click.option("--shards", help="With --document: which of the data sets of a mixture.")
 @click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True)
 @click.option(
     "--epoch",
-    type=click.IntRange(0, _MOST_EPOCHS),
+    type=MOST_EPOCH.option,
     default=0,
     show_default=True,
     help="Which reading of the data set.",
 )
-@click.option("--world-size", type=click.IntRange(min=1), help="Say which of so many ranks has it.")
+@click.option("--world-size", type=MANY.option, help="Say which of so many ranks has it.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, for machines.")
 def main(
     config: Path,

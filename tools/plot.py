@@ -12,6 +12,7 @@ import click
 
 from data_pipeline.command import WorkCommand, write_text
 from data_pipeline.errors import CheckpointMissingError
+from data_pipeline.number_ranges import COUNT
 from data_pipeline.output_paths import (
     MAKER,
     file_with_mark,
@@ -126,7 +127,7 @@ def _with_numbers(folder: Path) -> list[Path]:
 )
 @click.option(
     "--smooth",
-    type=click.IntRange(min=1),
+    type=COUNT.option,
     help="The mean of so many steps; default: a fiftieth of the longest run's.",
 )
 @click.option("--log", is_flag=True, help="A logarithmic axis of steps, tokens or time.")

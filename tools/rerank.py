@@ -15,6 +15,7 @@ from data_pipeline.candidates import Question, question_of
 from data_pipeline.command import Command, write_text
 from data_pipeline.errors import BadRecordError, ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.json_lines import writing_lines
+from data_pipeline.number_ranges import SEED, SHARE
 from data_pipeline.output_paths import (
     json_lines_with,
     json_object_with,
@@ -181,13 +182,13 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
     show_default=True,
     help="What the forward model's log P(answer | question) is divided by.",
 )
-@click.option("--weight", type=click.FloatRange(0, 1), help="Of the reverse score. Default: 0.5.")
+@click.option("--weight", type=SHARE.option, help="Of the reverse score. Default: 0.5.")
 @click.option("--fit", "dev", help="Judged questions on which the weight is fitted instead.")
 @click.option(
     "--report", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the accuracies."
 )
 @bad_record_option
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=SEED.option, default=0, show_default=True)
 @device_option
 def main(
     folder: Path,

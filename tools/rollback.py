@@ -13,6 +13,7 @@ import click
 from data_pipeline.command import WorkCommand, write_text
 from data_pipeline.errors import CheckpointMissingError, LaunchError
 from data_pipeline.next_command import command, override, show_next
+from data_pipeline.number_ranges import COUNT
 from megaback.run_ownership import config_of_run
 
 
@@ -74,9 +75,7 @@ def _step_of(target: Path) -> int:
 
 @click.command(cls=WorkCommand, name="rollback")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--steps", required=True, type=click.IntRange(min=1), help="How far back, at the least."
-)
+@click.option("--steps", required=True, type=COUNT.option, help="How far back, at the least.")
 def main(run: Path, steps: int) -> None:
     """Set RUN back, so that it goes on without the data of its last steps."""
     target, first, last = roll_back(run, steps)

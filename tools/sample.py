@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 import click
 
 from data_pipeline.command import Command
-from data_pipeline.errors import DirectionMismatchError, PromptError
+from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
+from data_pipeline.number_ranges import (
+    COUNT,
+    MANY,
+    REPETITION_PENALTY,
+    SEED,
+    SHARE,
+    SOME_SHARE,
+    TEMPERATURE,
+    TOP_K,
+)
 from data_pipeline.text import Direction
 
 if TYPE_CHECKING:
@@ -40,15 +50,15 @@ def apply_command(options: "SamplingOptions", line: str) -> "SamplingOptions | N
     if not separator or name not in ("temp", "top_k", "tokens"):
         return None
     try:
-        if name == "temp" and float(text) >= 0:
+        if name == "temp":
             return replace(options, temperature=float(text))
-        if name == "top_k" and int(text) >= 0:
+        if name == "top_k":
             return replace(options, top_k=int(text))
-        if name == "tokens" and int(text) >= 1:
-            return replace(options, max_new_tokens=int(text))
-    except ValueError:
-        pass
-    raise PromptError(f"{line.strip()!r} is not a value for {name}; write for example temp=0.8")
+        return replace(options, max_new_tokens=int(text))
+    except (ValueError, ConfigError):
+        raise PromptError(
+            f"{line.strip()[:80]!r} is not a value for {name}; write for example temp=0.8"
+        ) from None
 
 
 def write_samples(
@@ -81,46 +91,46 @@ def _joined(texts: Sequence[str]) -> str:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--ending", help="Text that a backward model writes towards.")
 @click.option("--beginning", help="Text that a forward model goes on from.")
-@click.option("--tokens", type=click.IntRange(min=1), default=500, show_default=True)
+@click.option("--tokens", type=COUNT.option, default=500, show_default=True)
 @click.option(
     "--temp",
-    type=click.FloatRange(min=0),
+    type=TEMPERATURE.option,
     default=0.8,
     show_default=True,
     help="0 takes the most likely token.",
 )
 @click.option(
     "--top-k",
-    type=click.IntRange(min=0),
+    type=TOP_K.option,
     default=200,
     show_default=True,
     help="Choose among so many of the most likely tokens; 0 for all.",
 )
 @click.option(
     "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
+    type=SOME_SHARE.option,
     default=1.0,
     show_default=True,
     help="Choose among the fewest tokens that together have this probability.",
 )
 @click.option(
     "--min-p",
-    type=click.FloatRange(min=0, max=1),
+    type=SHARE.option,
     default=0.0,
     show_default=True,
     help="Leave out what has less than this part of the likeliest token's probability.",
 )
 @click.option(
     "--repetition-penalty",
-    type=click.FloatRange(min=0, min_open=True),
+    type=REPETITION_PENALTY.option,
     default=1.0,
     show_default=True,
     help="Above 1: tokens that were read or written become less likely.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=SEED.option, default=0, show_default=True)
 @click.option(
     "--samples",
-    type=click.IntRange(min=1),
+    type=MANY.option,
     default=1,
     show_default=True,
     help="Write so many at once; the second has the next seed, and so on.",

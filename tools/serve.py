@@ -13,6 +13,7 @@ import click
 
 from data_pipeline.command import WorkCommand
 from data_pipeline.errors import BackendError, ServeError
+from data_pipeline.number_ranges import BODY_BYTES, COUNT, PORT, SECONDS, SHUTDOWN_SECONDS, SLOTS
 
 if TYPE_CHECKING:
     from megaback.infill import Infiller
@@ -129,7 +130,7 @@ def run_server(
     help="A second model, which writes forward, to be seen beside the first.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--port", type=PORT.option, default=8000, show_default=True)
 @click.option(
     "--token-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -138,38 +139,36 @@ def run_server(
 )
 @click.option(
     "--slots",
-    type=click.IntRange(1, 1024),
+    type=SLOTS.option,
     default=16,
     show_default=True,
     help="Samples that each model writes at once.",
 )
 @click.option(
     "--most-tokens",
-    type=click.IntRange(min=1),
+    type=COUNT.option,
     default=4096,
     show_default=True,
     help="Of one sample.",
 )
 @click.option(
     "--most-requests",
-    type=click.IntRange(min=1),
+    type=COUNT.option,
     default=256,
     show_default=True,
     help="Answered or waiting at the same time.",
 )
-@click.option(
-    "--most-body-bytes", type=click.IntRange(min=1024), default=1 << 20, show_default=True
-)
+@click.option("--most-body-bytes", type=BODY_BYTES.option, default=1 << 20, show_default=True)
 @click.option(
     "--most-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=SECONDS.option,
     default=300.0,
     show_default=True,
     help="Of one request; what is written by then is its answer.",
 )
 @click.option(
     "--shutdown-seconds",
-    type=click.FloatRange(min=1),
+    type=SHUTDOWN_SECONDS.option,
     default=30.0,
     show_default=True,
     help="What runs at a SIGTERM is finished within this time.",

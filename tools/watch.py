@@ -16,6 +16,7 @@ import click
 
 from data_pipeline.command import Command
 from data_pipeline.errors import CheckpointMissingError
+from data_pipeline.number_ranges import WATCH_SECONDS
 from data_pipeline.terminal import say
 from launcher.run_folder import runs_below
 from megaback.exit_record import HISTORY_NAME, read_exit, read_history
@@ -110,7 +111,7 @@ def _step_times(run: Path) -> list[float]:
 
 @click.command(cls=Command, name="watch")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--every", "every_s", type=click.FloatRange(min=0.1), help="Look every so many s.")
+@click.option("--every", "every_s", type=WATCH_SECONDS.option, help="Look every so many s.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a look.")
 def main(run: Path, every_s: float | None, as_json: bool) -> None:
     """Say whether RUN is finished, stopped, starting, running, slow, stuck or dead, and why.

@@ -88,7 +88,7 @@ all_settings = st.builds(
     tokenizer_sha256=names,
     val_fraction=st.floats(0, 1, exclude_max=True),
     languages=st.lists(names, max_size=3).map(tuple),
-    min_language_score=st.none() | st.floats(allow_nan=False),
+    min_language_score=st.none() | st.floats(-1e30, 1e30),
     max_characters=st.none() | st.integers(1, 1 << 40),
     deduplicate=st.booleans(),
     limit_documents=st.none() | st.integers(1, 1 << 60),

@@ -8,12 +8,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from data_pipeline.number_ranges import (
+    COUNT,
+    COUNT_OR_ZERO,
+    LOGIT_BIAS,
+    REPETITION_PENALTY,
+    SEED,
+    SHARE,
+    SOME_SHARE,
+    TEMPERATURE,
+    TOP_K,
+)
+
 MOST_SAMPLES = 64
 MOST_STOPS = 4
 MOST_LIKELIEST = 20
-_MOST_SEED = (1 << 53) - 1  # what JavaScript can say exactly
 
-Seed = Annotated[int, Field(ge=0, le=_MOST_SEED)]
+Seed = Annotated[int, SEED]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
@@ -46,12 +57,14 @@ class Request(BaseModel):
 class Sampling(Request):
     """How ids are chosen; what is not OpenAI's is named as in vLLM."""
 
-    max_tokens: int = Field(16, ge=0, le=1_000_000)
-    temperature: float = Field(1.0, ge=0, le=100, description="0 takes the most likely token.")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, le=1_000_000, description="0 for all.")
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    max_tokens: Annotated[int, COUNT_OR_ZERO] = 16
+    temperature: Annotated[float, TEMPERATURE] = Field(
+        1.0, description="0 takes the most likely token."
+    )
+    top_p: Annotated[float, SOME_SHARE] = 1.0
+    top_k: Annotated[int, TOP_K] = Field(0, description="0 for all.")
+    min_p: Annotated[float, SHARE] = 0.0
+    repetition_penalty: Annotated[float, REPETITION_PENALTY] = 1.0
     seed: Seed | None = Field(
         None, description="Of the first sample; the next ones have the next numbers."
     )
@@ -91,7 +104,9 @@ class CompletionRequest(Sampling):
     suffix: Literal[""] | None = None
     presence_penalty: _Zero | None = None
     frequency_penalty: _Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, LOGIT_BIAS]], Field(max_length=0)] | None = (
+        None
+    )
 
     @property
     def prompts(self) -> list[str]:
@@ -142,7 +157,7 @@ class Completion(BaseModel):
 class BackChatRequest(Sampling):
     """A response, for which a backward model writes instructions; or the other way round."""
 
-    max_tokens: int = Field(128, ge=1, le=1_000_000)
+    max_tokens: Annotated[int, COUNT] = 128
     response: str | None = Field(None, min_length=1, description="For a backward model.")
     instruction: str | None = Field(None, min_length=1, description="For a forward model.")
     n: int = Field(4, ge=1, le=MOST_SAMPLES, description="Samples; different ones are given.")
@@ -196,8 +211,8 @@ class InfillRequest(BaseModel):
     n: int = Field(1, ge=1, le=MOST_SAMPLES)
     max_tokens: int = Field(32, ge=1, le=256, description="Of the middle.")
     candidates: int = Field(16, ge=1, le=MOST_SAMPLES, description="Samples of each model.")
-    temperature: float = Field(0.8, ge=0, le=100)
-    top_k: int = Field(200, ge=0, le=1_000_000, description="0 for all.")
+    temperature: Annotated[float, TEMPERATURE] = 0.8
+    top_k: Annotated[int, TOP_K] = Field(200, description="0 for all.")
     seed: Seed | None = None
 
 
