@@ -19,8 +19,8 @@ from data_pipeline.errors import CheckpointMissingError
 from data_pipeline.terminal import table_lines
 from launcher.run_folder import jobs_of, read_progress, runs_below
 from launcher.slurm_commands import Job, find_job
-from megaback.exit_record import read_exit, read_history
-from megaback.heartbeat import missing_ranks, read_heartbeats
+from megaback.exit_record import read_history
+from megaback.run_state import judge
 
 _JOBS_LOOKED_AT = 8
 _HEADS = ("RUN", "JOB", "STATE", "RESTARTS", "STEP", "LOSS", "TO TRAIN", "JOB ENDS IN", "WHY")
@@ -78,7 +78,7 @@ def _with_job(row: Row, number: str, stage: str, job: Job | None) -> Row:
     if job is None:
         return row
     if job.is_over:
-        has_ended = row.state == "finished" or row.state.startswith("stopped")
+        has_ended = row.state.startswith(("finished", "stopped", "rolled back"))
         state = row.state if has_ended else _said(job)
         return replace(row, state=state, restarts=job.restarts)
     return replace(
@@ -97,25 +97,26 @@ def _row_of(run: Path) -> Row:
     starts = [line for line in read_history(run) if line.get("event") == "start"]
     total_steps = starts[-1].get("total_steps") if starts else None
     progress = read_progress(run)
-    ending = read_exit(run)
+    times = [] if progress is None or progress.median_step_s is None else [progress.median_step_s]
+    judged = judge(run, times, time.time())
     to_train_s = None
     if progress is not None and progress.median_step_s is not None and total_steps is not None:
-        to_train_s = max(total_steps - progress.step, 0) * progress.median_step_s
-    if ending is not None:
-        state = "finished" if ending["code"] == 0 else f"stopped ({ending['code']})"
-        why = None if ending["code"] == 0 else str(ending["reason"])
-    else:
-        beats = read_heartbeats(run)
-        missing = missing_ranks(beats, beats[0].world_size, time.time()) if beats else {}
-        state = "not started" if not starts else "dead" if missing or not beats else "running"
-        why = "; ".join(list(missing.values())[:1]) or None
+        done = progress.step if judged.rolled_back_to is None else judged.rolled_back_to
+        to_train_s = max(total_steps - done, 0) * progress.median_step_s
+    state: str = judged.state if starts or judged.has_ended else "not started"
+    why: str | None = None if state in ("finished", "running", "not started") else judged.reason
+    step = progress.step if progress is not None else None
+    if judged.rolled_back_to is not None:
+        state, step = "rolled back", judged.rolled_back_to
+    elif judged.state == "stopped":
+        state, why = f"stopped ({judged.code})", judged.ending
     return Row(
         run=str(run),
         job=None,
         stage=None,
         state=state,
         restarts=max(len(starts) - 1, 0),
-        step=progress.step if progress is not None else None,
+        step=step,
         total_steps=total_steps,
         loss=progress.loss if progress is not None else None,
         to_train_s=to_train_s if state != "finished" else None,

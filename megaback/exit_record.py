@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 EXIT_NAME = "exit.json"
+START_EVENT = "start"
 HISTORY_NAME = "history.jsonl"
 BAD_NODES_NAME = "bad_nodes.txt"
 """Nodes because of which a start was stopped, one a line."""

@@ -6,6 +6,7 @@ raises, with its exit code.
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,20 +180,23 @@ def _source_of(tokenizer: Path) -> str:
 def _run(folder: Path, verify: bool) -> Artefact:
     from megaback.checkpoint import complete_checkpoints
     from megaback.config import load_config
-    from megaback.exit_record import read_exit
     from megaback.metrics import METRICS_NAME, read_metrics
+    from megaback.run_state import judge
 
     config = load_config(config_of_run(folder))
-    ending = read_exit(folder)
+    lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
+    judged = judge(folder, [line["step_s"] for line in lines if "step_s" in line], time.time())
+    most = lines[-1]["step"] if lines else 0
+    if judged.rolled_back_to is not None:
+        most = judged.rolled_back_to
     facts: dict[str, Any] = {
         "config": f"{config.model.num_layers} layers, width {config.model.width}, "
         f"{config.data.description}, {config.data.direction.value}",
     }
-    if (folder / METRICS_NAME).is_file():
-        steps = [line for line in read_metrics(folder) if line.get("loss") is not None]
-        if steps:
-            facts |= {"step": steps[-1]["step"], "loss": steps[-1]["loss"]}
-    facts["ended"] = "it runs, or nobody could say" if ending is None else ending.get("reason")
+    steps = [line for line in lines if line.get("loss") is not None and line["step"] <= most]
+    if steps:
+        facts |= {"step": steps[-1]["step"], "loss": steps[-1]["loss"]}
+    facts["ended"] = judged.ending or f"not yet ({judged.state}: {judged.reason})"
     following = {command("status", folder): "where it stands"}
     found = complete_checkpoints(folder)
     if not found:

@@ -14,7 +14,9 @@ from data_pipeline.command import WorkCommand, write_text
 from data_pipeline.errors import CheckpointMissingError, LaunchError
 from data_pipeline.next_command import command, override, show_next
 from data_pipeline.number_ranges import COUNT
+from megaback.exit_record import record_event
 from megaback.run_ownership import config_of_run
+from megaback.run_state import ROLLBACK_EVENT
 
 
 def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
@@ -66,6 +68,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         for newer in complete[complete.index(target) + 1 :]:
             os.replace(newer, aside / newer.name)
         write_text(target.parent / LATEST_NAME, target.name + "\n")
+        record_event(run, ROLLBACK_EVENT, step=meta.step, left_out=[meta.step + 1, last])
     return target, meta.step + 1, last
 
 

@@ -71,6 +71,8 @@ def status_of(run: Path, now: float) -> Status:
     lines = read_metrics(run) if (run / METRICS_NAME).is_file() else []
     try:
         health = look(run, now)
+        if health.state == "stopped" and health.step is not None:  # also after a rollback
+            lines = [line for line in lines if line["step"] <= health.step]
         return _status(run, health, lines, read_history(run), now)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointCorruptError(
@@ -169,7 +171,7 @@ def screen(status: Status, now: float) -> str:
 
 def _steps(status: Status) -> str:
     share = ""
-    if status.total_steps:
+    if status.total_steps and status.step <= status.total_steps:
         share = f" of {status.total_steps:,} ({status.step / status.total_steps:.1%})"
     return f"{status.step:,}{share}, {status.tokens_seen:,} tokens"
 

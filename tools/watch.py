@@ -7,10 +7,9 @@ from any machine that sees the folder, and disturbs nothing.
 import json
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -19,11 +18,11 @@ from data_pipeline.errors import CheckpointMissingError
 from data_pipeline.number_ranges import WATCH_SECONDS
 from data_pipeline.terminal import say
 from launcher.run_folder import runs_below
-from megaback.exit_record import HISTORY_NAME, read_exit, read_history
-from megaback.heartbeat import Heartbeat, missing_ranks, read_heartbeats
+from megaback.exit_record import HISTORY_NAME, read_history
+from megaback.heartbeat import read_heartbeats
 from megaback.metrics import METRICS_NAME, read_metrics
+from megaback.run_state import State, judge
 
-State = Literal["finished", "stopped", "starting", "running", "slow", "stuck", "dead"]
 _NAMED_RUNS = 6
 EXIT_CODES: dict[State, int] = {
     "finished": 0,
@@ -34,7 +33,6 @@ EXIT_CODES: dict[State, int] = {
     "stuck": 5,
     "dead": 6,
 }
-_SLOW_RATIO = 3.0
 _RECENT_STEPS = 50
 
 
@@ -62,51 +60,26 @@ def look(run: Path, now: float | None = None) -> Health:
             which = f"one of {', '.join(map(str, below[:_NAMED_RUNS]))}{more}"
         raise CheckpointMissingError(f"{run} is no run's folder (no {HISTORY_NAME}); give {which}")
     beats = read_heartbeats(run)
-    times = _step_times(run)
-    state, reason = _judge(beats, times, read_exit(run), now)
+    steps = _last_steps(run)
+    times = [line["step_s"] for line in steps if "step_s" in line][-_RECENT_STEPS:]
+    judged = judge(run, times, now)
+    step = max((beat.step for beat in beats), default=None)
+    if judged.has_ended and steps:  # the heartbeats say what each rank was about to do
+        step = steps[-1]["step"]
+    if judged.rolled_back_to is not None:
+        step = judged.rolled_back_to
     return Health(
-        state,
-        reason,
-        max((beat.step for beat in beats), default=None),
+        judged.state,
+        judged.reason,
+        step,
         statistics.median(times) if times else None,
         len(beats),
         sum(line.get("event") == "start" for line in history) - 1,
     )
 
 
-def _judge(
-    beats: Sequence[Heartbeat],
-    times: Sequence[float],
-    ending: dict[str, Any] | None,
-    now: float,
-) -> tuple[State, str]:
-    if ending is not None:
-        done: State = "finished" if ending["code"] == 0 else "stopped"
-        return done, f"exit code {ending['code']} ({ending['kind']}): {ending['reason']}"
-    world_size = max((beat.world_size for beat in beats), default=1)
-    missing = missing_ranks(beats, world_size, now)
-    if missing:
-        return "dead", "; ".join(list(missing.values())[:4])
-    # Others wait for the rank that began its part longest ago, or is at the earliest step.
-    last = min(beats, key=lambda beat: (beat.step, beat.since))
-    here_s = now - last.since
-    where = f"{last.name} is {last.phase} at step {last.step}, for {here_s:.0f} s"
-    if here_s > last.timeout_s:
-        return "stuck", f"{where}, longer than the {last.timeout_s:.0f} s that are allowed"
-    if not times:
-        return "starting", where
-    usual_s = statistics.median(times)
-    if here_s > max(_SLOW_RATIO * usual_s, 2 * last.interval_s):
-        return "slow", f"{where}; a step usually takes {usual_s:.2f} s"
-    if times[-1] > _SLOW_RATIO * usual_s:
-        return "slow", f"the last step took {times[-1]:.2f} s, and {usual_s:.2f} s is usual"
-    return "running", f"{len(beats)} ranks; {where}"
-
-
-def _step_times(run: Path) -> list[float]:
-    if not (run / METRICS_NAME).is_file():
-        return []
-    return [line["step_s"] for line in read_metrics(run) if "step_s" in line][-_RECENT_STEPS:]
+def _last_steps(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run) if (run / METRICS_NAME).is_file() else []
 
 
 @click.command(cls=Command, name="watch")

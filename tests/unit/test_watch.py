@@ -91,7 +91,7 @@ def test_before_the_first_step_a_run_is_starting(run: Path, beat: Beat) -> None:
     beat(0, step=0, phase="starting", for_s=30)
     beat(1, step=0, phase="starting", for_s=10)
 
-    health = assert_is("starting", "is starting at step 0, for 30 s", run)
+    health = assert_is("starting", "starting at step 0 since 30 s, heartbeat 1 s old", run)
 
     assert (health.step, health.median_step_s) == (0, None)
 
@@ -121,7 +121,11 @@ def test_a_run_that_waits_for_a_rank_is_slow(run: Path, beat: Beat) -> None:
     beat(1, for_s=11, phase="reading its rows")
     usual_steps(run)
 
-    assert_is("slow", "is reading its rows at step 20, for 11 s; a step usually takes 2.00 s", run)
+    assert_is(
+        "slow",
+        "reading its rows at step 20 since 11 s, heartbeat 1 s old; a step usually takes 2.00 s",
+        run,
+    )
 
 
 @pytest.mark.parametrize(("for_s", "state"), [(10, "running"), (11, "slow")])
@@ -132,7 +136,7 @@ def test_what_is_younger_than_two_heartbeats_is_not_slow(
         beat(rank, for_s)
     write_steps(run, *[0.1] * 19)
 
-    assert_is(state, "for", run)
+    assert_is(state, "since", run)
 
 
 def test_a_run_that_is_longer_at_one_thing_than_allowed_is_stuck(run: Path, beat: Beat) -> None:
@@ -140,7 +144,7 @@ def test_a_run_that_is_longer_at_one_thing_than_allowed_is_stuck(run: Path, beat
     beat(1, for_s=64, phase="saving")
     usual_steps(run)
 
-    assert_is("stuck", "is saving at step 20, for 64 s, longer than the 60 s", run)
+    assert_is("stuck", "saving at step 20 since 64 s, heartbeat 1 s old; longer than the 60 s", run)
 
 
 def test_the_rank_at_the_earliest_step_is_waited_for(run: Path, beat: Beat) -> None:
@@ -156,7 +160,7 @@ def test_a_run_that_never_took_a_step_can_be_stuck(run: Path, beat: Beat) -> Non
     for rank in range(2):
         beat(rank, for_s=61, step=0, phase="starting")
 
-    assert_is("stuck", "is starting at step 0", run)
+    assert_is("stuck", "starting at step 0", run)
 
 
 def test_a_run_of_which_a_process_has_ended_is_dead(run: Path, beat: Beat) -> None:
