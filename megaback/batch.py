@@ -93,7 +93,7 @@ class Batch:
         row = len(self._rows)
         self._rows.append(sample)
         self._draws.append(np.random.default_rng(sample.options.seed))
-        self._added_BV[row] = self._only(sample.prompt.first_ids)
+        self._added_BV[row] = self._allowed(sample)
         if sample.options.repetition_penalty != 1:
             if self._seen_BV is None:
                 self._seen_BV = torch.zeros_like(self._added_BV, dtype=torch.bool)
@@ -159,8 +159,8 @@ class Batch:
                 self._cache.replace(row, self._sampler.read(ids))
 
     def _wrote(self, row: int, sample: Sample, new_id: int) -> None:
-        if sample.num_new == 1:
-            self._added_BV[row] = self._later_of(sample)
+        if sample.num_new in (1, sample.options.min_new_tokens):
+            self._added_BV[row] = self._allowed(sample)
         if self._seen_BV is not None:
             self._seen_BV[row, new_id] = True
 
@@ -168,7 +168,8 @@ class Batch:
         """Rows that choose in the same way choose together."""
         groups: dict[SamplingOptions, list[int]] = defaultdict(list)
         for row, sample in enumerate(self._rows):
-            groups[replace(sample.options, seed=0, max_new_tokens=1, stop_ids=())].append(row)
+            how = replace(sample.options, seed=0, max_new_tokens=1, stop_ids=(), min_new_tokens=0)
+            groups[how].append(row)
         chosen = [0] * len(self._rows)
         for options, rows in groups.items():
             of_group_BV = logits_BV[rows] if len(groups) > 1 else logits_BV
@@ -192,6 +193,16 @@ class Batch:
             row: _Told(log_probabilities_V, self._rows[row].num_likeliest or 0)
             for row, log_probabilities_V in zip(rows, log_probabilities_BV, strict=True)
         }
+
+    def _allowed(self, sample: Sample) -> Tensor:
+        """What a sample may write next: shape (V,)."""
+        allowed_V = self._later_of(sample)
+        if sample.num_new == 0:
+            allowed_V = self._only(sample.prompt.first_ids)
+        if sample.num_new < sample.options.min_new_tokens:
+            allowed_V = allowed_V.clone()
+            allowed_V[[sample.prompt.end_id, *sample.options.stop_ids]] = -torch.inf
+        return allowed_V
 
     def _later_of(self, sample: Sample) -> Tensor:
         """Where a sample may write after its first id."""

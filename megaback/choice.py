@@ -29,6 +29,7 @@ _ALLOWED = {
     "max_new_tokens": COUNT,
     "temperature": TEMPERATURE,
     "top_k": TOP_K,
+    "min_new_tokens": COUNT_OR_ZERO,
     "seed": COUNT_OR_ZERO,  # of one of many samples, whose first has a `SEED`
     "top_p": SOME_SHARE,
     "min_p": SHARE,
@@ -61,6 +62,9 @@ class SamplingOptions:
     Keskar et al., "CTRL" (2019)."""
     stop_ids: tuple[int, ...] = ()
     """Ids that end a sample, beside the document's end marker."""
+    min_new_tokens: int = 0
+    """Before so many tokens no id that ends a sample is chosen, however likely: the others share
+    its probability."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that makes no sense."""

@@ -158,10 +158,16 @@ class _Masks:
             added_V[torch.as_tensor(np.asarray(ids, dtype=np.int64))] = 0
             return added_V
 
+        ends = [prompts[0].end_id, *options.stop_ids]
         self._added_BV = torch.stack([added(prompt.first_ids) for prompt in prompts])
         self._added_BV = self._added_BV.to(sampler.device)
         writable = [*codec.writable_ids(prompts[0].end_id).tolist(), *options.stop_ids]
         self._later_V = added(writable).to(sampler.device)
+        self._early_V = self._later_V.clone()
+        self._early_V[ends] = -torch.inf
+        self._num_written, self._min_new_tokens = 0, options.min_new_tokens
+        if self._min_new_tokens:
+            self._added_BV[:, ends] = -torch.inf
         self._penalty = options.repetition_penalty
         self._seen_BV: Tensor | None = None
         if self._penalty != 1:
@@ -177,7 +183,9 @@ class _Masks:
 
     def keep(self, going_on: Sequence[int], new_ids: Sequence[int]) -> None:
         """Go on with these rows, which have written these ids."""
-        self._added_BV = self._later_V
+        self._num_written += 1
+        is_early = self._num_written < self._min_new_tokens
+        self._added_BV = self._early_V if is_early else self._later_V
         if self._seen_BV is not None:
             self._seen_BV = self._seen_BV[list(going_on)]
             at_B1 = torch.tensor(new_ids, device=self._seen_BV.device)[:, None]

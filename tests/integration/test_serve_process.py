@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from serve_helpers import write_tiny_model
 
@@ -86,6 +87,24 @@ def test_on_an_open_address_a_token_is_needed_and_never_shown(folder: Path, tmp_
         output, errors = process.communicate(timeout=60)
         assert (process.returncode, errors) == (130, "megaback: interrupted\n")
         assert token not in output + errors
+
+
+def test_openais_client_writes_from_ids_and_chats_with_a_process(
+    folder: Path, codec: Callable[..., TextCodec]
+) -> None:
+    ids = codec().encode_document("the last map.").tolist()[:-1]
+    with started(folder) as (_, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        written = client.completions.create(
+            model="tiny", prompt=ids, max_tokens=4, stop=None, extra_body={"ignore_eos": True}
+        )
+        assert written.usage is not None
+        assert (written.usage.prompt_tokens, written.usage.completion_tokens) == (len(ids), 4)
+        messages: Any = [{"role": "user", "content": "the last map."}]
+        chunks = client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=4, stream=True
+        )
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] in ("stop", "length")
 
 
 @pytest.mark.parametrize(

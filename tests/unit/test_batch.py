@@ -26,6 +26,7 @@ OPTIONS = st.builds(
     top_p=st.sampled_from([0.7, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.5]),
     stop_ids=st.sampled_from([(), (STOP_ID,)]),
+    min_new_tokens=st.sampled_from([0, 1, 3, 40]),
 )
 
 
@@ -125,3 +126,20 @@ def test_the_first_id_is_one_that_its_prompt_allows_and_the_next_ones_are_free()
         batch.step()
     assert (first.ids[1], other.ids[1]) == (9, 11)
     assert first.ids[2:] != [9] * 4
+
+
+@settings(max_examples=25)
+@given(ids=IDS, min_new_tokens=st.integers(0, 12), seed=st.integers(0, 99))
+def test_no_sample_ends_by_itself_before_its_fewest_tokens(
+    ids: list[int], min_new_tokens: int, seed: int
+) -> None:
+    options = SamplingOptions(
+        12, temperature=1.5, top_k=0, seed=seed, stop_ids=(STOP_ID,), min_new_tokens=min_new_tokens
+    )
+    batch = new_batch(1)
+    sample = Sample(prompt_of(ids), options)
+    batch.add(sample)
+    while len(batch):
+        batch.step()
+    assert min_new_tokens <= sample.num_new <= 12
+    assert not {STOP_ID, sample.prompt.end_id} & set(sample.ids[len(ids) :])

@@ -68,9 +68,7 @@ def models(*bases: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 # What is given to us; what we give is not checked again.
-MODELS = dict.fromkeys(
-    models(config.Section, wire.Request, wire.InfillRequest, wire.StreamOptions, infill.Request)
-)
+MODELS = dict.fromkeys(models(config.Section, wire.Body, infill.Request))
 
 
 def number_schemas(schema: Any) -> Iterator[dict[str, Any]]:

@@ -70,7 +70,13 @@ def endless(models: dict[str, ServedModel]) -> str:
         (b'{"prompt": "a", "max_tokens": 999999}', 400, "max_tokens"),
         (b'{"prompt": "a", "n": 64, "model": "\\ud800"}', 404, "tiny"),
         (b'{"prompt": [], "n": 1}', 400, "prompt"),
-        (b'{"prompt": [1, 2]}', 400, "prompt"),
+        (b'{"prompt": [1, "a"]}', 400, "prompt"),
+        (b'{"prompt": [1, 99999]}', 400, "there is no token 99999"),
+        (b'{"prompt": [[1], []]}', 400, "prompt"),
+        (b'{"prompt": [true]}', 400, "prompt"),
+        (b'{"prompt": [' + b"[1]," * 150_000 + b"[1]]}", 400, "at most 64"),
+        (b'{"prompt": "a", "top_k": -2}', 400, "top_k"),
+        (b'{"prompt": "a", "min_tokens": 9, "max_tokens": 8}', 400, "above max_tokens 8"),
         (b'{"prompt": "a", "seed": -1}', 400, "seed"),
         (b'{"prompt": "a", "stop": ""}', 400, "stop"),
         (json.dumps({"prompt": "a map " * 60}).encode(), 400, "shorten"),
@@ -84,7 +90,9 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers)
     assert answer.status_code == status, answer.text
-    assert words in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert error["param"] is None or f'"{error["param"]}"' in body.decode("utf-8", "replace")
 
 
 def test_ten_megabytes_are_refused_and_leave_no_memory_behind(running: Running) -> None:
@@ -157,6 +165,44 @@ def test_a_token_is_asked_for_where_there_is_one(models: dict[str, ServedModel])
         assert (
             TOKEN not in running.get("/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text
         )
+
+
+def test_a_proxy_may_name_the_server_as_it_likes_where_there_is_a_token(
+    models: dict[str, ServedModel], running: Running
+) -> None:
+    sent = {"origin": "https://demo.example.org", "host": "backend:8134"}
+    body = {"prompt": "a", "max_tokens": 1}
+    with serving(models, token=TOKEN) as guarded:
+        known = {**sent, "authorization": f"Bearer {TOKEN}"}
+        assert guarded.post("/v1/completions", body, headers=known).status_code == 200
+        assert guarded.post("/v1/completions", body, headers=sent).status_code == 401
+    without = guarded_message(running, {**sent, "host": "localhost"})
+    assert "demo.example.org" in without
+    assert "let that pass Host on" in without
+    assert "start it with a token" in guarded_message(running, sent)
+
+
+def guarded_message(running: Running, headers: dict[str, str]) -> str:
+    answer = running.post("/v1/completions", {"prompt": "a"}, headers=headers)
+    assert answer.status_code == 403
+    return str(answer.json()["error"]["message"])
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/v1/models/tiny"])
+def test_head_is_get_without_the_body(running: Running, path: str) -> None:
+    head, got = httpx.head(running.url + path), running.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+
+
+def test_a_body_without_a_type_is_json_and_one_of_another_type_is_told(running: Running) -> None:
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    url = f"{running.url}/v1/completions"
+    assert httpx.post(url, content=body).status_code == 200
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        answer = httpx.post(url, content=body, headers={"content-type": kind})
+        assert answer.status_code == 415
+        assert "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ OPERATIONS = [
     "GET /v1/models",
     "GET /v1/models/{name}",
     "POST /v1/completions",
+    "POST /v1/chat/completions",
     "POST /v1/backchat",
     "POST /v1/score",
     "POST /v1/infill",

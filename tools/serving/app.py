@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from megaback import __version__
-from tools.serving import backchat, between, completions, problems, wire
+from tools.serving import backchat, between, chat, completions, problems, wire
 from tools.serving.guard import Guard
 from tools.serving.jobs import hanging_up
 from tools.serving.service import Service
@@ -102,6 +102,14 @@ def _add_api(app: FastAPI, service: Service) -> None:
     few: problems.Described = {code: described[code] for code in (401, 403)}
     few_and_404: problems.Described = {code: described[code] for code in (401, 403, 404)}
 
+    async def write(asked: completions.Asked, request: Request) -> Response:
+        if asked.request.stream:
+            return _Stream(service, completions.stream(service, asked))
+        answer = await _unless_hung_up(service, request, completions.complete(service, asked))
+        if isinstance(answer, Response):
+            return answer
+        return Response(answer, media_type="application/json")
+
     @app.get("/v1/models", responses=few)
     async def list_models() -> wire.ModelList:
         """The models that are served, the default one first."""
@@ -121,13 +129,16 @@ def _add_api(app: FastAPI, service: Service) -> None:
     )
     async def complete(asked: wire.CompletionRequest, request: Request) -> Any:
         """Write on from prompts: before them with a backward model, else after them."""
-        ready = await completions.ask(service, asked)
-        if asked.stream:
-            return _Stream(service, completions.stream(service, ready))
-        answer = await _unless_hung_up(service, request, completions.complete(service, ready))
-        if isinstance(answer, Response):
-            return answer
-        return Response(answer, media_type="application/json")
+        return await write(await completions.ask(service, asked), request)
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=wire.ChatCompletion,
+        responses={**described, 200: {"content": {"text/event-stream": {}}}},
+    )
+    async def converse(asked: wire.ChatRequest, request: Request) -> Any:
+        """The instruction for a message; of a forward model, the response to it."""
+        return await write(await chat.ask(service, asked), request)
 
     @app.post("/v1/backchat", response_model=wire.BackChat, responses=described)
     async def answer(asked: wire.BackChatRequest, request: Request) -> Any:
@@ -170,10 +181,9 @@ def _describe(app: FastAPI, *, needs_token: bool) -> None:
                     operation["responses"].pop("422", None)
             for name in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(name, None)
-            if needs_token:
-                schemes = {"token": {"type": "http", "scheme": "bearer"}}
-                schema["components"]["securitySchemes"] = schemes
-                schema["security"] = [{"token": []}]
+            schemes = {"token": {"type": "http", "scheme": "bearer"}}
+            schema["components"]["securitySchemes"] = schemes
+            schema["security"] = [{"token": []}] if needs_token else [{}, {"token": []}]
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -17,7 +17,8 @@ class Token:
     """A token with its probability and the likeliest ones in its place."""
 
     piece_id: int
-    log_probability: float
+    log_probability: float | None
+    """None for the first of ids that were given: nothing is before it."""
     likeliest: Sequence[tuple[int, float]]
     text_offset: int
 
@@ -114,8 +115,11 @@ def spelled(codec: TextCodec, piece_id: int) -> str:
 
 def log_probs(codec: TextCodec, tokens: Sequence[Token]) -> wire.LogProbs:
     """What a client gets of tokens."""
-    tops: list[dict[str, float]] = []
+    tops: list[dict[str, float] | None] = []
     for token in tokens:
+        if token.log_probability is None:
+            tops.append(None)
+            continue
         top: dict[str, float] = {}
         for piece_id, log_probability in (
             *token.likeliest,

@@ -2,41 +2,47 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from pydantic import BaseModel
 
+from data_pipeline.errors import PromptError
 from data_pipeline.growing_text import sendable
-from data_pipeline.text import Prompt
 from megaback.batch import Sample
 from megaback.choice import SamplingOptions
 from tools.serving import wire
 from tools.serving.choices import ChoiceText, Part, Token, log_probs, offsets
 from tools.serving.jobs import Job
-from tools.serving.models import ServedModel
+from tools.serving.models import Given, ServedModel
 from tools.serving.problems import ProblemError
 from tools.serving.service import Service
 
 _SECONDS_BETWEEN_SIGNS_OF_LIFE = 5.0
 _SIGN_OF_LIFE = ": still writing\n\n"
 _DONE = "data: [DONE]\n\n"
+_LINE_BREAKS = "\x85\u2028\u2029"
 
 
 def sampling_options(request: wire.Sampling, seed: int, most_tokens: int) -> SamplingOptions:
     """Raises ProblemError when more tokens are asked for than may be written."""
-    if request.max_tokens > most_tokens:
-        raise ProblemError(
-            400, f"max_tokens is {request.max_tokens}; at most {most_tokens} are written here"
-        )
+    tokens, least = request.max_tokens, request.min_tokens
+    if tokens > most_tokens:
+        said = f"max_tokens is {tokens}; at most {most_tokens} are written here"
+        raise ProblemError(400, said, param="max_tokens")
+    if least > tokens:
+        said = f"min_tokens is {least}, above max_tokens {tokens}"
+        raise ProblemError(400, said, param="min_tokens")
     return SamplingOptions(
-        max_new_tokens=max(request.max_tokens, 1),
+        max_new_tokens=max(tokens, 1),
         temperature=request.temperature,
-        top_k=request.top_k,
+        top_k=max(request.top_k, 0),
         seed=seed,
         top_p=request.top_p,
         min_p=request.min_p,
         repetition_penalty=request.repetition_penalty,
+        min_new_tokens=tokens if request.ignore_eos else least,
     )
 
 
@@ -46,26 +52,24 @@ def chosen_seed(seed: int | None) -> int:
 
 
 @dataclass
-class _Asked:
-    """A request with what was made of it: choice i is of prompt i // n."""
+class Asked:
+    """A request with what was made of it: choice i is of given text i // n."""
 
-    request: wire.CompletionRequest
+    request: wire.Written
     model: ServedModel
     seed: int
+    given: list[Given]
     choices: list[ChoiceText]
     samples: list[Sample]
-    given_tokens: dict[str, list[Token]]
-    """With `echo` and `logprobs`: those of each prompt."""
-    head: wire.Completion
+    given_tokens: list[list[Token]] = field(default_factory=list)
+    """With `echo` and `logprobs`: those of each given text."""
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created_s: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def usage(self) -> wire.Usage:
-        """What was read of the prompts, and written; without markers."""
-        begin_id = self.model.codec.begin_id
-        prompt_tokens = sum(
-            len(prompt.ids) - (prompt.ids[:1] == [begin_id]) + bool(prompt.held_back)
-            for prompt in (choice.prompt for choice in self.choices[:: self.request.n])
-        )
+        """What was read of the prompts, and written; without the markers of a text's edges."""
+        prompt_tokens = sum(given.num_tokens for given in self.given)
         written = sum(choice.tokens for choice in self.choices)
         return wire.Usage(
             prompt_tokens=prompt_tokens,
@@ -73,11 +77,24 @@ class _Asked:
             total_tokens=prompt_tokens + written,
         )
 
-    def body(self, choices: list[wire.Choice], usage: wire.Usage | None) -> wire.Completion:
-        return self.head.model_copy(update={"choices": choices, "usage": usage})
+    def body(self, parts: Sequence[tuple[int, Part]], usage: wire.Usage | None) -> BaseModel:
+        """An answer, or an event of a stream, with parts of choices by their numbers."""
+        return wire.Completion(
+            id=f"cmpl-{self.id}",
+            created=self.created_s,
+            model=self.model.name,
+            choices=[self._choice(index, part) for index, part in parts],
+            usage=usage,
+            seed=self.seed,
+        )
 
-    def choice(self, index: int, part: Part) -> wire.Choice:
-        wants = self.request.logprobs is not None
+    def event(self, parts: Sequence[tuple[int, Part]], usage: wire.Usage | None) -> str:
+        """As a server-sent event."""
+        return event_of(self.body(parts, usage).model_dump_json())
+
+    def _choice(self, index: int, part: Part) -> wire.Choice:
+        request = self.request
+        wants = isinstance(request, wire.CompletionRequest) and request.logprobs is not None
         return wire.Choice(
             index=index,
             text=part.text,
@@ -87,10 +104,11 @@ class _Asked:
 
     def echo(self, index: int) -> Part | None:
         """What comes before all that is written of a choice."""
-        if not self.request.echo:
+        if not (isinstance(self.request, wire.CompletionRequest) and self.request.echo):
             return None
-        given = self.choices[index].given
-        return Part(sendable(given), self.given_tokens.get(given, []))
+        number = index // self.request.n
+        tokens = self.given_tokens[number] if self.given_tokens else []
+        return Part(sendable(self.given[number].text), tokens)
 
     def whole(self, index: int, parts: list[Part]) -> Part:
         """One part of all parts of a choice, in the order in which they were written."""
@@ -101,72 +119,84 @@ class _Asked:
         return Part(text, tokens, self.choices[index].finish_reason)
 
 
-async def ask(service: Service, request: wire.CompletionRequest) -> _Asked:
-    """Raises ProblemError and PromptError for what cannot be written."""
+def event_of(body: str) -> str:
+    """A server-sent event of JSON, in one line for clients that break lines where Python does."""
+    for character in _LINE_BREAKS:
+        body = body.replace(character, f"\\u{ord(character):04x}")
+    return f"data: {body}\n\n"
+
+
+async def ask(service: Service, request: wire.CompletionRequest) -> Asked:
+    """Raises ProblemError for what cannot be written."""
     model = service.model(request.model)
     seed = chosen_seed(request.seed)
     if len(request.prompts) * request.n > wire.MOST_SAMPLES:
-        raise ProblemError(400, f"prompts times n is more than {wire.MOST_SAMPLES}")
+        raise ProblemError(400, f"prompts times n is more than {wire.MOST_SAMPLES}", param="n")
     likeliest = request.logprobs
     if likeliest is not None:
         likeliest = min(likeliest, model.codec.vocab_size)
-    prompts = await service.aside(lambda: _prompts(model, request))
+    try:
+        given = await service.aside(lambda: _given(model, request))
+    except PromptError as error:
+        raise ProblemError(400, str(error), "invalid_value", param="prompt") from None
     choices: list[ChoiceText] = []
     samples: list[Sample] = []
-    for given, prompt in zip(request.prompts, prompts, strict=True):
+    for one in given:
         for _ in range(request.n):
             options = sampling_options(request, seed + len(samples), service.limits.tokens)
-            samples.append(Sample(prompt, options, likeliest))
-            choices.append(ChoiceText(model.codec, given, prompt, request.stops))
-    given_tokens = {}
+            samples.append(Sample(one.prompt, options, likeliest))
+            choices.append(ChoiceText(model.codec, one.text, one.prompt, request.stops))
+    given_tokens = []
     if request.echo and likeliest is not None:
-        for given in dict.fromkeys(request.prompts):
-            given_tokens[given] = await _tokens_of(service, model, given, likeliest)
-    head = wire.Completion(
-        id=f"cmpl-{secrets.token_hex(12)}",
-        created=int(time.time()),
-        model=model.name,
-        choices=[],
-        seed=seed,
-    )
-    return _Asked(request, model, seed, choices, samples, given_tokens, head)
+        given_tokens = [await _tokens_of(service, model, one, likeliest) for one in given]
+    return Asked(request, model, seed, given, choices, samples, given_tokens)
 
 
-def _prompts(model: ServedModel, request: wire.CompletionRequest) -> list[Prompt]:
+def _given(model: ServedModel, request: wire.CompletionRequest) -> list[Given]:
     """Raises PromptError when one does not fit; of a prompt that is echoed with `logprobs`, all."""
     is_cut = request.truncate and not (request.echo and request.logprobs is not None)
-    return [model.prompt(given, is_cut=is_cut) for given in request.prompts]
+    return [model.given(one, is_cut=is_cut) for one in request.prompts]
 
 
 async def _tokens_of(
-    service: Service, model: ServedModel, given: str, num_likeliest: int
+    service: Service, model: ServedModel, given: Given, num_likeliest: int
 ) -> list[Token]:
     """A prompt's own tokens, in the model's order."""
     codec = model.codec
-    ids = await service.aside(lambda: codec.encode(given).tolist())
-    if not ids:
-        return []
-    table = await service.log_probabilities(model, [codec.begin_id], ids)
+    ids = given.ids
+    if ids is None:
+        ids = [codec.begin_id, *await service.aside(lambda: codec.encode(given.text).tolist())]
+    table = None
+    if len(ids) > 1:
+        table = await service.log_probabilities(model, ids[:1], ids[1:])
 
     def tokens() -> list[Token]:
-        of_ids = table.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-        values, likeliest = (found.tolist() for found in table.topk(num_likeliest))
-        places = offsets(codec, ids, given)
+        places = offsets(codec, ids, given.text)
+        found = [Token(ids[0], None, (), places[0])] if given.ids is not None else []
+        if table is None:
+            return found
+        of_ids = table.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        values, likeliest = (best.tolist() for best in table.topk(num_likeliest))
         return [
-            Token(piece_id, of_ids[at], list(zip(likeliest[at], values[at], strict=True)), offset)
-            for at, (piece_id, offset) in enumerate(zip(ids, places, strict=True))
+            *found,
+            *(
+                Token(
+                    piece_id, of_ids[at], list(zip(likeliest[at], values[at], strict=True)), offset
+                )
+                for at, (piece_id, offset) in enumerate(zip(ids[1:], places[1:], strict=True))
+            ),
         ]
 
     return await service.aside(tokens)
 
 
-def _job(service: Service, asked: _Asked) -> Job:
+def _job(service: Service, asked: Asked) -> Job:
     return Job(
         service.engine, service.metrics, asked.model.name, asked.samples, service.limits.request_s
     )
 
 
-async def complete(service: Service, asked: _Asked) -> str:
+async def complete(service: Service, asked: Asked) -> str:
     """All choices as JSON, when all are written or time is up."""
     parts: list[list[Part]] = [[] for _ in asked.choices]
     if asked.request.max_tokens:
@@ -185,14 +215,13 @@ async def complete(service: Service, asked: _Asked) -> str:
             parts[index].append(choice.finish("length"))
 
     def body() -> str:
-        wholes = [asked.whole(index, of_choice) for index, of_choice in enumerate(parts)]
-        choices = [asked.choice(index, whole) for index, whole in enumerate(wholes)]
-        return asked.body(choices, asked.usage).model_dump_json()
+        wholes = [(index, asked.whole(index, of_choice)) for index, of_choice in enumerate(parts)]
+        return asked.body(wholes, asked.usage).model_dump_json()
 
     return await service.aside(body)
 
 
-async def stream(service: Service, asked: _Asked) -> AsyncIterator[str]:
+async def stream(service: Service, asked: Asked) -> AsyncIterator[str]:
     """Server-sent events: parts of choices, and [DONE].
 
     In the order of reading, what a backward model writes is sent when a choice is complete: until
@@ -200,11 +229,10 @@ async def stream(service: Service, asked: _Asked) -> AsyncIterator[str]:
     """
     kept: list[list[Part]] = [[] for _ in asked.choices]
     is_kept = asked.request.stream_order == "reading" and asked.model.writes_backward
-    with_usage = asked.request.stream_options and asked.request.stream_options.include_usage
+    wanted = asked.request.stream_options or wire.StreamOptions()
 
     def sent(index: int, part: Part) -> str:
-        body = asked.body([asked.choice(index, part)], None)
-        return f"data: {body.model_dump_json()}\n\n"
+        return asked.event([(index, part)], asked.usage if wanted.continuous_usage_stats else None)
 
     async def event(index: int, part: Part) -> str:
         if is_kept:
@@ -226,7 +254,7 @@ async def stream(service: Service, asked: _Asked) -> AsyncIterator[str]:
                 try:
                     found = await job.next(_SECONDS_BETWEEN_SIGNS_OF_LIFE)
                 except ProblemError as problem:
-                    yield f"data: {bytes(problem.response().body).decode()}\n\n"
+                    yield event_of(bytes(problem.response().body).decode())
                     return
                 if found is None:
                     yield _SIGN_OF_LIFE
@@ -243,6 +271,6 @@ async def stream(service: Service, asked: _Asked) -> AsyncIterator[str]:
     for index, choice in enumerate(asked.choices):
         if choice.finish_reason is None:
             yield await event(index, choice.finish("length"))
-    if with_usage:
-        yield f"data: {asked.body([], asked.usage).model_dump_json()}\n\n"
+    if wanted.include_usage:
+        yield asked.event([], asked.usage)
     yield _DONE

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from data_pipeline.growing_text import sendable
 from tools.serving.metrics import Metrics
 from tools.serving.problems import ProblemError, busy
 
@@ -97,6 +98,7 @@ class Guard:
             await send(message)
 
         path = scope["path"]
+        scope = _usual(scope)
         self._metrics.opened()
         try:
             await self._pass(scope, receive, send_with_headers)
@@ -118,6 +120,12 @@ class Guard:
             return
         if self._num_open >= self._limits.open_requests:
             raise busy(f"{self._num_open} requests are open already; try again")
+        if scope["method"] == "POST" and not _is_json(headers["content-type"]):
+            raise ProblemError(
+                415,
+                f"the body's Content-Type is {headers['content-type'][:100]!r}; send JSON, and "
+                "the header Content-Type: application/json",
+            )
         self._num_open += 1
         try:
             body = await self._body(headers, receive)
@@ -126,7 +134,12 @@ class Guard:
             self._num_open -= 1
 
     def _require_here(self, headers: Headers) -> None:
-        """Refuse what another site's page makes a browser send, under its own name or ours."""
+        """Refuse what another site's page makes a browser send, under its own name or ours.
+
+        Not where there is a token, which such a page has not: then a proxy may name us as it likes.
+        """
+        if self._token is not None:
+            return
         host = headers.get("host", "")
         try:
             name = urlsplit(f"//{host}").hostname
@@ -135,10 +148,17 @@ class Guard:
             raise ProblemError(400, "the header Host or Origin is no address") from None
         if self._is_loopback and name not in _LOOPBACK_NAMES:
             raise ProblemError(
-                403, f"this server is for this machine; call it {_LOOPBACK_NAMES[0]}"
+                403,
+                f"this server is for this machine; call it {_LOOPBACK_NAMES[0]}, or start it with "
+                "a token, which lets a proxy name it otherwise",
             )
         if origin != host:
-            raise ProblemError(403, "sent by a page of another site")
+            raise ProblemError(
+                403,
+                f"sent by a page of another site: its Origin is {sendable(origin)[:100]!r}, and "
+                f"the header Host says {sendable(host)[:100]!r}; behind a proxy, let that pass "
+                "Host on, or start the server with a token",
+            )
 
     def _require_token(self, headers: Headers) -> None:
         if self._token is None:
@@ -180,6 +200,25 @@ class Guard:
         if is_too_large:
             raise ProblemError(413, f"the body has more than {most} bytes; send less")
         return bytes(body)
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (
+        kind.startswith("application/") and kind.endswith("+json")
+    )
+
+
+def _usual(scope: Scope) -> Scope:
+    """A request as the application knows it: HEAD is GET, whose body uvicorn leaves out, and a
+    body of no type is JSON."""
+    headers = Headers(scope=scope)
+    if scope["method"] == "HEAD":
+        return {**scope, "method": "GET"}
+    if scope["method"] == "POST" and not headers.get("content-type"):
+        others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+        return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+    return scope
 
 
 def _after(body: bytes, receive: Receive) -> Receive:

@@ -20,6 +20,18 @@ from tools.serving import wire
 
 
 @dataclass(frozen=True)
+class Given:
+    """A prompt as a client gave it, and as a model reads it."""
+
+    text: str
+    prompt: Prompt
+    num_tokens: int
+    """That are read of it, without a begin marker that we put before a text."""
+    ids: list[int] | None = None
+    """If it was given in ids: all of them."""
+
+
+@dataclass(frozen=True)
 class ServedModel:
     """A model with the batch in which its samples are written."""
 
@@ -38,6 +50,26 @@ class ServedModel:
     @property
     def writes_backward(self) -> bool:
         return self.codec.format.direction is Direction.BACKWARD
+
+    def given(self, asked: "str | list[int]", *, is_cut: bool = False) -> Given:
+        """A text, or ids in the model's reading order, which are read as they are.
+
+        Raises PromptError when they do not fit the context, or are none of this model's ids.
+        """
+        if isinstance(asked, str):
+            prompt = self.prompt(asked, is_cut=is_cut)
+            num_markers = int(prompt.ids[:1] == [self.codec.begin_id])
+            return Given(asked, prompt, len(prompt.ids) - num_markers + bool(prompt.held_back))
+        if max(asked) >= self.codec.vocab_size:
+            raise PromptError(
+                f"there is no token {max(asked)}: this model has {self.codec.vocab_size}; "
+                "send ids of its own tokenizer, or text"
+            )
+        is_cut = is_cut and len(asked) > self.sampler.context_tokens
+        ids = asked[-(self.sampler.context_tokens // 2) :] if is_cut else asked
+        prompt = Prompt(ids, self.codec.writable_ids(self.codec.end_id), self.codec.end_id)
+        self.batch.check(prompt)
+        return Given(self.codec.render(asked), prompt, len(ids), asked)
 
     def prompt(self, given: str, *, is_cut: bool = False) -> Prompt:
         """Raises PromptError when a text does not fit the context.

@@ -38,13 +38,16 @@ class ProblemError(Exception):
         message: str,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        param: str | None = None,
     ) -> None:
+        """`param`: the field of the body that is wrong, if it is one."""
         super().__init__(message)
         self.status, self.message, self.code, self.headers = status, message, code, headers
+        self.param = param
 
     def response(self) -> JSONResponse:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        problem = wire.Problem(message=self.message, type=kind, code=self.code)
+        problem = wire.Problem(message=self.message, type=kind, param=self.param, code=self.code)
         body = wire.ProblemBody(error=problem).model_dump()
         return JSONResponse(body, self.status, self.headers)
 
@@ -62,7 +65,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_wrong_body(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return ProblemError(400, _told(error), "invalid_value").response()
+        return ProblemError(400, _told(error), "invalid_value", param=_param(error)).response()
 
     @app.exception_handler(PromptError)
     @app.exception_handler(ConfigError)
@@ -77,6 +80,15 @@ def install(app: FastAPI) -> None:
     async def on_defect(_request: Request, error: Exception) -> JSONResponse:
         _log.error("a request could not be answered", exc_info=error)
         return ProblemError(500, "the server failed; its log says why").response()
+
+
+def _param(error: RequestValidationError) -> str | None:
+    """The first field that is wrong, by its name at the top of the body."""
+    for problem in error.errors():
+        names = [part for part in problem["loc"] if part != "body"]
+        if names and isinstance(names[0], str):
+            return sendable(names[0][:_MOST_SHOWN_CHARACTERS])
+    return None
 
 
 def _told(error: RequestValidationError) -> str:

@@ -51,7 +51,9 @@ class Service:
         if name not in self.models:
             there = ", ".join(self.models)
             shown = sendable(name)[:100]
-            raise ProblemError(404, f"there is no model {shown!r}; use {there}", "model_not_found")
+            raise ProblemError(
+                404, f"there is no model {shown!r}; use {there}", "model_not_found", param="model"
+            )
         return self.models[name]
 
     async def log_probabilities(
