@@ -8,7 +8,13 @@ if (
     sys.argv[:1] == ["-m"] or "".join(sys.argv[:1]).endswith(f"{os.sep}megaback")
 ) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # The process of a command or a rank: from here on, Ctrl-C ends it without a traceback.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+    def _leave(*_: object) -> None:
+        if "MEGABACK_LAUNCHER" not in os.environ:  # which speaks for its ranks
+            os.write(2, b"megaback: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, _leave)
 
 from typing import TYPE_CHECKING, Any
 

@@ -155,4 +155,4 @@ def test_the_ranks_of_a_host_have_one_code(codes: list[int], expected: int) -> N
 )
 def test_the_host_of_ranks_that_died_without_a_reason_is_named(codes: list[int], says: str) -> None:
     with pytest.raises(LaunchError, match=says):
-        verdict(codes, False, None, ["a", "b"])
+        verdict(codes, [], None, ["a", "b"])
