@@ -20,7 +20,9 @@ from megaback.exit_record import read_history
 
 RESOLVED_COPY_NAME = "config.resolved.yaml"
 """The run's config, resolved, where its `config.yaml` is the user's own."""
-_MADE_BEFORE_THE_HISTORY = frozenset({".lock", "checkpoints", "heartbeats", "logs", "submitted"})
+_MADE_BEFORE_THE_HISTORY = frozenset(
+    {".lock", "checkpoints", "converted", "heartbeats", "logs", "submitted"}
+)
 _SNAPSHOT = re.compile(r"\d{8}-\d{6}(-\d+)?")
 _JUNK = frozenset({".DS_Store", "lost+found"})
 
@@ -101,6 +103,8 @@ def _is_left_by_us(path: Path) -> bool:
         return all(one.name.startswith("rank-") for one in path.iterdir())
     if path.name == "checkpoints":  # fetched from the second place
         return all(one.name.startswith(("step-", ".fetched")) for one in path.iterdir())
+    if path.name == "converted":  # models of fetched checkpoints
+        return all(one.name.startswith((".lock", "step-", ".step-")) for one in path.iterdir())
     if path.name == "submitted":  # a snapshot that was not queued
         return all(_SNAPSHOT.fullmatch(one.name) for one in path.iterdir())
     return False

@@ -40,6 +40,11 @@ FREE: dict[str, Callable[[Path], None]] = {
         write(run / "heartbeats" / "rank-00000.json"),
         write(run / "checkpoints" / "step-00000010" / "meta.json"),
     )[0],
+    "checkpoints that were fetched, and used as a model": lambda run: (
+        write(run / "checkpoints" / "step-00000010" / "meta.json"),
+        write(run / "converted" / ".lock", ""),
+        write(run / "converted" / "step-00000010-0123456789ab" / "config.json"),
+    )[0],
     "what a mount brings": lambda run: write(run / "lost+found" / "x"),
 }
 NOT_OURS: dict[str, Callable[[Path], None]] = {
@@ -50,6 +55,7 @@ NOT_OURS: dict[str, Callable[[Path], None]] = {
     "a home": lambda run: write(run / ".bashrc"),
     "a project": lambda run: write(run / "src" / "main.py"),
     "checkpoints of others": lambda run: write(run / "checkpoints" / "last.ckpt"),
+    "conversions of others": lambda run: write(run / "converted" / "talk.mp4"),
     "logs": lambda run: write(run / "logs" / "train-1.out"),
     "a history of others": lambda run: write(run / "history.jsonl", '{"version": 1}\n'),
     "a lock of others": lambda run: write(run / ".lock", "poetry"),
