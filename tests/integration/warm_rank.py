@@ -23,12 +23,17 @@ def train(world: World, config: str, overrides: list[str], output: str, folder: 
     """Train a run to its end; what went wrong, if anything."""
     os.chdir(folder)
     settings = load_config(Path(config), tuple(overrides))
+    before = os.dup(2)
     with Path(output).open("a") as file, redirect_stdout(file), redirect_stderr(file):
+        os.dup2(file.fileno(), 2)  # a file in the run's folder may be there if it is printed to
         try:
             pulse = Pulse(settings.run, settings.hardware, world)
             train_run(settings, world, StopRequest(None), pulse, Path(config))
         except (Exception, SystemExit):  # noqa: BLE001 (the test says what it was)
             return traceback.format_exc()
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
     return None
 
 

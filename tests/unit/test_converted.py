@@ -43,7 +43,9 @@ def test_a_run_becomes_what_convert_makes_of_it_once(
 ) -> None:
     convert_full(run, tmp_path / "by hand", "float32")
     first = model_folder(run)
-    assert contents(first) == contents(tmp_path / "by hand")
+    by_hand = contents(tmp_path / "by hand")
+    by_hand.pop(".megaback.json", None)  # of a folder that --overwrite may replace
+    assert contents(first) == by_hand
     stamps = {path: path.stat().st_mtime_ns for path in first.iterdir()}
     checkpoint = next((run / "checkpoints").glob("step-*"))
     assert {model_folder(path) for path in (run, str(run), checkpoint, run / "checkpoints")} == {
