@@ -1,4 +1,4 @@
-"""The documents in the bytes of one file: a text, lines of JSON, a JSON array, or an HTML page.
+"""The documents in the bytes of one file: a text, JSON in lines or otherwise, or an HTML page.
 
 The bytes come decompressed, from a file of its own or from within an archive.
 """
@@ -10,7 +10,7 @@ from pathlib import PurePath
 from data_pipeline.encodings import as_utf8, encoding_of
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
 from data_pipeline.html_text import html_text
-from data_pipeline.json_array import read_array
+from data_pipeline.json_array import read_array, read_values
 from data_pipeline.json_lines import lines, not_decodable, parse_record, require_object
 from data_pipeline.slices import AnyColumns, Document, OnBadRecord, documents_of
 
@@ -77,8 +77,10 @@ def _records(shown: str, chunks: Iterator[bytes]) -> Iterator[tuple[str, object]
             if head:
                 break
         chunks = itertools.chain([head], chunks)
-        if head.startswith(b"["):
-            for number, element in read_array(chunks, shown):
+        # As pretty printers write an object; a record in one line is not begun so.
+        is_spread = head.partition(b"\n")[0].rstrip() == b"{"
+        if is_spread or head.startswith(b"["):
+            for number, element in (read_values if is_spread else read_array)(chunks, shown):
                 yield f" element {number}", element
             return
     for line_number, line in lines(chunks):

@@ -71,6 +71,8 @@ class ExampleColumns:
         if messages is not None:
             return read_messages(messages, self.messages, where)
         if not {self.instruction, self.output} <= record.keys():
+            if self.messages in record:
+                raise _bad_value(None, self.messages, "a list of messages", where)
             missing = f"{where}: {self._missing(record)}"
             place = missing.replace("; ", ", ")  # what would help is told with the place
             raise BadRecordError(

@@ -1,4 +1,4 @@
-"""The elements of a JSON array that is a whole file, one after another.
+"""JSON values that are not a line each: elements of an array, or objects over several lines.
 
 Memory is bounded by a few times the longest element, not by the file.
 """
@@ -38,6 +38,15 @@ def read_array(chunks: Iterator[bytes], shown: str) -> Iterator[tuple[int, Any]]
             text.require(",", shown, number)
     if text.peek():
         raise _malformed(shown, number, "something follows the array")
+
+
+def read_values(chunks: Iterator[bytes], shown: str) -> Iterator[tuple[int, Any]]:
+    """Values one after another, with their numbers, from 1. Raises as `read_array`."""
+    text = _Text(chunks)
+    number = 0
+    while text.peek():
+        number += 1
+        yield number, text.element(shown, number)
 
 
 class _Text:
@@ -111,6 +120,6 @@ class _Text:
 
 def _malformed(shown: str, number: int, reason: str) -> SourceUnreadableError:
     return SourceUnreadableError(
-        f"{shown}: not a valid JSON array (at element {number}: {reason}); fix the file, or write "
-        "one object per line"
+        f"{shown}: not valid JSON (at element {number}: {reason}); fix the file, or write one "
+        "object per line"
     )

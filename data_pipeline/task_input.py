@@ -15,6 +15,12 @@ from data_pipeline.sources import read_slice
 
 BAD_RECORD = "bad_record"
 """The name of malformed records in `left_out`."""
+TOO_LONG = "too_long"
+_EXAMPLES_LEFT_OUT = {
+    "empty": "example without an instruction or a response",
+    "length": "example that --min-characters or --max-characters leaves out",
+    TOO_LONG: "example longer than --context-tokens",
+}
 
 
 def hash_fraction(eight_bytes: bytes) -> float:
@@ -33,6 +39,7 @@ class Passed:
     pass_number: int
     split: int | None
     """The number of its set, if its text does not decide that."""
+    position: str
 
 
 @dataclass
@@ -46,6 +53,14 @@ class LeftOut:
     def add(self, other: "LeftOut") -> None:
         self.counts.update(other.counts)
         add_skipped(self.skipped, other.skipped)
+
+
+def left_out_by(name: str, position: str) -> LeftOut:
+    """A document that a filter left out; of an example, the place is noted too."""
+    left_out = LeftOut(Counter([name]))
+    if position:
+        count_skipped(left_out.skipped, PARTS, _EXAMPLES_LEFT_OUT.get(name, name), position)
+    return left_out
 
 
 def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
@@ -73,7 +88,8 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
                 yield left_out
                 left_out = LeftOut()
             if reason := settings.why_left_out(document):
-                yield LeftOut(Counter([reason]))
+                is_example = document.response is not None
+                yield left_out_by(reason, document.position if is_example else "")
                 continue
             content = document.content
             sha256 = hashlib.sha256(content).digest()
@@ -81,8 +97,13 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
                 yield LeftOut(Counter(["weight"]))
                 continue
             yield Passed(
-                *(document.text, document.response, len(content)),
-                *(sha256, portion.pass_number, split),
+                document.text,
+                document.response,
+                len(content),
+                sha256,
+                portion.pass_number,
+                split,
+                document.position,
             )
         if left_out.skipped:
             yield left_out

@@ -11,7 +11,6 @@ writes down for each document what `selection.py` must know to choose.
 import hashlib
 import json
 import struct
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -34,7 +33,15 @@ from data_pipeline.progress import Counts, no_counts
 from data_pipeline.settings import BuildSettings
 from data_pipeline.shard_format import ShardWriter
 from data_pipeline.skipped import Skipped, merged, skipped_from_json
-from data_pipeline.task_input import BAD_RECORD, LeftOut, Passed, hash_fraction, read_task
+from data_pipeline.task_input import (
+    BAD_RECORD,
+    TOO_LONG,
+    LeftOut,
+    Passed,
+    hash_fraction,
+    left_out_by,
+    read_task,
+)
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.val_hashes import LowestHashes
 
@@ -215,7 +222,7 @@ def _encoded(
                 continue
             of_item = next(encoded)
             is_too_long = row_tokens is not None and len(of_item.ids) > row_tokens
-            yield LeftOut(Counter(["too_long"])) if is_too_long else (item, of_item)
+            yield left_out_by(TOO_LONG, item.position) if is_too_long else (item, of_item)
 
 
 def _encode_documents(passed: Sequence[Passed], codec: TextCodec) -> Iterator[_Encoded]:

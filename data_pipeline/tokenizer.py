@@ -331,8 +331,8 @@ def main(
         f"bytes/token  {report.bytes_per_token:.2f}\n"
         f"coverage     {report.coverage:.4%} of the text's bytes without byte pieces\n"
         f"longest      {', '.join(map(repr, report.longest_pieces[:5]))}\n"
-        f"{''.join(f'left out     {line}' + chr(10) for line in skipped_lines(report.skipped))}"
-        f"written to   {model_path}"
+        + "".join(f"{line}\n" for line in skipped_lines(report.skipped))
+        + f"written to   {model_path}"
     )
     show_next({command("shards", "build", *words, "--tokenizer", model_path, "--out", shards): ""})
 

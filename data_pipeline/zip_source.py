@@ -10,6 +10,7 @@ from pathlib import PurePath
 
 from data_pipeline.content import read_content
 from data_pipeline.files import DataFile, kind_of, suffix_of
+from data_pipeline.html_text import require_html_reader
 from data_pipeline.json_lines import corrupt, decompressed
 from data_pipeline.slices import AnyColumns, Columns, Document, OnBadRecord, Slice
 
@@ -44,9 +45,11 @@ def zip_members(file: DataFile, *, html: bool) -> tuple[list[Member], list[tuple
 def list_zip_slices(file: DataFile, address: str, columns: AnyColumns) -> tuple[list[Slice], bool]:
     """Slices of about 64 MiB of what is read; second: whether it has columns.
 
-    Raises OSError, SourceUnreadableError.
+    Raises OSError, SourceUnreadableError, BackendError.
     """
     members, _ = zip_members(file, html=_reads_html(columns))
+    if any(member.kind == "html" for member in members):
+        require_html_reader()
     slices = []
     start = size_bytes = 0
     for stop, member in enumerate(members, start=1):

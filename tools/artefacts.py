@@ -25,6 +25,7 @@ from data_pipeline.manifest import DICTIONARY_NAME, MANIFEST_NAME, SPLITS, TOKEN
 from data_pipeline.next_command import command, free_path, override
 from data_pipeline.plan import PLAN_NAME, Plan
 from data_pipeline.shard_format import ShardReader
+from data_pipeline.skipped import num_skipped
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.tokenizer import REPORT_NAME
 from data_pipeline.train_command import train_commands
@@ -103,7 +104,12 @@ def _data_set(folder: Path, verify: bool) -> Artefact:
     return Artefact(
         kind,
         folder,
-        {**data_set_facts(folder, manifest), **splits, "left_out": manifest.left_out},
+        {
+            **data_set_facts(folder, manifest),
+            **splits,
+            "left_out": manifest.left_out,
+            "skipped": {kind: num_skipped(manifest.skipped, kind) for kind in manifest.skipped},
+        },
         f"{len(manifest.shards)} shards and the tokenizer, "
         + ("decoded and hashed" if verify else "by size; the tokenizer by its hash"),
         {

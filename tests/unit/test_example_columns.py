@@ -173,6 +173,7 @@ def test_messages_in_sharegpts_words_are_read() -> None:
         ({"instruction": 1, "output": "x"}, "'instruction' is of type int, not text"),
         ({"instruction": "x", "output": None}, "'output' is null, not text"),
         ({"instruction": "x", "input": [], "output": "x"}, "'input' is of type list, not text"),
+        ({"messages": None, "id": 1}, "'messages' is null, not a list of messages"),
         ({"messages": "hello"}, "'messages' is of type str, not a list of messages"),
         ({"messages": ["hello"]}, "'messages' is of type str, not a list of messages"),
         ({"messages": [{"role": "user"}]}, "(exchange whose question has no text)"),

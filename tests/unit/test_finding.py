@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,17 @@ from pathlib import Path
 import pytest
 import zstandard
 from build_helpers import Codecs, build_here, documents_of, make_settings
+from click.testing import CliRunner
 from remote_helpers import FileServer
 
-from data_pipeline.errors import OutputExistsError, SourceMissingError, SourceUnreadableError
+from data_pipeline import plan
+from data_pipeline.errors import (
+    BackendError,
+    OutputExistsError,
+    SourceMissingError,
+    SourceUnreadableError,
+)
+from data_pipeline.plan import Plan
 from data_pipeline.slices import Columns, Document
 from data_pipeline.sources import list_source, read_slice
 
@@ -281,6 +290,24 @@ def test_the_main_text_of_html_pages_is_read_on_request(tmp_path: Path) -> None:
     assert page.startswith("The old captain sold")
     assert "Home" not in page
     assert text == "text"
+
+
+def test_html_without_its_reader_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trafilatura", None)
+    (tmp_path / "a.html").write_text(PAGE)
+    write_zip(tmp_path / "b.zip", {"a.html": PAGE.encode()})
+    for name in ("a.html", "b.zip"):
+        with pytest.raises(BackendError, match=r"--html needs trafilatura.*megaback\[html\]"):
+            list_source(str(tmp_path / name), Columns(html=True))
+
+
+def test_a_plan_tells_what_it_leaves_out(tmp_path: Path, tokenizer_path: Path) -> None:
+    given = ["--source", str(write_mixture(tmp_path / "data")), "--tokenizer", str(tokenizer_path)]
+    result = CliRunner().invoke(plan.main, [*given, "--out", str(tmp_path / "out")])
+    assert "2 files left out: suffix .pdf is not read" in result.stdout
+    assert Plan.load(tmp_path / "out").skipped["files"]["hidden"].count == 2
 
 
 def test_what_is_left_out_is_in_the_manifest_whatever_the_number_of_workers(

@@ -128,6 +128,10 @@ def test_what_is_left_out_is_counted_by_its_reason(
     source = write_records(tmp_path / "rows.jsonl", [*rows[:20], *bad])
     manifest = build_here(settings_of(source, codec()), codec(), tmp_path / "out")
     assert manifest.left_out == {"bad_record": 2, "empty": 2, "too_long": 1}
+    assert {cause: tally.first for cause, tally in manifest.skipped["parts"].items()} == {
+        "example longer than --context-tokens": ("rows.jsonl:23",),
+        "example without an instruction or a response": ("rows.jsonl:21", "rows.jsonl:22"),
+    }
     assert sum(manifest.total(split)["documents"] for split in SPLITS) == 20
     stopping = settings_of(source, codec(), on_bad_record="stop")
     with pytest.raises(BadRecordError, match=r"rows\.jsonl:24"):

@@ -126,9 +126,22 @@ def test_an_array_is_read_as_json_reads_it_however_it_is_cut(
 )
 def test_a_malformed_array_is_unreadable(tmp_path: Path, data: str, reason: str) -> None:
     (tmp_path / "a.json").write_text(data)
-    with pytest.raises(SourceUnreadableError, match=r"a\.json: not a valid JSON array") as caught:
+    with pytest.raises(SourceUnreadableError, match=r"a\.json: not valid JSON \(at") as caught:
         read(tmp_path, skips_bad=True)
     assert reason in str(caught.value)
+
+
+def test_objects_over_several_lines_are_read(tmp_path: Path) -> None:
+    records = [{"text": "one", "tags": []}, {"text": "two"}]
+    spread = "\n".join(json.dumps(record, indent=2) for record in records)
+    (tmp_path / "a.json").write_text(spread)
+    assert read(tmp_path)[0] == [
+        Document("one", "a.json element 1"),
+        Document("two", "a.json element 2"),
+    ]
+    (tmp_path / "a.json").write_text(spread[:-3])
+    with pytest.raises(SourceUnreadableError, match=r"a\.json: not valid JSON \(at element 2"):
+        read(tmp_path)
 
 
 def test_elements_that_are_no_records_are_named_by_their_number(tmp_path: Path) -> None:
