@@ -161,7 +161,7 @@ def _find_local(path: Path) -> _Found:
     found = _Found()
     for match in sorted({os.path.abspath(match) for match in matches}):  # noqa: PTH100
         if not os.path.lexists(match):
-            continue  # so many links round in a circle that the system gives up
+            continue  # a path with more links than the system follows: a loop of links
         if not os.path.isdir(match):  # noqa: PTH112
             found.files.append(match)
         else:

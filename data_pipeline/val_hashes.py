@@ -4,7 +4,7 @@ import heapq
 
 MIN_VAL_DOCUMENTS = 10
 KEY_BITS = 53
-"""So many bits of a hash are compared: a fraction of them is exact as a float."""
+"""Bits of a hash that are compared: their fraction is exact as a float."""
 NOTE_SHIFT = 64 - KEY_BITS
 
 

@@ -51,11 +51,13 @@ def with_val_minimum(
     last = _last_hash(sum(of_tasks, Counter()), num_val, num_documents)
     if last is None:
         return list(tasks), list(records)
-    raised = replace(settings, val_fraction=(last + 1) / 2.0**KEY_BITS)
+    # As a float, the hash of a text may be rounded up to the next of the fractions compared here.
+    stop = last + 2
+    raised = replace(settings, val_fraction=stop / 2.0**KEY_BITS)
     changed = {
         number: replace(tasks[number], index=num_planned + tasks[number].index, settings=raised)
         for number, hashes in enumerate(of_tasks)
-        if hashes and min(hashes) <= last
+        if hashes and min(hashes) < stop
     }
     done = {number: finished_record(task, out) for number, task in changed.items()}
     waiting = [number for number, record in done.items() if record is None]

@@ -77,6 +77,14 @@ def test_the_lowest_hashes_are_the_val_set_where_the_fraction_gives_too_few(
     verify_data_set(tmp_path / "shards", workers=1)
 
 
+def test_a_hash_that_a_float_rounds_up_is_in_the_val_set(codec: Codecs, tmp_path: Path) -> None:
+    """As is that of "row 5", the third lowest one here."""
+    texts = [f"row {number}" for number in range(30)]
+    source = write_source(tmp_path / "source", texts, 1)
+    build_here(make_settings(source, codec(), val_fraction=0.01), codec(), tmp_path / "shards")
+    assert sorted(documents_of(tmp_path / "shards")["val"]) == ["row 25", "row 5", "row 7"]
+
+
 def test_a_fraction_that_gives_enough_changes_no_byte(
     source: Path, codec: Codecs, finished: Path
 ) -> None:
