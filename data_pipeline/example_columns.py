@@ -74,7 +74,7 @@ class ExampleColumns:
             if self.messages in record:
                 raise _bad_value(None, self.messages, "a list of messages", where)
             missing = f"{where}: {self._missing(record)}"
-            place = missing.replace("; ", ", ")  # what would help is told with the place
+            place = missing.replace("; ", ", ")  # the advice goes with the place
             raise BadRecordError(
                 f"{missing}, or remove the record", "no columns with examples", place
             )

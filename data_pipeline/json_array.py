@@ -105,7 +105,7 @@ class _Text:
                     return value
 
     def _read(self, least: int) -> bool:
-        """Hold at least so many more characters, if there are; False if there are none."""
+        """Hold at least `least` more characters, if there are; False if there are none."""
         parts = [self._buffer[self._start :]]
         self._start = 0
         wanted = max(least, _MIN_READ_CHARACTERS)
