@@ -54,10 +54,11 @@ class DevicePool:
         self._processes: set[BaseProcess] = set()
         if len(devices) > 1:
             hush_tracker()
-            self._pools = [
-                ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_worker)
-                for _ in devices
-            ]
+            with safe_child_imports():  # the tracker of semaphores is a process, too
+                self._pools = [
+                    ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_worker)
+                    for _ in devices
+                ]
         self._turns = cycle(range(len(devices)))
 
     def submit(self, continuations: Sequence[Continuation]) -> "Future[list[float]]":

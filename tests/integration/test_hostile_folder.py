@@ -33,6 +33,19 @@ sys.meta_path.append(Finder)
 sys.path.append(PIPELINE)
 runpy.run_module("megaback", run_name="__main__", alter_sys=True)
 """
+SCORE = """
+from pathlib import Path
+import torch
+from data_pipeline.errors import CheckpointMissingError
+from megaback.device_pool import DevicePool
+from megaback.likelihood import Continuation
+if __name__ == "__main__":
+    with DevicePool(Path("absent"), [torch.device("cpu")] * 2) as pool:
+        try:
+            pool.result(pool.submit([Continuation((1,), (2,))]))
+        except CheckpointMissingError:
+            print("no model")
+"""
 
 
 def run_in(folder: Path, *words: object) -> "subprocess.CompletedProcess[str]":
@@ -86,10 +99,15 @@ def test_workers_of_a_build_are_of_what_is_installed(
 ) -> None:
     if sys.version_info < (3, 11):
         pytest.skip("multiprocessing cannot keep the working directory out before Python 3.11")
+    # Those of several devices, too.
+    scored = run_in(hostile, sys.executable, "-P", "-c", SCORE)
+    assert (scored.returncode, scored.stdout) == (0, "no model\n"), scored.stderr
+    assert "the working directory was imported" not in scored.stderr
     words = ("--source", tiny_text_folder, "--tokenizer", tokenizer_path, "--out", "shards")
     done = run_in(hostile, MEGABACK, "shards", "build", *words, "--workers", 2)
 
     assert done.returncode == 0, done.stderr
+    assert "the working directory was imported" not in done.stderr
     assert (hostile / "shards" / "manifest.json").is_file()
 
 
