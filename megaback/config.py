@@ -37,9 +37,14 @@ def _as_word(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _kinds(annotation: Any) -> list[Any]:
+    """A type and all that it is made of: `Annotated[int, …] | None` has an int in it."""
+    return [annotation, *(kind for part in get_args(annotation) for kind in _kinds(part))]
+
+
 def _as_number(value: Any, annotation: Any) -> Any:
-    kinds = {annotation, *get_args(annotation)}
-    if isinstance(value, bool) and bool not in kinds and (kinds & {int, float} or 1 in kinds):
+    kinds = _kinds(annotation)
+    if isinstance(value, bool) and bool not in kinds and any(x in kinds for x in (int, float, 1)):
         return str(value).lower()  # which the field refuses; true would be 1
     if isinstance(value, str) and int in kinds and _WHOLE.fullmatch(value):
         number = float(value.replace("_", ""))
