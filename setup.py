@@ -60,6 +60,7 @@ setup(
         "tensorboard": ["tensorboard>=2.15"],
         "infill-benchmark": ["sacrebleu>=2.4"],
         "dev": [
+            "accelerate>=1.0",
             "fastapi>=0.115",
             "gguf>=0.17",
             "httpx>=0.27",
@@ -67,6 +68,7 @@ setup(
             "matplotlib>=3.8",
             "mypy>=1.13",
             "openai>=1.50",
+            "peft>=0.15",
             "playwright>=1.48",
             "prometheus-client>=0.20",
             "pytest>=8.2",

@@ -2,7 +2,8 @@
 
 This is what `megaback convert` writes (`--to full`, and `--to hf`, whose config.json is that of
 transformers with a section of ours) and what sampling and `init_from` read. It holds no pickle.
-config.json is written last: a folder without it is no model.
+config.json is written last: a folder without it is no model. What others made of such a folder, by
+training it or merging weights into it, is read too, and said to be changed.
 """
 
 import hashlib
@@ -30,14 +31,20 @@ from megaback.config import ModelSection
 from megaback.model import ReverseGPT
 from megaback.sampler import Sampler
 from megaback.stock_config import from_stock, is_stock
-from megaback.tensor_file import SizeAndHash, Spec
-from megaback.weight_files import StoredWeights, verify_weights, write_weights
+from megaback.tensor_file import Spec
+from megaback.weight_files import StoredWeights, read_sums, write_weights
 from megaback.weight_names import require_exact
 
 CONFIG_NAME = "config.json"
+HF_TOKENIZER_NAME = "megaback.spm"
+"""The SentencePiece model in a folder for transformers. Under a name that ends with .model, stock
+classes would take it for one that reads forward."""
 STOCK_SECTION = "megaback"
 _FORMAT_NAME = "megaback-model"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
+_HASHES_IN_CONFIG_VERSION = 2
+"""Of folders whose config.json held the hashes of their weights."""
+_ADAPTER_NAME = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class ModelDescription:
     on_examples: bool = False
     """Whether instruction examples were trained on, as of BackChat."""
 
-    def to_fields(self, files: Mapping[str, SizeAndHash]) -> dict[str, Any]:
+    def to_fields(self) -> dict[str, Any]:
         """What config.json says in our words."""
         return {
             "format": _FORMAT_NAME,
@@ -67,7 +74,6 @@ class ModelDescription:
             "step": self.step,
             "val_loss": self.val_loss,
             "on_examples": self.on_examples,
-            "files": files,
         }
 
 
@@ -80,14 +86,30 @@ def write_model_folder(
     most_file_bytes: int,
 ) -> None:
     """Write a model folder, a tensor at a time; the caller gives it its final name."""
-    files = write_weights(folder, specs, tensor_of, most_file_bytes)
+    write_weights(folder, specs, tensor_of, most_file_bytes)
     with replacing(folder / TOKENIZER_NAME) as file:
         file.write(tokenizer)
-    write_text(folder / CONFIG_NAME, json.dumps(description.to_fields(files), indent=2) + "\n")
+    write_text(folder / CONFIG_NAME, json.dumps(description.to_fields(), indent=2) + "\n")
+
+
+def tokenizer_of(folder: Path) -> Path:
+    """The SentencePiece model of a model's folder. Raises TokenizerError."""
+    for name in (HF_TOKENIZER_NAME, TOKENIZER_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    raise TokenizerError(
+        f"the model {folder} has no tokenizer ({TOKENIZER_NAME}, or {HF_TOKENIZER_NAME} for "
+        "transformers); copy it from the folder that the model was made from"
+    )
 
 
 def _config_fields(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
+    if not path.is_file() and (folder / _ADAPTER_NAME).is_file():
+        raise CheckpointMissingError(
+            f"{folder} holds an adapter, not a model; merge it in peft (`merge_and_unload()`, "
+            "`save_pretrained(DIR)`), save its tokenizer to DIR too, and name that folder"
+        )
     if not path.is_file():
         raise CheckpointMissingError(
             f"{folder} is not a model's folder (it has no {CONFIG_NAME}); name one that "
@@ -133,9 +155,10 @@ def read_description(folder: Path) -> ModelDescription:
     if fields is None:
         return _describe_foreign(folder)
     try:
-        if (fields["format"], fields["version"]) != (_FORMAT_NAME, _FORMAT_VERSION):
+        known = (_HASHES_IN_CONFIG_VERSION, _FORMAT_VERSION)
+        if fields["format"] != _FORMAT_NAME or fields["version"] not in known:
             raise ValueError("another format or version")
-        return ModelDescription(
+        description = ModelDescription(
             ModelSection.model_validate(fields["model"]),
             fields["vocab_size"],
             fields["context_tokens"],
@@ -146,12 +169,35 @@ def read_description(folder: Path) -> ModelDescription:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _no_description(path, error) from None
+    _require_agreement(description, _config_fields(folder), path)
+    return description
+
+
+def _require_agreement(description: ModelDescription, fields: dict[str, Any], path: Path) -> None:
+    """Raises RunMismatchError where transformers would make another model of a config.json."""
+    if not is_stock(fields):
+        return
+    ours = {"vocab_size": description.vocab_size, **description.shape.architecture()}
+    shape = from_stock(fields, str(path))
+    theirs = {"vocab_size": fields.get("vocab_size"), **shape.architecture()}
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise RunMismatchError(
+                f"{path} was changed: {name} is {theirs[name]} for transformers and {value} in its "
+                f"section {STOCK_SECTION!r}; megaback reads what keeps the shape of its model"
+            )
 
 
 def _describe_foreign(folder: Path) -> ModelDescription:
     """A Llama's or Qwen3's folder with a SentencePiece model."""
     fields = _config_fields(folder)
     shape = from_stock(fields, str(folder / CONFIG_NAME))
+    if (folder / HF_TOKENIZER_NAME).is_file():
+        raise CheckpointCorruptError(
+            f"{folder / CONFIG_NAME} has lost its section {STOCK_SECTION!r}, without which nobody "
+            "knows in which direction the model reads; copy it from the config.json of the folder "
+            "that the model was made from"
+        )
     try:
         tokenizer = (folder / TOKENIZER_NAME).read_bytes()
     except OSError as error:
@@ -173,24 +219,38 @@ def _describe_foreign(folder: Path) -> ModelDescription:
         raise _no_description(folder / CONFIG_NAME, error) from None
 
 
-def stored_files(folder: Path) -> dict[str, SizeAndHash]:
-    """The files of weights as they were written; none of somebody else's model.
+def open_weights(folder: Path, *, verify: bool = True) -> StoredWeights:
+    """The weights of a folder, with the names of files that others have written.
 
-    Raises CheckpointCorruptError.
+    Without `verify` only headers are read. Raises CheckpointCorruptError when the weights are
+    missing, cut short or altered.
     """
+    stored = StoredWeights(folder)
     fields = _our_fields(folder)
     if fields is None:
-        return {}
+        stored.changed = []  # nobody says that they were ours
+        return stored
+    sizes, sums = _files_in_config(folder, fields)
+    sums |= read_sums(folder)
+    if verify:
+        stored.verify(sums)
+    else:
+        stored.changed = [
+            name for name in stored.changed if sizes.get(name) != (folder / name).stat().st_size
+        ]
+    return stored
+
+
+def _files_in_config(
+    folder: Path, fields: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Bytes and SHA-256 of the files of weights, as earlier versions wrote them."""
     try:
-        return {name: (int(size), str(sha)) for name, (size, sha) in fields["files"].items()}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        files = dict(fields.get("files", {}))
+        sizes = {name: int(size) for name, (size, _) in files.items()}
+        return sizes, {name: str(sha256) for name, (_, sha256) in files.items()}
+    except (ValueError, TypeError) as error:
         raise _no_description(folder / CONFIG_NAME, error) from None
-
-
-def open_weights(folder: Path) -> StoredWeights:
-    """Raises CheckpointCorruptError when the weights are missing, cut short or altered."""
-    verify_weights(folder, stored_files(folder))
-    return StoredWeights(folder)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -199,9 +259,17 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: stored.read(name) for name, _ in stored.shapes()}
 
 
+def shapes_of(description: ModelDescription) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model by name, without the output projection where it is the embeddings."""
+    with torch.device("meta"):
+        model = ReverseGPT(description.shape, description.vocab_size)
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
 def load_weights(model: ReverseGPT, folder: Path) -> None:
     """Fill a model from a folder. Raises CheckpointCorruptError when it holds others' weights."""
     stored = open_weights(folder)
+    stored.report_changed()
     wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     require_exact(folder, stored, wanted, model.shape)
     with torch.no_grad():
@@ -215,8 +283,9 @@ def load_model_folder(
     """A model, with the codec that its texts go through."""
     description = read_description(folder)
     text_format = description.text_format
-    codec = TextCodec.load(folder / TOKENIZER_NAME, text_format.direction, text_format.unit)
-    text_format.require_same(codec.format, f"the model {folder}", f"{folder / TOKENIZER_NAME}")
+    tokenizer = tokenizer_of(folder)
+    codec = TextCodec.load(tokenizer, text_format.direction, text_format.unit)
+    text_format.require_same(codec.format, f"the model {folder}", str(tokenizer))
     if codec.vocab_size != description.vocab_size:
         raise RunMismatchError(
             f"{folder} has a vocabulary of {description.vocab_size} and a tokenizer of "

@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 
 from data_pipeline.chat_format import ChatFormat
 from data_pipeline.errors import PromptError
-from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.pairs import Pair
 from data_pipeline.text import Direction, TextCodec
 from megaback.converted import model_folder
 from megaback.device_pool import DevicePool, choose_devices
 from megaback.likelihood import Continuation, in_packs
-from megaback.model_folder import read_description
+from megaback.model_folder import read_description, tokenizer_of
 
 _Carried = TypeVar("_Carried")
 _PAIRS_AT_ONCE = 2048  # sorted by length among themselves
@@ -210,6 +209,6 @@ def load_scorer(
     folder = model_folder(folder)
     description = read_description(folder)
     text_format = description.text_format
-    codec = TextCodec.load(folder / TOKENIZER_NAME, text_format.direction, text_format.unit)
+    codec = TextCodec.load(tokenizer_of(folder), text_format.direction, text_format.unit)
     encoder = PairEncoder(codec, Form(form), description.context_tokens)
     return Scorer(encoder, DevicePool(folder, choose_devices(device)), with_prior=with_prior)

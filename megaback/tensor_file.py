@@ -25,14 +25,17 @@ SizeAndHash = tuple[int, str]
 
 
 def write_tensors(
-    path: Path, specs: Mapping[str, Spec], tensor_of: Callable[[str], Tensor]
+    path: Path,
+    specs: Mapping[str, Spec],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> SizeAndHash:
     """Write tensors one after another, each from `tensor_of(name)`, and flush them to the disk.
 
-    Returns the file's bytes and SHA-256. Raises OSError; what was written then stays, and is not
-    whole.
+    `metadata`: more of what the header says. Returns the file's bytes and SHA-256. Raises OSError;
+    what was written then stays, and is not whole.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, (dtype, shape) in specs.items():
         num_bytes = dtype.itemsize

@@ -2,10 +2,14 @@
 
 One file is `model.safetensors`; several are `model-00001-of-00003.safetensors` and so on, with
 `model.safetensors.index.json`, which names the file of each tensor. They are written a tensor at a
-time.
+time. Their hashes lie apart, in `SHA256SUMS`, and each file's header says that megaback wrote it.
+Whoever changes a model writes its files anew and leaves both behind: that is how a changed model is
+told from a damaged one.
 """
 
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,14 @@ from torch import Tensor
 
 from data_pipeline.command import write_text
 from data_pipeline.errors import CheckpointCorruptError
-from megaback.tensor_file import SizeAndHash, Spec, size_and_hash, write_tensors
+from megaback.tensor_file import Spec, size_and_hash, write_tensors
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+SUMS_NAME = "SHA256SUMS"
+_MARK = {"written_by": "megaback"}
+"""In the header of each file: other programs do not keep it when they write the file anew."""
+_LOG = logging.getLogger("megaback.weights")
 
 
 def num_bytes_of(spec: Spec) -> int:
@@ -34,10 +42,10 @@ def write_weights(
     specs: Mapping[str, Spec],
     tensor_of: Callable[[str], Tensor],
     most_file_bytes: int,
-) -> dict[str, SizeAndHash]:
-    """Write tensors in order, in files of at most so many bytes of data or of one tensor.
+) -> None:
+    """Write tensors in order, in files of at most `most_file_bytes` of data or of one tensor.
 
-    Returns the bytes and SHA-256 of each file. Raises OSError.
+    The SHA-256 of each file is written too. Raises OSError.
     """
     groups: list[dict[str, Spec]] = [{}]
     size = 0
@@ -52,7 +60,7 @@ def write_weights(
     if count > 1:
         names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     files = {
-        name: write_tensors(folder / name, group, tensor_of)
+        name: write_tensors(folder / name, group, tensor_of, _MARK)
         for name, group in zip(names, groups, strict=True)
     }
     if count > 1:
@@ -63,7 +71,31 @@ def write_weights(
             },
         }
         write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-    return files
+    write_sums(folder, {name: sha256 for name, (_, sha256) in files.items()})
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write the SHA-256 of files as `sha256sum -c SHA256SUMS` reads it."""
+    lines = [f"{sha256}  {name}\n" for name, sha256 in sums.items()]
+    write_text(folder / SUMS_NAME, "".join(lines))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of files by their names; empty where nobody wrote them down.
+
+    Raises CheckpointCorruptError.
+    """
+    path = folder / SUMS_NAME
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        pairs = [line.split(maxsplit=1) for line in lines]
+        return {name.removeprefix("*"): sha256 for sha256, name in pairs}
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise CheckpointCorruptError(
+            f"{path} is not a list of SHA-256 sums and names; convert the model again"
+        ) from None
 
 
 class StoredWeights:
@@ -73,18 +105,31 @@ class StoredWeights:
         """Read the headers. Raises CheckpointCorruptError when a file is missing or cut short."""
         from safetensors import SafetensorError, safe_open
 
+        self.names = self._names_of_files(folder)
+        """The files."""
+        self.changed: list[str] = []
+        """Those that another program has written."""
+        self._folder = folder
         self._files: dict[str, Any] = {}
-        names = self._names_of_files(folder)
-        _require_no_others(folder, names)
-        for name in names:
+        for name in self.names:
+            path = folder / name
+            if not path.is_file():
+                raise CheckpointCorruptError(
+                    f"the model {folder} is damaged: {name} is missing; restore it, or convert the "
+                    "model again"
+                )
             try:
-                file: Any = safe_open(folder / name, framework="pt")
+                file: Any = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointCorruptError(
-                    f"cannot read the weights {folder / name}: {error}; convert them again"
+                    f"the model {folder} is damaged: {name} is cut short or altered ({error}); "
+                    "restore it, or convert the model again"
                 ) from None
             _require_new(folder / name, self._files.keys() & set(file.keys()))
             self._files |= dict.fromkeys(file.keys(), file)
+            if not _MARK.items() <= (file.metadata() or {}).items():
+                self.changed.append(name)
+        _require_no_others(folder, self.names)
 
     @staticmethod
     def _names_of_files(folder: Path) -> list[str]:
@@ -100,6 +145,8 @@ class StoredWeights:
             raise CheckpointCorruptError(
                 f"{index} is not an index of weights ({error}); convert them again"
             ) from None
+        if (folder / WEIGHTS_NAME).is_file() and not any((folder / n).is_file() for n in names):
+            return [WEIGHTS_NAME]  # whoever saved one file in place of several left the index
         return names
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -111,6 +158,36 @@ class StoredWeights:
         """Raises KeyError when there is no such tensor."""
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+    def verify(self, sums: Mapping[str, str]) -> None:
+        """Compare files with their SHA-256. Another program's file that has it is ours after all.
+
+        Raises CheckpointCorruptError for a file that megaback wrote and that has another one.
+        """
+        for name in self.names:
+            if name not in sums:
+                continue
+            if size_and_hash(self._folder / name)[1] == sums[name]:
+                self.changed = [other for other in self.changed if other != name]
+            elif name not in self.changed:
+                raise CheckpointCorruptError(
+                    f"the model {self._folder} is damaged: {name} is not the file that was "
+                    "written; restore it, or convert the model again"
+                )
+
+    def report_changed(self) -> None:
+        """Log which files another program has written, once for all ranks."""
+        if self.changed and os.environ.get("RANK", "0") == "0":
+            _LOG.warning("%s", changed_sentence(self._folder, self.changed))
+
+
+def changed_sentence(folder: Path, changed: list[str]) -> str:
+    """What a person is told about files that are read though megaback did not write them."""
+    shown = changed[0] if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} other files"
+    return (
+        f"megaback: note: {folder} was changed since megaback wrote it (another program wrote "
+        f"{shown}); its weights are used as they are, without a hash to compare them with"
+    )
 
 
 def _require_new(path: Path, twice: set[str]) -> None:
@@ -135,15 +212,3 @@ def _require_no_others(folder: Path, names: Sequence[str]) -> None:
             f"{folder} holds {others[0]} beside {names[0]}, and only the latter would be read; "
             "merge an adapter into its model, or remove what is not meant"
         )
-
-
-def verify_weights(folder: Path, files: Mapping[str, SizeAndHash]) -> None:
-    """Compare sizes and hashes. Raises CheckpointCorruptError."""
-    for name, expected in files.items():
-        path = folder / name
-        found = size_and_hash(path) if path.is_file() else None
-        if found != expected:
-            what = "is missing" if found is None else "is not the file that was written"
-            raise CheckpointCorruptError(
-                f"the model {folder} is damaged: {name} {what}; convert it again"
-            )

@@ -1,7 +1,7 @@
 """A model by tensors, from a checkpoint of any ranks and stage or from a folder."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from megaback.model_folder import (
     ModelDescription,
     open_weights,
     read_description,
+    shapes_of,
+    tokenizer_of,
 )
 from megaback.tensor_file import Spec
 from megaback.weight_names import require_exact
@@ -52,12 +54,6 @@ def open_source(path: Path) -> WeightSource:
     return _from_folder(path) if (path / CONFIG_NAME).is_file() else open_checkpoint(path)
 
 
-def _shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = ReverseGPT(description.shape, description.vocab_size)
-    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-
-
 def open_checkpoint(path: Path) -> WeightSource:
     """Verify the checkpoint that a path means. Raises what `find_checkpoint` does."""
     target, meta = find_checkpoint(path)
@@ -72,7 +68,7 @@ def open_checkpoint(path: Path) -> WeightSource:
         on_examples=meta.on_examples,
     )
     saved = saved_state(target, meta, WEIGHTS_PREFIX)
-    shapes = _shapes(description)
+    shapes = shapes_of(description)
     differing = saved.differences({(WEIGHT, name): prod(shapes[name]) for name in shapes})
     if differing:
         raise CheckpointCorruptError(
@@ -91,8 +87,9 @@ def open_checkpoint(path: Path) -> WeightSource:
 def _from_folder(folder: Path) -> WeightSource:
     description = read_description(folder)
     stored = open_weights(folder)
-    shapes = _shapes(description)
-
+    stored.report_changed()
+    if stored.changed:
+        description = replace(description, val_loss=None)  # it was of other weights
+    shapes = shapes_of(description)
     require_exact(folder, stored, shapes, description.shape)
-    tokenizer = (folder / TOKENIZER_NAME).read_bytes()
-    return WeightSource(description, tokenizer, shapes, stored.read)
+    return WeightSource(description, tokenizer_of(folder).read_bytes(), shapes, stored.read)

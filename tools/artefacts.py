@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from megaback.checkpoint import CheckpointMeta
 
 _GGUF_NAME, _GGUF_MAGIC = "model.gguf", b"GGUF"
-_GGUF_SUMS = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def look_at(path: Path, *, verify: bool) -> Artefact:
 
 
 def _look_at_file(path: Path, verify: bool) -> Artefact:
-    if path.name == TOKENIZER_NAME or path.suffix == ".model":
+    if path.name == TOKENIZER_NAME or path.suffix in (".model", ".spm"):
         return _tokenizer(path, verify)
     if path.suffix == ".gguf":
         return _gguf(path, verify)
@@ -292,22 +291,21 @@ def _checkpoints(folder: Path, verify: bool) -> Artefact:
 
 
 def _model(folder: Path, verify: bool) -> Artefact:
-    from megaback.model_folder import open_weights, read_description, stored_files
+    from megaback.model_folder import open_weights, read_description, shapes_of, tokenizer_of
+    from megaback.weight_names import require_exact
 
     description = read_description(folder)
-    files = stored_files(folder)
-    if verify:
-        open_weights(folder)
-    for name, (num_bytes, _) in files.items():
-        _require_size(folder / name, num_bytes, CheckpointCorruptError, "convert it again")
+    stored = open_weights(folder, verify=verify)
+    require_exact(folder, stored, shapes_of(description), description.shape)
     if description.is_foreign:
         kind, checked = "model of another library", "its config and tokenizer"
     else:
         is_hf = (folder / "tokenizer_config.json").is_file()
         kind = "model for transformers (--to hf)" if is_hf else "model (--to full)"
-        checked = f"{len(files)} files of weights, " + ("by their hashes" if verify else "by size")
+        how = "by their hashes" if verify and not stored.changed else "by size"
+        checked = f"{len(stored.names)} files of weights, {how}"
     codec = TextCodec.load(
-        folder / TOKENIZER_NAME, description.text_format.direction, description.text_format.unit
+        tokenizer_of(folder), description.text_format.direction, description.text_format.unit
     )
     description.text_format.require_same(codec.format, f"the model {folder}", "its tokenizer")
     shape = description.shape
@@ -320,7 +318,8 @@ def _model(folder: Path, verify: bool) -> Artefact:
             "vocab_size": description.vocab_size,
             "context_tokens": description.context_tokens,
             "step": description.step,
-            "val_loss": description.val_loss,
+            "val_loss": None if stored.changed else description.val_loss,
+            "changed": [f"{name} (by another program)" for name in stored.changed] or None,
         },
         checked,
         {}
@@ -358,7 +357,7 @@ def _gguf(path: Path, verify: bool) -> Artefact:
         checked = "its metadata and where its tensors lie"
     if verify:
         _require_sum(path)
-        checked = f"by its hash in {_GGUF_SUMS}"
+        checked = "by its hash in SHA256SUMS"
     return Artefact(
         "model for llama.cpp (--to gguf)",
         path,
@@ -369,12 +368,12 @@ def _gguf(path: Path, verify: bool) -> Artefact:
 
 def _require_sum(path: Path) -> None:
     from megaback.tensor_file import size_and_hash
+    from megaback.weight_files import SUMS_NAME, read_sums
 
-    sums = path.with_name(_GGUF_SUMS)
+    sums = path.with_name(SUMS_NAME)
     if not sums.is_file():
         raise CheckpointMissingError(f"{sums} is not there, so {path.name} cannot be verified")
-    expected = dict(line.split()[::-1] for line in sums.read_text(encoding="utf-8").splitlines())
-    if expected.get(path.name) != size_and_hash(path)[1]:
+    if read_sums(path.parent).get(path.name) != size_and_hash(path)[1]:
         raise CheckpointCorruptError(
             f"{path} is not the file that was written; convert the model again"
         )

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.command import write_text
 from data_pipeline.errors import BackendError, StorageError
 from megaback.config import ModelSection
 from megaback.tensor_file import size_and_hash
+from megaback.weight_files import write_sums
 from megaback.weight_names import HEAD_NAME
 from megaback.weight_source import WeightSource
 
@@ -82,7 +82,7 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
     finally:
         writer.close()
     _, digest = size_and_hash(path)
-    write_text(folder / "SHA256SUMS", f"{digest}  {GGUF_NAME}\n")
+    write_sums(folder, {GGUF_NAME: digest})
 
 
 def gguf_name_of(name: str) -> str:

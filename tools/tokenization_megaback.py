@@ -4,24 +4,39 @@
 it from there (`trust_remote_code=True`). It needs transformers and sentencepiece, not megaback.
 `tokenizer(text)` gives ids in the order in which the model reads them, after the begin marker;
 `tokenizer.decode(ids)` gives the text in the order in which a person does. No text becomes a
-control id, whatever it spells.
+control id, whatever it spells. Sides of padding and truncation are those of ids: with a backward
+model, the left ones are the last ones of the text. What cannot be right raises an error.
 """
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizer
+from transformers import LogitsProcessor, LogitsProcessorList, Pipeline, PreTrainedTokenizer
 
 _SPACE_SYMBOL = "\u2581"
 _STOP_PIECE = "<|im_end|>"
+_REFUSAL_NAME = "tokenizer.json"
+"""Lies beside the vocabulary, and no library can load it: none takes this for a stock tokenizer."""
 # What SentencePiece cannot give back is spelled in byte pieces.
 _SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")
 _RUNS = re.compile(r"\s+|\S+")
+_OTHER_SIDE = {"only_first": "only_second", "only_second": "only_first"}
+# Parts of transformers that take for granted that text grows at its end, and what to use instead.
+_FORWARD_ONLY = {
+    "transformers.pipelines.text_generation": "the stock text-generation pipeline, which puts new "
+    "text behind the given one: use pipeline('text-generation', model=FOLDER, "
+    "trust_remote_code=True), or prompt() and decode()",
+    "transformers.generation.streamers": "a TextStreamer: this model's text grows at its beginning;"
+    " decode the whole list of ids when it is written",
+    "transformers.generation.stopping_criteria": "stop_strings, which are looked for at the end of "
+    "a text: look for them in the decoded text",
+}
 
 
 def reverse_words(text: str) -> str:
@@ -29,30 +44,52 @@ def reverse_words(text: str) -> str:
     return "".join(reversed(_RUNS.findall(text)))
 
 
-class FirstIds(LogitsProcessor):  # type: ignore[misc]
-    """Lets the first new id be one of a few, so that the given text stays whole."""
+class PromptRules(LogitsProcessor):  # type: ignore[misc]
+    """Keeps the given text whole at the first new id, and ends rows where the context does."""
 
-    def __init__(self, given_tokens: int, first_ids: list[int]) -> None:
+    def __init__(
+        self,
+        given_tokens: int,
+        first_ids: list[list[int] | None],
+        context_tokens: int,
+        end_id: int,
+    ) -> None:
+        """`first_ids`: those that may come first in each row; None for any."""
         self.given_tokens = given_tokens
         self.first_ids = first_ids
+        self.context_tokens = context_tokens
+        self.end_id = end_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[-1] != self.given_tokens:
+        is_first = input_ids.shape[-1] == self.given_tokens
+        is_last = input_ids.shape[-1] >= self.context_tokens - 1
+        if not is_first and not is_last:
             return scores
         allowed = torch.full_like(scores, -torch.inf)
-        allowed[:, self.first_ids] = 0
+        rows_each = max(
+            1, len(scores) // len(self.first_ids)
+        )  # beams, or several samples of a prompt
+        for row in range(len(scores)):
+            first_ids = self.first_ids[row // rows_each] if is_first else [self.end_id]
+            allowed[row, slice(None) if first_ids is None else first_ids] = 0
         return scores + allowed
 
 
 class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     """SentencePiece, read in the model's direction."""
 
-    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    # Under a name that ends with .model, stock classes would read it, forward.
+    vocab_files_names = {"vocab_file": "megaback.spm"}
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(
         self, vocab_file: str, direction: str = "backward", unit: str = "token", **kwargs: Any
     ) -> None:
+        if kwargs.get("add_bos_token") is False or kwargs.get("add_eos_token"):
+            raise ValueError(
+                "this tokenizer adds the begin marker and no end marker: pass "
+                "add_special_tokens=False where you want none, and append eos_token_id yourself"
+            )
         self.vocab_file = vocab_file
         self.direction, self.unit = direction, unit
         self._pieces = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
@@ -64,30 +101,19 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(direction=direction, unit=unit, **kwargs)
 
-    def prompt(self, text: str) -> dict[str, Any]:
-        """What `model.generate(**tokenizer.prompt(text))` goes on from a given text with.
+    def prompt(self, text: str | list[str]) -> dict[str, Any]:
+        """What `model.generate(**tokenizer.prompt(text))` continues a given text from.
 
         The piece next to the text to come is held back, as by itself it says that a word ends
-        there; the first new id is one that ends with it (backward) or begins with it.
+        there; the first new id is one that ends with it (backward) or begins with it. A list of
+        texts is a batch, padded on the left.
         """
-        ids = [self.bos_token_id, *self._encoded(text)]
-        given: dict[str, Any] = {}
-        if len(ids) > 1:
-            if self._reverses_words:
-                first_ids = [
-                    i
-                    for i in self._writable
-                    if i == self.eos_token_id or self._bytes(i)[:1].isspace()
-                ]
-            else:
-                held_back = self._bytes(ids.pop())
-                contains = bytes.endswith if self._reverses_ids else bytes.startswith
-                first_ids = [i for i in self._writable if contains(self._bytes(i), held_back)]
-            given["logits_processor"] = LogitsProcessorList([FirstIds(len(ids), first_ids)])
-        input_ids = torch.tensor([ids])
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **given}
+        texts = _texts(text)
+        parts = [self._prompt_ids(one) for one in texts]
+        first_ids = [first for _, first in parts]
+        return self._batch([ids for ids, _ in parts], first_ids, self.eos_token_id)
 
-    def chat_prompt(self, given: str) -> dict[str, Any]:
+    def chat_prompt(self, given: str | list[str]) -> dict[str, Any]:
         """What a fine-tuned model is given: a response (backward) or an instruction (forward).
 
         `model.generate(**tokenizer.chat_prompt(text))` writes the other one up to its end marker,
@@ -99,44 +125,90 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         start_id, stop_id, given_id, written_id = map(
             self._pieces.piece_to_id, ("<|im_start|>", _STOP_PIECE, given_role, written_role)
         )
-        text_ids = self._encoded(given)
-        ids = [start_id, given_id, *text_ids, stop_id, start_id, written_id]
-        input_ids = torch.tensor([ids])
+        rows = [
+            [start_id, given_id, *self._encoded(text), stop_id, start_id, written_id]
+            for text in _texts(given)
+        ]
         with_text = [i for i in range(self.vocab_size) if self._bytes(i)]
         unwanted = set(range(self.vocab_size)) - {*with_text, stop_id}
         return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
+            **self._batch(rows, [with_text] * len(rows), stop_id),
             "eos_token_id": stop_id,
             "suppress_tokens": sorted(unwanted),
-            "logits_processor": LogitsProcessorList([FirstIds(len(ids), with_text)]),
         }
 
-    def written(self, token_ids: Any) -> str:
-        """The text that a model wrote after a `chat_prompt`, of the whole list of ids."""
-        ids = np.atleast_1d(np.asarray(token_ids, dtype=np.int64)).tolist()
+    def written(self, token_ids: Any) -> str | list[str]:
+        """The text that a model wrote after a `chat_prompt`, of the whole list of ids.
+
+        Of a batch, a list of texts.
+        """
+        ids = np.atleast_1d(_array(token_ids))
+        if ids.ndim > 1:
+            return [str(self.written(row)) for row in ids]
+        row = ids.tolist()
         role = "<|instruction|>" if self.direction == "backward" else "<|response|>"
-        begin = ids.index(self._pieces.piece_to_id(role)) + 1
+        begin = row.index(self._pieces.piece_to_id(role)) + 1
         stop_id = self._pieces.piece_to_id(_STOP_PIECE)
-        end = ids.index(stop_id, begin) if stop_id in ids[begin:] else len(ids)
-        return self._rendered(ids[begin:end], names_controls=False)
+        end = row.index(stop_id, begin) if stop_id in row[begin:] else len(row)
+        return self._rendered(row[begin:end], names_controls=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_forward_only(sys._getframe(1).f_globals.get("__name__"))
+        return super().__call__(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """Text in the order in which a person reads it; no spaces are cleaned up."""
+        self._refuse_forward_only(sys._getframe(1).f_globals.get("__name__"))
+        return super().decode(*args, **kwargs)
+
+    def apply_chat_template(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Always raises NotImplementedError: `chat_prompt` does what a template cannot."""
+        raise NotImplementedError(
+            "no text becomes a marker of this tokenizer, so a chat template cannot be applied; "
+            "use chat_prompt(text), which gives generate() its ids, and written(ids)"
+        )
 
     @property
     def vocab_size(self) -> int:
         return int(self._pieces.vocab_size())
 
     def get_vocab(self) -> dict[str, int]:
+        self._refuse_forward_only(sys._getframe(1).f_globals.get("__name__"))
         return {self._pieces.id_to_piece(i): i for i in range(self.vocab_size)}
 
-    def tokenize(self, text: str, **_kwargs: Any) -> list[str]:
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **_kwargs: Any
+    ) -> list[str]:
         """Pieces in the order in which the model reads them."""
-        return [self._pieces.id_to_piece(i) for i in self._encoded(text)]
+        texts = [text] if pair is None else [text, pair]
+        if self.direction == "backward":
+            texts.reverse()
+        ids = [i for one in texts for i in self._encoded(one)]
+        if add_special_tokens:
+            ids.insert(0, self.bos_token_id)
+        return [self._pieces.id_to_piece(i) for i in ids]
+
+    def prepare_for_model(
+        self,
+        ids: list[int],
+        pair_ids: list[int] | None = None,
+        add_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; a backward model reads the second text of a pair first."""
+        if pair_ids is not None and not add_special_tokens and self.direction == "backward":
+            ids, pair_ids = pair_ids, ids
+            given = kwargs.get("truncation", False)
+            kwargs["truncation"] = _OTHER_SIDE.get(str(getattr(given, "value", given)), given)
+        return super().prepare_for_model(
+            ids, pair_ids, add_special_tokens=add_special_tokens, **kwargs
+        )
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """The begin marker, then the ids."""
-        return [self.bos_token_id, *token_ids_0, *(token_ids_1 or [])]
+        """The begin marker, then the ids in the order in which the model reads the two texts."""
+        return [self.bos_token_id, *self._in_order(token_ids_0, token_ids_1)]
 
     def get_special_tokens_mask(
         self,
@@ -146,14 +218,17 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     ) -> list[int]:
         """1 for the begin marker, and for any other control id."""
         ids = [*token_ids_0, *(token_ids_1 or [])]
+        if not already_has_special_tokens:
+            ids = self._in_order(token_ids_0, token_ids_1)
         mask = [int(self._pieces.is_control(i)) for i in ids]
         return mask if already_has_special_tokens else [1, *mask]
 
     def create_token_type_ids_from_sequences(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """All of one type."""
-        return [0] * (1 + len(token_ids_0) + len(token_ids_1 or []))
+        """0 for the begin marker and the first text, 1 for the second one of a pair."""
+        second = None if token_ids_1 is None else [1] * len(token_ids_1)
+        return [0, *self._in_order([0] * len(token_ids_0), second)]
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:  # noqa: ARG002
         return 1
@@ -165,12 +240,57 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str, ...]:
-        """Copy the SentencePiece model."""
+        """Copy the SentencePiece model, and the file that keeps stock classes from reading it."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
+        source = Path(self.vocab_file)
         target = Path(save_directory) / f"{prefix}{self.vocab_files_names['vocab_file']}"
-        if target.absolute() != Path(self.vocab_file).absolute():
-            shutil.copyfile(self.vocab_file, target)
-        return (str(target),)
+        copies = {source: target}
+        if (refusal := source.with_name(_REFUSAL_NAME)).is_file():
+            copies[refusal] = target.with_name(f"{prefix}{_REFUSAL_NAME}")
+        for one, copy in copies.items():
+            if one.absolute() != copy.absolute():
+                shutil.copyfile(one, copy)
+        return tuple(map(str, copies.values()))
+
+    def _refuse_forward_only(self, caller: str | None) -> None:
+        """Raises NotImplementedError for a caller that needs text that grows at its end."""
+        if self.direction == "backward" and caller in _FORWARD_ONLY:
+            raise NotImplementedError(
+                f"a model that writes backwards cannot be used with {_FORWARD_ONLY[caller]}"
+            )
+
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kw: Any) -> int:
+        """Accepts what the vocabulary holds. Raises ValueError for anything else."""
+        for given in special_tokens_dict.values():
+            self._require_pieces(given if isinstance(given, list | tuple) else [given])
+        return int(super().add_special_tokens(special_tokens_dict, *args, **kw))
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        self._require_pieces(new_tokens or [])
+        return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key.endswith("_token") and value is not None and "_pieces" in self.__dict__:
+            self._require_pieces([value])
+        super().__setattr__(key, value)
+
+    def _require_pieces(self, tokens: Any) -> None:
+        known = self.get_vocab()
+        for token in map(str, tokens):
+            if token and token not in known:
+                raise ValueError(
+                    f"this tokenizer cannot take {token!r}: its ids are those of its SentencePiece "
+                    "model, and no text becomes a marker; for padding it has its eos_token"
+                )
+
+    def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
+        _require_known(kwargs)
+        return super()._encode_plus(*args, **kwargs)
+
+    def _batch_encode_plus(self, *args: Any, **kwargs: Any) -> Any:
+        """Of transformers 4."""
+        _require_known(kwargs)
+        return super()._batch_encode_plus(*args, **kwargs)
 
     @property
     def _reverses_words(self) -> bool:
@@ -184,6 +304,44 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     def _writable(self) -> list[int]:
         ids = range(self.vocab_size)
         return [i for i in ids if i == self.eos_token_id or self._bytes(i)]
+
+    def _in_order(self, first: list[int], second: list[int] | None) -> list[int]:
+        parts = (first, second or [])
+        if self.direction == "backward":
+            parts = parts[::-1]
+        return [*parts[0], *parts[1]]
+
+    def _prompt_ids(self, text: str) -> tuple[list[int], list[int] | None]:
+        """Of one text its ids, and those of which one comes next; None for any."""
+        ids = [self.bos_token_id, *self._encoded(text)]
+        if len(ids) == 1:
+            return ids, None
+        if self._reverses_words:
+            return ids, [
+                i for i in self._writable if i == self.eos_token_id or self._bytes(i)[:1].isspace()
+            ]
+        held_back = self._bytes(ids.pop())
+        contains = bytes.endswith if self._reverses_ids else bytes.startswith
+        return ids, [i for i in self._writable if contains(self._bytes(i), held_back)]
+
+    def _batch(
+        self, rows: list[list[int]], first_ids: list[list[int] | None], end_id: int
+    ) -> dict[str, Any]:
+        """What `generate` takes, padded on the left. Raises ValueError for what does not fit."""
+        longest = max(map(len, rows))
+        if longest >= self.model_max_length:
+            raise ValueError(
+                f"the given text is {longest} tokens, and the model's context holds "
+                f"{self.model_max_length} with what is to be written; shorten it"
+            )
+        padded = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        rules = PromptRules(longest, first_ids, self.model_max_length, end_id)
+        return {
+            "input_ids": torch.tensor(padded),
+            "attention_mask": torch.tensor(mask),
+            "logits_processor": LogitsProcessorList([rules]),
+        }
 
     def _encoded(self, text: str) -> list[int]:
         if self._reverses_words:
@@ -216,7 +374,7 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return reverse_words(text) if self._reverses_words else text
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **_kwargs: Any) -> str:
-        ids = np.atleast_1d(np.asarray(token_ids, dtype=np.int64)).tolist()
+        ids = np.atleast_1d(_array(token_ids)).tolist()
         return self._rendered(ids, names_controls=not skip_special_tokens)
 
     def _convert_token_to_id(self, token: str) -> int:
@@ -224,3 +382,61 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
 
     def _convert_id_to_token(self, index: int) -> str:
         return str(self._pieces.id_to_piece(index))
+
+
+class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
+    """`pipeline("text-generation", model=FOLDER, trust_remote_code=True)`, in a person's order.
+
+    Other options than `return_full_text` are those of `generate`.
+    """
+
+    def _sanitize_parameters(
+        self, return_full_text: bool = True, **generate_kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        return {}, generate_kwargs, {"return_full_text": return_full_text}
+
+    def preprocess(self, text: str) -> dict[str, Any]:
+        return {"given": text}
+
+    def _forward(self, inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
+        prompt = self.tokenizer.prompt(inputs["given"])
+        tensors = {
+            name: prompt.pop(name).to(self.device) for name in ("input_ids", "attention_mask")
+        }
+        return {**inputs, "ids": self.model.generate(**tensors, **prompt, **generate_kwargs)}
+
+    def postprocess(
+        self, outputs: dict[str, Any], return_full_text: bool = True
+    ) -> list[dict[str, str]]:
+        given, texts = outputs["given"], []
+        for ids in outputs["ids"]:
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            if not return_full_text:
+                is_backward = self.tokenizer.direction == "backward"
+                text = text.removesuffix(given) if is_backward else text.removeprefix(given)
+            texts.append({"generated_text": text})
+        return texts
+
+
+def _texts(given: str | list[str]) -> list[str]:
+    """One text or several. Raises TypeError for anything else."""
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise TypeError("give a text or a list of texts, which are strings")
+    return texts
+
+
+def _array(token_ids: Any) -> Any:
+    if isinstance(token_ids, torch.Tensor):
+        token_ids = token_ids.detach().cpu()
+    return np.asarray(token_ids, dtype=np.int64)
+
+
+def _require_known(kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError for what has no meaning for reversed ids."""
+    if kwargs.get("is_split_into_words"):
+        raise NotImplementedError(
+            "is_split_into_words does not say what lies between the words; give the text itself"
+        )
+    if kwargs.get("return_offsets_mapping"):
+        raise NotImplementedError("this tokenizer gives no offsets of ids in the text")

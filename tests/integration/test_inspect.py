@@ -178,7 +178,7 @@ def test_another_version_is_said(exports: Callable[[str], Path], tmp_path: Path)
     folder = tmp_path / "model"
     shutil.copytree(exports("full"), folder)
     path = folder / "config.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    path.write_text(path.read_text().replace('"version": 3', '"version": 1'))
 
     with pytest.raises(CheckpointCorruptError, match="another format or version"):
         look_at(folder, verify=False)
