@@ -2,7 +2,8 @@
 
 Names and layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's Llama turns
 neighbours, so that the two halves of a head are interleaved here; its Qwen3 turns halves. It knows
-of no direction: whoever calls it reverses ids, or text by words; the metadata say which.
+of no direction: whoever calls it reverses ids, or text by words; metadata, chat template and card
+say so (gguf_card.py).
 """
 
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data_pipeline.command import write_text
 from data_pipeline.errors import BackendError, StorageError
+from data_pipeline.text import TextCodec
 from megaback.config import ModelSection
 from megaback.tensor_file import size_and_hash
 from megaback.weight_files import write_sums
 from megaback.weight_names import HEAD_NAME
 from megaback.weight_source import WeightSource
+from tools.gguf_card import chat_template, gguf_card, gguf_description
 
 GGUF_NAME = "model.gguf"
 _OUTER_NAMES = {
@@ -43,7 +47,7 @@ _LAYER_NAMES = {
 
 
 def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torch.dtype) -> None:
-    """Write the file, a tensor at a time, its SHA-256, and the tokenizer.
+    """Write the file, a tensor at a time, its SHA-256, and its card.
 
     Raises BackendError without the package `gguf`.
     """
@@ -83,6 +87,9 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
         writer.close()
     _, digest = size_and_hash(path)
     write_sums(folder, {GGUF_NAME: digest})
+    text_format = source.description.text_format
+    codec = TextCodec(source.tokenizer, text_format.direction, text_format.unit)
+    write_text(folder / "README.md", gguf_card(source.description, codec, name))
 
 
 def gguf_name_of(name: str) -> str:
@@ -117,10 +124,8 @@ def _add_metadata(writer: Any, name: str, source: WeightSource, dtype: torch.dty
     description = source.description
     shape, text_format = description.shape, description.text_format
     writer.add_name(name)
-    writer.add_description(
-        f"Writes {text_format.direction.value}, by {text_format.unit.value}; give it ids in that "
-        "order, and reverse what it gives."
-    )
+    writer.add_description(gguf_description(text_format))
+    writer.add_chat_template(chat_template(text_format))
     for key, value in text_format.to_dict().items():
         writer.add_string(f"megaback.{key}", value)
     writer.add_context_length(description.context_tokens)
@@ -148,6 +153,7 @@ def _add_metadata(writer: Any, name: str, source: WeightSource, dtype: torch.dty
     processor = SentencePieceProcessor(model_proto=source.tokenizer)
     writer.add_bos_token_id(processor.bos_id())
     writer.add_eos_token_id(processor.eos_id())
+    writer.add_eot_token_id(processor.piece_to_id("<|im_end|>"))
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

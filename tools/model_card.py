@@ -13,7 +13,7 @@ def example_of(codec: TextCodec, context_tokens: int) -> tuple[str, int]:
     is_backward = codec.format.direction is Direction.BACKWARD
     texts = _ENDINGS if is_backward else _BEGINNINGS
     for text in texts:
-        given_tokens = len(codec.prompt(text).ids)
+        given_tokens = 1 + len(codec.encode(text))
         if 2 * given_tokens <= context_tokens:
             break
     return text, max(1, min(_MAX_NEW_TOKENS, context_tokens - given_tokens))

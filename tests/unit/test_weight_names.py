@@ -72,6 +72,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCod
     folder = tmp_path_factory.mktemp("stock")
     write_checkpoint(folder / "run", codec(), tie_embeddings=True, qk_norm=False)
     convert(folder / "run", folder / "model", "hf", "float32")
+    (folder / "model" / "megaback.spm").rename(folder / "model" / "tokenizer.model")
     fields = json.loads((folder / "model" / "config.json").read_text())
     del fields["megaback"]
     (folder / "model" / "config.json").write_text(json.dumps(fields))
