@@ -2,7 +2,8 @@
 
 Each rank copies the files that it wrote, and reads them back to compare their hashes; the first one
 then adds the tokenizer and, last, `meta.json`. A copy that fails is reported and tried again with
-the next checkpoint: it ends no run. A run whose own checkpoints are gone goes on from the copy.
+the next checkpoint: it ends no run. A run whose own checkpoints are gone resumes from the copy,
+with the steps that a rollback excluded.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from megaback.checkpoint import (
 )
 from megaback.config import CheckpointSection
 from megaback.distributed import World
+from megaback.guard import SKIPPED_STEPS_NAME, merge_skipped_steps
 from megaback.tensor_file import SizeAndHash
 
 _READ_BYTES = 1 << 23
@@ -92,6 +94,35 @@ class SecondPlace:
         self._files.invalidate_cache()
         for path in self._files.ls(self.path(folder), detail=False):
             self._files.get_file(path, str(target / Path(path).name))
+
+    def roll_back(self, step: int, skipped_steps: bytes, aside: str) -> None:
+        """Set the copies after `step` aside in a folder; keep what is to be skipped on resume.
+
+        Or else a run that is fetched resumes after the rollback, on the weights from before it.
+        Does nothing where nothing was copied. Raises StorageError.
+        """
+        try:
+            names = self._names()
+            if not names:
+                return
+            self._files.pipe_file(self.path(SKIPPED_STEPS_NAME), skipped_steps)
+            while aside in names:
+                aside += "-again"
+            for name in names:
+                if STEP_FOLDER.fullmatch(name) and int(name.partition("-")[2]) > step:
+                    self._files.makedirs(self.path(aside), exist_ok=True)
+                    self._files.mv(self.path(name), self.path(aside, name), recursive=True)
+        except Exception as error:  # noqa: BLE001 (file systems raise what they like)
+            raise StorageError(
+                f"the copies in {self.name} cannot be set back too ({_reason(error)}); nothing was "
+                "changed in the run: run the same command when that place can be written, or "
+                "remove checkpoint.copy_to from the run's config"
+            ) from None
+
+    def skipped_steps(self) -> bytes | None:
+        """The ranges of steps that a rollback excluded, as in the run's file. Raises OSError."""
+        path = self.path(SKIPPED_STEPS_NAME)
+        return bytes(self._files.cat_file(path)) if self._files.exists(path) else None
 
     def rotate(self, section: CheckpointSection) -> None:
         """Let old copies go, and what was left unfinished."""
@@ -221,6 +252,8 @@ def fetch_newest(run: Path, place: SecondPlace) -> Path | None:
             if name != f"step-{meta.step:08d}":
                 raise CheckpointCorruptError(f"{place.path(name)} holds step {meta.step}")
             verify_files(partial, meta)
+            if (skipped := place.skipped_steps()) is not None:
+                merge_skipped_steps(run, skipped, place.name)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
         except CheckpointCorruptError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.command import write_text
+from data_pipeline.command import replacing
 from data_pipeline.errors import NonFiniteError, RunMismatchError
 from megaback.config import GuardSection
 
@@ -72,18 +72,35 @@ class StepGuard:
 def read_left_out(run: Path) -> list[tuple[int, int]]:
     """The ranges of steps that a rollback left out, first and last. Raises RunMismatchError."""
     path = run / SKIPPED_STEPS_NAME
-    if not path.exists():
-        return []
+    return _parse(path.read_bytes(), str(path)) if path.exists() else []
+
+
+def with_range(run: Path, first: int, last: int) -> bytes:
+    """The contents of a run's file of skipped steps with one more range."""
+    return _to_json({*read_left_out(run), (first, last)})
+
+
+def write_skipped_steps(run: Path, contents: bytes) -> None:
+    """Have a run skip these ranges of steps from now on."""
+    with replacing(run / SKIPPED_STEPS_NAME) as file:
+        file.write(contents)
+
+
+def merge_skipped_steps(run: Path, contents: bytes, place: str) -> None:
+    """Add the ranges that were kept in another place. Raises RunMismatchError."""
+    ranges = _parse(contents, f"{SKIPPED_STEPS_NAME} in {place}")
+    write_skipped_steps(run, _to_json({*read_left_out(run), *ranges}))
+
+
+def _parse(contents: bytes, name: str) -> list[tuple[int, int]]:
     try:
-        return [(int(first), int(last)) for first, last in json.loads(path.read_text())]
+        return [(int(first), int(last)) for first, last in json.loads(contents)]
     except (ValueError, TypeError, OverflowError) as error:
         raise RunMismatchError(
-            f"{path} is no list of pairs of steps ({error}); mend it, or remove it to learn from "
-            "all steps"
+            f"{name} is no list of pairs of steps ({error}); fix it, or remove it to train on all "
+            "steps"
         ) from None
 
 
-def leave_out(run: Path, first: int, last: int) -> None:
-    """Add a range of steps that are passed over from now on."""
-    ranges = sorted({*read_left_out(run), (first, last)})
-    write_text(run / SKIPPED_STEPS_NAME, json.dumps(ranges) + "\n")
+def _to_json(ranges: set[tuple[int, int]]) -> bytes:
+    return f"{json.dumps(sorted(ranges))}\n".encode()

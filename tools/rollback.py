@@ -1,12 +1,14 @@
 """`megaback rollback`: back to a checkpoint from before bad data, and past that data.
 
-The checkpoints after it are kept aside, and the steps from there to where the run was are left out
-when it goes on: they learn nothing, and the schedule passes over them.
+The checkpoints after it are kept aside, as are their copies in `checkpoint.copy_to`, and the steps
+from there to where the run was are skipped on resume: weights are not updated; the learning rate
+schedule still advances.
 """
 
 import fcntl
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,16 +16,21 @@ from data_pipeline.command import WorkCommand, write_text
 from data_pipeline.errors import CheckpointMissingError, LaunchError
 from data_pipeline.next_command import command, override, show_next
 from data_pipeline.number_ranges import COUNT
+from megaback.config import load_config
 from megaback.exit_record import record_event
 from megaback.run_ownership import config_of_run
 from megaback.run_state import ROLLBACK_EVENT
+
+if TYPE_CHECKING:
+    from megaback.checkpoint_copy import SecondPlace
 
 
 def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     """Set a run back by at least so many steps.
 
     Returns the checkpoint that it goes on from, and the first and last step that are left out.
-    Raises CheckpointMissingError, CheckpointCorruptError, LaunchError while it is training.
+    Raises CheckpointMissingError, CheckpointCorruptError, LaunchError while it is training, and
+    StorageError where its copies cannot be set back.
     """
     from megaback.checkpoint import (
         CHECKPOINTS_FOLDER,
@@ -32,7 +39,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         read_meta,
         verify_files,
     )
-    from megaback.guard import leave_out
+    from megaback.guard import with_range, write_skipped_steps
     from megaback.metrics import METRICS_NAME, read_metrics
     from megaback.preparation import LOCK_NAME
 
@@ -58,10 +65,13 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         target = earlier[-1]
         meta = read_meta(target)
         verify_files(target, meta)
-        # From here on, a kill leaves steps left out whose checkpoints are still there: the same
-        # command again mends that.
-        leave_out(run, meta.step + 1, last)
+        skipped_steps = with_range(run, meta.step + 1, last)
         aside = run / CHECKPOINTS_FOLDER / f"rolled-back-from-{last:08d}"
+        if (place := _second_place(run)) is not None:
+            place.roll_back(meta.step, skipped_steps, aside.name)
+        # From here on, a kill leaves steps left out whose checkpoints are still there: the same
+        # command again fixes that.
+        write_skipped_steps(run, skipped_steps)
         while aside.exists():
             aside = aside.with_name(aside.name + "-again")
         aside.mkdir()
@@ -70,6 +80,17 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         write_text(target.parent / LATEST_NAME, target.name + "\n")
         record_event(run, ROLLBACK_EVENT, step=meta.step, left_out=[meta.step + 1, last])
     return target, meta.step + 1, last
+
+
+def _second_place(run: Path) -> "SecondPlace | None":
+    """Where the run's checkpoints are copied to, by its config."""
+    from megaback.checkpoint_copy import SecondPlace
+
+    path = config_of_run(run)
+    if not path.is_file():
+        return None
+    copy_to = load_config(path).checkpoint.copy_to
+    return SecondPlace(copy_to, run) if copy_to is not None else None
 
 
 def _step_of(target: Path) -> int:

@@ -22,6 +22,7 @@ from megaback.checkpoint import (
 from megaback.checkpoint_copy import CheckpointCopier, SecondPlace, fetch_newest
 from megaback.config import CheckpointSection
 from megaback.distributed import World
+from megaback.guard import read_left_out, write_skipped_steps
 
 Save = Callable[..., Path]
 Copy = Callable[..., list[str]]
@@ -115,6 +116,53 @@ def test_a_checkpoint_that_comes_while_one_is_copied_is_left_out(
     copier.finish(pytest.fail)
 
     assert SecondPlace(str(place), run).complete() == ["step-00000100"]
+
+
+@pytest.mark.parametrize("kind", ["path", "memory"])
+def test_a_run_that_is_fetched_after_a_rollback_resumes_where_it_was_set_back_to(
+    kind: str, run: Path, place: Path, memory: str, copy: Copy
+) -> None:
+    copy_to = str(place) if kind == "path" else memory
+    copy(run, copy_to, 100, 200, 300, keep_last=5)
+    second = SecondPlace(copy_to, run)
+
+    second.roll_back(100, b"[[101, 350]]\n", "rolled-back-from-00000350")
+    shutil.rmtree(run)
+
+    assert second.complete() == names([100])
+    target = fetch_newest(run, second)
+    assert target is not None
+    assert find_checkpoint(target)[1].step == 100
+    assert read_left_out(run) == [(101, 350)]
+
+
+def test_copies_that_a_rollback_set_aside_stay_whole_and_push_out_no_newer_one(
+    run: Path, place: Path, copy: Copy
+) -> None:
+    copy(run, place, 100, 200, 300, keep_last=2)
+    second = SecondPlace(str(place), run)
+    second.roll_back(200, b"[[201, 300]]\n", "aside")
+    second.roll_back(200, b"[[201, 300]]\n", "aside")
+    copy(run, place, 240, 280, keep_last=2)
+
+    assert second.complete() == names([240, 280])
+    aside = place / run.name / "aside"
+    assert [path.name for path in aside.iterdir()] == names([300])
+    verify_files(aside / "step-00000300", read_meta(aside / "step-00000300"))
+
+
+def test_skipped_steps_of_the_run_and_of_its_copies_are_merged(
+    run: Path, place: Path, copy: Copy
+) -> None:
+    copy(run, place, 100)
+    second = SecondPlace(str(place), run)
+    second.roll_back(100, b"[[101, 150]]\n", "aside")
+    shutil.rmtree(run / "checkpoints")
+    write_skipped_steps(run, b"[[7, 9]]\n")
+
+    fetch_newest(run, second)
+
+    assert read_left_out(run) == [(7, 9), (101, 150)]
 
 
 def test_without_a_second_place_or_a_checkpoint_nothing_is_copied(

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import NonFiniteError, RunMismatchError
 from megaback.config import GuardSection
-from megaback.guard import SKIPPED_STEPS_NAME, StepGuard, leave_out, read_left_out
+from megaback.guard import (
+    SKIPPED_STEPS_NAME,
+    StepGuard,
+    read_left_out,
+    with_range,
+    write_skipped_steps,
+)
 
 Step = tuple[float, float]
 """A loss and a gradient norm."""
@@ -169,7 +175,7 @@ def test_a_run_in_which_nothing_was_left_out_has_no_ranges(tmp_path: Path) -> No
 
 def test_ranges_that_are_left_out_read_back_sorted_and_once(tmp_path: Path) -> None:
     for first, last in ((30, 40), (5, 5), (30, 40), (30, 35)):
-        leave_out(tmp_path, first, last)
+        write_skipped_steps(tmp_path, with_range(tmp_path, first, last))
 
     assert read_left_out(tmp_path) == [(5, 5), (30, 35), (30, 40)]
 
@@ -184,5 +190,5 @@ def test_a_file_that_is_no_list_of_ranges_is_refused(content: bytes, tmp_path: P
     with pytest.raises(RunMismatchError, match=f"{path} is no list of pairs of steps"):
         read_left_out(tmp_path)
     with pytest.raises(RunMismatchError):
-        leave_out(tmp_path, 1, 2)
+        write_skipped_steps(tmp_path, with_range(tmp_path, 1, 2))
     assert path.read_bytes() == content

@@ -2,13 +2,20 @@
 
 import fcntl
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from run_config import run_config
 
-from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError, LaunchError
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    CheckpointMissingError,
+    LaunchError,
+    StorageError,
+)
 from megaback.checkpoint import (
     CHECKPOINTS_FOLDER,
     META_NAME,
@@ -17,6 +24,8 @@ from megaback.checkpoint import (
     read_meta,
     verify_files,
 )
+from megaback.checkpoint_copy import SecondPlace
+from megaback.config import CONFIG_COPY_NAME
 from megaback.distributed import World
 from megaback.guard import SKIPPED_STEPS_NAME, read_left_out
 from megaback.metrics import METRICS_NAME
@@ -147,6 +156,34 @@ def test_an_incomplete_checkpoint_is_none_to_go_back_to(run: Path) -> None:
     (run / CHECKPOINTS_FOLDER / "step-00000020" / META_NAME).unlink()
 
     assert roll_back(run, 10)[0].name == "step-00000010"
+
+
+@pytest.mark.usefixtures("untouched")
+def test_where_copies_cannot_be_set_back_nothing_is_done(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "tools.rollback._second_place", lambda run: SecondPlace("/proc/no/such/place", run)
+    )
+    monkeypatch.setattr(SecondPlace, "_names", lambda _: ["step-00000030"])
+
+    with pytest.raises(StorageError, match="nothing was changed in the run"):
+        roll_back(run, 10)
+
+
+def test_copies_are_set_back_with_the_run(
+    run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = tmp_path_factory.mktemp("copies")
+    shutil.copytree(run / CHECKPOINTS_FOLDER, place / run.name)
+    config = run_config(run, checkpoint={"copy_to": str(place)})
+    (run / CONFIG_COPY_NAME).write_text(config.to_yaml())
+
+    roll_back(run, 10)
+
+    assert SecondPlace(str(place), run).complete() == ["step-00000010", "step-00000020"]
+    copied = place / run.name / SKIPPED_STEPS_NAME
+    assert copied.read_bytes() == (run / SKIPPED_STEPS_NAME).read_bytes()
 
 
 @pytest.mark.usefixtures("untouched")
