@@ -75,6 +75,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "sacrebleu>=2.4",
             "schemathesis>=4.0",
             "tensorboard>=2.15",
             "lxml_html_clean>=0.4",

@@ -17,23 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import click
+from smoke import Benchmark
 
-from data_pipeline.command import Command
 from data_pipeline.number_ranges import COUNT
+from megaback.config import load_config
 from tools.demo import run
 
 CONFIG = Path(__file__).with_name("backchat.yaml")
-_VOCAB_SIZE = "4096"
-_CONTEXT_TOKENS = "256"
 _EXAMPLES = 10
 _RECALL = ("--suite", "instruction-recall", "--suite", "reverse-dictionary")
 
 
-def build(out: Path, prose: str, rows: str, rows_val: str) -> None:
+def build(
+    out: Path, prose: str, rows: str, rows_val: str, vocab_size: int, context_tokens: int
+) -> None:
     """A tokenizer, shards of prose, shards of instructions."""
     tokenizer = out / "tokenizer" / "tokenizer.model"
     if not tokenizer.exists():
-        words = ("--source", prose, "--out", str(tokenizer.parent), "--vocab-size", _VOCAB_SIZE)
+        words = ("--source", prose, "--out", str(tokenizer.parent), "--vocab-size", str(vocab_size))
         run("tokenizer", "train", *words)
     given = ("--tokenizer", str(tokenizer))
     if not (out / "prose" / "manifest.json").exists():
@@ -41,7 +42,7 @@ def build(out: Path, prose: str, rows: str, rows_val: str) -> None:
     if not (out / "instruct" / "manifest.json").exists():
         run(
             *("instruct", "build", "--source", rows, "--val-source", rows_val, *given),
-            *("--context-tokens", _CONTEXT_TOKENS, "--out", str(out / "instruct")),
+            *("--context-tokens", str(context_tokens), "--out", str(out / "instruct")),
         )
 
 
@@ -143,7 +144,11 @@ def examples(out: Path) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Benchmark,
+    smoke="--prose {text} --prose-val {text} --rows {rows} --rows-val {rows}"
+    " --out {out} --config {config} --vocab-size 600 --steps 1",
+)
 @click.option("--prose", required=True, help="Documents to pretrain on: a source.")
 @click.option("--prose-val", required=True, help="Held-out documents, for the choice of passages.")
 @click.option("--rows", required=True, help="Instruction rows to fine-tune on.")
@@ -151,6 +156,7 @@ def examples(out: Path) -> Iterator[str]:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--config", type=click.Path(path_type=Path), default=CONFIG, help="What is trained.")
 @click.option("--steps", type=COUNT.option, help="Of each run; default: the config's 500.")
+@click.option("--vocab-size", type=COUNT.option, default=4096, show_default=True)
 def main(
     prose: str,
     prose_val: str,
@@ -159,9 +165,11 @@ def main(
     out: Path,
     config: Path,
     steps: int | None,
+    vocab_size: int,
 ) -> None:
     """Build, train, measure, and print the tables."""
-    build(out, prose, rows, rows_val)
+    context_tokens = load_config(config).batch.context_tokens
+    build(out, prose, rows, rows_val, vocab_size, context_tokens)
     train(out, config, steps)
     found = evaluate(out, rows_val, prose_val)
     for line in (*table(out, found), "", *examples(out)):

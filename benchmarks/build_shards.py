@@ -15,11 +15,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import sentencepiece
+from smoke import Benchmark, is_installed
 
 from data_pipeline.command import replacing
 from data_pipeline.encoder import in_batches
@@ -101,8 +101,6 @@ CONTENDERS: dict[str, Callable[[bytes, Sequence[str]], None]] = {
     "ours, ids only": encode_documents,
     "ours, text to shard": text_to_shard,
 }
-if find_spec("datatrove"):
-    CONTENDERS["datatrove"] = datatrove_tokens
 
 
 def read_texts(source: str, megabytes: int) -> list[str]:
@@ -135,13 +133,15 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-@click.command()
+@click.command(cls=Benchmark, smoke="{tokenizer} {text} --megabytes 1 --repeats 1")
 @click.argument("tokenizer", type=click.Path(path_type=Path))
 @click.argument("source")
 @click.option("--megabytes", default=32, show_default=True, help="Text to encode.")
 @click.option("--repeats", default=5, show_default=True)
 def main(tokenizer: Path, source: str, megabytes: int, repeats: int) -> None:
     """Print the median MB of text per CPU-second of each, and how it compares."""
+    if is_installed("datatrove", "datatrove"):
+        CONTENDERS["datatrove"] = datatrove_tokens
     texts = read_texts(source, megabytes)
     text_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     codec = TextCodec.load(tokenizer, Direction.BACKWARD, Unit.TOKEN)

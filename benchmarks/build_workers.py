@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 import psutil
+from smoke import Benchmark
 
 from data_pipeline.manifest import Manifest
 
@@ -65,7 +66,7 @@ def build(tokenizer: Path, source: Path, out: Path, workers: int) -> Run:
     return Run(wall_s, cpu_s, peak_kb / 1e3, text_bytes)
 
 
-@click.command()
+@click.command(cls=Benchmark, smoke="{tokenizer} {file} --copies 2 --repeats 1")
 @click.argument("tokenizer", type=click.Path(path_type=Path, exists=True))
 @click.argument("files", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
 @click.option("--copies", default=8, show_default=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 import yaml
+from smoke import Benchmark
 
 from data_pipeline.text import Direction, Unit
 from launcher.local import rank_environment
@@ -170,7 +171,7 @@ def last_step(metrics: Path) -> int:
     return max(steps, default=-1) if lines else -1
 
 
-@click.command()
+@click.command(cls=Benchmark, smoke="{shards} --width 32 --layers 1 --turns 1")
 @click.argument("shards")
 @click.option("--width", default=768, show_default=True)
 @click.option("--layers", default=8, show_default=True)

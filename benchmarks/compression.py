@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 import zstandard
+from smoke import Benchmark
 
 from data_pipeline.compression import Compression
 from data_pipeline.recompress import train_dictionary
@@ -81,14 +82,14 @@ def join_planes(planes: bytes) -> bytes:
     return np.frombuffer(planes, dtype=np.uint8).reshape(2, -1).T.tobytes()
 
 
-def variants(sample: list[bytes]) -> list[Variant]:
+def variants(sample: list[bytes], dictionary_kib: tuple[int, ...]) -> list[Variant]:
     """All that is compared, in the order of the table."""
     plain = [Variant("plain", Compression(level)) for level in _LEVELS]
     distant = [
         Variant("long-distance", Compression(level, long_distance=True)) for level in _LEVELS
     ]
     with_dictionary = []
-    for kib in _DICTIONARY_KIB:
+    for kib in dictionary_kib:
         dictionary = train_dictionary(sample, kib << 10)
         with_dictionary += [
             Variant(f"dictionary of {kib} KiB", Compression(level, dictionary=dictionary))
@@ -101,23 +102,35 @@ def variants(sample: list[bytes]) -> list[Variant]:
     return [*plain, *distant, *with_dictionary, *planes]
 
 
-@click.command()
+@click.command(
+    cls=Benchmark,
+    smoke="{tokenizer} {text} --frame-tokens 1024 --dictionary-kib 1 --frames 4 --rounds 1",
+)
 @click.argument("tokenizer", type=click.Path(path_type=Path))
 @click.argument("source")
 @click.option("--frames", "most_frames", default=40, show_default=True, help="Most to measure.")
 @click.option("--rounds", default=5, show_default=True)
-def main(tokenizer: Path, source: str, most_frames: int, rounds: int) -> None:
+@click.option("--frame-tokens", default=DEFAULT_FRAME_TOKENS, show_default=True)
+@click.option("--dictionary-kib", multiple=True, type=int, default=_DICTIONARY_KIB)
+def main(
+    tokenizer: Path,
+    source: str,
+    most_frames: int,
+    rounds: int,
+    frame_tokens: int,
+    dictionary_kib: tuple[int, ...],
+) -> None:
     """Print the compressed part of the raw size, and MB of raw ids per CPU-second."""
     codec = TextCodec.load(tokenizer, Direction.BACKWARD, Unit.TOKEN)
     every = (document.text for piece in list_slices(source) for document in read_slice(piece))
     ids = np.concatenate([codec.encode_document(text) for text in islice(every, 100_000)])
-    starts = range(0, len(ids) - DEFAULT_FRAME_TOKENS + 1, DEFAULT_FRAME_TOKENS)
-    frames = [ids[start : start + DEFAULT_FRAME_TOKENS].tobytes() for start in starts]
+    starts = range(0, len(ids) - frame_tokens + 1, frame_tokens)
+    frames = [ids[start : start + frame_tokens].tobytes() for start in starts]
     half = len(frames) // 2
     # The frame in between may share a document with the sample.
     sample, measured = frames[:half], frames[half + 1 :][:most_frames]
 
-    compared = variants(sample)
+    compared = variants(sample, dictionary_kib)
     for _ in range(rounds):
         for variant in compared:
             variant.measure(measured)
@@ -126,7 +139,7 @@ def main(tokenizer: Path, source: str, most_frames: int, rounds: int) -> None:
     zstd_version = ".".join(map(str, zstandard.ZSTD_VERSION))
     click.echo(
         f"zstd {zstd_version}, {codec.vocab_size:,} pieces, {len(measured)} frames of "
-        f"{DEFAULT_FRAME_TOKENS:,} ids ({raw_bytes / 1e6:.1f} MB), dictionaries from "
+        f"{frame_tokens:,} ids ({raw_bytes / 1e6:.1f} MB), dictionaries from "
         f"{len(sample)} others, median of {rounds}"
     )
     click.echo(f"{'':<24} level   ratio  compress  decompress   (MB of ids per CPU-second)")

@@ -15,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 
 import click
+from smoke import Benchmark
 
 from launcher.local import rank_environment
 
@@ -114,7 +115,7 @@ def save_both(width: int, layers: int, folder: Path, tokenizer: Path) -> None:
     end_rank()
 
 
-@click.command()
+@click.command(cls=Benchmark, smoke="--width 32 --layers 1 --tokenizer {tokenizer}")
 @click.option("--width", default=1024, show_default=True)
 @click.option("--layers", default=8, show_default=True)
 @click.option("--tokenizer", required=True, type=click.Path(exists=True, path_type=Path))

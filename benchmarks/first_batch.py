@@ -15,12 +15,14 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
 import numpy as np
+from smoke import Benchmark
 
 from data_pipeline.data_set import DataSet
 from data_pipeline.manifest import TOKENIZER_NAME, Manifest, ShardEntry
@@ -94,18 +96,18 @@ def config_of(folder: Path, context_tokens: int, batch_rows: int) -> str:
     return json.dumps(fields)
 
 
-def drop_caches(folder: Path) -> str:
-    """Let the system forget files; says how."""
+def drop_caches(folder: Path, what: str) -> str:
+    """Let the system forget all files, where it may, or those of the folder; says how."""
     os.sync()
-    try:
-        _DROP_CACHES.write_text("3")
-    except OSError:
-        for path in folder.iterdir():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-        return "POSIX_FADV_DONTNEED on the data set's files"
-    return "drop_caches"
+    if what == "all":
+        with suppress(OSError):
+            _DROP_CACHES.write_text("3")
+            return "drop_caches"
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    return "POSIX_FADV_DONTNEED on the data set's files"
 
 
 def first_batch(config: str, step: int) -> list[float]:
@@ -121,19 +123,31 @@ def first_batch(config: str, step: int) -> list[float]:
     return [*json.loads(finished.stdout), elapsed]
 
 
-@click.command()
+@click.command(
+    cls=Benchmark,
+    smoke="{shards} --num-shards 8 --context-tokens 64 --batch-rows 4 --repeats 1 --drop files",
+)
 @click.argument("shards")
 @click.option("--num-shards", default=10_000, show_default=True)
 @click.option("--context-tokens", default=1024, show_default=True)
 @click.option("--batch-rows", default=64, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
-def main(shards: str, num_shards: int, context_tokens: int, batch_rows: int, repeats: int) -> None:
+@click.option(
+    "--drop",
+    type=click.Choice(["all", "files"]),
+    default="all",
+    show_default=True,
+    help="What the system forgets: all files that it keeps in memory, or those of the data set.",
+)
+def main(
+    shards: str, num_shards: int, context_tokens: int, batch_rows: int, repeats: int, drop: str
+) -> None:
     """Print seconds until the first batch, cold and warm, at two steps."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         make_data_set(DataSet.open(shards), folder, num_shards)
         config = config_of(folder, context_tokens, batch_rows)
-        how = drop_caches(folder)
+        how = drop_caches(folder, drop)
         manifest_bytes = (folder / "manifest.json").stat().st_size
         click.echo(
             f"{num_shards:,} shards, a manifest of {manifest_bytes / 1e6:.1f} MB, a batch of "
@@ -142,7 +156,7 @@ def main(shards: str, num_shards: int, context_tokens: int, batch_rows: int, rep
         found: dict[tuple[str, int], list[list[float]]] = {}
         for _ in range(repeats):
             for step in _STEPS:
-                drop_caches(folder)
+                drop_caches(folder, drop)
                 found.setdefault(("cold", step), []).append(first_batch(config, step))
                 found.setdefault(("warm", step), []).append(first_batch(config, step))
         click.echo("files       step   open s  batch s   both s   CPU s  process s")

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sacrebleu.metrics import CHRF
+from smoke import Benchmark
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.text import TextCodec
@@ -195,7 +196,11 @@ def print_found(
     print(f"written by both: {bootstrap.of(joined, 0)}% of what both models find")
 
 
-@click.command()
+@click.command(
+    cls=Benchmark,
+    smoke="--forward {forward} --backward {backward} --text {shards} --windows 2"
+    " --samples 4 --tokens 4 --given-tokens 8 --processes 1",
+)
 @click.option("--forward", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--backward", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--text", type=click.Path(path_type=Path, exists=True), required=True)

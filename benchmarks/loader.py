@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
@@ -25,6 +24,7 @@ from tempfile import TemporaryDirectory
 
 import click
 import numpy as np
+from smoke import Benchmark, is_installed
 
 from data_pipeline.batches import Stream, TrainingBatches
 from data_pipeline.data_set import DataSet
@@ -228,7 +228,10 @@ def start_peer(
     return collated(rows, batch_rows)
 
 
-@click.command()
+@click.command(
+    cls=Benchmark,
+    smoke="{shards} --context-tokens 16 --global-batch-rows 8 --seconds 0.01 --peer-tokens 20000",
+)
 @click.argument("shards")
 @click.option("--context-tokens", default=1024, show_default=True)
 @click.option("--global-batch-rows", default=64, show_default=True)
@@ -269,9 +272,12 @@ def main(
             ),
         }
         del ids
-        peers = {"litdata, uncompressed": litdata, "mosaicml-streaming, zstd": mosaic}
-        for title, peer in peers.items():
-            if find_spec("litdata" if peer is litdata else "streaming"):
+        peers = {
+            "litdata, uncompressed": (litdata, "litdata"),
+            "mosaicml-streaming, zstd": (mosaic, "streaming"),
+        }
+        for title, (peer, module) in peers.items():
+            if is_installed(title.split(",")[0], module):
                 contenders[title] = Contender(
                     partial(start_peer, peer, folder / peer.__name__, raw, id_dtype, *shape),
                     num_ids,

@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
+from smoke import Benchmark
 
 from data_pipeline.data_set import DataSet
 from data_pipeline.rows import Batch
@@ -177,7 +178,9 @@ def start_ranks(words: list[str], processes: int) -> int:
     return max(abs(rank.wait()) for rank in ranks)
 
 
-@click.command()
+@click.command(
+    cls=Benchmark, smoke="{shards} --config {config} --processes 1 --pairs 2 --block-steps 5"
+)
 @click.argument("shards")
 @click.option("--config", default="configs/demo.yaml", show_default=True)
 @click.option("--processes", default=2, show_default=True)

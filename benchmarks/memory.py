@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 import yaml
+from smoke import Benchmark
 
 from launcher.local import rank_environment, rank_names
 from megaback.config import Config, load_config
@@ -223,7 +224,9 @@ def build_shards(folder: Path) -> Path:
     return shards
 
 
-@click.command()
+@click.command(
+    cls=Benchmark, smoke="--ranks 1 --shards {shards_without_val} --only 1-muon-none-fp32-2"
+)
 @click.option("--ranks", default="1,2", show_default=True, help="Numbers of processes.")
 @click.option("--shards", type=click.Path(path_type=Path), help="Without a val set.")
 @click.option("--only", default="", help="Cases whose name holds this: 2-muon-none-fp32-3.")

@@ -10,6 +10,7 @@ that the reported hours come to, counted as here.
 from dataclasses import dataclass
 
 import click
+from smoke import Benchmark
 
 from megaback.config import ModelSection
 from megaback.devices import find_device
@@ -80,7 +81,7 @@ PUBLISHED = (
 )
 
 
-@click.command()
+@click.command(cls=Benchmark, smoke="")
 def main() -> None:
     """Print the table of docs/scale.md."""
     click.echo(

@@ -17,14 +17,13 @@ import click
 import httpx
 import psutil
 import torch
+from smoke import Benchmark, write_random_model
 
-from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.text import Direction
 from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
 from megaback.choice import SamplingOptions
-from megaback.config import ModelSection
 from megaback.generate import complete
-from megaback.model import ReverseGPT
-from megaback.model_folder import ModelDescription, load_sampler, write_model_folder
+from megaback.model_folder import load_sampler
 from tools.serve import listening_socket, run_server
 from tools.serving.guard import Limits
 from tools.serving.models import load_models
@@ -32,25 +31,12 @@ from tools.serving.models import load_models
 CONTEXT_TOKENS = 512
 
 
-def write_model(folder: Path, layers: int, width: int) -> None:
-    train_tokenizer("pydocs", folder.parent / "tokenizer", 2048, 5_000_000)
-    path = folder.parent / "tokenizer" / MODEL_NAME
-    codec = TextCodec.load(path, Direction.BACKWARD, Unit.TOKEN)
-    shape = ModelSection(num_layers=layers, width=width, num_heads=width // 64).resolved()
-    model = ReverseGPT(shape, codec.vocab_size)
-    model.initialize(0)
-    with torch.no_grad():  # surer than a new model, so that rounding decides nothing
-        model.lm_head.weight *= 20
-    weights = dict(model.named_parameters())
-    folder.mkdir()
-    write_model_folder(
-        folder,
-        ModelDescription(shape, codec.vocab_size, CONTEXT_TOKENS, codec.format, 0, None),
-        {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
-        lambda name: weights[name].detach(),
-        codec.model_bytes,
-        1 << 30,
-    )
+def write_model(folder: Path, tokenizer: Path | None, layers: int, width: int) -> None:
+    """A model of random weights, with a tokenizer of its own if none is given."""
+    if tokenizer is None:
+        train_tokenizer("pydocs", folder.parent / "tokenizer", 2048, 5_000_000)
+        tokenizer = folder.parent / "tokenizer" / MODEL_NAME
+    write_random_model(folder, tokenizer, Direction.BACKWARD, layers, width, CONTEXT_TOKENS)
 
 
 def serve(folder: Path, port: int, slots: int, threads: int) -> None:
@@ -77,18 +63,31 @@ async def ask_all(
     return [text for text, _ in found], sum(count for _, count in found)
 
 
-@click.command()
+@click.command(
+    cls=Benchmark,
+    smoke="--clients 3 --tokens 4 --slots 2 --layers 1 --width 64 --threads 1"
+    " --tokenizer {tokenizer}",
+)
 @click.option("--clients", default=50, show_default=True)
 @click.option("--tokens", default=100, show_default=True)
 @click.option("--slots", default=16, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--layers", default=6, show_default=True)
 @click.option("--width", default=384, show_default=True)
-def main(clients: int, tokens: int, slots: int, threads: int, layers: int, width: int) -> None:
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Default: one is trained.")
+def main(
+    clients: int,
+    tokens: int,
+    slots: int,
+    threads: int,
+    layers: int,
+    width: int,
+    tokenizer: Path | None,
+) -> None:
     """Print both speeds and their ratio."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
-        write_model(folder, layers, width)
+        write_model(folder, tokenizer, layers, width)
         with listening_socket("127.0.0.1", 0) as free:
             port = free.getsockname()[1]
         url = f"http://127.0.0.1:{port}"

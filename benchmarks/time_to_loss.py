@@ -5,12 +5,15 @@
 A model of 14 million parameters (6 layers, width 384, context 512) on the CPUs of this machine,
 learning the backward direction of SHARDS. The baseline is nanoGPT's recipe as smolGPT runs it:
 random crops of 16 rows that know no documents, AdamW at 6e-4 with betas 0.9 and 0.95, 5% of warmup,
-a cosine to 10%, bf16 autocast, torch.compile, no dropout. Ours is the command `megaback train` with
-benchmarks/time_to_loss.yaml, for as many steps as fit into its time. With --take-back, one part of
+a cosine to 10%, torch.compile, no dropout. Ours is the command `megaback train` with
+benchmarks/time_to_loss.yaml, for as many steps as fit into its time. Each side runs in bf16
+(autocast) or fp32, whichever takes a few of its own steps less CPU time on this machine; that is
+measured first, and printed. With --take-back, one part of
 our recipe at a time is that of the baseline, for the same number of tokens: what each part brings
 then depends on no other load of the machine, and what it costs is said in CPU time.
 
-Time is the wall time of training steps: compiling, validation and start-up are left out on both
+Time is the wall time of training steps, or with `--clock cpu` the CPU time of all threads, which
+other programs on the machine change less: compiling, validation and start-up are left out on both
 sides. Both are measured by the loss over the same whole val set; the baseline may attend across
 documents there too, if that is better for it.
 """
@@ -22,7 +25,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +34,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from smoke import Benchmark
 from torch import Tensor
 
 from data_pipeline.frame_store import FrameStore
@@ -44,6 +49,9 @@ from megaback.run_data import Data, open_data
 CONFIG = Path(__file__).with_name("time_to_loss.yaml")
 CPU = torch.device("cpu")
 ROWS = 16
+PRECISIONS = ("fp32", "bf16")
+_PACE_STEPS = (2, 8)
+"""Of two short runs, whose difference is what their steps cost."""
 _LEARNING_RATE, _WARMUP, _FLOOR = 6e-4, 0.05, 0.1
 TAKEN_BACK = {
     "ours": (),
@@ -79,8 +87,31 @@ def crops(data: Data, context_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1)
 
 
-def train_baseline(config: Config, seconds: float) -> dict[str, float]:
-    """nanoGPT's recipe; its schedule goes by the time that has passed."""
+@dataclass(frozen=True)
+class Result:
+    """What a side came to."""
+
+    precision: str
+    val_loss: float
+    steps: int
+    tokens: int
+    seconds: float
+    cpu_s: float
+
+
+def choose_precision(side: str, precision: str, cpu_seconds: Callable[[str], float]) -> str:
+    """`precision`, or for `auto` the one whose steps take less CPU time; says so."""
+    if precision != "auto":
+        return precision
+    taken = {one: cpu_seconds(one) for one in PRECISIONS}
+    fastest = min(taken, key=taken.__getitem__)
+    listed = ", ".join(f"{one} {cpu_s:.2f}" for one, cpu_s in taken.items())
+    click.echo(f"{side}: {fastest}, of CPU-s a step: {listed}")
+    return fastest
+
+
+def train_baseline(config: Config, seconds: float, clock: str, precision: str) -> Result:
+    """nanoGPT's recipe; its schedule goes by the time that has passed on the clock."""
     context_tokens = config.batch.context_tokens
     batch = config.batch.model_copy(update={"global_batch_rows": ROWS, "micro_batch_rows": ROWS})
     data = open_data(config.model_copy(update={"batch": batch}), 0, 1)
@@ -101,17 +132,25 @@ def train_baseline(config: Config, seconds: float) -> dict[str, float]:
     positions_T = torch.arange(context_tokens).repeat(ROWS)
     segments = Segments.from_lengths((context_tokens,) * ROWS, CPU)
 
-    def backward() -> float:
+    def backward(precision: str) -> float:
         ids_T, targets_T = next(rows)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = compiled(ids_T, targets_T, positions_T, segments).mean()
         loss.backward()
         return float(loss.detach())
 
-    for _ in range(2):
-        backward()
-        optimizer.zero_grad()
-    steps, passed_s, cpu_s = 0, 0.0, 0.0
+    def cpu_seconds(precision: str) -> float:
+        taken = []
+        for _ in range(3):
+            started = time.process_time()
+            backward(precision)
+            taken.append(time.process_time() - started)
+            optimizer.zero_grad()
+        return min(taken[1:])  # the first one compiles
+
+    precision = choose_precision("baseline", precision, cpu_seconds)
+    cpu_seconds(precision)  # compiled now, if it was not
+    steps, wall_s, cpu_s, passed_s = 0, 0.0, 0.0, 0.0
     while passed_s < seconds:
         started, cpu_started = time.perf_counter(), time.process_time()
         progress = passed_s / seconds
@@ -123,28 +162,23 @@ def train_baseline(config: Config, seconds: float) -> dict[str, float]:
         )
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * factor
-        loss = backward()
+        loss = backward(precision)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        passed_s += time.perf_counter() - started
+        wall_s += time.perf_counter() - started
         cpu_s += time.process_time() - cpu_started
+        passed_s = cpu_s if clock == "cpu" else wall_s
         steps += 1
         if steps % 20 == 0:
             print(f"baseline step {steps}: loss {loss:.3f}, {passed_s:.0f} s", file=sys.stderr)
     data.training.close()
-    return {
-        "val_loss": min(measure(compiled, data, alone) for alone in (True, False)),
-        "steps": steps,
-        "tokens": steps * ROWS * context_tokens,
-        "seconds": passed_s,
-        "cpu_s": cpu_s,
-        "parameters": model.num_parameters(),
-    }
+    val_loss = min(measure(compiled, data, precision, alone) for alone in (True, False))
+    return Result(precision, val_loss, steps, steps * ROWS * context_tokens, wall_s, cpu_s)
 
 
 @torch.no_grad()
-def measure(model: torch.nn.Module, data: Data, alone: bool) -> float:
+def measure(model: torch.nn.Module, data: Data, precision: str, alone: bool) -> float:
     """Nats a target of the whole val set, documents attending `alone` or across their rows."""
     from megaback.attention import sdpa_attention
 
@@ -158,57 +192,86 @@ def measure(model: torch.nn.Module, data: Data, alone: bool) -> float:
         ids_T, targets_T, positions_T, segments = to_device(batch, CPU)
         if not alone:
             positions_T = torch.arange(len(ids_T) // ROWS).repeat(ROWS)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             nats += float(inner(ids_T, targets_T, positions_T, segments).sum())
         targets += int((targets_T != IGNORED_TARGET).sum())
     return nats / targets
 
 
-def train_ours(
-    shards: str, seconds: float, tokens: int, overrides: tuple[str, ...]
-) -> dict[str, float]:
-    """`megaback train` for so many tokens; if 0, for as many steps as fit into the time.
-
-    What fits is judged by the pace of a short run.
-    """
-
-    def run(folder: Path, steps: int) -> list[dict[str, float]]:
-        words = [f"run={folder}", f"data.shards={shards}", f"training.steps={steps}", *overrides]
+def run_command(config: Path, *overrides: str) -> tuple[list[dict[str, float]], float]:
+    """`megaback train` in a folder of its own: its lines of metrics, and its CPU time."""
+    with TemporaryDirectory() as folder:
+        words = [str(config), f"run={folder}/run", *overrides]
+        before = os.times()
         subprocess.run(
-            [sys.executable, "-m", "megaback", "train", str(CONFIG), *words],
+            [sys.executable, "-m", "megaback", "train", *words],
             check=True,
             env=rank_environment("cpu", 1),
             stdout=subprocess.DEVNULL,
         )
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-    with TemporaryDirectory() as name:
-        if tokens:
-            batch = load_config(CONFIG, overrides).batch
-            steps = tokens // (batch.global_batch_rows * batch.context_tokens)
-        else:
-            paced = [line["step_s"] for line in run(Path(name) / "pace", 12) if "step_s" in line]
-            steps = int(seconds / statistics.median(paced[4:]))
-        cpu_before = os.times().children_user + os.times().children_system
-        lines = run(Path(name) / "run", steps)
-        cpu_s = os.times().children_user + os.times().children_system - cpu_before
-    return {
-        "val_loss": lines[-1]["val_loss"],
-        "steps": steps,
-        "tokens": [line["tokens_seen"] for line in lines if "step_s" in line][-1],
-        "seconds": sum(line["step_s"] for line in lines if "step_s" in line),
-        "cpu_s": cpu_s,
-    }
+        after = os.times()
+        text = (Path(folder) / "run" / "metrics.jsonl").read_text()
+    cpu_s = after.children_user + after.children_system
+    cpu_s -= before.children_user + before.children_system
+    return [json.loads(line) for line in text.splitlines()], cpu_s
 
 
-def show(title: str, found: dict[str, float]) -> None:
-    click.echo(
-        f"{title:<16}val loss {found['val_loss']:.4f} after {found['seconds']:6.1f} s, "
-        f"{found['steps']:,} steps, {found['tokens']:,} tokens; {found['cpu_s']:.0f} CPU-s"
+def train_ours(config: Path, shards: str, num_steps: int, overrides: tuple[str, ...]) -> Result:
+    """`megaback train` for some steps."""
+    shards_and_steps = (f"data.shards={shards}", f"training.steps={num_steps}")
+    lines, cpu_s = run_command(config, *shards_and_steps, *overrides)
+    steps = [line for line in lines if "step_s" in line]
+    return Result(
+        load_config(config, overrides).training.precision,
+        lines[-1]["val_loss"],
+        num_steps,
+        int(steps[-1]["tokens_seen"]),
+        sum(line["step_s"] for line in steps),
+        cpu_s,
     )
 
 
-@click.command()
+def train_ours_for(config: Path, shards: str, seconds: float, clock: str, precision: str) -> Result:
+    """Ours for as many steps as fit into the time, judged by the pace of short runs."""
+    wall_s: dict[str, float] = {}
+    cpu_s: dict[str, float] = {}
+
+    def cpu_seconds(precision: str) -> float:
+        runs = [
+            run_command(
+                config,
+                *(f"data.shards={shards}", f"training.steps={num_steps}"),
+                f"training.precision={precision}",
+            )
+            for num_steps in _PACE_STEPS
+        ]
+        # Starting and validation cost the same in both.
+        extra_steps = _PACE_STEPS[1] - _PACE_STEPS[0]
+        cpu_s[precision] = max((runs[1][1] - runs[0][1]) / extra_steps, 1e-3)
+        steps_s = [line["step_s"] for line in runs[1][0] if "step_s" in line]
+        wall_s[precision] = statistics.median(steps_s[2:])
+        return cpu_s[precision]
+
+    precision = choose_precision("ours", precision, cpu_seconds)
+    if precision not in wall_s:
+        cpu_seconds(precision)
+    step_s = (cpu_s if clock == "cpu" else wall_s)[precision]
+    num_steps = max(int(seconds / step_s), 1)
+    return train_ours(config, shards, num_steps, (f"training.precision={precision}",))
+
+
+def show(title: str, found: Result) -> None:
+    click.echo(
+        f"{title:<16}val loss {found.val_loss:.4f} after {found.seconds:6.1f} s, "
+        f"{found.steps:,} steps, {found.tokens:,} tokens in {found.precision}; "
+        f"{found.cpu_s:.0f} CPU-s"
+    )
+
+
+@click.command(
+    cls=Benchmark,
+    smoke="{shards} --config {config} --baseline-s 0.2 --ours-s 0.2 --take-back 4096 --only AdamW",
+)
 @click.argument("shards")
 @click.option("--baseline-s", default=600.0, show_default=True, help="0: leave it out.")
 @click.option("--ours-s", default=200.0, show_default=True, help="0: leave it out.")
@@ -216,20 +279,36 @@ def show(title: str, found: dict[str, float]) -> None:
     "--take-back", default=0, help="Then, with one part of the baseline at a time, so many tokens."
 )
 @click.option("--only", multiple=True, help="Of what is taken back, only this.")
+@click.option(
+    "--config", "path", type=click.Path(path_type=Path), default=CONFIG, help="What ours trains."
+)
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True
+)
 def main(
-    shards: str, baseline_s: float, ours_s: float, take_back: int, only: tuple[str, ...]
+    shards: str,
+    baseline_s: float,
+    ours_s: float,
+    take_back: int,
+    only: tuple[str, ...],
+    path: Path,
+    clock: str,
+    precision: str,
 ) -> None:
     """Print val losses and times of the baseline and of ours."""
     shards = str(Path(shards).resolve())
-    config = load_config(CONFIG, (f"data.shards={shards}",))
+    config = load_config(path, (f"data.shards={shards}",))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if baseline_s:
-        show("baseline", train_baseline(config, baseline_s))
+        show("baseline", train_baseline(config, baseline_s, clock, precision))
     if ours_s:
-        show("ours", train_ours(shards, ours_s, 0, ()))
+        show("ours", train_ours_for(path, shards, ours_s, clock, precision))
     for name, overrides in TAKEN_BACK.items():
         if take_back and (name in only or not only):
-            show(name, train_ours(shards, 0, take_back, overrides))
+            batch = load_config(path, overrides).batch
+            num_steps = take_back // (batch.global_batch_rows * batch.context_tokens)
+            show(name, train_ours(path, shards, num_steps, overrides))
 
 
 if __name__ == "__main__":

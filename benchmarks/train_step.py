@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 import torch
+from smoke import Benchmark
 from torch import Tensor
 
 from data_pipeline.rows import IGNORED_TARGET
@@ -47,16 +48,33 @@ class Contender:
     ranks: int
 
 
-def config_of(kind: str, rows: int, ranks: int, precision: str) -> Config:
+@dataclass(frozen=True)
+class Size:
+    """What a rank trains."""
+
+    layers: int
+    width: int
+    rows: int
+
+    def words(self) -> list[str]:
+        return [f"--layers={self.layers}", f"--width={self.width}", f"--rows={self.rows}"]
+
+
+def config_of(kind: str, size: Size, ranks: int, precision: str) -> Config:
     return Config.model_validate(
         {
             "run": "unused",
             "data": {"shards": "unused"},
-            "model": {"num_layers": 6, "width": 384, "num_heads": 6, "tie_embeddings": True},
+            "model": {
+                "num_layers": size.layers,
+                "width": size.width,
+                "num_heads": size.width // 64,
+                "tie_embeddings": True,
+            },
             "batch": {
                 "context_tokens": CONTEXT_TOKENS,
-                "global_batch_rows": rows * ranks,
-                "micro_batch_rows": rows,
+                "global_batch_rows": size.rows * ranks,
+                "micro_batch_rows": size.rows,
             },
             "optimizer": {"learning_rate": 6e-4},
             "training": {"steps": 1000, "precision": precision, "compile": True},
@@ -90,7 +108,7 @@ def plain_step(config: Config, rank: int, ranks: int) -> Step:
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            loss = trained(*batch)
+            loss = trained(*batch).sum()
         (loss / num_targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -119,13 +137,13 @@ def our_step(config: Config, rank: int) -> Step:
     return step
 
 
-def serve(kind: str, rows: int, precision: str, turn_steps: int) -> None:
+def serve(kind: str, size: Size, precision: str, turn_steps: int) -> None:
     """One rank of a contender: for each line that is read, some steps, and the CPU time of one."""
     from megaback.distributed import end_rank, start_world
 
     torch.set_num_threads(1)
     world = start_world("cpu", 600)
-    config = config_of(kind, rows, world.size, precision)
+    config = config_of(kind, size, world.size, precision)
     step = (
         plain_step(config, world.rank, world.size)
         if kind == "plain"
@@ -237,20 +255,33 @@ def peak_flops(dtype: torch.dtype) -> float:
     return 2 * size**3 / min(times)
 
 
-@click.command()
+@click.command(
+    cls=Benchmark, smoke="--layers 1 --width 64 --rows 1 --precision fp32 --turns 1 --turn-steps 1"
+)
+@click.option("--layers", default=6, show_default=True)
+@click.option("--width", default=384, show_default=True, help="64 a head.")
 @click.option("--rows", default=8, show_default=True, help="Of 512 tokens, a rank and step.")
 @click.option("--precision", default="bf16", show_default=True)
 @click.option("--turns", default=5, show_default=True)
 @click.option("--turn-steps", default=2, show_default=True)
 @click.option("--serve", "served", hidden=True)
-def main(rows: int, precision: str, turns: int, turn_steps: int, served: str | None) -> None:
+def main(
+    layers: int,
+    width: int,
+    rows: int,
+    precision: str,
+    turns: int,
+    turn_steps: int,
+    served: str | None,
+) -> None:
     """Print CPU time a step of every contender and its ratio, then where ours goes."""
+    size = Size(layers, width, rows)
     if served is not None:
-        serve(served, rows, precision, turn_steps)
+        serve(served, size, precision, turn_steps)
         return
-    words = ["--rows", str(rows), "--precision", precision, "--turn-steps", str(turn_steps)]
+    words = [*size.words(), "--precision", precision, "--turn-steps", str(turn_steps)]
     peak = peak_flops(torch.bfloat16 if precision == "bf16" else torch.float32)
-    model = ReverseGPT(config_of("plain", rows, 1, precision).model.resolved(), VOCAB_SIZE)
+    model = ReverseGPT(config_of("plain", size, 1, precision).model.resolved(), VOCAB_SIZE)
     # Each token attends to half of its document, itself included.
     attended = sum(length * (length + 1) / 2 for length in _DOCUMENTS) / CONTEXT_TOKENS
     step_flops = flops_per_token(model.shape, VOCAB_SIZE, attended) * rows * CONTEXT_TOKENS

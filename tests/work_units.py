@@ -14,7 +14,14 @@ _TOGETHER = {
     "tests/cluster/": "a cluster",
     **{
         f"tests/integration/test_{name}.py": "finished runs"
-        for name in ("training", "parity", "inspect", "fine_tuning", "infill_command")
+        for name in (
+            "training",
+            "parity",
+            "inspect",
+            "fine_tuning",
+            "infill_command",
+            "shipped_configs",
+        )
     },
 }
 

@@ -78,21 +78,26 @@ def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
 @click.command(cls=ResumableCommand, name="demo")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 @click.option("--source", default="pydocs", show_default=True)
-def main(out: Path, source: str) -> None:
-    """From text to shards to training to a backward sample."""
+@click.option("--vocab-size", default=_VOCAB_SIZE, show_default=True)
+@click.argument("overrides", nargs=-1)
+def main(out: Path, source: str, vocab_size: int, overrides: tuple[str, ...]) -> None:
+    """From text to shards to training to a backward sample.
+
+    OVERRIDES, as training.steps=100, change keys of configs/demo.yaml.
+    """
     started = time.monotonic()
     tokenizer = out / "tokenizer" / "tokenizer.model"
     if not tokenizer.exists():
         run(
             *("tokenizer", "train", "--source", source, "--out", str(tokenizer.parent)),
-            *("--vocab-size", str(_VOCAB_SIZE)),
+            *("--vocab-size", str(vocab_size)),
         )
     run(
         *("shards", "build", "--source", source, "--tokenizer", str(tokenizer)),
         *("--out", str(out / "shards"), "--val-fraction", "0.02"),
     )
     run("shards", "verify", str(out / "shards"))
-    run("train", str(_CONFIG), f"run={out / 'run'}", f"data.shards={out / 'shards'}")
+    run("train", str(_CONFIG), f"run={out / 'run'}", f"data.shards={out / 'shards'}", *overrides)
     if not (out / "model" / "config.json").exists():
         run("convert", str(out / "run"), "--to", "full", "--out", str(out / "model"))
     samples = {

@@ -195,6 +195,22 @@ def test_a_config_that_cannot_work_is_refused_before_there_are_ranks(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_file_for_fine_tuning_trains_from_a_finished_run(
+    finished: FinishedRun, write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path)
+    words = ("finetune.sbatch", config, f"init_from={finished.run}", "training.steps=1")
+
+    slurm.require_completed(
+        slurm.submit(*words, cwd=tmp_path, options=cpu_options(nodes=1)), tmp_path
+    )
+
+    before, after = (read_metrics(run) for run in (finished.run, tmp_path / "run"))
+    val_loss = [line["val_loss"] for line in before if "val_loss" in line][-1]
+    assert after[0]["val_loss"] == pytest.approx(val_loss, abs=1e-4)
+    assert last_step(tmp_path / "run") == 1
+
+
 def test_files_that_were_taken_apart_say_what_they_miss(slurm: Slurm, tmp_path: Path) -> None:
     alone = tmp_path / "train.sbatch"
     alone.write_bytes((REPOSITORY / "slurm/train.sbatch").read_bytes())

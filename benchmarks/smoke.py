@@ -1,0 +1,231 @@
+"""A smoke mode for every benchmark: `python benchmarks/NAME.py --smoke` says in seconds if it runs.
+
+A smoke run is the benchmark itself, started with the words that it names for this: small sizes, and
+data that is made up here. Nothing that it prints is a measurement, so every digit is masked.
+"""
+
+import inspect
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from data_pipeline.command import Command
+
+if TYPE_CHECKING:
+    from data_pipeline.text import Direction
+
+_VOCAB_SIZE = 600
+_CONTEXT_TOKENS = 256
+_FRAME_TOKENS = 1024
+_NUM_DOCUMENTS = 300
+_NUM_ROWS = 90
+
+
+class Benchmark(Command):
+    """A command with `--smoke`. `smoke` is the command line of a smoke run.
+
+    `{shards}` and the like in it are made up: see the functions of `_MAKERS`.
+    """
+
+    def __init__(self, *args: Any, smoke: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._smoke = smoke
+        self.params.append(
+            click.Option(
+                ["--smoke"],
+                is_flag=True,
+                is_eager=True,  # what is required otherwise is made up
+                expose_value=False,
+                callback=self._start_smoke_run,
+                help="Only see that it runs, in seconds: made-up data, small sizes, no figures.",
+            )
+        )
+
+    def _start_smoke_run(self, context: click.Context, _option: object, is_asked: bool) -> None:
+        if not is_asked or context.resilient_parsing:
+            return
+        assert self.callback is not None
+        script = Path(inspect.getfile(self.callback)).absolute()
+        with TemporaryDirectory(prefix="smoke-") as folder:
+            made_up = MadeUp(Path(folder))
+            words = [word.format_map(made_up) for word in self._smoke.split()]
+            click.echo(
+                f"smoke run of {script.name}: made-up data and small sizes, so every digit is "
+                f"masked\n$ {script.name} {' '.join(words)}"
+            )
+            code = _run_masked([sys.executable, str(script), *words], Path(folder))
+        context.exit(code)
+
+
+def _run_masked(command: list[str], folder: Path) -> int:
+    """Run a command and show what it prints without its digits; its exit code."""
+    # Kernels are compiled for minutes; what compiles them is called all the same.
+    environment = {**os.environ, "TMPDIR": str(folder), "TORCHDYNAMO_DISABLE": "1"}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    for line in process.stdout:
+        click.echo(re.sub(r"\d", "#", line), nl=False)
+    return process.wait()
+
+
+def is_installed(peer: str, module: str) -> bool:
+    """Whether a peer can take part; says so if it cannot."""
+    if find_spec(module):
+        return True
+    click.echo(f"{peer} takes no part: its module {module} is not installed")
+    return False
+
+
+class MadeUp(dict[str, str]):
+    """Paths of what a smoke run is given, each made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> str:
+        path = self.folder / name
+        self[name] = str(_MAKERS[name](self, path) or path)
+        return self[name]
+
+
+def _documents(seed: int) -> list[str]:
+    """Prose of words that do not exist."""
+    generator = random.Random(seed)
+    syllables = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
+    words = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(400)]
+    sentences = [" ".join(generator.choices(words, k=12)).capitalize() + "." for _ in range(2000)]
+    return [" ".join(generator.choices(sentences, k=12)) for _ in range(_NUM_DOCUMENTS)]
+
+
+def _text(_: MadeUp, path: Path) -> None:
+    path.mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in _documents(1)]
+    (path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _file(made_up: MadeUp, _: Path) -> Path:
+    return Path(made_up["text"]) / "a.jsonl"
+
+
+def _rows(_: MadeUp, path: Path) -> Path:
+    texts = [text.split(".") for text in _documents(2)[:_NUM_ROWS]]
+    rows = [{"instruction": f"Why{parts[1]}?", "output": f"{parts[2]}."} for parts in texts]
+    for row, parts in zip(rows[::3], texts, strict=False):
+        row["instruction"] = f"Define the noun '{parts[0].split()[-1]}'."
+    file = path.with_suffix(".jsonl")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def _tokenizer(made_up: MadeUp, path: Path) -> Path:
+    from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
+
+    train_tokenizer(made_up["text"], path, _VOCAB_SIZE)
+    return path / MODEL_NAME
+
+
+def _build(made_up: MadeUp, path: Path, val_fraction: float) -> None:
+    from data_pipeline.build import build_shards
+    from data_pipeline.settings import BuildSettings, WeightedSource
+    from data_pipeline.text import Direction, TextCodec, Unit
+
+    codec = TextCodec.load(Path(made_up["tokenizer"]), Direction.BACKWARD, Unit.TOKEN)
+    settings = BuildSettings(
+        sources=(WeightedSource(made_up["text"]),),
+        tokenizer_sha256=codec.format.tokenizer_sha256,
+        val_fraction=val_fraction,
+        frame_tokens=_FRAME_TOKENS,
+    )
+    build_shards(settings, codec, path, workers=1)
+
+
+def _shards(made_up: MadeUp, path: Path) -> None:
+    _build(made_up, path, 0.1)
+
+
+def _shards_without_val(made_up: MadeUp, path: Path) -> None:
+    _build(made_up, path, 0.0)
+
+
+def write_random_model(
+    folder: Path, tokenizer: Path, direction: "Direction", layers: int, width: int, context: int
+) -> None:
+    """A model folder with random weights, surer than a new model: rounding decides nothing."""
+    import torch
+
+    from data_pipeline.text import TextCodec, Unit
+    from megaback.config import ModelSection
+    from megaback.model import ReverseGPT
+    from megaback.model_folder import ModelDescription, write_model_folder
+
+    codec = TextCodec.load(tokenizer, direction, Unit.TOKEN)
+    shape = ModelSection(num_layers=layers, width=width, num_heads=max(width // 64, 1)).resolved()
+    model = ReverseGPT(shape, codec.vocab_size)
+    model.initialize(0)
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    weights = dict(model.named_parameters())
+    folder.mkdir()
+    write_model_folder(
+        folder,
+        ModelDescription(shape, codec.vocab_size, context, codec.format, 0, None),
+        {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
+        lambda name: weights[name].detach(),
+        codec.model_bytes,
+        1 << 30,
+    )
+
+
+def _model(made_up: MadeUp, path: Path) -> None:
+    from data_pipeline.text import Direction
+
+    tokenizer = Path(made_up["tokenizer"])
+    write_random_model(path, tokenizer, Direction(path.name), 1, 32, _CONTEXT_TOKENS)
+
+
+def _config(_: MadeUp, path: Path) -> Path:
+    """A run of one process and of thousands of parameters."""
+    fields = {
+        "run": "run",
+        "data": {"shards": "shards"},
+        "model": {"num_layers": 1, "width": 32, "num_heads": 2, "tie_embeddings": True},
+        "batch": {"context_tokens": 512, "global_batch_rows": 4, "micro_batch_rows": 4},
+        "optimizer": {"name": "muon", "learning_rate": 3e-3},
+        "training": {"steps": 2, "precision": "fp32"},
+        "zero": {"stage": 1},
+        "hardware": {"device": "cpu", "processes": 1, "preflight": "off"},
+        "logging": {"tensorboard": "off"},
+    }
+    file = path.with_suffix(".yaml")
+    file.write_text(json.dumps(fields), encoding="utf-8")  # which YAML holds
+    return file
+
+
+def _nothing(_: MadeUp, _path: Path) -> None:
+    """A path for what the benchmark writes."""
+
+
+_MAKERS: dict[str, Callable[[MadeUp, Path], Path | None]] = {
+    "text": _text,
+    "file": _file,
+    "rows": _rows,
+    "tokenizer": _tokenizer,
+    "shards": _shards,
+    "shards_without_val": _shards_without_val,
+    "forward": _model,
+    "backward": _model,
+    "config": _config,
+    "out": _nothing,
+}

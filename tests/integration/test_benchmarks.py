@@ -1,0 +1,63 @@
+"""Every benchmark runs: as a process, on little data that is made up, for seconds."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+_FOLDER = Path(__file__).parents[2] / "benchmarks"
+_HELPER = "smoke.py"
+BENCHMARKS = sorted(path for path in _FOLDER.glob("*.py") if path.name != _HELPER)
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_runs_in_its_smoke_mode_and_gives_no_figures(
+    path: Path, tmp_path: Path
+) -> None:
+    """In another folder, as those that start this file anew must find themselves there too."""
+    result = subprocess.run(
+        [sys.executable, path, "--smoke"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, command, *printed = result.stdout.splitlines()
+    assert first.startswith(f"smoke run of {path.name}: ")
+    assert command.startswith(f"$ {path.name}")
+    assert printed
+    assert "#" in "".join(printed)
+    assert not re.search(r"\d", "".join(printed))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_benchmark_that_fails_fails_in_its_smoke_mode_too(tmp_path: Path) -> None:
+    path = tmp_path / "one.py"
+    path.write_text(
+        "import click\nfrom smoke import Benchmark\n"
+        "@click.command(cls=Benchmark, smoke='--tokens 7 {file}')\n"
+        "@click.option('--tokens', type=int)\n"
+        "@click.argument('file')\n"
+        "def main(tokens, file):\n"
+        "    print('measured', tokens, open(file).readable())\n"
+        "    raise SystemExit(tokens)\n"
+        "main()\n"
+    )
+
+    result = subprocess.run(
+        [sys.executable, path, "--smoke"],
+        env={"PYTHONPATH": str(_FOLDER)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 7, result.stderr
+    assert result.stdout.splitlines()[-1] == "measured # True"

@@ -1,0 +1,54 @@
+"""Every config of configs/ is planned as it is, and trains two steps when its sizes are small."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny_run import curve_of, metrics_of
+from warm_ranks import WarmRanks
+
+from launcher.plan import main as plan
+from megaback.config import load_config
+
+pytestmark = pytest.mark.slow
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SMALL = (
+    *("model.num_layers=2", "model.width=32", "model.num_heads=4", "model.num_kv_heads=2"),
+    *("model.mlp_width=null", "batch.context_tokens=64", "batch.global_batch_rows=4"),
+    *("batch.micro_batch_rows=2", "training.steps=2", "training.epochs=null"),
+    *("optimizer.warmup_steps=1", "hardware.device=cpu", "hardware.processes=1"),
+)
+"""Sizes alone: what a config trains with, and how, stays."""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_is_planned(path: Path) -> None:
+    nodes = 1 if load_config(path).hardware.device == "cpu" else 8
+    words = ["--nodes", str(nodes), "--device", "h100-80gb", "--tokens", "1e10"]
+
+    result = CliRunner().invoke(plan, [str(path), *words, "hardware.device=cuda"])
+
+    assert result.exit_code == 0, result.output
+    assert "memory" in result.output
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_trains(
+    path: Path,
+    tmp_path: Path,
+    tiny_shards: Path,
+    warm_ranks: Callable[[int], WarmRanks],
+    lonely_run_of: Callable[..., Path],
+    model_of: Callable[[Path], Path],
+) -> None:
+    run = tmp_path / "run"
+    overrides = [*SMALL, f"run={run}", f"data.shards={tiny_shards}"]
+    if load_config(path).init_from is not None:
+        overrides += [f"init_from={model_of(lonely_run_of('zero.stage=1'))}"]
+
+    warm_ranks(1).train(path, overrides, run / "output.txt")
+
+    assert len(curve_of(run)) == 2
+    assert [line["step"] for line in metrics_of(run) if "val_loss" in line] == [0, 2]
