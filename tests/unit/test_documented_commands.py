@@ -118,6 +118,8 @@ def require_command(words: list[str]) -> None:
             parameter.type_cast_value(context, value)
     configs = [word for word in words if re.fullmatch(r"configs/\w+\.yaml", word)]
     overrides = [word for word in words if re.match(r"[a-z_0-9.]+=", word)]
+    if any(word.startswith("init_from=") for word in overrides):  # whose model is not there
+        overrides += ["model.num_layers=1", "model.width=64", "model.num_heads=1"]
     for config in configs:
         load_config(ROOT / config, overrides)
 
