@@ -50,7 +50,7 @@ def test_a_shipped_config_trains(
     if "init_from" in yaml.safe_load(path.read_text()):
         overrides += [f"init_from={model_of(lonely_run_of('zero.stage=1'))}"]
 
-    warm_ranks(1).train(path, overrides, run / "output.txt")
+    warm_ranks(1).train(path, overrides, tmp_path / "output.txt")
 
     assert len(curve_of(run)) == 2
     assert [line["step"] for line in metrics_of(run) if "val_loss" in line] == [0, 2]
