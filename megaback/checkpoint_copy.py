@@ -18,7 +18,12 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 
 from data_pipeline.command import storage_error
-from data_pipeline.errors import CheckpointCorruptError, MegabackError, StorageError
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    MegabackError,
+    OutputExistsError,
+    StorageError,
+)
 from data_pipeline.remote import is_url, open_file_system, shown_url
 from megaback.checkpoint import (
     CHECKPOINTS_FOLDER,
@@ -49,6 +54,16 @@ class SecondPlace:
     def path(self, *names: str) -> str:
         """Of something in it."""
         return "/".join([self._root.rstrip("/"), *names])
+
+    def require_ours(self) -> None:
+        """Raises OutputExistsError for a place that holds something else than copies; OSError."""
+        seen = [name for name in self._names() if not name.startswith(".")]
+        strangers = [name for name in seen if not STEP_FOLDER.fullmatch(name)]
+        if strangers:
+            raise OutputExistsError(
+                f"checkpoint.copy_to would write to {self.name}, which holds {strangers[0]}: not "
+                "only copies of checkpoints; choose another place, or run folder"
+            )
 
     def complete(self) -> list[str]:
         """The names of complete checkpoints, oldest first. Raises OSError."""

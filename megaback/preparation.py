@@ -14,12 +14,21 @@ import torch
 
 from data_pipeline.command import write_text
 from data_pipeline.differences import differing_keys, shown_values
-from data_pipeline.errors import CheckpointCorruptError, LaunchError, RunMismatchError
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    LaunchError,
+    MegabackError,
+    OutputExistsError,
+    RunMismatchError,
+)
+from data_pipeline.files import local_path
+from data_pipeline.output_paths import require_apart
 from megaback.attention import attention_backend
 from megaback.base_model import load_base
 from megaback.checkpoint import (
     CHECKPOINTS_FOLDER,
     CheckpointMeta,
+    complete_checkpoints,
     library_versions,
     load_into_engine,
     newest_checkpoint,
@@ -143,6 +152,7 @@ def prepare_run(
     if config.training.compile:
         world.together(require_compiler, world.device.type, "training.compile")
     world.together(require_installed, config)
+    world.together(_ask_first, world, _require_second_place, config, data)
     found, fetched_meta = _find_start(config, world)
     meta = found[1] if found is not None else fetched_meta
     changes: Changes = {}
@@ -275,6 +285,36 @@ def _find_start(
         error = None if meta is not None else error
     world.stop_if_any(error)
     return found, meta
+
+
+def _require_second_place(config: Config, data: Data) -> None:
+    """See that copies of checkpoints get a place of their own. Raises OutputExistsError.
+
+    One that cannot be asked now is no reason not to train: it is reported with every copy.
+    """
+    copy_to = config.checkpoint.copy_to
+    if copy_to is None:
+        return
+    folder = local_path(copy_to)
+    if folder is not None:
+        inputs = (config.run, config.init_from, *(part.path for part in config.data.shards))
+        require_apart(folder / config.run.resolve().name, inputs, "checkpoint.copy_to")
+    try:
+        place = SecondPlace(copy_to, config.run)
+        place.require_ours()
+        meta = newest_meta(place) if complete_checkpoints(config.run) else None
+    except MegabackError:
+        raise
+    except Exception:  # noqa: BLE001 (file systems raise what they like)
+        return
+    if meta is not None:
+        try:
+            _require_same_run(config, data, Path(step_name(meta.step)), meta)
+        except MegabackError as error:
+            raise OutputExistsError(
+                f"checkpoint.copy_to {place.name} holds checkpoints of another run, which this "
+                f"one's would replace ({error}); choose another place"
+            ) from None
 
 
 def _ask_second_place(run: Path, copy_to: str, world: World) -> CheckpointMeta | None:

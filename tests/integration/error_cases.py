@@ -252,6 +252,16 @@ CASES = {
     "a rank without a launcher, among texts": Case(
         "rank {place}/config.yaml run={place}/text", OutputExistsError, ("{place}/text",)
     ),
+    "copies of checkpoints among texts": Case(
+        "rank {place}/config.yaml run={out}/text checkpoint.copy_to={place}",
+        OutputExistsError,
+        ("checkpoint.copy_to", "{place}/text"),
+    ),
+    "copies of checkpoints over those of another run": Case(
+        RESUME + "checkpoint.copy_to={place}/copies",
+        OutputExistsError,
+        ("{place}/copies/backward_run", "another run", "'forward'"),
+    ),
     "a run that is submitted, among texts": Case(
         "submit {place}/config.yaml run={place}/text --cpu --dry-run",
         OutputExistsError,

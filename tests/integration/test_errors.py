@@ -116,6 +116,9 @@ def place(
         )
         assert result.returncode == 0, result.stderr
         convert_full(run, model, "float32")
+    copies = place / "copies" / "backward_run"
+    (step,) = (place / "forward_run" / "checkpoints").glob("step-*")
+    shutil.copytree(step, copies / step.name)
     shutil.copytree(place / "backward_run", place / "damaged_run")
     (weights,) = (place / "damaged_run" / "checkpoints").glob("*/weights-00000.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])

@@ -10,7 +10,7 @@ from time import sleep
 import fsspec
 import pytest
 
-from data_pipeline.errors import CheckpointCorruptError, SourceMissingError
+from data_pipeline.errors import CheckpointCorruptError, OutputExistsError, SourceMissingError
 from megaback.checkpoint import (
     META_NAME,
     complete_checkpoints,
@@ -63,6 +63,16 @@ def copy(save: Save, world: World) -> Copy:
         return said
 
     return copy
+
+
+def test_a_place_that_holds_something_else_is_refused(run: Path, place: Path, copy: Copy) -> None:
+    copy(run, place, 10)
+    SecondPlace(str(place), run).require_ours()
+    SecondPlace(str(place), run.with_name("a new one")).require_ours()
+    (place / run.name / "notes.txt").touch()
+
+    with pytest.raises(OutputExistsError, match=r"notes\.txt"):
+        SecondPlace(str(place), run).require_ours()
 
 
 def wait_for(copier: CheckpointCopier) -> None:
