@@ -107,7 +107,7 @@ def test_a_command_that_is_interrupted_while_it_loads_torch_says_so(
         "sample": ["--ending", "it."],
         "score": ["--in", "-", "--out", "-"],
     }
-    process = start(command, tmp_path, *options[command], **interrupting_imports("torch"))
+    process = start(command, tmp_path / "model", *options[command], **interrupting_imports("torch"))
     require_interrupted(process)
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
