@@ -184,7 +184,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 tokenizer.save_pretrained(copy)
 tokenizer = AutoTokenizer.from_pretrained(copy, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder)
-ids = model.generate(**tokenizer.prompt(ending), do_sample=False, max_new_tokens=40)[0]
+ids = model.generate(**tokenizer.prompt(ending), do_sample=False, max_new_tokens=24)[0]
 asked = tokenizer.chat_prompt(ending.strip())
 answer = model.generate(**asked, do_sample=False, max_new_tokens=20)[0]
 print(json.dumps({
@@ -208,7 +208,7 @@ def test_a_process_without_megaback_writes_the_greedy_sample(
 ) -> None:
     run = trained(1) / "untied-3"
     sampled = run_megaback(
-        "sample", export(run, "full"), "--ending", ENDING, "--temp", "0", "--tokens", "40"
+        "sample", export(run, "full"), "--ending", ENDING, "--temp", "0", "--tokens", "24"
     )
     assert sampled.returncode == 0, sampled.stderr
     asked = run_megaback(
