@@ -6,8 +6,10 @@ lists the same slices. Texts are passed on byte for byte, empty ones included: d
 and splitting are left to the reader.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 from data_pipeline.errors import OutputExistsError, SourceEmptyError
@@ -118,8 +120,15 @@ def read_slice(
 
 def require_outside(source: str, out: Path) -> None:
     """Raises OutputExistsError when what is written to `out` would become part of the source."""
-    folder = local_path(source)
-    if folder and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+    path = local_path(source)
+    if path is None:
+        return
+    if path.is_dir():
+        is_within = out.resolve().is_relative_to(path.resolve())
+    else:  # only `**` reaches into folders; what it would find there has the suffix of JSON
+        pattern = os.path.abspath(path)  # noqa: PTH100 - a pattern is not to be resolved
+        is_within = "**" in pattern and fnmatch(str(out.absolute() / "x.json"), pattern)
+    if is_within:
         raise _within(source, out)
 
 

@@ -25,7 +25,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.plan import Plan
 from data_pipeline.slices import Columns, Document
-from data_pipeline.sources import list_source, read_slice
+from data_pipeline.sources import list_source, read_slice, require_outside
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -322,3 +322,18 @@ def test_what_is_left_out_is_in_the_manifest_whatever_the_number_of_workers(
     assert manifests[0] == manifests[1]
     assert manifests[0].skipped["files"]["suffix .pdf is not read"].count == 2
     assert documents_of(tmp_path / "out1")["train"] == ["two", "one"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_within"),
+    [("**", True), ("**/*.json", True), ("**/*.jsonl", False), ("*", False), ("*.json", False)],
+)
+def test_a_pattern_that_would_find_the_output_is_refused(
+    pattern: str, is_within: bool, tmp_path: Path
+) -> None:
+    source, out = f"{tmp_path}/{pattern}", tmp_path / "shards"
+    if is_within:
+        with pytest.raises(OutputExistsError, match="lies within the source"):
+            require_outside(source, out)
+    else:
+        require_outside(source, out)
