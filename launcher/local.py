@@ -109,10 +109,15 @@ def start_rank(
 ) -> "subprocess.Popen[bytes]":
     """Start a rank that is not to outlive this process; what it prints goes to open files."""
     variables = {**environment, LAUNCHER_VARIABLE: str(os.getpid())}
-    # A session of its own: a terminal's Ctrl-C is passed on, once, by this process.
-    return subprocess.Popen(
-        command, env=variables, stdout=output, stderr=errors_output, start_new_session=True
-    )
+    # Ctrl-C waits until the rank can hear it without a traceback (`megaback.stopping`).
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        # A session of its own: a terminal's Ctrl-C is passed on, once, by this process.
+        return subprocess.Popen(
+            command, env=variables, stdout=output, stderr=errors_output, start_new_session=True
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def stay_with(starting: Iterable[Running]) -> tuple[list[tuple[int, int]], list[int]]:

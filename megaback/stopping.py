@@ -26,6 +26,7 @@ _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 def leave_at_ctrl_c() -> None:
     """Until there is a StopRequest, Ctrl-C ends this rank at once and without a traceback."""
     signal.signal(signal.SIGINT, lambda *_: _leave_while_starting())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 class StopRequest:
@@ -49,6 +50,7 @@ class StopRequest:
             signal.signal(number, self._receive)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self._receive)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # the launcher blocks it
 
     def begin_training(self) -> None:
         """From now on there may be something to save."""

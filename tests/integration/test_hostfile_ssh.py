@@ -35,6 +35,7 @@ rank = os.environ["RANK"]
 received = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda number, frame: received.append(number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 fields = {"arguments": sys.argv[2:], "environment": dict(os.environ), "pid": os.getpid()}
 with open(f"partial-{rank}", "w") as file:
     json.dump(fields, file)

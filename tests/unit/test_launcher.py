@@ -43,6 +43,7 @@ _LISTEN = """
 received = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda number, frame: received.append(number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 open(f"ready-{rank}", "w").close()
 give_up = time.monotonic() + 60
 while not received and time.monotonic() < give_up:
