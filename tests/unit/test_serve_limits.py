@@ -1,5 +1,6 @@
 """The server and those who ask for too much, for nonsense, or for what is not theirs."""
 
+import gzip
 import json
 import socket
 import threading
@@ -57,8 +58,9 @@ def endless(models: dict[str, ServedModel]) -> str:
     ("body", "status", "words"),
     [
         (b"{", 400, "not JSON"),
-        (b'{"prompt": "\xff\xfe"}', 400, "parsing"),
-        (b"[" * 5000, 400, ""),
+        (b'{"prompt": "\xff\xfe"}', 400, "not UTF-8, from byte 13"),
+        (b"[" * 100_000, 400, "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400, "digits"),
         (b'{"prompt": NaN}', 400, "prompt"),
         (b"null", 400, "body"),
         (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature"),
@@ -88,7 +90,7 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(
     running: Running, body: bytes, status: int, words: str
 ) -> None:
     headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers)
+    answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers, timeout=60)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert words in error["message"]
@@ -203,6 +205,34 @@ def test_a_body_without_a_type_is_json_and_one_of_another_type_is_told(running: 
         answer = httpx.post(url, content=body, headers={"content-type": kind})
         assert answer.status_code == 415
         assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_a_compressed_body_is_told(running: Running) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    body = gzip.compress(b'{"prompt": "a"}')
+    answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers, timeout=60)
+    assert answer.status_code == 415
+    assert "without compression" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("POST", "/v1/embeddings", 404, "there is no /v1/embeddings here"),
+        ("GET", "/v1/nothing", 404, "there is no /v1/nothing here"),
+        ("POST", "/", 404, "there is no"),
+        ("GET", "/v1/completions", 405, "takes POST, not GET"),
+        ("PUT", "/v1/models", 405, "takes GET, not PUT"),
+        ("OPTIONS", "/v1/completions", 405, "takes POST, not OPTIONS"),
+    ],
+)
+def test_a_path_or_a_method_that_there_is_not_is_told(
+    running: Running, method: str, path: str, status: int, words: str
+) -> None:
+    answer = httpx.request(method, running.url + path)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+    assert ("allow" in answer.headers) == (status == 405)
 
 
 @pytest.mark.parametrize(

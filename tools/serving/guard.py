@@ -126,6 +126,12 @@ class Guard:
                 f"the body's Content-Type is {headers['content-type'][:100]!r}; send JSON, and "
                 "the header Content-Type: application/json",
             )
+        encoding = headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise ProblemError(
+                415,
+                f"the body's Content-Encoding is {encoding[:100]!r}; send it without compression",
+            )
         self._num_open += 1
         try:
             body = await self._body(headers, receive)

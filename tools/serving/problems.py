@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from data_pipeline.errors import ConfigError, PromptError
 from data_pipeline.growing_text import sendable
@@ -73,13 +74,43 @@ def install(app: FastAPI) -> None:
         return ProblemError(400, str(error), "invalid_value").response()
 
     @app.exception_handler(HTTPException)
-    async def on_http(_request: Request, error: HTTPException) -> JSONResponse:
+    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code in (404, 405):
+            return _unanswered(app, request).response()
+        if error.status_code == 400 and error.__cause__ is not None:
+            return ProblemError(400, _unreadable(error.__cause__), "invalid_value").response()
         return ProblemError(error.status_code, str(error.detail), headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def on_defect(_request: Request, error: Exception) -> JSONResponse:
         _log.error("a request could not be answered", exc_info=error)
         return ProblemError(500, "the server failed; its log says why").response()
+
+
+def _unanswered(app: FastAPI, request: Request) -> ProblemError:
+    """Which methods a path has, or that there is no such path; the page's mount knows neither."""
+    path = request.url.path
+    shown = sendable(path[:_MOST_SHOWN_CHARACTERS])
+    methods = {
+        method
+        for route in app.routes
+        if isinstance(route, Route) and route.path_regex.match(path)
+        for method in route.methods or ()
+    }
+    if methods and request.method not in methods:
+        allowed = ", ".join(sorted(methods))
+        message = f"{shown} takes {allowed}, not {sendable(request.method)}"
+        return ProblemError(405, message, headers={"Allow": allowed})
+    return ProblemError(404, f"there is no {shown} here; /openapi.json describes what there is")
+
+
+def _unreadable(cause: BaseException) -> str:
+    """Why FastAPI could not read a body, which it does not say itself."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body is not UTF-8, from byte {cause.start + 1} on; send JSON in UTF-8"
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deeply to be read; send flat JSON"
+    return f"the body cannot be read as JSON ({sendable(str(cause))[:_MOST_SHOWN_CHARACTERS]})"
 
 
 def _param(error: RequestValidationError) -> str | None:
