@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 _ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(600)
 def test_the_demo_goes_from_text_to_samples(tmp_path: Path, tiny_text_folder: Path) -> None:
     out = tmp_path / "demo"
     sizes = ("model.num_layers=1", "model.width=32", "hardware.processes=1")
@@ -24,7 +25,7 @@ def test_the_demo_goes_from_text_to_samples(tmp_path: Path, tiny_text_folder: Pa
         capture_output=True,
         text=True,
         check=False,
-        timeout=250,
+        timeout=580,
     )
 
     assert result.returncode == 0, result.stdout + result.stderr
