@@ -19,10 +19,12 @@ from data_pipeline.chat_format import ChatFormat
 from data_pipeline.command import Command
 from data_pipeline.errors import (
     DirectionMismatchError,
+    OutputExistsError,
     PromptError,
     StorageError,
 )
 from data_pipeline.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K, Range
+from data_pipeline.output_paths import require_apart
 from data_pipeline.text import Direction
 from tools.json_lines import answer_each, parse_object, print_all
 from tools.sample import apply_command
@@ -134,21 +136,35 @@ def _whole_number(value: object, name: str, allowed: Range) -> int:
     )
 
 
+_HISTORY_STARTS = ('{"response": "', '{"instruction": "')
+
+
 class History:
     """What was said: shown when asked for and, if there is a file, kept there as lines of JSON."""
 
     def __init__(self, path: Path | None) -> None:
-        """Raises StorageError when the file is there and cannot be read."""
+        """Raises StorageError when the file is there and cannot be read, OutputExistsError when it
+        is none of ours: what is said would be appended to it."""
         self._path = path
         self.exchanges: list[dict[str, str]] = []
         if path is None or not path.exists():
             return
         try:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # a kill cut a line short
-                    self.exchanges.append(json.loads(line))
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise StorageError(f"cannot read the history {path}: {error}") from None
+        for line in text.splitlines():
+            with suppress(ValueError, RecursionError):  # a kill cut a line short
+                self.exchanges.append(json.loads(line))
+        are_ours = all(
+            isinstance(exchange, dict) and exchange.keys() == {"response", "instruction"}
+            for exchange in self.exchanges
+        )
+        if text and not (are_ours and text.startswith(_HISTORY_STARTS)):
+            raise OutputExistsError(
+                f"--history {path} holds something that this command did not write; choose another "
+                "--history"
+            )
 
     def add(self, exchange: dict[str, str]) -> None:
         """Raises OSError."""
@@ -282,6 +298,9 @@ def main(
         raise click.UsageError(
             "Give one of --response, --instruction, --ending, --beginning and --json."
         )
+    if history is not None:
+        require_apart(history, [folder], "--history")
+    kept = History(history)
     folder = model_folder(folder)
     direction = read_description(folder).text_format.direction
     for name in texts:
@@ -293,14 +312,14 @@ def main(
     if is_json:
         print_all(answer_lines(chat, sys.stdin, options, count))
     elif not texts:
-        _talk(chat, options, count, History(history))
+        _talk(chat, options, count, kept)
     elif chat.prompt_name in texts:
         click.echo(chat.complete(texts[chat.prompt_name], options))
     else:
         text = texts[chat.given_name]
         found = chat.answer(text, options, count)
         _show(chat, found)
-        History(history).add({chat.given_name: text, chat.written_name: found[0].text})
+        kept.add({chat.given_name: text, chat.written_name: found[0].text})
 
 
 if __name__ == "__main__":

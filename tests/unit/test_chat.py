@@ -184,6 +184,24 @@ def test_one_response_is_answered_and_kept(ask: Ask, tmp_path: Path) -> None:
     assert result.stdout.startswith(f"Instruction: {said['instruction']}")
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['{\n  "format": "x"\n}\n', '{"instruction": "a", "output": "b"}\n', "notes\n", "[1]\n"],
+)
+def test_a_history_that_others_wrote_is_left_alone(ask: Ask, tmp_path: Path, content: str) -> None:
+    (tmp_path / "mine").write_text(content)
+    result = ask("--response", "the last map", "--history", tmp_path / "mine")
+    assert (result.exit_code, "holds something that this command" in result.stderr) == (44, True)
+    assert (tmp_path / "mine").read_text() == content
+
+
+def test_a_history_is_not_kept_in_the_model(folder_of: Callable[[Direction], Path]) -> None:
+    folder = folder_of(Direction.BACKWARD)
+    kept = folder / "said.jsonl"
+    result = CliRunner().invoke(main, [str(folder), "--response", "a", "--history", str(kept)])
+    assert (result.exit_code, kept.exists()) == (44, False)
+
+
 def test_a_forward_model_is_given_an_instruction(folder_of: Callable[[Direction], Path]) -> None:
     folder = folder_of(Direction.FORWARD)
     command = [str(folder), "--device", "cpu", "--tokens", "3"]
