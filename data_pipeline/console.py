@@ -90,6 +90,8 @@ def protect_console() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    if sys.stdin is None:
+        sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
     sys.stdout = sys.__stdout__ = _protected(sys.stdout, 1)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _protected(sys.stderr, 2)  # type: ignore[misc]
 

@@ -147,7 +147,7 @@ class Manifest:
         path = folder / MANIFEST_NAME
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise shards_missing(str(folder)) from None
         return cls.from_json(data, str(path))
 

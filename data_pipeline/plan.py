@@ -165,7 +165,7 @@ class Plan:
             )
             if sum(plan.task_portions) != len(plan.portions):
                 raise ValueError("its tasks do not add up to its inputs")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ShardsMissingError(
                 f"{out} holds no plan of a build; name the source, the tokenizer and the folder: "
                 "`megaback shards build --source SRC --tokenizer MODEL --out OUT`"

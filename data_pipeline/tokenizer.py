@@ -52,6 +52,8 @@ _SHOWN_PIECES = 20
 # U+2581 is how SentencePiece writes a space, a sentence with U+2585 is dropped, and lone surrogates
 # are no UTF-8. Text is cut there; these characters are spelled in byte pieces.
 _UNTRAINABLE = re.compile("[\u2581\u2585\ud800-\udfff]+")
+_FEWEST_PIECES, _MOST_PIECES = 3, 2**31 - 1
+"""Beyond which SentencePiece fails without saying how many pieces a text can give."""
 _TOO_LARGE = re.compile(r"Vocabulary size too high .* value <= (\d+)")
 _TOO_SMALL = re.compile(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)")
 
@@ -163,6 +165,11 @@ def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
     """The serialized model. Raises TokenizerError."""
     import sentencepiece
 
+    if vocab_size > _MOST_PIECES:
+        raise TokenizerError(
+            f"{vocab_size} pieces are more than SentencePiece can count: use --vocab-size "
+            f"{_MOST_PIECES} or less"
+        )
     model = io.BytesIO()
     try:
         interruptible(
@@ -170,7 +177,7 @@ def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
-            vocab_size=vocab_size,
+            vocab_size=max(vocab_size, _FEWEST_PIECES),
             character_coverage=_CHARACTER_COVERAGE,
             byte_fallback=True,
             normalization_rule_name="identity",

@@ -141,7 +141,7 @@ def _fitted(judges: Judges, dev: str) -> float:
 
     if judges.forward is None and judges.forward_column is None:
         raise ConfigError("--fit needs a forward score: give --forward or --forward-column")
-    questions = [question for _, question in judges.questions(dev, BadRecords("stop"))]
+    questions = [question for _, question in judges.questions(dev, BadRecords(None))]
     unjudged = sum(not question.is_judged for question in questions)
     if unjudged:
         raise ConfigError(

@@ -12,6 +12,7 @@ from data_pipeline.json_lines import Record, read_records, writing_lines
 from data_pipeline.output_paths import json_lines_with, overwrite_option, require_output
 from data_pipeline.pairs import PairColumns
 from data_pipeline.settings import BAD_RECORD_CHOICES
+from data_pipeline.slices import stop_or_skip
 from data_pipeline.terminal import fit
 
 if TYPE_CHECKING:
@@ -46,16 +47,21 @@ form_option = click.option(
 
 
 class BadRecords:
-    """What is done with malformed lines: the first one stops, or all are named and counted."""
+    """What is done with malformed lines: the first one stops, or all are named and counted.
 
-    def __init__(self, choice: str) -> None:
-        self._stops = choice == "stop"
+    Without a choice, the first one stops, and no option could change that.
+    """
+
+    def __init__(self, choice: str | None) -> None:
+        self._choice = choice
         self.count = 0
 
     def add(self, error: BadRecordError) -> None:
         """Raises the error, if it is to."""
-        if self._stops:
+        if self._choice is None:
             raise error
+        if self._choice == "stop":
+            stop_or_skip(error)
         self.count += 1
         click.echo(f"left out: {error}", err=True)
 

@@ -201,6 +201,14 @@ def test_a_folder_without_shards_is_one_sentence(
     require_one_sentence(run_megaback("shards", command, tmp_path), 30)
 
 
+@pytest.mark.parametrize("command", ["verify", "inspect", "finalize"])
+def test_a_file_is_no_disk_fault_where_a_folder_of_shards_is_wanted(
+    run_megaback: Run, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    require_one_sentence(run_megaback("shards", command, tmp_path / "rows.jsonl"), 30)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"format": "megaback-shards"}'])
 def test_a_broken_manifest_is_one_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)

@@ -121,6 +121,13 @@ def test_descriptors_that_are_closed_are_not_given_to_files(tmp_path: Path) -> N
     assert (tmp_path / "report").read_text() == "[{}, 3]"
 
 
+def test_a_closed_standard_input_is_an_empty_one() -> None:
+    code = "from data_pipeline.console import *; protect_console(); import sys\n"
+    code += "print([sys.stdin.buffer.read(), sys.stdin.read()])"
+    command = ["bash", "-c", 'exec "$@" <&-', "bash", sys.executable, "-c", code]
+    assert subprocess.run(command, check=True, capture_output=True).stdout == b"[b'', '']\n"
+
+
 @pytest.mark.parametrize(
     ("kind", "code", "words"),
     [("pipe", 141, ""), ("full", 74, "'standard output': No space left on device")],

@@ -331,6 +331,7 @@ def test_a_malformed_row_is_named(
     assert result.exit_code == 23
     assert f"{source}:3: " in result.stderr
     assert reason in result.stderr
+    assert "--on-bad-record skip" in result.stderr
     assert not out.exists()
     assert rerank(folders[Direction.BACKWARD], *arguments, "--on-bad-record", "skip").exit_code == 0
     assert len(out.read_text().splitlines()) == 2

@@ -226,6 +226,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(
     assert result.exit_code == 23, result.output
     assert f"megaback: error: {source}:5: " in result.stderr
     assert reason in result.stderr
+    assert "--on-bad-record skip" in result.stderr
     assert list(tmp_path.iterdir()) == [source]
     skipped = score(
         folder_of(Direction.BACKWARD), "--in", source, "--out", out, "--on-bad-record", "skip"

@@ -116,7 +116,7 @@ def test_a_document_with_characters_that_cannot_be_learnt_still_counts(tmp_path:
     assert load(tmp_path).encode("rarest", out_type=str) == ["rarest"]
 
 
-@pytest.mark.parametrize("num_pieces", [100, 100_000])
+@pytest.mark.parametrize("num_pieces", [1, 2, 100, 100_000])
 def test_the_vocabulary_size_that_an_error_advises_works(
     source: str, tmp_path: Path, num_pieces: int
 ) -> None:
@@ -124,6 +124,11 @@ def test_the_vocabulary_size_that_an_error_advises_works(
         train_tokenizer(source, tmp_path / "out", num_pieces)
     advised = int(str(caught.value).partition("--vocab-size ")[2].split()[0].strip(","))
     assert train_tokenizer(source, tmp_path / "out", advised).vocab_size == advised
+
+
+def test_more_pieces_than_sentencepiece_can_count_are_refused(source: str, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="use --vocab-size 2147483647 or less"):
+        train_tokenizer(source, tmp_path / "out", 2**32 - 1)
 
 
 @pytest.mark.parametrize("text", ["", "\u2585"])
