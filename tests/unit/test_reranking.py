@@ -275,7 +275,8 @@ def test_the_weight_is_fitted_on_another_file(
     result = rerank(folders[Direction.BACKWARD], *arguments, "--fit", source)
     assert result.exit_code == 0, result.output
     assert "fitted on 2 questions" in result.stderr
-    refused = rerank(folders[Direction.BACKWARD], *arguments[:4], "--fit", source)
+    out = ("--out", tmp_path / "other")
+    refused = rerank(folders[Direction.BACKWARD], "--in", source, *out, "--fit", source)
     assert (refused.exit_code, "--fit needs a forward score" in refused.stderr) == (10, True)
 
 
