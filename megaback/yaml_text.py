@@ -29,7 +29,10 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(text: str) -> Any:
     """What a text means. Raises yaml.YAMLError, for a key that is there twice too."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader's subclass)
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader's subclass)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def apply_override(fields: dict[str, Any], override: str) -> None:

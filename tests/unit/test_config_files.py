@@ -212,3 +212,11 @@ def test_a_value_that_is_long_is_shown_in_part(tmp_path: Path) -> None:
         load_config(write_config(tmp_path), (f"training.precision={'x' * 500}",))
 
     assert len(str(caught.value)) < 200
+
+
+def test_a_config_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deep.yaml"
+    path.write_text("run: " + "[" * 3000 + "]" * 3000)
+
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_config(path)
