@@ -70,14 +70,21 @@ class CheckpointSaver:
         return self._open is not None and self._open.is_alive()
 
     def begin(
-        self, state: Mapping[str, Tensor], meta: CheckpointMeta, *, is_best: bool = False
+        self,
+        state: Mapping[str, Tensor],
+        meta: CheckpointMeta,
+        run: Path | None = None,
+        *,
+        is_best: bool = False,
     ) -> None:
         """Copy this rank's state and start to write it. Collective; completes what is open.
 
         The best checkpoint is named in `best`, and kept until another one is. When a rank cannot
-        write, all ranks stop with its message.
+        write, all ranks stop with its message. `run` is where the run's folder lies now.
         """
         self.finish()
+        if run is not None:
+            self._folder = run / CHECKPOINTS_FOLDER
         world = self._world
         target = self._folder / step_name(meta.step)
         if any(world.gather(world.together(_is_saved, target, world))):

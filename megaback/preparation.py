@@ -200,6 +200,7 @@ def prepare_run(
     start_step = found[1].step if found is not None else 0
     pulse.open()
     world.together(_accept, config, world, given, start_step, data.total_steps, changes)
+    world.together(pulse.remember_folder)
     pulse.at("checking the nodes", start_step)
     preflight(config, data, world)
     pulse.at("starting", start_step)

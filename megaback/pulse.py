@@ -16,7 +16,7 @@ from threading import Event, Lock, Thread, current_thread
 import psutil
 
 from data_pipeline.command import report
-from data_pipeline.errors import RankLostError
+from data_pipeline.errors import RankLostError, StorageError
 from megaback.config import HardwareSection
 from megaback.distributed import World
 from megaback.exit_record import record_exit
@@ -28,6 +28,7 @@ from megaback.heartbeat import (
     read_heartbeats,
     write_heartbeat,
 )
+from megaback.run_place import RunPlace
 
 
 class Pulse:
@@ -36,6 +37,7 @@ class Pulse:
     def __init__(self, run: Path, section: HardwareSection, world: World) -> None:
         """Nothing is written or watched before `open`."""
         self._run, self._section, self._world = run, section, world
+        self._place: RunPlace | None = None
         self._lock = Lock()
         self._stopped = Event()
         now = time.time()
@@ -59,6 +61,14 @@ class Pulse:
     def is_open(self) -> bool:
         """Whether the run's folder is ours and says that the run has started."""
         return self._thread.ident is not None
+
+    def remember_folder(self) -> None:
+        """Know the run's folder again, by the start that it has just recorded."""
+        self._place = RunPlace(self._run)
+
+    def folder(self) -> Path:
+        """The run's folder, wherever it lies now. Raises StorageError."""
+        return self._run if self._place is None else self._place.now()
 
     def open(self) -> None:
         """Begin, in a run's folder that is ours. Collective: all ranks then have a heartbeat."""
@@ -86,6 +96,13 @@ class Pulse:
             self._beat = replace(self._beat, left=reason)
         self._write()
 
+    def record_exit(self, code: int, kind: str, reason: str) -> bool:
+        """Note why the run ends, where its folder lies; False if another process has."""
+        try:
+            return record_exit(self.folder(), code, kind, reason, self._world.rank)
+        except StorageError:  # another run's folder lies there
+            return True
+
     def report_lost(self) -> RankLostError:
         """Who is missing, after a collective has failed or taken too long; records it."""
         if not self.is_open:  # what lies in the run's folder is of an earlier start
@@ -101,7 +118,7 @@ class Pulse:
             "to go on"
         )
         self.leave("another rank was lost")
-        if record_exit(self._run, error.exit_code, type(error).__name__, reason, self._world.rank):
+        if self.record_exit(error.exit_code, type(error).__name__, reason):
             report(error)  # the first to know speaks for all
         return error
 
@@ -118,8 +135,9 @@ class Pulse:
     def _write(self) -> None:
         with self._lock:
             beat = self._beat = replace(self._beat, written=time.time())
-        with suppress(OSError):  # a full or slow disk must not end a run that is well
-            write_heartbeat(self._run, beat)
+        # A full or slow disk, or a folder that is gone, must not end a run that is well.
+        with suppress(OSError, StorageError):
+            write_heartbeat(self.folder(), beat)
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._section.heartbeat_s):

@@ -6,6 +6,7 @@ concern: `stopping`, `guard`, `pulse`, `checkpoint_saver`.
 """
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -50,7 +51,6 @@ from megaback.distributed import (
 from megaback.engine import set_learning_rates, take_step
 from megaback.engine_state import named_state
 from megaback.evaluation import evaluate, to_device
-from megaback.exit_record import record_exit
 from megaback.guard import StepGuard
 from megaback.hardware import peak_memory_bytes
 from megaback.history_gap import history_gap
@@ -94,6 +94,7 @@ class Trainer:
         measured = world.gather(world.together(_measurements, run, world))[0]
         self._patience = Patience(run.config.validation.patience, measured)
         self._log = world.together(_open_log, run, world)
+        self._folder = run.config.run
         self._log_error: MegabackError | None = None
         self._copier = world.together(
             CheckpointCopier, run.config.run, run.config.checkpoint, world
@@ -201,9 +202,11 @@ class Trainer:
             return UserInterruptError(
                 "interrupted before the first step; nothing was there to save"
             )
-        return PreemptedError(
-            f"asked to stop after {step} steps, all of them saved; run the same command to go on"
-        )
+        again = "run the same command to go on"
+        if self._folder != self._run.config.run:
+            argument = shlex.quote(f"run={self._folder}")
+            again = f"its folder was moved: run the same command with {argument} to go on"
+        return PreemptedError(f"asked to stop after {step} steps, all of them saved; {again}")
 
     def _learn(
         self, step: int, micro_batches: list[Batch], agreed: Agreement, started: float
@@ -276,7 +279,11 @@ class Trainer:
         run.pulse.at("saving", done)
         state = named_state(run.engine, world.rank, world.size)
         meta = run.meta(done, val_loss, world)
-        self._saver.begin(state, meta, is_best=self._patience.is_kept(done))
+        folder = world.gather(world.together(run.pulse.folder))[0]
+        if folder != self._folder:
+            self._folder = folder
+            self._say(f"the run's folder is now {folder}: checkpoints go there")
+        self._saver.begin(state, meta, folder, is_best=self._patience.is_kept(done))
 
     def _finish_save(self, done: int) -> None:
         """Complete the checkpoint that is open, if there is one."""
@@ -371,7 +378,7 @@ def train_run(
         error = shared  # raised on every rank alike
     world.stop_if_any(error)
     if world.is_first:
-        record_exit(config.run, 0, "finished", reason, world.rank)
+        pulse.record_exit(0, "finished", reason)
     pulse.leave(reason)
 
 
@@ -383,9 +390,7 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path)
     except AgreedExit as ending:
         reason = ending.error
         if reason is not None and pulse.is_open:  # else the record is that of an earlier start
-            record_exit(
-                config.run, reason.exit_code, type(reason).__name__, str(reason), world.rank
-            )
+            pulse.record_exit(reason.exit_code, type(reason).__name__, str(reason))
         pulse.leave("all ranks ended together")
         return int(ending.code or 0)
     except Exception as fault:  # noqa: BLE001 (what it is, is said)
@@ -396,8 +401,7 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path)
         sys.stderr.flush()
         reason_text = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
         if pulse.is_open:
-            code = MegabackError.exit_code
-            record_exit(config.run, code, "Exception", reason_text, world.rank)
+            pulse.record_exit(MegabackError.exit_code, "Exception", reason_text)
         pulse.leave(reason_text)
         os._exit(MegabackError.exit_code)
     return 0

@@ -1,0 +1,71 @@
+"""A run's folder is found where it was moved, and no other run is taken for it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import StorageError
+from megaback.exit_record import HISTORY_NAME, record_start
+from megaback.run_place import RunPlace
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    record_start(folder, step=0)
+    return folder
+
+
+def replace_by_another(run: Path) -> None:
+    run.mkdir()
+    record_start(run, step=0)
+
+
+def test_a_folder_that_was_left_alone_lies_where_it_was(run: Path) -> None:
+    assert RunPlace(run).now() == run
+
+
+def test_a_folder_that_was_moved_is_found_whatever_takes_its_place(
+    run: Path, tmp_path: Path
+) -> None:
+    place, moved = RunPlace(run), tmp_path / "moved"
+    run.rename(moved)
+    assert place.now() == moved
+    replace_by_another(run)
+    assert place.now() == moved
+
+
+def test_a_folder_that_was_deleted_is_to_be_made_again(run: Path) -> None:
+    place = RunPlace(run)
+    shutil.rmtree(run)
+
+    assert place.now() == run
+
+
+def test_another_run_in_the_place_of_a_deleted_one_is_refused(run: Path) -> None:
+    place = RunPlace(run)
+    shutil.rmtree(run)
+    replace_by_another(run)
+
+    with pytest.raises(StorageError, match="another run has taken its place"):
+        place.now()
+
+
+def test_a_folder_whose_history_was_edited_is_the_run_s_all_the_same(run: Path) -> None:
+    place = RunPlace(run)
+    (run / HISTORY_NAME).write_text('{"event": "start", "step": 7, "time": 1}\n')
+
+    assert place.now() == run
+
+
+def test_a_copy_that_was_put_in_place_of_a_deleted_folder_is_the_run_s(
+    run: Path, tmp_path: Path
+) -> None:
+    place = RunPlace(run)
+    shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(run)
+    (tmp_path / "copy").rename(run)
+
+    assert place.now() == run
