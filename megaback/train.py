@@ -9,7 +9,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
@@ -116,7 +117,8 @@ class Trainer:
         for step in range(run.start_step, total_steps):
             started, done = monotonic(), step + 1
             run.pulse.at("reading its rows", done)
-            micro_batches, agreed = self._agree_on_step(step)
+            with self._saving_before_end(step, saved_step, val_loss):
+                micro_batches, agreed = self._agree_on_step(step)
             if self._copier.is_open and not agreed.is_copying:
                 self._copier.finish(self._say)
             if self._saver.is_open and not agreed.is_writing:
@@ -134,7 +136,8 @@ class Trainer:
                 self._learn(step, micro_batches, agreed, started)
             is_end = done == total_steps
             if _is_due(run.config.validation.every_steps, done) or is_end:
-                val_loss = self._validate(done)
+                with self._saving_before_end(done, saved_step, val_loss):
+                    val_loss = self._validate(done)
                 is_end = is_end or self._patience.is_exhausted
             is_best = self._patience.is_kept(done)
             if _is_due(run.config.checkpoint.every_steps, done) or is_end or is_best:
@@ -285,6 +288,24 @@ class Trainer:
             self._say(f"the run's folder is now {folder}: checkpoints go there")
         self._saver.begin(state, meta, folder, is_best=self._patience.is_kept(done))
 
+    @contextmanager
+    def _saving_before_end(
+        self, done: int, saved_step: int, val_loss: float | None
+    ) -> Iterator[None]:
+        """Save the steps that are done when the ranks end for data that cannot be read.
+
+        Not after an error of the metrics: they lack lines of these steps.
+        """
+        try:
+            yield
+        except AgreedExit:
+            if done > saved_step and not self._world.sum(self._log_error is not None)[0]:
+                with suppress(AgreedExit):  # the first error decides how the run ends
+                    self._save(done, val_loss)
+                    self._finish_save(done)
+                    self._say(f"the {done} steps before this are saved")
+            raise
+
     def _finish_save(self, done: int) -> None:
         """Complete the checkpoint that is open, if there is one."""
         self._wait_while(lambda: self._saver.is_writing, "writing a checkpoint", done)
@@ -357,10 +378,7 @@ def _is_due(every_steps: int | None, done: int) -> bool:
 def train_run(
     config: Config, world: World, stop: StopRequest, pulse: Pulse, given: Path | None = None
 ) -> None:
-    """Train a run, whose config was given as a file, to its end.
-
-    Raises AgreedExit on all ranks alike.
-    """
+    """Train a run, whose config was given as a file, to its end. Raises AgreedExit on all ranks."""
     error: MegabackError | None = None
     reason = ""
     try:
@@ -411,9 +429,8 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--save-before", hidden=True)
-@click.option(
-    "--local_rank", type=MANY_OR_ZERO.option, hidden=True, expose_value=False
-)  # the deepspeed command's
+# What the deepspeed command passes.
+@click.option("--local_rank", type=MANY_OR_ZERO.option, hidden=True, expose_value=False)
 def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> None:
     """Train as one rank of a run described by CONFIG and key.sub=value OVERRIDES."""
     only_comments(_CONSOLE_PATIENCE_S)

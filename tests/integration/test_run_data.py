@@ -14,9 +14,11 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.text import TextCodec
+from megaback.checkpoint import complete_checkpoints, read_meta
 from megaback.metrics import read_metrics
 
 Run = subprocess.CompletedProcess[str]
+LATE_FRAME = 13
 STEPS = 12
 
 
@@ -45,16 +47,21 @@ def other_shards(
     return folder / "shards"
 
 
+def damage(folder: Path, frame: int) -> None:
+    """Change a bit in a frame of the first shard of the train set."""
+    path = folder / Manifest.load(folder).split("train")[0].file
+    with ShardReader(path) as reader:
+        offset = int(reader.frame_offsets[frame]) + 100
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.fixture
 def damaged_shards(tiny_shards: Path, tmp_path: Path) -> Path:
     """A copy of the data set with one frame of one shard damaged."""
     folder = Path(shutil.copytree(tiny_shards, tmp_path / "damaged"))
-    entry = Manifest.load(folder).split("train")[0]
-    with ShardReader(folder / entry.file) as reader:
-        offset = int(reader.frame_offsets[0]) + 100
-    data = bytearray((folder / entry.file).read_bytes())
-    data[offset] ^= 1
-    (folder / entry.file).write_bytes(data)
+    damage(folder, 0)
     return folder
 
 
@@ -87,6 +94,22 @@ def test_a_damaged_frame_ends_all_ranks_with_one_message_that_names_it(
     said = [line for line in result.stderr.splitlines() if "error:" in line]
     assert (result.returncode, len(said)) == (31, 1), result.stderr
     assert "frame 0 at byte 0" in said[0]
+
+
+@pytest.mark.slow
+def test_steps_before_a_damaged_frame_are_saved(
+    train_one_rank: Callable[..., Run], tiny_shards: Path, tmp_path: Path
+) -> None:
+    folder, run = Path(shutil.copytree(tiny_shards, tmp_path / "damaged")), tmp_path / "run"
+    damage(folder, LATE_FRAME)
+
+    result = train_one_rank(run, f"data.shards={folder}", "checkpoint.every_steps=null")
+
+    assert (result.returncode, f"frame {LATE_FRAME} at byte" in result.stderr) == (31, True)
+    done = read_metrics(run)[-1]["step"]
+    assert done, "the first step met the frame: nothing was there to save"
+    assert [read_meta(target).step for target in complete_checkpoints(run)] == [done]
+    assert f"the {done} steps before this are saved" in result.stdout
 
 
 @pytest.mark.slow
