@@ -38,7 +38,7 @@ from data_pipeline.settings import (
 )
 from data_pipeline.skipped import Skipped, merged, skipped_from_json, skipped_lines, skipped_to_json
 from data_pipeline.slices import Slice
-from data_pipeline.sources import list_source, require_outside
+from data_pipeline.sources import list_source, require_none_shared, require_outside
 from data_pipeline.text import TextCodec
 
 PLAN_NAME = "plan.json"
@@ -183,8 +183,9 @@ def make_plan(
 ) -> Plan:
     """List the sources and cut them into tasks; `num_tasks` None chooses their number.
 
-    Depends on the sources' contents and the settings alone. Raises the errors of the sources, and
-    OutputExistsError when a link in a source leads to `out`.
+    Depends on the sources' contents and the settings alone. Raises the errors of the sources,
+    OutputExistsError when a link in a source leads to `out`, and ConfigError when a file would be
+    in the train set and in the val set.
     """
     columns = settings.columns
     skips_bad = settings.on_bad_record == "skip"
@@ -192,6 +193,10 @@ def make_plan(
     if out is not None:
         for part, listing in zip(settings.sources, listings, strict=True):
             listing.require_outside(part.source, out)
+    read: dict[bool, list[Slice]] = {True: [], False: []}
+    for part, listing in zip(settings.sources, listings, strict=True):
+        read[part.split == "val"].extend(listing.slices)
+    require_none_shared(train=read[False], val=read[True])
     skipped = merged(listing.skipped for listing in listings)
     plan = Plan(settings, tuple(listing.slices for listing in listings), (), num_tasks, skipped)
     sizes = [portion.piece.size_bytes * portion.fraction for portion in plan.portions]

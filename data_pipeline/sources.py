@@ -7,12 +7,12 @@ and splitting are left to the reader.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from data_pipeline.errors import OutputExistsError, SourceEmptyError
+from data_pipeline.errors import ConfigError, OutputExistsError, SourceEmptyError
 from data_pipeline.file_source import list_files, read_file, refused
 from data_pipeline.files import local_path
 from data_pipeline.finding import find_files
@@ -40,6 +40,7 @@ __all__ = [
     "list_slices",
     "list_source",
     "read_slice",
+    "require_none_shared",
     "require_outside",
     "stop_at_bad_record",
 ]
@@ -130,6 +131,27 @@ def require_outside(source: str, out: Path) -> None:
         is_within = "**" in pattern and fnmatch(str(out.absolute() / "x.json"), pattern)
     if is_within:
         raise _within(source, out)
+
+
+def require_none_shared(train: Iterable[Slice], val: Iterable[Slice]) -> None:
+    """Raises ConfigError when a file is read for the train set and for the val set."""
+    trained_on: dict[tuple[str, str], list[Slice]] = {}
+    for piece in train:
+        trained_on.setdefault(_place(piece), []).append(piece)
+    for held_out in val:
+        for piece in trained_on.get(_place(held_out), []):
+            if piece.start < held_out.stop and held_out.start < piece.stop:
+                raise ConfigError(
+                    f"{shown_url(held_out.path)} is in both --source and --val-source, so the val "
+                    "set would be trained on; name other files for one of them, or leave "
+                    "--val-source out and use --val-fraction"
+                )
+
+
+def _place(piece: Slice) -> tuple[str, str]:
+    """What a slice is a part of, whatever links it was found by."""
+    is_local = piece.kind not in ("pydocs", "hub") and not is_url(piece.path)
+    return piece.kind, os.path.realpath(piece.path) if is_local else piece.path
 
 
 def _within(source: str, out: Path) -> OutputExistsError:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from data_pipeline.chat_format import ChatFormat, ParsedExample
 from data_pipeline.compression import Compression
-from data_pipeline.errors import BadRecordError, SourceUnreadableError
+from data_pipeline.errors import BadRecordError, ConfigError, SourceUnreadableError
 from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.inspection import document_ids
 from data_pipeline.instruct import main
@@ -235,6 +235,22 @@ def test_held_out_rows_are_the_val_set_and_nothing_else_is(
     found = examples_of(out)
     assert pairs_of(found["val"]) == expected_of(rows[:20])
     assert pairs_of(found["train"]) == expected_of(rows[20:])
+
+
+@pytest.mark.parametrize("given", ["rows.jsonl", "link.jsonl", "../data", "../data/r*.jsonl"])
+def test_rows_that_are_trained_on_are_not_held_out_too(
+    tmp_path: Path, rows: Records, tokenizer_path: Path, given: str
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    source = write_records(folder / "rows.jsonl", rows[:9])
+    if given == "link.jsonl":
+        (folder / given).symlink_to(source)
+    command = ["--source", source, "--val-source", folder / given, "--out", tmp_path / "out"]
+    result = CliRunner().invoke(main, [*map(str, command), "--tokenizer", str(tokenizer_path)])
+    assert result.exit_code == ConfigError.exit_code, result.output
+    assert "is in both --source and --val-source" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_maps_columns_and_refuses_a_context_that_does_not_fit(
