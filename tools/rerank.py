@@ -27,6 +27,7 @@ from data_pipeline.pairs import Pair
 from data_pipeline.terminal import print_table
 from tools.score import (
     BadRecords,
+    OwnKeys,
     bad_record_option,
     device_option,
     form_option,
@@ -238,22 +239,22 @@ def main(
             used = _fitted(judges, dev)
         records = judges.questions(source, BadRecords(on_bad_record))
         scored = judges.scored([question for _, question in records])
+    own = OwnKeys("ranking", "scores")
     with writing_lines(out) as writer:
         for (fields, _), one in zip(records, scored, strict=True):
             mixed = one.mixed(used)
             scores = {"reverse": one.reverse, "mixed": mixed}
             if one.forward is not None:
                 scores = {"forward": one.forward, **scores}
-            writer.write(
-                {
-                    **fields,
-                    "ranking": ranking(mixed),
-                    "scores": [
-                        {name: round(float(values[at]), 5) for name, values in scores.items()}
-                        for at in range(len(mixed))
-                    ],
-                }
-            )
+            results = {
+                "ranking": ranking(mixed),
+                "scores": [
+                    {name: round(float(values[at]), 5) for name, values in scores.items()}
+                    for at in range(len(mixed))
+                ],
+            }
+            writer.write(own.written(fields, results))
+    own.report()
     judged = [one for one in scored if one.is_right is not None]
     if not judged:
         return say(f"{len(scored):,} questions ranked; none says which candidate is correct")

@@ -82,6 +82,26 @@ def good_records(source: str, bad: BadRecords) -> Iterator[Record]:
         raise SourceEmptyError(f"{source}: no record is in it; give a file of JSON lines")
 
 
+class OwnKeys:
+    """Counts rows with keys of their own under the names that results are written to."""
+
+    def __init__(self, *names: str) -> None:
+        self._counts = dict.fromkeys(names, 0)
+
+    def written(self, fields: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+        """A row with its results, which replace keys of the same name."""
+        for name in results.keys() & fields.keys():
+            self._counts[name] += 1
+        return {**fields, **results}
+
+    def report(self) -> None:
+        """A line for each key that was replaced."""
+        for name, count in self._counts.items():
+            if count:
+                rows, whose = ("1 row", "its") if count == 1 else (f"{count:,} rows", "their")
+                say(f"{rows} had a key {name!r} of {whose} own, which was replaced")
+
+
 def encoded_pairs(
     records: Iterator[Record], columns: PairColumns, encoder: "PairEncoder", bad: BadRecords
 ) -> "Iterator[tuple[dict[str, Any], EncodedPair]]":
@@ -132,11 +152,13 @@ def main(
 
     with load_scorer(folder, form=form, device=device, with_prior=prior) as scorer:
         pairs = encoded_pairs(good_records(source, bad), names, scorer.encoder, bad)
+        own = OwnKeys("score")
         with writing_lines(out) as writer:
             written = 0
             for fields, score in scorer.score_all(pairs):
-                writer.write({**fields, "score": score.to_dict()})
+                writer.write(own.written(fields, {"score": score.to_dict()}))
                 written += 1
+    own.report()
     say(f"{written:,} pairs scored" + (f", {bad.count:,} lines left out" if bad.count else ""))
 
 

@@ -268,6 +268,17 @@ def test_a_column_is_mixed_with_the_reverse_score(
     assert "mixed - forward" in result.stderr
 
 
+def test_keys_of_the_rows_that_are_replaced_are_told(
+    folders: dict[Direction, Path], source: Path, tmp_path: Path
+) -> None:
+    rows = [{**ROWS[0], "ranking": "mine", "scores": 1}, {**ROWS[1], "scores": None}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = rerank(folders[Direction.BACKWARD], "--in", source, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "1 row had a key 'ranking' of its own, which was replaced\n" in result.stderr
+    assert "2 rows had a key 'scores' of their own, which was replaced\n" in result.stderr
+
+
 def test_the_weight_is_fitted_on_another_file(
     folders: dict[Direction, Path], source: Path, tmp_path: Path
 ) -> None:

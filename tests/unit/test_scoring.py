@@ -189,8 +189,16 @@ def test_lines_come_back_in_their_order_with_their_scores(
         *("log_probability", "per_token", "per_byte", "prior_log_probability", "log_ratio"),
         *("tokens", "bytes"),
     }
+    assert "of its own" not in result.stderr
     piped = score(folder, "--in", "-", "--out", "-", lines=source.read_text())
     assert piped.stdout == out.read_text()
+
+
+def test_a_score_that_rows_have_already_is_replaced_and_told(folder_of: FolderOf) -> None:
+    lines = as_lines([{**ROWS[0], "score": 5}, ROWS[1]])
+    result = score(folder_of(Direction.BACKWARD), "--in", "-", "--out", "-", lines=lines)
+    assert isinstance(json.loads(result.stdout.splitlines()[0])["score"], dict)
+    assert "1 row had a key 'score' of its own, which was replaced\n" in result.stderr
 
 
 def test_a_forward_model_scores_the_answer(folder_of: FolderOf) -> None:
