@@ -24,6 +24,9 @@ from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
 
 # Models of the tests are so small that several threads take five times the CPU time of one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Of the terminal that the tests are started from; GNU readline also sets them for child processes.
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
 
 # A busy machine is not a failure, and what failed fails again: `make fuzz` tries what is new.
 settings.register_profile("megaback", deadline=None, derandomize=True)

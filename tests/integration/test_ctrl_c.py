@@ -178,10 +178,13 @@ def test_an_interrupted_build_ends_at_once_and_is_not_in_its_own_way(
         assert resumed.returncode == 0, said
 
 
-def test_an_interrupted_tokenizer_is_not_waited_for(tmp_path: Path, large_source: Path) -> None:
+def test_an_interrupted_tokenizer_is_not_waited_for(tmp_path: Path) -> None:
     """SentencePiece trains for long without returning to Python."""
+    generator, source = random.Random(SEED), tmp_path / "words.txt"
+    letters = "".join(generator.choices("abcdefghijklmnopqrstuvwxyz ", k=10_000_000))
+    source.write_text("\n".join(letters[at : at + 1000] for at in range(0, len(letters), 1000)))
     process = start(
-        *("tokenizer", "train", "--source", large_source, "--out", tmp_path / "tokenizer"),
+        *("tokenizer", "train", "--source", source, "--out", tmp_path / "tokenizer"),
         *("--vocab-size", 100_000, "--sample-bytes", 1 << 30),
     )
     time.sleep(1)

@@ -211,7 +211,7 @@ def test_a_value_that_is_long_is_shown_in_part(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write_config(tmp_path), (f"training.precision={'x' * 500}",))
 
-    assert len(str(caught.value)) < 200
+    assert str(caught.value).count("x") < 100
 
 
 def test_a_config_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:

@@ -265,5 +265,5 @@ def test_the_input_is_not_replaced(folder_of: FolderOf, tmp_path: Path) -> None:
     source = tmp_path / "pairs.jsonl"
     source.write_text(as_lines(ROWS))
     result = score(folder_of(Direction.BACKWARD), "--in", source, "--out", source)
-    assert result.exit_code == 10
+    assert result.exit_code == 44
     assert source.read_text() == as_lines(ROWS)
