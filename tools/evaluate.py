@@ -58,8 +58,7 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
         for key, metric in result.metrics.items():
             one = metric.interval
             chance = "" if metric.chance is None else f"{metric.chance:.3f}"
-            between = f"{one.low:.3f} to {one.high:.3f}"
-            table.add_row(name, key, f"{one.value:.3f}", between, chance, f"{metric.rows:,}")
+            table.add_row(name, key, f"{one.value:.3f}", one.between, chance, f"{metric.rows:,}")
     return table
 
 
@@ -130,6 +129,15 @@ def main(
                 for fields in result.predictions:
                     writer.write({"suite": name, **fields})
     print_table(Console(stderr=predictions == "-"), _table(results))
+    without = [
+        name
+        for name, result in results.items()
+        if any(metric.interval.low is None for metric in result.metrics.values())
+    ]
+    if without:
+        from megaback.bootstrap import NO_INTERVAL
+
+        click.echo(f"{', '.join(without)}: {NO_INTERVAL}", err=True)
 
 
 if __name__ == "__main__":

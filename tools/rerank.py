@@ -160,7 +160,7 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
         table.add_column(column, justify="left" if column == "chosen by" else "right")
     for name, one in found.items():
         shown = "mixed - forward" if name == "gain" else name
-        table.add_row(shown, f"{one.value:.3f}", f"{one.low:.3f} to {one.high:.3f}")
+        table.add_row(shown, f"{one.value:.3f}", one.between)
     return table
 
 
@@ -223,6 +223,7 @@ def main(
         of_report = json_object_with("questions", "weight", "accuracy")
         require_output(report, inputs, is_ours=of_report, overwrite=overwrite, option="--report")
         require_distinct(out=out, report=report)
+    from megaback.bootstrap import NO_INTERVAL
     from megaback.reranking import accuracies, ranking
     from megaback.scoring import load_scorer
 
@@ -264,6 +265,8 @@ def main(
         what = {"questions": len(judged), "weight": used, "accuracy": fields}
         write_text(report, json.dumps(what, indent=2) + "\n")
     print_table(Console(stderr=True), _report(found, len(judged)))
+    if any(one.low is None for one in found.values()):
+        say(NO_INTERVAL.replace("rows", "judged questions"))
     return None
 
 

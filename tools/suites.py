@@ -60,8 +60,8 @@ class Metric:
         """Of a value for each row."""
         return cls(mean_interval(values, seed), len(values), chance)
 
-    def to_dict(self) -> dict[str, float]:
-        fields = {**self.interval.to_dict(), "rows": self.rows}
+    def to_dict(self) -> dict[str, float | None]:
+        fields: dict[str, float | None] = {**self.interval.to_dict(), "rows": self.rows}
         return fields if self.chance is None else {**fields, "chance": round(self.chance, 6)}
 
 

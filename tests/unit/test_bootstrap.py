@@ -22,8 +22,17 @@ def test_a_ratio_counts_long_rows_for_more() -> None:
     assert (interval.low, interval.high) == (1.0, 3.0)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.integers(0, 5))
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.integers(0, 5))
 def test_the_value_lies_within_and_the_seed_decides(values: list[float], seed: int) -> None:
     interval = mean_interval(values, seed)
+    assert interval.low is not None
+    assert interval.high is not None
     assert min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
     assert interval == mean_interval(values, seed)
+
+
+def test_one_row_has_a_value_and_no_interval() -> None:
+    interval = ratio_interval([3.0], [2.0]).scaled(2.0)
+    assert interval.to_dict() == {"value": 3.0, "low": None, "high": None}
+    assert interval.between == "-"
+    assert mean_interval([1.0, 1.0]).between == "1.000 to 1.000"

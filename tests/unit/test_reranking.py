@@ -268,6 +268,15 @@ def test_a_column_is_mixed_with_the_reverse_score(
     assert "mixed - forward" in result.stderr
 
 
+def test_one_judged_question_has_no_interval(
+    folders: dict[Direction, Path], source: Path, tmp_path: Path
+) -> None:
+    source.write_text(json.dumps(ROWS[0]))
+    result = rerank(folders[Direction.BACKWARD], "--in", source, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "no 95% interval is shown: it needs at least 2 judged questions" in result.stderr
+
+
 def test_keys_of_the_rows_that_are_replaced_are_told(
     folders: dict[Direction, Path], source: Path, tmp_path: Path
 ) -> None:

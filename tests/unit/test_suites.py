@@ -92,6 +92,21 @@ def test_all_suites_give_a_table_and_json(
     assert "bits/byte" in result.output
 
 
+def test_a_single_row_has_no_interval(
+    folders: dict[Direction, Path], rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "results.json"
+    arguments = ("--suite", "instruction-recall", "--rows", rows, "--out", out)
+    result = evaluate(folders[Direction.BACKWARD], *arguments, "--limit", 1)
+    assert result.exit_code == 0, result.output
+    metric = json.loads(out.read_text())["suites"]["instruction-recall"]["metrics"]["token F1"]
+    assert (metric["rows"], metric["low"], metric["high"]) == (1, None, None)
+    said = "instruction-recall: no 95% interval is shown: it needs at least 2 rows"
+    assert said in result.stderr
+    more = evaluate(folders[Direction.BACKWARD], *arguments, "--overwrite", "--limit", 2)
+    assert "no 95% interval" not in more.stderr
+
+
 def test_recall_counts_the_rows_that_were_found_again(
     folders: dict[Direction, Path], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
