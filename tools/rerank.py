@@ -238,7 +238,9 @@ def main(
         used = _DEFAULT_WEIGHT if weight is None else weight
         if dev is not None:
             used = _fitted(judges, dev)
-        records = judges.questions(source, BadRecords(on_bad_record))
+        bad = BadRecords(on_bad_record)
+        records = judges.questions(source, bad)
+        bad.require_some(source, len(records))
         scored = judges.scored([question for _, question in records])
     own = OwnKeys("ranking", "scores")
     with writing_lines(out) as writer:

@@ -54,6 +54,7 @@ class BadRecords:
 
     def __init__(self, choice: str | None) -> None:
         self._choice = choice
+        self._first: BadRecordError | None = None
         self.count = 0
 
     def add(self, error: BadRecordError) -> None:
@@ -63,7 +64,16 @@ class BadRecords:
         if self._choice == "stop":
             stop_or_skip(error)
         self.count += 1
+        self._first = self._first or error
         click.echo(f"left out: {error}", err=True)
+
+    def require_some(self, source: str, num_good: int) -> None:
+        """See that some line was not left out. Raises SourceEmptyError with the first reason."""
+        if not num_good and self._first is not None:
+            raise SourceEmptyError(
+                f"{source}: none of its {self.count:,} lines can be used, so nothing was written; "
+                f"the first reason: {self._first}"
+            )
 
 
 def good_records(source: str, bad: BadRecords) -> Iterator[Record]:
@@ -78,7 +88,7 @@ def good_records(source: str, bad: BadRecords) -> Iterator[Record]:
         else:
             is_empty = False
             yield record
-    if is_empty:
+    if is_empty and not bad.count:
         raise SourceEmptyError(f"{source}: no record is in it; give a file of JSON lines")
 
 
@@ -158,6 +168,7 @@ def main(
             for fields, score in scorer.score_all(pairs):
                 writer.write(own.written(fields, {"score": score.to_dict()}))
                 written += 1
+            bad.require_some(source, written)
     own.report()
     say(f"{written:,} pairs scored" + (f", {bad.count:,} lines left out" if bad.count else ""))
 

@@ -365,3 +365,18 @@ def test_models_of_the_wrong_direction_are_refused(
     assert rerank(folders[Direction.FORWARD], *arguments).exit_code == 33
     backward = folders[Direction.BACKWARD]
     assert rerank(backward, *arguments, "--forward", backward).exit_code == 33
+
+
+def test_a_file_of_bad_lines_alone_leaves_no_empty_result(
+    folders: dict[Direction, Path], tmp_path: Path
+) -> None:
+    source, out = tmp_path / "bad.jsonl", tmp_path / "out.jsonl"
+    skip = ("--on-bad-record", "skip")
+    for lines in ("{\n", '{\n{"question": "a", "candidates": []}\n'):
+        source.write_text(lines)
+        result = rerank(folders[Direction.BACKWARD], "--in", source, "--out", out, *skip)
+        assert result.exit_code == 21, result.output
+        number = lines.count("\n")
+        assert f"none of its {number} lines can be used" in result.stderr
+        assert f"the first reason: {source}:1: not valid JSON" in result.stderr
+        assert list(tmp_path.iterdir()) == [source]

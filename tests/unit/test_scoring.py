@@ -267,3 +267,18 @@ def test_the_input_is_not_replaced(folder_of: FolderOf, tmp_path: Path) -> None:
     result = score(folder_of(Direction.BACKWARD), "--in", source, "--out", source)
     assert result.exit_code == 44
     assert source.read_text() == as_lines(ROWS)
+
+
+def test_a_file_of_bad_lines_alone_leaves_no_empty_result(
+    folder_of: FolderOf, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "bad.jsonl", tmp_path / "out.jsonl"
+    skip = ("--on-bad-record", "skip")
+    for lines in ("{\n", '{\n{"question": "a", "answer": " "}\n'):
+        source.write_text(lines)
+        result = score(folder_of(Direction.BACKWARD), "--in", source, "--out", out, *skip)
+        assert result.exit_code == 21, result.output
+        number = lines.count("\n")
+        assert f"none of its {number} lines can be used" in result.stderr
+        assert f"the first reason: {source}:1: not valid JSON" in result.stderr
+        assert list(tmp_path.iterdir()) == [source]
