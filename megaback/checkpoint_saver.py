@@ -172,12 +172,12 @@ class _Writing(Thread):
                     self.target / name, specs, self._tensors.__getitem__
                 )
         except Exception as error:  # noqa: BLE001 (whatever it is, the checkpoint is not whole)
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}; run the same command again"
             if isinstance(error, OSError):
-                reason = str(storage_error(error)).removesuffix(".")
+                reason = str(storage_error(error)).removesuffix(".")  # with what to do
             self.error = StorageError(
                 f"cannot write the checkpoint {self.target}: {reason}; the checkpoints before it "
-                "are intact: free some space and run the same command to go on"
+                "are intact, and the run resumes from them"
             )
 
 

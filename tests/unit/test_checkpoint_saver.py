@@ -176,6 +176,19 @@ def test_a_checkpoint_that_fails_half_way_is_not_complete(
     assert OPTIMIZER in said
 
 
+def test_what_to_do_about_a_full_disk_is_said_once(
+    tmp_path: Path, meta_at: Callable[..., CheckpointMeta], state_at: Callable[[int], State]
+) -> None:
+    (tmp_path / WEIGHTS).symlink_to("/dev/full")
+    writing = checkpoint_saver._Writing(tmp_path, meta_at(1), state_at(1), 0, is_best=False)
+    writing.run()
+    said = str(writing.error)
+    assert "No space left on device" in said
+    assert said.count("free some space") == 1
+    assert said.count("again") == 1
+    assert "intact" in said
+
+
 def test_what_a_killed_save_left_behind_is_replaced(tmp_path: Path, save: Save) -> None:
     leftover = tmp_path / "checkpoints" / "step-00000100"
     leftover.mkdir(parents=True)
