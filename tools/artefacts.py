@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.command import is_device
 from data_pipeline.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,
@@ -65,6 +66,11 @@ def look_at(path: Path, *, verify: bool) -> Artefact:
         raise SourceMissingError(f"there is nothing at {path}; check the path")
     if path.is_file():
         return _look_at_file(path, verify)
+    if is_device(path):
+        raise SourceMissingError(
+            f"{path} is a device, a pipe or a socket, which is nothing that megaback wrote; name a "
+            "file or a folder"
+        )
     if not any(path.iterdir()):
         raise SourceMissingError(f"{path} is an empty folder: nothing was written to it")
     for name, look in _FOLDERS.items():

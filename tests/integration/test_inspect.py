@@ -1,5 +1,6 @@
 """`megaback inspect` tells everything that megaback writes apart, and what is not whole."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -191,8 +192,10 @@ def test_another_version_is_said(exports: Callable[[str], Path], tmp_path: Path)
         (lambda path: (path.mkdir(), (path / "a.txt").touch()), "nothing that megaback wrote"),
         (lambda path: path.touch(), "no file of megaback's"),
         (lambda path: path.with_name("another").touch(), "there is nothing at"),
+        (os.mkfifo, "a device, a pipe or a socket"),
+        (lambda path: path.symlink_to("/dev/null"), "a device, a pipe or a socket"),
     ],
-    ids=["empty", "foreign", "file", "absent"],
+    ids=["empty", "foreign", "file", "absent", "pipe", "device"],
 )
 def test_what_is_nothing_of_ours_is_one_sentence(
     make: Callable[[Path], object], said: str, tmp_path: Path
