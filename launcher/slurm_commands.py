@@ -19,6 +19,12 @@ _OVER = frozenset(
         *("BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"),
     )
 )
+_NO_CONTROLLER = (
+    "dns srv lookup failed",
+    "could not establish a configuration source",
+    "unable to contact slurm controller",
+)
+"""What Slurm's commands say where they are installed and no cluster answers."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 
 
@@ -83,9 +89,19 @@ def run_sbatch(submission: Submission, *more: str) -> str:
             "train here with `megaback train`"
         ) from None
     said = " ".join((done.stdout + done.stderr).split())
+    if done.returncode and is_nobody_there(said):
+        raise LaunchError(
+            f"sbatch is here, and no Slurm controller can be reached ({said}); go to a login node "
+            "of a cluster that is up, or train here with `megaback train`"
+        )
     if done.returncode:
         raise LaunchError(f"Slurm refuses the {submission.stage} job: {said}; {_advice(said)}")
     return said
+
+
+def is_nobody_there(said: str) -> bool:
+    """Whether a message of Slurm's commands, or an error that has it, is that nobody answers."""
+    return any(sign in said.lower() for sign in _NO_CONTROLLER)
 
 
 def queue(submission: Submission) -> str:

@@ -20,7 +20,14 @@ from data_pipeline.next_command import command, show_next
 from data_pipeline.number_ranges import MANY, MANY_OR_ZERO, SOURCE_WEIGHT
 from launcher.memory_check import check_memory
 from launcher.run_folder import jobs_of
-from launcher.slurm_commands import Submission, cancel, find_job, queue, run_sbatch
+from launcher.slurm_commands import (
+    Submission,
+    cancel,
+    find_job,
+    is_nobody_there,
+    queue,
+    run_sbatch,
+)
 from launcher.slurm_files import SHARED_FILES, require_file, sbatch_value, shipped_folder
 from launcher.snapshot import (
     LOGS_FOLDER,
@@ -204,26 +211,35 @@ def main(
             settings, paths["convert"], check_model_folder(out), resources
         )
     # What a dry run shows can be looked at anywhere; whether Slurm takes it, only where it is.
-    asks_slurm = not dry_run or shutil.which("sbatch") is not None
-    if asks_slurm:
-        for submission in submissions.values():
-            run_sbatch(submission, "--test-only")
+    unasked = "sbatch is not here" if dry_run and shutil.which("sbatch") is None else ""
+    unasked = unasked or _try_out(list(submissions.values()), may_be_away=dry_run)
     if "data" in stages:
         cpus = int(sbatch_value(paths["data"], "cpus-per-task") or 1)
         plan = plan_data(settings, sources, weights, tokenizer, tasks, cpus, dry_run)
         submissions["data"] = data_stage(settings, paths["data"], plan, resources)
-        if asks_slurm:
-            run_sbatch(submissions["data"], "--test-only")
+        unasked = unasked or _try_out([submissions["data"]], may_be_away=dry_run)
     # What runs is the copy in the snapshot, with its neighbours beside it.
     queued = [
         replace(submissions[stage], file=str(snapshot / paths[stage].name)) for stage in stages
     ]
     click.echo(f"# {room}" if dry_run else room)
     if dry_run:
-        return _show(queued, list(paths.values()), asks_slurm)
+        return _show(queued, list(paths.values()), unasked)
     copied = [*paths.values(), *(folder / name for name in SHARED_FILES)]
     jobs = queue_all(settings, snapshot, queued, copied)
     return _tell(settings, allocation, dict(zip(stages, jobs, strict=True)), snapshot)
+
+
+def _try_out(submissions: Sequence[Submission], *, may_be_away: bool) -> str:
+    """Ask Slurm whether it takes these. Returns why it was not asked, if no controller answers."""
+    try:
+        for submission in submissions:
+            run_sbatch(submission, "--test-only")
+    except LaunchError as error:
+        if may_be_away and is_nobody_there(str(error)):
+            return "no Slurm controller can be reached"
+        raise
+    return ""
 
 
 def _require_used(stages: Sequence[str], stage: str, **given: object) -> None:
@@ -234,8 +250,8 @@ def _require_used(stages: Sequence[str], stage: str, **given: object) -> None:
             )
 
 
-def _show(submissions: Sequence[Submission], paths: Sequence[Path], was_asked: bool) -> None:
-    verdict = "Slurm takes it" if was_asked else "not shown to Slurm, as sbatch is not here"
+def _show(submissions: Sequence[Submission], paths: Sequence[Path], unasked: str) -> None:
+    verdict = f"not shown to Slurm, as {unasked}" if unasked else "Slurm takes it"
     before = ""
     for submission, path in zip(submissions, paths, strict=True):
         linked = after(submission, before) if before else submission

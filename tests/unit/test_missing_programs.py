@@ -3,6 +3,7 @@
 The programs are taken away by a PATH on which nothing lies.
 """
 
+import os
 import shutil
 import socket
 import subprocess
@@ -178,4 +179,40 @@ def test_a_submission_can_be_looked_at_where_there_is_no_slurm(
     assert result.exit_code == code, result.output
     said = "not shown to Slurm, as sbatch is not here" if options else "sbatch is not there"
     assert said in result.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("options", "code"), [(["--dry-run"], 0), ([], 13)])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "sbatch: error: fetch_config: DNS SRV lookup failed",
+        "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect "
+        "failure)",
+    ],
+)
+def test_a_submission_can_be_looked_at_where_no_cluster_answers(
+    options: list[str],
+    code: int,
+    said: str,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """sbatch is here, and says what Slurm 22.05's does without a controller."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sbatch.parent), prepend=os.pathsep)
+    config = run_config(tmp_path / "run", data={"shards": str(tiny_shards)})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    result = CliRunner().invoke(submit, [str(path), "--cpu", "hardware.device=cpu", *options])
+    assert result.exit_code == code, result.output
+    if options:
+        assert "not shown to Slurm, as no Slurm controller can be reached" in result.output
+    else:
+        assert "no Slurm controller can be reached" in result.output
+        assert "correct what it names" not in result.output
     assert not (tmp_path / "run").exists()
