@@ -46,6 +46,8 @@ _OS_ADVICE = {
     errno.EACCES: "check the permissions of the path",
     errno.EPERM: "check the permissions of the path",
 }
+_PATH_NAMES = ("out", "predictions")
+"""Parameters that are paths, or `-`; an empty source has an error of its own."""
 _PROGRAM_ADVICE = {
     **dict.fromkeys(("cc", "gcc", "g++", "c++"), "install a C compiler (build-essential)"),
     **dict.fromkeys(
@@ -136,9 +138,26 @@ class Command(click.Command):
         words = list(args)
         require_quoted(self, words)
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except click.UsageError as error:
             raise too_many(error, words) from None
+        if not ctx.resilient_parsing:
+            self._require_no_empty_path(ctx, words)
+        return rest
+
+    def _require_no_empty_path(self, ctx: click.Context, words: list[str]) -> None:
+        """An empty path would be the working directory. Raises UsageError."""
+        given, _, _ = self.make_parser(ctx).parse_args(args=words)
+        for parameter in self.params:
+            value = given.get(parameter.name or "")
+            values = value if isinstance(value, list | tuple) else [value]
+            is_path = isinstance(parameter.type, click.Path) or parameter.name in _PATH_NAMES
+            if is_path and "" in values:
+                raise click.BadParameter(
+                    "it is empty; give a path (an unset shell variable leaves an empty one)",
+                    ctx,
+                    parameter,
+                )
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

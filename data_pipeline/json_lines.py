@@ -54,6 +54,10 @@ def read_records(path: str) -> "Iterator[Record | BadRecordError]":
     if path == STANDARD_STREAM:
         yield from _records(_blocks(sys.stdin.buffer), "stdin")
         return
+    if not path:  # Path("") would be the folder we are in
+        raise SourceMissingError(
+            "(empty): there is no such file; name one of JSON lines, or - for stdin"
+        )
     try:
         with Path(path).open("rb") as stream:
             yield from _records(decompressed(stream, PurePath(path).suffix), path)

@@ -334,3 +334,19 @@ def test_a_text_without_quotes_is_told_to_be_quoted() -> None:
     words = ["model", "--ending", "the", "very", "end.", "--samples", "2"]
     result = CliRunner().invoke(_command("sample"), words)
     assert (result.exit_code, "--ending 'the very end.'" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("words", [["--out", "", "x"], ["--out=", "x"], ["--out", "a", ""]])
+def test_an_empty_path_is_not_the_working_directory(words: list[str]) -> None:
+    @click.command(cls=Command)
+    @click.argument("folder", type=click.Path(path_type=Path))
+    @click.option("--out")
+    @click.option("--text", default="")
+    def command(folder: Path, out: str, text: str) -> None:
+        click.echo(f"{folder} {out} {text!r}")
+
+    refused = CliRunner().invoke(command, words)
+    assert refused.exit_code == 2, refused.output
+    assert "it is empty; give a path" in refused.stderr
+    fine = CliRunner().invoke(command, ["--out", "a", "--text", "", "x"])
+    assert fine.stdout == "x a ''\n"
