@@ -146,7 +146,7 @@ def examples(out: Path) -> Iterator[str]:
 
 @click.command(
     cls=Benchmark,
-    smoke="--prose {text} --prose-val {text} --rows {rows} --rows-val {rows}"
+    smoke="--prose {text} --prose-val {text} --rows {rows} --rows-val {rows_val}"
     " --out {out} --config {config} --vocab-size 600 --steps 1",
 )
 @click.option("--prose", required=True, help="Documents to pretrain on: a source.")

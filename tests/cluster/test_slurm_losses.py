@@ -140,6 +140,12 @@ def test_a_job_that_gets_nowhere_is_not_queued_again_without_end(
             60,
             lambda: read_log(tmp_path, job_id),
         )
+        # srun drops a signal that comes before it has started the ranks.
+        wait_for(
+            lambda: f"{job_id}.0" in slurm.command("squeue", "--steps", "--noheader", "-j", job_id),
+            60,
+            lambda: read_log(tmp_path, job_id),
+        )
         # What Slurm sends near the time limit, before there was a step.
         slurm.command("scancel", "--batch", "--signal=USR1", job_id)
         wait_for(
