@@ -117,11 +117,18 @@ def test_a_mirror_that_does_not_start_is_left_out_and_says_no_secret(
     assert "sesame" not in sentence
 
 
+def uninstall(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it had never been there, also where another test has imported it."""
+    for module in [known for known in sys.modules if known.startswith(f"{name}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+
+
 @pytest.mark.parametrize(("name", "value"), [("wandb", "offline"), ("tensorboard", "on")])
 def test_what_was_asked_for_and_is_not_installed_is_an_error_with_a_way_out(
     name: str, value: str, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
+    uninstall(name, monkeypatch)
 
     with pytest.raises(BackendError, match=f"{name} is not installed.*pip install {name}"):
         Mirrors(with_logging(config, **{name: value}), -1, pytest.fail)
@@ -130,7 +137,7 @@ def test_what_was_asked_for_and_is_not_installed_is_an_error_with_a_way_out(
 def test_tensorboard_that_is_not_installed_is_left_out_without_a_word(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    uninstall("tensorboard", monkeypatch)
     Mirrors(config, -1, pytest.fail).feed(lines(1, 2))
 
     assert list(config.run.iterdir()) == []
