@@ -7,13 +7,12 @@ learning the backward direction of SHARDS. The baseline is nanoGPT's recipe as s
 random crops of 16 rows that know no documents, AdamW at 6e-4 with betas 0.9 and 0.95, 5% of warmup,
 a cosine to 10%, torch.compile, no dropout. Ours is the command `megaback train` with
 benchmarks/time_to_loss.yaml, for as many steps as fit into its time. Each side runs in bf16
-(autocast) or fp32, whichever takes a few of its own steps less CPU time on this machine; that is
+(autocast) or fp32, whichever has the fastest step among a few of its own on this machine; that is
 measured first, and printed. With --take-back, one part of
 our recipe at a time is that of the baseline, for the same number of tokens: what each part brings
 then depends on no other load of the machine, and what it costs is said in CPU time.
 
-Time is the wall time of training steps, or with `--clock cpu` the CPU time of all threads, which
-other programs on the machine change less: compiling, validation and start-up are left out on both
+Time is the wall time of training steps: compiling, validation and start-up are left out on both
 sides. Both are measured by the loss over the same whole val set; the baseline may attend across
 documents there too, if that is better for it.
 """
@@ -50,8 +49,7 @@ CONFIG = Path(__file__).with_name("time_to_loss.yaml")
 CPU = torch.device("cpu")
 ROWS = 16
 PRECISIONS = ("fp32", "bf16")
-_PACE_STEPS = (2, 8)
-"""Of two short runs, whose difference is what their steps cost."""
+_PACE_STEPS = 4
 _LEARNING_RATE, _WARMUP, _FLOOR = 6e-4, 0.05, 0.1
 TAKEN_BACK = {
     "ours": (),
@@ -99,19 +97,19 @@ class Result:
     cpu_s: float
 
 
-def choose_precision(side: str, precision: str, cpu_seconds: Callable[[str], float]) -> str:
-    """`precision`, or for `auto` the one whose steps take less CPU time; says so."""
+def choose_precision(side: str, precision: str, fastest_s: Callable[[str], float]) -> str:
+    """`precision`, or for `auto` the one that has the fastest step; says so."""
     if precision != "auto":
         return precision
-    taken = {one: cpu_seconds(one) for one in PRECISIONS}
+    taken = {one: fastest_s(one) for one in PRECISIONS}
     fastest = min(taken, key=taken.__getitem__)
-    listed = ", ".join(f"{one} {cpu_s:.2f}" for one, cpu_s in taken.items())
-    click.echo(f"{side}: {fastest}, of CPU-s a step: {listed}")
+    listed = ", ".join(f"{one} {step_s:.3f} s" for one, step_s in taken.items())
+    click.echo(f"{side}: {fastest}, as the fastest steps take {listed}")
     return fastest
 
 
-def train_baseline(config: Config, seconds: float, clock: str, precision: str) -> Result:
-    """nanoGPT's recipe; its schedule goes by the time that has passed on the clock."""
+def train_baseline(config: Config, seconds: float, precision: str) -> Result:
+    """nanoGPT's recipe; its schedule goes by the time that has passed."""
     context_tokens = config.batch.context_tokens
     batch = config.batch.model_copy(update={"global_batch_rows": ROWS, "micro_batch_rows": ROWS})
     data = open_data(config.model_copy(update={"batch": batch}), 0, 1)
@@ -139,18 +137,18 @@ def train_baseline(config: Config, seconds: float, clock: str, precision: str) -
         loss.backward()
         return float(loss.detach())
 
-    def cpu_seconds(precision: str) -> float:
+    def fastest_s(precision: str) -> float:
         taken = []
-        for _ in range(3):
-            started = time.process_time()
+        for _ in range(_PACE_STEPS):
+            started = time.perf_counter()
             backward(precision)
-            taken.append(time.process_time() - started)
+            taken.append(time.perf_counter() - started)
             optimizer.zero_grad()
         return min(taken[1:])  # the first one compiles
 
-    precision = choose_precision("baseline", precision, cpu_seconds)
-    cpu_seconds(precision)  # compiled now, if it was not
-    steps, wall_s, cpu_s, passed_s = 0, 0.0, 0.0, 0.0
+    precision = choose_precision("baseline", precision, fastest_s)
+    fastest_s(precision)  # compiled now, if it was not
+    steps, passed_s, cpu_s = 0, 0.0, 0.0
     while passed_s < seconds:
         started, cpu_started = time.perf_counter(), time.process_time()
         progress = passed_s / seconds
@@ -166,15 +164,14 @@ def train_baseline(config: Config, seconds: float, clock: str, precision: str) -
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        wall_s += time.perf_counter() - started
+        passed_s += time.perf_counter() - started
         cpu_s += time.process_time() - cpu_started
-        passed_s = cpu_s if clock == "cpu" else wall_s
         steps += 1
         if steps % 20 == 0:
             print(f"baseline step {steps}: loss {loss:.3f}, {passed_s:.0f} s", file=sys.stderr)
     data.training.close()
     val_loss = min(measure(compiled, data, precision, alone) for alone in (True, False))
-    return Result(precision, val_loss, steps, steps * ROWS * context_tokens, wall_s, cpu_s)
+    return Result(precision, val_loss, steps, steps * ROWS * context_tokens, passed_s, cpu_s)
 
 
 @torch.no_grad()
@@ -231,31 +228,20 @@ def train_ours(config: Path, shards: str, num_steps: int, overrides: tuple[str, 
     )
 
 
-def train_ours_for(config: Path, shards: str, seconds: float, clock: str, precision: str) -> Result:
+def train_ours_for(config: Path, shards: str, seconds: float, precision: str) -> Result:
     """Ours for as many steps as fit into the time, judged by the pace of short runs."""
-    wall_s: dict[str, float] = {}
-    cpu_s: dict[str, float] = {}
+    pace: dict[str, list[float]] = {}
 
-    def cpu_seconds(precision: str) -> float:
-        runs = [
-            run_command(
-                config,
-                *(f"data.shards={shards}", f"training.steps={num_steps}"),
-                f"training.precision={precision}",
-            )
-            for num_steps in _PACE_STEPS
-        ]
-        # Starting and validation cost the same in both.
-        extra_steps = _PACE_STEPS[1] - _PACE_STEPS[0]
-        cpu_s[precision] = max((runs[1][1] - runs[0][1]) / extra_steps, 1e-3)
-        steps_s = [line["step_s"] for line in runs[1][0] if "step_s" in line]
-        wall_s[precision] = statistics.median(steps_s[2:])
-        return cpu_s[precision]
+    def fastest_s(precision: str) -> float:
+        words = (f"data.shards={shards}", f"training.steps={2 * _PACE_STEPS}")
+        lines, _ = run_command(config, *words, f"training.precision={precision}")
+        pace[precision] = [line["step_s"] for line in lines if "step_s" in line][_PACE_STEPS:]
+        return min(pace[precision])
 
-    precision = choose_precision("ours", precision, cpu_seconds)
-    if precision not in wall_s:
-        cpu_seconds(precision)
-    step_s = (cpu_s if clock == "cpu" else wall_s)[precision]
+    precision = choose_precision("ours", precision, fastest_s)
+    if precision not in pace:
+        fastest_s(precision)
+    step_s = statistics.median(pace[precision])
     num_steps = max(int(seconds / step_s), 1)
     return train_ours(config, shards, num_steps, (f"training.precision={precision}",))
 
@@ -282,7 +268,6 @@ def show(title: str, found: Result) -> None:
 @click.option(
     "--config", "path", type=click.Path(path_type=Path), default=CONFIG, help="What ours trains."
 )
-@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True)
 @click.option(
     "--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True
 )
@@ -293,7 +278,6 @@ def main(
     take_back: int,
     only: tuple[str, ...],
     path: Path,
-    clock: str,
     precision: str,
 ) -> None:
     """Print val losses and times of the baseline and of ours."""
@@ -301,9 +285,9 @@ def main(
     config = load_config(path, (f"data.shards={shards}",))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if baseline_s:
-        show("baseline", train_baseline(config, baseline_s, clock, precision))
+        show("baseline", train_baseline(config, baseline_s, precision))
     if ours_s:
-        show("ours", train_ours_for(path, shards, ours_s, clock, precision))
+        show("ours", train_ours_for(path, shards, ours_s, precision))
     for name, overrides in TAKEN_BACK.items():
         if take_back and (name in only or not only):
             batch = load_config(path, overrides).batch
