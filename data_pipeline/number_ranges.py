@@ -109,7 +109,7 @@ def finite_json(text: str | bytes) -> Any:
 
 
 def _not_json(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _finite(digits: str) -> float:

@@ -63,7 +63,7 @@ class SamplingOptions:
     stop_ids: tuple[int, ...] = ()
     """Ids that end a sample, beside the document's end marker."""
     min_new_tokens: int = 0
-    """Before so many tokens no id that ends a sample is chosen, however likely: the others share
+    """Before this many tokens no id that ends a sample is chosen, however likely: the others share
     its probability."""
 
     def __post_init__(self) -> None:
