@@ -133,7 +133,7 @@ def serve() -> None:
         pulse = Pulse(config.run, config.hardware, world)
         train.train_run(config, world, StopRequest(None), pulse)
         peaks = (before_saving[0] - base, _status("VmHWM") - base)
-        all_peaks = world.gather(peaks)
+        all_peaks = world.gather(peaks, tuple[int, int])
         if world.is_first:
             shutil.rmtree(config.run)
             print(

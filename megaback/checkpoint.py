@@ -101,7 +101,8 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | 
     CheckpointCorruptError if there are complete checkpoints and none of them verifies.
     """
     seen = world.together(complete_checkpoints, run)
-    found = world.gather(seen)[0]  # a shared disk may show the ranks different things for a while
+    # A shared disk may show the ranks different things for a while.
+    found = world.of_first(seen, list[Path])
     problems: list[str] = []
     for target in reversed(found):
         meta, problem = None, None
@@ -110,7 +111,7 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | 
             verify_files(target, meta, world.rank, world.size)
         except (CheckpointCorruptError, OSError) as error:
             problem = str(error)
-        reported = [text for text in world.gather(problem) if text]
+        reported = [text for text in world.gather(problem, str | None) if text]
         if not reported and meta is not None:
             if world.is_first and problems:
                 print(f"megaback: {problems[0]}; going back to {target.name}", flush=True)

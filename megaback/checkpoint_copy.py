@@ -207,7 +207,7 @@ class CheckpointCopier:
             return
         copying.join()
         self._copying = None
-        problems = [text for text in world.gather(copying.problem) if text]
+        problems = [text for text in world.gather(copying.problem, str | None) if text]
         if not problems and world.is_first:
             try:
                 self._place.complete_with(copying.meta, copying.target.name)

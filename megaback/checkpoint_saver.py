@@ -87,7 +87,7 @@ class CheckpointSaver:
             self._folder = run / CHECKPOINTS_FOLDER
         world = self._world
         target = self._folder / step_name(meta.step)
-        if any(world.gather(world.together(_is_saved, target, world))):
+        if world.of_first(world.together(_is_saved, target, world), bool):
             return
         world.together(_make_empty, target, world)
         self._copy(state)
@@ -105,7 +105,9 @@ class CheckpointSaver:
         self._open = None
         world.stop_if_any(writing.error)
         files = {
-            name: entry for part in world.gather(writing.files) for name, entry in part.items()
+            name: entry
+            for part in world.gather(writing.files, dict[str, SizeAndHash])
+            for name, entry in part.items()
         }
         world.together(self._complete, writing, files)
         self._completed = writing.target

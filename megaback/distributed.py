@@ -1,14 +1,12 @@
-"""Ranks and what they agree on. The one place that touches the environment of a rank.
+"""Ranks and what they agree on.
 
-Ranks are named by RANK, WORLD_SIZE and LOCAL_RANK (the deepspeed command, torchrun), by SLURM_*
-(srun with one task a device), or there is one. Control messages go over gloo on the CPU, beside
-whatever moves the gradients, so that agreeing never waits for a GPU.
+Control messages go over gloo on the CPU, beside whatever moves the gradients, so that agreeing
+never waits for a GPU. They are numbers in tensors, or JSON (`messages`): torch's own collectives
+of objects would unpickle, that is execute, what arrives.
 """
 
 import logging
 import os
-import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +20,12 @@ from data_pipeline.command import report, system_error
 from data_pipeline.errors import BackendError, LaunchError, MegabackError
 from data_pipeline.interrupts import leave
 from megaback.device_files import count_device_files, count_devices
-from megaback.slurm_nodes import first_node
-from megaback.stopping import HOST_VARIABLE
+from megaback.messages import decode, encode
+from megaback.rendezvous import meet, name_rank, node_name
 
 _Result = TypeVar("_Result")
-_NAME_WAIT_S = 1.0
-"""Between tries to look up a name: a job's many ranks ask at once."""
+_MOST_BYTES_OF_EACH = 1 << 20
+_MOST_BYTES_OF_FIRST = 1 << 28
 
 
 class AgreedExit(SystemExit):
@@ -62,11 +60,37 @@ class World:
         """A value a rank, zeros but for this rank's: their `sum` are the values of all ranks."""
         return [value if rank == self.rank else 0.0 for rank in range(self.size)]
 
-    def gather(self, value: _Result) -> list[_Result]:
-        """Every rank's value, in order of rank, on every rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+    def gather(self, value: _Result, kind: Any) -> list[_Result]:
+        """Every rank's value of a type, in order of rank, on every rank. Raises LaunchError."""
+        message = encode(value, kind)
+        lengths = self._gather_numbers(len(message))
+        _require_short(max(lengths), _MOST_BYTES_OF_EACH)
+        own = torch.zeros(max(lengths), dtype=torch.uint8)
+        own[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        received = [torch.empty_like(own) for _ in lengths]
+        dist.all_gather(received, own, group=self.control)
+        return [
+            decode(padded[:length].numpy().tobytes(), kind, rank)
+            for rank, (padded, length) in enumerate(zip(received, lengths, strict=True))
+        ]
+
+    def of_first(self, value: _Result, kind: Any) -> _Result:
+        """The first rank's value of a type, on every rank. Raises LaunchError."""
+        message = encode(value, kind) if self.is_first else b""
+        length = torch.tensor(len(message))
+        dist.broadcast(length, src=0, group=self.control)
+        _require_short(int(length), _MOST_BYTES_OF_FIRST)
+        content = torch.empty(int(length), dtype=torch.uint8)
+        if self.is_first:
+            content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        dist.broadcast(content, src=0, group=self.control)
+        return value if self.is_first else decode(content.numpy().tobytes(), kind, 0)
+
+    def _gather_numbers(self, number: int) -> list[int]:
+        """Every rank's number, in order of rank, on every rank."""
+        received = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(received, torch.tensor([number]), group=self.control)
+        return [int(one) for one in received]
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -82,8 +106,8 @@ class World:
 
     def stop_if_any(self, error: MegabackError | None) -> None:
         """End every rank when any has an error: one message, one exit code."""
-        codes = self.gather(error.exit_code if error else None)
-        failed = [rank for rank, code in enumerate(codes) if code is not None]
+        codes = self._gather_numbers(error.exit_code if error else 0)
+        failed = [rank for rank, code in enumerate(codes) if code]
         if not failed:
             return
         speaks = self.rank == failed[0] and error is not None
@@ -107,8 +131,7 @@ def attempt(
 
 def start_world(device_name: str, timeout_s: float) -> World:
     """Join the other ranks. Raises BackendError or LaunchError."""
-    _name_rank_from_slurm()
-    _name_lonely_rank()
+    name_rank()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = _choose_device(device_name, local_rank)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -119,32 +142,25 @@ def start_world(device_name: str, timeout_s: float) -> World:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _require_first_node(os.environ["MASTER_ADDR"])
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    meet(backend, timeout_s)
+    timeout = timedelta(seconds=timeout_s)
+    # It takes the group that is there.
     deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_s),
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    control = dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device, control)
 
 
-def _require_first_node(address: str) -> None:
-    """Raises LaunchError for a name that nobody knows here, which torch asks for until it times
-    out."""
-    for tries_left in (2, 1, 0):
-        try:
-            socket.getaddrinfo(address, None)
-        except OSError as error:
-            if not tries_left:
-                raise LaunchError(
-                    f"the first node's name, {address}, is not known on {node_name()} "
-                    f"({error.strerror}); set MASTER_ADDR to its address"
-                ) from None
-            time.sleep(_NAME_WAIT_S)
-        else:
-            return
+def _require_short(num_bytes: int, most_bytes: int) -> None:
+    """Raises LaunchError before memory is taken for a message."""
+    if not 0 <= num_bytes <= most_bytes:
+        raise LaunchError(
+            f"a rank announces a message of {num_bytes:,} bytes, and at most {most_bytes:,} are "
+            "taken; install the same version on all nodes, and see that nobody else reaches the "
+            "ranks' ports"
+        )
 
 
 @contextmanager
@@ -170,14 +186,6 @@ def is_collective_error(error: Exception) -> bool:
         return True
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in ("gloo/", "NCCL", "Connection closed by peer")
-    )
-
-
-def node_name() -> str:
-    """This node as its user knows it: by the hostfile, by Slurm, or by itself."""
-    environment = os.environ
-    return (
-        environment.get(HOST_VARIABLE) or environment.get("SLURMD_NODENAME") or socket.gethostname()
     )
 
 
@@ -215,47 +223,3 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
             f"{torch.cuda.device_count()}; start one rank a device"
         )
     return torch.device("cuda", local_rank)
-
-
-def _name_rank_from_slurm() -> None:
-    """Inside an srun step, translate Slurm's names. A batch script itself is not a rank."""
-    environment = os.environ
-    if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
-        return
-    environment["RANK"] = environment["SLURM_PROCID"]
-    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment["LOCAL_SIZE"] = str(
-        _tasks_on_node(environment["SLURM_STEP_TASKS_PER_NODE"], int(environment["SLURM_NODEID"]))
-    )
-    if "MASTER_ADDR" not in environment:
-        environment["MASTER_ADDR"] = first_node(environment.get("SLURM_STEP_NODELIST", ""))
-    if "MASTER_PORT" not in environment:
-        # Below the ports that Linux hands out by itself; two steps of a job differ too.
-        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-        environment["MASTER_PORT"] = str(10_000 + (job + 7_919 * step) % 20_000)
-
-
-def _tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Read Slurm's notation: `2(x3),1` is 2 tasks on each of nodes 0 to 2 and 1 on node 3."""
-    counts: list[int] = []
-    for entry in tasks_per_node.split(","):
-        count, _, repeat = entry.partition("(x")
-        counts += [int(count)] * int(repeat.rstrip(")") or 1)
-    return counts[node]
-
-
-def _name_lonely_rank() -> None:
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "LOCAL_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,24 @@ from megaback.config import GuardSection
 
 SKIPPED_STEPS_NAME = "skipped_steps.json"
 """In a run's folder: first and last of each range of steps that `megaback rollback` left out."""
+
+
+_JUDGED_FIELDS = ("loss", "gradient_norm", "skipped")
+
+
+def judged_steps(
+    metrics: Sequence[dict[str, Any]], step: int, window_steps: int
+) -> list[dict[str, Any]]:
+    """What a guard needs to know of the lines of a run's metrics up to a step."""
+    earlier: list[dict[str, Any]] = []
+    num_learnt = 0
+    for line in reversed(metrics):
+        if "loss" in line and line["step"] <= step:
+            earlier.append({name: line[name] for name in _JUDGED_FIELDS if name in line})
+            num_learnt += "skipped" not in line
+            if num_learnt == window_steps:
+                break
+    return earlier[::-1]
 
 
 class StepGuard:

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from megaback.checkpoint import library_versions
-from megaback.distributed import node_name
+from megaback.rendezvous import node_name
 
 _TRIES = 10
 # On a CPU a product takes a few milliseconds of one core, so that some of them are not interrupted.

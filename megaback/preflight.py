@@ -59,7 +59,7 @@ def preflight(config: Config, data: Data, world: World) -> None:
         return
     started = time.monotonic()
     mine = rank_facts(world.rank, world.device)
-    everyone = world.gather(mine)
+    everyone = world.gather(mine, RankFacts)
     offsets_s = clock_offsets(world)
     everyone = [replace(f, clock_offset_s=offsets_s[f.rank]) for f in everyone]
     disks = check_shared_disk(config.run, mine.node, world)
@@ -173,7 +173,7 @@ def clock_offsets(world: World) -> list[float]:
     rounds = []
     for _ in range(_CLOCK_ROUNDS):
         world.barrier()
-        times = world.gather(wall_clock())
+        times = world.gather(wall_clock(), float)
         # With two ranks nobody knows whose is wrong: the earlier one counts as right.
         middle = statistics.median_low(times)
         rounds.append([moment - middle for moment in times])
@@ -203,7 +203,7 @@ def _all_reduce_gb_s(world: World) -> float | None:
             torch.cuda.synchronize(world.device)
         seconds.append(time.perf_counter() - started)
     moved_bytes = 2 * (world.size - 1) / world.size * num_bytes
-    return moved_bytes / max(world.gather(min(seconds[1:]))) / 1e9
+    return moved_bytes / max(world.gather(min(seconds[1:]), float)) / 1e9
 
 
 def _check_shards(data: Data, config: Config, world: World) -> None:

@@ -49,7 +49,7 @@ from megaback.hardware import (
     require_host_memory,
     require_precision,
 )
-from megaback.memory_room import require_memory
+from megaback.memory_room import RankRoom, require_memory
 from megaback.mirrors import require_installed
 from megaback.model import ReverseGPT
 from megaback.preflight import preflight
@@ -138,7 +138,7 @@ def prepare_run(
     folder is this run's alone and the start is accepted; before, nothing is written.
     """
     world.together(_ask_first, world, require_run_folder, config, given)
-    is_new = not world.gather((config.run / LOCK_NAME).exists())[0]
+    is_new = not world.of_first((config.run / LOCK_NAME).exists(), bool)
     lock = None if is_new else world.together(_claim, config, world)
     data = world.together(open_data, config, world.rank, world.size)
     world.together(require_precision, config.training.precision, world.device)
@@ -162,7 +162,7 @@ def prepare_run(
         world.together(require_readable, config.run)
         changes = changes_on_resume(meta.config, config)
         left = world.together(nothing_left, config, meta, data.total_steps)
-        left = world.gather(left)[0]  # by the first rank's eyes
+        left = world.of_first(left, NothingLeft | None)
         if left is not None and fetched_meta is None:
             data.training.close()
             if lock is not None:
@@ -170,7 +170,7 @@ def prepare_run(
                 lock.close()
             return left
     # Before the model is made, which is whole on every rank.
-    rooms = world.gather(rank_room(world.device))
+    rooms = world.gather(rank_room(world.device), RankRoom)
     world.together(require_memory, config, data.codec.vocab_size, rooms)
 
     model = ReverseGPT(
@@ -190,7 +190,7 @@ def prepare_run(
         config.zero.offload,
         model.num_parameters(),
         config.training.precision,
-        world.gather(socket.gethostname()).count(socket.gethostname()),
+        world.gather(socket.gethostname(), str).count(socket.gethostname()),
         world.size,
     )
     if is_new:
@@ -220,7 +220,7 @@ def prepare_run(
         num_parameters,
         flops_a_token,
         config.hardware.peak_flops or device_peak_flops(world.device, config.training.precision),
-        tuple(world.gather(world.together(read_left_out, config.run))[0]),
+        tuple(world.of_first(world.together(read_left_out, config.run), list[tuple[int, int]])),
         pulse,
         lock,
         changes,
@@ -282,7 +282,9 @@ def _find_start(
     except CheckpointCorruptError as problem:
         error = problem
     if found is None and copy_to is not None:
-        meta = world.gather(world.together(_ask_second_place, config.run, copy_to, world))[0]
+        meta = world.of_first(
+            world.together(_ask_second_place, config.run, copy_to, world), CheckpointMeta | None
+        )
         error = None if meta is not None else error
     world.stop_if_any(error)
     return found, meta

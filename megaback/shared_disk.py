@@ -36,19 +36,19 @@ def check_shared_disk(run: Path, node: str, world: World) -> list[DiskFacts]:
 
     Collective; leaves nothing behind.
     """
-    names = world.gather(node)
+    names = world.gather(node, str)
     nodes = list(dict.fromkeys(names))
     leads = names.index(node) == world.rank
-    key = world.gather(random.getrandbits(64))[0]
+    key = world.of_first(random.getrandbits(64), int)
     number = nodes.index(node)
     facts = DiskFacts(node)
     if leads:
         facts = _write(run, node, number, key)
     other = 0 if number else min(1, len(nodes) - 1)
-    is_written = world.gather(facts.problem is None)[names.index(nodes[other])]
+    is_written = world.gather(facts.problem is None, bool)[names.index(nodes[other])]
     if leads and facts.problem is None and is_written:
         facts = _read(run, facts, other, nodes[other], key)
-    found = world.gather(facts if leads else None)
+    found = world.gather(facts if leads else None, DiskFacts | None)
     if world.is_first:
         shutil.rmtree(run / _FOLDER_NAME, ignore_errors=True)
     return [one for one in found if one is not None]

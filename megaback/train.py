@@ -52,7 +52,7 @@ from megaback.distributed import (
 from megaback.engine import set_learning_rates, take_step
 from megaback.engine_state import named_state
 from megaback.evaluation import evaluate, to_device
-from megaback.guard import StepGuard
+from megaback.guard import StepGuard, judged_steps
 from megaback.hardware import peak_memory_bytes
 from megaback.history_gap import history_gap
 from megaback.installation import HIDDEN, is_whole
@@ -90,9 +90,11 @@ class Trainer:
     def __init__(self, run: Run, world: World, stop: StopRequest) -> None:
         self._run, self._world, self._stop = run, world, stop
         # All ranks decide alike: by what the first one has read.
-        earlier = world.gather(world.together(_earlier_steps, run, world))[0]
+        earlier = world.of_first(world.together(_earlier_steps, run, world), list[dict[str, Any]])
         self._guard = StepGuard(run.config.guard, earlier)
-        measured = world.gather(world.together(_measurements, run, world))[0]
+        measured = world.of_first(
+            world.together(_measurements, run, world), list[tuple[int, float | None]]
+        )
         self._patience = Patience(run.config.validation.patience, measured)
         self._log = world.together(_open_log, run, world)
         self._folder = run.config.run
@@ -282,7 +284,7 @@ class Trainer:
         run.pulse.at("saving", done)
         state = named_state(run.engine, world.rank, world.size)
         meta = run.meta(done, val_loss, world)
-        folder = world.gather(world.together(run.pulse.folder))[0]
+        folder = world.of_first(world.together(run.pulse.folder), Path)
         if folder != self._folder:
             self._folder = folder
             self._say(f"the run's folder is now {folder}: checkpoints go there")
@@ -328,19 +330,11 @@ class Trainer:
 
 
 def _earlier_steps(run: Run, world: World) -> list[dict[str, Any]]:
-    """The lines of the metrics that the guard's judgement rests on."""
-    path = run.config.run / METRICS_NAME
-    if not (world.is_first and run.start_step and path.exists()):
+    """What the guard's judgement rests on, of the run's metrics."""
+    folder = run.config.run
+    if not (world.is_first and run.start_step and (folder / METRICS_NAME).exists()):
         return []
-    earlier: list[dict[str, Any]] = []
-    num_learnt = 0
-    for line in reversed(read_metrics(run.config.run)):
-        if "loss" in line and line["step"] <= run.start_step:
-            earlier.append(line)
-            num_learnt += "skipped" not in line
-            if num_learnt == run.config.guard.window_steps:
-                break
-    return earlier[::-1]
+    return judged_steps(read_metrics(folder), run.start_step, run.config.guard.window_steps)
 
 
 def _measurements(run: Run, world: World) -> list[tuple[int, float | None]]:

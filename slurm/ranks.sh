@@ -24,11 +24,22 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export PYTHONSAFEPATH=1 # what is installed runs, whatever the folder holds (Python 3.11 and later)
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 
+free_port() { # not to be guessed from a job's number; below those that Linux hands out by itself
+    local port
+    while
+        port=$((10000 + $(od -An -N4 -tu4 /dev/urandom) % 20000))
+        (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null # somebody answers there
+    do :; done
+    echo "$port"
+}
+# The ranks meet on this node, the first one.
+export MASTER_PORT=${MASTER_PORT:-$(free_port)}
+
 run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]
     python -m launcher.slurm_job begin ${begin_options:-} "$@" # refuses what cannot work
     local code=0 step
 
-    # Each rank finds its number, and the address and port of the first, in what srun sets.
+    # Each rank finds its number, and the address of the first, in what srun sets.
     # If a rank is lost and the others hang, they are killed after --wait seconds: longer than Slurm
     # takes to notice a dead node (about 1.3 times its SlurmdTimeout, 300 s unless changed), so that
     # it still finds a job to queue again. --kill-on-bad-exit=1 would not leave the others the time

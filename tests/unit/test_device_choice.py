@@ -5,7 +5,7 @@ import torch
 
 from data_pipeline.errors import BackendError, LaunchError
 from megaback import distributed
-from megaback.distributed import node_name
+from megaback.rendezvous import node_name
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from data_pipeline.errors import BackendError, LaunchError
 from launcher import slurm_commands, slurm_job
 from launcher.memory_check import gpus_of_partition
 from launcher.submit import main as submit
-from megaback import distributed
+from megaback import rendezvous
 from megaback.code_version import code_changes, code_version
 from megaback.compiler import require_compiler
 from megaback.sampler import Sampler
@@ -46,8 +46,8 @@ STEP = {
     "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
     "SLURM_NODEID": "0",
-    "SLURM_STEP_NUM_TASKS": "1",
-    "SLURM_STEP_TASKS_PER_NODE": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
     "SLURM_STEP_NODELIST": "gpu-a[001-002,7],login-b",
 }
 
@@ -127,8 +127,8 @@ def _ranks_address(monkeypatch: pytest.MonkeyPatch, **more: str) -> str:
             patch.delenv(name)
         for name, value in (STEP | more).items():
             patch.setenv(name, value)
-        distributed._name_rank_from_slurm()
-        return distributed.os.environ["MASTER_ADDR"]
+        rendezvous.name_rank()
+        return rendezvous.os.environ["MASTER_ADDR"]
 
 
 @pytest.mark.usefixtures("no_programs")
@@ -141,10 +141,10 @@ def test_a_first_node_that_nobody_knows_is_said_at_once(monkeypatch: pytest.Monk
     def unknown(*_: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(distributed, "_NAME_WAIT_S", 0.0)
+    monkeypatch.setattr(rendezvous, "_NAME_WAIT_S", 0.0)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(LaunchError, match=r"gpu-a001, is not known .* set MASTER_ADDR"):
-        distributed._require_first_node("gpu-a001")
+        rendezvous.require_known("gpu-a001")
 
 
 @pytest.mark.usefixtures("no_programs")

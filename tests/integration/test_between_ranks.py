@@ -1,0 +1,47 @@
+"""Two real ranks: nothing that one of them sends is executed, and nobody else can reach them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import training_environment
+
+from launcher.local import rank_environment, rank_names
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def sealed(config_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of two ranks that trained without pickle, and what the first one said."""
+    folder = tmp_path_factory.mktemp("sealed")
+    script = Path(__file__).with_name("sealed_rank.py")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, config_path, folder],
+            env=training_environment() | rank_environment("cpu", 2) | names,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=script.parents[2],
+        )
+        for names in rank_names(2)
+    ]
+    said = [rank.communicate(timeout=100) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(error for _, error in said)
+    return folder, said[0][0]
+
+
+def test_runs_start_save_and_go_on_without_anything_being_unpickled(
+    sealed: tuple[Path, str],
+) -> None:
+    assert json.loads(sealed[1]) == {"2": [75, 0], "3": [75, 0]}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_of_one_machine_listen_on_loopback_only(sealed: tuple[Path, str], rank: int) -> None:
+    addresses = (sealed[0] / f"listening-{rank}").read_text().split()
+    assert addresses
+    assert {address.rpartition(":")[2].split(".")[0] for address in addresses} <= {"127", "1"}

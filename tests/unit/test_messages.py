@@ -1,0 +1,90 @@
+"""What ranks send each other comes back as it was, and anything else is refused."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import LaunchError
+from megaback import distributed
+from megaback.checkpoint import CheckpointMeta
+from megaback.distributed import World
+from megaback.messages import decode, encode
+from megaback.node_facts import RankFacts
+from megaback.shared_disk import DiskFacts
+from megaback.start import NothingLeft
+
+_TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+_PATHS = st.builds(Path, _TEXTS.filter(lambda text: "\0" not in text))
+_KINDS: list[tuple[Any, st.SearchStrategy[Any]]] = [
+    (int, st.integers(-(1 << 70), 1 << 70)),
+    (float, st.floats()),
+    (str, _TEXTS),
+    (bool, st.booleans()),
+    (str | None, st.none() | _TEXTS),
+    (list[Path], st.lists(_PATHS)),
+    (list[tuple[int, float | None]], st.lists(st.tuples(st.integers(), st.none() | st.floats()))),
+    (dict[str, tuple[int, str]], st.dictionaries(_TEXTS, st.tuples(st.integers(), _TEXTS))),
+    (RankFacts, st.builds(RankFacts, node=_TEXTS, device=_TEXTS)),
+    (DiskFacts | None, st.none() | st.builds(DiskFacts, node=_TEXTS)),
+    (NothingLeft | None, st.none() | st.builds(NothingLeft)),
+    (
+        CheckpointMeta | None,
+        st.none() | st.builds(CheckpointMeta, config=st.dictionaries(_TEXTS, st.integers())),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something to send."""
+
+    value: int
+
+
+@given(st.data())
+def test_a_value_comes_back_as_it_was(data: st.DataObject) -> None:
+    kind, values = data.draw(st.sampled_from(_KINDS))
+    value = data.draw(values)
+    # By their spelling, in which NaN equals NaN, and a tuple is no list.
+    assert repr(decode(encode(value, kind), kind, 0)) == repr(value)
+
+
+def test_a_message_with_a_file_name_that_is_no_text_arrives_all_the_same() -> None:
+    assert decode(encode("cannot read \udcff", str), str, 0) == "cannot read ?"
+
+
+@given(st.binary() | st.builds(pickle.dumps, st.integers()))
+def test_what_is_no_message_is_refused_with_its_sender(message: bytes) -> None:
+    with pytest.raises(LaunchError, match="rank 3 has sent"):
+        decode(message, Fact, 3)
+
+
+@pytest.mark.parametrize("message", [b'{"value": "7"}', b'{"value": 7.0}', b"{}", b"[7]", b"null"])
+def test_a_value_of_another_type_is_refused(message: bytes) -> None:
+    with pytest.raises(LaunchError):
+        decode(message, Fact, 0)
+
+
+def test_the_first_ranks_value_and_all_values_are_what_was_sent(world: World) -> None:
+    assert world.gather(Fact(7), Fact) == [Fact(7)]
+    assert world.of_first([Path("a")], list[Path]) == [Path("a")]
+    assert world.gather("", str) == [""]
+
+
+def test_memory_is_not_taken_for_a_message_that_is_too_long(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LaunchError, match="at most 1,048,576 are taken"):
+        world.gather("x" * (1 << 20), str)
+    announced = World(1, 2, torch.device("cpu"), None)
+    monkeypatch.setattr(
+        distributed.dist, "broadcast", lambda tensor, **_: tensor.fill_((1 << 63) - 1)
+    )
+    with pytest.raises(LaunchError, match="announces a message of 9,223,372,036,854,775,807"):
+        announced.of_first(None, str)
