@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.byte_ranges import ByteRanges, LocalRanges
+from data_pipeline.cache_folder import require_cache_folder
 from data_pipeline.errors import ShardCorruptError, TokenizerError
 from data_pipeline.files import local_path
 from data_pipeline.frame_cache import CacheSettings, FrameCache
@@ -71,20 +72,25 @@ class DataSet:
 
         `cache` is for frames that come over a network. Raises ShardsMissingError where there is no
         manifest, ShardCorruptError where it is damaged, SourceUnreadableError when a server fails,
-        SourceMissingError and BackendError for an address that nothing here understands.
+        SourceMissingError and BackendError for an address that nothing here understands, and
+        OutputExistsError and ConfigError for a cache that is no cache or that others could change.
         """
         path = address if isinstance(address, Path) else local_path(address)
         folder: Folder
+        frames = None
         if path is not None:
-            folder, cache = LocalFolder(path), None
+            folder = LocalFolder(path)
         else:
-            folder = RemoteFolder(str(address))
+            remote = folder = RemoteFolder(str(address))
+            if cache is not None:
+                require_cache_folder(cache.folder)
+                frames = FrameCache(cache, remote.origin)
         try:
             data = folder.read(MANIFEST_NAME)
         except FileNotFoundError:
             raise shards_missing(folder.shown) from None
         manifest = Manifest.from_json(data, f"{folder.shown}/{MANIFEST_NAME}")
-        return cls(folder, manifest, None if cache is None else FrameCache(cache))
+        return cls(folder, manifest, frames)
 
     def codec(self) -> TextCodec:
         """The codec that the shards were encoded with.
@@ -112,7 +118,9 @@ class DataSet:
         Raises ShardCorruptError, SourceUnreadableError.
         """
         dictionary = self._require_dictionary()
-        keeper = None if self._cache is None else self._cache.of_shard(entry.file_sha256)
+        keeper = None
+        if self._cache is not None:
+            keeper = self._cache.of_shard(entry.file, entry.file_sha256, entry.file_bytes)
         try:
             file = self._folder.ranges(entry.file, entry.file_bytes)
         except OSError as error:

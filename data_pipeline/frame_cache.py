@@ -1,27 +1,43 @@
 """Compressed frames that came over a network, kept on a disk of this machine.
 
 The folder's size is bounded, and the frames that were not used for longest go first. Processes may
-share the folder. A cache never stops anybody: what it does not have is fetched again, and what is
+share the folder. A cache never stops training: what it does not have is fetched again, and what is
 damaged shows when it is decoded. When its disk fails it is left alone, after one warning.
+
+Frames are kept by where they came from: no data set, whatever hashes it claims, can give another
+one its frames.
 """
 
+import hashlib
+import json
 import logging
 import os
-import re
-import uuid
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.cache_folder import (
+    LOCK_NAME,
+    SIZE_NAME,
+    OpenFolder,
+    is_marked,
+    mark,
+    read_frame,
+    read_small,
+    remove_frames,
+    require_safe,
+    stored_frames,
+    write_small,
+    write_whole,
+)
+from data_pipeline.errors import MegabackError
 from data_pipeline.locks import locked
 
 _LOG = logging.getLogger("megaback.data")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_LOCK_NAME = ".lock"
-_SIZE_NAME = ".bytes"
 _KEPT_FRACTION = 0.9
 """Of the largest size, when frames are removed: looking at all of them is not for every frame."""
+_TRIES = 2
+"""Whoever removes a folder meanwhile leaves us with descriptors of what is gone."""
 
 
 @dataclass(frozen=True)
@@ -34,111 +50,136 @@ class CacheSettings:
 
 
 class FrameCache:
-    """The frames of any shards. Threads may share it."""
+    """The frames of one data set. Threads may share it, and a process may fork with it."""
 
-    def __init__(self, settings: CacheSettings) -> None:
-        """Touches nothing yet."""
+    def __init__(self, settings: CacheSettings, origin: str) -> None:
+        """Touches nothing yet. `origin` says who decides what the frames are (origins.py)."""
         self.folder = settings.folder
         self._max_bytes = settings.max_bytes
+        self._origin = origin
+        self._opened: OpenFolder | None = None
         self._is_failing = False
 
-    def of_shard(self, file_sha256: str) -> "CachedShard | None":
-        """The frames of one shard; None for what is no hash, of which no folder is made."""
-        return CachedShard(self, file_sha256) if _SHA256.fullmatch(file_sha256) else None
+    def of_shard(self, *identity: str | int) -> "CachedShard":
+        """The frames of one shard, by what the data set says of it: its name, hash and size."""
+        return CachedShard(self, hashlib.sha256(json.dumps([self._origin, *identity]).encode()))
 
-    def write(self, path: Path, data: bytes) -> None:
+    def opened(self) -> OpenFolder | None:
+        """The folder for reading; None while there is none of ours. Raises OSError, ConfigError."""
+        if self._opened is None:
+            folder = OpenFolder(self.folder)
+            require_safe(folder, self.folder)
+            if is_marked(folder):
+                self._opened = folder
+        return self._opened
+
+    def write(self, shard: "CachedShard", name: str, data: bytes) -> None:
         """Store a frame, if there is room."""
         if self._is_failing or len(data) > self._max_bytes:
             return
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._make_room(len(data))
-            try:
-                # Not flushed: a frame that a crash damages is fetched again.
-                partial.write_bytes(data)
-                os.replace(partial, path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-        except FileNotFoundError:
-            return  # somebody empties the folder at this moment
-        except OSError as error:
+            for _ in range(_TRIES):
+                try:
+                    self._make_room(self._claim(), len(data))
+                    write_whole(shard.made(), name, data)
+                except FileNotFoundError:  # somebody empties the folder at this moment
+                    self._opened = None
+                    shard.forget()
+                else:
+                    return
+        except (OSError, MegabackError) as error:
             self._is_failing = True
+            reason = error.strerror if isinstance(error, OSError) else error
             _LOG.warning(
                 "the cache %s cannot be written to (%s): frames are fetched without it",
-                *(self.folder, error.strerror),
+                *(self.folder, reason),
             )
 
-    def _make_room(self, num_bytes: int) -> None:
+    def _claim(self) -> OpenFolder:
+        """The folder, made and marked if it was not. Raises OSError, ConfigError."""
+        if self._opened is None:
+            self.folder.mkdir(0o700, parents=True, exist_ok=True)
+            folder = OpenFolder(self.folder)
+            require_safe(folder, self.folder)
+            mark(folder)
+            self._opened = folder
+        return self._opened
+
+    def _make_room(self, folder: OpenFolder, num_bytes: int) -> None:
         """Add to the size that all processes count together, and remove frames if it is due."""
-        with locked(self.folder / _LOCK_NAME):
-            counter = self.folder / _SIZE_NAME
+        with locked(LOCK_NAME, folder=folder.number):
             try:
-                counted = int(counter.read_bytes()) + num_bytes
-            except (FileNotFoundError, ValueError):  # new, or a crash came between
+                counted = int(read_small(folder, SIZE_NAME) or b"") + num_bytes
+            except ValueError:  # new, or a crash came between
                 counted = self._max_bytes + 1
             if counted > self._max_bytes:
-                counted = self._remove_oldest(self._max_bytes - num_bytes) + num_bytes
-            counter.write_bytes(b"%d" % counted)
+                counted = self._remove_oldest(folder, self._max_bytes - num_bytes) + num_bytes
+            write_small(folder, SIZE_NAME, b"%d" % counted)
 
-    def _remove_oldest(self, most_bytes: int) -> int:
+    def _remove_oldest(self, folder: OpenFolder, most_bytes: int) -> int:
         """Bring all frames below a size, with room to spare; their size afterwards."""
-        found = sorted(self._frames())
-        total = sum(size for _, size, _ in found)
+        found = stored_frames(folder)
+        total = sum(frame.num_bytes for frame in found)
         if total <= most_bytes:
             return total
-        for _, size, path in found:
+        removed = []
+        for frame in found:
             if total <= most_bytes * _KEPT_FRACTION:
                 break
-            Path(path).unlink(missing_ok=True)
-            total -= size
+            removed.append(frame)
+            total -= frame.num_bytes
+        remove_frames(folder, removed)
         return total
-
-    def _frames(self) -> Iterator[tuple[int, int, str]]:
-        """Time of last use, size and path of every frame, whole or in the making."""
-        with os.scandir(self.folder) as shards:
-            folders = [shard.path for shard in shards if shard.is_dir()]
-        for folder in folders:
-            with os.scandir(folder) as files:
-                for file in files:
-                    try:
-                        facts = file.stat()
-                    except FileNotFoundError:  # renamed just now, or removed
-                        continue
-                    yield facts.st_mtime_ns, facts.st_size, file.path
 
 
 class CachedShard:
-    """The frames of one shard: a file each, in a folder that is named after its SHA-256."""
+    """The frames of one shard: a file each, in a folder of their own."""
 
-    def __init__(self, cache: FrameCache, file_sha256: str) -> None:
+    def __init__(self, cache: FrameCache, key: "hashlib._Hash") -> None:
+        self.key = key.hexdigest()
         self._cache = cache
-        self._folder = cache.folder / file_sha256[:16]
+        self._opened: OpenFolder | None = None
 
-    def get(self, frame: int) -> bytes | None:
-        """A frame as it was stored, perhaps damaged since; None if it is not there any more."""
-        try:
-            # Not by pathlib, which would take longer than the disk.
-            file = os.open(f"{self._folder}/{frame}", os.O_RDONLY)
-        except OSError:
-            return None
-        try:
-            data = os.pread(file, os.fstat(file).st_size, 0)
-            # The latest use, whatever the disk notes of reads; it may be one that is read only.
-            with suppress(OSError):
-                os.utime(file)
-        except OSError:
-            return None
-        finally:
-            os.close(file)
-        return data
+    def get(self, frame: int, num_bytes: int) -> bytes | None:
+        """A frame as it was stored, perhaps damaged since; None if it is not there any more.
+
+        Nor is it one if it has another size than it must have.
+        """
+        folder = self._opened or self._open()
+        return None if folder is None else read_frame(folder, str(frame), num_bytes)
 
     def put(self, frame: int, data: bytes) -> None:
         """Store a frame, if there is room."""
-        self._cache.write(self._folder / str(frame), data)
+        self._cache.write(self, str(frame), data)
 
     def remove(self, frame: int) -> None:
         """Forget a frame."""
-        with suppress(OSError):  # if it stays, it is replaced when it is fetched again
-            (self._folder / str(frame)).unlink()
+        folder = self._opened
+        if folder is not None:
+            with suppress(OSError):  # if it stays, it is replaced when it is fetched again
+                os.unlink(str(frame), dir_fd=folder.number)
+
+    def made(self) -> OpenFolder:
+        """The folder, which is made if there is none. Raises OSError, ConfigError."""
+        folder = self._opened or self._open()
+        if folder is None:
+            cache = self._cache.opened()
+            if cache is None:
+                raise FileNotFoundError
+            with suppress(FileExistsError):
+                os.mkdir(self.key, dir_fd=cache.number)
+            folder = self._opened = OpenFolder(self.key, cache)
+        return folder
+
+    def forget(self) -> None:
+        """Look for the folder again when it is needed."""
+        self._opened = None
+
+    def _open(self) -> OpenFolder | None:
+        try:
+            cache = self._cache.opened()
+            if cache is not None:
+                self._opened = OpenFolder(self.key, cache)
+        except (OSError, MegabackError):
+            return None
+        return self._opened

@@ -11,6 +11,7 @@ from typing import Any
 from data_pipeline import remote, retries
 from data_pipeline.errors import SourceUnreadableError
 from data_pipeline.http_ranges import FileFacts, fetch_part
+from data_pipeline.origins import origin_of
 from data_pipeline.remote import RemoteFile, call, guarded, open_file_system
 from data_pipeline.retries import TransientError
 
@@ -30,7 +31,8 @@ class RemoteFolder:
         self._address = self._address.partition("#")[0].rstrip("/")
         self._query = separator + query
         self._driver: tuple[int, Any] | None = None
-        self.file_system()
+        self.origin = origin_of(self._address, self._query, self.file_system())
+        """Who decides what lies there."""
 
     def url(self, name: str) -> str:
         """The address of one of its files."""

@@ -193,8 +193,11 @@ class FrameKeeper(Protocol):
     May be called by several threads at once; never raises.
     """
 
-    def get(self, frame: int) -> bytes | None:
-        """A frame that was put there, perhaps damaged since; None if it is not there any more."""
+    def get(self, frame: int, num_bytes: int) -> bytes | None:
+        """A frame that was put there, perhaps damaged since; None if it is not there any more.
+
+        `num_bytes` is its size: a frame of another size is not read.
+        """
 
     def put(self, frame: int, data: bytes) -> None:
         """Keep a frame, if there is room."""
@@ -268,13 +271,13 @@ class ShardReader:
 
     def frame(self, frame: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Decode one frame, checksum verified: ids of shape (frame_tokens,); the last has fewer."""
-        if self._keeper is not None and (kept := self._keeper.get(frame)) is not None:
+        offset = int(self._index.offsets[frame])
+        num_bytes = int(self._index.offsets[frame + 1]) - offset
+        if self._keeper is not None and (kept := self._keeper.get(frame, num_bytes)) is not None:
             try:
                 return self._decode(frame, kept)
             except zstandard.ZstdError:
                 self._keeper.remove(frame)
-        offset = int(self._index.offsets[frame])
-        num_bytes = int(self._index.offsets[frame + 1]) - offset
         data = self._read_at(offset, num_bytes, f"frame {frame} at byte {offset}")
         try:
             ids = self._decode(frame, data)
@@ -361,8 +364,11 @@ class ShardReader:
     def _decode(self, frame: int, data: bytes) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Raises ZstdError."""
         # Before anything is allocated: a damaged head may claim any size.
-        if zstandard.frame_content_size(data) != self._index.frame_bytes(frame):
+        head = zstandard.get_frame_parameters(data)
+        if head.content_size != self._index.frame_bytes(frame):
             raise zstandard.ZstdError("its head and the seek table disagree on its size")
+        if not head.has_checksum:
+            raise zstandard.ZstdError("it has no checksum")
         raw = self._decompressor.zstd.decompress(data, allow_extra_data=False)
         # The decoder has checked the frame's own copy.
         if data[-4:] != struct.pack("<I", self._index.checksums[frame]):

@@ -92,7 +92,7 @@ class DataSection(Section):
     on_bad_frame: Literal["stop", "skip"] = "stop"
     """A frame that cannot be read ends the run, or is left out, counted and logged."""
     cache: Path | None = None
-    """Folder for frames of shards behind a URL, so that they are fetched once."""
+    """A folder of its own for frames of shards behind a URL, so that they are fetched once."""
     cache_gb: Annotated[float, ranges.QUANTITY] = 100.0
     """At most so many gigabytes (10**9 bytes) are kept there."""
 

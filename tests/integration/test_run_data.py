@@ -146,3 +146,22 @@ def test_shards_behind_a_url_give_the_losses_of_a_folder(
             assert losses(tmp_path / name) == losses(tmp_path / "local")
             fetched[name] = len(server.requests) - before
     assert fetched["again"] < fetched["first"], "frames were fetched that lie in the cache"
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_no_cache_is_refused_before_anything_starts(
+    train: Callable[..., Run], tiny_shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    with serving() as server:
+        for path in tiny_shards.glob("manifest.json"):
+            server.files[f"shards/{path.name}"] = path.read_bytes()
+        result = train(
+            tmp_path / "run",
+            *(f"data.shards={server.url('shards')}", f"data.cache={tmp_path / 'mine'}"),
+        )
+    assert result.returncode == 44, result.stderr
+    assert "nothing in it was touched" in result.stderr
+    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]

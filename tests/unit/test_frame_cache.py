@@ -1,18 +1,22 @@
 """The cache of frames: never wrong, never too large, never in the way."""
 
 import errno
+import hashlib
+import json
 import logging
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from batch_helpers import BEGIN, END, write_data_set
 from data_set_helpers import frames_of, publish, stored_frames, with_flipped_bit
+from forged import forged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_helpers import QUICK, FileServer, serving
@@ -22,8 +26,12 @@ from data_pipeline.data_set import DataSet
 from data_pipeline.errors import SourceUnreadableError
 from data_pipeline.frame_cache import CachedShard, CacheSettings, FrameCache
 from data_pipeline.locks import locked
+from data_pipeline.manifest import Manifest
+from data_pipeline.shard_format import ShardReader
 
 SHARD = "5a" * 32
+ORIGIN = "https://example.org/set"
+KEY = FrameCache(CacheSettings(Path(), 0), ORIGIN).of_shard("a.zst", SHARD, 1).key
 LARGEST = 400
 """Bytes of a frame in these tests."""
 
@@ -72,9 +80,7 @@ def kept_bytes(folder: Path) -> int:
 
 
 def shard(folder: Path, max_bytes: int) -> CachedShard:
-    found = FrameCache(CacheSettings(folder, max_bytes)).of_shard(SHARD)
-    assert found is not None
-    return found
+    return FrameCache(CacheSettings(folder, max_bytes), ORIGIN).of_shard("a.zst", SHARD, 1)
 
 
 def test_a_frame_that_is_kept_is_not_asked_for_again(
@@ -91,14 +97,17 @@ def test_a_frame_that_is_kept_is_not_asked_for_again(
     assert server.requests == []
 
 
-def test_frames_lie_under_the_hash_of_their_shard(
+def test_a_frame_lies_under_a_hash_of_where_it_came_from(
     server: FileServer, folder: Path, cache: CacheSettings
 ) -> None:
-    data_set = DataSet.open(publish(server, folder), cache)
+    url = publish(server, folder)
+    data_set = DataSet.open(url, cache)
     entry = data_set.manifest.shards[0]
     data_set.open_shard(entry).frame(2)
     (path,) = kept(cache.folder)
-    assert path == cache.folder / entry.file_sha256[:16] / "2"
+    origin = json.dumps([url, "", {}])
+    identity = json.dumps([origin, entry.file, entry.file_sha256, entry.file_bytes])
+    assert path == cache.folder / hashlib.sha256(identity.encode()).hexdigest() / "2"
 
 
 def test_what_is_kept_is_read_when_the_server_is_gone(
@@ -144,11 +153,56 @@ def test_the_frame_of_another_shard_is_no_frame_of_this_one(
 ) -> None:
     data_set = DataSet.open(publish(server, folder), cache)
     frames_of(data_set)
-    one, other = (cache.folder / entry.file_sha256[:16] for entry in data_set.manifest.shards)
+    one, other = sorted({path.parent for path in kept(cache.folder)})
     for path in one.iterdir():
         if (other / path.name).exists():
             shutil.copy(path, other / path.name)
     assert frames_of(data_set) == stored_frames(folder)
+
+
+def test_a_data_set_that_claims_to_be_another_one_does_not_change_it(
+    server: FileServer, tmp_path: Path, cache: CacheSettings
+) -> None:
+    # Of a stranger: the same names, sizes, and checksums of frames, and the other's hashes claimed.
+    generator = np.random.default_rng(3)
+    documents = [generator.integers(0, 1 << 16, 100)]
+    others = [
+        np.frombuffer(forged(ids.astype("<u2").tobytes(), generator.bytes(32)), dtype="<u2")
+        for ids in np.split(documents[0], 5)
+    ]
+    sets = {}
+    for name, one in (("good", documents), ("evil", [np.concatenate(others)])):
+        (tmp_path / name).mkdir()
+        sets[name] = write_data_set(tmp_path / name, [one], frame_tokens=20)
+    (entry,), (lying,) = (data_set.manifest.shards for data_set in sets.values())
+    lying = replace(lying, file_sha256=entry.file_sha256)
+    assert (lying.file, lying.file_bytes) == (entry.file, entry.file_bytes)
+    indices = set()
+    for name in sets:
+        with ShardReader(tmp_path / name / entry.file) as reader:
+            stop = reader.frame_offsets[-1]
+        indices.add((tmp_path / name / entry.file).read_bytes()[stop:])
+    assert len(indices) == 1
+    sets["good"].manifest.save(tmp_path / "good")
+    replace(sets["evil"].manifest, shards=(lying,)).save(tmp_path / "evil")
+    good, evil = (publish(server, tmp_path / name, name) for name in sets)
+    for query in ("", "?id=1"):
+        assert frames_of(DataSet.open(evil + query, cache)) == stored_frames(tmp_path / "evil")
+        assert frames_of(DataSet.open(good + query, cache)) == stored_frames(tmp_path / "good")
+    assert frames_of(DataSet.open(evil, cache)) != frames_of(DataSet.open(good, cache))
+
+
+def test_a_signature_that_is_renewed_finds_what_is_kept(
+    server: FileServer, folder: Path, cache: CacheSettings
+) -> None:
+    url, entry = publish(server, folder), Manifest.load(folder).shards[0]
+    for day in range(3):
+        signed = f"{url}?X-Amz-Credential=me&X-Amz-Date={day}&X-Amz-Signature={day}"
+        reader = DataSet.open(signed, cache).open_shard(entry)
+        server.requests.clear()
+        assert reader.frame(1).tolist() == stored_frames(folder)[entry.file][1]
+        assert len(server.requests) == (day == 0)
+    assert "X-Amz" not in str([path.read_bytes() for path in kept(cache.folder)])
 
 
 def test_a_frame_that_came_damaged_is_not_kept(
@@ -192,9 +246,9 @@ def test_the_cache_is_never_larger_than_it_may_be(
     is_counted: bool,
 ) -> None:
     folder = tmp_path_factory.mktemp("cache")
-    (folder / SHARD[:16]).mkdir()
+    (folder / KEY).mkdir()
     for number, size in enumerate(strays):  # of a run before, which was killed or had more room
-        (folder / SHARD[:16] / f".{number}.abc.partial").write_bytes(bytes(size))
+        (folder / KEY / f".{number}.{'abc' * 4}.partial").write_bytes(bytes(size))
     if not is_counted:
         (folder / ".bytes").write_bytes(b"")
     frames = shard(folder, max_bytes)
@@ -204,7 +258,7 @@ def test_the_cache_is_never_larger_than_it_may_be(
         frames.put(frame, data)
         if size <= max_bytes:
             is_in_use = True  # before that, what others left behind stays
-            assert frames.get(frame) == data
+            assert frames.get(frame, size) == data
         assert not is_in_use or kept_bytes(folder) <= max_bytes
 
 
@@ -212,8 +266,8 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     frames = shard(tmp_path, max_bytes=1000)
     for frame in range(10):
         frames.put(frame, bytes(100))
-        os.utime(tmp_path / SHARD[:16] / str(frame), ns=(frame, frame))
-    assert frames.get(0) == bytes(100)
+        os.utime(tmp_path / KEY / str(frame), ns=(frame, frame))
+    assert frames.get(0, 100) == bytes(100)
     frames.put(10, bytes(100))
     assert {int(path.name) for path in kept(tmp_path)} == {0, *range(3, 11)}
 
@@ -221,14 +275,8 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
 def test_a_frame_that_is_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
     frames = shard(tmp_path, max_bytes=99)
     frames.put(0, bytes(100))
-    assert frames.get(0) is None
+    assert frames.get(0, 100) is None
     assert kept(tmp_path) == []
-
-
-def test_no_folder_is_made_of_what_is_no_hash(tmp_path: Path) -> None:
-    cache = FrameCache(CacheSettings(tmp_path, 1000))
-    assert cache.of_shard("../../elsewhere") is None
-    assert cache.of_shard("5A" * 32) is None
 
 
 def test_a_full_disk_is_said_once_and_changes_nothing(
@@ -244,7 +292,7 @@ def test_a_full_disk_is_said_once_and_changes_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     expected = stored_frames(folder)
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(os, "write", fail)
     with caplog.at_level(logging.WARNING):
         assert frames_of(data_set) == expected
     (record,) = caplog.records
@@ -269,7 +317,7 @@ def fill(folder: Path, max_bytes: int, seed: int) -> tuple[int, int]:
     wrong = largest = 0
     for frame in generator.integers(0, 200, 400).tolist():
         data = np.full(LARGEST, frame, dtype=np.uint8).tobytes()
-        found = frames.get(frame)
+        found = frames.get(frame, LARGEST)
         wrong += found not in (None, data)
         if found is None:
             frames.put(frame, data)

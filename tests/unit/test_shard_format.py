@@ -325,6 +325,30 @@ def test_a_broken_frame_is_named_by_file_number_and_offset(path: Path, small_sha
     assert f"frame 1 at byte {first_frame_bytes}" in message
 
 
+def test_a_frame_without_a_checksum_of_its_own_is_none(path: Path, small_shard: bytes) -> None:
+    path.write_bytes(small_shard)
+    with ShardReader(path) as intact:
+        ids = intact.frame(0)
+        checksum = small_shard[: intact.frame_offsets[1]][-4:]
+    compressor = zstandard.ZstdCompressor(write_checksum=False)
+    noise = np.random.default_rng(0).bytes(ids.nbytes - 4)
+    forged = compressor.compress(noise + checksum)  # stored as it is
+
+    class Keeper:
+        def get(self, frame: int, num_bytes: int) -> bytes:  # noqa: ARG002
+            return forged
+
+        def put(self, frame: int, data: bytes) -> None:  # noqa: ARG002
+            assert data == small_shard[: len(data)]
+
+        def remove(self, frame: int) -> None:
+            assert frame == 0
+
+    assert forged.endswith(checksum)
+    with ShardReader(path, keeper=Keeper()) as reader:
+        assert reader.frame(0).tolist() == ids.tolist()
+
+
 @pytest.mark.parametrize("content", [b"", b"x", bytes(100)], ids=["no bytes", "a byte", "zeros"])
 def test_a_file_that_is_no_shard_is_named(path: Path, content: bytes) -> None:
     found = outcome(path, content)
