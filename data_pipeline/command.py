@@ -25,6 +25,7 @@ from data_pipeline.console import (
     only_comments,
     protect_console,
 )
+from data_pipeline.control_characters import on_one_line
 from data_pipeline.errors import BackendError, MegabackError, StorageError
 from data_pipeline.interrupts import (
     Interrupted,
@@ -98,7 +99,7 @@ def _program_error(error: OSError) -> BackendError | None:
 
 def report(error: MegabackError) -> int:
     """Print an error's sentence to stderr; return its exit code."""
-    _print_error(f"megaback: error: {error}")
+    _print_error(f"megaback: error: {on_one_line(str(error))}")
     return error.exit_code
 
 
@@ -133,6 +134,10 @@ class Command(click.Command):
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         return run_as_process(super().main, *arguments, **options)
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        # Without color, click would take escape sequences out of results in a pipe.
+        return super().make_context(*arguments, **{"color": True, **options})
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = list(args)

@@ -4,13 +4,19 @@ What a process prints is its result (`megaback sample`) or a comment on work who
 elsewhere (a run, a folder of shards). A comment that cannot be printed, because its reader ended,
 the terminal was closed or the log's disk is full, is dropped and the work continues. A result that
 cannot be printed is an error. Standard error is always a comment.
+
+Comments, and everything that goes to a terminal, are text for people: control characters in them
+are escaped. A result in a pipe or a file is exact.
 """
 
+import codecs
 import io
 import os
 import select
 import sys
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
+
+from data_pipeline.control_characters import escaped
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -79,6 +85,76 @@ class _Stream(io.FileIO):
         return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
+def _bytes_of_names(error: UnicodeError) -> tuple[bytes, int]:
+    """What UTF-8 does not have: the bytes of a file's name, or an escape for a lone surrogate."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    part = error.object[error.start : error.end]
+    try:
+        return part.encode(error.encoding, "surrogateescape"), error.end
+    except UnicodeEncodeError:
+        return part.encode(error.encoding, "backslashreplace"), error.end
+
+
+codecs.register_error("megaback.names", _bytes_of_names)
+
+
+class _ShownBytes(io.BufferedWriter):
+    """Bytes on their way to people: text in the stream's encoding, whose control characters are
+    escaped. This is below `sys.stdout.buffer`, so that nothing that prints goes around it."""
+
+    def __init__(self, stream: _Stream, encoding: str) -> None:
+        super().__init__(stream)
+        self._stream = stream
+        self._is_terminal = stream.isatty()
+        self._encoding = encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)("backslashreplace")
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        if not self._is_terminal and not self._stream.is_comment:
+            return super().write(data)
+        view = memoryview(data).cast("B")
+        shown = escaped(self._decoder.decode(view))
+        super().write(shown.encode(self._encoding, "backslashreplace"))
+        return len(view)
+
+
+class _Text(io.TextIOWrapper):
+    """A standard stream of text, beside which those that lay out terminals have a way of theirs."""
+
+    def __init__(self, stream: _Stream, encoding: str, errors: str, write_through: bool) -> None:
+        self.trusted = _Trusted(self, stream, encoding)
+        """For escape sequences of ours, such as colors: around text that has been escaped."""
+        super().__init__(
+            _ShownBytes(stream, encoding),
+            encoding=encoding,
+            errors="megaback.names" if errors in ("strict", "surrogateescape") else errors,
+            newline="\n",
+            line_buffering=stream.fileno() == 2 or stream.isatty(),
+            write_through=write_through,
+        )
+
+
+class _Trusted(io.TextIOWrapper):
+    """Writes at once, after what was printed before."""
+
+    def __init__(self, printed: io.TextIOWrapper, stream: _Stream, encoding: str) -> None:
+        buffer = io.BufferedWriter(stream)
+        super().__init__(buffer, encoding=encoding, errors="backslashreplace", newline="\n")
+        self._printed = printed
+
+    def write(self, text: str, /) -> int:
+        self._printed.flush()
+        written = super().write(text)
+        self.flush()
+        return written
+
+
+def trusted(stream: IO[str]) -> IO[str]:
+    """Where escape sequences of ours go: around the escaping of what is printed to a stream."""
+    return cast("IO[str]", getattr(stream, "trusted", stream))
+
+
 def protect_console() -> None:
     """Replace the standard streams of this process; what was replaced already stays.
 
@@ -125,18 +201,16 @@ def _streams() -> list[_Stream]:
 
 
 def _protected(stream: IO[str] | None, descriptor: int) -> io.TextIOWrapper:
-    if isinstance(stream, io.TextIOWrapper):
-        if isinstance(stream.buffer, io.BufferedWriter) and isinstance(stream.buffer.raw, _Stream):
-            return stream
+    if isinstance(stream, _Text):
+        return stream
+    is_text = isinstance(stream, io.TextIOWrapper)
+    if stream is not None and is_text:
         stream.flush()
     raw = _Stream(descriptor, is_comment=descriptor == 2)
     raw.name = f"<{'stdout' if descriptor == 1 else 'stderr'}>"
-    is_text = isinstance(stream, io.TextIOWrapper)
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+    return _Text(
+        raw,
         encoding=stream.encoding if is_text else "utf-8",  # type: ignore[union-attr]
         errors=stream.errors if is_text else "backslashreplace",  # type: ignore[union-attr]
-        newline="\n",
-        line_buffering=descriptor == 2 or raw.isatty(),
         write_through=is_text and stream.write_through,  # type: ignore[union-attr]
     )

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Column
 from rich.text import Text
+
+from data_pipeline.rich_console import SafeConsole, SafeProgress
 
 Counts = npt.NDArray[np.int64]
 """Documents, bytes of text, tokens, and bytes of input read: shape (4,)."""
@@ -56,7 +57,7 @@ class SharedCounts:
 @contextmanager
 def showing_progress(counts: SharedCounts, input_bytes: int) -> Iterator[None]:
     """Show the counts on stderr while the block runs; `input_bytes` is what there is to read."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     started = time.monotonic()
     stop = Event()
     if console.is_terminal:
@@ -108,7 +109,7 @@ class _RateColumn(ProgressColumn):
 
 
 def _show_bar(
-    counts: SharedCounts, input_bytes: int, console: Console, started: float, stop: Event
+    counts: SharedCounts, input_bytes: int, console: SafeConsole, started: float, stop: Event
 ) -> None:
     columns = (
         BarColumn(bar_width=10),
@@ -116,7 +117,7 @@ def _show_bar(
         _RateColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with SafeProgress(*columns, console=console, transient=True) as progress:
         rates = _rates(counts, input_bytes, started)
         bar = progress.add_task("build", total=max(input_bytes, 1), **rates)
         while not stop.wait(_BAR_INTERVAL_S):

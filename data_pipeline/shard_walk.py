@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
 from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.rich_console import SafeConsole, SafeProgress
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -26,12 +26,12 @@ def on_threads(
     `workers` None is every core. The first exception ends it: what has not begun is not done. On a
     terminal a bar, called `label`, shows how many items are done.
     """
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = SafeConsole(stderr=True)
+    columns = (*SafeProgress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
     try:
         # Without a terminal, a bar would leave an empty line behind.
-        with Progress(
+        with SafeProgress(
             *columns, console=console, transient=True, disable=not console.is_terminal
         ) as progress:
             running = {pool.submit(work, item): item for item in items}

@@ -111,21 +111,22 @@ def _records(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def print_table(console: "Console", table: "Table") -> None:
     """Print a table of rich's, or a line a cell where the terminal is too narrow for it."""
-    from rich.console import Console
     from rich.measure import Measurement
     from rich.text import Text
+
+    from data_pipeline.rich_console import SafeConsole
 
     unlimited = console.options.update(max_width=1 << 16, width=1 << 16)
     needed = Measurement.get(console, unlimited, table)
     width = terminal_width()
     if width is None or needed.maximum <= width:
-        wide = Console(width=max(needed.maximum, 80), stderr=console.stderr, highlight=False)
+        wide = SafeConsole(width=max(needed.maximum, 80), stderr=console.stderr, highlight=False)
         return (wide if width is None else console).print(table)
     if width >= _NARROW and needed.minimum <= width:
         return console.print(table)
 
     def plain(cell: object) -> str:
-        return cell.plain if isinstance(cell, Text) else Text.from_markup(str(cell)).plain
+        return cell.plain if isinstance(cell, Text) else str(cell)
 
     heads = [plain(column.header) for column in table.columns]
     rows = list(zip(*(map(plain, column.cells) for column in table.columns), strict=True))

@@ -198,19 +198,18 @@ def _ability(name: str, works: bool, fix: str, is_needed: bool = False) -> Line:
 
 
 def _print_table(lines: Sequence[Line]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
+
+    from data_pipeline.rich_console import SafeConsole
 
     colours = {"yes": "green", "note": "yellow", "no": "red"}
     table = Table(show_edge=False)
     for heading in ("", "", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     for line in lines:
-        colour = colours[line.state]
-        words = (line.name, f"[{colour}]{line.state}[/]", escape(line.text), escape(line.fix))
-        table.add_row(*words)
-    print_table(Console(highlight=False), table)
+        table.add_row(line.name, Text(line.state, colours[line.state]), line.text, line.fix)
+    print_table(SafeConsole(highlight=False), table)
 
 
 @click.command(cls=Command, name="doctor")

@@ -58,6 +58,7 @@ class ForeignScorer:
                 f"a model of transformers needs that library ({error}); "
                 "pip install 'megaback[transformers]'"
             ) from None
+        transformers.utils.logging.disable_progress_bar()
         how = {"local_files_only": True, "trust_remote_code": False}
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **how)

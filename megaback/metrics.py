@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.table import Column
 
 from data_pipeline.command import write_text
 from data_pipeline.console import console_losses
 from data_pipeline.durations import duration
 from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.rich_console import SafeConsole, SafeProgress
 from megaback.config import Config
 from megaback.context_loss import ContextLoss
 from megaback.exit_record import record_event
@@ -113,17 +113,17 @@ class MetricsLog:
         self._step_flops_share = step_flops_share
         self._total_steps = total_steps
         self._every_steps = config.logging.every_steps
-        self._console = Console(soft_wrap=True)
+        self._console = SafeConsole(soft_wrap=True)
         self._run = config.run
         self._noted_losses: set[str] = set()
         self._mirrors = Mirrors(config, resumed_step or BEFORE_ALL_STEPS, self.say)
         self._mirrors.feed(kept)
-        self._progress: Progress | None = None
+        self._progress: SafeProgress | None = None
         if sys.stdout.isatty():
-            self._progress = Progress(
+            self._progress = SafeProgress(
                 # Where there is not room for all, first the bar goes, then the end of the text.
                 BarColumn(bar_width=20),
-                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
                 console=self._console,
             )
             self._bar = self._progress.add_task("", total=total_steps, completed=resumed_step)
@@ -131,7 +131,7 @@ class MetricsLog:
 
     def say(self, message: str) -> None:
         """Print a line, above the progress bar if there is one."""
-        self._console.print(message, highlight=False, markup=False)
+        self._console.print(message, highlight=False)
 
     def train(self, record: StepRecord) -> None:
         """Record a training step."""

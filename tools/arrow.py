@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.command import ResumableCommand, write_text
 from data_pipeline.number_ranges import MANY, TWO_OR_MORE
 from data_pipeline.output_paths import is_our_picture, require_output
 from data_pipeline.pictures import require_matplotlib, write_picture
+from data_pipeline.rich_console import SafeConsole
 from data_pipeline.terminal import print_table, say
 from megaback.config import load_config
 from megaback.paired_gap import Gap
@@ -151,7 +151,7 @@ def main(
 
     write_text(settings.run / JSON_NAME, json.dumps(arrow.to_json(settings), indent=2) + "\n")
     write_picture(arrow_figure(arrow), settings.run / PICTURE_NAME)
-    print_table(Console(), table_of(arrow))
+    print_table(SafeConsole(), table_of(arrow))
     say(sentence(arrow))
     click.echo(f"{settings.run / JSON_NAME}\n{settings.run / PICTURE_NAME}")
 

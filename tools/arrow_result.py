@@ -8,12 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from data_pipeline.data_set import DataSet
 from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.output_paths import read_object
+from data_pipeline.rich_console import SafeConsole, SafeProgress
 from data_pipeline.text import Direction
 from megaback.config import Config
 from megaback.context_loss import bucket_name, num_buckets
@@ -118,7 +116,7 @@ def compare(
     markers = Markers(data.codec.begin_id, data.codec.end_id)
     num_bytes = data.codec.piece_num_bytes()
     found: dict[Direction, list[DocumentLosses]] = {direction: [] for direction in DIRECTIONS}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with SafeProgress(console=SafeConsole(stderr=True), transient=True) as progress:
         for pair in pairs:
             for direction, model in pair.models(on):
                 bar = progress.add_task(f"seed {pair.seed}, {direction.value}", total=len(windows))

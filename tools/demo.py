@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.command import ResumableCommand
@@ -20,6 +19,7 @@ from data_pipeline.errors import LaunchError
 from data_pipeline.import_path import module_command
 from data_pipeline.inspection import unigram_entropy
 from data_pipeline.manifest import Manifest
+from data_pipeline.rich_console import SafeConsole
 
 _CONFIG = Path("configs/demo.yaml")
 _VOCAB_SIZE = 2048
@@ -72,7 +72,7 @@ def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
     for ending, text in samples.items():
         table.add_section()
         table.add_row(f"what came before\n“{ending}”", text.strip())
-    Console(soft_wrap=False, width=100).print(table, markup=False, highlight=False)
+    SafeConsole(soft_wrap=False, width=100).print(table, highlight=False)
 
 
 @click.command(cls=ResumableCommand, name="demo")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.command import Command, write_text
@@ -19,6 +18,7 @@ from data_pipeline.output_paths import (
     require_distinct,
     require_output,
 )
+from data_pipeline.rich_console import SafeConsole
 from data_pipeline.terminal import print_table
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def main(
             for name, result in results.items():
                 for fields in result.predictions:
                     writer.write({"suite": name, **fields})
-    print_table(Console(stderr=predictions == "-"), _table(results))
+    print_table(SafeConsole(stderr=predictions == "-"), _table(results))
     without = [
         name
         for name, result in results.items()

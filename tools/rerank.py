@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.candidates import Question, question_of
@@ -24,6 +23,7 @@ from data_pipeline.output_paths import (
     require_output,
 )
 from data_pipeline.pairs import Pair
+from data_pipeline.rich_console import SafeConsole
 from data_pipeline.terminal import print_table
 from tools.score import (
     BadRecords,
@@ -266,7 +266,7 @@ def main(
         fields = {name: one.to_dict() for name, one in found.items()}
         what = {"questions": len(judged), "weight": used, "accuracy": fields}
         write_text(report, json.dumps(what, indent=2) + "\n")
-    print_table(Console(stderr=True), _report(found, len(judged)))
+    print_table(SafeConsole(stderr=True), _report(found, len(judged)))
     if any(one.low is None for one in found.values()):
         say(NO_INTERVAL.replace("rows", "judged questions"))
     return None

@@ -68,11 +68,17 @@ def write_samples(
     stream = writer.stream([given] * num_samples, **asdict(options))
     texts = [given] * num_samples
     if sys.stdout.isatty():
-        from rich.live import Live
         from rich.text import Text
 
+        from data_pipeline.rich_console import SafeConsole, SafeLive
+
         # A sample's beginning changes with every token, so everything is shown anew.
-        with Live(transient=True, auto_refresh=False, vertical_overflow="ellipsis") as live:
+        with SafeLive(
+            console=SafeConsole(),
+            transient=True,
+            auto_refresh=False,
+            vertical_overflow="ellipsis",
+        ) as live:
             last_shown_s = 0.0
             for texts in stream:
                 if time.monotonic() - last_shown_s > _SECONDS_A_PICTURE:

@@ -106,6 +106,7 @@ def run_server(
         ws="none",
         log_level="warning",
         access_log=False,
+        use_colors=False,
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=30,
