@@ -8,11 +8,20 @@ docs/exit_codes.md lists the codes for users; a test keeps the two equal.
 
 from typing import ClassVar
 
+from data_pipeline.redaction import scrub
+
 
 class MegabackError(Exception):
-    """Something that the user can act on, said in one sentence."""
+    """Something that the user can act on, said in one sentence.
+
+    No sentence holds a secret of an address, whatever it was made of: they are kept in records and
+    logs, and quote what drivers say.
+    """
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(scrub(one) if isinstance(one, str) else one for one in arguments))
 
 
 class ConfigError(MegabackError):

@@ -15,7 +15,7 @@ from data_pipeline.files import DataFile, kind_of, look_at, name_of
 from data_pipeline.html_text import require_html_reader
 from data_pipeline.json_lines import COMPRESSIONS, CORRUPT_ERRORS, corrupt, decompressed
 from data_pipeline.parquet_source import list_parquet_slices, read_parquet_slice
-from data_pipeline.remote import is_url, shown_url
+from data_pipeline.redaction import is_url, shown_url
 from data_pipeline.slices import (
     AnyColumns,
     Document,

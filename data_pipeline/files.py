@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Protocol
 
 from data_pipeline import remote
 from data_pipeline.json_lines import COMPRESSIONS
+from data_pipeline.redaction import is_url, shown_url
 from data_pipeline.slices import file_stamp
 
 _KINDS = {
@@ -66,7 +67,7 @@ class UrlFile:
     def __init__(self, url: str) -> None:
         """Raises FileNotFoundError, SourceUnreadableError, BackendError."""
         self._file = remote.RemoteFile(url)
-        self.shown = remote.shown_url(url)
+        self.shown = shown_url(url)
         self.size_bytes = self._file.size_bytes
         self.stamp = self._file.stamp()
 
@@ -80,19 +81,19 @@ class UrlFile:
 
 def look_at(address: str) -> DataFile:
     """Looks at a file. Raises OSError, SourceUnreadableError, BackendError."""
-    return UrlFile(address) if remote.is_url(address) else LocalFile(Path(address))
+    return UrlFile(address) if is_url(address) else LocalFile(Path(address))
 
 
 def local_path(source: str) -> Path | None:
     """The path that a source names; None for the URL of another machine."""
     if source.startswith(_LOCAL_URL):
         return Path(source.removeprefix(_LOCAL_URL))
-    return None if remote.is_url(source) else Path(source).expanduser()
+    return None if is_url(source) else Path(source).expanduser()
 
 
 def name_of(address: str) -> PurePath:
     """The last part of an address."""
-    path = remote.url_path(address) if remote.is_url(address) else PurePath(address)
+    path = remote.url_path(address) if is_url(address) else PurePath(address)
     return PurePath(path.name)
 
 

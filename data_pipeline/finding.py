@@ -16,6 +16,7 @@ from pathlib import Path
 from data_pipeline import remote
 from data_pipeline.errors import SourceMissingError
 from data_pipeline.files import SUFFIXES, kind_of, local_path, look_at, suffix_of
+from data_pipeline.redaction import is_url, shown_url
 from data_pipeline.skipped import FILES, Skipped, count_skipped, merged, skipped_lines
 from data_pipeline.zip_source import zip_members
 
@@ -63,7 +64,7 @@ def find_files(source: str, *, html: bool = False) -> Files:
         found = _Found()
     else:
         found = _find_local(path)
-    shown = remote.shown_url(source)
+    shown = shown_url(source)
     if not found.files and not found.folders:
         raise SourceMissingError(
             f"{shown or '(empty)'}: there is no such file or folder, "
@@ -139,14 +140,14 @@ def _counted(left_out: set[tuple[str, str]]) -> Skipped:
     frequent = sorted(numbers, key=lambda cause: (-numbers[cause], cause))[:_MAX_CAUSES]
     skipped: Skipped = {}
     for cause, address in sorted(left_out, key=lambda item: (item[0], item[1].split("/"))):
-        shown = remote.shown_url(address)
+        shown = shown_url(address)
         count_skipped(skipped, FILES, cause if cause in frequent else "other suffixes", shown)
     return merged([skipped])
 
 
 def _is_regular(address: str) -> bool:
     """False for a pipe or a device, which may never end. A link to nothing fails when read."""
-    if remote.is_url(address):
+    if is_url(address):
         return True
     try:
         return stat.S_ISREG(os.stat(address).st_mode)  # noqa: PTH116

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_pipeline import retries
+from data_pipeline.address_variables import expanded
 from data_pipeline.errors import (
     BackendError,
     MegabackError,
@@ -19,6 +20,7 @@ from data_pipeline.errors import (
     SourceUnreadableError,
 )
 from data_pipeline.http_ranges import CLIENT_OPTIONS, FileFacts, fetch_facts, fetch_range
+from data_pipeline.redaction import shown_url
 from data_pipeline.retries import TransientError, reason_of, require_hub, with_retries
 from data_pipeline.slices import STAMPED_BYTES, stamp_of
 
@@ -29,7 +31,6 @@ Result = TypeVar("Result")
 
 BLOCK_BYTES = 8 << 20
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::\w+)?://")
 _HTTP = ("http", "https")
 _PINNED_REVISION = re.compile(r"@[0-9a-f]{40}/")
 # What names the content comes before what names the moment: a copy has another moment. Listing a
@@ -42,28 +43,15 @@ _VERSION_KEYS = (
 )
 
 
-def is_url(source: str) -> bool:
-    """Whether a source is an address such as `s3://bucket/folder`, not a path."""
-    return _URL.match(source) is not None
-
-
 def is_http(url: str) -> bool:
     """Whether an address is one of a web server, which gives files but lists none."""
-    return url.partition("://")[0] in _HTTP
+    return url.partition("://")[0].lower() in _HTTP
 
 
 def url_path(url: str) -> PurePosixPath:
     """The path of an address, without the query that a signed address carries."""
-    return PurePosixPath(shown_url(url).partition("://")[2])
-
-
-def shown_url(url: str) -> str:
-    """An address for messages: passwords and signatures stay out of them."""
-    protocol, separator, rest = url.partition("://")
-    if protocol not in _HTTP:
-        return url
-    host, slash, path = rest.partition("#")[0].partition("?")[0].partition("/")
-    return f"{protocol}{separator}{host.rpartition('@')[2]}{slash}{path}"
+    rest = url.partition("://")[2]
+    return PurePosixPath(re.split(r"[?#]", rest)[0] if is_http(url) else rest)
 
 
 def find(url: str) -> tuple[list[str], list[list[str]], list[str]]:
@@ -76,6 +64,7 @@ def find(url: str) -> tuple[list[str], list[list[str]], list[str]]:
         return [url], [], []  # that it is there is found when it is looked at
     file_system, path = open_file_system(url)
     timeout_s = retries.POLICY.listing_timeout_s
+    address_of = _addresses(url, file_system, path)
 
     def look() -> tuple[list[str], list[list[str]], list[str]]:
         _require_hub_of(file_system)
@@ -90,20 +79,34 @@ def find(url: str) -> tuple[list[str], list[list[str]], list[str]]:
         hidden: list[str] = []
         for name, info in found.items():
             if name != pinned and _is_hidden(name):
-                hidden.append(file_system.unstrip_protocol(name))
+                hidden.append(address_of(name))
             elif info["type"] == "directory":
                 folders.append([])
                 for other in call(file_system, "find", name, timeout_s=timeout_s):
                     some = hidden if _is_hidden(other, name) else folders[-1]
-                    some.append(file_system.unstrip_protocol(other))
+                    some.append(address_of(other))
             else:
-                files.append(file_system.unstrip_protocol(name))
+                files.append(address_of(name))
         return files, folders, hidden
 
     try:
         return guarded(url, look)
     except FileNotFoundError:
         return [], [], []
+
+
+def _addresses(url: str, file_system: Any, path: str) -> Callable[[str], str]:
+    """What gives a file's address by the name that a file system has listed it under.
+
+    Names of drivers that connect to a host (sftp, ftp) lack it, and the login to it.
+    """
+    protocol, separator, rest = url.partition("://")
+    authority = rest.partition("/")[0]
+    whole = expanded(url).partition("://")[2]
+    if path.startswith("/") and whole.endswith(path) and whole != path:
+        return lambda name: f"{protocol}{separator}{authority}{name}"
+    unstripped: Callable[[str], str] = file_system.unstrip_protocol
+    return unstripped
 
 
 class RemoteFile(io.RawIOBase):
@@ -233,14 +236,17 @@ class RemoteFile(io.RawIOBase):
 
 
 def open_file_system(url: str) -> tuple[Any, str]:
-    """The file system of an address, and the address as it takes it.
+    """The file system of an address, and the address as it takes it, secrets and all.
 
-    Raises SourceMissingError, BackendError.
+    Raises SourceMissingError, BackendError, and ConfigError for a variable that is not set.
     """
     import fsspec
 
-    protocol, _, rest = url.partition("://")
     shown = shown_url(url)
+    url = expanded(url)
+    protocol, separator, rest = url.partition("://")
+    protocol = protocol.lower()
+    url = f"{protocol}{separator}{rest}"
     if not rest.strip("/"):
         raise SourceMissingError(f"{shown}: names no file; write `{protocol}://` and its address")
     if "::" in url and protocol not in _HTTP:

@@ -9,9 +9,11 @@ import os
 from typing import Any
 
 from data_pipeline import remote, retries
+from data_pipeline.address_variables import expanded, kept
 from data_pipeline.errors import SourceUnreadableError
 from data_pipeline.http_ranges import FileFacts, fetch_part
 from data_pipeline.origins import origin_of
+from data_pipeline.redaction import shown_url
 from data_pipeline.remote import RemoteFile, call, guarded, open_file_system
 from data_pipeline.retries import TransientError
 
@@ -23,15 +25,13 @@ class RemoteFolder:
     """A folder behind a URL; over http the query of its address goes with every file's."""
 
     def __init__(self, url: str) -> None:
-        """Asks for nothing yet. Raises SourceMissingError, BackendError."""
-        self.shown = remote.shown_url(url).rstrip("/")
-        self._address, separator, query = (
-            url.partition("?") if remote.is_http(url) else (url, "", "")
-        )
-        self._address = self._address.partition("#")[0].rstrip("/")
-        self._query = separator + query
+        """Asks for nothing yet. Raises SourceMissingError, BackendError, ConfigError."""
+        url = kept(url)
+        self._address, self._query = _parted(url)
+        self.shown = shown_url(self._address)
         self._driver: tuple[int, Any] | None = None
-        self.origin = origin_of(self._address, self._query, self.file_system())
+        driver = self.file_system()
+        self.origin = origin_of(*_parted(expanded(url)), driver)
         """Who decides what lies there."""
 
     def url(self, name: str) -> str:
@@ -55,16 +55,22 @@ class RemoteFolder:
         return driver[1]
 
 
+def _parted(url: str) -> tuple[str, str]:
+    """The address of a folder, and the query that goes behind its files' names."""
+    address, separator, query = url.partition("?") if remote.is_http(url) else (url, "", "")
+    return address.partition("#")[0].rstrip("/"), separator + query
+
+
 class RemoteRanges:
     """One file of such a folder, as byte_ranges.py says: each part is one request."""
 
     def __init__(self, folder: RemoteFolder, name: str, expected_bytes: int) -> None:
         """Asks for nothing: that the size is another one shows when the tail is read."""
         self._url = folder.url(name)
-        self.shown = remote.shown_url(self._url)
+        self.shown = shown_url(self._url)
         self._folder = folder
         self._is_http = remote.is_http(self._url)
-        self._path = self._url if self._is_http else open_file_system(self._url)[1]
+        self._path = open_file_system(self._url)[1]
         self._size_bytes = expected_bytes
         self._facts: FileFacts | None = None
 

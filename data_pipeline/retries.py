@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from data_pipeline.errors import SourceUnreadableError
+from data_pipeline.redaction import scrub
 
 Result = TypeVar("Result")
 
@@ -185,11 +186,11 @@ def is_unresolved(error: BaseException | None) -> bool:
 
 
 def reason_of(error: BaseException | None) -> str:
-    """An error in a few words on one line."""
+    """An error in a few words on one line, without secrets of addresses."""
     if isinstance(error, TimeoutError | asyncio.TimeoutError) and not str(error):
         return "no answer in time"
     text = (getattr(error, "strerror", None) or str(error)).strip().split("\n", maxsplit=1)[0]
-    return text.rstrip(".") or type(error).__name__
+    return scrub(text.rstrip(".")) or type(error).__name__
 
 
 def _passes(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from data_pipeline.files import local_path
 from data_pipeline.finding import find_files
 from data_pipeline.hub_source import list_hub_slices, read_hub_slice
 from data_pipeline.pydocs import list_pydocs_slices, read_pydocs_slice
-from data_pipeline.remote import is_url, shown_url
+from data_pipeline.redaction import is_url, shown_url
 from data_pipeline.skipped import Skipped
 from data_pipeline.slices import (
     AnyColumns,

@@ -19,7 +19,7 @@ from data_pipeline.errors import (
 from data_pipeline.manifest import MANIFEST_NAME
 from data_pipeline.output_folder import require_output_folder
 from data_pipeline.plan import PLAN_NAME, Plan, claim_plan, make_plan
-from data_pipeline.remote import is_url
+from data_pipeline.redaction import is_url
 from data_pipeline.rows import check_context
 from data_pipeline.settings import BuildSettings, weighted_sources
 from data_pipeline.text import Direction, TextCodec, Unit

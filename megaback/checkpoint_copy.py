@@ -24,7 +24,8 @@ from data_pipeline.errors import (
     OutputExistsError,
     StorageError,
 )
-from data_pipeline.remote import is_url, open_file_system, shown_url
+from data_pipeline.redaction import is_url, shown_url
+from data_pipeline.remote import open_file_system
 from megaback.checkpoint import (
     CHECKPOINTS_FOLDER,
     META_NAME,

@@ -21,7 +21,7 @@ from pydantic import (
 
 from data_pipeline import number_ranges as ranges
 from data_pipeline.errors import BatchError, ConfigError
-from data_pipeline.remote import shown_url
+from data_pipeline.redaction import shown_url
 from data_pipeline.text import Direction
 from megaback.config_messages import sentence
 from megaback.yaml_text import apply_override, read_yaml

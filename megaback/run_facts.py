@@ -13,7 +13,7 @@ from data_pipeline.document_lengths import DocumentLengths
 from data_pipeline.errors import ConfigError, ShardsMissingError
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import Mixture
-from data_pipeline.remote import is_url
+from data_pipeline.redaction import is_url
 from megaback.config import Config
 from megaback.flops import attended_tokens
 

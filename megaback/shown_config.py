@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipeline.remote import shown_url
+from data_pipeline.redaction import shown_url
 from megaback.config import Config
 
 

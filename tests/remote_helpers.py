@@ -73,6 +73,8 @@ class FileServer:
         self.gives_ranges = True
         self.gives_versions = True
         self.requests: list[str] = []
+        self.targets: list[str] = []
+        self.redirects: dict[str, str] = {}
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.port}/{name}"
@@ -90,6 +92,7 @@ def serving() -> Iterator[FileServer]:
         def do_GET(self) -> None:
             name = self.path.partition("?")[0].lstrip("/")
             state.requests.append(f"{name} {self.headers.get('Range')}")
+            state.targets.append(self.path)
             fault = state.faults.popleft() if state.faults else ""
             if fault == "reset":
                 linger = struct.pack("ii", 1, 0)
@@ -101,6 +104,8 @@ def serving() -> Iterator[FileServer]:
                 self.close_connection = True
             elif fault.isdigit():
                 self._answer(int(fault), b"an error")
+            elif name in state.redirects:
+                self._answer(302, b"", {"Location": state.redirects[name]})
             elif name not in state.files:
                 self._answer(404, b"")
             else:

@@ -1,0 +1,159 @@
+"""Secrets of addresses are in nothing that is shown, and everything else stays as it is."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from data_pipeline import redaction
+from data_pipeline.redaction import MASK, place_of, remember, scrub, secret_spans, shown_url
+
+PLANT = "S3CR3T-plant"
+
+SHOWN = {
+    f"https://user:{PLANT}@host/x.jsonl?sig={PLANT}&id=7#t={PLANT}": "https://host/x.jsonl?id=7",
+    f"HTTPS://host/x?sig={PLANT}": "HTTPS://host/x",
+    f"https://host/x?id=7&X-Amz-Signature={PLANT}&download=true": "https://host/x?id=7&download=true",
+    f"https://host/x?{PLANT}": "https://host/x",
+    f"https://host/x?{PLANT}=": "https://host/x",
+    f"https://host/x?unknown={PLANT}": "https://host/x",
+    f"https://host/x;session={PLANT}/y": "https://host/x/y",
+    f"https://host/x%3Fsig%3D{PLANT}": "https://host/x",
+    f"https://user%3A{PLANT}%40host/x": "https://host/x",
+    f"https://user%253A{PLANT}%2540host/x": "https://host/x",
+    f"https://{PLANT}@host/x": "https://host/x",
+    f"https://user:{PLANT}@[::1]:8080/x": "https://[::1]:8080/x",
+    f"https://user:a@{PLANT}/b@host/x": "https://host/x",
+    f"https:/user:{PLANT}@host/x": "https:/host/x",
+    f"//user:{PLANT}@host/x?y={PLANT}": "//host/x",
+    f"sftp://user:{PLANT}@host/x": "sftp://host/x",
+    f"ftp://user:a?{PLANT}@host/x": "ftp://host/x",
+    f"s3://KEY:a/{PLANT}+@bucket/x": "s3://bucket/x",
+    f"s3://bucket/x?versionId=7&sig={PLANT}": "s3://bucket/x?versionId=7",
+    f"s3://bucket/x?{PLANT}-without-a-name": "s3://bucket/x",
+    f"hf://user:{PLANT}@datasets/a/b": "hf://datasets/a/b",
+    f"abfs://box@account.net/x?sv=1&sig={PLANT}": "abfs://box@account.net/x",
+    f"simplecache::https://u:{PLANT}@host/x?sig={PLANT}": "simplecache::https://host/x",
+    f"zip://a?b={PLANT}::s3://KEY:{PLANT}@bucket/x": "zip://a::s3://bucket/x",
+    f"https://archive.org/https://u:{PLANT}@host/x": "https://archive.org/https://host/x",
+    f"https://proxy/x?url=https%3A%2F%2Fu%3A{PLANT}%40host": "https://proxy/x",
+    "sftp://alice@host/x": "sftp://host/x",
+}
+UNCHANGED = [
+    *("", "data", "data/a@b?c=d#e", "/data/part-?.jsonl", "//server/share/a@b?c=d", "./a:b@c"),
+    *("C:\\data\\a@b?c=d", "C:/data/a@b", "~/a", "hf:name:config", "hf:/data/set", "pydocs"),
+    *("https://host/x", "https://host:80/x", "https://[::1]:80/x", "https://host/@scope/x"),
+    *("https://host/x?id=7", "https://host/x?download=true&page=2", "s3://bucket/part-?.jsonl"),
+    *("s3://bucket/a#1/x", "hf://gpt2@main/x", "hf://datasets/a/b@refs%2Fpr%2F1/x"),
+    *("file:///data/a?b=c#d@e", "https://host/x?${SAS}", "https://host/x?sig=${SIG}&id=7"),
+    *("https://alice:${PASSWORD}@host/x", "https://${LOGIN}@host/x", "abfs://box@account.net/x"),
+]
+SCHEMES = [
+    *("http", "https", "HTTPS", "ftp", "sftp", "s3", "gs", "hf", "abfs", "memory", "x-y+z"),
+    *("simplecache::https", "zip://a::s3"),
+]
+secrets = st.text("abcXYZ019-._~+/=%:@?#&;!$,'()*[]", max_size=12).map(
+    lambda text: f"{text}Qq7{text[::-1]}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known() -> Iterator[None]:
+    before = set(redaction._known)
+    redaction._known.clear()
+    yield
+    redaction._known.clear()
+    redaction._known.update(before)
+
+
+@pytest.mark.parametrize("address", SHOWN)
+def test_what_is_secret_in_an_address_is_not_shown(address: str) -> None:
+    assert shown_url(address) == SHOWN[address]
+    assert PLANT not in place_of(address)
+    held = [address[start:stop] for start, stop in secret_spans(address)]
+    assert sum(secret.count(PLANT) for secret in held) == address.count(PLANT)
+
+
+@pytest.mark.parametrize("text", UNCHANGED)
+def test_what_is_not_secret_stays(text: str) -> None:
+    assert shown_url(text) == text
+    assert secret_spans(text) == []
+
+
+def test_a_reference_of_ours_is_not_shown_and_names_no_place() -> None:
+    address = "https://${MEGABACK_SECRET_0}@host/x?id=7&${MEGABACK_SECRET_0_2}"
+    assert shown_url(address) == "https://host/x?id=7" == place_of(address)
+    assert secret_spans(address) == []
+    assert place_of("https://alice:${PASSWORD}@host/x?id=7&sig=${SIG}") == place_of(address)
+
+
+@given(
+    scheme=st.sampled_from(SCHEMES), login=secrets, value=secrets, key=st.text("abz_", max_size=5)
+)
+def test_no_secret_before_a_host_or_in_a_query_is_shown(
+    scheme: str, login: str, value: str, key: str
+) -> None:
+    # Digits and a slash would be a port and a path: `//host:80/x@y` has no login.
+    address = f"{scheme}://user:p{login}@host.org/x.jsonl?{key}={value}&id=7"
+    assert "Qq7" not in shown_url(address) + place_of(address)
+    if "'" not in address:  # where an address ends in a text that quotes it, nobody knows
+        assert "Qq7" not in scrub(f"cannot read '{address}': 403")
+    spans = secret_spans(address)
+    assert all(0 <= start < stop <= len(address) for start, stop in spans)
+    assert [stop for _, stop in spans[:-1]] <= [start for start, _ in spans[1:]]
+
+
+@given(text=st.one_of(st.text(), st.text("https:/@?#&=;%4025${}AZ_[]. \n", max_size=60)))
+@example(text="https://a@b:c/d@e")
+@example(text="http://" + "a@b:c/" * 40 + "@")
+def test_any_text_can_be_shown_and_shown_again(text: str) -> None:
+    for function in (shown_url, place_of, scrub):
+        once = function(text)
+        assert isinstance(once, str)
+        if function is not place_of:
+            assert function(once) == once
+    secret_spans(text)
+
+
+@given(text=st.text(st.characters(exclude_characters=":%", exclude_categories=["Cs"])))
+def test_a_path_without_a_colon_stays(text: str) -> None:
+    assert shown_url(text) == text
+
+
+@pytest.mark.parametrize(
+    "piece", ["a", "%40", "https://", "a@b:c/", "::s3://", "?a=b&", ";a=b", "//"]
+)
+def test_a_megabyte_takes_no_time(piece: str) -> None:
+    text = "https://h/" + piece * (300_000 // len(piece))
+    begin = time.monotonic()
+    shown_url(text)
+    scrub(text[:100_000])
+    assert time.monotonic() - begin < 3
+
+
+def test_addresses_within_a_text_of_others_are_shown_and_known_secrets_go() -> None:
+    remember(f"user:{PLANT}1", is_password=True)
+    remember(f"sig={PLANT}%2B&expires=true")
+    text = (  # a driver's
+        f"GET https://u:{PLANT}@host/x?id=7&token={PLANT}: 403, see (sftp://a:{PLANT}@b/c). "
+        f"login {PLANT}1 failed; {PLANT}+ too; 'Authorization': 'Bearer {PLANT}'; "
+        f"/x?sig={PLANT} true"
+    )
+    assert scrub(text) == (
+        "GET https://host/x?id=7: 403, see (sftp://b/c). "
+        f"login {MASK} failed; {MASK} too; 'Authorization': 'Bearer {MASK}'; /x?sig={MASK} true"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data.shards = a, b; use --source, or https://docs.example.org/page?id=7.",
+        "/data/a@b?c=d is not a folder; name <user@host> or 10:30",
+        "the token=<|im_end|> of step 5: loss 3.1 // nothing @ all",
+    ],
+)
+def test_a_text_without_addresses_is_not_changed(text: str) -> None:
+    assert scrub(text) == text
