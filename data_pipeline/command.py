@@ -35,6 +35,7 @@ from data_pipeline.interrupts import (
     sentence,
     take_signals,
 )
+from data_pipeline.redaction import scrub
 from data_pipeline.unquoted import require_quoted, too_many
 
 READER_GONE_CODE = 141
@@ -108,6 +109,12 @@ def _print_error(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def scrubbed(error: click.UsageError) -> click.UsageError:
+    """The error of a command line, whose words it quotes, without secrets of addresses."""
+    said = error.format_message()
+    return error if scrub(said) == said else click.UsageError(scrub(said), error.ctx)
+
+
 def run_as_process(main: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Run a command that this process is for; one that is called by a program runs as it is."""
     if sys.stdout is not sys.__stdout__:  # a test or a notebook captures what is printed
@@ -145,7 +152,7 @@ class Command(click.Command):
         try:
             rest = super().parse_args(ctx, args)
         except click.UsageError as error:
-            raise too_many(error, words) from None
+            raise scrubbed(too_many(error, words)) from None
         if not ctx.resilient_parsing:
             self._require_no_empty_path(ctx, words)
         return rest

@@ -17,6 +17,7 @@ import sys
 from typing import IO, TYPE_CHECKING, cast
 
 from data_pipeline.control_characters import escaped
+from data_pipeline.driver_reports import scrub_reports
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -159,8 +160,10 @@ def protect_console() -> None:
     """Replace the standard streams of this process; what was replaced already stays.
 
     Standard output counts as a result until `only_comments`. Descriptors that are closed are opened
-    on the null device, or else the next file that is opened would be taken for the console.
+    on the null device, or else the next file that is opened would be taken for the console. What
+    libraries print is scrubbed.
     """
+    scrub_reports()
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

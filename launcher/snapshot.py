@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.command import write_text
+from data_pipeline.redaction import scrub
 from launcher.run_folder import SUBMISSION_NAME, SUBMITTED_FOLDER
 from megaback.code_version import code_changes, code_version
 from megaback.config import CONFIG_COPY_NAME, Config
@@ -49,7 +50,7 @@ def write_snapshot(folder: Path, config: Config, files: Sequence[Path]) -> dict[
         "user": getpass.getuser(),
         "host": socket.gethostname(),
         "folder": str(Path.cwd()),
-        "command": sys.argv[1:],
+        "command": [scrub(word) for word in sys.argv[1:]],
         "environment": sys.prefix,
         "code": code_version(),
     }

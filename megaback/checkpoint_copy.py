@@ -24,7 +24,7 @@ from data_pipeline.errors import (
     OutputExistsError,
     StorageError,
 )
-from data_pipeline.redaction import is_url, shown_url
+from data_pipeline.redaction import is_url, scrub, shown_url
 from data_pipeline.remote import open_file_system
 from megaback.checkpoint import (
     CHECKPOINTS_FOLDER,
@@ -296,4 +296,4 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.errno:
         return str(storage_error(error))
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return scrub(f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from data_pipeline.command import run_as_process
+from data_pipeline.command import run_as_process, scrubbed
 
 _Commands = dict[str, tuple[str, str]]
 
@@ -69,6 +69,14 @@ class LazyGroup(click.Group):
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         return run_as_process(super().main, *arguments, **options)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            raise scrubbed(error) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self._modules, *super().list_commands(ctx)]

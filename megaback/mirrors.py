@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from data_pipeline.errors import BackendError
+from data_pipeline.redaction import scrub
 from megaback.config import Config
 
 Value = float | str
@@ -91,7 +92,7 @@ def flat_values(line: Mapping[str, Any], before: str = "") -> dict[str, Value]:
 
 
 def _failure(name: str, what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = scrub(" ".join(str(error).split())) or type(error).__name__
     for variable in _SECRET_VARIABLES:
         secret = os.environ.get(variable)
         if secret:

@@ -7,8 +7,6 @@ concern: `stopping`, `guard`, `pulse`, `checkpoint_saver`.
 
 import os
 import shlex
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ import torch
 
 from data_pipeline.command import WorkCommand
 from data_pipeline.console import only_comments
+from data_pipeline.driver_reports import print_exception
 from data_pipeline.errors import (
     LaunchError,
     MegabackError,
@@ -36,6 +35,7 @@ from data_pipeline.errors import (
     UserInterruptError,
 )
 from data_pipeline.number_ranges import MANY_OR_ZERO
+from data_pipeline.redaction import scrub
 from data_pipeline.rows import Batch
 from megaback.checkpoint_copy import CheckpointCopier
 from megaback.checkpoint_saver import CheckpointSaver
@@ -409,9 +409,8 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path)
         # The other ranks cannot be asked; they see that this one has left, and why.
         if is_collective_error(fault):
             os._exit(pulse.report_lost().exit_code)
-        traceback.print_exc()
-        sys.stderr.flush()
-        reason_text = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
+        print_exception(type(fault), fault, fault.__traceback__)
+        reason_text = scrub(f"{type(fault).__name__}: {' '.join(str(fault).split())}")
         if pulse.is_open:
             pulse.record_exit(MegabackError.exit_code, "Exception", reason_text)
         pulse.leave(reason_text)

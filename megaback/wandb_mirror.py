@@ -4,6 +4,7 @@ Every start is a segment of it. Offline, what earlier segments hold beyond the r
 off, as it is from metrics.jsonl, unless it has been sent; online, the server says what it holds.
 """
 
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from typing import Any
 import wandb
 
 from data_pipeline.command import write_text
+from data_pipeline.redaction import scrub
 from megaback.code_version import code_version
 from megaback.config import Config
 from megaback.lineage import lineage
@@ -37,6 +39,8 @@ class WandbMirror:
         id_path = run / ID_NAME
         if not id_path.exists():
             write_text(id_path, uuid.uuid4().hex[:12] + "\n")
+        # wandb keeps the command line, of which nobody reads more by now.
+        sys.argv[1:] = map(scrub, sys.argv[1:])
         self._run: Any = wandb.init(
             project=logging.wandb_project,
             name=run.name,
