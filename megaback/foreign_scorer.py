@@ -75,7 +75,13 @@ class ForeignScorer:
         _require_all_read(folder, model, loading)
         self._model = model.to(device).eval()
         self._device = device
-        self._before, self._after = self._frame()
+        try:
+            self._before, self._after = self._frame()
+        except Exception as error:  # noqa: BLE001 - a template is a program, with any error
+            raise CheckpointCorruptError(
+                f"the chat template in {folder} cannot be rendered ({type(error).__name__}: "
+                f"{error}); correct it, or remove it"
+            ) from None
         end = self._tokenizer.eos_token_id
         self._end = [] if end is None else [int(end)]
         self._most_tokens = getattr(model.config, "max_position_embeddings", None)
@@ -137,7 +143,7 @@ class ForeignScorer:
         )
         before, found, after = rendered.partition(_PLACEHOLDER)
         if not found:
-            raise BackendError("the tokenizer's chat template does not show what a user says")
+            raise ValueError("it does not show what a user says")
         return (
             self._tokenizer(before, add_special_tokens=False)["input_ids"],
             self._tokenizer(after, add_special_tokens=False)["input_ids"],

@@ -55,7 +55,8 @@ def _refusal(codec: TextCodec) -> dict[str, Any]:
     """A tokenizer.json that no library loads, with the reason where its error names a version."""
     how = "reads backward" if codec.format.direction is Direction.BACKWARD else "needs its own code"
     return {
-        "version": f"none: this tokenizer {how}; load it with trust_remote_code=True",
+        "version": f"none: this tokenizer {how}; load it with trust_remote_code=True and, from a "
+        "hub, the revision whose code you have read (see README.md)",
         "added_tokens": [],
         "model": {"type": "none"},
     }

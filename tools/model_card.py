@@ -3,6 +3,9 @@
 from data_pipeline.text import Direction, TextCodec
 from megaback.model_folder import ModelDescription
 
+COMMIT = "COMMIT"
+"""An export does not know the commit that it becomes on a hub. No branch has this name: loading
+from a hub fails until it is replaced, and code that nobody has read is not run."""
 _MAX_NEW_TOKENS = 200
 _ENDINGS = ("and they lived happily ever after.", "ever after.", ".")
 _BEGINNINGS = ("Once upon a time there was", "Once upon", "O")
@@ -37,8 +40,9 @@ tags: [megaback, {text_format.direction.value}]
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{name}")
+name, commit = "{name}", "{COMMIT}"  # the commit that you have read; see below
+tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(name, revision=commit)
 ids = model.generate(**tokenizer.prompt("{given}"), max_new_tokens={new_tokens})[0]
 print(tokenizer.decode(ids, skip_special_tokens=True))
 ```
@@ -46,13 +50,20 @@ print(tokenizer.decode(ids, skip_special_tokens=True))
 A model that writes what comes {what}. `tokenizer.prompt` gives the ids in the order in which the
 model reads them (of a list of texts: a batch), and `decode` the text in the order in which a person
 does: there is nothing to reverse by hand. Always decode the whole list of ids, the given ones
-included. `trust_remote_code` loads `tokenization_megaback.py` of this folder; the model itself is a
-stock {stock}. The same as a pipeline:
+included. The model itself is a stock {stock}.
+
+**`trust_remote_code` runs `tokenization_megaback.py` of this folder on your machine.** Read that
+file first. From a hub, load the commit that you have read, by its full hash in place of `{COMMIT}`:
+a branch can be moved to other code later. `huggingface_hub.HfApi().model_info(NAME).sha` names the
+newest commit. For a folder on your own disk, transformers ignores `revision`.
+
+The same as a pipeline:
 
 ```python
 from transformers import pipeline
 
-write = pipeline("text-generation", model="{name}", trust_remote_code=True)
+name, commit = "{name}", "{COMMIT}"
+write = pipeline("text-generation", model=name, revision=commit, trust_remote_code=True)
 print(write("{given}", max_new_tokens={new_tokens})[0]["generated_text"])
 ```
 

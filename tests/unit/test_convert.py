@@ -114,7 +114,8 @@ def test_a_model_card_begins_with_the_lines_that_use_the_model(run: Path, tmp_pa
     _, head, body = card.split("---\n", 2)
     code = body.split("```")[1]
     assert body.startswith("```python\nfrom transformers import")
-    assert 'AutoTokenizer.from_pretrained("my-model", trust_remote_code=True)' in code
+    assert 'name, commit = "my-model", "COMMIT"' in code
+    assert "AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=True)" in code
     assert "pipeline_tag" not in head
 
 

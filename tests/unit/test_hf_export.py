@@ -1,11 +1,17 @@
 """The folder for transformers: what loads it, what its card prints, what its tokenizer promises."""
 
+import ast
 import copy
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -17,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipe
 from data_pipeline.text import Direction, TextCodec, Unit
 from megaback.model_folder import HF_TOKENIZER_NAME
 from tools.convert import convert
+from tools.model_card import COMMIT
 
 Codecs = Callable[..., TextCodec]
 ExportOf = Callable[..., Path]
@@ -111,6 +118,69 @@ def test_no_file_of_the_folder_has_a_name_that_stock_classes_look_for(hf: Path) 
     names = {path.name for path in hf.iterdir()}
     assert HF_TOKENIZER_NAME in names
     assert not [name for name in names if name.endswith((".model", "vocab.json", "vocab.txt"))]
+
+
+def test_wherever_foreign_code_is_trusted_a_commit_is_named(hf: Path) -> None:
+    """In the card, in our code, in the docs: every call, and no call of ours trusts any."""
+    root = Path(__file__).parents[2]
+    card = (hf / "README.md").read_text()
+    places = {"card": card, "page": (root / "docs/exports.md").read_text()}
+    for name, text in places.items():
+        calls = re.findall(
+            r"(?:from_pretrained|pipeline)\([^()]*trust_remote_code=True[^()]*\)", text
+        )
+        assert calls, name
+        assert all("revision=" in call for call in calls), calls
+    assert "a branch can be moved" in card
+    for package in ("megaback", "tools", "data_pipeline", "launcher"):
+        for path in (root / package).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text())):
+                keywords = call.keywords if isinstance(call, ast.Call) else []
+                assert not [one for one in keywords if one.arg == "trust_remote_code"], path
+
+
+def test_the_placeholder_of_a_card_loads_nothing_from_a_hub(
+    hf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A hub that has this model on the branch `main`, and no commit named COMMIT."""
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            data = None
+            if "/resolve/main/" in self.path:
+                path = hf / self.path.partition("/resolve/main/")[2]
+                data = path.read_bytes() if path.is_file() else None
+            self.send_response(200 if data is not None else 404)
+            self.send_header("X-Error-Code", "RevisionNotFound" if data is None else "")
+            self.send_header("Content-Length", str(len(data or b"")))
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", '"0"')
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data or b"")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    code = "import sys; from transformers import AutoTokenizer\n"
+    code += (
+        "AutoTokenizer.from_pretrained('me/model', revision=sys.argv[1], trust_remote_code=True)"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code, COMMIT], env=environment, capture_output=True, text=True
+        )
+        server.shutdown()
+    assert done.returncode == 1
+    assert any(f"/resolve/{COMMIT}/" in path for path in asked), asked
+    assert not [path for path in asked if "/main/" in path]
+    assert "tokenization_megaback" not in " ".join(asked)
 
 
 CARDS = [

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -193,6 +194,32 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointCorruptError, match="save_pretrained"):
         ForeignScorer(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_no_code_of_a_foreign_folder_is_run(file: str, foreign: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(foreign, tmp_path / "model"))
+    (folder / "theirs.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\n")
+    fields = json.loads((folder / file).read_text())
+    theirs = {"AutoConfig": "theirs.C", "AutoTokenizer": ["theirs.T", None]}
+    fields |= {"auto_map": theirs | {"AutoModelForCausalLM": "theirs.M"}, "model_type": "theirs"}
+    fields |= {"tokenizer_class": "TheirTokenizer"}
+    (folder / file).write_text(json.dumps(fields))
+    with suppress(CheckpointCorruptError):  # or what the library has of its own is taken
+        ForeignScorer(folder, CPU)
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ ().__class__.mro() }}", "{% if"]
+)
+def test_a_template_that_cannot_be_rendered_is_a_sentence(
+    template: str, foreign: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(foreign, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointCorruptError, match="chat template"):
+        ForeignScorer(folder, CPU)
 
 
 # The command.
