@@ -47,6 +47,7 @@ _OS_ADVICE = {
     errno.EROFS: "choose a path on a disk that can be written",
     errno.EACCES: "check the permissions of the path",
     errno.EPERM: "check the permissions of the path",
+    errno.ELOOP: "remove the symbolic link at that path, through which nothing is written",
 }
 _PATH_NAMES = ("out", "predictions")
 """Parameters that are paths, or `-`; an empty source has an error of its own."""
@@ -226,24 +227,27 @@ def is_device(path: Path) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, follow_link: bool = False) -> Iterator[IO[bytes]]:
     """Write a file that appears under `path` whole, or not at all.
 
     Bytes go to a hidden neighbour, are flushed to the disk, and are renamed at the end. On any
     error the neighbour is removed and what stood at `path` stays. Two processes may write the same
-    path: the last one to finish wins, and nobody sees a mixture. A symbolic link stays, and what it
-    names is written. A device or a pipe cannot be replaced: it is written to as the bytes come.
+    path: the last one to finish wins, and nobody sees a mixture. A device or a pipe cannot be
+    replaced: it is written to as the bytes come.
+
+    A symbolic link is replaced like a file, since the folder may be a stranger's. For an output
+    that the user names, `follow_link` has the link stay, and what it leads to written.
     """
-    if is_device(path):
+    if is_device(path) and (follow_link or not path.is_symlink()):
         with path.open("wb") as file:
             yield file
         return
-    if path.is_symlink():
+    if follow_link and path.is_symlink():
         path = Path(os.path.realpath(path))
     # Not the process's number, which another node may have given to a process of its own.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -255,9 +259,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically, as UTF-8."""
-    with replacing(path) as file:
+def write_text(path: Path, text: str, *, follow_link: bool = False) -> None:
+    """Write a small text file atomically, as UTF-8; `replacing` says what `follow_link` does."""
+    with replacing(path, follow_link=follow_link) as file:
         file.write(text.encode())
 
 

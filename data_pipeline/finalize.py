@@ -17,7 +17,7 @@ from data_pipeline.errors import OutputExistsError, ShardsMissingError, SourceEm
 from data_pipeline.locks import locked
 from data_pipeline.manifest import MANIFEST_NAME, SHARD_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.next_command import command
-from data_pipeline.plan import BUILD_FOLDER, PLAN_NAME, Plan, Task
+from data_pipeline.plan import BUILD_FOLDER, PLAN_NAME, STAGED_FOLDER, Plan, Task
 from data_pipeline.pool import run_in_processes
 from data_pipeline.selection import (
     choose_documents,
@@ -25,7 +25,7 @@ from data_pipeline.selection import (
     write_selection,
 )
 from data_pipeline.skipped import merged, why_records_are_bad
-from data_pipeline.tasks import STAGED_FOLDER, TaskRecord, finished_record, record_path
+from data_pipeline.tasks import TaskRecord, finished_record, record_path
 from data_pipeline.text import Direction, TextCodec, Unit
 from data_pipeline.val_minimum import with_val_minimum
 

@@ -84,7 +84,7 @@ def writing_lines(path: str) -> "Iterator[LineWriter]":
         yield LineWriter(sys.stdout.buffer)
         sys.stdout.buffer.flush()
         return
-    with replacing(Path(path)) as file:
+    with replacing(Path(path), follow_link=True) as file:
         yield LineWriter(file)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
-"""A link in the place of a lock would have a file made elsewhere."""
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+"""A link in the place of a lock would have a file made elsewhere, and a pipe keeps one waiting."""
 
 
 @contextmanager

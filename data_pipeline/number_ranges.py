@@ -105,7 +105,10 @@ class _Real(click.FloatRange):
 
 def finite_json(text: str | bytes) -> Any:
     """`json.loads` without NaN and infinity, which JSON has not. Raises ValueError."""
-    return json.loads(text, parse_constant=_not_json, parse_float=_finite)
+    try:
+        return json.loads(text, parse_constant=_not_json, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _not_json(constant: str) -> Any:

@@ -51,5 +51,5 @@ def png_of(figure: "Figure") -> bytes:
 def write_picture(figure: "Figure", path: Path) -> None:
     """Write a PNG, whole or not at all. Raises OSError."""
     picture = png_of(figure)
-    with replacing(path) as file:
+    with replacing(path, follow_link=True) as file:
         file.write(picture)

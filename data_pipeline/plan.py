@@ -31,6 +31,7 @@ from data_pipeline.errors import ConfigError, OutputExistsError, ShardsMissingEr
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.next_command import command, show_next
 from data_pipeline.number_ranges import finite_json
+from data_pipeline.regular_files import require_no_link
 from data_pipeline.settings import (
     BuildSettings,
     WeightedSource,
@@ -43,6 +44,7 @@ from data_pipeline.text import TextCodec
 
 PLAN_NAME = "plan.json"
 BUILD_FOLDER = ".build"
+STAGED_FOLDER = Path(BUILD_FOLDER) / "staged"
 FORMAT_NAME = "megaback-plan"
 FORMAT_VERSION = 1
 
@@ -151,6 +153,7 @@ class Plan:
     @classmethod
     def load(cls, out: Path) -> "Plan":
         """Raises ShardsMissingError without a plan, OutputExistsError when it cannot be read."""
+        _require_no_links(out)
         path = out / PLAN_NAME
         try:
             fields = finite_json(path.read_text(encoding="utf-8"))
@@ -241,6 +244,7 @@ def claim_plan(
     """
     for part in settings.sources:
         require_outside(part.source, out)
+    _require_no_links(out)
     if not (out / PLAN_NAME).exists():
         if out.exists() and (not out.is_dir() or _holds_something_else(out)):
             raise OutputExistsError(
@@ -325,6 +329,11 @@ def _rename_unless_there(draft: Path, path: Path) -> bool:
         os.replace(draft, path)
     sync_folder(path.parent)
     return True
+
+
+def _require_no_links(out: Path) -> None:
+    for folder in (BUILD_FOLDER, STAGED_FOLDER):
+        require_no_link(out / folder)
 
 
 def _holds_something_else(out: Path) -> bool:

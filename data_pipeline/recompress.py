@@ -30,6 +30,7 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.number_ranges import DICTIONARY_BYTES, LEVEL, MANY, finite_json
 from data_pipeline.output_paths import require_apart
+from data_pipeline.regular_files import require_no_link
 from data_pipeline.shard_format import ShardWriter
 from data_pipeline.shard_walk import on_threads, spread_frames
 from data_pipeline.verify import require_promised
@@ -197,6 +198,7 @@ def _stored_dictionary(shards: Path, manifest: Manifest, out: Path, dictionary_b
 def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None:
     """Make the folder ours, or find that it already is, with the same settings."""
     require_apart(out, (shards,))
+    require_no_link(out / WORK_FOLDER)
     settings_path = out / WORK_FOLDER / _SETTINGS_NAME
     if settings_path.exists():
         try:

@@ -28,7 +28,7 @@ from data_pipeline.encoder import BATCH_CHARACTERS, Ids
 from data_pipeline.example_rows import PackedExample, RowPacker
 from data_pipeline.manifest import SPLITS, ShardEntry
 from data_pipeline.number_ranges import finite_json
-from data_pipeline.plan import BUILD_FOLDER, Task
+from data_pipeline.plan import BUILD_FOLDER, STAGED_FOLDER, Task
 from data_pipeline.progress import Counts, no_counts
 from data_pipeline.settings import BuildSettings
 from data_pipeline.shard_format import ShardWriter
@@ -50,7 +50,6 @@ from data_pipeline.val_hashes import LowestHashes
 DOCUMENT_NOTE = np.dtype(
     [("split", "u1"), ("tokens", "<u4"), ("text_bytes", "<u4"), ("high", "<u8"), ("low", "<u8")]
 )
-STAGED_FOLDER = Path(BUILD_FOLDER) / "staged"
 
 _TRAIN = SPLITS.index("train")
 _NOTE = struct.Struct("<BIIQQ")

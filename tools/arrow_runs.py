@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import (
+    CheckpointCorruptError,
     ConfigError,
     DirectionMismatchError,
     RunMismatchError,
@@ -114,7 +115,14 @@ class TrainedPair:
                     f"{target} writes {found.format.direction.value}, where the run that writes "
                     f"{run.direction.value} should be; give the arrow a run folder of its own"
                 )
-        for name, here, there in _facts(meta, other):
+        try:
+            facts = list(_facts(meta, other))
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointCorruptError(
+                f"{first} or {second} does not say in meta.json how it was trained; restore it, or "
+                "train the pair again"
+            ) from None
+        for name, here, there in facts:
             if here != there:
                 raise RunMismatchError(
                     f"{first} has {name} = {here}, and {second} has {there}; the two directions "

@@ -43,6 +43,7 @@ from data_pipeline.output_paths import (
     read_object,
     require_apart,
 )
+from data_pipeline.regular_files import require_no_link
 from data_pipeline.skipped import skipped_lines
 from data_pipeline.slices import Columns, Slice
 from data_pipeline.sources import list_source, read_slice
@@ -72,6 +73,7 @@ def _require_plan(folder: Path, plan: dict[str, Any]) -> None:
 
     A folder that is not empty and has no plan is not ours.
     """
+    require_no_link(folder)
     path = folder / PLAN_NAME
     if not path.exists():
         if (not folder.is_dir() and folder.exists()) or _has_strangers(folder):
@@ -204,7 +206,7 @@ def _do_task(
 def _merge(parts: ChunkParts, choice: Choice, out: Path, overwrite: bool) -> None:
     counts: Counter[str] = Counter()
     digest = hashlib.sha256()
-    with replacing(out) as file:
+    with replacing(out, follow_link=True) as file:
         for row in choice.examples(
             lambda: (record for chunk in parts.read_all() for record in chunk), counts
         ):

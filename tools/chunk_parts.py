@@ -10,9 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.checked_json import parse_json
 from data_pipeline.errors import StorageError
+from data_pipeline.regular_files import open_in_place
 
 Chunk = list[Any]
+
+_BLOCK_BYTES = 1 << 20
+_MAX_LINE_BYTES = 256 << 20
+"""A chunk is the texts of a batch and what the model wrote for them."""
 
 
 class ChunkParts:
@@ -23,7 +29,7 @@ class ChunkParts:
         self._num_tasks = num_tasks
 
     def is_done(self, task: int) -> bool:
-        return self._path(task).exists()
+        return self._path(task).is_file() and not self._path(task).is_symlink()
 
     @property
     def missing(self) -> list[int]:
@@ -35,17 +41,18 @@ class ChunkParts:
         path = self._unfinished(task)
         path.parent.mkdir(parents=True, exist_ok=True)
         num_chunks, end = 0, 0
-        with path.open("ab+") as file:
+        with open_in_place(path, "ab+") as file:
             file.seek(0)
-            for line in file:
-                if line.endswith(b"\n"):
-                    num_chunks, end = num_chunks + 1, end + len(line)
+            while block := file.read(_BLOCK_BYTES):
+                num_chunks += block.count(b"\n")
+                if (last := block.rfind(b"\n")) >= 0:
+                    end = file.tell() - len(block) + last + 1
             file.truncate(end)
         return num_chunks
 
     def append(self, task: int, chunk: Chunk) -> None:
         """Add a chunk, on the disk when this returns. Raises OSError."""
-        with self._unfinished(task).open("ab") as file:
+        with open_in_place(self._unfinished(task), "ab") as file:
             file.write(json.dumps(chunk).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -56,13 +63,13 @@ class ChunkParts:
 
     def read_all(self) -> Iterator[Chunk]:
         """Every chunk, in order, when no task is missing. Raises StorageError."""
-        files = [self._path(task).open("rb") for task in range(self._num_tasks)]
+        files = [open_in_place(self._path(task), "rb") for task in range(self._num_tasks)]
         try:
             number = 0
-            while line := files[number % self._num_tasks].readline():
+            while line := files[number % self._num_tasks].readline(_MAX_LINE_BYTES):
                 yield self._parsed(line, number)
                 number += 1
-            if any(file.readline() for file in files):
+            if any(file.read(1) for file in files):
                 raise StorageError(
                     f"{self._folder}: chunk {number} is missing and later ones are there; "
                     "remove the folder and start again"
@@ -73,7 +80,9 @@ class ChunkParts:
 
     def _parsed(self, line: bytes, number: int) -> Chunk:
         try:
-            chunk: Chunk = json.loads(line)
+            chunk = parse_json(line)
+            if not isinstance(chunk, list):
+                raise ValueError("it is not a list")
         except ValueError as error:
             path = self._path(number % self._num_tasks)
             raise StorageError(

@@ -122,7 +122,8 @@ def main(
     other = None if forward is None else Evaluated(forward, on)
     results = {name: suites[name](evaluated, other, given) for name in dict.fromkeys(names)}
     if out is not None:
-        write_text(out, json.dumps(to_json(folder, results), indent=2) + "\n")
+        text = json.dumps(to_json(folder, results), indent=2) + "\n"
+        write_text(out, text, follow_link=True)
     if predictions is not None:
         with writing_lines(predictions) as writer:
             for name, result in results.items():

@@ -66,7 +66,8 @@ def draw(
     look = Look(axis, max(1, longest // _SMOOTHED_SHARE) if smooth is None else smooth, log)
     figure = curves_figure(curves, look)
     write_picture(figure, picture)
-    write_text(page, page_of(svg_of(figure), curves, differences(runs)))
+    document = page_of(svg_of(figure), curves, differences(runs))
+    write_text(page, document, follow_link=True)
     return [picture, page]
 
 

@@ -265,7 +265,7 @@ def main(
     if report is not None:
         fields = {name: one.to_dict() for name, one in found.items()}
         what = {"questions": len(judged), "weight": used, "accuracy": fields}
-        write_text(report, json.dumps(what, indent=2) + "\n")
+        write_text(report, json.dumps(what, indent=2) + "\n", follow_link=True)
     print_table(SafeConsole(stderr=True), _report(found, len(judged)))
     if any(one.low is None for one in found.values()):
         say(NO_INTERVAL.replace("rows", "judged questions"))

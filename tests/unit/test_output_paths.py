@@ -99,7 +99,7 @@ def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path: Path) -> None:
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     for path in (pipe, Path(os.devnull)):
         ask(path)
-        write_text(path, "through")
+        write_text(path, "through", follow_link=True)
 
     assert os.read(reader, 100) == b"through"
     os.close(reader)
@@ -107,15 +107,31 @@ def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path: Path) -> None:
     assert Path(os.devnull).is_char_device()
 
 
-def test_a_link_stays_and_what_it_names_is_written(tmp_path: Path) -> None:
+def test_a_link_that_the_user_names_stays_and_others_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    link = tmp_path / "out.json"
-    link.symlink_to(tmp_path / "disk" / "out.json")
+    target, link = tmp_path / "disk" / "out.json", tmp_path / "out.json"
+    link.symlink_to(target)
 
-    write_text(link, "written")
+    write_text(link, "written", follow_link=True)
 
     assert link.is_symlink()
-    assert (tmp_path / "disk" / "out.json").read_text() == "written"
+    assert target.read_text() == "written"
+
+    write_text(link, "in its place")
+
+    assert not link.is_symlink()
+    assert (link.read_text(), target.read_text()) == ("in its place", "written")
+
+
+def test_a_link_to_a_device_is_replaced_unless_the_user_names_it(tmp_path: Path) -> None:
+    link = tmp_path / "out.json"
+    link.symlink_to(os.devnull)
+
+    write_text(link, "gone", follow_link=True)
+    assert link.is_symlink()
+
+    write_text(link, "here")
+    assert link.read_text() == "here"
 
 
 def test_two_outputs_cannot_be_one_file(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""The parts of a work folder, which may be a stranger's."""
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import StorageError
+from tools import chunk_parts
+from tools.chunk_parts import ChunkParts
+
+
+def test_chunks_come_back_in_order_and_what_a_kill_left_is_cut_off(tmp_path: Path) -> None:
+    parts = ChunkParts(tmp_path, 2)
+    for task in (0, 1):
+        assert parts.resume(task) == 0
+        parts.append(task, [task])
+    parts.append(0, [2])
+    unfinished = tmp_path / "part-00000.unfinished"
+    whole = unfinished.read_bytes()
+    unfinished.write_bytes(whole + b'["half')
+    assert parts.resume(0) == 2
+    assert unfinished.read_bytes() == whole
+    for task in (0, 1):
+        parts.finish(task)
+    assert list(parts.read_all()) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 7, 100])
+def test_chunks_are_counted_across_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(chunk_parts, "_BLOCK_BYTES", block_bytes)
+    unfinished = tmp_path / "part-00000.unfinished"
+    unfinished.write_bytes(b"[1]\n[22]\n[333]")
+    assert ChunkParts(tmp_path, 1).resume(0) == 2
+    assert unfinished.read_bytes() == b"[1]\n[22]\n"
+
+
+def test_links_are_neither_read_nor_written_through(tmp_path: Path) -> None:
+    private = tmp_path / "private.jsonl"
+    private.write_text('["secret"]\n')
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in ("part-00000.jsonl", "part-00000.unfinished"):
+        (folder / name).symlink_to(private)
+    parts = ChunkParts(folder, 1)
+    assert not parts.is_done(0)
+    for use in (lambda: parts.resume(0), lambda: parts.append(0, []), lambda: [*parts.read_all()]):
+        with pytest.raises(OSError, match="symbolic links"):
+            use()
+    assert private.read_text() == '["secret"]\n'
+
+
+@pytest.mark.parametrize("line", ["{}", "7", "[" * 100_000, "[1", '{"a": [1]}', "[1]" * 9])
+def test_a_line_that_was_not_written_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setattr(chunk_parts, "_MAX_LINE_BYTES", 20)
+    (tmp_path / "part-00000.jsonl").write_text(line + "\n")
+    with pytest.raises(StorageError, match=r"part-00000\.jsonl:1: not what was written"):
+        list(ChunkParts(tmp_path, 1).read_all())

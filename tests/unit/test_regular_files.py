@@ -1,0 +1,51 @@
+"""What may lie in the place of a file: a pipe, a device, a link, or too many bytes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import OutputExistsError
+from data_pipeline.locks import locked
+from data_pipeline.regular_files import open_in_place, read_file, require_no_link
+
+
+def test_a_file_is_read_whole_up_to_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_file(path, 5) == b"12345"
+    with pytest.raises(OSError, match="more than 4 bytes"):
+        read_file(path, 4)
+
+
+def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_file(tmp_path / name, 100)
+    with pytest.raises(IsADirectoryError):
+        read_file(tmp_path, 100)
+    with pytest.raises(FileNotFoundError):
+        read_file(tmp_path / "absent", 100)
+
+
+def test_nothing_is_made_or_written_through_a_link(tmp_path: Path) -> None:
+    outside, link = tmp_path / "outside", tmp_path / "link"
+    link.symlink_to(outside)
+    for there in (False, True):
+        with pytest.raises(OSError, match="symbolic links"), open_in_place(link, "ab") as file:
+            file.write(b"written")
+        with pytest.raises(OSError, match="symbolic links"), locked(link):
+            pass
+        assert outside.exists() == there
+        outside.write_bytes(b"")
+    assert outside.read_bytes() == b""
+
+
+def test_a_work_folder_is_no_link(tmp_path: Path) -> None:
+    require_no_link(tmp_path / "absent")
+    require_no_link(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(OutputExistsError, match="remove the link"):
+        require_no_link(tmp_path / "link")
