@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from data_pipeline.regular_files import open_file
+
 
 class ByteRanges(Protocol):
     """One file. Every method but `close` may be called by several threads at once.
@@ -41,7 +43,7 @@ class LocalRanges:
         """Raises OSError."""
         self.shown = str(path)
         self._descriptor: int | None = None  # what __del__ finds if opening fails
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = open_file(path)
 
     def __del__(self) -> None:
         self.close()

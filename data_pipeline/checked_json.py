@@ -5,6 +5,7 @@ object only if every value has the type that the class declares.
 """
 
 import dataclasses
+import re
 import reprlib
 import types
 import typing
@@ -15,11 +16,14 @@ from typing import Any, TypeVar
 
 from data_pipeline.limits import MAX_RECORD_BYTES
 from data_pipeline.number_ranges import finite_json
-from data_pipeline.regular_files import read_file
+from data_pipeline.regular_files import UNFIT, read_file
 
 _Made = TypeVar("_Made")
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_PARSED_BYTES = 512 << 20
+_MAX_EXPANSION = 12
+"""Of a large file: a plan's lists of three numbers take eleven times their bytes."""
 _CONTAINER_BYTES = 240
 """A dict of one key; a list takes less."""
 _VALUE_BYTES = 90
@@ -31,14 +35,20 @@ _BRIEFLY.maxlevel = 1
 
 def read_json(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> Any:
     """The value in a JSON file. Raises OSError, and ValueError saying what is wrong with it."""
-    return parse_json(read_file(path, max_bytes))
+    try:
+        data = read_file(path, max_bytes)
+    except OSError as error:
+        if error.errno in UNFIT:
+            raise ValueError(error.strerror) from None
+        raise
+    return parse_json(data)
 
 
 def parse_json(data: bytes) -> Any:
     """The value that a JSON text spells. Raises ValueError when it is not one, or too large."""
     containers = data.count(b"{") + data.count(b"[")
     parsed_bytes = containers * _CONTAINER_BYTES + data.count(b",") * _VALUE_BYTES
-    if parsed_bytes > _MAX_PARSED_BYTES:
+    if parsed_bytes > max(_MAX_PARSED_BYTES, _MAX_EXPANSION * len(data)):
         raise ValueError(f"it holds {containers:,} objects and lists, too many to be read")
     return finite_json(data.decode())
 
@@ -49,12 +59,12 @@ def made_from(kind: type[_Made], value: object) -> _Made:
     Raises ValueError or TypeError unless it has the fields of the class, each of its type.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"{shown(value)} is not an object")
+        raise ValueError(f"{briefly(value)} is not an object")
     hints = _hints(kind)
     fields = {}
     for name, one in value.items():
         if name not in hints:
-            raise ValueError(f"{shown(name)} is not a key of it")
+            raise ValueError(f"{briefly(name)} is not a key of it")
         hint = hints[name]
         fields[name] = one if type(one) is hint else checked(name, one, hint)
     return kind(**fields)
@@ -68,10 +78,22 @@ def checked(name: str, value: Any, hint: Any) -> Any:
     try:
         return _converted(value, hint)
     except TypeError:
-        raise ValueError(f"{name} is {shown(value)}") from None
+        raise ValueError(f"{name} is {briefly(value)}") from None
 
 
-def shown(value: object) -> str:
+def require_within(name: str, value: int, least: int, most: int) -> None:
+    """Raises ValueError unless a number lies in a range, both ends of which belong to it."""
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {briefly(value)}, which is not in the range {least}..{most}")
+
+
+def require_sha256(name: str, value: str) -> None:
+    """Raises ValueError unless a text is a SHA-256 as 64 lowercase hexadecimal digits."""
+    if _SHA256.fullmatch(value) is None:
+        raise ValueError(f"{name} is {briefly(value)}, which is not a SHA-256")
+
+
+def briefly(value: object) -> str:
     """A value of any size, in a few characters."""
     return _BRIEFLY.repr(value)[:_MAX_SHOWN_CHARACTERS]
 

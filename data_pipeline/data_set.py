@@ -4,14 +4,17 @@ Shards over a network are fetched frame by frame and, if asked for, kept on a di
 What a shard is not, but should be, is said when it is opened or when the frame is read.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.byte_ranges import ByteRanges, LocalRanges
 from data_pipeline.cache_folder import require_cache_folder
 from data_pipeline.errors import ShardCorruptError, TokenizerError
+from data_pipeline.file_names import path_within
 from data_pipeline.files import local_path
 from data_pipeline.frame_cache import CacheSettings, FrameCache
+from data_pipeline.limits import MAX_DICTIONARY_BYTES, MAX_TOKENIZER_BYTES
 from data_pipeline.manifest import (
     DICTIONARY_NAME,
     MANIFEST_NAME,
@@ -19,9 +22,9 @@ from data_pipeline.manifest import (
     Manifest,
     ShardEntry,
     require_dictionary_sha256,
-    shards_missing,
     unreadable_dictionary,
 )
+from data_pipeline.regular_files import read_file
 from data_pipeline.remote_folder import RemoteFolder
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.shard_walk import num_frames
@@ -34,11 +37,11 @@ class Folder(Protocol):
     shown: str
     """Its address, for messages."""
 
-    def read(self, name: str) -> bytes:
-        """All of a file. Raises OSError, SourceUnreadableError."""
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """All of a file, which has no more bytes. Raises OSError, SourceUnreadableError."""
 
     def ranges(self, name: str, expected_bytes: int) -> ByteRanges:
-        """A file of which parts are read. Raises OSError."""
+        """A file of which parts are read. Raises OSError, and ValueError for its name."""
 
 
 class LocalFolder:
@@ -48,11 +51,11 @@ class LocalFolder:
         self.shown = str(path)
         self._path = path
 
-    def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
+    def read(self, name: str, max_bytes: int) -> bytes:
+        return read_file(self._path / name, max_bytes)
 
     def ranges(self, name: str, expected_bytes: int) -> ByteRanges:  # noqa: ARG002
-        return LocalRanges(self._path / name)
+        return LocalRanges(path_within(self._path, name))
 
 
 class DataSet:
@@ -85,11 +88,7 @@ class DataSet:
             if cache is not None:
                 require_cache_folder(cache.folder)
                 frames = FrameCache(cache, remote.origin)
-        try:
-            data = folder.read(MANIFEST_NAME)
-        except FileNotFoundError:
-            raise shards_missing(folder.shown) from None
-        manifest = Manifest.from_json(data, f"{folder.shown}/{MANIFEST_NAME}")
+        manifest = Manifest.read(folder.shown, partial(folder.read, MANIFEST_NAME))
         return cls(folder, manifest, frames)
 
     def codec(self) -> TextCodec:
@@ -99,7 +98,7 @@ class DataSet:
         """
         shown = f"{self.name}/{TOKENIZER_NAME}"
         try:
-            model_bytes = self._folder.read(TOKENIZER_NAME)
+            model_bytes = self._folder.read(TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
         except OSError as error:
             raise TokenizerError(
                 f"cannot read the tokenizer {shown}: {error.strerror}; restore that file"
@@ -128,13 +127,13 @@ class DataSet:
                 f"cannot read the shard {self.name}/{entry.file}: {error.strerror}; "
                 "restore it or build the shards again"
             ) from None
-        reader = ShardReader(file, dictionary, keeper, num_frames(self.manifest, entry))
-        if (reader.file_bytes, reader.header.tokens) != (entry.file_bytes, entry.tokens):
-            raise ShardCorruptError(
-                f"the shard {reader.shown} is not the one in the manifest: it has "
-                f"{reader.file_bytes} bytes instead of {entry.file_bytes}; "
-                "restore it or build the shards again"
-            )
+        except ValueError as error:
+            raise ShardCorruptError(f"{self.name}: {error}, or build the shards again") from None
+        manifest = self.manifest
+        reader = ShardReader(
+            file, dictionary, keeper, num_frames(manifest, entry), manifest.vocab_size
+        )
+        manifest.require_promised(reader, entry)
         return reader
 
     def _require_dictionary(self) -> bytes | None:
@@ -146,7 +145,7 @@ class DataSet:
         if self._dictionary is None:
             shown = f"{self.name}/{DICTIONARY_NAME}"
             try:
-                dictionary = self._folder.read(DICTIONARY_NAME)
+                dictionary = self._folder.read(DICTIONARY_NAME, MAX_DICTIONARY_BYTES)
             except OSError as error:
                 raise unreadable_dictionary(shown, error) from None
             require_dictionary_sha256(dictionary, expected_sha256, shown)

@@ -36,9 +36,9 @@ class DocumentLengths:
     documents: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, document_tokens: npt.NDArray[np.int64]) -> "DocumentLengths":
+    def of(cls, document_tokens: npt.NDArray[np.integer[Any]]) -> "DocumentLengths":
         lengths, documents = np.unique(document_tokens, return_counts=True)
-        return cls(lengths, documents.astype(np.int64))
+        return cls(lengths.astype(np.int64), documents.astype(np.int64))
 
     @classmethod
     def joined(cls, parts: list["DocumentLengths"]) -> "DocumentLengths":

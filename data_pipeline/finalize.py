@@ -92,7 +92,7 @@ def finished_manifest(out: Path) -> Manifest:
     manifest = Manifest.load(out)
     for shard in manifest.shards:
         path = out / shard.file
-        if not path.is_file() or path.stat().st_size != shard.file_bytes:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.file_bytes:
             raise OutputExistsError(
                 f"{out} is a finished data set, but its shard {shard.file} is gone or was changed; "
                 "choose another --out, or remove that folder"

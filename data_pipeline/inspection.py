@@ -24,6 +24,8 @@ from data_pipeline.skipped import skipped_to_json
 from data_pipeline.terminal import say
 
 _MOST_FRAMES = 4096
+_MOST_TOKENS = 1 << 28
+_MAX_DOCUMENT_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ def document_at(
                 stops = np.cumsum(reader.document_tokens())
                 stop = int(stops[number - before])
                 start = int(stops[number - before - 1]) if number > before else 0
+                if stop - start > _MAX_DOCUMENT_TOKENS:
+                    raise ConfigError(
+                        f"--document {number} has {stop - start:,} tokens, more than the "
+                        f"{_MAX_DOCUMENT_TOKENS:,} that are shown"
+                    )
                 return reader.tokens(start, stop)
         before += entry.documents
     raise ConfigError(f"--document is {number}, but the {split} set has {before} documents")
@@ -82,7 +89,8 @@ def sampled_entropy(
         counts = np.zeros(manifest.vocab_size, dtype=np.int64)
         with manifest.open_shard(folder, entry) as reader:
             for frame in frames:
-                counts += np.bincount(reader.frame(frame), minlength=manifest.vocab_size)
+                of_frame = np.bincount(reader.frame(frame))
+                counts[: len(of_frame)] += of_frame
         return counts
 
     spread = spread_frames(manifest, split, most_frames)
@@ -116,9 +124,10 @@ class SplitSummary:
 
 def summarize(folder: Path, manifest: Manifest, split: str, workers: int | None) -> SplitSummary:
     """Read the lengths of all documents, and the tokens of a sample of frames."""
+    most_frames = min(_MOST_FRAMES, max(1, _MOST_TOKENS // manifest.frame_tokens))
     return SplitSummary(
         manifest.total(split),
-        sampled_entropy(folder, manifest, split, _MOST_FRAMES, workers),
+        sampled_entropy(folder, manifest, split, most_frames, workers),
         read_document_lengths(folder, manifest, split, workers),
     )
 

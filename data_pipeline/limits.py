@@ -3,6 +3,7 @@
 docs/formats.md states them. A writer keeps within them, so that what is written can be read.
 """
 
+ID_BYTES = (2, 4)
 MAX_FRAME_TOKENS = 1 << 24
 MAX_FRAMES = 1 << 22
 """Frames of a shard."""
@@ -13,7 +14,9 @@ MAX_VOCABULARY = 1 << 22
 MAX_HEADER_BYTES = 1 << 16
 """The JSON header of a shard."""
 MAX_MANIFEST_BYTES = 96 << 20
-"""Also of a plan. A manifest describes about 250,000 shards in so many bytes."""
+"""About 250,000 shards."""
+MAX_PLAN_BYTES = 512 << 20
+"""About two million files."""
 MAX_RECORD_BYTES = 16 << 20
 """The completion record of a task or of a shard."""
 MAX_DICTIONARY_BYTES = 1 << 24

@@ -9,14 +9,41 @@ same fingerprint, however they were compressed.
 import hashlib
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.checked_json import (
+    briefly,
+    checked,
+    made_from,
+    parse_json,
+    require_sha256,
+    require_within,
+)
 from data_pipeline.command import write_text
-from data_pipeline.errors import ShardCorruptError, ShardsMissingError, TokenizerMismatchError
-from data_pipeline.number_ranges import finite_json
+from data_pipeline.errors import (
+    ConfigError,
+    ShardCorruptError,
+    ShardsMissingError,
+    TokenizerMismatchError,
+)
+from data_pipeline.file_names import path_within, plain_name
+from data_pipeline.limits import (
+    ID_BYTES,
+    MAX_COUNTS,
+    MAX_DICTIONARY_BYTES,
+    MAX_FRAME_TOKENS,
+    MAX_FRAMES,
+    MAX_MANIFEST_BYTES,
+    MAX_SHARD_TOKENS,
+    MAX_VOCABULARY,
+)
+from data_pipeline.number_ranges import INT64_MAX, SHARE_BELOW_ALL
+from data_pipeline.regular_files import UNFIT, read_file
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.skipped import Skipped, skipped_from_json, skipped_to_json
 from data_pipeline.text import TextCodec, TextFormat
@@ -30,7 +57,7 @@ FORMAT_VERSION = 1
 EXAMPLES_VERSION = 2
 """Of examples in rows."""
 SPLITS = ("train", "val")
-SHARD_NAME = re.compile(r"(train|val)-\d{5,}-\d{5,}\.zst")
+SHARD_NAME = re.compile(r"(train|val)-[0-9]{5,}-[0-9]{5,}\.zst")
 """The names of shards: what else a folder holds is not ours to remove."""
 _OF_EXAMPLES = ("learnt_tokens", "padding_tokens")
 
@@ -51,6 +78,24 @@ class ShardEntry:
     """Of examples: those with loss."""
     padding_tokens: int = 0
     """Of examples: those that fill rows."""
+
+    @classmethod
+    def from_json(cls, fields: object) -> "ShardEntry":
+        """Raises ValueError or TypeError unless it names a shard, with numbers that can be."""
+        entry = made_from(cls, fields)
+        plain_name(entry.file, SHARD_NAME)
+        if entry.split not in SPLITS or not entry.file.startswith(f"{entry.split}-"):
+            raise ValueError(f"{entry.file} is no shard of the split {briefly(entry.split)}")
+        require_sha256("file_sha256", entry.file_sha256)
+        require_sha256("content_sha256", entry.content_sha256)
+        require_within("tokens", entry.tokens, 1, MAX_SHARD_TOKENS)
+        require_within("documents", entry.documents, 1, min(entry.tokens, MAX_COUNTS))
+        require_within("text_bytes", entry.text_bytes, 0, INT64_MAX)
+        require_within("file_bytes", entry.file_bytes, 1, INT64_MAX)
+        require_within("learnt_tokens", entry.learnt_tokens, 0, entry.tokens)
+        left = entry.tokens - entry.learnt_tokens
+        require_within("padding_tokens", entry.padding_tokens, 0, left)
+        return entry
 
 
 @dataclass(frozen=True)
@@ -106,7 +151,10 @@ class Manifest:
         }
 
     def save(self, folder: Path) -> None:
-        """Write manifest.json atomically; from then on the folder is a data set."""
+        """Write manifest.json atomically; from then on the folder is a data set.
+
+        Raises ConfigError when there are too many shards.
+        """
         is_of_examples = self.row_tokens is not None
         fields: dict[str, Any] = {
             "format": FORMAT_NAME,
@@ -135,7 +183,13 @@ class Manifest:
             for entry in fields["shards"]:
                 for name in _OF_EXAMPLES:
                     del entry[name]
-        write_text(folder / MANIFEST_NAME, json.dumps(fields, indent=2) + "\n")
+        text = json.dumps(fields, indent=2) + "\n"
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise ConfigError(
+                f"a manifest of {len(self.shards):,} shards would be too large to be read; build "
+                "them again with a larger --shard-tokens, or fewer --tasks"
+            )
+        write_text(folder / MANIFEST_NAME, text)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -144,60 +198,134 @@ class Manifest:
         Raises ShardsMissingError when the folder has none, ShardCorruptError when it does not say
         what a manifest must say or when its fingerprint is not that of its entries.
         """
-        path = folder / MANIFEST_NAME
+        return cls.read(str(folder), partial(read_file, folder / MANIFEST_NAME))
+
+    @classmethod
+    def read(cls, shown: str, read: Callable[[int], bytes]) -> "Manifest":
+        """As `load`, of the folder with this name; `read(max_bytes)` gives its manifest's bytes."""
+        path = f"{shown}/{MANIFEST_NAME}"
         try:
-            data = path.read_bytes()
+            data = read(MAX_MANIFEST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
-            raise shards_missing(str(folder)) from None
-        return cls.from_json(data, str(path))
+            raise shards_missing(shown) from None
+        except OSError as error:
+            if error.errno not in UNFIT:
+                raise
+            raise ShardCorruptError(
+                f"cannot read {path}: {error.strerror}; restore it or build the shards again"
+            ) from None
+        return cls.from_json(data, path)
 
     @classmethod
     def from_json(cls, data: bytes, shown: str) -> "Manifest":
         """Check a manifest's bytes; `shown` names them. Raises ShardCorruptError."""
         try:
-            text = data.decode()
-        except UnicodeDecodeError:
-            raise ShardCorruptError(f"{shown} is not text; build the shards again") from None
-        try:
-            fields = finite_json(text)
-            is_of_examples = fields["version"] == EXAMPLES_VERSION
-            if fields["format"] != FORMAT_NAME or not (
-                is_of_examples or fields["version"] == FORMAT_VERSION
-            ):
-                raise ValueError(f"format {fields['format']} version {fields['version']}")
-            row_tokens = fields["row_tokens"] if is_of_examples else None
-            if is_of_examples and (not isinstance(row_tokens, int) or row_tokens < 1):
-                raise ValueError(f"row_tokens is {row_tokens!r}")
-            manifest = cls(
-                text_format=TextFormat.from_dict(fields),
-                vocab_size=fields["vocab_size"],
-                begin_id=fields["begin_id"],
-                end_id=fields["end_id"],
-                id_bytes=fields["id_bytes"],
-                frame_tokens=fields["frame_tokens"],
-                source=fields["source"],
-                val_fraction=fields["val_fraction"],
-                left_out=dict(fields["left_out"]),
-                shards=tuple(ShardEntry(**entry) for entry in fields["shards"]),
-                dictionary_sha256=fields.get("dictionary_sha256"),
-                row_tokens=row_tokens,
-                skipped=skipped_from_json(fields.get("skipped", {})),
-                asked_val_fraction=fields.get("asked_val_fraction"),
-            )
+            fields = parse_json(data)
+            manifest = cls._of_fields(fields)
+            manifest._require_consistent()
             if manifest.fingerprint != fields["fingerprint"]:
                 raise ValueError("its fingerprint is not that of its entries")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ShardCorruptError(
-                f"{shown} is not a manifest of this version ({error}); build the shards again"
-            ) from None
+        except UnicodeDecodeError:
+            raise ShardCorruptError(f"{shown} is not text; build the shards again") from None
+        except KeyError as error:
+            raise _not_a_manifest(shown, f"it has no {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise _not_a_manifest(shown, error) from None
         return manifest
 
+    @classmethod
+    def _of_fields(cls, fields: Any) -> "Manifest":
+        """Raises KeyError, TypeError, ValueError or AttributeError."""
+        version = fields["version"]
+        is_of_examples = version == EXAMPLES_VERSION
+        if fields["format"] != FORMAT_NAME or not (is_of_examples or version == FORMAT_VERSION):
+            raise ValueError(f"format {briefly(fields['format'])} version {briefly(version)}")
+        row_tokens = checked("row_tokens", fields["row_tokens"], int) if is_of_examples else None
+        return cls(
+            text_format=TextFormat.from_dict(fields),
+            **{name: checked(name, fields[name], kind) for name, kind in _REQUIRED.items()},
+            **{name: checked(name, fields.get(name), kind) for name, kind in _OPTIONAL.items()},
+            shards=tuple(map(ShardEntry.from_json, checked("shards", fields["shards"], list))),
+            row_tokens=row_tokens,
+            skipped=skipped_from_json(fields.get("skipped", {})),
+        )
+
+    def _require_consistent(self) -> None:
+        """Raises ValueError for a number that cannot be, alone or beside the others."""
+        require_sha256("tokenizer_sha256", self.text_format.tokenizer_sha256)
+        if self.dictionary_sha256 is not None:
+            require_sha256("dictionary_sha256", self.dictionary_sha256)
+        if self.id_bytes not in ID_BYTES:
+            raise ValueError(f"id_bytes is {self.id_bytes}")
+        most_pieces = min(MAX_VOCABULARY, 1 << 8 * self.id_bytes)
+        require_within("vocab_size", self.vocab_size, 1, most_pieces)
+        require_within("begin_id", self.begin_id, 0, self.vocab_size - 1)
+        require_within("end_id", self.end_id, 0, self.vocab_size - 1)
+        require_within("frame_tokens", self.frame_tokens, 1, MAX_FRAME_TOKENS)
+        if self.row_tokens is not None:
+            require_within("row_tokens", self.row_tokens, 1, self.frame_tokens)
+            if self.frame_tokens % self.row_tokens:
+                raise ValueError(f"row_tokens {self.row_tokens} does not divide frame_tokens")
+        for fraction in (self.val_fraction, self.asked_val_fraction or 0.0):
+            if (problem := SHARE_BELOW_ALL.problem(fraction)) is not None:
+                raise ValueError(f"a val fraction is {fraction}, {problem}")
+        for name, number in self.left_out.items():
+            require_within(f"left_out.{briefly(name)}", number, 0, INT64_MAX)
+        names = Counter(entry.file for entry in self.shards)
+        for name, number in names.most_common(1):
+            if number > 1:
+                raise ValueError(f"it lists {name} {number} times")
+        for entry in self.shards:
+            frames = -(-entry.tokens // self.frame_tokens)
+            require_within(f"frames of {entry.file}", frames, 1, MAX_FRAMES)
+
     def open_shard(self, folder: Path, entry: ShardEntry) -> ShardReader:
-        """Open one of the shards in `folder`. Raises ShardCorruptError."""
+        """Open one of the shards in `folder`, and see that it is this one.
+
+        Raises ShardCorruptError.
+        """
         dictionary = None
         if self.dictionary_sha256 is not None:
             dictionary = _read_dictionary_once(folder / DICTIONARY_NAME, self.dictionary_sha256)
-        return ShardReader(folder / entry.file, dictionary)
+        try:
+            path = path_within(folder, entry.file, SHARD_NAME)
+        except ValueError as error:
+            raise ShardCorruptError(f"{folder}: {error}, or build the shards again") from None
+        reader = ShardReader(path, dictionary, vocab_size=self.vocab_size)
+        self.require_promised(reader, entry)
+        return reader
+
+    def require_promised(self, reader: ShardReader, entry: ShardEntry) -> None:
+        """Raises ShardCorruptError unless an opened shard says of itself what the manifest says."""
+        header = reader.header
+        said = (
+            *(header.direction, header.unit, header.tokenizer_sha256, header.id_bytes),
+            *(header.frame_tokens, header.row_tokens, header.dictionary_sha256),
+        )
+        text_format = self.text_format
+        expected = (
+            *text_format.to_dict().values(),
+            *(self.id_bytes, self.frame_tokens, self.row_tokens, self.dictionary_sha256),
+        )
+        if said != expected:
+            raise ShardCorruptError(
+                f"the shard {reader.shown} belongs to another data set: it says {said}, "
+                f"the manifest {expected}; restore it or build the shards again"
+            )
+        if reader.file_bytes != entry.file_bytes:
+            raise ShardCorruptError(
+                f"the shard {reader.shown} is not the one in the manifest: it has "
+                f"{reader.file_bytes} bytes instead of {entry.file_bytes}; "
+                "restore it or build the shards again"
+            )
+        counted = (header.tokens, header.documents, header.text_bytes)
+        promised = (entry.tokens, entry.documents, entry.text_bytes)
+        if counted != promised:
+            raise ShardCorruptError(
+                f"the shard {reader.shown} is not the one in the manifest, which gives tokens, "
+                f"documents and bytes of text as {promised}, not {counted}; "
+                "restore the one that changed or build the shards again"
+            )
 
     def require_dictionary(self, folder: Path) -> None:
         """Raises ShardCorruptError unless the dictionary that the shards need, if any, is there."""
@@ -239,6 +367,12 @@ def shards_missing(shown: str) -> ShardsMissingError:
     )
 
 
+def _not_a_manifest(shown: str, why: object) -> ShardCorruptError:
+    return ShardCorruptError(
+        f"{shown} is not a manifest of this version ({why!s:.300}); build the shards again"
+    )
+
+
 def unreadable_dictionary(shown: str, error: OSError) -> ShardCorruptError:
     """What is wrong when a dictionary cannot be read."""
     return ShardCorruptError(
@@ -259,12 +393,21 @@ def require_dictionary_sha256(dictionary: bytes, expected_sha256: str, shown: st
 
 def _read_dictionary(path: Path, expected_sha256: str) -> bytes:
     try:
-        dictionary = path.read_bytes()
+        dictionary = read_file(path, MAX_DICTIONARY_BYTES)
     except OSError as error:
         raise unreadable_dictionary(str(path), error) from None
     require_dictionary_sha256(dictionary, expected_sha256, str(path))
     return dictionary
 
+
+_REQUIRED = {
+    **dict.fromkeys(("vocab_size", "begin_id", "end_id", "id_bytes", "frame_tokens"), int),
+    "source": str,
+    "val_fraction": float,
+    "left_out": dict[str, int],
+}
+_OPTIONAL = {"dictionary_sha256": str | None, "asked_val_fraction": float | None}
+"""Types of the fields of a manifest."""
 
 # A data set has thousands of shards, which share one dictionary.
 _read_dictionary_once = lru_cache(maxsize=2)(_read_dictionary)

@@ -175,5 +175,5 @@ ROW_TOKENS = _whole(8, 1 << 24)
 MOST_EPOCH = _whole(0, 10_000)
 TWO_OR_MORE = _whole(2)
 EXIT_CODE = _whole(-255, 255)
-VOCABULARY = _whole(1, (1 << 32) - 1)
-"""Ids are at most uint32."""
+VOCABULARY = _whole(1, 1 << 22)
+"""What a data set and a tokenizer may have: see `limits`."""

@@ -26,11 +26,13 @@ from data_pipeline.build_options import (
     settings_options,
     tasks_option,
 )
+from data_pipeline.checked_json import briefly, checked, read_json, require_within
 from data_pipeline.command import ResumableCommand, replacing, sync_folder, write_text
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardsMissingError
+from data_pipeline.limits import MAX_PLAN_BYTES
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.next_command import command, show_next
-from data_pipeline.number_ranges import finite_json
+from data_pipeline.number_ranges import INT64_MAX
 from data_pipeline.regular_files import require_no_link
 from data_pipeline.settings import (
     BuildSettings,
@@ -53,6 +55,7 @@ _OF_A_BUILD = re.compile(r"task-.*|plan\.json\..*|staged|.*\.lock|\..*\.partial"
 _SMALLEST_TASK_BYTES = 2 << 20
 _LARGEST_TASK_BYTES = 1 << 30
 _AIMED_TASKS = 64
+_MAX_PORTIONS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -156,18 +159,22 @@ class Plan:
         _require_no_links(out)
         path = out / PLAN_NAME
         try:
-            fields = finite_json(path.read_text(encoding="utf-8"))
+            fields = read_json(path, MAX_PLAN_BYTES)
             if fields["format"] != FORMAT_NAME or fields["version"] != FORMAT_VERSION:
-                raise ValueError(f"format {fields['format']} version {fields['version']}")
+                said = briefly([fields["format"], fields["version"]])
+                raise ValueError(f"its format and version are {said}")
             plan = cls(
                 BuildSettings.from_dict(fields["settings"]),
-                tuple(_slices_of(files) for files in fields["inputs"]),
-                tuple(fields["task_portions"]),
-                fields["asked_tasks"],
+                tuple(map(_slices_of, checked("inputs", fields["inputs"], list))),
+                checked("task_portions", fields["task_portions"], tuple[int, ...]),
+                checked("asked_tasks", fields["asked_tasks"], int | None),
                 skipped_from_json(fields.get("skipped", {})),
             )
-            if sum(plan.task_portions) != len(plan.portions):
+            sources = zip(plan.settings.sources, plan.inputs, strict=True)
+            num_portions = sum(math.ceil(part.weight) * len(pieces) for part, pieces in sources)
+            if sum(plan.task_portions) != num_portions or min(plan.task_portions, default=0) < 0:
                 raise ValueError("its tasks do not add up to its inputs")
+            require_within("portions", num_portions, 0, _MAX_PORTIONS)
         except (FileNotFoundError, NotADirectoryError):
             raise ShardsMissingError(
                 f"{out} holds no plan of a build; name the source, the tokenizer and the folder: "
@@ -176,7 +183,7 @@ class Plan:
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise OutputExistsError(
                 f"{out} was begun by another version of megaback, or {path} is broken "
-                f"({error}); choose another --out, or remove that folder"
+                f"({error!s:.300}); choose another --out, or remove that folder"
             ) from None
         return plan
 
@@ -365,12 +372,17 @@ def _files_of(slices: Sequence[Slice]) -> list[dict[str, Any]]:
     return files
 
 
-def _slices_of(files: Sequence[dict[str, Any]]) -> tuple[Slice, ...]:
-    return tuple(
-        Slice(file["kind"], file["path"], start, stop, size_bytes, file["stamp"])
-        for file in files
-        for start, stop, size_bytes in file["slices"]
-    )
+def _slices_of(files: object) -> tuple[Slice, ...]:
+    """Raises KeyError, TypeError or ValueError."""
+    slices = []
+    for file in checked("inputs", files, list):
+        kind, path, stamp = (checked(key, file[key], str) for key in ("kind", "path", "stamp"))
+        for piece in checked("slices", file["slices"], list):
+            start, stop, size_bytes = checked("slices", piece, tuple[int, int, int])
+            for number in (start, stop, size_bytes):
+                require_within("slices", number, 0, INT64_MAX)
+            slices.append(Slice(kind, path, start, stop, size_bytes, stamp))
+    return tuple(slices)
 
 
 @click.command(cls=ResumableCommand, name="plan")

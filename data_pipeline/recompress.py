@@ -15,10 +15,13 @@ from pathlib import Path
 import click
 import zstandard
 
+from data_pipeline.checked_json import read_json
 from data_pipeline.command import ResumableCommand, replacing, write_text
 from data_pipeline.compression import Compression
 from data_pipeline.differences import differing_keys, shown_values
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
+from data_pipeline.file_names import path_within
+from data_pipeline.limits import MAX_DICTIONARY_BYTES
 from data_pipeline.manifest import (
     DICTIONARY_NAME,
     MANIFEST_NAME,
@@ -28,17 +31,18 @@ from data_pipeline.manifest import (
     Manifest,
     ShardEntry,
 )
-from data_pipeline.number_ranges import DICTIONARY_BYTES, LEVEL, MANY, finite_json
+from data_pipeline.number_ranges import DICTIONARY_BYTES, LEVEL, MANY
 from data_pipeline.output_paths import require_apart
-from data_pipeline.regular_files import require_no_link
+from data_pipeline.regular_files import read_file, require_no_link
 from data_pipeline.shard_format import ShardWriter
 from data_pipeline.shard_walk import on_threads, spread_frames
-from data_pipeline.verify import require_promised
 
 WORK_FOLDER = ".recompress"
 
 _SETTINGS_NAME = "settings.json"
 _SAMPLE_FRAMES = 256
+_SAMPLE_BYTES = 256 << 20
+"""What a dictionary is trained on is held in memory."""
 _DEFAULT_LEVEL = 9
 
 
@@ -126,40 +130,38 @@ class _Work:
     def finished(self, entry: ShardEntry) -> ShardEntry | None:
         """What was written for a shard, if its record says so and its file has that size."""
         try:
-            record = finite_json(self._record_path(entry).read_text(encoding="utf-8"))
-            made = ShardEntry(**record["shard"])
+            record = read_json(self._record_path(entry))
+            made = ShardEntry.from_json(record["shard"])
+            path = path_within(self._out, made.file)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        path = self._out / entry.file
-        if (
-            record.get("work") != self._sha256(entry)
-            or not path.is_file()
-            or path.stat().st_size != made.file_bytes
-        ):
-            return None
-        return made
+        contents = replace(entry, file_bytes=made.file_bytes, file_sha256=made.file_sha256)
+        is_whole = path.is_file() and path.stat().st_size == made.file_bytes
+        is_this = record.get("work") == self._sha256(entry) and made == contents
+        return made if is_whole and is_this else None
 
     def do(self, entry: ShardEntry) -> ShardEntry:
         """Rewrite one shard. Raises ShardCorruptError and OSError."""
         manifest = self._manifest
-        with manifest.open_shard(self._shards, entry) as reader:
-            require_promised(reader, entry, manifest)
-            with replacing(self._out / entry.file) as file:
-                writer = ShardWriter(
-                    file,
-                    manifest.text_format.to_dict(),
-                    reader.id_dtype,
-                    manifest.frame_tokens,
-                    self._compression,
-                    manifest.row_tokens,
+        with (
+            manifest.open_shard(self._shards, entry) as reader,
+            replacing(self._out / entry.file) as file,
+        ):
+            writer = ShardWriter(
+                file,
+                manifest.text_format.to_dict(),
+                reader.id_dtype,
+                manifest.frame_tokens,
+                self._compression,
+                manifest.row_tokens,
+            )
+            writer.add_shard(reader)
+            made = ShardEntry(entry.file, entry.split, **asdict(writer.finish()))
+            if made.content_sha256 != entry.content_sha256:
+                raise ShardCorruptError(
+                    f"the shard {reader.shown} is intact but is not the one in the manifest; "
+                    "restore it or build the shards again"
                 )
-                writer.add_shard(reader)
-                made = ShardEntry(entry.file, entry.split, **asdict(writer.finish()))
-                if made.content_sha256 != entry.content_sha256:
-                    raise ShardCorruptError(
-                        f"the shard {reader.shown} is intact but is not the one in the manifest; "
-                        "restore it or build the shards again"
-                    )
         record = {"work": self._sha256(entry), "shard": asdict(made)}
         write_text(self._record_path(entry), json.dumps(record, indent=1) + "\n")
         return made
@@ -184,14 +186,27 @@ def _stored_dictionary(shards: Path, manifest: Manifest, out: Path, dictionary_b
     """The dictionary that an earlier run has stored, or else a new one, stored."""
     path = out / DICTIONARY_NAME
     if path.exists():
-        return path.read_bytes()
+        return _require_usable(read_file(path, MAX_DICTIONARY_BYTES), path)
     frames = []
-    for entry, numbers in spread_frames(manifest, "train", _SAMPLE_FRAMES):
+    most_frames = _SAMPLE_BYTES // (manifest.frame_tokens * manifest.id_bytes)
+    for entry, numbers in spread_frames(manifest, "train", min(_SAMPLE_FRAMES, most_frames)):
         with manifest.open_shard(shards, entry) as reader:
             frames += [reader.frame(number).tobytes() for number in numbers]
     dictionary = train_dictionary(frames, dictionary_bytes)
     with replacing(path) as file:
         file.write(dictionary)
+    return dictionary
+
+
+def _require_usable(dictionary: bytes, path: Path) -> bytes:
+    """A dictionary, if zstd takes it. Raises OutputExistsError."""
+    try:
+        Compression(dictionary=dictionary).compressor().compress(b"ids")
+    except zstandard.ZstdError:
+        raise OutputExistsError(
+            f"{path} is no zstd dictionary, so an earlier run did not write it; remove the file, "
+            "or choose another --out"
+        ) from None
     return dictionary
 
 
@@ -202,10 +217,11 @@ def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None
     settings_path = out / WORK_FOLDER / _SETTINGS_NAME
     if settings_path.exists():
         try:
-            earlier = finite_json(settings_path.read_text(encoding="utf-8"))
+            earlier = read_json(settings_path)
         except ValueError:
             earlier = None
-        differing = differing_keys(earlier or {}, asdict(settings))
+        earlier = earlier if isinstance(earlier, dict) else {}
+        differing = differing_keys(earlier, asdict(settings))
         if differing:
             raise OutputExistsError(
                 f"{out} was begun with other settings ({shown_values(differing, 0)}, not "

@@ -12,6 +12,9 @@ from typing import IO
 
 from data_pipeline.errors import OutputExistsError
 
+UNFIT = (errno.EINVAL, errno.EFBIG)
+"""Errors of a file that is there and is not a regular one, or is too large."""
+
 
 def open_file(path: Path) -> int:
     """A descriptor for reading a regular file. Raises OSError."""

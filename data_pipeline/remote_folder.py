@@ -11,9 +11,11 @@ from typing import Any
 from data_pipeline import remote, retries
 from data_pipeline.address_variables import expanded, kept
 from data_pipeline.errors import SourceUnreadableError
+from data_pipeline.file_names import plain_name
 from data_pipeline.http_ranges import FileFacts, fetch_part
 from data_pipeline.origins import origin_of
 from data_pipeline.redaction import shown_url
+from data_pipeline.regular_files import too_large
 from data_pipeline.remote import RemoteFile, call, guarded, open_file_system
 from data_pipeline.retries import TransientError
 
@@ -35,15 +37,19 @@ class RemoteFolder:
         """Who decides what lies there."""
 
     def url(self, name: str) -> str:
-        """The address of one of its files."""
-        return f"{self._address}/{name}{self._query}"
+        """The address of one of its files. Raises ValueError for a name that is no file's."""
+        return f"{self._address}/{plain_name(name)}{self._query}"
 
-    def read(self, name: str) -> bytes:
-        """All of a file. Raises FileNotFoundError, SourceUnreadableError."""
-        return RemoteFile(self.url(name)).read()
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """All of a file, which has no more bytes. Raises OSError, SourceUnreadableError."""
+        url = self.url(name)
+        file = RemoteFile(url)
+        if file.size_bytes > max_bytes:
+            raise too_large(max_bytes, shown_url(url))
+        return file.read()
 
     def ranges(self, name: str, expected_bytes: int) -> "RemoteRanges":
-        """A file that should be so large; asks for nothing yet."""
+        """A file that should be so large; asks for nothing yet. Raises as `url`."""
         return RemoteRanges(self, name, expected_bytes)
 
     def file_system(self) -> Any:

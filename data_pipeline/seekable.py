@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.limits import MAX_FRAMES
+
 SKIPPABLE_HEADER = struct.Struct("<II")
 """Magic number and size of what follows, of any skippable frame."""
 
@@ -65,7 +67,7 @@ def read_seek_table(file_bytes: int, read_at: Callable[[int, int], bytes]) -> np
         raise ValueError("it does not end with a seek table, so it was cut short or altered")
     table_bytes = num_entries * _ENTRY.size + _FOOTER.size
     start = file_bytes - table_bytes - SKIPPABLE_HEADER.size
-    if num_entries < 1 or start < 0:
+    if not 1 <= num_entries <= MAX_FRAMES + 1 or start < 0:  # the index has an entry too
         raise ValueError(
             f"its seek table, which ends at byte {file_bytes}, claims {num_entries} frames"
         )

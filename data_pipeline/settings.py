@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.checked_json import briefly, made_from, require_within
 from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.differences import differing_keys, shown_values
 from data_pipeline.errors import (
@@ -17,7 +18,7 @@ from data_pipeline.errors import (
     TokenizerMismatchError,
 )
 from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.number_ranges import NUMBER, SHARE_BELOW_ALL, SOURCE_WEIGHT
+from data_pipeline.number_ranges import INT64_MAX, LEVEL, NUMBER, SHARE_BELOW_ALL, SOURCE_WEIGHT
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.slices import AnyColumns, Columns, Document
 from data_pipeline.text import Direction, Unit
@@ -154,14 +155,18 @@ class BuildSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BuildSettings":
-        """Raises ConfigError, TypeError or KeyError when they are no settings of this version."""
-        sources = tuple(WeightedSource(**part) for part in values["sources"])
-        languages = tuple(values["languages"])
-        examples = values.get("examples")
-        if examples is not None:
-            examples = ExampleColumns(**examples)
-        changed = {"sources": sources, "languages": languages, "examples": examples}
-        return cls(**{**values, **changed})
+        """Raises ConfigError, TypeError or ValueError when they are no settings of this version."""
+        settings = made_from(cls, values)
+        Direction(settings.direction)
+        Unit(settings.unit)
+        require_within("shard_tokens", settings.shard_tokens, 1, INT64_MAX)
+        require_within("compression_level", settings.compression_level, 1, int(LEVEL.most))
+        if settings.on_bad_record not in BAD_RECORD_CHOICES:
+            raise ValueError(f"on_bad_record is {briefly(settings.on_bad_record)}")
+        for part in settings.sources:
+            if part.split not in (None, "train", "val"):
+                raise ValueError(f"a source's split is {briefly(part.split)}")
+        return settings
 
     def require_same(self, wanted: "BuildSettings", out: Path) -> None:
         """Refuse to go on in a folder with other settings than it was begun with.

@@ -17,6 +17,7 @@ included, one after another.
 import hashlib
 import struct
 import threading
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -33,8 +34,10 @@ from data_pipeline.compression import DEFAULT_COMPRESSION, Compression, read_dic
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.example_rows import NUM_COUNTS, ExampleMarks, PackedExample
 from data_pipeline.interrupts import require_uninterrupted
+from data_pipeline.limits import MAX_COUNTS, MAX_FRAMES
 from data_pipeline.seekable import EMPTY_CHECKSUM, SeekEntry, pack_seek_table
 from data_pipeline.shard_index import (
+    COUNT_BYTES,
     EXAMPLES_VERSION,
     VERSION,
     ShardHeader,
@@ -90,7 +93,7 @@ class ShardWriter:
         self._pending: list[npt.NDArray[Any]] = []
         self._pending_tokens = 0
         self._seek_entries: list[SeekEntry] = []
-        self._counts: list[int] = []  # of each document one, of each example three
+        self._counts = array("I")  # of each document one, of each example three
         self._documents = self._learnt_tokens = self._padding_tokens = 0
         self._text_bytes = 0
         self._file_bytes = 0
@@ -107,7 +110,7 @@ class ShardWriter:
 
     def add_example(self, example: PackedExample) -> None:
         """Append an example, which must not cross a row's end."""
-        self._counts += [len(example.ids), example.num_given, example.num_learnt]
+        self._counts.extend([len(example.ids), example.num_given, example.num_learnt])
         self._documents += 1
         self._learnt_tokens += example.num_learnt
         self._padding_tokens += len(example.ids) - example.num_given - example.num_learnt
@@ -116,10 +119,10 @@ class ShardWriter:
 
     def add_shard(self, shard: "ShardReader") -> None:
         """Append every document of another shard, frame by frame."""
-        counts = shard.counts()
-        self._counts.extend(counts.reshape(-1).tolist())
+        counts = shard.stored_counts()
+        self._counts.frombytes(counts.astype(np.uint32).tobytes())
         if self._row_tokens is not None:
-            tokens, given, learnt = counts.sum(axis=0).tolist()
+            tokens, given, learnt = counts.sum(axis=0, dtype=np.int64).tolist()
             self._learnt_tokens += learnt
             self._padding_tokens += tokens - given - learnt
         self._documents += shard.header.documents
@@ -127,6 +130,14 @@ class ShardWriter:
         for frame in range(shard.num_frames):
             require_uninterrupted()
             self._append(shard.frame(frame))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no document more may be added, because of the limits of the format."""
+        return (
+            len(self._counts) + NUM_COUNTS > MAX_COUNTS
+            or len(self._seek_entries) > MAX_FRAMES // 2  # a document may be long
+        )
 
     def finish(self) -> ShardDigest:
         """Write the last frame, the index and the seek table."""
@@ -143,7 +154,7 @@ class ShardWriter:
             dictionary_sha256=self._dictionary_sha256,
             row_tokens=self._row_tokens,
         )
-        counts = np.array(self._counts, dtype="<u4").tobytes()
+        counts = np.frombuffer(self._counts, dtype=np.uint32).astype("<u4").tobytes()
         self._content_sha256.update(counts)
         index = pack_index(header, self._index_compressor.compress(counts))
         self._write(index)
@@ -222,9 +233,9 @@ class ShardReader:
     """Reads the index of a shard at once, and its frames on request, from any thread.
 
     `dictionary` is the one that the header names, if it names one. `expected_frames` is how many
-    there should be, so that one look at a file far away finds them. Raises ShardCorruptError,
-    naming file, frame and byte offset, for anything that is not what the format says, and over a
-    network SourceUnreadableError.
+    there should be, so that one look at a file far away finds them. With `vocab_size`, a frame with
+    an id that is not below it is damaged. Raises ShardCorruptError, naming file, frame and byte
+    offset, for anything that is not what the format says, and over a network SourceUnreadableError.
 
     Dropping a reader closes its file, as does `close`, which must not come while a thread reads.
     """
@@ -235,9 +246,11 @@ class ShardReader:
         dictionary: bytes | None = None,
         keeper: FrameKeeper | None = None,
         expected_frames: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         self.shown = str(file) if isinstance(file, Path) else file.shown
         self._keeper = keeper
+        self._vocab_size = vocab_size
         try:
             self._file = LocalRanges(file) if isinstance(file, Path) else file
             self.file_bytes, tail = self._file.tail(tail_bytes(expected_frames))
@@ -299,29 +312,36 @@ class ShardReader:
         return self.counts()[:, 0]
 
     def counts(self) -> npt.NDArray[np.int64]:
+        """As `stored_counts`, to calculate with."""
+        return self.stored_counts().astype(np.int64)
+
+    def stored_counts(self) -> npt.NDArray[np.uint32]:
         """What is stored of each document: its tokens; of each example, three numbers.
 
-        Shape (documents, 1) or (examples, 3).
+        Shape (documents, 1) or (examples, 3). Not to be written to.
         """
         offset, num_bytes = self._index.counts_offset, self._index.counts_bytes
         columns = 1 if self.header.row_tokens is None else NUM_COUNTS
         data = self._read_at(offset, num_bytes, f"its document index at byte {offset}")
         try:
-            if zstandard.frame_content_size(data) != 4 * columns * self.header.documents:
+            if zstandard.frame_content_size(data) != COUNT_BYTES * self.header.num_counts:
                 raise zstandard.ZstdError("its size is not that of the header's documents")
             raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise self._corrupt(f"its document index does not decode ({error})") from None
-        counts = np.frombuffer(raw, dtype="<u4").astype(np.int64).reshape(-1, columns)
-        if counts[:, 0].sum() != self.header.tokens:
+        counts = np.frombuffer(raw, dtype="<u4").reshape(-1, columns)
+        tokens = counts[:, 0]
+        if tokens.sum(dtype=np.int64) != self.header.tokens or not tokens.all():
             raise self._corrupt("its document index and its token count disagree")
         return counts
 
-    def text_tokens(self) -> npt.NDArray[np.int64]:
+    def text_tokens(self) -> npt.NDArray[np.integer[Any]]:
         """Tokens of each document, markers included and padding left out: shape (documents,)."""
-        counts = self.counts()
-        lengths: npt.NDArray[np.int64] = counts[:, -2:].sum(axis=1)
-        return counts[:, 0] if self.header.row_tokens is None else lengths
+        counts = self.stored_counts()
+        if self.header.row_tokens is None:
+            return counts[:, 0]
+        lengths: npt.NDArray[np.int64] = counts[:, 1:].sum(axis=1, dtype=np.int64)
+        return lengths
 
     def marks(self, frame: int) -> npt.NDArray[np.uint8] | None:
         """Of a frame of examples, where segments begin and what is learnt; None of documents."""
@@ -352,7 +372,7 @@ class ShardReader:
         frames = (self.frame(frame) for frame in range(self.num_frames))
         waiting: npt.NDArray[Any] = np.empty(0, dtype=self.id_dtype)
         start = 0
-        for tokens in self.document_tokens().tolist():
+        for tokens in map(int, self.stored_counts()[:, 0]):
             parts = [waiting[start : start + tokens]]
             start += tokens
             while start > len(waiting):
@@ -373,7 +393,10 @@ class ShardReader:
         # The decoder has checked the frame's own copy.
         if data[-4:] != struct.pack("<I", self._index.checksums[frame]):
             raise zstandard.ZstdError("the seek table has another checksum")
-        return np.frombuffer(raw, dtype=self.id_dtype)
+        ids = np.frombuffer(raw, dtype=self.id_dtype)
+        if self._vocab_size is not None and (largest := int(ids.max())) >= self._vocab_size:
+            raise zstandard.ZstdError(f"its id {largest} is not below {self._vocab_size}")
+        return ids
 
     def _corrupt(self, problem: str) -> ShardCorruptError:
         return ShardCorruptError(

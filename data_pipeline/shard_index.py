@@ -6,14 +6,21 @@ All of it is read with one look at the file's tail and, where many documents lie
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from functools import cache
-from typing import cast
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.number_ranges import finite_json
+from data_pipeline.checked_json import briefly, made_from, parse_json, require_within
+from data_pipeline.example_rows import NUM_COUNTS
+from data_pipeline.limits import (
+    ID_BYTES,
+    MAX_COUNTS,
+    MAX_FRAME_TOKENS,
+    MAX_HEADER_BYTES,
+    MAX_SHARD_TOKENS,
+)
+from data_pipeline.number_ranges import INT64_MAX
 from data_pipeline.seekable import (
     SKIPPABLE_HEADER,
     read_seek_table,
@@ -26,6 +33,8 @@ VERSION = 1
 EXAMPLES_VERSION = 2
 """Of shards of examples in rows."""
 
+COUNT_BYTES = 4
+"""Of a number in the document index."""
 _INDEX_MAGIC = 0x184D2A5D
 _INDEX_SIGNATURE = b"MEGABACK"
 _PREFIX = struct.Struct("<II8sI")
@@ -33,6 +42,10 @@ _PREFIX = struct.Struct("<II8sI")
 _HEADER_BYTES = 1024
 """More than the prefix and the header usually take."""
 _TAIL_BYTES = 1 << 12
+_MAX_TEXT_CHARACTERS = 64
+"""A SHA-256, or less."""
+_SLACK_BYTES = 1024
+"""What compression may add to a few bytes; to many, less than their number."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,11 @@ class ShardHeader:
     row_tokens: int | None = None
     """Of examples: the row that none of them crosses. None: documents."""
 
+    @property
+    def num_counts(self) -> int:
+        """Numbers in the document index."""
+        return self.documents * (1 if self.row_tokens is None else NUM_COUNTS)
+
     def to_json(self) -> bytes:
         values = asdict(self)
         if self.row_tokens is None:
@@ -61,17 +79,11 @@ class ShardHeader:
     @classmethod
     def from_json(cls, data: bytes) -> "ShardHeader":
         """Raises ValueError or TypeError unless every field is there and of its type."""
-        header = cls(**finite_json(data))
-        for name, kind in _header_types():
-            value = getattr(header, name)
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} is {value!r:.80}")
+        header = made_from(cls, parse_json(data))
+        for name in ("direction", "unit", "tokenizer_sha256", "dictionary_sha256"):
+            if len(getattr(header, name) or "") > _MAX_TEXT_CHARACTERS:
+                raise ValueError(f"{name} is {briefly(getattr(header, name))}")
         return header
-
-
-@cache
-def _header_types() -> list[tuple[str, type]]:
-    return [(field.name, cast(type, field.type)) for field in fields(ShardHeader)]
 
 
 @dataclass(frozen=True)
@@ -116,13 +128,21 @@ def read_index(file_bytes: int, read_at: Callable[[int, int], bytes]) -> ShardIn
     ends = np.cumsum(entries["compressed_bytes"], dtype=np.int64)
     offset = int(ends[-2]) if len(ends) > 1 else 0
     header, header_end = _read_header(offset, int(ends[-1]), read_at)
-    _check(header, entries["decompressed_bytes"][:-1].astype(np.int64))
+    _check_ranges(header)
+    frames = entries[:-1]
+    counts_bytes = int(ends[-1]) - header_end
+    frame_bytes = frames["decompressed_bytes"].astype(np.int64)
+    _check_sizes(header, frame_bytes)
+    if (
+        frames["compressed_bytes"] > 2 * frame_bytes + _SLACK_BYTES
+    ).any() or counts_bytes > 2 * COUNT_BYTES * header.num_counts + _SLACK_BYTES:
+        raise ValueError("its frames are larger than what they hold")
     return ShardIndex(
         header=header,
         offsets=np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]),
-        checksums=entries["checksum"][:-1].copy(),
+        checksums=frames["checksum"].copy(),
         counts_offset=header_end,
-        counts_bytes=int(ends[-1]) - header_end,
+        counts_bytes=counts_bytes,
     )
 
 
@@ -138,7 +158,7 @@ def _read_header(
         if signature != _INDEX_SIGNATURE:
             raise ValueError("no signature")
         end = _PREFIX.size + header_bytes
-        if end > stop - offset:
+        if header_bytes > MAX_HEADER_BYTES or end > stop - offset:
             raise ValueError(f"a header of {header_bytes} bytes")
         if end > len(head):
             head = read_at(offset, end)
@@ -147,20 +167,29 @@ def _read_header(
         raise ValueError(f"its index at byte {offset} is malformed ({error})") from None
 
 
-def _check(header: ShardHeader, frame_bytes: npt.NDArray[np.int64]) -> None:
+def _check_ranges(header: ShardHeader) -> None:
+    """Raises ValueError for numbers that cannot be, alone or beside each other."""
     version = VERSION if header.row_tokens is None else EXAMPLES_VERSION
     if header.version != version:
-        raise ValueError(f"its version is {header.version}, not {version}")
-    if header.row_tokens is not None and (
-        header.row_tokens < 1 or header.frame_tokens % header.row_tokens
-    ):
-        raise ValueError("its rows do not fit its frames")
-    if header.id_bytes not in (2, 4) or header.frame_tokens < 1:
-        raise ValueError("its header has a number out of range")
+        raise ValueError(f"its version is {briefly(header.version)}, not {version}")
+    if header.id_bytes not in ID_BYTES:
+        raise ValueError(f"id_bytes is {briefly(header.id_bytes)}")
+    require_within("frame_tokens", header.frame_tokens, 1, MAX_FRAME_TOKENS)
+    if header.row_tokens is not None:
+        require_within("row_tokens", header.row_tokens, 1, header.frame_tokens)
+        if header.frame_tokens % header.row_tokens:
+            raise ValueError("its rows do not fit its frames")
+    require_within("tokens", header.tokens, 0, MAX_SHARD_TOKENS)
+    require_within("documents", header.documents, 0, header.tokens)
+    require_within("text_bytes", header.text_bytes, 0, INT64_MAX)
+    require_within("numbers of its document index", header.num_counts, 0, MAX_COUNTS)
+
+
+def _check_sizes(header: ShardHeader, frame_bytes: npt.NDArray[np.int64]) -> None:
+    """Raises ValueError unless the frames hold as many tokens as the header says."""
     full, rest = divmod(header.tokens, header.frame_tokens)
     if full + (rest > 0) != len(frame_bytes):
         raise ValueError(f"its header speaks of {header.tokens} tokens, too many or too few")
-    # Compared as Python's numbers, which do not overflow, since a header may hold any.
     is_full = not full or frame_bytes[:full].min() == frame_bytes[:full].max() == (
         header.id_bytes * header.frame_tokens
     )

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from data_pipeline.checked_json import checked
+
 FILES = "files"
 RECORDS = "records"
 PARTS = "parts"
@@ -68,12 +70,9 @@ def skipped_to_json(skipped: Skipped) -> dict[str, Any]:
 
 
 def skipped_from_json(fields: Mapping[str, Any]) -> Skipped:
-    """Undoes `skipped_to_json`. Raises TypeError, ValueError, KeyError or AttributeError."""
+    """Undoes `skipped_to_json`. Raises TypeError or ValueError."""
     return {
-        kind: {
-            str(cause): Tally(int(tally["count"]), tuple(map(str, tally["first"])))
-            for cause, tally in fields[kind].items()
-        }
+        kind: checked(f"skipped.{kind}", fields[kind], dict[str, Tally])
         for kind in (FILES, RECORDS, PARTS)
         if kind in fields
     }

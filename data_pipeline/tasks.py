@@ -22,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.chat_format import ChatFormat, Example
+from data_pipeline.checked_json import checked, read_json, require_within
 from data_pipeline.command import replacing, write_text
 from data_pipeline.compression import Compression
 from data_pipeline.encoder import BATCH_CHARACTERS, Ids
 from data_pipeline.example_rows import PackedExample, RowPacker
+from data_pipeline.file_names import path_within
 from data_pipeline.manifest import SPLITS, ShardEntry
-from data_pipeline.number_ranges import finite_json
 from data_pipeline.plan import BUILD_FOLDER, STAGED_FOLDER, Task
 from data_pipeline.progress import Counts, no_counts
 from data_pipeline.settings import BuildSettings
@@ -43,7 +44,7 @@ from data_pipeline.task_input import (
     read_task,
 )
 from data_pipeline.text import Direction, TextCodec, Unit
-from data_pipeline.val_hashes import LowestHashes
+from data_pipeline.val_hashes import KEY_BITS, LowestHashes
 
 # What is noted of a document that a task stages. The two halves of the first 16 bytes of the
 # SHA-256 of its text, and of the pass that took it, tell it from all others.
@@ -51,6 +52,7 @@ DOCUMENT_NOTE = np.dtype(
     [("split", "u1"), ("tokens", "<u4"), ("text_bytes", "<u4"), ("high", "<u8"), ("low", "<u8")]
 )
 
+_HASHES = tuple[tuple[int, int], ...]
 _TRAIN = SPLITS.index("train")
 _NOTE = struct.Struct("<BIIQQ")
 
@@ -64,7 +66,7 @@ class TaskRecord:
     left_out: dict[str, int]
     skipped: Skipped = field(default_factory=dict)
     """Records that are malformed, and parts of records, by cause."""
-    lowest_hashes: tuple[tuple[int, int], ...] = ()
+    lowest_hashes: _HASHES = ()
     """The lowest hashes of documents in the train set, and how many have each."""
 
     @property
@@ -82,21 +84,27 @@ class TaskRecord:
     def load(cls, path: Path, sha256: str, folder: Path) -> "TaskRecord | None":
         """The record of this work if its shards in `folder` have the recorded sizes, else None."""
         try:
-            fields = finite_json(path.read_text(encoding="utf-8"))
-            shards = tuple(ShardEntry(**entry) for entry in fields["shards"])
+            fields = read_json(path)
             record = cls(
-                fields["task_sha256"],
-                shards,
-                dict(fields["left_out"]),
+                checked("task_sha256", fields["task_sha256"], str),
+                tuple(map(ShardEntry.from_json, fields["shards"])),
+                checked("left_out", fields["left_out"], dict[str, int]),
                 skipped_from_json(fields.get("skipped", {})),
-                tuple((int(key), int(number)) for key, number in fields.get("lowest_hashes", ())),
+                checked("lowest_hashes", fields.get("lowest_hashes", ()), _HASHES),
+            )
+            for key, number in record.lowest_hashes:
+                require_within("a hash", key, 0, (1 << KEY_BITS) - 1)
+                require_within("documents with a hash", number, 1, record.documents)
+            task = path.stem.rpartition("-")[2]
+            if any(shard.file.split("-")[1] != task for shard in record.shards):
+                raise ValueError("it lists shards of another task")
+            whole = record.task_sha256 == sha256 and all(
+                (file := path_within(folder, shard.file)).is_file()
+                and file.stat().st_size == shard.file_bytes
+                for shard in record.shards
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        whole = record.task_sha256 == sha256 and all(
-            (file := folder / shard.file).is_file() and file.stat().st_size == shard.file_bytes
-            for shard in record.shards
-        )
         return record if whole else None
 
 
@@ -119,11 +127,22 @@ def finished_record(task: Task, out: Path) -> TaskRecord | None:
     A task that left out malformed records is not done where such a record is to stop the build.
     """
     settings = task.settings
-    if settings.selects and not notes_path(task, out).is_file():
-        return None
     record = TaskRecord.load(record_path(out, task.index), task.sha256, shards_folder(task, out))
-    stops = settings.on_bad_record == "stop"
-    return None if record and stops and record.left_out.get(BAD_RECORD) else record
+    if record is None or (settings.selects and not _has_notes(task, record, out)):
+        return None
+    return None if settings.on_bad_record == "stop" and record.left_out.get(BAD_RECORD) else record
+
+
+def _has_notes(task: Task, record: TaskRecord, out: Path) -> bool:
+    """Whether a task's notes are those of the documents that its record counts."""
+    path = notes_path(task, out)
+    if not path.is_file() or path.stat().st_size != record.documents * DOCUMENT_NOTE.itemsize:
+        return False
+    counted = np.bincount(read_notes(task, out)["split"], minlength=len(SPLITS))
+    promised = [
+        sum(shard.documents for shard in record.shards if shard.split == split) for split in SPLITS
+    ]
+    return bool(np.array_equal(counted, promised))
 
 
 def run_task(task: Task, out: Path, model_bytes: bytes, counts: Counts | None = None) -> TaskRecord:
@@ -346,7 +365,9 @@ class _SplitOutput:
         return self._writer
 
     def _close_if_full(self) -> None:
-        if self._writer is not None and self._writer.tokens >= self._task.settings.shard_tokens:
+        if self._writer is not None and (
+            self._writer.tokens >= self._task.settings.shard_tokens or self._writer.is_full
+        ):
             self._close_shard()
 
     def _file_name(self) -> str:

@@ -21,6 +21,8 @@ import numpy.typing as npt
 
 from data_pipeline.encoder import Encoder, Ids, SentencePieceEncoder, fastest_encoder
 from data_pipeline.errors import DirectionMismatchError, TokenizerError, TokenizerMismatchError
+from data_pipeline.limits import MAX_TOKENIZER_BYTES, MAX_VOCABULARY
+from data_pipeline.regular_files import read_file
 
 BEGIN_PIECE = "<|startoftext|>"
 END_PIECE = "<|endoftext|>"
@@ -160,6 +162,11 @@ class TextCodec:
                 "train one with `megaback tokenizer train`"
             ) from None
         self.vocab_size: int = self._processor.vocab_size()
+        if self.vocab_size > MAX_VOCABULARY:
+            raise TokenizerError(
+                f"it has {self.vocab_size:,} pieces, more than the {MAX_VOCABULARY:,} that can be "
+                "read; train a smaller one with `megaback tokenizer train`"
+            )
         self.id_dtype: np.dtype[Any] = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         self._reference = SentencePieceEncoder(self._processor, self.id_dtype)
         self._characters_before_fastest = _CHARACTERS_BEFORE_FASTEST
@@ -181,7 +188,7 @@ class TextCodec:
     def load(cls, path: Path, direction: Direction, unit: Unit) -> "TextCodec":
         """Read a tokenizer.model file. Raises TokenizerError when it cannot be used."""
         try:
-            model_bytes = path.read_bytes()
+            model_bytes = read_file(path, MAX_TOKENIZER_BYTES)
         except OSError as error:
             raise TokenizerError(
                 f"cannot read the tokenizer {path}: {error.strerror}; "

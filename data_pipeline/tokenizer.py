@@ -19,6 +19,7 @@ from data_pipeline.build_options import html_option
 from data_pipeline.command import WorkCommand, replacing
 from data_pipeline.errors import BadRecordError, SourceEmptyError, TokenizerError
 from data_pipeline.interrupts import interruptible
+from data_pipeline.limits import MAX_VOCABULARY
 from data_pipeline.next_command import command, free_path, show_next
 from data_pipeline.number_ranges import COUNT, SOURCE_WEIGHT, VOCABULARY
 from data_pipeline.output_paths import overwrite_option, read_object, require_output
@@ -52,7 +53,7 @@ _SHOWN_PIECES = 20
 # U+2581 is how SentencePiece writes a space, a sentence with U+2585 is dropped, and lone surrogates
 # are no UTF-8. Text is cut there; these characters are spelled in byte pieces.
 _UNTRAINABLE = re.compile("[\u2581\u2585\ud800-\udfff]+")
-_FEWEST_PIECES, _MOST_PIECES = 3, 2**31 - 1
+_FEWEST_PIECES = 3
 """Beyond which SentencePiece fails without saying how many pieces a text can give."""
 _TOO_LARGE = re.compile(r"Vocabulary size too high .* value <= (\d+)")
 _TOO_SMALL = re.compile(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)")
@@ -165,10 +166,10 @@ def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
     """The serialized model. Raises TokenizerError."""
     import sentencepiece
 
-    if vocab_size > _MOST_PIECES:
+    if vocab_size > MAX_VOCABULARY:
         raise TokenizerError(
-            f"{vocab_size} pieces are more than SentencePiece can count: use --vocab-size "
-            f"{_MOST_PIECES} or less"
+            f"{vocab_size} pieces are more than a tokenizer may have: use --vocab-size "
+            f"{MAX_VOCABULARY} or less"
         )
     model = io.BytesIO()
     try:

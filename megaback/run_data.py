@@ -107,6 +107,9 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
             f"validation.patience needs a val set, and {section.description} has none; "
             "build one with --val-fraction, or leave validation.patience out"
         )
+    codec = first.codec()
+    for other in data_sets[1:]:
+        other.manifest.require_codec(codec, other.name)
     micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
     steps = config.training.steps
     if steps is None:
@@ -114,7 +117,7 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
         steps = math.ceil(rows / batch.global_batch_rows)
     return Data(
         _fingerprint(data_sets, mixture),
-        first.codec(),
+        codec,
         streams[0].rows.text_format,
         streams,
         mixture,

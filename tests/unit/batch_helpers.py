@@ -118,7 +118,7 @@ def write_data_set(
         frames += [ids[start : start + frame_tokens] for start in range(0, len(ids), frame_tokens)]
     manifest = Manifest(
         text_format=text_format,
-        vocab_size=600,
+        vocab_size=max(600, 1 + max(int(of_frame.max()) for of_frame in frames)),
         begin_id=begin_id,
         end_id=end_id,
         id_bytes=2,
