@@ -10,8 +10,14 @@ FLASH_BIN := $(FLASH_VENV)/bin
 FLASH_INSTALLED := $(FLASH_VENV)/.installed
 FLASH_LOG := $(FLASH_VENV).log
 FLASH_PINS := constraints.txt tests/flash/constraints.txt
+LOCKS := requirements
+PIP_LOCKED := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes
+# yes: only files whose SHA-256 is in requirements/, as CI does. Wheels of another index, such as torch
+# for another CUDA, have other hashes.
+HASHES ?= no
+UV_VERSION := 0.13.9
 
-.PHONY: demo test fuzz flash-test lint format clean help
+.PHONY: demo test fuzz flash-test lint format lock clean help
 
 help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
@@ -21,13 +27,22 @@ help:
 	@echo "make flash-test  flash-attn's kernels on a CPU; part of make test"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff format the code"
+	@echo "make lock        the hashes of what is installed again, after constraints.txt was changed"
 	@echo "make clean       remove what the demo wrote"
 
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): setup.py constraints.txt $(if $(filter yes,$(HASHES)),$(wildcard $(LOCKS)/*.txt))
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "megaback needs Python 3.10 or newer; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(HASHES),yes)
+	$(PIP_LOCKED) --only-binary :all: -r $(LOCKS)/locked-build.txt
+	$(PIP_LOCKED) --no-build-isolation -r $(LOCKS)/locked.txt
+	(! command -v nvidia-smi && $(PIP_LOCKED) -r $(LOCKS)/locked-cpu.txt) || $(PIP_LOCKED) -r $(LOCKS)/locked-cuda.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
+else
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+endif
 	touch $@
 
 demo: $(INSTALLED)
@@ -67,6 +82,10 @@ flash-test:
 			"$$(grep -v '[*][*][*]' $(FLASH_LOG) | grep -i -m 1 -e error -e 'no such file')" \
 			"(see $(FLASH_LOG))"; \
 	fi
+
+lock: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/python $(LOCKS)/lock.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
