@@ -92,4 +92,5 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf demo
+	rm -rf demo/tokenizer demo/shards demo/run demo/model
+	rmdir demo 2>/dev/null || true

@@ -9,6 +9,7 @@ The manifest is written last.
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,8 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / BUILD_FOLDER, ignore_errors=True)
         if not was_there:
-            shutil.rmtree(out, ignore_errors=True)
+            with suppress(OSError):  # somebody has put something there meanwhile
+                out.rmdir()
 
 
 def _indices(text: str) -> range:

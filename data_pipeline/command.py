@@ -227,23 +227,17 @@ def is_device(path: Path) -> bool:
 
 
 @contextmanager
-def replacing(path: Path, *, follow_link: bool = False) -> Iterator[IO[bytes]]:
-    """Write a file that appears under `path` whole, or not at all.
+def replacing(
+    path: Path, publish: Callable[[Path, Path], None] = os.replace
+) -> Iterator[IO[bytes]]:
+    """Write a file of our own that appears under `path` whole, or not at all.
 
     Bytes go to a hidden neighbour, are flushed to the disk, and are renamed at the end. On any
     error the neighbour is removed and what stood at `path` stays. Two processes may write the same
-    path: the last one to finish wins, and nobody sees a mixture. A device or a pipe cannot be
-    replaced: it is written to as the bytes come.
-
-    A symbolic link is replaced like a file, since the folder may be a stranger's. For an output
-    that the user names, `follow_link` has the link stay, and what it leads to written.
+    path: the last one to finish wins, and nobody sees a mixture. A symbolic link is replaced, never
+    followed. What a user named is written by `writing_output` of output_paths.py, which renames by
+    a `publish` of its own.
     """
-    if is_device(path) and (follow_link or not path.is_symlink()):
-        with path.open("wb") as file:
-            yield file
-        return
-    if follow_link and path.is_symlink():
-        path = Path(os.path.realpath(path))
     # Not the process's number, which another node may have given to a process of its own.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
@@ -251,7 +245,7 @@ def replacing(path: Path, *, follow_link: bool = False) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        publish(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:
@@ -259,9 +253,9 @@ def replacing(path: Path, *, follow_link: bool = False) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_text(path: Path, text: str, *, follow_link: bool = False) -> None:
-    """Write a small text file atomically, as UTF-8; `replacing` says what `follow_link` does."""
-    with replacing(path, follow_link=follow_link) as file:
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file of our own atomically, as UTF-8."""
+    with replacing(path) as file:
         file.write(text.encode())
 
 

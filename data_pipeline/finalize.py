@@ -3,6 +3,7 @@
 The manifest is written last. Finalizing again, or from two processes at once, changes nothing.
 """
 
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,9 +16,16 @@ from data_pipeline.build_options import echo_manifest, num_workers, workers_opti
 from data_pipeline.command import ResumableCommand, replacing
 from data_pipeline.errors import OutputExistsError, ShardsMissingError, SourceEmptyError
 from data_pipeline.locks import locked
-from data_pipeline.manifest import MANIFEST_NAME, SHARD_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.manifest import (
+    FILE_NAME,
+    MANIFEST_NAME,
+    SHARD_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+)
 from data_pipeline.next_command import command
-from data_pipeline.plan import BUILD_FOLDER, PLAN_NAME, STAGED_FOLDER, Plan, Task
+from data_pipeline.own_files import unfinished_in
+from data_pipeline.plan import BUILD_FOLDER, PLAN_DRAFT, PLAN_NAME, STAGED_FOLDER, Plan, Task
 from data_pipeline.pool import run_in_processes
 from data_pipeline.selection import (
     choose_documents,
@@ -32,6 +40,8 @@ from data_pipeline.val_minimum import with_val_minimum
 BUILDERS_LOCK = Path(BUILD_FOLDER) / "builders.lock"
 """Shared by whoever builds in a folder; held alone by whoever tidies it up."""
 _FINALIZE_LOCK = Path(BUILD_FOLDER) / "finalize.lock"
+_RECORD_NAME = re.compile(rf"(task|selected)-[0-9]{{5,}}\.json|{PLAN_DRAFT.pattern}")
+"""What is written into BUILD_FOLDER."""
 
 
 def finalize_build(plan: Plan, codec: TextCodec, out: Path, workers: int) -> Manifest:
@@ -111,8 +121,8 @@ def remove_all_but(out: Path, names: set[str]) -> None:
 def _drafts(out: Path) -> list[Path]:
     """What builds had not finished writing."""
     hidden = out / BUILD_FOLDER
-    patterns = (".*.partial", f"{PLAN_NAME}.*")
-    return [*out.glob(".*.partial"), *(path for each in patterns for path in hidden.glob(each))]
+    plans = [path for path in hidden.glob(f"{PLAN_NAME}.*") if PLAN_DRAFT.fullmatch(path.name)]
+    return [*unfinished_in(out, FILE_NAME), *unfinished_in(hidden, _RECORD_NAME), *plans]
 
 
 def unfinished_tasks(plan: Plan, out: Path) -> list[int]:

@@ -22,10 +22,12 @@ def require_matplotlib() -> None:
         ) from None
 
 
-def draw_histogram(lengths: DocumentLengths, title: str, path: Path) -> None:
+def draw_histogram(
+    lengths: DocumentLengths, title: str, path: Path, *, overwrite: bool = False
+) -> None:
     """Write a PNG, whole or not at all: the documents' and the tokens' shares by length.
 
-    Raises BackendError without matplotlib, and OSError.
+    Raises BackendError without matplotlib, OutputExistsError, and OSError.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -84,4 +86,4 @@ def draw_histogram(lengths: DocumentLengths, title: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=[bars, outline, *marks], frameon=False)
 
-    write_picture(figure, path)
+    write_picture(figure, path, overwrite=overwrite)

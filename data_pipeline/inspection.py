@@ -263,7 +263,7 @@ def main(
             f"Lengths of documents in {shards.resolve().name}, {split} set: "
             f"{lengths.num_documents:,} documents, {lengths.tokens:,} tokens"
         )
-        draw_histogram(lengths, title, picture)
+        draw_histogram(lengths, title, picture, overwrite=overwrite)
         click.echo(f"picture      {picture}", err=form == "json")
 
 

@@ -11,14 +11,12 @@ import lzma
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import IO, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import zstandard
 
-from data_pipeline.command import replacing
 from data_pipeline.encodings import as_utf8
 from data_pipeline.errors import BadRecordError, SourceMissingError, SourceUnreadableError
 
@@ -75,27 +73,6 @@ def read_records(path: str) -> "Iterator[Record | BadRecordError]":
         raise SourceUnreadableError(
             f"{path}: {error.strerror or error}; check that the file is there and may be read"
         ) from None
-
-
-@contextmanager
-def writing_lines(path: str) -> "Iterator[LineWriter]":
-    """Write a file of JSON lines that appears whole, or not at all; or lines to stdout for `-`."""
-    if path == STANDARD_STREAM:
-        yield LineWriter(sys.stdout.buffer)
-        sys.stdout.buffer.flush()
-        return
-    with replacing(Path(path), follow_link=True) as file:
-        yield LineWriter(file)
-
-
-class LineWriter:
-    """Writes objects, a line each."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def write(self, fields: dict[str, Any]) -> None:
-        self._file.write(line_of(fields))
 
 
 def line_of(fields: dict[str, Any]) -> bytes:

@@ -59,6 +59,11 @@ EXAMPLES_VERSION = 2
 SPLITS = ("train", "val")
 SHARD_NAME = re.compile(r"(train|val)-[0-9]{5,}-[0-9]{5,}\.zst")
 """The names of shards: what else a folder holds is not ours to remove."""
+FILE_NAME = re.compile(
+    rf"{SHARD_NAME.pattern}|{re.escape(MANIFEST_NAME)}|{re.escape(TOKENIZER_NAME)}"
+    rf"|{re.escape(DICTIONARY_NAME)}|plan\.json"
+)
+"""The names of the files that a build writes into its folder."""
 _OF_EXAMPLES = ("learnt_tokens", "padding_tokens")
 
 

@@ -76,9 +76,9 @@ def _marker_of(folder: Path) -> str:
 def _sizes(folder: Path) -> dict[str, int]:
     """Of every file below a folder but the marker."""
     return {
-        str(path.relative_to(folder)): path.stat().st_size
+        str(path.relative_to(folder)): path.lstat().st_size
         for path in sorted(folder.rglob("*"))
-        if not path.is_dir() and path != folder / MARKER_NAME
+        if (path.is_symlink() or not path.is_dir()) and path != folder / MARKER_NAME
     }
 
 

@@ -4,18 +4,21 @@ An output that is an input, or that megaback did not make, is refused before any
 megaback's is replaced only with `--overwrite`. What a result is recognized by is in what it holds
 (a marker, or the keys of its format), not in its name. An empty file or folder holds nothing, and
 is as good as none. A device or a pipe is no file that could be lost: it is written to as it comes.
+What appears at the path of a new result while the command works stays (`writing_output`).
 """
 
 import glob
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 
-from data_pipeline.command import is_device
+from data_pipeline.command import is_device, replacing
 from data_pipeline.errors import OutputExistsError
 from data_pipeline.files import local_path
 
@@ -60,6 +63,58 @@ def require_output(
             f"{option} {path} holds an earlier result; add --overwrite to replace it, or choose "
             f"another {option}"
         )
+
+
+@contextmanager
+def writing_output(path: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
+    """Write a result to the path that a user named, whole or not at all.
+
+    A symbolic link stays, and what it names is written. A device or a pipe is written to as the
+    bytes come. Without `overwrite`, a file that has appeared at the path meanwhile stays too:
+    OutputExistsError names the file beside it where the result is then.
+    """
+    if is_device(path):
+        with path.open("wb") as file:
+            yield file
+        return
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    with replacing(path, os.replace if overwrite else _publish_new) as file:
+        yield file
+
+
+def write_output(path: Path, text: str, *, overwrite: bool) -> None:
+    """As `writing_output`, a small text as UTF-8."""
+    with writing_output(path, overwrite=overwrite) as file:
+        file.write(text.encode())
+
+
+def _publish_new(partial: Path, path: Path) -> None:
+    """Give a result its name, unless there is something by now. Raises OutputExistsError."""
+    try:
+        _claim_name(partial, path)
+    except FileExistsError:
+        if path.is_file() and is_vacant(path):
+            os.replace(partial, path)
+            return
+        kept = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
+        os.replace(partial, kept)
+        raise OutputExistsError(
+            f"something else was written to {path} while this command worked, and stays; the "
+            f"result is {kept}"
+        ) from None
+
+
+def _claim_name(partial: Path, path: Path) -> None:
+    """Rename a file. Raises FileExistsError, unlike a rename."""
+    try:
+        os.link(partial, path)
+        partial.unlink()
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(partial, path)
 
 
 def require_distinct(**outputs: str | Path | None) -> None:

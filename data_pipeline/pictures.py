@@ -4,9 +4,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.command import replacing
 from data_pipeline.errors import BackendError
-from data_pipeline.output_paths import MAKER
+from data_pipeline.output_paths import MAKER, writing_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,8 +47,8 @@ def png_of(figure: "Figure") -> bytes:
     return picture.getvalue()
 
 
-def write_picture(figure: "Figure", path: Path) -> None:
-    """Write a PNG, whole or not at all. Raises OSError."""
+def write_picture(figure: "Figure", path: Path, *, overwrite: bool) -> None:
+    """Write a PNG as `writing_output` does. Raises OSError, OutputExistsError."""
     picture = png_of(figure)
-    with replacing(path, follow_link=True) as file:
+    with writing_output(path, overwrite=overwrite) as file:
         file.write(picture)

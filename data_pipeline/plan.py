@@ -50,6 +50,7 @@ STAGED_FOLDER = Path(BUILD_FOLDER) / "staged"
 FORMAT_NAME = "megaback-plan"
 FORMAT_VERSION = 1
 
+PLAN_DRAFT = re.compile(r"plan\.json\.[0-9a-f]{1,32}")
 _OF_A_BUILD = re.compile(r"task-.*|plan\.json\..*|staged|.*\.lock|\..*\.partial")
 """Names in BUILD_FOLDER."""
 _SMALLEST_TASK_BYTES = 2 << 20

@@ -8,6 +8,7 @@ is written last.
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from data_pipeline.file_names import path_within
 from data_pipeline.limits import MAX_DICTIONARY_BYTES
 from data_pipeline.manifest import (
     DICTIONARY_NAME,
+    FILE_NAME,
     MANIFEST_NAME,
     SHARD_NAME,
     SPLITS,
@@ -33,6 +35,7 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.number_ranges import DICTIONARY_BYTES, LEVEL, MANY
 from data_pipeline.output_paths import require_apart
+from data_pipeline.own_files import unfinished_in
 from data_pipeline.regular_files import read_file, require_no_link
 from data_pipeline.shard_format import ShardWriter
 from data_pipeline.shard_walk import on_threads, spread_frames
@@ -40,6 +43,8 @@ from data_pipeline.shard_walk import on_threads, spread_frames
 WORK_FOLDER = ".recompress"
 
 _SETTINGS_NAME = "settings.json"
+_RECORD_NAME = re.compile(rf"({SHARD_NAME.pattern}|settings)\.json")
+"""The names of the files in WORK_FOLDER."""
 _SAMPLE_FRAMES = 256
 _SAMPLE_BYTES = 256 << 20
 """What a dictionary is trained on is held in memory."""
@@ -248,7 +253,8 @@ def _remove_strays(out: Path, manifest: Manifest) -> None:
     """Remove what a killed process left half-written."""
     names = {entry.file for entry in manifest.shards}
     strays = [path for path in _shards_in(out) if path.name not in names]
-    for path in [*strays, *out.glob(".*.partial"), *(out / WORK_FOLDER).glob(".*.partial")]:
+    records = unfinished_in(out / WORK_FOLDER, _RECORD_NAME)
+    for path in [*strays, *unfinished_in(out, FILE_NAME), *records]:
         path.unlink(missing_ok=True)
 
 
@@ -260,7 +266,7 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
     ):
         return
     shutil.rmtree(work, ignore_errors=True)
-    for path in [*_shards_in(out), *out.glob(".*.partial"), out / DICTIONARY_NAME]:
+    for path in [*_shards_in(out), *unfinished_in(out, FILE_NAME), out / DICTIONARY_NAME]:
         path.unlink(missing_ok=True)
     if not was_there and out.is_dir() and not any(out.iterdir()):
         out.rmdir()

@@ -16,13 +16,18 @@ from pathlib import Path
 import click
 
 from data_pipeline.build_options import html_option
-from data_pipeline.command import WorkCommand, replacing
+from data_pipeline.command import WorkCommand
 from data_pipeline.errors import BadRecordError, SourceEmptyError, TokenizerError
 from data_pipeline.interrupts import interruptible
 from data_pipeline.limits import MAX_VOCABULARY
 from data_pipeline.next_command import command, free_path, show_next
 from data_pipeline.number_ranges import COUNT, SOURCE_WEIGHT, VOCABULARY
-from data_pipeline.output_paths import overwrite_option, read_object, require_output
+from data_pipeline.output_paths import (
+    overwrite_option,
+    read_object,
+    require_output,
+    writing_output,
+)
 from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
 from data_pipeline.skipped import (
     RECORDS,
@@ -139,7 +144,10 @@ def train_tokenizer(
         skipped=merged([skipped]),
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    with replacing(report_path) as report_file, replacing(model_path) as model_file:
+    with (
+        writing_output(report_path, overwrite=overwrite) as report_file,
+        writing_output(model_path, overwrite=overwrite) as model_file,
+    ):
         report_file.write((json.dumps(asdict(report), indent=2) + "\n").encode())
         model_file.write(model)
     return report

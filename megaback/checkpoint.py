@@ -40,7 +40,11 @@ WEIGHTS_PREFIX = "weights-"
 OPTIMIZER_PREFIX = "optimizer-"
 FORMAT_NAME = "megaback-checkpoint"
 FORMAT_VERSION = 2
-STEP_FOLDER = re.compile(r"step-\d{8}")
+STEP_FOLDER = re.compile(r"step-[0-9]{8}")
+CHECKPOINT_FILE = re.compile(
+    rf"({WEIGHTS_PREFIX}|{OPTIMIZER_PREFIX})[0-9]{{5,}}\.safetensors|tokenizer\.model|meta\.json"
+)
+"""The names of the files in a checkpoint: others in its folder are not removed with it."""
 
 
 @dataclass(frozen=True)

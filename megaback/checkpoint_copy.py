@@ -24,9 +24,11 @@ from data_pipeline.errors import (
     OutputExistsError,
     StorageError,
 )
+from data_pipeline.own_files import remove_own_files
 from data_pipeline.redaction import is_url, scrub, shown_url
 from data_pipeline.remote import open_file_system
 from megaback.checkpoint import (
+    CHECKPOINT_FILE,
     CHECKPOINTS_FOLDER,
     META_NAME,
     STEP_FOLDER,
@@ -148,14 +150,28 @@ class SecondPlace:
         if finite is not None:
             newest.append(finite)
         for name in self._names():
-            if not STEP_FOLDER.fullmatch(name) or name in newest:
+            if not STEP_FOLDER.fullmatch(name) or name in newest or self._is_link(name):
                 continue
             step, every = int(name.partition("-")[2]), section.keep_every_steps
             if name in complete:
                 if every is not None and step % every == 0:
                     continue
                 self._files.rm_file(self.path(name, META_NAME))
-            self._files.rm(self.path(name), recursive=True)
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Remove the files of a copy, and its folder if there is nothing else in it."""
+        paths = self._files.ls(self.path(name), detail=False)
+        for path in paths:
+            if CHECKPOINT_FILE.fullmatch(Path(path).name):
+                self._files.rm_file(path)
+        with suppress(OSError, NotImplementedError):  # or no folders are known there
+            self._files.rmdir(self.path(name))
+
+    def _is_link(self, name: str) -> bool:
+        """Whether a copy's folder is a link to something else, where there is such a thing."""
+        info = self._files.info(self.path(name))
+        return bool(info.get("islink")) or info.get("type") == "link"
 
     def _is_finite(self, name: str) -> bool:
         try:
@@ -270,7 +286,7 @@ def fetch_newest(run: Path, place: SecondPlace) -> Path | None:
             verify_files(partial, meta)
             if (skipped := place.skipped_steps()) is not None:
                 merge_skipped_steps(run, skipped, place.name)
-            shutil.rmtree(target, ignore_errors=True)
+            remove_own_files(target, CHECKPOINT_FILE)
             os.replace(partial, target)
         except CheckpointCorruptError as error:
             problems.append(str(error))

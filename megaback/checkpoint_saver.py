@@ -6,7 +6,6 @@ one completes the checkpoint with `meta.json` and lets old ones go.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +17,10 @@ from torch import Tensor
 from data_pipeline.command import replacing, storage_error, write_text
 from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.manifest import TOKENIZER_NAME
+from data_pipeline.own_files import remove_own_files
 from megaback.checkpoint import (
     BEST_NAME,
+    CHECKPOINT_FILE,
     CHECKPOINTS_FOLDER,
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -186,7 +187,8 @@ class _Writing(Thread):
 def rotate(folder: Path, section: CheckpointSection) -> None:
     """Let checkpoints go, but the last ones, every so many steps', the last finite, and the best.
 
-    A checkpoint loses its meta.json first. What kills have left behind goes too.
+    A checkpoint loses its meta.json first. What kills have left behind goes too. Links to other
+    checkpoints stay, and so do files that are of no checkpoint.
     """
     complete = complete_checkpoints(folder.parent)
     kept = set(complete[-section.keep_last :])
@@ -198,11 +200,11 @@ def rotate(folder: Path, section: CheckpointSection) -> None:
             kept.add(target)
     finite = next((target for target in reversed(complete) if _is_finite(target)), None)
     for old in complete:
-        if old not in kept and old != finite:
+        if old not in kept and old != finite and not old.is_symlink():
             (old / META_NAME).unlink()
     for path in folder.iterdir():
         if STEP_FOLDER.fullmatch(path.name) and not (path / META_NAME).exists():
-            shutil.rmtree(path, ignore_errors=True)
+            remove_own_files(path, CHECKPOINT_FILE)
 
 
 def _is_finite(target: Path) -> bool:
@@ -225,6 +227,8 @@ def _is_saved(target: Path, world: World) -> bool:
 
 def _make_empty(target: Path, world: World) -> None:
     if world.is_first:
+        if target.is_symlink():  # another run's checkpoint: what follows must not reach it
+            target.unlink()
         (target / META_NAME).unlink(missing_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
+        remove_own_files(target, CHECKPOINT_FILE)
         target.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import atexit
 import errno
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,12 +22,12 @@ import torch
 
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
 from data_pipeline.locks import locked
+from data_pipeline.own_files import holds_only, remove_own_files
 from megaback.checkpoint import (
     BEST_NAME,
     CHECKPOINTS_FOLDER,
     LATEST_NAME,
     META_NAME,
-    STEP_FOLDER,
     complete_checkpoints,
 )
 from megaback.model_folder import CONFIG_NAME, write_model_folder
@@ -39,6 +40,13 @@ _MOST_TRIES = 5
 _KEPT_S = 3600.0
 """Nobody still opens a conversion that was last asked for so long ago."""
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_CONVERSION = re.compile(r"step-[0-9]{8}-[0-9a-f]{12}")
+_UNFINISHED = re.compile(r"\..+-[0-9a-f]{12}\.[0-9a-f]{12}\.partial")
+_FILE = re.compile(
+    r"config\.json|tokenizer\.model|SHA256SUMS"
+    r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+"""The names that conversions and their files have."""
 
 
 def model_folder(path: str | Path) -> Path:
@@ -103,6 +111,8 @@ def _converted(path: Path, target: Path) -> Path:
         print(f"{what}, converted before to {folder}", file=sys.stderr, flush=True)
         return folder
     try:
+        if beside.is_symlink():  # the run may be a stranger's, and the link lead anywhere
+            raise PermissionError(errno.EACCES, "it is a link", str(beside))
         with locked(beside / ".lock"):  # whoever comes second finds what the first one made
             if not (folder / CONFIG_NAME).is_file():
                 _write(target, folder)
@@ -114,7 +124,7 @@ def _converted(path: Path, target: Path) -> Path:
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         folder = temporary / target.parents[1 if of_run else 0].resolve().name
         _write(target, folder)
-        what = f"{what} ({beside.parent} cannot be written)"
+        what = f"{what} ({beside} cannot be written)"
     print(f"{what}, converted to {folder}", file=sys.stderr, flush=True)
     return folder
 
@@ -150,12 +160,18 @@ def _rename(partial: Path, folder: Path) -> None:
 
 
 def _remove_old(beside: Path, current: Path) -> None:
-    """Remove the conversions of checkpoints that are gone, and what was not finished."""
+    """Remove the conversions of checkpoints that are gone, and what was not finished.
+
+    One to which somebody has added something stays.
+    """
     known = {target.name for target in complete_checkpoints(beside.parent)}
     for folder in beside.iterdir():
-        step = STEP_FOLDER.match(folder.name.removeprefix("."))
-        is_old = step is not None and step[0] not in known and folder != current
-        is_partial = folder.name.endswith(".partial")
+        is_partial = _UNFINISHED.fullmatch(folder.name) is not None
+        is_old = _CONVERSION.fullmatch(folder.name) is not None and folder != current
         with suppress(OSError):
-            if (is_old or is_partial) and time.time() - folder.stat().st_mtime > _KEPT_S:
-                shutil.rmtree(folder)
+            if (
+                (is_partial or (is_old and folder.name.rpartition("-")[0] not in known))
+                and time.time() - folder.stat().st_mtime > _KEPT_S
+                and holds_only(folder, _FILE)
+            ):
+                remove_own_files(folder, _FILE)

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.regular_files import open_in_place
+
 EXIT_NAME = "exit.json"
 START_EVENT = "start"
 HISTORY_NAME = "history.jsonl"
@@ -84,7 +86,7 @@ def num_starts(run: Path) -> int:
 
 def _append(run: Path, fields: dict[str, Any]) -> None:
     line = json.dumps({**fields, **_here()}) + "\n"
-    with (run / HISTORY_NAME).open("ab+") as file:
+    with open_in_place(run / HISTORY_NAME, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # a kill cut the last line short

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from data_pipeline.regular_files import open_in_place
+
 HEARTBEATS_FOLDER = "heartbeats"
 
 
@@ -71,7 +73,8 @@ def write_heartbeat(run: Path, beat: Heartbeat) -> None:
     """Write it atomically, without waiting for the disk. Raises OSError."""
     path = heartbeat_path(run, beat.rank)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+    with open_in_place(partial, "wb") as file:
+        file.write(json.dumps(asdict(beat)).encode())
     os.replace(partial, path)
 
 

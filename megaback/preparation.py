@@ -23,6 +23,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.files import local_path
 from data_pipeline.output_paths import require_apart
+from data_pipeline.regular_files import open_in_place
 from megaback.attention import attention_backend
 from megaback.base_model import load_base
 from megaback.checkpoint import (
@@ -91,7 +92,7 @@ class Run:
     left_out: tuple[tuple[int, int], ...]
     """Ranges of steps, first and last, that are passed over."""
     pulse: Pulse
-    lock: IO[str] | None
+    lock: IO[bytes] | None
     """Open as long as the run is: it keeps others out of the run's folder."""
     changes: Changes
     """Keys of the config that have other values than before a resume."""
@@ -250,12 +251,12 @@ def _ask_first(world: World, question: Callable[..., None], *arguments: Any) -> 
         question(*arguments)
 
 
-def _claim(config: Config, world: World) -> IO[str] | None:
+def _claim(config: Config, world: World) -> IO[bytes] | None:
     """Keep others out of the run's folder for as long as the file returned is open."""
     if not world.is_first:
         return None
     config.run.mkdir(parents=True, exist_ok=True)
-    lock = (config.run / LOCK_NAME).open("w")
+    lock = open_in_place(config.run / LOCK_NAME, "ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.command import storage_error
+from data_pipeline.regular_files import open_in_place
 from megaback.distributed import World
 
 _FOLDER_NAME = ".preflight"
@@ -68,7 +69,7 @@ def _write(run: Path, node: str, number: int, key: int) -> DiskFacts:
     try:
         path.parent.mkdir(exist_ok=True)
         started = time.perf_counter()
-        with path.open("wb") as file:
+        with open_in_place(path, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

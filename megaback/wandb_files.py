@@ -6,6 +6,7 @@ protobuf `Record`, and its `history` is a step. A process that is killed leaves 
 last block or so, and whoever reads it stops there: so a log may also be cut between two records.
 """
 
+import glob
 import os
 import struct
 import zlib
@@ -39,10 +40,15 @@ class Segment:
         return not is_offline or self.path.with_name(self.path.name + ".synced").exists()
 
 
-def read_segments(run: Path) -> list[Segment]:
-    """The logs in a run's folder, oldest first. Raises ValueError for files of another kind."""
-    paths = (run / "wandb").glob("*run-*-*/run-*.wandb")
-    return [_read_segment(path) for path in sorted(paths, key=_started)]
+def read_segments(run: Path, run_id: str) -> list[Segment]:
+    """The logs of one run of wandb in a folder, oldest first; none that is reached by a link.
+
+    Raises ValueError for files of another kind.
+    """
+    id_of_run = glob.escape(run_id)
+    paths = (run / "wandb").glob(f"*run-*-{id_of_run}/run-{id_of_run}.wandb")
+    own = [path for path in paths if not path.is_symlink() and not path.parent.is_symlink()]
+    return [_read_segment(path) for path in sorted(own, key=_started)]
 
 
 def cut_back(segment: Segment, last_step: int) -> Segment:

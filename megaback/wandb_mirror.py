@@ -34,17 +34,18 @@ class WandbMirror:
         """May raise whatever wandb raises, OSError, and ValueError for files of another kind."""
         run, logging = config.run, config.logging
         is_online = logging.wandb == "online"
-        if not is_online:
-            self.held_step = _cut_back(config, last_step)
         id_path = run / ID_NAME
         if not id_path.exists():
             write_text(id_path, uuid.uuid4().hex[:12] + "\n")
+        run_id = id_path.read_text(encoding="utf-8").strip()
+        if not is_online:
+            self.held_step = _cut_back(config, run_id, last_step)
         # wandb keeps the command line, of which nobody reads more by now.
         sys.argv[1:] = map(scrub, sys.argv[1:])
         self._run: Any = wandb.init(
             project=logging.wandb_project,
             name=run.name,
-            id=id_path.read_text(encoding="utf-8").strip(),
+            id=run_id,
             resume="allow",
             mode="online" if is_online else "offline",
             dir=run,
@@ -80,10 +81,10 @@ def _quiet_if_lost() -> Iterator[None]:
         raise
 
 
-def _cut_back(config: Config, last_step: int) -> int:
+def _cut_back(config: Config, run_id: str, last_step: int) -> int:
     """Cut what was not sent; the last step that is left, or BEFORE_ALL_STEPS."""
     held = [BEFORE_ALL_STEPS]
-    for segment in read_segments(config.run):
+    for segment in read_segments(config.run, run_id):
         kept = segment if segment.is_sent else cut_back(segment, last_step)
         held.extend(kept.steps)
     return max(held)

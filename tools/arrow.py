@@ -150,7 +150,7 @@ def main(
     from tools.arrow_picture import arrow_figure
 
     write_text(settings.run / JSON_NAME, json.dumps(arrow.to_json(settings), indent=2) + "\n")
-    write_picture(arrow_figure(arrow), settings.run / PICTURE_NAME)
+    write_picture(arrow_figure(arrow), settings.run / PICTURE_NAME, overwrite=True)
     print_table(SafeConsole(), table_of(arrow))
     say(sentence(arrow))
     click.echo(f"{settings.run / JSON_NAME}\n{settings.run / PICTURE_NAME}")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_pipeline.chat_format import ChatFormat
-from data_pipeline.command import ResumableCommand, replacing, write_text
+from data_pipeline.command import ResumableCommand, write_text
 from data_pipeline.errors import (
     CheckpointMissingError,
     DirectionMismatchError,
@@ -42,6 +42,7 @@ from data_pipeline.output_paths import (
     overwrite_option,
     read_object,
     require_apart,
+    writing_output,
 )
 from data_pipeline.regular_files import require_no_link
 from data_pipeline.skipped import skipped_lines
@@ -206,7 +207,7 @@ def _do_task(
 def _merge(parts: ChunkParts, choice: Choice, out: Path, overwrite: bool) -> None:
     counts: Counter[str] = Counter()
     digest = hashlib.sha256()
-    with replacing(out, follow_link=True) as file:
+    with writing_output(out, overwrite=overwrite or not is_vacant(out)) as file:
         for row in choice.examples(
             lambda: (record for chunk in parts.read_all() for record in chunk), counts
         ):

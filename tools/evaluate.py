@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from data_pipeline.command import Command, write_text
-from data_pipeline.json_lines import writing_lines
+from data_pipeline.command import Command
+from data_pipeline.line_writer import writing_lines
 from data_pipeline.number_ranges import COUNT, SEED
 from data_pipeline.output_paths import (
     json_lines_with,
@@ -17,6 +17,7 @@ from data_pipeline.output_paths import (
     overwrite_option,
     require_distinct,
     require_output,
+    write_output,
 )
 from data_pipeline.rich_console import SafeConsole
 from data_pipeline.terminal import print_table
@@ -123,9 +124,9 @@ def main(
     results = {name: suites[name](evaluated, other, given) for name in dict.fromkeys(names)}
     if out is not None:
         text = json.dumps(to_json(folder, results), indent=2) + "\n"
-        write_text(out, text, follow_link=True)
+        write_output(out, text, overwrite=overwrite)
     if predictions is not None:
-        with writing_lines(predictions) as writer:
+        with writing_lines(predictions, overwrite=overwrite) as writer:
             for name, result in results.items():
                 for fields in result.predictions:
                     writer.write({"suite": name, **fields})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import WorkCommand, write_text
+from data_pipeline.command import WorkCommand
 from data_pipeline.errors import CheckpointMissingError
 from data_pipeline.number_ranges import COUNT
 from data_pipeline.output_paths import (
@@ -19,6 +19,7 @@ from data_pipeline.output_paths import (
     is_our_picture,
     overwrite_option,
     require_output,
+    write_output,
 )
 from data_pipeline.pictures import require_matplotlib, write_picture
 from launcher.run_folder import runs_below
@@ -65,9 +66,9 @@ def draw(
         raise CheckpointMissingError(f"{names}: no step is done yet; try again later")
     look = Look(axis, max(1, longest // _SMOOTHED_SHARE) if smooth is None else smooth, log)
     figure = curves_figure(curves, look)
-    write_picture(figure, picture)
-    document = page_of(svg_of(figure), curves, differences(runs))
-    write_text(page, document, follow_link=True)
+    write_picture(figure, picture, overwrite=overwrite)
+    text = page_of(svg_of(figure), curves, differences(runs))
+    write_output(page, text, overwrite=overwrite)
     return [picture, page]
 
 

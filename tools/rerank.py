@@ -11,9 +11,9 @@ import numpy as np
 from rich.table import Table
 
 from data_pipeline.candidates import Question, question_of
-from data_pipeline.command import Command, write_text
+from data_pipeline.command import Command
 from data_pipeline.errors import BadRecordError, ConfigError, DirectionMismatchError, PromptError
-from data_pipeline.json_lines import writing_lines
+from data_pipeline.line_writer import writing_lines
 from data_pipeline.number_ranges import SEED, SHARE
 from data_pipeline.output_paths import (
     json_lines_with,
@@ -21,6 +21,7 @@ from data_pipeline.output_paths import (
     overwrite_option,
     require_distinct,
     require_output,
+    write_output,
 )
 from data_pipeline.pairs import Pair
 from data_pipeline.rich_console import SafeConsole
@@ -243,7 +244,7 @@ def main(
         bad.require_some(source, len(records))
         scored = judges.scored([question for _, question in records])
     own = OwnKeys("ranking", "scores")
-    with writing_lines(out) as writer:
+    with writing_lines(out, overwrite=overwrite) as writer:
         for (fields, _), one in zip(records, scored, strict=True):
             mixed = one.mixed(used)
             scores = {"reverse": one.reverse, "mixed": mixed}
@@ -265,7 +266,7 @@ def main(
     if report is not None:
         fields = {name: one.to_dict() for name, one in found.items()}
         what = {"questions": len(judged), "weight": used, "accuracy": fields}
-        write_text(report, json.dumps(what, indent=2) + "\n", follow_link=True)
+        write_output(report, json.dumps(what, indent=2) + "\n", overwrite=overwrite)
     print_table(SafeConsole(stderr=True), _report(found, len(judged)))
     if any(one.low is None for one in found.values()):
         say(NO_INTERVAL.replace("rows", "judged questions"))

@@ -16,6 +16,7 @@ from data_pipeline.command import WorkCommand, write_text
 from data_pipeline.errors import CheckpointMissingError, LaunchError
 from data_pipeline.next_command import command, override, show_next
 from data_pipeline.number_ranges import COUNT
+from data_pipeline.regular_files import open_in_place
 from megaback.config import load_config
 from megaback.exit_record import record_event
 from megaback.run_ownership import config_of_run
@@ -46,7 +47,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     complete = complete_checkpoints(run)
     if not complete or not (run / METRICS_NAME).is_file():
         raise CheckpointMissingError(f"{run} is no run with a complete checkpoint; give its folder")
-    with (run / LOCK_NAME).open("w") as lock:
+    with open_in_place(run / LOCK_NAME, "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -8,7 +8,8 @@ import click
 
 from data_pipeline.command import Command
 from data_pipeline.errors import BadRecordError, PromptError, SourceEmptyError
-from data_pipeline.json_lines import Record, read_records, writing_lines
+from data_pipeline.json_lines import Record, read_records
+from data_pipeline.line_writer import writing_lines
 from data_pipeline.output_paths import json_lines_with, overwrite_option, require_output
 from data_pipeline.pairs import PairColumns
 from data_pipeline.settings import BAD_RECORD_CHOICES
@@ -163,7 +164,7 @@ def main(
     with load_scorer(folder, form=form, device=device, with_prior=prior) as scorer:
         pairs = encoded_pairs(good_records(source, bad), names, scorer.encoder, bad)
         own = OwnKeys("score")
-        with writing_lines(out) as writer:
+        with writing_lines(out, overwrite=overwrite) as writer:
             written = 0
             for fields, score in scorer.score_all(pairs):
                 writer.write(own.written(fields, {"score": score.to_dict()}))

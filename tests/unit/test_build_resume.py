@@ -81,6 +81,42 @@ def test_what_a_killed_process_left_is_cleared_away(
 
 
 @pytest.mark.usefixtures("in_threads")
+def test_what_others_write_in_the_folder_of_a_build_stays(
+    source: Path, codec: Codecs, copy: Path
+) -> None:
+    mine = copy.parent / "mine"
+    mine.write_bytes(b"mine")
+    strangers = [copy / name for name in (".scores.jsonl.0123456789ab.partial", ".notes.partial")]
+    for path in strangers:
+        path.write_bytes(b"mine")
+    left = copy / ".build" / ".task-00000.json.0123456789ab.partial"
+    left.write_bytes(b"half")
+    (copy / ".manifest.json.0123456789ab.partial").symlink_to(mine)
+    for _ in range(2):  # when it is finished, and when it is looked at again
+        build_shards(make_settings(source, codec()), codec(), copy, workers=1)
+        (copy / "manifest.json").unlink(missing_ok=True)
+    build_shards(make_settings(source, codec()), codec(), copy, workers=1)
+    assert all(path.read_bytes() == b"mine" for path in (*strangers, mine))
+    assert not left.exists()
+
+
+@pytest.mark.usefixtures("in_threads")
+def test_a_build_that_fails_leaves_what_was_put_into_its_folder_meanwhile(
+    source: Path, codec: Codecs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "shards"
+
+    def fail(*_: object, **__: object) -> None:
+        (out / "notes.txt").write_bytes(b"mine")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_pipeline.build.build_planned", fail)
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(make_settings(source, codec()), codec(), out, workers=1)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.usefixtures("in_threads")
 def test_a_source_that_changes_before_the_end_is_read_again(
     source_texts: list[str], codec: Codecs, tmp_path: Path
 ) -> None:

@@ -289,6 +289,21 @@ def test_an_unfinished_copy_goes_with_the_next_one(run: Path, place: Path, copy:
     assert sorted(path.name for path in (place / run.name).iterdir()) == ["mine", *names([200])]
 
 
+def test_copies_of_others_and_their_files_stay(tmp_path: Path, run: Path, copy: Copy) -> None:
+    place, other = tmp_path / "second", tmp_path / "other" / "step-00000001"
+    copy(run, place, 100)
+    (place / run.name / "step-00000100" / "notes.txt").write_bytes(b"mine")
+    other.mkdir(parents=True)
+    (other / META_NAME).write_bytes(b"mine")
+    (place / run.name / other.name).symlink_to(other)
+
+    copy(run, place, 200, 300, keep_last=2)
+
+    assert (other / META_NAME).read_bytes() == b"mine"
+    left = place / run.name / "step-00000100"
+    assert [path.name for path in left.iterdir()] == ["notes.txt"]
+
+
 def test_runs_of_different_names_do_not_meet(tmp_path: Path, place: Path, copy: Copy) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     copy(one, place, 100, 200)

@@ -192,11 +192,38 @@ def test_what_to_do_about_a_full_disk_is_said_once(
 def test_what_a_killed_save_left_behind_is_replaced(tmp_path: Path, save: Save) -> None:
     leftover = tmp_path / "checkpoints" / "step-00000100"
     leftover.mkdir(parents=True)
-    (leftover / "half.pt").write_bytes(b"half")
+    names = ("weights-00007.safetensors", f".{META_NAME}.0123456789ab.partial")
+    leftovers = [leftover / name for name in names]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    (leftover / "notes.txt").write_bytes(b"mine")
 
     target = save(tmp_path, 100)
 
-    assert "half.pt" not in {path.name for path in target.iterdir()}
+    assert not any(path.exists() for path in leftovers)
+    assert (target / "notes.txt").read_bytes() == b"mine"
+
+
+def test_a_save_reaches_nothing_through_links(tmp_path: Path, save: Save) -> None:
+    other = save(tmp_path / "other run", 100)
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"mine")
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000200").mkdir(parents=True)
+    for link in (WEIGHTS, OPTIMIZER, META_NAME, "tokenizer.model"):
+        (folder / "step-00000200" / link).symlink_to(mine)
+    (folder / "step-00000100").symlink_to(other)
+    (folder / "latest").symlink_to(mine)
+    before = {path: path.read_bytes() for path in other.iterdir()}
+    (other / WEIGHTS).write_bytes(b"damaged: saved again")
+    before[other / WEIGHTS] = b"damaged: saved again"
+
+    for step in (100, 200):
+        target = save(tmp_path, step)
+        verify_files(target, read_meta(target))
+
+    assert mine.read_bytes() == b"mine"
+    assert {path: path.read_bytes() for path in other.iterdir()} == before
 
 
 def test_saving_a_step_again_never_loses_what_was_saved(
@@ -340,7 +367,7 @@ def test_a_checkpoint_that_is_let_go_is_first_made_incomplete(
             assert not (folder / META_NAME).exists()
 
     with monkeypatch.context() as patch:
-        patch.setattr("megaback.checkpoint_saver.shutil.rmtree", remember)
+        patch.setattr("megaback.checkpoint_saver.remove_own_files", remember)
         save(tmp_path, 300, keep_last=2)
 
     assert [folder.name for folder in removed] == ["step-00000100"]
@@ -356,6 +383,26 @@ def test_what_a_killed_rotation_left_behind_is_removed_by_the_next_one(
     save(tmp_path, 400, keep_last=2)
 
     assert not (tmp_path / "checkpoints" / "step-00000100").exists()
+
+
+def test_rotation_leaves_what_links_lead_to_and_files_of_others_alone(
+    tmp_path: Path, save: Save
+) -> None:
+    others = [save(tmp_path / "other run", step) for step in (10, 20)]
+    (others[1] / META_NAME).unlink()
+    (tmp_path / "checkpoints").mkdir()
+    for other in others:
+        (tmp_path / "checkpoints" / other.name).symlink_to(other)
+    before = {path: path.read_bytes() for other in others for path in other.iterdir()}
+    (save(tmp_path, 100) / "notes.txt").write_bytes(b"mine")
+
+    for step in (200, 300):
+        save(tmp_path, step, keep_last=2)
+
+    assert {path: path.read_bytes() for other in others for path in other.iterdir()} == before
+    left = tmp_path / "checkpoints" / "step-00000100"
+    assert {path.name: path.read_bytes() for path in left.iterdir()} == {"notes.txt": b"mine"}
+    assert steps_of(tmp_path) == [10, 200, 300]
 
 
 def test_rotation_leaves_what_is_no_checkpoint_alone(tmp_path: Path, save: Save) -> None:

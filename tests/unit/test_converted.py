@@ -86,6 +86,42 @@ def test_conversions_of_checkpoints_that_are_gone_are_removed_when_nobody_opens_
     assert conversions(run) == sorted([kept.name, newest.name])
 
 
+def test_what_lies_beside_conversions_stays(run: Path, codec: Codecs) -> None:
+    worked_in = model_folder(run)
+    (worked_in / "notes.txt").write_text("mine")
+    beside = run / CONVERTED_FOLDER
+    elsewhere = run.parent / "elsewhere"
+    write_checkpoint(run, codec(), context_tokens=32, step=40)
+    shutil.rmtree(run / "checkpoints/step-00000030")
+    model = contents(worked_in)
+    names = ["thesis.partial", ".mine.partial", "step-00000001-mine", "step-00000001.old"]
+    for name in (*names, "step-00000009-0123456789ab"):
+        (elsewhere / name).mkdir(parents=True)
+        (elsewhere / name / "config.json").write_text("mine")
+    for name in names:
+        shutil.copytree(elsewhere / name, beside / name)
+    (beside / "step-00000009-0123456789ab").symlink_to(elsewhere / "step-00000009-0123456789ab")
+    unfinished = beside / ".step-00000001-0123456789ab.0123456789ab.partial"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text("half")
+    hour_ago = time.time() - 2 * converted._KEPT_S
+    for path in (*beside.iterdir(), *elsewhere.iterdir()):
+        os.utime(path, (hour_ago, hour_ago))
+    model_folder(run)
+    assert not unfinished.exists()
+    assert contents(worked_in) == model
+    for folder, some in ((beside, names), (elsewhere, [path.name for path in elsewhere.iterdir()])):
+        assert all((folder / name / "config.json").read_text() == "mine" for name in some)
+
+
+def test_nothing_is_written_where_a_link_in_a_run_leads(run: Path) -> None:
+    elsewhere = run.parent / "elsewhere"
+    elsewhere.mkdir()
+    (run / CONVERTED_FOLDER).symlink_to(elsewhere)
+    assert (model_folder(run) / "config.json").is_file()
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_many_at_once_find_the_same_whole_folder(run: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         found = set(threads.map(model_folder, [run] * 4))

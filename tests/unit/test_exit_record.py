@@ -35,6 +35,19 @@ def events_of(run: Path) -> list[str]:
     return [line["event"] for line in read_history(run)]
 
 
+def test_nothing_is_written_through_links(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / HISTORY_NAME).symlink_to(mine)
+    (tmp_path / EXIT_NAME).symlink_to(mine)
+
+    with pytest.raises(OSError, match="symbolic links"):
+        record_start(tmp_path)
+
+    record_exit(tmp_path, **FAULT)
+    assert mine.read_text() == "mine"
+
+
 def test_why_a_run_ended_reads_back(tmp_path: Path) -> None:
     assert record_exit(tmp_path, 51, "RankLostError", "rank 3 is dead", 0)
 

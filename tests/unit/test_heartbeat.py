@@ -42,6 +42,21 @@ HERE = Heartbeat(
 """Of this process, which is well."""
 
 
+def test_a_heartbeat_is_not_written_through_a_link(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / HEARTBEATS_FOLDER).mkdir()
+    heartbeat_path(tmp_path, 0).with_suffix(".partial").symlink_to(mine)
+    heartbeat_path(tmp_path, 1).symlink_to(mine)
+
+    with pytest.raises(OSError, match="symbolic links"):
+        write_heartbeat(tmp_path, HERE)
+    write_heartbeat(tmp_path, replace(HERE, rank=1))
+
+    assert mine.read_text() == "mine"
+    assert [beat.rank for beat in read_heartbeats(tmp_path)] == [1]
+
+
 def alive(rank: int, **fields: Any) -> Heartbeat:
     return replace(HERE, rank=rank, **fields)
 

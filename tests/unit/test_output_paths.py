@@ -1,5 +1,6 @@
 """One rule for every output: never an input, never what others made, ours only with --overwrite."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from data_pipeline.output_paths import (
     json_object_with,
     require_distinct,
     require_output,
+    write_output,
+    writing_output,
 )
 
 OURS = '{"score": {}}\n'
@@ -99,7 +102,7 @@ def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path: Path) -> None:
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     for path in (pipe, Path(os.devnull)):
         ask(path)
-        write_text(path, "through", follow_link=True)
+        write_output(path, "through", overwrite=False)
 
     assert os.read(reader, 100) == b"through"
     os.close(reader)
@@ -112,7 +115,7 @@ def test_a_link_that_the_user_names_stays_and_others_are_replaced(tmp_path: Path
     target, link = tmp_path / "disk" / "out.json", tmp_path / "out.json"
     link.symlink_to(target)
 
-    write_text(link, "written", follow_link=True)
+    write_output(link, "written", overwrite=False)
 
     assert link.is_symlink()
     assert target.read_text() == "written"
@@ -127,11 +130,50 @@ def test_a_link_to_a_device_is_replaced_unless_the_user_names_it(tmp_path: Path)
     link = tmp_path / "out.json"
     link.symlink_to(os.devnull)
 
-    write_text(link, "gone", follow_link=True)
+    write_output(link, "gone", overwrite=True)
     assert link.is_symlink()
 
     write_text(link, "here")
     assert link.read_text() == "here"
+
+
+@pytest.fixture(params=["links", "no links"])
+def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with and one without hard links, such as that of many memory cards."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.usefixtures("file_system")
+def test_a_file_that_appears_while_a_command_works_stays_beside_the_result(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to("out.jsonl")
+    for name in ("out.jsonl", "link.jsonl"):
+        output = writing_output(tmp_path / name, overwrite=False)
+        output.__enter__().write(b"the result")
+        (tmp_path / "out.jsonl").write_text("mine")
+        with pytest.raises(OutputExistsError, match="and stays; the result is") as refused:
+            output.__exit__(None, None, None)
+        (kept,) = set(tmp_path.iterdir()) - {tmp_path / "out.jsonl", tmp_path / "link.jsonl"}
+        assert kept.read_text() == "the result"
+        assert (kept.suffix, str(kept) in str(refused.value)) == (".jsonl", True)
+        kept.unlink()
+        assert (tmp_path / "out.jsonl").read_text() == "mine"
+        (tmp_path / "out.jsonl").unlink()
+
+
+@pytest.mark.usefixtures("file_system")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_result_replaces_nothing_and_an_empty_file(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "empty.json").touch()
+    for name in ("empty.json", "absent.json"):
+        write_output(tmp_path / name, "the result", overwrite=overwrite)
+        assert (tmp_path / name).read_text() == "the result"
+    write_output(tmp_path / "empty.json", "again", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["absent.json", "empty.json"]
 
 
 def test_two_outputs_cannot_be_one_file(tmp_path: Path) -> None:
@@ -197,6 +239,15 @@ def test_a_folder_that_somebody_has_worked_in_is_never_replaced(
         write_model(out, "new", overwrite=True)
 
     assert (out / name).read_text() == text
+
+
+def test_a_link_to_a_folder_that_somebody_has_added_is_seen(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    write_model(out, "old")
+    (out / "data").symlink_to(tmp_path)
+
+    with pytest.raises(OutputExistsError, match="added"):
+        write_model(out, "new", overwrite=True)
 
 
 def test_a_folder_is_not_written_into_what_is_read_or_over_a_file(tmp_path: Path) -> None:

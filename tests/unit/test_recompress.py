@@ -153,7 +153,11 @@ def test_an_unfinished_folder_is_finished_to_the_same_bytes(
     for name in ("manifest.json", *lost):
         (begun / name).unlink()
     (begun / ".train-00002-00000.zst.0123456789ab.partial").write_bytes(b"half")
+    stranger = begun / ".scores.jsonl.0123456789ab.partial"
+    stranger.write_bytes(b"mine")
     recompress(finished, begun, WITH_DICTIONARY, DICTIONARY_BYTES)
+    assert stranger.read_bytes() == b"mine"
+    stranger.unlink()
     assert hashes(begun) == hashes(recompressed)
 
 

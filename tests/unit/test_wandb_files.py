@@ -58,7 +58,7 @@ def write_log(run: Path, log: bytes, folder: str = "offline-run-20260102_030405-
 
 
 def only_segment(run: Path) -> Segment:
-    (segment,) = read_segments(run)
+    (segment,) = read_segments(run, "abc")
     return segment
 
 
@@ -126,7 +126,7 @@ def test_a_log_of_another_kind_is_refused_with_its_name(tmp_path: Path) -> None:
     path = write_log(tmp_path, b":W&B\xe1\xbe\x07" + bytes(50))
 
     with pytest.raises(ValueError, match=r"not a log of a version of wandb") as refused:
-        read_segments(tmp_path)
+        read_segments(tmp_path, "abc")
     assert str(path) in str(refused.value)
 
 
@@ -135,7 +135,21 @@ def test_segments_are_in_the_order_of_their_starts_online_or_not(tmp_path: Path)
     for number, folder in enumerate(folders):
         write_log(tmp_path, log_of([row(number, 3)]), folder)
 
-    assert [segment.steps for segment in read_segments(tmp_path)] == [(1,), (0,)]
+    assert [segment.steps for segment in read_segments(tmp_path, "abc")] == [(1,), (0,)]
+
+
+def test_logs_of_other_runs_and_behind_links_are_left_alone(tmp_path: Path) -> None:
+    log = log_of([row(step, 3) for step in range(5)])
+    other = write_log(tmp_path, log).rename(tmp_path / "wandb" / "other.wandb")
+    folder = "offline-run-20260102_030405-xyz"
+    (tmp_path / "wandb" / folder).mkdir()
+    other = other.rename(tmp_path / "wandb" / folder / "run-xyz.wandb")
+    linked = tmp_path / "wandb" / "offline-run-20260102_030405-abc" / "run-abc.wandb"
+    linked.symlink_to(other)
+
+    assert read_segments(tmp_path, "abc") == []
+    assert read_segments(tmp_path, "*") == []
+    assert len(read_segments(tmp_path, "xyz")) == 1
 
 
 def test_a_segment_is_sent_if_it_was_online_or_synced(tmp_path: Path) -> None:
@@ -144,4 +158,4 @@ def test_a_segment_is_sent_if_it_was_online_or_synced(tmp_path: Path) -> None:
     offline.with_name("run-abc.wandb.synced").touch()
     assert only_segment(tmp_path).is_sent
     write_log(tmp_path, b"", "run-20250102_000000-abc")
-    assert read_segments(tmp_path)[0].is_sent
+    assert read_segments(tmp_path, "abc")[0].is_sent
