@@ -159,7 +159,10 @@ COUNT = _whole(1)
 COUNT_OR_ZERO = _whole(0)
 SIZE = _whole(1, (1 << 31) - 1)
 """Of a tensor in one dimension."""
-CONTEXT = _whole(2, (1 << 31) - 1)
+LAYERS = _whole(1, 4096)
+"""Of a model: each costs time before it is known whether the rest fits."""
+CONTEXT = _whole(2, 1 << 24)
+"""Tokens of a row, of which a frame has one or more."""
 FEW = _whole(1, 1000)
 """Samples, candidates: each takes memory while it is written."""
 MANY = _whole(1, 1 << 20)

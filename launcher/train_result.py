@@ -1,15 +1,16 @@
 """What a run that has ended well came to, and what to type next, from what it recorded."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.checked_json import read_json
 from data_pipeline.durations import duration
 from data_pipeline.next_command import command, free_path, show_next
 from data_pipeline.terminal import say
 from data_pipeline.text import Direction
 from launcher.run_folder import newest_checkpoint_step
+from megaback.checkpoint_names import meant_by
 from megaback.config import Config
 from megaback.use_commands import use_commands
 
@@ -24,7 +25,8 @@ def show_result(config: Config, took_s: float) -> None:
     say(f"{config.run}: {meta['step']:,} steps, {duration(took_s)} since this start")
     val_loss = meta.get("val_loss")
     if val_loss is not None:
-        shown = f"{val_loss:.4f} nats/token" if math.isfinite(val_loss) else "not finite"
+        is_number = math.isfinite(float(val_loss))
+        shown = f"{val_loss:.4f} nats/token" if is_number else "not finite"
         best = "the lowest, at" if path != config.run else "at"
         say(f"val loss {shown}, {best} step {meta['step']:,}")
     use = use_commands(
@@ -44,9 +46,9 @@ def _checkpoint(config: Config) -> tuple[Path, dict[str, Any] | None]:
     step = f"step-{newest_checkpoint_step(config.run):08d}"
     path = config.run
     if config.validation.patience is not None and best.is_file():
-        path, step = best, best.read_text(encoding="utf-8").strip()
+        path, step = best, meant_by(best).name
     try:
-        meta: dict[str, Any] = json.loads((checkpoints / step / "meta.json").read_text("utf-8"))
+        meta: dict[str, Any] = read_json(checkpoints / step / "meta.json")
     except (OSError, ValueError):
         return path, None
     return path, meta

@@ -4,22 +4,22 @@ Keys of `model` that a config leaves out are the base's; those that it gives mus
 Loads no torch.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from data_pipeline.checked_json import read_json
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError, RunMismatchError
+from megaback.checkpoint_names import CHECKPOINTS_FOLDER, META_NAME, meant_by
 from megaback.config import ModelSection
 from megaback.run_ownership import config_of_run
 from megaback.stock_config import from_stock, is_stock
-from megaback.yaml_text import read_yaml
+from megaback.yaml_text import read_yaml_file
 
-# The names of model_folder and checkpoint, which load torch.
-_CONFIG_NAME, _META_NAME, _STOCK_SECTION = "config.json", "meta.json", "megaback"
-_CHECKPOINTS_FOLDER, _MARKS = "checkpoints", ("best", "latest")
+# The names of model_folder, which loads torch.
+_CONFIG_NAME, _STOCK_SECTION = "config.json", "megaback"
 
 ARCHITECTURE = {
     name
@@ -73,29 +73,28 @@ def base_shape(base: Path) -> ModelSection | None:
         fields = _read(path)
         ours = fields.get(_STOCK_SECTION) if is_stock(fields) else fields
         return from_stock(fields, str(path)) if ours is None else _shape(path, ours)
-    if base.is_file() and base.name in _MARKS:
-        base = base.parent / base.read_text(encoding="utf-8").strip()
-    if not (base / _META_NAME).is_file():
-        folder = base if base.name == _CHECKPOINTS_FOLDER else base / _CHECKPOINTS_FOLDER
-        complete = sorted(folder.glob(f"step-*/{_META_NAME}"))
+    base = meant_by(base)
+    if not (base / META_NAME).is_file():
+        folder = base if base.name == CHECKPOINTS_FOLDER else base / CHECKPOINTS_FOLDER
+        complete = sorted(folder.glob(f"step-*/{META_NAME}"))
         if not complete:
             return None
         base = complete[-1].parent
-    return _shape(base / _META_NAME, _read(base / _META_NAME).get("config"))
+    return _shape(base / META_NAME, _read(base / META_NAME).get("config"))
 
 
 def _shape_of_run(run: Any) -> ModelSection | None:
     """The model that a run has begun with, by its folder."""
     path = config_of_run(Path(str(run)))
     try:
-        return _shape(path, read_yaml(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError, CheckpointCorruptError):
+        return _shape(path, read_yaml_file(path))
+    except (OSError, yaml.YAMLError, CheckpointCorruptError):
         return None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         if not isinstance(fields, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:

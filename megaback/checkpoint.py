@@ -10,7 +10,6 @@ pickle in it. `latest` beside it is for people; nothing here reads it.
 import json
 import math
 import platform
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,33 +17,41 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from data_pipeline.checked_json import require_sha256, require_within
 from data_pipeline.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,
     RunMismatchError,
 )
+from data_pipeline.file_names import path_within, plain_name
+from data_pipeline.limits import MAX_VOCABULARY
 from data_pipeline.next_command import override
+from data_pipeline.number_ranges import INT64_MAX, MANY
+from data_pipeline.regular_files import read_file
 from data_pipeline.text import TextFormat
+from megaback.checkpoint_names import (
+    CHECKPOINTS_FOLDER,
+    FILE_NAME,
+    META_NAME,
+    OPTIMIZER_PREFIX,
+    STEP_FOLDER,
+    WEIGHTS_PREFIX,
+    meant_by,
+    step_name,
+)
+from megaback.config import Config
+from megaback.config_messages import sentence
 from megaback.distributed import World
 from megaback.engine_state import SavedState, StateDiffersError, restore
 from megaback.tensor_file import size_and_hash
 
-CHECKPOINTS_FOLDER = "checkpoints"
-META_NAME = "meta.json"
-LATEST_NAME = "latest"
-BEST_NAME = "best"
-"""Beside the checkpoints: the name of the one with the lowest val loss, which is never let go."""
-WEIGHTS_PREFIX = "weights-"
-OPTIMIZER_PREFIX = "optimizer-"
 FORMAT_NAME = "megaback-checkpoint"
 FORMAT_VERSION = 2
-STEP_FOLDER = re.compile(r"step-[0-9]{8}")
-CHECKPOINT_FILE = re.compile(
-    rf"({WEIGHTS_PREFIX}|{OPTIMIZER_PREFIX})[0-9]{{5,}}\.safetensors|tokenizer\.model|meta\.json"
-)
-"""The names of the files in a checkpoint: others in its folder are not removed with it."""
+MAX_META_BYTES = 1 << 23
+"""Of about 30,000 ranks."""
+_MAX_CONFIG_DEPTH = 16
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,7 @@ class CheckpointMeta:
         return TextFormat.from_dict(self.text_format)
 
 
-def step_name(step: int) -> str:
-    """The name of a checkpoint's folder."""
-    return f"step-{step:08d}"
+_META = TypeAdapter(CheckpointMeta)
 
 
 def library_versions() -> dict[str, str]:
@@ -174,8 +179,7 @@ def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
     A path that ends in `checkpoints/best` or `latest` means the one that is named there. Raises
     CheckpointMissingError or CheckpointCorruptError.
     """
-    if path.is_file() and path.name in (BEST_NAME, LATEST_NAME):
-        path = path.parent / path.read_text(encoding="utf-8").strip()
+    path = meant_by(path)
     if (path / META_NAME).is_file():
         candidates = [path]
     else:
@@ -200,28 +204,78 @@ def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
 
 def read_meta(target: Path) -> CheckpointMeta:
     """Raises CheckpointCorruptError when meta.json is not one of this version."""
+    path = target / META_NAME
     try:
-        fields = json.loads((target / META_NAME).read_text(encoding="utf-8"))
-        if (fields.pop("format"), fields.pop("version")) != (FORMAT_NAME, FORMAT_VERSION):
-            raise ValueError("another format or version")
-        meta = TypeAdapter(CheckpointMeta).validate_python(fields)
-        _ = meta.format
-        if target.name != step_name(meta.step) and STEP_FOLDER.fullmatch(target.name):
-            raise ValueError(f"it is of step {meta.step}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return parse_meta(read_file(path, MAX_META_BYTES), target.name)
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointCorruptError(
-            f"{target / META_NAME} is not a checkpoint's description ({reason})"
+            f"{path} is not a checkpoint's description ({reason})"
         ) from None
+
+
+def parse_meta(text: bytes, folder: str) -> CheckpointMeta:
+    """The description in the meta.json of a folder of that name. Raises ValueError."""
+    try:
+        fields = json.loads(text)
+        if (fields.pop("format"), fields.pop("version")) != (FORMAT_NAME, FORMAT_VERSION):
+            raise ValueError("another format or version")
+        meta = _META.validate_python(fields)
+        _ = meta.format
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _require_plausible(meta)
+    if folder != step_name(meta.step) and STEP_FOLDER.fullmatch(folder):
+        raise ValueError(f"it is of step {meta.step}")
     return meta
 
 
+def _require_plausible(meta: CheckpointMeta) -> None:
+    """Raises ValueError for what no run says of a checkpoint."""
+    require_within("step", meta.step, 0, INT64_MAX)
+    require_within("updates", meta.updates, 0, INT64_MAX)
+    require_within("world_size", meta.world_size, 1, int(MANY.most))
+    require_within("zero_stage", meta.zero_stage, 0, 3)
+    require_within("vocab_size", meta.vocab_size, 1, MAX_VOCABULARY)
+    for name, (num_bytes, sha256) in meta.files.items():
+        plain_name(name, FILE_NAME)
+        require_within(f"the size of {name}", num_bytes, 0, INT64_MAX)
+        require_sha256(f"the hash of {name}", sha256)
+    _require_shallow(meta.config, _MAX_CONFIG_DEPTH)
+
+
+def _require_shallow(value: object, depth: int) -> None:
+    if isinstance(value, dict | list):
+        if not depth:
+            raise ValueError("its config is nested too deeply")
+        for one in value.values() if isinstance(value, dict) else value:
+            _require_shallow(one, depth - 1)
+
+
+def config_of(target: Path, meta: CheckpointMeta) -> Config:
+    """The config that a checkpoint was trained with. Raises CheckpointCorruptError."""
+    try:
+        return Config.model_validate(meta.config)
+    except ValidationError as error:
+        reason = sentence(error, Config)
+        raise CheckpointCorruptError(
+            f"{target / META_NAME} holds a config that this version does not read ({reason})"
+        ) from None
+
+
 def verify_files(target: Path, meta: CheckpointMeta, part: int = 0, parts: int = 1) -> None:
-    """Compare sizes and hashes of every `parts`-th file. Raises CheckpointCorruptError."""
+    """Compare sizes and hashes of every `parts`-th file. Raises CheckpointCorruptError, OSError."""
     for name in sorted(meta.files)[part::parts]:
-        path = target / name
-        expected = meta.files[name]
-        found = size_and_hash(path) if path.is_file() else None
-        if found != expected:
-            what = "is missing" if found is None else "is not the file that was saved"
+        try:
+            path = path_within(target, name, FILE_NAME)
+        except ValueError as error:
+            raise CheckpointCorruptError(f"the checkpoint {target} is not read: {error}") from None
+        num_bytes, sha256 = meta.files[name]
+        is_there = path.is_file()
+        # The hash of a file of another size is not worth the time.
+        is_same = is_there and path.stat().st_size == num_bytes
+        if not is_same or size_and_hash(path) != (num_bytes, sha256):
+            what = "is not the file that was saved" if is_there else "is missing"
             raise CheckpointCorruptError(f"the checkpoint {target} is damaged: {name} {what}")

@@ -7,14 +7,11 @@ with the steps that a rollback excluded.
 """
 
 import hashlib
-import json
-import math
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Thread
 
 from data_pipeline.command import storage_error
@@ -26,19 +23,24 @@ from data_pipeline.errors import (
 )
 from data_pipeline.own_files import remove_own_files
 from data_pipeline.redaction import is_url, scrub, shown_url
+from data_pipeline.regular_files import read_file
 from data_pipeline.remote import open_file_system
 from megaback.checkpoint import (
+    MAX_META_BYTES,
+    CheckpointMeta,
+    parse_meta,
+    read_meta,
+    verify_files,
+)
+from megaback.checkpoint_names import (
     CHECKPOINT_FILE,
     CHECKPOINTS_FOLDER,
     META_NAME,
     STEP_FOLDER,
-    CheckpointMeta,
-    read_meta,
-    verify_files,
 )
 from megaback.config import CheckpointSection
 from megaback.distributed import World
-from megaback.guard import SKIPPED_STEPS_NAME, merge_skipped_steps
+from megaback.guard import MAX_SKIPPED_STEPS_BYTES, SKIPPED_STEPS_NAME, merge_skipped_steps
 from megaback.tensor_file import SizeAndHash
 
 _READ_BYTES = 1 << 23
@@ -101,17 +103,43 @@ class SecondPlace:
     def meta(self, folder: str) -> CheckpointMeta:
         """What a complete copy says about itself. Raises CheckpointCorruptError, OSError."""
         self._files.invalidate_cache()
-        with TemporaryDirectory() as here:
-            target = Path(here) / folder
-            target.mkdir()
-            (target / META_NAME).write_bytes(self._files.cat_file(self.path(folder, META_NAME)))
-            return read_meta(target)
+        return self._parsed(self._read(MAX_META_BYTES, folder, META_NAME), folder)
 
-    def get(self, folder: str, target: Path) -> None:
-        """Fetch a checkpoint's files into a local folder that is there."""
+    def get(self, folder: str, target: Path) -> CheckpointMeta:
+        """Fetch a checkpoint into a local folder that is there: the files that it names, no others.
+
+        Raises CheckpointCorruptError, OSError.
+        """
         self._files.invalidate_cache()
-        for path in self._files.ls(self.path(folder), detail=False):
-            self._files.get_file(path, str(target / Path(path).name))
+        text = self._read(MAX_META_BYTES, folder, META_NAME)
+        meta = self._parsed(text, folder)
+        for name, (num_bytes, _) in meta.files.items():
+            path = self.path(folder, name)
+            found = self._files.size(path) if self._files.exists(path) else "no"
+            if found not in (num_bytes, None):
+                raise CheckpointCorruptError(
+                    f"{name} of {folder} in {self.name} has {found} bytes, not {num_bytes:,}"
+                )
+            self._files.get_file(path, str(target / name))
+        (target / META_NAME).write_bytes(text)
+        return meta
+
+    def _parsed(self, text: bytes, folder: str) -> CheckpointMeta:
+        try:
+            return parse_meta(text, folder)
+        except ValueError as error:
+            raise CheckpointCorruptError(
+                f"{META_NAME} of {folder} in {self.name} is no checkpoint's description ({error})"
+            ) from None
+
+    def _read(self, max_bytes: int, *names: str) -> bytes:
+        """A small file. Raises OSError, CheckpointCorruptError."""
+        data = bytes(self._files.cat_file(self.path(*names), start=0, end=max_bytes + 1))
+        if len(data) > max_bytes:
+            raise CheckpointCorruptError(
+                f"{names[-1]} in {self.name} has more than {max_bytes:,} bytes"
+            )
+        return data
 
     def roll_back(self, step: int, skipped_steps: bytes, aside: str) -> None:
         """Set the copies after `step` aside in a folder; keep what is to be skipped on resume.
@@ -139,8 +167,9 @@ class SecondPlace:
 
     def skipped_steps(self) -> bytes | None:
         """The ranges of steps that a rollback excluded, as in the run's file. Raises OSError."""
-        path = self.path(SKIPPED_STEPS_NAME)
-        return bytes(self._files.cat_file(path)) if self._files.exists(path) else None
+        if not self._files.exists(self.path(SKIPPED_STEPS_NAME)):
+            return None
+        return self._read(MAX_SKIPPED_STEPS_BYTES, SKIPPED_STEPS_NAME)
 
     def rotate(self, section: CheckpointSection) -> None:
         """Let old copies go, and what was left unfinished."""
@@ -175,10 +204,9 @@ class SecondPlace:
 
     def _is_finite(self, name: str) -> bool:
         try:
-            loss = json.loads(self._files.cat_file(self.path(name, META_NAME)))["val_loss"]
-        except (ValueError, KeyError, TypeError):
+            return self.meta(name).is_finite
+        except CheckpointCorruptError:
             return False
-        return loss is None or math.isfinite(float(loss))
 
     def _names(self) -> list[str]:
         self._files.invalidate_cache()
@@ -250,7 +278,7 @@ class _Copying(Thread):
 
     def run(self) -> None:
         try:
-            self.meta = (self.target / META_NAME).read_bytes()
+            self.meta = read_file(self.target / META_NAME, MAX_META_BYTES)
             meta = read_meta(self.target)
             for name, expected in meta.files.items():
                 if _writer_of(name) % meta.world_size == self._rank:
@@ -279,11 +307,7 @@ def fetch_newest(run: Path, place: SecondPlace) -> Path | None:
         shutil.rmtree(partial, ignore_errors=True)  # what a killed start has left
         try:
             partial.mkdir(parents=True)
-            place.get(name, partial)
-            meta: CheckpointMeta = read_meta(partial)
-            if name != f"step-{meta.step:08d}":
-                raise CheckpointCorruptError(f"{place.path(name)} holds step {meta.step}")
-            verify_files(partial, meta)
+            verify_files(partial, place.get(name, partial))
             if (skipped := place.skipped_steps()) is not None:
                 merge_skipped_steps(run, skipped, place.name)
             remove_own_files(target, CHECKPOINT_FILE)

@@ -7,6 +7,7 @@ one completes the checkpoint with `meta.json` and lets old ones go.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Thread
@@ -19,21 +20,24 @@ from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.own_files import remove_own_files
 from megaback.checkpoint import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    CheckpointMeta,
+    complete_checkpoints,
+    read_meta,
+    verify_files,
+)
+from megaback.checkpoint_names import (
     BEST_NAME,
     CHECKPOINT_FILE,
     CHECKPOINTS_FOLDER,
-    FORMAT_NAME,
-    FORMAT_VERSION,
     LATEST_NAME,
     META_NAME,
     OPTIMIZER_PREFIX,
     STEP_FOLDER,
     WEIGHTS_PREFIX,
-    CheckpointMeta,
-    complete_checkpoints,
-    read_meta,
+    meant_by,
     step_name,
-    verify_files,
 )
 from megaback.config import CheckpointSection
 from megaback.distributed import World
@@ -192,8 +196,8 @@ def rotate(folder: Path, section: CheckpointSection) -> None:
     """
     complete = complete_checkpoints(folder.parent)
     kept = set(complete[-section.keep_last :])
-    if (folder / BEST_NAME).is_file():
-        kept.add(folder / (folder / BEST_NAME).read_text(encoding="utf-8").strip())
+    with suppress(CheckpointCorruptError):  # then it names none
+        kept.add(meant_by(folder / BEST_NAME))
     for target in complete[: -section.keep_last]:
         step = int(target.name.partition("-")[2])
         if section.keep_every_steps is not None and step % section.keep_every_steps == 0:

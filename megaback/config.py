@@ -24,7 +24,7 @@ from data_pipeline.errors import BatchError, ConfigError
 from data_pipeline.redaction import shown_url
 from data_pipeline.text import Direction
 from megaback.config_messages import sentence
-from megaback.yaml_text import apply_override, read_yaml
+from megaback.yaml_text import apply_override, read_yaml_argument
 
 _WHOLE = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?")
 
@@ -127,7 +127,7 @@ class DataSection(Section):
 class ModelSection(Section):
     """A stock decoder: Llama's without qk_norm, Qwen3's with it."""
 
-    num_layers: Annotated[int, ranges.SIZE]
+    num_layers: Annotated[int, ranges.LAYERS]
     width: Annotated[int, ranges.SIZE]
     num_heads: Annotated[int, ranges.SIZE]
     num_kv_heads: Annotated[int, ranges.SIZE] | None = None
@@ -378,10 +378,10 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     from megaback.base_shape import with_base_shape  # it is built on this module
 
     try:
-        fields = read_yaml(path.read_text(encoding="utf-8"))
+        fields = read_yaml_argument(path)
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(fields, dict):

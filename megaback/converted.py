@@ -23,12 +23,11 @@ import torch
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
 from data_pipeline.locks import locked
 from data_pipeline.own_files import holds_only, remove_own_files
-from megaback.checkpoint import (
-    BEST_NAME,
+from megaback.checkpoint import complete_checkpoints
+from megaback.checkpoint_names import (
     CHECKPOINTS_FOLDER,
-    LATEST_NAME,
     META_NAME,
-    complete_checkpoints,
+    meant_by,
 )
 from megaback.model_folder import CONFIG_NAME, write_model_folder
 from megaback.weight_source import open_checkpoint
@@ -85,8 +84,7 @@ def shown_name(folder: Path) -> str:
 
 def _checkpoint_of(path: Path) -> Path:
     """The checkpoint that a path means, not verified. Raises CheckpointMissingError."""
-    if path.is_file() and path.name in (BEST_NAME, LATEST_NAME):
-        path = path.parent / path.read_text(encoding="utf-8").strip()
+    path = meant_by(path)
     if (path / META_NAME).is_file():
         return path
     found = complete_checkpoints(path.parent if path.name == CHECKPOINTS_FOLDER else path)

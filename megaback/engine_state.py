@@ -8,6 +8,7 @@ A run's key is `KIND:PARAMETER:START`: elements from START on of the parameter's
 KIND is `weight`, or the optimizer's `exp_avg`, `exp_avg_sq` (AdamW) or `momentum` (Muon).
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.checked_json import briefly
+from data_pipeline.errors import CheckpointCorruptError
 from megaback.matrix_shards import Slice, slices_of_each, slices_of_flat
 from megaback.tensor_file import TensorFile
 
 WEIGHT = "weight"
+_RUN_KEY = re.compile(r"([a-z_]+):([^:]+):(\d{1,18})")
 _ADAMW_KINDS = ("exp_avg", "exp_avg_sq")
 _MUON_KINDS = ("momentum",)
 
@@ -118,15 +122,26 @@ class SavedState:
     """The runs in the files of a checkpoint, whoever wrote them."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        """Read the files' headers."""
+        """Read the files' headers. Raises OSError, CheckpointCorruptError."""
         self._runs: dict[tuple[str, str], list[tuple[int, int, TensorFile, str]]] = {}
         for path in files:
             file = TensorFile(path)
-            for key, length in file.lengths().items():
-                kind, name, start = key.split(":")
-                self._runs.setdefault((kind, name), []).append((int(start), length, file, key))
+            for key, entry in file.entries.items():
+                found = _RUN_KEY.fullmatch(key)
+                if found is None or len(entry.shape) != 1:
+                    raise CheckpointCorruptError(
+                        f"{path} holds {briefly(key)} of shape {list(entry.shape)}, which is no "
+                        "run of a parameter's elements; use another checkpoint"
+                    )
+                kind, name, start = found.groups()
+                run = (int(start), entry.shape[0], file, key)
+                self._runs.setdefault((kind, name), []).append(run)
         for runs in self._runs.values():
-            runs.sort(key=lambda run: run[0])
+            runs.sort(key=lambda run: run[:2])
+
+    def num_parameters(self) -> int:
+        """How many parameters' weights there are."""
+        return sum(kind == WEIGHT for kind, _ in self._runs)
 
     def differences(self, expected: Mapping[tuple[str, str], int]) -> list[str]:
         """What is not exactly as expected: the number of elements, by kind and parameter."""
@@ -145,12 +160,12 @@ class SavedState:
         ]
 
     def _num_elements(self, key: tuple[str, str]) -> int:
-        """How many elements there are, each counted once; further than a gap goes no count."""
+        """How many elements there are; no count goes beyond a gap or what is there twice."""
         end = 0
         for start, length, *_ in self._runs[key]:
-            if start > end:
+            if start != end:
                 break
-            end = max(end, start + length)
+            end += length
         return end
 
     def read(self, kind: str, name: str, start: int, out: Tensor) -> None:

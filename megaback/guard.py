@@ -12,12 +12,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from data_pipeline.command import replacing
 from data_pipeline.errors import NonFiniteError, RunMismatchError
+from data_pipeline.regular_files import UNFIT, read_file
 from megaback.config import GuardSection
 
+MAX_SKIPPED_STEPS_BYTES = 1 << 20
 SKIPPED_STEPS_NAME = "skipped_steps.json"
 """In a run's folder: first and last of each range of steps that `megaback rollback` left out."""
+_RANGES = TypeAdapter(list[tuple[int, int]])
 
 
 _JUDGED_FIELDS = ("loss", "gradient_norm", "skipped")
@@ -90,7 +95,14 @@ class StepGuard:
 def read_left_out(run: Path) -> list[tuple[int, int]]:
     """The ranges of steps that a rollback left out, first and last. Raises RunMismatchError."""
     path = run / SKIPPED_STEPS_NAME
-    return _parse(path.read_bytes(), str(path)) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        return _parse(read_file(path, MAX_SKIPPED_STEPS_BYTES), str(path))
+    except OSError as error:
+        if error.errno not in UNFIT:
+            raise
+        raise RunMismatchError(f"{path} cannot be read: {error.strerror}; remove it") from None
 
 
 def with_range(run: Path, first: int, last: int) -> bytes:
@@ -112,8 +124,9 @@ def merge_skipped_steps(run: Path, contents: bytes, place: str) -> None:
 
 def _parse(contents: bytes, name: str) -> list[tuple[int, int]]:
     try:
-        return [(int(first), int(last)) for first, last in json.loads(contents)]
-    except (ValueError, TypeError, OverflowError) as error:
+        ranges: list[tuple[int, int]] = _RANGES.validate_json(contents)
+        return ranges
+    except ValueError as error:
         raise RunMismatchError(
             f"{name} is no list of pairs of steps ({error}); fix it, or remove it to train on all "
             "steps"

@@ -1,15 +1,14 @@
 """Where a run's weights come from: its base, the checkpoint that it goes on from, its starts."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from megaback.checkpoint import (
-    BEST_NAME,
+from data_pipeline.checked_json import read_json
+from megaback.checkpoint import complete_checkpoints
+from megaback.checkpoint_names import (
     CHECKPOINTS_FOLDER,
-    LATEST_NAME,
     META_NAME,
-    complete_checkpoints,
+    meant_by,
     step_name,
 )
 from megaback.config import Config
@@ -38,8 +37,7 @@ def _meant_by(base: Path) -> Path:
     """The file that describes what `init_from` names: of a model, a checkpoint, or a run."""
     if (base / CONFIG_NAME).is_file():
         return base / CONFIG_NAME
-    if base.name in (BEST_NAME, LATEST_NAME) and base.is_file():
-        base = base.parent / base.read_text(encoding="utf-8").strip()
+    base = meant_by(base)
     if not (base / META_NAME).is_file():
         run = base.parent if base.name == CHECKPOINTS_FOLDER else base
         base = max(complete_checkpoints(run), default=base)
@@ -50,8 +48,7 @@ def _identity(description: Path) -> dict[str, Any]:
     """Which artefact a file describes; None for what it does not say."""
     identity: dict[str, Any] = {"path": str(description.parent), "step": None, "sha256": None}
     try:
-        fields = json.loads(description.read_text(encoding="utf-8"))
-        identity["step"] = fields.get("step")
+        identity["step"] = read_json(description).get("step")
         identity["sha256"] = size_and_hash(description)[1]
     except (OSError, ValueError, AttributeError):
         pass

@@ -8,32 +8,39 @@ training it or merging weights into it, is read too, and said to be changed.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_pipeline.checked_json import briefly, checked, read_json
 from data_pipeline.command import replacing, write_text
 from data_pipeline.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,
+    NotEnoughMemoryError,
     RunMismatchError,
     TokenizerError,
 )
+from data_pipeline.limits import MAX_TOKENIZER_BYTES
 from data_pipeline.manifest import TOKENIZER_NAME
-from data_pipeline.number_ranges import finite_json
+from data_pipeline.number_ranges import CONTEXT, COUNT_OR_ZERO, VOCABULARY, Range
+from data_pipeline.regular_files import read_file
 from data_pipeline.text import Direction, TextCodec, TextFormat, Unit
 from megaback.attention import attention_backend
 from megaback.config import ModelSection
+from megaback.host_memory import host_memory_bytes
 from megaback.model import ReverseGPT
 from megaback.sampler import Sampler
 from megaback.stock_config import from_stock, is_stock
 from megaback.tensor_file import Spec
 from megaback.weight_files import StoredWeights, read_sums, write_weights
-from megaback.weight_names import require_exact
+from megaback.weight_names import require_exact, shapes_of
 
 CONFIG_NAME = "config.json"
 HF_TOKENIZER_NAME = "megaback.spm"
@@ -44,6 +51,7 @@ _FORMAT_NAME = "megaback-model"
 _FORMAT_VERSION = 3
 _HASHES_IN_CONFIG_VERSION = 2
 """Of folders whose config.json held the hashes of their weights."""
+_MAX_CONFIG_BYTES = 1 << 22
 _ADAPTER_NAME = "adapter_config.json"
 
 
@@ -72,7 +80,7 @@ class ModelDescription:
             "vocab_size": self.vocab_size,
             "context_tokens": self.context_tokens,
             "step": self.step,
-            "val_loss": self.val_loss,
+            "val_loss": self.val_loss if math.isfinite(self.val_loss or 0.0) else None,
             "on_examples": self.on_examples,
         }
 
@@ -103,6 +111,17 @@ def tokenizer_of(folder: Path) -> Path:
     )
 
 
+def read_tokenizer(path: Path) -> bytes:
+    """The file of a tokenizer. Raises TokenizerError."""
+    try:
+        return read_file(path, MAX_TOKENIZER_BYTES)
+    except OSError as error:
+        raise TokenizerError(
+            f"cannot read the tokenizer {path}: {error.strerror}; copy it from the folder that the "
+            "model was made from"
+        ) from None
+
+
 def _config_fields(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file() and (folder / _ADAPTER_NAME).is_file():
@@ -116,12 +135,20 @@ def _config_fields(folder: Path) -> dict[str, Any]:
             "`megaback convert` wrote"
         )
     try:
-        fields = finite_json(path.read_text(encoding="utf-8"))
+        fields = read_json(path, _MAX_CONFIG_BYTES)
         if not isinstance(fields, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise _no_description(path, error) from None
     return fields
+
+
+def _number(name: str, fields: Mapping[str, Any], allowed: Range) -> int:
+    """A whole number of a config.json. Raises KeyError, ValueError."""
+    number: int = checked(name, fields[name], int)
+    if (problem := allowed.problem(number)) is not None:
+        raise ValueError(f"{name} {briefly(number)} is {problem}")
+    return number
 
 
 def _no_description(path: Path, error: Exception) -> CheckpointCorruptError:
@@ -160,11 +187,11 @@ def read_description(folder: Path) -> ModelDescription:
             raise ValueError("another format or version")
         description = ModelDescription(
             ModelSection.model_validate(fields["model"]),
-            fields["vocab_size"],
-            fields["context_tokens"],
+            _number("vocab_size", fields, VOCABULARY),
+            _number("context_tokens", fields, CONTEXT),
             TextFormat.from_dict(fields),
-            fields["step"],
-            fields["val_loss"],
+            _number("step", fields, COUNT_OR_ZERO),
+            checked("val_loss", fields["val_loss"], float | None),
             on_examples=bool(fields.get("on_examples", False)),  # earlier ones do not say
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -199,7 +226,7 @@ def _describe_foreign(folder: Path) -> ModelDescription:
             "that the model was made from"
         )
     try:
-        tokenizer = (folder / TOKENIZER_NAME).read_bytes()
+        tokenizer = read_file(folder / TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
     except OSError as error:
         raise TokenizerError(
             f"cannot read the tokenizer {folder / TOKENIZER_NAME}: {error.strerror}; "
@@ -208,8 +235,8 @@ def _describe_foreign(folder: Path) -> ModelDescription:
     try:
         return ModelDescription(
             shape,
-            int(fields["vocab_size"]),
-            int(fields["max_position_embeddings"]),
+            _number("vocab_size", fields, VOCABULARY),
+            _number("max_position_embeddings", fields, CONTEXT),
             TextFormat(Direction.FORWARD, Unit.TOKEN, hashlib.sha256(tokenizer).hexdigest()),
             step=0,
             val_loss=None,
@@ -219,13 +246,17 @@ def _describe_foreign(folder: Path) -> ModelDescription:
         raise _no_description(folder / CONFIG_NAME, error) from None
 
 
-def open_weights(folder: Path, *, verify: bool = True) -> StoredWeights:
+def open_weights(
+    folder: Path, description: ModelDescription, *, verify: bool = True
+) -> StoredWeights:
     """The weights of a folder, with the names of files that others have written.
 
-    Without `verify` only headers are read. Raises CheckpointCorruptError when the weights are
-    missing, cut short or altered.
+    That they are those of its description is seen by their headers. Without `verify` nothing else
+    is read. Raises CheckpointCorruptError when the weights are missing, cut short, altered or
+    another model's.
     """
     stored = StoredWeights(folder)
+    require_exact(folder, stored, description.shape, description.vocab_size)
     fields = _our_fields(folder)
     if fields is None:
         stored.changed = []  # nobody says that they were ours
@@ -255,26 +286,8 @@ def _files_in_config(
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Raises CheckpointCorruptError when the weights are missing, cut short or altered."""
-    stored = open_weights(folder)
+    stored = open_weights(folder, read_description(folder))
     return {name: stored.read(name) for name, _ in stored.shapes()}
-
-
-def shapes_of(description: ModelDescription) -> dict[str, tuple[int, ...]]:
-    """The tensors of a model by name, without the output projection where it is the embeddings."""
-    with torch.device("meta"):
-        model = ReverseGPT(description.shape, description.vocab_size)
-    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-
-
-def load_weights(model: ReverseGPT, folder: Path) -> None:
-    """Fill a model from a folder. Raises CheckpointCorruptError when it holds others' weights."""
-    stored = open_weights(folder)
-    stored.report_changed()
-    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    require_exact(folder, stored, wanted, model.shape)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(stored.read(name))
 
 
 def load_model_folder(
@@ -291,14 +304,38 @@ def load_model_folder(
             f"{folder} has a vocabulary of {description.vocab_size} and a tokenizer of "
             f"{codec.vocab_size} pieces; use the tokenizer that the model was trained with"
         )
+    stored = open_weights(folder, description)
+    stored.report_changed()
+    if device.type == "cpu":
+        _require_memory(folder, description, dtype)
     _, backend = attention_backend("auto", device, dtype, description.shape.head_dim)
     with torch.device("meta"):
         model = ReverseGPT(description.shape, description.vocab_size, backend)
     model.to(dtype).to_empty(device=device)
     if description.shape.tie_embeddings:  # which the line above makes two
         model.lm_head.weight = model.model.embed_tokens.weight
-    load_weights(model, folder)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(stored.read(name))
     return model.eval(), description, codec
+
+
+def _require_memory(folder: Path, description: ModelDescription, dtype: torch.dtype) -> None:
+    """Raise NotEnoughMemoryError for a model that this machine cannot hold and run once."""
+    shape = description.shape
+    numbers = sum(map(prod, shapes_of(shape, description.vocab_size).values()))
+    # Of each position two turns, and keys and values of all layers.
+    position_bytes = 4 * (
+        2 * shape.head_dim + 2 * shape.num_layers * shape.kv_heads * shape.head_dim
+    )
+    needed = numbers * dtype.itemsize + description.context_tokens * position_bytes
+    there = host_memory_bytes()
+    if needed > there:
+        raise NotEnoughMemoryError(
+            f"the model {folder} needs {needed / 1e9:,.1f} GB for {numbers:,} weights and a "
+            f"context of {description.context_tokens:,} tokens, and this machine has "
+            f"{there / 1e9:,.1f} GB; use one with more memory, or a smaller model"
+        )
 
 
 def load_sampler(

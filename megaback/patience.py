@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_pipeline.command import write_text
-from megaback.checkpoint import BEST_NAME, CHECKPOINTS_FOLDER, META_NAME, step_name
+from megaback.checkpoint_names import BEST_NAME, CHECKPOINTS_FOLDER, META_NAME, step_name
 from megaback.metrics import METRICS_NAME, read_metrics
 
 

@@ -25,17 +25,16 @@ from data_pipeline.files import local_path
 from data_pipeline.output_paths import require_apart
 from data_pipeline.regular_files import open_in_place
 from megaback.attention import attention_backend
-from megaback.base_model import load_base
+from megaback.base_model import open_base
 from megaback.checkpoint import (
-    CHECKPOINTS_FOLDER,
     CheckpointMeta,
     complete_checkpoints,
     library_versions,
     load_into_engine,
     newest_checkpoint,
-    step_name,
 )
 from megaback.checkpoint_copy import SecondPlace, fetch_newest, newest_meta
+from megaback.checkpoint_names import CHECKPOINTS_FOLDER, step_name
 from megaback.compiler import require_compiler
 from megaback.config import Config, ModelSection
 from megaback.distributed import World
@@ -173,6 +172,16 @@ def prepare_run(
     # Before the model is made, which is whole on every rank.
     rooms = world.gather(rank_room(world.device), RankRoom)
     world.together(require_memory, config, data.codec.vocab_size, rooms)
+    base = None
+    if meta is None and config.init_from is not None:
+        base = world.together(
+            open_base,
+            config.init_from,
+            config.model,
+            data.codec.vocab_size,
+            data.text_format,
+            f"the run on {config.data.description}",
+        )
 
     model = ReverseGPT(
         config.model,
@@ -181,9 +190,8 @@ def prepare_run(
         config.training.activation_checkpointing,
         config.optimizer.z_loss,
     )
-    if meta is None and config.init_from is not None:
-        run = f"the run on {config.data.description}"
-        world.together(load_base, model, config.init_from, data.text_format, run)
+    if base is not None:
+        world.together(base.fill, model)
     else:
         model.initialize(config.training.seed)
     world.together(

@@ -4,7 +4,6 @@ What made a folder a run's is what it holds: a history of starts, or a snapshot 
 submitted. Loads no torch: the launcher asks before any rank starts, and the ranks ask again.
 """
 
-import json
 import os
 import re
 import stat
@@ -13,10 +12,12 @@ from pathlib import Path
 
 import yaml
 
+from data_pipeline.checked_json import read_json
 from data_pipeline.errors import OutputExistsError
 from data_pipeline.output_paths import require_apart
 from megaback.config import CONFIG_COPY_NAME, Config
 from megaback.exit_record import read_history
+from megaback.yaml_text import read_yaml_file
 
 RESOLVED_COPY_NAME = "config.resolved.yaml"
 """The run's config, resolved, where its `config.yaml` is the user's own."""
@@ -112,7 +113,7 @@ def _is_left_by_us(path: Path) -> bool:
 
 def _is_snapshot(path: Path) -> bool:
     try:
-        return "jobs" in json.loads(path.read_text(encoding="utf-8"))
+        return "jobs" in read_json(path)
     except (OSError, ValueError, TypeError):
         return False
 
@@ -120,8 +121,8 @@ def _is_snapshot(path: Path) -> bool:
 def _is_as_written(path: Path) -> bool:
     """Whether a config is as we wrote it: of one that a person has edited, more would be lost."""
     try:
-        text = path.read_text(encoding="utf-8")
-        return yaml.safe_dump(yaml.safe_load(text), sort_keys=False) == text
+        written = yaml.safe_dump(read_yaml_file(path), sort_keys=False)
+        return written == path.read_text(encoding="utf-8")
     except (OSError, ValueError, yaml.YAMLError):
         return False
 

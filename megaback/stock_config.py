@@ -6,8 +6,7 @@ express is refused by name, never dropped.
 
 from typing import Any
 
-from pydantic import ValidationError
-
+from data_pipeline.checked_json import briefly, checked
 from data_pipeline.errors import RunMismatchError
 from megaback.config import ModelSection
 
@@ -68,11 +67,11 @@ def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
     Raises RunMismatchError for what a shape cannot express.
     """
     model_type = fields.get("model_type")
-    if model_type not in _ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise RunMismatchError(
-            f"{where} is of a {model_type!r} model; only {' and '.join(_ARCHITECTURES)} fit"
+            f"{where} is of a {briefly(model_type)} model; only {' and '.join(_ARCHITECTURES)} fit"
         )
-    if "AutoModelForCausalLM" in (fields.get("auto_map") or {}):
+    if "AutoModelForCausalLM" in str(fields.get("auto_map", "")):
         raise RunMismatchError(
             f"{where} names code of its own for the model (auto_map), which may compute something "
             f"else than a {model_type}; only the library's own fits"
@@ -80,11 +79,12 @@ def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
     for name, meant in _FIXED.items():
         value = fields.get(name, meant)
         if value != meant:
-            raise RunMismatchError(f"{where} has {name} = {value!r}; only {meant!r} fits")
+            raise RunMismatchError(f"{where} has {name} = {briefly(value)}; only {meant!r} fits")
     try:
-        width, num_heads = fields["hidden_size"], fields["num_attention_heads"]
+        width = checked("hidden_size", fields["hidden_size"], int)
+        num_heads = checked("num_attention_heads", fields["num_attention_heads"], int)
         default_head_dim = _QWEN3_HEAD_DIM if model_type == "qwen3" else width // num_heads
-        head_dim = fields.get("head_dim") or default_head_dim
+        head_dim = checked("head_dim", fields.get("head_dim"), int | None) or default_head_dim
         if head_dim * num_heads != width:
             raise RunMismatchError(
                 f"{where} has head_dim = {head_dim}; only hidden_size / num_attention_heads = "
@@ -101,15 +101,17 @@ def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
             rope_theta=_rope_theta(fields, where),
             norm_epsilon=fields.get("rms_norm_eps", _DEFAULT_EPSILON),
         )
-    except (KeyError, TypeError, ZeroDivisionError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise RunMismatchError(f"{where} describes no model that fits: {reason}") from None
 
 
 def _rope_theta(fields: dict[str, Any], where: str) -> float:
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"its rotary positions are {briefly(rope)}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise RunMismatchError(f"{where} has rope_type = {kind!r}; only 'default' fits")
+        raise RunMismatchError(f"{where} has rope_type = {briefly(kind)}; only 'default' fits")
     theta: float = rope.get("rope_theta", fields.get("rope_theta", _DEFAULT_THETA))
     return theta

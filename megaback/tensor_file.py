@@ -3,7 +3,8 @@
 Format: https://huggingface.co/docs/safetensors (a length, a JSON header, raw little-endian data).
 The library writes a dictionary of whole tensors; here each tensor may be made when its turn comes,
 the bytes are hashed as they go out, and other threads run meanwhile. The library also maps files
-into memory, where what was read stays counted as ours; here parts are read to where they belong.
+into memory, where what was read stays counted as ours, and where a file that is cut short meanwhile
+kills the process; here parts are read to where they belong.
 """
 
 import errno
@@ -16,8 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import CheckpointCorruptError
+from megaback.tensor_header import open_tensors
+
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_READ_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
 _WRITE_BYTES = 1 << 24
 
 Spec = tuple[torch.dtype, Sequence[int]]
@@ -78,37 +87,48 @@ def _write(descriptor: int, data: "memoryview[int]") -> int:
 
 
 class TensorFile:
-    """Parts of one-dimensional tensors of a file that was verified, read into other tensors."""
+    """The tensors of a file, of which all or parts are read into memory of ours."""
 
     def __init__(self, path: Path) -> None:
-        """Read the header. Raises OSError."""
-        self._file = path.open("rb", buffering=0)
-        length = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(length))
-        header.pop("__metadata__", None)
-        self._entries = header
-        self._data_start = 8 + length
-
-    def lengths(self) -> dict[str, int]:
-        """Elements of each tensor."""
-        return {name: entry["shape"][0] for name, entry in self._entries.items()}
+        """Read the header. Raises OSError, CheckpointCorruptError."""
+        self.path = path
+        self._file, header = open_tensors(path)
+        self.entries = header.entries
+        """What the tensors are, by name."""
+        self.metadata = header.metadata
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` with elements from `start` on. Raises OSError."""
-        entry = self._entries[name]
-        dtype = _DTYPES[entry["dtype"]]
+        """Fill `out`, of one dimension, with elements from `start` on. Raises OSError."""
+        entry = self.entries[name]
+        dtype = self._dtype(name)
         is_direct = out.dtype is dtype and out.device.type == "cpu" and out.is_contiguous()
         part = out if is_direct else torch.empty(out.shape, dtype=dtype)
         data = memoryview(part.detach().view(torch.uint8).numpy().data)
-        position = self._data_start + entry["data_offsets"][0] + start * dtype.itemsize
+        position = entry.start + start * dtype.itemsize
+        assert position + len(data) <= entry.stop, name
         while data:
             num_bytes = os.preadv(self._file.fileno(), [data], position)
             if not num_bytes:
-                raise OSError(errno.EIO, "it ends within a tensor", self._file.name)
+                raise OSError(errno.EIO, "it ends within a tensor", str(self.path))
             position += num_bytes
             data = data[num_bytes:]
         if part is not out:
             out.copy_(part)
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor. Raises KeyError when there is none, OSError, CheckpointCorruptError."""
+        tensor = torch.empty(self.entries[name].shape, dtype=self._dtype(name))
+        self.read(name, 0, tensor.view(-1))
+        return tensor
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = self.entries[name].dtype
+        if dtype not in _READ_DTYPES:
+            raise CheckpointCorruptError(
+                f"{name} in {self.path} is of type {dtype}, and only {', '.join(_READ_DTYPES)} "
+                "are read; save the model in one of them"
+            )
+        return _READ_DTYPES[dtype]
 
 
 def size_and_hash(path: Path) -> SizeAndHash:

@@ -10,19 +10,24 @@ told from a damaged one.
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from data_pipeline.checked_json import read_json
 from data_pipeline.command import write_text
 from data_pipeline.errors import CheckpointCorruptError
-from megaback.tensor_file import Spec, size_and_hash, write_tensors
+from data_pipeline.file_names import path_within
+from data_pipeline.regular_files import read_file
+from megaback.tensor_file import Spec, TensorFile, size_and_hash, write_tensors
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 SUMS_NAME = "SHA256SUMS"
+_FORM_OF_NAMES = re.compile(r".+\.safetensors")
+_MAX_SUMS_BYTES = 1 << 20
 _MARK = {"written_by": "megaback"}
 """In the header of each file: other programs do not keep it when they write the file anew."""
 _LOG = logging.getLogger("megaback.weights")
@@ -87,14 +92,14 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     path = folder / SUMS_NAME
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_file(path, _MAX_SUMS_BYTES).decode().splitlines()
         pairs = [line.split(maxsplit=1) for line in lines]
         return {name.removeprefix("*"): sha256 for sha256, name in pairs}
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (OSError, ValueError) as error:
         raise CheckpointCorruptError(
-            f"{path} is not a list of SHA-256 sums and names; convert the model again"
+            f"{path} is not a list of SHA-256 sums and names ({error}); convert the model again"
         ) from None
 
 
@@ -103,14 +108,12 @@ class StoredWeights:
 
     def __init__(self, folder: Path) -> None:
         """Read the headers. Raises CheckpointCorruptError when a file is missing or cut short."""
-        from safetensors import SafetensorError, safe_open
-
         self.names = self._names_of_files(folder)
         """The files."""
         self.changed: list[str] = []
         """Those that another program has written."""
         self._folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         for name in self.names:
             path = folder / name
             if not path.is_file():
@@ -118,16 +121,10 @@ class StoredWeights:
                     f"the model {folder} is damaged: {name} is missing; restore it, or convert the "
                     "model again"
                 )
-            try:
-                file: Any = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointCorruptError(
-                    f"the model {folder} is damaged: {name} is cut short or altered ({error}); "
-                    "restore it, or convert the model again"
-                ) from None
-            _require_new(folder / name, self._files.keys() & set(file.keys()))
-            self._files |= dict.fromkeys(file.keys(), file)
-            if not _MARK.items() <= (file.metadata() or {}).items():
+            file = TensorFile(path)
+            _require_new(path, self._files.keys() & file.entries.keys())
+            self._files |= dict.fromkeys(file.entries, file)
+            if not _MARK.items() <= file.metadata.items():
                 self.changed.append(name)
         _require_no_others(folder, self.names)
 
@@ -137,10 +134,10 @@ class StoredWeights:
         if not index.is_file():
             return [WEIGHTS_NAME]
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_json(index)["weight_map"]
             names = sorted(set(weight_map.values()))
-            if any(not isinstance(name, str) or Path(name).name != name for name in names):
-                raise ValueError("it names files elsewhere")
+            for name in names:
+                path_within(folder, name, _FORM_OF_NAMES)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointCorruptError(
                 f"{index} is not an index of weights ({error}); convert them again"
@@ -152,12 +149,11 @@ class StoredWeights:
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of each tensor."""
         for name, file in self._files.items():
-            yield name, tuple(file.get_slice(name).get_shape())
+            yield name, file.entries[name].shape
 
     def read(self, name: str) -> Tensor:
-        """Raises KeyError when there is no such tensor."""
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        """Raises KeyError when there is no such tensor, and CheckpointCorruptError."""
+        return self._files[name].tensor(name)
 
     def verify(self, sums: Mapping[str, str]) -> None:
         """Compare files with their SHA-256. Another program's file that has it is ours after all.

@@ -5,7 +5,6 @@ of another model. Only what a model computes from its config may lie beside: the
 that old Llamas carry.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,30 +18,56 @@ EMBEDDING_NAME = "model.embed_tokens.weight"
 _FREQUENCIES_SUFFIX = ".rotary_emb.inv_freq"
 _NUM_NAMED = 3
 
-Shapes = Mapping[str, tuple[int, ...]]
 
+def shapes_of(shape: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model by name, without the output projection where it is the embeddings.
 
-def require_exact(folder: Path, stored: StoredWeights, wanted: Shapes, shape: ModelSection) -> None:
-    """Raise CheckpointCorruptError unless the weights have the wanted names and shapes, no others.
-
-    A head that is stored beside tied embeddings must equal them.
+    In the order of the model's parameters, of which no memory is taken.
     """
+    width, mlp_width, head_dim = shape.width, shape.hidden_mlp_width, shape.head_dim
+    kv_width = shape.kv_heads * head_dim
+    qk_norms = {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
+    of_block: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (kv_width, width),
+        "self_attn.v_proj": (kv_width, width),
+        "self_attn.o_proj": (width, width),
+        **(qk_norms if shape.qk_norm else {}),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (mlp_width, width),
+        "mlp.up_proj": (mlp_width, width),
+        "mlp.down_proj": (width, mlp_width),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING_NAME: (vocab_size, width)}
+    for layer in range(shape.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}.weight": of_block[name] for name in of_block}
+    shapes["model.norm.weight"] = (width,)
+    if not shape.tie_embeddings:
+        shapes[HEAD_NAME] = (vocab_size, width)
+    return shapes
+
+
+def require_exact(
+    folder: Path, stored: StoredWeights, shape: ModelSection, vocab_size: int
+) -> None:
+    """Raise CheckpointCorruptError unless the weights are those of a model, no others.
+
+    Names and shapes come first, by the files' headers. A head that is stored beside tied
+    embeddings must equal them.
+    """
+    wanted = shapes_of(shape, vocab_size)
     found = dict(stored.shapes())
-    for name in [name for name in found if name.endswith(_FREQUENCIES_SUFFIX)]:
-        _require_frequencies(folder, stored, name, shape)
+    computed = [name for name in found if name.endswith(_FREQUENCIES_SUFFIX)]
+    for name in computed:
         del found[name]
-    if shape.tie_embeddings and {HEAD_NAME, EMBEDDING_NAME} <= found.keys():
-        if not torch.equal(stored.read(HEAD_NAME), stored.read(EMBEDDING_NAME)):
-            raise CheckpointCorruptError(
-                f"the config of {folder} ties the embeddings, and its file has {HEAD_NAME} with "
-                "other values, which would be lost; if the head is meant, set tie_word_embeddings "
-                "to false there, else remove the tensor"
-            )
-        del found[HEAD_NAME]
+    is_head_twice = shape.tie_embeddings and {HEAD_NAME, EMBEDDING_NAME} <= found.keys()
+    if is_head_twice:
+        wanted[HEAD_NAME] = wanted[EMBEDDING_NAME]
     problems = [
-        f"{name} is missing"
+        f"{name:.200} is missing"
         if name not in found
-        else f"{name} of shape {list(found[name])} is read by nothing"
+        else f"{name:.200} of shape {list(found[name])} is read by nothing"
         if name not in wanted
         else f"{name} has shape {list(found[name])}, not {list(wanted[name])}"
         for name in sorted(found.keys() | wanted.keys())
@@ -55,16 +80,26 @@ def require_exact(folder: Path, stored: StoredWeights, wanted: Shapes, shape: Mo
             f"the weights in {folder} are not of the model that its config describes: "
             f"{'; '.join(problems[:_NUM_NAMED])}{others}"
         )
+    for name in computed:
+        _require_frequencies(folder, stored, name, shape)
+    if is_head_twice and not torch.equal(stored.read(HEAD_NAME), stored.read(EMBEDDING_NAME)):
+        raise CheckpointCorruptError(
+            f"the config of {folder} ties the embeddings, and its file has {HEAD_NAME} with "
+            "other values, which would be lost; if the head is meant, set tie_word_embeddings "
+            "to false there, else remove the tensor"
+        )
 
 
 def _require_frequencies(
     folder: Path, stored: StoredWeights, name: str, shape: ModelSection
 ) -> None:
     """Raise unless they are what the config's rope_theta gives, as far as bf16 can tell."""
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
-    meant = shape.rope_theta**-exponents
     there = stored.read(name).double()
-    if there.shape != meant.shape or not torch.allclose(there, meant, rtol=1e-2, atol=0):
+    is_same = there.shape == (shape.head_dim // 2,)
+    if is_same:
+        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
+        is_same = torch.allclose(there, shape.rope_theta**-exponents, rtol=1e-2, atol=0)
+    if not is_same:
         raise CheckpointCorruptError(
             f"{name} in {folder} has other frequencies than rope_theta {shape.rope_theta:g} of its "
             "config, by which the model would turn; use the config that the weights were saved with"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.manifest import TOKENIZER_NAME
-from megaback.checkpoint import WEIGHTS_PREFIX, find_checkpoint, saved_state
-from megaback.config import Config
+from megaback.checkpoint import config_of, find_checkpoint, saved_state
+from megaback.checkpoint_names import WEIGHTS_PREFIX
 from megaback.engine_state import WEIGHT
 from megaback.model import ReverseGPT
 from megaback.model_folder import (
@@ -19,11 +19,11 @@ from megaback.model_folder import (
     ModelDescription,
     open_weights,
     read_description,
-    shapes_of,
+    read_tokenizer,
     tokenizer_of,
 )
 from megaback.tensor_file import Spec
-from megaback.weight_names import require_exact
+from megaback.weight_names import shapes_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def open_source(path: Path) -> WeightSource:
 def open_checkpoint(path: Path) -> WeightSource:
     """Verify the checkpoint that a path means. Raises what `find_checkpoint` does."""
     target, meta = find_checkpoint(path)
-    config = Config.model_validate(meta.config)
+    config = config_of(target, meta)
     description = ModelDescription(
         shape=config.model,
         vocab_size=meta.vocab_size,
@@ -68,7 +68,7 @@ def open_checkpoint(path: Path) -> WeightSource:
         on_examples=meta.on_examples,
     )
     saved = saved_state(target, meta, WEIGHTS_PREFIX)
-    shapes = shapes_of(description)
+    shapes = shapes_of(description.shape, description.vocab_size)
     differing = saved.differences({(WEIGHT, name): prod(shapes[name]) for name in shapes})
     if differing:
         raise CheckpointCorruptError(
@@ -81,15 +81,15 @@ def open_checkpoint(path: Path) -> WeightSource:
         saved.read(WEIGHT, name, 0, weight.view(-1))
         return weight
 
-    return WeightSource(description, (target / TOKENIZER_NAME).read_bytes(), shapes, read)
+    return WeightSource(description, read_tokenizer(target / TOKENIZER_NAME), shapes, read)
 
 
 def _from_folder(folder: Path) -> WeightSource:
     description = read_description(folder)
-    stored = open_weights(folder)
+    stored = open_weights(folder, description)
     stored.report_changed()
     if stored.changed:
         description = replace(description, val_loss=None)  # it was of other weights
-    shapes = shapes_of(description)
-    require_exact(folder, stored, shapes, description.shape)
-    return WeightSource(description, tokenizer_of(folder).read_bytes(), shapes, stored.read)
+    shapes = shapes_of(description.shape, description.vocab_size)
+    tokenizer = read_tokenizer(tokenizer_of(folder))
+    return WeightSource(description, tokenizer, shapes, stored.read)

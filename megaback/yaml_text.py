@@ -1,16 +1,50 @@
-"""YAML as configs have it: a key that is there twice is an error, where PyYAML keeps the last."""
+"""YAML as configs have it, of bounded size, since a run's folder may be a stranger's.
 
+A key that is there twice is an error, where PyYAML keeps the last. What aliases and merged keys
+stand for is counted before it is made: a few lines of them can stand for billions of values.
+"""
+
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.regular_files import read_file
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+_MAX_BYTES = 1 << 18
+_MAX_VALUES = 20_000
+"""PyYAML makes so many in half a second."""
+_MAX_DEPTH = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with this difference."""
+    """PyYAML's safe loader, with these differences."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._num_values = 0
+        self._depth = 0
+        self._sizes: dict[yaml.Node, int] = {}
+        """How many values each complete node stands for."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        before = self._num_values
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise yaml.YAMLError("it is nested too deeply")
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        assert node is not None
+        self._depth -= 1
+        if is_alias and node not in self._sizes:
+            raise yaml.YAMLError("an alias in it refers to what contains it")
+        self._num_values += self._sizes[node] if is_alias else 1
+        if self._num_values > _MAX_VALUES:
+            raise yaml.YAMLError(f"it has more than {_MAX_VALUES:,} values")
+        self._sizes.setdefault(node, self._num_values - before)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -29,10 +63,33 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(text: str) -> Any:
     """What a text means. Raises yaml.YAMLError, for a key that is there twice too."""
+    if len(text) > _MAX_BYTES:
+        raise yaml.YAMLError(f"it has more than {_MAX_BYTES:,} characters")
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader's subclass)
-    except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # a date of month 13, a number of 5,000 digits
+        raise yaml.YAMLError(str(error)) from None
+
+
+def read_yaml_argument(path: Path) -> Any:
+    """What a file means that the user has named; it may be a pipe.
+
+    Raises OSError, yaml.YAMLError.
+    """
+    with path.open("rb") as file:
+        return _read(file.read(_MAX_BYTES + 1))
+
+
+def read_yaml_file(path: Path) -> Any:
+    """What a file of a run's folder means. Raises OSError, yaml.YAMLError."""
+    return _read(read_file(path, _MAX_BYTES))
+
+
+def _read(data: bytes) -> Any:
+    try:
+        return read_yaml(data.decode())
+    except UnicodeDecodeError as error:
+        raise yaml.YAMLError(str(error)) from None
 
 
 def apply_override(fields: dict[str, Any], override: str) -> None:

@@ -254,10 +254,10 @@ def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
 
 def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artefact:
     """`shown`: what names it in commands, if not its folder."""
-    from megaback.checkpoint import META_NAME, find_checkpoint, read_meta
+    from megaback.checkpoint import find_checkpoint, read_meta
+    from megaback.checkpoint_names import META_NAME, meant_by
 
-    if path.is_file():  # best or latest
-        path = path.parent / path.read_text(encoding="utf-8").strip()
+    path = meant_by(path)
     if not (path / META_NAME).is_file():
         raise CheckpointMissingError(
             f"{path} has no {META_NAME}: its writing was cut short, or it was let go; name another"
@@ -297,12 +297,10 @@ def _checkpoints(folder: Path, verify: bool) -> Artefact:
 
 
 def _model(folder: Path, verify: bool) -> Artefact:
-    from megaback.model_folder import open_weights, read_description, shapes_of, tokenizer_of
-    from megaback.weight_names import require_exact
+    from megaback.model_folder import open_weights, read_description, tokenizer_of
 
     description = read_description(folder)
-    stored = open_weights(folder, verify=verify)
-    require_exact(folder, stored, shapes_of(description), description.shape)
+    stored = open_weights(folder, description, verify=verify)
     if description.is_foreign:
         kind, checked = "model of another library", "its config and tokenizer"
     else:

@@ -33,13 +33,8 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     Raises CheckpointMissingError, CheckpointCorruptError, LaunchError while it is training, and
     StorageError where its copies cannot be set back.
     """
-    from megaback.checkpoint import (
-        CHECKPOINTS_FOLDER,
-        LATEST_NAME,
-        complete_checkpoints,
-        read_meta,
-        verify_files,
-    )
+    from megaback.checkpoint import complete_checkpoints, read_meta, verify_files
+    from megaback.checkpoint_names import CHECKPOINTS_FOLDER, LATEST_NAME
     from megaback.guard import with_range, write_skipped_steps
     from megaback.metrics import METRICS_NAME, read_metrics
     from megaback.preparation import LOCK_NAME

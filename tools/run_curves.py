@@ -13,6 +13,7 @@ from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
 from megaback.exit_record import read_history
 from megaback.metrics import METRICS_NAME, read_metrics
 from megaback.run_ownership import config_of_run
+from megaback.yaml_text import read_yaml_file
 
 Axis = Literal["step", "tokens", "time"]
 Values = npt.NDArray[np.float64]
@@ -164,8 +165,8 @@ def differences(runs: Sequence[Path]) -> list[tuple[str, list[str]]]:
 
 def _config(run: Path) -> dict[str, Any]:
     try:
-        fields = yaml.safe_load(config_of_run(run).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        fields = read_yaml_file(config_of_run(run))
+    except (OSError, yaml.YAMLError):
         return {}
     return fields if isinstance(fields, dict) else {}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from data_pipeline.text import TextCodec
-from megaback.checkpoint import FORMAT_NAME, FORMAT_VERSION, META_NAME, CheckpointMeta
+from megaback.checkpoint import FORMAT_NAME, FORMAT_VERSION, CheckpointMeta
+from megaback.checkpoint_names import META_NAME
 from megaback.config import Config
 from megaback.model import ReverseGPT
 from megaback.tensor_file import write_tensors

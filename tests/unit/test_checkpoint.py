@@ -9,13 +9,13 @@ import pytest
 
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
 from megaback.checkpoint import (
-    META_NAME,
     CheckpointMeta,
     find_checkpoint,
     newest_checkpoint,
     read_meta,
     verify_files,
 )
+from megaback.checkpoint_names import META_NAME
 from megaback.distributed import World
 
 Save = Callable[..., Path]

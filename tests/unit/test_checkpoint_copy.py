@@ -12,7 +12,6 @@ import pytest
 
 from data_pipeline.errors import CheckpointCorruptError, OutputExistsError, SourceMissingError
 from megaback.checkpoint import (
-    META_NAME,
     complete_checkpoints,
     find_checkpoint,
     newest_checkpoint,
@@ -20,6 +19,7 @@ from megaback.checkpoint import (
     verify_files,
 )
 from megaback.checkpoint_copy import CheckpointCopier, SecondPlace, fetch_newest
+from megaback.checkpoint_names import META_NAME
 from megaback.config import CheckpointSection
 from megaback.distributed import World
 from megaback.guard import read_left_out, write_skipped_steps

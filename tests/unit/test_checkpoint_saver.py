@@ -21,7 +21,6 @@ from torch import Tensor
 from data_pipeline.errors import StorageError
 from megaback import checkpoint_saver
 from megaback.checkpoint import (
-    META_NAME,
     CheckpointMeta,
     complete_checkpoints,
     find_checkpoint,
@@ -29,6 +28,7 @@ from megaback.checkpoint import (
     read_meta,
     verify_files,
 )
+from megaback.checkpoint_names import META_NAME
 from megaback.checkpoint_saver import CheckpointSaver
 from megaback.config import CheckpointSection
 from megaback.distributed import World

@@ -27,7 +27,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.output_folder import whole_folder
 from data_pipeline.text import Direction, TextCodec, Unit
-from megaback.base_model import load_base
+from megaback.base_model import open_base
 from megaback.checkpoint import read_meta
 from megaback.config import Config
 from megaback.model import ReverseGPT
@@ -260,13 +260,14 @@ def test_a_backward_run_may_start_from_somebody_elses_model(
     config = Config.model_validate(read_meta(next(run.rglob("step-*"))).config)
     model = ReverseGPT(config.model, codec().vocab_size)
 
-    load_base(model, folder, codec().format, "the run")
+    wanted = (model.shape, model.vocab_size, codec().format, "the run")
+    open_base(folder, *wanted).fill(model)
 
     assert torch.equal(model.lm_head.weight, read_weights(folder)["lm_head.weight"])
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**fields, "rms_norm_eps": 0.5}))
     with pytest.raises(RunMismatchError, match=r"norm_epsilon is 0.5 there and 1e-05 here"):
-        load_base(model, folder, codec().format, "the run")
+        open_base(folder, *wanted)
 
 
 # From Python.

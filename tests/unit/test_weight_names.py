@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import CheckpointCorruptError, RunMismatchError
 from data_pipeline.text import TextCodec
-from megaback.base_model import load_base
+from megaback.base_model import open_base
 from megaback.model import ReverseGPT
 from megaback.model_folder import load_model_folder, read_description
 from megaback.tensor_file import size_and_hash, write_tensors
@@ -92,7 +92,8 @@ def changed(stock: Path, folder: Path, change: Change) -> Path:
 def base_of(folder: Path, codec: TextCodec) -> ReverseGPT:
     description = read_description(folder)
     model = ReverseGPT(description.shape, description.vocab_size)
-    load_base(model, folder, codec.format, "the run")
+    base = open_base(folder, model.shape, model.vocab_size, codec.format, "the run")
+    base.fill(model)
     return model
 
 
