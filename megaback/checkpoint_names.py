@@ -9,7 +9,7 @@ from pathlib import Path
 from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.file_names import path_within
 from data_pipeline.manifest import TOKENIZER_NAME
-from data_pipeline.regular_files import read_file
+from data_pipeline.regular_files import UNFIT, read_file
 
 CHECKPOINTS_FOLDER = "checkpoints"
 META_NAME = "meta.json"
@@ -43,7 +43,9 @@ def meant_by(path: Path) -> Path:
     try:
         name = read_file(path, _MAX_MARK_BYTES).decode().strip()
         return path_within(path.parent, name, STEP_FOLDER)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in UNFIT:
+            raise
         raise CheckpointCorruptError(
             f"{path} does not name a checkpoint beside it ({error}); name one yourself"
         ) from None

@@ -30,7 +30,7 @@ from data_pipeline.errors import (
 from data_pipeline.limits import MAX_TOKENIZER_BYTES
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.number_ranges import CONTEXT, COUNT_OR_ZERO, VOCABULARY, Range
-from data_pipeline.regular_files import read_file
+from data_pipeline.regular_files import UNFIT, read_file
 from data_pipeline.text import Direction, TextCodec, TextFormat, Unit
 from megaback.attention import attention_backend
 from megaback.config import ModelSection
@@ -139,6 +139,8 @@ def _config_fields(folder: Path) -> dict[str, Any]:
         if not isinstance(fields, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in UNFIT:
+            raise
         raise _no_description(path, error) from None
     return fields
 

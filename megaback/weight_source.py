@@ -1,5 +1,6 @@
 """A model by tensors, from a checkpoint of any ranks and stage or from a folder."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.file_names import path_within
 from data_pipeline.manifest import TOKENIZER_NAME
-from megaback.checkpoint import config_of, find_checkpoint, saved_state
+from megaback.checkpoint import CheckpointMeta, config_of, find_checkpoint, saved_state
 from megaback.checkpoint_names import WEIGHTS_PREFIX
 from megaback.engine_state import WEIGHT
 from megaback.model import ReverseGPT
@@ -81,7 +83,20 @@ def open_checkpoint(path: Path) -> WeightSource:
         saved.read(WEIGHT, name, 0, weight.view(-1))
         return weight
 
-    return WeightSource(description, read_tokenizer(target / TOKENIZER_NAME), shapes, read)
+    return WeightSource(description, _tokenizer_of(target, meta), shapes, read)
+
+
+def _tokenizer_of(target: Path, meta: CheckpointMeta) -> bytes:
+    """The tokenizer of a checkpoint. Raises CheckpointCorruptError, TokenizerError."""
+    try:
+        content = read_tokenizer(path_within(target, TOKENIZER_NAME))
+    except ValueError as error:
+        raise CheckpointCorruptError(f"the checkpoint {target} is not read: {error}") from None
+    if hashlib.sha256(content).hexdigest() != meta.format.tokenizer_sha256:
+        raise CheckpointCorruptError(
+            f"the checkpoint {target} is damaged: {TOKENIZER_NAME} is not the file that was saved"
+        )
+    return content
 
 
 def _from_folder(folder: Path) -> WeightSource:
