@@ -171,7 +171,7 @@ def _run_counted(task: Task, out: Path, model_bytes: bytes) -> TaskRecord:
 def _listed_again(plan: Plan, settings: BuildSettings, out: Path) -> Plan:
     renewed, has_changed = renew_plan(plan, settings)
     is_finished = (out / MANIFEST_NAME).exists()
-    if not has_changed and (is_finished or renewed.skipped == plan.skipped):
+    if not has_changed and (is_finished or renewed == plan):
         return plan
     if is_finished:
         raise OutputExistsError(

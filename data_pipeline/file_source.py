@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from data_pipeline.address_variables import kept
 from data_pipeline.content import read_content
 from data_pipeline.errors import SourceMissingError, SourceUnreadableError
 from data_pipeline.files import DataFile, kind_of, look_at, name_of
@@ -39,7 +40,7 @@ def list_files(
     nevertheless: each of its rows is a malformed record then. None: nobody can ask for that.
     Raises SourceMissingError, SourceUnreadableError, BackendError.
     """
-    addresses = list(addresses)
+    addresses = [kept(address) for address in addresses]
     list_file = partial(_list_file, columns=columns)
     if any(is_url(address) for address in addresses):
         # Each of thousands of files costs a few round trips and hardly any work.

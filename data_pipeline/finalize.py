@@ -3,6 +3,7 @@
 The manifest is written last. Finalizing again, or from two processes at once, changes nothing.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import click
 
+from data_pipeline.address_variables import kept_in
 from data_pipeline.build_options import echo_manifest, num_workers, workers_option
-from data_pipeline.command import ResumableCommand, replacing
+from data_pipeline.checked_json import read_json
+from data_pipeline.command import ResumableCommand, replacing, write_text
 from data_pipeline.errors import OutputExistsError, ShardsMissingError, SourceEmptyError
+from data_pipeline.limits import MAX_PLAN_BYTES
 from data_pipeline.locks import locked
 from data_pipeline.manifest import (
     FILE_NAME,
@@ -68,10 +72,19 @@ def finalize_build(plan: Plan, codec: TextCodec, out: Path, workers: int) -> Man
         with locked(out / BUILDERS_LOCK, wait=False) as alone:
             if alone:  # else what another process is writing stays: hidden, and in nobody's way
                 remove_all_but(out, {shard.file for shard in manifest.shards})
+            _clean_plan(out)
             manifest.save(out)
             if alone:
                 shutil.rmtree(out / STAGED_FOLDER, ignore_errors=True)
         return manifest
+
+
+def _clean_plan(out: Path) -> None:
+    """See that no secret of an address is published with a plan that an earlier version wrote."""
+    path = out / PLAN_NAME
+    fields = read_json(path, MAX_PLAN_BYTES)
+    if (clean := kept_in(fields)) != fields:
+        write_text(path, json.dumps(clean, indent=1) + "\n")
 
 
 def _nothing_to_train_on(manifest: Manifest) -> SourceEmptyError:

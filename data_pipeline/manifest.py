@@ -43,6 +43,7 @@ from data_pipeline.limits import (
     MAX_VOCABULARY,
 )
 from data_pipeline.number_ranges import INT64_MAX, SHARE_BELOW_ALL
+from data_pipeline.redaction import scrub
 from data_pipeline.regular_files import UNFIT, read_file
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.skipped import Skipped, skipped_from_json, skipped_to_json
@@ -246,6 +247,8 @@ class Manifest:
         if fields["format"] != FORMAT_NAME or not (is_of_examples or version == FORMAT_VERSION):
             raise ValueError(f"format {briefly(fields['format'])} version {briefly(version)}")
         row_tokens = checked("row_tokens", fields["row_tokens"], int) if is_of_examples else None
+        # Earlier versions wrote whole addresses.
+        fields = {**fields, "source": scrub(checked("source", fields["source"], str))}
         return cls(
             text_format=TextFormat.from_dict(fields),
             **{name: checked(name, fields[name], kind) for name, kind in _REQUIRED.items()},

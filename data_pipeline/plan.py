@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 
+from data_pipeline.address_variables import kept
 from data_pipeline.build_options import (
     out_option,
     settings_from,
@@ -86,7 +87,7 @@ class Task:
             "settings": content_settings(self.settings),
             "portions": [
                 [
-                    *vars(portion.piece).values(),
+                    *portion.piece.identity,
                     *(portion.pass_number, portion.fraction, portion.split),
                 ]
                 for portion in self.portions
@@ -300,8 +301,14 @@ def renew_plan(plan: Plan, settings: BuildSettings) -> tuple[Plan, bool]:
     Tasks whose input is the same are the same. Raises the errors of the sources.
     """
     renewed = make_plan(settings, plan.asked_tasks)
-    has_changed = renewed.inputs != plan.inputs
-    return (renewed if has_changed else replace(plan, skipped=renewed.skipped)), has_changed
+    has_changed = _identities(renewed) != _identities(plan)
+    # The tasks stay as they were cut, and are read by the addresses that are given now.
+    again = replace(plan, inputs=renewed.inputs, skipped=renewed.skipped)
+    return (renewed if has_changed else again), has_changed
+
+
+def _identities(plan: Plan) -> list[list[tuple[object, ...]]]:
+    return [[piece.identity for piece in slices] for slices in plan.inputs]
 
 
 def write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
@@ -382,7 +389,7 @@ def _slices_of(files: object) -> tuple[Slice, ...]:
             start, stop, size_bytes = checked("slices", piece, tuple[int, int, int])
             for number in (start, stop, size_bytes):
                 require_within("slices", number, 0, INT64_MAX)
-            slices.append(Slice(kind, path, start, stop, size_bytes, stamp))
+            slices.append(Slice(kind, kept(path), start, stop, size_bytes, stamp))
     return tuple(slices)
 
 

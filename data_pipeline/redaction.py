@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 MASK = "***"
-OWN_PREFIX = "MEGABACK_SECRET_"
-REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-"""`${NAME}` in an address: the environment variable that holds this part of it."""
-_FOREIGN_REFERENCE = re.compile(rf"\$\{{(?!{OWN_PREFIX})[A-Za-z_][A-Za-z0-9_]*\}}")
+VARIABLE_PREFIX = "MEGABACK_SECRET_"
+REFERENCE = re.compile(rf"\$\{{({VARIABLE_PREFIX}[A-Za-z0-9_]+)\}}")
+"""`${MEGABACK_SECRET_NAME}` in an address: the environment variable that holds this part of it."""
+OWN_VARIABLE = re.compile(rf"{VARIABLE_PREFIX}([0-9A-F]{{16}})_[0-9A-F]{{8}}(?:_[0-9]+)?")
+"""The names that are given to what is typed; its group says of which hosts' addresses."""
+_NAMED_REFERENCE = re.compile(rf"\$\{{(?!{OWN_VARIABLE.pattern}\}}){VARIABLE_PREFIX}\w+\}}", re.A)
 _NO_REFERENCE = re.compile(r"(?!)")
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::\w+)?://")
@@ -74,7 +76,7 @@ def shown_url(text: str) -> str:
     Addresses that differ in harmless values (`?id=7`) remain different. A path stays as it is.
     """
     for _ in range(_MOST_PASSES):  # what is left may again look like a name before a host
-        parts = list(_parts(text, _FOREIGN_REFERENCE))
+        parts = list(_parts(text, _NAMED_REFERENCE))
         if not parts:
             return text
         text = _without(text, [(part.shown_start, part.shown_stop) for part in parts])
@@ -86,6 +88,16 @@ def place_of(address: str) -> str:
     """What names a source whichever key opens it: neither secrets nor references to them."""
     parts = [part for part in _parts(address, _NO_REFERENCE) if part.is_secret]
     return _without(address, [(part.shown_start, part.shown_stop) for part in parts])
+
+
+def hosts_of(address: str) -> str:
+    """Where an address leads, without its path."""
+    place = place_of(address)
+    found = []
+    for scheme in _SCHEME.finditer(place):
+        host = re.compile(r"[^/?#]*").match(place, scheme.end())
+        found.append(scheme[0].lower() + (host[0].lower() if host else ""))
+    return " ".join(found)
 
 
 def secret_spans(address: str) -> list[tuple[int, int]]:

@@ -238,7 +238,8 @@ class RemoteFile(io.RawIOBase):
 def open_file_system(url: str) -> tuple[Any, str]:
     """The file system of an address, and the address as it takes it, secrets and all.
 
-    Raises SourceMissingError, BackendError, and ConfigError for a variable that is not set.
+    Some drivers connect here. Raises SourceMissingError, BackendError, SourceUnreadableError, and
+    ConfigError for a variable that is not set.
     """
     import fsspec
 
@@ -254,17 +255,21 @@ def open_file_system(url: str) -> tuple[Any, str]:
             f"{shown}: a file within a file (`::`) cannot be read in parts; "
             "unpack it and name the folder"
         )
-    try:
-        if protocol in _HTTP:
-            return fsspec.filesystem(protocol, client_kwargs=dict(CLIENT_OPTIONS)), url
-        file_system, path = fsspec.url_to_fs(url)
-    except ImportError as error:
-        raise BackendError(
-            f"{shown}: {reason_of(error)}; {protocol}:// needs that package"
-        ) from None
-    except ValueError as error:
-        raise SourceMissingError(f"{shown}: {reason_of(error)}; check the address") from None
-    return file_system, path
+
+    def start() -> tuple[Any, str]:
+        try:
+            if protocol in _HTTP:
+                return fsspec.filesystem(protocol, client_kwargs=dict(CLIENT_OPTIONS)), url
+            file_system, path = fsspec.url_to_fs(url)
+        except ImportError as error:
+            raise BackendError(
+                f"{shown}: {reason_of(error)}; {protocol}:// needs that package"
+            ) from None
+        except ValueError as error:
+            raise SourceMissingError(f"{shown}: {reason_of(error)}; check the address") from None
+        return file_system, path
+
+    return guarded(url, start)
 
 
 def _require_hub_of(file_system: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.address_variables import kept
 from data_pipeline.checked_json import briefly, made_from, require_within
 from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.differences import differing_keys, shown_values
@@ -19,6 +20,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.number_ranges import INT64_MAX, LEVEL, NUMBER, SHARE_BELOW_ALL, SOURCE_WEIGHT
+from data_pipeline.redaction import is_url, place_of, shown_url
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.slices import AnyColumns, Columns, Document
 from data_pipeline.text import Direction, Unit
@@ -38,8 +40,14 @@ class WeightedSource:
     split: str | None = None
     """The set that all of it belongs to; None: as the hash of each text says."""
 
+    def __post_init__(self) -> None:
+        """Whatever a source is written to, no secret of its address gets there."""
+        object.__setattr__(self, "source", kept(self.source))
+
     def __str__(self) -> str:
-        return self.source if self.weight == 1.0 else f"{self.weight:g} x {self.source}"
+        """The source as it is shown."""
+        shown = shown_url(self.source)
+        return shown if self.weight == 1.0 else f"{self.weight:g} x {shown}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class BuildSettings:
         for part in self.sources:
             if SOURCE_WEIGHT.problem(part.weight):
                 raise ConfigError(
-                    f"--weight is {part.weight} for {part.source}; "
+                    f"--weight is {part.weight} for {shown_url(part.source)}; "
                     "it must be above 0 and at most 1000"
                 )
         if self.max_characters is not None and self.max_characters < self.min_characters:
@@ -222,10 +230,13 @@ def content_settings(settings: BuildSettings) -> dict[str, Any]:
     return decisive
 
 
+def _place(source: str) -> str | Path:
+    return place_of(source) if is_url(source) else Path(source).resolve()
+
+
 def _same_places(left: tuple[WeightedSource, ...], right: tuple[WeightedSource, ...]) -> bool:
-    """Whether two builds read the same, one perhaps by a relative path."""
+    """Whether two builds read the same, one perhaps by a relative path or another signature."""
     return len(left) == len(right) and all(
-        (a.weight, a.split) == (b.weight, b.split)
-        and Path(a.source).resolve() == Path(b.source).resolve()
+        (a.weight, a.split) == (b.weight, b.split) and _place(a.source) == _place(b.source)
         for a, b in zip(left, right, strict=True)
     )

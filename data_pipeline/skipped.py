@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_pipeline.checked_json import checked
+from data_pipeline.redaction import scrub
 
 FILES = "files"
 RECORDS = "records"
@@ -70,9 +71,12 @@ def skipped_to_json(skipped: Skipped) -> dict[str, Any]:
 
 
 def skipped_from_json(fields: Mapping[str, Any]) -> Skipped:
-    """Undoes `skipped_to_json`. Raises TypeError or ValueError."""
+    """Undoes `skipped_to_json`, without secrets of addresses. Raises TypeError or ValueError."""
     return {
-        kind: checked(f"skipped.{kind}", fields[kind], dict[str, Tally])
+        kind: {
+            cause: Tally(tally.count, tuple(map(scrub, tally.first)))
+            for cause, tally in checked(f"skipped.{kind}", fields[kind], dict[str, Tally]).items()
+        }
         for kind in (FILES, RECORDS, PARTS)
         if kind in fields
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
 from data_pipeline.example_columns import ExampleColumns
+from data_pipeline.redaction import place_of, shown_url
 
 STAMPED_BYTES = 64 << 10
 
@@ -88,6 +89,18 @@ class Slice:
     stamp: str
     """Hexadecimal digest of the content that was listed."""
 
+    @property
+    def identity(self) -> tuple[str, str, int, int, int, str]:
+        """What it reads, whatever the login and the signature that it is read by."""
+        return (
+            self.kind,
+            place_of(self.path),
+            self.start,
+            self.stop,
+            self.size_bytes,
+            self.stamp,
+        )
+
 
 def file_stamp(path: Path) -> str:
     """Digest of a file's size and of its first and last 64 KiB. Raises OSError."""
@@ -108,7 +121,7 @@ def require_stamp(piece: Slice, stamp: str) -> None:
     """Raises SourceUnreadableError when what a slice names has changed since it was listed."""
     if stamp != piece.stamp:
         raise SourceUnreadableError(
-            f"{piece.path}: changed since it was listed; "
+            f"{shown_url(piece.path)}: changed since it was listed; "
             "bring it back, or list the source again: run the command again, and where "
             "`megaback shards plan` made the plan, that one with --overwrite"
         )

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+from data_pipeline.address_variables import kept
 from data_pipeline.errors import ConfigError, OutputExistsError, SourceEmptyError
 from data_pipeline.file_source import list_files, read_file, refused
 from data_pipeline.files import local_path
 from data_pipeline.finding import find_files
 from data_pipeline.hub_source import list_hub_slices, read_hub_slice
 from data_pipeline.pydocs import list_pydocs_slices, read_pydocs_slice
-from data_pipeline.redaction import is_url, shown_url
+from data_pipeline.redaction import is_url, place_of, shown_url
 from data_pipeline.skipped import Skipped
 from data_pipeline.slices import (
     AnyColumns,
@@ -82,6 +83,7 @@ def list_source(
     """
     skipped: Skipped = {}
     linked: list[str] = []
+    source = kept(source)
     if source == "pydocs":
         require_no_columns(columns, source)
         return Listing(list_pydocs_slices())
@@ -149,9 +151,9 @@ def require_none_shared(train: Iterable[Slice], val: Iterable[Slice]) -> None:
 
 
 def _place(piece: Slice) -> tuple[str, str]:
-    """What a slice is a part of, whatever links it was found by."""
+    """What a slice is a part of, whatever links or signatures it was found by."""
     is_local = piece.kind not in ("pydocs", "hub") and not is_url(piece.path)
-    return piece.kind, os.path.realpath(piece.path) if is_local else piece.path
+    return piece.kind, os.path.realpath(piece.path) if is_local else place_of(piece.path)
 
 
 def _within(source: str, out: Path) -> OutputExistsError:

@@ -336,7 +336,7 @@ def main(
         overwrite=overwrite,
     )
     model_path = out_dir / MODEL_NAME
-    words = [word for source in sources for word in ("--source", source)]
+    words = [word for part in weighted for word in ("--source", part.source)]
     words += [word for weight in weights for word in ("--weight", f"{weight:g}")]
     words += [] if text_column == "text" else ["--text-column", text_column]
     words += ["--html"] if html else []

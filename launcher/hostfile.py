@@ -41,7 +41,17 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 _PASSED_ON = (
     *("DS_", "GLOO_", "MEGABACK_", "NCCL_", "OMP_", "PYTHON", "TORCH", "TRITON_", "UCX_"),
-    *("AWS_", "AZURE_", "GOOGLE_", "HF_", "HUGGING_FACE_", "WANDB_", "LD_LIBRARY_PATH"),
+    *(
+        "AWS_",
+        "AZURE_",
+        "FSSPEC_",
+        "GOOGLE_",
+        "HF_",
+        "NETRC",
+        "HUGGING_FACE_",
+        "WANDB_",
+        "LD_LIBRARY_PATH",
+    ),
     *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
 )
 """How names begin of variables that the ranks of other hosts have too."""

@@ -23,12 +23,14 @@ from data_pipeline.errors import (
     RankLostError,
 )
 from data_pipeline.number_ranges import EXIT_CODE
+from data_pipeline.redaction import VARIABLE_PREFIX
 from launcher.run_folder import events_of_job, newest_checkpoint_step
 from launcher.slurm_commands import find_job
 from megaback.config import Config, load_config
 from megaback.exit_record import BAD_NODES_NAME, read_exit, record_event
 from megaback.run_data import open_data
 from megaback.run_ownership import require_run_folder
+from megaback.yaml_text import kept_overrides
 
 LIMIT_VARIABLE = "MEGABACK_REQUEUE_LIMIT"
 DEFAULT_LIMIT = 20
@@ -143,6 +145,17 @@ def _identity() -> tuple[str, int]:
         ) from None
 
 
+def _require_no_secret(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a secret that Slurm would show with the command of each rank."""
+    for override, kept in zip(overrides, kept_overrides(overrides), strict=True):
+        if override != kept:
+            raise ConfigError(
+                f"{override}: a secret of this address was on sbatch's command line, which Slurm "
+                f"shows to others; export it as {VARIABLE_PREFIX}NAME before sbatch, and write "
+                f"'${{{VARIABLE_PREFIX}NAME}}' in its place"
+            )
+
+
 @click.group()
 def main() -> None:
     """What slurm/ranks.sh asks before and after the ranks."""
@@ -158,6 +171,7 @@ def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
     from megaback import __version__
 
     job, restarts = _identity()
+    _require_no_secret(overrides)
     settings = load_config(config, overrides)
     if needs_model and settings.init_from is None:
         raise ConfigError(

@@ -44,7 +44,7 @@ def write_snapshot(folder: Path, config: Config, files: Sequence[Path]) -> dict[
         shutil.copyfile(file, folder / file.name)
     changes = code_changes()
     if changes:
-        write_text(folder / CHANGES_NAME, changes)
+        write_text(folder / CHANGES_NAME, scrub(changes))  # a config may be among them
     return {
         "time": time.time(),
         "user": getpass.getuser(),

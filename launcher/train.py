@@ -20,6 +20,7 @@ from megaback.exit_record import num_starts, read_exit, read_history, record_exi
 from megaback.run_data import open_data
 from megaback.run_ownership import require_run_folder
 from megaback.stopping import deadline_of
+from megaback.yaml_text import kept_overrides
 
 _RANK_MODULE = "megaback.train"
 
@@ -61,6 +62,7 @@ def train(
 
     Raises what keeps the ranks from starting, and what they could not say themselves.
     """
+    overrides = kept_overrides(overrides)
     settings = load_config(config, overrides)
     deadline_of(save_before)
     device, processes = plan_ranks(settings)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -20,6 +21,7 @@ from pydantic import (
 )
 
 from data_pipeline import number_ranges as ranges
+from data_pipeline.address_variables import kept
 from data_pipeline.errors import BatchError, ConfigError
 from data_pipeline.redaction import shown_url
 from data_pipeline.text import Direction
@@ -30,6 +32,10 @@ _WHOLE = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?")
 
 CONFIG_COPY_NAME = "config.yaml"
 """In a run's folder: its config, resolved."""
+
+
+Address = Annotated[str, AfterValidator(kept)]
+"""A path or URL, whose secrets the environment holds: no copy of a config has them."""
 
 
 def _as_word(value: Any) -> Any:
@@ -71,7 +77,7 @@ class Section(BaseModel):
 
 
 class WeightedShards(Section):
-    path: str
+    path: Address
     """Folder or URL of a data set."""
     weight: Annotated[float, ranges.POSITIVE] = 1.0
     """Its part of all rows, relative to the other weights."""
@@ -330,7 +336,7 @@ class CheckpointSection(Section):
     """Checkpoints of multiples of this many steps are kept for ever."""
     background: bool = True
     """Write while training goes on, from a copy in the host's memory."""
-    copy_to: str | None = None
+    copy_to: Address | None = None
     """A second place, a path or URL (s3://bucket/run): each complete checkpoint is copied there in
     the background, under the run's name, and a run that has lost its own goes on from it."""
 

@@ -4,12 +4,15 @@ A key that is there twice is an error, where PyYAML keeps the last. What aliases
 stand for is counted before it is made: a few lines of them can stand for billions of values.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data_pipeline.address_variables import kept_in
 from data_pipeline.errors import ConfigError
+from data_pipeline.next_command import override
 from data_pipeline.regular_files import read_file
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -92,19 +95,37 @@ def _read(data: bytes) -> Any:
         raise yaml.YAMLError(str(error)) from None
 
 
-def apply_override(fields: dict[str, Any], override: str) -> None:
+def apply_override(fields: dict[str, Any], text: str) -> None:
     """Set the key of a `key.sub=value`. Raises ConfigError."""
-    key, separator, text = override.partition("=")
+    key, separator, value_text = text.partition("=")
     if not separator or not key:
-        raise ConfigError(f"{override!r} is not an override; write key.sub=value")
+        raise ConfigError(f"{text!r} is not an override; write key.sub=value")
     try:
-        value = read_yaml(text)
+        value = read_yaml(value_text)
     except yaml.YAMLError:
-        raise ConfigError(f"the value of the override {override!r} is not valid YAML") from None
+        raise ConfigError(f"the value of the override {text!r} is not valid YAML") from None
     *parents, last = key.split(".")
     section = fields
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"the override {override!r} looks into {parent}, which has no keys")
+            raise ConfigError(f"the override {text!r} looks into {parent}, which has no keys")
     section[last] = value
+
+
+def kept_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Overrides for the command line of other processes, which everybody on a machine can read.
+
+    Secrets in their addresses go there by the environment. Raises ConfigError.
+    """
+    return tuple(map(_kept, overrides))
+
+
+def _kept(text: str) -> str:
+    key, _, value_text = text.partition("=")
+    try:
+        value = read_yaml(value_text)
+    except yaml.YAMLError:
+        return text
+    kept_value = kept_in(value)
+    return text if kept_value == value else override(key, kept_value)

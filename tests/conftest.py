@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from data_pipeline import redaction
 from data_pipeline.build import build_shards
 from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.text import Direction, TextCodec, Unit
@@ -32,6 +33,17 @@ for _name in ("COLUMNS", "LINES"):
 settings.register_profile("megaback", deadline=None, derandomize=True)
 settings.register_profile("fuzz", deadline=None)
 settings.load_profile("megaback")
+
+
+@pytest.fixture(autouse=True)
+def no_secret_is_known() -> Iterator[None]:
+    """What a test has typed into addresses is not scrubbed from what others say."""
+    yield
+    redaction._known.clear()
+    for name in list(os.environ):
+        if name.startswith(redaction.VARIABLE_PREFIX):
+            del os.environ[name]
+
 
 NUM_PIECES = 600
 NUM_DOCUMENTS = 400

@@ -1,28 +1,17 @@
 """Secrets of addresses move to the environment, and come back only where an address is opened."""
 
 import os
-from collections.abc import Iterator
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import redaction
-from data_pipeline.address_variables import expanded, kept, kept_in, variables_in
+from data_pipeline.address_variables import expanded, kept, kept_in
 from data_pipeline.errors import ConfigError
-from data_pipeline.redaction import MASK, scrub, shown_url
+from data_pipeline.redaction import MASK, REFERENCE, scrub, shown_url
 
 SIGNED = "https://user:hunter22@host/x.jsonl?id=7&sig=abcdefgh1"
-
-
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    names, known = dict(os.environ), set(redaction._known)
-    yield
-    os.environ.clear()
-    os.environ.update(names)
-    redaction._known.clear()
-    redaction._known.update(known)
 
 
 def test_what_is_kept_of_an_address_has_no_secret_and_opens_the_same() -> None:
@@ -35,12 +24,12 @@ def test_what_is_kept_of_an_address_has_no_secret_and_opens_the_same() -> None:
     assert kept(address) == address
     assert shown_url(address) == "https://host/x.jsonl?id=7"
     assert scrub("login hunter22, sig abcdefgh1") == f"login {MASK}, sig {MASK}"
-    assert all(os.environ[name] in SIGNED for name in variables_in([{"path": address}]))
+    assert all(os.environ[name] in SIGNED for name in re.findall(REFERENCE, address))
 
 
 def test_another_signature_has_the_same_name_in_another_process() -> None:
     one = kept(SIGNED)
-    for name in variables_in(one):
+    for name in re.findall(REFERENCE, one):
         del os.environ[name]
     assert kept(SIGNED.replace("abcdefgh1", "another-one")) == one
 
@@ -61,23 +50,44 @@ def test_a_variable_that_is_set_already_is_left_alone() -> None:
     assert os.environ[name] == "mine"
 
 
-def test_references_are_those_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    address = "https://alice:${PASSWORD}@host/x?${SAS}"
+def test_references_are_to_variables_that_the_user_has_named_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address = "https://alice:${MEGABACK_SECRET_LOGIN}@host/x?${MEGABACK_SECRET_SAS}"
     assert kept(address) == address
-    with pytest.raises(ConfigError, match=r"^https://alice:.*: the environment variable PASSWORD"):
+    with pytest.raises(ConfigError, match=r"^https://alice:.*: the environment variable .*LOGIN"):
         expanded(address)
-    monkeypatch.setenv("PASSWORD", "pa${SAS}ss")
-    monkeypatch.setenv("SAS", "sv=1&sig=abcdefgh1")
-    assert expanded(address) == "https://alice:pa${SAS}ss@host/x?sv=1&sig=abcdefgh1"
+    monkeypatch.setenv("MEGABACK_SECRET_LOGIN", "pa${MEGABACK_SECRET_SAS}ss")
+    monkeypatch.setenv("MEGABACK_SECRET_SAS", "sv=1&sig=abcdefgh1")
+    assert expanded(address) == (
+        "https://alice:pa${MEGABACK_SECRET_SAS}ss@host/x?sv=1&sig=abcdefgh1"
+    )
     assert scrub("abcdefgh1") == MASK
-    assert variables_in({"data": [address]}) == {"PASSWORD", "SAS"}
+
+
+@pytest.mark.parametrize("name", ["HOME", "AWS_SECRET_ACCESS_KEY", "MEGABACK_SERVE_TOKEN"])
+def test_no_other_variable_leaves_this_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "private")
+    address = f"https://evil.example/x?a=${{{name}}}"
+    with pytest.raises(ConfigError, match=rf"{name}.*export it as MEGABACK_SECRET_{name}"):
+        kept(address)
+    assert "private" not in expanded(address)
+
+
+def test_what_was_typed_for_a_host_is_sent_to_no_other_one() -> None:
+    address = kept("https://user:hunter22@host/a/b?sig=abcdefgh1")
+    assert expanded(address.replace("/a/b", "/c")) == ("https://user:hunter22@host/c?sig=abcdefgh1")
+    names = re.findall(REFERENCE, address)
+    for other in ("https://evil", "http://host", "https://host:81", "https://host.evil"):
+        with pytest.raises(ConfigError, match="is of another host's addresses"):
+            expanded(f"{other}/x?${{{names[0]}}}")
 
 
 def test_a_secret_beside_a_reference_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("END", "tail")
-    address = kept("https://host/x?sig=head${END}")
+    monkeypatch.setenv("MEGABACK_SECRET_END", "tail")
+    address = kept("https://host/x?sig=head${MEGABACK_SECRET_END}")
+    assert "head" not in address
     assert expanded(address) == "https://host/x?sig=headtail"
-    assert "END" in variables_in(address)
 
 
 def test_fields_are_kept_wherever_addresses_stand_and_paths_stay() -> None:
@@ -90,9 +100,7 @@ def test_fields_are_kept_wherever_addresses_stand_and_paths_stay() -> None:
 
 
 def test_a_variable_of_ours_that_is_gone_is_named() -> None:
-    with pytest.raises(
-        ConfigError, match=r"MEGABACK_SECRET_0.*holds what is secret.*whole address"
-    ):
+    with pytest.raises(ConfigError, match=r"MEGABACK_SECRET_0 is not set.*whole address"):
         expanded("https://host/x?${MEGABACK_SECRET_0}")
 
 

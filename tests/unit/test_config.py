@@ -11,10 +11,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.address_variables import expanded
 from data_pipeline.errors import BatchError, ConfigError, MegabackError
 from megaback.config import BatchSection, Config, load_config, split_batch
 from megaback.model import ReverseGPT
 from megaback.shown_config import shown_config
+from megaback.yaml_text import kept_overrides
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -57,6 +59,26 @@ def test_what_is_written_as_yaml_reads_back_equal(tmp_path: Path) -> None:
     assert load_config(copy) == config
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data.shards={}",
+        "data.shards=[{{path: '{}', weight: 2}}, {{path: books}}]",
+        "checkpoint.copy_to={}",
+    ],
+)
+def test_an_override_for_other_processes_has_no_secrets_and_means_the_same(
+    tmp_path: Path, text: str
+) -> None:
+    override = text.format("https://me:pass@host/web?token=abc&id=7")
+    (kept,) = kept_overrides((override,))
+    assert "abc" not in kept
+    assert "pass@" not in kept
+    assert kept_overrides((kept, "training.steps=7")) == (kept, "training.steps=7")
+    path = write_config(tmp_path)
+    assert load_config(path, (kept,)) == load_config(path, (override,))
+
+
 def test_a_config_that_is_shown_has_no_secrets_of_addresses(tmp_path: Path) -> None:
     secret = "data.shards=[{path: 'https://me:word@host/web?token=abc', weight: 2}, {path: books}]"
     config = load_config(write_config(tmp_path), (secret,))
@@ -65,7 +87,9 @@ def test_a_config_that_is_shown_has_no_secrets_of_addresses(tmp_path: Path) -> N
 
     assert [part["path"] for part in shown["data"]["shards"]] == ["https://host/web", "books"]
     assert shown["model"] == config.model.model_dump()
-    assert "token=abc" in config.to_yaml()
+    assert "abc" not in config.to_yaml()
+    assert "word" not in config.to_yaml()
+    assert expanded(config.data.shards[0].path) == "https://me:word@host/web?token=abc"
 
 
 @pytest.mark.parametrize(

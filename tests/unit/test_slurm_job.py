@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -156,3 +157,13 @@ def test_outside_slurm_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["begin", "any.yaml"], standalone_mode=False)
     assert caught.value.code == LaunchError.exit_code
+
+
+def test_a_secret_on_the_command_line_of_sbatch_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        main, ["begin", str(tmp_path / "c.yaml"), "data.shards=https://me:pass@host/x?sig=abc"]
+    )
+    assert done.exit_code == ConfigError.exit_code
+    assert "data.shards=https://host/x: a secret of this address" in done.output
+    assert "export it as MEGABACK_SECRET_NAME before sbatch" in done.output
+    assert "abc" not in done.output
