@@ -8,6 +8,7 @@ begins there, for attention, and whether the id after it is a target.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ NUM_COUNTS = 3
 Marks = npt.NDArray[np.uint8]
 
 _OPEN_ROWS = 32
+_BLOCK_EXAMPLES = 1 << 20
+"""Looked at at a time, which bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,28 @@ class RowPacker:
         yield PackedExample(ids, last.num_given, last.num_learnt, last.text_bytes)
 
 
-class ExampleMarks:
-    """The marks of the ids of one shard."""
-
-    def __init__(self, counts: npt.NDArray[np.int64], row_tokens: int) -> None:
-        """`counts` has shape (examples, 3). Raises ValueError when they cannot be."""
-        tokens, given, learnt = counts.T
-        stops = np.cumsum(tokens)
+def require_rows(counts: npt.NDArray[np.integer[Any]], row_tokens: int) -> None:
+    """Raises ValueError unless examples with these counts, shape (examples, 3), lie in rows."""
+    start = 0
+    for first in range(0, len(counts), _BLOCK_EXAMPLES):
+        tokens, given, learnt = counts[first : first + _BLOCK_EXAMPLES].astype(np.int64).T
+        stops = start + np.cumsum(tokens)
         if (
             (given < 1).any()
             or (given + learnt > tokens).any()
             or ((stops - tokens) // row_tokens != (stops - 1) // row_tokens).any()
         ):
             raise ValueError("an example crosses a row's end, or its counts contradict each other")
-        self._starts = stops - tokens
+        start = int(stops[-1])
+
+
+class ExampleMarks:
+    """The marks of the ids of one shard."""
+
+    def __init__(self, counts: npt.NDArray[np.int64]) -> None:
+        """`counts` has shape (examples, 3), and is as `require_rows` says."""
+        tokens, given, learnt = counts.T
+        self._starts = np.cumsum(tokens) - tokens
         self._learnt_from = self._starts + given - 1
         self._ends = self._starts + given + learnt
         self._padding = self._ends[given + learnt < tokens]

@@ -52,8 +52,10 @@ def require_no_link(folder: Path) -> None:
 def read_file(path: Path, max_bytes: int) -> bytes:
     """All of a file. Raises OSError, also where it has more bytes than that."""
     with open(open_file(path), "rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
+        size_bytes = os.fstat(file.fileno()).st_size
+        data = b"" if size_bytes > max_bytes else file.read(size_bytes)
+        is_whole = size_bytes <= max_bytes and not file.read(1)
+    if not is_whole:
         raise too_large(max_bytes, str(path))
     return data
 

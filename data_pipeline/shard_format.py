@@ -32,7 +32,7 @@ import zstandard
 from data_pipeline.byte_ranges import ByteRanges, LocalRanges
 from data_pipeline.compression import DEFAULT_COMPRESSION, Compression, read_dictionary
 from data_pipeline.errors import ShardCorruptError
-from data_pipeline.example_rows import NUM_COUNTS, ExampleMarks, PackedExample
+from data_pipeline.example_rows import NUM_COUNTS, ExampleMarks, PackedExample, require_rows
 from data_pipeline.interrupts import require_uninterrupted
 from data_pipeline.limits import MAX_COUNTS, MAX_FRAMES
 from data_pipeline.seekable import EMPTY_CHECKSUM, SeekEntry, pack_seek_table
@@ -333,6 +333,11 @@ class ShardReader:
         tokens = counts[:, 0]
         if tokens.sum(dtype=np.int64) != self.header.tokens or not tokens.all():
             raise self._corrupt("its document index and its token count disagree")
+        if self.header.row_tokens is not None:
+            try:
+                require_rows(counts, self.header.row_tokens)
+            except ValueError as error:
+                raise self._corrupt(f"its document index is wrong ({error})") from None
         return counts
 
     def text_tokens(self) -> npt.NDArray[np.integer[Any]]:
@@ -353,10 +358,7 @@ class ShardReader:
 
     @cached_property
     def _example_marks(self) -> ExampleMarks:
-        try:
-            return ExampleMarks(self.counts(), self.header.row_tokens or 1)
-        except ValueError as error:
-            raise self._corrupt(f"its document index is wrong ({error})") from None
+        return ExampleMarks(self.counts())
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Ids from `start` to `stop` of the shard, across frames: shape (stop - start,)."""

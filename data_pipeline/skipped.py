@@ -72,6 +72,7 @@ def skipped_to_json(skipped: Skipped) -> dict[str, Any]:
 
 def skipped_from_json(fields: Mapping[str, Any]) -> Skipped:
     """Undoes `skipped_to_json`, without secrets of addresses. Raises TypeError or ValueError."""
+    fields = checked("skipped", fields, dict)
     return {
         kind: {
             cause: Tally(tally.count, tuple(map(scrub, tally.first)))

@@ -54,7 +54,6 @@ def _require_counted(
     reader: ShardReader, counts: npt.NDArray[np.uint32], entry: ShardEntry
 ) -> None:
     """Raises ShardCorruptError unless a shard of examples has the tokens that an entry counts."""
-    reader.marks(0)  # whether every example lies in one row
     tokens, given, learnt = counts.sum(axis=0, dtype=np.int64).tolist()
     counted = (learnt, tokens - given - learnt)
     promised = (entry.learnt_tokens, entry.padding_tokens)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, DirectionMismatchError, ShardCorruptError
-from data_pipeline.example_rows import ExampleMarks, PackedExample, RowPacker
+from data_pipeline.example_rows import PackedExample, RowPacker, require_rows
 from data_pipeline.manifest import Manifest, ShardEntry
 from data_pipeline.rows import IGNORED_TARGET, Batch, RowReader
 from data_pipeline.shard_format import ShardReader, ShardWriter
@@ -169,7 +169,7 @@ def test_a_copy_of_a_shard_holds_the_same_examples() -> None:
 def test_counts_that_contradict_each_other_are_refused() -> None:
     for counts in ([[10, 8, 4]], [[16, 0, 4]], [[10, 8, 2], [10, 8, 2]]):
         with pytest.raises(ValueError, match="crosses"):
-            ExampleMarks(np.array(counts), ROW_TOKENS)
+            require_rows(np.array(counts), ROW_TOKENS)
     with example_set([(8, 4)]) as data:
         path = data.folder / data.manifest.shards[0].file
         with path.open("wb") as file:
