@@ -228,7 +228,7 @@ def is_device(path: Path) -> bool:
 
 @contextmanager
 def replacing(
-    path: Path, publish: Callable[[Path, Path], None] = os.replace
+    path: Path, publish: Callable[[Path, Path], None] | None = None
 ) -> Iterator[IO[bytes]]:
     """Write a file of our own that appears under `path` whole, or not at all.
 
@@ -245,7 +245,7 @@ def replacing(
             yield file
             file.flush()
             os.fsync(file.fileno())
-        publish(partial, path)
+        (publish or os.replace)(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:

@@ -79,7 +79,7 @@ def writing_output(path: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
         return
     if path.is_symlink():
         path = Path(os.path.realpath(path))
-    with replacing(path, os.replace if overwrite else _publish_new) as file:
+    with replacing(path, None if overwrite else _publish_new) as file:
         yield file
 
 
