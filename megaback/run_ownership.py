@@ -15,6 +15,7 @@ import yaml
 from data_pipeline.checked_json import read_json
 from data_pipeline.errors import OutputExistsError
 from data_pipeline.output_paths import require_apart
+from data_pipeline.regular_files import require_no_link
 from megaback.config import CONFIG_COPY_NAME, Config
 from megaback.exit_record import read_history
 from megaback.yaml_text import read_yaml_file
@@ -24,6 +25,8 @@ RESOLVED_COPY_NAME = "config.resolved.yaml"
 _MADE_BEFORE_THE_HISTORY = frozenset(
     {".lock", "checkpoints", "converted", "heartbeats", "logs", "submitted"}
 )
+_WORK_FOLDERS = ("heartbeats", "submitted", ".preflight")
+"""Folders of a run in which files are written and removed; others may be links to another disk."""
 _SNAPSHOT = re.compile(r"\d{8}-\d{6}(-\d+)?")
 _JUNK = frozenset({".DS_Store", "lost+found"})
 
@@ -39,6 +42,8 @@ def require_run_folder(config: Config, given: Path | None = None) -> None:
         raise OutputExistsError(f"run {run} is a file; choose another run folder")
     inputs = [*(part.path for part in config.data.shards), config.init_from]
     require_apart(run, inputs, "run")
+    for name in _WORK_FOLDERS:
+        require_no_link(run / name, "run")
     if is_run_of_ours(run):
         return
     strangers = list(_strangers_in(run, given))

@@ -135,3 +135,16 @@ def test_our_copy_of_a_config_is_replaced_and_an_edited_one_is_not(tmp_path: Pat
     write(copy, f"# lower after the spike\n{text}")
 
     assert place_of_config(tmp_path, tmp_path / "other.yaml") == tmp_path / RESOLVED_COPY_NAME
+
+
+@pytest.mark.parametrize("name", ["heartbeats", "submitted", ".preflight"])
+def test_a_run_whose_work_folder_is_a_link_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    record_start(tmp_path / "run", step=0)
+    for linked in ("checkpoints", "logs", "tensorboard"):  # on another disk, as users have it
+        (tmp_path / "disk" / linked).mkdir(parents=True)
+        (tmp_path / "run" / linked).symlink_to(tmp_path / "disk" / linked)
+    ask(tmp_path / "run")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "disk")
+    with pytest.raises(OutputExistsError, match="choose another run"):
+        ask(tmp_path / "run")
