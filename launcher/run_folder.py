@@ -3,7 +3,6 @@
 Only small files and the ends of long ones are read, so that looking disturbs nothing.
 """
 
-import json
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.checked_json import read_json
+from data_pipeline.regular_files import open_file
+from megaback.checkpoint_names import complete_checkpoints, step_of
 from megaback.exit_record import HISTORY_NAME, read_history
-from megaback.metrics import METRICS_NAME
+from megaback.metrics import METRICS_NAME, parsed_line
 
 SUBMITTED_FOLDER = "submitted"
 SUBMISSION_NAME = "submission.json"
@@ -49,9 +51,7 @@ def runs_below(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 def newest_checkpoint_step(run: Path) -> int:
     """The step of the newest complete checkpoint; 0 without one."""
-    complete = (run / "checkpoints").glob("step-*/meta.json")
-    steps = [path.parent.name.removeprefix("step-") for path in complete]
-    return max((int(step) for step in steps if step.isdigit()), default=0)
+    return max(map(step_of, complete_checkpoints(run)), default=0)
 
 
 def holds_weights(base: Path) -> bool:
@@ -68,11 +68,11 @@ def holds_weights(base: Path) -> bool:
 
 def read_progress(run: Path) -> Progress | None:
     """The last step of the metrics; None before there is one."""
-    lines = [line for line in _last_lines(run / METRICS_NAME) if "step" in line]
+    lines = _last_lines(run / METRICS_NAME)
     if not lines:
         return None
     learnt = [line for line in lines if line.get("loss") is not None]
-    times = [float(line["step_s"]) for line in lines if "step_s" in line]
+    times = [float(line["step_s"]) for line in lines if line.get("step_s") is not None]
     return Progress(
         step=int(lines[-1]["step"]),
         loss=float(learnt[-1]["loss"]) if learnt else None,
@@ -85,8 +85,12 @@ def read_submissions(run: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted((run / SUBMITTED_FOLDER).glob(f"*/{SUBMISSION_NAME}")):
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            found.append({"jobs": [dict(job) for job in fields["jobs"]]} | fields)
+            fields = read_json(path)
+            jobs = [
+                {**job, "job": str(job["job"]), "stage": str(job["stage"])}
+                for job in fields["jobs"]
+            ]
+            found.append({**fields, "jobs": jobs})
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found
@@ -96,7 +100,7 @@ def jobs_of(run: Path) -> dict[str, str]:
     """The Slurm jobs that worked on a run, or are to: job id to stage, oldest first."""
     known = {str(line["job"]): "train" for line in read_history(run) if line.get("job") is not None}
     for submission in read_submissions(run):
-        known |= {str(job["job"]): str(job["stage"]) for job in submission["jobs"]}
+        known |= {job["job"]: job["stage"] for job in submission["jobs"]}
     return dict(sorted(known.items(), key=lambda item: (len(item[0]), item[0])))
 
 
@@ -110,17 +114,13 @@ def events_of_job(run: Path, job: str, event: str) -> Sequence[dict[str, Any]]:
 
 
 def _last_lines(path: Path) -> list[dict[str, Any]]:
+    """Those of a run's metrics in the end of a file that can be read."""
     try:
-        with path.open("rb") as file:
+        with open(open_file(path), "rb") as file:  # noqa: PTH123 (a descriptor)
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - _TAIL_BYTES, 0))
-            data = file.read()
+            data = file.read(_TAIL_BYTES)
     except OSError:
         return []
-    lines = []
-    for text in data.splitlines()[1 if size > _TAIL_BYTES else 0 :]:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # cut short by a kill
-            continue
-    return lines
+    texts = data.splitlines()[1 if size > _TAIL_BYTES else 0 :]
+    return [line for text in texts if (line := parsed_line(text))]

@@ -12,7 +12,12 @@ from pydantic import ValidationError
 
 from data_pipeline.checked_json import read_json
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError, RunMismatchError
-from megaback.checkpoint_names import CHECKPOINTS_FOLDER, META_NAME, meant_by
+from megaback.checkpoint_names import (
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    complete_checkpoints,
+    meant_by,
+)
 from megaback.config import ModelSection
 from megaback.run_ownership import config_of_run
 from megaback.stock_config import from_stock, is_stock
@@ -75,11 +80,10 @@ def base_shape(base: Path) -> ModelSection | None:
         return from_stock(fields, str(path)) if ours is None else _shape(path, ours)
     base = meant_by(base)
     if not (base / META_NAME).is_file():
-        folder = base if base.name == CHECKPOINTS_FOLDER else base / CHECKPOINTS_FOLDER
-        complete = sorted(folder.glob(f"step-*/{META_NAME}"))
+        complete = complete_checkpoints(base.parent if base.name == CHECKPOINTS_FOLDER else base)
         if not complete:
             return None
-        base = complete[-1].parent
+        base = complete[-1]
     return _shape(base / META_NAME, _read(base / META_NAME).get("config"))
 
 

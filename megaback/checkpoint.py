@@ -38,6 +38,7 @@ from megaback.checkpoint_names import (
     OPTIMIZER_PREFIX,
     STEP_FOLDER,
     WEIGHTS_PREFIX,
+    complete_checkpoints,
     meant_by,
     step_name,
 )
@@ -162,15 +163,6 @@ def saved_state(target: Path, meta: CheckpointMeta, prefix: str = "") -> SavedSt
     prefixes = (prefix,) if prefix else (WEIGHTS_PREFIX, OPTIMIZER_PREFIX)
     names = [name for name in meta.files if name.startswith(prefixes)]
     return SavedState([target / name for name in names])
-
-
-def complete_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(
-        path.parent
-        for path in (run / CHECKPOINTS_FOLDER).glob(f"step-*/{META_NAME}")
-        if STEP_FOLDER.fullmatch(path.parent.name)
-    )
 
 
 def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:

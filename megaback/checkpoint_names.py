@@ -33,6 +33,20 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(
+        path.parent
+        for path in (run / CHECKPOINTS_FOLDER).glob(f"step-*/{META_NAME}")
+        if STEP_FOLDER.fullmatch(path.parent.name)
+    )
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by the name of its folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def meant_by(path: Path) -> Path:
     """The checkpoint that `best` or `latest` names; any other path as it is.
 

@@ -19,14 +19,7 @@ from data_pipeline.command import replacing, storage_error, write_text
 from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.own_files import remove_own_files
-from megaback.checkpoint import (
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    CheckpointMeta,
-    complete_checkpoints,
-    read_meta,
-    verify_files,
-)
+from megaback.checkpoint import FORMAT_NAME, FORMAT_VERSION, CheckpointMeta, read_meta, verify_files
 from megaback.checkpoint_names import (
     BEST_NAME,
     CHECKPOINT_FILE,
@@ -36,6 +29,7 @@ from megaback.checkpoint_names import (
     OPTIMIZER_PREFIX,
     STEP_FOLDER,
     WEIGHTS_PREFIX,
+    complete_checkpoints,
     meant_by,
     step_name,
 )

@@ -23,10 +23,10 @@ import torch
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
 from data_pipeline.locks import locked
 from data_pipeline.own_files import holds_only, remove_own_files
-from megaback.checkpoint import complete_checkpoints
 from megaback.checkpoint_names import (
     CHECKPOINTS_FOLDER,
     META_NAME,
+    complete_checkpoints,
     meant_by,
 )
 from megaback.model_folder import CONFIG_NAME, write_model_folder

@@ -12,11 +12,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.checked_json import parse_json, read_json
 from data_pipeline.regular_files import open_in_place
+from megaback.run_records import MAX_RECORD_BYTES, Fields, lines_of
 
 EXIT_NAME = "exit.json"
 START_EVENT = "start"
 HISTORY_NAME = "history.jsonl"
+_FIELDS = Fields(
+    counts=frozenset(("step", "total_steps", "world_size", "zero_stage", "code", "restarts")),
+    numbers=frozenset(("rank",)),
+    texts=frozenset(("event", "host", "job", "kind", "reason")),
+    times=frozenset(("time",)),
+)
 BAD_NODES_NAME = "bad_nodes.txt"
 """Nodes because of which a start was stopped, one a line."""
 
@@ -54,28 +62,32 @@ def record_exit(run: Path, code: int, kind: str, reason: str, rank: int | None =
 
 
 def read_exit(run: Path) -> dict[str, Any] | None:
-    """The reason of a run's end; None while it runs, or if nobody was left to write it."""
+    """The reason of a run's end; None while it runs, or if nobody was left to write it.
+
+    What no version of megaback writes counts as nothing.
+    """
     try:
-        fields = json.loads((run / EXIT_NAME).read_text(encoding="utf-8"))
+        fields = read_json(run / EXIT_NAME, MAX_RECORD_BYTES)
     except (OSError, ValueError):
         return None
-    return fields if isinstance(fields, dict) else None
+    is_record = isinstance(fields, dict) and _FIELDS.problem(fields) is None
+    return fields if is_record and type(fields.get("code")) is int else None
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """All starts and ends, oldest first; a line that a kill cut short is left out."""
+    """All starts and ends, oldest first; a line that a kill cut short is left out.
+
+    So is one that no version of megaback writes, and what follows one without an end.
+    """
     lines = []
-    try:
-        text = (run / HISTORY_NAME).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return []
-    for line in text.splitlines():
-        try:
-            fields = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(fields, dict):
-            lines.append(fields)
+    with suppress(OSError, ValueError):
+        for line in lines_of(run / HISTORY_NAME):
+            try:
+                fields = parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(fields, dict) and _FIELDS.problem(fields) is None:
+                lines.append(fields)
     return lines
 
 

@@ -54,7 +54,7 @@ class StepGuard:
         self._num_skipped = 0  # in a row
         for line in earlier:
             if "loss" in line:
-                self._remember(line["loss"], line["gradient_norm"], "skipped" in line)
+                self._remember(line["loss"], line.get("gradient_norm"), "skipped" in line)
 
     def verdict(self, loss: float, gradient_norm: float | None) -> str | None:
         """Why not to learn from a step; None if all is well. The norm may not be known yet."""

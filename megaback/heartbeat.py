@@ -10,14 +10,25 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
+from data_pipeline.checked_json import made_from, read_json, require_within
+from data_pipeline.number_ranges import MANY
 from data_pipeline.regular_files import open_in_place
+from megaback.run_records import MAX_RECORD_BYTES, Fields
 
 HEARTBEATS_FOLDER = "heartbeats"
+_FIELDS = Fields(
+    counts=frozenset(("step",)),
+    numbers=frozenset(("interval_s", "timeout_s")),
+    times=frozenset(("pid_started", "since", "written")),
+)
+_MAX_PID = 1 << 22
+"""Of Linux."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +93,13 @@ def read_heartbeats(run: Path) -> list[Heartbeat]:
     """The heartbeats of the newest start, by rank; what is no heartbeat is left out."""
     beats = []
     for path in sorted((run / HEARTBEATS_FOLDER).glob("rank-*.json")):
-        try:
-            beat = Heartbeat(**json.loads(path.read_text(encoding="utf-8")))
-            if int(beat.rank) < int(beat.world_size):
+        with suppress(OSError, ValueError, TypeError):
+            beat = made_from(Heartbeat, read_json(path, MAX_RECORD_BYTES))
+            require_within("world_size", beat.world_size, 1, int(MANY.most))
+            require_within("rank", beat.rank, 0, beat.world_size - 1)
+            require_within("pid", beat.pid, 0, _MAX_PID)
+            if _FIELDS.problem(asdict(beat)) is None:
                 beats.append(beat)
-        except (OSError, ValueError, TypeError):
-            continue
     return beats
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.checked_json import read_json
-from megaback.checkpoint import complete_checkpoints
 from megaback.checkpoint_names import (
     CHECKPOINTS_FOLDER,
     META_NAME,
+    complete_checkpoints,
     meant_by,
     step_name,
 )

@@ -16,15 +16,18 @@ from typing import Any
 from rich.progress import BarColumn, TextColumn
 from rich.table import Column
 
+from data_pipeline.checked_json import parse_json
 from data_pipeline.command import write_text
 from data_pipeline.console import console_losses
 from data_pipeline.durations import duration
 from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.regular_files import UNFIT
 from data_pipeline.rich_console import SafeConsole, SafeProgress
 from megaback.config import Config
 from megaback.context_loss import ContextLoss
 from megaback.exit_record import record_event
 from megaback.mirrors import BEFORE_ALL_STEPS, Mirrors
+from megaback.run_records import Fields, lines_of
 
 METRICS_NAME = "metrics.jsonl"
 MACHINE_FIELDS = frozenset(
@@ -38,6 +41,14 @@ MACHINE_FIELDS = frozenset(
     }
 )
 """What says how fast a machine was, not what was learnt: it differs between equal runs."""
+_FIELDS = Fields(
+    counts=frozenset(
+        ("step", "targets", "tokens_seen", "memory_peak_bytes", "skipped_rows", "val_targets")
+    ),
+    numbers=MACHINE_FIELDS.difference(("memory_peak_bytes",))
+    | {"loss", "learning_rate", "gradient_norm", "val_loss", "val_bits_per_byte", "bits_per_byte"},
+    texts=frozenset(("skipped",)),
+)
 _RECENT_STEPS = 50
 """Whose pace tells how much time is left."""
 LEAST_DATA_WAIT_SHARE = 0.01
@@ -51,18 +62,38 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """
     lines: list[dict[str, Any]] = []
     path = run / METRICS_NAME
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise CheckpointCorruptError(
-                f"{path}:{number} is not of this version of megaback, or damaged; look at the run "
-                "with the version that wrote it"
-            )
-        lines.append(line)
+    try:
+        for number, text in enumerate(lines_of(path), start=1):
+            line = parsed_line(text)
+            if line is None:
+                break
+            if not line:
+                raise ValueError(f"line {number} is none of a run's")
+            lines.append(line)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in UNFIT:
+            raise
+        raise CheckpointCorruptError(
+            f"{path} is not of this version of megaback, or damaged ({error}); look at the run "
+            "with the version that wrote it"
+        ) from None
     return lines
+
+
+def parsed_line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics; an empty one for what is none of a run's, None for what is no JSON."""
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return {}
+    by_context = line.get("val_by_context", {})
+    if not isinstance(by_context, dict):
+        return {}
+    parts = [line, *by_context.values()]
+    are_known = all(isinstance(part, dict) and _FIELDS.problem(part) is None for part in parts)
+    return line if are_known else {}
 
 
 @dataclass(frozen=True)

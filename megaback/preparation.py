@@ -28,13 +28,12 @@ from megaback.attention import attention_backend
 from megaback.base_model import open_base
 from megaback.checkpoint import (
     CheckpointMeta,
-    complete_checkpoints,
     library_versions,
     load_into_engine,
     newest_checkpoint,
 )
 from megaback.checkpoint_copy import SecondPlace, fetch_newest, newest_meta
-from megaback.checkpoint_names import CHECKPOINTS_FOLDER, step_name
+from megaback.checkpoint_names import CHECKPOINTS_FOLDER, complete_checkpoints, step_name
 from megaback.compiler import require_compiler
 from megaback.config import Config, ModelSection
 from megaback.distributed import World

@@ -189,14 +189,15 @@ def _source_of(tokenizer: Path) -> str:
 
 
 def _run(folder: Path, verify: bool) -> Artefact:
-    from megaback.checkpoint import complete_checkpoints
+    from megaback.checkpoint_names import complete_checkpoints
     from megaback.config import load_config
     from megaback.metrics import METRICS_NAME, read_metrics
     from megaback.run_state import judge
 
     config = load_config(config_of_run(folder))
     lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
-    judged = judge(folder, [line["step_s"] for line in lines if "step_s" in line], time.time())
+    times = [line["step_s"] for line in lines if line.get("step_s") is not None]
+    judged = judge(folder, times, time.time())
     most = lines[-1]["step"] if lines else 0
     if judged.rolled_back_to is not None:
         most = judged.rolled_back_to
@@ -286,7 +287,7 @@ def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artefact
 
 
 def _checkpoints(folder: Path, verify: bool) -> Artefact:
-    from megaback.checkpoint import complete_checkpoints
+    from megaback.checkpoint_names import complete_checkpoints
 
     found = complete_checkpoints(folder.parent)
     if not found:

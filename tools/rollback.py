@@ -33,8 +33,13 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     Raises CheckpointMissingError, CheckpointCorruptError, LaunchError while it is training, and
     StorageError where its copies cannot be set back.
     """
-    from megaback.checkpoint import complete_checkpoints, read_meta, verify_files
-    from megaback.checkpoint_names import CHECKPOINTS_FOLDER, LATEST_NAME
+    from megaback.checkpoint import read_meta, verify_files
+    from megaback.checkpoint_names import (
+        CHECKPOINTS_FOLDER,
+        LATEST_NAME,
+        complete_checkpoints,
+        step_of,
+    )
     from megaback.guard import with_range, write_skipped_steps
     from megaback.metrics import METRICS_NAME, read_metrics
     from megaback.preparation import LOCK_NAME
@@ -50,9 +55,9 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
                 f"{run} is training; stop it first (SIGTERM saves), then roll back"
             ) from None
         last = max((line["step"] for line in read_metrics(run)), default=0)
-        earlier = [target for target in complete if _step_of(target) <= last - steps]
+        earlier = [target for target in complete if step_of(target) <= last - steps]
         if not earlier:
-            oldest = _step_of(complete[0])
+            oldest = step_of(complete[0])
             raise CheckpointMissingError(
                 f"{run} is at step {last}, and its oldest checkpoint is of step {oldest}: it can "
                 f"be set back by at most {last - oldest} steps; keep more with "
@@ -87,10 +92,6 @@ def _second_place(run: Path) -> "SecondPlace | None":
         return None
     copy_to = load_config(path).checkpoint.copy_to
     return SecondPlace(copy_to, run) if copy_to is not None else None
-
-
-def _step_of(target: Path) -> int:
-    return int(target.name.removeprefix("step-"))
 
 
 @click.command(cls=WorkCommand, name="rollback")

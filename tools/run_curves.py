@@ -86,7 +86,7 @@ def read_curves(run: Path, axis: Axis, name: str) -> RunCurves:
         )
     try:
         return _curves(read_metrics(run), read_history(run), axis, name)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointCorruptError(
             f"{run / METRICS_NAME} is not of this version of megaback, or damaged ({error}); look "
             "at the run with the version that wrote it"

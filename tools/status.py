@@ -19,6 +19,7 @@ from data_pipeline.command import Command
 from data_pipeline.durations import duration
 from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.terminal import fit
+from megaback.checkpoint_names import META_NAME, complete_checkpoints, step_of
 from megaback.exit_record import read_history
 from megaback.metrics import LEAST_DATA_WAIT_SHARE, METRICS_NAME, read_metrics
 from tools.watch import Health, look
@@ -74,7 +75,7 @@ def status_of(run: Path, now: float) -> Status:
         if health.state == "stopped" and health.step is not None:  # also after a rollback
             lines = [line for line in lines if line["step"] <= health.step]
         return _status(run, health, lines, read_history(run), now)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointCorruptError(
             f"{run / METRICS_NAME} is not of this version of megaback, or damaged ({error}); look "
             "at the run with the version that wrote it"
@@ -105,7 +106,7 @@ def _status(
         left_s = 0.0
     elif totals and step_s is not None:
         left_s = max(totals[-1] - step, 0) * step_s
-    complete = sorted((run / "checkpoints").glob("step-*/meta.json"))
+    complete = complete_checkpoints(run)
     return Status(
         run=str(run),
         health=health,
@@ -123,8 +124,8 @@ def _status(
         left_s=left_s,
         skipped={line["step"]: line["skipped"] for line in steps if "skipped" in line},
         left_out_steps=sum("left_out" in line for line in lines),
-        checkpoints=[int(path.parent.name.removeprefix("step-")) for path in complete],
-        checkpoint_age_s=now - complete[-1].stat().st_mtime if complete else None,
+        checkpoints=[step_of(path) for path in complete],
+        checkpoint_age_s=now - (complete[-1] / META_NAME).stat().st_mtime if complete else None,
         history=history,
     )
 

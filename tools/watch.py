@@ -61,7 +61,8 @@ def look(run: Path, now: float | None = None) -> Health:
         raise CheckpointMissingError(f"{run} is no run's folder (no {HISTORY_NAME}); give {which}")
     beats = read_heartbeats(run)
     steps = _last_steps(run)
-    times = [line["step_s"] for line in steps if "step_s" in line][-_RECENT_STEPS:]
+    times = [line["step_s"] for line in steps if line.get("step_s") is not None]
+    times = times[-_RECENT_STEPS:]
     judged = judge(run, times, now)
     step = max((beat.step for beat in beats), default=None)
     if judged.has_ended and steps:  # the heartbeats say what each rank was about to do

@@ -18,7 +18,8 @@ from data_pipeline.frame_store import FrameStore
 from data_pipeline.rows import RowReader
 from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.text import Direction, TextCodec
-from megaback.checkpoint import complete_checkpoints, find_checkpoint
+from megaback.checkpoint import find_checkpoint
+from megaback.checkpoint_names import complete_checkpoints
 from megaback.evaluation import to_device
 from megaback.model_folder import load_model_folder
 from tools.convert import convert_full

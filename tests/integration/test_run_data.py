@@ -14,7 +14,8 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.settings import BuildSettings, WeightedSource
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.text import TextCodec
-from megaback.checkpoint import complete_checkpoints, read_meta
+from megaback.checkpoint import read_meta
+from megaback.checkpoint_names import complete_checkpoints
 from megaback.metrics import read_metrics
 
 Run = subprocess.CompletedProcess[str]

@@ -11,15 +11,9 @@ import fsspec
 import pytest
 
 from data_pipeline.errors import CheckpointCorruptError, OutputExistsError, SourceMissingError
-from megaback.checkpoint import (
-    complete_checkpoints,
-    find_checkpoint,
-    newest_checkpoint,
-    read_meta,
-    verify_files,
-)
+from megaback.checkpoint import find_checkpoint, newest_checkpoint, read_meta, verify_files
 from megaback.checkpoint_copy import CheckpointCopier, SecondPlace, fetch_newest
-from megaback.checkpoint_names import META_NAME
+from megaback.checkpoint_names import META_NAME, complete_checkpoints
 from megaback.config import CheckpointSection
 from megaback.distributed import World
 from megaback.guard import read_left_out, write_skipped_steps

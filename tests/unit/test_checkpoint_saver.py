@@ -22,13 +22,12 @@ from data_pipeline.errors import StorageError
 from megaback import checkpoint_saver
 from megaback.checkpoint import (
     CheckpointMeta,
-    complete_checkpoints,
     find_checkpoint,
     newest_checkpoint,
     read_meta,
     verify_files,
 )
-from megaback.checkpoint_names import META_NAME
+from megaback.checkpoint_names import META_NAME, complete_checkpoints
 from megaback.checkpoint_saver import CheckpointSaver
 from megaback.config import CheckpointSection
 from megaback.distributed import World

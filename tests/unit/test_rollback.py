@@ -16,9 +16,9 @@ from data_pipeline.errors import (
     LaunchError,
     StorageError,
 )
-from megaback.checkpoint import complete_checkpoints, newest_checkpoint, read_meta, verify_files
+from megaback.checkpoint import newest_checkpoint, read_meta, verify_files
 from megaback.checkpoint_copy import SecondPlace
-from megaback.checkpoint_names import CHECKPOINTS_FOLDER, META_NAME
+from megaback.checkpoint_names import CHECKPOINTS_FOLDER, META_NAME, complete_checkpoints
 from megaback.config import CONFIG_COPY_NAME
 from megaback.distributed import World
 from megaback.guard import SKIPPED_STEPS_NAME, read_left_out
