@@ -25,7 +25,7 @@ from megaback.choice import SamplingOptions
 from megaback.generate import complete
 from megaback.model_folder import load_sampler
 from tools.serve import listening_socket, run_server
-from tools.serving.guard import Limits
+from tools.serving.limits import Limits
 from tools.serving.models import load_models
 
 CONTEXT_TOKENS = 512

@@ -1,12 +1,15 @@
 """Samples that are written together, and come and go while others are written.
 
 Each sample has its own options, seed and end, and is what `generate` writes for it alone. (The
-products of more rows round differently, so that fp32 logits differ by about 1e-6.)
+products of more rows round differently, so that fp32 logits differ by about 1e-6.) Prompts are
+read in steps, between which others are written, one prompt at a time. A sample that has filled the
+context waits in the same line for its newer half to be read again.
 
 Shapes: B rows, V vocabulary.
 """
 
-from collections import defaultdict
+import time
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +23,7 @@ from megaback.cache import LayerState
 from megaback.choice import SamplingOptions, choose, penalized
 from megaback.sampler import Sampler
 from megaback.slots import SlotCache
+from megaback.steps import Steps
 
 
 @dataclass(eq=False)
@@ -54,6 +58,23 @@ class Step:
     """The likeliest ids at this place, with their log-probabilities."""
 
 
+class ReadingError(Exception):
+    """A sample whose prompt could not be read, and which is gone. Its cause says why."""
+
+    def __init__(self, sample: Sample) -> None:
+        super().__init__("a prompt could not be read")
+        self.sample = sample
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A sample whose ids are to be read before it is written on."""
+
+    sample: Sample
+    draws: np.random.Generator
+    ids: list[int]
+
+
 class Batch:
     """The samples that are being written by one model."""
 
@@ -62,12 +83,19 @@ class Batch:
         self._cache = SlotCache(sampler, num_slots)
         self._rows: list[Sample] = []
         self._draws: list[np.random.Generator] = []
+        self._readings: deque[_Reading] = deque()
+        self._steps_of_first: Steps[list[LayerState]] | None = None
         self._added_BV = torch.zeros(num_slots, sampler.vocab_size, device=sampler.device)
         self._seen_BV: Tensor | None = None  # made when a sample is the first to have a penalty
         self._later: dict[tuple[int, ...], Tensor] = {}
         self._last_read: tuple[list[int], list[LayerState]] | None = None
 
     def __len__(self) -> int:
+        return len(self._rows) + len(self._readings)
+
+    @property
+    def num_rows(self) -> int:
+        """How many have been read, and are written at each step."""
         return len(self._rows)
 
     @property
@@ -84,46 +112,54 @@ class Batch:
                 f"holds {context_tokens}; shorten it"
             )
 
-    @torch.inference_mode()
     def add(self, sample: Sample) -> None:
-        """Read a prompt and write on from it at the next step. Raises PromptError, ValueError."""
+        """Take a sample, to be read and then written on. Raises PromptError, ValueError."""
         self.check(sample.prompt)
+        if len(self) == self.num_slots:
+            raise ValueError(f"all {self.num_slots} places are taken")
         sample.ids = list(sample.prompt.ids)
-        self._cache.add(self._read(sample.ids[:-1]))
-        row = len(self._rows)
-        self._rows.append(sample)
-        self._draws.append(np.random.default_rng(sample.options.seed))
-        self._added_BV[row] = self._allowed(sample)
-        if sample.options.repetition_penalty != 1:
-            if self._seen_BV is None:
-                self._seen_BV = torch.zeros_like(self._added_BV, dtype=torch.bool)
-            self._seen_BV[row] = False
-            self._seen_BV[row, torch.tensor(sample.ids, device=self._sampler.device)] = True
+        draws = np.random.default_rng(sample.options.seed)
+        self._readings.append(_Reading(sample, draws, sample.ids[:-1]))
 
     def remove(self, sample: Sample) -> None:
         """Stop writing a sample, if it is still being written."""
-        if sample not in self._rows:
-            return
-        row, last = self._rows.index(sample), len(self._rows) - 1
-        self._cache.remove(row)
-        self._rows[row], self._draws[row] = self._rows[last], self._draws[last]
-        self._rows.pop()
-        self._draws.pop()
-        for of_slots in (self._added_BV, self._seen_BV):
-            if of_slots is not None:
-                of_slots[row] = of_slots[last]
+        for reading in self._readings:
+            if reading.sample is sample:
+                if reading is self._readings[0]:
+                    self._steps_of_first = None
+                self._readings.remove(reading)
+                return
+        if sample in self._rows:
+            self._take(self._rows.index(sample))
 
     def clear(self) -> None:
         """Stop writing all samples."""
+        self._readings.clear()
+        self._steps_of_first = None
         for sample in list(self._rows):
             self.remove(sample)
 
     @torch.inference_mode()
+    def read(self, seconds: float = 0.0) -> None:
+        """Read samples that wait for it, in their order, for so many seconds or for one step.
+
+        Samples of one prompt that come one after another read it once. Raises ReadingError.
+        """
+        ends_s = time.monotonic() + seconds
+        while self._readings:
+            first = self._readings[0]
+            state = self._state_after_a_step(first)
+            if state is not None:
+                self._readings.popleft()
+                self._begin(first, state)
+            elif time.monotonic() >= ends_s:
+                return
+
+    @torch.inference_mode()
     def step(self) -> list[Step]:
-        """One id for each sample; those that have ended are gone afterwards."""
+        """One id for each sample that has been read; those that have ended are gone afterwards."""
         if not self._rows:
             return []
-        self._forget()
         logits_BV = self._sampler.step([sample.ids[-1] for sample in self._rows], self._cache)
         told = self._told(logits_BV)
         chosen = self._choose(logits_BV)
@@ -142,21 +178,59 @@ class Batch:
         for step in steps:
             if step.is_last:
                 self.remove(step.sample)
+        self._forget()
         return steps
 
-    def _read(self, ids: list[int]) -> list[LayerState]:
-        """What a row has read; samples of one prompt that come one after another read it once."""
-        if self._last_read is None or self._last_read[0] != ids:
-            self._last_read = (ids, self._sampler.read(ids))
-        return self._last_read[1]
+    def _state_after_a_step(self, first: _Reading) -> list[LayerState] | None:
+        """What the first in line has read, when a step more or none completes it."""
+        if self._last_read is not None and self._last_read[0] == first.ids:
+            return self._last_read[1]
+        try:
+            if self._steps_of_first is None:
+                self._steps_of_first = self._sampler.read_steps(first.ids)
+            next(self._steps_of_first)
+        except StopIteration as end:
+            state: list[LayerState] = end.value
+            self._steps_of_first, self._last_read = None, (first.ids, state)
+            return state
+        except Exception as error:
+            self.remove(first.sample)
+            raise ReadingError(first.sample) from error
+        return None
+
+    def _begin(self, reading: _Reading, state: list[LayerState]) -> None:
+        """Write a sample on that has been read."""
+        sample, row = reading.sample, len(self._rows)
+        self._cache.add(state)
+        self._rows.append(sample)
+        self._draws.append(reading.draws)
+        self._added_BV[row] = self._allowed(sample)
+        if sample.options.repetition_penalty != 1:
+            if self._seen_BV is None:
+                self._seen_BV = torch.zeros_like(self._added_BV, dtype=torch.bool)
+            self._seen_BV[row] = False
+            self._seen_BV[row, torch.tensor(sample.ids, device=self._sampler.device)] = True
+
+    def _take(self, row: int) -> np.random.Generator:
+        """Free a row, whose place the last one takes; what its next choice is drawn with."""
+        last, draws = len(self._rows) - 1, self._draws[row]
+        self._cache.remove(row)
+        self._rows[row], self._draws[row] = self._rows[last], self._draws[last]
+        self._rows.pop()
+        self._draws.pop()
+        for of_slots in (self._added_BV, self._seen_BV):
+            if of_slots is not None:
+                of_slots[row] = of_slots[last]
+        return draws
 
     def _forget(self) -> None:
-        """Forget the older half of each row that has filled the context, as `generate` does."""
+        """Let each row that has filled the context forget its older half, as `generate` does."""
         context_tokens = self._sampler.context_tokens
-        for row, sample in enumerate(self._rows):
+        for sample in list(self._rows):
+            row = self._rows.index(sample)
             if self._cache.lengths[row] == context_tokens:
                 ids = sample.ids[-(context_tokens // 2) : -1]
-                self._cache.replace(row, self._sampler.read(ids))
+                self._readings.append(_Reading(sample, self._take(row), ids))
 
     def _wrote(self, row: int, sample: Sample, new_id: int) -> None:
         if sample.num_new in (1, sample.options.min_new_tokens):

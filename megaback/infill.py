@@ -17,12 +17,13 @@ from megaback.choice import SamplingOptions
 from megaback.converted import model_folder
 from megaback.gap import Gap
 from megaback.generate import generate_many
-from megaback.joins import best_joins, mean_a_token
-from megaback.judgement import Half, judge_halves
-from megaback.likelihood import Continuation, log_probabilities
+from megaback.joins import Join, best_join_steps, mean_a_token
+from megaback.judgement import TOKENS_AT_ONCE, Half, judge_half_steps
+from megaback.likelihood import Continuation, log_probability_steps
 from megaback.model import ReverseGPT
 from megaback.model_folder import load_model_folder
 from megaback.sampler import Sampler
+from megaback.steps import Steps, finish
 from megaback.writer import choose_device
 
 _ROWS_AT_ONCE = 64
@@ -136,14 +137,15 @@ class Infiller:
         self, gaps: Sequence[tuple[str, str]], options: InfillOptions = InfillOptions()
     ) -> list[list[Infill]]:
         """`fill` of each (beginning, ending), written side by side: each is what it is alone."""
-        read = [self._read(beginning, ending, options.most_tokens) for beginning, ending in gaps]
+        read = [self.read(beginning, ending, options.most_tokens) for beginning, ending in gaps]
         forward = _write(
             self.forward, [gap.beginning for gap in read], options.forward_candidates, options
         )
         backward = _write(
             self.backward, [gap.ending for gap in read], options.backward_candidates, options
         )
-        return [self._meet(*each, options) for each in zip(read, forward, backward, strict=True)]
+        meetings = zip(read, forward, backward, strict=True)
+        return [finish(self.meet_steps(*each, options)) for each in meetings]
 
     def judge(
         self,
@@ -155,9 +157,10 @@ class Infiller:
         """What both models say of middles that are given, in their order. Raises PromptError."""
         codec = self.forward.codec
         longest = max((len(codec.encode(middle)) for middle in middles), default=0)
-        return self._judge(self._read(beginning, ending, longest), middles, options)
+        return finish(self._judge(self.read(beginning, ending, longest), middles, options))
 
-    def _read(self, beginning: str, ending: str, most_tokens: int) -> Gap:
+    def read(self, beginning: str, ending: str, most_tokens: int) -> Gap:
+        """A gap of so many tokens. Raises PromptError."""
         gap = Gap.between(self.forward.codec, self.backward.codec, beginning, ending)
         # Each prompt has a marker, and lacks the piece that it holds back.
         lengths = len(gap.before), len(gap.after)
@@ -169,20 +172,35 @@ class Infiller:
             )
         return gap
 
-    def _meet(
+    def meet_steps(
         self, gap: Gap, onwards: list[Half], backwards: list[Half], options: InfillOptions
-    ) -> list[Infill]:
+    ) -> Steps[list[Infill]]:
+        """What comes of halves that both models wrote: see `fill`."""
         onwards = [Half((gap.before_held,), is_given=True), *onwards]
         backwards = [Half((gap.after_held,), is_given=True), *backwards]
-        joins = best_joins(
+        ahead, back = self.forward.model, self.backward.model
+        joins = yield from best_join_steps(
             onwards,
             backwards,
-            judge_halves(self.forward.model, gap.before, onwards, gap.after, backwards),
-            judge_halves(self.backward.model, gap.after, backwards, gap.before, onwards),
+            (yield from judge_half_steps(ahead, gap.before, onwards, gap.after, backwards)),
+            (yield from judge_half_steps(back, gap.after, backwards, gap.before, onwards)),
             least_tokens=options.least_tokens,
             most_tokens=options.most_tokens,
             forward_weight=options.forward_weight,
         )
+        found = yield from self._different(gap, onwards, backwards, joins, options.rescored)
+        judged = yield from self._judge(gap, list(found), options)
+        infills = [
+            replace(one, written_forward=forward, written_backward=backward)
+            for one, (forward, backward) in zip(judged, found.values(), strict=True)
+        ]
+        return sorted(infills, key=lambda one: -one.score)
+
+    @staticmethod
+    def _different(
+        gap: Gap, onwards: list[Half], backwards: list[Half], joins: list[Join], most: int
+    ) -> Steps[dict[str, tuple[int, int]]]:
+        """The first middles that differ, with how many tokens each model wrote of them."""
         written: dict[str, tuple[int, int]] = {}
         for join in joins:
             ahead, back = onwards[join.forward], backwards[join.backward]
@@ -192,20 +210,17 @@ class Infiller:
                     ahead.new_tokens(join.forward_cut),
                     back.new_tokens(join.backward_cut),
                 )
-            if len(written) == options.rescored:
+            if len(written) == most:
                 break
-        found = [
-            replace(one, written_forward=ahead, written_backward=back)
-            for one, (ahead, back) in zip(
-                self._judge(gap, list(written), options), written.values(), strict=True
-            )
-        ]
-        return sorted(found, key=lambda one: -one.score)
+            yield
+        return written
 
-    def _judge(self, gap: Gap, middles: Sequence[str], options: InfillOptions) -> list[Infill]:
+    def _judge(
+        self, gap: Gap, middles: Sequence[str], options: InfillOptions
+    ) -> Steps[list[Infill]]:
         texts = [gap.beginning + middle + gap.ending for middle in middles]
-        forward = _after(self.forward, gap.before, texts)
-        backward = _after(self.backward, gap.after, texts)
+        forward = yield from _after(self.forward, gap.before, texts)
+        backward = yield from _after(self.backward, gap.after, texts)
         found = []
         for middle, (ahead, ahead_tokens), (back, back_tokens) in zip(
             middles, forward, backward, strict=True
@@ -228,6 +243,11 @@ def load_infiller(
     return Infiller(Reader.load(Path(forward), device), Reader.load(Path(backward), device))
 
 
+def different_halves(samples: Sequence[Sequence[int]]) -> list[Half]:
+    """Of what a model wrote for one prompt."""
+    return [Half(ids) for ids in dict.fromkeys(map(tuple, samples)) if ids]
+
+
 def _write(
     reader: Reader, texts: Sequence[str], count: int, options: InfillOptions
 ) -> list[list[Half]]:
@@ -245,26 +265,35 @@ def _write(
             for sample, new_id in zip(samples, new_ids, strict=True):
                 if new_id is not None:
                     sample.append(new_id)
-        for number in range(len(some)):
-            of_prompt = map(tuple, samples[number * count : (number + 1) * count])
-            halves.append([Half(ids) for ids in dict.fromkeys(of_prompt) if ids])
+        halves += [
+            different_halves(samples[number * count : (number + 1) * count])
+            for number in range(len(some))
+        ]
     return halves
 
 
-def _after(reader: Reader, prompt: Sequence[int], texts: Sequence[str]) -> list[tuple[float, int]]:
+def _after(
+    reader: Reader, prompt: Sequence[int], texts: Sequence[str]
+) -> Steps[list[tuple[float, int]]]:
     """log P(text) - log P(prompt) of each text, as it is encoded as a whole, and its tokens.
 
     Where the text's ids begin with those of the prompt, that is log P(the others | the prompt).
     """
-    wholes = [[reader.codec.begin_id, *reader.codec.encode(text).tolist()] for text in texts]
+    wholes = []
+    for text in texts:
+        wholes.append([reader.codec.begin_id, *reader.codec.encode(text).tolist()])
+        yield
     shared = [_shared(prompt, whole) for whole in wholes]
-    of_texts = log_probabilities(
+    of_texts = yield from log_probability_steps(
         reader.model,
         [Continuation(whole[:at], whole[at:]) for at, whole in zip(shared, wholes, strict=True)],
+        TOKENS_AT_ONCE,
     )
     edges = sorted({at for at in shared if at < len(prompt)})
-    of_prompts = log_probabilities(
-        reader.model, [Continuation(prompt[:at], prompt[at:]) for at in edges]
+    of_prompts = yield from log_probability_steps(
+        reader.model,
+        [Continuation(prompt[:at], prompt[at:]) for at in edges],
+        TOKENS_AT_ONCE,
     )
     counted_twice = dict(zip(edges, of_prompts, strict=True))
     return [

@@ -12,10 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megaback.likelihood import Continuation, next_log_probabilities, token_log_probabilities
+from megaback.likelihood import (
+    Continuation,
+    next_log_probability_steps,
+    token_log_probability_steps,
+)
 from megaback.model import ReverseGPT
+from megaback.steps import Steps
 
 Floats = npt.NDArray[np.float64]
+TOKENS_AT_ONCE = 512
+"""In one forward pass over halves or texts, each layer of which is a step."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,8 @@ class Judgement:
 
     own_IA: Floats
     """Of the ids of its own half, up to the cut."""
-    next_IAC: Floats
-    """Of each of C ids, as the one after the cut."""
+    next_IAC: npt.NDArray[np.float32]
+    """Of each of C ids, as the one after the cut: by far the largest table."""
     column_JB: npt.NDArray[np.int64]
     """Which of the C is the id of the other half next to the cut."""
     rest_JB: Floats
@@ -61,36 +68,33 @@ class Judgement:
         return joined_IAB.transpose(2, 0, 1)
 
 
-def judge_halves(
+def judge_half_steps(
     model: ReverseGPT,
     prompt: Sequence[int],
     halves: Sequence[Half],
     other_prompt: Sequence[int],
     others: Sequence[Half],
-) -> Judgement:
+) -> Steps[Judgement]:
     """A model's tables of its own halves and the other's; the first of each is what is given."""
-    ids = sorted({one for half in (*halves, *others) for one in half.ids})
+    ids = sorted({one for half in others for one in half.ids})
     column = {one: number for number, one in enumerate(ids)}
     longest = max(len(half.ids) for half in halves)
     longest_other = max(len(half.ids) for half in others)
     own_IA = np.zeros((len(halves), longest))
-    next_IAC = np.zeros((len(halves), longest, len(ids)))
+    next_IAC = np.zeros((len(halves), longest, len(ids)), dtype=np.float32)
     continuations = [Continuation(prompt, half.ids) for half in halves]
-    for number, (half, logs_WC) in enumerate(
-        zip(halves, next_log_probabilities(model, continuations, ids), strict=True)
-    ):
-        at_W = [column[one] for one in half.ids]
-        next_WC: Floats = logs_WC.double().cpu().numpy()
-        own_IA[number, : len(half.ids)] = next_WC[np.arange(len(at_W)), at_W].cumsum()
-        next_IAC[number, : len(half.ids)] = next_WC[1:]
+    found = yield from next_log_probability_steps(model, continuations, ids, TOKENS_AT_ONCE)
+    for number, (own_W, next_WC) in enumerate(found):
+        own_IA[number, : len(own_W)] = own_W.double().cpu().numpy().cumsum()
+        next_IAC[number, : len(own_W)] = next_WC.cpu().numpy()
+    del found
     column_JB = np.zeros((len(others), longest_other), dtype=np.int64)
     rest_JB = np.zeros((len(others), longest_other))
     given = [*prompt, *halves[0].ids]
     after = list(reversed(other_prompt[1:]))
     continuations = [Continuation(given, [*reversed(half.ids), *after]) for half in others]
-    for number, (half, logs_W) in enumerate(
-        zip(others, token_log_probabilities(model, continuations), strict=True)
-    ):
+    logs = yield from token_log_probability_steps(model, continuations, TOKENS_AT_ONCE)
+    for number, (half, logs_W) in enumerate(zip(others, logs, strict=True)):
         column_JB[number, : len(half.ids)] = [column[one] for one in half.ids]
         # What remains after each id, the last one first.
         last_first_W: Floats = logs_W.double().cpu().numpy()[::-1]

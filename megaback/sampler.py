@@ -18,11 +18,16 @@ from torch import Tensor, nn
 from megaback.cache import Cache, KeyValueCache, LayerState, Reach
 from megaback.compiler import require_compiler
 from megaback.model import Attention, Block, ReverseGPT, Rotary
+from megaback.steps import Steps, finish
 
+Judged = tuple[float, tuple[tuple[int, float], ...]]
+"""log P of an id in nats, and the likeliest ids in its place with theirs."""
 Product = Callable[[Tensor], Tensor]
 """hidden_ND -> the product with a matrix."""
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query_NHE, key_NKE, value_NKE) -> attended_NHE"""
+_LOGIT_ROWS = 256
+"""Places whose logits are there at once: all of a long text's would take a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,13 @@ class Sampler:
             self.device,
         )
 
-    @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> list[LayerState]:
         """What every layer keeps of a row's first tokens; these may be none."""
+        return finish(self.read_steps(ids))
+
+    @torch.inference_mode()
+    def read_steps(self, ids: Sequence[int]) -> Steps[list[LayerState]]:
+        """`read` in steps of a layer."""
         kept: list[LayerState] = []
 
         def attend(_layer: int, query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
@@ -113,21 +122,36 @@ class Sampler:
         if not ids:
             nothing = torch.zeros(self.shape.kv_heads, 0, self.shape.head_dim, device=self.device)
             return [(nothing, nothing)] * self.shape.num_layers
-        self._hidden_of_row(ids, attend)
+        yield from self._row_steps(ids, attend)
         return kept
 
     @torch.inference_mode()
-    def log_probabilities(self, given: Sequence[int], written: Sequence[int]) -> Tensor:
-        """log P of all ids at each place of `written`, in nats: shape (written, V), on the CPU.
+    def judge_steps(
+        self, given: Sequence[int], written: Sequence[int], num_likeliest: int = 0
+    ) -> Steps[list[Judged]]:
+        """What the model says of each id of `written`, as it comes after all before it.
 
-        `given` is at least one id; both together, without the last, fit the context.
+        `given` is at least one id; both together, without the last, fit the context. A step is a
+        layer, or the logits of a few places.
         """
 
         def attend(_layer: int, query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
             return _causal(query_NHE, key_NKE, value_NKE)
 
-        hidden_ND = self._hidden_of_row([*given, *written][:-1], attend)
-        return self._head(hidden_ND[len(given) - 1 :]).float().log_softmax(-1).cpu()
+        hidden_ND = yield from self._row_steps([*given, *written][:-1], attend)
+        ids_N = torch.tensor(written, dtype=torch.long, device=self.device)
+        parts = torch.split(hidden_ND[len(given) - 1 :], _LOGIT_ROWS)
+        judged: list[Judged] = []
+        for part_ND, part_N in zip(parts, torch.split(ids_N, _LOGIT_ROWS), strict=True):
+            logs_NV = self._head(part_ND).float().log_softmax(-1)
+            of_ids = logs_NV.gather(1, part_N[:, None])[:, 0].tolist()
+            values_NL, likeliest_NL = (best.tolist() for best in logs_NV.topk(num_likeliest))
+            judged += [
+                (of_id, tuple(zip(ids, values, strict=True)))
+                for of_id, ids, values in zip(of_ids, likeliest_NL, values_NL, strict=True)
+            ]
+            yield
+        return judged
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int], cache: Cache) -> Tensor:
@@ -160,36 +184,47 @@ class Sampler:
         turns = cos_TE[positions_B], sin_TE[positions_B]
         return self._head(self._hidden(ids_B, turns, attend)).float()
 
-    def _hidden_of_row(self, ids: Sequence[int], attend: _Attend) -> Tensor:
-        """Hidden states of a row that begins here: shape (N, D)."""
+    def _row_steps(self, ids: Sequence[int], attend: _Attend) -> Steps[Tensor]:
+        """Hidden states of a row that begins here: shape (N, D). A step is a layer."""
         cos_TE, sin_TE = self._turns
         turns = cos_TE[: len(ids)], sin_TE[: len(ids)]
-        return self._hidden(torch.tensor(ids, device=self.device), turns, attend)
+        ids_N = torch.tensor(ids, device=self.device)
+        hidden_ND = F.embedding(ids_N, self._embedding_VD)
+        for number in range(len(self._layers)):
+            hidden_ND = self._after_layer(number, hidden_ND, turns, attend)
+            yield
+        return _normed(hidden_ND, self._norm_D, self.shape.norm_epsilon)
 
     def _hidden(self, ids_N: Tensor, turns: tuple[Tensor, Tensor], attend: _Attend) -> Tensor:
         """Hidden states after the final norm: shape (N, D)."""
-        shape = self.shape
+        hidden_ND = F.embedding(ids_N, self._embedding_VD)
+        for number in range(len(self._layers)):
+            hidden_ND = self._after_layer(number, hidden_ND, turns, attend)
+        return _normed(hidden_ND, self._norm_D, self.shape.norm_epsilon)
+
+    def _after_layer(
+        self, number: int, hidden_ND: Tensor, turns: tuple[Tensor, Tensor], attend: _Attend
+    ) -> Tensor:
+        """Hidden states after a layer, of those before it: shape (N, D)."""
+        shape, layer = self.shape, self._layers[number]
         epsilon = shape.norm_epsilon
         num_turned = shape.num_heads + shape.kv_heads
         cos_N1E, sin_N1E = turns
-        hidden_ND = F.embedding(ids_N, self._embedding_VD)
-        for number, layer in enumerate(self._layers):
-            normed_ND = _normed(hidden_ND, layer.attention_norm_D, epsilon)
-            projected_ND = layer.query_key_value(normed_ND)
-            projected_NHE = projected_ND.view(len(ids_N), -1, shape.head_dim)
-            turned_NHE = projected_NHE[:, :num_turned]
-            if layer.query_key_norm_HE is not None:
-                turned_NHE = _normed(turned_NHE, layer.query_key_norm_HE, epsilon)
-            turned_NHE = turned_NHE.float()
-            swapped_NHE = turned_NHE.roll(shape.head_dim // 2, dims=-1)
-            turned_NHE = torch.addcmul(turned_NHE * cos_N1E, swapped_NHE, sin_N1E).to(self.dtype)
-            query_NHE, key_NKE = turned_NHE[:, : shape.num_heads], turned_NHE[:, shape.num_heads :]
-            attended_NHE = attend(number, query_NHE, key_NKE, projected_NHE[:, num_turned:])
-            hidden_ND = hidden_ND + layer.output(attended_NHE.flatten(1).to(self.dtype))
-            normed_ND = _normed(hidden_ND, layer.mlp_norm_D, epsilon)
-            gate_NF, up_NF = layer.gate_up(normed_ND).chunk(2, dim=-1)
-            hidden_ND = hidden_ND + layer.down(F.silu(gate_NF) * up_NF)
-        return _normed(hidden_ND, self._norm_D, epsilon)
+        normed_ND = _normed(hidden_ND, layer.attention_norm_D, epsilon)
+        projected_ND = layer.query_key_value(normed_ND)
+        projected_NHE = projected_ND.view(len(hidden_ND), -1, shape.head_dim)
+        turned_NHE = projected_NHE[:, :num_turned]
+        if layer.query_key_norm_HE is not None:
+            turned_NHE = _normed(turned_NHE, layer.query_key_norm_HE, epsilon)
+        turned_NHE = turned_NHE.float()
+        swapped_NHE = turned_NHE.roll(shape.head_dim // 2, dims=-1)
+        turned_NHE = torch.addcmul(turned_NHE * cos_N1E, swapped_NHE, sin_N1E).to(self.dtype)
+        query_NHE, key_NKE = turned_NHE[:, : shape.num_heads], turned_NHE[:, shape.num_heads :]
+        attended_NHE = attend(number, query_NHE, key_NKE, projected_NHE[:, num_turned:])
+        hidden_ND = hidden_ND + layer.output(attended_NHE.flatten(1).to(self.dtype))
+        normed_ND = _normed(hidden_ND, layer.mlp_norm_D, epsilon)
+        gate_NF, up_NF = layer.gate_up(normed_ND).chunk(2, dim=-1)
+        return hidden_ND + layer.down(F.silu(gate_NF) * up_NF)
 
 
 def _causal(query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:

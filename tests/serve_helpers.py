@@ -1,7 +1,9 @@
 """A server for tests: a tiny model behind real sockets, in a thread of this process."""
 
 import asyncio
+import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,17 +17,19 @@ import torch
 import uvicorn
 
 from data_pipeline.text import Direction, TextCodec, Unit
+from megaback.choice import SamplingOptions
 from megaback.config import ModelSection
+from megaback.generate import generate
 from megaback.infill import Infiller
 from megaback.model import ReverseGPT
 from megaback.model_folder import ModelDescription, write_model_folder
 from tools.serve import listening_socket
-from tools.serving.app import make_app
-from tools.serving.connections import ImpatientConnection
 from tools.serving.engine import Engine
-from tools.serving.guard import Limits
+from tools.serving.host_names import Address
+from tools.serving.limits import Limits
 from tools.serving.metrics import Metrics
 from tools.serving.models import ServedModel, load_models
+from tools.serving.process import Server
 from tools.serving.service import Service
 
 CONTEXT_TOKENS = 64
@@ -58,6 +62,17 @@ def tiny_models(folder: Path, codec: Any, num_slots: int = 8) -> dict[str, Serve
     return load_models(backward, forward, torch.device("cpu"), torch.float32, num_slots)
 
 
+def endless_prompt(model: ServedModel) -> str:
+    """A prompt for which greedy writing does not end soon."""
+    for number in range(100):
+        prompt = model.codec.prompt(f"{number} maps.")
+        options = SamplingOptions(1000, temperature=0)
+        new_ids = generate(model.sampler, model.codec, prompt, CONTEXT_TOKENS, options)
+        if sum(1 for _ in new_ids) == 1000:
+            return f"{number} maps."
+    raise AssertionError
+
+
 @dataclass
 class Running:
     """A server that runs, and where."""
@@ -79,8 +94,9 @@ def serving(
     limits: Limits | None = None,
     *,
     token: str | None = None,
-    is_loopback: bool = True,
+    allowed: tuple[Address, ...] = (),
     infiller: Infiller | None = None,
+    shutdown_s: float = 5,
 ) -> Iterator[Running]:
     """A server for as long as the block runs."""
     limits = limits or Limits()
@@ -88,16 +104,8 @@ def serving(
     batches = {name: model.batch for name, model in models.items()}
     engine = Engine(batches, limits.waiting_samples, metrics)
     service = Service(models, engine, limits, metrics, infiller)
-    config = uvicorn.Config(
-        make_app(service, token=token, is_loopback=is_loopback),
-        http=ImpatientConnection,
-        ws="none",
-        log_level="error",
-        access_log=False,
-        timeout_graceful_shutdown=5,
-    )
+    server = Server(service, shutdown_s, token=token, allowed=allowed, log_level="error")
     listener = listening_socket("127.0.0.1", 0)
-    server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     try:
@@ -124,3 +132,21 @@ def wait_until(is_so: Callable[[], bool], most_s: float = 20) -> None:
     while not is_so():
         assert time.monotonic() < ends_s
         time.sleep(0.05)
+
+
+@contextmanager
+def raw(running: Running, sent: bytes) -> Iterator[socket.socket]:
+    """A connection whose client has sent something, and reads little by little."""
+    port = int(running.url.rsplit(":", 1)[1])
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(sent)
+        yield connection
+
+
+def posted(body: dict[str, Any], path: str = "/v1/completions", headers: str = "") -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n{headers}"
+    return head.encode() + b"\r\n" + content

@@ -17,7 +17,8 @@ from data_pipeline.number_ranges import BODY_BYTES, COUNT, PORT, SECONDS, SHUTDO
 
 if TYPE_CHECKING:
     from megaback.infill import Infiller
-    from tools.serving.guard import Limits
+    from tools.serving.host_names import Address
+    from tools.serving.limits import Limits
     from tools.serving.models import ServedModel
 
 TOKEN_VARIABLE = "MEGABACK_SERVE_TOKEN"  # noqa: S105 - a variable's name, not a token
@@ -82,17 +83,15 @@ def run_server(
     token: str | None,
     shutdown_s: float,
     infiller: "Infiller | None" = None,
+    allowed: "tuple[Address, ...]" = (),
 ) -> None:
     """Serve until SIGTERM or SIGINT; then finish what runs, for `shutdown_s` at most.
 
     Raises KeyboardInterrupt after SIGINT.
     """
-    import uvicorn
-
-    from tools.serving.app import make_app
-    from tools.serving.connections import ImpatientConnection
     from tools.serving.engine import Engine
     from tools.serving.metrics import Metrics
+    from tools.serving.process import Server
     from tools.serving.service import Service
 
     host, port = listener.getsockname()[:2]
@@ -100,25 +99,14 @@ def run_server(
     batches = {name: model.batch for name, model in models.items()}
     engine = Engine(batches, limits.waiting_samples, metrics)
     service = Service(models, engine, limits, metrics, infiller)
-    config = uvicorn.Config(
-        make_app(service, token=token, is_loopback=is_loopback(host)),
-        http=ImpatientConnection,
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        use_colors=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(shutdown_s)),
-    )
+    server = Server(service, shutdown_s, token=token, allowed=allowed)
     # uvicorn hands a signal that it has obeyed on to who handled it before; that is not to end us.
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: received.append(number))
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"{', '.join(models)}: http://{shown}:{port} (Ctrl-C ends)")
-    uvicorn.Server(config).run(sockets=[listener])
+    server.run(sockets=[listener])
     if signal.SIGINT in received:
         raise KeyboardInterrupt
 
@@ -137,6 +125,14 @@ def run_server(
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help=f"File with the token that clients must send; or set {TOKEN_VARIABLE}. Needed on any "
     "address but loopback.",
+)
+@click.option(
+    "--allow-host",
+    "allow_hosts",
+    metavar="NAME[:PORT]",
+    multiple=True,
+    help="A name by which a proxy in front of a loopback address is called, as in "
+    "https://NAME. May be repeated.",
 )
 @click.option(
     "--slots",
@@ -172,7 +168,7 @@ def run_server(
     type=SHUTDOWN_SECONDS.option,
     default=30.0,
     show_default=True,
-    help="What runs at a SIGTERM is finished within this time.",
+    help="What runs at a SIGTERM has this time to finish; then it is cut.",
 )
 @click.option(
     "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
@@ -186,6 +182,7 @@ def main(
     host: str,
     port: int,
     token_file: Path | None,
+    allow_hosts: tuple[str, ...],
     slots: int,
     most_tokens: int,
     most_requests: int,
@@ -199,7 +196,9 @@ def main(
 
     DIR is what `megaback convert` wrote, a run or a checkpoint.
     """
-    token = read_token(token_file)
+    from tools.serving.host_names import read_allowed
+
+    token, allowed = read_token(token_file), read_allowed(allow_hosts)
     if token is None and not is_loopback(host):
         raise ServeError(
             f"{host} can be reached from other machines: name a file with a token by "
@@ -219,7 +218,7 @@ def main(
 
         from megaback.converted import model_folder
         from megaback.writer import choose_device
-        from tools.serving.guard import Limits
+        from tools.serving.limits import Limits
         from tools.serving.models import load_meeting, load_models
 
         torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -234,7 +233,7 @@ def main(
             request_s=most_seconds,
         )
         infiller = load_meeting(folder, forward, device)
-        run_server(models, listener, limits, token, shutdown_seconds, infiller)
+        run_server(models, listener, limits, token, shutdown_seconds, infiller, allowed)
 
 
 if __name__ == "__main__":

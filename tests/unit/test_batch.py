@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import VOCAB_SIZE, make_model
@@ -15,6 +14,7 @@ from data_pipeline.errors import PromptError
 from megaback.batch import Batch, Sample, Step
 from megaback.choice import SamplingOptions
 from megaback.likelihood import Continuation, log_probabilities
+from megaback.steps import finish
 
 IDS = st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=CONTEXT_TOKENS)
 OPTIONS = st.builds(
@@ -32,6 +32,12 @@ OPTIONS = st.builds(
 
 def new_batch(num_slots: int) -> Batch:
     return Batch(sampler(), CODEC, num_slots)
+
+
+def advance(batch: Batch) -> list[Step]:
+    """A step of reading, and a step of writing."""
+    batch.read()
+    return batch.step()
 
 
 def text_of(steps: Sequence[Step], sample: Sample) -> list[int]:
@@ -53,7 +59,7 @@ def test_a_sample_that_comes_at_any_time_is_the_sample_that_is_written_alone(
     for turn in range(10_000):
         while waiting and len(batch) < num_slots and waiting[0][0] <= turn:
             batch.add(waiting.pop(0)[1])
-        steps += batch.step()
+        steps += advance(batch)
         if not waiting and not len(batch):
             break
 
@@ -70,13 +76,29 @@ def test_those_that_stay_do_not_notice_that_one_leaves(leaving: int, after: int)
     samples = [Sample(prompt_of([5 + n] * (n + 1)), options) for n in range(4)]
     for sample in samples:
         batch.add(sample)
-    steps = [step for _ in range(after) for step in batch.step()]
+    steps = [step for _ in range(after) for step in advance(batch)]
     batch.remove(samples[leaving])
     while len(batch):
-        steps += batch.step()
+        steps += advance(batch)
     for number, sample in enumerate(samples):
         if number != leaving:
             assert text_of(steps, sample) == written([sample.prompt.ids], options)[0]
+
+
+def test_others_are_written_while_a_prompt_is_read() -> None:
+    batch, options = new_batch(3), SamplingOptions(30, min_new_tokens=30)
+    first, late, last = (Sample(prompt_of([5 + n, 6, 7]), options) for n in range(3))
+    batch.add(first)
+    batch.read(60)
+    batch.add(late)
+    batch.add(last)
+    while batch.num_rows < 3:  # a layer of one prompt at a time
+        batch.read()
+        batch.step()
+    layers = len(make_model().model.layers)
+    assert (first.num_new, late.num_new) == (2 * layers + 1, layers + 1)
+    batch.remove(late)
+    assert (len(batch), batch.num_rows) == (2, 2)
 
 
 def test_probabilities_that_are_told_are_those_of_the_model() -> None:
@@ -86,7 +108,7 @@ def test_probabilities_that_are_told_are_those_of_the_model() -> None:
     batch.add(sample)
     steps = []
     while len(batch):
-        steps += [step for step in batch.step() if step.sample is sample]
+        steps += [step for step in advance(batch) if step.sample is sample]
     ids = [step.new_id for step in steps]
     (total,) = log_probabilities(make_model(), [Continuation([5, 6], ids)])
     assert sum(step.log_probability or 0 for step in steps) == pytest.approx(total, abs=1e-4)
@@ -99,11 +121,12 @@ def test_probabilities_that_are_told_are_those_of_the_model() -> None:
 
 
 def test_the_samplers_log_probabilities_are_those_of_the_model() -> None:
-    table = sampler().log_probabilities([5, 6], [7, 8, 9])
+    judged = finish(sampler().judge_steps([5, 6], [7, 8, 9], 2))
     (total,) = log_probabilities(make_model(), [Continuation([5, 6], [7, 8, 9])])
-    assert float(table[torch.arange(3), torch.tensor([7, 8, 9])].sum()) == pytest.approx(
-        total, abs=1e-4
-    )
+    assert sum(nats for nats, _ in judged) == pytest.approx(total, abs=1e-4)
+    for nats, ((_, first), (_, second)) in judged:
+        assert first >= second
+        assert first >= nats
 
 
 def test_a_batch_refuses_what_does_not_fit() -> None:
@@ -123,7 +146,7 @@ def test_the_first_id_is_one_that_its_prompt_allows_and_the_next_ones_are_free()
     other = Sample(prompt_of([5], np.array([11])), SamplingOptions(5, seed=1))
     batch.add(other)
     while len(batch):
-        batch.step()
+        advance(batch)
     assert (first.ids[1], other.ids[1]) == (9, 11)
     assert first.ids[2:] != [9] * 4
 
@@ -140,6 +163,6 @@ def test_no_sample_ends_by_itself_before_its_fewest_tokens(
     sample = Sample(prompt_of(ids), options)
     batch.add(sample)
     while len(batch):
-        batch.step()
+        advance(batch)
     assert min_new_tokens <= sample.num_new <= 12
     assert not {STOP_ID, sample.prompt.end_id} & set(sample.ids[len(ids) :])

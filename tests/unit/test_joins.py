@@ -13,10 +13,11 @@ from test_model import VOCAB_SIZE, make_model
 from data_pipeline.errors import PromptError
 from data_pipeline.text import Direction, TextCodec
 from megaback.gap import Gap
-from megaback.joins import Join, best_joins, mean_a_token
-from megaback.judgement import Half, Judgement, judge_halves
+from megaback.joins import Join, best_join_steps, mean_a_token
+from megaback.judgement import Half, Judgement, judge_half_steps
 from megaback.likelihood import Continuation, log_probabilities
 from megaback.model import ReverseGPT
+from megaback.steps import finish
 
 Codecs = Callable[..., TextCodec]
 
@@ -97,17 +98,29 @@ def forgetful(seed: int) -> ReverseGPT:
 FORWARD, BACKWARD = forgetful(1), forgetful(2)
 
 
+def judge_halves(
+    model: ReverseGPT,
+    prompt: Sequence[int],
+    halves: Sequence[Half],
+    other_prompt: Sequence[int],
+    others: Sequence[Half],
+) -> Judgement:
+    return finish(judge_half_steps(model, prompt, halves, other_prompt, others))
+
+
 def estimated(
     halves: Sequence[Half], others: Sequence[Half], least: int = 1, most: int = 99
 ) -> list[Join]:
-    return best_joins(
-        halves,
-        others,
-        judge_halves(FORWARD, PROMPT, halves, OTHER_PROMPT, others),
-        judge_halves(BACKWARD, OTHER_PROMPT, others, PROMPT, halves),
-        least_tokens=least,
-        most_tokens=most,
-        forward_weight=WEIGHT,
+    return finish(
+        best_join_steps(
+            halves,
+            others,
+            judge_halves(FORWARD, PROMPT, halves, OTHER_PROMPT, others),
+            judge_halves(BACKWARD, OTHER_PROMPT, others, PROMPT, halves),
+            least_tokens=least,
+            most_tokens=most,
+            forward_weight=WEIGHT,
+        )
     )
 
 

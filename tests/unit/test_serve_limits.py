@@ -15,14 +15,20 @@ import httpx
 import openai
 import psutil
 import pytest
-from serve_helpers import CONTEXT_TOKENS, Running, metric, serving, tiny_models, wait_until
+from serve_helpers import (
+    CONTEXT_TOKENS,
+    Running,
+    endless_prompt,
+    metric,
+    serving,
+    tiny_models,
+    wait_until,
+)
 
 from data_pipeline.text import TextCodec
-from megaback.choice import SamplingOptions
-from megaback.generate import generate
-from tools.serving import completions
+from tools.serving import completions, limits
 from tools.serving.connections import ImpatientConnection
-from tools.serving.guard import Limits
+from tools.serving.limits import Limits
 from tools.serving.models import ServedModel
 
 Codecs = Callable[..., TextCodec]
@@ -43,15 +49,7 @@ def running(models: dict[str, ServedModel]) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def endless(models: dict[str, ServedModel]) -> str:
-    """A prompt for which greedy writing does not end soon."""
-    model = models["tiny"]
-    for number in range(100):
-        prompt = model.codec.prompt(f"{number} maps.")
-        options = SamplingOptions(1000, temperature=0)
-        new_ids = generate(model.sampler, model.codec, prompt, CONTEXT_TOKENS, options)
-        if sum(1 for _ in new_ids) == 1000:
-            return f"{number} maps."
-    raise AssertionError
+    return endless_prompt(models["tiny"])
 
 
 @pytest.mark.parametrize(
@@ -61,9 +59,9 @@ def endless(models: dict[str, ServedModel]) -> str:
         (b'{"prompt": "\xff\xfe"}', 400, "not UTF-8, from byte 13"),
         (b"[" * 100_000, 400, "nested too deeply"),
         (b'{"seed": ' + b"9" * 5000 + b"}", 400, "digits"),
-        (b'{"prompt": NaN}', 400, "prompt"),
+        (b'{"prompt": NaN}', 400, "NaN is not a JSON number"),
         (b"null", 400, "body"),
-        (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature"),
+        (b'{"prompt": "a", "temperature": 1e999}', 400, "1e999 is not a finite number"),
         (b'{"prompt": "a", "temprature": 1}', 400, "temprature"),
         (b'{"prompt": "a", "best_of": 3}', 400, "best_of"),
         (b'{"prompt": "a", "presence_penalty": false}', 400, "presence_penalty"),
@@ -83,7 +81,17 @@ def endless(models: dict[str, ServedModel]) -> str:
         (b'{"prompt": "a", "stop": ""}', 400, "stop"),
         (json.dumps({"prompt": "a map " * 60}).encode(), 400, "shorten"),
         (json.dumps({"prompt": "a" * 500_000}).encode(), 400, "shorten"),
-        (json.dumps({"prompt": ["a"] * 33, "n": 2}).encode(), 400, "more than"),
+        (json.dumps({"prompt": ["a"] * 33, "n": 2}).encode(), 400, "more than 64"),
+        (
+            b'{"prompt": ["a", "b"], "n": 2, "max_tokens": 4096, "logprobs": 20}',
+            400,
+            "prompts x n x max_tokens x (1 + logprobs) is 344064; at most 262144",
+        ),
+        (
+            json.dumps({"prompt": "a" * 70_000, "truncate": True, "echo": True, "n": 64}).encode(),
+            400,
+            "4480000 characters in all; at most 4194304",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_sentence(
@@ -95,6 +103,27 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(
     error = answer.json()["error"]
     assert words in error["message"]
     assert error["param"] is None or f'"{error["param"]}"' in body.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "a", "n": 4, "max_tokens": 51}),
+        ("completions", {"prompt": ["a", "b"], "n": 2, "max_tokens": 10, "logprobs": 5}),
+        ("completions", {"prompt": "a map " * 8, "n": 8, "max_tokens": 0, "echo": True}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 4}),
+        ("backchat", {"response": "a", "n": 8, "max_tokens": 26}),
+    ],
+)
+def test_what_is_told_of_all_tokens_of_an_answer_is_bounded(
+    running: Running, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {**body, "logprobs": 5} if "echo" in body else body
+    assert running.post(f"/v1/{path}", body).status_code == 200
+    monkeypatch.setattr(limits, "MOST_ANSWER_NUMBERS", 200)
+    answer = running.post(f"/v1/{path}", body)
+    assert answer.status_code == 400
+    assert "; at most 200 are written for one request" in answer.json()["error"]["message"]
 
 
 def test_ten_megabytes_are_refused_and_leave_no_memory_behind(running: Running) -> None:
@@ -155,7 +184,7 @@ def test_a_connection_without_a_request_is_closed(
 
 
 def test_a_token_is_asked_for_where_there_is_one(models: dict[str, ServedModel]) -> None:
-    with serving(models, token=TOKEN, is_loopback=False) as running:
+    with serving(models, token=TOKEN) as running:
         for path in ("/v1/models", "/metrics"):
             for sent in ({}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN}):
                 answer = running.get(path, headers=sent)
@@ -180,8 +209,9 @@ def test_a_proxy_may_name_the_server_as_it_likes_where_there_is_a_token(
         assert guarded.post("/v1/completions", body, headers=sent).status_code == 401
     without = guarded_message(running, {**sent, "host": "localhost"})
     assert "demo.example.org" in without
-    assert "let that pass Host on" in without
-    assert "start it with a token" in guarded_message(running, sent)
+    assert "--allow-host" in without
+    assert "or with a token" in without
+    assert "--allow-host backend:8134, or with a token" in guarded_message(running, sent)
 
 
 def guarded_message(running: Running, headers: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from schemathesis.checks import positive_data_acceptance
 from serve_helpers import Running, serving, tiny_models
 
 from data_pipeline.text import TextCodec
-from tools.serving.guard import Limits
+from tools.serving.limits import Limits
 
 OPERATIONS = [
     "GET /v1/models",

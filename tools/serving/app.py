@@ -1,8 +1,9 @@
 """The application: what answers which path."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,27 +11,39 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from pydantic.json_schema import models_json_schema
 from starlette.types import Receive, Scope, Send
 
 from megaback import __version__
 from tools.serving import backchat, between, chat, completions, problems, wire
+from tools.serving.deadline import Deadline, EndedError, hanging_up, unless
 from tools.serving.guard import Guard
-from tools.serving.jobs import hanging_up
+from tools.serving.host_names import Address
+from tools.serving.parsing import REQUESTS, parse_body
 from tools.serving.service import Service
 
 PAGE_FOLDER = Path(__file__).with_name("page")
-_HUNG_UP = Response(status_code=499)
-_Answer = TypeVar("_Answer")
+_REFERENCE = "#/components/schemas/{model}"
+_MOST_BYTES_PARSED_AT_ONCE = 1 << 16
+"""On the event loop; what is longer is parsed aside."""
+_Body = TypeVar("_Body", bound=wire.Body)
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events that end what makes them when the client is gone."""
+    """Server-sent events of what a job writes.
+
+    The job is begun before anything is sent, so that a server that is full says so with a status,
+    and it ends when the client is gone.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, events: AsyncIterator[str]) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._service, self._events, self._is_complete = service, events, False
+    def __init__(self, service: Service, asked: completions.Asked, deadline: Deadline) -> None:
+        self._job = completions.job_of(service, asked, deadline)
+        self._events = completions.stream(service, asked, self._job)
+        self._service, self._deadline, self._is_complete = service, deadline, False
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(self._events, headers=headers)
 
     async def stream_response(self, send: Send) -> None:
         await super().stream_response(send)
@@ -38,33 +51,24 @@ class _Stream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with self._job:
+                try:
+                    await super().__call__(scope, receive, send)
+                finally:
+                    await self._events.aclose()
+                    if not self._is_complete:
+                        self._service.metrics.hung_up()
         finally:
-            await self._events.aclose()  # type: ignore[attr-defined]
-            if not self._is_complete:
-                self._service.metrics.hung_up()
+            self._deadline.close()
 
 
-async def _unless_hung_up(
-    service: Service, request: Request, answer: Awaitable[_Answer]
-) -> "_Answer | Response":
-    """An answer; or nothing, and no further work, when the client is gone."""
-    answering = asyncio.ensure_future(answer)
-    leaving = asyncio.ensure_future(hanging_up(request))
-    try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if answering.done():
-            return answering.result()
-        service.metrics.hung_up()
-        return _HUNG_UP
-    finally:
-        for task in (answering, leaving):
-            task.cancel()
-        await asyncio.gather(answering, leaving, return_exceptions=True)
+def make_app(
+    service: Service, *, token: str | None = None, allowed: Sequence[Address] = ()
+) -> FastAPI:
+    """The whole server but its sockets. With a token, only who sends it may use the API.
 
-
-def make_app(service: Service, *, token: str | None, is_loopback: bool) -> FastAPI:
-    """The whole server but its sockets. With a token, only who sends it may use the API."""
+    Without one, it may be called by a loopback name or one of `allowed`.
+    """
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -90,7 +94,7 @@ def make_app(service: Service, *, token: str | None, is_loopback: bool) -> FastA
         metrics=service.metrics,
         paths=paths,
         token=token,
-        is_loopback=is_loopback,
+        allowed=allowed,
     )
     _describe(app, needs_token=token is not None)
     return app
@@ -102,12 +106,35 @@ def _add_api(app: FastAPI, service: Service) -> None:
     few: problems.Described = {code: described[code] for code in (401, 403)}
     few_and_404: problems.Described = {code: described[code] for code in (401, 403, 404)}
 
-    async def write(asked: completions.Asked, request: Request) -> Response:
+    async def answered(
+        request: Request, kind: type[_Body], answer: Callable[[_Body, Deadline], Awaitable[Any]]
+    ) -> Any:
+        """What a body of some kind is answered with, unless the client is gone before."""
+        deadline = service.deadline()
+        found = None
+        body = await request.body()
+
+        async def work() -> Any:
+            if len(body) > _MOST_BYTES_PARSED_AT_ONCE:
+                asked = await service.aside(partial(parse_body, kind, body))
+            else:
+                asked = parse_body(kind, body)
+            return await answer(asked, deadline)
+
+        try:
+            found = await unless(hanging_up(request), work())
+        except EndedError:
+            service.metrics.hung_up()
+            found = Response(status_code=499)
+        finally:
+            if not isinstance(found, _Stream):  # which goes on
+                deadline.close()
+        return found
+
+    async def written(asked: completions.Asked, deadline: Deadline) -> Response:
         if asked.request.stream:
-            return _Stream(service, completions.stream(service, asked))
-        answer = await _unless_hung_up(service, request, completions.complete(service, asked))
-        if isinstance(answer, Response):
-            return answer
+            return _Stream(service, asked, deadline)
+        answer = await completions.complete(service, asked, deadline)
         return Response(answer, media_type="application/json")
 
     @app.get("/v1/models", responses=few)
@@ -126,34 +153,59 @@ def _add_api(app: FastAPI, service: Service) -> None:
         "/v1/completions",
         response_model=wire.Completion,
         responses={**described, 200: {"content": {"text/event-stream": {}}}},
+        openapi_extra=_takes(wire.CompletionRequest),
     )
-    async def complete(asked: wire.CompletionRequest, request: Request) -> Any:
+    async def complete(request: Request) -> Any:
         """Write on from prompts: before them with a backward model, else after them."""
-        return await write(await completions.ask(service, asked), request)
+
+        async def write(asked: wire.CompletionRequest, deadline: Deadline) -> Response:
+            return await written(await completions.ask(service, asked, deadline), deadline)
+
+        return await answered(request, wire.CompletionRequest, write)
 
     @app.post(
         "/v1/chat/completions",
         response_model=wire.ChatCompletion,
         responses={**described, 200: {"content": {"text/event-stream": {}}}},
+        openapi_extra=_takes(wire.ChatRequest),
     )
-    async def converse(asked: wire.ChatRequest, request: Request) -> Any:
+    async def converse(request: Request) -> Any:
         """The instruction for a message; of a forward model, the response to it."""
-        return await write(await chat.ask(service, asked), request)
 
-    @app.post("/v1/backchat", response_model=wire.BackChat, responses=described)
-    async def answer(asked: wire.BackChatRequest, request: Request) -> Any:
+        async def write(asked: wire.ChatRequest, deadline: Deadline) -> Response:
+            return await written(await chat.ask(service, asked), deadline)
+
+        return await answered(request, wire.ChatRequest, write)
+
+    @app.post(
+        "/v1/backchat",
+        response_model=wire.BackChat,
+        responses=described,
+        openapi_extra=_takes(wire.BackChatRequest),
+    )
+    async def answer(request: Request) -> Any:
         """Instructions for a response, likely ones first; of a forward model, responses."""
-        return await _unless_hung_up(service, request, backchat.answer(service, asked))
+        return await answered(request, wire.BackChatRequest, partial(backchat.answer, service))
 
-    @app.post("/v1/score", response_model=wire.Score, responses=described)
-    async def score(asked: wire.ScoreRequest, request: Request) -> Any:
+    @app.post(
+        "/v1/score",
+        response_model=wire.Score,
+        responses=described,
+        openapi_extra=_takes(wire.ScoreRequest),
+    )
+    async def score(request: Request) -> Any:
         """How likely a model finds texts."""
-        return await _unless_hung_up(service, request, backchat.score(service, asked))
+        return await answered(request, wire.ScoreRequest, partial(backchat.score, service))
 
-    @app.post("/v1/infill", response_model=wire.Infills, responses=described)
-    async def fill(asked: wire.InfillRequest, request: Request) -> Any:
+    @app.post(
+        "/v1/infill",
+        response_model=wire.Infills,
+        responses=described,
+        openapi_extra=_takes(wire.InfillRequest),
+    )
+    async def fill(request: Request) -> Any:
         """Write what comes between a beginning and an ending."""
-        return await _unless_hung_up(service, request, between.fill(service, asked))
+        return await answered(request, wire.InfillRequest, partial(between.fill, service))
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
@@ -163,6 +215,12 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         is_alive = service.engine.is_alive
         return JSONResponse({"status": "ok" if is_alive else "dead"}, 200 if is_alive else 503)
+
+
+def _takes(kind: type[wire.Body]) -> dict[str, Any]:
+    """How the description says what a path is sent: bodies are read by parsing.py."""
+    schema = {"$ref": _REFERENCE.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _describe(app: FastAPI, *, needs_token: bool) -> None:
@@ -176,6 +234,10 @@ def _describe(app: FastAPI, *, needs_token: bool) -> None:
                 description=app.description,
                 routes=app.routes,
             )
+            _, defined = models_json_schema(
+                [(kind, "validation") for kind in REQUESTS.values()], ref_template=_REFERENCE
+            )
+            schema["components"]["schemas"] |= defined["$defs"]
             for operations in schema["paths"].values():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)

@@ -1,9 +1,8 @@
 """/v1/backchat and /v1/score: instructions for a response, and how likely texts are."""
 
 import math
+from dataclasses import replace
 from functools import partial
-
-import torch
 
 from data_pipeline.errors import PromptError
 from data_pipeline.growing_text import sendable
@@ -11,7 +10,9 @@ from megaback.batch import Sample
 from megaback.chat import ranked
 from tools.serving import wire
 from tools.serving.completions import chosen_seed, sampling_options
+from tools.serving.deadline import Deadline
 from tools.serving.jobs import Job
+from tools.serving.limits import require_answer_size
 from tools.serving.models import ServedModel
 from tools.serving.problems import ProblemError
 from tools.serving.service import Service
@@ -31,7 +32,9 @@ def _given(model: ServedModel, request: "wire.BackChatRequest | wire.ScoreReques
     return None if text is None else text.strip()
 
 
-async def answer(service: Service, request: wire.BackChatRequest) -> wire.BackChat:
+async def answer(
+    service: Service, request: wire.BackChatRequest, deadline: Deadline
+) -> wire.BackChat:
     """Different samples for what is given, ended ones first, then the likeliest first."""
     model = service.model(request.model)
     given = _given(model, request)
@@ -42,18 +45,18 @@ async def answer(service: Service, request: wire.BackChatRequest) -> wire.BackCh
     prompt = await service.aside(lambda: model.chat_prompt(given))
     room = model.sampler.context_tokens - len(prompt.ids)
     request = request.model_copy(update={"max_tokens": min(request.max_tokens, room)})
-    samples = [
-        Sample(prompt, sampling_options(request, seed + index, service.limits.tokens), 0)
-        for index in range(request.n)
-    ]
+    options = sampling_options(request, seed, service.limits.tokens)
+    require_answer_size(request.n, request.max_tokens, None, "n x max_tokens")
+    samples = [Sample(prompt, replace(options, seed=seed + at), 0) for at in range(request.n)]
     ids: list[list[int]] = [[] for _ in samples]
     likelihoods = [0.0] * request.n
-    most_s = service.limits.request_s
-    with Job(service.engine, service.metrics, model.name, samples, most_s) as job:
+    with Job(service.engine, service.metrics, model.name, samples, deadline) as job:
         async for index, step in job.steps():
             ids[index].append(step.new_id)
             likelihoods[index] += step.log_probability or 0.0
-    found = {tuple(one): likelihood for one, likelihood in zip(ids, likelihoods, strict=True)}
+    # One that was not begun in time is none.
+    each = zip(ids, likelihoods, strict=True)
+    found = {tuple(one): likelihood for one, likelihood in each if one}
     written = sum(map(len, ids))
     different = await service.aside(lambda: ranked(model.form, prompt.ids, found))
     return wire.BackChat(
@@ -76,7 +79,7 @@ async def answer(service: Service, request: wire.BackChatRequest) -> wire.BackCh
     )
 
 
-async def score(service: Service, request: wire.ScoreRequest) -> wire.Score:
+async def score(service: Service, request: wire.ScoreRequest, deadline: Deadline) -> wire.Score:
     """log P of whole texts and their ends, each alone."""
     model = service.model(request.model)
     given = _given(model, request)
@@ -86,8 +89,9 @@ async def score(service: Service, request: wire.ScoreRequest) -> wire.Score:
             read, written = await service.aside(partial(_ids, model, given, text))
         except PromptError as error:
             raise ProblemError(400, f"texts.{len(scores)}: {error}", "invalid_value") from None
-        table_WV = await service.log_probabilities(model, read, written)
-        total = float(table_WV.gather(1, torch.tensor(written)[:, None]).double().sum())
+        steps = model.sampler.judge_steps(read, written)
+        judged = await deadline.within(service.compute(steps))
+        total = sum(log_probability for log_probability, _ in judged)
         num_bytes = len(text.encode("utf-8", "surrogatepass"))
         bits = -total / math.log(2) / num_bytes if num_bytes else None
         scores.append(

@@ -1,24 +1,39 @@
 """/v1/infill: the middle of a text, by a backward and a forward model that meet."""
 
-import asyncio
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 
 from data_pipeline.growing_text import sendable
+from data_pipeline.text import Prompt, TextCodec
+from megaback.batch import Sample
 from megaback.choice import SamplingOptions
-from megaback.infill import InfillOptions
+from megaback.gap import Gap
+from megaback.infill import Infill, Infiller, InfillOptions, different_halves
+from megaback.judgement import Half
 from tools.serving import wire
 from tools.serving.completions import chosen_seed
+from tools.serving.deadline import Deadline
+from tools.serving.jobs import Job
+from tools.serving.limits import MOST_INFILL_TOKENS
 from tools.serving.problems import ProblemError
 from tools.serving.service import Service
 
 
-async def fill(service: Service, request: wire.InfillRequest) -> wire.Infills:
-    """Different middles, the best first. All is computed at once, between two steps of samples."""
+async def fill(service: Service, request: wire.InfillRequest, deadline: Deadline) -> wire.Infills:
+    """Different middles, the best first.
+
+    Samples of both models are written with those of other requests, for half of the time that a
+    request has at most; then what there is of them is joined and judged between others' steps.
+    """
     infiller = service.infiller
     if infiller is None:
         raise ProblemError(
             400, "infilling needs a backward and a --forward model of one tokenizer, unit token"
         )
+    if request.candidates * request.max_tokens > MOST_INFILL_TOKENS:
+        asked = f"candidates x max_tokens is {request.candidates * request.max_tokens}"
+        raise ProblemError(400, f"{asked}; at most {MOST_INFILL_TOKENS} are tried", "invalid_value")
     for model in service.models.values():
         model.require_bytes(request.beginning + request.ending)
     seed = chosen_seed(request.seed)
@@ -27,9 +42,65 @@ async def fill(service: Service, request: wire.InfillRequest) -> wire.Infills:
         forward_candidates=request.candidates,
         backward_candidates=request.candidates,
         rescored=max(request.candidates, request.n),
-        sampling=SamplingOptions(temperature=request.temperature, top_k=request.top_k, seed=seed),
+        sampling=SamplingOptions(
+            request.max_tokens, temperature=request.temperature, top_k=request.top_k, seed=seed
+        ),
     )
-    future = service.engine.call(lambda: infiller.fill(request.beginning, request.ending, options))
-    found = (await asyncio.wrap_future(future))[: request.n]
-    infills = [wire.Infill(**{**asdict(one), "middle": sendable(one.middle)}) for one in found]
+    beginning, ending = request.beginning, request.ending
+    gap = await service.aside(lambda: infiller.read(beginning, ending, request.max_tokens))
+    prompts = [
+        await service.aside(lambda: infiller.forward.codec.prompt(beginning)),
+        await service.aside(lambda: infiller.backward.codec.prompt(ending)),
+    ]
+    halves = await _written(service, infiller, prompts, options)
+    found = await deadline.within(_joined(service, infiller, gap, halves, options))
+    infills = [
+        wire.Infill(**{**asdict(one), "middle": sendable(one.middle)}) for one in found[: request.n]
+    ]
     return wire.Infills(infills=infills, seed=seed)
+
+
+async def _written(
+    service: Service, infiller: Infiller, prompts: Sequence[Prompt], options: InfillOptions
+) -> list[list[Half]]:
+    """What each model, the forward one first, writes for its prompt in half of a request's time."""
+    half_time = service.deadline(service.limits.request_s / 2)
+    sampling, count = options.sampling, options.forward_candidates
+    try:
+        with ExitStack() as stack:
+            jobs = []
+            for reader, prompt in zip((infiller.forward, infiller.backward), prompts, strict=True):
+                name = _name_of(service, reader.codec)
+                seeds = range(sampling.seed, sampling.seed + count)
+                samples = [Sample(prompt, replace(sampling, seed=seed)) for seed in seeds]
+                job = Job(service.engine, service.metrics, name, samples, half_time)
+                jobs.append(stack.enter_context(job))
+            # Both write, while one is listened to.
+            return [different_halves(await _ids(job, count)) for job in jobs]
+    finally:
+        half_time.close()
+
+
+async def _ids(job: Job, count: int) -> list[list[int]]:
+    ids: list[list[int]] = [[] for _ in range(count)]
+    async for index, step in job.steps():
+        if not step.is_end:
+            ids[index].append(step.new_id)
+    return ids
+
+
+def _name_of(service: Service, codec: TextCodec) -> str:
+    """The model that is served and writes in a direction."""
+    return next(
+        name
+        for name, model in service.models.items()
+        if model.codec.format.direction is codec.format.direction
+    )
+
+
+async def _joined(
+    service: Service, infiller: Infiller, gap: Gap, halves: list[list[Half]], options: InfillOptions
+) -> list[Infill]:
+    async with service.meetings:
+        onwards, backwards = halves
+        return await service.compute(infiller.meet_steps(gap, onwards, backwards, options))

@@ -15,6 +15,7 @@ from megaback.batch import Sample
 from tools.serving import wire
 from tools.serving.choices import ChoiceText, Part
 from tools.serving.completions import Asked, chosen_seed, sampling_options
+from tools.serving.limits import require_answer_size
 from tools.serving.models import Given, ServedModel
 from tools.serving.problems import ProblemError
 from tools.serving.service import Service
@@ -75,6 +76,7 @@ async def ask(service: Service, request: wire.ChatRequest) -> AskedChat:
     room = model.sampler.context_tokens - len(prompt.ids)
     fitting = request.model_copy(update={"max_tokens": min(wanted, room)})
     options = sampling_options(fitting, seed, service.limits.tokens)
+    require_answer_size(request.n, fitting.max_tokens, None, "n x max_tokens")
     samples = [Sample(prompt, replace(options, seed=seed + at)) for at in range(request.n)]
     choices = [ChoiceText(model.codec, "", prompt, request.stops) for _ in samples]
     given = [Given(text, prompt, len(prompt.ids))]

@@ -2,19 +2,22 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-import torch
 from pydantic import BaseModel
 
 from data_pipeline.errors import PromptError
 from data_pipeline.growing_text import sendable
 from megaback.batch import Sample
 from megaback.choice import SamplingOptions
+from megaback.sampler import Judged
 from tools.serving import wire
 from tools.serving.choices import ChoiceText, Part, Token, log_probs, offsets
+from tools.serving.deadline import Deadline
 from tools.serving.jobs import Job
+from tools.serving.limits import MOST_ECHOED_CHARACTERS, require_answer_size
 from tools.serving.models import Given, ServedModel
 from tools.serving.problems import ProblemError
 from tools.serving.service import Service
@@ -126,90 +129,105 @@ def event_of(body: str) -> str:
     return f"data: {body}\n\n"
 
 
-async def ask(service: Service, request: wire.CompletionRequest) -> Asked:
+async def ask(service: Service, request: wire.CompletionRequest, deadline: Deadline) -> Asked:
     """Raises ProblemError for what cannot be written."""
     model = service.model(request.model)
     seed = chosen_seed(request.seed)
-    if len(request.prompts) * request.n > wire.MOST_SAMPLES:
+    prompts, n = request.prompts, request.n
+    if len(prompts) * n > wire.MOST_SAMPLES:
         raise ProblemError(400, f"prompts times n is more than {wire.MOST_SAMPLES}", param="n")
     likeliest = request.logprobs
     if likeliest is not None:
         likeliest = min(likeliest, model.codec.vocab_size)
-    try:
-        given = await service.aside(lambda: _given(model, request))
-    except PromptError as error:
-        raise ProblemError(400, str(error), "invalid_value", param="prompt") from None
+    options = sampling_options(request, seed, service.limits.tokens)
+    require_answer_size(
+        len(prompts) * n,
+        request.max_tokens,
+        likeliest,
+        "prompts x n x max_tokens" + ("" if likeliest is None else " x (1 + logprobs)"),
+    )
+    given = [await _given(service, model, request, prompt) for prompt in prompts]
     choices: list[ChoiceText] = []
     samples: list[Sample] = []
     for one in given:
-        for _ in range(request.n):
-            options = sampling_options(request, seed + len(samples), service.limits.tokens)
-            samples.append(Sample(one.prompt, options, likeliest))
+        for _ in range(n):
+            samples.append(
+                Sample(one.prompt, replace(options, seed=seed + len(samples)), likeliest)
+            )
             choices.append(ChoiceText(model.codec, one.text, one.prompt, request.stops))
     given_tokens = []
-    if request.echo and likeliest is not None:
-        given_tokens = [await _tokens_of(service, model, one, likeliest) for one in given]
+    if request.echo:
+        characters = n * sum(len(one.text) for one in given)
+        if characters > MOST_ECHOED_CHARACTERS:
+            said = f"echo gives each prompt n times, {characters} characters in all; at most "
+            raise ProblemError(400, f"{said}{MOST_ECHOED_CHARACTERS} are given", param="echo")
+        if likeliest is not None:
+            given_tokens = await _tokens_of(service, model, given, likeliest, n, deadline)
     return Asked(request, model, seed, given, choices, samples, given_tokens)
 
 
-def _given(model: ServedModel, request: wire.CompletionRequest) -> list[Given]:
-    """Raises PromptError when one does not fit; of a prompt that is echoed with `logprobs`, all."""
+async def _given(
+    service: Service, model: ServedModel, request: wire.CompletionRequest, asked: "str | list[int]"
+) -> Given:
+    """One prompt; of one that is echoed with `logprobs`, all. Raises ProblemError."""
     is_cut = request.truncate and not (request.echo and request.logprobs is not None)
-    return [model.given(one, is_cut=is_cut) for one in request.prompts]
+    try:
+        return await service.aside(lambda: model.given(asked, is_cut=is_cut))
+    except PromptError as error:
+        raise ProblemError(400, str(error), "invalid_value", param="prompt") from None
 
 
 async def _tokens_of(
-    service: Service, model: ServedModel, given: Given, num_likeliest: int
-) -> list[Token]:
-    """A prompt's own tokens, in the model's order."""
+    service: Service,
+    model: ServedModel,
+    given: Sequence[Given],
+    num_likeliest: int,
+    n: int,
+    deadline: Deadline,
+) -> list[list[Token]]:
+    """The prompts' own tokens, in the model's order. Raises ProblemError."""
     codec = model.codec
-    ids = given.ids
-    if ids is None:
-        ids = [codec.begin_id, *await service.aside(lambda: codec.encode(given.text).tolist())]
-    table = None
-    if len(ids) > 1:
-        table = await service.log_probabilities(model, ids[:1], ids[1:])
 
-    def tokens() -> list[Token]:
-        places = offsets(codec, ids, given.text)
-        found = [Token(ids[0], None, (), places[0])] if given.ids is not None else []
-        if table is None:
-            return found
-        of_ids = table.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-        values, likeliest = (best.tolist() for best in table.topk(num_likeliest))
-        return [
-            *found,
-            *(
-                Token(
-                    piece_id, of_ids[at], list(zip(likeliest[at], values[at], strict=True)), offset
-                )
-                for at, (piece_id, offset) in enumerate(zip(ids[1:], places[1:], strict=True))
-            ),
-        ]
+    def ids_of(one: Given) -> list[int]:
+        return one.ids or [codec.begin_id, *codec.encode(one.text).tolist()]
 
-    return await service.aside(tokens)
+    ids = [await service.aside(partial(ids_of, one)) for one in given]
+    told = "echo: tokens of all prompts x n x (1 + logprobs)"
+    require_answer_size(n, sum(map(len, ids)), num_likeliest, told)
+
+    def tokens(one: Given, ids: list[int], judged: list[Judged]) -> list[Token]:
+        places = offsets(codec, ids, one.text)
+        first = [Token(ids[0], None, (), places[0])] if one.ids is not None else []
+        rest = zip(ids[1:], judged, places[1:], strict=True)
+        return first + [Token(piece_id, *told, place) for piece_id, told, place in rest]
+
+    found = []
+    for one, of_one in zip(given, ids, strict=True):
+        steps = model.sampler.judge_steps(of_one[:1], of_one[1:], num_likeliest)
+        judged = await deadline.within(service.compute(steps)) if len(of_one) > 1 else []
+        found.append(await service.aside(partial(tokens, one, of_one, judged)))
+    return found
 
 
-def _job(service: Service, asked: Asked) -> Job:
-    return Job(
-        service.engine, service.metrics, asked.model.name, asked.samples, service.limits.request_s
-    )
+def job_of(service: Service, asked: Asked, deadline: Deadline) -> Job:
+    """What writes an answer's samples."""
+    samples = asked.samples if asked.request.max_tokens else []
+    return Job(service.engine, service.metrics, asked.model.name, samples, deadline)
 
 
-async def complete(service: Service, asked: Asked) -> str:
+async def complete(service: Service, asked: Asked, deadline: Deadline) -> str:
     """All choices as JSON, when all are written or time is up."""
     parts: list[list[Part]] = [[] for _ in asked.choices]
-    if asked.request.max_tokens:
-        with _job(service, asked) as job:
-            async for index, step in job.steps():
-                if asked.choices[index].finish_reason is not None:
-                    continue
-                part = asked.choices[index].add(step)
-                parts[index].append(part)
-                if part.finish_reason is not None and not step.is_last:
-                    job.end(index)
-                if all(choice.finish_reason for choice in asked.choices):
-                    break
+    with job_of(service, asked, deadline) as job:
+        async for index, step in job.steps():
+            if asked.choices[index].finish_reason is not None:
+                continue
+            part = asked.choices[index].add(step)
+            parts[index].append(part)
+            if part.finish_reason is not None and not step.is_last:
+                job.end(index)
+            if all(choice.finish_reason for choice in asked.choices):
+                break
     for index, choice in enumerate(asked.choices):
         if choice.finish_reason is None:
             parts[index].append(choice.finish("length"))
@@ -221,8 +239,8 @@ async def complete(service: Service, asked: Asked) -> str:
     return await service.aside(body)
 
 
-async def stream(service: Service, asked: Asked) -> AsyncIterator[str]:
-    """Server-sent events: parts of choices, and [DONE].
+async def stream(service: Service, asked: Asked, job: Job) -> AsyncGenerator[str, None]:
+    """Server-sent events: parts of choices, which `job` writes, and [DONE].
 
     In the order of reading, what a backward model writes is sent when a choice is complete: until
     then its first word is not known.
@@ -248,26 +266,27 @@ async def stream(service: Service, asked: Asked) -> AsyncIterator[str]:
         for index in range(len(asked.choices)):
             if (first := asked.echo(index)) is not None:
                 yield await event(index, first)
-    if asked.request.max_tokens:
-        with _job(service, asked) as job:
-            while not all(choice.finish_reason for choice in asked.choices) and not job.is_late:
-                try:
-                    found = await job.next(_SECONDS_BETWEEN_SIGNS_OF_LIFE)
-                except ProblemError as problem:
-                    yield event_of(bytes(problem.response().body).decode())
-                    return
-                if found is None:
-                    yield _SIGN_OF_LIFE
-                    continue
-                index, step = found
-                choice = asked.choices[index]
-                if choice.finish_reason is not None:
-                    continue
-                part = choice.add(step)
-                if found_event := await event(index, part):
-                    yield found_event
-                if part.finish_reason is not None and not step.is_last:
-                    job.end(index)
+    is_written = not asked.request.max_tokens
+    while not (is_written or job.is_late):
+        try:
+            found = await job.next(_SECONDS_BETWEEN_SIGNS_OF_LIFE)
+        except ProblemError as problem:
+            yield event_of(bytes(problem.response().body).decode())
+            return
+        if found is None:
+            if not job.is_late:
+                yield _SIGN_OF_LIFE
+            continue
+        index, step = found
+        choice = asked.choices[index]
+        if choice.finish_reason is not None:
+            continue
+        part = choice.add(step)
+        if found_event := await event(index, part):
+            yield found_event
+        if part.finish_reason is not None and not step.is_last:
+            job.end(index)
+        is_written = all(choice.finish_reason for choice in asked.choices)
     for index, choice in enumerate(asked.choices):
         if choice.finish_reason is None:
             yield await event(index, choice.finish("length"))

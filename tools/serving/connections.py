@@ -1,28 +1,41 @@
 """Connections that do not stay open for nothing.
 
-uvicorn waits without end for a request's first line and headers, so that connections that are
-opened and left would use up the files that a process may open.
+uvicorn waits without end for a request's first line and headers, and for a client to read its
+answer, so that connections that are opened and left would use up the files and the memory that a
+process may have, and what is written for them the time of others.
 """
 
 import asyncio
+import socket
 from typing import Any, ClassVar
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_SECONDS_FOR_A_REQUEST = 20.0
-_MOST_CONNECTIONS = 512
+SECONDS_FOR_A_REQUEST = 20.0
+SECONDS_FOR_A_PART = 30.0
+MOST_CONNECTIONS = 512
+MOST_AHEAD_BYTES = 1 << 16
+SYSTEM_BUFFER_BYTES = 1 << 17
+"""Of an answer that is not read yet, by the system; Linux takes twice that for its own records."""
 
 
 class ImpatientConnection(H11Protocol):
-    """Ends when no request has come in time or, as the oldest idle one, when there are too many."""
+    """Ends when no request has come in time or, as the oldest idle one, when there are too many.
 
-    seconds_for_a_request: ClassVar[float] = _SECONDS_FOR_A_REQUEST
-    most_connections: ClassVar[int] = _MOST_CONNECTIONS
+    Also when its client takes too long to read a part of an answer, of 64 KiB at most: see
+    guard.py, which sends no further part before. Then the work for that answer ends, too.
+    """
+
+    seconds_for_a_request: ClassVar[float] = SECONDS_FOR_A_REQUEST
+    seconds_for_a_part: ClassVar[float] = SECONDS_FOR_A_PART
+    most_connections: ClassVar[int] = MOST_CONNECTIONS
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._opened_s = self.loop.time()
         self._deadline: asyncio.TimerHandle | None = None
+        self._read_by: asyncio.TimerHandle | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -31,6 +44,11 @@ class ImpatientConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Told as soon as the system takes no more for the client, and again when it took all.
+        transport.set_write_buffer_limits(high=0)
+        transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, SYSTEM_BUFFER_BYTES
+        )
         self._expect_request()
         if len(self.connections) > self.most_connections:
             idle = [
@@ -47,12 +65,38 @@ class ImpatientConnection(H11Protocol):
         super().data_received(data)
         if self.is_idle:
             self._expect_request()
-        else:
-            self._stop_expecting()
+            return
+        self._stop_expecting()
+        if self.conn.their_state is h11.DONE:
+            # The next request already. uvicorn would stop to read, and not see who hangs up.
+            if len(self.conn.trailing_data[0]) > MOST_AHEAD_BYTES:
+                self.transport.abort()
+            else:
+                self.flow.resume_reading()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._read_by is None:
+            self._read_by = self.loop.call_later(self.seconds_for_a_part, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting_for_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_expecting()
+        self._stop_waiting_for_reader()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is sent after an answer has begun, and is no request, has no other answer."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
+        if not self.is_idle:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def _expect_request(self) -> None:
         """From now on, if not already: a byte now and then wins no time."""
@@ -63,6 +107,11 @@ class ImpatientConnection(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _stop_waiting_for_reader(self) -> None:
+        if self._read_by is not None:
+            self._read_by.cancel()
+            self._read_by = None
 
     def _give_up(self) -> None:
         self._deadline = None

@@ -1,25 +1,29 @@
 """The thread that computes: it writes the samples of all requests together.
 
-Everything that computes runs in this one thread; requests are handled on the event loop. Samples
-begin in the order in which they came, as soon as there is a place.
+Everything that computes runs in this one thread; requests are handled on the event loop. Requests
+whose samples wait take turns when a place is free. Prompts and other work are read and done in
+steps, between which every sample gets a token: nothing holds the others up for longer than a step
+and a slice of time, and what is given up ends as soon.
 """
 
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from megaback.batch import Batch, Sample, Step
+from megaback.batch import Batch, ReadingError, Sample, Step
+from megaback.steps import Steps
 from tools.serving.metrics import Metrics
 
 _log = logging.getLogger("megaback.serve")
 _Result = TypeVar("_Result")
-# So that those that are being written do not wait long for prompts to be read.
-_MOST_BEGUN_AT_ONCE = 4
+_SLICE_S = 0.05
+"""For prompts, and again for other work, between two tokens of the samples."""
 
 
 class EngineFullError(Exception):
@@ -37,16 +41,43 @@ class Writing:
     is_over: bool = field(default=False, init=False)
 
 
+_Told = list[tuple[Writing, "Step | Exception"]]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Other work, and where its result is waited for."""
+
+    steps: Steps[Any]
+    future: "Future[Any]"
+
+    def has_more_after_a_step(self) -> bool:
+        if self.future.cancelled():
+            self.steps.close()
+            return False
+        try:
+            next(self.steps)
+        except StopIteration as end:
+            if self.future.set_running_or_notify_cancel():
+                self.future.set_result(end.value)
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            if self.future.set_running_or_notify_cancel():
+                self.future.set_exception(error)
+        else:
+            return True
+        return False
+
+
 class Engine:
     """Runs the batches of some models in a thread of its own."""
 
     def __init__(self, batches: Mapping[str, Batch], most_waiting: int, metrics: Metrics) -> None:
         self._batches, self._most_waiting, self._metrics = dict(batches), most_waiting, metrics
         self._changed = threading.Condition()
-        self._waiting: dict[str, deque[Writing]] = {name: deque() for name in batches}
+        self._waiting: dict[str, deque[deque[Writing]]] = {name: deque() for name in batches}
         self._running: dict[Sample, Writing] = {}
         self._given_up: list[Writing] = []
-        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._tasks: deque[_Task] = deque()
         self._is_closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="megaback-engine", daemon=True)
@@ -54,6 +85,8 @@ class Engine:
     def start(self) -> None:
         """Call it on the event loop that is to be told."""
         self._loop = asyncio.get_running_loop()
+        for name in self._batches:
+            self._metrics.rows(name, running=0, waiting=0)
         self._thread.start()
 
     def close(self) -> None:
@@ -68,13 +101,17 @@ class Engine:
         return self._thread.is_alive()
 
     def write(self, writings: list[Writing]) -> None:
-        """Write these when there is room. Raises EngineFullError, and then takes none of them."""
+        """Write these of one request when there is room.
+
+        Raises EngineFullError, and then takes none of them.
+        """
+        if not writings:
+            return
         with self._changed:
-            num_waiting = sum(map(len, self._waiting.values()))
+            num_waiting = sum(map(self._num_waiting, self._waiting))
             if num_waiting and num_waiting + len(writings) > self._most_waiting:
                 raise EngineFullError(f"{num_waiting} samples are waiting already")
-            for writing in writings:
-                self._waiting[writing.model].append(writing)
+            self._waiting[writings[0].model].append(deque(writings))
             self._changed.notify()
 
     def give_up(self, writings: list[Writing]) -> None:
@@ -83,11 +120,11 @@ class Engine:
             self._given_up += [writing for writing in writings if not writing.is_over]
             self._changed.notify()
 
-    def call(self, function: Callable[[], _Result]) -> "Future[_Result]":
-        """Compute something else between two steps."""
+    def compute(self, steps: "Steps[_Result]") -> "Future[_Result]":
+        """Do other work between the steps of samples, until its future is cancelled."""
         future: Future[_Result] = Future()
         with self._changed:
-            self._calls.append((function, future))
+            self._tasks.append(_Task(steps, future))
             self._changed.notify()
         return future
 
@@ -98,47 +135,54 @@ class Engine:
                 if self._is_closing:
                     return
                 given_up, self._given_up = self._given_up, []
-                call = self._calls.popleft() if self._calls else None
                 begun = self._next_to_begin(given_up)
-                num_waiting = {name: len(waiting) for name, waiting in self._waiting.items()}
+                num_waiting = {name: self._num_waiting(name) for name in self._waiting}
             for writing in given_up:
                 self._running.pop(writing.sample, None)
                 self._batches[writing.model].remove(writing.sample)
-            if call is not None:
-                _compute(*call)
-            told: list[tuple[Writing, Step | Exception]] = []
+            told: _Told = []
             for writing in begun:
                 self._begin(writing, told)
             for name, batch in self._batches.items():
-                self._step(name, batch, told)
+                self._advance(name, batch, told)
                 self._metrics.rows(name, running=len(batch), waiting=num_waiting[name])
             self._tell(told)
+            self._work()
 
     def _has_work(self) -> bool:
         return bool(
             self._is_closing
             or self._given_up
-            or self._calls
+            or self._tasks
             or self._running
             or any(self._waiting.values())
         )
 
+    def _num_waiting(self, model: str) -> int:
+        return sum(map(len, self._waiting[model]))
+
     def _next_to_begin(self, given_up: list[Writing]) -> list[Writing]:
-        """Those for which there is room; what was given up while it waited is gone."""
+        """Those for which there is room, one of each request in turn.
+
+        What was given up while it waited is gone.
+        """
         begun: list[Writing] = []
         leaving = set(given_up)
-        for name, waiting in self._waiting.items():
+        for name, requests in self._waiting.items():
             if leaving:
-                kept = [writing for writing in waiting if writing not in leaving]
-                waiting.clear()
-                waiting.extend(kept)
+                kept = [deque(one for one in waiting if one not in leaving) for waiting in requests]
+                requests.clear()
+                requests.extend(waiting for waiting in kept if waiting)
             free = self._batches[name].num_slots - len(self._batches[name])
-            begun += [
-                waiting.popleft() for _ in range(min(free, _MOST_BEGUN_AT_ONCE, len(waiting)))
-            ]
+            while requests and free > 0:
+                waiting = requests.popleft()
+                begun.append(waiting.popleft())
+                free -= 1
+                if waiting:
+                    requests.append(waiting)
         return begun
 
-    def _begin(self, writing: Writing, told: "list[tuple[Writing, Step | Exception]]") -> None:
+    def _begin(self, writing: Writing, told: _Told) -> None:
         try:
             self._batches[writing.model].add(writing.sample)
         except Exception as error:  # noqa: BLE001 - told to the one whose sample it is
@@ -147,14 +191,11 @@ class Engine:
         self._running[writing.sample] = writing
         self._metrics.began(writing.model, len(writing.sample.prompt.ids))
 
-    def _step(
-        self, name: str, batch: Batch, told: "list[tuple[Writing, Step | Exception]]"
-    ) -> None:
-        if not len(batch):
-            return
+    def _advance(self, name: str, batch: Batch, told: _Told) -> None:
+        """Read on what waits for it, and write a token of each sample that has been read."""
         try:
-            with self._metrics.stepping(name):
-                steps = batch.step()
+            self._read(batch, told)
+            steps = self._step(name, batch)
         except Exception as error:  # noqa: BLE001 - the server lives on
             failed = [one for one in self._running.values() if one.model == name]
             told += [(writing, _logged(error)) for writing in failed]
@@ -168,7 +209,33 @@ class Engine:
                 del self._running[step.sample]
         self._metrics.wrote(name, sum(not step.is_end for step in steps))
 
-    def _tell(self, told: "list[tuple[Writing, Step | Exception]]") -> None:
+    def _read(self, batch: Batch, told: _Told) -> None:
+        try:
+            batch.read(_SLICE_S)
+        except ReadingError as error:
+            told.append((self._running.pop(error.sample), _logged(error)))
+
+    def _step(self, name: str, batch: Batch) -> list[Step]:
+        if not batch.num_rows:
+            return []
+        with self._metrics.stepping(name):
+            return batch.step()
+
+    def _work(self) -> None:
+        """A slice of other work, a step of each task in turn."""
+        ends_s = time.monotonic() + _SLICE_S
+        while True:
+            with self._changed:
+                if not self._tasks or self._is_closing:
+                    return
+                task = self._tasks.popleft()
+            if task.has_more_after_a_step():
+                with self._changed:
+                    self._tasks.append(task)
+            if time.monotonic() >= ends_s:
+                return
+
+    def _tell(self, told: _Told) -> None:
         if not told or self._loop is None:
             return
         try:
@@ -178,20 +245,11 @@ class Engine:
                 self._is_closing = True
 
 
-def _put(told: "list[tuple[Writing, Step | Exception]]") -> None:
+def _put(told: _Told) -> None:
     for writing, event in told:
         if isinstance(event, Exception) or event.is_last:
             writing.is_over = True
         writing.put(event)
-
-
-def _compute(function: Callable[[], Any], future: "Future[Any]") -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(function())
-    except Exception as error:  # noqa: BLE001 - raised where it is waited for
-        future.set_exception(error)
 
 
 def _logged(error: Exception) -> Exception:

@@ -6,21 +6,22 @@ Pure ASGI, so that nothing is read before it is known that it may be.
 import asyncio
 import hmac
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from urllib.parse import urlsplit
+from collections.abc import Iterator, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from data_pipeline.growing_text import sendable
+from tools.serving.host_names import Address, refusal
+from tools.serving.limits import Limits
 from tools.serving.metrics import Metrics
 from tools.serving.problems import ProblemError, busy
 
-_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _API_PATHS = ("/v1/", "/metrics")
 # A body that is too large is read on for a while, as a client that is still sending sees no answer.
 _MOST_PASSED_OVER_BYTES = 64 << 20
+_MOST_HEAD_BYTES = 1 << 14
+# Of an answer, after each of which the client has to have read: see connections.py.
+_PART_BYTES = 1 << 16
 _PAGE_POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -45,22 +46,6 @@ _HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one client may take."""
-
-    body_bytes: int = 1 << 20
-    open_requests: int = 256
-    """Of the API, answered or waiting at the same time."""
-    waiting_samples: int = 1024
-    tokens: int = 4096
-    """Of one sample."""
-    request_s: float = 300.0
-    """After which samples end as they are."""
-    body_s: float = 20.0
-    """Within which a request has to be there."""
-
-
 class Guard:
     """Wraps an application."""
 
@@ -72,14 +57,19 @@ class Guard:
         metrics: Metrics,
         paths: Sequence[str],
         token: str | None,
-        is_loopback: bool,
+        allowed: Sequence[Address],
     ) -> None:
-        """`paths` are told apart in metrics. With a token, the API is for those who send it."""
+        """`paths` are told apart in metrics. With a token, the API is for those who send it.
+
+        Without one, requests are answered that call this server by a loopback name or by one of
+        `allowed`.
+        """
         self._app, self._limits, self._metrics = app, limits, metrics
         self._paths = frozenset(paths)
         self._token = None if token is None else token.encode()
-        self._is_loopback = is_loopback
+        self._allowed = allowed
         self._num_open = 0
+        self._arriving: dict[asyncio.Task[bytes], None] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,7 +85,8 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
-            await send(message)
+            for part in _parts(message):
+                await send(part)
 
         path = scope["path"]
         scope = _usual(scope)
@@ -110,6 +101,7 @@ class Guard:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
+        _require_short_head(scope)
         self._require_here(headers)
         if not scope["path"].startswith(_API_PATHS):
             await self._app(scope, receive, send)
@@ -132,39 +124,25 @@ class Guard:
                 415,
                 f"the body's Content-Encoding is {encoding[:100]!r}; send it without compression",
             )
+        body = await self._body(headers, receive)
+        # A slow body takes no place away from the requests that are there.
+        if self._num_open >= self._limits.open_requests:
+            raise busy(f"{self._num_open} requests are open already; try again")
         self._num_open += 1
         try:
-            body = await self._body(headers, receive)
             await self._app(scope, _after(body, receive), send)
         finally:
             self._num_open -= 1
 
     def _require_here(self, headers: Headers) -> None:
-        """Refuse what another site's page makes a browser send, under its own name or ours.
+        """Refuse what another site's page makes a browser send.
 
         Not where there is a token, which such a page has not: then a proxy may name us as it likes.
         """
-        if self._token is not None:
-            return
-        host = headers.get("host", "")
-        try:
-            name = urlsplit(f"//{host}").hostname
-            origin = urlsplit(headers["origin"]).netloc if "origin" in headers else host
-        except ValueError:
-            raise ProblemError(400, "the header Host or Origin is no address") from None
-        if self._is_loopback and name not in _LOOPBACK_NAMES:
-            raise ProblemError(
-                403,
-                f"this server is for this machine; call it {_LOOPBACK_NAMES[0]}, or start it with "
-                "a token, which lets a proxy name it otherwise",
-            )
-        if origin != host:
-            raise ProblemError(
-                403,
-                f"sent by a page of another site: its Origin is {sendable(origin)[:100]!r}, and "
-                f"the header Host says {sendable(host)[:100]!r}; behind a proxy, let that pass "
-                "Host on, or start the server with a token",
-            )
+        if self._token is None:
+            host, origins = headers.get("host", ""), headers.getlist("origin")
+            if (why := refusal(host, origins, self._allowed)) is not None:
+                raise ProblemError(403, why)
 
     def _require_token(self, headers: Headers) -> None:
         if self._token is None:
@@ -180,16 +158,30 @@ class Guard:
             )
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """A body that comes in time. Of too many that come slowly, the first is not waited for."""
+        if len(self._arriving) >= self._limits.open_requests:
+            first = next(iter(self._arriving))
+            del self._arriving[first]
+            first.cancel()
+        reading = asyncio.ensure_future(self._read(headers, receive))
+        self._arriving[reading] = None
         try:
-            return await asyncio.wait_for(self._read(headers, receive), self._limits.body_s)
-        except asyncio.TimeoutError:
-            raise ProblemError(408, "the body did not come in time") from None
+            await asyncio.wait({reading}, timeout=self._limits.body_s)
+            if not reading.done() or reading.cancelled():
+                raise ProblemError(408, "the body did not come in time")
+            return reading.result()
+        finally:
+            self._arriving.pop(reading, None)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
         most = self._limits.body_bytes
         body, passed_over, is_over = bytearray(), 0, False
         announced = headers.get("content-length", "")
         is_too_large = announced.isdecimal() and int(announced) > most
+        if is_too_large and headers.get("expect", "").lower() == "100-continue":
+            is_over = True  # The client has not begun, and waits to be told.
         while not is_over:
             message = await receive()
             if message["type"] != "http.request":
@@ -206,6 +198,15 @@ class Guard:
         if is_too_large:
             raise ProblemError(413, f"the body has more than {most} bytes; send less")
         return bytes(body)
+
+
+def _require_short_head(scope: Scope) -> None:
+    """h11 refuses a longer one too, but not when all of it came at once."""
+    fields = sum(len(name) + len(value) for name, value in scope["headers"])
+    if fields + len(scope["raw_path"]) + len(scope["query_string"]) > _MOST_HEAD_BYTES:
+        raise ProblemError(
+            431, f"the line and the headers have more than {_MOST_HEAD_BYTES} bytes; send less"
+        )
 
 
 def _is_json(content_type: str) -> bool:
@@ -225,6 +226,15 @@ def _usual(scope: Scope) -> Scope:
         others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
         return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
     return scope
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """A message whose body is large in several, between which it is seen that the client reads."""
+    body = message.get("body", b"")
+    while len(body) > _PART_BYTES:
+        yield {**message, "body": body[:_PART_BYTES], "more_body": True}
+        body = body[_PART_BYTES:]
+    yield {**message, "body": body} if "body" in message else message
 
 
 def _after(body: bytes, receive: Receive) -> Receive:

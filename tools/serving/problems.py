@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -15,7 +14,6 @@ from data_pipeline.growing_text import sendable
 from tools.serving import wire
 
 _log = logging.getLogger("megaback.serve")
-_MOST_SHOWN_PROBLEMS = 3
 _MOST_SHOWN_CHARACTERS = 100
 Described = dict[int | str, dict[str, Any]]
 """Answers by status, as FastAPI describes them."""
@@ -64,10 +62,6 @@ def install(app: FastAPI) -> None:
     async def on_problem(_request: Request, error: ProblemError) -> JSONResponse:
         return error.response()
 
-    @app.exception_handler(RequestValidationError)
-    async def on_wrong_body(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return ProblemError(400, _told(error), "invalid_value", param=_param(error)).response()
-
     @app.exception_handler(PromptError)
     @app.exception_handler(ConfigError)
     async def on_wrong_value(_request: Request, error: Exception) -> JSONResponse:
@@ -77,8 +71,6 @@ def install(app: FastAPI) -> None:
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code in (404, 405):
             return _unanswered(app, request).response()
-        if error.status_code == 400 and error.__cause__ is not None:
-            return ProblemError(400, _unreadable(error.__cause__), "invalid_value").response()
         return ProblemError(error.status_code, str(error.detail), headers=error.headers).response()
 
     @app.exception_handler(Exception)
@@ -102,37 +94,3 @@ def _unanswered(app: FastAPI, request: Request) -> ProblemError:
         message = f"{shown} takes {allowed}, not {sendable(request.method)}"
         return ProblemError(405, message, headers={"Allow": allowed})
     return ProblemError(404, f"there is no {shown} here; /openapi.json describes what there is")
-
-
-def _unreadable(cause: BaseException) -> str:
-    """Why FastAPI could not read a body, which it does not say itself."""
-    if isinstance(cause, UnicodeDecodeError):
-        return f"the body is not UTF-8, from byte {cause.start + 1} on; send JSON in UTF-8"
-    if isinstance(cause, RecursionError):
-        return "the body is nested too deeply to be read; send flat JSON"
-    return f"the body cannot be read as JSON ({sendable(str(cause))[:_MOST_SHOWN_CHARACTERS]})"
-
-
-def _param(error: RequestValidationError) -> str | None:
-    """The first field that is wrong, by its name at the top of the body."""
-    for problem in error.errors():
-        names = [part for part in problem["loc"] if part != "body"]
-        if names and isinstance(names[0], str):
-            return sendable(names[0][:_MOST_SHOWN_CHARACTERS])
-    return None
-
-
-def _told(error: RequestValidationError) -> str:
-    """Where the first problems are, without what was sent, which may be text of any kind."""
-    problems = error.errors()
-    told = []
-    for problem in problems[:_MOST_SHOWN_PROBLEMS]:
-        where = ".".join(str(part) for part in problem["loc"] if part != "body")
-        if len(where) > _MOST_SHOWN_CHARACTERS:
-            where = f"{where[:_MOST_SHOWN_CHARACTERS]}..."
-        if problem["type"] == "json_invalid":
-            told.append(f"the body is not JSON, from character {where} on")
-        else:
-            told.append(f"{where or 'the body'}: {problem['msg']}")
-    more = len(problems) - len(told)
-    return sendable("; ".join(told) + (f"; and {more} more" if more > 0 else ""))

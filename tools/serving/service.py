@@ -1,17 +1,18 @@
 """What requests are answered with: models, the engine, limits and counts."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
-
-from torch import Tensor
+from weakref import WeakSet
 
 from data_pipeline.growing_text import sendable
 from megaback.infill import Infiller
+from megaback.steps import Steps
+from tools.serving.deadline import Deadline
 from tools.serving.engine import Engine
-from tools.serving.guard import Limits
+from tools.serving.limits import MOST_MEETINGS_AT_ONCE, Limits
 from tools.serving.metrics import Metrics
 from tools.serving.models import ServedModel
 from tools.serving.problems import ProblemError
@@ -24,7 +25,11 @@ def _one_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="megaback-text")
 
 
-@dataclass(frozen=True)
+def _meetings() -> asyncio.Semaphore:
+    return asyncio.Semaphore(MOST_MEETINGS_AT_ONCE)
+
+
+@dataclass
 class Service:
     """One server's parts."""
 
@@ -33,11 +38,33 @@ class Service:
     limits: Limits
     metrics: Metrics
     infiller: Infiller | None = None
+    meetings: asyncio.Semaphore = field(default_factory=_meetings)
+    """Of the infiller's models: each has large tables in memory."""
     _text_thread: ThreadPoolExecutor = field(default_factory=_one_thread)
+    _deadlines: "WeakSet[Deadline]" = field(default_factory=WeakSet)
+    _is_ending: bool = False
 
     async def aside(self, function: Callable[[], _Result]) -> _Result:
         """Compute what takes time in the length of a text off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, function)
+
+    async def compute(self, steps: "Steps[_Result]") -> _Result:
+        """Compute something in the engine's thread, between the steps of samples."""
+        return await asyncio.wrap_future(self.engine.compute(steps))
+
+    def deadline(self, most_s: float | None = None) -> Deadline:
+        """Of a request that begins now, or of a part of its work, for which it has less time."""
+        deadline = Deadline(self.limits.request_s if most_s is None else most_s)
+        self._deadlines.add(deadline)
+        if self._is_ending:
+            deadline.end()
+        return deadline
+
+    def end(self) -> None:
+        """Answer all requests with what is written by now. To be called on the event loop."""
+        self._is_ending = True
+        for deadline in list(self._deadlines):
+            deadline.end()
 
     def close(self) -> None:
         """End the threads, and with them what is being written."""
@@ -55,10 +82,3 @@ class Service:
                 404, f"there is no model {shown!r}; use {there}", "model_not_found", param="model"
             )
         return self.models[name]
-
-    async def log_probabilities(
-        self, model: ServedModel, given: Sequence[int], written: Sequence[int]
-    ) -> Tensor:
-        """log P of all ids at each place of `written`: shape (written, V); see `Sampler`."""
-        future = self.engine.call(lambda: model.sampler.log_probabilities(given, written))
-        return await asyncio.wrap_future(future)

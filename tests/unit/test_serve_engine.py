@@ -1,0 +1,160 @@
+"""The thread that computes for all: nobody waits for another's long work, and it can be ended."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from serve_helpers import tiny_models, wait_until
+
+from data_pipeline.text import TextCodec
+from megaback.batch import ReadingError, Sample
+from megaback.choice import SamplingOptions
+from megaback.steps import Steps
+from tools.serving.engine import Engine, EngineFullError, Writing
+from tools.serving.metrics import Metrics
+from tools.serving.models import ServedModel
+
+Codecs = Callable[..., TextCodec]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[str, ServedModel]:
+    return tiny_models(tmp_path_factory.mktemp("serve"), codec, num_slots=2)
+
+
+@contextmanager
+def running(models: dict[str, ServedModel], most_waiting: int = 100) -> Iterator[Engine]:
+    """An engine that tells an event loop of its own."""
+    engine = Engine({name: one.batch for name, one in models.items()}, most_waiting, Metrics())
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        loop.call_soon_threadsafe(engine.start)
+        yield engine
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        engine.close()
+        loop.close()
+        for model in models.values():
+            model.batch.clear()
+
+
+class Work:
+    """Work of many steps, which notes when it takes one and when it is ended."""
+
+    def __init__(self, num_steps: int, step_s: float = 0.0) -> None:
+        self.times: list[float] = []
+        self.is_ended = threading.Event()
+        self._num_steps, self._step_s = num_steps, step_s
+
+    def steps(self) -> Steps[int]:
+        try:
+            for _ in range(self._num_steps):
+                self.times.append(time.monotonic())
+                time.sleep(self._step_s)
+                yield
+            return self._num_steps
+        finally:
+            self.is_ended.set()
+
+
+def writings_of(
+    model: ServedModel, count: int, tokens: int, told: list[tuple[str, float]], label: str
+) -> list[Writing]:
+    """Samples that never end by themselves; the end of each is told."""
+
+    def put(event: object) -> None:
+        if isinstance(event, Exception) or event.is_last:  # type: ignore[attr-defined]
+            told.append((label, time.monotonic()))
+
+    options = SamplingOptions(tokens, min_new_tokens=tokens)
+    prompt = model.codec.prompt("the last map.")
+    return [Writing(model.name, Sample(prompt, options), put) for _ in range(count)]
+
+
+def test_samples_are_written_while_other_work_takes_its_steps(
+    models: dict[str, ServedModel],
+) -> None:
+    told: list[tuple[str, float]] = []
+    with running(models) as engine:
+        work = Work(1000, step_s=0.02)
+        future = engine.compute(work.steps())
+        wait_until(lambda: len(work.times) > 0)
+        engine.write(writings_of(models["tiny"], 2, 10, told, "sample"))
+        wait_until(lambda: len(told) == 2)
+        assert not future.done()
+        # 10 tokens, between each two of which the work has a slice: not after its 20 s.
+        assert len(work.times) < 500
+        future.cancel()
+
+
+def test_work_that_is_cancelled_ends_at_its_next_step(models: dict[str, ServedModel]) -> None:
+    with running(models) as engine:
+        work, other = Work(1000, step_s=0.01), Work(3)
+        future = engine.compute(work.steps())
+        wait_until(lambda: len(work.times) > 3)
+        future.cancel()
+        assert work.is_ended.wait(10)
+        assert len(work.times) < 1000
+        assert engine.compute(other.steps()).result(10) == 3
+
+
+def test_pieces_of_work_take_turns_and_one_that_fails_tells_it(
+    models: dict[str, ServedModel],
+) -> None:
+    def failing() -> Steps[None]:
+        yield
+        raise ValueError("no such thing")
+
+    with running(models) as engine:
+        first, second = Work(200, step_s=0.005), Work(5)
+        slow, quick = engine.compute(first.steps()), engine.compute(second.steps())
+        broken = engine.compute(failing())
+        assert quick.result(10) == 5
+        with pytest.raises(ValueError, match="no such thing"):
+            broken.result(10)
+        assert not slow.done()
+        slow.cancel()
+
+
+def test_requests_whose_samples_wait_take_turns(models: dict[str, ServedModel]) -> None:
+    told: list[tuple[str, float]] = []
+    with running(models, most_waiting=12) as engine:
+        engine.write(writings_of(models["tiny"], 12, 8, told, "many"))
+        engine.write([])
+        wait_until(lambda: len(models["tiny"].batch) == 2)
+        one = writings_of(models["tiny"], 2, 8, told, "few")
+        engine.write(one)
+        with pytest.raises(EngineFullError, match="are waiting already"):
+            engine.write(writings_of(models["ahead"], 12, 8, told, "more"))
+        wait_until(lambda: len(told) == 14)
+    labels = [label for label, _ in told]
+    # Two places: one for each of both requests, as soon as the first two samples are written.
+    assert [at for at, label in enumerate(labels) if label == "few"][-1] < 8
+
+
+def test_a_prompt_that_cannot_be_read_is_told_to_its_request_only(
+    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["tiny"]
+    original = model.sampler.read_steps
+
+    def read_steps(ids: list[int]) -> object:
+        if ids != model.codec.prompt("the last map.").ids[:-1]:
+            raise RuntimeError("no memory")
+        return original(ids)
+
+    monkeypatch.setattr(model.sampler, "read_steps", read_steps)
+    events: list[object] = []
+    told: list[tuple[str, float]] = []
+    bad = Sample(model.codec.prompt("a wooden clock."), SamplingOptions(3))
+    with running(models) as engine:
+        engine.write([Writing("tiny", bad, events.append)])
+        engine.write(writings_of(model, 1, 5, told, "good"))
+        wait_until(lambda: bool(told and events))
+    assert [type(event) for event in events] == [ReadingError]

@@ -1,0 +1,90 @@
+"""By which names a server is called, and from which pages."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ServeError
+from tools.serving.host_names import read_allowed, refusal
+
+NAMES = read_allowed(["demo.example.org", "Other.example:8443", "[2001:db8::1]"])
+
+
+@pytest.mark.parametrize(
+    ("host", "origins"),
+    [
+        ("localhost", []),
+        ("LOCALHOST:8000", ["http://localhost:8000"]),
+        ("127.0.0.1:8000", ["http://127.0.0.1:8000"]),
+        ("[::1]:8000", ["http://[::1]:8000"]),
+        ("demo.example.org", []),
+        ("Demo.Example.Org", ["https://demo.example.org"]),
+        ("demo.example.org:444", ["https://demo.example.org:444"]),
+        ("demo.example.org", ["https://demo.example.org:444"]),
+        # As nginx calls it by default.
+        ("127.0.0.1:8000", ["https://demo.example.org"]),
+        ("other.example:8443", ["https://other.example:8443"]),
+        ("[2001:db8::1]", []),
+    ],
+)
+def test_requests_by_a_name_of_ours_are_answered(host: str, origins: list[str]) -> None:
+    assert refusal(host, origins, NAMES) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "origins", "words"),
+    [
+        ("", [], "--allow-host NAME"),
+        ("evil.example", [], "--allow-host evil.example, or with a token"),
+        ("demo.example.org.evil.example", [], "not to"),
+        ("evil-demo.example.org", [], "not to"),
+        ("sub.demo.example.org", [], "not to"),
+        ("example.org", [], "not to"),
+        ("demo.example.org.", [], "not to"),
+        ("demoXexample.org", [], "not to"),
+        ("other.example", [], "not to"),
+        ("other.example:8444", [], "not to"),
+        ("evil.example@demo.example.org", [], "not to"),
+        ("demo.example.org@evil.example", [], "not to"),
+        ("demo.example.org, evil.example", [], "not to"),
+        ("demo.example.org:99999", [], "not to"),
+        ("demo.example.org:", [], "not to"),
+        ("localhost/evil.example", [], "not to"),
+        ("localhost", ["null"], "another site"),
+        ("localhost", [""], "another site"),
+        ("localhost", ["http://evil.example"], "another site"),
+        ("localhost:8000", ["http://localhost:9000"], "another site"),
+        ("localhost", ["http://demo.example.org"], "another site"),
+        ("localhost", ["https://other.example"], "another site"),
+        ("localhost", ["https://sub.demo.example.org"], "another site"),
+        ("localhost", ["https://demo.example.org@evil.example"], "another site"),
+        ("localhost", ["file://localhost"], "another site"),
+        ("demo.example.org", ["https://demo.example.org", "https://evil.example"], "another site"),
+    ],
+)
+def test_others_are_told_what_lets_them_in(host: str, origins: list[str], words: str) -> None:
+    assert words in (refusal(host, origins, NAMES) or "")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "*", "*.example.org", ".example.org", "example.org.", "-", "https://example.org"),
+        *("example.org/", "a b", "example.org:", "example.org:x", "example.org:65536", "é.org"),
+        *("a,b", "[::1", "::1", "user@example.org", "example.org\n"),
+    ],
+)
+def test_only_a_whole_name_can_be_allowed(name: str) -> None:
+    with pytest.raises(ServeError, match="is no host name; give a whole one"):
+        read_allowed([name])
+
+
+@given(
+    st.text(max_size=40)
+    | st.from_regex(r"[a-z.*@:/\[\]]{0,9}demo\.example\.org[a-z.*@:/\[\]]{0,9}", fullmatch=True)
+)
+def test_no_other_host_is_taken_for_an_allowed_one(host: str) -> None:
+    is_ours = refusal(host, [], read_allowed(["demo.example.org"])) is None
+    name, _, port = host.lower().rpartition(":") if ":" in host else (host.lower(), "", "0")
+    assert not is_ours or (name in ("demo.example.org", "localhost", "127.0.0.1", "[::1]"))
+    assert not is_ours or port.isdecimal()

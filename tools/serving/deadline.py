@@ -1,0 +1,90 @@
+"""What ends the work of a request before it is done: its time, its client, or the server's end."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from tools.serving.problems import ProblemError, busy
+
+_Result = TypeVar("_Result")
+
+
+class EndedError(Exception):
+    """What was waited for was cancelled, as something else came first."""
+
+
+async def unless(ending: Awaitable[object], work: Awaitable[_Result]) -> _Result:
+    """The result of some work, which is cancelled with whoever waits for it.
+
+    Raises EndedError, and cancels the work, when `ending` is over first.
+    """
+    tasks = working, _ = asyncio.ensure_future(work), asyncio.ensure_future(ending)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise EndedError
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def hanging_up(request: Request) -> None:
+    """Return when the client of a request, whose body was read, is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Deadline:
+    """When the work for a request ends as it is. To be made on the event loop, and closed."""
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s = most_s
+        self._passed = asyncio.Event()
+        self._calls: list[Callable[[], None]] = []
+        self._is_of_server = False
+        self._alarm = asyncio.get_running_loop().call_later(most_s, self._pass)
+
+    @property
+    def is_past(self) -> bool:
+        return self._passed.is_set()
+
+    def end(self) -> None:
+        """Pass now: the server ends."""
+        self._is_of_server = self._is_of_server or not self.is_past
+        self._pass()
+
+    def close(self) -> None:
+        self._alarm.cancel()
+
+    def when_past(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+
+    def problem(self) -> ProblemError:
+        """The answer where there is nothing else to answer with."""
+        if self._is_of_server:
+            return busy("the server is shutting down; ask another one, or again later")
+        return ProblemError(
+            503,
+            f"there was no answer within {self._most_s:g} s, which is all a request may take; ask "
+            "for less at once, or when fewer others ask",
+            "timeout",
+            # OpenAI's clients would ask for the same work twice again.
+            {"Retry-After": "30", "x-should-retry": "false"},
+        )
+
+    async def within(self, work: Awaitable[_Result]) -> _Result:
+        """The result of some work. Raises ProblemError, and cancels the work, when it is late."""
+        try:
+            return await unless(self._passed.wait(), work)
+        except EndedError:
+            raise self.problem() from None
+
+    def _pass(self) -> None:
+        self._alarm.cancel()
+        self._passed.set()
+        for call in self._calls:
+            call()

@@ -1,0 +1,82 @@
+"""From the bytes of a body to a request, or to what is wrong with it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from data_pipeline.growing_text import sendable
+from data_pipeline.number_ranges import finite_json
+from tools.serving import wire
+from tools.serving.problems import ProblemError
+
+REQUESTS: Mapping[str, type[wire.Body]] = {
+    "/v1/completions": wire.CompletionRequest,
+    "/v1/chat/completions": wire.ChatRequest,
+    "/v1/backchat": wire.BackChatRequest,
+    "/v1/score": wire.ScoreRequest,
+    "/v1/infill": wire.InfillRequest,
+}
+_MOST_SHOWN_PROBLEMS = 3
+_MOST_SHOWN_CHARACTERS = 100
+_MOST_FIELDS = 64
+"""Of a body; each that does not exist would be a problem of its own."""
+_Body = TypeVar("_Body", bound=wire.Body)
+
+
+def parse_request(path: str, body: bytes) -> wire.Body:
+    """The request that a body is for one of the paths in REQUESTS.
+
+    Raises ProblemError of a status from 400 to 499, and nothing else, whatever the bytes are.
+    """
+    return parse_body(REQUESTS[path], body)
+
+
+def parse_body(kind: type[_Body], body: bytes) -> _Body:
+    """Raises ProblemError."""
+    try:
+        values = finite_json(body.decode())
+    except UnicodeDecodeError as error:
+        what = f"the body is not UTF-8, from byte {error.start + 1} on; send JSON in UTF-8"
+        raise _wrong(what) from None
+    except RecursionError:
+        raise _wrong("the body is nested too deeply to be read; send flat JSON") from None
+    except json.JSONDecodeError as error:
+        raise _wrong(f"the body is not JSON, from character {error.pos + 1} on") from None
+    except ValueError as error:
+        why = sendable(str(error))[:_MOST_SHOWN_CHARACTERS]
+        raise _wrong(f"the body cannot be read as JSON: {why}") from None
+    if not isinstance(values, dict):
+        raise _wrong("the body is not a JSON object; send one, such as {}")
+    if len(values) > _MOST_FIELDS:
+        raise _wrong(f"the body has {len(values)} fields; at most {_MOST_FIELDS} are read")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        raise _wrong(_told(problems), _param(problems)) from None
+
+
+def _wrong(message: str, param: str | None = None) -> ProblemError:
+    return ProblemError(400, message, "invalid_value", param=param)
+
+
+def _param(problems: Sequence[Any]) -> str | None:
+    """The first field that is wrong, by its name at the top of the body."""
+    for problem in problems:
+        if problem["loc"]:
+            return sendable(str(problem["loc"][0])[:_MOST_SHOWN_CHARACTERS])
+    return None
+
+
+def _told(problems: Sequence[Any]) -> str:
+    """Where the first problems are, without what was sent, which may be text of any kind."""
+    told = []
+    for problem in problems[:_MOST_SHOWN_PROBLEMS]:
+        where = ".".join(str(part) for part in problem["loc"])
+        if len(where) > _MOST_SHOWN_CHARACTERS:
+            where = f"{where[:_MOST_SHOWN_CHARACTERS]}..."
+        told.append(f"{where or 'the body'}: {problem['msg']}")
+    more = len(problems) - len(told)
+    return sendable("; ".join(told) + (f"; and {more} more" if more > 0 else ""))
