@@ -295,10 +295,7 @@ class Manifest:
         dictionary = None
         if self.dictionary_sha256 is not None:
             dictionary = _read_dictionary_once(folder / DICTIONARY_NAME, self.dictionary_sha256)
-        try:
-            path = path_within(folder, entry.file, SHARD_NAME)
-        except ValueError as error:
-            raise ShardCorruptError(f"{folder}: {error}, or build the shards again") from None
+        path = shard_path(folder, entry)
         reader = ShardReader(path, dictionary, vocab_size=self.vocab_size)
         self.require_promised(reader, entry)
         return reader
@@ -365,6 +362,14 @@ class Manifest:
                 f"{shown}/{MANIFEST_NAME} gives pieces, begin, end and bytes of an id as {said}, "
                 f"its tokenizer as {of_codec}; restore it or build the shards again"
             )
+
+
+def shard_path(folder: Path, entry: ShardEntry) -> Path:
+    """Where a shard lies. Raises ShardCorruptError for a link out of the folder."""
+    try:
+        return path_within(folder, entry.file, SHARD_NAME)
+    except ValueError as error:
+        raise ShardCorruptError(f"{folder}: {error}, or build the shards again") from None
 
 
 def shards_missing(shown: str) -> ShardsMissingError:

@@ -21,10 +21,13 @@ import click
 from data_pipeline.command import is_device, replacing
 from data_pipeline.errors import OutputExistsError
 from data_pipeline.files import local_path
+from data_pipeline.regular_files import read_file
 
 MAKER = "megaback"
 _STDOUT = "-"
 _TAIL_BYTES = 1 << 20
+_MAX_OBJECT_BYTES = 64 << 20
+"""What is larger is no result of ours in one JSON object."""
 _HEAD_BYTES = 4096
 
 Recognizes = Callable[[Path], bool]
@@ -208,7 +211,7 @@ is_our_picture = file_with_mark(b"Software\0" + MAKER.encode())
 def read_object(path: Path) -> dict[str, Any] | None:
     """A file's JSON object; None for anything else."""
     try:
-        return _parsed(path.read_bytes())
+        return _parsed(read_file(path, _MAX_OBJECT_BYTES))
     except OSError:
         return None
 

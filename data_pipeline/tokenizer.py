@@ -4,6 +4,7 @@ The text is a sample of the whole source, taken in an order that only the source
 source and settings give the same model, byte for byte. Nothing is written unless all is.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ from data_pipeline.build_options import html_option
 from data_pipeline.command import WorkCommand
 from data_pipeline.errors import BadRecordError, SourceEmptyError, TokenizerError
 from data_pipeline.interrupts import interruptible
-from data_pipeline.limits import MAX_VOCABULARY
+from data_pipeline.limits import MAX_TOKENIZER_BYTES, MAX_VOCABULARY
 from data_pipeline.next_command import command, free_path, show_next
 from data_pipeline.number_ranges import COUNT, SOURCE_WEIGHT, VOCABULARY
 from data_pipeline.output_paths import (
@@ -28,6 +29,7 @@ from data_pipeline.output_paths import (
     require_output,
     writing_output,
 )
+from data_pipeline.regular_files import UNFIT, read_file
 from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
 from data_pipeline.skipped import (
     RECORDS,
@@ -157,9 +159,11 @@ def _is_trained_here(path: Path) -> bool:
     """Whether a tokenizer, or its report, is one of `train_tokenizer`, and both belong together."""
     report = read_object(path.with_name(REPORT_NAME))
     try:
-        model = path.with_name(MODEL_NAME).read_bytes()
-    except FileNotFoundError:
-        return False
+        model = read_file(path.with_name(MODEL_NAME), MAX_TOKENIZER_BYTES)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, *UNFIT):
+            return False
+        raise
     return report is not None and report.get("model_sha256") == hashlib.sha256(model).hexdigest()
 
 

@@ -3,7 +3,6 @@
 Its run has a folder of its own, so that no run that is there stops it.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,15 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.checked_json import checked, read_json
 from data_pipeline.manifest import Manifest
 from data_pipeline.next_command import command, free_path, override
 from data_pipeline.shipped import config_path
 from data_pipeline.text import Direction, TextFormat, Unit
 
 RUNS_FOLDER = Path("runs")
+_OF_A_MODEL = ("model", "training")
+"""The sections of a run's config that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,11 @@ def _find_base(shards: Path, text_format: TextFormat) -> Base | None:
     for run in _runs_nearby(shards):
         metas = sorted((run / "checkpoints").glob("step-*/meta.json"))
         try:
-            fields = json.loads(metas[-1].read_text(encoding="utf-8"))
+            fields = read_json(metas[-1])
             is_same = TextFormat.from_dict(fields["text_format"]) == text_format
-            base, age = Base(run, fields["config"]), metas[-1].stat().st_mtime
+            config = checked("config", fields["config"], dict)
+            sections = {key: checked(key, config.get(key, {}), dict) for key in _OF_A_MODEL}
+            base, age = Base(run, {**config, **sections}), metas[-1].stat().st_mtime
         except (OSError, ValueError, KeyError, IndexError, TypeError):
             continue
         if is_same and not base.config.get("init_from") and (newest is None or age > newest[0]):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from data_pipeline.command import WorkCommand
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.interrupts import require_uninterrupted
-from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.manifest import Manifest, ShardEntry, shard_path
 from data_pipeline.number_ranges import MANY
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.shard_walk import on_threads
@@ -40,7 +40,7 @@ def shard_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> list[Sh
             damage.append(error)
     if damage:
         return damage  # a wrong hash would say it once more
-    file_sha256 = _file_sha256(folder / entry.file)
+    file_sha256 = _file_sha256(shard_path(folder, entry))
     if (content.hexdigest(), file_sha256) != (entry.content_sha256, entry.file_sha256):
         message = (
             f"the shard {reader.shown} is intact but is not the one in the manifest; "

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.checked_json import read_json
 from data_pipeline.command import is_device
 from data_pipeline.errors import (
     CheckpointCorruptError,
@@ -22,9 +23,18 @@ from data_pipeline.errors import (
 )
 from data_pipeline.finalize import unfinished_tasks
 from data_pipeline.inspection import data_set_facts
-from data_pipeline.manifest import DICTIONARY_NAME, MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest
+from data_pipeline.limits import MAX_DICTIONARY_BYTES
+from data_pipeline.manifest import (
+    DICTIONARY_NAME,
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Manifest,
+    shard_path,
+)
 from data_pipeline.next_command import command, free_path, override
 from data_pipeline.plan import PLAN_NAME, Plan
+from data_pipeline.regular_files import read_file
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.skipped import num_skipped
 from data_pipeline.text import Direction, TextCodec, Unit
@@ -103,7 +113,8 @@ def _data_set(folder: Path, verify: bool) -> Artefact:
     manifest.codec(folder)
     manifest.require_dictionary(folder)
     for entry in manifest.shards:
-        _require_size(folder / entry.file, entry.file_bytes, ShardCorruptError, "build them again")
+        path = shard_path(folder, entry)
+        _require_size(path, entry.file_bytes, ShardCorruptError, "build them again")
     splits = {name: manifest.total(name) for name in SPLITS}
     kind = "data set" if manifest.row_tokens is None else "data set of instruction examples"
     return Artefact(
@@ -140,8 +151,9 @@ def _unfinished(folder: Path, _verify: bool) -> Artefact:
 
 
 def _shard(path: Path, verify: bool) -> Artefact:
-    dictionary = path.with_name(DICTIONARY_NAME)
-    with ShardReader(path, dictionary.read_bytes() if dictionary.is_file() else None) as reader:
+    beside = path.with_name(DICTIONARY_NAME)
+    dictionary = read_file(beside, MAX_DICTIONARY_BYTES) if beside.is_file() else None
+    with ShardReader(path, dictionary) as reader:
         if verify:
             for frame in range(reader.num_frames):
                 reader.frame(frame)
@@ -180,8 +192,7 @@ def _tokenizer(path: Path, _verify: bool) -> Artefact:
 def _source_of(tokenizer: Path) -> str:
     """What a tokenizer was trained on, where that was one source that is still there."""
     try:
-        report = tokenizer.with_name(REPORT_NAME).read_text(encoding="utf-8")
-        source = str(json.loads(report)["source"])
+        source = str(read_json(tokenizer.with_name(REPORT_NAME))["source"])
         is_there = "hf:" in source[:3] or Path(source).exists()
     except (OSError, ValueError, KeyError, TypeError):
         return "pydocs"

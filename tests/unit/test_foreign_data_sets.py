@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from data_pipeline.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAM
 from data_pipeline.recompress import WORK_FOLDER
 from data_pipeline.remote_folder import RemoteFolder
 from data_pipeline.tasks import TaskRecord
+from data_pipeline.tokenizer import REPORT_NAME
+from data_pipeline.train_command import train_commands
+from tools.artefacts import look_at
 
 SHARD = "train-00002-00000.zst"
 VICTIM = "# a file of the user's\n"
@@ -311,3 +315,38 @@ def test_notes_that_do_not_fit_their_record_are_made_again(
     notes.write_bytes(damage(notes.read_bytes()))
     build_again(source, codec, out, deduplicate=True)
     assert hashes(out) == hashes(wanted)
+
+
+def test_a_look_at_a_data_set_follows_no_link_out_of_it(copy: Path, tmp_path: Path) -> None:
+    (copy / SHARD).rename(tmp_path / "elsewhere.zst")
+    (copy / SHARD).symlink_to(tmp_path / "elsewhere.zst")
+    with pytest.raises(ShardCorruptError, match="is a link out of its folder"):
+        look_at(copy, verify=False)
+
+
+@pytest.mark.parametrize("report", [b"[" * 100_000, b"[]", b'{"source": 7}', b"\xff", None])
+def test_a_report_beside_a_tokenizer_may_be_anything(
+    tokenizer_path: Path, tmp_path: Path, report: bytes | None
+) -> None:
+    shutil.copy(tokenizer_path, tmp_path / TOKENIZER_NAME)
+    if report is None:
+        os.mkfifo(tmp_path / REPORT_NAME)
+    else:
+        (tmp_path / REPORT_NAME).write_bytes(report)
+    (command,) = look_at(tmp_path, verify=False).next_lines
+    assert "--source pydocs" in command
+
+
+@pytest.mark.parametrize(
+    "config", [[], 7, {"model": 7}, {"training": "fp32"}, {"model": {"width": 8}}, None]
+)
+def test_a_run_beside_a_data_set_may_be_anything(copy: Path, config: object) -> None:
+    manifest = replace(Manifest.load(copy), row_tokens=64)
+    meta = copy.parent / "run" / "checkpoints" / "step-00000001" / "meta.json"
+    meta.parent.mkdir(parents=True)
+    meta.write_text(json.dumps({"text_format": manifest.text_format.to_dict(), "config": config}))
+    (command,) = train_commands(copy, manifest)
+    assert ("init_from=BASE" in command) == (config != {"model": {"width": 8}})
+    meta.write_text("[" * 100_000)
+    (command,) = train_commands(copy, manifest)
+    assert "init_from=BASE" in command
