@@ -140,6 +140,13 @@ class Prompt:
     """Bytes of the given text that are not in `ids`, and that the first new id brings back."""
 
 
+def _no_model(error: Exception) -> TokenizerError:
+    return TokenizerError(
+        f"this is not a SentencePiece model ({str(error).strip()}); "
+        "train one with `megaback tokenizer train`"
+    )
+
+
 class TextCodec:
     """Encodes and renders with one SentencePiece model, direction and unit.
 
@@ -156,11 +163,8 @@ class TextCodec:
         try:
             self._processor = sentencepiece.SentencePieceProcessor()
             self._processor.LoadFromSerializedProto(model_bytes)
-        except RuntimeError as error:
-            raise TokenizerError(
-                f"this is not a SentencePiece model ({str(error).strip()}); "
-                "train one with `megaback tokenizer train`"
-            ) from None
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise _no_model(error) from None
         self.vocab_size: int = self._processor.vocab_size()
         if self.vocab_size > MAX_VOCABULARY:
             raise TokenizerError(
@@ -176,7 +180,10 @@ class TextCodec:
         self._byte_ids = np.array(
             [self._require_byte(value) for value in range(256)], dtype=self.id_dtype
         )
-        self._piece_bytes = [self._bytes_of(piece_id) for piece_id in range(self.vocab_size)]
+        try:
+            self._piece_bytes = [self._bytes_of(piece_id) for piece_id in range(self.vocab_size)]
+        except (ValueError, IndexError) as error:  # pieces that are no UTF-8, or not like <0x0A>
+            raise _no_model(error) from None
         self._writable_ids: dict[int, npt.NDArray[np.int64]] = {}
         if self.render(self.encode(_PROBE)) != _PROBE:
             raise TokenizerError(

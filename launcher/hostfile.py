@@ -36,7 +36,8 @@ from megaback.stopping import HOST_VARIABLE
 SSH_VARIABLE = "MEGABACK_SSH"
 """The ssh command with its options, if not `ssh`."""
 _PATIENCE_S = 10.0
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})")
+"""With at most 9,999 slots: more would be a mistake, and take memory for each."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 _PASSED_ON = (
@@ -118,7 +119,7 @@ def host_rank_names(hosts: Sequence[Host]) -> list[list[dict[str, str]]]:
     address = os.environ.get("MASTER_ADDR", address)
     try:
         socket.getaddrinfo(address, None)
-    except OSError:
+    except (OSError, UnicodeError):  # the latter for a part of over 63 letters, or an empty one
         raise LaunchError(
             f"the name {address} of the first host is not known to this network; "
             "set MASTER_ADDR to its address"

@@ -114,11 +114,11 @@ def require_known(address: str) -> None:
     for tries_left in (2, 1, 0):
         try:
             socket.getaddrinfo(address, None)
-        except OSError as error:
-            if not tries_left:
+        except (OSError, UnicodeError) as error:
+            if not tries_left or isinstance(error, UnicodeError):
                 raise LaunchError(
                     f"the first node's name, {address}, is not known on {node_name()} "
-                    f"({error.strerror}); set MASTER_ADDR to its address"
+                    f"({getattr(error, 'strerror', None) or error}); set MASTER_ADDR to its address"
                 ) from None
             time.sleep(_NAME_WAIT_S)
         else:

@@ -138,6 +138,8 @@ class StoredWeights:
             names = sorted(set(weight_map.values()))
             for name in names:
                 path_within(folder, name, _FORM_OF_NAMES)
+            if not names:
+                raise ValueError("it names no file")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointCorruptError(
                 f"{index} is not an index of weights ({error}); convert them again"

@@ -18,6 +18,7 @@ from launcher.hostfile import (
     ssh_command,
 )
 from launcher.local import CONNECTION_LOST, verdict
+from megaback.rendezvous import require_known
 
 HOSTS = st.lists(
     st.builds(
@@ -55,6 +56,9 @@ def test_what_is_written_is_read(
         ("a slots=0", "line 1: 'a slots=0' is not like"),
         ("a slots=2 max_slots=4", "is not like"),
         ("-oProxyCommand=reboot slots=1", "is not like"),
+        ("a slots=10000", "is not like"),
+        (f"a slots={'9' * 5000}", "is not like"),
+        ("a slots=\u0665", "is not like"),
         ("a;reboot slots=1", "is not like"),
         ("$(reboot) slots=1", "is not like"),
         ("a slots=1\na slots=2", "line 2: a is there twice"),
@@ -105,6 +109,11 @@ def test_ranks_meet_at_the_first_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert address("localhost", "127.0.0.2") == own
     with pytest.raises(LaunchError, match=r"no-such-host\.invalid of the first host is not known"):
         address("no-such-host.invalid", "localhost")
+    for name in ("a..b", "a" * 64):  # what cannot even be asked for
+        with pytest.raises(LaunchError, match=r"of the first host is not known"):
+            address(name, "localhost")
+        with pytest.raises(LaunchError, match="set MASTER_ADDR"):
+            require_known(name)
 
 
 def test_ssh_is_the_users_and_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,13 @@ def test_an_index_names_files_of_its_folder_only(name: object, in_parts: Path) -
     assert [INDEX in str(problem) for problem in problems] == [True, True]
 
 
+@pytest.mark.parametrize("files", [{}, [], None, {"a": []}, {"a": {}}, [1]])
+def test_an_index_of_no_files_is_refused(files: object, in_parts: Path) -> None:
+    change_json(in_parts / INDEX, lambda fields: fields.update(weight_map=files))
+    problems = refused_or_read(in_parts)[-2:]
+    assert [INDEX in str(problem) for problem in problems] == [True, True]
+
+
 def test_a_link_out_of_a_folder_is_not_followed_for_a_name_in_an_index(in_parts: Path) -> None:
     first = sorted(in_parts.glob("model-*.safetensors"))[0]
     first.rename(in_parts.parent / "elsewhere")

@@ -269,6 +269,16 @@ def test_a_model_that_was_cut_short_is_refused(tokenizer_path: Path) -> None:
         TextCodec(whole[: len(whole) // 2], Direction.BACKWARD, Unit.TOKEN)
 
 
+@pytest.mark.parametrize("piece", [b"\xff\xfe\xfd", b"<0xZZ>"], ids=ascii)
+def test_a_model_whose_pieces_are_broken_is_refused(tokenizer_path: Path, piece: bytes) -> None:
+    whole = tokenizer_path.read_bytes()
+    found = re.search({3: rb"\n\x03[a-z]{3}", 6: rb"\n\x06<0x41>"}[len(piece)], whole)
+    assert found is not None
+    broken = whole[: found.start() + 2] + piece + whole[found.end() :]
+    with pytest.raises(TokenizerError):
+        TextCodec(broken, Direction.BACKWARD, Unit.TOKEN)
+
+
 def test_a_missing_model_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "nowhere.model"
     with pytest.raises(TokenizerError, match=re.escape(str(path))):
