@@ -4,7 +4,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -37,6 +37,12 @@ def models(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[str,
 
 
 @pytest.fixture(scope="module")
+def running(models: dict[str, ServedModel]) -> Iterator[Running]:
+    with serving(models, Limits(body_s=0.5)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def large(models: dict[str, ServedModel]) -> dict[str, Any]:
     """A request whose answer is of several megabytes."""
     prompt = endless_prompt(models["tiny"])
@@ -62,7 +68,7 @@ def test_who_does_not_read_a_stream_is_closed_and_its_work_ends(
     order: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_part", 1.0)
+    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_part", 0.5)
     body = {**large, "model": "ahead", "stream": True, "stream_order": order, "ignore_eos": True}
     with serving(models) as running, raw(running, posted(body)) as connection:
         wait_until(lambda: metric(running, "samples_running", "ahead") == 8)
@@ -77,7 +83,7 @@ def test_who_does_not_read_a_stream_is_closed_and_its_work_ends(
 def test_who_does_not_read_an_answer_is_closed_and_it_is_not_kept(
     models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_part", 1.0)
+    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_part", 0.5)
     body = {"prompt": "a map " * 8000, "truncate": True, "echo": True, "n": 60, "max_tokens": 0}
     with serving(models) as running, raw(running, posted(body)) as connection:
         wait_until(lambda: buffered(running) > 0)
@@ -122,10 +128,10 @@ def trickle(connection: socket.socket) -> None:
     ids=["nothing", "line", "header", "second request", "body that nobody reads"],
 )
 def test_a_request_that_comes_byte_by_byte_is_not_waited_for(
-    models: dict[str, ServedModel], begun: bytes, monkeypatch: pytest.MonkeyPatch
+    running: Running, begun: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_request", 0.6)
-    with serving(models) as running, raw(running, begun) as connection:
+    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_request", 0.4)
+    with raw(running, begun) as connection:
         wait_until(lambda: len(running.server.server_state.connections) > 0)
         with pytest.raises(ConnectionError):
             trickle(connection)
@@ -136,22 +142,21 @@ def test_a_connection_is_closed_some_time_after_its_answer(
 ) -> None:
     with serving(models) as running:
         assert running.server.config.timeout_keep_alive == 30
-        running.server.config.timeout_keep_alive = 1
+        running.server.config.timeout_keep_alive = 0.3  # type: ignore[assignment]
         with raw(running, posted(SMALL)) as connection:
             answer = rest_of(connection)
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
-def test_a_chunked_body_that_trickles_is_not_waited_for(models: dict[str, ServedModel]) -> None:
+def test_a_chunked_body_that_trickles_is_not_waited_for(running: Running) -> None:
     begun = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-    with serving(models, replace(Limits(), body_s=0.8)) as running:
-        with raw(running, begun) as connection:
-            for _ in range(8):
-                connection.sendall(b"1\r\n{\r\n")
-                time.sleep(0.05)
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
-        with raw(running, begun + b"zz\r\n") as connection:
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
+    with raw(running, begun) as connection:
+        for _ in range(8):
+            connection.sendall(b"1\r\n{\r\n")
+            time.sleep(0.03)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
+    with raw(running, begun + b"zz\r\n") as connection:
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
 
 
 def test_slow_bodies_keep_nobody_out(models: dict[str, ServedModel]) -> None:
@@ -197,40 +202,38 @@ def test_slow_bodies_keep_nobody_out(models: dict[str, ServedModel]) -> None:
     ],
 )
 def test_what_is_no_request_is_refused_and_nothing_else_happens(
-    models: dict[str, ServedModel],
+    running: Running,
     sent: bytes,
     status: bytes,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with serving(models, replace(Limits(), body_s=0.3)) as running:
-        with raw(running, sent) as connection:
-            assert re.match(rb"HTTP/1.1 (%s) " % status, connection.recv(1 << 16))
-            connection.sendall(b"zz\r\n" * 10)
-        assert running.get("/health").status_code == 200
+    with raw(running, sent) as connection:
+        assert re.match(rb"HTTP/1.1 (%s) " % status, connection.recv(1 << 16))
+        connection.sendall(b"zz\r\n" * 10)
+    assert running.get("/health").status_code == 200
     assert "Traceback" not in capfd.readouterr().err + caplog.text
 
 
-def test_http_1_0_gets_a_whole_answer_and_a_whole_stream(models: dict[str, ServedModel]) -> None:
+def test_http_1_0_gets_a_whole_answer_and_a_whole_stream(running: Running) -> None:
     for stream in (False, True):
         sent = posted({**SMALL, "stream": stream}).replace(b"HTTP/1.1", b"HTTP/1.0")
-        with serving(models) as running, raw(running, sent) as connection:
+        with raw(running, sent) as connection:
             answer = rest_of(connection)
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
         assert b"chunked" not in answer
         assert answer.endswith(b"data: [DONE]\n\n" if stream else b"}")
 
 
-def test_who_waits_to_be_told_to_go_on_is_told(models: dict[str, ServedModel]) -> None:
+def test_who_waits_to_be_told_to_go_on_is_told(running: Running) -> None:
     body = json.dumps(SMALL).encode()
-    with serving(models) as running:
-        for length, status in ((len(body), b"100"), (2 << 20, b"413")):
-            head = HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % length
-            with raw(running, head) as connection:
-                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 %s " % status)
-                if status == b"100":
-                    connection.sendall(body)
-                    assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+    for length, status in ((len(body), b"100"), (2 << 20, b"413")):
+        head = HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % length
+        with raw(running, head) as connection:
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 %s " % status)
+            if status == b"100":
+                connection.sendall(body)
+                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
 def test_one_who_hangs_up_behind_a_second_request_is_seen_to(
@@ -244,14 +247,10 @@ def test_one_who_hangs_up_behind_a_second_request_is_seen_to(
         assert metric(running, "written_tokens_total", "tiny") < 8 * 1500
 
 
-def test_requests_that_are_sent_ahead_are_answered_in_turn_up_to_a_size(
-    models: dict[str, ServedModel],
-) -> None:
+def test_requests_that_are_sent_ahead_are_answered_in_turn_up_to_a_size(running: Running) -> None:
     small, last = posted(SMALL), posted(SMALL, headers="Connection: close\r\n")
-    with serving(models) as running:
-        with raw(running, small * 4 + last) as connection:
-            answers = rest_of(connection)
-        assert answers.count(b"HTTP/1.1 200 OK") == 5
-        with raw(running, small) as connection, pytest.raises(ConnectionError):
-            connection.sendall(small * 100_000)
-        assert running.get("/health").status_code == 200
+    with raw(running, small * 4 + last) as connection:
+        assert rest_of(connection).count(b"HTTP/1.1 200 OK") == 5
+    with raw(running, small) as connection, pytest.raises(ConnectionError):
+        connection.sendall(small * 100_000)
+    assert running.get("/health").status_code == 200

@@ -40,8 +40,7 @@ def running(models: dict[str, ServedModel], most_waiting: int = 100) -> Iterator
         thread.join()
         engine.close()
         loop.close()
-        for model in models.values():
-            model.batch.clear()
+        assert [len(model.batch) for model in models.values()] == [0, 0]
 
 
 class Work:
@@ -104,6 +103,16 @@ def test_work_that_is_cancelled_ends_at_its_next_step(models: dict[str, ServedMo
         assert engine.compute(other.steps()).result(10) == 3
 
 
+def test_what_runs_when_the_thread_ends_is_ended_too(models: dict[str, ServedModel]) -> None:
+    work = Work(100_000)
+    with running(models) as engine:
+        engine.write(writings_of(models["tiny"], 3, 4000, [], "sample"))
+        future = engine.compute(work.steps())
+        wait_until(lambda: len(work.times) > 0 and len(models["tiny"].batch) == 2)
+    assert work.is_ended.is_set()
+    assert future.cancelled()
+
+
 def test_pieces_of_work_take_turns_and_one_that_fails_tells_it(
     models: dict[str, ServedModel],
 ) -> None:
@@ -124,18 +133,26 @@ def test_pieces_of_work_take_turns_and_one_that_fails_tells_it(
 
 def test_requests_whose_samples_wait_take_turns(models: dict[str, ServedModel]) -> None:
     told: list[tuple[str, float]] = []
-    with running(models, most_waiting=12) as engine:
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    def held() -> Steps[None]:
+        is_held.set()
+        may_go_on.wait(60)
+        yield
+
+    with running(models, most_waiting=14) as engine:
+        engine.compute(held())
+        assert is_held.wait(10)
         engine.write(writings_of(models["tiny"], 12, 8, told, "many"))
         engine.write([])
-        wait_until(lambda: len(models["tiny"].batch) == 2)
-        one = writings_of(models["tiny"], 2, 8, told, "few")
-        engine.write(one)
-        with pytest.raises(EngineFullError, match="are waiting already"):
-            engine.write(writings_of(models["ahead"], 12, 8, told, "more"))
+        engine.write(writings_of(models["tiny"], 2, 8, told, "few"))
+        with pytest.raises(EngineFullError, match="14 samples are waiting already"):
+            engine.write(writings_of(models["ahead"], 1, 8, told, "more"))
+        may_go_on.set()
         wait_until(lambda: len(told) == 14)
-    labels = [label for label, _ in told]
-    # Two places: one for each of both requests, as soon as the first two samples are written.
-    assert [at for at, label in enumerate(labels) if label == "few"][-1] < 8
+    # Two places, of which each request has one.
+    assert [label for label, _ in told].count("few") == 2
+    assert {label for label, _ in told[:2]} == {label for label, _ in told[2:4]} == {"many", "few"}
 
 
 def test_a_prompt_that_cannot_be_read_is_told_to_its_request_only(

@@ -133,7 +133,7 @@ class Engine:
             with self._changed:
                 self._changed.wait_for(self._has_work)
                 if self._is_closing:
-                    return
+                    break
                 given_up, self._given_up = self._given_up, []
                 begun = self._next_to_begin(given_up)
                 num_waiting = {name: self._num_waiting(name) for name in self._waiting}
@@ -148,6 +148,11 @@ class Engine:
                 self._metrics.rows(name, running=len(batch), waiting=num_waiting[name])
             self._tell(told)
             self._work()
+        for task in self._tasks:
+            task.future.cancel()
+            task.steps.close()
+        for batch in self._batches.values():
+            batch.clear()
 
     def _has_work(self) -> bool:
         return bool(
