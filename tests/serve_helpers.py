@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,9 +39,14 @@ CONTEXT_TOKENS = 64
 SHAPE = ModelSection(num_layers=2, width=16, num_heads=2).resolved()
 
 
-def write_tiny_model(folder: Path, codec: TextCodec) -> Path:
+def write_tiny_model(
+    folder: Path,
+    codec: TextCodec,
+    shape: ModelSection = SHAPE,
+    context_tokens: int = CONTEXT_TOKENS,
+) -> Path:
     """A model of random weights, larger than usual so that it is not equally sure of everything."""
-    model = ReverseGPT(SHAPE, codec.vocab_size)
+    model = ReverseGPT(shape, codec.vocab_size)
     model.initialize(1)
     with torch.no_grad():
         model.lm_head.weight *= 20
@@ -46,7 +54,7 @@ def write_tiny_model(folder: Path, codec: TextCodec) -> Path:
     weights = dict(model.named_parameters())
     write_model_folder(
         folder,
-        ModelDescription(SHAPE, codec.vocab_size, CONTEXT_TOKENS, codec.format, 1, None),
+        ModelDescription(shape, codec.vocab_size, context_tokens, codec.format, 1, None),
         {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
         lambda name: weights[name].detach(),
         codec.model_bytes,
@@ -150,3 +158,24 @@ def posted(body: dict[str, Any], path: str = "/v1/completions", headers: str = "
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n{headers}"
     return head.encode() + b"\r\n" + content
+
+
+@contextmanager
+def started(*arguments: object, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """A server's process and where it listens."""
+    command = [sys.executable, "-m", "megaback", "serve", *map(str, arguments), "--port", "0"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables},
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert "http://" in line, process.stderr and process.stderr.read()
+            url = next(word for word in line.split() if word.startswith("http"))
+            yield process, url.replace("0.0.0.0", "127.0.0.1")
+        finally:
+            process.kill()

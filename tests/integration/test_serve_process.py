@@ -4,19 +4,20 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from serve_helpers import write_tiny_model
+from serve_helpers import posted, started, wait_until, write_tiny_model
 
-from data_pipeline.text import TextCodec
+from data_pipeline.text import Direction, TextCodec
+from megaback.config import ModelSection
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -26,29 +27,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCo
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", codec())
 
 
-@contextmanager
-def started(*arguments: object, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """A server's process and where it listens."""
-    command = [sys.executable, "-m", "megaback", "serve", *map(str, arguments), "--port", "0"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables},
-    ) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert "http://" in line, process.stderr and process.stderr.read()
-            yield process, line.split()[1].replace("0.0.0.0", "127.0.0.1")
-        finally:
-            process.kill()
+def num_running(url: str) -> float:
+    """How many samples are being written."""
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    return sum(
+        float(line.split()[1]) for line in lines if line.startswith("megaback_samples_running{")
+    )
 
 
 def is_writing(url: str) -> bool:
-    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
-    return any(line.startswith("megaback_samples_running") and line[-3:] != "0.0" for line in lines)
+    return num_running(url) > 0
 
 
 def test_sigterm_finishes_what_runs_and_leaves_with_peace(folder: Path) -> None:
@@ -136,3 +124,95 @@ def test_what_cannot_be_served_is_one_sentence(
 def test_a_folder_without_a_model_is_one_sentence(run_megaback: Run, tmp_path: Path) -> None:
     result = run_megaback("serve", tmp_path, "--port", "0")
     assert (result.returncode, len(result.stderr.splitlines())) == (40, 1)
+
+
+@pytest.fixture(scope="module")
+def slow_models(
+    tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCodec]
+) -> tuple[Path, Path]:
+    """Two models that take half a minute for a large infill, and milliseconds for a token."""
+    folder = tmp_path_factory.mktemp("slow")
+    shape = ModelSection(num_layers=8, width=256, num_heads=4).resolved()
+    found = [
+        write_tiny_model(folder / direction.value, codec(direction), shape, 512)
+        for direction in (Direction.BACKWARD, Direction.FORWARD)
+    ]
+    return found[0], found[1]
+
+
+def test_an_infill_ends_in_time_without_its_client_and_with_the_server(
+    slow_models: tuple[Path, Path],
+) -> None:
+    backward, forward = slow_models
+    body = {"beginning": "the last map " * 40, "ending": "a wooden clock " * 40}
+    body |= {"candidates": 64, "max_tokens": 64, "temperature": 1.0, "seed": 1}
+    limits = ["--most-seconds", 3, "--shutdown-seconds", 1]
+    with started(backward, "--forward", forward, *limits) as (process, url):
+        started_s = time.monotonic()
+        answer = httpx.post(f"{url}/v1/infill", json=body, timeout=120)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
+        assert time.monotonic() - started_s < 12
+
+        port = int(url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(posted(body, "/v1/infill"))
+            wait_until(lambda: is_writing(url))
+            time.sleep(2)  # In the middle of what comes after the samples.
+        started_s = time.monotonic()
+        small = {"prompt": "it.", "max_tokens": 1}
+        assert httpx.post(f"{url}/v1/completions", json=small, timeout=60).status_code == 200
+        assert time.monotonic() - started_s < 5
+
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(httpx.post, f"{url}/v1/infill", json=body, timeout=120)
+            wait_until(lambda: is_writing(url))
+            started_s = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert asking.result().status_code == 503
+            _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, "")
+        assert time.monotonic() - started_s < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_outlives_the_end_gets_what_is_written_and_nothing_is_logged(
+    slow_models: tuple[Path, Path], number: signal.Signals
+) -> None:
+    with started(slow_models[0], "--shutdown-seconds", 1 if number == signal.SIGTERM else 60) as (
+        process,
+        url,
+    ):
+        port = int(url.rsplit(":", 1)[1])
+        body = {"prompt": "it.", "max_tokens": 4096, "ignore_eos": True, "n": 4}
+        stalled = {**body, "stream": True, "stream_order": "writing", "logprobs": 20, "n": 2}
+        kinds = [{}, {"stream": True}, {"stream": True, "stream_order": "writing"}]
+        with (
+            socket.create_connection(("127.0.0.1", port)) as reads_nothing,
+            socket.create_connection(("127.0.0.1", port)) as sends_nothing,
+            ThreadPoolExecutor(3) as pool,
+        ):
+            reads_nothing.sendall(posted(stalled))
+            sends_nothing.sendall(posted(body)[:-5])
+            asking = [
+                pool.submit(httpx.post, f"{url}/v1/completions", json={**body, **kind}, timeout=120)
+                for kind in kinds
+            ]
+            wait_until(lambda: num_running(url) == 14)
+            time.sleep(0.5)
+            started_s = time.monotonic()
+            process.send_signal(number)
+            if number == signal.SIGINT:  # a second one waits for nothing more
+                time.sleep(0.5)
+                process.send_signal(number)
+            whole, *streams = (one.result() for one in asking)
+            _, errors = process.communicate(timeout=60)
+        took_s = time.monotonic() - started_s
+    assert took_s < 15
+    is_interrupted = number == signal.SIGINT
+    expected = (130, "megaback: interrupted\n") if is_interrupted else (0, "")
+    assert (process.returncode, errors) == expected
+    assert {choice["finish_reason"] for choice in whole.json()["choices"]} == {"length"}
+    assert all(len(choice["text"]) > 5 for choice in whole.json()["choices"])
+    for stream in streams:
+        assert stream.text.endswith("data: [DONE]\n\n")
+        assert stream.text.count('"finish_reason":"length"') == 4
