@@ -10,7 +10,7 @@ MAX_FRAMES = 1 << 22
 MAX_SHARD_TOKENS = 1 << 40
 MAX_COUNTS = 1 << 25
 """Numbers in the document index of a shard: one for each document, three for each example."""
-MAX_VOCABULARY = 1 << 22
+MAX_VOCABULARY = 1 << 21
 MAX_HEADER_BYTES = 1 << 16
 """The JSON header of a shard."""
 MAX_MANIFEST_BYTES = 96 << 20
@@ -20,4 +20,4 @@ MAX_PLAN_BYTES = 512 << 20
 MAX_RECORD_BYTES = 16 << 20
 """The completion record of a task or of a shard."""
 MAX_DICTIONARY_BYTES = 1 << 24
-MAX_TOKENIZER_BYTES = 64 << 20
+MAX_TOKENIZER_BYTES = 32 << 20

@@ -15,6 +15,8 @@ from typing import Any
 import annotated_types
 import click
 
+from data_pipeline.limits import MAX_DICTIONARY_BYTES, MAX_FRAME_TOKENS, MAX_VOCABULARY
+
 INT64_MAX = (1 << 63) - 1
 FP32_MAX = float.fromhex("0x1.fffffep+127")
 _FP32_LEAST = float.fromhex("0x1p-126")
@@ -172,11 +174,11 @@ PORT = _whole(0, 65_535)
 SLOTS = _whole(1, 1024)
 BODY_BYTES = _whole(1024, 1 << 40)
 LEVEL = _whole(1, 22)
-DICTIONARY_BYTES = _whole(1024, 1 << 24)
-FRAME_TOKENS = _whole(64, 1 << 24)
-ROW_TOKENS = _whole(8, 1 << 24)
+DICTIONARY_BYTES = _whole(1024, MAX_DICTIONARY_BYTES)
+FRAME_TOKENS = _whole(64, MAX_FRAME_TOKENS)
+ROW_TOKENS = _whole(8, MAX_FRAME_TOKENS)
 MOST_EPOCH = _whole(0, 10_000)
 TWO_OR_MORE = _whole(2)
 EXIT_CODE = _whole(-255, 255)
-VOCABULARY = _whole(1, 1 << 22)
+VOCABULARY = _whole(1, MAX_VOCABULARY)
 """What a data set and a tokenizer may have: see `limits`."""

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_pipeline.checked_json import checked
+from data_pipeline.checked_json import checked, require_within
+from data_pipeline.number_ranges import INT64_MAX
 from data_pipeline.redaction import scrub
 
 FILES = "files"
@@ -75,12 +76,18 @@ def skipped_from_json(fields: Mapping[str, Any]) -> Skipped:
     fields = checked("skipped", fields, dict)
     return {
         kind: {
-            cause: Tally(tally.count, tuple(map(scrub, tally.first)))
+            cause: _read_tally(tally)
             for cause, tally in checked(f"skipped.{kind}", fields[kind], dict[str, Tally]).items()
         }
         for kind in (FILES, RECORDS, PARTS)
         if kind in fields
     }
+
+
+def _read_tally(tally: Tally) -> Tally:
+    require_within("count", tally.count, 1, INT64_MAX)
+    require_within("first places", len(tally.first), 1, max(_MAX_FIRST.values()))
+    return Tally(tally.count, tuple(map(scrub, tally.first)))
 
 
 def num_skipped(skipped: Skipped, kind: str) -> int:

@@ -127,7 +127,7 @@ def test_the_vocabulary_size_that_an_error_advises_works(
 
 
 def test_more_pieces_than_a_tokenizer_may_have_are_refused(source: str, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="use --vocab-size 4194304 or less"):
+    with pytest.raises(TokenizerError, match="use --vocab-size 2097152 or less"):
         train_tokenizer(source, tmp_path / "out", 2**32 - 1)
 
 
