@@ -1,5 +1,6 @@
 """A file server on this machine that misbehaves on request, and little patience."""
 
+import base64
 import gzip
 import json
 import re
@@ -75,6 +76,8 @@ class FileServer:
         self.requests: list[str] = []
         self.targets: list[str] = []
         self.redirects: dict[str, str] = {}
+        self.key = ""
+        """What the login and the query of every address must hold, if anything."""
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.port}/{name}"
@@ -104,12 +107,18 @@ def serving() -> Iterator[FileServer]:
                 self.close_connection = True
             elif fault.isdigit():
                 self._answer(int(fault), b"an error")
+            elif not self._is_allowed():
+                self._answer(403, b"")
             elif name in state.redirects:
                 self._answer(302, b"", {"Location": state.redirects[name]})
             elif name not in state.files:
                 self._answer(404, b"")
             else:
                 self._give(name, state.files[name], is_cut=fault == "cut")
+
+        def _is_allowed(self) -> bool:
+            login = self.headers.get("Authorization", "").removeprefix("Basic ")
+            return state.key in self.path and state.key.encode() in base64.b64decode(login)
 
         def _give(self, name: str, data: bytes, *, is_cut: bool) -> None:
             headers = {}

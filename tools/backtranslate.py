@@ -44,6 +44,7 @@ from data_pipeline.output_paths import (
     require_apart,
     writing_output,
 )
+from data_pipeline.redaction import place_of
 from data_pipeline.regular_files import require_no_link
 from data_pipeline.skipped import skipped_lines
 from data_pipeline.slices import Columns, Slice
@@ -89,12 +90,22 @@ def _require_plan(folder: Path, plan: dict[str, Any]) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = {}
+    if "--in" in found:  # earlier versions wrote whole addresses
+        found["--in"] = _inputs(found["--in"])
     for key in plan:
         if found.get(key) != plan[key]:
             raise OutputExistsError(
                 f"{folder} was begun with another {key}; give the same one, choose another --out, "
                 "or remove that folder"
             )
+
+
+def _inputs(pieces: Any) -> Any:
+    """What is read, by addresses without secrets: another signature is the same source."""
+    try:
+        return [{**piece, "path": place_of(piece["path"])} for piece in pieces]
+    except (TypeError, KeyError):
+        return pieces
 
 
 def _converted(path: Path) -> Path:
@@ -289,7 +300,7 @@ def main(
         **_FORMAT,
         "model": _identity(folder),
         "--forward": forward and _identity(forward),
-        "--in": [asdict(piece) for piece in pieces],
+        "--in": _inputs([asdict(piece) for piece in pieces]),
         "--text-column": text_column,
         "--limit": limit,
         "--k": count,

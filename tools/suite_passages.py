@@ -118,11 +118,13 @@ def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptio
     shards = options.need("shards", "bits-per-byte")
     data_set = DataSet.open(shards)
     if not data_set.manifest.split("val"):
-        raise ShardsMissingError(f"{shards} has no val set; build it with --val-fraction")
+        raise ShardsMissingError(f"{data_set.name} has no val set; build it with --val-fraction")
     frames = FrameStore(data_set, "val")
     text_format = evaluated.description.text_format
     rows = RowReader(frames, evaluated.description.context_tokens, text_format.direction)
-    rows.text_format.require_same(text_format, f"the data set {shards}", f"{evaluated.folder}")
+    rows.text_format.require_same(
+        text_format, f"the data set {data_set.name}", f"{evaluated.folder}"
+    )
     num_bytes = evaluated.codec.piece_num_bytes()
     nats_N, bytes_N = [], []
     for batch in sequential_batches(frames, rows, 0, 1, 1):

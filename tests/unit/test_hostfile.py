@@ -133,6 +133,7 @@ def test_an_ssh_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPat
 
 def test_settings_of_libraries_are_passed_on_and_what_belongs_to_this_machine_is_not() -> None:
     passed = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4", "WANDB_API_KEY": "x", "PYTHONPATH": "p"}
+    passed |= {"FSSPEC_SFTP_PASSWORD": "x", "MEGABACK_SECRET_SAS": "x", "NETRC": "file"}
     own = {"PATH": "/bin", "HOME": "/root", "SSH_AUTH_SOCK": "s", "CUDA_VISIBLE_DEVICES": "3"}
 
     assert passed_environment(passed | own) == passed

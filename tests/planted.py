@@ -1,0 +1,55 @@
+"""A secret that is planted, and every place where it may have got to."""
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import zstandard
+
+PLANT = "S3CR3T-plant-9b1d"
+_PERIOD_S = 0.02
+
+
+@contextmanager
+def watched_processes() -> Iterator[set[tuple[str, ...]]]:
+    """Notes the words of every process whose command line holds the secret."""
+    found: set[tuple[str, ...]] = set()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(_PERIOD_S):
+            for entry in os.scandir("/proc"):
+                try:
+                    line = Path(entry.path, "cmdline").read_bytes() if entry.name.isdigit() else b""
+                except OSError:  # it has ended
+                    continue
+                if PLANT.encode() in line:
+                    found.add(tuple(os.fsdecode(line).rstrip("\0").split("\0")))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
+def files_with_plant(folders: Iterable[Path]) -> list[Path]:
+    """The files below folders that hold the secret, also in what they compress."""
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink() and PLANT.encode() in _content(path)
+    ]
+
+
+def _content(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix != ".zst":
+        return data
+    with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as stream:
+        return data + stream.read()
