@@ -145,7 +145,7 @@ class OutputExistsError(MegabackError):
 
 
 class NonFiniteError(MegabackError):
-    """The loss or the gradient norm became NaN or infinite; the last good checkpoint is intact."""
+    """The loss, the gradient norm or a model's logits became NaN or infinite."""
 
     exit_code = 50
 

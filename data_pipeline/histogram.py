@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data_pipeline.document_lengths import DocumentLengths
 from data_pipeline.errors import BackendError
-from data_pipeline.pictures import write_picture
+from data_pipeline.pictures import new_figure, write_picture
 
 _DOCUMENTS_COLOUR = "#8db3d6"
 _TOKENS_COLOUR = "#c8541f"
@@ -30,8 +30,6 @@ def draw_histogram(
     Raises BackendError without matplotlib, OutputExistsError, and OSError.
     """
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
     bins = lengths.bins()
@@ -40,9 +38,7 @@ def draw_histogram(
     document_share = [100 * piece.documents / lengths.num_documents for piece in bins]
     token_share = [100 * piece.tokens / lengths.tokens for piece in bins]
 
-    # Not pyplot, which keeps figures in a global list and may look for a display.
-    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 5)
     axes = figure.add_subplot()
     bars = axes.bar(
         edges[:-1],

@@ -31,10 +31,12 @@ def require_matplotlib(what: str, otherwise: str = "") -> None:
 
 def new_figure(width_inches: float, height_inches: float) -> "Figure":
     """An empty figure."""
+    import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Not pyplot, which keeps figures in a global list and may look for a display.
+    mpl.rcParams["text.parse_math"] = False  # names of runs and data sets are no formulas
     figure = Figure(figsize=(width_inches, height_inches), dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -38,6 +38,7 @@ SSH_VARIABLE = "MEGABACK_SSH"
 _PATIENCE_S = 10.0
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})")
 """With at most 9,999 slots: more would be a mistake, and take memory for each."""
+_MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 _PASSED_ON = (
@@ -75,11 +76,15 @@ class Host:
 def read_hostfile(path: Path) -> list[Host]:
     """The hosts of a hostfile, in its order. Raises LaunchError with the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open("rb") as file:  # which may be a pipe
+            data = file.read(_MAX_BYTES + 1)
+        lines = data.decode().splitlines()
     except OSError as error:
         raise LaunchError(f"cannot read the hostfile {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise LaunchError(f"the hostfile {path} is no text") from None
+    if len(data) > _MAX_BYTES:
+        raise LaunchError(f"the hostfile {path} has more than {_MAX_BYTES:,} bytes")
     hosts: list[Host] = []
     for number, line in enumerate(lines, 1):
         line = line.partition("#")[0].strip()
@@ -88,7 +93,7 @@ def read_hostfile(path: Path) -> list[Host]:
         where = f"{path}, line {number}"
         found = _LINE.fullmatch(line)
         if found is None or not _NAME.fullmatch(found[1]) or int(found[2]) < 1:
-            raise LaunchError(f"{where}: {line!r} is not like `node1 slots=8`")
+            raise LaunchError(f"{where}: {line!r:.200} is not like `node1 slots=8`")
         host = Host(found[1], int(found[2]))
         if any(host.name == other.name for other in hosts):
             raise LaunchError(f"{where}: {host.name} is there twice; give it once, with all slots")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.checked_json import read_json
-from data_pipeline.regular_files import open_file
 from megaback.checkpoint_names import complete_checkpoints, step_of
 from megaback.exit_record import HISTORY_NAME, read_history
 from megaback.metrics import METRICS_NAME, parsed_line
+from megaback.run_records import last_lines
 
 SUBMITTED_FOLDER = "submitted"
 SUBMISSION_NAME = "submission.json"
@@ -38,15 +38,25 @@ def is_run(folder: Path) -> bool:
     return (folder / HISTORY_NAME).is_file() or bool(read_submissions(folder))
 
 
-def runs_below(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
+def runs_below(folder: Path) -> Iterator[Path]:
     """A folder, if it is a run's; else the runs below it, as deep as those of an arrow of time."""
+    return _runs_below(folder, _DEPTH, {})
+
+
+def _runs_below(folder: Path, depth: int, seen: dict[tuple[int, int], int]) -> Iterator[Path]:
+    """`seen` has the depth to which each folder was looked at: links may lead back many times."""
     if not os.access(folder, os.R_OK | os.X_OK) or not folder.is_dir():
         return
+    facts = folder.stat()
+    if seen.get((facts.st_dev, facts.st_ino), -1) >= depth:
+        return
+    seen[facts.st_dev, facts.st_ino] = depth
     if is_run(folder):
+        seen[facts.st_dev, facts.st_ino] = _DEPTH
         yield folder
     elif depth:
-        for path in sorted(folder.iterdir()):
-            yield from runs_below(path, depth - 1)
+        for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
+            yield from _runs_below(path, depth - 1, seen)
 
 
 def newest_checkpoint_step(run: Path) -> int:
@@ -68,7 +78,7 @@ def holds_weights(base: Path) -> bool:
 
 def read_progress(run: Path) -> Progress | None:
     """The last step of the metrics; None before there is one."""
-    lines = _last_lines(run / METRICS_NAME)
+    lines = last_metrics(run)
     if not lines:
         return None
     learnt = [line for line in lines if line.get("loss") is not None]
@@ -113,14 +123,10 @@ def events_of_job(run: Path, job: str, event: str) -> Sequence[dict[str, Any]]:
     ]
 
 
-def _last_lines(path: Path) -> list[dict[str, Any]]:
-    """Those of a run's metrics in the end of a file that can be read."""
+def last_metrics(run: Path) -> list[dict[str, Any]]:
+    """The last lines of a run's metrics, those that can be read."""
     try:
-        with open(open_file(path), "rb") as file:  # noqa: PTH123 (a descriptor)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - _TAIL_BYTES, 0))
-            data = file.read(_TAIL_BYTES)
+        texts = last_lines(run / METRICS_NAME, _TAIL_BYTES)
     except OSError:
         return []
-    texts = data.splitlines()[1 if size > _TAIL_BYTES else 0 :]
     return [line for text in texts if (line := parsed_line(text))]

@@ -16,7 +16,7 @@ from launcher.local import plan_ranks, rank_environment, run_ranks, verdict
 from launcher.run_folder import read_progress
 from launcher.train_result import show_result
 from megaback.config import load_config
-from megaback.exit_record import num_starts, read_exit, read_history, record_exit
+from megaback.exit_record import newest_start, read_exit, record_exit
 from megaback.run_data import open_data
 from megaback.run_ownership import require_run_folder
 from megaback.stopping import deadline_of
@@ -74,14 +74,14 @@ def train(
     command = module_command(_RANK_MODULE, str(config), *overrides)
     if save_before is not None:
         command += ["--save-before", save_before]
-    starts = num_starts(settings.run)
+    start = newest_start(settings.run)
     names: list[str] = []
     if hosts is None:
         codes, signals = run_ranks(command, rank_environment(device, processes), processes)
     else:
         codes, names, signals = run_on_hosts(hosts, command, settings.hardware.device)
     # A start that was refused, or had nothing to do, leaves the record of an earlier one alone.
-    has_started = num_starts(settings.run) > starts
+    has_started = newest_start(settings.run) != start
     try:
         ending = read_exit(settings.run) if has_started else None
         has_trained = has_started and _has_trained(settings.run)
@@ -95,8 +95,8 @@ def train(
 def _has_trained(run: Path) -> bool:
     """Whether the newest start has taken a step."""
     progress = read_progress(run)
-    starts = [line for line in read_history(run) if line.get("event") == "start"]
-    return progress is not None and bool(starts) and progress.step > starts[-1].get("step", 0)
+    start = newest_start(run)
+    return progress is not None and start is not None and progress.step > start.get("step", 0)
 
 
 if __name__ == "__main__":

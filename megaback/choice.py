@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, NonFiniteError
 from data_pipeline.number_ranges import (
     COUNT,
     COUNT_OR_ZERO,
@@ -89,20 +89,34 @@ class Chooser:
 def choose(
     logits_BV: Tensor, options: SamplingOptions, draws: Sequence[np.random.Generator]
 ) -> list[int]:
-    """An id for each row, from logits that may be -inf and each row's own stream of numbers."""
+    """An id for each row, from logits that may be -inf and each row's own stream of numbers.
+
+    Raises NonFiniteError where a row's logits hold no number to choose by.
+    """
     if options.temperature < _LEAST_TEMPERATURE:
-        likeliest: list[int] = logits_BV.argmax(-1).tolist()
-        return likeliest
+        is_number_B = logits_BV.amax(-1).isfinite()
+        return _ids(logits_BV.argmax(-1), is_number_B)
     probabilities_BC, ids_BC = candidates(logits_BV, options)
     # In float64 and with draws of 24 bits, a product below the sum stays below it.
     sums_BC = probabilities_BC.double().cumsum(-1)
     draws_B = [draw.random(dtype=np.float32) for draw in draws]
     draws_B1 = torch.tensor(draws_B, dtype=torch.float64, device=logits_BV.device)[:, None]
     places_B1 = torch.searchsorted(sums_BC, draws_B1 * sums_BC[:, -1:], right=True)
+    places_B1 = places_B1.clamp_(max=sums_BC.shape[-1] - 1)  # of a row of NaN, it is past the end
     if ids_BC is not None:
         places_B1 = ids_BC.gather(-1, places_B1)
-    chosen: list[int] = places_B1[:, 0].tolist()
-    return chosen
+    return _ids(places_B1[:, 0], sums_BC[:, -1] > 0)
+
+
+def _ids(chosen_B: Tensor, is_number_B: Tensor) -> list[int]:
+    """The ids, fetched from the device once. Raises NonFiniteError where one is not of numbers."""
+    ids: list[int] = torch.where(is_number_B, chosen_B, -1).tolist()
+    if -1 in ids:
+        raise NonFiniteError(
+            "the model's logits are no numbers: its weights are damaged or too large for this "
+            "precision; use an earlier checkpoint, or fp32"
+        )
+    return ids
 
 
 def candidates(logits_BV: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor | None]:

@@ -14,11 +14,13 @@ from typing import Any
 
 from data_pipeline.checked_json import parse_json, read_json
 from data_pipeline.regular_files import open_in_place
-from megaback.run_records import MAX_RECORD_BYTES, Fields, lines_of
+from megaback.run_records import MAX_RECORD_BYTES, Fields, last_lines
 
 EXIT_NAME = "exit.json"
 START_EVENT = "start"
 HISTORY_NAME = "history.jsonl"
+_MAX_HISTORY_BYTES = 1 << 21
+"""About 8,000 events: a longer history may be a stranger's, and older ones decide nothing."""
 _FIELDS = Fields(
     counts=frozenset(("step", "total_steps", "world_size", "zero_stage", "code", "restarts")),
     numbers=frozenset(("rank",)),
@@ -75,13 +77,13 @@ def read_exit(run: Path) -> dict[str, Any] | None:
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """All starts and ends, oldest first; a line that a kill cut short is left out.
+    """The last starts and ends, thousands of them, oldest first.
 
-    So is one that no version of megaback writes, and what follows one without an end.
+    A line that a kill cut short is left out, and so is one that no version of megaback writes.
     """
     lines = []
-    with suppress(OSError, ValueError):
-        for line in lines_of(run / HISTORY_NAME):
+    with suppress(OSError):
+        for line in last_lines(run / HISTORY_NAME, _MAX_HISTORY_BYTES):
             try:
                 fields = parse_json(line)
             except ValueError:
@@ -91,9 +93,10 @@ def read_history(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def num_starts(run: Path) -> int:
-    """How often a run has started so far."""
-    return sum(line.get("event") == "start" for line in read_history(run))
+def newest_start(run: Path) -> dict[str, Any] | None:
+    """The record of a run's newest start, if there is one."""
+    starts = [line for line in read_history(run) if line.get("event") == START_EVENT]
+    return starts[-1] if starts else None
 
 
 def _append(run: Path, fields: dict[str, Any]) -> None:

@@ -49,6 +49,8 @@ _FIELDS = Fields(
     | {"loss", "learning_rate", "gradient_norm", "val_loss", "val_bits_per_byte", "bits_per_byte"},
     texts=frozenset(("skipped",)),
 )
+_MAX_LINES = 2_000_000
+"""Of the shortest, 1 GB of memory."""
 _RECENT_STEPS = 50
 """Whose pace tells how much time is left."""
 LEAST_DATA_WAIT_SHARE = 0.01
@@ -69,6 +71,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
                 break
             if not line:
                 raise ValueError(f"line {number} is none of a run's")
+            if number > _MAX_LINES:
+                raise ValueError(f"it has more than {_MAX_LINES:,} lines")
             lines.append(line)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in UNFIT:

@@ -319,6 +319,12 @@ def load_model_folder(
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(stored.read(name))
+            if not weight.isfinite().all():
+                raise CheckpointCorruptError(
+                    f"{name:.200} in {folder} has values that are no numbers in "
+                    f"{str(dtype).removeprefix('torch.')}; use an earlier checkpoint of the run, "
+                    "or fp32"
+                )
     return model.eval(), description, codec
 
 

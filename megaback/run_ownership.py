@@ -16,8 +16,9 @@ from data_pipeline.checked_json import read_json
 from data_pipeline.errors import OutputExistsError
 from data_pipeline.output_paths import require_apart
 from data_pipeline.regular_files import require_no_link
+from megaback.checkpoint_names import CHECKPOINTS_FOLDER
 from megaback.config import CONFIG_COPY_NAME, Config
-from megaback.exit_record import read_history
+from megaback.exit_record import HISTORY_NAME, read_history
 from megaback.yaml_text import read_yaml_file
 
 RESOLVED_COPY_NAME = "config.resolved.yaml"
@@ -44,6 +45,7 @@ def require_run_folder(config: Config, given: Path | None = None) -> None:
     require_apart(run, inputs, "run")
     for name in _WORK_FOLDERS:
         require_no_link(run / name, "run")
+    require_own_checkpoints(run)
     if is_run_of_ours(run):
         return
     strangers = list(_strangers_in(run, given))
@@ -52,6 +54,19 @@ def require_run_folder(config: Config, given: Path | None = None) -> None:
         raise OutputExistsError(
             f"run {run} is not empty and is no run of megaback's: it holds {strangers[0].name}"
             f"{more}; choose another run folder"
+        )
+
+
+def require_own_checkpoints(run: Path) -> None:
+    """See that a run's checkpoints, which a link may lead to another disk, are not another run's.
+
+    Those that a run no longer keeps are removed. Raises OutputExistsError.
+    """
+    folder = run / CHECKPOINTS_FOLDER
+    if folder.is_symlink() and (folder.resolve().parent / HISTORY_NAME).exists():
+        raise OutputExistsError(
+            f"{folder} is a symbolic link to the checkpoints of another run, "
+            f"{folder.resolve().parent}; remove the link, or choose another run"
         )
 
 

@@ -7,10 +7,9 @@ either is enough, as histories can be edited, and some network file systems make
 import os
 import weakref
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.errors import StorageError
-from megaback.exit_record import START_EVENT, read_history
+from megaback.exit_record import newest_start, read_history
 
 
 class RunPlace:
@@ -18,7 +17,7 @@ class RunPlace:
 
     def __init__(self, run: Path) -> None:
         """Of a run that has just recorded its start. Raises OSError."""
-        self._run, self._start = run, _newest_start(run)
+        self._run, self._start = run, newest_start(run)
         self._number = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
         weakref.finalize(self, os.close, self._number)
 
@@ -55,8 +54,3 @@ class RunPlace:
             return os.path.samestat(folder.stat(), os.fstat(self._number))
         except OSError:
             return False
-
-
-def _newest_start(run: Path) -> dict[str, Any] | None:
-    starts = [line for line in read_history(run) if line.get("event") == START_EVENT]
-    return starts[-1] if starts else None

@@ -3,6 +3,7 @@
 Records of other versions may have fewer fields or more. Loads no torch.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,3 +61,12 @@ def lines_of(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[bytes]:
             if len(line) > max_bytes:
                 raise ValueError(f"line {number} has more than {max_bytes:,} bytes")
             yield line
+
+
+def last_lines(path: Path, max_bytes: int) -> list[bytes]:
+    """The lines that lie whole in the last so many bytes of a file. Raises OSError."""
+    with open(open_file(path), "rb") as file:  # noqa: PTH123 (a descriptor)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - max_bytes, 0))
+        data = file.read(max_bytes)
+    return data.split(b"\n")[1 if size > max_bytes else 0 :]

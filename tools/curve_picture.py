@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, whose colours everybody can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MOST_RESTARTS = 1000
 _STYLES = ("-", "--", ":", "-.")
 _LABELS: dict[Axis, str] = {"step": "step", "tokens": "tokens", "time": "hours of training steps"}
 
@@ -55,8 +56,16 @@ def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
             marker = "o" if len(drawn.places) == 1 else None
             axes.plot(drawn.places, drawn.values, style, color=colour, linewidth=1.4, marker=marker)
         for axes in (loss, rate, norm, speed):
-            for place in run.restarts:
-                axes.axvline(place, color=colour, linewidth=0.7, linestyle=(0, (1, 3)))
+            # One artist, however many they are: a line takes milliseconds.
+            axes.vlines(
+                run.restarts[:_MOST_RESTARTS],
+                0,
+                1,
+                transform=axes.get_xaxis_transform(),
+                color=colour,
+                linewidth=0.7,
+                linestyle=(0, (1, 3)),
+            )
     norm.set_yscale("log")
     norm.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     norm.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))

@@ -19,7 +19,7 @@ from data_pipeline.number_ranges import COUNT
 from data_pipeline.regular_files import open_in_place
 from megaback.config import load_config
 from megaback.exit_record import record_event
-from megaback.run_ownership import config_of_run
+from megaback.run_ownership import config_of_run, require_own_checkpoints
 from megaback.run_state import ROLLBACK_EVENT
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     from megaback.metrics import METRICS_NAME, read_metrics
     from megaback.preparation import LOCK_NAME
 
+    require_own_checkpoints(run)
     complete = complete_checkpoints(run)
     if not complete or not (run / METRICS_NAME).is_file():
         raise CheckpointMissingError(f"{run} is no run with a complete checkpoint; give its folder")

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from data_pipeline.checked_json import require_within
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
+from data_pipeline.number_ranges import CONTEXT
 from megaback.exit_record import read_history
 from megaback.metrics import METRICS_NAME, read_metrics
 from megaback.run_ownership import config_of_run
@@ -136,9 +138,11 @@ def _context_loss(validation: Mapping[str, Any]) -> Curve:
     """Runs of versions before it have none."""
     by_context = validation.get("val_by_context", {})
     known = {name: one["loss"] for name, one in by_context.items() if one["loss"] is not None}
+    places = [int(name.rpartition("-")[2]) for name in known]
+    for place in places:
+        require_within("val_by_context", place, 1, int(CONTEXT.most))
     return Curve(
-        np.array([int(name.rpartition("-")[2]) for name in known], dtype=np.float64),
-        np.array(list(known.values()), dtype=np.float64),
+        np.array(places, dtype=np.float64), np.array(list(known.values()), dtype=np.float64)
     )
 
 

@@ -9,7 +9,6 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -17,10 +16,9 @@ from data_pipeline.command import Command
 from data_pipeline.errors import CheckpointMissingError
 from data_pipeline.number_ranges import WATCH_SECONDS
 from data_pipeline.terminal import say
-from launcher.run_folder import runs_below
+from launcher.run_folder import last_metrics, runs_below
 from megaback.exit_record import HISTORY_NAME, read_history
 from megaback.heartbeat import read_heartbeats
-from megaback.metrics import METRICS_NAME, read_metrics
 from megaback.run_state import State, judge
 
 _NAMED_RUNS = 6
@@ -60,7 +58,7 @@ def look(run: Path, now: float | None = None) -> Health:
             which = f"one of {', '.join(map(str, below[:_NAMED_RUNS]))}{more}"
         raise CheckpointMissingError(f"{run} is no run's folder (no {HISTORY_NAME}); give {which}")
     beats = read_heartbeats(run)
-    steps = _last_steps(run)
+    steps = last_metrics(run)
     times = [line["step_s"] for line in steps if line.get("step_s") is not None]
     times = times[-_RECENT_STEPS:]
     judged = judge(run, times, now)
@@ -77,10 +75,6 @@ def look(run: Path, now: float | None = None) -> Health:
         len(beats),
         sum(line.get("event") == "start" for line in history) - 1,
     )
-
-
-def _last_steps(run: Path) -> list[dict[str, Any]]:
-    return read_metrics(run) if (run / METRICS_NAME).is_file() else []
 
 
 @click.command(cls=Command, name="watch")

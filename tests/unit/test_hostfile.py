@@ -62,6 +62,7 @@ def test_what_is_written_is_read(
         ("a;reboot slots=1", "is not like"),
         ("$(reboot) slots=1", "is not like"),
         ("a slots=1\na slots=2", "line 2: a is there twice"),
+        ("#" * (2 << 20), "has more than 1,048,576 bytes"),
         ("localhost slots=1\n127.0.0.1 slots=1", r"line 2: 127\.0\.0\.1 is this machine, as an"),
     ],
 )

@@ -12,12 +12,14 @@ from export_helpers import write_checkpoint
 from hostile_helpers import bounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from data_pipeline.errors import CheckpointCorruptError, MegabackError
+from data_pipeline.errors import CheckpointCorruptError, MegabackError, NonFiniteError
 from data_pipeline.text import TextCodec
 from megaback.base_shape import base_shape
 from megaback.checkpoint import find_checkpoint, read_meta
 from megaback.checkpoint_names import META_NAME
+from megaback.choice import Chooser, SamplingOptions
 from megaback.config import ModelSection
 from megaback.converted import model_folder
 from megaback.model import ReverseGPT
@@ -172,6 +174,29 @@ def test_a_description_that_is_none_is_refused(content: str, made: Path, tmp_pat
     folder = copied(made / "full", tmp_path / "model")
     (folder / "config.json").write_text(content)
     assert len(refused_or_read(folder)) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float, made: Path, tmp_path: Path) -> None:
+    folder = copied(made / "full", tmp_path / "model")
+    weights = load_file(folder / WEIGHTS)
+    weights["model.norm.weight"][3] = value
+    (folder / WEIGHTS).unlink()
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(CheckpointCorruptError, match=r"model\.norm\.weight in .* no numbers"):
+        load_model_folder(folder, CPU)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_logits_that_are_no_numbers_choose_nothing(temperature: float, top_k: int) -> None:
+    """Finite weights can make them too."""
+    options = SamplingOptions(temperature=temperature, top_k=top_k)
+    logits_BV = torch.zeros(2, 9)
+    assert len(Chooser(options, [1, 2]).choose(logits_BV, [0, 1])) == 2
+    logits_BV[1, 4] = float("nan")
+    with pytest.raises(NonFiniteError, match="logits are no numbers"):
+        Chooser(options, [1, 2]).choose(logits_BV, [0, 1])
 
 
 def test_a_context_that_no_memory_holds_is_refused(

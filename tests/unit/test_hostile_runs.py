@@ -13,9 +13,14 @@ from hostile_helpers import bounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import ConfigError, MegabackError
+from data_pipeline.errors import CheckpointCorruptError, ConfigError, MegabackError
 from launcher.jobs import look_at as jobs_look
-from launcher.run_folder import newest_checkpoint_step, read_progress, read_submissions
+from launcher.run_folder import (
+    newest_checkpoint_step,
+    read_progress,
+    read_submissions,
+    runs_below,
+)
 from launcher.slurm_job import true_code
 from megaback.config import load_config
 from megaback.exit_record import EXIT_NAME, HISTORY_NAME, read_exit, read_history
@@ -23,6 +28,7 @@ from megaback.heartbeat import heartbeat_path, read_heartbeats
 from megaback.metrics import METRICS_NAME, read_metrics
 from megaback.run_ownership import is_run_of_ours, place_of_config
 from megaback.yaml_text import read_yaml, read_yaml_file
+from tools.plot import draw
 from tools.plot import main as plot_command
 from tools.run_curves import read_curves
 from tools.status import screen, status_of
@@ -189,6 +195,45 @@ def test_a_submission_is_read_or_left_out(jobs: object, tmp_path: Path) -> None:
     (run / "submitted/20260101-000000/submission.json").write_text(json.dumps({"jobs": jobs}))
     assert all(isinstance(job["job"], str) for one in read_submissions(run) for job in one["jobs"])
     jobs_look(run)
+
+
+@pytest.mark.parametrize("name", [HISTORY_NAME, METRICS_NAME])
+def test_a_flood_of_lines_is_not_kept(name: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    line = json.dumps(_STARTED if name == HISTORY_NAME else {"step": 7}).encode() + b"\n"
+    with (run / name).open("ab") as file:
+        for _ in range(100):
+            file.write(line * 10_000)
+    with bounded(3):
+        assert len(read_history(run)) < 40_000
+        assert look(run).state == "stopped"
+        jobs_look(run)
+
+
+def test_each_folder_is_looked_at_once_whatever_links_lead_to_it(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"a{number}").symlink_to(".")
+    run = write_run(tmp_path / "deep" / "run")
+    (tmp_path / "link").symlink_to(run)
+    with bounded():
+        assert list(runs_below(tmp_path)) == [run]
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", "<svg onload=alert(1)>", "\x1b[2J"])
+def test_the_name_of_a_run_is_drawn_as_it_is(name: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / name)
+    (run / HISTORY_NAME).write_text(f"{json.dumps(_STARTED)}\n" * 3000)
+    with bounded(5):
+        draw([run], tmp_path / "curves", "step", None, log=False)
+    assert "<svg onload" not in (tmp_path / "curves.html").read_text()
+
+
+@pytest.mark.parametrize("bucket", ["1-" + "9" * 300, "0", str(1 << 30), ""])
+def test_a_context_that_no_model_has_is_not_drawn(bucket: str, tmp_path: Path) -> None:
+    one = {"loss": 2.0, "bits_per_byte": 1.0, "targets": 1}
+    run = write_run(tmp_path / "run", measured={**_MEASURED, "val_by_context": {bucket: one}})
+    with pytest.raises(CheckpointCorruptError):
+        draw([run], tmp_path / "curves", "step", None, log=False)
 
 
 def test_a_plot_of_hostile_metrics_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from megaback.run_ownership import (
     place_of_config,
     require_run_folder,
 )
+from tools.rollback import roll_back
 
 
 def ask(run: Path, given: Path | None = None, **sections: Any) -> None:
@@ -148,3 +149,17 @@ def test_a_run_whose_work_folder_is_a_link_is_refused(tmp_path: Path, name: str)
     (tmp_path / "run" / name).symlink_to(tmp_path / "disk")
     with pytest.raises(OutputExistsError, match="choose another run"):
         ask(tmp_path / "run")
+
+
+def test_checkpoints_may_lie_on_another_disk_and_not_in_another_run(tmp_path: Path) -> None:
+    """Those that a run no longer keeps are removed."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (elsewhere / "checkpoints").mkdir(parents=True)
+    write(run / "history.jsonl", '{"event": "start", "time": 1}\n')
+    (run / "checkpoints").symlink_to(elsewhere / "checkpoints")
+    ask(run)
+    write(elsewhere / "history.jsonl", "")
+    with pytest.raises(OutputExistsError, match="checkpoints of another run"):
+        ask(run)
+    with pytest.raises(OutputExistsError, match="checkpoints of another run"):
+        roll_back(run, 1)
