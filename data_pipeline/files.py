@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, Protocol
 from data_pipeline import remote
 from data_pipeline.json_lines import COMPRESSIONS
 from data_pipeline.redaction import is_url, shown_url
+from data_pipeline.regular_files import open_file
 from data_pipeline.slices import file_stamp
 
 _KINDS = {
@@ -18,6 +19,7 @@ _KINDS = {
     **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
     ".zip": "zip",
 }
+FILE_KINDS = frozenset(_KINDS.values())
 _WHOLE = ("parquet", "zip")
 """Kinds that are compressed by themselves."""
 SUFFIXES = (
@@ -48,14 +50,14 @@ class LocalFile:
     """A file on this machine."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError."""
+        """Raises OSError, also for what is not a regular file."""
         self.shown = str(path)
         self.size_bytes = path.stat().st_size
         self.stamp = file_stamp(path)
         self._path = path
 
     def stream(self) -> BinaryIO:
-        return self._path.open("rb")
+        return open(open_file(self._path), "rb")
 
     def parquet(self) -> tuple[Any, int]:
         return self._path, _PARQUET_BUFFER_BYTES

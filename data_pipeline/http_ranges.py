@@ -19,6 +19,10 @@ CLIENT_OPTIONS = {
     "trust_env": True,  # the proxies of a cluster
     "auto_decompress": False,  # what is stored compressed is decompressed here, by its suffix
 }
+_LEAST_BYTES_PER_S = 16 << 10
+"""On average: a server that sends a byte now and then has stalled as well."""
+_LEAST_PART_BYTES = 64 << 10
+"""A server may give less than it is asked for, but not a byte at a time."""
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
 
@@ -74,13 +78,15 @@ async def fetch_part(
         "Range": f"bytes={start}-{stop - 1}",
     }
     stall_s = retries.POLICY.stall_timeout_s
-    options["timeout"] = aiohttp.ClientTimeout(total=None, connect=stall_s, sock_read=stall_s)
+    longest_s = stall_s + (stop - start) / _LEAST_BYTES_PER_S
+    options["timeout"] = aiohttp.ClientTimeout(total=longest_s, connect=stall_s, sock_read=stall_s)
     async with session.get(file_system.encode_url(url), headers=headers, **options) as response:
         _require_success(response, shown)
         first, num_bytes, size_bytes = _answered_range(response, shown)
         is_past_end = response.status == 416 and start >= size_bytes
+        least_bytes = min(stop - start, size_bytes - start, _LEAST_PART_BYTES)
         if not is_past_end and (
-            first != start or not min(1, size_bytes) <= num_bytes <= stop - start
+            first != start or not max(0, least_bytes) <= num_bytes <= stop - start
         ):
             raise _no_ranges(shown)
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")

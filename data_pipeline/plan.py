@@ -30,6 +30,7 @@ from data_pipeline.build_options import (
 from data_pipeline.checked_json import briefly, checked, read_json, require_within
 from data_pipeline.command import ResumableCommand, replacing, sync_folder, write_text
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardsMissingError
+from data_pipeline.files import FILE_KINDS
 from data_pipeline.limits import MAX_PLAN_BYTES
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.next_command import command, show_next
@@ -58,6 +59,9 @@ _SMALLEST_TASK_BYTES = 2 << 20
 _LARGEST_TASK_BYTES = 1 << 30
 _AIMED_TASKS = 64
 _MAX_PORTIONS = 1 << 24
+_MAX_TASKS = 1 << 20
+"""As many as --tasks may ask for."""
+_KINDS = FILE_KINDS | {"hub", "pydocs"}
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ class Plan:
             if sum(plan.task_portions) != num_portions or min(plan.task_portions, default=0) < 0:
                 raise ValueError("its tasks do not add up to its inputs")
             require_within("portions", num_portions, 0, _MAX_PORTIONS)
+            require_within("tasks", len(plan.task_portions), 0, _MAX_TASKS)
         except (FileNotFoundError, NotADirectoryError):
             raise ShardsMissingError(
                 f"{out} holds no plan of a build; name the source, the tokenizer and the folder: "
@@ -385,12 +390,25 @@ def _slices_of(files: object) -> tuple[Slice, ...]:
     slices = []
     for file in checked("inputs", files, list):
         kind, path, stamp = (checked(key, file[key], str) for key in ("kind", "path", "stamp"))
+        _require_readable(kind, path)
         for piece in checked("slices", file["slices"], list):
             start, stop, size_bytes = checked("slices", piece, tuple[int, int, int])
             for number in (start, stop, size_bytes):
                 require_within("slices", number, 0, INT64_MAX)
             slices.append(Slice(kind, kept(path), start, stop, size_bytes, stamp))
     return tuple(slices)
+
+
+def _require_readable(kind: str, path: str) -> None:
+    """Raises ValueError for what no source lists, and no system call takes."""
+    if kind not in _KINDS:
+        raise ValueError(f"kind is {briefly(kind)}")
+    try:
+        is_path = "\0" not in path and bool(os.fsencode(path))
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
+        raise ValueError(f"path is {briefly(path)}")
 
 
 @click.command(cls=ResumableCommand, name="plan")

@@ -95,9 +95,13 @@ def read_pydocs_slice(piece: Slice) -> Iterator[Document]:
         return
     documents: list[Document] = []
     digest = hashlib.sha256()
+    size_bytes = 0
     for name, path in _module_files()[piece.start : piece.stop]:
         source = _read(path)
         _add(digest, name, source)
+        if size_bytes >= _SLICE_BYTES:  # no slice goes on: this one was not listed here
+            break
+        size_bytes += len(source)
         documents.extend(_document(name, _entries(name, source), seen))
     require_stamp(piece, digest.hexdigest())
     yield from documents

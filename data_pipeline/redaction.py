@@ -6,6 +6,7 @@ is not known to be harmless is taken for a secret. Nothing here raises, whatever
 """
 
 import re
+from base64 import b64encode
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,11 +121,17 @@ def remember(secret: str, *, is_password: bool = False) -> None:
     """Have `scrub` remove a secret, and what it is made of, wherever they stand."""
     pieces = [secret]
     if is_password:
-        pieces += [secret.partition(":")[2], secret.rpartition(":")[2]]
+        pieces += [secret.partition(":")[2], secret.rpartition(":")[2], _as_header(secret)]
     pieces += [pair.partition("=")[2] for pair in re.split(r"[&;?#]", secret)]
     for piece in pieces:
         if len(piece) >= _LEAST_LENGTHS[is_password]:
             _known.update((piece, unquote(piece)))
+
+
+def _as_header(userinfo: str) -> str:
+    """A login as it is sent, which a server may answer with; without what only fills it up."""
+    login = unquote(userinfo if ":" in userinfo else f"{userinfo}:")
+    return b64encode(login.encode("utf-8", "surrogatepass")).decode().rstrip("=")
 
 
 @dataclass(frozen=True)

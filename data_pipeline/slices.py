@@ -15,6 +15,7 @@ from pathlib import Path
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
 from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.redaction import place_of, shown_url
+from data_pipeline.regular_files import open_file
 
 STAMPED_BYTES = 64 << 10
 
@@ -103,12 +104,12 @@ class Slice:
 
 
 def file_stamp(path: Path) -> str:
-    """Digest of a file's size and of its first and last 64 KiB. Raises OSError."""
-    with path.open("rb") as file:
+    """Digest of a regular file's size and of its first and last 64 KiB. Raises OSError."""
+    with open(open_file(path), "rb") as file:
         head = file.read(STAMPED_BYTES)
         size_bytes = file.seek(0, os.SEEK_END)
         file.seek(max(0, size_bytes - STAMPED_BYTES))
-        tail = file.read()
+        tail = file.read(STAMPED_BYTES)
     return stamp_of(size_bytes, head, tail)
 
 

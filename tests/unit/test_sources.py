@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -295,7 +296,7 @@ def test_a_file_that_may_not_be_read_is_unreadable(
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.txt").write_text("a")
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(SourceUnreadableError, match=r"a\.txt: Permission denied"):
         list_slices(str(tmp_path))
 
