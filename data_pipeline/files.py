@@ -3,6 +3,7 @@
 A file has an address: an absolute path on this machine, or a URL. Paths are read natively.
 """
 
+import os
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Protocol
 
@@ -57,7 +58,7 @@ class LocalFile:
         self._path = path
 
     def stream(self) -> BinaryIO:
-        return open(open_file(self._path), "rb")
+        return os.fdopen(open_file(self._path), "rb")
 
     def parquet(self) -> tuple[Any, int]:
         return self._path, _PARQUET_BUFFER_BYTES

@@ -105,7 +105,7 @@ class Slice:
 
 def file_stamp(path: Path) -> str:
     """Digest of a regular file's size and of its first and last 64 KiB. Raises OSError."""
-    with open(open_file(path), "rb") as file:
+    with os.fdopen(open_file(path), "rb") as file:
         head = file.read(STAMPED_BYTES)
         size_bytes = file.seek(0, os.SEEK_END)
         file.seek(max(0, size_bytes - STAMPED_BYTES))

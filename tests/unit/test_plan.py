@@ -69,11 +69,16 @@ def _bytes_of_tasks(sizes: list[int], taken: tuple[int, ...]) -> list[int]:
     return [sum(sizes[start:stop]) for start, stop in pairwise(stops)]
 
 
+def is_encodable(name: str) -> bool:
+    """Whether a system takes it as a path."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 names = st.text(max_size=12)
 slices = st.builds(
     Slice,
     kind=st.sampled_from(["pydocs", "parquet", "jsonl", "text", "hub"]),
-    path=names,
+    path=names.map(lambda name: f"/{name}".replace("\0", "")).filter(is_encodable),
     start=st.integers(0, 1 << 40),
     stop=st.integers(0, 1 << 40),
     size_bytes=st.integers(0, 1 << 50),
