@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 
+from data_pipeline.checked_json import briefly, read_json
 from data_pipeline.errors import BackendError, CheckpointCorruptError, PromptError
 from data_pipeline.pairs import Pair
+from megaback.bounded_work import bounded_work
 from megaback.likelihood import Continuation, in_packs
 from megaback.scoring import Score
 from megaback.weight_files import StoredWeights
@@ -21,6 +23,25 @@ from megaback.weight_names import HEAD_NAME
 
 _PLACEHOLDER = "QuestionGoesHere"
 _BETWEEN = "\n"
+_FEW_LAYERS = 100
+_MAX_TEMPLATE_S = 2.0
+_MAX_TEMPLATE_BYTES = 512 << 20
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+
+
+def _require_few_layers(folder: Path) -> None:
+    """Raises CheckpointCorruptError for layers that the weights do not have: each takes time."""
+    try:
+        fields = read_json(folder / "config.json")
+        layers = max(fields.get(name) or 0 for name in _LAYERS)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # which the library says
+    num_tensors = sum(1 for _ in StoredWeights(folder).shapes()) if layers > _FEW_LAYERS else layers
+    if layers > num_tensors:
+        raise CheckpointCorruptError(
+            f"the weights in {folder} are not of the model that its config describes: it has "
+            f"{briefly(layers)} layers, and they have {num_tensors:,} tensors"
+        )
 
 
 def _require_all_read(folder: Path, model: Any, loading: dict[str, Any]) -> None:
@@ -59,6 +80,7 @@ class ForeignScorer:
                 "pip install 'megaback[transformers]'"
             ) from None
         transformers.utils.logging.disable_progress_bar()
+        _require_few_layers(folder)
         how = {"local_files_only": True, "trust_remote_code": False}
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **how)
@@ -66,7 +88,7 @@ class ForeignScorer:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **how
             )
-        except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - the library has errors of its own, of any kind
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CheckpointCorruptError(
                 f"{folder} cannot be read as a causal model of transformers ({reason}); save one "
@@ -76,7 +98,8 @@ class ForeignScorer:
         self._model = model.to(device).eval()
         self._device = device
         try:
-            self._before, self._after = self._frame()
+            with bounded_work(_MAX_TEMPLATE_S, _MAX_TEMPLATE_BYTES):
+                self._before, self._after = self._frame()
         except Exception as error:  # noqa: BLE001 - a template is a program, with any error
             raise CheckpointCorruptError(
                 f"the chat template in {folder} cannot be rendered ({type(error).__name__}: "

@@ -1,6 +1,7 @@
 """Mixing two scores, fitting the weight, and the command; transformers' models as forward ones."""
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -219,6 +220,41 @@ def test_a_template_that_cannot_be_rendered_is_a_sentence(
     folder = Path(shutil.copytree(foreign, tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(CheckpointCorruptError, match="chat template"):
+        ForeignScorer(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 20000000000 }}",
+        "{% set x = namespace(a='a' * 9) %}{% for i in range(28) %}{% set x.a = x.a ~ x.a %}"
+        "{% endfor %}{{ x.a }}",
+    ],
+)
+def test_a_template_without_an_end_is_ended(template: str, foreign: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(foreign, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(template)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(CheckpointCorruptError, match=r"chat template.*(TimeoutError|MemoryError)"):
+        ForeignScorer(folder, CPU)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 200_000}, "200000 layers, and they have"),
+        ({"max_position_embeddings": "x"}, "cannot be read as a causal model"),
+    ],
+)
+def test_a_foreign_config_that_its_weights_do_not_bear_out_is_refused(
+    change: dict[str, object], said: str, foreign: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(foreign, tmp_path / "model"))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | change))
+    with pytest.raises(CheckpointCorruptError, match=said):
         ForeignScorer(folder, CPU)
 
 

@@ -1,0 +1,41 @@
+"""Bounds on what a program in a stranger's file, such as a chat template, takes here."""
+
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def bounded_work(max_s: float, max_bytes: int) -> Iterator[None]:
+    """Within, TimeoutError is raised after so many seconds, and MemoryError past so many bytes.
+
+    In other threads than the main one, where Python handles no signal, it may take any time.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_bytes() + max_bytes, limits[1]))
+    try:
+        if not is_main:
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, _too_long)
+        signal.setitimer(signal.ITIMER_REAL, max_s)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _address_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    return pages * resource.getpagesize()
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError("it takes too long")
