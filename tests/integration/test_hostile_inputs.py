@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from data_pipeline.pydocs import list_pydocs_slices
 from data_pipeline.redaction import remember, scrub
 from data_pipeline.remote import RemoteFile
 from data_pipeline.retries import RetryPolicy
-from data_pipeline.text import TextCodec
+from data_pipeline.text import Direction, TextCodec, Unit
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from hostile_helpers import bounded
@@ -171,3 +172,17 @@ def test_a_login_that_a_server_sends_back_is_not_shown() -> None:
     for login in (b"reader:correct-horse", b"correct-horse-token:", b"reader:p@ssw/rd"):
         sent = b64encode(login).decode()
         assert sent.rstrip("=") not in scrub(f"404 no such login: {sent} (Basic {sent})")
+
+
+def test_a_tokenizer_of_hundreds_of_thousands_of_pieces_is_used_at_once(
+    tokenizer_path: Path,
+) -> None:
+    from sentencepiece import sentencepiece_model_pb2 as model
+
+    tokenizer = model.ModelProto.FromString(tokenizer_path.read_bytes())
+    for number in range(300_000):
+        tokenizer.pieces.add(piece=f"z{number:x}", score=-number, type=4)
+    codec = TextCodec(tokenizer.SerializeToString(), Direction.BACKWARD, Unit.TOKEN)
+    started = time.process_time()
+    assert codec.encoder_name == "sentencepiece"
+    assert time.process_time() - started < 1
