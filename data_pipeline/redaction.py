@@ -5,6 +5,7 @@ the name before a host, and the values of a query, but for short ones of a few k
 is not known to be harmless is taken for a secret. Nothing here raises, whatever the text.
 """
 
+import os
 import re
 from base64 import b64encode
 from bisect import bisect_left
@@ -62,6 +63,11 @@ _HEADER = re.compile(
 _LEAST_LENGTHS = {True: 6, False: 8}
 """Of passwords and of other values that `scrub` removes: it would remove common words with them."""
 _MOST_PASSES = 8
+_SECRET_VARIABLE = re.compile(
+    rf"^(?!{VARIABLE_PREFIX})(?=.*(?:SECRET|PASSWORD|PASSWD|TOKEN|API_?KEY|ACCESS_KEY|ACCOUNT_KEY))"
+    r".*(?<!FILE)(?<!PATH)(?<!DIR)(?<!URL)(?<!URI)(?<!ID)(?<!PARALLELISM)$"
+)
+"""`AWS_SECRET_ACCESS_KEY`, `HF_TOKEN`, `FSSPEC_SFTP_PASSWORD`, but not `…_TOKEN_FILE`."""
 
 _known: set[str] = set()
 
@@ -109,11 +115,17 @@ def secret_spans(address: str) -> list[tuple[int, int]]:
 def scrub(text: str) -> str:
     """A text that somebody else wrote, such as a driver's error, without secrets of addresses.
 
-    URLs in it are shown as `shown_url` does, and secrets that are known stand in no other place.
+    URLs in it are shown as `shown_url` does, and secrets that are known stand in no other place:
+    those of addresses, and those in variables that are named after what they hold.
     """
+    held = [item for item in os.environ.items() if item[1] in text and _is_long(item[1])]
+    for name, secret in sorted(held, key=lambda item: -len(item[1])):
+        if _SECRET_VARIABLE.search(name):
+            text = text.replace(secret, f"${name}")
     for secret in sorted(_known, key=lambda secret: (-len(secret), secret)):
         text = text.replace(secret, MASK)
-    text = _IN_TEXT.sub(_shown_match, text)
+    if "//" in text or ":/" in text:
+        text = _IN_TEXT.sub(_shown_match, text)
     return _HEADER.sub(rf"\1{MASK}", _SECRET_PAIR.sub(rf"\1{MASK}", text))
 
 
@@ -145,6 +157,10 @@ class _Part:
     shown_stop: int
     is_secret: bool = True
     """False: only left out of what is shown."""
+
+
+def _is_long(secret: str) -> bool:
+    return len(secret) >= _LEAST_LENGTHS[True]
 
 
 def _shown_match(match: re.Match[str]) -> str:

@@ -4,7 +4,6 @@ metrics.jsonl is canonical. When a run goes on, a mirror forgets what came after
 is given what it lacks, and no step twice. One that fails is left out, and training goes on.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -16,7 +15,6 @@ from megaback.config import Config
 Value = float | str
 BEFORE_ALL_STEPS = -1
 """Measurements before the first step are of step 0."""
-_SECRET_VARIABLES = ("WANDB_API_KEY",)
 _A_MODULE_OF = {"wandb": "wandb.sdk", "tensorboard": "tensorboard.summary"}
 """What a mere folder of that name, such as one of offline runs, has not."""
 
@@ -93,10 +91,6 @@ def flat_values(line: Mapping[str, Any], before: str = "") -> dict[str, Value]:
 
 def _failure(name: str, what: str, error: Exception) -> str:
     reason = scrub(" ".join(str(error).split())) or type(error).__name__
-    for variable in _SECRET_VARIABLES:
-        secret = os.environ.get(variable)
-        if secret:
-            reason = reason.replace(secret, f"${variable}")
     return (
         f"{name} {what} ({type(error).__name__}: {reason}); training goes on without it, and the "
         "next start gives it what it lacks from metrics.jsonl"

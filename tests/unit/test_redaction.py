@@ -146,6 +146,21 @@ def test_addresses_within_a_text_of_others_are_shown_and_known_secrets_go() -> N
     )
 
 
+def test_secrets_of_drivers_go_by_the_names_of_their_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    secrets = {
+        name: f"{PLANT}-{name.lower()}"
+        for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "FSSPEC_SFTP_PASSWORD", "WANDB_API_KEY")
+    }
+    others = {"AWS_ACCESS_KEY_ID": "visible", "HF_TOKEN_PATH": "/home/me/token", "TOKEN_X": "abc"}
+    for name, value in (secrets | others).items():
+        monkeypatch.setenv(name, value)
+    for name, secret in secrets.items():
+        assert scrub(f"refused: {secret}") == f"refused: ${name}"
+    assert scrub(" ".join(others.values())) == " ".join(others.values())
+
+
 @pytest.mark.parametrize(
     "text",
     [
