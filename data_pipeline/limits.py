@@ -15,6 +15,8 @@ MAX_HEADER_BYTES = 1 << 16
 """The JSON header of a shard."""
 MAX_MANIFEST_BYTES = 96 << 20
 """About 250,000 shards."""
+MAX_SOURCE_CHARACTERS = 1 << 21
+"""As long as a command line may be: a manifest's description is searched for secrets."""
 MAX_PLAN_BYTES = 512 << 20
 """About two million files."""
 MAX_RECORD_BYTES = 16 << 20

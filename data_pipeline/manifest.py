@@ -40,6 +40,7 @@ from data_pipeline.limits import (
     MAX_FRAMES,
     MAX_MANIFEST_BYTES,
     MAX_SHARD_TOKENS,
+    MAX_SOURCE_CHARACTERS,
     MAX_VOCABULARY,
 )
 from data_pipeline.number_ranges import INT64_MAX, SHARE_BELOW_ALL
@@ -248,7 +249,9 @@ class Manifest:
             raise ValueError(f"format {briefly(fields['format'])} version {briefly(version)}")
         row_tokens = checked("row_tokens", fields["row_tokens"], int) if is_of_examples else None
         # Earlier versions wrote whole addresses.
-        fields = {**fields, "source": scrub(checked("source", fields["source"], str))}
+        source = checked("source", fields["source"], str)
+        require_within("characters of its source", len(source), 0, MAX_SOURCE_CHARACTERS)
+        fields = {**fields, "source": scrub(source)}
         return cls(
             text_format=TextFormat.from_dict(fields),
             **{name: checked(name, fields[name], kind) for name, kind in _REQUIRED.items()},

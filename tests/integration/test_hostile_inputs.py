@@ -22,6 +22,7 @@ import pytest
 from data_pipeline import retries
 from data_pipeline.build import build_planned
 from data_pipeline.errors import MegabackError
+from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Plan
 from data_pipeline.pydocs import list_pydocs_slices
 from data_pipeline.redaction import remember, scrub
@@ -98,6 +99,13 @@ def test_a_plan_reads_only_what_can_be_a_source(
     with refused():
         build_planned(Plan.load(planned), codec(), planned, workers=1)
     assert not list(planned.glob("*.zst"))
+
+
+def test_a_manifest_whose_source_is_megabytes_is_refused(tiny_shards: Path, tmp_path: Path) -> None:
+    fields = json.loads((tiny_shards / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**fields, "source": "a" * 20_000_000}))
+    with refused():
+        Manifest.load(tmp_path)
 
 
 def drop_by_drop(client: socket.socket) -> None:
