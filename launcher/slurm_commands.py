@@ -25,6 +25,7 @@ _NO_CONTROLLER = (
     "unable to contact slurm controller",
 )
 """What Slurm's commands say where they are installed and no cluster answers."""
+_JOB_ID = re.compile(r"[0-9][0-9A-Za-z_+.,%\[\]-]*")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 
 
@@ -116,7 +117,12 @@ def cancel(job: str) -> None:
 
 
 def find_job(job: str) -> Job | None:
-    """What Slurm knows of a job; None if it knows nothing (any more), or is not here."""
+    """What Slurm knows of a job; None if it knows nothing (any more), or is not here.
+
+    The records of a run may be a stranger's, and what is no job's id be an option.
+    """
+    if _JOB_ID.fullmatch(job) is None:
+        return None
     try:
         done = subprocess.run(
             ["scontrol", "--oneliner", "show", "job", job],

@@ -148,7 +148,17 @@ def _is_as_written(path: Path) -> bool:
 
 
 def _holds_files(folder: Path) -> bool:
-    return any(not path.is_dir() for path in folder.rglob("*"))
+    """Without recursion: folders may be nested thousands deep, past the longest path."""
+    left = [folder]
+    try:
+        while left:
+            for path in left.pop().iterdir():
+                if path.is_symlink() or not path.is_dir():
+                    return True
+                left.append(path)
+    except OSError:
+        return True  # nobody knows
+    return False
 
 
 def _is_same_file(left: Path | None, right: Path) -> bool:

@@ -1,6 +1,8 @@
 """A run's folder is one that megaback made, or an empty one; a person's config stays as it is."""
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,3 +165,17 @@ def test_checkpoints_may_lie_on_another_disk_and_not_in_another_run(tmp_path: Pa
         ask(run)
     with pytest.raises(OutputExistsError, match="checkpoints of another run"):
         roll_back(run, 1)
+
+
+def test_folders_that_are_nested_thousands_deep_are_somebody_elses(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    here = os.open(tmp_path / "run", os.O_RDONLY)
+    for _ in range(2200):
+        os.mkdir("a", dir_fd=here)
+        inner = os.open("a", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    with pytest.raises(OutputExistsError, match="is not empty"):
+        ask(tmp_path / "run")
+    subprocess.run(["rm", "-r", tmp_path / "run"], check=True)  # pytest cannot
