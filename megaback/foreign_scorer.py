@@ -5,22 +5,32 @@ before a newline. Special tokens that a text spells are text. No code of the fol
 pickle is read.
 """
 
+import os
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 
-from data_pipeline.checked_json import briefly, read_json
+from data_pipeline.checked_json import briefly, read_json, require_within
 from data_pipeline.errors import BackendError, CheckpointCorruptError, PromptError
+from data_pipeline.number_ranges import LAYERS
 from data_pipeline.pairs import Pair
+from data_pipeline.regular_files import open_file
 from megaback.bounded_work import bounded_work
 from megaback.likelihood import Continuation, in_packs
 from megaback.scoring import Score
 from megaback.weight_files import StoredWeights
 from megaback.weight_names import HEAD_NAME
 
+_ADAPTER_NAME = "adapter_config.json"
+_READ_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+_MAX_FILE_BYTES = 64 << 20
+_MAX_LAYERS = int(LAYERS.most)
+_MAX_TABLE_NUMBERS = 1 << 28
+"""Of masks and positions, which some models keep beside their weights."""
 _PLACEHOLDER = "QuestionGoesHere"
 _BETWEEN = "\n"
 _FEW_LAYERS = 100
@@ -42,6 +52,39 @@ def _require_few_layers(folder: Path) -> None:
             f"the weights in {folder} are not of the model that its config describes: it has "
             f"{briefly(layers)} layers, and they have {num_tensors:,} tensors"
         )
+
+
+def _require_plausible(
+    folder: Path, stored: StoredWeights, transformers: Any, how: dict[str, Any]
+) -> None:
+    """See that a config is not far larger than its files of weights, before memory is taken for it.
+
+    What exactly differs is said once the library has compared them. Raises ValueError, and whatever the library raises.
+    """
+    if (folder / _ADAPTER_NAME).exists():
+        raise ValueError("it is an adapter, which names another folder; merge it in peft")
+    for path in folder.iterdir():
+        if path.suffix in _READ_SUFFIXES:
+            os.close(open_file(path))
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise ValueError(f"{path.name} has more than {_MAX_FILE_BYTES:,} bytes")
+    found = [prod(shape) for _, shape in stored.shapes()]
+    config = transformers.AutoConfig.from_pretrained(folder, **how)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if layers is not None:
+        require_within("num_hidden_layers", layers, 1, min(len(found), _MAX_LAYERS))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    for what, tensors, most in (
+        ("weights", model.parameters(), 2 * sum(found)),
+        ("tables", model.buffers(), 2 * sum(found) + _MAX_TABLE_NUMBERS),
+    ):
+        wanted = sum(tensor.numel() for tensor in tensors)
+        if wanted > most:
+            raise ValueError(
+                f"its config describes {what} of {wanted:,} numbers, and its files hold "
+                f"{sum(found):,}"
+            )
 
 
 def _require_all_read(folder: Path, model: Any, loading: dict[str, Any]) -> None:
@@ -83,6 +126,7 @@ class ForeignScorer:
         _require_few_layers(folder)
         how = {"local_files_only": True, "trust_remote_code": False}
         try:
+            _require_plausible(folder, StoredWeights(folder), transformers, how)
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **how)
             model: Any
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -91,8 +135,8 @@ class ForeignScorer:
         except Exception as error:  # noqa: BLE001 - the library has errors of its own, of any kind
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CheckpointCorruptError(
-                f"{folder} cannot be read as a causal model of transformers ({reason}); save one "
-                "there with save_pretrained, in safetensors, with its tokenizer"
+                f"{folder} cannot be read as a causal model of transformers ({reason:.300}); save "
+                "one there with save_pretrained, in safetensors, with its tokenizer"
             ) from None
         _require_all_read(folder, model, loading)
         self._model = model.to(device).eval()

@@ -1,6 +1,7 @@
 """Mixing two scores, fitting the weight, and the command; transformers' models as forward ones."""
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from hostile_helpers import bounded
 from hypothesis import given
 from hypothesis import strategies as st
 from model_helpers import random_model, write_model
@@ -242,20 +244,49 @@ def test_a_template_without_an_end_is_ended(template: str, foreign: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("name", "value", "said"),
     [
-        ({"num_hidden_layers": 200_000}, "200000 layers, and they have"),
-        ({"max_position_embeddings": "x"}, "cannot be read as a causal model"),
+        ("num_hidden_layers", 30_000, "30000 layers, and they have"),
+        ("num_hidden_layers", 1 << 70, "layers, and they have"),
+        ("max_position_embeddings", "x", "cannot be read as a causal model"),
+        ("num_hidden_layers", 21, "its files hold"),
+        ("num_key_value_heads", 1 << 20, "its files hold"),
+        ("vocab_size", 1 << 40, "its files hold"),
+        ("hidden_size", 1 << 30, "its files hold"),
+        ("intermediate_size", 1 << 62, "cannot be read"),
+        ("num_attention_heads", [2], "cannot be read"),
+        ("dtype", [[]], "cannot be read"),
     ],
 )
-def test_a_foreign_config_that_its_weights_do_not_bear_out_is_refused(
-    change: dict[str, object], said: str, foreign: Path, tmp_path: Path
+def test_a_foreign_config_that_is_larger_than_its_files_is_refused(
+    name: str, value: object, said: str, foreign: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(foreign, tmp_path / "model"))
     fields = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(fields | change))
-    with pytest.raises(CheckpointCorruptError, match=said):
+    (folder / "config.json").write_text(json.dumps({**fields, name: value}))
+    with bounded(), pytest.raises(CheckpointCorruptError, match=said):
         ForeignScorer(folder, CPU)
+
+
+def test_files_of_a_foreign_model_that_are_none_are_refused(foreign: Path, tmp_path: Path) -> None:
+    def broken(number: int, name: str) -> Path:
+        folder = Path(shutil.copytree(foreign, tmp_path / str(number)))
+        (folder / name).unlink(missing_ok=True)
+        return folder
+
+    pipe, device, sparse, garbage, adapter = (
+        broken(number, name)
+        for number, name in enumerate((*("tokenizer.json",) * 4, "adapter_config.json"))
+    )
+    os.mkfifo(pipe / "tokenizer.json")
+    (device / "tokenizer.json").symlink_to("/dev/zero")
+    with (sparse / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 40)
+    (garbage / "tokenizer.json").write_text('{"version": 7, "model": []}')
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/"}')
+    for folder in (pipe, device, sparse, garbage, adapter):
+        with bounded(), pytest.raises(CheckpointCorruptError, match="cannot be read"):
+            ForeignScorer(folder, CPU)
 
 
 # The command.
