@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
 
+from data_pipeline.checked_json import briefly
 from data_pipeline.errors import LaunchError
 from data_pipeline.import_path import module_command
+from data_pipeline.number_ranges import SLOTS
 from launcher.local import (
     Running,
     device_here,
@@ -36,9 +38,9 @@ from megaback.stopping import HOST_VARIABLE
 SSH_VARIABLE = "MEGABACK_SSH"
 """The ssh command with its options, if not `ssh`."""
 _PATIENCE_S = 10.0
-_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})")
-"""With at most 9,999 slots: more would be a mistake, and take memory for each."""
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,9})")
 _MAX_BYTES = 1 << 20
+_MAX_RANKS = 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 _PASSED_ON = (
@@ -76,7 +78,7 @@ class Host:
 def read_hostfile(path: Path) -> list[Host]:
     """The hosts of a hostfile, in its order. Raises LaunchError with the line."""
     try:
-        with path.open("rb") as file:  # which may be a pipe
+        with path.open("rb") as file:  # it may be a pipe
             data = file.read(_MAX_BYTES + 1)
         lines = data.decode().splitlines()
     except OSError as error:
@@ -86,16 +88,19 @@ def read_hostfile(path: Path) -> list[Host]:
     if len(data) > _MAX_BYTES:
         raise LaunchError(f"the hostfile {path} has more than {_MAX_BYTES:,} bytes")
     hosts: list[Host] = []
+    names: set[str] = set()
     for number, line in enumerate(lines, 1):
         line = line.partition("#")[0].strip()
         if not line:
             continue
         where = f"{path}, line {number}"
         found = _LINE.fullmatch(line)
-        if found is None or not _NAME.fullmatch(found[1]) or int(found[2]) < 1:
-            raise LaunchError(f"{where}: {line!r:.200} is not like `node1 slots=8`")
+        if found is None or not _NAME.fullmatch(found[1]) or SLOTS.problem(int(found[2])):
+            raise LaunchError(
+                f"{where}: {briefly(line)} is not like `node1 slots=8` (1 to {SLOTS.most} slots)"
+            )
         host = Host(found[1], int(found[2]))
-        if any(host.name == other.name for other in hosts):
+        if host.name in names:
             raise LaunchError(f"{where}: {host.name} is there twice; give it once, with all slots")
         if host.is_local and any(other.is_local for other in hosts):
             raise LaunchError(
@@ -103,6 +108,9 @@ def read_hostfile(path: Path) -> list[Host]:
                 "all slots"
             )
         hosts.append(host)
+        names.add(host.name)
+    if sum(host.slots for host in hosts) > _MAX_RANKS:
+        raise LaunchError(f"the hostfile {path} has more than {_MAX_RANKS:,} slots in all")
     if not hosts:
         raise LaunchError(f"the hostfile {path} names no host; a line is like `node1 slots=8`")
     return hosts

@@ -27,7 +27,7 @@ from data_pipeline.redaction import VARIABLE_PREFIX
 from launcher.run_folder import events_of_job, newest_checkpoint_step
 from launcher.slurm_commands import find_job
 from megaback.config import Config, load_config
-from megaback.exit_record import BAD_NODES_NAME, read_exit, record_event
+from megaback.exit_record import read_bad_nodes, read_exit, record_event
 from megaback.run_data import open_data
 from megaback.run_ownership import require_run_folder
 from megaback.yaml_text import kept_overrides
@@ -131,8 +131,8 @@ def nodes_to_replace(run: Path) -> list[str]:
     if not os.environ.get(REPLACE_VARIABLE):
         return []
     try:
-        return (run / BAD_NODES_NAME).read_text(encoding="utf-8").split()
-    except FileNotFoundError:
+        return read_bad_nodes(run)
+    except (OSError, ValueError):
         return []
 
 

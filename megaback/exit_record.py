@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.checked_json import parse_json, read_json
-from data_pipeline.regular_files import open_in_place
+from data_pipeline.regular_files import open_in_place, read_file
 from megaback.run_records import MAX_RECORD_BYTES, Fields, last_lines
 
 EXIT_NAME = "exit.json"
@@ -97,6 +97,11 @@ def newest_start(run: Path) -> dict[str, Any] | None:
     """The record of a run's newest start, if there is one."""
     starts = [line for line in read_history(run) if line.get("event") == START_EVENT]
     return starts[-1] if starts else None
+
+
+def read_bad_nodes(run: Path) -> list[str]:
+    """Nodes because of which a start was stopped. Raises OSError, ValueError."""
+    return read_file(run / BAD_NODES_NAME, MAX_RECORD_BYTES).decode().split()
 
 
 def _append(run: Path, fields: dict[str, Any]) -> None:

@@ -59,7 +59,8 @@ def _require_plausible(
 ) -> None:
     """See that a config is not far larger than its files of weights, before memory is taken for it.
 
-    What exactly differs is said once the library has compared them. Raises ValueError, and whatever the library raises.
+    What exactly differs is said once the library has compared them. Raises ValueError, and whatever
+    the library raises.
     """
     if (folder / _ADAPTER_NAME).exists():
         raise ValueError("it is an adapter, which names another folder; merge it in peft")

@@ -23,7 +23,7 @@ from data_pipeline.errors import MegabackError, PreflightError, StorageError
 from data_pipeline.frame_store import FrameStore
 from megaback.config import Config
 from megaback.distributed import World
-from megaback.exit_record import BAD_NODES_NAME
+from megaback.exit_record import BAD_NODES_NAME, read_bad_nodes
 from megaback.node_facts import RankFacts, rank_facts
 from megaback.run_data import Data
 from megaback.shared_disk import DiskFacts, check_shared_disk
@@ -255,5 +255,5 @@ def _record(world: World, run: Path, report: dict[str, object], bad_nodes: list[
     write_text(run / PREFLIGHT_NAME, json.dumps(report, indent=2) + "\n")
     if bad_nodes:
         path = run / BAD_NODES_NAME
-        known = path.read_text().split() if path.exists() else []
+        known = read_bad_nodes(run) if path.exists() else []
         write_text(path, "".join(f"{name}\n" for name in dict.fromkeys([*known, *bad_nodes])))

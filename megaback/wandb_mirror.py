@@ -14,6 +14,7 @@ import wandb
 
 from data_pipeline.command import write_text
 from data_pipeline.redaction import scrub
+from data_pipeline.regular_files import read_file
 from megaback.code_version import code_version
 from megaback.config import Config
 from megaback.lineage import lineage
@@ -22,6 +23,8 @@ from megaback.shown_config import shown_config
 from megaback.wandb_files import cut_back, read_segments
 
 ID_NAME = "wandb_id.txt"
+
+_MAX_ID_BYTES = 128
 
 
 class WandbMirror:
@@ -37,7 +40,7 @@ class WandbMirror:
         id_path = run / ID_NAME
         if not id_path.exists():
             write_text(id_path, uuid.uuid4().hex[:12] + "\n")
-        run_id = id_path.read_text(encoding="utf-8").strip()
+        run_id = read_file(id_path, _MAX_ID_BYTES).decode().strip()
         if not is_online:
             self.held_step = _cut_back(config, run_id, last_step)
         # wandb keeps the command line, of which nobody reads more by now.

@@ -1,6 +1,5 @@
 """The gap between the directions, as a whole and in parts, from pairs of trained models."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.checked_json import read_json
 from data_pipeline.data_set import DataSet
 from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.output_paths import read_object
@@ -84,14 +84,14 @@ def is_summary(path: Path) -> bool:
 def read_summary(path: Path) -> dict[str, Any]:
     """The main numbers of an arrow that was written. Raises CheckpointCorruptError."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
         if (fields["format"], fields["version"]) != (_FORMAT_NAME, _FORMAT_VERSION):
             raise ValueError("another format or version")
         keys = ("forward", "backward", "gap", "gap_error", "percent", "percent_error", "documents")
         summary = {key: fields["whole"][key] for key in keys}
         more = {key: fields[key] for key in ("seeds_error", "steps", "tokens")}
         return {**summary, "seeds": len(fields["seeds"]), **more}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointCorruptError(
             f"{path} is not what this version of megaback arrow writes ({reason}); run "

@@ -5,7 +5,6 @@ Each is read by the reader that its users have; here it is only told apart, look
 raises, with its exit code.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.next_command import command, free_path, override
 from data_pipeline.plan import PLAN_NAME, Plan
-from data_pipeline.regular_files import read_file
+from data_pipeline.regular_files import open_file, read_file
 from data_pipeline.shard_format import ShardReader
 from data_pipeline.skipped import num_skipped
 from data_pipeline.text import Direction, TextCodec, Unit
@@ -348,7 +347,7 @@ def _model(folder: Path, verify: bool) -> Artefact:
 
 def _gguf(path: Path, verify: bool) -> Artefact:
     path = path / _GGUF_NAME if path.is_dir() else path
-    with path.open("rb") as file:
+    with open(open_file(path), "rb") as file:  # noqa: PTH123 (a descriptor)
         magic = file.read(len(_GGUF_MAGIC))
     if magic != _GGUF_MAGIC:
         raise CheckpointCorruptError(f"{path} is no GGUF file: convert the model again")
@@ -361,14 +360,16 @@ def _gguf(path: Path, verify: bool) -> Artefact:
     else:
         try:
             reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, OSError) as error:
+            facts |= {
+                key.rpartition(".")[2]: stored.contents()
+                for key, stored in reader.fields.items()
+                if key.startswith(("general.architecture", "general.name", "megaback."))
+            }
+        except Exception as error:  # noqa: BLE001 - the library raises what it meets
             reason = " ".join(str(error).split())
             raise CheckpointCorruptError(
                 f"{path} is cut short or altered ({reason}); convert the model again"
             ) from None
-        for key, stored in reader.fields.items():
-            if key.startswith(("general.architecture", "general.name", "megaback.")):
-                facts[key.rpartition(".")[2]] = stored.contents()
         facts["tensors"] = len(reader.tensors)
         checked = "its metadata and where its tensors lie"
     if verify:
@@ -404,8 +405,8 @@ def _require_size(path: Path, expected_bytes: int, error: type[MegabackError], a
 
 def _config_json(folder: Path, verify: bool) -> Artefact:
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
+        read_json(folder / "config.json")
+    except (OSError, ValueError):
         raise CheckpointCorruptError(
             f"{folder / 'config.json'} is cut short; convert the model again"
         ) from None

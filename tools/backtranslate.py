@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_pipeline.chat_format import ChatFormat
+from data_pipeline.checked_json import read_json
 from data_pipeline.command import ResumableCommand, write_text
 from data_pipeline.errors import (
     CheckpointMissingError,
@@ -87,8 +88,8 @@ def _require_plan(folder: Path, plan: dict[str, Any]) -> None:
         write_text(path, json.dumps(plan, indent=2) + "\n")
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        found = read_json(path)
+    except (OSError, ValueError):
         found = {}
     if "--in" in found:  # earlier versions wrote whole addresses
         found["--in"] = _inputs(found["--in"])

@@ -1,10 +1,12 @@
 """A hostfile is read as the deepspeed command reads it, and every rank is numbered once."""
 
+import os
 import re
 import socket
 from pathlib import Path
 
 import pytest
+from hostile_helpers import bounded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -167,3 +169,33 @@ def test_the_ranks_of_a_host_have_one_code(codes: list[int], expected: int) -> N
 def test_the_host_of_ranks_that_died_without_a_reason_is_named(codes: list[int], says: str) -> None:
     with pytest.raises(LaunchError, match=says):
         verdict(codes, [], None, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("n1 slots=1025", "1 to 1024 slots"),
+        ("n1 slots=" + "9" * 5000, "1 to 1024 slots"),
+        ("n" * 100_000 + " slots=?", "is not like"),
+        ("".join(f"n{number} slots=1024\n" for number in range(65)), "more than 65,536 slots"),
+        ("#" * (2 << 20), "more than 1,048,576 bytes"),
+        ("".join(f"n{number} slots=1\n" for number in range(60_000)) + "n1 slots=1", "twice"),
+    ],
+    ids=["slots", "digits", "a name", "all slots", "bytes", "many"],
+)
+def test_a_hostfile_of_any_size_is_refused_at_once(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with bounded(), pytest.raises(LaunchError, match=said) as error:
+        read_hostfile(path)
+    assert len(str(error.value)) < 500
+
+
+def test_a_hostfile_may_be_a_pipe_and_ends_somewhere() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"n1 slots=2\n")
+    os.close(writer)
+    assert read_hostfile(Path(f"/dev/fd/{reader}")) == [Host("n1", 2)]
+    os.close(reader)
+    with bounded(), pytest.raises(LaunchError):
+        read_hostfile(Path("/dev/zero"))
