@@ -15,15 +15,18 @@ PIP_LOCKED := $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 # yes: only files whose SHA-256 is in requirements/, as CI does. Wheels of another index, such as torch
 # for another CUDA, have other hashes.
 HASHES ?= no
+FUZZ_SECONDS ?= 60
 UV_VERSION := 0.13.9
 
-.PHONY: demo test fuzz flash-test lint format lock clean help
+.PHONY: demo test fuzz fuzz-properties flash-test lint format lock clean help
 
 help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
 	@echo "make test        linters, type checker and every test that this machine can run, in two"
 	@echo "                 processes; TEST_PROCESSES=N for more"
-	@echo "make fuzz        the properties again, with other examples every time"
+	@echo "make fuzz        readers of files and requests against $(FUZZ_SECONDS) s of inputs each;"
+	@echo "                 FUZZ_SECONDS=N; INPUT=FILE tries one that failed again"
+	@echo "make fuzz-properties  the properties again, with other examples every time"
 	@echo "make flash-test  flash-attn's kernels on a CPU; part of make test"
 	@echo "make lint        ruff and mypy"
 	@echo "make format      let ruff format the code"
@@ -58,6 +61,9 @@ test: lint
 	$(MAKE) --no-print-directory flash-test
 
 fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz/run.py $(if $(INPUT),--input $(INPUT),--seconds $(FUZZ_SECONDS))
+
+fuzz-properties: $(INSTALLED)
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz tests/unit
 
 # flash-attn without its CUDA part, which must reach neither the main venv nor pip's cache of wheels,

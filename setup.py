@@ -58,6 +58,8 @@ setup(
         "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.32"],
         "wandb": ["wandb>=0.19"],
         "tensorboard": ["tensorboard>=2.15"],
+        # What `make fuzz` is guided by, where it is installed.
+        "fuzz": ["atheris>=3"],
         "infill-benchmark": ["sacrebleu>=2.4"],
         "dev": [
             "accelerate>=1.0",

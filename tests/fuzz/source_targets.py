@@ -1,0 +1,140 @@
+"""Targets of sources: records, and files of every kind and compression, in which text is given."""
+
+import bz2
+import gzip
+import json
+import lzma
+import random
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+from data_targets import ALLOWED, Factory, rows, texts
+from engine import Target
+from mutations import mutate_bytes, mutate_json, mutate_lines, one_of, repacked
+
+from data_pipeline.errors import BadRecordError, MegabackError
+from data_pipeline.example_columns import ExampleColumns
+from data_pipeline.json_lines import read_records
+from data_pipeline.slices import Columns, stop_or_skip
+from data_pipeline.sources import list_source, read_slice
+from data_pipeline.text_sample import num_bytes
+
+# Sources. The first byte of an input says as which kind of file it is read.
+
+_COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+_DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.decompress,
+    ".zst": lambda data: zstandard.ZstdDecompressor().decompressobj().decompress(data),
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+
+
+def of_compressed(suffixes: list[str]) -> Callable[[bytes, random.Random], bytes]:
+    def unpack(data: bytes) -> dict[str, Any]:
+        suffix = suffixes[data[0] % len(suffixes)]
+        content = _DECOMPRESS[Path(suffix).suffix if suffix.count(".") > 1 else ""](data[1:])
+        return {"kind": data[0], "content": content}
+
+    def pack(parts: dict[str, Any]) -> bytes:
+        kind = int(parts["kind"]) % 256
+        suffix = suffixes[kind % len(suffixes)]
+        compress = _COMPRESS[Path(suffix).suffix if suffix.count(".") > 1 else ""]
+        return bytes([kind]) + compress(parts["content"])
+
+    def inside(data: bytes, generator: random.Random) -> bytes:
+        parts = unpack(data)
+        change = generator.choice((mutate_lines, mutate_json, mutate_bytes))
+        return pack(parts | {"content": change(parts["content"], generator)})
+
+    def safely(data: bytes, generator: random.Random) -> bytes:
+        try:
+            return inside(data, generator)
+        except Exception:  # noqa: BLE001 - it was made for what is whole
+            return mutate_bytes(data, generator)
+
+    return one_of([safely, repacked(unpack, pack)])
+
+
+_RECORDS = [".jsonl", *(f".jsonl{suffix}" for suffix in _COMPRESS if suffix)]
+
+
+def records(folder: Path) -> Target:
+    def run(data: bytes) -> None:
+        path = (
+            folder / f"records{_RECORDS[data[0] % len(_RECORDS)]}" if data else folder / "a.jsonl"
+        )
+        path.write_bytes(data[1:])
+        for record in read_records(str(path)):
+            if isinstance(record, BadRecordError):
+                str(record)
+
+    lines = "".join(json.dumps(row) + "\n" for row in rows(8)).encode()
+    seeds = [
+        bytes([kind]) + _COMPRESS[Path(suffix).suffix if kind else ""](lines)
+        for kind, suffix in enumerate(_RECORDS)
+    ]
+    return Target("records", run, seeds, of_compressed(_RECORDS), ALLOWED)
+
+
+_SOURCES = [
+    *(".jsonl", ".json", ".txt", ".html", ".jsonl.gz", ".json.zst", ".txt.bz2", ".jsonl.xz"),
+    *(".zip", ".parquet"),
+]
+
+
+def source(folder: Path) -> Target:
+    def run(data: bytes) -> None:
+        if not data:
+            return
+        path = folder / f"source{_SOURCES[data[0] % len(_SOURCES)]}"
+        path.write_bytes(data[1:])
+        for columns in (Columns(), ExampleColumns.parse("")):
+            with suppress(MegabackError):
+                for piece in list_source(str(path), columns, skips_bad=True).slices[:8]:
+                    for document in read_slice(piece, columns, stop_or_skip):
+                        if isinstance(columns, Columns):
+                            num_bytes(document.text)  # type: ignore[attr-defined]
+
+    return Target("source", run, _seeds_of_sources(), of_compressed(_SOURCES), ALLOWED)
+
+
+def _seeds_of_sources() -> list[bytes]:
+    objects = [{"text": text, **row} for text, row in zip(texts(6), rows(6), strict=True)]
+    lines = "".join(json.dumps(one) + "\n" for one in objects).encode()
+    archive, table = BytesIO(), BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/b.jsonl", lines)
+        file.writestr("c.txt", "\n".join(texts(3)))
+    pq.write_table(pa.Table.from_pylist(objects), table)
+    plain = {
+        ".jsonl": lines,
+        ".json": json.dumps(objects).encode(),
+        ".txt": "\n\n".join(texts(4)).encode(),
+        ".html": b"<html><body><p>" + texts(1)[0].encode() + b"</p></body></html>",
+        ".zip": archive.getvalue(),
+        ".parquet": table.getvalue(),
+    }
+    seeds = []
+    for kind, suffix in enumerate(_SOURCES):
+        inner, _, outer = suffix[1:].partition(".")
+        content = plain[f".{inner}"]
+        seeds.append(bytes([kind]) + (_COMPRESS[f".{outer}"](content) if outer else content))
+    return seeds
+
+
+TARGETS: dict[str, Factory] = {"records": records, "source": source}
