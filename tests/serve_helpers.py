@@ -179,3 +179,11 @@ def started(*arguments: object, **variables: str) -> Iterator[tuple["subprocess.
             yield process, url.replace("0.0.0.0", "127.0.0.1")
         finally:
             process.kill()
+
+
+def num_running(url: str) -> float:
+    """How many samples are being written."""
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    return sum(
+        float(line.split()[1]) for line in lines if line.startswith("megaback_samples_running{")
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serve_helpers import posted, started, wait_until, write_tiny_model
+from serve_helpers import num_running, posted, started, wait_until, write_tiny_model
 
 from data_pipeline.text import Direction, TextCodec
 from megaback.config import ModelSection
@@ -25,14 +25,6 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCodec]) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", codec())
-
-
-def num_running(url: str) -> float:
-    """How many samples are being written."""
-    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
-    return sum(
-        float(line.split()[1]) for line in lines if line.startswith("megaback_samples_running{")
-    )
 
 
 def is_writing(url: str) -> bool:
