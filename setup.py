@@ -29,7 +29,7 @@ setup(
     install_requires=[
         "annotated-types>=0.6",
         "click>=8.1",
-        "datasets>=3.0",
+        "datasets>=4.0",
         "deepspeed>=0.19,<0.20",
         "fsspec[http]>=2024.2",
         "kitoken>=0.11",

@@ -44,7 +44,7 @@ from data_pipeline.plan import (
     Plan,
     Task,
     claim_plan,
-    handling_bad_records,
+    handling_records,
     renew_plan,
     require_same_tasks,
     write_first,
@@ -52,7 +52,7 @@ from data_pipeline.plan import (
 from data_pipeline.pool import run_in_processes, shared_by_all
 from data_pipeline.progress import SharedCounts, showing_progress
 from data_pipeline.selection import tasks_within_limits
-from data_pipeline.settings import BuildSettings
+from data_pipeline.settings import CHANGEABLE, BuildSettings
 from data_pipeline.tasks import TaskRecord, finished_record, run_task
 from data_pipeline.text import TextCodec
 
@@ -240,8 +240,8 @@ def main(
         require_no_settings(ctx)
         plan = Plan.load(out)
         require_same_tasks(plan, out, tasks)
-        if is_given(ctx, "on_bad_record"):
-            plan = handling_bad_records(plan, options["on_bad_record"], out)
+        changed = {name: options[name] for name in CHANGEABLE if is_given(ctx, name)}
+        plan = handling_records(plan, changed, out)
         codec = codec_of_plan(plan, out)
         if task_index is None:
             manifest, num_found = build_planned(plan, codec, out, num_workers(workers))

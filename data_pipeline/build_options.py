@@ -20,7 +20,13 @@ from data_pipeline.number_ranges import (
     SHARE_BELOW_ALL,
     SOURCE_WEIGHT,
 )
-from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, weighted_sources
+from data_pipeline.record_limits import max_record_bytes_option
+from data_pipeline.settings import (
+    BAD_RECORD_CHOICES,
+    CHANGEABLE,
+    BuildSettings,
+    weighted_sources,
+)
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.skipped import skipped_lines
 from data_pipeline.terminal import say
@@ -93,6 +99,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         show_default=True,
         help="A malformed record ends the build, or is left out and counted.",
     ),
+    "max_record_bytes": max_record_bytes_option,
     "deduplicate": click.option(
         "--deduplicate", is_flag=True, help="Take equal texts once. Stages all shards first."
     ),
@@ -164,13 +171,13 @@ def is_given(ctx: click.Context, name: str) -> bool:
 def require_no_settings(ctx: click.Context) -> None:
     """Without a source, the settings are those of the plan. Raises click.UsageError.
 
-    All but what a malformed record does, which decides no byte of what is written.
+    All but which records fail, and how, which decides no byte of what is written.
     """
     given = [
         parameter.opts[0]
         for parameter in ctx.command.params
         if parameter.name in _SETTINGS
-        and parameter.name != "on_bad_record"
+        and parameter.name not in CHANGEABLE
         and is_given(ctx, parameter.name)
     ]
     if given:

@@ -77,10 +77,16 @@ class BadRecordError(MegabackError):
 
     exit_code = 23
 
-    def __init__(self, message: str, cause: str = "malformed", place: str = "") -> None:
-        """`cause` is the kind of fault, under which such records are counted; `place` is where."""
+    def __init__(
+        self, message: str, cause: str = "malformed", place: str = "", number: int = 1
+    ) -> None:
+        """`cause` is the kind of fault, under which such records are counted; `place` is where.
+
+        `number` is of how many records it is true.
+        """
         super().__init__(message)
         self.cause = cause
+        self.number = number
         self.place = place or message.partition("; ")[0]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from data_pipeline.chat_format import Example
 from data_pipeline.chat_messages import Exchanges, looks_like_chat, read_messages
 from data_pipeline.errors import BadRecordError, ConfigError, SourceUnreadableError
+from data_pipeline.shown_names import shown_names
 
 # What the columns are called elsewhere, the most usual names first.
 _LIKELY = {
@@ -108,7 +109,7 @@ class ExampleColumns:
         suggested = self.suggested(names, record)
         return (
             f"no columns {self.instruction!r} and {self.output!r}, and no {self.messages!r}; the "
-            f"columns are {', '.join(names) or 'none'}: name those that hold them with --columns"
+            f"columns are {shown_names(names)}: name those that hold them with --columns"
             f"{suggested and f', perhaps --columns {suggested}'}"
         )
 

@@ -39,11 +39,15 @@ def path_within(folder: Path, name: object, form: re.Pattern[str] | None = None)
     followed; other links out of the folder are not. Raises ValueError with the name.
     """
     path = folder / plain_name(name, form)
-    if path.is_symlink():
-        target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-        if not any(target.is_relative_to(root) for root in _roots(home)):
-            raise ValueError(f"{name!r:.80} is a link out of its folder; copy the file there")
+    if path.is_symlink() and leads_out(path, folder):
+        raise ValueError(f"{name!r:.80} is a link out of its folder; copy the file there")
     return path
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path, links followed, is outside of a folder and of the cache that holds it."""
+    target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return not any(target.is_relative_to(root) for root in _roots(home))
 
 
 def _roots(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Protocol
 
 from data_pipeline import remote
-from data_pipeline.json_lines import COMPRESSIONS
+from data_pipeline.decompression import COMPRESSIONS
 from data_pipeline.redaction import is_url, shown_url
 from data_pipeline.regular_files import open_file
 from data_pipeline.slices import file_stamp
@@ -20,7 +20,7 @@ _KINDS = {
     **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
     ".zip": "zip",
 }
-FILE_KINDS = frozenset(_KINDS.values())
+FILE_KINDS = frozenset({*_KINDS.values(), "lines"})
 _WHOLE = ("parquet", "zip")
 """Kinds that are compressed by themselves."""
 SUFFIXES = (

@@ -20,6 +20,7 @@ from data_pipeline.command import ResumableCommand
 from data_pipeline.compression import DEFAULT_LEVEL
 from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.number_ranges import FRAME_TOKENS, LEVEL, ROW_TOKENS, SHARE_BELOW_ALL
+from data_pipeline.record_limits import max_record_bytes_option
 from data_pipeline.settings import BAD_RECORD_CHOICES, BuildSettings, WeightedSource
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.text import Direction, TextCodec, Unit
@@ -81,6 +82,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     show_default=True,
     help="A malformed record is left out and counted, or ends the build.",
 )
+@max_record_bytes_option
 @click.option(
     "--frame-tokens", type=FRAME_TOKENS.option, default=DEFAULT_FRAME_TOKENS, show_default=True
 )
@@ -98,6 +100,7 @@ def main(
     columns: str,
     val_fraction: float,
     on_bad_record: str,
+    max_record_bytes: int,
     frame_tokens: int,
     compression_level: int,
     tasks: int | None,
@@ -122,6 +125,7 @@ def main(
         frame_tokens=frame_tokens,
         compression_level=compression_level,
         on_bad_record=on_bad_record,
+        max_record_bytes=max_record_bytes,
         examples=ExampleColumns.parse(columns),
         row_tokens=context_tokens,
     )

@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.errors import SourceUnreadableError
+from data_pipeline.record_limits import (
+    DEFAULT_MAX_RECORD_BYTES,
+    holds_too_many_values,
+    max_values,
+)
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _MIN_READ_CHARACTERS = 1 << 16
@@ -17,13 +22,15 @@ _MIN_READ_CHARACTERS = 1 << 16
 _LONGEST_TOKEN_CHARACTERS = 32
 
 
-def read_array(chunks: Iterator[bytes], shown: str) -> Iterator[tuple[int, Any]]:
+def read_array(
+    chunks: Iterator[bytes], shown: str, max_characters: int = DEFAULT_MAX_RECORD_BYTES
+) -> Iterator[tuple[int, Any]]:
     """The elements with their numbers, from 1. Raises SourceUnreadableError, UnicodeDecodeError.
 
-    What is malformed in an array hides where its next element begins, so that it cannot be left
-    out.
+    What is malformed in an array, or too long, hides where its next element begins, so that it
+    cannot be left out.
     """
-    text = _Text(chunks)
+    text = _Text(chunks, max_characters)
     text.require("[", shown, 0)
     number = 0
     if text.next_is("]"):
@@ -40,9 +47,11 @@ def read_array(chunks: Iterator[bytes], shown: str) -> Iterator[tuple[int, Any]]
         raise _malformed(shown, number, "something follows the array")
 
 
-def read_values(chunks: Iterator[bytes], shown: str) -> Iterator[tuple[int, Any]]:
+def read_values(
+    chunks: Iterator[bytes], shown: str, max_characters: int = DEFAULT_MAX_RECORD_BYTES
+) -> Iterator[tuple[int, Any]]:
     """Values one after another, with their numbers, from 1. Raises as `read_array`."""
-    text = _Text(chunks)
+    text = _Text(chunks, max_characters)
     number = 0
     while text.peek():
         number += 1
@@ -52,8 +61,11 @@ def read_values(chunks: Iterator[bytes], shown: str) -> Iterator[tuple[int, Any]
 class _Text:
     """The text of a file, of which what was read and not yet taken is held."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
+    def __init__(self, chunks: Iterator[bytes], max_characters: int) -> None:
         self._chunks = chunks
+        self._max_characters = max_characters
+        self._max_values = max_values(max_characters)
+        self._put_back = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._json = json.JSONDecoder()
         self._buffer = ""
@@ -86,6 +98,7 @@ class _Text:
     def element(self, shown: str, number: int) -> Any:
         """Take one value. Raises SourceUnreadableError."""
         self.peek()
+        self._hold_at_most(self._max_values)  # of so many characters, no more values come
         while True:
             try:
                 value, stop = self._json.raw_decode(self._buffer, self._start)
@@ -93,22 +106,47 @@ class _Text:
                 is_cut = error.msg.startswith("Unterminated string") or (
                     error.pos >= len(self._buffer) - _LONGEST_TOKEN_CHARACTERS
                 )
+                if is_cut:
+                    self._require_short(len(self._buffer), shown, number)
                 # Read as much again as there is: a long element is parsed a few times only.
-                if not is_cut or not self._read(len(self._buffer) - self._start):
+                least = min(len(self._buffer) - self._start, self._max_values)
+                if not is_cut or not self._read(least):
                     raise _malformed(shown, number, error.msg) from None
             except (ValueError, RecursionError) as error:
                 raise _malformed(shown, number, str(error)) from None
             else:
                 # A number may go on in what was not read yet.
                 if stop < len(self._buffer) or not self._read(1):
+                    self._require_short(stop, shown, number)
                     self._start = stop
                     return value
 
+    def _require_short(self, stop: int, shown: str, number: int) -> None:
+        """Raises SourceUnreadableError for an element of which too much stands before `stop`."""
+        most = self._max_characters
+        if stop - self._start <= self._max_values:
+            return
+        is_long = stop - self._start > most
+        if is_long or holds_too_many_values(self._buffer[self._start : stop], most):
+            what = "is longer" if is_long else "holds more values"
+            raise SourceUnreadableError(
+                f"{shown}: element {number} {what} than --max-record-bytes {most} allows; raise "
+                "that if there is memory for 20 times as much, or write one object per line, of "
+                "which such can be left out"
+            )
+
+    def _hold_at_most(self, num_characters: int) -> None:
+        """Put back what was read beyond so many characters."""
+        stop = self._start + num_characters
+        if stop < len(self._buffer):
+            self._put_back = self._buffer[stop:] + self._put_back
+            self._buffer, self._start = self._buffer[self._start : stop], 0
+
     def _read(self, least: int) -> bool:
         """Hold at least `least` more characters, if there are; False if there are none."""
-        parts = [self._buffer[self._start :]]
-        self._start = 0
-        wanted = max(least, _MIN_READ_CHARACTERS)
+        parts = [self._buffer[self._start :], self._put_back]
+        self._start, self._put_back = 0, ""
+        wanted = max(least, _MIN_READ_CHARACTERS) - len(parts[1])
         while wanted > 0 and not self._is_whole:
             chunk = next(self._chunks, None)
             self._is_whole = chunk is None

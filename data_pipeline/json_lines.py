@@ -3,36 +3,24 @@
 Every record that is malformed is named by file and line. `-` is stdin, and for output stdout.
 """
 
-import bz2
 import codecs
-import gzip
 import json
-import lzma
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
-import zstandard
-
+from data_pipeline.decompression import CORRUPT_ERRORS, blocks, corrupt, decompressed
 from data_pipeline.encodings import as_utf8
 from data_pipeline.errors import BadRecordError, SourceMissingError, SourceUnreadableError
+from data_pipeline.record_limits import (
+    DEFAULT_MAX_RECORD_BYTES,
+    holds_too_many_values,
+    too_long,
+)
 
 STANDARD_STREAM = "-"
-COMPRESSIONS = {
-    **dict.fromkeys((".gz", ".gzip"), "gz"),
-    **dict.fromkeys((".zst", ".zstd"), "zst"),
-    ".bz2": "bz2",
-    **dict.fromkeys((".xz", ".lzma"), "xz"),
-}
-"""The method of each suffix of compressed files that are read."""
-CORRUPT_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, lzma.LZMAError)
-"""What reading a compressed file raises that is truncated or none."""
-
-_CHUNK_BYTES = 128 << 10
-_MAX_ZSTD_WINDOW_BYTES = 1 << 31  # `zstd --long=31` is the most that the format's tools write
 
 
 @dataclass(frozen=True)
@@ -43,14 +31,16 @@ class Record:
     fields: dict[str, Any]
 
 
-def read_records(path: str) -> "Iterator[Record | BadRecordError]":
+def read_records(
+    path: str, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+) -> "Iterator[Record | BadRecordError]":
     """The records of a file, or of stdin for `-`; of a malformed line, the error.
 
     Blank lines are passed over; what `COMPRESSIONS` names is decompressed. Raises
     SourceMissingError, SourceUnreadableError.
     """
     if path == STANDARD_STREAM:
-        yield from _records(_blocks(sys.stdin.buffer), "stdin")
+        yield from _records(blocks(sys.stdin.buffer), "stdin", max_record_bytes)
         return
     if not path:  # Path("") would be the folder we are in
         raise SourceMissingError(
@@ -58,7 +48,8 @@ def read_records(path: str) -> "Iterator[Record | BadRecordError]":
         )
     try:
         with Path(path).open("rb") as stream:
-            yield from _records(decompressed(stream, PurePath(path).suffix), path)
+            chunks = decompressed(stream, PurePath(path).suffix, path, max_record_bytes)
+            yield from _records(chunks, path, max_record_bytes)
     except UnicodeDecodeError as error:
         raise SourceUnreadableError(
             f"{path}: not valid {error.encoding.upper()} throughout; convert the file to UTF-8"
@@ -80,8 +71,17 @@ def line_of(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields).encode() + b"\n"
 
 
-def parse_record(line: bytes, where: str) -> dict[str, Any]:
-    """Raises BadRecordError, which begins with `where`."""
+def parse_record(
+    line: bytes | None, where: str, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+) -> dict[str, Any]:
+    """The object of a line; None is a line that is too long.
+
+    Raises BadRecordError, which begins with `where`.
+    """
+    if line is None:
+        raise too_long(where, max_record_bytes)
+    if holds_too_many_values(line, max_record_bytes):
+        raise too_long(where, max_record_bytes, "more values than")
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -108,35 +108,15 @@ def require_object(value: object, where: str) -> dict[str, Any]:
     return value
 
 
-def decompressed(stream: BinaryIO, suffix: str) -> Iterator[bytes]:
-    """A stream's bytes in pieces, decompressed if the suffix is one of `COMPRESSIONS`.
-
-    Raises what the decompressors raise: `CORRUPT_ERRORS`.
-    """
-    method = COMPRESSIONS.get(suffix.lower())
-    if method == "gz":
-        with gzip.open(stream, "rb") as inner:
-            yield from iter(lambda: inner.read(_CHUNK_BYTES), b"")
-        return
-    blocks = _blocks(stream)
-    if method == "zst":
-        yield from _decompress_zst(blocks)
-    elif method == "bz2":
-        yield from _decompress_streams(blocks, bz2.BZ2Decompressor)
-    elif method == "xz":
-        yield from _decompress_streams(blocks, lzma.LZMADecompressor)
-    else:
-        yield from blocks
-
-
-def lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+def lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
     """Lines that are not blank, with their numbers from 1, without newline or byte order mark.
 
-    Only b"\\n" ends one. Any line may begin with a mark: files with one were joined.
+    Only b"\\n" ends one. Any line may begin with a mark: files with one were joined. Of a line
+    that is longer than `max_bytes`, None comes as soon as that is known; the rest is passed over.
     """
-    for number, marked in enumerate(_split(chunks), start=1):
-        line = marked.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
+    for number, marked in enumerate(_split(chunks, max_bytes), start=1):
+        line = marked.removeprefix(codecs.BOM_UTF8) if marked is not None else None
+        if line is None or (line and not line.isspace()):
             yield number, line
 
 
@@ -150,82 +130,32 @@ def not_decodable(where: str, error: UnicodeDecodeError) -> BadRecordError:
     )
 
 
-def corrupt(address: str, reason: object) -> SourceUnreadableError:
-    """The error for a file that cannot be decompressed to its end."""
-    return SourceUnreadableError(
-        f"{address}: truncated, or not what its suffix says ({reason}); fetch or write it again"
-    )
-
-
-def _records(chunks: Iterable[bytes], shown: str) -> "Iterator[Record | BadRecordError]":
-    for number, line in lines(as_utf8(iter(chunks))):
+def _records(
+    chunks: Iterable[bytes], shown: str, max_record_bytes: int
+) -> "Iterator[Record | BadRecordError]":
+    for number, line in lines(as_utf8(iter(chunks)), max_record_bytes):
         where = f"{shown}:{number}"
         try:
-            yield Record(where, parse_record(line, where))
+            yield Record(where, parse_record(line, where, max_record_bytes))
         except BadRecordError as error:
             yield error
 
 
-def _blocks(stream: BinaryIO) -> Iterator[bytes]:
-    return iter(lambda: stream.read(_CHUNK_BYTES), b"")
-
-
-def _decompress_zst(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Every frame of a file. The library's own reader takes a truncated frame for the end."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW_BYTES)
-    frame = None
-    for block in blocks:
-        rest = block
-        while rest:
-            frame = frame or decompressor.decompressobj()
-            yield frame.decompress(rest)
-            rest = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame:
-        raise EOFError("the last frame is not complete")
-
-
-class _Decompressor(Protocol):
-    """What bz2 and lzma have in common."""
-
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def needs_input(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
-
-
-def _decompress_streams(
-    blocks: Iterable[bytes], start: Callable[[], _Decompressor]
-) -> Iterator[bytes]:
-    """Every stream of a file, with the zeros that may pad it, in pieces of bounded size."""
-    decompressor = None
-    for block in blocks:
-        rest = block
-        while rest or (decompressor and not decompressor.needs_input):
-            if decompressor is None:
-                rest = rest.lstrip(b"\0")
-                if not rest:
-                    break
-                decompressor = start()
-            try:
-                yield decompressor.decompress(rest, _CHUNK_BYTES)
-            except OSError as error:  # of bz2, for data that is not its own
-                raise EOFError(str(error)) from None
-            rest = decompressor.unused_data if decompressor.eof else b""
-            decompressor = None if decompressor.eof else decompressor
-    if decompressor:
-        raise EOFError("the last stream is not complete")
-
-
-def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def _split(chunks: Iterable[bytes], max_bytes: int) -> Iterator[bytes | None]:
     parts: list[bytes] = []
+    num_bytes = 0  # of the line so far
     for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        parts.append(first)
-        for other in others:
-            yield b"".join(parts)
-            parts = [other]
-    yield b"".join(parts)
+        for number, part in enumerate(chunk.split(b"\n")):
+            if number:
+                if num_bytes <= max_bytes:
+                    yield b"".join(parts)
+                parts, num_bytes = [], 0
+            if num_bytes > max_bytes:
+                continue  # of a line that was found too long
+            num_bytes += len(part)
+            parts.append(part)
+            if num_bytes > max_bytes:
+                parts = []
+                yield None
+    if num_bytes <= max_bytes:
+        yield b"".join(parts)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 from data_pipeline.errors import BadRecordError, ConfigError
 from data_pipeline.example_columns import ExampleColumns
+from data_pipeline.shown_names import shown_names
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def text_of(record: Mapping[str, object], column: str, where: str) -> str:
     """A text that is not blank. Raises BadRecordError."""
     if column not in record:
         raise BadRecordError(
-            f"{where}: no {column!r}; the keys are {', '.join(record) or 'none'}: mend or remove "
+            f"{where}: no {column!r}; the keys are {shown_names(record)}: mend or remove "
             "the line, or name the keys that hold the texts with --columns"
         )
     value = record[column]

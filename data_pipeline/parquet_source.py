@@ -13,6 +13,9 @@ from typing import Any
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
 from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.files import DataFile
+from data_pipeline.memory_fence import MemoryFence, count_arrow_memory
+from data_pipeline.record_limits import DEFAULT_MAX_RECORD_BYTES, is_longer
+from data_pipeline.shown_names import shown_names
 from data_pipeline.slices import (
     AnyColumns,
     Document,
@@ -20,10 +23,16 @@ from data_pipeline.slices import (
     Slice,
     asked_columns,
     documents_of,
+    require_short,
 )
 
 SLICE_BYTES = 64 << 20
 _BATCH_ROWS = 256
+_BATCH_BYTES = 16 << 20
+_MOST_EXPANSION = 1000  # what more a footer claims is no text, and would make too many slices
+_NAMED_ROWS = 10
+"""Of rows that are all bad for one reason; the others are counted at once."""
+_MOST_TYPE_CHARACTERS = 100
 _STRINGS = {"string", "large_string", "string_view"}
 _BINARIES = {"binary", "large_binary", "binary_view"}
 """Bytes that are UTF-8, as programs write that do not mark their columns as text."""
@@ -45,7 +54,8 @@ def list_parquet_slices(file: DataFile, address: str, columns: AnyColumns) -> Pa
     import pyarrow as pa
 
     try:
-        with _open(file) as parquet:
+        fence = MemoryFence(file.shown, DEFAULT_MAX_RECORD_BYTES)
+        with fence.up(), _open(file) as parquet:
             schema, metadata = parquet.schema_arrow, parquet.metadata
             leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
     except (pa.ArrowException, OSError) as error:
@@ -61,7 +71,7 @@ def list_parquet_slices(file: DataFile, address: str, columns: AnyColumns) -> Pa
     start = size_bytes = 0
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
-        size_bytes += sum(row_group.column(leaf).total_uncompressed_size for leaf in sized)
+        size_bytes += sum(_text_bytes(row_group.column(leaf), file.size_bytes) for leaf in sized)
         if size_bytes >= SLICE_BYTES or group == metadata.num_row_groups - 1:
             if any(metadata.row_group(index).num_rows for index in range(start, group + 1)):
                 slices.append(Slice("parquet", address, start, group + 1, size_bytes, file.stamp))
@@ -70,30 +80,41 @@ def list_parquet_slices(file: DataFile, address: str, columns: AnyColumns) -> Pa
 
 
 def read_parquet_slice(
-    file: DataFile, piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord
+    file: DataFile,
+    piece: Slice,
+    columns: AnyColumns,
+    on_bad_record: OnBadRecord,
+    max_record_bytes: int,
 ) -> Iterator[Document]:
     """Documents of some row groups. Raises OSError, SourceUnreadableError, BadRecordError."""
     import pyarrow as pa
 
+    fence = MemoryFence(file.shown, max_record_bytes)
     try:
-        with _open(file) as parquet:
+        with fence.up():
+            opened = _open(file)
+        with opened as parquet:
             schema, metadata = parquet.schema_arrow, parquet.metadata
             leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
             groups = range(piece.start, piece.stop)
             row = sum(metadata.row_group(group).num_rows for group in range(piece.start))
             if fault := _fault(columns, schema, leaves):
-                for index in range(sum(metadata.row_group(group).num_rows for group in groups)):
+                num_rows = sum(metadata.row_group(group).num_rows for group in groups)
+                for index in range(min(num_rows, _NAMED_ROWS + 1)):
                     where = f"{file.shown} row {row + index}"
-                    on_bad_record(BadRecordError(f"{where}: {fault.sentence}", fault.cause))
+                    number = 1 if index < _NAMED_ROWS else num_rows - _NAMED_ROWS
+                    on_bad_record(
+                        BadRecordError(f"{where}: {fault.sentence}", fault.cause, number=number)
+                    )
                 return
             batches = parquet.iter_batches(
-                _BATCH_ROWS,
+                _batch_rows(metadata, groups, _columns_to_read(columns, schema.names), leaves),
                 row_groups=groups,
                 columns=_columns_to_read(columns, schema.names),
                 use_threads=False,
             )
-            rows = _Rows(file.shown, schema.names, columns, on_bad_record)
-            for batch in batches:
+            rows = _Rows(file.shown, schema.names, columns, on_bad_record, max_record_bytes, fence)
+            for batch in fence.each(batches):
                 yield from rows.documents(batch, row)
                 row += batch.num_rows
     except (pa.ArrowException, OSError) as error:
@@ -111,7 +132,7 @@ class _Fault:
 def _fault(columns: AnyColumns, schema: Any, leaves: list[str]) -> _Fault | None:
     """What is wrong with the columns that are asked for, if anything is."""
     names = schema.names
-    shown = ", ".join(names) or "none"
+    shown = shown_names(names)
     if isinstance(columns, ExampleColumns):
         try:
             asked = columns.found_in(names, "")
@@ -130,7 +151,8 @@ def _fault(columns: AnyColumns, schema: Any, leaves: list[str]) -> _Fault | None
             fits = _is_number(column_type) if is_score else _is_string(column_type)
             if column not in leaves or not fits:
                 wanted = "numbers" if is_score else "strings"
-                cause = f"column {column!r} holds {column_type}, not {wanted}"
+                held = str(column_type)[:_MOST_TYPE_CHARACTERS]
+                cause = f"column {column!r} holds {held}, not {wanted}"
                 return _Fault(cause, f"{cause}; {advice}")
     for column in asked:
         if names.count(column) > 1:
@@ -145,6 +167,23 @@ def _columns_to_read(columns: AnyColumns, names: list[str]) -> list[str]:
     return list(dict.fromkeys(column for column, _, _ in asked_columns(columns)))
 
 
+def _text_bytes(chunk: Any, file_bytes: int) -> int:
+    """What a column chunk expands to, as far as its claim can be true."""
+    stored_bytes = min(max(chunk.total_compressed_size, 0), file_bytes)
+    claimed_bytes = max(int(chunk.total_uncompressed_size), 0)
+    return min(claimed_bytes, _MOST_EXPANSION * int(stored_bytes))
+
+
+def _batch_rows(metadata: Any, groups: range, names: list[str], leaves: list[str]) -> int:
+    """How many rows hold about 16 MiB of what is read, where they hold most."""
+    read = [leaf for leaf, path in enumerate(leaves) if _is_within(path, {*names})]
+    row_bytes = 1
+    for group in map(metadata.row_group, groups):
+        size_bytes = sum(group.column(leaf).total_uncompressed_size for leaf in read)
+        row_bytes = max(row_bytes, size_bytes // max(group.num_rows, 1))
+    return min(max(_BATCH_BYTES // row_bytes, 1), _BATCH_ROWS)
+
+
 def _is_within(path: str, names: set[str]) -> bool:
     """Whether a leaf is one of some columns, or lies in one that is nested."""
     return any(path == name or path.startswith(f"{name}.") for name in names)
@@ -154,13 +193,21 @@ class _Rows:
     """Turns the rows of one file into documents."""
 
     def __init__(
-        self, shown: str, names: list[str], columns: AnyColumns, on_bad_record: OnBadRecord
+        self,
+        shown: str,
+        names: list[str],
+        columns: AnyColumns,
+        on_bad_record: OnBadRecord,
+        max_record_bytes: int,
+        fence: MemoryFence,
     ) -> None:
         self._shown = shown
         self._name = shown.rpartition("/")[2]
         self._names = names
         self._columns = columns
         self._on_bad_record = on_bad_record
+        self._max_record_bytes = max_record_bytes
+        self._fence = fence
 
     def documents(self, batch: Any, first_row: int) -> Iterator[Document]:
         """The documents of a batch: whole columns at once, or row by row where one is bad."""
@@ -170,11 +217,12 @@ class _Rows:
             return
         none: list[Any] = [None] * batch.num_rows
         try:
-            texts = _strings(batch.column(columns.text))
-            languages = _strings(batch.column(columns.language)) if columns.language else none
+            with self._fence.up():
+                texts = _strings(batch.column(columns.text))
+                languages = _strings(batch.column(columns.language)) if columns.language else none
         except UnicodeDecodeError:
             texts = none
-        if None in texts:
+        if None in texts or any(is_longer(text, self._max_record_bytes) for text in texts):
             yield from self._one_by_one(batch, first_row)
             return
         scores = none
@@ -194,11 +242,13 @@ class _Rows:
             row = first_row + index
             where = f"{self._shown} row {row}"
             try:
-                record = dict.fromkeys(self._names) | {
-                    name: _python_value(batch.column(name)[index], name, where)
-                    for name in batch.schema.names
-                }
+                with self._fence.up():
+                    record = dict.fromkeys(self._names) | {
+                        name: _python_value(batch.column(name)[index], name, where)
+                        for name in batch.schema.names
+                    }
                 documents = documents_of(record, self._columns, where, f"{self._name} row {row}")
+                require_short(documents, where, self._max_record_bytes)
             except BadRecordError as error:
                 self._on_bad_record(error)
             else:
@@ -208,6 +258,7 @@ class _Rows:
 def _open(file: DataFile) -> Any:
     from pyarrow.parquet import ParquetFile
 
+    count_arrow_memory()
     opened, buffer_bytes = file.parquet()
     return ParquetFile(
         opened,

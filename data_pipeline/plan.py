@@ -11,7 +11,8 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
@@ -35,13 +36,22 @@ from data_pipeline.limits import MAX_PLAN_BYTES
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.next_command import command, show_next
 from data_pipeline.number_ranges import INT64_MAX
+from data_pipeline.record_limits import TOO_LONG
 from data_pipeline.regular_files import require_no_link
 from data_pipeline.settings import (
+    CHANGEABLE,
     BuildSettings,
     WeightedSource,
     content_settings,
 )
-from data_pipeline.skipped import Skipped, merged, skipped_from_json, skipped_lines, skipped_to_json
+from data_pipeline.skipped import (
+    RECORDS,
+    Skipped,
+    merged,
+    skipped_from_json,
+    skipped_lines,
+    skipped_to_json,
+)
 from data_pipeline.slices import Slice
 from data_pipeline.sources import list_source, require_none_shared, require_outside
 from data_pipeline.text import TextCodec
@@ -205,8 +215,9 @@ def make_plan(
     in the train set and in the val set.
     """
     columns = settings.columns
-    skips_bad = settings.on_bad_record == "skip"
-    listings = [list_source(part.source, columns, skips_bad=skips_bad) for part in settings.sources]
+    how: dict[str, Any] = {"skips_bad": settings.on_bad_record == "skip"}
+    how["max_record_bytes"] = settings.max_record_bytes
+    listings = [list_source(part.source, columns, **how) for part in settings.sources]
     if out is not None:
         for part, listing in zip(settings.sources, listings, strict=True):
             listing.require_outside(part.source, out)
@@ -239,13 +250,13 @@ def cut_evenly(sizes_bytes: Sequence[float], num_tasks: int | None = None) -> tu
     sizes = sizes_bytes if total_bytes else [task_bytes] * len(sizes_bytes)
     total_bytes = sum(sizes)
     wanted = num_tasks or max(1, math.ceil(total_bytes / task_bytes))
-    counts = [0] * wanted
+    counts: Counter[int] = Counter()  # no list: sizes are what files claim, and may want billions
     before_bytes = 0.0
     for size in sizes:
         middle = (before_bytes + size / 2) / total_bytes
         counts[min(int(middle * wanted), wanted - 1)] += 1
         before_bytes += size
-    return tuple(count for count in counts if count or num_tasks)
+    return tuple(counts[index] for index in (range(wanted) if num_tasks else counts))
 
 
 def claim_plan(
@@ -270,23 +281,34 @@ def claim_plan(
     plan = Plan.load(out)
     plan.settings.require_same(settings, out)
     require_same_tasks(plan, out, num_tasks)
-    return handling_bad_records(plan, settings.on_bad_record, out), False
+    changed = {name: getattr(settings, name) for name in CHANGEABLE}
+    return handling_records(plan, changed, out), False
 
 
-def handling_bad_records(plan: Plan, on_bad_record: str, out: Path) -> Plan:
-    """The plan with another choice of what a malformed record does, which a resumed build may make.
+def handling_records(plan: Plan, changed: Mapping[str, Any], out: Path) -> Plan:
+    """The plan with other choices of which records fail, and how, as a resumed build may make them.
 
-    Raises OutputExistsError when such records were left out of a finished data set.
+    `changed` has some of `CHANGEABLE`. Raises OutputExistsError when a finished data set would have
+    left out other records.
     """
-    if plan.settings.on_bad_record == on_bad_record:
+    settings = replace(plan.settings, **changed)
+    if settings == plan.settings:
         return plan
     if not (out / MANIFEST_NAME).exists():
-        plan = replace(plan, settings=replace(plan.settings, on_bad_record=on_bad_record))
+        plan = replace(plan, settings=settings)
         write_text(out / PLAN_NAME, plan.to_json())
-    elif on_bad_record == "stop" and (bad := Manifest.load(out).left_out.get("bad_record")):
+        return plan
+    manifest = Manifest.load(out)
+    if settings.on_bad_record == "stop" and (bad := manifest.left_out.get("bad_record")):
         raise OutputExistsError(
             f"{out} is a finished data set that left out {bad:,} malformed records; give "
             "--on-bad-record skip, or choose another --out"
+        )
+    is_other_length = settings.max_record_bytes != plan.settings.max_record_bytes
+    if is_other_length and TOO_LONG in manifest.skipped.get(RECORDS, {}):
+        raise OutputExistsError(
+            f"{out} is a finished data set that left out records longer than --max-record-bytes "
+            f"{plan.settings.max_record_bytes}; give that, or choose another --out"
         )
     return plan
 

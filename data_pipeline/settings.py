@@ -19,13 +19,23 @@ from data_pipeline.errors import (
     TokenizerMismatchError,
 )
 from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.number_ranges import INT64_MAX, LEVEL, NUMBER, SHARE_BELOW_ALL, SOURCE_WEIGHT
+from data_pipeline.number_ranges import (
+    INT64_MAX,
+    LEVEL,
+    NUMBER,
+    RECORD_BYTES,
+    SHARE_BELOW_ALL,
+    SOURCE_WEIGHT,
+)
+from data_pipeline.record_limits import DEFAULT_MAX_RECORD_BYTES
 from data_pipeline.redaction import is_url, place_of, shown_url
 from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.slices import AnyColumns, Columns, Document
 from data_pipeline.text import Direction, Unit
 
 BAD_RECORD_CHOICES = ("stop", "skip")
+CHANGEABLE = ("on_bad_record", "max_record_bytes")
+"""Settings that decide what fails, not what is written: a build may be resumed with others."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,8 @@ class BuildSettings:
     """Into rows of so many tokens examples are packed; longer ones are left out."""
     html: bool = False
     """Whether the text of HTML pages is read."""
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+    """Longer records are malformed."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value out of range, naming its option."""
@@ -97,6 +109,8 @@ class BuildSettings:
                 f"--context-tokens is {row_tokens}, which does not divide --frame-tokens "
                 f"{frame_tokens}; choose a power of two from 8 to {frame_tokens}"
             )
+        if (problem := RECORD_BYTES.problem(self.max_record_bytes)) is not None:
+            raise ConfigError(f"--max-record-bytes is {self.max_record_bytes}, {problem}")
         if SHARE_BELOW_ALL.problem(self.val_fraction):
             raise ConfigError(
                 f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1"
@@ -185,7 +199,7 @@ class BuildSettings:
         first = ("tokenizer_sha256", "direction", "unit")
         for name in (*first, *(field.name for field in fields(self))):
             mine, theirs = getattr(self, name), getattr(wanted, name)
-            if mine == theirs or name == "on_bad_record":  # decides what fails, not what is written
+            if mine == theirs or name in CHANGEABLE:
                 continue
             if name == "sources" and _same_places(mine, theirs):
                 continue
@@ -227,6 +241,10 @@ def content_settings(settings: BuildSettings) -> dict[str, Any]:
     """The settings that decide what a task writes: how a source was spelled does not matter."""
     decisive = replace(settings, sources=()).to_dict()
     del decisive["on_bad_record"]  # it decides what fails: what is written is the same
+    # So does this, unless what is too long is left out; the default is what was always there.
+    is_default = settings.max_record_bytes == DEFAULT_MAX_RECORD_BYTES
+    if is_default or settings.on_bad_record == "stop":
+        del decisive["max_record_bytes"]
     return decisive
 
 

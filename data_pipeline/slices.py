@@ -14,8 +14,10 @@ from pathlib import Path
 
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
 from data_pipeline.example_columns import ExampleColumns
+from data_pipeline.record_limits import is_longer, too_long
 from data_pipeline.redaction import place_of, shown_url
 from data_pipeline.regular_files import open_file
+from data_pipeline.shown_names import shown_names
 
 STAMPED_BYTES = 64 << 10
 
@@ -78,7 +80,7 @@ class Slice:
     """One independently readable part of a source; `dataclasses.asdict` gives its JSON."""
 
     kind: str
-    """`pydocs`, `parquet`, `jsonl`, `text`, `html`, `zip` or `hub`."""
+    """`pydocs`, `parquet`, `jsonl`, `text`, `lines` (of text), `html`, `zip` or `hub`."""
     path: str
     """An absolute path or URL; a hub name with its config; `modules` or `topics` of pydocs."""
     start: int
@@ -151,6 +153,13 @@ def documents_of(
     return [Document(text, position, language, score)]
 
 
+def require_short(documents: Iterable[Document], where: str, max_record_bytes: int) -> None:
+    """Raises BadRecordError, beginning with `where`, when one of a record's texts is too long."""
+    for document in documents:
+        if any(is_longer(text, max_record_bytes) for text in (document.text, document.response)):
+            raise too_long(where, max_record_bytes)
+
+
 def require_no_columns(columns: AnyColumns, source: str) -> None:
     """Raises SourceUnreadableError when a source without columns is asked for any."""
     if isinstance(columns, ExampleColumns):
@@ -178,7 +187,7 @@ def require_columns(columns: AnyColumns, found: Iterable[str], source: str) -> N
     for column, option, content in asked_columns(columns):
         if column not in names:
             raise SourceUnreadableError(
-                f"{source}: no column {column!r}; the columns are {', '.join(names) or 'none'}: "
+                f"{source}: no column {column!r}; the columns are {shown_names(names)}: "
                 f"name the one with the {content} with {option}"
             )
 
@@ -219,7 +228,7 @@ def _value(
 ) -> object:
     if column not in record:
         raise BadRecordError(
-            f"{where}: no column {column!r}; the columns are {', '.join(record) or 'none'}: "
+            f"{where}: no column {column!r}; the columns are {shown_names(record)}: "
             f"name the one with the {content} with {option}, or remove the record",
             f"no column {column!r}",
         )
@@ -232,6 +241,6 @@ def _bad_value(
     found = "null" if value is None else f"of type {type(value).__name__}, not {wanted}"
     return BadRecordError(
         f"{where}: column {column!r} is {found} "
-        f"(the columns are {', '.join(record)}); fix or remove the record",
+        f"(the columns are {shown_names(record)}); fix or remove the record",
         f"column {column!r} is {found}",
     )

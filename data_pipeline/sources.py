@@ -19,6 +19,7 @@ from data_pipeline.files import local_path
 from data_pipeline.finding import find_files
 from data_pipeline.hub_source import list_hub_slices, read_hub_slice
 from data_pipeline.pydocs import list_pydocs_slices, read_pydocs_slice
+from data_pipeline.record_limits import DEFAULT_MAX_RECORD_BYTES
 from data_pipeline.redaction import is_url, place_of, shown_url
 from data_pipeline.skipped import Skipped
 from data_pipeline.slices import (
@@ -72,7 +73,11 @@ def list_slices(source: str, columns: AnyColumns = Columns()) -> tuple[Slice, ..
 
 
 def list_source(
-    source: str, columns: AnyColumns = Columns(), *, skips_bad: bool | None = None
+    source: str,
+    columns: AnyColumns = Columns(),
+    *,
+    skips_bad: bool | None = None,
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
 ) -> Listing:
     """List a source; `skips_bad` says whether malformed records will be left out.
 
@@ -88,7 +93,12 @@ def list_source(
         require_no_columns(columns, source)
         return Listing(list_pydocs_slices())
     if source.startswith(_HUB_PREFIX) and not is_url(source):
-        slices = list_hub_slices(source.removeprefix(_HUB_PREFIX), columns, skips_bad=skips_bad)
+        slices = list_hub_slices(
+            source.removeprefix(_HUB_PREFIX),
+            columns,
+            skips_bad=skips_bad,
+            max_record_bytes=max_record_bytes,
+        )
     else:
         try:
             html = isinstance(columns, Columns) and columns.html
@@ -108,17 +118,19 @@ def read_slice(
     piece: Slice,
     columns: AnyColumns = Columns(),
     on_bad_record: OnBadRecord = stop_at_bad_record,
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
 ) -> Iterator[Document]:
     """The documents of one slice, in order, holding no more than a few of them in memory.
 
-    A malformed record is given to `on_bad_record`, and left out if that returns. Raises what that
-    raises, and SourceUnreadableError when the slice is corrupt or no longer what was listed.
+    A malformed record, or one that is longer than `max_record_bytes`, is given to `on_bad_record`,
+    and left out if that returns. Raises what that raises, and SourceUnreadableError when the slice
+    is corrupt or no longer what was listed.
     """
     if piece.kind == "pydocs":
         return read_pydocs_slice(piece)
     if piece.kind == "hub":
-        return read_hub_slice(piece, columns, on_bad_record)
-    return read_file(piece, columns, on_bad_record)
+        return read_hub_slice(piece, columns, on_bad_record, max_record_bytes)
+    return read_file(piece, columns, on_bad_record, max_record_bytes)
 
 
 def require_outside(source: str, out: Path) -> None:

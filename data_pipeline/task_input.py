@@ -69,15 +69,17 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
     left_out = LeftOut()  # a whole file of malformed records may come between two documents
 
     def skip(error: BadRecordError) -> None:
-        left_out.counts[BAD_RECORD] += 1
-        count_skipped(left_out.skipped, RECORDS, error.cause, error.place)
+        left_out.counts[BAD_RECORD] += error.number
+        count_skipped(left_out.skipped, RECORDS, error.cause, error.place, error.number)
 
     on_bad_record = skip if settings.on_bad_record == "skip" else stop_or_skip
     for portion in task.portions:
         split = None if portion.split is None else SPLITS.index(portion.split)
         size_bytes = portion.piece.size_bytes
         shown_bytes = 0
-        for document in read_slice(portion.piece, settings.columns, on_bad_record):
+        for document in read_slice(
+            portion.piece, settings.columns, on_bad_record, settings.max_record_bytes
+        ):
             # A guess, so that the time left is known before the end of a long file.
             step_bytes = min(len(document.content), size_bytes - shown_bytes)
             shown_bytes += step_bytes

@@ -1,7 +1,9 @@
 """A sample of sources that fits in memory: a little from all over them, the same every time."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from data_pipeline.record_limits import DEFAULT_MAX_RECORD_BYTES
 from data_pipeline.settings import WeightedSource
 from data_pipeline.skipped import Skipped, merged
 from data_pipeline.slices import Columns, OnBadRecord, Slice, stop_at_bad_record, stop_or_skip
@@ -16,6 +18,7 @@ def sample_texts(
     columns: Columns,
     on_bad_record: OnBadRecord = stop_at_bad_record,
     on_skipped_files: Callable[[Skipped], None] = lambda _skipped: None,
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
 ) -> Iterator[str]:
     """Texts of up to `max_bytes` of UTF-8, from slices that are spread evenly over the sources.
 
@@ -23,9 +26,8 @@ def sample_texts(
     may be cut. Raises the errors of the sources.
     """
     skips_bad = on_bad_record not in (stop_at_bad_record, stop_or_skip)
-    listings = [
-        (list_source(part.source, columns, skips_bad=skips_bad), part.weight) for part in sources
-    ]
+    how: dict[str, Any] = {"skips_bad": skips_bad, "max_record_bytes": max_record_bytes}
+    listings = [(list_source(part.source, columns, **how), part.weight) for part in sources]
     on_skipped_files(merged(listing.skipped for listing, _ in listings))
     listed = [(piece, weight) for listing, weight in listings for piece in listing.slices]
     is_known = any(piece.size_bytes for piece, _ in listed)
@@ -36,7 +38,7 @@ def sample_texts(
     due_bytes = 0.0
     for piece, weight in chosen:
         due_bytes += max_bytes * weight / total
-        for document in read_slice(piece, columns, on_bad_record):
+        for document in read_slice(piece, columns, on_bad_record, max_record_bytes):
             left_bytes = round(due_bytes - taken_bytes)
             if left_bytes <= 0:
                 break

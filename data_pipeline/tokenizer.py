@@ -29,6 +29,7 @@ from data_pipeline.output_paths import (
     require_output,
     writing_output,
 )
+from data_pipeline.record_limits import DEFAULT_MAX_RECORD_BYTES, max_record_bytes_option
 from data_pipeline.regular_files import UNFIT, read_file
 from data_pipeline.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
 from data_pipeline.skipped import (
@@ -100,6 +101,7 @@ def train_tokenizer(
     *,
     html: bool = False,
     overwrite: bool = False,
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
 ) -> TokenizerReport:
     """Write `tokenizer.model` and `tokenizer_report.json` into `out_dir`, and return the report.
 
@@ -117,12 +119,12 @@ def train_tokenizer(
     skipped: Skipped = {}
 
     def skip(error: BadRecordError) -> None:
-        count_skipped(skipped, RECORDS, error.cause, error.place)
+        count_skipped(skipped, RECORDS, error.cause, error.place, error.number)
 
     on_bad = stop_or_skip if on_bad_record == "stop" else skip
     columns = Columns(text_column, html=html)
     count_files = partial(add_skipped, skipped)
-    texts = list(sample_texts(sources, max_bytes, columns, on_bad, count_files))
+    texts = list(sample_texts(sources, max_bytes, columns, on_bad, count_files, max_record_bytes))
     sentences = [sentence for text in texts for sentence in _sentences(text)]
     described = ", ".join(map(str, sources))
     if not sentences:
@@ -314,6 +316,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     show_default=True,
     help="A malformed record ends the training, or is left out.",
 )
+@max_record_bytes_option
 @html_option
 @overwrite_option
 def main(
@@ -324,6 +327,7 @@ def main(
     sample_bytes: int,
     text_column: str,
     on_bad_record: str,
+    max_record_bytes: int,
     html: bool,
     overwrite: bool,
 ) -> None:
@@ -338,12 +342,15 @@ def main(
         on_bad_record,
         html=html,
         overwrite=overwrite,
+        max_record_bytes=max_record_bytes,
     )
     model_path = out_dir / MODEL_NAME
     words = [word for part in weighted for word in ("--source", part.source)]
     words += [word for weight in weights for word in ("--weight", f"{weight:g}")]
     words += [] if text_column == "text" else ["--text-column", text_column]
     words += ["--html"] if html else []
+    if max_record_bytes != DEFAULT_MAX_RECORD_BYTES:
+        words += ["--max-record-bytes", str(max_record_bytes)]
     shards = free_path(out_dir.parent / "shards")
     click.echo(
         f"pieces       {report.vocab_size:,}\n"

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from data_pipeline.content import read_content
+from data_pipeline.decompression import corrupt, decompressed
+from data_pipeline.errors import SourceUnreadableError
 from data_pipeline.files import DataFile, kind_of, suffix_of
 from data_pipeline.html_text import require_html_reader
-from data_pipeline.json_lines import corrupt, decompressed
 from data_pipeline.slices import AnyColumns, Columns, Document, OnBadRecord, Slice
+from data_pipeline.zip_directory import METHODS, ZIP_ERRORS, open_zip
 
 _SLICE_BYTES = 64 << 20
 _ENCRYPTED = 1
@@ -35,11 +37,8 @@ def zip_members(file: DataFile, *, html: bool) -> tuple[list[Member], list[tuple
 
     Raises OSError, SourceUnreadableError.
     """
-    try:
-        with file.stream() as stream, zipfile.ZipFile(stream) as archive:
-            return _members(archive, html=html)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise corrupt(file.shown, error) from None
+    with file.stream() as stream, open_zip(stream, file.shown) as archive:
+        return _members(archive, html=html)
 
 
 def list_zip_slices(file: DataFile, address: str, columns: AnyColumns) -> tuple[list[Slice], bool]:
@@ -61,23 +60,40 @@ def list_zip_slices(file: DataFile, address: str, columns: AnyColumns) -> tuple[
 
 
 def read_zip_slice(
-    file: DataFile, piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord
+    file: DataFile,
+    piece: Slice,
+    columns: AnyColumns,
+    on_bad_record: OnBadRecord,
+    max_record_bytes: int,
 ) -> Iterator[Document]:
     """Documents of some files of an archive.
 
     Raises OSError, SourceUnreadableError, BadRecordError, and what decompressors raise.
     """
+    with file.stream() as stream, open_zip(stream, file.shown) as archive:
+        members, _ = _members(archive, html=_reads_html(columns))
+        for member in members[piece.start : piece.stop]:
+            shown = f"{file.shown}/{member.info.filename}"
+            chunks = _chunks(archive, member.info, shown, max_record_bytes)
+            how = (columns, on_bad_record, max_record_bytes)
+            yield from read_content(member.kind, shown, chunks, *how)
+
+
+def _chunks(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, shown: str, max_record_bytes: int
+) -> Iterator[bytes]:
+    """A file's bytes, decompressed, in pieces. Raises OSError, SourceUnreadableError."""
+    if info.compress_type not in METHODS:
+        raise SourceUnreadableError(
+            f"{shown}: compressed by a method that is not read within a zip (number "
+            f"{info.compress_type}); unpack the archive and name the folder"
+        )
     try:
-        with file.stream() as stream, zipfile.ZipFile(stream) as archive:
-            members, _ = _members(archive, html=_reads_html(columns))
-            for member in members[piece.start : piece.stop]:
-                name = member.info.filename
-                with archive.open(member.info) as inner:
-                    chunks = decompressed(inner, PurePath(name).suffix)  # type: ignore[arg-type]
-                    shown = f"{file.shown}/{name}"
-                    yield from read_content(member.kind, shown, chunks, columns, on_bad_record)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise corrupt(file.shown, error) from None
+        with archive.open(info) as inner:
+            suffix = PurePath(info.filename).suffix
+            yield from decompressed(inner, suffix, shown, max_record_bytes)  # type: ignore[arg-type]
+    except ZIP_ERRORS as error:
+        raise corrupt(shown, error) from None
 
 
 def _members(archive: zipfile.ZipFile, *, html: bool) -> tuple[list[Member], list[tuple[str, str]]]:

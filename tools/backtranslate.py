@@ -45,6 +45,7 @@ from data_pipeline.output_paths import (
     require_apart,
     writing_output,
 )
+from data_pipeline.record_limits import max_record_bytes_option
 from data_pipeline.redaction import place_of
 from data_pipeline.regular_files import require_no_link
 from data_pipeline.skipped import skipped_lines
@@ -159,8 +160,11 @@ def _identity(model: Path) -> str:
         ) from None
 
 
-def _texts(pieces: tuple[Slice, ...], columns: Columns, limit: int | None) -> Iterator[Text]:
-    documents = (document for piece in pieces for document in read_slice(piece, columns))
+def _texts(
+    pieces: tuple[Slice, ...], columns: Columns, limit: int | None, max_record_bytes: int
+) -> Iterator[Text]:
+    how: dict[str, Any] = {"max_record_bytes": max_record_bytes}
+    documents = (document for piece in pieces for document in read_slice(piece, columns, **how))
     positions_and_texts = ((document.position, document.text) for document in documents)
     yield from islice(different_texts(positions_and_texts), limit)
 
@@ -259,6 +263,7 @@ def _merge(parts: ChunkParts, choice: Choice, out: Path, overwrite: bool) -> Non
 @click.option("--top-k", type=TOP_K.option, default=200, show_default=True)
 @click.option("--seed", type=SEED.option, default=0, show_default=True)
 @click.option("--limit", type=COUNT.option, help="Only the first texts.")
+@max_record_bytes_option
 @click.option("--texts-at-once", type=MANY.option, default=16, show_default=True, help="A batch.")
 @click.option("--tasks", type=MANY.option, default=1, show_default=True)
 @click.option("--task-index", type=MANY_OR_ZERO.option, help="Do this task alone, from 0 on.")
@@ -278,6 +283,7 @@ def main(
     top_k: int,
     seed: int,
     limit: int | None,
+    max_record_bytes: int,
     texts_at_once: int,
     tasks: int,
     task_index: int | None,
@@ -293,7 +299,7 @@ def main(
     folder = _converted(folder)
     forward = None if forward is None else _converted(forward)
     columns = Columns(text_column)
-    listing = list_source(source, columns)
+    listing = list_source(source, columns, max_record_bytes=max_record_bytes)
     pieces = listing.slices
     for line in skipped_lines(listing.skipped):
         click.echo(line, err=True)
@@ -328,7 +334,7 @@ def main(
                     raise LaunchError(
                         f"another process does task {task} of {out}; wait for it, or stop it"
                     )
-                texts = _texts(pieces, columns, limit)
+                texts = _texts(pieces, columns, limit, max_record_bytes)
                 _do_task(parts, task, tasks, texts, texts_at_once, translator)
     missing = parts.missing
     if missing:

@@ -6,7 +6,6 @@ given instructions and writes responses.
 
 import itertools
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from data_pipeline.errors import (
 from data_pipeline.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K, Range
 from data_pipeline.output_paths import require_apart
 from data_pipeline.text import Direction
-from tools.json_lines import answer_each, parse_object, print_all
+from tools.json_lines import answer_each, parse_object, print_all, stdin_lines
 from tools.sample import apply_command
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class Chat:
 
 
 def answer_lines(
-    chat: Chat, lines: Iterable[str], options: "SamplingOptions", count: int
+    chat: Chat, lines: Iterable[str | None], options: "SamplingOptions", count: int
 ) -> Iterator[dict[str, Any]]:
     """An answer for each line of JSON that is not blank; of one that cannot be answered, `error`.
 
@@ -310,7 +309,7 @@ def main(
     chat = Chat(model, sampler, ChatFormat(codec))
     options = SamplingOptions(tokens, temp, top_k, seed)
     if is_json:
-        print_all(answer_lines(chat, sys.stdin, options, count))
+        print_all(answer_lines(chat, stdin_lines(), options, count))
     elif not texts:
         _talk(chat, options, count, kept)
     elif chat.prompt_name in texts:

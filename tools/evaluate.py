@@ -19,6 +19,7 @@ from data_pipeline.output_paths import (
     require_output,
     write_output,
 )
+from data_pipeline.record_limits import max_record_bytes_option
 from data_pipeline.rich_console import SafeConsole
 from data_pipeline.terminal import print_table
 
@@ -88,6 +89,7 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
 )
 @click.option("--limit", type=COUNT.option, help="The first so many rows of each suite.")
 @click.option("--tokens", type=COUNT.option, default=100, show_default=True, help="Most to write.")
+@max_record_bytes_option
 @click.option("--seed", type=SEED.option, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the results.")
 @click.option("--predictions", help="JSON lines of what was written for each row.")

@@ -3,7 +3,6 @@
 Once, or a line of JSON for a line of JSON.
 """
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_pipeline.command import Command
 from data_pipeline.errors import PromptError
 from data_pipeline.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K
-from tools.json_lines import Answer, answer_each, parse_object, print_all
+from tools.json_lines import Answer, answer_each, parse_object, print_all, stdin_lines
 
 if TYPE_CHECKING:
     from megaback.infill import Infill, Infiller, InfillOptions
@@ -207,7 +206,7 @@ def main(
     )
     infiller = load_infiller(forward, backward, device=device)
     if beginning is None or ending is None:
-        print_all(answer_each(sys.stdin, lambda line: answer(infiller, line, options, count)))
+        print_all(answer_each(stdin_lines(), lambda line: answer(infiller, line, options, count)))
         return
     found = infill(infiller, beginning, ending, options, count)
     texts = [beginning + one.middle + ending for one in found]

@@ -1,6 +1,7 @@
 """A line of JSON for a line of JSON: what commands that are used in pipes share."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import click
 
 from data_pipeline.errors import BadRecordError, ConfigError, PromptError
 from data_pipeline.number_ranges import finite_json
+from data_pipeline.record_limits import DEFAULT_MAX_RECORD_BYTES
 
 Answer = dict[str, Any]
 
@@ -23,12 +25,26 @@ def parse_object(line: str, wanted: str) -> Answer:
     return fields
 
 
-def answer_each(lines: Iterable[str], answer: Callable[[str], Answer]) -> Iterator[Answer]:
+def stdin_lines() -> Iterator[str | None]:
+    """The lines of stdin as they come; None for one that is too long to be held."""
+    most = DEFAULT_MAX_RECORD_BYTES
+    while line := sys.stdin.readline(most + 1):
+        is_long = len(line) > most
+        while len(line) > most and not line.endswith("\n"):
+            line = sys.stdin.readline(most + 1)  # the rest, in pieces
+        yield None if is_long else line
+
+
+def answer_each(lines: Iterable[str | None], answer: Callable[[str], Answer]) -> Iterator[Answer]:
     """An answer for each line that is not blank; of one that cannot be answered, `error`."""
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        if line is not None and not line.strip():
             continue
         try:
+            if line is None:
+                raise PromptError(
+                    f"the line is longer than {DEFAULT_MAX_RECORD_BYTES:,} characters"
+                )
             yield answer(line)
         except (PromptError, ConfigError) as error:
             yield {"line": number, "error": str(error)}

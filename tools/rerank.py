@@ -24,6 +24,7 @@ from data_pipeline.output_paths import (
     write_output,
 )
 from data_pipeline.pairs import Pair
+from data_pipeline.record_limits import max_record_bytes_option
 from data_pipeline.rich_console import SafeConsole
 from data_pipeline.terminal import print_table
 from tools.score import (
@@ -56,11 +57,12 @@ class Judges:
     forward: "Scorer | ForeignScorer | None"
     forward_column: str | None
     forward_per: str
+    max_record_bytes: int
 
     def questions(self, source: str, bad: BadRecords) -> list[tuple[dict[str, Any], Question]]:
         """The records of a file that every judge can score. Raises BadRecordError."""
         found = []
-        for record in good_records(source, bad):
+        for record in good_records(source, bad, self.max_record_bytes):
             try:
                 question = question_of(record, self.forward_column)
                 for pair in _pairs(question):
@@ -190,6 +192,7 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
     "--report", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the accuracies."
 )
 @bad_record_option
+@max_record_bytes_option
 @click.option("--seed", type=SEED.option, default=0, show_default=True)
 @device_option
 def main(
@@ -205,6 +208,7 @@ def main(
     dev: str | None,
     report: Path | None,
     on_bad_record: str,
+    max_record_bytes: int,
     seed: int,
     device: str | None,
 ) -> None:
@@ -235,7 +239,7 @@ def main(
                 "that one as --forward"
             )
         by = None if forward is None else load_forward(forward, form, device)
-        judges = Judges(reverse, by, forward_column, forward_per)
+        judges = Judges(reverse, by, forward_column, forward_per, max_record_bytes)
         used = _DEFAULT_WEIGHT if weight is None else weight
         if dev is not None:
             used = _fitted(judges, dev)

@@ -12,6 +12,7 @@ from data_pipeline.json_lines import Record, read_records
 from data_pipeline.line_writer import writing_lines
 from data_pipeline.output_paths import json_lines_with, overwrite_option, require_output
 from data_pipeline.pairs import PairColumns
+from data_pipeline.record_limits import max_record_bytes_option
 from data_pipeline.settings import BAD_RECORD_CHOICES
 from data_pipeline.slices import stop_or_skip
 from data_pipeline.terminal import fit
@@ -77,13 +78,13 @@ class BadRecords:
             )
 
 
-def good_records(source: str, bad: BadRecords) -> Iterator[Record]:
+def good_records(source: str, bad: BadRecords, max_record_bytes: int) -> Iterator[Record]:
     """The records of a file that can be read, of which there must be one.
 
     Raises SourceEmptyError, and what `read_records` raises.
     """
     is_empty = True
-    for record in read_records(source):
+    for record in read_records(source, max_record_bytes):
         if isinstance(record, BadRecordError):
             bad.add(record)
         else:
@@ -139,6 +140,7 @@ def encoded_pairs(
     "--prior/--no-prior", default=True, show_default=True, help="Also log P(question) alone."
 )
 @bad_record_option
+@max_record_bytes_option
 @device_option
 def main(
     folder: Path,
@@ -149,6 +151,7 @@ def main(
     columns: str,
     prior: bool,
     on_bad_record: str,
+    max_record_bytes: int,
     device: str | None,
 ) -> None:
     """Score each question by the model DIR: log P(question | answer), in nats.
@@ -162,7 +165,8 @@ def main(
     from megaback.scoring import load_scorer
 
     with load_scorer(folder, form=form, device=device, with_prior=prior) as scorer:
-        pairs = encoded_pairs(good_records(source, bad), names, scorer.encoder, bad)
+        records = good_records(source, bad, max_record_bytes)
+        pairs = encoded_pairs(records, names, scorer.encoder, bad)
         own = OwnKeys("score")
         with writing_lines(out, overwrite=overwrite) as writer:
             written = 0

@@ -13,7 +13,7 @@ from data_pipeline.errors import DirectionMismatchError, ShardsMissingError, Sou
 from data_pipeline.frame_store import FrameStore
 from data_pipeline.pairs import Pair
 from data_pipeline.rows import IGNORED_TARGET, RowReader
-from data_pipeline.sources import list_slices, read_slice
+from data_pipeline.sources import list_source, read_slice
 from data_pipeline.text import Direction
 from megaback.bootstrap import ratio_interval
 from megaback.evaluation import to_device
@@ -66,11 +66,11 @@ def passage_choice(
         raise DirectionMismatchError(
             f"--forward needs a model that writes forward, and {forward.folder} writes backward"
         )
-    source = options.need("passages", "passage-choice")
+    source, longest = options.need("passages", "passage-choice"), options.max_record_bytes
     items = [
         item
-        for piece in list_slices(source)
-        for document in read_slice(piece)
+        for piece in list_source(source, max_record_bytes=longest).slices
+        for document in read_slice(piece, max_record_bytes=longest)
         for item in neighbours(document.text, options.passage_characters)
     ]
     generator = random.Random(options.seed)

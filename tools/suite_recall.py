@@ -32,7 +32,8 @@ def instruction_recall(
     Chance is the instruction of another row.
     """
     _require_backward(evaluated, "instruction-recall")
-    all_rows = read_examples(options.need("rows", "instruction-recall"), options.limit)
+    source, longest = options.need("rows", "instruction-recall"), options.max_record_bytes
+    all_rows = read_examples(source, options.limit, longest)
     rows = _that_fit(evaluated, all_rows)
     found = evaluated.likeliest([row.response for row in rows], options.tokens)
     matches = [float(one.text == row.instruction) for one, row in zip(found, rows, strict=True)]
@@ -72,9 +73,11 @@ def reverse_dictionary(
     _require_backward(evaluated, "reverse-dictionary")
     pattern = _compiled(options.word_pattern or DEFAULT_WORD_PATTERN)
     source = options.need("rows", "reverse-dictionary")
-    all_rows = [row for row in read_examples(source, None) if pattern.search(row.instruction)][
-        : options.limit
-    ]
+    all_rows = [
+        row
+        for row in read_examples(source, None, options.max_record_bytes)
+        if pattern.search(row.instruction)
+    ][: options.limit]
     rows = _that_fit(evaluated, all_rows)
     if len(rows) < 2:
         raise SourceEmptyError(

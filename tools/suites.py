@@ -11,6 +11,7 @@ from data_pipeline.errors import BadRecordError, ConfigError, SourceEmptyError
 from data_pipeline.example_columns import ExampleColumns
 from data_pipeline.json_lines import read_records
 from data_pipeline.pairs import Pair
+from data_pipeline.record_limits import DEFAULT_MAX_RECORD_BYTES
 from megaback.bootstrap import Interval, mean_interval
 from megaback.chat import Candidate, candidates_of_each
 from megaback.choice import SamplingOptions
@@ -38,6 +39,7 @@ class SuiteOptions:
     limit: int | None = None
     seed: int = 0
     tokens: int = 100
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
 
     def need(self, name: str, suite: str) -> str:
         """The value of an option that a suite cannot do without. Raises ConfigError."""
@@ -129,10 +131,12 @@ Suite = Callable[[Evaluated, Evaluated | None, SuiteOptions], SuiteResult]
 """(model, forward model if there is one, options) -> what came out."""
 
 
-def read_examples(source: str, limit: int | None) -> list[Example]:
+def read_examples(
+    source: str, limit: int | None, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+) -> list[Example]:
     """Instruction rows. Raises BadRecordError, and SourceEmptyError when there is none."""
     found: list[Example] = []
-    for example in _examples(source):
+    for example in _examples(source, max_record_bytes):
         if limit is not None and len(found) >= limit:
             break
         found.append(example)
@@ -141,9 +145,9 @@ def read_examples(source: str, limit: int | None) -> list[Example]:
     return found
 
 
-def _examples(source: str) -> Iterator[Example]:
+def _examples(source: str, max_record_bytes: int) -> Iterator[Example]:
     columns = ExampleColumns()
-    for record in read_records(source):
+    for record in read_records(source, max_record_bytes):
         if isinstance(record, BadRecordError):
             raise record
         yield from columns.examples(record.fields, record.where)

@@ -80,9 +80,9 @@ def test_streams_one_after_another_are_read_with_their_padding(tmp_path: Path, s
 
 @pytest.mark.parametrize("suffix", [".bz2", ".xz"])
 def test_a_long_file_is_read_in_pieces_of_bounded_size(tmp_path: Path, suffix: str) -> None:
-    data = lines("\0" * (8 << 20))
+    data = lines("\0" * (4 << 20))
     (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESS[suffix](data))
-    assert texts(tmp_path) == ["\0" * (8 << 20)]
+    assert texts(tmp_path) == ["\0" * (4 << 20)]
 
 
 @pytest.mark.parametrize("suffix", [".bz2", ".xz", ".gzip"])
@@ -254,7 +254,7 @@ def test_a_broken_zip_is_unreadable(tmp_path: Path) -> None:
         texts(path)
     whole[200] ^= 0xFF
     path.write_bytes(whole)
-    with pytest.raises(SourceUnreadableError, match=r"a\.zip: truncated, or not"):
+    with pytest.raises(SourceUnreadableError, match=r"a\.zip/a\.jsonl: truncated, or not"):
         texts(path)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_helpers import QUICK, TEXTS, FileServer, documents, serving, write_files
 
-from data_pipeline import json_lines, parquet_source, remote, retries
+from data_pipeline import decompression, parquet_source, remote, retries
 from data_pipeline.errors import (
     MegabackError,
     SourceEmptyError,
@@ -34,7 +34,7 @@ def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many requests for a small file, and documents before the last of them."""
     monkeypatch.setattr(remote, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(json_lines, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(decompression, "PIECE_BYTES", 100)
     monkeypatch.setattr(parquet_source, "_BATCH_ROWS", 5)
 
 

@@ -165,3 +165,28 @@ def test_a_data_set_on_the_hub_is_read_as_files_of_one_commit(hub: Hub, tmp_path
     assert {document["language"] for document in documents} == {"en"}
     assert not has_torch
     assert not [request for request in hub.requests if ".parquet None" in request]
+
+
+@pytest.mark.parametrize("named", ["../../other/set/a.parquet", "hf://datasets/other/a.parquet"])
+def test_a_readme_on_the_hub_names_only_files_of_its_repository(
+    hub: Hub, tmp_path: Path, named: str
+) -> None:
+    configs = [
+        {"config_name": "all", "default": True, "data_files": "data/*.parquet"},
+        {"config_name": "other", "data_files": [named, f"{hub.address}/elsewhere.parquet"]},
+    ]
+    hub.files["README.md"] = f"---\nconfigs: {json.dumps(configs)}\n---\n".encode()
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    result = subprocess.run(
+        [sys.executable, "-c", READ, "hf:org/set:other"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert f"line 2 of its README.md names '{named}' under 'data_files'" in result.stderr
+    asked = [request.split()[1] for request in hub.requests]
+    assert any(path.endswith("README.md") for path in asked)
+    assert not [path for path in asked if path.endswith(".parquet")]

@@ -1,0 +1,24 @@
+"""Names of columns and keys in a sentence: a stranger's file may have a million of them."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+_MOST_NAMES = 20
+_MOST_CHARACTERS = 60
+
+
+def shown_names(names: Iterable[object]) -> str:
+    """Names in a row, of which many or long ones are cut; `none` without any.
+
+    >>> shown_names(["text", "x" * 100, *range(30)])[-24:]
+    '15, 16, 17 and 12 others'
+    """
+    remaining = iter(names)
+    shown = [_cut(str(name)) for name in islice(remaining, _MOST_NAMES)]
+    num_others = sum(1 for _ in remaining)
+    others = "others" if num_others > 1 else "other"
+    return (", ".join(shown) or "none") + (f" and {num_others:,} {others}" if num_others else "")
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _MOST_CHARACTERS else f"{name[:_MOST_CHARACTERS]}..."

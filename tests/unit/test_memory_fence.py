@@ -1,0 +1,149 @@
+"""Formats that let a few bytes claim gigabytes: refused by a bound on what their readers take."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from resource import RLIMIT_DATA, getrlimit
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline import memory_fence
+from data_pipeline.errors import BadRecordError, MegabackError, SourceUnreadableError
+from data_pipeline.memory_fence import MemoryFence
+from data_pipeline.plan import cut_evenly
+from data_pipeline.slices import Columns
+from data_pipeline.sources import list_slices, list_source, read_slice
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts all memory")
+
+MEASURE = """
+import resource, sys, time
+from data_pipeline.errors import MegabackError
+from data_pipeline.example_columns import ExampleColumns
+from data_pipeline.sources import Columns, list_slices, read_slice
+
+start = time.monotonic()
+columns = ExampleColumns() if sys.argv[2] == "examples" else Columns()
+try:
+    for piece in list_slices(sys.argv[1], columns):
+        for document in read_slice(piece, columns):
+            pass
+    print("read")
+except MegabackError as error:
+    print(f"{type(error).__name__}: {error}")
+print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def repeated(text: str, number: int) -> pa.Array:
+    """One text many times over, which a file holds once."""
+    return pa.DictionaryArray.from_arrays(np.zeros(number, np.int32), pa.array([text]))
+
+
+def write_bomb(path: Path, columns: dict[str, Any]) -> Path:
+    pq.write_table(
+        pa.table(columns),
+        path,
+        compression="zstd",
+        store_schema=False,
+        dictionary_pagesize_limit=1 << 30,
+    )
+    assert path.stat().st_size < 2000
+    return path
+
+
+@linux_only
+@pytest.mark.parametrize("kind", ["rows", "messages", "streamed"])
+def test_two_kilobytes_of_parquet_do_not_take_gigabytes(tmp_path: Path, kind: str) -> None:
+    source = str(tmp_path / "a.parquet")
+    if kind == "messages":
+        values = pa.ListArray.from_arrays([0, 30_000_000], repeated("x" * 100, 30_000_000))
+        write_bomb(tmp_path / "a.parquet", {"messages": values})
+    else:
+        write_bomb(tmp_path / "a.parquet", {"text": repeated("x" * (8 << 20), 1000)})
+    if kind == "streamed":
+        config = {"config_name": "all", "data_files": "a.parquet", "columns": ["text"]}
+        (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps([config])}\n---\n")
+        source = f"hf:{tmp_path}"
+    kind = "examples" if kind == "messages" else ""
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, source, kind], capture_output=True, text=True, check=True
+    )
+    said, measured = result.stdout.splitlines()
+    assert "reading it takes more than 768 MiB of memory" in said
+    assert "Traceback" not in result.stderr
+    assert float(measured.split()[1]) < 1024
+
+
+@linux_only
+def test_the_fence_is_up_for_as_long_as_something_is_read() -> None:
+    before = getrlimit(RLIMIT_DATA)
+    fence = MemoryFence("a file", 1)
+    with pytest.raises(SourceUnreadableError, match="a file: reading it takes more than 768 MiB"):
+        list(fence.each(bytearray(size) for size in (1 << 20, 1 << 30)))
+    assert getrlimit(RLIMIT_DATA) == before
+    assert len(bytearray(1 << 30)) == 1 << 30
+    inner, outer = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with fence.up():
+            inner.set()
+            outer.wait()
+
+    thread = threading.Thread(target=other)
+    with fence.up():
+        thread.start()
+        inner.wait()
+    assert getrlimit(RLIMIT_DATA) != before  # for the other thread
+    outer.set()
+    thread.join()
+    assert getrlimit(RLIMIT_DATA) == before
+
+
+def test_elsewhere_nothing_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_fence.sys, "platform", "darwin")
+    with MemoryFence("a file", 1).up():
+        assert len(bytearray(800 << 20)) == 800 << 20
+
+
+def test_rows_of_a_file_that_does_not_fit_are_counted_at_once(tmp_path: Path) -> None:
+    table = pa.table({"body": repeated("x", 50_000_000)})
+    pq.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    (tmp_path / "b.jsonl").write_text('{"text": "fits"}\n')
+    bad: list[BadRecordError] = []
+    first, _ = list_source(str(tmp_path), skips_bad=True).slices
+    assert list(read_slice(first, Columns(), bad.append)) == []
+    assert sum(error.number for error in bad) == 50_000_000
+    assert len(bad) == 11
+
+
+def test_sizes_that_files_claim_do_not_make_lists_of_tasks() -> None:
+    assert cut_evenly([1 << 62, 1, 1 << 62]) == (1, 1, 1)
+    assert cut_evenly([1 << 62, 1], 3) == (0, 1, 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 100_000), st.integers(1, 255)), min_size=1, max_size=3))
+def test_an_altered_parquet_file_is_read_or_refused(changes: list[tuple[int, int]]) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "a.parquet"
+        pq.write_table(pa.table({"text": ["one", "two", None, "three"]}), path, row_group_size=2)
+        altered = bytearray(path.read_bytes())
+        for at, change in changes:
+            altered[at % len(altered)] ^= change
+        path.write_bytes(altered)
+        said = ""
+        try:
+            for piece in list_slices(str(path)):
+                list(read_slice(piece, Columns(), lambda _: None))
+        except MegabackError as error:
+            said = str(error)
+        assert "\n" not in said
