@@ -15,13 +15,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 
-from data_pipeline.address_variables import kept
 from data_pipeline.build_options import (
     out_option,
     settings_from,
@@ -31,11 +30,10 @@ from data_pipeline.build_options import (
 from data_pipeline.checked_json import briefly, checked, read_json, require_within
 from data_pipeline.command import ResumableCommand, replacing, sync_folder, write_text
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardsMissingError
-from data_pipeline.files import FILE_KINDS
 from data_pipeline.limits import MAX_PLAN_BYTES
 from data_pipeline.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.next_command import command, show_next
-from data_pipeline.number_ranges import INT64_MAX
+from data_pipeline.plan_files import files_of, slices_of
 from data_pipeline.record_limits import TOO_LONG
 from data_pipeline.regular_files import require_no_link
 from data_pipeline.settings import (
@@ -71,7 +69,6 @@ _AIMED_TASKS = 64
 _MAX_PORTIONS = 1 << 24
 _MAX_TASKS = 1 << 20
 """As many as --tasks may ask for."""
-_KINDS = FILE_KINDS | {"hub", "pydocs"}
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ class Plan:
             "format": FORMAT_NAME,
             "version": FORMAT_VERSION,
             "settings": self.settings.to_dict(),
-            "inputs": [_files_of(slices) for slices in self.inputs],
+            "inputs": [files_of(slices) for slices in self.inputs],
             "task_portions": self.task_portions,
             "asked_tasks": self.asked_tasks,
         }
@@ -181,7 +178,7 @@ class Plan:
                 raise ValueError(f"its format and version are {said}")
             plan = cls(
                 BuildSettings.from_dict(fields["settings"]),
-                tuple(map(_slices_of, checked("inputs", fields["inputs"], list))),
+                tuple(map(slices_of, checked("inputs", fields["inputs"], list))),
                 checked("task_portions", fields["task_portions"], tuple[int, ...]),
                 checked("asked_tasks", fields["asked_tasks"], int | None),
                 skipped_from_json(fields.get("skipped", {})),
@@ -389,48 +386,6 @@ def _holds_something_else(out: Path) -> bool:
     return any(
         name not in ours and not name.startswith(f".{TOKENIZER_NAME}.") for name in names
     ) or not all(_OF_A_BUILD.fullmatch(path.name) for path in (out / BUILD_FOLDER).iterdir())
-
-
-def _files_of(slices: Sequence[Slice]) -> list[dict[str, Any]]:
-    """Slices as JSON, a file once: its slices lie end to end."""
-    files = []
-    for (kind, path, stamp), group in groupby(slices, lambda s: (s.kind, s.path, s.stamp)):
-        pieces = list(group)
-        files.append(
-            {
-                "kind": kind,
-                "path": path,
-                "stamp": stamp,
-                "slices": [[piece.start, piece.stop, piece.size_bytes] for piece in pieces],
-            }
-        )
-    return files
-
-
-def _slices_of(files: object) -> tuple[Slice, ...]:
-    """Raises KeyError, TypeError or ValueError."""
-    slices = []
-    for file in checked("inputs", files, list):
-        kind, path, stamp = (checked(key, file[key], str) for key in ("kind", "path", "stamp"))
-        _require_readable(kind, path)
-        for piece in checked("slices", file["slices"], list):
-            start, stop, size_bytes = checked("slices", piece, tuple[int, int, int])
-            for number in (start, stop, size_bytes):
-                require_within("slices", number, 0, INT64_MAX)
-            slices.append(Slice(kind, kept(path), start, stop, size_bytes, stamp))
-    return tuple(slices)
-
-
-def _require_readable(kind: str, path: str) -> None:
-    """Raises ValueError for what no source lists, and no system call takes."""
-    if kind not in _KINDS:
-        raise ValueError(f"kind is {briefly(kind)}")
-    try:
-        is_path = "\0" not in path and bool(os.fsencode(path))
-    except UnicodeEncodeError:
-        is_path = False
-    if not is_path:
-        raise ValueError(f"path is {briefly(path)}")
 
 
 @click.command(cls=ResumableCommand, name="plan")
