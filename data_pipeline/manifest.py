@@ -160,8 +160,16 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write manifest.json atomically; from then on the folder is a data set.
 
-        Raises ConfigError when there are too many shards.
+        Raises ConfigError when there are too many shards, and ShardCorruptError when the records
+        that it was made of say what cannot be.
         """
+        try:
+            self._require_consistent()
+        except ValueError as error:
+            raise ShardCorruptError(
+                f"the records of the shards in {folder} are wrong ({error!s:.300}); remove that "
+                "folder, and build the shards again"
+            ) from None
         is_of_examples = self.row_tokens is not None
         fields: dict[str, Any] = {
             "format": FORMAT_NAME,

@@ -189,6 +189,7 @@ class Plan:
                 raise ValueError("its tasks do not add up to its inputs")
             require_within("portions", num_portions, 0, _MAX_PORTIONS)
             require_within("tasks", len(plan.task_portions), 0, _MAX_TASKS)
+            require_within("asked_tasks", plan.asked_tasks or 1, 1, _MAX_TASKS)
         except (FileNotFoundError, NotADirectoryError):
             raise ShardsMissingError(
                 f"{out} holds no plan of a build; name the source, the tokenizer and the folder: "

@@ -98,6 +98,8 @@ class TaskRecord:
             task = path.stem.rpartition("-")[2]
             if any(shard.file.split("-")[1] != task for shard in record.shards):
                 raise ValueError("it lists shards of another task")
+            if len({shard.file for shard in record.shards}) < len(record.shards):
+                raise ValueError("it lists a shard twice")
             whole = record.task_sha256 == sha256 and all(
                 (file := path_within(folder, shard.file)).is_file()
                 and file.stat().st_size == shard.file_bytes

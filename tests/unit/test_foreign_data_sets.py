@@ -265,6 +265,7 @@ HOSTILE_RECORDS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a shard of another task": lambda record: record["shards"][0].update(
         file="train-00003-00000.zst"
     ),
+    "a shard twice": lambda record: record["shards"].append(record["shards"][0]),
     "a type": lambda record: record["shards"][0].update(tokens="7"),
     "a negative number": lambda record: record["shards"][0].update(tokens=-7),
     "too few hashes": lambda record: record.update(lowest_hashes=[[1]]),
@@ -350,3 +351,17 @@ def test_a_run_beside_a_data_set_may_be_anything(copy: Path, config: object) -> 
     meta.write_text("[" * 100_000)
     (command,) = train_commands(copy, manifest)
     assert "init_from=BASE" in command
+
+
+@pytest.mark.usefixtures("a_task_a_file", "in_threads")
+def test_records_that_give_no_readable_manifest_are_told_before_it_is_written(
+    source: Path, codec: Codecs, copy: Path
+) -> None:
+    (copy / MANIFEST_NAME).unlink()
+    path = copy / ".build" / "task-00002.json"
+    record = json.loads(path.read_text())
+    record["shards"][0]["tokens"] = 1 << 32  # more frames of 256 tokens than a shard may have
+    path.write_text(json.dumps(record))
+    with pytest.raises(ShardCorruptError, match=r"the records of the shards in .* are wrong"):
+        build_again(source, codec, copy)
+    assert not (copy / MANIFEST_NAME).exists()

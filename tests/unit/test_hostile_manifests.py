@@ -170,6 +170,7 @@ PLANS: dict[str, Callable[[dict[str, Any]], object]] = {
     "inputs": lambda plan: plan.update(inputs=7),
     "more inputs": lambda plan: plan.update(inputs=plan["inputs"] * 2),
     "tasks": lambda plan: plan.update(asked_tasks="7"),
+    "a number of tasks": lambda plan: plan.update(asked_tasks=1 << 53),
     "causes": lambda plan: plan.update(skipped=[7]),
     "a version": lambda plan: plan.update(version=[1] * 1000),
 }
