@@ -121,6 +121,7 @@ class Batch:
         draws = np.random.default_rng(sample.options.seed)
         self._readings.append(_Reading(sample, draws, sample.ids[:-1]))
 
+    @torch.inference_mode()
     def remove(self, sample: Sample) -> None:
         """Stop writing a sample, if it is still being written."""
         for reading in self._readings:
@@ -132,12 +133,13 @@ class Batch:
         if sample in self._rows:
             self._take(self._rows.index(sample))
 
+    @torch.inference_mode()
     def clear(self) -> None:
         """Stop writing all samples."""
         self._readings.clear()
         self._steps_of_first = None
-        for sample in list(self._rows):
-            self.remove(sample)
+        while self._rows:
+            self._take(len(self._rows) - 1)
 
     @torch.inference_mode()
     def read(self, seconds: float = 0.0) -> None:

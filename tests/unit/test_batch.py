@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,20 @@ def test_others_are_written_while_a_prompt_is_read() -> None:
     assert (first.num_new, late.num_new) == (2 * layers + 1, layers + 1)
     batch.remove(late)
     assert (len(batch), batch.num_rows) == (2, 2)
+
+
+def test_samples_with_a_penalty_leave_at_any_time() -> None:
+    batch, options = new_batch(3), SamplingOptions(12, repetition_penalty=1.5, min_new_tokens=12)
+    samples = [Sample(prompt_of([5 + n]), replace(options, seed=n)) for n in range(3)]
+    for sample in samples:
+        batch.add(sample)
+    batch.read(60)
+    steps = batch.step()
+    batch.remove(samples[0])
+    while len(batch):
+        steps += advance(batch)
+    for sample in samples[1:]:
+        assert text_of(steps, sample) == written([sample.prompt.ids], sample.options)[0]
 
 
 def test_probabilities_that_are_told_are_those_of_the_model() -> None:

@@ -175,3 +175,25 @@ def test_a_prompt_that_cannot_be_read_is_told_to_its_request_only(
         engine.write(writings_of(model, 1, 5, told, "good"))
         wait_until(lambda: bool(told and events))
     assert [type(event) for event in events] == [ReadingError]
+
+
+def test_whatever_fails_in_the_thread_is_told_and_the_next_ones_are_written(
+    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, float]] = []
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    with running(models) as engine:
+        writings = writings_of(models["tiny"], 1, 4000, told, "given up")
+        engine.write(writings)
+        engine.write(writings_of(models["ahead"], 1, 4000, told, "beside it"))
+        wait_until(lambda: all(model.batch.num_rows for model in models.values()))
+        with monkeypatch.context() as patch:
+            patch.setattr(models["tiny"].batch, "remove", broken)
+            engine.give_up(writings)
+            wait_until(lambda: [label for label, _ in told] == ["beside it"])
+        engine.write(writings_of(models["tiny"], 1, 3, told, "next"))
+        wait_until(lambda: told[-1][0] == "next")
+        assert engine.is_alive

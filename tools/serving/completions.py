@@ -267,26 +267,26 @@ async def stream(service: Service, asked: Asked, job: Job) -> AsyncGenerator[str
             if (first := asked.echo(index)) is not None:
                 yield await event(index, first)
     is_written = not asked.request.max_tokens
+    sent_s = time.monotonic()
     while not (is_written or job.is_late):
+        event_now = ""
         try:
-            found = await job.next(_SECONDS_BETWEEN_SIGNS_OF_LIFE)
+            found = await job.next(sent_s + _SECONDS_BETWEEN_SIGNS_OF_LIFE - time.monotonic())
         except ProblemError as problem:
             yield event_of(bytes(problem.response().body).decode())
             return
-        if found is None:
-            if not job.is_late:
-                yield _SIGN_OF_LIFE
-            continue
-        index, step = found
-        choice = asked.choices[index]
-        if choice.finish_reason is not None:
-            continue
-        part = choice.add(step)
-        if found_event := await event(index, part):
-            yield found_event
-        if part.finish_reason is not None and not step.is_last:
-            job.end(index)
-        is_written = all(choice.finish_reason for choice in asked.choices)
+        if found is not None and asked.choices[found[0]].finish_reason is None:
+            index, step = found
+            part = asked.choices[index].add(step)
+            event_now = await event(index, part)
+            if part.finish_reason is not None and not step.is_last:
+                job.end(index)
+            is_written = all(choice.finish_reason for choice in asked.choices)
+        if not event_now and time.monotonic() >= sent_s + _SECONDS_BETWEEN_SIGNS_OF_LIFE:
+            event_now = _SIGN_OF_LIFE
+        if event_now:
+            yield event_now
+            sent_s = time.monotonic()
     for index, choice in enumerate(asked.choices):
         if choice.finish_reason is None:
             yield await event(index, choice.finish("length"))

@@ -129,30 +129,44 @@ class Engine:
         return future
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(self._has_work)
-                if self._is_closing:
-                    break
-                given_up, self._given_up = self._given_up, []
-                begun = self._next_to_begin(given_up)
-                num_waiting = {name: self._num_waiting(name) for name in self._waiting}
-            for writing in given_up:
-                self._running.pop(writing.sample, None)
-                self._batches[writing.model].remove(writing.sample)
-            told: _Told = []
-            for writing in begun:
-                self._begin(writing, told)
-            for name, batch in self._batches.items():
-                self._advance(name, batch, told)
-                self._metrics.rows(name, running=len(batch), waiting=num_waiting[name])
-            self._tell(told)
-            self._work()
+        while not self._is_closing:
+            try:
+                self._turn()
+            except Exception as error:  # noqa: BLE001 - the server lives on
+                self._fail(_logged(error))
         for task in self._tasks:
             task.future.cancel()
             task.steps.close()
         for batch in self._batches.values():
             batch.clear()
+
+    def _turn(self) -> None:
+        """A token of every sample, and a slice of what else is to be done."""
+        with self._changed:
+            self._changed.wait_for(self._has_work)
+            if self._is_closing:
+                return
+            given_up, self._given_up = self._given_up, []
+            begun = self._next_to_begin(given_up)
+            num_waiting = {name: self._num_waiting(name) for name in self._waiting}
+        for writing in given_up:
+            self._running.pop(writing.sample, None)
+            self._batches[writing.model].remove(writing.sample)
+        told: _Told = []
+        for writing in begun:
+            self._begin(writing, told)
+        for name, batch in self._batches.items():
+            self._advance(name, batch, told)
+            self._metrics.rows(name, running=len(batch), waiting=num_waiting[name])
+        self._tell(told)
+        self._work()
+
+    def _fail(self, error: Exception) -> None:
+        """Tell all whose samples are written that they are no more."""
+        failed, self._running = list(self._running.values()), {}
+        for batch in self._batches.values():
+            batch.clear()
+        self._tell([(writing, error) for writing in failed])
 
     def _has_work(self) -> bool:
         return bool(
