@@ -51,15 +51,10 @@ def list_parquet_slices(file: DataFile, address: str, columns: AnyColumns) -> Pa
 
     Raises SourceUnreadableError when the file is no parquet.
     """
-    import pyarrow as pa
-
-    try:
-        fence = MemoryFence(file.shown, DEFAULT_MAX_RECORD_BYTES)
-        with fence.up(), _open(file) as parquet:
-            schema, metadata = parquet.schema_arrow, parquet.metadata
-            leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file.shown, error) from None
+    with MemoryFence(file.shown, DEFAULT_MAX_RECORD_BYTES).up():
+        parquet, schema, leaves = _open(file)
+    metadata = parquet.metadata
+    parquet.close()
     if metadata.num_rows == 0:
         return ParquetListing([], None)
     fault = _fault(columns, schema, leaves)
@@ -90,12 +85,11 @@ def read_parquet_slice(
     import pyarrow as pa
 
     fence = MemoryFence(file.shown, max_record_bytes)
+    with fence.up():
+        opened, schema, leaves = _open(file)
     try:
-        with fence.up():
-            opened = _open(file)
         with opened as parquet:
-            schema, metadata = parquet.schema_arrow, parquet.metadata
-            leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+            metadata = parquet.metadata
             groups = range(piece.start, piece.stop)
             row = sum(metadata.row_group(group).num_rows for group in range(piece.start))
             if fault := _fault(columns, schema, leaves):
@@ -255,17 +249,25 @@ class _Rows:
                 yield from documents
 
 
-def _open(file: DataFile) -> Any:
+def _open(file: DataFile) -> tuple[Any, Any, list[str]]:
+    """The opened file, its schema and the paths of its leaves. Raises SourceUnreadableError."""
+    import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
     count_arrow_memory()
     opened, buffer_bytes = file.parquet()
-    return ParquetFile(
-        opened,
-        buffer_size=buffer_bytes,
-        pre_buffer=False,  # it would hold the whole slice
-        page_checksum_verification=True,
-    )
+    try:
+        parquet = ParquetFile(
+            opened,
+            buffer_size=buffer_bytes,
+            pre_buffer=False,  # it would hold the whole slice
+            page_checksum_verification=True,
+        )
+        schema, metadata = parquet.schema_arrow, parquet.metadata
+        leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+        return parquet, schema, leaves if schema.names else []
+    except (pa.ArrowException, OSError, ValueError) as error:  # also names that are no UTF-8
+        raise _unreadable(file.shown, error) from None
 
 
 def _is_string(column_type: Any) -> bool:
