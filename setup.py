@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+PACKAGES = ("megaback", "data_pipeline", "launcher", "tools")
 
 setup(
     name="megaback",
@@ -16,9 +18,9 @@ setup(
     # With this, `pip install -e` puts this folder on the path. Without it, setuptools installs a
     # finder that any folder named megaback/ (a clone, say) in the working directory wins over.
     package_dir={"": "."},
-    packages=["megaback", "data_pipeline", "launcher", "tools", "tools.serving"],
+    packages=find_packages(include=[f"{name}*" for name in PACKAGES]),
     package_data={
-        **{name: ["py.typed"] for name in ("megaback", "data_pipeline", "launcher", "tools")},
+        **{name: ["py.typed"] for name in PACKAGES},
         "tools.serving": ["page/*"],
     },
     # A checkout uses its own folders; what pip installs otherwise finds them below the environment.

@@ -6,7 +6,9 @@ In a checkout they lie in its root; a package brings them as `share/megaback/…
 from importlib import metadata
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[1]
+import data_pipeline
+
+_ROOT = Path(data_pipeline.__path__[0]).resolve().parent
 
 
 def shipped_folder(name: str, member: str) -> Path | None:

@@ -2,18 +2,16 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from megaback import __version__
-
-_ROOT = Path(__file__).resolve().parents[1]
+from megaback.installation import ROOT
 
 
 def code_version() -> dict[str, Any]:
     """The versions, and in a checkout `commit`, `is_changed` since it, and `untracked` files."""
     version: dict[str, Any] = {"megaback": __version__, "python": sys.version.split()[0]}
-    if not (_ROOT / ".git").exists():
+    if not (ROOT / ".git").exists():
         return version
     commit, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     if commit is None or status is None:
@@ -28,14 +26,14 @@ def code_version() -> dict[str, Any]:
 
 def code_changes() -> str:
     """What was changed since the commit, as a diff; empty outside a checkout."""
-    return (_git("diff", "HEAD") or "") if (_ROOT / ".git").exists() else ""
+    return (_git("diff", "HEAD") or "") if (ROOT / ".git").exists() else ""
 
 
 def _git(*words: str) -> str | None:
     """What git says of the checkout; None if it does not."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(_ROOT), *words],
+            ["git", "-C", str(ROOT), *words],
             capture_output=True,
             text=True,
             errors="replace",

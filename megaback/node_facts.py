@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from megaback.checkpoint import library_versions
+from megaback.installation import ROOT
 from megaback.rendezvous import node_name
 
 _TRIES = 10
@@ -64,13 +65,18 @@ def versions() -> dict[str, str]:
         found["flash-attn"] = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
         found["flash-attn"] = "none"
-    digest = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for package in ("megaback", "data_pipeline"):
-        for path in sorted((root / package).glob("*.py")):
-            digest.update(f"{path.name}\0".encode() + path.read_bytes())
-    found["code"] = digest.hexdigest()[:12]
+    found["code"] = code_hash(ROOT)
     return found
+
+
+def code_hash(root: Path) -> str:
+    """Hash of every module that a rank may import, by its path below `root`."""
+    digest = hashlib.sha256()
+    for package in ("megaback", "data_pipeline"):
+        for path in sorted((root / package).rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            digest.update(f"{name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def multiply(left_NN: torch.Tensor, right_NN: torch.Tensor) -> torch.Tensor:

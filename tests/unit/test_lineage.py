@@ -73,7 +73,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
     for words in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "first")):
         subprocess.run(["git", "-C", tmp_path, *words], check=True)
-    monkeypatch.setattr(code, "_ROOT", tmp_path)
+    monkeypatch.setattr(code, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -100,7 +100,7 @@ def test_changes_since_the_commit_are_told(checkout: Path) -> None:
 def test_what_is_no_checkout_has_the_version_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(code, "_ROOT", tmp_path)
+    monkeypatch.setattr(code, "ROOT", tmp_path)
 
     assert set(code.code_version()) == {"megaback", "python"}
     assert code.code_changes() == ""

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.node_facts import RankFacts, versions
+from megaback.node_facts import RankFacts, code_hash, versions
 from megaback.preflight import Finding, judge, judge_disks
 from megaback.shared_disk import DiskFacts
 
@@ -123,3 +124,17 @@ def test_versions_are_those_of_what_decides_the_numbers_and_of_our_own_code() ->
 
     assert {"python", "torch", "deepspeed", "megaback", "flash-attn", "code"} <= set(found)
     assert found == versions()
+
+
+def test_a_change_in_any_module_of_any_folder_changes_the_hash_of_the_code(tmp_path: Path) -> None:
+    names = ["megaback/a.py", "megaback/deep/er/a.py", "data_pipeline/a.py", "data_pipeline/b/c.py"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    hashes = {code_hash(tmp_path)}
+    for name in names:
+        (tmp_path / name).write_text("x = 2\n")
+        hashes.add(code_hash(tmp_path))
+    (tmp_path / "megaback/deep/er/a.py").rename(tmp_path / "megaback/deep/a.py")
+    hashes.add(code_hash(tmp_path))
+    assert len(hashes) == len(names) + 2
