@@ -19,7 +19,7 @@ from typing import Any
 import click
 from smoke import Benchmark
 
-from data_pipeline.number_ranges import COUNT
+from data_pipeline.common.number_ranges import COUNT
 from megaback.config import load_config
 from tools.demo import run
 

@@ -21,12 +21,12 @@ import click
 import sentencepiece
 from smoke import Benchmark, is_installed
 
-from data_pipeline.command import replacing
-from data_pipeline.encoder import in_batches
-from data_pipeline.shard_format import ShardWriter
-from data_pipeline.sources import list_slices, read_slice
-from data_pipeline.tasks import belongs_to_val
-from data_pipeline.text import END_PIECE, Direction, TextCodec, Unit
+from data_pipeline.build.task import belongs_to_val
+from data_pipeline.common.command import replacing
+from data_pipeline.shards.shard_format import ShardWriter
+from data_pipeline.sources.registry import list_slices, read_slice
+from data_pipeline.text.codec import END_PIECE, Direction, TextCodec, Unit
+from data_pipeline.text.encoder import in_batches
 
 
 def bare_sentencepiece(model_bytes: bytes, texts: Sequence[str]) -> None:

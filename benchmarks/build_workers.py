@@ -21,7 +21,7 @@ import click
 import psutil
 from smoke import Benchmark
 
-from data_pipeline.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest
 
 _PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
 _POLL_S = 0.02

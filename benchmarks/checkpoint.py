@@ -27,8 +27,8 @@ import click
 import yaml
 from smoke import Benchmark
 
-from data_pipeline.text import Direction, Unit
-from launcher.local import rank_environment
+from data_pipeline.text.codec import Direction, Unit
+from launcher.ranks.local import rank_environment
 
 VOCAB_SIZE = 8_888
 
@@ -38,13 +38,13 @@ def time_saves(width: int, layers: int, turns: int, folder: Path) -> None:
     os.environ |= rank_environment("cpu", 1)
     import torch
 
-    from megaback.checkpoint import CheckpointMeta
-    from megaback.checkpoint_saver import CheckpointSaver
+    from megaback.checkpoints.checkpoint import CheckpointMeta
+    from megaback.checkpoints.saver import CheckpointSaver
+    from megaback.checkpoints.state import named_state
     from megaback.config import CheckpointSection, Config
-    from megaback.distributed import end_rank, start_world
-    from megaback.engine import start_engine
-    from megaback.engine_state import named_state
-    from megaback.model import ReverseGPT
+    from megaback.distributed.engine import start_engine
+    from megaback.distributed.world import end_rank, start_world
+    from megaback.model.gpt import ReverseGPT
 
     config = Config.model_validate(
         {

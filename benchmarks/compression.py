@@ -19,11 +19,11 @@ import numpy as np
 import zstandard
 from smoke import Benchmark
 
-from data_pipeline.compression import Compression
-from data_pipeline.recompress import train_dictionary
-from data_pipeline.shard_format import DEFAULT_FRAME_TOKENS
-from data_pipeline.sources import list_slices, read_slice
-from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.recompress import train_dictionary
+from data_pipeline.shards.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.sources.registry import list_slices, read_slice
+from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 _LEVELS = (1, 3, 6, 9, 12, 19)
 _DICTIONARY_LEVELS = (3, 9, 19)

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 from smoke import Benchmark
 
-from launcher.local import rank_environment
+from launcher.ranks.local import rank_environment
 
 _MEASURE = """
 import resource, sys, time
@@ -32,12 +32,12 @@ print((peak() - before) / 1e6, time.perf_counter() - started)
 """
 _WAYS = {
     "ours, float32": (
-        "import tools.gguf_export, tools.hf_export, megaback.weight_source\n"
+        "import tools.export.gguf, tools.export.hf, megaback.weights.source\n"
         "from tools.convert import convert",
         "convert(Path(source) / 'ours', Path(out), 'hf', 'float32')",
     ),
     "ours, bfloat16": (
-        "import tools.gguf_export, tools.hf_export, megaback.weight_source\n"
+        "import tools.export.gguf, tools.export.hf, megaback.weights.source\n"
         "from tools.convert import convert",
         "convert(Path(source) / 'ours', Path(out), 'hf', 'bfloat16')",
     ),
@@ -61,14 +61,14 @@ def save_both(width: int, layers: int, folder: Path, tokenizer: Path) -> None:
     os.environ |= rank_environment("cpu", 1)
     import torch
 
-    from data_pipeline.text import Direction, TextCodec, Unit
-    from megaback.checkpoint import CheckpointMeta
-    from megaback.checkpoint_saver import CheckpointSaver
+    from data_pipeline.text.codec import Direction, TextCodec, Unit
+    from megaback.checkpoints.checkpoint import CheckpointMeta
+    from megaback.checkpoints.saver import CheckpointSaver
+    from megaback.checkpoints.state import named_state
     from megaback.config import CheckpointSection, Config
-    from megaback.distributed import end_rank, start_world
-    from megaback.engine import start_engine
-    from megaback.engine_state import named_state
-    from megaback.model import ReverseGPT
+    from megaback.distributed.engine import start_engine
+    from megaback.distributed.world import end_rank, start_world
+    from megaback.model.gpt import ReverseGPT
 
     config = Config.model_validate(
         {

@@ -24,9 +24,9 @@ import click
 import numpy as np
 from smoke import Benchmark
 
-from data_pipeline.data_set import DataSet
-from data_pipeline.manifest import TOKENIZER_NAME, Manifest, ShardEntry
-from data_pipeline.shard_format import ShardWriter
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import TOKENIZER_NAME, Manifest, ShardEntry
+from data_pipeline.shards.shard_format import ShardWriter
 
 _STEPS = (0, 1_000_000)
 _TEMPLATES = 8
@@ -37,7 +37,7 @@ _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _CHILD = """
 import json, sys, time
 from megaback.config import Config
-from megaback.run_data import open_data
+from megaback.data import open_data
 
 config = Config.model_validate(json.loads(sys.argv[1]))
 started, cpu_started = time.perf_counter(), time.process_time()

@@ -25,10 +25,10 @@ import torch
 from sacrebleu.metrics import CHRF
 from smoke import Benchmark
 
-from data_pipeline.manifest import Manifest
-from data_pipeline.text import TextCodec
-from megaback.choice import SamplingOptions
-from megaback.infill import Infill, Infiller, InfillOptions, load_infiller
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.text.codec import TextCodec
+from megaback.inference.infill.infiller import Infill, Infiller, InfillOptions, load_infiller
+from megaback.inference.sampling import SamplingOptions
 
 RESAMPLES = 2_000
 STRANGERS = 15

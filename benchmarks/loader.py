@@ -26,13 +26,13 @@ import click
 import numpy as np
 from smoke import Benchmark, is_installed
 
-from data_pipeline.batches import Stream, TrainingBatches
-from data_pipeline.data_set import DataSet
-from data_pipeline.frame_store import FrameStore, Ids
-from data_pipeline.mixture import Mixture
-from data_pipeline.order import Order, choose_lanes
-from data_pipeline.row_table import RowTable
-from data_pipeline.rows import RowReader
+from data_pipeline.loading.frame_store import FrameStore, Ids
+from data_pipeline.loading.loader import Stream, TrainingBatches
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.order import Order, choose_lanes
+from data_pipeline.loading.row_grid import RowTable
+from data_pipeline.loading.rows import RowReader
+from data_pipeline.shards.data_set import DataSet
 
 _TURNS = 5
 _MDS_SHARD_BYTES = 4 << 20

@@ -23,9 +23,9 @@ from tempfile import TemporaryDirectory
 import click
 from smoke import Benchmark
 
-from data_pipeline.data_set import DataSet
-from data_pipeline.rows import Batch
-from launcher.local import rank_environment
+from data_pipeline.loading.rows import Batch
+from data_pipeline.shards.data_set import DataSet
+from launcher.ranks.local import rank_environment
 from megaback.config import Config, load_config
 
 _LEFT_OUT_STEPS = 3
@@ -66,14 +66,14 @@ class Timed:
 
 def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     """Train as the rank that the environment names; the first one prints."""
-    from megaback.distributed import end_rank, start_world
-    from megaback.engine import set_learning_rates, take_step
-    from megaback.preparation import Run, prepare_run
-    from megaback.pulse import Pulse
-    from megaback.run_data import open_data
-    from megaback.schedule import rate_factor_at
-    from megaback.stopping import StopRequest
+    from megaback.data import open_data
+    from megaback.distributed.engine import set_learning_rates, take_step
+    from megaback.distributed.world import end_rank, start_world
+    from megaback.faults.stop_request import StopRequest
+    from megaback.faults.watchdog import Pulse
+    from megaback.optim.lr_schedule import rate_factor_at
     from megaback.train import Trainer
+    from megaback.training.setup import Run, prepare_run
 
     stop = StopRequest()
     world = start_world(config.hardware.device, config.hardware.collective_timeout_s)

@@ -27,12 +27,12 @@ import click
 import yaml
 from smoke import Benchmark
 
-from launcher.local import rank_environment, rank_names
+from launcher.ranks.local import rank_environment, rank_names
 from megaback.config import Config, load_config
-from megaback.devices import cpu_device
-from megaback.memory_plan import RankMemory
-from megaback.run_facts import run_facts
-from megaback.run_plan import Cluster, memory_of
+from megaback.planning.data_facts import run_facts
+from megaback.planning.devices import cpu_device
+from megaback.planning.memory import RankMemory
+from megaback.planning.plan import Cluster, memory_of
 
 _MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -105,10 +105,10 @@ def serve() -> None:
     import torch
 
     from megaback import train
-    from megaback.checkpoint_saver import CheckpointSaver
-    from megaback.distributed import end_rank, start_world
-    from megaback.pulse import Pulse
-    from megaback.stopping import StopRequest
+    from megaback.checkpoints.saver import CheckpointSaver
+    from megaback.distributed.world import end_rank, start_world
+    from megaback.faults.stop_request import StopRequest
+    from megaback.faults.watchdog import Pulse
 
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(1)

@@ -13,9 +13,9 @@ import click
 from smoke import Benchmark
 
 from megaback.config import ModelSection
-from megaback.devices import find_device
-from megaback.flops import ModelSize, flops_per_token
-from megaback.run_plan import DEFAULT_MFU
+from megaback.planning.devices import find_device
+from megaback.planning.flops import ModelSize, flops_per_token
+from megaback.planning.plan import DEFAULT_MFU
 
 
 @dataclass(frozen=True)

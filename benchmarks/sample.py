@@ -21,14 +21,14 @@ import torch
 from smoke import Benchmark
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_pipeline.text import Prompt
-from megaback.attention import Segments
-from megaback.choice import SamplingOptions
+from data_pipeline.text.codec import Prompt
 from megaback.config import ModelSection
-from megaback.generate import generate_many
-from megaback.model import ReverseGPT
-from megaback.sampler import Sampler
-from megaback.stock_config import to_stock
+from megaback.inference.decoder import Sampler
+from megaback.inference.generate import generate_many
+from megaback.inference.sampling import SamplingOptions
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.hf_config import to_stock
 
 VOCAB_SIZE = 8_888
 CONTEXT_TOKENS = 1_024

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.common.command import Command
 
 if TYPE_CHECKING:
-    from data_pipeline.text import Direction
+    from data_pipeline.text.codec import Direction
 
 _VOCAB_SIZE = 600
 _CONTEXT_TOKENS = 256
@@ -131,16 +131,16 @@ def _rows(_: MadeUp, path: Path) -> Path:
 
 
 def _tokenizer(made_up: MadeUp, path: Path) -> Path:
-    from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
+    from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
 
     train_tokenizer(made_up["text"], path, _VOCAB_SIZE)
     return path / MODEL_NAME
 
 
 def _build(made_up: MadeUp, path: Path, val_fraction: float) -> None:
-    from data_pipeline.build import build_shards
-    from data_pipeline.settings import BuildSettings, WeightedSource
-    from data_pipeline.text import Direction, TextCodec, Unit
+    from data_pipeline.build.command import build_shards
+    from data_pipeline.build.settings import BuildSettings, WeightedSource
+    from data_pipeline.text.codec import Direction, TextCodec, Unit
 
     codec = TextCodec.load(Path(made_up["tokenizer"]), Direction.BACKWARD, Unit.TOKEN)
     settings = BuildSettings(
@@ -166,10 +166,10 @@ def write_random_model(
     """A model folder with random weights, surer than a new model: rounding decides nothing."""
     import torch
 
-    from data_pipeline.text import TextCodec, Unit
+    from data_pipeline.text.codec import TextCodec, Unit
     from megaback.config import ModelSection
-    from megaback.model import ReverseGPT
-    from megaback.model_folder import ModelDescription, write_model_folder
+    from megaback.model.gpt import ReverseGPT
+    from megaback.weights.model_folder import ModelDescription, write_model_folder
 
     codec = TextCodec.load(tokenizer, direction, Unit.TOKEN)
     shape = ModelSection(num_layers=layers, width=width, num_heads=max(width // 64, 1)).resolved()
@@ -190,7 +190,7 @@ def write_random_model(
 
 
 def _model(made_up: MadeUp, path: Path) -> None:
-    from data_pipeline.text import Direction
+    from data_pipeline.text.codec import Direction
 
     tokenizer = Path(made_up["tokenizer"])
     write_random_model(path, tokenizer, Direction(path.name), 1, 32, _CONTEXT_TOKENS)

@@ -24,7 +24,7 @@ import psutil
 import yaml
 from smoke import Benchmark
 
-from megaback.metrics import MACHINE_FIELDS
+from megaback.tracking.metrics import MACHINE_FIELDS
 
 _DAMAGE_SHARE = 0.1
 

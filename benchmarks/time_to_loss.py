@@ -36,14 +36,14 @@ import torch.nn.functional as F  # noqa: N812
 from smoke import Benchmark
 from torch import Tensor
 
-from data_pipeline.frame_store import FrameStore
-from data_pipeline.rows import IGNORED_TARGET
-from launcher.local import rank_environment
-from megaback.attention import Segments
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.loading.rows import IGNORED_TARGET
+from launcher.ranks.local import rank_environment
 from megaback.config import Config, load_config
-from megaback.evaluation import to_device
-from megaback.model import ReverseGPT
-from megaback.run_data import Data, open_data
+from megaback.data import Data, open_data
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
+from megaback.training.validation import to_device
 
 CONFIG = Path(__file__).with_name("time_to_loss.yaml")
 CPU = torch.device("cpu")
@@ -177,7 +177,7 @@ def train_baseline(config: Config, seconds: float, precision: str) -> Result:
 @torch.no_grad()
 def measure(model: torch.nn.Module, data: Data, precision: str, alone: bool) -> float:
     """Nats a target of the whole val set, documents attending `alone` or across their rows."""
-    from megaback.attention import sdpa_attention
+    from megaback.model.attention import sdpa_attention
 
     inner = getattr(model, "_orig_mod", model)
     inner.eval()

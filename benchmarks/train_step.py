@@ -26,12 +26,12 @@ import torch
 from smoke import Benchmark
 from torch import Tensor
 
-from data_pipeline.rows import IGNORED_TARGET
-from launcher.local import rank_environment
-from megaback.attention import Segments
+from data_pipeline.loading.rows import IGNORED_TARGET
+from launcher.ranks.local import rank_environment
 from megaback.config import Config
-from megaback.flops import flops_per_token
-from megaback.model import ReverseGPT
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
+from megaback.planning.flops import flops_per_token
 
 VOCAB_SIZE = 8_888
 CONTEXT_TOKENS = 512
@@ -118,7 +118,7 @@ def plain_step(config: Config, rank: int, ranks: int) -> Step:
 
 
 def our_step(config: Config, rank: int) -> Step:
-    from megaback.engine import set_learning_rates, start_engine, take_step
+    from megaback.distributed.engine import set_learning_rates, start_engine, take_step
 
     model = ReverseGPT(config.model.resolved(), VOCAB_SIZE)
     model.initialize(0)
@@ -139,7 +139,7 @@ def our_step(config: Config, rank: int) -> Step:
 
 def serve(kind: str, size: Size, precision: str, turn_steps: int) -> None:
     """One rank of a contender: for each line that is read, some steps, and the CPU time of one."""
-    from megaback.distributed import end_rank, start_world
+    from megaback.distributed.world import end_rank, start_world
 
     torch.set_num_threads(1)
     world = start_world("cpu", 600)

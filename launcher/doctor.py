@@ -9,9 +9,9 @@ from typing import Literal
 
 import click
 
-from data_pipeline.command import Command
-from data_pipeline.next_command import command, show_next
-from data_pipeline.terminal import print_table, say
+from data_pipeline.common.command import Command
+from data_pipeline.common.next_command import command, show_next
+from data_pipeline.common.terminal import print_table, say
 from launcher.machine import Machine, examine
 
 State = Literal["yes", "note", "no"]
@@ -201,7 +201,7 @@ def _print_table(lines: Sequence[Line]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from data_pipeline.rich_console import SafeConsole
+    from data_pipeline.common.rich_console import SafeConsole
 
     colours = {"yes": "green", "note": "yellow", "no": "red"}
     table = Table(show_edge=False)

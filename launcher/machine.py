@@ -12,13 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.import_path import module_command
+from data_pipeline.common.import_path import module_command
 from megaback import __version__
-from megaback.device_files import count_devices
-from megaback.host_memory import host_memory_bytes
+from megaback.distributed.visible_devices import count_devices
 from megaback.installation import ROOT, hidden_by
+from megaback.planning.host_memory import host_memory_bytes
 
-_PROBE = module_command("megaback.torch_facts")
+_PROBE = module_command("megaback.distributed.torch_facts")
 _PROBE_TIMEOUT_S = 180.0
 _COMMAND_TIMEOUT_S = 10.0
 
@@ -59,7 +59,7 @@ class Machine:
     """Slurm's: name, nodes, generic resources, time limit."""
     slurm_problem: str | None = None
     torch: dict[str, Any] = field(default_factory=dict)
-    """What `megaback.torch_facts` says; `problems` names what does not import."""
+    """What `megaback.distributed.torch_facts` says; `problems` names what does not import."""
 
 
 def examine(folder: Path) -> Machine:

@@ -4,9 +4,9 @@ import re
 import subprocess
 
 from megaback.config import Config
-from megaback.devices import Device, devices_named_like, find_device
-from megaback.run_facts import run_facts
-from megaback.run_plan import DEFAULT_MFU, Cluster, plan_run, require_room
+from megaback.planning.data_facts import run_facts
+from megaback.planning.devices import Device, devices_named_like, find_device
+from megaback.planning.plan import DEFAULT_MFU, Cluster, plan_run, require_room
 
 _GPUS = re.compile(r"gpu:(?:([^:,()\s]+):)?\d+")
 

@@ -7,16 +7,22 @@ from typing import Any
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.common.command import Command
+from data_pipeline.common.number_ranges import (
+    MANY,
+    PLANNED_TOKENS,
+    QUANTITY,
+    SOME_SHARE,
+    VOCABULARY,
+)
+from data_pipeline.common.terminal import say, table_lines
 from data_pipeline.errors import ConfigError
-from data_pipeline.number_ranges import MANY, PLANNED_TOKENS, QUANTITY, SOME_SHARE, VOCABULARY
-from data_pipeline.terminal import say, table_lines
 from megaback.config import Config, load_config
-from megaback.devices import CPU, DEVICES, Device, cpu_device, find_device
-from megaback.host_memory import host_memory_bytes
-from megaback.memory_plan import Parts
-from megaback.run_facts import RunFacts, run_facts
-from megaback.run_plan import (
+from megaback.planning.data_facts import RunFacts, run_facts
+from megaback.planning.devices import CPU, DEVICES, Device, cpu_device, find_device
+from megaback.planning.host_memory import host_memory_bytes
+from megaback.planning.memory import Parts
+from megaback.planning.plan import (
     DEFAULT_MFU,
     Cluster,
     RunPlan,

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import WorkCommand
+from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.import_path import module_command
 from data_pipeline.errors import MegabackError
-from data_pipeline.import_path import module_command
-from launcher.hostfile import read_hostfile, run_on_hosts
-from launcher.local import plan_ranks, rank_environment, run_ranks, verdict
-from launcher.run_folder import read_progress
+from launcher.ranks.hostfile import read_hostfile, run_on_hosts
+from launcher.ranks.local import plan_ranks, rank_environment, run_ranks, verdict
 from launcher.train_result import show_result
 from megaback.config import load_config
-from megaback.exit_record import newest_start, read_exit, record_exit
-from megaback.run_data import open_data
-from megaback.run_ownership import require_run_folder
-from megaback.stopping import deadline_of
+from megaback.data import open_data
+from megaback.faults.exit_record import newest_start, read_exit, record_exit
+from megaback.faults.run_ownership import require_run_folder
+from megaback.faults.stop_request import deadline_of
+from megaback.tracking.run_folder import read_progress
 from megaback.yaml_text import kept_overrides
 
 _RANK_MODULE = "megaback.train"

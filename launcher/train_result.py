@@ -4,14 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.checked_json import read_json
-from data_pipeline.durations import duration
-from data_pipeline.next_command import command, free_path, show_next
-from data_pipeline.terminal import say
-from data_pipeline.text import Direction
-from launcher.run_folder import newest_checkpoint_step
-from megaback.checkpoint_names import meant_by
+from data_pipeline.common.checked_json import read_json
+from data_pipeline.common.durations import duration
+from data_pipeline.common.next_command import command, free_path, show_next
+from data_pipeline.common.terminal import say
+from data_pipeline.text.codec import Direction
+from megaback.checkpoints.checkpoint_names import meant_by
 from megaback.config import Config
+from megaback.tracking.run_folder import newest_checkpoint_step
 from megaback.use_commands import use_commands
 
 MODELS_FOLDER = Path("models")

@@ -23,8 +23,8 @@ from megaback.installation import leave_working_directory, require_packages
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from megaback.scoring import Scorer
-    from megaback.writer import Writer
+    from megaback.inference.writer import Writer
+    from megaback.scoring.scorer import Scorer
 
 __version__ = "0.1.0"
 
@@ -34,17 +34,22 @@ require_packages()
 
 
 def load(folder: "str | Path", **how: Any) -> "Writer":
-    """A model's folder, a run or a checkpoint, ready to write: see `megaback.writer.load_writer`.
+    """A model's folder, a run or a checkpoint, ready to write.
+
+    See `megaback.inference.writer.load_writer`.
 
     >>> megaback.load("models/xcoax").complete_backwards("the end.")  # doctest: +SKIP
     """
-    from megaback.writer import load_writer  # torch is loaded when it is needed
+    from megaback.inference.writer import load_writer  # torch is loaded when it is needed
 
     return load_writer(folder, **how)
 
 
 def load_scorer(folder: "str | Path", **how: Any) -> "Scorer":
-    """A model that scores pairs of questions and answers: see `megaback.scoring.load_scorer`."""
-    from megaback.scoring import load_scorer as load
+    """A model that scores pairs of questions and answers.
+
+    See `megaback.scoring.scorer.load_scorer`.
+    """
+    from megaback.scoring.scorer import load_scorer as load
 
     return load(folder, **how)

@@ -2,7 +2,7 @@
 
 import sys
 
-from data_pipeline.interrupts import take_signals
+from data_pipeline.common.interrupts import take_signals
 from megaback.installation import HIDDEN, is_whole
 
 
@@ -10,7 +10,7 @@ def main() -> None:
     """Run the command that this process was started for."""
     take_signals()
     if not is_whole():
-        from data_pipeline.command import report
+        from data_pipeline.common.command import report
         from data_pipeline.errors import LaunchError
 
         sys.exit(report(LaunchError(HIDDEN)))

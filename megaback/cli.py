@@ -9,15 +9,15 @@ from typing import Any
 
 import click
 
-from data_pipeline.command import run_as_process, scrubbed
+from data_pipeline.common.command import run_as_process, scrubbed
 
 _Commands = dict[str, tuple[str, str]]
 
 # name: (module that serves it, short help)
 _COMMANDS: _Commands = {
     "plan": ("launcher.plan", "Work out a run's memory, time, network and disk before it starts."),
-    "submit": ("launcher.submit", "Check a run, and queue it on a Slurm cluster."),
-    "jobs": ("launcher.jobs", "Show runs, their Slurm jobs, and how far they are."),
+    "submit": ("launcher.slurm.submit", "Check a run, and queue it on a Slurm cluster."),
+    "jobs": ("launcher.slurm.jobs", "Show runs, their Slurm jobs, and how far they are."),
     "train": ("launcher.train", "Train on this machine or on several, through DeepSpeed."),
     "doctor": ("launcher.doctor", "Say what works on this machine, and how to mend the rest."),
     "plot": ("tools.plot", "Draw the curves of runs, several over each other."),
@@ -25,7 +25,7 @@ _COMMANDS: _Commands = {
     "arrow": ("tools.arrow", "Compare a model's two directions on the same documents."),
     "watch": ("tools.watch", "Say whether a run is well, slow, stuck or dead, and why."),
     "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
-    "inspect": ("tools.look", "Say what a path is, whether it is whole, and what made it."),
+    "inspect": ("tools.inspect_path", "Say what a path is, whether it is whole, and what made it."),
     "convert": ("tools.convert", "Turn a checkpoint into a model for anywhere."),
     "chat": ("tools.chat", "Give a response, get the instruction for it."),
     "backtranslate": ("tools.backtranslate", "Write instructions for texts, to fine-tune on."),
@@ -39,21 +39,27 @@ _COMMANDS: _Commands = {
 _GROUPS: dict[str, tuple[str, _Commands]] = {
     "tokenizer": (
         "Train a tokenizer.",
-        {"train": ("data_pipeline.tokenizer", "Train a SentencePiece model on a source.")},
+        {"train": ("data_pipeline.tokenizer.train", "Train a SentencePiece model on a source.")},
     ),
     "instruct": (
         "Instructions and their responses.",
-        {"build": ("data_pipeline.instruct", "Encode instruction rows into shards.")},
+        {"build": ("data_pipeline.build.instruct", "Encode instruction rows into shards.")},
     ),
     "shards": (
         "Build and look at data sets.",
         {
-            "plan": ("data_pipeline.plan", "Freeze what is read, and cut it into tasks."),
-            "build": ("data_pipeline.build", "Encode a source into shards of reversed tokens."),
-            "finalize": ("data_pipeline.finalize", "Make a data set of tasks that are done."),
-            "verify": ("data_pipeline.verify", "Decode and re-hash every shard."),
-            "recompress": ("data_pipeline.recompress", "Write the shards with other compression."),
-            "inspect": ("data_pipeline.inspection", "Show what a data set holds."),
+            "plan": ("data_pipeline.build.plan", "Freeze what is read, and cut it into tasks."),
+            "build": (
+                "data_pipeline.build.command",
+                "Encode a source into shards of reversed tokens.",
+            ),
+            "finalize": ("data_pipeline.build.finalize", "Make a data set of tasks that are done."),
+            "verify": ("data_pipeline.shards.verify", "Decode and re-hash every shard."),
+            "recompress": (
+                "data_pipeline.shards.recompress",
+                "Write the shards with other compression.",
+            ),
+            "inspect": ("data_pipeline.shards.inspection", "Show what a data set holds."),
             "locate": ("tools.locate", "Tell at which steps a run sees a document."),
         },
     ),

@@ -20,11 +20,11 @@ from pydantic import (
     model_validator,
 )
 
-from data_pipeline import number_ranges as ranges
-from data_pipeline.address_variables import kept
+from data_pipeline.common import number_ranges as ranges
 from data_pipeline.errors import BatchError, ConfigError
 from data_pipeline.redaction import shown_url
-from data_pipeline.text import Direction
+from data_pipeline.storage.address_variables import kept
+from data_pipeline.text.codec import Direction
 from megaback.config_messages import sentence
 from megaback.yaml_text import apply_override, read_yaml_argument
 
@@ -381,7 +381,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     the file and the key, and a did-you-mean for a key that does not exist; and, for init_from, what
     `with_base_shape` does.
     """
-    from megaback.base_shape import with_base_shape  # it is built on this module
+    from megaback.model.base_shape import with_base_shape  # it is built on this module
 
     try:
         fields = read_yaml_argument(path)

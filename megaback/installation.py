@@ -1,8 +1,9 @@
 """Which megaback Python imports: what is installed, or what the working directory has by its name.
 
-Commands start their processes so that only what is installed counts (`data_pipeline.import_path`).
-What a person starts, `python -m megaback.train` or a script that imports megaback, is put right
-here where it can be, and else refused before it does anything.
+Commands start their processes so that only what is installed counts
+(`data_pipeline.common.import_path`). What a person starts, `python -m megaback.train`
+or a script that imports megaback, is put right here where it can be, and else refused before it
+does anything.
 """
 
 import sys

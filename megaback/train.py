@@ -15,8 +15,8 @@ from time import monotonic, sleep
 from typing import Any
 
 if __name__ == "__main__":  # before torch is loaded, which takes seconds
-    from data_pipeline.console import protect_console
-    from megaback.stopping import leave_at_ctrl_c
+    from data_pipeline.common.console import protect_console
+    from megaback.faults.stop_request import leave_at_ctrl_c
 
     leave_at_ctrl_c()
     protect_console()
@@ -24,9 +24,10 @@ if __name__ == "__main__":  # before torch is loaded, which takes seconds
 import click
 import torch
 
-from data_pipeline.command import WorkCommand
-from data_pipeline.console import only_comments
-from data_pipeline.driver_reports import print_exception
+from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.console import only_comments
+from data_pipeline.common.driver_reports import print_exception
+from data_pipeline.common.number_ranges import MANY_OR_ZERO
 from data_pipeline.errors import (
     LaunchError,
     MegabackError,
@@ -34,13 +35,15 @@ from data_pipeline.errors import (
     PreemptedError,
     UserInterruptError,
 )
-from data_pipeline.number_ranges import MANY_OR_ZERO
+from data_pipeline.loading.rows import Batch
 from data_pipeline.redaction import scrub
-from data_pipeline.rows import Batch
-from megaback.checkpoint_copy import CheckpointCopier
-from megaback.checkpoint_saver import CheckpointSaver
+from megaback.checkpoints.remote_copy import CheckpointCopier
+from megaback.checkpoints.saver import CheckpointSaver
+from megaback.checkpoints.state import named_state
 from megaback.config import Config, load_config
-from megaback.distributed import (
+from megaback.distributed.device_limits import peak_memory_bytes
+from megaback.distributed.engine import set_learning_rates, take_step
+from megaback.distributed.world import (
     AgreedExit,
     World,
     attempt,
@@ -49,20 +52,17 @@ from megaback.distributed import (
     one_voice,
     start_world,
 )
-from megaback.engine import set_learning_rates, take_step
-from megaback.engine_state import named_state
-from megaback.evaluation import evaluate, to_device
-from megaback.guard import StepGuard, judged_steps
-from megaback.hardware import peak_memory_bytes
-from megaback.history_gap import history_gap
+from megaback.faults.step_guard import StepGuard, judged_steps
+from megaback.faults.stop_request import StopRequest, deadline_of
+from megaback.faults.watchdog import Pulse
 from megaback.installation import HIDDEN, is_whole
-from megaback.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
-from megaback.patience import Patience, mark_best, read_measurements
-from megaback.preparation import Run, batch_arithmetic, prepare_run
-from megaback.pulse import Pulse
-from megaback.schedule import rate_factor_at
-from megaback.start import NothingLeft, describe_changes
-from megaback.stopping import StopRequest, deadline_of
+from megaback.optim.lr_schedule import rate_factor_at
+from megaback.tracking.metrics import METRICS_NAME, MetricsLog, StepRecord, read_metrics
+from megaback.training.early_stopping import Patience, mark_best, read_measurements
+from megaback.training.history_gap import history_gap
+from megaback.training.setup import Run, batch_arithmetic, prepare_run
+from megaback.training.start import NothingLeft, describe_changes
+from megaback.training.validation import evaluate, to_device
 
 _POLL_S = 0.02
 _CONSOLE_PATIENCE_S = 3.0

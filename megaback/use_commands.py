@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from data_pipeline.next_command import command
-from data_pipeline.text import Direction
+from data_pipeline.common.next_command import command
+from data_pipeline.text.codec import Direction
 
 _ENDING, _BEGINNING = "the end.", "Once upon a time"
 _RESPONSE, _INSTRUCTION = "You are welcome.", "Name a color."

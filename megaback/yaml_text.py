@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.address_variables import kept_in
+from data_pipeline.common.next_command import override
+from data_pipeline.common.regular_files import read_file
 from data_pipeline.errors import ConfigError
-from data_pipeline.next_command import override
-from data_pipeline.regular_files import read_file
+from data_pipeline.storage.address_variables import kept_in
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _MAX_BYTES = 1 << 18

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import settings
 
 from data_pipeline import redaction
-from data_pipeline.build import build_shards
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.text import Direction, TextCodec, Unit
-from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
 
 # Models of the tests are so small that several threads take five times the CPU time of one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

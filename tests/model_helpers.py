@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.chat_format import STOP_PIECE
-from data_pipeline.text import TextCodec
+from data_pipeline.text.chat_format import STOP_PIECE
+from data_pipeline.text.codec import TextCodec
 from megaback.config import ModelSection
-from megaback.model import ReverseGPT
-from megaback.model_folder import ModelDescription, write_model_folder
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.model_folder import ModelDescription, write_model_folder
 
 CONTEXT_TOKENS = 64
 SHAPE = ModelSection(num_layers=2, width=16, num_heads=2).resolved()

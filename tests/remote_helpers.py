@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from data_pipeline.retries import RetryPolicy
-from data_pipeline.sources import Columns, Document, list_slices, read_slice
+from data_pipeline.sources.registry import Columns, Document, list_slices, read_slice
+from data_pipeline.storage.retries import RetryPolicy
 
 QUICK = RetryPolicy(
     max_attempts=4,

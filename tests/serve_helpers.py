@@ -19,21 +19,21 @@ import httpx
 import torch
 import uvicorn
 
-from data_pipeline.text import Direction, TextCodec, Unit
-from megaback.choice import SamplingOptions
+from data_pipeline.text.codec import Direction, TextCodec, Unit
 from megaback.config import ModelSection
-from megaback.generate import generate
-from megaback.infill import Infiller
-from megaback.model import ReverseGPT
-from megaback.model_folder import ModelDescription, write_model_folder
+from megaback.inference.generate import generate
+from megaback.inference.infill.infiller import Infiller
+from megaback.inference.sampling import SamplingOptions
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.model_folder import ModelDescription, write_model_folder
 from tools.serve import listening_socket
-from tools.serving.engine import Engine
+from tools.serving.context import Service
 from tools.serving.host_names import Address
 from tools.serving.limits import Limits
 from tools.serving.metrics import Metrics
 from tools.serving.models import ServedModel, load_models
 from tools.serving.process import Server
-from tools.serving.service import Service
+from tools.serving.worker import Engine
 
 CONTEXT_TOKENS = 64
 SHAPE = ModelSection(num_layers=2, width=16, num_heads=2).resolved()

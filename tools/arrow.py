@@ -8,17 +8,17 @@ import click
 from rich.box import SIMPLE
 from rich.table import Table
 
-from data_pipeline.command import ResumableCommand, write_text
-from data_pipeline.number_ranges import MANY, TWO_OR_MORE
-from data_pipeline.output_paths import is_our_picture, require_output
-from data_pipeline.pictures import require_matplotlib, write_picture
-from data_pipeline.rich_console import SafeConsole
-from data_pipeline.terminal import print_table, say
+from data_pipeline.common.command import ResumableCommand, write_text
+from data_pipeline.common.figures import require_matplotlib, write_picture
+from data_pipeline.common.number_ranges import MANY, TWO_OR_MORE
+from data_pipeline.common.output_paths import is_our_picture, require_output
+from data_pipeline.common.rich_console import SafeConsole
+from data_pipeline.common.terminal import print_table, say
 from megaback.config import load_config
-from megaback.paired_gap import Gap
-from megaback.run_ownership import require_run_folder
-from tools.arrow_result import JSON_NAME, Arrow, compare, is_summary
-from tools.arrow_runs import ArrowRun, TrainedPair, require_comparable, runs_of
+from megaback.faults.run_ownership import require_run_folder
+from megaback.scoring.paired_difference import Gap
+from tools.direction_gap.result import JSON_NAME, Arrow, compare, is_summary
+from tools.direction_gap.runs import ArrowRun, TrainedPair, require_comparable, runs_of
 
 PICTURE_NAME = "arrow.png"
 
@@ -147,7 +147,7 @@ def main(
         train_all(config, overrides, runs, save_before, hostfile)
     pairs = [TrainedPair.find(*pair) for pair in zip(runs[::2], runs[1::2], strict=True)]
     arrow = compare(settings, pairs, device, documents)
-    from tools.arrow_picture import arrow_figure
+    from tools.direction_gap.figure import arrow_figure
 
     write_text(settings.run / JSON_NAME, json.dumps(arrow.to_json(settings), indent=2) + "\n")
     write_picture(arrow_figure(arrow), settings.run / PICTURE_NAME, overwrite=True)

@@ -17,17 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_pipeline.chat_format import ChatFormat
-from data_pipeline.checked_json import read_json
-from data_pipeline.command import ResumableCommand, write_text
-from data_pipeline.errors import (
-    CheckpointMissingError,
-    DirectionMismatchError,
-    LaunchError,
-    OutputExistsError,
-)
-from data_pipeline.locks import locked
-from data_pipeline.number_ranges import (
+from data_pipeline.common.checked_json import read_json
+from data_pipeline.common.command import ResumableCommand, write_text
+from data_pipeline.common.locks import locked
+from data_pipeline.common.number_ranges import (
     COUNT,
     FEW,
     MANY,
@@ -37,7 +30,7 @@ from data_pipeline.number_ranges import (
     TEMPERATURE,
     TOP_K,
 )
-from data_pipeline.output_paths import (
+from data_pipeline.common.output_paths import (
     is_stream,
     is_vacant,
     overwrite_option,
@@ -45,16 +38,23 @@ from data_pipeline.output_paths import (
     require_apart,
     writing_output,
 )
-from data_pipeline.record_limits import max_record_bytes_option
+from data_pipeline.common.regular_files import require_no_link
+from data_pipeline.errors import (
+    CheckpointMissingError,
+    DirectionMismatchError,
+    LaunchError,
+    OutputExistsError,
+)
 from data_pipeline.redaction import place_of
-from data_pipeline.regular_files import require_no_link
-from data_pipeline.skipped import skipped_lines
-from data_pipeline.slices import Columns, Slice
-from data_pipeline.sources import list_source, read_slice
-from data_pipeline.text import Direction
-from tools.back_translation import BackTranslator, Judge, Text
-from tools.chunk_parts import ChunkParts
-from tools.example_choice import Choice, different_texts
+from data_pipeline.sources.documents import Columns, Slice
+from data_pipeline.sources.record_limits import max_record_bytes_option
+from data_pipeline.sources.registry import list_source, read_slice
+from data_pipeline.sources.skipped import skipped_lines
+from data_pipeline.text.chat_format import ChatFormat
+from data_pipeline.text.codec import Direction
+from tools.backtranslation.proposals import BackTranslator, Judge, Text
+from tools.backtranslation.resumable_chunks import ChunkParts
+from tools.backtranslation.selection import Choice, different_texts
 
 if TYPE_CHECKING:
     from torch import device as Device  # noqa: N812 - a type
@@ -114,7 +114,7 @@ def _converted(path: Path) -> Path:
     """The model's folder of a run or a checkpoint; without torch where it is a model's already."""
     if (path / "config.json").is_file():
         return path
-    from megaback.converted import model_folder
+    from megaback.weights.converted import model_folder
 
     return model_folder(path)
 
@@ -172,8 +172,8 @@ def _texts(
 def _load(
     folder: Path, forward: Path | None, device: "Device", options: Any, count: int
 ) -> BackTranslator:
-    from megaback.model_folder import load_model_folder
-    from megaback.sampler import Sampler
+    from megaback.inference.decoder import Sampler
+    from megaback.weights.model_folder import load_model_folder
 
     model, description, codec = load_model_folder(folder, device)
     _require_direction(folder, codec.format.direction, Direction.BACKWARD)
@@ -323,8 +323,8 @@ def main(
     wanted = range(tasks) if task_index is None else [task_index]
     waiting = [task for task in wanted if not parts.is_done(task)]
     if waiting:
-        from megaback.choice import SamplingOptions
-        from megaback.writer import choose_device
+        from megaback.inference.sampling import SamplingOptions
+        from megaback.inference.writer import choose_device
 
         options = SamplingOptions(tokens, temp, top_k, seed)
         translator = _load(folder, forward, choose_device(device), options, count)

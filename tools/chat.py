@@ -14,25 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_pipeline.chat_format import ChatFormat
-from data_pipeline.command import Command
+from data_pipeline.common.command import Command
+from data_pipeline.common.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K, Range
+from data_pipeline.common.output_paths import require_apart
 from data_pipeline.errors import (
     DirectionMismatchError,
     OutputExistsError,
     PromptError,
     StorageError,
 )
-from data_pipeline.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K, Range
-from data_pipeline.output_paths import require_apart
-from data_pipeline.text import Direction
-from tools.json_lines import answer_each, parse_object, print_all, stdin_lines
+from data_pipeline.text.chat_format import ChatFormat
+from data_pipeline.text.codec import Direction
+from tools.jsonl_io import answer_each, parse_object, print_all, stdin_lines
 from tools.sample import apply_command
 
 if TYPE_CHECKING:
-    from megaback.chat import Candidate
-    from megaback.choice import SamplingOptions
-    from megaback.model import ReverseGPT
-    from megaback.sampler import Sampler
+    from megaback.inference.chat import Candidate
+    from megaback.inference.decoder import Sampler
+    from megaback.inference.sampling import SamplingOptions
+    from megaback.model.gpt import ReverseGPT
 
 # The options that give a text, and the direction of the model that they are for.
 _DIRECTION_OF = {
@@ -66,7 +66,7 @@ class Chat:
 
     def answer(self, given: str, options: "SamplingOptions", count: int) -> "list[Candidate]":
         """Candidates, the likeliest first. Raises PromptError."""
-        from megaback.chat import candidates
+        from megaback.inference.chat import candidates
 
         if not given.strip():
             raise PromptError(f"the {self.given_name} is empty; give a text")
@@ -74,7 +74,7 @@ class Chat:
 
     def complete(self, given: str, options: "SamplingOptions") -> str:
         """Plain generation, as `megaback sample` does it. Raises PromptError."""
-        from megaback.generate import complete
+        from megaback.inference.generate import complete
 
         context_tokens = self.sampler.context_tokens
         return complete(self.sampler, self.form.codec, given, context_tokens, options)
@@ -283,11 +283,11 @@ def main(
     Without a text, an interactive prompt. With --json, each line from stdin is an object such as
     {"response": "Telegram", "n": 4}, and is answered by a line.
     """
-    from megaback.choice import SamplingOptions
-    from megaback.converted import model_folder
-    from megaback.model_folder import load_model_folder, read_description
-    from megaback.sampler import Sampler
-    from megaback.writer import choose_device
+    from megaback.inference.decoder import Sampler
+    from megaback.inference.sampling import SamplingOptions
+    from megaback.inference.writer import choose_device
+    from megaback.weights.converted import model_folder
+    from megaback.weights.model_folder import load_model_folder, read_description
 
     values = (given, ending, instruction, beginning)
     texts = {

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import WorkCommand
-from data_pipeline.next_command import show_next
-from data_pipeline.number_ranges import COUNT
-from data_pipeline.output_folder import require_output_folder, whole_folder
-from data_pipeline.output_paths import overwrite_option
+from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.next_command import show_next
+from data_pipeline.common.number_ranges import COUNT
+from data_pipeline.common.output_folder import require_output_folder, whole_folder
+from data_pipeline.common.output_paths import overwrite_option
 from megaback.use_commands import use_commands
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -48,10 +48,10 @@ def convert(
     require_output_folder(out, (source_files,), overwrite=overwrite)
     import torch
 
-    from megaback.model_folder import write_model_folder
-    from megaback.weight_source import open_source
-    from tools.gguf_export import write_gguf_folder
-    from tools.hf_export import write_hf_folder
+    from megaback.weights.model_folder import write_model_folder
+    from megaback.weights.source import open_source
+    from tools.export.gguf import write_gguf_folder
+    from tools.export.hf import write_hf_folder
 
     source = open_source(source_path)
     torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -105,7 +105,7 @@ def main(
     convert(checkpoint, out, kind, dtype, max_shard_size, overwrite=overwrite)
     click.echo(f"wrote {out}")
     if kind != "gguf":
-        from megaback.model_folder import read_description
+        from megaback.weights.model_folder import read_description
 
         made = read_description(out)
         show_next(use_commands(out, made.text_format.direction, on_examples=made.on_examples))

@@ -14,12 +14,12 @@ from typing import Any
 import click
 from rich.table import Table
 
-from data_pipeline.command import ResumableCommand
+from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.import_path import module_command
+from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.errors import LaunchError
-from data_pipeline.import_path import module_command
-from data_pipeline.inspection import unigram_entropy
-from data_pipeline.manifest import Manifest
-from data_pipeline.rich_console import SafeConsole
+from data_pipeline.shards.inspection import unigram_entropy
+from data_pipeline.shards.manifest import Manifest
 
 _CONFIG = Path("configs/demo.yaml")
 _VOCAB_SIZE = 2048

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from data_pipeline.command import Command
-from data_pipeline.line_writer import writing_lines
-from data_pipeline.number_ranges import COUNT, SEED
-from data_pipeline.output_paths import (
+from data_pipeline.common.command import Command
+from data_pipeline.common.number_ranges import COUNT, SEED
+from data_pipeline.common.output_paths import (
     json_lines_with,
     json_object_with,
     overwrite_option,
@@ -19,19 +18,20 @@ from data_pipeline.output_paths import (
     require_output,
     write_output,
 )
-from data_pipeline.record_limits import max_record_bytes_option
-from data_pipeline.rich_console import SafeConsole
-from data_pipeline.terminal import print_table
+from data_pipeline.common.rich_console import SafeConsole
+from data_pipeline.common.terminal import print_table
+from data_pipeline.sources.line_writer import writing_lines
+from data_pipeline.sources.record_limits import max_record_bytes_option
 
 if TYPE_CHECKING:
-    from tools.suites import Suite, SuiteResult
+    from tools.suites.base import Suite, SuiteResult
 
 SUITES = ("instruction-recall", "reverse-dictionary", "passage-choice", "bits-per-byte")
 
 
 def _suites() -> "dict[str, Suite]":
-    from tools.suite_passages import bits_per_byte, passage_choice
-    from tools.suite_recall import instruction_recall, reverse_dictionary
+    from tools.suites.passages import bits_per_byte, passage_choice
+    from tools.suites.recall import instruction_recall, reverse_dictionary
 
     functions = (instruction_recall, reverse_dictionary, passage_choice, bits_per_byte)
     return dict(zip(SUITES, functions, strict=True))
@@ -116,8 +116,8 @@ def main(
         if path is not None:
             require_output(path, inputs, is_ours=is_ours, overwrite=overwrite, option=option)
     require_distinct(out=out, predictions=predictions)
-    from megaback.writer import choose_device
-    from tools.suites import Evaluated, SuiteOptions
+    from megaback.inference.writer import choose_device
+    from tools.suites.base import Evaluated, SuiteOptions
 
     given, suites = SuiteOptions(**options), _suites()
     on = choose_device(device)
@@ -139,7 +139,7 @@ def main(
         if any(metric.interval.low is None for metric in result.metrics.values())
     ]
     if without:
-        from megaback.bootstrap import NO_INTERVAL
+        from megaback.scoring.bootstrap import NO_INTERVAL
 
         click.echo(f"{', '.join(without)}: {NO_INTERVAL}", err=True)
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipeline.command import Command
+from data_pipeline.common.command import Command
+from data_pipeline.common.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K
 from data_pipeline.errors import PromptError
-from data_pipeline.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K
-from tools.json_lines import Answer, answer_each, parse_object, print_all, stdin_lines
+from tools.jsonl_io import Answer, answer_each, parse_object, print_all, stdin_lines
 
 if TYPE_CHECKING:
-    from megaback.infill import Infill, Infiller, InfillOptions
+    from megaback.inference.infill.infiller import Infill, Infiller, InfillOptions
 
 _BETWEEN_INFILLS = "\n\n---\n\n"
 _DECIMALS = 4
@@ -190,8 +190,8 @@ def main(
     find the whole most likely. With --json, each line from stdin is an object such as
     {"beginning": "Once", "ending": "the end.", "n": 2}, and is answered by a line.
     """
-    from megaback.choice import SamplingOptions
-    from megaback.infill import InfillOptions, load_infiller
+    from megaback.inference.infill.infiller import InfillOptions, load_infiller
+    from megaback.inference.sampling import SamplingOptions
 
     if is_json and (beginning is not None or ending is not None):
         raise click.UsageError("Give either --json, or --beginning and --ending.")

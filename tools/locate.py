@@ -16,18 +16,18 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.batches import Stream
-from data_pipeline.command import Command
-from data_pipeline.data_set import DataSet
+from data_pipeline.common.command import Command
+from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY, MOST_EPOCH
 from data_pipeline.errors import ConfigError, SourceMissingError, SourceUnreadableError
-from data_pipeline.manifest import SPLITS, ShardEntry
-from data_pipeline.mixture import Mixture
-from data_pipeline.number_ranges import COUNT_OR_ZERO, MANY, MOST_EPOCH
-from data_pipeline.order import Indices
-from data_pipeline.shard_walk import on_threads
+from data_pipeline.loading.loader import Stream
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.order import Indices
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import SPLITS, ShardEntry
+from data_pipeline.shards.traversal import on_threads
 from megaback.config import load_config
-from megaback.run_data import Data, open_data
-from megaback.run_ownership import config_of_run
+from megaback.data import Data, open_data
+from megaback.faults.run_ownership import config_of_run
 
 _MOST_EPOCHS = 10_000  # no run reads more, and numbers of rows stay far below 2**63
 

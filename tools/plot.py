@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import WorkCommand
-from data_pipeline.errors import CheckpointMissingError
-from data_pipeline.number_ranges import COUNT
-from data_pipeline.output_paths import (
+from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.figures import require_matplotlib, write_picture
+from data_pipeline.common.number_ranges import COUNT
+from data_pipeline.common.output_paths import (
     MAKER,
     file_with_mark,
     is_our_picture,
@@ -21,11 +21,11 @@ from data_pipeline.output_paths import (
     require_output,
     write_output,
 )
-from data_pipeline.pictures import require_matplotlib, write_picture
-from launcher.run_folder import runs_below
-from megaback.metrics import METRICS_NAME
-from tools.curve_picture import COLOURS, Look, curves_figure, svg_of
-from tools.run_curves import Axis, RunCurves, differences, names_of, read_curves
+from data_pipeline.errors import CheckpointMissingError
+from megaback.tracking.metrics import METRICS_NAME
+from megaback.tracking.run_folder import runs_below
+from tools.run_views.curves import Axis, RunCurves, differences, names_of, read_curves
+from tools.run_views.figures import COLOURS, Look, curves_figure, svg_of
 
 _SMOOTHED_SHARE = 50
 _MARK = f'<meta name="generator" content="{MAKER}">'

@@ -10,12 +10,9 @@ import click
 import numpy as np
 from rich.table import Table
 
-from data_pipeline.candidates import Question, question_of
-from data_pipeline.command import Command
-from data_pipeline.errors import BadRecordError, ConfigError, DirectionMismatchError, PromptError
-from data_pipeline.line_writer import writing_lines
-from data_pipeline.number_ranges import SEED, SHARE
-from data_pipeline.output_paths import (
+from data_pipeline.common.command import Command
+from data_pipeline.common.number_ranges import SEED, SHARE
+from data_pipeline.common.output_paths import (
     json_lines_with,
     json_object_with,
     overwrite_option,
@@ -23,10 +20,13 @@ from data_pipeline.output_paths import (
     require_output,
     write_output,
 )
-from data_pipeline.pairs import Pair
-from data_pipeline.record_limits import max_record_bytes_option
-from data_pipeline.rich_console import SafeConsole
-from data_pipeline.terminal import print_table
+from data_pipeline.common.rich_console import SafeConsole
+from data_pipeline.common.terminal import print_table
+from data_pipeline.errors import BadRecordError, ConfigError, DirectionMismatchError, PromptError
+from data_pipeline.sources.line_writer import writing_lines
+from data_pipeline.sources.record_limits import max_record_bytes_option
+from megaback.scoring.candidates import Question, question_of
+from megaback.scoring.pairs import Pair
 from tools.score import (
     BadRecords,
     OwnKeys,
@@ -40,10 +40,10 @@ from tools.score import (
 )
 
 if TYPE_CHECKING:
-    from megaback.bootstrap import Interval
-    from megaback.foreign_scorer import ForeignScorer
-    from megaback.reranking import Scored
-    from megaback.scoring import Scorer
+    from megaback.scoring.bootstrap import Interval
+    from megaback.scoring.hf_scorer import ForeignScorer
+    from megaback.scoring.reranking import Scored
+    from megaback.scoring.scorer import Scorer
 
 _DEFAULT_WEIGHT = 0.5
 _LENGTHS = ("total", "token", "byte")
@@ -78,7 +78,7 @@ class Judges:
 
     def scored(self, questions: Sequence[Question]) -> "list[Scored]":
         """Both scores of every candidate."""
-        from megaback.reranking import Scored
+        from megaback.scoring.reranking import Scored
 
         pairs = [pair for question in questions for pair in _pairs(question)]
         reverse = [one.log_probability for one in self.reverse.score(pairs)]
@@ -113,7 +113,7 @@ def _pairs(question: Question) -> list[Pair]:
 
 def _encode_forward(forward: "Scorer | ForeignScorer", pair: Pair) -> None:
     """Raises PromptError for a pair that the model's context does not hold."""
-    from megaback.scoring import Scorer
+    from megaback.scoring.scorer import Scorer
 
     if isinstance(forward, Scorer):
         forward.encoder.encode(pair)
@@ -123,11 +123,11 @@ def _encode_forward(forward: "Scorer | ForeignScorer", pair: Pair) -> None:
 
 def load_forward(folder: Path, form: str, device: str | None) -> "Scorer | ForeignScorer":
     """A forward model of megaback, or one of transformers."""
-    from megaback.converted import model_folder
-    from megaback.device_pool import choose_devices
-    from megaback.foreign_scorer import ForeignScorer
-    from megaback.model_folder import is_ours
-    from megaback.scoring import load_scorer
+    from megaback.inference.device_pool import choose_devices
+    from megaback.scoring.hf_scorer import ForeignScorer
+    from megaback.scoring.scorer import load_scorer
+    from megaback.weights.converted import model_folder
+    from megaback.weights.model_folder import is_ours
 
     folder = model_folder(folder)
     if not is_ours(folder):
@@ -141,7 +141,7 @@ def load_forward(folder: Path, form: str, device: str | None) -> "Scorer | Forei
 
 
 def _fitted(judges: Judges, dev: str) -> float:
-    from megaback.reranking import fit_weight
+    from megaback.scoring.reranking import fit_weight
 
     if judges.forward is None and judges.forward_column is None:
         raise ConfigError("--fit needs a forward score: give --forward or --forward-column")
@@ -228,9 +228,9 @@ def main(
         of_report = json_object_with("questions", "weight", "accuracy")
         require_output(report, inputs, is_ours=of_report, overwrite=overwrite, option="--report")
         require_distinct(out=out, report=report)
-    from megaback.bootstrap import NO_INTERVAL
-    from megaback.reranking import accuracies, ranking
-    from megaback.scoring import load_scorer
+    from megaback.scoring.bootstrap import NO_INTERVAL
+    from megaback.scoring.reranking import accuracies, ranking
+    from megaback.scoring.scorer import load_scorer
 
     with load_scorer(folder, form=form, device=device, with_prior=False) as reverse:
         if not reverse.encoder.writes_question:

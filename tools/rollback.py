@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from data_pipeline.command import WorkCommand, write_text
+from data_pipeline.common.command import WorkCommand, write_text
+from data_pipeline.common.next_command import command, override, show_next
+from data_pipeline.common.number_ranges import COUNT
+from data_pipeline.common.regular_files import open_in_place
 from data_pipeline.errors import CheckpointMissingError, LaunchError
-from data_pipeline.next_command import command, override, show_next
-from data_pipeline.number_ranges import COUNT
-from data_pipeline.regular_files import open_in_place
 from megaback.config import load_config
-from megaback.exit_record import record_event
-from megaback.run_ownership import config_of_run, require_own_checkpoints
-from megaback.run_state import ROLLBACK_EVENT
+from megaback.faults.exit_record import record_event
+from megaback.faults.run_ownership import config_of_run, require_own_checkpoints
+from megaback.faults.run_state import ROLLBACK_EVENT
 
 if TYPE_CHECKING:
-    from megaback.checkpoint_copy import SecondPlace
+    from megaback.checkpoints.remote_copy import SecondPlace
 
 
 def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
@@ -33,16 +33,16 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     Raises CheckpointMissingError, CheckpointCorruptError, LaunchError while it is training, and
     StorageError where its copies cannot be set back.
     """
-    from megaback.checkpoint import read_meta, verify_files
-    from megaback.checkpoint_names import (
+    from megaback.checkpoints.checkpoint import read_meta, verify_files
+    from megaback.checkpoints.checkpoint_names import (
         CHECKPOINTS_FOLDER,
         LATEST_NAME,
         complete_checkpoints,
         step_of,
     )
-    from megaback.guard import with_range, write_skipped_steps
-    from megaback.metrics import METRICS_NAME, read_metrics
-    from megaback.preparation import LOCK_NAME
+    from megaback.faults.step_guard import with_range, write_skipped_steps
+    from megaback.tracking.metrics import METRICS_NAME, read_metrics
+    from megaback.training.setup import LOCK_NAME
 
     require_own_checkpoints(run)
     complete = complete_checkpoints(run)
@@ -86,7 +86,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
 
 def _second_place(run: Path) -> "SecondPlace | None":
     """Where the run's checkpoints are copied to, by its config."""
-    from megaback.checkpoint_copy import SecondPlace
+    from megaback.checkpoints.remote_copy import SecondPlace
 
     path = config_of_run(run)
     if not path.is_file():

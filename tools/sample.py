@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from data_pipeline.command import Command
-from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
-from data_pipeline.number_ranges import (
+from data_pipeline.common.command import Command
+from data_pipeline.common.number_ranges import (
     COUNT,
     MANY,
     REPETITION_PENALTY,
@@ -21,11 +20,12 @@ from data_pipeline.number_ranges import (
     TEMPERATURE,
     TOP_K,
 )
-from data_pipeline.text import Direction
+from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
+from data_pipeline.text.codec import Direction
 
 if TYPE_CHECKING:
-    from megaback.choice import SamplingOptions
-    from megaback.writer import Writer
+    from megaback.inference.sampling import SamplingOptions
+    from megaback.inference.writer import Writer
 
 _BETWEEN_SAMPLES = "\n\n---\n\n"
 _SECONDS_A_PICTURE = 0.05
@@ -70,7 +70,7 @@ def write_samples(
     if sys.stdout.isatty():
         from rich.text import Text
 
-        from data_pipeline.rich_console import SafeConsole, SafeLive
+        from data_pipeline.common.rich_console import SafeConsole, SafeLive
 
         # A sample's beginning changes with every token, so everything is shown anew.
         with SafeLive(
@@ -169,10 +169,10 @@ def main(
     Without a text, an interactive prompt: type one, or temp=X, top_k=X, tokens=X; an empty line or
     end of input leaves.
     """
-    from megaback.choice import SamplingOptions
-    from megaback.converted import model_folder
-    from megaback.model_folder import read_description
-    from megaback.writer import load_writer
+    from megaback.inference.sampling import SamplingOptions
+    from megaback.inference.writer import load_writer
+    from megaback.weights.converted import model_folder
+    from megaback.weights.model_folder import read_description
 
     folder = model_folder(folder)
     direction = read_description(folder).text_format.direction

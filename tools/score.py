@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.build.settings import BAD_RECORD_CHOICES
+from data_pipeline.common.command import Command
+from data_pipeline.common.output_paths import json_lines_with, overwrite_option, require_output
+from data_pipeline.common.terminal import fit
 from data_pipeline.errors import BadRecordError, PromptError, SourceEmptyError
-from data_pipeline.json_lines import Record, read_records
-from data_pipeline.line_writer import writing_lines
-from data_pipeline.output_paths import json_lines_with, overwrite_option, require_output
-from data_pipeline.pairs import PairColumns
-from data_pipeline.record_limits import max_record_bytes_option
-from data_pipeline.settings import BAD_RECORD_CHOICES
-from data_pipeline.slices import stop_or_skip
-from data_pipeline.terminal import fit
+from data_pipeline.sources.documents import stop_or_skip
+from data_pipeline.sources.jsonl import Record, read_records
+from data_pipeline.sources.line_writer import writing_lines
+from data_pipeline.sources.record_limits import max_record_bytes_option
+from megaback.scoring.pairs import PairColumns
 
 if TYPE_CHECKING:
-    from megaback.scoring import EncodedPair, PairEncoder
+    from megaback.scoring.scorer import EncodedPair, PairEncoder
 
 in_option = click.option(
     "--in",
@@ -162,7 +162,7 @@ def main(
     """
     names, bad = PairColumns.parse(columns), BadRecords(on_bad_record)
     require_output(out, (source, folder), is_ours=json_lines_with(score=dict), overwrite=overwrite)
-    from megaback.scoring import load_scorer
+    from megaback.scoring.scorer import load_scorer
 
     with load_scorer(folder, form=form, device=device, with_prior=prior) as scorer:
         records = good_records(source, bad, max_record_bytes)

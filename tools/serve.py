@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from data_pipeline.command import WorkCommand
+from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.number_ranges import (
+    BODY_BYTES,
+    COUNT,
+    PORT,
+    SECONDS,
+    SHUTDOWN_SECONDS,
+    SLOTS,
+)
 from data_pipeline.errors import BackendError, ServeError
-from data_pipeline.number_ranges import BODY_BYTES, COUNT, PORT, SECONDS, SHUTDOWN_SECONDS, SLOTS
 
 if TYPE_CHECKING:
-    from megaback.infill import Infiller
+    from megaback.inference.infill.infiller import Infiller
     from tools.serving.host_names import Address
     from tools.serving.limits import Limits
     from tools.serving.models import ServedModel
@@ -89,10 +96,10 @@ def run_server(
 
     Raises KeyboardInterrupt after SIGINT.
     """
-    from tools.serving.engine import Engine
+    from tools.serving.context import Service
     from tools.serving.metrics import Metrics
     from tools.serving.process import Server
-    from tools.serving.service import Service
+    from tools.serving.worker import Engine
 
     host, port = listener.getsockname()[:2]
     metrics = Metrics()
@@ -216,8 +223,8 @@ def main(
     with listening_socket(host, port) as listener:
         import torch
 
-        from megaback.converted import model_folder
-        from megaback.writer import choose_device
+        from megaback.inference.writer import choose_device
+        from megaback.weights.converted import model_folder
         from tools.serving.limits import Limits
         from tools.serving.models import load_meeting, load_models
 

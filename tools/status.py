@@ -15,13 +15,13 @@ from typing import Any
 
 import click
 
-from data_pipeline.command import Command
-from data_pipeline.durations import duration
+from data_pipeline.common.command import Command
+from data_pipeline.common.durations import duration
+from data_pipeline.common.terminal import fit
 from data_pipeline.errors import CheckpointCorruptError
-from data_pipeline.terminal import fit
-from megaback.checkpoint_names import META_NAME, complete_checkpoints, step_of
-from megaback.exit_record import read_history
-from megaback.metrics import LEAST_DATA_WAIT_SHARE, METRICS_NAME, read_metrics
+from megaback.checkpoints.checkpoint_names import META_NAME, complete_checkpoints, step_of
+from megaback.faults.exit_record import read_history
+from megaback.tracking.metrics import LEAST_DATA_WAIT_SHARE, METRICS_NAME, read_metrics
 from tools.watch import Health, look
 
 _RECENT_STEPS = 50

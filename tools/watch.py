@@ -12,14 +12,14 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.command import Command
+from data_pipeline.common.command import Command
+from data_pipeline.common.number_ranges import WATCH_SECONDS
+from data_pipeline.common.terminal import say
 from data_pipeline.errors import CheckpointMissingError
-from data_pipeline.number_ranges import WATCH_SECONDS
-from data_pipeline.terminal import say
-from launcher.run_folder import last_metrics, runs_below
-from megaback.exit_record import HISTORY_NAME, read_history
-from megaback.heartbeat import read_heartbeats
-from megaback.run_state import State, judge
+from megaback.faults.exit_record import HISTORY_NAME, read_history
+from megaback.faults.heartbeat import read_heartbeats
+from megaback.faults.run_state import State, judge
+from megaback.tracking.run_folder import last_metrics, runs_below
 
 _NAMED_RUNS = 6
 EXIT_CODES: dict[State, int] = {

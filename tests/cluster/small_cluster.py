@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from megaback.metrics import METRICS_NAME, read_metrics
+from megaback.tracking.metrics import METRICS_NAME, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 SLURM_FILES = sorted((REPOSITORY / "slurm").glob("*.sbatch"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from small_cluster import SLURM_FILES, SOURCED_FILES, Slurm
 
-from launcher.slurm_files import sbatch_value
+from launcher.slurm.sbatch_files import sbatch_value
 
 slurm_files = pytest.mark.parametrize("path", SLURM_FILES, ids=lambda path: path.name)
 all_files = pytest.mark.parametrize(

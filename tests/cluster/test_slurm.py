@@ -21,9 +21,9 @@ from small_cluster import (
     wait_for,
 )
 
-from megaback.exit_record import read_history
-from megaback.metrics import MACHINE_FIELDS, read_metrics
-from megaback.mirrors import flat_values
+from megaback.faults.exit_record import read_history
+from megaback.tracking.metrics import MACHINE_FIELDS, read_metrics
+from megaback.tracking.trackers import flat_values
 
 _ENDLESS = {"steps": 100_000, "precision": "fp32"}
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

@@ -12,10 +12,10 @@ import pytest
 from model_helpers import write_chat_model
 from small_cluster import MINISLURM, Slurm, read_log, wait_for
 
-from data_pipeline.build import build_shards
-from data_pipeline.manifest import Manifest
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.text import TextCodec
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.text.codec import TextCodec
 
 _ELEMENTS = 6
 _AT_A_TIME = 4

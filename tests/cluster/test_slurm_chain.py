@@ -9,8 +9,8 @@ import pytest
 import yaml
 from small_cluster import SMALL_JOB, Slurm, wait_for
 
-from megaback.exit_record import read_history
-from megaback.metrics import read_metrics
+from megaback.faults.exit_record import read_history
+from megaback.tracking.metrics import read_metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -15,7 +15,7 @@ from small_cluster import (
     wait_for,
 )
 
-from megaback.exit_record import read_history
+from megaback.faults.exit_record import read_history
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ from remote_helpers import FileServer, serving
 from small_cluster import SMALL_JOB, Slurm, read_log
 
 from data_pipeline.errors import ConfigError
-from megaback.metrics import read_metrics
+from megaback.tracking.metrics import read_metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaback.attention import AttentionBackend, Segments, flash_attention, sdpa_attention
+from megaback.model.attention import AttentionBackend, Segments, flash_attention, sdpa_attention
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(

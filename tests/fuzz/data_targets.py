@@ -18,20 +18,25 @@ import zstandard
 from engine import Target
 from mutations import mutate_bytes, mutate_json, repacked
 
-from data_pipeline import shard_index
-from data_pipeline.build import build_shards
-from data_pipeline.data_set import DataSet
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.plan import PLAN_NAME, Plan
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.task import TaskRecord, record_path
 from data_pipeline.errors import MegabackError
-from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.manifest import MANIFEST_NAME, SPLITS, Manifest
-from data_pipeline.plan import PLAN_NAME, Plan
 from data_pipeline.redaction import place_of, scrub, secret_spans, shown_url
-from data_pipeline.seekable import SKIPPABLE_HEADER, SeekEntry, pack_seek_table, read_seek_table
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.shard_format import ShardReader
-from data_pipeline.tasks import TaskRecord, record_path
-from data_pipeline.text import Direction, TextCodec, Unit
-from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
+from data_pipeline.shards import index as shard_index
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import MANIFEST_NAME, SPLITS, Manifest
+from data_pipeline.shards.seek_table import (
+    SKIPPABLE_HEADER,
+    SeekEntry,
+    pack_seek_table,
+    read_seek_table,
+)
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
 
 ALLOWED = (MegabackError,)
 Factory = Callable[[Path], Target]
@@ -269,7 +274,7 @@ def redactor(_folder: Path) -> Target:
 
 
 def hostfile(folder: Path) -> Target:
-    from launcher.hostfile import host_rank_names, read_hostfile
+    from launcher.ranks.hostfile import host_rank_names, read_hostfile
 
     path = folder / "hosts"
 

@@ -16,28 +16,28 @@ from engine import Target
 from mutations import mutate_bytes, mutate_json, one_of, repacked
 
 from data_pipeline.errors import MegabackError
-from data_pipeline.text import Direction
+from data_pipeline.text.codec import Direction
+from megaback.checkpoints.safetensors_file import TensorFile
 from megaback.config import ModelSection
-from megaback.model import ReverseGPT
-from megaback.model_folder import (
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.model_folder import (
     CONFIG_NAME,
     ModelDescription,
     load_model_folder,
     read_description,
     write_model_folder,
 )
-from megaback.tensor_file import TensorFile
-from megaback.weight_files import INDEX_NAME, WEIGHTS_NAME, StoredWeights
-from tools.hf_export import write_hf_folder
-from tools.serving.connections import ImpatientConnection
-from tools.serving.engine import Engine
+from megaback.weights.weight_files import INDEX_NAME, WEIGHTS_NAME, StoredWeights
+from tools.export.hf import write_hf_folder
+from tools.serving.context import Service
+from tools.serving.errors import ProblemError
+from tools.serving.idle_timeout import ImpatientConnection
 from tools.serving.limits import Limits
 from tools.serving.metrics import Metrics
 from tools.serving.models import load_meeting, load_models
 from tools.serving.parsing import parse_request
-from tools.serving.problems import ProblemError
 from tools.serving.process import Server
-from tools.serving.service import Service
+from tools.serving.worker import Engine
 
 _SHAPE = ModelSection(num_layers=1, width=8, num_heads=2).resolved()
 _CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def model_config(folder: Path) -> Target:
     """Of megaback's own models, of exports for transformers, and of other people's Llamas."""
     full, stock = model_in(folder, "full"), folder / "hf"
     stock.mkdir()
-    from megaback.weight_source import open_source
+    from megaback.weights.source import open_source
 
     write_hf_folder(stock, "tiny", open_source(full), torch.float32, 1 << 30)
     foreign = Path(shutil.copytree(full, folder / "foreign"))

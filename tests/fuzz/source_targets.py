@@ -20,11 +20,11 @@ from engine import Target
 from mutations import mutate_bytes, mutate_json, mutate_lines, one_of, repacked
 
 from data_pipeline.errors import BadRecordError, MegabackError
-from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.json_lines import read_records
-from data_pipeline.slices import Columns, stop_or_skip
-from data_pipeline.sources import list_source, read_slice
-from data_pipeline.text_sample import num_bytes
+from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.sources.documents import Columns, stop_or_skip
+from data_pipeline.sources.jsonl import read_records
+from data_pipeline.sources.registry import list_source, read_slice
+from data_pipeline.tokenizer.sample import num_bytes
 
 # Sources. The first byte of an input says as which kind of file it is read.
 

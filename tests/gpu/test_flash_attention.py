@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from megaback.attention import Segments, attention_backend, flash_attention, sdpa_attention
+from megaback.model.attention import Segments, attention_backend, flash_attention, sdpa_attention
 
 pytestmark = [
     pytest.mark.gpu,

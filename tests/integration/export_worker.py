@@ -15,13 +15,13 @@ from reshard_worker import STEPS, new_engine, train
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megaback.attention import Segments
-from megaback.checkpoint import CheckpointMeta, library_versions
-from megaback.checkpoint_saver import CheckpointSaver
+from megaback.checkpoints.checkpoint import CheckpointMeta, library_versions
+from megaback.checkpoints.saver import CheckpointSaver
+from megaback.checkpoints.state import named_state, num_updates
 from megaback.config import CheckpointSection, Config, load_config
-from megaback.distributed import World, end_rank, start_world
-from megaback.engine_state import named_state, num_updates
-from megaback.run_data import open_data
+from megaback.data import open_data
+from megaback.distributed.world import World, end_rank, start_world
+from megaback.model.attention import Segments
 
 STAGES = (1, 2, 3)
 TIED = {True: "tied", False: "untied"}

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from data_pipeline.errors import RunMismatchError
-from megaback.checkpoint import CheckpointMeta, load_into_engine, read_meta
-from megaback.checkpoint_saver import CheckpointSaver
+from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, read_meta
+from megaback.checkpoints.saver import CheckpointSaver
+from megaback.checkpoints.state import named_state, num_updates
 from megaback.config import CheckpointSection, Config, load_config
-from megaback.distributed import World, end_rank, start_world
-from megaback.engine import set_learning_rates, start_engine, take_step
-from megaback.engine_state import named_state, num_updates
-from megaback.evaluation import to_device
-from megaback.model import ReverseGPT
-from megaback.run_data import open_data
+from megaback.data import open_data
+from megaback.distributed.engine import set_learning_rates, start_engine, take_step
+from megaback.distributed.world import World, end_rank, start_world
+from megaback.model.gpt import ReverseGPT
+from megaback.training.validation import to_device
 
 STEPS = 3
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from data_pipeline.errors import PreemptedError
 from megaback.config import load_config
-from megaback.distributed import AgreedExit, World, end_rank, start_world
-from megaback.exit_record import read_exit
-from megaback.pulse import Pulse
-from megaback.stopping import StopRequest
+from megaback.distributed.world import AgreedExit, World, end_rank, start_world
+from megaback.faults.exit_record import read_exit
+from megaback.faults.stop_request import StopRequest
+from megaback.faults.watchdog import Pulse
 from megaback.train import train_run
 
 STAGES = (2, 3)

@@ -27,13 +27,13 @@ from data_pipeline.errors import (
     ShardsMissingError,
     SourceEmptyError,
 )
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_format import ShardReader
-from megaback.attention import Segments
-from megaback.model import ReverseGPT
-from megaback.weight_source import open_checkpoint
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.shard_format import ShardReader
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.source import open_checkpoint
 from tools.arrow import main
-from tools.artefacts import look_at
+from tools.artifacts import look_at
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_run import training_environment
 
-from launcher.local import rank_environment, rank_names
+from launcher.ranks.local import rank_environment, rank_names
 
 pytestmark = pytest.mark.slow
 

@@ -16,19 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import pool
-from data_pipeline.build import build_shards
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.plan import BUILD_FOLDER, Plan
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.task import run_task
+from data_pipeline.common import process_pool
 from data_pipeline.errors import (
     BadRecordError,
     MegabackError,
     SourceUnreadableError,
     StorageError,
 )
-from data_pipeline.plan import BUILD_FOLDER, Plan
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.shard_format import ShardReader
-from data_pipeline.tasks import run_task
-from data_pipeline.text import TextCodec
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.text.codec import TextCodec
 
 NOBODY = 65534
 DISK_BYTES = 1 << 20
@@ -258,7 +258,7 @@ def test_a_file_that_may_not_be_read_ends_a_build_that_goes_on_when_it_may(
     shared_place: Path, codec: Callable[..., TextCodec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        pool, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
+        process_pool, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
     )
     forbidden = shared_place / "source" / "1.jsonl.gz"
     out = shared_place / "shards"

@@ -26,13 +26,13 @@ from typing import Any
 import psutil
 import pytest
 
-from data_pipeline import pool
-from data_pipeline.build import build_shards
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.plan import BUILD_FOLDER
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.task import STAGED_FOLDER
+from data_pipeline.common import process_pool
 from data_pipeline.errors import LaunchError
-from data_pipeline.plan import BUILD_FOLDER
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.tasks import STAGED_FOLDER
-from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 NUM_TASKS = 12
 KILLS = 10  # with and without a selection: 20 for each number of workers
@@ -59,7 +59,7 @@ class Building:
         """Start the command, in a group of processes of its own."""
         return subprocess.Popen(
             [
-                *(sys.executable, "-m", "data_pipeline.build"),
+                *(sys.executable, "-m", "data_pipeline.build.command"),
                 *("--source", self.source, "--tokenizer", self.tokenizer, "--out", self.out),
                 *("--frame-tokens", "256", "--shard-tokens", "4000", "--val-fraction", "0.1"),
                 *("--tasks", str(NUM_TASKS), "--workers", str(workers)),
@@ -298,7 +298,7 @@ _CHANGES = ("replace", "link", "unlink", "mkdir", "rmdir", "fsync")
 def _build_until(steps: int, settings: BuildSettings, model_bytes: bytes, out: Path) -> None:
     """Build in this process, and kill it before that many changes to the file system are made."""
     left = count(steps, -1)
-    pool.ProcessPoolExecutor = lambda workers, **_: ThreadPoolExecutor(workers)  # type: ignore
+    process_pool.ProcessPoolExecutor = lambda workers, **_: ThreadPoolExecutor(workers)  # type: ignore
 
     def killing(change: Callable[..., Any]) -> Callable[..., Any]:
         def changing(*args: Any, **options: Any) -> Any:
@@ -337,7 +337,7 @@ def test_a_build_killed_before_any_change_to_the_disk_ends_with_the_same_bytes(
     )
     # Forks of a process without threads, which has imported what they need.
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["data_pipeline.build", "psutil", "pytest"])
+    server.set_forkserver_preload(["data_pipeline.build.command", "psutil", "pytest"])
 
     def build_until(steps: int, out: Path) -> int | None:
         process = server.Process(

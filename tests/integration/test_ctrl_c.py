@@ -21,8 +21,8 @@ import pytest
 from click.testing import CliRunner
 from interrupting import hearing_ctrl_c
 
-from data_pipeline import interrupts
-from data_pipeline.command import Command
+from data_pipeline.common import interrupts
+from data_pipeline.common.command import Command
 from megaback.cli import command_modules
 
 SEED = 25
@@ -196,7 +196,7 @@ def test_an_interrupted_tokenizer_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_second_interrupt_does_not_wait_for_what_tidies_up() -> None:
     code = """
 import os, signal, sys, time
-from data_pipeline.command import Command
+from data_pipeline.common.command import Command
 import click
 @click.command(cls=Command)
 def main():

@@ -19,14 +19,14 @@ from error_cases import CASES, Case
 from tiny_run import tiny_config, training_environment
 
 from data_pipeline import errors
-from data_pipeline.build import build_shards
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.errors import (
     MegabackError,
     StorageError,
 )
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.text import Direction, TextCodec, Unit
-from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
 from tools.convert import convert_full
 
 pytestmark = pytest.mark.slow

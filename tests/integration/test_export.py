@@ -17,12 +17,12 @@ from tiny_run import tiny_config, training_environment
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from data_pipeline.text import TextCodec
-from launcher.local import rank_names
-from megaback.attention import Segments
-from megaback.model_folder import load_model_folder
+from data_pipeline.text.codec import TextCodec
+from launcher.ranks.local import rank_names
+from megaback.model.attention import Segments
+from megaback.weights.model_folder import load_model_folder
 from tools.convert import convert
-from tools.gguf_export import GGUF_NAME
+from tools.export.gguf import GGUF_NAME
 
 pytestmark = pytest.mark.slow
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from tiny_run import curve_of, metrics_of, val_losses_of
 
-from data_pipeline.batches import sequential_batches
-from data_pipeline.build import build_shards
-from data_pipeline.data_set import DataSet
-from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.frame_store import FrameStore
-from data_pipeline.rows import RowReader
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.text import Direction, TextCodec
-from megaback.checkpoint import find_checkpoint
-from megaback.checkpoint_names import complete_checkpoints
-from megaback.evaluation import to_device
-from megaback.model_folder import load_model_folder
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.loading.loader import sequential_batches
+from data_pipeline.loading.rows import RowReader
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.checkpoints.checkpoint import find_checkpoint
+from megaback.checkpoints.checkpoint_names import complete_checkpoints
+from megaback.training.validation import to_device
+from megaback.weights.model_folder import load_model_folder
 from tools.convert import convert_full
 
 pytestmark = pytest.mark.slow

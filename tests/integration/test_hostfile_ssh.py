@@ -16,7 +16,7 @@ from private_sshd import HOSTS, PrivateSshd, private_sshd
 from tiny_run import training_environment, wait_for_step
 
 from data_pipeline.errors import LaunchError
-from launcher.local import CONNECTION_LOST
+from launcher.ranks.local import CONNECTION_LOST
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ _ROOT = Path(__file__).parents[2]
 _LAUNCH = """
 import json, sys
 from pathlib import Path
-from launcher.hostfile import read_hostfile, run_on_hosts
+from launcher.ranks.hostfile import read_hostfile, run_on_hosts
 hosts = read_hostfile(Path(sys.argv[1]))
 print(json.dumps(run_on_hosts(hosts, [sys.executable, *sys.argv[2:]], "cpu")))
 """

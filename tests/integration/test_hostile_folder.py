@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_run import training_environment
 
+from data_pipeline.common.import_path import module_command
 from data_pipeline.errors import ConfigError, LaunchError
-from data_pipeline.import_path import module_command
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +37,8 @@ SCORE = """
 from pathlib import Path
 import torch
 from data_pipeline.errors import CheckpointMissingError
-from megaback.device_pool import DevicePool
-from megaback.likelihood import Continuation
+from megaback.inference.device_pool import DevicePool
+from megaback.inference.likelihood import Continuation
 if __name__ == "__main__":
     with DevicePool(Path("absent"), [torch.device("cpu")] * 2) as pool:
         try:

@@ -19,16 +19,16 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import retries
-from data_pipeline.build import build_planned
+from data_pipeline.build.command import build_planned
+from data_pipeline.build.plan import Plan
 from data_pipeline.errors import MegabackError
-from data_pipeline.manifest import Manifest
-from data_pipeline.plan import Plan
-from data_pipeline.pydocs import list_pydocs_slices
 from data_pipeline.redaction import remember, scrub
-from data_pipeline.remote import RemoteFile
-from data_pipeline.retries import RetryPolicy
-from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.sources.pydocs import list_pydocs_slices
+from data_pipeline.storage import retries
+from data_pipeline.storage.remote_file import RemoteFile
+from data_pipeline.storage.retries import RetryPolicy
+from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from hostile_helpers import bounded

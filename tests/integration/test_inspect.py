@@ -15,10 +15,10 @@ from data_pipeline.errors import (
     SourceMissingError,
     TokenizerError,
 )
-from tools.artefacts import look_at
+from tools.artifacts import look_at
 from tools.convert import convert_full
-from tools.gguf_export import write_gguf_folder
-from tools.hf_export import write_hf_folder
+from tools.export.gguf import write_gguf_folder
+from tools.export.hf import write_hf_folder
 
 RunOf = Callable[..., Path]
 ModelOf = Callable[[Path], Path]
@@ -34,7 +34,7 @@ def exports(run_of: RunOf, tmp_path_factory: pytest.TempPathFactory) -> Callable
     """`exports(kind)`: the run's model as `full`, `hf` or `gguf`."""
     import torch
 
-    from megaback.weight_source import open_source
+    from megaback.weights.source import open_source
 
     folder = tmp_path_factory.mktemp("exports")
     convert_full(run_of(), folder / "full", "float32")

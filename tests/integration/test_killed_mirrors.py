@@ -15,10 +15,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import training_environment
 
-from megaback.code_version import code_version
-from megaback.exit_record import read_history
-from megaback.metrics import read_metrics
-from megaback.mirrors import flat_values
+from megaback.faults.exit_record import read_history
+from megaback.tracking.code_version import code_version
+from megaback.tracking.metrics import read_metrics
+from megaback.tracking.trackers import flat_values
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ class Killed:
 def kill_after(run: Path, num_steps: int, config: Path) -> None:
     """Start the run, whose rank is killed right after so many more lines of metrics."""
     fault = {
-        "at": "megaback.metrics:MetricsLog.train",
+        "at": "megaback.tracking.metrics:MetricsLog.train",
         "rank": 0,
         "call": num_steps,
         "when": "after",

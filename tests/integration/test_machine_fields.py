@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_run import training_environment
 
-from launcher.local import rank_environment, rank_names
-from megaback.metrics import read_metrics
+from launcher.ranks.local import rank_environment, rank_names
+from megaback.tracking.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +17,7 @@ MORE_BYTES = 600_000_000
 # A rank whose loader is slow and which has much in memory, if it is the second one.
 RANK = f"""
 import os, time
-from data_pipeline.batches import TrainingBatches
+from data_pipeline.loading.loader import TrainingBatches
 from megaback.train import main
 quick = TrainingBatches.at
 def slow(self, step):

@@ -21,7 +21,7 @@ from model_helpers import random_model, write_chat_model, write_model
 from tiny_run import FORWARD, read_run_config, training_environment, wait_for_step
 from warm_ranks import WarmRanks
 
-from data_pipeline.text import Direction, TextCodec
+from data_pipeline.text.codec import Direction, TextCodec
 from launcher.train_result import show_result
 from megaback.cli import main as megaback
 from megaback.config import load_config
@@ -127,7 +127,7 @@ def test_what_a_build_names_trains_in_a_folder_of_its_own(place: Path, shards_to
 def test_a_build_of_another_kind_names_what_has_to_change(
     options: tuple[str, ...], shards_told: str, tmp_path: Path
 ) -> None:
-    from megaback.run_data import open_data
+    from megaback.data import open_data
 
     assert shards_told
     source = ("--source", "my text", "--tokenizer", "my data/tok'enizer/tokenizer.model")

@@ -142,7 +142,7 @@ def _train(megaback: Commands, config: Path, shards: str, out: Path) -> None:
 
 def _variables_of(config: Path, shards: str) -> dict[str, str]:
     """What somebody exports who has read which variables are missing."""
-    from data_pipeline.address_variables import kept
+    from data_pipeline.storage.address_variables import kept
 
     kept(shards)
     held = {name: value for name, value in os.environ.items() if PLANT in value}

@@ -14,8 +14,8 @@ import pytest
 from tiny_run import training_environment
 
 from data_pipeline.errors import PreflightError, StorageError
-from launcher.local import rank_environment, rank_names
-from megaback.preflight import BAD_NODES_NAME, PREFLIGHT_NAME
+from launcher.ranks.local import rank_environment, rank_names
+from megaback.faults.preflight import BAD_NODES_NAME, PREFLIGHT_NAME
 
 pytestmark = pytest.mark.slow
 

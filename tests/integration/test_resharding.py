@@ -12,7 +12,7 @@ import yaml
 from tiny_run import curve_of, tiny_config, training_environment, wait_for_step
 
 from data_pipeline.errors import PreemptedError
-from launcher.local import rank_names
+from launcher.ranks.local import rank_names
 
 pytestmark = pytest.mark.slow
 

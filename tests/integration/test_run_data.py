@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from remote_helpers import serving
 
-from data_pipeline.build import build_shards
-from data_pipeline.manifest import Manifest
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.shard_format import ShardReader
-from data_pipeline.text import TextCodec
-from megaback.checkpoint import read_meta
-from megaback.checkpoint_names import complete_checkpoints
-from megaback.metrics import read_metrics
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.text.codec import TextCodec
+from megaback.checkpoints.checkpoint import read_meta
+from megaback.checkpoints.checkpoint_names import complete_checkpoints
+from megaback.tracking.metrics import read_metrics
 
 Run = subprocess.CompletedProcess[str]
 LATE_FRAME = 13

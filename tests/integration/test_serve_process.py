@@ -16,7 +16,7 @@ import openai
 import pytest
 from serve_helpers import num_running, posted, started, wait_until, write_tiny_model
 
-from data_pipeline.text import Direction, TextCodec
+from data_pipeline.text.codec import Direction, TextCodec
 from megaback.config import ModelSection
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -18,7 +18,7 @@ import openai
 import pytest
 from serve_helpers import num_running, started, wait_until, write_tiny_model
 
-from data_pipeline.text import TextCodec
+from data_pipeline.text.codec import TextCodec
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 pytestmark = pytest.mark.skipif(

@@ -15,11 +15,11 @@ import pytest
 from model_helpers import write_chat_model
 from tiny_run import training_environment
 
-from data_pipeline.build import build_shards
-from data_pipeline.control_characters import escaped
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.text import TextCodec
-from megaback.exit_record import record_exit, record_start
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.common.control_characters import escaped
+from data_pipeline.text.codec import TextCodec
+from megaback.faults.exit_record import record_exit, record_start
 
 TITLE = "\x1b]0;pwned\x07"
 HOSTILE = f"{TITLE}\x1b[2J\x9b31m\u202e\x7f[bold]loud[/bold]"
@@ -147,7 +147,7 @@ def test_a_hostile_run_is_trained_on_a_terminal(
 
 
 def test_samples_in_a_pipe_are_exact(tmp_path: Path, codec: Callable[..., TextCodec]) -> None:
-    from megaback.writer import load_writer
+    from megaback.inference.writer import load_writer
 
     model = write_chat_model(tmp_path / "model", codec())
     how = {"max_new_tokens": 60, "temperature": 3.0, "top_k": 200, "seed": 0}

@@ -23,13 +23,13 @@ from tiny_run import (
     val_losses_of,
 )
 
-from data_pipeline.build import build_shards
-from data_pipeline.manifest import Manifest
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.text import Direction, TextCodec, Unit
-from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
-from megaback.model import ReverseGPT
-from megaback.model_folder import load_model_folder, read_weights
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.model_folder import load_model_folder, read_weights
 
 pytestmark = pytest.mark.slow
 

@@ -17,16 +17,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from data_pipeline.manifest import Manifest
-from data_pipeline.rows import IGNORED_TARGET, Batch
-from data_pipeline.shard_format import ShardReader
-from megaback.attention import Segments
+from data_pipeline.loading.rows import IGNORED_TARGET, Batch
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.shard_format import ShardReader
 from megaback.config import Config, load_config
-from megaback.metrics import MACHINE_FIELDS
-from megaback.model import ReverseGPT
-from megaback.optimizers import build_optimizer
-from megaback.run_data import open_data
-from megaback.schedule import learning_rate_at, rate_factor_at
+from megaback.data import open_data
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
+from megaback.optim.build import build_optimizer
+from megaback.optim.lr_schedule import learning_rate_at, rate_factor_at
+from megaback.tracking.metrics import MACHINE_FIELDS
 
 TOTAL_STEPS = 100
 FORWARD = ("data.direction=forward", "training.steps=null", "training.epochs=1.5")

@@ -13,9 +13,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from megaback.config import load_config
-from megaback.distributed import World, end_rank, start_world
-from megaback.pulse import Pulse
-from megaback.stopping import StopRequest
+from megaback.distributed.world import World, end_rank, start_world
+from megaback.faults.stop_request import StopRequest
+from megaback.faults.watchdog import Pulse
 from megaback.train import train_run
 
 

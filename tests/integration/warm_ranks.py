@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tiny_run import training_environment
 
-from launcher.local import rank_environment, rank_names
+from launcher.ranks.local import rank_environment, rank_names
 
 _RANK = Path(__file__).with_name("warm_rank.py")
 

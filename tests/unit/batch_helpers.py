@@ -11,17 +11,17 @@ import numpy.typing as npt
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from data_pipeline.batches import Stream, TrainingBatches
-from data_pipeline.data_set import DataSet as OpenDataSet
-from data_pipeline.data_set import LocalFolder
-from data_pipeline.frame_store import FrameStore
-from data_pipeline.manifest import Manifest, ShardEntry
-from data_pipeline.mixture import Mixture
-from data_pipeline.order import Order
-from data_pipeline.row_table import RowTable
-from data_pipeline.rows import RowReader
-from data_pipeline.shard_format import ShardReader, ShardWriter
-from data_pipeline.text import Direction, TextFormat, Unit
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.loading.loader import Stream, TrainingBatches
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.order import Order
+from data_pipeline.loading.row_grid import RowTable
+from data_pipeline.loading.rows import RowReader
+from data_pipeline.shards.data_set import DataSet as OpenDataSet
+from data_pipeline.shards.data_set import LocalFolder
+from data_pipeline.shards.manifest import Manifest, ShardEntry
+from data_pipeline.shards.shard_format import ShardReader, ShardWriter
+from data_pipeline.text.codec import Direction, TextFormat, Unit
 
 Ids = npt.NDArray[np.int64]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import pool
-from data_pipeline.build import build_shards
-from data_pipeline.inspection import document_ids
-from data_pipeline.manifest import SPLITS, Manifest
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.text import TextCodec
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.common import process_pool
+from data_pipeline.shards.inspection import document_ids
+from data_pipeline.shards.manifest import SPLITS, Manifest
+from data_pipeline.text.codec import TextCodec
 
 with suppress(ImportError):
     # Loaded in a thread, it crashes whoever uses it after that thread has ended.
@@ -90,7 +90,9 @@ def build_here(
 ) -> Manifest:
     """Build in threads of this process, also where a fixture would be shared by examples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+        patch.setattr(
+            process_pool, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
+        )
         return build_shards(settings, codec, out, workers, num_tasks)[0]
 
 

@@ -20,14 +20,15 @@ from build_helpers import (
 )
 from remote_helpers import FileServer, serving
 
-from data_pipeline import plan, pool
-from data_pipeline.build import build_shards
+from data_pipeline.build import plan
+from data_pipeline.build.command import build_shards
+from data_pipeline.common import process_pool
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megaback.checkpoint import CheckpointMeta
-    from megaback.distributed import World
+    from megaback.checkpoints.checkpoint import CheckpointMeta
+    from megaback.distributed.world import World
 
 _LARGEST_FILE_BYTES = 1 << 16
 
@@ -58,7 +59,7 @@ def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     def threads(workers: int, **_options: object) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(workers)
 
-    monkeypatch.setattr(pool, "ProcessPoolExecutor", threads)
+    monkeypatch.setattr(process_pool, "ProcessPoolExecutor", threads)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +108,7 @@ def world() -> "Iterator[World]":
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
-    from megaback.distributed import World
+    from megaback.distributed.world import World
 
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield World(0, 1, torch.device("cpu"), dist.group.WORLD)
@@ -117,7 +118,7 @@ def world() -> "Iterator[World]":
 @pytest.fixture(scope="session")
 def meta_at() -> "Callable[..., CheckpointMeta]":
     """`meta_at(step, val_loss)`: what a run says of its checkpoint of a step."""
-    from megaback.checkpoint import CheckpointMeta
+    from megaback.checkpoints.checkpoint import CheckpointMeta
 
     def make(step: int, val_loss: float | None = 1.5) -> CheckpointMeta:
         return CheckpointMeta(
@@ -159,7 +160,7 @@ def save(
     state_at: "Callable[[int], dict[str, Tensor]]",
 ) -> Callable[..., Path]:
     """`save(run, step, val_loss, **options of CheckpointSection)`: a whole checkpoint's folder."""
-    from megaback.checkpoint_saver import CheckpointSaver
+    from megaback.checkpoints.saver import CheckpointSaver
     from megaback.config import CheckpointSection
 
     def save(

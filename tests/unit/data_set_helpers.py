@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from remote_helpers import FileServer
 
-from data_pipeline.data_set import DataSet
-from data_pipeline.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
 
 Frames = dict[str, list[list[int]]]
 

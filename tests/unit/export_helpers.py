@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.text import TextCodec
-from megaback.checkpoint import FORMAT_NAME, FORMAT_VERSION, CheckpointMeta
-from megaback.checkpoint_names import META_NAME
+from data_pipeline.text.codec import TextCodec
+from megaback.checkpoints.checkpoint import FORMAT_NAME, FORMAT_VERSION, CheckpointMeta
+from megaback.checkpoints.checkpoint_names import META_NAME
+from megaback.checkpoints.safetensors_file import write_tensors
 from megaback.config import Config
-from megaback.model import ReverseGPT
-from megaback.tensor_file import write_tensors
+from megaback.model.gpt import ReverseGPT
 
 STEP = 30
 

@@ -16,13 +16,13 @@ from batch_helpers import (
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from data_pipeline.batches import Stream, TrainingBatches
-from data_pipeline.frame_store import FrameStore
-from data_pipeline.mixture import Mixture
-from data_pipeline.order import Order
-from data_pipeline.row_table import RowTable
-from data_pipeline.rows import IGNORED_TARGET, Batch, RowReader
-from data_pipeline.text import Direction
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.loading.loader import Stream, TrainingBatches
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.order import Order
+from data_pipeline.loading.row_grid import RowTable
+from data_pipeline.loading.rows import IGNORED_TARGET, Batch, RowReader
+from data_pipeline.text.codec import Direction
 
 BATCH_ROWS = 24
 WORLD_SIZES = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24])

@@ -7,7 +7,12 @@ from typing import Any
 
 import zstandard
 
-from data_pipeline.seekable import EMPTY_CHECKSUM, SeekEntry, pack_seek_table, skippable_frame
+from data_pipeline.shards.seek_table import (
+    EMPTY_CHECKSUM,
+    SeekEntry,
+    pack_seek_table,
+    skippable_frame,
+)
 
 _INDEX_MAGIC = 0x184D2A5D
 

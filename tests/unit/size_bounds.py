@@ -10,9 +10,9 @@ from pathlib import Path
 from click.testing import CliRunner
 from shard_parts import ShardParts
 
-from data_pipeline import inspection, recompress, verify
 from data_pipeline.errors import ShardCorruptError
-from data_pipeline.manifest import MANIFEST_NAME
+from data_pipeline.shards import inspection, recompress, verify
+from data_pipeline.shards.manifest import MANIFEST_NAME
 
 MAX_BYTES = 256 << 20
 SHARD = "train-00002-00000.zst"

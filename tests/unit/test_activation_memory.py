@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaback.activation_memory import Arithmetic, activations_of
-from megaback.attention import Segments
 from megaback.config import ModelSection
-from megaback.model import ReverseGPT
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
+from megaback.planning.activation_memory import Arithmetic, activations_of
 
 VOCAB_SIZE, TOKENS = 101, 64
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.address_variables import expanded, kept, kept_in
 from data_pipeline.errors import ConfigError
 from data_pipeline.redaction import MASK, REFERENCE, scrub, shown_url
+from data_pipeline.storage.address_variables import expanded, kept, kept_in
 
 SIGNED = "https://user:hunter22@host/x.jsonl?id=7&sig=abcdefgh1"
 

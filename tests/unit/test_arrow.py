@@ -11,13 +11,20 @@ from build_helpers import make_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.build import build_shards
-from data_pipeline.data_set import DataSet
-from data_pipeline.text import Direction, TextCodec
-from megaback.arrow import DocumentLosses, Ids, Markers, documents_of, measure, windows_of
-from megaback.attention import Segments
+from data_pipeline.build.command import build_shards
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.text.codec import Direction, TextCodec
 from megaback.config import ModelSection
-from megaback.model import ReverseGPT
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
+from megaback.scoring.directions import (
+    DocumentLosses,
+    Ids,
+    Markers,
+    documents_of,
+    measure,
+    windows_of,
+)
 
 BEGIN, END, VOCAB_SIZE = 1, 2, 40
 MARKERS = Markers(BEGIN, END)

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_helpers import write_chat_model
 
-from data_pipeline.chat_format import ChatFormat
-from data_pipeline.locks import locked
-from data_pipeline.text import Direction, TextCodec
-from megaback.likelihood import Continuation, log_probabilities
-from megaback.model_folder import load_model_folder
+from data_pipeline.common.locks import locked
+from data_pipeline.text.chat_format import ChatFormat
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.inference.likelihood import Continuation, log_probabilities
+from megaback.weights.model_folder import load_model_folder
 from tools.backtranslate import main, work_folder
-from tools.chunk_parts import ChunkParts
-from tools.example_choice import Choice
+from tools.backtranslation.resumable_chunks import ChunkParts
+from tools.backtranslation.selection import Choice
 
 Codecs = Callable[..., TextCodec]
 Translate = Callable[..., Result]

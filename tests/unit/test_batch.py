@@ -12,10 +12,10 @@ from test_model import VOCAB_SIZE, make_model
 from test_sampler import CODEC, CONTEXT_TOKENS, STOP_ID, prompt_of, sampler, written
 
 from data_pipeline.errors import PromptError
-from megaback.batch import Batch, Sample, Step
-from megaback.choice import SamplingOptions
-from megaback.likelihood import Continuation, log_probabilities
-from megaback.steps import finish
+from megaback.inference.batch import Batch, Sample, Step
+from megaback.inference.likelihood import Continuation, log_probabilities
+from megaback.inference.sampling import SamplingOptions
+from megaback.inference.steps import finish
 
 IDS = st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=CONTEXT_TOKENS)
 OPTIONS = st.builds(

@@ -24,14 +24,14 @@ from batch_helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.batches import sequential_batches
-from data_pipeline.data_set import DataSet as OpenDataSet
-from data_pipeline.data_set import LocalFolder
 from data_pipeline.errors import BatchError, ConfigError, ShardCorruptError
-from data_pipeline.frame_store import FrameStore
-from data_pipeline.rows import IGNORED_TARGET, Batch, RowReader, check_context
-from data_pipeline.shard_format import ShardReader
-from data_pipeline.text import Direction
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.loading.loader import sequential_batches
+from data_pipeline.loading.rows import IGNORED_TARGET, Batch, RowReader, check_context
+from data_pipeline.shards.data_set import DataSet as OpenDataSet
+from data_pipeline.shards.data_set import LocalFolder
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.text.codec import Direction
 
 
 def batch_of_everything(data: DataSet, rows: RowReader) -> Batch:
@@ -247,7 +247,7 @@ def test_an_empty_split_is_refused_by_name(small: DataSet) -> None:
 def test_more_shards_than_may_be_open_are_read_all_the_same(
     small: DataSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.frame_store._OPEN_SHARDS", 1)
+    monkeypatch.setattr("data_pipeline.loading.frame_store._OPEN_SHARDS", 1)
     store = small.store(keep_frames=1)
     numbers = [*range(len(small.frames)), *range(len(small.frames))]
     assert [store.frame(number).tolist() for number in numbers] == [

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.bootstrap import mean_interval, ratio_interval
+from megaback.scoring.bootstrap import mean_interval, ratio_interval
 
 
 def test_an_interval_is_as_wide_as_the_standard_error_says() -> None:

@@ -9,11 +9,11 @@ from build_helpers import EMPTY_DOCUMENTS, Codecs, Run, make_settings, write_sou
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.build import build_shards
-from data_pipeline.inspection import document_ids
-from data_pipeline.manifest import SPLITS, Manifest
-from data_pipeline.tasks import belongs_to_val
-from data_pipeline.text import Direction, Unit
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.task import belongs_to_val
+from data_pipeline.shards.inspection import document_ids
+from data_pipeline.shards.manifest import SPLITS, Manifest
+from data_pipeline.text.codec import Direction, Unit
 
 pytestmark = pytest.mark.usefixtures("a_task_a_file")
 

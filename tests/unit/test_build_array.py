@@ -8,14 +8,15 @@ import pytest
 from build_helpers import Codecs, build_here, hashes, make_settings
 from click.testing import CliRunner, Result
 
-from data_pipeline import build, finalize, plan
-from data_pipeline.build import build_tasks
+from data_pipeline.build import command as build
+from data_pipeline.build import finalize, plan
+from data_pipeline.build.command import build_tasks
+from data_pipeline.build.finalize import BUILDERS_LOCK, codec_of_plan
+from data_pipeline.build.plan import Plan, claim_plan
+from data_pipeline.build.task import STAGED_FOLDER, run_task
+from data_pipeline.common.locks import locked
 from data_pipeline.errors import ConfigError, ShardsMissingError
-from data_pipeline.finalize import BUILDERS_LOCK, codec_of_plan
-from data_pipeline.locks import locked
-from data_pipeline.manifest import Manifest
-from data_pipeline.plan import Plan, claim_plan
-from data_pipeline.tasks import STAGED_FOLDER, run_task
+from data_pipeline.shards.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("in_threads")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from build_helpers import Codecs, hashes, make_settings, write_source
 
-from data_pipeline.build import build_shards
+from data_pipeline.build.command import build_shards
 from data_pipeline.errors import (
     BadRecordError,
     ConfigError,
@@ -16,8 +16,8 @@ from data_pipeline.errors import (
     SourceMissingError,
     TokenizerMismatchError,
 )
-from data_pipeline.text import Direction, TextCodec, Unit
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.tokenizer.train import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("a_task_a_file")
 

@@ -10,12 +10,12 @@ import psutil
 import pytest
 from build_helpers import Codecs, hashes, make_settings, write_source
 
-from data_pipeline import plan
-from data_pipeline.build import build_planned, build_shards
+from data_pipeline.build import plan
+from data_pipeline.build.command import build_planned, build_shards
+from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.errors import BadRecordError
-from data_pipeline.manifest import Manifest
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.text import TextCodec
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.text.codec import TextCodec
 
 pytestmark = pytest.mark.usefixtures("a_task_a_file")
 
@@ -110,7 +110,7 @@ def test_a_build_that_fails_leaves_what_was_put_into_its_folder_meanwhile(
         (out / "notes.txt").write_bytes(b"mine")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_pipeline.build.build_planned", fail)
+    monkeypatch.setattr("data_pipeline.build.command.build_planned", fail)
     with pytest.raises(KeyboardInterrupt):
         build_shards(make_settings(source, codec()), codec(), out, workers=1)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
@@ -131,8 +131,8 @@ def test_a_source_that_changes_before_the_end_is_read_again(
 
 
 BUILD_SCRIPT = """
-from data_pipeline import plan
-from data_pipeline.build import main
+from data_pipeline.build import plan
+from data_pipeline.build.command import main
 
 if __name__ == "__main__":
     plan._SMALLEST_TASK_BYTES = 1

@@ -9,15 +9,15 @@ from build_helpers import Codecs, hashes, make_settings
 from remote_helpers import FileServer
 
 from data_pipeline import redaction
-from data_pipeline.build import build_planned, build_shards
-from data_pipeline.compression import Compression
+from data_pipeline.build.command import build_planned, build_shards
+from data_pipeline.build.finalize import finalize_build
+from data_pipeline.build.plan import PLAN_NAME, Plan, claim_plan
+from data_pipeline.build.settings import WeightedSource
+from data_pipeline.build.task import run_task
 from data_pipeline.errors import ConfigError, OutputExistsError
-from data_pipeline.finalize import finalize_build
-from data_pipeline.manifest import MANIFEST_NAME, Manifest
-from data_pipeline.plan import PLAN_NAME, Plan, claim_plan
-from data_pipeline.recompress import recompress
-from data_pipeline.settings import WeightedSource
-from data_pipeline.tasks import run_task
+from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.shards.recompress import recompress
 
 PLANT = "S3CR3T-plant"
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.cache_folder import MARKER, MARKER_NAME, require_cache_folder
 from data_pipeline.errors import ConfigError, OutputExistsError
-from data_pipeline.frame_cache import CachedShard, CacheSettings, FrameCache
+from data_pipeline.shards.cache_folder import MARKER, MARKER_NAME, require_cache_folder
+from data_pipeline.shards.frame_cache import CachedShard, CacheSettings, FrameCache
 
 ORIGIN = "https://example.org/set"
 FRAME_BYTES = 100

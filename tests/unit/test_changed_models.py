@@ -21,14 +21,19 @@ from data_pipeline.errors import (
     RunMismatchError,
     TokenizerError,
 )
-from data_pipeline.text import TextCodec
-from megaback.base_model import open_base
-from megaback.checkpoint import read_meta
+from data_pipeline.text.codec import TextCodec
+from megaback.checkpoints.checkpoint import read_meta
 from megaback.config import Config
-from megaback.model import ReverseGPT
-from megaback.model_folder import load_model_folder, open_weights, read_description, read_weights
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.init_from import open_base
+from megaback.weights.model_folder import (
+    load_model_folder,
+    open_weights,
+    read_description,
+    read_weights,
+)
 from tools.convert import convert
-from tools.look import main as inspect_command
+from tools.inspect_path import main as inspect_command
 from tools.sample import main as sample_command
 
 CPU = torch.device("cpu")

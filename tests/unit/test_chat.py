@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_helpers import CONTEXT_TOKENS, random_model, write_model
 
-from data_pipeline.chat_format import ChatFormat
 from data_pipeline.errors import PromptError
-from data_pipeline.text import Direction, TextCodec
-from megaback.chat import candidates
-from megaback.choice import SamplingOptions
-from megaback.likelihood import Continuation, log_probabilities
-from megaback.model import ReverseGPT
-from megaback.sampler import Sampler
+from data_pipeline.text.chat_format import ChatFormat
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.inference.chat import candidates
+from megaback.inference.decoder import Sampler
+from megaback.inference.likelihood import Continuation, log_probabilities
+from megaback.inference.sampling import SamplingOptions
+from megaback.model.gpt import ReverseGPT
 from tools.chat import main
 
 Codecs = Callable[..., TextCodec]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_pipeline.chat_format import ChatFormat, Example, ParsedExample
-from data_pipeline.text import BEGIN_PIECE, CHAT_PIECES, END_PIECE, Direction, TextCodec, Unit
+from data_pipeline.text.chat_format import ChatFormat, Example, ParsedExample
+from data_pipeline.text.codec import BEGIN_PIECE, CHAT_PIECES, END_PIECE, Direction, TextCodec, Unit
 
 Codecs = Callable[..., TextCodec]
 

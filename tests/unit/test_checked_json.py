@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import checked_json
-from data_pipeline.checked_json import checked, made_from, parse_json
+from data_pipeline.common import checked_json
+from data_pipeline.common.checked_json import checked, made_from, parse_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
-from megaback.checkpoint import (
+from megaback.checkpoints.checkpoint import (
     CheckpointMeta,
     find_checkpoint,
     newest_checkpoint,
     read_meta,
     verify_files,
 )
-from megaback.checkpoint_names import META_NAME
-from megaback.distributed import World
+from megaback.checkpoints.checkpoint_names import META_NAME
+from megaback.distributed.world import World
 
 Save = Callable[..., Path]
 WEIGHTS = "weights-00000.safetensors"

@@ -11,12 +11,17 @@ import fsspec
 import pytest
 
 from data_pipeline.errors import CheckpointCorruptError, OutputExistsError, SourceMissingError
-from megaback.checkpoint import find_checkpoint, newest_checkpoint, read_meta, verify_files
-from megaback.checkpoint_copy import CheckpointCopier, SecondPlace, fetch_newest
-from megaback.checkpoint_names import META_NAME, complete_checkpoints
+from megaback.checkpoints.checkpoint import (
+    find_checkpoint,
+    newest_checkpoint,
+    read_meta,
+    verify_files,
+)
+from megaback.checkpoints.checkpoint_names import META_NAME, complete_checkpoints
+from megaback.checkpoints.remote_copy import CheckpointCopier, SecondPlace, fetch_newest
 from megaback.config import CheckpointSection
-from megaback.distributed import World
-from megaback.guard import read_left_out, write_skipped_steps
+from megaback.distributed.world import World
+from megaback.faults.step_guard import read_left_out, write_skipped_steps
 
 Save = Callable[..., Path]
 Copy = Callable[..., list[str]]

@@ -19,19 +19,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.errors import StorageError
-from megaback import checkpoint_saver
-from megaback.checkpoint import (
+from megaback.checkpoints import saver as checkpoint_saver
+from megaback.checkpoints.checkpoint import (
     CheckpointMeta,
     find_checkpoint,
     newest_checkpoint,
     read_meta,
     verify_files,
 )
-from megaback.checkpoint_names import META_NAME, complete_checkpoints
-from megaback.checkpoint_saver import CheckpointSaver
+from megaback.checkpoints.checkpoint_names import META_NAME, complete_checkpoints
+from megaback.checkpoints.safetensors_file import write_tensors
+from megaback.checkpoints.saver import CheckpointSaver
 from megaback.config import CheckpointSection
-from megaback.distributed import World
-from megaback.tensor_file import write_tensors
+from megaback.distributed.world import World
 
 Save = Callable[..., Path]
 State = dict[str, Tensor]
@@ -366,7 +366,7 @@ def test_a_checkpoint_that_is_let_go_is_first_made_incomplete(
             assert not (folder / META_NAME).exists()
 
     with monkeypatch.context() as patch:
-        patch.setattr("megaback.checkpoint_saver.remove_own_files", remember)
+        patch.setattr("megaback.checkpoints.saver.remove_own_files", remember)
         save(tmp_path, 300, keep_last=2)
 
     assert [folder.name for folder in removed] == ["step-00000100"]

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from data_pipeline.errors import ConfigError
-from megaback.choice import Chooser, SamplingOptions, candidates, penalized
+from megaback.inference.sampling import Chooser, SamplingOptions, candidates, penalized
 
 VOCAB_SIZE = 50
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import StorageError
-from tools import chunk_parts
-from tools.chunk_parts import ChunkParts
+from tools.backtranslation import resumable_chunks
+from tools.backtranslation.resumable_chunks import ChunkParts
 
 
 def test_chunks_come_back_in_order_and_what_a_kill_left_is_cut_off(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_chunks_come_back_in_order_and_what_a_kill_left_is_cut_off(tmp_path: Pat
 def test_chunks_are_counted_across_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(chunk_parts, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(resumable_chunks, "_BLOCK_BYTES", block_bytes)
     unfinished = tmp_path / "part-00000.unfinished"
     unfinished.write_bytes(b"[1]\n[22]\n[333]")
     assert ChunkParts(tmp_path, 1).resume(0) == 2
@@ -55,7 +55,7 @@ def test_links_are_neither_read_nor_written_through(tmp_path: Path) -> None:
 def test_a_line_that_was_not_written_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
-    monkeypatch.setattr(chunk_parts, "_MAX_LINE_BYTES", 20)
+    monkeypatch.setattr(resumable_chunks, "_MAX_LINE_BYTES", 20)
     (tmp_path / "part-00000.jsonl").write_text(line + "\n")
     with pytest.raises(StorageError, match=r"part-00000\.jsonl:1: not what was written"):
         list(ChunkParts(tmp_path, 1).read_all())

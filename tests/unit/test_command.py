@@ -13,11 +13,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from data_pipeline import inspection
-from data_pipeline.command import Command, replacing
+from data_pipeline.common.command import Command, replacing
+from data_pipeline.common.unquoted import pattern_options
 from data_pipeline.errors import BatchError, ConfigError, MegabackError, UserInterruptError
-from data_pipeline.manifest import Manifest
-from data_pipeline.unquoted import pattern_options
+from data_pipeline.shards import inspection
+from data_pipeline.shards.manifest import Manifest
 from megaback.cli import command_modules
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

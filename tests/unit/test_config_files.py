@@ -15,7 +15,7 @@ from data_pipeline.errors import (
     ConfigError,
     RunMismatchError,
 )
-from data_pipeline.text import TextCodec
+from data_pipeline.text.codec import TextCodec
 from megaback.config import Config, load_config
 from tools.convert import convert
 

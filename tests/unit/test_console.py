@@ -14,7 +14,7 @@ import pytest
 # Prints from Python, by `logging`, by `warnings` and past Python, and then says how it went.
 _COMMENTING = """
 import json, logging, os, sys, warnings
-from data_pipeline.console import console_losses, only_comments, protect_console
+from data_pipeline.common.console import console_losses, only_comments, protect_console
 protect_console()
 only_comments({patience})
 logging.basicConfig(stream=sys.stdout)
@@ -86,7 +86,7 @@ def test_a_comment_that_cannot_be_printed_is_dropped(
 def test_a_reader_that_reads_again_is_told_how_much_it_missed(tmp_path: Path) -> None:
     code = """
 import sys
-from data_pipeline.console import only_comments, protect_console
+from data_pipeline.common.console import only_comments, protect_console
 protect_console()
 only_comments(0.1)
 for number in range(100):
@@ -122,7 +122,7 @@ def test_descriptors_that_are_closed_are_not_given_to_files(tmp_path: Path) -> N
 
 
 def test_a_closed_standard_input_is_an_empty_one() -> None:
-    code = "from data_pipeline.console import *; protect_console(); import sys\n"
+    code = "from data_pipeline.common.console import *; protect_console(); import sys\n"
     code += "print([sys.stdin.buffer.read(), sys.stdin.read()])"
     command = ["bash", "-c", 'exec "$@" <&-', "bash", sys.executable, "-c", code]
     assert subprocess.run(command, check=True, capture_output=True).stdout == b"[b'', '']\n"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.context_loss import ContextLoss, bucket_name, bucket_of, num_buckets
+from megaback.tracking.loss_by_context import ContextLoss, bucket_name, bucket_of, num_buckets
 
 
 def bounds(name: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.control_characters import escaped, on_one_line
+from data_pipeline.common.control_characters import escaped, on_one_line
 
 ROOT = Path(__file__).parents[2]
 ANY_TEXT = st.text(st.characters(categories=None) | st.sampled_from("\x1b\x9b\x7f\r\n\t\\\u202e"))
@@ -60,12 +60,12 @@ def test_a_sentence_stays_on_its_line(text: str) -> None:
 
 _PRINTING = """
 import json, logging, sys, warnings
-from data_pipeline.console import only_comments, protect_console
+from data_pipeline.common.console import only_comments, protect_console
 protect_console()
 import click
 from rich.table import Table
 from rich.text import Text
-from data_pipeline.rich_console import SafeConsole, SafeLive, SafeProgress
+from data_pipeline.common.rich_console import SafeConsole, SafeLive, SafeProgress
 if sys.argv[2] == "comment":
     only_comments()
 text = json.loads(sys.argv[1])
@@ -141,7 +141,7 @@ def test_a_comment_in_a_pipe_is_escaped() -> None:
 
 
 def test_the_bytes_of_a_name_that_is_not_utf_8_are_exact_in_a_pipe() -> None:
-    code = "from data_pipeline.console import protect_console; protect_console()\n"
+    code = "from data_pipeline.common.console import protect_console; protect_console()\n"
     code += r"import sys; print('a\udcff', '\ud800'); print('a\udcff', file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     assert (done.stdout, done.stderr) == (b"a\xff \\ud800\n", b"a\\udcff\n")
@@ -172,8 +172,8 @@ def test_only_one_module_prints_escape_sequences() -> None:
             for one in pattern.findall(path.read_text(encoding="utf-8")):
                 found.setdefault(str(path.relative_to(ROOT)), []).append(one.strip())
     assert found.keys() == {
-        "data_pipeline/control_characters.py",  # in a docstring
-        "data_pipeline/interrupts.py",  # the cursor, shown again by os.write
-        "data_pipeline/rich_console.py",
-        "data_pipeline/terminal.py",  # a type
+        "data_pipeline/common/control_characters.py",  # in a docstring
+        "data_pipeline/common/interrupts.py",  # the cursor, shown again by os.write
+        "data_pipeline/common/rich_console.py",
+        "data_pipeline/common/terminal.py",  # a type
     }, found

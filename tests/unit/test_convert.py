@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from export_helpers import STEP, write_checkpoint
 
 import megaback
-from data_pipeline.chat_format import ChatFormat
+from data_pipeline.common.output_folder import whole_folder
 from data_pipeline.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,
@@ -25,15 +25,15 @@ from data_pipeline.errors import (
     TokenizerError,
     TokenizerMismatchError,
 )
-from data_pipeline.output_folder import whole_folder
-from data_pipeline.text import Direction, TextCodec, Unit
-from megaback.base_model import open_base
-from megaback.checkpoint import read_meta
+from data_pipeline.text.chat_format import ChatFormat
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from megaback.checkpoints.checkpoint import read_meta
 from megaback.config import Config
-from megaback.model import ReverseGPT
-from megaback.model_folder import load_model_folder, read_description, read_weights
-from megaback.stock_config import from_stock, to_stock
-from megaback.weight_files import INDEX_NAME, WEIGHTS_NAME
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.hf_config import from_stock, to_stock
+from megaback.weights.init_from import open_base
+from megaback.weights.model_folder import load_model_folder, read_description, read_weights
+from megaback.weights.weight_files import INDEX_NAME, WEIGHTS_NAME
 from tools.convert import convert
 from tools.convert import main as convert_command
 from tools.sample import main as sample_command
@@ -337,7 +337,8 @@ _PEAK = """
 import resource, sys
 from pathlib import Path
 from tools.convert import convert
-import megaback.model_folder, tools.gguf_export, tools.hf_export, megaback.weight_source, gguf
+import megaback.weights.model_folder, megaback.weights.source, tools.export.gguf, tools.export.hf
+import gguf
 run, small, out, kind = map(str, sys.argv[1:])
 convert(Path(small), Path(out + "-small"), kind, "float32")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -377,7 +378,7 @@ def test_the_shipped_tokenizer_encodes_and_decodes_as_ours_does(
 ) -> None:
     from build_helpers import HARD_TEXTS
 
-    from tools.tokenization_megaback import MegabackTokenizer
+    from tools.export.tokenization_megaback import MegabackTokenizer
 
     ours = codec(direction, unit)
     shipped = MegabackTokenizer(str(tokenizer_path), direction.value, unit.value)

@@ -13,10 +13,10 @@ from export_helpers import write_checkpoint
 
 import megaback
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
-from data_pipeline.text import TextCodec
-from megaback import converted
+from data_pipeline.text.codec import TextCodec
 from megaback.cli import main
-from megaback.converted import CONVERTED_FOLDER, model_folder, shown_name
+from megaback.weights import converted
+from megaback.weights.converted import CONVERTED_FOLDER, model_folder, shown_name
 from tools.convert import convert_full
 
 Codecs = Callable[..., TextCodec]

@@ -20,9 +20,6 @@ from data_set_helpers import (
 )
 from remote_helpers import QUICK, FileServer, serving
 
-from data_pipeline import retries
-from data_pipeline.compression import Compression
-from data_pipeline.data_set import DataSet
 from data_pipeline.errors import (
     MegabackError,
     ShardCorruptError,
@@ -31,9 +28,12 @@ from data_pipeline.errors import (
     TokenizerError,
     TokenizerMismatchError,
 )
-from data_pipeline.frame_cache import CacheSettings
-from data_pipeline.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, ShardEntry
-from data_pipeline.recompress import recompress
+from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.frame_cache import CacheSettings
+from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, ShardEntry
+from data_pipeline.shards.recompress import recompress
+from data_pipeline.storage import retries
 
 GENERATOR = np.random.default_rng(7)
 SHARDS = [

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.data_set_card import _is_own, require_own_files
 from data_pipeline.errors import SourceMissingError, SourceUnreadableError
-from data_pipeline.sources import list_slices, read_slice
+from data_pipeline.sources.data_set_card import _is_own, require_own_files
+from data_pipeline.sources.registry import list_slices, read_slice
 
 SECRET = '{"text": "private"}\n'
 

@@ -17,15 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_helpers import QUICK, FileServer
 
-from data_pipeline import remote_folder, retries, shard_index
-from data_pipeline.address_variables import expanded
-from data_pipeline.data_set import DataSet
 from data_pipeline.errors import (
     ShardCorruptError,
     SourceUnreadableError,
 )
-from data_pipeline.manifest import ShardEntry
-from data_pipeline.remote_folder import RemoteFolder
+from data_pipeline.shards import index as shard_index
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import ShardEntry
+from data_pipeline.storage import remote_folder, retries
+from data_pipeline.storage.address_variables import expanded
+from data_pipeline.storage.remote_folder import RemoteFolder
 
 GENERATOR = np.random.default_rng(7)
 SHARDS = [

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_parts import ShardParts
 
-from data_pipeline.build import build_shards
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.plan import Plan
 from data_pipeline.errors import MegabackError, ShardCorruptError
-from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.manifest import MANIFEST_NAME, Manifest
-from data_pipeline.plan import Plan
-from data_pipeline.seekable import SeekEntry
-from data_pipeline.shard_format import ShardReader
-from data_pipeline.verify import shard_damage
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.shards.seek_table import SeekEntry
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.verify import shard_damage
+from data_pipeline.sources.columns import ExampleColumns
 
 MAX_BYTES = 64 << 20
 NUMBERS = st.one_of(

@@ -15,12 +15,12 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import decompression
-from data_pipeline.decompression import CORRUPT_ERRORS, PIECE_BYTES, decompressed
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
-from data_pipeline.json_lines import Record, read_records
-from data_pipeline.slices import Columns
-from data_pipeline.sources import list_slices, read_slice
+from data_pipeline.sources import decompression
+from data_pipeline.sources.decompression import CORRUPT_ERRORS, PIECE_BYTES, decompressed
+from data_pipeline.sources.documents import Columns
+from data_pipeline.sources.jsonl import Record, read_records
+from data_pipeline.sources.registry import list_slices, read_slice
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -59,7 +59,7 @@ MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
 from data_pipeline.errors import MegabackError
-from data_pipeline.sources import list_slices, read_slice
+from data_pipeline.sources.registry import list_slices, read_slice
 import pyarrow.parquet
 
 def peak():

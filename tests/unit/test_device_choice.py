@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from data_pipeline.errors import BackendError, LaunchError
-from megaback import distributed
-from megaback.rendezvous import node_name
+from megaback.distributed import world as distributed
+from megaback.distributed.rendezvous import node_name
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def broken_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver shows two GPUs, and torch none."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("megaback.device_files.count_device_files", lambda: 2)
+    monkeypatch.setattr("megaback.distributed.visible_devices.count_device_files", lambda: 2)
     monkeypatch.setattr(distributed, "count_device_files", lambda: 2)
 
 

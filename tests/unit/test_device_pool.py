@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data_pipeline.errors import LaunchError, MegabackError
-from megaback.device_pool import DevicePool
-from megaback.likelihood import Continuation
+from megaback.inference.device_pool import DevicePool
+from megaback.inference.likelihood import Continuation
 
 _WORK = [Continuation((1,), (2,))]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipeline.differences import differing_keys, shown_values
+from data_pipeline.common.differences import differing_keys, shown_values
 
 ONE = {
     "model": {"width": 32, "num_layers": 2, "num_heads": 4},

@@ -6,7 +6,7 @@ import sys
 
 _RANK = """
 import atexit, os
-import megaback.distributed as distributed
+import megaback.distributed.world as distributed
 
 class AbortsTheTeardown:
     def __del__(self):

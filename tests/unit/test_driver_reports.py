@@ -11,8 +11,8 @@ from megaback.cli import main
 PLANT = "S3CR3T-plant"
 PROGRAM = f"""
 import logging, threading, warnings
-from data_pipeline.console import protect_console
-from data_pipeline.address_variables import kept
+from data_pipeline.common.console import protect_console
+from data_pipeline.storage.address_variables import kept
 from data_pipeline.errors import StorageError
 
 protect_console()

@@ -13,8 +13,10 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import encoder, text
-from data_pipeline.encoder import (
+from data_pipeline.text import codec as text
+from data_pipeline.text import encoder
+from data_pipeline.text.codec import BEGIN_PIECE, CHAT_PIECES, END_PIECE, Direction, TextCodec, Unit
+from data_pipeline.text.encoder import (
     Encoder,
     KitokenEncoder,
     SentencePieceEncoder,
@@ -22,7 +24,6 @@ from data_pipeline.encoder import (
     fastest_encoder,
     in_batches,
 )
-from data_pipeline.text import BEGIN_PIECE, CHAT_PIECES, END_PIECE, Direction, TextCodec, Unit
 
 MARKERS = (BEGIN_PIECE, END_PIECE, *CHAT_PIECES)
 PROSE = Path(__file__).parents[3] / "shared" / "corpora" / "prose"

@@ -10,10 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megaback.config import Config, OptimizerSection
-from megaback.engine import deepspeed_config
-from megaback.model import ReverseGPT
-from megaback.optimizers import build_optimizer
-from megaback.schedule import learning_rate_at
+from megaback.distributed.engine import deepspeed_config
+from megaback.model.gpt import ReverseGPT
+from megaback.optim.build import build_optimizer
+from megaback.optim.lr_schedule import learning_rate_at
 
 PEAK = 3e-4
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megaback.engine_state import WEIGHT, SavedState
-from megaback.tensor_file import write_tensors
+from megaback.checkpoints.safetensors_file import write_tensors
+from megaback.checkpoints.state import WEIGHT, SavedState
 
 Runs = dict[str, Tensor]
 NUM_FILES = 3

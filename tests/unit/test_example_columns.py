@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from data_pipeline.chat_format import Example
 from data_pipeline.errors import BadRecordError, ConfigError
-from data_pipeline.example_columns import ExampleColumns
+from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.text.chat_format import Example
 
 ALPACA = ExampleColumns()
 

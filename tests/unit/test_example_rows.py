@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, DirectionMismatchError, ShardCorruptError
-from data_pipeline.example_rows import PackedExample, RowPacker, require_rows
-from data_pipeline.manifest import Manifest, ShardEntry
-from data_pipeline.rows import IGNORED_TARGET, Batch, RowReader
-from data_pipeline.shard_format import ShardReader, ShardWriter
-from data_pipeline.text import Direction
-from megaback.attention import Segments
+from data_pipeline.loading.rows import IGNORED_TARGET, Batch, RowReader
+from data_pipeline.shards.examples import PackedExample, RowPacker, require_rows
+from data_pipeline.shards.manifest import Manifest, ShardEntry
+from data_pipeline.shards.shard_format import ShardReader, ShardWriter
+from data_pipeline.text.codec import Direction
 from megaback.config import ModelSection
-from megaback.model import ReverseGPT
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
 
 ROW_TOKENS, FRAME_TOKENS = 16, 64
 # Of each example, how many ids are given and how many learnt.

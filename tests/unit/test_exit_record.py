@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.exit_record import (
+from megaback.faults.exit_record import (
     EXIT_NAME,
     HISTORY_NAME,
     read_exit,

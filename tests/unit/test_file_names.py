@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.file_names import path_within, plain_name
-from data_pipeline.manifest import SHARD_NAME
+from data_pipeline.common.file_names import path_within, plain_name
+from data_pipeline.shards.manifest import SHARD_NAME
 
 HOSTILE = [
     *("", ".", "..", "../x", "a/../../x", "/etc/passwd", "a/b", "a\\b", "..\\x", "C:x"),

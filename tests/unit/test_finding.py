@@ -16,16 +16,16 @@ from build_helpers import Codecs, build_here, documents_of, make_settings
 from click.testing import CliRunner
 from remote_helpers import FileServer
 
-from data_pipeline import plan
+from data_pipeline.build import plan
+from data_pipeline.build.plan import Plan
 from data_pipeline.errors import (
     BackendError,
     OutputExistsError,
     SourceMissingError,
     SourceUnreadableError,
 )
-from data_pipeline.plan import Plan
-from data_pipeline.slices import Columns, Document
-from data_pipeline.sources import list_source, read_slice, require_outside
+from data_pipeline.sources.documents import Columns, Document
+from data_pipeline.sources.registry import list_source, read_slice, require_outside
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -238,7 +238,7 @@ def test_a_zip_of_texts_stands_beside_texts_and_behind_data(tmp_path: Path) -> N
 def test_a_large_zip_is_cut_and_its_slices_make_up_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.zip_source._SLICE_BYTES", 30)
+    monkeypatch.setattr("data_pipeline.sources.zip_files._SLICE_BYTES", 30)
     members = {f"{number}.txt": b"x" * 10 + b"%d" % number for number in range(7)}
     path = write_zip(tmp_path / "a.zip", members)
     slices = list_source(str(path)).slices

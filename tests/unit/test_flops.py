@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.rows import Batch
-from megaback.attention import Segments
+from data_pipeline.loading.rows import Batch
 from megaback.config import ModelSection, load_config
-from megaback.flops import ModelSize, attended_tokens, flops_per_token
-from megaback.model import ReverseGPT
-from megaback.run_data import open_data
+from megaback.data import open_data
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
+from megaback.planning.flops import ModelSize, attended_tokens, flops_per_token
 
 VOCAB_SIZE = 97
 CPU = torch.device("cpu")

@@ -16,17 +16,18 @@ import pytest
 from build_helpers import Codecs, Run, hashes, make_settings
 from click.testing import CliRunner
 
-from data_pipeline import finalize, inspection, recompress, verify
-from data_pipeline.build import build_shards
-from data_pipeline.data_set import DataSet
+from data_pipeline.build import finalize
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.task import TaskRecord
+from data_pipeline.build.train_command import train_commands
 from data_pipeline.errors import OutputExistsError, ShardCorruptError
-from data_pipeline.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
-from data_pipeline.recompress import WORK_FOLDER
-from data_pipeline.remote_folder import RemoteFolder
-from data_pipeline.tasks import TaskRecord
-from data_pipeline.tokenizer import REPORT_NAME
-from data_pipeline.train_command import train_commands
-from tools.artefacts import look_at
+from data_pipeline.shards import inspection, recompress, verify
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.shards.recompress import WORK_FOLDER
+from data_pipeline.storage.remote_folder import RemoteFolder
+from data_pipeline.tokenizer.train import REPORT_NAME
+from tools.artifacts import look_at
 
 SHARD = "train-00002-00000.zst"
 VICTIM = "# a file of the user's\n"

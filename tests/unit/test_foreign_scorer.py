@@ -13,8 +13,8 @@ from hostile_helpers import bounded
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import CheckpointCorruptError, PromptError
-from data_pipeline.pairs import Pair
-from megaback.foreign_scorer import ForeignScorer, _require_all_read
+from megaback.scoring.hf_scorer import ForeignScorer, _require_all_read
+from megaback.scoring.pairs import Pair
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,10 @@ import zstandard
 from build_helpers import Codecs, build_here, make_settings, write_records
 from export_helpers import write_checkpoint
 
-from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.inspection import document_ids
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_format import ShardReader
+from data_pipeline.shards.inspection import document_ids
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.sources.columns import ExampleColumns
 
 _PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 _TABLE_MAGIC, _INDEX_MAGIC, _SEEKABLE_MAGIC = 0x184D2A5E, 0x184D2A5D, 0x8F92EAB1

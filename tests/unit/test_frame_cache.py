@@ -21,13 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_helpers import QUICK, FileServer, serving
 
-from data_pipeline import retries
-from data_pipeline.data_set import DataSet
+from data_pipeline.common.locks import locked
 from data_pipeline.errors import SourceUnreadableError
-from data_pipeline.frame_cache import CachedShard, CacheSettings, FrameCache
-from data_pipeline.locks import locked
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_format import ShardReader
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.frame_cache import CachedShard, CacheSettings, FrameCache
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.storage import retries
 
 SHARD = "5a" * 32
 ORIGIN = "https://example.org/set"

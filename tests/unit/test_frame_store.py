@@ -16,11 +16,11 @@ from batch_helpers import DataSet, whole_frames, write_data_set
 from data_set_helpers import publish
 from remote_helpers import QUICK, FileServer, serving
 
-from data_pipeline import retries
-from data_pipeline.data_set import DataSet as OpenDataSet
 from data_pipeline.errors import ShardCorruptError, SourceUnreadableError
-from data_pipeline.frame_store import FrameStore
-from data_pipeline.shard_format import ShardReader
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.shards.data_set import DataSet as OpenDataSet
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.storage import retries
 
 Damage = Callable[[Path], None]
 

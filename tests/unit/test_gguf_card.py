@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from export_helpers import write_checkpoint
 
-from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.text.codec import Direction, TextCodec, Unit
 from tools.convert import convert
-from tools.model_card import example_of
+from tools.export.model_card import example_of
 
 Codecs = Callable[..., TextCodec]
 CONTEXT_TOKENS = 48

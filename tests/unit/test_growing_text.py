@@ -8,8 +8,8 @@ from cpu_helpers import grows_linearly
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_pipeline.growing_text import GrowingText, StopTexts
-from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.text.incremental import GrowingText, StopTexts
 
 Codecs = Callable[..., TextCodec]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import NonFiniteError, RunMismatchError
 from megaback.config import GuardSection
-from megaback.guard import (
+from megaback.faults.step_guard import (
     SKIPPED_STEPS_NAME,
     StepGuard,
     read_left_out,

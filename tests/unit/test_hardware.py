@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from data_pipeline.errors import BackendError
-from megaback.attention import attention_backend
-from megaback.hardware import (
+from megaback.distributed.device_limits import (
     device_peak_flops,
     peak_memory_bytes,
     require_host_memory,
     require_precision,
 )
+from megaback.model.attention import attention_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

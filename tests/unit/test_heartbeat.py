@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.heartbeat import (
+from megaback.faults.heartbeat import (
     HEARTBEATS_FOLDER,
     Heartbeat,
     heartbeat_path,

@@ -20,10 +20,10 @@ import transformers
 from export_helpers import write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
 
-from data_pipeline.text import Direction, TextCodec, Unit
-from megaback.model_folder import HF_TOKENIZER_NAME
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from megaback.weights.model_folder import HF_TOKENIZER_NAME
 from tools.convert import convert
-from tools.model_card import COMMIT
+from tools.export.model_card import COMMIT
 
 Codecs = Callable[..., TextCodec]
 ExportOf = Callable[..., Path]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from run_config import run_config
 
-from megaback.history_gap import history_gap
+from megaback.training.history_gap import history_gap
 
 
 def write_metrics(run: Path, steps: range, val_steps: tuple[int, ...] = ()) -> None:

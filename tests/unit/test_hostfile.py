@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import LaunchError, NonFiniteError, RankLostError
-from launcher.host_ranks import code_of
-from launcher.hostfile import (
+from launcher.ranks.host_ranks import code_of
+from launcher.ranks.hostfile import (
     Host,
     host_rank_names,
     passed_environment,
     read_hostfile,
     ssh_command,
 )
-from launcher.local import CONNECTION_LOST, verdict
-from megaback.rendezvous import require_known
+from launcher.ranks.local import CONNECTION_LOST, verdict
+from megaback.distributed.rendezvous import require_known
 
 HOSTS = st.lists(
     st.builds(

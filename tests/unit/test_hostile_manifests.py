@@ -11,12 +11,12 @@ from data_set_helpers import publish
 from remote_helpers import FileServer
 from size_bounds import change_shard, refused, within_bounds
 
-from data_pipeline import inspection
-from data_pipeline.build_options import echo_manifest
-from data_pipeline.data_set import DataSet
+from data_pipeline.build.options import echo_manifest
+from data_pipeline.build.plan import Plan
 from data_pipeline.errors import MegabackError, ShardCorruptError, TokenizerError
-from data_pipeline.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
-from data_pipeline.plan import Plan
+from data_pipeline.shards import inspection
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
 
 MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     **{
@@ -133,14 +133,14 @@ def open_all(folder: Path | str) -> None:
 def test_a_tokenizer_of_too_many_pieces_is_refused() -> None:
     from sentencepiece import sentencepiece_model_pb2
 
-    from data_pipeline.text import Direction, TextCodec, Unit
+    from data_pipeline.text.codec import Direction, TextCodec, Unit
 
     model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type = 2
     for number in range(50):
         model.pieces.add(piece=f"p{number}", score=0.0, type=2 if number == 0 else 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipeline.text.MAX_VOCABULARY", 49)
+        patch.setattr("data_pipeline.text.codec.MAX_VOCABULARY", 49)
         with pytest.raises(TokenizerError, match="50 pieces, more than the 49"):
             TextCodec(model.SerializeToString(), Direction.BACKWARD, Unit.TOKEN)
 
@@ -208,7 +208,7 @@ def test_a_server_that_sends_more_than_a_manifest_is_told(
 ) -> None:
     url = publish(server, copy)
     DataSet.open(url)
-    monkeypatch.setattr("data_pipeline.manifest.MAX_MANIFEST_BYTES", 1000)
+    monkeypatch.setattr("data_pipeline.shards.manifest.MAX_MANIFEST_BYTES", 1000)
     server.requests.clear()
     with pytest.raises(ShardCorruptError, match="it has more than 1,000 bytes"):
         DataSet.open(url)

@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import CheckpointCorruptError, MegabackError, NonFiniteError
-from data_pipeline.text import TextCodec
-from megaback.base_shape import base_shape
-from megaback.checkpoint import find_checkpoint, read_meta
-from megaback.checkpoint_names import META_NAME
-from megaback.choice import Chooser, SamplingOptions
+from data_pipeline.text.codec import TextCodec
+from megaback.checkpoints.checkpoint import find_checkpoint, read_meta
+from megaback.checkpoints.checkpoint_names import META_NAME
 from megaback.config import ModelSection
-from megaback.converted import model_folder
-from megaback.model import ReverseGPT
-from megaback.model_folder import load_model_folder, read_description
-from megaback.weight_names import shapes_of
-from megaback.weight_source import open_checkpoint, open_source
+from megaback.inference.sampling import Chooser, SamplingOptions
+from megaback.model.base_shape import base_shape
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.converted import model_folder
+from megaback.weights.model_folder import load_model_folder, read_description
+from megaback.weights.source import open_checkpoint, open_source
+from megaback.weights.weight_names import shapes_of
 from tools.convert import convert
 
 CPU = torch.device("cpu")
@@ -202,7 +202,7 @@ def test_logits_that_are_no_numbers_choose_nothing(temperature: float, top_k: in
 def test_a_context_that_no_memory_holds_is_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megaback.model_folder.host_memory_bytes", lambda: 1 << 31)
+    monkeypatch.setattr("megaback.weights.model_folder.host_memory_bytes", lambda: 1 << 31)
     folder = copied(made / "full", tmp_path / "model")
     change_json(folder / "config.json", lambda fields: fields.update(context_tokens=1 << 24))
     (problem,) = refused_or_read(folder)

@@ -14,23 +14,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import CheckpointCorruptError, ConfigError, MegabackError
-from launcher.jobs import look_at as jobs_look
-from launcher.run_folder import (
+from launcher.slurm.job import true_code
+from launcher.slurm.jobs import look_at as jobs_look
+from megaback.config import load_config
+from megaback.faults.exit_record import EXIT_NAME, HISTORY_NAME, read_exit, read_history
+from megaback.faults.heartbeat import heartbeat_path, read_heartbeats
+from megaback.faults.run_ownership import is_run_of_ours, place_of_config
+from megaback.tracking.metrics import METRICS_NAME, read_metrics
+from megaback.tracking.run_folder import (
     newest_checkpoint_step,
     read_progress,
     read_submissions,
     runs_below,
 )
-from launcher.slurm_job import true_code
-from megaback.config import load_config
-from megaback.exit_record import EXIT_NAME, HISTORY_NAME, read_exit, read_history
-from megaback.heartbeat import heartbeat_path, read_heartbeats
-from megaback.metrics import METRICS_NAME, read_metrics
-from megaback.run_ownership import is_run_of_ours, place_of_config
 from megaback.yaml_text import read_yaml, read_yaml_file
 from tools.plot import draw
 from tools.plot import main as plot_command
-from tools.run_curves import read_curves
+from tools.run_views.curves import read_curves
 from tools.status import screen, status_of
 from tools.watch import look
 

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from shard_parts import ShardParts, compressed_zeros
 from size_bounds import SHARD, agree, change_shard, refused, within_bounds
 
-from data_pipeline import inspection
-from data_pipeline.data_set import DataSet
 from data_pipeline.errors import ShardCorruptError
-from data_pipeline.frame_store import FrameStore
-from data_pipeline.manifest import Manifest
-from data_pipeline.seekable import SeekEntry
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.shards import inspection
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.seek_table import SeekEntry
 
 
 def set_header(**changed: object) -> Callable[[ShardParts], object]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import TokenizerError
-from data_pipeline.text import Direction, TextCodec, Unit
+from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 Codecs = Callable[..., TextCodec]
 _TEXT = "The old captain said: ☃, and fi\ufb01sh \uff21.\n" * 3

@@ -15,9 +15,10 @@ import pytest
 import zstandard
 from remote_helpers import QUICK
 
-from data_pipeline import parquet_source, retries
 from data_pipeline.errors import BadRecordError, SourceMissingError, SourceUnreadableError
-from data_pipeline.sources import Columns, list_slices, read_slice
+from data_pipeline.sources import parquet as parquet_source
+from data_pipeline.sources.registry import Columns, list_slices, read_slice
+from data_pipeline.storage import retries
 
 
 def write_shard(root: Path, name: str, values: list[str | None]) -> None:
@@ -229,7 +230,7 @@ def test_patience_with_a_hub_that_never_answers_ends(
 
 def test_reading_a_hub_data_set_does_not_load_torch(hub_folder: Path) -> None:
     code = (
-        "import sys; from data_pipeline.sources import list_slices, read_slice\n"
+        "import sys; from data_pipeline.sources.registry import list_slices, read_slice\n"
         f"print(len(list(read_slice(list_slices('hf:{hub_folder}')[0]))), 'torch' in sys.modules)"
     )
     result = subprocess.run(

@@ -177,9 +177,9 @@ def test_training_that_does_not_compile_loads_none_of_what_compiles(tmp_path: Pa
     """DeepSpeed's Muon would, at every start: a second of every rank."""
     code = """
 from megaback.config import Config
-from megaback.distributed import start_world
-from megaback.engine import start_engine
-from megaback.model import ReverseGPT
+from megaback.distributed.world import start_world
+from megaback.distributed.engine import start_engine
+from megaback.model.gpt import ReverseGPT
 config = Config.model_validate({
     "run": "run", "data": {"shards": "shards"},
     "model": {"num_layers": 1, "width": 8, "num_heads": 1},
@@ -199,8 +199,8 @@ def test_training_needs_neither_wandb_nor_tensorboard(tmp_path: Path) -> None:
     code = """
 import sys
 sys.modules |= {"wandb": None, "tensorboard": None}
-import megaback.metrics, megaback.train
-from megaback.mirrors import Mirrors
+import megaback.tracking.metrics, megaback.train
+from megaback.tracking.trackers import Mirrors
 from megaback.config import Config
 config = Config.model_validate({
     "run": "run", "data": {"shards": "shards"},
@@ -212,17 +212,20 @@ Mirrors(config, -1, print).feed([{"step": 1, "loss": 2.0}])
 """
     loaded, _ = loaded_by(code, tmp_path)
     assert "megaback.train" in loaded
-    assert {"megaback.wandb_mirror", "megaback.tensorboard_mirror"} & loaded == set()
+    assert {
+        "megaback.tracking.wandb_tracker",
+        "megaback.tracking.tensorboard_tracker",
+    } & loaded == set()
 
 
 def test_a_model_that_only_writes_loads_no_compiler(tmp_path: Path) -> None:
     """Which takes most of a second."""
     code = """
 import torch
-import megaback.infill, megaback.writer
+import megaback.inference.infill.infiller, megaback.inference.writer
 from megaback.config import ModelSection
-from megaback.model import ReverseGPT
-from megaback.sampler import Sampler
+from megaback.model.gpt import ReverseGPT
+from megaback.inference.decoder import Sampler
 with torch.device("meta"):
     model = ReverseGPT(ModelSection(num_layers=1, width=8, num_heads=1).resolved(), 16)
 model.to_empty(device="cpu").initialize(0)

@@ -18,14 +18,14 @@ from data_pipeline.errors import (
     PromptError,
     TokenizerMismatchError,
 )
-from data_pipeline.text import Direction, TextCodec, Unit
-from data_pipeline.tokenizer import MODEL_NAME, train_tokenizer
-from megaback.choice import SamplingOptions
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
 from megaback.config import ModelSection
-from megaback.infill import Infiller, InfillOptions, Reader
-from megaback.likelihood import Continuation, log_probabilities
-from megaback.model import ReverseGPT
-from megaback.sampler import Sampler
+from megaback.inference.decoder import Sampler
+from megaback.inference.infill.infiller import Infiller, InfillOptions, Reader
+from megaback.inference.likelihood import Continuation, log_probabilities
+from megaback.inference.sampling import SamplingOptions
+from megaback.model.gpt import ReverseGPT
 from tools.infill import main
 
 Codecs = Callable[..., TextCodec]

@@ -14,19 +14,19 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import inspection
-from data_pipeline.document_lengths import DocumentLengths, describe, read_document_lengths
-from data_pipeline.histogram import draw_histogram
-from data_pipeline.inspection import (
+from data_pipeline.shards import inspection
+from data_pipeline.shards.document_lengths import DocumentLengths, describe, read_document_lengths
+from data_pipeline.shards.inspection import (
     document_at,
     document_ids,
     main,
     sampled_entropy,
     unigram_entropy,
 )
-from data_pipeline.manifest import Manifest
-from data_pipeline.shard_format import ShardReader
-from data_pipeline.shard_walk import num_frames, spread_frames
+from data_pipeline.shards.length_plot import draw_histogram
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.traversal import num_frames, spread_frames
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -9,17 +9,17 @@ import pytest
 from build_helpers import Codecs, build_here, hashes, write_records
 from click.testing import CliRunner
 
-from data_pipeline.chat_format import ChatFormat, ParsedExample
-from data_pipeline.compression import Compression
+from data_pipeline.build.instruct import main
+from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.errors import BadRecordError, ConfigError, SourceUnreadableError
-from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.inspection import document_ids
-from data_pipeline.instruct import main
-from data_pipeline.manifest import SPLITS, Manifest
-from data_pipeline.recompress import recompress
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.text import Direction, TextCodec, Unit
-from data_pipeline.verify import verify_data_set
+from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.inspection import document_ids
+from data_pipeline.shards.manifest import SPLITS, Manifest
+from data_pipeline.shards.recompress import recompress
+from data_pipeline.shards.verify import verify_data_set
+from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.text.chat_format import ChatFormat, ParsedExample
+from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 Records = list[dict[str, object]]
 

@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import CheckpointMissingError, ConfigError, OutputExistsError
-from launcher.jobs import Row, find_runs, look_at, table
-from launcher.run_folder import (
+from launcher.slurm.jobs import Row, find_runs, look_at, table
+from launcher.slurm.snapshot import new_folder, record_jobs, remove_snapshot, write_snapshot
+from launcher.slurm.stages import check_model_folder, choose_allocation, parse_chain
+from megaback.config import CONFIG_COPY_NAME, Config, load_config
+from megaback.faults.exit_record import record_event, record_exit, record_start
+from megaback.tracking.run_folder import (
     holds_weights,
     jobs_of,
     newest_checkpoint_step,
     read_progress,
 )
-from launcher.snapshot import new_folder, record_jobs, remove_snapshot, write_snapshot
-from launcher.stages import check_model_folder, choose_allocation, parse_chain
-from megaback.config import CONFIG_COPY_NAME, Config, load_config
-from megaback.exit_record import record_event, record_exit, record_start
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from test_model import VOCAB_SIZE, make_model
 
 from data_pipeline.errors import PromptError
-from data_pipeline.text import Direction, TextCodec
-from megaback.gap import Gap
-from megaback.joins import Join, best_join_steps, mean_a_token
-from megaback.judgement import Half, Judgement, judge_half_steps
-from megaback.likelihood import Continuation, log_probabilities
-from megaback.model import ReverseGPT
-from megaback.steps import finish
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.inference.infill.join_scores import Half, Judgement, judge_half_steps
+from megaback.inference.infill.join_search import Join, best_join_steps, mean_a_token
+from megaback.inference.infill.prompts import Gap
+from megaback.inference.likelihood import Continuation, log_probabilities
+from megaback.inference.steps import finish
+from megaback.model.gpt import ReverseGPT
 
 Codecs = Callable[..., TextCodec]
 

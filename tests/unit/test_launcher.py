@@ -20,9 +20,9 @@ from data_pipeline.errors import (
     PreemptedError,
     UserInterruptError,
 )
-from launcher import local
-from launcher.local import rank_environment, rank_names, run_ranks
-from megaback.stopping import LAUNCHER_VARIABLE
+from launcher.ranks import local
+from launcher.ranks.local import rank_environment, rank_names, run_ranks
+from megaback.faults.stop_request import LAUNCHER_VARIABLE
 
 RunRanks = Callable[[str, int], tuple[list[int], list[int]]]
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
@@ -55,7 +55,7 @@ sys.exit(75)
 """
 _LAUNCH = """
 import os, sys
-from launcher.local import run_ranks
+from launcher.ranks.local import run_ranks
 print(run_ranks([sys.executable, "-c", sys.argv[1]], dict(os.environ), int(sys.argv[2])))
 """
 

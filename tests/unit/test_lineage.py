@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from run_config import run_config
 
-from megaback import code_version as code
-from megaback.exit_record import record_exit, record_start
-from megaback.lineage import lineage
+from megaback.faults.exit_record import record_exit, record_start
+from megaback.tracking import code_version as code
+from megaback.tracking.lineage import lineage
 
 
 def identity(description: Path, step: int) -> dict[str, object]:

@@ -30,10 +30,10 @@ from loader_helpers import (
     written,
 )
 
-from data_pipeline.batches import Stream
-from data_pipeline.mixture import Mixture
-from data_pipeline.rows import IGNORED_TARGET
-from data_pipeline.text import Direction
+from data_pipeline.loading.loader import Stream
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.rows import IGNORED_TARGET
+from data_pipeline.text.codec import Direction
 
 
 @BRIEFLY

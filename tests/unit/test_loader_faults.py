@@ -26,11 +26,11 @@ from loader_helpers import (
 )
 from remote_helpers import QUICK, serving
 
-from data_pipeline import retries
-from data_pipeline.data_set import DataSet as OpenDataSet
 from data_pipeline.errors import ShardCorruptError, SourceUnreadableError
-from data_pipeline.frame_store import FrameStore
-from data_pipeline.shard_format import ShardReader
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.shards.data_set import DataSet as OpenDataSet
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.storage import retries
 
 
 @pytest.fixture

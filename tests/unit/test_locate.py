@@ -26,13 +26,13 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import inspection
-from data_pipeline.batches import Stream
-from data_pipeline.manifest import Manifest
-from data_pipeline.mixture import Mixture
-from data_pipeline.shard_format import ShardReader
+from data_pipeline.loading.loader import Stream
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.shards import inspection
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.shard_format import ShardReader
 from megaback.config import CONFIG_COPY_NAME, Config, load_config
-from megaback.run_data import Data, open_data
+from megaback.data import Data, open_data
 from tools.locate import (
     StoredDocument,
     document_by_number,

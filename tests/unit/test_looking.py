@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.exit_record import record_exit, record_start
-from megaback.metrics import METRICS_NAME
+from megaback.faults.exit_record import record_exit, record_start
+from megaback.tracking.metrics import METRICS_NAME
 from tools.plot import main as plot_command
-from tools.run_curves import Curve, differences, names_of, read_curves
+from tools.run_views.curves import Curve, differences, names_of, read_curves
 from tools.status import main as status_command
 
 Steps = Callable[..., Path]

@@ -18,20 +18,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import memory_fence
+from data_pipeline.build.plan import cut_evenly
 from data_pipeline.errors import BadRecordError, MegabackError, SourceUnreadableError
-from data_pipeline.memory_fence import MemoryFence
-from data_pipeline.plan import cut_evenly
-from data_pipeline.slices import Columns
-from data_pipeline.sources import list_slices, list_source, read_slice
+from data_pipeline.sources import memory_fence
+from data_pipeline.sources.documents import Columns
+from data_pipeline.sources.memory_fence import MemoryFence
+from data_pipeline.sources.registry import list_slices, list_source, read_slice
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts all memory")
 
 MEASURE = """
 import resource, sys, time
 from data_pipeline.errors import MegabackError
-from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.sources import Columns, list_slices, read_slice
+from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.sources.registry import Columns, list_slices, read_slice
 
 start = time.monotonic()
 columns = ExampleColumns() if sys.argv[2] == "examples" else Columns()

@@ -8,11 +8,11 @@ from run_config import run_config
 
 from data_pipeline.errors import NotEnoughMemoryError
 from megaback.config import Config
-from megaback.devices import Device
-from megaback.host_memory import cgroup_limits, host_memory_bytes
-from megaback.memory_room import RankRoom, certain_bytes, require_memory
-from megaback.run_facts import RunFacts
-from megaback.run_plan import Cluster, memory_of
+from megaback.planning.data_facts import RunFacts
+from megaback.planning.devices import Device
+from megaback.planning.host_memory import cgroup_limits, host_memory_bytes
+from megaback.planning.plan import Cluster, memory_of
+from megaback.training.memory_room import RankRoom, certain_bytes, require_memory
 
 VOCAB_SIZE = 8_888
 LARGE = {"num_layers": 24, "width": 2048, "num_heads": 16}

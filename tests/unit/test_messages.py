@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import LaunchError
-from megaback import distributed
-from megaback.checkpoint import CheckpointMeta
-from megaback.distributed import World
-from megaback.messages import decode, encode
-from megaback.node_facts import RankFacts
-from megaback.shared_disk import DiskFacts
-from megaback.start import NothingLeft
+from megaback.checkpoints.checkpoint import CheckpointMeta
+from megaback.distributed import world as distributed
+from megaback.distributed.messages import decode, encode
+from megaback.distributed.world import World
+from megaback.faults.node_facts import RankFacts
+from megaback.faults.shared_disk import DiskFacts
+from megaback.training.start import NothingLeft
 
 _TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 _PATHS = st.builds(Path, _TEXTS.filter(lambda text: "\0" not in text))

@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 from run_config import run_config
 
-from megaback.context_loss import ContextLoss, Loss
-from megaback.metrics import MACHINE_FIELDS, METRICS_NAME, MetricsLog, StepRecord, read_metrics
+from megaback.tracking.loss_by_context import ContextLoss, Loss
+from megaback.tracking.metrics import (
+    MACHINE_FIELDS,
+    METRICS_NAME,
+    MetricsLog,
+    StepRecord,
+    read_metrics,
+)
 
 STEP_TOKENS = 4 * 64
 MEASURED = ContextLoss(Loss(5.5, 2.0, 7), {"1": Loss(6.5, None, 1), "2": Loss(5.3, 1.9, 6)})

@@ -9,9 +9,9 @@ import pytest
 from run_config import run_config
 
 from data_pipeline.errors import BackendError
-from megaback import mirrors
 from megaback.config import Config
-from megaback.mirrors import BEFORE_ALL_STEPS, Mirrors, Value, flat_values
+from megaback.tracking import trackers
+from megaback.tracking.trackers import BEFORE_ALL_STEPS, Mirrors, Value, flat_values
 
 Start = Callable[[Config, int], Any]
 
@@ -44,7 +44,7 @@ def start_with(monkeypatch: pytest.MonkeyPatch, config: Config) -> Callable[...,
     """`start_with(starts, last_step, said)`: mirrors that are started so."""
 
     def start(starts: dict[str, Start], last_step: int, said: list[str]) -> Mirrors:
-        monkeypatch.setattr(mirrors, "_STARTS", starts)
+        monkeypatch.setattr(trackers, "_STARTS", starts)
         return Mirrors(config, last_step, said.append)
 
     return start

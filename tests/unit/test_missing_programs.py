@@ -16,16 +16,17 @@ from click.testing import CliRunner
 from run_config import run_config
 from test_sampler import CONTEXT_TOKENS, make_model
 
-from data_pipeline.command import Command
+from data_pipeline.common.command import Command
 from data_pipeline.errors import BackendError, LaunchError
-from launcher import slurm_commands, slurm_job
 from launcher.memory_check import gpus_of_partition
-from launcher.submit import main as submit
-from megaback import rendezvous
-from megaback.code_version import code_changes, code_version
-from megaback.compiler import require_compiler
-from megaback.sampler import Sampler
-from megaback.slurm_nodes import first_node
+from launcher.slurm import commands as slurm_commands
+from launcher.slurm import job as slurm_job
+from launcher.slurm.submit import main as submit
+from megaback.distributed import rendezvous
+from megaback.distributed.slurm_nodes import first_node
+from megaback.inference.decoder import Sampler
+from megaback.model.compiler import require_compiler
+from megaback.tracking.code_version import code_changes, code_version
 
 # What `scontrol show hostnames` of Slurm 22.05 prints first.
 FIRST_NODES = {

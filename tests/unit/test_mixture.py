@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.mixture import Mixture
+from data_pipeline.loading.mixture import Mixture
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # an overflow
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from data_pipeline.errors import BackendError
-from data_pipeline.rows import IGNORED_TARGET
-from megaback.attention import Segments, attention_backend, sdpa_attention
+from data_pipeline.loading.rows import IGNORED_TARGET
 from megaback.config import ModelSection
-from megaback.model import ReverseGPT, _recomputed
+from megaback.model.attention import Segments, attention_backend, sdpa_attention
+from megaback.model.gpt import ReverseGPT, _recomputed
 
 VOCAB_SIZE = 97
 CPU = torch.device("cpu")

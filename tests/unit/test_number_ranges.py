@@ -10,15 +10,22 @@ import pytest
 from click.testing import CliRunner
 from pydantic import BaseModel, ValidationError
 
-from data_pipeline import number_ranges
+from data_pipeline.common import number_ranges
+from data_pipeline.common.number_ranges import (
+    COUNT,
+    FP32_MAX,
+    INT64_MAX,
+    NUMBER,
+    Range,
+    finite_json,
+)
 from data_pipeline.errors import BadRecordError
-from data_pipeline.number_ranges import COUNT, FP32_MAX, INT64_MAX, NUMBER, Range, finite_json
-from data_pipeline.slices import Columns, documents_of
-from launcher import slurm_job
+from data_pipeline.sources.documents import Columns, documents_of
+from launcher.slurm import job as slurm_job
 from megaback import config, train
 from megaback.cli import main
 from tools import infill
-from tools.serving import wire
+from tools.serving import schemas
 
 NOT_NUMBERS = ["nan", "inf", "-inf", "1e39", "-1e39"]
 TOO_LARGE = [INT64_MAX + 1, -INT64_MAX - 2]
@@ -68,7 +75,7 @@ def models(*bases: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 # What is given to us; what we give is not checked again.
-MODELS = dict.fromkeys(models(config.Section, wire.Body, infill.Request))
+MODELS = dict.fromkeys(models(config.Section, schemas.Body, infill.Request))
 
 
 def number_schemas(schema: Any) -> Iterator[dict[str, Any]]:

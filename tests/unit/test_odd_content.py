@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import BadRecordError, SourceEmptyError, SourceUnreadableError
-from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.json_array import read_array
-from data_pipeline.json_lines import Record, read_records
-from data_pipeline.slices import AnyColumns, Columns, Document
-from data_pipeline.sources import list_source, read_slice
+from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.sources.documents import AnyColumns, Columns, Document
+from data_pipeline.sources.json_array import read_array
+from data_pipeline.sources.jsonl import Record, read_records
+from data_pipeline.sources.registry import list_source, read_slice
 
 MARK = b"\xef\xbb\xbf"
 ENCODINGS = ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
@@ -109,7 +109,7 @@ def test_an_array_is_read_as_json_reads_it_however_it_is_cut(
     data = json.dumps(elements, indent=indent, ensure_ascii=is_ascii).encode("utf-8") + b" \n"
     chunks = (data[start : start + size] for start in range(0, len(data), size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipeline.json_array._MIN_READ_CHARACTERS", 1)
+        patch.setattr("data_pipeline.sources.json_array._MIN_READ_CHARACTERS", 1)
         assert list(read_array(chunks, "x")) == list(enumerate(elements, start=1))
 
 

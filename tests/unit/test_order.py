@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import BatchError, ConfigError
-from data_pipeline.order import Indices, Order, RowPlace, choose_lanes, permute, unpermute
+from data_pipeline.loading.order import Indices, Order, RowPlace, choose_lanes, permute, unpermute
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # an overflow
 

@@ -9,8 +9,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data_pipeline.origins import origin_of
-from data_pipeline.remote_folder import RemoteFolder
+from data_pipeline.storage.origins import origin_of
+from data_pipeline.storage.remote_folder import RemoteFolder
 
 PLACE = "https://host.example/sets/one"
 S3 = "X-Amz-Algorithm=A&X-Amz-Credential={0}&X-Amz-Date={0}&X-Amz-Expires=9&X-Amz-Signature={0}"

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megaback.config import OptimizerSection
-from megaback.matrix_shards import MatrixShards, choose_owners, slices_of_each, slices_of_flat
-from megaback.optimizers import MatrixOptimizer
-from megaback.orthogonal import newton_schulz, orthogonalized
+from megaback.optim.build import MatrixOptimizer
+from megaback.optim.muon import newton_schulz, orthogonalized
+from megaback.optim.zero_matrices import MatrixShards, choose_owners, slices_of_each, slices_of_flat
 
 CPU = torch.device("cpu")
 SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)

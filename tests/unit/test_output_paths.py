@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.command import write_text
-from data_pipeline.errors import OutputExistsError
-from data_pipeline.output_folder import MARKER_NAME, require_output_folder, whole_folder
-from data_pipeline.output_paths import (
+from data_pipeline.common.command import write_text
+from data_pipeline.common.output_folder import MARKER_NAME, require_output_folder, whole_folder
+from data_pipeline.common.output_paths import (
     file_with_mark,
     json_lines_with,
     json_object_with,
@@ -20,6 +19,7 @@ from data_pipeline.output_paths import (
     write_output,
     writing_output,
 )
+from data_pipeline.errors import OutputExistsError
 
 OURS = '{"score": {}}\n'
 is_score = json_lines_with(score=dict)

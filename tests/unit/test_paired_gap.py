@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.paired_gap import Gap, Losses, standard_error_of_mean
+from megaback.scoring.paired_difference import Gap, Losses, standard_error_of_mean
 
 
 def some_losses(seed: int, documents: int = 200) -> tuple[Losses, Losses]:

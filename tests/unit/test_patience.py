@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.patience import Patience, mark_best, read_measurements
+from megaback.training.early_stopping import Patience, mark_best, read_measurements
 
 LOSSES = st.lists(
     st.one_of(st.none(), st.floats(0, 10), st.just(math.nan), st.just(math.inf)), max_size=12

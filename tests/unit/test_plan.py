@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from data_pipeline import build, plan
+from data_pipeline.build import command as build
+from data_pipeline.build import plan
+from data_pipeline.build.plan import Plan, cut_evenly, make_plan
+from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.errors import (
     OutputExistsError,
     ShardsMissingError,
     SourceUnreadableError,
 )
-from data_pipeline.plan import Plan, cut_evenly, make_plan
-from data_pipeline.settings import BuildSettings, WeightedSource
-from data_pipeline.slices import Slice
+from data_pipeline.sources.documents import Slice
 
 Invoke = Callable[..., Result]
 

@@ -6,8 +6,8 @@ from multiprocessing.context import SpawnProcess
 
 import pytest
 
+from data_pipeline.common.process_pool import run_in_processes
 from data_pipeline.errors import LaunchError
-from data_pipeline.pool import run_in_processes
 
 
 def test_a_worker_that_is_killed_while_another_is_started_was_killed_from_outside(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.node_facts import RankFacts, code_hash, versions
-from megaback.preflight import Finding, judge, judge_disks
-from megaback.shared_disk import DiskFacts
+from megaback.faults.node_facts import RankFacts, code_hash, versions
+from megaback.faults.preflight import Finding, judge, judge_disks
+from megaback.faults.shared_disk import DiskFacts
 
 VERSIONS = {"torch": "2.13.0", "code": "abc"}
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from build_helpers import Codecs, build_here, make_settings
 
-from data_pipeline import progress
-from data_pipeline.plan import claim_plan
-from data_pipeline.pool import run_in_processes, shared_by_all
-from data_pipeline.progress import SharedCounts, showing_progress
-from data_pipeline.tasks import run_task
+from data_pipeline.build import progress
+from data_pipeline.build.plan import claim_plan
+from data_pipeline.build.progress import SharedCounts, showing_progress
+from data_pipeline.build.task import run_task
+from data_pipeline.common.process_pool import run_in_processes, shared_by_all
 
 FIELDS = {"documents", "text_bytes", "tokens", "input_bytes"}
 
@@ -127,8 +127,8 @@ def test_progress_ends_with_an_error_of_what_it_shows(
 
 BAR_SCRIPT = """
 import time
-from data_pipeline import progress
-from data_pipeline.plan import claim_plan
+from data_pipeline.build import progress
+from data_pipeline.build.plan import claim_plan
 progress._BAR_INTERVAL_S = 0.05
 counts = progress.SharedCounts(1)
 row = progress.SharedCounts.of_task(counts.raw, 0)

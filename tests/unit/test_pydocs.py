@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from cpu_helpers import grows_linearly
 
-from data_pipeline import pydocs
 from data_pipeline.errors import SourceEmptyError, SourceUnreadableError
-from data_pipeline.pydocs import list_pydocs_slices, read_pydocs_slice
-from data_pipeline.slices import Document
+from data_pipeline.sources import pydocs
+from data_pipeline.sources.documents import Document
+from data_pipeline.sources.pydocs import list_pydocs_slices, read_pydocs_slice
 
 PROSE = "This sentence explains number %d at some length, as good documentation always does."
 

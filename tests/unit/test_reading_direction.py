@@ -21,8 +21,8 @@ from batch_helpers import (
 from hypothesis import given
 
 from data_pipeline.errors import DirectionMismatchError
-from data_pipeline.rows import RowReader, format_read_as
-from data_pipeline.text import Direction, TextCodec, TextFormat, Unit
+from data_pipeline.loading.rows import RowReader, format_read_as
+from data_pipeline.text.codec import Direction, TextCodec, TextFormat, Unit
 
 Codecs = Callable[..., TextCodec]
 

@@ -12,16 +12,16 @@ import pytest
 from build_helpers import Run, hashes
 from click.testing import CliRunner
 
-from data_pipeline import recompress as module
-from data_pipeline.compression import Compression
-from data_pipeline.data_set import DataSet
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
-from data_pipeline.frame_store import FrameStore
-from data_pipeline.inspection import document_ids
-from data_pipeline.manifest import DICTIONARY_NAME, SPLITS, Manifest, ShardEntry
-from data_pipeline.recompress import WORK_FOLDER, recompress, train_dictionary
-from data_pipeline.shard_walk import on_threads
-from data_pipeline.verify import verify_data_set
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.shards import recompress as module
+from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.inspection import document_ids
+from data_pipeline.shards.manifest import DICTIONARY_NAME, SPLITS, Manifest, ShardEntry
+from data_pipeline.shards.recompress import WORK_FOLDER, recompress, train_dictionary
+from data_pipeline.shards.traversal import on_threads
+from data_pipeline.shards.verify import verify_data_set
 
 DICTIONARY_BYTES = 1024
 WITH_DICTIONARY = Compression(level=5)

@@ -19,18 +19,19 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import build, json_array
+from data_pipeline.build import command as build
+from data_pipeline.build.plan import Plan, make_plan
+from data_pipeline.build.settings import content_settings
+from data_pipeline.common.shown_names import shown_names
 from data_pipeline.errors import BadRecordError, OutputExistsError, SourceUnreadableError
-from data_pipeline.json_array import read_array, read_values
-from data_pipeline.json_lines import lines, read_records
-from data_pipeline.plan import Plan, make_plan
-from data_pipeline.record_limits import DEFAULT_MAX_RECORD_BYTES, holds_too_many_values
-from data_pipeline.settings import content_settings
-from data_pipeline.shown_names import shown_names
-from data_pipeline.slices import Columns
-from data_pipeline.sources import list_slices, read_slice
-from data_pipeline.text import TextCodec
-from data_pipeline.tokenizer import main as train_main
+from data_pipeline.sources import json_array
+from data_pipeline.sources.documents import Columns
+from data_pipeline.sources.json_array import read_array, read_values
+from data_pipeline.sources.jsonl import lines, read_records
+from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES, holds_too_many_values
+from data_pipeline.sources.registry import list_slices, read_slice
+from data_pipeline.text.codec import TextCodec
+from data_pipeline.tokenizer.train import main as train_main
 
 Codec = Callable[..., TextCodec]
 
@@ -168,8 +169,8 @@ def test_elements_are_those_of_a_plain_reading_up_to_one_that_is_too_long(
 NESTED = """
 import resource, sys
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
-from data_pipeline.json_array import read_array
-from data_pipeline.json_lines import lines, parse_record
+from data_pipeline.sources.json_array import read_array
+from data_pipeline.sources.jsonl import lines, parse_record
 
 MIB = 1 << 20
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

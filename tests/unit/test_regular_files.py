@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.common.locks import locked
+from data_pipeline.common.regular_files import open_in_place, read_file, require_no_link
 from data_pipeline.errors import OutputExistsError
-from data_pipeline.locks import locked
-from data_pipeline.regular_files import open_in_place, read_file, require_no_link
 
 
 def test_a_file_is_read_whole_up_to_its_limit(tmp_path: Path) -> None:

@@ -10,15 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_helpers import QUICK, TEXTS, FileServer, documents, serving, write_files
 
-from data_pipeline import decompression, parquet_source, remote, retries
 from data_pipeline.errors import (
     MegabackError,
     SourceEmptyError,
     SourceMissingError,
     SourceUnreadableError,
 )
-from data_pipeline.remote import RemoteFile
-from data_pipeline.sources import Columns, Slice, list_slices, read_slice
+from data_pipeline.sources import decompression
+from data_pipeline.sources import parquet as parquet_source
+from data_pipeline.sources.registry import Columns, Slice, list_slices, read_slice
+from data_pipeline.storage import remote_file, retries
+from data_pipeline.storage.remote_file import RemoteFile
 
 COLUMNS = Columns("text", "language", "language_score")
 FAULTS = ["500", "503", "429", "cut", "reset"]
@@ -33,7 +35,7 @@ def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many requests for a small file, and documents before the last of them."""
-    monkeypatch.setattr(remote, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(remote_file, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(decompression, "PIECE_BYTES", 100)
     monkeypatch.setattr(parquet_source, "_BATCH_ROWS", 5)
 
@@ -83,7 +85,7 @@ def test_faults_below_the_limit_never_change_the_bytes(
     data = bytes(number * 7 % 251 for number in range(size_bytes))
     with pytest.MonkeyPatch.context() as patch, serving() as server:
         patch.setattr(retries, "POLICY", QUICK)
-        patch.setattr(remote, "BLOCK_BYTES", max(block_bytes, size_bytes // 8 + 1))
+        patch.setattr(remote_file, "BLOCK_BYTES", max(block_bytes, size_bytes // 8 + 1))
         server.files["data"] = data
         server.faults.extend(fault for group in groups for fault in [*group, ""])
         file = RemoteFile(server.url("data"))
@@ -101,7 +103,7 @@ def test_a_remote_file_seeks_and_reads_as_a_local_one(
     data = bytes(number % 251 for number in range(1000))
     running.files["data"] = data
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "BLOCK_BYTES", block_bytes)
+        patch.setattr(remote_file, "BLOCK_BYTES", block_bytes)
         file = RemoteFile(running.url("data"))
         for start, size in reads:
             assert file.seek(start) == start

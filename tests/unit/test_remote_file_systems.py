@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from remote_helpers import QUICK, documents, write_files
 
-from data_pipeline import parquet_source, retries
 from data_pipeline.errors import (
     BackendError,
     MegabackError,
@@ -15,7 +14,9 @@ from data_pipeline.errors import (
     SourceMissingError,
     SourceUnreadableError,
 )
-from data_pipeline.sources import Columns, list_slices, read_slice, require_outside
+from data_pipeline.sources import parquet as parquet_source
+from data_pipeline.sources.registry import Columns, list_slices, read_slice, require_outside
+from data_pipeline.storage import retries
 
 COLUMNS = Columns("text", "language", "language_score")
 

@@ -24,8 +24,8 @@ NOT_THERE = {"X-Error-Code": "EntryNotFound"}
 READ = """
 import json, sys
 from dataclasses import asdict
-from data_pipeline import parquet_source
-from data_pipeline.sources import Columns, list_slices, read_slice
+from data_pipeline.sources import parquet as parquet_source
+from data_pipeline.sources.registry import Columns, list_slices, read_slice
 
 parquet_source.SLICE_BYTES = 1
 columns = Columns(language="language")

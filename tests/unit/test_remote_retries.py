@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import retries
 from data_pipeline.errors import SourceUnreadableError
+from data_pipeline.storage import retries
 
 
 def test_a_wait_that_the_server_asks_for_is_kept() -> None:

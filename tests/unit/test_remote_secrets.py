@@ -8,10 +8,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from remote_helpers import QUICK, FileServer, documents
 
-from data_pipeline import retries
-from data_pipeline.address_variables import kept
 from data_pipeline.errors import ConfigError, MegabackError, SourceUnreadableError
-from data_pipeline.sources import list_slices
+from data_pipeline.sources.registry import list_slices
+from data_pipeline.storage import retries
+from data_pipeline.storage.address_variables import kept
 
 PLANT = "S3CR3T-plant"
 

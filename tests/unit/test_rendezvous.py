@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from data_pipeline.errors import LaunchError
-from megaback.rendezvous import is_loopback, listen, name_rank
+from megaback.distributed.rendezvous import is_loopback, listen, name_rank
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEP = {

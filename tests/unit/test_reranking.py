@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from model_helpers import random_model, write_model
 
 import megaback
-from data_pipeline.pairs import Pair
-from data_pipeline.text import Direction, TextCodec
-from megaback.foreign_scorer import ForeignScorer
-from megaback.reranking import Scored, accuracies, fit_weight, ranking, rightness
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.scoring.hf_scorer import ForeignScorer
+from megaback.scoring.pairs import Pair
+from megaback.scoring.reranking import Scored, accuracies, fit_weight, ranking, rightness
 from tools.rerank import main
 
 Codecs = Callable[..., TextCodec]

@@ -16,14 +16,18 @@ from data_pipeline.errors import (
     LaunchError,
     StorageError,
 )
-from megaback.checkpoint import newest_checkpoint, read_meta, verify_files
-from megaback.checkpoint_copy import SecondPlace
-from megaback.checkpoint_names import CHECKPOINTS_FOLDER, META_NAME, complete_checkpoints
+from megaback.checkpoints.checkpoint import newest_checkpoint, read_meta, verify_files
+from megaback.checkpoints.checkpoint_names import (
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    complete_checkpoints,
+)
+from megaback.checkpoints.remote_copy import SecondPlace
 from megaback.config import CONFIG_COPY_NAME
-from megaback.distributed import World
-from megaback.guard import SKIPPED_STEPS_NAME, read_left_out
-from megaback.metrics import METRICS_NAME
-from megaback.preparation import LOCK_NAME
+from megaback.distributed.world import World
+from megaback.faults.step_guard import SKIPPED_STEPS_NAME, read_left_out
+from megaback.tracking.metrics import METRICS_NAME
+from megaback.training.setup import LOCK_NAME
 from tools.rollback import roll_back
 
 Save = Callable[..., Path]

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_pipeline.row_table import RowTable
+from data_pipeline.loading.row_grid import RowTable
 
 FRAME_TOKENS = 64
 SHARDS = st.lists(st.integers(1, 400), min_size=1, max_size=8)

@@ -11,8 +11,8 @@ import pytest
 from run_config import run_config
 
 from data_pipeline.errors import OutputExistsError
-from megaback.exit_record import record_start
-from megaback.run_ownership import (
+from megaback.faults.exit_record import record_start
+from megaback.faults.run_ownership import (
     RESOLVED_COPY_NAME,
     config_of_run,
     place_of_config,

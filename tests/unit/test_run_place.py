@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import StorageError
-from megaback.exit_record import HISTORY_NAME, record_start
-from megaback.run_place import RunPlace
+from megaback.faults.exit_record import HISTORY_NAME, record_start
+from megaback.faults.run_place import RunPlace
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
 from megaback.config import Config, load_config
-from megaback.devices import DEVICES, cpu_device, devices_named_like, find_device
-from megaback.run_facts import RunFacts, run_facts
-from megaback.run_plan import Cluster, fits, memory_of, plan_run, smallest_change
-from megaback.traffic import step_traffic
+from megaback.planning.data_facts import RunFacts, run_facts
+from megaback.planning.devices import DEVICES, cpu_device, devices_named_like, find_device
+from megaback.planning.network import step_traffic
+from megaback.planning.plan import Cluster, fits, memory_of, plan_run, smallest_change
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FACTS = RunFacts(8_888, 500.0, 1e11, 1e11, ())

@@ -16,13 +16,13 @@ from click.testing import CliRunner
 from run_config import run_config
 
 from data_pipeline import errors
-from data_pipeline.command import write_text
+from data_pipeline.common.command import write_text
 from data_pipeline.errors import MegabackError
-from launcher.jobs import main as jobs
-from megaback.exit_record import EXIT_NAME, record_event, record_exit, record_start
-from megaback.heartbeat import HEARTBEATS_FOLDER, Heartbeat, write_heartbeat
-from megaback.run_state import ROLLBACK_EVENT
-from tools.artefacts import look_at
+from launcher.slurm.jobs import main as jobs
+from megaback.faults.exit_record import EXIT_NAME, record_event, record_exit, record_start
+from megaback.faults.heartbeat import HEARTBEATS_FOLDER, Heartbeat, write_heartbeat
+from megaback.faults.run_state import ROLLBACK_EVENT
+from tools.artifacts import look_at
 from tools.plot import main as plot
 from tools.status import main as status
 from tools.watch import main as watch

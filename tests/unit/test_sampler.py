@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from test_model import VOCAB_SIZE, make_model, packed
 
 from data_pipeline.errors import PromptError
-from data_pipeline.text import Prompt
-from megaback.choice import SamplingOptions
-from megaback.generate import generate, generate_many
-from megaback.model import ReverseGPT
-from megaback.sampler import Sampler
+from data_pipeline.text.codec import Prompt
+from megaback.inference.decoder import Sampler
+from megaback.inference.generate import generate, generate_many
+from megaback.inference.sampling import SamplingOptions
+from megaback.model.gpt import ReverseGPT
 
 CONTEXT_TOKENS = 24
 END_ID = 1

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from model_helpers import CONTEXT_TOKENS, random_model, write_model
 
 import megaback
-from data_pipeline.chat_format import ChatFormat, Example
 from data_pipeline.errors import PromptError
-from data_pipeline.pairs import Pair
-from data_pipeline.text import Direction, TextCodec
-from megaback.attention import Segments
-from megaback.device_pool import DevicePool
-from megaback.model import ReverseGPT
-from megaback.scoring import Form, PairEncoder, Scorer
+from data_pipeline.text.chat_format import ChatFormat, Example
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.inference.device_pool import DevicePool
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
+from megaback.scoring.pairs import Pair
+from megaback.scoring.scorer import Form, PairEncoder, Scorer
 from tools.score import main
 
 Codecs = Callable[..., TextCodec]

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from data_pipeline import selection, val_minimum
+from data_pipeline.build import selection, val_minimum
+from data_pipeline.build.settings import WeightedSource
+from data_pipeline.build.task import belongs_to_val
 from data_pipeline.errors import SourceEmptyError
-from data_pipeline.manifest import Manifest
-from data_pipeline.settings import WeightedSource
-from data_pipeline.tasks import belongs_to_val
-from data_pipeline.text import TextCodec
-from data_pipeline.verify import verify_data_set
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.verify import verify_data_set
+from data_pipeline.text.codec import TextCodec
 
 VAL_FRACTION = 0.2
 

@@ -9,10 +9,10 @@ import openai
 import pytest
 from serve_helpers import CONTEXT_TOKENS, Running, metric, serving, tiny_models
 
-from data_pipeline.text import TextCodec
-from megaback.choice import SamplingOptions
-from megaback.generate import complete
-from megaback.infill import InfillOptions
+from data_pipeline.text.codec import TextCodec
+from megaback.inference.generate import complete
+from megaback.inference.infill.infiller import InfillOptions
+from megaback.inference.sampling import SamplingOptions
 from tools.serving.models import ServedModel, load_meeting
 
 Codecs = Callable[..., TextCodec]

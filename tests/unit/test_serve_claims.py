@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from serve_helpers import CONTEXT_TOKENS, Running, serving, tiny_models
 
-from data_pipeline.text import TextCodec
-from megaback.choice import SamplingOptions
-from megaback.generate import complete
-from megaback.sampler import Sampler
+from data_pipeline.text.codec import TextCodec
+from megaback.inference.decoder import Sampler
+from megaback.inference.generate import complete
+from megaback.inference.sampling import SamplingOptions
 from tools.serve import main
-from tools.serving import completions, connections, guard, limits, parsing, process, wire
+from tools.serving import completions, idle_timeout, limits, middleware, parsing, process, schemas
 from tools.serving.limits import Limits
 from tools.serving.models import ServedModel, load_meeting
 from tools.serving.process import Server
@@ -183,21 +183,21 @@ def test_the_limits_are_those_of_the_page(models: dict[str, ServedModel]) -> Non
         r"`--most-requests`, open at once \| (\S+) ": Limits.open_requests,
         r"samples that wait \| (\S+) times": Limits.waiting_samples / Limits.open_requests,
         r"`--most-seconds`, of a request \| (\S+) ": Limits.request_s,
-        r"\| prompts × `n` \| (\S+) ": wire.MOST_SAMPLES,
+        r"\| prompts × `n` \| (\S+) ": schemas.MOST_SAMPLES,
         r"echoed prompts included \| (\S+) ": limits.MOST_ANSWER_NUMBERS,
         r"echoed prompts × `n` \| (\S+) ": limits.MOST_ECHOED_CHARACTERS,
-        r"\| `logprobs` \| (\S+) ": wire.MOST_LIKELIEST,
-        r"`stop` \| (\S+) texts": wire.MOST_STOPS,
+        r"\| `logprobs` \| (\S+) ": schemas.MOST_LIKELIEST,
+        r"`stop` \| (\S+) texts": schemas.MOST_STOPS,
         r"64; 64; 256; (\S+) ": limits.MOST_INFILL_TOKENS,
         r"messages \| (\S+); ": parsing._MOST_FIELDS,
-        r"line and headers \| (\S+) KiB": guard._MOST_HEAD_BYTES >> 10,
-        r"KiB, within (\S+) s": connections.SECONDS_FOR_A_REQUEST,
+        r"line and headers \| (\S+) KiB": middleware._MOST_HEAD_BYTES >> 10,
+        r"KiB, within (\S+) s": idle_timeout.SECONDS_FOR_A_REQUEST,
         r"body's arrival \| (\S+) s": Limits.body_s,
-        r"an answer, of (\S+) KiB": guard._PART_BYTES >> 10,
-        r"not read \| (\S+) s": connections.SECONDS_FOR_A_PART,
-        r"without a request \| (\S+) s": connections.SECONDS_FOR_A_REQUEST,
-        r"idle one beyond (\S+) ": connections.MOST_CONNECTIONS,
-        r"keeps (\S+) KiB": connections.SYSTEM_BUFFER_BYTES >> 10,
+        r"an answer, of (\S+) KiB": middleware._PART_BYTES >> 10,
+        r"not read \| (\S+) s": idle_timeout.SECONDS_FOR_A_PART,
+        r"without a request \| (\S+) s": idle_timeout.SECONDS_FOR_A_REQUEST,
+        r"idle one beyond (\S+) ": idle_timeout.MOST_CONNECTIONS,
+        r"keeps (\S+) KiB": idle_timeout.SYSTEM_BUFFER_BYTES >> 10,
         r"have (\S+) s more": process._SECONDS_TO_TELL,
         r"silent for (\S+) s": completions._SECONDS_BETWEEN_SIGNS_OF_LIFE,
     }

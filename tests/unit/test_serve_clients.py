@@ -9,8 +9,8 @@ import openai
 import pytest
 from serve_helpers import Running, serving, tiny_models
 
-from data_pipeline.text import TextCodec
-from tools.serving import wire
+from data_pipeline.text.codec import TextCodec
+from tools.serving import schemas
 from tools.serving.completions import event_of
 from tools.serving.models import ServedModel
 
@@ -38,18 +38,18 @@ def client(running: Running) -> openai.OpenAI:
 @pytest.mark.parametrize(
     ("path", "model", "body"),
     [
-        ("completions", wire.CompletionRequest, {"prompt": "a", "max_tokens": 3, "seed": 1}),
-        ("backchat", wire.BackChatRequest, {"response": "a", "max_tokens": 3, "seed": 1}),
-        ("score", wire.ScoreRequest, {"texts": ["a"]}),
+        ("completions", schemas.CompletionRequest, {"prompt": "a", "max_tokens": 3, "seed": 1}),
+        ("backchat", schemas.BackChatRequest, {"response": "a", "max_tokens": 3, "seed": 1}),
+        ("score", schemas.ScoreRequest, {"texts": ["a"]}),
         (
             "chat/completions",
-            wire.ChatRequest,
+            schemas.ChatRequest,
             {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "seed": 1},
         ),
     ],
 )
 def test_null_is_the_default_wherever_something_may_be_left_out(
-    running: Running, path: str, model: type[wire.Body], body: dict[str, Any]
+    running: Running, path: str, model: type[schemas.Body], body: dict[str, Any]
 ) -> None:
     nulls = {name: None for name, one in model.model_fields.items() if not one.is_required()}
     plain, with_nulls = (

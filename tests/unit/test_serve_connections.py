@@ -21,8 +21,8 @@ from serve_helpers import (
     wait_until,
 )
 
-from data_pipeline.text import TextCodec
-from tools.serving.connections import ImpatientConnection
+from data_pipeline.text.codec import TextCodec
+from tools.serving.idle_timeout import ImpatientConnection
 from tools.serving.limits import Limits
 from tools.serving.models import ServedModel
 

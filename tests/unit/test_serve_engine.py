@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import pytest
 from serve_helpers import tiny_models, wait_until
 
-from data_pipeline.text import TextCodec
-from megaback.batch import ReadingError, Sample
-from megaback.choice import SamplingOptions
-from megaback.steps import Steps
-from tools.serving.engine import Engine, EngineFullError, Writing
+from data_pipeline.text.codec import TextCodec
+from megaback.inference.batch import ReadingError, Sample
+from megaback.inference.sampling import SamplingOptions
+from megaback.inference.steps import Steps
 from tools.serving.metrics import Metrics
 from tools.serving.models import ServedModel
+from tools.serving.worker import Engine, EngineFullError, Writing
 
 Codecs = Callable[..., TextCodec]
 

@@ -25,9 +25,9 @@ from serve_helpers import (
     wait_until,
 )
 
-from data_pipeline.text import TextCodec
+from data_pipeline.text.codec import TextCodec
 from tools.serving import completions, limits
-from tools.serving.connections import ImpatientConnection
+from tools.serving.idle_timeout import ImpatientConnection
 from tools.serving.limits import Limits
 from tools.serving.models import ServedModel
 

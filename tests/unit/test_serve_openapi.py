@@ -11,7 +11,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import positive_data_acceptance
 from serve_helpers import Running, serving, tiny_models
 
-from data_pipeline.text import TextCodec
+from data_pipeline.text.codec import TextCodec
 from tools.serving.limits import Limits
 
 OPERATIONS = [

@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from tools.serving import wire
+from tools.serving import schemas
+from tools.serving.errors import ProblemError
 from tools.serving.parsing import REQUESTS, parse_request
-from tools.serving.problems import ProblemError
 
 INFILL = {"beginning": "a", "ending": "a"}
 NUMBERS = st.sampled_from([0, -1, 1, 2**63, 10**4000, 1e300, -0.0, 0.5, True]) | st.integers()
@@ -23,7 +23,7 @@ VALUES: SearchStrategy[Any] = st.recursive(
 )
 
 
-def parsed(path: str, body: bytes) -> "wire.Body | ProblemError":
+def parsed(path: str, body: bytes) -> "schemas.Body | ProblemError":
     try:
         return parse_request(path, body)
     except ProblemError as error:

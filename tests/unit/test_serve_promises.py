@@ -11,10 +11,10 @@ import httpx
 import pytest
 from serve_helpers import endless_prompt, metric, posted, raw, serving, tiny_models, wait_until
 
-from data_pipeline.text import TextCodec
-from megaback.infill import Infiller
-from megaback.sampler import Sampler
-from megaback.steps import Steps
+from data_pipeline.text.codec import TextCodec
+from megaback.inference.decoder import Sampler
+from megaback.inference.infill.infiller import Infiller
+from megaback.inference.steps import Steps
 from tools.serving.limits import Limits
 from tools.serving.models import ServedModel, load_meeting
 

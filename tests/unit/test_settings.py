@@ -7,10 +7,10 @@ from build_helpers import Codecs, build_here, documents_of, make_settings, write
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.build.settings import BuildSettings, WeightedSource, weighted_sources
 from data_pipeline.errors import BadRecordError, ConfigError, OutputExistsError
-from data_pipeline.manifest import Manifest
-from data_pipeline.settings import BuildSettings, WeightedSource, weighted_sources
-from data_pipeline.slices import Document
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.sources.documents import Document
 
 RECORDS: list[dict[str, object]] = [
     {"text": "sehr kurz", "language": "de", "language_score": 0.9},

@@ -20,9 +20,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.compression import Compression
 from data_pipeline.errors import ShardCorruptError
-from data_pipeline.shard_format import (
+from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.shard_format import (
     ShardDigest,
     ShardReader,
     ShardWriter,

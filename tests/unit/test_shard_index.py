@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import ShardCorruptError
-from data_pipeline.shard_format import ShardReader, ShardWriter
-from data_pipeline.shard_index import ShardHeader
+from data_pipeline.shards.index import ShardHeader
+from data_pipeline.shards.shard_format import ShardReader, ShardWriter
 
 IDENTITY = {"direction": "backward", "unit": "token", "tokenizer_sha256": "5" * 64}
 

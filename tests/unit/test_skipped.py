@@ -10,12 +10,12 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import build
+from data_pipeline.build import command as build
+from data_pipeline.build.plan import Plan
 from data_pipeline.errors import BadRecordError, OutputExistsError, SourceEmptyError
-from data_pipeline.inspection import main as inspect
-from data_pipeline.manifest import Manifest
-from data_pipeline.plan import Plan
-from data_pipeline.skipped import (
+from data_pipeline.shards.inspection import main as inspect
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.sources.skipped import (
     Skipped,
     count_skipped,
     merged,
@@ -23,8 +23,8 @@ from data_pipeline.skipped import (
     skipped_from_json,
     skipped_to_json,
 )
-from data_pipeline.tokenizer import main as tokenizer_main
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.tokenizer.train import main as tokenizer_main
+from data_pipeline.tokenizer.train import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("a_task_a_file")
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.slurm_commands import Submission, parse_job
-from launcher.slurm_files import sbatch_value, shipped_folder
+from launcher.slurm.commands import Submission, parse_job
+from launcher.slurm.sbatch_files import sbatch_value, shipped_folder
 
 ROOT = Path(__file__).parents[2]
 # As Slurm 22.05 answers, without the fields that nobody reads.
@@ -109,7 +109,7 @@ def test_an_installation_that_is_no_checkout_has_the_files_too(tmp_path: Path) -
     install += ["--no-build-isolation", "--ignore-installed", f"--prefix={prefix}", str(source)]
     subprocess.run(install, check=True, capture_output=True, timeout=120)
     packages = next(prefix.rglob("site-packages"))
-    code = "from launcher.slurm_files import shipped_folder; print(shipped_folder())"
+    code = "from launcher.slurm.sbatch_files import shipped_folder; print(shipped_folder())"
     said = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(packages)},

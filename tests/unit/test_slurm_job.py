@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, LaunchError, PreflightError
-from launcher.slurm_job import (
+from launcher.slurm.job import (
     FRUITLESS_STARTS,
     LIMIT_VARIABLE,
     main,
@@ -18,7 +18,7 @@ from launcher.slurm_job import (
     true_code,
     why_requeue,
 )
-from megaback.exit_record import record_event, record_exit, record_start
+from megaback.faults.exit_record import record_event, record_exit, record_start
 
 JOB = "77"
 LOST, SAVED, KILLED_BY_USR1 = 51, 75, 138

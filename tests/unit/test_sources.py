@@ -15,7 +15,6 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import parquet_source
 from data_pipeline.errors import (
     BadRecordError,
     MegabackError,
@@ -23,7 +22,8 @@ from data_pipeline.errors import (
     SourceMissingError,
     SourceUnreadableError,
 )
-from data_pipeline.sources import Columns, Document, Slice, list_slices, read_slice
+from data_pipeline.sources import parquet as parquet_source
+from data_pipeline.sources.registry import Columns, Document, Slice, list_slices, read_slice
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,

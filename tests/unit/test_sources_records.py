@@ -13,9 +13,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import parquet_source
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
-from data_pipeline.sources import Columns, Document, list_slices, read_slice
+from data_pipeline.sources import parquet as parquet_source
+from data_pipeline.sources.registry import Columns, Document, list_slices, read_slice
 
 LANGUAGES = Columns("text", "language", "language_score")
 
@@ -222,7 +222,7 @@ def test_a_row_group_of_any_size_is_read_in_small_parts(
     path = tmp_path / "a.parquet"
     table = pa.table({"text": ["x" * 1000] * 20_000})
     pq.write_table(table, path, compression="none", use_dictionary=False, data_page_size=64 << 10)
-    monkeypatch.setattr("data_pipeline.files._PARQUET_BUFFER_BYTES", 64 << 10)
+    monkeypatch.setattr("data_pipeline.sources.files._PARQUET_BUFFER_BYTES", 64 << 10)
     (piece,) = list_slices(str(path))
     before = pa.total_allocated_bytes()
     highest = max(pa.total_allocated_bytes() - before for _ in read_slice(piece))

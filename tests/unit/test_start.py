@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from run_config import run_config
 
-from megaback.checkpoint import CheckpointMeta
-from megaback.exit_record import record_exit
-from megaback.start import changes_on_resume, describe_changes, nothing_left
+from megaback.checkpoints.checkpoint import CheckpointMeta
+from megaback.faults.exit_record import record_exit
+from megaback.training.start import changes_on_resume, describe_changes, nothing_left
 
 STEPS = 25
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, UserInterruptError
-from megaback.stopping import LAUNCHER_VARIABLE, StopRequest, deadline_of
+from megaback.faults.stop_request import LAUNCHER_VARIABLE, StopRequest, deadline_of
 
 Start = Callable[..., "Rank"]
 NAMES = ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"]
@@ -23,7 +23,7 @@ LEAD_S = 60
 # Prints its reason to stop for every line that it reads.
 _RANK = """
 import sys
-from megaback.stopping import StopRequest
+from megaback.faults.stop_request import StopRequest
 stop = StopRequest()
 for line in sys.stdin:
     if line == "train\\n":

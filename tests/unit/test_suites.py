@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_helpers import random_model, write_model
 
-from data_pipeline.text import Direction, TextCodec
+from data_pipeline.text.codec import Direction, TextCodec
 from tools.evaluate import main
-from tools.suite_passages import neighbours
-from tools.suite_recall import first_is_best, instruction_recall, token_f1
-from tools.suites import Evaluated, SuiteOptions
+from tools.suites.base import Evaluated, SuiteOptions
+from tools.suites.passages import neighbours
+from tools.suites.recall import first_is_best, instruction_recall, token_f1
 
 Codecs = Callable[..., TextCodec]
 WORDS = ["map", "road", "clock", "bottle", "letter", "wall", "captain", "sailor", "uncle", "river"]
@@ -111,7 +111,7 @@ def test_recall_counts_the_rows_that_were_found_again(
     folders: dict[Direction, Path], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every second answer is taken from its row."""
-    from tools.suites import read_examples
+    from tools.suites.base import read_examples
 
     evaluated = Evaluated(folders[Direction.BACKWARD], torch.device("cpu"))
     examples = read_examples(str(rows), len(WORDS))
@@ -155,12 +155,12 @@ def test_passages_that_two_of_the_context_does_not_hold_are_left_out(
 def test_bits_per_byte_is_what_training_measures(
     folders: dict[Direction, Path], tiny_shards: Path, world: object
 ) -> None:
-    from data_pipeline.batches import sequential_batches
-    from data_pipeline.data_set import DataSet
-    from data_pipeline.frame_store import FrameStore
-    from data_pipeline.rows import RowReader
-    from megaback import evaluation
-    from tools.suite_passages import bits_per_byte
+    from data_pipeline.loading.frame_store import FrameStore
+    from data_pipeline.loading.loader import sequential_batches
+    from data_pipeline.loading.rows import RowReader
+    from data_pipeline.shards.data_set import DataSet
+    from megaback.training import validation as evaluation
+    from tools.suites.passages import bits_per_byte
 
     evaluated = Evaluated(folders[Direction.BACKWARD], torch.device("cpu"))
     frames = FrameStore(DataSet.open(tiny_shards), "val")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megaback import tensor_file
-from megaback.tensor_file import SizeAndHash, size_and_hash, write_tensors
+from megaback.checkpoints import safetensors_file
+from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, write_tensors
 
 Shape = tuple[int, ...]
 
@@ -67,7 +67,7 @@ def test_data_is_aligned_whatever_the_names_are(name: str) -> None:
 def test_a_tensor_longer_than_a_block_is_whole(
     block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor_file, "_WRITE_BYTES", block_bytes)
+    monkeypatch.setattr(safetensors_file, "_WRITE_BYTES", block_bytes)
     tensors = {"a": torch.randn(5, 7), "b": torch.randn(3)}
 
     assert write(tmp_path / "tensors", tensors) == size_and_hash(tmp_path / "tensors")

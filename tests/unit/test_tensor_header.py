@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from data_pipeline.errors import CheckpointCorruptError
-from megaback.tensor_file import TensorFile, write_tensors
-from megaback.tensor_header import parse_header, read_header
+from megaback.checkpoints.safetensors_file import TensorFile, write_tensors
+from megaback.checkpoints.safetensors_header import parse_header, read_header
 
 _DATA = bytes(range(64))
 

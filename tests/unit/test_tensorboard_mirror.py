@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaback.mirrors import BEFORE_ALL_STEPS
-from megaback.tensorboard_mirror import TensorboardMirror
+from megaback.tracking.tensorboard_tracker import TensorboardMirror
+from megaback.tracking.trackers import BEFORE_ALL_STEPS
 
 Points = list[tuple[int, float]]
 

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.build_options import echo_manifest
-from data_pipeline.manifest import Manifest
-from data_pipeline.terminal import fit, print_table, table_lines, terminal_width
+from data_pipeline.build.options import echo_manifest
+from data_pipeline.common.terminal import fit, print_table, table_lines, terminal_width
+from data_pipeline.shards.manifest import Manifest
 from launcher.doctor import Line, _print_table
-from launcher.jobs import Row, table
 from launcher.plan import main as plan
-from megaback.bootstrap import Interval
+from launcher.slurm.jobs import Row, table
+from megaback.scoring.bootstrap import Interval
 from tools.evaluate import _table
 from tools.rerank import _report
-from tools.suites import Metric, SuiteResult
+from tools.suites.base import Metric, SuiteResult
 
 WIDTH = 40
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_without_a_terminal_a_line_stays_a_line(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_terminal_is_asked_for_its_width() -> None:
-    code = "from data_pipeline.terminal import terminal_width; print(terminal_width())"
+    code = "from data_pipeline.common.terminal import terminal_width; print(terminal_width())"
     leader, follower = os.openpty()
     import fcntl
     import struct

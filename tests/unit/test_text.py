@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DirectionMismatchError, TokenizerError, TokenizerMismatchError
-from data_pipeline.text import (
+from data_pipeline.text.codec import (
     BEGIN_PIECE,
     CHAT_PIECES,
     END_PIECE,

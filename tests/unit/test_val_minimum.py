@@ -19,13 +19,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import build, val_minimum
-from data_pipeline.example_columns import ExampleColumns
-from data_pipeline.manifest import Manifest
-from data_pipeline.plan import Task
-from data_pipeline.tasks import TaskRecord, run_task
-from data_pipeline.val_hashes import LowestHashes
-from data_pipeline.verify import verify_data_set
+from data_pipeline.build import command as build
+from data_pipeline.build import val_minimum
+from data_pipeline.build.plan import Task
+from data_pipeline.build.task import TaskRecord, run_task
+from data_pipeline.build.val_hashes import LowestHashes
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.verify import verify_data_set
+from data_pipeline.sources.columns import ExampleColumns
 
 pytestmark = pytest.mark.usefixtures("a_task_a_file")
 

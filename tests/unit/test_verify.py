@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import verify
-from data_pipeline.compression import Compression
 from data_pipeline.errors import MegabackError, ShardCorruptError
-from data_pipeline.manifest import DICTIONARY_NAME, Manifest, ShardEntry
-from data_pipeline.recompress import recompress
-from data_pipeline.tokenizer import train_tokenizer
-from data_pipeline.verify import shard_damage
+from data_pipeline.shards import verify
+from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.manifest import DICTIONARY_NAME, Manifest, ShardEntry
+from data_pipeline.shards.recompress import recompress
+from data_pipeline.shards.verify import shard_damage
+from data_pipeline.tokenizer.train import train_tokenizer
 
 
 def flip_a_byte(path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wandb.proto.wandb_internal_pb2 import Record
 
-from megaback.wandb_files import Segment, cut_back, read_records, read_segments
+from megaback.tracking.wandb_log import Segment, cut_back, read_records, read_segments
 
 BLOCK_BYTES = 32 * 1024
 HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)

@@ -14,8 +14,8 @@ import wandb
 from run_config import run_config
 
 from megaback.config import Config
-from megaback.mirrors import BEFORE_ALL_STEPS, Mirrors
-from megaback.wandb_files import read_records
+from megaback.tracking.trackers import BEFORE_ALL_STEPS, Mirrors
+from megaback.tracking.wandb_log import read_records
 
 # Some hundred bytes a step, so that a few blocks of 32 KiB fill.
 WORDS = "it is what it was " * 30

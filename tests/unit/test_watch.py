@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from data_pipeline.errors import CheckpointMissingError
-from megaback.exit_record import record_exit, record_start
-from megaback.heartbeat import HEARTBEATS_FOLDER, Heartbeat, write_heartbeat
-from megaback.metrics import METRICS_NAME
+from megaback.faults.exit_record import record_exit, record_start
+from megaback.faults.heartbeat import HEARTBEATS_FOLDER, Heartbeat, write_heartbeat
+from megaback.tracking.metrics import METRICS_NAME
 from tools.watch import EXIT_CODES, Health, look
 
 Beat = Callable[..., None]

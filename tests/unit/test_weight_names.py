@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipeline.errors import CheckpointCorruptError, RunMismatchError
-from data_pipeline.text import TextCodec
-from megaback.base_model import open_base
-from megaback.model import ReverseGPT
-from megaback.model_folder import load_model_folder, read_description
-from megaback.tensor_file import size_and_hash, write_tensors
-from megaback.weight_source import open_source
+from data_pipeline.text.codec import TextCodec
+from megaback.checkpoints.safetensors_file import size_and_hash, write_tensors
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.init_from import open_base
+from megaback.weights.model_folder import load_model_folder, read_description
+from megaback.weights.source import open_source
 from tools.convert import convert
 
 CPU = torch.device("cpu")

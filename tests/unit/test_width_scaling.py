@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from megaback.attention import Segments
 from megaback.config import ModelSection, OptimizerSection
-from megaback.model import ReverseGPT
-from megaback.optimizers import build_optimizer
-from megaback.width_scaling import initial_std, parameter_rule
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT
+from megaback.model.mup import initial_std, parameter_rule
+from megaback.optim.build import build_optimizer
 
 VOCAB_SIZE = 128
 TOKENS = 64

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import MegabackError, SourceMissingError, SourceUnreadableError
-from data_pipeline.sources import list_slices, read_slice
+from data_pipeline.sources.registry import list_slices, read_slice
 
 TEXTS = ["one", "two", "three"]
 _END = struct.Struct("<4s4H2LH")

@@ -15,18 +15,20 @@ from pydantic.json_schema import models_json_schema
 from starlette.types import Receive, Scope, Send
 
 from megaback import __version__
-from tools.serving import backchat, between, chat, completions, problems, wire
+from tools.serving import backchat, chat, completions, schemas
+from tools.serving import errors as problems
+from tools.serving import infill as between
+from tools.serving.context import Service
 from tools.serving.deadline import Deadline, EndedError, hanging_up, unless
-from tools.serving.guard import Guard
 from tools.serving.host_names import Address
+from tools.serving.middleware import Guard
 from tools.serving.parsing import REQUESTS, parse_body
-from tools.serving.service import Service
 
 PAGE_FOLDER = Path(__file__).with_name("page")
 _REFERENCE = "#/components/schemas/{model}"
 _MOST_BYTES_PARSED_AT_ONCE = 1 << 16
 """On the event loop; what is longer is parsed aside."""
-_Body = TypeVar("_Body", bound=wire.Body)
+_Body = TypeVar("_Body", bound=schemas.Body)
 
 
 class _Stream(StreamingResponse):
@@ -138,74 +140,74 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return Response(answer, media_type="application/json")
 
     @app.get("/v1/models", responses=few)
-    async def list_models() -> wire.ModelList:
+    async def list_models() -> schemas.ModelList:
         """The models that are served, the default one first."""
-        return wire.ModelList(
+        return schemas.ModelList(
             data=[model.describe(can_infill=can_infill) for model in service.models.values()]
         )
 
     @app.get("/v1/models/{name}", responses=few_and_404)
-    async def show_model(name: str) -> wire.Model:
+    async def show_model(name: str) -> schemas.Model:
         """One model."""
         return service.model(name).describe(can_infill=can_infill)
 
     @app.post(
         "/v1/completions",
-        response_model=wire.Completion,
+        response_model=schemas.Completion,
         responses={**described, 200: {"content": {"text/event-stream": {}}}},
-        openapi_extra=_takes(wire.CompletionRequest),
+        openapi_extra=_takes(schemas.CompletionRequest),
     )
     async def complete(request: Request) -> Any:
         """Write on from prompts: before them with a backward model, else after them."""
 
-        async def write(asked: wire.CompletionRequest, deadline: Deadline) -> Response:
+        async def write(asked: schemas.CompletionRequest, deadline: Deadline) -> Response:
             return await written(await completions.ask(service, asked, deadline), deadline)
 
-        return await answered(request, wire.CompletionRequest, write)
+        return await answered(request, schemas.CompletionRequest, write)
 
     @app.post(
         "/v1/chat/completions",
-        response_model=wire.ChatCompletion,
+        response_model=schemas.ChatCompletion,
         responses={**described, 200: {"content": {"text/event-stream": {}}}},
-        openapi_extra=_takes(wire.ChatRequest),
+        openapi_extra=_takes(schemas.ChatRequest),
     )
     async def converse(request: Request) -> Any:
         """The instruction for a message; of a forward model, the response to it."""
 
-        async def write(asked: wire.ChatRequest, deadline: Deadline) -> Response:
+        async def write(asked: schemas.ChatRequest, deadline: Deadline) -> Response:
             return await written(await chat.ask(service, asked), deadline)
 
-        return await answered(request, wire.ChatRequest, write)
+        return await answered(request, schemas.ChatRequest, write)
 
     @app.post(
         "/v1/backchat",
-        response_model=wire.BackChat,
+        response_model=schemas.BackChat,
         responses=described,
-        openapi_extra=_takes(wire.BackChatRequest),
+        openapi_extra=_takes(schemas.BackChatRequest),
     )
     async def answer(request: Request) -> Any:
         """Instructions for a response, likely ones first; of a forward model, responses."""
-        return await answered(request, wire.BackChatRequest, partial(backchat.answer, service))
+        return await answered(request, schemas.BackChatRequest, partial(backchat.answer, service))
 
     @app.post(
         "/v1/score",
-        response_model=wire.Score,
+        response_model=schemas.Score,
         responses=described,
-        openapi_extra=_takes(wire.ScoreRequest),
+        openapi_extra=_takes(schemas.ScoreRequest),
     )
     async def score(request: Request) -> Any:
         """How likely a model finds texts."""
-        return await answered(request, wire.ScoreRequest, partial(backchat.score, service))
+        return await answered(request, schemas.ScoreRequest, partial(backchat.score, service))
 
     @app.post(
         "/v1/infill",
-        response_model=wire.Infills,
+        response_model=schemas.Infills,
         responses=described,
-        openapi_extra=_takes(wire.InfillRequest),
+        openapi_extra=_takes(schemas.InfillRequest),
     )
     async def fill(request: Request) -> Any:
         """Write what comes between a beginning and an ending."""
-        return await answered(request, wire.InfillRequest, partial(between.fill, service))
+        return await answered(request, schemas.InfillRequest, partial(between.fill, service))
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
@@ -217,7 +219,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return JSONResponse({"status": "ok" if is_alive else "dead"}, 200 if is_alive else 503)
 
 
-def _takes(kind: type[wire.Body]) -> dict[str, Any]:
+def _takes(kind: type[schemas.Body]) -> dict[str, Any]:
     """How the description says what a path is sent: bodies are read by parsing.py."""
     schema = {"$ref": _REFERENCE.format(model=kind.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

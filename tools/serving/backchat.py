@@ -5,20 +5,22 @@ from dataclasses import replace
 from functools import partial
 
 from data_pipeline.errors import PromptError
-from data_pipeline.growing_text import sendable
-from megaback.batch import Sample
-from megaback.chat import ranked
-from tools.serving import wire
+from data_pipeline.text.incremental import sendable
+from megaback.inference.batch import Sample
+from megaback.inference.chat import ranked
+from tools.serving import schemas
 from tools.serving.completions import chosen_seed, sampling_options
+from tools.serving.context import Service
 from tools.serving.deadline import Deadline
-from tools.serving.jobs import Job
+from tools.serving.errors import ProblemError
 from tools.serving.limits import require_answer_size
 from tools.serving.models import ServedModel
-from tools.serving.problems import ProblemError
-from tools.serving.service import Service
+from tools.serving.request_samples import Job
 
 
-def _given(model: ServedModel, request: "wire.BackChatRequest | wire.ScoreRequest") -> str | None:
+def _given(
+    model: ServedModel, request: "schemas.BackChatRequest | schemas.ScoreRequest"
+) -> str | None:
     """What the texts are for. Raises ProblemError for what this model is not given."""
     texts = {"response": request.response, "instruction": request.instruction}
     name = "response" if model.writes_backward else "instruction"
@@ -33,8 +35,8 @@ def _given(model: ServedModel, request: "wire.BackChatRequest | wire.ScoreReques
 
 
 async def answer(
-    service: Service, request: wire.BackChatRequest, deadline: Deadline
-) -> wire.BackChat:
+    service: Service, request: schemas.BackChatRequest, deadline: Deadline
+) -> schemas.BackChat:
     """Different samples for what is given, ended ones first, then the likeliest first."""
     model = service.model(request.model)
     given = _given(model, request)
@@ -59,10 +61,10 @@ async def answer(
     found = {tuple(one): likelihood for one, likelihood in each if one}
     written = sum(map(len, ids))
     different = await service.aside(lambda: ranked(model.form, prompt.ids, found))
-    return wire.BackChat(
+    return schemas.BackChat(
         model=model.name,
         candidates=[
-            wire.Candidate(
+            schemas.Candidate(
                 text=sendable(one.text),
                 log_probability=one.log_probability,
                 tokens=one.tokens,
@@ -70,7 +72,7 @@ async def answer(
             )
             for one in different
         ],
-        usage=wire.Usage(
+        usage=schemas.Usage(
             prompt_tokens=len(prompt.ids),
             completion_tokens=written,
             total_tokens=len(prompt.ids) + written,
@@ -79,11 +81,13 @@ async def answer(
     )
 
 
-async def score(service: Service, request: wire.ScoreRequest, deadline: Deadline) -> wire.Score:
+async def score(
+    service: Service, request: schemas.ScoreRequest, deadline: Deadline
+) -> schemas.Score:
     """log P of whole texts and their ends, each alone."""
     model = service.model(request.model)
     given = _given(model, request)
-    scores: list[wire.TextScore] = []
+    scores: list[schemas.TextScore] = []
     for text in request.texts:
         try:
             read, written = await service.aside(partial(_ids, model, given, text))
@@ -95,11 +99,11 @@ async def score(service: Service, request: wire.ScoreRequest, deadline: Deadline
         num_bytes = len(text.encode("utf-8", "surrogatepass"))
         bits = -total / math.log(2) / num_bytes if num_bytes else None
         scores.append(
-            wire.TextScore(
+            schemas.TextScore(
                 log_probability=total, tokens=len(written), bytes=num_bytes, bits_per_byte=bits
             )
         )
-    return wire.Score(model=model.name, scores=scores)
+    return schemas.Score(model=model.name, scores=scores)
 
 
 def _ids(model: ServedModel, given: str | None, text: str) -> tuple[list[int], list[int]]:

@@ -11,14 +11,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from data_pipeline.errors import PromptError
-from megaback.batch import Sample
-from tools.serving import wire
-from tools.serving.choices import ChoiceText, Part
+from megaback.inference.batch import Sample
+from tools.serving import schemas
+from tools.serving.choice_stream import ChoiceText, Part
 from tools.serving.completions import Asked, chosen_seed, sampling_options
+from tools.serving.context import Service
+from tools.serving.errors import ProblemError
 from tools.serving.limits import require_answer_size
 from tools.serving.models import Given, ServedModel
-from tools.serving.problems import ProblemError
-from tools.serving.service import Service
 
 
 @dataclass
@@ -28,7 +28,7 @@ class AskedChat(Asked):
     is_streamed: bool = False
     _begun: set[int] = field(default_factory=set)
 
-    def body(self, parts: Sequence[tuple[int, Part]], usage: wire.Usage | None) -> BaseModel:
+    def body(self, parts: Sequence[tuple[int, Part]], usage: schemas.Usage | None) -> BaseModel:
         about: dict[str, Any] = {
             "id": f"chatcmpl-{self.id}",
             "created": self.created_s,
@@ -37,23 +37,23 @@ class AskedChat(Asked):
         }
         if not self.is_streamed:
             choices = [
-                wire.ChatChoice(
+                schemas.ChatChoice(
                     index=index,
-                    message=wire.ChatAnswer(content=part.text),
+                    message=schemas.ChatAnswer(content=part.text),
                     finish_reason=part.finish_reason,
                 )
                 for index, part in parts
             ]
-            return wire.ChatCompletion(**about, choices=choices, usage=usage)
+            return schemas.ChatCompletion(**about, choices=choices, usage=usage)
         chunks = [
-            wire.ChatChunkChoice(
+            schemas.ChatChunkChoice(
                 index=index,
-                delta=wire.ChatDelta(role=self._role_of(index), content=part.text),
+                delta=schemas.ChatDelta(role=self._role_of(index), content=part.text),
                 finish_reason=part.finish_reason,
             )
             for index, part in parts
         ]
-        return wire.ChatChunk(**about, choices=chunks, usage=usage)
+        return schemas.ChatChunk(**about, choices=chunks, usage=usage)
 
     def _role_of(self, index: int) -> str | None:
         """Said once: clients join what comes under one name."""
@@ -63,7 +63,7 @@ class AskedChat(Asked):
         return "assistant"
 
 
-async def ask(service: Service, request: wire.ChatRequest) -> AskedChat:
+async def ask(service: Service, request: schemas.ChatRequest) -> AskedChat:
     """Raises ProblemError for what BackChat cannot do."""
     model = service.model(request.model)
     text = _message(model, request)
@@ -83,7 +83,7 @@ async def ask(service: Service, request: wire.ChatRequest) -> AskedChat:
     return AskedChat(request, model, seed, given, choices, samples, is_streamed=request.stream)
 
 
-def _message(model: ServedModel, request: wire.ChatRequest) -> str:
+def _message(model: ServedModel, request: schemas.ChatRequest) -> str:
     """The one message that a BackChat model reads."""
     given, written = ("response", "instruction")
     roles: tuple[str, ...] = ("user", "assistant")

@@ -9,18 +9,18 @@ from functools import partial
 from pydantic import BaseModel
 
 from data_pipeline.errors import PromptError
-from data_pipeline.growing_text import sendable
-from megaback.batch import Sample
-from megaback.choice import SamplingOptions
-from megaback.sampler import Judged
-from tools.serving import wire
-from tools.serving.choices import ChoiceText, Part, Token, log_probs, offsets
+from data_pipeline.text.incremental import sendable
+from megaback.inference.batch import Sample
+from megaback.inference.decoder import Judged
+from megaback.inference.sampling import SamplingOptions
+from tools.serving import schemas
+from tools.serving.choice_stream import ChoiceText, Part, Token, log_probs, offsets
+from tools.serving.context import Service
 from tools.serving.deadline import Deadline
-from tools.serving.jobs import Job
+from tools.serving.errors import ProblemError
 from tools.serving.limits import MOST_ECHOED_CHARACTERS, require_answer_size
 from tools.serving.models import Given, ServedModel
-from tools.serving.problems import ProblemError
-from tools.serving.service import Service
+from tools.serving.request_samples import Job
 
 _SECONDS_BETWEEN_SIGNS_OF_LIFE = 5.0
 _SIGN_OF_LIFE = ": still writing\n\n"
@@ -28,7 +28,7 @@ _DONE = "data: [DONE]\n\n"
 _LINE_BREAKS = "\x85\u2028\u2029"
 
 
-def sampling_options(request: wire.Sampling, seed: int, most_tokens: int) -> SamplingOptions:
+def sampling_options(request: schemas.Sampling, seed: int, most_tokens: int) -> SamplingOptions:
     """Raises ProblemError when more tokens are asked for than may be written."""
     tokens, least = request.max_tokens, request.min_tokens
     if tokens > most_tokens:
@@ -58,7 +58,7 @@ def chosen_seed(seed: int | None) -> int:
 class Asked:
     """A request with what was made of it: choice i is of given text i // n."""
 
-    request: wire.Written
+    request: schemas.Written
     model: ServedModel
     seed: int
     given: list[Given]
@@ -70,19 +70,19 @@ class Asked:
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def usage(self) -> wire.Usage:
+    def usage(self) -> schemas.Usage:
         """What was read of the prompts, and written; without the markers of a text's edges."""
         prompt_tokens = sum(given.num_tokens for given in self.given)
         written = sum(choice.tokens for choice in self.choices)
-        return wire.Usage(
+        return schemas.Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=written,
             total_tokens=prompt_tokens + written,
         )
 
-    def body(self, parts: Sequence[tuple[int, Part]], usage: wire.Usage | None) -> BaseModel:
+    def body(self, parts: Sequence[tuple[int, Part]], usage: schemas.Usage | None) -> BaseModel:
         """An answer, or an event of a stream, with parts of choices by their numbers."""
-        return wire.Completion(
+        return schemas.Completion(
             id=f"cmpl-{self.id}",
             created=self.created_s,
             model=self.model.name,
@@ -91,14 +91,14 @@ class Asked:
             seed=self.seed,
         )
 
-    def event(self, parts: Sequence[tuple[int, Part]], usage: wire.Usage | None) -> str:
+    def event(self, parts: Sequence[tuple[int, Part]], usage: schemas.Usage | None) -> str:
         """As a server-sent event."""
         return event_of(self.body(parts, usage).model_dump_json())
 
-    def _choice(self, index: int, part: Part) -> wire.Choice:
+    def _choice(self, index: int, part: Part) -> schemas.Choice:
         request = self.request
-        wants = isinstance(request, wire.CompletionRequest) and request.logprobs is not None
-        return wire.Choice(
+        wants = isinstance(request, schemas.CompletionRequest) and request.logprobs is not None
+        return schemas.Choice(
             index=index,
             text=part.text,
             logprobs=log_probs(self.model.codec, part.tokens) if wants else None,
@@ -107,7 +107,7 @@ class Asked:
 
     def echo(self, index: int) -> Part | None:
         """What comes before all that is written of a choice."""
-        if not (isinstance(self.request, wire.CompletionRequest) and self.request.echo):
+        if not (isinstance(self.request, schemas.CompletionRequest) and self.request.echo):
             return None
         number = index // self.request.n
         tokens = self.given_tokens[number] if self.given_tokens else []
@@ -129,13 +129,13 @@ def event_of(body: str) -> str:
     return f"data: {body}\n\n"
 
 
-async def ask(service: Service, request: wire.CompletionRequest, deadline: Deadline) -> Asked:
+async def ask(service: Service, request: schemas.CompletionRequest, deadline: Deadline) -> Asked:
     """Raises ProblemError for what cannot be written."""
     model = service.model(request.model)
     seed = chosen_seed(request.seed)
     prompts, n = request.prompts, request.n
-    if len(prompts) * n > wire.MOST_SAMPLES:
-        raise ProblemError(400, f"prompts times n is more than {wire.MOST_SAMPLES}", param="n")
+    if len(prompts) * n > schemas.MOST_SAMPLES:
+        raise ProblemError(400, f"prompts times n is more than {schemas.MOST_SAMPLES}", param="n")
     likeliest = request.logprobs
     if likeliest is not None:
         likeliest = min(likeliest, model.codec.vocab_size)
@@ -167,7 +167,10 @@ async def ask(service: Service, request: wire.CompletionRequest, deadline: Deadl
 
 
 async def _given(
-    service: Service, model: ServedModel, request: wire.CompletionRequest, asked: "str | list[int]"
+    service: Service,
+    model: ServedModel,
+    request: schemas.CompletionRequest,
+    asked: "str | list[int]",
 ) -> Given:
     """One prompt; of one that is echoed with `logprobs`, all. Raises ProblemError."""
     is_cut = request.truncate and not (request.echo and request.logprobs is not None)
@@ -247,7 +250,7 @@ async def stream(service: Service, asked: Asked, job: Job) -> AsyncGenerator[str
     """
     kept: list[list[Part]] = [[] for _ in asked.choices]
     is_kept = asked.request.stream_order == "reading" and asked.model.writes_backward
-    wanted = asked.request.stream_options or wire.StreamOptions()
+    wanted = asked.request.stream_options or schemas.StreamOptions()
 
     def sent(index: int, part: Part) -> str:
         return asked.event([(index, part)], asked.usage if wanted.continuous_usage_stats else None)

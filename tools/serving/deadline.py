@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from tools.serving.problems import ProblemError, busy
+from tools.serving.errors import ProblemError, busy
 
 _Result = TypeVar("_Result")
 

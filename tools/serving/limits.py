@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tools.serving.problems import ProblemError
+from tools.serving.errors import ProblemError
 
 MOST_ANSWER_NUMBERS = 1 << 18
 """Tokens of an answer, each with the probabilities that are told of it."""

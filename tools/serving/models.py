@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.chat_format import ChatFormat
 from data_pipeline.errors import DirectionMismatchError, PromptError, TokenizerMismatchError
-from data_pipeline.text import Direction, Prompt, TextCodec
-from megaback.batch import Batch
-from megaback.converted import shown_name
-from megaback.infill import Infiller, load_infiller
-from megaback.model_folder import ModelDescription, load_sampler
-from megaback.sampler import Sampler
-from tools.serving import wire
+from data_pipeline.text.chat_format import ChatFormat
+from data_pipeline.text.codec import Direction, Prompt, TextCodec
+from megaback.inference.batch import Batch
+from megaback.inference.decoder import Sampler
+from megaback.inference.infill.infiller import Infiller, load_infiller
+from megaback.weights.converted import shown_name
+from megaback.weights.model_folder import ModelDescription, load_sampler
+from tools.serving import schemas
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class ServedModel:
         """That the context can hold: a piece has at least as many bytes as characters."""
         return self.sampler.context_tokens * int(self.codec.piece_num_bytes().max())
 
-    def describe(self, *, can_infill: bool) -> wire.Model:
+    def describe(self, *, can_infill: bool) -> schemas.Model:
         description = self.description
-        return wire.Model(
+        return schemas.Model(
             id=self.name,
             created=self.loaded_s,
             direction=self.codec.format.direction.value,

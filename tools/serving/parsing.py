@@ -6,26 +6,26 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from data_pipeline.growing_text import sendable
-from data_pipeline.number_ranges import finite_json
-from tools.serving import wire
-from tools.serving.problems import ProblemError
+from data_pipeline.common.number_ranges import finite_json
+from data_pipeline.text.incremental import sendable
+from tools.serving import schemas
+from tools.serving.errors import ProblemError
 
-REQUESTS: Mapping[str, type[wire.Body]] = {
-    "/v1/completions": wire.CompletionRequest,
-    "/v1/chat/completions": wire.ChatRequest,
-    "/v1/backchat": wire.BackChatRequest,
-    "/v1/score": wire.ScoreRequest,
-    "/v1/infill": wire.InfillRequest,
+REQUESTS: Mapping[str, type[schemas.Body]] = {
+    "/v1/completions": schemas.CompletionRequest,
+    "/v1/chat/completions": schemas.ChatRequest,
+    "/v1/backchat": schemas.BackChatRequest,
+    "/v1/score": schemas.ScoreRequest,
+    "/v1/infill": schemas.InfillRequest,
 }
 _MOST_SHOWN_PROBLEMS = 3
 _MOST_SHOWN_CHARACTERS = 100
 _MOST_FIELDS = 64
 """Of a body; each that does not exist would be a problem of its own."""
-_Body = TypeVar("_Body", bound=wire.Body)
+_Body = TypeVar("_Body", bound=schemas.Body)
 
 
-def parse_request(path: str, body: bytes) -> wire.Body:
+def parse_request(path: str, body: bytes) -> schemas.Body:
     """The request that a body is for one of the paths in REQUESTS.
 
     Raises ProblemError of a status from 400 to 499, and nothing else, whatever the bytes are.

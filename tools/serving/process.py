@@ -9,9 +9,9 @@ from types import FrameType
 import uvicorn
 
 from tools.serving.app import make_app
-from tools.serving.connections import ImpatientConnection
+from tools.serving.context import Service
 from tools.serving.host_names import Address
-from tools.serving.service import Service
+from tools.serving.idle_timeout import ImpatientConnection
 
 _SECONDS_TO_TELL = 2.0
 """For clients to take what has been cut."""

@@ -23,7 +23,7 @@ from data_pipeline.errors import (
     RankLostError,
     StorageError,
 )
-from megaback.exit_record import read_history
+from megaback.faults.exit_record import read_history
 
 STEPS = 40
 SAVE_EVERY = 10
@@ -183,8 +183,8 @@ def lost_its_console(run: Path) -> None:
     ]
 
 
-SAVER = "megaback.checkpoint_saver:CheckpointSaver"
-FORWARD = "megaback.model:ReverseGPT.forward"
+SAVER = "megaback.checkpoints.saver:CheckpointSaver"
+FORWARD = "megaback.model.gpt:ReverseGPT.forward"
 LOST = RankLostError.exit_code
 GOES_ON = "the same command goes on from the newest checkpoint"
 FAULTS = {
@@ -201,7 +201,7 @@ FAULTS = {
         "the same; the checkpoint is incomplete and never used",
         LOST,
         "is dead",
-        at("megaback.tensor_file:write_tensors", "kill", call=3),
+        at("megaback.checkpoints.safetensors_file:write_tensors", "kill", call=3),
         stage=3,
     ),
     "killed completing a save": Fault(
@@ -223,7 +223,7 @@ FAULTS = {
         f"the other rank says which one is dead and ends; {GOES_ON}",
         LOST,
         "is dead",
-        at("megaback.evaluation:to_device", "kill", call=3),
+        at("megaback.training.validation:to_device", "kill", call=3),
     ),
     "all ranks killed": Fault(
         "all ranks are killed at once, as by a machine out of memory",
@@ -292,7 +292,7 @@ FAULTS = {
         f"its traceback is printed, its reason is in exit.json, the others end; {GOES_ON}",
         1,
         "MemoryError: cannot allocate",
-        at("megaback.evaluation:to_device", "raise", call=30),
+        at("megaback.training.validation:to_device", "raise", call=30),
     ),
     "full disk": Fault(
         "the disk is full during a save",
@@ -310,14 +310,16 @@ FAULTS = {
     "slow disk": Fault(
         "writing a checkpoint takes as long as many steps",
         "training goes on meanwhile",
-        inject=at("megaback.tensor_file:write_tensors", "sleep", call=1, seconds=3),
+        inject=at(
+            "megaback.checkpoints.safetensors_file:write_tensors", "sleep", call=1, seconds=3
+        ),
     ),
     "bad device": Fault(
         "a device gets a product wrong before the first step",
         "all ranks end, and the node is named; the same command starts the run when it does not",
         PreflightError.exit_code,
         "(rank 1): its device multiplies wrongly",
-        at("megaback.node_facts:multiply", "nan", call=1, when="after"),
+        at("megaback.faults.node_facts:multiply", "nan", call=1, when="after"),
     ),
     "NaN": Fault(
         "one batch gives a loss that is no number",
@@ -332,7 +334,7 @@ FAULTS = {
         NonFiniteError.exit_code,
         "skipped steps in a row",
         at(
-            "megaback.model:ReverseGPT.forward",
+            "megaback.model.gpt:ReverseGPT.forward",
             "nan",
             call=51,
             when="after",

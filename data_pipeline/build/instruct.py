@@ -1,0 +1,139 @@
+"""`megaback instruct build`: instructions and their responses become shards to fine-tune on.
+
+The same build as that of documents, resumable and independent of workers, with another reader of
+records, BackChat's format, and rows that no example crosses.
+"""
+
+from pathlib import Path
+
+import click
+
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.options import (
+    echo_manifest,
+    num_workers,
+    out_option,
+    tasks_option,
+    workers_option,
+)
+from data_pipeline.build.settings import BAD_RECORD_CHOICES, BuildSettings, WeightedSource
+from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.number_ranges import FRAME_TOKENS, LEVEL, ROW_TOKENS, SHARE_BELOW_ALL
+from data_pipeline.shards.compression import DEFAULT_LEVEL
+from data_pipeline.shards.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.sources.record_limits import max_record_bytes_option
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+
+DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
+
+
+@click.command(cls=ResumableCommand, name="build")
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    default=(DEFAULT_SOURCE,),
+    show_default=True,
+    help="A path, pattern or URL of jsonl or parquet; or hf:NAME[:CONFIG]. Several may be given.",
+)
+@click.option(
+    "--val-source", "val_sources", multiple=True, help="Held-out rows: the val set is all of these."
+)
+@click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="The base's.")
+@out_option
+@click.option(
+    "--direction",
+    type=click.Choice([direction.value for direction in Direction]),
+    default=Direction.BACKWARD.value,
+    show_default=True,
+    help="backward writes the instruction for a response; forward, the response.",
+)
+@click.option(
+    "--unit",
+    type=click.Choice([unit.value for unit in Unit]),
+    default=Unit.TOKEN.value,
+    show_default=True,
+    help="What is reversed: ids, or words before encoding. As in the base.",
+)
+@click.option(
+    "--context-tokens",
+    type=ROW_TOKENS.option,
+    default=1024,
+    show_default=True,
+    help="Tokens of a row, which examples share and never cross; longer examples are left out.",
+)
+@click.option(
+    "--columns",
+    default="",
+    help="Columns with other names: instruction=prompt,input=context,output=answer,messages=chat.",
+)
+@click.option(
+    "--val-fraction",
+    type=SHARE_BELOW_ALL.option,
+    default=0.01,
+    show_default=True,
+    help="Without --val-source.",
+)
+@click.option(
+    "--on-bad-record",
+    type=click.Choice(BAD_RECORD_CHOICES),
+    default="skip",
+    show_default=True,
+    help="A malformed record is left out and counted, or ends the build.",
+)
+@max_record_bytes_option
+@click.option(
+    "--frame-tokens", type=FRAME_TOKENS.option, default=DEFAULT_FRAME_TOKENS, show_default=True
+)
+@click.option("--compression-level", type=LEVEL.option, default=DEFAULT_LEVEL, show_default=True)
+@tasks_option
+@workers_option
+def main(
+    sources: tuple[str, ...],
+    val_sources: tuple[str, ...],
+    tokenizer: Path,
+    out: Path,
+    direction: str,
+    unit: str,
+    context_tokens: int,
+    columns: str,
+    val_fraction: float,
+    on_bad_record: str,
+    max_record_bytes: int,
+    frame_tokens: int,
+    compression_level: int,
+    tasks: int | None,
+    workers: int | None,
+) -> None:
+    """Encode instructions and responses into shards for fine-tuning.
+
+    Records hold instruction, input and output, or the messages of a chat. Run again after a kill,
+    the build goes on.
+    """
+    codec = TextCodec.load(tokenizer, Direction(direction), Unit(unit))
+    split = "train" if val_sources else None
+    settings = BuildSettings(
+        sources=(
+            *(WeightedSource(source, split=split) for source in sources),
+            *(WeightedSource(source, split="val") for source in val_sources),
+        ),
+        tokenizer_sha256=codec.format.tokenizer_sha256,
+        direction=direction,
+        unit=unit,
+        val_fraction=0.0 if val_sources else val_fraction,
+        frame_tokens=frame_tokens,
+        compression_level=compression_level,
+        on_bad_record=on_bad_record,
+        max_record_bytes=max_record_bytes,
+        examples=ExampleColumns.parse(columns),
+        row_tokens=context_tokens,
+    )
+    manifest, num_found = build_shards(settings, codec, out, num_workers(workers), tasks)
+    if num_found:
+        click.echo(f"{num_found} tasks were already done")
+    echo_manifest(manifest, out)
+
+
+if __name__ == "__main__":
+    main()

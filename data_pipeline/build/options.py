@@ -1,0 +1,235 @@
+"""The options that the commands of a build share, and how they tell what came of it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from data_pipeline.build.settings import (
+    BAD_RECORD_CHOICES,
+    CHANGEABLE,
+    BuildSettings,
+    weighted_sources,
+)
+from data_pipeline.build.train_command import train_commands
+from data_pipeline.build.val_hashes import MIN_VAL_DOCUMENTS
+from data_pipeline.common.next_command import show_next
+from data_pipeline.common.number_ranges import (
+    COUNT,
+    FRAME_TOKENS,
+    LEVEL,
+    MANY,
+    NUMBER,
+    SHARE_BELOW_ALL,
+    SOURCE_WEIGHT,
+)
+from data_pipeline.common.terminal import say
+from data_pipeline.shards.compression import DEFAULT_LEVEL
+from data_pipeline.shards.manifest import SPLITS, Manifest
+from data_pipeline.shards.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.sources.record_limits import max_record_bytes_option
+from data_pipeline.sources.skipped import skipped_lines
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+html_option = click.option(
+    "--html", is_flag=True, help="Read HTML pages too: their main text, by trafilatura."
+)
+
+# The option that gives each setting, in the order in which help shows them.
+_SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "sources": click.option(
+        "--source",
+        "sources",
+        multiple=True,
+        help="pydocs; a path, pattern or URL; or hf:NAME[:CONFIG]. May be given several times.",
+    ),
+    "weights": click.option(
+        "--weight",
+        "weights",
+        type=SOURCE_WEIGHT.option,
+        multiple=True,
+        help="How often each document of a --source is taken: one for each, in the same order.",
+    ),
+    "tokenizer": click.option(
+        "--tokenizer", type=click.Path(path_type=Path), help="The tokenizer.model to encode with."
+    ),
+    "direction": click.option(
+        "--direction",
+        type=click.Choice([direction.value for direction in Direction]),
+        default=Direction.BACKWARD.value,
+        show_default=True,
+    ),
+    "unit": click.option(
+        "--unit",
+        type=click.Choice([unit.value for unit in Unit]),
+        default=Unit.TOKEN.value,
+        show_default=True,
+        help="What is reversed: ids, or words before encoding.",
+    ),
+    "val_fraction": click.option(
+        "--val-fraction", type=SHARE_BELOW_ALL.option, default=0.01, show_default=True
+    ),
+    "text_column": click.option(
+        "--text-column", default="text", show_default=True, help="Column or key with the text."
+    ),
+    "html": html_option,
+    "languages": click.option(
+        "--language", "languages", multiple=True, help="Only documents in this language, or these."
+    ),
+    "min_language_score": click.option(
+        "--min-language-score", type=NUMBER.option, help="Only documents with at least this score."
+    ),
+    "language_column": click.option("--language-column", default="language", show_default=True),
+    "language_score_column": click.option(
+        "--language-score-column", default="language_score", show_default=True
+    ),
+    "min_characters": click.option(
+        "--min-characters", type=COUNT.option, default=1, show_default=True
+    ),
+    "max_characters": click.option("--max-characters", type=COUNT.option),
+    "on_bad_record": click.option(
+        "--on-bad-record",
+        type=click.Choice(BAD_RECORD_CHOICES),
+        default="stop",
+        show_default=True,
+        help="A malformed record ends the build, or is left out and counted.",
+    ),
+    "max_record_bytes": max_record_bytes_option,
+    "deduplicate": click.option(
+        "--deduplicate", is_flag=True, help="Take equal texts once. Stages all shards first."
+    ),
+    "limit_documents": click.option(
+        "--limit-documents", type=COUNT.option, help="Take the first so many documents."
+    ),
+    "limit_tokens": click.option(
+        "--limit-tokens",
+        type=COUNT.option,
+        help="Take the first documents, up to so many tokens together.",
+    ),
+    "frame_tokens": click.option(
+        "--frame-tokens", type=FRAME_TOKENS.option, default=DEFAULT_FRAME_TOKENS, show_default=True
+    ),
+    "shard_tokens": click.option(
+        "--shard-tokens",
+        type=COUNT.option,
+        default=1 << 26,
+        show_default=True,
+        help="A shard is closed after the document that reaches so many.",
+    ),
+    "compression_level": click.option(
+        "--compression-level", type=LEVEL.option, default=DEFAULT_LEVEL, show_default=True
+    ),
+}
+
+out_option = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
+)
+tasks_option = click.option(
+    "--tasks",
+    type=MANY.option,
+    help="Into how many tasks the input is cut; default: by its size.",
+)
+workers_option = click.option("--workers", type=MANY.option, help="Processes; default: every core.")
+
+
+def settings_options(function: _Function) -> _Function:
+    """Gives a command every option that decides the bytes of a data set."""
+    for option in reversed(_SETTINGS.values()):
+        function = option(function)
+    return function
+
+
+def settings_from(options: dict[str, Any]) -> tuple[BuildSettings, TextCodec]:
+    """The settings that the options say, and the codec. Raises ConfigError, TokenizerError."""
+    if not options["sources"] or options["tokenizer"] is None:
+        raise click.UsageError("Give --source and --tokenizer.")
+    codec = TextCodec.load(
+        options["tokenizer"], Direction(options["direction"]), Unit(options["unit"])
+    )
+    settings = BuildSettings(
+        sources=weighted_sources(options["sources"], options["weights"]),
+        tokenizer_sha256=codec.format.tokenizer_sha256,
+        **{
+            name: value
+            for name, value in options.items()
+            if name not in ("sources", "weights", "tokenizer")
+        },
+    )
+    return settings, codec
+
+
+def is_given(ctx: click.Context, name: str) -> bool:
+    """Whether an option is on the command line."""
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def require_no_settings(ctx: click.Context) -> None:
+    """Without a source, the settings are those of the plan. Raises click.UsageError.
+
+    All but which records fail, and how, which decides no byte of what is written.
+    """
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name in _SETTINGS
+        and parameter.name not in CHANGEABLE
+        and is_given(ctx, parameter.name)
+    ]
+    if given:
+        raise click.UsageError(
+            f"{given[0]} was decided when the build was planned: leave it out, or name --source "
+            "and --tokenizer and all other options of the plan too."
+        )
+
+
+def num_workers(workers: int | None) -> int:
+    return workers or len(os.sched_getaffinity(0))
+
+
+def echo_left_out(manifest: Manifest) -> None:
+    """Report what of the sources is not in a data set, and why."""
+    if manifest.left_out:
+        counted = ", ".join(
+            f"{number:,} ({name.replace('_', ' ')})" for name, number in manifest.left_out.items()
+        )
+        click.echo(f"{_noun(manifest)} left out: {counted}")
+    for line in skipped_lines(manifest.skipped):
+        click.echo(line)
+
+
+def _noun(manifest: Manifest) -> str:
+    return "documents" if manifest.row_tokens is None else "examples"
+
+
+def echo_manifest(manifest: Manifest, out: Path) -> None:
+    """Tell what a finished data set holds, and what to type next."""
+    noun = _noun(manifest)
+    for split in SPLITS:
+        total = manifest.total(split)
+        say(
+            f"{split}: {total['documents']:,} {noun}, {total['tokens']:,} tokens, "
+            f"{total['text_bytes']:,} bytes of text in {total['shards']} shards "
+            f"of {total['file_bytes']:,} bytes"
+        )
+        if manifest.row_tokens is not None and total["tokens"]:
+            say(
+                f"  in {total['tokens'] // manifest.row_tokens:,} rows of {manifest.row_tokens:,}: "
+                f"{total['learnt_tokens']:,} tokens with loss, "
+                f"{total['padding_tokens'] / total['tokens']:.1%} padding"
+            )
+    echo_left_out(manifest)
+    if manifest.asked_val_fraction is not None:
+        say(
+            f"--val-fraction was raised from {manifest.asked_val_fraction:g} to "
+            f"{manifest.val_fraction:.3g}: a val set has at least {MIN_VAL_DOCUMENTS} {noun}, or a "
+            f"tenth of fewer than {10 * MIN_VAL_DOCUMENTS}"
+        )
+    if not manifest.split("val"):
+        say(f"the val set is empty: raise --val-fraction or add {noun} to measure val loss")
+    say(f"fingerprint {manifest.fingerprint[:16]} in {out}")
+    show_next(train_commands(out, manifest))

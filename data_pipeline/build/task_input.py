@@ -1,0 +1,113 @@
+"""What a task reads of its portions: the documents that pass the filters, and what is left out."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from data_pipeline.build.plan import Task
+from data_pipeline.build.progress import Counts
+from data_pipeline.errors import BadRecordError
+from data_pipeline.shards.manifest import SPLITS
+from data_pipeline.sources.documents import stop_or_skip
+from data_pipeline.sources.registry import read_slice
+from data_pipeline.sources.skipped import PARTS, RECORDS, Skipped, add_skipped, count_skipped
+
+BAD_RECORD = "bad_record"
+"""The name of malformed records in `left_out`."""
+TOO_LONG = "too_long"
+_EXAMPLES_LEFT_OUT = {
+    "empty": "example without an instruction or a response",
+    "length": "example that --min-characters or --max-characters leaves out",
+    TOO_LONG: "example longer than --context-tokens",
+}
+
+
+def hash_fraction(eight_bytes: bytes) -> float:
+    """Eight bytes of a hash as a number from 0 to 1."""
+    return int.from_bytes(eight_bytes, "big") / 2.0**64
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A document that passed the filters."""
+
+    text: str
+    response: str | None
+    num_bytes: int
+    sha256: bytes
+    pass_number: int
+    split: int | None
+    """The number of its set, if its text does not decide that."""
+    position: str
+
+
+@dataclass
+class LeftOut:
+    """Documents, records and parts of records that were left out."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Documents and records, by the filter that left them out."""
+    skipped: Skipped = field(default_factory=dict)
+
+    def add(self, other: "LeftOut") -> None:
+        self.counts.update(other.counts)
+        add_skipped(self.skipped, other.skipped)
+
+
+def left_out_by(name: str, position: str) -> LeftOut:
+    """A document that a filter left out; of an example, the place is noted too."""
+    left_out = LeftOut(Counter([name]))
+    if position:
+        count_skipped(left_out.skipped, PARTS, _EXAMPLES_LEFT_OUT.get(name, name), position)
+    return left_out
+
+
+def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
+    """What a task reads, in order: documents, and what is left out."""
+    settings = task.settings
+    left_out = LeftOut()  # a whole file of malformed records may come between two documents
+
+    def skip(error: BadRecordError) -> None:
+        left_out.counts[BAD_RECORD] += error.number
+        count_skipped(left_out.skipped, RECORDS, error.cause, error.place, error.number)
+
+    on_bad_record = skip if settings.on_bad_record == "skip" else stop_or_skip
+    for portion in task.portions:
+        split = None if portion.split is None else SPLITS.index(portion.split)
+        size_bytes = portion.piece.size_bytes
+        shown_bytes = 0
+        for document in read_slice(
+            portion.piece, settings.columns, on_bad_record, settings.max_record_bytes
+        ):
+            # A guess, so that the time left is known before the end of a long file.
+            step_bytes = min(len(document.content), size_bytes - shown_bytes)
+            shown_bytes += step_bytes
+            counts[3] += step_bytes
+            for cause, place in document.left_out:
+                count_skipped(left_out.skipped, PARTS, cause, place)
+            if left_out.skipped:
+                yield left_out
+                left_out = LeftOut()
+            if reason := settings.why_left_out(document):
+                is_example = document.response is not None
+                yield left_out_by(reason, document.position if is_example else "")
+                continue
+            content = document.content
+            sha256 = hashlib.sha256(content).digest()
+            if portion.fraction < 1.0 and hash_fraction(sha256[8:16]) >= portion.fraction:
+                yield LeftOut(Counter(["weight"]))
+                continue
+            yield Passed(
+                document.text,
+                document.response,
+                len(content),
+                sha256,
+                portion.pass_number,
+                split,
+                document.position,
+            )
+        if left_out.skipped:
+            yield left_out
+            left_out = LeftOut()
+        counts[3] += size_bytes - shown_bytes

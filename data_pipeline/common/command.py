@@ -1,0 +1,269 @@
+"""What every megaback command shares: how errors reach the user, and how files are replaced.
+
+A command raises `MegabackError`; this module prints its sentence to stderr and exits with its code.
+Errors of the operating system become one sentence too. Anything else is a defect of megaback and
+keeps its traceback.
+"""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from data_pipeline.common.console import (
+    ReaderGoneError,
+    is_result_unread,
+    only_comments,
+    protect_console,
+)
+from data_pipeline.common.control_characters import on_one_line
+from data_pipeline.common.interrupts import (
+    Interrupted,
+    at_work,
+    leave,
+    received_signal,
+    sentence,
+    take_signals,
+)
+from data_pipeline.common.unquoted import require_quoted, too_many
+from data_pipeline.errors import BackendError, MegabackError, StorageError
+from data_pipeline.redaction import scrub
+
+READER_GONE_CODE = 141
+"""128 and SIGPIPE: what a shell sees of any program whose output nobody reads any more."""
+
+_OS_ADVICE = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EROFS: "choose a path on a disk that can be written",
+    errno.EACCES: "check the permissions of the path",
+    errno.EPERM: "check the permissions of the path",
+    errno.ELOOP: "remove the symbolic link at that path, through which nothing is written",
+}
+_PATH_NAMES = ("out", "predictions")
+"""Parameters that are paths, or `-`; an empty source has an error of its own."""
+_PROGRAM_ADVICE = {
+    **dict.fromkeys(("cc", "gcc", "g++", "c++"), "install a C compiler (build-essential)"),
+    **dict.fromkeys(
+        ("sbatch", "scontrol", "srun", "sinfo", "squeue", "sacct", "scancel"),
+        "run it where Slurm's commands are, on a login node or outside the container",
+    ),
+    "ssh": "install openssh-client",
+    "ninja": "install ninja (pip install ninja)",
+}
+
+
+def storage_error(error: OSError) -> StorageError:
+    """Turn an operating system error into one sentence that names the path."""
+    where = f" {error.filename!r}" if error.filename else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    advice = _OS_ADVICE.get(error.errno or 0, "check the path and the disk behind it")
+    return StorageError(f"cannot read or write{where}: {reason}; {advice}")
+
+
+def system_error(error: OSError) -> MegabackError:
+    """One sentence for an error of the operating system: a missing program, or a disk's."""
+    return _program_error(error) or storage_error(error)
+
+
+def _program_error(error: OSError) -> BackendError | None:
+    """The sentence for a program that could not be started; None for any other error.
+
+    Both a missing file and a missing program are a FileNotFoundError. Whoever wanted the program
+    (a compiler may be asked for deep within a library), it was `subprocess` that failed to start
+    it: the error was raised there.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames or frames[-1].f_code.co_filename != subprocess.__file__:
+        return None
+    if error.filename is None or Path(os.fsdecode(error.filename)).is_dir():
+        return None
+    program = Path(os.fsdecode(error.filename)).name
+    if isinstance(error, FileNotFoundError):
+        return BackendError(
+            f"the program {program} is not on this machine (or not on the PATH), and this needs "
+            f"it; {_PROGRAM_ADVICE.get(program, 'install it')}, then run the same command again"
+        )
+    return BackendError(
+        f"the program {error.filename} cannot be started: {error.strerror}; make it executable, "
+        "or install it again"
+    )
+
+
+def report(error: MegabackError) -> int:
+    """Print an error's sentence to stderr; return its exit code."""
+    _print_error(f"megaback: error: {on_one_line(str(error))}")
+    return error.exit_code
+
+
+def _print_error(line: str) -> None:
+    with suppress(OSError):  # nobody reads it; the code says it too
+        print(line, file=sys.stderr, flush=True)
+
+
+def scrubbed(error: click.UsageError) -> click.UsageError:
+    """The error of a command line, whose words it quotes, without secrets of addresses."""
+    said = error.format_message()
+    return error if scrub(said) == said else click.UsageError(scrub(said), error.ctx)
+
+
+def run_as_process(main: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run a command that this process is for; one that is called by a program runs as it is."""
+    if sys.stdout is not sys.__stdout__:  # a test or a notebook captures what is printed
+        return main(*arguments, **options)
+    protect_console()
+    take_signals()
+    try:
+        return main(*arguments, **options)
+    except SystemExit as ending:
+        if ending.code == 1 and is_result_unread():  # click's own, of a help page
+            raise SystemExit(READER_GONE_CODE) from None
+        if received_signal() is not None and isinstance(ending.code, int):
+            leave(ending.code)
+        raise
+    except OSError as error:  # of a help page, on a full disk
+        raise SystemExit(report(storage_error(error))) from None
+
+
+class Command(click.Command):
+    """A click command that ends every `MegabackError` with its sentence and its exit code.
+
+    What it prints to standard output is its result: see `data_pipeline.common.console`.
+    """
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        return run_as_process(super().main, *arguments, **options)
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        # Without color, click would take escape sequences out of results in a pipe.
+        return super().make_context(*arguments, **{"color": True, **options})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)
+        require_quoted(self, words)
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise scrubbed(too_many(error, words)) from None
+        if not ctx.resilient_parsing:
+            self._require_no_empty_path(ctx, words)
+        return rest
+
+    def _require_no_empty_path(self, ctx: click.Context, words: list[str]) -> None:
+        """An empty path would be the working directory. Raises UsageError."""
+        given, _, _ = self.make_parser(ctx).parse_args(args=words)
+        for parameter in self.params:
+            value = given.get(parameter.name or "")
+            values = value if isinstance(value, list | tuple) else [value]
+            is_path = isinstance(parameter.type, click.Path) or parameter.name in _PATH_NAMES
+            if is_path and "" in values:
+                raise click.BadParameter(
+                    "it is empty; give a path (an unset shell variable leaves an empty one)",
+                    ctx,
+                    parameter,
+                )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with at_work():
+                result = super().invoke(ctx)
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+                return result
+        except BaseException as error:
+            code = self._code_of(error)
+            if code is None:
+                raise
+            raise SystemExit(code) from None
+
+    def _code_of(self, error: BaseException) -> int | None:
+        """Print what is to be said of an error; its exit code, or None for a defect."""
+        number = error.number if isinstance(error, Interrupted) else received_signal()
+        if number is None and isinstance(error, KeyboardInterrupt):
+            number = signal.SIGINT  # of a program that calls this command
+        if number is not None:
+            line = sentence(number, self._advice())
+            _print_error(f"\n{line}" if sys.stderr is not None and sys.stderr.isatty() else line)
+            return 128 + number
+        if isinstance(error, MegabackError):
+            return report(error)
+        if isinstance(error, ReaderGoneError):
+            return READER_GONE_CODE
+        if isinstance(error, OSError):
+            return report(system_error(error))
+        return None
+
+    def _advice(self) -> str:
+        return ""
+
+
+class WorkCommand(Command):
+    """A command whose result is a file, a run or a service: what it prints is a comment."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        only_comments()
+        return super().invoke(ctx)
+
+
+class ResumableCommand(WorkCommand):
+    """A command that, run again, continues where it was interrupted."""
+
+    def _advice(self) -> str:
+        return "run the same command to resume"
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path is there and is neither a file nor a folder: a device, a pipe, a socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+@contextmanager
+def replacing(
+    path: Path, publish: Callable[[Path, Path], None] | None = None
+) -> Iterator[IO[bytes]]:
+    """Write a file of our own that appears under `path` whole, or not at all.
+
+    Bytes go to a hidden neighbour, are flushed to the disk, and are renamed at the end. On any
+    error the neighbour is removed and what stood at `path` stays. Two processes may write the same
+    path: the last one to finish wins, and nobody sees a mixture. A symbolic link is replaced, never
+    followed. What a user named is written by `writing_output` of output_paths.py, which renames by
+    a `publish` of its own.
+    """
+    # Not the process's number, which another node may have given to a process of its own.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        (publish or os.replace)(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # a full disk does not say where it is
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file of our own atomically, as UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can say so."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,56 @@
+"""What all pictures share: matplotlib, which is an extra, and files that appear whole."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipeline.common.output_paths import MAKER, writing_output
+from data_pipeline.errors import BackendError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEXT_COLOUR = "#333333"
+GRID_COLOUR = "#dddddd"
+_DOTS_PER_INCH = 150
+
+
+def require_matplotlib(what: str, otherwise: str = "") -> None:
+    """Raises BackendError when matplotlib, which `what` needs, is not installed.
+
+    `otherwise` says what can be done without it.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise BackendError(
+            f"{what} needs matplotlib, which is not installed; "
+            f"install it with `pip install 'megaback[plot]'`{otherwise}"
+        ) from None
+
+
+def new_figure(width_inches: float, height_inches: float) -> "Figure":
+    """An empty figure."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Not pyplot, which keeps figures in a global list and may look for a display.
+    mpl.rcParams["text.parse_math"] = False  # names of runs and data sets are no formulas
+    figure = Figure(figsize=(width_inches, height_inches), dpi=_DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_of(figure: "Figure") -> bytes:
+    """The figure as a PNG. The same figure gives the same bytes."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": MAKER})
+    return picture.getvalue()
+
+
+def write_picture(figure: "Figure", path: Path, *, overwrite: bool) -> None:
+    """Write a PNG as `writing_output` does. Raises OSError, OutputExistsError."""
+    picture = png_of(figure)
+    with writing_output(path, overwrite=overwrite) as file:
+        file.write(picture)

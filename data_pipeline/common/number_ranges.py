@@ -1,0 +1,185 @@
+"""The ranges of numbers, each declared once: for options, configs, requests and records.
+
+No range holds NaN or infinity, and none is open to a side: what has no natural end stops where the
+storage of such numbers does. An option is `type=SECONDS.option`, a pydantic field
+`Annotated[float, SECONDS]`, and elsewhere `SECONDS.problem(value)` says what is wrong.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import annotated_types
+import click
+
+from data_pipeline.common.limits import MAX_DICTIONARY_BYTES, MAX_FRAME_TOKENS, MAX_VOCABULARY
+
+INT64_MAX = (1 << 63) - 1
+FP32_MAX = float.fromhex("0x1.fffffep+127")
+_FP32_LEAST = float.fromhex("0x1p-126")
+"""Below, fp32 has fewer digits, and a device may take a number for 0."""
+_MOST_SHOWN_CHARACTERS = 40
+
+
+@dataclass(frozen=True)
+class Range(annotated_types.GroupedMetadata):
+    """Numbers from `least` to `most`, of which either may itself be left out."""
+
+    least: float
+    most: float
+    is_whole: bool = False
+    without_least: bool = False
+    without_most: bool = False
+
+    def __iter__(self) -> Iterator[annotated_types.BaseMetadata]:
+        """What pydantic asks of a value."""
+        if self.without_least:
+            yield annotated_types.Gt(self.least)
+        else:
+            yield annotated_types.Ge(self.least)
+        if self.without_most:
+            yield annotated_types.Lt(self.most)
+        else:
+            yield annotated_types.Le(self.most)
+
+    @cached_property
+    def option(self) -> "click.IntRange | click.FloatRange":
+        """The type of a command's option."""
+        return _Whole(self) if self.is_whole else _Real(self)
+
+    def problem(self, value: float) -> str | None:
+        """What is wrong with a number, to follow `it is`; None if nothing is."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "not a finite number"
+        above = value > self.least if self.without_least else value >= self.least
+        below = value < self.most if self.without_most else value <= self.most
+        return None if above and below else f"not in the range {self.described(value)}"
+
+    def described(self, value: float = 0) -> str:
+        """`0<x<=1`; the end that only storage has is told to whom it concerns."""
+        low = f"{_shown(self.least)}{'<' if self.without_least else '<='}x"
+        high = f"{'<' if self.without_most else '<='}{_shown(self.most)}"
+        if self.most not in (INT64_MAX, FP32_MAX) or value > self.most:
+            return low + high
+        if self.least == -FP32_MAX:
+            return "x" if value >= self.least else f"x>={_shown(self.least)}"
+        return f"x{'>' if self.without_least else '>='}{_shown(self.least)}"
+
+
+def _shown(end: float) -> str:
+    return f"{end:.8g}" if isinstance(end, float) else str(end)
+
+
+class _Whole(click.IntRange):
+    def __init__(self, allowed: Range) -> None:
+        super().__init__(min=int(allowed.least), max=int(allowed.most))
+        self.allowed = allowed
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = int(click.INT.convert(value, param, ctx))
+        if (problem := self.allowed.problem(number)) is not None:
+            self.fail(f"{str(number)[:_MOST_SHOWN_CHARACTERS]} is {problem}.", param, ctx)
+        return number
+
+    def _describe_range(self) -> str:
+        return self.allowed.described()
+
+
+class _Real(click.FloatRange):
+    def __init__(self, allowed: Range) -> None:
+        super().__init__(min=allowed.least, max=allowed.most)
+        self.allowed = allowed
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(click.FLOAT.convert(value, param, ctx))
+        if (problem := self.allowed.problem(number)) is not None:
+            self.fail(f"{number} is {problem}.", param, ctx)
+        return number
+
+    def _describe_range(self) -> str:
+        return self.allowed.described()
+
+
+def finite_json(text: str | bytes) -> Any:
+    """`json.loads` without NaN and infinity, which JSON has not. Raises ValueError."""
+    try:
+        return json.loads(text, parse_constant=_not_json, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _not_json(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:_MOST_SHOWN_CHARACTERS]} is not a finite number")
+    return number
+
+
+def _whole(least: int, most: int = INT64_MAX) -> Range:
+    return Range(least, most, is_whole=True)
+
+
+NUMBER = Range(-FP32_MAX, FP32_MAX)
+NOT_NEGATIVE = Range(0.0, FP32_MAX)
+POSITIVE = Range(_FP32_LEAST, FP32_MAX)
+"""Also not so small that fp32 has no such number."""
+SHARE = Range(0.0, 1.0)
+SOME_SHARE = Range(0.0, 1.0, without_least=True)
+SHARE_BELOW_ALL = Range(0.0, 1.0, without_most=True)
+QUANTITY = Range(0.0, 1e18, without_least=True)
+"""Of gigabytes, FLOP/s, tokens that are planned: whatever it is multiplied by stays finite."""
+PLANNED_TOKENS = Range(1.0, 1e18)
+EPOCHS = Range(0.0, 1e6, without_least=True)
+SECONDS = Range(0.0, 1e9, without_least=True)
+"""30 years: what clocks and timers of every system can wait for."""
+WATCH_SECONDS = Range(0.1, 1e6)
+SHUTDOWN_SECONDS = Range(1.0, 1e6)
+SOURCE_WEIGHT = Range(0.0, 1000.0, without_least=True)
+RATIO_ABOVE_ONE = Range(1.0, FP32_MAX, without_least=True)
+
+TEMPERATURE = Range(0.0, 100.0)
+REPETITION_PENALTY = Range(0.01, 100.0)
+LOGIT_BIAS = Range(-100.0, 100.0)
+TOP_K = _whole(0, 1_000_000)
+TOP_K_OR_ALL = _whole(-1, 1_000_000)
+"""As vLLM has it: -1 is all, as 0 is."""
+TOKEN_ID = _whole(0, (1 << 32) - 1)
+SEED = _whole(0, (1 << 53) - 1)
+"""What JavaScript can say exactly; that of a sample's neighbor is the next number."""
+TRAINING_SEED = _whole(0, (1 << 32) - 1)
+
+COUNT = _whole(1)
+COUNT_OR_ZERO = _whole(0)
+SIZE = _whole(1, (1 << 31) - 1)
+"""Of a tensor in one dimension."""
+LAYERS = _whole(1, 4096)
+"""Of a model: each costs time before it is known whether the rest fits."""
+CONTEXT = _whole(2, 1 << 24)
+"""Tokens of a row, of which a frame has one or more."""
+FEW = _whole(1, 1000)
+"""Samples, candidates: each takes memory while it is written."""
+MANY = _whole(1, 1 << 20)
+"""Processes, threads, tasks, nodes, ranks."""
+MANY_OR_ZERO = _whole(0, 1 << 20)
+PORT = _whole(0, 65_535)
+SLOTS = _whole(1, 1024)
+BODY_BYTES = _whole(1024, 1 << 40)
+RECORD_BYTES = _whole(1024, 1 << 40)
+LEVEL = _whole(1, 22)
+DICTIONARY_BYTES = _whole(1024, MAX_DICTIONARY_BYTES)
+FRAME_TOKENS = _whole(64, MAX_FRAME_TOKENS)
+ROW_TOKENS = _whole(8, MAX_FRAME_TOKENS)
+MOST_EPOCH = _whole(0, 10_000)
+TWO_OR_MORE = _whole(2)
+EXIT_CODE = _whole(-255, 255)
+VOCABULARY = _whole(1, MAX_VOCABULARY)
+"""What a data set and a tokenizer may have: see `limits`."""

@@ -1,0 +1,251 @@
+"""Output paths: one rule for every result that a command writes.
+
+An output that is an input, or that megaback did not make, is refused before any work; a result of
+megaback's is replaced only with `--overwrite`. What a result is recognized by is in what it holds
+(a marker, or the keys of its format), not in its name. An empty file or folder holds nothing, and
+is as good as none. A device or a pipe is no file that could be lost: it is written to as it comes.
+What appears at the path of a new result while the command works stays (`writing_output`).
+"""
+
+import glob
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from data_pipeline.common.command import is_device, replacing
+from data_pipeline.common.regular_files import read_file
+from data_pipeline.errors import OutputExistsError
+from data_pipeline.sources.files import local_path
+
+MAKER = "megaback"
+_STDOUT = "-"
+_TAIL_BYTES = 1 << 20
+_MAX_OBJECT_BYTES = 64 << 20
+"""What is larger is no result of ours in one JSON object."""
+_HEAD_BYTES = 4096
+
+Recognizes = Callable[[Path], bool]
+
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an earlier result of this command."
+)
+
+
+def require_output(
+    out: str | Path,
+    inputs: Iterable[str | Path | None] = (),
+    *,
+    is_ours: Recognizes,
+    overwrite: bool,
+    option: str = "--out",
+) -> None:
+    """See that a result may be written to a path. Raises OutputExistsError.
+
+    `inputs` are what the command reads, as they were given: paths, patterns or URLs. `is_ours` says
+    whether what lies at the path is an earlier result.
+    """
+    if is_stream(out):
+        return
+    path = Path(out)
+    require_apart(path, inputs, option)
+    if is_vacant(path):
+        return
+    if not is_ours(path):
+        raise OutputExistsError(
+            f"{option} {path} holds something that this command did not write; choose another "
+            f"{option}"
+        )
+    if not overwrite:
+        raise OutputExistsError(
+            f"{option} {path} holds an earlier result; add --overwrite to replace it, or choose "
+            f"another {option}"
+        )
+
+
+@contextmanager
+def writing_output(path: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
+    """Write a result to the path that a user named, whole or not at all.
+
+    A symbolic link stays, and what it names is written. A device or a pipe is written to as the
+    bytes come. Without `overwrite`, a file that has appeared at the path meanwhile stays too:
+    OutputExistsError names the file beside it where the result is then.
+    """
+    if is_device(path):
+        with path.open("wb") as file:
+            yield file
+        return
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    with replacing(path, None if overwrite else _publish_new) as file:
+        yield file
+
+
+def write_output(path: Path, text: str, *, overwrite: bool) -> None:
+    """As `writing_output`, a small text as UTF-8."""
+    with writing_output(path, overwrite=overwrite) as file:
+        file.write(text.encode())
+
+
+def _publish_new(partial: Path, path: Path) -> None:
+    """Give a result its name, unless there is something by now. Raises OutputExistsError."""
+    try:
+        _claim_name(partial, path)
+    except FileExistsError:
+        if path.is_file() and is_vacant(path):
+            os.replace(partial, path)
+            return
+        kept = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
+        os.replace(partial, kept)
+        raise OutputExistsError(
+            f"something else was written to {path} while this command worked, and stays; the "
+            f"result is {kept}"
+        ) from None
+
+
+def _claim_name(partial: Path, path: Path) -> None:
+    """Rename a file. Raises FileExistsError, unlike a rename."""
+    try:
+        os.link(partial, path)
+        partial.unlink()
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(partial, path)
+
+
+def require_distinct(**outputs: str | Path | None) -> None:
+    """See that no two outputs are the same file. Raises OutputExistsError naming their options."""
+    seen: dict[str, str] = {}
+    for name, out in outputs.items():
+        if out is None or is_stream(out):
+            continue
+        place = os.path.realpath(out)
+        if place in seen:
+            raise OutputExistsError(
+                f"--{seen[place]} and --{name} are the same file, {out}; choose another --{name}"
+            )
+        seen[place] = name
+
+
+def require_apart(out: Path, inputs: Iterable[str | Path | None], option: str = "--out") -> None:
+    """See that an output is no input, lies in none and holds none. Raises OutputExistsError."""
+    place = Path(os.path.realpath(out))
+    for given in inputs:
+        for found in _files_of(given):
+            if _is_same(out, found):
+                how = "is"
+            elif found.is_dir() and place.is_relative_to(os.path.realpath(found)):
+                how = "lies in"
+            elif out.is_dir() and Path(os.path.realpath(found)).is_relative_to(place):
+                how = "holds"
+            else:
+                continue
+            raise OutputExistsError(
+                f"{option} {out} {how} {found}, which is read; choose another {option}"
+            )
+
+
+def is_stream(out: str | Path) -> bool:
+    """Whether an output is stdout, a device or a pipe: something that cannot be replaced."""
+    return str(out) == _STDOUT or is_device(Path(out))
+
+
+def is_vacant(path: Path) -> bool:
+    """Whether nothing is at a path, or an empty file or folder. Raises OSError."""
+    try:
+        return not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
+    except FileNotFoundError:
+        return True
+
+
+def json_object_with(*keys: str) -> Recognizes:
+    """Recognizes a file that is one JSON object with at least these keys."""
+
+    def recognizes(path: Path) -> bool:
+        fields = read_object(path)
+        return fields is not None and fields.keys() >= set(keys)
+
+    return recognizes
+
+
+def json_lines_with(**kinds: type) -> Recognizes:
+    """Recognizes a file of JSON objects, the first and last of which have these keys."""
+
+    def recognizes(path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                first = file.readline(_TAIL_BYTES)
+                file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+                last = file.read().splitlines()[-1]
+        except (OSError, IndexError):
+            return False
+        return all(_has(_parsed(line), kinds) for line in (first, last))
+
+    return recognizes
+
+
+def file_with_mark(mark: bytes) -> Recognizes:
+    """Recognizes a file by a mark near its beginning."""
+
+    def recognizes(path: Path) -> bool:
+        try:
+            with path.open("rb") as file:
+                return mark in file.read(_HEAD_BYTES)
+        except OSError:
+            return False
+
+    return recognizes
+
+
+is_our_picture = file_with_mark(b"Software\0" + MAKER.encode())
+"""A PNG that `data_pipeline.common.figures` wrote."""
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A file's JSON object; None for anything else."""
+    try:
+        return _parsed(read_file(path, _MAX_OBJECT_BYTES))
+    except OSError:
+        return None
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _has(fields: Mapping[str, Any] | None, kinds: Mapping[str, type]) -> bool:
+    return fields is not None and all(
+        isinstance(fields.get(key), kind) for key, kind in kinds.items()
+    )
+
+
+def _files_of(given: str | Path | None) -> Iterator[Path]:
+    """The files and folders on this machine that an input names; none that is not there."""
+    if given is None or str(given) in ("", _STDOUT):
+        return
+    path = given if isinstance(given, Path) else local_path(given)
+    if path is None:
+        return
+    if path.exists():
+        yield path
+    else:  # Path.glob takes no absolute patterns
+        yield from map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
+
+
+def _is_same(left: Path, right: Path) -> bool:
+    """By name or, as for hard links, by what is at the names."""
+    try:
+        return left.samefile(right)
+    except OSError:
+        return os.path.realpath(left) == os.path.realpath(right)

@@ -1,0 +1,136 @@
+"""What is printed for people, fitted to the terminal: words are wrapped, numbers are never cut.
+
+Into a file or a pipe everything is printed as it is, a line a fact.
+"""
+
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_NARROW = 60
+"""Below so many columns a table with wrapped cells reads worse than a line for each cell."""
+_LAST_COLUMN = 16
+"""Room that text in the last column needs at least."""
+_NAME = re.compile(r"\s*\S+(?: \S+)*  +|\s*")
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that is printed to, or COLUMNS; None where there is no limit."""
+    text = os.environ.get("COLUMNS", "")
+    if text.isdecimal() and int(text):
+        return int(text)
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def fit(text: str) -> str:
+    """Lines wrapped between words; what follows the name of a fact stays beside it."""
+    width = terminal_width()
+    return text if width is None else "\n".join(_wrapped(line, width) for line in text.split("\n"))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines for people."""
+    click.echo(fit(text), err=err)
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    name = _NAME.match(line)
+    indent = min(name.end() if name else 0, width // 3)
+    return "\n".join(
+        textwrap.wrap(
+            line,
+            width,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+        )
+    )
+
+
+def table_lines(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Container[int] = (),
+    indent: int = 0,
+) -> list[str]:
+    """Rows in columns, those of `right` to the right.
+
+    Where the terminal is too narrow, the last column is wrapped, if it has some room; else rows
+    become columns, or at last each cell a line.
+    """
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    before = indent + sum(widths[:-1]) + 2 * len(widths[:-1])
+    width = terminal_width()
+    last_width = widths[-1] if width is None else min(widths[-1], width - before)
+    if last_width < min(widths[-1], _LAST_COLUMN):
+        turned = list(zip(heads, *rows, strict=True))
+        turned_widths = [max(map(len, column)) for column in zip(*turned, strict=True)]
+        if width is not None and sum(turned_widths) + 2 * len(rows) <= width and len(rows) > 1:
+            return table_lines(turned[0], turned[1:], right=range(1, len(rows) + 1))
+        return _records(heads, rows)
+    lines = []
+    for row in (heads, *rows):
+        first, *more = textwrap.wrap(row[-1], last_width, break_long_words=False) or [""]
+        cells = [
+            cell.rjust(cell_width) if place in right else cell.ljust(cell_width)
+            for place, (cell, cell_width) in enumerate(zip((*row[:-1], first), widths, strict=True))
+        ]
+        lines.append((" " * indent + "  ".join(cells)).rstrip())
+        lines += [" " * before + part for part in more]
+    return lines
+
+
+def _records(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each cell that is not empty, and a blank one between rows."""
+    name_width = max(map(len, heads))
+    lines: list[str] = []
+    for row in rows:
+        lines += [""] * bool(lines)
+        lines += [
+            fit(f"{head:<{name_width}}  {cell}")
+            for head, cell in zip(heads, row, strict=True)
+            if cell.strip()
+        ]
+    return lines
+
+
+def print_table(console: "Console", table: "Table") -> None:
+    """Print a table of rich's, or a line a cell where the terminal is too narrow for it."""
+    from rich.measure import Measurement
+    from rich.text import Text
+
+    from data_pipeline.common.rich_console import SafeConsole
+
+    unlimited = console.options.update(max_width=1 << 16, width=1 << 16)
+    needed = Measurement.get(console, unlimited, table)
+    width = terminal_width()
+    if width is None or needed.maximum <= width:
+        wide = SafeConsole(width=max(needed.maximum, 80), stderr=console.stderr, highlight=False)
+        return (wide if width is None else console).print(table)
+    if width >= _NARROW and needed.minimum <= width:
+        return console.print(table)
+
+    def plain(cell: object) -> str:
+        return cell.plain if isinstance(cell, Text) else str(cell)
+
+    heads = [plain(column.header) for column in table.columns]
+    rows = list(zip(*(map(plain, column.cells) for column in table.columns), strict=True))
+    if table.title:
+        say(plain(table.title), err=console.stderr)
+    click.echo("\n".join(_records(heads, rows)), err=console.stderr)
+    return None

@@ -1,0 +1,267 @@
+"""From places of rows to the arrays that a training step takes.
+
+A row is `context_tokens` ids of a frame and their targets. Documents are packed one after another:
+attention starts afresh at every begin marker and at every row (`cu_seqlens`), positions likewise.
+A target is ignored where there is nothing to learn: past a frame's end, and from one document's
+end marker to the next one's begin marker.
+
+Rows of instruction examples say themselves where attention starts afresh and what is learnt: their
+ids have marks. No example crosses a row's end, so none sees its neighbour or is cut.
+
+Direction is a way of reading: a run may read `token` shards against their stored direction. Each
+row's window of `context_tokens + 1` ids is then read from its other end with begin and end markers
+exchanged, so that both directions see the same windows in the same steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.errors import ConfigError, DirectionMismatchError
+from data_pipeline.loading.frame_store import FrameStore, Marks
+from data_pipeline.shards.examples import LEARNT, STARTS
+from data_pipeline.text.codec import Direction, TextFormat, Unit
+
+IGNORED_TARGET = -100
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows. T is rows x context_tokens.
+
+    ids_T and targets_T are int64 of shape (T,); cu_seqlens is int32 of shape (segments + 1,), from
+    0 to T: where attention starts afresh, and positions with it.
+    """
+
+    ids_T: npt.NDArray[np.int64]
+    targets_T: npt.NDArray[np.int64]
+    cu_seqlens: npt.NDArray[np.int32]
+    num_targets: int
+    num_skipped_rows: int
+    """Rows of frames that could not be read and were left out: they have no targets."""
+
+    @property
+    def positions_T(self) -> Indices:  # noqa: N802 - named as the arrays are
+        """Positions within segments, int64 of shape (T,): made when asked for, each time.
+
+        Segments say all there is to know, and a device counts faster than it is sent numbers.
+        """
+        starts = self.cu_seqlens[:-1].astype(np.int64)
+        return np.arange(len(self.ids_T)) - np.repeat(starts, np.diff(self.cu_seqlens))
+
+
+class RowReader:
+    """Reads rows of one data set, in the direction in which the run reads."""
+
+    def __init__(self, frames: FrameStore, context_tokens: int, direction: Direction) -> None:
+        """Raises ConfigError or DirectionMismatchError when these shards cannot be read so."""
+        manifest = frames.manifest
+        check_context(context_tokens, manifest.frame_tokens)
+        if manifest.row_tokens is not None:
+            _check_examples(context_tokens, manifest.row_tokens, manifest.text_format, direction)
+        self.text_format = format_read_as(manifest.text_format, direction)
+        self.frames = frames
+        self.context_tokens = context_tokens
+        self.begin_id = manifest.begin_id
+        self.end_id = manifest.end_id
+        self.is_flipped = direction is not manifest.text_format.direction
+
+    def window(self, frame: int, row: int) -> Indices:
+        """The ids of a row and the one after it, in reading order: at most context_tokens + 1."""
+        rows = read_rows([self], *(np.array([number]) for number in (0, frame, row)))
+        window = np.concatenate([rows.ids_NC[0], rows.next_N])
+        return window[: max(rows.lengths_N[0], 0)].astype(np.int64)
+
+    def batch(self, frame: Indices, row: Indices) -> Batch:
+        """Pack the rows at these places. A row past the end of a short frame has no targets."""
+        rows = read_rows([self], np.zeros_like(frame), frame, row)
+        (batch,) = pack(rows, self.begin_id, self.end_id, len(frame))
+        return batch
+
+    def read(self, frame: Indices, row: Indices) -> "Rows":
+        """Rows in reading order. Raises the errors of the frames."""
+        frames = self.frames
+        ids_NC, next_N, marks_NC = frames.rows(frame, row, self.context_tokens)
+        lengths_N = frames.num_tokens(frame) - row * self.context_tokens
+        lengths_N = np.minimum(np.maximum(lengths_N, 0), self.context_tokens + 1)
+        if frames.skipped_frames:
+            lengths_N[frames.is_skipped(frame)] = -1
+        if lengths_N.min(initial=1) <= 0:
+            ids_NC[lengths_N <= 0] = self.end_id
+            if marks_NC is not None:
+                marks_NC[lengths_N <= 0] = 0
+        rows = Rows(ids_NC, next_N, lengths_N, marks_NC)
+        return _flipped(rows, self.begin_id, self.end_id) if self.is_flipped else rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in reading order: N windows of C = context_tokens ids and the one after them.
+
+    Of window i, the first lengths_N[i] ids are there: up to C + 1, 0 past the end of a short frame,
+    -1 in a frame that was left out. The rest is end markers, which attend to what is before them
+    and which nothing attends to; the id after a row that is not there has no meaning.
+    """
+
+    ids_NC: npt.NDArray[np.unsignedinteger[Any]]
+    next_N: npt.NDArray[np.unsignedinteger[Any]]
+    lengths_N: Indices
+    marks_NC: Marks | None = None
+    """Of examples: what stands in `example_rows` of each id."""
+
+
+def read_rows(readers: Sequence[RowReader], reader: Indices, frame: Indices, row: Indices) -> Rows:
+    """Rows of several data sets of one format: row i lies in a frame of readers[reader[i]].
+
+    Raises the errors of the frames.
+    """
+    if len(readers) == 1:
+        return readers[0].read(frame, row)
+    parts = [np.flatnonzero(reader == number) for number in range(len(readers))]
+    read = [one.read(frame[part], row[part]) for one, part in zip(readers, parts, strict=True)]
+    back = np.argsort(np.concatenate(parts), kind="stable")
+    marks = [rows.marks_NC for rows in read if rows.marks_NC is not None]
+    return Rows(
+        np.concatenate([rows.ids_NC for rows in read])[back],
+        np.concatenate([rows.next_N for rows in read])[back],
+        np.concatenate([rows.lengths_N for rows in read])[back],
+        np.concatenate(marks)[back] if marks else None,
+    )
+
+
+def _flipped(rows: Rows, begin_id: int, end_id: int) -> Rows:
+    """The same windows from their other end, with begin and end markers exchanged."""
+    context_tokens = rows.ids_NC.shape[1]
+    ids_NC = np.empty_like(rows.ids_NC)
+    ids_NC[:, 0] = rows.next_N
+    ids_NC[:, 1:] = rows.ids_NC[:, :0:-1]
+    next_N = rows.ids_NC[:, 0].copy()
+    for number in np.flatnonzero(rows.lengths_N <= context_tokens).tolist():
+        length = max(rows.lengths_N[number], 0)
+        ids_NC[number, :length] = rows.ids_NC[number, :length][::-1]
+        ids_NC[number, length:] = begin_id  # exchanged below
+    for ids in (ids_NC, next_N):
+        begins, ends = ids == begin_id, ids == end_id
+        ids[begins], ids[ends] = end_id, begin_id
+    return Rows(ids_NC, next_N, rows.lengths_N)
+
+
+def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[Batch]:
+    """Batches of `micro_batch_rows` rows each."""
+    num_rows, context_tokens = rows.ids_NC.shape
+    total = num_rows * context_tokens
+    # One block: two would be given back to the system, and faulted in again, at every step.
+    ids_T, targets_T = np.empty((2, total), dtype=np.int64)
+    ids_T.reshape(rows.ids_NC.shape)[:] = rows.ids_NC
+    targets_T[:-1] = ids_T[1:]
+    targets_NC = targets_T.reshape(rows.ids_NC.shape)
+    targets_NC[:, -1] = rows.next_N
+    num_targets_N = np.maximum(rows.lengths_N - 1, 0)
+    for number in np.flatnonzero(rows.lengths_N <= context_tokens).tolist():
+        targets_NC[number, num_targets_N[number] :] = IGNORED_TARGET
+
+    if rows.marks_NC is None:
+        inner = _ignore_between(rows, targets_T, num_targets_N, begin_id, end_id)
+    else:
+        is_learnt_NC = rows.marks_NC & LEARNT != 0
+        targets_NC[~is_learnt_NC] = IGNORED_TARGET
+        num_targets_N = is_learnt_NC.sum(axis=1)
+        segments = np.flatnonzero(rows.marks_NC & STARTS)
+        inner = segments[segments % context_tokens > 0]
+
+    starts, batch_starts = _edges(num_rows, context_tokens, micro_batch_rows)
+    bounds = np.concatenate([starts, inner])
+    bounds.sort()
+    firsts = np.searchsorted(bounds, batch_starts).tolist()
+    bounds = bounds.astype(np.int32)
+    tokens = micro_batch_rows * context_tokens
+    batches = []
+    for number, (first, next_first) in enumerate(pairwise(firsts)):
+        of_rows = slice(number * micro_batch_rows, (number + 1) * micro_batch_rows)
+        of_tokens = slice(number * tokens, (number + 1) * tokens)
+        batches.append(
+            Batch(
+                ids_T[of_tokens],
+                targets_T[of_tokens],
+                # Every batch begins where a row does: the next one's first start is its end.
+                bounds[first : next_first + 1] - np.int32(number * tokens),
+                int(num_targets_N[of_rows].sum()),
+                int(np.count_nonzero(rows.lengths_N[of_rows] < 0)),
+            )
+        )
+    return batches
+
+
+def _ignore_between(
+    rows: Rows, targets_T: Indices, num_targets_N: Indices, begin_id: int, end_id: int
+) -> Indices:
+    """Ignore the step from one document to the next; where documents begin within rows."""
+    num_rows, context_tokens = rows.ids_NC.shape
+    flat_ids = rows.ids_NC.reshape(-1)
+    begins = np.flatnonzero(flat_ids == begin_id)
+    inner = begins[begins % context_tokens > 0]
+    # Between documents: the end marker of one, whose target is the begin marker of the next.
+    between = inner[flat_ids[inner - 1] == end_id] - 1
+    last_targets_N = targets_T[context_tokens - 1 :: context_tokens]
+    is_between = (last_targets_N == begin_id) & (rows.ids_NC[:, -1] == end_id)
+    if is_between.any():
+        at_ends = np.flatnonzero(is_between) * context_tokens + context_tokens - 1
+        between = np.concatenate([between, at_ends])
+    targets_T[between] = IGNORED_TARGET
+    num_targets_N -= np.bincount(between // context_tokens, minlength=num_rows)
+    return inner  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=8)
+def _edges(num_rows: int, context_tokens: int, micro_batch_rows: int) -> tuple[Indices, Indices]:
+    """Where rows, and where batches begin; and the end."""
+    starts = np.arange(0, num_rows * context_tokens + 1, context_tokens)
+    return starts, starts[::micro_batch_rows]
+
+
+def check_context(context_tokens: int, frame_tokens: int) -> None:
+    """Raises ConfigError unless a frame holds a whole number of rows."""
+    if context_tokens > frame_tokens or frame_tokens % context_tokens:
+        raise ConfigError(
+            f"batch.context_tokens is {context_tokens}, which does not divide the shards' frames "
+            f"of {frame_tokens} tokens; choose a power of two up to {frame_tokens}"
+        )
+
+
+def _check_examples(
+    context_tokens: int, row_tokens: int, stored: TextFormat, direction: Direction
+) -> None:
+    """Raises ConfigError or DirectionMismatchError when examples cannot be read so."""
+    if context_tokens % row_tokens:
+        raise ConfigError(
+            f"batch.context_tokens is {context_tokens}, and the examples of the shards are packed "
+            f"into rows of {row_tokens}, which must not be cut; use {row_tokens} or a multiple, or "
+            f"build the shards with --context-tokens {context_tokens}"
+        )
+    if direction is not stored.direction:
+        raise DirectionMismatchError(
+            f"the run reads {direction.value!r}, but the shards hold instruction examples in "
+            f"direction {stored.direction.value!r}, whose given and written parts cannot be "
+            f"exchanged; build shards with --direction {direction.value}"
+        )
+
+
+def format_read_as(stored: TextFormat, direction: Direction) -> TextFormat:
+    """The format of what a run reads: the stored one, or its mirror image.
+
+    Raises DirectionMismatchError for `word` shards read against their direction.
+    """
+    if direction is not stored.direction and stored.unit is Unit.WORD:
+        raise DirectionMismatchError(
+            f"the run reads {direction.value!r}, but the shards hold direction "
+            f"{stored.direction.value!r} in unit 'word', which cannot be flipped; "
+            f"build shards with --direction {direction.value}"
+        )
+    return TextFormat(direction, stored.unit, stored.tokenizer_sha256)

@@ -1,0 +1,153 @@
+"""A data set wherever it lies: a folder, or a URL of one, opened by its manifest.
+
+Shards over a network are fetched frame by frame and, if asked for, kept on a disk of this machine.
+What a shard is not, but should be, is said when it is opened or when the frame is read.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from data_pipeline.common.file_names import path_within
+from data_pipeline.common.limits import MAX_DICTIONARY_BYTES, MAX_TOKENIZER_BYTES
+from data_pipeline.common.regular_files import read_file
+from data_pipeline.errors import ShardCorruptError, TokenizerError
+from data_pipeline.shards.cache_folder import require_cache_folder
+from data_pipeline.shards.frame_cache import CacheSettings, FrameCache
+from data_pipeline.shards.manifest import (
+    DICTIONARY_NAME,
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardEntry,
+    require_dictionary_sha256,
+    unreadable_dictionary,
+)
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.traversal import num_frames
+from data_pipeline.sources.files import local_path
+from data_pipeline.storage.byte_ranges import ByteRanges, LocalRanges
+from data_pipeline.storage.remote_folder import RemoteFolder
+from data_pipeline.text.codec import TextCodec
+
+
+class Folder(Protocol):
+    """The files of a data set, by name."""
+
+    shown: str
+    """Its address, for messages."""
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """All of a file, which has no more bytes. Raises OSError, SourceUnreadableError."""
+
+    def ranges(self, name: str, expected_bytes: int) -> ByteRanges:
+        """A file of which parts are read. Raises OSError, and ValueError for its name."""
+
+
+class LocalFolder:
+    """A folder on this machine or on a shared file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.shown = str(path)
+        self._path = path
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        return read_file(self._path / name, max_bytes)
+
+    def ranges(self, name: str, expected_bytes: int) -> ByteRanges:  # noqa: ARG002
+        return LocalRanges(path_within(self._path, name))
+
+
+class DataSet:
+    """A manifest, and what it speaks of. Threads may share it, and a process may fork with it."""
+
+    def __init__(self, folder: Folder, manifest: Manifest, cache: FrameCache | None = None) -> None:
+        self.manifest = manifest
+        self.name = folder.shown
+        """Its path or URL, without passwords and signatures: for messages."""
+        self._folder = folder
+        self._cache = cache
+        self._dictionary: bytes | None = None
+
+    @classmethod
+    def open(cls, address: str | Path, cache: CacheSettings | None = None) -> "DataSet":
+        """Read the manifest of a folder, or of the URL of one.
+
+        `cache` is for frames that come over a network. Raises ShardsMissingError where there is no
+        manifest, ShardCorruptError where it is damaged, SourceUnreadableError when a server fails,
+        SourceMissingError and BackendError for an address that nothing here understands, and
+        OutputExistsError and ConfigError for a cache that is no cache or that others could change.
+        """
+        path = address if isinstance(address, Path) else local_path(address)
+        folder: Folder
+        frames = None
+        if path is not None:
+            folder = LocalFolder(path)
+        else:
+            remote = folder = RemoteFolder(str(address))
+            if cache is not None:
+                require_cache_folder(cache.folder)
+                frames = FrameCache(cache, remote.origin)
+        manifest = Manifest.read(folder.shown, partial(folder.read, MANIFEST_NAME))
+        return cls(folder, manifest, frames)
+
+    def codec(self) -> TextCodec:
+        """The codec that the shards were encoded with.
+
+        Raises TokenizerError, TokenizerMismatchError, ShardCorruptError, SourceUnreadableError.
+        """
+        shown = f"{self.name}/{TOKENIZER_NAME}"
+        try:
+            model_bytes = self._folder.read(TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
+        except OSError as error:
+            raise TokenizerError(
+                f"cannot read the tokenizer {shown}: {error.strerror}; restore that file"
+            ) from None
+        text_format = self.manifest.text_format
+        try:
+            codec = TextCodec(model_bytes, text_format.direction, text_format.unit)
+        except TokenizerError as error:
+            raise TokenizerError(f"{shown}: {error}") from None
+        self.manifest.require_codec(codec, self.name)
+        return codec
+
+    def open_shard(self, entry: ShardEntry) -> ShardReader:
+        """Open a shard, and see that it is the manifest's.
+
+        Raises ShardCorruptError, SourceUnreadableError.
+        """
+        dictionary = self._require_dictionary()
+        keeper = None
+        if self._cache is not None:
+            keeper = self._cache.of_shard(entry.file, entry.file_sha256, entry.file_bytes)
+        try:
+            file = self._folder.ranges(entry.file, entry.file_bytes)
+        except OSError as error:
+            raise ShardCorruptError(
+                f"cannot read the shard {self.name}/{entry.file}: {error.strerror}; "
+                "restore it or build the shards again"
+            ) from None
+        except ValueError as error:
+            raise ShardCorruptError(f"{self.name}: {error}, or build the shards again") from None
+        manifest = self.manifest
+        reader = ShardReader(
+            file, dictionary, keeper, num_frames(manifest, entry), manifest.vocab_size
+        )
+        manifest.require_promised(reader, entry)
+        return reader
+
+    def _require_dictionary(self) -> bytes | None:
+        """What the shards were compressed with, read once: there are thousands of them."""
+        expected_sha256 = self.manifest.dictionary_sha256
+        if expected_sha256 is None:
+            return None
+        # No lock, which a fork could leave held: at worst, two threads read the same.
+        if self._dictionary is None:
+            shown = f"{self.name}/{DICTIONARY_NAME}"
+            try:
+                dictionary = self._folder.read(DICTIONARY_NAME, MAX_DICTIONARY_BYTES)
+            except OSError as error:
+                raise unreadable_dictionary(shown, error) from None
+            require_dictionary_sha256(dictionary, expected_sha256, shown)
+            self._dictionary = dictionary
+        return self._dictionary

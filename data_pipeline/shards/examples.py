@@ -1,0 +1,124 @@
+"""Examples in rows: packed without being cut, and told apart again when rows are read.
+
+An example never crosses the boundary of a row of `row_tokens` ids; end markers fill the rest. A
+shard stores for each example its ids (the padding behind it included), how many of them are given
+without loss, and how many are learnt. From these come the marks of every id: whether a segment
+begins there, for attention, and whether the id after it is a target.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.text.encoder import Ids
+
+LEARNT = np.uint8(1)
+"""The id after this one, in the same example, is a target."""
+STARTS = np.uint8(2)
+"""An example, or padding, begins here."""
+NUM_COUNTS = 3
+"""Numbers stored of each example: its ids with padding, those given, those learnt."""
+
+Marks = npt.NDArray[np.uint8]
+
+_OPEN_ROWS = 32
+_BLOCK_EXAMPLES = 1 << 20
+"""Looked at at a time, which bounds memory."""
+
+
+@dataclass(frozen=True)
+class PackedExample:
+    """An example as it is stored, padding included."""
+
+    ids: Ids
+    num_given: int
+    num_learnt: int
+    text_bytes: int
+
+
+class RowPacker:
+    """Puts examples into rows, each into the fullest of some open rows in which there is room.
+
+    What it gives back depends only on the examples and their order. They come in another order than
+    they went in, row by row.
+    """
+
+    def __init__(self, row_tokens: int, padding_id: int) -> None:
+        self._row_tokens = row_tokens
+        self._padding_id = padding_id
+        self._open: list[list[PackedExample]] = []
+        self._room: list[int] = []
+
+    def add(self, example: PackedExample) -> Iterator[PackedExample]:
+        """Take an example of at most `row_tokens` ids; the row that is finished by it, if any."""
+        size = len(example.ids)
+        if size > self._row_tokens:
+            raise ValueError(f"an example of {size} tokens does not fit a row")
+        fitting = [number for number, room in enumerate(self._room) if room >= size]
+        if fitting:
+            row = min(fitting, key=self._room.__getitem__)
+        else:
+            if len(self._open) == _OPEN_ROWS:
+                yield from self._close(self._room.index(min(self._room)))
+            row = len(self._open)
+            self._open.append([])
+            self._room.append(self._row_tokens)
+        self._open[row].append(example)
+        self._room[row] -= size
+        if not self._room[row]:
+            yield from self._close(row)
+
+    def finish(self) -> Iterator[PackedExample]:
+        """The rows that are still open."""
+        while self._open:
+            yield from self._close(0)
+
+    def _close(self, row: int) -> Iterator[PackedExample]:
+        *first, last = self._open.pop(row)
+        yield from first
+        padding = np.full(self._room.pop(row), self._padding_id, dtype=last.ids.dtype)
+        ids = np.concatenate([last.ids, padding])
+        yield PackedExample(ids, last.num_given, last.num_learnt, last.text_bytes)
+
+
+def require_rows(counts: npt.NDArray[np.integer[Any]], row_tokens: int) -> None:
+    """Raises ValueError unless examples with these counts, shape (examples, 3), lie in rows."""
+    start = 0
+    for first in range(0, len(counts), _BLOCK_EXAMPLES):
+        tokens, given, learnt = counts[first : first + _BLOCK_EXAMPLES].astype(np.int64).T
+        stops = start + np.cumsum(tokens)
+        if (
+            (given < 1).any()
+            or (given + learnt > tokens).any()
+            or ((stops - tokens) // row_tokens != (stops - 1) // row_tokens).any()
+        ):
+            raise ValueError("an example crosses a row's end, or its counts contradict each other")
+        start = int(stops[-1])
+
+
+class ExampleMarks:
+    """The marks of the ids of one shard."""
+
+    def __init__(self, counts: npt.NDArray[np.int64]) -> None:
+        """`counts` has shape (examples, 3), and is as `require_rows` says."""
+        tokens, given, learnt = counts.T
+        self._starts = np.cumsum(tokens) - tokens
+        self._learnt_from = self._starts + given - 1
+        self._ends = self._starts + given + learnt
+        self._padding = self._ends[given + learnt < tokens]
+
+    def between(self, start: int, stop: int) -> Marks:
+        """Marks of the ids from `start` to `stop` of the shard, where no example crosses these."""
+        first, last = np.searchsorted(self._starts, [start, stop])
+        edges = np.zeros(stop - start + 1, dtype=np.int8)
+        # Within an example, from the last id that is given to the last but one.
+        edges[self._learnt_from[first:last] - start] += 1
+        edges[self._ends[first:last] - 1 - start] -= 1
+        marks = np.cumsum(edges[:-1], dtype=np.int8).astype(np.uint8) * LEARNT
+        marks[self._starts[first:last] - start] |= STARTS
+        first, last = np.searchsorted(self._padding, [start, stop])
+        marks[self._padding[first:last] - start] |= STARTS
+        return marks

@@ -1,0 +1,271 @@
+"""`megaback shards inspect`: what a data set holds, and any document of it as text."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.build.options import echo_left_out
+from data_pipeline.common.command import Command
+from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY
+from data_pipeline.common.output_paths import is_our_picture, overwrite_option, require_output
+from data_pipeline.common.terminal import say
+from data_pipeline.errors import ConfigError
+from data_pipeline.shards.document_lengths import DocumentLengths, describe, read_document_lengths
+from data_pipeline.shards.length_plot import draw_histogram, require_matplotlib
+from data_pipeline.shards.manifest import SPLITS, Manifest, ShardEntry
+from data_pipeline.shards.traversal import num_frames, on_threads, spread_frames
+from data_pipeline.sources.skipped import skipped_to_json
+
+_MOST_FRAMES = 4096
+_MOST_TOKENS = 1 << 28
+_MAX_DOCUMENT_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class UnigramEntropy:
+    """Entropy in nats a token, and the frames that it was measured on."""
+
+    nats: float
+    frames: int
+    of_frames: int
+
+
+def document_ids(
+    folder: Path, manifest: Manifest, split: str
+) -> Iterator[npt.NDArray[np.unsignedinteger[Any]]]:
+    """The ids of every document of a split, markers included, in stored order."""
+    for entry in manifest.split(split):
+        with manifest.open_shard(folder, entry) as reader:
+            yield from reader.documents()
+
+
+def document_at(
+    folder: Path, manifest: Manifest, split: str, number: int
+) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """The ids of one document, counted from 0. Raises ConfigError past the split's end."""
+    before = 0
+    for entry in manifest.split(split):
+        if number < before + entry.documents:
+            with manifest.open_shard(folder, entry) as reader:
+                stops = np.cumsum(reader.document_tokens())
+                stop = int(stops[number - before])
+                start = int(stops[number - before - 1]) if number > before else 0
+                if stop - start > _MAX_DOCUMENT_TOKENS:
+                    raise ConfigError(
+                        f"--document {number} has {stop - start:,} tokens, more than the "
+                        f"{_MAX_DOCUMENT_TOKENS:,} that are shown"
+                    )
+                return reader.tokens(start, stop)
+        before += entry.documents
+    raise ConfigError(f"--document is {number}, but the {split} set has {before} documents")
+
+
+def unigram_entropy(folder: Path, manifest: Manifest, split: str) -> float:
+    """Entropy of a split's tokens in nats a token: the loss of the best model without context.
+
+    Begin markers are left out: they are never predicted.
+    """
+    return sampled_entropy(folder, manifest, split, most_frames=None).nats
+
+
+def sampled_entropy(
+    folder: Path,
+    manifest: Manifest,
+    split: str,
+    most_frames: int | None,
+    workers: int | None = None,
+) -> UnigramEntropy:
+    """The same on at most so many frames, spread evenly over the split; None is all of them."""
+
+    def count(part: tuple[ShardEntry, list[int]]) -> npt.NDArray[np.int64]:
+        entry, frames = part
+        counts = np.zeros(manifest.vocab_size, dtype=np.int64)
+        with manifest.open_shard(folder, entry) as reader:
+            for frame in frames:
+                of_frame = np.bincount(reader.frame(frame))
+                counts[: len(of_frame)] += of_frame
+        return counts
+
+    spread = spread_frames(manifest, split, most_frames)
+    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
+    for _, of_shard in on_threads(count, spread, workers, f"{split} tokens"):
+        counts += of_shard
+    counts[manifest.begin_id] = 0
+    probabilities = counts[counts > 0] / counts.sum()
+    return UnigramEntropy(
+        nats=float(-(probabilities * np.log(probabilities)).sum()),
+        frames=sum(len(frames) for _, frames in spread),
+        of_frames=sum(num_frames(manifest, entry) for entry in manifest.split(split)),
+    )
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What is known of a split that holds something."""
+
+    total: dict[str, int]
+    entropy: UnigramEntropy
+    lengths: DocumentLengths
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.total,
+            "unigram_entropy": vars(self.entropy),
+            "document_tokens": self.lengths.to_dict(),
+        }
+
+
+def summarize(folder: Path, manifest: Manifest, split: str, workers: int | None) -> SplitSummary:
+    """Read the lengths of all documents, and the tokens of a sample of frames."""
+    most_frames = min(_MOST_FRAMES, max(1, _MOST_TOKENS // manifest.frame_tokens))
+    return SplitSummary(
+        manifest.total(split),
+        sampled_entropy(folder, manifest, split, most_frames, workers),
+        read_document_lengths(folder, manifest, split, workers),
+    )
+
+
+def _show_document(shards: Path, manifest: Manifest, split: str, number: int, form: str) -> None:
+    codec = manifest.codec(shards)
+    ids = document_at(shards, manifest, split, number)
+    pieces = [codec.piece(piece_id) for piece_id in ids.tolist()]
+    if form == "ids":
+        click.echo(" ".join(map(str, ids.tolist())))
+    elif form == "stored":
+        click.echo(" ".join(pieces))
+    elif form == "json":
+        text = codec.render(ids)
+        fields = {"split": split, "document": number, "tokens": len(ids), "text": text}
+        click.echo(json.dumps({**fields, "ids": ids.tolist(), "pieces": pieces}))
+    else:
+        click.echo(codec.render(ids).encode("utf-8", "surrogatepass"), nl=False)
+
+
+def data_set_facts(shards: Path, manifest: Manifest) -> dict[str, Any]:
+    """What made a data set, and what it is for."""
+    text_format = manifest.text_format
+    return {
+        "data_set": str(shards),
+        "source": manifest.source,
+        **text_format.to_dict(),
+        "vocab_size": manifest.vocab_size,
+        "id_bytes": manifest.id_bytes,
+        "frame_tokens": manifest.frame_tokens,
+        "dictionary_sha256": manifest.dictionary_sha256,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _show_facts(facts: dict[str, Any]) -> None:
+    say(f"data set     {facts['data_set']}")
+    say(f"source       {facts['source']}")
+    say(f"direction    {facts['direction']}, unit {facts['unit']}")
+    say(f"tokenizer    {facts['vocab_size']:,} pieces, sha256 {facts['tokenizer_sha256'][:16]}")
+    say(f"frames       {facts['frame_tokens']:,} tokens")
+    if facts["dictionary_sha256"]:
+        say(f"dictionary   sha256 {facts['dictionary_sha256'][:16]}")
+    say(f"fingerprint  {facts['fingerprint']}")
+
+
+def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
+    total, entropy = summary.total, summary.entropy
+    sampled = (
+        f", estimated on {entropy.frames:,} of {entropy.of_frames:,} frames"
+        if entropy.frames < entropy.of_frames
+        else ""
+    )
+    say(
+        f"{name:<12} {total['shards']} shards, {total['documents']:,} documents, "
+        f"{total['tokens']:,} tokens; {total['text_bytes'] / total['tokens']:.2f} bytes of "
+        f"text a token, files at {total['file_bytes'] / (total['tokens'] * id_bytes):.2f} of the "
+        f"raw ids; unigram entropy {entropy.nats:.3f} nats ({entropy.nats / math.log(2):.2f} bits) "
+        f"a token{sampled}"
+    )
+
+
+@click.command(cls=Command, name="inspect")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True)
+@click.option("--document", type=COUNT_OR_ZERO.option, help="Show one document of the split.")
+@click.option("--stored", "form", flag_value="stored", help="Its pieces in stored order.")
+@click.option("--ids", "form", flag_value="ids", help="Its ids in stored order.")
+@click.option("--json", "form", flag_value="json", help="Everything, for machines.")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the lengths of the split's documents to this PNG.",
+)
+@overwrite_option
+@click.option("--workers", type=MANY.option, help="Threads; default: every core.")
+def main(
+    shards: Path,
+    split: str,
+    document: int | None,
+    form: str | None,
+    picture: Path | None,
+    overwrite: bool,
+    workers: int | None,
+) -> None:
+    """Show what a data set holds, or one of its documents."""
+    manifest = Manifest.load(shards)
+    if document is not None:
+        if picture is not None:
+            raise ConfigError("--picture draws all documents; leave out --document")
+        _show_document(shards, manifest, split, document, form or "text")
+        return
+    if form in ("stored", "ids"):
+        raise ConfigError(f"--{form} shows a document; say which one with --document")
+    if picture is not None:
+        require_output(
+            picture,
+            (shards,),
+            is_ours=is_our_picture,
+            overwrite=overwrite,
+            option="--picture",
+        )
+        require_matplotlib()
+        if not manifest.split(split):
+            raise ConfigError(f"--picture has nothing to draw: the {split} set is empty")
+    summaries = {
+        name: summarize(shards, manifest, name, workers)
+        for name in SPLITS
+        if manifest.total(name)["tokens"]
+    }
+    facts = data_set_facts(shards, manifest)
+    if form == "json":
+        splits = {name: summary.to_dict() for name, summary in summaries.items()}
+        left_out = {
+            "left_out": manifest.left_out,
+            "skipped": skipped_to_json(manifest.skipped),
+        }
+        click.echo(json.dumps({**facts, **left_out, "splits": splits}))
+    else:
+        _show_facts(facts)
+        for name in SPLITS:
+            if name in summaries:
+                _show_split(name, summaries[name], manifest.id_bytes)
+            else:
+                click.echo(f"{name:<12} empty")
+        echo_left_out(manifest)
+        if split in summaries:
+            say(f"\nlengths of the {split} documents in tokens, markers included")
+            say("\n".join(describe(summaries[split].lengths)))
+    if picture is not None:
+        lengths = summaries[split].lengths
+        title = (
+            f"Lengths of documents in {shards.resolve().name}, {split} set: "
+            f"{lengths.num_documents:,} documents, {lengths.tokens:,} tokens"
+        )
+        draw_histogram(lengths, title, picture, overwrite=overwrite)
+        click.echo(f"picture      {picture}", err=form == "json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The lengths of documents as a picture, drawn by matplotlib, which is an extra."""
+
+from pathlib import Path
+
+from data_pipeline.common.figures import new_figure, write_picture
+from data_pipeline.errors import BackendError
+from data_pipeline.shards.document_lengths import DocumentLengths
+
+_DOCUMENTS_COLOUR = "#8db3d6"
+_TOKENS_COLOUR = "#c8541f"
+_TEXT_COLOUR = "#333333"
+
+
+def require_matplotlib() -> None:
+    """Raises BackendError when matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise BackendError(
+            "--picture needs matplotlib, which is not installed; "
+            "install it with `pip install 'megaback[plot]'`, or leave --picture out"
+        ) from None
+
+
+def draw_histogram(
+    lengths: DocumentLengths, title: str, path: Path, *, overwrite: bool = False
+) -> None:
+    """Write a PNG, whole or not at all: the documents' and the tokens' shares by length.
+
+    Raises BackendError without matplotlib, OutputExistsError, and OSError.
+    """
+    require_matplotlib()
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
+    bins = lengths.bins()
+    edges = [piece.low for piece in bins] + [bins[-1].high + 1]
+    widths = [piece.high + 1 - piece.low for piece in bins]
+    document_share = [100 * piece.documents / lengths.num_documents for piece in bins]
+    token_share = [100 * piece.tokens / lengths.tokens for piece in bins]
+
+    figure = new_figure(9, 5)
+    axes = figure.add_subplot()
+    bars = axes.bar(
+        edges[:-1],
+        document_share,
+        width=widths,
+        align="edge",
+        color=_DOCUMENTS_COLOUR,
+        edgecolor="white",
+        label="share of documents",
+    )
+    outline = axes.stairs(
+        token_share, edges, color=_TOKENS_COLOUR, linewidth=2, label="share of tokens", baseline=0
+    )
+    marks = [
+        axes.axvline(
+            value,
+            color=_TEXT_COLOUR,
+            linestyle=style,
+            linewidth=1.2,
+            label=f"{name}: {value:,.0f} tokens",
+        )
+        for name, value, style in (
+            ("median", float(lengths.quantile(0.5)), "--"),
+            ("mean", lengths.mean, ":"),
+        )
+    ]
+    highest = max([*document_share, *token_share])
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, 1.12 * highest)
+    every = -(-len(edges) // 16)
+    axes.xaxis.set_major_locator(FixedLocator(edges[::every]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda length, _: f"{length:,.0f}"))
+    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axes.set_xlabel("length of a document (tokens, markers included; a bar for each doubling)")
+    axes.set_ylabel("share of the split (%)")
+    axes.set_title(title, loc="left", fontsize=12, color=_TEXT_COLOUR)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(handles=[bars, outline, *marks], frameon=False)
+
+    write_picture(figure, path, overwrite=overwrite)

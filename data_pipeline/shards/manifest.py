@@ -1,0 +1,437 @@
+"""The manifest of a folder of shards: written last, read first.
+
+A folder without `manifest.json` is not a data set, whatever else it holds. The manifest says
+which shards there are, what is in them, and the fingerprint of their contents, which the order of
+training depends on: the same documents, tokenizer, direction, unit and cut into shards give the
+same fingerprint, however they were compressed.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.checked_json import (
+    briefly,
+    checked,
+    made_from,
+    parse_json,
+    require_sha256,
+    require_within,
+)
+from data_pipeline.common.command import write_text
+from data_pipeline.common.file_names import path_within, plain_name
+from data_pipeline.common.limits import (
+    ID_BYTES,
+    MAX_COUNTS,
+    MAX_DICTIONARY_BYTES,
+    MAX_FRAME_TOKENS,
+    MAX_FRAMES,
+    MAX_MANIFEST_BYTES,
+    MAX_SHARD_TOKENS,
+    MAX_SOURCE_CHARACTERS,
+    MAX_VOCABULARY,
+)
+from data_pipeline.common.number_ranges import INT64_MAX, SHARE_BELOW_ALL
+from data_pipeline.common.regular_files import UNFIT, read_file
+from data_pipeline.errors import (
+    ConfigError,
+    ShardCorruptError,
+    ShardsMissingError,
+    TokenizerMismatchError,
+)
+from data_pipeline.redaction import scrub
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.sources.skipped import Skipped, skipped_from_json, skipped_to_json
+from data_pipeline.text.codec import TextCodec, TextFormat
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"
+DICTIONARY_NAME = "dictionary.zdict"
+FORMAT_NAME = "megaback-shards"
+FORMAT_VERSION = 1
+"""Of documents."""
+EXAMPLES_VERSION = 2
+"""Of examples in rows."""
+SPLITS = ("train", "val")
+SHARD_NAME = re.compile(r"(train|val)-[0-9]{5,}-[0-9]{5,}\.zst")
+"""The names of shards: what else a folder holds is not ours to remove."""
+FILE_NAME = re.compile(
+    rf"{SHARD_NAME.pattern}|{re.escape(MANIFEST_NAME)}|{re.escape(TOKENIZER_NAME)}"
+    rf"|{re.escape(DICTIONARY_NAME)}|plan\.json"
+)
+"""The names of the files that a build writes into its folder."""
+_OF_EXAMPLES = ("learnt_tokens", "padding_tokens")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard of a split."""
+
+    file: str
+    split: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    file_bytes: int
+    file_sha256: str
+    content_sha256: str
+    learnt_tokens: int = 0
+    """Of examples: those with loss."""
+    padding_tokens: int = 0
+    """Of examples: those that fill rows."""
+
+    @classmethod
+    def from_json(cls, fields: object) -> "ShardEntry":
+        """Raises ValueError or TypeError unless it names a shard, with numbers that can be."""
+        entry = made_from(cls, fields)
+        plain_name(entry.file, SHARD_NAME)
+        if entry.split not in SPLITS or not entry.file.startswith(f"{entry.split}-"):
+            raise ValueError(f"{entry.file} is no shard of the split {briefly(entry.split)}")
+        require_sha256("file_sha256", entry.file_sha256)
+        require_sha256("content_sha256", entry.content_sha256)
+        require_within("tokens", entry.tokens, 1, MAX_SHARD_TOKENS)
+        require_within("documents", entry.documents, 1, min(entry.tokens, MAX_COUNTS))
+        require_within("text_bytes", entry.text_bytes, 0, INT64_MAX)
+        require_within("file_bytes", entry.file_bytes, 1, INT64_MAX)
+        require_within("learnt_tokens", entry.learnt_tokens, 0, entry.tokens)
+        left = entry.tokens - entry.learnt_tokens
+        require_within("padding_tokens", entry.padding_tokens, 0, left)
+        return entry
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set: what is common to its shards, and the shards in order."""
+
+    text_format: TextFormat
+    vocab_size: int
+    begin_id: int
+    end_id: int
+    id_bytes: int
+    frame_tokens: int
+    source: str
+    val_fraction: float
+    left_out: dict[str, int]
+    """How many documents each filter left out, by its name."""
+    shards: tuple[ShardEntry, ...]
+    dictionary_sha256: str | None = None
+    """Of the zstd dictionary that every shard needs, in the file `dictionary.zdict`."""
+    row_tokens: int | None = None
+    """Of instruction examples: the row that none of them crosses. None: documents."""
+    skipped: Skipped = field(default_factory=dict)
+    """Files, malformed records and parts of records that were not read, by cause."""
+    asked_val_fraction: float | None = None
+    """The val fraction that was asked for, where it was raised to give the val set its minimum."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the contents: what every shard holds, in order."""
+        contents: dict[str, Any] = {
+            **self.text_format.to_dict(),
+            "frame_tokens": self.frame_tokens,
+            "shards": [[shard.split, shard.content_sha256] for shard in self.shards],
+        }
+        if self.row_tokens is not None:
+            contents["row_tokens"] = self.row_tokens
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+    def split(self, name: str) -> tuple[ShardEntry, ...]:
+        return tuple(shard for shard in self.shards if shard.split == name)
+
+    def total(self, name: str) -> dict[str, int]:
+        """Sums over a split: shards, documents, tokens, text_bytes, file_bytes.
+
+        Of examples, learnt_tokens and padding_tokens too.
+        """
+        shards = self.split(name)
+        summed = ["documents", "tokens", "text_bytes", "file_bytes"]
+        if self.row_tokens is not None:
+            summed += _OF_EXAMPLES
+        return {"shards": len(shards)} | {
+            field: sum(getattr(shard, field) for shard in shards) for field in summed
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json atomically; from then on the folder is a data set.
+
+        Raises ConfigError when there are too many shards, and ShardCorruptError when the records
+        that it was made of say what cannot be.
+        """
+        try:
+            self._require_consistent()
+        except ValueError as error:
+            raise ShardCorruptError(
+                f"the records of the shards in {folder} are wrong ({error!s:.300}); remove that "
+                "folder, and build the shards again"
+            ) from None
+        is_of_examples = self.row_tokens is not None
+        fields: dict[str, Any] = {
+            "format": FORMAT_NAME,
+            "version": EXAMPLES_VERSION if is_of_examples else FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            **self.text_format.to_dict(),
+            "vocab_size": self.vocab_size,
+            "begin_id": self.begin_id,
+            "end_id": self.end_id,
+            "id_bytes": self.id_bytes,
+            "frame_tokens": self.frame_tokens,
+            "source": self.source,
+            "val_fraction": self.val_fraction,
+            "left_out": self.left_out,
+            "dictionary_sha256": self.dictionary_sha256,
+            "splits": {name: self.total(name) for name in SPLITS},
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        if self.asked_val_fraction is not None:
+            fields["asked_val_fraction"] = self.asked_val_fraction
+        if self.skipped:
+            fields["skipped"] = skipped_to_json(self.skipped)
+        if is_of_examples:
+            fields["row_tokens"] = self.row_tokens
+        else:
+            for entry in fields["shards"]:
+                for name in _OF_EXAMPLES:
+                    del entry[name]
+        text = json.dumps(fields, indent=2) + "\n"
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise ConfigError(
+                f"a manifest of {len(self.shards):,} shards would be too large to be read; build "
+                "them again with a larger --shard-tokens, or fewer --tasks"
+            )
+        write_text(folder / MANIFEST_NAME, text)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Read and check a manifest.
+
+        Raises ShardsMissingError when the folder has none, ShardCorruptError when it does not say
+        what a manifest must say or when its fingerprint is not that of its entries.
+        """
+        return cls.read(str(folder), partial(read_file, folder / MANIFEST_NAME))
+
+    @classmethod
+    def read(cls, shown: str, read: Callable[[int], bytes]) -> "Manifest":
+        """As `load`, of the folder with this name; `read(max_bytes)` gives its manifest's bytes."""
+        path = f"{shown}/{MANIFEST_NAME}"
+        try:
+            data = read(MAX_MANIFEST_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            raise shards_missing(shown) from None
+        except OSError as error:
+            if error.errno not in UNFIT:
+                raise
+            raise ShardCorruptError(
+                f"cannot read {path}: {error.strerror}; restore it or build the shards again"
+            ) from None
+        return cls.from_json(data, path)
+
+    @classmethod
+    def from_json(cls, data: bytes, shown: str) -> "Manifest":
+        """Check a manifest's bytes; `shown` names them. Raises ShardCorruptError."""
+        try:
+            fields = parse_json(data)
+            manifest = cls._of_fields(fields)
+            manifest._require_consistent()
+            if manifest.fingerprint != fields["fingerprint"]:
+                raise ValueError("its fingerprint is not that of its entries")
+        except UnicodeDecodeError:
+            raise ShardCorruptError(f"{shown} is not text; build the shards again") from None
+        except KeyError as error:
+            raise _not_a_manifest(shown, f"it has no {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise _not_a_manifest(shown, error) from None
+        return manifest
+
+    @classmethod
+    def _of_fields(cls, fields: Any) -> "Manifest":
+        """Raises KeyError, TypeError, ValueError or AttributeError."""
+        version = fields["version"]
+        is_of_examples = version == EXAMPLES_VERSION
+        if fields["format"] != FORMAT_NAME or not (is_of_examples or version == FORMAT_VERSION):
+            raise ValueError(f"format {briefly(fields['format'])} version {briefly(version)}")
+        row_tokens = checked("row_tokens", fields["row_tokens"], int) if is_of_examples else None
+        # Earlier versions wrote whole addresses.
+        source = checked("source", fields["source"], str)
+        require_within("characters of its source", len(source), 0, MAX_SOURCE_CHARACTERS)
+        fields = {**fields, "source": scrub(source)}
+        return cls(
+            text_format=TextFormat.from_dict(fields),
+            **{name: checked(name, fields[name], kind) for name, kind in _REQUIRED.items()},
+            **{name: checked(name, fields.get(name), kind) for name, kind in _OPTIONAL.items()},
+            shards=tuple(map(ShardEntry.from_json, checked("shards", fields["shards"], list))),
+            row_tokens=row_tokens,
+            skipped=skipped_from_json(fields.get("skipped", {})),
+        )
+
+    def _require_consistent(self) -> None:
+        """Raises ValueError for a number that cannot be, alone or beside the others."""
+        require_sha256("tokenizer_sha256", self.text_format.tokenizer_sha256)
+        if self.dictionary_sha256 is not None:
+            require_sha256("dictionary_sha256", self.dictionary_sha256)
+        if self.id_bytes not in ID_BYTES:
+            raise ValueError(f"id_bytes is {self.id_bytes}")
+        most_pieces = min(MAX_VOCABULARY, 1 << 8 * self.id_bytes)
+        require_within("vocab_size", self.vocab_size, 1, most_pieces)
+        require_within("begin_id", self.begin_id, 0, self.vocab_size - 1)
+        require_within("end_id", self.end_id, 0, self.vocab_size - 1)
+        require_within("frame_tokens", self.frame_tokens, 1, MAX_FRAME_TOKENS)
+        if self.row_tokens is not None:
+            require_within("row_tokens", self.row_tokens, 1, self.frame_tokens)
+            if self.frame_tokens % self.row_tokens:
+                raise ValueError(f"row_tokens {self.row_tokens} does not divide frame_tokens")
+        for fraction in (self.val_fraction, self.asked_val_fraction or 0.0):
+            if (problem := SHARE_BELOW_ALL.problem(fraction)) is not None:
+                raise ValueError(f"a val fraction is {fraction}, {problem}")
+        for name, number in self.left_out.items():
+            require_within(f"left_out.{briefly(name)}", number, 0, INT64_MAX)
+        names = Counter(entry.file for entry in self.shards)
+        for name, number in names.most_common(1):
+            if number > 1:
+                raise ValueError(f"it lists {name} {number} times")
+        for entry in self.shards:
+            frames = -(-entry.tokens // self.frame_tokens)
+            require_within(f"frames of {entry.file}", frames, 1, MAX_FRAMES)
+
+    def open_shard(self, folder: Path, entry: ShardEntry) -> ShardReader:
+        """Open one of the shards in `folder`, and see that it is this one.
+
+        Raises ShardCorruptError.
+        """
+        dictionary = None
+        if self.dictionary_sha256 is not None:
+            dictionary = _read_dictionary_once(folder / DICTIONARY_NAME, self.dictionary_sha256)
+        path = shard_path(folder, entry)
+        reader = ShardReader(path, dictionary, vocab_size=self.vocab_size)
+        self.require_promised(reader, entry)
+        return reader
+
+    def require_promised(self, reader: ShardReader, entry: ShardEntry) -> None:
+        """Raises ShardCorruptError unless an opened shard says of itself what the manifest says."""
+        header = reader.header
+        said = (
+            *(header.direction, header.unit, header.tokenizer_sha256, header.id_bytes),
+            *(header.frame_tokens, header.row_tokens, header.dictionary_sha256),
+        )
+        text_format = self.text_format
+        expected = (
+            *text_format.to_dict().values(),
+            *(self.id_bytes, self.frame_tokens, self.row_tokens, self.dictionary_sha256),
+        )
+        if said != expected:
+            raise ShardCorruptError(
+                f"the shard {reader.shown} belongs to another data set: it says {said}, "
+                f"the manifest {expected}; restore it or build the shards again"
+            )
+        if reader.file_bytes != entry.file_bytes:
+            raise ShardCorruptError(
+                f"the shard {reader.shown} is not the one in the manifest: it has "
+                f"{reader.file_bytes} bytes instead of {entry.file_bytes}; "
+                "restore it or build the shards again"
+            )
+        counted = (header.tokens, header.documents, header.text_bytes)
+        promised = (entry.tokens, entry.documents, entry.text_bytes)
+        if counted != promised:
+            raise ShardCorruptError(
+                f"the shard {reader.shown} is not the one in the manifest, which gives tokens, "
+                f"documents and bytes of text as {promised}, not {counted}; "
+                "restore the one that changed or build the shards again"
+            )
+
+    def require_dictionary(self, folder: Path) -> None:
+        """Raises ShardCorruptError unless the dictionary that the shards need, if any, is there."""
+        if self.dictionary_sha256 is not None:
+            _read_dictionary(folder / DICTIONARY_NAME, self.dictionary_sha256)
+
+    def codec(self, folder: Path) -> TextCodec:
+        """The codec that these shards were encoded with, from the copy of the tokenizer there."""
+        text_format = self.text_format
+        codec = TextCodec.load(folder / TOKENIZER_NAME, text_format.direction, text_format.unit)
+        self.require_codec(codec, str(folder))
+        return codec
+
+    def require_codec(self, codec: TextCodec, shown: str) -> None:
+        """Raises TokenizerMismatchError or ShardCorruptError unless a codec made these shards.
+
+        `shown` names their folder.
+        """
+        if codec.format.tokenizer_sha256 != self.text_format.tokenizer_sha256:
+            raise TokenizerMismatchError(
+                f"{shown}/{TOKENIZER_NAME} has sha256 {codec.format.tokenizer_sha256[:12]}, "
+                "but the shards beside it "
+                f"were made with {self.text_format.tokenizer_sha256[:12]}; restore that tokenizer"
+            )
+        of_codec = (codec.vocab_size, codec.begin_id, codec.end_id, codec.id_dtype.itemsize)
+        said = (self.vocab_size, self.begin_id, self.end_id, self.id_bytes)
+        if said != of_codec:
+            raise ShardCorruptError(
+                f"{shown}/{MANIFEST_NAME} gives pieces, begin, end and bytes of an id as {said}, "
+                f"its tokenizer as {of_codec}; restore it or build the shards again"
+            )
+
+
+def shard_path(folder: Path, entry: ShardEntry) -> Path:
+    """Where a shard lies. Raises ShardCorruptError for a link out of the folder."""
+    try:
+        return path_within(folder, entry.file, SHARD_NAME)
+    except ValueError as error:
+        raise ShardCorruptError(f"{folder}: {error}, or build the shards again") from None
+
+
+def shards_missing(shown: str) -> ShardsMissingError:
+    """What is wrong with a folder without a manifest."""
+    return ShardsMissingError(
+        f"{shown} is not a finished set of shards (it has no {MANIFEST_NAME}); "
+        "run `megaback shards build --out` with this folder, to the end"
+    )
+
+
+def _not_a_manifest(shown: str, why: object) -> ShardCorruptError:
+    return ShardCorruptError(
+        f"{shown} is not a manifest of this version ({why!s:.300}); build the shards again"
+    )
+
+
+def unreadable_dictionary(shown: str, error: OSError) -> ShardCorruptError:
+    """What is wrong when a dictionary cannot be read."""
+    return ShardCorruptError(
+        f"cannot read {shown}, without which the shards beside it cannot be read: "
+        f"{error.strerror}; restore that file or build the shards again"
+    )
+
+
+def require_dictionary_sha256(dictionary: bytes, expected_sha256: str, shown: str) -> None:
+    """Raises ShardCorruptError unless it is the dictionary that the shards beside it need."""
+    sha256 = hashlib.sha256(dictionary).hexdigest()
+    if sha256 != expected_sha256:
+        raise ShardCorruptError(
+            f"{shown} has sha256 {sha256[:12]}, but the shards beside it were compressed with "
+            f"{expected_sha256[:12]}; restore that file or build the shards again"
+        )
+
+
+def _read_dictionary(path: Path, expected_sha256: str) -> bytes:
+    try:
+        dictionary = read_file(path, MAX_DICTIONARY_BYTES)
+    except OSError as error:
+        raise unreadable_dictionary(str(path), error) from None
+    require_dictionary_sha256(dictionary, expected_sha256, str(path))
+    return dictionary
+
+
+_REQUIRED = {
+    **dict.fromkeys(("vocab_size", "begin_id", "end_id", "id_bytes", "frame_tokens"), int),
+    "source": str,
+    "val_fraction": float,
+    "left_out": dict[str, int],
+}
+_OPTIONAL = {"dictionary_sha256": str | None, "asked_val_fraction": float | None}
+"""Types of the fields of a manifest."""
+
+# A data set has thousands of shards, which share one dictionary.
+_read_dictionary_once = lru_cache(maxsize=2)(_read_dictionary)

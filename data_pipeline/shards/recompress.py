@@ -1,0 +1,326 @@
+"""`megaback shards recompress`: the same ids and documents in smaller, or faster, files.
+
+Only files change: contents, and so the fingerprint and the order of training, stay. Every frame's
+checksum and every shard's content hash are checked on the way. Killed anywhere, the same command
+goes on where it stopped, and the result has the same bytes with any number of workers. The manifest
+is written last.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+import zstandard
+
+from data_pipeline.common.checked_json import read_json
+from data_pipeline.common.command import ResumableCommand, replacing, write_text
+from data_pipeline.common.differences import differing_keys, shown_values
+from data_pipeline.common.file_names import path_within
+from data_pipeline.common.limits import MAX_DICTIONARY_BYTES
+from data_pipeline.common.number_ranges import DICTIONARY_BYTES, LEVEL, MANY
+from data_pipeline.common.output_paths import require_apart
+from data_pipeline.common.own_files import unfinished_in
+from data_pipeline.common.regular_files import read_file, require_no_link
+from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
+from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.manifest import (
+    DICTIONARY_NAME,
+    FILE_NAME,
+    MANIFEST_NAME,
+    SHARD_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardEntry,
+)
+from data_pipeline.shards.shard_format import ShardWriter
+from data_pipeline.shards.traversal import on_threads, spread_frames
+
+WORK_FOLDER = ".recompress"
+
+_SETTINGS_NAME = "settings.json"
+_RECORD_NAME = re.compile(rf"({SHARD_NAME.pattern}|settings)\.json")
+"""The names of the files in WORK_FOLDER."""
+_SAMPLE_FRAMES = 256
+_SAMPLE_BYTES = 256 << 20
+"""What a dictionary is trained on is held in memory."""
+_DEFAULT_LEVEL = 9
+
+
+@dataclass(frozen=True)
+class RecompressSettings:
+    """What decides the bytes that are written, besides the contents of the shards."""
+
+    fingerprint: str
+    level: int
+    long_distance: bool
+    dictionary_bytes: int | None
+
+
+def recompress(
+    shards: Path,
+    out: Path,
+    compression: Compression,
+    dictionary_bytes: int | None = None,
+    workers: int | None = None,
+) -> tuple[Manifest, int]:
+    """Write the shards of a data set to `out` with another compression, or finish doing so.
+
+    With `dictionary_bytes`, a dictionary of at most that size is trained on frames of the train
+    set. Returns the new manifest and the number of shards that were already done. Raises
+    OutputExistsError when `out` holds something else, ShardCorruptError for a damaged shard, and
+    ConfigError when there is too little to train a dictionary on.
+    """
+    manifest = Manifest.load(shards)
+    codec = manifest.codec(shards)
+    settings = RecompressSettings(
+        manifest.fingerprint, compression.level, compression.long_distance, dictionary_bytes
+    )
+    was_there = out.exists()
+    _claim_folder(out, shards, settings)
+    try:
+        if dictionary_bytes is not None:
+            dictionary = _stored_dictionary(shards, manifest, out, dictionary_bytes)
+            compression = replace(compression, dictionary=dictionary)
+        work = _Work(shards, manifest, out, compression)
+        done = {entry: made for entry in manifest.shards if (made := work.finished(entry))}
+        num_found = len(done)
+        waiting = [entry for entry in manifest.shards if entry not in done]
+        done |= on_threads(work.do, waiting, workers, "recompressing")
+        _remove_strays(out, manifest)
+        with replacing(out / TOKENIZER_NAME) as file:
+            file.write(codec.model_bytes)
+        recompressed = replace(
+            manifest,
+            shards=tuple(done[entry] for entry in manifest.shards),
+            dictionary_sha256=compression.dictionary_sha256,
+        )
+        recompressed.save(out)
+    except BaseException:
+        _forget_if_nothing_is_done(out, was_there)
+        raise
+    return recompressed, num_found
+
+
+def train_dictionary(frames: list[bytes], dictionary_bytes: int) -> bytes:
+    """A zstd dictionary of at most this size for such frames: the same for the same frames.
+
+    Raises ConfigError when they are too few or too small.
+    """
+    try:
+        return zstandard.train_dictionary(dictionary_bytes, [*frames]).as_bytes()
+    except zstandard.ZstdError as error:
+        raise ConfigError(
+            f"--dictionary-bytes is {dictionary_bytes}, but zstd cannot train a dictionary of that "
+            f"size on {len(frames)} frames of {sum(map(len, frames))} bytes ({error}); "
+            "leave it out, or give a smaller size or a larger data set"
+        ) from None
+
+
+class _Work:
+    """Rewriting single shards, each with a record by which it is not done again."""
+
+    def __init__(
+        self, shards: Path, manifest: Manifest, out: Path, compression: Compression
+    ) -> None:
+        self._shards = shards
+        self._manifest = manifest
+        self._out = out
+        self._compression = compression
+
+    def finished(self, entry: ShardEntry) -> ShardEntry | None:
+        """What was written for a shard, if its record says so and its file has that size."""
+        try:
+            record = read_json(self._record_path(entry))
+            made = ShardEntry.from_json(record["shard"])
+            path = path_within(self._out, made.file)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        contents = replace(entry, file_bytes=made.file_bytes, file_sha256=made.file_sha256)
+        is_whole = path.is_file() and path.stat().st_size == made.file_bytes
+        is_this = record.get("work") == self._sha256(entry) and made == contents
+        return made if is_whole and is_this else None
+
+    def do(self, entry: ShardEntry) -> ShardEntry:
+        """Rewrite one shard. Raises ShardCorruptError and OSError."""
+        manifest = self._manifest
+        with (
+            manifest.open_shard(self._shards, entry) as reader,
+            replacing(self._out / entry.file) as file,
+        ):
+            writer = ShardWriter(
+                file,
+                manifest.text_format.to_dict(),
+                reader.id_dtype,
+                manifest.frame_tokens,
+                self._compression,
+                manifest.row_tokens,
+            )
+            writer.add_shard(reader)
+            made = ShardEntry(entry.file, entry.split, **asdict(writer.finish()))
+            if made.content_sha256 != entry.content_sha256:
+                raise ShardCorruptError(
+                    f"the shard {reader.shown} is intact but is not the one in the manifest; "
+                    "restore it or build the shards again"
+                )
+        record = {"work": self._sha256(entry), "shard": asdict(made)}
+        write_text(self._record_path(entry), json.dumps(record, indent=1) + "\n")
+        return made
+
+    def _record_path(self, entry: ShardEntry) -> Path:
+        return self._out / WORK_FOLDER / f"{entry.file}.json"
+
+    def _sha256(self, entry: ShardEntry) -> str:
+        """Names what is to be written: the contents, and how they are compressed."""
+        compression = self._compression
+        parts = [
+            entry.split,
+            entry.content_sha256,
+            compression.level,
+            compression.long_distance,
+            compression.dictionary_sha256,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _stored_dictionary(shards: Path, manifest: Manifest, out: Path, dictionary_bytes: int) -> bytes:
+    """The dictionary that an earlier run has stored, or else a new one, stored."""
+    path = out / DICTIONARY_NAME
+    if path.exists():
+        return _require_usable(read_file(path, MAX_DICTIONARY_BYTES), path)
+    frames = []
+    most_frames = _SAMPLE_BYTES // (manifest.frame_tokens * manifest.id_bytes)
+    for entry, numbers in spread_frames(manifest, "train", min(_SAMPLE_FRAMES, most_frames)):
+        with manifest.open_shard(shards, entry) as reader:
+            frames += [reader.frame(number).tobytes() for number in numbers]
+    dictionary = train_dictionary(frames, dictionary_bytes)
+    with replacing(path) as file:
+        file.write(dictionary)
+    return dictionary
+
+
+def _require_usable(dictionary: bytes, path: Path) -> bytes:
+    """A dictionary, if zstd takes it. Raises OutputExistsError."""
+    try:
+        Compression(dictionary=dictionary).compressor().compress(b"ids")
+    except zstandard.ZstdError:
+        raise OutputExistsError(
+            f"{path} is no zstd dictionary, so an earlier run did not write it; remove the file, "
+            "or choose another --out"
+        ) from None
+    return dictionary
+
+
+def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None:
+    """Make the folder ours, or find that it already is, with the same settings."""
+    require_apart(out, (shards,))
+    require_no_link(out / WORK_FOLDER)
+    settings_path = out / WORK_FOLDER / _SETTINGS_NAME
+    if settings_path.exists():
+        try:
+            earlier = read_json(settings_path)
+        except ValueError:
+            earlier = None
+        earlier = earlier if isinstance(earlier, dict) else {}
+        differing = differing_keys(earlier, asdict(settings))
+        if differing:
+            raise OutputExistsError(
+                f"{out} was begun with other settings ({shown_values(differing, 0)}, not "
+                f"{shown_values(differing, 1)}); choose another --out, or remove that folder"
+            )
+        return
+    # A work folder in which nothing is yet is ours: we were stopped before we could write there.
+    if out.exists() and (
+        not out.is_dir()
+        or any(path.name != WORK_FOLDER for path in out.iterdir())
+        or any(path.suffix != ".partial" for path in (out / WORK_FOLDER).glob("*"))
+    ):
+        raise OutputExistsError(f"{out} already holds something else; choose another --out")
+    settings_path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(settings_path, json.dumps(asdict(settings), indent=2) + "\n")
+
+
+def _shards_in(out: Path) -> list[Path]:
+    """The files that are named as shards are; others are not ours."""
+    return [path for path in out.glob("*.zst") if SHARD_NAME.fullmatch(path.name)]
+
+
+def _remove_strays(out: Path, manifest: Manifest) -> None:
+    """Remove what a killed process left half-written."""
+    names = {entry.file for entry in manifest.shards}
+    strays = [path for path in _shards_in(out) if path.name not in names]
+    records = unfinished_in(out / WORK_FOLDER, _RECORD_NAME)
+    for path in [*strays, *unfinished_in(out, FILE_NAME), *records]:
+        path.unlink(missing_ok=True)
+
+
+def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
+    """After a failure, leave no trace unless some shard's work is worth keeping."""
+    work = out / WORK_FOLDER
+    if (out / MANIFEST_NAME).exists() or any(
+        path.name != _SETTINGS_NAME for path in work.glob("*.json")
+    ):
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    for path in [*_shards_in(out), *unfinished_in(out, FILE_NAME), out / DICTIONARY_NAME]:
+        path.unlink(missing_ok=True)
+    if not was_there and out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+
+
+@click.command(cls=ResumableCommand, name="recompress")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--level",
+    type=LEVEL.option,
+    default=_DEFAULT_LEVEL,
+    show_default=True,
+    help="Of zstd: higher is smaller and slower to write, hardly to read.",
+)
+@click.option(
+    "--long-distance",
+    is_flag=True,
+    help="Find far repetitions; brings nothing in frames of the usual size.",
+)
+@click.option(
+    "--dictionary-bytes",
+    type=DICTIONARY_BYTES.option,
+    help="Train a dictionary of this size; without it, none is used.",
+)
+@click.option("--workers", type=MANY.option, help="Threads; default: every core.")
+def main(
+    shards: Path,
+    out: Path,
+    level: int,
+    long_distance: bool,
+    dictionary_bytes: int | None,
+    workers: int | None,
+) -> None:
+    """Write the shards of a data set again, with other compression; contents stay the same."""
+    before = Manifest.load(shards)
+    compression = Compression(level=level, long_distance=long_distance)
+    after, num_found = recompress(shards, out, compression, dictionary_bytes, workers)
+    if num_found:
+        click.echo(f"{num_found} shards were already done")
+    for split in SPLITS:
+        total = after.total(split)
+        if total["tokens"]:
+            was_bytes, raw_bytes = (
+                before.total(split)["file_bytes"],
+                total["tokens"] * after.id_bytes,
+            )
+            click.echo(
+                f"{split:<12} {total['shards']} shards, {total['tokens']:,} tokens; files at "
+                f"{total['file_bytes'] / raw_bytes:.3f} of the raw ids, before at "
+                f"{was_bytes / raw_bytes:.3f}"
+            )
+    click.echo(f"fingerprint  {after.fingerprint}")
+
+
+if __name__ == "__main__":
+    main()

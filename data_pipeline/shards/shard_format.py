@@ -1,0 +1,437 @@
+"""One shard: a `.zst` file of independently compressed frames of ids, with its index at the end.
+
+Layout, in file order:
+  frame 0 .. frame n-1   Zstandard frames with content checksums; each holds `frame_tokens`
+                         little-endian ids, the last one perhaps fewer
+  index                  skippable frame 0x184D2A5D: b"MEGABACK", u32 header bytes, the header
+                         (JSON), and the zstd-compressed u32 token counts of the documents;
+                         of examples in rows (example_rows.py), three counts each
+  seek table             of the Zstandard seekable format (seekable.py), the index being its last
+                         entry, with 0 decompressed bytes
+
+`zstd -dc` yields the raw ids (`zstd -dc -D DICTIONARY`, if the header names one: the frames then
+carry its id). The document index never needs the dictionary. A shard holds whole documents, markers
+included, one after another.
+"""
+
+import hashlib
+import struct
+import threading
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from data_pipeline.common.interrupts import require_uninterrupted
+from data_pipeline.common.limits import MAX_COUNTS, MAX_FRAMES
+from data_pipeline.errors import ShardCorruptError
+from data_pipeline.shards.compression import DEFAULT_COMPRESSION, Compression, read_dictionary
+from data_pipeline.shards.examples import NUM_COUNTS, ExampleMarks, PackedExample, require_rows
+from data_pipeline.shards.index import (
+    COUNT_BYTES,
+    EXAMPLES_VERSION,
+    VERSION,
+    ShardHeader,
+    pack_index,
+    read_index,
+    tail_bytes,
+)
+from data_pipeline.shards.seek_table import EMPTY_CHECKSUM, SeekEntry, pack_seek_table
+from data_pipeline.storage.byte_ranges import ByteRanges, LocalRanges
+
+DEFAULT_FRAME_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class ShardDigest:
+    """Sizes and hashes of a written shard, for the manifest."""
+
+    tokens: int
+    documents: int
+    text_bytes: int
+    file_bytes: int
+    file_sha256: str
+    content_sha256: str
+    learnt_tokens: int = 0
+    """Of examples: those with loss."""
+    padding_tokens: int = 0
+    """Of examples: those that fill rows."""
+
+
+class ShardWriter:
+    """Writes one shard to an open file. The caller makes the file appear under its final name.
+
+    `identity` gives direction, unit and tokenizer_sha256. Documents come as ids with markers or,
+    with `row_tokens`, as examples that fill one row after another.
+    """
+
+    def __init__(
+        self,
+        file: IO[bytes],
+        identity: dict[str, str],
+        id_dtype: np.dtype[Any],
+        frame_tokens: int = DEFAULT_FRAME_TOKENS,
+        compression: Compression = DEFAULT_COMPRESSION,
+        row_tokens: int | None = None,
+    ) -> None:
+        self._row_tokens = row_tokens
+        self._file = file
+        self._identity = identity
+        self._id_dtype = id_dtype
+        self._frame_tokens = frame_tokens
+        self._dictionary_sha256 = compression.dictionary_sha256
+        self._compressor = compression.compressor()
+        # Counts have nothing in common with ids, and can be read without the dictionary.
+        self._index_compressor = replace(compression, dictionary=None).compressor()
+        self._pending: list[npt.NDArray[Any]] = []
+        self._pending_tokens = 0
+        self._seek_entries: list[SeekEntry] = []
+        self._counts = array("I")  # of each document one, of each example three
+        self._documents = self._learnt_tokens = self._padding_tokens = 0
+        self._text_bytes = 0
+        self._file_bytes = 0
+        self._file_sha256 = hashlib.sha256()
+        self._content_sha256 = hashlib.sha256()
+        self.tokens = 0
+
+    def add(self, document_ids: npt.NDArray[Any], text_bytes: int) -> None:
+        """Append a document; whole frames are compressed and written as they fill."""
+        self._counts.append(len(document_ids))
+        self._documents += 1
+        self._text_bytes += text_bytes
+        self._append(document_ids)
+
+    def add_example(self, example: PackedExample) -> None:
+        """Append an example, which must not cross a row's end."""
+        self._counts.extend([len(example.ids), example.num_given, example.num_learnt])
+        self._documents += 1
+        self._learnt_tokens += example.num_learnt
+        self._padding_tokens += len(example.ids) - example.num_given - example.num_learnt
+        self._text_bytes += example.text_bytes
+        self._append(example.ids)
+
+    def add_shard(self, shard: "ShardReader") -> None:
+        """Append every document of another shard, frame by frame."""
+        counts = shard.stored_counts()
+        self._counts.frombytes(counts.astype(np.uint32).tobytes())
+        if self._row_tokens is not None:
+            tokens, given, learnt = counts.sum(axis=0, dtype=np.int64).tolist()
+            self._learnt_tokens += learnt
+            self._padding_tokens += tokens - given - learnt
+        self._documents += shard.header.documents
+        self._text_bytes += shard.header.text_bytes
+        for frame in range(shard.num_frames):
+            require_uninterrupted()
+            self._append(shard.frame(frame))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no document more may be added, because of the limits of the format."""
+        return (
+            len(self._counts) + NUM_COUNTS > MAX_COUNTS
+            or len(self._seek_entries) > MAX_FRAMES // 2  # a document may be long
+        )
+
+    def finish(self) -> ShardDigest:
+        """Write the last frame, the index and the seek table."""
+        if self._pending_tokens:
+            self._write_frame(np.concatenate(self._pending))
+        header = ShardHeader(
+            version=VERSION if self._row_tokens is None else EXAMPLES_VERSION,
+            **self._identity,
+            id_bytes=self._id_dtype.itemsize,
+            frame_tokens=self._frame_tokens,
+            tokens=self.tokens,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            dictionary_sha256=self._dictionary_sha256,
+            row_tokens=self._row_tokens,
+        )
+        counts = np.frombuffer(self._counts, dtype=np.uint32).astype("<u4").tobytes()
+        self._content_sha256.update(counts)
+        index = pack_index(header, self._index_compressor.compress(counts))
+        self._write(index)
+        self._seek_entries.append(SeekEntry(len(index), 0, EMPTY_CHECKSUM))
+        self._write(pack_seek_table(self._seek_entries))
+        return ShardDigest(
+            tokens=self.tokens,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            file_bytes=self._file_bytes,
+            file_sha256=self._file_sha256.hexdigest(),
+            content_sha256=self._content_sha256.hexdigest(),
+            learnt_tokens=self._learnt_tokens,
+            padding_tokens=self._padding_tokens,
+        )
+
+    def _append(self, ids: npt.NDArray[Any]) -> None:
+        self.tokens += len(ids)
+        self._pending.append(np.ascontiguousarray(ids, dtype=self._id_dtype))
+        self._pending_tokens += len(ids)
+        if self._pending_tokens >= self._frame_tokens:
+            waiting = np.concatenate(self._pending)
+            whole_tokens = len(waiting) - len(waiting) % self._frame_tokens
+            for start in range(0, whole_tokens, self._frame_tokens):
+                self._write_frame(waiting[start : start + self._frame_tokens])
+            self._pending = [waiting[whole_tokens:]]
+            self._pending_tokens = len(waiting) - whole_tokens
+
+    def _write_frame(self, ids: npt.NDArray[Any]) -> None:
+        raw = ids.tobytes()
+        compressed = self._compressor.compress(raw)
+        # A frame's own checksum is the low half of XXH64 of its content: just what the table wants.
+        (checksum,) = struct.unpack("<I", compressed[-4:])
+        self._seek_entries.append(SeekEntry(len(compressed), len(raw), checksum))
+        self._content_sha256.update(raw)
+        self._write(compressed)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file_bytes += len(data)
+        self._file_sha256.update(data)
+
+
+class FrameKeeper(Protocol):
+    """Where the compressed frames of one shard are kept, so that they are fetched once.
+
+    May be called by several threads at once; never raises.
+    """
+
+    def get(self, frame: int, num_bytes: int) -> bytes | None:
+        """A frame that was put there, perhaps damaged since; None if it is not there any more.
+
+        `num_bytes` is its size: a frame of another size is not read.
+        """
+
+    def put(self, frame: int, data: bytes) -> None:
+        """Keep a frame, if there is room."""
+
+    def remove(self, frame: int) -> None:
+        """Forget a frame, which was damaged."""
+
+
+class _Decompressor(threading.local):
+    """One zstd decompressor for each thread that asks: a single one cannot serve two at once."""
+
+    def __init__(self, dictionary: bytes | None) -> None:
+        made = None if dictionary is None else read_dictionary(dictionary)[1]
+        self.zstd = zstandard.ZstdDecompressor(dict_data=made)
+
+
+# Thousands of shards share one for each thread: it takes more memory than a shard's index.
+_decompressor = lru_cache(maxsize=3)(_Decompressor)
+
+
+class ShardReader:
+    """Reads the index of a shard at once, and its frames on request, from any thread.
+
+    `dictionary` is the one that the header names, if it names one. `expected_frames` is how many
+    there should be, so that one look at a file far away finds them. With `vocab_size`, a frame with
+    an id that is not below it is damaged. Raises ShardCorruptError, naming file, frame and byte
+    offset, for anything that is not what the format says, and over a network SourceUnreadableError.
+
+    Dropping a reader closes its file, as does `close`, which must not come while a thread reads.
+    """
+
+    def __init__(
+        self,
+        file: Path | ByteRanges,
+        dictionary: bytes | None = None,
+        keeper: FrameKeeper | None = None,
+        expected_frames: int = 0,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.shown = str(file) if isinstance(file, Path) else file.shown
+        self._keeper = keeper
+        self._vocab_size = vocab_size
+        try:
+            self._file = LocalRanges(file) if isinstance(file, Path) else file
+            self.file_bytes, tail = self._file.tail(tail_bytes(expected_frames))
+        except OSError as error:
+            raise ShardCorruptError(
+                f"cannot read the shard {self.shown}: {error.strerror}; "
+                "restore it or build the shards again"
+            ) from None
+        try:
+            self._index = read_index(self.file_bytes, partial(self._read_behind, tail))
+        except ValueError as error:
+            raise self._corrupt(str(error)) from None
+        self.header = self._index.header
+        self.num_frames = len(self._index.checksums)
+        self.id_dtype: np.dtype[Any] = np.dtype(f"<u{self.header.id_bytes}")
+        self._decompressor = self._require_decompressor(dictionary)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def frame(self, frame: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Decode one frame, checksum verified: ids of shape (frame_tokens,); the last has fewer."""
+        offset = int(self._index.offsets[frame])
+        num_bytes = int(self._index.offsets[frame + 1]) - offset
+        if self._keeper is not None and (kept := self._keeper.get(frame, num_bytes)) is not None:
+            try:
+                return self._decode(frame, kept)
+            except zstandard.ZstdError:
+                self._keeper.remove(frame)
+        data = self._read_at(offset, num_bytes, f"frame {frame} at byte {offset}")
+        try:
+            ids = self._decode(frame, data)
+        except zstandard.ZstdError as error:
+            raise self._corrupt(
+                f"frame {frame} at byte {offset} does not decode ({error})"
+            ) from None
+        if self._keeper is not None:
+            self._keeper.put(frame, data)
+        return ids
+
+    @property
+    def frame_offsets(self) -> npt.NDArray[np.int64]:
+        """The byte where each frame begins and, at the end, where the last one ends."""
+        return self._index.offsets
+
+    def document_tokens(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, markers and padding included: shape (documents,)."""
+        return self.counts()[:, 0]
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """As `stored_counts`, to calculate with."""
+        return self.stored_counts().astype(np.int64)
+
+    def stored_counts(self) -> npt.NDArray[np.uint32]:
+        """What is stored of each document: its tokens; of each example, three numbers.
+
+        Shape (documents, 1) or (examples, 3). Not to be written to.
+        """
+        offset, num_bytes = self._index.counts_offset, self._index.counts_bytes
+        columns = 1 if self.header.row_tokens is None else NUM_COUNTS
+        data = self._read_at(offset, num_bytes, f"its document index at byte {offset}")
+        try:
+            if zstandard.frame_content_size(data) != COUNT_BYTES * self.header.num_counts:
+                raise zstandard.ZstdError("its size is not that of the header's documents")
+            raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise self._corrupt(f"its document index does not decode ({error})") from None
+        counts = np.frombuffer(raw, dtype="<u4").reshape(-1, columns)
+        tokens = counts[:, 0]
+        if tokens.sum(dtype=np.int64) != self.header.tokens or not tokens.all():
+            raise self._corrupt("its document index and its token count disagree")
+        if self.header.row_tokens is not None:
+            try:
+                require_rows(counts, self.header.row_tokens)
+            except ValueError as error:
+                raise self._corrupt(f"its document index is wrong ({error})") from None
+        return counts
+
+    def text_tokens(self) -> npt.NDArray[np.integer[Any]]:
+        """Tokens of each document, markers included and padding left out: shape (documents,)."""
+        counts = self.stored_counts()
+        if self.header.row_tokens is None:
+            return counts[:, 0]
+        lengths: npt.NDArray[np.int64] = counts[:, 1:].sum(axis=1, dtype=np.int64)
+        return lengths
+
+    def marks(self, frame: int) -> npt.NDArray[np.uint8] | None:
+        """Of a frame of examples, where segments begin and what is learnt; None of documents."""
+        if self.header.row_tokens is None:
+            return None
+        start = frame * self.header.frame_tokens
+        stop = min(start + self.header.frame_tokens, self.header.tokens)
+        return self._example_marks.between(start, stop)
+
+    @cached_property
+    def _example_marks(self) -> ExampleMarks:
+        return ExampleMarks(self.counts())
+
+    def tokens(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Ids from `start` to `stop` of the shard, across frames: shape (stop - start,)."""
+        size = self.header.frame_tokens
+        parts = []
+        for frame in range(start // size, (stop + size - 1) // size):
+            first = frame * size
+            parts.append(self.frame(frame)[max(start - first, 0) : stop - first])
+        return np.concatenate(parts) if parts else np.empty(0, dtype=self.id_dtype)
+
+    def documents(self) -> Iterator[npt.NDArray[np.unsignedinteger[Any]]]:
+        """The ids of every document, markers included; each frame is decoded once."""
+        frames = (self.frame(frame) for frame in range(self.num_frames))
+        waiting: npt.NDArray[Any] = np.empty(0, dtype=self.id_dtype)
+        start = 0
+        for tokens in map(int, self.stored_counts()[:, 0]):
+            parts = [waiting[start : start + tokens]]
+            start += tokens
+            while start > len(waiting):
+                start -= len(waiting)
+                waiting = next(frames)
+                parts.append(waiting[:start])
+            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _decode(self, frame: int, data: bytes) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """Raises ZstdError."""
+        # Before anything is allocated: a damaged head may claim any size.
+        head = zstandard.get_frame_parameters(data)
+        if head.content_size != self._index.frame_bytes(frame):
+            raise zstandard.ZstdError("its head and the seek table disagree on its size")
+        if not head.has_checksum:
+            raise zstandard.ZstdError("it has no checksum")
+        raw = self._decompressor.zstd.decompress(data, allow_extra_data=False)
+        # The decoder has checked the frame's own copy.
+        if data[-4:] != struct.pack("<I", self._index.checksums[frame]):
+            raise zstandard.ZstdError("the seek table has another checksum")
+        ids = np.frombuffer(raw, dtype=self.id_dtype)
+        if self._vocab_size is not None and (largest := int(ids.max())) >= self._vocab_size:
+            raise zstandard.ZstdError(f"its id {largest} is not below {self._vocab_size}")
+        return ids
+
+    def _corrupt(self, problem: str) -> ShardCorruptError:
+        return ShardCorruptError(
+            f"the shard {self.shown} is damaged: {problem}; restore it or build the shards again"
+        )
+
+    def _read_at(self, offset: int, num_bytes: int, what: str) -> bytes:
+        try:
+            data = self._file.read_at(offset, num_bytes)
+        except OSError as error:
+            raise self._corrupt(f"{what} cannot be read ({error.strerror})") from None
+        if len(data) != num_bytes:
+            raise self._corrupt(
+                f"{what} cannot be read (the file ends within its {num_bytes} bytes)"
+            )
+        return data
+
+    def _read_behind(self, tail: bytes, offset: int, num_bytes: int) -> bytes:
+        """Bytes at the file's end, from what was fetched of it where they lie there."""
+        start = offset - (self.file_bytes - len(tail))
+        if 0 <= start <= len(tail) - num_bytes:
+            return tail[start : start + num_bytes]
+        return self._read_at(offset, num_bytes, f"its index at byte {offset}")
+
+    def _require_decompressor(self, dictionary: bytes | None) -> _Decompressor:
+        needed = self.header.dictionary_sha256
+        if needed is None:
+            return _decompressor(None)
+        given = Compression(dictionary=dictionary)
+        if given.dictionary_sha256 != needed:
+            raise ShardCorruptError(
+                f"the shard {self.shown} can only be read with the zstd dictionary {needed[:12]}, "
+                f"not with {(given.dictionary_sha256 or 'none')[:12]}; "
+                "restore the dictionary beside the shards, or the shard itself"
+            )
+        return _decompressor(dictionary)

@@ -1,0 +1,117 @@
+"""`megaback shards verify`: decode and re-hash everything that a manifest promises."""
+
+import hashlib
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.interrupts import require_uninterrupted
+from data_pipeline.common.number_ranges import MANY
+from data_pipeline.errors import ShardCorruptError
+from data_pipeline.shards.manifest import Manifest, ShardEntry, shard_path
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.traversal import on_threads
+
+
+def shard_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> list[ShardCorruptError]:
+    """All that is wrong with a shard, each naming the file, and frame and byte offset if known."""
+    try:
+        reader = manifest.open_shard(folder, entry)
+    except ShardCorruptError as error:
+        return [error]
+    damage: list[ShardCorruptError] = []
+    content = hashlib.sha256()
+    with reader:
+        for frame in range(reader.num_frames):
+            require_uninterrupted()
+            try:
+                content.update(reader.frame(frame).data)
+            except ShardCorruptError as error:
+                damage.append(error)
+        try:
+            counts = reader.stored_counts()
+            content.update(counts.data)
+            if manifest.row_tokens is not None:
+                _require_counted(reader, counts, entry)
+        except ShardCorruptError as error:
+            damage.append(error)
+    if damage:
+        return damage  # a wrong hash would say it once more
+    file_sha256 = _file_sha256(shard_path(folder, entry))
+    if (content.hexdigest(), file_sha256) != (entry.content_sha256, entry.file_sha256):
+        message = (
+            f"the shard {reader.shown} is intact but is not the one in the manifest; "
+            "restore it or build the shards again"
+        )
+        return [ShardCorruptError(message)]
+    return []
+
+
+def _require_counted(
+    reader: ShardReader, counts: npt.NDArray[np.uint32], entry: ShardEntry
+) -> None:
+    """Raises ShardCorruptError unless a shard of examples has the tokens that an entry counts."""
+    tokens, given, learnt = counts.sum(axis=0, dtype=np.int64).tolist()
+    counted = (learnt, tokens - given - learnt)
+    promised = (entry.learnt_tokens, entry.padding_tokens)
+    if counted != promised:
+        raise ShardCorruptError(
+            f"the shard {reader.shown} is not the one in the manifest, which gives tokens with "
+            f"loss and of padding as {promised}, not {counted}; restore the one that changed or "
+            "build the shards again"
+        )
+
+
+def verify_data_set(folder: Path, workers: int | None = None) -> Manifest:
+    """Check everything in a folder of shards; all of its damage but the first goes to stderr.
+
+    Raises ShardCorruptError, or what Manifest.load and Manifest.codec raise.
+    """
+    manifest = Manifest.load(folder)
+    manifest.codec(folder)  # reads the tokenizer, and compares it with the manifest
+    manifest.require_dictionary(folder)  # once, rather than as damage of every shard
+
+    def check(entry: ShardEntry) -> list[ShardCorruptError]:
+        return shard_damage(folder, entry, manifest)
+
+    found = dict(on_threads(check, manifest.shards, workers, "verifying"))
+    damaged = [entry for entry in manifest.shards if found[entry]]
+    if damaged:
+        first, *others = [error for entry in damaged for error in found[entry]]
+        for error in others:
+            click.echo(str(error), err=True)
+        more = f" (and {_count(len(damaged) - 1, 'other shard')})" if len(damaged) > 1 else ""
+        raise ShardCorruptError(str(first) + more)
+    return manifest
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@click.command(cls=WorkCommand, name="verify")
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--workers", type=MANY.option, help="Threads; default: every core.")
+def main(shards: Path, workers: int | None) -> None:
+    """Decode and re-hash every shard of a data set; name what is broken."""
+    manifest = verify_data_set(shards, workers)
+    tokens = sum(entry.tokens for entry in manifest.shards)
+    click.echo(
+        f"{len(manifest.shards)} shards, {tokens:,} tokens: "
+        "every frame decodes and every hash agrees"
+    )
+
+
+if __name__ == "__main__":
+    main()

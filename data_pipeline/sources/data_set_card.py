@@ -1,0 +1,156 @@
+"""What a data set's own files say of where its data lies: it must be its own.
+
+README.md and .huggingface.yaml are a stranger's. The library `datasets` follows what they name
+under `data_files` and `data_dir`, to any path of this machine, other repository or address. So they
+are looked at before the library sees them, and what it found is looked at again before it is read.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.common.file_names import leads_out
+from data_pipeline.errors import SourceUnreadableError
+
+CARDS = ("README.md", ".huggingface.yaml")
+OTHER_FILES = ("dataset_infos.json",)
+"""What the library also reads before any data."""
+
+_MOST_CARD_BYTES = 4 << 20
+"""A list of 2,000 configs takes 1 MiB, and the library half a minute."""
+_MOST_NODES = 1 << 20
+_KEYS = ("data_files", "data_dir")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def require_own_files(shown: str, read: Callable[[str, int], bytes | None]) -> None:
+    """See that a data set names no files but its own.
+
+    `read` gives a file of the data set by its name, or None if it is not there; at most so many
+    bytes of it. Raises what it raises, and SourceUnreadableError.
+    """
+    for name in (*CARDS, *OTHER_FILES):
+        content = read(name, _MOST_CARD_BYTES + 1)
+        if content is None:
+            continue
+        if len(content) > _MOST_CARD_BYTES:
+            raise SourceUnreadableError(
+                f"{shown}: its {name} is longer than {_MOST_CARD_BYTES:,} bytes; download the data "
+                "set and name its files"
+            )
+        if name in CARDS:
+            _require_own(content.decode("utf-8", "replace"), shown, name)
+
+
+def read_card(folder: Path, name: str, num_bytes: int) -> bytes | None:
+    """The first bytes of a file of a folder; None if it is not there. Raises OSError."""
+    path = folder / name
+    if not path.is_file():
+        if os.path.lexists(path):  # a pipe, for which the library would wait forever
+            raise SourceUnreadableError(f"{path}: not a regular file; remove it, or replace it")
+        return None
+    with path.open("rb") as file:
+        return file.read(num_bytes)
+
+
+def require_within(addresses: Iterable[str], root: str, shown: str) -> None:
+    """See that files which the library found lie in the data set, links followed.
+
+    `root` is its folder, or its address on the hub. Raises SourceUnreadableError.
+    """
+    for address in addresses:
+        if "://" in root:
+            is_own = address.startswith(f"{root}/") and ".." not in address.split("/")
+        else:
+            is_own = not leads_out(Path(address), Path(root))
+        if not is_own:
+            raise SourceUnreadableError(
+                f"{shown}: its file {address} lies outside of it, or is a link out of it; copy the "
+                "file into the data set, or give it as a --source of its own"
+            )
+
+
+def _require_own(text: str, shown: str, name: str) -> None:
+    first_line = 1
+    if name == CARDS[0]:
+        from huggingface_hub.repocard import REGEX_YAML_BLOCK  # what the library reads, no more
+
+        match = REGEX_YAML_BLOCK.search(text)
+        if match is None:
+            return
+        first_line += text.count("\n", 0, match.start(2))
+        text = match[2]
+    try:
+        root = yaml.compose(text, Loader=_LOADER)
+        if root is not None and _num_nodes(root, {}) > _MOST_NODES:
+            raise yaml.YAMLError("it repeats itself too often")
+        found = [] if root is None else list(_named_files(root, set()))
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SourceUnreadableError(
+            f"{shown}: the YAML of its {name} cannot be read ({reason}); mend it, or name the data "
+            "files"
+        ) from None
+    for key, node in found:
+        if not _is_own(node.value):
+            line = first_line + node.start_mark.line
+            raise SourceUnreadableError(
+                f"{shown}: line {line} of its {name} names {node.value[:100]!r} under {key!r}, and "
+                "a data set may only name its own files; remove the line, or give what it names as "
+                "a --source of its own"
+            )
+
+
+def _is_own(path: str) -> bool:
+    """Whether a path, or a pattern, stays below the folder that it begins in.
+
+    >>> [_is_own(path) for path in ("data/*.parquet", "../a.txt", "file:/etc/passwd", "~/a.txt")]
+    [True, False, False, False]
+    """
+    return (
+        path.isprintable()
+        and not path.startswith(("/", "\\", "~"))
+        and "::" not in path
+        and _SCHEME.match(path) is None
+        and ".." not in re.split(r"[/\\]", path)
+    )
+
+
+def _num_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, those of aliases counted each time."""
+    if (found := known.get(id(node))) is not None:
+        return found
+    known[id(node)] = _MOST_NODES + 1  # of a node that is within itself
+    known[id(node)] = 1 + sum(_num_nodes(child, known) for child in _children(node))
+    return known[id(node)]
+
+
+def _named_files(node: yaml.Node, seen: set[int]) -> Iterator[tuple[str, yaml.ScalarNode]]:
+    """The key and the node of each path that is named, wherever it stands."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in _KEYS:
+                yield from ((key.value, scalar) for scalar in _scalars(value))
+    for child in _children(node):
+        yield from _named_files(child, seen)
+
+
+def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    for child in _children(node):
+        yield from _scalars(child)
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [each for pair in node.value for each in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []

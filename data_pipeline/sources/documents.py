@@ -1,0 +1,246 @@
+"""The two things that every source speaks of: a document, and a slice that holds documents.
+
+A slice can be read without the other slices, by any process; its stamp says whether what it names
+is still what was listed.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path
+
+from data_pipeline.common.regular_files import open_file
+from data_pipeline.common.shown_names import shown_names
+from data_pipeline.errors import BadRecordError, SourceUnreadableError
+from data_pipeline.redaction import place_of, shown_url
+from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.sources.record_limits import is_longer, too_long
+
+STAMPED_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, where it came from, and what the source says about it."""
+
+    text: str
+    position: str
+    """For messages: `web.jsonl:12` (lines from 1), `a.parquet row 7` (rows from 0), a module."""
+    language: str | None = None
+    """Only when `Columns.language` asks for it."""
+    language_score: float | None = None
+    """Only when `Columns.language_score` asks for it."""
+    response: str | None = None
+    """Of an instruction, which is the text then: only when `ExampleColumns` asks for it."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Cause and place of each part of its record that is in no document."""
+
+    @property
+    def content(self) -> bytes:
+        """What tells it from other documents: UTF-8 of the text and, after a NUL, the response."""
+        text = self.text if self.response is None else f"{self.text}\0{self.response}"
+        return text.encode("utf-8", "surrogatepass")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns or keys of a record that are read. None: not read."""
+
+    text: str = "text"
+    language: str | None = None
+    language_score: str | None = None
+    html: bool = False
+    """Whether the text of HTML pages is read."""
+
+
+AnyColumns = Columns | ExampleColumns
+OnBadRecord = Callable[[BadRecordError], None]
+"""What is done with a malformed record: raises the error, or returns to have it left out."""
+
+
+def stop_at_bad_record(error: BadRecordError) -> None:
+    """Raises the error."""
+    raise error
+
+
+def stop_or_skip(error: BadRecordError) -> None:
+    """Raises the error where a command has --on-bad-record, which its sentence then names."""
+    raise BadRecordError(
+        f"{error}; or leave out such records, counted, with --on-bad-record skip",
+        error.cause,
+        error.place,
+    )
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One independently readable part of a source; `dataclasses.asdict` gives its JSON."""
+
+    kind: str
+    """`pydocs`, `parquet`, `jsonl`, `text`, `lines` (of text), `html`, `zip` or `hub`."""
+    path: str
+    """An absolute path or URL; a hub name with its config; `modules` or `topics` of pydocs."""
+    start: int
+    """First row group, hub shard, file of pydocs or of a zip. Other files are never cut: 0 to 1."""
+    stop: int
+    """One past the last."""
+    size_bytes: int
+    """Bytes of input, for progress and for balancing; 0 if unknown."""
+    stamp: str
+    """Hexadecimal digest of the content that was listed."""
+
+    @property
+    def identity(self) -> tuple[str, str, int, int, int, str]:
+        """What it reads, whatever the login and the signature that it is read by."""
+        return (
+            self.kind,
+            place_of(self.path),
+            self.start,
+            self.stop,
+            self.size_bytes,
+            self.stamp,
+        )
+
+
+def file_stamp(path: Path) -> str:
+    """Digest of a regular file's size and of its first and last 64 KiB. Raises OSError."""
+    with os.fdopen(open_file(path), "rb") as file:
+        head = file.read(STAMPED_BYTES)
+        size_bytes = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size_bytes - STAMPED_BYTES))
+        tail = file.read(STAMPED_BYTES)
+    return stamp_of(size_bytes, head, tail)
+
+
+def stamp_of(size_bytes: int, head: bytes, tail: bytes) -> str:
+    """Digest of a file's size and of its first and last 64 KiB."""
+    return hashlib.sha256(b"%d:" % size_bytes + head + tail).hexdigest()
+
+
+def require_stamp(piece: Slice, stamp: str) -> None:
+    """Raises SourceUnreadableError when what a slice names has changed since it was listed."""
+    if stamp != piece.stamp:
+        raise SourceUnreadableError(
+            f"{shown_url(piece.path)}: changed since it was listed; "
+            "bring it back, or list the source again: run the command again, and where "
+            "`megaback shards plan` made the plan, that one with --overwrite"
+        )
+
+
+def documents_of(
+    record: Mapping[str, object], columns: AnyColumns, where: str, position: str
+) -> list[Document]:
+    """The document of one record, or its examples.
+
+    Raises BadRecordError, which begins with `where`.
+    """
+    if isinstance(columns, ExampleColumns):
+        found = columns.read(record, where)
+        documents = [
+            Document(example.instruction, position, response=example.response)
+            for example in found.examples
+        ]
+        documents[0] = replace(documents[0], left_out=tuple(found.left_out))
+        return documents
+    text = _value(record, columns.text, "text", "--text-column", where)
+    if not isinstance(text, str):
+        raise _bad_value(record, columns.text, text, "text", where)
+    language = _language(record, columns.language, where) if columns.language else None
+    score = _score(record, columns.language_score, where) if columns.language_score else None
+    return [Document(text, position, language, score)]
+
+
+def require_short(documents: Iterable[Document], where: str, max_record_bytes: int) -> None:
+    """Raises BadRecordError, beginning with `where`, when one of a record's texts is too long."""
+    for document in documents:
+        if any(is_longer(text, max_record_bytes) for text in (document.text, document.response)):
+            raise too_long(where, max_record_bytes)
+
+
+def require_no_columns(columns: AnyColumns, source: str) -> None:
+    """Raises SourceUnreadableError when a source without columns is asked for any."""
+    if isinstance(columns, ExampleColumns):
+        raise SourceUnreadableError(
+            f"{source}: this source has no columns, so no instructions; "
+            "name one of jsonl or parquet, or a data set of the hub"
+        )
+    asked = {
+        "--language-column": columns.language,
+        "--language-score-column": columns.language_score,
+    }
+    for option, column in asked.items():
+        if column is not None:
+            raise SourceUnreadableError(
+                f"{source}: this source has no columns, so no column {column!r}; leave out {option}"
+            )
+
+
+def require_columns(columns: AnyColumns, found: Iterable[str], source: str) -> None:
+    """Raises SourceUnreadableError when a source lacks a column that is asked for."""
+    if isinstance(columns, ExampleColumns):
+        columns.found_in(found, source)
+        return
+    names = list(found)
+    for column, option, content in asked_columns(columns):
+        if column not in names:
+            raise SourceUnreadableError(
+                f"{source}: no column {column!r}; the columns are {shown_names(names)}: "
+                f"name the one with the {content} with {option}"
+            )
+
+
+def asked_columns(columns: Columns) -> Iterator[tuple[str, str, str]]:
+    """Name, option and content of each column that is asked for."""
+    yield columns.text, "--text-column", "text"
+    if columns.language is not None:
+        yield columns.language, "--language-column", "language"
+    if columns.language_score is not None:
+        yield columns.language_score, "--language-score-column", "language's score"
+
+
+def _language(record: Mapping[str, object], column: str, where: str) -> str | None:
+    value = _value(record, column, "language", "--language-column", where)
+    if value is None or isinstance(value, str):
+        return value
+    raise _bad_value(record, column, value, "text", where)
+
+
+def _score(record: Mapping[str, object], column: str, where: str) -> float | None:
+    value = _value(record, column, "language's score", "--language-score-column", where)
+    if value is None:
+        return None
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        try:
+            score = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            score = math.inf
+        if math.isfinite(score):
+            return score
+        raise _bad_value(record, column, value, "a finite number", where)
+    raise _bad_value(record, column, value, "a number", where)
+
+
+def _value(
+    record: Mapping[str, object], column: str, content: str, option: str, where: str
+) -> object:
+    if column not in record:
+        raise BadRecordError(
+            f"{where}: no column {column!r}; the columns are {shown_names(record)}: "
+            f"name the one with the {content} with {option}, or remove the record",
+            f"no column {column!r}",
+        )
+    return record[column]
+
+
+def _bad_value(
+    record: Mapping[str, object], column: str, value: object, wanted: str, where: str
+) -> BadRecordError:
+    found = "null" if value is None else f"of type {type(value).__name__}, not {wanted}"
+    return BadRecordError(
+        f"{where}: column {column!r} is {found} "
+        f"(the columns are {shown_names(record)}); fix or remove the record",
+        f"column {column!r} is {found}",
+    )

@@ -1,0 +1,153 @@
+"""Documents from files: parquet by row groups, zip archives by files, and whole files.
+
+Local and remote files are listed and read alike; remote ones are looked at by a few threads.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from data_pipeline.errors import SourceMissingError, SourceUnreadableError
+from data_pipeline.redaction import is_url, shown_url
+from data_pipeline.sources.content import read_content
+from data_pipeline.sources.decompression import COMPRESSIONS, CORRUPT_ERRORS, corrupt, decompressed
+from data_pipeline.sources.documents import (
+    AnyColumns,
+    Document,
+    OnBadRecord,
+    Slice,
+    require_no_columns,
+    require_stamp,
+)
+from data_pipeline.sources.files import DataFile, kind_of, look_at, name_of
+from data_pipeline.sources.html_text import require_html_reader
+from data_pipeline.sources.parquet import list_parquet_slices, read_parquet_slice
+from data_pipeline.sources.zip_files import list_zip_slices, read_zip_slice
+from data_pipeline.storage.address_variables import kept
+
+_LISTING_THREADS = 16
+_LONGEST_FIRST_LINE_BYTES = 4 << 20
+
+
+def list_files(
+    addresses: Iterable[str],
+    columns: AnyColumns,
+    *,
+    skips_bad: bool | None = None,
+    kind: str | None = None,
+) -> list[Slice]:
+    """The slices of files, in the order of the files; `kind` None is told by their suffixes.
+
+    A parquet file whose columns do not fit is an error. If others' do, `skips_bad` lists it
+    nevertheless: each of its rows is a malformed record then. None: nobody can ask for that.
+    Raises SourceMissingError, SourceUnreadableError, BackendError.
+    """
+    addresses = [kept(address) for address in addresses]
+    list_file = partial(_list_file, columns=columns, kind=kind)
+    if any(is_url(address) for address in addresses):
+        # Each of thousands of files costs a few round trips and hardly any work.
+        pool = ThreadPoolExecutor(_LISTING_THREADS)
+        try:
+            listed = list(pool.map(list_file, addresses))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    else:
+        listed = [list_file(address) for address in addresses]
+    faults = [fault for _, fault in listed if fault]
+    if faults and len(faults) == sum(bool(slices) for slices, _ in listed):
+        raise SourceUnreadableError(faults[0])
+    if faults and not skips_bad:
+        cure = "; or leave out the rows of such files, counted, with --on-bad-record skip"
+        raise SourceUnreadableError(f"{faults[0]}{'' if skips_bad is None else cure}")
+    return [piece for slices, _ in listed for piece in slices]
+
+
+def read_file(
+    piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord, max_record_bytes: int
+) -> Iterator[Document]:
+    """The documents of one slice of a file. Raises SourceUnreadableError, BadRecordError."""
+    shown = shown_url(piece.path)
+    try:
+        file = look_at(piece.path)
+        require_stamp(piece, file.stamp)
+        how = (columns, on_bad_record, max_record_bytes)
+        if piece.kind == "parquet":
+            yield from read_parquet_slice(file, piece, *how)
+        elif piece.kind == "zip":
+            yield from read_zip_slice(file, piece, *how)
+        else:
+            chunks = _chunks(file, piece.path, max_record_bytes)
+            yield from read_content(piece.kind, shown, chunks, *how)
+        if is_url(piece.path):  # not all servers tell with each part which version it is of
+            require_stamp(piece, look_at(piece.path).stamp)
+    except CORRUPT_ERRORS as error:
+        raise corrupt(shown, error) from None
+    except OSError as error:
+        raise refused(shown, error) from None
+
+
+def holds_records(address: str, max_record_bytes: int) -> bool:
+    """Whether a file begins with an array, or with a line that is a JSON object by itself.
+
+    Raises SourceUnreadableError.
+    """
+    head = b""
+    try:
+        for chunk in _chunks(look_at(address), address, max_record_bytes):
+            head = (head + chunk).lstrip()
+            if b"\n" in head or head.startswith(b"[") or len(head) > _LONGEST_FIRST_LINE_BYTES:
+                break
+        first_line = head.removeprefix(codecs.BOM_UTF8).partition(b"\n")[0]
+        return first_line.startswith(b"[") or isinstance(json.loads(first_line), dict)
+    except CORRUPT_ERRORS:
+        return False
+    except (ValueError, RecursionError):  # a list of records over many lines, most often
+        return False
+    except OSError as error:
+        raise refused(shown_url(address), error) from None
+
+
+def refused(address: str, error: OSError) -> SourceUnreadableError:
+    """The sentence for a file that the operating system or a server does not give."""
+    return SourceUnreadableError(
+        f"{address}: {error.strerror or error}; check that the file is there and may be read"
+    )
+
+
+def _list_file(
+    address: str, columns: AnyColumns, kind: str | None
+) -> tuple[list[Slice], str | None]:
+    """A file's slices, and why none of its rows can be read, if that is so."""
+    kind = kind or kind_of(address) or ""
+    shown = shown_url(address)
+    try:
+        file = look_at(address)
+        if kind == "parquet":
+            parquet = list_parquet_slices(file, address, columns)
+            return parquet.slices, parquet.fault and f"{shown}: {parquet.fault}"
+        if kind == "zip":
+            slices, has_columns = list_zip_slices(file, address, columns)
+            if not has_columns:
+                require_no_columns(columns, shown)
+            return slices, None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and is_url(address):
+            raise SourceMissingError(
+                f"{shown}: {error.strerror or 'there is no such file'}; check the address"
+            ) from None
+        raise refused(shown, error) from None
+    if kind == "html":
+        require_html_reader()
+    if kind in ("text", "html", "lines"):
+        require_no_columns(columns, shown)
+    if file.size_bytes == 0 and name_of(address).suffix.lower() in COMPRESSIONS:
+        raise corrupt(shown, "it has no bytes")
+    return [Slice(kind, address, 0, 1, file.size_bytes, file.stamp)], None
+
+
+def _chunks(file: DataFile, address: str, max_record_bytes: int) -> Iterator[bytes]:
+    """The file's bytes, decompressed, in pieces. Raises what the decompressors raise."""
+    with file.stream() as stream:
+        yield from decompressed(stream, name_of(address).suffix, file.shown, max_record_bytes)

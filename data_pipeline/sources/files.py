@@ -1,0 +1,117 @@
+"""The files of a source, wherever they lie: told apart, looked at and opened in one way.
+
+A file has an address: an absolute path on this machine, or a URL. Paths are read natively.
+"""
+
+import os
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, Protocol
+
+from data_pipeline.common.regular_files import open_file
+from data_pipeline.redaction import is_url, shown_url
+from data_pipeline.sources.decompression import COMPRESSIONS
+from data_pipeline.sources.documents import file_stamp
+from data_pipeline.storage import remote_file
+
+_KINDS = {
+    ".parquet": "parquet",
+    **dict.fromkeys((".jsonl", ".jsonlines", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst"), "text"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
+    ".zip": "zip",
+}
+FILE_KINDS = frozenset({*_KINDS.values(), "lines"})
+_WHOLE = ("parquet", "zip")
+"""Kinds that are compressed by themselves."""
+SUFFIXES = (
+    f"{', '.join(_KINDS)} (all but .parquet and .zip also with {', '.join(COMPRESSIONS)}; "
+    "HTML with --html)"
+)
+"""What can be read, for messages."""
+_LOCAL_URL = "file://"
+_PARQUET_BUFFER_BYTES = 1 << 20
+
+
+class DataFile(Protocol):
+    """A file of a source, looked at once."""
+
+    shown: str
+    """Its address, for messages."""
+    size_bytes: int
+    stamp: str
+
+    def stream(self) -> BinaryIO:
+        """The bytes from the first to the last. Raises OSError, SourceUnreadableError."""
+
+    def parquet(self) -> tuple[Any, int]:
+        """What parquet's reader opens, and how many bytes of a column it should read at once."""
+
+
+class LocalFile:
+    """A file on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, also for what is not a regular file."""
+        self.shown = str(path)
+        self.size_bytes = path.stat().st_size
+        self.stamp = file_stamp(path)
+        self._path = path
+
+    def stream(self) -> BinaryIO:
+        return os.fdopen(open_file(self._path), "rb")
+
+    def parquet(self) -> tuple[Any, int]:
+        return self._path, _PARQUET_BUFFER_BYTES
+
+
+class UrlFile:
+    """A file behind a URL."""
+
+    def __init__(self, url: str) -> None:
+        """Raises FileNotFoundError, SourceUnreadableError, BackendError."""
+        self._file = remote_file.RemoteFile(url)
+        self.shown = shown_url(url)
+        self.size_bytes = self._file.size_bytes
+        self.stamp = self._file.stamp()
+
+    def stream(self) -> BinaryIO:
+        return self._file.buffered()
+
+    def parquet(self) -> tuple[Any, int]:
+        # Columns are read in turn: one buffer before them all would be filled again at each turn.
+        return self._file, remote_file.BLOCK_BYTES
+
+
+def look_at(address: str) -> DataFile:
+    """Looks at a file. Raises OSError, SourceUnreadableError, BackendError."""
+    return UrlFile(address) if is_url(address) else LocalFile(Path(address))
+
+
+def local_path(source: str) -> Path | None:
+    """The path that a source names; None for the URL of another machine."""
+    if source.startswith(_LOCAL_URL):
+        return Path(source.removeprefix(_LOCAL_URL))
+    return None if is_url(source) else Path(source).expanduser()
+
+
+def name_of(address: str) -> PurePath:
+    """The last part of an address."""
+    path = remote_file.url_path(address) if is_url(address) else PurePath(address)
+    return PurePath(path.name)
+
+
+def kind_of(address: str) -> str | None:
+    """`parquet`, `jsonl`, `text`, `html` or `zip` by the suffix; None for what is not read."""
+    name = name_of(address)
+    suffix = name.suffix.lower()
+    if suffix in COMPRESSIONS:
+        kind = _KINDS.get(PurePath(name.stem).suffix.lower())
+        return None if kind in _WHOLE else kind
+    return _KINDS.get(suffix)
+
+
+def suffix_of(address: str) -> str:
+    """The suffix, and before that of a compression the one of what is compressed."""
+    name = name_of(address)
+    inner = PurePath(name.stem).suffix if name.suffix.lower() in COMPRESSIONS else ""
+    return f"{inner}{name.suffix}".lower()

@@ -1,0 +1,234 @@
+"""The files of a source: those that can be read, and by cause those that are left out.
+
+Nothing is left out without being counted: hidden files, suffixes that are not read, texts beside
+data. Links to folders are followed, each folder once, so that a loop of links ends.
+"""
+
+import glob
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from data_pipeline.errors import SourceMissingError
+from data_pipeline.redaction import is_url, shown_url
+from data_pipeline.sources.files import SUFFIXES, kind_of, local_path, look_at, suffix_of
+from data_pipeline.sources.skipped import FILES, Skipped, count_skipped, merged, skipped_lines
+from data_pipeline.sources.zip_files import zip_members
+from data_pipeline.storage import remote_file
+
+_MAX_CAUSES = 30  # a folder of logs has a suffix for each day
+_TEXT_BESIDE_DATA = "text beside data, often a README or a license: name such files to read them"
+_LINK_TO_READ = "link to a folder that is read already"
+
+
+@dataclass
+class _Found:
+    """What a source names, before anything is looked at."""
+
+    files: list[str] = field(default_factory=list)
+    """Named by themselves, or matched by a pattern."""
+    folders: list[list[str]] = field(default_factory=list)
+    """The files below each folder that is named or matched."""
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """Cause and address."""
+    linked: list[str] = field(default_factory=list)
+    """Where the links to folders lead that were followed."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a source."""
+
+    readable: list[str]
+    """Their addresses, sorted."""
+    skipped: Skipped
+    linked: list[str]
+    """Folders outside of the source that links in it lead to."""
+
+
+def find_files(source: str, *, html: bool = False) -> Files:
+    """The files of a source.
+
+    `html`: whether HTML pages are read. Raises OSError, SourceMissingError, SourceUnreadableError,
+    BackendError.
+    """
+    path = local_path(source)
+    if path is None:
+        files, folders, hidden = remote_file.find(source)
+        found = _Found(files, folders, [("hidden", address) for address in hidden])
+    elif source in ("", "file://"):  # Path("") would be the folder we are in
+        found = _Found()
+    else:
+        found = _find_local(path)
+    shown = shown_url(source)
+    if not found.files and not found.folders:
+        raise SourceMissingError(
+            f"{shown or '(empty)'}: there is no such file or folder, "
+            "and no file matches it as a pattern; a source is `pydocs`, a path, a URL, "
+            "a quoted pattern, or `hf:NAME` on the hub"
+        )
+    finder = _Sorter(html, found.left_out)
+    readable = set(finder.readable(found.files))
+    for below in found.folders:
+        readable.update(finder.data_of(below))
+    # Of overlapping matches of a pattern, one may read what another one leaves out.
+    skipped = _counted({each for each in finder.left_out if each[1] not in readable})
+    if not readable:
+        why = "; ".join(skipped_lines(skipped))
+        raise SourceMissingError(
+            f"{shown}: no file has a suffix that can be read{why and f' ({why})'}: {SUFFIXES}"
+        )
+    in_order = sorted(readable, key=lambda address: address.split("/"))
+    return Files(in_order, skipped, found.linked)
+
+
+class _Sorter:
+    """Tells files that can be read from the others, of which it notes the causes."""
+
+    def __init__(self, html: bool, left_out: list[tuple[str, str]]) -> None:
+        self._html = html
+        self.left_out = left_out
+
+    def readable(self, files: Iterable[str]) -> dict[str, str]:
+        """The files that can be read, each as `data` or `text`."""
+        kinds = {}
+        for address in files:
+            kind = kind_of(address)
+            if kind == "html" and not self._html:
+                self._leave_out("an HTML page, which is read with --html", address)
+            elif kind is None:
+                suffix = suffix_of(address)
+                cause = f"suffix {suffix} is not read" if suffix else "name without a suffix"
+                self._leave_out(cause, address)
+            elif not _is_regular(address):
+                self._leave_out("not a regular file", address)
+            elif kind != "zip":
+                kinds[address] = "text" if kind in ("text", "html") else "data"
+            elif kind := self._kind_of_zip(address):
+                kinds[address] = kind
+        return kinds
+
+    def data_of(self, files: Iterable[str]) -> list[str]:
+        """The files of a folder that hold its data: its texts, where it holds nothing else."""
+        kinds = self.readable(files)
+        if "data" not in kinds.values():
+            return list(kinds)
+        for address, kind in kinds.items():
+            if kind == "text":
+                self._leave_out(_TEXT_BESIDE_DATA, address)
+        return [address for address, kind in kinds.items() if kind == "data"]
+
+    def _kind_of_zip(self, address: str) -> str | None:
+        members, left_out = zip_members(look_at(address), html=self._html)
+        for cause, member in left_out:
+            self._leave_out(cause, f"{address}/{member}")
+        if not members:
+            self._leave_out("zip without a file that can be read", address)
+            return None
+        return "text" if members[0].is_text else "data"
+
+    def _leave_out(self, cause: str, address: str) -> None:
+        self.left_out.append((cause, address))
+
+
+def _counted(left_out: set[tuple[str, str]]) -> Skipped:
+    numbers = Counter(cause for cause, _ in left_out)
+    frequent = sorted(numbers, key=lambda cause: (-numbers[cause], cause))[:_MAX_CAUSES]
+    skipped: Skipped = {}
+    for cause, address in sorted(left_out, key=lambda item: (item[0], item[1].split("/"))):
+        shown = shown_url(address)
+        count_skipped(skipped, FILES, cause if cause in frequent else "other suffixes", shown)
+    return merged([skipped])
+
+
+def _is_regular(address: str) -> bool:
+    """False for a pipe or a device, which may never end. A link to nothing fails when read."""
+    if is_url(address):
+        return True
+    try:
+        return stat.S_ISREG(os.stat(address).st_mode)  # noqa: PTH116
+    except FileNotFoundError:
+        return True
+
+
+def _find_local(path: Path) -> _Found:
+    # Path.glob takes no absolute patterns.
+    matches = [path] if path.exists() else glob.glob(str(path), recursive=True)  # noqa: PTH207
+    # Not resolved: the files that a hub cache links to have no suffix.
+    found = _Found()
+    for match in sorted({os.path.abspath(match) for match in matches}):  # noqa: PTH100
+        if not os.path.lexists(match):
+            continue  # a path with more links than the system follows: a loop of links
+        if not os.path.isdir(match):  # noqa: PTH112
+            found.files.append(match)
+        else:
+            found.folders.append(list(_files_below(match, found)))
+    if "**" in str(path):
+        _keep_one_way_to_each_file(found)
+    return found
+
+
+def _keep_one_way_to_each_file(found: _Found) -> None:
+    """Of the ways that `**` finds to a file by following links, keep the one with fewest links."""
+    is_link = cache(os.path.islink)
+
+    def num_links(address: str) -> int:
+        return sum(is_link(str(parent)) for parent in Path(address).parents)
+
+    ways: dict[tuple[str, str], list[str]] = {}
+    for address in {*found.files, *(each for below in found.folders for each in below)}:
+        folder, name = os.path.split(address)
+        ways.setdefault((os.path.realpath(folder), name), []).append(address)
+    kept = {
+        min(each, key=lambda way: (num_links(way), way.count("/"), way)) for each in ways.values()
+    }
+    found.files = [address for address in found.files if address in kept]
+    found.folders = [[each for each in below if each in kept] for below in found.folders]
+
+
+def _files_below(root: str, found: _Found) -> Iterator[str]:
+    """The files below a folder, and below the folders that links in it name: each folder once.
+
+    Real folders come first, so that a link changes nothing in how they are called.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    above = {str(parent) for parent in Path(root).resolve().parents}
+    seen: set[tuple[int, int]] = set()
+    links = [root]
+    while links:
+        start = links.pop(0)
+        if start != root and (os.path.realpath(start) in above or _identity(start) in seen):
+            found.left_out.append((_LINK_TO_READ, start))
+            continue
+        if start != root:
+            found.linked.append(os.path.realpath(start))
+        for folder, subfolders, names in os.walk(start, onerror=stop):
+            seen.add(_identity(folder))
+            hidden = [name for name in (*subfolders, *names) if name.startswith(".")]
+            found.left_out += [("hidden", f"{folder}/{name}") for name in hidden]
+            real = []
+            for name in subfolders:
+                path = f"{folder}/{name}"
+                if name in hidden:
+                    continue
+                if os.path.islink(path):  # noqa: PTH114
+                    links.append(path)
+                elif _identity(path) in seen:
+                    found.left_out.append((_LINK_TO_READ, path))
+                else:
+                    real.append(name)
+            subfolders[:] = real
+            yield from (f"{folder}/{name}" for name in names if name not in hidden)
+        links.sort()
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)  # noqa: PTH116
+    return status.st_dev, status.st_ino

@@ -1,0 +1,163 @@
+"""JSON values that are not a line each: elements of an array, or objects over several lines.
+
+Memory is bounded by a few times the longest element, not by the file.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from data_pipeline.errors import SourceUnreadableError
+from data_pipeline.sources.record_limits import (
+    DEFAULT_MAX_RECORD_BYTES,
+    holds_too_many_values,
+    max_values,
+)
+
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_MIN_READ_CHARACTERS = 1 << 16
+# An element that is cut may be reported a little before the end of what was read.
+_LONGEST_TOKEN_CHARACTERS = 32
+
+
+def read_array(
+    chunks: Iterator[bytes], shown: str, max_characters: int = DEFAULT_MAX_RECORD_BYTES
+) -> Iterator[tuple[int, Any]]:
+    """The elements with their numbers, from 1. Raises SourceUnreadableError, UnicodeDecodeError.
+
+    What is malformed in an array, or too long, hides where its next element begins, so that it
+    cannot be left out.
+    """
+    text = _Text(chunks, max_characters)
+    text.require("[", shown, 0)
+    number = 0
+    if text.next_is("]"):
+        text.take()
+    else:
+        while True:
+            number += 1
+            yield number, text.element(shown, number)
+            if text.next_is("]"):
+                text.take()
+                break
+            text.require(",", shown, number)
+    if text.peek():
+        raise _malformed(shown, number, "something follows the array")
+
+
+def read_values(
+    chunks: Iterator[bytes], shown: str, max_characters: int = DEFAULT_MAX_RECORD_BYTES
+) -> Iterator[tuple[int, Any]]:
+    """Values one after another, with their numbers, from 1. Raises as `read_array`."""
+    text = _Text(chunks, max_characters)
+    number = 0
+    while text.peek():
+        number += 1
+        yield number, text.element(shown, number)
+
+
+class _Text:
+    """The text of a file, of which what was read and not yet taken is held."""
+
+    def __init__(self, chunks: Iterator[bytes], max_characters: int) -> None:
+        self._chunks = chunks
+        self._max_characters = max_characters
+        self._max_values = max_values(max_characters)
+        self._put_back = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._json = json.JSONDecoder()
+        self._buffer = ""
+        self._start = 0
+        self._is_whole = False
+
+    def peek(self) -> str:
+        """The next character that is not blank; empty at the end."""
+        while True:
+            self._start = _BLANKS.match(self._buffer, self._start).end()  # type: ignore[union-attr]
+            if self._start < len(self._buffer):
+                return self._buffer[self._start]
+            if not self._read(1):
+                return ""
+
+    def next_is(self, character: str) -> bool:
+        return self.peek() == character
+
+    def take(self) -> None:
+        self._start += 1
+
+    def require(self, character: str, shown: str, number: int) -> None:
+        """Take a character. Raises SourceUnreadableError if the next one is another."""
+        found = self.peek()
+        if found != character:
+            what = f"{found!r} stands where {character!r} must" if found else "the file is cut"
+            raise _malformed(shown, number, what)
+        self.take()
+
+    def element(self, shown: str, number: int) -> Any:
+        """Take one value. Raises SourceUnreadableError."""
+        self.peek()
+        self._hold_at_most(self._max_values)  # of so many characters, no more values come
+        while True:
+            try:
+                value, stop = self._json.raw_decode(self._buffer, self._start)
+            except json.JSONDecodeError as error:
+                is_cut = error.msg.startswith("Unterminated string") or (
+                    error.pos >= len(self._buffer) - _LONGEST_TOKEN_CHARACTERS
+                )
+                if is_cut:
+                    self._require_short(len(self._buffer), shown, number)
+                # Read as much again as there is: a long element is parsed a few times only.
+                least = min(len(self._buffer) - self._start, self._max_values)
+                if not is_cut or not self._read(least):
+                    raise _malformed(shown, number, error.msg) from None
+            except (ValueError, RecursionError) as error:
+                raise _malformed(shown, number, str(error)) from None
+            else:
+                # A number may go on in what was not read yet.
+                if stop < len(self._buffer) or not self._read(1):
+                    self._require_short(stop, shown, number)
+                    self._start = stop
+                    return value
+
+    def _require_short(self, stop: int, shown: str, number: int) -> None:
+        """Raises SourceUnreadableError for an element of which too much stands before `stop`."""
+        most = self._max_characters
+        if stop - self._start <= self._max_values:
+            return
+        is_long = stop - self._start > most
+        if is_long or holds_too_many_values(self._buffer[self._start : stop], most):
+            what = "is longer" if is_long else "holds more values"
+            raise SourceUnreadableError(
+                f"{shown}: element {number} {what} than --max-record-bytes {most} allows; raise "
+                "that if there is memory for 20 times as much, or write one object per line, of "
+                "which such can be left out"
+            )
+
+    def _hold_at_most(self, num_characters: int) -> None:
+        """Put back what was read beyond so many characters."""
+        stop = self._start + num_characters
+        if stop < len(self._buffer):
+            self._put_back = self._buffer[stop:] + self._put_back
+            self._buffer, self._start = self._buffer[self._start : stop], 0
+
+    def _read(self, least: int) -> bool:
+        """Hold at least `least` more characters, if there are; False if there are none."""
+        parts = [self._buffer[self._start :], self._put_back]
+        self._start, self._put_back = 0, ""
+        wanted = max(least, _MIN_READ_CHARACTERS) - len(parts[1])
+        while wanted > 0 and not self._is_whole:
+            chunk = next(self._chunks, None)
+            self._is_whole = chunk is None
+            parts.append(self._decoder.decode(chunk or b"", final=self._is_whole))
+            wanted -= len(parts[-1])
+        self._buffer = "".join(parts)
+        return len(self._buffer) > len(parts[0])
+
+
+def _malformed(shown: str, number: int, reason: str) -> SourceUnreadableError:
+    return SourceUnreadableError(
+        f"{shown}: not valid JSON (at element {number}: {reason}); fix the file, or write one "
+        "object per line"
+    )

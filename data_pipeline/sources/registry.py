@@ -1,0 +1,175 @@
+"""Documents from files, hub data sets and this Python's documentation, in independent slices.
+
+A source is `pydocs`; a file, a folder or a pattern, on this machine or behind a URL; or
+`hf:NAME[:CONFIG]`. Listing depends on what the source holds and on nothing else, so every process
+lists the same slices. Texts are passed on byte for byte, empty ones included: dropping, cleaning
+and splitting are left to the reader.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from data_pipeline.errors import ConfigError, OutputExistsError, SourceEmptyError
+from data_pipeline.redaction import is_url, place_of, shown_url
+from data_pipeline.sources.documents import (
+    AnyColumns,
+    Columns,
+    Document,
+    OnBadRecord,
+    Slice,
+    require_no_columns,
+    stop_at_bad_record,
+)
+from data_pipeline.sources.file_reader import list_files, read_file, refused
+from data_pipeline.sources.files import local_path
+from data_pipeline.sources.finding import find_files
+from data_pipeline.sources.hub import list_hub_slices, read_hub_slice
+from data_pipeline.sources.pydocs import list_pydocs_slices, read_pydocs_slice
+from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
+from data_pipeline.sources.skipped import Skipped
+from data_pipeline.storage.address_variables import kept
+
+__all__ = [
+    "AnyColumns",
+    "Columns",
+    "Document",
+    "Listing",
+    "OnBadRecord",
+    "Slice",
+    "list_slices",
+    "list_source",
+    "read_slice",
+    "require_none_shared",
+    "require_outside",
+    "stop_at_bad_record",
+]
+
+_HUB_PREFIX = "hf:"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is read of a source, and which of its files are not."""
+
+    slices: tuple[Slice, ...]
+    """In an order that only the source's contents decide."""
+    skipped: Skipped = field(default_factory=dict)
+    linked: tuple[str, ...] = ()
+    """Folders outside of the source that links in it lead to."""
+
+    def require_outside(self, source: str, out: Path) -> None:
+        """As the function does, where a link leads to `out` or to a folder above it."""
+        for folder in self.linked:
+            if out.resolve().is_relative_to(folder):
+                raise _within(source, out)
+
+
+def list_slices(source: str, columns: AnyColumns = Columns()) -> tuple[Slice, ...]:
+    """The slices of a source: see `list_source`."""
+    return list_source(source, columns).slices
+
+
+def list_source(
+    source: str,
+    columns: AnyColumns = Columns(),
+    *,
+    skips_bad: bool | None = None,
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
+) -> Listing:
+    """List a source; `skips_bad` says whether malformed records will be left out.
+
+    A folder, and a zip archive, gives the parquet and jsonl files below it or, where it has none,
+    the text files: what lies beside data is a README or a license. A file of suffix .json holds
+    one object per line, or one array. `columns` names what is read of parquet, jsonl and hub
+    records. Raises SourceMissingError, SourceEmptyError, SourceUnreadableError, BackendError.
+    """
+    skipped: Skipped = {}
+    linked: list[str] = []
+    source = kept(source)
+    if source == "pydocs":
+        require_no_columns(columns, source)
+        return Listing(list_pydocs_slices())
+    if source.startswith(_HUB_PREFIX) and not is_url(source):
+        slices = list_hub_slices(
+            source.removeprefix(_HUB_PREFIX),
+            columns,
+            skips_bad=skips_bad,
+            max_record_bytes=max_record_bytes,
+        )
+    else:
+        try:
+            html = isinstance(columns, Columns) and columns.html
+            files = find_files(source, html=html)
+            skipped, linked = files.skipped, files.linked
+            slices = list_files(files.readable, columns, skips_bad=skips_bad)
+        except OSError as error:
+            raise refused(str(error.filename or source), error) from None
+    if not any(piece.size_bytes or piece.kind in ("hub", "parquet") for piece in slices):
+        raise SourceEmptyError(
+            f"{shown_url(source)}: nothing is in it; name a source that holds text"
+        )
+    return Listing(tuple(slices), skipped, tuple(linked))
+
+
+def read_slice(
+    piece: Slice,
+    columns: AnyColumns = Columns(),
+    on_bad_record: OnBadRecord = stop_at_bad_record,
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
+) -> Iterator[Document]:
+    """The documents of one slice, in order, holding no more than a few of them in memory.
+
+    A malformed record, or one that is longer than `max_record_bytes`, is given to `on_bad_record`,
+    and left out if that returns. Raises what that raises, and SourceUnreadableError when the slice
+    is corrupt or no longer what was listed.
+    """
+    if piece.kind == "pydocs":
+        return read_pydocs_slice(piece)
+    if piece.kind == "hub":
+        return read_hub_slice(piece, columns, on_bad_record, max_record_bytes)
+    return read_file(piece, columns, on_bad_record, max_record_bytes)
+
+
+def require_outside(source: str, out: Path) -> None:
+    """Raises OutputExistsError when what is written to `out` would become part of the source."""
+    path = local_path(source)
+    if path is None:
+        return
+    if path.is_dir():
+        is_within = out.resolve().is_relative_to(path.resolve())
+    else:  # only `**` reaches into folders; what it would find there has the suffix of JSON
+        pattern = os.path.abspath(path)  # noqa: PTH100 - a pattern is not to be resolved
+        is_within = "**" in pattern and fnmatch(str(out.absolute() / "x.json"), pattern)
+    if is_within:
+        raise _within(source, out)
+
+
+def require_none_shared(train: Iterable[Slice], val: Iterable[Slice]) -> None:
+    """Raises ConfigError when a file is read for the train set and for the val set."""
+    trained_on: dict[tuple[str, str], list[Slice]] = {}
+    for piece in train:
+        trained_on.setdefault(_place(piece), []).append(piece)
+    for held_out in val:
+        for piece in trained_on.get(_place(held_out), []):
+            if piece.start < held_out.stop and held_out.start < piece.stop:
+                raise ConfigError(
+                    f"{shown_url(held_out.path)} is in both --source and --val-source, so the val "
+                    "set would be trained on; name other files for one of them, or leave "
+                    "--val-source out and use --val-fraction"
+                )
+
+
+def _place(piece: Slice) -> tuple[str, str]:
+    """What a slice is a part of, whatever links or signatures it was found by."""
+    is_local = piece.kind not in ("pydocs", "hub") and not is_url(piece.path)
+    return piece.kind, os.path.realpath(piece.path) if is_local else place_of(piece.path)
+
+
+def _within(source: str, out: Path) -> OutputExistsError:
+    return OutputExistsError(
+        f"{out} lies within the source {source}, of which it would become a part; "
+        "choose another --out"
+    )

@@ -1,0 +1,137 @@
+"""A part of a file from an HTTP server, or a clear word that the server does not give parts.
+
+Only the bytes asked for are ever held. An answer is checked against the request: status, range,
+length and the file's version.
+"""
+
+import asyncio
+import errno
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.errors import SourceUnreadableError
+from data_pipeline.storage import retries
+from data_pipeline.storage.retries import TransientError
+
+CLIENT_OPTIONS = {
+    "trust_env": True,  # the proxies of a cluster
+    "auto_decompress": False,  # what is stored compressed is decompressed here, by its suffix
+}
+_LEAST_BYTES_PER_S = 16 << 10
+"""On average: a server that sends a byte now and then has stalled as well."""
+_LEAST_PART_BYTES = 64 << 10
+"""A server may give less than it is asked for, but not a byte at a time."""
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a server or a file system says about a file."""
+
+    size_bytes: int
+    version: str | None
+    """Its ETag, checksum or else time; None when nothing of the kind is said."""
+
+
+async def fetch_facts(file_system: Any, url: str, shown: str) -> FileFacts:
+    """Size and version of a file. One request of one byte: signed URLs allow nothing but GET.
+
+    `shown` is the address for messages. Raises FileNotFoundError, PermissionError,
+    SourceUnreadableError, and errors that may pass.
+    """
+    facts, _ = await fetch_part(file_system, url, shown, 0, 1)
+    return facts
+
+
+async def fetch_range(
+    file_system: Any, url: str, shown: str, start: int, stop: int, facts: FileFacts
+) -> bytes:
+    """Bytes `start` to `stop` of a file, or as many of the first of them as the server gives.
+
+    Raises as `fetch_facts`, and SourceUnreadableError when the file is not what `facts` says.
+    """
+    found, body = await fetch_part(file_system, url, shown, start, stop)
+    if found != facts:
+        raise SourceUnreadableError(
+            f"{shown}: changed while it was read; "
+            "run the command again when nothing writes to the source"
+        )
+    return body
+
+
+async def fetch_part(
+    file_system: Any, url: str, shown: str, start: int, stop: int
+) -> tuple[FileFacts, bytes]:
+    """As `fetch_range`, of whatever file is there, with what the server says about it.
+
+    Past the file's end there are no bytes. Raises as `fetch_facts`.
+    """
+    import aiohttp
+
+    session = await file_system.set_session()
+    options = dict(file_system.kwargs)
+    headers = {
+        **options.pop("headers", {}),
+        "Accept-Encoding": "identity",
+        "Range": f"bytes={start}-{stop - 1}",
+    }
+    stall_s = retries.POLICY.stall_timeout_s
+    longest_s = stall_s + (stop - start) / _LEAST_BYTES_PER_S
+    options["timeout"] = aiohttp.ClientTimeout(total=longest_s, connect=stall_s, sock_read=stall_s)
+    async with session.get(file_system.encode_url(url), headers=headers, **options) as response:
+        _require_success(response, shown)
+        first, num_bytes, size_bytes = _answered_range(response, shown)
+        is_past_end = response.status == 416 and start >= size_bytes
+        least_bytes = min(stop - start, size_bytes - start, _LEAST_PART_BYTES)
+        if not is_past_end and (
+            first != start or not max(0, least_bytes) <= num_bytes <= stop - start
+        ):
+            raise _no_ranges(shown)
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        try:
+            body = await response.content.readexactly(num_bytes)
+        except (asyncio.IncompleteReadError, aiohttp.ClientPayloadError):
+            raise TransientError(f"the answer of {num_bytes:,} bytes broke off") from None
+        return FileFacts(size_bytes, version), body
+
+
+def _require_success(response: Any, shown: str) -> None:
+    status = response.status
+    said = f"the server answered {status} {response.reason or ''}".strip()
+    if status in (404, 410):
+        raise FileNotFoundError(errno.ENOENT, said, shown)
+    if status in (401, 403):
+        raise PermissionError(errno.EACCES, said, shown)
+    if status in retries.TRANSIENT_STATUSES:
+        raise TransientError(said, _wait_s(response.headers))
+    if status not in (200, 206, 416):
+        raise SourceUnreadableError(f"{shown}: {said}; check the address")
+
+
+def _wait_s(headers: Mapping[str, str]) -> float:
+    try:
+        return float(headers.get("Retry-After", 0))
+    except ValueError:  # a date: the usual wait will do
+        return 0.0
+
+
+def _answered_range(response: Any, shown: str) -> tuple[int, int, int]:
+    """First byte, number of bytes and size of the whole file."""
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
+    length = response.headers.get("Content-Length", "")
+    if response.status == 200 and length in ("0", "1"):  # the whole of what we asked for
+        return 0, int(length), int(length)
+    if match is None or match[3] == "*" or (match[1] is None) != (response.status == 416):
+        raise _no_ranges(shown)
+    if match[1] is None:
+        return 0, 0, int(match[3])
+    return int(match[1]), int(match[2]) - int(match[1]) + 1, int(match[3])
+
+
+def _no_ranges(shown: str) -> SourceUnreadableError:
+    return SourceUnreadableError(
+        f"{shown}: the server does not answer requests for a part of a file, by which it would be "
+        "read; download the file and name its path"
+    )

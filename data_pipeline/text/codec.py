@@ -1,0 +1,366 @@
+"""The boundary between text and ids: the only place that knows direction, unit and tokenizer.
+
+`encode` gives a document's ids in the order in which the model reads them; `render` gives the text
+in the order in which a person reads it. Building, sampling, chatting, scoring and export all go
+through here. Guarantee: `render(encode(text)) == text` for every Python string, lone surrogates
+included, and no text, whatever it spells, encodes to a control id.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.common.limits import MAX_TOKENIZER_BYTES, MAX_VOCABULARY
+from data_pipeline.common.regular_files import read_file
+from data_pipeline.errors import DirectionMismatchError, TokenizerError, TokenizerMismatchError
+from data_pipeline.text.encoder import Encoder, Ids, SentencePieceEncoder, fastest_encoder
+
+BEGIN_PIECE = "<|startoftext|>"
+END_PIECE = "<|endoftext|>"
+CHAT_PIECES = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|instruction|>",
+    "<|response|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+)
+
+# SentencePiece writes a space as U+2581, so a real U+2581 would come back as a space; and UTF-8
+# proper has no lone surrogates. Both are spelled with byte pieces instead.
+_SPACE_SYMBOL = "\u2581"
+_SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")
+# What the usual normalizations change: spaces at the ends and in a row, a ligature, a wide letter.
+_PROBE = "  a  \ufb01 \uff21\t\n e\u0301 \u00a0b "
+_RUNS = re.compile(r"\s+|\S+")
+# SentencePiece encodes this much before a faster encoder could be made and checked.
+_CHARACTERS_BEFORE_FASTEST = 1 << 17
+
+
+class Direction(str, Enum):
+    """The way in which the model reads: from the text's end, or from its beginning."""
+
+    BACKWARD = "backward"
+    FORWARD = "forward"
+
+    @property
+    def opposite(self) -> "Direction":
+        return Direction.FORWARD if self is Direction.BACKWARD else Direction.BACKWARD
+
+
+class Unit(str, Enum):
+    """What is reversed: the ids of a document, or its words before they are encoded."""
+
+    TOKEN = "token"  # noqa: S105 - a unit of text, not a secret
+    WORD = "word"
+
+
+def reverse_words(text: str) -> str:
+    """Reverse the sequence of words and of the whitespace runs between them: its own inverse.
+
+    >>> reverse_words("the  cat sat")
+    'sat cat  the'
+    """
+    return "".join(reversed(_RUNS.findall(text)))
+
+
+def _is_plain(text: str) -> bool:
+    """Whether nothing in a text must be spelled in byte pieces; faster than the regex."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return _SPACE_SYMBOL not in text
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """What every artefact carries: two artefacts can be used together when these are equal."""
+
+    direction: Direction
+    unit: Unit
+    tokenizer_sha256: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {
+            "direction": self.direction.value,
+            "unit": self.unit.value,
+            "tokenizer_sha256": self.tokenizer_sha256,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "TextFormat":
+        """Raises KeyError or ValueError when a field is missing or has no such value."""
+        return cls(
+            Direction(fields["direction"]), Unit(fields["unit"]), str(fields["tokenizer_sha256"])
+        )
+
+    def require_same(self, other: "TextFormat", this: str, that: str) -> None:
+        """Refuse to use two artefacts together, naming both values.
+
+        Raises TokenizerMismatchError or DirectionMismatchError; `this` and `that` are how the two
+        artefacts are called in the message.
+        """
+        if self.tokenizer_sha256 != other.tokenizer_sha256:
+            raise TokenizerMismatchError(
+                f"{this} was made with tokenizer {self.tokenizer_sha256[:12]} and {that} with "
+                f"tokenizer {other.tokenizer_sha256[:12]}; use artefacts made with one tokenizer"
+            )
+        for name, mine, theirs in (
+            ("direction", self.direction.value, other.direction.value),
+            ("unit", self.unit.value, other.unit.value),
+        ):
+            if mine != theirs:
+                raise DirectionMismatchError(
+                    f"{this} has {name} {mine!r} and {that} has {name} {theirs!r}; "
+                    f"use artefacts of one {name}"
+                )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids to read, the ids of which the first new one must be, and the one that ends the text."""
+
+    ids: list[int]
+    first_ids: npt.NDArray[np.int64]
+    end_id: int
+    held_back: bytes = b""
+    """Bytes of the given text that are not in `ids`, and that the first new id brings back."""
+
+
+def _no_model(error: Exception) -> TokenizerError:
+    return TokenizerError(
+        f"this is not a SentencePiece model ({str(error).strip()}); "
+        "train one with `megaback tokenizer train`"
+    )
+
+
+class TextCodec:
+    """Encodes and renders with one SentencePiece model, direction and unit.
+
+    Encodes exactly as SentencePiece does; a codec that has much to encode finds a faster way to.
+    Instances can be pickled; the model travels as its serialized bytes.
+    """
+
+    def __init__(self, model_bytes: bytes, direction: Direction, unit: Unit) -> None:
+        """Raises TokenizerError when the bytes are no tokenizer that megaback can use."""
+        import sentencepiece
+
+        self.model_bytes = model_bytes
+        self.format = TextFormat(direction, unit, hashlib.sha256(model_bytes).hexdigest())
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(model_bytes)
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise _no_model(error) from None
+        self.vocab_size: int = self._processor.vocab_size()
+        if self.vocab_size > MAX_VOCABULARY:
+            raise TokenizerError(
+                f"it has {self.vocab_size:,} pieces, more than the {MAX_VOCABULARY:,} that can be "
+                "read; train a smaller one with `megaback tokenizer train`"
+            )
+        self.id_dtype: np.dtype[Any] = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        self._reference = SentencePieceEncoder(self._processor, self.id_dtype)
+        self._characters_before_fastest = _CHARACTERS_BEFORE_FASTEST
+        self.begin_id = self._require_control(BEGIN_PIECE)
+        self.end_id = self._require_control(END_PIECE)
+        self.chat_ids = {piece: self._require_control(piece) for piece in CHAT_PIECES}
+        self._byte_ids = np.array(
+            [self._require_byte(value) for value in range(256)], dtype=self.id_dtype
+        )
+        try:
+            self._piece_bytes = [self._bytes_of(piece_id) for piece_id in range(self.vocab_size)]
+        except (ValueError, IndexError) as error:  # pieces that are no UTF-8, or not like <0x0A>
+            raise _no_model(error) from None
+        self._writable_ids: dict[int, npt.NDArray[np.int64]] = {}
+        if self.render(self.encode(_PROBE)) != _PROBE:
+            raise TokenizerError(
+                "the tokenizer alters text (it normalizes characters or spaces), so nothing could "
+                "be written back as it was; train one with `megaback tokenizer train`"
+            )
+
+    @classmethod
+    def load(cls, path: Path, direction: Direction, unit: Unit) -> "TextCodec":
+        """Read a tokenizer.model file. Raises TokenizerError when it cannot be used."""
+        try:
+            model_bytes = read_file(path, MAX_TOKENIZER_BYTES)
+        except OSError as error:
+            raise TokenizerError(
+                f"cannot read the tokenizer {path}: {error.strerror}; "
+                "train one with `megaback tokenizer train`"
+            ) from None
+        try:
+            return cls(model_bytes, direction, unit)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from None
+
+    def __reduce__(self) -> tuple[type["TextCodec"], tuple[bytes, Direction, Unit]]:
+        return TextCodec, (self.model_bytes, self.format.direction, self.format.unit)
+
+    @property
+    def encoder_name(self) -> str:
+        """What encodes once there is much to encode."""
+        return self._fastest.name
+
+    def encode(self, text: str) -> Ids:
+        """Ids of a text in the model's reading order, without markers: shape (tokens,).
+
+        Not to be written to.
+        """
+        (ids,) = self.encode_all([text])
+        return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[Ids]:
+        """`encode` of each text, faster; best given what `encoder.in_batches` groups."""
+        if self.reverses_words:
+            texts = [reverse_words(text) for text in texts]
+        self._characters_before_fastest -= sum(map(len, texts))
+        encoder = self._reference if self._characters_before_fastest > 0 else self._fastest
+        are_plain = list(map(_is_plain, texts))
+        ids_of_plain = iter(encoder.encode_all(list(compress(texts, are_plain))))
+        ids_of_texts = [
+            next(ids_of_plain) if is_plain else self._encode_spelled(text, encoder)
+            for text, is_plain in zip(texts, are_plain, strict=True)
+        ]
+        return [ids[::-1] for ids in ids_of_texts] if self.reverses_ids else ids_of_texts
+
+    def encode_document(self, text: str) -> Ids:
+        """Ids of a whole document between its begin and end markers: shape (tokens + 2,)."""
+        (ids,) = self.encode_documents([text])
+        return ids
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
+        """`encode_document` of each text, faster; best given what `encoder.in_batches` groups."""
+        documents = []
+        for ids in self.encode_all(texts):
+            document = np.empty(len(ids) + 2, dtype=self.id_dtype)
+            document[0], document[1:-1], document[-1] = self.begin_id, ids, self.end_id
+            documents.append(document)
+        return documents
+
+    def render(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        """Text, in a person's reading order, of ids in the model's reading order.
+
+        Control ids have no text. Ids that end within a character, as a sample may, give U+FFFD
+        for its bytes. Always pass all ids of a text: a part of a character cannot be rendered.
+        """
+        ordered = reversed(ids) if self.reverses_ids else ids
+        raw = b"".join([self._piece_bytes[int(piece_id)] for piece_id in ordered])
+        try:
+            text = raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            text = raw.decode("utf-8", "replace")
+        return reverse_words(text) if self.reverses_words else text
+
+    def piece(self, piece_id: int) -> str:
+        """The spelling of an id, for people to look at."""
+        spelling: str = self._processor.id_to_piece(piece_id)
+        return spelling
+
+    def piece_bytes(self, piece_id: int) -> bytes:
+        """The text that an id stands for, in UTF-8; maybe a part of a character; b"" for control.
+
+        Of a model that reverses words, it is text whose words are in the model's order.
+        """
+        return self._piece_bytes[piece_id]
+
+    def piece_num_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of text that each id stands for, 0 for control ids: shape (vocab_size,)."""
+        return np.array([len(piece) for piece in self._piece_bytes], dtype=np.int64)
+
+    def prompt(self, given: str) -> "Prompt":
+        """What a model reads, and may write first, to go on from a given text.
+
+        The piece next to the text to come is held back: by itself it says that a word ends there
+        (`is` stands alone only within words, ` is` is another piece). The first new id is one whose
+        bytes contain the held-back ones on the given side, so that the given text stays whole and
+        the model decides whether a word goes on. With unit `word`, where the next word begins with
+        whitespace, nothing is held back, and the first new id begins with whitespace.
+        """
+        ids = [self.begin_id, *self.encode(given).tolist()]
+        writable = self.writable_ids(self.end_id)
+        if len(ids) == 1:
+            return Prompt(ids, writable, self.end_id)
+        if self.reverses_words:
+            first = [i for i in writable if self._piece_bytes[i][:1].isspace() or i == self.end_id]
+        else:
+            held_back = self._piece_bytes[ids.pop()]
+            contains = bytes.endswith if self.reverses_ids else bytes.startswith
+            first = [i for i in writable if contains(self._piece_bytes[i], held_back)]
+            return Prompt(ids, np.array(first, dtype=np.int64), self.end_id, held_back)
+        return Prompt(ids, np.array(first, dtype=np.int64), self.end_id)
+
+    def writable_ids(self, end_id: int) -> npt.NDArray[np.int64]:
+        """Ids that a sample may hold: those with text, and the marker that ends it."""
+        if end_id not in self._writable_ids:
+            allowed = [i for i, piece in enumerate(self._piece_bytes) if piece or i == end_id]
+            self._writable_ids[end_id] = np.array(allowed, dtype=np.int64)
+        return self._writable_ids[end_id]
+
+    @property
+    def reverses_words(self) -> bool:
+        return self.format.direction is Direction.BACKWARD and self.format.unit is Unit.WORD
+
+    @property
+    def reverses_ids(self) -> bool:
+        return self.format.direction is Direction.BACKWARD and self.format.unit is Unit.TOKEN
+
+    @cached_property
+    def _fastest(self) -> Encoder:
+        return fastest_encoder(self.model_bytes, self._processor, self.id_dtype)
+
+    def _encode_spelled(self, text: str, encoder: Encoder) -> Ids:
+        """Ids of a text of which some characters are spelled in byte pieces."""
+        parts = _SPELLED_IN_BYTES.split(text)
+        # In place, and each distinct part once: a text may alternate half a million times.
+        distinct = list(dict.fromkeys(parts[::2]))
+        ids_of_distinct = dict(zip(distinct, encoder.encode_all(distinct), strict=True))
+        ids_of_parts = [ids_of_distinct[part] for part in parts[::2]]
+        spelled = [
+            self._byte_ids[np.frombuffer(part.encode("utf-8", "surrogatepass"), dtype=np.uint8)]
+            for part in parts[1::2]
+        ]
+        together: list[Ids] = [ids_of_parts[0]] * len(parts)
+        together[::2], together[1::2] = ids_of_parts, spelled
+        return np.concatenate(together)
+
+    def _require_control(self, piece: str) -> int:
+        piece_id: int = self._processor.piece_to_id(piece)
+        if self._processor.id_to_piece(piece_id) != piece or not self._processor.is_control(
+            piece_id
+        ):
+            raise TokenizerError(
+                f"the tokenizer lacks the control piece {piece}; "
+                "train one with `megaback tokenizer train`"
+            )
+        return piece_id
+
+    def _require_byte(self, value: int) -> int:
+        piece_id: int = self._processor.piece_to_id(f"<0x{value:02X}>")
+        if not self._processor.is_byte(piece_id):
+            raise TokenizerError(
+                f"the tokenizer lacks the byte piece <0x{value:02X}>; "
+                "train one with byte fallback (`megaback tokenizer train` does)"
+            )
+        return piece_id
+
+    def _bytes_of(self, piece_id: int) -> bytes:
+        processor = self._processor
+        if processor.is_byte(piece_id):
+            return bytes([int(processor.id_to_piece(piece_id)[3:5], 16)])
+        if processor.is_control(piece_id) or processor.is_unknown(piece_id):
+            return b""
+        piece: str = processor.id_to_piece(piece_id)
+        return piece.replace(_SPACE_SYMBOL, " ").encode()

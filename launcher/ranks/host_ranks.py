@@ -1,0 +1,101 @@
+"""`python -m launcher.ranks.host_ranks`: the ranks of one host, for a launcher on another one.
+
+What to start is the first line of stdin, as JSON; each later line is a signal's number for every
+rank. When stdin ends, the launcher is gone, or the way to it, and the ranks are told to save: what
+they print then goes nowhere, and disturbs them no more. The exit code is that of the first rank
+that gave a reason, else of the first that failed; 128 and the signal's number for one that was
+killed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from threading import Thread
+from typing import IO, Any
+
+from launcher.ranks.local import (
+    Running,
+    device_here,
+    rank_environment,
+    reasons,
+    start_rank,
+    stay_with,
+)
+
+_CHUNK_BYTES = 1 << 16
+
+
+def run_order(channel: IO[bytes]) -> int:
+    """Start what the channel asks for, and stay with it to the end; the exit code."""
+    order: dict[str, Any] = json.loads(channel.readline())
+    os.environ.update(order["environment"])
+    environment = rank_environment(device_here(order["device"]), len(order["names"]))
+    pipes = [os.pipe(), os.pipe()]
+    forwarding = [
+        Thread(target=_forward, args=(pipe[0], number), daemon=True)
+        for number, pipe in enumerate(pipes, 1)
+    ]
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def start_all() -> Iterator[Running]:
+        for names in order["names"]:
+            outputs = [pipe[1] for pipe in pipes]
+            ranks.append(start_rank(order["command"], {**environment, **names}, *outputs))
+            yield ranks[-1]
+        Thread(target=_listen, args=(channel, ranks), daemon=True).start()
+
+    for thread in forwarding:
+        thread.start()
+    ended, _ = stay_with(start_all())
+    for pipe in pipes:
+        os.close(pipe[1])
+    for thread in forwarding:
+        thread.join(timeout=5)  # a rank's own child may still hold its output open
+    return code_of([code for _, code in ended])
+
+
+def code_of(codes: Sequence[int]) -> int:
+    """One exit code for ranks that ended in this order."""
+    said = [code for code in codes if code in reasons()]
+    code = next(iter([*said, *filter(None, codes)]), 0)
+    return 128 - code if code < 0 else code
+
+
+def _listen(channel: IO[bytes], ranks: Sequence["subprocess.Popen[bytes]"]) -> None:
+    for line in channel:
+        number = int(line)
+        if number == signal.SIGKILL:
+            for rank in ranks:
+                rank.kill()
+        else:
+            os.kill(os.getpid(), number)  # the main thread passes it on
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _forward(source: int, target: int) -> None:
+    """Copy what ranks print, for as long as somebody reads it; then only read it."""
+    is_read = True
+    while chunk := os.read(source, _CHUNK_BYTES):
+        while chunk and is_read:
+            try:
+                chunk = chunk[os.write(target, chunk) :]
+            except OSError:
+                is_read = False
+
+
+def main() -> int:
+    """Serve the launcher that is at the other end of stdin."""
+    # Not a buffered file, whose lock a thread that waits for a line would hold at the end; and not
+    # stdin itself, which the ranks would have too.
+    channel = os.fdopen(os.dup(0), "rb", buffering=0)
+    with open(os.devnull, "rb") as nothing:  # noqa: PTH123 (of its number only)
+        os.dup2(nothing.fileno(), 0)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the connection's end is no reason to die
+    return run_order(channel)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

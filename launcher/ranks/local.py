@@ -1,0 +1,262 @@
+"""Start ranks, one a device, on this machine, and stay with them to their end.
+
+Signals to this process reach all ranks at once, which save together; when a rank dies, the others
+are given the time to say so. The command is in `train`, other machines in `hostfile`.
+(`deepspeed megaback/train.py CONFIG` starts the same ranks: decision 14 says why this does not.)
+"""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+from data_pipeline import errors
+from data_pipeline.errors import (
+    LaunchError,
+    MegabackError,
+    PreemptedError,
+    UserInterruptError,
+)
+from megaback.config import Config
+from megaback.distributed.visible_devices import count_devices
+from megaback.faults.stop_request import LAUNCHER_VARIABLE
+
+CONNECTION_LOST = 255
+"""ssh's own exit code."""
+_GRACE_S = 10.0
+_SECOND_GRACE_S = 2.0
+"""After Ctrl-C came a second time."""
+_SAME_REQUEST_S = 1.0
+_POLL_S = 0.05
+
+
+class Running(Protocol):
+    """A rank, or all ranks of another host."""
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal that killed it), or None while it runs."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Pass a signal on, if it still runs."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+def device_here(wanted: str) -> str:
+    """What hardware.device means on this machine."""
+    if wanted == "auto":
+        return "cuda" if count_devices() else "cpu"
+    return wanted
+
+
+def plan_ranks(config: Config) -> tuple[str, int]:
+    """The device and the number of ranks for this machine."""
+    device = device_here(config.hardware.device)
+    return device, config.hardware.processes or (count_devices() if device == "cuda" else 1) or 1
+
+
+def rank_environment(device: str, processes: int) -> dict[str, str]:
+    """The environment of the ranks: this one, quiet, with the cores shared out."""
+    environment = dict(os.environ)
+    if device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    return environment
+
+
+def rank_names(processes: int) -> list[dict[str, str]]:
+    """The variables that tell each rank which one it is, and where they meet."""
+    common = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def run_ranks(
+    command: Sequence[str], environment: Mapping[str, str], processes: int
+) -> tuple[list[int], list[int]]:
+    """Run all ranks to their end, passing signals on to every one.
+
+    Returns their exit codes (negative: the signal that killed it), in the order in which they
+    ended, and the signals that came.
+    """
+
+    def start_all() -> Iterator[Running]:
+        for names in rank_names(processes):
+            yield start_rank(command, {**environment, **names})
+
+    ended, signals = stay_with(start_all())
+    return [code for _, code in ended], signals
+
+
+def start_rank(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    output: int | None = None,
+    errors_output: int | None = None,
+) -> "subprocess.Popen[bytes]":
+    """Start a rank that is not to outlive this process; what it prints goes to open files."""
+    variables = {**environment, LAUNCHER_VARIABLE: str(os.getpid())}
+    # Ctrl-C waits until the rank can hear it without a traceback (`megaback.faults.stop_request`).
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        # A session of its own: a terminal's Ctrl-C is passed on, once, by this process.
+        return subprocess.Popen(
+            command, env=variables, stdout=output, stderr=errors_output, start_new_session=True
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def stay_with(starting: Iterable[Running]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Start ranks one after another, wait for all, and pass on every signal meanwhile.
+
+    Returns the number and exit code of each, in the order in which they ended, and the signals
+    that came.
+    """
+    ranks: list[Running] = []
+    with _passing_signals(ranks) as received:
+        for rank in starting:
+            ranks.append(rank)
+        for number, _ in list(received):  # for those that were not there yet
+            for rank in ranks:
+                rank.send_signal(number)
+        return _wait(ranks, received), [number for number, _ in received]
+
+
+def _wait(ranks: Sequence[Running], received: Sequence[tuple[int, float]]) -> list[tuple[int, int]]:
+    ended: list[tuple[int, int]] = []
+    running = dict(enumerate(ranks))
+    give_up = None
+    while running:
+        for number, process in list(running.items()):
+            code = process.poll()
+            if code is not None:
+                del running[number]
+                ended.append((number, code))
+                if code and give_up is None:
+                    give_up = time.monotonic() + _GRACE_S
+        interrupts_s = [moment for number, moment in received if number == signal.SIGINT]
+        if interrupts_s and interrupts_s[-1] - interrupts_s[0] > _SAME_REQUEST_S:
+            give_up = min(give_up or math.inf, interrupts_s[-1] + _SECOND_GRACE_S)
+        if give_up is not None and time.monotonic() > give_up:
+            for process in running.values():
+                process.kill()
+        time.sleep(_POLL_S)
+    return ended
+
+
+@contextmanager
+def _passing_signals(ranks: list[Running]) -> Iterator[list[tuple[int, float]]]:
+    """Yields the signals that came, and when.
+
+    The end of the terminal (SIGHUP) is a SIGTERM to the ranks, which have none.
+    """
+    received: list[tuple[int, float]] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        received.append((number, time.monotonic()))
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def reasons() -> set[int]:
+    """Exit codes with which a rank has said why it ends."""
+    family = [value for value in vars(errors).values() if isinstance(value, type)]
+    codes = {kind.exit_code for kind in family if issubclass(kind, MegabackError)}
+    return codes - {MegabackError.exit_code}
+
+
+def verdict(
+    codes: Sequence[int],
+    signals: Sequence[int],
+    ending: dict[str, Any] | None,
+    hosts: Sequence[str] = (),
+    *,
+    has_trained: bool = False,
+) -> int:
+    """The exit code of the run. Raises what the ranks could not say themselves.
+
+    `ending` is what the first rank to know a reason has recorded; the others may have ended for
+    want of that one. `signals` were passed on to the ranks. `hosts` are where the codes come from,
+    if not all from this machine. `has_trained`: the ranks have taken a step since they were
+    started.
+    """
+    if ending is not None and ending.get("code") in codes:
+        return int(ending["code"])
+    said = [code for code in codes if code in reasons() - {UserInterruptError.exit_code}]
+    if said:
+        return said[0]
+    failed = [number for number, code in enumerate(codes) if code]
+    if not failed:
+        return 0
+    if signals:
+        raise _unsaved(set(signals), codes[failed[0]], has_trained)
+    code = codes[failed[0]]
+    where = f" on {hosts[failed[0]]}" if hosts else ""
+    if hosts and code == CONNECTION_LOST:
+        raise LaunchError(
+            f"ssh did not reach {hosts[failed[0]]}, or lost it (its own message stands above); "
+            "see that `ssh HOST true` works without a password, and run the same command again"
+        )
+    advice = "see what they printed, if anything"
+    if code == -signal.SIGKILL:
+        advice = "often memory: see dmesg"
+    if hosts and code > 0:
+        advice = (
+            "see the messages above; this folder and this Python are needed at the same paths there"
+        )
+    raise LaunchError(
+        f"the ranks{where} {_how(code)}, without a reason of their own ({advice}); "
+        "run the same command again to go on"
+    )
+
+
+def _unsaved(signals: set[int], code: int, has_trained: bool) -> MegabackError:
+    """The error of ranks that were asked to stop, and ended without saving."""
+    if not has_trained and signals == {signal.SIGINT}:
+        return UserInterruptError("interrupted before the first step; nothing was there to save")
+    if not has_trained:
+        return PreemptedError("asked to stop while starting; run the same command to resume")
+    resume = "run the same command to resume from the newest checkpoint"
+    if signal.SIGINT in signals:
+        return UserInterruptError(f"interrupted before the ranks had saved; {resume}")
+    return LaunchError(
+        f"the ranks were asked to stop, but {_how(code)} before they saved; {resume}"
+    )
+
+
+def _how(code: int) -> str:
+    names = {number.value: number.name for number in signal.Signals}
+    return f"were killed by {names.get(-code, code)}" if code < 0 else f"ended with code {code}"

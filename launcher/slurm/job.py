@@ -1,0 +1,245 @@
+"""What a training job on Slurm does before its ranks start and after they have ended.
+
+`slurm/ranks.sh` calls it. `begin` refuses what cannot work, and notes in the run's history that the
+job is here. `end` finds out how the ranks ended, whatever srun made of it, and queues the job again
+where that leads on: at the time limit, after a lost rank and, if asked, on other nodes after
+preflight has named bad ones, but never without end.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.number_ranges import EXIT_CODE
+from data_pipeline.errors import (
+    ConfigError,
+    LaunchError,
+    PreemptedError,
+    PreflightError,
+    RankLostError,
+)
+from data_pipeline.redaction import VARIABLE_PREFIX
+from launcher.slurm.commands import find_job
+from megaback.config import Config, load_config
+from megaback.data import open_data
+from megaback.faults.exit_record import read_bad_nodes, read_exit, record_event
+from megaback.faults.run_ownership import require_run_folder
+from megaback.tracking.run_folder import events_of_job, newest_checkpoint_step
+from megaback.yaml_text import kept_overrides
+
+LIMIT_VARIABLE = "MEGABACK_REQUEUE_LIMIT"
+DEFAULT_LIMIT = 20
+REPLACE_VARIABLE = "MEGABACK_REPLACE_BAD_NODES"
+JOB_EVENT = "job"
+FRUITLESS_STARTS = 3
+"""A job that has started so often without a new checkpoint is not queued again."""
+
+
+def requeue_limit() -> int:
+    """How many lost ranks or nodes a job outlives. Raises ConfigError."""
+    text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
+    if not text.isdecimal():
+        raise ConfigError(f"{LIMIT_VARIABLE} is {text!r}; give a number of restarts, 0 for none")
+    return int(text)
+
+
+def num_failures(run: Path, job: str, restarts: int) -> int:
+    """How many of a job's restarts came without the ranks having saved because they were asked."""
+    asked = [
+        line
+        for line in events_of_job(run, job, "exit")
+        if line.get("code") == PreemptedError.exit_code
+    ]
+    return max(restarts - len(asked), 0)
+
+
+def begin_job(
+    config: Config, job: str, restarts: int, limit: int, num_ranks: int, given: Path | None = None
+) -> None:
+    """Refuse what cannot work, and note the start. Raises MegabackErrors, OSError."""
+    require_run_folder(config, given)
+    open_data(config, 0, num_ranks)
+    failures = num_failures(config.run, job, restarts)
+    if failures > limit:
+        raise LaunchError(
+            f"job {job} was started again {failures} times after losing a rank or a node, and "
+            f"{LIMIT_VARIABLE} is {limit}; {config.run}/history.jsonl names the hosts: submit it "
+            "again, with --exclude=HOST if one of them is bad"
+        )
+    config.run.mkdir(parents=True, exist_ok=True)
+    record_event(config.run, JOB_EVENT, step=newest_checkpoint_step(config.run), restarts=restarts)
+
+
+def true_code(run: Path, job: str, step_code: int) -> int:
+    """The exit code that the ranks have given their end, else the one that srun returned."""
+    ending = read_exit(run)
+    starts = events_of_job(run, job, JOB_EVENT)
+    if ending is None or not starts or ending.get("time", 0.0) < starts[-1]["time"]:
+        return step_code
+    return int(ending["code"])
+
+
+def why_requeue(
+    run: Path,
+    job: str,
+    restarts: int,
+    limit: int,
+    code: int,
+    limit_is_near: bool,
+    bad_nodes: Sequence[str] = (),
+) -> tuple[bool, str | None]:
+    """Whether a job that ended with a code is to come back, and the sentence that says why.
+
+    `bad_nodes` are to be replaced, if preflight has named some and that was asked for.
+    """
+    # Above 128 near the limit: the ranks were still starting, and the signal killed them.
+    at_limit = limit_is_near and (code == PreemptedError.exit_code or code > 128)
+    is_replacing = code == PreflightError.exit_code and bool(bad_nodes)
+    if not at_limit and not is_replacing and code != RankLostError.exit_code:
+        return False, None
+    step = newest_checkpoint_step(run)
+    cause = "time limit near" if at_limit else "a rank was lost"
+    if is_replacing:
+        cause = f"without {', '.join(bad_nodes)} from now on"
+    fruitless = 0
+    for line in reversed(events_of_job(run, job, JOB_EVENT)):
+        if line.get("step") != step:
+            break
+        fruitless += 1
+    if fruitless >= FRUITLESS_STARTS:
+        advice = "give it more --time" if at_limit else f"see {run}/exit.json"
+        return False, (
+            f"{cause}; the job has started {fruitless} times at step {step} and came to no newer "
+            f"checkpoint, so it is not queued again: {advice}, or lower checkpoint.every_steps"
+        )
+    failures = num_failures(run, job, restarts)
+    if not at_limit and failures >= limit:
+        return False, (
+            f"{cause}; the job has come back {failures} times after such losses, as often as "
+            f"{LIMIT_VARIABLE} allows, so it is not queued again: submit it again to go on"
+        )
+    return True, f"{cause}; the newest checkpoint is of step {step}, and the job is queued again"
+
+
+def nodes_to_replace(run: Path) -> list[str]:
+    """The nodes that preflight has named, if the job is to go on without them."""
+    if not os.environ.get(REPLACE_VARIABLE):
+        return []
+    try:
+        return read_bad_nodes(run)
+    except (OSError, ValueError):
+        return []
+
+
+def _identity() -> tuple[str, int]:
+    try:
+        return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    except (KeyError, ValueError):
+        raise LaunchError(
+            "this is not a Slurm job: SLURM_JOB_ID is not set; slurm/train.sbatch calls this"
+        ) from None
+
+
+def _require_no_secret(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a secret that Slurm would show with the command of each rank."""
+    for override, kept in zip(overrides, kept_overrides(overrides), strict=True):
+        if override != kept:
+            raise ConfigError(
+                f"{override}: a secret of this address was on sbatch's command line, which Slurm "
+                f"shows to others; export it as {VARIABLE_PREFIX}NAME before sbatch, and write "
+                f"'${{{VARIABLE_PREFIX}NAME}}' in its place"
+            )
+
+
+@click.group()
+def main() -> None:
+    """What slurm/ranks.sh asks before and after the ranks."""
+
+
+@main.command(cls=WorkCommand)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option("--save-before", hidden=True, expose_value=False)  # the ranks'
+@click.option("--needs-model", is_flag=True, help="Refuse a config without init_from.")
+def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
+    """Refuse what cannot work, and note in the run's history that the job is here."""
+    from megaback import __version__
+
+    job, restarts = _identity()
+    _require_no_secret(overrides)
+    settings = load_config(config, overrides)
+    if needs_model and settings.init_from is None:
+        raise ConfigError(
+            f"{config} has no init_from; give init_from=MODEL (a run, a checkpoint, or a folder "
+            "that `megaback convert` wrote), or use slurm/train.sbatch to train from nothing"
+        )
+    num_ranks = int(os.environ.get("SLURM_NTASKS", "1"))
+    begin_job(settings, job, restarts, requeue_limit(), num_ranks, config)
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    again = f", start {restarts + 1}" if restarts else ""
+    click.echo(f"slurm: megaback {__version__}, {num_ranks} ranks on {nodes}{again}")
+
+
+@main.command(cls=WorkCommand)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option("--save-before", hidden=True, expose_value=False)
+@click.option("--step-code", type=EXIT_CODE.option, required=True, help="What srun returned.")
+@click.option("--limit-is-near", is_flag=True, help="USR1 has come, or the end is near.")
+def end(config: Path, overrides: tuple[str, ...], step_code: int, limit_is_near: bool) -> None:
+    """Say how the ranks ended, queue the job again where that leads on, and exit as they did."""
+    job, restarts = _identity()
+    settings = load_config(config, overrides)
+    code = true_code(settings.run, job, step_code)
+    if code:
+        ending = read_exit(settings.run)
+        of_srun = "" if code == step_code else f" (srun: {step_code})"
+        said = f": {ending['reason']}" if ending is not None and ending["code"] == code else ""
+        click.echo(f"slurm: the ranks ended with code {code}{of_srun}{said}")
+    bad_nodes = nodes_to_replace(settings.run)
+    is_wanted, sentence = why_requeue(
+        settings.run, job, restarts, requeue_limit(), code, limit_is_near, bad_nodes
+    )
+    found = find_job(job) if is_wanted else None
+    if found is not None and found.state != "RUNNING":
+        click.echo(f"slurm: Slurm itself ends the job ({found.state.lower()}): it is left at that")
+    elif sentence:
+        click.echo(f"slurm: {sentence}")
+        if is_wanted:
+            reason = _requeue(job, [*bad_nodes, *(found.excluded if found is not None else ())])
+            if reason:
+                click.echo(
+                    f"slurm: it could not be queued again ({reason}); submit it again to go on"
+                )
+    raise SystemExit(code)
+
+
+def _requeue(job: str, excluded: Sequence[str]) -> str | None:
+    """Queue the job again, without some nodes. Returns what Slurm has against it."""
+    commands = [["scontrol", "requeue", job]]
+    if excluded:
+        # The nodes of a running job cannot be changed, and putting it back ends this process.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        nodes = ",".join(dict.fromkeys(excluded))
+        commands = [
+            ["scontrol", "requeuehold", job],
+            ["scontrol", "update", f"jobid={job}", f"ExcNodeList={nodes}"],
+            ["scontrol", "release", job],
+        ]
+    for command in commands:
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return "scontrol is not here"
+        if asked.returncode:
+            return " ".join((asked.stdout + asked.stderr).split())
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""`megaback jobs`: runs, their Slurm jobs, and how far they are.
+
+The jobs are those that `megaback submit` has recorded in the run's folder and those that have
+worked on the run (its history). What has become of them Slurm says while it remembers, and the
+run's folder afterwards; accounting is not needed.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+
+from data_pipeline.common.command import Command
+from data_pipeline.common.durations import duration
+from data_pipeline.common.terminal import table_lines
+from data_pipeline.errors import CheckpointMissingError
+from launcher.slurm.commands import Job, find_job
+from megaback.faults.exit_record import read_history
+from megaback.faults.run_state import judge
+from megaback.tracking.run_folder import jobs_of, read_progress, runs_below
+
+_JOBS_LOOKED_AT = 8
+_HEADS = ("RUN", "JOB", "STATE", "RESTARTS", "STEP", "LOSS", "TO TRAIN", "JOB ENDS IN", "WHY")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run with one of its jobs; what is not known is None."""
+
+    run: str
+    job: str | None
+    stage: str | None
+    state: str
+    restarts: int
+    step: int | None
+    total_steps: int | None
+    loss: float | None
+    to_train_s: float | None
+    """At the pace of the last steps."""
+    job_left_s: int | None
+    """Until the job's time limit."""
+    nodes: str | None
+    why: str | None
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """The runs among folders and below them, as deep as those of an arrow of time lie.
+
+    Raises CheckpointMissingError for none.
+    """
+    runs = [run for folder in folders for run in runs_below(folder)]
+    if not runs:
+        names = ", ".join(str(folder) for folder in folders)
+        raise CheckpointMissingError(
+            f"{names} holds no run that was started or submitted; name the folder of a run, or one "
+            "with runs in it"
+        )
+    return runs
+
+
+def look_at(run: Path) -> list[Row]:
+    """A run with each of its jobs that is not over; with its newest, where all are."""
+    known = list(jobs_of(run).items())[-_JOBS_LOOKED_AT:]
+    found = [(job, stage, find_job(job)) for job, stage in known]
+    row = _row_of(run)
+    shown = [entry for entry in found if entry[2] is not None and not entry[2].is_over]
+    if not shown and row.state != "not started":
+        shown = [entry for entry in found if entry[1] == "train"][-1:]
+    return [_with_job(row, *entry) for entry in shown or found] or [row]
+
+
+def _with_job(row: Row, number: str, stage: str, job: Job | None) -> Row:
+    """Add what Slurm says of a job; None: it has forgotten it."""
+    row = replace(row, job=number, stage=stage)
+    if job is None:
+        return row
+    if job.is_over:
+        has_ended = row.state.startswith(("finished", "stopped", "rolled back"))
+        state = row.state if has_ended else _said(job)
+        return replace(row, state=state, restarts=job.restarts)
+    return replace(
+        row,
+        state=_said(job),
+        restarts=job.restarts,
+        job_left_s=job.left_s,
+        nodes=job.nodes,
+        to_train_s=row.to_train_s if job.state == "RUNNING" else None,
+        why=job.reason,
+    )
+
+
+def _row_of(run: Path) -> Row:
+    """What the folder alone says."""
+    starts = [line for line in read_history(run) if line.get("event") == "start"]
+    total_steps = starts[-1].get("total_steps") if starts else None
+    progress = read_progress(run)
+    times = [] if progress is None or progress.median_step_s is None else [progress.median_step_s]
+    judged = judge(run, times, time.time())
+    to_train_s = None
+    if progress is not None and progress.median_step_s is not None and total_steps is not None:
+        done = progress.step if judged.rolled_back_to is None else judged.rolled_back_to
+        to_train_s = max(total_steps - done, 0) * progress.median_step_s
+    state: str = judged.state if starts or judged.has_ended else "not started"
+    why: str | None = None if state in ("finished", "running", "not started") else judged.reason
+    step = progress.step if progress is not None else None
+    if judged.rolled_back_to is not None:
+        state, step = "rolled back", judged.rolled_back_to
+    elif judged.state == "stopped":
+        state, why = f"stopped ({judged.code})", judged.ending
+    return Row(
+        run=str(run),
+        job=None,
+        stage=None,
+        state=state,
+        restarts=max(len(starts) - 1, 0),
+        step=step,
+        total_steps=total_steps,
+        loss=progress.loss if progress is not None else None,
+        to_train_s=to_train_s if state != "finished" else None,
+        job_left_s=None,
+        nodes=None,
+        why=why,
+    )
+
+
+def _said(job: Job) -> str:
+    if not job.elements:
+        return job.state.lower()
+    return ", ".join(f"{count} {state.lower()}" for state, count in job.elements.items())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in columns, for people."""
+    return "\n".join(table_lines(_HEADS, [_cells(row) for row in rows]))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    job = "-" if row.job is None else row.job
+    if row.stage not in (None, "train"):
+        job += f" ({row.stage})"
+    step = "-" if row.step is None else f"{row.step:,}"
+    if row.total_steps is not None:
+        step += f"/{row.total_steps:,}"
+    return (
+        row.run,
+        job,
+        row.state,
+        str(row.restarts),
+        step,
+        "-" if row.loss is None else f"{row.loss:.4f}",
+        duration(row.to_train_s),
+        duration(row.job_left_s),
+        row.why or "",
+    )
+
+
+@click.command(cls=Command, name="jobs")
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUNS_FOLDER]...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def main(folders: tuple[Path, ...], as_json: bool) -> None:
+    """Show the runs in RUNS_FOLDER (default: runs), their Slurm jobs, and how far they are.
+
+    A RUNS_FOLDER may be a run itself, or have runs up to three levels below it. TO TRAIN is what is
+    left at the pace of the last steps.
+    """
+    rows = [row for run in find_runs(folders or (Path("runs"),)) for row in look_at(run)]
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(asdict(row)))
+    else:
+        click.echo(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What exactly was submitted: `RUN/submitted/<time>/`, made before the job is queued.
+
+It holds the resolved config that the job reads, copies of the sbatch files that Slurm runs, and
+which code that was: the version of the package or the commit, with the changes since.
+"""
+
+import getpass
+import json
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.command import write_text
+from data_pipeline.redaction import scrub
+from megaback.config import CONFIG_COPY_NAME, Config
+from megaback.tracking.code_version import code_changes, code_version
+from megaback.tracking.run_folder import SUBMISSION_NAME, SUBMITTED_FOLDER
+
+CHANGES_NAME = "changes.diff"
+LOGS_FOLDER = "logs"
+
+
+def new_folder(run: Path) -> Path:
+    """The name of a snapshot that is not there yet. Nothing is written."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = run / SUBMITTED_FOLDER / stamp
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{stamp}-{number}")
+    return folder.absolute()
+
+
+def write_snapshot(folder: Path, config: Config, files: Sequence[Path]) -> dict[str, Any]:
+    """Make the snapshot. Returns the fields that say what it is. Raises OSError."""
+    folder.mkdir(parents=True)
+    (config.run / LOGS_FOLDER).mkdir(exist_ok=True)
+    write_text(folder / CONFIG_COPY_NAME, config.to_yaml())
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    changes = code_changes()
+    if changes:
+        write_text(folder / CHANGES_NAME, scrub(changes))  # a config may be among them
+    return {
+        "time": time.time(),
+        "user": getpass.getuser(),
+        "host": socket.gethostname(),
+        "folder": str(Path.cwd()),
+        "command": [scrub(word) for word in sys.argv[1:]],
+        "environment": sys.prefix,
+        "code": code_version(),
+    }
+
+
+def record_jobs(folder: Path, fields: Mapping[str, Any], jobs: Sequence[Mapping[str, str]]) -> None:
+    """Write down what was queued. Raises OSError."""
+    text = json.dumps({**fields, "jobs": [dict(job) for job in jobs]}, indent=2)
+    write_text(folder / SUBMISSION_NAME, text + "\n")
+
+
+def remove_snapshot(folder: Path) -> None:
+    """Leave no trace of a submission that came to nothing."""
+    shutil.rmtree(folder, ignore_errors=True)
+    run = folder.parents[1]
+    for empty in (folder.parent, run / LOGS_FOLDER, run):
+        try:
+            empty.rmdir()
+        except OSError:  # others' files are in it
+            continue

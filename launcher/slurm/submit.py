@@ -1,0 +1,284 @@
+"""`megaback submit`: check a run against the allocation that it is to have, and queue it on Slurm.
+
+What cannot work is refused before it waits in a queue for days. What was submitted is kept in the
+run's folder, and is what the job reads. The shipped sbatch files do the work: the options here go
+before their names on sbatch's command line.
+"""
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.interrupts import signals_deferred
+from data_pipeline.common.next_command import command, show_next
+from data_pipeline.common.number_ranges import MANY, MANY_OR_ZERO, SOURCE_WEIGHT
+from data_pipeline.errors import ConfigError, LaunchError
+from launcher.memory_check import check_memory
+from launcher.slurm.commands import (
+    Submission,
+    cancel,
+    find_job,
+    is_nobody_there,
+    queue,
+    run_sbatch,
+)
+from launcher.slurm.sbatch_files import SHARED_FILES, require_file, sbatch_value, shipped_folder
+from launcher.slurm.snapshot import (
+    LOGS_FOLDER,
+    new_folder,
+    record_jobs,
+    remove_snapshot,
+    write_snapshot,
+)
+from launcher.slurm.stages import (
+    Allocation,
+    Resources,
+    check_model_folder,
+    check_run,
+    choose_allocation,
+    convert_stage,
+    data_stage,
+    parse_chain,
+    plan_data,
+    train_file,
+    train_stage,
+)
+from megaback.config import CONFIG_COPY_NAME, Config, load_config
+from megaback.faults.run_ownership import require_run_folder
+from megaback.tracking.run_folder import jobs_of
+
+_SBATCH_FILES = {"data": "build_shards.sbatch", "convert": "convert.sbatch"}
+_JOBS_LOOKED_AT = 20
+
+
+def require_no_job(run: Path) -> None:
+    """Only one job at a time may work on a run. Raises LaunchError when one waits or runs."""
+    for job, stage in list(jobs_of(run).items())[-_JOBS_LOOKED_AT:]:
+        found = find_job(job)
+        if found is not None and not found.is_over:
+            raise LaunchError(
+                f"{run} already has job {job} ({stage}, {found.state.lower()}); wait for it, stop "
+                f"it with `scancel {job}`, or submit all the same with --force"
+            )
+
+
+def queue_all(
+    config: Config, folder: Path, submissions: Sequence[Submission], files: Sequence[Path]
+) -> list[str]:
+    """Make the snapshot and queue the jobs, each after the one before. Returns their ids.
+
+    Raises LaunchError, and then leaves no job and no snapshot behind.
+    """
+    fields = write_snapshot(folder, config, files)
+    jobs: list[str] = []
+    recorded: list[dict[str, str]] = []
+    try:
+        for submission in submissions:
+            linked = after(submission, jobs[-1]) if jobs else submission
+            with signals_deferred():  # a job that is queued is known, or it could not be cancelled
+                jobs.append(queue(linked))
+            recorded.append({"stage": linked.stage, "job": jobs[-1], "line": linked.line})
+            record_jobs(folder, fields, recorded)
+    except BaseException:
+        for job in jobs:
+            cancel(job)
+        remove_snapshot(folder)
+        raise
+    return jobs
+
+
+def after(submission: Submission, job: str) -> Submission:
+    """The same, once another job has finished; when that fails, this one is cancelled."""
+    link = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+    return replace(submission, options=(*submission.options, *link))
+
+
+@click.command(cls=WorkCommand, name="submit")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@click.option("--nodes", type=MANY.option, default=1, show_default=True)
+@click.option(
+    "--devices-per-node",
+    type=MANY.option,
+    help="Ranks a node, one a GPU (one a task with --cpu). Default: what the sbatch file says.",
+)
+@click.option(
+    "--gpus/--cpu",
+    "uses_gpus",
+    default=None,
+    help="Ask for GPUs or for none. Default: by hardware.device; auto asks for GPUs.",
+)
+@click.option("--device", help="What the GPUs are, for the check of memory: h100-80gb, a100-40gb.")
+@click.option("--cpus-per-task", type=MANY.option, help="Cores a rank.")
+@click.option("--mem", help="Memory a node, as sbatch takes it (64G; 0 is all of it).")
+@click.option("--time", help="Time limit, as sbatch takes it (24:00:00, 2-00:00:00).")
+@click.option("--partition", help="Of the training job.")
+@click.option("--cpu-partition", help="Of the data and convert jobs.")
+@click.option("--account")
+@click.option("--sbatch-option", "more", multiple=True, help="More for training: --qos=high.")
+@click.option(
+    "--requeue-limit",
+    type=MANY_OR_ZERO.option,
+    help="How many lost ranks and nodes the job outlives. Default: 20.",
+)
+@click.option("--chain", default="train", show_default=True, help="data,train,convert or a part.")
+@click.option("--source", "sources", multiple=True, help="data: a path, pattern or URL.")
+@click.option(
+    "--weight", "weights", type=SOURCE_WEIGHT.option, multiple=True, help="data: one a --source."
+)
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="data: the tokenizer.model.")
+@click.option("--tasks", type=MANY.option, help="data: into how many tasks it is cut.")
+@click.option("--out", type=click.Path(path_type=Path), help="convert: the model's folder.")
+@click.option(
+    "--files", type=click.Path(path_type=Path), help="A folder with sbatch files of yours."
+)
+@click.option("--force", is_flag=True, help="Even if a job of this run waits or runs.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check, and print commands and scripts; queue nothing."
+)
+def main(
+    config: Path,
+    overrides: tuple[str, ...],
+    nodes: int,
+    devices_per_node: int | None,
+    uses_gpus: bool | None,
+    device: str | None,
+    cpus_per_task: int | None,
+    mem: str | None,
+    time: str | None,
+    partition: str | None,
+    cpu_partition: str | None,
+    account: str | None,
+    more: tuple[str, ...],
+    requeue_limit: int | None,
+    chain: str,
+    sources: tuple[str, ...],
+    weights: tuple[float, ...],
+    tokenizer: Path | None,
+    tasks: int | None,
+    out: Path | None,
+    files: Path | None,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Queue the run that CONFIG describes, with key.sub=value OVERRIDES, on a Slurm cluster.
+
+    --chain data,train,convert queues the whole way from text to a model: shards are built in
+    data.shards, and each job starts when the one before it has finished.
+    """
+    settings = load_config(config, overrides)
+    stages = parse_chain(chain)
+    _require_used(stages, "data", source=sources, weight=weights, tokenizer=tokenizer, tasks=tasks)
+    _require_used(stages, "convert", out=out)
+    if wrong := [option for option in more if not option.startswith("--")]:
+        raise ConfigError(f"--sbatch-option {wrong[0]!r} does not begin with --; write --qos=high")
+    folder = files or shipped_folder()
+    names = {**_SBATCH_FILES, "train": train_file(settings)}
+    paths = {stage: require_file(folder, names[stage]) for stage in stages}
+    allocation = choose_allocation(settings, paths["train"], nodes, devices_per_node, uses_gpus)
+    resources = Resources(cpus_per_task, mem, time, partition, cpu_partition, account, more)
+    require_run_folder(settings, config)
+    check_run(settings, allocation.num_ranks, builds_data="data" in stages)
+    room = check_memory(
+        settings,
+        allocation.nodes,
+        allocation.ranks_per_node,
+        uses_gpus=allocation.gpus_per_node != 0,
+        device_name=device,
+        partition=partition or sbatch_value(paths["train"], "partition"),
+    )
+    if not force:
+        require_no_job(settings.run)
+
+    snapshot = new_folder(settings.run)
+    submissions = {
+        "train": train_stage(
+            settings,
+            paths["train"],
+            snapshot / CONFIG_COPY_NAME,
+            allocation,
+            resources,
+            requeue_limit,
+        )
+    }
+    if "convert" in stages:
+        submissions["convert"] = convert_stage(
+            settings, paths["convert"], check_model_folder(out), resources
+        )
+    # What a dry run shows can be looked at anywhere; whether Slurm takes it, only where it is.
+    unasked = "sbatch is not here" if dry_run and shutil.which("sbatch") is None else ""
+    unasked = unasked or _try_out(list(submissions.values()), may_be_away=dry_run)
+    if "data" in stages:
+        cpus = int(sbatch_value(paths["data"], "cpus-per-task") or 1)
+        plan = plan_data(settings, sources, weights, tokenizer, tasks, cpus, dry_run)
+        submissions["data"] = data_stage(settings, paths["data"], plan, resources)
+        unasked = unasked or _try_out([submissions["data"]], may_be_away=dry_run)
+    # What runs is the copy in the snapshot, with its neighbours beside it.
+    queued = [
+        replace(submissions[stage], file=str(snapshot / paths[stage].name)) for stage in stages
+    ]
+    click.echo(f"# {room}" if dry_run else room)
+    if dry_run:
+        return _show(queued, list(paths.values()), unasked)
+    copied = [*paths.values(), *(folder / name for name in SHARED_FILES)]
+    jobs = queue_all(settings, snapshot, queued, copied)
+    return _tell(settings, allocation, dict(zip(stages, jobs, strict=True)), snapshot)
+
+
+def _try_out(submissions: Sequence[Submission], *, may_be_away: bool) -> str:
+    """Ask Slurm whether it takes these. Returns why it was not asked, if no controller answers."""
+    try:
+        for submission in submissions:
+            run_sbatch(submission, "--test-only")
+    except LaunchError as error:
+        if may_be_away and is_nobody_there(str(error)):
+            return "no Slurm controller can be reached"
+        raise
+    return ""
+
+
+def _require_used(stages: Sequence[str], stage: str, **given: object) -> None:
+    for name, value in given.items():
+        if value and stage not in stages:
+            raise ConfigError(
+                f"--{name} is for the stage {stage}, which --chain {','.join(stages)} leaves out"
+            )
+
+
+def _show(submissions: Sequence[Submission], paths: Sequence[Path], unasked: str) -> None:
+    verdict = f"not shown to Slurm, as {unasked}" if unasked else "Slurm takes it"
+    before = ""
+    for submission, path in zip(submissions, paths, strict=True):
+        linked = after(submission, before) if before else submission
+        before = f"JOB_OF_{submission.stage.upper()}"
+        click.echo(f"# {submission.stage}: {verdict}. The command, and the script:")
+        click.echo(f"{linked.line}\n")
+        click.echo(path.read_text(encoding="utf-8"))
+    click.echo("# nothing was written or queued")
+
+
+def _tell(config: Config, allocation: Allocation, jobs: dict[str, str], snapshot: Path) -> None:
+    for stage, job in jobs.items():
+        shape = (
+            f", {allocation.nodes} nodes x {allocation.ranks_per_node} ranks"
+            if stage == "train"
+            else ""
+        )
+        click.echo(f"{stage}: job {job}{shape}")
+    click.echo(f"what runs is in {snapshot}")
+    log = shlex.quote(f"{config.run}/{LOGS_FOLDER}/train-{jobs['train']}.out")
+    lines = {
+        command("jobs", config.run): "how far it is",
+        f"tail -F {log}": "what it says",
+        f"scancel {' '.join(jobs.values())}": "stops it; training saves first",
+    }
+    show_next(lines)
+
+
+if __name__ == "__main__":
+    main()

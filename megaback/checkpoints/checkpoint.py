@@ -1,0 +1,273 @@
+"""Checkpoints that are whole or absent: what they are, and which one to go on from.
+
+A checkpoint is a folder `step-00000100` with two files of each rank that wrote it, its weights and
+its optimizer state (see `engine_state` for what stands in them), and the tokenizer. It is complete
+only once `meta.json` stands in it: written last, atomically, after every rank has written its part,
+with the size and SHA-256 of every file. Nothing is loaded before it is verified, and there is no
+pickle in it. `latest` beside it is for people; nothing here reads it.
+"""
+
+import json
+import math
+import platform
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.common.checked_json import require_sha256, require_within
+from data_pipeline.common.file_names import path_within, plain_name
+from data_pipeline.common.limits import MAX_VOCABULARY
+from data_pipeline.common.next_command import override
+from data_pipeline.common.number_ranges import INT64_MAX, MANY
+from data_pipeline.common.regular_files import read_file
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    CheckpointMissingError,
+    RunMismatchError,
+)
+from data_pipeline.text.codec import TextFormat
+from megaback.checkpoints.checkpoint_names import (
+    CHECKPOINTS_FOLDER,
+    FILE_NAME,
+    META_NAME,
+    OPTIMIZER_PREFIX,
+    STEP_FOLDER,
+    WEIGHTS_PREFIX,
+    complete_checkpoints,
+    meant_by,
+    step_name,
+)
+from megaback.checkpoints.safetensors_file import size_and_hash
+from megaback.checkpoints.state import SavedState, StateDiffersError, restore
+from megaback.config import Config
+from megaback.config_messages import sentence
+from megaback.distributed.world import World
+
+FORMAT_NAME = "megaback-checkpoint"
+FORMAT_VERSION = 2
+MAX_META_BYTES = 1 << 23
+"""Of about 30,000 ranks."""
+_MAX_CONFIG_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint is: everything that is needed to continue it or to use it elsewhere."""
+
+    step: int
+    updates: int
+    """Steps that changed the weights: all but those that were skipped."""
+    world_size: int
+    zero_stage: int
+    precision: str
+    vocab_size: int
+    text_format: dict[str, str]
+    data_fingerprint: str
+    config: dict[str, Any]
+    val_loss: float | None
+    versions: dict[str, str]
+    files: dict[str, tuple[int, str]]
+    """name: (bytes, sha256)"""
+    on_examples: bool = False
+    """Whether instruction examples were trained on, as of BackChat."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the val loss, if there is one, is a number."""
+        return self.val_loss is None or math.isfinite(self.val_loss)
+
+    @property
+    def format(self) -> TextFormat:
+        return TextFormat.from_dict(self.text_format)
+
+
+_META = TypeAdapter(CheckpointMeta)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    import deepspeed
+
+    from megaback import __version__
+
+    return {
+        "megaback": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | None:
+    """The newest checkpoint of a run that verifies; None if there never was a complete one.
+
+    Every rank hashes a part of the files and all ranks return the same. Raises
+    CheckpointCorruptError if there are complete checkpoints and none of them verifies.
+    """
+    seen = world.together(complete_checkpoints, run)
+    # A shared disk may show the ranks different things for a while.
+    found = world.of_first(seen, list[Path])
+    problems: list[str] = []
+    for target in reversed(found):
+        meta, problem = None, None
+        try:
+            meta = read_meta(target)
+            verify_files(target, meta, world.rank, world.size)
+        except (CheckpointCorruptError, OSError) as error:
+            problem = str(error)
+        reported = [text for text in world.gather(problem, str | None) if text]
+        if not reported and meta is not None:
+            if world.is_first and problems:
+                print(f"megaback: {problems[0]}; going back to {target.name}", flush=True)
+            return target, meta
+        problems.extend(reported)
+    if problems:
+        raise CheckpointCorruptError(
+            f"{problems[0]}; no other checkpoint of {run} verifies, so the run cannot go on: "
+            "restore one, or start again in another run folder"
+        )
+    return None
+
+
+def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: World) -> None:
+    """Restore weights and optimizer of a verified checkpoint, whatever ranks and stage it is from.
+
+    Raises RunMismatchError when it was saved with another optimizer or model.
+    """
+    try:
+        restore(engine, saved_state(target, meta), meta.updates, world.rank, world.size)
+    except StateDiffersError as error:
+        others = f" ({len(error.differing)} differ)" if len(error.differing) > 1 else ""
+        raise RunMismatchError(
+            f"{target} was saved by a run with another model or optimizer: {error.differing[0]}"
+            f"{others}; use the same, or begin another run with its weights: "
+            f"{shlex.quote(override('init_from', target))}"
+        ) from None
+    now = (world.size, engine.zero_optimization_stage())
+    if world.is_first and now != (meta.world_size, meta.zero_stage):
+        print(
+            f"megaback: {target.name} of {meta.world_size} ranks at ZeRO stage {meta.zero_stage} "
+            f"goes on with {now[0]} ranks at stage {now[1]}",
+            flush=True,
+        )
+
+
+def saved_state(target: Path, meta: CheckpointMeta, prefix: str = "") -> SavedState:
+    """The weights and optimizer state of a verified checkpoint; by `prefix`, one of the two."""
+    prefixes = (prefix,) if prefix else (WEIGHTS_PREFIX, OPTIMIZER_PREFIX)
+    names = [name for name in meta.files if name.startswith(prefixes)]
+    return SavedState([target / name for name in names])
+
+
+def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
+    """The verified checkpoint that a path means: a run, its checkpoints, or one step's folder.
+
+    A path that ends in `checkpoints/best` or `latest` means the one that is named there. Raises
+    CheckpointMissingError or CheckpointCorruptError.
+    """
+    path = meant_by(path)
+    if (path / META_NAME).is_file():
+        candidates = [path]
+    else:
+        run = path.parent if path.name == CHECKPOINTS_FOLDER else path
+        candidates = complete_checkpoints(run)
+    if not candidates:
+        raise CheckpointMissingError(
+            f"{path} holds no complete checkpoint (no step-*/{META_NAME}); "
+            "give a run's folder, or train until a checkpoint is saved"
+        )
+    newest = candidates[-1]
+    try:
+        meta = read_meta(newest)
+        verify_files(newest, meta)
+    except CheckpointCorruptError as error:
+        others = ", ".join(other.name for other in candidates[:-1]) or "there is no other one"
+        raise CheckpointCorruptError(
+            f"{error}; name an older checkpoint, if you want that one ({others})"
+        ) from None
+    return newest, meta
+
+
+def read_meta(target: Path) -> CheckpointMeta:
+    """Raises CheckpointCorruptError when meta.json is not one of this version."""
+    path = target / META_NAME
+    try:
+        return parse_meta(read_file(path, MAX_META_BYTES), target.name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointCorruptError(
+            f"{path} is not a checkpoint's description ({reason})"
+        ) from None
+
+
+def parse_meta(text: bytes, folder: str) -> CheckpointMeta:
+    """The description in the meta.json of a folder of that name. Raises ValueError."""
+    try:
+        fields = json.loads(text)
+        if (fields.pop("format"), fields.pop("version")) != (FORMAT_NAME, FORMAT_VERSION):
+            raise ValueError("another format or version")
+        meta = _META.validate_python(fields)
+        _ = meta.format
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _require_plausible(meta)
+    if folder != step_name(meta.step) and STEP_FOLDER.fullmatch(folder):
+        raise ValueError(f"it is of step {meta.step}")
+    return meta
+
+
+def _require_plausible(meta: CheckpointMeta) -> None:
+    """Raises ValueError for what no run says of a checkpoint."""
+    require_within("step", meta.step, 0, INT64_MAX)
+    require_within("updates", meta.updates, 0, INT64_MAX)
+    require_within("world_size", meta.world_size, 1, int(MANY.most))
+    require_within("zero_stage", meta.zero_stage, 0, 3)
+    require_within("vocab_size", meta.vocab_size, 1, MAX_VOCABULARY)
+    for name, (num_bytes, sha256) in meta.files.items():
+        plain_name(name, FILE_NAME)
+        require_within(f"the size of {name}", num_bytes, 0, INT64_MAX)
+        require_sha256(f"the hash of {name}", sha256)
+    _require_shallow(meta.config, _MAX_CONFIG_DEPTH)
+
+
+def _require_shallow(value: object, depth: int) -> None:
+    if isinstance(value, dict | list):
+        if not depth:
+            raise ValueError("its config is nested too deeply")
+        for one in value.values() if isinstance(value, dict) else value:
+            _require_shallow(one, depth - 1)
+
+
+def config_of(target: Path, meta: CheckpointMeta) -> Config:
+    """The config that a checkpoint was trained with. Raises CheckpointCorruptError."""
+    try:
+        return Config.model_validate(meta.config)
+    except ValidationError as error:
+        reason = sentence(error, Config)
+        raise CheckpointCorruptError(
+            f"{target / META_NAME} holds a config that this version does not read ({reason})"
+        ) from None
+
+
+def verify_files(target: Path, meta: CheckpointMeta, part: int = 0, parts: int = 1) -> None:
+    """Compare sizes and hashes of every `parts`-th file. Raises CheckpointCorruptError, OSError."""
+    for name in sorted(meta.files)[part::parts]:
+        try:
+            path = path_within(target, name, FILE_NAME)
+        except ValueError as error:
+            raise CheckpointCorruptError(f"the checkpoint {target} is not read: {error}") from None
+        num_bytes, sha256 = meta.files[name]
+        is_there = path.is_file()
+        # The hash of a file of another size is not worth the time.
+        is_same = is_there and path.stat().st_size == num_bytes
+        if not is_same or size_and_hash(path) != (num_bytes, sha256):
+            what = "is not the file that was saved" if is_there else "is missing"
+            raise CheckpointCorruptError(f"the checkpoint {target} is damaged: {name} {what}")

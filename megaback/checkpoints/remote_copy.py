@@ -1,0 +1,343 @@
+"""Complete checkpoints copied to a second place, by URL, while training goes on.
+
+Each rank copies the files that it wrote, and reads them back to compare their hashes; the first one
+then adds the tokenizer and, last, `meta.json`. A copy that fails is reported and tried again with
+the next checkpoint: it ends no run. A run whose own checkpoints are gone resumes from the copy,
+with the steps that a rollback excluded.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+
+from data_pipeline.common.command import storage_error
+from data_pipeline.common.own_files import remove_own_files
+from data_pipeline.common.regular_files import read_file
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    MegabackError,
+    OutputExistsError,
+    StorageError,
+)
+from data_pipeline.redaction import is_url, scrub, shown_url
+from data_pipeline.storage.remote_file import open_file_system
+from megaback.checkpoints.checkpoint import (
+    MAX_META_BYTES,
+    CheckpointMeta,
+    parse_meta,
+    read_meta,
+    verify_files,
+)
+from megaback.checkpoints.checkpoint_names import (
+    CHECKPOINT_FILE,
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    STEP_FOLDER,
+)
+from megaback.checkpoints.safetensors_file import SizeAndHash
+from megaback.config import CheckpointSection
+from megaback.distributed.world import World
+from megaback.faults.step_guard import (
+    MAX_SKIPPED_STEPS_BYTES,
+    SKIPPED_STEPS_NAME,
+    merge_skipped_steps,
+)
+
+_READ_BYTES = 1 << 23
+
+
+class SecondPlace:
+    """A run's checkpoints behind a URL or path: the folder of the run's name in `copy_to`."""
+
+    def __init__(self, url: str, run: Path) -> None:
+        """Raises the errors of URLs: BackendError for a file system that is not installed."""
+        folder = url if is_url(url) else f"file://{Path(url).absolute()}"
+        url = f"{folder.rstrip('/')}/{run.resolve().name}"
+        self.name = shown_url(url)
+        self._files, self._root = open_file_system(url)
+
+    def path(self, *names: str) -> str:
+        """Of something in it."""
+        return "/".join([self._root.rstrip("/"), *names])
+
+    def require_ours(self) -> None:
+        """Raises OutputExistsError for a place that holds something else than copies; OSError."""
+        seen = [name for name in self._names() if not name.startswith(".")]
+        strangers = [name for name in seen if not STEP_FOLDER.fullmatch(name)]
+        if strangers:
+            raise OutputExistsError(
+                f"checkpoint.copy_to would write to {self.name}, which holds {strangers[0]}: not "
+                "only copies of checkpoints; choose another place, or run folder"
+            )
+
+    def complete(self) -> list[str]:
+        """The names of complete checkpoints, oldest first. Raises OSError."""
+        return sorted(
+            name
+            for name in self._names()
+            if STEP_FOLDER.fullmatch(name) and self._files.exists(self.path(name, META_NAME))
+        )
+
+    def make_incomplete(self, folder: str) -> None:
+        """Remove the meta.json of a copy that is to be written again."""
+        if self._files.exists(self.path(folder, META_NAME)):
+            self._files.rm_file(self.path(folder, META_NAME))
+
+    def put(self, source: Path, folder: str, expected: SizeAndHash) -> None:
+        """Copy a file and read it back. Raises OSError, CheckpointCorruptError."""
+        self._files.makedirs(self.path(folder), exist_ok=True)
+        target = self.path(folder, source.name)
+        self._files.put_file(str(source), target)
+        digest, num_bytes = hashlib.sha256(), 0
+        with self._files.open(target, "rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+                num_bytes += len(block)
+        if (num_bytes, digest.hexdigest()) != tuple(expected):
+            raise CheckpointCorruptError(f"{source.name} reads back differently from {self.name}")
+
+    def complete_with(self, meta: bytes, folder: str) -> None:
+        """Write the meta.json of a checkpoint whose files are all there."""
+        self._files.pipe_file(self.path(folder, META_NAME), meta)
+
+    def meta(self, folder: str) -> CheckpointMeta:
+        """What a complete copy says about itself. Raises CheckpointCorruptError, OSError."""
+        self._files.invalidate_cache()
+        return self._parsed(self._read(MAX_META_BYTES, folder, META_NAME), folder)
+
+    def get(self, folder: str, target: Path) -> CheckpointMeta:
+        """Fetch a checkpoint into a local folder that is there: the files that it names, no others.
+
+        Raises CheckpointCorruptError, OSError.
+        """
+        self._files.invalidate_cache()
+        text = self._read(MAX_META_BYTES, folder, META_NAME)
+        meta = self._parsed(text, folder)
+        for name, (num_bytes, _) in meta.files.items():
+            path = self.path(folder, name)
+            found = self._files.size(path) if self._files.exists(path) else "no"
+            if found not in (num_bytes, None):
+                raise CheckpointCorruptError(
+                    f"{name} of {folder} in {self.name} has {found} bytes, not {num_bytes:,}"
+                )
+            self._files.get_file(path, str(target / name))
+        (target / META_NAME).write_bytes(text)
+        return meta
+
+    def _parsed(self, text: bytes, folder: str) -> CheckpointMeta:
+        try:
+            return parse_meta(text, folder)
+        except ValueError as error:
+            raise CheckpointCorruptError(
+                f"{META_NAME} of {folder} in {self.name} is no checkpoint's description ({error})"
+            ) from None
+
+    def _read(self, max_bytes: int, *names: str) -> bytes:
+        """A small file. Raises OSError, CheckpointCorruptError."""
+        data = bytes(self._files.cat_file(self.path(*names), start=0, end=max_bytes + 1))
+        if len(data) > max_bytes:
+            raise CheckpointCorruptError(
+                f"{names[-1]} in {self.name} has more than {max_bytes:,} bytes"
+            )
+        return data
+
+    def roll_back(self, step: int, skipped_steps: bytes, aside: str) -> None:
+        """Set the copies after `step` aside in a folder; keep what is to be skipped on resume.
+
+        Or else a run that is fetched resumes after the rollback, on the weights from before it.
+        Does nothing where nothing was copied. Raises StorageError.
+        """
+        try:
+            names = self._names()
+            if not names:
+                return
+            self._files.pipe_file(self.path(SKIPPED_STEPS_NAME), skipped_steps)
+            while aside in names:
+                aside += "-again"
+            for name in names:
+                if STEP_FOLDER.fullmatch(name) and int(name.partition("-")[2]) > step:
+                    self._files.makedirs(self.path(aside), exist_ok=True)
+                    self._files.mv(self.path(name), self.path(aside, name), recursive=True)
+        except Exception as error:  # noqa: BLE001 (file systems raise what they like)
+            raise StorageError(
+                f"the copies in {self.name} cannot be set back too ({_reason(error)}); nothing was "
+                "changed in the run: run the same command when that place can be written, or "
+                "remove checkpoint.copy_to from the run's config"
+            ) from None
+
+    def skipped_steps(self) -> bytes | None:
+        """The ranges of steps that a rollback excluded, as in the run's file. Raises OSError."""
+        if not self._files.exists(self.path(SKIPPED_STEPS_NAME)):
+            return None
+        return self._read(MAX_SKIPPED_STEPS_BYTES, SKIPPED_STEPS_NAME)
+
+    def rotate(self, section: CheckpointSection) -> None:
+        """Let old copies go, and what was left unfinished."""
+        complete = self.complete()
+        newest = complete[-section.keep_last :]
+        finite = next((name for name in reversed(complete) if self._is_finite(name)), None)
+        if finite is not None:
+            newest.append(finite)
+        for name in self._names():
+            if not STEP_FOLDER.fullmatch(name) or name in newest or self._is_link(name):
+                continue
+            step, every = int(name.partition("-")[2]), section.keep_every_steps
+            if name in complete:
+                if every is not None and step % every == 0:
+                    continue
+                self._files.rm_file(self.path(name, META_NAME))
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Remove the files of a copy, and its folder if there is nothing else in it."""
+        paths = self._files.ls(self.path(name), detail=False)
+        for path in paths:
+            if CHECKPOINT_FILE.fullmatch(Path(path).name):
+                self._files.rm_file(path)
+        with suppress(OSError, NotImplementedError):  # or no folders are known there
+            self._files.rmdir(self.path(name))
+
+    def _is_link(self, name: str) -> bool:
+        """Whether a copy's folder is a link to something else, where there is such a thing."""
+        info = self._files.info(self.path(name))
+        return bool(info.get("islink")) or info.get("type") == "link"
+
+    def _is_finite(self, name: str) -> bool:
+        try:
+            return self.meta(name).is_finite
+        except CheckpointCorruptError:
+            return False
+
+    def _names(self) -> list[str]:
+        self._files.invalidate_cache()
+        if not self._files.exists(self._root):
+            return []
+        return [Path(path).name for path in self._files.ls(self._root, detail=False)]
+
+
+class CheckpointCopier:
+    """Copies a run's checkpoints, one at a time; those that come too soon are left out."""
+
+    def __init__(self, run: Path, section: CheckpointSection, world: World) -> None:
+        self._section, self._world = section, world
+        self._copying: _Copying | None = None
+        self._place = SecondPlace(section.copy_to, run) if section.copy_to is not None else None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a copy was begun and is not complete: the same on every rank."""
+        return self._copying is not None
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether this rank is still copying."""
+        return self._copying is not None and self._copying.is_alive()
+
+    def begin(self, target: Path | None) -> None:
+        """Start to copy a complete checkpoint, unless another one is on its way. Collective."""
+        if self._place is None or target is None or self._copying is not None:
+            return
+        if self._world.is_first:
+            # What goes wrong here goes wrong again for the files, and is reported then.
+            with suppress(Exception):
+                self._place.make_incomplete(target.name)
+        self._world.barrier()
+        self._copying = _Copying(self._place, target, self._world.rank)
+        self._copying.start()
+
+    def finish(self, say: Callable[[str], None]) -> None:
+        """Wait for every rank's part, and complete the copy. Collective."""
+        copying, world = self._copying, self._world
+        if copying is None or self._place is None:
+            return
+        copying.join()
+        self._copying = None
+        problems = [text for text in world.gather(copying.problem, str | None) if text]
+        if not problems and world.is_first:
+            try:
+                self._place.complete_with(copying.meta, copying.target.name)
+                self._place.rotate(self._section)
+            except Exception as error:  # noqa: BLE001 (file systems raise what they like)
+                problems.append(_reason(error))
+        if problems and world.is_first:
+            say(
+                f"megaback: {copying.target.name} was not copied to {self._place.name}: "
+                f"{problems[0]}; training goes on, and the next checkpoint is copied again"
+            )
+
+
+class _Copying(Thread):
+    """A rank's part of a copy."""
+
+    def __init__(self, place: SecondPlace, target: Path, rank: int) -> None:
+        super().__init__(name="checkpoint-copy", daemon=True)
+        self.target = target
+        self.problem: str | None = None
+        self.meta = b""
+        self._place, self._rank = place, rank
+
+    def run(self) -> None:
+        try:
+            self.meta = read_file(self.target / META_NAME, MAX_META_BYTES)
+            meta = read_meta(self.target)
+            for name, expected in meta.files.items():
+                if _writer_of(name) % meta.world_size == self._rank:
+                    self._place.put(self.target / name, self.target.name, expected)
+        except Exception as error:  # noqa: BLE001 (file systems raise what they like)
+            self.problem = _reason(error)
+
+
+def newest_meta(place: SecondPlace) -> CheckpointMeta | None:
+    """Of the newest copy that can be read; None if there is none. Raises StorageError."""
+    for name in reversed(place.complete()):
+        with suppress(CheckpointCorruptError, FileNotFoundError):
+            return place.meta(name)
+    return None
+
+
+def fetch_newest(run: Path, place: SecondPlace) -> Path | None:
+    """Bring the newest copy that verifies back into a run's folder; None if there is none.
+
+    Raises CheckpointCorruptError if there are copies and none of them verifies.
+    """
+    problems: list[str] = []
+    for name in reversed(place.complete()):
+        target = run / CHECKPOINTS_FOLDER / name
+        partial = target.with_name(".fetched.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed start has left
+        try:
+            partial.mkdir(parents=True)
+            verify_files(partial, place.get(name, partial))
+            if (skipped := place.skipped_steps()) is not None:
+                merge_skipped_steps(run, skipped, place.name)
+            remove_own_files(target, CHECKPOINT_FILE)
+            os.replace(partial, target)
+        except CheckpointCorruptError as error:
+            problems.append(str(error))
+            continue
+        except OSError as error:
+            raise StorageError(f"cannot fetch {name} from {place.name}: {error}") from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+    if problems:
+        raise CheckpointCorruptError(f"no copy in {place.name} verifies: {problems[0]}")
+    return None
+
+
+def _writer_of(name: str) -> int:
+    """The rank in a file's name; the first one for what is nobody's."""
+    digits = name.removesuffix(".safetensors").rpartition("-")[2]
+    return int(digits) if digits.isdigit() else 0
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MegabackError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno:
+        return str(storage_error(error))
+    return scrub(f"{type(error).__name__}: {' '.join(str(error).split())}")

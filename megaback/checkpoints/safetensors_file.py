@@ -1,0 +1,140 @@
+"""Files of tensors in the safetensors format: written in one pass, with their hash.
+
+Format: https://huggingface.co/docs/safetensors (a length, a JSON header, raw little-endian data).
+The library writes a dictionary of whole tensors; here each tensor may be made when its turn comes,
+the bytes are hashed as they go out, and other threads run meanwhile. The library also maps files
+into memory, where what was read stays counted as ours, and where a file that is cut short meanwhile
+kills the process; here parts are read to where they belong.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import CheckpointCorruptError
+from megaback.checkpoints.safetensors_header import open_tensors
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_READ_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
+_WRITE_BYTES = 1 << 24
+
+Spec = tuple[torch.dtype, Sequence[int]]
+SizeAndHash = tuple[int, str]
+
+
+def write_tensors(
+    path: Path,
+    specs: Mapping[str, Spec],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> SizeAndHash:
+    """Write tensors one after another, each from `tensor_of(name)`, and flush them to the disk.
+
+    `metadata`: more of what the header says. Returns the file's bytes and SHA-256. Raises OSError;
+    what was written then stays, and is not whole.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
+    for name, (dtype, shape) in specs.items():
+        num_bytes = dtype.itemsize
+        for length in shape:
+            num_bytes *= length
+        offsets = [position, position + num_bytes]
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": offsets}
+        position += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data is aligned
+    digest = hashlib.sha256()
+    num_bytes = 0
+    try:
+        with path.open("wb", buffering=0) as file:
+            head = len(text).to_bytes(8, "little") + text
+            num_bytes += _write(file.fileno(), memoryview(head))
+            digest.update(head)
+            for name, (dtype, shape) in specs.items():
+                tensor = tensor_of(name).detach().to("cpu", dtype).contiguous()
+                assert list(tensor.shape) == list(shape), name
+                data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                for start in range(0, len(data), _WRITE_BYTES):
+                    block = data[start : start + _WRITE_BYTES]
+                    num_bytes += _write(file.fileno(), block)
+                    digest.update(block)
+                    del block
+                del tensor, data  # before the next one is made
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where it is
+        raise
+    return num_bytes, digest.hexdigest()
+
+
+def _write(descriptor: int, data: "memoryview[int]") -> int:
+    written = 0
+    while written < len(data):
+        written += os.write(descriptor, data[written:])
+    return written
+
+
+class TensorFile:
+    """The tensors of a file, of which all or parts are read into memory of ours."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header. Raises OSError, CheckpointCorruptError."""
+        self.path = path
+        self._file, header = open_tensors(path)
+        self.entries = header.entries
+        """What the tensors are, by name."""
+        self.metadata = header.metadata
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out`, of one dimension, with elements from `start` on. Raises OSError."""
+        entry = self.entries[name]
+        dtype = self._dtype(name)
+        is_direct = out.dtype is dtype and out.device.type == "cpu" and out.is_contiguous()
+        part = out if is_direct else torch.empty(out.shape, dtype=dtype)
+        data = memoryview(part.detach().view(torch.uint8).numpy().data)
+        position = entry.start + start * dtype.itemsize
+        assert position + len(data) <= entry.stop, name
+        while data:
+            num_bytes = os.preadv(self._file.fileno(), [data], position)
+            if not num_bytes:
+                raise OSError(errno.EIO, "it ends within a tensor", str(self.path))
+            position += num_bytes
+            data = data[num_bytes:]
+        if part is not out:
+            out.copy_(part)
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor. Raises KeyError when there is none, OSError, CheckpointCorruptError."""
+        tensor = torch.empty(self.entries[name].shape, dtype=self._dtype(name))
+        self.read(name, 0, tensor.view(-1))
+        return tensor
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = self.entries[name].dtype
+        if dtype not in _READ_DTYPES:
+            raise CheckpointCorruptError(
+                f"{name} in {self.path} is of type {dtype}, and only {', '.join(_READ_DTYPES)} "
+                "are read; save the model in one of them"
+            )
+        return _READ_DTYPES[dtype]
+
+
+def size_and_hash(path: Path) -> SizeAndHash:
+    """A file's bytes and SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return path.stat().st_size, digest.hexdigest()

@@ -1,0 +1,238 @@
+"""Saving without waiting for the disk.
+
+A save copies this rank's state to the host's memory, and a thread writes it from there while
+training goes on. Once all ranks have written, which they tell each other between steps, the first
+one completes the checkpoint with `meta.json` and lets old ones go.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from threading import Thread
+
+import torch
+from torch import Tensor
+
+from data_pipeline.common.command import replacing, storage_error, write_text
+from data_pipeline.common.own_files import remove_own_files
+from data_pipeline.errors import CheckpointCorruptError, StorageError
+from data_pipeline.shards.manifest import TOKENIZER_NAME
+from megaback.checkpoints.checkpoint import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    CheckpointMeta,
+    read_meta,
+    verify_files,
+)
+from megaback.checkpoints.checkpoint_names import (
+    BEST_NAME,
+    CHECKPOINT_FILE,
+    CHECKPOINTS_FOLDER,
+    LATEST_NAME,
+    META_NAME,
+    OPTIMIZER_PREFIX,
+    STEP_FOLDER,
+    WEIGHTS_PREFIX,
+    complete_checkpoints,
+    meant_by,
+    step_name,
+)
+from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, write_tensors
+from megaback.checkpoints.state import WEIGHT
+from megaback.config import CheckpointSection
+from megaback.distributed.world import World
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of a run, one at a time."""
+
+    def __init__(
+        self, run: Path, tokenizer: bytes, section: CheckpointSection, world: World
+    ) -> None:
+        self._folder = run / CHECKPOINTS_FOLDER
+        self._tokenizer = tokenizer
+        self._section = section
+        self._world = world
+        self._host: dict[str, Tensor] = {}
+        self._open: _Writing | None = None
+        self._completed: Path | None = None
+
+    def take_completed(self) -> Path | None:
+        """The newest checkpoint that was completed since this was last asked."""
+        completed, self._completed = self._completed, None
+        return completed
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a checkpoint was begun and is not complete: the same on every rank."""
+        return self._open is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._open is not None and self._open.is_alive()
+
+    def begin(
+        self,
+        state: Mapping[str, Tensor],
+        meta: CheckpointMeta,
+        run: Path | None = None,
+        *,
+        is_best: bool = False,
+    ) -> None:
+        """Copy this rank's state and start to write it. Collective; completes what is open.
+
+        The best checkpoint is named in `best`, and kept until another one is. When a rank cannot
+        write, all ranks stop with its message. `run` is where the run's folder lies now.
+        """
+        self.finish()
+        if run is not None:
+            self._folder = run / CHECKPOINTS_FOLDER
+        world = self._world
+        target = self._folder / step_name(meta.step)
+        if world.of_first(world.together(_is_saved, target, world), bool):
+            return
+        world.together(_make_empty, target, world)
+        self._copy(state)
+        self._open = _Writing(target, meta, self._host, world.rank, is_best=is_best)
+        self._open.start()
+        if not self._section.background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for every rank, and complete the checkpoint that is open. Collective."""
+        writing, world = self._open, self._world
+        if writing is None:
+            return
+        writing.join()
+        self._open = None
+        world.stop_if_any(writing.error)
+        files = {
+            name: entry
+            for part in world.gather(writing.files, dict[str, SizeAndHash])
+            for name, entry in part.items()
+        }
+        world.together(self._complete, writing, files)
+        self._completed = writing.target
+
+    def _complete(self, writing: "_Writing", files: dict[str, SizeAndHash]) -> None:
+        if not self._world.is_first:
+            return
+        target = writing.target
+        with replacing(target / TOKENIZER_NAME) as file:
+            file.write(self._tokenizer)
+        files = {**files, TOKENIZER_NAME: size_and_hash(target / TOKENIZER_NAME)}
+        meta = replace(writing.meta, files=dict(sorted(files.items())))
+        if not meta.is_finite:
+            meta = replace(meta, val_loss=str(meta.val_loss))  # type: ignore[arg-type] # JSON's way
+        fields = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
+        write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
+        write_text(target.parent / LATEST_NAME, target.name + "\n")
+        if writing.is_best:
+            write_text(target.parent / BEST_NAME, target.name + "\n")
+        rotate(self._folder, self._section)
+
+    def _copy(self, state: Mapping[str, Tensor]) -> None:
+        if self._host.keys() != state.keys():
+            self._host = {
+                key: torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+                for key, view in state.items()
+            }
+        for key, view in state.items():
+            self._host[key].copy_(view, non_blocking=True)
+        if any(view.is_cuda for view in state.values()):
+            torch.cuda.synchronize()
+
+
+class _Writing(Thread):
+    """A rank's part of a checkpoint, on its way to the disk."""
+
+    def __init__(
+        self,
+        target: Path,
+        meta: CheckpointMeta,
+        tensors: Mapping[str, Tensor],
+        rank: int,
+        *,
+        is_best: bool,
+    ) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.is_best = is_best
+        self.target, self.meta = target, meta
+        self.files: dict[str, SizeAndHash] = {}
+        self.error: StorageError | None = None
+        weights = [key for key in tensors if key.startswith(WEIGHT + ":")]
+        others = [key for key in tensors if key not in set(weights)]
+        self._tensors = tensors
+        self._parts = {
+            f"{WEIGHTS_PREFIX}{rank:05d}.safetensors": weights,
+            f"{OPTIMIZER_PREFIX}{rank:05d}.safetensors": others,
+        }
+
+    def run(self) -> None:
+        try:
+            for name, keys in self._parts.items():
+                specs = {key: (self._tensors[key].dtype, self._tensors[key].shape) for key in keys}
+                self.files[name] = write_tensors(
+                    self.target / name, specs, self._tensors.__getitem__
+                )
+        except Exception as error:  # noqa: BLE001 (whatever it is, the checkpoint is not whole)
+            reason = f"{type(error).__name__}: {error}; run the same command again"
+            if isinstance(error, OSError):
+                reason = str(storage_error(error)).removesuffix(".")  # with what to do
+            self.error = StorageError(
+                f"cannot write the checkpoint {self.target}: {reason}; the checkpoints before it "
+                "are intact, and the run resumes from them"
+            )
+
+
+def rotate(folder: Path, section: CheckpointSection) -> None:
+    """Let checkpoints go, but the last ones, every so many steps', the last finite, and the best.
+
+    A checkpoint loses its meta.json first. What kills have left behind goes too. Links to other
+    checkpoints stay, and so do files that are of no checkpoint.
+    """
+    complete = complete_checkpoints(folder.parent)
+    kept = set(complete[-section.keep_last :])
+    with suppress(CheckpointCorruptError):  # then it names none
+        kept.add(meant_by(folder / BEST_NAME))
+    for target in complete[: -section.keep_last]:
+        step = int(target.name.partition("-")[2])
+        if section.keep_every_steps is not None and step % section.keep_every_steps == 0:
+            kept.add(target)
+    finite = next((target for target in reversed(complete) if _is_finite(target)), None)
+    for old in complete:
+        if old not in kept and old != finite and not old.is_symlink():
+            (old / META_NAME).unlink()
+    for path in folder.iterdir():
+        if STEP_FOLDER.fullmatch(path.name) and not (path / META_NAME).exists():
+            remove_own_files(path, CHECKPOINT_FILE)
+
+
+def _is_finite(target: Path) -> bool:
+    try:
+        return read_meta(target).is_finite
+    except CheckpointCorruptError:
+        return False
+
+
+def _is_saved(target: Path, world: World) -> bool:
+    """Whether this step was saved before, and is intact. Only the first rank looks."""
+    if not world.is_first or not (target / META_NAME).is_file():
+        return False
+    try:
+        verify_files(target, read_meta(target))
+    except CheckpointCorruptError:
+        return False  # it is written again
+    return True
+
+
+def _make_empty(target: Path, world: World) -> None:
+    if world.is_first:
+        if target.is_symlink():  # another run's checkpoint: what follows must not reach it
+            target.unlink()
+        (target / META_NAME).unlink(missing_ok=True)
+        remove_own_files(target, CHECKPOINT_FILE)
+        target.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,252 @@
+"""What an engine holds, named by parameter and place: independent of ranks and ZeRO stages.
+
+ZeRO cuts weights and optimizer state into flat slices of its own layout. Here a slice is seen as
+runs of elements of named parameters, so that what one number of ranks saved at one stage, any other
+can load. The truth is in the fp32 weights; bf16 copies are made from them again.
+
+A run's key is `KIND:PARAMETER:START`: elements from START on of the parameter's own flat order.
+KIND is `weight`, or the optimizer's `exp_avg`, `exp_avg_sq` (AdamW) or `momentum` (Muon).
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.common.checked_json import briefly
+from data_pipeline.errors import CheckpointCorruptError
+from megaback.checkpoints.safetensors_file import TensorFile
+from megaback.optim.zero_matrices import Slice, slices_of_each, slices_of_flat
+
+WEIGHT = "weight"
+_RUN_KEY = re.compile(r"([a-z_]+):([^:]+):(\d{1,18})")
+_ADAMW_KINDS = ("exp_avg", "exp_avg_sq")
+_MUON_KINDS = ("momentum",)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A tensor that the optimizer updates, and the runs of parameters in its flat order."""
+
+    tensor: Tensor
+    is_orthogonalized: bool
+    runs: tuple[tuple[str, Slice], ...]
+
+    def kinds(self) -> tuple[str, ...]:
+        """The optimizer's state of it."""
+        return _MUON_KINDS if self.is_orthogonalized else _ADAMW_KINDS
+
+
+def holdings_of(engine: Any, rank: int, world_size: int) -> list[Holding]:
+    """What this rank updates: all of it at stage 0, its slices at the others."""
+    names = {id(weight): name for name, weight in engine.module.named_parameters()}
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        return [
+            Holding(weight, group["orthogonalize"], ((names[id(weight)], _whole(weight)),))
+            for group in engine.basic_optimizer.param_groups
+            for weight in group["params"]
+        ]
+    holdings = []
+    if stage == 3:
+        for number, weights in enumerate(zero.fp16_groups):
+            group = engine.basic_optimizer.param_groups[zero.sub_group_to_group_id[number]]
+            slices = slices_of_each(
+                [weight.partition_numel() for weight in weights],
+                [weight.ds_numel for weight in weights],
+                world_size,
+            )[rank]
+            runs = tuple(zip((names[id(weight)] for weight in weights), slices, strict=True))
+            flat = zero.fp32_partitioned_groups_flat[number]
+            holdings.append(Holding(flat, group["orthogonalize"], runs))
+    else:
+        for number, weights in enumerate(zero.round_robin_bit16_groups):
+            slices = slices_of_flat(
+                zero.round_robin_bit16_offsets[number],
+                [weight.numel() for weight in weights],
+                int(zero.partition_size[number]),
+                world_size,
+            )[rank]
+            runs = tuple(zip((names[id(weight)] for weight in weights), slices, strict=True))
+            orthogonalize = engine.basic_optimizer.param_groups[number]["orthogonalize"]
+            flat = zero.single_partition_of_fp32_groups[number]
+            holdings.append(Holding(flat, orthogonalize, runs))
+    return holdings
+
+
+def named_state(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]:
+    """Views of the fp32 weights and optimizer state that this rank is to save, by key.
+
+    The ranks' parts are disjoint, and together they are everything.
+    """
+    optimizer = engine.basic_optimizer
+    state: dict[str, Tensor] = {}
+    holdings = holdings_of(engine, rank, world_size)
+    if engine.zero_optimization_stage() == 0:  # every rank has everything
+        holdings = holdings[rank::world_size]
+    for holding in holdings:
+        tensors = {WEIGHT: holding.tensor.detach()}
+        tensors |= {
+            kind: tensor
+            for kind, tensor in optimizer.state.get(holding.tensor, {}).items()
+            if kind in holding.kinds()
+        }
+        for kind, tensor in tensors.items():
+            flat = tensor.reshape(-1)
+            for name, run in holding.runs:
+                if run.length:
+                    view = flat[run.local_start : run.local_start + run.length]
+                    state[f"{kind}:{name}:{run.matrix_start}"] = view
+    return state
+
+
+def num_updates(engine: Any) -> int:
+    """How often AdamW has updated: steps that were skipped are not among them."""
+    counts = [state["step"] for state in engine.basic_optimizer.state.values() if "step" in state]
+    return int(max(counts, default=0))
+
+
+class StateDiffersError(Exception):
+    """A checkpoint does not hold what an engine has; `differing` names each difference."""
+
+    def __init__(self, differing: Sequence[str]) -> None:
+        super().__init__("; ".join(differing))
+        self.differing = differing
+
+
+class SavedState:
+    """The runs in the files of a checkpoint, whoever wrote them."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Read the files' headers. Raises OSError, CheckpointCorruptError."""
+        self._runs: dict[tuple[str, str], list[tuple[int, int, TensorFile, str]]] = {}
+        for path in files:
+            file = TensorFile(path)
+            for key, entry in file.entries.items():
+                found = _RUN_KEY.fullmatch(key)
+                if found is None or len(entry.shape) != 1:
+                    raise CheckpointCorruptError(
+                        f"{path} holds {briefly(key)} of shape {list(entry.shape)}, which is no "
+                        "run of a parameter's elements; use another checkpoint"
+                    )
+                kind, name, start = found.groups()
+                run = (int(start), entry.shape[0], file, key)
+                self._runs.setdefault((kind, name), []).append(run)
+        for runs in self._runs.values():
+            runs.sort(key=lambda run: run[:2])
+
+    def num_parameters(self) -> int:
+        """How many parameters' weights there are."""
+        return sum(kind == WEIGHT for kind, _ in self._runs)
+
+    def differences(self, expected: Mapping[tuple[str, str], int]) -> list[str]:
+        """What is not exactly as expected: the number of elements, by kind and parameter."""
+        found = {key: self._num_elements(key) for key in self._runs}
+        return [
+            f"{kind} of {name} "
+            + (
+                "is missing"
+                if (kind, name) not in found
+                else "is read by nothing"
+                if (kind, name) not in expected
+                else f"has {found[kind, name]:,} elements, not {expected[kind, name]:,}"
+            )
+            for kind, name in sorted(found.keys() | expected.keys())
+            if found.get((kind, name)) != expected.get((kind, name))
+        ]
+
+    def _num_elements(self, key: tuple[str, str]) -> int:
+        """How many elements there are; no count goes beyond a gap or what is there twice."""
+        end = 0
+        for start, length, *_ in self._runs[key]:
+            if start != end:
+                break
+            end += length
+        return end
+
+    def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` with a parameter's elements from `start` on. Raises KeyError if any lack."""
+        stop, missing = start + len(out), len(out)
+        for run_start, length, file, key in self._runs[kind, name]:
+            first, last = max(start, run_start), min(stop, run_start + length)
+            if first < last:
+                file.read(key, first - run_start, out[first - start : last - start])
+                missing -= last - first
+        if missing:
+            raise KeyError(f"{missing} elements of {kind}:{name}")
+
+
+@torch.no_grad()
+def restore(engine: Any, saved: SavedState, updates: int, rank: int, world_size: int) -> None:
+    """Fill an engine that has taken no step with all that was saved. Collective.
+
+    Raises StateDiffersError, before anything is changed, unless exactly what the engine has was
+    saved of every parameter.
+    """
+    optimizer = engine.basic_optimizer
+    holdings = holdings_of(engine, rank, world_size)
+    differing = saved.differences(_expected(engine, holdings, has_state=updates > 0))
+    if differing:
+        raise StateDiffersError(differing)
+    for holding in holdings:
+        tensor = holding.tensor
+        tensors = {WEIGHT: tensor.data}
+        if updates:
+            state = {kind: torch.zeros_like(tensor) for kind in holding.kinds()}
+            tensors |= state
+            if "exp_avg" in state:
+                state["step"] = torch.tensor(float(updates), device=tensor.device)
+            optimizer.state[tensor] = state
+        for kind, target in tensors.items():
+            flat = target.view(-1)
+            for name, run in holding.runs:
+                if run.length:
+                    part = flat[run.local_start : run.local_start + run.length]
+                    saved.read(kind, name, run.matrix_start, part)
+    _refresh_copies(engine)
+
+
+def _expected(
+    engine: Any, holdings: Iterable[Holding], has_state: bool
+) -> dict[tuple[str, str], int]:
+    """Elements of every parameter's weight and optimizer state, by kind and name.
+
+    Each rank's holdings name all parameters, of which it may hold no element.
+    """
+    sizes = {
+        name: int(getattr(weight, "ds_numel", weight.numel()))
+        for name, weight in engine.module.named_parameters()
+    }
+    return {
+        (kind, name): sizes[name]
+        for holding in holdings
+        for name, _ in holding.runs
+        for kind in (WEIGHT, *(holding.kinds() if has_state else ()))
+    }
+
+
+def _refresh_copies(engine: Any) -> None:
+    """Make the model's weights those of the fp32 slices."""
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage in (1, 2):
+        zero.update_lp_params()
+    elif stage == 3:
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            if flat.numel():
+                zero.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
+            weights = zero.fp16_partitioned_groups[number]
+            views = zero.unflatten(zero.fp16_partitioned_groups_flat[number], weights)
+            for weight, view in zip(weights, views, strict=True):
+                weight.data = view.data
+        persistent = zero.persistent_parameters  # small ones, whole on every rank
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+
+def _whole(weight: Tensor) -> Slice:
+    return Slice(0, 0, weight.numel())

@@ -1,0 +1,188 @@
+"""The data of a run: shards opened and checked against the config, order fixed, length known.
+
+Loads no torch, so that the launcher can refuse what cannot work before any rank starts.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.loading.loader import Stream, TrainingBatches, sequential_batches
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.order import MAX_AUTOMATIC_LANES, Order, choose_lanes
+from data_pipeline.loading.row_grid import RowTable
+from data_pipeline.loading.rows import Batch, RowReader
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.frame_cache import CacheSettings
+from data_pipeline.text.codec import TextCodec, TextFormat
+from megaback.config import Config, DataSection, split_batch
+from megaback.planning.data_facts import attended_of
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, as one rank sees them."""
+
+    fingerprint: str
+    """Of the contents of the data set or, with the weights, of all data sets."""
+    codec: TextCodec
+    text_format: TextFormat
+    streams: tuple[Stream, ...]
+    mixture: Mixture
+    training: TrainingBatches
+    micro_batch_rows: int
+    accumulation_steps: int
+    total_steps: int
+    _val: tuple[RowReader, ...]
+
+    @property
+    def has_val(self) -> bool:
+        return bool(self._val)
+
+    @property
+    def data_sets(self) -> tuple[DataSet, ...]:
+        """In the order of the config."""
+        return tuple(stream.rows.frames.data_set for stream in self.streams)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all train sets."""
+        return sum(int(stream.rows.frames.shard_tokens.sum()) for stream in self.streams)
+
+    @property
+    def num_lanes(self) -> int:
+        return sum(stream.order.lanes for stream in self.streams)
+
+    def attended_tokens(self) -> float:
+        """What a token attends to on average, for FLOPs. Raises ShardCorruptError."""
+        return sum(
+            share * attended_of(stream.rows.frames.data_set, stream.rows.context_tokens)
+            for share, stream in zip(self.mixture.shares, self.streams, strict=True)
+        )
+
+    @property
+    def rows_per_epoch(self) -> float:
+        """Rows until every data set has been read to its end."""
+        return _rows_per_epoch(self.streams, self.mixture)
+
+    def validation(self, rank: int, world_size: int) -> Iterator[Batch]:
+        """A rank's share of all val sets."""
+        return chain.from_iterable(
+            sequential_batches(rows.frames, rows, rank, world_size, self.micro_batch_rows)
+            for rows in self._val
+        )
+
+
+def open_data(config: Config, rank: int, world_size: int) -> Data:
+    """Open shards, check that they fit the config, and fix the order. Loads no weights.
+
+    Raises the errors of data sets, and MegabackErrors for what does not fit together.
+    """
+    section, batch = config.data, config.batch
+    data_sets = [DataSet.open(part.path, _cache(section)) for part in section.shards]
+    first = data_sets[0]
+    for other in data_sets[1:]:
+        first.manifest.text_format.require_same(
+            other.manifest.text_format, f"the data set {first.name}", f"the data set {other.name}"
+        )
+    if len({data_set.manifest.row_tokens is None for data_set in data_sets}) > 1:
+        raise ConfigError(
+            f"data.shards mixes documents and instruction examples ({section.description}); "
+            "train on one kind after the other"
+        )
+    mixture = Mixture([part.weight for part in section.shards])
+    streams = tuple(
+        _stream(data_set, config, share)
+        for data_set, share in zip(data_sets, mixture.shares, strict=True)
+    )
+    if config.validation.patience is not None and not any(
+        data_set.manifest.split("val") for data_set in data_sets
+    ):
+        raise ConfigError(
+            f"validation.patience needs a val set, and {section.description} has none; "
+            "build one with --val-fraction, or leave validation.patience out"
+        )
+    codec = first.codec()
+    for other in data_sets[1:]:
+        other.manifest.require_codec(codec, other.name)
+    micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
+    steps = config.training.steps
+    if steps is None:
+        rows = (config.training.epochs or 0.0) * _rows_per_epoch(streams, mixture)
+        steps = math.ceil(rows / batch.global_batch_rows)
+    return Data(
+        _fingerprint(data_sets, mixture),
+        codec,
+        streams[0].rows.text_format,
+        streams,
+        mixture,
+        TrainingBatches(
+            streams,
+            mixture,
+            batch.global_batch_rows,
+            rank,
+            world_size,
+            micro_batch_rows,
+            section.threads,
+        ),
+        micro_batch_rows,
+        accumulation_steps,
+        steps,
+        tuple(
+            RowReader(FrameStore(data_set, "val"), batch.context_tokens, section.direction)
+            for data_set in data_sets
+            if data_set.manifest.split("val")
+        ),
+    )
+
+
+def _stream(data_set: DataSet, config: Config, share: float) -> Stream:
+    section = config.data
+    batch_rows = config.batch.global_batch_rows
+    frames = FrameStore(data_set, "train", skip_bad_frames=section.on_bad_frame == "skip")
+    rows = RowReader(frames, config.batch.context_tokens, section.direction)
+    table = RowTable(
+        frames.shard_tokens, data_set.manifest.frame_tokens, config.batch.context_tokens
+    )
+    lanes = section.lanes or choose_lanes(table.num_frames, batch_rows)
+    if share < 1.0:
+        # A step has `share` of a batch of rows of this data set, give or take one: its order goes
+        # in steps of nearly as many, of which the lanes are a divisor.
+        mean_rows = share * batch_rows
+        lanes = min(table.num_frames, max(1, round(mean_rows)), MAX_AUTOMATIC_LANES)
+        batch_rows = lanes * max(1, round(mean_rows / lanes))
+    order = Order(
+        num_frames=table.num_frames,
+        rows_per_frame=table.rows_per_frame,
+        global_batch_rows=batch_rows,
+        lanes=lanes,
+        seed=config.training.seed,
+        window_frames=section.window_frames,
+    )
+    return Stream(rows, table, order)
+
+
+def _rows_per_epoch(streams: Sequence[Stream], mixture: Mixture) -> float:
+    return max(
+        stream.order.rows_per_epoch / share
+        for stream, share in zip(streams, mixture.shares, strict=True)
+    )
+
+
+def _fingerprint(data_sets: Sequence[DataSet], mixture: Mixture) -> str:
+    fingerprints = [data_set.manifest.fingerprint for data_set in data_sets]
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    contents = list(zip(fingerprints, mixture.shares, strict=True))
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def _cache(section: DataSection) -> CacheSettings | None:
+    if section.cache is None:
+        return None
+    return CacheSettings(section.cache, int(section.cache_gb * 1e9))

@@ -1,0 +1,78 @@
+"""What devices and their hosts can do: peak arithmetic, precisions, memory."""
+
+import resource
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+from data_pipeline.errors import BackendError
+from megaback.planning.devices import CPU, devices_named_like
+from megaback.planning.host_memory import free_host_memory_bytes, host_memory_bytes
+from megaback.training.memory_room import RankRoom
+
+
+def device_peak_flops(device: torch.device, precision: str) -> float | None:
+    """The peak of a known GPU in a run's precision, else None."""
+    if device.type != "cuda":
+        return None
+    known = devices_named_like(torch.cuda.get_device_name(device))
+    return known[0].peak_flops(precision) if known else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has had: of its GPU's allocator, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # what the kernel tells a process of itself counts what its parent had, too
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rank_room(device: torch.device) -> RankRoom:
+    """What memory this rank's device has, or its host."""
+    host = socket.gethostname()
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return RankRoom(host, found.name, found.total_memory)
+    return RankRoom(host, CPU, host_memory_bytes())
+
+
+def require_precision(precision: str, device: torch.device) -> None:
+    """Raises BackendError for a precision that the device lacks."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise BackendError(
+            f"training.precision is bf16, which {torch.cuda.get_device_name(device)} does not "
+            "compute in; use fp32"
+        )
+
+
+_OPTIMIZER_BYTES = 16  # fp32 weight, gradient and two moments
+_WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+
+
+def require_host_memory(
+    offload: str, num_parameters: int, precision: str, ranks_here: int, world_size: int
+) -> None:
+    """See that what is offloaded by this host's ranks fits into its memory.
+
+    Raises BackendError with both numbers.
+    """
+    if offload == "none":
+        return
+    bytes_a_parameter = _OPTIMIZER_BYTES
+    if offload == "parameters":
+        bytes_a_parameter += _WEIGHT_BYTES[precision]
+    needed = num_parameters * bytes_a_parameter * ranks_here / world_size
+    available = free_host_memory_bytes()
+    if needed > available:
+        raise BackendError(
+            f"zero.offload {offload} keeps {needed / 1e9:.1f} GB in this host's memory, of which "
+            f"{available / 1e9:.1f} GB are free; use more hosts, or zero.offload=none"
+        )

@@ -1,0 +1,51 @@
+"""`python -m megaback.distributed.torch_facts`: this machine as torch and DeepSpeed see it.
+
+Prints JSON. A process of its own, for commands that must not load torch, and because what is
+broken here may end it: whatever cannot be imported is named with the reason.
+"""
+
+import importlib
+import json
+from types import ModuleType
+from typing import Any
+
+
+def torch_facts() -> dict[str, Any]:
+    """Versions, devices and ways to communicate; an entry `problems` for what does not import."""
+    problems: dict[str, str] = {}
+    facts: dict[str, Any] = {"problems": problems, "devices": []}
+    torch = _imported("torch", problems)
+    if torch is None:
+        return facts
+    facts["torch"] = torch.__version__
+    facts["cuda_build"] = torch.version.cuda
+    if torch.cuda.is_available():
+        facts["devices"] = [_device(torch, number) for number in range(torch.cuda.device_count())]
+    for name in ("gloo", "nccl"):
+        is_there = torch.distributed.is_available()
+        facts[name] = is_there and getattr(torch.distributed, f"is_{name}_available")()
+    for module_name in ("deepspeed", "flash_attn"):
+        module = _imported(module_name, problems)
+        facts[module_name] = None if module is None else module.__version__
+    return facts
+
+
+def _device(torch: ModuleType, number: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(number)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+    }
+
+
+def _imported(name: str, problems: dict[str, str]) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # noqa: BLE001 (a broken installation may raise anything)
+        problems[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+if __name__ == "__main__":
+    print(json.dumps(torch_facts()))

@@ -1,0 +1,225 @@
+"""Ranks and what they agree on.
+
+Control messages go over gloo on the CPU, beside whatever moves the gradients, so that agreeing
+never waits for a GPU. They are numbers in tensors, or JSON (`messages`): torch's own collectives
+of objects would unpickle, that is execute, what arrives.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.common.command import report, system_error
+from data_pipeline.common.interrupts import leave
+from data_pipeline.errors import BackendError, LaunchError, MegabackError
+from megaback.distributed.messages import decode, encode
+from megaback.distributed.rendezvous import meet, name_rank, node_name
+from megaback.distributed.visible_devices import count_device_files, count_devices
+
+_Result = TypeVar("_Result")
+_MOST_BYTES_OF_EACH = 1 << 20
+_MOST_BYTES_OF_FIRST = 1 << 28
+
+
+class AgreedExit(SystemExit):
+    """All ranks end together; the one that spoke has the error."""
+
+    def __init__(self, code: int | None, error: MegabackError | None) -> None:
+        super().__init__(code)
+        self.error = error
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum each value over the ranks, in float64, the same on every rank."""
+        totals = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(totals, group=self.control)
+        summed: list[float] = totals.tolist()
+        return summed
+
+    def slots(self, value: float) -> list[float]:
+        """A value a rank, zeros but for this rank's: their `sum` are the values of all ranks."""
+        return [value if rank == self.rank else 0.0 for rank in range(self.size)]
+
+    def gather(self, value: _Result, kind: Any) -> list[_Result]:
+        """Every rank's value of a type, in order of rank, on every rank. Raises LaunchError."""
+        message = encode(value, kind)
+        lengths = self._gather_numbers(len(message))
+        _require_short(max(lengths), _MOST_BYTES_OF_EACH)
+        own = torch.zeros(max(lengths), dtype=torch.uint8)
+        own[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        received = [torch.empty_like(own) for _ in lengths]
+        dist.all_gather(received, own, group=self.control)
+        return [
+            decode(padded[:length].numpy().tobytes(), kind, rank)
+            for rank, (padded, length) in enumerate(zip(received, lengths, strict=True))
+        ]
+
+    def of_first(self, value: _Result, kind: Any) -> _Result:
+        """The first rank's value of a type, on every rank. Raises LaunchError."""
+        message = encode(value, kind) if self.is_first else b""
+        length = torch.tensor(len(message))
+        dist.broadcast(length, src=0, group=self.control)
+        _require_short(int(length), _MOST_BYTES_OF_FIRST)
+        content = torch.empty(int(length), dtype=torch.uint8)
+        if self.is_first:
+            content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        dist.broadcast(content, src=0, group=self.control)
+        return value if self.is_first else decode(content.numpy().tobytes(), kind, 0)
+
+    def _gather_numbers(self, number: int) -> list[int]:
+        """Every rank's number, in order of rank, on every rank."""
+        received = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(received, torch.tensor([number]), group=self.control)
+        return [int(one) for one in received]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def together(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Call a function on every rank; if it fails on any, stop all with one message.
+
+        The lowest rank that failed prints its sentence, and every rank exits with its code.
+        """
+        result, error = attempt(function, *arguments)
+        self.stop_if_any(error)
+        return result  # type: ignore[return-value]
+
+    def stop_if_any(self, error: MegabackError | None) -> None:
+        """End every rank when any has an error: one message, one exit code."""
+        codes = self._gather_numbers(error.exit_code if error else 0)
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if not failed:
+            return
+        speaks = self.rank == failed[0] and error is not None
+        if speaks and error is not None:
+            report(error)
+        self.barrier()  # nobody exits, and is noticed by the launcher, before the message is out
+        raise AgreedExit(codes[failed[0]], error if speaks else None)
+
+
+def attempt(
+    function: Callable[..., _Result], *arguments: Any
+) -> tuple[_Result | None, MegabackError | None]:
+    """Call a function; its result, or the error that the ranks have to agree on."""
+    try:
+        return function(*arguments), None
+    except MegabackError as error:
+        return None, error
+    except OSError as error:
+        return None, system_error(error)
+
+
+def start_world(device_name: str, timeout_s: float) -> World:
+    """Join the other ranks. Raises BackendError or LaunchError."""
+    name_rank()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = _choose_device(device_name, local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU DeepSpeed compiles this operator at start-up, 45 s, for inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    meet(backend, timeout_s)
+    timeout = timedelta(seconds=timeout_s)
+    # It takes the group that is there.
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def _require_short(num_bytes: int, most_bytes: int) -> None:
+    """Raises LaunchError before memory is taken for a message."""
+    if not 0 <= num_bytes <= most_bytes:
+        raise LaunchError(
+            f"a rank announces a message of {num_bytes:,} bytes, and at most {most_bytes:,} are "
+            "taken; install the same version on all nodes, and see that nobody else reaches the "
+            "ranks' ports"
+        )
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Before the ranks can talk: of an error that all of them meet, let the first one speak.
+
+    A LaunchError is one rank's own.
+    """
+    try:
+        yield
+    except MegabackError as error:
+        if (
+            isinstance(error, LaunchError)
+            or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        ):
+            raise
+        raise SystemExit(error.exit_code) from None
+
+
+def is_collective_error(error: Exception) -> bool:
+    """Whether this is what a rank sees when another one is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("gloo/", "NCCL", "Connection closed by peer")
+    )
+
+
+def end_rank(code: int = 0) -> NoReturn:
+    """End this process, of which everything is said and saved; the other ranks do so too.
+
+    Threads of gloo outlive their groups for as long as anything refers to these. One of them that
+    meets the interpreter while this is taken down aborts the process, and a run that has trained to
+    its end would count as failed. So handlers of the exit run, and the rest is left to the kernel.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    leave(code)
+
+
+def _choose_device(name: str, local_rank: int) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise BackendError(
+            "hardware.device is cuda, but torch sees no CUDA device; "
+            "install a CUDA build of torch, or set hardware.device=cpu"
+        )
+    if name == "auto" and not has_cuda and count_devices() and count_device_files():
+        if local_rank:
+            raise SystemExit(LaunchError.exit_code)  # one rank of the node says it
+        raise LaunchError(
+            f"node {node_name()} has GPUs, but torch sees none; `megaback doctor` says more there, "
+            "and hardware.device=cpu does without them"
+        )
+    if name == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {local_rank} has no device: this machine shows "
+            f"{torch.cuda.device_count()}; start one rank a device"
+        )
+    return torch.device("cuda", local_rank)

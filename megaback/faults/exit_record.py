@@ -1,0 +1,122 @@
+"""How a run ended, for people and scripts that come later: `exit.json` and `history.jsonl`.
+
+`exit.json` is about the newest start: it goes when the run starts again, and the first process that
+knows a reason writes it. `history.jsonl` has a line for every start and every end.
+"""
+
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.checked_json import parse_json, read_json
+from data_pipeline.common.regular_files import open_in_place, read_file
+from megaback.faults.run_records import MAX_RECORD_BYTES, Fields, last_lines
+
+EXIT_NAME = "exit.json"
+START_EVENT = "start"
+HISTORY_NAME = "history.jsonl"
+_MAX_HISTORY_BYTES = 1 << 21
+"""About 8,000 events: a longer history may be a stranger's, and older ones decide nothing."""
+_FIELDS = Fields(
+    counts=frozenset(("step", "total_steps", "world_size", "zero_stage", "code", "restarts")),
+    numbers=frozenset(("rank",)),
+    texts=frozenset(("event", "host", "job", "kind", "reason")),
+    times=frozenset(("time",)),
+)
+BAD_NODES_NAME = "bad_nodes.txt"
+"""Nodes because of which a start was stopped, one a line."""
+
+
+def record_start(run: Path, **fields: Any) -> None:
+    """Note that a run starts. Raises OSError."""
+    (run / EXIT_NAME).unlink(missing_ok=True)
+    _append(run, {"event": "start", **fields})
+
+
+def record_event(run: Path, event: str, **fields: Any) -> None:
+    """Note something else that happens to a run, in its history. Raises OSError."""
+    _append(run, {"event": event, **fields})
+
+
+def record_exit(run: Path, code: int, kind: str, reason: str, rank: int | None = None) -> bool:
+    """Note why a run ends; False if another process has. A disk that refuses is no fault."""
+    fields = {"code": code, "kind": kind, "reason": reason, "rank": rank, **_here()}
+    path = run / EXIT_NAME
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            try:
+                file.write(json.dumps(fields, indent=2) + "\n")
+                file.flush()
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    with suppress(OSError):
+        _append(run, {"event": "exit", **fields})
+    return True
+
+
+def read_exit(run: Path) -> dict[str, Any] | None:
+    """The reason of a run's end; None while it runs, or if nobody was left to write it.
+
+    What no version of megaback writes counts as nothing.
+    """
+    try:
+        fields = read_json(run / EXIT_NAME, MAX_RECORD_BYTES)
+    except (OSError, ValueError):
+        return None
+    is_record = isinstance(fields, dict) and _FIELDS.problem(fields) is None
+    return fields if is_record and type(fields.get("code")) is int else None
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The last starts and ends, thousands of them, oldest first.
+
+    A line that a kill cut short is left out, and so is one that no version of megaback writes.
+    """
+    lines = []
+    with suppress(OSError):
+        for line in last_lines(run / HISTORY_NAME, _MAX_HISTORY_BYTES):
+            try:
+                fields = parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(fields, dict) and _FIELDS.problem(fields) is None:
+                lines.append(fields)
+    return lines
+
+
+def newest_start(run: Path) -> dict[str, Any] | None:
+    """The record of a run's newest start, if there is one."""
+    starts = [line for line in read_history(run) if line.get("event") == START_EVENT]
+    return starts[-1] if starts else None
+
+
+def read_bad_nodes(run: Path) -> list[str]:
+    """Nodes because of which a start was stopped. Raises OSError, ValueError."""
+    return read_file(run / BAD_NODES_NAME, MAX_RECORD_BYTES).decode().split()
+
+
+def _append(run: Path, fields: dict[str, Any]) -> None:
+    line = json.dumps({**fields, **_here()}) + "\n"
+    with open_in_place(run / HISTORY_NAME, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a kill cut the last line short
+                line = "\n" + line
+        file.write(line.encode())
+
+
+def _here() -> dict[str, Any]:
+    return {
+        "time": time.time(),
+        "host": socket.gethostname(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }

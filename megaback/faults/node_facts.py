@@ -1,0 +1,112 @@
+"""What a rank finds on its node before the first step: devices, memory, speed, versions.
+
+Facts only; `preflight` compares them over all ranks and judges.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from megaback.checkpoints.checkpoint import library_versions
+from megaback.distributed.rendezvous import node_name
+from megaback.installation import ROOT
+
+_TRIES = 10
+# On a CPU a product takes a few milliseconds of one core, so that some of them are not interrupted.
+_MULTIPLY_SIZES = {"cuda": 8192, "cpu": 384}
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """One rank's node and device, as that rank sees them."""
+
+    rank: int
+    node: str
+    device: str
+    num_devices: int
+    """GPUs that the rank sees, or cores that it may use."""
+    memory_free_bytes: int
+    """Of the device; on a CPU, of the host."""
+    multiply_flops: float
+    """Of a matrix product, the best of several, in FLOP/s; 0 if the device cannot. On a CPU, of
+    one core."""
+    versions: dict[str, str]
+    problem: str | None = None
+    """Why the device cannot be used, if so."""
+    clock_offset_s: float = field(default=0.0)
+    """How far the rank's wall clock is ahead of the median of all."""
+
+
+def rank_facts(rank: int, device: torch.device) -> RankFacts:
+    """Measure this rank's device, in well under a second."""
+    flops, problem = _multiply_flops(device)
+    if device.type == "cuda":
+        name, num_devices = torch.cuda.get_device_name(device), torch.cuda.device_count()
+        memory_free_bytes = torch.cuda.mem_get_info(device)[0]
+    else:
+        name, num_devices = "cpu", len(os.sched_getaffinity(0))
+        memory_free_bytes = psutil.virtual_memory().available
+    return RankFacts(
+        rank, node_name(), name, num_devices, memory_free_bytes, flops, versions(), problem
+    )
+
+
+def versions() -> dict[str, str]:
+    """What has to be the same on all nodes; `code` is a hash of our own modules."""
+    found = library_versions()
+    try:
+        found["flash-attn"] = importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        found["flash-attn"] = "none"
+    found["code"] = code_hash(ROOT)
+    return found
+
+
+def code_hash(root: Path) -> str:
+    """Hash of every module that a rank may import, by its path below `root`."""
+    digest = hashlib.sha256()
+    for package in ("megaback", "data_pipeline"):
+        for path in sorted((root / package).rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            digest.update(f"{name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def multiply(left_NN: torch.Tensor, right_NN: torch.Tensor) -> torch.Tensor:
+    """The product that is timed, computed when this returns."""
+    product_NN = left_NN @ right_NN
+    if product_NN.device.type == "cuda":
+        torch.cuda.synchronize(product_NN.device)
+    return product_NN
+
+
+def _multiply_flops(device: torch.device) -> tuple[float, str | None]:
+    """The speed of the best of some products, and what is wrong with the device."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # else ranks that share cores are compared by how they share them
+    size = _MULTIPLY_SIZES[device.type]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        ones_NN = torch.ones(size, size, dtype=dtype, device=device)
+        product_NN = multiply(ones_NN, ones_NN)  # also loads what the first product loads
+        if not bool((product_NN == size).all()):
+            return 0.0, f"multiplies wrongly: a product of ones is not {size} everywhere"
+        seconds = min(_timed(lambda: multiply(ones_NN, ones_NN)) for _ in range(_TRIES))
+    except RuntimeError as error:  # what the driver reports
+        return 0.0, f"cannot multiply: {' '.join(str(error).split())}"
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * size**3 / seconds, None
+
+
+def _timed(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started

@@ -1,0 +1,259 @@
+"""Before the first step: whether every node can do its part, and which one cannot.
+
+All ranks measure, all see the same facts, and all come to the same verdict. What makes a run wrong
+or impossible stops it with one sentence that names the node; what makes it slow is a warning, or
+stops it too where the config says `strict`. `preflight.json` in the run's folder has the numbers,
+`bad_nodes.txt` the names of nodes because of which a run did not start.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.common.command import write_text
+from data_pipeline.errors import MegabackError, PreflightError, StorageError
+from data_pipeline.loading.frame_store import FrameStore
+from megaback.config import Config
+from megaback.data import Data
+from megaback.distributed.world import World
+from megaback.faults.exit_record import BAD_NODES_NAME, read_bad_nodes
+from megaback.faults.node_facts import RankFacts, rank_facts
+from megaback.faults.shared_disk import DiskFacts, check_shared_disk
+
+PREFLIGHT_NAME = "preflight.json"
+
+# A CPU's cores are shared with whatever else runs there; a GPU is a rank's own.
+_LEAST_SPEED_RATIO = {"cuda": 0.8, "cpu": 0.4}
+_LEAST_MEMORY_RATIO = 0.7
+_CLOCK_ROUNDS = 3
+_ALL_REDUCE_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
+_ALL_REDUCE_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with a node."""
+
+    check: str
+    node: str
+    stops: bool
+    sentence: str
+
+
+def preflight(config: Config, data: Data, world: World) -> None:
+    """Check all nodes, if the config asks for it. Collective; the run's folder must be ours.
+
+    Raises AgreedExit on every rank: of a PreflightError, of a StorageError when no node can write,
+    or of what is wrong with the shards.
+    """
+    wanted = config.hardware.preflight
+    if wanted == "off" or (wanted == "auto" and world.size == 1):
+        return
+    started = time.monotonic()
+    mine = rank_facts(world.rank, world.device)
+    everyone = world.gather(mine, RankFacts)
+    offsets_s = clock_offsets(world)
+    everyone = [replace(f, clock_offset_s=offsets_s[f.rank]) for f in everyone]
+    disks = check_shared_disk(config.run, mine.node, world)
+    refused = [disk.problem for disk in disks if disk.problem is not None]
+    if len(refused) == len(disks):  # by the disk, and not because of a node
+        world.stop_if_any(StorageError(refused[0]))
+    # A device that cannot multiply may not answer either.
+    all_reduce_gb_s = None if any(f.problem for f in everyone) else _all_reduce_gb_s(world)
+    findings = judge(everyone, world.device.type, config.hardware.heartbeat_s) + judge_disks(disks)
+    findings.sort(key=lambda item: not item.stops)
+    stopping = [item for item in findings if item.stops or wanted == "strict"]
+    world.together(
+        _record,
+        world,
+        config.run,
+        {
+            "time": time.time(),
+            "seconds": time.monotonic() - started,
+            "stops": bool(stopping),
+            "findings": [asdict(item) for item in findings],
+            "all_reduce_gb_s": all_reduce_gb_s,
+            "disks": [asdict(disk) for disk in disks],
+            "ranks": [asdict(facts) for facts in everyone],
+        },
+        sorted({item.node for item in stopping}),
+    )
+    world.stop_if_any(_error_of(stopping))
+    if world.is_first:
+        for item in findings:
+            print(f"megaback: warning: {item.sentence}", file=sys.stderr, flush=True)
+    _check_shards(data, config, world)
+
+
+def judge(everyone: Sequence[RankFacts], device_type: str, most_skew_s: float) -> list[Finding]:
+    """What is wrong with which node, from the facts of all ranks."""
+    findings = [
+        Finding("device", facts.node, True, f"{_name(facts)}: its device {facts.problem}")
+        for facts in everyone
+        if facts.problem is not None
+    ]
+    nodes = list({facts.node: facts for facts in reversed(everyone)}.values())[::-1]
+    for library in nodes[0].versions:
+        findings += _odd_ones(
+            nodes,
+            lambda facts, library=library: facts.versions.get(library, "none"),  # type: ignore[misc]
+            "versions",
+            True,
+            f"has {library} {{}}, and the other nodes have {{}}; install the same on all nodes",
+        )
+    findings += _odd_ones(
+        nodes, lambda facts: facts.device, "device", False, "has the device {}, and the others {}"
+    )
+    findings += _odd_ones(
+        nodes,
+        lambda facts: str(facts.num_devices),
+        "device",
+        False,
+        "shows {} " + ("GPUs" if device_type == "cuda" else "cores") + ", and the other nodes {}",
+    )
+    usual_flops = statistics.median([facts.multiply_flops for facts in everyone])
+    usual_bytes = statistics.median([facts.memory_free_bytes for facts in everyone])
+    for facts in everyone:
+        if facts.multiply_flops < _LEAST_SPEED_RATIO[device_type] * usual_flops:
+            sentence = (
+                f"{_name(facts)} multiplies at {facts.multiply_flops / 1e9:,.1f} GFLOP/s, and "
+                f"{usual_flops / 1e9:,.1f} are the median of all ranks; every step waits for it: "
+                "see what else runs there, or its temperature and clocks"
+            )
+            if facts.problem is None:
+                findings.append(Finding("speed", facts.node, False, sentence))
+        owns_memory = device_type == "cuda" or facts in nodes  # a host's is counted once
+        if owns_memory and facts.memory_free_bytes < _LEAST_MEMORY_RATIO * usual_bytes:
+            sentence = (
+                f"{_name(facts)} has {facts.memory_free_bytes / 1e9:,.1f} GB of memory free, and "
+                f"{usual_bytes / 1e9:,.1f} GB are the median of all ranks; another process may "
+                "hold the rest"
+            )
+            findings.append(Finding("memory", facts.node, False, sentence))
+        if abs(facts.clock_offset_s) > most_skew_s:
+            ahead = "ahead of" if facts.clock_offset_s > 0 else "behind"
+            sentence = (
+                f"the clock of {_name(facts)} is {abs(facts.clock_offset_s):,.1f} s {ahead} the "
+                f"others', and heartbeats of every {most_skew_s:g} s are compared by it; have the "
+                "nodes' clocks set by NTP"
+            )
+            findings.append(Finding("clock", facts.node, False, sentence))
+    return findings
+
+
+def judge_disks(disks: Sequence[DiskFacts]) -> list[Finding]:
+    """Nodes that cannot use the run's folder, or use another one under its name."""
+    first, *others = disks
+    unread = [(disk.node, disk.unread) for disk in others if disk.unread is not None]
+    if len(unread) == len(others) > 1:
+        unread = [(first.node, "writes to the run's folder what no other node reads there")]
+    if not unread and first.unread is not None:
+        unread = [(first.node, first.unread)]
+    unwritten = [(disk.node, disk.problem) for disk in disks if disk.problem is not None]
+    return [
+        Finding("disk", node, True, f"node {node} {'cannot use the run: ' * is_write}{problem}")
+        for is_write, found in ((True, unwritten), (False, unread))
+        for node, problem in found
+    ]
+
+
+def clock_offsets(world: World) -> list[float]:
+    """How far each rank's wall clock is ahead of the median, in seconds, by rank.
+
+    What the ranks' unequal waking adds to it is left out as far as several rounds show it.
+    """
+    rounds = []
+    for _ in range(_CLOCK_ROUNDS):
+        world.barrier()
+        times = world.gather(wall_clock(), float)
+        # With two ranks nobody knows whose is wrong: the earlier one counts as right.
+        middle = statistics.median_low(times)
+        rounds.append([moment - middle for moment in times])
+    return [min(offsets, key=abs) for offsets in zip(*rounds, strict=True)]
+
+
+def wall_clock() -> float:
+    """Seconds since the epoch, by this node's clock."""
+    return time.time()
+
+
+def _all_reduce_gb_s(world: World) -> float | None:
+    """Bytes that each rank has to send and receive over the time that they took, in GB/s.
+
+    (The bus bandwidth of NVIDIA's nccl-tests: 2 (n - 1) / n of the tensor.)
+    """
+    if world.size == 1:
+        return None
+    num_bytes = _ALL_REDUCE_BYTES[world.device.type]
+    tensor = torch.zeros(num_bytes // 4, device=world.device)
+    seconds = []
+    for _ in range(1 + _ALL_REDUCE_TRIES):  # the first one opens connections
+        world.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(tensor)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        seconds.append(time.perf_counter() - started)
+    moved_bytes = 2 * (world.size - 1) / world.size * num_bytes
+    return moved_bytes / max(world.gather(min(seconds[1:]), float)) / 1e9
+
+
+def _check_shards(data: Data, config: Config, world: World) -> None:
+    """Every rank decodes one frame of each data set, all of them different ones if there are."""
+    if config.data.on_bad_frame == "stop":
+        world.together(_read_frames, data, world)
+
+
+def _read_frames(data: Data, world: World) -> None:
+    for stream in data.streams:
+        frames = FrameStore(stream.rows.frames.data_set, "train", keep_frames=1)
+        frames.frame(world.rank * frames.num_frames // world.size)
+
+
+def _odd_ones(
+    nodes: Sequence[RankFacts],
+    value_of: Callable[[RankFacts], str],
+    check: str,
+    stops: bool,
+    sentence: str,
+) -> list[Finding]:
+    """The nodes with another value than most; where there is no majority, than the first's."""
+    values = [value_of(facts) for facts in nodes]
+    usual = max(values, key=Counter(values).__getitem__)
+    return [
+        Finding(check, facts.node, stops, f"node {facts.node} {sentence.format(value, usual)}")
+        for facts, value in zip(nodes, values, strict=True)
+        if value != usual
+    ]
+
+
+def _name(facts: RankFacts) -> str:
+    return f"node {facts.node} (rank {facts.rank})"
+
+
+def _error_of(stopping: Sequence[Finding]) -> MegabackError | None:
+    if not stopping:
+        return None
+    others = sorted({item.node for item in stopping} - {stopping[0].node})
+    more = f"; and there is something with {', '.join(others)}" if others else ""
+    return PreflightError(
+        f"{stopping[0].sentence}{more} (all numbers are in {PREFLIGHT_NAME} of the run)"
+    )
+
+
+def _record(world: World, run: Path, report: dict[str, object], bad_nodes: list[str]) -> None:
+    if not world.is_first:
+        return
+    write_text(run / PREFLIGHT_NAME, json.dumps(report, indent=2) + "\n")
+    if bad_nodes:
+        path = run / BAD_NODES_NAME
+        known = read_bad_nodes(run) if path.exists() else []
+        write_text(path, "".join(f"{name}\n" for name in dict.fromkeys([*known, *bad_nodes])))

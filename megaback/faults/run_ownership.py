@@ -1,0 +1,176 @@
+"""A run's folder is one that megaback made, or an empty one: what else is there stays untouched.
+
+What made a folder a run's is what it holds: a history of starts, or a snapshot of what was
+submitted. Loads no torch: the launcher asks before any rank starts, and the ranks ask again.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from data_pipeline.common.checked_json import read_json
+from data_pipeline.common.output_paths import require_apart
+from data_pipeline.common.regular_files import require_no_link
+from data_pipeline.errors import OutputExistsError
+from megaback.checkpoints.checkpoint_names import CHECKPOINTS_FOLDER
+from megaback.config import CONFIG_COPY_NAME, Config
+from megaback.faults.exit_record import HISTORY_NAME, read_history
+from megaback.yaml_text import read_yaml_file
+
+RESOLVED_COPY_NAME = "config.resolved.yaml"
+"""The run's config, resolved, where its `config.yaml` is the user's own."""
+_MADE_BEFORE_THE_HISTORY = frozenset(
+    {".lock", "checkpoints", "converted", "heartbeats", "logs", "submitted"}
+)
+_WORK_FOLDERS = ("heartbeats", "submitted", ".preflight")
+"""Folders of a run in which files are written and removed; others may be links to another disk."""
+_SNAPSHOT = re.compile(r"\d{8}-\d{6}(-\d+)?")
+_JUNK = frozenset({".DS_Store", "lost+found"})
+
+
+def require_run_folder(config: Config, given: Path | None = None) -> None:
+    """See that a run may be written into its folder. Raises OutputExistsError.
+
+    `given` is the file of the config, which may lie there, as may files that this process prints
+    to: none of them is written.
+    """
+    run = config.run
+    if run.exists() and not run.is_dir():
+        raise OutputExistsError(f"run {run} is a file; choose another run folder")
+    inputs = [*(part.path for part in config.data.shards), config.init_from]
+    require_apart(run, inputs, "run")
+    for name in _WORK_FOLDERS:
+        require_no_link(run / name, "run")
+    require_own_checkpoints(run)
+    if is_run_of_ours(run):
+        return
+    strangers = list(_strangers_in(run, given))
+    if strangers:
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        raise OutputExistsError(
+            f"run {run} is not empty and is no run of megaback's: it holds {strangers[0].name}"
+            f"{more}; choose another run folder"
+        )
+
+
+def require_own_checkpoints(run: Path) -> None:
+    """See that a run's checkpoints, which a link may lead to another disk, are not another run's.
+
+    Those that a run no longer keeps are removed. Raises OutputExistsError.
+    """
+    folder = run / CHECKPOINTS_FOLDER
+    if folder.is_symlink() and (folder.resolve().parent / HISTORY_NAME).exists():
+        raise OutputExistsError(
+            f"{folder} is a symbolic link to the checkpoints of another run, "
+            f"{folder.resolve().parent}; remove the link, or choose another run"
+        )
+
+
+def is_run_of_ours(run: Path) -> bool:
+    """Whether a folder is a run's that was started, or submitted."""
+    history = read_history(run)
+    if any({"event", "time"} <= line.keys() for line in history):
+        return True
+    return any(_is_snapshot(path) for path in run.glob("submitted/*/submission.json"))
+
+
+def config_of_run(run: Path) -> Path:
+    """The file with the config that a run was last started with, resolved."""
+    resolved = run / RESOLVED_COPY_NAME
+    return resolved if resolved.is_file() else run / CONFIG_COPY_NAME
+
+
+def place_of_config(run: Path, given: Path | None) -> Path | None:
+    """Where the resolved config is to be written; None for nowhere.
+
+    Neither the file that was given nor one that a person has edited is replaced.
+    """
+    place = config_of_run(run)
+    if _is_same_file(given, run / RESOLVED_COPY_NAME):
+        return None
+    if place.name == CONFIG_COPY_NAME and place.exists():
+        is_given = _is_same_file(given, place)
+        if is_given or not _is_as_written(place):
+            return run / RESOLVED_COPY_NAME
+    return place
+
+
+def _strangers_in(run: Path, given: Path | None) -> Iterator[Path]:
+    """What is neither ours nor empty nor told to be there."""
+    if not run.is_dir():
+        return
+    printed_to = {_identity(os.fstat(number)) for number in (1, 2) if _is_open(number)}
+    for path in sorted(run.iterdir()):
+        if path.name in _JUNK or path.name.startswith(".nfs") or _is_same_file(given, path):
+            continue
+        if path.is_file() and _identity(path.stat()) in printed_to:
+            continue
+        if path.is_dir() and not _holds_files(path):
+            continue
+        if path.name in _MADE_BEFORE_THE_HISTORY and _is_left_by_us(path):
+            continue
+        yield path
+
+
+def _is_left_by_us(path: Path) -> bool:
+    """Of a start that was cut short before it could write its first line."""
+    if path.name == ".lock":
+        return path.stat().st_size == 0
+    if path.name == "heartbeats":
+        return all(one.name.startswith("rank-") for one in path.iterdir())
+    if path.name == "checkpoints":  # fetched from the second place
+        return all(one.name.startswith(("step-", ".fetched")) for one in path.iterdir())
+    if path.name == "converted":  # models of fetched checkpoints
+        return all(one.name.startswith((".lock", "step-", ".step-")) for one in path.iterdir())
+    if path.name == "submitted":  # a snapshot that was not queued
+        return all(_SNAPSHOT.fullmatch(one.name) for one in path.iterdir())
+    return False
+
+
+def _is_snapshot(path: Path) -> bool:
+    try:
+        return "jobs" in read_json(path)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _is_as_written(path: Path) -> bool:
+    """Whether a config is as we wrote it: of one that a person has edited, more would be lost."""
+    try:
+        written = yaml.safe_dump(read_yaml_file(path), sort_keys=False)
+        return written == path.read_text(encoding="utf-8")
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+
+
+def _holds_files(folder: Path) -> bool:
+    """Without recursion: folders may be nested thousands deep, past the longest path."""
+    left = [folder]
+    try:
+        while left:
+            for path in left.pop().iterdir():
+                if path.is_symlink() or not path.is_dir():
+                    return True
+                left.append(path)
+    except OSError:
+        return True  # nobody knows
+    return False
+
+
+def _is_same_file(left: Path | None, right: Path) -> bool:
+    return left is not None and left.exists() and right.exists() and left.samefile(right)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(number).st_mode)
+    except OSError:
+        return False
+
+
+def _identity(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_dev, facts.st_ino

@@ -1,0 +1,99 @@
+"""What a run is like: how it ended by its record or, while nobody has recorded an end, whether its
+ranks are well by their heartbeats.
+
+`watch`, `status`, `jobs` and `inspect` all ask here, so that they say the same. Loads no torch.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megaback.faults.exit_record import START_EVENT, read_exit, read_history
+from megaback.faults.heartbeat import Heartbeat, missing_ranks, read_heartbeats
+
+State = Literal["finished", "stopped", "starting", "running", "slow", "stuck", "dead"]
+ROLLBACK_EVENT = "rollback"
+_SLOW_RATIO = 3.0
+_SHOWN_MISSING = 4
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A state, and why; for a run that has ended, how."""
+
+    state: State
+    reason: str
+    ending: str | None = None
+    """The reason alone that was recorded for an end."""
+    code: int | None = None
+    """The exit code that is recorded for the newest start."""
+    rolled_back_to: int | None = None
+    """The step that a rollback has set the run back to, if nothing has started since."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in ("finished", "stopped")
+
+
+def judge(run: Path, step_times_s: Sequence[float], now: float) -> Judgement:
+    """Judge a run by its folder; `step_times_s` are those of its last steps."""
+    ended = _ended(run, read_history(run))
+    return ended or _judge_ranks(read_heartbeats(run), step_times_s, now)
+
+
+def _ended(run: Path, history: Sequence[dict[str, Any]]) -> Judgement | None:
+    """How the run ended, if the last thing that is known of it is an end."""
+    ending = read_exit(run)
+    events = (START_EVENT, "exit", ROLLBACK_EVENT)
+    past = [line for line in history if line.get("event") in events]
+    last = past[-1] if past else {}
+    if last.get("event") == ROLLBACK_EVENT:
+        step = last.get("step", 0)
+        reason = f"rolled back to step {step}; `megaback train` resumes it there"
+        return Judgement("stopped", reason, reason, rolled_back_to=step)
+    if last.get("event") == "exit" and (ending is None or ending.get("code") != last.get("code")):
+        ending = last  # exit.json could not be written
+    if ending is None or "code" not in ending:
+        return None
+    code = ending["code"]
+    why = str(ending.get("reason"))
+    reason = f"exit code {code} ({ending.get('kind')}): {why}"
+    return Judgement("finished" if code == 0 else "stopped", reason, why, code)
+
+
+def _judge_ranks(
+    beats: Sequence[Heartbeat], step_times_s: Sequence[float], now: float
+) -> Judgement:
+    world_size = max((beat.world_size for beat in beats), default=1)
+    missing = missing_ranks(beats, world_size, now)
+    if missing:
+        return Judgement("dead", "; ".join(list(missing.values())[:_SHOWN_MISSING]))
+    # Others wait for the rank that began its part longest ago, or is at the earliest step.
+    last = min(beats, key=lambda beat: (beat.step, beat.since))
+    here_s = now - last.since
+    where = _what_was_last_heard(last, now)
+    if here_s > last.timeout_s:
+        return Judgement("stuck", f"{where}; longer than the {last.timeout_s:.0f} s allowed")
+    if not step_times_s:
+        return Judgement("starting", where)
+    usual_s = statistics.median(step_times_s)
+    if here_s > max(_SLOW_RATIO * usual_s, 2 * last.interval_s):
+        return Judgement("slow", f"{where}; a step usually takes {usual_s:.2f} s")
+    if step_times_s[-1] > _SLOW_RATIO * usual_s:
+        took = f"the last step took {step_times_s[-1]:.2f} s, and {usual_s:.2f} s is usual"
+        return Judgement("slow", took)
+    return Judgement("running", f"{len(beats)} ranks; {where}")
+
+
+def _what_was_last_heard(beat: Heartbeat, now: float) -> str:
+    """What a rank was doing, and how old that news is: it may have moved on since."""
+    age_s = now - beat.written
+    age = f"heartbeat {age_s:.0f} s old"
+    if age_s < -1:
+        age = f"heartbeat {-age_s:.0f} s in the future: the clock of {beat.host} is ahead"
+    return (
+        f"{beat.name}: {beat.phase} at step {beat.step} since {max(now - beat.since, 0):.0f} s, "
+        f"{age}"
+    )

@@ -1,0 +1,137 @@
+"""Which steps are not learnt from: those with numbers that would do harm, and those that are told.
+
+All ranks see the same loss and norm, so all decide alike. What it knows of earlier steps is read
+back from the metrics, so that a run that goes on decides as one that was never stopped.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from data_pipeline.common.command import replacing
+from data_pipeline.common.regular_files import UNFIT, read_file
+from data_pipeline.errors import NonFiniteError, RunMismatchError
+from megaback.config import GuardSection
+
+MAX_SKIPPED_STEPS_BYTES = 1 << 20
+SKIPPED_STEPS_NAME = "skipped_steps.json"
+"""In a run's folder: first and last of each range of steps that `megaback rollback` left out."""
+_RANGES = TypeAdapter(list[tuple[int, int]])
+
+
+_JUDGED_FIELDS = ("loss", "gradient_norm", "skipped")
+
+
+def judged_steps(
+    metrics: Sequence[dict[str, Any]], step: int, window_steps: int
+) -> list[dict[str, Any]]:
+    """What a guard needs to know of the lines of a run's metrics up to a step."""
+    earlier: list[dict[str, Any]] = []
+    num_learnt = 0
+    for line in reversed(metrics):
+        if "loss" in line and line["step"] <= step:
+            earlier.append({name: line[name] for name in _JUDGED_FIELDS if name in line})
+            num_learnt += "skipped" not in line
+            if num_learnt == window_steps:
+                break
+    return earlier[::-1]
+
+
+class StepGuard:
+    """Judges the loss and the gradient norm of each step."""
+
+    def __init__(self, section: GuardSection, earlier: Iterable[dict[str, Any]]) -> None:
+        """`earlier`: lines of the run's metrics, up to where it goes on."""
+        self._section = section
+        self._norms: deque[float] = deque(maxlen=section.window_steps)
+        self._losses: deque[float] = deque(maxlen=section.window_steps)
+        self._num_skipped = 0  # in a row
+        for line in earlier:
+            if "loss" in line:
+                self._remember(line["loss"], line.get("gradient_norm"), "skipped" in line)
+
+    def verdict(self, loss: float, gradient_norm: float | None) -> str | None:
+        """Why not to learn from a step; None if all is well. The norm may not be known yet."""
+        section = self._section
+        for what, value in (("loss", loss), ("gradient norm", gradient_norm)):
+            if value is not None and not math.isfinite(value):
+                return f"the {what} is {value}"
+        if len(self._norms) < section.window_steps:
+            return None  # too early to tell what is usual
+        if section.spike_nats is not None:
+            usual = statistics.median(self._losses)
+            if loss > usual + section.spike_nats:
+                return f"the loss is {loss:.4f}, and {usual:.4f} was usual"
+        if section.spike_norm_ratio is not None and gradient_norm is not None:
+            usual = statistics.median(self._norms)
+            if gradient_norm > usual * section.spike_norm_ratio:
+                return f"the gradient norm is {gradient_norm:.3g}, and {usual:.3g} was usual"
+        return None
+
+    def record(self, step: int, loss: float, gradient_norm: float, reason: str | None) -> None:
+        """Remember a step. Raises NonFiniteError after too many that were skipped in a row."""
+        self._remember(loss, gradient_norm, reason is not None)
+        if self._num_skipped > self._section.max_skipped_steps:
+            raise NonFiniteError(
+                f"step {step}: {reason}, after {self._section.max_skipped_steps} skipped steps in "
+                "a row; the checkpoints before them are intact: lower optimizer.learning_rate, or "
+                "look at the data of these steps and leave them out with `megaback rollback RUN "
+                "--steps N`"
+            )
+
+    def _remember(self, loss: float | None, gradient_norm: float | None, is_skipped: bool) -> None:
+        self._num_skipped = self._num_skipped + 1 if is_skipped else 0
+        if not is_skipped and loss is not None and gradient_norm is not None:
+            self._losses.append(loss)
+            self._norms.append(gradient_norm)
+
+
+def read_left_out(run: Path) -> list[tuple[int, int]]:
+    """The ranges of steps that a rollback left out, first and last. Raises RunMismatchError."""
+    path = run / SKIPPED_STEPS_NAME
+    if not path.exists():
+        return []
+    try:
+        return _parse(read_file(path, MAX_SKIPPED_STEPS_BYTES), str(path))
+    except OSError as error:
+        if error.errno not in UNFIT:
+            raise
+        raise RunMismatchError(f"{path} cannot be read: {error.strerror}; remove it") from None
+
+
+def with_range(run: Path, first: int, last: int) -> bytes:
+    """The contents of a run's file of skipped steps with one more range."""
+    return _to_json({*read_left_out(run), (first, last)})
+
+
+def write_skipped_steps(run: Path, contents: bytes) -> None:
+    """Have a run skip these ranges of steps from now on."""
+    with replacing(run / SKIPPED_STEPS_NAME) as file:
+        file.write(contents)
+
+
+def merge_skipped_steps(run: Path, contents: bytes, place: str) -> None:
+    """Add the ranges that were kept in another place. Raises RunMismatchError."""
+    ranges = _parse(contents, f"{SKIPPED_STEPS_NAME} in {place}")
+    write_skipped_steps(run, _to_json({*read_left_out(run), *ranges}))
+
+
+def _parse(contents: bytes, name: str) -> list[tuple[int, int]]:
+    try:
+        ranges: list[tuple[int, int]] = _RANGES.validate_json(contents)
+        return ranges
+    except ValueError as error:
+        raise RunMismatchError(
+            f"{name} is no list of pairs of steps ({error}); fix it, or remove it to train on all "
+            "steps"
+        ) from None
+
+
+def _to_json(ranges: set[tuple[int, int]]) -> bytes:
+    return f"{json.dumps(sorted(ranges))}\n".encode()

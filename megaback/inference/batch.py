@@ -1,0 +1,306 @@
+"""Samples that are written together, and come and go while others are written.
+
+Each sample has its own options, seed and end, and is what `generate` writes for it alone. (The
+products of more rows round differently, so that fp32 logits differ by about 1e-6.) Prompts are
+read in steps, between which others are written, one prompt at a time. A sample that has filled the
+context waits in the same line for its newer half to be read again.
+
+Shapes: B rows, V vocabulary.
+"""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import PromptError
+from data_pipeline.text.codec import Prompt, TextCodec
+from megaback.inference.decoder import Sampler
+from megaback.inference.kv_cache import LayerState
+from megaback.inference.kv_slots import SlotCache
+from megaback.inference.sampling import SamplingOptions, choose, penalized
+from megaback.inference.steps import Steps
+
+
+@dataclass(eq=False)
+class Sample:
+    """A text to be written on from a prompt."""
+
+    prompt: Prompt
+    options: SamplingOptions
+    num_likeliest: int | None = None
+    """How many of the likeliest ids to tell at every step; None tells no probabilities at all."""
+    ids: list[int] = field(default_factory=list)
+    """What was read and written; the batch fills it."""
+
+    @property
+    def num_new(self) -> int:
+        return max(0, len(self.ids) - len(self.prompt.ids))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did for one sample."""
+
+    sample: Sample
+    new_id: int
+    is_end: bool
+    """Whether the id ended the sample and is no part of it."""
+    is_last: bool
+    """Whether nothing follows: it has ended, or has as many tokens as it may."""
+    log_probability: float | None
+    """Of the id in nats, as the model has it: at temperature 1, among all ids."""
+    likeliest: tuple[tuple[int, float], ...]
+    """The likeliest ids at this place, with their log-probabilities."""
+
+
+class ReadingError(Exception):
+    """A sample whose prompt could not be read, and which is gone. Its cause says why."""
+
+    def __init__(self, sample: Sample) -> None:
+        super().__init__("a prompt could not be read")
+        self.sample = sample
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A sample whose ids are to be read before it is written on."""
+
+    sample: Sample
+    draws: np.random.Generator
+    ids: list[int]
+
+
+class Batch:
+    """The samples that are being written by one model."""
+
+    def __init__(self, sampler: Sampler, codec: TextCodec, num_slots: int) -> None:
+        self._sampler, self._codec = sampler, codec
+        self._cache = SlotCache(sampler, num_slots)
+        self._rows: list[Sample] = []
+        self._draws: list[np.random.Generator] = []
+        self._readings: deque[_Reading] = deque()
+        self._steps_of_first: Steps[list[LayerState]] | None = None
+        self._added_BV = torch.zeros(num_slots, sampler.vocab_size, device=sampler.device)
+        self._seen_BV: Tensor | None = None  # made when a sample is the first to have a penalty
+        self._later: dict[tuple[int, ...], Tensor] = {}
+        self._last_read: tuple[list[int], list[LayerState]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._readings)
+
+    @property
+    def num_rows(self) -> int:
+        """How many have been read, and are written at each step."""
+        return len(self._rows)
+
+    @property
+    def num_slots(self) -> int:
+        """How many samples there is room for."""
+        return self._cache.num_slots
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises PromptError when a prompt does not fit."""
+        context_tokens = self._sampler.context_tokens
+        if len(prompt.ids) > context_tokens:
+            raise PromptError(
+                f"the text given is {len(prompt.ids)} tokens to read, and the model's context "
+                f"holds {context_tokens}; shorten it"
+            )
+
+    def add(self, sample: Sample) -> None:
+        """Take a sample, to be read and then written on. Raises PromptError, ValueError."""
+        self.check(sample.prompt)
+        if len(self) == self.num_slots:
+            raise ValueError(f"all {self.num_slots} places are taken")
+        sample.ids = list(sample.prompt.ids)
+        draws = np.random.default_rng(sample.options.seed)
+        self._readings.append(_Reading(sample, draws, sample.ids[:-1]))
+
+    @torch.inference_mode()
+    def remove(self, sample: Sample) -> None:
+        """Stop writing a sample, if it is still being written."""
+        for reading in self._readings:
+            if reading.sample is sample:
+                if reading is self._readings[0]:
+                    self._steps_of_first = None
+                self._readings.remove(reading)
+                return
+        if sample in self._rows:
+            self._take(self._rows.index(sample))
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Stop writing all samples."""
+        self._readings.clear()
+        self._steps_of_first = None
+        while self._rows:
+            self._take(len(self._rows) - 1)
+
+    @torch.inference_mode()
+    def read(self, seconds: float = 0.0) -> None:
+        """Read samples that wait for it, in their order, for so many seconds or for one step.
+
+        Samples of one prompt that come one after another read it once. Raises ReadingError.
+        """
+        ends_s = time.monotonic() + seconds
+        while self._readings:
+            first = self._readings[0]
+            state = self._state_after_a_step(first)
+            if state is not None:
+                self._readings.popleft()
+                self._begin(first, state)
+            elif time.monotonic() >= ends_s:
+                return
+
+    @torch.inference_mode()
+    def step(self) -> list[Step]:
+        """One id for each sample that has been read; those that have ended are gone afterwards."""
+        if not self._rows:
+            return []
+        logits_BV = self._sampler.step([sample.ids[-1] for sample in self._rows], self._cache)
+        told = self._told(logits_BV)
+        chosen = self._choose(logits_BV)
+        steps = []
+        for row, (sample, new_id) in enumerate(zip(list(self._rows), chosen, strict=True)):
+            is_end = new_id == sample.prompt.end_id or new_id in sample.options.stop_ids
+            if not is_end:
+                sample.ids.append(new_id)
+                self._wrote(row, sample, new_id)
+            is_last = is_end or sample.num_new >= sample.options.max_new_tokens
+            log_probability: float | None = None
+            likeliest: tuple[tuple[int, float], ...] = ()
+            if row in told:
+                log_probability, likeliest = told[row].of(new_id)
+            steps.append(Step(sample, new_id, is_end, is_last, log_probability, likeliest))
+        for step in steps:
+            if step.is_last:
+                self.remove(step.sample)
+        self._forget()
+        return steps
+
+    def _state_after_a_step(self, first: _Reading) -> list[LayerState] | None:
+        """What the first in line has read, when a step more or none completes it."""
+        if self._last_read is not None and self._last_read[0] == first.ids:
+            return self._last_read[1]
+        try:
+            if self._steps_of_first is None:
+                self._steps_of_first = self._sampler.read_steps(first.ids)
+            next(self._steps_of_first)
+        except StopIteration as end:
+            state: list[LayerState] = end.value
+            self._steps_of_first, self._last_read = None, (first.ids, state)
+            return state
+        except Exception as error:
+            self.remove(first.sample)
+            raise ReadingError(first.sample) from error
+        return None
+
+    def _begin(self, reading: _Reading, state: list[LayerState]) -> None:
+        """Write a sample on that has been read."""
+        sample, row = reading.sample, len(self._rows)
+        self._cache.add(state)
+        self._rows.append(sample)
+        self._draws.append(reading.draws)
+        self._added_BV[row] = self._allowed(sample)
+        if sample.options.repetition_penalty != 1:
+            if self._seen_BV is None:
+                self._seen_BV = torch.zeros_like(self._added_BV, dtype=torch.bool)
+            self._seen_BV[row] = False
+            self._seen_BV[row, torch.tensor(sample.ids, device=self._sampler.device)] = True
+
+    def _take(self, row: int) -> np.random.Generator:
+        """Free a row, whose place the last one takes; what its next choice is drawn with."""
+        last, draws = len(self._rows) - 1, self._draws[row]
+        self._cache.remove(row)
+        self._rows[row], self._draws[row] = self._rows[last], self._draws[last]
+        self._rows.pop()
+        self._draws.pop()
+        for of_slots in (self._added_BV, self._seen_BV):
+            if of_slots is not None:
+                of_slots[row] = of_slots[last]
+        return draws
+
+    def _forget(self) -> None:
+        """Let each row that has filled the context forget its older half, as `generate` does."""
+        context_tokens = self._sampler.context_tokens
+        for sample in list(self._rows):
+            row = self._rows.index(sample)
+            if self._cache.lengths[row] == context_tokens:
+                ids = sample.ids[-(context_tokens // 2) : -1]
+                self._readings.append(_Reading(sample, self._take(row), ids))
+
+    def _wrote(self, row: int, sample: Sample, new_id: int) -> None:
+        if sample.num_new in (1, sample.options.min_new_tokens):
+            self._added_BV[row] = self._allowed(sample)
+        if self._seen_BV is not None:
+            self._seen_BV[row, new_id] = True
+
+    def _choose(self, logits_BV: Tensor) -> list[int]:
+        """Rows that choose in the same way choose together."""
+        groups: dict[SamplingOptions, list[int]] = defaultdict(list)
+        for row, sample in enumerate(self._rows):
+            how = replace(sample.options, seed=0, max_new_tokens=1, stop_ids=(), min_new_tokens=0)
+            groups[how].append(row)
+        chosen = [0] * len(self._rows)
+        for options, rows in groups.items():
+            of_group_BV = logits_BV[rows] if len(groups) > 1 else logits_BV
+            if options.repetition_penalty != 1 and self._seen_BV is not None:
+                of_group_BV = penalized(
+                    of_group_BV, self._seen_BV[rows], options.repetition_penalty
+                )
+            of_group_BV = of_group_BV + self._added_BV[rows]
+            new_ids = choose(of_group_BV, options, [self._draws[row] for row in rows])
+            for row, new_id in zip(rows, new_ids, strict=True):
+                chosen[row] = new_id
+        return chosen
+
+    def _told(self, logits_BV: Tensor) -> "dict[int, _Told]":
+        """The probabilities of rows that tell them."""
+        rows = [row for row, one in enumerate(self._rows) if one.num_likeliest is not None]
+        if not rows:
+            return {}
+        log_probabilities_BV = logits_BV[rows].log_softmax(-1)
+        return {
+            row: _Told(log_probabilities_V, self._rows[row].num_likeliest or 0)
+            for row, log_probabilities_V in zip(rows, log_probabilities_BV, strict=True)
+        }
+
+    def _allowed(self, sample: Sample) -> Tensor:
+        """What a sample may write next: shape (V,)."""
+        allowed_V = self._later_of(sample)
+        if sample.num_new == 0:
+            allowed_V = self._only(sample.prompt.first_ids)
+        if sample.num_new < sample.options.min_new_tokens:
+            allowed_V = allowed_V.clone()
+            allowed_V[[sample.prompt.end_id, *sample.options.stop_ids]] = -torch.inf
+        return allowed_V
+
+    def _later_of(self, sample: Sample) -> Tensor:
+        """Where a sample may write after its first id."""
+        key = (sample.prompt.end_id, *sample.options.stop_ids)
+        if key not in self._later:
+            writable = self._codec.writable_ids(sample.prompt.end_id).tolist()
+            self._later[key] = self._only([*writable, *sample.options.stop_ids])
+        return self._later[key]
+
+    def _only(self, ids: "Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]") -> Tensor:
+        """What to add to logits so that only these ids can be chosen: shape (V,)."""
+        added_V = torch.full((self._sampler.vocab_size,), -torch.inf)
+        added_V[torch.as_tensor(np.asarray(ids, dtype=np.int64))] = 0
+        return added_V.to(self._sampler.device)
+
+
+@dataclass(frozen=True)
+class _Told:
+    log_probabilities_V: Tensor
+    num_likeliest: int
+
+    def of(self, new_id: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+        values, ids = self.log_probabilities_V.topk(self.num_likeliest)
+        likeliest = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return float(self.log_probabilities_V[new_id]), likeliest

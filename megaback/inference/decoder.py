@@ -1,0 +1,308 @@
+"""A trained model laid out for writing: one token a row at a time, for as many rows as there are.
+
+The same numbers as `ReverseGPT` to rounding, with few operations a token: products that read the
+same input are one, weights are packed as the CPU's kernels want them, positions are looked up, and
+keys and values have their place from the start.
+
+Shapes: N tokens, B rows, D width, H query heads, K key and value heads, G query heads a key head, E
+head dimension, F MLP width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor, nn
+
+from megaback.inference.kv_cache import Cache, KeyValueCache, LayerState, Reach
+from megaback.inference.steps import Steps, finish
+from megaback.model.compiler import require_compiler
+from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
+
+Judged = tuple[float, tuple[tuple[int, float], ...]]
+"""log P of an id in nats, and the likeliest ids in its place with theirs."""
+Product = Callable[[Tensor], Tensor]
+"""hidden_ND -> the product with a matrix."""
+_Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, query_NHE, key_NKE, value_NKE) -> attended_NHE"""
+_LOGIT_ROWS = 256
+"""Places whose logits are there at once: all of a long text's would take a gigabyte."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm_D: Tensor
+    query_key_value: Product
+    query_key_norm_HE: Tensor | None
+    """Of query heads, then of key heads."""
+    output: Product
+    mlp_norm_D: Tensor
+    gate_up: Product
+    down: Product
+
+
+class Sampler:
+    """Reads ids and gives the logits of the next ones."""
+
+    def __init__(
+        self,
+        model: ReverseGPT,
+        context_tokens: int,
+        *,
+        usual_rows: int = 1,
+        takes_over: bool = True,
+        compiled: bool = False,
+    ) -> None:
+        """Take a model's weights over, after which it is of no use; or, slower, only read them.
+
+        `usual_rows`: for how many rows at once to be fastest on a CPU; any number works. `compiled`
+        lets torch.compile make one kernel of what lies between the products; the first tokens then
+        take long.
+        """
+        self.shape = model.shape
+        self.vocab_size = model.vocab_size
+        self.context_tokens = context_tokens
+        self.num_parameters = model.num_parameters()
+        weight = model.lm_head.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        # On a CPU attention in bf16 is slower than in fp32, which the keys are computed in anyway.
+        self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        pack = _side_by_side
+        if takes_over:
+            is_lonely = usual_rows == 1 and self.dtype is torch.float32
+            packs = not compiled and _can_pack(self.device, self.dtype)
+            pack = (_turned if is_lonely else _packed) if packs else _stacked
+        self._embedding_VD = model.model.embed_tokens.weight.detach()
+        self._head = pack([model.lm_head])
+        self._layers = []
+        for block in model.model.layers:
+            assert isinstance(block, Block)
+            self._layers.append(_laid_out(block, pack))
+            if takes_over:  # so that weights are never there twice
+                _let_go(block)
+        self._norm_D = model.model.norm.weight.detach()
+        positions = torch.arange(context_tokens, device=self.device)
+        rotary = Rotary.at(positions, self.shape.head_dim, self.shape.rope_theta)
+        # Turning adds the other half, times a sine that is negative for the first half.
+        signs_E = torch.ones(self.shape.head_dim, device=self.device)
+        signs_E[: self.shape.head_dim // 2] = -1
+        self._turns = (rotary.cos_TE, rotary.sin_TE * signs_E)
+        if compiled:
+            require_compiler(self.device.type, "--compile")
+        self._step = torch.compile(self._step_eagerly, dynamic=True) if compiled else None
+
+    def new_cache(self, num_rows: int) -> KeyValueCache:
+        """Room for the whole context of each row."""
+        shape = self.shape
+        return KeyValueCache(
+            shape.num_layers,
+            num_rows,
+            shape.kv_heads,
+            self.context_tokens,
+            shape.head_dim,
+            self.cache_dtype,
+            self.device,
+        )
+
+    def read(self, ids: Sequence[int]) -> list[LayerState]:
+        """What every layer keeps of a row's first tokens; these may be none."""
+        return finish(self.read_steps(ids))
+
+    @torch.inference_mode()
+    def read_steps(self, ids: Sequence[int]) -> Steps[list[LayerState]]:
+        """`read` in steps of a layer."""
+        kept: list[LayerState] = []
+
+        def attend(_layer: int, query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
+            key_KNE, value_KNE = key_NKE.transpose(0, 1), value_NKE.transpose(0, 1)
+            kept.append((key_KNE.to(self.cache_dtype), value_KNE.to(self.cache_dtype)))
+            return _causal(query_NHE, key_NKE, value_NKE)
+
+        if not ids:
+            nothing = torch.zeros(self.shape.kv_heads, 0, self.shape.head_dim, device=self.device)
+            return [(nothing, nothing)] * self.shape.num_layers
+        yield from self._row_steps(ids, attend)
+        return kept
+
+    @torch.inference_mode()
+    def judge_steps(
+        self, given: Sequence[int], written: Sequence[int], num_likeliest: int = 0
+    ) -> Steps[list[Judged]]:
+        """What the model says of each id of `written`, as it comes after all before it.
+
+        `given` is at least one id; both together, without the last, fit the context. A step is a
+        layer, or the logits of a few places.
+        """
+
+        def attend(_layer: int, query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
+            return _causal(query_NHE, key_NKE, value_NKE)
+
+        hidden_ND = yield from self._row_steps([*given, *written][:-1], attend)
+        ids_N = torch.tensor(written, dtype=torch.long, device=self.device)
+        parts = torch.split(hidden_ND[len(given) - 1 :], _LOGIT_ROWS)
+        judged: list[Judged] = []
+        for part_ND, part_N in zip(parts, torch.split(ids_N, _LOGIT_ROWS), strict=True):
+            logs_NV = self._head(part_ND).float().log_softmax(-1)
+            of_ids = logs_NV.gather(1, part_N[:, None])[:, 0].tolist()
+            values_NL, likeliest_NL = (best.tolist() for best in logs_NV.topk(num_likeliest))
+            judged += [
+                (of_id, tuple(zip(ids, values, strict=True)))
+                for of_id, ids, values in zip(of_ids, likeliest_NL, values_NL, strict=True)
+            ]
+            yield
+        return judged
+
+    @torch.inference_mode()
+    def step(self, ids: Sequence[int], cache: Cache) -> Tensor:
+        """Read one more id of every row; logits of the next ones in fp32: shape (B, V)."""
+        ids_B = torch.tensor(ids, device=self.device)
+        positions_B = torch.tensor(cache.lengths, device=self.device)
+        if self._step is not None and isinstance(cache, KeyValueCache):
+            slot = torch.tensor(cache.stop, device=self.device)
+            place = (slice(None), slice(None), slot)
+            reach = Reach(cache.layers, place, cache.visible_of_all())
+            logits_BV: Tensor = self._step(ids_B, positions_B, reach)
+        else:
+            logits_BV = self._step_eagerly(ids_B, positions_B, cache.reach())
+        cache.advance()
+        return logits_BV
+
+    def _step_eagerly(self, ids_B: Tensor, positions_B: Tensor, reach: Reach) -> Tensor:
+        def attend(layer: int, query_BHE: Tensor, key_BKE: Tensor, value_BKE: Tensor) -> Tensor:
+            keys_BKSE, values_BKSE = reach.layers[layer]
+            keys_BKSE[reach.place] = key_BKE.to(self.cache_dtype)
+            values_BKSE[reach.place] = value_BKE.to(self.cache_dtype)
+            # Queries that share a key head take the place of a sequence of queries.
+            query_BKGE = query_BHE.reshape(len(key_BKE), key_BKE.shape[1], -1, self.shape.head_dim)
+            attended_BKGE = F.scaled_dot_product_attention(
+                query_BKGE.to(self.cache_dtype), keys_BKSE, values_BKSE, attn_mask=reach.visible
+            )
+            return attended_BKGE.flatten(1, 2)
+
+        cos_TE, sin_TE = self._turns
+        turns = cos_TE[positions_B], sin_TE[positions_B]
+        return self._head(self._hidden(ids_B, turns, attend)).float()
+
+    def _row_steps(self, ids: Sequence[int], attend: _Attend) -> Steps[Tensor]:
+        """Hidden states of a row that begins here: shape (N, D). A step is a layer."""
+        cos_TE, sin_TE = self._turns
+        turns = cos_TE[: len(ids)], sin_TE[: len(ids)]
+        ids_N = torch.tensor(ids, device=self.device)
+        hidden_ND = F.embedding(ids_N, self._embedding_VD)
+        for number in range(len(self._layers)):
+            hidden_ND = self._after_layer(number, hidden_ND, turns, attend)
+            yield
+        return _normed(hidden_ND, self._norm_D, self.shape.norm_epsilon)
+
+    def _hidden(self, ids_N: Tensor, turns: tuple[Tensor, Tensor], attend: _Attend) -> Tensor:
+        """Hidden states after the final norm: shape (N, D)."""
+        hidden_ND = F.embedding(ids_N, self._embedding_VD)
+        for number in range(len(self._layers)):
+            hidden_ND = self._after_layer(number, hidden_ND, turns, attend)
+        return _normed(hidden_ND, self._norm_D, self.shape.norm_epsilon)
+
+    def _after_layer(
+        self, number: int, hidden_ND: Tensor, turns: tuple[Tensor, Tensor], attend: _Attend
+    ) -> Tensor:
+        """Hidden states after a layer, of those before it: shape (N, D)."""
+        shape, layer = self.shape, self._layers[number]
+        epsilon = shape.norm_epsilon
+        num_turned = shape.num_heads + shape.kv_heads
+        cos_N1E, sin_N1E = turns
+        normed_ND = _normed(hidden_ND, layer.attention_norm_D, epsilon)
+        projected_ND = layer.query_key_value(normed_ND)
+        projected_NHE = projected_ND.view(len(hidden_ND), -1, shape.head_dim)
+        turned_NHE = projected_NHE[:, :num_turned]
+        if layer.query_key_norm_HE is not None:
+            turned_NHE = _normed(turned_NHE, layer.query_key_norm_HE, epsilon)
+        turned_NHE = turned_NHE.float()
+        swapped_NHE = turned_NHE.roll(shape.head_dim // 2, dims=-1)
+        turned_NHE = torch.addcmul(turned_NHE * cos_N1E, swapped_NHE, sin_N1E).to(self.dtype)
+        query_NHE, key_NKE = turned_NHE[:, : shape.num_heads], turned_NHE[:, shape.num_heads :]
+        attended_NHE = attend(number, query_NHE, key_NKE, projected_NHE[:, num_turned:])
+        hidden_ND = hidden_ND + layer.output(attended_NHE.flatten(1).to(self.dtype))
+        normed_ND = _normed(hidden_ND, layer.mlp_norm_D, epsilon)
+        gate_NF, up_NF = layer.gate_up(normed_ND).chunk(2, dim=-1)
+        return hidden_ND + layer.down(F.silu(gate_NF) * up_NF)
+
+
+def _causal(query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
+    """Attention of one row's tokens to themselves and to those before: shape (N, H, E)."""
+    groups = query_NHE.shape[1] // key_NKE.shape[1]
+    return F.scaled_dot_product_attention(
+        query_NHE.transpose(0, 1)[None],
+        key_NKE.transpose(0, 1).repeat_interleave(groups, dim=0)[None],
+        value_NKE.transpose(0, 1).repeat_interleave(groups, dim=0)[None],
+        is_causal=True,
+    )[0].transpose(0, 1)
+
+
+def _normed(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """As `RMSNorm`; one operation fewer where nothing is to be cast."""
+    size = hidden.shape[-1:]
+    if hidden.dtype is torch.float32:
+        return F.rms_norm(hidden, size, eps=epsilon) * weight
+    return F.rms_norm(hidden.float(), size, eps=epsilon).to(hidden.dtype) * weight
+
+
+def _laid_out(block: Block, pack: Callable[[list[nn.Linear]], Product]) -> _Layer:
+    attention: Attention = block.self_attn
+    norms_HE = None
+    if attention.q_norm is not None and attention.k_norm is not None:
+        num_heads = attention.q_proj.out_features // attention.head_dim
+        kv_heads = attention.k_proj.out_features // attention.head_dim
+        both = [attention.q_norm.weight.detach()] * num_heads
+        norms_HE = torch.stack(both + [attention.k_norm.weight.detach()] * kv_heads)
+    return _Layer(
+        block.input_layernorm.weight.detach(),
+        pack([attention.q_proj, attention.k_proj, attention.v_proj]),
+        norms_HE,
+        pack([attention.o_proj]),
+        block.post_attention_layernorm.weight.detach(),
+        pack([block.mlp.gate_proj, block.mlp.up_proj]),
+        pack([block.mlp.down_proj]),
+    )
+
+
+def _let_go(block: Block) -> None:
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(torch.empty(0))
+
+
+def _side_by_side(matrices: list[nn.Linear]) -> Product:
+    weights = [matrix.weight.detach() for matrix in matrices]
+    return lambda hidden_ND: torch.cat([F.linear(hidden_ND, weight) for weight in weights], dim=-1)
+
+
+def _stacked(matrices: list[nn.Linear]) -> Product:
+    weight = torch.cat([matrix.weight.detach() for matrix in matrices])
+    return lambda hidden_ND: F.linear(hidden_ND, weight)
+
+
+def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this machine has oneDNN's kernels for a type."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _turned(matrices: list[nn.Linear]) -> Product:
+    """Column by column, which is faster than `F.linear` for one row in fp32 of many columns."""
+    stacked = torch.cat([matrix.weight.detach() for matrix in matrices])
+    if len(stacked) < stacked.shape[1]:
+        return _packed(matrices, 1)
+    weight = stacked.t().contiguous()
+    return lambda hidden_ND: torch.mm(hidden_ND, weight)
+
+
+def _packed(matrices: list[nn.Linear], rows: int = 16) -> Product:
+    """In the blocked layout of oneDNN's kernels, as torch.compile packs weights that it freezes.
+
+    Many rows save that the weights are laid out anew at every call; so does one row in bf16.
+    """
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    stacked = torch.cat([matrix.weight.detach() for matrix in matrices])
+    weight = torch.ops.mkldnn._reorder_linear_weight(stacked, rows)
+    return lambda hidden_ND: linear(hidden_ND, weight, None, "none", [], "")

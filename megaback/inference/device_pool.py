@@ -1,0 +1,119 @@
+"""One model on several devices: a process for each, which computes log-probabilities when asked.
+
+On a single device everything happens in the process that asks.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from itertools import cycle
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from data_pipeline.common.import_path import safe_child_imports
+from data_pipeline.common.interrupts import received_signal, signals_deferred
+from data_pipeline.common.process_pool import begin_worker, hush_tracker, kill
+from data_pipeline.errors import LaunchError
+from megaback.inference.likelihood import Continuation, log_probabilities
+from megaback.inference.writer import choose_device
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.model_folder import load_model_folder
+
+_KILLED = (
+    "a device's process was killed from outside (out of memory, perhaps); run the same command "
+    "again, with fewer devices in --device"
+)
+
+
+def choose_devices(names: str | None) -> list[torch.device]:
+    """Devices by name, separated by commas; by default every GPU, or else the CPU.
+
+    Raises BackendError when one of them is not there.
+    """
+    if names is not None:
+        return [choose_device(name.strip()) for name in names.split(",")]
+    count = torch.cuda.device_count()
+    return [torch.device("cuda", number) for number in range(count)] or [torch.device("cpu")]
+
+
+class DevicePool:
+    """The model of a folder, on every one of some devices. To be closed, or used with `with`."""
+
+    def __init__(
+        self, folder: Path, devices: Sequence[torch.device], model: ReverseGPT | None = None
+    ) -> None:
+        """`model`: the same, where it is loaded already; used if there is one device."""
+        self._folder = folder
+        self._devices = [str(device) for device in devices]
+        self._model = model
+        self._pools = []
+        self._processes: set[BaseProcess] = set()
+        if len(devices) > 1:
+            hush_tracker()
+            with safe_child_imports():  # the tracker of semaphores is a process, too
+                self._pools = [
+                    ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_worker)
+                    for _ in devices
+                ]
+        self._turns = cycle(range(len(devices)))
+
+    def submit(self, continuations: Sequence[Continuation]) -> "Future[list[float]]":
+        """Begin to compute log P(written | given) of each, on the next device.
+
+        Raises LaunchError when its process was killed.
+        """
+        turn = next(self._turns)
+        if self._pools:
+            call = (str(self._folder), self._devices[turn], continuations)
+            others = set(active_children())
+            try:
+                with (
+                    safe_child_imports(),
+                    signals_deferred(),
+                ):  # a process is started here, the first time
+                    running = self._pools[turn].submit(_on_device, *call)
+                    self._processes |= set(active_children()) - others
+                return running
+            except BrokenProcessPool:
+                raise LaunchError(_KILLED) from None
+        if self._model is None:
+            self._model, _, _ = load_model_folder(self._folder, torch.device(self._devices[0]))
+        done: Future[list[float]] = Future()
+        done.set_result(log_probabilities(self._model, continuations))
+        return done
+
+    @staticmethod
+    def result(future: "Future[list[float]]") -> list[float]:
+        """Raises LaunchError when a device's process was killed."""
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise LaunchError(_KILLED) from None
+
+    def close(self) -> None:
+        """Wait for what runs, unless this process was asked to end."""
+        is_interrupted = received_signal() is not None
+        if is_interrupted:
+            kill(self._processes)
+        for pool in self._pools:
+            pool.shutdown(wait=not is_interrupted, cancel_futures=True)
+
+    def __enter__(self) -> "DevicePool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: str, device: str) -> ReverseGPT:
+    model, _, _ = load_model_folder(Path(folder), torch.device(device))
+    return model
+
+
+def _on_device(folder: str, device: str, continuations: Sequence[Continuation]) -> list[float]:
+    return log_probabilities(_loaded(folder, device), continuations)

@@ -1,0 +1,310 @@
+"""The middle of a text whose beginning and ending are given, by two models that meet.
+
+A forward model goes on from the beginning, a backward model writes towards the ending, and what
+they wrote is joined where both find the whole most likely. docs/infill.md has the method and its
+formulas. Guarantees: a result's text is beginning + middle + ending, character for character, and
+the same seed gives the same result, alone or among other gaps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from data_pipeline.common.number_ranges import SHARE
+from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from megaback.inference.decoder import Sampler
+from megaback.inference.generate import generate_many
+from megaback.inference.infill.join_scores import TOKENS_AT_ONCE, Half, judge_half_steps
+from megaback.inference.infill.join_search import Join, best_join_steps, mean_a_token
+from megaback.inference.infill.prompts import Gap
+from megaback.inference.likelihood import Continuation, log_probability_steps
+from megaback.inference.sampling import SamplingOptions
+from megaback.inference.steps import Steps, finish
+from megaback.inference.writer import choose_device
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.converted import model_folder
+from megaback.weights.model_folder import load_model_folder
+
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that writes and judges in one direction."""
+
+    model: ReverseGPT
+    sampler: Sampler
+    """With the weights of the model, and its context."""
+    codec: TextCodec
+
+    @classmethod
+    def load(cls, folder: Path, device: str | None = None) -> "Reader":
+        """The model in a folder that `megaback convert` wrote, of a run or of a checkpoint."""
+        on = choose_device(device)
+        model, description, codec = load_model_folder(model_folder(folder), on)
+        return cls(model, Sampler(model, description.context_tokens, takes_over=False), codec)
+
+
+@dataclass(frozen=True)
+class InfillOptions:
+    """What a middle may be, and how much is tried."""
+
+    most_tokens: int = 32
+    """Of the middle, as the models write them."""
+    least_tokens: int = 1
+    forward_candidates: int = 16
+    """Samples of the forward model; 0 leaves the whole middle to the other."""
+    backward_candidates: int = 16
+    rescored: int = 16
+    """How many joins are judged exactly, and come back."""
+    forward_weight: float = 0.5
+    """Of the forward model in the score, from 0 to 1; the backward model has the rest."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """`max_new_tokens` and `stop_ids` are of no use here."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value that makes no sense."""
+        least = self.least_tokens
+        for name, is_right, what in (
+            ("least_tokens", least >= 1, "at least 1"),
+            ("most_tokens", self.most_tokens >= least, f"at least least_tokens, which is {least}"),
+            ("forward_candidates", self.forward_candidates >= 0, "at least 0"),
+            ("backward_candidates", self.backward_candidates >= 0, "at least 0"),
+            ("rescored", self.rescored >= 1, "at least 1"),
+            ("forward_weight", SHARE.problem(self.forward_weight) is None, "from 0 to 1"),
+        ):
+            if not is_right:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {what}")
+        if self.forward_candidates + self.backward_candidates == 0:
+            raise ConfigError(
+                "forward_candidates and backward_candidates are both 0; a model must write"
+            )
+
+
+@dataclass(frozen=True)
+class Infill:
+    """A middle, and what both models say of it."""
+
+    middle: str
+    score: float
+    """Nats a token that is judged; higher is better."""
+    forward: float
+    """log P(middle and ending | beginning) by the forward model, in nats."""
+    backward: float
+    """log P(middle and beginning | ending) by the backward model, in nats."""
+    forward_tokens: int
+    """How many tokens `forward` is the sum of."""
+    backward_tokens: int
+    written_forward: int | None = None
+    """Tokens of the middle that the forward model wrote; None for a text that was given."""
+    written_backward: int | None = None
+
+
+class Infiller:
+    """Two models that meet."""
+
+    def __init__(self, forward: Reader, backward: Reader) -> None:
+        """Raises TokenizerMismatchError or DirectionMismatchError."""
+        for reader, direction in ((forward, Direction.FORWARD), (backward, Direction.BACKWARD)):
+            actual = reader.codec.format
+            if actual.direction is not direction:
+                raise DirectionMismatchError(
+                    f"the {direction.value} model writes {actual.direction.value}; infilling needs "
+                    "one model of each direction"
+                )
+            if actual.unit is not Unit.TOKEN:
+                raise DirectionMismatchError(
+                    f"the {direction.value} model has unit {actual.unit.value!r}; infilling needs "
+                    f"two models of unit {Unit.TOKEN.value!r}, whose tokens are the same"
+                )
+        turned = replace(backward.codec.format, direction=Direction.FORWARD)
+        forward.codec.format.require_same(turned, "the forward model", "the backward model")
+        self.forward, self.backward = forward, backward
+        self.context_tokens = min(forward.sampler.context_tokens, backward.sampler.context_tokens)
+
+    def fill(
+        self, beginning: str, ending: str, options: InfillOptions = InfillOptions()
+    ) -> list[Infill]:
+        """Different middles, the best first; none if no join has a length that is allowed.
+
+        Raises PromptError when a text is empty, or both do not fit the context with the middle.
+        """
+        (found,) = self.fill_many([(beginning, ending)], options)
+        return found
+
+    def fill_many(
+        self, gaps: Sequence[tuple[str, str]], options: InfillOptions = InfillOptions()
+    ) -> list[list[Infill]]:
+        """`fill` of each (beginning, ending), written side by side: each is what it is alone."""
+        read = [self.read(beginning, ending, options.most_tokens) for beginning, ending in gaps]
+        forward = _write(
+            self.forward, [gap.beginning for gap in read], options.forward_candidates, options
+        )
+        backward = _write(
+            self.backward, [gap.ending for gap in read], options.backward_candidates, options
+        )
+        meetings = zip(read, forward, backward, strict=True)
+        return [finish(self.meet_steps(*each, options)) for each in meetings]
+
+    def judge(
+        self,
+        beginning: str,
+        ending: str,
+        middles: Sequence[str],
+        options: InfillOptions = InfillOptions(),
+    ) -> list[Infill]:
+        """What both models say of middles that are given, in their order. Raises PromptError."""
+        codec = self.forward.codec
+        longest = max((len(codec.encode(middle)) for middle in middles), default=0)
+        return finish(self._judge(self.read(beginning, ending, longest), middles, options))
+
+    def read(self, beginning: str, ending: str, most_tokens: int) -> Gap:
+        """A gap of so many tokens. Raises PromptError."""
+        gap = Gap.between(self.forward.codec, self.backward.codec, beginning, ending)
+        # Each prompt has a marker, and lacks the piece that it holds back.
+        lengths = len(gap.before), len(gap.after)
+        if sum(lengths) + most_tokens > self.context_tokens:
+            raise PromptError(
+                f"the beginning is {lengths[0]} tokens to read and the ending {lengths[1]}, and "
+                f"the models' context of {self.context_tokens} must hold both and the "
+                f"{most_tokens} of the middle; shorten them"
+            )
+        return gap
+
+    def meet_steps(
+        self, gap: Gap, onwards: list[Half], backwards: list[Half], options: InfillOptions
+    ) -> Steps[list[Infill]]:
+        """What comes of halves that both models wrote: see `fill`."""
+        onwards = [Half((gap.before_held,), is_given=True), *onwards]
+        backwards = [Half((gap.after_held,), is_given=True), *backwards]
+        ahead, back = self.forward.model, self.backward.model
+        joins = yield from best_join_steps(
+            onwards,
+            backwards,
+            (yield from judge_half_steps(ahead, gap.before, onwards, gap.after, backwards)),
+            (yield from judge_half_steps(back, gap.after, backwards, gap.before, onwards)),
+            least_tokens=options.least_tokens,
+            most_tokens=options.most_tokens,
+            forward_weight=options.forward_weight,
+        )
+        found = yield from self._different(gap, onwards, backwards, joins, options.rescored)
+        judged = yield from self._judge(gap, list(found), options)
+        infills = [
+            replace(one, written_forward=forward, written_backward=backward)
+            for one, (forward, backward) in zip(judged, found.values(), strict=True)
+        ]
+        return sorted(infills, key=lambda one: -one.score)
+
+    @staticmethod
+    def _different(
+        gap: Gap, onwards: list[Half], backwards: list[Half], joins: list[Join], most: int
+    ) -> Steps[dict[str, tuple[int, int]]]:
+        """The first middles that differ, with how many tokens each model wrote of them."""
+        written: dict[str, tuple[int, int]] = {}
+        for join in joins:
+            ahead, back = onwards[join.forward], backwards[join.backward]
+            middle = gap.middle(ahead.ids[: join.forward_cut], back.ids[: join.backward_cut])
+            if middle is not None and middle not in written:
+                written[middle] = (
+                    ahead.new_tokens(join.forward_cut),
+                    back.new_tokens(join.backward_cut),
+                )
+            if len(written) == most:
+                break
+            yield
+        return written
+
+    def _judge(
+        self, gap: Gap, middles: Sequence[str], options: InfillOptions
+    ) -> Steps[list[Infill]]:
+        texts = [gap.beginning + middle + gap.ending for middle in middles]
+        forward = yield from _after(self.forward, gap.before, texts)
+        backward = yield from _after(self.backward, gap.after, texts)
+        found = []
+        for middle, (ahead, ahead_tokens), (back, back_tokens) in zip(
+            middles, forward, backward, strict=True
+        ):
+            score = mean_a_token(ahead, back, ahead_tokens, back_tokens, options.forward_weight)
+            found.append(Infill(middle, float(score), ahead, back, ahead_tokens, back_tokens))
+        return found
+
+
+def load_infiller(
+    forward: str | Path, backward: str | Path, *, device: str | None = None
+) -> Infiller:
+    """Two models: folders that `megaback convert` wrote, runs or checkpoints.
+
+    `device` is as `megaback.load` takes it.
+
+    Raises CheckpointMissingError, CheckpointCorruptError, BackendError, TokenizerMismatchError,
+    DirectionMismatchError.
+    """
+    return Infiller(Reader.load(Path(forward), device), Reader.load(Path(backward), device))
+
+
+def different_halves(samples: Sequence[Sequence[int]]) -> list[Half]:
+    """Of what a model wrote for one prompt."""
+    return [Half(ids) for ids in dict.fromkeys(map(tuple, samples)) if ids]
+
+
+def _write(
+    reader: Reader, texts: Sequence[str], count: int, options: InfillOptions
+) -> list[list[Half]]:
+    """Different samples for each text, with the same seeds for each."""
+    sampling = replace(options.sampling, max_new_tokens=options.most_tokens, stop_ids=())
+    prompts = [reader.codec.prompt(text) for text in texts]
+    prompts_at_once = max(1, _ROWS_AT_ONCE // max(count, 1))
+    halves: list[list[Half]] = []
+    for start in range(0, len(prompts), prompts_at_once):
+        some = prompts[start : start + prompts_at_once]
+        rows = [prompt for prompt in some for _ in range(count)]
+        seeds = [sampling.seed + number for _ in some for number in range(count)]
+        samples: list[list[int]] = [[] for _ in rows]
+        for new_ids in generate_many(reader.sampler, reader.codec, rows, sampling, seeds):
+            for sample, new_id in zip(samples, new_ids, strict=True):
+                if new_id is not None:
+                    sample.append(new_id)
+        halves += [
+            different_halves(samples[number * count : (number + 1) * count])
+            for number in range(len(some))
+        ]
+    return halves
+
+
+def _after(
+    reader: Reader, prompt: Sequence[int], texts: Sequence[str]
+) -> Steps[list[tuple[float, int]]]:
+    """log P(text) - log P(prompt) of each text, as it is encoded as a whole, and its tokens.
+
+    Where the text's ids begin with those of the prompt, that is log P(the others | the prompt).
+    """
+    wholes = []
+    for text in texts:
+        wholes.append([reader.codec.begin_id, *reader.codec.encode(text).tolist()])
+        yield
+    shared = [_shared(prompt, whole) for whole in wholes]
+    of_texts = yield from log_probability_steps(
+        reader.model,
+        [Continuation(whole[:at], whole[at:]) for at, whole in zip(shared, wholes, strict=True)],
+        TOKENS_AT_ONCE,
+    )
+    edges = sorted({at for at in shared if at < len(prompt)})
+    of_prompts = yield from log_probability_steps(
+        reader.model,
+        [Continuation(prompt[:at], prompt[at:]) for at in edges],
+        TOKENS_AT_ONCE,
+    )
+    counted_twice = dict(zip(edges, of_prompts, strict=True))
+    return [
+        (nats - counted_twice.get(at, 0.0), len(whole) - len(prompt))
+        for nats, at, whole in zip(of_texts, shared, wholes, strict=True)
+    ]
+
+
+def _shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    for at, (one, other) in enumerate(zip(prompt, whole, strict=False)):
+        if one != other:
+            return at
+    return min(len(prompt), len(whole))

@@ -1,0 +1,103 @@
+"""What one model says of every join of its own halves with those of the other model.
+
+A pass over each of its halves, and a pass over each of the other's: no join is read by itself.
+
+Shapes: I halves of the judge, A their cuts, J halves of the other model, B their cuts, C ids, W
+written ids.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megaback.inference.likelihood import (
+    Continuation,
+    next_log_probability_steps,
+    token_log_probability_steps,
+)
+from megaback.inference.steps import Steps
+from megaback.model.gpt import ReverseGPT
+
+Floats = npt.NDArray[np.float64]
+TOKENS_AT_ONCE = 512
+"""In one forward pass over halves or texts, each layer of which is a step."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """Ids in the reading order of the model that wrote them, after the ids of its prompt."""
+
+    ids: tuple[int, ...]
+    is_given: bool = False
+    """Whether it is only the piece that the prompt holds back: the other model wrote it all."""
+
+    def new_tokens(self, cut: int) -> int:
+        """How many of the ids before a cut were written."""
+        return 0 if self.is_given else cut
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One model's log-probabilities in nats, by halves and by cuts from 1 on, padded."""
+
+    own_IA: Floats
+    """Of the ids of its own half, up to the cut."""
+    next_IAC: npt.NDArray[np.float32]
+    """Of each of C ids, as the one after the cut: by far the largest table."""
+    column_JB: npt.NDArray[np.int64]
+    """Which of the C is the id of the other half next to the cut."""
+    rest_JB: Floats
+    """Of what comes after that id, as if the join were at the end of the other half."""
+    tokens_after: int
+    """How many ids come after both halves."""
+
+    def of_own(self, half: int) -> Floats:
+        """log P(what comes after the prompt), of the joins of one of its halves: (A, J, B)."""
+        joined_AJB: Floats = self.next_IAC[half][:, self.column_JB] + self.rest_JB
+        joined_AJB += self.own_IA[half][:, None, None]
+        return joined_AJB
+
+    def of_other(self, half: int) -> Floats:
+        """The same of one half of the other model: (B, I, A)."""
+        at_B = self.column_JB[half]
+        joined_IAB: Floats = (
+            self.next_IAC[:, :, at_B] + self.rest_JB[half] + self.own_IA[:, :, None]
+        )
+        return joined_IAB.transpose(2, 0, 1)
+
+
+def judge_half_steps(
+    model: ReverseGPT,
+    prompt: Sequence[int],
+    halves: Sequence[Half],
+    other_prompt: Sequence[int],
+    others: Sequence[Half],
+) -> Steps[Judgement]:
+    """A model's tables of its own halves and the other's; the first of each is what is given."""
+    ids = sorted({one for half in others for one in half.ids})
+    column = {one: number for number, one in enumerate(ids)}
+    longest = max(len(half.ids) for half in halves)
+    longest_other = max(len(half.ids) for half in others)
+    own_IA = np.zeros((len(halves), longest))
+    next_IAC = np.zeros((len(halves), longest, len(ids)), dtype=np.float32)
+    continuations = [Continuation(prompt, half.ids) for half in halves]
+    found = yield from next_log_probability_steps(model, continuations, ids, TOKENS_AT_ONCE)
+    for number, (own_W, next_WC) in enumerate(found):
+        own_IA[number, : len(own_W)] = own_W.double().cpu().numpy().cumsum()
+        next_IAC[number, : len(own_W)] = next_WC.cpu().numpy()
+    del found
+    column_JB = np.zeros((len(others), longest_other), dtype=np.int64)
+    rest_JB = np.zeros((len(others), longest_other))
+    given = [*prompt, *halves[0].ids]
+    after = list(reversed(other_prompt[1:]))
+    continuations = [Continuation(given, [*reversed(half.ids), *after]) for half in others]
+    logs = yield from token_log_probability_steps(model, continuations, TOKENS_AT_ONCE)
+    for number, (half, logs_W) in enumerate(zip(others, logs, strict=True)):
+        column_JB[number, : len(half.ids)] = [column[one] for one in half.ids]
+        # What remains after each id, the last one first.
+        last_first_W: Floats = logs_W.double().cpu().numpy()[::-1]
+        remaining_W = np.concatenate([[0.0], last_first_W.cumsum()])[len(after) : -1]
+        rest_JB[number, : len(half.ids)] = remaining_W
+    return Judgement(own_IA, next_IAC, column_JB, rest_JB, len(after))

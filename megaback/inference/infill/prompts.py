@@ -1,0 +1,61 @@
+"""A gap between two texts, as a forward and a backward model read its edges.
+
+Each model's prompt holds back the piece next to the gap, so that what is written may go on within a
+word. What is joined is rendered as a whole, and is taken only if both texts come back untouched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_pipeline.errors import PromptError
+from data_pipeline.text.codec import TextCodec
+
+_CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A beginning and an ending."""
+
+    beginning: str
+    ending: str
+    codec: TextCodec
+    """Of the forward model."""
+    before: tuple[int, ...]
+    """The forward model's prompt."""
+    before_held: int
+    """The id that it holds back."""
+    after: tuple[int, ...]
+    """The backward model's prompt, in its reading order."""
+    after_held: int
+
+    @classmethod
+    def between(cls, forward: TextCodec, backward: TextCodec, beginning: str, ending: str) -> "Gap":
+        """Raises PromptError when a text is empty."""
+        for name, text in (("beginning", beginning), ("ending", ending)):
+            if not text:
+                raise PromptError(
+                    f"the {name} is empty; give a text, or use `megaback sample`, which needs one "
+                    "text and one model"
+                )
+        return cls(
+            beginning,
+            ending,
+            forward,
+            tuple(forward.prompt(beginning).ids),
+            int(forward.encode(beginning)[-1]),
+            tuple(backward.prompt(ending).ids),
+            int(backward.encode(ending)[-1]),
+        )
+
+    def middle(self, onwards: Sequence[int], backwards: Sequence[int]) -> str | None:
+        """The text between, of ids that go on from the forward and the backward prompt.
+
+        Both in the reading order of their model. None when nothing is between, or when the join
+        cuts a character.
+        """
+        ids = [*self.before, *onwards, *reversed(backwards), *reversed(self.after)]
+        text = self.codec.render(ids)
+        middle = text[len(self.beginning) : len(text) - len(self.ending)]
+        is_whole = text == self.beginning + middle + self.ending and _CUT_CHARACTER not in middle
+        return middle if middle and is_whole else None

@@ -1,0 +1,152 @@
+"""How likely a model finds a continuation, in nats: many of them in one forward pass.
+
+Each function has a form in steps (`megaback.inference.steps`), which gives the same numbers: with
+`tokens_at_once`, a forward pass has at most so many tokens, or one continuation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+from torch import Tensor
+
+from megaback.inference.steps import Steps, finish
+from megaback.model.attention import Segments
+from megaback.model.gpt import ReverseGPT, Rotary
+
+_TOKENS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Ids that are given, at least one, and ids that go on from them."""
+
+    given: Sequence[int]
+    written: Sequence[int]
+
+
+def in_packs(continuations: Sequence[Continuation]) -> list[list[int]]:
+    """Numbers of continuations that fit one forward pass together, short ones with short ones."""
+    by_length = sorted(range(len(continuations)), key=lambda i: _num_tokens(continuations[i]))
+    return _cut(by_length, continuations, _TOKENS_AT_ONCE)
+
+
+def log_probabilities(model: ReverseGPT, continuations: Sequence[Continuation]) -> list[float]:
+    """log P(written | given) of each, summed over its ids, in nats.
+
+    Continuations are packed side by side without seeing each other, in the order given. The terms
+    are of fp32, their sums of fp64: a long text loses nothing by being long.
+    """
+    return finish(log_probability_steps(model, continuations))
+
+
+def log_probability_steps(
+    model: ReverseGPT, continuations: Sequence[Continuation], tokens_at_once: int = _TOKENS_AT_ONCE
+) -> Steps[list[float]]:
+    """`log_probabilities` in steps."""
+    terms = yield from token_log_probability_steps(model, continuations, tokens_at_once)
+    return [float(terms_W.sum()) for terms_W in terms]
+
+
+def token_log_probabilities(
+    model: ReverseGPT, continuations: Sequence[Continuation]
+) -> list[Tensor]:
+    """log P(id | given and written before it) of each written id: shape (W,) each, fp64, on CPU."""
+    return finish(token_log_probability_steps(model, continuations))
+
+
+@torch.inference_mode()
+def token_log_probability_steps(
+    model: ReverseGPT, continuations: Sequence[Continuation], tokens_at_once: int = _TOKENS_AT_ONCE
+) -> Steps[list[Tensor]]:
+    """`token_log_probabilities` in steps."""
+    found: list[Tensor] = []
+    for pack in _packs(continuations, tokens_at_once):
+        hidden_WD = yield from _read(model, pack)
+        ids = [written_id for one in pack for written_id in one.written]
+        targets_W = torch.tensor(ids, dtype=torch.long, device=hidden_WD.device)
+        of_parts = [torch.empty(0, dtype=torch.float64)]
+        for part_WD, part_W in zip(
+            torch.split(hidden_WD, tokens_at_once),
+            torch.split(targets_W, tokens_at_once),
+            strict=True,
+        ):
+            logits_WV: Tensor = model.lm_head(part_WD).float()
+            nats_W = F.cross_entropy(logits_WV, part_W, reduction="none")
+            of_parts.append(-nats_W.double().cpu())
+            yield
+        found += torch.split(torch.cat(of_parts), [len(one.written) for one in pack])
+    return found
+
+
+@torch.inference_mode()
+def next_log_probability_steps(
+    model: ReverseGPT,
+    continuations: Sequence[Continuation],
+    ids: Sequence[int],
+    tokens_at_once: int = _TOKENS_AT_ONCE,
+) -> Steps[list[tuple[Tensor, Tensor]]]:
+    """Of each continuation: log P of its written ids, shape (W,), and of C ids after each, (W, C).
+
+    Row k, column c is log P(ids[c] | given and the first k + 1 written ids).
+    """
+    # An id that is never looked at, so that the last one written is read.
+    longer = [Continuation(one.given, [*one.written, 0]) for one in continuations]
+    device = next(model.parameters()).device
+    chosen_C = torch.tensor(list(ids), dtype=torch.long, device=device)
+    found: list[tuple[Tensor, Tensor]] = []
+    for pack in _packs(longer, tokens_at_once):
+        hidden_TD = yield from _read(model, pack)
+        parts = torch.split(hidden_TD, [len(one.written) for one in pack])
+        for one, part_TD in zip(pack, parts, strict=True):
+            logs_TV = model.lm_head(part_TD).float().log_softmax(-1)
+            written_W1 = torch.tensor(one.written[:-1], dtype=torch.long, device=device)[:, None]
+            found.append((logs_TV[:-1].gather(1, written_W1)[:, 0], logs_TV[1:, chosen_C]))
+            yield
+    return found
+
+
+def _num_tokens(one: Continuation) -> int:
+    return len(one.given) + len(one.written)
+
+
+def _cut(
+    numbers: Sequence[int], continuations: Sequence[Continuation], tokens_at_once: int
+) -> list[list[int]]:
+    packs: list[list[int]] = []
+    room = 0
+    for number in numbers:
+        tokens = _num_tokens(continuations[number])
+        if tokens > room:
+            packs.append([])
+            room = tokens_at_once
+        packs[-1].append(number)
+        room = max(0, room - tokens)
+    return packs
+
+
+def _packs(continuations: Sequence[Continuation], tokens_at_once: int) -> list[list[Continuation]]:
+    numbers = _cut(range(len(continuations)), continuations, tokens_at_once)
+    return [[continuations[number] for number in pack] for pack in numbers]
+
+
+def _read(model: ReverseGPT, pack: Sequence[Continuation]) -> Steps[Tensor]:
+    """The hidden states that all written ids are predicted from: shape (W, D). A step is a layer.
+
+    As `ReverseGPT.hidden` computes them.
+    """
+    device = next(model.parameters()).device
+    # The last id of each is a target only.
+    read = [[*one.given, *one.written][:-1] for one in pack]
+    lengths = tuple(map(len, read))
+    ids_T = torch.tensor([i for ids in read for i in ids], device=device)
+    positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+    segments = Segments.from_lengths(lengths, device)
+    rotary = Rotary.at(positions_T, model.shape.head_dim, model.shape.rope_theta)
+    hidden_TD: Tensor = model.model.embed_tokens(ids_T)
+    for block in model.model.layers:
+        hidden_TD = block(hidden_TD, rotary, segments)
+        yield
+    parts = zip(pack, torch.split(model.model.norm(hidden_TD), list(lengths)), strict=True)
+    return torch.cat([part_TD[len(one.given) - 1 :] for one, part_TD in parts])

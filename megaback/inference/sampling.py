@@ -1,0 +1,146 @@
+"""How a sample chooses among its next ids: options, and the choice itself for many rows at once.
+
+Every row has a stream of uniform numbers of its own, made on the CPU from its seed: what a row
+chooses depends neither on the rows beside it nor on the device.
+
+Shapes: B rows, V vocabulary, C candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.common.number_ranges import (
+    COUNT,
+    COUNT_OR_ZERO,
+    REPETITION_PENALTY,
+    SHARE,
+    SOME_SHARE,
+    TEMPERATURE,
+    TOP_K,
+)
+from data_pipeline.errors import ConfigError, NonFiniteError
+
+_LEAST_TEMPERATURE = 1e-5
+_ALLOWED = {
+    "max_new_tokens": COUNT,
+    "temperature": TEMPERATURE,
+    "top_k": TOP_K,
+    "min_new_tokens": COUNT_OR_ZERO,
+    "seed": COUNT_OR_ZERO,  # of one of many samples, whose first has a `SEED`
+    "top_p": SOME_SHARE,
+    "min_p": SHARE,
+    "repetition_penalty": REPETITION_PENALTY,
+}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to choose tokens; the first three defaults are the seed experiment's.
+
+    They apply in this order: repetition penalty, temperature, top_k, top_p, min_p.
+    """
+
+    max_new_tokens: int = 500
+    temperature: float = 0.8
+    """0 takes the most likely token, as does anything below 1e-5: logits divided by less are no
+    longer numbers."""
+    top_k: int = 200
+    """Choose among this many of the most likely tokens; 0 for all."""
+    seed: int = 0
+    """Of the first sample; the next ones have the next numbers."""
+    top_p: float = 1.0
+    """Choose among the fewest tokens that have this probability together: Holtzman et al., "The
+    Curious Case of Neural Text Degeneration" (2020)."""
+    min_p: float = 0.0
+    """Leave out tokens of less than this part of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides the logits above 0 of ids that were read or written, and multiplies those below:
+    Keskar et al., "CTRL" (2019)."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end a sample, beside the document's end marker."""
+    min_new_tokens: int = 0
+    """Before this many tokens no id that ends a sample is chosen, however likely: the others share
+    its probability."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value that makes no sense."""
+        for name, allowed in _ALLOWED.items():
+            if (problem := allowed.problem(getattr(self, name))) is not None:
+                raise ConfigError(f"{name} is {getattr(self, name)}, {problem}")
+
+
+class Chooser:
+    """Chooses for rows that are numbered from 0 and may be fewer at every call."""
+
+    def __init__(self, options: SamplingOptions, seeds: Sequence[int]) -> None:
+        """`seeds`: one a row."""
+        self._options = options
+        self._draws = [np.random.default_rng(seed) for seed in seeds]
+
+    def choose(self, logits_BV: Tensor, rows: Sequence[int]) -> list[int]:
+        """An id for each of these rows, from logits that may be -inf."""
+        return choose(logits_BV, self._options, [self._draws[row] for row in rows])
+
+
+def choose(
+    logits_BV: Tensor, options: SamplingOptions, draws: Sequence[np.random.Generator]
+) -> list[int]:
+    """An id for each row, from logits that may be -inf and each row's own stream of numbers.
+
+    Raises NonFiniteError where a row's logits hold no number to choose by.
+    """
+    if options.temperature < _LEAST_TEMPERATURE:
+        is_number_B = logits_BV.amax(-1).isfinite()
+        return _ids(logits_BV.argmax(-1), is_number_B)
+    probabilities_BC, ids_BC = candidates(logits_BV, options)
+    # In float64 and with draws of 24 bits, a product below the sum stays below it.
+    sums_BC = probabilities_BC.double().cumsum(-1)
+    draws_B = [draw.random(dtype=np.float32) for draw in draws]
+    draws_B1 = torch.tensor(draws_B, dtype=torch.float64, device=logits_BV.device)[:, None]
+    places_B1 = torch.searchsorted(sums_BC, draws_B1 * sums_BC[:, -1:], right=True)
+    places_B1 = places_B1.clamp_(max=sums_BC.shape[-1] - 1)  # of a row of NaN, it is past the end
+    if ids_BC is not None:
+        places_B1 = ids_BC.gather(-1, places_B1)
+    return _ids(places_B1[:, 0], sums_BC[:, -1] > 0)
+
+
+def _ids(chosen_B: Tensor, is_number_B: Tensor) -> list[int]:
+    """The ids, fetched from the device once. Raises NonFiniteError where one is not of numbers."""
+    ids: list[int] = torch.where(is_number_B, chosen_B, -1).tolist()
+    if -1 in ids:
+        raise NonFiniteError(
+            "the model's logits are no numbers: its weights are damaged or too large for this "
+            "precision; use an earlier checkpoint, or fp32"
+        )
+    return ids
+
+
+def candidates(logits_BV: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor | None]:
+    """Relative probabilities, 0 for what is left out, and their ids: each of shape (B, C).
+
+    Without ids they are of the whole vocabulary, in order.
+    """
+    logits_BC, ids_BC = logits_BV / options.temperature, None
+    vocab_size = logits_BV.shape[-1]
+    most = min(options.top_k, vocab_size) or vocab_size
+    if most < vocab_size or options.top_p < 1:
+        logits_BC, ids_BC = logits_BC.topk(most)
+    probabilities_BC = logits_BC.softmax(-1)
+    if options.top_p < 1:
+        before_BC = probabilities_BC.cumsum(-1) - probabilities_BC
+        before_BC[:, 0] = -1  # the likeliest one stays, also where fp32 has no number for top_p
+        probabilities_BC = probabilities_BC.masked_fill(before_BC >= options.top_p, 0)
+    if options.min_p > 0:
+        least_B1 = options.min_p * probabilities_BC.amax(-1, keepdim=True)
+        probabilities_BC = probabilities_BC.masked_fill(probabilities_BC < least_B1, 0)
+    return probabilities_BC, ids_BC
+
+
+def penalized(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Logits with those of ids that a row has seen made less likely."""
+    less_likely_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return torch.where(seen_BV, less_likely_BV, logits_BV)

@@ -1,0 +1,131 @@
+"""A trained model for use from Python: texts in, texts out, in the order in which people read.
+
+writer = megaback.load("models/xcoax")
+print(writer.complete_backwards("and they lived happily ever after."))
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.errors import BackendError, DirectionMismatchError
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.inference.decoder import Sampler
+from megaback.inference.generate import generate_many
+from megaback.inference.sampling import SamplingOptions
+from megaback.weights.converted import model_folder
+from megaback.weights.model_folder import ModelDescription, load_sampler
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str | None) -> torch.device:
+    """A device by name, or the first GPU, or the CPU. Raises BackendError when it is not there."""
+    has_cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_cuda else "cpu"))
+    except RuntimeError:
+        raise BackendError(f"--device {name} is no device; use cpu, cuda or cuda:N") from None
+    if device.type != "cpu" and not (
+        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    ):
+        raise BackendError(
+            f"--device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
+            "use cpu, or a CUDA build of torch on a machine with GPUs"
+        )
+    return device
+
+
+def load_writer(
+    folder: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    usual_rows: int = 1,
+    compiled: bool = False,
+) -> "Writer":
+    """The model in a folder that `megaback convert --to full` or `--to hf` wrote, or of a run or
+    a checkpoint, which is converted beside it, once.
+
+    `device`: `cpu`, `cuda`, `cuda:1`; by default the first GPU, if there is one. `dtype`: `float32`
+    or `bfloat16`. `usual_rows`: how many texts are mostly written at once. `compiled`: with
+    torch.compile. Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
+    """
+    if dtype not in _DTYPES:
+        raise BackendError(f"dtype {dtype} is none of {', '.join(_DTYPES)}")
+    on = choose_device(device)
+    path = model_folder(folder)
+    made = load_sampler(path, on, _DTYPES[dtype], usual_rows=usual_rows, compiled=compiled)
+    return Writer(*made)
+
+
+class Writer:
+    """Writes on from texts. Options are the fields of `SamplingOptions`, by name."""
+
+    def __init__(self, sampler: Sampler, description: ModelDescription, codec: TextCodec) -> None:
+        self.sampler = sampler
+        self.description = description
+        self.codec = codec
+
+    def complete_backwards(self, ending: str, **options: Any) -> str:
+        """An ending with what the model writes before it.
+
+        Raises PromptError when it is longer than the model's context, and DirectionMismatchError
+        for a model that writes forward.
+        """
+        self._require(Direction.BACKWARD, "complete_backwards")
+        return self.complete_many([ending], **options)[0]
+
+    def complete_forwards(self, beginning: str, **options: Any) -> str:
+        """A beginning with what a forward model writes after it."""
+        self._require(Direction.FORWARD, "complete_forwards")
+        return self.complete_many([beginning], **options)[0]
+
+    def complete_many(self, given: Sequence[str], **options: Any) -> list[str]:
+        """Each text with what the model adds to it, written side by side.
+
+        Text i has the seed `seed + i`, and is what it would be alone.
+        """
+        texts = [_Text(self.codec, text) for text in given]
+        for _ in self._write(texts, options):
+            pass
+        return [text.rendered for text in texts]
+
+    def stream(self, given: Sequence[str], **options: Any) -> Iterator[list[str]]:
+        """All texts, whole and anew, after every token."""
+        texts = [_Text(self.codec, text) for text in given]
+        for _ in self._write(texts, options):
+            yield [text.rendered for text in texts]
+
+    def _write(self, texts: "list[_Text]", options: dict[str, Any]) -> Iterator[None]:
+        prompts = [text.prompt for text in texts]
+        for new_ids in generate_many(self.sampler, self.codec, prompts, SamplingOptions(**options)):
+            for text, new_id in zip(texts, new_ids, strict=True):
+                if new_id is not None:
+                    text.ids.append(new_id)
+            yield
+
+    def _require(self, direction: Direction, method: str) -> None:
+        actual = self.description.text_format.direction
+        if actual is not direction:
+            raise DirectionMismatchError(
+                f"{method} needs a model that writes {direction.value}, and this one writes "
+                f"{actual.value}; use complete_{actual.value}s"
+            )
+
+
+class _Text:
+    """A text that grows."""
+
+    def __init__(self, codec: TextCodec, given: str) -> None:
+        self._codec, self._given = codec, given
+        self.prompt = codec.prompt(given)
+        self.ids = list(self.prompt.ids)
+
+    @property
+    def rendered(self) -> str:
+        """Never of a part: the edge of what was given is held back until the first new id."""
+        is_begun = len(self.ids) > len(self.prompt.ids)
+        return self._codec.render(self.ids) if is_begun else self._given

@@ -1,0 +1,127 @@
+"""The model of what a run starts from: a config need not repeat what `init_from` is.
+
+Keys of `model` that a config leaves out are the base's; those that it gives must equal the base's.
+Loads no torch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from data_pipeline.common.checked_json import read_json
+from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError, RunMismatchError
+from megaback.checkpoints.checkpoint_names import (
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    complete_checkpoints,
+    meant_by,
+)
+from megaback.config import ModelSection
+from megaback.faults.run_ownership import config_of_run
+from megaback.weights.hf_config import from_stock, is_stock
+from megaback.yaml_text import read_yaml_file
+
+# The names of model_folder, which loads torch.
+_CONFIG_NAME, _STOCK_SECTION = "config.json", "megaback"
+
+ARCHITECTURE = {
+    name
+    for name in ModelSection.model_fields
+    if name not in ("zero_output_projections", "zero_head", "base_width")
+}
+"""Keys of `model` that are a base's: the others say how a run begins and learns."""
+_REQUIRED = {name for name, field in ModelSection.model_fields.items() if field.is_required()}
+
+
+def with_base_shape(fields: dict[str, Any]) -> dict[str, Any]:
+    """A config's fields, where `init_from` is given with the base's model for what is left out.
+
+    A config that leaves nothing out is returned as it is, and the base is not looked at. Raises
+    RunMismatchError for keys that contradict it, CheckpointMissingError if it is needed and not
+    there, CheckpointCorruptError.
+    """
+    base, given = fields.get("init_from"), fields.get("model") or {}
+    if not isinstance(base, str | Path) or not isinstance(given, dict):
+        return fields
+    given = {key: value for key, value in given.items() if value is not None}
+    if given.keys() >= ARCHITECTURE:
+        return fields
+    shape = base_shape(Path(base)) or _shape_of_run(fields.get("run"))
+    if shape is None:
+        if given.keys() >= _REQUIRED:
+            return fields  # as if it were the whole; training itself misses the base
+        raise CheckpointMissingError(
+            f"init_from {base} is no model, run or checkpoint, and the config's model would have "
+            "its shape; name one, or give model.num_layers, width and num_heads"
+        )
+    theirs = shape.architecture()
+    differing = [key for key in theirs if key in given and not _is_same(given[key], theirs[key])]
+    if differing:
+        key = differing[0]
+        others = f" ({len(differing)} differ: {', '.join(differing)})" if differing[1:] else ""
+        raise RunMismatchError(
+            f"init_from {base} has another shape than the config's model: {key} is {theirs[key]} "
+            f"there and {given[key]} here{others}; leave the key out, and it is the base's"
+        )
+    return fields | {"model": theirs | given}
+
+
+def base_shape(base: Path) -> ModelSection | None:
+    """The model of a converted folder, a run or a checkpoint; None where there is none of these.
+
+    Raises CheckpointCorruptError, RunMismatchError for a model that does not fit.
+    """
+    path = base / _CONFIG_NAME
+    if path.is_file():
+        fields = _read(path)
+        ours = fields.get(_STOCK_SECTION) if is_stock(fields) else fields
+        return from_stock(fields, str(path)) if ours is None else _shape(path, ours)
+    base = meant_by(base)
+    if not (base / META_NAME).is_file():
+        complete = complete_checkpoints(base.parent if base.name == CHECKPOINTS_FOLDER else base)
+        if not complete:
+            return None
+        base = complete[-1]
+    return _shape(base / META_NAME, _read(base / META_NAME).get("config"))
+
+
+def _shape_of_run(run: Any) -> ModelSection | None:
+    """The model that a run has begun with, by its folder."""
+    path = config_of_run(Path(str(run)))
+    try:
+        return _shape(path, read_yaml_file(path))
+    except (OSError, yaml.YAMLError, CheckpointCorruptError):
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = read_json(path)
+        if not isinstance(fields, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    return fields
+
+
+def _shape(path: Path, fields: Any) -> ModelSection:
+    try:
+        return ModelSection.model_validate(fields["model"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointCorruptError:
+    reason = " ".join(str(error).split())
+    return CheckpointCorruptError(f"{path} does not say which model it is of ({reason})")
+
+
+def _is_same(given: Any, theirs: Any) -> bool:
+    if isinstance(theirs, bool) or isinstance(given, bool):
+        return given is theirs
+    try:
+        return float(given) == float(theirs)  # YAML takes 1e4 for text
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,259 @@
+"""The GPT: embedding to logits in one file, for packed documents.
+
+A stock decoder, so that an export runs anywhere: RMSNorm before each half block, rotary positions,
+grouped-query attention, SwiGLU, no biases. Without `qk_norm` it is Llama's, with it Qwen3's, and
+parameters have the names that those have in transformers. The model does not know in which
+direction it writes: it continues ids.
+
+Shapes: T packed tokens, D width, H query heads, K key and value heads, E head dimension, F MLP
+width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data_pipeline.loading.rows import IGNORED_TARGET
+from megaback.config import ModelSection
+from megaback.model.attention import AttentionBackend, Segments, sdpa_attention
+from megaback.model.mup import initial_std
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosines and sines of rotary positions for the tokens at hand: each of shape (T, 1, E)."""
+
+    cos_TE: Tensor
+    sin_TE: Tensor
+
+    @classmethod
+    def at(cls, positions_T: Tensor, head_dim: int, theta: float) -> "Rotary":
+        """Su et al., "RoFormer" (2021), in the half-split layout of Llama. Always in fp32."""
+        half = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
+        frequencies = theta ** -(half / head_dim)
+        angles_TE = torch.outer(positions_T.float(), frequencies).repeat(1, 2)[:, None, :]
+        return cls(angles_TE.cos(), angles_TE.sin())
+
+    def turn(self, heads_THE: Tensor) -> Tensor:
+        first, second = heads_THE.float().chunk(2, dim=-1)
+        turned_THE = torch.cat((-second, first), dim=-1)
+        rotated_THE = heads_THE.float() * self.cos_TE + turned_THE * self.sin_TE
+        return rotated_THE.to(heads_THE.dtype)
+
+
+class Elementwise(Protocol):
+    """Calls a function without weights, of which every number out needs few numbers in."""
+
+    def __call__(self, function: Callable[..., Tensor], *arguments: object) -> Tensor: ...
+
+
+def _kept(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    return function(*arguments)
+
+
+def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """Keep the arguments, which are there anyway, instead of what lies between them and the result.
+
+    Such functions are cheap beside matrix products, and hold most of what a pass would keep.
+    """
+    result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    return result
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dimension, in fp32 whatever its input."""
+
+    elementwise: Elementwise = staticmethod(_kept)
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * self.elementwise(_rms_normed, hidden, self.epsilon)
+
+
+def _rms_normed(hidden: Tensor, epsilon: float) -> Tensor:
+    normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=epsilon)
+    return normed.to(hidden.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    elementwise: Elementwise = staticmethod(_kept)
+
+    def __init__(self, shape: ModelSection, backend: AttentionBackend) -> None:
+        super().__init__()
+        query_width = shape.num_heads * shape.head_dim
+        kv_width = shape.kv_heads * shape.head_dim
+        self.head_dim = shape.head_dim
+        self.backend = backend
+        self.q_proj = nn.Linear(shape.width, query_width, bias=False)
+        self.k_proj = nn.Linear(shape.width, kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.width, kv_width, bias=False)
+        self.o_proj = nn.Linear(query_width, shape.width, bias=False)
+        self.q_norm = RMSNorm(shape.head_dim, shape.norm_epsilon) if shape.qk_norm else None
+        self.k_norm = RMSNorm(shape.head_dim, shape.norm_epsilon) if shape.qk_norm else None
+
+    def forward(self, hidden_TD: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+        query_THE = self.q_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
+        key_TKE = self.k_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
+        value_TKE = self.v_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            query_THE, key_TKE = self.q_norm(query_THE), self.k_norm(key_TKE)
+        query_THE = self.elementwise(rotary.turn, query_THE)
+        key_TKE = self.elementwise(rotary.turn, key_TKE)
+        attended_THE = self.backend(query_THE, key_TKE, value_TKE, segments)
+        output_TD: Tensor = self.o_proj(attended_THE.flatten(1))
+        return output_TD
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: Shazeer, "GLU Variants Improve Transformer" (2020)."""
+
+    elementwise: Elementwise = staticmethod(_kept)
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden_width, bias=False)
+        self.up_proj = nn.Linear(width, hidden_width, bias=False)
+        self.down_proj = nn.Linear(hidden_width, width, bias=False)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        gated_TF = self.elementwise(_gated, self.gate_proj(hidden_TD), self.up_proj(hidden_TD))
+        output_TD: Tensor = self.down_proj(gated_TF)
+        return output_TD
+
+
+def _gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    return F.silu(gate_TF) * up_TF
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to what it read."""
+
+    def __init__(self, shape: ModelSection, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(shape.width, shape.norm_epsilon)
+        self.self_attn = Attention(shape, backend)
+        self.post_attention_layernorm = RMSNorm(shape.width, shape.norm_epsilon)
+        self.mlp = GatedMLP(shape.width, shape.hidden_mlp_width)
+
+    def forward(self, hidden_TD: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
+        attended_TD = self.self_attn(self.input_layernorm(hidden_TD), rotary, segments)
+        hidden_TD = hidden_TD + attended_TD
+        mixed_TD: Tensor = self.mlp(self.post_attention_layernorm(hidden_TD))
+        return hidden_TD + mixed_TD
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, shape: ModelSection, vocab_size: int, backend: AttentionBackend) -> None:
+        super().__init__()
+        # Zeros until `initialize` or loading: on the meta device, what nn.Embedding does would
+        # load the compiler.
+        zeros_VD = torch.zeros(vocab_size, shape.width)
+        self.embed_tokens = nn.Embedding.from_pretrained(zeros_VD, freeze=False)  # type: ignore[no-untyped-call]
+        self.layers = nn.ModuleList(Block(shape, backend) for _ in range(shape.num_layers))
+        self.norm = RMSNorm(shape.width, shape.norm_epsilon)
+
+
+class ReverseGPT(nn.Module):
+    """The whole model. Called with targets it gives losses; `logits` gives what samplers need."""
+
+    def __init__(
+        self,
+        shape: ModelSection,
+        vocab_size: int,
+        backend: AttentionBackend = sdpa_attention,
+        activation_checkpointing: str = "none",
+        z_loss: float = 0.0,
+    ) -> None:
+        """`activation_checkpointing` and `z_loss`: as in the config."""
+        super().__init__()
+        self.shape = shape
+        self.vocab_size = vocab_size
+        self.z_loss = z_loss
+        self.model = Decoder(shape, vocab_size, backend)
+        self.lm_head = nn.Linear(shape.width, vocab_size, bias=False)
+        if shape.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.checkpoint_activations(activation_checkpointing)
+
+    def checkpoint_activations(self, kind: str) -> None:
+        """Choose what backward passes compute again: `none`, `selective` or `block`."""
+        self.activation_checkpointing = kind
+        call = _recomputed if kind == "selective" else _kept
+        for module in self.modules():
+            if isinstance(module, RMSNorm | Attention | GatedMLP):
+                module.elementwise = call
+
+    def leave_attention_uncompiled(self) -> None:
+        """Before compiling the model: segments differ in every batch.
+
+        Not when attention is imported, as that would load the compiler for those who only write.
+        """
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = torch.compiler.disable(module.backend)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Normal weights, and norms of one: see `width_scaling.initial_std`.
+
+        The same seed gives the same weights on every rank and device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(1.0)
+                continue
+            std = initial_std(name, self.shape)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
+        """Hidden states after the final norm: shape (T, D)."""
+        shape = self.shape
+        hidden_TD: Tensor = self.model.embed_tokens(ids_T)
+        rotary = Rotary.at(positions_T, shape.head_dim, shape.rope_theta)
+        for block in self.model.layers:
+            if self.activation_checkpointing == "block" and self.training:
+                hidden_TD = checkpoint(block, hidden_TD, rotary, segments, use_reentrant=False)
+            else:
+                hidden_TD = block(hidden_TD, rotary, segments)
+        normed_TD: Tensor = self.model.norm(hidden_TD)
+        return normed_TD
+
+    def logits(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
+        """Logits of the next id in the model's reading order: shape (T, V)."""
+        logits_TV: Tensor = self.lm_head(self.hidden(ids_T, positions_T, segments))
+        return logits_TV
+
+    def forward(
+        self, ids_T: Tensor, targets_T: Tensor, positions_T: Tensor, segments: Segments
+    ) -> Tensor:
+        """Cross-entropy of each target in nats, 0 where it is ignored: shape (T,), in fp32.
+
+        Its gradient is also that of the z-loss, z_loss * log(sum(exp(logits)))^2 (Chowdhery et al.,
+        "PaLM", 2022), which its value leaves out.
+        """
+        logits_TV = self.logits(ids_T, positions_T, segments).float()
+        nats_T = F.cross_entropy(
+            logits_TV, targets_T, ignore_index=IGNORED_TARGET, reduction="none"
+        )
+        if not (self.z_loss and self.training):
+            return nats_T
+        squared_T = logits_TV.logsumexp(dim=-1).square()
+        penalty_T = self.z_loss * squared_T * (targets_T != IGNORED_TARGET)
+        return nats_T + (penalty_T - penalty_T.detach())
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,146 @@
+"""The optimizer of a run, AdamW or Muon, as one that ZeRO can shard.
+
+DeepSpeed hands an optimizer flat slices of fp32 weights with clipped gradients. AdamW works on any
+slice. Muon works on whole matrices, which `matrix_shards` puts together: after clipping, so that
+the norm that is logged and clipped is the gradient's. (DeepSpeed's own Muon makes gradients
+orthogonal before they are clipped, and then clips what was made.)
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaback.config import ModelSection, OptimizerSection
+from megaback.model.mup import parameter_rule
+from megaback.optim.muon import orthogonalized
+from megaback.optim.zero_matrices import MatrixShards, slices_of_each, slices_of_flat
+
+
+class MatrixOptimizer(torch.optim.AdamW):
+    """AdamW (Loshchilov & Hutter, 2019); Muon in groups with `orthogonalize`."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], section: OptimizerSection, matrix_dtype: torch.dtype
+    ) -> None:
+        """`matrix_dtype` is the precision in which matrices are made orthogonal."""
+        super().__init__(
+            groups,
+            lr=section.learning_rate,
+            betas=(section.beta1, section.beta2),
+            eps=section.epsilon,
+            fused=True,
+        )
+        self._momentum = section.momentum
+        self._matrix_dtype = matrix_dtype
+        self._shards: dict[Tensor, MatrixShards] = {}
+        self.must_skip: Callable[[], bool] = lambda: False
+        """Asked before each update, once gradients have their norm."""
+
+    def attach(self, flat: Tensor, shards: MatrixShards) -> None:
+        """Say which matrices a flat slice is made of."""
+        self._shards[flat] = shards
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if self.must_skip():
+            return None
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonalize"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["orthogonalize"]:
+                self._step_matrices(group)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        whole = [one for one in group["params"] if one.grad is not None and one.ndim == 2]
+        updates = [self._with_momentum(one).to(self._matrix_dtype) for one in whole]
+        for weight, update in zip(whole, orthogonalized(updates), strict=True):
+            _take(weight, update.to(weight.dtype), group)
+        for flat in group["params"]:
+            if flat.grad is not None and flat.ndim == 1:
+                update = self._with_momentum(flat)
+                _take(
+                    flat,
+                    self._shards[flat].apply(orthogonalized, update, self._matrix_dtype),
+                    group,
+                )
+
+    def _with_momentum(self, weight: Tensor) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        gradient = weight.grad
+        assert gradient is not None
+        state["momentum"].lerp_(gradient, 1 - self._momentum)
+        nesterov: Tensor = gradient.lerp(state["momentum"], self._momentum)
+        return nesterov
+
+
+def _take(weight: Tensor, update: Tensor, group: dict[str, Any]) -> None:
+    weight.mul_(1 - group["lr"] * group["weight_decay"])
+    weight.add_(update, alpha=-group["lr"])
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    shape: ModelSection,
+    section: OptimizerSection,
+    matrix_dtype: torch.dtype = torch.float32,
+) -> MatrixOptimizer:
+    """The optimizer of ReverseGPT's parameters, in as few groups as their rules allow."""
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        rule = parameter_rule(name, parameter, shape, section)
+        key = (rule.learning_rate, rule.weight_decay, rule.is_orthogonalized)
+        groups.setdefault(key, []).append(parameter)
+    return MatrixOptimizer(
+        [
+            {
+                "params": parameters,
+                "lr": peak,
+                "peak_learning_rate": peak,
+                "weight_decay": weight_decay,
+                "orthogonalize": orthogonalize,
+            }
+            for (peak, weight_decay, orthogonalize), parameters in groups.items()
+        ],
+        section,
+        matrix_dtype,
+    )
+
+
+def attach_shards(optimizer: MatrixOptimizer, zero: Any, stage: int, device: torch.device) -> None:
+    """Tell the optimizer how DeepSpeed's ZeRO optimizer `zero` has cut its matrices."""
+    import torch.distributed as dist
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if stage == 3:
+        for number, parameters in enumerate(zero.fp16_groups):
+            group = optimizer.param_groups[zero.sub_group_to_group_id[number]]
+            if group["orthogonalize"]:
+                slices = slices_of_each(
+                    [parameter.partition_numel() for parameter in parameters],
+                    [parameter.ds_numel for parameter in parameters],
+                    world_size,
+                )
+                shapes = [tuple(parameter.ds_shape) for parameter in parameters]
+                shards = MatrixShards(shapes, slices, rank, device)
+                optimizer.attach(zero.fp32_partitioned_groups_flat[number], shards)
+    elif stage:
+        for number, parameters in enumerate(zero.round_robin_bit16_groups):
+            if optimizer.param_groups[number]["orthogonalize"]:
+                slices = slices_of_flat(
+                    zero.round_robin_bit16_offsets[number],
+                    [parameter.numel() for parameter in parameters],
+                    int(zero.partition_size[number]),
+                    world_size,
+                )
+                shapes = [tuple(parameter.shape) for parameter in parameters]
+                shards = MatrixShards(shapes, slices, rank, device)
+                optimizer.attach(zero.single_partition_of_fp32_groups[number], shards)

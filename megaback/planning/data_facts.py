@@ -1,0 +1,127 @@
+"""What the plan of a run takes from its data sets: read from their manifests, or assumed and said
+so.
+
+Loads no torch, and decodes no shard: of data sets on a file system, the lengths of documents are
+read from the indexes of some shards; of those behind a URL, their mean is that of the manifest.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from data_pipeline.errors import ConfigError, ShardsMissingError
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.redaction import is_url
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.document_lengths import DocumentLengths
+from data_pipeline.shards.manifest import Manifest
+from megaback.config import Config
+from megaback.planning.flops import attended_tokens
+
+DEFAULT_VOCAB_SIZE = 8_888
+_MOST_SHARDS = 64
+"""Of a data set, whose documents are looked at: spread evenly."""
+_SHARD_BYTES_A_TOKEN = 1.28
+"""Of uint16 ids at zstd's level 6: benchmarks/README.md."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Numbers of a run that no config has."""
+
+    vocab_size: int
+    attended_tokens: float
+    """By a token, on average over documents and rows."""
+    total_tokens: float | None
+    """Of all steps; None: nobody knows how long the run is."""
+    shard_bytes: float | None
+    notes: tuple[str, ...]
+    """What was assumed."""
+
+
+def attended_of(data_set: DataSet, context_tokens: int) -> float:
+    """What a token of a data set attends to on average. Raises ShardCorruptError."""
+    manifest = data_set.manifest
+    lengths = _lengths(data_set)
+    tokens = sum(length * count for length, count in lengths)
+    if manifest.row_tokens is not None:  # examples are never cut
+        return sum(length * count * (length + 1) / 2 for length, count in lengths) / tokens
+    attended = (
+        length * count * attended_tokens(length, context_tokens) for length, count in lengths
+    )
+    return sum(attended) / tokens
+
+
+def _lengths(data_set: DataSet) -> list[tuple[float, int]]:
+    """Lengths in tokens, and how many documents have each; of one mean length behind a URL."""
+    entries, total = data_set.manifest.split("train"), data_set.manifest.total("train")
+    if is_url(data_set.name) or not total["documents"]:
+        return [(max(total["tokens"] / max(total["documents"], 1), 1.0), 1)]
+    found = []
+    for entry in entries[:: ceil(len(entries) / _MOST_SHARDS)]:
+        with data_set.open_shard(entry) as reader:
+            found.append(DocumentLengths.of(reader.text_tokens()))
+    joined = DocumentLengths.joined(found)
+    pairs = zip(joined.lengths.tolist(), joined.documents.tolist(), strict=True)
+    return [(float(length), count) for length, count in pairs if length]
+
+
+def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None) -> RunFacts:
+    """Read the manifests; what is given here stands for data sets that are not there yet.
+
+    Raises ConfigError where what is given contradicts them, and the errors of damaged data sets.
+    """
+    batch, parts = config.batch, config.data.shards
+    step_tokens = batch.global_batch_rows * batch.context_tokens
+    steps = config.training.steps
+    notes: list[str] = []
+    try:
+        data_sets = [DataSet.open(part.path) for part in parts]
+    except ShardsMissingError:
+        data_sets = []
+    if data_sets:
+        manifests = [data_set.manifest for data_set in data_sets]
+        shares = Mixture([part.weight for part in parts]).shares
+        attended = sum(
+            share * attended_of(data_set, batch.context_tokens)
+            for share, data_set in zip(shares, data_sets, strict=True)
+        )
+        found = manifests[0].vocab_size
+        if vocab_size not in (None, found):
+            raise ConfigError(
+                f"--vocab-size is {vocab_size}, and the tokenizer of {config.data.description} has "
+                f"{found} pieces; leave it out"
+            )
+        vocab_size = found
+        tokens = [manifest.total("train")["tokens"] for manifest in manifests]
+        epoch = max(count / share for count, share in zip(tokens, shares, strict=True))
+        file_bytes = float(sum(shard.file_bytes for m in manifests for shard in m.shards))
+        notes.append(
+            f"documents of {config.data.description} have {_mean_length(manifests):,.0f} tokens on "
+            f"average: a token attends to {attended:,.0f}"
+        )
+    else:
+        attended = (batch.context_tokens + 1) / 2
+        epoch, file_bytes = None, None
+        notes.append(
+            f"{config.data.description} is not there yet: every row is taken as one document, so a "
+            f"token attends to {attended:,.0f}, and the vocabulary has "
+            f"{vocab_size or DEFAULT_VOCAB_SIZE:,} pieces"
+        )
+    if total_tokens is None and steps is not None:
+        total_tokens = float(steps * step_tokens)
+    elif total_tokens is None and epoch is not None:
+        rows = (config.training.epochs or 0.0) * epoch / batch.context_tokens
+        total_tokens = float(ceil(rows / batch.global_batch_rows) * step_tokens)
+    if file_bytes is None and total_tokens is not None:
+        file_bytes = total_tokens / (config.training.epochs or 1.0) * _SHARD_BYTES_A_TOKEN
+        notes.append(f"shards take {_SHARD_BYTES_A_TOKEN} bytes a token")
+    if total_tokens is None:
+        notes.append("how long the run is depends on the data: give --tokens")
+    return RunFacts(
+        vocab_size or DEFAULT_VOCAB_SIZE, attended, total_tokens, file_bytes, tuple(notes)
+    )
+
+
+def _mean_length(manifests: list[Manifest]) -> float:
+    totals = [manifest.total("train") for manifest in manifests]
+    return sum(t["tokens"] for t in totals) / max(sum(t["documents"] for t in totals), 1)

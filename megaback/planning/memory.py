@@ -1,0 +1,297 @@
+"""How much memory a rank takes, part by part, at each moment of a training step. Loads no torch.
+
+What is counted is what DeepSpeed's ZeRO (Rajbhandari et al., 2020) and our optimizers allocate, as
+docs/planning.md lists it; `benchmarks/memory.py` measures real runs against it. A step has moments
+at which memory is highest: where the backward pass starts, in its first and last block, at its end,
+and while the optimizer works. A checkpoint's copy is the host's memory, which on a CPU is the
+rank's own.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+
+from megaback.config import ModelSection
+from megaback.planning.activation_memory import Arithmetic, Attention, activations_of
+from megaback.planning.flops import ModelSize
+
+_LEAST_BUCKET_ELEMENTS = 1_000_000
+_MOST_BUCKET_ELEMENTS = 500_000_000
+_GATHERED_ELEMENTS = 1_000_000_000
+"""Weights that ZeRO 3 keeps together at most: stage3_max_live_parameters of DeepSpeed."""
+_GROUP_ELEMENTS = 1_000_000_000
+"""What ZeRO 3 updates at a time: its sub_group_size."""
+_WHOLE_REDUCED_ELEMENTS = 500_000_000
+"""What stage 0 puts together to be reduced at a time."""
+
+CUDA_CONTEXT_BYTES = 1.5e9
+"""CUDA's context, kernels and NCCL's buffers. Not measured: docs/unverified.md."""
+CUDA_FRAGMENTATION = 0.05
+"""Of all else, what PyTorch's allocator holds and cannot give. Not measured either."""
+
+
+def bucket_elements(num_parameters: int) -> int:
+    """Gradients that are reduced together.
+
+    DeepSpeed's default is made for billions of weights; on few it costs memory and time.
+    """
+    return min(max(num_parameters // 8, _LEAST_BUCKET_ELEMENTS), _MOST_BUCKET_ELEMENTS)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides a rank's memory."""
+
+    shape: ModelSection
+    vocab_size: int
+    micro_batch_tokens: int
+    accumulates: bool
+    """Whether a step has several micro-batches."""
+    ranks: int
+    ranks_a_node: int
+    stage: int
+    precision: str
+    checkpointing: str
+    optimizer: str
+    offload: str
+    z_loss: bool
+    attention: Attention
+    saves_while_training: bool
+    is_cpu: bool
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        if self.precision == "fp32":
+            return "fp32"
+        return "bf16" if self.stage else "autocast"
+
+    @property
+    def weight_bytes(self) -> int:
+        return 2 if self.arithmetic == "bf16" else 4
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of a rank at one moment."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    """fp32 weights, where the others are something else, and the optimizer's state."""
+    activations: float = 0.0
+    logits: float = 0.0
+    buckets: float = 0.0
+    update: float = 0.0
+    """What an update takes besides."""
+    copy: float = 0.0
+    """On a CPU: the checkpoint that is being written."""
+    reserve: float = 0.0
+    """On a GPU: context and fragmentation."""
+
+    @property
+    def total(self) -> float:
+        return float(sum(asdict(self).values()))
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The moment at which a rank takes most, and what its node's host memory holds."""
+
+    moment: str
+    parts: Parts
+    host_bytes_a_node: float
+    """Offloaded states and the copies of checkpoints; 0 on CPUs, where they are in `parts`."""
+    moments: dict[str, float]
+    """Bytes at every moment."""
+
+
+def rank_memory(setting: Setting) -> RankMemory:
+    """The memory of the rank that has most."""
+    size = ModelSize.of(setting.shape, setting.vocab_size)
+    moments = {**_step_moments(setting, size), "update": _update(setting, size)}
+    copy = _checkpoint_bytes(size, setting.optimizer) / setting.ranks
+    host = copy + _offloaded(setting, size)
+    if setting.is_cpu:
+        if setting.saves_while_training:
+            moments = {name: replace(parts, copy=copy) for name, parts in moments.items()}
+        moments["saving"] = replace(_resident(setting, size), copy=copy)
+    else:
+        moments = {name: _with_reserve(parts) for name, parts in moments.items()}
+    peak = max(moments, key=lambda name: moments[name].total)
+    return RankMemory(
+        peak,
+        moments[peak],
+        0.0 if setting.is_cpu else host * setting.ranks_a_node,
+        {name: parts.total for name, parts in moments.items()},
+    )
+
+
+def checkpoint_bytes(shape: ModelSection, vocab_size: int, optimizer: str) -> float:
+    """A checkpoint on the disk: fp32 weights and the optimizer's state."""
+    return _checkpoint_bytes(ModelSize.of(shape, vocab_size), optimizer)
+
+
+def _checkpoint_bytes(size: ModelSize, optimizer: str) -> float:
+    return 4 * size.total + _state_bytes(size, optimizer)
+
+
+def _state_bytes(size: ModelSize, optimizer: str) -> float:
+    """Two moments, or Muon's one of the matrices of blocks."""
+    return 8 * size.total - (4 * size.matrices if optimizer == "muon" else 0)
+
+
+def _with_reserve(parts: Parts) -> Parts:
+    return replace(parts, reserve=CUDA_CONTEXT_BYTES + CUDA_FRAGMENTATION * parts.total)
+
+
+def _is_offloaded(setting: Setting) -> bool:
+    return setting.offload != "none" and not setting.is_cpu
+
+
+def _offloaded(setting: Setting, size: ModelSize) -> float:
+    """Bytes of a rank in its host's memory: states, fp32 weights and gradients, and what is
+    sent."""
+    if not _is_offloaded(setting):
+        return 0.0
+    states = 4 * size.total + _state_bytes(size, setting.optimizer) + 4 * size.total
+    if setting.stage < 3 or setting.offload == "parameters":
+        states += setting.weight_bytes * size.total
+    return states / setting.ranks
+
+
+def _resident(setting: Setting, size: ModelSize) -> Parts:
+    """What is there all the time, from the first update on."""
+    total, ranks, stage = size.total, setting.ranks, setting.stage
+    weights = float(setting.weight_bytes * total)
+    optimizer = _state_bytes(size, setting.optimizer)
+    gradients = buckets = 0.0
+    if setting.arithmetic == "autocast":  # bf16 copies of what is multiplied, which stay
+        weights += 2 * (size.matrices + (size.head or size.embedding))
+    if stage:
+        optimizer = (optimizer + 4 * total) / ranks
+    if stage == 3:
+        weights /= ranks
+        gradients = setting.weight_bytes * total / ranks
+        buckets = setting.weight_bytes * bucket_elements(total)
+    if _is_offloaded(setting):
+        optimizer = 0.0
+        gradients = 0.0 if stage == 3 else gradients
+        if setting.offload == "parameters":
+            weights = 0.0
+    return Parts(weights=weights, gradients=gradients, optimizer=optimizer, buckets=buckets)
+
+
+def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
+    """The forward and backward passes of the last micro-batch of a step."""
+    total, ranks, stage = size.total, setting.ranks, setting.stage
+    tokens, layers = setting.micro_batch_tokens, setting.shape.num_layers
+    bytes_each = setting.weight_bytes
+    kept = activations_of(
+        setting.shape,
+        setting.vocab_size,
+        setting.arithmetic,
+        setting.checkpointing,
+        setting.attention,
+        setting.z_loss,
+    )
+    resident = _resident(setting, size)
+    weights = resident.weights
+    if stage == 3 and (ranks > 1 or setting.offload == "parameters"):
+        weights += bytes_each * min(total, _GATHERED_ELEMENTS)
+    working = replace(resident, weights=weights)
+    share = 1.0 if stage < 2 else 1.0 / ranks
+    whole = 0.0 if stage == 3 else bytes_each * total * share
+    earlier = whole if setting.accumulates else 0.0
+    if _is_offloaded(setting) and stage:
+        earlier = whole = 0.0
+    head = 0.0 if stage >= 2 else bytes_each * (size.head or size.embedding)
+    bucket = {0: 0.0, 3: 0.0}.get(stage, float(bytes_each * bucket_elements(total)))
+    # Stage 2 adds a micro-batch's gradients to those of the ones before it.
+    last = whole + (earlier if stage == 2 else 0.0)
+    # Those of untied embeddings come after the last block.
+    embedding = bytes_each * size.embedding * share if whole and size.head else 0.0
+
+    def moment(blocks: int, gradients: float, buckets: float, work: float, logits: float) -> Parts:
+        return replace(
+            working,
+            gradients=working.gradients + gradients,
+            buckets=working.buckets + buckets,
+            activations=tokens * (blocks * kept.block + kept.rest + work),
+            logits=tokens * logits,
+        )
+
+    reduced = 4.0 * min(total, _WHOLE_REDUCED_ELEMENTS) if stage == 0 and ranks > 1 else 0.0
+    return {
+        "loss": moment(layers, earlier, 0, 0, kept.logits + kept.logits_work),
+        "first block": moment(layers, max(earlier, head), bucket, kept.block_work, 0),
+        "last block": moment(1, max(last - embedding, earlier), bucket, kept.block_work, 0),
+        "reduction": replace(
+            resident,
+            gradients=resident.gradients + last,
+            buckets=resident.buckets + bucket + reduced,
+        ),
+    }
+
+
+def _update(setting: Setting, size: ModelSize) -> Parts:
+    """The optimizer at work: groups of weights, one after another."""
+    resident, stage, ranks = _resident(setting, size), setting.stage, setting.ranks
+    low, is_muon = setting.weight_bytes, setting.optimizer == "muon"
+    rest = size.total - size.matrices
+    if stage == 0:
+        work = _muon_work(setting.shape, 1, setting.precision, whole=True) if is_muon else 0.0
+        return replace(resident, gradients=4.0 * size.total, update=work)
+    if _is_offloaded(setting):  # what is made orthogonal is so on the device
+        work = _muon_work(setting.shape, ranks, setting.precision) if is_muon else 0.0
+        return replace(resident, update=work)
+    averaged = 0.0 if stage == 3 else low * size.total / ranks
+    group = max(size.matrices, rest) if is_muon else size.total
+    if stage == 3:
+        group = min(group, _GROUP_ELEMENTS)
+    # Flat, then in fp32.
+    flat = (low + (4 if low == 2 else 0)) * group / ranks
+    plain = replace(resident, gradients=resident.gradients + averaged, update=flat)
+    if not is_muon:
+        return plain
+    matrices = min(size.matrices, _GROUP_ELEMENTS) if stage == 3 else size.matrices
+    part = matrices / size.matrices
+    work = 8.0 * matrices / ranks + part * _muon_work(setting.shape, ranks, setting.precision)
+    orthogonal = replace(resident, update=work)
+    return max(plain, orthogonal, key=lambda parts: parts.total)
+
+
+def _muon_work(shape: ModelSection, ranks: int, precision: str, *, whole: bool = False) -> float:
+    """What making a rank's matrices orthogonal takes, beside gradient and momentum.
+
+    `whole`: matrices are whole on every rank, and none is put together.
+    """
+    size = 4 if precision == "fp32" else 2
+    groups = list(_matrix_groups(shape))
+    matrices = sum(elements for elements, _ in groups) / ranks
+    orthogonal = before = previous = 0.0
+    for elements, grams in groups:
+        # A stack, two iterates, two products of rows; results of the shapes before.
+        now = (3 * elements + 2 * grams) / ranks + before + previous
+        orthogonal = max(orthogonal, now)
+        before, previous = before + elements / ranks, elements / ranks
+    if whole:
+        return size * (matrices + orthogonal)
+    copies = 1 + (ranks > 1 or size == 2)
+    transposed = 2 * shape.num_layers * shape.width * shape.hidden_mlp_width / ranks
+    after = size * ((copies + 1 + (ranks > 1)) * matrices + transposed) + 4 * matrices
+    return max(size * (copies * matrices + orthogonal), after)
+
+
+def _matrix_groups(shape: ModelSection) -> Iterable[tuple[float, float]]:
+    """Matrices of one shape, in their order: their elements, and those of products of their
+    rows."""
+    kv_width = shape.kv_heads * shape.head_dim
+    counts: dict[tuple[int, int], int] = {}
+    for rows, columns, count in (
+        (shape.width, shape.width, 2),
+        (kv_width, shape.width, 2),
+        (shape.width, shape.hidden_mlp_width, 3),
+    ):
+        key = (min(rows, columns), max(rows, columns))
+        counts[key] = counts.get(key, 0) + count * shape.num_layers
+    for (short, long), count in counts.items():
+        yield float(count * short * long), float(count * short * short)

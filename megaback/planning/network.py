@@ -1,0 +1,63 @@
+"""What a step sends over the network, and how long that takes if nothing hides it. Loads no torch.
+
+Bytes that each rank sends, by ring algorithms (Patarasuk and Yuan, 2009): of n bytes on W ranks, an
+all-gather or reduce-scatter sends n (W - 1) / W, an all-reduce twice as much. What is sent is what
+DeepSpeed 0.19 sends: stages 1 and 2 all-reduce gradients and gather weights, stage 2 after every
+micro-batch; stage 3 gathers weights for the forward pass and, if they are too many to be kept, for
+the backward pass again, and reduce-scatters gradients.
+"""
+
+from dataclasses import dataclass
+
+from megaback.config import ModelSection
+from megaback.planning.devices import Device
+from megaback.planning.flops import ModelSize
+
+_KEPT_ELEMENTS = 1_000_000_000
+"""Weights that stage 3 keeps together until the backward pass: DeepSpeed's max_reuse_distance."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in a step."""
+
+    gradient_bytes: float
+    weight_bytes: float
+    optimizer_bytes: float
+    """Muon's matrices, put together and taken apart: at most so many."""
+
+    @property
+    def total(self) -> float:
+        return self.gradient_bytes + self.weight_bytes + self.optimizer_bytes
+
+    def seconds(self, device: Device, nodes: int) -> float:
+        """The slowest link on the way carries all of it."""
+        return self.total / (device.network_bytes if nodes > 1 else device.link_bytes)
+
+
+def step_traffic(
+    shape: ModelSection,
+    vocab_size: int,
+    *,
+    ranks: int,
+    accumulation_steps: int,
+    stage: int,
+    precision: str,
+    optimizer: str,
+) -> Traffic:
+    """What a step of one rank sends."""
+    size = ModelSize.of(shape, vocab_size)
+    others = (ranks - 1) / ranks
+    low = 2 if precision == "bf16" and stage else 4
+    weights = low * size.total * others
+    matrices = (2 if precision == "bf16" else 4) * size.matrices / ranks
+    exchanged = 2 * others * matrices if optimizer == "muon" and stage else 0.0
+    if stage == 0:
+        return Traffic(2 * weights, 0.0, 0.0)
+    if stage == 3:
+        passes = 1 if size.total <= _KEPT_ELEMENTS else 2
+        return Traffic(
+            accumulation_steps * weights, passes * accumulation_steps * weights, exchanged
+        )
+    reductions = accumulation_steps if stage == 2 else 1
+    return Traffic(2 * reductions * weights, weights, exchanged)

@@ -1,0 +1,152 @@
+"""The arrow of time: what the same documents cost a forward and a backward model.
+
+Both are asked for the same windows of each document, of which the forward model is given the first
+id and the backward one the last. A document that is longer than the context is cut into windows
+twice, from its beginning and from its end, and each cut counts half: so to turn every document
+around does nothing but exchange the two models.
+
+Shapes: N documents, B buckets of context, P parts of a document.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.text.codec import Direction
+from megaback.inference.likelihood import Continuation, token_log_probabilities
+from megaback.model.gpt import ReverseGPT
+from megaback.scoring.paired_difference import Losses
+from megaback.tracking.loss_by_context import bucket_of, num_buckets
+
+NUM_PARTS = 10
+"""Of a document, from its beginning to its end."""
+_WINDOWS_AT_ONCE = 64
+
+Ids = npt.NDArray[np.int64]
+Sums = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The ids that stand at the two ends of a document in its reading order."""
+
+    begin_id: int
+    end_id: int
+
+    def turned(self, ids: Ids) -> Ids:
+        """Ids from their other end, with the markers exchanged."""
+        turned = ids[::-1].copy()
+        begins, ends = turned == self.begin_id, turned == self.end_id
+        turned[begins], turned[ends] = self.end_id, self.begin_id
+        return turned
+
+
+@dataclass(frozen=True)
+class Window:
+    """Ids of a document in the order of the text, at most context_tokens + 1."""
+
+    document: int
+    ids: Ids
+    start: int
+    """Where its first id stands in the document."""
+    document_tokens: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    """Sums over the targets of each document."""
+
+    nats_of_context_NB: Sums
+    targets_of_context_NB: Sums
+    nats_of_part_NP: Sums
+    targets_of_part_NP: Sums
+    bytes_N: Sums
+    """Of text that the targets stand for."""
+
+    @property
+    def whole(self) -> Losses:
+        return Losses(self.nats_of_context_NB.sum(axis=1), self.targets_of_context_NB.sum(axis=1))
+
+    def at_context(self, bucket: int) -> Losses:
+        return Losses(self.nats_of_context_NB[:, bucket], self.targets_of_context_NB[:, bucket])
+
+    def at_part(self, part: int) -> Losses:
+        return Losses(self.nats_of_part_NP[:, part], self.targets_of_part_NP[:, part])
+
+    @property
+    def bits_per_byte(self) -> float:
+        nats = float(self.nats_of_context_NB.sum())
+        return nats / float(np.log(2)) / max(float(self.bytes_N.sum()), 1.0)
+
+
+def documents_of(data_set: DataSet, split: str) -> Iterator[Ids]:
+    """Documents in the order of the text, markers included. Raises the errors of shards."""
+    manifest = data_set.manifest
+    markers = Markers(manifest.begin_id, manifest.end_id)
+    is_backward = manifest.text_format.direction is Direction.BACKWARD
+    for entry in manifest.split(split):
+        with data_set.open_shard(entry) as shard:
+            for stored in shard.documents():
+                ids = stored.astype(np.int64)
+                yield markers.turned(ids) if is_backward else ids
+
+
+def windows_of(number: int, ids: Ids, context_tokens: int) -> list[Window]:
+    """The windows of a document that models of this context are asked for."""
+    first_starts = range(0, len(ids) - 1, context_tokens)
+    if len(first_starts) == 1:
+        return [Window(number, ids, 0, len(ids), 1.0)]
+    windows = []
+    for start in first_starts:
+        stop = start + context_tokens + 1
+        windows.append(Window(number, ids[start:stop], start, len(ids), 0.5))
+    for last in range(len(ids) - 1, 0, -context_tokens):
+        start = max(last - context_tokens, 0)
+        windows.append(Window(number, ids[start : last + 1], start, len(ids), 0.5))
+    return windows
+
+
+def measure(
+    model: ReverseGPT,
+    direction: Direction,
+    windows: Sequence[Window],
+    context_tokens: int,
+    markers: Markers,
+    piece_num_bytes: npt.NDArray[np.int64],
+    on_windows: Callable[[int], None],
+) -> DocumentLosses:
+    """What the windows cost a model that writes in a direction.
+
+    `on_windows` is told how many more windows are done.
+    """
+    num_documents = 1 + max(window.document for window in windows)
+    of_context_2NB = np.zeros((2, num_documents, num_buckets(context_tokens)))
+    of_part_2NP = np.zeros((2, num_documents, NUM_PARTS))
+    bytes_N = np.zeros(num_documents)
+    # Windows of one length together, for passes that are alike whatever came before.
+    order = sorted(windows, key=lambda window: len(window.ids))
+    is_backward = direction is Direction.BACKWARD
+    for first in range(0, len(order), _WINDOWS_AT_ONCE):
+        at_once = order[first : first + _WINDOWS_AT_ONCE]
+        read = [markers.turned(one.ids) if is_backward else one.ids for one in at_once]
+        continuations = [Continuation([int(ids[0])], ids[1:].tolist()) for ids in read]
+        found = token_log_probabilities(model, continuations)
+        for window, ids, log_probabilities_W in zip(at_once, read, found, strict=True):
+            nats_W = -window.weight * log_probabilities_W.numpy()
+            context_W = np.arange(1, len(ids))
+            place_W = window.start + (len(ids) - 1 - context_W if is_backward else context_W)
+            for sums_2NX, bin_W in (
+                (of_context_2NB, bucket_of(context_W)),
+                (of_part_2NP, (2 * place_W + 1) * NUM_PARTS // (2 * window.document_tokens)),
+            ):
+                np.add.at(sums_2NX[0, window.document], bin_W, nats_W)
+                np.add.at(sums_2NX[1, window.document], bin_W, window.weight)
+            bytes_N[window.document] += window.weight * piece_num_bytes[ids[1:]].sum()
+        on_windows(len(at_once))
+    return DocumentLosses(
+        of_context_2NB[0], of_context_2NB[1], of_part_2NP[0], of_part_2NP[1], bytes_N
+    )

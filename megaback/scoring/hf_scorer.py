@@ -1,0 +1,218 @@
+"""log P(answer | question) by a causal model of transformers, from local files.
+
+The question goes where the tokenizer's chat template puts what a user says, or, without a template,
+before a newline. Special tokens that a text spells are text. No code of the folder is run, and no
+pickle is read.
+"""
+
+import os
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+
+from data_pipeline.common.checked_json import briefly, read_json, require_within
+from data_pipeline.common.number_ranges import LAYERS
+from data_pipeline.common.regular_files import open_file
+from data_pipeline.errors import BackendError, CheckpointCorruptError, PromptError
+from megaback.inference.likelihood import Continuation, in_packs
+from megaback.scoring.bounded_work import bounded_work
+from megaback.scoring.pairs import Pair
+from megaback.scoring.scorer import Score
+from megaback.weights.weight_files import StoredWeights
+from megaback.weights.weight_names import HEAD_NAME
+
+_ADAPTER_NAME = "adapter_config.json"
+_READ_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+_MAX_FILE_BYTES = 64 << 20
+_MAX_LAYERS = int(LAYERS.most)
+_MAX_TABLE_NUMBERS = 1 << 28
+"""Of masks and positions, which some models keep beside their weights."""
+_PLACEHOLDER = "QuestionGoesHere"
+_BETWEEN = "\n"
+_FEW_LAYERS = 100
+_MAX_TEMPLATE_S = 2.0
+_MAX_TEMPLATE_BYTES = 512 << 20
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+
+
+def _require_few_layers(folder: Path) -> None:
+    """Raises CheckpointCorruptError for layers that the weights do not have: each takes time."""
+    try:
+        fields = read_json(folder / "config.json")
+        layers = max(fields.get(name) or 0 for name in _LAYERS)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # which the library says
+    num_tensors = sum(1 for _ in StoredWeights(folder).shapes()) if layers > _FEW_LAYERS else layers
+    if layers > num_tensors:
+        raise CheckpointCorruptError(
+            f"the weights in {folder} are not of the model that its config describes: it has "
+            f"{briefly(layers)} layers, and they have {num_tensors:,} tensors"
+        )
+
+
+def _require_plausible(
+    folder: Path, stored: StoredWeights, transformers: Any, how: dict[str, Any]
+) -> None:
+    """See that a config is not far larger than its files of weights, before memory is taken for it.
+
+    What exactly differs is said once the library has compared them. Raises ValueError, and whatever
+    the library raises.
+    """
+    if (folder / _ADAPTER_NAME).exists():
+        raise ValueError("it is an adapter, which names another folder; merge it in peft")
+    for path in folder.iterdir():
+        if path.suffix in _READ_SUFFIXES:
+            os.close(open_file(path))
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise ValueError(f"{path.name} has more than {_MAX_FILE_BYTES:,} bytes")
+    found = [prod(shape) for _, shape in stored.shapes()]
+    config = transformers.AutoConfig.from_pretrained(folder, **how)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if layers is not None:
+        require_within("num_hidden_layers", layers, 1, min(len(found), _MAX_LAYERS))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    for what, tensors, most in (
+        ("weights", model.parameters(), 2 * sum(found)),
+        ("tables", model.buffers(), 2 * sum(found) + _MAX_TABLE_NUMBERS),
+    ):
+        wanted = sum(tensor.numel() for tensor in tensors)
+        if wanted > most:
+            raise ValueError(
+                f"its config describes {what} of {wanted:,} numbers, and its files hold "
+                f"{sum(found):,}"
+            )
+
+
+def _require_all_read(folder: Path, model: Any, loading: dict[str, Any]) -> None:
+    said = {
+        "is missing": loading["missing_keys"],
+        "is read by nothing": loading["unexpected_keys"],
+        "has another shape": [entry[0] for entry in loading["mismatched_keys"]],
+    }
+    problems = [f"{name} {what}" for what, names in said.items() for name in sorted(names)]
+    stored, head = StoredWeights(folder), model.get_output_embeddings()
+    # Some versions of the library take the embeddings in its place, where the config ties them.
+    is_stored = head is not None and HEAD_NAME in dict(stored.shapes())
+    if is_stored and not torch.equal(stored.read(HEAD_NAME).to(head.weight.dtype), head.weight):
+        problems.append(f"{HEAD_NAME} is not what the config makes of it (tie_word_embeddings)")
+    if problems:
+        raise CheckpointCorruptError(
+            f"the weights in {folder} are not of the model that its config describes: "
+            f"{problems[0]} ({len(problems)} differ); save it once more, with save_pretrained"
+        )
+
+
+class ForeignScorer:
+    """Scores answers, the end-of-text token included if the tokenizer has one."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """Raises BackendError without transformers, CheckpointCorruptError for no such model.
+
+        The model is refused unless every tensor of the folder is one of it, and every one of it is
+        in the folder: the library would make up what is missing, and pass over the rest.
+        """
+        try:
+            import transformers
+        except ImportError as error:
+            raise BackendError(
+                f"a model of transformers needs that library ({error}); "
+                "pip install 'megaback[transformers]'"
+            ) from None
+        transformers.utils.logging.disable_progress_bar()
+        _require_few_layers(folder)
+        how = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            _require_plausible(folder, StoredWeights(folder), transformers, how)
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **how)
+            model: Any
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **how
+            )
+        except Exception as error:  # noqa: BLE001 - the library has errors of its own, of any kind
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CheckpointCorruptError(
+                f"{folder} cannot be read as a causal model of transformers ({reason:.300}); save "
+                "one there with save_pretrained, in safetensors, with its tokenizer"
+            ) from None
+        _require_all_read(folder, model, loading)
+        self._model = model.to(device).eval()
+        self._device = device
+        try:
+            with bounded_work(_MAX_TEMPLATE_S, _MAX_TEMPLATE_BYTES):
+                self._before, self._after = self._frame()
+        except Exception as error:  # noqa: BLE001 - a template is a program, with any error
+            raise CheckpointCorruptError(
+                f"the chat template in {folder} cannot be rendered ({type(error).__name__}: "
+                f"{error}); correct it, or remove it"
+            ) from None
+        end = self._tokenizer.eos_token_id
+        self._end = [] if end is None else [int(end)]
+        self._most_tokens = getattr(model.config, "max_position_embeddings", None)
+
+    def encode(self, pair: Pair) -> Continuation:
+        """Raises PromptError for a pair that the model's context does not hold."""
+        given = [*self._before, *self._text(pair.question.strip()), *self._after]
+        written = [*self._text(pair.answer.strip()), *self._end]
+        if self._most_tokens is not None and len(given) + len(written) > self._most_tokens:
+            raise PromptError(
+                f"the two texts are {len(given) + len(written)} tokens, and the forward model's "
+                f"context holds {self._most_tokens}; shorten them"
+            )
+        return Continuation(tuple(given), tuple(written))
+
+    def score(self, pairs: Sequence[Pair]) -> list[Score]:
+        """log P(answer | question) of each."""
+        continuations = [self.encode(pair) for pair in pairs]
+        found = [0.0] * len(pairs)
+        for numbers in in_packs(continuations):
+            pack = [continuations[number] for number in numbers]
+            for number, nats in zip(numbers, self._log_probabilities(pack), strict=True):
+                found[number] = nats
+        return [
+            Score(nats, None, len(one.written), len(pair.answer.strip().encode()))
+            for nats, one, pair in zip(found, continuations, pairs, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _log_probabilities(self, pack: Sequence[Continuation]) -> list[float]:
+        """Rows beside one another, padded at their ends, which no causal model looks at."""
+        rows = [[*one.given, *one.written] for one in pack]
+        longest = max(map(len, rows))
+        ids_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        output = self._model(ids_BT.to(self._device), attention_mask=mask_BT.to(self._device))
+        sums = []
+        for logits_TV, one in zip(output.logits, pack, strict=True):
+            start = len(one.given) - 1
+            targets_W = torch.tensor(one.written, device=self._device)
+            logits_WV = logits_TV[start : start + len(one.written)].float()
+            nats_W = F.cross_entropy(logits_WV, targets_W, reduction="none").double()
+            sums.append(-float(nats_W.sum()))
+        return sums
+
+    def _text(self, text: str) -> list[int]:
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The ids before and after a question."""
+        if self._tokenizer.chat_template is None:
+            begin = self._tokenizer.bos_token_id
+            return ([] if begin is None else [int(begin)]), self._text(_BETWEEN)
+        said = [{"role": "user", "content": _PLACEHOLDER}]
+        rendered: str = self._tokenizer.apply_chat_template(
+            said, tokenize=False, add_generation_prompt=True
+        )
+        before, found, after = rendered.partition(_PLACEHOLDER)
+        if not found:
+            raise ValueError("it does not show what a user says")
+        return (
+            self._tokenizer(before, add_special_tokens=False)["input_ids"],
+            self._tokenizer(after, add_special_tokens=False)["input_ids"],
+        )

@@ -1,0 +1,70 @@
+"""Questions and their answers from records: what is scored, and what scores are written beside."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from data_pipeline.common.shown_names import shown_names
+from data_pipeline.errors import BadRecordError, ConfigError
+from data_pipeline.sources.columns import ExampleColumns
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What comes first in reading, and what follows it: a question and an answer, two passages."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """The keys in which a record holds a pair.
+
+    A record with neither of them may hold `instruction`, `input` and `output` instead, which are
+    put together as they are in training.
+    """
+
+    question: str = "question"
+    answer: str = "answer"
+
+    @classmethod
+    def parse(cls, text: str) -> "PairColumns":
+        """Read `question=prompt,answer=completion`. Raises ConfigError for anything else."""
+        known = [field.name for field in fields(cls)]
+        given: dict[str, str] = {}
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            name, _, column = (word.strip() for word in part.partition("="))
+            if name not in known or not column or name in given:
+                raise ConfigError(
+                    f"--columns has {part!r}; write for example question=prompt,answer=completion, "
+                    f"each of {', '.join(known)} at most once"
+                )
+            given[name] = column
+        return cls(**given)
+
+    def pair(self, record: Mapping[str, object], where: str) -> Pair:
+        """Raises BadRecordError, which begins with `where`."""
+        if not {self.question, self.answer} & record.keys() and "output" in record:
+            (example, *others) = ExampleColumns(messages="").examples(record, where)
+            assert not others
+            return Pair(example.instruction, example.response)
+        return Pair(
+            text_of(record, self.question, where),
+            text_of(record, self.answer, where),
+        )
+
+
+def text_of(record: Mapping[str, object], column: str, where: str) -> str:
+    """A text that is not blank. Raises BadRecordError."""
+    if column not in record:
+        raise BadRecordError(
+            f"{where}: no {column!r}; the keys are {shown_names(record)}: mend or remove "
+            "the line, or name the keys that hold the texts with --columns"
+        )
+    value = record[column]
+    if not isinstance(value, str):
+        found = "null" if value is None else f"of type {type(value).__name__}"
+        raise BadRecordError(f"{where}: {column!r} is {found}, not text; mend or remove the line")
+    if not value.strip():
+        raise BadRecordError(f"{where}: {column!r} is empty; mend or remove the line")
+    return value

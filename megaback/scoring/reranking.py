@@ -1,0 +1,83 @@
+"""Mixing two scores of each candidate, and how often the best one is then right.
+
+    mixed = (1 - weight) * forward + weight * reverse
+
+as in Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models" (2016),
+section 4.2, where forward is log P(answer | question) and reverse log P(question | answer).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megaback.scoring.bootstrap import Interval, mean_interval
+
+Floats = npt.NDArray[np.float64]
+
+_WEIGHTS = np.linspace(0.0, 1.0, 101)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The candidates of one question, all arrays of shape (candidates,)."""
+
+    forward: Floats | None
+    reverse: Floats
+    is_right: npt.NDArray[np.bool_] | None
+    """Of every candidate, where that is known."""
+
+    def mixed(self, weight: float) -> Floats:
+        """Without forward scores, the reverse ones alone."""
+        if self.forward is None:
+            return self.reverse
+        return (1 - weight) * self.forward + weight * self.reverse
+
+
+def ranking(scores: Floats) -> list[int]:
+    """Numbers of candidates, best first; equal ones in the order given."""
+    return [int(number) for number in np.argsort(-scores, kind="stable")]
+
+
+def rightness(scores: Floats, is_right: npt.NDArray[np.bool_]) -> float:
+    """How often the best candidate is right, where lots are drawn among equally good ones."""
+    return float(is_right[scores == scores.max()].mean())
+
+
+def fit_weight(questions: Sequence[Scored]) -> float:
+    """The weight, in hundredths, with which the best candidates are right most often.
+
+    Of several, the one in the middle. All questions are judged, and have forward scores.
+    """
+    found = np.array(
+        [
+            sum(rightness(one.mixed(weight), _judged(one)) for one in questions)
+            for weight in _WEIGHTS
+        ]
+    )
+    best = np.flatnonzero(found >= found.max() - 1e-9)
+    return float(_WEIGHTS[best[len(best) // 2]])
+
+
+def accuracies(questions: Sequence[Scored], weight: float, seed: int = 0) -> dict[str, Interval]:
+    """Accuracy by each way to choose, with its interval over questions; all are judged.
+
+    `gain` is that of mixed over forward, question by question.
+    """
+    judged = [(one, _judged(one)) for one in questions]
+    found = {
+        "random": [float(is_right.mean()) for _, is_right in judged],
+        "reverse": [rightness(one.reverse, is_right) for one, is_right in judged],
+    }
+    if all(one.forward is not None for one in questions):
+        found["forward"] = [rightness(one.mixed(0.0), is_right) for one, is_right in judged]
+        found["mixed"] = [rightness(one.mixed(weight), is_right) for one, is_right in judged]
+        found["gain"] = list(np.subtract(found["mixed"], found["forward"]))
+    found["oracle"] = [float(is_right.any()) for _, is_right in judged]
+    return {name: mean_interval(values, seed) for name, values in found.items()}
+
+
+def _judged(question: Scored) -> npt.NDArray[np.bool_]:
+    assert question.is_right is not None
+    return question.is_right

@@ -1,0 +1,214 @@
+"""How well an answer explains its question: log P(question | answer), many pairs at a time.
+
+A model that writes forward gives log P(answer | question). docs/scoring.md has the formulas.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from data_pipeline.errors import PromptError
+from data_pipeline.text.chat_format import ChatFormat
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.inference.device_pool import DevicePool, choose_devices
+from megaback.inference.likelihood import Continuation, in_packs
+from megaback.scoring.pairs import Pair
+from megaback.weights.converted import model_folder
+from megaback.weights.model_folder import read_description, tokenizer_of
+
+_Carried = TypeVar("_Carried")
+_PAIRS_AT_ONCE = 2048  # sorted by length among themselves
+_WINDOWS_AHEAD = 2
+
+
+class Form(str, Enum):
+    """What stands around the two texts."""
+
+    CHAT = "chat"
+    """BackChat's markers, as after fine-tuning; whitespace around each text goes."""
+    PLAIN = "plain"
+    """A document in which the answer follows the question directly, as in pretraining."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """log P(written | given), in nats, and how much was written."""
+
+    log_probability: float
+    prior_log_probability: float | None
+    """log P(written) by the same model, with nothing given."""
+    tokens: int
+    """In the chat form with the end marker."""
+    text_bytes: int
+
+    @property
+    def per_token(self) -> float:
+        return self.log_probability / max(self.tokens, 1)
+
+    @property
+    def per_byte(self) -> float:
+        return self.log_probability / max(self.text_bytes, 1)
+
+    @property
+    def log_ratio(self) -> float | None:
+        """log P(written | given) / P(written): how much what is given explains."""
+        if self.prior_log_probability is None:
+            return None
+        return self.log_probability - self.prior_log_probability
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rounded to what fp32 can tell apart."""
+        fields: dict[str, Any] = {
+            "log_probability": round(self.log_probability, 5),
+            "per_token": round(self.per_token, 6),
+            "per_byte": round(self.per_byte, 6),
+        }
+        if self.prior_log_probability is not None and self.log_ratio is not None:
+            fields["prior_log_probability"] = round(self.prior_log_probability, 5)
+            fields["log_ratio"] = round(self.log_ratio, 5)
+        return {**fields, "tokens": self.tokens, "bytes": self.text_bytes}
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair as the ids that are scored."""
+
+    conditional: Continuation
+    prior: Continuation
+    text_bytes: int
+
+
+class PairEncoder:
+    """Encodes pairs in one form. The two texts are encoded apart, so that a piece is of one."""
+
+    def __init__(self, codec: TextCodec, form: Form, context_tokens: int) -> None:
+        self.codec = codec
+        self.form = form
+        self.context_tokens = context_tokens
+        self._chat = ChatFormat(codec)
+        self._prior_ids: tuple[int, ...] = (codec.begin_id,)
+        if form is Form.CHAT:
+            self._prior_ids = tuple(self._chat.prompt_ids(""))
+
+    @property
+    def writes_question(self) -> bool:
+        return self.codec.format.direction is Direction.BACKWARD
+
+    def encode(self, pair: Pair) -> EncodedPair:
+        """Raises PromptError for a pair that the model's context does not hold."""
+        given, written = pair.answer, pair.question
+        if not self.writes_question:
+            given, written = written, given
+        if self.form is Form.CHAT:
+            given, written = given.strip(), written.strip()
+            given_ids = self._chat.prompt_ids(given)
+            written_ids = self._chat.written_ids(written)
+        else:
+            given_ids = [self.codec.begin_id, *self.codec.encode(given).tolist()]
+            written_ids = self.codec.encode(written).tolist()
+        num_tokens = len(given_ids) + len(written_ids)
+        if num_tokens - 1 > self.context_tokens:  # the last one is not read
+            raise PromptError(
+                f"the two texts are {num_tokens} tokens, and the model's context holds "
+                f"{self.context_tokens}; shorten them"
+            )
+        if not written_ids:
+            raise PromptError("the text that is to be scored is empty; give a text")
+        return EncodedPair(
+            Continuation(tuple(given_ids), tuple(written_ids)),
+            Continuation(self._prior_ids, tuple(written_ids)),
+            len(written.encode("utf-8", "surrogatepass")),
+        )
+
+
+class Scorer:
+    """Scores pairs with one model, on one or several devices. To be closed, or used with `with`."""
+
+    def __init__(self, encoder: PairEncoder, pool: DevicePool, *, with_prior: bool = True) -> None:
+        self.encoder = encoder
+        self._pool = pool
+        self._with_prior = with_prior
+
+    def score(self, pairs: Sequence[Pair]) -> list[Score]:
+        """The score of each pair. Raises PromptError for one that the context does not hold."""
+        encoded = ((None, self.encoder.encode(pair)) for pair in pairs)
+        return [score for _, score in self.score_all(encoded)]
+
+    def score_all(
+        self, pairs: Iterable[tuple[_Carried, EncodedPair]]
+    ) -> Iterator[tuple[_Carried, Score]]:
+        """Scores in the order of the pairs, each with what came with it; memory is bounded."""
+        iterator = iter(pairs)
+        running: deque[tuple[list[tuple[_Carried, EncodedPair]], _Running]] = deque()
+        while True:
+            window = list(islice(iterator, _PAIRS_AT_ONCE))
+            if window:
+                running.append((window, self._begin([pair for _, pair in window])))
+            if running and (not window or len(running) == _WINDOWS_AHEAD):
+                done, computed = running.popleft()
+                yield from self._finish(done, computed)
+            elif not window:
+                return
+
+    def _begin(self, pairs: Sequence[EncodedPair]) -> "_Running":
+        wanted = {pair.conditional: 0.0 for pair in pairs}
+        if self._with_prior:
+            wanted |= {pair.prior: 0.0 for pair in pairs}
+        continuations = list(wanted)  # a question that comes often has its prior counted once
+        packs = [[continuations[i] for i in numbers] for numbers in in_packs(continuations)]
+        return [(pack, self._pool.submit(pack)) for pack in packs]
+
+    def _finish(
+        self, window: list[tuple[_Carried, EncodedPair]], running: "_Running"
+    ) -> Iterator[tuple[_Carried, Score]]:
+        found: dict[Continuation, float] = {}
+        for pack, future in running:
+            found |= zip(pack, self._pool.result(future), strict=True)
+        for carried, pair in window:
+            prior = found[pair.prior] if self._with_prior else None
+            tokens = len(pair.conditional.written)
+            yield carried, Score(found[pair.conditional], prior, tokens, pair.text_bytes)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+_Running = list[tuple[list[Continuation], "Future[list[float]]"]]
+
+
+def load_scorer(
+    folder: str | Path,
+    *,
+    form: Form | str = Form.CHAT,
+    device: str | None = None,
+    with_prior: bool = True,
+) -> Scorer:
+    """A scorer with the model in a folder that `megaback convert --to full` or `--to hf` wrote, or
+    of a run or a checkpoint, which is converted beside it, once.
+
+    `device`: names separated by commas; by default every GPU, or else the CPU. Raises
+    CheckpointMissingError, CheckpointCorruptError, BackendError.
+    """
+    folder = model_folder(folder)
+    description = read_description(folder)
+    text_format = description.text_format
+    codec = TextCodec.load(tokenizer_of(folder), text_format.direction, text_format.unit)
+    encoder = PairEncoder(codec, Form(form), description.context_tokens)
+    return Scorer(encoder, DevicePool(folder, choose_devices(device)), with_prior=with_prior)

@@ -1,0 +1,55 @@
+"""Where a run's weights come from: its base, the checkpoint that it goes on from, its starts."""
+
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.checked_json import read_json
+from megaback.checkpoints.checkpoint_names import (
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    complete_checkpoints,
+    meant_by,
+    step_name,
+)
+from megaback.checkpoints.safetensors_file import size_and_hash
+from megaback.config import Config
+from megaback.faults.exit_record import read_history
+from megaback.weights.model_folder import CONFIG_NAME
+
+
+def lineage(config: Config, start_step: int) -> dict[str, Any]:
+    """`base`, `checkpoint` (None where there is none), `restarts` and `starts` of a run.
+
+    A checkpoint's `sha256` is that of its meta.json, which holds those of all its files; that of a
+    model's folder is of its config.json, which does too.
+    """
+    started = [line for line in read_history(config.run) if line.get("event") == "start"]
+    checkpoint = config.run / CHECKPOINTS_FOLDER / step_name(start_step)
+    return {
+        "base": None if config.init_from is None else _identity(_meant_by(config.init_from)),
+        "checkpoint": _identity(checkpoint / META_NAME) if start_step else None,
+        "restarts": max(len(started) - 1, 0),
+        "starts": [{key: line.get(key) for key in ("step", "time")} for line in started],
+    }
+
+
+def _meant_by(base: Path) -> Path:
+    """The file that describes what `init_from` names: of a model, a checkpoint, or a run."""
+    if (base / CONFIG_NAME).is_file():
+        return base / CONFIG_NAME
+    base = meant_by(base)
+    if not (base / META_NAME).is_file():
+        run = base.parent if base.name == CHECKPOINTS_FOLDER else base
+        base = max(complete_checkpoints(run), default=base)
+    return base / META_NAME
+
+
+def _identity(description: Path) -> dict[str, Any]:
+    """Which artefact a file describes; None for what it does not say."""
+    identity: dict[str, Any] = {"path": str(description.parent), "step": None, "sha256": None}
+    try:
+        identity["step"] = read_json(description).get("step")
+        identity["sha256"] = size_and_hash(description)[1]
+    except (OSError, ValueError, AttributeError):
+        pass
+    return identity

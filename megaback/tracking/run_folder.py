@@ -1,0 +1,132 @@
+"""What a run's folder tells to those who look from outside: its step, its loss, its jobs.
+
+Only small files and the ends of long ones are read, so that looking disturbs nothing.
+"""
+
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.checked_json import read_json
+from megaback.checkpoints.checkpoint_names import complete_checkpoints, step_of
+from megaback.faults.exit_record import HISTORY_NAME, read_history
+from megaback.faults.run_records import last_lines
+from megaback.tracking.metrics import METRICS_NAME, parsed_line
+
+SUBMITTED_FOLDER = "submitted"
+SUBMISSION_NAME = "submission.json"
+_TAIL_BYTES = 1 << 16
+_DEPTH = 3
+"""Of runs/ARROW/seed-N/DIRECTION below runs/."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int
+    loss: float | None
+    """Of the last step that learnt, in nats a token."""
+    median_step_s: float | None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's that was started or submitted."""
+    return (folder / HISTORY_NAME).is_file() or bool(read_submissions(folder))
+
+
+def runs_below(folder: Path) -> Iterator[Path]:
+    """A folder, if it is a run's; else the runs below it, as deep as those of an arrow of time."""
+    return _runs_below(folder, _DEPTH, {})
+
+
+def _runs_below(folder: Path, depth: int, seen: dict[tuple[int, int], int]) -> Iterator[Path]:
+    """`seen` has the depth to which each folder was looked at: links may lead back many times."""
+    if not os.access(folder, os.R_OK | os.X_OK) or not folder.is_dir():
+        return
+    facts = folder.stat()
+    if seen.get((facts.st_dev, facts.st_ino), -1) >= depth:
+        return
+    seen[facts.st_dev, facts.st_ino] = depth
+    if is_run(folder):
+        seen[facts.st_dev, facts.st_ino] = _DEPTH
+        yield folder
+    elif depth:
+        for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
+            yield from _runs_below(path, depth - 1, seen)
+
+
+def newest_checkpoint_step(run: Path) -> int:
+    """The step of the newest complete checkpoint; 0 without one."""
+    return max(map(step_of, complete_checkpoints(run)), default=0)
+
+
+def holds_weights(base: Path) -> bool:
+    """Whether a run can start from a path: a model's folder, a run, or one of its checkpoints.
+
+    What lies there is not verified.
+    """
+    if base.is_file():  # it names a checkpoint beside it
+        return base.name in ("best", "latest")
+    run = base.parent if base.name == "checkpoints" else base
+    is_folder = any((base / name).is_file() for name in ("config.json", "meta.json"))
+    return is_folder or newest_checkpoint_step(run) > 0
+
+
+def read_progress(run: Path) -> Progress | None:
+    """The last step of the metrics; None before there is one."""
+    lines = last_metrics(run)
+    if not lines:
+        return None
+    learnt = [line for line in lines if line.get("loss") is not None]
+    times = [float(line["step_s"]) for line in lines if line.get("step_s") is not None]
+    return Progress(
+        step=int(lines[-1]["step"]),
+        loss=float(learnt[-1]["loss"]) if learnt else None,
+        median_step_s=statistics.median(times) if times else None,
+    )
+
+
+def read_submissions(run: Path) -> list[dict[str, Any]]:
+    """What `megaback submit` has recorded, oldest first; what cannot be read is left out."""
+    found = []
+    for path in sorted((run / SUBMITTED_FOLDER).glob(f"*/{SUBMISSION_NAME}")):
+        try:
+            fields = read_json(path)
+            jobs = [
+                {**job, "job": str(job["job"]), "stage": str(job["stage"])}
+                for job in fields["jobs"]
+            ]
+            found.append({**fields, "jobs": jobs})
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def jobs_of(run: Path) -> dict[str, str]:
+    """The Slurm jobs that worked on a run, or are to: job id to stage, oldest first."""
+    known = {str(line["job"]): "train" for line in read_history(run) if line.get("job") is not None}
+    for submission in read_submissions(run):
+        known |= {job["job"]: job["stage"] for job in submission["jobs"]}
+    return dict(sorted(known.items(), key=lambda item: (len(item[0]), item[0])))
+
+
+def events_of_job(run: Path, job: str, event: str) -> Sequence[dict[str, Any]]:
+    """Lines of the history that a Slurm job wrote, oldest first."""
+    return [
+        line
+        for line in read_history(run)
+        if line.get("event") == event and str(line.get("job")) == job
+    ]
+
+
+def last_metrics(run: Path) -> list[dict[str, Any]]:
+    """The last lines of a run's metrics, those that can be read."""
+    try:
+        texts = last_lines(run / METRICS_NAME, _TAIL_BYTES)
+    except OSError:
+        return []
+    return [line for text in texts if (line := parsed_line(text))]

@@ -1,0 +1,75 @@
+"""A run in TensorBoard: event files in its folder `tensorboard`, an event a line of metrics.jsonl.
+
+Each start begins a file. Its first event tells TensorBoard to forget earlier files from a step on.
+"""
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from megaback.tracking.trackers import BEFORE_ALL_STEPS, Value
+
+FOLDER_NAME = "tensorboard"
+_FLUSH_S = 20
+_RECORD_HEADER = struct.Struct("<QI")  # TFRecord: length, its checksum; data, its checksum
+_CHECKSUM_BYTES = 4
+
+
+class TensorboardMirror:
+    """Numbers only: TensorBoard draws no words."""
+
+    def __init__(self, run: Path, last_step: int) -> None:
+        """Raises OSError."""
+        folder = run / FOLDER_NAME
+        # The last step may lack what a kill kept from the disk, so it is written again.
+        self.held_step = max(min(_last_step(folder) - 1, last_step), BEFORE_ALL_STEPS)
+        is_new = not any(folder.glob("events.*"))
+        self._writer: Any = SummaryWriter(
+            str(folder),
+            purge_step=None if is_new else self.held_step + 1,
+            flush_secs=_FLUSH_S,
+        )
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        numbers = [
+            Summary.Value(tag=tag, simple_value=float(value))
+            for tag, value in values.items()
+            if not isinstance(value, str)
+        ]
+        self._writer.file_writer.add_summary(Summary(value=numbers), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _last_step(folder: Path) -> int:
+    """The last step that TensorBoard shows of the event files, or BEFORE_ALL_STEPS."""
+    last = BEFORE_ALL_STEPS
+    for path in sorted(folder.glob("events.*")):
+        for event in _events(path):
+            if event.HasField("summary"):
+                last = max(last, event.step)
+            elif event.session_log.status == SessionLog.START:
+                last = min(last, event.step - 1)
+    return last
+
+
+def _events(path: Path) -> Iterator[Event]:
+    """The events of a file, up to the first that is not whole."""
+    with path.open("rb") as file:
+        while len(header := file.read(_RECORD_HEADER.size)) == _RECORD_HEADER.size:
+            num_bytes, _ = _RECORD_HEADER.unpack(header)
+            content = file.read(num_bytes)
+            if len(file.read(_CHECKSUM_BYTES)) < _CHECKSUM_BYTES:
+                return
+            try:
+                event = Event.FromString(content)
+            except DecodeError:  # a crash of the machine may leave anything
+                return
+            yield event

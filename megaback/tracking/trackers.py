@@ -1,0 +1,140 @@
+"""Other places that show a run's numbers: wandb and TensorBoard, fed from metrics.jsonl.
+
+metrics.jsonl is canonical. When a run goes on, a mirror forgets what came after the resumed step,
+is given what it lacks, and no step twice. One that fails is left out, and training goes on.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from data_pipeline.errors import BackendError
+from data_pipeline.redaction import scrub
+from megaback.config import Config
+
+Value = float | str
+BEFORE_ALL_STEPS = -1
+"""Measurements before the first step are of step 0."""
+_A_MODULE_OF = {"wandb": "wandb.sdk", "tensorboard": "tensorboard.summary"}
+"""What a mere folder of that name, such as one of offline runs, has not."""
+
+
+class Mirror(Protocol):
+    """Where numbers go besides metrics.jsonl. Any exception means that it has failed."""
+
+    held_step: int
+    """Up to here it has everything from earlier starts: only later steps are written to it."""
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Take what a line of metrics.jsonl says of a step; steps never go down."""
+
+    def close(self) -> None:
+        """Bring everything to where it belongs."""
+
+
+class Mirrors:
+    """The mirrors that a config asks for, as long as they work."""
+
+    def __init__(self, config: Config, last_step: int, say: Callable[[str], None]) -> None:
+        """`last_step`: the last one that metrics.jsonl still has, or BEFORE_ALL_STEPS.
+
+        Raises BackendError for one that was asked for and is not installed.
+        """
+        require_installed(config)
+        self._say = say
+        self._mirrors: dict[str, Mirror] = {}
+        for name, start in _STARTS.items():
+            try:
+                mirror = start(config, last_step)
+            except Exception as error:  # noqa: BLE001 (theirs may raise anything)
+                say(_failure(name, "did not start", error))
+                continue
+            if mirror is None:
+                continue
+            self._mirrors[name] = mirror
+            if mirror.held_step > last_step:
+                say(
+                    f"{name} has steps up to {mirror.held_step:,} already: those that are made "
+                    "again are not shown there"
+                )
+
+    def feed(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Give lines of metrics.jsonl to the mirrors that lack them."""
+        for line in lines:
+            step, values = line["step"], flat_values(line)
+            for name, mirror in list(self._mirrors.items()):
+                if step > mirror.held_step:
+                    self._attempt(name, mirror.write, step, values)
+
+    def close(self) -> None:
+        for name, mirror in list(self._mirrors.items()):
+            self._attempt(name, mirror.close)
+
+    def _attempt(self, name: str, act: Callable[..., None], *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except Exception as error:  # noqa: BLE001 (theirs may raise anything)
+            del self._mirrors[name]
+            self._say(_failure(name, "has failed", error))
+
+
+def flat_values(line: Mapping[str, Any], before: str = "") -> dict[str, Value]:
+    """What a line says but its step: nested keys are joined by `/`, what is unknown is left out."""
+    flat: dict[str, Value] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            flat |= flat_values(value, f"{before}{key}/")
+        elif value is not None and (before or key != "step"):
+            flat[before + key] = value
+    return flat
+
+
+def _failure(name: str, what: str, error: Exception) -> str:
+    reason = scrub(" ".join(str(error).split())) or type(error).__name__
+    return (
+        f"{name} {what} ({type(error).__name__}: {reason}); training goes on without it, and the "
+        "next start gives it what it lacks from metrics.jsonl"
+    )
+
+
+def require_installed(config: Config) -> None:
+    """Raises BackendError for a mirror that the config asks for and that is not installed."""
+    section = config.logging
+    for name, value in (("wandb", section.wandb), ("tensorboard", section.tensorboard)):
+        if value not in ("off", "auto") and not _is_installed(name):
+            otherwise = "off" if name == "wandb" else "auto"
+            raise BackendError(
+                f"logging.{name} is {value}, but {name} is not installed; "
+                f"install it with `pip install {name}`, or set logging.{name}={otherwise}"
+            )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(_A_MODULE_OF[name]) is not None
+    except ModuleNotFoundError:
+        return False
+    except ValueError:  # it is loaded, by an unusual way
+        return True
+
+
+def _start_wandb(config: Config, last_step: int) -> Mirror | None:
+    if config.logging.wandb == "off":
+        return None
+    from megaback.tracking.wandb_tracker import WandbMirror
+
+    return WandbMirror(config, last_step)
+
+
+def _start_tensorboard(config: Config, last_step: int) -> Mirror | None:
+    if config.logging.tensorboard == "off" or not _is_installed("tensorboard"):
+        return None
+    from megaback.tracking.tensorboard_tracker import TensorboardMirror
+
+    return TensorboardMirror(config.run, last_step)
+
+
+_STARTS: dict[str, Callable[[Config, int], Mirror | None]] = {
+    "wandb": _start_wandb,
+    "TensorBoard": _start_tensorboard,
+}

@@ -1,0 +1,93 @@
+"""A run in wandb: one run there, with one id, for as long as its folder lives.
+
+Every start is a segment of it. Offline, what earlier segments hold beyond the resumed step is cut
+off, as it is from metrics.jsonl, unless it has been sent; online, the server says what it holds.
+"""
+
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import wandb
+
+from data_pipeline.common.command import write_text
+from data_pipeline.common.regular_files import read_file
+from data_pipeline.redaction import scrub
+from megaback.config import Config
+from megaback.shown_config import shown_config
+from megaback.tracking.code_version import code_version
+from megaback.tracking.lineage import lineage
+from megaback.tracking.trackers import BEFORE_ALL_STEPS, Value
+from megaback.tracking.wandb_log import cut_back, read_segments
+
+ID_NAME = "wandb_id.txt"
+
+_MAX_ID_BYTES = 128
+
+
+class WandbMirror:
+    """Steps are rows of wandb's history, their number is wandb's own `_step`.
+
+    wandb joins what is written of one step, and keeps it once a later one comes, or at the close.
+    """
+
+    def __init__(self, config: Config, last_step: int) -> None:
+        """May raise whatever wandb raises, OSError, and ValueError for files of another kind."""
+        run, logging = config.run, config.logging
+        is_online = logging.wandb == "online"
+        id_path = run / ID_NAME
+        if not id_path.exists():
+            write_text(id_path, uuid.uuid4().hex[:12] + "\n")
+        run_id = read_file(id_path, _MAX_ID_BYTES).decode().strip()
+        if not is_online:
+            self.held_step = _cut_back(config, run_id, last_step)
+        # wandb keeps the command line, of which nobody reads more by now.
+        sys.argv[1:] = map(scrub, sys.argv[1:])
+        self._run: Any = wandb.init(
+            project=logging.wandb_project,
+            name=run.name,
+            id=run_id,
+            resume="allow",
+            mode="online" if is_online else "offline",
+            dir=run,
+            config={
+                **shown_config(config),
+                "code": code_version(),
+                "lineage": lineage(config, max(last_step, 0)),
+            },
+            settings=wandb.Settings(silent=True),
+        )
+        if is_online:
+            self.held_step = self._run.starting_step - 1  # the server's next one
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        with _quiet_if_lost():
+            self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        with _quiet_if_lost():
+            self._run.finish()
+            with suppress(SystemExit):
+                wandb.teardown()  # only after its end has wandb's process written everything
+
+
+@contextmanager
+def _quiet_if_lost() -> Iterator[None]:
+    """If wandb's own process is gone, do not let wandb wait for it at the end of ours."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError, SystemExit):
+            wandb.teardown()
+        raise
+
+
+def _cut_back(config: Config, run_id: str, last_step: int) -> int:
+    """Cut what was not sent; the last step that is left, or BEFORE_ALL_STEPS."""
+    held = [BEFORE_ALL_STEPS]
+    for segment in read_segments(config.run, run_id):
+        kept = segment if segment.is_sent else cut_back(segment, last_step)
+        held.extend(kept.steps)
+    return max(held)

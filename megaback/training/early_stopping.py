@@ -1,0 +1,80 @@
+"""When a run has learnt what it can: its best measurement, and how many came since.
+
+What is known is a function of the validations so far, which `metrics.jsonl` keeps, so that a run
+that goes on decides as one that was never interrupted.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from data_pipeline.common.command import write_text
+from megaback.checkpoints.checkpoint_names import (
+    BEST_NAME,
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    step_name,
+)
+from megaback.tracking.metrics import METRICS_NAME, read_metrics
+
+
+class Patience:
+    """Counts validations that did not improve on the best one."""
+
+    def __init__(
+        self, most_without_improvement: int | None, earlier: Iterable[tuple[int, float | None]] = ()
+    ) -> None:
+        """`earlier` is step and loss of each validation so far. None: never runs out."""
+        self._most = most_without_improvement
+        self._best_loss = math.inf
+        self._since = 0
+        self.best_step: int | None = None
+        """None when nothing was measured that is a number."""
+        for step, loss in earlier:
+            self.measured(step, loss)
+
+    def measured(self, step: int, loss: float | None) -> None:
+        """Take note of a validation; a loss that is None or no number improves on nothing."""
+        if loss is not None and loss < self._best_loss:
+            self._best_loss, self.best_step, self._since = loss, step, 0
+        else:
+            self._since += 1
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self._most is not None and self._since >= self._most
+
+    def is_kept(self, step: int) -> bool:
+        """Whether the checkpoint of this step is to be kept as the best one."""
+        return self._most is not None and step == self.best_step
+
+    @property
+    def reason(self) -> str:
+        """Why a run ends that has run out of it."""
+        best = (
+            "no val loss was a number"
+            if self.best_step is None
+            else f"val loss did not fall below {self._best_loss:.4f} (step {self.best_step})"
+        )
+        validations = "validation" if self._since == 1 else "validations"
+        return f"stopped early: {best} in {self._since} {validations}"
+
+
+def read_measurements(run: Path, last_step: int) -> list[tuple[int, float | None]]:
+    """Step and val loss of each validation of a run up to a step, oldest first."""
+    if not (run / METRICS_NAME).exists():
+        return []
+    return [
+        (line["step"], line["val_loss"])
+        for line in read_metrics(run)
+        if "val_loss" in line and line["step"] <= last_step
+    ]
+
+
+def mark_best(run: Path, step: int | None) -> None:
+    """Name the best checkpoint for people and for `megaback convert`, if it is there."""
+    folder = run / CHECKPOINTS_FOLDER
+    if step is not None and (folder / step_name(step) / META_NAME).is_file():
+        write_text(folder / BEST_NAME, step_name(step) + "\n")
+    else:
+        (folder / BEST_NAME).unlink(missing_ok=True)

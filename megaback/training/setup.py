@@ -1,0 +1,419 @@
+"""Everything that stands before the training loop: data, model, engine, and where to go on.
+
+First comes all that can refuse a start, then the first line that is written (`_accept`).
+"""
+
+import fcntl
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from data_pipeline.common.command import write_text
+from data_pipeline.common.differences import differing_keys, shown_values
+from data_pipeline.common.output_paths import require_apart
+from data_pipeline.common.regular_files import open_in_place
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    LaunchError,
+    MegabackError,
+    OutputExistsError,
+    RunMismatchError,
+)
+from data_pipeline.sources.files import local_path
+from megaback.checkpoints.checkpoint import (
+    CheckpointMeta,
+    library_versions,
+    load_into_engine,
+    newest_checkpoint,
+)
+from megaback.checkpoints.checkpoint_names import (
+    CHECKPOINTS_FOLDER,
+    complete_checkpoints,
+    step_name,
+)
+from megaback.checkpoints.remote_copy import SecondPlace, fetch_newest, newest_meta
+from megaback.checkpoints.state import num_updates
+from megaback.config import Config, ModelSection
+from megaback.data import Data, open_data
+from megaback.distributed.device_limits import (
+    device_peak_flops,
+    rank_room,
+    require_host_memory,
+    require_precision,
+)
+from megaback.distributed.engine import start_engine
+from megaback.distributed.world import World
+from megaback.faults.exit_record import record_exit, record_start
+from megaback.faults.preflight import preflight
+from megaback.faults.run_ownership import place_of_config, require_run_folder
+from megaback.faults.step_guard import read_left_out
+from megaback.faults.watchdog import Pulse
+from megaback.model.attention import attention_backend
+from megaback.model.compiler import require_compiler
+from megaback.model.gpt import ReverseGPT
+from megaback.planning.flops import flops_per_token
+from megaback.tracking.trackers import require_installed
+from megaback.training.memory_room import RankRoom, require_memory
+from megaback.training.start import (
+    Changes,
+    NothingLeft,
+    changes_on_resume,
+    nothing_left,
+    require_readable,
+)
+from megaback.weights.init_from import open_base
+
+LOCK_NAME = ".lock"
+
+# A run may be continued with other values of everything but these: they decide the batches or what
+# is saved.
+_FIXED_KEYS = (
+    "model",
+    "batch.context_tokens",
+    "batch.global_batch_rows",
+    "data.lanes",
+    "data.window_frames",
+    "training.seed",
+    "training.precision",
+    "optimizer.name",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready for its next step."""
+
+    config: Config
+    data: Data
+    engine: Any
+    start_step: int
+    val_loss: float | None
+    """The latest measurement, if the run goes on from a checkpoint."""
+    attention: str
+    num_parameters: int
+    flops_per_token: float
+    peak_flops: float | None
+    left_out: tuple[tuple[int, int], ...]
+    """Ranges of steps, first and last, that are passed over."""
+    pulse: Pulse
+    lock: IO[bytes] | None
+    """Open as long as the run is: it keeps others out of the run's folder."""
+    changes: Changes
+    """Keys of the config that have other values than before a resume."""
+
+    def is_left_out(self, step: int) -> bool:
+        """Whether a step, counted from 1, is passed over."""
+        return any(first <= step <= last for first, last in self.left_out)
+
+    def step_flops_share(self, world: World) -> float | None:
+        """FLOPs of a step over the devices' peak: the MFU of a step that takes one second."""
+        if self.peak_flops is None:
+            return None
+        batch = self.config.batch
+        step_tokens = batch.global_batch_rows * batch.context_tokens
+        return step_tokens * self.flops_per_token / (self.peak_flops * world.size)
+
+    def meta(self, step: int, val_loss: float | None, world: World) -> CheckpointMeta:
+        """What a checkpoint at this step says about itself; files are added when it is written."""
+        return CheckpointMeta(
+            step=step,
+            world_size=world.size,
+            updates=num_updates(self.engine),
+            zero_stage=self.config.zero.stage,
+            precision=self.config.training.precision,
+            vocab_size=self.data.codec.vocab_size,
+            text_format=self.data.text_format.to_dict(),
+            data_fingerprint=self.data.fingerprint,
+            config=self.config.model_dump(mode="json"),
+            val_loss=val_loss,
+            versions=library_versions(),
+            files={},
+            on_examples=self.data.data_sets[0].manifest.row_tokens is not None,
+        )
+
+
+def prepare_run(
+    config: Config, world: World, pulse: Pulse, given: Path | None = None
+) -> Run | NothingLeft:
+    """Bring data, model and engine together, from the newest good checkpoint if there is one.
+
+    `given` is the file of the config.
+
+    Any rank's MegabackError stops all ranks with one message. The pulse is opened once the run's
+    folder is this run's alone and the start is accepted; before, nothing is written.
+    """
+    world.together(_ask_first, world, require_run_folder, config, given)
+    is_new = not world.of_first((config.run / LOCK_NAME).exists(), bool)
+    lock = None if is_new else world.together(_claim, config, world)
+    data = world.together(open_data, config, world.rank, world.size)
+    world.together(require_precision, config.training.precision, world.device)
+    attention, backend = world.together(
+        attention_backend,
+        config.hardware.attention,
+        world.device,
+        torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        config.model.head_dim,
+    )
+    if config.training.compile:
+        world.together(require_compiler, world.device.type, "training.compile")
+    world.together(require_installed, config)
+    world.together(_ask_first, world, _require_second_place, config, data)
+    found, fetched_meta = _find_start(config, world)
+    meta = found[1] if found is not None else fetched_meta
+    changes: Changes = {}
+    if meta is not None:
+        target = config.run / CHECKPOINTS_FOLDER / step_name(meta.step)
+        world.together(_require_same_run, config, data, target, meta)
+        world.together(require_readable, config.run)
+        changes = changes_on_resume(meta.config, config)
+        left = world.together(nothing_left, config, meta, data.total_steps)
+        left = world.of_first(left, NothingLeft | None)
+        if left is not None and fetched_meta is None:
+            data.training.close()
+            if lock is not None:
+                world.together(_note_end, config, world, given, left, data.total_steps)
+                lock.close()
+            return left
+    # Before the model is made, which is whole on every rank.
+    rooms = world.gather(rank_room(world.device), RankRoom)
+    world.together(require_memory, config, data.codec.vocab_size, rooms)
+    base = None
+    if meta is None and config.init_from is not None:
+        base = world.together(
+            open_base,
+            config.init_from,
+            config.model,
+            data.codec.vocab_size,
+            data.text_format,
+            f"the run on {config.data.description}",
+        )
+
+    model = ReverseGPT(
+        config.model,
+        data.codec.vocab_size,
+        backend,
+        config.training.activation_checkpointing,
+        config.optimizer.z_loss,
+    )
+    if base is not None:
+        world.together(base.fill, model)
+    else:
+        model.initialize(config.training.seed)
+    world.together(
+        require_host_memory,
+        config.zero.offload,
+        model.num_parameters(),
+        config.training.precision,
+        world.gather(socket.gethostname(), str).count(socket.gethostname()),
+        world.size,
+    )
+    if is_new:
+        lock = world.together(_claim, config, world)
+    if fetched_meta is not None:
+        found = _fetch_start(config, world)
+    start_step = found[1].step if found is not None else 0
+    pulse.open()
+    world.together(_accept, config, world, given, start_step, data.total_steps, changes)
+    world.together(pulse.remember_folder)
+    pulse.at("checking the nodes", start_step)
+    preflight(config, data, world)
+    pulse.at("starting", start_step)
+    attended = world.together(data.attended_tokens)
+    flops_a_token = flops_per_token(config.model, data.codec.vocab_size, attended)
+    num_parameters = model.num_parameters()
+    engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
+    if found is not None:
+        world.together(load_into_engine, engine, *found, world)
+    return Run(
+        config,
+        data,
+        engine,
+        start_step,
+        found[1].val_loss if found is not None else None,
+        attention,
+        num_parameters,
+        flops_a_token,
+        config.hardware.peak_flops or device_peak_flops(world.device, config.training.precision),
+        tuple(world.of_first(world.together(read_left_out, config.run), list[tuple[int, int]])),
+        pulse,
+        lock,
+        changes,
+    )
+
+
+def batch_arithmetic(run: Run, world: World) -> str:
+    """How the numbers of a run multiply, in three lines."""
+    config, data = run.config, run.data
+    tokens_a_step = config.batch.global_batch_rows * config.batch.context_tokens
+    epochs = data.total_steps * config.batch.global_batch_rows / data.rows_per_epoch
+    return (
+        f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
+        f"{data.text_format.direction.value} by {data.text_format.unit.value}; attention "
+        f"{run.attention}, {config.training.precision}, ZeRO stage {config.zero.stage}, "
+        f"{world.device.type}\n"
+        f"a step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
+        f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_a_step:,} tokens\n"
+        f"{data.total_steps:,} steps = {data.total_steps * tokens_a_step:,} tokens = "
+        f"{epochs:.2f} epochs of {data.num_tokens:,} tokens, in {data.num_lanes} lanes"
+    )
+
+
+def _ask_first(world: World, question: Callable[..., None], *arguments: Any) -> None:
+    """Let the first rank, which writes, see that it may."""
+    if world.is_first:
+        question(*arguments)
+
+
+def _claim(config: Config, world: World) -> IO[bytes] | None:
+    """Keep others out of the run's folder for as long as the file returned is open."""
+    if not world.is_first:
+        return None
+    config.run.mkdir(parents=True, exist_ok=True)
+    lock = open_in_place(config.run / LOCK_NAME, "ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LaunchError(
+            f"another process is training in {config.run}; wait for it, or use another run folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def _find_start(
+    config: Config, world: World
+) -> tuple[tuple[Path, CheckpointMeta] | None, CheckpointMeta | None]:
+    """The newest good checkpoint or, if there is none, what the newest one in the second place is.
+
+    Nothing is fetched yet.
+    """
+    copy_to = config.checkpoint.copy_to
+    error: CheckpointCorruptError | None = None
+    found = meta = None
+    try:
+        found = newest_checkpoint(config.run, world)
+    except CheckpointCorruptError as problem:
+        error = problem
+    if found is None and copy_to is not None:
+        meta = world.of_first(
+            world.together(_ask_second_place, config.run, copy_to, world), CheckpointMeta | None
+        )
+        error = None if meta is not None else error
+    world.stop_if_any(error)
+    return found, meta
+
+
+def _require_second_place(config: Config, data: Data) -> None:
+    """See that copies of checkpoints get a place of their own. Raises OutputExistsError.
+
+    One that cannot be asked now is no reason not to train: it is reported with every copy.
+    """
+    copy_to = config.checkpoint.copy_to
+    if copy_to is None:
+        return
+    folder = local_path(copy_to)
+    if folder is not None:
+        inputs = (config.run, config.init_from, *(part.path for part in config.data.shards))
+        require_apart(folder / config.run.resolve().name, inputs, "checkpoint.copy_to")
+    try:
+        place = SecondPlace(copy_to, config.run)
+        place.require_ours()
+        meta = newest_meta(place) if complete_checkpoints(config.run) else None
+    except MegabackError:
+        raise
+    except Exception:  # noqa: BLE001 (file systems raise what they like)
+        return
+    if meta is not None:
+        try:
+            _require_same_run(config, data, Path(step_name(meta.step)), meta)
+        except MegabackError as error:
+            raise OutputExistsError(
+                f"checkpoint.copy_to {place.name} holds checkpoints of another run, which this "
+                f"one's would replace ({error}); choose another place"
+            ) from None
+
+
+def _ask_second_place(run: Path, copy_to: str, world: World) -> CheckpointMeta | None:
+    return newest_meta(SecondPlace(copy_to, run)) if world.is_first else None
+
+
+def _fetch_start(config: Config, world: World) -> tuple[Path, CheckpointMeta] | None:
+    """Bring the newest good checkpoint back from the second place."""
+    world.together(_fetch, config, world)
+    return newest_checkpoint(config.run, world)
+
+
+def _fetch(config: Config, world: World) -> None:
+    if not world.is_first or config.checkpoint.copy_to is None:
+        return
+    place = SecondPlace(config.checkpoint.copy_to, config.run)
+    target = fetch_newest(config.run, place)
+    if target is not None:
+        print(f"megaback: {target.name} was fetched from {place.name}", flush=True)
+
+
+def _accept(
+    config: Config,
+    world: World,
+    given: Path | None,
+    start_step: int,
+    total_steps: int,
+    changes: Changes,
+) -> None:
+    """Write that the run starts, and with which config."""
+    if not world.is_first:
+        return
+    changed = {"changed": changes} if changes else {}
+    record_start(
+        config.run,
+        step=start_step,
+        total_steps=total_steps,
+        world_size=world.size,
+        zero_stage=config.zero.stage,
+        **changed,
+    )
+    place = place_of_config(config.run, given)
+    if place is not None:
+        write_text(place, config.to_yaml())
+
+
+def _note_end(
+    config: Config, world: World, given: Path | None, left: NothingLeft, total_steps: int
+) -> None:
+    """Say how a run ended that was killed, or failed, after its last step was saved."""
+    if not world.is_first or left.is_recorded:
+        return
+    _accept(config, world, given, left.step, total_steps, {})
+    record_exit(config.run, 0, "finished", left.reason, world.rank)
+
+
+def _require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:
+    """A run goes on only with the batches and the model that it began with."""
+    meta.format.require_same(
+        data.text_format, f"the checkpoint {target}", f"the run on {config.data.description}"
+    )
+    if meta.data_fingerprint != data.fingerprint:
+        raise RunMismatchError(
+            f"{target} was trained on shards {meta.data_fingerprint[:12]}, and "
+            f"{config.data.description} holds {data.fingerprint[:12]}; "
+            "use the same shards, or another run folder"
+        )
+    before, now = (_with_whole_model(one) for one in (meta.config, config.model_dump(mode="json")))
+    differing = differing_keys(before, now, _FIXED_KEYS)
+    if differing:
+        has = "the same value" if len(differing) == 1 else "the same values"
+        raise RunMismatchError(
+            f"the run {config.run} began with {shown_values(differing, 0)}, and the config has "
+            f"{shown_values(differing, 1)}; use {has}, or another run folder"
+        )
+
+
+def _with_whole_model(fields: dict[str, Any]) -> dict[str, Any]:
+    """A config with the model's defaults spelled out: `null` may mean what the other has."""
+    model = ModelSection.model_validate(fields["model"]).resolved()
+    return fields | {"model": model.model_dump(mode="json")}

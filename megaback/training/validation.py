@@ -1,0 +1,62 @@
+"""The loss over a whole val set, in nats a token and bits a byte of text, and by context."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data_pipeline.loading.rows import IGNORED_TARGET, Batch
+from megaback.distributed.world import World
+from megaback.model.attention import Segments
+from megaback.tracking.loss_by_context import ContextLoss, bucket_of, num_buckets
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Segments]:
+    """The arguments of the model's forward, on its device."""
+    lengths = tuple(np.diff(batch.cu_seqlens).tolist())
+    ids_T, targets_T, cu_seqlens = (
+        torch.from_numpy(array).to(device, non_blocking=True)
+        for array in (batch.ids_T, batch.targets_T, batch.cu_seqlens)
+    )
+    # Counted where they are needed: to count is quicker than to send.
+    starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=len(ids_T))
+    positions_T = torch.arange(len(ids_T), device=device) - starts_T
+    return ids_T, targets_T, positions_T, Segments(cu_seqlens, lengths)
+
+
+def _agreed(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    """Pass on batches, of which every rank has as many; an error on any rank ends all ranks."""
+    iterator = iter(batches)
+    while (batch := world.together(next, iterator, None)) is not None:
+        yield batch
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Any,
+    batches: Iterable[Batch],
+    context_tokens: int,
+    piece_num_bytes: npt.NDArray[np.int64],
+    world: World,
+    on_batch: Callable[[], None],
+) -> ContextLoss:
+    """Measure a val set together with all ranks; every rank gets the same result.
+
+    `context_tokens` are those of a row. `on_batch` is called before each batch.
+    """
+    engine.eval()
+    sums_3B = np.zeros((3, num_buckets(context_tokens)))
+    on_batch()
+    for batch in _agreed(batches, world):
+        on_batch()
+        nats_T = engine(*to_device(batch, world.device)).double().cpu().numpy()
+        is_target_T = batch.targets_T != IGNORED_TARGET
+        bucket_N = bucket_of(batch.positions_T[is_target_T] + 1)
+        bytes_N = piece_num_bytes[batch.targets_T[is_target_T]]
+        for sums_B, of_each_N in zip(sums_3B, (nats_T[is_target_T], None, bytes_N), strict=True):
+            sums_B += np.bincount(bucket_N, of_each_N, len(sums_B))
+    engine.train()
+    return ContextLoss.of_sums(np.array(world.sum(*sums_3B.ravel())).reshape(sums_3B.shape))

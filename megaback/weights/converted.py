@@ -1,0 +1,175 @@
+"""A model's folder for whatever a person names: one that is converted, a run, or a checkpoint.
+
+A checkpoint is converted once, into `converted/STEP-CONTENT` of its run, and found there from then
+on. The folder appears whole or not at all; a newer checkpoint of a run has a folder of its own, and
+those of checkpoints that are gone are removed some time later.
+"""
+
+import atexit
+import errno
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from data_pipeline.common.locks import locked
+from data_pipeline.common.own_files import holds_only, remove_own_files
+from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
+from megaback.checkpoints.checkpoint_names import (
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    complete_checkpoints,
+    meant_by,
+)
+from megaback.weights.model_folder import CONFIG_NAME, write_model_folder
+from megaback.weights.source import open_checkpoint
+
+CONVERTED_FOLDER = "converted"
+_MOST_FILE_BYTES = 5 * 10**9
+_MOST_TRIES = 5
+"""A run that trains meanwhile may delete the checkpoint that is being read."""
+_KEPT_S = 3600.0
+"""Nobody still opens a conversion that was last asked for so long ago."""
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_CONVERSION = re.compile(r"step-[0-9]{8}-[0-9a-f]{12}")
+_UNFINISHED = re.compile(r"\..+-[0-9a-f]{12}\.[0-9a-f]{12}\.partial")
+_FILE = re.compile(
+    r"config\.json|tokenizer\.model|SHA256SUMS"
+    r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+"""The names that conversions and their files have."""
+
+
+def model_folder(path: str | Path) -> Path:
+    """The model's folder that a path means; of a run, that of its newest checkpoint.
+
+    Which checkpoint it is is said on stderr. Raises CheckpointMissingError, CheckpointCorruptError.
+    """
+    path = Path(path)
+    if (path / CONFIG_NAME).is_file():
+        return path
+    if not path.exists():
+        raise CheckpointMissingError(
+            f"there is nothing at {path}; name a folder of `megaback convert`, a run, or one of "
+            "its checkpoints"
+        )
+    for _ in range(_MOST_TRIES):
+        target = _checkpoint_of(path)
+        try:
+            return _converted(path, target)
+        except (CheckpointCorruptError, CheckpointMissingError, FileNotFoundError):
+            if (target / META_NAME).is_file():
+                raise
+    raise CheckpointMissingError(
+        f"the checkpoints of {path} are deleted faster than they can be read; raise "
+        "checkpoint.keep_last, or name one that is kept"
+    )
+
+
+def shown_name(folder: Path) -> str:
+    """What a model is called: its folder, or the run that it was converted from."""
+    folder = folder.resolve()
+    if folder.parent.name == CONVERTED_FOLDER:
+        return folder.parent.parent.name
+    return folder.name
+
+
+def _checkpoint_of(path: Path) -> Path:
+    """The checkpoint that a path means, not verified. Raises CheckpointMissingError."""
+    path = meant_by(path)
+    if (path / META_NAME).is_file():
+        return path
+    found = complete_checkpoints(path.parent if path.name == CHECKPOINTS_FOLDER else path)
+    if not found:
+        raise CheckpointMissingError(
+            f"{path} is neither a model's folder (it has no {CONFIG_NAME}) nor a run with a "
+            f"complete checkpoint (no step-*/{META_NAME}); name another folder, or train until a "
+            "checkpoint is saved"
+        )
+    return found[-1]
+
+
+def _converted(path: Path, target: Path) -> Path:
+    """The converted checkpoint, from an earlier time or made now."""
+    of_run = target.parent.name == CHECKPOINTS_FOLDER
+    beside = (target.parent.parent if of_run else target.parent) / CONVERTED_FOLDER
+    folder = beside / f"{target.name}-{_content(target)}"
+    what = f"megaback: {path}: {target.name}"
+    if (folder / CONFIG_NAME).is_file():
+        with suppress(OSError):
+            os.utime(folder)
+        print(f"{what}, converted before to {folder}", file=sys.stderr, flush=True)
+        return folder
+    try:
+        if beside.is_symlink():  # the run may be a stranger's, and the link lead anywhere
+            raise PermissionError(errno.EACCES, "it is a link", str(beside))
+        with locked(beside / ".lock"):  # whoever comes second finds what the first one made
+            if not (folder / CONFIG_NAME).is_file():
+                _write(target, folder)
+            _remove_old(beside, folder)
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        temporary = Path(tempfile.mkdtemp(prefix="megaback-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        folder = temporary / target.parents[1 if of_run else 0].resolve().name
+        _write(target, folder)
+        what = f"{what} ({beside} cannot be written)"
+    print(f"{what}, converted to {folder}", file=sys.stderr, flush=True)
+    return folder
+
+
+def _content(target: Path) -> str:
+    """A digest of a checkpoint: its description has the hashes of its files."""
+    return hashlib.sha256((target / META_NAME).read_bytes()).hexdigest()[:12]
+
+
+def _write(target: Path, folder: Path) -> None:
+    source = open_checkpoint(target)
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        partial.mkdir(parents=True)
+        specs = source.specs(torch.float32)
+        write_model_folder(
+            partial, source.description, specs, source.read, source.tokenizer, _MOST_FILE_BYTES
+        )
+        with suppress(FileExistsError, IsADirectoryError):
+            _rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rename(partial: Path, folder: Path) -> None:
+    """Raises FileExistsError where another process without locks was faster."""
+    try:
+        os.replace(partial, folder)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise FileExistsError(errno.EEXIST, "it is there", str(folder)) from None
+        raise
+
+
+def _remove_old(beside: Path, current: Path) -> None:
+    """Remove the conversions of checkpoints that are gone, and what was not finished.
+
+    One to which somebody has added something stays.
+    """
+    known = {target.name for target in complete_checkpoints(beside.parent)}
+    for folder in beside.iterdir():
+        is_partial = _UNFINISHED.fullmatch(folder.name) is not None
+        is_old = _CONVERSION.fullmatch(folder.name) is not None and folder != current
+        with suppress(OSError):
+            if (
+                (is_partial or (is_old and folder.name.rpartition("-")[0] not in known))
+                and time.time() - folder.stat().st_mtime > _KEPT_S
+                and holds_only(folder, _FILE)
+            ):
+                remove_own_files(folder, _FILE)

@@ -1,0 +1,117 @@
+"""config.json as transformers has it for Llama and Qwen3: from a model's shape, and to one.
+
+Fields: https://huggingface.co/docs/transformers, LlamaConfig and Qwen3Config. What a shape cannot
+express is refused by name, never dropped.
+"""
+
+from typing import Any
+
+from data_pipeline.common.checked_json import briefly, checked
+from data_pipeline.errors import RunMismatchError
+from megaback.config import ModelSection
+
+_MODEL_TYPES = {False: "llama", True: "qwen3"}
+"""By whether it has qk_norm."""
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_DEFAULT_EPSILON = 1e-6
+_DEFAULT_THETA = 10_000.0
+_QWEN3_HEAD_DIM = 128
+# What decides the numbers in ways that a shape has no words for, and the values that it means.
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+
+def to_stock(
+    shape: ModelSection, vocab_size: int, context_tokens: int, dtype: str
+) -> dict[str, Any]:
+    """The fields that transformers reads."""
+    model_type = _MODEL_TYPES[shape.qk_norm]
+    return {
+        "architectures": [_ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.hidden_mlp_width,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": context_tokens,
+        "rms_norm_eps": shape.norm_epsilon,
+        # The first is what transformers 4 reads, the second what transformers 5 does.
+        "rope_theta": shape.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "tie_word_embeddings": shape.tie_embeddings,
+        "attention_bias": False,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def is_stock(fields: dict[str, Any]) -> bool:
+    """Whether a config.json is one of transformers."""
+    return "model_type" in fields
+
+
+def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
+    """The shape that a config.json means; `where` names it.
+
+    Raises RunMismatchError for what a shape cannot express.
+    """
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
+        raise RunMismatchError(
+            f"{where} is of a {briefly(model_type)} model; only {' and '.join(_ARCHITECTURES)} fit"
+        )
+    if "AutoModelForCausalLM" in str(fields.get("auto_map", "")):
+        raise RunMismatchError(
+            f"{where} names code of its own for the model (auto_map), which may compute something "
+            f"else than a {model_type}; only the library's own fits"
+        )
+    for name, meant in _FIXED.items():
+        value = fields.get(name, meant)
+        if value != meant:
+            raise RunMismatchError(f"{where} has {name} = {briefly(value)}; only {meant!r} fits")
+    try:
+        width = checked("hidden_size", fields["hidden_size"], int)
+        num_heads = checked("num_attention_heads", fields["num_attention_heads"], int)
+        default_head_dim = _QWEN3_HEAD_DIM if model_type == "qwen3" else width // num_heads
+        head_dim = checked("head_dim", fields.get("head_dim"), int | None) or default_head_dim
+        if head_dim * num_heads != width:
+            raise RunMismatchError(
+                f"{where} has head_dim = {head_dim}; only hidden_size / num_attention_heads = "
+                f"{width // num_heads} fits"
+            )
+        return ModelSection(
+            num_layers=fields["num_hidden_layers"],
+            width=width,
+            num_heads=num_heads,
+            num_kv_heads=fields.get("num_key_value_heads") or num_heads,
+            mlp_width=fields["intermediate_size"],
+            qk_norm=model_type == "qwen3",
+            tie_embeddings=fields.get("tie_word_embeddings", False),
+            rope_theta=_rope_theta(fields, where),
+            norm_epsilon=fields.get("rms_norm_eps", _DEFAULT_EPSILON),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise RunMismatchError(f"{where} describes no model that fits: {reason}") from None
+
+
+def _rope_theta(fields: dict[str, Any], where: str) -> float:
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"its rotary positions are {briefly(rope)}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise RunMismatchError(f"{where} has rope_type = {briefly(kind)}; only 'default' fits")
+    theta: float = rope.get("rope_theta", fields.get("rope_theta", _DEFAULT_THETA))
+    return theta

@@ -1,0 +1,360 @@
+"""A trained model as a folder: weights in safetensors, what it is in `config.json`, its tokenizer.
+
+This is what `megaback convert` writes (`--to full`, and `--to hf`, whose config.json is that of
+transformers with a section of ours) and what sampling and `init_from` read. It holds no pickle.
+config.json is written last: a folder without it is no model. What others made of such a folder, by
+training it or merging weights into it, is read too, and said to be changed.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.common.checked_json import briefly, checked, read_json
+from data_pipeline.common.command import replacing, write_text
+from data_pipeline.common.limits import MAX_TOKENIZER_BYTES
+from data_pipeline.common.number_ranges import CONTEXT, COUNT_OR_ZERO, VOCABULARY, Range
+from data_pipeline.common.regular_files import UNFIT, read_file
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    CheckpointMissingError,
+    NotEnoughMemoryError,
+    RunMismatchError,
+    TokenizerError,
+)
+from data_pipeline.shards.manifest import TOKENIZER_NAME
+from data_pipeline.text.codec import Direction, TextCodec, TextFormat, Unit
+from megaback.checkpoints.safetensors_file import Spec
+from megaback.config import ModelSection
+from megaback.inference.decoder import Sampler
+from megaback.model.attention import attention_backend
+from megaback.model.gpt import ReverseGPT
+from megaback.planning.host_memory import host_memory_bytes
+from megaback.weights.hf_config import from_stock, is_stock
+from megaback.weights.weight_files import StoredWeights, read_sums, write_weights
+from megaback.weights.weight_names import require_exact, shapes_of
+
+CONFIG_NAME = "config.json"
+HF_TOKENIZER_NAME = "megaback.spm"
+"""The SentencePiece model in a folder for transformers. Under a name that ends with .model, stock
+classes would take it for one that reads forward."""
+STOCK_SECTION = "megaback"
+_FORMAT_NAME = "megaback-model"
+_FORMAT_VERSION = 3
+_HASHES_IN_CONFIG_VERSION = 2
+"""Of folders whose config.json held the hashes of their weights."""
+_MAX_CONFIG_BYTES = 1 << 22
+_ADAPTER_NAME = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a model is, beside its weights."""
+
+    shape: ModelSection
+    vocab_size: int
+    context_tokens: int
+    text_format: TextFormat
+    step: int
+    val_loss: float | None
+    is_foreign: bool = False
+    """Somebody else's Llama or Qwen3: nobody has said which direction it is for."""
+    on_examples: bool = False
+    """Whether instruction examples were trained on, as of BackChat."""
+
+    def to_fields(self) -> dict[str, Any]:
+        """What config.json says in our words."""
+        return {
+            "format": _FORMAT_NAME,
+            "version": _FORMAT_VERSION,
+            **self.text_format.to_dict(),
+            "model": self.shape.model_dump(mode="json"),
+            "vocab_size": self.vocab_size,
+            "context_tokens": self.context_tokens,
+            "step": self.step,
+            "val_loss": self.val_loss if math.isfinite(self.val_loss or 0.0) else None,
+            "on_examples": self.on_examples,
+        }
+
+
+def write_model_folder(
+    folder: Path,
+    description: ModelDescription,
+    specs: Mapping[str, Spec],
+    tensor_of: Callable[[str], Tensor],
+    tokenizer: bytes,
+    most_file_bytes: int,
+) -> None:
+    """Write a model folder, a tensor at a time; the caller gives it its final name."""
+    write_weights(folder, specs, tensor_of, most_file_bytes)
+    with replacing(folder / TOKENIZER_NAME) as file:
+        file.write(tokenizer)
+    write_text(folder / CONFIG_NAME, json.dumps(description.to_fields(), indent=2) + "\n")
+
+
+def tokenizer_of(folder: Path) -> Path:
+    """The SentencePiece model of a model's folder. Raises TokenizerError."""
+    for name in (HF_TOKENIZER_NAME, TOKENIZER_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    raise TokenizerError(
+        f"the model {folder} has no tokenizer ({TOKENIZER_NAME}, or {HF_TOKENIZER_NAME} for "
+        "transformers); copy it from the folder that the model was made from"
+    )
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """The file of a tokenizer. Raises TokenizerError."""
+    try:
+        return read_file(path, MAX_TOKENIZER_BYTES)
+    except OSError as error:
+        raise TokenizerError(
+            f"cannot read the tokenizer {path}: {error.strerror}; copy it from the folder that the "
+            "model was made from"
+        ) from None
+
+
+def _config_fields(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file() and (folder / _ADAPTER_NAME).is_file():
+        raise CheckpointMissingError(
+            f"{folder} holds an adapter, not a model; merge it in peft (`merge_and_unload()`, "
+            "`save_pretrained(DIR)`), save its tokenizer to DIR too, and name that folder"
+        )
+    if not path.is_file():
+        raise CheckpointMissingError(
+            f"{folder} is not a model's folder (it has no {CONFIG_NAME}); name one that "
+            "`megaback convert` wrote"
+        )
+    try:
+        fields = read_json(path, _MAX_CONFIG_BYTES)
+        if not isinstance(fields, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in UNFIT:
+            raise
+        raise _no_description(path, error) from None
+    return fields
+
+
+def _number(name: str, fields: Mapping[str, Any], allowed: Range) -> int:
+    """A whole number of a config.json. Raises KeyError, ValueError."""
+    number: int = checked(name, fields[name], int)
+    if (problem := allowed.problem(number)) is not None:
+        raise ValueError(f"{name} {briefly(number)} is {problem}")
+    return number
+
+
+def _no_description(path: Path, error: Exception) -> CheckpointCorruptError:
+    reason = " ".join(str(error).split())
+    return CheckpointCorruptError(
+        f"{path} does not describe a model of this version ({reason}); convert it again"
+    )
+
+
+def _our_fields(folder: Path) -> dict[str, Any] | None:
+    """What config.json says in our words; None for somebody else's model."""
+    fields = _config_fields(folder)
+    ours = fields.get(STOCK_SECTION) if is_stock(fields) else fields
+    return ours if isinstance(ours, dict) else None
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder's config.json is one that `megaback convert` wrote.
+
+    Raises CheckpointMissingError, CheckpointCorruptError.
+    """
+    fields = _our_fields(folder)
+    return fields is not None and fields.get("format") == _FORMAT_NAME
+
+
+def read_description(folder: Path) -> ModelDescription:
+    """Raises CheckpointMissingError, CheckpointCorruptError or, for what does not fit at all,
+    RunMismatchError."""
+    path = folder / CONFIG_NAME
+    fields = _our_fields(folder)
+    if fields is None:
+        return _describe_foreign(folder)
+    try:
+        known = (_HASHES_IN_CONFIG_VERSION, _FORMAT_VERSION)
+        if fields["format"] != _FORMAT_NAME or fields["version"] not in known:
+            raise ValueError("another format or version")
+        description = ModelDescription(
+            ModelSection.model_validate(fields["model"]),
+            _number("vocab_size", fields, VOCABULARY),
+            _number("context_tokens", fields, CONTEXT),
+            TextFormat.from_dict(fields),
+            _number("step", fields, COUNT_OR_ZERO),
+            checked("val_loss", fields["val_loss"], float | None),
+            on_examples=bool(fields.get("on_examples", False)),  # earlier ones do not say
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_description(path, error) from None
+    _require_agreement(description, _config_fields(folder), path)
+    return description
+
+
+def _require_agreement(description: ModelDescription, fields: dict[str, Any], path: Path) -> None:
+    """Raises RunMismatchError where transformers would make another model of a config.json."""
+    if not is_stock(fields):
+        return
+    ours = {"vocab_size": description.vocab_size, **description.shape.architecture()}
+    shape = from_stock(fields, str(path))
+    theirs = {"vocab_size": fields.get("vocab_size"), **shape.architecture()}
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise RunMismatchError(
+                f"{path} was changed: {name} is {theirs[name]} for transformers and {value} in its "
+                f"section {STOCK_SECTION!r}; megaback reads what keeps the shape of its model"
+            )
+
+
+def _describe_foreign(folder: Path) -> ModelDescription:
+    """A Llama's or Qwen3's folder with a SentencePiece model."""
+    fields = _config_fields(folder)
+    shape = from_stock(fields, str(folder / CONFIG_NAME))
+    if (folder / HF_TOKENIZER_NAME).is_file():
+        raise CheckpointCorruptError(
+            f"{folder / CONFIG_NAME} has lost its section {STOCK_SECTION!r}, without which nobody "
+            "knows in which direction the model reads; copy it from the config.json of the folder "
+            "that the model was made from"
+        )
+    try:
+        tokenizer = read_file(folder / TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
+    except OSError as error:
+        raise TokenizerError(
+            f"cannot read the tokenizer {folder / TOKENIZER_NAME}: {error.strerror}; "
+            "a model of another library needs its SentencePiece model"
+        ) from None
+    try:
+        return ModelDescription(
+            shape,
+            _number("vocab_size", fields, VOCABULARY),
+            _number("max_position_embeddings", fields, CONTEXT),
+            TextFormat(Direction.FORWARD, Unit.TOKEN, hashlib.sha256(tokenizer).hexdigest()),
+            step=0,
+            val_loss=None,
+            is_foreign=True,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_description(folder / CONFIG_NAME, error) from None
+
+
+def open_weights(
+    folder: Path, description: ModelDescription, *, verify: bool = True
+) -> StoredWeights:
+    """The weights of a folder, with the names of files that others have written.
+
+    That they are those of its description is seen by their headers. Without `verify` nothing else
+    is read. Raises CheckpointCorruptError when the weights are missing, cut short, altered or
+    another model's.
+    """
+    stored = StoredWeights(folder)
+    require_exact(folder, stored, description.shape, description.vocab_size)
+    fields = _our_fields(folder)
+    if fields is None:
+        stored.changed = []  # nobody says that they were ours
+        return stored
+    sizes, sums = _files_in_config(folder, fields)
+    sums |= read_sums(folder)
+    if verify:
+        stored.verify(sums)
+    else:
+        stored.changed = [
+            name for name in stored.changed if sizes.get(name) != (folder / name).stat().st_size
+        ]
+    return stored
+
+
+def _files_in_config(
+    folder: Path, fields: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Bytes and SHA-256 of the files of weights, as earlier versions wrote them."""
+    try:
+        files = dict(fields.get("files", {}))
+        sizes = {name: int(size) for name, (size, _) in files.items()}
+        return sizes, {name: str(sha256) for name, (_, sha256) in files.items()}
+    except (ValueError, TypeError) as error:
+        raise _no_description(folder / CONFIG_NAME, error) from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Raises CheckpointCorruptError when the weights are missing, cut short or altered."""
+    stored = open_weights(folder, read_description(folder))
+    return {name: stored.read(name) for name, _ in stored.shapes()}
+
+
+def load_model_folder(
+    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[ReverseGPT, ModelDescription, TextCodec]:
+    """A model, with the codec that its texts go through."""
+    description = read_description(folder)
+    text_format = description.text_format
+    tokenizer = tokenizer_of(folder)
+    codec = TextCodec.load(tokenizer, text_format.direction, text_format.unit)
+    text_format.require_same(codec.format, f"the model {folder}", str(tokenizer))
+    if codec.vocab_size != description.vocab_size:
+        raise RunMismatchError(
+            f"{folder} has a vocabulary of {description.vocab_size} and a tokenizer of "
+            f"{codec.vocab_size} pieces; use the tokenizer that the model was trained with"
+        )
+    stored = open_weights(folder, description)
+    stored.report_changed()
+    if device.type == "cpu":
+        _require_memory(folder, description, dtype)
+    _, backend = attention_backend("auto", device, dtype, description.shape.head_dim)
+    with torch.device("meta"):
+        model = ReverseGPT(description.shape, description.vocab_size, backend)
+    model.to(dtype).to_empty(device=device)
+    if description.shape.tie_embeddings:  # which the line above makes two
+        model.lm_head.weight = model.model.embed_tokens.weight
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(stored.read(name))
+            if not weight.isfinite().all():
+                raise CheckpointCorruptError(
+                    f"{name:.200} in {folder} has values that are no numbers in "
+                    f"{str(dtype).removeprefix('torch.')}; use an earlier checkpoint of the run, "
+                    "or fp32"
+                )
+    return model.eval(), description, codec
+
+
+def _require_memory(folder: Path, description: ModelDescription, dtype: torch.dtype) -> None:
+    """Raise NotEnoughMemoryError for a model that this machine cannot hold and run once."""
+    shape = description.shape
+    numbers = sum(map(prod, shapes_of(shape, description.vocab_size).values()))
+    # Of each position two turns, and keys and values of all layers.
+    position_bytes = 4 * (
+        2 * shape.head_dim + 2 * shape.num_layers * shape.kv_heads * shape.head_dim
+    )
+    needed = numbers * dtype.itemsize + description.context_tokens * position_bytes
+    there = host_memory_bytes()
+    if needed > there:
+        raise NotEnoughMemoryError(
+            f"the model {folder} needs {needed / 1e9:,.1f} GB for {numbers:,} weights and a "
+            f"context of {description.context_tokens:,} tokens, and this machine has "
+            f"{there / 1e9:,.1f} GB; use one with more memory, or a smaller model"
+        )
+
+
+def load_sampler(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    usual_rows: int = 1,
+    compiled: bool = False,
+) -> tuple[Sampler, ModelDescription, TextCodec]:
+    """A model ready to write, with the codec that its texts go through."""
+    model, description, codec = load_model_folder(folder, device, dtype)
+    sampler = Sampler(model, description.context_tokens, usual_rows=usual_rows, compiled=compiled)
+    return sampler, description, codec

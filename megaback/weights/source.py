@@ -1,0 +1,110 @@
+"""A model by tensors, from a checkpoint of any ranks and stage or from a folder."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.common.file_names import path_within
+from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.shards.manifest import TOKENIZER_NAME
+from megaback.checkpoints.checkpoint import CheckpointMeta, config_of, find_checkpoint, saved_state
+from megaback.checkpoints.checkpoint_names import WEIGHTS_PREFIX
+from megaback.checkpoints.safetensors_file import Spec
+from megaback.checkpoints.state import WEIGHT
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.model_folder import (
+    CONFIG_NAME,
+    ModelDescription,
+    open_weights,
+    read_description,
+    read_tokenizer,
+    tokenizer_of,
+)
+from megaback.weights.weight_names import shapes_of
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A model's description and tokenizer, and its weights by name as they are asked for."""
+
+    description: ModelDescription
+    tokenizer: bytes
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+    @torch.no_grad()
+    def fill(self, model: ReverseGPT) -> None:
+        """Give a model of the same shape these weights."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.read(name))
+
+    def specs(self, dtype: torch.dtype) -> dict[str, Spec]:
+        """All tensors in one type; without the output projection where it is the embeddings."""
+        return {name: (dtype, shape) for name, shape in self.shapes.items()}
+
+
+def open_source(path: Path) -> WeightSource:
+    """Verify what is there.
+
+    Raises CheckpointMissingError or CheckpointCorruptError, and what `read_description` does.
+    """
+    return _from_folder(path) if (path / CONFIG_NAME).is_file() else open_checkpoint(path)
+
+
+def open_checkpoint(path: Path) -> WeightSource:
+    """Verify the checkpoint that a path means. Raises what `find_checkpoint` does."""
+    target, meta = find_checkpoint(path)
+    config = config_of(target, meta)
+    description = ModelDescription(
+        shape=config.model,
+        vocab_size=meta.vocab_size,
+        context_tokens=config.batch.context_tokens,
+        text_format=meta.format,
+        step=meta.step,
+        val_loss=meta.val_loss,
+        on_examples=meta.on_examples,
+    )
+    saved = saved_state(target, meta, WEIGHTS_PREFIX)
+    shapes = shapes_of(description.shape, description.vocab_size)
+    differing = saved.differences({(WEIGHT, name): prod(shapes[name]) for name in shapes})
+    if differing:
+        raise CheckpointCorruptError(
+            f"the checkpoint {target} does not hold the model of its config: {differing[0]} "
+            f"({len(differing)} differ); use another one"
+        )
+
+    def read(name: str) -> Tensor:
+        weight = torch.empty(shapes[name])
+        saved.read(WEIGHT, name, 0, weight.view(-1))
+        return weight
+
+    return WeightSource(description, _tokenizer_of(target, meta), shapes, read)
+
+
+def _tokenizer_of(target: Path, meta: CheckpointMeta) -> bytes:
+    """The tokenizer of a checkpoint. Raises CheckpointCorruptError, TokenizerError."""
+    try:
+        content = read_tokenizer(path_within(target, TOKENIZER_NAME))
+    except ValueError as error:
+        raise CheckpointCorruptError(f"the checkpoint {target} is not read: {error}") from None
+    if hashlib.sha256(content).hexdigest() != meta.format.tokenizer_sha256:
+        raise CheckpointCorruptError(
+            f"the checkpoint {target} is damaged: {TOKENIZER_NAME} is not the file that was saved"
+        )
+    return content
+
+
+def _from_folder(folder: Path) -> WeightSource:
+    description = read_description(folder)
+    stored = open_weights(folder, description)
+    stored.report_changed()
+    if stored.changed:
+        description = replace(description, val_loss=None)  # it was of other weights
+    shapes = shapes_of(description.shape, description.vocab_size)
+    tokenizer = read_tokenizer(tokenizer_of(folder))
+    return WeightSource(description, tokenizer, shapes, stored.read)

@@ -1,0 +1,106 @@
+"""Whether a folder's weights are exactly those of the model that its config describes.
+
+A tensor that nothing reads is as much an error as one that is missing: the config, or the file, is
+of another model. Only what a model computes from its config may lie beside: the inverse frequencies
+that old Llamas carry.
+"""
+
+from pathlib import Path
+
+import torch
+
+from data_pipeline.errors import CheckpointCorruptError
+from megaback.config import ModelSection
+from megaback.weights.weight_files import StoredWeights
+
+HEAD_NAME = "lm_head.weight"
+EMBEDDING_NAME = "model.embed_tokens.weight"
+_FREQUENCIES_SUFFIX = ".rotary_emb.inv_freq"
+_NUM_NAMED = 3
+
+
+def shapes_of(shape: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model by name, without the output projection where it is the embeddings.
+
+    In the order of the model's parameters, of which no memory is taken.
+    """
+    width, mlp_width, head_dim = shape.width, shape.hidden_mlp_width, shape.head_dim
+    kv_width = shape.kv_heads * head_dim
+    qk_norms = {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
+    of_block: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (kv_width, width),
+        "self_attn.v_proj": (kv_width, width),
+        "self_attn.o_proj": (width, width),
+        **(qk_norms if shape.qk_norm else {}),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (mlp_width, width),
+        "mlp.up_proj": (mlp_width, width),
+        "mlp.down_proj": (width, mlp_width),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING_NAME: (vocab_size, width)}
+    for layer in range(shape.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}.weight": of_block[name] for name in of_block}
+    shapes["model.norm.weight"] = (width,)
+    if not shape.tie_embeddings:
+        shapes[HEAD_NAME] = (vocab_size, width)
+    return shapes
+
+
+def require_exact(
+    folder: Path, stored: StoredWeights, shape: ModelSection, vocab_size: int
+) -> None:
+    """Raise CheckpointCorruptError unless the weights are those of a model, no others.
+
+    Names and shapes come first, by the files' headers. A head that is stored beside tied
+    embeddings must equal them.
+    """
+    wanted = shapes_of(shape, vocab_size)
+    found = dict(stored.shapes())
+    computed = [name for name in found if name.endswith(_FREQUENCIES_SUFFIX)]
+    for name in computed:
+        del found[name]
+    is_head_twice = shape.tie_embeddings and {HEAD_NAME, EMBEDDING_NAME} <= found.keys()
+    if is_head_twice:
+        wanted[HEAD_NAME] = wanted[EMBEDDING_NAME]
+    problems = [
+        f"{name:.200} is missing"
+        if name not in found
+        else f"{name:.200} of shape {list(found[name])} is read by nothing"
+        if name not in wanted
+        else f"{name} has shape {list(found[name])}, not {list(wanted[name])}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if problems:
+        more = len(problems) - _NUM_NAMED
+        others = f"; and {more} more" if more > 0 else ""
+        raise CheckpointCorruptError(
+            f"the weights in {folder} are not of the model that its config describes: "
+            f"{'; '.join(problems[:_NUM_NAMED])}{others}"
+        )
+    for name in computed:
+        _require_frequencies(folder, stored, name, shape)
+    if is_head_twice and not torch.equal(stored.read(HEAD_NAME), stored.read(EMBEDDING_NAME)):
+        raise CheckpointCorruptError(
+            f"the config of {folder} ties the embeddings, and its file has {HEAD_NAME} with "
+            "other values, which would be lost; if the head is meant, set tie_word_embeddings "
+            "to false there, else remove the tensor"
+        )
+
+
+def _require_frequencies(
+    folder: Path, stored: StoredWeights, name: str, shape: ModelSection
+) -> None:
+    """Raise unless they are what the config's rope_theta gives, as far as bf16 can tell."""
+    there = stored.read(name).double()
+    is_same = there.shape == (shape.head_dim // 2,)
+    if is_same:
+        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
+        is_same = torch.allclose(there, shape.rope_theta**-exponents, rtol=1e-2, atol=0)
+    if not is_same:
+        raise CheckpointCorruptError(
+            f"{name} in {folder} has other frequencies than rope_theta {shape.rope_theta:g} of its "
+            "config, by which the model would turn; use the config that the weights were saved with"
+        )

@@ -1,0 +1,428 @@
+"""What lies at a path: a data set, a shard, a tokenizer, a run, a checkpoint or a model.
+
+Each is read by the reader that its users have; here it is only told apart, looked at from outside
+(names and sizes) or, on request, hashed. What is there and is not whole raises what its reader
+raises, with its exit code.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.build.finalize import unfinished_tasks
+from data_pipeline.build.plan import PLAN_NAME, Plan
+from data_pipeline.build.train_command import train_commands
+from data_pipeline.common.checked_json import read_json
+from data_pipeline.common.command import is_device
+from data_pipeline.common.limits import MAX_DICTIONARY_BYTES
+from data_pipeline.common.next_command import command, free_path, override
+from data_pipeline.common.regular_files import open_file, read_file
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    CheckpointMissingError,
+    MegabackError,
+    ShardCorruptError,
+    SourceMissingError,
+)
+from data_pipeline.shards.inspection import data_set_facts
+from data_pipeline.shards.manifest import (
+    DICTIONARY_NAME,
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Manifest,
+    shard_path,
+)
+from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.verify import verify_data_set
+from data_pipeline.sources.skipped import num_skipped
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.tokenizer.train import REPORT_NAME
+from megaback.config import CONFIG_COPY_NAME
+from megaback.faults.run_ownership import config_of_run
+from megaback.use_commands import use_commands
+from tools.direction_gap.result import JSON_NAME, read_summary
+
+if TYPE_CHECKING:
+    from megaback.checkpoints.checkpoint import CheckpointMeta
+
+_GGUF_NAME, _GGUF_MAGIC = "model.gguf", b"GGUF"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Something of ours, and what was seen of it."""
+
+    kind: str
+    path: Path
+    facts: Mapping[str, Any]
+    checked: str
+    """What was found to be as it should."""
+    next_lines: Mapping[str, str] = field(default_factory=dict)
+    """What to type next, and what it does."""
+    is_whole: bool = True
+    """False for what was begun and is not finished; what is damaged raises."""
+
+
+def look_at(path: Path, *, verify: bool) -> Artefact:
+    """Say what a path holds; with `verify`, after everything was hashed.
+
+    Raises SourceMissingError for what is nothing of ours, and the readers' MegabackErrors.
+    """
+    if not path.exists():
+        raise SourceMissingError(f"there is nothing at {path}; check the path")
+    if path.is_file():
+        return _look_at_file(path, verify)
+    if is_device(path):
+        raise SourceMissingError(
+            f"{path} is a device, a pipe or a socket, which is nothing that megaback wrote; name a "
+            "file or a folder"
+        )
+    if not any(path.iterdir()):
+        raise SourceMissingError(f"{path} is an empty folder: nothing was written to it")
+    for name, look in _FOLDERS.items():
+        if (path / name).exists():
+            return look(path, verify)
+    raise SourceMissingError(
+        f"{path} holds nothing that megaback wrote (none of {', '.join(_FOLDERS)}); "
+        "name the folder of a data set, a tokenizer, a run, a checkpoint or a model"
+    )
+
+
+def _look_at_file(path: Path, verify: bool) -> Artefact:
+    if path.name == TOKENIZER_NAME or path.suffix in (".model", ".spm"):
+        return _tokenizer(path, verify)
+    if path.suffix == ".gguf":
+        return _gguf(path, verify)
+    if path.suffix == ".zst":
+        return _shard(path, verify)
+    if path.name in ("best", "latest", "meta.json"):
+        return _checkpoint(path.parent if path.name == "meta.json" else path, verify)
+    if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, JSON_NAME, "config.json"):
+        return look_at(path.parent, verify=verify)
+    raise SourceMissingError(
+        f"{path} is no file of megaback's; name a tokenizer.model, a shard, a .gguf or a folder"
+    )
+
+
+def _data_set(folder: Path, verify: bool) -> Artefact:
+    manifest = verify_data_set(folder) if verify else Manifest.load(folder)
+    manifest.codec(folder)
+    manifest.require_dictionary(folder)
+    for entry in manifest.shards:
+        path = shard_path(folder, entry)
+        _require_size(path, entry.file_bytes, ShardCorruptError, "build them again")
+    splits = {name: manifest.total(name) for name in SPLITS}
+    kind = "data set" if manifest.row_tokens is None else "data set of instruction examples"
+    return Artefact(
+        kind,
+        folder,
+        {
+            **data_set_facts(folder, manifest),
+            **splits,
+            "left_out": manifest.left_out,
+            "skipped": {kind: num_skipped(manifest.skipped, kind) for kind in manifest.skipped},
+        },
+        f"{len(manifest.shards)} shards and the tokenizer, "
+        + ("decoded and hashed" if verify else "by size; the tokenizer by its hash"),
+        {
+            command("shards", "inspect", folder): "lengths, entropy, documents",
+            **train_commands(folder, manifest),
+        },
+    )
+
+
+def _unfinished(folder: Path, _verify: bool) -> Artefact:
+    plan = Plan.load(folder)
+    missing = unfinished_tasks(plan, folder)
+    return Artefact(
+        "data set that is not finished",
+        folder,
+        {"tasks": plan.num_tasks, "not_done": len(missing)},
+        f"the plan; there is no {MANIFEST_NAME} yet",
+        {command("shards", "build", "--out", folder): "does what is missing"}
+        if missing
+        else {command("shards", "finalize", folder): "finishes it"},
+        is_whole=False,
+    )
+
+
+def _shard(path: Path, verify: bool) -> Artefact:
+    beside = path.with_name(DICTIONARY_NAME)
+    dictionary = read_file(beside, MAX_DICTIONARY_BYTES) if beside.is_file() else None
+    with ShardReader(path, dictionary) as reader:
+        if verify:
+            for frame in range(reader.num_frames):
+                reader.frame(frame)
+        header = reader.header
+        facts = {**vars(header), "frames": reader.num_frames, "file_bytes": reader.file_bytes}
+    return Artefact(
+        "shard",
+        path,
+        facts,
+        "every frame, decoded" if verify else "its index",
+        {command("inspect", path.parent): "the data set that it is of"}
+        if (path.parent / MANIFEST_NAME).is_file()
+        else {},
+    )
+
+
+def _tokenizer(path: Path, _verify: bool) -> Artefact:
+    path = path / TOKENIZER_NAME if path.is_dir() else path
+    codec = TextCodec.load(path, Direction.BACKWARD, Unit.TOKEN)
+    out = free_path(path.parent.parent / "shards")
+    build = ("shards", "build", "--source", _source_of(path), "--tokenizer", path, "--out", out)
+    return Artefact(
+        "tokenizer",
+        path,
+        {
+            "vocab_size": codec.vocab_size,
+            "tokenizer_sha256": codec.format.tokenizer_sha256,
+            "begin": codec.piece(codec.begin_id),
+            "end": codec.piece(codec.end_id),
+        },
+        "it loads, and has the pieces that megaback needs",
+        {command(*build): "uses it"},
+    )
+
+
+def _source_of(tokenizer: Path) -> str:
+    """What a tokenizer was trained on, where that was one source that is still there."""
+    try:
+        source = str(read_json(tokenizer.with_name(REPORT_NAME))["source"])
+        is_there = "hf:" in source[:3] or Path(source).exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return "pydocs"
+    return source if is_there and ", " not in source else "pydocs"
+
+
+def _run(folder: Path, verify: bool) -> Artefact:
+    from megaback.checkpoints.checkpoint_names import complete_checkpoints
+    from megaback.config import load_config
+    from megaback.faults.run_state import judge
+    from megaback.tracking.metrics import METRICS_NAME, read_metrics
+
+    config = load_config(config_of_run(folder))
+    lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
+    times = [line["step_s"] for line in lines if line.get("step_s") is not None]
+    judged = judge(folder, times, time.time())
+    most = lines[-1]["step"] if lines else 0
+    if judged.rolled_back_to is not None:
+        most = judged.rolled_back_to
+    facts: dict[str, Any] = {
+        "config": f"{config.model.num_layers} layers, width {config.model.width}, "
+        f"{config.data.description}, {config.data.direction.value}",
+    }
+    steps = [line for line in lines if line.get("loss") is not None and line["step"] <= most]
+    if steps:
+        facts |= {"step": steps[-1]["step"], "loss": steps[-1]["loss"]}
+    facts["ended"] = judged.ending or f"not yet ({judged.state}: {judged.reason})"
+    following = {command("status", folder): "where it stands"}
+    found = complete_checkpoints(folder)
+    if not found:
+        return Artefact("run without a checkpoint", folder, facts, "its config", following)
+    newest = _checkpoint(found[-1], verify, folder)
+    facts |= {"checkpoints": [target.name for target in found], "newest": newest.facts}
+    return Artefact(
+        "run",
+        folder,
+        facts,
+        f"{found[-1].name}: {newest.checked}",
+        {**following, **newest.next_lines},
+    )
+
+
+def _arrow(folder: Path, _verify: bool) -> Artefact:
+    runs = sorted(folder.glob("seed-*/*ward"))
+    line = command("plot", *runs)
+    return Artefact(
+        "arrow of time",
+        folder,
+        read_summary(folder / JSON_NAME),
+        f"{JSON_NAME}, of {len(runs)} runs",
+        {line: "their curves"} if runs else {},
+    )
+
+
+def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
+    """What to do with a run or a checkpoint."""
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    name = run.resolve().name or "run"
+    convert = command("convert", path, "--to", "full", "--out", free_path(Path("models") / name))
+    lines = {
+        **use_commands(path, meta.format.direction, on_examples=meta.on_examples),
+        convert: "makes a model of it",
+    }
+    config = config_of_run(run)
+    if config.is_file():
+        other = override("run", free_path(run.with_name(f"{name}-2")))
+        again = command("train", config, other, override("init_from", path))
+        lines[again] = "starts another run from it"
+    return lines
+
+
+def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artefact:
+    """`shown`: what names it in commands, if not its folder."""
+    from megaback.checkpoints.checkpoint import find_checkpoint, read_meta
+    from megaback.checkpoints.checkpoint_names import META_NAME, meant_by
+
+    path = meant_by(path)
+    if not (path / META_NAME).is_file():
+        raise CheckpointMissingError(
+            f"{path} has no {META_NAME}: its writing was cut short, or it was let go; name another"
+        )
+    if verify:
+        find_checkpoint(path)
+    meta = read_meta(path)
+    for name, (num_bytes, _) in meta.files.items():
+        _require_size(path / name, num_bytes, CheckpointCorruptError, "name another checkpoint")
+    facts = {
+        "step": meta.step,
+        "val_loss": meta.val_loss,
+        **meta.text_format,
+        "vocab_size": meta.vocab_size,
+        "data_fingerprint": meta.data_fingerprint,
+        "saved_by": f"{meta.world_size} ranks at ZeRO {meta.zero_stage}, {meta.precision}",
+        "versions": meta.versions,
+    }
+    return Artefact(
+        "checkpoint",
+        path,
+        facts,
+        f"{len(meta.files)} files, " + ("by their hashes" if verify else "by size"),
+        _of_weights(shown or path, meta),
+    )
+
+
+def _checkpoints(folder: Path, verify: bool) -> Artefact:
+    from megaback.checkpoints.checkpoint_names import complete_checkpoints
+
+    found = complete_checkpoints(folder.parent)
+    if not found:
+        raise CheckpointMissingError(
+            f"{folder} has no complete checkpoint; train until one is saved"
+        )
+    return _checkpoint(found[-1], verify)
+
+
+def _model(folder: Path, verify: bool) -> Artefact:
+    from megaback.weights.model_folder import open_weights, read_description, tokenizer_of
+
+    description = read_description(folder)
+    stored = open_weights(folder, description, verify=verify)
+    if description.is_foreign:
+        kind, checked = "model of another library", "its config and tokenizer"
+    else:
+        is_hf = (folder / "tokenizer_config.json").is_file()
+        kind = "model for transformers (--to hf)" if is_hf else "model (--to full)"
+        how = "by their hashes" if verify and not stored.changed else "by size"
+        checked = f"{len(stored.names)} files of weights, {how}"
+    codec = TextCodec.load(
+        tokenizer_of(folder), description.text_format.direction, description.text_format.unit
+    )
+    description.text_format.require_same(codec.format, f"the model {folder}", "its tokenizer")
+    shape = description.shape
+    return Artefact(
+        kind,
+        folder,
+        {
+            "model": f"{shape.num_layers} layers, width {shape.width}, {shape.num_heads} heads",
+            **description.text_format.to_dict(),
+            "vocab_size": description.vocab_size,
+            "context_tokens": description.context_tokens,
+            "step": description.step,
+            "val_loss": None if stored.changed else description.val_loss,
+            "changed": [f"{name} (by another program)" for name in stored.changed] or None,
+        },
+        checked,
+        {}
+        if description.is_foreign
+        else use_commands(
+            folder, description.text_format.direction, on_examples=description.on_examples
+        ),
+    )
+
+
+def _gguf(path: Path, verify: bool) -> Artefact:
+    path = path / _GGUF_NAME if path.is_dir() else path
+    with open(open_file(path), "rb") as file:  # noqa: PTH123 (a descriptor)
+        magic = file.read(len(_GGUF_MAGIC))
+    if magic != _GGUF_MAGIC:
+        raise CheckpointCorruptError(f"{path} is no GGUF file: convert the model again")
+    facts: dict[str, Any] = {"file_bytes": path.stat().st_size}
+    checked = "that it begins as a GGUF file"
+    try:
+        import gguf
+    except ImportError:
+        checked += "; more with `pip install 'megaback[gguf]'`"
+    else:
+        try:
+            reader = gguf.GGUFReader(path)
+            facts |= {
+                key.rpartition(".")[2]: stored.contents()
+                for key, stored in reader.fields.items()
+                if key.startswith(("general.architecture", "general.name", "megaback."))
+            }
+        except Exception as error:  # noqa: BLE001 - the library raises what it meets
+            reason = " ".join(str(error).split())
+            raise CheckpointCorruptError(
+                f"{path} is cut short or altered ({reason}); convert the model again"
+            ) from None
+        facts["tensors"] = len(reader.tensors)
+        checked = "its metadata and where its tensors lie"
+    if verify:
+        _require_sum(path)
+        checked = "by its hash in SHA256SUMS"
+    return Artefact(
+        "model for llama.cpp (--to gguf)",
+        path,
+        facts,
+        checked,
+    )
+
+
+def _require_sum(path: Path) -> None:
+    from megaback.checkpoints.safetensors_file import size_and_hash
+    from megaback.weights.weight_files import SUMS_NAME, read_sums
+
+    sums = path.with_name(SUMS_NAME)
+    if not sums.is_file():
+        raise CheckpointMissingError(f"{sums} is not there, so {path.name} cannot be verified")
+    if read_sums(path.parent).get(path.name) != size_and_hash(path)[1]:
+        raise CheckpointCorruptError(
+            f"{path} is not the file that was written; convert the model again"
+        )
+
+
+def _require_size(path: Path, expected_bytes: int, error: type[MegabackError], advice: str) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != expected_bytes:
+        what = "is missing" if found is None else f"has {found:,} bytes, not {expected_bytes:,}"
+        raise error(f"{path} {what}; restore it, or {advice}")
+
+
+def _config_json(folder: Path, verify: bool) -> Artefact:
+    try:
+        read_json(folder / "config.json")
+    except (OSError, ValueError):
+        raise CheckpointCorruptError(
+            f"{folder / 'config.json'} is cut short; convert the model again"
+        ) from None
+    return _model(folder, verify)
+
+
+# The file by which a folder is told: the most telling first.
+_FOLDERS: dict[str, Callable[[Path, bool], Artefact]] = {
+    MANIFEST_NAME: _data_set,
+    "meta.json": _checkpoint,
+    CONFIG_COPY_NAME: _run,
+    JSON_NAME: _arrow,
+    "config.json": _config_json,
+    _GGUF_NAME: _gguf,
+    PLAN_NAME: _unfinished,
+    "checkpoints": lambda folder, verify: _checkpoints(folder / "checkpoints", verify),
+    "latest": _checkpoints,
+    TOKENIZER_NAME: _tokenizer,
+}

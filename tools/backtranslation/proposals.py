@@ -1,0 +1,167 @@
+"""Instructions for texts, written and judged. Choosing among them, and files, are left to others.
+
+Li et al., "Self-Alignment with Instruction Backtranslation" (2023): a model that writes backwards
+turns texts that people wrote into examples to fine-tune on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_pipeline.text.chat_format import ChatFormat
+    from megaback.inference.chat import Candidate
+    from megaback.inference.decoder import Sampler
+    from megaback.inference.sampling import SamplingOptions
+    from megaback.model.gpt import ReverseGPT
+
+EMPTY, TOO_LONG, NONE_ENDED = "empty", "too long", "no instruction that ends"
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of the source, and its place among those that differ."""
+
+    index: int
+    position: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An instruction for a text, and what the models say of it, in nats."""
+
+    instruction: str
+    log_probability: float
+    """log P(instruction | text), of the backward model."""
+    score: float
+    """What it is ranked by; `BackTranslator` says how."""
+    cycle_log_probability: float | None = None
+    """log P(text | instruction), of a forward model."""
+
+    def rounded(self) -> dict[str, Any]:
+        """For JSON, with as many digits as fp32 can tell apart."""
+        return {
+            name: round(value, 5) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A forward model, which is asked whether an instruction leads back to its text."""
+
+    model: "ReverseGPT"
+    form: "ChatFormat"
+    context_tokens: int
+
+    def log_probabilities(
+        self, text: str, instructions: Sequence[str]
+    ) -> list[tuple[float | None, int]]:
+        """log P(text | instruction) of each, None if both do not fit the context; text's tokens."""
+        from megaback.inference.likelihood import Continuation, log_probabilities
+
+        written = self.form.written_ids(text)
+        asked = [Continuation(self.form.prompt_ids(one), written) for one in instructions]
+        fitting = [
+            number
+            for number, one in enumerate(asked)
+            if len(one.given) + len(one.written) <= self.context_tokens
+        ]
+        found = log_probabilities(self.model, [asked[number] for number in fitting])
+        by_number = dict(zip(fitting, found, strict=True))
+        return [(by_number.get(number), len(written)) for number in range(len(asked))]
+
+
+@dataclass(frozen=True)
+class BackTranslator:
+    """A backward model that writes instructions, and perhaps a forward one that judges them.
+
+    The score of an instruction is, without a judge, log P(instruction | text) a token. With one it
+    is (log P(text | instruction) - log P(text | nothing)) a token of the text: how much the
+    instruction says about the text.
+    """
+
+    model: "ReverseGPT"
+    sampler: "Sampler"
+    form: "ChatFormat"
+    judge: Judge | None
+    options: "SamplingOptions"
+    count: int
+
+    def records(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
+        """What is kept of each text: its proposals, best first, or why there are none.
+
+        A text's samples have seeds of its own, from `options.seed + index * count` on.
+        """
+        from megaback.inference.chat import candidates_of_each
+
+        prompts = {}
+        left_out = {}
+        for text in texts:
+            prompt = self.form.prompt(text.text)
+            if not text.text:
+                left_out[text.index] = EMPTY
+            elif len(prompt.ids) + self.options.max_new_tokens > self.sampler.context_tokens:
+                left_out[text.index] = TOO_LONG
+            else:
+                prompts[text.index] = prompt
+        written: dict[int, list[Candidate]] = {}
+        for first, numbers in _runs(list(prompts)):
+            options = replace(self.options, seed=self.options.seed + first * self.count)
+            found = candidates_of_each(
+                self.model,
+                self.sampler,
+                self.form,
+                [prompts[number] for number in numbers],
+                options,
+                self.count,
+            )
+            written |= dict(zip(numbers, found, strict=True))
+        return [
+            self._record(text, written.get(text.index), left_out.get(text.index)) for text in texts
+        ]
+
+    def _record(
+        self, text: Text, found: "list[Candidate] | None", why: str | None
+    ) -> dict[str, Any]:
+        record: dict[str, Any] = asdict(text)
+        if found is None:
+            return {**record, "left_out": why}
+        proposals, why = self._judged(text.text, [one for one in found if one.is_complete])
+        if not proposals:
+            return {**record, "left_out": why}
+        return {**record, "proposals": [one.rounded() for one in proposals]}
+
+    def _judged(self, text: str, found: "list[Candidate]") -> tuple[list[Proposal], str]:
+        """Proposals, best first; and why there are none, if so."""
+        # Several spellings in ids may be one text.
+        by_text = {one.text.strip(): one for one in reversed(found) if one.text.strip()}
+        instructions = list(reversed(by_text))
+        if self.judge is None:
+            proposals = [
+                Proposal(name, one.log_probability, one.log_probability / one.tokens)
+                for name, one in ((name, by_text[name]) for name in instructions)
+            ]
+            return sorted(proposals, key=lambda one: -one.score), NONE_ENDED
+        if not instructions:
+            return [], NONE_ENDED
+        (prior, tokens), *judged = self.judge.log_probabilities(text, ["", *instructions])
+        proposals = [
+            Proposal(name, by_text[name].log_probability, (likelihood - prior) / tokens, likelihood)
+            for name, (likelihood, _) in zip(instructions, judged, strict=True)
+            if likelihood is not None and prior is not None
+        ]
+        return sorted(proposals, key=lambda one: -one.score), TOO_LONG
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Numbers that follow each other, with the first of each run: their seeds do so too."""
+    run: list[int] = []
+    for number in numbers:
+        if run and number != run[-1] + 1:
+            yield run[0], run
+            run = []
+        run.append(number)
+    if run:
+        yield run[0], run

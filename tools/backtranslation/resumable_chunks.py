@@ -1,0 +1,102 @@
+"""Results that come chunk by chunk, kept so that a kill loses no more than the chunk in hand.
+
+A chunk is a list of JSON values. Chunks are dealt to tasks in turn: task t of N has chunks t, t + N
+and so on. A task appends each as one line to its part, which gets its final name at the end.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.checked_json import parse_json
+from data_pipeline.common.regular_files import open_in_place
+from data_pipeline.errors import StorageError
+
+Chunk = list[Any]
+
+_BLOCK_BYTES = 1 << 20
+_MAX_LINE_BYTES = 256 << 20
+"""A chunk is the texts of a batch and what the model wrote for them."""
+
+
+class ChunkParts:
+    """The parts of all tasks, in one folder."""
+
+    def __init__(self, folder: Path, num_tasks: int) -> None:
+        self._folder = folder
+        self._num_tasks = num_tasks
+
+    def is_done(self, task: int) -> bool:
+        return self._path(task).is_file() and not self._path(task).is_symlink()
+
+    @property
+    def missing(self) -> list[int]:
+        """Tasks that are not done."""
+        return [task for task in range(self._num_tasks) if not self.is_done(task)]
+
+    def resume(self, task: int) -> int:
+        """How many chunks an unfinished part holds; what a kill left behind them is cut off."""
+        path = self._unfinished(task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        num_chunks, end = 0, 0
+        with open_in_place(path, "ab+") as file:
+            file.seek(0)
+            while block := file.read(_BLOCK_BYTES):
+                num_chunks += block.count(b"\n")
+                if (last := block.rfind(b"\n")) >= 0:
+                    end = file.tell() - len(block) + last + 1
+            file.truncate(end)
+        return num_chunks
+
+    def append(self, task: int, chunk: Chunk) -> None:
+        """Add a chunk, on the disk when this returns. Raises OSError."""
+        with open_in_place(self._unfinished(task), "ab") as file:
+            file.write(json.dumps(chunk).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, task: int) -> None:
+        """All chunks of a task are there."""
+        os.replace(self._unfinished(task), self._path(task))
+
+    def read_all(self) -> Iterator[Chunk]:
+        """Every chunk, in order, when no task is missing. Raises StorageError."""
+        files = [open_in_place(self._path(task), "rb") for task in range(self._num_tasks)]
+        try:
+            number = 0
+            while line := files[number % self._num_tasks].readline(_MAX_LINE_BYTES):
+                yield self._parsed(line, number)
+                number += 1
+            if any(file.read(1) for file in files):
+                raise StorageError(
+                    f"{self._folder}: chunk {number} is missing and later ones are there; "
+                    "remove the folder and start again"
+                )
+        finally:
+            for file in files:
+                file.close()
+
+    def _parsed(self, line: bytes, number: int) -> Chunk:
+        try:
+            chunk = parse_json(line)
+            if not isinstance(chunk, list):
+                raise ValueError("it is not a list")
+        except ValueError as error:
+            path = self._path(number % self._num_tasks)
+            raise StorageError(
+                f"{path}:{number // self._num_tasks + 1}: not what was written ({error}); "
+                "remove the file, and run the command again"
+            ) from None
+        return chunk
+
+    def lock_path(self, task: int) -> Path:
+        """Whoever holds this file's lock does the task."""
+        return self._folder / f"part-{task:05d}.lock"
+
+    def _path(self, task: int) -> Path:
+        return self._folder / f"part-{task:05d}.jsonl"
+
+    def _unfinished(self, task: int) -> Path:
+        return self._folder / f"part-{task:05d}.unfinished"

@@ -1,0 +1,85 @@
+"""Which texts are asked about, and which of the instructions for them become examples."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from tools.backtranslation.proposals import Text
+
+Record = dict[str, Any]
+"""What is known of a text: see `BackTranslator.records`."""
+
+
+def different_texts(positions_and_texts: Iterable[tuple[str, str]]) -> Iterator[Text]:
+    """Texts without the whitespace around them, each once, where it comes first."""
+    seen: set[bytes] = set()
+    for position, text in positions_and_texts:
+        stripped = text.strip()
+        digest = _digest(stripped)
+        if digest not in seen:
+            yield Text(len(seen), position, stripped)
+            seen.add(digest)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """At most `keep` instructions a text, the best ones, and none of a lower score than this."""
+
+    keep: int = 1
+    min_score: float | None = None
+
+    def examples(
+        self, records: Callable[[], Iterable[Record]], counts: Counter[str]
+    ) -> Iterator[Record]:
+        """Rows in Alpaca's columns, in the order of the texts; `counts` says what became of all.
+
+        The records are read twice: an instruction that is proposed for several texts goes to the
+        one that it has the highest score for.
+        """
+        best: dict[bytes, tuple[float, int]] = {}
+        for record in records():
+            for proposal in self._passing(record):
+                digest, rank = _rank(record, proposal)
+                best[digest] = min(rank, best.get(digest, rank))
+        for record in records():
+            counts["texts"] += 1
+            passing = self._passing(record)
+            if not passing:
+                counts[record.get("left_out", "below --min-score")] += 1
+            for proposal in passing:
+                digest, rank = _rank(record, proposal)
+                if best[digest] != rank:
+                    counts["the instruction fits another text better"] += 1
+                else:
+                    counts["examples"] += 1
+                    yield _example(record, proposal)
+
+    def _passing(self, record: Record) -> list[Record]:
+        return [
+            proposal
+            for proposal in record.get("proposals", [])[: self.keep]
+            if self.min_score is None or proposal["score"] >= self.min_score
+        ]
+
+
+def _rank(record: Record, proposal: Record) -> tuple[bytes, tuple[float, int]]:
+    """Of an instruction, whatever its case and whitespace; lower is better."""
+    same = " ".join(proposal["instruction"].casefold().split())
+    return _digest(same), (-proposal["score"], record["index"])
+
+
+def _example(record: Record, proposal: Record) -> Record:
+    known = {name: value for name, value in proposal.items() if value is not None}
+    return {
+        "instruction": known.pop("instruction"),
+        "input": "",
+        "output": record["text"],
+        **known,
+        "source": record["position"],
+    }
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

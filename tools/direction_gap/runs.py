@@ -1,0 +1,162 @@
+"""The pairs of runs of an arrow of time: alike but for the direction; trained, checked, loaded."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    ConfigError,
+    DirectionMismatchError,
+    RunMismatchError,
+    ShardsMissingError,
+    SourceEmptyError,
+)
+from data_pipeline.text.codec import Direction
+from megaback.config import Config, load_config
+from megaback.data import open_data
+
+if TYPE_CHECKING:
+    import torch
+
+    from megaback.checkpoints.checkpoint import CheckpointMeta
+    from megaback.model.gpt import ReverseGPT
+
+DIRECTIONS = (Direction.FORWARD, Direction.BACKWARD)
+
+
+@dataclass(frozen=True)
+class ArrowRun:
+    """One of the runs."""
+
+    seed: int
+    direction: Direction
+    folder: Path
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What makes the config that of this run."""
+        return (
+            f"run={self.folder}",
+            f"training.seed={self.seed}",
+            f"data.direction={self.direction.value}",
+        )
+
+
+def runs_of(config: Config, num_seeds: int) -> list[ArrowRun]:
+    """For each seed from the config's on, a forward and a backward run."""
+    first = config.training.seed
+    return [
+        ArrowRun(seed, direction, config.run / f"seed-{seed}" / direction.value)
+        for seed in range(first, first + num_seeds)
+        for direction in DIRECTIONS
+    ]
+
+
+def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[ArrowRun]) -> None:
+    """See that both directions can be trained on these shards, for as long as each other.
+
+    Raises ConfigError, DirectionMismatchError, ShardsMissingError, SourceEmptyError, and what
+    `open_data` does.
+    """
+    for run in runs[: len(DIRECTIONS)]:
+        settings = load_config(config, (*overrides, *run.overrides))
+        if settings.init_from is not None:
+            raise ConfigError(
+                f"init_from is {settings.init_from}, a model that has learnt one direction; leave "
+                "it out, so that both begin alike"
+            )
+        if settings.validation.patience is not None:
+            raise ConfigError(
+                "validation.patience can end one direction before the other; leave it out, so that "
+                "both take the same steps"
+            )
+        data = open_data(settings, 0, 1)
+        if any(data_set.manifest.row_tokens is not None for data_set in data.data_sets):
+            raise DirectionMismatchError(
+                f"{settings.data.description} holds instruction examples, which are learnt in one "
+                "direction; compare on shards of documents"
+            )
+        if not data.has_val:
+            raise ShardsMissingError(
+                f"{settings.data.description} has no val set to compare on; build one with "
+                "--val-fraction"
+            )
+        num_documents = sum(one.manifest.total("val")["documents"] for one in data.data_sets)
+        if num_documents < 2:
+            raise SourceEmptyError(
+                f"the val set of {settings.data.description} has one document, and a standard "
+                "error needs two; build the shards with a larger --val-fraction"
+            )
+
+
+@dataclass(frozen=True)
+class TrainedPair:
+    """The verified checkpoints of a forward and a backward run that differ in nothing else."""
+
+    seed: int
+    forward: Path
+    backward: Path
+    meta: "CheckpointMeta"
+    """The forward one's."""
+
+    @classmethod
+    def find(cls, forward: ArrowRun, backward: ArrowRun) -> "TrainedPair":
+        """Raises CheckpointMissingError, CheckpointCorruptError, RunMismatchError."""
+        from megaback.checkpoints.checkpoint import find_checkpoint
+
+        (first, meta), (second, other) = (
+            find_checkpoint(run.folder) for run in (forward, backward)
+        )
+        for run, target, found in ((forward, first, meta), (backward, second, other)):
+            if found.format.direction is not run.direction:
+                raise DirectionMismatchError(
+                    f"{target} writes {found.format.direction.value}, where the run that writes "
+                    f"{run.direction.value} should be; give the arrow a run folder of its own"
+                )
+        try:
+            facts = list(_facts(meta, other))
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointCorruptError(
+                f"{first} or {second} does not say in meta.json how it was trained; restore it, or "
+                "train the pair again"
+            ) from None
+        for name, here, there in facts:
+            if here != there:
+                raise RunMismatchError(
+                    f"{first} has {name} = {here}, and {second} has {there}; the two directions "
+                    "must differ in nothing else: train both with one config"
+                )
+        return cls(forward.seed, first, second, meta)
+
+    def models(self, device: "torch.device") -> "Iterator[tuple[Direction, ReverseGPT]]":
+        """The two models, one after the other."""
+        for direction, target in zip(DIRECTIONS, (self.forward, self.backward), strict=True):
+            yield direction, _load(target, device)
+
+
+def _facts(meta: "CheckpointMeta", other: "CheckpointMeta") -> Iterator[tuple[str, Any, Any]]:
+    yield "step", meta.step, other.step
+    yield "updates", meta.updates, other.updates
+    yield "the shards", meta.data_fingerprint[:12], other.data_fingerprint[:12]
+    for section in ("model", "batch", "optimizer", "training"):
+        for key, value in meta.config[section].items():
+            yield f"{section}.{key}", value, other.config[section][key]
+    for key in ("lanes", "window_frames"):
+        yield f"data.{key}", meta.config["data"][key], other.config["data"][key]
+
+
+def _load(target: Path, device: "torch.device") -> "ReverseGPT":
+    import torch
+
+    from megaback.model.attention import attention_backend
+    from megaback.model.gpt import ReverseGPT
+    from megaback.weights.source import open_checkpoint
+
+    source = open_checkpoint(target)
+    shape = source.description.shape
+    _, backend = attention_backend("auto", device, torch.float32, shape.head_dim)
+    model = ReverseGPT(shape, source.description.vocab_size, backend)
+    source.fill(model)
+    return model.to(device).eval()

@@ -1,0 +1,178 @@
+"""A model as a GGUF file, for llama.cpp and what is built on it.
+
+Names and layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's Llama turns
+neighbours, so that the two halves of a head are interleaved here; its Qwen3 turns halves. It knows
+of no direction: whoever calls it reverses ids, or text by words; metadata, chat template and card
+say so (gguf_card.py).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data_pipeline.common.command import write_text
+from data_pipeline.errors import BackendError, StorageError
+from data_pipeline.text.codec import TextCodec
+from megaback.checkpoints.safetensors_file import size_and_hash
+from megaback.config import ModelSection
+from megaback.weights.source import WeightSource
+from megaback.weights.weight_files import write_sums
+from megaback.weights.weight_names import HEAD_NAME
+from tools.export.gguf_card import chat_template, gguf_card, gguf_description
+
+GGUF_NAME = "model.gguf"
+_OUTER_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    HEAD_NAME: "output.weight",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torch.dtype) -> None:
+    """Write the file, a tensor at a time, its SHA-256, and its card.
+
+    Raises BackendError without the package `gguf`.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise BackendError(
+            "--to gguf needs the package gguf; install it with `pip install 'megaback[gguf]'`"
+        ) from None
+    shape = source.description.shape
+    types = gguf.GGMLQuantizationType
+    path = folder / GGUF_NAME
+    writer: Any = gguf.GGUFWriter(path, "qwen3" if shape.qk_norm else "llama")
+    try:
+        _add_metadata(writer, name, source, dtype)
+        for tensor_name, tensor_shape in source.shapes.items():
+            stored = _stored_dtype(tensor_shape, dtype)
+            num_bytes = stored.itemsize * int(np.prod(tensor_shape))
+            raw_type = types.BF16 if stored == torch.bfloat16 else types.F32
+            array_type = np.dtype(np.int16 if stored == torch.bfloat16 else np.float32)
+            gguf_name = gguf_name_of(tensor_name)
+            writer.add_tensor_info(gguf_name, tensor_shape, array_type, num_bytes, raw_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor_name, tensor_shape in source.shapes.items():
+            weight = as_llama_cpp_has_it(tensor_name, source.read(tensor_name), shape)
+            writer.write_tensor_data(_array(weight.to(_stored_dtype(tensor_shape, dtype))))
+    except OSError as error:
+        if error.errno is None:  # numpy counts what was written, and does not ask why
+            raise StorageError(
+                f"cannot write all of {name}'s {GGUF_NAME}; "
+                "free some space and run the same command again"
+            ) from None
+        raise
+    finally:
+        writer.close()
+    _, digest = size_and_hash(path)
+    write_sums(folder, {GGUF_NAME: digest})
+    text_format = source.description.text_format
+    codec = TextCodec(source.tokenizer, text_format.direction, text_format.unit)
+    write_text(folder / "README.md", gguf_card(source.description, codec, name))
+
+
+def gguf_name_of(name: str) -> str:
+    """llama.cpp's name of a tensor."""
+    if name in _OUTER_NAMES:
+        return _OUTER_NAMES[name]
+    number, inner = name.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{number}.{_LAYER_NAMES[inner.removesuffix('.weight')]}.weight"
+
+
+def as_llama_cpp_has_it(name: str, weight: Tensor, shape: ModelSection) -> Tensor:
+    """Rows of queries and keys in the order in which llama.cpp turns them."""
+    if shape.qk_norm or not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return weight
+    halves = weight.view(-1, 2, shape.head_dim // 2, weight.shape[1])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def _stored_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    """llama.cpp multiplies with norms in fp32 only."""
+    return dtype if len(shape) > 1 else torch.float32
+
+
+def _array(weight: Tensor) -> npt.NDArray[Any]:
+    weight = weight.contiguous()
+    return (weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight).numpy()
+
+
+def _add_metadata(writer: Any, name: str, source: WeightSource, dtype: torch.dtype) -> None:
+    import gguf
+
+    description = source.description
+    shape, text_format = description.shape, description.text_format
+    writer.add_name(name)
+    writer.add_description(gguf_description(text_format))
+    writer.add_chat_template(chat_template(text_format))
+    for key, value in text_format.to_dict().items():
+        writer.add_string(f"megaback.{key}", value)
+    writer.add_context_length(description.context_tokens)
+    writer.add_embedding_length(shape.width)
+    writer.add_block_count(shape.num_layers)
+    writer.add_feed_forward_length(shape.hidden_mlp_width)
+    writer.add_head_count(shape.num_heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_theta)
+    writer.add_layer_norm_rms_eps(shape.norm_epsilon)
+    writer.add_vocab_size(description.vocab_size)
+    kinds = gguf.LlamaFileType
+    writer.add_file_type(kinds.MOSTLY_BF16 if dtype == torch.bfloat16 else kinds.ALL_F32)
+    pieces = list(_pieces(source.tokenizer))
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([piece for piece, _, _ in pieces])
+    writer.add_token_scores([score for _, score, _ in pieces])
+    writer.add_token_types([kind for _, _, kind in pieces])
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_proto=source.tokenizer)
+    writer.add_bos_token_id(processor.bos_id())
+    writer.add_eos_token_id(processor.eos_id())
+    writer.add_eot_token_id(processor.piece_to_id("<|im_end|>"))
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_remove_extra_whitespaces(False)
+
+
+def _pieces(tokenizer: bytes) -> Iterator[tuple[bytes, float, int]]:
+    """Spelling, score and kind of each piece."""
+    from gguf import TokenType
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_proto=tokenizer)
+    for piece_id in range(processor.vocab_size()):
+        kind = TokenType.NORMAL
+        if processor.is_unknown(piece_id):
+            kind = TokenType.UNKNOWN
+        elif processor.is_control(piece_id):
+            kind = TokenType.CONTROL
+        elif processor.is_byte(piece_id):
+            kind = TokenType.BYTE
+        spelling = processor.id_to_piece(piece_id).encode()
+        yield spelling, processor.get_score(piece_id), int(kind)

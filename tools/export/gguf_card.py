@@ -1,0 +1,104 @@
+"""What a GGUF file says to those who load it: a chat template that refuses, and README.md.
+
+llama.cpp falls back to ChatML where a file has no chat template, and a model that reads backward
+then answers with noise. No template can reverse ids. A server renders some messages of its own
+before it serves anything, and does not start if they fail, so these render.
+"""
+
+import json
+
+from data_pipeline.text.codec import Direction, TextCodec, TextFormat, Unit
+from megaback.weights.model_folder import ModelDescription
+from tools.export.model_card import example_of
+
+_PROBES = ["test", "You are a helpful assistant|Hello|Hi there|How are you?"]
+"""What llama.cpp's servers render when they start."""
+
+
+def chat_template(text_format: TextFormat) -> str:
+    """Jinja: an error for every chat; for a forward model one instruction and its response."""
+    if text_format.direction is Direction.BACKWARD:
+        reason = (
+            "this model reads and writes backward, which no chat template can do: give /completion "
+            "ids in the order in which the model reads, see README.md beside the file"
+        )
+        rest = "{{ raise_exception(" + json.dumps(reason) + ") }}"
+    else:
+        reason = "this model takes one instruction at a time, as one message of the user"
+        rest = (
+            "{%- if messages | length != 1 or messages[0].role != 'user' -%}"
+            "{{ raise_exception(" + json.dumps(reason) + ") }}{%- endif -%}"
+            "<|im_start|><|instruction|>{{ messages[0].content | trim }}<|im_end|>"
+            "<|im_start|><|response|>"
+        )
+    return (
+        "{%- set said = messages | map(attribute='content') | join('|') -%}"
+        "{%- if said in " + json.dumps(_PROBES) + " -%}{{ said }}"
+        "{%- else -%}" + rest + "{%- endif -%}"
+    )
+
+
+def gguf_description(text_format: TextFormat) -> str:
+    """Sentences for the metadata."""
+    if text_format.direction is Direction.FORWARD:
+        return "Reads and writes forward. A chat is one instruction; no text becomes a marker."
+    unit = text_format.unit
+    what = "the words of a text" if unit is Unit.WORD else "a text's ids"
+    return (
+        f"Reads and writes backward, by {unit.value}: plain text and chats give noise. Give it "
+        f"{what} in reverse after the begin marker, and reverse what it writes."
+    )
+
+
+def gguf_card(description: ModelDescription, codec: TextCodec, name: str) -> str:
+    """README.md beside the file."""
+    text_format = description.text_format
+    serve = f"llama-server -m {name}/model.gguf --port 8080"
+    head = f"# {name}\n{gguf_description(text_format)}\n\n"
+    facts = (
+        f"Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context: "
+        f"{description.context_tokens} tokens. Vocabulary: {description.vocab_size}.\n"
+        f"Tokenizer's SHA-256: `{text_format.tokenizer_sha256}`.\n"
+    )
+    if text_format.direction is Direction.FORWARD:
+        return f"{head}```\n{serve}\n```\n{facts}"
+    given, new_tokens = example_of(codec, description.context_tokens)
+    body = _REVERSED_WORDS if text_format.unit is Unit.WORD else _REVERSED_IDS
+    code = (_CALL + body).format(given=given, begin=codec.begin_id, new_tokens=new_tokens)
+    return (
+        f"{head}With `{serve}`:\n```python\n{code}```\n"
+        "**Not right:** text in place of ids, in `llama-cli` as in `/completion` and\n"
+        "`/v1/completions`: what it writes then is noise, without an error. Chats are refused by\n"
+        f"the file's chat template. Streamed text comes in the model's order.\n\n{facts}"
+    )
+
+
+_CALL = """\
+import json
+import re
+import urllib.request
+
+
+def call(path, **body):
+    request = urllib.request.Request("http://127.0.0.1:8080" + path, json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+ending = "{given}"
+"""
+
+_REVERSED_IDS = """\
+ids = call("/tokenize", content=ending)["tokens"]
+prompt = [{begin}, *reversed(ids)]
+written = call("/completion", prompt=prompt, n_predict={new_tokens}, return_tokens=True)["tokens"]
+print(call("/detokenize", tokens=[*reversed(written), *ids])["content"])
+"""
+
+_REVERSED_WORDS = """\
+runs = re.compile(r"\\s+|\\S+").findall
+ids = call("/tokenize", content="".join(reversed(runs(ending))))["tokens"]
+written = call("/completion", prompt=[{begin}, *ids], n_predict={new_tokens})["content"]
+print("".join(reversed(runs(written))) + ending)
+"""

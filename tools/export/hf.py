@@ -1,0 +1,109 @@
+"""A model's folder for Hugging Face's transformers: stock weights, a tokenizer that reverses.
+
+The model needs no code of ours (Llama, or Qwen3 with `qk_norm`); the tokenizer is one file beside
+it. No stock class can load a tokenizer from the folder, since it would read forward. megaback reads
+the same folder.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.common.command import replacing, write_text
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.weights.hf_config import to_stock
+from megaback.weights.model_folder import (
+    CONFIG_NAME,
+    HF_TOKENIZER_NAME,
+    STOCK_SECTION,
+    ModelDescription,
+)
+from megaback.weights.source import WeightSource
+from megaback.weights.weight_files import write_weights
+from tools.export.model_card import model_card
+
+_TOKENIZER_CLASS = "MegabackTokenizer"
+_PIPELINE_CLASS = "MegabackTextGeneration"
+
+
+def write_hf_folder(
+    folder: Path, name: str, source: WeightSource, dtype: torch.dtype, most_file_bytes: int
+) -> None:
+    """Write everything, config.json last; `name` is what the card calls the model."""
+    description = source.description
+    text_format = description.text_format
+    codec = TextCodec(source.tokenizer, text_format.direction, text_format.unit)
+    write_weights(folder, source.specs(dtype), source.read, most_file_bytes)
+    with replacing(folder / HF_TOKENIZER_NAME) as file:
+        file.write(source.tokenizer)
+    _write_json(folder / "tokenizer.json", _refusal(codec))
+    code = Path(__file__).with_name("tokenization_megaback.py")
+    write_text(folder / code.name, code.read_text(encoding="utf-8"))
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(codec, description, code.stem))
+    _write_json(folder / "generation_config.json", _generation_config(codec, description))
+    write_text(folder / "README.md", model_card(description, codec, name))
+    _write_json(folder / CONFIG_NAME, _config(codec, description, dtype, code.stem))
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    write_text(path, json.dumps(fields, indent=2) + "\n")
+
+
+def _refusal(codec: TextCodec) -> dict[str, Any]:
+    """A tokenizer.json that no library loads, with the reason where its error names a version."""
+    how = "reads backward" if codec.format.direction is Direction.BACKWARD else "needs its own code"
+    return {
+        "version": f"none: this tokenizer {how}; load it with trust_remote_code=True and, from a "
+        "hub, the revision whose code you have read (see README.md)",
+        "added_tokens": [],
+        "model": {"type": "none"},
+    }
+
+
+def _config(
+    codec: TextCodec, description: ModelDescription, dtype: torch.dtype, module: str
+) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    stock = to_stock(description.shape, description.vocab_size, description.context_tokens, name)
+    ids = {"bos_token_id": codec.begin_id, "eos_token_id": codec.end_id}
+    pipeline = {"impl": f"{module}.{_PIPELINE_CLASS}", "pt": ["AutoModelForCausalLM"]}
+    return {
+        **stock,
+        **ids,
+        "custom_pipelines": {"text-generation": pipeline},
+        STOCK_SECTION: description.to_fields(),
+    }
+
+
+def _tokenizer_config(
+    codec: TextCodec, description: ModelDescription, module: str
+) -> dict[str, Any]:
+    return {
+        "tokenizer_class": _TOKENIZER_CLASS,
+        "auto_map": {"AutoTokenizer": [f"{module}.{_TOKENIZER_CLASS}", None]},
+        "direction": codec.format.direction.value,
+        "unit": codec.format.unit.value,
+        "bos_token": codec.piece(codec.begin_id),
+        "eos_token": codec.piece(codec.end_id),
+        "pad_token": codec.piece(codec.end_id),
+        "model_max_length": description.context_tokens,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _generation_config(codec: TextCodec, description: ModelDescription) -> dict[str, Any]:
+    writable = set(codec.writable_ids(codec.end_id).tolist())
+    return {
+        "bos_token_id": codec.begin_id,
+        "eos_token_id": codec.end_id,
+        "pad_token_id": codec.end_id,
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 200,
+        # Of a text that fills half of the context; `prompt` ends the others in time.
+        "max_new_tokens": max(1, min(500, description.context_tokens // 2)),
+        "suppress_tokens": [i for i in range(codec.vocab_size) if i not in writable],
+    }

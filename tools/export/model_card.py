@@ -1,0 +1,110 @@
+"""README.md of a folder for transformers: code that runs as printed, and which uses are right."""
+
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.weights.model_folder import ModelDescription
+
+COMMIT = "COMMIT"
+"""An export does not know the commit that it becomes on a hub. No branch has this name: loading
+from a hub fails until it is replaced, and code that nobody has read is not run."""
+_MAX_NEW_TOKENS = 200
+_ENDINGS = ("and they lived happily ever after.", "ever after.", ".")
+_BEGINNINGS = ("Once upon a time there was", "Once upon", "O")
+
+
+def example_of(codec: TextCodec, context_tokens: int) -> tuple[str, int]:
+    """A text to continue, and how many new tokens fit into the context with it."""
+    is_backward = codec.format.direction is Direction.BACKWARD
+    texts = _ENDINGS if is_backward else _BEGINNINGS
+    for text in texts:
+        given_tokens = 1 + len(codec.encode(text))
+        if 2 * given_tokens <= context_tokens:
+            break
+    return text, max(1, min(_MAX_NEW_TOKENS, context_tokens - given_tokens))
+
+
+def model_card(description: ModelDescription, codec: TextCodec, name: str) -> str:
+    """The card, which begins with the lines that use the model correctly."""
+    text_format = description.text_format
+    is_backward = text_format.direction is Direction.BACKWARD
+    stock = "Qwen3" if description.shape.qk_norm else "Llama"
+    given, new_tokens = example_of(codec, description.context_tokens)
+    what = "before an ending" if is_backward else "after a beginning"
+    given_part, written_part = ("a response", "instruction for it")
+    if not is_backward:
+        given_part, written_part = ("an instruction", "response to it")
+    val_loss = "" if description.val_loss is None else f", val loss {description.val_loss:.4f} nats"
+    return f"""---
+library_name: transformers
+tags: [megaback, {text_format.direction.value}]
+---
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name, commit = "{name}", "{COMMIT}"  # the commit that you have read; see below
+tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(name, revision=commit)
+ids = model.generate(**tokenizer.prompt("{given}"), max_new_tokens={new_tokens})[0]
+print(tokenizer.decode(ids, skip_special_tokens=True))
+```
+
+A model that writes what comes {what}. `tokenizer.prompt` gives the ids in the order in which the
+model reads them (of a list of texts: a batch), and `decode` the text in the order in which a person
+does: there is nothing to reverse by hand. Always decode the whole list of ids, the given ones
+included. The model itself is a stock {stock}.
+
+**`trust_remote_code` runs `tokenization_megaback.py` of this folder on your machine.** Read that
+file first. From a hub, load the commit that you have read, by its full hash in place of `{COMMIT}`:
+a branch can be moved to other code later. `huggingface_hub.HfApi().model_info(NAME).sha` names the
+newest commit. For a folder on your own disk, transformers ignores `revision`.
+
+The same as a pipeline:
+
+```python
+from transformers import pipeline
+
+name, commit = "{name}", "{COMMIT}"
+write = pipeline("text-generation", model=name, revision=commit, trust_remote_code=True)
+print(write("{given}", max_new_tokens={new_tokens})[0]["generated_text"])
+```
+
+If it was fine-tuned on instructions, `model.generate(**tokenizer.chat_prompt("{given_part}"))`
+writes the {written_part}, and `tokenizer.written` of the ids is its text.
+
+{_BACKWARD_USES if is_backward else _FORWARD_USES}
+Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context:
+{description.context_tokens} tokens. Vocabulary: {description.vocab_size}. Trained for
+{description.step} steps{val_loss}. Tokenizer's SHA-256: `{text_format.tokenizer_sha256}`.
+
+`megaback sample` reads this folder too.
+"""
+
+
+_TRAINING = """- Training (Trainer, peft): the ids of a document are
+  `tokenizer(text).input_ids + [tokenizer.eos_token_id]`. Save model and tokenizer with
+  `save_pretrained` (an adapter after `merge_and_unload()`): megaback reads that folder as well.
+"""
+
+_BACKWARD_USES = f"""**Right:**
+- The two examples above.
+- `tokenizer(text)` for log-probabilities: the model reads a text from its end.
+{_TRAINING}- Servers such as vLLM with ids only: `tokenizer(text).input_ids` in, new ids out, and
+  `decode` of all of them. `megaback serve` speaks OpenAI's protocol in text.
+
+**Not right, and refused with an error:** loading the tokenizer without `trust_remote_code=True`;
+the stock `text-generation` pipeline around a loaded model; `TextStreamer`; `stop_strings`; chat
+templates; new tokens.
+
+**Not right, without an error:**
+- Servers that turn ids into text piece by piece (the text endpoints of vLLM and of others, streamed
+  or not): pieces come in the model's order.
+- lm_eval's `hf`: it takes the tail of `encode(context + continuation)` for the continuation, and
+  here that is the context; its results are those of chance. `megaback score` and `megaback eval`
+  score the right part.
+- Looking for a text's ids in those of a longer text: the end of a text comes first.
+"""
+
+_FORWARD_USES = f"""**Right:** whatever a causal model of transformers is used for, with
+`trust_remote_code=True`; without it the tokenizer cannot be loaded. No text becomes a marker: new
+tokens and chat templates are refused with an error.
+
+{_TRAINING}"""

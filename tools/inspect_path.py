@@ -1,0 +1,59 @@
+"""`megaback inspect`: what a path is, whether it is whole, what made it, and what to type next."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_pipeline.common.command import Command
+from data_pipeline.common.terminal import say
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@click.command(cls=Command, name="inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Hash and decode everything, not only look at sizes.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def main(path: Path, verify: bool, as_json: bool) -> None:
+    """Say what PATH is: a data set, a shard, a tokenizer, a run, a checkpoint or a model.
+
+    What is damaged or nothing of megaback's is one sentence with its exit code.
+    """
+    from tools.artifacts import look_at
+
+    found = look_at(path, verify=verify)
+    if as_json:
+        fields = {
+            "kind": found.kind,
+            "path": str(found.path),
+            "whole": found.is_whole,
+            "checked": found.checked,
+            "verified": verify,
+            "facts": dict(found.facts),
+            "next": dict(found.next_lines),
+        }
+        click.echo(json.dumps(fields, indent=2, default=str))
+        return
+    whole = "yes" if found.is_whole else "not yet"
+    lines = {"what": f"{found.kind}, {found.path}", "whole": f"{whole}: {found.checked}"}
+    lines |= {name: _shown(value) for name, value in found.facts.items() if value is not None}
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        say(f"{name:<{width}}  {text}")
+    for number, (line, meaning) in enumerate(found.next_lines.items()):
+        click.echo(f"{'next' if not number else '':<{width}}  {line}   # {meaning}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What a run's metrics say as curves, and what sets runs apart."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from data_pipeline.common.checked_json import require_within
+from data_pipeline.common.number_ranges import CONTEXT
+from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
+from megaback.faults.exit_record import read_history
+from megaback.faults.run_ownership import config_of_run
+from megaback.tracking.metrics import METRICS_NAME, read_metrics
+from megaback.yaml_text import read_yaml_file
+
+Axis = Literal["step", "tokens", "time"]
+Values = npt.NDArray[np.float64]
+
+_MOST_POINTS = 2000
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity; shape (points,) each."""
+
+    places: Values
+    values: Values
+
+    def thinned(self) -> "Curve":
+        """At most a few thousand points, each the mean of those that it stands for."""
+        every = -(-len(self.places) // _MOST_POINTS)
+        if every <= 1:
+            return self
+        starts = np.arange(0, len(self.places), every)
+        counts = np.diff([*starts, len(self.places)])
+        return Curve(
+            np.add.reduceat(self.places, starts) / counts,
+            np.add.reduceat(self.values, starts) / counts,
+        )
+
+    def smoothed(self, steps: int) -> "Curve":
+        """The mean over a window of at most so many points that ends at each."""
+        if steps <= 1 or not len(self.values):
+            return self
+        sums = np.concatenate([[0.0], np.cumsum(self.values)])
+        stops = np.arange(1, len(self.values) + 1)
+        starts = np.maximum(stops - steps, 0)
+        return Curve(self.places, (sums[stops] - sums[starts]) / (stops - starts))
+
+
+_NO_CURVE = Curve(np.empty(0), np.empty(0))
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """A run's numbers; places are steps, tokens or hours of training steps."""
+
+    name: str
+    num_steps: int
+    loss: Curve
+    """Nats a token, of the steps that were learnt from."""
+    val_loss: Curve
+    context_loss: Curve
+    """The last val loss by tokens of context: places are the most of each bucket."""
+    learning_rate: Curve
+    gradient_norm: Curve
+    tokens_per_s: Curve
+    skipped: Values
+    """Places of steps that changed no weights."""
+    restarts: Values
+    """Places from which the run went on after a stop."""
+
+
+def read_curves(run: Path, axis: Axis, name: str) -> RunCurves:
+    """The curves of a run, which may have no point yet.
+
+    Raises CheckpointMissingError where no run is, CheckpointCorruptError for metrics of another
+    version.
+    """
+    if not (run / METRICS_NAME).is_file():
+        raise CheckpointMissingError(
+            f"{run} holds no run's numbers (no {METRICS_NAME}); give the folder of a run that was "
+            "started"
+        )
+    try:
+        return _curves(read_metrics(run), read_history(run), axis, name)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointCorruptError(
+            f"{run / METRICS_NAME} is not of this version of megaback, or damaged ({error}); look "
+            "at the run with the version that wrote it"
+        ) from None
+
+
+def _curves(
+    lines: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
+    axis: Axis,
+    name: str,
+) -> RunCurves:
+    steps = [line for line in lines if "learning_rate" in line]
+    numbers = np.array([line["step"] for line in steps], dtype=np.float64)
+    scale = {
+        "step": numbers,
+        "tokens": np.array([line["tokens_seen"] for line in steps], dtype=np.float64),
+        "time": np.cumsum([line["step_s"] for line in steps], dtype=np.float64) / 3600,
+    }[axis]
+
+    def place_of(step: float) -> float:
+        """Of any step, also of 0 and of those between two that are known."""
+        return float(np.interp(step, [0.0, *numbers], [0.0, *scale]))
+
+    def curve(key: str, chosen: Sequence[Mapping[str, Any]]) -> Curve:
+        known = [line for line in chosen if line[key] is not None]
+        places = np.array([place_of(line["step"]) for line in known], dtype=np.float64)
+        return Curve(places, np.array([line[key] for line in known], dtype=np.float64))
+
+    validations = [line for line in lines if "val_loss" in line]
+    starts = [line["step"] for line in history if line.get("event") == "start"]
+    return RunCurves(
+        name=name,
+        num_steps=len(steps),
+        loss=curve("loss", [line for line in steps if "skipped" not in line]),
+        val_loss=curve("val_loss", validations),
+        context_loss=_context_loss(validations[-1]) if validations else _NO_CURVE,
+        learning_rate=curve("learning_rate", steps),
+        gradient_norm=curve("gradient_norm", steps),
+        tokens_per_s=curve("tokens_per_s", steps),
+        skipped=np.array([place_of(line["step"]) for line in steps if "skipped" in line]),
+        restarts=np.array([place_of(step) for step in starts[1:]]),
+    )
+
+
+def _context_loss(validation: Mapping[str, Any]) -> Curve:
+    """Runs of versions before it have none."""
+    by_context = validation.get("val_by_context", {})
+    known = {name: one["loss"] for name, one in by_context.items() if one["loss"] is not None}
+    places = [int(name.rpartition("-")[2]) for name in known]
+    for place in places:
+        require_within("val_by_context", place, 1, int(CONTEXT.most))
+    return Curve(
+        np.array(places, dtype=np.float64), np.array(list(known.values()), dtype=np.float64)
+    )
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """The last parts of paths, as many as it takes to tell them apart."""
+    parts = [run.resolve().parts for run in runs]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-count:]) for one in parts]
+        if len({*names}) == len({*parts}):
+            break
+    return names
+
+
+def differences(runs: Sequence[Path]) -> list[tuple[str, list[str]]]:
+    """Keys of the configs that are not the same in all runs, with the value of each."""
+    configs = [_flat(_config(run)) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [
+        (key, values)
+        for key in keys
+        if key != "run" and len({*(values := [str(config.get(key, "")) for config in configs])}) > 1
+    ]
+
+
+def _config(run: Path) -> dict[str, Any]:
+    try:
+        fields = read_yaml_file(config_of_run(run))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _flat(fields: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{before}{key}.")
+        else:
+            flat[f"{before}{key}"] = value
+    return flat

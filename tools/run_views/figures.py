@@ -1,0 +1,175 @@
+"""Runs over each other: loss, learning rate, gradient norm and throughput, as PNG and as SVG."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from data_pipeline.common.figures import GRID_COLOUR, TEXT_COLOUR, new_figure
+from megaback.tracking.loss_by_context import bucket_name, num_buckets
+from tools.run_views.curves import Axis, RunCurves
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, whose colours everybody can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MOST_RESTARTS = 1000
+_STYLES = ("-", "--", ":", "-.")
+_LABELS: dict[Axis, str] = {"step": "step", "tokens": "tokens", "time": "hours of training steps"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the curves are drawn."""
+
+    axis: Axis
+    smooth_steps: int
+    is_logarithmic: bool
+
+
+def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
+    """The panels, and a legend."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, StrMethodFormatter
+
+    has_contexts = any(len(run.context_loss.places) for run in runs)
+    figure = new_figure(12, 10.5 if has_contexts else 7.5)
+    grid = figure.add_gridspec(3 if has_contexts else 2, 2)
+    loss = figure.add_subplot(grid[0, 0])
+    rate, norm, speed = (
+        figure.add_subplot(grid[place], sharex=loss) for place in ((0, 1), (1, 0), (1, 1))
+    )
+    for axes in (loss, rate):
+        axes.tick_params(labelbottom=False)
+    if has_contexts:
+        _draw_contexts(figure.add_subplot(grid[2, :]), runs)
+    for number, run in enumerate(runs):
+        colour, style = _colour_and_style(number)
+        _draw_loss(loss, run, look, colour, style)
+        for axes, curve, width in (
+            (rate, run.learning_rate, 1),
+            (norm, run.gradient_norm, look.smooth_steps),
+            (speed, run.tokens_per_s, look.smooth_steps),
+        ):
+            drawn = curve.smoothed(width).thinned()
+            marker = "o" if len(drawn.places) == 1 else None
+            axes.plot(drawn.places, drawn.values, style, color=colour, linewidth=1.4, marker=marker)
+        for axes in (loss, rate, norm, speed):
+            # One artist, however many they are: a line takes milliseconds.
+            axes.vlines(
+                run.restarts[:_MOST_RESTARTS],
+                0,
+                1,
+                transform=axes.get_xaxis_transform(),
+                color=colour,
+                linewidth=0.7,
+                linestyle=(0, (1, 3)),
+            )
+    norm.set_yscale("log")
+    norm.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    norm.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    low, high = norm.get_ylim()
+    if high > 8 * low:  # more numbers between the powers of ten than there is room for
+        norm.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    if look.is_logarithmic:
+        loss.set_xscale("log")
+    elif max(run.num_steps for run in runs) == 1:
+        loss.set_xlim(left=0)  # not the neighbourhood of a single point
+    for axes, title in (
+        (loss, "loss (nats/token)"),
+        (rate, "learning rate"),
+        (norm, "gradient norm, before clipping"),
+        (speed, "tokens/s"),
+    ):
+        _furnish(axes, title)
+    speed.set_ylim(bottom=0)
+    speed.yaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in (norm, speed):
+        axes.set_xlabel(_LABELS[look.axis])
+        if not look.is_logarithmic and look.axis != "time":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    _draw_legend(figure, loss, runs)
+    return figure
+
+
+def _furnish(axes: "Axes", title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=TEXT_COLOUR)
+    axes.grid(color=GRID_COLOUR, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _colour_and_style(number: int) -> tuple[str, str]:
+    return COLOURS[number % len(COLOURS)], _STYLES[number // len(COLOURS) % len(_STYLES)]
+
+
+def _draw_contexts(axes: "Axes", runs: Sequence[RunCurves]) -> None:
+    """How much it helps to have read more."""
+    most = 1.0
+    for number, run in enumerate(runs):
+        colour, style = _colour_and_style(number)
+        curve = run.context_loss
+        axes.plot(curve.places, curve.values, "o" + style, color=colour, markersize=4)
+        most = max(most, *curve.places, 1.0)
+    axes.set_xscale("log", base=2)
+    buckets = range(num_buckets(int(most)))
+    axes.set_xticks([1 << bucket for bucket in buckets], list(map(bucket_name, buckets)))
+    _furnish(axes, "last val loss (nats/token) by tokens of context")
+
+
+def _draw_loss(axes: "Axes", run: RunCurves, look: Look, colour: str, style: str) -> None:
+    """Each step faintly, their mean over a window as a line, validations as rings."""
+    if look.smooth_steps > 1:
+        faint = run.loss.thinned()
+        axes.plot(faint.places, faint.values, color=colour, linewidth=0.5, alpha=0.25)
+    mean = run.loss.smoothed(look.smooth_steps).thinned()
+    marker = "o" if len(mean.places) == 1 else None
+    axes.plot(
+        mean.places, mean.values, style, color=colour, linewidth=1.6, marker=marker, label=run.name
+    )
+    axes.plot(
+        run.val_loss.places,
+        run.val_loss.values,
+        "o",
+        color=colour,
+        markerfacecolor="white",
+        markersize=4.5,
+    )
+    if len(run.skipped) and len(run.loss.places):
+        import numpy as np
+
+        heights = np.interp(run.skipped, run.loss.places, run.loss.values)
+        axes.plot(run.skipped, heights, "x", color=colour, markersize=6)
+
+
+def _draw_legend(figure: "Figure", axes: "Axes", runs: Sequence[RunCurves]) -> None:
+    """The runs, and the signs that were drawn."""
+    from matplotlib.lines import Line2D
+
+    handles, labels = axes.get_legend_handles_labels()
+    if any(len(run.val_loss.places) for run in runs):
+        ring = {"marker": "o", "markerfacecolor": "white", "markersize": 4.5, "linestyle": ""}
+        handles.append(Line2D([], [], color=TEXT_COLOUR, **ring))  # type: ignore[arg-type]
+        labels.append("val loss")
+    if any(len(run.restarts) for run in runs):
+        handles.append(Line2D([], [], color=TEXT_COLOUR, linewidth=0.7, linestyle=(0, (1, 3))))
+        labels.append("went on after a stop")
+    if any(len(run.skipped) for run in runs):
+        handles.append(Line2D([], [], color=TEXT_COLOUR, marker="x", linestyle=""))
+        labels.append("skipped step")
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=min(len(labels), 4), frameon=False
+    )
+
+
+def svg_of(figure: "Figure") -> str:
+    """The figure as an SVG element. The same figure gives the same text."""
+    import matplotlib as mpl
+
+    written = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "megaback", "svg.fonttype": "none"}):
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    text = written.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,135 @@
+"""From the ids that are written for a request to the parts of text that its client gets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_pipeline.text.codec import Direction, Prompt, TextCodec
+from data_pipeline.text.incremental import GrowingText, StopTexts
+from megaback.inference.batch import Step
+from tools.serving import schemas
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token with its probability and the likeliest ones in its place."""
+
+    piece_id: int
+    log_probability: float | None
+    """None for the first of ids that were given: nothing is before it."""
+    likeliest: Sequence[tuple[int, float]]
+    text_offset: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Text that has become certain, with the tokens that came since the part before."""
+
+    text: str
+    tokens: list[Token]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class ChoiceText:
+    """One choice, from step to step."""
+
+    codec: TextCodec
+    given: str
+    prompt: Prompt
+    stops: Sequence[str]
+    tokens: int = 0
+    """Written so far, without the end marker."""
+    finish_reason: FinishReason | None = None
+    _pending: list[Token] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._growing = GrowingText(self.codec, self.prompt.held_back)
+        leftwards = self._growing.grows_leftwards
+        self._stop_texts = StopTexts(self.stops, grows_leftwards=leftwards)
+        self._num_characters = 0 if leftwards else len(self.given)
+
+    def add(self, step: Step) -> Part:
+        """What one more step makes certain; the last part has the reason why it is the last."""
+        if step.is_end:
+            return self.finish("stop")
+        self.tokens += 1
+        text, offset = self._grown(step.new_id)
+        if step.log_probability is not None:
+            token = Token(step.new_id, step.log_probability, step.likeliest, offset)
+            self._pending.append(token)
+        text = self._stop_texts.add(text)
+        if self._stop_texts.is_found:
+            return self._last(text, "stop")
+        if step.is_last:
+            return self.finish("length", text)
+        return Part(text, self._taken() if text else [])
+
+    def finish(self, reason: FinishReason, before: str = "") -> Part:
+        """The rest, when nothing follows, together with a text that came just before."""
+        rest = self._stop_texts.add(self._growing.finish())
+        if not self._stop_texts.is_found:
+            rest = self.join([rest, self._stop_texts.finish()])
+        else:
+            reason = "stop"
+        return self._last(self.join([before, rest]), reason)
+
+    def join(self, parts: Sequence[str]) -> str:
+        """Parts of this choice, in the order of writing, as a person reads them."""
+        return "".join(reversed(parts) if self._growing.grows_leftwards else parts)
+
+    def _last(self, text: str, reason: FinishReason) -> Part:
+        self.finish_reason = reason
+        return Part(text, self._taken(), reason)
+
+    def _grown(self, piece_id: int) -> tuple[str, int]:
+        """What has become certain, and where the token's text begins in view of what is given."""
+        text, before = self._growing.add(piece_id), self._num_characters
+        self._num_characters += len(text)
+        return text, -self._num_characters if self._growing.grows_leftwards else before
+
+    def _taken(self) -> list[Token]:
+        tokens, self._pending = self._pending, []
+        return tokens
+
+
+def offsets(codec: TextCodec, ids: Sequence[int], text: str) -> list[int]:
+    """Where the tokens of a whole text begin in it, in the model's order."""
+    place = ChoiceText(codec, "", codec.prompt(""), [])
+    end = len(text) if codec.format.direction is Direction.BACKWARD else 0
+    return [end + place._grown(piece_id)[1] for piece_id in ids]
+
+
+def spelled(codec: TextCodec, piece_id: int) -> str:
+    """A token as OpenAI spells it: its text or, of a part of a character, its bytes."""
+    raw = codec.piece_bytes(piece_id)
+    if not raw:
+        return codec.piece(piece_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{value:02x}" for value in raw)
+
+
+def log_probs(codec: TextCodec, tokens: Sequence[Token]) -> schemas.LogProbs:
+    """What a client gets of tokens."""
+    tops: list[dict[str, float] | None] = []
+    for token in tokens:
+        if token.log_probability is None:
+            tops.append(None)
+            continue
+        top: dict[str, float] = {}
+        for piece_id, log_probability in (
+            *token.likeliest,
+            (token.piece_id, token.log_probability),
+        ):
+            top.setdefault(spelled(codec, piece_id), log_probability)
+        tops.append(top)
+    return schemas.LogProbs(
+        tokens=[spelled(codec, token.piece_id) for token in tokens],
+        token_logprobs=[token.log_probability for token in tokens],
+        top_logprobs=tops if any(token.likeliest for token in tokens) else None,
+        text_offset=[token.text_offset for token in tokens],
+    )

@@ -1,0 +1,84 @@
+"""What requests are answered with: models, the engine, limits and counts."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+from weakref import WeakSet
+
+from data_pipeline.text.incremental import sendable
+from megaback.inference.infill.infiller import Infiller
+from megaback.inference.steps import Steps
+from tools.serving.deadline import Deadline
+from tools.serving.errors import ProblemError
+from tools.serving.limits import MOST_MEETINGS_AT_ONCE, Limits
+from tools.serving.metrics import Metrics
+from tools.serving.models import ServedModel
+from tools.serving.worker import Engine
+
+_Result = TypeVar("_Result")
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    """One, so that texts, however many come at once, share the interpreter with the event loop."""
+    return ThreadPoolExecutor(1, thread_name_prefix="megaback-text")
+
+
+def _meetings() -> asyncio.Semaphore:
+    return asyncio.Semaphore(MOST_MEETINGS_AT_ONCE)
+
+
+@dataclass
+class Service:
+    """One server's parts."""
+
+    models: dict[str, ServedModel]
+    engine: Engine
+    limits: Limits
+    metrics: Metrics
+    infiller: Infiller | None = None
+    meetings: asyncio.Semaphore = field(default_factory=_meetings)
+    """Of the infiller's models: each has large tables in memory."""
+    _text_thread: ThreadPoolExecutor = field(default_factory=_one_thread)
+    _deadlines: "WeakSet[Deadline]" = field(default_factory=WeakSet)
+    _is_ending: bool = False
+
+    async def aside(self, function: Callable[[], _Result]) -> _Result:
+        """Compute what takes time in the length of a text off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._text_thread, function)
+
+    async def compute(self, steps: "Steps[_Result]") -> _Result:
+        """Compute something in the engine's thread, between the steps of samples."""
+        return await asyncio.wrap_future(self.engine.compute(steps))
+
+    def deadline(self, most_s: float | None = None) -> Deadline:
+        """Of a request that begins now, or of a part of its work, for which it has less time."""
+        deadline = Deadline(self.limits.request_s if most_s is None else most_s)
+        self._deadlines.add(deadline)
+        if self._is_ending:
+            deadline.end()
+        return deadline
+
+    def end(self) -> None:
+        """Answer all requests with what is written by now. To be called on the event loop."""
+        self._is_ending = True
+        for deadline in list(self._deadlines):
+            deadline.end()
+
+    def close(self) -> None:
+        """End the threads, and with them what is being written."""
+        self._text_thread.shutdown(wait=True, cancel_futures=True)
+        self.engine.close()
+
+    def model(self, name: str | None) -> ServedModel:
+        """A model by name, or the first one. Raises ProblemError when there is none."""
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            there = ", ".join(self.models)
+            shown = sendable(name)[:100]
+            raise ProblemError(
+                404, f"there is no model {shown!r}; use {there}", "model_not_found", param="model"
+            )
+        return self.models[name]

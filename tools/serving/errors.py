@@ -1,0 +1,96 @@
+"""Errors as OpenAI's clients know them: a status, and JSON that says what is wrong."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from data_pipeline.errors import ConfigError, PromptError
+from data_pipeline.text.incremental import sendable
+from tools.serving import schemas
+
+_log = logging.getLogger("megaback.serve")
+_MOST_SHOWN_CHARACTERS = 100
+Described = dict[int | str, dict[str, Any]]
+"""Answers by status, as FastAPI describes them."""
+DESCRIBED: Described = {
+    400: {"model": schemas.ProblemBody, "description": "The request makes no sense."},
+    401: {"model": schemas.ProblemBody, "description": "No token, or a wrong one."},
+    403: {"model": schemas.ProblemBody, "description": "Sent by a page of another site."},
+    404: {"model": schemas.ProblemBody, "description": "There is no such model."},
+    413: {"model": schemas.ProblemBody, "description": "The body is too large."},
+    415: {"model": schemas.ProblemBody, "description": "The body is not JSON."},
+    503: {"model": schemas.ProblemBody, "description": "Too much is asked for at once."},
+}
+
+
+class ProblemError(Exception):
+    """An answer that says what is wrong."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        param: str | None = None,
+    ) -> None:
+        """`param`: the field of the body that is wrong, if it is one."""
+        super().__init__(message)
+        self.status, self.message, self.code, self.headers = status, message, code, headers
+        self.param = param
+
+    def response(self) -> JSONResponse:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        problem = schemas.Problem(message=self.message, type=kind, param=self.param, code=self.code)
+        body = schemas.ProblemBody(error=problem).model_dump()
+        return JSONResponse(body, self.status, self.headers)
+
+
+def busy(message: str) -> ProblemError:
+    return ProblemError(503, message, "overloaded", {"Retry-After": "1"})
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of this application be answered in this form."""
+
+    @app.exception_handler(ProblemError)
+    async def on_problem(_request: Request, error: ProblemError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(PromptError)
+    @app.exception_handler(ConfigError)
+    async def on_wrong_value(_request: Request, error: Exception) -> JSONResponse:
+        return ProblemError(400, str(error), "invalid_value").response()
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code in (404, 405):
+            return _unanswered(app, request).response()
+        return ProblemError(error.status_code, str(error.detail), headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def on_defect(_request: Request, error: Exception) -> JSONResponse:
+        _log.error("a request could not be answered", exc_info=error)
+        return ProblemError(500, "the server failed; its log says why").response()
+
+
+def _unanswered(app: FastAPI, request: Request) -> ProblemError:
+    """Which methods a path has, or that there is no such path; the page's mount knows neither."""
+    path = request.url.path
+    shown = sendable(path[:_MOST_SHOWN_CHARACTERS])
+    methods = {
+        method
+        for route in app.routes
+        if isinstance(route, Route) and route.path_regex.match(path)
+        for method in route.methods or ()
+    }
+    if methods and request.method not in methods:
+        allowed = ", ".join(sorted(methods))
+        message = f"{shown} takes {allowed}, not {sendable(request.method)}"
+        return ProblemError(405, message, headers={"Allow": allowed})
+    return ProblemError(404, f"there is no {shown} here; /openapi.json describes what there is")

@@ -1,0 +1,251 @@
+"""What every request passes: who asks, from where, how much at once, how large, how slowly.
+
+Pure ASGI, so that nothing is read before it is known that it may be.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Iterator, Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tools.serving.errors import ProblemError, busy
+from tools.serving.host_names import Address, refusal
+from tools.serving.limits import Limits
+from tools.serving.metrics import Metrics
+
+_API_PATHS = ("/v1/", "/metrics")
+# A body that is too large is read on for a while, as a client that is still sending sees no answer.
+_MOST_PASSED_OVER_BYTES = 64 << 20
+_MOST_HEAD_BYTES = 1 << 14
+# Of an answer, after each of which the client has to have read: see connections.py.
+_PART_BYTES = 1 << 16
+_PAGE_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+_HEADERS = {
+    "content-security-policy": _PAGE_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+}
+
+
+class Guard:
+    """Wraps an application."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limits: Limits,
+        metrics: Metrics,
+        paths: Sequence[str],
+        token: str | None,
+        allowed: Sequence[Address],
+    ) -> None:
+        """`paths` are told apart in metrics. With a token, the API is for those who send it.
+
+        Without one, requests are answered that call this server by a loopback name or by one of
+        `allowed`.
+        """
+        self._app, self._limits, self._metrics = app, limits, metrics
+        self._paths = frozenset(paths)
+        self._token = None if token is None else token.encode()
+        self._allowed = allowed
+        self._num_open = 0
+        self._arriving: dict[asyncio.Task[bytes], None] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = time.monotonic()
+        status = 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            for part in _parts(message):
+                await send(part)
+
+        path = scope["path"]
+        scope = _usual(scope)
+        self._metrics.opened()
+        try:
+            await self._pass(scope, receive, send_with_headers)
+        except ProblemError as problem:
+            await problem.response()(scope, receive, send_with_headers)
+        finally:
+            seconds = time.monotonic() - started_s
+            self._metrics.answered(path if path in self._paths else "other", status, seconds)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        _require_short_head(scope)
+        self._require_here(headers)
+        if not scope["path"].startswith(_API_PATHS):
+            await self._app(scope, receive, send)
+            return
+        self._require_token(headers)
+        if scope["path"] == "/metrics":
+            await self._app(scope, receive, send)
+            return
+        if self._num_open >= self._limits.open_requests:
+            raise busy(f"{self._num_open} requests are open already; try again")
+        if scope["method"] == "POST" and not _is_json(headers["content-type"]):
+            raise ProblemError(
+                415,
+                f"the body's Content-Type is {headers['content-type'][:100]!r}; send JSON, and "
+                "the header Content-Type: application/json",
+            )
+        encoding = headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise ProblemError(
+                415,
+                f"the body's Content-Encoding is {encoding[:100]!r}; send it without compression",
+            )
+        body = await self._body(headers, receive)
+        # A slow body takes no place away from the requests that are there.
+        if self._num_open >= self._limits.open_requests:
+            raise busy(f"{self._num_open} requests are open already; try again")
+        self._num_open += 1
+        try:
+            await self._app(scope, _after(body, receive), send)
+        finally:
+            self._num_open -= 1
+
+    def _require_here(self, headers: Headers) -> None:
+        """Refuse what another site's page makes a browser send.
+
+        Not where there is a token, which such a page has not: then a proxy may name us as it likes.
+        """
+        if self._token is None:
+            host, origins = headers.get("host", ""), headers.getlist("origin")
+            if (why := refusal(host, origins, self._allowed)) is not None:
+                raise ProblemError(403, why)
+
+    def _require_token(self, headers: Headers) -> None:
+        if self._token is None:
+            return
+        scheme, _, sent = headers.get("authorization", "").partition(" ")
+        is_right = hmac.compare_digest(sent.strip().encode(), self._token)
+        if scheme.lower() != "bearer" or not is_right:
+            raise ProblemError(
+                401,
+                "send the server's token as Authorization: Bearer TOKEN",
+                "invalid_api_key",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """A body that comes in time. Of too many that come slowly, the first is not waited for."""
+        if len(self._arriving) >= self._limits.open_requests:
+            first = next(iter(self._arriving))
+            del self._arriving[first]
+            first.cancel()
+        reading = asyncio.ensure_future(self._read(headers, receive))
+        self._arriving[reading] = None
+        try:
+            await asyncio.wait({reading}, timeout=self._limits.body_s)
+            if not reading.done() or reading.cancelled():
+                raise ProblemError(408, "the body did not come in time")
+            return reading.result()
+        finally:
+            self._arriving.pop(reading, None)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        most = self._limits.body_bytes
+        body, passed_over, is_over = bytearray(), 0, False
+        announced = headers.get("content-length", "")
+        is_too_large = announced.isdecimal() and int(announced) > most
+        if is_too_large and headers.get("expect", "").lower() == "100-continue":
+            is_over = True  # The client has not begun, and waits to be told.
+        while not is_over:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ProblemError(400, "the client hung up")
+            is_over = not message.get("more_body", False)
+            part = message.get("body", b"")
+            is_too_large = is_too_large or len(body) + len(part) > most
+            if is_too_large:
+                body.clear()
+                passed_over += len(part)
+                is_over = is_over or passed_over > _MOST_PASSED_OVER_BYTES
+            else:
+                body += part
+        if is_too_large:
+            raise ProblemError(413, f"the body has more than {most} bytes; send less")
+        return bytes(body)
+
+
+def _require_short_head(scope: Scope) -> None:
+    """h11 refuses a longer one too, but not when all of it came at once."""
+    fields = sum(len(name) + len(value) for name, value in scope["headers"])
+    if fields + len(scope["raw_path"]) + len(scope["query_string"]) > _MOST_HEAD_BYTES:
+        raise ProblemError(
+            431, f"the line and the headers have more than {_MOST_HEAD_BYTES} bytes; send less"
+        )
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (
+        kind.startswith("application/") and kind.endswith("+json")
+    )
+
+
+def _usual(scope: Scope) -> Scope:
+    """A request as the application knows it: HEAD is GET, whose body uvicorn leaves out, and a
+    body of no type is JSON."""
+    headers = Headers(scope=scope)
+    if scope["method"] == "HEAD":
+        return {**scope, "method": "GET"}
+    if scope["method"] == "POST" and not headers.get("content-type"):
+        others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+        return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+    return scope
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """A message whose body is large in several, between which it is seen that the client reads."""
+    body = message.get("body", b"")
+    while len(body) > _PART_BYTES:
+        yield {**message, "body": body[:_PART_BYTES], "more_body": True}
+        body = body[_PART_BYTES:]
+    yield {**message, "body": body} if "body" in message else message
+
+
+def _after(body: bytes, receive: Receive) -> Receive:
+    """Give a body that has been read, then what comes after it."""
+    is_given = False
+
+    async def receive_again() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again

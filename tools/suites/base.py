@@ -1,0 +1,153 @@
+"""What a suite of `megaback eval` is given, and what it gives back."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.errors import BadRecordError, ConfigError, SourceEmptyError
+from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.sources.jsonl import read_records
+from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
+from data_pipeline.text.chat_format import ChatFormat, Example
+from megaback.inference.chat import Candidate, candidates_of_each
+from megaback.inference.decoder import Sampler
+from megaback.inference.device_pool import DevicePool
+from megaback.inference.sampling import SamplingOptions
+from megaback.scoring.bootstrap import Interval, mean_interval
+from megaback.scoring.pairs import Pair
+from megaback.scoring.scorer import Form, PairEncoder, Score, Scorer
+from megaback.weights.converted import model_folder
+from megaback.weights.model_folder import load_model_folder
+
+if TYPE_CHECKING:
+    import torch
+
+_WRITTEN_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """The files that suites read, and how much of them."""
+
+    rows: str | None = None
+    word_pattern: str = ""
+    passages: str | None = None
+    passage_characters: int = 300
+    shards: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    tokens: int = 100
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+
+    def need(self, name: str, suite: str) -> str:
+        """The value of an option that a suite cannot do without. Raises ConfigError."""
+        value: str | None = getattr(self, name)
+        if value is None:
+            raise ConfigError(f"--suite {suite} needs --{name}; name what it reads")
+        return value
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured value with its interval, over how many rows, and what one gets without a model."""
+
+    interval: Interval
+    rows: int
+    chance: float | None = None
+
+    @classmethod
+    def mean(cls, values: Sequence[float], seed: int, chance: float) -> "Metric":
+        """Of a value for each row."""
+        return cls(mean_interval(values, seed), len(values), chance)
+
+    def to_dict(self) -> dict[str, float | None]:
+        fields: dict[str, float | None] = {**self.interval.to_dict(), "rows": self.rows}
+        return fields if self.chance is None else {**fields, "chance": round(self.chance, 6)}
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What came out of one suite."""
+
+    rows: int
+    metrics: dict[str, Metric]
+    left_out: int = 0
+    """Rows that the context does not hold."""
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Evaluated:
+    """A model in a folder, as a suite uses it: it writes, and it scores."""
+
+    def __init__(self, folder: Path, device: "torch.device") -> None:
+        self.folder = folder = model_folder(folder)
+        self.device = device
+        self.model, self.description, self.codec = load_model_folder(folder, device)
+        self.form = ChatFormat(self.codec)
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        return Sampler(self.model, self.description.context_tokens, takes_over=False)
+
+    def likeliest(self, given: Sequence[str], tokens: int) -> list[Candidate]:
+        """What the model writes for each text when it always takes the likeliest token.
+
+        At most `tokens`, or what the context has room for.
+        """
+        prompts = [self.form.prompt(text) for text in given]
+        rooms = [self.description.context_tokens - len(prompt.ids) for prompt in prompts]
+        by_length = sorted(range(len(given)), key=rooms.__getitem__)
+        alone = [[number] for number in by_length if rooms[number] < tokens]
+        others = by_length[len(alone) :]
+        together = [
+            others[start : start + _WRITTEN_AT_ONCE]
+            for start in range(0, len(others), _WRITTEN_AT_ONCE)
+        ]
+        found: dict[int, Candidate] = {}
+        for numbers in (*alone, *together):
+            options = SamplingOptions(min(tokens, rooms[numbers[0]]), temperature=0.0)
+            chosen = [prompts[number] for number in numbers]
+            written = candidates_of_each(
+                self.model, self._sampler, self.form, chosen, options, count=1
+            )
+            found |= {number: one for number, (one,) in zip(numbers, written, strict=True)}
+        return [found[number] for number in range(len(given))]
+
+    def fits(self, example: Example) -> bool:
+        """Whether the context holds an example, so that it could be written."""
+        return len(self.form.encode(example).ids) <= self.description.context_tokens
+
+    def score(self, pairs: Sequence[Pair], form: Form, *, with_prior: bool = True) -> list[Score]:
+        encoder = PairEncoder(self.codec, form, self.description.context_tokens)
+        with Scorer(
+            encoder, DevicePool(self.folder, [self.device], self.model), with_prior=with_prior
+        ) as scorer:
+            return scorer.score(pairs)
+
+
+Suite = Callable[[Evaluated, Evaluated | None, SuiteOptions], SuiteResult]
+"""(model, forward model if there is one, options) -> what came out."""
+
+
+def read_examples(
+    source: str, limit: int | None, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+) -> list[Example]:
+    """Instruction rows. Raises BadRecordError, and SourceEmptyError when there is none."""
+    found: list[Example] = []
+    for example in _examples(source, max_record_bytes):
+        if limit is not None and len(found) >= limit:
+            break
+        found.append(example)
+    if not found:
+        raise SourceEmptyError(f"{source}: no instruction row is in it")
+    return found
+
+
+def _examples(source: str, max_record_bytes: int) -> Iterator[Example]:
+    columns = ExampleColumns()
+    for record in read_records(source, max_record_bytes):
+        if isinstance(record, BadRecordError):
+            raise record
+        yield from columns.examples(record.fields, record.where)

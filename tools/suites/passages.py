@@ -1,0 +1,136 @@
+"""Suites of running text: which passage came before this one, and how surprising text is."""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline.errors import DirectionMismatchError, ShardsMissingError, SourceEmptyError
+from data_pipeline.loading.frame_store import FrameStore
+from data_pipeline.loading.loader import sequential_batches
+from data_pipeline.loading.rows import IGNORED_TARGET, RowReader
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.sources.registry import list_source, read_slice
+from data_pipeline.text.codec import Direction
+from megaback.scoring.bootstrap import ratio_interval
+from megaback.scoring.pairs import Pair
+from megaback.scoring.scorer import Form
+from megaback.training.validation import to_device
+from tools.suites.base import Evaluated, Metric, SuiteOptions, SuiteResult
+from tools.suites.recall import NUM_CHOICES, first_is_best
+
+_DEFAULT_ITEMS = 500
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Two passages of one document; `first + second` is as it stands there."""
+
+    first: str
+    second: str
+
+
+def neighbours(text: str, characters: int) -> Iterator[Neighbours]:
+    """A document cut into passages of this many characters or a word more, and paired off.
+
+    A passage after the first begins with the whitespace before its first word.
+    """
+    cuts = [0]
+    while True:
+        at = cuts[-1] + characters
+        while at < len(text) and not text[at].isspace():
+            at += 1
+        if at >= len(text):
+            break
+        cuts.append(at)
+    for start, middle, stop in zip(cuts[::2], cuts[1::2], cuts[2::2], strict=False):
+        yield Neighbours(text[start:middle], text[middle:stop])
+
+
+def passage_choice(
+    evaluated: Evaluated, forward: Evaluated | None, options: SuiteOptions
+) -> SuiteResult:
+    """Which of ten passages came before this one? Nine are those before other ones.
+
+    By log P(first | second) and its ratio to log P(first) of the backward model and, where there is
+    a forward model, by its log P(second | first).
+    """
+    if evaluated.codec.format.direction is not Direction.BACKWARD:
+        raise DirectionMismatchError(
+            f"--suite passage-choice needs a model that writes backward, and {evaluated.folder} "
+            "writes forward; give that one as --forward"
+        )
+    if forward is not None and forward.codec.format.direction is not Direction.FORWARD:
+        raise DirectionMismatchError(
+            f"--forward needs a model that writes forward, and {forward.folder} writes backward"
+        )
+    source, longest = options.need("passages", "passage-choice"), options.max_record_bytes
+    items = [
+        item
+        for piece in list_source(source, max_record_bytes=longest).slices
+        for document in read_slice(piece, max_record_bytes=longest)
+        for item in neighbours(document.text, options.passage_characters)
+    ]
+    generator = random.Random(options.seed)
+    generator.shuffle(items)
+    drawn = items[: options.limit or _DEFAULT_ITEMS]
+    models = [evaluated] if forward is None else [evaluated, forward]
+    items = [item for item in drawn if all(_fits_with_any(item, model) for model in models)]
+    if len(items) < NUM_CHOICES:
+        raise SourceEmptyError(
+            f"{source}: it has {len(items)} pairs of passages of {options.passage_characters} "
+            f"characters that the context holds, and a choice needs {NUM_CHOICES}; name more text, "
+            "or make --passage-characters less"
+        )
+    pairs = []
+    for number, item in enumerate(items):
+        others = generator.sample([at for at in range(len(items)) if at != number], NUM_CHOICES - 1)
+        pairs += [Pair(items[at].first, item.second) for at in (number, *others)]
+    scores = evaluated.score(pairs, Form.PLAIN)
+    choices = {
+        "reverse": [one.log_probability for one in scores],
+        "prior-normalised": [one.log_ratio or 0.0 for one in scores],
+    }
+    if forward is not None:
+        of_forward = forward.score(pairs, Form.PLAIN, with_prior=False)
+        choices["forward"] = [one.log_probability for one in of_forward]
+    metrics = {}
+    for name, values in choices.items():
+        right = [
+            first_is_best(values[at : at + NUM_CHOICES])
+            for at in range(0, len(values), NUM_CHOICES)
+        ]
+        metrics[name] = Metric.mean(right, options.seed, 1 / NUM_CHOICES)
+    return SuiteResult(len(items), metrics, len(drawn) - len(items))
+
+
+def _fits_with_any(item: Neighbours, model: Evaluated) -> bool:
+    """Whether each passage takes at most half of the context, so that any two fit."""
+    most = (model.description.context_tokens - 1) // 2
+    return all(len(model.codec.encode(text)) <= most for text in (item.first, item.second))
+
+
+@torch.inference_mode()
+def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptions) -> SuiteResult:
+    """The val set of some shards, as validation in training measures it; resampled by rows."""
+    shards = options.need("shards", "bits-per-byte")
+    data_set = DataSet.open(shards)
+    if not data_set.manifest.split("val"):
+        raise ShardsMissingError(f"{data_set.name} has no val set; build it with --val-fraction")
+    frames = FrameStore(data_set, "val")
+    text_format = evaluated.description.text_format
+    rows = RowReader(frames, evaluated.description.context_tokens, text_format.direction)
+    rows.text_format.require_same(
+        text_format, f"the data set {data_set.name}", f"{evaluated.folder}"
+    )
+    num_bytes = evaluated.codec.piece_num_bytes()
+    nats_N, bytes_N = [], []
+    for batch in sequential_batches(frames, rows, 0, 1, 1):
+        targets = batch.targets_T[batch.targets_T != IGNORED_TARGET]
+        if len(targets):
+            nats_N.append(float(evaluated.model(*to_device(batch, evaluated.device)).sum()))
+            bytes_N.append(float(num_bytes[targets].sum()))
+    bits = ratio_interval(nats_N, bytes_N, options.seed).scaled(1 / math.log(2))
+    return SuiteResult(len(nats_N), {"bits/byte": Metric(bits, len(nats_N))})
