@@ -20,7 +20,7 @@ import click
 from smoke import Benchmark
 
 from data_pipeline.common.number_ranges import COUNT
-from megaback.config import load_config
+from megaback.config_file import load_config
 from tools.demo import run
 
 CONFIG = Path(__file__).with_name("backchat.yaml")

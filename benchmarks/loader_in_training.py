@@ -26,7 +26,8 @@ from smoke import Benchmark
 from data_pipeline.loading.rows import Batch
 from data_pipeline.shards.data_set import DataSet
 from launcher.ranks.local import rank_environment
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 
 _LEFT_OUT_STEPS = 3
 

@@ -28,7 +28,8 @@ import yaml
 from smoke import Benchmark
 
 from launcher.ranks.local import rank_environment, rank_names
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 from megaback.planning.data_facts import run_facts
 from megaback.planning.devices import cpu_device
 from megaback.planning.memory import RankMemory

@@ -21,9 +21,9 @@ from smoke import Benchmark, write_random_model
 
 from data_pipeline.text.codec import Direction
 from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from megaback.inference.decoder import load_sampler
 from megaback.inference.generate import complete
 from megaback.inference.sampling import SamplingOptions
-from megaback.weights.model_folder import load_sampler
 from tools.serve import listening_socket, run_server
 from tools.serving.limits import Limits
 from tools.serving.models import load_models

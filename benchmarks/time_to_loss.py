@@ -39,7 +39,8 @@ from torch import Tensor
 from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.loading.rows import IGNORED_TARGET
 from launcher.ranks.local import rank_environment
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 from megaback.data import Data, open_data
 from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT

@@ -17,7 +17,8 @@ from data_pipeline.common.number_ranges import (
 )
 from data_pipeline.common.terminal import say, table_lines
 from data_pipeline.errors import ConfigError
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 from megaback.planning.data_facts import RunFacts, run_facts
 from megaback.planning.devices import CPU, DEVICES, Device, cpu_device, find_device
 from megaback.planning.host_memory import host_memory_bytes

@@ -14,7 +14,7 @@ from data_pipeline.errors import MegabackError
 from launcher.ranks.hostfile import read_hostfile, run_on_hosts
 from launcher.ranks.local import plan_ranks, rank_environment, run_ranks, verdict
 from launcher.train_result import show_result
-from megaback.config import load_config
+from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.faults.exit_record import newest_start, read_exit, record_exit
 from megaback.faults.run_ownership import require_run_folder

@@ -9,7 +9,7 @@ from data_pipeline.common.durations import duration
 from data_pipeline.common.next_command import command, free_path, show_next
 from data_pipeline.common.terminal import say
 from data_pipeline.text.codec import Direction
-from megaback.checkpoints.checkpoint_names import meant_by
+from megaback.checkpoint_names import meant_by
 from megaback.config import Config
 from megaback.tracking.run_folder import newest_checkpoint_step
 from megaback.use_commands import use_commands

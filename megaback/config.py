@@ -14,19 +14,16 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    ValidationError,
     field_serializer,
     field_validator,
     model_validator,
 )
 
 from data_pipeline.common import number_ranges as ranges
-from data_pipeline.errors import BatchError, ConfigError
+from data_pipeline.errors import BatchError
 from data_pipeline.redaction import shown_url
 from data_pipeline.storage.address_variables import kept
 from data_pipeline.text.codec import Direction
-from megaback.config_messages import sentence
-from megaback.yaml_text import apply_override, read_yaml_argument
 
 _WHOLE = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?")
 
@@ -372,34 +369,6 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `key.sub=value` overrides in turn, and check the whole.
-
-    What it leaves out of `model` is that of init_from, if that is given. Raises ConfigError with
-    the file and the key, and a did-you-mean for a key that does not exist; and, for init_from, what
-    `with_base_shape` does.
-    """
-    from megaback.model.base_shape import with_base_shape  # it is built on this module
-
-    try:
-        fields = read_yaml_argument(path)
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {reason}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path} holds no keys; see configs/demo.yaml for a small example")
-    for override in overrides:
-        apply_override(fields, override)
-    fields = with_base_shape(fields)
-    try:
-        config = Config.model_validate(fields)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {sentence(error, Config)}") from None
-    return config.model_copy(update={"model": config.model.resolved()})
 
 
 def split_batch(batch: BatchSection, world_size: int) -> tuple[int, int]:

@@ -40,7 +40,8 @@ from data_pipeline.redaction import scrub
 from megaback.checkpoints.remote_copy import CheckpointCopier
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.checkpoints.state import named_state
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 from megaback.distributed.device_limits import peak_memory_bytes
 from megaback.distributed.engine import set_learning_rates, take_step
 from megaback.distributed.world import (

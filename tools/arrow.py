@@ -14,7 +14,7 @@ from data_pipeline.common.number_ranges import MANY, TWO_OR_MORE
 from data_pipeline.common.output_paths import is_our_picture, require_output
 from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.common.terminal import print_table, say
-from megaback.config import load_config
+from megaback.config_file import load_config
 from megaback.faults.run_ownership import require_run_folder
 from megaback.scoring.paired_difference import Gap
 from tools.direction_gap.result import JSON_NAME, Arrow, compare, is_summary

@@ -199,8 +199,8 @@ def _source_of(tokenizer: Path) -> str:
 
 
 def _run(folder: Path, verify: bool) -> Artefact:
-    from megaback.checkpoints.checkpoint_names import complete_checkpoints
-    from megaback.config import load_config
+    from megaback.checkpoint_names import complete_checkpoints
+    from megaback.config_file import load_config
     from megaback.faults.run_state import judge
     from megaback.tracking.metrics import METRICS_NAME, read_metrics
 
@@ -265,8 +265,8 @@ def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
 
 def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artefact:
     """`shown`: what names it in commands, if not its folder."""
+    from megaback.checkpoint_names import META_NAME, meant_by
     from megaback.checkpoints.checkpoint import find_checkpoint, read_meta
-    from megaback.checkpoints.checkpoint_names import META_NAME, meant_by
 
     path = meant_by(path)
     if not (path / META_NAME).is_file():
@@ -297,7 +297,7 @@ def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artefact
 
 
 def _checkpoints(folder: Path, verify: bool) -> Artefact:
-    from megaback.checkpoints.checkpoint_names import complete_checkpoints
+    from megaback.checkpoint_names import complete_checkpoints
 
     found = complete_checkpoints(folder.parent)
     if not found:

@@ -25,7 +25,7 @@ from data_pipeline.loading.order import Indices
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import SPLITS, ShardEntry
 from data_pipeline.shards.traversal import on_threads
-from megaback.config import load_config
+from megaback.config_file import load_config
 from megaback.data import Data, open_data
 from megaback.faults.run_ownership import config_of_run
 

@@ -17,7 +17,7 @@ from data_pipeline.common.next_command import command, override, show_next
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.regular_files import open_in_place
 from data_pipeline.errors import CheckpointMissingError, LaunchError
-from megaback.config import load_config
+from megaback.config_file import load_config
 from megaback.faults.exit_record import record_event
 from megaback.faults.run_ownership import config_of_run, require_own_checkpoints
 from megaback.faults.run_state import ROLLBACK_EVENT
@@ -33,13 +33,13 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     Raises CheckpointMissingError, CheckpointCorruptError, LaunchError while it is training, and
     StorageError where its copies cannot be set back.
     """
-    from megaback.checkpoints.checkpoint import read_meta, verify_files
-    from megaback.checkpoints.checkpoint_names import (
+    from megaback.checkpoint_names import (
         CHECKPOINTS_FOLDER,
         LATEST_NAME,
         complete_checkpoints,
         step_of,
     )
+    from megaback.checkpoints.checkpoint import read_meta, verify_files
     from megaback.faults.step_guard import with_range, write_skipped_steps
     from megaback.tracking.metrics import METRICS_NAME, read_metrics
     from megaback.training.setup import LOCK_NAME

@@ -19,7 +19,7 @@ from data_pipeline.common.command import Command
 from data_pipeline.common.durations import duration
 from data_pipeline.common.terminal import fit
 from data_pipeline.errors import CheckpointCorruptError
-from megaback.checkpoints.checkpoint_names import META_NAME, complete_checkpoints, step_of
+from megaback.checkpoint_names import META_NAME, complete_checkpoints, step_of
 from megaback.faults.exit_record import read_history
 from megaback.tracking.metrics import LEAST_DATA_WAIT_SHARE, METRICS_NAME, read_metrics
 from tools.watch import Health, look

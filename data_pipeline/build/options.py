@@ -28,10 +28,10 @@ from data_pipeline.common.number_ranges import (
 )
 from data_pipeline.common.terminal import say
 from data_pipeline.shards.compression import DEFAULT_LEVEL
+from data_pipeline.shards.left_out import echo_left_out, noun_of
 from data_pipeline.shards.manifest import SPLITS, Manifest
 from data_pipeline.shards.shard_format import DEFAULT_FRAME_TOKENS
 from data_pipeline.sources.record_limits import max_record_bytes_option
-from data_pipeline.sources.skipped import skipped_lines
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -191,24 +191,9 @@ def num_workers(workers: int | None) -> int:
     return workers or len(os.sched_getaffinity(0))
 
 
-def echo_left_out(manifest: Manifest) -> None:
-    """Report what of the sources is not in a data set, and why."""
-    if manifest.left_out:
-        counted = ", ".join(
-            f"{number:,} ({name.replace('_', ' ')})" for name, number in manifest.left_out.items()
-        )
-        click.echo(f"{_noun(manifest)} left out: {counted}")
-    for line in skipped_lines(manifest.skipped):
-        click.echo(line)
-
-
-def _noun(manifest: Manifest) -> str:
-    return "documents" if manifest.row_tokens is None else "examples"
-
-
 def echo_manifest(manifest: Manifest, out: Path) -> None:
     """Tell what a finished data set holds, and what to type next."""
-    noun = _noun(manifest)
+    noun = noun_of(manifest)
     for split in SPLITS:
         total = manifest.total(split)
         say(

@@ -19,9 +19,9 @@ from typing import IO, Any
 import click
 
 from data_pipeline.common.command import is_device, replacing
+from data_pipeline.common.local_paths import local_path
 from data_pipeline.common.regular_files import read_file
 from data_pipeline.errors import OutputExistsError
-from data_pipeline.sources.files import local_path
 
 MAKER = "megaback"
 _STDOUT = "-"

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from data_pipeline.common.file_names import path_within
 from data_pipeline.common.limits import MAX_DICTIONARY_BYTES, MAX_TOKENIZER_BYTES
+from data_pipeline.common.local_paths import local_path
 from data_pipeline.common.regular_files import read_file
 from data_pipeline.errors import ShardCorruptError, TokenizerError
 from data_pipeline.shards.cache_folder import require_cache_folder
@@ -25,7 +26,6 @@ from data_pipeline.shards.manifest import (
 )
 from data_pipeline.shards.shard_format import ShardReader
 from data_pipeline.shards.traversal import num_frames
-from data_pipeline.sources.files import local_path
 from data_pipeline.storage.byte_ranges import ByteRanges, LocalRanges
 from data_pipeline.storage.remote_folder import RemoteFolder
 from data_pipeline.text.codec import TextCodec

@@ -11,13 +11,13 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.build.options import echo_left_out
 from data_pipeline.common.command import Command
 from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY
 from data_pipeline.common.output_paths import is_our_picture, overwrite_option, require_output
 from data_pipeline.common.terminal import say
 from data_pipeline.errors import ConfigError
 from data_pipeline.shards.document_lengths import DocumentLengths, describe, read_document_lengths
+from data_pipeline.shards.left_out import echo_left_out
 from data_pipeline.shards.length_plot import draw_histogram, require_matplotlib
 from data_pipeline.shards.manifest import SPLITS, Manifest, ShardEntry
 from data_pipeline.shards.traversal import num_frames, on_threads, spread_frames

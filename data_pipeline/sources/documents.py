@@ -4,22 +4,16 @@ A slice can be read without the other slices, by any process; its stamp says whe
 is still what was listed.
 """
 
-import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from pathlib import Path
 
-from data_pipeline.common.regular_files import open_file
 from data_pipeline.common.shown_names import shown_names
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
 from data_pipeline.redaction import place_of, shown_url
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.record_limits import is_longer, too_long
-
-STAMPED_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -103,21 +97,6 @@ class Slice:
             self.size_bytes,
             self.stamp,
         )
-
-
-def file_stamp(path: Path) -> str:
-    """Digest of a regular file's size and of its first and last 64 KiB. Raises OSError."""
-    with os.fdopen(open_file(path), "rb") as file:
-        head = file.read(STAMPED_BYTES)
-        size_bytes = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size_bytes - STAMPED_BYTES))
-        tail = file.read(STAMPED_BYTES)
-    return stamp_of(size_bytes, head, tail)
-
-
-def stamp_of(size_bytes: int, head: bytes, tail: bytes) -> str:
-    """Digest of a file's size and of its first and last 64 KiB."""
-    return hashlib.sha256(b"%d:" % size_bytes + head + tail).hexdigest()
 
 
 def require_stamp(piece: Slice, stamp: str) -> None:

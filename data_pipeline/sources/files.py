@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, Protocol
 from data_pipeline.common.regular_files import open_file
 from data_pipeline.redaction import is_url, shown_url
 from data_pipeline.sources.decompression import COMPRESSIONS
-from data_pipeline.sources.documents import file_stamp
 from data_pipeline.storage import remote_file
+from data_pipeline.storage.stamps import file_stamp
 
 _KINDS = {
     ".parquet": "parquet",
@@ -28,7 +28,6 @@ SUFFIXES = (
     "HTML with --html)"
 )
 """What can be read, for messages."""
-_LOCAL_URL = "file://"
 _PARQUET_BUFFER_BYTES = 1 << 20
 
 
@@ -85,13 +84,6 @@ class UrlFile:
 def look_at(address: str) -> DataFile:
     """Looks at a file. Raises OSError, SourceUnreadableError, BackendError."""
     return UrlFile(address) if is_url(address) else LocalFile(Path(address))
-
-
-def local_path(source: str) -> Path | None:
-    """The path that a source names; None for the URL of another machine."""
-    if source.startswith(_LOCAL_URL):
-        return Path(source.removeprefix(_LOCAL_URL))
-    return None if is_url(source) else Path(source).expanduser()
 
 
 def name_of(address: str) -> PurePath:

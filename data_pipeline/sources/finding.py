@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from data_pipeline.common.local_paths import local_path
 from data_pipeline.errors import SourceMissingError
 from data_pipeline.redaction import is_url, shown_url
-from data_pipeline.sources.files import SUFFIXES, kind_of, local_path, look_at, suffix_of
+from data_pipeline.sources.files import SUFFIXES, kind_of, look_at, suffix_of
 from data_pipeline.sources.skipped import FILES, Skipped, count_skipped, merged, skipped_lines
 from data_pipeline.sources.zip_files import zip_members
 from data_pipeline.storage import remote_file

@@ -27,7 +27,6 @@ from data_pipeline.sources.documents import (
     OnBadRecord,
     Slice,
     documents_of,
-    file_stamp,
     require_columns,
     require_short,
     require_stamp,
@@ -37,6 +36,7 @@ from data_pipeline.sources.files import kind_of, name_of
 from data_pipeline.sources.memory_fence import MemoryFence, count_arrow_memory
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
 from data_pipeline.storage.retries import reason_of, require_hub, with_retries
+from data_pipeline.storage.stamps import file_stamp
 
 Result = TypeVar("Result")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+from data_pipeline.common.local_paths import local_path
 from data_pipeline.errors import ConfigError, OutputExistsError, SourceEmptyError
 from data_pipeline.redaction import is_url, place_of, shown_url
 from data_pipeline.sources.documents import (
@@ -24,7 +25,6 @@ from data_pipeline.sources.documents import (
     stop_at_bad_record,
 )
 from data_pipeline.sources.file_reader import list_files, read_file, refused
-from data_pipeline.sources.files import local_path
 from data_pipeline.sources.finding import find_files
 from data_pipeline.sources.hub import list_hub_slices, read_hub_slice
 from data_pipeline.sources.pydocs import list_pydocs_slices, read_pydocs_slice

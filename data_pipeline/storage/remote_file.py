@@ -18,11 +18,11 @@ from data_pipeline.errors import (
     SourceUnreadableError,
 )
 from data_pipeline.redaction import shown_url
-from data_pipeline.sources.documents import STAMPED_BYTES, stamp_of
 from data_pipeline.storage import retries
 from data_pipeline.storage.address_variables import expanded
 from data_pipeline.storage.http_ranges import CLIENT_OPTIONS, FileFacts, fetch_facts, fetch_range
 from data_pipeline.storage.retries import TransientError, reason_of, require_hub, with_retries
+from data_pipeline.storage.stamps import STAMPED_BYTES, stamp_of
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -33,7 +33,7 @@ from launcher.ranks.local import (
     start_rank,
     stay_with,
 )
-from megaback.faults.stop_request import HOST_VARIABLE
+from megaback.environment import HOST_VARIABLE
 
 SSH_VARIABLE = "MEGABACK_SSH"
 """The ssh command with its options, if not `ssh`."""

@@ -25,7 +25,7 @@ from data_pipeline.errors import (
 )
 from megaback.config import Config
 from megaback.distributed.visible_devices import count_devices
-from megaback.faults.stop_request import LAUNCHER_VARIABLE
+from megaback.environment import LAUNCHER_VARIABLE
 
 CONNECTION_LOST = 255
 """ssh's own exit code."""

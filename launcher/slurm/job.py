@@ -25,7 +25,8 @@ from data_pipeline.errors import (
 )
 from data_pipeline.redaction import VARIABLE_PREFIX
 from launcher.slurm.commands import find_job
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.faults.exit_record import read_bad_nodes, read_exit, record_event
 from megaback.faults.run_ownership import require_run_folder

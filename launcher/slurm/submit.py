@@ -48,7 +48,8 @@ from launcher.slurm.stages import (
     train_file,
     train_stage,
 )
-from megaback.config import CONFIG_COPY_NAME, Config, load_config
+from megaback.config import CONFIG_COPY_NAME, Config
+from megaback.config_file import load_config
 from megaback.faults.run_ownership import require_run_folder
 from megaback.tracking.run_folder import jobs_of
 

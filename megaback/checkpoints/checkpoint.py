@@ -9,14 +9,11 @@ pickle in it. `latest` beside it is for people; nothing here reads it.
 
 import json
 import math
-import platform
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.common.checked_json import require_sha256, require_within
@@ -31,7 +28,7 @@ from data_pipeline.errors import (
     RunMismatchError,
 )
 from data_pipeline.text.codec import TextFormat
-from megaback.checkpoints.checkpoint_names import (
+from megaback.checkpoint_names import (
     CHECKPOINTS_FOLDER,
     FILE_NAME,
     META_NAME,
@@ -87,21 +84,6 @@ class CheckpointMeta:
 
 
 _META = TypeAdapter(CheckpointMeta)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    import deepspeed
-
-    from megaback import __version__
-
-    return {
-        "megaback": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | None:

@@ -25,18 +25,18 @@ from data_pipeline.errors import (
 )
 from data_pipeline.redaction import is_url, scrub, shown_url
 from data_pipeline.storage.remote_file import open_file_system
+from megaback.checkpoint_names import (
+    CHECKPOINT_FILE,
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    STEP_FOLDER,
+)
 from megaback.checkpoints.checkpoint import (
     MAX_META_BYTES,
     CheckpointMeta,
     parse_meta,
     read_meta,
     verify_files,
-)
-from megaback.checkpoints.checkpoint_names import (
-    CHECKPOINT_FILE,
-    CHECKPOINTS_FOLDER,
-    META_NAME,
-    STEP_FOLDER,
 )
 from megaback.checkpoints.safetensors_file import SizeAndHash
 from megaback.config import CheckpointSection

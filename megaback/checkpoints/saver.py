@@ -19,14 +19,7 @@ from data_pipeline.common.command import replacing, storage_error, write_text
 from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
-from megaback.checkpoints.checkpoint import (
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    CheckpointMeta,
-    read_meta,
-    verify_files,
-)
-from megaback.checkpoints.checkpoint_names import (
+from megaback.checkpoint_names import (
     BEST_NAME,
     CHECKPOINT_FILE,
     CHECKPOINTS_FOLDER,
@@ -38,6 +31,13 @@ from megaback.checkpoints.checkpoint_names import (
     complete_checkpoints,
     meant_by,
     step_name,
+)
+from megaback.checkpoints.checkpoint import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    CheckpointMeta,
+    read_meta,
+    verify_files,
 )
 from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, write_tensors
 from megaback.checkpoints.state import WEIGHT

@@ -10,7 +10,7 @@ import torch
 from data_pipeline.errors import BackendError
 from megaback.planning.devices import CPU, devices_named_like
 from megaback.planning.host_memory import free_host_memory_bytes, host_memory_bytes
-from megaback.training.memory_room import RankRoom
+from megaback.planning.memory_room import RankRoom
 
 
 def device_peak_flops(device: torch.device, precision: str) -> float | None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from data_pipeline.errors import LaunchError
 from megaback.distributed.slurm_nodes import first_node
-from megaback.faults.stop_request import HOST_VARIABLE
+from megaback.environment import HOST_VARIABLE
 
 _LOOPBACK = "lo"
 """Linux's name of the interface."""

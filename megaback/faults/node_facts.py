@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from megaback.checkpoints.checkpoint import library_versions
 from megaback.distributed.rendezvous import node_name
+from megaback.distributed.versions import library_versions
 from megaback.installation import ROOT
 
 _TRIES = 10

@@ -16,7 +16,7 @@ from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.output_paths import require_apart
 from data_pipeline.common.regular_files import require_no_link
 from data_pipeline.errors import OutputExistsError
-from megaback.checkpoints.checkpoint_names import CHECKPOINTS_FOLDER
+from megaback.checkpoint_names import CHECKPOINTS_FOLDER
 from megaback.config import CONFIG_COPY_NAME, Config
 from megaback.faults.exit_record import HISTORY_NAME, read_history
 from megaback.yaml_text import read_yaml_file

@@ -13,11 +13,8 @@ from datetime import datetime
 from types import FrameType
 
 from data_pipeline.errors import ConfigError, UserInterruptError
+from megaback.environment import LAUNCHER_VARIABLE
 
-LAUNCHER_VARIABLE = "MEGABACK_LAUNCHER"
-"""The process that started this rank, and that it is not to outlive."""
-HOST_VARIABLE = "MEGABACK_HOST"
-"""This node's name in the hostfile."""
 _LEAD_S = 60.0
 _SAME_REQUEST_S = 1.0
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")

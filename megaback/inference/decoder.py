@@ -10,15 +10,18 @@ head dimension, F MLP width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
+from data_pipeline.text.codec import TextCodec
 from megaback.inference.kv_cache import Cache, KeyValueCache, LayerState, Reach
 from megaback.inference.steps import Steps, finish
 from megaback.model.compiler import require_compiler
 from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
+from megaback.weights.model_folder import ModelDescription, load_model_folder
 
 Judged = tuple[float, tuple[tuple[int, float], ...]]
 """log P of an id in nats, and the likeliest ids in its place with theirs."""
@@ -306,3 +309,17 @@ def _packed(matrices: list[nn.Linear], rows: int = 16) -> Product:
     stacked = torch.cat([matrix.weight.detach() for matrix in matrices])
     weight = torch.ops.mkldnn._reorder_linear_weight(stacked, rows)
     return lambda hidden_ND: linear(hidden_ND, weight, None, "none", [], "")
+
+
+def load_sampler(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    usual_rows: int = 1,
+    compiled: bool = False,
+) -> tuple[Sampler, ModelDescription, TextCodec]:
+    """A model ready to write, with the codec that its texts go through."""
+    model, description, codec = load_model_folder(folder, device, dtype)
+    sampler = Sampler(model, description.context_tokens, usual_rows=usual_rows, compiled=compiled)
+    return sampler, description, codec

@@ -12,11 +12,11 @@ import torch
 
 from data_pipeline.errors import BackendError, DirectionMismatchError
 from data_pipeline.text.codec import Direction, TextCodec
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Sampler, load_sampler
 from megaback.inference.generate import generate_many
 from megaback.inference.sampling import SamplingOptions
 from megaback.weights.converted import model_folder
-from megaback.weights.model_folder import ModelDescription, load_sampler
+from megaback.weights.model_folder import ModelDescription
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

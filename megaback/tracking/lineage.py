@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.checked_json import read_json
-from megaback.checkpoints.checkpoint_names import (
+from megaback.checkpoint_names import (
     CHECKPOINTS_FOLDER,
     META_NAME,
     complete_checkpoints,

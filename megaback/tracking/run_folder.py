@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.checked_json import read_json
-from megaback.checkpoints.checkpoint_names import complete_checkpoints, step_of
+from megaback.checkpoint_names import complete_checkpoints, step_of
 from megaback.faults.exit_record import HISTORY_NAME, read_history
 from megaback.faults.run_records import last_lines
 from megaback.tracking.metrics import METRICS_NAME, parsed_line

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_pipeline.common.command import write_text
-from megaback.checkpoints.checkpoint_names import (
+from megaback.checkpoint_names import (
     BEST_NAME,
     CHECKPOINTS_FOLDER,
     META_NAME,

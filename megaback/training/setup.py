@@ -14,6 +14,7 @@ import torch
 
 from data_pipeline.common.command import write_text
 from data_pipeline.common.differences import differing_keys, shown_values
+from data_pipeline.common.local_paths import local_path
 from data_pipeline.common.output_paths import require_apart
 from data_pipeline.common.regular_files import open_in_place
 from data_pipeline.errors import (
@@ -23,18 +24,12 @@ from data_pipeline.errors import (
     OutputExistsError,
     RunMismatchError,
 )
-from data_pipeline.sources.files import local_path
-from megaback.checkpoints.checkpoint import (
-    CheckpointMeta,
-    library_versions,
-    load_into_engine,
-    newest_checkpoint,
-)
-from megaback.checkpoints.checkpoint_names import (
+from megaback.checkpoint_names import (
     CHECKPOINTS_FOLDER,
     complete_checkpoints,
     step_name,
 )
+from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, newest_checkpoint
 from megaback.checkpoints.remote_copy import SecondPlace, fetch_newest, newest_meta
 from megaback.checkpoints.state import num_updates
 from megaback.config import Config, ModelSection
@@ -46,6 +41,7 @@ from megaback.distributed.device_limits import (
     require_precision,
 )
 from megaback.distributed.engine import start_engine
+from megaback.distributed.versions import library_versions
 from megaback.distributed.world import World
 from megaback.faults.exit_record import record_exit, record_start
 from megaback.faults.preflight import preflight
@@ -56,8 +52,8 @@ from megaback.model.attention import attention_backend
 from megaback.model.compiler import require_compiler
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.flops import flops_per_token
+from megaback.planning.memory_room import RankRoom, require_memory
 from megaback.tracking.trackers import require_installed
-from megaback.training.memory_room import RankRoom, require_memory
 from megaback.training.start import (
     Changes,
     NothingLeft,

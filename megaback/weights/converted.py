@@ -23,7 +23,7 @@ import torch
 from data_pipeline.common.locks import locked
 from data_pipeline.common.own_files import holds_only, remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
-from megaback.checkpoints.checkpoint_names import (
+from megaback.checkpoint_names import (
     CHECKPOINTS_FOLDER,
     META_NAME,
     complete_checkpoints,

@@ -34,7 +34,6 @@ from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction, TextCodec, TextFormat, Unit
 from megaback.checkpoints.safetensors_file import Spec
 from megaback.config import ModelSection
-from megaback.inference.decoder import Sampler
 from megaback.model.attention import attention_backend
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.host_memory import host_memory_bytes
@@ -344,17 +343,3 @@ def _require_memory(folder: Path, description: ModelDescription, dtype: torch.dt
             f"context of {description.context_tokens:,} tokens, and this machine has "
             f"{there / 1e9:,.1f} GB; use one with more memory, or a smaller model"
         )
-
-
-def load_sampler(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    usual_rows: int = 1,
-    compiled: bool = False,
-) -> tuple[Sampler, ModelDescription, TextCodec]:
-    """A model ready to write, with the codec that its texts go through."""
-    model, description, codec = load_model_folder(folder, device, dtype)
-    sampler = Sampler(model, description.context_tokens, usual_rows=usual_rows, compiled=compiled)
-    return sampler, description, codec

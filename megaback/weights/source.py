@@ -12,8 +12,8 @@ from torch import Tensor
 from data_pipeline.common.file_names import path_within
 from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
+from megaback.checkpoint_names import WEIGHTS_PREFIX
 from megaback.checkpoints.checkpoint import CheckpointMeta, config_of, find_checkpoint, saved_state
-from megaback.checkpoints.checkpoint_names import WEIGHTS_PREFIX
 from megaback.checkpoints.safetensors_file import Spec
 from megaback.checkpoints.state import WEIGHT
 from megaback.model.gpt import ReverseGPT

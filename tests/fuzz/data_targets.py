@@ -289,7 +289,7 @@ def hostfile(folder: Path) -> Target:
 
 
 def config(folder: Path) -> Target:
-    from megaback.config import load_config
+    from megaback.config_file import load_config
 
     path = folder / "config.yaml"
     root = Path(__file__).parents[2]

@@ -15,11 +15,13 @@ from reshard_worker import STEPS, new_engine, train
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megaback.checkpoints.checkpoint import CheckpointMeta, library_versions
+from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.checkpoints.state import named_state, num_updates
-from megaback.config import CheckpointSection, Config, load_config
+from megaback.config import CheckpointSection, Config
+from megaback.config_file import load_config
 from megaback.data import open_data
+from megaback.distributed.versions import library_versions
 from megaback.distributed.world import World, end_rank, start_world
 from megaback.model.attention import Segments
 

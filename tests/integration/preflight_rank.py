@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from megaback.config import load_config
+from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.distributed.world import AgreedExit, World, end_rank, start_world
+from megaback.environment import HOST_VARIABLE
 from megaback.faults import node_facts, preflight, shared_disk
-from megaback.faults.stop_request import HOST_VARIABLE
 
 BAD_RANK = 1
 EVERYWHERE = {"full disk"}

@@ -19,7 +19,8 @@ from data_pipeline.errors import RunMismatchError
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, read_meta
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.checkpoints.state import named_state, num_updates
-from megaback.config import CheckpointSection, Config, load_config
+from megaback.config import CheckpointSection, Config
+from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.distributed.engine import set_learning_rates, start_engine, take_step
 from megaback.distributed.world import World, end_rank, start_world

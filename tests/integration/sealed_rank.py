@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import PreemptedError
-from megaback.config import load_config
+from megaback.config_file import load_config
 from megaback.distributed.world import AgreedExit, World, end_rank, start_world
 from megaback.faults.exit_record import read_exit
 from megaback.faults.stop_request import StopRequest

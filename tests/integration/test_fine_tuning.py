@@ -18,8 +18,8 @@ from data_pipeline.loading.rows import RowReader
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.text.codec import Direction, TextCodec
+from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import find_checkpoint
-from megaback.checkpoints.checkpoint_names import complete_checkpoints
 from megaback.training.validation import to_device
 from megaback.weights.model_folder import load_model_folder
 from tools.convert import convert_full

@@ -17,7 +17,7 @@ from tiny_run import TOTAL_STEPS, metrics_of, training_environment, wait_for_ste
 from warm_ranks import WarmRanks
 
 from data_pipeline.errors import PreemptedError, RunMismatchError, UserInterruptError
-from megaback.checkpoints.checkpoint_names import complete_checkpoints
+from megaback.checkpoint_names import complete_checkpoints
 from megaback.faults.exit_record import read_history
 from tools.watch import look
 

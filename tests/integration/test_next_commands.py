@@ -24,7 +24,7 @@ from warm_ranks import WarmRanks
 from data_pipeline.text.codec import Direction, TextCodec
 from launcher.train_result import show_result
 from megaback.cli import main as megaback
-from megaback.config import load_config
+from megaback.config_file import load_config
 
 pytestmark = pytest.mark.slow
 

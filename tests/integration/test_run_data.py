@@ -14,8 +14,8 @@ from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.shard_format import ShardReader
 from data_pipeline.text.codec import TextCodec
+from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import read_meta
-from megaback.checkpoints.checkpoint_names import complete_checkpoints
 from megaback.tracking.metrics import read_metrics
 
 Run = subprocess.CompletedProcess[str]

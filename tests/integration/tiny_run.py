@@ -20,7 +20,8 @@ from torch import Tensor
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.shard_format import ShardReader
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT

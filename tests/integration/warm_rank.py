@@ -12,7 +12,7 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from megaback.config import load_config
+from megaback.config_file import load_config
 from megaback.distributed.world import World, end_rank, start_world
 from megaback.faults.stop_request import StopRequest
 from megaback.faults.watchdog import Pulse

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
+from megaback.checkpoint_names import META_NAME
 from megaback.checkpoints.checkpoint import (
     CheckpointMeta,
     find_checkpoint,
@@ -15,7 +16,6 @@ from megaback.checkpoints.checkpoint import (
     read_meta,
     verify_files,
 )
-from megaback.checkpoints.checkpoint_names import META_NAME
 from megaback.distributed.world import World
 
 Save = Callable[..., Path]

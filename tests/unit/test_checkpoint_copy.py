@@ -11,13 +11,13 @@ import fsspec
 import pytest
 
 from data_pipeline.errors import CheckpointCorruptError, OutputExistsError, SourceMissingError
+from megaback.checkpoint_names import META_NAME, complete_checkpoints
 from megaback.checkpoints.checkpoint import (
     find_checkpoint,
     newest_checkpoint,
     read_meta,
     verify_files,
 )
-from megaback.checkpoints.checkpoint_names import META_NAME, complete_checkpoints
 from megaback.checkpoints.remote_copy import CheckpointCopier, SecondPlace, fetch_newest
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.errors import StorageError
+from megaback.checkpoint_names import META_NAME, complete_checkpoints
 from megaback.checkpoints import saver as checkpoint_saver
 from megaback.checkpoints.checkpoint import (
     CheckpointMeta,
@@ -27,7 +28,6 @@ from megaback.checkpoints.checkpoint import (
     read_meta,
     verify_files,
 )
-from megaback.checkpoints.checkpoint_names import META_NAME, complete_checkpoints
 from megaback.checkpoints.safetensors_file import write_tensors
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.config import CheckpointSection

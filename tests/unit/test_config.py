@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import BatchError, ConfigError, MegabackError
 from data_pipeline.storage.address_variables import expanded
-from megaback.config import BatchSection, Config, load_config, split_batch
+from megaback.config import BatchSection, Config, split_batch
+from megaback.config_file import load_config
 from megaback.model.gpt import ReverseGPT
 from megaback.shown_config import shown_config
 from megaback.yaml_text import kept_overrides

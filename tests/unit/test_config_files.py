@@ -16,7 +16,8 @@ from data_pipeline.errors import (
     RunMismatchError,
 )
 from data_pipeline.text.codec import TextCodec
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 from tools.convert import convert
 
 FIELDS: dict[str, Any] = {

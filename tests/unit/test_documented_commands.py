@@ -13,7 +13,7 @@ import pytest
 import megaback
 from data_pipeline.errors import MegabackError
 from megaback.cli import main
-from megaback.config import load_config
+from megaback.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks/README.md"]

@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.loading.rows import Batch
-from megaback.config import ModelSection, load_config
+from megaback.config import ModelSection
+from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT

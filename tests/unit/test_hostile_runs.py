@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import CheckpointCorruptError, ConfigError, MegabackError
 from launcher.slurm.job import true_code
 from launcher.slurm.jobs import look_at as jobs_look
-from megaback.config import load_config
+from megaback.config_file import load_config
 from megaback.faults.exit_record import EXIT_NAME, HISTORY_NAME, read_exit, read_history
 from megaback.faults.heartbeat import heartbeat_path, read_heartbeats
 from megaback.faults.run_ownership import is_run_of_ours, place_of_config

@@ -22,7 +22,7 @@ from data_pipeline.errors import (
 )
 from launcher.ranks import local
 from launcher.ranks.local import rank_environment, rank_names, run_ranks
-from megaback.faults.stop_request import LAUNCHER_VARIABLE
+from megaback.environment import LAUNCHER_VARIABLE
 
 RunRanks = Callable[[str, int], tuple[list[int], list[int]]]
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]

@@ -31,7 +31,8 @@ from data_pipeline.loading.mixture import Mixture
 from data_pipeline.shards import inspection
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.shard_format import ShardReader
-from megaback.config import CONFIG_COPY_NAME, Config, load_config
+from megaback.config import CONFIG_COPY_NAME, Config
+from megaback.config_file import load_config
 from megaback.data import Data, open_data
 from tools.locate import (
     StoredDocument,

@@ -6,7 +6,8 @@ import pytest
 
 from data_pipeline.errors import ConfigError, NotEnoughMemoryError
 from launcher.memory_check import check_memory, gpus_of_partition, largest_device
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -11,8 +11,8 @@ from megaback.config import Config
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.devices import Device
 from megaback.planning.host_memory import cgroup_limits, host_memory_bytes
+from megaback.planning.memory_room import RankRoom, certain_bytes, require_memory
 from megaback.planning.plan import Cluster, memory_of
-from megaback.training.memory_room import RankRoom, certain_bytes, require_memory
 
 VOCAB_SIZE = 8_888
 LARGE = {"num_layers": 24, "width": 2048, "num_heads": 16}

@@ -16,12 +16,12 @@ from data_pipeline.errors import (
     LaunchError,
     StorageError,
 )
-from megaback.checkpoints.checkpoint import newest_checkpoint, read_meta, verify_files
-from megaback.checkpoints.checkpoint_names import (
+from megaback.checkpoint_names import (
     CHECKPOINTS_FOLDER,
     META_NAME,
     complete_checkpoints,
 )
+from megaback.checkpoints.checkpoint import newest_checkpoint, read_meta, verify_files
 from megaback.checkpoints.remote_copy import SecondPlace
 from megaback.config import CONFIG_COPY_NAME
 from megaback.distributed.world import World

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 from megaback.planning.data_facts import RunFacts, run_facts
 from megaback.planning.devices import DEVICES, cpu_device, devices_named_like, find_device
 from megaback.planning.network import step_traffic

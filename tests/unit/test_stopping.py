@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, UserInterruptError
-from megaback.faults.stop_request import LAUNCHER_VARIABLE, StopRequest, deadline_of
+from megaback.environment import LAUNCHER_VARIABLE
+from megaback.faults.stop_request import StopRequest, deadline_of
 
 Start = Callable[..., "Rank"]
 NAMES = ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"]

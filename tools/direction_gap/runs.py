@@ -14,7 +14,8 @@ from data_pipeline.errors import (
     SourceEmptyError,
 )
 from data_pipeline.text.codec import Direction
-from megaback.config import Config, load_config
+from megaback.config import Config
+from megaback.config_file import load_config
 from megaback.data import open_data
 
 if TYPE_CHECKING:

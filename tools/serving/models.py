@@ -12,10 +12,10 @@ from data_pipeline.errors import DirectionMismatchError, PromptError, TokenizerM
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, Prompt, TextCodec
 from megaback.inference.batch import Batch
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Sampler, load_sampler
 from megaback.inference.infill.infiller import Infiller, load_infiller
 from megaback.weights.converted import shown_name
-from megaback.weights.model_folder import ModelDescription, load_sampler
+from megaback.weights.model_folder import ModelDescription
 from tools.serving import schemas
 
 

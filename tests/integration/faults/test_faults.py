@@ -17,8 +17,8 @@ from table import FAULTS, SAVE_EVERY, STEPS, Fault, as_markdown
 from tiny_run import metrics_of, tiny_config, training_environment, wait_for_step
 from warm_ranks import WarmRanks
 
+from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import read_meta, verify_files
-from megaback.checkpoints.checkpoint_names import complete_checkpoints
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from data_pipeline.common.checked_json import read_json
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError, RunMismatchError
-from megaback.checkpoints.checkpoint_names import (
+from megaback.checkpoint_names import (
     CHECKPOINTS_FOLDER,
     META_NAME,
     complete_checkpoints,

@@ -1,0 +1,21 @@
+"""What of the sources is not in a data set, for people."""
+
+import click
+
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.sources.skipped import skipped_lines
+
+
+def echo_left_out(manifest: Manifest) -> None:
+    """Report what of the sources is not in a data set, and why."""
+    if manifest.left_out:
+        counted = ", ".join(
+            f"{number:,} ({name.replace('_', ' ')})" for name, number in manifest.left_out.items()
+        )
+        click.echo(f"{noun_of(manifest)} left out: {counted}")
+    for line in skipped_lines(manifest.skipped):
+        click.echo(line)
+
+
+def noun_of(manifest: Manifest) -> str:
+    return "documents" if manifest.row_tokens is None else "examples"

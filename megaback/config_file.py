@@ -1,0 +1,38 @@
+"""The config of a run from a file and overrides, with the shape of what it starts from."""
+
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from data_pipeline.errors import ConfigError
+from megaback.config import Config
+from megaback.config_messages import sentence
+from megaback.weights.base_shape import with_base_shape
+from megaback.yaml_text import apply_override, read_yaml_argument
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides in turn, and check the whole.
+
+    What it leaves out of `model` is that of init_from, if that is given. Raises ConfigError with
+    the file and the key, and a did-you-mean for a key that does not exist; and, for init_from, what
+    `with_base_shape` does.
+    """
+    try:
+        fields = read_yaml_argument(path)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {reason}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds no keys; see configs/demo.yaml for a small example")
+    for override in overrides:
+        apply_override(fields, override)
+    fields = with_base_shape(fields)
+    try:
+        config = Config.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {sentence(error, Config)}") from None
+    return config.model_copy(update={"model": config.model.resolved()})

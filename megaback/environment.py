@@ -1,0 +1,8 @@
+"""Environment variables by which the launcher tells a rank where it is."""
+
+LAUNCHER_VARIABLE = "MEGABACK_LAUNCHER"
+"""The process that started this rank, and that it is not to outlive."""
+
+
+HOST_VARIABLE = "MEGABACK_HOST"
+"""This node's name in the hostfile."""

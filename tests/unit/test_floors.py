@@ -1,0 +1,125 @@
+"""Each folder imports only from the floors below it, within functions too."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLOORS = [
+    ["data_pipeline.redaction"],
+    ["data_pipeline.errors"],
+    ["data_pipeline.common"],
+    ["data_pipeline.text", "data_pipeline.storage"],
+    ["data_pipeline.sources"],
+    ["data_pipeline.shards"],
+    ["data_pipeline.loading"],
+    ["data_pipeline.build"],
+    ["data_pipeline.tokenizer"],
+    ["megaback.installation", "megaback.environment", "megaback.yaml_text"],
+    ["megaback.config_messages", "megaback.use_commands"],
+    ["megaback.config"],
+    ["megaback.shown_config", "megaback.checkpoint_names"],
+    ["megaback.model", "megaback.planning"],
+    ["megaback.data", "megaback.optim"],
+    ["megaback.distributed"],
+    ["megaback.faults"],
+    ["megaback.checkpoints"],
+    ["megaback.weights"],
+    ["megaback.config_file"],
+    ["megaback.inference", "megaback.tracking"],
+    ["megaback.scoring", "megaback.training"],
+    ["megaback.train"],
+    ["megaback.cli"],
+    ["megaback.__main__"],
+    ["launcher"],
+    ["tools"],
+]
+FLOOR_OF = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
+PACKAGES = ("data_pipeline", "megaback", "launcher", "tools")
+
+
+def folder_of(module: str) -> str:
+    """The folder, or the module beside the folders, that a full name lies in."""
+    parts = module.split(".")
+    return parts[0] if parts[0] in FLOOR_OF else ".".join(parts[:2])
+
+
+def imports_of(source: str) -> Iterator[str]:
+    """Full names of our modules that some code imports, and perhaps of what is in them."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] in PACKAGES)
+
+
+def wrong_imports(module: str, source: str) -> list[str]:
+    """Imports of what is not on a lower floor, nor in the same folder."""
+    mine = folder_of(module)
+    wrong = []
+    for name in imports_of(source):
+        theirs = folder_of(name)
+        if theirs == mine or (theirs not in FLOOR_OF and (name in PACKAGES or not is_module(name))):
+            continue
+        if FLOOR_OF[theirs] >= FLOOR_OF[mine]:
+            wrong.append(f"{module} imports {name}")
+    return wrong
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {folder_of(module) for module in MODULES} == set(FLOOR_OF)
+
+
+def test_every_import_is_of_a_lower_floor() -> None:
+    wrong = [
+        line
+        for module, path in MODULES.items()
+        for line in wrong_imports(module, path.read_text(encoding="utf-8"))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from data_pipeline.build.plan import Plan",
+        "from data_pipeline.build import plan",
+        "import megaback.config",
+        "def late():\n    from data_pipeline.loading.order import Order",
+    ],
+)
+def test_an_import_against_the_floors_is_found(source: str) -> None:
+    assert len(wrong_imports("data_pipeline.shards.manifest", source)) == 1
+    assert wrong_imports("tools.inspect_path", source) == []
+
+
+def test_folders_have_empty_init_files_but_for_the_public_api() -> None:
+    """So that a package never loads more than the module that is asked for."""
+    full = [
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("__init__.py")
+        if any(
+            isinstance(node, ast.Import | ast.ImportFrom)
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+        )
+    ]
+    assert full == ["megaback/__init__.py"]
