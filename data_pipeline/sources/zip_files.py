@@ -101,6 +101,9 @@ def _members(archive: zipfile.ZipFile, *, html: bool) -> tuple[list[Member], lis
     left_out = []
     for info in archive.infolist():
         name = info.filename
+        if not name:  # Python's own check for a folder fails on it
+            left_out.append(("without a name within a zip", "''"))
+            continue
         kind = kind_of(name)
         if info.is_dir():
             continue

@@ -35,7 +35,7 @@ from data_pipeline.errors import LaunchError
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 NUM_TASKS = 12
-KILLS = 10  # with and without a selection: 20 for each number of workers
+KILLS = int(os.environ.get("KILLS", "4"))  # of each number of workers, with and without a selection
 SEED = 24
 SELECTION = ("--deduplicate", "--limit-tokens", "60000")
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import MegabackError, SourceMissingError, SourceUnreadableError
-from data_pipeline.sources.registry import list_slices, read_slice
+from data_pipeline.sources.registry import list_slices, list_source, read_slice
 
 TEXTS = ["one", "two", "three"]
 _END = struct.Struct("<4s4H2LH")
@@ -105,6 +105,14 @@ def test_names_that_climb_are_only_names(tmp_path: Path) -> None:
         with pytest.raises(SourceMissingError, match="3 files left out: hidden"):
             texts(path)
     assert [*tmp_path.rglob("*.jsonl")] == []
+
+
+def test_a_file_without_a_name_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(bytes(archive()).replace(b"two.jsonl", b"\0wo.jsonl"))  # names end at a zero
+    assert texts(path) == ["one", "three"]
+    (cause,) = list_source(str(path)).skipped["files"]
+    assert cause == "without a name within a zip"
 
 
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 255)), max_size=4), st.data())
