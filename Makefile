@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 FLASH_VENV := .venv-flash
 FLASH_BIN := $(FLASH_VENV)/bin
 FLASH_INSTALLED := $(FLASH_VENV)/.installed
@@ -22,7 +22,7 @@ UV_VERSION := 0.13.9
 
 help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
-	@echo "make test        linters, type checker and every test that this machine can run, in two"
+	@echo "make test        linters, type checker and every test that this machine can run, in three"
 	@echo "                 processes; TEST_PROCESSES=N for more"
 	@echo "make fuzz        readers of files and requests against $(FUZZ_SECONDS) s of inputs each;"
 	@echo "                 FUZZ_SECONDS=N; INPUT=FILE tries one that failed again"
@@ -57,7 +57,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=20
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=60
 	$(MAKE) --no-print-directory flash-test
 
 fuzz: $(INSTALLED)

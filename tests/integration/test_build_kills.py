@@ -35,7 +35,8 @@ from data_pipeline.errors import LaunchError
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 NUM_TASKS = 12
-KILLS = int(os.environ.get("KILLS", "4"))  # of each number of workers, with and without a selection
+KILLS = 4
+"""Of each number of workers, with and without a selection: eight in all."""
 SEED = 24
 SELECTION = ("--deduplicate", "--limit-tokens", "60000")
 
