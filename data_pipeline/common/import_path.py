@@ -40,6 +40,6 @@ def safe_child_imports() -> Iterator[None]:
         yield
     finally:
         if before is None:
-            del os.environ[_SAFE_PATH]
+            os.environ.pop(_SAFE_PATH, None)  # threads may start processes at the same time
         else:
             os.environ[_SAFE_PATH] = before
