@@ -7,6 +7,7 @@ depend on the texts, the models and the options, not on kills or on the number o
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -65,6 +66,7 @@ OUTPUT_NAME = "output.json"
 _FORMAT = {"format": "megaback-backtranslation", "version": 1}
 _PROGRESS_INTERVAL_S = 10.0
 _READ_BYTES = 1 << 20
+_PLAN_DRAFT = re.compile(rf"\.{re.escape(PLAN_NAME)}\..*\.partial")
 
 
 def work_folder(out: Path) -> Path:
@@ -80,7 +82,8 @@ def _require_plan(folder: Path, plan: dict[str, Any]) -> None:
     require_no_link(folder)
     path = folder / PLAN_NAME
     if not path.exists():
-        if (not folder.is_dir() and folder.exists()) or _has_strangers(folder):
+        is_foreign = (not folder.is_dir() and folder.exists()) or _has_strangers(folder)
+        if is_foreign and not path.exists():  # else another task has begun the folder meanwhile
             raise OutputExistsError(
                 f"{folder}, where results would be kept, already holds something that this command "
                 "did not write; choose another --out"
@@ -146,8 +149,10 @@ def _sha256(path: Path) -> str:
 
 
 def _has_strangers(folder: Path) -> bool:
-    """Whether a work folder without a plan holds anything but the locks of tasks."""
-    return folder.is_dir() and any(path.suffix != ".lock" for path in folder.iterdir())
+    """Whether a work folder without a plan holds anything but locks and drafts of tasks."""
+    return folder.is_dir() and any(
+        path.suffix != ".lock" and not _PLAN_DRAFT.fullmatch(path.name) for path in folder.iterdir()
+    )
 
 
 def _identity(model: Path) -> str:

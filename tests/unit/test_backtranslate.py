@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from model_helpers import write_chat_model
 
 from data_pipeline.common.locks import locked
+from data_pipeline.errors import OutputExistsError
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.weights.model_folder import load_model_folder
-from tools.backtranslate import main, work_folder
+from tools.backtranslate import _require_plan, main, work_folder
 from tools.backtranslation.resumable_chunks import ChunkParts
 from tools.backtranslation.selection import Choice
 
@@ -256,3 +257,18 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(
     (work_folder(out) / "part-00000.jsonl").write_bytes(b"[1, 2\n")
     result = translate("--limit", 4)
     assert (result.exit_code, "part-00000.jsonl:1: not what" in result.output) == (74, True)
+
+
+def test_a_task_that_begins_while_another_writes_the_plan_is_not_in_its_way(tmp_path: Path) -> None:
+    folder = tmp_path / "out.jsonl.work"
+    folder.mkdir()
+    for name in (".plan.json.0123456789ab.partial", "part-00001.lock"):
+        (folder / name).touch()
+    _require_plan(folder, {"--seed": 1})
+    _require_plan(folder, {"--seed": 1})
+    with pytest.raises(OutputExistsError, match="begun with another --seed"):
+        _require_plan(folder, {"--seed": 2})
+    (folder / "plan.json").unlink()
+    (folder / "notes.txt").touch()
+    with pytest.raises(OutputExistsError, match="already holds something"):
+        _require_plan(folder, {"--seed": 1})

@@ -136,7 +136,9 @@ def test_wherever_foreign_code_is_trusted_a_commit_is_named(hf: Path) -> None:
         for path in (root / package).rglob("*.py"):
             for call in ast.walk(ast.parse(path.read_text())):
                 keywords = call.keywords if isinstance(call, ast.Call) else []
-                assert not [one for one in keywords if one.arg == "trust_remote_code"], path
+                for keyword in keywords:
+                    if keyword.arg == "trust_remote_code":
+                        assert ast.unparse(keyword.value) == "False", path
 
 
 def test_the_placeholder_of_a_card_loads_nothing_from_a_hub(
