@@ -4,7 +4,7 @@ A record with messages gives an example for each turn of the user that the assis
 a system says is left out. Any other record gives one example.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from data_pipeline.common.shown_names import shown_names
@@ -28,6 +28,20 @@ _LIKELY = {
 }
 
 
+def parse_columns(text: str, known: Sequence[str], example: str) -> dict[str, str]:
+    """Read `name=column,…` of the known names. Raises ConfigError, which shows the example."""
+    given: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, column = (word.strip() for word in part.partition("="))
+        if name not in known or not column or name in given:
+            raise ConfigError(
+                f"--columns has {part!r}; write for example {example}, "
+                f"each of {', '.join(known)} at most once"
+            )
+        given[name] = column
+    return given
+
+
 @dataclass(frozen=True)
 class ExampleColumns:
     """The columns or keys in which a record holds an example, or the messages of a chat."""
@@ -42,17 +56,11 @@ class ExampleColumns:
     @classmethod
     def parse(cls, text: str) -> "ExampleColumns":
         """Read `instruction=prompt,output=answer`. Raises ConfigError for anything else."""
-        known = [field.name for field in fields(cls)]
-        given: dict[str, str] = {}
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            name, _, column = (word.strip() for word in part.partition("="))
-            if name not in known or not column or name in given:
-                raise ConfigError(
-                    f"--columns has {part!r}; write for example instruction=prompt,output=answer, "
-                    f"each of {', '.join(known)} at most once"
-                )
-            given[name] = column
-        return cls(**given)
+        return cls(
+            **parse_columns(
+                text, [field.name for field in fields(cls)], "instruction=prompt,output=answer"
+            )
+        )
 
     def found_in(self, names: Iterable[str], source: str) -> list[str]:
         """Those of the columns that are there. Raises SourceUnreadableError when too few are."""

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from data_pipeline.common.shown_names import shown_names
-from data_pipeline.errors import BadRecordError, ConfigError
-from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.errors import BadRecordError
+from data_pipeline.sources.columns import ExampleColumns, parse_columns
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,11 @@ class PairColumns:
     @classmethod
     def parse(cls, text: str) -> "PairColumns":
         """Read `question=prompt,answer=completion`. Raises ConfigError for anything else."""
-        known = [field.name for field in fields(cls)]
-        given: dict[str, str] = {}
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            name, _, column = (word.strip() for word in part.partition("="))
-            if name not in known or not column or name in given:
-                raise ConfigError(
-                    f"--columns has {part!r}; write for example question=prompt,answer=completion, "
-                    f"each of {', '.join(known)} at most once"
-                )
-            given[name] = column
-        return cls(**given)
+        return cls(
+            **parse_columns(
+                text, [field.name for field in fields(cls)], "question=prompt,answer=completion"
+            )
+        )
 
     def pair(self, record: Mapping[str, object], where: str) -> Pair:
         """Raises BadRecordError, which begins with `where`."""
