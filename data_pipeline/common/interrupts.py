@@ -128,6 +128,8 @@ def sentence(number: int, advice: str = "") -> str:
 
 def leave(code: int) -> NoReturn:
     """End this process without waiting for its threads; what was to run at its exit runs."""
+    # No public call does this: `sys.exit` runs the handlers too, but first waits for threads (one
+    # that hangs in a read would hold the process), and then takes the interpreter down.
     atexit._run_exitfuncs()  # of libraries, `logging` among them
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):

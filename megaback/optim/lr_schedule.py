@@ -24,8 +24,3 @@ def rate_factor_at(step: int, total_steps: int, section: OptimizerSection) -> fl
     )
     floor = section.final_learning_rate_ratio
     return floor + (1 - floor) * left
-
-
-def learning_rate_at(step: int, total_steps: int, section: OptimizerSection) -> float:
-    """The learning rate of a step."""
-    return section.learning_rate * rate_factor_at(step, total_steps, section)

@@ -1,33 +1,17 @@
-"""metrics.jsonl: one line a step, canonical; what the console shows of it; and its mirrors.
+"""metrics.jsonl: one line per step, canonical. Its lines, and how they are read.
 
-Every line has `step`, the number of steps completed. On resuming, lines past the resumed step are
-cut off, so that the file is that of an uninterrupted run. docs/metrics.md says what each field is.
+Every line has `step`, the number of steps completed; docs/metrics.md says what each field is.
+`metrics_log` writes them.
 """
 
-import json
-import math
-import statistics
-import sys
-from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, TextColumn
-from rich.table import Column
-
 from data_pipeline.common.checked_json import parse_json
-from data_pipeline.common.command import write_text
-from data_pipeline.common.console import console_losses
-from data_pipeline.common.durations import duration
 from data_pipeline.common.regular_files import UNFIT
-from data_pipeline.common.rich_console import SafeConsole, SafeProgress
 from data_pipeline.errors import CheckpointCorruptError
-from megaback.config import Config
-from megaback.faults.exit_record import record_event
 from megaback.faults.run_records import Fields, lines_of
-from megaback.tracking.loss_by_context import ContextLoss
-from megaback.tracking.trackers import BEFORE_ALL_STEPS, Mirrors
 
 METRICS_NAME = "metrics.jsonl"
 MACHINE_FIELDS = frozenset(
@@ -51,8 +35,6 @@ _FIELDS = Fields(
 )
 _MAX_LINES = 2_000_000
 """Of the shortest, 1 GB of memory."""
-_RECENT_STEPS = 50
-"""Whose pace tells how much time is left."""
 LEAST_DATA_WAIT_SHARE = 0.01
 """Below, nobody is told of it but metrics.jsonl."""
 
@@ -118,148 +100,3 @@ class StepRecord:
     """Rows of frames that could not be read."""
     skipped: str | None = None
     """Why the step changed no weights, if it did not."""
-
-
-class MetricsLog:
-    """Where a run's numbers go. Only the first rank has one."""
-
-    def __init__(
-        self,
-        config: Config,
-        resumed_step: int,
-        total_steps: int,
-        step_flops_share: float | None,
-        num_devices: int,
-    ) -> None:
-        """`step_flops_share` is the MFU of a step that takes one second, None if unknown.
-
-        Raises BackendError for a mirror that was asked for and is not installed, OSError, and
-        CheckpointCorruptError for lines that are not of a run.
-        """
-        path = config.run / METRICS_NAME
-        kept: list[dict[str, Any]] = []
-        if resumed_step and path.exists():
-            kept = [line for line in read_metrics(config.run) if line["step"] <= resumed_step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
-        self._step_tokens = config.batch.global_batch_rows * config.batch.context_tokens
-        self._num_devices = num_devices
-        self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._step_flops_share = step_flops_share
-        self._total_steps = total_steps
-        self._every_steps = config.logging.every_steps
-        self._console = SafeConsole(soft_wrap=True)
-        self._run = config.run
-        self._noted_losses: set[str] = set()
-        self._mirrors = Mirrors(config, resumed_step or BEFORE_ALL_STEPS, self.say)
-        self._mirrors.feed(kept)
-        self._progress: SafeProgress | None = None
-        if sys.stdout.isatty():
-            self._progress = SafeProgress(
-                # Where there is not room for all, first the bar goes, then the end of the text.
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-                console=self._console,
-            )
-            self._bar = self._progress.add_task("", total=total_steps, completed=resumed_step)
-            self._progress.start()
-
-    def say(self, message: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        self._console.print(message, highlight=False)
-
-    def train(self, record: StepRecord) -> None:
-        """Record a training step."""
-        step = record.step
-        line = {name: _json_number(value) for name, value in asdict(record).items()}
-        if not record.skipped_rows:
-            del line["skipped_rows"]
-        if record.skipped is None:
-            del line["skipped"]
-        line["tokens_seen"] = step * self._step_tokens
-        line["tokens_per_s"] = self._step_tokens / record.step_s
-        line["tokens_per_s_per_device"] = line["tokens_per_s"] / self._num_devices
-        if self._step_flops_share is not None:
-            line["mfu"] = self._step_flops_share / record.step_s
-        text = self._summary(record, line)
-        self._write(line)
-        if record.skipped is not None:
-            self.say(f"step {step}/{self._total_steps}  skipped: {record.skipped}")
-        if self._progress is not None:
-            self._progress.update(self._bar, completed=step, description=text)
-        elif step % self._every_steps == 0 or step == self._total_steps:
-            self.say(f"step {text}")
-        self._note_losses(step)
-
-    def left_out(self, step: int) -> None:
-        """Record a step that was passed over."""
-        self._write({"step": step, "left_out": True})
-
-    def validation(self, step: int, measured: ContextLoss) -> None:
-        """Record a measurement of the whole val set."""
-        whole = measured.whole
-        self._write(
-            {
-                "step": step,
-                "val_loss": _json_number(whole.nats_per_token),
-                "val_bits_per_byte": _json_number(whole.bits_per_byte),
-                "val_targets": whole.num_targets,
-                "val_by_context": {
-                    name: {
-                        "loss": _json_number(one.nats_per_token),
-                        "bits_per_byte": _json_number(one.bits_per_byte),
-                        "targets": one.num_targets,
-                    }
-                    for name, one in measured.by_context.items()
-                },
-            }
-        )
-        self.say(
-            f"step {step}/{self._total_steps}  val loss {whole.nats_per_token:.4f} nats/token, "
-            f"{whole.bits_per_byte or 0:.4f} bits/byte over {whole.num_targets:,} tokens"
-        )
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        self._file.close()
-        self._mirrors.close()
-
-    def _summary(self, record: StepRecord, line: dict[str, Any]) -> str:
-        """A step on the console: what is asked for most comes first."""
-        self._recent_s.append(record.step_s)
-        left_s = (self._total_steps - record.step) * statistics.fmean(self._recent_s)
-        pace = f"{line['tokens_per_s']:,.0f} tokens/s"
-        if self._num_devices > 1:
-            pace += f" ({line['tokens_per_s_per_device']:,.0f} a device)"
-        parts = [
-            f"{record.step}/{self._total_steps}",
-            f"loss {record.loss:.4f}",
-            f"{duration(left_s)} left",
-            pace,
-            f"lr {record.learning_rate:.2e}",
-            f"norm {record.gradient_norm:.2f}",
-        ]
-        if "mfu" in line:
-            parts.append(f"MFU {line['mfu']:.1%}")
-        parts.append(f"{record.memory_peak_bytes / 1e9:.1f} GB")
-        if record.data_wait_share > LEAST_DATA_WAIT_SHARE:
-            parts.append(f"data wait {record.data_wait_share:.0%}")
-        return "  ".join(parts)
-
-    def _note_losses(self, step: int) -> None:
-        """Note in the run's history what can no longer be printed to: nobody sees it there."""
-        losses = console_losses()
-        for name in losses.keys() - self._noted_losses:
-            self._noted_losses.add(name)
-            record_event(self._run, "console lost", stream=name, reason=losses[name], step=step)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        self._mirrors.feed([line])
-
-
-def _json_number(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -73,7 +73,7 @@ class Killed:
 def kill_after(run: Path, num_steps: int, config: Path) -> None:
     """Start the run, whose rank is killed right after so many more lines of metrics."""
     fault = {
-        "at": "megaback.tracking.metrics:MetricsLog.train",
+        "at": "megaback.tracking.metrics_log:MetricsLog.train",
         "rank": 0,
         "call": num_steps,
         "when": "after",

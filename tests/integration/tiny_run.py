@@ -26,7 +26,7 @@ from megaback.data import open_data
 from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT
 from megaback.optim.build import build_optimizer
-from megaback.optim.lr_schedule import learning_rate_at, rate_factor_at
+from megaback.optim.lr_schedule import rate_factor_at
 from megaback.tracking.metrics import MACHINE_FIELDS
 
 TOTAL_STEPS = 100
@@ -126,13 +126,13 @@ def train_plainly(config: Config) -> PlainResult:
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clip)
+        factor = rate_factor_at(step, data.total_steps, section)
         for group in optimizer.param_groups:
-            peak = group.get("peak_learning_rate", section.learning_rate)
-            group["lr"] = peak * rate_factor_at(step, data.total_steps, section)
+            group["lr"] = group.get("peak_learning_rate", section.learning_rate) * factor
         optimizer.step()
         result.losses.append(loss.item())
         result.gradient_norms.append(norm.item())
-        result.learning_rates.append(learning_rate_at(step, data.total_steps, section))
+        result.learning_rates.append(section.learning_rate * factor)
     return result
 
 

@@ -202,7 +202,7 @@ def test_training_needs_neither_wandb_nor_tensorboard(tmp_path: Path) -> None:
     code = """
 import sys
 sys.modules |= {"wandb": None, "tensorboard": None}
-import megaback.tracking.metrics, megaback.train
+import megaback.tracking.metrics_log, megaback.train
 from megaback.tracking.trackers import Mirrors
 from megaback.config import Config
 config = Config.model_validate({

@@ -10,10 +10,10 @@ from megaback.tracking.loss_by_context import ContextLoss, Loss
 from megaback.tracking.metrics import (
     MACHINE_FIELDS,
     METRICS_NAME,
-    MetricsLog,
     StepRecord,
     read_metrics,
 )
+from megaback.tracking.metrics_log import MetricsLog
 
 STEP_TOKENS = 4 * 64
 MEASURED = ContextLoss(Loss(5.5, 2.0, 7), {"1": Loss(6.5, None, 1), "2": Loss(5.3, 1.9, 6)})
