@@ -12,6 +12,7 @@ from data_pipeline.redaction import is_url, shown_url
 from data_pipeline.sources.decompression import COMPRESSIONS
 from data_pipeline.storage import remote_file
 from data_pipeline.storage.stamps import file_stamp
+from data_pipeline.storage.urls import url_path
 
 _KINDS = {
     ".parquet": "parquet",
@@ -88,7 +89,7 @@ def look_at(address: str) -> DataFile:
 
 def name_of(address: str) -> PurePath:
     """The last part of an address."""
-    path = remote_file.url_path(address) if is_url(address) else PurePath(address)
+    path = url_path(address) if is_url(address) else PurePath(address)
     return PurePath(path.name)
 
 

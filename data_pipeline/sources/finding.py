@@ -19,7 +19,7 @@ from data_pipeline.redaction import is_url, shown_url
 from data_pipeline.sources.files import SUFFIXES, kind_of, look_at, suffix_of
 from data_pipeline.sources.skipped import FILES, Skipped, count_skipped, merged, skipped_lines
 from data_pipeline.sources.zip_files import zip_members
-from data_pipeline.storage import remote_file
+from data_pipeline.storage import remote_listing
 
 _MAX_CAUSES = 30  # a folder of logs has a suffix for each day
 _TEXT_BESIDE_DATA = "text beside data, often a README or a license: name such files to read them"
@@ -59,7 +59,7 @@ def find_files(source: str, *, html: bool = False) -> Files:
     """
     path = local_path(source)
     if path is None:
-        files, folders, hidden = remote_file.find(source)
+        files, folders, hidden = remote_listing.find(source)
         found = _Found(files, folders, [("hidden", address) for address in hidden])
     elif source in ("", "file://"):  # Path("") would be the folder we are in
         found = _Found()

@@ -1,6 +1,6 @@
 """Any part of one file, for many threads at once: what a shard is read through.
 
-A file on this machine or a shared file system is here; one behind a URL is in remote_folder.py.
+A file on this machine or a shared file system is here; one behind a URL is in remote_ranges.py.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A part of a file from an HTTP server, or a clear word that the server does not give parts.
+"""HTTP range requests, with an error when the server does not support them.
 
 Only the bytes asked for are ever held. An answer is checked against the request: status, range,
 length and the file's version.
@@ -19,9 +19,9 @@ CLIENT_OPTIONS = {
     "trust_env": True,  # the proxies of a cluster
     "auto_decompress": False,  # what is stored compressed is decompressed here, by its suffix
 }
-_LEAST_BYTES_PER_S = 16 << 10
+_MIN_BYTES_PER_S = 16 << 10
 """On average: a server that sends a byte now and then has stalled as well."""
-_LEAST_PART_BYTES = 64 << 10
+_MIN_PART_BYTES = 64 << 10
 """A server may give less than it is asked for, but not a byte at a time."""
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
@@ -35,38 +35,14 @@ class FileFacts:
     """Its ETag, checksum or else time; None when nothing of the kind is said."""
 
 
-async def fetch_facts(file_system: Any, url: str, shown: str) -> FileFacts:
-    """Size and version of a file. One request of one byte: signed URLs allow nothing but GET.
-
-    `shown` is the address for messages. Raises FileNotFoundError, PermissionError,
-    SourceUnreadableError, and errors that may pass.
-    """
-    facts, _ = await fetch_part(file_system, url, shown, 0, 1)
-    return facts
-
-
-async def fetch_range(
-    file_system: Any, url: str, shown: str, start: int, stop: int, facts: FileFacts
-) -> bytes:
-    """Bytes `start` to `stop` of a file, or as many of the first of them as the server gives.
-
-    Raises as `fetch_facts`, and SourceUnreadableError when the file is not what `facts` says.
-    """
-    found, body = await fetch_part(file_system, url, shown, start, stop)
-    if found != facts:
-        raise SourceUnreadableError(
-            f"{shown}: changed while it was read; "
-            "run the command again when nothing writes to the source"
-        )
-    return body
-
-
 async def fetch_part(
     file_system: Any, url: str, shown: str, start: int, stop: int
 ) -> tuple[FileFacts, bytes]:
-    """As `fetch_range`, of whatever file is there, with what the server says about it.
+    """Bytes `start` to `stop` of a file, or as many of the first of them as the server gives.
 
-    Past the file's end there are no bytes. Raises as `fetch_facts`.
+    With what the server says about the file; past its end there are no bytes. `shown` is the
+    address for messages. Raises FileNotFoundError, PermissionError, SourceUnreadableError, and
+    errors that may pass.
     """
     import aiohttp
 
@@ -78,15 +54,15 @@ async def fetch_part(
         "Range": f"bytes={start}-{stop - 1}",
     }
     stall_s = retries.POLICY.stall_timeout_s
-    longest_s = stall_s + (stop - start) / _LEAST_BYTES_PER_S
-    options["timeout"] = aiohttp.ClientTimeout(total=longest_s, connect=stall_s, sock_read=stall_s)
+    max_s = stall_s + (stop - start) / _MIN_BYTES_PER_S
+    options["timeout"] = aiohttp.ClientTimeout(total=max_s, connect=stall_s, sock_read=stall_s)
     async with session.get(file_system.encode_url(url), headers=headers, **options) as response:
         _require_success(response, shown)
         first, num_bytes, size_bytes = _answered_range(response, shown)
         is_past_end = response.status == 416 and start >= size_bytes
-        least_bytes = min(stop - start, size_bytes - start, _LEAST_PART_BYTES)
+        min_bytes = min(stop - start, size_bytes - start, _MIN_PART_BYTES)
         if not is_past_end and (
-            first != start or not max(0, least_bytes) <= num_bytes <= stop - start
+            first != start or not max(0, min_bytes) <= num_bytes <= stop - start
         ):
             raise _no_ranges(shown)
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")

@@ -24,7 +24,7 @@ from data_pipeline.errors import (
     StorageError,
 )
 from data_pipeline.redaction import is_url, scrub, shown_url
-from data_pipeline.storage.remote_file import open_file_system
+from data_pipeline.storage.drivers import open_file_system
 from megaback.checkpoint_names import (
     CHECKPOINT_FILE,
     CHECKPOINTS_FOLDER,

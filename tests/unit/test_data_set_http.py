@@ -24,7 +24,7 @@ from data_pipeline.errors import (
 from data_pipeline.shards import index as shard_index
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import ShardEntry
-from data_pipeline.storage import remote_folder, retries
+from data_pipeline.storage import remote_ranges, retries
 from data_pipeline.storage.address_variables import expanded
 from data_pipeline.storage.remote_folder import RemoteFolder
 
@@ -117,7 +117,7 @@ def test_a_seek_table_larger_than_the_tail_that_is_usual_takes_no_request_more(
     server: FileServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_index, "_TAIL_BYTES", 1)
-    monkeypatch.setattr(remote_folder, "_TAIL_BYTES", 1)
+    monkeypatch.setattr(remote_ranges, "_TAIL_BYTES", 1)
     data_set = DataSet.open(publish(server, folder))
     server.requests.clear()
     data_set.open_shard(first(data_set))
