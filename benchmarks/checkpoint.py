@@ -139,7 +139,7 @@ def time_commands(shards: str, turns: int, folder: Path) -> None:
     }
     config.write_text(yaml.safe_dump(fields))
     metrics = folder / "tiny" / "metrics.jsonl"
-    stopping, going_on = [], []
+    stopping, continuing = [], []
     for _ in range(turns + 1):
         before = last_step(metrics)
         started = time.perf_counter()
@@ -150,7 +150,7 @@ def time_commands(shards: str, turns: int, folder: Path) -> None:
         )
         while last_step(metrics) <= before:
             time.sleep(0.02)
-        going_on.append(time.perf_counter() - started)
+        continuing.append(time.perf_counter() - started)
         time.sleep(1)
         started = time.perf_counter()
         process.send_signal(signal.SIGTERM)
@@ -158,7 +158,7 @@ def time_commands(shards: str, turns: int, folder: Path) -> None:
         stopping.append(time.perf_counter() - started)
     print(
         f"2 ranks: from SIGTERM to the exit {statistics.median(stopping[1:]):.2f} s; from the "
-        f"command to the first step gone on with {statistics.median(going_on[1:]):.2f} s"
+        f"command to the first step gone on with {statistics.median(continuing[1:]):.2f} s"
     )
 
 

@@ -136,7 +136,7 @@ class Measured:
 def measure(window: Window, others: list[str], options: dict[str, InfillOptions]) -> Measured:
     """Runs in a process that has loaded both models."""
     infiller, gap = _loaded[0], (window.beginning, window.ending)
-    truth, *strangers = infiller.judge(*gap, [window.middle, *others])
+    truth, *strangers = infiller.score(*gap, [window.middle, *others])
     return Measured(truth, strangers, {way: infiller.fill(*gap, of) for way, of in options.items()})
 
 

@@ -27,10 +27,10 @@ import numpy as np
 from smoke import Benchmark, is_installed
 
 from data_pipeline.loading.frame_store import FrameStore, Ids
-from data_pipeline.loading.loader import Stream, TrainingBatches
+from data_pipeline.loading.loader import Stream, TrainingLoader
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import Order, choose_lanes
-from data_pipeline.loading.row_grid import RowTable
+from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.loading.rows import RowReader
 from data_pipeline.shards.data_set import DataSet
 
@@ -96,7 +96,7 @@ def stream_of(data_set: DataSet, context_tokens: int, batch_rows: int) -> Stream
     """A run's only stream, as open_data makes it."""
     frames = FrameStore(data_set, "train")
     rows = RowReader(frames, context_tokens, data_set.manifest.text_format.direction)
-    table = RowTable(frames.shard_tokens, data_set.manifest.frame_tokens, context_tokens)
+    table = RowGrid(frames.shard_tokens, data_set.manifest.frame_tokens, context_tokens)
     lanes = choose_lanes(table.num_frames, batch_rows)
     order = Order(table.num_frames, table.rows_per_frame, batch_rows, lanes, seed=0)
     return Stream(rows, table, order)
@@ -104,7 +104,7 @@ def stream_of(data_set: DataSet, context_tokens: int, batch_rows: int) -> Stream
 
 def ours(stream: Stream) -> Iterator[int]:
     batch_rows = stream.order.global_batch_rows
-    batches = TrainingBatches([stream], Mixture([1.0]), batch_rows, 0, 1, batch_rows, threads=1)
+    batches = TrainingLoader([stream], Mixture([1.0]), batch_rows, 0, 1, batch_rows, threads=1)
     step = 0
     try:
         while True:

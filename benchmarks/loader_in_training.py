@@ -42,7 +42,7 @@ class StepTime:
 
 
 class InMemory:
-    """Batches that were made before: stands in for a run's TrainingBatches."""
+    """Batches that were made before: stands in for a run's TrainingLoader."""
 
     def __init__(self, batches: dict[int, list[Batch]]) -> None:
         self._batches = batches
@@ -71,14 +71,14 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     from megaback.distributed.engine import set_learning_rates, take_step
     from megaback.distributed.world import end_rank, start_world
     from megaback.faults.stop_request import StopRequest
-    from megaback.faults.watchdog import Pulse
+    from megaback.faults.watchdog import Watchdog
     from megaback.optim.lr_schedule import rate_factor_at
     from megaback.train import Trainer
     from megaback.training.setup import Run, prepare_run
 
     stop = StopRequest()
     world = start_world(config.hardware.device, config.hardware.collective_timeout_s)
-    run = prepare_run(config, world, Pulse(config.run, config.hardware, world))
+    run = prepare_run(config, world, Watchdog(config.run, config.hardware, world))
     assert isinstance(run, Run)  # of a new folder, there is something left to do
     trainer = Trainer(run, world, stop)
     section = config.data.model_copy(update={"threads": 0})

@@ -109,7 +109,7 @@ def serve() -> None:
     from megaback.checkpoints.saver import CheckpointSaver
     from megaback.distributed.world import end_rank, start_world
     from megaback.faults.stop_request import StopRequest
-    from megaback.faults.watchdog import Pulse
+    from megaback.faults.watchdog import Watchdog
 
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(1)
@@ -131,8 +131,8 @@ def serve() -> None:
         before_saving.clear()
         base = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM from here on
-        pulse = Pulse(config.run, config.hardware, world)
-        train.train_run(config, world, StopRequest(None), pulse)
+        watchdog = Watchdog(config.run, config.hardware, world)
+        train.train_run(config, world, StopRequest(None), watchdog)
         peaks = (before_saving[0] - base, _status("VmHWM") - base)
         all_peaks = world.gather(peaks, tuple[int, int])
         if world.is_first:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_pipeline.text.codec import Prompt
 from megaback.config import ModelSection
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.generate import generate_many
 from megaback.inference.sampling import SamplingOptions
 from megaback.model.attention import Segments
@@ -68,9 +68,9 @@ def stock_model(model: ReverseGPT) -> Any:
     return stock
 
 
-def write_ours(sampler: Sampler, rows: int, tokens: int) -> None:
+def write_ours(decoder: Decoder, rows: int, tokens: int) -> None:
     prompts = [Prompt(list(range(GIVEN_TOKENS)), ALL_IDS, CODEC.end_id)] * rows
-    count = sum(1 for _ in generate_many(sampler, CODEC, prompts, SamplingOptions(tokens)))
+    count = sum(1 for _ in generate_many(decoder, CODEC, prompts, SamplingOptions(tokens)))
     assert count == tokens
 
 
@@ -122,18 +122,18 @@ def main(layers: int, width: int, heads: int, tokens: int, turns: int) -> None:
         model = new_model(shape, dtype)
         stock = stock_model(model)
         for rows in BATCHES:
-            sampler = Sampler(new_model(shape, dtype), CONTEXT_TOKENS, usual_rows=rows)
-            write_ours(sampler, rows, 3)
+            decoder = Decoder(new_model(shape, dtype), CONTEXT_TOKENS, usual_rows=rows)
+            write_ours(decoder, rows, 3)
             write_stock(stock, rows, 3)
             times: dict[str, list[float]] = {"ours": [], "stock": []}
             for _ in range(turns):
-                times["ours"].append(cpu_seconds(partial(write_ours, sampler, rows, tokens)))
+                times["ours"].append(cpu_seconds(partial(write_ours, decoder, rows, tokens)))
                 times["stock"].append(cpu_seconds(partial(write_stock, stock, rows, tokens)))
             ours, theirs = (statistics.median(taken) for taken in times.values())
             anew = seconds_anew(model, rows, tokens)
             weight_bytes = (parameters - VOCAB_SIZE * width) * dtype.itemsize
             length = GIVEN_TOKENS + tokens / 2
-            cached = 2 * layers * shape.kv_heads * shape.head_dim * sampler.cache_dtype.itemsize
+            cached = 2 * layers * shape.kv_heads * shape.head_dim * decoder.cache_dtype.itemsize
             bound = tokens * (weight_bytes + rows * length * cached) / bytes_a_s
             written = rows * tokens
             print(

@@ -21,7 +21,7 @@ from smoke import Benchmark, write_random_model
 
 from data_pipeline.text.codec import Direction
 from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
-from megaback.inference.decoder import load_sampler
+from megaback.inference.decoder import load_decoder
 from megaback.inference.generate import complete
 from megaback.inference.sampling import SamplingOptions
 from tools.serve import listening_socket, run_server
@@ -113,9 +113,9 @@ def main(
         grown = (memory().rss - before) / 1e6
         server.terminate()
         server.join()
-        sampler, _, codec = load_sampler(folder, torch.device("cpu"), torch.float32)
+        decoder, _, codec = load_decoder(folder, torch.device("cpu"), torch.float32)
         options = SamplingOptions(tokens, temperature=0)
-        alone = [complete(sampler, codec, ending, CONTEXT_TOKENS, options) for ending in endings]
+        alone = [complete(decoder, codec, ending, CONTEXT_TOKENS, options) for ending in endings]
         alone = [text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for text in alone]
         same = [texts[at_once] == alone for at_once in (1, clients)]
         print(f"ratio {speeds[clients] / speeds[1]:.2f}, texts as alone: {same}")

@@ -99,7 +99,7 @@ def plain_step(config: Config, rank: int, ranks: int) -> Step:
     model = ReverseGPT(config.model.resolved(), VOCAB_SIZE)
     model.initialize(0)
     trained: Any = DistributedDataParallel(model) if ranks > 1 else model
-    model.leave_attention_uncompiled()
+    model.exclude_attention_from_compile()
     trained = torch.compile(trained)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=True)
     batch = batch_of(config.batch.micro_batch_rows, rank)

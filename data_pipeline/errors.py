@@ -109,13 +109,13 @@ class ShardCorruptError(MegabackError):
 
 
 class TokenizerMismatchError(MegabackError):
-    """Two artefacts that must share a tokenizer were made with different ones."""
+    """Two artifacts that must share a tokenizer were made with different ones."""
 
     exit_code = 32
 
 
 class DirectionMismatchError(MegabackError):
-    """Two artefacts that must agree on direction or unit do not."""
+    """Two artifacts that must agree on direction or unit do not."""
 
     exit_code = 33
 

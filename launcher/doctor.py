@@ -11,7 +11,7 @@ import click
 
 from data_pipeline.common.command import Command
 from data_pipeline.common.next_command import command, show_next
-from data_pipeline.common.terminal import print_table, say
+from data_pipeline.common.terminal import echo, print_table
 from launcher.machine import Machine, examine
 
 State = Literal["yes", "note", "no"]
@@ -203,12 +203,12 @@ def _print_table(lines: Sequence[Line]) -> None:
 
     from data_pipeline.common.rich_console import SafeConsole
 
-    colours = {"yes": "green", "note": "yellow", "no": "red"}
+    colors = {"yes": "green", "note": "yellow", "no": "red"}
     table = Table(show_edge=False)
     for heading in ("", "", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     for line in lines:
-        table.add_row(line.name, Text(line.state, colours[line.state]), line.text, line.fix)
+        table.add_row(line.name, Text(line.state, colors[line.state]), line.text, line.fix)
     print_table(SafeConsole(highlight=False), table)
 
 
@@ -232,7 +232,7 @@ def main(folder: Path, as_json: bool) -> None:
     else:
         for line in lines:
             fix = f" -> {line.fix}" if line.fix else ""
-            say(f"{line.state:4} {line.name}: {line.text}{fix}")
+            echo(f"{line.state:4} {line.name}: {line.text}{fix}")
     if not as_json:
         if ready:
             click.echo("\nThis machine is ready.")

@@ -15,7 +15,7 @@ from data_pipeline.common.number_ranges import (
     SOME_SHARE,
     VOCABULARY,
 )
-from data_pipeline.common.terminal import say, table_lines
+from data_pipeline.common.terminal import echo, table_lines
 from data_pipeline.errors import ConfigError
 from megaback.config import Config
 from megaback.config_file import load_config
@@ -87,23 +87,23 @@ def _gigabytes(number: float) -> str:
 def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu: float) -> None:
     batch, device = config.batch, cluster.device
     size = plan.size
-    say(
+    echo(
         f"model    {size.total:,} parameters ({size.matrices:,} in the blocks' matrices), "
         f"{plan.flops_per_token / 1e9:.3g} GFLOP a token"
     )
-    say(
+    echo(
         f"step     {plan.micro_batch_rows} rows x {batch.context_tokens:,} tokens x "
         f"{cluster.ranks} ranks x {plan.accumulation_steps} accumulation = "
         f"{plan.step_tokens:,} tokens"
     )
     if plan.steps is not None:
-        say(f"run      {plan.steps:,} steps = {plan.steps * plan.step_tokens:,} tokens")
-    say(f"memory   GB of a rank; {cluster.shown} has {device.memory_bytes / _GB:.1f}")
+        echo(f"run      {plan.steps:,} steps = {plan.steps * plan.step_tokens:,} tokens")
+    echo(f"memory   GB of a rank; {cluster.shown} has {device.memory_bytes / _GB:.1f}")
     for line in _rows(plan, cluster):
         click.echo(line)
-    if plan.memory.host_bytes_a_node:
-        say(
-            f"host     {_gigabytes(plan.memory.host_bytes_a_node)} GB of a node's memory, for "
+    if plan.memory.host_bytes_per_node:
+        echo(
+            f"host     {_gigabytes(plan.memory.host_bytes_per_node)} GB of a node's memory, for "
             "checkpoints on their way and what is offloaded"
         )
     link = "between nodes" if cluster.nodes > 1 else "within the node"
@@ -111,7 +111,7 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
     share = ""
     if plan.duration is not None:
         share = f", {plan.traffic_s / plan.duration.step_s:.0%} of its arithmetic's time"
-    say(
+    echo(
         f"network  {_gigabytes(plan.traffic.total)} GB a step from each rank (gradients "
         f"{_gigabytes(plan.traffic.gradient_bytes)}, weights "
         f"{_gigabytes(plan.traffic.weight_bytes)}, Muon {_gigabytes(plan.traffic.optimizer_bytes)})"
@@ -120,25 +120,25 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
     kept = plan.checkpoints_kept
     shards = "" if facts.shard_bytes is None else f"; shards {_gigabytes(facts.shard_bytes)} GB"
     checkpoints = "" if kept is None else f" x {kept} = {_gigabytes(kept * plan.checkpoint_bytes)}"
-    say(f"disk     checkpoints {_gigabytes(plan.checkpoint_bytes)}{checkpoints} GB{shards}")
+    echo(f"disk     checkpoints {_gigabytes(plan.checkpoint_bytes)}{checkpoints} GB{shards}")
     if plan.duration is None:
-        say("time     not known: set hardware.peak_flops, the FLOP/s of a device")
+        echo("time     not known: set hardware.peak_flops, the FLOP/s of a device")
     else:
         days = ""
         if plan.duration.days is not None and plan.duration.device_hours is not None:
             days = (
                 f"; {plan.duration.days:.3g} days = {plan.duration.device_hours:,.0f} device-hours"
             )
-        say(f"time     {plan.duration.step_s:.3g} s a step at an MFU of {mfu:.0%}{days}")
+        echo(f"time     {plan.duration.step_s:.3g} s a step at an MFU of {mfu:.0%}{days}")
     if plan.duration is not None and plan.traffic_s > plan.duration.step_s:
-        say("note     the network takes longer than the arithmetic: the MFU cannot be so high")
+        echo("note     the network takes longer than the arithmetic: the MFU cannot be so high")
     if device.is_cpu:
-        say(
+        echo(
             "note     glibc keeps freed memory: allow 40% more, or export "
             "MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 (docs/planning.md)"
         )
     for note in facts.notes:
-        say(f"note     {note}")
+        echo(f"note     {note}")
 
 
 def to_json(

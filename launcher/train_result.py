@@ -7,7 +7,7 @@ from typing import Any
 from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.durations import duration
 from data_pipeline.common.next_command import command, free_path, show_next
-from data_pipeline.common.terminal import say
+from data_pipeline.common.terminal import echo
 from data_pipeline.text.codec import Direction
 from megaback.checkpoint_names import meant_by
 from megaback.config import Config
@@ -22,13 +22,13 @@ def show_result(config: Config, took_s: float) -> None:
     path, meta = _checkpoint(config)
     if meta is None:
         return
-    say(f"{config.run}: {meta['step']:,} steps, {duration(took_s)} since this start")
+    echo(f"{config.run}: {meta['step']:,} steps, {duration(took_s)} since this start")
     val_loss = meta.get("val_loss")
     if val_loss is not None:
         is_number = math.isfinite(float(val_loss))
         shown = f"{val_loss:.4f} nats/token" if is_number else "not finite"
         best = "the lowest, at" if path != config.run else "at"
-        say(f"val loss {shown}, {best} step {meta['step']:,}")
+        echo(f"val loss {shown}, {best} step {meta['step']:,}")
     use = use_commands(
         path,
         Direction(meta["text_format"]["direction"]),

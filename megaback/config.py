@@ -319,7 +319,7 @@ class ValidationSection(Section):
     of the best one is kept, and named in `checkpoints/best`."""
 
     @model_validator(mode="after")
-    def _patient_with_something(self) -> "ValidationSection":
+    def _patience_has_validations(self) -> "ValidationSection":
         if self.patience is not None and self.every_steps is None:
             raise ValueError("patience counts measurements, so it needs every_steps too")
         return self

@@ -12,10 +12,10 @@ from itertools import chain
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.loading.frame_store import FrameStore
-from data_pipeline.loading.loader import Stream, TrainingBatches, sequential_batches
+from data_pipeline.loading.loader import Stream, TrainingLoader, sequential_batches
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import MAX_AUTOMATIC_LANES, Order, choose_lanes
-from data_pipeline.loading.row_grid import RowTable
+from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.loading.rows import Batch, RowReader
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.frame_cache import CacheSettings
@@ -34,7 +34,7 @@ class Data:
     text_format: TextFormat
     streams: tuple[Stream, ...]
     mixture: Mixture
-    training: TrainingBatches
+    training: TrainingLoader
     micro_batch_rows: int
     accumulation_steps: int
     total_steps: int
@@ -121,7 +121,7 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
         streams[0].rows.text_format,
         streams,
         mixture,
-        TrainingBatches(
+        TrainingLoader(
             streams,
             mixture,
             batch.global_batch_rows,
@@ -146,7 +146,7 @@ def _stream(data_set: DataSet, config: Config, share: float) -> Stream:
     batch_rows = config.batch.global_batch_rows
     frames = FrameStore(data_set, "train", skip_bad_frames=section.on_bad_frame == "skip")
     rows = RowReader(frames, config.batch.context_tokens, section.direction)
-    table = RowTable(
+    table = RowGrid(
         frames.shard_tokens, data_set.manifest.frame_tokens, config.batch.context_tokens
     )
     lanes = section.lanes or choose_lanes(table.num_frames, batch_rows)

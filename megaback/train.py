@@ -1,8 +1,8 @@
 """What a rank runs: `python -m megaback.train CONFIG`, under a launcher, srun or alone.
 
 The loop takes the batch of a step, agrees with the other ranks that all is well, steps the engine,
-and now and then measures or saves. Setup is in `preparation`, faults in the modules that they
-concern: `stopping`, `guard`, `pulse`, `checkpoint_saver`.
+and now and then measures or saves. Setup is in `setup`, faults in the modules that they
+concern: `stop_request`, `step_guard`, `watchdog`, `saver`.
 """
 
 import os
@@ -16,9 +16,9 @@ from typing import Any
 
 if __name__ == "__main__":  # before torch is loaded, which takes seconds
     from data_pipeline.common.console import protect_console
-    from megaback.faults.stop_request import leave_at_ctrl_c
+    from megaback.faults.stop_request import exit_at_ctrl_c
 
-    leave_at_ctrl_c()
+    exit_at_ctrl_c()
     protect_console()
 
 import click
@@ -45,29 +45,29 @@ from megaback.config_file import load_config
 from megaback.distributed.device_limits import peak_memory_bytes
 from megaback.distributed.engine import set_learning_rates, take_step
 from megaback.distributed.world import (
-    AgreedExit,
+    CollectiveExit,
     World,
     attempt,
     end_rank,
     is_collective_error,
-    one_voice,
+    only_first_reports,
     start_world,
 )
-from megaback.faults.step_guard import StepGuard, judged_steps
+from megaback.faults.step_guard import StepGuard, guarded_steps
 from megaback.faults.stop_request import StopRequest, deadline_of
-from megaback.faults.watchdog import Pulse
+from megaback.faults.watchdog import Watchdog
 from megaback.installation import HIDDEN, is_whole
 from megaback.optim.lr_schedule import rate_factor_at
 from megaback.tracking.metrics import METRICS_NAME, StepRecord, read_metrics
 from megaback.tracking.metrics_log import MetricsLog
-from megaback.training.early_stopping import Patience, mark_best, read_measurements
+from megaback.training.early_stopping import EarlyStopping, mark_best, read_measurements
 from megaback.training.history_gap import history_gap
 from megaback.training.setup import Run, batch_arithmetic, prepare_run
-from megaback.training.start import NothingLeft, describe_changes
+from megaback.training.start import AlreadyTrained, describe_changes
 from megaback.training.validation import evaluate, to_device
 
 _POLL_S = 0.02
-_CONSOLE_PATIENCE_S = 3.0
+_CONSOLE_TIMEOUT_S = 3.0
 """How long a step waits for whoever reads what the run prints, before that is dropped."""
 
 
@@ -92,16 +92,18 @@ class Trainer:
     def __init__(self, run: Run, world: World, stop: StopRequest) -> None:
         self._run, self._world, self._stop = run, world, stop
         # All ranks decide alike: by what the first one has read.
-        earlier = world.of_first(world.together(_earlier_steps, run, world), list[dict[str, Any]])
+        earlier = world.of_first(
+            world.run_collectively(_earlier_steps, run, world), list[dict[str, Any]]
+        )
         self._guard = StepGuard(run.config.guard, earlier)
         measured = world.of_first(
-            world.together(_measurements, run, world), list[tuple[int, float | None]]
+            world.run_collectively(_measurements, run, world), list[tuple[int, float | None]]
         )
-        self._patience = Patience(run.config.validation.patience, measured)
-        self._log = world.together(_open_log, run, world)
+        self._early_stopping = EarlyStopping(run.config.validation.patience, measured)
+        self._log = world.run_collectively(_open_log, run, world)
         self._folder = run.config.run
         self._log_error: MegabackError | None = None
-        self._copier = world.together(
+        self._copier = world.run_collectively(
             CheckpointCopier, run.config.run, run.config.checkpoint, world
         )
         self._saver = CheckpointSaver(
@@ -120,11 +122,11 @@ class Trainer:
         self._stop.begin_training()
         for step in range(run.start_step, total_steps):
             started, done = monotonic(), step + 1
-            run.pulse.at("reading its rows", done)
+            run.watchdog.set_phase("reading its rows", done)
             with self._saving_before_end(step, saved_step, val_loss):
                 micro_batches, agreed = self._agree_on_step(step)
             if self._copier.is_open and not agreed.is_copying:
-                self._copier.finish(self._say)
+                self._copier.finish(self.log)
             if self._saver.is_open and not agreed.is_writing:
                 self._saver.finish()
             if not self._copier.is_open:
@@ -137,30 +139,30 @@ class Trainer:
             if run.is_left_out(done):
                 self._record(lambda log, done=done: log.left_out(done))  # type: ignore[misc]
             else:
-                self._learn(step, micro_batches, agreed, started)
+                self._train_step(step, micro_batches, agreed, started)
             is_end = done == total_steps
             if _is_due(run.config.validation.every_steps, done) or is_end:
                 with self._saving_before_end(done, saved_step, val_loss):
                     val_loss = self._validate(done)
-                is_end = is_end or self._patience.is_exhausted
-            is_best = self._patience.is_kept(done)
+                is_end = is_end or self._early_stopping.is_exhausted
+            is_best = self._early_stopping.is_kept(done)
             if _is_due(run.config.checkpoint.every_steps, done) or is_end or is_best:
                 self._save(done, val_loss)
                 saved_step = done
             if step == run.start_step:
-                run.pulse.settle()
+                run.watchdog.use_step_timeout()
             if is_end:
                 break
         self._finish_save(saved_step)
         for _ in range(2):  # what is on its way, then the last one
             self._wait_while(lambda: self._copier.is_copying, "copying a checkpoint", saved_step)
-            self._copier.finish(self._say)
+            self._copier.finish(self.log)
             self._copier.begin(self._saver.take_completed())
         self._world.stop_if_any(self._log_error)
-        if not self._patience.is_exhausted:
+        if not self._early_stopping.is_exhausted:
             return "trained to the end"
-        self._say(self._patience.reason)
-        return self._patience.reason
+        self.log(self._early_stopping.reason)
+        return self._early_stopping.reason
 
     def close(self) -> None:
         """Let go of files, threads and the run's folder."""
@@ -178,7 +180,7 @@ class Trainer:
         """
         asked = monotonic()
         found, error = attempt(self._run.data.training.at, step)
-        waits_s = self._world.slots(monotonic() - asked)
+        waits_s = self._world.one_hot(monotonic() - asked)
         error = self._log_error or error
         micro_batches = found or []
         targets, skipped_rows, num_stops, num_writing, num_copying, num_errors, *waits_s = (
@@ -215,7 +217,7 @@ class Trainer:
             again = f"its folder was moved: run the same command with {argument} to go on"
         return PreemptedError(f"asked to stop after {step} steps, all of them saved; {again}")
 
-    def _learn(
+    def _train_step(
         self, step: int, micro_batches: list[Batch], agreed: Agreement, started: float
     ) -> None:
         """Take a step, unless its numbers are bad."""
@@ -223,7 +225,7 @@ class Trainer:
         loss, peak_bytes = self._accumulate_gradients(step, micro_batches, agreed.num_targets)
         rate_factor = rate_factor_at(step, run.data.total_steps, optimizer)
         set_learning_rates(run.engine, rate_factor)
-        run.pulse.at("updating", step + 1)
+        run.watchdog.set_phase("updating", step + 1)
         gradient_norm, skipped = take_step(run.engine, lambda norm: self._guard.verdict(loss, norm))
         step_s = monotonic() - started
         record = StepRecord(
@@ -254,13 +256,15 @@ class Trainer:
         share = world.size * run.data.accumulation_steps / max(num_targets, 1)
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
         for batch in micro_batches:
-            run.pulse.at("computing gradients", step + 1)
+            run.watchdog.set_phase("computing gradients", step + 1)
             loss = run.engine(*to_device(batch, world.device)).sum()
             run.engine.backward(loss * share)
             nats += loss.detach()  # on the device: nothing waits for it until the step's end
             if batch is not micro_batches[-1]:
                 run.engine.step()  # counts the micro-batch; changes nothing before the last one
-        nats_of_all, *peaks = world.sum(float(nats), *world.slots(peak_memory_bytes(world.device)))
+        nats_of_all, *peaks = world.sum(
+            float(nats), *world.one_hot(peak_memory_bytes(world.device))
+        )
         return nats_of_all / max(num_targets, 1), int(max(peaks))
 
     def _validate(self, done: int) -> float | None:
@@ -273,24 +277,24 @@ class Trainer:
             run.config.batch.context_tokens,
             run.data.codec.piece_num_bytes(),
             world,
-            lambda: run.pulse.at("validating", done),
+            lambda: run.watchdog.set_phase("validating", done),
         )
         self._record(lambda log: log.validation(done, measured))
         loss = measured.whole.nats_per_token
-        self._patience.measured(done, loss)
+        self._early_stopping.measured(done, loss)
         return loss
 
     def _save(self, done: int, val_loss: float | None) -> None:
         run, world = self._run, self._world
         self._finish_save(done)
-        run.pulse.at("saving", done)
+        run.watchdog.set_phase("saving", done)
         state = named_state(run.engine, world.rank, world.size)
         meta = run.meta(done, val_loss, world)
-        folder = world.of_first(world.together(run.pulse.folder), Path)
+        folder = world.of_first(world.run_collectively(run.watchdog.folder), Path)
         if folder != self._folder:
             self._folder = folder
-            self._say(f"the run's folder is now {folder}: checkpoints go there")
-        self._saver.begin(state, meta, folder, is_best=self._patience.is_kept(done))
+            self.log(f"the run's folder is now {folder}: checkpoints go there")
+        self._saver.begin(state, meta, folder, is_best=self._early_stopping.is_kept(done))
 
     @contextmanager
     def _saving_before_end(
@@ -302,12 +306,12 @@ class Trainer:
         """
         try:
             yield
-        except AgreedExit:
+        except CollectiveExit:
             if done > saved_step and not self._world.sum(self._log_error is not None)[0]:
-                with suppress(AgreedExit):  # the first error decides how the run ends
+                with suppress(CollectiveExit):  # the first error decides how the run ends
                     self._save(done, val_loss)
                     self._finish_save(done)
-                    self._say(f"the {done} steps before this are saved")
+                    self.log(f"the {done} steps before this are saved")
             raise
 
     def _finish_save(self, done: int) -> None:
@@ -318,11 +322,11 @@ class Trainer:
     def _wait_while(self, is_busy: Callable[[], bool], phase: str, step: int) -> None:
         """Wait together until no rank is busy, which may take longer than anything else may."""
         while self._world.sum(is_busy())[0]:
-            self._run.pulse.at(phase, step)
+            self._run.watchdog.set_phase(phase, step)
             sleep(_POLL_S)
 
-    def _say(self, message: str) -> None:
-        self._record(lambda log: log.say(message))
+    def log(self, message: str) -> None:
+        self._record(lambda log: log.message(message))
 
     def _record(self, write: Callable[[MetricsLog], None]) -> None:
         """Write to the log where there is one; the ranks hear of an error at their next step."""
@@ -332,11 +336,11 @@ class Trainer:
 
 
 def _earlier_steps(run: Run, world: World) -> list[dict[str, Any]]:
-    """What the guard's judgement rests on, of the run's metrics."""
+    """Metrics of the steps that the guard compares with."""
     folder = run.config.run
     if not (world.is_first and run.start_step and (folder / METRICS_NAME).exists()):
         return []
-    return judged_steps(read_metrics(folder), run.start_step, run.config.guard.window_steps)
+    return guarded_steps(read_metrics(folder), run.start_step, run.config.guard.window_steps)
 
 
 def _measurements(run: Run, world: World) -> list[tuple[int, float | None]]:
@@ -345,7 +349,7 @@ def _measurements(run: Run, world: World) -> list[tuple[int, float | None]]:
         return []
     found = read_measurements(run.config.run, run.start_step) or [(run.start_step, run.val_loss)]
     if run.config.validation.patience is not None:
-        mark_best(run.config.run, Patience(None, found).best_step)
+        mark_best(run.config.run, EarlyStopping(None, found).best_step)
     return found
 
 
@@ -356,14 +360,14 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
     log = MetricsLog(
         config, run.start_step, run.data.total_steps, run.step_flops_share(world), world.size
     )
-    log.say(batch_arithmetic(run, world))
+    log.message(batch_arithmetic(run, world))
     if run.start_step:
-        log.say(f"going on from step {run.start_step:,}")
+        log.message(f"going on from step {run.start_step:,}")
         gap = history_gap(config, run.start_step)
         if gap is not None:
-            log.say(gap)
+            log.message(gap)
     if run.changes:
-        log.say(f"changed on resume: {describe_changes(run.changes)}")
+        log.message(f"changed on resume: {describe_changes(run.changes)}")
     return log
 
 
@@ -372,14 +376,14 @@ def _is_due(every_steps: int | None, done: int) -> bool:
 
 
 def train_run(
-    config: Config, world: World, stop: StopRequest, pulse: Pulse, given: Path | None = None
+    config: Config, world: World, stop: StopRequest, watchdog: Watchdog, given: Path | None = None
 ) -> None:
-    """Train a run, whose config was given as a file, to its end. Raises AgreedExit on all ranks."""
+    """Train a run, whose config file was given, to its end. Raises CollectiveExit on all ranks."""
     error: MegabackError | None = None
     reason = ""
     try:
-        prepared = prepare_run(config, world, pulse, given)
-        if isinstance(prepared, NothingLeft):
+        prepared = prepare_run(config, world, watchdog, given)
+        if isinstance(prepared, AlreadyTrained):
             if world.is_first:
                 print(prepared.message, flush=True)
             return
@@ -392,30 +396,30 @@ def train_run(
         error = shared  # raised on every rank alike
     world.stop_if_any(error)
     if world.is_first:
-        pulse.record_exit(0, "finished", reason)
-    pulse.leave(reason)
+        watchdog.record_exit(0, "finished", reason)
+    watchdog.mark_exited(reason)
 
 
 def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path) -> int:
     """Train, and say in the run's folder how it ended. Returns the exit code."""
-    pulse = Pulse(config.run, config.hardware, world)
+    watchdog = Watchdog(config.run, config.hardware, world)
     try:
-        train_run(config, world, stop, pulse, given)
-    except AgreedExit as ending:
+        train_run(config, world, stop, watchdog, given)
+    except CollectiveExit as ending:
         reason = ending.error
-        if reason is not None and pulse.is_open:  # else the record is that of an earlier start
-            pulse.record_exit(reason.exit_code, type(reason).__name__, str(reason))
-        pulse.leave("all ranks ended together")
+        if reason is not None and watchdog.is_open:  # else the record is that of an earlier start
+            watchdog.record_exit(reason.exit_code, type(reason).__name__, str(reason))
+        watchdog.mark_exited("all ranks ended together")
         return int(ending.code or 0)
     except Exception as fault:  # noqa: BLE001 (what it is, is said)
         # The other ranks cannot be asked; they see that this one has left, and why.
         if is_collective_error(fault):
-            os._exit(pulse.report_lost().exit_code)
+            os._exit(watchdog.report_lost().exit_code)
         print_exception(type(fault), fault, fault.__traceback__)
         reason_text = scrub(f"{type(fault).__name__}: {' '.join(str(fault).split())}")
-        if pulse.is_open:
-            pulse.record_exit(MegabackError.exit_code, "Exception", reason_text)
-        pulse.leave(reason_text)
+        if watchdog.is_open:
+            watchdog.record_exit(MegabackError.exit_code, "Exception", reason_text)
+        watchdog.mark_exited(reason_text)
         os._exit(MegabackError.exit_code)
     return 0
 
@@ -428,8 +432,8 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path)
 @click.option("--local_rank", type=MANY_OR_ZERO.option, hidden=True, expose_value=False)
 def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> None:
     """Train as one rank of a run described by CONFIG and key.sub=value OVERRIDES."""
-    only_comments(_CONSOLE_PATIENCE_S)
-    with one_voice():
+    only_comments(_CONSOLE_TIMEOUT_S)
+    with only_first_reports():
         if not is_whole():
             raise LaunchError(HIDDEN)
         stop = StopRequest(deadline_of(save_before))

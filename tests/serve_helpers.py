@@ -75,7 +75,7 @@ def endless_prompt(model: ServedModel) -> str:
     for number in range(100):
         prompt = model.codec.prompt(f"{number} maps.")
         options = SamplingOptions(1000, temperature=0)
-        new_ids = generate(model.sampler, model.codec, prompt, CONTEXT_TOKENS, options)
+        new_ids = generate(model.decoder, model.codec, prompt, CONTEXT_TOKENS, options)
         if sum(1 for _ in new_ids) == 1000:
             return f"{number} maps."
     raise AssertionError

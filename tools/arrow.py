@@ -13,10 +13,10 @@ from data_pipeline.common.figures import require_matplotlib, write_picture
 from data_pipeline.common.number_ranges import MANY, TWO_OR_MORE
 from data_pipeline.common.output_paths import is_our_picture, require_output
 from data_pipeline.common.rich_console import SafeConsole
-from data_pipeline.common.terminal import print_table, say
+from data_pipeline.common.terminal import echo, print_table
 from megaback.config_file import load_config
 from megaback.faults.run_ownership import require_run_folder
-from megaback.scoring.paired_difference import Gap
+from megaback.scoring.paired_difference import PairedDifference
 from tools.direction_gap.result import JSON_NAME, Arrow, compare, is_summary
 from tools.direction_gap.runs import ArrowRun, TrainedPair, require_comparable, runs_of
 
@@ -54,7 +54,7 @@ def table_of(arrow: Arrow) -> Table:
     table.add_column("targets", no_wrap=True)
     for column in ("forward", "backward", "gap", "+-", "in %", "+-", "tokens"):
         table.add_column(column, justify="right")
-    sections: tuple[tuple[str, dict[str, Gap]], ...] = (
+    sections: tuple[tuple[str, dict[str, PairedDifference]], ...] = (
         ("", {"all": arrow.whole}),
         ("seed ", {str(seed): gap for seed, gap in arrow.seeds.items()}),
         ("after ", arrow.by_context),
@@ -152,7 +152,7 @@ def main(
     write_text(settings.run / JSON_NAME, json.dumps(arrow.to_json(settings), indent=2) + "\n")
     write_picture(arrow_figure(arrow), settings.run / PICTURE_NAME, overwrite=True)
     print_table(SafeConsole(), table_of(arrow))
-    say(sentence(arrow))
+    echo(sentence(arrow))
     click.echo(f"{settings.run / JSON_NAME}\n{settings.run / PICTURE_NAME}")
 
 

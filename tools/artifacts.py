@@ -52,7 +52,7 @@ _GGUF_NAME, _GGUF_MAGIC = "model.gguf", b"GGUF"
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """Something of ours, and what was seen of it."""
 
     kind: str
@@ -66,7 +66,7 @@ class Artefact:
     """False for what was begun and is not finished; what is damaged raises."""
 
 
-def look_at(path: Path, *, verify: bool) -> Artefact:
+def inspect(path: Path, *, verify: bool) -> Artifact:
     """Say what a path holds; with `verify`, after everything was hashed.
 
     Raises SourceMissingError for what is nothing of ours, and the readers' MegabackErrors.
@@ -74,7 +74,7 @@ def look_at(path: Path, *, verify: bool) -> Artefact:
     if not path.exists():
         raise SourceMissingError(f"there is nothing at {path}; check the path")
     if path.is_file():
-        return _look_at_file(path, verify)
+        return _inspect_file(path, verify)
     if is_device(path):
         raise SourceMissingError(
             f"{path} is a device, a pipe or a socket, which is nothing that megaback wrote; name a "
@@ -91,7 +91,7 @@ def look_at(path: Path, *, verify: bool) -> Artefact:
     )
 
 
-def _look_at_file(path: Path, verify: bool) -> Artefact:
+def _inspect_file(path: Path, verify: bool) -> Artifact:
     if path.name == TOKENIZER_NAME or path.suffix in (".model", ".spm"):
         return _tokenizer(path, verify)
     if path.suffix == ".gguf":
@@ -101,13 +101,13 @@ def _look_at_file(path: Path, verify: bool) -> Artefact:
     if path.name in ("best", "latest", "meta.json"):
         return _checkpoint(path.parent if path.name == "meta.json" else path, verify)
     if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, JSON_NAME, "config.json"):
-        return look_at(path.parent, verify=verify)
+        return inspect(path.parent, verify=verify)
     raise SourceMissingError(
         f"{path} is no file of megaback's; name a tokenizer.model, a shard, a .gguf or a folder"
     )
 
 
-def _data_set(folder: Path, verify: bool) -> Artefact:
+def _data_set(folder: Path, verify: bool) -> Artifact:
     manifest = verify_data_set(folder) if verify else Manifest.load(folder)
     manifest.codec(folder)
     manifest.require_dictionary(folder)
@@ -116,7 +116,7 @@ def _data_set(folder: Path, verify: bool) -> Artefact:
         _require_size(path, entry.file_bytes, ShardCorruptError, "build them again")
     splits = {name: manifest.total(name) for name in SPLITS}
     kind = "data set" if manifest.row_tokens is None else "data set of instruction examples"
-    return Artefact(
+    return Artifact(
         kind,
         folder,
         {
@@ -134,10 +134,10 @@ def _data_set(folder: Path, verify: bool) -> Artefact:
     )
 
 
-def _unfinished(folder: Path, _verify: bool) -> Artefact:
+def _unfinished(folder: Path, _verify: bool) -> Artifact:
     plan = Plan.load(folder)
     missing = unfinished_tasks(plan, folder)
-    return Artefact(
+    return Artifact(
         "data set that is not finished",
         folder,
         {"tasks": plan.num_tasks, "not_done": len(missing)},
@@ -149,7 +149,7 @@ def _unfinished(folder: Path, _verify: bool) -> Artefact:
     )
 
 
-def _shard(path: Path, verify: bool) -> Artefact:
+def _shard(path: Path, verify: bool) -> Artifact:
     beside = path.with_name(DICTIONARY_NAME)
     dictionary = read_file(beside, MAX_DICTIONARY_BYTES) if beside.is_file() else None
     with ShardReader(path, dictionary) as reader:
@@ -158,7 +158,7 @@ def _shard(path: Path, verify: bool) -> Artefact:
                 reader.frame(frame)
         header = reader.header
         facts = {**vars(header), "frames": reader.num_frames, "file_bytes": reader.file_bytes}
-    return Artefact(
+    return Artifact(
         "shard",
         path,
         facts,
@@ -169,12 +169,12 @@ def _shard(path: Path, verify: bool) -> Artefact:
     )
 
 
-def _tokenizer(path: Path, _verify: bool) -> Artefact:
+def _tokenizer(path: Path, _verify: bool) -> Artifact:
     path = path / TOKENIZER_NAME if path.is_dir() else path
     codec = TextCodec.load(path, Direction.BACKWARD, Unit.TOKEN)
     out = free_path(path.parent.parent / "shards")
     build = ("shards", "build", "--source", _source_of(path), "--tokenizer", path, "--out", out)
-    return Artefact(
+    return Artifact(
         "tokenizer",
         path,
         {
@@ -198,19 +198,19 @@ def _source_of(tokenizer: Path) -> str:
     return source if is_there and ", " not in source else "pydocs"
 
 
-def _run(folder: Path, verify: bool) -> Artefact:
+def _run(folder: Path, verify: bool) -> Artifact:
     from megaback.checkpoint_names import complete_checkpoints
     from megaback.config_file import load_config
-    from megaback.faults.run_state import judge
+    from megaback.faults.run_state import assess_run
     from megaback.tracking.metrics import METRICS_NAME, read_metrics
 
     config = load_config(config_of_run(folder))
     lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
     times = [line["step_s"] for line in lines if line.get("step_s") is not None]
-    judged = judge(folder, times, time.time())
+    assessed = assess_run(folder, times, time.time())
     most = lines[-1]["step"] if lines else 0
-    if judged.rolled_back_to is not None:
-        most = judged.rolled_back_to
+    if assessed.rolled_back_to is not None:
+        most = assessed.rolled_back_to
     facts: dict[str, Any] = {
         "config": f"{config.model.num_layers} layers, width {config.model.width}, "
         f"{config.data.description}, {config.data.direction.value}",
@@ -218,14 +218,14 @@ def _run(folder: Path, verify: bool) -> Artefact:
     steps = [line for line in lines if line.get("loss") is not None and line["step"] <= most]
     if steps:
         facts |= {"step": steps[-1]["step"], "loss": steps[-1]["loss"]}
-    facts["ended"] = judged.ending or f"not yet ({judged.state}: {judged.reason})"
+    facts["ended"] = assessed.ending or f"not yet ({assessed.state}: {assessed.reason})"
     following = {command("status", folder): "where it stands"}
     found = complete_checkpoints(folder)
     if not found:
-        return Artefact("run without a checkpoint", folder, facts, "its config", following)
+        return Artifact("run without a checkpoint", folder, facts, "its config", following)
     newest = _checkpoint(found[-1], verify, folder)
     facts |= {"checkpoints": [target.name for target in found], "newest": newest.facts}
-    return Artefact(
+    return Artifact(
         "run",
         folder,
         facts,
@@ -234,10 +234,10 @@ def _run(folder: Path, verify: bool) -> Artefact:
     )
 
 
-def _arrow(folder: Path, _verify: bool) -> Artefact:
+def _arrow(folder: Path, _verify: bool) -> Artifact:
     runs = sorted(folder.glob("seed-*/*ward"))
     line = command("plot", *runs)
-    return Artefact(
+    return Artifact(
         "arrow of time",
         folder,
         read_summary(folder / JSON_NAME),
@@ -263,7 +263,7 @@ def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
     return lines
 
 
-def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artefact:
+def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artifact:
     """`shown`: what names it in commands, if not its folder."""
     from megaback.checkpoint_names import META_NAME, meant_by
     from megaback.checkpoints.checkpoint import find_checkpoint, read_meta
@@ -287,7 +287,7 @@ def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artefact
         "saved_by": f"{meta.world_size} ranks at ZeRO {meta.zero_stage}, {meta.precision}",
         "versions": meta.versions,
     }
-    return Artefact(
+    return Artifact(
         "checkpoint",
         path,
         facts,
@@ -296,7 +296,7 @@ def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artefact
     )
 
 
-def _checkpoints(folder: Path, verify: bool) -> Artefact:
+def _checkpoints(folder: Path, verify: bool) -> Artifact:
     from megaback.checkpoint_names import complete_checkpoints
 
     found = complete_checkpoints(folder.parent)
@@ -307,7 +307,7 @@ def _checkpoints(folder: Path, verify: bool) -> Artefact:
     return _checkpoint(found[-1], verify)
 
 
-def _model(folder: Path, verify: bool) -> Artefact:
+def _model(folder: Path, verify: bool) -> Artifact:
     from megaback.weights.model_folder import open_weights, read_description, tokenizer_of
 
     description = read_description(folder)
@@ -324,7 +324,7 @@ def _model(folder: Path, verify: bool) -> Artefact:
     )
     description.text_format.require_same(codec.format, f"the model {folder}", "its tokenizer")
     shape = description.shape
-    return Artefact(
+    return Artifact(
         kind,
         folder,
         {
@@ -345,7 +345,7 @@ def _model(folder: Path, verify: bool) -> Artefact:
     )
 
 
-def _gguf(path: Path, verify: bool) -> Artefact:
+def _gguf(path: Path, verify: bool) -> Artifact:
     path = path / _GGUF_NAME if path.is_dir() else path
     with open(open_file(path), "rb") as file:  # noqa: PTH123 (a descriptor)
         magic = file.read(len(_GGUF_MAGIC))
@@ -375,7 +375,7 @@ def _gguf(path: Path, verify: bool) -> Artefact:
     if verify:
         _require_sum(path)
         checked = "by its hash in SHA256SUMS"
-    return Artefact(
+    return Artifact(
         "model for llama.cpp (--to gguf)",
         path,
         facts,
@@ -403,7 +403,7 @@ def _require_size(path: Path, expected_bytes: int, error: type[MegabackError], a
         raise error(f"{path} {what}; restore it, or {advice}")
 
 
-def _config_json(folder: Path, verify: bool) -> Artefact:
+def _config_json(folder: Path, verify: bool) -> Artifact:
     try:
         read_json(folder / "config.json")
     except (OSError, ValueError):
@@ -414,7 +414,7 @@ def _config_json(folder: Path, verify: bool) -> Artefact:
 
 
 # The file by which a folder is told: the most telling first.
-_FOLDERS: dict[str, Callable[[Path, bool], Artefact]] = {
+_FOLDERS: dict[str, Callable[[Path, bool], Artifact]] = {
     MANIFEST_NAME: _data_set,
     "meta.json": _checkpoint,
     CONFIG_COPY_NAME: _run,

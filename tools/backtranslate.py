@@ -53,8 +53,8 @@ from data_pipeline.sources.registry import list_source, read_slice
 from data_pipeline.sources.skipped import skipped_lines
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction
-from tools.backtranslation.proposals import BackTranslator, Judge, Text
-from tools.backtranslation.resumable_chunks import ChunkParts
+from tools.backtranslation.proposals import BackTranslator, RoundTripScorer, Text
+from tools.backtranslation.resumable_chunks import ResumableChunks
 from tools.backtranslation.selection import Choice, different_texts
 
 if TYPE_CHECKING:
@@ -177,18 +177,18 @@ def _texts(
 def _load(
     folder: Path, forward: Path | None, device: "Device", options: Any, count: int
 ) -> BackTranslator:
-    from megaback.inference.decoder import Sampler
+    from megaback.inference.decoder import Decoder
     from megaback.weights.model_folder import load_model_folder
 
     model, description, codec = load_model_folder(folder, device)
     _require_direction(folder, codec.format.direction, Direction.BACKWARD)
-    judge = None
+    round_trip = None
     if forward is not None:
         judging, of_judge, its_codec = load_model_folder(forward, device)
         _require_direction(forward, its_codec.format.direction, Direction.FORWARD)
-        judge = Judge(judging, ChatFormat(its_codec), of_judge.context_tokens)
-    sampler = Sampler(model, description.context_tokens, takes_over=False)
-    return BackTranslator(model, sampler, ChatFormat(codec), judge, options, count)
+        round_trip = RoundTripScorer(judging, ChatFormat(its_codec), of_judge.context_tokens)
+    decoder = Decoder(model, description.context_tokens, takes_over=False)
+    return BackTranslator(model, decoder, ChatFormat(codec), round_trip, options, count)
 
 
 def _require_direction(folder: Path, found: Direction, wanted: Direction) -> None:
@@ -200,7 +200,7 @@ def _require_direction(folder: Path, found: Direction, wanted: Direction) -> Non
 
 
 def _do_task(
-    parts: ChunkParts,
+    parts: ResumableChunks,
     task: int,
     num_tasks: int,
     texts: Iterator[Text],
@@ -225,7 +225,7 @@ def _do_task(
     parts.finish(task)
 
 
-def _merge(parts: ChunkParts, choice: Choice, out: Path, overwrite: bool) -> None:
+def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -> None:
     counts: Counter[str] = Counter()
     digest = hashlib.sha256()
     with writing_output(out, overwrite=overwrite or not is_vacant(out)) as file:
@@ -324,7 +324,7 @@ def main(
         "--tasks": tasks,
     }
     _require_plan(work_folder(out), plan)
-    parts = ChunkParts(work_folder(out), tasks)
+    parts = ResumableChunks(work_folder(out), tasks)
     wanted = range(tasks) if task_index is None else [task_index]
     waiting = [task for task in wanted if not parts.is_done(task)]
     if waiting:

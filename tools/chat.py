@@ -30,7 +30,7 @@ from tools.sample import apply_command
 
 if TYPE_CHECKING:
     from megaback.inference.chat import Candidate
-    from megaback.inference.decoder import Sampler
+    from megaback.inference.decoder import Decoder
     from megaback.inference.sampling import SamplingOptions
     from megaback.model.gpt import ReverseGPT
 
@@ -48,7 +48,7 @@ class Chat:
     """A model that is asked, and how."""
 
     model: "ReverseGPT"
-    sampler: "Sampler"
+    decoder: "Decoder"
     form: ChatFormat
 
     @property
@@ -70,14 +70,14 @@ class Chat:
 
         if not given.strip():
             raise PromptError(f"the {self.given_name} is empty; give a text")
-        return candidates(self.model, self.sampler, self.form, given.strip(), options, count)
+        return candidates(self.model, self.decoder, self.form, given.strip(), options, count)
 
     def complete(self, given: str, options: "SamplingOptions") -> str:
         """Plain generation, as `megaback sample` does it. Raises PromptError."""
         from megaback.inference.generate import complete
 
-        context_tokens = self.sampler.context_tokens
-        return complete(self.sampler, self.form.codec, given, context_tokens, options)
+        context_tokens = self.decoder.context_tokens
+        return complete(self.decoder, self.form.codec, given, context_tokens, options)
 
 
 def answer_lines(
@@ -283,7 +283,7 @@ def main(
     Without a text, an interactive prompt. With --json, each line from stdin is an object such as
     {"response": "Telegram", "n": 4}, and is answered by a line.
     """
-    from megaback.inference.decoder import Sampler
+    from megaback.inference.decoder import Decoder
     from megaback.inference.sampling import SamplingOptions
     from megaback.inference.writer import choose_device
     from megaback.weights.converted import model_folder
@@ -305,8 +305,8 @@ def main(
     for name in texts:
         _require_direction(folder, direction, name)
     model, description, codec = load_model_folder(folder, choose_device(device))
-    sampler = Sampler(model, description.context_tokens, takes_over=False)
-    chat = Chat(model, sampler, ChatFormat(codec))
+    decoder = Decoder(model, description.context_tokens, takes_over=False)
+    chat = Chat(model, decoder, ChatFormat(codec))
     options = SamplingOptions(tokens, temp, top_k, seed)
     if is_json:
         print_all(answer_lines(chat, stdin_lines(), options, count))

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from data_pipeline.common.command import Command
-from data_pipeline.common.terminal import say
+from data_pipeline.common.terminal import echo
 
 
 def _shown(value: Any) -> str:
@@ -30,9 +30,9 @@ def main(path: Path, verify: bool, as_json: bool) -> None:
 
     What is damaged or nothing of megaback's is one sentence with its exit code.
     """
-    from tools.artifacts import look_at
+    from tools.artifacts import inspect
 
-    found = look_at(path, verify=verify)
+    found = inspect(path, verify=verify)
     if as_json:
         fields = {
             "kind": found.kind,
@@ -50,7 +50,7 @@ def main(path: Path, verify: bool, as_json: bool) -> None:
     lines |= {name: _shown(value) for name, value in found.facts.items() if value is not None}
     width = max(map(len, lines))
     for name, text in lines.items():
-        say(f"{name:<{width}}  {text}")
+        echo(f"{name:<{width}}  {text}")
     for number, (line, meaning) in enumerate(found.next_lines.items()):
         click.echo(f"{'next' if not number else '':<{width}}  {line}   # {meaning}")
 

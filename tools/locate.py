@@ -62,7 +62,7 @@ class DocumentRows:
 
 
 @dataclass(frozen=True)
-class Sight:
+class RowUse:
     """A row in which a run sees tokens `start` to `stop` of a document.
 
     `step` counts from 1, as in metrics.jsonl: it is the step that has been completed with this row.
@@ -128,7 +128,7 @@ def _search_shard(data_set: DataSet, entry: ShardEntry, ids: _Ids) -> list[tuple
     with data_set.open_shard(entry) as reader:
         tokens = reader.document_tokens()
         stops = np.cumsum(tokens)
-        frame = lru_cache(maxsize=1)(reader.frame)  # neighbours are often in one frame
+        frame = lru_cache(maxsize=1)(reader.frame)  # neighbors are often in one frame
         starts = [
             (number, int(stops[number]) - len(ids))
             for number in np.flatnonzero(tokens == len(ids)).tolist()
@@ -189,13 +189,13 @@ def batches_of_rows(
     return step, number - step * global_batch_rows
 
 
-def sights_of_document(
+def uses_of_document(
     data: Data,
     document: StoredDocument,
     global_batch_rows: int,
     epoch: int,
     world_size: int | None,
-) -> list[Sight]:
+) -> list[RowUse]:
     """Every row of an epoch that shows a part of a document of the train set, by step."""
     rows_of = data.streams[document.data_set].rows
     rows = rows_of_document(
@@ -209,7 +209,7 @@ def sights_of_document(
     )
     columns = (step, position, rows.start, rows.stop)
     return [
-        Sight(
+        RowUse(
             step=of_row + 1,
             position=at,
             rank=None if world_size is None else at * world_size // global_batch_rows,
@@ -279,7 +279,7 @@ def _describe_document(data: Data, split: str, document: StoredDocument) -> dict
 
 
 def _show(
-    facts: dict[str, Any], split: str, epoch: int, sights: Sequence[Sight], total_steps: int
+    facts: dict[str, Any], split: str, epoch: int, uses: Sequence[RowUse], total_steps: int
 ) -> None:
     start, stop = facts["shard_tokens"]
     click.echo(
@@ -292,12 +292,12 @@ def _show(
     click.echo(
         f"epoch {epoch}; steps as in metrics.jsonl; rows, ranks and tokens, as stored, from 0:"
     )
-    for sight in sights:
-        rank = "" if sight.rank is None else f", rank {sight.rank}"
-        reached = "" if sight.is_reached else f"; not reached, the run has {total_steps:,} steps"
+    for use in uses:
+        rank = "" if use.rank is None else f", rank {use.rank}"
+        reached = "" if use.is_reached else f"; not reached, the run has {total_steps:,} steps"
         click.echo(
-            f"  step {sight.step:,}, row {sight.position:,} of the batch{rank}: "
-            f"tokens {sight.start:,} to {sight.stop - 1:,}{reached}"
+            f"  step {use.step:,}, row {use.position:,} of the batch{rank}: "
+            f"tokens {use.start:,} to {use.stop - 1:,}{reached}"
         )
 
 
@@ -346,17 +346,17 @@ def main(
         found = [_find_number(data, split, document or 0, shards)]
     rows = settings.batch.global_batch_rows
     described = [_describe_document(data, split, one) for one in found]
-    sights = [
-        sights_of_document(data, one, rows, epoch, world_size) if split == "train" else []
+    uses = [
+        uses_of_document(data, one, rows, epoch, world_size) if split == "train" else []
         for one in found
     ]
     if as_json:
-        for facts, of_one in zip(described, sights, strict=True):
-            facts["rows"] = [vars(sight) for sight in of_one]
+        for facts, of_one in zip(described, uses, strict=True):
+            facts["rows"] = [vars(use) for use in of_one]
         fields = {"split": split, "epoch": epoch, "total_steps": data.total_steps}
         click.echo(json.dumps({**fields, "documents": described}))
         return
-    for facts, of_one in zip(described, sights, strict=True):
+    for facts, of_one in zip(described, uses, strict=True):
         _show(facts, split, epoch, of_one, data.total_steps)
 
 

@@ -25,7 +25,7 @@ from data_pipeline.errors import CheckpointMissingError
 from megaback.tracking.metrics import METRICS_NAME
 from megaback.tracking.run_folder import runs_below
 from tools.run_views.curves import Axis, RunCurves, differences, names_of, read_curves
-from tools.run_views.figures import COLOURS, Look, curves_figure, svg_of
+from tools.run_views.figures import COLORS, Style, curves_figure, svg_of
 
 _SMOOTHED_SHARE = 50
 _MARK = f'<meta name="generator" content="{MAKER}">'
@@ -64,7 +64,7 @@ def draw(
     if not longest:
         names = ", ".join(map(str, runs))
         raise CheckpointMissingError(f"{names}: no step is done yet; try again later")
-    look = Look(axis, max(1, longest // _SMOOTHED_SHARE) if smooth is None else smooth, log)
+    look = Style(axis, max(1, longest // _SMOOTHED_SHARE) if smooth is None else smooth, log)
     figure = curves_figure(curves, look)
     write_picture(figure, picture, overwrite=overwrite)
     text = page_of(svg_of(figure), curves, differences(runs))
@@ -75,7 +75,7 @@ def draw(
 def page_of(svg: str, curves: Sequence[RunCurves], unequal: Sequence[tuple[str, list[str]]]) -> str:
     """One HTML page that loads nothing."""
     title = escape(", ".join(one.name for one in curves))
-    rows = [_row(one, COLOURS[number % len(COLOURS)]) for number, one in enumerate(curves)]
+    rows = [_row(one, COLORS[number % len(COLORS)]) for number, one in enumerate(curves)]
     heads = ("run", "steps", "loss", "val loss", "lowest val loss", "tokens/s", "starts")
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{_MARK}<title>{title}</title>',
@@ -89,11 +89,11 @@ def page_of(svg: str, curves: Sequence[RunCurves], unequal: Sequence[tuple[str, 
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def _row(run: RunCurves, colour: str) -> list[str]:
+def _row(run: RunCurves, color: str) -> list[str]:
     losses, speeds = run.val_loss.values, run.tokens_per_s.values
     last = run.loss.values[-max(1, len(run.loss.values) // _SMOOTHED_SHARE) :]
     return [
-        f'<i style="background:{colour}"></i>{escape(run.name)}',
+        f'<i style="background:{color}"></i>{escape(run.name)}',
         f"{run.num_steps:,}",
         f"{last.mean():.4f}" if len(last) else "–",
         f"{losses[-1]:.4f}" if len(losses) else "–",

@@ -32,16 +32,16 @@ from tools.score import (
     OwnKeys,
     bad_record_option,
     device_option,
+    echo,
     form_option,
     good_records,
     in_option,
     out_option,
-    say,
 )
 
 if TYPE_CHECKING:
     from megaback.scoring.bootstrap import Interval
-    from megaback.scoring.hf_scorer import ForeignScorer
+    from megaback.scoring.hf_scorer import HfScorer
     from megaback.scoring.reranking import Scored
     from megaback.scoring.scorer import Scorer
 
@@ -50,11 +50,11 @@ _LENGTHS = ("total", "token", "byte")
 
 
 @dataclass(frozen=True)
-class Judges:
+class CandidateScorers:
     """What scores candidates: a reverse model, and a forward one or a column of the input."""
 
     reverse: "Scorer"
-    forward: "Scorer | ForeignScorer | None"
+    forward: "Scorer | HfScorer | None"
     forward_column: str | None
     forward_per: str
     max_record_bytes: int
@@ -100,7 +100,7 @@ class Judges:
                     None if forward is None else np.array(forward[window]),
                     np.array(reverse[window]),
                     np.array([one.is_right for one in question.candidates], dtype=bool)
-                    if question.is_judged
+                    if question.is_labeled
                     else None,
                 )
             )
@@ -111,7 +111,7 @@ def _pairs(question: Question) -> list[Pair]:
     return [Pair(question.text, one.answer) for one in question.candidates]
 
 
-def _encode_forward(forward: "Scorer | ForeignScorer", pair: Pair) -> None:
+def _encode_forward(forward: "Scorer | HfScorer", pair: Pair) -> None:
     """Raises PromptError for a pair that the model's context does not hold."""
     from megaback.scoring.scorer import Scorer
 
@@ -121,17 +121,17 @@ def _encode_forward(forward: "Scorer | ForeignScorer", pair: Pair) -> None:
         forward.encode(pair)
 
 
-def load_forward(folder: Path, form: str, device: str | None) -> "Scorer | ForeignScorer":
+def load_forward(folder: Path, form: str, device: str | None) -> "Scorer | HfScorer":
     """A forward model of megaback, or one of transformers."""
     from megaback.inference.device_pool import choose_devices
-    from megaback.scoring.hf_scorer import ForeignScorer
+    from megaback.scoring.hf_scorer import HfScorer
     from megaback.scoring.scorer import load_scorer
     from megaback.weights.converted import model_folder
     from megaback.weights.model_folder import is_ours
 
     folder = model_folder(folder)
     if not is_ours(folder):
-        return ForeignScorer(folder, choose_devices(device)[0])
+        return HfScorer(folder, choose_devices(device)[0])
     scorer = load_scorer(folder, form=form, device=device, with_prior=False)
     if scorer.encoder.writes_question:
         raise DirectionMismatchError(
@@ -140,20 +140,20 @@ def load_forward(folder: Path, form: str, device: str | None) -> "Scorer | Forei
     return scorer
 
 
-def _fitted(judges: Judges, dev: str) -> float:
+def _fitted(scorers: CandidateScorers, dev: str) -> float:
     from megaback.scoring.reranking import fit_weight
 
-    if judges.forward is None and judges.forward_column is None:
+    if scorers.forward is None and scorers.forward_column is None:
         raise ConfigError("--fit needs a forward score: give --forward or --forward-column")
-    questions = [question for _, question in judges.questions(dev, BadRecords(None))]
-    unjudged = sum(not question.is_judged for question in questions)
-    if unjudged:
+    questions = [question for _, question in scorers.questions(dev, BadRecords(None))]
+    unlabeled = sum(not question.is_labeled for question in questions)
+    if unlabeled:
         raise ConfigError(
-            f"--fit {dev}: {unjudged} of {len(questions)} questions do not say of every candidate "
+            f"--fit {dev}: {unlabeled} of {len(questions)} questions do not say of every candidate "
             "whether it is 'correct'; a weight is fitted on questions that do"
         )
-    weight = fit_weight(judges.scored(questions))
-    say(f"weight {weight:.2f}, fitted on {len(questions):,} questions")
+    weight = fit_weight(scorers.scored(questions))
+    echo(f"weight {weight:.2f}, fitted on {len(questions):,} questions")
     return weight
 
 
@@ -187,7 +187,7 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
     help="What the forward model's log P(answer | question) is divided by.",
 )
 @click.option("--weight", type=SHARE.option, help="Of the reverse score. Default: 0.5.")
-@click.option("--fit", "dev", help="Judged questions on which the weight is fitted instead.")
+@click.option("--fit", "dev", help="Labeled questions on which the weight is fitted instead.")
 @click.option(
     "--report", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the accuracies."
 )
@@ -239,14 +239,14 @@ def main(
                 "that one as --forward"
             )
         by = None if forward is None else load_forward(forward, form, device)
-        judges = Judges(reverse, by, forward_column, forward_per, max_record_bytes)
+        scorers = CandidateScorers(reverse, by, forward_column, forward_per, max_record_bytes)
         used = _DEFAULT_WEIGHT if weight is None else weight
         if dev is not None:
-            used = _fitted(judges, dev)
+            used = _fitted(scorers, dev)
         bad = BadRecords(on_bad_record)
-        records = judges.questions(source, bad)
+        records = scorers.questions(source, bad)
         bad.require_some(source, len(records))
-        scored = judges.scored([question for _, question in records])
+        scored = scorers.scored([question for _, question in records])
     own = OwnKeys("ranking", "scores")
     with writing_lines(out, overwrite=overwrite) as writer:
         for (fields, _), one in zip(records, scored, strict=True):
@@ -263,17 +263,17 @@ def main(
             }
             writer.write(own.written(fields, results))
     own.report()
-    judged = [one for one in scored if one.is_right is not None]
-    if not judged:
-        return say(f"{len(scored):,} questions ranked; none says which candidate is correct")
-    found = accuracies(judged, used, seed)
+    labeled = [one for one in scored if one.is_right is not None]
+    if not labeled:
+        return echo(f"{len(scored):,} questions ranked; none says which candidate is correct")
+    found = accuracies(labeled, used, seed)
     if report is not None:
         fields = {name: one.to_dict() for name, one in found.items()}
-        what = {"questions": len(judged), "weight": used, "accuracy": fields}
+        what = {"questions": len(labeled), "weight": used, "accuracy": fields}
         write_output(report, json.dumps(what, indent=2) + "\n", overwrite=overwrite)
-    print_table(SafeConsole(stderr=True), _report(found, len(judged)))
+    print_table(SafeConsole(stderr=True), _report(found, len(labeled)))
     if any(one.low is None for one in found.values()):
-        say(NO_INTERVAL.replace("rows", "judged questions"))
+        echo(NO_INTERVAL.replace("rows", "labeled questions"))
     return None
 
 

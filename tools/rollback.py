@@ -23,7 +23,7 @@ from megaback.faults.run_ownership import config_of_run, require_own_checkpoints
 from megaback.faults.run_state import ROLLBACK_EVENT
 
 if TYPE_CHECKING:
-    from megaback.checkpoints.remote_copy import SecondPlace
+    from megaback.checkpoints.remote_copy import CopyTarget
 
 
 def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
@@ -69,7 +69,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         verify_files(target, meta)
         skipped_steps = with_range(run, meta.step + 1, last)
         aside = run / CHECKPOINTS_FOLDER / f"rolled-back-from-{last:08d}"
-        if (place := _second_place(run)) is not None:
+        if (place := _copy_target(run)) is not None:
             place.roll_back(meta.step, skipped_steps, aside.name)
         # From here on, a kill leaves steps left out whose checkpoints are still there: the same
         # command again fixes that.
@@ -84,15 +84,15 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     return target, meta.step + 1, last
 
 
-def _second_place(run: Path) -> "SecondPlace | None":
+def _copy_target(run: Path) -> "CopyTarget | None":
     """Where the run's checkpoints are copied to, by its config."""
-    from megaback.checkpoints.remote_copy import SecondPlace
+    from megaback.checkpoints.remote_copy import CopyTarget
 
     path = config_of_run(run)
     if not path.is_file():
         return None
     copy_to = load_config(path).checkpoint.copy_to
-    return SecondPlace(copy_to, run) if copy_to is not None else None
+    return CopyTarget(copy_to, run) if copy_to is not None else None
 
 
 @click.command(cls=WorkCommand, name="rollback")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megaback.inference.writer import Writer
 
 _BETWEEN_SAMPLES = "\n\n---\n\n"
-_SECONDS_A_PICTURE = 0.05
+_FRAME_INTERVAL_S = 0.05
 _PROMPT_OPTION = {Direction.BACKWARD: "--ending", Direction.FORWARD: "--beginning"}
 
 
@@ -81,7 +81,7 @@ def write_samples(
         ) as live:
             last_shown_s = 0.0
             for texts in stream:
-                if time.monotonic() - last_shown_s > _SECONDS_A_PICTURE:
+                if time.monotonic() - last_shown_s > _FRAME_INTERVAL_S:
                     live.update(Text(_joined(texts)), refresh=True)
                     last_shown_s = time.monotonic()
     else:

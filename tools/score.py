@@ -111,7 +111,7 @@ class OwnKeys:
         for name, count in self._counts.items():
             if count:
                 rows, whose = ("1 row", "its") if count == 1 else (f"{count:,} rows", "their")
-                say(f"{rows} had a key {name!r} of {whose} own, which was replaced")
+                echo(f"{rows} had a key {name!r} of {whose} own, which was replaced")
 
 
 def encoded_pairs(
@@ -175,10 +175,10 @@ def main(
                 written += 1
             bad.require_some(source, written)
     own.report()
-    say(f"{written:,} pairs scored" + (f", {bad.count:,} lines left out" if bad.count else ""))
+    echo(f"{written:,} pairs scored" + (f", {bad.count:,} lines left out" if bad.count else ""))
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """On stderr: stdout may be the output."""
     click.echo(fit(text), err=True)
 

@@ -22,7 +22,7 @@ from data_pipeline.errors import CheckpointCorruptError
 from megaback.checkpoint_names import META_NAME, complete_checkpoints, step_of
 from megaback.faults.exit_record import read_history
 from megaback.tracking.metrics import LEAST_DATA_WAIT_SHARE, METRICS_NAME, read_metrics
-from tools.watch import Health, look
+from tools.watch import Health, health_of
 
 _RECENT_STEPS = 50
 _MOST_EVENTS = 12
@@ -71,7 +71,7 @@ def status_of(run: Path, now: float) -> Status:
     """Raises CheckpointMissingError where no run is, CheckpointCorruptError for another version."""
     lines = read_metrics(run) if (run / METRICS_NAME).is_file() else []
     try:
-        health = look(run, now)
+        health = health_of(run, now)
         if health.state == "stopped" and health.step is not None:  # also after a rollback
             lines = [line for line in lines if line["step"] <= health.step]
         return _status(run, health, lines, read_history(run), now)

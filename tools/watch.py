@@ -14,11 +14,11 @@ import click
 
 from data_pipeline.common.command import Command
 from data_pipeline.common.number_ranges import WATCH_SECONDS
-from data_pipeline.common.terminal import say
+from data_pipeline.common.terminal import echo
 from data_pipeline.errors import CheckpointMissingError
 from megaback.faults.exit_record import HISTORY_NAME, read_history
 from megaback.faults.heartbeat import read_heartbeats
-from megaback.faults.run_state import State, judge
+from megaback.faults.run_state import State, assess_run
 from megaback.tracking.run_folder import last_metrics, runs_below
 
 _NAMED_RUNS = 6
@@ -46,7 +46,7 @@ class Health:
     restarts: int
 
 
-def look(run: Path, now: float | None = None) -> Health:
+def health_of(run: Path, now: float | None = None) -> Health:
     """Judge a run by its folder. Raises CheckpointMissingError if it is no run's."""
     now = time.time() if now is None else now
     history = read_history(run)
@@ -61,15 +61,15 @@ def look(run: Path, now: float | None = None) -> Health:
     steps = last_metrics(run)
     times = [line["step_s"] for line in steps if line.get("step_s") is not None]
     times = times[-_RECENT_STEPS:]
-    judged = judge(run, times, now)
+    assessed = assess_run(run, times, now)
     step = max((beat.step for beat in beats), default=None)
-    if judged.has_ended and steps:  # the heartbeats say what each rank was about to do
+    if assessed.has_ended and steps:  # the heartbeats say what each rank was about to do
         step = steps[-1]["step"]
-    if judged.rolled_back_to is not None:
-        step = judged.rolled_back_to
+    if assessed.rolled_back_to is not None:
+        step = assessed.rolled_back_to
     return Health(
-        judged.state,
-        judged.reason,
+        assessed.state,
+        assessed.reason,
         step,
         statistics.median(times) if times else None,
         len(beats),
@@ -88,13 +88,13 @@ def main(run: Path, every_s: float | None, as_json: bool) -> None:
     5 for stuck, 6 for dead. With --every, it goes on until the run ends.
     """
     while True:
-        health = look(run)
+        health = health_of(run)
         if as_json:
             click.echo(json.dumps(asdict(health)))
         else:
             restarts = f", {health.restarts} restarts" if health.restarts else ""
             pace = f", {health.median_step_s:.3f} s a step" if health.median_step_s else ""
-            say(f"{health.state}: step {health.step}{pace}{restarts}; {health.reason}")
+            echo(f"{health.state}: step {health.step}{pace}{restarts}; {health.reason}")
         if every_s is None or health.state in ("finished", "stopped", "dead"):
             raise SystemExit(EXIT_CODES[health.state])
         time.sleep(every_s)

@@ -234,7 +234,7 @@ def main(
         settings, codec = settings_from(options)
         if task_index is None:
             manifest, num_found = build_shards(settings, codec, out, num_workers(workers), tasks)
-            return _tell(manifest, num_found, out, codec)
+            return _report(manifest, num_found, out, codec)
         plan, _ = claim_plan(settings, codec, out, tasks)
     else:
         require_no_settings(ctx)
@@ -245,17 +245,17 @@ def main(
         codec = codec_of_plan(plan, out)
         if task_index is None:
             manifest, num_found = build_planned(plan, codec, out, num_workers(workers))
-            return _tell(manifest, num_found, out, codec)
+            return _report(manifest, num_found, out, codec)
     indices = _indices(task_index)
     finished = build_tasks(plan, indices, codec, out, num_workers(workers))
     if finished:
-        return _tell(finished, 0, out, codec)
+        return _report(finished, 0, out, codec)
     named = f"task {indices[0]}" if len(indices) == 1 else f"tasks {task_index}"
     click.echo(f"{named} of {plan.num_tasks} done; {out} waits for the others")
     return None
 
 
-def _tell(manifest: Manifest, num_found: int, out: Path, codec: TextCodec) -> None:
+def _report(manifest: Manifest, num_found: int, out: Path, codec: TextCodec) -> None:
     if num_found:
         click.echo(f"{num_found} tasks were already done")
     elif codec.encoder_name == "sentencepiece":

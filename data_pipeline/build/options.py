@@ -26,7 +26,7 @@ from data_pipeline.common.number_ranges import (
     SHARE_BELOW_ALL,
     SOURCE_WEIGHT,
 )
-from data_pipeline.common.terminal import say
+from data_pipeline.common.terminal import echo
 from data_pipeline.shards.compression import DEFAULT_LEVEL
 from data_pipeline.shards.left_out import echo_left_out, noun_of
 from data_pipeline.shards.manifest import SPLITS, Manifest
@@ -196,25 +196,25 @@ def echo_manifest(manifest: Manifest, out: Path) -> None:
     noun = noun_of(manifest)
     for split in SPLITS:
         total = manifest.total(split)
-        say(
+        echo(
             f"{split}: {total['documents']:,} {noun}, {total['tokens']:,} tokens, "
             f"{total['text_bytes']:,} bytes of text in {total['shards']} shards "
             f"of {total['file_bytes']:,} bytes"
         )
         if manifest.row_tokens is not None and total["tokens"]:
-            say(
+            echo(
                 f"  in {total['tokens'] // manifest.row_tokens:,} rows of {manifest.row_tokens:,}: "
                 f"{total['learnt_tokens']:,} tokens with loss, "
                 f"{total['padding_tokens'] / total['tokens']:.1%} padding"
             )
     echo_left_out(manifest)
     if manifest.asked_val_fraction is not None:
-        say(
+        echo(
             f"--val-fraction was raised from {manifest.asked_val_fraction:g} to "
             f"{manifest.val_fraction:.3g}: a val set has at least {MIN_VAL_DOCUMENTS} {noun}, or a "
             f"tenth of fewer than {10 * MIN_VAL_DOCUMENTS}"
         )
     if not manifest.split("val"):
-        say(f"the val set is empty: raise --val-fraction or add {noun} to measure val loss")
-    say(f"fingerprint {manifest.fingerprint[:16]} in {out}")
+        echo(f"the val set is empty: raise --val-fraction or add {noun} to measure val loss")
+    echo(f"fingerprint {manifest.fingerprint[:16]} in {out}")
     show_next(train_commands(out, manifest))

@@ -35,7 +35,7 @@ class _Stream(io.FileIO):
     def __init__(self, descriptor: int, *, is_comment: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self.is_comment = is_comment
-        self.patience_s: float | None = None
+        self.timeout_s: float | None = None
         """How long a write waits for a reader that does not read; None: for ever."""
         self.loss: str | None = None
         self._is_stalled = False
@@ -59,7 +59,7 @@ class _Stream(io.FileIO):
 
     def _write_some(self, view: memoryview) -> int:
         while True:
-            if self.patience_s is not None:
+            if self.timeout_s is not None:
                 if not self._is_writable():
                     self._dropped_bytes += len(view)
                     return len(view)
@@ -69,8 +69,8 @@ class _Stream(io.FileIO):
             self._wait(None)  # the reader has made the descriptor non-blocking
 
     def _is_writable(self) -> bool:
-        assert self.patience_s is not None
-        if not self._wait(0.0 if self._is_stalled else self.patience_s):
+        assert self.timeout_s is not None
+        if not self._wait(0.0 if self._is_stalled else self.timeout_s):
             self._is_stalled = True
             return False
         if self._is_stalled:
@@ -175,15 +175,15 @@ def protect_console() -> None:
     sys.stderr = sys.__stderr__ = _protected(sys.stderr, 2)  # type: ignore[misc]
 
 
-def only_comments(patience_s: float | None = None) -> None:
+def only_comments(timeout_s: float | None = None) -> None:
     """Declare that what this process prints is a comment on its work, on both streams.
 
-    With `patience_s`, a reader that does not read (a stopped terminal, a pager that waits) holds
+    With `timeout_s`, a reader that does not read (a stopped terminal, a pager that waits) holds
     the work up for this long, once; then what it does not take is dropped.
     """
     for stream in _streams():
         stream.is_comment = True
-        stream.patience_s = patience_s
+        stream.timeout_s = timeout_s
 
 
 def console_losses() -> dict[str, str]:

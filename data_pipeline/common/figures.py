@@ -10,8 +10,8 @@ from data_pipeline.errors import BackendError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TEXT_COLOUR = "#333333"
-GRID_COLOUR = "#dddddd"
+TEXT_COLOR = "#333333"
+GRID_COLOR = "#dddddd"
 _DOTS_PER_INCH = 150
 
 

@@ -35,7 +35,7 @@ def run_in_processes(
     """
     if not calls:
         return
-    hush_tracker()
+    silence_resource_tracker()
     others = set(active_children())
     # Spawned, not forked: a fork copies the locks of whatever threads a library has started.
     with safe_child_imports():
@@ -72,7 +72,7 @@ def run_in_processes(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def hush_tracker() -> None:
+def silence_resource_tracker() -> None:
     """Have the standard library's tracker of semaphores tidy up after workers without warnings."""
     option = "ignore:resource_tracker:UserWarning"
     if option not in sys.warnoptions:

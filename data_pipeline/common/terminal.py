@@ -40,7 +40,7 @@ def fit(text: str) -> str:
     return text if width is None else "\n".join(_wrapped(line, width) for line in text.split("\n"))
 
 
-def say(text: str, *, err: bool = False) -> None:
+def echo(text: str, *, err: bool = False) -> None:
     """Print lines for people."""
     click.echo(fit(text), err=err)
 
@@ -131,6 +131,6 @@ def print_table(console: "Console", table: "Table") -> None:
     heads = [plain(column.header) for column in table.columns]
     rows = list(zip(*(map(plain, column.cells) for column in table.columns), strict=True))
     if table.title:
-        say(plain(table.title), err=console.stderr)
+        echo(plain(table.title), err=console.stderr)
     click.echo("\n".join(_records(heads, rows)), err=console.stderr)
     return None

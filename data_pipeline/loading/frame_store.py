@@ -30,7 +30,7 @@ _POLL_S = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class _Coming:
+class _PendingFrame:
     """A frame on its way into a slot."""
 
     slot: int
@@ -68,7 +68,7 @@ class FrameStore:
         self._slots = np.empty((0, manifest.frame_tokens), dtype=f"<u{manifest.id_bytes}")
         self._marks = np.empty((0, manifest.frame_tokens if self.has_examples else 0), dtype="u1")
         self._free: list[int] = []
-        self._coming: dict[int, _Coming] = {}
+        self._coming: dict[int, _PendingFrame] = {}
         self._ready: dict[int, int] = {}
         self._failed: dict[int, BaseException] = {}
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
@@ -117,7 +117,7 @@ class FrameStore:
                 if slot is None:
                     return  # every slot waits for its frame: this one comes when it is asked for
                 self._failed.pop(frame, None)
-                self._coming[frame] = _Coming(slot, executor.submit(self._fill, frame, slot))
+                self._coming[frame] = _PendingFrame(slot, executor.submit(self._fill, frame, slot))
 
     @property
     def skipped_frames(self) -> int:
@@ -192,7 +192,7 @@ class FrameStore:
                 if slot is None:  # every slot waits for its frame; whoever asked looks again
                     self._changed.wait(_POLL_S)
                     return
-                mine = self._coming[frame] = _Coming(slot, Future())
+                mine = self._coming[frame] = _PendingFrame(slot, Future())
         if coming is not None:
             self._await(frame, coming)
             return
@@ -205,7 +205,7 @@ class FrameStore:
             raise
         mine.done.set_result(None)
 
-    def _await(self, frame: int, coming: _Coming) -> None:
+    def _await(self, frame: int, coming: _PendingFrame) -> None:
         try:
             coming.done.result()
         except CancelledError:  # its executor was shut down before its turn

@@ -19,7 +19,7 @@ from data_pipeline.errors import BatchError
 from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import Order
-from data_pipeline.loading.row_grid import RowTable
+from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.loading.rows import Batch, Indices, RowReader, pack, read_rows
 
 _AHEAD_STEPS = 16
@@ -33,7 +33,7 @@ class Stream:
     """One data set of a mixture: its rows, and the order in which they come."""
 
     rows: RowReader
-    table: RowTable
+    table: RowGrid
     order: Order
     """Of the data set alone: its batch is the data set's usual number of rows a step."""
 
@@ -47,7 +47,7 @@ class _Plan:
     row: Indices
 
 
-class TrainingBatches:
+class TrainingLoader:
     """The training rows of one rank, step by step: any step can be asked for.
 
     Steps that follow one another come from threads that run ahead: one decodes frames and packs
@@ -77,7 +77,7 @@ class TrainingBatches:
         self._first_row = rank * self._rank_rows
         self._micro_batch_rows = micro_batch_rows
         self._threads = threads
-        self._ahead: _Ahead | None = None
+        self._ahead: _Prefetcher | None = None
         self._ahead_steps = _AHEAD_STEPS
         for stream in streams:
             order = stream.order
@@ -97,7 +97,7 @@ class TrainingBatches:
             return self._assemble(next(self._plans(step)))
         if self._ahead is None or self._ahead.next_step != step:
             self.close()
-            self._ahead = _Ahead(self, step, self._threads)
+            self._ahead = _Prefetcher(self, step, self._threads)
         try:
             return self._ahead.take()
         except BaseException:
@@ -146,10 +146,10 @@ class TrainingBatches:
         return pack(rows, readers[0].begin_id, readers[0].end_id, self._micro_batch_rows)
 
 
-class _Ahead:
+class _Prefetcher:
     """Threads that make the batches of one step after another, from a given one on."""
 
-    def __init__(self, batches: TrainingBatches, first_step: int, threads: int) -> None:
+    def __init__(self, batches: TrainingLoader, first_step: int, threads: int) -> None:
         self.next_step = first_step
         self._batches = batches
         self._ready: Queue[list[Batch] | BaseException] = Queue(_READY_STEPS)

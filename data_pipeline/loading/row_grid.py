@@ -15,7 +15,7 @@ Indices = npt.NDArray[np.int64]
 _LARGE_FRAMES = 64  # from here on, what the last frame lacks is less than 1/64 of all
 
 
-class RowTable:
+class RowGrid:
     """Translates (frame, row) of the rectangle into (frame, row) as stored, and back."""
 
     def __init__(self, shard_tokens: Indices, frame_tokens: int, context_tokens: int) -> None:

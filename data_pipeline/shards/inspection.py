@@ -14,7 +14,7 @@ import numpy.typing as npt
 from data_pipeline.common.command import Command
 from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY
 from data_pipeline.common.output_paths import is_our_picture, overwrite_option, require_output
-from data_pipeline.common.terminal import say
+from data_pipeline.common.terminal import echo
 from data_pipeline.errors import ConfigError
 from data_pipeline.shards.document_lengths import DocumentLengths, describe, read_document_lengths
 from data_pipeline.shards.left_out import echo_left_out
@@ -164,14 +164,14 @@ def data_set_facts(shards: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _show_facts(facts: dict[str, Any]) -> None:
-    say(f"data set     {facts['data_set']}")
-    say(f"source       {facts['source']}")
-    say(f"direction    {facts['direction']}, unit {facts['unit']}")
-    say(f"tokenizer    {facts['vocab_size']:,} pieces, sha256 {facts['tokenizer_sha256'][:16]}")
-    say(f"frames       {facts['frame_tokens']:,} tokens")
+    echo(f"data set     {facts['data_set']}")
+    echo(f"source       {facts['source']}")
+    echo(f"direction    {facts['direction']}, unit {facts['unit']}")
+    echo(f"tokenizer    {facts['vocab_size']:,} pieces, sha256 {facts['tokenizer_sha256'][:16]}")
+    echo(f"frames       {facts['frame_tokens']:,} tokens")
     if facts["dictionary_sha256"]:
-        say(f"dictionary   sha256 {facts['dictionary_sha256'][:16]}")
-    say(f"fingerprint  {facts['fingerprint']}")
+        echo(f"dictionary   sha256 {facts['dictionary_sha256'][:16]}")
+    echo(f"fingerprint  {facts['fingerprint']}")
 
 
 def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
@@ -181,7 +181,7 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
         if entropy.frames < entropy.of_frames
         else ""
     )
-    say(
+    echo(
         f"{name:<12} {total['shards']} shards, {total['documents']:,} documents, "
         f"{total['tokens']:,} tokens; {total['text_bytes'] / total['tokens']:.2f} bytes of "
         f"text a token, files at {total['file_bytes'] / (total['tokens'] * id_bytes):.2f} of the "
@@ -255,8 +255,8 @@ def main(
                 click.echo(f"{name:<12} empty")
         echo_left_out(manifest)
         if split in summaries:
-            say(f"\nlengths of the {split} documents in tokens, markers included")
-            say("\n".join(describe(summaries[split].lengths)))
+            echo(f"\nlengths of the {split} documents in tokens, markers included")
+            echo("\n".join(describe(summaries[split].lengths)))
     if picture is not None:
         lengths = summaries[split].lengths
         title = (

@@ -6,9 +6,9 @@ from data_pipeline.common.figures import new_figure, write_picture
 from data_pipeline.errors import BackendError
 from data_pipeline.shards.document_lengths import DocumentLengths
 
-_DOCUMENTS_COLOUR = "#8db3d6"
-_TOKENS_COLOUR = "#c8541f"
-_TEXT_COLOUR = "#333333"
+_DOCUMENTS_COLOR = "#8db3d6"
+_TOKENS_COLOR = "#c8541f"
+_TEXT_COLOR = "#333333"
 
 
 def require_matplotlib() -> None:
@@ -45,17 +45,17 @@ def draw_histogram(
         document_share,
         width=widths,
         align="edge",
-        color=_DOCUMENTS_COLOUR,
+        color=_DOCUMENTS_COLOR,
         edgecolor="white",
         label="share of documents",
     )
     outline = axes.stairs(
-        token_share, edges, color=_TOKENS_COLOUR, linewidth=2, label="share of tokens", baseline=0
+        token_share, edges, color=_TOKENS_COLOR, linewidth=2, label="share of tokens", baseline=0
     )
     marks = [
         axes.axvline(
             value,
-            color=_TEXT_COLOUR,
+            color=_TEXT_COLOR,
             linestyle=style,
             linewidth=1.2,
             label=f"{name}: {value:,.0f} tokens",
@@ -76,7 +76,7 @@ def draw_histogram(
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     axes.set_xlabel("length of a document (tokens, markers included; a bar for each doubling)")
     axes.set_ylabel("share of the split (%)")
-    axes.set_title(title, loc="left", fontsize=12, color=_TEXT_COLOUR)
+    axes.set_title(title, loc="left", fontsize=12, color=_TEXT_COLOR)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -21,7 +21,7 @@ from data_pipeline.sources.documents import (
     require_no_columns,
     require_stamp,
 )
-from data_pipeline.sources.files import DataFile, kind_of, look_at, name_of
+from data_pipeline.sources.files import DataFile, kind_of, name_of, stat_address
 from data_pipeline.sources.html_text import require_html_reader
 from data_pipeline.sources.parquet import list_parquet_slices, read_parquet_slice
 from data_pipeline.sources.zip_files import list_zip_slices, read_zip_slice
@@ -70,7 +70,7 @@ def read_file(
     """The documents of one slice of a file. Raises SourceUnreadableError, BadRecordError."""
     shown = shown_url(piece.path)
     try:
-        file = look_at(piece.path)
+        file = stat_address(piece.path)
         require_stamp(piece, file.stamp)
         how = (columns, on_bad_record, max_record_bytes)
         if piece.kind == "parquet":
@@ -81,7 +81,7 @@ def read_file(
             chunks = _chunks(file, piece.path, max_record_bytes)
             yield from read_content(piece.kind, shown, chunks, *how)
         if is_url(piece.path):  # not all servers tell with each part which version it is of
-            require_stamp(piece, look_at(piece.path).stamp)
+            require_stamp(piece, stat_address(piece.path).stamp)
     except CORRUPT_ERRORS as error:
         raise corrupt(shown, error) from None
     except OSError as error:
@@ -95,7 +95,7 @@ def holds_records(address: str, max_record_bytes: int) -> bool:
     """
     head = b""
     try:
-        for chunk in _chunks(look_at(address), address, max_record_bytes):
+        for chunk in _chunks(stat_address(address), address, max_record_bytes):
             head = (head + chunk).lstrip()
             if b"\n" in head or head.startswith(b"[") or len(head) > _LONGEST_FIRST_LINE_BYTES:
                 break
@@ -123,7 +123,7 @@ def _list_file(
     kind = kind or kind_of(address) or ""
     shown = shown_url(address)
     try:
-        file = look_at(address)
+        file = stat_address(address)
         if kind == "parquet":
             parquet = list_parquet_slices(file, address, columns)
             return parquet.slices, parquet.fault and f"{shown}: {parquet.fault}"

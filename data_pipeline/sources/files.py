@@ -82,7 +82,7 @@ class UrlFile:
         return self._file, remote_file.BLOCK_BYTES
 
 
-def look_at(address: str) -> DataFile:
+def stat_address(address: str) -> DataFile:
     """Looks at a file. Raises OSError, SourceUnreadableError, BackendError."""
     return UrlFile(address) if is_url(address) else LocalFile(Path(address))
 

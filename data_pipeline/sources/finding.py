@@ -16,7 +16,7 @@ from pathlib import Path
 from data_pipeline.common.local_paths import local_path
 from data_pipeline.errors import SourceMissingError
 from data_pipeline.redaction import is_url, shown_url
-from data_pipeline.sources.files import SUFFIXES, kind_of, look_at, suffix_of
+from data_pipeline.sources.files import SUFFIXES, kind_of, stat_address, suffix_of
 from data_pipeline.sources.skipped import FILES, Skipped, count_skipped, merged, skipped_lines
 from data_pipeline.sources.zip_files import zip_members
 from data_pipeline.storage import remote_listing
@@ -124,7 +124,7 @@ class _Sorter:
         return [address for address, kind in kinds.items() if kind == "data"]
 
     def _kind_of_zip(self, address: str) -> str | None:
-        members, left_out = zip_members(look_at(address), html=self._html)
+        members, left_out = zip_members(stat_address(address), html=self._html)
         for cause, member in left_out:
             self._leave_out(cause, f"{address}/{member}")
         if not members:

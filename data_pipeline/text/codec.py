@@ -87,7 +87,7 @@ def _is_plain(text: str) -> bool:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """What every artefact carries: two artefacts can be used together when these are equal."""
+    """What every artifact carries: two artifacts can be used together when these are equal."""
 
     direction: Direction
     unit: Unit
@@ -108,15 +108,15 @@ class TextFormat:
         )
 
     def require_same(self, other: "TextFormat", this: str, that: str) -> None:
-        """Refuse to use two artefacts together, naming both values.
+        """Refuse to use two artifacts together, naming both values.
 
         Raises TokenizerMismatchError or DirectionMismatchError; `this` and `that` are how the two
-        artefacts are called in the message.
+        artifacts are called in the message.
         """
         if self.tokenizer_sha256 != other.tokenizer_sha256:
             raise TokenizerMismatchError(
                 f"{this} was made with tokenizer {self.tokenizer_sha256[:12]} and {that} with "
-                f"tokenizer {other.tokenizer_sha256[:12]}; use artefacts made with one tokenizer"
+                f"tokenizer {other.tokenizer_sha256[:12]}; use artifacts made with one tokenizer"
             )
         for name, mine, theirs in (
             ("direction", self.direction.value, other.direction.value),
@@ -125,7 +125,7 @@ class TextFormat:
             if mine != theirs:
                 raise DirectionMismatchError(
                     f"{this} has {name} {mine!r} and {that} has {name} {theirs!r}; "
-                    f"use artefacts of one {name}"
+                    f"use artifacts of one {name}"
                 )
 
 

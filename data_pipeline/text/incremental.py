@@ -25,7 +25,7 @@ def sendable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-class GrowingText:
+class IncrementalDetokenizer:
     """What a model writes next to a given text, without that text."""
 
     def __init__(self, codec: TextCodec, held_back: bytes = b"") -> None:

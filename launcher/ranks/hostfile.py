@@ -37,7 +37,7 @@ from megaback.environment import HOST_VARIABLE
 
 SSH_VARIABLE = "MEGABACK_SSH"
 """The ssh command with its options, if not `ssh`."""
-_PATIENCE_S = 10.0
+_EXIT_TIMEOUT_S = 10.0
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,9})")
 _MAX_BYTES = 1 << 20
 _MAX_RANKS = 1 << 16
@@ -209,8 +209,8 @@ class RemoteRanks:
             bufsize=0,
             start_new_session=True,  # a terminal's Ctrl-C is passed on by this process
         )
-        self._let_go: float | None = None
-        self._say(json.dumps(order))
+        self._release_weights: float | None = None
+        self._send_line(json.dumps(order))
 
     def poll(self) -> int | None:
         """The exit code of its ranks together, as `host_ranks` or ssh says."""
@@ -221,17 +221,17 @@ class RemoteRanks:
 
     def send_signal(self, number: int, /) -> None:
         """Have a signal sent to each rank there."""
-        self._say(str(int(number)))
+        self._send_line(str(int(number)))
 
     def kill(self) -> None:
         """Have the ranks killed; when that is not done in a while, let go of the connection."""
-        if self._let_go is None:
-            self._let_go = time.monotonic() + _PATIENCE_S
-            self._say(str(int(signal.SIGKILL)))
-        elif time.monotonic() > self._let_go:
+        if self._release_weights is None:
+            self._release_weights = time.monotonic() + _EXIT_TIMEOUT_S
+            self._send_line(str(int(signal.SIGKILL)))
+        elif time.monotonic() > self._release_weights:
             self._process.kill()
 
-    def _say(self, line: str) -> None:
+    def _send_line(self, line: str) -> None:
         assert self._process.stdin is not None
         left = memoryview(line.encode() + b"\n")
         with suppress(OSError):  # it has ended, which its code says

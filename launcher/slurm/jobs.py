@@ -19,7 +19,7 @@ from data_pipeline.common.terminal import table_lines
 from data_pipeline.errors import CheckpointMissingError
 from launcher.slurm.commands import Job, find_job
 from megaback.faults.exit_record import read_history
-from megaback.faults.run_state import judge
+from megaback.faults.run_state import assess_run
 from megaback.tracking.run_folder import jobs_of, read_progress, runs_below
 
 _JOBS_LOOKED_AT = 8
@@ -61,7 +61,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     return runs
 
 
-def look_at(run: Path) -> list[Row]:
+def rows_of_run(run: Path) -> list[Row]:
     """A run with each of its jobs that is not over; with its newest, where all are."""
     known = list(jobs_of(run).items())[-_JOBS_LOOKED_AT:]
     found = [(job, stage, find_job(job)) for job, stage in known]
@@ -79,11 +79,11 @@ def _with_job(row: Row, number: str, stage: str, job: Job | None) -> Row:
         return row
     if job.is_over:
         has_ended = row.state.startswith(("finished", "stopped", "rolled back"))
-        state = row.state if has_ended else _said(job)
+        state = row.state if has_ended else _describe(job)
         return replace(row, state=state, restarts=job.restarts)
     return replace(
         row,
-        state=_said(job),
+        state=_describe(job),
         restarts=job.restarts,
         job_left_s=job.left_s,
         nodes=job.nodes,
@@ -98,18 +98,18 @@ def _row_of(run: Path) -> Row:
     total_steps = starts[-1].get("total_steps") if starts else None
     progress = read_progress(run)
     times = [] if progress is None or progress.median_step_s is None else [progress.median_step_s]
-    judged = judge(run, times, time.time())
+    assessed = assess_run(run, times, time.time())
     to_train_s = None
     if progress is not None and progress.median_step_s is not None and total_steps is not None:
-        done = progress.step if judged.rolled_back_to is None else judged.rolled_back_to
+        done = progress.step if assessed.rolled_back_to is None else assessed.rolled_back_to
         to_train_s = max(total_steps - done, 0) * progress.median_step_s
-    state: str = judged.state if starts or judged.has_ended else "not started"
-    why: str | None = None if state in ("finished", "running", "not started") else judged.reason
+    state: str = assessed.state if starts or assessed.has_ended else "not started"
+    why: str | None = None if state in ("finished", "running", "not started") else assessed.reason
     step = progress.step if progress is not None else None
-    if judged.rolled_back_to is not None:
-        state, step = "rolled back", judged.rolled_back_to
-    elif judged.state == "stopped":
-        state, why = f"stopped ({judged.code})", judged.ending
+    if assessed.rolled_back_to is not None:
+        state, step = "rolled back", assessed.rolled_back_to
+    elif assessed.state == "stopped":
+        state, why = f"stopped ({assessed.code})", assessed.ending
     return Row(
         run=str(run),
         job=None,
@@ -126,7 +126,7 @@ def _row_of(run: Path) -> Row:
     )
 
 
-def _said(job: Job) -> str:
+def _describe(job: Job) -> str:
     if not job.elements:
         return job.state.lower()
     return ", ".join(f"{count} {state.lower()}" for state, count in job.elements.items())
@@ -166,7 +166,7 @@ def main(folders: tuple[Path, ...], as_json: bool) -> None:
     A RUNS_FOLDER may be a run itself, or have runs up to three levels below it. TO TRAIN is what is
     left at the pace of the last steps.
     """
-    rows = [row for run in find_runs(folders or (Path("runs"),)) for row in look_at(run)]
+    rows = [row for run in find_runs(folders or (Path("runs"),)) for row in rows_of_run(run)]
     if as_json:
         for row in rows:
             click.echo(json.dumps(asdict(row)))

@@ -219,7 +219,7 @@ def main(
         plan = plan_data(settings, sources, weights, tokenizer, tasks, cpus, dry_run)
         submissions["data"] = data_stage(settings, paths["data"], plan, resources)
         unasked = unasked or _try_out([submissions["data"]], may_be_away=dry_run)
-    # What runs is the copy in the snapshot, with its neighbours beside it.
+    # What runs is the copy in the snapshot, with its neighbors beside it.
     queued = [
         replace(submissions[stage], file=str(snapshot / paths[stage].name)) for stage in stages
     ]
@@ -228,7 +228,7 @@ def main(
         return _show(queued, list(paths.values()), unasked)
     copied = [*paths.values(), *(folder / name for name in SHARED_FILES)]
     jobs = queue_all(settings, snapshot, queued, copied)
-    return _tell(settings, allocation, dict(zip(stages, jobs, strict=True)), snapshot)
+    return _report(settings, allocation, dict(zip(stages, jobs, strict=True)), snapshot)
 
 
 def _try_out(submissions: Sequence[Submission], *, may_be_away: bool) -> str:
@@ -263,7 +263,7 @@ def _show(submissions: Sequence[Submission], paths: Sequence[Path], unasked: str
     click.echo("# nothing was written or queued")
 
 
-def _tell(config: Config, allocation: Allocation, jobs: dict[str, str], snapshot: Path) -> None:
+def _report(config: Config, allocation: Allocation, jobs: dict[str, str], snapshot: Path) -> None:
     for stage, job in jobs.items():
         shape = (
             f", {allocation.nodes} nodes x {allocation.ranks_per_node} ranks"

@@ -92,7 +92,7 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | 
     Every rank hashes a part of the files and all ranks return the same. Raises
     CheckpointCorruptError if there are complete checkpoints and none of them verifies.
     """
-    seen = world.together(complete_checkpoints, run)
+    seen = world.run_collectively(complete_checkpoints, run)
     # A shared disk may show the ranks different things for a while.
     found = world.of_first(seen, list[Path])
     problems: list[str] = []

@@ -50,7 +50,7 @@ from megaback.faults.step_guard import (
 _READ_BYTES = 1 << 23
 
 
-class SecondPlace:
+class CopyTarget:
     """A run's checkpoints behind a URL or path: the folder of the run's name in `copy_to`."""
 
     def __init__(self, url: str, run: Path) -> None:
@@ -225,7 +225,7 @@ class CheckpointCopier:
     def __init__(self, run: Path, section: CheckpointSection, world: World) -> None:
         self._section, self._world = section, world
         self._copying: _Copying | None = None
-        self._place = SecondPlace(section.copy_to, run) if section.copy_to is not None else None
+        self._place = CopyTarget(section.copy_to, run) if section.copy_to is not None else None
 
     @property
     def is_open(self) -> bool:
@@ -273,7 +273,7 @@ class CheckpointCopier:
 class _Copying(Thread):
     """A rank's part of a copy."""
 
-    def __init__(self, place: SecondPlace, target: Path, rank: int) -> None:
+    def __init__(self, place: CopyTarget, target: Path, rank: int) -> None:
         super().__init__(name="checkpoint-copy", daemon=True)
         self.target = target
         self.problem: str | None = None
@@ -291,7 +291,7 @@ class _Copying(Thread):
             self.problem = _reason(error)
 
 
-def newest_meta(place: SecondPlace) -> CheckpointMeta | None:
+def newest_meta(place: CopyTarget) -> CheckpointMeta | None:
     """Of the newest copy that can be read; None if there is none. Raises StorageError."""
     for name in reversed(place.complete()):
         with suppress(CheckpointCorruptError, FileNotFoundError):
@@ -299,7 +299,7 @@ def newest_meta(place: SecondPlace) -> CheckpointMeta | None:
     return None
 
 
-def fetch_newest(run: Path, place: SecondPlace) -> Path | None:
+def fetch_newest(run: Path, place: CopyTarget) -> Path | None:
     """Bring the newest copy that verifies back into a run's folder; None if there is none.
 
     Raises CheckpointCorruptError if there are copies and none of them verifies.

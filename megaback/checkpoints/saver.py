@@ -92,9 +92,9 @@ class CheckpointSaver:
             self._folder = run / CHECKPOINTS_FOLDER
         world = self._world
         target = self._folder / step_name(meta.step)
-        if world.of_first(world.together(_is_saved, target, world), bool):
+        if world.of_first(world.run_collectively(_is_saved, target, world), bool):
             return
-        world.together(_make_empty, target, world)
+        world.run_collectively(_make_empty, target, world)
         self._copy(state)
         self._open = _Writing(target, meta, self._host, world.rank, is_best=is_best)
         self._open.start()
@@ -114,7 +114,7 @@ class CheckpointSaver:
             for part in world.gather(writing.files, dict[str, SizeAndHash])
             for name, entry in part.items()
         }
-        world.together(self._complete, writing, files)
+        world.run_collectively(self._complete, writing, files)
         self._completed = writing.target
 
     def _complete(self, writing: "_Writing", files: dict[str, SizeAndHash]) -> None:

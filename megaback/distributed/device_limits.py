@@ -10,7 +10,7 @@ import torch
 from data_pipeline.errors import BackendError
 from megaback.planning.devices import CPU, devices_named_like
 from megaback.planning.host_memory import free_host_memory_bytes, host_memory_bytes
-from megaback.planning.memory_room import RankRoom
+from megaback.planning.memory_room import AvailableMemory
 
 
 def device_peak_flops(device: torch.device, precision: str) -> float | None:
@@ -35,13 +35,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def rank_room(device: torch.device) -> RankRoom:
+def available_memory(device: torch.device) -> AvailableMemory:
     """What memory this rank's device has, or its host."""
     host = socket.gethostname()
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        return RankRoom(host, found.name, found.total_memory)
-    return RankRoom(host, CPU, host_memory_bytes())
+        return AvailableMemory(host, found.name, found.total_memory)
+    return AvailableMemory(host, CPU, host_memory_bytes())
 
 
 def require_precision(precision: str, device: torch.device) -> None:
@@ -66,10 +66,10 @@ def require_host_memory(
     """
     if offload == "none":
         return
-    bytes_a_parameter = _OPTIMIZER_BYTES
+    bytes_per_parameter = _OPTIMIZER_BYTES
     if offload == "parameters":
-        bytes_a_parameter += _WEIGHT_BYTES[precision]
-    needed = num_parameters * bytes_a_parameter * ranks_here / world_size
+        bytes_per_parameter += _WEIGHT_BYTES[precision]
+    needed = num_parameters * bytes_per_parameter * ranks_here / world_size
     available = free_host_memory_bytes()
     if needed > available:
         raise BackendError(

@@ -35,7 +35,7 @@ def start_engine(
     )
     attach_shards(optimizer, engine.optimizer, config.zero.stage, engine.device)
     if config.training.compile:
-        model.leave_attention_uncompiled()
+        model.exclude_attention_from_compile()
         engine.compile()
     return engine
 

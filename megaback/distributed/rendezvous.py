@@ -32,7 +32,7 @@ def name_rank() -> None:
     Raises LaunchError.
     """
     _name_rank_from_slurm()
-    _name_lonely_rank()
+    _set_single_process_environment()
 
 
 def node_name() -> str:
@@ -165,7 +165,7 @@ def _tasks_on_node(tasks_per_node: str, node: int) -> int:
     return counts[node]
 
 
-def _name_lonely_rank() -> None:
+def _set_single_process_environment() -> None:
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:

@@ -28,7 +28,7 @@ _MOST_BYTES_OF_EACH = 1 << 20
 _MOST_BYTES_OF_FIRST = 1 << 28
 
 
-class AgreedExit(SystemExit):
+class CollectiveExit(SystemExit):
     """All ranks end together; the one that spoke has the error."""
 
     def __init__(self, code: int | None, error: MegabackError | None) -> None:
@@ -56,7 +56,7 @@ class World:
         summed: list[float] = totals.tolist()
         return summed
 
-    def slots(self, value: float) -> list[float]:
+    def one_hot(self, value: float) -> list[float]:
         """A value a rank, zeros but for this rank's: their `sum` are the values of all ranks."""
         return [value if rank == self.rank else 0.0 for rank in range(self.size)]
 
@@ -95,7 +95,7 @@ class World:
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 
-    def together(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+    def run_collectively(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call a function on every rank; if it fails on any, stop all with one message.
 
         The lowest rank that failed prints its sentence, and every rank exits with its code.
@@ -114,7 +114,7 @@ class World:
         if speaks and error is not None:
             report(error)
         self.barrier()  # nobody exits, and is noticed by the launcher, before the message is out
-        raise AgreedExit(codes[failed[0]], error if speaks else None)
+        raise CollectiveExit(codes[failed[0]], error if speaks else None)
 
 
 def attempt(
@@ -164,7 +164,7 @@ def _require_short(num_bytes: int, most_bytes: int) -> None:
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
+def only_first_reports() -> Iterator[None]:
     """Before the ranks can talk: of an error that all of them meet, let the first one speak.
 
     A LaunchError is one rank's own.

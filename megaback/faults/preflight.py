@@ -51,8 +51,8 @@ class Finding:
 def preflight(config: Config, data: Data, world: World) -> None:
     """Check all nodes, if the config asks for it. Collective; the run's folder must be ours.
 
-    Raises AgreedExit on every rank: of a PreflightError, of a StorageError when no node can write,
-    or of what is wrong with the shards.
+    Raises CollectiveExit on every rank: of a PreflightError, of a StorageError when no node can
+    write, or of what is wrong with the shards.
     """
     wanted = config.hardware.preflight
     if wanted == "off" or (wanted == "auto" and world.size == 1):
@@ -68,10 +68,12 @@ def preflight(config: Config, data: Data, world: World) -> None:
         world.stop_if_any(StorageError(refused[0]))
     # A device that cannot multiply may not answer either.
     all_reduce_gb_s = None if any(f.problem for f in everyone) else _all_reduce_gb_s(world)
-    findings = judge(everyone, world.device.type, config.hardware.heartbeat_s) + judge_disks(disks)
+    findings = compare_ranks(
+        everyone, world.device.type, config.hardware.heartbeat_s
+    ) + compare_disks(disks)
     findings.sort(key=lambda item: not item.stops)
     stopping = [item for item in findings if item.stops or wanted == "strict"]
-    world.together(
+    world.run_collectively(
         _record,
         world,
         config.run,
@@ -93,7 +95,9 @@ def preflight(config: Config, data: Data, world: World) -> None:
     _check_shards(data, config, world)
 
 
-def judge(everyone: Sequence[RankFacts], device_type: str, most_skew_s: float) -> list[Finding]:
+def compare_ranks(
+    everyone: Sequence[RankFacts], device_type: str, most_skew_s: float
+) -> list[Finding]:
     """What is wrong with which node, from the facts of all ranks."""
     findings = [
         Finding("device", facts.node, True, f"{_name(facts)}: its device {facts.problem}")
@@ -149,7 +153,7 @@ def judge(everyone: Sequence[RankFacts], device_type: str, most_skew_s: float) -
     return findings
 
 
-def judge_disks(disks: Sequence[DiskFacts]) -> list[Finding]:
+def compare_disks(disks: Sequence[DiskFacts]) -> list[Finding]:
     """Nodes that cannot use the run's folder, or use another one under its name."""
     first, *others = disks
     unread = [(disk.node, disk.unread) for disk in others if disk.unread is not None]
@@ -209,7 +213,7 @@ def _all_reduce_gb_s(world: World) -> float | None:
 def _check_shards(data: Data, config: Config, world: World) -> None:
     """Every rank decodes one frame of each data set, all of them different ones if there are."""
     if config.data.on_bad_frame == "stop":
-        world.together(_read_frames, data, world)
+        world.run_collectively(_read_frames, data, world)
 
 
 def _read_frames(data: Data, world: World) -> None:

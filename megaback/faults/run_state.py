@@ -20,7 +20,7 @@ _SHOWN_MISSING = 4
 
 
 @dataclass(frozen=True)
-class Judgement:
+class RunState:
     """A state, and why; for a run that has ended, how."""
 
     state: State
@@ -37,13 +37,13 @@ class Judgement:
         return self.state in ("finished", "stopped")
 
 
-def judge(run: Path, step_times_s: Sequence[float], now: float) -> Judgement:
+def assess_run(run: Path, step_times_s: Sequence[float], now: float) -> RunState:
     """Judge a run by its folder; `step_times_s` are those of its last steps."""
     ended = _ended(run, read_history(run))
     return ended or _judge_ranks(read_heartbeats(run), step_times_s, now)
 
 
-def _ended(run: Path, history: Sequence[dict[str, Any]]) -> Judgement | None:
+def _ended(run: Path, history: Sequence[dict[str, Any]]) -> RunState | None:
     """How the run ended, if the last thing that is known of it is an end."""
     ending = read_exit(run)
     events = (START_EVENT, "exit", ROLLBACK_EVENT)
@@ -52,7 +52,7 @@ def _ended(run: Path, history: Sequence[dict[str, Any]]) -> Judgement | None:
     if last.get("event") == ROLLBACK_EVENT:
         step = last.get("step", 0)
         reason = f"rolled back to step {step}; `megaback train` resumes it there"
-        return Judgement("stopped", reason, reason, rolled_back_to=step)
+        return RunState("stopped", reason, reason, rolled_back_to=step)
     if last.get("event") == "exit" and (ending is None or ending.get("code") != last.get("code")):
         ending = last  # exit.json could not be written
     if ending is None or "code" not in ending:
@@ -60,31 +60,29 @@ def _ended(run: Path, history: Sequence[dict[str, Any]]) -> Judgement | None:
     code = ending["code"]
     why = str(ending.get("reason"))
     reason = f"exit code {code} ({ending.get('kind')}): {why}"
-    return Judgement("finished" if code == 0 else "stopped", reason, why, code)
+    return RunState("finished" if code == 0 else "stopped", reason, why, code)
 
 
-def _judge_ranks(
-    beats: Sequence[Heartbeat], step_times_s: Sequence[float], now: float
-) -> Judgement:
+def _judge_ranks(beats: Sequence[Heartbeat], step_times_s: Sequence[float], now: float) -> RunState:
     world_size = max((beat.world_size for beat in beats), default=1)
     missing = missing_ranks(beats, world_size, now)
     if missing:
-        return Judgement("dead", "; ".join(list(missing.values())[:_SHOWN_MISSING]))
+        return RunState("dead", "; ".join(list(missing.values())[:_SHOWN_MISSING]))
     # Others wait for the rank that began its part longest ago, or is at the earliest step.
     last = min(beats, key=lambda beat: (beat.step, beat.since))
     here_s = now - last.since
     where = _what_was_last_heard(last, now)
     if here_s > last.timeout_s:
-        return Judgement("stuck", f"{where}; longer than the {last.timeout_s:.0f} s allowed")
+        return RunState("stuck", f"{where}; longer than the {last.timeout_s:.0f} s allowed")
     if not step_times_s:
-        return Judgement("starting", where)
+        return RunState("starting", where)
     usual_s = statistics.median(step_times_s)
     if here_s > max(_SLOW_RATIO * usual_s, 2 * last.interval_s):
-        return Judgement("slow", f"{where}; a step usually takes {usual_s:.2f} s")
+        return RunState("slow", f"{where}; a step usually takes {usual_s:.2f} s")
     if step_times_s[-1] > _SLOW_RATIO * usual_s:
         took = f"the last step took {step_times_s[-1]:.2f} s, and {usual_s:.2f} s is usual"
-        return Judgement("slow", took)
-    return Judgement("running", f"{len(beats)} ranks; {where}")
+        return RunState("slow", took)
+    return RunState("running", f"{len(beats)} ranks; {where}")
 
 
 def _what_was_last_heard(beat: Heartbeat, now: float) -> str:

@@ -13,7 +13,7 @@ from megaback.distributed.world import World
 
 _FOLDER_NAME = ".preflight"
 _BYTES = 4 << 20
-_PATIENCE_S = 10.0
+_TIMEOUT_S = 10.0
 _POLL_S = 0.1
 
 
@@ -81,7 +81,7 @@ def _write(run: Path, node: str, number: int, key: int) -> DiskFacts:
 def _read(run: Path, facts: DiskFacts, number: int, writer: str, key: int) -> DiskFacts:
     expected = _content(key, number)
     path = _path(run, number)
-    give_up = time.monotonic() + _PATIENCE_S
+    give_up = time.monotonic() + _TIMEOUT_S
     while True:  # a network file system may show a new file late
         started = time.perf_counter()
         try:

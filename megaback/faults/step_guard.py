@@ -28,7 +28,7 @@ _RANGES = TypeAdapter(list[tuple[int, int]])
 _JUDGED_FIELDS = ("loss", "gradient_norm", "skipped")
 
 
-def judged_steps(
+def guarded_steps(
     metrics: Sequence[dict[str, Any]], step: int, window_steps: int
 ) -> list[dict[str, Any]]:
     """What a guard needs to know of the lines of a run's metrics up to a step."""
@@ -44,7 +44,7 @@ def judged_steps(
 
 
 class StepGuard:
-    """Judges the loss and the gradient norm of each step."""
+    """Accepts or refuses the loss and the gradient norm of each step."""
 
     def __init__(self, section: GuardSection, earlier: Iterable[dict[str, Any]]) -> None:
         """`earlier`: lines of the run's metrics, up to where it goes on."""

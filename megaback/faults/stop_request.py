@@ -20,9 +20,9 @@ _SAME_REQUEST_S = 1.0
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
-def leave_at_ctrl_c() -> None:
+def exit_at_ctrl_c() -> None:
     """Until there is a StopRequest, Ctrl-C ends this rank at once and without a traceback."""
-    signal.signal(signal.SIGINT, lambda *_: _leave_while_starting())
+    signal.signal(signal.SIGINT, lambda *_: _exit_while_starting())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
@@ -71,7 +71,7 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and not self._is_training:
-            _leave_while_starting()
+            _exit_while_starting()
         now = time.monotonic()
         if now - self._received.get(number, now) > _SAME_REQUEST_S:
             os._exit(128 + number)
@@ -79,7 +79,7 @@ class StopRequest:
         self._signal = self._signal or signal.Signals(number).name
 
 
-def _leave_while_starting() -> None:
+def _exit_while_starting() -> None:
     if LAUNCHER_VARIABLE not in os.environ:  # else the launcher says it, for all ranks
         with suppress(OSError):
             os.write(2, b"megaback: error: interrupted before the first step\n")

@@ -31,7 +31,7 @@ from megaback.faults.heartbeat import (
 from megaback.faults.run_place import RunPlace
 
 
-class Pulse:
+class Watchdog:
     """Says what this rank is at, and ends it when that takes too long."""
 
     def __init__(self, run: Path, section: HardwareSection, world: World) -> None:
@@ -55,7 +55,7 @@ class Pulse:
             interval_s=section.heartbeat_s,
             timeout_s=section.collective_timeout_s,
         )
-        self._thread = Thread(target=self._watch, name="pulse", daemon=True)
+        self._thread = Thread(target=self._watch, name="watchdog", daemon=True)
 
     @property
     def is_open(self) -> bool:
@@ -72,20 +72,20 @@ class Pulse:
 
     def open(self) -> None:
         """Begin, in a run's folder that is ours. Collective: all ranks then have a heartbeat."""
-        self._world.together(self._begin)
+        self._world.run_collectively(self._begin)
         self._thread.start()
 
-    def at(self, phase: str, step: int) -> None:
+    def set_phase(self, phase: str, step: int) -> None:
         """Say what this rank begins to do. Costs a microsecond."""
         with self._lock:
             self._beat = replace(self._beat, phase=phase, step=step, since=time.time())
 
-    def settle(self) -> None:
+    def use_step_timeout(self) -> None:
         """From now on nothing takes long: everything was compiled, opened and connected."""
         with self._lock:
             self._beat = replace(self._beat, timeout_s=self._section.step_timeout_s)
 
-    def leave(self, reason: str) -> None:
+    def mark_exited(self, reason: str) -> None:
         """Say why this rank ends, so that the others do not wait for it in vain."""
         self._stopped.set()
         if not self.is_open:
@@ -117,7 +117,7 @@ class Pulse:
             f"{reason}; the other ranks stop, and the checkpoints are intact: run the same command "
             "to go on"
         )
-        self.leave("another rank was lost")
+        self.mark_exited("another rank was lost")
         if self.record_exit(error.exit_code, type(error).__name__, reason):
             report(error)  # the first to know speaks for all
         return error

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_pipeline.errors import PromptError
 from data_pipeline.text.codec import Prompt, TextCodec
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.kv_cache import LayerState
 from megaback.inference.kv_slots import SlotCache
 from megaback.inference.sampling import SamplingOptions, choose, penalized
@@ -75,17 +75,17 @@ class _Reading:
     ids: list[int]
 
 
-class Batch:
+class ContinuousBatch:
     """The samples that are being written by one model."""
 
-    def __init__(self, sampler: Sampler, codec: TextCodec, num_slots: int) -> None:
-        self._sampler, self._codec = sampler, codec
-        self._cache = SlotCache(sampler, num_slots)
+    def __init__(self, decoder: Decoder, codec: TextCodec, num_slots: int) -> None:
+        self._decoder, self._codec = decoder, codec
+        self._cache = SlotCache(decoder, num_slots)
         self._rows: list[Sample] = []
         self._draws: list[np.random.Generator] = []
         self._readings: deque[_Reading] = deque()
         self._steps_of_first: Steps[list[LayerState]] | None = None
-        self._added_BV = torch.zeros(num_slots, sampler.vocab_size, device=sampler.device)
+        self._added_BV = torch.zeros(num_slots, decoder.vocab_size, device=decoder.device)
         self._seen_BV: Tensor | None = None  # made when a sample is the first to have a penalty
         self._later: dict[tuple[int, ...], Tensor] = {}
         self._last_read: tuple[list[int], list[LayerState]] | None = None
@@ -105,7 +105,7 @@ class Batch:
 
     def check(self, prompt: Prompt) -> None:
         """Raises PromptError when a prompt does not fit."""
-        context_tokens = self._sampler.context_tokens
+        context_tokens = self._decoder.context_tokens
         if len(prompt.ids) > context_tokens:
             raise PromptError(
                 f"the text given is {len(prompt.ids)} tokens to read, and the model's context "
@@ -162,8 +162,8 @@ class Batch:
         """One id for each sample that has been read; those that have ended are gone afterwards."""
         if not self._rows:
             return []
-        logits_BV = self._sampler.step([sample.ids[-1] for sample in self._rows], self._cache)
-        told = self._told(logits_BV)
+        logits_BV = self._decoder.step([sample.ids[-1] for sample in self._rows], self._cache)
+        scores = self._scores_of(logits_BV)
         chosen = self._choose(logits_BV)
         steps = []
         for row, (sample, new_id) in enumerate(zip(list(self._rows), chosen, strict=True)):
@@ -174,8 +174,8 @@ class Batch:
             is_last = is_end or sample.num_new >= sample.options.max_new_tokens
             log_probability: float | None = None
             likeliest: tuple[tuple[int, float], ...] = ()
-            if row in told:
-                log_probability, likeliest = told[row].of(new_id)
+            if row in scores:
+                log_probability, likeliest = scores[row].of(new_id)
             steps.append(Step(sample, new_id, is_end, is_last, log_probability, likeliest))
         for step in steps:
             if step.is_last:
@@ -189,7 +189,7 @@ class Batch:
             return self._last_read[1]
         try:
             if self._steps_of_first is None:
-                self._steps_of_first = self._sampler.read_steps(first.ids)
+                self._steps_of_first = self._decoder.read_steps(first.ids)
             next(self._steps_of_first)
         except StopIteration as end:
             state: list[LayerState] = end.value
@@ -211,7 +211,7 @@ class Batch:
             if self._seen_BV is None:
                 self._seen_BV = torch.zeros_like(self._added_BV, dtype=torch.bool)
             self._seen_BV[row] = False
-            self._seen_BV[row, torch.tensor(sample.ids, device=self._sampler.device)] = True
+            self._seen_BV[row, torch.tensor(sample.ids, device=self._decoder.device)] = True
 
     def _take(self, row: int) -> np.random.Generator:
         """Free a row, whose place the last one takes; what its next choice is drawn with."""
@@ -227,7 +227,7 @@ class Batch:
 
     def _forget(self) -> None:
         """Let each row that has filled the context forget its older half, as `generate` does."""
-        context_tokens = self._sampler.context_tokens
+        context_tokens = self._decoder.context_tokens
         for sample in list(self._rows):
             row = self._rows.index(sample)
             if self._cache.lengths[row] == context_tokens:
@@ -259,14 +259,14 @@ class Batch:
                 chosen[row] = new_id
         return chosen
 
-    def _told(self, logits_BV: Tensor) -> "dict[int, _Told]":
+    def _scores_of(self, logits_BV: Tensor) -> "dict[int, _Scores]":
         """The probabilities of rows that tell them."""
         rows = [row for row, one in enumerate(self._rows) if one.num_likeliest is not None]
         if not rows:
             return {}
         log_probabilities_BV = logits_BV[rows].log_softmax(-1)
         return {
-            row: _Told(log_probabilities_V, self._rows[row].num_likeliest or 0)
+            row: _Scores(log_probabilities_V, self._rows[row].num_likeliest or 0)
             for row, log_probabilities_V in zip(rows, log_probabilities_BV, strict=True)
         }
 
@@ -290,13 +290,13 @@ class Batch:
 
     def _only(self, ids: "Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]") -> Tensor:
         """What to add to logits so that only these ids can be chosen: shape (V,)."""
-        added_V = torch.full((self._sampler.vocab_size,), -torch.inf)
+        added_V = torch.full((self._decoder.vocab_size,), -torch.inf)
         added_V[torch.as_tensor(np.asarray(ids, dtype=np.int64))] = 0
-        return added_V.to(self._sampler.device)
+        return added_V.to(self._decoder.device)
 
 
 @dataclass(frozen=True)
-class _Told:
+class _Scores:
     log_probabilities_V: Tensor
     num_likeliest: int
 

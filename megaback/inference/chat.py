@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from data_pipeline.errors import PromptError
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Prompt
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.generate import generate_many
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.inference.sampling import SamplingOptions
@@ -30,7 +30,7 @@ class Candidate:
 
 def candidates(
     model: ReverseGPT,
-    sampler: Sampler,
+    decoder: Decoder,
     form: ChatFormat,
     given: str,
     options: SamplingOptions,
@@ -38,25 +38,25 @@ def candidates(
 ) -> list[Candidate]:
     """Sample `count` times, with seeds from `options.seed` on; different texts, likeliest first.
 
-    The sampler has the model's weights, and writes; the model says how likely that was, at
+    The decoder has the model's weights, and writes; the model says how likely that was, at
     temperature 1, whatever the options. Samples that were cut come last. Raises PromptError when
     what is given leaves no room in the context.
     """
     prompt = form.prompt(given)
-    room = sampler.context_tokens - len(prompt.ids)
+    room = decoder.context_tokens - len(prompt.ids)
     if room < 1:
         name = "response" if form.writes_instruction else "instruction"
         raise PromptError(
             f"the {name} is {len(prompt.ids)} tokens to read, and the model's context of "
-            f"{sampler.context_tokens} must hold what it writes too; shorten it"
+            f"{decoder.context_tokens} must hold what it writes too; shorten it"
         )
     options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
-    return candidates_of_each(model, sampler, form, [prompt], options, count)[0]
+    return candidates_of_each(model, decoder, form, [prompt], options, count)[0]
 
 
 def candidates_of_each(
     model: ReverseGPT,
-    sampler: Sampler,
+    decoder: Decoder,
     form: ChatFormat,
     prompts: Sequence[Prompt],
     options: SamplingOptions,
@@ -69,7 +69,7 @@ def candidates_of_each(
     """
     repeated = [prompt for prompt in prompts for _ in range(count)]
     samples: list[list[int]] = [[] for _ in repeated]
-    for new_ids in generate_many(sampler, form.codec, repeated, options):
+    for new_ids in generate_many(decoder, form.codec, repeated, options):
         for sample, new_id in zip(samples, new_ids, strict=True):
             if new_id is not None:
                 sample.append(new_id)

@@ -23,7 +23,7 @@ from megaback.model.compiler import require_compiler
 from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
 from megaback.weights.model_folder import ModelDescription, load_model_folder
 
-Judged = tuple[float, tuple[tuple[int, float], ...]]
+ScoredToken = tuple[float, tuple[tuple[int, float], ...]]
 """log P of an id in nats, and the likeliest ids in its place with theirs."""
 Product = Callable[[Tensor], Tensor]
 """hidden_ND -> the product with a matrix."""
@@ -45,7 +45,7 @@ class _Layer:
     down: Product
 
 
-class Sampler:
+class Decoder:
     """Reads ids and gives the logits of the next ones."""
 
     def __init__(
@@ -73,9 +73,9 @@ class Sampler:
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         pack = _side_by_side
         if takes_over:
-            is_lonely = usual_rows == 1 and self.dtype is torch.float32
+            is_single_process = usual_rows == 1 and self.dtype is torch.float32
             packs = not compiled and _can_pack(self.device, self.dtype)
-            pack = (_turned if is_lonely else _packed) if packs else _stacked
+            pack = (_turned if is_single_process else _packed) if packs else _stacked
         self._embedding_VD = model.model.embed_tokens.weight.detach()
         self._head = pack([model.lm_head])
         self._layers = []
@@ -83,7 +83,7 @@ class Sampler:
             assert isinstance(block, Block)
             self._layers.append(_laid_out(block, pack))
             if takes_over:  # so that weights are never there twice
-                _let_go(block)
+                _release_weights(block)
         self._norm_D = model.model.norm.weight.detach()
         positions = torch.arange(context_tokens, device=self.device)
         rotary = Rotary.at(positions, self.shape.head_dim, self.shape.rope_theta)
@@ -129,9 +129,9 @@ class Sampler:
         return kept
 
     @torch.inference_mode()
-    def judge_steps(
+    def score_steps(
         self, given: Sequence[int], written: Sequence[int], num_likeliest: int = 0
-    ) -> Steps[list[Judged]]:
+    ) -> Steps[list[ScoredToken]]:
         """What the model says of each id of `written`, as it comes after all before it.
 
         `given` is at least one id; both together, without the last, fit the context. A step is a
@@ -144,17 +144,17 @@ class Sampler:
         hidden_ND = yield from self._row_steps([*given, *written][:-1], attend)
         ids_N = torch.tensor(written, dtype=torch.long, device=self.device)
         parts = torch.split(hidden_ND[len(given) - 1 :], _LOGIT_ROWS)
-        judged: list[Judged] = []
+        scored: list[ScoredToken] = []
         for part_ND, part_N in zip(parts, torch.split(ids_N, _LOGIT_ROWS), strict=True):
             logs_NV = self._head(part_ND).float().log_softmax(-1)
             of_ids = logs_NV.gather(1, part_N[:, None])[:, 0].tolist()
             values_NL, likeliest_NL = (best.tolist() for best in logs_NV.topk(num_likeliest))
-            judged += [
+            scored += [
                 (of_id, tuple(zip(ids, values, strict=True)))
                 for of_id, ids, values in zip(of_ids, likeliest_NL, values_NL, strict=True)
             ]
             yield
-        return judged
+        return scored
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int], cache: Cache) -> Tensor:
@@ -268,7 +268,7 @@ def _laid_out(block: Block, pack: Callable[[list[nn.Linear]], Product]) -> _Laye
     )
 
 
-def _let_go(block: Block) -> None:
+def _release_weights(block: Block) -> None:
     for module in block.modules():
         if isinstance(module, nn.Linear):
             module.weight = nn.Parameter(torch.empty(0))
@@ -311,15 +311,15 @@ def _packed(matrices: list[nn.Linear], rows: int = 16) -> Product:
     return lambda hidden_ND: linear(hidden_ND, weight, None, "none", [], "")
 
 
-def load_sampler(
+def load_decoder(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
     *,
     usual_rows: int = 1,
     compiled: bool = False,
-) -> tuple[Sampler, ModelDescription, TextCodec]:
+) -> tuple[Decoder, ModelDescription, TextCodec]:
     """A model ready to write, with the codec that its texts go through."""
     model, description, codec = load_model_folder(folder, device, dtype)
-    sampler = Sampler(model, description.context_tokens, usual_rows=usual_rows, compiled=compiled)
-    return sampler, description, codec
+    decoder = Decoder(model, description.context_tokens, usual_rows=usual_rows, compiled=compiled)
+    return decoder, description, codec

@@ -16,7 +16,7 @@ import torch
 
 from data_pipeline.common.import_path import safe_child_imports
 from data_pipeline.common.interrupts import received_signal, signals_deferred
-from data_pipeline.common.process_pool import begin_worker, hush_tracker, kill
+from data_pipeline.common.process_pool import begin_worker, kill, silence_resource_tracker
 from data_pipeline.errors import LaunchError
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.inference.writer import choose_device
@@ -53,7 +53,7 @@ class DevicePool:
         self._pools = []
         self._processes: set[BaseProcess] = set()
         if len(devices) > 1:
-            hush_tracker()
+            silence_resource_tracker()
             with safe_child_imports():  # the tracker of semaphores is a process, too
                 self._pools = [
                     ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_worker)

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from data_pipeline.errors import PromptError
 from data_pipeline.text.codec import Prompt, TextCodec
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.kv_cache import LayerState
-from megaback.inference.sampling import Chooser, SamplingOptions, penalized
+from megaback.inference.sampling import SamplingOptions, TokenChooser, penalized
 from megaback.model.gpt import ReverseGPT
 
 __all__ = ["SamplingOptions", "complete", "generate", "generate_many"]
 
 
 def complete(
-    model: ReverseGPT | Sampler,
+    model: ReverseGPT | Decoder,
     codec: TextCodec,
     given: str,
     context_tokens: int,
@@ -43,7 +43,7 @@ def complete(
 
 
 def generate(
-    model: ReverseGPT | Sampler,
+    model: ReverseGPT | Decoder,
     codec: TextCodec,
     prompt: Prompt,
     context_tokens: int,
@@ -51,15 +51,15 @@ def generate(
 ) -> Iterator[int]:
     """New ids one at a time, until an end marker, a stop id or `max_new_tokens`.
 
-    When the context is full, its older half is forgotten. A Sampler has its own `context_tokens`;
+    When the context is full, its older half is forgotten. A Decoder has its own `context_tokens`;
     for more than one text make one, which is faster. Raises PromptError when the prompt does not
     fit.
     """
     if isinstance(model, ReverseGPT):
-        sampler = Sampler(model, context_tokens, takes_over=False)
+        decoder = Decoder(model, context_tokens, takes_over=False)
     else:
-        sampler = model
-    for (new_id,) in generate_many(sampler, codec, [prompt], options):
+        decoder = model
+    for (new_id,) in generate_many(decoder, codec, [prompt], options):
         if new_id is not None:
             yield new_id
 
@@ -74,7 +74,7 @@ class _Row:
 
 
 def generate_many(
-    sampler: Sampler,
+    decoder: Decoder,
     codec: TextCodec,
     prompts: Sequence[Prompt],
     options: SamplingOptions,
@@ -87,7 +87,7 @@ def generate_many(
     """
     if not prompts:
         return
-    context_tokens = sampler.context_tokens
+    context_tokens = decoder.context_tokens
     if len({prompt.end_id for prompt in prompts}) > 1:
         raise ValueError("prompts that end at different markers cannot be gone on from together")
     for prompt in prompts:
@@ -98,16 +98,16 @@ def generate_many(
             )
     rows = [_Row(number, list(prompt.ids)) for number, prompt in enumerate(prompts)]
     with torch.inference_mode():
-        masks = _Masks(sampler, codec, rows, prompts, options)
+        masks = _Masks(decoder, codec, rows, prompts, options)
         if seeds is None:
             seeds = range(options.seed, options.seed + len(rows))
-        chooser = Chooser(options, seeds)
+        chooser = TokenChooser(options, seeds)
         read = {}
         for row in rows:
             before = tuple(row.ids[:-1])
             if before not in read:
-                read[before] = sampler.read(before)
-        cache = sampler.new_cache(len(rows))
+                read[before] = decoder.read(before)
+        cache = decoder.new_cache(len(rows))
         cache.fill([read[tuple(row.ids[:-1])] for row in rows])
         del read
     ends = {prompts[0].end_id, *options.stop_ids}
@@ -115,31 +115,31 @@ def generate_many(
         with torch.inference_mode():
             if cache.stop == cache.capacity_tokens:
                 cache.fill(
-                    [_remembered(sampler, row, cache.row(at)) for at, row in enumerate(rows)]
+                    [_remembered(decoder, row, cache.row(at)) for at, row in enumerate(rows)]
                 )
-            logits_BV = masks.apply(sampler.step([row.ids[-1] for row in rows], cache))
+            logits_BV = masks.apply(decoder.step([row.ids[-1] for row in rows], cache))
             chosen = chooser.choose(logits_BV, [row.number for row in rows])
         new_ids: list[int | None] = [None] * len(prompts)
         for row, new_id in zip(rows, chosen, strict=True):
             if new_id not in ends:
                 row.ids.append(new_id)
                 new_ids[row.number] = new_id
-        going_on = [at for at, row in enumerate(rows) if new_ids[row.number] is not None]
-        if not going_on:
+        continuing = [at for at, row in enumerate(rows) if new_ids[row.number] is not None]
+        if not continuing:
             return
         yield new_ids
         with torch.inference_mode():
-            if len(going_on) < len(rows):
-                cache.fill([cache.row(at) for at in going_on])
-            rows = [rows[at] for at in going_on]
-            masks.keep(going_on, [row.ids[-1] for row in rows])
+            if len(continuing) < len(rows):
+                cache.fill([cache.row(at) for at in continuing])
+            rows = [rows[at] for at in continuing]
+            masks.keep(continuing, [row.ids[-1] for row in rows])
 
 
-def _remembered(sampler: Sampler, row: _Row, state: list[LayerState]) -> list[LayerState]:
+def _remembered(decoder: Decoder, row: _Row, state: list[LayerState]) -> list[LayerState]:
     """What a row has read, without its older half if it has filled the context."""
-    if state[0][0].shape[1] < sampler.context_tokens:
+    if state[0][0].shape[1] < decoder.context_tokens:
         return state
-    return sampler.read(row.ids[-(sampler.context_tokens // 2) : -1])
+    return decoder.read(row.ids[-(decoder.context_tokens // 2) : -1])
 
 
 class _Masks:
@@ -147,22 +147,22 @@ class _Masks:
 
     def __init__(
         self,
-        sampler: Sampler,
+        decoder: Decoder,
         codec: TextCodec,
         rows: Sequence[_Row],
         prompts: Sequence[Prompt],
         options: SamplingOptions,
     ) -> None:
         def added(ids: npt.NDArray[np.int64] | list[int]) -> Tensor:
-            added_V = torch.full((sampler.vocab_size,), -torch.inf)
+            added_V = torch.full((decoder.vocab_size,), -torch.inf)
             added_V[torch.as_tensor(np.asarray(ids, dtype=np.int64))] = 0
             return added_V
 
         ends = [prompts[0].end_id, *options.stop_ids]
         self._added_BV = torch.stack([added(prompt.first_ids) for prompt in prompts])
-        self._added_BV = self._added_BV.to(sampler.device)
+        self._added_BV = self._added_BV.to(decoder.device)
         writable = [*codec.writable_ids(prompts[0].end_id).tolist(), *options.stop_ids]
-        self._later_V = added(writable).to(sampler.device)
+        self._later_V = added(writable).to(decoder.device)
         self._early_V = self._later_V.clone()
         self._early_V[ends] = -torch.inf
         self._num_written, self._min_new_tokens = 0, options.min_new_tokens
@@ -173,7 +173,7 @@ class _Masks:
         if self._penalty != 1:
             self._seen_BV = torch.zeros_like(self._added_BV, dtype=torch.bool)
             for seen_V, row in zip(self._seen_BV, rows, strict=True):
-                seen_V[torch.tensor(row.ids, device=sampler.device)] = True
+                seen_V[torch.tensor(row.ids, device=decoder.device)] = True
 
     def apply(self, logits_BV: Tensor) -> Tensor:
         """Logits, -inf where a row may not write."""
@@ -181,12 +181,12 @@ class _Masks:
             logits_BV = penalized(logits_BV, self._seen_BV, self._penalty)
         return logits_BV + self._added_BV
 
-    def keep(self, going_on: Sequence[int], new_ids: Sequence[int]) -> None:
+    def keep(self, continuing: Sequence[int], new_ids: Sequence[int]) -> None:
         """Go on with these rows, which have written these ids."""
         self._num_written += 1
         is_early = self._num_written < self._min_new_tokens
         self._added_BV = self._early_V if is_early else self._later_V
         if self._seen_BV is not None:
-            self._seen_BV = self._seen_BV[list(going_on)]
+            self._seen_BV = self._seen_BV[list(continuing)]
             at_B1 = torch.tensor(new_ids, device=self._seen_BV.device)[:, None]
             self._seen_BV.scatter_(1, at_B1, True)

@@ -1,4 +1,4 @@
-"""Keys and values of what a sampler has read, so that each new token costs one position a row.
+"""Keys and values of what a decoder has read, so that each new token costs one position a row.
 
 Memory is laid out once, for all rows and the whole context. A row's tokens end at `stop`, which all
 rows share, and begin wherever their number lets them: so a step writes one slot for all rows, and
@@ -31,7 +31,7 @@ class Reach:
 
 
 class Cache(Protocol):
-    """What a sampler's step needs of a cache."""
+    """What a decoder's step needs of a cache."""
 
     lengths: list[int]
     """How many tokens each row has read."""

@@ -12,25 +12,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.kv_cache import LayerState, Reach
 
 
 class SlotCache:
     """Room for a fixed number of rows of the whole context."""
 
-    def __init__(self, sampler: Sampler, num_slots: int) -> None:
-        shape = sampler.shape
+    def __init__(self, decoder: Decoder, num_slots: int) -> None:
+        shape = decoder.shape
         size = (
             shape.num_layers,
             num_slots,
             shape.kv_heads,
-            sampler.context_tokens,
+            decoder.context_tokens,
             shape.head_dim,
         )
-        self._keys = torch.zeros(size, dtype=sampler.cache_dtype, device=sampler.device)
+        self._keys = torch.zeros(size, dtype=decoder.cache_dtype, device=decoder.device)
         self._values = torch.zeros_like(self._keys)
-        self._slots_S = torch.arange(sampler.context_tokens, device=sampler.device)
+        self._slots_S = torch.arange(decoder.context_tokens, device=decoder.device)
         self.num_slots = num_slots
         self.lengths: list[int] = []
 

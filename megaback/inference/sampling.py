@@ -73,7 +73,7 @@ class SamplingOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)}, {problem}")
 
 
-class Chooser:
+class TokenChooser:
     """Chooses for rows that are numbered from 0 and may be fewer at every call."""
 
     def __init__(self, options: SamplingOptions, seeds: Sequence[int]) -> None:

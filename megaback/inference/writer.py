@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.errors import BackendError, DirectionMismatchError
 from data_pipeline.text.codec import Direction, TextCodec
-from megaback.inference.decoder import Sampler, load_sampler
+from megaback.inference.decoder import Decoder, load_decoder
 from megaback.inference.generate import generate_many
 from megaback.inference.sampling import SamplingOptions
 from megaback.weights.converted import model_folder
@@ -57,15 +57,15 @@ def load_writer(
         raise BackendError(f"dtype {dtype} is none of {', '.join(_DTYPES)}")
     on = choose_device(device)
     path = model_folder(folder)
-    made = load_sampler(path, on, _DTYPES[dtype], usual_rows=usual_rows, compiled=compiled)
+    made = load_decoder(path, on, _DTYPES[dtype], usual_rows=usual_rows, compiled=compiled)
     return Writer(*made)
 
 
 class Writer:
     """Writes on from texts. Options are the fields of `SamplingOptions`, by name."""
 
-    def __init__(self, sampler: Sampler, description: ModelDescription, codec: TextCodec) -> None:
-        self.sampler = sampler
+    def __init__(self, decoder: Decoder, description: ModelDescription, codec: TextCodec) -> None:
+        self.decoder = decoder
         self.description = description
         self.codec = codec
 
@@ -101,7 +101,7 @@ class Writer:
 
     def _write(self, texts: "list[_Text]", options: dict[str, Any]) -> Iterator[None]:
         prompts = [text.prompt for text in texts]
-        for new_ids in generate_many(self.sampler, self.codec, prompts, SamplingOptions(**options)):
+        for new_ids in generate_many(self.decoder, self.codec, prompts, SamplingOptions(**options)):
             for text, new_id in zip(texts, new_ids, strict=True):
                 if new_id is not None:
                     text.ids.append(new_id)

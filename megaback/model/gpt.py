@@ -153,7 +153,7 @@ class Block(nn.Module):
         return hidden_TD + mixed_TD
 
 
-class Decoder(nn.Module):
+class Transformer(nn.Module):
     """Embedding, blocks and final norm."""
 
     def __init__(self, shape: ModelSection, vocab_size: int, backend: AttentionBackend) -> None:
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
 
 
 class ReverseGPT(nn.Module):
-    """The whole model. Called with targets it gives losses; `logits` gives what samplers need."""
+    """The whole model. Called with targets it gives losses; `logits` gives what decoders need."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class ReverseGPT(nn.Module):
         self.shape = shape
         self.vocab_size = vocab_size
         self.z_loss = z_loss
-        self.model = Decoder(shape, vocab_size, backend)
+        self.model = Transformer(shape, vocab_size, backend)
         self.lm_head = nn.Linear(shape.width, vocab_size, bias=False)
         if shape.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -196,7 +196,7 @@ class ReverseGPT(nn.Module):
             if isinstance(module, RMSNorm | Attention | GatedMLP):
                 module.elementwise = call
 
-    def leave_attention_uncompiled(self) -> None:
+    def exclude_attention_from_compile(self) -> None:
         """Before compiling the model: segments differ in every batch.
 
         Not when attention is imported, as that would load the compiler for those who only write.

@@ -20,7 +20,7 @@ from megaback.planning.flops import attended_tokens
 DEFAULT_VOCAB_SIZE = 8_888
 _MOST_SHARDS = 64
 """Of a data set, whose documents are looked at: spread evenly."""
-_SHARD_BYTES_A_TOKEN = 1.28
+_SHARD_BYTES_PER_TOKEN = 1.28
 """Of uint16 ids at zstd's level 6: benchmarks/README.md."""
 
 
@@ -113,8 +113,8 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         rows = (config.training.epochs or 0.0) * epoch / batch.context_tokens
         total_tokens = float(ceil(rows / batch.global_batch_rows) * step_tokens)
     if file_bytes is None and total_tokens is not None:
-        file_bytes = total_tokens / (config.training.epochs or 1.0) * _SHARD_BYTES_A_TOKEN
-        notes.append(f"shards take {_SHARD_BYTES_A_TOKEN} bytes a token")
+        file_bytes = total_tokens / (config.training.epochs or 1.0) * _SHARD_BYTES_PER_TOKEN
+        notes.append(f"shards take {_SHARD_BYTES_PER_TOKEN} bytes a token")
     if total_tokens is None:
         notes.append("how long the run is depends on the data: give --tokens")
     return RunFacts(

@@ -33,12 +33,12 @@ class ModelSize:
         kv_width = shape.kv_heads * shape.head_dim
         attention = 2 * width * query_width + 2 * width * kv_width
         mlp = 3 * width * shape.hidden_mlp_width
-        norms_a_block = 2 * width + (2 * shape.head_dim if shape.qk_norm else 0)
+        norms_per_block = 2 * width + (2 * shape.head_dim if shape.qk_norm else 0)
         return cls(
             embedding=vocab_size * width,
             head=0 if shape.tie_embeddings else vocab_size * width,
             matrices=shape.num_layers * (attention + mlp),
-            norms=shape.num_layers * norms_a_block + width,
+            norms=shape.num_layers * norms_per_block + width,
         )
 
 

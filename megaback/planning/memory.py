@@ -47,7 +47,7 @@ class Setting:
     accumulates: bool
     """Whether a step has several micro-batches."""
     ranks: int
-    ranks_a_node: int
+    ranks_per_node: int
     stage: int
     precision: str
     checkpointing: str
@@ -98,7 +98,7 @@ class RankMemory:
 
     moment: str
     parts: Parts
-    host_bytes_a_node: float
+    host_bytes_per_node: float
     """Offloaded states and the copies of checkpoints; 0 on CPUs, where they are in `parts`."""
     moments: dict[str, float]
     """Bytes at every moment."""
@@ -120,7 +120,7 @@ def rank_memory(setting: Setting) -> RankMemory:
     return RankMemory(
         peak,
         moments[peak],
-        0.0 if setting.is_cpu else host * setting.ranks_a_node,
+        0.0 if setting.is_cpu else host * setting.ranks_per_node,
         {name: parts.total for name, parts in moments.items()},
     )
 

@@ -21,7 +21,7 @@ _MOST_OVERESTIMATE = 1.05
 
 
 @dataclass(frozen=True)
-class RankRoom:
+class AvailableMemory:
     """Where a rank is, and what memory there is."""
 
     host: str
@@ -31,7 +31,7 @@ class RankRoom:
     """Of its GPU; on a CPU of its host, which all ranks there share."""
 
 
-def require_memory(config: Config, vocab_size: int, rooms: Sequence[RankRoom]) -> None:
+def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMemory]) -> None:
     """Raise NotEnoughMemoryError, with the smallest change that fits, for what cannot fit.
 
     `rooms` are those of all ranks.

@@ -135,7 +135,7 @@ def memory_of(
             micro_batch_tokens=micro_rows * config.batch.context_tokens,
             accumulates=accumulation > 1,
             ranks=cluster.ranks,
-            ranks_a_node=cluster.devices_per_node,
+            ranks_per_node=cluster.devices_per_node,
             stage=config.zero.stage if stage is None else stage,
             precision=config.training.precision,
             checkpointing=config.training.activation_checkpointing,

@@ -26,7 +26,7 @@ class Question:
     candidates: tuple[Candidate, ...]
 
     @property
-    def is_judged(self) -> bool:
+    def is_labeled(self) -> bool:
         """Whether it is said of every candidate that it is right or not."""
         return all(one.is_right is not None for one in self.candidates)
 

@@ -107,7 +107,7 @@ def _require_all_read(folder: Path, model: Any, loading: dict[str, Any]) -> None
         )
 
 
-class ForeignScorer:
+class HfScorer:
     """Scores answers, the end-of-text token included if the tokenizer has one."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:

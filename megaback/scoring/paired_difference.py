@@ -41,7 +41,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Gap:
+class PairedDifference:
     """Losses in nats/token, and how much more `second` is, with standard errors over documents.
 
     The errors are None where fewer than two documents have targets.
@@ -59,7 +59,7 @@ class Gap:
     num_documents: int
 
     @classmethod
-    def between(cls, first: Losses, second: Losses) -> "Gap":
+    def between(cls, first: Losses, second: Losses) -> "PairedDifference":
         """Both have targets, if not in every document."""
         of_first, of_second = first.per_token, second.per_token
         ratio = of_second / of_first

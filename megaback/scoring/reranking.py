@@ -48,11 +48,11 @@ def rightness(scores: Floats, is_right: npt.NDArray[np.bool_]) -> float:
 def fit_weight(questions: Sequence[Scored]) -> float:
     """The weight, in hundredths, with which the best candidates are right most often.
 
-    Of several, the one in the middle. All questions are judged, and have forward scores.
+    Of several, the one in the middle. All questions are labeled, and have forward scores.
     """
     found = np.array(
         [
-            sum(rightness(one.mixed(weight), _judged(one)) for one in questions)
+            sum(rightness(one.mixed(weight), _is_right(one)) for one in questions)
             for weight in _WEIGHTS
         ]
     )
@@ -61,23 +61,23 @@ def fit_weight(questions: Sequence[Scored]) -> float:
 
 
 def accuracies(questions: Sequence[Scored], weight: float, seed: int = 0) -> dict[str, Interval]:
-    """Accuracy by each way to choose, with its interval over questions; all are judged.
+    """Accuracy by each way to choose, with its interval over questions; all are labeled.
 
     `gain` is that of mixed over forward, question by question.
     """
-    judged = [(one, _judged(one)) for one in questions]
+    labeled = [(one, _is_right(one)) for one in questions]
     found = {
-        "random": [float(is_right.mean()) for _, is_right in judged],
-        "reverse": [rightness(one.reverse, is_right) for one, is_right in judged],
+        "random": [float(is_right.mean()) for _, is_right in labeled],
+        "reverse": [rightness(one.reverse, is_right) for one, is_right in labeled],
     }
     if all(one.forward is not None for one in questions):
-        found["forward"] = [rightness(one.mixed(0.0), is_right) for one, is_right in judged]
-        found["mixed"] = [rightness(one.mixed(weight), is_right) for one, is_right in judged]
+        found["forward"] = [rightness(one.mixed(0.0), is_right) for one, is_right in labeled]
+        found["mixed"] = [rightness(one.mixed(weight), is_right) for one, is_right in labeled]
         found["gain"] = list(np.subtract(found["mixed"], found["forward"]))
-    found["oracle"] = [float(is_right.any()) for _, is_right in judged]
+    found["oracle"] = [float(is_right.any()) for _, is_right in labeled]
     return {name: mean_interval(values, seed) for name, values in found.items()}
 
 
-def _judged(question: Scored) -> npt.NDArray[np.bool_]:
+def _is_right(question: Scored) -> npt.NDArray[np.bool_]:
     assert question.is_right is not None
     return question.is_right

@@ -45,7 +45,7 @@ def _meant_by(base: Path) -> Path:
 
 
 def _identity(description: Path) -> dict[str, Any]:
-    """Which artefact a file describes; None for what it does not say."""
+    """Which artifact a file describes; None for what it does not say."""
     identity: dict[str, Any] = {"path": str(description.parent), "step": None, "sha256": None}
     try:
         identity["step"] = read_json(description).get("step")

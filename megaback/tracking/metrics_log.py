@@ -28,7 +28,7 @@ from megaback.tracking.metrics import (
     StepRecord,
     read_metrics,
 )
-from megaback.tracking.trackers import BEFORE_ALL_STEPS, Mirrors
+from megaback.tracking.trackers import BEFORE_ALL_STEPS, Trackers
 
 _RECENT_STEPS = 50
 """Whose pace tells how much time is left."""
@@ -47,7 +47,7 @@ class MetricsLog:
     ) -> None:
         """`step_flops_share` is the MFU of a step that takes one second, None if unknown.
 
-        Raises BackendError for a mirror that was asked for and is not installed, OSError, and
+        Raises BackendError for a tracker that was asked for and is not installed, OSError, and
         CheckpointCorruptError for lines that are not of a run.
         """
         path = config.run / METRICS_NAME
@@ -65,8 +65,8 @@ class MetricsLog:
         self._console = SafeConsole(soft_wrap=True)
         self._run = config.run
         self._noted_losses: set[str] = set()
-        self._mirrors = Mirrors(config, resumed_step or BEFORE_ALL_STEPS, self.say)
-        self._mirrors.feed(kept)
+        self._trackers = Trackers(config, resumed_step or BEFORE_ALL_STEPS, self.message)
+        self._trackers.feed(kept)
         self._progress: SafeProgress | None = None
         if sys.stdout.isatty():
             self._progress = SafeProgress(
@@ -78,7 +78,7 @@ class MetricsLog:
             self._bar = self._progress.add_task("", total=total_steps, completed=resumed_step)
             self._progress.start()
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         """Print a line, above the progress bar if there is one."""
         self._console.print(message, highlight=False)
 
@@ -98,11 +98,11 @@ class MetricsLog:
         text = self._summary(record, line)
         self._write(line)
         if record.skipped is not None:
-            self.say(f"step {step}/{self._total_steps}  skipped: {record.skipped}")
+            self.message(f"step {step}/{self._total_steps}  skipped: {record.skipped}")
         if self._progress is not None:
             self._progress.update(self._bar, completed=step, description=text)
         elif step % self._every_steps == 0 or step == self._total_steps:
-            self.say(f"step {text}")
+            self.message(f"step {text}")
         self._note_losses(step)
 
     def left_out(self, step: int) -> None:
@@ -128,7 +128,7 @@ class MetricsLog:
                 },
             }
         )
-        self.say(
+        self.message(
             f"step {step}/{self._total_steps}  val loss {whole.nats_per_token:.4f} nats/token, "
             f"{whole.bits_per_byte or 0:.4f} bits/byte over {whole.num_targets:,} tokens"
         )
@@ -137,7 +137,7 @@ class MetricsLog:
         if self._progress is not None:
             self._progress.stop()
         self._file.close()
-        self._mirrors.close()
+        self._trackers.close()
 
     def _summary(self, record: StepRecord, line: dict[str, Any]) -> str:
         """A step on the console: what is asked for most comes first."""
@@ -171,7 +171,7 @@ class MetricsLog:
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self._mirrors.feed([line])
+        self._trackers.feed([line])
 
 
 def _json_number(value: Any) -> Any:

@@ -21,7 +21,7 @@ _RECORD_HEADER = struct.Struct("<QI")  # TFRecord: length, its checksum; data, i
 _CHECKSUM_BYTES = 4
 
 
-class TensorboardMirror:
+class TensorboardTracker:
     """Numbers only: TensorBoard draws no words."""
 
     def __init__(self, run: Path, last_step: int) -> None:

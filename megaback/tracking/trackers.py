@@ -1,6 +1,6 @@
 """Other places that show a run's numbers: wandb and TensorBoard, fed from metrics.jsonl.
 
-metrics.jsonl is canonical. When a run goes on, a mirror forgets what came after the resumed step,
+metrics.jsonl is canonical. When a run goes on, a tracker forgets what came after the resumed step,
 is given what it lacks, and no step twice. One that fails is left out, and training goes on.
 """
 
@@ -19,7 +19,7 @@ _A_MODULE_OF = {"wandb": "wandb.sdk", "tensorboard": "tensorboard.summary"}
 """What a mere folder of that name, such as one of offline runs, has not."""
 
 
-class Mirror(Protocol):
+class Tracker(Protocol):
     """Where numbers go besides metrics.jsonl. Any exception means that it has failed."""
 
     held_step: int
@@ -32,8 +32,8 @@ class Mirror(Protocol):
         """Bring everything to where it belongs."""
 
 
-class Mirrors:
-    """The mirrors that a config asks for, as long as they work."""
+class Trackers:
+    """The trackers that a config asks for, as long as they work."""
 
     def __init__(self, config: Config, last_step: int, say: Callable[[str], None]) -> None:
         """`last_step`: the last one that metrics.jsonl still has, or BEFORE_ALL_STEPS.
@@ -42,39 +42,39 @@ class Mirrors:
         """
         require_installed(config)
         self._say = say
-        self._mirrors: dict[str, Mirror] = {}
+        self._trackers: dict[str, Tracker] = {}
         for name, start in _STARTS.items():
             try:
-                mirror = start(config, last_step)
+                tracker = start(config, last_step)
             except Exception as error:  # noqa: BLE001 (theirs may raise anything)
                 say(_failure(name, "did not start", error))
                 continue
-            if mirror is None:
+            if tracker is None:
                 continue
-            self._mirrors[name] = mirror
-            if mirror.held_step > last_step:
+            self._trackers[name] = tracker
+            if tracker.held_step > last_step:
                 say(
-                    f"{name} has steps up to {mirror.held_step:,} already: those that are made "
+                    f"{name} has steps up to {tracker.held_step:,} already: those that are made "
                     "again are not shown there"
                 )
 
     def feed(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Give lines of metrics.jsonl to the mirrors that lack them."""
+        """Give lines of metrics.jsonl to the trackers that lack them."""
         for line in lines:
             step, values = line["step"], flat_values(line)
-            for name, mirror in list(self._mirrors.items()):
-                if step > mirror.held_step:
-                    self._attempt(name, mirror.write, step, values)
+            for name, tracker in list(self._trackers.items()):
+                if step > tracker.held_step:
+                    self._attempt(name, tracker.write, step, values)
 
     def close(self) -> None:
-        for name, mirror in list(self._mirrors.items()):
-            self._attempt(name, mirror.close)
+        for name, tracker in list(self._trackers.items()):
+            self._attempt(name, tracker.close)
 
     def _attempt(self, name: str, act: Callable[..., None], *arguments: Any) -> None:
         try:
             act(*arguments)
         except Exception as error:  # noqa: BLE001 (theirs may raise anything)
-            del self._mirrors[name]
+            del self._trackers[name]
             self._say(_failure(name, "has failed", error))
 
 
@@ -98,7 +98,7 @@ def _failure(name: str, what: str, error: Exception) -> str:
 
 
 def require_installed(config: Config) -> None:
-    """Raises BackendError for a mirror that the config asks for and that is not installed."""
+    """Raises BackendError for a tracker that the config asks for and that is not installed."""
     section = config.logging
     for name, value in (("wandb", section.wandb), ("tensorboard", section.tensorboard)):
         if value not in ("off", "auto") and not _is_installed(name):
@@ -118,23 +118,23 @@ def _is_installed(name: str) -> bool:
         return True
 
 
-def _start_wandb(config: Config, last_step: int) -> Mirror | None:
+def _start_wandb(config: Config, last_step: int) -> Tracker | None:
     if config.logging.wandb == "off":
         return None
-    from megaback.tracking.wandb_tracker import WandbMirror
+    from megaback.tracking.wandb_tracker import WandbTracker
 
-    return WandbMirror(config, last_step)
+    return WandbTracker(config, last_step)
 
 
-def _start_tensorboard(config: Config, last_step: int) -> Mirror | None:
+def _start_tensorboard(config: Config, last_step: int) -> Tracker | None:
     if config.logging.tensorboard == "off" or not _is_installed("tensorboard"):
         return None
-    from megaback.tracking.tensorboard_tracker import TensorboardMirror
+    from megaback.tracking.tensorboard_tracker import TensorboardTracker
 
-    return TensorboardMirror(config.run, last_step)
+    return TensorboardTracker(config.run, last_step)
 
 
-_STARTS: dict[str, Callable[[Config, int], Mirror | None]] = {
+_STARTS: dict[str, Callable[[Config, int], Tracker | None]] = {
     "wandb": _start_wandb,
     "TensorBoard": _start_tensorboard,
 }

@@ -27,7 +27,7 @@ ID_NAME = "wandb_id.txt"
 _MAX_ID_BYTES = 128
 
 
-class WandbMirror:
+class WandbTracker:
     """Steps are rows of wandb's history, their number is wandb's own `_step`.
 
     wandb joins what is written of one step, and keeps it once a later one comes, or at the close.
@@ -63,18 +63,18 @@ class WandbMirror:
             self.held_step = self._run.starting_step - 1  # the server's next one
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
-        with _quiet_if_lost():
+        with _disconnect_if_lost():
             self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        with _quiet_if_lost():
+        with _disconnect_if_lost():
             self._run.finish()
             with suppress(SystemExit):
                 wandb.teardown()  # only after its end has wandb's process written everything
 
 
 @contextmanager
-def _quiet_if_lost() -> Iterator[None]:
+def _disconnect_if_lost() -> Iterator[None]:
     """If wandb's own process is gone, do not let wandb wait for it at the end of ours."""
     try:
         yield

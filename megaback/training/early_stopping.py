@@ -18,7 +18,7 @@ from megaback.checkpoint_names import (
 from megaback.tracking.metrics import METRICS_NAME, read_metrics
 
 
-class Patience:
+class EarlyStopping:
     """Counts validations that did not improve on the best one."""
 
     def __init__(

@@ -30,13 +30,13 @@ from megaback.checkpoint_names import (
     step_name,
 )
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, newest_checkpoint
-from megaback.checkpoints.remote_copy import SecondPlace, fetch_newest, newest_meta
+from megaback.checkpoints.remote_copy import CopyTarget, fetch_newest, newest_meta
 from megaback.checkpoints.state import num_updates
 from megaback.config import Config, ModelSection
 from megaback.data import Data, open_data
 from megaback.distributed.device_limits import (
+    available_memory,
     device_peak_flops,
-    rank_room,
     require_host_memory,
     require_precision,
 )
@@ -47,18 +47,18 @@ from megaback.faults.exit_record import record_exit, record_start
 from megaback.faults.preflight import preflight
 from megaback.faults.run_ownership import place_of_config, require_run_folder
 from megaback.faults.step_guard import read_left_out
-from megaback.faults.watchdog import Pulse
+from megaback.faults.watchdog import Watchdog
 from megaback.model.attention import attention_backend
 from megaback.model.compiler import require_compiler
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.flops import flops_per_token
-from megaback.planning.memory_room import RankRoom, require_memory
+from megaback.planning.memory_room import AvailableMemory, require_memory
 from megaback.tracking.trackers import require_installed
 from megaback.training.start import (
+    AlreadyTrained,
     Changes,
-    NothingLeft,
+    already_trained,
     changes_on_resume,
-    nothing_left,
     require_readable,
 )
 from megaback.weights.init_from import open_base
@@ -95,7 +95,7 @@ class Run:
     peak_flops: float | None
     left_out: tuple[tuple[int, int], ...]
     """Ranges of steps, first and last, that are passed over."""
-    pulse: Pulse
+    watchdog: Watchdog
     lock: IO[bytes] | None
     """Open as long as the run is: it keeps others out of the run's folder."""
     changes: Changes
@@ -133,21 +133,21 @@ class Run:
 
 
 def prepare_run(
-    config: Config, world: World, pulse: Pulse, given: Path | None = None
-) -> Run | NothingLeft:
+    config: Config, world: World, watchdog: Watchdog, given: Path | None = None
+) -> Run | AlreadyTrained:
     """Bring data, model and engine together, from the newest good checkpoint if there is one.
 
     `given` is the file of the config.
 
-    Any rank's MegabackError stops all ranks with one message. The pulse is opened once the run's
+    Any rank's MegabackError stops all ranks with one message. The watchdog is opened once the run's
     folder is this run's alone and the start is accepted; before, nothing is written.
     """
-    world.together(_ask_first, world, require_run_folder, config, given)
+    world.run_collectively(_ask_first, world, require_run_folder, config, given)
     is_new = not world.of_first((config.run / LOCK_NAME).exists(), bool)
-    lock = None if is_new else world.together(_claim, config, world)
-    data = world.together(open_data, config, world.rank, world.size)
-    world.together(require_precision, config.training.precision, world.device)
-    attention, backend = world.together(
+    lock = None if is_new else world.run_collectively(_claim, config, world)
+    data = world.run_collectively(open_data, config, world.rank, world.size)
+    world.run_collectively(require_precision, config.training.precision, world.device)
+    attention, backend = world.run_collectively(
         attention_backend,
         config.hardware.attention,
         world.device,
@@ -155,31 +155,31 @@ def prepare_run(
         config.model.head_dim,
     )
     if config.training.compile:
-        world.together(require_compiler, world.device.type, "training.compile")
-    world.together(require_installed, config)
-    world.together(_ask_first, world, _require_second_place, config, data)
+        world.run_collectively(require_compiler, world.device.type, "training.compile")
+    world.run_collectively(require_installed, config)
+    world.run_collectively(_ask_first, world, _require_copy_target, config, data)
     found, fetched_meta = _find_start(config, world)
     meta = found[1] if found is not None else fetched_meta
     changes: Changes = {}
     if meta is not None:
         target = config.run / CHECKPOINTS_FOLDER / step_name(meta.step)
-        world.together(_require_same_run, config, data, target, meta)
-        world.together(require_readable, config.run)
+        world.run_collectively(_require_same_run, config, data, target, meta)
+        world.run_collectively(require_readable, config.run)
         changes = changes_on_resume(meta.config, config)
-        left = world.together(nothing_left, config, meta, data.total_steps)
-        left = world.of_first(left, NothingLeft | None)
+        left = world.run_collectively(already_trained, config, meta, data.total_steps)
+        left = world.of_first(left, AlreadyTrained | None)
         if left is not None and fetched_meta is None:
             data.training.close()
             if lock is not None:
-                world.together(_note_end, config, world, given, left, data.total_steps)
+                world.run_collectively(_note_end, config, world, given, left, data.total_steps)
                 lock.close()
             return left
     # Before the model is made, which is whole on every rank.
-    rooms = world.gather(rank_room(world.device), RankRoom)
-    world.together(require_memory, config, data.codec.vocab_size, rooms)
+    rooms = world.gather(available_memory(world.device), AvailableMemory)
+    world.run_collectively(require_memory, config, data.codec.vocab_size, rooms)
     base = None
     if meta is None and config.init_from is not None:
-        base = world.together(
+        base = world.run_collectively(
             open_base,
             config.init_from,
             config.model,
@@ -196,10 +196,10 @@ def prepare_run(
         config.optimizer.z_loss,
     )
     if base is not None:
-        world.together(base.fill, model)
+        world.run_collectively(base.fill, model)
     else:
         model.initialize(config.training.seed)
-    world.together(
+    world.run_collectively(
         require_host_memory,
         config.zero.offload,
         model.num_parameters(),
@@ -208,22 +208,22 @@ def prepare_run(
         world.size,
     )
     if is_new:
-        lock = world.together(_claim, config, world)
+        lock = world.run_collectively(_claim, config, world)
     if fetched_meta is not None:
         found = _fetch_start(config, world)
     start_step = found[1].step if found is not None else 0
-    pulse.open()
-    world.together(_accept, config, world, given, start_step, data.total_steps, changes)
-    world.together(pulse.remember_folder)
-    pulse.at("checking the nodes", start_step)
+    watchdog.open()
+    world.run_collectively(_accept, config, world, given, start_step, data.total_steps, changes)
+    world.run_collectively(watchdog.remember_folder)
+    watchdog.set_phase("checking the nodes", start_step)
     preflight(config, data, world)
-    pulse.at("starting", start_step)
-    attended = world.together(data.attended_tokens)
-    flops_a_token = flops_per_token(config.model, data.codec.vocab_size, attended)
+    watchdog.set_phase("starting", start_step)
+    attended = world.run_collectively(data.attended_tokens)
+    token_flops = flops_per_token(config.model, data.codec.vocab_size, attended)
     num_parameters = model.num_parameters()
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
     if found is not None:
-        world.together(load_into_engine, engine, *found, world)
+        world.run_collectively(load_into_engine, engine, *found, world)
     return Run(
         config,
         data,
@@ -232,10 +232,12 @@ def prepare_run(
         found[1].val_loss if found is not None else None,
         attention,
         num_parameters,
-        flops_a_token,
+        token_flops,
         config.hardware.peak_flops or device_peak_flops(world.device, config.training.precision),
-        tuple(world.of_first(world.together(read_left_out, config.run), list[tuple[int, int]])),
-        pulse,
+        tuple(
+            world.of_first(world.run_collectively(read_left_out, config.run), list[tuple[int, int]])
+        ),
+        watchdog,
         lock,
         changes,
     )
@@ -244,7 +246,7 @@ def prepare_run(
 def batch_arithmetic(run: Run, world: World) -> str:
     """How the numbers of a run multiply, in three lines."""
     config, data = run.config, run.data
-    tokens_a_step = config.batch.global_batch_rows * config.batch.context_tokens
+    tokens_per_step = config.batch.global_batch_rows * config.batch.context_tokens
     epochs = data.total_steps * config.batch.global_batch_rows / data.rows_per_epoch
     return (
         f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
@@ -252,8 +254,8 @@ def batch_arithmetic(run: Run, world: World) -> str:
         f"{run.attention}, {config.training.precision}, ZeRO stage {config.zero.stage}, "
         f"{world.device.type}\n"
         f"a step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
-        f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_a_step:,} tokens\n"
-        f"{data.total_steps:,} steps = {data.total_steps * tokens_a_step:,} tokens = "
+        f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_per_step:,} tokens"
+        f"\n{data.total_steps:,} steps = {data.total_steps * tokens_per_step:,} tokens = "
         f"{epochs:.2f} epochs of {data.num_tokens:,} tokens, in {data.num_lanes} lanes"
     )
 
@@ -297,14 +299,15 @@ def _find_start(
         error = problem
     if found is None and copy_to is not None:
         meta = world.of_first(
-            world.together(_ask_second_place, config.run, copy_to, world), CheckpointMeta | None
+            world.run_collectively(_read_copy_target, config.run, copy_to, world),
+            CheckpointMeta | None,
         )
         error = None if meta is not None else error
     world.stop_if_any(error)
     return found, meta
 
 
-def _require_second_place(config: Config, data: Data) -> None:
+def _require_copy_target(config: Config, data: Data) -> None:
     """See that copies of checkpoints get a place of their own. Raises OutputExistsError.
 
     One that cannot be asked now is no reason not to train: it is reported with every copy.
@@ -317,7 +320,7 @@ def _require_second_place(config: Config, data: Data) -> None:
         inputs = (config.run, config.init_from, *(part.path for part in config.data.shards))
         require_apart(folder / config.run.resolve().name, inputs, "checkpoint.copy_to")
     try:
-        place = SecondPlace(copy_to, config.run)
+        place = CopyTarget(copy_to, config.run)
         place.require_ours()
         meta = newest_meta(place) if complete_checkpoints(config.run) else None
     except MegabackError:
@@ -334,20 +337,20 @@ def _require_second_place(config: Config, data: Data) -> None:
             ) from None
 
 
-def _ask_second_place(run: Path, copy_to: str, world: World) -> CheckpointMeta | None:
-    return newest_meta(SecondPlace(copy_to, run)) if world.is_first else None
+def _read_copy_target(run: Path, copy_to: str, world: World) -> CheckpointMeta | None:
+    return newest_meta(CopyTarget(copy_to, run)) if world.is_first else None
 
 
 def _fetch_start(config: Config, world: World) -> tuple[Path, CheckpointMeta] | None:
     """Bring the newest good checkpoint back from the second place."""
-    world.together(_fetch, config, world)
+    world.run_collectively(_fetch, config, world)
     return newest_checkpoint(config.run, world)
 
 
 def _fetch(config: Config, world: World) -> None:
     if not world.is_first or config.checkpoint.copy_to is None:
         return
-    place = SecondPlace(config.checkpoint.copy_to, config.run)
+    place = CopyTarget(config.checkpoint.copy_to, config.run)
     target = fetch_newest(config.run, place)
     if target is not None:
         print(f"megaback: {target.name} was fetched from {place.name}", flush=True)
@@ -379,7 +382,7 @@ def _accept(
 
 
 def _note_end(
-    config: Config, world: World, given: Path | None, left: NothingLeft, total_steps: int
+    config: Config, world: World, given: Path | None, left: AlreadyTrained, total_steps: int
 ) -> None:
     """Say how a run ended that was killed, or failed, after its last step was saved."""
     if not world.is_first or left.is_recorded:

@@ -13,13 +13,13 @@ from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.config import Config
 from megaback.faults.exit_record import read_exit
 from megaback.shown_config import shown_fields
-from megaback.training.early_stopping import Patience, read_measurements
+from megaback.training.early_stopping import EarlyStopping, read_measurements
 
 Changes = dict[str, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
-class NothingLeft:
+class AlreadyTrained:
     """A start that has no step to take."""
 
     reason: str
@@ -31,12 +31,14 @@ class NothingLeft:
     """Whether the record already says how the run ended, and so stays as it is."""
 
 
-def nothing_left(config: Config, meta: CheckpointMeta, total_steps: int) -> NothingLeft | None:
+def already_trained(
+    config: Config, meta: CheckpointMeta, total_steps: int
+) -> AlreadyTrained | None:
     """Whether a run has ended at its newest checkpoint. Raises CheckpointCorruptError, OSError."""
     step, advice = meta.step, "raise training.steps to train on"
     if step < total_steps:
         measured = read_measurements(config.run, step) or [(step, meta.val_loss)]
-        patience = Patience(config.validation.patience, measured)
+        patience = EarlyStopping(config.validation.patience, measured)
         if not patience.is_exhausted:
             return None
         reason, total_steps, advice = patience.reason, step, "raise validation.patience to train on"
@@ -46,7 +48,7 @@ def nothing_left(config: Config, meta: CheckpointMeta, total_steps: int) -> Noth
         reason = "trained to the end"
     ending = read_exit(config.run)
     has_finished = ending is not None and ending.get("code") == 0
-    return NothingLeft(
+    return AlreadyTrained(
         reason,
         f"nothing is left to do: {config.run} has done {step:,} of {total_steps:,} steps "
         f"({reason}); {advice}",

@@ -30,7 +30,7 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 def _agreed(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
     """Pass on batches, of which every rank has as many; an error on any rank ends all ranks."""
     iterator = iter(batches)
-    while (batch := world.together(next, iterator, None)) is not None:
+    while (batch := world.run_collectively(next, iterator, None)) is not None:
         yield batch
 
 

@@ -31,7 +31,7 @@ from megaback.weights.weight_files import INDEX_NAME, WEIGHTS_NAME, StoredWeight
 from tools.export.hf import write_hf_folder
 from tools.serving.context import Service
 from tools.serving.errors import ProblemError
-from tools.serving.idle_timeout import ImpatientConnection
+from tools.serving.idle_timeout import IdleTimeoutConnection
 from tools.serving.limits import Limits
 from tools.serving.metrics import Metrics
 from tools.serving.models import load_meeting, load_models
@@ -245,7 +245,7 @@ class _Server:
         return self._loop.run_until_complete(self._answer(data))
 
     async def _answer(self, data: bytes) -> bytes:
-        connection = ImpatientConnection(
+        connection = IdleTimeoutConnection(
             self._config, self._state, self._lifespan.state, self._loop
         )
         transport = _Transport()

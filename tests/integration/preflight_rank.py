@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from megaback.config_file import load_config
 from megaback.data import open_data
-from megaback.distributed.world import AgreedExit, World, end_rank, start_world
+from megaback.distributed.world import CollectiveExit, World, end_rank, start_world
 from megaback.environment import HOST_VARIABLE
 from megaback.faults import node_facts, preflight, shared_disk
 
@@ -57,10 +57,10 @@ def check(name: str, wanted: str, config: Path, run: Path, world: World) -> dict
     with ExitStack() as stack:
         if name in FAULTS and (world.rank == BAD_RANK or name in EVERYWHERE):
             stack.enter_context(patch.object(*FAULTS[name]))
-        stack.enter_context(patch.object(shared_disk, "_PATIENCE_S", 0.2))
+        stack.enter_context(patch.object(shared_disk, "_TIMEOUT_S", 0.2))
         try:
             preflight.preflight(settings, data, world)
-        except AgreedExit as end:
+        except CollectiveExit as end:
             ending = {"code": end.code, "sentence": str(end.error)}
     return ending
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from data_pipeline.errors import PreemptedError
 from megaback.config_file import load_config
-from megaback.distributed.world import AgreedExit, World, end_rank, start_world
+from megaback.distributed.world import CollectiveExit, World, end_rank, start_world
 from megaback.faults.exit_record import read_exit
 from megaback.faults.stop_request import StopRequest
-from megaback.faults.watchdog import Pulse
+from megaback.faults.watchdog import Watchdog
 from megaback.train import train_run
 
 STAGES = (2, 3)
@@ -70,10 +70,10 @@ def train(config: Path, run: Path, stage: int, world: World) -> list[int | None]
     codes: list[int | None] = []
     for stop in (StopAfter(run), StopRequest(None)):
         try:
-            train_run(settings, world, stop, Pulse(run, settings.hardware, world))
+            train_run(settings, world, stop, Watchdog(run, settings.hardware, world))
             ending = read_exit(run)
             codes.append(None if ending is None else ending["code"])
-        except AgreedExit as end:
+        except CollectiveExit as end:
             codes.append(int(end.code or 0))
         world.barrier()
     return codes

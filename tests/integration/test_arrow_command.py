@@ -33,7 +33,7 @@ from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.source import open_checkpoint
 from tools.arrow import main
-from tools.artifacts import look_at
+from tools.artifacts import inspect
 
 pytestmark = pytest.mark.slow
 
@@ -163,14 +163,14 @@ def test_inspect_knows_what_it_left(finished_run: tuple[Path, str], tmp_path: Pa
     whole = found_in(run)["whole"]
 
     for path in (run, run / "arrow.json"):
-        found = look_at(path, verify=False)
+        found = inspect(path, verify=False)
         assert found.kind == "arrow of time"
         assert found.facts["gap"] == whole["gap"]
         assert found.facts["seeds"] == 1
         assert str(run / "seed-3" / "forward") in next(iter(found.next_lines))
     (tmp_path / "arrow.json").write_text((run / "arrow.json").read_text()[:100])
     with pytest.raises(CheckpointCorruptError, match="--measure-only"):
-        look_at(tmp_path, verify=False)
+        inspect(tmp_path, verify=False)
 
 
 def arrow(config: Path, *arguments: object) -> Result:

@@ -15,7 +15,7 @@ from data_pipeline.errors import (
     SourceMissingError,
     TokenizerError,
 )
-from tools.artifacts import look_at
+from tools.artifacts import inspect
 from tools.convert import convert_full
 from tools.export.gguf import write_gguf_folder
 from tools.export.hf import write_hf_folder
@@ -48,9 +48,9 @@ def exports(run_of: RunOf, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 @pytest.mark.parametrize("verify", [False, True], ids=["by size", "by hash"])
 def test_a_data_set_and_its_parts_are_known(tiny_shards: Path, verify: bool) -> None:
-    found = look_at(tiny_shards, verify=verify)
-    shard = look_at(next(tiny_shards.glob("*.zst")), verify=verify)
-    tokenizer = look_at(tiny_shards / "tokenizer.model", verify=verify)
+    found = inspect(tiny_shards, verify=verify)
+    shard = inspect(next(tiny_shards.glob("*.zst")), verify=verify)
+    tokenizer = inspect(tiny_shards / "tokenizer.model", verify=verify)
 
     assert (found.kind, shard.kind, tokenizer.kind) == ("data set", "shard", "tokenizer")
     sha256 = found.facts["tokenizer_sha256"]
@@ -61,9 +61,9 @@ def test_a_data_set_and_its_parts_are_known(tiny_shards: Path, verify: bool) -> 
 
 @pytest.mark.parametrize("verify", [False, True], ids=["by size", "by hash"])
 def test_a_run_and_its_checkpoints_are_known(run: Path, verify: bool) -> None:
-    found = look_at(run, verify=verify)
-    newest = look_at(run / "checkpoints", verify=verify)
-    named = look_at(run / "checkpoints" / "latest", verify=verify)
+    found = inspect(run, verify=verify)
+    newest = inspect(run / "checkpoints", verify=verify)
+    named = inspect(run / "checkpoints" / "latest", verify=verify)
 
     assert (found.kind, newest.kind) == ("run", "checkpoint")
     assert found.facts["newest"] == newest.facts == named.facts
@@ -79,7 +79,7 @@ def test_a_run_and_its_checkpoints_are_known(run: Path, verify: bool) -> None:
 def test_exports_are_known_with_their_direction(
     kind: str, said: str, verify: bool, exports: Callable[[str], Path]
 ) -> None:
-    found = look_at(exports(kind), verify=verify)
+    found = inspect(exports(kind), verify=verify)
 
     assert said in found.kind
     assert found.facts["direction"] == "backward"
@@ -96,7 +96,7 @@ def test_a_data_set_that_is_only_begun_is_not_whole(
     given = ("--source", tiny_text_folder, "--tokenizer", tokenizer_path, "--out", out)
     run_megaback("shards", "plan", *given)
 
-    found = look_at(out, verify=False)
+    found = inspect(out, verify=False)
 
     assert (found.kind, found.is_whole) == ("data set that is not finished", False)
     assert f"megaback shards build --out {out}" in found.next_lines
@@ -123,7 +123,7 @@ def test_a_data_set_with_a_file_cut_short_is_not_whole(
     cut(folder / name)
 
     with pytest.raises(error):
-        look_at(folder, verify=False)
+        inspect(folder, verify=False)
 
 
 def test_a_checkpoint_with_a_file_cut_short_is_not_whole(run: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_checkpoint_with_a_file_cut_short_is_not_whole(run: Path, tmp_path: Pa
     cut(tmp_path / newest.name / "weights-00001.safetensors")
 
     with pytest.raises(CheckpointCorruptError, match=r"weights-00001\.safetensors has .* bytes"):
-        look_at(tmp_path / newest.name, verify=False)
+        inspect(tmp_path / newest.name, verify=False)
 
 
 def test_one_byte_is_seen_with_verify_alone(run: Path, tmp_path: Path) -> None:
@@ -143,9 +143,9 @@ def test_one_byte_is_seen_with_verify_alone(run: Path, tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
 
-    assert look_at(tmp_path / newest.name, verify=False).kind == "checkpoint"
+    assert inspect(tmp_path / newest.name, verify=False).kind == "checkpoint"
     with pytest.raises(CheckpointCorruptError, match="is not the file that was saved"):
-        look_at(tmp_path / newest.name, verify=True)
+        inspect(tmp_path / newest.name, verify=True)
 
 
 @pytest.mark.parametrize(
@@ -165,14 +165,14 @@ def test_an_export_with_a_file_cut_short_is_not_whole(
     cut(folder / name)
 
     with pytest.raises(CheckpointCorruptError):
-        look_at(folder, verify=False)
+        inspect(folder, verify=False)
 
 
 def test_a_checkpoint_without_its_last_file_is_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
 
     with pytest.raises(CheckpointMissingError, match="no complete checkpoint"):
-        look_at(tmp_path, verify=False)
+        inspect(tmp_path, verify=False)
 
 
 def test_another_version_is_said(exports: Callable[[str], Path], tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_another_version_is_said(exports: Callable[[str], Path], tmp_path: Path)
     path.write_text(path.read_text().replace('"version": 3', '"version": 1'))
 
     with pytest.raises(CheckpointCorruptError, match="another format or version"):
-        look_at(folder, verify=False)
+        inspect(folder, verify=False)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_what_is_nothing_of_ours_is_one_sentence(
     make(tmp_path / "it")
 
     with pytest.raises(SourceMissingError, match=said):
-        look_at(tmp_path / "it", verify=False)
+        inspect(tmp_path / "it", verify=False)
 
 
 def test_the_command_says_what_to_type_next(

@@ -19,7 +19,7 @@ from warm_ranks import WarmRanks
 from data_pipeline.errors import PreemptedError, RunMismatchError, UserInterruptError
 from megaback.checkpoint_names import complete_checkpoints
 from megaback.faults.exit_record import read_history
-from tools.watch import look
+from tools.watch import health_of
 
 pytestmark = pytest.mark.slow
 
@@ -154,7 +154,7 @@ def test_a_finished_run_that_is_started_again_changes_nothing(
     assert result.returncode == 0
     assert says.format(run=run) in result.stdout
     assert contents_of(run) == before
-    assert (look(run).state, look(run).step) == ("finished", TOTAL_STEPS)
+    assert (health_of(run).state, health_of(run).step) == ("finished", TOTAL_STEPS)
 
 
 def test_a_refused_start_changes_nothing_of_a_finished_run(

@@ -17,14 +17,14 @@ MORE_BYTES = 600_000_000
 # A rank whose loader is slow and which has much in memory, if it is the second one.
 RANK = f"""
 import os, time
-from data_pipeline.loading.loader import TrainingBatches
+from data_pipeline.loading.loader import TrainingLoader
 from megaback.train import main
-quick = TrainingBatches.at
+quick = TrainingLoader.at
 def slow(self, step):
     time.sleep({WAIT_S})
     return quick(self, step)
 if os.environ["RANK"] == "1":
-    TrainingBatches.at = slow
+    TrainingLoader.at = slow
     held = bytearray({MORE_BYTES})
 main()
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 from megaback.config_file import load_config
 from megaback.distributed.world import World, end_rank, start_world
 from megaback.faults.stop_request import StopRequest
-from megaback.faults.watchdog import Pulse
+from megaback.faults.watchdog import Watchdog
 from megaback.train import train_run
 
 
@@ -27,8 +27,8 @@ def train(world: World, config: str, overrides: list[str], output: str, folder: 
     with Path(output).open("a") as file, redirect_stdout(file), redirect_stderr(file):
         os.dup2(file.fileno(), 2)  # a file in the run's folder may be there if it is printed to
         try:
-            pulse = Pulse(settings.run, settings.hardware, world)
-            train_run(settings, world, StopRequest(None), pulse, Path(config))
+            watchdog = Watchdog(settings.run, settings.hardware, world)
+            train_run(settings, world, StopRequest(None), watchdog, Path(config))
         except (Exception, SystemExit):  # noqa: BLE001 (the test says what it was)
             return traceback.format_exc()
         finally:

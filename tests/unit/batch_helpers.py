@@ -12,10 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from data_pipeline.loading.frame_store import FrameStore
-from data_pipeline.loading.loader import Stream, TrainingBatches
+from data_pipeline.loading.loader import Stream, TrainingLoader
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import Order
-from data_pipeline.loading.row_grid import RowTable
+from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.loading.rows import RowReader
 from data_pipeline.shards.data_set import DataSet as OpenDataSet
 from data_pipeline.shards.data_set import LocalFolder
@@ -72,10 +72,10 @@ class DataSet:
         world_size: int = 1,
         micro_batch_rows: int = 1,
         threads: int = 0,
-    ) -> TrainingBatches:
+    ) -> TrainingLoader:
         rows = RowReader(store, CONTEXT_TOKENS, Direction.BACKWARD)
         table, order = self.table_and_order()
-        return TrainingBatches(
+        return TrainingLoader(
             [Stream(rows, table, order)],
             Mixture([1.0]),
             order.global_batch_rows,
@@ -85,8 +85,8 @@ class DataSet:
             threads,
         )
 
-    def table_and_order(self) -> tuple[RowTable, Order]:
-        table = RowTable(self.store().shard_tokens, self.manifest.frame_tokens, CONTEXT_TOKENS)
+    def table_and_order(self) -> tuple[RowGrid, Order]:
+        table = RowGrid(self.store().shard_tokens, self.manifest.frame_tokens, CONTEXT_TOKENS)
         order = Order(
             num_frames=table.num_frames,
             rows_per_frame=table.rows_per_frame,

@@ -17,10 +17,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from data_pipeline.loading.frame_store import FrameStore
-from data_pipeline.loading.loader import Stream, TrainingBatches
+from data_pipeline.loading.loader import Stream, TrainingLoader
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import Order
-from data_pipeline.loading.row_grid import RowTable
+from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch, RowReader
 from data_pipeline.text.codec import Direction
 
@@ -45,7 +45,7 @@ class Reading:
 
     def stream(self, number: int, store: FrameStore) -> Stream:
         manifest = store.manifest
-        table = RowTable(store.shard_tokens, manifest.frame_tokens, self.context_tokens)
+        table = RowGrid(store.shard_tokens, manifest.frame_tokens, self.context_tokens)
         order = Order(
             table.num_frames,
             table.rows_per_frame,
@@ -80,8 +80,8 @@ class Corpus:
         micro_batch_rows: int | None = None,
         threads: int = 0,
         stores: list[FrameStore] | None = None,
-    ) -> TrainingBatches:
-        return TrainingBatches(
+    ) -> TrainingLoader:
+        return TrainingLoader(
             self.streams(stores),
             Mixture(self.reading.weights),
             BATCH_ROWS,
@@ -122,7 +122,7 @@ def joined(batches: Iterable[Batch]) -> Joined:
     return found
 
 
-def at_steps(training: TrainingBatches, steps: list[int] | range) -> list[list[Batch]]:
+def at_steps(training: TrainingLoader, steps: list[int] | range) -> list[list[Batch]]:
     """The batches of each step, the threads being ended afterwards."""
     try:
         return [training.at(step) for step in steps]

@@ -24,7 +24,7 @@ from data_pipeline.text.codec import Direction, TextCodec
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.weights.model_folder import load_model_folder
 from tools.backtranslate import _require_plan, main, work_folder
-from tools.backtranslation.resumable_chunks import ChunkParts
+from tools.backtranslation.resumable_chunks import ResumableChunks
 from tools.backtranslation.selection import Choice
 
 Codecs = Callable[..., TextCodec]
@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(
     result = translate("--limit", 5)
     assert (result.exit_code, "another --limit" in result.output) == (44, True)
 
-    parts = ChunkParts(work_folder(tmp_path / "two.jsonl"), 1)
+    parts = ResumableChunks(work_folder(tmp_path / "two.jsonl"), 1)
     with locked(parts.lock_path(0)):
         result = translate(out=tmp_path / "two.jsonl")
     assert (result.exit_code, "another process" in result.output) == (13, True)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import VOCAB_SIZE, make_model
-from test_sampler import CODEC, CONTEXT_TOKENS, STOP_ID, prompt_of, sampler, written
+from test_sampler import CODEC, CONTEXT_TOKENS, STOP_ID, decoder, prompt_of, written
 
 from data_pipeline.errors import PromptError
-from megaback.inference.batch import Batch, Sample, Step
+from megaback.inference.batch import ContinuousBatch, Sample, Step
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.inference.sampling import SamplingOptions
 from megaback.inference.steps import finish
@@ -31,11 +31,11 @@ OPTIONS = st.builds(
 )
 
 
-def new_batch(num_slots: int) -> Batch:
-    return Batch(sampler(), CODEC, num_slots)
+def new_batch(num_slots: int) -> ContinuousBatch:
+    return ContinuousBatch(decoder(), CODEC, num_slots)
 
 
-def advance(batch: Batch) -> list[Step]:
+def advance(batch: ContinuousBatch) -> list[Step]:
     """A step of reading, and a step of writing."""
     batch.read()
     return batch.step()
@@ -136,10 +136,10 @@ def test_probabilities_that_are_told_are_those_of_the_model() -> None:
 
 
 def test_the_samplers_log_probabilities_are_those_of_the_model() -> None:
-    judged = finish(sampler().judge_steps([5, 6], [7, 8, 9], 2))
+    scored = finish(decoder().score_steps([5, 6], [7, 8, 9], 2))
     (total,) = log_probabilities(make_model(), [Continuation([5, 6], [7, 8, 9])])
-    assert sum(nats for nats, _ in judged) == pytest.approx(total, abs=1e-4)
-    for nats, ((_, first), (_, second)) in judged:
+    assert sum(nats for nats, _ in scored) == pytest.approx(total, abs=1e-4)
+    for nats, ((_, first), (_, second)) in scored:
         assert first >= second
         assert first >= nats
 

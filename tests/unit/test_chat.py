@@ -16,7 +16,7 @@ from data_pipeline.errors import PromptError
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.inference.chat import candidates
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.inference.sampling import SamplingOptions
 from megaback.model.gpt import ReverseGPT
@@ -33,8 +33,8 @@ def model() -> ReverseGPT:
     return random_model()
 
 
-def sampler_of(model: ReverseGPT) -> Sampler:
-    return Sampler(model, CONTEXT_TOKENS, takes_over=False)
+def decoder_of(model: ReverseGPT) -> Decoder:
+    return Decoder(model, CONTEXT_TOKENS, takes_over=False)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_candidates_are_different_and_the_likeliest_that_ended_comes_first(
     model: ReverseGPT, form: ChatFormat
 ) -> None:
     options = SamplingOptions(temperature=1.0, top_k=0)
-    found = candidates(model, sampler_of(model), form, "a map", options, count=150)
+    found = candidates(model, decoder_of(model), form, "a map", options, count=150)
     ended = [one for one in found if one.is_complete]
     assert 2 <= len(ended) < len(found) <= 150
     assert found[: len(ended)] == ended  # then those that were cut
@@ -82,14 +82,14 @@ def test_a_sample_that_is_not_random_is_one_candidate_however_many_are_asked_for
     model: ReverseGPT, form: ChatFormat
 ) -> None:
     options = SamplingOptions(max_new_tokens=8, temperature=0.0)
-    (only,) = candidates(model, sampler_of(model), form, "a map", options, count=3)
+    (only,) = candidates(model, decoder_of(model), form, "a map", options, count=3)
     assert (only.tokens, only.is_complete) == (8, False)
-    assert only in candidates(model, sampler_of(model), form, "a map", replace(options, seed=5))
+    assert only in candidates(model, decoder_of(model), form, "a map", replace(options, seed=5))
 
 
 def test_what_leaves_no_room_for_an_answer_is_refused(model: ReverseGPT, form: ChatFormat) -> None:
     with pytest.raises(PromptError, match=r"the response is .* shorten it"):
-        candidates(model, sampler_of(model), form, "a map " * 60, SamplingOptions())
+        candidates(model, decoder_of(model), form, "a map " * 60, SamplingOptions())
 
 
 @pytest.fixture(scope="module")

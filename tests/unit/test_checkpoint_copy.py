@@ -18,7 +18,7 @@ from megaback.checkpoints.checkpoint import (
     read_meta,
     verify_files,
 )
-from megaback.checkpoints.remote_copy import CheckpointCopier, SecondPlace, fetch_newest
+from megaback.checkpoints.remote_copy import CheckpointCopier, CopyTarget, fetch_newest
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.step_guard import read_left_out, write_skipped_steps
@@ -66,12 +66,12 @@ def copy(save: Save, world: World) -> Copy:
 
 def test_a_place_that_holds_something_else_is_refused(run: Path, place: Path, copy: Copy) -> None:
     copy(run, place, 10)
-    SecondPlace(str(place), run).require_ours()
-    SecondPlace(str(place), run.with_name("a new one")).require_ours()
+    CopyTarget(str(place), run).require_ours()
+    CopyTarget(str(place), run.with_name("a new one")).require_ours()
     (place / run.name / "notes.txt").touch()
 
     with pytest.raises(OutputExistsError, match=r"notes\.txt"):
-        SecondPlace(str(place), run).require_ours()
+        CopyTarget(str(place), run).require_ours()
 
 
 def wait_for(copier: CheckpointCopier) -> None:
@@ -102,7 +102,7 @@ def test_a_copy_is_the_checkpoint(run: Path, place: Path, copy: Copy) -> None:
 
 def test_a_copy_gets_its_meta_last(run: Path, place: Path, save: Save, world: World) -> None:
     section = CheckpointSection(copy_to=str(place))
-    copier, second = CheckpointCopier(run, section, world), SecondPlace(str(place), run)
+    copier, second = CheckpointCopier(run, section, world), CopyTarget(str(place), run)
     copier.begin(save(run, 100))
     wait_for(copier)
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_comes_while_one_is_copied_is_left_out(
         copier.begin(save(run, step))
     copier.finish(pytest.fail)
 
-    assert SecondPlace(str(place), run).complete() == ["step-00000100"]
+    assert CopyTarget(str(place), run).complete() == ["step-00000100"]
 
 
 @pytest.mark.parametrize("kind", ["path", "memory"])
@@ -133,7 +133,7 @@ def test_a_run_that_is_fetched_after_a_rollback_resumes_where_it_was_set_back_to
 ) -> None:
     copy_to = str(place) if kind == "path" else memory
     copy(run, copy_to, 100, 200, 300, keep_last=5)
-    second = SecondPlace(copy_to, run)
+    second = CopyTarget(copy_to, run)
 
     second.roll_back(100, b"[[101, 350]]\n", "rolled-back-from-00000350")
     shutil.rmtree(run)
@@ -149,7 +149,7 @@ def test_copies_that_a_rollback_set_aside_stay_whole_and_push_out_no_newer_one(
     run: Path, place: Path, copy: Copy
 ) -> None:
     copy(run, place, 100, 200, 300, keep_last=2)
-    second = SecondPlace(str(place), run)
+    second = CopyTarget(str(place), run)
     second.roll_back(200, b"[[201, 300]]\n", "aside")
     second.roll_back(200, b"[[201, 300]]\n", "aside")
     copy(run, place, 240, 280, keep_last=2)
@@ -164,7 +164,7 @@ def test_skipped_steps_of_the_run_and_of_its_copies_are_merged(
     run: Path, place: Path, copy: Copy
 ) -> None:
     copy(run, place, 100)
-    second = SecondPlace(str(place), run)
+    second = CopyTarget(str(place), run)
     second.roll_back(100, b"[[101, 150]]\n", "aside")
     shutil.rmtree(run / "checkpoints")
     write_skipped_steps(run, b"[[7, 9]]\n")
@@ -194,7 +194,7 @@ def test_the_newest_copy_comes_back_into_a_run_that_lost_its_own(
     copy(run, place, 100, 200)
     shutil.rmtree(run)
 
-    target = fetch_newest(run, SecondPlace(str(place), run))
+    target = fetch_newest(run, CopyTarget(str(place), run))
 
     assert target == run / "checkpoints" / "step-00000200"
     verify_files(target, read_meta(target))
@@ -207,7 +207,7 @@ def test_a_copy_behind_a_url_comes_back_too(
 ) -> None:
     assert copy(run, memory, 100, 200, 300, keep_last=2) == []
     shutil.rmtree(run)
-    place = SecondPlace(memory, run)
+    place = CopyTarget(memory, run)
     assert (place.complete(), place.name) == (names([200, 300]), f"{memory}/{run.name}")
 
     target = fetch_newest(run, place)
@@ -217,8 +217,8 @@ def test_a_copy_behind_a_url_comes_back_too(
 
 
 def test_where_there_is_no_copy_none_comes_back(run: Path, place: Path, memory: str) -> None:
-    assert fetch_newest(run, SecondPlace(str(place), run)) is None
-    assert fetch_newest(run, SecondPlace(memory, run)) is None
+    assert fetch_newest(run, CopyTarget(str(place), run)) is None
+    assert fetch_newest(run, CopyTarget(memory, run)) is None
     assert not run.exists()
 
 
@@ -232,7 +232,7 @@ def test_a_damaged_copy_is_passed_over_for_the_one_before(
         damage(place / run.name / f"step-00000{step}" / name)
     shutil.rmtree(run)
 
-    target = fetch_newest(run, SecondPlace(str(place), run))
+    target = fetch_newest(run, CopyTarget(str(place), run))
 
     assert target is not None
     assert find_checkpoint(run) == (target, read_meta(target))
@@ -244,7 +244,7 @@ def test_a_copy_without_its_meta_is_none(run: Path, place: Path, copy: Copy) -> 
     (place / run.name / "step-00000200" / META_NAME).unlink()
     shutil.rmtree(run)
 
-    target = fetch_newest(run, SecondPlace(str(place), run))
+    target = fetch_newest(run, CopyTarget(str(place), run))
 
     assert target == run / "checkpoints" / "step-00000100"
 
@@ -256,7 +256,7 @@ def test_when_every_copy_is_damaged_that_is_said(run: Path, place: Path, copy: C
     shutil.rmtree(run)
 
     with pytest.raises(CheckpointCorruptError, match=f"no copy in .* verifies: .*{WEIGHTS}"):
-        fetch_newest(run, SecondPlace(str(place), run))
+        fetch_newest(run, CopyTarget(str(place), run))
 
     assert list((run / "checkpoints").iterdir()) == []
 
@@ -274,7 +274,7 @@ def test_copies_are_let_go_as_checkpoints_are(
 ) -> None:
     copy(run, place, 100, 200, 300, 400, 500, **options)
 
-    assert SecondPlace(str(place), run).complete() == names(kept)
+    assert CopyTarget(str(place), run).complete() == names(kept)
     assert sorted(path.name for path in (place / run.name).iterdir()) == names(kept)
 
 
@@ -310,7 +310,7 @@ def test_runs_of_different_names_do_not_meet(tmp_path: Path, place: Path, copy: 
 
     for run, steps in ((one, [100, 200]), (other, [400, 500])):
         shutil.rmtree(run)
-        second = SecondPlace(str(place), run)
+        second = CopyTarget(str(place), run)
         assert second.complete() == names(steps)
         target = fetch_newest(run, second)
         assert target is not None
@@ -325,7 +325,7 @@ def test_a_place_that_cannot_be_written_is_reported_and_tried_again(
     said = copy(run, place, 100, 200)
 
     assert len(said) == 2
-    sentence = f"step-00000200 was not copied to {SecondPlace(str(place), run).name}: "
+    sentence = f"step-00000200 was not copied to {CopyTarget(str(place), run).name}: "
     assert sentence in said[1]
     assert "training goes on" in said[1]
     assert "\n" not in said[1]
@@ -344,7 +344,7 @@ def test_a_second_place_that_is_full_is_reported_and_its_copies_stay(
 ) -> None:
     copy(run, place, 100)
     copier = CheckpointCopier(run, CheckpointSection(copy_to=str(place)), world)
-    target, second = save(run, 200), SecondPlace(str(place), run)
+    target, second = save(run, 200), CopyTarget(str(place), run)
     said: list[str] = []
     with full_disk():
         copier.begin(target)
@@ -384,10 +384,10 @@ def test_a_copy_that_is_written_again_does_not_count_meanwhile(
     copier = CheckpointCopier(run, CheckpointSection(copy_to=str(place)), world)
 
     copier.begin(save(run, 100))
-    assert SecondPlace(str(place), run).complete() == []
+    assert CopyTarget(str(place), run).complete() == []
     copier.finish(print)
 
-    assert SecondPlace(str(place), run).complete() == ["step-00000100"]
+    assert CopyTarget(str(place), run).complete() == ["step-00000100"]
 
 
 def test_what_a_killed_fetch_has_left_is_no_hindrance(run: Path, place: Path, copy: Copy) -> None:
@@ -395,7 +395,7 @@ def test_what_a_killed_fetch_has_left_is_no_hindrance(run: Path, place: Path, co
     shutil.rmtree(run)
     (run / "checkpoints" / ".fetched.partial" / "half").mkdir(parents=True)
 
-    fetch_newest(run, SecondPlace(str(place), run))
+    fetch_newest(run, CopyTarget(str(place), run))
 
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000100"]
 
@@ -414,5 +414,5 @@ def test_the_last_finite_copy_is_kept(run: Path, place: Path, save: Save, world:
         copier.begin(save(run, step, val_loss))
         copier.finish(print)
 
-    names = SecondPlace(str(place), run).complete()
+    names = CopyTarget(str(place), run).complete()
     assert names == ["step-00000100", "step-00000300", "step-00000400"]

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from data_pipeline.errors import ConfigError
-from megaback.inference.sampling import Chooser, SamplingOptions, candidates, penalized
+from megaback.inference.sampling import SamplingOptions, TokenChooser, candidates, penalized
 
 VOCAB_SIZE = 50
 
@@ -63,7 +63,7 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_ids_come_as_often_as_their_probabilities_say(top_k: int) -> None:
     logits_BV = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]]).repeat(20_000, 1)
-    chooser = Chooser(SamplingOptions(temperature=1, top_k=top_k), range(20_000))
+    chooser = TokenChooser(SamplingOptions(temperature=1, top_k=top_k), range(20_000))
 
     counts = torch.bincount(torch.tensor(chooser.choose(logits_BV, range(20_000))), minlength=5)
 
@@ -75,7 +75,7 @@ def test_ids_come_as_often_as_their_probabilities_say(top_k: int) -> None:
 def test_a_row_draws_from_a_stream_of_its_own() -> None:
     logits_BV = torch.zeros(3, VOCAB_SIZE)
     options = SamplingOptions(temperature=1, top_k=0, seed=5)
-    together, apart = Chooser(options, range(3)), Chooser(options, range(3))
+    together, apart = TokenChooser(options, range(3)), TokenChooser(options, range(3))
 
     all_rows = [together.choose(logits_BV, [0, 1, 2]) for _ in range(20)]
     last_row = [apart.choose(logits_BV[:1], [2])[0] for _ in range(20)]
@@ -126,6 +126,6 @@ def test_whatever_the_options_an_id_is_chosen_that_can_be(
     seen_BV = torch.rand(logits_BV.shape, generator=torch.manual_seed(seed)) < 0.5
     logits_BV = penalized(logits_BV, seen_BV, penalty)
 
-    chosen = Chooser(options, range(3)).choose(logits_BV, range(3))
+    chosen = TokenChooser(options, range(3)).choose(logits_BV, range(3))
 
     assert all(logits_BV[row, choice] > -torch.inf for row, choice in enumerate(chosen))

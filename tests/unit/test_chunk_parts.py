@@ -6,11 +6,11 @@ import pytest
 
 from data_pipeline.errors import StorageError
 from tools.backtranslation import resumable_chunks
-from tools.backtranslation.resumable_chunks import ChunkParts
+from tools.backtranslation.resumable_chunks import ResumableChunks
 
 
 def test_chunks_come_back_in_order_and_what_a_kill_left_is_cut_off(tmp_path: Path) -> None:
-    parts = ChunkParts(tmp_path, 2)
+    parts = ResumableChunks(tmp_path, 2)
     for task in (0, 1):
         assert parts.resume(task) == 0
         parts.append(task, [task])
@@ -32,7 +32,7 @@ def test_chunks_are_counted_across_blocks(
     monkeypatch.setattr(resumable_chunks, "_BLOCK_BYTES", block_bytes)
     unfinished = tmp_path / "part-00000.unfinished"
     unfinished.write_bytes(b"[1]\n[22]\n[333]")
-    assert ChunkParts(tmp_path, 1).resume(0) == 2
+    assert ResumableChunks(tmp_path, 1).resume(0) == 2
     assert unfinished.read_bytes() == b"[1]\n[22]\n"
 
 
@@ -43,7 +43,7 @@ def test_links_are_neither_read_nor_written_through(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("part-00000.jsonl", "part-00000.unfinished"):
         (folder / name).symlink_to(private)
-    parts = ChunkParts(folder, 1)
+    parts = ResumableChunks(folder, 1)
     assert not parts.is_done(0)
     for use in (lambda: parts.resume(0), lambda: parts.append(0, []), lambda: [*parts.read_all()]):
         with pytest.raises(OSError, match="symbolic links"):
@@ -58,4 +58,4 @@ def test_a_line_that_was_not_written_is_one_sentence(
     monkeypatch.setattr(resumable_chunks, "_MAX_LINE_BYTES", 20)
     (tmp_path / "part-00000.jsonl").write_text(line + "\n")
     with pytest.raises(StorageError, match=r"part-00000\.jsonl:1: not what was written"):
-        list(ChunkParts(tmp_path, 1).read_all())
+        list(ResumableChunks(tmp_path, 1).read_all())

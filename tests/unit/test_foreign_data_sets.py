@@ -27,7 +27,7 @@ from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENI
 from data_pipeline.shards.recompress import WORK_FOLDER
 from data_pipeline.storage.remote_folder import RemoteFolder
 from data_pipeline.tokenizer.train import REPORT_NAME
-from tools.artifacts import look_at
+from tools.artifacts import inspect
 
 SHARD = "train-00002-00000.zst"
 VICTIM = "# a file of the user's\n"
@@ -323,7 +323,7 @@ def test_a_look_at_a_data_set_follows_no_link_out_of_it(copy: Path, tmp_path: Pa
     (copy / SHARD).rename(tmp_path / "elsewhere.zst")
     (copy / SHARD).symlink_to(tmp_path / "elsewhere.zst")
     with pytest.raises(ShardCorruptError, match="is a link out of its folder"):
-        look_at(copy, verify=False)
+        inspect(copy, verify=False)
 
 
 @pytest.mark.parametrize("report", [b"[" * 100_000, b"[]", b'{"source": 7}', b"\xff", None])
@@ -335,7 +335,7 @@ def test_a_report_beside_a_tokenizer_may_be_anything(
         os.mkfifo(tmp_path / REPORT_NAME)
     else:
         (tmp_path / REPORT_NAME).write_bytes(report)
-    (command,) = look_at(tmp_path, verify=False).next_lines
+    (command,) = inspect(tmp_path, verify=False).next_lines
     assert "--source pydocs" in command
 
 

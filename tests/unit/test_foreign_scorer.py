@@ -13,7 +13,7 @@ from hostile_helpers import bounded
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import CheckpointCorruptError, PromptError
-from megaback.scoring.hf_scorer import ForeignScorer, _require_all_read
+from megaback.scoring.hf_scorer import HfScorer, _require_all_read
 from megaback.scoring.pairs import Pair
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def test_a_foreign_models_score_is_the_sum_of_what_it_says_of_each_token(foreign
         Pair("Who sold the map?", "My younger sister."),
         Pair("Who?", "The old captain sold it for nine shillings."),
     ]
-    found = ForeignScorer(foreign, CPU).score(pairs)
+    found = HfScorer(foreign, CPU).score(pairs)
 
     tokenizer = AutoTokenizer.from_pretrained(foreign)
     model = AutoModelForCausalLM.from_pretrained(foreign).eval()
@@ -62,7 +62,7 @@ def test_a_foreign_model_is_what_its_files_hold_or_refused(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(CheckpointCorruptError, match=said):
-        ForeignScorer(folder, CPU)
+        HfScorer(folder, CPU)
 
 
 def test_a_head_that_the_library_ties_away_is_noticed(foreign: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_head_that_the_library_ties_away_is_noticed(foreign: Path) -> None:
 
 
 def test_special_tokens_that_a_text_spells_are_text_for_a_foreign_model_too(foreign: Path) -> None:
-    encoded = ForeignScorer(foreign, CPU).encode(Pair("<user> or <answer>?", "</s><s>"))
+    encoded = HfScorer(foreign, CPU).encode(Pair("<user> or <answer>?", "</s><s>"))
     assert [token for token in encoded.given if token < 4] == [0, 2, 3]
     assert [token for token in encoded.written if token < 4] == [1]
 
@@ -86,7 +86,7 @@ def test_special_tokens_that_a_text_spells_are_text_for_a_foreign_model_too(fore
 def test_without_a_template_the_question_is_a_line(foreign: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(foreign, tmp_path / "plain"))
     (folder / "chat_template.jinja").unlink()
-    scorer = ForeignScorer(folder, CPU)
+    scorer = HfScorer(folder, CPU)
     encoded = scorer.encode(Pair("Who?", "me"))
     assert scorer._tokenizer.decode(encoded.given) == "<s>Who?\n"
     with pytest.raises(PromptError, match="forward model's context holds 64"):
@@ -96,7 +96,7 @@ def test_without_a_template_the_question_is_a_line(foreign: Path, tmp_path: Path
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointCorruptError, match="save_pretrained"):
-        ForeignScorer(tmp_path, CPU)
+        HfScorer(tmp_path, CPU)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -109,7 +109,7 @@ def test_no_code_of_a_foreign_folder_is_run(file: str, foreign: Path, tmp_path: 
     fields |= {"tokenizer_class": "TheirTokenizer"}
     (folder / file).write_text(json.dumps(fields))
     with suppress(CheckpointCorruptError):  # or what the library has of its own is taken
-        ForeignScorer(folder, CPU)
+        HfScorer(folder, CPU)
     assert not (tmp_path / "was-run").exists()
 
 
@@ -122,7 +122,7 @@ def test_a_template_that_cannot_be_rendered_is_a_sentence(
     folder = Path(shutil.copytree(foreign, tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(CheckpointCorruptError, match="chat template"):
-        ForeignScorer(folder, CPU)
+        HfScorer(folder, CPU)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_template_without_an_end_is_ended(template: str, foreign: Path, tmp_pa
     (folder / "chat_template.jinja").write_text(template)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(CheckpointCorruptError, match=r"chat template.*(TimeoutError|MemoryError)"):
-        ForeignScorer(folder, CPU)
+        HfScorer(folder, CPU)
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
@@ -165,7 +165,7 @@ def test_a_foreign_config_that_is_larger_than_its_files_is_refused(
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**fields, name: value}))
     with bounded(), pytest.raises(CheckpointCorruptError, match=said):
-        ForeignScorer(folder, CPU)
+        HfScorer(folder, CPU)
 
 
 def test_files_of_a_foreign_model_that_are_none_are_refused(foreign: Path, tmp_path: Path) -> None:
@@ -186,4 +186,4 @@ def test_files_of_a_foreign_model_that_are_none_are_refused(foreign: Path, tmp_p
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/"}')
     for folder in (pipe, device, sparse, garbage, adapter):
         with bounded(), pytest.raises(CheckpointCorruptError, match="cannot be read"):
-            ForeignScorer(folder, CPU)
+            HfScorer(folder, CPU)

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.text.incremental import GrowingText, StopTexts
+from data_pipeline.text.incremental import IncrementalDetokenizer, StopTexts
 
 Codecs = Callable[..., TextCodec]
 
@@ -22,7 +22,7 @@ HARD = ["naïve — 你好, мир", "👩‍👩‍👧 fam", "שלום עול�
 
 
 def parts_of(codec: TextCodec, ids: Sequence[int], held_back: bytes = b"") -> list[str]:
-    growing = GrowingText(codec, held_back)
+    growing = IncrementalDetokenizer(codec, held_back)
     return [*(growing.add(new_id) for new_id in ids), growing.finish()]
 
 
@@ -77,7 +77,7 @@ def test_what_the_first_id_brings_back_of_the_given_text_is_no_part(
     given_text = "is late." if direction is Direction.BACKWARD else "the old cap"
     prompt = of_format.prompt(given_text)
     longest = max(prompt.first_ids.tolist(), key=lambda i: len(of_format.piece_bytes(i)))
-    growing = GrowingText(of_format, prompt.held_back)
+    growing = IncrementalDetokenizer(of_format, prompt.held_back)
     written = growing.add(longest) + growing.finish()
     whole = of_format.render([*prompt.ids, longest])
     assert whole == joined(of_format, [given_text, written])
@@ -86,7 +86,7 @@ def test_what_the_first_id_brings_back_of_the_given_text_is_no_part(
 
 def test_a_character_appears_when_its_first_byte_is_there(codec: Codecs) -> None:
     of_format = codec()
-    growing = GrowingText(of_format)
+    growing = IncrementalDetokenizer(of_format)
     ids = [_byte_id(of_format, value) for value in reversed("€".encode())]
     assert [growing.add(piece_id) for piece_id in ids] == ["", "", "€"]
 

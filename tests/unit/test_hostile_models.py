@@ -19,7 +19,7 @@ from data_pipeline.text.codec import TextCodec
 from megaback.checkpoint_names import META_NAME
 from megaback.checkpoints.checkpoint import find_checkpoint, read_meta
 from megaback.config import ModelSection
-from megaback.inference.sampling import Chooser, SamplingOptions
+from megaback.inference.sampling import SamplingOptions, TokenChooser
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.base_shape import base_shape
 from megaback.weights.converted import model_folder
@@ -193,10 +193,10 @@ def test_logits_that_are_no_numbers_choose_nothing(temperature: float, top_k: in
     """Finite weights can make them too."""
     options = SamplingOptions(temperature=temperature, top_k=top_k)
     logits_BV = torch.zeros(2, 9)
-    assert len(Chooser(options, [1, 2]).choose(logits_BV, [0, 1])) == 2
+    assert len(TokenChooser(options, [1, 2]).choose(logits_BV, [0, 1])) == 2
     logits_BV[1, 4] = float("nan")
     with pytest.raises(NonFiniteError, match="logits are no numbers"):
-        Chooser(options, [1, 2]).choose(logits_BV, [0, 1])
+        TokenChooser(options, [1, 2]).choose(logits_BV, [0, 1])
 
 
 def test_a_context_that_no_memory_holds_is_refused(

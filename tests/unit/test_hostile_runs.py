@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import CheckpointCorruptError, ConfigError, MegabackError
 from launcher.slurm.job import true_code
-from launcher.slurm.jobs import look_at as jobs_look
+from launcher.slurm.jobs import rows_of_run
 from megaback.config_file import load_config
 from megaback.faults.exit_record import EXIT_NAME, HISTORY_NAME, read_exit, read_history
 from megaback.faults.heartbeat import heartbeat_path, read_heartbeats
@@ -32,7 +32,7 @@ from tools.plot import draw
 from tools.plot import main as plot_command
 from tools.run_views.curves import read_curves
 from tools.status import screen, status_of
-from tools.watch import look
+from tools.watch import health_of
 
 _STARTED = {"event": "start", "step": 0, "total_steps": 9, "world_size": 1, "time": 1.7e9}
 _ENDED = {"code": 75, "kind": "PreemptedError", "reason": "asked to stop", "time": 1.7e9}
@@ -89,10 +89,10 @@ def looked_at(run: Path) -> list[MegabackError]:
     """What commands have against a run; anything but a sentence is a failure."""
     now = time.time()
     looks: tuple[Callable[[], object], ...] = (
-        lambda: look(run, now),
+        lambda: health_of(run, now),
         lambda: screen(status_of(run, now), now),
         lambda: read_curves(run, "time", "run"),
-        lambda: jobs_look(run),
+        lambda: rows_of_run(run),
         lambda: true_code(run, "7", 1),
     )
     found = []
@@ -194,7 +194,7 @@ def test_a_submission_is_read_or_left_out(jobs: object, tmp_path: Path) -> None:
     (run / "submitted" / "20260101-000000").mkdir(parents=True)
     (run / "submitted/20260101-000000/submission.json").write_text(json.dumps({"jobs": jobs}))
     assert all(isinstance(job["job"], str) for one in read_submissions(run) for job in one["jobs"])
-    jobs_look(run)
+    rows_of_run(run)
 
 
 @pytest.mark.parametrize("name", [HISTORY_NAME, METRICS_NAME])
@@ -206,8 +206,8 @@ def test_a_flood_of_lines_is_not_kept(name: str, tmp_path: Path) -> None:
             file.write(line * 10_000)
     with bounded(3):
         assert len(read_history(run)) < 40_000
-        assert look(run).state == "stopped"
-        jobs_look(run)
+        assert health_of(run).state == "stopped"
+        rows_of_run(run)
 
 
 def test_each_folder_is_looked_at_once_whatever_links_lead_to_it(tmp_path: Path) -> None:

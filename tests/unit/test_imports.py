@@ -203,7 +203,7 @@ def test_training_needs_neither_wandb_nor_tensorboard(tmp_path: Path) -> None:
 import sys
 sys.modules |= {"wandb": None, "tensorboard": None}
 import megaback.tracking.metrics_log, megaback.train
-from megaback.tracking.trackers import Mirrors
+from megaback.tracking.trackers import Trackers
 from megaback.config import Config
 config = Config.model_validate({
     "run": "run", "data": {"shards": "shards"},
@@ -211,7 +211,7 @@ config = Config.model_validate({
     "batch": {"context_tokens": 8, "global_batch_rows": 1, "micro_batch_rows": 1},
     "optimizer": {"learning_rate": 1e-3}, "training": {"steps": 1},
 })
-Mirrors(config, -1, print).feed([{"step": 1, "loss": 2.0}])
+Trackers(config, -1, print).feed([{"step": 1, "loss": 2.0}])
 """
     loaded, _ = loaded_by(code, tmp_path)
     assert "megaback.train" in loaded
@@ -228,11 +228,11 @@ import torch
 import megaback.inference.infill.infiller, megaback.inference.writer
 from megaback.config import ModelSection
 from megaback.model.gpt import ReverseGPT
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 with torch.device("meta"):
     model = ReverseGPT(ModelSection(num_layers=1, width=8, num_heads=1).resolved(), 16)
 model.to_empty(device="cpu").initialize(0)
-Sampler(model, 8).read([1, 2])
+Decoder(model, 8).read([1, 2])
 """
     loaded, _ = loaded_by(code, tmp_path)
     assert "torch" in loaded

@@ -21,7 +21,7 @@ from data_pipeline.errors import (
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
 from megaback.config import ModelSection
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.infill.infiller import Infiller, InfillOptions, Reader
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.inference.sampling import SamplingOptions
@@ -51,7 +51,7 @@ def model_of(seed: int) -> ReverseGPT:
 
 def reader_of(seed: int, codec: TextCodec) -> Reader:
     model = model_of(seed)
-    return Reader(model, Sampler(model, CONTEXT_TOKENS, takes_over=False), codec)
+    return Reader(model, Decoder(model, CONTEXT_TOKENS, takes_over=False), codec)
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +122,11 @@ def test_lengths_are_kept_and_either_model_can_write_alone(infiller: Infiller) -
 
 def test_middles_that_are_given_are_judged_like_those_that_are_found(infiller: Infiller) -> None:
     found = infiller.fill(*GAPS[2], OPTIONS)[:3]
-    judged = infiller.judge(*GAPS[2], [one.middle for one in found])
+    judged = infiller.score(*GAPS[2], [one.middle for one in found])
     assert [one.score for one in judged] == pytest.approx([one.score for one in found], abs=1e-5)
     assert judged[0].written_forward is None
     with pytest.raises(PromptError, match="shorten"):
-        infiller.judge(*GAPS[0], ["a map " * 60])
+        infiller.score(*GAPS[0], ["a map " * 60])
 
 
 def test_models_that_do_not_belong_together_are_refused(

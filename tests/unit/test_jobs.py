@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import CheckpointMissingError, ConfigError, OutputExistsError
-from launcher.slurm.jobs import Row, find_runs, look_at, table
+from launcher.slurm.jobs import Row, find_runs, rows_of_run, table
 from launcher.slurm.snapshot import new_folder, record_jobs, remove_snapshot, write_snapshot
 from launcher.slurm.stages import check_model_folder, choose_allocation, parse_chain
 from megaback.config import CONFIG_COPY_NAME, Config
@@ -86,7 +86,7 @@ def test_a_run_whose_jobs_slurm_has_forgotten_says_how_it_ended(
     record_start(run, step=0, total_steps=200)
     write_metrics(run, 100)
     record_exit(run, 51, "RankLostError", "rank 1 is dead")
-    (row,) = look_at(run)
+    (row,) = rows_of_run(run)
     assert (row.job, row.state, row.why) == ("9", "stopped (51)", "rank 1 is dead")
     assert (row.step, row.total_steps, row.to_train_s) == (100, 200, 200.0)
 
@@ -95,7 +95,7 @@ def test_a_run_without_slurm_is_shown_too(run: Path) -> None:
     record_start(run, step=0, total_steps=100)
     write_metrics(run, 100)
     record_exit(run, 0, "finished", "trained to the end")
-    (row,) = look_at(run)
+    (row,) = rows_of_run(run)
     assert (row.job, row.state, row.to_train_s, row.why) == (None, "finished", None, None)
 
 

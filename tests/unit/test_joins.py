@@ -12,9 +12,9 @@ from test_model import VOCAB_SIZE, make_model
 
 from data_pipeline.errors import PromptError
 from data_pipeline.text.codec import Direction, TextCodec
-from megaback.inference.infill.join_scores import Half, Judgement, judge_half_steps
-from megaback.inference.infill.join_search import Join, best_join_steps, mean_a_token
-from megaback.inference.infill.prompts import Gap
+from megaback.inference.infill.join_scores import Half, JoinScores, score_half_steps
+from megaback.inference.infill.join_search import Join, best_join_steps, mean_per_token
+from megaback.inference.infill.prompts import InfillPrompts
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.inference.steps import finish
 from megaback.model.gpt import ReverseGPT
@@ -32,8 +32,10 @@ PROMPT, OTHER_PROMPT = (0, 5, 6), (0, 7, 8, 9)
 WEIGHT = 0.3
 
 
-def gap_between(codec: Codecs, beginning: str, ending: str) -> Gap:
-    return Gap.between(codec(Direction.FORWARD), codec(Direction.BACKWARD), beginning, ending)
+def gap_between(codec: Codecs, beginning: str, ending: str) -> InfillPrompts:
+    return InfillPrompts.between(
+        codec(Direction.FORWARD), codec(Direction.BACKWARD), beginning, ending
+    )
 
 
 @given(texts=st.tuples(TEXT, TEXT, TEXT, TEXT))
@@ -98,14 +100,14 @@ def forgetful(seed: int) -> ReverseGPT:
 FORWARD, BACKWARD = forgetful(1), forgetful(2)
 
 
-def judge_halves(
+def score_halves(
     model: ReverseGPT,
     prompt: Sequence[int],
     halves: Sequence[Half],
     other_prompt: Sequence[int],
     others: Sequence[Half],
-) -> Judgement:
-    return finish(judge_half_steps(model, prompt, halves, other_prompt, others))
+) -> JoinScores:
+    return finish(score_half_steps(model, prompt, halves, other_prompt, others))
 
 
 def estimated(
@@ -115,8 +117,8 @@ def estimated(
         best_join_steps(
             halves,
             others,
-            judge_halves(FORWARD, PROMPT, halves, OTHER_PROMPT, others),
-            judge_halves(BACKWARD, OTHER_PROMPT, others, PROMPT, halves),
+            score_halves(FORWARD, PROMPT, halves, OTHER_PROMPT, others),
+            score_halves(BACKWARD, OTHER_PROMPT, others, PROMPT, halves),
             least_tokens=least,
             most_tokens=most,
             forward_weight=WEIGHT,
@@ -141,11 +143,11 @@ def test_estimates_are_exact_for_models_that_see_one_id(
     forward = log_probabilities(FORWARD, onwards)
     backward = log_probabilities(BACKWARD, backwards)
     for join, nats, other_nats, num_tokens in zip(joins, forward, backward, lengths, strict=True):
-        expected = mean_a_token(nats, other_nats, *num_tokens, WEIGHT)
+        expected = mean_per_token(nats, other_nats, *num_tokens, WEIGHT)
         assert join.estimate == pytest.approx(float(expected), abs=1e-4)
 
 
-def estimate_of(own: Judgement, at: tuple[int, int, int, int]) -> float:
+def estimate_of(own: JoinScores, at: tuple[int, int, int, int]) -> float:
     """log P of one join by one model, from its tables: its half, its cut, and the other's."""
     half, cut, other, other_cut = at
     column = own.column_JB[other, other_cut - 1]
@@ -158,8 +160,8 @@ def estimate_of(own: Judgement, at: tuple[int, int, int, int]) -> float:
 def test_the_joins_are_the_best_of_an_allowed_length_of_each_pair_in_order(
     halves: list[Half], others: list[Half], least: int, extent: int
 ) -> None:
-    forward = judge_halves(FORWARD, PROMPT, halves, OTHER_PROMPT, others)
-    backward = judge_halves(BACKWARD, OTHER_PROMPT, others, PROMPT, halves)
+    forward = score_halves(FORWARD, PROMPT, halves, OTHER_PROMPT, others)
+    backward = score_halves(BACKWARD, OTHER_PROMPT, others, PROMPT, halves)
     expected = []
     for i, half in enumerate(halves):
         for j, other in enumerate(others):
@@ -169,7 +171,7 @@ def test_the_joins_are_the_best_of_an_allowed_length_of_each_pair_in_order(
                     ahead = estimate_of(forward, (i, a, j, b))
                     back = estimate_of(backward, (j, b, i, a))
                     tokens = a + b + len(OTHER_PROMPT) - 1, a + b + len(PROMPT) - 1
-                    of_pair.append(float(mean_a_token(ahead, back, *tokens, WEIGHT)))
+                    of_pair.append(float(mean_per_token(ahead, back, *tokens, WEIGHT)))
             expected += sorted(of_pair, reverse=True)[:4]
 
     found = [join.estimate for join in estimated(halves, others, least, least + extent)]
@@ -180,7 +182,7 @@ def test_the_joins_are_the_best_of_an_allowed_length_of_each_pair_in_order(
 def test_a_whole_half_that_meets_what_is_given_is_judged_exactly_by_the_other_model() -> None:
     model = make_model(3)
     half = Half((11, 12, 13, 14))
-    tables: Judgement = judge_halves(
+    tables: JoinScores = score_halves(
         model, PROMPT, [Half((1,), is_given=True)], OTHER_PROMPT, [Half((2,), is_given=True), half]
     )
     written = [1, *reversed(half.ids), *reversed(OTHER_PROMPT[1:])]

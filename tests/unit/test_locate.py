@@ -40,7 +40,7 @@ from tools.locate import (
     documents_with_ids,
     main,
     rows_of_document,
-    sights_of_document,
+    uses_of_document,
 )
 
 CONTEXT_OF_RUN = 32
@@ -120,17 +120,17 @@ def test_batches_hold_every_token_of_every_document_where_it_is_located(
         seen: set[tuple[int, int, int]] = set()
         for number, ids in enumerate(document for of_shard in shards for document in of_shard):
             document = document_by_number(opened, "train", number)
-            sights = sights_of_document(data, document, order.global_batch_rows, epoch, world_size)
-            held = [token for sight in sights for token in range(sight.start, sight.stop)]
+            uses = uses_of_document(data, document, order.global_batch_rows, epoch, world_size)
+            held = [token for use in uses for token in range(use.start, use.stop)]
             assert sorted(held) == list(range(len(ids)))
-            for sight in sights:
-                assert order.places(sight.step - 1).epoch[sight.position] == epoch
-                row = ranks[sight.position // rank_rows].at(sight.step - 1)
-                first = (document.start + sight.start) % FRAME_TOKENS % CONTEXT_TOKENS
-                of_row = row[sight.position % rank_rows].ids_T[first:][: sight.stop - sight.start]
-                assert of_row.tolist() == ids[sight.start : sight.stop].tolist()
-                assert sight.rank == sight.position // rank_rows
-                places = {(sight.step, sight.position, first + at) for at in range(len(of_row))}
+            for use in uses:
+                assert order.places(use.step - 1).epoch[use.position] == epoch
+                row = ranks[use.position // rank_rows].at(use.step - 1)
+                first = (document.start + use.start) % FRAME_TOKENS % CONTEXT_TOKENS
+                of_row = row[use.position % rank_rows].ids_T[first:][: use.stop - use.start]
+                assert of_row.tolist() == ids[use.start : use.stop].tolist()
+                assert use.rank == use.position // rank_rows
+                places = {(use.step, use.position, first + at) for at in range(len(of_row))}
                 assert not places & seen
                 seen |= places
 

@@ -11,7 +11,7 @@ from megaback.config import Config
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.devices import Device
 from megaback.planning.host_memory import cgroup_limits, host_memory_bytes
-from megaback.planning.memory_room import RankRoom, certain_bytes, require_memory
+from megaback.planning.memory_room import AvailableMemory, certain_bytes, require_memory
 from megaback.planning.plan import Cluster, memory_of
 
 VOCAB_SIZE = 8_888
@@ -25,10 +25,10 @@ def config_of(tmp_path: Path, **sections: object) -> Config:
     )
 
 
-def rooms(device: str, gigabytes: float, hosts: tuple[int, ...]) -> list[RankRoom]:
+def rooms(device: str, gigabytes: float, hosts: tuple[int, ...]) -> list[AvailableMemory]:
     """Ranks on hosts, as many on each as given."""
     return [
-        RankRoom(f"n{host}", device, int(gigabytes * 1e9))
+        AvailableMemory(f"n{host}", device, int(gigabytes * 1e9))
         for host, ranks in enumerate(hosts)
         for _ in range(ranks)
     ]

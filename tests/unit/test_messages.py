@@ -17,7 +17,7 @@ from megaback.distributed.messages import decode, encode
 from megaback.distributed.world import World
 from megaback.faults.node_facts import RankFacts
 from megaback.faults.shared_disk import DiskFacts
-from megaback.training.start import NothingLeft
+from megaback.training.start import AlreadyTrained
 
 _TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 _PATHS = st.builds(Path, _TEXTS.filter(lambda text: "\0" not in text))
@@ -32,7 +32,7 @@ _KINDS: list[tuple[Any, st.SearchStrategy[Any]]] = [
     (dict[str, tuple[int, str]], st.dictionaries(_TEXTS, st.tuples(st.integers(), _TEXTS))),
     (RankFacts, st.builds(RankFacts, node=_TEXTS, device=_TEXTS)),
     (DiskFacts | None, st.none() | st.builds(DiskFacts, node=_TEXTS)),
-    (NothingLeft | None, st.none() | st.builds(NothingLeft)),
+    (AlreadyTrained | None, st.none() | st.builds(AlreadyTrained)),
     (
         CheckpointMeta | None,
         st.none() | st.builds(CheckpointMeta, config=st.dictionaries(_TEXTS, st.integers())),

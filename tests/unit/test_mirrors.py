@@ -1,4 +1,4 @@
-"""Mirrors get what they lack, no step twice, and never end a run."""
+"""Trackers get what they lack, no step twice, and never end a run."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -11,13 +11,13 @@ from run_config import run_config
 from data_pipeline.errors import BackendError
 from megaback.config import Config
 from megaback.tracking import trackers
-from megaback.tracking.trackers import BEFORE_ALL_STEPS, Mirrors, Value, flat_values
+from megaback.tracking.trackers import BEFORE_ALL_STEPS, Trackers, Value, flat_values
 
 Start = Callable[[Config, int], Any]
 
 
 class Notebook:
-    """A mirror that remembers."""
+    """A tracker that remembers."""
 
     def __init__(self, held_step: int = BEFORE_ALL_STEPS, breaks_at: int | None = None) -> None:
         self.held_step = held_step
@@ -40,12 +40,12 @@ def config(tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def start_with(monkeypatch: pytest.MonkeyPatch, config: Config) -> Callable[..., Mirrors]:
-    """`start_with(starts, last_step, said)`: mirrors that are started so."""
+def start_with(monkeypatch: pytest.MonkeyPatch, config: Config) -> Callable[..., Trackers]:
+    """`start_with(starts, last_step, said)`: trackers that are started so."""
 
-    def start(starts: dict[str, Start], last_step: int, said: list[str]) -> Mirrors:
+    def start(starts: dict[str, Start], last_step: int, said: list[str]) -> Trackers:
         monkeypatch.setattr(trackers, "_STARTS", starts)
-        return Mirrors(config, last_step, said.append)
+        return Trackers(config, last_step, said.append)
 
     return start
 
@@ -59,7 +59,7 @@ def with_logging(config: Config, **logging: str) -> Config:
     return config.model_copy(update={"logging": section})
 
 
-def test_each_mirror_gets_the_steps_that_it_lacks(start_with: Callable[..., Mirrors]) -> None:
+def test_each_mirror_gets_the_steps_that_it_lacks(start_with: Callable[..., Trackers]) -> None:
     new, old = Notebook(), Notebook(held_step=3)
     both = start_with({"new": lambda *_: new, "old": lambda *_: old}, 5, [])
     both.feed(lines(1, 5))
@@ -73,7 +73,7 @@ def test_each_mirror_gets_the_steps_that_it_lacks(start_with: Callable[..., Mirr
 
 
 def test_steps_that_a_mirror_holds_beyond_the_resumed_one_are_not_repeated_and_that_is_said(
-    start_with: Callable[..., Mirrors],
+    start_with: Callable[..., Trackers],
 ) -> None:
     ahead, said = Notebook(held_step=7), list[str]()
     start_with({"ahead": lambda *_: ahead}, 5, said).feed(lines(6, 9))
@@ -85,7 +85,7 @@ def test_steps_that_a_mirror_holds_beyond_the_resumed_one_are_not_repeated_and_t
 
 
 def test_a_mirror_that_fails_is_left_out_and_named_once(
-    start_with: Callable[..., Mirrors],
+    start_with: Callable[..., Trackers],
 ) -> None:
     broken, well, said = Notebook(breaks_at=2), Notebook(), list[str]()
     both = start_with({"broken": lambda *_: broken, "well": lambda *_: well}, -1, said)
@@ -102,7 +102,7 @@ def test_a_mirror_that_fails_is_left_out_and_named_once(
 
 
 def test_a_mirror_that_does_not_start_is_left_out_and_says_no_secret(
-    start_with: Callable[..., Mirrors], monkeypatch: pytest.MonkeyPatch
+    start_with: Callable[..., Trackers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "sesame")
     said: list[str] = []
@@ -131,20 +131,20 @@ def test_what_was_asked_for_and_is_not_installed_is_an_error_with_a_way_out(
     uninstall(name, monkeypatch)
 
     with pytest.raises(BackendError, match=f"{name} is not installed.*pip install {name}"):
-        Mirrors(with_logging(config, **{name: value}), -1, pytest.fail)
+        Trackers(with_logging(config, **{name: value}), -1, pytest.fail)
 
 
 def test_tensorboard_that_is_not_installed_is_left_out_without_a_word(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uninstall("tensorboard", monkeypatch)
-    Mirrors(config, -1, pytest.fail).feed(lines(1, 2))
+    Trackers(config, -1, pytest.fail).feed(lines(1, 2))
 
     assert list(config.run.iterdir()) == []
 
 
 def test_nothing_is_started_that_is_off(config: Config) -> None:
-    Mirrors(with_logging(config, tensorboard="off"), -1, pytest.fail).feed(lines(1, 2))
+    Trackers(with_logging(config, tensorboard="off"), -1, pytest.fail).feed(lines(1, 2))
 
     assert list(config.run.iterdir()) == []
 

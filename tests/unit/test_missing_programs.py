@@ -24,7 +24,7 @@ from launcher.slurm import job as slurm_job
 from launcher.slurm.submit import main as submit
 from megaback.distributed import rendezvous
 from megaback.distributed.slurm_nodes import first_node
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.model.compiler import require_compiler
 from megaback.tracking.code_version import code_changes, code_version
 
@@ -165,7 +165,7 @@ def test_what_is_compiled_needs_a_compiler_before_it_begins() -> None:
     with pytest.raises(BackendError, match="gcc or clang or cc"):
         require_compiler("cuda", "training.compile")
     with pytest.raises(BackendError, match="leave --compile out"):
-        Sampler(make_model(), CONTEXT_TOKENS, compiled=True)
+        Decoder(make_model(), CONTEXT_TOKENS, compiled=True)
 
 
 @pytest.mark.parametrize(("options", "code"), [(["--dry-run"], 0), ([], 13)])

@@ -314,7 +314,7 @@ def test_a_compiled_model_is_compiled_once_whatever_its_segments_are() -> None:
 
     model = make_model(num_layers=1)
     expected = [model.logits(random_ids(12), *packed(*lengths)) for lengths in ((5, 7), (2, 9, 1))]
-    model.leave_attention_uncompiled()
+    model.exclude_attention_from_compile()
     compiled = torch.compile(model.logits, backend=count)
     first = compiled(random_ids(12), *packed(5, 7))
     num_graphs = len(graphs)

@@ -354,11 +354,11 @@ def test_the_arithmetic_of_a_large_order_is_that_of_unbounded_integers() -> None
 
 def test_frames_are_not_read_in_stored_order() -> None:
     order = Order(num_frames=1000, rows_per_frame=1, global_batch_rows=4, lanes=4, seed=5)
-    neighbours = 0
+    neighbors = 0
     for lane in range(order.lanes):
         frames = [int(order.places(step, lane, lane + 1).frame[0]) for step in range(250)]
-        neighbours += int((np.diff(frames) == 1).sum())
-    assert neighbours < 10  # one in a thousand pairs by chance
+        neighbors += int((np.diff(frames) == 1).sum())
+    assert neighbors < 10  # one in a thousand pairs by chance
 
 
 def test_rows_of_a_window_are_mixed() -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.scoring.paired_difference import Gap, Losses, standard_error_of_mean
+from megaback.scoring.paired_difference import Losses, PairedDifference, standard_error_of_mean
 
 
 def some_losses(seed: int, documents: int = 200) -> tuple[Losses, Losses]:
@@ -25,7 +25,7 @@ def some_losses(seed: int, documents: int = 200) -> tuple[Losses, Losses]:
 def test_models_exchanged_give_the_gap_with_the_other_sign(seed: int) -> None:
     first, second = some_losses(seed)
 
-    there, back = Gap.between(first, second), Gap.between(second, first)
+    there, back = PairedDifference.between(first, second), PairedDifference.between(second, first)
 
     assert there.nats == pytest.approx(-back.nats)
     assert there.nats_error == pytest.approx(back.nats_error)
@@ -35,7 +35,7 @@ def test_models_exchanged_give_the_gap_with_the_other_sign(seed: int) -> None:
 def test_a_model_has_no_gap_to_itself() -> None:
     first, _ = some_losses(0)
 
-    gap = Gap.between(first, first)
+    gap = PairedDifference.between(first, first)
 
     assert (gap.nats, gap.nats_error, gap.percent, gap.percent_error) == (0, 0, 0, 0)
 
@@ -43,7 +43,9 @@ def test_a_model_has_no_gap_to_itself() -> None:
 def test_a_gap_that_is_the_same_at_every_target_is_certain() -> None:
     first, _ = some_losses(0)
 
-    gap = Gap.between(first, Losses(first.nats_N + 0.25 * first.targets_N, first.targets_N))
+    gap = PairedDifference.between(
+        first, Losses(first.nats_N + 0.25 * first.targets_N, first.targets_N)
+    )
 
     assert gap.nats == pytest.approx(0.25)
     assert gap.nats_error == pytest.approx(0, abs=1e-12)
@@ -56,7 +58,7 @@ def test_with_documents_of_one_length_the_error_is_that_of_a_paired_mean() -> No
 
     differences_N = (second.nats_N - first.nats_N) / 7
 
-    gap = Gap.between(first, second)
+    gap = PairedDifference.between(first, second)
     assert gap.nats == pytest.approx(differences_N.mean())
     assert gap.nats_error == pytest.approx(differences_N.std(ddof=1) / np.sqrt(200))
 
@@ -68,13 +70,13 @@ def test_the_errors_are_those_of_drawing_documents_again(seed: int) -> None:
     nats, percents = [], []
     for _ in range(2000):
         drawn_N = generator.integers(0, 200, 200)
-        gap = Gap.between(
+        gap = PairedDifference.between(
             *(Losses(one.nats_N[drawn_N], one.targets_N[drawn_N]) for one in (first, second))
         )
         nats.append(gap.nats)
         percents.append(gap.percent)
 
-    gap = Gap.between(first, second)
+    gap = PairedDifference.between(first, second)
 
     assert gap.nats_error == pytest.approx(np.std(nats), rel=0.08)
     assert gap.percent_error == pytest.approx(np.std(percents), rel=0.08)
@@ -84,14 +86,16 @@ def test_models_may_have_different_targets_in_a_document() -> None:
     first = Losses(np.array([8.0, 0.0, 3.0]), np.array([2.0, 0.0, 1.0]))
     second = Losses(np.array([4.0, 5.0, 0.0]), np.array([1.0, 1.0, 0.0]))
 
-    gap = Gap.between(first, second)
+    gap = PairedDifference.between(first, second)
 
     assert gap.nats == pytest.approx(9 / 2 - 11 / 3)
     assert gap.num_documents == 3
 
 
 def test_one_document_or_one_seed_has_no_error() -> None:
-    gap = Gap.between(*(Losses(np.array([nats]), np.array([2.0])) for nats in (4.0, 5.0)))
+    gap = PairedDifference.between(
+        *(Losses(np.array([nats]), np.array([2.0])) for nats in (4.0, 5.0))
+    )
 
     assert (gap.nats, gap.nats_error, gap.percent_error) == (0.5, None, None)
     assert standard_error_of_mean([0.1]) is None

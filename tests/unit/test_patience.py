@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.training.early_stopping import Patience, mark_best, read_measurements
+from megaback.training.early_stopping import EarlyStopping, mark_best, read_measurements
 
 LOSSES = st.lists(
     st.one_of(st.none(), st.floats(0, 10), st.just(math.nan), st.just(math.inf)), max_size=12
 )
 
 
-def measured(most: int | None, losses: list[float | None]) -> Patience:
-    return Patience(most, enumerate(losses))
+def measured(most: int | None, losses: list[float | None]) -> EarlyStopping:
+    return EarlyStopping(most, enumerate(losses))
 
 
 @given(LOSSES, st.integers(1, 4))
@@ -40,7 +40,7 @@ def test_it_is_exhausted_after_so_many_measurements_that_improve_on_nothing(
 def test_what_was_measured_before_an_interruption_counts_as_if_there_had_been_none(
     losses: list[float | None], cut: int
 ) -> None:
-    resumed = Patience(2, enumerate(losses[:cut]))
+    resumed = EarlyStopping(2, enumerate(losses[:cut]))
     for step, loss in enumerate(losses[cut:], start=len(losses[:cut])):
         resumed.measured(step, loss)
     whole = measured(2, losses)

@@ -316,7 +316,7 @@ BREAKS: dict[str, Callable[[dict[str, object]], object]] = {
     "no inputs": _without("inputs"),
     "tasks that do not add up": lambda fields: fields.update(task_portions=[1]),
     "tasks that are no numbers": lambda fields: fields.update(task_portions=["1", "1"]),
-    "an unknown setting": lambda fields: fields["settings"].update(colour="red"),
+    "an unknown setting": lambda fields: fields["settings"].update(color="red"),
     "a setting of another kind": lambda fields: fields["settings"].update(val_fraction="x"),
     "a setting out of range": lambda fields: fields["settings"].update(frame_tokens=3),
     "inputs of another source": lambda fields: fields.update(inputs=[]),

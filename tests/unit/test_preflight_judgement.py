@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaback.faults.node_facts import RankFacts, code_hash, versions
-from megaback.faults.preflight import Finding, judge, judge_disks
+from megaback.faults.preflight import Finding, compare_disks, compare_ranks
 from megaback.faults.shared_disk import DiskFacts
 
 VERSIONS = {"torch": "2.13.0", "code": "abc"}
 
 
-def fleet(num_nodes: int, ranks_a_node: int = 2) -> list[RankFacts]:
+def fleet(num_nodes: int, ranks_per_node: int = 2) -> list[RankFacts]:
     """Equal ranks on equal nodes."""
     return [
-        RankFacts(rank, f"n{rank // ranks_a_node}", "H100", 2, 80 * 10**9, 5e14, VERSIONS)
-        for rank in range(num_nodes * ranks_a_node)
+        RankFacts(rank, f"n{rank // ranks_per_node}", "H100", 2, 80 * 10**9, 5e14, VERSIONS)
+        for rank in range(num_nodes * ranks_per_node)
     ]
 
 
@@ -33,8 +33,8 @@ def named(findings: Sequence[Finding]) -> set[tuple[str, str, bool]]:
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.sampled_from(["cuda", "cpu"]))
-def test_equal_nodes_fit(num_nodes: int, ranks_a_node: int, device: str) -> None:
-    assert judge(fleet(num_nodes, ranks_a_node), device, 10) == []
+def test_equal_nodes_fit(num_nodes: int, ranks_per_node: int, device: str) -> None:
+    assert compare_ranks(fleet(num_nodes, ranks_per_node), device, 10) == []
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_one_that_is_different_is_named(
     data: st.DataObject,
 ) -> None:
     bad = f"n{data.draw(st.integers(0, num_nodes - 1))}"
-    findings = judge(with_node(fleet(num_nodes), bad, **fields), "cuda", 10)
+    findings = compare_ranks(with_node(fleet(num_nodes), bad, **fields), "cuda", 10)
 
     assert named(findings) == {(check, bad, stops)}
     assert all(bad in item.sentence and says in item.sentence for item in findings)
@@ -69,20 +69,20 @@ def test_the_one_that_is_different_is_named(
 def test_a_cpu_may_be_busy_with_something_else() -> None:
     slower = with_node(fleet(4), "n1", multiply_flops=3e14)
 
-    assert judge(slower, "cpu", 10) == []
-    assert named(judge(slower, "cuda", 10)) == {("speed", "n1", False)}
+    assert compare_ranks(slower, "cpu", 10) == []
+    assert named(compare_ranks(slower, "cuda", 10)) == {("speed", "n1", False)}
 
 
 def test_the_memory_of_a_host_is_complained_of_once_and_that_of_each_gpu() -> None:
     poor = with_node(fleet(4), "n2", memory_free_bytes=10**9)
 
-    assert len(judge(poor, "cpu", 10)) == 1
-    assert len(judge(poor, "cuda", 10)) == 2
+    assert len(compare_ranks(poor, "cpu", 10)) == 1
+    assert len(compare_ranks(poor, "cuda", 10)) == 2
 
 
 @given(st.floats(-100, 100), st.floats(1, 100))
 def test_a_clock_may_differ_by_as_much_as_heartbeats_allow(offset_s: float, most_s: float) -> None:
-    findings = judge(with_node(fleet(3), "n1", clock_offset_s=offset_s), "cuda", most_s)
+    findings = compare_ranks(with_node(fleet(3), "n1", clock_offset_s=offset_s), "cuda", most_s)
 
     assert bool(findings) == (math.fabs(offset_s) > most_s)
 
@@ -90,7 +90,7 @@ def test_a_clock_may_differ_by_as_much_as_heartbeats_allow(offset_s: float, most
 def test_of_two_nodes_with_other_versions_the_second_is_named() -> None:
     both = with_node(fleet(2), "n0", versions=VERSIONS | {"torch": "2.9"})
 
-    assert {item.node for item in judge(both, "cuda", 10)} == {"n1"}
+    assert {item.node for item in compare_ranks(both, "cuda", 10)} == {"n1"}
 
 
 A, B, C = (DiskFacts(node, 1.0, 1.0) for node in "abc")
@@ -113,7 +113,7 @@ UNREAD = "does not read"
 def test_the_node_whose_disk_is_another_one_is_named(
     disks: list[DiskFacts], bad: list[str]
 ) -> None:
-    findings = judge_disks(disks)
+    findings = compare_disks(disks)
 
     assert [item.node for item in findings] == bad
     assert all(item.stops for item in findings)

@@ -28,7 +28,7 @@ NAMES = ["a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl", "a.txt"]
 
 
 @pytest.fixture(autouse=True)
-def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "POLICY", QUICK)
 
 

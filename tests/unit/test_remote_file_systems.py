@@ -22,7 +22,7 @@ COLUMNS = Columns("text", "language", "language_score")
 
 
 @pytest.fixture(autouse=True)
-def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "POLICY", QUICK)
 
 

@@ -15,7 +15,7 @@ from model_helpers import random_model, write_model
 
 import megaback
 from data_pipeline.text.codec import Direction, TextCodec
-from megaback.scoring.hf_scorer import ForeignScorer
+from megaback.scoring.hf_scorer import HfScorer
 from megaback.scoring.pairs import Pair
 from megaback.scoring.reranking import Scored, accuracies, fit_weight, ranking, rightness
 from tools.rerank import main
@@ -147,7 +147,7 @@ def test_one_judged_question_has_no_interval(
     source.write_text(json.dumps(ROWS[0]))
     result = rerank(folders[Direction.BACKWARD], "--in", source, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "no 95% interval is shown: it needs at least 2 judged questions" in result.stderr
+    assert "no 95% interval is shown: it needs at least 2 labeled questions" in result.stderr
 
 
 def test_keys_of_the_rows_that_are_replaced_are_told(
@@ -178,7 +178,7 @@ def test_forward_models_are_megabacks_or_those_of_transformers(
 ) -> None:
     with megaback.load_scorer(folders[Direction.FORWARD], device="cpu") as scorer:
         (ours,) = scorer.score([Pair("Who sold the map?", "My sister.")])
-    (theirs,) = ForeignScorer(foreign, CPU).score([Pair("Who sold the map?", "My sister.")])
+    (theirs,) = HfScorer(foreign, CPU).score([Pair("Who sold the map?", "My sister.")])
     for forward, expected in ((folders[Direction.FORWARD], ours), (foreign, theirs)):
         out = tmp_path / f"{forward.name}.jsonl"
         result = rerank(

@@ -22,7 +22,7 @@ from megaback.checkpoint_names import (
     complete_checkpoints,
 )
 from megaback.checkpoints.checkpoint import newest_checkpoint, read_meta, verify_files
-from megaback.checkpoints.remote_copy import SecondPlace
+from megaback.checkpoints.remote_copy import CopyTarget
 from megaback.config import CONFIG_COPY_NAME
 from megaback.distributed.world import World
 from megaback.faults.step_guard import SKIPPED_STEPS_NAME, read_left_out
@@ -161,9 +161,9 @@ def test_where_copies_cannot_be_set_back_nothing_is_done(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "tools.rollback._second_place", lambda run: SecondPlace("/proc/no/such/place", run)
+        "tools.rollback._copy_target", lambda run: CopyTarget("/proc/no/such/place", run)
     )
-    monkeypatch.setattr(SecondPlace, "_names", lambda _: ["step-00000030"])
+    monkeypatch.setattr(CopyTarget, "_names", lambda _: ["step-00000030"])
 
     with pytest.raises(StorageError, match="nothing was changed in the run"):
         roll_back(run, 10)
@@ -179,7 +179,7 @@ def test_copies_are_set_back_with_the_run(
 
     roll_back(run, 10)
 
-    assert SecondPlace(str(place), run).complete() == ["step-00000010", "step-00000020"]
+    assert CopyTarget(str(place), run).complete() == ["step-00000010", "step-00000020"]
     copied = place / run.name / SKIPPED_STEPS_NAME
     assert copied.read_bytes() == (run / SKIPPED_STEPS_NAME).read_bytes()
 

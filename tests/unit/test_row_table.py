@@ -4,15 +4,15 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_pipeline.loading.row_grid import RowTable
+from data_pipeline.loading.row_grid import RowGrid
 
 FRAME_TOKENS = 64
 SHARDS = st.lists(st.integers(1, 400), min_size=1, max_size=8)
 CONTEXTS = st.sampled_from([2, 16, 64])
 
 
-def table(shards: list[int], context_tokens: int) -> RowTable:
-    return RowTable(np.array(shards, dtype=np.int64), FRAME_TOKENS, context_tokens)
+def table(shards: list[int], context_tokens: int) -> RowGrid:
+    return RowGrid(np.array(shards, dtype=np.int64), FRAME_TOKENS, context_tokens)
 
 
 def stored_rows(shards: list[int], context_tokens: int) -> list[tuple[int, int]]:
@@ -29,7 +29,7 @@ def stored_rows(shards: list[int], context_tokens: int) -> list[tuple[int, int]]
     ]
 
 
-def located(chosen: RowTable) -> list[tuple[int, int]]:
+def located(chosen: RowGrid) -> list[tuple[int, int]]:
     """Where every place of the rectangle lies, frame after frame."""
     frame, row = np.divmod(
         np.arange(chosen.num_frames * chosen.rows_per_frame), chosen.rows_per_frame
@@ -84,7 +84,7 @@ def test_the_place_of_a_stored_row_is_the_one_that_locates_it(
 def test_rows_of_15_trillion_tokens_have_places_and_are_found_at_them() -> None:
     generator = np.random.default_rng(0)
     shard_tokens = generator.integers(10**9, 2 * 10**9, 10_000)
-    chosen = RowTable(shard_tokens, 65_536, 1024)
+    chosen = RowGrid(shard_tokens, 65_536, 1024)
     assert chosen.num_rows > 1.4e10
     number = np.append(generator.integers(0, chosen.num_rows, 1000), chosen.num_rows - 1)
     frame, row = chosen.place_of(*chosen.locate(*np.divmod(number, chosen.rows_per_frame)))

@@ -112,7 +112,7 @@ def test_offloading_moves_states_from_the_devices_to_their_host() -> None:
     moved = memory_of(config_of("reverse_7b", "zero.offload=optimizer"), FACTS, h100s(1))
 
     assert moved.parts.total < kept.parts.total
-    assert moved.host_bytes_a_node > kept.host_bytes_a_node + kept.parts.optimizer * 7
+    assert moved.host_bytes_per_node > kept.host_bytes_per_node + kept.parts.optimizer * 7
 
 
 def test_days_are_flops_over_what_the_devices_do() -> None:
@@ -194,7 +194,7 @@ def test_a_machine_without_gpus_holds_checkpoints_on_their_way_itself() -> None:
 
     memory = memory_of(config, FACTS, Cluster(1, 2, cpu_device(8e9, None)))
 
-    assert memory.host_bytes_a_node == 0
+    assert memory.host_bytes_per_node == 0
     assert "saving" in memory.moments
 
 

@@ -22,7 +22,7 @@ from launcher.slurm.jobs import main as jobs
 from megaback.faults.exit_record import EXIT_NAME, record_event, record_exit, record_start
 from megaback.faults.heartbeat import HEARTBEATS_FOLDER, Heartbeat, write_heartbeat
 from megaback.faults.run_state import ROLLBACK_EVENT
-from tools.artifacts import look_at
+from tools.artifacts import inspect
 from tools.plot import main as plot
 from tools.status import main as status
 from tools.watch import main as watch
@@ -206,7 +206,7 @@ def test_all_commands_say_the_same_of_a_run(name: str, run: Path) -> None:
     assert (row["state"], row["step"]) == (seen.job_state, seen.step)
     if seen.job_state not in ("running", "finished"):
         assert seen.says in row["why"], row
-    facts = look_at(run, verify=False).facts
+    facts = inspect(run, verify=False).facts
     assert seen.says in facts["ended"]
     assert ("not yet" in facts["ended"]) == (seen.state not in ("finished", "stopped"))
     assert facts.get("step") == seen.step

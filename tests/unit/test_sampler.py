@@ -12,7 +12,7 @@ from test_model import VOCAB_SIZE, make_model, packed
 
 from data_pipeline.errors import PromptError
 from data_pipeline.text.codec import Prompt
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.generate import generate, generate_many
 from megaback.inference.sampling import SamplingOptions
 from megaback.model.gpt import ReverseGPT
@@ -42,15 +42,15 @@ def prompt_of(ids: Sequence[int], first_ids: np.ndarray = WRITABLE) -> Prompt:
 
 
 @cache
-def sampler(**changes: object) -> Sampler:
-    return Sampler(make_model(**changes), CONTEXT_TOKENS)
+def decoder(**changes: object) -> Decoder:
+    return Decoder(make_model(**changes), CONTEXT_TOKENS)
 
 
 def written(
-    prompts: Sequence[Sequence[int]], options: SamplingOptions, by: Sampler | None = None
+    prompts: Sequence[Sequence[int]], options: SamplingOptions, by: Decoder | None = None
 ) -> list[list[int]]:
     """The new ids of each sample."""
-    steps = generate_many(by or sampler(), CODEC, [prompt_of(ids) for ids in prompts], options)
+    steps = generate_many(by or decoder(), CODEC, [prompt_of(ids) for ids in prompts], options)
     samples: list[list[int]] = [[] for _ in prompts]
     for new_ids in steps:
         for sample, new_id in zip(samples, new_ids, strict=True):
@@ -95,7 +95,7 @@ def test_reading_id_by_id_gives_the_logits_of_reading_at_once(
     ids_T = torch.randint(0, VOCAB_SIZE, (20,), generator=torch.manual_seed(0))
     with torch.no_grad():
         expected_TV = make_model(**shape).logits(ids_T, *packed(20))
-    reader = Sampler(make_model(**shape), CONTEXT_TOKENS, **way)
+    reader = Decoder(make_model(**shape), CONTEXT_TOKENS, **way)
     cache = reader.new_cache(1)
     cache.fill([reader.read(ids_T[:7].tolist())])
 
@@ -181,7 +181,7 @@ def test_stop_ids_may_be_written_though_no_text_holds_them() -> None:
 def test_the_first_new_id_is_one_that_the_prompt_allows() -> None:
     prompt = prompt_of([5, 6], np.array([9]))
 
-    ids = list(generate(sampler(), CODEC, prompt, CONTEXT_TOKENS, SamplingOptions(5, seed=3)))
+    ids = list(generate(decoder(), CODEC, prompt, CONTEXT_TOKENS, SamplingOptions(5, seed=3)))
 
     assert ids[0] == 9
     assert ids[1:] != [9, 9, 9, 9]
@@ -217,12 +217,12 @@ def test_a_compiled_sampler_writes_what_one_that_is_not_does(
 ) -> None:
     """The graph is captured, but run as it is: generating its kernels takes a minute here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    compiled = Sampler(make_model(num_layers=1), CONTEXT_TOKENS, compiled=True)
+    compiled = Decoder(make_model(num_layers=1), CONTEXT_TOKENS, compiled=True)
     prompts, options = [[5, 6, 7], [8]], SamplingOptions(8, seed=11)
 
     samples = written(prompts, options, compiled)
 
-    assert samples == written(prompts, options, sampler(num_layers=1))
+    assert samples == written(prompts, options, decoder(num_layers=1))
     assert all(len(ids) == 8 for ids in samples)  # so that one batch size was compiled
 
 
@@ -231,7 +231,7 @@ def test_bf16_gives_the_logits_of_the_model_in_bf16_to_its_precision() -> None:
     model = make_model().bfloat16()
     with torch.no_grad():
         expected_TV = model.logits(ids_T, *packed(20)).float()
-    reader = Sampler(model, CONTEXT_TOKENS)
+    reader = Decoder(model, CONTEXT_TOKENS)
     cache = reader.new_cache(1)
     cache.fill([reader.read([])])
 

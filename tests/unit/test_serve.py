@@ -42,7 +42,7 @@ def alone(
     """What is written for one text without a server, with what was given."""
     model = models[name]
     chosen = SamplingOptions(tokens, **{"temperature": 1.0, "top_k": 0, **options})
-    return complete(model.sampler, model.codec, given, CONTEXT_TOKENS, chosen)
+    return complete(model.decoder, model.codec, given, CONTEXT_TOKENS, chosen)
 
 
 def as_sent(text: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from serve_helpers import CONTEXT_TOKENS, Running, serving, tiny_models
 
 from data_pipeline.text.codec import TextCodec
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.generate import complete
 from megaback.inference.sampling import SamplingOptions
 from tools.serve import main
@@ -62,7 +62,7 @@ def test_each_way_to_choose_is_the_samplers(
 ) -> None:
     model = models["tiny"]
     sampling = SamplingOptions(30, **{"temperature": 1.0, "top_k": 0, "seed": 5, **options})
-    whole = complete(model.sampler, model.codec, ENDING, CONTEXT_TOKENS, sampling)
+    whole = complete(model.decoder, model.codec, ENDING, CONTEXT_TOKENS, sampling)
     found = choice(running, seed=5, echo=True, **options)["text"]
     assert found == whole.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
@@ -131,18 +131,18 @@ def test_infilling_loads_both_models_once_more(
     infiller = load_meeting(folder / "tiny", folder / "ahead", "cpu")
     assert infiller is not None
     for reader, name in ((infiller.backward, "tiny"), (infiller.forward, "ahead")):
-        assert reader.model.num_parameters() == models[name].sampler.num_parameters
-        assert reader.sampler is not models[name].sampler
+        assert reader.model.num_parameters() == models[name].decoder.num_parameters
+        assert reader.decoder is not models[name].decoder
 
 
 def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    original = Sampler.step
+    original = Decoder.step
 
-    def step(sampler: Sampler, *arguments: Any) -> Any:
+    def step(decoder: Decoder, *arguments: Any) -> Any:
         time.sleep(seconds)
-        return original(sampler, *arguments)
+        return original(decoder, *arguments)
 
-    monkeypatch.setattr(Sampler, "step", step)
+    monkeypatch.setattr(Decoder, "step", step)
 
 
 @pytest.mark.parametrize("order", ["reading", "writing"])

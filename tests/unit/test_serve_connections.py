@@ -22,7 +22,7 @@ from serve_helpers import (
 )
 
 from data_pipeline.text.codec import TextCodec
-from tools.serving.idle_timeout import ImpatientConnection
+from tools.serving.idle_timeout import IdleTimeoutConnection
 from tools.serving.limits import Limits
 from tools.serving.models import ServedModel
 
@@ -49,7 +49,7 @@ def large(models: dict[str, ServedModel]) -> dict[str, Any]:
     return {"prompt": prompt, "n": 8, "max_tokens": 1500, "temperature": 0, "logprobs": 20}
 
 
-def connections(running: Running) -> list[ImpatientConnection]:
+def connections(running: Running) -> list[IdleTimeoutConnection]:
     return [one for one in running.server.server_state.connections if one.cycle is not None]  # type: ignore[misc]
 
 
@@ -68,7 +68,7 @@ def test_who_does_not_read_a_stream_is_closed_and_its_work_ends(
     order: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_part", 0.5)
+    monkeypatch.setattr(IdleTimeoutConnection, "seconds_for_a_part", 0.5)
     body = {**large, "model": "ahead", "stream": True, "stream_order": order, "ignore_eos": True}
     with serving(models) as running, raw(running, posted(body)) as connection:
         wait_until(lambda: metric(running, "samples_running", "ahead") == 8)
@@ -83,7 +83,7 @@ def test_who_does_not_read_a_stream_is_closed_and_its_work_ends(
 def test_who_does_not_read_an_answer_is_closed_and_it_is_not_kept(
     models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_part", 0.5)
+    monkeypatch.setattr(IdleTimeoutConnection, "seconds_for_a_part", 0.5)
     body = {"prompt": "a map " * 8000, "truncate": True, "echo": True, "n": 60, "max_tokens": 0}
     with serving(models) as running, raw(running, posted(body)) as connection:
         wait_until(lambda: buffered(running) > 0)
@@ -95,7 +95,7 @@ def test_who_does_not_read_an_answer_is_closed_and_it_is_not_kept(
 def test_who_reads_slowly_gets_all_of_it(
     models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_part", 0.8)
+    monkeypatch.setattr(IdleTimeoutConnection, "seconds_for_a_part", 0.8)
     body = {"prompt": "a map " * 8000, "truncate": True, "echo": True, "n": 14, "max_tokens": 0}
     content = b""
     with serving(models) as running, raw(running, posted(body)) as connection:
@@ -130,7 +130,7 @@ def trickle(connection: socket.socket) -> None:
 def test_a_request_that_comes_byte_by_byte_is_not_waited_for(
     running: Running, begun: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_request", 0.4)
+    monkeypatch.setattr(IdleTimeoutConnection, "seconds_for_a_request", 0.4)
     with raw(running, begun) as connection:
         wait_until(lambda: len(running.server.server_state.connections) > 0)
         with pytest.raises(ConnectionError):

@@ -159,14 +159,14 @@ def test_a_prompt_that_cannot_be_read_is_told_to_its_request_only(
     models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models["tiny"]
-    original = model.sampler.read_steps
+    original = model.decoder.read_steps
 
     def read_steps(ids: list[int]) -> object:
         if ids != model.codec.prompt("the last map.").ids[:-1]:
             raise RuntimeError("no memory")
         return original(ids)
 
-    monkeypatch.setattr(model.sampler, "read_steps", read_steps)
+    monkeypatch.setattr(model.decoder, "read_steps", read_steps)
     events: list[object] = []
     told: list[tuple[str, float]] = []
     bad = Sample(model.codec.prompt("a wooden clock."), SamplingOptions(3))

@@ -27,7 +27,7 @@ from serve_helpers import (
 
 from data_pipeline.text.codec import TextCodec
 from tools.serving import completions, limits
-from tools.serving.idle_timeout import ImpatientConnection
+from tools.serving.idle_timeout import IdleTimeoutConnection
 from tools.serving.limits import Limits
 from tools.serving.models import ServedModel
 
@@ -163,7 +163,7 @@ def test_a_thousand_connections_that_are_left_open_keep_nobody_out(running: Runn
             left.append(connection)
         assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
         open_now = len(running.server.server_state.connections)
-        assert open_now <= ImpatientConnection.most_connections + 5
+        assert open_now <= IdleTimeoutConnection.most_connections + 5
     finally:
         for connection in left:
             connection.close()
@@ -172,7 +172,7 @@ def test_a_thousand_connections_that_are_left_open_keep_nobody_out(running: Runn
 def test_a_connection_without_a_request_is_closed(
     models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImpatientConnection, "seconds_for_a_request", 0.3)
+    monkeypatch.setattr(IdleTimeoutConnection, "seconds_for_a_request", 0.3)
     with serving(models) as running:
         port = int(running.url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
@@ -316,7 +316,7 @@ def test_a_sample_that_fails_is_an_answer_and_the_server_lives(
 
     body = {"prompt": "a", "max_tokens": 3}
     with monkeypatch.context() as patch:
-        patch.setattr(models["tiny"].sampler, "step", broken)
+        patch.setattr(models["tiny"].decoder, "step", broken)
         answer = running.post("/v1/completions", body)
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert running.post("/v1/completions", body).status_code == 200

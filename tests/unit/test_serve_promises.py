@@ -12,7 +12,7 @@ import pytest
 from serve_helpers import endless_prompt, metric, posted, raw, serving, tiny_models, wait_until
 
 from data_pipeline.text.codec import TextCodec
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.infill.infiller import Infiller
 from megaback.inference.steps import Steps
 from tools.serving.limits import Limits
@@ -63,9 +63,9 @@ class Endless:
 @pytest.fixture(
     params=[
         (Infiller, "meet_steps", "infill", INFILL),
-        (Sampler, "judge_steps", "score", {"texts": ["a map", "the last map."]}),
-        (Sampler, "judge_steps", "completions", ECHO),
-        (Sampler, "judge_steps", "completions", {**ECHO, "stream": True}),
+        (Decoder, "score_steps", "score", {"texts": ["a map", "the last map."]}),
+        (Decoder, "score_steps", "completions", ECHO),
+        (Decoder, "score_steps", "completions", {**ECHO, "stream": True}),
     ],
     ids=["infill", "score", "echo", "echo in a stream"],
 )

@@ -8,7 +8,7 @@ from run_config import run_config
 
 from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.faults.exit_record import record_exit
-from megaback.training.start import changes_on_resume, describe_changes, nothing_left
+from megaback.training.start import already_trained, changes_on_resume, describe_changes
 
 STEPS = 25
 
@@ -23,7 +23,7 @@ def config_of(run: Path, **sections: Any) -> Any:
 
 
 def test_a_run_with_steps_left_has_something_to_do(tmp_path: Path) -> None:
-    assert nothing_left(config_of(tmp_path), meta_at(STEPS - 1), STEPS) is None
+    assert already_trained(config_of(tmp_path), meta_at(STEPS - 1), STEPS) is None
 
 
 @pytest.mark.parametrize("code", [None, 0, 75])
@@ -31,7 +31,7 @@ def test_a_run_whose_last_step_is_saved_has_nothing_to_do(tmp_path: Path, code: 
     if code is not None:
         record_exit(tmp_path, code, "kind", "reason")
 
-    left = nothing_left(config_of(tmp_path), meta_at(STEPS), STEPS)
+    left = already_trained(config_of(tmp_path), meta_at(STEPS), STEPS)
 
     assert left is not None
     assert (left.reason, left.is_recorded) == ("trained to the end", code == 0)
@@ -40,7 +40,7 @@ def test_a_run_whose_last_step_is_saved_has_nothing_to_do(tmp_path: Path, code: 
 
 
 def test_fewer_steps_than_are_done_are_not_the_end_of_the_run(tmp_path: Path) -> None:
-    left = nothing_left(config_of(tmp_path), meta_at(STEPS), 10)
+    left = already_trained(config_of(tmp_path), meta_at(STEPS), 10)
 
     assert left is not None
     assert left.is_recorded
@@ -52,13 +52,13 @@ def test_a_run_out_of_patience_has_nothing_to_do(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     validation = {"every_steps": 5, "patience": 1}
 
-    left = nothing_left(config_of(tmp_path, validation=validation), meta_at(5), STEPS)
+    left = already_trained(config_of(tmp_path, validation=validation), meta_at(5), STEPS)
     patient = config_of(tmp_path, validation={**validation, "patience": 2})
 
     assert left is not None
     assert left.reason.startswith("stopped early")
     assert "validation.patience" in left.message
-    assert nothing_left(patient, meta_at(5), STEPS) is None
+    assert already_trained(patient, meta_at(5), STEPS) is None
 
 
 def test_changes_are_told_by_key_with_both_values(tmp_path: Path) -> None:

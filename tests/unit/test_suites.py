@@ -14,7 +14,7 @@ from model_helpers import random_model, write_model
 from data_pipeline.text.codec import Direction, TextCodec
 from tools.evaluate import main
 from tools.suites.base import Evaluated, SuiteOptions
-from tools.suites.passages import neighbours
+from tools.suites.passages import neighbors
 from tools.suites.recall import first_is_best, instruction_recall, token_f1
 
 Codecs = Callable[..., TextCodec]
@@ -182,7 +182,7 @@ def test_bits_per_byte_is_what_training_measures(
 @given(st.text(alphabet="ab \n", max_size=200), st.integers(1, 20))
 def test_neighbours_are_pieces_of_the_text_cut_before_whitespace(text: str, size: int) -> None:
     rest = text
-    for item in neighbours(text, size):
+    for item in neighbors(text, size):
         assert item.first + item.second in rest
         assert item.second[0].isspace()
         assert min(len(item.first), len(item.second)) >= size

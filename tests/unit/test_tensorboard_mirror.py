@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megaback.tracking.tensorboard_tracker import TensorboardMirror
+from megaback.tracking.tensorboard_tracker import TensorboardTracker
 from megaback.tracking.trackers import BEFORE_ALL_STEPS
 
 Points = list[tuple[int, float]]
@@ -15,15 +15,15 @@ Points = list[tuple[int, float]]
 
 def start(run: Path, resumed_step: int, last: int, factor: float = 1.0) -> Path:
     """Go on from a step to another, with lines from before as metrics.jsonl has them."""
-    mirror = TensorboardMirror(run, resumed_step or BEFORE_ALL_STEPS)
-    for step in range(mirror.held_step + 1, last + 1):
+    tracker = TensorboardTracker(run, resumed_step or BEFORE_ALL_STEPS)
+    for step in range(tracker.held_step + 1, last + 1):
         if step == 0:
-            mirror.write(0, {"val_loss": 9.0})
+            tracker.write(0, {"val_loss": 9.0})
             continue
-        mirror.write(step, {"loss": factor * step if step > resumed_step else float(step)})
+        tracker.write(step, {"loss": factor * step if step > resumed_step else float(step)})
         if step % 5 == 0:
-            mirror.write(step, {"val_loss": 0.5 * step, "skipped": "the loss is nan"})
-    mirror.close()
+            tracker.write(step, {"val_loss": 0.5 * step, "skipped": "the loss is nan"})
+    tracker.close()
     return max(run.glob("tensorboard/events.*"), key=lambda path: path.stat().st_mtime)
 
 
@@ -93,9 +93,9 @@ def test_a_run_that_begins_anew_shows_nothing_of_its_first_start(tmp_path: Path)
 def test_a_long_run_is_read_back_quickly(tmp_path: Path) -> None:
     start(tmp_path, 0, 20_000)
     began = time.process_time()
-    mirror = TensorboardMirror(tmp_path, 20_000)
+    tracker = TensorboardTracker(tmp_path, 20_000)
     taken_s = time.process_time() - began
-    mirror.close()
+    tracker.close()
 
-    assert mirror.held_step == 19_999
+    assert tracker.held_step == 19_999
     assert taken_s < 5

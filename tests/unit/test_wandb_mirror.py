@@ -14,7 +14,7 @@ import wandb
 from run_config import run_config
 
 from megaback.config import Config
-from megaback.tracking.trackers import BEFORE_ALL_STEPS, Mirrors
+from megaback.tracking.trackers import BEFORE_ALL_STEPS, Trackers
 from megaback.tracking.wandb_log import read_records
 
 # Some hundred bytes a step, so that a few blocks of 32 KiB fill.
@@ -51,15 +51,15 @@ class Segments:
         self.wait_for_a_name()
         self.metrics = [one for one in self.metrics if resumed_step and one["step"] <= resumed_step]
         said: list[str] = []
-        mirrors = Mirrors(config_of(self.run), resumed_step or BEFORE_ALL_STEPS, said.append)
-        mirrors.feed(self.metrics)
+        trackers = Trackers(config_of(self.run), resumed_step or BEFORE_ALL_STEPS, said.append)
+        trackers.feed(self.metrics)
         for step in range(resumed_step + 1, last + 1):
             self.metrics.append(line(step, factor))
-            mirrors.feed(self.metrics[-1:])
+            trackers.feed(self.metrics[-1:])
             if step % 10 == 0:
                 self.metrics.append({"step": step, "val_by_context": {"1": {"loss": factor}}})
-                mirrors.feed(self.metrics[-1:])
-        mirrors.close()
+                trackers.feed(self.metrics[-1:])
+        trackers.close()
         assert said == []
         return (set(self.logs()) - known).pop()
 
@@ -140,10 +140,10 @@ def test_a_segment_that_was_synced_is_not_touched_and_its_steps_are_not_repeated
     log.with_name(log.name + ".synced").touch()
     before = log.read_bytes()
     segments.wait_for_a_name()
-    mirrors = Mirrors(config_of(segments.run), 20, lambda _: None)
-    mirrors.feed(segments.metrics)
-    mirrors.feed([line(step, -1.0) for step in range(21, 33)])
-    mirrors.close()
+    trackers = Trackers(config_of(segments.run), 20, lambda _: None)
+    trackers.feed(segments.metrics)
+    trackers.feed([line(step, -1.0) for step in range(21, 33)])
+    trackers.close()
 
     assert log.read_bytes() == before
     assert [row["_step"] for row in segments.rows()] == [*range(1, 33)]
@@ -165,16 +165,16 @@ def test_a_wandb_that_dies_is_said_once_and_the_next_start_makes_up_for_it(
     segments: Segments, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
-    mirrors = Mirrors(config_of(segments.run), BEFORE_ALL_STEPS, said.append)
+    trackers = Trackers(config_of(segments.run), BEFORE_ALL_STEPS, said.append)
     for process in psutil.Process().children(recursive=True):
         if "wandb-core" in process.name():
             process.kill()
             process.wait()
     segments.metrics = [line(step) for step in range(1, 31)]
     for one in segments.metrics:
-        mirrors.feed([one])
+        trackers.feed([one])
         time.sleep(0.005)
-    mirrors.close()
+    trackers.close()
     assert len(said) == 1
     assert said[0].startswith("wandb has failed (")
     assert "training goes on without it" in said[0]
@@ -211,9 +211,9 @@ def test_online_the_server_gets_what_it_lacks(
 ) -> None:
     server = FakeServer(next_step)
     monkeypatch.setattr(wandb, "init", server.init)
-    mirrors = Mirrors(config_of(tmp_path, "online"), 5, lambda _: None)
-    mirrors.feed([line(step) for step in range(1, 6)])
-    mirrors.feed([line(step) for step in range(6, 9)])
+    trackers = Trackers(config_of(tmp_path, "online"), 5, lambda _: None)
+    trackers.feed([line(step) for step in range(1, 6)])
+    trackers.feed([line(step) for step in range(6, 9)])
 
     assert server.steps == sent
     assert (server.options["mode"], server.options["resume"]) == ("online", "allow")

@@ -15,7 +15,7 @@ from data_pipeline.errors import CheckpointMissingError
 from megaback.faults.exit_record import record_exit, record_start
 from megaback.faults.heartbeat import HEARTBEATS_FOLDER, Heartbeat, write_heartbeat
 from megaback.tracking.metrics import METRICS_NAME
-from tools.watch import EXIT_CODES, Health, look
+from tools.watch import EXIT_CODES, Health, health_of
 
 Beat = Callable[..., None]
 NOW = 1_000_000.0
@@ -68,7 +68,7 @@ def usual_steps(run: Path) -> None:
 
 
 def assert_is(state: str, reason: str, run: Path) -> Health:
-    health = look(run, NOW)
+    health = health_of(run, NOW)
     assert (health.state, reason in health.reason) == (state, True), health
     return health
 
@@ -200,7 +200,7 @@ def test_a_run_whose_ranks_left_without_a_record_is_dead(run: Path, beat: Beat) 
 def test_of_many_that_are_missing_four_are_named(run: Path, beat: Beat) -> None:
     beat(0, world_size=100)
 
-    assert look(run, NOW).reason.count("never") == 4
+    assert health_of(run, NOW).reason.count("never") == 4
 
 
 def test_every_start_but_the_first_is_a_restart(run: Path, beat: Beat) -> None:
@@ -217,7 +217,7 @@ def test_every_start_but_the_first_is_a_restart(run: Path, beat: Beat) -> None:
 @pytest.mark.parametrize("name", [".", "nowhere"])
 def test_a_folder_that_holds_no_run_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointMissingError, match=r"is no run.s folder \(no history.jsonl\)"):
-        look(tmp_path / name)
+        health_of(tmp_path / name)
 
 
 @pytest.mark.parametrize(("number", "more"), [(1, ""), (8, " and 2 more")])
@@ -228,7 +228,7 @@ def test_of_a_folder_with_runs_below_it_some_are_named(
         (tmp_path / name).mkdir()
         record_start(tmp_path / name, step=0)
     with pytest.raises(CheckpointMissingError, match=f"give one of {tmp_path}/0.*{more}$") as found:
-        look(tmp_path)
+        health_of(tmp_path)
     assert str(found.value).count(f"{tmp_path}/") == min(number, 6)
 
 

@@ -1,4 +1,4 @@
-"""Instructions for texts, written and judged. Choosing among them, and files, are left to others.
+"""Instructions for texts, written and scored. Choosing among them, and files, are left to others.
 
 Li et al., "Self-Alignment with Instruction Backtranslation" (2023): a model that writes backwards
 turns texts that people wrote into examples to fine-tune on.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_pipeline.text.chat_format import ChatFormat
     from megaback.inference.chat import Candidate
-    from megaback.inference.decoder import Sampler
+    from megaback.inference.decoder import Decoder
     from megaback.inference.sampling import SamplingOptions
     from megaback.model.gpt import ReverseGPT
 
@@ -48,7 +48,7 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Judge:
+class RoundTripScorer:
     """A forward model, which is asked whether an instruction leads back to its text."""
 
     model: "ReverseGPT"
@@ -75,17 +75,17 @@ class Judge:
 
 @dataclass(frozen=True)
 class BackTranslator:
-    """A backward model that writes instructions, and perhaps a forward one that judges them.
+    """A backward model that writes instructions, and perhaps a forward one that scores them.
 
-    The score of an instruction is, without a judge, log P(instruction | text) a token. With one it
-    is (log P(text | instruction) - log P(text | nothing)) a token of the text: how much the
-    instruction says about the text.
+    The score of an instruction is, without such a model, log P(instruction | text) per token. With
+    one it is (log P(text | instruction) - log P(text | nothing)) per token of the text: how much
+    the instruction says about the text.
     """
 
     model: "ReverseGPT"
-    sampler: "Sampler"
+    decoder: "Decoder"
     form: "ChatFormat"
-    judge: Judge | None
+    round_trip: RoundTripScorer | None
     options: "SamplingOptions"
     count: int
 
@@ -102,7 +102,7 @@ class BackTranslator:
             prompt = self.form.prompt(text.text)
             if not text.text:
                 left_out[text.index] = EMPTY
-            elif len(prompt.ids) + self.options.max_new_tokens > self.sampler.context_tokens:
+            elif len(prompt.ids) + self.options.max_new_tokens > self.decoder.context_tokens:
                 left_out[text.index] = TOO_LONG
             else:
                 prompts[text.index] = prompt
@@ -111,7 +111,7 @@ class BackTranslator:
             options = replace(self.options, seed=self.options.seed + first * self.count)
             found = candidates_of_each(
                 self.model,
-                self.sampler,
+                self.decoder,
                 self.form,
                 [prompts[number] for number in numbers],
                 options,
@@ -128,17 +128,17 @@ class BackTranslator:
         record: dict[str, Any] = asdict(text)
         if found is None:
             return {**record, "left_out": why}
-        proposals, why = self._judged(text.text, [one for one in found if one.is_complete])
+        proposals, why = self._scored(text.text, [one for one in found if one.is_complete])
         if not proposals:
             return {**record, "left_out": why}
         return {**record, "proposals": [one.rounded() for one in proposals]}
 
-    def _judged(self, text: str, found: "list[Candidate]") -> tuple[list[Proposal], str]:
+    def _scored(self, text: str, found: "list[Candidate]") -> tuple[list[Proposal], str]:
         """Proposals, best first; and why there are none, if so."""
         # Several spellings in ids may be one text.
         by_text = {one.text.strip(): one for one in reversed(found) if one.text.strip()}
         instructions = list(reversed(by_text))
-        if self.judge is None:
+        if self.round_trip is None:
             proposals = [
                 Proposal(name, one.log_probability, one.log_probability / one.tokens)
                 for name, one in ((name, by_text[name]) for name in instructions)
@@ -146,10 +146,10 @@ class BackTranslator:
             return sorted(proposals, key=lambda one: -one.score), NONE_ENDED
         if not instructions:
             return [], NONE_ENDED
-        (prior, tokens), *judged = self.judge.log_probabilities(text, ["", *instructions])
+        (prior, tokens), *scored = self.round_trip.log_probabilities(text, ["", *instructions])
         proposals = [
             Proposal(name, by_text[name].log_probability, (likelihood - prior) / tokens, likelihood)
-            for name, (likelihood, _) in zip(instructions, judged, strict=True)
+            for name, (likelihood, _) in zip(instructions, scored, strict=True)
             if likelihood is not None and prior is not None
         ]
         return sorted(proposals, key=lambda one: -one.score), TOO_LONG

@@ -21,7 +21,7 @@ _MAX_LINE_BYTES = 256 << 20
 """A chunk is the texts of a batch and what the model wrote for them."""
 
 
-class ChunkParts:
+class ResumableChunks:
     """The parts of all tasks, in one folder."""
 
     def __init__(self, folder: Path, num_tasks: int) -> None:

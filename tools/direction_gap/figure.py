@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from data_pipeline.common.figures import GRID_COLOUR, TEXT_COLOUR, new_figure
-from megaback.scoring.paired_difference import Gap
-from tools.run_views.figures import COLOURS
+from data_pipeline.common.figures import GRID_COLOR, TEXT_COLOR, new_figure
+from megaback.scoring.paired_difference import PairedDifference
+from tools.run_views.figures import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from tools.direction_gap.result import Arrow
 
-_FORWARD, _BACKWARD, _GAP = COLOURS[0], COLOURS[1], COLOURS[2]
+_FORWARD, _BACKWARD, _GAP = COLORS[0], COLORS[1], COLORS[2]
 
 
 def arrow_figure(arrow: "Arrow") -> "Figure":
@@ -29,10 +29,10 @@ def arrow_figure(arrow: "Arrow") -> "Figure":
         _draw_gaps(below, gaps, arrow.whole)
         below.set_xlabel(label)
         below.set_xticks(range(len(gaps)), list(gaps), rotation=45, ha="right", fontsize=8)
-        losses.set_title("loss (nats/token)", loc="left", fontsize=10, color=TEXT_COLOUR)
-        below.set_title("backward less forward", loc="left", fontsize=10, color=TEXT_COLOUR)
+        losses.set_title("loss (nats/token)", loc="left", fontsize=10, color=TEXT_COLOR)
+        below.set_title("backward less forward", loc="left", fontsize=10, color=TEXT_COLOR)
         for axes in (losses, below):
-            axes.grid(color=GRID_COLOUR, linewidth=0.7)
+            axes.grid(color=GRID_COLOR, linewidth=0.7)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
     handles, labels = rows[0][0].get_legend_handles_labels()
@@ -47,16 +47,16 @@ def arrow_figure(arrow: "Arrow") -> "Figure":
     return figure
 
 
-def _draw_losses(axes: "Axes", gaps: dict[str, Gap]) -> None:
+def _draw_losses(axes: "Axes", gaps: dict[str, PairedDifference]) -> None:
     places = range(len(gaps))
-    for label, colour, values in (
+    for label, color, values in (
         ("forward", _FORWARD, [gap.first for gap in gaps.values()]),
         ("backward", _BACKWARD, [gap.second for gap in gaps.values()]),
     ):
-        axes.plot(places, values, "o-", color=colour, linewidth=1.4, markersize=4, label=label)
+        axes.plot(places, values, "o-", color=color, linewidth=1.4, markersize=4, label=label)
 
 
-def _draw_gaps(axes: "Axes", gaps: dict[str, Gap], whole: Gap) -> None:
+def _draw_gaps(axes: "Axes", gaps: dict[str, PairedDifference], whole: PairedDifference) -> None:
     errors = [gap.nats_error or 0.0 for gap in gaps.values()]
     axes.errorbar(
         range(len(gaps)),
@@ -68,7 +68,7 @@ def _draw_gaps(axes: "Axes", gaps: dict[str, Gap], whole: Gap) -> None:
         capsize=3,
         label="gap, +- a standard error over documents",
     )
-    axes.axhline(0, color=TEXT_COLOUR, linewidth=0.8)
+    axes.axhline(0, color=TEXT_COLOR, linewidth=0.8)
     axes.axhline(
         whole.nats, color=_GAP, linewidth=1, linestyle="--", label=f"of all: {whole.nats:+.4f}"
     )

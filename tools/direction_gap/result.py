@@ -15,7 +15,7 @@ from data_pipeline.shards.data_set import DataSet
 from data_pipeline.text.codec import Direction
 from megaback.config import Config
 from megaback.data import open_data
-from megaback.scoring.paired_difference import Gap, Losses, standard_error_of_mean
+from megaback.scoring.paired_difference import Losses, PairedDifference, standard_error_of_mean
 from megaback.shown_config import shown_config
 from megaback.tracking.loss_by_context import bucket_name, num_buckets
 from tools.direction_gap.runs import DIRECTIONS, TrainedPair
@@ -34,11 +34,11 @@ class Arrow:
     steps: int
     tokens: int
     """That each model was trained on."""
-    whole: Gap
-    seeds: dict[int, Gap]
-    by_context: dict[str, Gap]
+    whole: PairedDifference
+    seeds: dict[int, PairedDifference]
+    by_context: dict[str, PairedDifference]
     """By how many tokens were read before the target."""
-    by_part: dict[str, Gap]
+    by_part: dict[str, PairedDifference]
     """By where the target stands in its document, in percent from the beginning."""
     bits_per_byte: dict[str, float]
 
@@ -63,7 +63,7 @@ class Arrow:
         }
 
 
-def _gap_json(gap: Gap) -> dict[str, Any]:
+def _gap_json(gap: PairedDifference) -> dict[str, Any]:
     return {
         "forward": gap.first,
         "backward": gap.second,
@@ -164,8 +164,10 @@ def _arrow(
 ) -> Arrow:
     from megaback.scoring.directions import NUM_PARTS
 
-    def gap(of: "Callable[[DocumentLosses], Losses]") -> Gap:
-        return Gap.between(Losses.mean(map(of, forward)), Losses.mean(map(of, backward)))
+    def gap(of: "Callable[[DocumentLosses], Losses]") -> PairedDifference:
+        return PairedDifference.between(
+            Losses.mean(map(of, forward)), Losses.mean(map(of, backward))
+        )
 
     first = forward[0]
     contexts = [
@@ -184,7 +186,7 @@ def _arrow(
         tokens,
         gap(lambda losses: losses.whole),
         {
-            seed: Gap.between(of_forward.whole, of_backward.whole)
+            seed: PairedDifference.between(of_forward.whole, of_backward.whole)
             for seed, of_forward, of_backward in zip(seeds, forward, backward, strict=True)
         },
         {

@@ -1,7 +1,7 @@
 """A model as a GGUF file, for llama.cpp and what is built on it.
 
 Names and layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's Llama turns
-neighbours, so that the two halves of a head are interleaved here; its Qwen3 turns halves. It knows
+neighbors, so that the two halves of a head are interleaved here; its Qwen3 turns halves. It knows
 of no direction: whoever calls it reverses ids, or text by words; metadata, chat template and card
 say so (gguf_card.py).
 """

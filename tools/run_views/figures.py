@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data_pipeline.common.figures import GRID_COLOUR, TEXT_COLOUR, new_figure
+from data_pipeline.common.figures import GRID_COLOR, TEXT_COLOR, new_figure
 from megaback.tracking.loss_by_context import bucket_name, num_buckets
 from tools.run_views.curves import Axis, RunCurves
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, whose colours everybody can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette, whose colors everybody can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MOST_RESTARTS = 1000
 _STYLES = ("-", "--", ":", "-.")
 _LABELS: dict[Axis, str] = {"step": "step", "tokens": "tokens", "time": "hours of training steps"}
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """How the curves are drawn."""
 
     axis: Axis
@@ -29,7 +29,7 @@ class Look:
     is_logarithmic: bool
 
 
-def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
+def curves_figure(runs: Sequence[RunCurves], look: Style) -> "Figure":
     """The panels, and a legend."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, StrMethodFormatter
 
@@ -45,8 +45,8 @@ def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
     if has_contexts:
         _draw_contexts(figure.add_subplot(grid[2, :]), runs)
     for number, run in enumerate(runs):
-        colour, style = _colour_and_style(number)
-        _draw_loss(loss, run, look, colour, style)
+        color, style = _color_and_style(number)
+        _draw_loss(loss, run, look, color, style)
         for axes, curve, width in (
             (rate, run.learning_rate, 1),
             (norm, run.gradient_norm, look.smooth_steps),
@@ -54,7 +54,7 @@ def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
         ):
             drawn = curve.smoothed(width).thinned()
             marker = "o" if len(drawn.places) == 1 else None
-            axes.plot(drawn.places, drawn.values, style, color=colour, linewidth=1.4, marker=marker)
+            axes.plot(drawn.places, drawn.values, style, color=color, linewidth=1.4, marker=marker)
         for axes in (loss, rate, norm, speed):
             # One artist, however many they are: a line takes milliseconds.
             axes.vlines(
@@ -62,7 +62,7 @@ def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
                 0,
                 1,
                 transform=axes.get_xaxis_transform(),
-                color=colour,
+                color=color,
                 linewidth=0.7,
                 linestyle=(0, (1, 3)),
             )
@@ -82,7 +82,7 @@ def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
         (norm, "gradient norm, before clipping"),
         (speed, "tokens/s"),
     ):
-        _furnish(axes, title)
+        _style_axes(axes, title)
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (norm, speed):
@@ -94,46 +94,46 @@ def curves_figure(runs: Sequence[RunCurves], look: Look) -> "Figure":
     return figure
 
 
-def _furnish(axes: "Axes", title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, color=TEXT_COLOUR)
-    axes.grid(color=GRID_COLOUR, linewidth=0.7)
+def _style_axes(axes: "Axes", title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=TEXT_COLOR)
+    axes.grid(color=GRID_COLOR, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _colour_and_style(number: int) -> tuple[str, str]:
-    return COLOURS[number % len(COLOURS)], _STYLES[number // len(COLOURS) % len(_STYLES)]
+def _color_and_style(number: int) -> tuple[str, str]:
+    return COLORS[number % len(COLORS)], _STYLES[number // len(COLORS) % len(_STYLES)]
 
 
 def _draw_contexts(axes: "Axes", runs: Sequence[RunCurves]) -> None:
     """How much it helps to have read more."""
     most = 1.0
     for number, run in enumerate(runs):
-        colour, style = _colour_and_style(number)
+        color, style = _color_and_style(number)
         curve = run.context_loss
-        axes.plot(curve.places, curve.values, "o" + style, color=colour, markersize=4)
+        axes.plot(curve.places, curve.values, "o" + style, color=color, markersize=4)
         most = max(most, *curve.places, 1.0)
     axes.set_xscale("log", base=2)
     buckets = range(num_buckets(int(most)))
     axes.set_xticks([1 << bucket for bucket in buckets], list(map(bucket_name, buckets)))
-    _furnish(axes, "last val loss (nats/token) by tokens of context")
+    _style_axes(axes, "last val loss (nats/token) by tokens of context")
 
 
-def _draw_loss(axes: "Axes", run: RunCurves, look: Look, colour: str, style: str) -> None:
+def _draw_loss(axes: "Axes", run: RunCurves, look: Style, color: str, style: str) -> None:
     """Each step faintly, their mean over a window as a line, validations as rings."""
     if look.smooth_steps > 1:
         faint = run.loss.thinned()
-        axes.plot(faint.places, faint.values, color=colour, linewidth=0.5, alpha=0.25)
+        axes.plot(faint.places, faint.values, color=color, linewidth=0.5, alpha=0.25)
     mean = run.loss.smoothed(look.smooth_steps).thinned()
     marker = "o" if len(mean.places) == 1 else None
     axes.plot(
-        mean.places, mean.values, style, color=colour, linewidth=1.6, marker=marker, label=run.name
+        mean.places, mean.values, style, color=color, linewidth=1.6, marker=marker, label=run.name
     )
     axes.plot(
         run.val_loss.places,
         run.val_loss.values,
         "o",
-        color=colour,
+        color=color,
         markerfacecolor="white",
         markersize=4.5,
     )
@@ -141,7 +141,7 @@ def _draw_loss(axes: "Axes", run: RunCurves, look: Look, colour: str, style: str
         import numpy as np
 
         heights = np.interp(run.skipped, run.loss.places, run.loss.values)
-        axes.plot(run.skipped, heights, "x", color=colour, markersize=6)
+        axes.plot(run.skipped, heights, "x", color=color, markersize=6)
 
 
 def _draw_legend(figure: "Figure", axes: "Axes", runs: Sequence[RunCurves]) -> None:
@@ -151,13 +151,13 @@ def _draw_legend(figure: "Figure", axes: "Axes", runs: Sequence[RunCurves]) -> N
     handles, labels = axes.get_legend_handles_labels()
     if any(len(run.val_loss.places) for run in runs):
         ring = {"marker": "o", "markerfacecolor": "white", "markersize": 4.5, "linestyle": ""}
-        handles.append(Line2D([], [], color=TEXT_COLOUR, **ring))  # type: ignore[arg-type]
+        handles.append(Line2D([], [], color=TEXT_COLOR, **ring))  # type: ignore[arg-type]
         labels.append("val loss")
     if any(len(run.restarts) for run in runs):
-        handles.append(Line2D([], [], color=TEXT_COLOUR, linewidth=0.7, linestyle=(0, (1, 3))))
+        handles.append(Line2D([], [], color=TEXT_COLOR, linewidth=0.7, linestyle=(0, (1, 3))))
         labels.append("went on after a stop")
     if any(len(run.skipped) for run in runs):
-        handles.append(Line2D([], [], color=TEXT_COLOUR, marker="x", linestyle=""))
+        handles.append(Line2D([], [], color=TEXT_COLOR, marker="x", linestyle=""))
         labels.append("skipped step")
     figure.legend(
         handles, labels, loc="outside upper left", ncols=min(len(labels), 4), frameon=False

@@ -45,7 +45,7 @@ async def answer(
         raise ProblemError(400, f"{name} is missing; give a text")
     seed = chosen_seed(request.seed)
     prompt = await service.aside(lambda: model.chat_prompt(given))
-    room = model.sampler.context_tokens - len(prompt.ids)
+    room = model.decoder.context_tokens - len(prompt.ids)
     request = request.model_copy(update={"max_tokens": min(request.max_tokens, room)})
     options = sampling_options(request, seed, service.limits.tokens)
     require_answer_size(request.n, request.max_tokens, None, "n x max_tokens")
@@ -93,9 +93,9 @@ async def score(
             read, written = await service.aside(partial(_ids, model, given, text))
         except PromptError as error:
             raise ProblemError(400, f"texts.{len(scores)}: {error}", "invalid_value") from None
-        steps = model.sampler.judge_steps(read, written)
-        judged = await deadline.within(service.compute(steps))
-        total = sum(log_probability for log_probability, _ in judged)
+        steps = model.decoder.score_steps(read, written)
+        scored = await deadline.within(service.compute(steps))
+        total = sum(log_probability for log_probability, _ in scored)
         num_bytes = len(text.encode("utf-8", "surrogatepass"))
         bits = -total / math.log(2) / num_bytes if num_bytes else None
         scores.append(

@@ -73,7 +73,7 @@ async def ask(service: Service, request: schemas.ChatRequest) -> AskedChat:
         raise ProblemError(400, str(error), "invalid_value", param="messages") from None
     seed = chosen_seed(request.seed)
     wanted = request.max_completion_tokens or request.max_tokens
-    room = model.sampler.context_tokens - len(prompt.ids)
+    room = model.decoder.context_tokens - len(prompt.ids)
     fitting = request.model_copy(update={"max_tokens": min(wanted, room)})
     options = sampling_options(fitting, seed, service.limits.tokens)
     require_answer_size(request.n, fitting.max_tokens, None, "n x max_tokens")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.text.codec import Direction, Prompt, TextCodec
-from data_pipeline.text.incremental import GrowingText, StopTexts
+from data_pipeline.text.incremental import IncrementalDetokenizer, StopTexts
 from megaback.inference.batch import Step
 from tools.serving import schemas
 
@@ -46,7 +46,7 @@ class ChoiceText:
     _pending: list[Token] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._growing = GrowingText(self.codec, self.prompt.held_back)
+        self._growing = IncrementalDetokenizer(self.codec, self.prompt.held_back)
         leftwards = self._growing.grows_leftwards
         self._stop_texts = StopTexts(self.stops, grows_leftwards=leftwards)
         self._num_characters = 0 if leftwards else len(self.given)

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from data_pipeline.errors import PromptError
 from data_pipeline.text.incremental import sendable
 from megaback.inference.batch import Sample
-from megaback.inference.decoder import Judged
+from megaback.inference.decoder import ScoredToken
 from megaback.inference.sampling import SamplingOptions
 from tools.serving import schemas
 from tools.serving.choice_stream import ChoiceText, Part, Token, log_probs, offsets
@@ -198,17 +198,17 @@ async def _tokens_of(
     told = "echo: tokens of all prompts x n x (1 + logprobs)"
     require_answer_size(n, sum(map(len, ids)), num_likeliest, told)
 
-    def tokens(one: Given, ids: list[int], judged: list[Judged]) -> list[Token]:
+    def tokens(one: Given, ids: list[int], scored: list[ScoredToken]) -> list[Token]:
         places = offsets(codec, ids, one.text)
         first = [Token(ids[0], None, (), places[0])] if one.ids is not None else []
-        rest = zip(ids[1:], judged, places[1:], strict=True)
+        rest = zip(ids[1:], scored, places[1:], strict=True)
         return first + [Token(piece_id, *told, place) for piece_id, told, place in rest]
 
     found = []
     for one, of_one in zip(given, ids, strict=True):
-        steps = model.sampler.judge_steps(of_one[:1], of_one[1:], num_likeliest)
-        judged = await deadline.within(service.compute(steps)) if len(of_one) > 1 else []
-        found.append(await service.aside(partial(tokens, one, of_one, judged)))
+        steps = model.decoder.score_steps(of_one[:1], of_one[1:], num_likeliest)
+        scored = await deadline.within(service.compute(steps)) if len(of_one) > 1 else []
+        found.append(await service.aside(partial(tokens, one, of_one, scored)))
     return found
 
 

@@ -20,7 +20,7 @@ SYSTEM_BUFFER_BYTES = 1 << 17
 """Of an answer that is not read yet, by the system; Linux takes twice that for its own records."""
 
 
-class ImpatientConnection(H11Protocol):
+class IdleTimeoutConnection(H11Protocol):
     """Ends when no request has come in time or, as the oldest idle one, when there are too many.
 
     Also when its client takes too long to read a part of an answer, of 64 KiB at most: see
@@ -54,7 +54,7 @@ class ImpatientConnection(H11Protocol):
             idle = [
                 one
                 for one in self.connections
-                if isinstance(one, ImpatientConnection) and one.is_idle
+                if isinstance(one, IdleTimeoutConnection) and one.is_idle
             ]
             oldest = min(idle, key=lambda one: one._opened_s, default=None)
             if oldest is not None:

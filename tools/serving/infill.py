@@ -9,7 +9,7 @@ from data_pipeline.text.incremental import sendable
 from megaback.inference.batch import Sample
 from megaback.inference.infill.infiller import Infill, Infiller, InfillOptions, different_halves
 from megaback.inference.infill.join_scores import Half
-from megaback.inference.infill.prompts import Gap
+from megaback.inference.infill.prompts import InfillPrompts
 from megaback.inference.sampling import SamplingOptions
 from tools.serving import schemas
 from tools.serving.completions import chosen_seed
@@ -26,7 +26,7 @@ async def fill(
     """Different middles, the best first.
 
     Samples of both models are written with those of other requests, for half of the time that a
-    request has at most; then what there is of them is joined and judged between others' steps.
+    request has at most; then what there is of them is joined and scored between others' steps.
     """
     infiller = service.infiller
     if infiller is None:
@@ -102,7 +102,11 @@ def _name_of(service: Service, codec: TextCodec) -> str:
 
 
 async def _joined(
-    service: Service, infiller: Infiller, gap: Gap, halves: list[list[Half]], options: InfillOptions
+    service: Service,
+    infiller: Infiller,
+    gap: InfillPrompts,
+    halves: list[list[Half]],
+    options: InfillOptions,
 ) -> list[Infill]:
     async with service.meetings:
         onwards, backwards = halves

@@ -11,8 +11,8 @@ import torch
 from data_pipeline.errors import DirectionMismatchError, PromptError, TokenizerMismatchError
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, Prompt, TextCodec
-from megaback.inference.batch import Batch
-from megaback.inference.decoder import Sampler, load_sampler
+from megaback.inference.batch import ContinuousBatch
+from megaback.inference.decoder import Decoder, load_decoder
 from megaback.inference.infill.infiller import Infiller, load_infiller
 from megaback.weights.converted import shown_name
 from megaback.weights.model_folder import ModelDescription
@@ -37,9 +37,9 @@ class ServedModel:
 
     name: str
     description: ModelDescription
-    sampler: Sampler
+    decoder: Decoder
     codec: TextCodec
-    batch: Batch
+    batch: ContinuousBatch
     loaded_s: int
     """When it was loaded, in seconds since 1970."""
 
@@ -65,8 +65,8 @@ class ServedModel:
                 f"there is no token {max(asked)}: this model has {self.codec.vocab_size}; "
                 "send ids of its own tokenizer, or text"
             )
-        is_cut = is_cut and len(asked) > self.sampler.context_tokens
-        ids = asked[-(self.sampler.context_tokens // 2) :] if is_cut else asked
+        is_cut = is_cut and len(asked) > self.decoder.context_tokens
+        ids = asked[-(self.decoder.context_tokens // 2) :] if is_cut else asked
         prompt = Prompt(ids, self.codec.writable_ids(self.codec.end_id), self.codec.end_id)
         self.batch.check(prompt)
         return Given(self.codec.render(asked), prompt, len(ids), asked)
@@ -82,8 +82,8 @@ class ServedModel:
             given = given[:most] if self.writes_backward else given[-most:]
         self.require_bytes(given)
         prompt = self.codec.prompt(given)
-        if is_cut and len(prompt.ids) > self.sampler.context_tokens:
-            prompt = replace(prompt, ids=prompt.ids[-(self.sampler.context_tokens // 2) :])
+        if is_cut and len(prompt.ids) > self.decoder.context_tokens:
+            prompt = replace(prompt, ids=prompt.ids[-(self.decoder.context_tokens // 2) :])
         self.batch.check(prompt)
         return prompt
 
@@ -96,10 +96,10 @@ class ServedModel:
 
     def require_room(self, tokens: int) -> None:
         """Raises PromptError when there are more tokens than the context holds."""
-        if tokens > self.sampler.context_tokens:
+        if tokens > self.decoder.context_tokens:
             raise PromptError(
                 f"the text is {tokens} tokens, and the model's context holds "
-                f"{self.sampler.context_tokens}; shorten it"
+                f"{self.decoder.context_tokens}; shorten it"
             )
 
     def require_bytes(self, given: str) -> None:
@@ -107,14 +107,14 @@ class ServedModel:
         if len(given) > self._most_characters:
             raise PromptError(
                 f"the text given has {len(given)} characters, and the model's context of "
-                f"{self.sampler.context_tokens} tokens holds {self._most_characters} at most; "
+                f"{self.decoder.context_tokens} tokens holds {self._most_characters} at most; "
                 "shorten it"
             )
 
     @cached_property
     def _most_characters(self) -> int:
         """That the context can hold: a piece has at least as many bytes as characters."""
-        return self.sampler.context_tokens * int(self.codec.piece_num_bytes().max())
+        return self.decoder.context_tokens * int(self.codec.piece_num_bytes().max())
 
     def describe(self, *, can_infill: bool) -> schemas.Model:
         description = self.description
@@ -124,7 +124,7 @@ class ServedModel:
             direction=self.codec.format.direction.value,
             unit=self.codec.format.unit.value,
             context_tokens=description.context_tokens,
-            parameters=self.sampler.num_parameters,
+            parameters=self.decoder.num_parameters,
             can_infill=can_infill,
         )
 
@@ -143,12 +143,12 @@ def load_models(
     """
     models: dict[str, ServedModel] = {}
     for path in [folder, *_given(forward)]:
-        sampler, description, codec = load_sampler(path, device, dtype, usual_rows=num_slots)
+        decoder, description, codec = load_decoder(path, device, dtype, usual_rows=num_slots)
         name = shown_name(path)
         if name in models:
             name = f"{name}-forward"
-        batch = Batch(sampler, codec, num_slots)
-        models[name] = ServedModel(name, description, sampler, codec, batch, int(time.time()))
+        batch = ContinuousBatch(decoder, codec, num_slots)
+        models[name] = ServedModel(name, description, decoder, codec, batch, int(time.time()))
         if path == forward and models[name].writes_backward:
             raise DirectionMismatchError(
                 f"--forward needs a model that writes forward, and {path} writes backward; "

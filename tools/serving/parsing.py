@@ -55,7 +55,7 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
         return kind.model_validate(values)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
-        raise _wrong(_told(problems), _param(problems)) from None
+        raise _wrong(_describe(problems), _param(problems)) from None
 
 
 def _wrong(message: str, param: str | None = None) -> ProblemError:
@@ -70,7 +70,7 @@ def _param(problems: Sequence[Any]) -> str | None:
     return None
 
 
-def _told(problems: Sequence[Any]) -> str:
+def _describe(problems: Sequence[Any]) -> str:
     """Where the first problems are, without what was sent, which may be text of any kind."""
     told = []
     for problem in problems[:_MOST_SHOWN_PROBLEMS]:

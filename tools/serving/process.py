@@ -11,7 +11,7 @@ import uvicorn
 from tools.serving.app import make_app
 from tools.serving.context import Service
 from tools.serving.host_names import Address
-from tools.serving.idle_timeout import ImpatientConnection
+from tools.serving.idle_timeout import IdleTimeoutConnection
 
 _SECONDS_TO_TELL = 2.0
 """For clients to take what has been cut."""
@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             make_app(service, token=token, allowed=allowed),
-            http=ImpatientConnection,
+            http=IdleTimeoutConnection,
             ws="none",
             log_level=log_level,
             access_log=False,

@@ -58,7 +58,7 @@ class Job:
         """Write one sample no further."""
         self._engine.give_up([self._writings[index]])
 
-    async def next(self, patience_s: float | None = None) -> "tuple[int, Step] | None":
+    async def next(self, timeout_s: float | None = None) -> "tuple[int, Step] | None":
         """The next step of any sample; None when none came in so many seconds or in time.
 
         Raises ProblemError when a sample could not be written, or when time is up and nothing was.
@@ -67,7 +67,7 @@ class Job:
         if not self._events and not self._deadline.is_past:
             self._woken.clear()
             loop = asyncio.get_running_loop()
-            alarm = None if patience_s is None else loop.call_later(patience_s, self._woken.set)
+            alarm = None if timeout_s is None else loop.call_later(timeout_s, self._woken.set)
             try:
                 await self._woken.wait()
             finally:

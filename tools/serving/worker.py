@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from megaback.inference.batch import Batch, ReadingError, Sample, Step
+from megaback.inference.batch import ContinuousBatch, ReadingError, Sample, Step
 from megaback.inference.steps import Steps
 from tools.serving.metrics import Metrics
 
@@ -41,7 +41,7 @@ class Writing:
     is_over: bool = field(default=False, init=False)
 
 
-_Told = list[tuple[Writing, "Step | Exception"]]
+_Events = list[tuple[Writing, "Step | Exception"]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class _Task:
 class Engine:
     """Runs the batches of some models in a thread of its own."""
 
-    def __init__(self, batches: Mapping[str, Batch], most_waiting: int, metrics: Metrics) -> None:
+    def __init__(
+        self, batches: Mapping[str, ContinuousBatch], most_waiting: int, metrics: Metrics
+    ) -> None:
         self._batches, self._most_waiting, self._metrics = dict(batches), most_waiting, metrics
         self._changed = threading.Condition()
         self._waiting: dict[str, deque[deque[Writing]]] = {name: deque() for name in batches}
@@ -83,7 +85,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="megaback-engine", daemon=True)
 
     def start(self) -> None:
-        """Call it on the event loop that is to be told."""
+        """Call it on the event loop that events are sent to."""
         self._loop = asyncio.get_running_loop()
         for name in self._batches:
             self._metrics.rows(name, running=0, waiting=0)
@@ -152,13 +154,13 @@ class Engine:
         for writing in given_up:
             self._running.pop(writing.sample, None)
             self._batches[writing.model].remove(writing.sample)
-        told: _Told = []
+        events: _Events = []
         for writing in begun:
-            self._begin(writing, told)
+            self._begin(writing, events)
         for name, batch in self._batches.items():
-            self._advance(name, batch, told)
+            self._advance(name, batch, events)
             self._metrics.rows(name, running=len(batch), waiting=num_waiting[name])
-        self._tell(told)
+        self._send(events)
         self._work()
 
     def _fail(self, error: Exception) -> None:
@@ -166,7 +168,7 @@ class Engine:
         failed, self._running = list(self._running.values()), {}
         for batch in self._batches.values():
             batch.clear()
-        self._tell([(writing, error) for writing in failed])
+        self._send([(writing, error) for writing in failed])
 
     def _has_work(self) -> bool:
         return bool(
@@ -201,40 +203,40 @@ class Engine:
                     requests.append(waiting)
         return begun
 
-    def _begin(self, writing: Writing, told: _Told) -> None:
+    def _begin(self, writing: Writing, events: _Events) -> None:
         try:
             self._batches[writing.model].add(writing.sample)
-        except Exception as error:  # noqa: BLE001 - told to the one whose sample it is
-            told.append((writing, _logged(error)))
+        except Exception as error:  # noqa: BLE001 - sent to the one whose sample it is
+            events.append((writing, _logged(error)))
             return
         self._running[writing.sample] = writing
         self._metrics.began(writing.model, len(writing.sample.prompt.ids))
 
-    def _advance(self, name: str, batch: Batch, told: _Told) -> None:
+    def _advance(self, name: str, batch: ContinuousBatch, events: _Events) -> None:
         """Read on what waits for it, and write a token of each sample that has been read."""
         try:
-            self._read(batch, told)
+            self._read(batch, events)
             steps = self._step(name, batch)
         except Exception as error:  # noqa: BLE001 - the server lives on
             failed = [one for one in self._running.values() if one.model == name]
-            told += [(writing, _logged(error)) for writing in failed]
+            events += [(writing, _logged(error)) for writing in failed]
             for writing in failed:
                 del self._running[writing.sample]
             batch.clear()
             return
         for step in steps:
-            told.append((self._running[step.sample], step))
+            events.append((self._running[step.sample], step))
             if step.is_last:
                 del self._running[step.sample]
         self._metrics.wrote(name, sum(not step.is_end for step in steps))
 
-    def _read(self, batch: Batch, told: _Told) -> None:
+    def _read(self, batch: ContinuousBatch, events: _Events) -> None:
         try:
             batch.read(_SLICE_S)
         except ReadingError as error:
-            told.append((self._running.pop(error.sample), _logged(error)))
+            events.append((self._running.pop(error.sample), _logged(error)))
 
-    def _step(self, name: str, batch: Batch) -> list[Step]:
+    def _step(self, name: str, batch: ContinuousBatch) -> list[Step]:
         if not batch.num_rows:
             return []
         with self._metrics.stepping(name):
@@ -254,18 +256,18 @@ class Engine:
             if time.monotonic() >= ends_s:
                 return
 
-    def _tell(self, told: _Told) -> None:
-        if not told or self._loop is None:
+    def _send(self, events: _Events) -> None:
+        if not events or self._loop is None:
             return
         try:
-            self._loop.call_soon_threadsafe(_put, told)
+            self._loop.call_soon_threadsafe(_deliver, events)
         except RuntimeError:  # the loop has ended, and nobody listens
             with self._changed:
                 self._is_closing = True
 
 
-def _put(told: _Told) -> None:
-    for writing, event in told:
+def _deliver(events: _Events) -> None:
+    for writing, event in events:
         if isinstance(event, Exception) or event.is_last:
             writing.is_over = True
         writing.put(event)

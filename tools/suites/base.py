@@ -12,7 +12,7 @@ from data_pipeline.sources.jsonl import read_records
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
 from data_pipeline.text.chat_format import ChatFormat, Example
 from megaback.inference.chat import Candidate, candidates_of_each
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.device_pool import DevicePool
 from megaback.inference.sampling import SamplingOptions
 from megaback.scoring.bootstrap import Interval, mean_interval
@@ -88,8 +88,8 @@ class Evaluated:
         self.form = ChatFormat(self.codec)
 
     @cached_property
-    def _sampler(self) -> Sampler:
-        return Sampler(self.model, self.description.context_tokens, takes_over=False)
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model, self.description.context_tokens, takes_over=False)
 
     def likeliest(self, given: Sequence[str], tokens: int) -> list[Candidate]:
         """What the model writes for each text when it always takes the likeliest token.
@@ -110,7 +110,7 @@ class Evaluated:
             options = SamplingOptions(min(tokens, rooms[numbers[0]]), temperature=0.0)
             chosen = [prompts[number] for number in numbers]
             written = candidates_of_each(
-                self.model, self._sampler, self.form, chosen, options, count=1
+                self.model, self._decoder, self.form, chosen, options, count=1
             )
             found |= {number: one for number, (one,) in zip(numbers, written, strict=True)}
         return [found[number] for number in range(len(given))]

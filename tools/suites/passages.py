@@ -25,14 +25,14 @@ _DEFAULT_ITEMS = 500
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """Two passages of one document; `first + second` is as it stands there."""
 
     first: str
     second: str
 
 
-def neighbours(text: str, characters: int) -> Iterator[Neighbours]:
+def neighbors(text: str, characters: int) -> Iterator[Neighbors]:
     """A document cut into passages of this many characters or a word more, and paired off.
 
     A passage after the first begins with the whitespace before its first word.
@@ -46,7 +46,7 @@ def neighbours(text: str, characters: int) -> Iterator[Neighbours]:
             break
         cuts.append(at)
     for start, middle, stop in zip(cuts[::2], cuts[1::2], cuts[2::2], strict=False):
-        yield Neighbours(text[start:middle], text[middle:stop])
+        yield Neighbors(text[start:middle], text[middle:stop])
 
 
 def passage_choice(
@@ -71,7 +71,7 @@ def passage_choice(
         item
         for piece in list_source(source, max_record_bytes=longest).slices
         for document in read_slice(piece, max_record_bytes=longest)
-        for item in neighbours(document.text, options.passage_characters)
+        for item in neighbors(document.text, options.passage_characters)
     ]
     generator = random.Random(options.seed)
     generator.shuffle(items)
@@ -106,7 +106,7 @@ def passage_choice(
     return SuiteResult(len(items), metrics, len(drawn) - len(items))
 
 
-def _fits_with_any(item: Neighbours, model: Evaluated) -> bool:
+def _fits_with_any(item: Neighbors, model: Evaluated) -> bool:
     """Whether each passage takes at most half of the context, so that any two fit."""
     most = (model.description.context_tokens - 1) // 2
     return all(len(model.codec.encode(text)) <= most for text in (item.first, item.second))

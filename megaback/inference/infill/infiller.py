@@ -13,11 +13,11 @@ from pathlib import Path
 from data_pipeline.common.number_ranges import SHARE
 from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from megaback.inference.decoder import Sampler
+from megaback.inference.decoder import Decoder
 from megaback.inference.generate import generate_many
-from megaback.inference.infill.join_scores import TOKENS_AT_ONCE, Half, judge_half_steps
-from megaback.inference.infill.join_search import Join, best_join_steps, mean_a_token
-from megaback.inference.infill.prompts import Gap
+from megaback.inference.infill.join_scores import TOKENS_AT_ONCE, Half, score_half_steps
+from megaback.inference.infill.join_search import Join, best_join_steps, mean_per_token
+from megaback.inference.infill.prompts import InfillPrompts
 from megaback.inference.likelihood import Continuation, log_probability_steps
 from megaback.inference.sampling import SamplingOptions
 from megaback.inference.steps import Steps, finish
@@ -34,7 +34,7 @@ class Reader:
     """A model that writes and judges in one direction."""
 
     model: ReverseGPT
-    sampler: Sampler
+    decoder: Decoder
     """With the weights of the model, and its context."""
     codec: TextCodec
 
@@ -43,7 +43,7 @@ class Reader:
         """The model in a folder that `megaback convert` wrote, of a run or of a checkpoint."""
         on = choose_device(device)
         model, description, codec = load_model_folder(model_folder(folder), on)
-        return cls(model, Sampler(model, description.context_tokens, takes_over=False), codec)
+        return cls(model, Decoder(model, description.context_tokens, takes_over=False), codec)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class InfillOptions:
     """Samples of the forward model; 0 leaves the whole middle to the other."""
     backward_candidates: int = 16
     rescored: int = 16
-    """How many joins are judged exactly, and come back."""
+    """How many joins are scored exactly, and come back."""
     forward_weight: float = 0.5
     """Of the forward model in the score, from 0 to 1; the backward model has the rest."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -88,7 +88,7 @@ class Infill:
 
     middle: str
     score: float
-    """Nats a token that is judged; higher is better."""
+    """Nats a token that is scored; higher is better."""
     forward: float
     """log P(middle and ending | beginning) by the forward model, in nats."""
     backward: float
@@ -121,7 +121,7 @@ class Infiller:
         turned = replace(backward.codec.format, direction=Direction.FORWARD)
         forward.codec.format.require_same(turned, "the forward model", "the backward model")
         self.forward, self.backward = forward, backward
-        self.context_tokens = min(forward.sampler.context_tokens, backward.sampler.context_tokens)
+        self.context_tokens = min(forward.decoder.context_tokens, backward.decoder.context_tokens)
 
     def fill(
         self, beginning: str, ending: str, options: InfillOptions = InfillOptions()
@@ -147,7 +147,7 @@ class Infiller:
         meetings = zip(read, forward, backward, strict=True)
         return [finish(self.meet_steps(*each, options)) for each in meetings]
 
-    def judge(
+    def score(
         self,
         beginning: str,
         ending: str,
@@ -157,11 +157,11 @@ class Infiller:
         """What both models say of middles that are given, in their order. Raises PromptError."""
         codec = self.forward.codec
         longest = max((len(codec.encode(middle)) for middle in middles), default=0)
-        return finish(self._judge(self.read(beginning, ending, longest), middles, options))
+        return finish(self._score(self.read(beginning, ending, longest), middles, options))
 
-    def read(self, beginning: str, ending: str, most_tokens: int) -> Gap:
+    def read(self, beginning: str, ending: str, most_tokens: int) -> InfillPrompts:
         """A gap of so many tokens. Raises PromptError."""
-        gap = Gap.between(self.forward.codec, self.backward.codec, beginning, ending)
+        gap = InfillPrompts.between(self.forward.codec, self.backward.codec, beginning, ending)
         # Each prompt has a marker, and lacks the piece that it holds back.
         lengths = len(gap.before), len(gap.after)
         if sum(lengths) + most_tokens > self.context_tokens:
@@ -173,7 +173,7 @@ class Infiller:
         return gap
 
     def meet_steps(
-        self, gap: Gap, onwards: list[Half], backwards: list[Half], options: InfillOptions
+        self, gap: InfillPrompts, onwards: list[Half], backwards: list[Half], options: InfillOptions
     ) -> Steps[list[Infill]]:
         """What comes of halves that both models wrote: see `fill`."""
         onwards = [Half((gap.before_held,), is_given=True), *onwards]
@@ -182,23 +182,23 @@ class Infiller:
         joins = yield from best_join_steps(
             onwards,
             backwards,
-            (yield from judge_half_steps(ahead, gap.before, onwards, gap.after, backwards)),
-            (yield from judge_half_steps(back, gap.after, backwards, gap.before, onwards)),
+            (yield from score_half_steps(ahead, gap.before, onwards, gap.after, backwards)),
+            (yield from score_half_steps(back, gap.after, backwards, gap.before, onwards)),
             least_tokens=options.least_tokens,
             most_tokens=options.most_tokens,
             forward_weight=options.forward_weight,
         )
         found = yield from self._different(gap, onwards, backwards, joins, options.rescored)
-        judged = yield from self._judge(gap, list(found), options)
+        scored = yield from self._score(gap, list(found), options)
         infills = [
             replace(one, written_forward=forward, written_backward=backward)
-            for one, (forward, backward) in zip(judged, found.values(), strict=True)
+            for one, (forward, backward) in zip(scored, found.values(), strict=True)
         ]
         return sorted(infills, key=lambda one: -one.score)
 
     @staticmethod
     def _different(
-        gap: Gap, onwards: list[Half], backwards: list[Half], joins: list[Join], most: int
+        gap: InfillPrompts, onwards: list[Half], backwards: list[Half], joins: list[Join], most: int
     ) -> Steps[dict[str, tuple[int, int]]]:
         """The first middles that differ, with how many tokens each model wrote of them."""
         written: dict[str, tuple[int, int]] = {}
@@ -215,8 +215,8 @@ class Infiller:
             yield
         return written
 
-    def _judge(
-        self, gap: Gap, middles: Sequence[str], options: InfillOptions
+    def _score(
+        self, gap: InfillPrompts, middles: Sequence[str], options: InfillOptions
     ) -> Steps[list[Infill]]:
         texts = [gap.beginning + middle + gap.ending for middle in middles]
         forward = yield from _after(self.forward, gap.before, texts)
@@ -225,7 +225,7 @@ class Infiller:
         for middle, (ahead, ahead_tokens), (back, back_tokens) in zip(
             middles, forward, backward, strict=True
         ):
-            score = mean_a_token(ahead, back, ahead_tokens, back_tokens, options.forward_weight)
+            score = mean_per_token(ahead, back, ahead_tokens, back_tokens, options.forward_weight)
             found.append(Infill(middle, float(score), ahead, back, ahead_tokens, back_tokens))
         return found
 
@@ -261,7 +261,7 @@ def _write(
         rows = [prompt for prompt in some for _ in range(count)]
         seeds = [sampling.seed + number for _ in some for number in range(count)]
         samples: list[list[int]] = [[] for _ in rows]
-        for new_ids in generate_many(reader.sampler, reader.codec, rows, sampling, seeds):
+        for new_ids in generate_many(reader.decoder, reader.codec, rows, sampling, seeds):
             for sample, new_id in zip(samples, new_ids, strict=True):
                 if new_id is not None:
                     sample.append(new_id)

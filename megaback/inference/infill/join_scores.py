@@ -39,7 +39,7 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class JoinScores:
     """One model's log-probabilities in nats, by halves and by cuts from 1 on, padded."""
 
     own_IA: Floats
@@ -68,13 +68,13 @@ class Judgement:
         return joined_IAB.transpose(2, 0, 1)
 
 
-def judge_half_steps(
+def score_half_steps(
     model: ReverseGPT,
     prompt: Sequence[int],
     halves: Sequence[Half],
     other_prompt: Sequence[int],
     others: Sequence[Half],
-) -> Steps[Judgement]:
+) -> Steps[JoinScores]:
     """A model's tables of its own halves and the other's; the first of each is what is given."""
     ids = sorted({one for half in others for one in half.ids})
     column = {one: number for number, one in enumerate(ids)}
@@ -100,4 +100,4 @@ def judge_half_steps(
         last_first_W: Floats = logs_W.double().cpu().numpy()[::-1]
         remaining_W = np.concatenate([[0.0], last_first_W.cumsum()])[len(after) : -1]
         rest_JB[number, : len(half.ids)] = remaining_W
-    return Judgement(own_IA, next_IAC, column_JB, rest_JB, len(after))
+    return JoinScores(own_IA, next_IAC, column_JB, rest_JB, len(after))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megaback.inference.infill.join_scores import Floats, Half, Judgement
+from megaback.inference.infill.join_scores import Floats, Half, JoinScores
 from megaback.inference.steps import Steps
 
 _CUTS_A_PAIR = 4
@@ -32,14 +32,14 @@ class Join:
     """Of the score, in nats a token."""
 
 
-def mean_a_token(
+def mean_per_token(
     forward: npt.ArrayLike,
     backward: npt.ArrayLike,
     forward_tokens: npt.ArrayLike,
     backward_tokens: npt.ArrayLike,
     forward_weight: float,
 ) -> Floats:
-    """The score: weighted nats of both models for each weighted token that they judged."""
+    """The score: weighted nats of both models for each weighted token that they scored."""
     weight = forward_weight
     nats = weight * np.asarray(forward) + (1 - weight) * np.asarray(backward)
     tokens = weight * np.asarray(forward_tokens) + (1 - weight) * np.asarray(backward_tokens)
@@ -50,8 +50,8 @@ def mean_a_token(
 def best_join_steps(
     forward_halves: Sequence[Half],
     backward_halves: Sequence[Half],
-    forward: Judgement,
-    backward: Judgement,
+    forward: JoinScores,
+    backward: JoinScores,
     *,
     least_tokens: int,
     most_tokens: int,
@@ -69,7 +69,7 @@ def best_join_steps(
     is_there_JB = np.stack([cuts_B <= len(half.ids) for half in backward_halves])
     joins = []
     for number, half in enumerate(forward_halves):
-        score_AJB = mean_a_token(
+        score_AJB = mean_per_token(
             forward.of_own(number),
             backward.of_other(number),
             cuts_A1B + forward.tokens_after,

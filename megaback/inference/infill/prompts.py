@@ -14,7 +14,7 @@ _CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
-class Gap:
+class InfillPrompts:
     """A beginning and an ending."""
 
     beginning: str
@@ -30,7 +30,9 @@ class Gap:
     after_held: int
 
     @classmethod
-    def between(cls, forward: TextCodec, backward: TextCodec, beginning: str, ending: str) -> "Gap":
+    def between(
+        cls, forward: TextCodec, backward: TextCodec, beginning: str, ending: str
+    ) -> "InfillPrompts":
         """Raises PromptError when a text is empty."""
         for name, text in (("beginning", beginning), ("ending", ending)):
             if not text:

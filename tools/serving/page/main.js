@@ -1,7 +1,7 @@
 // The page: what is asked for, what stands on the sheets, and the way back.
 
 import { NeedsToken, ask, stream, useToken } from "./api.js";
-import { GrowingText, directionOf } from "./text.js";
+import { IncrementalDetokenizer, directionOf } from "./text.js";
 import { attach, hide } from "./tip.js";
 
 const at = (id) => document.getElementById(id);
@@ -74,7 +74,7 @@ function newSheet(model, given, parts = []) {
   element.append(box);
   at("sheets").append(element);
   at("sheets").hidden = false;
-  const growing = new GrowingText(box, isBackward(model), given);
+  const growing = new IncrementalDetokenizer(box, isBackward(model), given);
   for (const part of parts) growing.add(part);
   const index = sheets.length;
   element.addEventListener("focus", () => {

@@ -14,7 +14,7 @@ export function directionOf(text) {
   return "ltr";
 }
 
-export class GrowingText {
+export class IncrementalDetokenizer {
   constructor(box, isBackward, given) {
     this.box = box;
     this.isBackward = isBackward;
