@@ -1,4 +1,8 @@
-"""The model that writes backwards, and how it learns."""
+"""GPTs that write backwards: load a model to write, to score or to fill gaps; read a run's numbers.
+
+Everything in `__all__` is the public API: docs/python.md. What it needs, torch above all, is loaded
+when a name is first used, so that `import megaback` is cheap.
+"""
 
 import os
 import signal
@@ -16,40 +20,73 @@ if (
 
     signal.signal(signal.SIGINT, _leave)
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING
 
 from megaback.installation import leave_working_directory, require_packages
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from megaback.inference.writer import Writer
-    from megaback.scoring.scorer import Scorer
+    from megaback import errors as errors
+    from megaback.inference.infill.infiller import Infill as Infill
+    from megaback.inference.infill.infiller import Infiller as Infiller
+    from megaback.inference.infill.infiller import InfillOptions as InfillOptions
+    from megaback.inference.infill.infiller import load_infiller as load_infiller
+    from megaback.inference.sampling import SamplingOptions as SamplingOptions
+    from megaback.inference.writer import Writer as Writer
+    from megaback.inference.writer import load as load
+    from megaback.scoring.pairs import Pair as Pair
+    from megaback.scoring.scorer import Score as Score
+    from megaback.scoring.scorer import Scorer as Scorer
+    from megaback.scoring.scorer import load_scorer as load_scorer
+    from megaback.tracking.metrics import read_metrics as read_metrics
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Infill": "megaback.inference.infill.infiller",
+    "InfillOptions": "megaback.inference.infill.infiller",
+    "Infiller": "megaback.inference.infill.infiller",
+    "Pair": "megaback.scoring.pairs",
+    "SamplingOptions": "megaback.inference.sampling",
+    "Score": "megaback.scoring.scorer",
+    "Scorer": "megaback.scoring.scorer",
+    "Writer": "megaback.inference.writer",
+    "load": "megaback.inference.writer",
+    "load_infiller": "megaback.inference.infill.infiller",
+    "load_scorer": "megaback.scoring.scorer",
+    "read_metrics": "megaback.tracking.metrics",
+}
+__all__ = [
+    "Infill",
+    "InfillOptions",
+    "Infiller",
+    "Pair",
+    "SamplingOptions",
+    "Score",
+    "Scorer",
+    "Writer",
+    "errors",
+    "load",
+    "load_infiller",
+    "load_scorer",
+    "read_metrics",
+]
 
 if sys.argv[:1] == ["-m"]:  # as long as `python -m megaback…` looks for what it is to run
     leave_working_directory()
 require_packages()
 
 
-def load(folder: "str | Path", **how: Any) -> "Writer":
-    """A model's folder, a run or a checkpoint, ready to write.
+if not TYPE_CHECKING:  # where any name would be taken for one of the API
 
-    See `megaback.inference.writer.load_writer`.
+    def __getattr__(name: str) -> object:
+        """A public name, from the module that has it (PEP 562)."""
+        if name == "errors":
+            return importlib.import_module("megaback.errors")
+        if name not in _MODULES:
+            raise AttributeError(f"module 'megaback' has no attribute {name!r}")
+        return getattr(importlib.import_module(_MODULES[name]), name)
 
-    >>> megaback.load("models/xcoax").complete_backwards("the end.")  # doctest: +SKIP
-    """
-    from megaback.inference.writer import load_writer  # torch is loaded when it is needed
 
-    return load_writer(folder, **how)
-
-
-def load_scorer(folder: "str | Path", **how: Any) -> "Scorer":
-    """A model that scores pairs of questions and answers.
-
-    See `megaback.scoring.scorer.load_scorer`.
-    """
-    from megaback.scoring.scorer import load_scorer as load
-
-    return load(folder, **how)
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

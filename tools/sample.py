@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +65,7 @@ def write_samples(
     writer: "Writer", given: str, num_samples: int, options: "SamplingOptions"
 ) -> None:
     """Print samples of one text; on a terminal they are seen growing, backward ones leftwards."""
-    stream = writer.stream([given] * num_samples, **asdict(options))
+    stream = writer.stream([given] * num_samples, options)
     texts = [given] * num_samples
     if sys.stdout.isatty():
         from rich.text import Text
@@ -85,7 +85,7 @@ def write_samples(
                     live.update(Text(_joined(texts)), refresh=True)
                     last_shown_s = time.monotonic()
     else:
-        texts = writer.complete_many([given] * num_samples, **asdict(options))
+        texts = writer.complete_many([given] * num_samples, options)
     click.echo(_joined(texts))
 
 
@@ -170,7 +170,7 @@ def main(
     end of input leaves.
     """
     from megaback.inference.sampling import SamplingOptions
-    from megaback.inference.writer import load_writer
+    from megaback.inference.writer import load
     from megaback.weights.converted import model_folder
     from megaback.weights.model_folder import read_description
 
@@ -182,7 +182,7 @@ def main(
         require_direction(folder, direction, Direction.BACKWARD)
     if beginning is not None:
         require_direction(folder, direction, Direction.FORWARD)
-    writer = load_writer(folder, device=device, dtype=dtype, usual_rows=samples, compiled=compiled)
+    writer = load(folder, device=device, dtype=dtype, usual_rows=samples, compiled=compiled)
     options = SamplingOptions(tokens, temp, top_k, seed, top_p, min_p, repetition_penalty)
     given = ending if ending is not None else beginning
     if given is not None:

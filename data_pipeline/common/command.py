@@ -7,14 +7,16 @@ keeps its traceback.
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import click
@@ -49,6 +51,7 @@ _OS_ADVICE = {
     errno.EPERM: "check the permissions of the path",
     errno.ELOOP: "remove the symbolic link at that path, through which nothing is written",
 }
+_ARGUMENT = re.compile(r"`([a-z][a-z_]*)`")
 _PATH_NAMES = ("out", "predictions")
 """Parameters that are paths, or `-`; an empty source has an error of its own."""
 _PROGRAM_ADVICE = {
@@ -99,9 +102,13 @@ def _program_error(error: OSError) -> BackendError | None:
     )
 
 
-def report(error: MegabackError) -> int:
-    """Print an error's sentence to stderr; return its exit code."""
-    _print_error(f"megaback: error: {on_one_line(str(error))}")
+def report(error: MegabackError, options: Mapping[str, str] = MappingProxyType({})) -> int:
+    """Print an error's sentence to stderr; return its exit code.
+
+    The library names its arguments, between backticks: they are shown as the command's `options`.
+    """
+    said = _ARGUMENT.sub(lambda found: options.get(found[1], found[0]), str(error))
+    _print_error(f"megaback: error: {on_one_line(said)}")
     return error.exit_code
 
 
@@ -195,12 +202,17 @@ class Command(click.Command):
             _print_error(f"\n{line}" if sys.stderr is not None and sys.stderr.isatty() else line)
             return 128 + number
         if isinstance(error, MegabackError):
-            return report(error)
+            return report(error, self._options())
         if isinstance(error, ReaderGoneError):
             return READER_GONE_CODE
         if isinstance(error, OSError):
             return report(system_error(error))
         return None
+
+    def _options(self) -> dict[str, str]:
+        """The longest name of each option, by its parameter."""
+        options = (one for one in self.params if isinstance(one, click.Option))
+        return {one.name or "": max(one.opts, key=len) for one in options}
 
     def _advice(self) -> str:
         return ""

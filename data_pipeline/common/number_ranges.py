@@ -7,6 +7,7 @@ storage of such numbers does. An option is `type=SECONDS.option`, a pydantic fie
 
 import json
 import math
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,8 +53,13 @@ class Range(annotated_types.GroupedMetadata):
 
     def problem(self, value: float) -> str | None:
         """What is wrong with a number, to follow `it is`; None if nothing is."""
-        if isinstance(value, float) and not math.isfinite(value):
+        number: type[Any] = numbers.Real  # of numpy too
+        if not isinstance(value, number):
+            return "not a number"
+        if not math.isfinite(value):
             return "not a finite number"
+        if self.is_whole and value % 1:
+            return "not a whole number"
         above = value > self.least if self.without_least else value >= self.least
         below = value < self.most if self.without_most else value <= self.most
         return None if above and below else f"not in the range {self.described(value)}"

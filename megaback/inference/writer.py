@@ -6,7 +6,6 @@ print(writer.complete_backwards("and they lived happily ever after."))
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import ModelDescription
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DEFAULTS = SamplingOptions()
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -27,18 +27,19 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if has_cuda else "cpu"))
     except RuntimeError:
-        raise BackendError(f"--device {name} is no device; use cpu, cuda or cuda:N") from None
+        raise BackendError(f"`device` {name!r} is not a device; use cpu, cuda or cuda:N") from None
     if device.type != "cpu" and not (
         device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
     ):
         raise BackendError(
-            f"--device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices; "
+            f"`device` {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA "
+            "devices; "
             "use cpu, or a CUDA build of torch on a machine with GPUs"
         )
     return device
 
 
-def load_writer(
+def load(
     folder: str | Path,
     *,
     device: str | None = None,
@@ -54,7 +55,7 @@ def load_writer(
     torch.compile. Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
     """
     if dtype not in _DTYPES:
-        raise BackendError(f"dtype {dtype} is none of {', '.join(_DTYPES)}")
+        raise BackendError(f"`dtype` is {dtype!r}; use {' or '.join(_DTYPES)}")
     on = choose_device(device)
     path = model_folder(folder)
     made = load_decoder(path, on, _DTYPES[dtype], usual_rows=usual_rows, compiled=compiled)
@@ -62,46 +63,103 @@ def load_writer(
 
 
 class Writer:
-    """Writes on from texts. Options are the fields of `SamplingOptions`, by name."""
+    """A model that continues texts, in its direction. `megaback.load` makes one."""
 
     def __init__(self, decoder: Decoder, description: ModelDescription, codec: TextCodec) -> None:
         self.decoder = decoder
         self.description = description
         self.codec = codec
 
-    def complete_backwards(self, ending: str, **options: Any) -> str:
-        """An ending with what the model writes before it.
+    def complete_backwards(
+        self,
+        ending: str,
+        *,
+        max_new_tokens: int = 500,
+        temperature: float = 0.8,
+        top_k: int = 200,
+        seed: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop_ids: tuple[int, ...] = (),
+        min_new_tokens: int = 0,
+    ) -> str:
+        """The ending with what the model writes before it.
 
-        Raises PromptError when it is longer than the model's context, and DirectionMismatchError
-        for a model that writes forward.
+        Raises ConfigError for an option out of range (see `SamplingOptions`), PromptError when the
+        ending is longer than the model's context, and DirectionMismatchError for a model that
+        writes forward.
         """
         self._require(Direction.BACKWARD, "complete_backwards")
-        return self.complete_many([ending], **options)[0]
+        options = SamplingOptions(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop_ids=stop_ids,
+            min_new_tokens=min_new_tokens,
+        )
+        return self.complete_many([ending], options)[0]
 
-    def complete_forwards(self, beginning: str, **options: Any) -> str:
-        """A beginning with what a forward model writes after it."""
+    def complete_forwards(
+        self,
+        beginning: str,
+        *,
+        max_new_tokens: int = 500,
+        temperature: float = 0.8,
+        top_k: int = 200,
+        seed: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop_ids: tuple[int, ...] = (),
+        min_new_tokens: int = 0,
+    ) -> str:
+        """The beginning with what a forward model writes after it.
+
+        Raises what `complete_backwards` does, for a model of the other direction.
+        """
         self._require(Direction.FORWARD, "complete_forwards")
-        return self.complete_many([beginning], **options)[0]
+        options = SamplingOptions(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop_ids=stop_ids,
+            min_new_tokens=min_new_tokens,
+        )
+        return self.complete_many([beginning], options)[0]
 
-    def complete_many(self, given: Sequence[str], **options: Any) -> list[str]:
+    def complete_many(
+        self, given: Sequence[str], options: SamplingOptions = _DEFAULTS
+    ) -> list[str]:
         """Each text with what the model adds to it, written side by side.
 
-        Text i has the seed `seed + i`, and is what it would be alone.
+        Text i has the seed `options.seed + i`, and is what it would be alone. Raises PromptError
+        for a text that is longer than the model's context.
         """
         texts = [_Text(self.codec, text) for text in given]
         for _ in self._write(texts, options):
             pass
         return [text.rendered for text in texts]
 
-    def stream(self, given: Sequence[str], **options: Any) -> Iterator[list[str]]:
-        """All texts, whole and anew, after every token."""
+    def stream(
+        self, given: Sequence[str], options: SamplingOptions = _DEFAULTS
+    ) -> Iterator[list[str]]:
+        """`complete_many`, which yields all texts, whole and anew, after every token."""
         texts = [_Text(self.codec, text) for text in given]
         for _ in self._write(texts, options):
             yield [text.rendered for text in texts]
 
-    def _write(self, texts: "list[_Text]", options: dict[str, Any]) -> Iterator[None]:
+    def _write(self, texts: "list[_Text]", options: SamplingOptions) -> Iterator[None]:
         prompts = [text.prompt for text in texts]
-        for new_ids in generate_many(self.decoder, self.codec, prompts, SamplingOptions(**options)):
+        for new_ids in generate_many(self.decoder, self.codec, prompts, options):
             for text, new_id in zip(texts, new_ids, strict=True):
                 if new_id is not None:
                     text.ids.append(new_id)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from data_pipeline.errors import PromptError
+from data_pipeline.errors import ConfigError, PromptError
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.inference.device_pool import DevicePool, choose_devices
@@ -203,9 +203,12 @@ def load_scorer(
     """A scorer with the model in a folder that `megaback convert --to full` or `--to hf` wrote, or
     of a run or a checkpoint, which is converted beside it, once.
 
-    `device`: names separated by commas; by default every GPU, or else the CPU. Raises
-    CheckpointMissingError, CheckpointCorruptError, BackendError.
+    `form`: `chat` or `plain` (docs/scoring.md). `device`: names separated by commas; by default
+    every GPU, or else the CPU. `with_prior`: also score with nothing given, for `Score.log_ratio`.
+    Raises ConfigError, CheckpointMissingError, CheckpointCorruptError, BackendError.
     """
+    if form not in list(Form):
+        raise ConfigError(f"`form` is {form!r}; use {' or '.join(Form)}")
     folder = model_folder(folder)
     description = read_description(folder)
     text_format = description.text_format

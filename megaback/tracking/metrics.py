@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipeline.common.checked_json import parse_json
 from data_pipeline.common.regular_files import UNFIT
-from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
 from megaback.faults.run_records import Fields, lines_of
 
 METRICS_NAME = "metrics.jsonl"
@@ -39,13 +39,14 @@ LEAST_DATA_WAIT_SHARE = 0.01
 """Below, nobody is told of it but metrics.jsonl."""
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; a last line that a kill cut short is left out.
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, by their fields; a last line that a kill cut short is left out.
 
-    Raises CheckpointCorruptError for lines that are not of a run.
+    Raises CheckpointMissingError for a folder without metrics, and CheckpointCorruptError for lines
+    that are not of a run.
     """
     lines: list[dict[str, Any]] = []
-    path = run / METRICS_NAME
+    path = Path(run) / METRICS_NAME
     try:
         for number, text in enumerate(lines_of(path), start=1):
             line = parsed_line(text)
@@ -56,6 +57,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             if number > _MAX_LINES:
                 raise ValueError(f"it has more than {_MAX_LINES:,} lines")
             lines.append(line)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointMissingError(
+            f"{run} holds no run's numbers (no {METRICS_NAME}); give the folder of a run that was "
+            "started"
+        ) from None
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in UNFIT:
             raise

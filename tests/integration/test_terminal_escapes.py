@@ -15,6 +15,7 @@ import pytest
 from model_helpers import write_chat_model
 from tiny_run import training_environment
 
+import megaback
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.common.control_characters import escaped
@@ -147,11 +148,10 @@ def test_a_hostile_run_is_trained_on_a_terminal(
 
 
 def test_samples_in_a_pipe_are_exact(tmp_path: Path, codec: Callable[..., TextCodec]) -> None:
-    from megaback.inference.writer import load_writer
-
     model = write_chat_model(tmp_path / "model", codec())
-    how = {"max_new_tokens": 60, "temperature": 3.0, "top_k": 200, "seed": 0}
-    (text,) = load_writer(model, device="cpu").complete_many([HOSTILE], **how)
+    text = megaback.load(model, device="cpu").complete_backwards(
+        HOSTILE, max_new_tokens=60, temperature=3.0
+    )
     command = [*("sample", model, "--ending", HOSTILE, "--tokens", 60, "--temp", 3)]
     done = subprocess.run(
         [sys.executable, "-m", "megaback", *map(str, command)], capture_output=True, check=True

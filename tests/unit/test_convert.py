@@ -276,16 +276,16 @@ def test_a_backward_run_may_start_from_somebody_elses_model(
 def test_three_lines_of_python_write_what_the_command_writes(run: Path, tmp_path: Path) -> None:
     convert(run, tmp_path / "model", "full", "float32")
     writer = megaback.load(tmp_path / "model")
-    how = {"max_new_tokens": 12, "seed": 3}
 
-    text = writer.complete_backwards("the end.", **how)
+    text = writer.complete_backwards("the end.", max_new_tokens=12, seed=3)
 
     printed = CliRunner().invoke(
         sample_command, [f"{tmp_path / 'model'}", "--ending=the end.", "--tokens=12", "--seed=3"]
     )
     assert printed.output == text + "\n"
     assert text.endswith("the end.")
-    *_, (last, other) = writer.stream(["the end.", "no end."], **how)
+    options = megaback.SamplingOptions(max_new_tokens=12, seed=3)
+    *_, (last, other) = writer.stream(["the end.", "no end."], options)
     assert last == text
     assert other == writer.complete_backwards("no end.", max_new_tokens=12, seed=4)
     with pytest.raises(DirectionMismatchError, match="use complete_backwards"):

@@ -17,7 +17,7 @@ FLOORS = [
     ["data_pipeline.loading"],
     ["data_pipeline.build"],
     ["data_pipeline.tokenizer"],
-    ["megaback.installation", "megaback.environment", "megaback.yaml_text"],
+    ["megaback.errors", "megaback.installation", "megaback.environment", "megaback.yaml_text"],
     ["megaback.config_messages", "megaback.use_commands"],
     ["megaback.config"],
     ["megaback.shown_config", "megaback.checkpoint_names"],

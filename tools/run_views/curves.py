@@ -11,7 +11,7 @@ import yaml
 
 from data_pipeline.common.checked_json import require_within
 from data_pipeline.common.number_ranges import CONTEXT
-from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
+from data_pipeline.errors import CheckpointCorruptError
 from megaback.faults.exit_record import read_history
 from megaback.faults.run_ownership import config_of_run
 from megaback.tracking.metrics import METRICS_NAME, read_metrics
@@ -81,11 +81,6 @@ def read_curves(run: Path, axis: Axis, name: str) -> RunCurves:
     Raises CheckpointMissingError where no run is, CheckpointCorruptError for metrics of another
     version.
     """
-    if not (run / METRICS_NAME).is_file():
-        raise CheckpointMissingError(
-            f"{run} holds no run's numbers (no {METRICS_NAME}); give the folder of a run that was "
-            "started"
-        )
     try:
         return _curves(read_metrics(run), read_history(run), axis, name)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
