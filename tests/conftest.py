@@ -103,7 +103,7 @@ _ENDINGS = [
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What the processes of `pytest -n` take at a time."""
-    from work_units import WorkUnits
+    from tests.helpers.work_units import WorkUnits
 
     return WorkUnits(config, log)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from small_cluster import (
+
+from tests.helpers.small_cluster import (
     MINISLURM,
     NUM_NODES,
     NUM_STEPS,

@@ -4,9 +4,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from small_cluster import SLURM_FILES, SOURCED_FILES, Slurm
 
 from launcher.slurm.sbatch_files import sbatch_value
+from tests.helpers.small_cluster import SLURM_FILES, SOURCED_FILES, Slurm
 
 slurm_files = pytest.mark.parametrize("path", SLURM_FILES, ids=lambda path: path.name)
 all_files = pytest.mark.parametrize(

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_cluster import (
+
+from megaback.faults.exit_record import read_history
+from megaback.tracking.metrics import MACHINE_FIELDS, read_metrics
+from megaback.tracking.trackers import flat_values
+from tests.helpers.small_cluster import (
     NUM_STEPS,
     REPOSITORY,
     FinishedRun,
@@ -20,10 +24,6 @@ from small_cluster import (
     read_log,
     wait_for,
 )
-
-from megaback.faults.exit_record import read_history
-from megaback.tracking.metrics import MACHINE_FIELDS, read_metrics
-from megaback.tracking.trackers import flat_values
 
 _ENDLESS = {"steps": 100_000, "precision": "fp32"}
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

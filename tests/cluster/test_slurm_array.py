@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from model_helpers import write_chat_model
-from small_cluster import MINISLURM, Slurm, read_log, wait_for
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.text.codec import TextCodec
+from tests.helpers.models import write_chat_model
+from tests.helpers.paths import ROOT
+from tests.helpers.small_cluster import MINISLURM, Slurm, read_log, wait_for
 
 _ELEMENTS = 6
 _AT_A_TIME = 4
@@ -106,7 +107,7 @@ def test_an_array_writes_the_instructions_that_one_process_writes(
     subprocess.run(
         [str(word) for word in alone],
         check=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": slurm.environment["OMP_NUM_THREADS"]},
     )
     written = (tmp_path / "array.jsonl").read_bytes()

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_cluster import SMALL_JOB, Slurm
+
+from tests.helpers.small_cluster import SMALL_JOB, Slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_cluster import SMALL_JOB, Slurm, wait_for
 
 from megaback.faults.exit_record import read_history
 from megaback.tracking.metrics import read_metrics
+from tests.helpers.small_cluster import SMALL_JOB, Slurm, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_cluster import (
+
+from megaback.faults.exit_record import read_history
+from tests.helpers.small_cluster import (
     MINISLURM,
     Slurm,
     cpu_options,
@@ -14,8 +16,6 @@ from small_cluster import (
     read_log,
     wait_for,
 )
-
-from megaback.faults.exit_record import read_history
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

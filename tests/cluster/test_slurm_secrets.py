@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from planted import PLANT, files_with_plant, watched_processes
-from remote_helpers import FileServer, serving
-from small_cluster import SMALL_JOB, Slurm, read_log
 
 from data_pipeline.errors import ConfigError
 from megaback.tracking.metrics import read_metrics
+from tests.helpers.file_server import FileServer, serving
+from tests.helpers.planted import PLANT, files_with_plant, watched_processes
+from tests.helpers.small_cluster import SMALL_JOB, Slurm, read_log
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import (
+
+from tests.helpers.tiny_run import (
     PlainResult,
     read_run_config,
     tiny_config,
     train_plainly,
     training_environment,
 )
-from warm_ranks import WarmRanks
-
+from tests.helpers.warm_ranks import WarmRanks
 from tools.convert import convert_full
 
 Run = subprocess.CompletedProcess[str]

@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from tiny_run import tiny_config, training_environment, val_losses_of, wait_for_step
 
 from data_pipeline.errors import (
     CheckpointCorruptError,
@@ -32,6 +31,7 @@ from data_pipeline.shards.shard_format import ShardReader
 from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.source import open_checkpoint
+from tests.helpers.tiny_run import tiny_config, training_environment, val_losses_of, wait_for_step
 from tools.arrow import main
 from tools.artifacts import inspect
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import ROOT
+
 pytestmark = pytest.mark.slow
 
-_FOLDER = Path(__file__).parents[2] / "benchmarks"
+_FOLDER = ROOT / "benchmarks"
 _HELPER = "smoke.py"
 BENCHMARKS = sorted(path for path in _FOLDER.glob("*.py") if path.name != _HELPER)
 

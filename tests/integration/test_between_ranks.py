@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import training_environment
 
 from launcher.ranks.local import rank_environment, rank_names
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import training_environment
 
 pytestmark = pytest.mark.slow
 
@@ -17,15 +18,14 @@ pytestmark = pytest.mark.slow
 def sealed(config_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of two ranks that trained without pickle, and what the first one said."""
     folder = tmp_path_factory.mktemp("sealed")
-    script = Path(__file__).with_name("sealed_rank.py")
     ranks = [
         subprocess.Popen(
-            [sys.executable, script, config_path, folder],
+            [sys.executable, "-m", "tests.helpers.sealed_rank", config_path, folder],
             env=training_environment() | rank_environment("cpu", 2) | names,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=script.parents[2],
+            cwd=ROOT,
         )
         for names in rank_names(2)
     ]

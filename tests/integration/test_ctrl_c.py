@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 import pytest
 from click.testing import CliRunner
-from interrupting import hearing_ctrl_c
 
 from data_pipeline.common import interrupts
 from data_pipeline.common.command import Command
 from megaback.cli import command_modules
+from tests.helpers.interrupting import hearing_ctrl_c
 
 SEED = 25
 # Interrupts this process when a module is imported, as a terminal could just then.

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import training_environment
+
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import training_environment
 
 pytestmark = pytest.mark.slow
-
-_ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(600)
@@ -20,7 +20,7 @@ def test_the_demo_goes_from_text_to_samples(tmp_path: Path, tiny_text_folder: Pa
 
     result = subprocess.run(
         [sys.executable, "-m", "tools.demo", *words, *sizes, "training.steps=2"],
-        cwd=_ROOT,
+        cwd=ROOT,
         env=training_environment(),
         capture_output=True,
         text=True,

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import yaml
-from error_cases import CASES, Case
-from tiny_run import tiny_config, training_environment
 
 from data_pipeline import errors
 from data_pipeline.build.command import build_shards
@@ -27,6 +25,8 @@ from data_pipeline.errors import (
 )
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from tests.helpers.error_cases import CASES, Case
+from tests.helpers.tiny_run import tiny_config, training_environment
 from tools.convert import convert_full
 
 pytestmark = pytest.mark.slow

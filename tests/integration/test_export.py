@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from export_worker import NUM_IDS, STAGES, TIED
 from safetensors.torch import load_file
-from tiny_run import tiny_config, training_environment
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,12 +19,15 @@ from data_pipeline.text.codec import TextCodec
 from launcher.ranks.local import rank_names
 from megaback.model.attention import Segments
 from megaback.weights.model_folder import load_model_folder
+from tests.helpers.export_worker import NUM_IDS, STAGES, TIED
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import tiny_config, training_environment
 from tools.convert import convert
 from tools.export.gguf import GGUF_NAME
 
 pytestmark = pytest.mark.slow
 
-_WORKER = Path(__file__).with_name("export_worker.py")
+_WORKER = "tests.helpers.export_worker"
 _FP32_TOLERANCE = 1e-5
 ENDING = "  and so\tit ended – in 1871 ☃.\n\nThe end"
 CUTS = [(size, stage, name) for size in (1, 2) for stage in STAGES for name in TIED.values()]
@@ -46,11 +47,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Trai
         (folder / "config.yaml").write_text(yaml.safe_dump(tiny_config(tiny_shards)))
         ranks = [
             subprocess.Popen(
-                [sys.executable, _WORKER, folder / "config.yaml", folder],
+                [sys.executable, "-m", _WORKER, folder / "config.yaml", folder],
                 env={**training_environment(), "PYTHONWARNINGS": "ignore", **variables},
                 stdout=subprocess.PIPE,
                 text=True,
-                cwd=_WORKER.parents[2],
+                cwd=ROOT,
             )
             for variables in rank_names(world_size)
         ]

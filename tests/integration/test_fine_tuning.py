@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import curve_of, metrics_of, val_losses_of
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
@@ -22,6 +21,7 @@ from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import find_checkpoint
 from megaback.training.validation import to_device
 from megaback.weights.model_folder import load_model_folder
+from tests.helpers.tiny_run import curve_of, metrics_of, val_losses_of
 from tools.convert import convert_full
 
 pytestmark = pytest.mark.slow

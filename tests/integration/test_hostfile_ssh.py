@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from private_sshd import HOSTS, PrivateSshd, private_sshd
-from tiny_run import training_environment, wait_for_step
 
 from data_pipeline.errors import LaunchError
 from launcher.ranks.local import CONNECTION_LOST
+from tests.helpers.paths import ROOT
+from tests.helpers.private_sshd import HOSTS, PrivateSshd, private_sshd
+from tests.helpers.tiny_run import training_environment, wait_for_step
 
 pytestmark = pytest.mark.slow
 
-_ROOT = Path(__file__).parents[2]
 _LAUNCH = """
 import json, sys
 from pathlib import Path
@@ -77,7 +77,7 @@ def launch(tmp_path: Path, sshd: PrivateSshd, hostfile: Path) -> Launch:
         return subprocess.Popen(
             [sys.executable, "-c", _LAUNCH, hosts, "-c", _RANK, *arguments],
             cwd=folder,
-            env={**training_environment(), **sshd.environment, "PYTHONPATH": str(_ROOT)},
+            env={**training_environment(), **sshd.environment, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -213,7 +213,7 @@ def test_a_run_on_two_hosts_is_checked_saves_at_a_signal_and_goes_on_under_deeps
     deepspeed = subprocess.run(
         [Path(sys.executable).with_name("deepspeed"), "-q", "--hostfile", hostfile, *options],
         env=environment,
-        cwd=_ROOT,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

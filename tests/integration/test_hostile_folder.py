@@ -7,14 +7,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from tiny_run import training_environment
 
 from data_pipeline.common.import_path import module_command
 from data_pipeline.errors import ConfigError, LaunchError
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import training_environment
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 MEGABACK = str(Path(sys.executable).with_name("megaback"))
 TRAP = "raise SystemExit('the working directory was imported')\n"
 # As setuptools' finder for packages in place, which comes after everything on the path.

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from base64 import b64encode
@@ -29,9 +28,7 @@ from data_pipeline.storage import retries
 from data_pipeline.storage.remote_file import RemoteFile
 from data_pipeline.storage.retries import RetryPolicy
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
-from hostile_helpers import bounded
+from tests.helpers.hostile_files import bounded
 
 _MAX_S = 5
 

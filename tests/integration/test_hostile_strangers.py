@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_run import wait_for_step
+
+from tests.helpers.tiny_run import wait_for_step
 
 pytestmark = pytest.mark.slow
 

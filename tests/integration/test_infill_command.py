@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import FORWARD
+
+from tests.helpers.tiny_run import FORWARD
 
 pytestmark = pytest.mark.slow
 

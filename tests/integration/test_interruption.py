@@ -12,13 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from interrupting import hearing_ctrl_c
-from tiny_run import TOTAL_STEPS, metrics_of, training_environment, wait_for_step
-from warm_ranks import WarmRanks
 
 from data_pipeline.errors import PreemptedError, RunMismatchError, UserInterruptError
 from megaback.checkpoint_names import complete_checkpoints
 from megaback.faults.exit_record import read_history
+from tests.helpers.interrupting import hearing_ctrl_c
+from tests.helpers.tiny_run import TOTAL_STEPS, metrics_of, training_environment, wait_for_step
+from tests.helpers.warm_ranks import WarmRanks
 from tools.watch import health_of
 
 pytestmark = pytest.mark.slow

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import training_environment
 
 from megaback.faults.exit_record import read_history
 from megaback.tracking.code_version import code_version
 from megaback.tracking.metrics import read_metrics
 from megaback.tracking.trackers import flat_values
+from tests.helpers.tiny_run import training_environment
 
 pytestmark = pytest.mark.slow
 

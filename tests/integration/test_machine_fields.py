@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import training_environment
 
 from launcher.ranks.local import rank_environment, rank_names
 from megaback.tracking.metrics import read_metrics
+from tests.helpers.tiny_run import training_environment
 
 pytestmark = pytest.mark.slow
 

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from model_helpers import random_model, write_chat_model, write_model
-from tiny_run import FORWARD, read_run_config, training_environment, wait_for_step
-from warm_ranks import WarmRanks
 
 from data_pipeline.text.codec import Direction, TextCodec
 from launcher.train_result import show_result
 from megaback.cli import main as megaback
 from megaback.config_file import load_config
+from tests.helpers.models import random_model, write_chat_model, write_model
+from tests.helpers.tiny_run import FORWARD, read_run_config, training_environment, wait_for_step
+from tests.helpers.warm_ranks import WarmRanks
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tiny_run import PlainResult, curve_of, read_run_config, train_plainly
+
+from tests.helpers.tiny_run import PlainResult, curve_of, read_run_config, train_plainly
 
 pytestmark = pytest.mark.slow
 

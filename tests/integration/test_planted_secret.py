@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from planted import PLANT, files_with_plant, watched_processes
-from remote_helpers import FileServer, serving
-from tiny_run import tiny_config, training_environment
+
+from tests.helpers.file_server import FileServer, serving
+from tests.helpers.planted import PLANT, files_with_plant, watched_processes
+from tests.helpers.tiny_run import tiny_config, training_environment
 
 pytestmark = pytest.mark.slow
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import training_environment
 
 from data_pipeline.errors import PreflightError, StorageError
 from launcher.ranks.local import rank_environment, rank_names
 from megaback.faults.preflight import BAD_NODES_NAME, PREFLIGHT_NAME
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import training_environment
 
 pytestmark = pytest.mark.slow
 
@@ -58,15 +59,21 @@ class Checked:
 def run_cases(config: Path, folder: Path, cases: list[tuple[str, str]]) -> dict[Any, Checked]:
     """All cases in one pair of ranks."""
     environment = training_environment() | rank_environment("cpu", 2)
-    script = Path(__file__).with_name("preflight_rank.py")
     ranks = [
         subprocess.Popen(
-            [sys.executable, script, config, folder, json.dumps(cases)],
+            [
+                sys.executable,
+                "-m",
+                "tests.helpers.preflight_rank",
+                config,
+                folder,
+                json.dumps(cases),
+            ],
             env=environment | names,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=script.parents[2],
+            cwd=ROOT,
         )
         for names in rank_names(2)
     ]

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import curve_of, tiny_config, training_environment, wait_for_step
 
 from data_pipeline.errors import PreemptedError
 from launcher.ranks.local import rank_names
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import curve_of, tiny_config, training_environment, wait_for_step
 
 pytestmark = pytest.mark.slow
 
-_WORKER = Path(__file__).with_name("reshard_worker.py")
+_WORKER = "tests.helpers.reshard_worker"
 _NAMES = ("adamw", "muon")
 _FP32_TOLERANCE = 1e-4
 _SAME = [(stage, stage) for stage in range(4)]
@@ -30,14 +31,23 @@ def work(
     config: Path, action: str, pairs: list[tuple[int, int]], world_size: int, names: list[str]
 ) -> Losses:
     """Run the worker on so many ranks."""
-    command = [sys.executable, _WORKER, config, config.parent, action, json.dumps(pairs), *names]
+    command = [
+        sys.executable,
+        "-m",
+        _WORKER,
+        config,
+        config.parent,
+        action,
+        json.dumps(pairs),
+        *names,
+    ]
     ranks = [
         subprocess.Popen(
             command,
             env={**training_environment(), "PYTHONWARNINGS": "ignore", **variables},
             stdout=subprocess.PIPE,
             text=True,
-            cwd=_WORKER.parents[2],
+            cwd=ROOT,
         )
         for variables in rank_names(world_size)
     ]

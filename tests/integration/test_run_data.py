@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from remote_helpers import serving
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
@@ -17,6 +16,7 @@ from data_pipeline.text.codec import TextCodec
 from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import read_meta
 from megaback.tracking.metrics import read_metrics
+from tests.helpers.file_server import serving
 
 Run = subprocess.CompletedProcess[str]
 LATE_FRAME = 13

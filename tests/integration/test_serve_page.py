@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
-from serve_helpers import Running, serving, tiny_models
 
 from data_pipeline.text.codec import TextCodec
+from tests.helpers.server import Running, serving, tiny_models
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")

@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serve_helpers import num_running, posted, started, wait_until, write_tiny_model
 
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.config import ModelSection
+from tests.helpers.server import num_running, posted, started, wait_until, write_tiny_model
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

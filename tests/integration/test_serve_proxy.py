@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from serve_helpers import num_running, started, wait_until, write_tiny_model
 
 from data_pipeline.text.codec import TextCodec
+from tests.helpers.paths import ROOT
+from tests.helpers.server import num_running, started, wait_until, write_tiny_model
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 pytestmark = pytest.mark.skipif(
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 NAME = "demo.example.org"
-DOCS = Path(__file__).parents[2] / "docs" / "serve.md"
+DOCS = ROOT / "docs" / "serve.md"
 # What a distribution has in its nginx.conf.
 AROUND = """
 pid {folder}/nginx.pid;

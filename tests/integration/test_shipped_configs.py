@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from tiny_run import curve_of, metrics_of
-from warm_ranks import WarmRanks
 
 from launcher.plan import main as plan
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import curve_of, metrics_of
+from tests.helpers.warm_ranks import WarmRanks
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SMALL = (
     *("model.num_layers=2", "model.width=32", "model.num_heads=4", "model.num_kv_heads=2"),
     *("model.mlp_width=null", "batch.context_tokens=64", "batch.global_batch_rows=4"),

@@ -12,8 +12,6 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from model_helpers import write_chat_model
-from tiny_run import training_environment
 
 import megaback
 from data_pipeline.build.command import build_shards
@@ -21,6 +19,8 @@ from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.common.control_characters import escaped
 from data_pipeline.text.codec import TextCodec
 from megaback.faults.exit_record import record_exit, record_start
+from tests.helpers.models import write_chat_model
+from tests.helpers.tiny_run import training_environment
 
 TITLE = "\x1b]0;pwned\x07"
 HOSTILE = f"{TITLE}\x1b[2J\x9b31m\u202e\x7f[bold]loud[/bold]"

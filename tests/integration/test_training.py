@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_run import (
+
+from data_pipeline.build.command import build_shards
+from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from megaback.model.gpt import ReverseGPT
+from megaback.weights.model_folder import load_model_folder, read_weights
+from tests.helpers.paths import SHARED
+from tests.helpers.tiny_run import (
     FORWARD,
     TOTAL_STEPS,
     PlainMeasure,
@@ -23,14 +32,6 @@ from tiny_run import (
     val_losses_of,
 )
 
-from data_pipeline.build.command import build_shards
-from data_pipeline.build.settings import BuildSettings, WeightedSource
-from data_pipeline.shards.manifest import Manifest
-from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
-from megaback.model.gpt import ReverseGPT
-from megaback.weights.model_folder import load_model_folder, read_weights
-
 pytestmark = pytest.mark.slow
 
 STAGES = [0, 1, 2, 3]
@@ -39,7 +40,7 @@ ENDING = "  and so\tit ended – in 1871 ☃.\n\nThe end "
 PROSE = Path(
     os.environ.get(
         "MEGABACK_TEST_PROSE",
-        Path(__file__).parents[3] / "shared/corpora/prose/train-00003.parquet",
+        SHARED / "corpora/prose/train-00003.parquet",
     )
 )
 

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from batch_helpers import CHECKPOINT_TOKENIZER, DataSet, some_shards, write_data_set
-from build_helpers import (
+
+from data_pipeline.build import plan
+from data_pipeline.build.command import build_shards
+from data_pipeline.common import process_pool
+from tests.helpers.batches import CHECKPOINT_TOKENIZER, DataSet, some_shards, write_data_set
+from tests.helpers.builds import (
     EMPTY_DOCUMENTS,
     HARD_TEXTS,
     Codecs,
@@ -18,11 +22,7 @@ from build_helpers import (
     make_settings,
     write_source,
 )
-from remote_helpers import FileServer, serving
-
-from data_pipeline.build import plan
-from data_pipeline.build.command import build_shards
-from data_pipeline.common import process_pool
+from tests.helpers.file_server import FileServer, serving
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,8 @@ import megaback
 from data_pipeline.errors import MegabackError
 from megaback.cli import main
 from megaback.config_file import load_config
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks/README.md"]
 COMMENTED = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "slurm").iterdir())]
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))

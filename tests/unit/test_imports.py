@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from megaback.cli import command_modules
 from megaback.cli import main as megaback_command
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 ALLOWED = {
     "data_pipeline": {"data_pipeline"},
     "megaback": {"megaback", "data_pipeline"},

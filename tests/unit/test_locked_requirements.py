@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.paths import ROOT
+
 LOCKS = ROOT / "requirements"
 FILES = ["locked-build.txt", "locked.txt", "locked-cpu.txt", "locked-cuda.txt"]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]

@@ -13,8 +13,6 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
-from run_config import run_config
-from test_sampler import CONTEXT_TOKENS, make_model
 
 from data_pipeline.common.command import Command
 from data_pipeline.errors import BackendError, LaunchError
@@ -27,6 +25,9 @@ from megaback.distributed.slurm_nodes import first_node
 from megaback.inference.decoder import Decoder
 from megaback.model.compiler import require_compiler
 from megaback.tracking.code_version import code_changes, code_version
+from tests.helpers.decoding import CONTEXT_TOKENS
+from tests.helpers.run_config import run_config
+from tests.helpers.small_models import make_model
 
 # What `scontrol show hostnames` of Slurm 22.05 prints first.
 FIRST_NODES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-from interrupting import hearing_ctrl_c
+from tests.helpers.interrupting import hearing_ctrl_c
 
 _terminals: dict[int, int] = {}
 """Of each process with a terminal, the other end of that."""

@@ -1,5 +1,5 @@
 """The faults that runs are put through, and what has to come of each: one entry, one test, and one
-line of docs/faults.md, which `python tests/integration/faults/table.py > docs/faults.md` writes.
+line of docs/faults.md, which `python -m tests.integration.faults.table > docs/faults.md` writes.
 """
 
 import os
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from consoles import close_terminal
 
 from data_pipeline.errors import (
     CheckpointCorruptError,
@@ -24,6 +23,7 @@ from data_pipeline.errors import (
     StorageError,
 )
 from megaback.faults.exit_record import read_history
+from tests.integration.faults.consoles import close_terminal
 
 STEPS = 40
 SAVE_EVERY = 10
@@ -165,7 +165,7 @@ def at(place: str, do: str, rank: int = 1, call: int = 1, when: str = "before", 
 
 def one_step_was_skipped(run: Path) -> None:
     """The step with the bad number changed nothing, and is counted."""
-    from tiny_run import metrics_of
+    from tests.helpers.tiny_run import metrics_of
 
     skipped = [line["step"] for line in metrics_of(run) if "skipped" in line]
     assert skipped == [5]
@@ -173,7 +173,7 @@ def one_step_was_skipped(run: Path) -> None:
 
 def lost_its_console(run: Path) -> None:
     """The run is whole, and its history has the reason for what is missing from the console."""
-    from tiny_run import metrics_of
+    from tests.helpers.tiny_run import metrics_of
 
     assert metrics_of(run)[-1]["step"] == STEPS
     assert newest(run).name == f"step-{STEPS:08d}"

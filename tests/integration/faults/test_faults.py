@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 import yaml
-from consoles import CONSOLES
-from table import FAULTS, SAVE_EVERY, STEPS, Fault, as_markdown
-from tiny_run import metrics_of, tiny_config, training_environment, wait_for_step
-from warm_ranks import WarmRanks
 
 from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import read_meta, verify_files
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import metrics_of, tiny_config, training_environment, wait_for_step
+from tests.helpers.warm_ranks import WarmRanks
+from tests.integration.faults.consoles import CONSOLES
+from tests.integration.faults.table import FAULTS, SAVE_EVERY, STEPS, Fault, as_markdown
 
 pytestmark = pytest.mark.slow
 
 _INJECTOR = Path(__file__).parent / "inject"
-_ROOT = Path(__file__).parents[3]
 _TIMEOUT_S = 120
 ON_A_DISK = {"full disk": "1400k", "read-only disk": "100m"}
 """Faults of a disk, and its size: 1,400 KiB have room for one checkpoint, and not for two."""
@@ -60,7 +60,7 @@ def start(config: Path) -> Start:
         command = [sys.executable, "-m", "megaback", "train", config, f"run={run}"]
         command += [f"zero.stage={stage}", *overrides]
         with run.with_suffix(".txt").open("w") as output:
-            return CONSOLES[console](command, output, cwd=_ROOT, env=environment)
+            return CONSOLES[console](command, output, cwd=ROOT, env=environment)
 
     return start
 
@@ -183,4 +183,4 @@ def test_fault(
 
 
 def test_the_documentation_lists_the_faults() -> None:
-    assert (_ROOT / "docs" / "faults.md").read_text() == as_markdown()
+    assert (ROOT / "docs" / "faults.md").read_text() == as_markdown()

@@ -1,0 +1,53 @@
+"""A tiny decoder and what it samples, for tests of both decoding loops."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from data_pipeline.text.codec import Prompt
+from megaback.inference.decoder import Decoder
+from megaback.inference.generate import generate_many
+from megaback.inference.sampling import SamplingOptions
+from tests.helpers.small_models import VOCAB_SIZE, make_model
+
+CONTEXT_TOKENS = 24
+END_ID = 1
+STOP_ID = 2
+WRITABLE = np.arange(1, VOCAB_SIZE - 5)
+
+
+class Codec:
+    """As much of a codec as writing needs."""
+
+    end_id = END_ID
+    vocab_size = VOCAB_SIZE
+
+    def writable_ids(self, end_id: int) -> np.ndarray:
+        assert end_id == END_ID
+        return WRITABLE
+
+
+CODEC = Codec()
+
+
+def prompt_of(ids: Sequence[int], first_ids: np.ndarray = WRITABLE) -> Prompt:
+    return Prompt(list(ids), first_ids, END_ID)
+
+
+@cache
+def decoder(**changes: object) -> Decoder:
+    return Decoder(make_model(**changes), CONTEXT_TOKENS)
+
+
+def written(
+    prompts: Sequence[Sequence[int]], options: SamplingOptions, by: Decoder | None = None
+) -> list[list[int]]:
+    """The new ids of each sample."""
+    steps = generate_many(by or decoder(), CODEC, [prompt_of(ids) for ids in prompts], options)
+    samples: list[list[int]] = [[] for _ in prompts]
+    for new_ids in steps:
+        for sample, new_id in zip(samples, new_ids, strict=True):
+            if new_id is not None:
+                sample.append(new_id)
+    return samples

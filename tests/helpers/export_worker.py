@@ -1,0 +1,88 @@
+"""One rank that trains three steps, saves, and notes its logits; see test_export.py.
+
+    python -m tests.helpers.export_worker CONFIG FOLDER
+
+For each ZeRO stage, with tied embeddings and without: a checkpoint as a run has it in FOLDER/NAME,
+and in FOLDER/NAME.safetensors ids and the logits that the engine has for them.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megaback.checkpoints.checkpoint import CheckpointMeta
+from megaback.checkpoints.saver import CheckpointSaver
+from megaback.checkpoints.state import named_state, num_updates
+from megaback.config import CheckpointSection, Config
+from megaback.config_file import load_config
+from megaback.data import open_data
+from megaback.distributed.versions import library_versions
+from megaback.distributed.world import World, end_rank, start_world
+from megaback.model.attention import Segments
+from tests.helpers.reshard_worker import STEPS, new_engine, train
+
+STAGES = (1, 2, 3)
+TIED = {True: "tied", False: "untied"}
+NUM_IDS = 40
+
+
+def main(path: Path, folder: Path) -> None:
+    """Do it for each stage."""
+    world = start_world("cpu", 60)
+    for stage in STAGES:
+        for is_tied, name in TIED.items():
+            overrides = (f"zero.stage={stage}", f"model.tie_embeddings={is_tied}")
+            config = load_config(path, (*overrides, f"model.qk_norm={is_tied}"))
+            engine = new_engine(config, world)
+            train(engine, config, world, 0)
+            save(engine, folder / f"{name}-{stage}", config, world)
+            ids_T, logits_TV = logits_of(engine, engine.module.vocab_size)
+            if world.is_first:
+                tensors = {"ids": ids_T, "logits": logits_TV}
+                save_file(tensors, folder / f"{name}-{stage}.safetensors")
+    end_rank()
+
+
+def save(engine: Any, run: Path, config: Config, world: World) -> None:
+    """Save a checkpoint as `megaback train` does."""
+    data = open_data(config, world.rank, world.size)
+    saver = CheckpointSaver(run, data.codec.model_bytes, CheckpointSection(), world)
+    meta = CheckpointMeta(
+        step=STEPS,
+        updates=num_updates(engine),
+        world_size=world.size,
+        zero_stage=config.zero.stage,
+        precision="fp32",
+        vocab_size=data.codec.vocab_size,
+        text_format=data.text_format.to_dict(),
+        data_fingerprint=data.fingerprint,
+        config=config.model_dump(mode="json"),
+        val_loss=None,
+        versions=library_versions(),
+        files={},
+    )
+    saver.begin(named_state(engine, world.rank, world.size), meta)
+    saver.finish()
+
+
+@torch.no_grad()
+def logits_of(engine: Any, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Ids and what the engine's output projection makes of them."""
+    ids_T = torch.randint(0, vocab_size, (NUM_IDS,), generator=torch.manual_seed(0))
+    seen: list[Tensor] = []
+    hook = engine.module.lm_head.register_forward_hook(
+        lambda _module, _given, logits_TV: seen.append(logits_TV.float().cpu().clone())
+    )
+    engine.eval()
+    segments = Segments.from_lengths((NUM_IDS,), ids_T.device)
+    engine(ids_T, ids_T, torch.arange(NUM_IDS), segments)
+    hook.remove()
+    return ids_T, seen[0]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,128 @@
+"""One rank that saves or loads checkpoints at every ZeRO stage; see test_resharding.py.
+
+    python -m tests.helpers.reshard_worker CONFIG FOLDER save|load PAIRS NAME...
+
+`save` trains three steps at each stage and saves as FOLDER/NAME/stage-N; `load` goes on from them
+at other stages: PAIRS is a JSON list of stages that saved and stages that go on. Both then take
+three more steps and print the losses, a JSON line each: name, stages, losses.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.errors import RunMismatchError
+from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, read_meta
+from megaback.checkpoints.saver import CheckpointSaver
+from megaback.checkpoints.state import named_state, num_updates
+from megaback.config import CheckpointSection, Config
+from megaback.config_file import load_config
+from megaback.data import open_data
+from megaback.distributed.engine import set_learning_rates, start_engine, take_step
+from megaback.distributed.world import World, end_rank, start_world
+from megaback.model.gpt import ReverseGPT
+from megaback.training.validation import to_device
+
+STEPS = 3
+
+
+def main(path: Path, folder: Path, action: str, pairs: list[list[int]], names: list[str]) -> None:
+    """Do it for each optimizer and pair of stages."""
+    world = start_world("cpu", 60)
+    for name in names:
+        optimizer = name.rpartition("-")[2]
+        for saved_stage, stage in pairs:
+            config = load_config(path, (f"zero.stage={stage}", f"optimizer.name={optimizer}"))
+            engine = new_engine(config, world)
+            run = folder / name / f"stage-{saved_stage}"
+            if action == "save":
+                train(engine, config, world, 0)
+                save(engine, run, config, world)
+            else:
+                target = run / "checkpoints" / f"step-{STEPS:08d}"
+                if saved_stage == stage:
+                    refuse_another_optimizer(path, target, optimizer, stage, world)
+                load_into_engine(engine, target, read_meta(target), world)
+            tell(world, name, saved_stage, stage, train(engine, config, world, STEPS))
+    end_rank()
+
+
+def refuse_another_optimizer(
+    path: Path, target: Path, optimizer: str, stage: int, world: World
+) -> None:
+    """Even where nobody has compared configs, no state is taken for another or left out."""
+    other, lacking = {"adamw": ("muon", "momentum"), "muon": ("adamw", "exp_avg")}[optimizer]
+    config = load_config(path, (f"zero.stage={stage}", f"optimizer.name={other}"))
+    engine = new_engine(config, world)
+    before = {
+        key: part.clone() for key, part in named_state(engine, world.rank, world.size).items()
+    }
+    with pytest.raises(RunMismatchError, match=f"{lacking}.* of .* is missing|is read by nothing"):
+        load_into_engine(engine, target, read_meta(target), world)
+    after = named_state(engine, world.rank, world.size)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def new_engine(config: Config, world: World) -> Any:
+    """An engine whose weights are of no use."""
+    data = open_data(config, world.rank, world.size)
+    model = ReverseGPT(config.model, data.codec.vocab_size)
+    model.initialize(7)
+    return start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
+
+
+def train(engine: Any, config: Config, world: World, first: int) -> list[float]:
+    """Take three steps; the loss of each, over all ranks."""
+    data = open_data(config, world.rank, world.size)
+    engine.train()
+    losses = []
+    for step in range(first, first + STEPS):
+        micro_batches = data.training.at(step)
+        (targets,) = world.sum(sum(batch.num_targets for batch in micro_batches))
+        nats = 0.0
+        for batch in micro_batches:
+            loss = engine(*to_device(batch, torch.device("cpu"))).sum()
+            engine.backward(loss * (world.size * len(micro_batches) / targets))
+            nats += float(loss)
+            if batch is not micro_batches[-1]:
+                engine.step()
+        set_learning_rates(engine, 1.0)
+        take_step(engine, lambda _norm: None)
+        losses.append(world.sum(nats)[0] / targets)
+    return losses
+
+
+def save(engine: Any, run: Path, config: Config, world: World) -> None:
+    """Save a checkpoint of step 3."""
+    saver = CheckpointSaver(run, b"tokenizer", CheckpointSection(), world)
+    meta = CheckpointMeta(
+        step=STEPS,
+        updates=num_updates(engine),
+        world_size=world.size,
+        zero_stage=config.zero.stage,
+        precision="fp32",
+        vocab_size=1,
+        text_format={"direction": "backward", "unit": "token", "tokenizer_sha256": "ab" * 32},
+        data_fingerprint="",
+        config={},
+        val_loss=None,
+        versions={},
+        files={},
+    )
+    saver.begin(named_state(engine, world.rank, world.size), meta)
+    saver.finish()
+
+
+def tell(world: World, name: str, saved_stage: int, stage: int, losses: list[float]) -> None:
+    """Print a line, once."""
+    if world.is_first:
+        print(json.dumps([name, saved_stage, stage, losses]), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]), sys.argv[5:])

@@ -1,0 +1,201 @@
+"""What the tests ask of a Slurm cluster, in the words that a user types.
+
+Nothing here reads accounting: state comes from `scontrol show job`, as on a cluster without
+slurmdbd.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megaback.tracking.metrics import METRICS_NAME, read_metrics
+from tests.helpers.paths import ROOT
+
+REPOSITORY = ROOT
+SLURM_FILES = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
+SOURCED_FILES = sorted((REPOSITORY / "slurm").glob("*.sh"))
+NUM_NODES = 4
+NUM_STEPS = 40  # a little more than one epoch of the small data set
+SMALL_JOB = ("--devices-per-node=1", "--cpus-per-task=1", "--mem=4000", "--time=10")
+"""What `megaback submit` asks for here."""
+
+MINISLURM = ROOT / "tests" / "cluster" / "minislurm.sh"
+_PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "unshare", "flock")
+_STOPPED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Commands of Slurm, as a user types them."""
+
+    environment: dict[str, str]
+
+    def attempt(
+        self, *words: object, cwd: Path | None = None, **variables: object
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command, with more variables in its environment."""
+        return subprocess.run(
+            [str(word) for word in words],
+            env=self.environment | {name: str(value) for name, value in variables.items()},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def command(self, *words: object, cwd: Path | None = None, **variables: object) -> str:
+        """The same, for one that must not fail. Returns what it said."""
+        done = self.attempt(*words, cwd=cwd, **variables)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def submit(
+        self, file_name: str, *arguments: object, cwd: Path, options: str = "", **variables: object
+    ) -> str:
+        """Queue one of the shipped files. Returns the job's id."""
+        shipped = REPOSITORY / "slurm" / file_name
+        words = ("sbatch", "--parsable", *options.split(), shipped, *arguments)
+        return self.command(*words, cwd=cwd, **variables).strip()
+
+    def megaback(self, *words: object, cwd: Path) -> str:
+        """A command of megaback that must not fail, in the environment of the tests."""
+        return self.command(sys.executable, "-m", "megaback", *words, cwd=cwd)
+
+    def elements(self, job_id: str) -> list[dict[str, str]]:
+        """What `scontrol show job` knows: of an array, each element, those that wait together."""
+        lines = self.command("scontrol", "--oneliner", "show", "job", job_id).splitlines()
+        return [
+            dict(word.split("=", 1) for word in line.split() if "=" in word)
+            for line in lines
+            if line.strip()
+        ]
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """What is known of a job; of an array, of an element that is not complete, if any."""
+        elements = self.elements(job_id)
+        return next((job for job in elements if job["JobState"] != "COMPLETED"), elements[0])
+
+    def wait(self, job_id: str, cwd: Path, timeout_s: float = 280) -> dict[str, str]:
+        """Wait until a job, or every element of an array, is over, in whatever way."""
+
+        def states() -> list[str]:
+            return [job["JobState"] for job in self.elements(job_id)]
+
+        wait_for(
+            lambda: set(states()) <= _STOPPED,
+            timeout_s,
+            lambda: f"job {job_id} is {states()}\n{read_log(cwd, job_id)}",
+        )
+        return self.job(job_id)
+
+    def require_completed(self, job_id: str, cwd: Path) -> dict[str, str]:
+        job = self.wait(job_id, cwd)
+        assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), read_log(cwd, job_id)
+        return job
+
+
+def wait_for(
+    condition: Callable[[], bool], timeout_s: float, explain: Callable[[], str] = lambda: ""
+) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s: {explain()}"
+        time.sleep(0.05)
+
+
+def read_log(cwd: Path, job_id: str) -> str:
+    """The job's output, in the file that the shipped files or `megaback submit` name."""
+    folders = (cwd, *cwd.glob("*/logs"))
+    paths = [path for folder in folders for path in folder.glob(f"*-{job_id}.out")]
+    paths += [path for folder in folders for path in sorted(folder.glob(f"*-{job_id}_*.out"))]
+    return "".join(path.read_text() for path in paths)
+
+
+def cpu_options(nodes: int = 2, tasks_per_node: int = 1, gpus_per_node: int = 0) -> str:
+    """What turns the shipped train.sbatch from GPU nodes to small tasks."""
+    return (
+        f"--nodes={nodes} --ntasks-per-node={tasks_per_node} --cpus-per-task=1 "
+        f"--gpus-per-node={gpus_per_node} --mem=4000 --time=10"
+    )
+
+
+def last_step(run: Path) -> int:
+    """The newest step of a run's metrics; 0 before there is one."""
+    if not (run / METRICS_NAME).exists():
+        return 0
+    return max((line["step"] for line in read_metrics(run)), default=0)
+
+
+def ranks_of(config: Path) -> list[psutil.Process]:
+    """The rank processes of a config; from outside a node's namespace they can all be seen."""
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"].startswith("python")
+        and (process.info["cmdline"] or [])[1:4] == ["-m", "megaback.train", str(config)]
+    ]
+
+
+def why_no_cluster() -> str | None:
+    """What this machine lacks for a cluster of its own, if anything."""
+    if os.geteuid() != 0:
+        return "a Slurm cluster on one machine needs root"
+    absent = [name for name in _PROGRAMS if shutil.which(name) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed"
+    namespaces = ["unshare", "--pid", "--mount", "--uts", "--fork", "true"]
+    if subprocess.run(namespaces, capture_output=True, check=False).returncode:
+        return "this machine does not allow namespaces of processes and mounts"
+    return None
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nobody listens on."""
+    for first in range(26_800 + os.getpid() % 1000, 32_000, count):
+        probes = [socket.socket() for _ in range(count)]
+        try:
+            for offset, probe in enumerate(probes):
+                probe.bind(("", first + offset))
+        except OSError:
+            continue
+        else:
+            return first
+        finally:
+            for probe in probes:
+                probe.close()
+    raise RuntimeError("no free ports for Slurm's daemons")
+
+
+@contextmanager
+def held(config: Path) -> Iterator[list[psutil.Process]]:
+    """Freezes the ranks of a config for as long as the block takes."""
+    ranks = ranks_of(config)
+    for rank in ranks:
+        rank.send_signal(signal.SIGSTOP)
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.send_signal(signal.SIGCONT)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that nothing disturbed, and the empty places that it was given."""
+
+    run: Path
+    folder: Path
+    home: Path
+    temporary: Path
+    log: str

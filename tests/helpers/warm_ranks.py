@@ -1,0 +1,66 @@
+"""Ranks that stay, so that tests of what is learnt need not wait for ranks to start.
+
+Most of a tiny run's time is its start. Starts, signals, faults and ends are tested with the command
+itself; what comes of a run that nothing disturbs is the same in ranks that have trained before.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.ranks.local import rank_environment, rank_names
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import training_environment
+
+
+class WarmRanks:
+    """As many real ranks as asked for, started when they are first needed."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._ranks: list[subprocess.Popen[str]] = []
+
+    def train(
+        self, config: Path, overrides: Sequence[str], output: Path, folder: Path | None = None
+    ) -> None:
+        """Train a run to its end, and write what it prints to a file. Raises AssertionError.
+
+        `folder`: the working directory, where paths are relative.
+        """
+        if not self._ranks:
+            self._start()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        request = {"config": str(config), "overrides": list(overrides), "output": str(output)}
+        request["folder"] = str(folder or ROOT)
+        for rank in self._ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(json.dumps(request) + "\n")
+            rank.stdin.flush()
+        answers = [rank.stdout.readline() for rank in self._ranks if rank.stdout is not None]
+        problems = [json.loads(answer) if answer else "the rank has died" for answer in answers]
+        if any(problems):
+            self.close()  # others may wait for what never comes
+        assert not any(problems), "\n".join(filter(None, problems)) + output.read_text()
+
+    def close(self) -> None:
+        """Let the ranks end."""
+        for rank in self._ranks:
+            rank.kill()
+            rank.communicate()
+        self._ranks = []
+
+    def _start(self) -> None:
+        environment = training_environment() | rank_environment("cpu", self._world_size)
+        self._ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.helpers.warm_rank"],
+                env=environment | names,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
+            for names in rank_names(self._world_size)
+        ]

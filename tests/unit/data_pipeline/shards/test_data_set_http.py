@@ -1,0 +1,211 @@
+"""Data sets behind a web server: few requests, patience, and an end of it in one sentence."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import (
+    ShardCorruptError,
+    SourceUnreadableError,
+)
+from data_pipeline.shards import index as shard_index
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import ShardEntry
+from data_pipeline.storage import remote_ranges, retries
+from data_pipeline.storage.address_variables import expanded
+from data_pipeline.storage.remote_folder import RemoteFolder
+from tests.helpers.batches import BEGIN, END, write_data_set
+from tests.helpers.data_sets import (
+    Place,
+    frames_of,
+    publish,
+    stored_frames,
+)
+from tests.helpers.file_server import QUICK, FileServer
+
+GENERATOR = np.random.default_rng(7)
+SHARDS = [
+    [np.array([BEGIN, *GENERATOR.integers(3, 600, length), END]) for length in lengths]
+    for lengths in ([300, 5, 0, 120, 44], [9, 640, 1], [2])
+]
+
+
+@pytest.fixture(autouse=True)
+def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "POLICY", QUICK)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small data set of three shards, without a tokenizer."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_data_set(folder, SHARDS).manifest.save(folder)
+    return folder
+
+
+def first(data_set: DataSet) -> ShardEntry:
+    return data_set.manifest.shards[0]
+
+
+def sentence_of(error: BaseException) -> str:
+    message = str(error)
+    assert "\n" not in message
+    return message
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    groups=st.lists(
+        st.lists(
+            st.sampled_from(["500", "503", "429", "cut", "reset"]), max_size=QUICK.max_attempts - 1
+        ),
+        max_size=12,
+    )
+)
+def test_faults_below_the_limit_never_change_a_frame(
+    running: FileServer, tmp_path_factory: pytest.TempPathFactory, groups: list[list[str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    write_data_set(folder, SHARDS).manifest.save(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retries, "POLICY", QUICK)
+        url = publish(running, folder)
+        running.faults.clear()
+        running.faults.extend(fault for group in groups for fault in [*group, ""])
+        assert frames_of(DataSet.open(url)) == stored_frames(folder)
+
+
+def test_a_server_that_stalls_is_asked_again(server: FileServer, folder: Path) -> None:
+    data_set = DataSet.open(publish(server, folder))
+    server.faults.extend(["stall", "", "stall"])
+    assert frames_of(data_set) == stored_frames(folder)
+
+
+def test_a_shard_over_http_is_opened_with_one_request_and_each_frame_is_another(
+    server: FileServer, folder: Path
+) -> None:
+    data_set = DataSet.open(publish(server, folder))
+    server.requests.clear()
+    reader = data_set.open_shard(first(data_set))
+    assert len(server.requests) == 1
+    reader.frame(2)
+    reader.frame(0)
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(("documents", "requests"), [(9_000, 1), (90_000, 2)])
+def test_a_large_document_index_takes_no_more_than_one_request_more(
+    server: FileServer, tmp_path: Path, documents: int, requests: int
+) -> None:
+    lengths = GENERATOR.integers(2, 40, documents)
+    ids = [np.ones(length, dtype=np.int64) for length in lengths]
+    write_data_set(tmp_path, [ids], frame_tokens=1 << 16).manifest.save(tmp_path)
+    data_set = DataSet.open(publish(server, tmp_path))
+    server.requests.clear()
+    reader = data_set.open_shard(first(data_set))
+    assert len(server.requests) == requests
+    assert reader.document_tokens().tolist() == lengths.tolist()
+
+
+def test_a_seek_table_larger_than_the_tail_that_is_usual_takes_no_request_more(
+    server: FileServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_index, "_TAIL_BYTES", 1)
+    monkeypatch.setattr(remote_ranges, "_TAIL_BYTES", 1)
+    data_set = DataSet.open(publish(server, folder))
+    server.requests.clear()
+    data_set.open_shard(first(data_set))
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_dies_ends_reading_with_one_sentence(
+    server: FileServer, folder: Path
+) -> None:
+    data_set = DataSet.open(publish(server, folder))
+    reader = data_set.open_shard(first(data_set))
+    server.faults.extend(["reset"] * 20)
+    with pytest.raises(SourceUnreadableError, match="gave up after 4 tries") as caught:
+        reader.frame(1)
+    assert first(data_set).file in sentence_of(caught.value)
+    assert caught.value.exit_code == SourceUnreadableError.exit_code
+
+
+def test_a_manifest_that_a_server_cannot_give_is_not_called_missing(
+    server: FileServer, folder: Path
+) -> None:
+    url = publish(server, folder)
+    server.faults.extend(["500"] * 20)
+    with pytest.raises(SourceUnreadableError, match=r"manifest\.json: the server answered 500"):
+        DataSet.open(url)
+
+
+def test_a_shard_that_vanishes_while_it_is_open_is_named_by_frame_over_a_network(
+    server: FileServer, folder: Path
+) -> None:
+    place = Place("http", folder, server)
+    data_set = DataSet.open(place.address)
+    reader = data_set.open_shard(first(data_set))
+    place.remove(first(data_set).file)
+    with pytest.raises(ShardCorruptError, match=r"frame 0 at byte 0 cannot be read \(the server"):
+        reader.frame(0)
+
+
+def test_another_version_on_the_server_is_noticed_while_a_shard_is_open(
+    server: FileServer, folder: Path
+) -> None:
+    data_set = DataSet.open(publish(server, folder))
+    entry = first(data_set)
+    reader = data_set.open_shard(entry)
+    server.versions[f"shards/{entry.file}"] = "2"
+    with pytest.raises(ShardCorruptError, match=r"frame 1 at byte .*was replaced since") as caught:
+        reader.frame(1)
+    sentence_of(caught.value)
+
+
+@pytest.mark.parametrize("address", ["http://host/shards", "http://host/shards/"])
+def test_the_query_of_a_folder_goes_with_each_of_its_files(address: str) -> None:
+    folder = RemoteFolder(f"{address}?signature=a/b")
+    whole = "http://host/shards/manifest.json?signature=a/b"
+    assert expanded(folder.url("manifest.json")) == whole
+    assert folder.shown == "http://host/shards"
+
+
+def test_signatures_and_passwords_are_used_and_not_shown(server: FileServer, folder: Path) -> None:
+    url = publish(server, folder).replace("http://", "http://me:word@") + "/?signature=secret"
+    data_set = DataSet.open(url)
+    assert data_set.name == server.url("shards")
+    assert frames_of(data_set) == stored_frames(folder)
+    del server.files[f"shards/{first(data_set).file}"]
+    with pytest.raises(ShardCorruptError) as caught:
+        data_set.open_shard(first(data_set))
+    assert "secret" not in str(caught.value)
+    assert "word" not in str(caught.value)
+
+
+def frames_after_a_fork(url: str) -> list[list[int]]:
+    data_set = DataSet.open(url)
+    expected = frames_of(data_set)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(frames_of(data_set)))
+    process.start()
+    assert receiver.poll(20)
+    found = receiver.recv()
+    process.join()
+    assert found == expected
+    return found
+
+
+def test_a_process_that_was_forked_with_a_data_set_reads_as_well(
+    server: FileServer, folder: Path
+) -> None:
+    url = publish(server, folder)
+    spawned = multiprocessing.get_context("spawn")  # this process has threads of other tests
+    with ProcessPoolExecutor(1, spawned) as pool:
+        assert pool.submit(frames_after_a_fork, url).result() == stored_frames(folder)

@@ -1,0 +1,100 @@
+"""Sources behind addresses with secrets: read with them, and written down, or shown, without."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from data_pipeline.errors import ConfigError, MegabackError, SourceUnreadableError
+from data_pipeline.sources.registry import list_slices
+from data_pipeline.storage import retries
+from data_pipeline.storage.address_variables import kept
+from tests.helpers.file_server import QUICK, FileServer, documents
+
+PLANT = "S3CR3T-plant"
+
+
+@pytest.fixture(autouse=True)
+def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "POLICY", QUICK)
+
+
+class VaultFileSystem(MemoryFileSystem):
+    """As the drivers of sftp and ftp: a login to a host, of which names of files say nothing."""
+
+    protocol = "vault"
+    cachable = False
+
+    def __init__(self, host: str = "", username: str = "", password: str = "") -> None:
+        super().__init__()
+        if (host, username, password) != ("host", "user", PLANT):
+            raise PermissionError(f"login failed: {username}:{password}@{host}")
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        path = fsspec.utils.infer_storage_options(path)["path"]
+        return str(MemoryFileSystem._strip_protocol(path))
+
+    @staticmethod
+    def _get_kwargs_from_urls(url: str) -> dict[str, Any]:
+        options = fsspec.utils.infer_storage_options(url)
+        return {key: options[key] for key in ("host", "username", "password") if key in options}
+
+
+@pytest.fixture
+def vault() -> Iterator[str]:
+    fsspec.register_implementation("vault", VaultFileSystem, clobber=True)
+    memory = fsspec.filesystem("memory")
+    for number in range(3):
+        memory.pipe(f"/set/{number}.txt", f"text {number}".encode())
+    yield f"vault://user:{PLANT}@host/set"
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
+
+
+@pytest.mark.parametrize("end", ["", "/*.txt", "/1.txt"])
+def test_a_folder_of_a_host_is_read_by_its_login_and_kept_without(vault: str, end: str) -> None:
+    pieces = list_slices(kept(vault + end))
+    assert len(pieces) == (1 if end == "/1.txt" else 3)
+    assert PLANT not in str(pieces)
+    texts = [document.text for document in documents(kept(vault + end))]
+    assert texts == (["text 1"] if end == "/1.txt" else ["text 0", "text 1", "text 2"])
+
+
+def test_what_a_driver_says_of_a_login_is_not_passed_on(vault: str) -> None:
+    with pytest.raises(MegabackError) as caught:
+        list_slices(kept(vault.replace("@host", "@other")))
+    assert PLANT not in str(caught.value)
+    assert "vault://other/set" in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["http", "HTTP"])
+def test_a_reference_to_the_environment_opens_an_address(
+    server: FileServer, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.files["a.txt"] = b"some text"
+    address = server.url("a.txt").replace("http:", f"{scheme}:") + "?sig=${MEGABACK_SECRET_SIG}"
+    with pytest.raises(
+        ConfigError, match="the environment variable MEGABACK_SECRET_SIG is not set"
+    ):
+        list_slices(address)
+    monkeypatch.setenv("MEGABACK_SECRET_SIG", PLANT)
+    (piece,) = list_slices(address)
+    assert piece.path == address
+    assert [document.text for document in documents(address)] == ["some text"]
+    assert server.targets[-1] == f"/a.txt?sig={PLANT}"
+
+
+def test_a_redirect_in_a_circle_is_reported_without_the_signature(server: FileServer) -> None:
+    server.redirects["a.txt"] = f"/a.txt?sig={PLANT}&again=1"
+    with pytest.raises(SourceUnreadableError) as caught:
+        list_slices(kept(server.url("a.txt") + f"?sig={PLANT}"))
+    assert PLANT not in str(caught.value)
+    assert server.url("a.txt") in str(caught.value)
+
+
+def test_a_login_that_fails_is_one_sentence(vault: str) -> None:
+    with pytest.raises(SourceUnreadableError, match=r"^vault://host/set: login failed: .*allowed"):
+        list_slices(kept(vault.replace("user:", "nobody:")))

@@ -1,0 +1,218 @@
+"""Every state that a run can be in, and what each command that looks at runs says of it."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from data_pipeline import errors
+from data_pipeline.common.command import write_text
+from data_pipeline.errors import MegabackError
+from launcher.slurm.jobs import main as jobs
+from megaback.faults.exit_record import EXIT_NAME, record_event, record_exit, record_start
+from megaback.faults.heartbeat import HEARTBEATS_FOLDER, Heartbeat, write_heartbeat
+from megaback.faults.run_state import ROLLBACK_EVENT
+from tests.helpers.run_config import run_config
+from tools.artifacts import inspect
+from tools.plot import main as plot
+from tools.status import main as status
+from tools.watch import main as watch
+
+STEPS, TOTAL_STEPS = 20, 25
+INTERVAL_S = 10.0
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that was started and has taken 20 of 25 steps."""
+    folder = tmp_path / "run"
+    (folder / HEARTBEATS_FOLDER).mkdir(parents=True)
+    write_text(folder / "config.yaml", run_config(folder).to_yaml())
+    start(folder, 0)
+    fields = {"learning_rate": 0.1, "loss": 2.0, "step_s": 1.0, "tokens_per_s": 256.0}
+    lines = [
+        {"step": step, "gradient_norm": 1.0, "tokens_seen": 256 * step, **fields}
+        for step in range(1, STEPS + 1)
+    ]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def start(run: Path, step: int) -> None:
+    record_start(run, step=step, total_steps=TOTAL_STEPS, world_size=1, zero_stage=0)
+
+
+def beat(
+    run: Path, phase: str = "updating", age_s: float = 3, for_s: float = 4, **more: Any
+) -> None:
+    """A rank's heartbeat that is so old, of a phase that began so long ago."""
+    now = time.time()
+    fields: dict[str, Any] = {
+        "rank": 0,
+        "world_size": 1,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "pid_started": psutil.Process().create_time(),
+        "phase": phase,
+        "step": STEPS + 1,
+        "since": now - for_s,
+        "written": now - age_s,
+        "interval_s": INTERVAL_S,
+        "timeout_s": 300.0,
+    }
+    write_heartbeat(run, Heartbeat(**{**fields, **more}))
+
+
+def starting(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    beat(run, "checking the nodes", for_s=40, step=0)
+
+
+def killed(run: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        started = psutil.Process(process.pid).create_time()
+        process.kill()
+    beat(run, pid=process.pid, pid_started=started)
+
+
+def ended(code: int, kind: str, reason: str) -> Callable[[Path], None]:
+    def end(run: Path) -> None:
+        beat(run, left="all ranks ended together")
+        record_exit(run, code, kind, reason)
+
+    return end
+
+
+def on_a_full_disk(code: int) -> Callable[[Path], None]:
+    """exit.json could not be written, and the line of the history was."""
+
+    def end(run: Path) -> None:
+        ended(code, "kind", "the reason")(run)
+        (run / EXIT_NAME).unlink()
+
+    return end
+
+
+def resumed(run: Path) -> None:
+    ended(0, "finished", "trained to the end")(run)
+    start(run, STEPS)
+    beat(run)
+
+
+def rolled_back(run: Path) -> None:
+    ended(0, "finished", "trained to the end")(run)
+    record_event(run, ROLLBACK_EVENT, step=10, left_out=[11, 20])
+
+
+def resumed_after_rollback(run: Path) -> None:
+    rolled_back(run)
+    start(run, 10)
+    beat(run)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is said of a state: by watch and status, by jobs, and why; the step by all."""
+
+    make: Callable[[Path], None]
+    state: str
+    job_state: str
+    says: str
+    step: int | None = STEPS
+
+
+def stopped(code: int, kind: str) -> Seen:
+    return Seen(ended(code, kind, "the reason"), "stopped", f"stopped ({code})", "the reason")
+
+
+STATES = {
+    "starting": Seen(
+        starting,
+        "starting",
+        "starting",
+        "checking the nodes at step 0 since 40 s, heartbeat 3 s old",
+        None,
+    ),
+    "training": Seen(
+        beat, "running", "running", "updating at step 21 since 4 s, heartbeat 3 s old"
+    ),
+    "saving": Seen(
+        lambda run: beat(run, "saving"), "running", "running", "saving at step 21 since 4 s"
+    ),
+    "validating for long": Seen(
+        lambda run: beat(run, "validating", for_s=90), "slow", "slow", "validating at step 21"
+    ),
+    "longer than allowed": Seen(
+        lambda run: beat(run, for_s=400), "stuck", "stuck", "longer than the 300 s allowed"
+    ),
+    "a heartbeat that is old, on another host": Seen(
+        lambda run: beat(run, age_s=60, for_s=61, host="elsewhere"),
+        "dead",
+        "dead",
+        "has been silent for 60 s",
+    ),
+    "a heartbeat of the future": Seen(
+        lambda run: beat(run, age_s=-30, for_s=-29, host="elsewhere"),
+        "running",
+        "running",
+        "since 0 s, heartbeat 30 s in the future: the clock of elsewhere is ahead",
+    ),
+    "killed": Seen(killed, "dead", "dead", "is dead; it was last heard of at step 21"),
+    "finished": Seen(
+        ended(0, "finished", "trained to the end"), "finished", "finished", "trained to the end"
+    ),
+    "a full disk": Seen(on_a_full_disk(74), "stopped", "stopped (74)", "the reason"),
+    "a terminal that closed": Seen(on_a_full_disk(75), "stopped", "stopped (75)", "the reason"),
+    "finished on a full disk": Seen(on_a_full_disk(0), "finished", "finished", "the reason"),
+    "resumed after its end": Seen(resumed, "running", "running", "heartbeat 3 s old"),
+    "rolled back": Seen(rolled_back, "stopped", "rolled back", "rolled back to step 10", 10),
+    "resumed after a rollback": Seen(
+        resumed_after_rollback, "running", "running", "heartbeat 3 s old"
+    ),
+    **{
+        f"ended with {kind.exit_code}": stopped(kind.exit_code, name)
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, MegabackError)
+    },
+}
+
+
+def printed(command: Any, *words: object) -> str:
+    return CliRunner().invoke(command, list(map(str, words))).stdout
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_all_commands_say_the_same_of_a_run(name: str, run: Path) -> None:
+    seen = STATES[name]
+    seen.make(run)
+
+    watched = json.loads(printed(watch, run, "--json"))
+    assert (watched["state"], seen.says in watched["reason"]) == (seen.state, True), watched
+    if watched["state"] in ("finished", "stopped"):
+        assert watched["step"] == seen.step
+    shown = json.loads(printed(status, run, "--json"))
+    assert (shown["health"]["state"], shown["step"]) == (seen.state, seen.step or 0)
+    assert f"{seen.state}: " in printed(status, run)
+    row = json.loads(printed(jobs, run, "--json"))
+    assert (row["state"], row["step"]) == (seen.job_state, seen.step)
+    if seen.job_state not in ("running", "finished"):
+        assert seen.says in row["why"], row
+    facts = inspect(run, verify=False).facts
+    assert seen.says in facts["ended"]
+    assert ("not yet" in facts["ended"]) == (seen.state not in ("finished", "stopped"))
+    assert facts.get("step") == seen.step
+
+
+def test_a_run_is_drawn_in_whatever_state(run: Path, tmp_path: Path) -> None:
+    rolled_back(run)
+
+    assert printed(plot, run, "--out", tmp_path / "curves").count("curves") == 2

@@ -1,0 +1,123 @@
+"""Which runs do not begin as no memory here holds them, and where that memory is read from."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_pipeline.errors import NotEnoughMemoryError
+from megaback.config import Config
+from megaback.planning.data_facts import RunFacts
+from megaback.planning.devices import Device
+from megaback.planning.host_memory import cgroup_limits, host_memory_bytes
+from megaback.planning.memory_room import AvailableMemory, certain_bytes, require_memory
+from megaback.planning.plan import Cluster, memory_of
+from tests.helpers.run_config import run_config
+
+VOCAB_SIZE = 8_888
+LARGE = {"num_layers": 24, "width": 2048, "num_heads": 16}
+
+
+def config_of(tmp_path: Path, **sections: object) -> Config:
+    batch = {"context_tokens": 1024, "global_batch_rows": 32, "micro_batch_rows": 8}
+    return run_config(
+        tmp_path / "run", **{"model": LARGE, "batch": batch, "zero": {"stage": 1}, **sections}
+    )
+
+
+def rooms(device: str, gigabytes: float, hosts: tuple[int, ...]) -> list[AvailableMemory]:
+    """Ranks on hosts, as many on each as given."""
+    return [
+        AvailableMemory(f"n{host}", device, int(gigabytes * 1e9))
+        for host, ranks in enumerate(hosts)
+        for _ in range(ranks)
+    ]
+
+
+def needed(config: Config, device: str, ranks: int) -> float:
+    facts = RunFacts(VOCAB_SIZE, 0.0, None, None, ())
+    cluster = Cluster(1, ranks, Device(device, 0.0, None, None, 0.0, 0.0))
+    return certain_bytes(memory_of(config, facts, cluster).parts, config.training.compile)
+
+
+@pytest.mark.parametrize("device", ["cpu", "NVIDIA H100 80GB HBM3"])
+@pytest.mark.parametrize("hosts", [(1,), (2,), (2, 2), (3, 1)])
+def test_what_fits_begins_and_what_does_not_is_refused(
+    device: str, hosts: tuple[int, ...], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path)
+    crowded = max(hosts) if device == "cpu" else 1  # a host's memory is shared
+    gigabytes = needed(config, device, sum(hosts)) * crowded / 1e9
+
+    require_memory(config, VOCAB_SIZE, rooms(device, gigabytes * 1.001, hosts))
+    with pytest.raises(NotEnoughMemoryError) as caught:
+        require_memory(config, VOCAB_SIZE, rooms(device, gigabytes * 0.999, hosts))
+    assert f"for each of {sum(hosts)} processes" in str(caught.value)
+    assert device in str(caught.value)
+    assert "--nodes" not in str(caught.value)  # which is not this command's
+
+
+def test_the_smallest_change_is_named_and_fits(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    there = rooms("cpu", 38, (1,))
+
+    with pytest.raises(NotEnoughMemoryError, match=r"change that fits is batch.micro_batch_rows=4"):
+        require_memory(config, VOCAB_SIZE, there)
+
+    batch = config.batch.model_copy(update={"micro_batch_rows": 4})
+    require_memory(config.model_copy(update={"batch": batch}), VOCAB_SIZE, there)
+
+
+def test_who_knows_better_may_start_it(tmp_path: Path) -> None:
+    config = config_of(tmp_path, hardware={"memory_check": False})  # as YAML reads `off`
+
+    require_memory(config, VOCAB_SIZE, rooms("cpu", 0.001, (1,)))
+
+
+def test_activations_of_compiled_code_are_not_certain(tmp_path: Path) -> None:
+    plain = config_of(tmp_path)
+    training = plain.training.model_copy(update={"compile": True})
+    compiled = plain.model_copy(update={"training": training})
+
+    assert needed(compiled, "cpu", 1) < needed(plain, "cpu", 1)
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+CASES: dict[str, tuple[str, dict[str, str], list[int]]] = {
+    "version 2": (
+        "0::/job/step\n",
+        {"job/step/memory.max": "max\n", "job/memory.max": "4096\n"},
+        [4096],
+    ),
+    "version 1": (
+        "5:cpu,cpuacct:/x\n4:memory:/slurm/job\n",
+        {
+            "memory/slurm/job/memory.limit_in_bytes": "8192\n",
+            "memory/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+        [8192, 9223372036854771712],
+    ),
+    "a container": ("0::/outside/of/it\n", {"memory.max": "2048\n"}, [2048]),
+    "none": ("0::/\n", {}, []),
+}
+
+
+@pytest.mark.parametrize(("listing", "files", "limits"), CASES.values(), ids=CASES)
+def test_limits_of_containers_and_jobs_are_found(
+    listing: str, files: dict[str, str], limits: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "cgroup").write_text(listing)
+    mounted = write(tmp_path / "mounted", files)
+
+    assert cgroup_limits(tmp_path / "cgroup", mounted) == limits
+
+
+def test_a_machine_without_control_groups_has_no_limits(tmp_path: Path) -> None:
+    assert cgroup_limits(tmp_path / "absent", tmp_path) == []
+    assert 0 < host_memory_bytes() <= psutil.virtual_memory().total

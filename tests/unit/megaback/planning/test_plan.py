@@ -1,0 +1,266 @@
+"""A run is planned as it will be, and one that does not fit is told the smallest change."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ConfigError
+from megaback.config import Config
+from megaback.config_file import load_config
+from megaback.planning.data_facts import RunFacts, run_facts
+from megaback.planning.devices import DEVICES, cpu_device, devices_named_like, find_device
+from megaback.planning.network import step_traffic
+from megaback.planning.plan import Cluster, fits, memory_of, plan_run, smallest_change
+from tests.helpers.paths import ROOT
+
+CONFIGS = ROOT / "configs"
+FACTS = RunFacts(8_888, 500.0, 1e11, 1e11, ())
+RunMegaback = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def config_of(name: str = "reverse_7b", *overrides: str) -> Config:
+    return load_config(CONFIGS / f"{name}.yaml", overrides)
+
+
+def h100s(nodes: int) -> Cluster:
+    return Cluster(nodes, 8, find_device("h100-80gb"))
+
+
+def changed(config: Config, cluster: Cluster, words: str) -> tuple[Config, Cluster]:
+    """What the words that `smallest_change` gives come to when they are typed."""
+    name, *arguments = words.split(" --nodes ")
+    if words.startswith("--nodes "):
+        name, arguments = "", [words.removeprefix("--nodes ")]
+    for override in name.split():
+        section, _, rest = override.partition(".")
+        key, _, value = rest.partition("=")
+        part = getattr(config, section)
+        typed = type(getattr(part, key))(value)
+        config = config.model_copy(update={section: part.model_copy(update={key: typed})})
+    nodes = int(arguments[0]) if arguments else cluster.nodes
+    return config, Cluster(nodes, cluster.devices_per_node, cluster.device)
+
+
+def test_a_run_that_fits_fits_with_every_larger_number_of_devices() -> None:
+    totals = [memory_of(config_of(), FACTS, h100s(nodes)).parts.total for nodes in (1, 4, 16, 32)]
+
+    assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_higher_stage_takes_no_more_weights_gradients_and_states(optimizer: str) -> None:
+    config = config_of("reverse_7b", f"optimizer.name={optimizer}")
+    plan = plan_run(config, FACTS, h100s(8), 0.4)
+
+    held = [
+        memory.parts.weights + memory.parts.gradients + memory.parts.optimizer
+        for memory in plan.stages.values()
+    ]
+
+    assert held == sorted(held, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("zero.stage=1", "batch.micro_batch_rows=1", "optimizer.name=adamw"), "zero.stage=2"),
+        (("zero.stage=2", "batch.micro_batch_rows=8"), "batch.micro_batch_rows=2"),
+    ],
+    ids=["stage", "micro-batch"],
+)
+def test_the_smallest_change_is_one_that_costs_little(
+    overrides: tuple[str, ...], expected: str
+) -> None:
+    config, cluster = config_of("reverse_7b", *overrides), h100s(2)
+    memory = memory_of(config, FACTS, cluster).parts.total
+    tight = Cluster(2, 8, find_device("h100-80gb", memory * 0.9))
+
+    words = smallest_change(config, FACTS, tight if expected == "zero.stage=2" else cluster)
+
+    assert words == expected
+
+
+@given(
+    stage=st.integers(0, 3),
+    rows=st.sampled_from([1, 4, 16]),
+    kept=st.sampled_from(["none", "selective", "block"]),
+    memory_gb=st.floats(8, 140),
+    nodes=st.sampled_from([1, 2, 8]),
+)
+def test_what_is_named_fits(stage: int, rows: int, kept: str, memory_gb: float, nodes: int) -> None:
+    config = config_of(
+        "reverse_7b",
+        f"zero.stage={stage}",
+        f"batch.micro_batch_rows={rows}",
+        f"training.activation_checkpointing={kept}",
+    )
+    cluster = Cluster(nodes, 8, find_device("h100-80gb", memory_gb * 1e9))
+
+    words = smallest_change(config, FACTS, cluster)
+
+    if words is not None:
+        assert fits(*(lambda c, on: (c, FACTS, on))(*changed(config, cluster, words)))
+
+
+def test_offloading_moves_states_from_the_devices_to_their_host() -> None:
+    kept = memory_of(config_of("reverse_7b"), FACTS, h100s(1))
+    moved = memory_of(config_of("reverse_7b", "zero.offload=optimizer"), FACTS, h100s(1))
+
+    assert moved.parts.total < kept.parts.total
+    assert moved.host_bytes_per_node > kept.host_bytes_per_node + kept.parts.optimizer * 7
+
+
+def test_days_are_flops_over_what_the_devices_do() -> None:
+    config = config_of()
+    plan = plan_run(config, FACTS, h100s(8), 0.5)
+
+    assert plan.duration is not None
+    assert plan.duration.device_hours is not None
+    seconds = plan.steps * plan.step_tokens * plan.flops_per_token / (989e12 * 0.5)  # type: ignore[operator]
+    assert plan.duration.device_hours == pytest.approx(seconds / 3600)
+    assert plan.duration.days == pytest.approx(seconds / 64 / 86_400)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_rank_sends_nothing(stage: int) -> None:
+    traffic = step_traffic(
+        config_of().model,
+        8_888,
+        ranks=1,
+        accumulation_steps=4,
+        stage=stage,
+        precision="bf16",
+        optimizer="muon",
+    )
+
+    assert traffic.total == 0
+
+
+def test_checkpoints_kept_are_the_last_the_one_being_written_and_the_marked_ones() -> None:
+    config = config_of("reverse_7b", "checkpoint.keep_every_steps=10000")
+
+    plan = plan_run(config, FACTS, h100s(8), 0.4)
+
+    assert plan.steps is not None
+    assert plan.checkpoints_kept == 3 + 1 + plan.steps // 10_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("h100", {"h100-80gb", "h100-nvl-94gb", "h100-pcie-80gb"}),
+        ("NVIDIA H100 80GB HBM3", {"h100-80gb", "h100-pcie-80gb"}),
+        ("NVIDIA H100 PCIe", {"h100-pcie-80gb"}),
+        ("nvidia_a100-sxm4-80gb", {"a100-80gb"}),
+        ("a100", {"a100-80gb", "a100-40gb"}),
+        ("tesla", set()),
+    ],
+)
+def test_a_schedulers_name_stands_for_the_devices_that_it_may_be(
+    kind: str, names: set[str]
+) -> None:
+    assert {device.name for device in devices_named_like(kind)} == names
+
+
+def test_an_unknown_device_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean h100-80gb\?"):
+        find_device("h100-80")
+
+
+def test_facts_of_shards_are_their_manifests(tiny_shards: Path) -> None:
+    config = config_of("demo", f"data.shards={tiny_shards}", "batch.context_tokens=64")
+
+    facts = run_facts(config, None, None)
+
+    assert facts.total_tokens == 1000 * 8 * 64
+    assert 1 < facts.attended_tokens < 64
+    assert facts.shard_bytes == sum(path.stat().st_size for path in tiny_shards.glob("*.zst"))
+
+
+def test_a_vocabulary_that_is_not_the_shards_is_refused(tiny_shards: Path) -> None:
+    config = config_of("demo", f"data.shards={tiny_shards}", "batch.context_tokens=64")
+
+    with pytest.raises(ConfigError, match="--vocab-size is 7"):
+        run_facts(config, 7, None)
+
+
+def test_a_machine_without_gpus_holds_checkpoints_on_their_way_itself() -> None:
+    config = config_of("demo")
+
+    memory = memory_of(config, FACTS, Cluster(1, 2, cpu_device(8e9, None)))
+
+    assert memory.host_bytes_per_node == 0
+    assert "saving" in memory.moments
+
+
+def plan(run_megaback: RunMegaback, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_megaback("plan", CONFIGS / "reverse_7b.yaml", *arguments)
+
+
+def test_the_command_prints_every_part_and_says_what_it_assumed(run_megaback: RunMegaback) -> None:
+    done = plan(run_megaback, "--nodes", "16", "--device", "h100-80gb", "--tokens", "1.1e11")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    starts = [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert starts[:4] == ["model", "step", "run", "memory"]
+    assert {"host", "network", "disk", "time", "note"} <= set(starts)
+    assert "7,052,406,784 parameters" in done.stdout
+    assert "MFU of 40%" in done.stdout
+
+
+def test_a_run_that_does_not_fit_ends_with_its_own_code_and_what_does(
+    run_megaback: RunMegaback,
+) -> None:
+    done = plan(run_megaback, "--device", "a100-40gb", "--json")
+
+    assert done.returncode == 14
+    change = json.loads(done.stdout)["smallest_change"]
+    assert change is not None
+    assert f"the smallest change that fits is {change}" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--device", "h101"), 10, "no device is known as 'h101'"),
+        ((), 10, "give --device"),
+        (("--device", "h100-80gb", "--nodes", "0"), 2, "0 is not in the range"),
+        (("--device", "h100-80gb", "--nodes", "3"), 11, "not divisible by 24 ranks"),
+        (("--device", "v100-32gb"), 10, "does not compute in bf16"),
+        (("--device", "h100-80gb", "modle.width=8"), 10, "did you mean model?"),
+        (("--device", "h100-80gb", "--mfu", "2"), 2, "2.0 is not in the range"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(
+    arguments: tuple[str, ...], code: int, said: str, run_megaback: RunMegaback
+) -> None:
+    done = plan(run_megaback, *arguments)
+
+    assert done.returncode == code
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_the_plan_is_json_for_machines(run_megaback: RunMegaback) -> None:
+    done = plan(run_megaback, "--nodes", "16", "--device", "h100-80gb", "--json")
+
+    fields: dict[str, Any] = json.loads(done.stdout)
+    assert fields["fits"] is True
+    assert set(fields["stages"]) == {"0", "1", "2", "3"}
+    assert fields["steps"] is None
+    assert fields["stages"]["2"]["total_bytes"] == pytest.approx(
+        sum(fields["stages"]["2"]["parts"].values())
+    )
+
+
+def test_every_device_has_a_share_of_memory_and_arithmetic() -> None:
+    assert all(
+        device.memory_bytes > 1e9 and device.peak_flops("fp32") for device in DEVICES.values()
+    )

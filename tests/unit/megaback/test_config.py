@@ -1,0 +1,403 @@
+"""A config is checked as a whole, refused with one sentence, and every shipped one can run."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import BatchError, ConfigError, MegabackError
+from data_pipeline.storage.address_variables import expanded
+from megaback.config import BatchSection, Config, split_batch
+from megaback.config_file import load_config
+from megaback.model.gpt import ReverseGPT
+from megaback.shown_config import shown_config
+from megaback.yaml_text import kept_overrides
+from tests.helpers.paths import ROOT
+
+CONFIGS = ROOT / "configs"
+SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+SEED_CONFIG = "xcoax_100bt.yaml"
+
+SMALL: dict[str, Any] = {
+    "run": "runs/small",
+    "data": {"shards": "data/small"},
+    "model": {"num_layers": 2, "width": 32, "num_heads": 4},
+    "batch": {"context_tokens": 64, "global_batch_rows": 8, "micro_batch_rows": 2},
+    "optimizer": {"learning_rate": 1e-3},
+    "training": {"steps": 10},
+}
+
+
+def write_config(folder: Path, fields: object = SMALL) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The sentence with which a config is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_a_small_config_is_enough(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path))
+
+    assert (config.training.steps, config.zero.stage, config.data.direction) == (10, 2, "backward")
+
+
+def test_what_is_written_as_yaml_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path), ("init_from=models/base", "data.lanes=4"))
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(config.to_yaml())
+
+    assert load_config(copy) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data.shards={}",
+        "data.shards=[{{path: '{}', weight: 2}}, {{path: books}}]",
+        "checkpoint.copy_to={}",
+    ],
+)
+def test_an_override_for_other_processes_has_no_secrets_and_means_the_same(
+    tmp_path: Path, text: str
+) -> None:
+    override = text.format("https://me:pass@host/web?token=abc&id=7")
+    (kept,) = kept_overrides((override,))
+    assert "abc" not in kept
+    assert "pass@" not in kept
+    assert kept_overrides((kept, "training.steps=7")) == (kept, "training.steps=7")
+    path = write_config(tmp_path)
+    assert load_config(path, (kept,)) == load_config(path, (override,))
+
+
+def test_a_config_that_is_shown_has_no_secrets_of_addresses(tmp_path: Path) -> None:
+    secret = "data.shards=[{path: 'https://me:word@host/web?token=abc', weight: 2}, {path: books}]"
+    config = load_config(write_config(tmp_path), (secret,))
+
+    shown = shown_config(config)
+
+    assert [part["path"] for part in shown["data"]["shards"]] == ["https://host/web", "books"]
+    assert shown["model"] == config.model.model_dump()
+    assert "abc" not in config.to_yaml()
+    assert "word" not in config.to_yaml()
+    assert expanded(config.data.shards[0].path) == "https://me:word@host/web?token=abc"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "meant"),
+    [
+        ("trainig.steps=5", "trainig", "training"),
+        ("optimizer.lerning_rate=1", "optimizer.lerning_rate", "optimizer.learning_rate"),
+        ("model.num_head=2", "model.num_head", "model.num_heads"),
+        ("batch.global_rows=2", "batch.global_rows", "batch.global_batch_rows"),
+        ("zero.stages=2", "zero.stages", "zero.stage"),
+        ("data.direktion=forward", "data.direktion", "data.direction"),
+        ("logging.wandb_projekt=x", "logging.wandb_projekt", "logging.wandb_project"),
+    ],
+)
+def test_a_key_that_does_not_exist_is_named_with_what_was_meant(
+    tmp_path: Path, override: str, key: str, meant: str
+) -> None:
+    path = write_config(tmp_path)
+
+    assert refusal(path, override) == f"{path}: there is no key {key}; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [("zero.xyzzy=1", "; zero has stage"), ("xyzzy=1", "; the config has run,")],
+)
+def test_a_key_that_resembles_none_gets_the_list_of_its_section(
+    tmp_path: Path, override: str, names: str
+) -> None:
+    assert names in refusal(write_config(tmp_path), override)
+
+
+@pytest.mark.parametrize("section", ["data", "model", "batch", "optimizer", "training"])
+def test_a_missing_section_is_named(tmp_path: Path, section: str) -> None:
+    fields = {name: value for name, value in SMALL.items() if name != section}
+
+    assert f"the key {section} is missing" in refusal(write_config(tmp_path, fields))
+
+
+def test_a_missing_key_is_named_with_its_section(tmp_path: Path) -> None:
+    fields = {**SMALL, "model": {"num_layers": 2, "num_heads": 4}}
+
+    assert "the key model.width is missing" in refusal(write_config(tmp_path, fields))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate = -1"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate = 'fast'"),
+        ("model.num_layers=0", "model.num_layers = 0"),
+        ("model.num_layers=2.5", "model.num_layers = 2.5"),
+        ("zero.stage=4", "zero.stage = 4"),
+        ("data.direction=sideways", "data.direction = 'sideways'"),
+        ("training.precision=fp16", "training.precision = 'fp16'"),
+        ("checkpoint.keep_last=1", "checkpoint.keep_last = 1"),
+        ("training.seed=-1", "training.seed = -1"),
+        ("model.width=34", "num_heads 4 does not divide width 34"),
+        ("model.width=12", "width / num_heads is 3"),
+        ("model.num_kv_heads=3", "num_kv_heads 3 does not divide num_heads 4"),
+        ("model=null", "model = None"),
+        ("zero={stage: 0, offload: optimizer}", "offload optimizer needs stage 1 or higher"),
+        ("zero={stage: 2, offload: parameters}", "offload parameters needs stage 3"),
+        (
+            "model={num_layers: 1, width: 32, num_heads: 4, tie_embeddings: true, base_width: 8}",
+            "base_width treats lm_head and the embeddings differently",
+        ),
+        (
+            "model={num_layers: 1, width: 32, num_heads: 4, tie_embeddings: true, zero_head: true}",
+            "zero_head treats lm_head and the embeddings differently",
+        ),
+        ("optimizer.matrix_learning_rate=0.1", "matrix_learning_rate is Muon's"),
+        ("optimizer.schedule=step", "optimizer.schedule = 'step'"),
+        ("training.activation_checkpointing=true", "training.activation_checkpointing = True"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named_with_its_key(
+    tmp_path: Path, override: str, key: str
+) -> None:
+    assert key in refusal(write_config(tmp_path), override)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("key", ["optimizer.learning_rate", "training.epochs", "model.rope_theta"])
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    overrides = ["training.steps=null"] if key == "training.epochs" else []
+
+    assert key in refusal(write_config(tmp_path), *overrides, f"{key}={value}")
+
+
+def test_steps_may_be_replaced_by_epochs(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path), ("training.steps=null", "training.epochs=1.5"))
+
+    assert (config.training.steps, config.training.epochs) == (None, 1.5)
+
+
+@pytest.mark.parametrize("override", ["training.epochs=2", "training.steps=null"])
+def test_neither_both_nor_none_of_steps_and_epochs_is_accepted(
+    tmp_path: Path, override: str
+) -> None:
+    sentence = refusal(write_config(tmp_path), override)
+
+    assert "training: give exactly one of steps and epochs" in sentence
+
+
+def test_a_later_override_wins(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path), ("training.seed=1", "training.seed=2"))
+
+    assert config.training.seed == 2
+
+
+def test_an_override_makes_a_section_that_the_file_leaves_out(tmp_path: Path) -> None:
+    assert load_config(write_config(tmp_path), ("zero.stage=3",)).zero.stage == 3
+
+
+def test_a_learning_rate_may_be_written_as_3e_4(tmp_path: Path) -> None:
+    """YAML 1.1 reads 3e-4, without a dot, as text."""
+    config = load_config(write_config(tmp_path), ("optimizer.learning_rate=3e-4",))
+
+    assert config.optimizer.learning_rate == 3e-4
+
+
+def test_the_value_of_an_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    assert load_config(write_config(tmp_path), ("run=runs/lr=1",)).run == Path("runs/lr=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("training.steps", "'training.steps' is not an override"),
+        ("=5", "'=5' is not an override"),
+        ("training.steps.more=5", "looks into steps, which has no keys"),
+        ("run=[1", "is not valid YAML"),
+    ],
+)
+def test_an_override_that_makes_no_sense_is_quoted(
+    tmp_path: Path, override: str, complaint: str
+) -> None:
+    assert complaint in refusal(write_config(tmp_path), override)
+
+
+@pytest.mark.parametrize("override", [".steps=5", "training.=5", "training..steps=5"])
+def test_an_override_with_an_empty_name_is_refused(tmp_path: Path, override: str) -> None:
+    refusal(write_config(tmp_path), override)
+
+
+def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+
+    assert refusal(path) == f"cannot read the config {path}: No such file or directory"
+
+
+@pytest.mark.parametrize("content", [b"", b"- a\n", b"text", b"run: [", b"\xff\xfe", b"a: b: c"])
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content)
+
+    assert str(path) in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["zero.stages=2", "model.width=34", "training.epochs=2", "optimizer.learning_rate=-1", "run=["],
+)
+def test_a_refusal_is_one_line(tmp_path: Path, override: str) -> None:
+    assert "\n" not in refusal(write_config(tmp_path), override)
+
+
+def test_keys_that_are_no_text_are_refused_with_a_sentence(tmp_path: Path) -> None:
+    fields = {**SMALL, "zero": {2: 3}}
+
+    assert "zero.2" in refusal(write_config(tmp_path, fields))
+
+
+@given(
+    micro_rows=st.integers(1, 64),
+    per_rank=st.integers(1, 256),
+    world_size=st.integers(1, 64),
+)
+def test_micro_batches_accumulation_and_ranks_multiply_to_the_global_batch(
+    micro_rows: int, per_rank: int, world_size: int
+) -> None:
+    batch = batch_of(per_rank * world_size, micro_rows)
+
+    rows, accumulation = split_batch(batch, world_size)
+
+    assert rows * accumulation * world_size == batch.global_batch_rows
+    assert rows <= micro_rows
+
+
+@given(micro_rows=st.integers(1, 64), per_rank=st.integers(1, 256), world_size=st.integers(1, 64))
+def test_the_micro_batch_is_the_largest_that_divides_a_ranks_rows(
+    micro_rows: int, per_rank: int, world_size: int
+) -> None:
+    rows, _ = split_batch(batch_of(per_rank * world_size, micro_rows), world_size)
+
+    assert all(per_rank % larger for larger in range(rows + 1, min(micro_rows, per_rank) + 1))
+
+
+@given(global_rows=st.integers(1, 4096), world_size=st.integers(1, 512))
+def test_a_batch_that_ranks_cannot_share_names_one_that_they_can(
+    global_rows: int, world_size: int
+) -> None:
+    if global_rows % world_size == 0:
+        return
+    with pytest.raises(BatchError) as caught:
+        split_batch(batch_of(global_rows, 4), world_size)
+
+    message = str(caught.value)
+    assert f"global_batch_rows {global_rows} is not divisible by {world_size} ranks" in message
+    suggested = int(re.search(r"use (\d+) rows", message)[1])
+    assert suggested % world_size == 0
+    assert abs(suggested - global_rows) < world_size
+
+
+def batch_of(global_rows: int, micro_rows: int) -> BatchSection:
+    return BatchSection(
+        context_tokens=64, global_batch_rows=global_rows, micro_batch_rows=micro_rows
+    )
+
+
+@pytest.mark.parametrize(("name", "billions"), [("1b", 1.0), ("2b", 2.0), ("7b", 7.0)])
+def test_a_model_has_as_many_parameters_as_its_config_says(name: str, billions: float) -> None:
+    shape = load_config(CONFIGS / f"reverse_{name}.yaml").model
+    with torch.device("meta"):
+        model = ReverseGPT(shape, 8_888)
+
+    assert model.num_parameters() == pytest.approx(billions * 1e9, rel=0.04)
+    assert shape.head_dim == 128
+
+
+def shipped(name: str) -> Config:
+    """A shipped config; what is fine-tuned has a base's model, which is not here."""
+    keys = ("num_layers=12", "width=1024", "num_heads=16") if name == "backchat.yaml" else ()
+    return load_config(CONFIGS / name, tuple(f"model.{key}" for key in keys))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_parses(name: str) -> None:
+    shipped(name)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_context_is_a_power_of_two_as_frames_are(name: str) -> None:
+    context_tokens = shipped(name).batch.context_tokens
+
+    assert 64 <= context_tokens <= 65_536
+    assert context_tokens & (context_tokens - 1) == 0
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_batch_can_be_shared_by_1_2_4_and_8_ranks(name: str) -> None:
+    batch = shipped(name).batch
+
+    for world_size in (1, 2, 4, 8):
+        micro_rows, accumulation = split_batch(batch, world_size)
+        assert micro_rows * accumulation * world_size == batch.global_batch_rows
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_warmup_ends_before_the_run_does(name: str) -> None:
+    config = shipped(name)
+
+    assert config.optimizer.warmup_steps < (config.training.steps or math.inf)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_shipped_config_names_a_place_on_somebodys_machine(name: str) -> None:
+    config: Config = shipped(name)
+
+    assert not config.run.is_absolute()
+    assert not any(Path(part.path).is_absolute() for part in config.data.shards)
+
+
+@pytest.mark.skipif(SEED_CONFIG not in SHIPPED, reason=f"there is no configs/{SEED_CONFIG} yet")
+def test_the_seed_experiments_config_has_its_numbers() -> None:
+    config = load_config(CONFIGS / SEED_CONFIG)
+
+    assert (config.model.num_layers, config.model.num_heads, config.model.width) == (12, 16, 1024)
+    assert (config.batch.context_tokens, config.batch.micro_batch_rows) == (1024, 64)
+    assert config.batch.global_batch_rows == 64 * 4
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.training.precision == "bf16"
+    assert config.data.direction == "backward"
+
+
+@pytest.mark.skipif(SEED_CONFIG not in SHIPPED, reason=f"there is no configs/{SEED_CONFIG} yet")
+def test_the_seed_experiments_batch_accumulates_four_times_on_one_device() -> None:
+    assert split_batch(load_config(CONFIGS / SEED_CONFIG).batch, 1) == (64, 4)
+
+
+def test_a_refusal_belongs_to_the_one_family_of_errors() -> None:
+    assert issubclass(BatchError, ConfigError)
+    assert issubclass(ConfigError, MegabackError)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("hardware.preflight=off", "off"),
+        ("hardware.preflight=on", "on"),
+        ("logging.wandb=off", "off"),
+    ],
+)
+def test_words_that_yaml_takes_for_truth_need_no_quotes(override: str, value: str) -> None:
+    section, key = override.partition("=")[0].split(".")
+    config = load_config(ROOT / "configs" / "demo.yaml", (override,))
+
+    assert getattr(getattr(config, section), key) == value

@@ -1,0 +1,239 @@
+"""metrics.jsonl is that of an uninterrupted run, however often the run was interrupted."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megaback.tracking.loss_by_context import ContextLoss, Loss
+from megaback.tracking.metrics import (
+    MACHINE_FIELDS,
+    METRICS_NAME,
+    StepRecord,
+    read_metrics,
+)
+from megaback.tracking.metrics_log import MetricsLog
+from tests.helpers.run_config import run_config
+
+STEP_TOKENS = 4 * 64
+MEASURED = ContextLoss(Loss(5.5, 2.0, 7), {"1": Loss(6.5, None, 1), "2": Loss(5.3, 1.9, 6)})
+
+
+def open_log(
+    run: Path, resumed_step: int = 0, share: float | None = None, num_devices: int = 2
+) -> MetricsLog:
+    """The log of a run of 25 steps."""
+    config = run_config(run, logging={"every_steps": 10, "tensorboard": "off"})
+    return MetricsLog(config, resumed_step, 25, share, num_devices)
+
+
+def record(step: int, data_wait_share: float = 0.002) -> StepRecord:
+    return StepRecord(step, 6.0 - step / 10, 200, 1e-3, 0.5, 0.25, data_wait_share, 3_200_000_000)
+
+
+def write_steps(log: MetricsLog, first: int, last: int) -> None:
+    """Record training steps, and a measurement after the third."""
+    for step in range(first, last + 1):
+        log.train(record(step))
+        if step == 3:
+            log.validation(step, MEASURED)
+    log.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run that made five steps."""
+    write_steps(open_log(tmp_path), 1, 5)
+    return tmp_path
+
+
+def steps_of(run: Path) -> list[tuple[int, bool]]:
+    """The step of every line, and whether it is a measurement."""
+    return [(line["step"], "val_loss" in line) for line in read_metrics(run)]
+
+
+FIVE_STEPS = [(1, False), (2, False), (3, False), (3, True), (4, False), (5, False)]
+
+
+def test_lines_stand_in_the_order_in_which_they_were_recorded(run: Path) -> None:
+    assert steps_of(run) == FIVE_STEPS
+
+
+def test_a_training_line_says_what_the_step_was(run: Path) -> None:
+    assert read_metrics(run)[1] == {
+        "step": 2,
+        "loss": 5.8,
+        "targets": 200,
+        "learning_rate": 1e-3,
+        "gradient_norm": 0.5,
+        "step_s": 0.25,
+        "tokens_seen": 2 * STEP_TOKENS,
+        "tokens_per_s": STEP_TOKENS / 0.25,
+        "tokens_per_s_per_device": STEP_TOKENS / 0.25 / 2,
+        "data_wait_share": 0.002,
+        "memory_peak_bytes": 3_200_000_000,
+    }
+
+
+def test_a_validation_line_says_what_was_measured(run: Path) -> None:
+    assert read_metrics(run)[3] == {
+        "step": 3,
+        "val_loss": 5.5,
+        "val_bits_per_byte": 2.0,
+        "val_targets": 7,
+        "val_by_context": {
+            "1": {"loss": 6.5, "bits_per_byte": None, "targets": 1},
+            "2": {"loss": 5.3, "bits_per_byte": 1.9, "targets": 6},
+        },
+    }
+
+
+def test_utilisation_is_the_share_of_a_second_over_the_seconds(tmp_path: Path) -> None:
+    write_steps(open_log(tmp_path, share=0.1), 1, 1)
+
+    assert read_metrics(tmp_path)[0]["mfu"] == pytest.approx(0.4)
+
+
+def test_every_line_is_on_the_disk_as_soon_as_it_is_recorded(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.train(record(1))
+
+    assert steps_of(tmp_path) == [(1, False)]
+    log.close()
+
+
+def test_resuming_cuts_off_what_came_after_the_resumed_step(run: Path) -> None:
+    open_log(run, 3).close()
+
+    assert steps_of(run) == FIVE_STEPS[:4]
+
+
+def test_a_run_that_begins_anew_begins_with_no_lines(run: Path) -> None:
+    open_log(run).close()
+
+    assert steps_of(run) == []
+
+
+def test_resuming_without_a_file_begins_one(tmp_path: Path) -> None:
+    open_log(tmp_path, 3).close()
+
+    assert steps_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("resumed_step", [0, 2, 3, 4, 5])
+def test_a_resumed_and_repeated_run_has_the_bytes_of_an_uninterrupted_one(
+    resumed_step: int, run: Path
+) -> None:
+    before = (run / METRICS_NAME).read_bytes()
+
+    write_steps(open_log(run, resumed_step), resumed_step + 1, 5)
+
+    assert (run / METRICS_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("cut_bytes", [1, 2, 10, 20])
+def test_a_last_line_that_was_cut_short_is_left_out(run: Path, cut_bytes: int) -> None:
+    path = run / METRICS_NAME
+    path.write_bytes(path.read_bytes()[:-cut_bytes])
+
+    # Without its newline alone, the line is still whole.
+    assert steps_of(run) == (FIVE_STEPS if cut_bytes == 1 else FIVE_STEPS[:-1])
+
+
+def test_after_a_cut_line_a_resumed_run_writes_whole_lines(run: Path) -> None:
+    path = run / METRICS_NAME
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+
+    write_steps(open_log(run, 4), 5, 5)
+
+    assert path.read_bytes() == whole
+
+
+def test_null_bytes_that_a_crash_left_at_the_end_are_left_out(run: Path) -> None:
+    path = run / METRICS_NAME
+    path.write_bytes(path.read_bytes() + b"\0" * 40)
+
+    assert steps_of(run) == FIVE_STEPS
+
+
+def test_the_console_has_every_tenth_step_and_the_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = open_log(tmp_path)
+    for step in range(1, 26):
+        log.train(record(step))
+    log.close()
+
+    steps = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert steps == ["10/25", "20/25", "25/25"]
+
+
+def console_text(run: Path, capsys: pytest.CaptureFixture[str], share: float, devices: int) -> str:
+    """What the console says of a tenth step."""
+    log = open_log(run, share=0.1, num_devices=devices)
+    log.train(record(10, share))
+    log.close()
+    return capsys.readouterr().out
+
+
+def test_the_console_says_what_each_device_does_and_what_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert console_text(tmp_path, capsys, 0.25, 4) == (
+        "step 10/25  loss 5.0000  0m04s left  1,024 tokens/s (256 a device)  lr 1.00e-03  "
+        "norm 0.50  MFU 40.0%  3.2 GB  data wait 25%\n"
+    )
+
+
+@pytest.mark.parametrize("columns", [70, 200])
+def test_a_terminal_has_one_line_that_begins_with_what_matters(
+    columns: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    log = open_log(tmp_path, share=0.1)
+    for step in range(1, 11):
+        log.train(record(step, 0.25))
+    log.close()
+
+    # The line as it was left: all that came before is written over.
+    shown = [text for text in capsys.readouterr().out.splitlines() if "loss" in text]
+    last = shown[-1].split("\r")[-1]
+    assert "10/25  loss 5.0000  0m04s left  1,024 tokens/s" in last
+    assert ("data wait 25%" in last) == (columns == 200)
+
+
+def test_the_console_is_silent_about_what_does_not_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = console_text(tmp_path, capsys, 0.009, 1)
+    assert "data wait" not in text
+    assert "a device" not in text
+
+
+def test_what_is_of_the_machine_is_listed_once(tmp_path: Path) -> None:
+    write_steps(open_log(tmp_path, share=0.1), 1, 1)
+    learnt = {"step", "loss", "targets", "learning_rate", "gradient_norm", "tokens_seen"}
+
+    assert set(read_metrics(tmp_path)[0]) - learnt == MACHINE_FIELDS
+
+
+def test_every_measurement_is_on_the_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = open_log(tmp_path)
+    log.validation(3, MEASURED)
+    log.close()
+
+    printed = capsys.readouterr().out
+    assert "step 3/25  val loss 5.5000 nats/token, 2.0000 bits/byte over 7 tokens" in printed
+
+
+def test_metrics_are_json_that_any_reader_takes(run: Path) -> None:
+    for line in (run / METRICS_NAME).read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)

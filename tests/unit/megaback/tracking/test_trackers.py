@@ -1,0 +1,165 @@
+"""Trackers get what they lack, no step twice, and never end a run."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import BackendError
+from megaback.config import Config
+from megaback.tracking import trackers
+from megaback.tracking.trackers import BEFORE_ALL_STEPS, Trackers, Value, flat_values
+from tests.helpers.run_config import run_config
+
+Start = Callable[[Config, int], Any]
+
+
+class Notebook:
+    """A tracker that remembers."""
+
+    def __init__(self, held_step: int = BEFORE_ALL_STEPS, breaks_at: int | None = None) -> None:
+        self.held_step = held_step
+        self.written: list[tuple[int, Mapping[str, Value]]] = []
+        self.is_closed = False
+        self._breaks_at = breaks_at
+
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        if step == self._breaks_at:
+            raise ConnectionResetError("Connection lost")
+        self.written.append((step, values))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return run_config(tmp_path)
+
+
+@pytest.fixture
+def start_with(monkeypatch: pytest.MonkeyPatch, config: Config) -> Callable[..., Trackers]:
+    """`start_with(starts, last_step, said)`: trackers that are started so."""
+
+    def start(starts: dict[str, Start], last_step: int, said: list[str]) -> Trackers:
+        monkeypatch.setattr(trackers, "_STARTS", starts)
+        return Trackers(config, last_step, said.append)
+
+    return start
+
+
+def lines(first: int, last: int) -> list[dict[str, Any]]:
+    return [{"step": step, "loss": float(step)} for step in range(first, last + 1)]
+
+
+def with_logging(config: Config, **logging: str) -> Config:
+    section = config.logging.model_copy(update=logging)
+    return config.model_copy(update={"logging": section})
+
+
+def test_each_mirror_gets_the_steps_that_it_lacks(start_with: Callable[..., Trackers]) -> None:
+    new, old = Notebook(), Notebook(held_step=3)
+    both = start_with({"new": lambda *_: new, "old": lambda *_: old}, 5, [])
+    both.feed(lines(1, 5))
+    both.feed(lines(6, 6))
+    both.close()
+
+    assert [step for step, _ in new.written] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in old.written] == [4, 5, 6]
+    assert new.is_closed
+    assert old.is_closed
+
+
+def test_steps_that_a_mirror_holds_beyond_the_resumed_one_are_not_repeated_and_that_is_said(
+    start_with: Callable[..., Trackers],
+) -> None:
+    ahead, said = Notebook(held_step=7), list[str]()
+    start_with({"ahead": lambda *_: ahead}, 5, said).feed(lines(6, 9))
+
+    assert [step for step, _ in ahead.written] == [8, 9]
+    assert said == [
+        "ahead has steps up to 7 already: those that are made again are not shown there"
+    ]
+
+
+def test_a_mirror_that_fails_is_left_out_and_named_once(
+    start_with: Callable[..., Trackers],
+) -> None:
+    broken, well, said = Notebook(breaks_at=2), Notebook(), list[str]()
+    both = start_with({"broken": lambda *_: broken, "well": lambda *_: well}, -1, said)
+    both.feed(lines(1, 4))
+    both.close()
+
+    assert [step for step, _ in broken.written] == [1]
+    assert not broken.is_closed
+    assert [step for step, _ in well.written] == [1, 2, 3, 4]
+    assert said == [
+        "broken has failed (ConnectionResetError: Connection lost); training goes on without "
+        "it, and the next start gives it what it lacks from metrics.jsonl"
+    ]
+
+
+def test_a_mirror_that_does_not_start_is_left_out_and_says_no_secret(
+    start_with: Callable[..., Trackers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "sesame")
+    said: list[str] = []
+
+    def start(config: Config, last_step: int) -> None:
+        raise RuntimeError("the key sesame\nis refused")
+
+    start_with({"picky": start}, -1, said).feed(lines(1, 3))
+
+    (sentence,) = said
+    assert "picky did not start (RuntimeError: the key $WANDB_API_KEY is refused)" in sentence
+    assert "sesame" not in sentence
+
+
+def uninstall(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it had never been there, also where another test has imported it."""
+    for module in [known for known in sys.modules if known.startswith(f"{name}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize(("name", "value"), [("wandb", "offline"), ("tensorboard", "on")])
+def test_what_was_asked_for_and_is_not_installed_is_an_error_with_a_way_out(
+    name: str, value: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninstall(name, monkeypatch)
+
+    with pytest.raises(BackendError, match=f"{name} is not installed.*pip install {name}"):
+        Trackers(with_logging(config, **{name: value}), -1, pytest.fail)
+
+
+def test_tensorboard_that_is_not_installed_is_left_out_without_a_word(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninstall("tensorboard", monkeypatch)
+    Trackers(config, -1, pytest.fail).feed(lines(1, 2))
+
+    assert list(config.run.iterdir()) == []
+
+
+def test_nothing_is_started_that_is_off(config: Config) -> None:
+    Trackers(with_logging(config, tensorboard="off"), -1, pytest.fail).feed(lines(1, 2))
+
+    assert list(config.run.iterdir()) == []
+
+
+def test_nested_values_have_the_names_of_all_keys_and_unknown_ones_none() -> None:
+    line = {
+        "step": 7,
+        "loss": None,
+        "skipped": "the loss is nan",
+        "val_by_context": {"2-3": {"loss": 5.1, "bits_per_byte": None, "step": 4}, "4-7": 3.0},
+    }
+
+    assert flat_values(line) == {
+        "skipped": "the loss is nan",
+        "val_by_context/2-3/loss": 5.1,
+        "val_by_context/2-3/step": 4,
+        "val_by_context/4-7": 3.0,
+    }

@@ -1,0 +1,383 @@
+"""The server and those who ask for too much, for nonsense, or for what is not theirs."""
+
+import gzip
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from data_pipeline.text.codec import TextCodec
+from tests.helpers.server import (
+    CONTEXT_TOKENS,
+    Running,
+    endless_prompt,
+    metric,
+    serving,
+    tiny_models,
+    wait_until,
+)
+from tools.serving import completions, limits
+from tools.serving.idle_timeout import IdleTimeoutConnection
+from tools.serving.limits import Limits
+from tools.serving.models import ServedModel
+
+Codecs = Callable[..., TextCodec]
+
+TOKEN = "a-token-of-more-than-16"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[str, ServedModel]:
+    return tiny_models(tmp_path_factory.mktemp("serve"), codec)
+
+
+@pytest.fixture(scope="module")
+def running(models: dict[str, ServedModel]) -> Iterator[Running]:
+    with serving(models) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def endless(models: dict[str, ServedModel]) -> str:
+    return endless_prompt(models["tiny"])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{", 400, "not JSON"),
+        (b'{"prompt": "\xff\xfe"}', 400, "not UTF-8, from byte 13"),
+        (b"[" * 100_000, 400, "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400, "digits"),
+        (b'{"prompt": NaN}', 400, "NaN is not a JSON number"),
+        (b"null", 400, "body"),
+        (b'{"prompt": "a", "temperature": 1e999}', 400, "1e999 is not a finite number"),
+        (b'{"prompt": "a", "temprature": 1}', 400, "temprature"),
+        (b'{"prompt": "a", "best_of": 3}', 400, "best_of"),
+        (b'{"prompt": "a", "presence_penalty": false}', 400, "presence_penalty"),
+        (b'{"prompt": "a", "stream_options": {"include_obfuscation": 0}}', 400, "obfuscation"),
+        (b'{"prompt": "a", "logit_bias": {"5": 1}}', 400, "logit_bias"),
+        (b'{"prompt": "a", "max_tokens": 999999}', 400, "max_tokens"),
+        (b'{"prompt": "a", "n": 64, "model": "\\ud800"}', 404, "tiny"),
+        (b'{"prompt": [], "n": 1}', 400, "prompt"),
+        (b'{"prompt": [1, "a"]}', 400, "prompt"),
+        (b'{"prompt": [1, 99999]}', 400, "there is no token 99999"),
+        (b'{"prompt": [[1], []]}', 400, "prompt"),
+        (b'{"prompt": [true]}', 400, "prompt"),
+        (b'{"prompt": [' + b"[1]," * 150_000 + b"[1]]}", 400, "at most 64"),
+        (b'{"prompt": "a", "top_k": -2}', 400, "top_k"),
+        (b'{"prompt": "a", "min_tokens": 9, "max_tokens": 8}', 400, "above max_tokens 8"),
+        (b'{"prompt": "a", "seed": -1}', 400, "seed"),
+        (b'{"prompt": "a", "stop": ""}', 400, "stop"),
+        (json.dumps({"prompt": "a map " * 60}).encode(), 400, "shorten"),
+        (json.dumps({"prompt": "a" * 500_000}).encode(), 400, "shorten"),
+        (json.dumps({"prompt": ["a"] * 33, "n": 2}).encode(), 400, "more than 64"),
+        (
+            b'{"prompt": ["a", "b"], "n": 2, "max_tokens": 4096, "logprobs": 20}',
+            400,
+            "prompts x n x max_tokens x (1 + logprobs) is 344064; at most 262144",
+        ),
+        (
+            json.dumps({"prompt": "a" * 70_000, "truncate": True, "echo": True, "n": 64}).encode(),
+            400,
+            "4480000 characters in all; at most 4194304",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_sentence(
+    running: Running, body: bytes, status: int, words: str
+) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers, timeout=60)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert error["param"] is None or f'"{error["param"]}"' in body.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "a", "n": 4, "max_tokens": 51}),
+        ("completions", {"prompt": ["a", "b"], "n": 2, "max_tokens": 10, "logprobs": 5}),
+        ("completions", {"prompt": "a map " * 8, "n": 8, "max_tokens": 0, "echo": True}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 4}),
+        ("backchat", {"response": "a", "n": 8, "max_tokens": 26}),
+    ],
+)
+def test_what_is_told_of_all_tokens_of_an_answer_is_bounded(
+    running: Running, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {**body, "logprobs": 5} if "echo" in body else body
+    assert running.post(f"/v1/{path}", body).status_code == 200
+    monkeypatch.setattr(limits, "MOST_ANSWER_NUMBERS", 200)
+    answer = running.post(f"/v1/{path}", body)
+    assert answer.status_code == 400
+    assert "; at most 200 are written for one request" in answer.json()["error"]["message"]
+
+
+def test_ten_megabytes_are_refused_and_leave_no_memory_behind(running: Running) -> None:
+    body = json.dumps({"prompt": "word " * 2_000_000})
+    before = psutil.Process().memory_info().rss
+    for _ in range(5):
+        answer = httpx.post(f"{running.url}/v1/completions", content=body, timeout=30)
+        assert answer.status_code == 413
+    chunks = (b"x" * 65536 for _ in range(160))  # without a Content-Length
+    assert httpx.post(f"{running.url}/v1/score", content=chunks).status_code == 413
+    assert psutil.Process().memory_info().rss - before < 60 << 20
+
+
+def test_who_hangs_up_frees_the_place(running: Running, endless: str) -> None:
+    body = {"prompt": endless, "max_tokens": 4096, "n": 8, "temperature": 0, "stream": True}
+    body |= {"stream_order": "writing"}
+    with httpx.stream("POST", f"{running.url}/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()  # forgotten, it closes the connection
+        next(lines)
+        wait_until(lambda: metric(running, "samples_running", "tiny") == 8)
+    wait_until(lambda: metric(running, "samples_running", "tiny") == 0)
+    request = httpx.Request("POST", f"{running.url}/v1/completions", json={**body, "stream": False})
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.Client(timeout=0.5).send(request)
+    wait_until(lambda: metric(running, "samples_running", "tiny") == 0)
+    assert metric(running, "requests_given_up_total") >= 2
+
+
+def test_a_thousand_connections_that_are_left_open_keep_nobody_out(running: Running) -> None:
+    port = int(running.url.rsplit(":", 1)[1])
+    left = []
+    try:
+        for number in range(1000):
+            connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+            if number % 2:
+                connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
+            left.append(connection)
+        assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
+        open_now = len(running.server.server_state.connections)
+        assert open_now <= IdleTimeoutConnection.most_connections + 5
+    finally:
+        for connection in left:
+            connection.close()
+
+
+def test_a_connection_without_a_request_is_closed(
+    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(IdleTimeoutConnection, "seconds_for_a_request", 0.3)
+    with serving(models) as running:
+        port = int(running.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            for letter in b"GET":
+                connection.sendall(bytes([letter]))
+                time.sleep(0.05)
+            with suppress(ConnectionResetError):
+                assert connection.recv(100) == b""
+
+
+def test_a_token_is_asked_for_where_there_is_one(models: dict[str, ServedModel]) -> None:
+    with serving(models, token=TOKEN) as running:
+        for path in ("/v1/models", "/metrics"):
+            for sent in ({}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN}):
+                answer = running.get(path, headers=sent)
+                assert answer.status_code == 401
+                assert answer.headers["www-authenticate"] == "Bearer"
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=TOKEN)
+        assert client.completions.create(model="tiny", prompt="a", max_tokens=2).choices
+        assert running.get("/health").status_code == 200
+        assert (
+            TOKEN not in running.get("/metrics", headers={"authorization": f"Bearer {TOKEN}"}).text
+        )
+
+
+def test_a_proxy_may_name_the_server_as_it_likes_where_there_is_a_token(
+    models: dict[str, ServedModel], running: Running
+) -> None:
+    sent = {"origin": "https://demo.example.org", "host": "backend:8134"}
+    body = {"prompt": "a", "max_tokens": 1}
+    with serving(models, token=TOKEN) as guarded:
+        known = {**sent, "authorization": f"Bearer {TOKEN}"}
+        assert guarded.post("/v1/completions", body, headers=known).status_code == 200
+        assert guarded.post("/v1/completions", body, headers=sent).status_code == 401
+    without = guarded_message(running, {**sent, "host": "localhost"})
+    assert "demo.example.org" in without
+    assert "--allow-host" in without
+    assert "or with a token" in without
+    assert "--allow-host backend:8134, or with a token" in guarded_message(running, sent)
+
+
+def guarded_message(running: Running, headers: dict[str, str]) -> str:
+    answer = running.post("/v1/completions", {"prompt": "a"}, headers=headers)
+    assert answer.status_code == 403
+    return str(answer.json()["error"]["message"])
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/v1/models/tiny"])
+def test_head_is_get_without_the_body(running: Running, path: str) -> None:
+    head, got = httpx.head(running.url + path), running.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+
+
+def test_a_body_without_a_type_is_json_and_one_of_another_type_is_told(running: Running) -> None:
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    url = f"{running.url}/v1/completions"
+    assert httpx.post(url, content=body).status_code == 200
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        answer = httpx.post(url, content=body, headers={"content-type": kind})
+        assert answer.status_code == 415
+        assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_a_compressed_body_is_told(running: Running) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    body = gzip.compress(b'{"prompt": "a"}')
+    answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers, timeout=60)
+    assert answer.status_code == 415
+    assert "without compression" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("POST", "/v1/embeddings", 404, "there is no /v1/embeddings here"),
+        ("GET", "/v1/nothing", 404, "there is no /v1/nothing here"),
+        ("POST", "/", 404, "there is no"),
+        ("GET", "/v1/completions", 405, "takes POST, not GET"),
+        ("PUT", "/v1/models", 405, "takes GET, not PUT"),
+        ("OPTIONS", "/v1/completions", 405, "takes POST, not OPTIONS"),
+    ],
+)
+def test_a_path_or_a_method_that_there_is_not_is_told(
+    running: Running, method: str, path: str, status: int, words: str
+) -> None:
+    answer = httpx.request(method, running.url + path)
+    assert answer.status_code == status
+    assert words in answer.json()["error"]["message"]
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    "headers", [{"host": "evil.example"}, {"origin": "https://evil.example"}, {"origin": "null"}]
+)
+def test_a_page_of_another_site_is_refused(running: Running, headers: dict[str, str]) -> None:
+    assert running.get("/v1/models", headers=headers).status_code == 403
+
+
+def test_beyond_the_limits_clients_are_told_to_come_again(
+    models: dict[str, ServedModel], endless: str
+) -> None:
+    limits = Limits(open_requests=2, waiting_samples=4, request_s=1.5)
+    with serving(models, limits) as running:
+        long = {"prompt": endless, "max_tokens": 4096, "temperature": 0, "n": 8}
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: running.post("/v1/completions", long), range(4)))
+        codes = sorted(answer.status_code for answer in answers)
+        assert codes[0] == 200
+        assert codes[-1] == 503
+        assert all(a.headers["retry-after"] for a in answers if a.status_code == 503)
+        # Time was up; what was written by then is the answer.
+        (first, *_) = [answer for answer in answers if answer.status_code == 200]
+        assert {choice["finish_reason"] for choice in first.json()["choices"]} == {"length"}
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(models: dict[str, ServedModel]) -> None:
+    with serving(models, replace(Limits(), body_s=0.3)) as running:
+        port = int(running.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            connection.sendall(
+                b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+            )
+            assert b" 408 " in connection.recv(1000)
+
+
+def test_every_answer_has_a_strict_policy(running: Running) -> None:
+    for path in ("/", "/v1/models", "/nowhere"):
+        policy = running.get(path).headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'")
+        assert "unsafe" not in policy
+    assert running.get("/../../setup.py").status_code == 404
+    assert running.get("/%2e%2e/app.py").status_code == 404
+
+
+def test_a_sample_that_fails_is_an_answer_and_the_server_lives(
+    running: Running, models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    body = {"prompt": "a", "max_tokens": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(models["tiny"].decoder, "step", broken)
+        answer = running.post("/v1/completions", body)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert running.post("/v1/completions", body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "path", "body"),
+    [
+        (TextCodec, "encode", "completions", {"prompt": "a", "max_tokens": 2}),
+        (TextCodec, "encode", "backchat", {"response": "a", "max_tokens": 2}),
+        (TextCodec, "encode_document", "score", {"texts": ["a"]}),
+        (TextCodec, "render", "backchat", {"response": "a", "max_tokens": 2, "n": 1}),
+        (completions, "log_probs", "completions", {"prompt": "a", "max_tokens": 2, "logprobs": 1}),
+        (completions, "offsets", "completions", {"prompt": "a", "echo": True, "logprobs": 1}),
+    ],
+)
+def test_what_takes_time_in_a_texts_length_leaves_the_event_loop_to_others(
+    running: Running,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    name: str,
+    path: str,
+    body: dict[str, Any],
+) -> None:
+    is_at_it, may_go_on = threading.Event(), threading.Event()
+    original = getattr(owner, name)
+
+    def blocked(*arguments: Any) -> Any:
+        is_at_it.set()
+        assert may_go_on.wait(60)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(owner, name, blocked)
+        asking = pool.submit(running.post, f"/v1/{path}", body)
+        try:
+            assert is_at_it.wait(30)
+            assert httpx.get(f"{running.url}/health", timeout=10).status_code == 200
+        finally:
+            may_go_on.set()
+        assert asking.result().status_code == 200
+
+
+def test_of_a_prompt_that_is_cut_only_what_is_read_is_encoded_and_counted(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    original = TextCodec.encode
+
+    def counted(codec: TextCodec, text: str) -> Any:
+        lengths.append(len(text))
+        return original(codec, text)
+
+    monkeypatch.setattr(TextCodec, "encode", counted)
+    body = {"prompt": "\u2581a" * 200_000, "truncate": True, "max_tokens": 1}
+    usage = running.post("/v1/completions", body).json()["usage"]
+    assert usage["prompt_tokens"] == CONTEXT_TOKENS // 2 + 1  # with the piece that is held back
+    assert sum(lengths) < 10_000
+
+
+def test_a_long_name_is_not_repeated_whole(running: Running) -> None:
+    answer = running.post("/v1/completions", {"prompt": "a", "k" * 500_000: 1})
+    assert answer.status_code == 400
+    assert len(answer.text) < 1000

@@ -1,0 +1,199 @@
+"""The thread that computes for all: nobody waits for another's long work, and it can be ended."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from data_pipeline.text.codec import TextCodec
+from megaback.inference.batch import ReadingError, Sample
+from megaback.inference.sampling import SamplingOptions
+from megaback.inference.steps import Steps
+from tests.helpers.server import tiny_models, wait_until
+from tools.serving.metrics import Metrics
+from tools.serving.models import ServedModel
+from tools.serving.worker import Engine, EngineFullError, Writing
+
+Codecs = Callable[..., TextCodec]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[str, ServedModel]:
+    return tiny_models(tmp_path_factory.mktemp("serve"), codec, num_slots=2)
+
+
+@contextmanager
+def running(models: dict[str, ServedModel], most_waiting: int = 100) -> Iterator[Engine]:
+    """An engine that tells an event loop of its own."""
+    engine = Engine({name: one.batch for name, one in models.items()}, most_waiting, Metrics())
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        loop.call_soon_threadsafe(engine.start)
+        yield engine
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        engine.close()
+        loop.close()
+        assert [len(model.batch) for model in models.values()] == [0, 0]
+
+
+class Work:
+    """Work of many steps, which notes when it takes one and when it is ended."""
+
+    def __init__(self, num_steps: int, step_s: float = 0.0) -> None:
+        self.times: list[float] = []
+        self.is_ended = threading.Event()
+        self._num_steps, self._step_s = num_steps, step_s
+
+    def steps(self) -> Steps[int]:
+        try:
+            for _ in range(self._num_steps):
+                self.times.append(time.monotonic())
+                time.sleep(self._step_s)
+                yield
+            return self._num_steps
+        finally:
+            self.is_ended.set()
+
+
+def writings_of(
+    model: ServedModel, count: int, tokens: int, told: list[tuple[str, float]], label: str
+) -> list[Writing]:
+    """Samples that never end by themselves; the end of each is told."""
+
+    def put(event: object) -> None:
+        if isinstance(event, Exception) or event.is_last:  # type: ignore[attr-defined]
+            told.append((label, time.monotonic()))
+
+    options = SamplingOptions(tokens, min_new_tokens=tokens)
+    prompt = model.codec.prompt("the last map.")
+    return [Writing(model.name, Sample(prompt, options), put) for _ in range(count)]
+
+
+def test_samples_are_written_while_other_work_takes_its_steps(
+    models: dict[str, ServedModel],
+) -> None:
+    told: list[tuple[str, float]] = []
+    with running(models) as engine:
+        work = Work(1000, step_s=0.02)
+        future = engine.compute(work.steps())
+        wait_until(lambda: len(work.times) > 0)
+        engine.write(writings_of(models["tiny"], 2, 10, told, "sample"))
+        wait_until(lambda: len(told) == 2)
+        assert not future.done()
+        # 10 tokens, between each two of which the work has a slice: not after its 20 s.
+        assert len(work.times) < 500
+        future.cancel()
+
+
+def test_work_that_is_cancelled_ends_at_its_next_step(models: dict[str, ServedModel]) -> None:
+    with running(models) as engine:
+        work, other = Work(1000, step_s=0.01), Work(3)
+        future = engine.compute(work.steps())
+        wait_until(lambda: len(work.times) > 3)
+        future.cancel()
+        assert work.is_ended.wait(10)
+        assert len(work.times) < 1000
+        assert engine.compute(other.steps()).result(10) == 3
+
+
+def test_what_runs_when_the_thread_ends_is_ended_too(models: dict[str, ServedModel]) -> None:
+    work = Work(100_000)
+    with running(models) as engine:
+        engine.write(writings_of(models["tiny"], 3, 4000, [], "sample"))
+        future = engine.compute(work.steps())
+        wait_until(lambda: len(work.times) > 0 and len(models["tiny"].batch) == 2)
+    assert work.is_ended.is_set()
+    assert future.cancelled()
+
+
+def test_pieces_of_work_take_turns_and_one_that_fails_tells_it(
+    models: dict[str, ServedModel],
+) -> None:
+    def failing() -> Steps[None]:
+        yield
+        raise ValueError("no such thing")
+
+    with running(models) as engine:
+        first, second = Work(200, step_s=0.005), Work(5)
+        slow, quick = engine.compute(first.steps()), engine.compute(second.steps())
+        broken = engine.compute(failing())
+        assert quick.result(10) == 5
+        with pytest.raises(ValueError, match="no such thing"):
+            broken.result(10)
+        assert not slow.done()
+        slow.cancel()
+
+
+def test_requests_whose_samples_wait_take_turns(models: dict[str, ServedModel]) -> None:
+    told: list[tuple[str, float]] = []
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    def held() -> Steps[None]:
+        is_held.set()
+        may_go_on.wait(60)
+        yield
+
+    with running(models, most_waiting=14) as engine:
+        engine.compute(held())
+        assert is_held.wait(10)
+        engine.write(writings_of(models["tiny"], 12, 8, told, "many"))
+        engine.write([])
+        engine.write(writings_of(models["tiny"], 2, 8, told, "few"))
+        with pytest.raises(EngineFullError, match="14 samples are waiting already"):
+            engine.write(writings_of(models["ahead"], 1, 8, told, "more"))
+        may_go_on.set()
+        wait_until(lambda: len(told) == 14)
+    # Two places, of which each request has one.
+    assert [label for label, _ in told].count("few") == 2
+    assert {label for label, _ in told[:2]} == {label for label, _ in told[2:4]} == {"many", "few"}
+
+
+def test_a_prompt_that_cannot_be_read_is_told_to_its_request_only(
+    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["tiny"]
+    original = model.decoder.read_steps
+
+    def read_steps(ids: list[int]) -> object:
+        if ids != model.codec.prompt("the last map.").ids[:-1]:
+            raise RuntimeError("no memory")
+        return original(ids)
+
+    monkeypatch.setattr(model.decoder, "read_steps", read_steps)
+    events: list[object] = []
+    told: list[tuple[str, float]] = []
+    bad = Sample(model.codec.prompt("a wooden clock."), SamplingOptions(3))
+    with running(models) as engine:
+        engine.write([Writing("tiny", bad, events.append)])
+        engine.write(writings_of(model, 1, 5, told, "good"))
+        wait_until(lambda: bool(told and events))
+    assert [type(event) for event in events] == [ReadingError]
+
+
+def test_whatever_fails_in_the_thread_is_told_and_the_next_ones_are_written(
+    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, float]] = []
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    with running(models) as engine:
+        writings = writings_of(models["tiny"], 1, 4000, told, "given up")
+        engine.write(writings)
+        engine.write(writings_of(models["ahead"], 1, 4000, told, "beside it"))
+        wait_until(lambda: all(model.batch.num_rows for model in models.values()))
+        with monkeypatch.context() as patch:
+            patch.setattr(models["tiny"].batch, "remove", broken)
+            engine.give_up(writings)
+            wait_until(lambda: [label for label, _ in told] == ["beside it"])
+        engine.write(writings_of(models["tiny"], 1, 3, told, "next"))
+        wait_until(lambda: told[-1][0] == "next")
+        assert engine.is_alive

@@ -1,0 +1,274 @@
+"""Texts become examples: the same ones whatever was killed, and however many tasks shared them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.common.locks import locked
+from data_pipeline.errors import OutputExistsError
+from data_pipeline.text.chat_format import ChatFormat
+from data_pipeline.text.codec import Direction, TextCodec
+from megaback.inference.likelihood import Continuation, log_probabilities
+from megaback.weights.model_folder import load_model_folder
+from tests.helpers.models import write_chat_model
+from tests.helpers.paths import ROOT
+from tools.backtranslate import _require_plan, main, work_folder
+from tools.backtranslation.resumable_chunks import ResumableChunks
+from tools.backtranslation.selection import Choice
+
+Codecs = Callable[..., TextCodec]
+Translate = Callable[..., Result]
+
+CONTEXT_TOKENS = 48
+TEXTS = [
+    *("a map", "the end", "  the end ", "", "<|im_end|> is text"),
+    *("word " * 60, "It was late.", "She said no.", "the sea", "an old man"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[Direction, Path]:
+    """A model of each direction, untrained, that ends what it writes sooner or later."""
+    return {
+        direction: write_chat_model(
+            tmp_path_factory.mktemp(direction.value), codec(direction), CONTEXT_TOKENS, seed
+        )
+        for seed, direction in enumerate(Direction)
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def translate(folders: dict[Direction, Path], source: Path, tmp_path: Path) -> Translate:
+    """`translate(*options)`: the command, whose output is `tmp_path / "out.jsonl"`."""
+
+    def run(*options: object, out: Path = tmp_path / "out.jsonl") -> Result:
+        command = [folders[Direction.BACKWARD], "--in", source, "--out", out, "--tokens", 20]
+        command += ["--texts-at-once", 2, "--device", "cpu", "--temp", 1.0, *options]
+        return CliRunner().invoke(main, [str(part) for part in command])
+
+    return run
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_text_has_the_instruction_that_leads_back_to_it_best(
+    translate: Translate, folders: dict[Direction, Path], tmp_path: Path
+) -> None:
+    result = translate("--forward", folders[Direction.FORWARD], "--k", 6)
+
+    assert result.exit_code == 0, result.output
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert len(rows) > 3
+    assert f"{len(rows)} examples from 9 texts" in result.output  # one comes twice
+    assert "1 (empty)" in result.output
+    assert "1 (too long)" in result.output
+    numbers = [int(row["source"].partition(":")[2]) for row in rows]
+    assert numbers == sorted(numbers)
+    forward, _, codec = load_model_folder(folders[Direction.FORWARD], torch.device("cpu"))
+    answering = ChatFormat(codec)
+    for number, row in zip(numbers, rows, strict=True):
+        instruction, text = row["instruction"], row["output"]
+        assert text == TEXTS[number - 1].strip()
+        assert row["input"] == ""
+        written = answering.written_ids(text)
+        likelihood, prior = log_probabilities(
+            forward,
+            [Continuation(answering.prompt_ids(one), written) for one in (instruction, "")],
+        )
+        assert row["cycle_log_probability"] == pytest.approx(likelihood, abs=1e-4)
+        assert row["score"] == pytest.approx((likelihood - prior) / len(written), abs=1e-4)
+        assert row["log_probability"] < 0
+    assert "<|im_end|> is text" in [row["output"] for row in rows]
+
+
+@pytest.fixture
+def expected(translate: Translate, tmp_path: Path) -> bytes:
+    """The bytes of a run in peace."""
+    result = translate(out=tmp_path / "peace.jsonl")
+    assert result.exit_code == 0, result.output
+    return (tmp_path / "peace.jsonl").read_bytes()
+
+
+def test_tasks_in_any_order_make_the_same_output(
+    translate: Translate, expected: bytes, tmp_path: Path
+) -> None:
+    for task in (2, 0):
+        result = translate("--tasks", 3, "--task-index", task)
+        assert result.exit_code == 0, result.output
+        assert not (tmp_path / "out.jsonl").exists()
+    assert "1 of 3 are still missing" in result.output
+    translate("--tasks", 3, "--task-index", 1)
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+    assert b"the end" in expected
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.65, 0.999])
+def test_whatever_a_kill_left_is_gone_on_with(
+    kept: float, translate: Translate, expected: bytes, tmp_path: Path
+) -> None:
+    translate()
+    work = work_folder(tmp_path / "out.jsonl")
+    whole = (work / "part-00000.jsonl").read_bytes()
+    (work / "part-00000.jsonl").unlink()
+    left = whole[: int(len(whole) * kept)]
+    (work / "part-00000.unfinished").write_bytes(left)
+    (tmp_path / "out.jsonl").unlink()
+
+    result = translate()
+
+    assert result.exit_code == 0, result.output
+    chunks = left.count(b"\n")
+    assert (f"goes on after {chunks} chunks" in result.stderr) == (chunks > 0)
+    assert (work / "part-00000.jsonl").read_bytes() == whole
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_gone_on_with_by_another(
+    translate: Translate,
+    folders: dict[Direction, Path],
+    source: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out.jsonl"
+    many = ("--k", "99")  # so that it takes a while
+    command = [sys.executable, "-m", "tools.backtranslate", folders[Direction.BACKWARD]]
+    command += ["--in", source, "--out", out, "--tokens", "20", "--texts-at-once", "2"]
+    process = subprocess.Popen([*command, "--device", "cpu", "--temp", "1.0", *many], cwd=ROOT)
+    unfinished = work_folder(out) / "part-00000.unfinished"
+    try:
+        deadline = time.monotonic() + 60
+        while not (unfinished.exists() and unfinished.stat().st_size):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+
+    result = translate(*many)
+
+    assert "goes on after" in result.stderr
+    translate(*many, out=tmp_path / "peace.jsonl")
+    assert out.read_bytes() == (tmp_path / "peace.jsonl").read_bytes()
+
+
+def test_the_choice_can_be_changed_afterwards(translate: Translate, tmp_path: Path) -> None:
+    translate()
+    before = rows_of(tmp_path / "out.jsonl")
+    least = sorted(row["score"] for row in before)[1]
+
+    assert translate("--min-score", least).exit_code == 44
+    assert rows_of(tmp_path / "out.jsonl") == before
+    result = translate("--min-score", least, "--overwrite")
+
+    assert "below --min-score" in result.output
+    assert rows_of(tmp_path / "out.jsonl") == [row for row in before if row["score"] >= least]
+
+
+PROPOSALS = st.lists(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "instruction": st.sampled_from(["a", "A", " a", "b", "c"]),
+                "score": st.floats(-2, 2),
+                "log_probability": st.floats(-9, 0),
+            }
+        ),
+        max_size=3,
+    ),
+    max_size=8,
+)
+
+
+@given(PROPOSALS, st.integers(1, 3), st.none() | st.floats(-2, 2))
+def test_an_instruction_goes_to_the_text_that_it_fits_best(
+    proposals: list[list[dict[str, Any]]], keep: int, min_score: float | None
+) -> None:
+    records = [
+        {"index": number, "position": f"{number}", "text": "t", "proposals": of_one}
+        for number, of_one in enumerate(proposals)
+    ]
+    counts: Counter[str] = Counter()
+    rows = list(Choice(keep, min_score).examples(lambda: records, counts))
+    offered = [
+        (one["instruction"].strip().lower(), one["score"])
+        for of_one in proposals
+        for one in of_one[:keep]
+        if min_score is None or one["score"] >= min_score
+    ]
+    assert {row["instruction"].strip().lower() for row in rows} == {name for name, _ in offered}
+    for row in rows:
+        name = row["instruction"].strip().lower()
+        assert row["score"] == max(score for other, score in offered if other == name)
+    assert counts["texts"] == len(proposals)
+    assert counts["examples"] == len(rows)
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_lost(
+    translate: Translate, folders: dict[Direction, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    cases: list[tuple[tuple[object, ...], int, str]] = [
+        (("--text-column", "body"), 23, "--text-column"),
+        (("--forward", folders[Direction.BACKWARD]), 33, "writes backward"),
+        (("--forward", tmp_path / "nowhere"), 40, "there is nothing at"),
+        (("--task-index", 1), 2, "is none of 1"),
+    ]
+    for options, exit_code, message in cases:
+        result = translate(*options, out=tmp_path / f"refused-{exit_code}.jsonl")
+        assert (result.exit_code, message in result.output) == (exit_code, True), result.output
+
+    out.write_text("mine\n")
+    assert translate().exit_code == 44
+    assert out.read_text() == "mine\n"
+    out.unlink()
+
+    assert translate("--limit", 4).exit_code == 0
+    result = translate("--limit", 5)
+    assert (result.exit_code, "another --limit" in result.output) == (44, True)
+
+    parts = ResumableChunks(work_folder(tmp_path / "two.jsonl"), 1)
+    with locked(parts.lock_path(0)):
+        result = translate(out=tmp_path / "two.jsonl")
+    assert (result.exit_code, "another process" in result.output) == (13, True)
+
+    (work_folder(out) / "part-00000.jsonl").write_bytes(b"[1, 2\n")
+    result = translate("--limit", 4)
+    assert (result.exit_code, "part-00000.jsonl:1: not what" in result.output) == (74, True)
+
+
+def test_a_task_that_begins_while_another_writes_the_plan_is_not_in_its_way(tmp_path: Path) -> None:
+    folder = tmp_path / "out.jsonl.work"
+    folder.mkdir()
+    for name in (".plan.json.0123456789ab.partial", "part-00001.lock"):
+        (folder / name).touch()
+    _require_plan(folder, {"--seed": 1})
+    _require_plan(folder, {"--seed": 1})
+    with pytest.raises(OutputExistsError, match="begun with another --seed"):
+        _require_plan(folder, {"--seed": 2})
+    (folder / "plan.json").unlink()
+    (folder / "notes.txt").touch()
+    with pytest.raises(OutputExistsError, match="already holds something"):
+        _require_plan(folder, {"--seed": 1})

@@ -1,0 +1,423 @@
+"""`megaback shards locate`: the batch of the step that it names holds the document's tokens."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.loading.loader import Stream
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.shards import inspection
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.shard_format import ShardReader
+from megaback.config import CONFIG_COPY_NAME, Config
+from megaback.config_file import load_config
+from megaback.data import Data, open_data
+from tests.helpers.batches import (
+    CONTEXT_TOKENS,
+    CONTEXTS,
+    FRAME_TOKENS,
+    QUICKLY,
+    DataSet,
+    Ids,
+    data_set,
+    document_shards,
+    write_data_set,
+)
+from tests.helpers.builds import documents_of
+from tools.locate import (
+    StoredDocument,
+    document_by_number,
+    documents_with_ids,
+    main,
+    rows_of_document,
+    uses_of_document,
+)
+
+CONTEXT_OF_RUN = 32
+BATCH_ROWS = 12
+
+
+def locate(*arguments: object, text: bytes | None = None) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=text)
+
+
+def located(*arguments: object, text: bytes | None = None) -> list[dict[str, Any]]:
+    """The documents that the command found, as it tells them to machines."""
+    result = locate(*arguments, "--json", text=text)
+    assert result.exit_code == 0, result.stderr
+    documents: list[dict[str, Any]] = json.loads(result.stdout)["documents"]
+    return documents
+
+
+def write_config(path: Path, shards: object, **training: object) -> Path:
+    fields = {
+        "run": str(path.parent / "run"),
+        "data": {"shards": shards, "threads": 0},
+        "model": {"num_layers": 1, "width": 16, "num_heads": 1},
+        "batch": {
+            "context_tokens": CONTEXT_OF_RUN,
+            "global_batch_rows": BATCH_ROWS,
+            "micro_batch_rows": 1,
+        },
+        "optimizer": {"learning_rate": 1e-3},
+        "training": training or {"epochs": 3.5},
+    }
+    path.write_text(json.dumps(fields))
+    return path
+
+
+@pytest.fixture
+def config_path(tmp_path: Path, finished: Path) -> Path:
+    """The config of a run on a real build, whose shards end in short frames."""
+    return write_config(tmp_path / "config.yaml", str(finished))
+
+
+def first_of(folder: Path, split: str = "train") -> bytes:
+    """A document of a split that is there once, as text."""
+    texts = documents_of(folder)[split]
+    return next(text for text in texts if texts.count(text) == 1).encode("utf-8", "surrogatepass")
+
+
+def reader_of(config: Config, world_size: int) -> Callable[[int, int, int], Ids]:
+    """`ids(step, position, rank)`: a row as the training gets it; steps as in the metrics."""
+    ranks = [open_data(config, rank, world_size).training for rank in range(world_size)]
+    rank_rows = config.batch.global_batch_rows // world_size
+
+    def ids(step: int, position: int, rank: int) -> Ids:
+        assert position // rank_rows == rank
+        batches = ranks[rank].at(step - 1)
+        assert len(batches) == rank_rows
+        return batches[position % rank_rows].ids_T
+
+    return ids
+
+
+@QUICKLY
+@given(
+    shards=document_shards(),
+    epoch=st.integers(0, 2),
+    world_size=st.sampled_from([1, 2, 3, 4, 6, 12]),
+)
+def test_batches_hold_every_token_of_every_document_where_it_is_located(
+    shards: list[list[Ids]], epoch: int, world_size: int
+) -> None:
+    with data_set(shards) as written:
+        stream = Stream(written.rows(CONTEXT_TOKENS), *written.table_and_order())
+        order, opened = stream.order, stream.rows.frames.data_set
+        data = SimpleNamespace(streams=[stream], mixture=Mixture([1.0]), total_steps=10**6)
+        ranks = [written.training(written.store(), rank, world_size) for rank in range(world_size)]
+        rank_rows = order.global_batch_rows // world_size
+        seen: set[tuple[int, int, int]] = set()
+        for number, ids in enumerate(document for of_shard in shards for document in of_shard):
+            document = document_by_number(opened, "train", number)
+            uses = uses_of_document(data, document, order.global_batch_rows, epoch, world_size)
+            held = [token for use in uses for token in range(use.start, use.stop)]
+            assert sorted(held) == list(range(len(ids)))
+            for use in uses:
+                assert order.places(use.step - 1).epoch[use.position] == epoch
+                row = ranks[use.position // rank_rows].at(use.step - 1)
+                first = (document.start + use.start) % FRAME_TOKENS % CONTEXT_TOKENS
+                of_row = row[use.position % rank_rows].ids_T[first:][: use.stop - use.start]
+                assert of_row.tolist() == ids[use.start : use.stop].tolist()
+                assert use.rank == use.position // rank_rows
+                places = {(use.step, use.position, first + at) for at in range(len(of_row))}
+                assert not places & seen
+                seen |= places
+
+
+@given(start=st.integers(0, 300), length=st.integers(2, 300), context_tokens=CONTEXTS)
+def test_the_rows_of_a_document_hold_each_of_its_tokens_once(
+    start: int, length: int, context_tokens: int
+) -> None:
+    document = StoredDocument(0, 0, 1, start, start + length)
+    shard_tokens = np.array([100, 650, 70])
+    rows = rows_of_document(document, shard_tokens, FRAME_TOKENS, context_tokens)
+    first_of_shard = 2 * FRAME_TOKENS  # the first shard has two frames
+    held = [
+        token
+        for frame, row, first, stop in zip(rows.frame, rows.row, rows.start, rows.stop, strict=True)
+        for token in range(
+            frame * FRAME_TOKENS + row * context_tokens - first_of_shard,
+            frame * FRAME_TOKENS + (row + 1) * context_tokens - first_of_shard,
+        )
+        if first <= token - start < stop
+    ]
+    assert held == list(range(start, start + length))
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_run_on_a_real_build_sees_documents_where_the_command_says(
+    config_path: Path, finished: Path, epoch: int, world_size: int
+) -> None:
+    texts = documents_of(finished)["train"]
+    manifest = Manifest.load(finished)
+    row_ids = reader_of(load_config(config_path), world_size)
+    for number in random.Random(epoch).sample(range(len(texts)), 8):
+        options = ("--epoch", epoch, "--world-size", world_size)
+        (found,) = located(config_path, "--document", number, *options)
+        ids = inspection.document_at(finished, manifest, "train", number)
+        assert (found["document"], found["tokens"]) == (number, len(ids))
+        for row in found["rows"]:
+            first = (found["shard_tokens"][0] + row["start"]) % CONTEXT_OF_RUN
+            held = row_ids(row["step"], row["position"], row["rank"])
+            held = held[first : first + row["stop"] - row["start"]]
+            assert held.tolist() == ids[row["start"] : row["stop"]].tolist()
+
+
+def test_a_document_over_several_frames_is_located_in_all_of_them(
+    tmp_path: Path, codec: Callable[..., Any], english_documents: list[str]
+) -> None:
+    text = " ".join(english_documents[:40])
+    ids = codec().encode_document(text)
+    documents = [codec().encode_document("before"), ids, codec().encode_document("after")]
+    write_real_data_set(tmp_path / "shards", [documents], codec())
+    assert len(ids) > 5 * FRAME_TOKENS
+    config = write_config(tmp_path / "config.yaml", str(tmp_path / "shards"))
+    (found,) = located(config, "--text", "-", "--epoch", 1, text=text.encode())
+    row_ids = reader_of(load_config(config), 1)
+    held = [
+        row_ids(row["step"], row["position"], 0)[
+            (len(documents[0]) + row["start"]) % CONTEXT_OF_RUN :
+        ][: row["stop"] - row["start"]]
+        for row in sorted(found["rows"], key=lambda row: row["start"])
+    ]
+    assert np.concatenate(held).tolist() == ids.tolist()
+
+
+def write_real_data_set(folder: Path, shards: list[list[Any]], codec: Any) -> None:
+    """A data set that a run can be trained on: with a manifest and a tokenizer."""
+    folder.mkdir()
+    written = write_data_set(
+        folder,
+        shards,
+        text_format=codec.format,
+        begin_id=codec.begin_id,
+        end_id=codec.end_id,
+    )
+    written.manifest.save(folder)
+    (folder / "tokenizer.model").write_bytes(codec.model_bytes)
+
+
+def test_a_run_in_the_other_direction_sees_the_document_in_the_same_rows(
+    config_path: Path, finished: Path
+) -> None:
+    stored = located(config_path, "--document", 5)
+    flipped = located(config_path, "data.direction=forward", "--document", 5)
+    assert stored == flipped
+    config = load_config(config_path, ("data.direction=forward",))
+    row_ids = reader_of(config, 1)
+    ids = inspection.document_at(finished, Manifest.load(finished), "train", 5)
+    row = max(stored[0]["rows"], key=lambda row: row["stop"] - row["start"])
+    inner = ids[row["start"] + 1 : row["stop"] - 1].tolist()
+    held = row_ids(row["step"], row["position"], 0)[::-1].tolist()
+    assert len(inner) > 5
+    assert any(held[at : at + len(inner)] == inner for at in range(len(held)))
+
+
+def test_every_document_is_found_by_its_text(config_path: Path, finished: Path) -> None:
+    texts = documents_of(finished)["train"]
+    hard = [number for number, text in enumerate(texts) if not text.isascii() or "\r" in text]
+    assert len(hard) > 2
+    for number in [0, 17, len(texts) - 1, *hard]:
+        text = texts[number].encode("utf-8", "surrogatepass")
+        same = [other for other, of_other in enumerate(texts) if of_other == texts[number]]
+        assert [
+            found["document"] for found in located(config_path, "--text", "-", text=text)
+        ] == same
+
+
+def test_a_text_is_located_in_a_file_as_its_document_is_by_number(
+    config_path: Path, finished: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "document.txt"
+    path.write_bytes(first_of(finished))
+    (found,) = by_text = located(config_path, "--text", path)
+    assert by_text == located(config_path, "--document", found["document"])
+
+
+def test_a_text_that_is_there_twice_is_located_twice(config_path: Path, finished: Path) -> None:
+    texts = documents_of(finished)["train"]
+    text = next(text for text in texts if text and texts.count(text) == 2)
+    found = located(config_path, "--text", "-", text=text.encode("utf-8", "surrogatepass"))
+    assert [texts[document["document"]] for document in found] == [text] * 2
+    assert found[0]["rows"] != found[1]["rows"]
+
+
+def test_a_text_that_is_not_there_has_a_code_of_its_own(config_path: Path) -> None:
+    result = locate(config_path, "--text", "-", text=b"Nobody wrote this.\n")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (20, "", 1)
+    assert "train set" in result.stderr
+    assert "line break" in result.stderr
+
+
+def test_a_text_of_the_val_set_is_said_to_be_there(config_path: Path, finished: Path) -> None:
+    text = first_of(finished, "val")
+    result = locate(config_path, "--text", "-", text=text)
+    number = documents_of(finished)["val"].index(text.decode())
+    assert (result.exit_code, f"document {number} of the val set" in result.stderr) == (20, True)
+
+
+def test_no_step_sees_a_document_of_the_val_set(config_path: Path) -> None:
+    (found,) = located(config_path, "--document", 3, "--split", "val")
+    assert (found["document"], found["rows"]) == (3, [])
+    shown = locate(config_path, "--document", 3, "--split", "val").stdout
+    assert "no step" in shown
+
+
+def test_frames_are_read_only_where_a_documents_length_fits(
+    small: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_set = small.store().data_set
+    monkeypatch.setattr(ShardReader, "frame", lambda _reader, frame: pytest.fail(f"read {frame}"))
+    nowhere = np.full(13, 7, dtype="<u2")
+    assert documents_with_ids([data_set], "train", nowhere) == []
+
+
+@QUICKLY
+@given(shards=document_shards(), data=st.data())
+def test_the_documents_with_some_ids_are_all_that_have_them(
+    shards: list[list[Ids]], data: st.DataObject
+) -> None:
+    documents = [document for of_shard in shards for document in of_shard]
+    chosen = data.draw(st.sampled_from(documents))
+    expected = [
+        number for number, other in enumerate(documents) if other.tolist() == chosen.tolist()
+    ]
+    with data_set(shards) as written:
+        opened = written.store().data_set
+        found = documents_with_ids([opened], "train", chosen.astype("<u2"))
+        assert [document.number for document in found] == expected
+        assert found == [document_by_number(opened, "train", number) for number in expected]
+
+
+def test_steps_that_the_run_does_not_have_are_not_reached(
+    tmp_path: Path, finished: Path, config_path: Path
+) -> None:
+    every_row = located(config_path, "--document", 9)[0]["rows"]
+    assert all(row["is_reached"] for row in every_row)
+    last = max(row["step"] for row in every_row)
+    for steps, is_reached in ((last, True), (last - 1, False)):
+        short = write_config(tmp_path / "short.yaml", str(finished), steps=steps)
+        (found,) = located(short, "--document", 9)
+        assert [row["step"] for row in found["rows"]] == [row["step"] for row in every_row]
+        assert found["rows"][-1]["is_reached"] == is_reached
+        shown = locate(short, "--document", 9).stdout
+        assert ("not reached" not in shown) == is_reached
+
+
+def test_the_folder_of_a_run_is_as_good_as_its_config(config_path: Path, tmp_path: Path) -> None:
+    overrides = ("training.seed=5", "batch.context_tokens=64")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / CONFIG_COPY_NAME).write_text(load_config(config_path, overrides).to_yaml())
+    of_run = located(run, "--document", 2)
+    assert of_run == located(config_path, *overrides, "--document", 2)
+    assert of_run != located(config_path, "--document", 2)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, finished: Path, tiny_shards: Path) -> Path:
+    """The config of a run on two data sets with frames of different sizes."""
+    shards = [
+        {"path": str(finished), "weight": 0.3},
+        {"path": str(tiny_shards), "weight": 0.7},
+    ]
+    return write_config(tmp_path / "mixed.yaml", shards)
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_mixture_sees_documents_of_each_data_set_where_the_command_says(
+    mixed: Path, finished: Path, tiny_shards: Path, epoch: int
+) -> None:
+    row_ids = reader_of(load_config(mixed), 2)
+    for folder in (finished, tiny_shards):
+        options = ("--shards", folder, "--epoch", epoch, "--world-size", 2)
+        for number in (0, 31, 100):
+            (found,) = located(mixed, "--document", number, *options)
+            assert found["data_set"] == str(folder)
+            ids = inspection.document_at(folder, Manifest.load(folder), "train", number)
+            for row in found["rows"]:
+                first = (found["shard_tokens"][0] + row["start"]) % CONTEXT_OF_RUN
+                held = row_ids(row["step"], row["position"], row["rank"])
+                held = held[first : first + row["stop"] - row["start"]]
+                assert held.tolist() == ids[row["start"] : row["stop"]].tolist()
+
+
+def test_a_text_is_located_in_every_data_set_of_a_mixture(
+    mixed: Path, finished: Path, tiny_shards: Path
+) -> None:
+    others = documents_of(tiny_shards)["train"]
+    text = next(text for text in documents_of(finished)["train"] if text in others)
+    found = located(mixed, "--text", "-", text=text.encode())
+    assert {document["data_set"] for document in found} == {str(finished), str(tiny_shards)}
+
+
+def test_a_number_in_a_mixture_needs_its_data_set(mixed: Path, finished: Path) -> None:
+    result = locate(mixed, "--document", 1)
+    assert (result.exit_code, str(finished) in result.stderr) == (10, True)
+
+
+def test_people_are_told_steps_positions_ranks_and_tokens(config_path: Path) -> None:
+    (found,) = located(config_path, "--document", 4, "--world-size", 3)
+    shown = locate(config_path, "--document", 4, "--world-size", 3).stdout.splitlines()
+    assert found["shard"] in shown[0]
+    assert "epoch 0" in shown[1]
+    assert shown[2:] == [
+        f"  step {row['step']:,}, row {row['position']:,} of the batch, rank {row['rank']}: "
+        f"tokens {row['start']:,} to {row['stop'] - 1:,}"
+        for row in found["rows"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([], 10),
+        (["--document", "1", "--text", "-"], 10),
+        (["--document", "100000"], 10),
+        (["--document", "1", "--shards", "elsewhere"], 10),
+        (["--text", "-", "--shards", "elsewhere"], 10),
+        (["--document", "1", "--world-size", "5"], 11),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_located_is_refused_in_one_sentence(
+    config_path: Path, arguments: list[str], code: int
+) -> None:
+    result = locate(config_path, *arguments, text=b"")
+    assert (result.exit_code, result.stderr.count("\n")) == (code, 1)
+
+
+def test_a_text_that_is_not_utf_8_is_refused(config_path: Path) -> None:
+    result = locate(config_path, "--text", "-", text=b"caf\xe9")
+    assert (result.exit_code, result.stderr.count("\n")) == (22, 1)
+
+
+def test_a_damaged_shard_is_named(config_path: Path, finished: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    entry = Manifest.load(copy).split("train")[0]
+    (copy / entry.file).write_bytes(b"")
+    config = write_config(tmp_path / "copy.yaml", str(copy))
+    result = locate(config, "--document", 0)
+    assert (result.exit_code, entry.file in result.stderr) == (31, True)
+
+
+def test_the_val_set_is_not_needed(tmp_path: Path, codec: Callable[..., Any]) -> None:
+    ids = codec().encode_document("only one")
+    write_real_data_set(tmp_path / "shards", [[ids]], codec())
+    config = write_config(tmp_path / "config.yaml", str(tmp_path / "shards"), steps=1)
+    (found,) = located(config, "--text", "-", text=b"only one")
+    assert [row["step"] for row in found["rows"]] == [1]
+    data: Data = open_data(load_config(config), 0, 1)
+    assert not data.has_val
