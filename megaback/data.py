@@ -8,11 +8,10 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.loading.frame_store import FrameStore
-from data_pipeline.loading.loader import Stream, TrainingLoader, sequential_batches
+from data_pipeline.loading.loader import SequentialRows, Stream, TrainingLoader
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import MAX_AUTOMATIC_LANES, Order, choose_lanes
 from data_pipeline.loading.row_grid import RowGrid
@@ -20,7 +19,7 @@ from data_pipeline.loading.rows import Batch, RowReader
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.frame_cache import CacheSettings
 from data_pipeline.text.codec import TextCodec, TextFormat
-from megaback.config import Config, DataSection, split_batch
+from megaback.config import BatchSection, Config, DataSection, split_batch
 from megaback.planning.data_facts import attended_of
 
 
@@ -68,14 +67,66 @@ class Data:
     @property
     def rows_per_epoch(self) -> float:
         """Rows until every data set has been read to its end."""
-        return _rows_per_epoch(self.streams, self.mixture)
+        return rows_per_epoch(self.streams, self.mixture)
 
     def validation(self, rank: int, world_size: int) -> Iterator[Batch]:
         """A rank's share of all val sets."""
-        return chain.from_iterable(
-            sequential_batches(rows.frames, rows, rank, world_size, self.micro_batch_rows)
-            for rows in self._val
+        if not self._val:
+            return iter(())
+        rows = SequentialRows(self._val, rank, world_size, self.micro_batch_rows)
+        return rows.slices(0, rows.num_rows, self.micro_batch_rows, self.micro_batch_rows)
+
+
+@dataclass(frozen=True)
+class OpenShards:
+    """The data sets of a config's `data`, which fit each other."""
+
+    section: DataSection
+    data_sets: tuple[DataSet, ...]
+    mixture: Mixture
+    codec: TextCodec
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the contents of the data set or, with the weights, of all data sets."""
+        return _fingerprint(self.data_sets, self.mixture)
+
+    def streams(self, batch: BatchSection, seed: int) -> tuple[Stream, ...]:
+        """The rows for training, in their order. Raises MegabackErrors for what does not fit."""
+        return tuple(
+            _stream(data_set, self.section, batch, seed, share)
+            for data_set, share in zip(self.data_sets, self.mixture.shares, strict=True)
         )
+
+    def val_rows(self, context_tokens: int) -> tuple[RowReader, ...]:
+        """The rows of those data sets that have a val set."""
+        return tuple(
+            RowReader(FrameStore(data_set, "val"), context_tokens, self.section.direction)
+            for data_set in self.data_sets
+            if data_set.manifest.split("val")
+        )
+
+
+def open_shards(section: DataSection) -> OpenShards:
+    """Open data sets and check that they fit each other.
+
+    Raises the errors of data sets, and MegabackErrors for what does not fit together.
+    """
+    data_sets = tuple(DataSet.open(part.path, _cache(section)) for part in section.shards)
+    first = data_sets[0]
+    for other in data_sets[1:]:
+        first.manifest.text_format.require_same(
+            other.manifest.text_format, f"the data set {first.name}", f"the data set {other.name}"
+        )
+    if len({data_set.manifest.row_tokens is None for data_set in data_sets}) > 1:
+        raise ConfigError(
+            f"shards: documents and instruction examples are mixed ({section.description}); "
+            "train on one kind after the other"
+        )
+    codec = first.codec()
+    for other in data_sets[1:]:
+        other.manifest.require_codec(codec, other.name)
+    return OpenShards(section, data_sets, Mixture([part.weight for part in section.shards]), codec)
 
 
 def open_data(config: Config, rank: int, world_size: int) -> Data:
@@ -84,46 +135,28 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
     Raises the errors of data sets, and MegabackErrors for what does not fit together.
     """
     section, batch = config.data, config.batch
-    data_sets = [DataSet.open(part.path, _cache(section)) for part in section.shards]
-    first = data_sets[0]
-    for other in data_sets[1:]:
-        first.manifest.text_format.require_same(
-            other.manifest.text_format, f"the data set {first.name}", f"the data set {other.name}"
-        )
-    if len({data_set.manifest.row_tokens is None for data_set in data_sets}) > 1:
-        raise ConfigError(
-            f"data.shards mixes documents and instruction examples ({section.description}); "
-            "train on one kind after the other"
-        )
-    mixture = Mixture([part.weight for part in section.shards])
-    streams = tuple(
-        _stream(data_set, config, share)
-        for data_set, share in zip(data_sets, mixture.shares, strict=True)
-    )
-    if config.validation.patience is not None and not any(
-        data_set.manifest.split("val") for data_set in data_sets
-    ):
+    shards = open_shards(section)
+    streams = shards.streams(batch, config.training.seed)
+    val = shards.val_rows(batch.context_tokens)
+    if config.validation.patience is not None and not val:
         raise ConfigError(
             f"validation.patience needs a val set, and {section.description} has none; "
             "build one with --val-fraction, or leave validation.patience out"
         )
-    codec = first.codec()
-    for other in data_sets[1:]:
-        other.manifest.require_codec(codec, other.name)
     micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
     steps = config.training.steps
     if steps is None:
-        rows = (config.training.epochs or 0.0) * _rows_per_epoch(streams, mixture)
+        rows = (config.training.epochs or 0.0) * rows_per_epoch(streams, shards.mixture)
         steps = math.ceil(rows / batch.global_batch_rows)
     return Data(
-        _fingerprint(data_sets, mixture),
-        codec,
+        shards.fingerprint,
+        shards.codec,
         streams[0].rows.text_format,
         streams,
-        mixture,
+        shards.mixture,
         TrainingLoader(
             streams,
-            mixture,
+            shards.mixture,
             batch.global_batch_rows,
             rank,
             world_size,
@@ -133,22 +166,17 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
         micro_batch_rows,
         accumulation_steps,
         steps,
-        tuple(
-            RowReader(FrameStore(data_set, "val"), batch.context_tokens, section.direction)
-            for data_set in data_sets
-            if data_set.manifest.split("val")
-        ),
+        val,
     )
 
 
-def _stream(data_set: DataSet, config: Config, share: float) -> Stream:
-    section = config.data
-    batch_rows = config.batch.global_batch_rows
+def _stream(
+    data_set: DataSet, section: DataSection, batch: BatchSection, seed: int, share: float
+) -> Stream:
+    batch_rows = batch.global_batch_rows
     frames = FrameStore(data_set, "train", skip_bad_frames=section.on_bad_frame == "skip")
-    rows = RowReader(frames, config.batch.context_tokens, section.direction)
-    table = RowGrid(
-        frames.shard_tokens, data_set.manifest.frame_tokens, config.batch.context_tokens
-    )
+    rows = RowReader(frames, batch.context_tokens, section.direction)
+    table = RowGrid(frames.shard_tokens, data_set.manifest.frame_tokens, batch.context_tokens)
     lanes = section.lanes or choose_lanes(table.num_frames, batch_rows)
     if share < 1.0:
         # A step has `share` of a batch of rows of this data set, give or take one: its order goes
@@ -161,13 +189,14 @@ def _stream(data_set: DataSet, config: Config, share: float) -> Stream:
         rows_per_frame=table.rows_per_frame,
         global_batch_rows=batch_rows,
         lanes=lanes,
-        seed=config.training.seed,
+        seed=seed,
         window_frames=section.window_frames,
     )
     return Stream(rows, table, order)
 
 
-def _rows_per_epoch(streams: Sequence[Stream], mixture: Mixture) -> float:
+def rows_per_epoch(streams: Sequence[Stream], mixture: Mixture) -> float:
+    """Rows until every data set has been read to its end."""
     return max(
         stream.order.rows_per_epoch / share
         for stream, share in zip(streams, mixture.shares, strict=True)

@@ -16,7 +16,6 @@ from threading import Event, Thread
 import numpy as np
 
 from data_pipeline.errors import BatchError
-from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import Order
 from data_pipeline.loading.row_grid import RowGrid
@@ -68,7 +67,7 @@ class TrainingLoader:
         if global_batch_rows % (world_size * micro_batch_rows):
             raise BatchError(
                 f"{world_size} ranks x {micro_batch_rows} rows a micro-batch do not divide "
-                f"batch.global_batch_rows {global_batch_rows}"
+                f"global_batch_rows {global_batch_rows}"
             )
         self._streams = streams
         self._mixture = mixture
@@ -94,7 +93,7 @@ class TrainingLoader:
         Raises ShardCorruptError or SourceUnreadableError for a frame that cannot be read.
         """
         if self._threads == 0:
-            return self._assemble(next(self._plans(step)))
+            return self._assemble(next(self._plans(step)), self._micro_batch_rows)
         if self._ahead is None or self._ahead.next_step != step:
             self.close()
             self._ahead = _Prefetcher(self, step, self._threads)
@@ -109,6 +108,33 @@ class TrainingLoader:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
+
+    @property
+    def rank_rows(self) -> int:
+        """Rows of the rank in a step."""
+        return self._rank_rows
+
+    def slices(self, first: int, stop: int, num_rows: int, stride: int) -> Iterator[Batch]:
+        """Batches of `num_rows` consecutive rows of the rank, read when they are asked for.
+
+        The rank's rows are numbered over all steps. One batch begins at row `first`, the next ones
+        after every `stride` rows, all before `stop`, where the last one may be cut short. Raises
+        what `at` does.
+        """
+        within = np.arange(num_rows)
+        num_planned = 1
+        while first < stop:
+            number = first + stride * np.arange(num_planned)[:, None] + within
+            step, position = np.divmod(number, self._rank_rows)
+            places = self._places(step * self._global_batch_rows + self._first_row + position)
+            for start, plan in zip(number[:, 0].tolist(), places, strict=True):
+                if start >= stop:
+                    return
+                size = min(num_rows, stop - start)
+                cut = _Plan(plan.stream[:size], plan.frame[:size], plan.row[:size])
+                yield self._assemble(cut, size)[0]
+            first += stride * num_planned
+            num_planned = min(2 * num_planned, max(1, _PLANNED_ROWS // num_rows))
 
     def _plans(self, first_step: int) -> Iterator[_Plan]:
         """Where the rows of each step from the first one on lie; many are worked out at a time."""
@@ -140,10 +166,10 @@ class TrainingLoader:
             frames = dict.fromkeys(plan.frame[plan.stream == index].tolist())
             stream.rows.frames.request(frames, executor)
 
-    def _assemble(self, plan: _Plan) -> list[Batch]:
+    def _assemble(self, plan: _Plan, micro_batch_rows: int) -> list[Batch]:
         readers = [stream.rows for stream in self._streams]
         rows = read_rows(readers, plan.stream, plan.frame, plan.row)
-        return pack(rows, readers[0].begin_id, readers[0].end_id, self._micro_batch_rows)
+        return pack(rows, readers[0].begin_id, readers[0].end_id, micro_batch_rows)
 
 
 class _Prefetcher:
@@ -185,7 +211,8 @@ class _Prefetcher:
                     self._batches._request(waiting[-1], self._decoders)
                 if not waiting:
                     waiting.append(next(plans))
-                self._put(self._batches._assemble(waiting.popleft()))
+                batches = self._batches
+                self._put(batches._assemble(waiting.popleft(), batches._micro_batch_rows))
         except BaseException as error:  # noqa: BLE001 - it belongs to the thread that asks
             self._put(error)
 
@@ -196,20 +223,51 @@ class _Prefetcher:
                 return
 
 
-def sequential_batches(
-    frames: FrameStore, rows: RowReader, rank: int, world_size: int, micro_batch_rows: int
-) -> Iterator[Batch]:
+class SequentialRows:
     """Every row of a split once, in stored order, dealt to the ranks: the val set.
 
-    Every rank gets the same number of batches of the same shape, filled up with rows that have no
-    targets, because sharded ranks must take every forward pass together.
+    Each rank in turn gets `micro_batch_rows` rows. All get the same number, those of each data set
+    filled up with rows that have no targets, because sharded ranks must take every forward pass
+    together.
     """
-    num_rows = -(-frames.num_tokens(np.arange(frames.num_frames)) // rows.context_tokens)
-    place = [(frame, row) for frame, count in enumerate(num_rows.tolist()) for row in range(count)]
-    frame_of_nothing, row_of_nothing = place[-1][0], place[-1][1] + 1
-    group_rows = world_size * micro_batch_rows
-    place += [(frame_of_nothing, row_of_nothing)] * (-len(place) % group_rows)
-    table = np.array(place, dtype=np.int64)
-    for start in range(rank * micro_batch_rows, len(table), group_rows):
-        chosen = table[start : start + micro_batch_rows]
-        yield rows.batch(chosen[:, 0], chosen[:, 1])
+
+    def __init__(
+        self, readers: Sequence[RowReader], rank: int, world_size: int, micro_batch_rows: int
+    ) -> None:
+        self._readers = readers
+        tables = [_dealt(rows, rank, world_size, micro_batch_rows) for rows in readers]
+        self._reader = np.repeat(np.arange(len(readers)), [len(table) for table in tables])
+        self._place = np.concatenate(tables)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the rank."""
+        return len(self._reader)
+
+    def slices(self, first: int, stop: int, num_rows: int, stride: int) -> Iterator[Batch]:
+        """As `TrainingLoader.slices`, of the rank's rows. Raises the errors of frames."""
+        for start in range(first, stop, stride):
+            part = slice(start, min(start + num_rows, stop))
+            rows = read_rows(self._readers, self._reader[part], *self._place[part].T)
+            begin_id, end_id = self._readers[0].begin_id, self._readers[0].end_id
+            yield from pack(rows, begin_id, end_id, len(rows.lengths_N))
+
+
+def _dealt(rows: RowReader, rank: int, world_size: int, micro_batch_rows: int) -> Indices:
+    """Frame and row of each of a rank's rows: shape (rows, 2)."""
+    frames = rows.frames
+    count = -(-frames.num_tokens(np.arange(frames.num_frames)) // rows.context_tokens)
+    row = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    place = np.stack([np.repeat(np.arange(frames.num_frames), count), row], axis=1)
+    of_nothing = place[-1:] + np.array([0, 1])
+    missing = -len(place) % (world_size * micro_batch_rows)
+    place = np.concatenate([place, of_nothing.repeat(missing, axis=0)])
+    return place.reshape(-1, world_size, micro_batch_rows, 2)[:, rank].reshape(-1, 2)
+
+
+def sequential_batches(
+    rows: RowReader, rank: int, world_size: int, micro_batch_rows: int
+) -> Iterator[Batch]:
+    """A rank's batches of one data set's `SequentialRows`."""
+    dealt = SequentialRows([rows], rank, world_size, micro_batch_rows)
+    return dealt.slices(0, dealt.num_rows, micro_batch_rows, micro_batch_rows)

@@ -61,8 +61,8 @@ class Order:
             raise ConfigError(f"an order needs at least one of everything: {self}")
         if self.global_batch_rows % self.lanes:
             raise BatchError(
-                f"data.lanes {self.lanes} does not divide batch.global_batch_rows "
-                f"{self.global_batch_rows}; choose a divisor, or leave data.lanes out"
+                f"lanes {self.lanes} does not divide global_batch_rows "
+                f"{self.global_batch_rows}; choose a divisor, or leave lanes out"
             )
 
     @property

@@ -230,7 +230,7 @@ def check_context(context_tokens: int, frame_tokens: int) -> None:
     """Raises ConfigError unless a frame holds a whole number of rows."""
     if context_tokens > frame_tokens or frame_tokens % context_tokens:
         raise ConfigError(
-            f"batch.context_tokens is {context_tokens}, which does not divide the shards' frames "
+            f"context_tokens is {context_tokens}, which does not divide the shards' frames "
             f"of {frame_tokens} tokens; choose a power of two up to {frame_tokens}"
         )
 
@@ -241,7 +241,7 @@ def _check_examples(
     """Raises ConfigError or DirectionMismatchError when examples cannot be read so."""
     if context_tokens % row_tokens:
         raise ConfigError(
-            f"batch.context_tokens is {context_tokens}, and the examples of the shards are packed "
+            f"context_tokens is {context_tokens}, and the examples of the shards are packed "
             f"into rows of {row_tokens}, which must not be cut; use {row_tokens} or a multiple, or "
             f"build the shards with --context-tokens {context_tokens}"
         )

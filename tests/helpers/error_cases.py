@@ -122,7 +122,7 @@ CASES = {
         TRAIN + "hardware.processes=3", BatchError, ("global_batch_rows 8", "3 ranks")
     ),
     "lanes that do not divide the batch": Case(
-        TRAIN + "data.lanes=3", BatchError, ("data.lanes 3", "global_batch_rows 8")
+        TRAIN + "data.lanes=3", BatchError, ("lanes 3", "global_batch_rows 8")
     ),
     "a context that does not divide the frames": Case(
         TRAIN + "batch.context_tokens=96", ConfigError, ("context_tokens is 96", "1024")

@@ -81,7 +81,7 @@ def test_a_run_starts_from_the_weights_of_a_runs_checkpoint_and_learns(
     model, _, _ = load_model_folder(model_of(run_of("zero.stage=1")), torch.device("cpu"))
     frames = FrameStore(DataSet.open(instruct_shards), "val")
     rows = RowReader(frames, CONTEXT_TOKENS, Direction.BACKWARD)
-    batches = list(sequential_batches(frames, rows, 0, 1, 1))
+    batches = list(sequential_batches(rows, 0, 1, 1))
     with torch.inference_mode():
         nats = sum(float(model(*to_device(batch, torch.device("cpu"))).sum()) for batch in batches)
     of_base = nats / sum(batch.num_targets for batch in batches)

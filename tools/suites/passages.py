@@ -127,7 +127,7 @@ def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptio
     )
     num_bytes = evaluated.codec.piece_num_bytes()
     nats_N, bytes_N = [], []
-    for batch in sequential_batches(frames, rows, 0, 1, 1):
+    for batch in sequential_batches(rows, 0, 1, 1):
         targets = batch.targets_T[batch.targets_T != IGNORED_TARGET]
         if len(targets):
             nats_N.append(float(evaluated.model(*to_device(batch, evaluated.device)).sum()))

@@ -128,11 +128,11 @@ def test_sequential_batches_give_every_target_once_over_the_ranks(
     micro_batch_rows: int,
 ) -> None:
     with data_set(shards) as data:
-        store, rows = data.store(), data.rows(context_tokens, direction)
+        rows = data.rows(context_tokens, direction)
         found = total(
             bigrams(batch)
             for rank in range(world_size)
-            for batch in sequential_batches(store, rows, rank, world_size, micro_batch_rows)
+            for batch in sequential_batches(rows, rank, world_size, micro_batch_rows)
         )
     flip = direction is Direction.FORWARD
     expected = total(learnable_bigrams(mirrored(frame) if flip else frame) for frame in data.frames)
@@ -150,11 +150,11 @@ def test_every_rank_gets_as_many_sequential_batches_of_the_same_shape(
     shards: list[list[Ids]], context_tokens: int, world_size: int, micro_batch_rows: int
 ) -> None:
     with data_set(shards) as data:
-        store, rows = data.store(), data.rows(context_tokens)
+        rows = data.rows(context_tokens)
         sizes = [
             [
                 len(batch.ids_T)
-                for batch in sequential_batches(store, rows, rank, world_size, micro_batch_rows)
+                for batch in sequential_batches(rows, rank, world_size, micro_batch_rows)
             ]
             for rank in range(world_size)
         ]

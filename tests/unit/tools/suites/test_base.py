@@ -164,7 +164,7 @@ def test_bits_per_byte_is_what_training_measures(
 
     evaluated = Evaluated(folders[Direction.BACKWARD], torch.device("cpu"))
     frames = FrameStore(DataSet.open(tiny_shards), "val")
-    batches = sequential_batches(frames, RowReader(frames, 64, Direction.BACKWARD), 0, 1, 4)
+    batches = sequential_batches(RowReader(frames, 64, Direction.BACKWARD), 0, 1, 4)
     expected = evaluation.evaluate(
         evaluated.model,
         batches,
