@@ -1,9 +1,9 @@
-"""Samples that are written together, and come and go while others are written.
+"""Continuous batching: samples that are written together, and join and leave at any step.
 
-Each sample has its own options, seed and end, and is what `generate` writes for it alone. (The
-products of more rows round differently, so that fp32 logits differ by about 1e-6.) Prompts are
-read in steps, between which others are written, one prompt at a time. A sample that has filled the
-context waits in the same line for its newer half to be read again.
+Each sample has its own options, seed and end, and is what it would be alone. (The products of more
+rows round differently: fp32 logits differ by about 1e-6.) Prompts are read one at a time, in
+steps between which others are written. A sample that has filled the context forgets its older half:
+it waits in the same queue for its newer half to be read again.
 
 Shapes: B rows, V vocabulary.
 """
@@ -21,7 +21,6 @@ from data_pipeline.errors import PromptError
 from data_pipeline.text.codec import Prompt, TextCodec
 from megaback.inference.decoder import Decoder
 from megaback.inference.kv_cache import LayerState
-from megaback.inference.kv_slots import SlotCache
 from megaback.inference.sampling import SamplingOptions, choose, penalized
 from megaback.inference.steps import Steps
 
@@ -67,22 +66,30 @@ class ReadingError(Exception):
 
 
 @dataclass(eq=False)
-class _Reading:
-    """A sample whose ids are to be read before it is written on."""
+class _Row:
+    """A sample in the batch."""
 
     sample: Sample
     draws: np.random.Generator
+    choice: SamplingOptions
+    """Its options, equal for rows that choose among their next ids in the same way."""
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A row whose ids are to be read before it is written on."""
+
+    row: _Row
     ids: list[int]
 
 
 class ContinuousBatch:
-    """The samples that are being written by one model."""
+    """The samples that are being written by one model, `num_slots` of them at most."""
 
     def __init__(self, decoder: Decoder, codec: TextCodec, num_slots: int) -> None:
         self._decoder, self._codec = decoder, codec
-        self._cache = SlotCache(decoder, num_slots)
-        self._rows: list[Sample] = []
-        self._draws: list[np.random.Generator] = []
+        self._cache = decoder.new_cache(num_slots)
+        self._rows: list[_Row] = []
         self._readings: deque[_Reading] = deque()
         self._steps_of_first: Steps[list[LayerState]] | None = None
         self._added_BV = torch.zeros(num_slots, decoder.vocab_size, device=decoder.device)
@@ -101,7 +108,7 @@ class ContinuousBatch:
     @property
     def num_slots(self) -> int:
         """How many samples there is room for."""
-        return self._cache.num_slots
+        return self._cache.num_rows
 
     def check(self, prompt: Prompt) -> None:
         """Raises PromptError when a prompt does not fit."""
@@ -118,20 +125,24 @@ class ContinuousBatch:
         if len(self) == self.num_slots:
             raise ValueError(f"all {self.num_slots} places are taken")
         sample.ids = list(sample.prompt.ids)
-        draws = np.random.default_rng(sample.options.seed)
-        self._readings.append(_Reading(sample, draws, sample.ids[:-1]))
+        options = sample.options
+        choice = replace(options, seed=0, max_new_tokens=1, stop_ids=(), min_new_tokens=0)
+        row = _Row(sample, np.random.default_rng(options.seed), choice)
+        self._readings.append(_Reading(row, sample.ids[:-1]))
 
     @torch.inference_mode()
     def remove(self, sample: Sample) -> None:
         """Stop writing a sample, if it is still being written."""
         for reading in self._readings:
-            if reading.sample is sample:
+            if reading.row.sample is sample:
                 if reading is self._readings[0]:
                     self._steps_of_first = None
                 self._readings.remove(reading)
                 return
-        if sample in self._rows:
-            self._take(self._rows.index(sample))
+        for at, row in enumerate(self._rows):
+            if row.sample is sample:
+                self._take(at)
+                return
 
     @torch.inference_mode()
     def clear(self) -> None:
@@ -153,7 +164,7 @@ class ContinuousBatch:
             state = self._state_after_a_step(first)
             if state is not None:
                 self._readings.popleft()
-                self._begin(first, state)
+                self._begin(first.row, state)
             elif time.monotonic() >= ends_s:
                 return
 
@@ -162,20 +173,24 @@ class ContinuousBatch:
         """One id for each sample that has been read; those that have ended are gone afterwards."""
         if not self._rows:
             return []
-        logits_BV = self._decoder.step([sample.ids[-1] for sample in self._rows], self._cache)
+        logits_BV = self._decoder.step([row.sample.ids[-1] for row in self._rows], self._cache)
         scores = self._scores_of(logits_BV)
         chosen = self._choose(logits_BV)
+        if self._seen_BV is not None:
+            self._seen_BV[range(len(chosen)), chosen] = True
         steps = []
-        for row, (sample, new_id) in enumerate(zip(list(self._rows), chosen, strict=True)):
+        for at, (row, new_id) in enumerate(zip(self._rows, chosen, strict=True)):
+            sample = row.sample
             is_end = new_id == sample.prompt.end_id or new_id in sample.options.stop_ids
             if not is_end:
                 sample.ids.append(new_id)
-                self._wrote(row, sample, new_id)
+                if sample.num_new in (1, sample.options.min_new_tokens):
+                    self._added_BV[at] = self._allowed(sample)
             is_last = is_end or sample.num_new >= sample.options.max_new_tokens
             log_probability: float | None = None
             likeliest: tuple[tuple[int, float], ...] = ()
-            if row in scores:
-                log_probability, likeliest = scores[row].of(new_id)
+            if at in scores:
+                log_probability, likeliest = scores[at].of(new_id)
             steps.append(Step(sample, new_id, is_end, is_last, log_probability, likeliest))
         for step in steps:
             if step.is_last:
@@ -196,78 +211,69 @@ class ContinuousBatch:
             self._steps_of_first, self._last_read = None, (first.ids, state)
             return state
         except Exception as error:
-            self.remove(first.sample)
-            raise ReadingError(first.sample) from error
+            self.remove(first.row.sample)
+            raise ReadingError(first.row.sample) from error
         return None
 
-    def _begin(self, reading: _Reading, state: list[LayerState]) -> None:
+    def _begin(self, row: _Row, state: list[LayerState]) -> None:
         """Write a sample on that has been read."""
-        sample, row = reading.sample, len(self._rows)
+        sample, at = row.sample, len(self._rows)
         self._cache.add(state)
-        self._rows.append(sample)
-        self._draws.append(reading.draws)
-        self._added_BV[row] = self._allowed(sample)
-        if sample.options.repetition_penalty != 1:
-            if self._seen_BV is None:
-                self._seen_BV = torch.zeros_like(self._added_BV, dtype=torch.bool)
-            self._seen_BV[row] = False
-            self._seen_BV[row, torch.tensor(sample.ids, device=self._decoder.device)] = True
+        self._rows.append(row)
+        self._added_BV[at] = self._allowed(sample)
+        if sample.options.repetition_penalty != 1 and self._seen_BV is None:
+            self._seen_BV = torch.zeros_like(self._added_BV, dtype=torch.bool)
+        if self._seen_BV is not None:
+            self._seen_BV[at] = False
+            self._seen_BV[at, torch.tensor(sample.ids, device=self._decoder.device)] = True
 
-    def _take(self, row: int) -> np.random.Generator:
-        """Free a row, whose place the last one takes; what its next choice is drawn with."""
-        last, draws = len(self._rows) - 1, self._draws[row]
-        self._cache.remove(row)
-        self._rows[row], self._draws[row] = self._rows[last], self._draws[last]
+    def _take(self, at: int) -> _Row:
+        """Free a row, whose place the last one takes."""
+        row, last = self._rows[at], len(self._rows) - 1
+        self._cache.remove(at)
+        self._rows[at] = self._rows[last]
         self._rows.pop()
-        self._draws.pop()
         for of_slots in (self._added_BV, self._seen_BV):
             if of_slots is not None:
-                of_slots[row] = of_slots[last]
-        return draws
+                of_slots[at] = of_slots[last]
+        return row
 
     def _forget(self) -> None:
-        """Let each row that has filled the context forget its older half, as `generate` does."""
+        """Let each row that has filled the context forget its older half."""
         context_tokens = self._decoder.context_tokens
-        for sample in list(self._rows):
-            row = self._rows.index(sample)
-            if self._cache.lengths[row] == context_tokens:
-                ids = sample.ids[-(context_tokens // 2) : -1]
-                self._readings.append(_Reading(sample, self._take(row), ids))
-
-    def _wrote(self, row: int, sample: Sample, new_id: int) -> None:
-        if sample.num_new in (1, sample.options.min_new_tokens):
-            self._added_BV[row] = self._allowed(sample)
-        if self._seen_BV is not None:
-            self._seen_BV[row, new_id] = True
+        for at in reversed(range(len(self._rows))):  # taking a row moves none before it
+            if self._cache.lengths[at] == context_tokens:
+                row = self._take(at)
+                self._readings.append(_Reading(row, row.sample.ids[-(context_tokens // 2) : -1]))
 
     def _choose(self, logits_BV: Tensor) -> list[int]:
-        """Rows that choose in the same way choose together."""
+        """An id for each row; rows that choose in the same way choose together."""
         groups: dict[SamplingOptions, list[int]] = defaultdict(list)
-        for row, sample in enumerate(self._rows):
-            how = replace(sample.options, seed=0, max_new_tokens=1, stop_ids=(), min_new_tokens=0)
-            groups[how].append(row)
+        for at, row in enumerate(self._rows):
+            groups[row.choice].append(at)
         chosen = [0] * len(self._rows)
-        for options, rows in groups.items():
-            of_group_BV = logits_BV[rows] if len(groups) > 1 else logits_BV
+        for options, group in groups.items():
+            rows = group if len(groups) > 1 else slice(len(group))  # a slice copies nothing
+            of_group_BV = logits_BV[rows]
             if options.repetition_penalty != 1 and self._seen_BV is not None:
                 of_group_BV = penalized(
                     of_group_BV, self._seen_BV[rows], options.repetition_penalty
                 )
             of_group_BV = of_group_BV + self._added_BV[rows]
-            new_ids = choose(of_group_BV, options, [self._draws[row] for row in rows])
-            for row, new_id in zip(rows, new_ids, strict=True):
-                chosen[row] = new_id
+            new_ids = choose(of_group_BV, options, [self._rows[at].draws for at in group])
+            for at, new_id in zip(group, new_ids, strict=True):
+                chosen[at] = new_id
         return chosen
 
     def _scores_of(self, logits_BV: Tensor) -> "dict[int, _Scores]":
         """The probabilities of rows that tell them."""
-        rows = [row for row, one in enumerate(self._rows) if one.num_likeliest is not None]
+        rows = [at for at, row in enumerate(self._rows) if row.sample.num_likeliest is not None]
         if not rows:
             return {}
         log_probabilities_BV = logits_BV[rows].log_softmax(-1)
         return {
-            row: _Scores(log_probabilities_V, self._rows[row].num_likeliest or 0)
-            for row, log_probabilities_V in zip(rows, log_probabilities_BV, strict=True)
+            at: _Scores(log_probabilities_V, self._rows[at].sample.num_likeliest or 0)
+            for at, log_probabilities_V in zip(rows, log_probabilities_BV, strict=True)
         }
 
     def _allowed(self, sample: Sample) -> Tensor:

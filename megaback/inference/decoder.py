@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from data_pipeline.text.codec import TextCodec
-from megaback.inference.kv_cache import Cache, KeyValueCache, LayerState, Reach
+from megaback.inference.kv_cache import KeyValueCache, LayerState, Reach
 from megaback.inference.steps import Steps, finish
 from megaback.model.compiler import require_compiler
 from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
@@ -73,9 +73,9 @@ class Decoder:
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         pack = _side_by_side
         if takes_over:
-            is_single_process = usual_rows == 1 and self.dtype is torch.float32
+            is_one_row = usual_rows == 1 and self.dtype is torch.float32
             packs = not compiled and _can_pack(self.device, self.dtype)
-            pack = (_turned if is_single_process else _packed) if packs else _stacked
+            pack = (_turned if is_one_row else _packed) if packs else _stacked
         self._embedding_VD = model.model.embed_tokens.weight.detach()
         self._head = pack([model.lm_head])
         self._layers = []
@@ -157,17 +157,14 @@ class Decoder:
         return scored
 
     @torch.inference_mode()
-    def step(self, ids: Sequence[int], cache: Cache) -> Tensor:
+    def step(self, ids: Sequence[int], cache: KeyValueCache) -> Tensor:
         """Read one more id of every row; logits of the next ones in fp32: shape (B, V)."""
         ids_B = torch.tensor(ids, device=self.device)
         positions_B = torch.tensor(cache.lengths, device=self.device)
-        if self._step is not None and isinstance(cache, KeyValueCache):
-            slot = torch.tensor(cache.stop, device=self.device)
-            place = (slice(None), slice(None), slot)
-            reach = Reach(cache.layers, place, cache.visible_of_all())
-            logits_BV: Tensor = self._step(ids_B, positions_B, reach)
-        else:
+        if self._step is None:
             logits_BV = self._step_eagerly(ids_B, positions_B, cache.reach())
+        else:
+            logits_BV = self._step(ids_B, positions_B, cache.whole_reach())
         cache.advance()
         return logits_BV
 

@@ -1,15 +1,15 @@
-"""Keys and values of what a decoder has read, so that each new token costs one position a row.
+"""Keys and values of rows that come and go, so that each new token costs one position per row.
 
-Memory is laid out once, for all rows and the whole context. A row's tokens end at `stop`, which all
-rows share, and begin wherever their number lets them: so a step writes one slot for all rows, and
-rows of different lengths need a mask. (For rows that come and go, see `slots.py`.)
+Memory is laid out once, for all rows and the whole context. A row's tokens begin at its first slot
+and continue by its own length, so that what one row has read never moves for the sake of another.
+Rows in use are the first ones: when one leaves, the last takes its place.
 
-Shapes: B rows, K key and value heads, S slots, E head dimension, T tokens of one row.
+Shapes: B rows in use, K key and value heads, S slots, E head dimension, T tokens of one row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,20 +30,8 @@ class Reach:
     """Which slots belong to each row: (B, 1, 1, S); None if all do."""
 
 
-class Cache(Protocol):
-    """What a decoder's step needs of a cache."""
-
-    lengths: list[int]
-    """How many tokens each row has read."""
-
-    def reach(self) -> Reach: ...
-
-    def advance(self) -> None:
-        """Count a token of every row, written where `reach` said."""
-
-
 class KeyValueCache:
-    """All layers' keys and values, and how many tokens each row has read."""
+    """All layers' keys and values of up to `num_rows` rows, and how many tokens each has read."""
 
     def __init__(
         self,
@@ -59,57 +47,52 @@ class KeyValueCache:
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros_like(self._keys)
         self._slots_S = torch.arange(capacity_tokens, device=device)
+        self.num_rows = num_rows
         self.capacity_tokens = capacity_tokens
-        self.lengths = [0] * num_rows
-        self.stop = 0
-        self._visible_BS: Tensor | None = None
+        self.lengths: list[int] = []
 
-    @property
-    def layers(self) -> list[LayerState]:
-        """Each layer's keys and values of all rows: each of shape (B, K, S, E)."""
-        return list(zip(self._keys.unbind(), self._values.unbind(), strict=True))
+    def add(self, state: Sequence[LayerState]) -> None:
+        """Give the next row to what has been read. Raises ValueError when all are taken."""
+        row, length = len(self.lengths), state[0][0].shape[1]
+        if row == self.num_rows:
+            raise ValueError(f"all {self.num_rows} rows are taken")
+        for layer, (keys_KTE, values_KTE) in enumerate(state):
+            self._keys[layer, row, :, :length] = keys_KTE
+            self._values[layer, row, :, :length] = values_KTE
+        self.lengths.append(length)
 
-    def row(self, row: int) -> list[LayerState]:
-        """Copies of what a row has read."""
-        window = slice(self.stop - self.lengths[row], self.stop)
-        return [
-            (keys[row, :, window].clone(), values[row, :, window].clone())
-            for keys, values in self.layers
-        ]
-
-    def fill(self, rows: Sequence[list[LayerState]]) -> None:
-        """Put what each row has read in its place; rows beyond these are given up."""
-        self._keys, self._values = self._keys[:, : len(rows)], self._values[:, : len(rows)]
-        self.lengths = [row[0][0].shape[1] for row in rows]
-        self.stop = max(self.lengths)
-        for number, row in enumerate(rows):
-            window = slice(self.stop - self.lengths[number], self.stop)
-            for (keys, values), (row_keys, row_values) in zip(self.layers, row, strict=True):
-                keys[number, :, window] = row_keys
-                values[number, :, window] = row_values
-        self._visible_BS = None
-        if min(self.lengths) < self.stop:
-            begins_B = self.stop - torch.tensor(self.lengths, device=self._slots_S.device)
-            self._visible_BS = self._slots_S >= begins_B[:, None]
+    def remove(self, row: int) -> None:
+        """Free a row; the last one moves there."""
+        length = self.lengths.pop()
+        last = len(self.lengths)
+        if row != last:
+            self._keys[:, row, :, :length] = self._keys[:, last, :, :length]
+            self._values[:, row, :, :length] = self._values[:, last, :, :length]
+            self.lengths[row] = length
 
     def reach(self) -> Reach:
-        stop = self.stop + 1
-        layers = [(keys[:, :, :stop], values[:, :, :stop]) for keys, values in self.layers]
+        """Slots up to the longest row's next one; without a mask if all rows are that long."""
+        length = max(self.lengths)
+        if min(self.lengths) < length:
+            return self._masked(length + 1)
         every = slice(None)
-        return Reach(layers, (every, every, self.stop), self.visible(stop))
+        return Reach(self._layers(length + 1), (every, every, length), None)
+
+    def whole_reach(self) -> Reach:
+        """All slots, masked: a compiled step sees the same shape at every length."""
+        return self._masked(self.capacity_tokens)
 
     def advance(self) -> None:
-        """Count a token that was written at `stop` of every row."""
-        self.stop += 1
+        """Count a token of every row, written where `reach` said."""
         self.lengths = [length + 1 for length in self.lengths]
 
-    def visible(self, stop: int) -> Tensor | None:
-        """Which of the slots before `stop` belong to each row: (B, 1, 1, stop); None if all do."""
-        return None if self._visible_BS is None else self._visible_BS[:, None, None, :stop]
+    def _masked(self, stop: int) -> Reach:
+        lengths_B = torch.tensor(self.lengths, device=self._slots_S.device)
+        rows_B = torch.arange(len(self.lengths), device=self._slots_S.device)
+        visible = (self._slots_S[:stop] <= lengths_B[:, None])[:, None, None]
+        return Reach(self._layers(stop), (rows_B, slice(None), lengths_B), visible)
 
-    def visible_of_all(self) -> Tensor:
-        """Which of all slots each row sees at `stop`: shape (1 or B, 1, 1, S)."""
-        written_BS = (self._slots_S <= self.stop)[None]
-        if self._visible_BS is not None:
-            written_BS = written_BS & self._visible_BS
-        return written_BS[:, None, None]
+    def _layers(self, stop: int) -> list[LayerState]:
+        rows = len(self.lengths)
+        keys, values = self._keys[:, :rows, :, :stop], self._values[:, :rows, :, :stop]
+        return list(zip(keys.unbind(), values.unbind(), strict=True))

@@ -73,19 +73,6 @@ class SamplingOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, {problem}")
 
 
-class TokenChooser:
-    """Chooses for rows that are numbered from 0 and may be fewer at every call."""
-
-    def __init__(self, options: SamplingOptions, seeds: Sequence[int]) -> None:
-        """`seeds`: one a row."""
-        self._options = options
-        self._draws = [np.random.default_rng(seed) for seed in seeds]
-
-    def choose(self, logits_BV: Tensor, rows: Sequence[int]) -> list[int]:
-        """An id for each of these rows, from logits that may be -inf."""
-        return choose(logits_BV, self._options, [self._draws[row] for row in rows])
-
-
 def choose(
     logits_BV: Tensor, options: SamplingOptions, draws: Sequence[np.random.Generator]
 ) -> list[int]:

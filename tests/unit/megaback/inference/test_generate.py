@@ -65,7 +65,7 @@ def test_reading_id_by_id_gives_the_logits_of_reading_at_once(
         expected_TV = make_model(**shape).logits(ids_T, *packed(20))
     reader = Decoder(make_model(**shape), CONTEXT_TOKENS, **way)
     cache = reader.new_cache(1)
-    cache.fill([reader.read(ids_T[:7].tolist())])
+    cache.add(reader.read(ids_T[:7].tolist()))
 
     logits_TV = torch.cat([reader.step([new_id], cache) for new_id in ids_T[7:].tolist()])
 
@@ -201,7 +201,7 @@ def test_bf16_gives_the_logits_of_the_model_in_bf16_to_its_precision() -> None:
         expected_TV = model.logits(ids_T, *packed(20)).float()
     reader = Decoder(model, CONTEXT_TOKENS)
     cache = reader.new_cache(1)
-    cache.fill([reader.read([])])
+    cache.add(reader.read([]))
 
     logits_TV = torch.cat([reader.step([new_id], cache) for new_id in ids_T.tolist()])
 

@@ -1,5 +1,6 @@
 """The choice among next ids: transformers' filters, exact probabilities, streams of one's own."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -14,13 +15,18 @@ from transformers import (
 )
 
 from data_pipeline.errors import ConfigError
-from megaback.inference.sampling import SamplingOptions, TokenChooser, candidates, penalized
+from megaback.inference.sampling import SamplingOptions, candidates, choose, penalized
 
 VOCAB_SIZE = 50
 
 
 def random_logits(seed: int, rows: int = 3) -> torch.Tensor:
     return 3 * torch.randn(rows, VOCAB_SIZE, generator=torch.manual_seed(seed))
+
+
+def streams(rows: int) -> list[np.random.Generator]:
+    """Each row's own random numbers."""
+    return [np.random.default_rng(seed) for seed in range(rows)]
 
 
 @settings(max_examples=50)
@@ -63,9 +69,11 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
 @pytest.mark.parametrize("top_k", [0, 4])
 def test_ids_come_as_often_as_their_probabilities_say(top_k: int) -> None:
     logits_BV = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]]).repeat(20_000, 1)
-    chooser = TokenChooser(SamplingOptions(temperature=1, top_k=top_k), range(20_000))
+    options = SamplingOptions(temperature=1, top_k=top_k)
 
-    counts = torch.bincount(torch.tensor(chooser.choose(logits_BV, range(20_000))), minlength=5)
+    chosen = choose(logits_BV, options, streams(20_000))
+
+    counts = torch.bincount(torch.tensor(chosen), minlength=5)
 
     assert counts[4] == 0
     expected = 20_000 * logits_BV[0].softmax(-1)
@@ -75,10 +83,10 @@ def test_ids_come_as_often_as_their_probabilities_say(top_k: int) -> None:
 def test_a_row_draws_from_a_stream_of_its_own() -> None:
     logits_BV = torch.zeros(3, VOCAB_SIZE)
     options = SamplingOptions(temperature=1, top_k=0, seed=5)
-    together, apart = TokenChooser(options, range(3)), TokenChooser(options, range(3))
+    together, (*_, apart) = streams(3), streams(3)
 
-    all_rows = [together.choose(logits_BV, [0, 1, 2]) for _ in range(20)]
-    last_row = [apart.choose(logits_BV[:1], [2])[0] for _ in range(20)]
+    all_rows = [choose(logits_BV, options, together) for _ in range(20)]
+    last_row = [choose(logits_BV[:1], options, [apart])[0] for _ in range(20)]
 
     assert [chosen[2] for chosen in all_rows] == last_row
     assert len({tuple(column) for column in zip(*all_rows, strict=True)}) == 3
@@ -126,6 +134,6 @@ def test_whatever_the_options_an_id_is_chosen_that_can_be(
     seen_BV = torch.rand(logits_BV.shape, generator=torch.manual_seed(seed)) < 0.5
     logits_BV = penalized(logits_BV, seen_BV, penalty)
 
-    chosen = TokenChooser(options, range(3)).choose(logits_BV, range(3))
+    chosen = choose(logits_BV, options, streams(3))
 
     assert all(logits_BV[row, choice] > -torch.inf for row, choice in enumerate(chosen))

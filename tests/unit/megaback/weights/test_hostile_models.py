@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +18,7 @@ from data_pipeline.text.codec import TextCodec
 from megaback.checkpoint_names import META_NAME
 from megaback.checkpoints.checkpoint import find_checkpoint, read_meta
 from megaback.config import ModelSection
-from megaback.inference.sampling import SamplingOptions, TokenChooser
+from megaback.inference.sampling import SamplingOptions, choose
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.base_shape import base_shape
 from megaback.weights.converted import model_folder
@@ -192,11 +193,11 @@ def test_weights_that_are_no_numbers_are_refused(value: float, made: Path, tmp_p
 def test_logits_that_are_no_numbers_choose_nothing(temperature: float, top_k: int) -> None:
     """Finite weights can make them too."""
     options = SamplingOptions(temperature=temperature, top_k=top_k)
-    logits_BV = torch.zeros(2, 9)
-    assert len(TokenChooser(options, [1, 2]).choose(logits_BV, [0, 1])) == 2
+    logits_BV, draws = torch.zeros(2, 9), [np.random.default_rng(seed) for seed in (1, 2)]
+    assert len(choose(logits_BV, options, draws)) == 2
     logits_BV[1, 4] = float("nan")
     with pytest.raises(NonFiniteError, match="logits are no numbers"):
-        TokenChooser(options, [1, 2]).choose(logits_BV, [0, 1])
+        choose(logits_BV, options, draws)
 
 
 def test_a_context_that_no_memory_holds_is_refused(
