@@ -18,7 +18,7 @@ from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.command import is_device
 from data_pipeline.common.limits import MAX_DICTIONARY_BYTES
 from data_pipeline.common.next_command import command, free_path, override
-from data_pipeline.common.regular_files import open_file, read_file
+from data_pipeline.common.regular_files import read_file
 from data_pipeline.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,
@@ -44,11 +44,12 @@ from megaback.config import CONFIG_COPY_NAME
 from megaback.faults.run_ownership import config_of_run
 from megaback.use_commands import use_commands
 from tools.direction_gap.result import JSON_NAME, read_summary
+from tools.export.gguf_inspection import inspect_gguf
 
 if TYPE_CHECKING:
     from megaback.checkpoints.checkpoint import CheckpointMeta
 
-_GGUF_NAME, _GGUF_MAGIC = "model.gguf", b"GGUF"
+_GGUF_NAME = "model.gguf"
 
 
 @dataclass(frozen=True)
@@ -347,53 +348,8 @@ def _model(folder: Path, verify: bool) -> Artifact:
 
 def _gguf(path: Path, verify: bool) -> Artifact:
     path = path / _GGUF_NAME if path.is_dir() else path
-    with open(open_file(path), "rb") as file:  # noqa: PTH123 (a descriptor)
-        magic = file.read(len(_GGUF_MAGIC))
-    if magic != _GGUF_MAGIC:
-        raise CheckpointCorruptError(f"{path} is no GGUF file: convert the model again")
-    facts: dict[str, Any] = {"file_bytes": path.stat().st_size}
-    checked = "that it begins as a GGUF file"
-    try:
-        import gguf
-    except ImportError:
-        checked += "; more with `pip install 'megaback[gguf]'`"
-    else:
-        try:
-            reader = gguf.GGUFReader(path)
-            facts |= {
-                key.rpartition(".")[2]: stored.contents()
-                for key, stored in reader.fields.items()
-                if key.startswith(("general.architecture", "general.name", "megaback."))
-            }
-        except Exception as error:  # noqa: BLE001 - the library raises what it meets
-            reason = " ".join(str(error).split())
-            raise CheckpointCorruptError(
-                f"{path} is cut short or altered ({reason}); convert the model again"
-            ) from None
-        facts["tensors"] = len(reader.tensors)
-        checked = "its metadata and where its tensors lie"
-    if verify:
-        _require_sum(path)
-        checked = "by its hash in SHA256SUMS"
-    return Artifact(
-        "model for llama.cpp (--to gguf)",
-        path,
-        facts,
-        checked,
-    )
-
-
-def _require_sum(path: Path) -> None:
-    from megaback.checkpoints.safetensors_file import size_and_hash
-    from megaback.weights.weight_files import SUMS_NAME, read_sums
-
-    sums = path.with_name(SUMS_NAME)
-    if not sums.is_file():
-        raise CheckpointMissingError(f"{sums} is not there, so {path.name} cannot be verified")
-    if read_sums(path.parent).get(path.name) != size_and_hash(path)[1]:
-        raise CheckpointCorruptError(
-            f"{path} is not the file that was written; convert the model again"
-        )
+    facts, checked = inspect_gguf(path, verify=verify)
+    return Artifact("model for llama.cpp (--to gguf)", path, facts, checked)
 
 
 def _require_size(path: Path, expected_bytes: int, error: type[MegabackError], advice: str) -> None:

@@ -15,7 +15,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.types import Receive, Scope, Send
 
 from megaback import __version__
-from tools.serving import backchat, chat, completions, schemas
+from tools.serving import backchat, chat, completions, response_schemas, schemas
 from tools.serving import errors as problems
 from tools.serving import infill as between
 from tools.serving.context import Service
@@ -140,20 +140,20 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return Response(answer, media_type="application/json")
 
     @app.get("/v1/models", responses=few)
-    async def list_models() -> schemas.ModelList:
+    async def list_models() -> response_schemas.ModelList:
         """The models that are served, the default one first."""
-        return schemas.ModelList(
+        return response_schemas.ModelList(
             data=[model.describe(can_infill=can_infill) for model in service.models.values()]
         )
 
     @app.get("/v1/models/{name}", responses=few_and_404)
-    async def show_model(name: str) -> schemas.Model:
+    async def show_model(name: str) -> response_schemas.Model:
         """One model."""
         return service.model(name).describe(can_infill=can_infill)
 
     @app.post(
         "/v1/completions",
-        response_model=schemas.Completion,
+        response_model=response_schemas.Completion,
         responses={**described, 200: {"content": {"text/event-stream": {}}}},
         openapi_extra=_takes(schemas.CompletionRequest),
     )
@@ -167,7 +167,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/chat/completions",
-        response_model=schemas.ChatCompletion,
+        response_model=response_schemas.ChatCompletion,
         responses={**described, 200: {"content": {"text/event-stream": {}}}},
         openapi_extra=_takes(schemas.ChatRequest),
     )
@@ -181,7 +181,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/backchat",
-        response_model=schemas.BackChat,
+        response_model=response_schemas.BackChat,
         responses=described,
         openapi_extra=_takes(schemas.BackChatRequest),
     )
@@ -191,7 +191,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/score",
-        response_model=schemas.Score,
+        response_model=response_schemas.Score,
         responses=described,
         openapi_extra=_takes(schemas.ScoreRequest),
     )
@@ -201,7 +201,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.post(
         "/v1/infill",
-        response_model=schemas.Infills,
+        response_model=response_schemas.Infills,
         responses=described,
         openapi_extra=_takes(schemas.InfillRequest),
     )

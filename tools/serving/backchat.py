@@ -8,7 +8,7 @@ from data_pipeline.errors import PromptError
 from data_pipeline.text.incremental import sendable
 from megaback.inference.batch import Sample
 from megaback.inference.chat import ranked
-from tools.serving import schemas
+from tools.serving import response_schemas, schemas
 from tools.serving.completions import chosen_seed, sampling_options
 from tools.serving.context import Service
 from tools.serving.deadline import Deadline
@@ -36,7 +36,7 @@ def _given(
 
 async def answer(
     service: Service, request: schemas.BackChatRequest, deadline: Deadline
-) -> schemas.BackChat:
+) -> response_schemas.BackChat:
     """Different samples for what is given, ended ones first, then the likeliest first."""
     model = service.model(request.model)
     given = _given(model, request)
@@ -61,10 +61,10 @@ async def answer(
     found = {tuple(one): likelihood for one, likelihood in each if one}
     written = sum(map(len, ids))
     different = await service.aside(lambda: ranked(model.form, prompt.ids, found))
-    return schemas.BackChat(
+    return response_schemas.BackChat(
         model=model.name,
         candidates=[
-            schemas.Candidate(
+            response_schemas.Candidate(
                 text=sendable(one.text),
                 log_probability=one.log_probability,
                 tokens=one.tokens,
@@ -72,7 +72,7 @@ async def answer(
             )
             for one in different
         ],
-        usage=schemas.Usage(
+        usage=response_schemas.Usage(
             prompt_tokens=len(prompt.ids),
             completion_tokens=written,
             total_tokens=len(prompt.ids) + written,
@@ -83,11 +83,11 @@ async def answer(
 
 async def score(
     service: Service, request: schemas.ScoreRequest, deadline: Deadline
-) -> schemas.Score:
+) -> response_schemas.Score:
     """log P of whole texts and their ends, each alone."""
     model = service.model(request.model)
     given = _given(model, request)
-    scores: list[schemas.TextScore] = []
+    scores: list[response_schemas.TextScore] = []
     for text in request.texts:
         try:
             read, written = await service.aside(partial(_ids, model, given, text))
@@ -99,11 +99,11 @@ async def score(
         num_bytes = len(text.encode("utf-8", "surrogatepass"))
         bits = -total / math.log(2) / num_bytes if num_bytes else None
         scores.append(
-            schemas.TextScore(
+            response_schemas.TextScore(
                 log_probability=total, tokens=len(written), bytes=num_bytes, bits_per_byte=bits
             )
         )
-    return schemas.Score(model=model.name, scores=scores)
+    return response_schemas.Score(model=model.name, scores=scores)
 
 
 def _ids(model: ServedModel, given: str | None, text: str) -> tuple[list[int], list[int]]:

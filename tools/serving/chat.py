@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from data_pipeline.errors import PromptError
 from megaback.inference.batch import Sample
-from tools.serving import schemas
+from tools.serving import response_schemas, schemas
 from tools.serving.choice_stream import ChoiceText, Part
 from tools.serving.completions import Asked, chosen_seed, sampling_options
 from tools.serving.context import Service
@@ -28,7 +28,9 @@ class AskedChat(Asked):
     is_streamed: bool = False
     _begun: set[int] = field(default_factory=set)
 
-    def body(self, parts: Sequence[tuple[int, Part]], usage: schemas.Usage | None) -> BaseModel:
+    def body(
+        self, parts: Sequence[tuple[int, Part]], usage: response_schemas.Usage | None
+    ) -> BaseModel:
         about: dict[str, Any] = {
             "id": f"chatcmpl-{self.id}",
             "created": self.created_s,
@@ -37,23 +39,23 @@ class AskedChat(Asked):
         }
         if not self.is_streamed:
             choices = [
-                schemas.ChatChoice(
+                response_schemas.ChatChoice(
                     index=index,
-                    message=schemas.ChatAnswer(content=part.text),
+                    message=response_schemas.ChatAnswer(content=part.text),
                     finish_reason=part.finish_reason,
                 )
                 for index, part in parts
             ]
-            return schemas.ChatCompletion(**about, choices=choices, usage=usage)
+            return response_schemas.ChatCompletion(**about, choices=choices, usage=usage)
         chunks = [
-            schemas.ChatChunkChoice(
+            response_schemas.ChatChunkChoice(
                 index=index,
-                delta=schemas.ChatDelta(role=self._role_of(index), content=part.text),
+                delta=response_schemas.ChatDelta(role=self._role_of(index), content=part.text),
                 finish_reason=part.finish_reason,
             )
             for index, part in parts
         ]
-        return schemas.ChatChunk(**about, choices=chunks, usage=usage)
+        return response_schemas.ChatChunk(**about, choices=chunks, usage=usage)
 
     def _role_of(self, index: int) -> str | None:
         """Said once: clients join what comes under one name."""

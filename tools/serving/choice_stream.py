@@ -7,7 +7,7 @@ from typing import Literal
 from data_pipeline.text.codec import Direction, Prompt, TextCodec
 from data_pipeline.text.incremental import IncrementalDetokenizer, StopTexts
 from megaback.inference.batch import Step
-from tools.serving import schemas
+from tools.serving import response_schemas
 
 FinishReason = Literal["stop", "length"]
 
@@ -113,7 +113,7 @@ def spelled(codec: TextCodec, piece_id: int) -> str:
         return "bytes:" + "".join(f"\\x{value:02x}" for value in raw)
 
 
-def log_probs(codec: TextCodec, tokens: Sequence[Token]) -> schemas.LogProbs:
+def log_probs(codec: TextCodec, tokens: Sequence[Token]) -> response_schemas.LogProbs:
     """What a client gets of tokens."""
     tops: list[dict[str, float] | None] = []
     for token in tokens:
@@ -127,7 +127,7 @@ def log_probs(codec: TextCodec, tokens: Sequence[Token]) -> schemas.LogProbs:
         ):
             top.setdefault(spelled(codec, piece_id), log_probability)
         tops.append(top)
-    return schemas.LogProbs(
+    return response_schemas.LogProbs(
         tokens=[spelled(codec, token.piece_id) for token in tokens],
         token_logprobs=[token.log_probability for token in tokens],
         top_logprobs=tops if any(token.likeliest for token in tokens) else None,

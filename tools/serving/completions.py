@@ -13,7 +13,7 @@ from data_pipeline.text.incremental import sendable
 from megaback.inference.batch import Sample
 from megaback.inference.decoder import ScoredToken
 from megaback.inference.sampling import SamplingOptions
-from tools.serving import schemas
+from tools.serving import response_schemas, schemas
 from tools.serving.choice_stream import ChoiceText, Part, Token, log_probs, offsets
 from tools.serving.context import Service
 from tools.serving.deadline import Deadline
@@ -70,19 +70,21 @@ class Asked:
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def usage(self) -> schemas.Usage:
+    def usage(self) -> response_schemas.Usage:
         """What was read of the prompts, and written; without the markers of a text's edges."""
         prompt_tokens = sum(given.num_tokens for given in self.given)
         written = sum(choice.tokens for choice in self.choices)
-        return schemas.Usage(
+        return response_schemas.Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=written,
             total_tokens=prompt_tokens + written,
         )
 
-    def body(self, parts: Sequence[tuple[int, Part]], usage: schemas.Usage | None) -> BaseModel:
+    def body(
+        self, parts: Sequence[tuple[int, Part]], usage: response_schemas.Usage | None
+    ) -> BaseModel:
         """An answer, or an event of a stream, with parts of choices by their numbers."""
-        return schemas.Completion(
+        return response_schemas.Completion(
             id=f"cmpl-{self.id}",
             created=self.created_s,
             model=self.model.name,
@@ -91,14 +93,14 @@ class Asked:
             seed=self.seed,
         )
 
-    def event(self, parts: Sequence[tuple[int, Part]], usage: schemas.Usage | None) -> str:
+    def event(self, parts: Sequence[tuple[int, Part]], usage: response_schemas.Usage | None) -> str:
         """As a server-sent event."""
         return event_of(self.body(parts, usage).model_dump_json())
 
-    def _choice(self, index: int, part: Part) -> schemas.Choice:
+    def _choice(self, index: int, part: Part) -> response_schemas.Choice:
         request = self.request
         wants = isinstance(request, schemas.CompletionRequest) and request.logprobs is not None
-        return schemas.Choice(
+        return response_schemas.Choice(
             index=index,
             text=part.text,
             logprobs=log_probs(self.model.codec, part.tokens) if wants else None,

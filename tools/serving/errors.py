@@ -11,20 +11,20 @@ from starlette.routing import Route
 
 from data_pipeline.errors import ConfigError, PromptError
 from data_pipeline.text.incremental import sendable
-from tools.serving import schemas
+from tools.serving import response_schemas
 
 _log = logging.getLogger("megaback.serve")
 _MOST_SHOWN_CHARACTERS = 100
 Described = dict[int | str, dict[str, Any]]
 """Answers by status, as FastAPI describes them."""
 DESCRIBED: Described = {
-    400: {"model": schemas.ProblemBody, "description": "The request makes no sense."},
-    401: {"model": schemas.ProblemBody, "description": "No token, or a wrong one."},
-    403: {"model": schemas.ProblemBody, "description": "Sent by a page of another site."},
-    404: {"model": schemas.ProblemBody, "description": "There is no such model."},
-    413: {"model": schemas.ProblemBody, "description": "The body is too large."},
-    415: {"model": schemas.ProblemBody, "description": "The body is not JSON."},
-    503: {"model": schemas.ProblemBody, "description": "Too much is asked for at once."},
+    400: {"model": response_schemas.ProblemBody, "description": "The request makes no sense."},
+    401: {"model": response_schemas.ProblemBody, "description": "No token, or a wrong one."},
+    403: {"model": response_schemas.ProblemBody, "description": "Sent by a page of another site."},
+    404: {"model": response_schemas.ProblemBody, "description": "There is no such model."},
+    413: {"model": response_schemas.ProblemBody, "description": "The body is too large."},
+    415: {"model": response_schemas.ProblemBody, "description": "The body is not JSON."},
+    503: {"model": response_schemas.ProblemBody, "description": "Too much is asked for at once."},
 }
 
 
@@ -46,8 +46,10 @@ class ProblemError(Exception):
 
     def response(self) -> JSONResponse:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        problem = schemas.Problem(message=self.message, type=kind, param=self.param, code=self.code)
-        body = schemas.ProblemBody(error=problem).model_dump()
+        problem = response_schemas.Problem(
+            message=self.message, type=kind, param=self.param, code=self.code
+        )
+        body = response_schemas.ProblemBody(error=problem).model_dump()
         return JSONResponse(body, self.status, self.headers)
 
 

@@ -11,7 +11,7 @@ from megaback.inference.infill.infiller import Infill, Infiller, InfillOptions, 
 from megaback.inference.infill.join_scores import Half
 from megaback.inference.infill.prompts import InfillPrompts
 from megaback.inference.sampling import SamplingOptions
-from tools.serving import schemas
+from tools.serving import response_schemas, schemas
 from tools.serving.completions import chosen_seed
 from tools.serving.context import Service
 from tools.serving.deadline import Deadline
@@ -22,7 +22,7 @@ from tools.serving.request_samples import Job
 
 async def fill(
     service: Service, request: schemas.InfillRequest, deadline: Deadline
-) -> schemas.Infills:
+) -> response_schemas.Infills:
     """Different middles, the best first.
 
     Samples of both models are written with those of other requests, for half of the time that a
@@ -57,10 +57,10 @@ async def fill(
     halves = await _written(service, infiller, prompts, options)
     found = await deadline.within(_joined(service, infiller, gap, halves, options))
     infills = [
-        schemas.Infill(**{**asdict(one), "middle": sendable(one.middle)})
+        response_schemas.Infill(**{**asdict(one), "middle": sendable(one.middle)})
         for one in found[: request.n]
     ]
-    return schemas.Infills(infills=infills, seed=seed)
+    return response_schemas.Infills(infills=infills, seed=seed)
 
 
 async def _written(

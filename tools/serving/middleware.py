@@ -89,7 +89,8 @@ class Guard:
                 await send(part)
 
         path = scope["path"]
-        scope = _usual(scope)
+        if scope["method"] == "HEAD":  # is GET, whose body uvicorn leaves out
+            scope = {**scope, "method": "GET"}
         self._metrics.opened()
         try:
             await self._pass(scope, receive, send_with_headers)
@@ -112,10 +113,11 @@ class Guard:
             return
         if self._num_open >= self._limits.open_requests:
             raise busy(f"{self._num_open} requests are open already; try again")
-        if scope["method"] == "POST" and not _is_json(headers["content-type"]):
+        content_type = headers.get("content-type") or "application/json"
+        if scope["method"] == "POST" and not _is_json(content_type):
             raise ProblemError(
                 415,
-                f"the body's Content-Type is {headers['content-type'][:100]!r}; send JSON, and "
+                f"the body's Content-Type is {content_type[:100]!r}; send JSON, and "
                 "the header Content-Type: application/json",
             )
         encoding = headers.get("content-encoding", "identity")
@@ -214,18 +216,6 @@ def _is_json(content_type: str) -> bool:
     return kind == "application/json" or (
         kind.startswith("application/") and kind.endswith("+json")
     )
-
-
-def _usual(scope: Scope) -> Scope:
-    """A request as the application knows it: HEAD is GET, whose body uvicorn leaves out, and a
-    body of no type is JSON."""
-    headers = Headers(scope=scope)
-    if scope["method"] == "HEAD":
-        return {**scope, "method": "GET"}
-    if scope["method"] == "POST" and not headers.get("content-type"):
-        others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
-        return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
-    return scope
 
 
 def _parts(message: Message) -> Iterator[Message]:

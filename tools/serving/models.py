@@ -16,7 +16,7 @@ from megaback.inference.decoder import Decoder, load_decoder
 from megaback.inference.infill.infiller import Infiller, load_infiller
 from megaback.weights.converted import shown_name
 from megaback.weights.model_folder import ModelDescription
-from tools.serving import schemas
+from tools.serving import response_schemas
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class ServedModel:
         """That the context can hold: a piece has at least as many bytes as characters."""
         return self.decoder.context_tokens * int(self.codec.piece_num_bytes().max())
 
-    def describe(self, *, can_infill: bool) -> schemas.Model:
+    def describe(self, *, can_infill: bool) -> response_schemas.Model:
         description = self.description
-        return schemas.Model(
+        return response_schemas.Model(
             id=self.name,
             created=self.loaded_s,
             direction=self.codec.format.direction.value,

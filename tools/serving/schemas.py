@@ -1,4 +1,4 @@
-"""What clients send and get, as JSON: OpenAI's completions, and what megaback adds.
+"""What clients send, as JSON: OpenAI's completions, and what megaback adds.
 
 Fields that OpenAI has and this server cannot honour are known here, so that they are refused by
 name and never ignored.
@@ -244,90 +244,6 @@ class ChatRequest(Written):
     store: _False = False
 
 
-class LogProbs(BaseModel):
-    """Of each token in the order of writing, which a backward model does from right to left."""
-
-    tokens: list[str] = Field(description="`bytes:\\xe2` and so on for a part of a character.")
-    token_logprobs: list[float | None] = Field(
-        description="In nats, at temperature 1, among all tokens; null for the first of a prompt "
-        "of ids."
-    )
-    top_logprobs: list[dict[str, float] | None] | None
-    text_offset: list[int] = Field(
-        description="Where the token's text begins, in characters from the beginning of the "
-        "prompt: negative for what stands before it."
-    )
-
-
-class Choice(BaseModel):
-    index: int
-    text: str
-    logprobs: LogProbs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Completion(BaseModel):
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage | None = None
-    seed: int = Field(description="With which the same request gives the same again.")
-
-
-class ChatAnswer(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatAnswer
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage | None = None
-    seed: int = Field(description="With which the same request gives the same again.")
-
-
-class ChatDelta(BaseModel):
-    role: str | None = None
-    content: str
-
-
-class ChatChunkChoice(BaseModel):
-    index: int
-    delta: ChatDelta
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class ChatChunk(BaseModel):
-    """An event of a stream."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-    seed: int
-
-
 class BackChatRequest(Sampling):
     """A response, for which a backward model writes instructions; or the other way round."""
 
@@ -335,21 +251,6 @@ class BackChatRequest(Sampling):
     response: str | None = Field(None, min_length=1, description="For a backward model.")
     instruction: str | None = Field(None, min_length=1, description="For a forward model.")
     n: int = Field(4, ge=1, le=MOST_SAMPLES, description="Samples; different ones are given.")
-
-
-class Candidate(BaseModel):
-    text: str
-    log_probability: float = Field(description="log P(text and its end | what was given), in nats.")
-    tokens: int
-    is_complete: bool = Field(description="Whether the model ended it, or it was cut.")
-
-
-class BackChat(BaseModel):
-    object: Literal["backchat"] = "backchat"
-    model: str
-    candidates: list[Candidate] = Field(description="Ended ones first, then the likeliest first.")
-    usage: Usage
-    seed: int
 
 
 class ScoreRequest(Request):
@@ -360,19 +261,6 @@ class ScoreRequest(Request):
     )
     response: str | None = Field(None, min_length=1, description="`texts` are instructions for it.")
     instruction: str | None = Field(None, min_length=1, description="`texts` are responses to it.")
-
-
-class TextScore(BaseModel):
-    log_probability: float = Field(description="Of the text and its end, in nats, natural log.")
-    tokens: int
-    bytes: int
-    bits_per_byte: float | None = Field(description="None for an empty text.")
-
-
-class Score(BaseModel):
-    object: Literal["score"] = "score"
-    model: str
-    scores: list[TextScore]
 
 
 class InfillRequest(Body):
@@ -386,48 +274,3 @@ class InfillRequest(Body):
     temperature: Annotated[float, TEMPERATURE] = 0.8
     top_k: Annotated[int, TOP_K] = Field(200, description="0 for all.")
     seed: Seed | None = None
-
-
-class Infill(BaseModel):
-    middle: str
-    score: float = Field(description="Nats a token; higher is better.")
-    forward: float = Field(description="log P(middle and ending | beginning), in nats.")
-    backward: float = Field(description="log P(middle and beginning | ending), in nats.")
-    forward_tokens: int
-    backward_tokens: int
-    written_forward: int | None
-    written_backward: int | None
-
-
-class Infills(BaseModel):
-    object: Literal["infill"] = "infill"
-    infills: list[Infill] = Field(description="Different ones, the best first; maybe none.")
-    seed: int
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["megaback"] = "megaback"
-    direction: Literal["backward", "forward"]
-    unit: Literal["token", "word"]
-    context_tokens: int
-    parameters: int
-    can_infill: bool = Field(description="Together with the other model: /v1/infill.")
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class Problem(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ProblemBody(BaseModel):
-    error: Problem
