@@ -58,15 +58,7 @@ def _parts(machine: Machine) -> Iterator[Line]:
         "make PYTHON=python3.11 .venv/.installed" if too_old else "",
         is_needed=True,
     )
-    names = ", ".join(machine.hidden)
-    yield Line(
-        "megaback",
-        "note" if names else "yes",
-        machine.megaback + (f"; this folder hides {names}" if names else ""),
-        "type `megaback` here, not `python -m megaback`; run your own scripts elsewhere, or rename"
-        if names
-        else "",
-    )
+    yield _megaback_line(machine)
     yield Line(
         "packages",
         "no" if machine.unmet else "yes",
@@ -105,6 +97,19 @@ def _parts(machine: Machine) -> Iterator[Line]:
         is_needed=True,
     )
     yield from _limits(machine)
+
+
+def _megaback_line(machine: Machine) -> Line:
+    if machine.sharing:
+        text = f"{machine.megaback}; {', '.join(machine.sharing)} has packages of the same names"
+        fix = "install megaback in an environment of its own"
+    elif machine.hidden:
+        text = f"{machine.megaback}; this folder hides {', '.join(machine.hidden)}"
+        fix = "type `megaback` here, not `python -m megaback`; "
+        fix += "run your own scripts elsewhere, or rename"
+    else:
+        text, fix = machine.megaback, ""
+    return Line("megaback", "note" if fix else "yes", text, fix)
 
 
 def _gpu_line(machine: Machine) -> Line:

@@ -15,7 +15,7 @@ from typing import Any
 from data_pipeline.common.import_path import module_command
 from megaback import __version__
 from megaback.distributed.visible_devices import count_devices
-from megaback.installation import ROOT, hidden_by
+from megaback.installation import ROOT, hidden_by, sharing_distributions
 from megaback.planning.host_memory import host_memory_bytes
 
 _PROBE = module_command("megaback.distributed.torch_facts")
@@ -32,6 +32,8 @@ class Machine:
     """Its version and folder."""
     hidden: tuple[str, ...]
     """Modules that the working directory holds under the names of installed ones."""
+    sharing: tuple[str, ...]
+    """Other distributions with packages by megaback's names."""
     python: str
     cores: int
     threads: str | None
@@ -72,6 +74,7 @@ def examine(folder: Path) -> Machine:
         host=socket.gethostname(),
         megaback=f"{__version__} of {ROOT}",
         hidden=tuple(hidden_by(Path.cwd())),
+        sharing=tuple(sharing_distributions()),
         python=platform.python_version(),
         cores=len(os.sched_getaffinity(0)),
         threads=os.environ.get("OMP_NUM_THREADS"),

@@ -4,26 +4,16 @@ Everything in `__all__` is the public API: docs/python.md. What it needs, torch 
 when a name is first used, so that `import megaback` is cheap.
 """
 
-import os
-import signal
-import sys
+from megaback import own_process
 
-if (
-    sys.argv[:1] == ["-m"] or "".join(sys.argv[:1]).endswith(f"{os.sep}megaback")
-) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # The process of a command or a rank: from here on, Ctrl-C ends it without a traceback.
-
-    def _leave(*_: object) -> None:
-        if "MEGABACK_LAUNCHER" not in os.environ:  # which speaks for its ranks
-            os.write(2, b"megaback: interrupted\n")
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, _leave)
+if own_process.is_own_process():
+    own_process.put_packages_first()
+    own_process.end_at_ctrl_c()
 
 import importlib
 from typing import TYPE_CHECKING
 
-from megaback.installation import leave_working_directory, require_packages
+from megaback.installation import require_packages
 
 if TYPE_CHECKING:
     from megaback import errors as errors
@@ -72,8 +62,6 @@ __all__ = [
     "read_metrics",
 ]
 
-if sys.argv[:1] == ["-m"]:  # as long as `python -m megaback…` looks for what it is to run
-    leave_working_directory()
 require_packages()
 
 

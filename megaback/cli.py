@@ -5,11 +5,14 @@ Nothing heavy is imported here, so that help appears at once. Every subcommand i
 """
 
 import importlib
+import sys
 from typing import Any
 
 import click
 
-from data_pipeline.common.command import run_as_process, scrubbed
+from data_pipeline.common.command import report, run_as_process, scrubbed
+from data_pipeline.errors import LaunchError
+from megaback.installation import missing_module
 
 _Commands = dict[str, tuple[str, str]]
 
@@ -36,6 +39,8 @@ _COMMANDS: _Commands = {
     "infill": ("tools.infill", "Write what comes between a beginning and an ending."),
     "serve": ("tools.serve", "Serve a model to OpenAI's clients, and as a page."),
 }
+_INTERNAL: _Commands = {"slurm-job": ("launcher.slurm.job", "")}
+"""What batch files run. A module by its own name could be another project's `launcher`."""
 _GROUPS: dict[str, tuple[str, _Commands]] = {
     "tokenizer": (
         "Train a tokenizer.",
@@ -85,17 +90,24 @@ class LazyGroup(click.Group):
             raise scrubbed(error) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*self._modules, *super().list_commands(ctx)]
+        shown = [name for name, (_, text) in self._modules.items() if text]
+        return [*shown, *super().list_commands(ctx)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._modules:
             return super().get_command(ctx, cmd_name)
-        module = importlib.import_module(self._modules[cmd_name][0])
+        try:
+            module = importlib.import_module(self._modules[cmd_name][0])
+        except ModuleNotFoundError as error:
+            reason = missing_module(error.name or "")
+            if reason is None:
+                raise
+            sys.exit(report(LaunchError(reason)))
         command: click.Command = module.main
         return command
 
     def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [(name, text) for name, (_, text) in self._modules.items()]
+        rows = [(name, text) for name, (_, text) in self._modules.items() if text]
         rows += [(name, command.get_short_help_str()) for name, command in self.commands.items()]
         with formatter.section("Commands"):
             formatter.write_dl(sorted(rows))
@@ -112,7 +124,7 @@ def command_modules() -> dict[str, str]:
 def _build_cli() -> click.Group:
     from megaback import __version__
 
-    cli = LazyGroup("megaback", _COMMANDS, "Train and use GPTs that write backwards.")
+    cli = LazyGroup("megaback", _COMMANDS | _INTERNAL, "Train and use GPTs that write backwards.")
     for name, (help_text, commands) in _GROUPS.items():
         cli.add_command(LazyGroup(name, commands, help_text))
     return click.version_option(__version__, prog_name="megaback")(cli)

@@ -1,10 +1,4 @@
-"""Which megaback Python imports: what is installed, or what the working directory has by its name.
-
-Commands start their processes so that only what is installed counts
-(`data_pipeline.common.import_path`). What a person starts, `python -m megaback.train`
-or a script that imports megaback, is put right here where it can be, and else refused before it
-does anything.
-"""
+"""Whether what Python imports is this installation: its packages, and nothing in their place."""
 
 import sys
 from collections.abc import Iterator
@@ -12,32 +6,28 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from megaback import own_process
+from megaback.own_process import PACKAGES
+
+ROOT = Path(own_process.ROOT)
 """The folder that the packages are installed in."""
-PACKAGES = ("megaback", "data_pipeline", "launcher", "tools")
 HIDDEN = (
     "the folder `megaback` in the working directory hides the package of that name; start in "
     "another folder, or install megaback once more with `pip install -e .`, which then comes first"
 )
-_START_OF_PIPELINE = Path("data_pipeline", "__init__.py")
-
-
-def leave_working_directory() -> None:
-    """Import nothing more from the folder that `python -m` has put first."""
-    if getattr(sys.flags, "safe_path", False) or not sys.path:
-        return
-    if sys.path[0] in ("", str(Path.cwd())) and Path(sys.path[0]).resolve() != ROOT:
-        del sys.path[0]
 
 
 def require_packages() -> None:
     """Raise ImportError if the package that megaback is built on is somebody else's."""
     spec = find_spec("data_pipeline")
-    if spec is not None and spec.origin != str(Path(__file__).parents[1] / _START_OF_PIPELINE):
+    if spec is not None and spec.origin != str(
+        Path(__file__).parents[1] / "data_pipeline" / "__init__.py"
+    ):
         found = spec.origin or next(iter(spec.submodule_search_locations or []), "?")
         raise ImportError(
             f"megaback needs its own package data_pipeline, and Python finds {found} in its place; "
-            "start Python in another folder, or rename that one"
+            "rename that one, or take its folder off Python's path (the folder of your script, "
+            "PYTHONPATH), or install megaback in an environment without it"
         )
 
 
@@ -46,12 +36,32 @@ def is_whole() -> bool:
     return getattr(sys.modules.get("megaback"), "__file__", None) is not None
 
 
+def missing_module(name: str) -> str | None:
+    """Why a module of ours is not there; None for a name of somebody else's."""
+    package = name.partition(".")[0]
+    if package not in PACKAGES:
+        return None
+    found = getattr(sys.modules.get(package), "__file__", None) or ROOT / package
+    return (
+        f"there is no module {name} in {found}: another project's {package} is in the place of "
+        "megaback's, or files are missing; install megaback in an environment of its own"
+    )
+
+
 def hidden_by(folder: Path) -> list[str]:
     """Modules that Python would take from a folder, if started there, in place of installed ones.
 
     Of megaback's packages, of Python's own modules and of everything that is installed.
     """
     return sorted(name for name in _names_in(folder) if _hides(folder, name))
+
+
+def sharing_distributions() -> list[str]:
+    """Others that pip has installed with packages by our names: one may write over the other's."""
+    from importlib.metadata import packages_distributions
+
+    found = packages_distributions()
+    return sorted({other for name in PACKAGES for other in found.get(name, ())} - {"megaback"})
 
 
 def _names_in(folder: Path) -> Iterator[str]:

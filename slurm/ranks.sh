@@ -36,7 +36,7 @@ free_port() { # not to be guessed from a job's number; below those that Linux ha
 export MASTER_PORT=${MASTER_PORT:-$(free_port)}
 
 run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]
-    python -m launcher.slurm.job begin ${begin_options:-} "$@" # refuses what cannot work
+    python -m megaback slurm-job begin ${begin_options:-} "$@" # refuses what cannot work
     local code=0 step
 
     # Each rank finds its number, and the address of the first, in what srun sets.
@@ -66,5 +66,5 @@ run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]
         limit_is_near=yes
     fi
     # Without USR1 nobody wants the job back (scancel), or Slurm queues it again itself (preemption).
-    python -m launcher.slurm.job end --step-code "$code" ${limit_is_near:+--limit-is-near} "$@"
+    python -m megaback slurm-job end --step-code "$code" ${limit_is_near:+--limit-is-near} "$@"
 }

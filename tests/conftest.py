@@ -22,6 +22,7 @@ from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from tests.helpers.wheel_environment import wheel_environment
 
 # Models of the tests are so small that several threads take five times the CPU time of one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -192,3 +193,11 @@ def run_megaback() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with megaback from a wheel; one for all processes of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheel"
+    return wheel_environment(folder) / "bin" / "python"

@@ -24,6 +24,7 @@ from tests.helpers.small_cluster import (
     read_log,
     wait_for,
 )
+from tests.helpers.wheel_environment import plant
 
 _ENDLESS = {"steps": 100_000, "precision": "fp32"}
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -57,6 +58,24 @@ def test_a_job_writes_its_log_and_into_its_run_and_nowhere_else(finished: Finish
     assert outside == {log, finished.folder / "config.yaml"}
     elsewhere = [*finished.home.rglob("*"), *finished.temporary.rglob("*")]
     assert [path for path in elsewhere if path.is_file()] == []
+
+
+def test_a_job_beside_packages_of_our_names_runs_what_is_installed_from_a_wheel(
+    wheel_python: Path, write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
+) -> None:
+    plant(tmp_path, "launcher", "tools", "data_pipeline", "torch")
+    config = write_config(tmp_path, training={"steps": 2, "precision": "fp32"})
+
+    job_id = slurm.submit(
+        "train.sbatch",
+        config,
+        cwd=tmp_path,
+        options=cpu_options(nodes=1),
+        MEGABACK_ENV=wheel_python.parents[1],
+    )
+
+    slurm.require_completed(job_id, tmp_path)
+    assert last_step(tmp_path / "run") == 2
 
 
 @pytest.mark.timeout(600)

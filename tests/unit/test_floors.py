@@ -17,6 +17,7 @@ FLOORS = [
     ["data_pipeline.loading"],
     ["data_pipeline.build"],
     ["data_pipeline.tokenizer"],
+    ["megaback.own_process"],
     ["megaback.errors", "megaback.installation", "megaback.environment", "megaback.yaml_text"],
     ["megaback.config_messages", "megaback.use_commands"],
     ["megaback.config"],

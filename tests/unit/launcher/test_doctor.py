@@ -36,6 +36,7 @@ LAPTOP = Machine(
     host="laptop",
     megaback="0.1.0 of /opt/megaback",
     hidden=(),
+    sharing=(),
     python="3.11.7",
     cores=8,
     threads=None,
@@ -129,6 +130,8 @@ def test_what_the_main_job_needs_and_is_not_there_is_named_with_what_to_do(
         ({"open_files": 256}, "open files"),
         ({"threads": "64"}, "cores"),
         ({"programs": ("ssh",)}, "C compiler"),
+        ({"hidden": ("torch",)}, "megaback"),
+        ({"sharing": ("other",)}, "megaback"),
     ],
 )
 def test_what_may_matter_is_noted_and_stops_nothing(fields: dict[str, Any], name: str) -> None:

@@ -1,0 +1,56 @@
+"""An environment into which pip has installed megaback from a wheel, and hostile folders."""
+
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from data_pipeline.common.locks import locked
+from tests.helpers.paths import ROOT
+
+OWN_PACKAGES = ("data_pipeline", "launcher", "tools")
+TRAP = "raise SystemExit('the working directory was imported')\n"
+_FOLDERS = ("megaback", *OWN_PACKAGES, "configs", "slurm")
+_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+_PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+
+
+def wheel_environment(folder: Path) -> Path:
+    """The environment's root, made once for all processes of the tests; packages are this one's."""
+    root = folder / "environment"
+    with locked(folder / "lock"):
+        if not (folder / "is_whole").exists():
+            _install(_build(folder), root)
+            (folder / "is_whole").touch()
+    return root
+
+
+def _build(folder: Path) -> Path:
+    source = folder / "source"  # in the checkout, modules of earlier builds would be packed too
+    for name in _FOLDERS:
+        shutil.copytree(ROOT / name, source / name)
+    for name in _FILES:
+        shutil.copy(ROOT / name, source / name)
+    words = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source)
+    subprocess.run([*_PIP, *words], check=True, capture_output=True, timeout=120)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def _install(wheel: Path, root: Path) -> None:
+    venv.create(root, symlinks=True)
+    (packages,) = root.glob("lib/python*/site-packages")
+    here = Path(sys.prefix, packages.relative_to(root))
+    (packages / "others.pth").write_text(f"{here}\n")  # not the .pth files that lie there
+    pip = (*_PIP, "--python", root / "bin" / "python")
+    words = ("install", "--quiet", "--no-deps", "--no-index", wheel)
+    subprocess.run([*pip, *words], check=True, capture_output=True, timeout=120)
+
+
+def plant(folder: Path, *names: str, content: str = TRAP) -> Path:
+    """Make packages of these names in a folder."""
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "__init__.py").write_text(content)
+    return folder
