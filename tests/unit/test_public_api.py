@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from model_helpers import write_chat_model
 
 import megaback
 from data_pipeline.text.codec import Direction, TextCodec
+from tests.helpers.models import write_chat_model
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/python.md").read_text()
