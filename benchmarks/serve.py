@@ -19,8 +19,9 @@ import psutil
 import torch
 from smoke import Benchmark, write_random_model
 
+from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction
-from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from data_pipeline.tokenizer.train import train_tokenizer
 from megaback.inference.decoder import load_decoder
 from megaback.inference.generate import complete
 from megaback.inference.sampling import SamplingOptions
@@ -35,7 +36,7 @@ def write_model(folder: Path, tokenizer: Path | None, layers: int, width: int) -
     """A model of random weights, with a tokenizer of its own if none is given."""
     if tokenizer is None:
         train_tokenizer("pydocs", folder.parent / "tokenizer", 2048, 5_000_000)
-        tokenizer = folder.parent / "tokenizer" / MODEL_NAME
+        tokenizer = folder.parent / "tokenizer" / TOKENIZER_NAME
     write_random_model(folder, tokenizer, Direction.BACKWARD, layers, width, CONTEXT_TOKENS)
 
 

@@ -131,10 +131,11 @@ def _rows(_: MadeUp, path: Path) -> Path:
 
 
 def _tokenizer(made_up: MadeUp, path: Path) -> Path:
-    from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+    from data_pipeline.shards.manifest import TOKENIZER_NAME
+    from data_pipeline.tokenizer.train import train_tokenizer
 
     train_tokenizer(made_up["text"], path, _VOCAB_SIZE)
-    return path / MODEL_NAME
+    return path / TOKENIZER_NAME
 
 
 def _build(made_up: MadeUp, path: Path, val_fraction: float) -> None:

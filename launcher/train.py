@@ -19,7 +19,7 @@ from megaback.data import open_data
 from megaback.faults.exit_record import newest_start, read_exit, record_exit
 from megaback.faults.run_ownership import require_run_folder
 from megaback.faults.stop_request import deadline_of
-from megaback.tracking.run_folder import read_progress
+from megaback.tracking.run_progress import read_progress
 from megaback.yaml_text import kept_overrides
 
 _RANK_MODULE = "megaback.train"

@@ -9,9 +9,8 @@ from data_pipeline.common.durations import duration
 from data_pipeline.common.next_command import command, free_path, show_next
 from data_pipeline.common.terminal import echo
 from data_pipeline.text.codec import Direction
-from megaback.checkpoint_names import meant_by
 from megaback.config import Config
-from megaback.tracking.run_folder import newest_checkpoint_step
+from megaback.run_folder import BEST_NAME, CHECKPOINTS_FOLDER, META_NAME, meant_by, newest_checkpoint_step, step_name
 from megaback.use_commands import use_commands
 
 MODELS_FOLDER = Path("models")
@@ -41,14 +40,14 @@ def show_result(config: Config, took_s: float) -> None:
 
 def _checkpoint(config: Config) -> tuple[Path, dict[str, Any] | None]:
     """What to name for the model that came of the run, and the description of its checkpoint."""
-    checkpoints = config.run / "checkpoints"
-    best = checkpoints / "best"
-    step = f"step-{newest_checkpoint_step(config.run):08d}"
+    checkpoints = config.run / CHECKPOINTS_FOLDER
+    best = checkpoints / BEST_NAME
+    step = step_name(newest_checkpoint_step(config.run))
     path = config.run
     if config.validation.patience is not None and best.is_file():
         path, step = best, meant_by(best).name
     try:
-        meta: dict[str, Any] = read_json(checkpoints / step / "meta.json")
+        meta: dict[str, Any] = read_json(checkpoints / step / META_NAME)
     except (OSError, ValueError):
         return path, None
     return path, meta

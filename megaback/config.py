@@ -27,9 +27,6 @@ from data_pipeline.text.codec import Direction
 
 _WHOLE = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?")
 
-CONFIG_COPY_NAME = "config.yaml"
-"""In a run's folder: its config, resolved."""
-
 
 Address = Annotated[str, AfterValidator(kept)]
 """A path or URL, whose secrets the environment holds: no copy of a config has them."""

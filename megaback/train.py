@@ -58,7 +58,8 @@ from megaback.faults.stop_request import StopRequest, deadline_of
 from megaback.faults.watchdog import Watchdog
 from megaback.installation import HIDDEN, is_whole
 from megaback.optim.lr_schedule import rate_factor_at
-from megaback.tracking.metrics import METRICS_NAME, StepRecord, read_metrics
+from megaback.run_folder import METRICS_NAME
+from megaback.tracking.metrics import StepRecord, read_metrics
 from megaback.tracking.metrics_log import MetricsLog
 from megaback.training.early_stopping import EarlyStopping, mark_best, read_measurements
 from megaback.training.history_gap import history_gap

@@ -20,8 +20,9 @@ from hypothesis import settings
 from data_pipeline import redaction
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from data_pipeline.tokenizer.train import train_tokenizer
 from tests.helpers.wheel_environment import wheel_environment
 
 # Models of the tests are so small that several threads take five times the CPU time of one.
@@ -151,7 +152,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory, tiny_text_folder: P
     """A SentencePiece model of 600 pieces."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(str(tiny_text_folder), folder, NUM_PIECES)
-    return folder / MODEL_NAME
+    return folder / TOKENIZER_NAME
 
 
 @pytest.fixture(scope="session")

@@ -40,16 +40,14 @@ from data_pipeline.shards.verify import verify_data_set
 from data_pipeline.sources.skipped import num_skipped
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train import REPORT_NAME
-from megaback.config import CONFIG_COPY_NAME
 from megaback.faults.run_ownership import config_of_run
+from megaback.run_folder import BEST_NAME, CHECKPOINTS_FOLDER, CONFIG_COPY_NAME, GGUF_NAME, HF_TOKENIZER_CONFIG_NAME, LATEST_NAME, META_NAME, METRICS_NAME, MODEL_CONFIG_NAME, complete_checkpoints, meant_by
 from megaback.use_commands import use_commands
 from tools.direction_gap.result import JSON_NAME, read_summary
 from tools.export.gguf_inspection import inspect_gguf
 
 if TYPE_CHECKING:
     from megaback.checkpoints.checkpoint import CheckpointMeta
-
-_GGUF_NAME = "model.gguf"
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,9 @@ def _inspect_file(path: Path, verify: bool) -> Artifact:
         return _gguf(path, verify)
     if path.suffix == ".zst":
         return _shard(path, verify)
-    if path.name in ("best", "latest", "meta.json"):
-        return _checkpoint(path.parent if path.name == "meta.json" else path, verify)
-    if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, JSON_NAME, "config.json"):
+    if path.name in (BEST_NAME, LATEST_NAME, META_NAME):
+        return _checkpoint(path.parent if path.name == META_NAME else path, verify)
+    if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, JSON_NAME, MODEL_CONFIG_NAME):
         return inspect(path.parent, verify=verify)
     raise SourceMissingError(
         f"{path} is no file of megaback's; name a tokenizer.model, a shard, a .gguf or a folder"
@@ -200,10 +198,9 @@ def _source_of(tokenizer: Path) -> str:
 
 
 def _run(folder: Path, verify: bool) -> Artifact:
-    from megaback.checkpoint_names import complete_checkpoints
     from megaback.config_file import load_config
     from megaback.faults.run_state import assess_run
-    from megaback.tracking.metrics import METRICS_NAME, read_metrics
+    from megaback.tracking.metrics import read_metrics
 
     config = load_config(config_of_run(folder))
     lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
@@ -249,7 +246,7 @@ def _arrow(folder: Path, _verify: bool) -> Artifact:
 
 def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
     """What to do with a run or a checkpoint."""
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    run = path.parent.parent if path.parent.name == CHECKPOINTS_FOLDER else path
     name = run.resolve().name or "run"
     convert = command("convert", path, "--to", "full", "--out", free_path(Path("models") / name))
     lines = {
@@ -266,7 +263,6 @@ def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
 
 def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artifact:
     """`shown`: what names it in commands, if not its folder."""
-    from megaback.checkpoint_names import META_NAME, meant_by
     from megaback.checkpoints.checkpoint import find_checkpoint, read_meta
 
     path = meant_by(path)
@@ -298,7 +294,6 @@ def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artifact
 
 
 def _checkpoints(folder: Path, verify: bool) -> Artifact:
-    from megaback.checkpoint_names import complete_checkpoints
 
     found = complete_checkpoints(folder.parent)
     if not found:
@@ -316,7 +311,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
     if description.is_foreign:
         kind, checked = "model of another library", "its config and tokenizer"
     else:
-        is_hf = (folder / "tokenizer_config.json").is_file()
+        is_hf = (folder / HF_TOKENIZER_CONFIG_NAME).is_file()
         kind = "model for transformers (--to hf)" if is_hf else "model (--to full)"
         how = "by their hashes" if verify and not stored.changed else "by size"
         checked = f"{len(stored.names)} files of weights, {how}"
@@ -347,7 +342,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
 
 
 def _gguf(path: Path, verify: bool) -> Artifact:
-    path = path / _GGUF_NAME if path.is_dir() else path
+    path = path / GGUF_NAME if path.is_dir() else path
     facts, checked = inspect_gguf(path, verify=verify)
     return Artifact("model for llama.cpp (--to gguf)", path, facts, checked)
 
@@ -361,10 +356,10 @@ def _require_size(path: Path, expected_bytes: int, error: type[MegabackError], a
 
 def _config_json(folder: Path, verify: bool) -> Artifact:
     try:
-        read_json(folder / "config.json")
+        read_json(folder / MODEL_CONFIG_NAME)
     except (OSError, ValueError):
         raise CheckpointCorruptError(
-            f"{folder / 'config.json'} is cut short; convert the model again"
+            f"{folder / MODEL_CONFIG_NAME} is cut short; convert the model again"
         ) from None
     return _model(folder, verify)
 
@@ -372,13 +367,13 @@ def _config_json(folder: Path, verify: bool) -> Artifact:
 # The file by which a folder is told: the most telling first.
 _FOLDERS: dict[str, Callable[[Path, bool], Artifact]] = {
     MANIFEST_NAME: _data_set,
-    "meta.json": _checkpoint,
+    META_NAME: _checkpoint,
     CONFIG_COPY_NAME: _run,
     JSON_NAME: _arrow,
-    "config.json": _config_json,
-    _GGUF_NAME: _gguf,
+    MODEL_CONFIG_NAME: _config_json,
+    GGUF_NAME: _gguf,
     PLAN_NAME: _unfinished,
-    "checkpoints": lambda folder, verify: _checkpoints(folder / "checkpoints", verify),
-    "latest": _checkpoints,
+    CHECKPOINTS_FOLDER: lambda folder, verify: _checkpoints(folder / CHECKPOINTS_FOLDER, verify),
+    LATEST_NAME: _checkpoints,
     TOKENIZER_NAME: _tokenizer,
 }

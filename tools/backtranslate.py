@@ -53,6 +53,7 @@ from data_pipeline.sources.registry import list_source, read_slice
 from data_pipeline.sources.skipped import skipped_lines
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction
+from megaback.run_folder import MODEL_CONFIG_NAME
 from tools.backtranslation.proposals import BackTranslator, RoundTripScorer, Text
 from tools.backtranslation.resumable_chunks import ResumableChunks
 from tools.backtranslation.selection import Choice, different_texts
@@ -115,7 +116,7 @@ def _inputs(pieces: Any) -> Any:
 
 def _converted(path: Path) -> Path:
     """The model's folder of a run or a checkpoint; without torch where it is a model's already."""
-    if (path / "config.json").is_file():
+    if (path / MODEL_CONFIG_NAME).is_file():
         return path
     from megaback.weights.converted import model_folder
 
@@ -158,10 +159,11 @@ def _has_strangers(folder: Path) -> bool:
 def _identity(model: Path) -> str:
     """Of a model's folder: the hash of config.json, which has those of its weights."""
     try:
-        return hashlib.sha256((model / "config.json").read_bytes()).hexdigest()
+        return hashlib.sha256((model / MODEL_CONFIG_NAME).read_bytes()).hexdigest()
     except FileNotFoundError:
         raise CheckpointMissingError(
-            f"{model} holds no model: config.json is missing; make one with megaback convert"
+            f"{model} holds no model: {MODEL_CONFIG_NAME} is missing; make one with megaback "
+            "convert"
         ) from None
 
 

@@ -14,6 +14,7 @@ from data_pipeline.common.next_command import show_next
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.output_folder import require_output_folder, whole_folder
 from data_pipeline.common.output_paths import overwrite_option
+from megaback.run_folder import CHECKPOINTS_FOLDER
 from megaback.use_commands import use_commands
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -43,7 +44,7 @@ def convert(
     Raises CheckpointMissingError, CheckpointCorruptError, OutputExistsError, BackendError, OSError.
     """
     # What takes long comes later. Beside its checkpoints, a run's folder has room for a model.
-    checkpoints = source_path / "checkpoints"
+    checkpoints = source_path / CHECKPOINTS_FOLDER
     source_files = checkpoints if checkpoints.is_dir() else source_path
     require_output_folder(out, (source_files,), overwrite=overwrite)
     import torch

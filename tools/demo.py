@@ -19,7 +19,8 @@ from data_pipeline.common.import_path import module_command
 from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.errors import LaunchError
 from data_pipeline.shards.inspection import unigram_entropy
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import TOKENIZER_NAME, Manifest
+from megaback.run_folder import METRICS_NAME, MODEL_CONFIG_NAME
 
 _CONFIG = Path("configs/demo.yaml")
 _VOCAB_SIZE = 2048
@@ -52,7 +53,7 @@ def run(*words: str) -> str:
 def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
     """Print the table."""
     manifest = Manifest.load(folder / "shards")
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").open(encoding="utf-8")]
+    lines = [json.loads(line) for line in (folder / "run" / METRICS_NAME).open(encoding="utf-8")]
     val: list[dict[str, Any]] = [line for line in lines if "val_loss" in line]
     steps: list[dict[str, Any]] = [line for line in lines if "loss" in line]
     entropy = unigram_entropy(folder / "shards", manifest, "val")
@@ -86,7 +87,7 @@ def main(out: Path, source: str, vocab_size: int, overrides: tuple[str, ...]) ->
     OVERRIDES, as training.steps=100, change keys of configs/demo.yaml.
     """
     started = time.monotonic()
-    tokenizer = out / "tokenizer" / "tokenizer.model"
+    tokenizer = out / "tokenizer" / TOKENIZER_NAME
     if not tokenizer.exists():
         run(
             *("tokenizer", "train", "--source", source, "--out", str(tokenizer.parent)),
@@ -98,7 +99,7 @@ def main(out: Path, source: str, vocab_size: int, overrides: tuple[str, ...]) ->
     )
     run("shards", "verify", str(out / "shards"))
     run("train", str(_CONFIG), f"run={out / 'run'}", f"data.shards={out / 'shards'}", *overrides)
-    if not (out / "model" / "config.json").exists():
+    if not (out / "model" / MODEL_CONFIG_NAME).exists():
         run("convert", str(out / "run"), "--to", "full", "--out", str(out / "model"))
     samples = {
         ending: run(

@@ -22,8 +22,8 @@ from data_pipeline.common.output_paths import (
     write_output,
 )
 from data_pipeline.errors import CheckpointMissingError
-from megaback.tracking.metrics import METRICS_NAME
-from megaback.tracking.run_folder import runs_below
+from megaback.run_folder import METRICS_NAME
+from megaback.tracking.run_progress import runs_below
 from tools.run_views.curves import Axis, RunCurves, differences, names_of, read_curves
 from tools.run_views.figures import COLORS, Style, curves_figure, svg_of
 

@@ -33,16 +33,10 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     Raises CheckpointMissingError, CheckpointCorruptError, LaunchError while it is training, and
     StorageError where its copies cannot be set back.
     """
-    from megaback.checkpoint_names import (
-        CHECKPOINTS_FOLDER,
-        LATEST_NAME,
-        complete_checkpoints,
-        step_of,
-    )
     from megaback.checkpoints.checkpoint import read_meta, verify_files
     from megaback.faults.step_guard import with_range, write_skipped_steps
-    from megaback.tracking.metrics import METRICS_NAME, read_metrics
-    from megaback.training.setup import LOCK_NAME
+    from megaback.run_folder import CHECKPOINTS_FOLDER, LATEST_NAME, LOCK_NAME, METRICS_NAME, complete_checkpoints, step_of
+    from megaback.tracking.metrics import read_metrics
 
     require_own_checkpoints(run)
     complete = complete_checkpoints(run)

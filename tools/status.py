@@ -19,9 +19,9 @@ from data_pipeline.common.command import Command
 from data_pipeline.common.durations import duration
 from data_pipeline.common.terminal import fit
 from data_pipeline.errors import CheckpointCorruptError
-from megaback.checkpoint_names import META_NAME, complete_checkpoints, step_of
 from megaback.faults.exit_record import read_history
-from megaback.tracking.metrics import LEAST_DATA_WAIT_SHARE, METRICS_NAME, read_metrics
+from megaback.run_folder import HISTORY_NAME, META_NAME, METRICS_NAME, complete_checkpoints, step_of
+from megaback.tracking.metrics import LEAST_DATA_WAIT_SHARE, read_metrics
 from tools.watch import Health, health_of
 
 _RECENT_STEPS = 50
@@ -165,7 +165,7 @@ def screen(status: Status, now: float) -> str:
     lines = [status.run, *(f"  {name:<11}{text}" for name, text in rows), "history"]
     hidden = len(status.history) - _MOST_EVENTS
     if hidden > 0:
-        lines.append(f"  … {hidden} earlier ones in history.jsonl")
+        lines.append(f"  … {hidden} earlier ones in {HISTORY_NAME}")
     lines += [f"  {_event(line)}" for line in status.history[-_MOST_EVENTS:]]
     return "\n".join(lines)
 

@@ -16,10 +16,11 @@ from data_pipeline.common.command import Command
 from data_pipeline.common.number_ranges import WATCH_SECONDS
 from data_pipeline.common.terminal import echo
 from data_pipeline.errors import CheckpointMissingError
-from megaback.faults.exit_record import HISTORY_NAME, read_history
+from megaback.faults.exit_record import read_history
 from megaback.faults.heartbeat import read_heartbeats
 from megaback.faults.run_state import State, assess_run
-from megaback.tracking.run_folder import last_metrics, runs_below
+from megaback.run_folder import HISTORY_NAME
+from megaback.tracking.run_progress import last_metrics, runs_below
 
 _NAMED_RUNS = 6
 EXIT_CODES: dict[State, int] = {

@@ -31,6 +31,7 @@ from data_pipeline.common.output_paths import (
 )
 from data_pipeline.common.regular_files import UNFIT, read_file
 from data_pipeline.errors import BadRecordError, SourceEmptyError, TokenizerError
+from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.sources.documents import Columns, stop_or_skip
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES, max_record_bytes_option
 from data_pipeline.sources.registry import require_outside
@@ -46,7 +47,6 @@ from data_pipeline.sources.skipped import (
 from data_pipeline.text.codec import BEGIN_PIECE, CHAT_PIECES, END_PIECE
 from data_pipeline.tokenizer.sample import num_bytes, sample_texts
 
-MODEL_NAME = "tokenizer.model"
 REPORT_NAME = "tokenizer_report.json"
 DEFAULT_VOCAB_SIZE = 8888
 DEFAULT_SAMPLE_BYTES = 200_000_000
@@ -110,7 +110,7 @@ def train_tokenizer(
     """
     import sentencepiece
 
-    model_path, report_path = out_dir / MODEL_NAME, out_dir / REPORT_NAME
+    model_path, report_path = out_dir / TOKENIZER_NAME, out_dir / REPORT_NAME
     for path in (model_path, report_path):
         require_output(path, is_ours=_is_trained_here, overwrite=overwrite)
     sources = (WeightedSource(source),) if isinstance(source, str) else source
@@ -161,7 +161,7 @@ def _is_trained_here(path: Path) -> bool:
     """Whether a tokenizer, or its report, is one of `train_tokenizer`, and both belong together."""
     report = read_object(path.with_name(REPORT_NAME))
     try:
-        model = read_file(path.with_name(MODEL_NAME), MAX_TOKENIZER_BYTES)
+        model = read_file(path.with_name(TOKENIZER_NAME), MAX_TOKENIZER_BYTES)
     except OSError as error:
         if error.errno in (errno.ENOENT, *UNFIT):
             return False
@@ -344,7 +344,7 @@ def main(
         overwrite=overwrite,
         max_record_bytes=max_record_bytes,
     )
-    model_path = out_dir / MODEL_NAME
+    model_path = out_dir / TOKENIZER_NAME
     words = [word for part in weighted for word in ("--source", part.source)]
     words += [word for weight in weights for word in ("--weight", f"{weight:g}")]
     words += [] if text_column == "text" else ["--text-column", text_column]

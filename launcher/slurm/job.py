@@ -30,7 +30,8 @@ from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.faults.exit_record import read_bad_nodes, read_exit, record_event
 from megaback.faults.run_ownership import require_run_folder
-from megaback.tracking.run_folder import events_of_job, newest_checkpoint_step
+from megaback.run_folder import EXIT_NAME, HISTORY_NAME, newest_checkpoint_step
+from megaback.tracking.run_progress import events_of_job
 from megaback.yaml_text import kept_overrides
 
 LIMIT_VARIABLE = "MEGABACK_REQUEUE_LIMIT"
@@ -69,7 +70,7 @@ def begin_job(
     if failures > limit:
         raise LaunchError(
             f"job {job} was started again {failures} times after losing a rank or a node, and "
-            f"{LIMIT_VARIABLE} is {limit}; {config.run}/history.jsonl names the hosts: submit it "
+            f"{LIMIT_VARIABLE} is {limit}; {config.run}/{HISTORY_NAME} names the hosts: submit it "
             "again, with --exclude=HOST if one of them is bad"
         )
     config.run.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ def why_requeue(
             break
         fruitless += 1
     if fruitless >= FRUITLESS_STARTS:
-        advice = "give it more --time" if at_limit else f"see {run}/exit.json"
+        advice = "give it more --time" if at_limit else f"see {run}/{EXIT_NAME}"
         return False, (
             f"{cause}; the job has started {fruitless} times at step {step} and came to no newer "
             f"checkpoint, so it is not queued again: {advice}, or lower checkpoint.every_steps"

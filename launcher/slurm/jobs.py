@@ -20,7 +20,7 @@ from data_pipeline.errors import CheckpointMissingError
 from launcher.slurm.commands import Job, find_job
 from megaback.faults.exit_record import read_history
 from megaback.faults.run_state import assess_run
-from megaback.tracking.run_folder import jobs_of, read_progress, runs_below
+from megaback.tracking.run_progress import jobs_of, read_progress, runs_below
 
 _JOBS_LOOKED_AT = 8
 _HEADS = ("RUN", "JOB", "STATE", "RESTARTS", "STEP", "LOSS", "TO TRAIN", "JOB ENDS IN", "WHY")

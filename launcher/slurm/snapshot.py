@@ -16,12 +16,9 @@ from typing import Any
 
 from data_pipeline.common.command import write_text
 from data_pipeline.redaction import scrub
-from megaback.config import CONFIG_COPY_NAME, Config
+from megaback.config import Config
+from megaback.run_folder import CHANGES_NAME, CONFIG_COPY_NAME, LOGS_FOLDER, SUBMISSION_NAME, SUBMITTED_FOLDER
 from megaback.tracking.code_version import code_changes, code_version
-from megaback.tracking.run_folder import SUBMISSION_NAME, SUBMITTED_FOLDER
-
-CHANGES_NAME = "changes.diff"
-LOGS_FOLDER = "logs"
 
 
 def new_folder(run: Path) -> Path:

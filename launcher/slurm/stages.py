@@ -26,10 +26,9 @@ from data_pipeline.text.codec import Direction, TextCodec, Unit
 from launcher.slurm.commands import Submission
 from launcher.slurm.job import LIMIT_VARIABLE
 from launcher.slurm.sbatch_files import sbatch_value
-from launcher.slurm.snapshot import LOGS_FOLDER
 from megaback.config import Config, split_batch
 from megaback.data import open_data
-from megaback.tracking.run_folder import holds_weights
+from megaback.run_folder import LOGS_FOLDER, holds_weights
 
 STAGES = ("data", "train", "convert")
 ENVIRONMENT_VARIABLE = "MEGABACK_ENV"

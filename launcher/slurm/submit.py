@@ -28,13 +28,7 @@ from launcher.slurm.commands import (
     run_sbatch,
 )
 from launcher.slurm.sbatch_files import SHARED_FILES, require_file, sbatch_value, shipped_folder
-from launcher.slurm.snapshot import (
-    LOGS_FOLDER,
-    new_folder,
-    record_jobs,
-    remove_snapshot,
-    write_snapshot,
-)
+from launcher.slurm.snapshot import new_folder, record_jobs, remove_snapshot, write_snapshot
 from launcher.slurm.stages import (
     Allocation,
     Resources,
@@ -48,10 +42,11 @@ from launcher.slurm.stages import (
     train_file,
     train_stage,
 )
-from megaback.config import CONFIG_COPY_NAME, Config
+from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.faults.run_ownership import require_run_folder
-from megaback.tracking.run_folder import jobs_of
+from megaback.run_folder import CONFIG_COPY_NAME, LOGS_FOLDER
+from megaback.tracking.run_progress import jobs_of
 
 _SBATCH_FILES = {"data": "build_shards.sbatch", "convert": "convert.sbatch"}
 _JOBS_LOOKED_AT = 20

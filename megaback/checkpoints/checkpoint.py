@@ -28,22 +28,12 @@ from data_pipeline.errors import (
     RunMismatchError,
 )
 from data_pipeline.text.codec import TextFormat
-from megaback.checkpoint_names import (
-    CHECKPOINTS_FOLDER,
-    FILE_NAME,
-    META_NAME,
-    OPTIMIZER_PREFIX,
-    STEP_FOLDER,
-    WEIGHTS_PREFIX,
-    complete_checkpoints,
-    meant_by,
-    step_name,
-)
 from megaback.checkpoints.safetensors_file import size_and_hash
 from megaback.checkpoints.state import SavedState, StateDiffersError, restore
 from megaback.config import Config
 from megaback.config_messages import sentence
 from megaback.distributed.world import World
+from megaback.run_folder import FILE_NAME, META_NAME, OPTIMIZER_PREFIX, STEP_FOLDER, WEIGHTS_PREFIX, checkpoints_meant_by, complete_checkpoints, step_name
 
 FORMAT_NAME = "megaback-checkpoint"
 FORMAT_VERSION = 2
@@ -153,12 +143,7 @@ def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
     A path that ends in `checkpoints/best` or `latest` means the one that is named there. Raises
     CheckpointMissingError or CheckpointCorruptError.
     """
-    path = meant_by(path)
-    if (path / META_NAME).is_file():
-        candidates = [path]
-    else:
-        run = path.parent if path.name == CHECKPOINTS_FOLDER else path
-        candidates = complete_checkpoints(run)
+    candidates = checkpoints_meant_by(path)
     if not candidates:
         raise CheckpointMissingError(
             f"{path} holds no complete checkpoint (no step-*/{META_NAME}); "

@@ -25,12 +25,6 @@ from data_pipeline.errors import (
 )
 from data_pipeline.redaction import is_url, scrub, shown_url
 from data_pipeline.storage.drivers import open_file_system
-from megaback.checkpoint_names import (
-    CHECKPOINT_FILE,
-    CHECKPOINTS_FOLDER,
-    META_NAME,
-    STEP_FOLDER,
-)
 from megaback.checkpoints.checkpoint import (
     MAX_META_BYTES,
     CheckpointMeta,
@@ -41,11 +35,8 @@ from megaback.checkpoints.checkpoint import (
 from megaback.checkpoints.safetensors_file import SizeAndHash
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
-from megaback.faults.step_guard import (
-    MAX_SKIPPED_STEPS_BYTES,
-    SKIPPED_STEPS_NAME,
-    merge_skipped_steps,
-)
+from megaback.faults.step_guard import MAX_SKIPPED_STEPS_BYTES, merge_skipped_steps
+from megaback.run_folder import CHECKPOINT_FILE, CHECKPOINTS_FOLDER, FETCHED_NAME, META_NAME, SKIPPED_STEPS_NAME, STEP_FOLDER, TENSORS_SUFFIX
 
 _READ_BYTES = 1 << 23
 
@@ -307,7 +298,7 @@ def fetch_newest(run: Path, place: CopyTarget) -> Path | None:
     problems: list[str] = []
     for name in reversed(place.complete()):
         target = run / CHECKPOINTS_FOLDER / name
-        partial = target.with_name(".fetched.partial")
+        partial = target.with_name(FETCHED_NAME)
         shutil.rmtree(partial, ignore_errors=True)  # what a killed start has left
         try:
             partial.mkdir(parents=True)
@@ -331,7 +322,7 @@ def fetch_newest(run: Path, place: CopyTarget) -> Path | None:
 
 def _writer_of(name: str) -> int:
     """The rank in a file's name; the first one for what is nobody's."""
-    digits = name.removesuffix(".safetensors").rpartition("-")[2]
+    digits = name.removesuffix(TENSORS_SUFFIX).rpartition("-")[2]
     return int(digits) if digits.isdigit() else 0
 
 

@@ -19,19 +19,6 @@ from data_pipeline.common.command import replacing, storage_error, write_text
 from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
-from megaback.checkpoint_names import (
-    BEST_NAME,
-    CHECKPOINT_FILE,
-    CHECKPOINTS_FOLDER,
-    LATEST_NAME,
-    META_NAME,
-    OPTIMIZER_PREFIX,
-    STEP_FOLDER,
-    WEIGHTS_PREFIX,
-    complete_checkpoints,
-    meant_by,
-    step_name,
-)
 from megaback.checkpoints.checkpoint import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -43,6 +30,7 @@ from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, wr
 from megaback.checkpoints.state import WEIGHT
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
+from megaback.run_folder import BEST_NAME, CHECKPOINT_FILE, CHECKPOINTS_FOLDER, LATEST_NAME, META_NAME, OPTIMIZER_PREFIX, STEP_FOLDER, TENSORS_SUFFIX, WEIGHTS_PREFIX, complete_checkpoints, meant_by, step_name, step_of
 
 
 class CheckpointSaver:
@@ -167,8 +155,8 @@ class _Writing(Thread):
         others = [key for key in tensors if key not in set(weights)]
         self._tensors = tensors
         self._parts = {
-            f"{WEIGHTS_PREFIX}{rank:05d}.safetensors": weights,
-            f"{OPTIMIZER_PREFIX}{rank:05d}.safetensors": others,
+            f"{WEIGHTS_PREFIX}{rank:05d}{TENSORS_SUFFIX}": weights,
+            f"{OPTIMIZER_PREFIX}{rank:05d}{TENSORS_SUFFIX}": others,
         }
 
     def run(self) -> None:
@@ -199,7 +187,7 @@ def rotate(folder: Path, section: CheckpointSection) -> None:
     with suppress(CheckpointCorruptError):  # then it names none
         kept.add(meant_by(folder / BEST_NAME))
     for target in complete[: -section.keep_last]:
-        step = int(target.name.partition("-")[2])
+        step = step_of(target)
         if section.keep_every_steps is not None and step % section.keep_every_steps == 0:
             kept.add(target)
     finite = next((target for target in reversed(complete) if _is_finite(target)), None)

@@ -15,10 +15,9 @@ from typing import Any
 from data_pipeline.common.checked_json import parse_json, read_json
 from data_pipeline.common.regular_files import open_in_place, read_file
 from megaback.faults.run_records import MAX_RECORD_BYTES, Fields, last_lines
+from megaback.run_folder import BAD_NODES_NAME, EXIT_NAME, HISTORY_NAME
 
-EXIT_NAME = "exit.json"
 START_EVENT = "start"
-HISTORY_NAME = "history.jsonl"
 _MAX_HISTORY_BYTES = 1 << 21
 """About 8,000 events: a longer history may be a stranger's, and older ones decide nothing."""
 _FIELDS = Fields(
@@ -27,8 +26,6 @@ _FIELDS = Fields(
     texts=frozenset(("event", "host", "job", "kind", "reason")),
     times=frozenset(("time",)),
 )
-BAD_NODES_NAME = "bad_nodes.txt"
-"""Nodes because of which a start was stopped, one a line."""
 
 
 def record_start(run: Path, **fields: Any) -> None:

@@ -20,8 +20,8 @@ from data_pipeline.common.checked_json import made_from, read_json, require_with
 from data_pipeline.common.number_ranges import MANY
 from data_pipeline.common.regular_files import open_in_place
 from megaback.faults.run_records import MAX_RECORD_BYTES, Fields
+from megaback.run_folder import HEARTBEAT_PREFIX, HEARTBEATS_FOLDER, heartbeat_path
 
-HEARTBEATS_FOLDER = "heartbeats"
 _FIELDS = Fields(
     counts=frozenset(("step",)),
     numbers=frozenset(("interval_s", "timeout_s")),
@@ -75,11 +75,6 @@ class Heartbeat:
         return f"rank {self.rank} ({self.host}, process {self.pid})"
 
 
-def heartbeat_path(run: Path, rank: int) -> Path:
-    """Where a rank's is."""
-    return run / HEARTBEATS_FOLDER / f"rank-{rank:05d}.json"
-
-
 def write_heartbeat(run: Path, beat: Heartbeat) -> None:
     """Write it atomically, without waiting for the disk. Raises OSError."""
     path = heartbeat_path(run, beat.rank)
@@ -92,7 +87,7 @@ def write_heartbeat(run: Path, beat: Heartbeat) -> None:
 def read_heartbeats(run: Path) -> list[Heartbeat]:
     """The heartbeats of the newest start, by rank; what is no heartbeat is left out."""
     beats = []
-    for path in sorted((run / HEARTBEATS_FOLDER).glob("rank-*.json")):
+    for path in sorted((run / HEARTBEATS_FOLDER).glob(f"{HEARTBEAT_PREFIX}*.json")):
         with suppress(OSError, ValueError, TypeError):
             beat = made_from(Heartbeat, read_json(path, MAX_RECORD_BYTES))
             require_within("world_size", beat.world_size, 1, int(MANY.most))

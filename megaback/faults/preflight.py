@@ -24,11 +24,10 @@ from data_pipeline.loading.frame_store import FrameStore
 from megaback.config import Config
 from megaback.data import Data
 from megaback.distributed.world import World
-from megaback.faults.exit_record import BAD_NODES_NAME, read_bad_nodes
+from megaback.faults.exit_record import read_bad_nodes
 from megaback.faults.node_facts import RankFacts, rank_facts
 from megaback.faults.shared_disk import DiskFacts, check_shared_disk
-
-PREFLIGHT_NAME = "preflight.json"
+from megaback.run_folder import BAD_NODES_NAME, PREFLIGHT_NAME
 
 # A CPU's cores are shared with whatever else runs there; a GPU is a rank's own.
 _LEAST_SPEED_RATIO = {"cuda": 0.8, "cpu": 0.4}

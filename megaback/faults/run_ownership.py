@@ -16,17 +16,22 @@ from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.output_paths import require_apart
 from data_pipeline.common.regular_files import require_no_link
 from data_pipeline.errors import OutputExistsError
-from megaback.checkpoint_names import CHECKPOINTS_FOLDER
-from megaback.config import CONFIG_COPY_NAME, Config
-from megaback.faults.exit_record import HISTORY_NAME, read_history
+from megaback.config import Config
+from megaback.faults.exit_record import read_history
+from megaback.run_folder import CHECKPOINTS_FOLDER, CONFIG_COPY_NAME, CONVERTED_FOLDER, FETCHED_NAME, HEARTBEAT_PREFIX, HEARTBEATS_FOLDER, HISTORY_NAME, LOCK_NAME, LOGS_FOLDER, PREFLIGHT_FOLDER, RESOLVED_COPY_NAME, STEP_PREFIX, SUBMISSION_NAME, SUBMITTED_FOLDER
 from megaback.yaml_text import read_yaml_file
 
-RESOLVED_COPY_NAME = "config.resolved.yaml"
-"""The run's config, resolved, where its `config.yaml` is the user's own."""
 _MADE_BEFORE_THE_HISTORY = frozenset(
-    {".lock", "checkpoints", "converted", "heartbeats", "logs", "submitted"}
+    {
+        LOCK_NAME,
+        CHECKPOINTS_FOLDER,
+        CONVERTED_FOLDER,
+        HEARTBEATS_FOLDER,
+        LOGS_FOLDER,
+        SUBMITTED_FOLDER,
+    }
 )
-_WORK_FOLDERS = ("heartbeats", "submitted", ".preflight")
+_WORK_FOLDERS = (HEARTBEATS_FOLDER, SUBMITTED_FOLDER, PREFLIGHT_FOLDER)
 """Folders of a run in which files are written and removed; others may be links to another disk."""
 _SNAPSHOT = re.compile(r"\d{8}-\d{6}(-\d+)?")
 _JUNK = frozenset({".DS_Store", "lost+found"})
@@ -75,7 +80,7 @@ def is_run_of_ours(run: Path) -> bool:
     history = read_history(run)
     if any({"event", "time"} <= line.keys() for line in history):
         return True
-    return any(_is_snapshot(path) for path in run.glob("submitted/*/submission.json"))
+    return any(_is_snapshot(path) for path in run.glob(f"{SUBMITTED_FOLDER}/*/{SUBMISSION_NAME}"))
 
 
 def config_of_run(run: Path) -> Path:
@@ -118,15 +123,18 @@ def _strangers_in(run: Path, given: Path | None) -> Iterator[Path]:
 
 def _is_left_by_us(path: Path) -> bool:
     """Of a start that was cut short before it could write its first line."""
-    if path.name == ".lock":
+    if path.name == LOCK_NAME:
         return path.stat().st_size == 0
-    if path.name == "heartbeats":
-        return all(one.name.startswith("rank-") for one in path.iterdir())
-    if path.name == "checkpoints":  # fetched from the second place
-        return all(one.name.startswith(("step-", ".fetched")) for one in path.iterdir())
-    if path.name == "converted":  # models of fetched checkpoints
-        return all(one.name.startswith((".lock", "step-", ".step-")) for one in path.iterdir())
-    if path.name == "submitted":  # a snapshot that was not queued
+    if path.name == HEARTBEATS_FOLDER:
+        return all(one.name.startswith(HEARTBEAT_PREFIX) for one in path.iterdir())
+    if path.name == CHECKPOINTS_FOLDER:  # fetched from the second place
+        return all(one.name.startswith((STEP_PREFIX, FETCHED_NAME)) for one in path.iterdir())
+    if path.name == CONVERTED_FOLDER:  # models of fetched checkpoints
+        return all(
+            one.name.startswith((LOCK_NAME, STEP_PREFIX, f".{STEP_PREFIX}"))
+            for one in path.iterdir()
+        )
+    if path.name == SUBMITTED_FOLDER:  # a snapshot that was not queued
         return all(_SNAPSHOT.fullmatch(one.name) for one in path.iterdir())
     return False
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from data_pipeline.common.command import storage_error
 from data_pipeline.common.regular_files import open_in_place
 from megaback.distributed.world import World
+from megaback.run_folder import PREFLIGHT_FOLDER
 
-_FOLDER_NAME = ".preflight"
 _BYTES = 4 << 20
 _TIMEOUT_S = 10.0
 _POLL_S = 0.1
@@ -51,7 +51,7 @@ def check_shared_disk(run: Path, node: str, world: World) -> list[DiskFacts]:
         facts = _read(run, facts, other, nodes[other], key)
     found = world.gather(facts if leads else None, DiskFacts | None)
     if world.is_first:
-        shutil.rmtree(run / _FOLDER_NAME, ignore_errors=True)
+        shutil.rmtree(run / PREFLIGHT_FOLDER, ignore_errors=True)
     return [one for one in found if one is not None]
 
 
@@ -60,7 +60,7 @@ def _content(key: int, number: int) -> bytes:
 
 
 def _path(run: Path, number: int) -> Path:
-    return run / _FOLDER_NAME / f"{number:05d}"
+    return run / PREFLIGHT_FOLDER / f"{number:05d}"
 
 
 def _write(run: Path, node: str, number: int, key: int) -> DiskFacts:

@@ -18,9 +18,9 @@ from data_pipeline.common.command import replacing
 from data_pipeline.common.regular_files import UNFIT, read_file
 from data_pipeline.errors import NonFiniteError, RunMismatchError
 from megaback.config import GuardSection
+from megaback.run_folder import SKIPPED_STEPS_NAME
 
 MAX_SKIPPED_STEPS_BYTES = 1 << 20
-SKIPPED_STEPS_NAME = "skipped_steps.json"
 """In a run's folder: first and last of each range of steps that `megaback rollback` left out."""
 _RANGES = TypeAdapter(list[tuple[int, int]])
 

@@ -20,15 +20,9 @@ from data_pipeline.errors import RankLostError, StorageError
 from megaback.config import HardwareSection
 from megaback.distributed.world import World
 from megaback.faults.exit_record import record_exit
-from megaback.faults.heartbeat import (
-    HEARTBEATS_FOLDER,
-    Heartbeat,
-    heartbeat_path,
-    missing_ranks,
-    read_heartbeats,
-    write_heartbeat,
-)
+from megaback.faults.heartbeat import Heartbeat, missing_ranks, read_heartbeats, write_heartbeat
 from megaback.faults.run_place import RunPlace
+from megaback.run_folder import HEARTBEATS_FOLDER, heartbeat_path
 
 
 class Watchdog:

@@ -19,13 +19,13 @@ from data_pipeline.common.number_ranges import LAYERS
 from data_pipeline.common.regular_files import open_file
 from data_pipeline.errors import BackendError, CheckpointCorruptError, PromptError
 from megaback.inference.likelihood import Continuation, in_packs
+from megaback.run_folder import ADAPTER_NAME, MODEL_CONFIG_NAME
 from megaback.scoring.bounded_work import bounded_work
 from megaback.scoring.pairs import Pair
 from megaback.scoring.scorer import Score
 from megaback.weights.weight_files import StoredWeights
 from megaback.weights.weight_names import HEAD_NAME
 
-_ADAPTER_NAME = "adapter_config.json"
 _READ_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 _MAX_FILE_BYTES = 64 << 20
 _MAX_LAYERS = int(LAYERS.most)
@@ -42,7 +42,7 @@ _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 def _require_few_layers(folder: Path) -> None:
     """Raises CheckpointCorruptError for layers that the weights do not have: each takes time."""
     try:
-        fields = read_json(folder / "config.json")
+        fields = read_json(folder / MODEL_CONFIG_NAME)
         layers = max(fields.get(name) or 0 for name in _LAYERS)
     except (OSError, ValueError, TypeError, AttributeError):
         return  # which the library says
@@ -62,7 +62,7 @@ def _require_plausible(
     What exactly differs is said once the library has compared them. Raises ValueError, and whatever
     the library raises.
     """
-    if (folder / _ADAPTER_NAME).exists():
+    if (folder / ADAPTER_NAME).exists():
         raise ValueError("it is an adapter, which names another folder; merge it in peft")
     for path in folder.iterdir():
         if path.suffix in _READ_SUFFIXES:

@@ -4,17 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.checked_json import read_json
-from megaback.checkpoint_names import (
-    CHECKPOINTS_FOLDER,
-    META_NAME,
-    complete_checkpoints,
-    meant_by,
-    step_name,
-)
 from megaback.checkpoints.safetensors_file import size_and_hash
 from megaback.config import Config
 from megaback.faults.exit_record import read_history
-from megaback.weights.model_folder import CONFIG_NAME
+from megaback.run_folder import CHECKPOINTS_FOLDER, META_NAME, MODEL_CONFIG_NAME, checkpoints_meant_by, step_name
 
 
 def lineage(config: Config, start_step: int) -> dict[str, Any]:
@@ -35,13 +28,9 @@ def lineage(config: Config, start_step: int) -> dict[str, Any]:
 
 def _meant_by(base: Path) -> Path:
     """The file that describes what `init_from` names: of a model, a checkpoint, or a run."""
-    if (base / CONFIG_NAME).is_file():
-        return base / CONFIG_NAME
-    base = meant_by(base)
-    if not (base / META_NAME).is_file():
-        run = base.parent if base.name == CHECKPOINTS_FOLDER else base
-        base = max(complete_checkpoints(run), default=base)
-    return base / META_NAME
+    if (base / MODEL_CONFIG_NAME).is_file():
+        return base / MODEL_CONFIG_NAME
+    return max(checkpoints_meant_by(base), default=base) / META_NAME
 
 
 def _identity(description: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from data_pipeline.common.checked_json import parse_json
 from data_pipeline.common.regular_files import UNFIT
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
 from megaback.faults.run_records import Fields, lines_of
+from megaback.run_folder import METRICS_NAME
 
-METRICS_NAME = "metrics.jsonl"
 MACHINE_FIELDS = frozenset(
     {
         "step_s",

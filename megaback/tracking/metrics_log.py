@@ -21,13 +21,9 @@ from data_pipeline.common.durations import duration
 from data_pipeline.common.rich_console import SafeConsole, SafeProgress
 from megaback.config import Config
 from megaback.faults.exit_record import record_event
+from megaback.run_folder import METRICS_NAME
 from megaback.tracking.loss_by_context import ContextLoss
-from megaback.tracking.metrics import (
-    LEAST_DATA_WAIT_SHARE,
-    METRICS_NAME,
-    StepRecord,
-    read_metrics,
-)
+from megaback.tracking.metrics import LEAST_DATA_WAIT_SHARE, StepRecord, read_metrics
 from megaback.tracking.trackers import BEFORE_ALL_STEPS, Trackers
 
 _RECENT_STEPS = 50

@@ -13,9 +13,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from megaback.run_folder import TENSORBOARD_FOLDER
 from megaback.tracking.trackers import BEFORE_ALL_STEPS, Value
 
-FOLDER_NAME = "tensorboard"
 _FLUSH_S = 20
 _RECORD_HEADER = struct.Struct("<QI")  # TFRecord: length, its checksum; data, its checksum
 _CHECKSUM_BYTES = 4
@@ -26,7 +26,7 @@ class TensorboardTracker:
 
     def __init__(self, run: Path, last_step: int) -> None:
         """Raises OSError."""
-        folder = run / FOLDER_NAME
+        folder = run / TENSORBOARD_FOLDER
         # The last step may lack what a kill kept from the disk, so it is written again.
         self.held_step = max(min(_last_step(folder) - 1, last_step), BEFORE_ALL_STEPS)
         is_new = not any(folder.glob("events.*"))

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaback.run_folder import WANDB_FOLDER
+
 _FILE_HEADER = struct.Struct("<4sHB")
 _FILE_KIND = (b":W&B", 0xBEE1, 0)
 _PIECE_HEADER = struct.Struct("<IHB")
@@ -46,7 +48,7 @@ def read_segments(run: Path, run_id: str) -> list[Segment]:
     Raises ValueError for files of another kind.
     """
     id_of_run = glob.escape(run_id)
-    paths = (run / "wandb").glob(f"*run-*-{id_of_run}/run-{id_of_run}.wandb")
+    paths = (run / WANDB_FOLDER).glob(f"*run-*-{id_of_run}/run-{id_of_run}.wandb")
     own = [path for path in paths if not path.is_symlink() and not path.parent.is_symlink()]
     return [_read_segment(path) for path in sorted(own, key=_started)]
 

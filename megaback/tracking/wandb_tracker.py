@@ -16,13 +16,12 @@ from data_pipeline.common.command import write_text
 from data_pipeline.common.regular_files import read_file
 from data_pipeline.redaction import scrub
 from megaback.config import Config
+from megaback.run_folder import WANDB_ID_NAME
 from megaback.shown_config import shown_config
 from megaback.tracking.code_version import code_version
 from megaback.tracking.lineage import lineage
 from megaback.tracking.trackers import BEFORE_ALL_STEPS, Value
 from megaback.tracking.wandb_log import cut_back, read_segments
-
-ID_NAME = "wandb_id.txt"
 
 _MAX_ID_BYTES = 128
 
@@ -37,7 +36,7 @@ class WandbTracker:
         """May raise whatever wandb raises, OSError, and ValueError for files of another kind."""
         run, logging = config.run, config.logging
         is_online = logging.wandb == "online"
-        id_path = run / ID_NAME
+        id_path = run / WANDB_ID_NAME
         if not id_path.exists():
             write_text(id_path, uuid.uuid4().hex[:12] + "\n")
         run_id = read_file(id_path, _MAX_ID_BYTES).decode().strip()

@@ -9,13 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_pipeline.common.command import write_text
-from megaback.checkpoint_names import (
-    BEST_NAME,
-    CHECKPOINTS_FOLDER,
-    META_NAME,
-    step_name,
-)
-from megaback.tracking.metrics import METRICS_NAME, read_metrics
+from megaback.run_folder import BEST_NAME, CHECKPOINTS_FOLDER, META_NAME, METRICS_NAME, step_name
+from megaback.tracking.metrics import read_metrics
 
 
 class EarlyStopping:

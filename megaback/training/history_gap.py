@@ -5,7 +5,8 @@ from metrics.jsonl, which a run that was fetched from its second place does not 
 """
 
 from megaback.config import Config
-from megaback.tracking.metrics import METRICS_NAME, read_metrics
+from megaback.run_folder import METRICS_NAME
+from megaback.tracking.metrics import read_metrics
 
 
 def history_gap(config: Config, start_step: int) -> str | None:

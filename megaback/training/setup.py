@@ -24,11 +24,6 @@ from data_pipeline.errors import (
     OutputExistsError,
     RunMismatchError,
 )
-from megaback.checkpoint_names import (
-    CHECKPOINTS_FOLDER,
-    complete_checkpoints,
-    step_name,
-)
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, newest_checkpoint
 from megaback.checkpoints.remote_copy import CopyTarget, fetch_newest, newest_meta
 from megaback.checkpoints.state import num_updates
@@ -53,6 +48,7 @@ from megaback.model.compiler import require_compiler
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.flops import flops_per_token
 from megaback.planning.memory_room import AvailableMemory, require_memory
+from megaback.run_folder import CHECKPOINTS_FOLDER, complete_checkpoints, step_name
 from megaback.tracking.trackers import require_installed
 from megaback.training.start import (
     AlreadyTrained,

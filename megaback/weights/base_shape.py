@@ -12,19 +12,14 @@ from pydantic import ValidationError
 
 from data_pipeline.common.checked_json import read_json
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError, RunMismatchError
-from megaback.checkpoint_names import (
-    CHECKPOINTS_FOLDER,
-    META_NAME,
-    complete_checkpoints,
-    meant_by,
-)
 from megaback.config import ModelSection
 from megaback.faults.run_ownership import config_of_run
+from megaback.run_folder import META_NAME, MODEL_CONFIG_NAME, checkpoints_meant_by
 from megaback.weights.hf_config import from_stock, is_stock
 from megaback.yaml_text import read_yaml_file
 
-# The names of model_folder, which loads torch.
-_CONFIG_NAME, _STOCK_SECTION = "config.json", "megaback"
+_STOCK_SECTION = "megaback"
+"""The name of model_folder, which loads torch."""
 
 ARCHITECTURE = {
     name
@@ -73,18 +68,16 @@ def base_shape(base: Path) -> ModelSection | None:
 
     Raises CheckpointCorruptError, RunMismatchError for a model that does not fit.
     """
-    path = base / _CONFIG_NAME
+    path = base / MODEL_CONFIG_NAME
     if path.is_file():
         fields = _read(path)
         ours = fields.get(_STOCK_SECTION) if is_stock(fields) else fields
         return from_stock(fields, str(path)) if ours is None else _shape(path, ours)
-    base = meant_by(base)
-    if not (base / META_NAME).is_file():
-        complete = complete_checkpoints(base.parent if base.name == CHECKPOINTS_FOLDER else base)
-        if not complete:
-            return None
-        base = complete[-1]
-    return _shape(base / META_NAME, _read(base / META_NAME).get("config"))
+    found = checkpoints_meant_by(base)
+    if not found:
+        return None
+    path = found[-1] / META_NAME
+    return _shape(path, _read(path).get("config"))
 
 
 def _shape_of_run(run: Any) -> ModelSection | None:

@@ -23,29 +23,17 @@ import torch
 from data_pipeline.common.locks import locked
 from data_pipeline.common.own_files import holds_only, remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
-from megaback.checkpoint_names import (
-    CHECKPOINTS_FOLDER,
-    META_NAME,
-    complete_checkpoints,
-    meant_by,
-)
-from megaback.weights.model_folder import CONFIG_NAME, write_model_folder
+from megaback.run_folder import CHECKPOINTS_FOLDER, CONVERSION, CONVERSION_FILE, CONVERTED_FOLDER, LOCK_NAME, META_NAME, MODEL_CONFIG_NAME, checkpoints_meant_by, complete_checkpoints
+from megaback.weights.model_folder import write_model_folder
 from megaback.weights.source import open_checkpoint
 
-CONVERTED_FOLDER = "converted"
 _MOST_FILE_BYTES = 5 * 10**9
 _MOST_TRIES = 5
 """A run that trains meanwhile may delete the checkpoint that is being read."""
 _KEPT_S = 3600.0
 """Nobody still opens a conversion that was last asked for so long ago."""
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-_CONVERSION = re.compile(r"step-[0-9]{8}-[0-9a-f]{12}")
 _UNFINISHED = re.compile(r"\..+-[0-9a-f]{12}\.[0-9a-f]{12}\.partial")
-_FILE = re.compile(
-    r"config\.json|tokenizer\.model|SHA256SUMS"
-    r"|model(-[0-9]{5}-of-[0-9]{5})?\.safetensors|model\.safetensors\.index\.json"
-)
-"""The names that conversions and their files have."""
 
 
 def model_folder(path: str | Path) -> Path:
@@ -54,7 +42,7 @@ def model_folder(path: str | Path) -> Path:
     Which checkpoint it is is said on stderr. Raises CheckpointMissingError, CheckpointCorruptError.
     """
     path = Path(path)
-    if (path / CONFIG_NAME).is_file():
+    if (path / MODEL_CONFIG_NAME).is_file():
         return path
     if not path.exists():
         raise CheckpointMissingError(
@@ -84,13 +72,10 @@ def shown_name(folder: Path) -> str:
 
 def _checkpoint_of(path: Path) -> Path:
     """The checkpoint that a path means, not verified. Raises CheckpointMissingError."""
-    path = meant_by(path)
-    if (path / META_NAME).is_file():
-        return path
-    found = complete_checkpoints(path.parent if path.name == CHECKPOINTS_FOLDER else path)
+    found = checkpoints_meant_by(path)
     if not found:
         raise CheckpointMissingError(
-            f"{path} is neither a model's folder (it has no {CONFIG_NAME}) nor a run with a "
+            f"{path} is neither a model's folder (it has no {MODEL_CONFIG_NAME}) nor a run with a "
             f"complete checkpoint (no step-*/{META_NAME}); name another folder, or train until a "
             "checkpoint is saved"
         )
@@ -103,7 +88,7 @@ def _converted(path: Path, target: Path) -> Path:
     beside = (target.parent.parent if of_run else target.parent) / CONVERTED_FOLDER
     folder = beside / f"{target.name}-{_content(target)}"
     what = f"megaback: {path}: {target.name}"
-    if (folder / CONFIG_NAME).is_file():
+    if (folder / MODEL_CONFIG_NAME).is_file():
         with suppress(OSError):
             os.utime(folder)
         print(f"{what}, converted before to {folder}", file=sys.stderr, flush=True)
@@ -111,8 +96,8 @@ def _converted(path: Path, target: Path) -> Path:
     try:
         if beside.is_symlink():  # the run may be a stranger's, and the link lead anywhere
             raise PermissionError(errno.EACCES, "it is a link", str(beside))
-        with locked(beside / ".lock"):  # whoever comes second finds what the first one made
-            if not (folder / CONFIG_NAME).is_file():
+        with locked(beside / LOCK_NAME):  # whoever comes second finds what the first one made
+            if not (folder / MODEL_CONFIG_NAME).is_file():
                 _write(target, folder)
             _remove_old(beside, folder)
     except OSError as error:
@@ -165,11 +150,11 @@ def _remove_old(beside: Path, current: Path) -> None:
     known = {target.name for target in complete_checkpoints(beside.parent)}
     for folder in beside.iterdir():
         is_partial = _UNFINISHED.fullmatch(folder.name) is not None
-        is_old = _CONVERSION.fullmatch(folder.name) is not None and folder != current
+        is_old = CONVERSION.fullmatch(folder.name) is not None and folder != current
         with suppress(OSError):
             if (
                 (is_partial or (is_old and folder.name.rpartition("-")[0] not in known))
                 and time.time() - folder.stat().st_mtime > _KEPT_S
-                and holds_only(folder, _FILE)
+                and holds_only(folder, CONVERSION_FILE)
             ):
-                remove_own_files(folder, _FILE)
+                remove_own_files(folder, CONVERSION_FILE)

@@ -10,7 +10,8 @@ from pathlib import Path
 from data_pipeline.errors import CheckpointMissingError, RunMismatchError
 from data_pipeline.text.codec import TextFormat
 from megaback.config import ModelSection
-from megaback.weights.model_folder import CONFIG_NAME, ModelDescription, read_description
+from megaback.run_folder import MODEL_CONFIG_NAME
+from megaback.weights.model_folder import ModelDescription, read_description
 from megaback.weights.source import WeightSource, open_checkpoint, open_source
 
 
@@ -23,7 +24,7 @@ def open_base(
     messages. Raises CheckpointMissingError, CheckpointCorruptError, TokenizerMismatchError,
     DirectionMismatchError, RunMismatchError.
     """
-    if (base / CONFIG_NAME).is_file():
+    if (base / MODEL_CONFIG_NAME).is_file():
         _require_fit(read_description(base), shape, vocab_size, base, text_format, run)
         return open_source(base)
     if not base.exists():

@@ -37,11 +37,11 @@ from megaback.config import ModelSection
 from megaback.model.attention import attention_backend
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.host_memory import host_memory_bytes
+from megaback.run_folder import ADAPTER_NAME, MODEL_CONFIG_NAME
 from megaback.weights.hf_config import from_stock, is_stock
 from megaback.weights.weight_files import StoredWeights, read_sums, write_weights
 from megaback.weights.weight_names import require_exact, shapes_of
 
-CONFIG_NAME = "config.json"
 HF_TOKENIZER_NAME = "megaback.spm"
 """The SentencePiece model in a folder for transformers. Under a name that ends with .model, stock
 classes would take it for one that reads forward."""
@@ -51,7 +51,6 @@ _FORMAT_VERSION = 3
 _HASHES_IN_CONFIG_VERSION = 2
 """Of folders whose config.json held the hashes of their weights."""
 _MAX_CONFIG_BYTES = 1 << 22
-_ADAPTER_NAME = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def write_model_folder(
     write_weights(folder, specs, tensor_of, most_file_bytes)
     with replacing(folder / TOKENIZER_NAME) as file:
         file.write(tokenizer)
-    write_text(folder / CONFIG_NAME, json.dumps(description.to_fields(), indent=2) + "\n")
+    write_text(folder / MODEL_CONFIG_NAME, json.dumps(description.to_fields(), indent=2) + "\n")
 
 
 def tokenizer_of(folder: Path) -> Path:
@@ -122,15 +121,15 @@ def read_tokenizer(path: Path) -> bytes:
 
 
 def _config_fields(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.is_file() and (folder / _ADAPTER_NAME).is_file():
+    path = folder / MODEL_CONFIG_NAME
+    if not path.is_file() and (folder / ADAPTER_NAME).is_file():
         raise CheckpointMissingError(
             f"{folder} holds an adapter, not a model; merge it in peft (`merge_and_unload()`, "
             "`save_pretrained(DIR)`), save its tokenizer to DIR too, and name that folder"
         )
     if not path.is_file():
         raise CheckpointMissingError(
-            f"{folder} is not a model's folder (it has no {CONFIG_NAME}); name one that "
+            f"{folder} is not a model's folder (it has no {MODEL_CONFIG_NAME}); name one that "
             "`megaback convert` wrote"
         )
     try:
@@ -178,7 +177,7 @@ def is_ours(folder: Path) -> bool:
 def read_description(folder: Path) -> ModelDescription:
     """Raises CheckpointMissingError, CheckpointCorruptError or, for what does not fit at all,
     RunMismatchError."""
-    path = folder / CONFIG_NAME
+    path = folder / MODEL_CONFIG_NAME
     fields = _our_fields(folder)
     if fields is None:
         return _describe_foreign(folder)
@@ -219,12 +218,12 @@ def _require_agreement(description: ModelDescription, fields: dict[str, Any], pa
 def _describe_foreign(folder: Path) -> ModelDescription:
     """A Llama's or Qwen3's folder with a SentencePiece model."""
     fields = _config_fields(folder)
-    shape = from_stock(fields, str(folder / CONFIG_NAME))
+    shape = from_stock(fields, str(folder / MODEL_CONFIG_NAME))
     if (folder / HF_TOKENIZER_NAME).is_file():
         raise CheckpointCorruptError(
-            f"{folder / CONFIG_NAME} has lost its section {STOCK_SECTION!r}, without which nobody "
-            "knows in which direction the model reads; copy it from the config.json of the folder "
-            "that the model was made from"
+            f"{folder / MODEL_CONFIG_NAME} has lost its section {STOCK_SECTION!r}, without which "
+            "nobody knows in which direction the model reads; copy it from the "
+            f"{MODEL_CONFIG_NAME} of the folder that the model was made from"
         )
     try:
         tokenizer = read_file(folder / TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
@@ -244,7 +243,7 @@ def _describe_foreign(folder: Path) -> ModelDescription:
             is_foreign=True,
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise _no_description(folder / CONFIG_NAME, error) from None
+        raise _no_description(folder / MODEL_CONFIG_NAME, error) from None
 
 
 def open_weights(
@@ -282,7 +281,7 @@ def _files_in_config(
         sizes = {name: int(size) for name, (size, _) in files.items()}
         return sizes, {name: str(sha256) for name, (_, sha256) in files.items()}
     except (ValueError, TypeError) as error:
-        raise _no_description(folder / CONFIG_NAME, error) from None
+        raise _no_description(folder / MODEL_CONFIG_NAME, error) from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -12,13 +12,12 @@ from torch import Tensor
 from data_pipeline.common.file_names import path_within
 from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
-from megaback.checkpoint_names import WEIGHTS_PREFIX
 from megaback.checkpoints.checkpoint import CheckpointMeta, config_of, find_checkpoint, saved_state
 from megaback.checkpoints.safetensors_file import Spec
 from megaback.checkpoints.state import WEIGHT
 from megaback.model.gpt import ReverseGPT
+from megaback.run_folder import MODEL_CONFIG_NAME, WEIGHTS_PREFIX
 from megaback.weights.model_folder import (
-    CONFIG_NAME,
     ModelDescription,
     open_weights,
     read_description,
@@ -53,7 +52,7 @@ def open_source(path: Path) -> WeightSource:
 
     Raises CheckpointMissingError or CheckpointCorruptError, and what `read_description` does.
     """
-    return _from_folder(path) if (path / CONFIG_NAME).is_file() else open_checkpoint(path)
+    return _from_folder(path) if (path / MODEL_CONFIG_NAME).is_file() else open_checkpoint(path)
 
 
 def open_checkpoint(path: Path) -> WeightSource:

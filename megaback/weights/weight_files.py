@@ -22,10 +22,8 @@ from data_pipeline.common.file_names import path_within
 from data_pipeline.common.regular_files import read_file
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.checkpoints.safetensors_file import Spec, TensorFile, size_and_hash, write_tensors
+from megaback.run_folder import INDEX_NAME, SUMS_NAME, WEIGHTS_NAME, part_of_weights
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-SUMS_NAME = "SHA256SUMS"
 _FORM_OF_NAMES = re.compile(r".+\.safetensors")
 _MAX_SUMS_BYTES = 1 << 20
 _MARK = {"written_by": "megaback"}
@@ -63,7 +61,7 @@ def write_weights(
     count = len(groups)
     names = [WEIGHTS_NAME]
     if count > 1:
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        names = [part_of_weights(number, count) for number in range(1, count + 1)]
     files = {
         name: write_tensors(folder / name, group, tensor_of, _MARK)
         for name, group in zip(names, groups, strict=True)

@@ -26,7 +26,7 @@ from data_pipeline.errors import MegabackError
 from data_pipeline.redaction import place_of, scrub, secret_spans, shown_url
 from data_pipeline.shards import index as shard_index
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.manifest import MANIFEST_NAME, SPLITS, Manifest
+from data_pipeline.shards.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest
 from data_pipeline.shards.seek_table import (
     SKIPPABLE_HEADER,
     SeekEntry,
@@ -36,7 +36,7 @@ from data_pipeline.shards.seek_table import (
 from data_pipeline.shards.shard_format import ShardReader
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from data_pipeline.tokenizer.train import train_tokenizer
 
 ALLOWED = (MegabackError,)
 Factory = Callable[[Path], Target]
@@ -86,7 +86,7 @@ def small_codec() -> TextCodec:
     with TemporaryDirectory() as folder:
         source = write_lines(Path(folder) / "texts.jsonl", ({"text": text} for text in texts()))
         train_tokenizer(str(source), Path(folder) / "tokenizer", 400)
-        path = Path(folder) / "tokenizer" / MODEL_NAME
+        path = Path(folder) / "tokenizer" / TOKENIZER_NAME
         return TextCodec.load(path, Direction.BACKWARD, Unit.TOKEN)
 
 

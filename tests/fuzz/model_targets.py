@@ -20,14 +20,14 @@ from data_pipeline.text.codec import Direction
 from megaback.checkpoints.safetensors_file import TensorFile
 from megaback.config import ModelSection
 from megaback.model.gpt import ReverseGPT
+from megaback.run_folder import INDEX_NAME, MODEL_CONFIG_NAME, WEIGHTS_NAME
 from megaback.weights.model_folder import (
-    CONFIG_NAME,
     ModelDescription,
     load_model_folder,
     read_description,
     write_model_folder,
 )
-from megaback.weights.weight_files import INDEX_NAME, WEIGHTS_NAME, StoredWeights
+from megaback.weights.weight_files import StoredWeights
 from tools.export.hf import write_hf_folder
 from tools.serving.context import Service
 from tools.serving.errors import ProblemError
@@ -114,14 +114,14 @@ def model_config(folder: Path) -> Target:
 
     write_hf_folder(stock, "tiny", open_source(full), torch.float32, 1 << 30)
     foreign = Path(shutil.copytree(full, folder / "foreign"))
-    theirs = json.loads((stock / CONFIG_NAME).read_text())
+    theirs = json.loads((stock / MODEL_CONFIG_NAME).read_text())
     del theirs["megaback"]
-    (foreign / CONFIG_NAME).write_text(json.dumps(theirs))
+    (foreign / MODEL_CONFIG_NAME).write_text(json.dumps(theirs))
     places = (full, stock, foreign)
 
     def run(data: bytes) -> None:
         place = places[data[0] % len(places)] if data else full
-        (place / CONFIG_NAME).write_bytes(data[1:])
+        (place / MODEL_CONFIG_NAME).write_bytes(data[1:])
         read_description(place)
         load_model_folder(place, _CPU)
 
@@ -129,7 +129,8 @@ def model_config(folder: Path) -> Target:
         return data[:1] + mutate_json(data[1:], generator)
 
     seeds = [
-        bytes([number]) + (place / CONFIG_NAME).read_bytes() for number, place in enumerate(places)
+        bytes([number]) + (place / MODEL_CONFIG_NAME).read_bytes()
+        for number, place in enumerate(places)
     ]
     return Target("model-config", run, seeds, mutate, ALLOWED)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from data_pipeline.text.codec import TextCodec
-from megaback.checkpoint_names import META_NAME
 from megaback.checkpoints.checkpoint import FORMAT_NAME, FORMAT_VERSION, CheckpointMeta
 from megaback.checkpoints.safetensors_file import write_tensors
 from megaback.config import Config
 from megaback.model.gpt import ReverseGPT
+from megaback.run_folder import META_NAME
 
 STEP = 30
 

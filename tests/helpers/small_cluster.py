@@ -18,7 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from megaback.tracking.metrics import METRICS_NAME, read_metrics
+from megaback.run_folder import METRICS_NAME
+from megaback.tracking.metrics import read_metrics
 from tests.helpers.paths import ROOT
 
 REPOSITORY = ROOT

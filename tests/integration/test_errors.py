@@ -23,8 +23,9 @@ from data_pipeline.errors import (
     MegabackError,
     StorageError,
 )
+from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from data_pipeline.tokenizer.train import train_tokenizer
 from tests.helpers.error_cases import CASES, Case
 from tests.helpers.tiny_run import tiny_config, training_environment
 from tools.convert import convert_full
@@ -101,7 +102,7 @@ def place(
     (place / "not_a_tokenizer.model").write_bytes(b"nothing like it")
 
     train_tokenizer(str(place / "text"), place / "other", 500)
-    _build(place / "text", place / "other" / MODEL_NAME, place / "other_shards")
+    _build(place / "text", place / "other" / TOKENIZER_NAME, place / "other_shards")
     _build(place / "text", place / "tokenizer.model", place / "word_shards", unit="word")
     _build(place / "text", place / "tokenizer.model", place / "more_shards", val_fraction=0.2)
     for split in ("train", "val"):

@@ -17,8 +17,8 @@ from data_pipeline.loading.rows import RowReader
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.text.codec import Direction, TextCodec
-from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import find_checkpoint
+from megaback.run_folder import complete_checkpoints
 from megaback.training.validation import to_device
 from megaback.weights.model_folder import load_model_folder
 from tests.helpers.tiny_run import curve_of, metrics_of, val_losses_of

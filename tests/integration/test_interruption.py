@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from data_pipeline.errors import PreemptedError, RunMismatchError, UserInterruptError
-from megaback.checkpoint_names import complete_checkpoints
 from megaback.faults.exit_record import read_history
+from megaback.run_folder import complete_checkpoints
 from tests.helpers.interrupting import hearing_ctrl_c
 from tests.helpers.tiny_run import TOTAL_STEPS, metrics_of, training_environment, wait_for_step
 from tests.helpers.warm_ranks import WarmRanks

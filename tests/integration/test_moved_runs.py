@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import PreemptedError
-from megaback.checkpoint_names import complete_checkpoints
 from megaback.faults.exit_record import read_exit, read_history, record_start
-from megaback.tracking.metrics import METRICS_NAME
+from megaback.run_folder import METRICS_NAME, complete_checkpoints
 from tests.helpers.tiny_run import wait_for_step
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.errors import PreflightError, StorageError
 from launcher.ranks.local import rank_environment, rank_names
-from megaback.faults.preflight import BAD_NODES_NAME, PREFLIGHT_NAME
+from megaback.run_folder import BAD_NODES_NAME, PREFLIGHT_NAME
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import training_environment
 

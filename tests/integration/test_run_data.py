@@ -13,8 +13,8 @@ from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.shard_format import ShardReader
 from data_pipeline.text.codec import TextCodec
-from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import read_meta
+from megaback.run_folder import complete_checkpoints
 from megaback.tracking.metrics import read_metrics
 from tests.helpers.file_server import serving
 

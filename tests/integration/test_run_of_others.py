@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import StorageError
-from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import read_meta
+from megaback.run_folder import complete_checkpoints
 
 pytestmark = pytest.mark.slow
 

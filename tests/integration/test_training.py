@@ -12,9 +12,9 @@ import yaml
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import TOKENIZER_NAME, Manifest
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from data_pipeline.tokenizer.train import train_tokenizer
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.model_folder import load_model_folder, read_weights
 from tests.helpers.paths import SHARED
@@ -213,7 +213,7 @@ def prose_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("there is no parquet file of real prose; MEGABACK_TEST_PROSE may name one")
     folder = tmp_path_factory.mktemp("prose")
     train_tokenizer(str(PROSE), folder, 1000, max_bytes=1_000_000)
-    codec = TextCodec.load(folder / MODEL_NAME, Direction.BACKWARD, Unit.TOKEN)
+    codec = TextCodec.load(folder / TOKENIZER_NAME, Direction.BACKWARD, Unit.TOKEN)
     settings = BuildSettings(
         (WeightedSource(str(PROSE)),),
         codec.format.tokenizer_sha256,

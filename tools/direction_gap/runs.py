@@ -17,6 +17,7 @@ from data_pipeline.text.codec import Direction
 from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.data import open_data
+from megaback.run_folder import META_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -120,8 +121,8 @@ class TrainedPair:
             facts = list(_facts(meta, other))
         except (KeyError, TypeError, AttributeError):
             raise CheckpointCorruptError(
-                f"{first} or {second} does not say in meta.json how it was trained; restore it, or "
-                "train the pair again"
+                f"{first} or {second} does not say in {META_NAME} how it was trained; restore it, "
+                "or train the pair again"
             ) from None
         for name, here, there in facts:
             if here != there:

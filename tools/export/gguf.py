@@ -20,12 +20,12 @@ from data_pipeline.errors import BackendError, StorageError
 from data_pipeline.text.codec import TextCodec
 from megaback.checkpoints.safetensors_file import size_and_hash
 from megaback.config import ModelSection
+from megaback.run_folder import GGUF_NAME
 from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_sums
 from megaback.weights.weight_names import HEAD_NAME
 from tools.export.gguf_card import chat_template, gguf_card, gguf_description
 
-GGUF_NAME = "model.gguf"
 _OUTER_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",

@@ -47,7 +47,8 @@ def inspect_gguf(path: Path, *, verify: bool) -> tuple[dict[str, Any], str]:
 
 def _require_hash(path: Path) -> None:
     from megaback.checkpoints.safetensors_file import size_and_hash
-    from megaback.weights.weight_files import SUMS_NAME, read_sums
+    from megaback.run_folder import SUMS_NAME
+    from megaback.weights.weight_files import read_sums
 
     sums = path.with_name(SUMS_NAME)
     if not sums.is_file():

@@ -13,13 +13,9 @@ import torch
 
 from data_pipeline.common.command import replacing, write_text
 from data_pipeline.text.codec import Direction, TextCodec
+from megaback.run_folder import HF_TOKENIZER_CONFIG_NAME, MODEL_CONFIG_NAME
 from megaback.weights.hf_config import to_stock
-from megaback.weights.model_folder import (
-    CONFIG_NAME,
-    HF_TOKENIZER_NAME,
-    STOCK_SECTION,
-    ModelDescription,
-)
+from megaback.weights.model_folder import HF_TOKENIZER_NAME, STOCK_SECTION, ModelDescription
 from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_weights
 from tools.export.model_card import model_card
@@ -41,10 +37,10 @@ def write_hf_folder(
     _write_json(folder / "tokenizer.json", _refusal(codec))
     code = Path(__file__).with_name("tokenization_megaback.py")
     write_text(folder / code.name, code.read_text(encoding="utf-8"))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(codec, description, code.stem))
+    _write_json(folder / HF_TOKENIZER_CONFIG_NAME, _tokenizer_config(codec, description, code.stem))
     _write_json(folder / "generation_config.json", _generation_config(codec, description))
     write_text(folder / "README.md", model_card(description, codec, name))
-    _write_json(folder / CONFIG_NAME, _config(codec, description, dtype, code.stem))
+    _write_json(folder / MODEL_CONFIG_NAME, _config(codec, description, dtype, code.stem))
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

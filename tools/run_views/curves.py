@@ -14,7 +14,8 @@ from data_pipeline.common.number_ranges import CONTEXT
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.faults.exit_record import read_history
 from megaback.faults.run_ownership import config_of_run
-from megaback.tracking.metrics import METRICS_NAME, read_metrics
+from megaback.run_folder import METRICS_NAME
+from megaback.tracking.metrics import read_metrics
 from megaback.yaml_text import read_yaml_file
 
 Axis = Literal["step", "tokens", "time"]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import read_meta, verify_files
+from megaback.run_folder import complete_checkpoints
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import metrics_of, tiny_config, training_environment, wait_for_step
 from tests.helpers.warm_ranks import WarmRanks

@@ -29,10 +29,10 @@ from data_pipeline.text.codec import Direction, TextCodec, Unit
 from megaback.checkpoints.checkpoint import read_meta
 from megaback.config import Config
 from megaback.model.gpt import ReverseGPT
+from megaback.run_folder import INDEX_NAME, WEIGHTS_NAME
 from megaback.weights.hf_config import from_stock, to_stock
 from megaback.weights.init_from import open_base
 from megaback.weights.model_folder import load_model_folder, read_description, read_weights
-from megaback.weights.weight_files import INDEX_NAME, WEIGHTS_NAME
 from tests.helpers.exports import STEP, write_checkpoint
 from tools.convert import convert
 from tools.convert import main as convert_command

@@ -19,9 +19,10 @@ from data_pipeline.loading.mixture import Mixture
 from data_pipeline.shards import inspection
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.shard_format import ShardReader
-from megaback.config import CONFIG_COPY_NAME, Config
+from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.data import Data, open_data
+from megaback.run_folder import CONFIG_COPY_NAME
 from tests.helpers.batches import (
     CONTEXT_TOKENS,
     CONTEXTS,

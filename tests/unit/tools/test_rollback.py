@@ -15,18 +15,11 @@ from data_pipeline.errors import (
     LaunchError,
     StorageError,
 )
-from megaback.checkpoint_names import (
-    CHECKPOINTS_FOLDER,
-    META_NAME,
-    complete_checkpoints,
-)
 from megaback.checkpoints.checkpoint import newest_checkpoint, read_meta, verify_files
 from megaback.checkpoints.remote_copy import CopyTarget
-from megaback.config import CONFIG_COPY_NAME
 from megaback.distributed.world import World
-from megaback.faults.step_guard import SKIPPED_STEPS_NAME, read_left_out
-from megaback.tracking.metrics import METRICS_NAME
-from megaback.training.setup import LOCK_NAME
+from megaback.faults.step_guard import read_left_out
+from megaback.run_folder import CHECKPOINTS_FOLDER, CONFIG_COPY_NAME, LOCK_NAME, META_NAME, METRICS_NAME, SKIPPED_STEPS_NAME, complete_checkpoints
 from tests.helpers.run_config import run_config
 from tools.rollback import roll_back
 

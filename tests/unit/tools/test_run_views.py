@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaback.faults.exit_record import record_exit, record_start
-from megaback.tracking.metrics import METRICS_NAME
+from megaback.run_folder import METRICS_NAME
 from tools.plot import main as plot_command
 from tools.run_views.curves import Curve, differences, names_of, read_curves
 from tools.status import main as status_command

@@ -13,8 +13,8 @@ import pytest
 
 from data_pipeline.errors import CheckpointMissingError
 from megaback.faults.exit_record import record_exit, record_start
-from megaback.faults.heartbeat import HEARTBEATS_FOLDER, Heartbeat, write_heartbeat
-from megaback.tracking.metrics import METRICS_NAME
+from megaback.faults.heartbeat import Heartbeat, write_heartbeat
+from megaback.run_folder import HEARTBEATS_FOLDER, METRICS_NAME
 from tools.watch import EXIT_CODES, Health, health_of
 
 Beat = Callable[..., None]

@@ -11,15 +11,11 @@ from data_pipeline.errors import CheckpointMissingError, ConfigError, OutputExis
 from launcher.slurm.jobs import Row, find_runs, rows_of_run, table
 from launcher.slurm.snapshot import new_folder, record_jobs, remove_snapshot, write_snapshot
 from launcher.slurm.stages import check_model_folder, choose_allocation, parse_chain
-from megaback.config import CONFIG_COPY_NAME, Config
+from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.faults.exit_record import record_event, record_exit, record_start
-from megaback.tracking.run_folder import (
-    holds_weights,
-    jobs_of,
-    newest_checkpoint_step,
-    read_progress,
-)
+from megaback.run_folder import CONFIG_COPY_NAME, holds_weights, newest_checkpoint_step
+from megaback.tracking.run_progress import jobs_of, read_progress
 from tests.helpers.paths import ROOT
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
-from megaback.checkpoint_names import META_NAME
 from megaback.checkpoints.checkpoint import (
     CheckpointMeta,
     find_checkpoint,
@@ -17,6 +16,7 @@ from megaback.checkpoints.checkpoint import (
     verify_files,
 )
 from megaback.distributed.world import World
+from megaback.run_folder import META_NAME
 
 Save = Callable[..., Path]
 WEIGHTS = "weights-00000.safetensors"

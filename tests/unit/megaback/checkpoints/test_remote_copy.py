@@ -11,7 +11,6 @@ import fsspec
 import pytest
 
 from data_pipeline.errors import CheckpointCorruptError, OutputExistsError, SourceMissingError
-from megaback.checkpoint_names import META_NAME, complete_checkpoints
 from megaback.checkpoints.checkpoint import (
     find_checkpoint,
     newest_checkpoint,
@@ -22,6 +21,7 @@ from megaback.checkpoints.remote_copy import CheckpointCopier, CopyTarget, fetch
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.step_guard import read_left_out, write_skipped_steps
+from megaback.run_folder import META_NAME, complete_checkpoints
 
 Save = Callable[..., Path]
 Copy = Callable[..., list[str]]

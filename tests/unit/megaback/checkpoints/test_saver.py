@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.errors import StorageError
-from megaback.checkpoint_names import META_NAME, complete_checkpoints
 from megaback.checkpoints import saver as checkpoint_saver
 from megaback.checkpoints.checkpoint import (
     CheckpointMeta,
@@ -31,6 +30,7 @@ from megaback.checkpoints.safetensors_file import write_tensors
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
+from megaback.run_folder import META_NAME, complete_checkpoints
 from tests.helpers.batches import CHECKPOINT_TOKENIZER
 
 Save = Callable[..., Path]

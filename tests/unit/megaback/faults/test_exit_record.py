@@ -13,14 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.faults.exit_record import (
-    EXIT_NAME,
-    HISTORY_NAME,
-    read_exit,
-    read_history,
-    record_exit,
-    record_start,
-)
+from megaback.faults.exit_record import read_exit, read_history, record_exit, record_start
+from megaback.run_folder import EXIT_NAME, HISTORY_NAME
 
 FAULT = {"code": 51, "kind": "RankLostError", "reason": "rank 3 is dead", "rank": 0}
 

@@ -16,14 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megaback.faults.heartbeat import (
-    HEARTBEATS_FOLDER,
-    Heartbeat,
-    heartbeat_path,
-    missing_ranks,
-    read_heartbeats,
-    write_heartbeat,
-)
+from megaback.faults.heartbeat import Heartbeat, missing_ranks, read_heartbeats, write_heartbeat
+from megaback.run_folder import HEARTBEATS_FOLDER, heartbeat_path
 
 NOW = 1_000_000.0
 HERE = Heartbeat(

@@ -16,16 +16,12 @@ from data_pipeline.errors import CheckpointCorruptError, ConfigError, MegabackEr
 from launcher.slurm.job import true_code
 from launcher.slurm.jobs import rows_of_run
 from megaback.config_file import load_config
-from megaback.faults.exit_record import EXIT_NAME, HISTORY_NAME, read_exit, read_history
-from megaback.faults.heartbeat import heartbeat_path, read_heartbeats
+from megaback.faults.exit_record import read_exit, read_history
+from megaback.faults.heartbeat import read_heartbeats
 from megaback.faults.run_ownership import is_run_of_ours, place_of_config
-from megaback.tracking.metrics import METRICS_NAME, read_metrics
-from megaback.tracking.run_folder import (
-    newest_checkpoint_step,
-    read_progress,
-    read_submissions,
-    runs_below,
-)
+from megaback.run_folder import EXIT_NAME, HISTORY_NAME, METRICS_NAME, heartbeat_path, newest_checkpoint_step
+from megaback.tracking.metrics import read_metrics
+from megaback.tracking.run_progress import read_progress, read_submissions, runs_below
 from megaback.yaml_text import read_yaml, read_yaml_file
 from tests.helpers.hostile_files import bounded
 from tools.plot import draw

@@ -11,12 +11,8 @@ import pytest
 
 from data_pipeline.errors import OutputExistsError
 from megaback.faults.exit_record import record_start
-from megaback.faults.run_ownership import (
-    RESOLVED_COPY_NAME,
-    config_of_run,
-    place_of_config,
-    require_run_folder,
-)
+from megaback.faults.run_ownership import config_of_run, place_of_config, require_run_folder
+from megaback.run_folder import RESOLVED_COPY_NAME
 from tests.helpers.run_config import run_config
 from tools.rollback import roll_back
 

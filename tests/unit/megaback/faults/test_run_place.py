@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import StorageError
-from megaback.faults.exit_record import HISTORY_NAME, record_start
+from megaback.faults.exit_record import record_start
 from megaback.faults.run_place import RunPlace
+from megaback.run_folder import HISTORY_NAME
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from data_pipeline import errors
 from data_pipeline.common.command import write_text
 from data_pipeline.errors import MegabackError
 from launcher.slurm.jobs import main as jobs
-from megaback.faults.exit_record import EXIT_NAME, record_event, record_exit, record_start
-from megaback.faults.heartbeat import HEARTBEATS_FOLDER, Heartbeat, write_heartbeat
+from megaback.faults.exit_record import record_event, record_exit, record_start
+from megaback.faults.heartbeat import Heartbeat, write_heartbeat
 from megaback.faults.run_state import ROLLBACK_EVENT
+from megaback.run_folder import EXIT_NAME, HEARTBEATS_FOLDER
 from tests.helpers.run_config import run_config
 from tools.artifacts import inspect
 from tools.plot import main as plot

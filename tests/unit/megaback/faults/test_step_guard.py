@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import NonFiniteError, RunMismatchError
 from megaback.config import GuardSection
-from megaback.faults.step_guard import (
-    SKIPPED_STEPS_NAME,
-    StepGuard,
-    read_left_out,
-    with_range,
-    write_skipped_steps,
-)
+from megaback.faults.step_guard import StepGuard, read_left_out, with_range, write_skipped_steps
+from megaback.run_folder import SKIPPED_STEPS_NAME
 
 Step = tuple[float, float]
 """A loss and a gradient norm."""

@@ -5,13 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megaback.run_folder import METRICS_NAME
 from megaback.tracking.loss_by_context import ContextLoss, Loss
-from megaback.tracking.metrics import (
-    MACHINE_FIELDS,
-    METRICS_NAME,
-    StepRecord,
-    read_metrics,
-)
+from megaback.tracking.metrics import MACHINE_FIELDS, StepRecord, read_metrics
 from megaback.tracking.metrics_log import MetricsLog
 from tests.helpers.run_config import run_config
 

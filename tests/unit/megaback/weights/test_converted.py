@@ -14,8 +14,9 @@ import megaback
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
 from data_pipeline.text.codec import TextCodec
 from megaback.cli import main
+from megaback.run_folder import CONVERTED_FOLDER
 from megaback.weights import converted
-from megaback.weights.converted import CONVERTED_FOLDER, model_folder, shown_name
+from megaback.weights.converted import model_folder, shown_name
 from tests.helpers.exports import write_checkpoint
 from tools.convert import convert_full
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import CheckpointCorruptError, MegabackError, NonFiniteError
 from data_pipeline.text.codec import TextCodec
-from megaback.checkpoint_names import META_NAME
 from megaback.checkpoints.checkpoint import find_checkpoint, read_meta
 from megaback.config import ModelSection
 from megaback.inference.sampling import SamplingOptions, choose
 from megaback.model.gpt import ReverseGPT
+from megaback.run_folder import META_NAME
 from megaback.weights.base_shape import base_shape
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder, read_description

@@ -17,8 +17,9 @@ from data_pipeline.errors import (
     PromptError,
     TokenizerMismatchError,
 )
+from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import MODEL_NAME, train_tokenizer
+from data_pipeline.tokenizer.train import train_tokenizer
 from megaback.config import ModelSection
 from megaback.inference.decoder import Decoder
 from megaback.inference.infill.infiller import Infiller, InfillOptions, Reader
@@ -138,7 +139,7 @@ def test_models_that_do_not_belong_together_are_refused(
     with pytest.raises(DirectionMismatchError, match="has unit 'word'"):
         Infiller(forward, reader_of(1, codec(Direction.BACKWARD, Unit.WORD)))
     train_tokenizer(str(tiny_text_folder), tmp_path, 590)
-    other = TextCodec.load(tmp_path / MODEL_NAME, Direction.BACKWARD, Unit.TOKEN)
+    other = TextCodec.load(tmp_path / TOKENIZER_NAME, Direction.BACKWARD, Unit.TOKEN)
     hashes = f"{forward.codec.format.tokenizer_sha256[:12]}.*{other.format.tokenizer_sha256[:12]}"
     with pytest.raises(TokenizerMismatchError, match=hashes):
         Infiller(forward, replace(backward, codec=other))

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.checked_json import read_json
-from megaback.checkpoint_names import complete_checkpoints, step_of
-from megaback.faults.exit_record import HISTORY_NAME, read_history
+from megaback.faults.exit_record import read_history
 from megaback.faults.run_records import last_lines
-from megaback.tracking.metrics import METRICS_NAME, parsed_line
+from megaback.run_folder import HISTORY_NAME, METRICS_NAME, SUBMISSION_NAME, SUBMITTED_FOLDER
+from megaback.tracking.metrics import parsed_line
 
-SUBMITTED_FOLDER = "submitted"
-SUBMISSION_NAME = "submission.json"
 _TAIL_BYTES = 1 << 16
 _DEPTH = 3
 """Of runs/ARROW/seed-N/DIRECTION below runs/."""
@@ -57,23 +55,6 @@ def _runs_below(folder: Path, depth: int, seen: dict[tuple[int, int], int]) -> I
     elif depth:
         for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
             yield from _runs_below(path, depth - 1, seen)
-
-
-def newest_checkpoint_step(run: Path) -> int:
-    """The step of the newest complete checkpoint; 0 without one."""
-    return max(map(step_of, complete_checkpoints(run)), default=0)
-
-
-def holds_weights(base: Path) -> bool:
-    """Whether a run can start from a path: a model's folder, a run, or one of its checkpoints.
-
-    What lies there is not verified.
-    """
-    if base.is_file():  # it names a checkpoint beside it
-        return base.name in ("best", "latest")
-    run = base.parent if base.name == "checkpoints" else base
-    is_folder = any((base / name).is_file() for name in ("config.json", "meta.json"))
-    return is_folder or newest_checkpoint_step(run) > 0
 
 
 def read_progress(run: Path) -> Progress | None:

@@ -1,0 +1,153 @@
+"""The names of all files in a run's folder, a checkpoint and a model's folder: nowhere else.
+
+`checkpoints/best` and `checkpoints/latest` are marks: files that name a checkpoint beside them.
+Loads no torch.
+"""
+
+import re
+from pathlib import Path
+
+from data_pipeline.common.file_names import path_within
+from data_pipeline.common.regular_files import UNFIT, read_file
+from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.shards.manifest import TOKENIZER_NAME
+
+CONFIG_COPY_NAME = "config.yaml"
+"""The run's config, resolved, or the user's own."""
+RESOLVED_COPY_NAME = "config.resolved.yaml"
+"""The run's config, resolved, where its `config.yaml` is the user's own."""
+LOCK_NAME = ".lock"
+"""Held by the process that trains in the run's folder."""
+METRICS_NAME = "metrics.jsonl"
+HISTORY_NAME = "history.jsonl"
+EXIT_NAME = "exit.json"
+BAD_NODES_NAME = "bad_nodes.txt"
+"""Nodes because of which a start was stopped, one per line."""
+PREFLIGHT_NAME = "preflight.json"
+PREFLIGHT_FOLDER = ".preflight"
+"""Files that nodes write and read to see whether they share the disk."""
+SKIPPED_STEPS_NAME = "skipped_steps.json"
+WANDB_ID_NAME = "wandb_id.txt"
+WANDB_FOLDER = "wandb"
+TENSORBOARD_FOLDER = "tensorboard"
+
+HEARTBEATS_FOLDER = "heartbeats"
+HEARTBEAT_PREFIX = "rank-"
+
+SUBMITTED_FOLDER = "submitted"
+SUBMISSION_NAME = "submission.json"
+CHANGES_NAME = "changes.diff"
+LOGS_FOLDER = "logs"
+
+CHECKPOINTS_FOLDER = "checkpoints"
+META_NAME = "meta.json"
+LATEST_NAME = "latest"
+BEST_NAME = "best"
+"""Names the checkpoint with the lowest val loss, which is never deleted."""
+STEP_PREFIX = "step-"
+FETCHED_NAME = ".fetched.partial"
+"""A checkpoint on its way back from `checkpoint.copy_to`."""
+TENSORS_SUFFIX = ".safetensors"
+WEIGHTS_PREFIX = "weights-"
+OPTIMIZER_PREFIX = "optimizer-"
+STEP_FOLDER = re.compile(rf"{STEP_PREFIX}[0-9]{{8}}")
+FILE_NAME = re.compile(
+    rf"({WEIGHTS_PREFIX}|{OPTIMIZER_PREFIX})[0-9]{{5,}}{re.escape(TENSORS_SUFFIX)}"
+    rf"|{re.escape(TOKENIZER_NAME)}"
+)
+"""What a checkpoint's description may name."""
+CHECKPOINT_FILE = re.compile(rf"{FILE_NAME.pattern}|{re.escape(META_NAME)}")
+"""The names of the files in a checkpoint: others in its folder are not removed with it."""
+
+MODEL_CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SUMS_NAME = "SHA256SUMS"
+GGUF_NAME = "model.gguf"
+ADAPTER_NAME = "adapter_config.json"
+"""What another library's adapter has in place of a config."""
+HF_TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+"""Only in folders for transformers."""
+
+CONVERTED_FOLDER = "converted"
+"""Models' folders of a run's checkpoints."""
+CONVERSION = re.compile(rf"{STEP_FOLDER.pattern}-[0-9a-f]{{12}}")
+CONVERSION_FILE = re.compile(
+    "|".join(map(re.escape, (MODEL_CONFIG_NAME, TOKENIZER_NAME, SUMS_NAME, INDEX_NAME)))
+    + rf"|model(-[0-9]{{5}}-of-[0-9]{{5}})?{re.escape(TENSORS_SUFFIX)}"
+)
+
+_MAX_MARK_BYTES = 256
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"{STEP_PREFIX}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by the name of its folder."""
+    return int(checkpoint.name.removeprefix(STEP_PREFIX))
+
+
+def part_of_weights(number: int, count: int) -> str:
+    """The name of one of several files of a model's weights, from 1."""
+    return f"model-{number:05d}-of-{count:05d}{TENSORS_SUFFIX}"
+
+
+def heartbeat_path(run: Path, rank: int) -> Path:
+    """Where a rank's heartbeat is."""
+    return run / HEARTBEATS_FOLDER / f"{HEARTBEAT_PREFIX}{rank:05d}.json"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(
+        path.parent
+        for path in (run / CHECKPOINTS_FOLDER).glob(f"{STEP_PREFIX}*/{META_NAME}")
+        if STEP_FOLDER.fullmatch(path.parent.name)
+    )
+
+
+def newest_checkpoint_step(run: Path) -> int:
+    """The step of the newest complete checkpoint; 0 without one."""
+    return max(map(step_of, complete_checkpoints(run)), default=0)
+
+
+def checkpoints_meant_by(path: Path) -> list[Path]:
+    """The complete checkpoints of a run or of its folder of checkpoints, oldest first.
+
+    Of a checkpoint or a mark only the one. Nothing is verified. Raises what `meant_by` does.
+    """
+    path = meant_by(path)
+    if (path / META_NAME).is_file():
+        return [path]
+    return complete_checkpoints(path.parent if path.name == CHECKPOINTS_FOLDER else path)
+
+
+def meant_by(path: Path) -> Path:
+    """The checkpoint that `best` or `latest` names; any other path as it is.
+
+    Raises CheckpointCorruptError for what names none, OSError.
+    """
+    if path.name not in (BEST_NAME, LATEST_NAME) or not path.is_file():
+        return path
+    try:
+        name = read_file(path, _MAX_MARK_BYTES).decode().strip()
+        return path_within(path.parent, name, STEP_FOLDER)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in UNFIT:
+            raise
+        raise CheckpointCorruptError(
+            f"{path} does not name a checkpoint beside it ({error}); name one yourself"
+        ) from None
+
+
+def holds_weights(base: Path) -> bool:
+    """Whether a run can start from a path: a model's folder, a run, or one of its checkpoints.
+
+    What lies there is not verified.
+    """
+    if base.is_file():  # it names a checkpoint beside it
+        return base.name in (BEST_NAME, LATEST_NAME)
+    return (base / MODEL_CONFIG_NAME).is_file() or bool(checkpoints_meant_by(base))
