@@ -8,6 +8,7 @@ Where datatrove is installed, its tokenizing step takes part, with the same piec
 uncompressed.
 """
 
+import hashlib
 import resource
 import statistics
 import sys
@@ -21,7 +22,7 @@ import click
 import sentencepiece
 from smoke import Benchmark, is_installed
 
-from data_pipeline.build.task import belongs_to_val
+from data_pipeline.build.task_input import belongs_to_val
 from data_pipeline.common.command import replacing
 from data_pipeline.shards.shard_format import ShardWriter
 from data_pipeline.sources.registry import list_slices, read_slice
@@ -56,7 +57,7 @@ def text_to_shard(model_bytes: bytes, texts: Sequence[str]) -> None:
         for batch in in_batches(texts):
             for text, ids in zip(batch, codec.encode_documents(batch), strict=True):
                 text_utf8 = text.encode("utf-8", "surrogatepass")
-                belongs_to_val(text_utf8, 0.01)
+                belongs_to_val(hashlib.sha256(text_utf8).digest(), 0.01)
                 writer.add(ids, len(text_utf8))
         writer.finish()
 

@@ -8,9 +8,7 @@ Where what is kept depends on other tasks (de-duplication, limits), a task stage
 writes down for each document what `selection.py` must know to choose.
 """
 
-import hashlib
 import json
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -23,38 +21,35 @@ import numpy.typing as npt
 
 from data_pipeline.build.plan import BUILD_FOLDER, STAGED_FOLDER, Task
 from data_pipeline.build.progress import Counts, no_counts
-from data_pipeline.build.settings import BuildSettings
 from data_pipeline.build.task_input import (
     BAD_RECORD,
     TOO_LONG,
     LeftOut,
     Passed,
-    hash_fraction,
+    belongs_to_val,
     left_out_by,
     read_task,
+)
+from data_pipeline.build.task_output import (
+    DOCUMENT_NOTE,
+    Encoded,
+    EncodedDocument,
+    Notes,
+    SplitOutput,
 )
 from data_pipeline.build.val_hashes import KEY_BITS, LowestHashes
 from data_pipeline.common.checked_json import checked, read_json, require_within
 from data_pipeline.common.command import replacing, write_text
 from data_pipeline.common.file_names import path_within
-from data_pipeline.shards.compression import Compression
-from data_pipeline.shards.examples import PackedExample, RowPacker
+from data_pipeline.shards.examples import PackedExample
 from data_pipeline.shards.manifest import SPLITS, ShardEntry
-from data_pipeline.shards.shard_format import ShardWriter
 from data_pipeline.sources.skipped import Skipped, merged, skipped_from_json
 from data_pipeline.text.chat_format import ChatFormat, Example
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.text.encoder import BATCH_CHARACTERS, Ids
-
-# What is noted of a document that a task stages. The two halves of the first 16 bytes of the
-# SHA-256 of its text, and of the pass that took it, tell it from all others.
-DOCUMENT_NOTE = np.dtype(
-    [("split", "u1"), ("tokens", "<u4"), ("text_bytes", "<u4"), ("high", "<u8"), ("low", "<u8")]
-)
+from data_pipeline.text.encoder import BATCH_CHARACTERS
 
 _HASHES = tuple[tuple[int, int], ...]
 _TRAIN = SPLITS.index("train")
-_NOTE = struct.Struct("<BIIQQ")
 
 
 @dataclass(frozen=True)
@@ -135,6 +130,14 @@ def finished_record(task: Task, out: Path) -> TaskRecord | None:
     return None if settings.on_bad_record == "stop" and record.left_out.get(BAD_RECORD) else record
 
 
+def read_notes(task: Task, out: Path) -> npt.NDArray[Any]:
+    """What a task noted of its documents, in order: dtype DOCUMENT_NOTE, shape (documents,)."""
+    path = notes_path(task, out)
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype=DOCUMENT_NOTE)
+    return np.memmap(path, dtype=DOCUMENT_NOTE, mode="r")
+
+
 def _has_notes(task: Task, record: TaskRecord, out: Path) -> bool:
     """Whether a task's notes are those of the documents that its record counts."""
     path = notes_path(task, out)
@@ -170,12 +173,11 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
     folder.mkdir(parents=True, exist_ok=True)
     left_out = LeftOut()
     shards: list[ShardEntry] = []
-    notes = _Notes(settings) if settings.selects else None
+    notes = Notes(settings) if settings.selects else None
     lowest = LowestHashes()
     with ExitStack() as stack:
         outputs = [
-            stack.enter_context(_SplitOutput(split, task, folder, codec, shards))
-            for split in SPLITS
+            stack.enter_context(SplitOutput(split, task, folder, codec, shards)) for split in SPLITS
         ]
         for item in _encoded(read_task(task, counts), codec, settings.row_tokens):
             if isinstance(item, LeftOut):
@@ -184,7 +186,7 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
             document, encoded = item
             split = document.split
             if split is None:
-                split = int(hash_fraction(document.sha256[:8]) < settings.val_fraction)  # 1 is val
+                split = int(belongs_to_val(document.sha256, settings.val_fraction))
             outputs[split].add(encoded)
             if split == _TRAIN:
                 lowest.add(document.sha256[:8])
@@ -206,31 +208,9 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
     return record
 
 
-def belongs_to_val(text_utf8: bytes, val_fraction: float) -> bool:
-    """Decide the split by the text alone, so that equal texts never lie in both."""
-    return hash_fraction(hashlib.sha256(text_utf8).digest()[:8]) < val_fraction
-
-
-def read_notes(task: Task, out: Path) -> npt.NDArray[Any]:
-    """What a task noted of its documents, in order: dtype DOCUMENT_NOTE, shape (documents,)."""
-    path = notes_path(task, out)
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype=DOCUMENT_NOTE)
-    return np.memmap(path, dtype=DOCUMENT_NOTE, mode="r")
-
-
-@dataclass(frozen=True)
-class _EncodedDocument:
-    ids: Ids
-    text_bytes: int
-
-
-_Encoded = _EncodedDocument | PackedExample
-
-
 def _encoded(
     items: Iterator[Passed | LeftOut], codec: TextCodec, row_tokens: int | None
-) -> Iterator[tuple[Passed, _Encoded] | LeftOut]:
+) -> Iterator[tuple[Passed, Encoded] | LeftOut]:
     """What is read, documents with their ids: many are encoded at a time."""
     while batch := _next_batch(items):
         passed = [item for item in batch if isinstance(item, Passed)]
@@ -245,13 +225,13 @@ def _encoded(
             yield left_out_by(TOO_LONG, item.position) if is_too_long else (item, of_item)
 
 
-def _encode_documents(passed: Sequence[Passed], codec: TextCodec) -> Iterator[_Encoded]:
+def _encode_documents(passed: Sequence[Passed], codec: TextCodec) -> Iterator[Encoded]:
     ids = codec.encode_documents([document.text for document in passed])
     for document, of_document in zip(passed, ids, strict=True):
-        yield _EncodedDocument(of_document, document.num_bytes)
+        yield EncodedDocument(of_document, document.num_bytes)
 
 
-def _encode_examples(passed: Sequence[Passed], codec: TextCodec) -> Iterator[_Encoded]:
+def _encode_examples(passed: Sequence[Passed], codec: TextCodec) -> Iterator[Encoded]:
     examples = [Example(document.text, document.response or "") for document in passed]
     encoded = ChatFormat(codec).encode_all(examples)
     for document, example in zip(passed, encoded, strict=True):
@@ -272,117 +252,6 @@ def _next_batch(items: Iterator[Passed | LeftOut]) -> list[Passed | LeftOut]:
         if num_characters >= BATCH_CHARACTERS:
             break
     return batch
-
-
-class _Notes:
-    """What is noted of each document, and whether the task has all that could be needed of it."""
-
-    def __init__(self, settings: BuildSettings) -> None:
-        self.packed = bytearray()
-        self._limit_documents = settings.limit_documents
-        self._limit_tokens = settings.limit_tokens
-        self._is_limited = settings.is_limited
-        self._seen: set[int] | None = set() if settings.deduplicate else None
-        self._documents = self._tokens = 0
-
-    def add(self, split: int, tokens: int, document: Passed) -> bool:
-        """True when no later document of this task can be within the limits.
-
-        That holds with de-duplication too: of the texts that stand here before a later one, each
-        counts towards the limit, in this task or in an earlier one.
-        """
-        high = int.from_bytes(document.sha256[:8], "big") ^ document.pass_number
-        low = int.from_bytes(document.sha256[8:16], "big")
-        self.packed += _NOTE.pack(split, tokens, document.num_bytes, high, low)
-        if not self._is_limited:
-            return False
-        if self._seen is not None:
-            if high in self._seen:
-                return False
-            self._seen.add(high)
-        self._documents += 1
-        self._tokens += tokens
-        return (self._limit_documents is not None and self._documents >= self._limit_documents) or (
-            self._limit_tokens is not None and self._tokens >= self._limit_tokens
-        )
-
-
-class _SplitOutput:
-    """The shards that one task writes for one split, opened as documents come."""
-
-    def __init__(
-        self, split: str, task: Task, folder: Path, codec: TextCodec, shards: list[ShardEntry]
-    ) -> None:
-        self._split = split
-        self._task = task
-        self._folder = folder
-        self._codec = codec
-        self._shards = shards
-        self._num_shards = 0
-        self._open_file = ExitStack()
-        self._writer: ShardWriter | None = None
-        row_tokens = task.settings.row_tokens
-        self._packer = None if row_tokens is None else RowPacker(row_tokens, codec.end_id)
-
-    def __enter__(self) -> "_SplitOutput":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            self._close_shard()
-        else:
-            self._open_file.__exit__(*error)
-
-    def add(self, encoded: _Encoded) -> None:
-        if isinstance(encoded, _EncodedDocument):
-            self._open().add(encoded.ids, encoded.text_bytes)
-            self._close_if_full()
-        elif self._packer is not None:
-            self._add_rows(self._packer.add(encoded))
-
-    def finish(self) -> None:
-        """Write the rows that are not full."""
-        if self._packer is not None:
-            self._add_rows(self._packer.finish())
-
-    def _add_rows(self, examples: Iterator[PackedExample]) -> None:
-        for example in examples:
-            writer = self._open()
-            writer.add_example(example)
-            if writer.tokens % (self._task.settings.row_tokens or 1) == 0:
-                self._close_if_full()
-
-    def _open(self) -> ShardWriter:
-        settings = self._task.settings
-        if self._writer is None:
-            file = self._open_file.enter_context(replacing(self._folder / self._file_name()))
-            self._writer = ShardWriter(
-                file,
-                self._codec.format.to_dict(),
-                self._codec.id_dtype,
-                settings.frame_tokens,
-                Compression(level=settings.compression_level),
-                settings.row_tokens,
-            )
-        return self._writer
-
-    def _close_if_full(self) -> None:
-        if self._writer is not None and (
-            self._writer.tokens >= self._task.settings.shard_tokens or self._writer.is_full
-        ):
-            self._close_shard()
-
-    def _file_name(self) -> str:
-        return f"{self._split}-{self._task.index:05d}-{self._num_shards:05d}.zst"
-
-    def _close_shard(self) -> None:
-        if self._writer is None:
-            return
-        with self._open_file:  # the file takes its final name when this block ends
-            digest = self._writer.finish()
-        self._shards.append(ShardEntry(self._file_name(), self._split, **asdict(digest)))
-        self._num_shards += 1
-        self._writer = None
 
 
 @lru_cache(maxsize=1)

@@ -28,6 +28,11 @@ def hash_fraction(eight_bytes: bytes) -> float:
     return int.from_bytes(eight_bytes, "big") / 2.0**64
 
 
+def belongs_to_val(sha256: bytes, val_fraction: float) -> bool:
+    """The split by the hash of the text alone, so that equal texts never lie in both."""
+    return hash_fraction(sha256[:8]) < val_fraction
+
+
 @dataclass(frozen=True)
 class Passed:
     """A document that passed the filters."""

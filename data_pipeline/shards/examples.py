@@ -1,4 +1,4 @@
-"""Examples in rows: packed without being cut, and told apart again when rows are read.
+"""Examples in rows: how they are stored, and told apart again when rows are read.
 
 An example never crosses the boundary of a row of `row_tokens` ids; end markers fill the rest. A
 shard stores for each example its ids (the padding behind it included), how many of them are given
@@ -6,7 +6,6 @@ without loss, and how many are learnt. From these come the marks of every id: wh
 begins there, for attention, and whether the id after it is a target.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,6 @@ NUM_COUNTS = 3
 
 Marks = npt.NDArray[np.uint8]
 
-_OPEN_ROWS = 32
 _BLOCK_EXAMPLES = 1 << 20
 """Looked at at a time, which bounds memory."""
 
@@ -37,51 +35,6 @@ class PackedExample:
     num_given: int
     num_learnt: int
     text_bytes: int
-
-
-class RowPacker:
-    """Puts examples into rows, each into the fullest of some open rows in which there is room.
-
-    What it gives back depends only on the examples and their order. They come in another order than
-    they went in, row by row.
-    """
-
-    def __init__(self, row_tokens: int, padding_id: int) -> None:
-        self._row_tokens = row_tokens
-        self._padding_id = padding_id
-        self._open: list[list[PackedExample]] = []
-        self._room: list[int] = []
-
-    def add(self, example: PackedExample) -> Iterator[PackedExample]:
-        """Take an example of at most `row_tokens` ids; the row that is finished by it, if any."""
-        size = len(example.ids)
-        if size > self._row_tokens:
-            raise ValueError(f"an example of {size} tokens does not fit a row")
-        fitting = [number for number, room in enumerate(self._room) if room >= size]
-        if fitting:
-            row = min(fitting, key=self._room.__getitem__)
-        else:
-            if len(self._open) == _OPEN_ROWS:
-                yield from self._close(self._room.index(min(self._room)))
-            row = len(self._open)
-            self._open.append([])
-            self._room.append(self._row_tokens)
-        self._open[row].append(example)
-        self._room[row] -= size
-        if not self._room[row]:
-            yield from self._close(row)
-
-    def finish(self) -> Iterator[PackedExample]:
-        """The rows that are still open."""
-        while self._open:
-            yield from self._close(0)
-
-    def _close(self, row: int) -> Iterator[PackedExample]:
-        *first, last = self._open.pop(row)
-        yield from first
-        padding = np.full(self._room.pop(row), self._padding_id, dtype=last.ids.dtype)
-        ids = np.concatenate([last.ids, padding])
-        yield PackedExample(ids, last.num_given, last.num_learnt, last.text_bytes)
 
 
 def require_rows(counts: npt.NDArray[np.integer[Any]], row_tokens: int) -> None:

@@ -27,6 +27,9 @@ from data_pipeline.sources.parquet import list_parquet_slices, read_parquet_slic
 from data_pipeline.sources.zip_files import list_zip_slices, read_zip_slice
 from data_pipeline.storage.address_variables import kept
 
+# Files of other kinds are one slice.
+_LISTERS = {"parquet": list_parquet_slices, "zip": list_zip_slices}
+_READERS = {"parquet": read_parquet_slice, "zip": read_zip_slice}
 _LISTING_THREADS = 16
 _LONGEST_FIRST_LINE_BYTES = 4 << 20
 
@@ -72,14 +75,8 @@ def read_file(
     try:
         file = stat_address(piece.path)
         require_stamp(piece, file.stamp)
-        how = (columns, on_bad_record, max_record_bytes)
-        if piece.kind == "parquet":
-            yield from read_parquet_slice(file, piece, *how)
-        elif piece.kind == "zip":
-            yield from read_zip_slice(file, piece, *how)
-        else:
-            chunks = _chunks(file, piece.path, max_record_bytes)
-            yield from read_content(piece.kind, shown, chunks, *how)
+        read = _READERS.get(piece.kind, _read_whole)
+        yield from read(file, piece, columns, on_bad_record, max_record_bytes)
         if is_url(piece.path):  # not all servers tell with each part which version it is of
             require_stamp(piece, stat_address(piece.path).stamp)
     except CORRUPT_ERRORS as error:
@@ -124,14 +121,9 @@ def _list_file(
     shown = shown_url(address)
     try:
         file = stat_address(address)
-        if kind == "parquet":
-            parquet = list_parquet_slices(file, address, columns)
-            return parquet.slices, parquet.fault and f"{shown}: {parquet.fault}"
-        if kind == "zip":
-            slices, has_columns = list_zip_slices(file, address, columns)
-            if not has_columns:
-                require_no_columns(columns, shown)
-            return slices, None
+        if kind in _LISTERS:
+            slices, fault = _LISTERS[kind](file, address, columns)
+            return slices, fault and f"{shown}: {fault}"
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_url(address):
             raise SourceMissingError(
@@ -145,6 +137,18 @@ def _list_file(
     if file.size_bytes == 0 and name_of(address).suffix.lower() in COMPRESSIONS:
         raise corrupt(shown, "it has no bytes")
     return [Slice(kind, address, 0, 1, file.size_bytes, file.stamp)], None
+
+
+def _read_whole(
+    file: DataFile,
+    piece: Slice,
+    columns: AnyColumns,
+    on_bad_record: OnBadRecord,
+    max_record_bytes: int,
+) -> Iterator[Document]:
+    chunks = _chunks(file, piece.path, max_record_bytes)
+    how = (columns, on_bad_record, max_record_bytes)
+    return read_content(piece.kind, shown_url(piece.path), chunks, *how)
 
 
 def _chunks(file: DataFile, address: str, max_record_bytes: int) -> Iterator[bytes]:

@@ -38,25 +38,20 @@ _BINARIES = {"binary", "large_binary", "binary_view"}
 """Bytes that are UTF-8, as programs write that do not mark their columns as text."""
 
 
-@dataclass(frozen=True)
-class ParquetListing:
-    """The slices of a file, and why none of its rows can be read, if that is so."""
-
-    slices: list[Slice]
-    fault: str | None
-
-
-def list_parquet_slices(file: DataFile, address: str, columns: AnyColumns) -> ParquetListing:
+def list_parquet_slices(
+    file: DataFile, address: str, columns: AnyColumns
+) -> tuple[list[Slice], str | None]:
     """Slices of about 64 MiB of text; none for a file without rows, whatever its columns.
 
-    Raises SourceUnreadableError when the file is no parquet.
+    Second: why none of its rows can be read, if that is so. Raises SourceUnreadableError when the
+    file is no parquet.
     """
     with MemoryFence(file.shown, DEFAULT_MAX_RECORD_BYTES).up():
         parquet, schema, leaves = _open(file)
     metadata = parquet.metadata
     parquet.close()
     if metadata.num_rows == 0:
-        return ParquetListing([], None)
+        return [], None
     fault = _fault(columns, schema, leaves)
     names = set() if fault else set(_columns_to_read(columns, schema.names))
     if not isinstance(columns, ExampleColumns):
@@ -71,7 +66,7 @@ def list_parquet_slices(file: DataFile, address: str, columns: AnyColumns) -> Pa
             if any(metadata.row_group(index).num_rows for index in range(start, group + 1)):
                 slices.append(Slice("parquet", address, start, group + 1, size_bytes, file.stamp))
             start, size_bytes = group + 1, 0
-    return ParquetListing(slices, None if fault is None else fault.sentence)
+    return slices, None if fault is None else fault.sentence
 
 
 def read_parquet_slice(

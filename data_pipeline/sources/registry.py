@@ -7,10 +7,11 @@ and splitting are left to the reader.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.common.local_paths import local_path
 from data_pipeline.errors import ConfigError, OutputExistsError, SourceEmptyError
@@ -86,32 +87,14 @@ def list_source(
     one object per line, or one array. `columns` names what is read of parquet, jsonl and hub
     records. Raises SourceMissingError, SourceEmptyError, SourceUnreadableError, BackendError.
     """
-    skipped: Skipped = {}
-    linked: list[str] = []
     source = kept(source)
-    if source == "pydocs":
-        require_no_columns(columns, source)
-        return Listing(list_pydocs_slices())
-    if source.startswith(_HUB_PREFIX) and not is_url(source):
-        slices = list_hub_slices(
-            source.removeprefix(_HUB_PREFIX),
-            columns,
-            skips_bad=skips_bad,
-            max_record_bytes=max_record_bytes,
-        )
-    else:
-        try:
-            html = isinstance(columns, Columns) and columns.html
-            files = find_files(source, html=html)
-            skipped, linked = files.skipped, files.linked
-            slices = list_files(files.readable, columns, skips_bad=skips_bad)
-        except OSError as error:
-            raise refused(str(error.filename or source), error) from None
-    if not any(piece.size_bytes or piece.kind in ("hub", "parquet") for piece in slices):
+    list_kind = _LISTERS[_kind_of(source)]
+    listing = list_kind(source, columns, skips_bad=skips_bad, max_record_bytes=max_record_bytes)
+    if not any(piece.size_bytes or piece.kind in ("hub", "parquet") for piece in listing.slices):
         raise SourceEmptyError(
             f"{shown_url(source)}: nothing is in it; name a source that holds text"
         )
-    return Listing(tuple(slices), skipped, tuple(linked))
+    return listing
 
 
 def read_slice(
@@ -126,11 +109,8 @@ def read_slice(
     and left out if that returns. Raises what that raises, and SourceUnreadableError when the slice
     is corrupt or no longer what was listed.
     """
-    if piece.kind == "pydocs":
-        return read_pydocs_slice(piece)
-    if piece.kind == "hub":
-        return read_hub_slice(piece, columns, on_bad_record, max_record_bytes)
-    return read_file(piece, columns, on_bad_record, max_record_bytes)
+    read = _READERS.get(piece.kind, read_file)
+    return read(piece, columns, on_bad_record, max_record_bytes)
 
 
 def require_outside(source: str, out: Path) -> None:
@@ -160,6 +140,41 @@ def require_none_shared(train: Iterable[Slice], val: Iterable[Slice]) -> None:
                     "set would be trained on; name other files for one of them, or leave "
                     "--val-source out and use --val-fraction"
                 )
+
+
+def _kind_of(source: str) -> str:
+    if source == "pydocs":
+        return source
+    return "hub" if source.startswith(_HUB_PREFIX) and not is_url(source) else "file"
+
+
+def _list_pydocs(source: str, columns: AnyColumns, **_: Any) -> Listing:
+    require_no_columns(columns, source)
+    return Listing(list_pydocs_slices())
+
+
+def _list_hub(source: str, columns: AnyColumns, **how: Any) -> Listing:
+    return Listing(tuple(list_hub_slices(source.removeprefix(_HUB_PREFIX), columns, **how)))
+
+
+def _list_files(source: str, columns: AnyColumns, *, skips_bad: bool | None, **_: Any) -> Listing:
+    try:
+        files = find_files(source, html=isinstance(columns, Columns) and columns.html)
+        slices = list_files(files.readable, columns, skips_bad=skips_bad)
+    except OSError as error:
+        raise refused(str(error.filename or source), error) from None
+    return Listing(tuple(slices), files.skipped, tuple(files.linked))
+
+
+_LISTERS: dict[str, Callable[..., Listing]] = {
+    "pydocs": _list_pydocs,
+    "hub": _list_hub,
+    "file": _list_files,
+}
+_READERS: dict[str, Callable[[Slice, AnyColumns, OnBadRecord, int], Iterator[Document]]] = {
+    "pydocs": lambda piece, *_: read_pydocs_slice(piece),
+    "hub": read_hub_slice,
+}
 
 
 def _place(piece: Slice) -> tuple[str, str]:

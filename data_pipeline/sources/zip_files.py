@@ -11,7 +11,14 @@ from pathlib import PurePath
 from data_pipeline.errors import SourceUnreadableError
 from data_pipeline.sources.content import read_content
 from data_pipeline.sources.decompression import corrupt, decompressed
-from data_pipeline.sources.documents import AnyColumns, Columns, Document, OnBadRecord, Slice
+from data_pipeline.sources.documents import (
+    AnyColumns,
+    Columns,
+    Document,
+    OnBadRecord,
+    Slice,
+    require_no_columns,
+)
 from data_pipeline.sources.files import DataFile, kind_of, suffix_of
 from data_pipeline.sources.html_text import require_html_reader
 from data_pipeline.sources.zip_directory import METHODS, ZIP_ERRORS, open_zip
@@ -41,10 +48,10 @@ def zip_members(file: DataFile, *, html: bool) -> tuple[list[Member], list[tuple
         return _members(archive, html=html)
 
 
-def list_zip_slices(file: DataFile, address: str, columns: AnyColumns) -> tuple[list[Slice], bool]:
-    """Slices of about 64 MiB of what is read; second: whether it has columns.
+def list_zip_slices(file: DataFile, address: str, columns: AnyColumns) -> tuple[list[Slice], None]:
+    """Slices of about 64 MiB of what is read.
 
-    Raises OSError, SourceUnreadableError, BackendError.
+    Raises OSError, SourceUnreadableError, BackendError, and as `require_no_columns` for texts.
     """
     members, _ = zip_members(file, html=_reads_html(columns))
     if any(member.kind == "html" for member in members):
@@ -56,7 +63,9 @@ def list_zip_slices(file: DataFile, address: str, columns: AnyColumns) -> tuple[
         if size_bytes >= _SLICE_BYTES or stop == len(members):
             slices.append(Slice("zip", address, start, stop, size_bytes, file.stamp))
             start, size_bytes = stop, 0
-    return slices, not all(member.is_text for member in members)
+    if all(member.is_text for member in members):
+        require_no_columns(columns, file.shown)
+    return slices, None
 
 
 def read_zip_slice(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.build import selection, val_minimum
 from data_pipeline.build.settings import WeightedSource
-from data_pipeline.build.task import belongs_to_val
+from data_pipeline.build.task_input import belongs_to_val
 from data_pipeline.errors import SourceEmptyError
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.verify import verify_data_set
@@ -115,7 +115,8 @@ def plainly(
                 break
     splits: dict[str, list[str]] = {"train": [], "val": []}
     for _, text in taken:
-        splits["val" if belongs_to_val(text.encode(), VAL_FRACTION) else "train"].append(text)
+        is_val = belongs_to_val(hashlib.sha256(text.encode()).digest(), VAL_FRACTION)
+        splits["val" if is_val else "train"].append(text)
     return splits if splits["train"] else {"train": [], "val": []}
 
 

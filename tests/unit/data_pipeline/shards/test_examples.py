@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from data_pipeline.build.task_output import RowPacker
 from data_pipeline.errors import ConfigError, DirectionMismatchError, ShardCorruptError
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch, RowReader
-from data_pipeline.shards.examples import PackedExample, RowPacker, require_rows
+from data_pipeline.shards.examples import PackedExample, require_rows
 from data_pipeline.shards.manifest import Manifest, ShardEntry
 from data_pipeline.shards.shard_format import ShardReader, ShardWriter
 from data_pipeline.text.codec import Direction
