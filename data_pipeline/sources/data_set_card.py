@@ -116,6 +116,7 @@ def _is_own(path: str) -> bool:
         path.isprintable()
         and not path.startswith(("/", "\\", "~"))
         and "::" not in path
+        and "://" not in path
         and _SCHEME.match(path) is None
         and ".." not in re.split(r"[/\\]", path)
     )

@@ -1,12 +1,12 @@
 """Parts of remote files: one reader for web servers and for every other file system."""
 
 import pytest
-from remote_helpers import QUICK, FileServer
 
 from data_pipeline.errors import SourceUnreadableError
 from data_pipeline.storage import remote_file, retries
 from data_pipeline.storage.remote_file import RemoteFile
 from data_pipeline.storage.remote_ranges import RemoteRanges
+from tests.helpers.file_server import QUICK, FileServer
 
 DATA = bytes(number % 251 for number in range(200_000))
 SCHEMES = ["http", "memory"]
