@@ -140,7 +140,7 @@ def _read(model: ReverseGPT, pack: Sequence[Continuation]) -> Steps[Tensor]:
     # The last id of each is a target only.
     read = [[*one.given, *one.written][:-1] for one in pack]
     lengths = tuple(map(len, read))
-    ids_T = torch.tensor([i for ids in read for i in ids], device=device)
+    ids_T = torch.tensor([i for ids in read for i in ids], dtype=torch.long, device=device)
     positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
     segments = Segments.from_lengths(lengths, device)
     rotary = Rotary.at(positions_T, model.shape.head_dim, model.shape.rope_theta)

@@ -1,4 +1,4 @@
-"""A tiny decoder and what it samples, for tests of both decoding loops."""
+"""A tiny decoder and what it samples, for tests of decoding."""
 
 from collections.abc import Sequence
 from functools import cache

@@ -24,7 +24,7 @@ class IdleTimeoutConnection(H11Protocol):
     """Ends when no request has come in time or, as the oldest idle one, when there are too many.
 
     Also when its client takes too long to read a part of an answer, of 64 KiB at most: see
-    guard.py, which sends no further part before. Then the work for that answer ends, too.
+    middleware.py, which sends no further part before. Then the work for that answer ends, too.
     """
 
     seconds_for_a_request: ClassVar[float] = SECONDS_FOR_A_REQUEST

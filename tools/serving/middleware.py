@@ -20,7 +20,7 @@ _API_PATHS = ("/v1/", "/metrics")
 # A body that is too large is read on for a while, as a client that is still sending sees no answer.
 _MOST_PASSED_OVER_BYTES = 64 << 20
 _MOST_HEAD_BYTES = 1 << 14
-# Of an answer, after each of which the client has to have read: see connections.py.
+# Of an answer, after each of which the client has to have read: see idle_timeout.py.
 _PART_BYTES = 1 << 16
 _PAGE_POLICY = "; ".join(
     (

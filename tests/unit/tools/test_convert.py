@@ -192,7 +192,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_by_their_name(
     )
 
 
-@pytest.mark.parametrize("size", ["0", "5 parsecs", "-1GB", ""])
+@pytest.mark.parametrize("size", ["0", "5 parsecs", "-1GB", "", "1,5GB", "5GB x"])
 def test_a_size_that_is_none_is_refused(size: str, run: Path, tmp_path: Path) -> None:
     result = converted(run, "--out", tmp_path / "model", "--max-shard-size", size)
 

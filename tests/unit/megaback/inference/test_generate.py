@@ -1,6 +1,7 @@
 """What a model writes: the same with a cache as without, alone as beside others."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import PromptError
 from megaback.inference.decoder import Decoder
 from megaback.inference.generate import generate
-from megaback.inference.sampling import SamplingOptions
+from megaback.inference.sampling import SamplingOptions, choose, penalized
 from megaback.model.gpt import ReverseGPT
 from tests.helpers.decoding import (
     CODEC,
@@ -31,15 +32,22 @@ from tests.helpers.small_models import VOCAB_SIZE, make_model, packed
 def written_without_a_cache(
     model: ReverseGPT, ids: Sequence[int], options: SamplingOptions
 ) -> list[int]:
-    """Greedy, reading everything anew for each token, as the seed experiment did."""
-    assert options.temperature == 0
+    """One sample, reading everything anew for each token, as the seed experiment did."""
+    draws = np.random.default_rng(options.seed)
+    ends, later = {END_ID, *options.stop_ids}, {*WRITABLE.tolist(), *options.stop_ids}
     window, new_ids = list(ids), []
-    for _ in range(options.max_new_tokens):
+    while len(new_ids) < options.max_new_tokens:
         if len(window) > CONTEXT_TOKENS:
             window = window[-(CONTEXT_TOKENS // 2) :]
-        logits_V = model.logits(torch.tensor(window), *packed(len(window)))[-1]
-        new_id = int(WRITABLE[logits_V[torch.from_numpy(WRITABLE)].argmax()])
-        if new_id == END_ID:
+        logits_1V = model.logits(torch.tensor(window), *packed(len(window)))[-1:]
+        seen_1V = torch.zeros(1, VOCAB_SIZE, dtype=torch.bool)
+        seen_1V[0, [*ids, *new_ids]] = True
+        logits_1V = penalized(logits_1V, seen_1V, options.repetition_penalty)
+        allowed = later if new_ids else set(WRITABLE.tolist())
+        allowed = allowed - ends if len(new_ids) < options.min_new_tokens else allowed
+        logits_1V[0, sorted(set(range(VOCAB_SIZE)) - allowed)] = -torch.inf
+        (new_id,) = choose(logits_1V, options, [draws])
+        if new_id in ends:
             break
         window.append(new_id)
         new_ids.append(new_id)
@@ -72,20 +80,28 @@ def test_reading_id_by_id_gives_the_logits_of_reading_at_once(
     torch.testing.assert_close(logits_TV, expected_TV[7:], atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=12)
+@settings(max_examples=25)
 @given(
     prompts=st.lists(
         st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=24), min_size=1, max_size=4
     ),
-    max_new_tokens=st.integers(1, 40),
+    options=st.builds(
+        SamplingOptions,
+        max_new_tokens=st.integers(1, 40),
+        temperature=st.sampled_from([0.0, 0.0, 1.0, 1.5]),
+        top_k=st.sampled_from([0, 5]),
+        seed=st.integers(0, 99),
+        repetition_penalty=st.sampled_from([1.0, 1.5]),
+        stop_ids=st.sampled_from([(), (STOP_ID,), (VOCAB_SIZE - 1,)]),
+        min_new_tokens=st.sampled_from([0, 1, 3, 40]),
+    ),
 )
-def test_greedy_ids_are_those_of_reading_everything_anew_also_past_the_context(
-    prompts: list[list[int]], max_new_tokens: int
+def test_samples_are_those_of_reading_everything_anew_also_past_the_context(
+    prompts: list[list[int]], options: SamplingOptions
 ) -> None:
-    options = SamplingOptions(max_new_tokens, temperature=0)
-
     assert written(prompts, options) == [
-        written_without_a_cache(make_model(), ids, options) for ids in prompts
+        written_without_a_cache(make_model(), ids, replace(options, seed=options.seed + at))
+        for at, ids in enumerate(prompts)
     ]
 
 
