@@ -10,7 +10,14 @@ from data_pipeline.common.next_command import command, free_path, show_next
 from data_pipeline.common.terminal import echo
 from data_pipeline.text.codec import Direction
 from megaback.config import Config
-from megaback.run_folder import BEST_NAME, CHECKPOINTS_FOLDER, META_NAME, meant_by, newest_checkpoint_step, step_name
+from megaback.run_folder import (
+    BEST_NAME,
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    meant_by,
+    newest_checkpoint_step,
+    step_name,
+)
 from megaback.use_commands import use_commands
 
 MODELS_FOLDER = Path("models")

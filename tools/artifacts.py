@@ -41,7 +41,19 @@ from data_pipeline.sources.skipped import num_skipped
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train import REPORT_NAME
 from megaback.faults.run_ownership import config_of_run
-from megaback.run_folder import BEST_NAME, CHECKPOINTS_FOLDER, CONFIG_COPY_NAME, GGUF_NAME, HF_TOKENIZER_CONFIG_NAME, LATEST_NAME, META_NAME, METRICS_NAME, MODEL_CONFIG_NAME, complete_checkpoints, meant_by
+from megaback.run_folder import (
+    BEST_NAME,
+    CHECKPOINTS_FOLDER,
+    CONFIG_COPY_NAME,
+    GGUF_NAME,
+    HF_TOKENIZER_CONFIG_NAME,
+    LATEST_NAME,
+    META_NAME,
+    METRICS_NAME,
+    MODEL_CONFIG_NAME,
+    complete_checkpoints,
+    meant_by,
+)
 from megaback.use_commands import use_commands
 from tools.direction_gap.result import JSON_NAME, read_summary
 from tools.export.gguf_inspection import inspect_gguf

@@ -35,7 +35,14 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     """
     from megaback.checkpoints.checkpoint import read_meta, verify_files
     from megaback.faults.step_guard import with_range, write_skipped_steps
-    from megaback.run_folder import CHECKPOINTS_FOLDER, LATEST_NAME, LOCK_NAME, METRICS_NAME, complete_checkpoints, step_of
+    from megaback.run_folder import (
+        CHECKPOINTS_FOLDER,
+        LATEST_NAME,
+        LOCK_NAME,
+        METRICS_NAME,
+        complete_checkpoints,
+        step_of,
+    )
     from megaback.tracking.metrics import read_metrics
 
     require_own_checkpoints(run)

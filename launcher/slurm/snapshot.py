@@ -17,7 +17,13 @@ from typing import Any
 from data_pipeline.common.command import write_text
 from data_pipeline.redaction import scrub
 from megaback.config import Config
-from megaback.run_folder import CHANGES_NAME, CONFIG_COPY_NAME, LOGS_FOLDER, SUBMISSION_NAME, SUBMITTED_FOLDER
+from megaback.run_folder import (
+    CHANGES_NAME,
+    CONFIG_COPY_NAME,
+    LOGS_FOLDER,
+    SUBMISSION_NAME,
+    SUBMITTED_FOLDER,
+)
 from megaback.tracking.code_version import code_changes, code_version
 
 

@@ -33,7 +33,16 @@ from megaback.checkpoints.state import SavedState, StateDiffersError, restore
 from megaback.config import Config
 from megaback.config_messages import sentence
 from megaback.distributed.world import World
-from megaback.run_folder import FILE_NAME, META_NAME, OPTIMIZER_PREFIX, STEP_FOLDER, WEIGHTS_PREFIX, checkpoints_meant_by, complete_checkpoints, step_name
+from megaback.run_folder import (
+    FILE_NAME,
+    META_NAME,
+    OPTIMIZER_PREFIX,
+    STEP_FOLDER,
+    WEIGHTS_PREFIX,
+    checkpoints_meant_by,
+    complete_checkpoints,
+    step_name,
+)
 
 FORMAT_NAME = "megaback-checkpoint"
 FORMAT_VERSION = 2

@@ -36,7 +36,15 @@ from megaback.checkpoints.safetensors_file import SizeAndHash
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.step_guard import MAX_SKIPPED_STEPS_BYTES, merge_skipped_steps
-from megaback.run_folder import CHECKPOINT_FILE, CHECKPOINTS_FOLDER, FETCHED_NAME, META_NAME, SKIPPED_STEPS_NAME, STEP_FOLDER, TENSORS_SUFFIX
+from megaback.run_folder import (
+    CHECKPOINT_FILE,
+    CHECKPOINTS_FOLDER,
+    FETCHED_NAME,
+    META_NAME,
+    SKIPPED_STEPS_NAME,
+    STEP_FOLDER,
+    TENSORS_SUFFIX,
+)
 
 _READ_BYTES = 1 << 23
 

@@ -30,7 +30,21 @@ from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, wr
 from megaback.checkpoints.state import WEIGHT
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
-from megaback.run_folder import BEST_NAME, CHECKPOINT_FILE, CHECKPOINTS_FOLDER, LATEST_NAME, META_NAME, OPTIMIZER_PREFIX, STEP_FOLDER, TENSORS_SUFFIX, WEIGHTS_PREFIX, complete_checkpoints, meant_by, step_name, step_of
+from megaback.run_folder import (
+    BEST_NAME,
+    CHECKPOINT_FILE,
+    CHECKPOINTS_FOLDER,
+    LATEST_NAME,
+    META_NAME,
+    OPTIMIZER_PREFIX,
+    STEP_FOLDER,
+    TENSORS_SUFFIX,
+    WEIGHTS_PREFIX,
+    complete_checkpoints,
+    meant_by,
+    step_name,
+    step_of,
+)
 
 
 class CheckpointSaver:

@@ -18,7 +18,22 @@ from data_pipeline.common.regular_files import require_no_link
 from data_pipeline.errors import OutputExistsError
 from megaback.config import Config
 from megaback.faults.exit_record import read_history
-from megaback.run_folder import CHECKPOINTS_FOLDER, CONFIG_COPY_NAME, CONVERTED_FOLDER, FETCHED_NAME, HEARTBEAT_PREFIX, HEARTBEATS_FOLDER, HISTORY_NAME, LOCK_NAME, LOGS_FOLDER, PREFLIGHT_FOLDER, RESOLVED_COPY_NAME, STEP_PREFIX, SUBMISSION_NAME, SUBMITTED_FOLDER
+from megaback.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_COPY_NAME,
+    CONVERTED_FOLDER,
+    FETCHED_NAME,
+    HEARTBEAT_PREFIX,
+    HEARTBEATS_FOLDER,
+    HISTORY_NAME,
+    LOCK_NAME,
+    LOGS_FOLDER,
+    PREFLIGHT_FOLDER,
+    RESOLVED_COPY_NAME,
+    STEP_PREFIX,
+    SUBMISSION_NAME,
+    SUBMITTED_FOLDER,
+)
 from megaback.yaml_text import read_yaml_file
 
 _MADE_BEFORE_THE_HISTORY = frozenset(

@@ -7,7 +7,13 @@ from data_pipeline.common.checked_json import read_json
 from megaback.checkpoints.safetensors_file import size_and_hash
 from megaback.config import Config
 from megaback.faults.exit_record import read_history
-from megaback.run_folder import CHECKPOINTS_FOLDER, META_NAME, MODEL_CONFIG_NAME, checkpoints_meant_by, step_name
+from megaback.run_folder import (
+    CHECKPOINTS_FOLDER,
+    META_NAME,
+    MODEL_CONFIG_NAME,
+    checkpoints_meant_by,
+    step_name,
+)
 
 
 def lineage(config: Config, start_step: int) -> dict[str, Any]:

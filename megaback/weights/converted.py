@@ -23,7 +23,17 @@ import torch
 from data_pipeline.common.locks import locked
 from data_pipeline.common.own_files import holds_only, remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
-from megaback.run_folder import CHECKPOINTS_FOLDER, CONVERSION, CONVERSION_FILE, CONVERTED_FOLDER, LOCK_NAME, META_NAME, MODEL_CONFIG_NAME, checkpoints_meant_by, complete_checkpoints
+from megaback.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONVERSION,
+    CONVERSION_FILE,
+    CONVERTED_FOLDER,
+    LOCK_NAME,
+    META_NAME,
+    MODEL_CONFIG_NAME,
+    checkpoints_meant_by,
+    complete_checkpoints,
+)
 from megaback.weights.model_folder import write_model_folder
 from megaback.weights.source import open_checkpoint
 

@@ -19,7 +19,15 @@ from megaback.checkpoints.checkpoint import newest_checkpoint, read_meta, verify
 from megaback.checkpoints.remote_copy import CopyTarget
 from megaback.distributed.world import World
 from megaback.faults.step_guard import read_left_out
-from megaback.run_folder import CHECKPOINTS_FOLDER, CONFIG_COPY_NAME, LOCK_NAME, META_NAME, METRICS_NAME, SKIPPED_STEPS_NAME, complete_checkpoints
+from megaback.run_folder import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_COPY_NAME,
+    LOCK_NAME,
+    META_NAME,
+    METRICS_NAME,
+    SKIPPED_STEPS_NAME,
+    complete_checkpoints,
+)
 from tests.helpers.run_config import run_config
 from tools.rollback import roll_back
 

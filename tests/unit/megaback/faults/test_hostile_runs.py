@@ -19,7 +19,13 @@ from megaback.config_file import load_config
 from megaback.faults.exit_record import read_exit, read_history
 from megaback.faults.heartbeat import read_heartbeats
 from megaback.faults.run_ownership import is_run_of_ours, place_of_config
-from megaback.run_folder import EXIT_NAME, HISTORY_NAME, METRICS_NAME, heartbeat_path, newest_checkpoint_step
+from megaback.run_folder import (
+    EXIT_NAME,
+    HISTORY_NAME,
+    METRICS_NAME,
+    heartbeat_path,
+    newest_checkpoint_step,
+)
 from megaback.tracking.metrics import read_metrics
 from megaback.tracking.run_progress import read_progress, read_submissions, runs_below
 from megaback.yaml_text import read_yaml, read_yaml_file
