@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, with_options
 from data_pipeline.common.number_ranges import (
     MANY,
     PLANNED_TOKENS,
@@ -138,7 +138,7 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
             "MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 (docs/planning.md)"
         )
     for note in facts.notes:
-        echo(f"note     {note}")
+        echo(f"note     {with_options(note)}")
 
 
 def to_json(

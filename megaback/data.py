@@ -141,7 +141,8 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
     if config.validation.patience is not None and not val:
         raise ConfigError(
             f"validation.patience needs a val set, and {section.description} has none; "
-            "build one with --val-fraction, or leave validation.patience out"
+            "build one with `megaback shards build --val-fraction`, or leave "
+            "validation.patience out"
         )
     micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
     steps = config.training.steps

@@ -108,7 +108,7 @@ def build_tasks(
     """
     if indices.stop > plan.num_tasks:
         raise ConfigError(
-            f"--task-index is {indices.stop - 1}, but {out} was planned as {plan.num_tasks} tasks, "
+            f"`task_index` is {indices.stop - 1}, but {out} was planned as {plan.num_tasks} tasks, "
             f"0 to {plan.num_tasks - 1}"
         )
     if (out / MANIFEST_NAME).exists():
@@ -176,7 +176,7 @@ def _listed_again(plan: Plan, settings: BuildSettings, out: Path) -> Plan:
     if is_finished:
         raise OutputExistsError(
             f"{out} is a finished data set, but {settings.description} has changed since; "
-            "choose another --out, or remove that folder"
+            "choose another `out`, or remove that folder"
         )
     write_text(out / PLAN_NAME, renewed.to_json())
     return renewed
@@ -200,7 +200,7 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
 def _indices(text: str) -> range:
     match = _INDICES.fullmatch(text)
     if not match or int(match[2] or match[1]) < int(match[1]):
-        raise ConfigError(f"--task-index is {text!r}; write a number, or a range such as 0-31")
+        raise ConfigError(f"`task_index` is {text!r}; write a number, or a range such as 0-31")
     return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 

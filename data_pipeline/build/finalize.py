@@ -118,7 +118,7 @@ def finished_manifest(out: Path) -> Manifest:
         if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.file_bytes:
             raise OutputExistsError(
                 f"{out} is a finished data set, but its shard {shard.file} is gone or was changed; "
-                "choose another --out, or remove that folder"
+                "choose another `out`, or remove that folder"
             )
     return manifest
 
@@ -150,7 +150,7 @@ def _whole_tasks(plan: Plan, out: Path) -> tuple[Sequence[Task], list[TaskRecord
         named = ", ".join(map(str, missing[:8])) + (" and others" if len(missing) > 8 else "")
         raise ShardsMissingError(
             f"{len(missing)} of {plan.num_tasks} tasks of {out} are not done ({named}); "
-            f"run `{command('shards', 'build', '--out', out)}` to do them, or with --task-index "
+            f"run `{command('shards', 'build', '--out', out)}` to do them, or with `task_index` "
             "one of them"
         )
     return tasks, [record for record in records if record]

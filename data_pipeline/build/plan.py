@@ -198,7 +198,7 @@ class Plan:
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise OutputExistsError(
                 f"{out} was begun by another version of megaback, or {path} is broken "
-                f"({error!s:.300}); choose another --out, or remove that folder"
+                f"({error!s:.300}); choose another `out`, or remove that folder"
             ) from None
         return plan
 
@@ -271,7 +271,7 @@ def claim_plan(
     if not (out / PLAN_NAME).exists():
         if out.exists() and (not out.is_dir() or _holds_something_else(out)):
             raise OutputExistsError(
-                f"{out} already holds something that is no build of shards; choose another --out"
+                f"{out} already holds something that is no build of shards; choose another `out`"
             )
         plan = make_plan(settings, num_tasks, out)
         if write_first(plan, codec, out):
@@ -300,13 +300,13 @@ def handling_records(plan: Plan, changed: Mapping[str, Any], out: Path) -> Plan:
     if settings.on_bad_record == "stop" and (bad := manifest.left_out.get("bad_record")):
         raise OutputExistsError(
             f"{out} is a finished data set that left out {bad:,} malformed records; give "
-            "--on-bad-record skip, or choose another --out"
+            "`on_bad_record` skip, or choose another `out`"
         )
     is_other_length = settings.max_record_bytes != plan.settings.max_record_bytes
     if is_other_length and TOO_LONG in manifest.skipped.get(RECORDS, {}):
         raise OutputExistsError(
-            f"{out} is a finished data set that left out records longer than --max-record-bytes "
-            f"{plan.settings.max_record_bytes}; give that, or choose another --out"
+            f"{out} is a finished data set that left out records longer than `max_record_bytes` "
+            f"{plan.settings.max_record_bytes}; give that, or choose another `out`"
         )
     return plan
 
@@ -315,8 +315,8 @@ def require_same_tasks(plan: Plan, out: Path, num_tasks: int | None) -> None:
     """Raises OutputExistsError when a plan has another number of tasks than was asked for."""
     if num_tasks is not None and num_tasks != plan.num_tasks:
         raise OutputExistsError(
-            f"{out} was planned as {plan.num_tasks} tasks, not {num_tasks}; give --tasks "
-            f"{plan.num_tasks} or none, or choose another --out"
+            f"{out} was planned as {plan.num_tasks} tasks, not {num_tasks}; give `tasks` "
+            f"{plan.num_tasks} or none, or choose another `out`"
         )
 
 
@@ -416,7 +416,7 @@ def main(out: Path, tasks: int | None, overwrite: bool, **options: Any) -> None:
 
 def _overwrite(plan: Plan, settings: BuildSettings, out: Path, num_tasks: int | None) -> Plan:
     if (out / MANIFEST_NAME).exists():
-        raise OutputExistsError(f"{out} is a finished data set; choose another --out")
+        raise OutputExistsError(f"{out} is a finished data set; choose another `out`")
     renewed = make_plan(replace(plan.settings, sources=settings.sources), num_tasks)
     write_text(out / PLAN_NAME, renewed.to_json())
     return renewed

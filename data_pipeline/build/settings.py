@@ -101,33 +101,33 @@ class BuildSettings:
         frame_tokens = self.frame_tokens
         if frame_tokens < 64 or frame_tokens & (frame_tokens - 1) or frame_tokens > 1 << 24:
             raise ConfigError(
-                f"--frame-tokens is {frame_tokens}; it must be a power of two from 64 to 16777216"
+                f"`frame_tokens` is {frame_tokens}; it must be a power of two from 64 to 16777216"
             )
         row_tokens = self.row_tokens
         if row_tokens is not None and (row_tokens < 8 or frame_tokens % row_tokens):
             raise ConfigError(
-                f"--context-tokens is {row_tokens}, which does not divide --frame-tokens "
+                f"`context_tokens` is {row_tokens}, which does not divide `frame_tokens` "
                 f"{frame_tokens}; choose a power of two from 8 to {frame_tokens}"
             )
         if (problem := RECORD_BYTES.problem(self.max_record_bytes)) is not None:
-            raise ConfigError(f"--max-record-bytes is {self.max_record_bytes}, {problem}")
+            raise ConfigError(f"`max_record_bytes` is {self.max_record_bytes}, {problem}")
         if SHARE_BELOW_ALL.problem(self.val_fraction):
             raise ConfigError(
-                f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1"
+                f"`val_fraction` is {self.val_fraction}; it must be at least 0 and below 1"
             )
         least = self.min_language_score
         if least is not None and (problem := NUMBER.problem(least)) is not None:
-            raise ConfigError(f"--min-language-score is {least}, {problem}; no score could pass")
+            raise ConfigError(f"`min_language_score` is {least}, {problem}; no score could pass")
         for part in self.sources:
             if SOURCE_WEIGHT.problem(part.weight):
                 raise ConfigError(
-                    f"--weight is {part.weight} for {shown_url(part.source)}; "
+                    f"`weight` is {part.weight} for {shown_url(part.source)}; "
                     "it must be above 0 and at most 1000"
                 )
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ConfigError(
-                f"--max-characters is {self.max_characters}, less than "
-                f"--min-characters {self.min_characters}; no document could pass"
+                f"`max_characters` is {self.max_characters}, less than "
+                f"`min_characters` {self.min_characters}; no document could pass"
             )
 
     @property
@@ -206,21 +206,21 @@ class BuildSettings:
             if name == "tokenizer_sha256":
                 raise TokenizerMismatchError(
                     f"{out} holds shards of tokenizer {mine[:12]}, not of the given tokenizer "
-                    f"{theirs[:12]}; choose another --out or that tokenizer"
+                    f"{theirs[:12]}; choose another `out` or that tokenizer"
                 )
             if name in ("direction", "unit"):
                 raise DirectionMismatchError(
-                    f"{out} holds shards with {name} {mine!r}, not {theirs!r}; choose another --out"
+                    f"{out} holds shards with {name} {mine!r}, not {theirs!r}; choose another `out`"
                 )
             if name == "sources":
                 raise OutputExistsError(
                     f"{out} holds shards of {self.description}, not of {wanted.description}; "
-                    "choose another --out, or remove that folder"
+                    "choose another `out`, or remove that folder"
                 )
             differing = differing_keys(self.to_dict(), wanted.to_dict(), [name])
             raise OutputExistsError(
                 f"{out} holds shards with other settings ({shown_values(differing, 0)}, not "
-                f"{shown_values(differing, 1)}); choose another --out, or remove that folder"
+                f"{shown_values(differing, 1)}); choose another `out`, or remove that folder"
             )
 
 
@@ -228,8 +228,8 @@ def weighted_sources(sources: tuple[str, ...], weights: tuple[float, ...]) -> tu
     """Sources with their weights, in the order given. Raises ConfigError when they do not pair."""
     if weights and len(weights) != len(sources):
         raise ConfigError(
-            f"{len(sources)} --source and {len(weights)} --weight were given; "
-            "give one --weight for each --source, in the same order, or none"
+            f"{len(sources)} `source` and {len(weights)} `weight` were given; "
+            "give one `weight` for each `source`, in the same order, or none"
         )
     return tuple(
         WeightedSource(source, weight)

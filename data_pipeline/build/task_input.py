@@ -18,8 +18,8 @@ BAD_RECORD = "bad_record"
 TOO_LONG = "too_long"
 _EXAMPLES_LEFT_OUT = {
     "empty": "example without an instruction or a response",
-    "length": "example that --min-characters or --max-characters leaves out",
-    TOO_LONG: "example longer than --context-tokens",
+    "length": "example that `min_characters` or `max_characters` leaves out",
+    TOO_LONG: "example longer than `context_tokens`",
 }
 
 

@@ -13,10 +13,9 @@ import subprocess
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Any
 
 import click
@@ -102,13 +101,21 @@ def _program_error(error: OSError) -> BackendError | None:
     )
 
 
-def report(error: MegabackError, options: Mapping[str, str] = MappingProxyType({})) -> int:
-    """Print an error's sentence to stderr; return its exit code.
+def with_options(sentence: str) -> str:
+    """A sentence of the library, which names arguments between backticks, with the options of the
+    command that runs in their place."""
+    context = click.get_current_context(silent=True)
+    options = {}
+    for one in context.command.params if context else ():
+        if isinstance(one, click.Option):
+            names = (one.name or "", *(word.strip("-").replace("-", "_") for word in one.opts))
+            options.update(dict.fromkeys(names, max(one.opts, key=len)))
+    return _ARGUMENT.sub(lambda found: options.get(found[1], found[0]), sentence)
 
-    The library names its arguments, between backticks: they are shown as the command's `options`.
-    """
-    said = _ARGUMENT.sub(lambda found: options.get(found[1], found[0]), str(error))
-    _print_error(f"megaback: error: {on_one_line(said)}")
+
+def report(error: MegabackError) -> int:
+    """Print an error's sentence to stderr; return its exit code."""
+    _print_error(f"megaback: error: {on_one_line(with_options(str(error)))}")
     return error.exit_code
 
 
@@ -202,17 +209,12 @@ class Command(click.Command):
             _print_error(f"\n{line}" if sys.stderr is not None and sys.stderr.isatty() else line)
             return 128 + number
         if isinstance(error, MegabackError):
-            return report(error, self._options())
+            return report(error)
         if isinstance(error, ReaderGoneError):
             return READER_GONE_CODE
         if isinstance(error, OSError):
             return report(system_error(error))
         return None
-
-    def _options(self) -> dict[str, str]:
-        """The longest name of each option, by its parameter."""
-        options = (one for one in self.params if isinstance(one, click.Option))
-        return {one.name or "": max(one.opts, key=len) for one in options}
 
     def _advice(self) -> str:
         return ""

@@ -28,13 +28,13 @@ def require_output_folder(
         stranger = _stranger_in(out)
         if stranger is not None:
             raise OutputExistsError(
-                f"--out {out} already holds something that megaback did not write ({stranger}); "
-                "choose another --out"
+                f"`out` {out} already holds something that megaback did not write ({stranger}); "
+                "choose another `out`"
             )
         if not overwrite:
             raise OutputExistsError(
-                f"--out {out} holds an earlier result; add --overwrite to replace it, or choose "
-                "another --out"
+                f"`out` {out} holds an earlier result; add `overwrite` to replace it, or choose "
+                "another `out`"
             )
 
 

@@ -43,7 +43,7 @@ def require_output(
     *,
     is_ours: Recognizes,
     overwrite: bool,
-    option: str = "--out",
+    option: str = "`out`",
 ) -> None:
     """See that a result may be written to a path. Raises OutputExistsError.
 
@@ -63,7 +63,7 @@ def require_output(
         )
     if not overwrite:
         raise OutputExistsError(
-            f"{option} {path} holds an earlier result; add --overwrite to replace it, or choose "
+            f"{option} {path} holds an earlier result; add `overwrite` to replace it, or choose "
             f"another {option}"
         )
 
@@ -121,7 +121,7 @@ def _claim_name(partial: Path, path: Path) -> None:
 
 
 def require_distinct(**outputs: str | Path | None) -> None:
-    """See that no two outputs are the same file. Raises OutputExistsError naming their options."""
+    """See that no two outputs are the same file. Raises OutputExistsError naming them."""
     seen: dict[str, str] = {}
     for name, out in outputs.items():
         if out is None or is_stream(out):
@@ -129,12 +129,12 @@ def require_distinct(**outputs: str | Path | None) -> None:
         place = os.path.realpath(out)
         if place in seen:
             raise OutputExistsError(
-                f"--{seen[place]} and --{name} are the same file, {out}; choose another --{name}"
+                f"`{seen[place]}` and `{name}` are the same file, {out}; choose another `{name}`"
             )
         seen[place] = name
 
 
-def require_apart(out: Path, inputs: Iterable[str | Path | None], option: str = "--out") -> None:
+def require_apart(out: Path, inputs: Iterable[str | Path | None], option: str = "`out`") -> None:
     """See that an output is no input, lies in none and holds none. Raises OutputExistsError."""
     place = Path(os.path.realpath(out))
     for given in inputs:

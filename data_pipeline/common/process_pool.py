@@ -54,7 +54,7 @@ def run_in_processes(
     except BrokenProcessPool:
         raise LaunchError(
             "a worker was killed from outside (out of memory, perhaps); "
-            "run the same command again, with fewer --workers, to go on"
+            "run the same command again, with fewer `workers`, to go on"
         ) from None
     except GeneratorExit:
         is_interrupted = received_signal() is not None

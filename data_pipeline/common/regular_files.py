@@ -37,7 +37,7 @@ def open_in_place(path: Path, mode: str) -> IO[bytes]:
     return open(path, mode, opener=lambda name, of_mode: os.open(name, of_mode | flags, 0o666))
 
 
-def require_no_link(folder: Path, option: str = "--out") -> None:
+def require_no_link(folder: Path, option: str = "`out`") -> None:
     """See that a work folder, which need not be there, lies where it seems to.
 
     Raises OutputExistsError.

@@ -243,13 +243,13 @@ def _check_examples(
         raise ConfigError(
             f"context_tokens is {context_tokens}, and the examples of the shards are packed "
             f"into rows of {row_tokens}, which must not be cut; use {row_tokens} or a multiple, or "
-            f"build the shards with --context-tokens {context_tokens}"
+            f"build them with `megaback instruct build --context-tokens {context_tokens}`"
         )
     if direction is not stored.direction:
         raise DirectionMismatchError(
             f"the run reads {direction.value!r}, but the shards hold instruction examples in "
             f"direction {stored.direction.value!r}, whose given and written parts cannot be "
-            f"exchanged; build shards with --direction {direction.value}"
+            f"exchanged; use `megaback instruct build --direction {direction.value}`"
         )
 
 
@@ -262,6 +262,6 @@ def format_read_as(stored: TextFormat, direction: Direction) -> TextFormat:
         raise DirectionMismatchError(
             f"the run reads {direction.value!r}, but the shards hold direction "
             f"{stored.direction.value!r} in unit 'word', which cannot be flipped; "
-            f"build shards with --direction {direction.value}"
+            f"use `megaback shards build --direction {direction.value}`"
         )
     return TextFormat(direction, stored.unit, stored.tokenizer_sha256)

@@ -59,12 +59,12 @@ def document_at(
                 start = int(stops[number - before - 1]) if number > before else 0
                 if stop - start > _MAX_DOCUMENT_TOKENS:
                     raise ConfigError(
-                        f"--document {number} has {stop - start:,} tokens, more than the "
+                        f"`document` {number} has {stop - start:,} tokens, more than the "
                         f"{_MAX_DOCUMENT_TOKENS:,} that are shown"
                     )
                 return reader.tokens(start, stop)
         before += entry.documents
-    raise ConfigError(f"--document is {number}, but the {split} set has {before} documents")
+    raise ConfigError(f"`document` is {number}, but the {split} set has {before} documents")
 
 
 def unigram_entropy(folder: Path, manifest: Manifest, split: str) -> float:

@@ -17,8 +17,8 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise BackendError(
-            "--picture needs matplotlib, which is not installed; "
-            "install it with `pip install 'megaback[plot]'`, or leave --picture out"
+            "`picture` needs matplotlib, which is not installed; "
+            "install it with `pip install 'megaback[plot]'`, or leave `picture` out"
         ) from None
 
 

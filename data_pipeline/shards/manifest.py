@@ -202,7 +202,7 @@ class Manifest:
         if len(text) > MAX_MANIFEST_BYTES:
             raise ConfigError(
                 f"a manifest of {len(self.shards):,} shards would be too large to be read; build "
-                "them again with a larger --shard-tokens, or fewer --tasks"
+                "them again with a larger `shard_tokens`, or fewer `tasks`"
             )
         write_text(folder / MANIFEST_NAME, text)
 

@@ -115,7 +115,7 @@ def train_dictionary(frames: list[bytes], dictionary_bytes: int) -> bytes:
         return zstandard.train_dictionary(dictionary_bytes, [*frames]).as_bytes()
     except zstandard.ZstdError as error:
         raise ConfigError(
-            f"--dictionary-bytes is {dictionary_bytes}, but zstd cannot train a dictionary of that "
+            f"`dictionary_bytes` is {dictionary_bytes}, but zstd cannot train a dictionary of that "
             f"size on {len(frames)} frames of {sum(map(len, frames))} bytes ({error}); "
             "leave it out, or give a smaller size or a larger data set"
         ) from None
@@ -210,7 +210,7 @@ def _require_usable(dictionary: bytes, path: Path) -> bytes:
     except zstandard.ZstdError:
         raise OutputExistsError(
             f"{path} is no zstd dictionary, so an earlier run did not write it; remove the file, "
-            "or choose another --out"
+            "or choose another `out`"
         ) from None
     return dictionary
 
@@ -230,7 +230,7 @@ def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None
         if differing:
             raise OutputExistsError(
                 f"{out} was begun with other settings ({shown_values(differing, 0)}, not "
-                f"{shown_values(differing, 1)}); choose another --out, or remove that folder"
+                f"{shown_values(differing, 1)}); choose another `out`, or remove that folder"
             )
         return
     # A work folder in which nothing is yet is ours: we were stopped before we could write there.
@@ -239,7 +239,7 @@ def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None
         or any(path.name != WORK_FOLDER for path in out.iterdir())
         or any(path.suffix != ".partial" for path in (out / WORK_FOLDER).glob("*"))
     ):
-        raise OutputExistsError(f"{out} already holds something else; choose another --out")
+        raise OutputExistsError(f"{out} already holds something else; choose another `out`")
     settings_path.parent.mkdir(parents=True, exist_ok=True)
     write_text(settings_path, json.dumps(asdict(settings), indent=2) + "\n")
 

@@ -35,7 +35,7 @@ def parse_columns(text: str, known: Sequence[str], example: str) -> dict[str, st
         name, _, column = (word.strip() for word in part.partition("="))
         if name not in known or not column or name in given:
             raise ConfigError(
-                f"--columns has {part!r}; write for example {example}, "
+                f"`columns` has {part!r}; write for example {example}, "
                 f"each of {', '.join(known)} at most once"
             )
         given[name] = column
@@ -117,8 +117,8 @@ class ExampleColumns:
         suggested = self.suggested(names, record)
         return (
             f"no columns {self.instruction!r} and {self.output!r}, and no {self.messages!r}; the "
-            f"columns are {shown_names(names)}: name those that hold them with --columns"
-            f"{suggested and f', perhaps --columns {suggested}'}"
+            f"columns are {shown_names(names)}: name those that hold them with `columns`"
+            f"{suggested and f', perhaps `columns` {suggested}'}"
         )
 
 

@@ -71,7 +71,7 @@ def require_within(addresses: Iterable[str], root: str, shown: str) -> None:
         if not is_own:
             raise SourceUnreadableError(
                 f"{shown}: its file {address} lies outside of it, or is a link out of it; copy the "
-                "file into the data set, or give it as a --source of its own"
+                "file into the data set, or give it as a `source` of its own"
             )
 
 
@@ -102,7 +102,7 @@ def _require_own(text: str, shown: str, name: str) -> None:
             raise SourceUnreadableError(
                 f"{shown}: line {line} of its {name} names {node.value[:100]!r} under {key!r}, and "
                 "a data set may only name its own files; remove the line, or give what it names as "
-                "a --source of its own"
+                "a `source` of its own"
             )
 
 

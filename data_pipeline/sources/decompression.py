@@ -187,7 +187,7 @@ def _needs_memory(window_bytes: int | None, max_window_bytes: int) -> _BombError
     wanted = "a larger window" if window_bytes is None else f"a window of {window_bytes:,} bytes"
     return _BombError(
         f"decompressing it needs {wanted}, and {max_window_bytes:,} bytes are allowed; give "
-        "--max-record-bytes as much, or compress it again without --long or with a smaller "
+        "`max_record_bytes` as much, or compress it again without `zstd --long` or with a smaller "
         "dictionary"
     )
 

@@ -63,7 +63,7 @@ def stop_at_bad_record(error: BadRecordError) -> None:
 def stop_or_skip(error: BadRecordError) -> None:
     """Raises the error where a command has --on-bad-record, which its sentence then names."""
     raise BadRecordError(
-        f"{error}; or leave out such records, counted, with --on-bad-record skip",
+        f"{error}; or leave out such records, counted, with `on_bad_record` skip",
         error.cause,
         error.place,
     )
@@ -105,7 +105,7 @@ def require_stamp(piece: Slice, stamp: str) -> None:
         raise SourceUnreadableError(
             f"{shown_url(piece.path)}: changed since it was listed; "
             "bring it back, or list the source again: run the command again, and where "
-            "`megaback shards plan` made the plan, that one with --overwrite"
+            "`megaback shards plan` made the plan, `megaback shards plan --overwrite`"
         )
 
 
@@ -124,7 +124,7 @@ def documents_of(
         ]
         documents[0] = replace(documents[0], left_out=tuple(found.left_out))
         return documents
-    text = _value(record, columns.text, "text", "--text-column", where)
+    text = _value(record, columns.text, "text", "`text_column`", where)
     if not isinstance(text, str):
         raise _bad_value(record, columns.text, text, "text", where)
     language = _language(record, columns.language, where) if columns.language else None
@@ -147,8 +147,8 @@ def require_no_columns(columns: AnyColumns, source: str) -> None:
             "name one of jsonl or parquet, or a data set of the hub"
         )
     asked = {
-        "--language-column": columns.language,
-        "--language-score-column": columns.language_score,
+        "`language_column`": columns.language,
+        "`language_score_column`": columns.language_score,
     }
     for option, column in asked.items():
         if column is not None:
@@ -173,22 +173,22 @@ def require_columns(columns: AnyColumns, found: Iterable[str], source: str) -> N
 
 def asked_columns(columns: Columns) -> Iterator[tuple[str, str, str]]:
     """Name, option and content of each column that is asked for."""
-    yield columns.text, "--text-column", "text"
+    yield columns.text, "`text_column`", "text"
     if columns.language is not None:
-        yield columns.language, "--language-column", "language"
+        yield columns.language, "`language_column`", "language"
     if columns.language_score is not None:
-        yield columns.language_score, "--language-score-column", "language's score"
+        yield columns.language_score, "`language_score_column`", "language's score"
 
 
 def _language(record: Mapping[str, object], column: str, where: str) -> str | None:
-    value = _value(record, column, "language", "--language-column", where)
+    value = _value(record, column, "language", "`language_column`", where)
     if value is None or isinstance(value, str):
         return value
     raise _bad_value(record, column, value, "text", where)
 
 
 def _score(record: Mapping[str, object], column: str, where: str) -> float | None:
-    value = _value(record, column, "language's score", "--language-score-column", where)
+    value = _value(record, column, "language's score", "`language_score_column`", where)
     if value is None:
         return None
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):

@@ -62,7 +62,7 @@ def list_files(
     if faults and len(faults) == sum(bool(slices) for slices, _ in listed):
         raise SourceUnreadableError(faults[0])
     if faults and not skips_bad:
-        cure = "; or leave out the rows of such files, counted, with --on-bad-record skip"
+        cure = "; or leave out the rows of such files, counted, with `on_bad_record` skip"
         raise SourceUnreadableError(f"{faults[0]}{'' if skips_bad is None else cure}")
     return [piece for slices, _ in listed for piece in slices]
 

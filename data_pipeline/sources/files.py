@@ -26,7 +26,7 @@ _WHOLE = ("parquet", "zip")
 """Kinds that are compressed by themselves."""
 SUFFIXES = (
     f"{', '.join(_KINDS)} (all but .parquet and .zip also with {', '.join(COMPRESSIONS)}; "
-    "HTML with --html)"
+    "HTML with `html`)"
 )
 """What can be read, for messages."""
 _PARQUET_BUFFER_BYTES = 1 << 20

@@ -100,7 +100,7 @@ class _Sorter:
         for address in files:
             kind = kind_of(address)
             if kind == "html" and not self._html:
-                self._leave_out("an HTML page, which is read with --html", address)
+                self._leave_out("an HTML page, which is read with `html`", address)
             elif kind is None:
                 suffix = suffix_of(address)
                 cause = f"suffix {suffix} is not read" if suffix else "name without a suffix"

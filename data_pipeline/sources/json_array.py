@@ -130,7 +130,7 @@ class _Text:
         if is_long or holds_too_many_values(self._buffer[self._start : stop], most):
             what = "is longer" if is_long else "holds more values"
             raise SourceUnreadableError(
-                f"{shown}: element {number} {what} than --max-record-bytes {most} allows; raise "
+                f"{shown}: element {number} {what} than `max_record_bytes` {most} allows; raise "
                 "that if there is memory for 20 times as much, or write one object per line, of "
                 "which such can be left out"
             )

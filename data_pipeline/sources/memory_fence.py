@@ -51,7 +51,7 @@ class MemoryFence:
         return SourceUnreadableError(
             f"{self._shown}: reading it takes more than {self._budget_bytes >> 20:,} MiB of "
             "memory; write it again in smaller pieces (row groups, pages, batches), or raise "
-            f"--max-record-bytes, of which {BUDGET_PER_RECORD_BYTE} times as much may be taken"
+            f"`max_record_bytes`, of which {BUDGET_PER_RECORD_BYTE} times as much may be taken"
         )
 
     def each(self, items: Iterable[Item]) -> Iterator[Item]:

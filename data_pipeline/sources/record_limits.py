@@ -76,7 +76,7 @@ def joined(pieces: Iterable[bytes], max_bytes: int) -> bytes | None:
 def too_long(where: str, max_record_bytes: int, what: str = "longer than") -> BadRecordError:
     """The error for a record that is too long; it begins with `where`."""
     return BadRecordError(
-        f"{where}: {what} --max-record-bytes {max_record_bytes} allows; raise that if there is "
+        f"{where}: {what} `max_record_bytes` {max_record_bytes} allows; raise that if there is "
         "memory for 20 times as much, or remove the record",
         TOO_LONG,
     )

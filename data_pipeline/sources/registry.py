@@ -136,9 +136,9 @@ def require_none_shared(train: Iterable[Slice], val: Iterable[Slice]) -> None:
         for piece in trained_on.get(_place(held_out), []):
             if piece.start < held_out.stop and held_out.start < piece.stop:
                 raise ConfigError(
-                    f"{shown_url(held_out.path)} is in both --source and --val-source, so the val "
+                    f"{shown_url(held_out.path)} is in both `source` and `val_source`, so the val "
                     "set would be trained on; name other files for one of them, or leave "
-                    "--val-source out and use --val-fraction"
+                    "`val_source` out and use `val_fraction`"
                 )
 
 
@@ -186,5 +186,5 @@ def _place(piece: Slice) -> tuple[str, str]:
 def _within(source: str, out: Path) -> OutputExistsError:
     return OutputExistsError(
         f"{out} lies within the source {source}, of which it would become a part; "
-        "choose another --out"
+        "choose another `out`"
     )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_pipeline.common.checked_json import checked, require_within
+from data_pipeline.common.command import with_options
 from data_pipeline.common.number_ranges import INT64_MAX
 from data_pipeline.redaction import scrub
 
@@ -97,7 +98,9 @@ def num_skipped(skipped: Skipped, kind: str) -> int:
 def skipped_lines(skipped: Skipped) -> list[str]:
     """One line per cause, the most frequent ones of each kind first, for people."""
     return [
-        f"{tally.count:,} {_NOUNS[kind][tally.count > 1]} left out: {cause} ({_places(tally)})"
+        with_options(
+            f"{tally.count:,} {_NOUNS[kind][tally.count > 1]} left out: {cause} ({_places(tally)})"
+        )
         for kind in skipped
         for cause, tally in _by_count(skipped[kind])
     ]

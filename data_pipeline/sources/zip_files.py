@@ -122,7 +122,7 @@ def _members(archive: zipfile.ZipFile, *, html: bool) -> tuple[list[Member], lis
             suffix = suffix_of(name) or "''"
             left_out.append((f"suffix {suffix} is not read within a zip", name))
         elif kind == "html" and not html:
-            left_out.append(("an HTML page, which is read with --html", name))
+            left_out.append(("an HTML page, which is read with `html`", name))
         elif info.flag_bits & _ENCRYPTED:
             left_out.append(("encrypted within a zip", name))
         else:

@@ -182,7 +182,7 @@ def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
 
     if vocab_size > MAX_VOCABULARY:
         raise TokenizerError(
-            f"{vocab_size} pieces are more than a tokenizer may have: use --vocab-size "
+            f"{vocab_size} pieces are more than a tokenizer may have: use `vocab_size` "
             f"{MAX_VOCABULARY} or less"
         )
     model = io.BytesIO()
@@ -220,12 +220,12 @@ def _tokenizer_error(reason: str, vocab_size: int) -> TokenizerError:
     if too_large := _TOO_LARGE.search(reason):
         return TokenizerError(
             f"this text gives at most {too_large[1]} pieces, fewer than {vocab_size}: "
-            f"use --vocab-size {too_large[1]}, or a source with more text"
+            f"use `vocab_size` {too_large[1]}, or a source with more text"
         )
     if too_small := _TOO_SMALL.search(reason):
         return TokenizerError(
             f"{vocab_size} pieces cannot hold 256 bytes, the markers and the characters of this "
-            f"text: use --vocab-size {too_small[1]} or more"
+            f"text: use `vocab_size` {too_small[1]} or more"
         )
     return TokenizerError(f"SentencePiece cannot train on this source: {reason.strip()}")
 

@@ -114,6 +114,6 @@ def _parse(text: str, now: float) -> float:
         return datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError):
         raise ConfigError(
-            f"--save-before {text!r} is neither a time like 2026-11-25T18:00 nor a duration like "
+            f"`save_before` {text!r} is neither a time like 2026-11-25T18:00 nor a duration like "
             "1h30m"
         ) from None

@@ -92,7 +92,7 @@ class Decoder:
         signs_E[: self.shape.head_dim // 2] = -1
         self._turns = (rotary.cos_TE, rotary.sin_TE * signs_E)
         if compiled:
-            require_compiler(self.device.type, "--compile")
+            require_compiler(self.device.type, "`compiled`")
         self._step = torch.compile(self._step_eagerly, dynamic=True) if compiled else None
 
     def new_cache(self, num_rows: int) -> KeyValueCache:

@@ -25,7 +25,7 @@ from megaback.weights.model_folder import load_model_folder
 
 _KILLED = (
     "a device's process was killed from outside (out of memory, perhaps); run the same command "
-    "again, with fewer devices in --device"
+    "again, with fewer devices in `device`"
 )
 
 

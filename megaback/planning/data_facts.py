@@ -88,7 +88,7 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         found = manifests[0].vocab_size
         if vocab_size not in (None, found):
             raise ConfigError(
-                f"--vocab-size is {vocab_size}, and the tokenizer of {config.data.description} has "
+                f"`vocab_size` is {vocab_size}, and the tokenizer of {config.data.description} has "
                 f"{found} pieces; leave it out"
             )
         vocab_size = found
@@ -116,7 +116,7 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         file_bytes = total_tokens / (config.training.epochs or 1.0) * _SHARD_BYTES_PER_TOKEN
         notes.append(f"shards take {_SHARD_BYTES_PER_TOKEN} bytes a token")
     if total_tokens is None:
-        notes.append("how long the run is depends on the data: give --tokens")
+        notes.append("how long the run is depends on the data: give `tokens`")
     return RunFacts(
         vocab_size or DEFAULT_VOCAB_SIZE, attended, total_tokens, file_bytes, tuple(notes)
     )

@@ -70,7 +70,7 @@ def _score(fields: Mapping[str, object], column: str | None, place: str) -> floa
             return score
     raise BadRecordError(
         f"{place} has no finite number under {column!r}; mend or remove the line, or leave out "
-        "--forward-column"
+        "`forward_column`"
     )
 
 

@@ -53,7 +53,7 @@ def text_of(record: Mapping[str, object], column: str, where: str) -> str:
     if column not in record:
         raise BadRecordError(
             f"{where}: no {column!r}; the keys are {shown_names(record)}: mend or remove "
-            "the line, or name the keys that hold the texts with --columns"
+            "the line, or name the keys that hold the texts with `columns`"
         )
     value = record[column]
     if not isinstance(value, str):

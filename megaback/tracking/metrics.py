@@ -57,7 +57,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
             if number > _MAX_LINES:
                 raise ValueError(f"it has more than {_MAX_LINES:,} lines")
             lines.append(line)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise CheckpointMissingError(
             f"{run} holds no run's numbers (no {METRICS_NAME}); give the folder of a run that was "
             "started"

@@ -165,7 +165,7 @@ def test_what_is_compiled_needs_a_compiler_before_it_begins() -> None:
         require_compiler("cpu", "training.compile")
     with pytest.raises(BackendError, match="gcc or clang or cc"):
         require_compiler("cuda", "training.compile")
-    with pytest.raises(BackendError, match="leave --compile out"):
+    with pytest.raises(BackendError, match="leave `compiled` out"):
         Decoder(make_model(), CONTEXT_TOKENS, compiled=True)
 
 

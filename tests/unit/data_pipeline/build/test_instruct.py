@@ -129,7 +129,7 @@ def test_what_is_left_out_is_counted_by_its_reason(
     manifest = build_here(settings_of(source, codec()), codec(), tmp_path / "out")
     assert manifest.left_out == {"bad_record": 2, "empty": 2, "too_long": 1}
     assert {cause: tally.first for cause, tally in manifest.skipped["parts"].items()} == {
-        "example longer than --context-tokens": ("rows.jsonl:23",),
+        "example longer than `context_tokens`": ("rows.jsonl:23",),
         "example without an instruction or a response": ("rows.jsonl:21", "rows.jsonl:22"),
     }
     assert sum(manifest.total(split)["documents"] for split in SPLITS) == 20
@@ -205,7 +205,7 @@ def test_a_source_without_columns_or_without_these_is_refused(
 ) -> None:
     (tmp_path / "a.txt").write_text("Just text.")
     write_records(tmp_path / "a.parquet", [{"prompt": "x", "answer": "y"}])
-    for name, message in (("a.txt", "no columns, so no instructions"), ("a.parquet", "--columns")):
+    for name, message in (("a.txt", "no columns, so no instructions"), ("a.parquet", "`columns`")):
         with pytest.raises(SourceUnreadableError, match=message):
             build_here(settings_of(tmp_path / name, codec()), codec(), tmp_path / "out")
         assert not (tmp_path / "out").exists()

@@ -147,12 +147,12 @@ def test_a_plan_that_cannot_be_read_are_an_error_that_names_the_folder(
 @pytest.mark.parametrize(
     ("changed", "option"),
     [
-        ({"frame_tokens": 1000}, "--frame-tokens"),
-        ({"frame_tokens": 32}, "--frame-tokens"),
-        ({"frame_tokens": 1 << 25}, "--frame-tokens"),
-        ({"val_fraction": 1.0}, "--val-fraction"),
-        ({"val_fraction": -0.1}, "--val-fraction"),
-        ({"val_fraction": float("nan")}, "--val-fraction"),
+        ({"frame_tokens": 1000}, "`frame_tokens`"),
+        ({"frame_tokens": 32}, "`frame_tokens`"),
+        ({"frame_tokens": 1 << 25}, "`frame_tokens`"),
+        ({"val_fraction": 1.0}, "`val_fraction`"),
+        ({"val_fraction": -0.1}, "`val_fraction`"),
+        ({"val_fraction": float("nan")}, "`val_fraction`"),
     ],
     ids=str,
 )

@@ -136,10 +136,10 @@ def test_a_source_of_another_weight_is_refused(codec: Codecs) -> None:
 @pytest.mark.parametrize(
     ("changed", "option"),
     [
-        ({"sources": (WeightedSource("s", 0.0),)}, "--weight"),
-        ({"sources": (WeightedSource("s", float("nan")),)}, "--weight"),
-        ({"sources": (WeightedSource("s", 1e9),)}, "--weight"),
-        ({"min_characters": 9, "max_characters": 8}, "--max-characters"),
+        ({"sources": (WeightedSource("s", 0.0),)}, "`weight`"),
+        ({"sources": (WeightedSource("s", float("nan")),)}, "`weight`"),
+        ({"sources": (WeightedSource("s", 1e9),)}, "`weight`"),
+        ({"min_characters": 9, "max_characters": 8}, "`max_characters`"),
     ],
     ids=str,
 )
@@ -151,7 +151,7 @@ def test_settings_that_mean_nothing_are_refused_by_name(
 
 
 def test_sources_and_weights_must_pair() -> None:
-    with pytest.raises(ConfigError, match="2 --source and 1 --weight"):
+    with pytest.raises(ConfigError, match="2 `source` and 1 `weight`"):
         weighted_sources(("a", "b"), (1.0,))
 
 

@@ -82,7 +82,7 @@ def test_a_file_of_somebody_else_is_refused_even_with_overwrite(tmp_path: Path) 
 def test_a_result_of_ours_is_replaced_with_overwrite_only(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text(OURS * 3)
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    with pytest.raises(OutputExistsError, match="`overwrite`"):
         ask(out)
 
     ask(out, overwrite=True)
@@ -180,7 +180,7 @@ def test_two_outputs_cannot_be_one_file(tmp_path: Path) -> None:
     require_distinct(out="-", report="-")
     require_distinct(out=tmp_path / "a", report=None, predictions=tmp_path / "b")
 
-    with pytest.raises(OutputExistsError, match="--out and --report are the same file"):
+    with pytest.raises(OutputExistsError, match="`out` and `report` are the same file"):
         require_distinct(out=str(tmp_path / "x" / ".." / "a"), report=tmp_path / "a")
 
 
@@ -203,7 +203,7 @@ def write_model(out: Path, text: str, *, overwrite: bool = False) -> None:
 def test_a_folder_of_ours_is_replaced_as_a_whole_with_overwrite_only(tmp_path: Path) -> None:
     out = tmp_path / "model"
     write_model(out, "old")
-    with pytest.raises(OutputExistsError, match="--overwrite"):
+    with pytest.raises(OutputExistsError, match="`overwrite`"):
         write_model(out, "new")
     assert (out / "weights").read_text() == "old"
 

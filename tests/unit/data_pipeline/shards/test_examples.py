@@ -149,7 +149,7 @@ def test_rows_that_would_cut_examples_are_refused_and_multiples_are_not() -> Non
 def test_examples_are_not_read_against_their_direction() -> None:
     with (
         example_set([(8, 8)]) as data,
-        pytest.raises(DirectionMismatchError, match="build shards with --direction forward"),
+        pytest.raises(DirectionMismatchError, match="instruct build --direction forward"),
     ):
         data.rows(ROW_TOKENS, Direction.FORWARD)
 

@@ -270,7 +270,7 @@ def test_too_little_for_a_dictionary_is_said_and_leaves_no_trace(
     out = tmp_path / "out"
     if was_there:
         out.mkdir()
-    with pytest.raises(ConfigError, match="--dictionary-bytes is 2048"):
+    with pytest.raises(ConfigError, match="`dictionary_bytes` is 2048"):
         recompress(finished, out, Compression(), 2048)
     assert (out.exists(), hashes(tmp_path)) == (was_there, {})
 

@@ -33,7 +33,7 @@ def test_columns_can_have_other_names() -> None:
 
 @pytest.mark.parametrize("text", ["instruction", "output=", "prompt=x", "input=a,input=b"])
 def test_a_mapping_that_makes_no_sense_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--columns has"):
+    with pytest.raises(ConfigError, match="`columns` has"):
         ExampleColumns.parse(text)
 
 
@@ -152,7 +152,7 @@ def test_columns_are_suggested_by_what_the_records_hold(
 ) -> None:
     with pytest.raises(BadRecordError) as caught:
         ALPACA.examples(record, "x:1")
-    _, separator, found = str(caught.value).partition("perhaps --columns ")
+    _, separator, found = str(caught.value).partition("perhaps `columns` ")
     assert found.partition(", or remove")[0] == suggested
     if separator:
         assert suggested in caught.value.place

@@ -93,7 +93,7 @@ def test_bombs_are_refused_in_seconds_within_a_few_hundred_mebibytes(tmp_path: P
     for name, said, measured in zip(files, found[::2], found[1::2], strict=True):
         seconds, mebibytes = map(float, measured.split())
         assert said.startswith(f"BadRecordError: {name}")
-        assert "longer than --max-record-bytes 33554432" in said
+        assert "longer than `max_record_bytes` 33554432" in said
         assert seconds < 5
         assert mebibytes < 200
 
@@ -110,7 +110,7 @@ def test_a_long_line_is_passed_over_and_the_next_ones_are_read(tmp_path: Path, s
     documents = list(read_slice(piece, Columns(), bad.append))
     assert [document.position for document in documents] == [f"{path.name}:1", f"{path.name}:3"]
     assert [(error.cause, error.place) for error in bad] == [
-        ("too long", f"{path}:2: longer than --max-record-bytes 33554432 allows")
+        ("too long", f"{path}:2: longer than `max_record_bytes` 33554432 allows")
     ]
     records = list(read_records(str(path), 1024))
     assert [type(record) for record in records] == [Record, BadRecordError, Record]
@@ -158,9 +158,9 @@ def test_a_header_that_asks_for_gigabytes_is_refused_unless_they_are_allowed(
     assert [document.text for document in read_slice(piece)] == ["one"]
     path.write_bytes(large)
     (piece,) = list_slices(str(path))
-    with pytest.raises(SourceUnreadableError, match=r"needs a .*window.* --max-record-bytes"):
+    with pytest.raises(SourceUnreadableError, match=r"needs a .*window.* `max_record_bytes`"):
         list(read_slice(piece))
-    with pytest.raises(SourceUnreadableError, match=r"needs a .*window.* --max-record-bytes"):
+    with pytest.raises(SourceUnreadableError, match=r"needs a .*window.* `max_record_bytes`"):
         list(read_records(str(path)))
     if name.endswith(".zst"):
         documents = read_slice(piece, max_record_bytes=1 << 31)

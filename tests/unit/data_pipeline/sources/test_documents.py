@@ -86,8 +86,8 @@ def test_scores_of_any_number_type_are_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "option"),
     [
-        (Columns(language="tongue"), "--language-column"),
-        (Columns(language_score="tongue"), "--language-score-column"),
+        (Columns(language="tongue"), "`language_column`"),
+        (Columns(language_score="tongue"), "`language_score_column`"),
     ],
 )
 def test_a_missing_language_column_names_its_option(

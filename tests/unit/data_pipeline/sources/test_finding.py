@@ -112,7 +112,7 @@ CAUSES = {
     "suffix .bin is not read": 1,
     "suffix .tar.gz is not read": 1,
     "name without a suffix": 1,
-    "an HTML page, which is read with --html": 1,
+    "an HTML page, which is read with `html`": 1,
 }
 
 
@@ -284,7 +284,7 @@ def test_the_main_text_of_html_pages_is_read_on_request(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("text")
     write_zip(tmp_path / "d.zip", {"e.xhtml": PAGE.encode()})
     assert texts(tmp_path) == ["text"]
-    assert left_out(tmp_path)["an HTML page, which is read with --html"] == 3
+    assert left_out(tmp_path)["an HTML page, which is read with `html`"] == 3
     page, again, text, zipped = texts(tmp_path, Columns(html=True))
     assert page == again == zipped
     assert page.startswith("The old captain sold")
@@ -299,7 +299,7 @@ def test_html_without_its_reader_is_refused_before_anything_is_read(
     (tmp_path / "a.html").write_text(PAGE)
     write_zip(tmp_path / "b.zip", {"a.html": PAGE.encode()})
     for name in ("a.html", "b.zip"):
-        with pytest.raises(BackendError, match=r"--html needs trafilatura.*megaback\[html\]"):
+        with pytest.raises(BackendError, match=r"`html` needs trafilatura.*megaback\[html\]"):
             list_source(str(tmp_path / name), Columns(html=True))
 
 

@@ -69,7 +69,7 @@ def test_a_hub_source_without_a_name_is_missing() -> None:
 
 
 def test_a_hub_column_that_is_not_there_is_found_when_listing(hub_folder: Path) -> None:
-    with pytest.raises(SourceUnreadableError, match=r"'body'.* id, text: .*--text-column"):
+    with pytest.raises(SourceUnreadableError, match=r"'body'.* id, text: .*`text_column`"):
         list_slices(f"hf:{hub_folder}", Columns(text="body"))
 
 
@@ -193,7 +193,7 @@ def test_a_bad_record_of_a_streamed_data_set_is_named_and_can_be_left_out(
 
 def test_a_streamed_data_set_that_lacks_a_column_is_found_when_listing(hub_folder: Path) -> None:
     source = make_set(hub_folder.parent / "other", "a.csv", b"text\none\n")
-    with pytest.raises(SourceUnreadableError, match=r"'tongue'.* with --language-column"):
+    with pytest.raises(SourceUnreadableError, match=r"'tongue'.* with `language_column`"):
         list_slices(source, Columns(language="tongue"))
 
 

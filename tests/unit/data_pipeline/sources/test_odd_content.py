@@ -228,13 +228,13 @@ def test_a_file_whose_columns_do_not_fit_is_refused_or_its_rows_are_left_out(
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(SourceUnreadableError, match=cause) as alone:
         read(tmp_path, skips_bad=True)  # there is nothing else, so the option is wrong
-    assert "--on-bad-record" not in str(alone.value)
+    assert "`on_bad_record`" not in str(alone.value)
     write(tmp_path / "b.parquet", text=["good"])
-    with pytest.raises(SourceUnreadableError, match=rf"{cause}.*--on-bad-record skip"):
+    with pytest.raises(SourceUnreadableError, match=rf"{cause}.*`on_bad_record` skip"):
         read(tmp_path, skips_bad=False)
     with pytest.raises(SourceUnreadableError, match=cause) as without_option:
         read(tmp_path)
-    assert "--on-bad-record" not in str(without_option.value)
+    assert "`on_bad_record`" not in str(without_option.value)
     documents, bad = read(tmp_path, skips_bad=True)
     assert [document.text for document in documents] == ["good"]
     assert [(error.cause, error.place.split(": ")[0]) for error in bad] == [

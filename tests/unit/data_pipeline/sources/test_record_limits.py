@@ -68,7 +68,7 @@ def test_a_long_line_is_bad(tmp_path: Path) -> None:
     assert found == ["one", "three"]
     advice = "allows; raise that if there is memory for 20 times as much, or remove the record"
     assert [str(error) for error in bad] == [
-        f"{path}:{line}: longer than --max-record-bytes {LIMIT} {advice}" for line in (2, 4)
+        f"{path}:{line}: longer than `max_record_bytes` {LIMIT} {advice}" for line in (2, 4)
     ]
     assert {error.cause for error in bad} == {"too long"}
 
@@ -80,8 +80,8 @@ def test_a_long_text_and_a_long_page_are_bad(tmp_path: Path) -> None:
     found, bad = read(tmp_path, html=True)
     assert found == ["x" * LIMIT]
     assert [error.place for error in bad] == [
-        f"{tmp_path}/b.txt: longer than --max-record-bytes {LIMIT} allows",
-        f"{tmp_path}/c.html: an HTML page longer than a sixteenth of what --max-record-bytes "
+        f"{tmp_path}/b.txt: longer than `max_record_bytes` {LIMIT} allows",
+        f"{tmp_path}/c.html: an HTML page longer than a sixteenth of what `max_record_bytes` "
         f"{LIMIT} allows",
     ]
 
@@ -212,7 +212,7 @@ def test_values_are_counted_before_they_are_made(tmp_path: Path) -> None:
     path.write_text('{"text": "one", "more": [' + ",".join(["[]"] * 400) + "]}\n" + record("two"))
     found, (error,) = read(path)
     assert found == ["two"]
-    assert error.place == f"{path}:1: more values than --max-record-bytes {LIMIT} allows"
+    assert error.place == f"{path}:1: more values than `max_record_bytes` {LIMIT} allows"
 
 
 def test_sentences_name_few_of_many_columns(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_build_names_the_option_and_resumes_with_more(tmp_path: Path, codec: C
     (source / "c.jsonl").write_text(record("long " * 1000))
     settings = make_settings(source, codec(), max_record_bytes=LIMIT, val_fraction=0.0)
     out = tmp_path / "out"
-    with pytest.raises(BadRecordError, match=r"c.jsonl:1: longer than .*--on-bad-record skip$"):
+    with pytest.raises(BadRecordError, match=r"c.jsonl:1: longer than .*`on_bad_record` skip$"):
         build_here(settings, codec(), out, 4)
     more = make_settings(source, codec(), max_record_bytes=10 * LIMIT, val_fraction=0.0)
     manifest = build_here(more, codec(), out, 4)

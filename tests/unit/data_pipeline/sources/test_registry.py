@@ -258,7 +258,7 @@ def test_invalid_utf8_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
 
 def test_a_missing_parquet_column_is_found_when_listing(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a"])
-    with pytest.raises(SourceUnreadableError, match=r"'body'.* id, text: .*--text-column"):
+    with pytest.raises(SourceUnreadableError, match=r"'body'.* id, text: .*`text_column`"):
         list_slices(str(path), Columns(text="body"))
 
 

@@ -125,7 +125,7 @@ def test_a_build_that_a_bad_record_stopped_is_finished_with_skip_in_the_same_fol
     stopping = make_settings(bad_source, codec())
     skipping = make_settings(bad_source, codec(), on_bad_record="skip")
     out = tmp_path / "shards"
-    with pytest.raises(BadRecordError, match=r"2\.jsonl:11: .*--on-bad-record skip$"):
+    with pytest.raises(BadRecordError, match=r"2\.jsonl:11: .*`on_bad_record` skip$"):
         build_here(stopping, codec(), out)
     kept = {path: path.stat().st_mtime_ns for path in (out / ".build").glob("task-*.json")}
     assert len(kept) >= 2

@@ -251,7 +251,7 @@ def test_what_is_over_was_over_without_a_lead() -> None:
     ],
 )
 def test_what_is_neither_a_time_nor_a_duration_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"--save-before '{text}' is neither a time like"):
+    with pytest.raises(ConfigError, match=f"`save_before` '{text}' is neither a time like"):
         deadline_of(text)
 
 

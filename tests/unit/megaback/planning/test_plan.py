@@ -186,7 +186,7 @@ def test_facts_of_shards_are_their_manifests(tiny_shards: Path) -> None:
 def test_a_vocabulary_that_is_not_the_shards_is_refused(tiny_shards: Path) -> None:
     config = config_of("demo", f"data.shards={tiny_shards}", "batch.context_tokens=64")
 
-    with pytest.raises(ConfigError, match="--vocab-size is 7"):
+    with pytest.raises(ConfigError, match="`vocab_size` is 7"):
         run_facts(config, 7, None)
 
 
