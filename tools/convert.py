@@ -17,6 +17,7 @@ from data_pipeline.common.output_paths import overwrite_option
 from megaback.run_folder import CHECKPOINTS_FOLDER
 from megaback.use_commands import use_commands
 
+# Not pydantic.ByteSize, which reads "1,5GB" as one byte and passes over what follows a unit.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 MOST_FILE_BYTES = 5 * 10**9
