@@ -73,8 +73,9 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     from megaback.faults.stop_request import StopRequest
     from megaback.faults.watchdog import Watchdog
     from megaback.optim.lr_schedule import rate_factor_at
-    from megaback.train import Trainer
-    from megaback.training.setup import Run, prepare_run
+    from megaback.training.run import Run
+    from megaback.training.setup import prepare_run
+    from megaback.training.trainer import Trainer
 
     stop = StopRequest()
     world = start_world(config.hardware.device, config.hardware.collective_timeout_s)

@@ -10,13 +10,15 @@ pickle in it. `latest` beside it is for people; nothing here reads it.
 import json
 import math
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.common.checked_json import require_sha256, require_within
+from data_pipeline.common.command import write_text
 from data_pipeline.common.file_names import path_within, plain_name
 from data_pipeline.common.limits import MAX_VOCABULARY
 from data_pipeline.common.next_command import override
@@ -28,7 +30,7 @@ from data_pipeline.errors import (
     RunMismatchError,
 )
 from data_pipeline.text.codec import TextFormat
-from megaback.checkpoints.safetensors_file import size_and_hash
+from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash
 from megaback.checkpoints.state import SavedState, StateDiffersError, restore
 from megaback.config import Config
 from megaback.config_messages import sentence
@@ -83,6 +85,15 @@ class CheckpointMeta:
 
 
 _META = TypeAdapter(CheckpointMeta)
+
+
+def complete(target: Path, meta: CheckpointMeta, files: Mapping[str, SizeAndHash]) -> None:
+    """Declare a checkpoint complete, whose files are all written: its meta.json, atomically."""
+    meta = replace(meta, files=dict(sorted(files.items())))
+    if not meta.is_finite:
+        meta = replace(meta, val_loss=str(meta.val_loss))  # type: ignore[arg-type] # JSON's way
+    fields = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
+    write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
 
 
 def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | None:

@@ -5,10 +5,8 @@ training goes on. Once all ranks have written, which they tell each other betwee
 one completes the checkpoint with `meta.json` and lets old ones go.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Thread
 
@@ -19,13 +17,7 @@ from data_pipeline.common.command import replacing, storage_error, write_text
 from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
-from megaback.checkpoints.checkpoint import (
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    CheckpointMeta,
-    read_meta,
-    verify_files,
-)
+from megaback.checkpoints.checkpoint import CheckpointMeta, complete, read_meta, verify_files
 from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, write_tensors
 from megaback.checkpoints.state import WEIGHT
 from megaback.config import CheckpointSection
@@ -126,11 +118,7 @@ class CheckpointSaver:
         with replacing(target / TOKENIZER_NAME) as file:
             file.write(self._tokenizer)
         files = {**files, TOKENIZER_NAME: size_and_hash(target / TOKENIZER_NAME)}
-        meta = replace(writing.meta, files=dict(sorted(files.items())))
-        if not meta.is_finite:
-            meta = replace(meta, val_loss=str(meta.val_loss))  # type: ignore[arg-type] # JSON's way
-        fields = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
-        write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
+        complete(target, writing.meta, files)
         write_text(target.parent / LATEST_NAME, target.name + "\n")
         if writing.is_best:
             write_text(target.parent / BEST_NAME, target.name + "\n")

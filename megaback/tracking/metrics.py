@@ -88,7 +88,7 @@ def parsed_line(text: bytes) -> dict[str, Any] | None:
     return line if are_known else {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """A training step: loss in nats a target, the norm before clipping, wall-clock seconds."""
 

@@ -6,7 +6,6 @@ First comes all that can refuse a start, then the first line that is written (`_
 import fcntl
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +25,6 @@ from data_pipeline.errors import (
 )
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, newest_checkpoint
 from megaback.checkpoints.remote_copy import CopyTarget, fetch_newest, newest_meta
-from megaback.checkpoints.state import num_updates
 from megaback.config import Config, ModelSection
 from megaback.data import Data, open_data
 from megaback.distributed.device_limits import (
@@ -36,7 +34,6 @@ from megaback.distributed.device_limits import (
     require_precision,
 )
 from megaback.distributed.engine import start_engine
-from megaback.distributed.versions import library_versions
 from megaback.distributed.world import World
 from megaback.faults.exit_record import record_exit, record_start
 from megaback.faults.preflight import preflight
@@ -50,6 +47,7 @@ from megaback.planning.flops import flops_per_token
 from megaback.planning.memory_room import AvailableMemory, require_memory
 from megaback.run_folder import CHECKPOINTS_FOLDER, complete_checkpoints, step_name
 from megaback.tracking.trackers import require_installed
+from megaback.training.run import Run
 from megaback.training.start import (
     AlreadyTrained,
     Changes,
@@ -73,59 +71,6 @@ _FIXED_KEYS = (
     "training.precision",
     "optimizer.name",
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that is ready for its next step."""
-
-    config: Config
-    data: Data
-    engine: Any
-    start_step: int
-    val_loss: float | None
-    """The latest measurement, if the run goes on from a checkpoint."""
-    attention: str
-    num_parameters: int
-    flops_per_token: float
-    peak_flops: float | None
-    left_out: tuple[tuple[int, int], ...]
-    """Ranges of steps, first and last, that are passed over."""
-    watchdog: Watchdog
-    lock: IO[bytes] | None
-    """Open as long as the run is: it keeps others out of the run's folder."""
-    changes: Changes
-    """Keys of the config that have other values than before a resume."""
-
-    def is_left_out(self, step: int) -> bool:
-        """Whether a step, counted from 1, is passed over."""
-        return any(first <= step <= last for first, last in self.left_out)
-
-    def step_flops_share(self, world: World) -> float | None:
-        """FLOPs of a step over the devices' peak: the MFU of a step that takes one second."""
-        if self.peak_flops is None:
-            return None
-        batch = self.config.batch
-        step_tokens = batch.global_batch_rows * batch.context_tokens
-        return step_tokens * self.flops_per_token / (self.peak_flops * world.size)
-
-    def meta(self, step: int, val_loss: float | None, world: World) -> CheckpointMeta:
-        """What a checkpoint at this step says about itself; files are added when it is written."""
-        return CheckpointMeta(
-            step=step,
-            world_size=world.size,
-            updates=num_updates(self.engine),
-            zero_stage=self.config.zero.stage,
-            precision=self.config.training.precision,
-            vocab_size=self.data.codec.vocab_size,
-            text_format=self.data.text_format.to_dict(),
-            data_fingerprint=self.data.fingerprint,
-            config=self.config.model_dump(mode="json"),
-            val_loss=val_loss,
-            versions=library_versions(),
-            files={},
-            on_examples=self.data.data_sets[0].manifest.row_tokens is not None,
-        )
 
 
 def prepare_run(
@@ -221,38 +166,22 @@ def prepare_run(
     if found is not None:
         world.run_collectively(load_into_engine, engine, *found, world)
     return Run(
-        config,
-        data,
-        engine,
-        start_step,
-        found[1].val_loss if found is not None else None,
-        attention,
-        num_parameters,
-        token_flops,
-        config.hardware.peak_flops or device_peak_flops(world.device, config.training.precision),
-        tuple(
+        config=config,
+        data=data,
+        engine=engine,
+        start_step=start_step,
+        val_loss=found[1].val_loss if found is not None else None,
+        attention=attention,
+        num_parameters=num_parameters,
+        flops_per_token=token_flops,
+        peak_flops=config.hardware.peak_flops
+        or device_peak_flops(world.device, config.training.precision),
+        left_out=tuple(
             world.of_first(world.run_collectively(read_left_out, config.run), list[tuple[int, int]])
         ),
-        watchdog,
-        lock,
-        changes,
-    )
-
-
-def batch_arithmetic(run: Run, world: World) -> str:
-    """How the numbers of a run multiply, in three lines."""
-    config, data = run.config, run.data
-    tokens_per_step = config.batch.global_batch_rows * config.batch.context_tokens
-    epochs = data.total_steps * config.batch.global_batch_rows / data.rows_per_epoch
-    return (
-        f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
-        f"{data.text_format.direction.value} by {data.text_format.unit.value}; attention "
-        f"{run.attention}, {config.training.precision}, ZeRO stage {config.zero.stage}, "
-        f"{world.device.type}\n"
-        f"a step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
-        f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_per_step:,} tokens"
-        f"\n{data.total_steps:,} steps = {data.total_steps * tokens_per_step:,} tokens = "
-        f"{epochs:.2f} epochs of {data.num_tokens:,} tokens, in {data.num_lanes} lanes"
+        watchdog=watchdog,
+        lock=lock,
+        changes=changes,
     )
 
 

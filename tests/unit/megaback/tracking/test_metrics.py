@@ -24,7 +24,16 @@ def open_log(
 
 
 def record(step: int, data_wait_share: float = 0.002) -> StepRecord:
-    return StepRecord(step, 6.0 - step / 10, 200, 1e-3, 0.5, 0.25, data_wait_share, 3_200_000_000)
+    return StepRecord(
+        step=step,
+        loss=6.0 - step / 10,
+        targets=200,
+        learning_rate=1e-3,
+        gradient_norm=0.5,
+        step_s=0.25,
+        data_wait_share=data_wait_share,
+        memory_peak_bytes=3_200_000_000,
+    )
 
 
 def write_steps(log: MetricsLog, first: int, last: int) -> None:

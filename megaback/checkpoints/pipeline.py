@@ -1,0 +1,96 @@
+"""A checkpoint's way: written to the disk, completed, copied to the second place.
+
+All of it goes on beside the training steps. `advance` is called between steps, with what the ranks
+have agreed on, and does what can be done without waiting; `drain` waits for the rest at the end.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+from megaback.checkpoints.checkpoint import CheckpointMeta
+from megaback.checkpoints.remote_copy import CheckpointCopier
+from megaback.checkpoints.saver import CheckpointSaver
+from megaback.checkpoints.state import named_state
+from megaback.config import CheckpointSection
+from megaback.distributed.world import World
+from megaback.faults.watchdog import Watchdog
+
+_POLL_S = 0.02
+
+
+class CheckpointPipeline:
+    """The checkpoints of a run that trains. Its methods are collective, its properties are not."""
+
+    def __init__(
+        self,
+        run: Path,
+        tokenizer: bytes,
+        section: CheckpointSection,
+        world: World,
+        watchdog: Watchdog,
+        say: Callable[[str], None],
+    ) -> None:
+        """`say` is given what people should know. Ends all ranks for a bad `copy_to`."""
+        self.folder = run
+        """The run's folder, where it lay at the last save."""
+        self._world, self._watchdog, self.log = world, watchdog, say
+        self._copier = world.run_collectively(CheckpointCopier, run, section, world)
+        self._saver = CheckpointSaver(run, tokenizer, section, world)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes a checkpoint."""
+        return self._saver.is_writing
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether this rank still copies one to the second place."""
+        return self._copier.is_copying
+
+    def save(self, engine: Any, meta: CheckpointMeta, *, is_best: bool = False) -> None:
+        """Begin a checkpoint, in the run's folder wherever it lies now; first end the one before.
+
+        Ends all ranks when one cannot write.
+        """
+        world = self._world
+        self.finish_writing(meta.step)
+        self._watchdog.set_phase("saving", meta.step)
+        state = named_state(engine, world.rank, world.size)
+        folder = world.of_first(world.run_collectively(self._watchdog.folder), Path)
+        if folder != self.folder:
+            self.folder = folder
+            self.log(f"the run's folder is now {folder}: checkpoints go there")
+        self._saver.begin(state, meta, folder, is_best=is_best)
+
+    def advance(self, *, is_writing: bool, is_copying: bool) -> None:
+        """Complete what no rank works on any more, and begin to copy what is complete.
+
+        The arguments are the properties' values of any rank: the same on all of them.
+        """
+        if self._copier.is_open and not is_copying:
+            self._copier.finish(self.log)
+        if self._saver.is_open and not is_writing:
+            self._saver.finish()
+        if not self._copier.is_open:
+            self._copier.begin(self._saver.take_completed())
+
+    def finish_writing(self, step: int) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and complete it."""
+        self._wait_while(lambda: self.is_writing, "writing a checkpoint", step)
+        self._saver.finish()
+
+    def drain(self, step: int) -> None:
+        """Wait until everything is written, complete and copied."""
+        self.finish_writing(step)
+        for _ in range(2):  # the copy that is on its way, then that of the last checkpoint
+            self._wait_while(lambda: self.is_copying, "copying a checkpoint", step)
+            self._copier.finish(self.log)
+            self._copier.begin(self._saver.take_completed())
+
+    def _wait_while(self, is_busy: Callable[[], bool], phase: str, step: int) -> None:
+        """Wait together until no rank is busy, which may take longer than anything else may."""
+        while self._world.sum(is_busy())[0]:
+            self._watchdog.set_phase(phase, step)
+            sleep(_POLL_S)

@@ -1,0 +1,83 @@
+"""A run that is ready for its next step: what `setup` makes and the training loop takes."""
+
+from dataclasses import dataclass
+from typing import IO, Any
+
+from megaback.checkpoints.checkpoint import CheckpointMeta
+from megaback.checkpoints.state import num_updates
+from megaback.config import Config
+from megaback.data import Data
+from megaback.distributed.versions import library_versions
+from megaback.distributed.world import World
+from megaback.faults.watchdog import Watchdog
+from megaback.training.start import Changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Data, model and engine, and where to begin."""
+
+    config: Config
+    data: Data
+    engine: Any
+    start_step: int
+    val_loss: float | None
+    """The loss of the latest validation, in nats per target, if the run was resumed."""
+    attention: str
+    num_parameters: int
+    flops_per_token: float
+    peak_flops: float | None
+    left_out: tuple[tuple[int, int], ...]
+    """Ranges of steps, first and last, that are passed over."""
+    watchdog: Watchdog
+    lock: IO[bytes] | None
+    """Open as long as the run is: it keeps others out of the run's folder."""
+    changes: Changes
+    """Keys of the config that have other values than before a resume."""
+
+    def is_left_out(self, step: int) -> bool:
+        """Whether a step, counted from 1, is passed over."""
+        return any(first <= step <= last for first, last in self.left_out)
+
+    def step_flops_share(self, world: World) -> float | None:
+        """FLOPs of a step over the devices' peak: the MFU of a step that takes one second."""
+        if self.peak_flops is None:
+            return None
+        batch = self.config.batch
+        step_tokens = batch.global_batch_rows * batch.context_tokens
+        return step_tokens * self.flops_per_token / (self.peak_flops * world.size)
+
+    def meta(self, step: int, val_loss: float | None, world: World) -> CheckpointMeta:
+        """What a checkpoint at this step says about itself; files are added when it is written."""
+        return CheckpointMeta(
+            step=step,
+            world_size=world.size,
+            updates=num_updates(self.engine),
+            zero_stage=self.config.zero.stage,
+            precision=self.config.training.precision,
+            vocab_size=self.data.codec.vocab_size,
+            text_format=self.data.text_format.to_dict(),
+            data_fingerprint=self.data.fingerprint,
+            config=self.config.model_dump(mode="json"),
+            val_loss=val_loss,
+            versions=library_versions(),
+            files={},
+            on_examples=self.data.data_sets[0].manifest.row_tokens is not None,
+        )
+
+
+def batch_arithmetic(run: Run, world: World) -> str:
+    """How the numbers of a run multiply, in three lines."""
+    config, data = run.config, run.data
+    tokens_per_step = config.batch.global_batch_rows * config.batch.context_tokens
+    epochs = data.total_steps * config.batch.global_batch_rows / data.rows_per_epoch
+    return (
+        f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
+        f"{data.text_format.direction.value} by {data.text_format.unit.value}; attention "
+        f"{run.attention}, {config.training.precision}, ZeRO stage {config.zero.stage}, "
+        f"{world.device.type}\n"
+        f"a step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
+        f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_per_step:,} tokens"
+        f"\n{data.total_steps:,} steps = {data.total_steps * tokens_per_step:,} tokens = "
+        f"{epochs:.2f} epochs of {data.num_tokens:,} tokens, in {data.num_lanes} lanes"
+    )

@@ -1,0 +1,313 @@
+"""The training loop of a rank.
+
+It takes the batch of a step, agrees with the other ranks that all is well, steps the engine, and
+now and then validates or saves. What is before the first step is in `setup`; faults are in the
+modules that they concern: `stop_request`, `step_guard`, `watchdog`. `checkpoints.pipeline` saves.
+"""
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, NoReturn
+
+import torch
+
+from data_pipeline.errors import MegabackError, PreemptedError, UserInterruptError
+from data_pipeline.loading.rows import Batch
+from megaback.checkpoints.pipeline import CheckpointPipeline
+from megaback.distributed.device_limits import peak_memory_bytes
+from megaback.distributed.engine import set_learning_rates, take_step
+from megaback.distributed.world import CollectiveExit, World, attempt
+from megaback.faults.step_guard import StepGuard, guarded_steps
+from megaback.faults.stop_request import StopRequest
+from megaback.optim.lr_schedule import rate_factor_at
+from megaback.run_folder import METRICS_NAME
+from megaback.tracking.metrics import StepRecord, read_metrics
+from megaback.tracking.metrics_log import MetricsLog
+from megaback.training.early_stopping import EarlyStopping, mark_best, read_measurements
+from megaback.training.history_gap import history_gap
+from megaback.training.run import Run, batch_arithmetic
+from megaback.training.start import describe_changes
+from megaback.training.validation import evaluate, to_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What all ranks know of a step before they take it."""
+
+    num_targets: int
+    skipped_rows: int
+    data_wait_s: float
+    """Of the rank that waited longest for its rows."""
+    must_stop: bool
+    is_writing: bool
+    """Whether any rank still writes a checkpoint."""
+    is_copying: bool
+    """Whether any rank still copies one to the second place."""
+
+
+class Trainer:
+    """The training loop of a run that is ready."""
+
+    def __init__(self, run: Run, world: World, stop: StopRequest) -> None:
+        self._run, self._world, self._stop = run, world, stop
+        # All ranks decide alike: by what the first one has read.
+        earlier = world.of_first(
+            world.run_collectively(_earlier_steps, run, world), list[dict[str, Any]]
+        )
+        self._guard = StepGuard(run.config.guard, earlier)
+        measured = world.of_first(
+            world.run_collectively(_measurements, run, world), list[tuple[int, float | None]]
+        )
+        self._early_stopping = EarlyStopping(run.config.validation.patience, measured)
+        self._log = world.run_collectively(_open_log, run, world)
+        self._log_error: MegabackError | None = None
+        self._checkpoints = CheckpointPipeline(
+            run.config.run,
+            run.data.codec.model_bytes,
+            run.config.checkpoint,
+            world,
+            run.watchdog,
+            self.log,
+        )
+        self._saved_step = run.start_step
+        self._val_loss = run.val_loss
+
+    def train(self) -> str:
+        """Train to the end of the run, and say why it ended.
+
+        Raises PreemptedError, UserInterruptError or NonFiniteError on all ranks.
+        """
+        run, total_steps = self._run, self._run.data.total_steps
+        if not run.start_step:
+            self._val_loss = self._validate(0)
+        run.engine.train()
+        self._stop.begin_training()
+        for step in range(run.start_step, total_steps):
+            started, done = monotonic(), step + 1
+            run.watchdog.set_phase("reading its rows", done)
+            with self._saving_before_end(step):
+                micro_batches, agreed = self._agree_on_step(step)
+            self._checkpoints.advance(is_writing=agreed.is_writing, is_copying=agreed.is_copying)
+            if agreed.must_stop:
+                self._stop_after(step)
+            if run.is_left_out(done):
+                self._record(lambda log, done=done: log.left_out(done))  # type: ignore[misc]
+            else:
+                self._train_step(step, micro_batches, agreed, started)
+            is_end = done == total_steps
+            if _is_due(run.config.validation.every_steps, done) or is_end:
+                with self._saving_before_end(done):
+                    self._val_loss = self._validate(done)
+                is_end = is_end or self._early_stopping.is_exhausted
+            is_due = _is_due(run.config.checkpoint.every_steps, done)
+            if is_due or is_end or self._early_stopping.is_kept(done):
+                self._save(done)
+            if step == run.start_step:
+                run.watchdog.use_step_timeout()
+            if is_end:
+                break
+        self._checkpoints.drain(self._saved_step)
+        self._world.stop_if_any(self._log_error)
+        if not self._early_stopping.is_exhausted:
+            return "trained to the end"
+        self.log(self._early_stopping.reason)
+        return self._early_stopping.reason
+
+    def close(self) -> None:
+        """Let go of files, threads and the run's folder."""
+        self._run.data.training.close()
+        if self._log is not None:
+            self._record(MetricsLog.close)
+        if self._run.lock is not None:
+            self._run.lock.close()
+
+    def _agree_on_step(self, step: int) -> tuple[list[Batch], Agreement]:
+        """This rank's micro-batches, and what all ranks know.
+
+        If any rank cannot read its rows or write its metrics, all of them end here, with its
+        message.
+        """
+        asked = monotonic()
+        found, error = attempt(self._run.data.training.at, step)
+        waits_s = self._world.one_hot(monotonic() - asked)
+        error = self._log_error or error
+        micro_batches = found or []
+        targets, skipped_rows, num_stops, num_writing, num_copying, num_errors, *waits_s = (
+            self._world.sum(
+                sum(batch.num_targets for batch in micro_batches),
+                sum(batch.num_skipped_rows for batch in micro_batches),
+                self._stop.reason is not None,
+                self._checkpoints.is_writing,
+                self._checkpoints.is_copying,
+                error is not None,
+                *waits_s,
+            )
+        )
+        if num_errors:
+            self._world.stop_if_any(error)
+        return micro_batches, Agreement(
+            num_targets=int(targets),
+            skipped_rows=int(skipped_rows),
+            data_wait_s=max(waits_s),
+            must_stop=num_stops > 0,
+            is_writing=num_writing > 0,
+            is_copying=num_copying > 0,
+        )
+
+    def _stop_after(self, step: int) -> NoReturn:
+        """Save the steps that are done, and end as asked, the same on all ranks.
+
+        The time may be short: nothing is copied any more.
+        """
+        if step > self._saved_step:
+            self._save(step)
+        self._checkpoints.finish_writing(step)
+        if self._world.sum(self._stop.is_interrupt)[0] and step == self._run.start_step:
+            raise UserInterruptError("interrupted before the first step; nothing was there to save")
+        again = "run the same command to go on"
+        if self._checkpoints.folder != self._run.config.run:
+            argument = shlex.quote(f"run={self._checkpoints.folder}")
+            again = f"its folder was moved: run the same command with {argument} to go on"
+        raise PreemptedError(f"asked to stop after {step} steps, all of them saved; {again}")
+
+    def _train_step(
+        self, step: int, micro_batches: list[Batch], agreed: Agreement, started: float
+    ) -> None:
+        """Take a step, unless its numbers are bad."""
+        run, optimizer = self._run, self._run.config.optimizer
+        loss, peak_bytes = self._accumulate_gradients(step, micro_batches, agreed.num_targets)
+        rate_factor = rate_factor_at(step, run.data.total_steps, optimizer)
+        set_learning_rates(run.engine, rate_factor)
+        run.watchdog.set_phase("updating", step + 1)
+        gradient_norm, skipped = take_step(run.engine, lambda norm: self._guard.verdict(loss, norm))
+        step_s = monotonic() - started
+        record = StepRecord(
+            step=step + 1,
+            loss=loss,
+            targets=agreed.num_targets,
+            learning_rate=rate_factor * optimizer.learning_rate,
+            gradient_norm=gradient_norm,
+            step_s=step_s,
+            data_wait_share=min(agreed.data_wait_s / step_s, 1.0),
+            memory_peak_bytes=peak_bytes,
+            skipped_rows=agreed.skipped_rows,
+            skipped=skipped,
+        )
+        self._record(lambda log: log.train(record))
+        self._guard.record(step + 1, loss, gradient_norm, skipped)
+
+    def _accumulate_gradients(
+        self, step: int, micro_batches: list[Batch], num_targets: int
+    ) -> tuple[float, int]:
+        """Forward and backward through every micro-batch.
+
+        Returns the loss of all ranks in nats a target, and the peak memory of the rank with most.
+        """
+        run, world = self._run, self._world
+        # DeepSpeed averages over ranks and accumulation; what is wanted is the mean over all
+        # targets of the step, wherever they lie.
+        share = world.size * run.data.accumulation_steps / max(num_targets, 1)
+        nats = torch.zeros((), dtype=torch.float64, device=world.device)
+        for batch in micro_batches:
+            run.watchdog.set_phase("computing gradients", step + 1)
+            loss = run.engine(*to_device(batch, world.device)).sum()
+            run.engine.backward(loss * share)
+            nats += loss.detach()  # on the device: nothing waits for it until the step's end
+            if batch is not micro_batches[-1]:
+                run.engine.step()  # counts the micro-batch; changes nothing before the last one
+        nats_of_all, *peaks = world.sum(
+            float(nats), *world.one_hot(peak_memory_bytes(world.device))
+        )
+        return nats_of_all / max(num_targets, 1), int(max(peaks))
+
+    def _validate(self, done: int) -> float | None:
+        """Measure the val set, if there is one; its loss in nats per target."""
+        run, world = self._run, self._world
+        if not run.data.has_val:
+            return None
+        measured = evaluate(
+            run.engine,
+            run.data.validation(world.rank, world.size),
+            run.config.batch.context_tokens,
+            run.data.codec.piece_num_bytes(),
+            world,
+            lambda: run.watchdog.set_phase("validating", done),
+        )
+        self._record(lambda log: log.validation(done, measured))
+        loss = measured.whole.nats_per_token
+        self._early_stopping.measured(done, loss)
+        return loss
+
+    def _save(self, done: int) -> None:
+        meta = self._run.meta(done, self._val_loss, self._world)
+        self._checkpoints.save(self._run.engine, meta, is_best=self._early_stopping.is_kept(done))
+        self._saved_step = done
+
+    @contextmanager
+    def _saving_before_end(self, done: int) -> Iterator[None]:
+        """Save the steps that are done when the ranks end for data that cannot be read.
+
+        Not after an error of the metrics: they lack lines of these steps.
+        """
+        try:
+            yield
+        except CollectiveExit:
+            if done > self._saved_step and not self._world.sum(self._log_error is not None)[0]:
+                with suppress(CollectiveExit):  # the first error decides how the run ends
+                    self._save(done)
+                    self._checkpoints.finish_writing(done)
+                    self.log(f"the {done} steps before this are saved")
+            raise
+
+    def log(self, message: str) -> None:
+        """Report a line on the console of the first rank."""
+        self._record(lambda log: log.message(message))
+
+    def _record(self, write: Callable[[MetricsLog], None]) -> None:
+        """Write to the log where there is one; the ranks hear of an error at their next step."""
+        if self._log is not None:
+            _, error = attempt(write, self._log)
+            self._log_error = self._log_error or error
+
+
+def _earlier_steps(run: Run, world: World) -> list[dict[str, Any]]:
+    """Metrics of the steps that the guard compares with."""
+    folder = run.config.run
+    if not (world.is_first and run.start_step and (folder / METRICS_NAME).exists()):
+        return []
+    return guarded_steps(read_metrics(folder), run.start_step, run.config.guard.window_steps)
+
+
+def _measurements(run: Run, world: World) -> list[tuple[int, float | None]]:
+    """The validations before the run went on; the best checkpoint is marked."""
+    if not (world.is_first and run.start_step):
+        return []
+    found = read_measurements(run.config.run, run.start_step) or [(run.start_step, run.val_loss)]
+    if run.config.validation.patience is not None:
+        mark_best(run.config.run, EarlyStopping(None, found).best_step)
+    return found
+
+
+def _open_log(run: Run, world: World) -> MetricsLog | None:
+    if not world.is_first:
+        return None
+    config = run.config
+    log = MetricsLog(
+        config, run.start_step, run.data.total_steps, run.step_flops_share(world), world.size
+    )
+    log.message(batch_arithmetic(run, world))
+    if run.start_step:
+        log.message(f"going on from step {run.start_step:,}")
+        gap = history_gap(config, run.start_step)
+        if gap is not None:
+            log.message(gap)
+    if run.changes:
+        log.message(f"changed on resume: {describe_changes(run.changes)}")
+    return log
+
+
+def _is_due(every_steps: int | None, done: int) -> bool:
+    return every_steps is not None and done % every_steps == 0
