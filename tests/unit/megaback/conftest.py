@@ -1,0 +1,57 @@
+"""A rank that trains in the tests' own process."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from megaback.config import Config
+    from megaback.distributed.world import World
+
+
+@pytest.fixture(scope="module")
+def training_world() -> "Iterator[World]":
+    """One rank on the CPU, started as a real one; environment and signals are restored."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+
+    from megaback.distributed.world import start_world
+
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    no_groups = dict(vars(groups))
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    torch.set_num_threads(1)  # quickest for a model this small
+    yield start_world("cpu", 60)
+    dist.destroy_process_group()
+    vars(groups).update(no_groups)  # DeepSpeed would use those of a world that is gone
+    deepspeed.comm.comm.cdb = None
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def config_of(tmp_path: Path, tiny_shards: Path) -> "Callable[..., Config]":
+    """`config_of(name, section={...})`: a run of 4 steps of 4 rows that saves every second one."""
+    from tests.helpers.run_config import run_config
+
+    def make(name: str = "run", **sections: object) -> "Config":
+        usual = {
+            "data": {"shards": str(tiny_shards)},
+            "training": {"steps": 4, "precision": "fp32"},
+            "hardware": {"device": "cpu", "preflight": "off"},
+            "checkpoint": {"every_steps": 2},
+            "logging": {"tensorboard": "off"},
+        }
+        return run_config(tmp_path / name, **(usual | sections))
+
+    return make

@@ -1,0 +1,126 @@
+"""A rank's heartbeat says what it is at, and a rank that is gone is named by those that remain."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+
+from data_pipeline.errors import RankLostError
+from megaback.config import HardwareSection
+from megaback.distributed.world import World
+from megaback.faults.exit_record import read_exit
+from megaback.faults.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
+from megaback.faults.watchdog import Watchdog
+
+SECTION = HardwareSection(heartbeat_s=0.1, step_timeout_s=50, collective_timeout_s=60)
+
+
+@pytest.fixture
+def watchdog(tmp_path: Path, world: World) -> Iterator[Watchdog]:
+    """One that watches over the only rank of a run."""
+    watchdog = Watchdog(tmp_path, SECTION, world)
+    watchdog.open()
+    yield watchdog
+    watchdog.mark_exited("the test is over")
+
+
+def heartbeat_with(run: Path, **values: object) -> Heartbeat:
+    """The first rank's heartbeat, once it has these values."""
+    give_up = monotonic() + 20
+    while monotonic() < give_up:
+        (beat,) = read_heartbeats(run)
+        if vars(beat).items() >= values.items():
+            return beat
+        sleep(0.01)
+    raise AssertionError(f"{beat} has not {values}")
+
+
+def test_nothing_is_written_before_the_run_s_folder_is_its_own(
+    tmp_path: Path, world: World
+) -> None:
+    watchdog = Watchdog(tmp_path, SECTION, world)
+    watchdog.set_phase("loading", 1)
+    watchdog.mark_exited("refused")
+
+    assert not watchdog.is_open
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_heartbeat_says_what_the_rank_is_at(watchdog: Watchdog, tmp_path: Path) -> None:
+    watchdog.set_phase("saving", 7)
+
+    assert heartbeat_with(tmp_path, phase="saving", step=7).timeout_s == 60
+
+
+def test_steps_have_a_timeout_of_their_own(watchdog: Watchdog, tmp_path: Path) -> None:
+    watchdog.use_step_timeout()
+
+    heartbeat_with(tmp_path, timeout_s=50)
+
+
+def test_heartbeats_of_a_larger_world_go_at_the_start(tmp_path: Path, world: World) -> None:
+    watchdog = Watchdog(tmp_path, SECTION, world)
+    (tmp_path / "heartbeats").mkdir()
+    write_heartbeat(tmp_path, replace(watchdog._beat, rank=1, world_size=2))
+
+    watchdog.open()
+    watchdog.mark_exited("the test is over")
+
+    assert [beat.rank for beat in read_heartbeats(tmp_path)] == [0]
+
+
+def test_a_rank_that_has_exited_says_why(watchdog: Watchdog, tmp_path: Path) -> None:
+    watchdog.mark_exited("trained to the end")
+
+    assert heartbeat_with(tmp_path).left == "trained to the end"
+
+
+def test_a_dead_rank_is_named_and_recorded(watchdog: Watchdog, tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine = heartbeat_with(tmp_path)
+    write_heartbeat(tmp_path, replace(mine, rank=1, world_size=2, pid=ended.pid, step=5))
+
+    error = watchdog.report_lost()
+
+    assert re.search("rank 1 .* is dead; .* at step 5", str(error))
+    ending = read_exit(tmp_path) or {}
+    assert ending["code"] == RankLostError.exit_code
+
+
+def test_a_rank_that_is_lost_before_the_start_leaves_the_earlier_record(
+    tmp_path: Path, world: World
+) -> None:
+    assert "before the run had started" in str(Watchdog(tmp_path, SECTION, world).report_lost())
+    assert read_exit(tmp_path) is None
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from megaback.config import HardwareSection
+from megaback.distributed.world import World
+from megaback.faults.watchdog import Watchdog
+class Alone(World):
+    def run_collectively(self, function, *arguments):
+        return function(*arguments)
+section = HardwareSection(heartbeat_s=0.1, collective_timeout_s=0.5, step_timeout_s=0.5)
+watchdog = Watchdog(Path(sys.argv[1]), section, Alone(0, 1, None, None))
+watchdog.open()
+watchdog.set_phase("computing gradients", 3)
+time.sleep(60)
+"""
+
+
+def test_a_phase_that_takes_too_long_ends_the_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, tmp_path], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == RankLostError.exit_code, done.stderr
+    assert "was computing gradients at step 3" in done.stderr

@@ -1,0 +1,140 @@
+"""What stands before the first step: who may train in a run's folder, and from where it goes on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import LaunchError, MegabackError, RunMismatchError
+from megaback.checkpoint_names import CHECKPOINTS_FOLDER, LATEST_NAME
+from megaback.checkpoints.saver import CheckpointSaver
+from megaback.checkpoints.state import named_state
+from megaback.config import Config
+from megaback.distributed.world import CollectiveExit, World
+from megaback.faults.exit_record import read_exit, read_history
+from megaback.faults.watchdog import Watchdog
+from megaback.training.run import Run, batch_arithmetic
+from megaback.training.setup import prepare_run
+from megaback.training.start import AlreadyTrained
+
+Configs = Callable[..., Config]
+
+
+@contextmanager
+def prepared(config: Config, world: World) -> Iterator[Run]:
+    """A run that is ready, whose folder is free again afterwards."""
+    watchdog = Watchdog(config.run, config.hardware, world)
+    run = prepare_run(config, world, watchdog)
+    assert isinstance(run, Run)
+    assert run.lock is not None
+    yield run
+    watchdog.mark_exited("the test is over")
+    run.data.training.close()
+    run.lock.close()
+
+
+def refused(config: Config, world: World) -> MegabackError:
+    """Why a run does not start."""
+    with pytest.raises(CollectiveExit) as ending:
+        prepare_run(config, world, Watchdog(config.run, config.hardware, world))
+    assert ending.value.error is not None
+    return ending.value.error
+
+
+def save(run: Run, step: int, world: World) -> None:
+    """Save a checkpoint, as if that many steps were done."""
+    saver = CheckpointSaver(
+        run.config.run, run.data.codec.model_bytes, run.config.checkpoint, world
+    )
+    saver.begin(named_state(run.engine, world.rank, world.size), run.meta(step, 1.5, world))
+    saver.finish()
+
+
+def test_a_new_run_begins_at_step_0_and_records_its_start(
+    config_of: Configs, training_world: World
+) -> None:
+    config = config_of()
+
+    with prepared(config, training_world) as run:
+        assert (run.start_step, run.val_loss, run.changes) == (0, None, {})
+
+    assert [line["event"] for line in read_history(config.run)] == ["start"]
+
+
+def test_the_arithmetic_of_a_batch_says_what_a_step_and_a_run_are(
+    config_of: Configs, training_world: World
+) -> None:
+    with prepared(config_of(), training_world) as run:
+        text = batch_arithmetic(run, training_world)
+
+    assert "2 rows x 64 tokens x 1 ranks x 2 accumulation = 256 tokens" in text
+    assert "4 steps = 1,024 tokens" in text
+
+
+def test_a_folder_in_which_a_run_trains_is_closed_to_another_start(
+    config_of: Configs, training_world: World
+) -> None:
+    config = config_of()
+
+    with prepared(config, training_world):
+        assert isinstance(error := refused(config, training_world), LaunchError)
+
+    assert "another process is training" in str(error)
+
+
+def test_a_run_resumes_at_its_newest_checkpoint_and_names_what_is_changed(
+    config_of: Configs, training_world: World
+) -> None:
+    with prepared(config_of(), training_world) as run:
+        save(run, 2, training_world)
+
+    config = config_of(training={"steps": 8, "precision": "fp32"})
+    with prepared(config, training_world) as run:
+        assert (run.start_step, run.val_loss) == (2, 1.5)
+        assert run.changes == {"training.steps": (4, 8)}
+
+
+def test_a_run_with_another_model_does_not_go_on_and_its_record_stays(
+    config_of: Configs, training_world: World
+) -> None:
+    with prepared(config_of(), training_world) as run:
+        save(run, 2, training_world)
+    history = read_history(run.config.run)
+
+    other = config_of(model={"num_layers": 2, "width": 32, "num_heads": 4})
+
+    assert isinstance(error := refused(other, training_world), RunMismatchError)
+    assert "model.num_layers" in str(error)
+    assert read_history(run.config.run) == history
+
+
+def test_a_run_that_is_done_says_so_and_is_recorded_as_finished(
+    config_of: Configs, training_world: World
+) -> None:
+    config = config_of()
+    with prepared(config, training_world) as run:
+        save(run, 4, training_world)
+
+    left = prepare_run(
+        config, training_world, Watchdog(config.run, config.hardware, training_world)
+    )
+
+    assert isinstance(left, AlreadyTrained)
+    assert "raise training.steps" in left.message
+    assert (read_exit(config.run) or {})["kind"] == "finished"
+
+
+def test_a_run_whose_checkpoints_are_gone_resumes_from_their_copy(
+    config_of: Configs, training_world: World, tmp_path: Path
+) -> None:
+    place = tmp_path / "copies"
+    config = config_of(checkpoint={"every_steps": 2, "copy_to": str(place)})
+    with prepared(config, training_world) as run:
+        save(run, 2, training_world)
+    (config.run / CHECKPOINTS_FOLDER / LATEST_NAME).unlink()
+    place.mkdir()
+    (config.run / CHECKPOINTS_FOLDER).rename(place / config.run.name)
+
+    with prepared(config, training_world) as run:
+        assert run.start_step == 2
