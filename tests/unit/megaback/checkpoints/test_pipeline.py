@@ -6,7 +6,6 @@ from threading import Event
 
 import pytest
 
-from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints import saver as checkpoint_saver
 from megaback.checkpoints.checkpoint import CheckpointMeta, newest_checkpoint
 from megaback.checkpoints.pipeline import CheckpointPipeline
@@ -17,6 +16,7 @@ from megaback.distributed.engine import start_engine
 from megaback.distributed.world import World
 from megaback.faults.watchdog import Watchdog
 from megaback.model.gpt import ReverseGPT
+from megaback.run_folder import complete_checkpoints
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import LaunchError, MegabackError, RunMismatchError
-from megaback.checkpoint_names import CHECKPOINTS_FOLDER, LATEST_NAME
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.checkpoints.state import named_state
 from megaback.config import Config
 from megaback.distributed.world import CollectiveExit, World
 from megaback.faults.exit_record import read_exit, read_history
 from megaback.faults.watchdog import Watchdog
+from megaback.run_folder import CHECKPOINTS_FOLDER, LATEST_NAME
 from megaback.training.run import Run, batch_arithmetic
 from megaback.training.setup import prepare_run
 from megaback.training.start import AlreadyTrained

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from data_pipeline.errors import PreemptedError, UserInterruptError
-from megaback.checkpoint_names import complete_checkpoints
 from megaback.checkpoints.checkpoint import find_checkpoint
 from megaback.config import Config
 from megaback.distributed.world import World
 from megaback.faults.step_guard import write_skipped_steps
 from megaback.faults.stop_request import StopRequest
 from megaback.faults.watchdog import Watchdog
+from megaback.run_folder import complete_checkpoints
 from megaback.tracking.metrics import read_metrics
 from megaback.training.run import Run
 from megaback.training.setup import prepare_run
