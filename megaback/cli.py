@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from data_pipeline.common.command import report, run_as_process, scrubbed
+from data_pipeline.common.logging_setup import verbose_option
 from data_pipeline.errors import LaunchError
 from megaback.installation import missing_module
 
@@ -75,7 +76,7 @@ class LazyGroup(click.Group):
     """A group whose commands are modules, imported when one is run or its own help is asked for."""
 
     def __init__(self, name: str, modules: _Commands, help_text: str) -> None:
-        super().__init__(name, help=help_text)
+        super().__init__(name, help=help_text, params=[verbose_option()])
         self._modules = modules
 
     def main(self, *arguments: Any, **options: Any) -> Any:

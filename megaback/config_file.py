@@ -1,5 +1,7 @@
 """The config of a run from a file and overrides, with the shape of what it starts from."""
 
+import logging
+import shlex
 from pathlib import Path
 
 import yaml
@@ -11,6 +13,8 @@ from megaback.config_messages import sentence
 from megaback.weights.base_shape import with_base_shape
 from megaback.yaml_text import apply_override, read_yaml_argument
 
+_LOG = logging.getLogger("megaback.config")
+
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides in turn, and check the whole.
@@ -19,6 +23,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     the file and the key, and a did-you-mean for a key that does not exist; and, for init_from, what
     `with_base_shape` does.
     """
+    _LOG.debug("reading the config %s with %s", path, shlex.join(overrides) or "no overrides")
     try:
         fields = read_yaml_argument(path)
     except OSError as error:

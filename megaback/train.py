@@ -59,7 +59,7 @@ def train_run(
         prepared = prepare_run(config, world, watchdog, given)
         if isinstance(prepared, AlreadyTrained):
             if world.is_first:
-                print(prepared.message, flush=True)
+                click.echo(prepared.message)
             return
         trainer = Trainer(prepared, world, stop)
         try:

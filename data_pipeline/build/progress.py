@@ -5,7 +5,6 @@ is killed cannot leave one behind.
 """
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from multiprocessing.sharedctypes import RawArray
 from threading import Event, Thread
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
@@ -91,7 +91,7 @@ def _rates(counts: SharedCounts, input_bytes: int, started: float) -> dict[str, 
 def _write_lines(counts: SharedCounts, input_bytes: int, started: float, stop: Event) -> None:
     while not stop.wait(_LINE_INTERVAL_S):
         line = {"event": "build", **_rates(counts, input_bytes, started)}
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        click.echo(json.dumps(line), err=True)
 
 
 class _RateColumn(ProgressColumn):

@@ -35,8 +35,9 @@ from data_pipeline.common.interrupts import (
     sentence,
     take_signals,
 )
+from data_pipeline.common.logging_setup import set_up_logging, verbose_option
 from data_pipeline.common.unquoted import require_quoted, too_many
-from data_pipeline.errors import BackendError, MegabackError, StorageError
+from data_pipeline.errors import BackendError, ConfigError, MegabackError, StorageError
 from data_pipeline.redaction import scrub
 
 READER_GONE_CODE = 141
@@ -137,6 +138,10 @@ def run_as_process(main: Callable[..., Any], *arguments: Any, **options: Any) ->
     protect_console()
     take_signals()
     try:
+        set_up_logging()
+    except ConfigError as error:
+        raise SystemExit(report(error)) from None
+    try:
         return main(*arguments, **options)
     except SystemExit as ending:
         if ending.code == 1 and is_result_unread():  # click's own, of a help page
@@ -153,6 +158,10 @@ class Command(click.Command):
 
     What it prints to standard output is its result: see `data_pipeline.common.console`.
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.params.append(verbose_option())
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         return run_as_process(super().main, *arguments, **options)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -14,7 +15,8 @@ from typing import Any, TypeVar
 from data_pipeline.common.console import only_comments, protect_console
 from data_pipeline.common.import_path import safe_child_imports
 from data_pipeline.common.interrupts import begin_child, received_signal, signals_deferred
-from data_pipeline.errors import LaunchError
+from data_pipeline.common.logging_setup import set_up_logging
+from data_pipeline.errors import ConfigError, LaunchError
 
 _Result = TypeVar("_Result")
 _shared: Any = None
@@ -117,6 +119,8 @@ def begin_worker() -> None:
     begin_child()
     protect_console()
     only_comments()
+    with suppress(ConfigError):  # the process that starts workers has said it
+        set_up_logging()
     end_with_parent()
 
 

@@ -1,6 +1,7 @@
 """Parts of a file behind a URL: the one place where bytes are fetched over a network."""
 
 import errno
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from data_pipeline.storage.http_ranges import FileFacts, fetch_part
 from data_pipeline.storage.retries import TransientError
 from data_pipeline.storage.urls import is_http
 
+_LOG = logging.getLogger("megaback.sources")
 _TAIL_BYTES = 1 << 16
 """Fetched of a file's end at least: of a small file everything but its frames is there."""
 _PINNED_REVISION = re.compile(r"@[0-9a-f]{40}/")
@@ -82,6 +84,7 @@ class RemoteRanges:
 
     def _fetch(self, start: int, stop: int) -> tuple[FileFacts, bytes]:
         """Bytes from `start` on, as many as the server gives up to `stop`, and of which file."""
+        _LOG.debug("%s: fetching bytes %d to %d", self.shown, start, stop)
         fetch = self._fetch_http if self._is_http else self._fetch_other
         return guarded(self._url, lambda: fetch(start, stop))
 

@@ -3,6 +3,7 @@
 Arguments go to them as lists, never through a shell.
 """
 
+import logging
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 from data_pipeline.errors import LaunchError
 
+_LOG = logging.getLogger("megaback.slurm")
 _OVER = frozenset(
     (
         *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),
@@ -76,6 +78,7 @@ def run_sbatch(submission: Submission, *more: str) -> str:
     """Call sbatch. Returns what it said. Raises LaunchError with Slurm's reason."""
     words = submission.command
     command = [words[0], *more, *words[1:]]
+    _LOG.debug("running %s", shlex.join(command))
     try:
         done = subprocess.run(
             command,

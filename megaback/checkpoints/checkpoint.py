@@ -8,6 +8,7 @@ pickle in it. `latest` beside it is for people; nothing here reads it.
 """
 
 import json
+import logging
 import math
 import shlex
 from collections.abc import Mapping
@@ -50,6 +51,7 @@ FORMAT_NAME = "megaback-checkpoint"
 FORMAT_VERSION = 2
 MAX_META_BYTES = 1 << 23
 """Of about 30,000 ranks."""
+_LOG = logging.getLogger("megaback.checkpoints")
 _MAX_CONFIG_DEPTH = 16
 
 
@@ -116,7 +118,7 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | 
         reported = [text for text in world.gather(problem, str | None) if text]
         if not reported and meta is not None:
             if world.is_first and problems:
-                print(f"megaback: {problems[0]}; going back to {target.name}", flush=True)
+                _LOG.warning("%s; going back to %s", problems[0], target.name)
             return target, meta
         problems.extend(reported)
     if problems:
@@ -143,10 +145,9 @@ def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: Wor
         ) from None
     now = (world.size, engine.zero_optimization_stage())
     if world.is_first and now != (meta.world_size, meta.zero_stage):
-        print(
-            f"megaback: {target.name} of {meta.world_size} ranks at ZeRO stage {meta.zero_stage} "
-            f"goes on with {now[0]} ranks at stage {now[1]}",
-            flush=True,
+        _LOG.info(
+            "%s of %d ranks at ZeRO stage %d goes on with %d ranks at stage %d",
+            *(target.name, meta.world_size, meta.zero_stage, *now),
         )
 
 

@@ -18,12 +18,14 @@ import torch.distributed as dist
 
 from data_pipeline.common.command import report, system_error
 from data_pipeline.common.interrupts import leave
+from data_pipeline.common.logging_setup import show_rank
 from data_pipeline.errors import BackendError, LaunchError, MegabackError
 from megaback.distributed.messages import decode, encode
 from megaback.distributed.rendezvous import meet, name_rank, node_name
 from megaback.distributed.visible_devices import count_device_files, count_devices
 
 _Result = TypeVar("_Result")
+_LOG = logging.getLogger("megaback.distributed")
 _MOST_BYTES_OF_EACH = 1 << 20
 _MOST_BYTES_OF_FIRST = 1 << 28
 
@@ -150,7 +152,11 @@ def start_world(device_name: str, timeout_s: float) -> World:
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return World(dist.get_rank(), dist.get_world_size(), device, control)
+    world = World(dist.get_rank(), dist.get_world_size(), device, control)
+    if world.size > 1:
+        show_rank(world.rank)
+    _LOG.debug("%d ranks, this one on %s of %s", world.size, device, node_name())
+    return world
 
 
 def _require_short(num_bytes: int, most_bytes: int) -> None:

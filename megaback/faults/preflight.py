@@ -7,8 +7,8 @@ stops it too where the config says `strict`. `preflight.json` in the run's folde
 """
 
 import json
+import logging
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,6 +30,7 @@ from megaback.faults.shared_disk import DiskFacts, check_shared_disk
 from megaback.run_folder import BAD_NODES_NAME, PREFLIGHT_NAME
 
 # A CPU's cores are shared with whatever else runs there; a GPU is a rank's own.
+_LOG = logging.getLogger("megaback.faults")
 _LEAST_SPEED_RATIO = {"cuda": 0.8, "cpu": 0.4}
 _LEAST_MEMORY_RATIO = 0.7
 _CLOCK_ROUNDS = 3
@@ -90,7 +91,7 @@ def preflight(config: Config, data: Data, world: World) -> None:
     world.stop_if_any(_error_of(stopping))
     if world.is_first:
         for item in findings:
-            print(f"megaback: warning: {item.sentence}", file=sys.stderr, flush=True)
+            _LOG.warning(item.sentence)
     _check_shards(data, config, world)
 
 

@@ -4,6 +4,7 @@ First comes all that can refuse a start, then the first line that is written (`_
 """
 
 import fcntl
+import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,7 @@ from megaback.training.start import (
 from megaback.weights.init_from import open_base
 
 LOCK_NAME = ".lock"
+_LOG = logging.getLogger("megaback.training")
 
 # A run may be continued with other values of everything but these: they decide the batches or what
 # is saved.
@@ -278,7 +280,7 @@ def _fetch(config: Config, world: World) -> None:
     place = CopyTarget(config.checkpoint.copy_to, config.run)
     target = fetch_newest(config.run, place)
     if target is not None:
-        print(f"megaback: {target.name} was fetched from {place.name}", flush=True)
+        _LOG.info("%s was fetched from %s", target.name, place.name)
 
 
 def _accept(

@@ -8,10 +8,10 @@ those of checkpoints that are gone are removed some time later.
 import atexit
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 import uuid
@@ -37,6 +37,7 @@ from megaback.run_folder import (
 from megaback.weights.model_folder import write_model_folder
 from megaback.weights.source import open_checkpoint
 
+_LOG = logging.getLogger("megaback.weights")
 _MOST_FILE_BYTES = 5 * 10**9
 _MOST_TRIES = 5
 """A run that trains meanwhile may delete the checkpoint that is being read."""
@@ -97,11 +98,11 @@ def _converted(path: Path, target: Path) -> Path:
     of_run = target.parent.name == CHECKPOINTS_FOLDER
     beside = (target.parent.parent if of_run else target.parent) / CONVERTED_FOLDER
     folder = beside / f"{target.name}-{_content(target)}"
-    what = f"megaback: {path}: {target.name}"
+    what = f"{path}: {target.name}"
     if (folder / MODEL_CONFIG_NAME).is_file():
         with suppress(OSError):
             os.utime(folder)
-        print(f"{what}, converted before to {folder}", file=sys.stderr, flush=True)
+        _LOG.info("%s, converted before to %s", what, folder)
         return folder
     try:
         if beside.is_symlink():  # the run may be a stranger's, and the link lead anywhere
@@ -118,7 +119,7 @@ def _converted(path: Path, target: Path) -> Path:
         folder = temporary / target.parents[1 if of_run else 0].resolve().name
         _write(target, folder)
         what = f"{what} ({beside} cannot be written)"
-    print(f"{what}, converted to {folder}", file=sys.stderr, flush=True)
+    _LOG.info("%s, converted to %s", what, folder)
     return folder
 
 

@@ -8,6 +8,7 @@ training it or merging weights into it, is read too, and said to be changed.
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ HF_TOKENIZER_NAME = "megaback.spm"
 """The SentencePiece model in a folder for transformers. Under a name that ends with .model, stock
 classes would take it for one that reads forward."""
 STOCK_SECTION = "megaback"
+_LOG = logging.getLogger("megaback.weights")
 _FORMAT_NAME = "megaback-model"
 _FORMAT_VERSION = 3
 _HASHES_IN_CONFIG_VERSION = 2
@@ -309,6 +311,7 @@ def load_model_folder(
     if device.type == "cpu":
         _require_memory(folder, description, dtype)
     _, backend = attention_backend("auto", device, dtype, description.shape.head_dim)
+    _LOG.debug("loading %s to %s as %s, attention by %s", folder, device, dtype, backend)
     with torch.device("meta"):
         model = ReverseGPT(description.shape, description.vocab_size, backend)
     model.to(dtype).to_empty(device=device)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from data_pipeline.common.logging_setup import set_up_logging
 from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.distributed.world import CollectiveExit, World, end_rank, start_world
@@ -70,6 +71,7 @@ def main() -> None:
     """Go through all faults that are asked for."""
     config, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     os.environ[HOST_VARIABLE] = f"node{os.environ['RANK']}"
+    set_up_logging()
     world = start_world("cpu", 60)
     endings = [
         check(name, wanted, config, folder / f"{name} {wanted}", world) for name, wanted in cases

@@ -12,6 +12,7 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from data_pipeline.common.logging_setup import set_up_logging
 from megaback.config_file import load_config
 from megaback.distributed.world import World, end_rank, start_world
 from megaback.faults.stop_request import StopRequest
@@ -41,6 +42,7 @@ def main() -> None:
     """Train what is asked for until stdin ends."""
     answers = sys.stdout
     sys.stdout = sys.stderr  # what libraries print is no answer
+    set_up_logging()
     world = start_world("cpu", 60)
     for line in sys.stdin:
         problem = train(world, **json.loads(line))

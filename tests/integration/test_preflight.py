@@ -49,6 +49,8 @@ class Checked:
     code: int
     sentence: str
     printed: str
+    """To standard error, by the first rank."""
+    printed_by_second: str
 
     @property
     def report(self) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def run_cases(config: Path, folder: Path, cases: list[tuple[str, str]]) -> dict[
                 folder,
                 json.dumps(cases),
             ],
-            env=environment | names,
+            env=environment | names | {"MEGABACK_LOG": "debug"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -80,7 +82,7 @@ def run_cases(config: Path, folder: Path, cases: list[tuple[str, str]]) -> dict[
     (printed, warnings), (_, others) = (rank.communicate(timeout=120) for rank in ranks)
     assert [rank.returncode for rank in ranks] == [0, 0], warnings + others
     return {
-        case: Checked(folder / " ".join(case), ending["code"], ending["sentence"], warnings)
+        case: Checked(folder / " ".join(case), ending["code"], ending["sentence"], warnings, others)
         for case, ending in zip(cases, json.loads(printed), strict=True)
     }
 
@@ -102,6 +104,14 @@ def test_nodes_that_fit_pass_and_leave_their_numbers(checked: dict[Any, Checked]
     assert [rank["node"] for rank in case.report["ranks"]] == ["node0", "node1"]
     assert all(rank["multiply_flops"] > 0 for rank in case.report["ranks"])
     assert {path.name for path in case.run.iterdir()} == {PREFLIGHT_NAME}
+
+
+def test_each_rank_says_which_one_it_is(checked: dict[Any, Checked]) -> None:
+    case = checked["none", "auto"]
+
+    for rank, printed in enumerate((case.printed, case.printed_by_second)):
+        (line,) = [line for line in printed.splitlines() if "2 ranks, this one on cpu" in line]
+        assert f" rank {rank}: megaback: debug: " in line
 
 
 def test_preflight_that_is_off_does_nothing(checked: dict[Any, Checked]) -> None:
@@ -134,7 +144,7 @@ def test_what_makes_a_run_slow_is_a_warning(name: str, checked: dict[Any, Checke
     case = checked[name, "auto"]
 
     assert case.code == 0
-    assert f"megaback: warning: {SENTENCES[name]}" in case.printed
+    assert f" rank 0: megaback: warning: {SENTENCES[name]}" in case.printed
     assert [item["node"] for item in case.report["findings"]] == ["node1"]
     assert not (case.run / BAD_NODES_NAME).exists()
 

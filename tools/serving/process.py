@@ -37,6 +37,7 @@ class Server(uvicorn.Server):
             make_app(service, token=token, allowed=allowed),
             http=IdleTimeoutConnection,
             ws="none",
+            log_config=None,
             log_level=log_level,
             access_log=False,
             use_colors=False,

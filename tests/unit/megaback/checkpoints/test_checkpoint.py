@@ -159,14 +159,14 @@ def test_resuming_goes_back_to_the_newest_checkpoint_that_verifies(
 
 
 def test_going_back_is_said_with_the_file_that_is_damaged(
-    tmp_path: Path, save: Save, world: World, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, save: Save, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 100)
     flip(save(tmp_path, 200) / WEIGHTS)
 
     newest_checkpoint(tmp_path, world)
 
-    said = capsys.readouterr().out
+    (said,) = caplog.messages
     assert f"step-00000200 is damaged: {WEIGHTS}" in said
     assert "going back to step-00000100" in said
 

@@ -40,8 +40,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_becomes_what_convert_makes_of_it_once(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "megaback")
     convert_full(run, tmp_path / "by hand", "float32")
     first = model_folder(run)
     by_hand = contents(tmp_path / "by hand")
@@ -54,10 +55,10 @@ def test_a_run_becomes_what_convert_makes_of_it_once(
     }
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == stamps
     assert conversions(run) == [first.name]
-    lines = capsys.readouterr().err.splitlines()
+    lines = caplog.messages
     assert len(lines) == 5
-    assert lines[0] == f"megaback: {run}: {checkpoint.name}, converted to {first}"
-    assert lines[1] == f"megaback: {run}: {checkpoint.name}, converted before to {first}"
+    assert lines[0] == f"{run}: {checkpoint.name}, converted to {first}"
+    assert lines[1] == f"{run}: {checkpoint.name}, converted before to {first}"
 
 
 def test_a_newer_checkpoint_is_another_model_and_best_names_one(run: Path, codec: Codecs) -> None:
@@ -168,11 +169,12 @@ def test_a_damaged_checkpoint_is_no_reason_to_try_again(run: Path) -> None:
 
 
 def test_a_run_that_cannot_be_written_is_converted_elsewhere_for_a_while(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
+    caplog.set_level("INFO", "megaback")
     left: list[object] = []
     monkeypatch.setattr(converted, "locked", refuse)
     monkeypatch.setattr(converted.atexit, "register", lambda *words, **_: left.append(words[1]))
@@ -180,7 +182,7 @@ def test_a_run_that_cannot_be_written_is_converted_elsewhere_for_a_while(
     assert not (run / CONVERTED_FOLDER).exists()
     assert (folder / "config.json").is_file()
     assert (shown_name(folder), left) == ("my run", [folder.parent])
-    assert "cannot be written" in capsys.readouterr().err
+    assert "cannot be written" in caplog.text
     shutil.rmtree(folder.parent)
 
 

@@ -1,0 +1,90 @@
+"""The one logging setup: whatever is not a command's result, on standard error.
+
+Our loggers lie under `megaback`. Processes of commands, ranks and workers get the one handler. A
+program that imports megaback gets none and decides itself; until it does, Python shows warnings.
+"""
+
+import logging
+import os
+import sys
+from typing import Any, TextIO
+
+import click
+
+from data_pipeline.common.control_characters import on_one_line
+from data_pipeline.errors import ConfigError
+
+LOG_VARIABLE = "MEGABACK_LOG"
+LEVELS = ("debug", "info", "warning", "error")
+_ALL = logging.getLogger("megaback")
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to whatever standard error is by then: bars put a stream in its place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
+class _Lines(logging.Formatter):
+    """`megaback: warning: …`; of one of several ranks, with time and rank in front."""
+
+    rank: int | None = None
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (its name)
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        library = record.name.partition(".")[0]
+        message = on_one_line(record.message) if library == "megaback" else record.message
+        line = f"{library}: {level}{message}"
+        if self.rank is None:
+            return line
+        return f"{self.formatTime(record, '%Y-%m-%d %H:%M:%S')} rank {self.rank}: {line}"
+
+
+_LINES = _Lines()
+_HANDLER = _StandardError()
+_HANDLER.setFormatter(_LINES)
+
+
+def set_up_logging() -> None:
+    """Let this process, which is one of ours, log at the level of MEGABACK_LOG, or else info.
+
+    Warnings of other libraries come in the same form. Raises ConfigError.
+    """
+    level = os.environ.get(LOG_VARIABLE) or "info"
+    if level.lower() not in LEVELS:
+        raise ConfigError(f"{LOG_VARIABLE} is {level!r}; set it to one of {', '.join(LEVELS)}")
+    if not _is_set_up():
+        logging.getLogger().addHandler(_HANDLER)
+    _ALL.setLevel(level.upper())
+
+
+def show_rank(rank: int) -> None:
+    """From now on, the lines of this process say when they come, and from which rank."""
+    _LINES.rank = rank
+
+
+def verbose_option() -> click.Option:
+    """`-v`, `--verbose`, for this process and those that it starts."""
+    return click.Option(
+        ["-v", "--verbose"],
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set_verbose,
+        help="Log debug messages too, to standard error.",
+    )
+
+
+def _set_verbose(_context: click.Context, _option: click.Parameter, is_verbose: Any) -> None:
+    if is_verbose and _is_set_up():  # else logging is the affair of the program that calls this
+        os.environ[LOG_VARIABLE] = "debug"
+        set_up_logging()
+
+
+def _is_set_up() -> bool:
+    return _HANDLER in logging.getLogger().handlers
