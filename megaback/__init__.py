@@ -17,6 +17,8 @@ from megaback.installation import require_packages
 
 if TYPE_CHECKING:
     from megaback import errors as errors
+    from megaback.dataset import RowDataset as RowDataset
+    from megaback.dataset import open_dataset as open_dataset
     from megaback.inference.infill.infiller import Infill as Infill
     from megaback.inference.infill.infiller import Infiller as Infiller
     from megaback.inference.infill.infiller import InfillOptions as InfillOptions
@@ -37,6 +39,7 @@ _MODULES = {
     "InfillOptions": "megaback.inference.infill.infiller",
     "Infiller": "megaback.inference.infill.infiller",
     "Pair": "megaback.scoring.pairs",
+    "RowDataset": "megaback.dataset",
     "SamplingOptions": "megaback.inference.sampling",
     "Score": "megaback.scoring.scorer",
     "Scorer": "megaback.scoring.scorer",
@@ -44,6 +47,7 @@ _MODULES = {
     "load": "megaback.inference.writer",
     "load_infiller": "megaback.inference.infill.infiller",
     "load_scorer": "megaback.scoring.scorer",
+    "open_dataset": "megaback.dataset",
     "read_metrics": "megaback.tracking.metrics",
 }
 __all__ = [
@@ -51,6 +55,7 @@ __all__ = [
     "InfillOptions",
     "Infiller",
     "Pair",
+    "RowDataset",
     "SamplingOptions",
     "Score",
     "Scorer",
@@ -59,6 +64,7 @@ __all__ = [
     "load",
     "load_infiller",
     "load_scorer",
+    "open_dataset",
     "read_metrics",
 ]
 

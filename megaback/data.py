@@ -106,6 +106,53 @@ class OpenShards:
             if data_set.manifest.split("val")
         )
 
+    def train_rows_of(
+        self, batch: BatchSection, seed: int, epochs: float, rank: int, world_size: int
+    ) -> "RankRows":
+        """The rows of a rank for training. Raises MegabackErrors for what does not fit."""
+        streams = self.streams(batch, seed)
+        loader = TrainingLoader(
+            streams, self.mixture, batch.global_batch_rows, rank, world_size, micro_batch_rows=1
+        )
+        rows = epochs * rows_per_epoch(streams, self.mixture)
+        steps = math.ceil(rows / batch.global_batch_rows)
+        return RankRows(loader, world_size, loader.rank_rows, steps, is_endless=True)
+
+    def val_rows_of(self, batch: BatchSection, rank: int, world_size: int) -> "RankRows":
+        """The rows of a rank in the val sets. Raises ConfigError where there is none."""
+        readers = self.val_rows(batch.context_tokens)
+        if not readers:
+            raise ConfigError(
+                f"{self.section.description} has no val set; build one with --val-fraction"
+            )
+        rows = SequentialRows(readers, rank, world_size, batch.micro_batch_rows)
+        steps = rows.num_rows // batch.micro_batch_rows
+        return RankRows(rows, world_size, batch.micro_batch_rows, steps, is_endless=False)
+
+
+@dataclass(frozen=True)
+class RankRows:
+    """The rows of a rank by number, for trainers other than ours; an epoch is whole steps."""
+
+    source: TrainingLoader | SequentialRows
+    world_size: int
+    rank_rows: int
+    """In a step."""
+    steps: int
+    """In an epoch."""
+    is_endless: bool
+    """Epochs come after one another in the source; otherwise it has one."""
+
+    @property
+    def num_rows(self) -> int:
+        """In an epoch."""
+        return self.steps * self.rank_rows
+
+    def slices(self, epoch: int, first: int, stop: int, size: int, stride: int) -> Iterator[Batch]:
+        """As `TrainingLoader.slices`, with rows counted from the beginning of an epoch."""
+        before = epoch * self.num_rows if self.is_endless else 0
+        return self.source.slices(before + first, before + stop, size, stride)
+
 
 def open_shards(section: DataSection) -> OpenShards:
     """Open data sets and check that they fit each other.

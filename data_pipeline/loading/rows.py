@@ -13,7 +13,7 @@ row's window of `context_tokens + 1` ids is then read from its other end with be
 exchanged, so that both directions see the same windows in the same steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -55,6 +55,20 @@ class Batch:
         """
         starts = self.cu_seqlens[:-1].astype(np.int64)
         return np.arange(len(self.ids_T)) - np.repeat(starts, np.diff(self.cu_seqlens))
+
+    def rows(self, context_tokens: int) -> Iterator["Batch"]:
+        """Each row as a batch, on the same memory; skipped rows are not counted in them."""
+        starts = np.arange(0, len(self.ids_T), context_tokens)
+        firsts = np.searchsorted(self.cu_seqlens, [*starts, len(self.ids_T)])
+        for start, (first, last) in zip(starts.tolist(), pairwise(firsts.tolist()), strict=True):
+            targets = self.targets_T[start : start + context_tokens]
+            yield Batch(
+                self.ids_T[start : start + context_tokens],
+                targets,
+                self.cu_seqlens[first : last + 1] - np.int32(start),
+                int(np.count_nonzero(targets != IGNORED_TARGET)),
+                0,
+            )
 
 
 class RowReader:

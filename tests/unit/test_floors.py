@@ -25,6 +25,7 @@ FLOORS = [
     ["megaback.shown_config"],
     ["megaback.model", "megaback.planning"],
     ["megaback.data", "megaback.optim"],
+    ["megaback.dataset"],
     ["megaback.distributed"],
     ["megaback.faults"],
     ["megaback.checkpoints"],
