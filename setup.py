@@ -83,6 +83,7 @@ setup(
             "schemathesis>=4.0",
             "tensorboard>=2.15",
             "lxml_html_clean>=0.4",
+            "torchdata>=0.11",
             "trafilatura>=2.0",
             "transformers>=4.53",
             "types-PyYAML",
