@@ -108,14 +108,14 @@ def variants(sample: list[bytes], dictionary_kib: tuple[int, ...]) -> list[Varia
 )
 @click.argument("tokenizer", type=click.Path(path_type=Path))
 @click.argument("source")
-@click.option("--frames", "most_frames", default=40, show_default=True, help="Most to measure.")
+@click.option("--frames", "max_frames", default=40, show_default=True, help="Most to measure.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--frame-tokens", default=DEFAULT_FRAME_TOKENS, show_default=True)
 @click.option("--dictionary-kib", multiple=True, type=int, default=_DICTIONARY_KIB)
 def main(
     tokenizer: Path,
     source: str,
-    most_frames: int,
+    max_frames: int,
     rounds: int,
     frame_tokens: int,
     dictionary_kib: tuple[int, ...],
@@ -128,7 +128,7 @@ def main(
     frames = [ids[start : start + frame_tokens].tobytes() for start in starts]
     half = len(frames) // 2
     # The frame in between may share a document with the sample.
-    sample, measured = frames[:half], frames[half + 1 :][:most_frames]
+    sample, measured = frames[:half], frames[half + 1 :][:max_frames]
 
     compared = variants(sample, dictionary_kib)
     for _ in range(rounds):

@@ -80,8 +80,8 @@ def ways(tokens: int, samples: int, seed: int) -> dict[str, InfillOptions]:
 
     def way(ahead: int, back: int, weight: float) -> InfillOptions:
         return InfillOptions(
-            most_tokens=tokens + tokens // 2,
-            least_tokens=tokens - tokens // 2,
+            max_tokens=tokens + tokens // 2,
+            min_tokens=tokens - tokens // 2,
             forward_candidates=ahead,
             backward_candidates=back,
             forward_weight=weight,

@@ -95,7 +95,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-@click.command(cls=Benchmark, smoke="{shards} --cycles 1 --most-s 6")
+@click.command(cls=Benchmark, smoke="{shards} --cycles 1 --max-s 6")
 @click.argument("shards")
 @click.option("--cycles", default=100, show_default=True)
 @click.option(
@@ -103,8 +103,8 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 )
 @click.option("--stage", default=2, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--most-s", default=11.0, show_default=True, help="Until a cycle is disturbed.")
-def main(shards: str, cycles: int, steps: int, stage: int, seed: int, most_s: float) -> None:
+@click.option("--max-s", default=11.0, show_default=True, help="Until a cycle is disturbed.")
+def main(shards: str, cycles: int, steps: int, stage: int, seed: int, max_s: float) -> None:
     """Disturb a run, then compare it with one that was not."""
     dice = random.Random(seed)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
@@ -115,7 +115,7 @@ def main(shards: str, cycles: int, steps: int, stage: int, seed: int, most_s: fl
     started = time.monotonic()
     for cycle in range(cycles):
         launcher = start(config, run)
-        time.sleep(dice.uniform(1, most_s))
+        time.sleep(dice.uniform(1, max_s))
         done[disturb(launcher, dice) if launcher.poll() is None else "it had ended"] += 1
         codes[launcher.wait()] += 1
         if damage_newest(run, dice):

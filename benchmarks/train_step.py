@@ -5,7 +5,7 @@
 One process against a plain loop (autocast, torch.compile, fused AdamW, clipping), and two ranks
 over gloo at ZeRO 1 to 3 against the same loop under DistributedDataParallel. One thread a process;
 CPU time of all threads and ranks, in turns, medians. All train 14 million parameters (6 layers,
-width 384) on packed documents of uneven lengths. Then: model FLOPs utilisation against this CPU's
+width 384) on packed documents of uneven lengths. Then: model FLOPs utilization against this CPU's
 measured peak of matrix products in the same precision, and where our time goes, by the profiler.
 """
 

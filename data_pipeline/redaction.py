@@ -60,9 +60,9 @@ _HEADER = re.compile(
     r"[^\s\"',;]+",
     re.IGNORECASE,
 )
-_LEAST_LENGTHS = {True: 6, False: 8}
+_MIN_LENGTHS = {True: 6, False: 8}
 """Of passwords and of other values that `scrub` removes: it would remove common words with them."""
-_MOST_PASSES = 8
+_MAX_PASSES = 8
 _SECRET_VARIABLE = re.compile(
     rf"^(?!{VARIABLE_PREFIX})(?=.*(?:SECRET|PASSWORD|PASSWD|TOKEN|API_?KEY|ACCESS_KEY|ACCOUNT_KEY))"
     r".*(?<!FILE)(?<!PATH)(?<!DIR)(?<!URL)(?<!URI)(?<!ID)(?<!PARALLELISM)$"
@@ -82,7 +82,7 @@ def shown_url(text: str) -> str:
 
     Addresses that differ in harmless values (`?id=7`) remain different. A path stays as it is.
     """
-    for _ in range(_MOST_PASSES):  # what is left may again look like a name before a host
+    for _ in range(_MAX_PASSES):  # what is left may again look like a name before a host
         parts = list(_parts(text, _NAMED_REFERENCE))
         if not parts:
             return text
@@ -136,7 +136,7 @@ def remember(secret: str, *, is_password: bool = False) -> None:
         pieces += [secret.partition(":")[2], secret.rpartition(":")[2], _as_header(secret)]
     pieces += [pair.partition("=")[2] for pair in re.split(r"[&;?#]", secret)]
     for piece in pieces:
-        if len(piece) >= _LEAST_LENGTHS[is_password]:
+        if len(piece) >= _MIN_LENGTHS[is_password]:
             _known.update((piece, unquote(piece)))
 
 
@@ -160,7 +160,7 @@ class _Part:
 
 
 def _is_long(secret: str) -> bool:
-    return len(secret) >= _LEAST_LENGTHS[True]
+    return len(secret) >= _MIN_LENGTHS[True]
 
 
 def _shown_match(match: re.Match[str]) -> str:

@@ -46,7 +46,7 @@ class Machine:
     shm_free_bytes: int | None
     open_files: int
     """The limit in force; -1 for none."""
-    most_open_files: int
+    max_open_files: int
     """What the limit may be raised to."""
     locked_bytes: int
     """Memory that may be locked; -1 for any amount."""
@@ -68,7 +68,7 @@ def examine(folder: Path) -> Machine:
     """Look at this machine. Takes as long as importing torch and DeepSpeed does."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     shm = Path("/dev/shm")  # noqa: S108 (looked at, not written)
-    open_files, most_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_files, max_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     partitions, slurm_problem = _partitions()
     return Machine(
         host=socket.gethostname(),
@@ -84,7 +84,7 @@ def examine(folder: Path) -> Machine:
         is_writable=os.access(there, os.W_OK),
         shm_free_bytes=shutil.disk_usage(shm).free if shm.is_dir() else None,
         open_files=open_files,
-        most_open_files=most_open_files,
+        max_open_files=max_open_files,
         locked_bytes=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         num_gpus=count_devices(),
         driver=_driver(),

@@ -186,7 +186,7 @@ def to_json(
     type=SOME_SHARE.option,
     default=DEFAULT_MFU,
     show_default=True,
-    help="Model FLOPs utilisation: the part of the peak that is used.",
+    help="Model FLOPs utilization: the part of the peak that is used.",
 )
 @click.option(
     "--tokens",

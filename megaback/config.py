@@ -262,10 +262,10 @@ class ZeroSection(Section):
 
     @model_validator(mode="after")
     def _stage_can_offload(self) -> "ZeroSection":
-        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
-        if self.stage < least:
+        minimum = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.stage < minimum:
             raise ValueError(
-                f"offload {self.offload} needs stage {least} or higher, and stage is {self.stage}"
+                f"offload {self.offload} needs stage {minimum} or higher, and stage is {self.stage}"
             )
         return self
 
@@ -279,7 +279,7 @@ class HardwareSection(Section):
     device_name: str | None = None
     """What `megaback plan` and `submit` take the devices for: h100-80gb, a100-40gb, …"""
     peak_flops: Annotated[float, ranges.POSITIVE] | None = None
-    """A device's peak, for the model FLOPs utilisation. Default: known for common GPUs."""
+    """A device's peak, for the model FLOPs utilization. Default: known for common GPUs."""
     collective_timeout_s: Annotated[float, ranges.SECONDS] = 1800
     """Until the first step is done, a rank that is longer at one thing ends, and so do the others:
     connecting, reading a checkpoint, compiling."""

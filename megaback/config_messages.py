@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-_MOST_SHOWN = 60
+_MAX_SHOWN = 60
 """Characters of a value."""
 
 
@@ -32,7 +32,7 @@ def sentence(error: ValidationError, config: type[BaseModel]) -> str:
 def shown(value: Any) -> str:
     """A value as a message shows it: whole if it is short."""
     text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…"
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
 
 
 def _is_short(value: Any) -> bool:

@@ -57,7 +57,7 @@ _PEOPLE = [
     "my younger sister",
     "the harbour master",
     "an honest lawyer",
-    "her neighbour",
+    "her neighbor",
     "the village doctor",
     "a stranger from the north",
     "the schoolteacher",

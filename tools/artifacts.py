@@ -218,14 +218,14 @@ def _run(folder: Path, verify: bool) -> Artifact:
     lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
     times = [line["step_s"] for line in lines if line.get("step_s") is not None]
     assessed = assess_run(folder, times, time.time())
-    most = lines[-1]["step"] if lines else 0
+    maximum = lines[-1]["step"] if lines else 0
     if assessed.rolled_back_to is not None:
-        most = assessed.rolled_back_to
+        maximum = assessed.rolled_back_to
     facts: dict[str, Any] = {
         "config": f"{config.model.num_layers} layers, width {config.model.width}, "
         f"{config.data.description}, {config.data.direction.value}",
     }
-    steps = [line for line in lines if line.get("loss") is not None and line["step"] <= most]
+    steps = [line for line in lines if line.get("loss") is not None and line["step"] <= maximum]
     if steps:
         facts |= {"step": steps[-1]["step"], "loss": steps[-1]["loss"]}
     facts["ended"] = assessed.ending or f"not yet ({assessed.state}: {assessed.reason})"

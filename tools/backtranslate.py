@@ -214,15 +214,15 @@ def _do_task(
     if done:
         click.echo(f"task {task} goes on after {done} chunks", err=True)
     chunks = iter(lambda: list(islice(texts, texts_at_once)), [])
-    started = said = time.monotonic()
+    started = logged_s = time.monotonic()
     num_texts = 0
     for chunk in islice(chunks, task + done * num_tasks, None, num_tasks):
         parts.append(task, translator.records(chunk))
         num_texts += len(chunk)
-        if time.monotonic() - said > _PROGRESS_INTERVAL_S:
-            said = time.monotonic()
+        if time.monotonic() - logged_s > _PROGRESS_INTERVAL_S:
+            logged_s = time.monotonic()
             line = {"event": "backtranslate", "task": task, "texts": num_texts}
-            rate = {"texts_per_s": round(num_texts / (said - started), 2)}
+            rate = {"texts_per_s": round(num_texts / (logged_s - started), 2)}
             click.echo(json.dumps({**line, "up_to": chunk[-1].position, **rate}), err=True)
     parts.finish(task)
 

@@ -131,7 +131,7 @@ def _whole_number(value: object, name: str, allowed: Range) -> int:
         return value
     shown = str(value)[:40]
     raise PromptError(
-        f"{name!r} is {shown!r}; it must be a whole number from {allowed.least} to {allowed.most}"
+        f"{name!r} is {shown!r}; it must be a whole number from {allowed.min} to {allowed.max}"
     )
 
 
@@ -243,7 +243,7 @@ def _require_direction(folder: Path, actual: Direction, name: str) -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--response", "given", help="Answer this one, and leave.")
 @click.option("--instruction", help="The same, with a model that writes forward.")
-@click.option("--ending", help="Plain generation: text that a backward model writes towards.")
+@click.option("--ending", help="Plain generation: text that a backward model writes toward.")
 @click.option("--beginning", help="Plain generation: text that a forward model goes on from.")
 @click.option("--json", "is_json", is_flag=True, help="A line of JSON for each from stdin.")
 @click.option(

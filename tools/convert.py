@@ -20,7 +20,7 @@ from megaback.use_commands import use_commands
 # Not pydantic.ByteSize, which reads "1,5GB" as one byte and passes over what follows a unit.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-MOST_FILE_BYTES = 5 * 10**9
+MAX_FILE_BYTES = 5 * 10**9
 
 
 def _num_bytes(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
@@ -36,7 +36,7 @@ def convert(
     out: Path,
     kind: str,
     dtype: str,
-    most_file_bytes: int = MOST_FILE_BYTES,
+    max_file_bytes: int = MAX_FILE_BYTES,
     *,
     overwrite: bool = False,
 ) -> None:
@@ -62,10 +62,10 @@ def convert(
         if kind == "full":
             specs = source.specs(torch_dtype)
             write_model_folder(
-                folder, source.description, specs, source.read, source.tokenizer, most_file_bytes
+                folder, source.description, specs, source.read, source.tokenizer, max_file_bytes
             )
         elif kind == "hf":
-            write_hf_folder(folder, name, source, torch_dtype, most_file_bytes)
+            write_hf_folder(folder, name, source, torch_dtype, max_file_bytes)
         else:
             write_gguf_folder(folder, name, source, torch_dtype)
 

@@ -43,8 +43,8 @@ class Request(BaseModel):
         return replace(
             options,
             **_given(
-                most_tokens=self.tokens,
-                least_tokens=self.min_tokens,
+                max_tokens=self.tokens,
+                min_tokens=self.min_tokens,
                 forward_candidates=self.candidates,
                 backward_candidates=self.candidates,
             ),
@@ -97,7 +97,7 @@ def infill(
     found = infiller.fill(beginning, ending, options)
     if not found:
         raise PromptError(
-            f"no middle of {options.least_tokens} to {options.most_tokens} tokens was written; "
+            f"no middle of {options.min_tokens} to {options.max_tokens} tokens was written; "
             "allow other lengths, or ask for more candidates"
         )
     return found[:count]
@@ -116,7 +116,7 @@ def infill(
     metavar="DIR",
     type=click.Path(path_type=Path),
     required=True,
-    help="Model that writes towards the ending.",
+    help="Model that writes toward the ending.",
 )
 @click.option("--beginning", help="Text before the middle.")
 @click.option("--ending", help="Text after it.")
@@ -198,8 +198,8 @@ def main(
     if not is_json and (beginning is None or ending is None):
         raise click.UsageError("Give --beginning and --ending, or --json.")
     options = InfillOptions(
-        most_tokens=tokens,
-        least_tokens=min_tokens,
+        max_tokens=tokens,
+        min_tokens=min_tokens,
         forward_candidates=candidates,
         backward_candidates=candidates,
         sampling=SamplingOptions(temperature=temperature, top_k=top_k, seed=seed),

@@ -27,11 +27,11 @@ def parse_object(line: str, wanted: str) -> Answer:
 
 def stdin_lines() -> Iterator[str | None]:
     """The lines of stdin as they come; None for one that is too long to be held."""
-    most = DEFAULT_MAX_RECORD_BYTES
-    while line := sys.stdin.readline(most + 1):
-        is_long = len(line) > most
-        while len(line) > most and not line.endswith("\n"):
-            line = sys.stdin.readline(most + 1)  # the rest, in pieces
+    maximum = DEFAULT_MAX_RECORD_BYTES
+    while line := sys.stdin.readline(maximum + 1):
+        is_long = len(line) > maximum
+        while len(line) > maximum and not line.endswith("\n"):
+            line = sys.stdin.readline(maximum + 1)  # the rest, in pieces
         yield None if is_long else line
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.command import Command
-from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY, MOST_EPOCH
+from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY, MAX_EPOCH
 from data_pipeline.errors import ConfigError, SourceMissingError, SourceUnreadableError
 from data_pipeline.loading.loader import Stream
 from data_pipeline.loading.mixture import Mixture
@@ -29,7 +29,7 @@ from megaback.config_file import load_config
 from megaback.data import Data, open_data
 from megaback.faults.run_ownership import config_of_run
 
-_MOST_EPOCHS = 10_000  # no run reads more, and numbers of rows stay far below 2**63
+_MAX_EPOCHS = 10_000  # no run reads more, and numbers of rows stay far below 2**63
 
 _Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -310,7 +310,7 @@ def _show(
 @click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True)
 @click.option(
     "--epoch",
-    type=MOST_EPOCH.option,
+    type=MAX_EPOCH.option,
     default=0,
     show_default=True,
     help="Which reading of the data set.",

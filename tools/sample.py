@@ -95,7 +95,7 @@ def _joined(texts: Sequence[str]) -> str:
 
 @click.command(cls=Command, name="sample")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--ending", help="Text that a backward model writes towards.")
+@click.option("--ending", help="Text that a backward model writes toward.")
 @click.option("--beginning", help="Text that a forward model goes on from.")
 @click.option("--tokens", type=COUNT.option, default=500, show_default=True)
 @click.option(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tools.serving.models import ServedModel
 
 TOKEN_VARIABLE = "MEGABACK_SERVE_TOKEN"  # noqa: S105 - a variable's name, not a token
-_FEWEST_TOKEN_CHARACTERS = 16
+_MIN_TOKEN_CHARACTERS = 16
 _SMALLEST_SPARE_FILES = 4096
 
 
@@ -45,9 +45,9 @@ def read_token(path: Path | None) -> str | None:
     else:
         return None
     is_plain = token.isascii() and token.isprintable() and " " not in token
-    if len(token) < _FEWEST_TOKEN_CHARACTERS or not is_plain:
+    if len(token) < _MIN_TOKEN_CHARACTERS or not is_plain:
         raise ServeError(
-            f"the token in {where} is not {_FEWEST_TOKEN_CHARACTERS} or more visible ASCII "
+            f"the token in {where} is not {_MIN_TOKEN_CHARACTERS} or more visible ASCII "
             "characters without spaces; write one with `openssl rand -hex 32`"
         )
     return token
@@ -149,26 +149,32 @@ def run_server(
     help="Samples that each model writes at once.",
 )
 @click.option(
-    "--most-tokens",
+    "--max-tokens",
     type=COUNT.option,
     default=4096,
     show_default=True,
-    help="Of one sample.",
+    help="Maximum tokens per sample.",
 )
 @click.option(
-    "--most-requests",
+    "--max-requests",
     type=COUNT.option,
     default=256,
     show_default=True,
-    help="Answered or waiting at the same time.",
+    help="Maximum concurrent requests, answered or waiting.",
 )
-@click.option("--most-body-bytes", type=BODY_BYTES.option, default=1 << 20, show_default=True)
 @click.option(
-    "--most-seconds",
+    "--max-body-bytes",
+    type=BODY_BYTES.option,
+    default=1 << 20,
+    show_default=True,
+    help="Maximum size of a request's body.",
+)
+@click.option(
+    "--max-seconds",
     type=SECONDS.option,
     default=300.0,
     show_default=True,
-    help="Of one request; what is written by then is its answer.",
+    help="Maximum seconds per request; what is written by then is its answer.",
 )
 @click.option(
     "--shutdown-seconds",
@@ -191,10 +197,10 @@ def main(
     token_file: Path | None,
     allow_hosts: tuple[str, ...],
     slots: int,
-    most_tokens: int,
-    most_requests: int,
-    most_body_bytes: int,
-    most_seconds: float,
+    max_tokens: int,
+    max_requests: int,
+    max_body_bytes: int,
+    max_seconds: float,
     shutdown_seconds: float,
     device: str | None,
     dtype: str,
@@ -233,11 +239,11 @@ def main(
         forward = None if forward is None else model_folder(forward)
         models = load_models(folder, forward, choose_device(device), torch_dtype, slots)
         limits = Limits(
-            body_bytes=most_body_bytes,
-            open_requests=most_requests,
-            waiting_samples=most_requests * 4,
-            tokens=most_tokens,
-            request_s=most_seconds,
+            body_bytes=max_body_bytes,
+            open_requests=max_requests,
+            waiting_samples=max_requests * 4,
+            tokens=max_tokens,
+            request_s=max_seconds,
         )
         infiller = load_meeting(folder, forward, device)
         run_server(models, listener, limits, token, shutdown_seconds, infiller, allowed)

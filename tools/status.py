@@ -21,11 +21,11 @@ from data_pipeline.common.terminal import fit
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.faults.exit_record import read_history
 from megaback.run_folder import HISTORY_NAME, META_NAME, METRICS_NAME, complete_checkpoints, step_of
-from megaback.tracking.metrics import LEAST_DATA_WAIT_SHARE, read_metrics
+from megaback.tracking.metrics import MIN_DATA_WAIT_SHARE, read_metrics
 from tools.watch import Health, health_of
 
 _RECENT_STEPS = 50
-_MOST_EVENTS = 12
+_MAX_EVENTS = 12
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,10 @@ def screen(status: Status, now: float) -> str:
     if status.left_out_steps:
         rows.append(("left out", f"{status.left_out_steps:,} steps, by megaback rollback"))
     lines = [status.run, *(f"  {name:<11}{text}" for name, text in rows), "history"]
-    hidden = len(status.history) - _MOST_EVENTS
+    hidden = len(status.history) - _MAX_EVENTS
     if hidden > 0:
         lines.append(f"  … {hidden} earlier ones in {HISTORY_NAME}")
-    lines += [f"  {_event(line)}" for line in status.history[-_MOST_EVENTS:]]
+    lines += [f"  {_event(line)}" for line in status.history[-_MAX_EVENTS:]]
     return "\n".join(lines)
 
 
@@ -179,7 +179,7 @@ def _steps(status: Status) -> str:
 
 def _pace(status: Status) -> str:
     parts = [f"{status.tokens_per_s:,.0f} tokens/s"]
-    if status.data_wait_share is not None and status.data_wait_share > LEAST_DATA_WAIT_SHARE:
+    if status.data_wait_share is not None and status.data_wait_share > MIN_DATA_WAIT_SHARE:
         parts.append(f"data wait {status.data_wait_share:.0%}")
     if status.memory_peak_bytes is not None:
         parts.append(f"{status.memory_peak_bytes / 1e9:.1f} GB")

@@ -174,8 +174,8 @@ class Plan:
         try:
             fields = read_json(path, MAX_PLAN_BYTES)
             if fields["format"] != FORMAT_NAME or fields["version"] != FORMAT_VERSION:
-                said = briefly([fields["format"], fields["version"]])
-                raise ValueError(f"its format and version are {said}")
+                found = briefly([fields["format"], fields["version"]])
+                raise ValueError(f"its format and version are {found}")
             plan = cls(
                 BuildSettings.from_dict(fields["settings"]),
                 tuple(map(slices_of, checked("inputs", fields["inputs"], list))),

@@ -115,9 +115,9 @@ class BuildSettings:
             raise ConfigError(
                 f"`val_fraction` is {self.val_fraction}; it must be at least 0 and below 1"
             )
-        least = self.min_language_score
-        if least is not None and (problem := NUMBER.problem(least)) is not None:
-            raise ConfigError(f"`min_language_score` is {least}, {problem}; no score could pass")
+        minimum = self.min_language_score
+        if minimum is not None and (problem := NUMBER.problem(minimum)) is not None:
+            raise ConfigError(f"`min_language_score` is {minimum}, {problem}; no score could pass")
         for part in self.sources:
             if SOURCE_WEIGHT.problem(part.weight):
                 raise ConfigError(
@@ -182,7 +182,7 @@ class BuildSettings:
         Direction(settings.direction)
         Unit(settings.unit)
         require_within("shard_tokens", settings.shard_tokens, 1, INT64_MAX)
-        require_within("compression_level", settings.compression_level, 1, int(LEVEL.most))
+        require_within("compression_level", settings.compression_level, 1, int(LEVEL.max))
         if settings.on_bad_record not in BAD_RECORD_CHOICES:
             raise ValueError(f"on_bad_record is {briefly(settings.on_bad_record)}")
         for part in settings.sources:

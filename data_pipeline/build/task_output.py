@@ -53,7 +53,7 @@ class Notes:
         """True when no later document of this task can be within the limits.
 
         That holds with de-duplication too: of the texts that stand here before a later one, each
-        counts towards the limit, in this task or in an earlier one.
+        counts toward the limit, in this task or in an earlier one.
         """
         high = int.from_bytes(document.sha256[:8], "big") ^ document.pass_number
         low = int.from_bytes(document.sha256[8:16], "big")

@@ -81,10 +81,12 @@ def checked(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{name} is {briefly(value)}") from None
 
 
-def require_within(name: str, value: int, least: int, most: int) -> None:
+def require_within(name: str, value: int, minimum: int, maximum: int) -> None:
     """Raises ValueError unless a number lies in a range, both ends of which belong to it."""
-    if not least <= value <= most:
-        raise ValueError(f"{name} is {briefly(value)}, which is not in the range {least}..{most}")
+    if not minimum <= value <= maximum:
+        raise ValueError(
+            f"{name} is {briefly(value)}, which is not in the range {minimum}..{maximum}"
+        )
 
 
 def require_sha256(name: str, value: str) -> None:

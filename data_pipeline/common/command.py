@@ -127,8 +127,8 @@ def _print_error(line: str) -> None:
 
 def scrubbed(error: click.UsageError) -> click.UsageError:
     """The error of a command line, whose words it quotes, without secrets of addresses."""
-    said = error.format_message()
-    return error if scrub(said) == said else click.UsageError(scrub(said), error.ctx)
+    message = error.format_message()
+    return error if scrub(message) == message else click.UsageError(scrub(message), error.ctx)
 
 
 def run_as_process(main: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -255,8 +255,8 @@ def replacing(
 ) -> Iterator[IO[bytes]]:
     """Write a file of our own that appears under `path` whole, or not at all.
 
-    Bytes go to a hidden neighbour, are flushed to the disk, and are renamed at the end. On any
-    error the neighbour is removed and what stood at `path` stays. Two processes may write the same
+    Bytes go to a hidden neighbor, are flushed to the disk, and are renamed at the end. On any
+    error the neighbor is removed and what stood at `path` stays. Two processes may write the same
     path: the last one to finish wins, and nobody sees a mixture. A symbolic link is replaced, never
     followed. What a user named is written by `writing_output` of output_paths.py, which renames by
     a `publish` of its own.

@@ -20,31 +20,31 @@ from data_pipeline.common.limits import MAX_DICTIONARY_BYTES, MAX_FRAME_TOKENS, 
 
 INT64_MAX = (1 << 63) - 1
 FP32_MAX = float.fromhex("0x1.fffffep+127")
-_FP32_LEAST = float.fromhex("0x1p-126")
+_FP32_MIN_NORMAL = float.fromhex("0x1p-126")
 """Below, fp32 has fewer digits, and a device may take a number for 0."""
-_MOST_SHOWN_CHARACTERS = 40
+_MAX_SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
 class Range(annotated_types.GroupedMetadata):
-    """Numbers from `least` to `most`, of which either may itself be left out."""
+    """Numbers from `min` to `max`, of which either may itself be left out."""
 
-    least: float
-    most: float
+    min: float
+    max: float
     is_whole: bool = False
-    without_least: bool = False
-    without_most: bool = False
+    excludes_min: bool = False
+    excludes_max: bool = False
 
     def __iter__(self) -> Iterator[annotated_types.BaseMetadata]:
         """What pydantic asks of a value."""
-        if self.without_least:
-            yield annotated_types.Gt(self.least)
+        if self.excludes_min:
+            yield annotated_types.Gt(self.min)
         else:
-            yield annotated_types.Ge(self.least)
-        if self.without_most:
-            yield annotated_types.Lt(self.most)
+            yield annotated_types.Ge(self.min)
+        if self.excludes_max:
+            yield annotated_types.Lt(self.max)
         else:
-            yield annotated_types.Le(self.most)
+            yield annotated_types.Le(self.max)
 
     @cached_property
     def option(self) -> "click.IntRange | click.FloatRange":
@@ -60,19 +60,19 @@ class Range(annotated_types.GroupedMetadata):
             return "not a finite number"
         if self.is_whole and value % 1:
             return "not a whole number"
-        above = value > self.least if self.without_least else value >= self.least
-        below = value < self.most if self.without_most else value <= self.most
+        above = value > self.min if self.excludes_min else value >= self.min
+        below = value < self.max if self.excludes_max else value <= self.max
         return None if above and below else f"not in the range {self.described(value)}"
 
     def described(self, value: float = 0) -> str:
         """`0<x<=1`; the end that only storage has is told to whom it concerns."""
-        low = f"{_shown(self.least)}{'<' if self.without_least else '<='}x"
-        high = f"{'<' if self.without_most else '<='}{_shown(self.most)}"
-        if self.most not in (INT64_MAX, FP32_MAX) or value > self.most:
+        low = f"{_shown(self.min)}{'<' if self.excludes_min else '<='}x"
+        high = f"{'<' if self.excludes_max else '<='}{_shown(self.max)}"
+        if self.max not in (INT64_MAX, FP32_MAX) or value > self.max:
             return low + high
-        if self.least == -FP32_MAX:
-            return "x" if value >= self.least else f"x>={_shown(self.least)}"
-        return f"x{'>' if self.without_least else '>='}{_shown(self.least)}"
+        if self.min == -FP32_MAX:
+            return "x" if value >= self.min else f"x>={_shown(self.min)}"
+        return f"x{'>' if self.excludes_min else '>='}{_shown(self.min)}"
 
 
 def _shown(end: float) -> str:
@@ -81,13 +81,13 @@ def _shown(end: float) -> str:
 
 class _Whole(click.IntRange):
     def __init__(self, allowed: Range) -> None:
-        super().__init__(min=int(allowed.least), max=int(allowed.most))
+        super().__init__(min=int(allowed.min), max=int(allowed.max))
         self.allowed = allowed
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         number = int(click.INT.convert(value, param, ctx))
         if (problem := self.allowed.problem(number)) is not None:
-            self.fail(f"{str(number)[:_MOST_SHOWN_CHARACTERS]} is {problem}.", param, ctx)
+            self.fail(f"{str(number)[:_MAX_SHOWN_CHARACTERS]} is {problem}.", param, ctx)
         return number
 
     def _describe_range(self) -> str:
@@ -96,7 +96,7 @@ class _Whole(click.IntRange):
 
 class _Real(click.FloatRange):
     def __init__(self, allowed: Range) -> None:
-        super().__init__(min=allowed.least, max=allowed.most)
+        super().__init__(min=allowed.min, max=allowed.max)
         self.allowed = allowed
 
     def convert(
@@ -126,31 +126,31 @@ def _not_json(constant: str) -> Any:
 def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"{digits[:_MOST_SHOWN_CHARACTERS]} is not a finite number")
+        raise ValueError(f"{digits[:_MAX_SHOWN_CHARACTERS]} is not a finite number")
     return number
 
 
-def _whole(least: int, most: int = INT64_MAX) -> Range:
-    return Range(least, most, is_whole=True)
+def _whole(minimum: int, maximum: int = INT64_MAX) -> Range:
+    return Range(minimum, maximum, is_whole=True)
 
 
 NUMBER = Range(-FP32_MAX, FP32_MAX)
 NOT_NEGATIVE = Range(0.0, FP32_MAX)
-POSITIVE = Range(_FP32_LEAST, FP32_MAX)
+POSITIVE = Range(_FP32_MIN_NORMAL, FP32_MAX)
 """Also not so small that fp32 has no such number."""
 SHARE = Range(0.0, 1.0)
-SOME_SHARE = Range(0.0, 1.0, without_least=True)
-SHARE_BELOW_ALL = Range(0.0, 1.0, without_most=True)
-QUANTITY = Range(0.0, 1e18, without_least=True)
+SOME_SHARE = Range(0.0, 1.0, excludes_min=True)
+SHARE_BELOW_ALL = Range(0.0, 1.0, excludes_max=True)
+QUANTITY = Range(0.0, 1e18, excludes_min=True)
 """Of gigabytes, FLOP/s, tokens that are planned: whatever it is multiplied by stays finite."""
 PLANNED_TOKENS = Range(1.0, 1e18)
-EPOCHS = Range(0.0, 1e6, without_least=True)
-SECONDS = Range(0.0, 1e9, without_least=True)
+EPOCHS = Range(0.0, 1e6, excludes_min=True)
+SECONDS = Range(0.0, 1e9, excludes_min=True)
 """30 years: what clocks and timers of every system can wait for."""
 WATCH_SECONDS = Range(0.1, 1e6)
 SHUTDOWN_SECONDS = Range(1.0, 1e6)
-SOURCE_WEIGHT = Range(0.0, 1000.0, without_least=True)
-RATIO_ABOVE_ONE = Range(1.0, FP32_MAX, without_least=True)
+SOURCE_WEIGHT = Range(0.0, 1000.0, excludes_min=True)
+RATIO_ABOVE_ONE = Range(1.0, FP32_MAX, excludes_min=True)
 
 TEMPERATURE = Range(0.0, 100.0)
 REPETITION_PENALTY = Range(0.01, 100.0)
@@ -184,7 +184,7 @@ LEVEL = _whole(1, 22)
 DICTIONARY_BYTES = _whole(1024, MAX_DICTIONARY_BYTES)
 FRAME_TOKENS = _whole(64, MAX_FRAME_TOKENS)
 ROW_TOKENS = _whole(8, MAX_FRAME_TOKENS)
-MOST_EPOCH = _whole(0, 10_000)
+MAX_EPOCH = _whole(0, 10_000)
 TWO_OR_MORE = _whole(2)
 EXIT_CODE = _whole(-255, 255)
 VOCABULARY = _whole(1, MAX_VOCABULARY)

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from itertools import islice
 
-_MOST_NAMES = 20
-_MOST_CHARACTERS = 60
+_MAX_NAMES = 20
+_MAX_CHARACTERS = 60
 
 
 def shown_names(names: Iterable[object]) -> str:
@@ -14,11 +14,11 @@ def shown_names(names: Iterable[object]) -> str:
     '15, 16, 17 and 12 others'
     """
     remaining = iter(names)
-    shown = [_cut(str(name)) for name in islice(remaining, _MOST_NAMES)]
+    shown = [_cut(str(name)) for name in islice(remaining, _MAX_NAMES)]
     num_others = sum(1 for _ in remaining)
     others = "others" if num_others > 1 else "other"
     return (", ".join(shown) or "none") + (f" and {num_others:,} {others}" if num_others else "")
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= _MOST_CHARACTERS else f"{name[:_MOST_CHARACTERS]}..."
+    return name if len(name) <= _MAX_CHARACTERS else f"{name[:_MAX_CHARACTERS]}..."

@@ -142,8 +142,8 @@ class Order:
 
 def choose_lanes(num_frames: int, global_batch_rows: int) -> int:
     """The largest divisor of the batch that the data can feed: at most one lane a frame."""
-    most = min(num_frames, global_batch_rows, MAX_AUTOMATIC_LANES)
-    return next(lanes for lanes in range(most, 0, -1) if global_batch_rows % lanes == 0)
+    maximum = min(num_frames, global_batch_rows, MAX_AUTOMATIC_LANES)
+    return next(lanes for lanes in range(maximum, 0, -1) if global_batch_rows % lanes == 0)
 
 
 def permute(index: Indices, size: Indices, key: _Words) -> Indices:

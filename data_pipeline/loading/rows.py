@@ -6,7 +6,7 @@ A target is ignored where there is nothing to learn: past a frame's end, and fro
 end marker to the next one's begin marker.
 
 Rows of instruction examples say themselves where attention starts afresh and what is learnt: their
-ids have marks. No example crosses a row's end, so none sees its neighbour or is cut.
+ids have marks. No example crosses a row's end, so none sees its neighbor or is cut.
 
 Direction is a way of reading: a run may read `token` shards against their stored direction. Each
 row's window of `context_tokens + 1` ids is then read from its other end with begin and end markers

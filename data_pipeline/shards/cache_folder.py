@@ -47,7 +47,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 # Not blocking: a pipe in the place of a file would keep whoever opens it waiting.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-_MOST_SMALL_BYTES = 4096
+_MAX_SMALL_BYTES = 4096
 
 Entry: TypeAlias = "os.DirEntry[str]"
 
@@ -136,9 +136,7 @@ def read_small(folder: OpenFolder, name: str) -> bytes | None:
     except FileNotFoundError:
         return None
     try:
-        return (
-            os.pread(file, _MOST_SMALL_BYTES, 0) if stat.S_ISREG(os.fstat(file).st_mode) else None
-        )
+        return os.pread(file, _MAX_SMALL_BYTES, 0) if stat.S_ISREG(os.fstat(file).st_mode) else None
     finally:
         os.close(file)
 

@@ -115,7 +115,7 @@ def describe(lengths: DocumentLengths) -> list[str]:
     if not lengths.num_documents:
         return ["no documents"]
     bins = lengths.bins()
-    most = max(piece.documents for piece in bins)
+    maximum = max(piece.documents for piece in bins)
     lines = [
         f"min {lengths.lengths[0]:,} · 5% {lengths.quantile(0.05):,} · "
         f"median {lengths.quantile(0.5):,} · mean {lengths.mean:,.1f} · "
@@ -126,7 +126,7 @@ def describe(lengths: DocumentLengths) -> list[str]:
         span = f"{piece.low:,} - {piece.high:,}" if piece.high > piece.low else f"{piece.low:,}"
         lines.append(
             f"{span:>21} {piece.documents:>13,} {piece.documents / lengths.num_documents:>7.2%} "
-            f"{piece.tokens / lengths.tokens:>10.2%} {_bar(piece.documents / most)}".rstrip()
+            f"{piece.tokens / lengths.tokens:>10.2%} {_bar(piece.documents / maximum)}".rstrip()
         )
     return lines
 

@@ -116,15 +116,15 @@ class FrameCache:
                 counted = self._remove_oldest(folder, self._max_bytes - num_bytes) + num_bytes
             write_small(folder, SIZE_NAME, b"%d" % counted)
 
-    def _remove_oldest(self, folder: OpenFolder, most_bytes: int) -> int:
+    def _remove_oldest(self, folder: OpenFolder, max_bytes: int) -> int:
         """Bring all frames below a size, with room to spare; their size afterwards."""
         found = stored_frames(folder)
         total = sum(frame.num_bytes for frame in found)
-        if total <= most_bytes:
+        if total <= max_bytes:
             return total
         removed = []
         for frame in found:
-            if total <= most_bytes * _KEPT_FRACTION:
+            if total <= max_bytes * _KEPT_FRACTION:
                 break
             removed.append(frame)
             total -= frame.num_bytes

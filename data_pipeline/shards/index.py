@@ -50,7 +50,7 @@ _SLACK_BYTES = 1024
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard says about itself, so that a file that strayed is recognised."""
+    """What a shard says about itself, so that a file that strayed is recognized."""
 
     version: int
     direction: str

@@ -23,8 +23,8 @@ from data_pipeline.shards.manifest import SPLITS, Manifest, ShardEntry
 from data_pipeline.shards.traversal import num_frames, on_threads, spread_frames
 from data_pipeline.sources.skipped import skipped_to_json
 
-_MOST_FRAMES = 4096
-_MOST_TOKENS = 1 << 28
+_MAX_FRAMES = 4096
+_MAX_TOKENS = 1 << 28
 _MAX_DOCUMENT_TOKENS = 1 << 24
 
 
@@ -72,14 +72,14 @@ def unigram_entropy(folder: Path, manifest: Manifest, split: str) -> float:
 
     Begin markers are left out: they are never predicted.
     """
-    return sampled_entropy(folder, manifest, split, most_frames=None).nats
+    return sampled_entropy(folder, manifest, split, max_frames=None).nats
 
 
 def sampled_entropy(
     folder: Path,
     manifest: Manifest,
     split: str,
-    most_frames: int | None,
+    max_frames: int | None,
     workers: int | None = None,
 ) -> UnigramEntropy:
     """The same on at most so many frames, spread evenly over the split; None is all of them."""
@@ -93,7 +93,7 @@ def sampled_entropy(
                 counts[: len(of_frame)] += of_frame
         return counts
 
-    spread = spread_frames(manifest, split, most_frames)
+    spread = spread_frames(manifest, split, max_frames)
     counts = np.zeros(manifest.vocab_size, dtype=np.int64)
     for _, of_shard in on_threads(count, spread, workers, f"{split} tokens"):
         counts += of_shard
@@ -124,10 +124,10 @@ class SplitSummary:
 
 def summarize(folder: Path, manifest: Manifest, split: str, workers: int | None) -> SplitSummary:
     """Read the lengths of all documents, and the tokens of a sample of frames."""
-    most_frames = min(_MOST_FRAMES, max(1, _MOST_TOKENS // manifest.frame_tokens))
+    max_frames = min(_MAX_FRAMES, max(1, _MAX_TOKENS // manifest.frame_tokens))
     return SplitSummary(
         manifest.total(split),
-        sampled_entropy(folder, manifest, split, most_frames, workers),
+        sampled_entropy(folder, manifest, split, max_frames, workers),
         read_document_lengths(folder, manifest, split, workers),
     )
 

@@ -276,8 +276,8 @@ class Manifest:
             require_sha256("dictionary_sha256", self.dictionary_sha256)
         if self.id_bytes not in ID_BYTES:
             raise ValueError(f"id_bytes is {self.id_bytes}")
-        most_pieces = min(MAX_VOCABULARY, 1 << 8 * self.id_bytes)
-        require_within("vocab_size", self.vocab_size, 1, most_pieces)
+        max_pieces = min(MAX_VOCABULARY, 1 << 8 * self.id_bytes)
+        require_within("vocab_size", self.vocab_size, 1, max_pieces)
         require_within("begin_id", self.begin_id, 0, self.vocab_size - 1)
         require_within("end_id", self.end_id, 0, self.vocab_size - 1)
         require_within("frame_tokens", self.frame_tokens, 1, MAX_FRAME_TOKENS)
@@ -314,7 +314,7 @@ class Manifest:
     def require_promised(self, reader: ShardReader, entry: ShardEntry) -> None:
         """Raises ShardCorruptError unless an opened shard says of itself what the manifest says."""
         header = reader.header
-        said = (
+        found = (
             *(header.direction, header.unit, header.tokenizer_sha256, header.id_bytes),
             *(header.frame_tokens, header.row_tokens, header.dictionary_sha256),
         )
@@ -323,9 +323,9 @@ class Manifest:
             *text_format.to_dict().values(),
             *(self.id_bytes, self.frame_tokens, self.row_tokens, self.dictionary_sha256),
         )
-        if said != expected:
+        if found != expected:
             raise ShardCorruptError(
-                f"the shard {reader.shown} belongs to another data set: it says {said}, "
+                f"the shard {reader.shown} belongs to another data set: it says {found}, "
                 f"the manifest {expected}; restore it or build the shards again"
             )
         if reader.file_bytes != entry.file_bytes:
@@ -367,10 +367,10 @@ class Manifest:
                 f"were made with {self.text_format.tokenizer_sha256[:12]}; restore that tokenizer"
             )
         of_codec = (codec.vocab_size, codec.begin_id, codec.end_id, codec.id_dtype.itemsize)
-        said = (self.vocab_size, self.begin_id, self.end_id, self.id_bytes)
-        if said != of_codec:
+        found = (self.vocab_size, self.begin_id, self.end_id, self.id_bytes)
+        if found != of_codec:
             raise ShardCorruptError(
-                f"{shown}/{MANIFEST_NAME} gives pieces, begin, end and bytes of an id as {said}, "
+                f"{shown}/{MANIFEST_NAME} gives pieces, begin, end and bytes of an id as {found}, "
                 f"its tokenizer as {of_codec}; restore it or build the shards again"
             )
 

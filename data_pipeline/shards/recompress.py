@@ -193,8 +193,8 @@ def _stored_dictionary(shards: Path, manifest: Manifest, out: Path, dictionary_b
     if path.exists():
         return _require_usable(read_file(path, MAX_DICTIONARY_BYTES), path)
     frames = []
-    most_frames = _SAMPLE_BYTES // (manifest.frame_tokens * manifest.id_bytes)
-    for entry, numbers in spread_frames(manifest, "train", min(_SAMPLE_FRAMES, most_frames)):
+    max_frames = _SAMPLE_BYTES // (manifest.frame_tokens * manifest.id_bytes)
+    for entry, numbers in spread_frames(manifest, "train", min(_SAMPLE_FRAMES, max_frames)):
         with manifest.open_shard(shards, entry) as reader:
             frames += [reader.frame(number).tobytes() for number in numbers]
     dictionary = train_dictionary(frames, dictionary_bytes)

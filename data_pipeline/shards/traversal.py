@@ -49,12 +49,12 @@ def num_frames(manifest: Manifest, entry: ShardEntry) -> int:
 
 
 def spread_frames(
-    manifest: Manifest, split: str, most_frames: int | None
+    manifest: Manifest, split: str, max_frames: int | None
 ) -> list[tuple[ShardEntry, list[int]]]:
     """At most so many frames of a split, spread evenly over it: shards with numbers of frames."""
     entries = manifest.split(split)
     total = sum(num_frames(manifest, entry) for entry in entries)
-    chosen_frames = total if most_frames is None else min(total, most_frames)
+    chosen_frames = total if max_frames is None else min(total, max_frames)
     # The middle one of each of as many equal parts; with all of them, each.
     chosen = [(2 * part + 1) * total // (2 * chosen_frames) for part in range(chosen_frames)]
     spread: list[tuple[ShardEntry, list[int]]] = []

@@ -20,9 +20,9 @@ CARDS = ("README.md", ".huggingface.yaml")
 OTHER_FILES = ("dataset_infos.json",)
 """What the library also reads before any data."""
 
-_MOST_CARD_BYTES = 4 << 20
+_MAX_CARD_BYTES = 4 << 20
 """A list of 2,000 configs takes 1 MiB, and the library half a minute."""
-_MOST_NODES = 1 << 20
+_MAX_NODES = 1 << 20
 _KEYS = ("data_files", "data_dir")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -35,12 +35,12 @@ def require_own_files(shown: str, read: Callable[[str, int], bytes | None]) -> N
     bytes of it. Raises what it raises, and SourceUnreadableError.
     """
     for name in (*CARDS, *OTHER_FILES):
-        content = read(name, _MOST_CARD_BYTES + 1)
+        content = read(name, _MAX_CARD_BYTES + 1)
         if content is None:
             continue
-        if len(content) > _MOST_CARD_BYTES:
+        if len(content) > _MAX_CARD_BYTES:
             raise SourceUnreadableError(
-                f"{shown}: its {name} is longer than {_MOST_CARD_BYTES:,} bytes; download the data "
+                f"{shown}: its {name} is longer than {_MAX_CARD_BYTES:,} bytes; download the data "
                 "set and name its files"
             )
         if name in CARDS:
@@ -87,7 +87,7 @@ def _require_own(text: str, shown: str, name: str) -> None:
         text = match[2]
     try:
         root = yaml.compose(text, Loader=_LOADER)
-        if root is not None and _num_nodes(root, {}) > _MOST_NODES:
+        if root is not None and _num_nodes(root, {}) > _MAX_NODES:
             raise yaml.YAMLError("it repeats itself too often")
         found = [] if root is None else list(_named_files(root, set()))
     except (yaml.YAMLError, RecursionError) as error:
@@ -126,7 +126,7 @@ def _num_nodes(node: yaml.Node, known: dict[int, int]) -> int:
     """How many values a node stands for, those of aliases counted each time."""
     if (found := known.get(id(node))) is not None:
         return found
-    known[id(node)] = _MOST_NODES + 1  # of a node that is within itself
+    known[id(node)] = _MAX_NODES + 1  # of a node that is within itself
     known[id(node)] = 1 + sum(_num_nodes(child, known) for child in _children(node))
     return known[id(node)]
 

@@ -30,8 +30,8 @@ PIECE_BYTES = 128 << 10
 DEFAULT_WINDOW_BYTES = 1 << 27
 """What `zstd -d` takes without --long, and twice what `xz -9` needs."""
 _XZ_OVERHEAD_BYTES = 1 << 24  # what liblzma takes beside the dictionary
-_MOST_EXPANSION = 1000  # text compresses to a hundredth at best; zeros to less than a thousandth
-_LEAST_EXPANDED_BYTES = 1 << 30
+_MAX_EXPANSION = 1000  # text compresses to a hundredth at best; zeros to less than a thousandth
+_MIN_EXPANDED_BYTES = 1 << 30
 
 _ZSTD_MAGIC = 0xFD2FB528
 _SKIPPABLE_MAGICS = range(0x184D2A50, 0x184D2A60)
@@ -63,7 +63,7 @@ def decompressed(
             expanded_bytes += len(piece)
             if not expands_like_text(expanded_bytes, counted.num_bytes):
                 raise _BombError(
-                    f"it expands to more than {_MOST_EXPANSION:,} times its size, as no text does; "
+                    f"it expands to more than {_MAX_EXPANSION:,} times its size, as no text does; "
                     "if it is what it should be, decompress it and name the result"
                 )
             yield piece
@@ -73,7 +73,7 @@ def decompressed(
 
 def expands_like_text(expanded_bytes: int, num_bytes: int) -> bool:
     """Whether compressed bytes may become so many, if they are not made to exhaust a machine."""
-    return expanded_bytes <= max(_LEAST_EXPANDED_BYTES, _MOST_EXPANSION * num_bytes)
+    return expanded_bytes <= max(_MIN_EXPANDED_BYTES, _MAX_EXPANSION * num_bytes)
 
 
 def blocks(stream: BinaryIO) -> Iterator[bytes]:

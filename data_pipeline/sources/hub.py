@@ -50,7 +50,7 @@ _NEUTRAL_SETTINGS = {
 
 # Of the library's loaders, those of records; others are for pictures, sounds and the like.
 _LOADERS = ("parquet", "json", "csv", "text", "arrow", "xml")
-_MOST_AT_ONCE = {
+_MAX_AT_ONCE = {
     "parquet": ("batch_size", 256),
     "json": ("chunksize", 10 << 20),
     "csv": ("chunksize", 1000),
@@ -214,11 +214,11 @@ def _require_loader(builder: Any, path: str) -> None:
             f"hf:{path}: its files are for the loader {loader!r} of the library `datasets`; "
             f"megaback reads records of {', '.join(_LOADERS)}"
         )
-    if loader in _MOST_AT_ONCE:
-        name, most = _MOST_AT_ONCE[loader]
+    if loader in _MAX_AT_ONCE:
+        name, maximum = _MAX_AT_ONCE[loader]
         asked = getattr(builder.config, name)
-        is_less = isinstance(asked, int) and 0 < asked < most
-        setattr(builder.config, name, asked if is_less else most)
+        is_less = isinstance(asked, int) and 0 < asked < maximum
+        setattr(builder.config, name, asked if is_less else maximum)
 
 
 def _open(path: str, builder: Any, fence: MemoryFence) -> tuple[str, Any]:

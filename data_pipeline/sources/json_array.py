@@ -98,7 +98,7 @@ class _Text:
     def element(self, shown: str, number: int) -> Any:
         """Take one value. Raises SourceUnreadableError."""
         self.peek()
-        self._hold_at_most(self._max_values)  # of so many characters, no more values come
+        self._limit_held(self._max_values)  # of so many characters, no more values come
         while True:
             try:
                 value, stop = self._json.raw_decode(self._buffer, self._start)
@@ -109,8 +109,8 @@ class _Text:
                 if is_cut:
                     self._require_short(len(self._buffer), shown, number)
                 # Read as much again as there is: a long element is parsed a few times only.
-                least = min(len(self._buffer) - self._start, self._max_values)
-                if not is_cut or not self._read(least):
+                minimum = min(len(self._buffer) - self._start, self._max_values)
+                if not is_cut or not self._read(minimum):
                     raise _malformed(shown, number, error.msg) from None
             except (ValueError, RecursionError) as error:
                 raise _malformed(shown, number, str(error)) from None
@@ -123,30 +123,30 @@ class _Text:
 
     def _require_short(self, stop: int, shown: str, number: int) -> None:
         """Raises SourceUnreadableError for an element of which too much stands before `stop`."""
-        most = self._max_characters
+        maximum = self._max_characters
         if stop - self._start <= self._max_values:
             return
-        is_long = stop - self._start > most
-        if is_long or holds_too_many_values(self._buffer[self._start : stop], most):
+        is_long = stop - self._start > maximum
+        if is_long or holds_too_many_values(self._buffer[self._start : stop], maximum):
             what = "is longer" if is_long else "holds more values"
             raise SourceUnreadableError(
-                f"{shown}: element {number} {what} than `max_record_bytes` {most} allows; raise "
+                f"{shown}: element {number} {what} than `max_record_bytes` {maximum} allows; raise "
                 "that if there is memory for 20 times as much, or write one object per line, of "
                 "which such can be left out"
             )
 
-    def _hold_at_most(self, num_characters: int) -> None:
+    def _limit_held(self, num_characters: int) -> None:
         """Put back what was read beyond so many characters."""
         stop = self._start + num_characters
         if stop < len(self._buffer):
             self._put_back = self._buffer[stop:] + self._put_back
             self._buffer, self._start = self._buffer[self._start : stop], 0
 
-    def _read(self, least: int) -> bool:
+    def _read(self, minimum: int) -> bool:
         """Hold at least `least` more characters, if there are; False if there are none."""
         parts = [self._buffer[self._start :], self._put_back]
         self._start, self._put_back = 0, ""
-        wanted = max(least, _MIN_READ_CHARACTERS) - len(parts[1])
+        wanted = max(minimum, _MIN_READ_CHARACTERS) - len(parts[1])
         while wanted > 0 and not self._is_whole:
             chunk = next(self._chunks, None)
             self._is_whole = chunk is None

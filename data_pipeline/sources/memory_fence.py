@@ -3,7 +3,7 @@
 Formats such as parquet let a few bytes claim gigabytes at places that only their libraries see:
 pages, dictionaries, repeated values. So the system is told to refuse what goes beyond a budget,
 and the library's failure becomes one sentence. Linux counts all private memory of a process
-towards RLIMIT_DATA; elsewhere nothing is bounded.
+toward RLIMIT_DATA; elsewhere nothing is bounded.
 """
 
 import resource

@@ -29,10 +29,10 @@ from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES, is_lon
 SLICE_BYTES = 64 << 20
 _BATCH_ROWS = 256
 _BATCH_BYTES = 16 << 20
-_MOST_EXPANSION = 1000  # what more a footer claims is no text, and would make too many slices
+_MAX_EXPANSION = 1000  # what more a footer claims is no text, and would make too many slices
 _NAMED_ROWS = 10
 """Of rows that are all bad for one reason; the others are counted at once."""
-_MOST_TYPE_CHARACTERS = 100
+_MAX_TYPE_CHARACTERS = 100
 _STRINGS = {"string", "large_string", "string_view"}
 _BINARIES = {"binary", "large_binary", "binary_view"}
 """Bytes that are UTF-8, as programs write that do not mark their columns as text."""
@@ -140,7 +140,7 @@ def _fault(columns: AnyColumns, schema: Any, leaves: list[str]) -> _Fault | None
             fits = _is_number(column_type) if is_score else _is_string(column_type)
             if column not in leaves or not fits:
                 wanted = "numbers" if is_score else "strings"
-                held = str(column_type)[:_MOST_TYPE_CHARACTERS]
+                held = str(column_type)[:_MAX_TYPE_CHARACTERS]
                 cause = f"column {column!r} holds {held}, not {wanted}"
                 return _Fault(cause, f"{cause}; {advice}")
     for column in asked:
@@ -160,7 +160,7 @@ def _text_bytes(chunk: Any, file_bytes: int) -> int:
     """What a column chunk expands to, as far as its claim can be true."""
     stored_bytes = min(max(chunk.total_compressed_size, 0), file_bytes)
     claimed_bytes = max(int(chunk.total_uncompressed_size), 0)
-    return min(claimed_bytes, _MOST_EXPANSION * int(stored_bytes))
+    return min(claimed_bytes, _MAX_EXPANSION * int(stored_bytes))
 
 
 def _batch_rows(metadata: Any, groups: range, names: list[str], leaves: list[str]) -> int:

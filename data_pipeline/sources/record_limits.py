@@ -46,12 +46,12 @@ def holds_too_many_values(record: bytes | str, max_record_bytes: int) -> bool:
     >>> holds_too_many_values(b'[[],[],[],[]]', 64)
     True
     """
-    most = max_values(max_record_bytes)
-    if len(record) <= most:
+    maximum = max_values(max_record_bytes)
+    if len(record) <= maximum:
         return False
     if isinstance(record, bytes):
-        return sum(map(record.count, (b",", b":", b"[", b"{"))) > most
-    return sum(map(record.count, ",:[{")) > most
+        return sum(map(record.count, (b",", b":", b"[", b"{"))) > maximum
+    return sum(map(record.count, ",:[{")) > maximum
 
 
 def is_longer(text: str | None, max_bytes: int) -> bool:

@@ -24,7 +24,7 @@ ZIP_ERRORS = (
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """How files that are read may be compressed: of others, `zipfile` bounds no piece."""
 
-_MOST_DIRECTORY_BYTES = 32 << 20
+_MAX_DIRECTORY_BYTES = 32 << 20
 """Of a few hundred thousand files; Python's list of them takes ten times as much."""
 _DIRECTORY_SIZE, _DIRECTORY_OFFSET, _END_OFFSET = 5, 6, 9
 """Places in what `zipfile._EndRecData` returns."""
@@ -51,10 +51,10 @@ def _require_small_directory(stream: BinaryIO, shown: str) -> None:
     size_bytes = end[_DIRECTORY_SIZE]
     if size_bytes + end[_DIRECTORY_OFFSET] > end[_END_OFFSET]:
         raise zipfile.BadZipFile("its directory is longer than the file")
-    if size_bytes > _MOST_DIRECTORY_BYTES:
+    if size_bytes > _MAX_DIRECTORY_BYTES:
         raise SourceUnreadableError(
             f"{shown}: its directory has {size_bytes:,} bytes, more than the "
-            f"{_MOST_DIRECTORY_BYTES:,} that are held in memory; unpack it and name the folder"
+            f"{_MAX_DIRECTORY_BYTES:,} that are held in memory; unpack it and name the folder"
         )
 
 

@@ -75,15 +75,15 @@ async def fetch_part(
 
 def _require_success(response: Any, shown: str) -> None:
     status = response.status
-    said = f"the server answered {status} {response.reason or ''}".strip()
+    message = f"the server answered {status} {response.reason or ''}".strip()
     if status in (404, 410):
-        raise FileNotFoundError(errno.ENOENT, said, shown)
+        raise FileNotFoundError(errno.ENOENT, message, shown)
     if status in (401, 403):
-        raise PermissionError(errno.EACCES, said, shown)
+        raise PermissionError(errno.EACCES, message, shown)
     if status in retries.TRANSIENT_STATUSES:
-        raise TransientError(said, _wait_s(response.headers))
+        raise TransientError(message, _wait_s(response.headers))
     if status not in (200, 206, 416):
-        raise SourceUnreadableError(f"{shown}: {said}; check the address")
+        raise SourceUnreadableError(f"{shown}: {message}; check the address")
 
 
 def _wait_s(headers: Mapping[str, str]) -> float:

@@ -66,6 +66,6 @@ def _name(parameter: str) -> str:
 
 def _service(file_system: Any) -> dict[str, str]:
     """What of the server an address such as `s3://bucket/folder` does not say."""
-    said = {name: getattr(file_system, name, None) for name in _SERVICE_ATTRIBUTES}
-    said |= {name: os.environ.get(name) for name in _SERVICE_VARIABLES}
-    return {name: value for name, value in said.items() if isinstance(value, str) and value}
+    names = {name: getattr(file_system, name, None) for name in _SERVICE_ATTRIBUTES}
+    names |= {name: os.environ.get(name) for name in _SERVICE_VARIABLES}
+    return {name: value for name, value in names.items() if isinstance(value, str) and value}

@@ -28,11 +28,11 @@ BATCH_CHARACTERS = 1 << 23
 _CHUNK_CHARACTERS = 1 << 20
 # Where numbering words takes longer than it saves: for little text, for short texts, for words that
 # vary as much as this, and where runs of spaces, each a matter for Python, come more often.
-_LEAST_CHARACTERS = 1 << 16
+_MIN_CHARACTERS = 1 << 16
 _CHARACTERS_PER_TEXT = 256
 _SAMPLE_CHARACTERS = 1 << 17
-_MOST_DISTINCT_IN_SAMPLE = 0.6
-_MOST_DISTINCT = 0.33
+_MAX_DISTINCT_IN_SAMPLE = 0.6
+_MAX_DISTINCT = 0.33
 _CHARACTERS_PER_RUN = 64
 
 _JOINED_PIECES = 4096
@@ -129,8 +129,8 @@ class WordEncoder:
         self._opens_segment = np.array([text.startswith(" ") for text in piece_texts])
 
     def encode_all(self, texts: Sequence[str]) -> list[Ids]:
-        least_characters = max(_LEAST_CHARACTERS, _CHARACTERS_PER_TEXT * len(texts))
-        if sum(map(len, texts)) < least_characters and not self._whether_it_pays_or_not:
+        min_characters = max(_MIN_CHARACTERS, _CHARACTERS_PER_TEXT * len(texts))
+        if sum(map(len, texts)) < min_characters and not self._whether_it_pays_or_not:
             return self._encoder.encode_all(texts)
         stretches = [
             [stretch for chunk in self._chunks(text) for stretch in _stretches(chunk)]
@@ -153,19 +153,19 @@ class WordEncoder:
         """Ids of each tail and the space before it."""
         for batch in in_batches(tails):
             sample = next(in_batches(batch, _SAMPLE_CHARACTERS))
-            if not self._pays(_numbered_words(sample)[1], _MOST_DISTINCT_IN_SAMPLE):
+            if not self._pays(_numbered_words(sample)[1], _MAX_DISTINCT_IN_SAMPLE):
                 yield from self._encode_directly(batch)
                 continue
             bounds, words = _numbered_words(batch)
-            if self._pays(words, _MOST_DISTINCT):
+            if self._pays(words, _MAX_DISTINCT):
                 yield from self._encode_by_words(bounds, words)
             else:
                 yield from self._encode_directly(batch)
 
-    def _pays(self, words: Any, most_distinct: float) -> bool:
+    def _pays(self, words: Any, max_distinct: float) -> bool:
         if self._whether_it_pays_or_not:
             return len(words) > 0
-        return len(words.dictionary) < len(words) * most_distinct
+        return len(words.dictionary) < len(words) * max_distinct
 
     def _encode_directly(self, tails: Sequence[str]) -> list[Ids]:
         return [self._encoder.encode(f" {tail}") for tail in tails]

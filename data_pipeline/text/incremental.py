@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from data_pipeline.text.codec import Direction, TextCodec, reverse_words
 
 # After a byte that begins a character, at most three go on with it.
-_MOST_CONTINUATION_BYTES = 3
+_MAX_CONTINUATION_BYTES = 3
 
 
 def sendable(text: str) -> str:
@@ -98,7 +98,7 @@ def _undecided(raw: bytes) -> int:
     to one.
     """
     count = 0
-    while count < len(raw) and count < _MOST_CONTINUATION_BYTES and 0x80 <= raw[count] < 0xC0:
+    while count < len(raw) and count < _MAX_CONTINUATION_BYTES and 0x80 <= raw[count] < 0xC0:
         count += 1
     return count
 
@@ -143,5 +143,5 @@ class StopTexts:
 
 def _overlap(written: str, stop: str) -> int:
     """The most characters at the end of one that begin the other."""
-    most = min(len(written), len(stop) - 1)
-    return next((n for n in range(most, 0, -1) if written.endswith(stop[:n])), 0)
+    maximum = min(len(written), len(stop) - 1)
+    return next((n for n in range(maximum, 0, -1) if written.endswith(stop[:n])), 0)

@@ -61,7 +61,7 @@ _SHOWN_PIECES = 20
 # U+2581 is how SentencePiece writes a space, a sentence with U+2585 is dropped, and lone surrogates
 # are no UTF-8. Text is cut there; these characters are spelled in byte pieces.
 _UNTRAINABLE = re.compile("[\u2581\u2585\ud800-\udfff]+")
-_FEWEST_PIECES = 3
+_MIN_PIECES = 3
 """Beyond which SentencePiece fails without saying how many pieces a text can give."""
 _TOO_LARGE = re.compile(r"Vocabulary size too high .* value <= (\d+)")
 _TOO_SMALL = re.compile(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)")
@@ -192,7 +192,7 @@ def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
-            vocab_size=max(vocab_size, _FEWEST_PIECES),
+            vocab_size=max(vocab_size, _MIN_PIECES),
             character_coverage=_CHARACTER_COVERAGE,
             byte_fallback=True,
             normalization_rule_name="identity",

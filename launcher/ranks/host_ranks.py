@@ -59,8 +59,8 @@ def run_order(channel: IO[bytes]) -> int:
 
 def code_of(codes: Sequence[int]) -> int:
     """One exit code for ranks that ended in this order."""
-    said = [code for code in codes if code in reasons()]
-    code = next(iter([*said, *filter(None, codes)]), 0)
+    with_reason = [code for code in codes if code in reasons()]
+    code = next(iter([*with_reason, *filter(None, codes)]), 0)
     return 128 - code if code < 0 else code
 
 

@@ -97,7 +97,7 @@ def read_hostfile(path: Path) -> list[Host]:
         found = _LINE.fullmatch(line)
         if found is None or not _NAME.fullmatch(found[1]) or SLOTS.problem(int(found[2])):
             raise LaunchError(
-                f"{where}: {briefly(line)} is not like `node1 slots=8` (1 to {SLOTS.most} slots)"
+                f"{where}: {briefly(line)} is not like `node1 slots=8` (1 to {SLOTS.max} slots)"
             )
         host = Host(found[1], int(found[2]))
         if host.name in names:

@@ -215,9 +215,9 @@ def verdict(
     """
     if ending is not None and ending.get("code") in codes:
         return int(ending["code"])
-    said = [code for code in codes if code in reasons() - {UserInterruptError.exit_code}]
-    if said:
-        return said[0]
+    with_reason = [code for code in codes if code in reasons() - {UserInterruptError.exit_code}]
+    if with_reason:
+        return with_reason[0]
     failed = [number for number, code in enumerate(codes) if code]
     if not failed:
         return 0

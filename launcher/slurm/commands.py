@@ -92,20 +92,20 @@ def run_sbatch(submission: Submission, *more: str) -> str:
             "sbatch is not there: this machine is no login node of a Slurm cluster; go to one, or "
             "train here with `megaback train`"
         ) from None
-    said = " ".join((done.stdout + done.stderr).split())
-    if done.returncode and is_nobody_there(said):
+    reply = " ".join((done.stdout + done.stderr).split())
+    if done.returncode and is_nobody_there(reply):
         raise LaunchError(
-            f"sbatch is here, and no Slurm controller can be reached ({said}); go to a login node "
+            f"sbatch is here, and no Slurm controller can be reached ({reply}); go to a login node "
             "of a cluster that is up, or train here with `megaback train`"
         )
     if done.returncode:
-        raise LaunchError(f"Slurm refuses the {submission.stage} job: {said}; {_advice(said)}")
-    return said
+        raise LaunchError(f"Slurm refuses the {submission.stage} job: {reply}; {_advice(reply)}")
+    return reply
 
 
-def is_nobody_there(said: str) -> bool:
+def is_nobody_there(reply: str) -> bool:
     """Whether a message of Slurm's commands, or an error that has it, is that nobody answers."""
-    return any(sign in said.lower() for sign in _NO_CONTROLLER)
+    return any(sign in reply.lower() for sign in _NO_CONTROLLER)
 
 
 def queue(submission: Submission) -> str:
@@ -186,7 +186,7 @@ def _seconds(text: str) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _advice(said: str) -> str:
+def _advice(reply: str) -> str:
     hints = {
         "account": "give --account, or export SBATCH_ACCOUNT",
         "partition": "`sinfo` lists the partitions; give --partition",
@@ -195,5 +195,5 @@ def _advice(said: str) -> str:
         "time limit": "give a shorter --time (`sinfo -o '%P %l'` shows the limits)",
         "array": "give fewer --tasks (`scontrol show config` has MaxArraySize)",
     }
-    found = [advice for sign, advice in hints.items() if sign in said.lower()]
+    found = [advice for sign, advice in hints.items() if sign in reply.lower()]
     return found[0] if found else "correct what it names"

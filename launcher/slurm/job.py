@@ -201,8 +201,8 @@ def end(config: Path, overrides: tuple[str, ...], step_code: int, limit_is_near:
     if code:
         ending = read_exit(settings.run)
         of_srun = "" if code == step_code else f" (srun: {step_code})"
-        said = f": {ending['reason']}" if ending is not None and ending["code"] == code else ""
-        click.echo(f"slurm: the ranks ended with code {code}{of_srun}{said}")
+        cause = f": {ending['reason']}" if ending is not None and ending["code"] == code else ""
+        click.echo(f"slurm: the ranks ended with code {code}{of_srun}{cause}")
     bad_nodes = nodes_to_replace(settings.run)
     is_wanted, sentence = why_requeue(
         settings.run, job, restarts, requeue_limit(), code, limit_is_near, bad_nodes

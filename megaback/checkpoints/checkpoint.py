@@ -216,7 +216,7 @@ def _require_plausible(meta: CheckpointMeta) -> None:
     """Raises ValueError for what no run says of a checkpoint."""
     require_within("step", meta.step, 0, INT64_MAX)
     require_within("updates", meta.updates, 0, INT64_MAX)
-    require_within("world_size", meta.world_size, 1, int(MANY.most))
+    require_within("world_size", meta.world_size, 1, int(MANY.max))
     require_within("zero_stage", meta.zero_stage, 0, 3)
     require_within("vocab_size", meta.vocab_size, 1, MAX_VOCABULARY)
     for name, (num_bytes, sha256) in meta.files.items():

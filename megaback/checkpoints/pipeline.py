@@ -30,12 +30,12 @@ class CheckpointPipeline:
         section: CheckpointSection,
         world: World,
         watchdog: Watchdog,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """`say` is given what people should know. Ends all ranks for a bad `copy_to`."""
         self.folder = run
         """The run's folder, where it lay at the last save."""
-        self._world, self._watchdog, self.log = world, watchdog, say
+        self._world, self._watchdog, self.log = world, watchdog, log
         self._copier = world.run_collectively(CheckpointCopier, run, section, world)
         self._saver = CheckpointSaver(run, tokenizer, section, world)
 

@@ -248,7 +248,7 @@ class CheckpointCopier:
         self._copying = _Copying(self._place, target, self._world.rank)
         self._copying.start()
 
-    def finish(self, say: Callable[[str], None]) -> None:
+    def finish(self, log: Callable[[str], None]) -> None:
         """Wait for every rank's part, and complete the copy. Collective."""
         copying, world = self._copying, self._world
         if copying is None or self._place is None:
@@ -263,7 +263,7 @@ class CheckpointCopier:
             except Exception as error:  # noqa: BLE001 (file systems raise what they like)
                 problems.append(_reason(error))
         if problems and world.is_first:
-            say(
+            log(
                 f"megaback: {copying.target.name} was not copied to {self._place.name}: "
                 f"{problems[0]}; training goes on, and the next checkpoint is copied again"
             )

@@ -26,8 +26,8 @@ from megaback.distributed.visible_devices import count_device_files, count_devic
 
 _Result = TypeVar("_Result")
 _LOG = logging.getLogger("megaback.distributed")
-_MOST_BYTES_OF_EACH = 1 << 20
-_MOST_BYTES_OF_FIRST = 1 << 28
+_MAX_BYTES_OF_EACH = 1 << 20
+_MAX_BYTES_OF_FIRST = 1 << 28
 
 
 class CollectiveExit(SystemExit):
@@ -66,7 +66,7 @@ class World:
         """Every rank's value of a type, in order of rank, on every rank. Raises LaunchError."""
         message = encode(value, kind)
         lengths = self._gather_numbers(len(message))
-        _require_short(max(lengths), _MOST_BYTES_OF_EACH)
+        _require_short(max(lengths), _MAX_BYTES_OF_EACH)
         own = torch.zeros(max(lengths), dtype=torch.uint8)
         own[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         received = [torch.empty_like(own) for _ in lengths]
@@ -81,7 +81,7 @@ class World:
         message = encode(value, kind) if self.is_first else b""
         length = torch.tensor(len(message))
         dist.broadcast(length, src=0, group=self.control)
-        _require_short(int(length), _MOST_BYTES_OF_FIRST)
+        _require_short(int(length), _MAX_BYTES_OF_FIRST)
         content = torch.empty(int(length), dtype=torch.uint8)
         if self.is_first:
             content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
@@ -159,11 +159,11 @@ def start_world(device_name: str, timeout_s: float) -> World:
     return world
 
 
-def _require_short(num_bytes: int, most_bytes: int) -> None:
+def _require_short(num_bytes: int, max_bytes: int) -> None:
     """Raises LaunchError before memory is taken for a message."""
-    if not 0 <= num_bytes <= most_bytes:
+    if not 0 <= num_bytes <= max_bytes:
         raise LaunchError(
-            f"a rank announces a message of {num_bytes:,} bytes, and at most {most_bytes:,} are "
+            f"a rank announces a message of {num_bytes:,} bytes, and at most {max_bytes:,} are "
             "taken; install the same version on all nodes, and see that nobody else reaches the "
             "ranks' ports"
         )

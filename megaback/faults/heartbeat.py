@@ -90,7 +90,7 @@ def read_heartbeats(run: Path) -> list[Heartbeat]:
     for path in sorted((run / HEARTBEATS_FOLDER).glob(f"{HEARTBEAT_PREFIX}*.json")):
         with suppress(OSError, ValueError, TypeError):
             beat = made_from(Heartbeat, read_json(path, MAX_RECORD_BYTES))
-            require_within("world_size", beat.world_size, 1, int(MANY.most))
+            require_within("world_size", beat.world_size, 1, int(MANY.max))
             require_within("rank", beat.rank, 0, beat.world_size - 1)
             require_within("pid", beat.pid, 0, _MAX_PID)
             if _FIELDS.problem(asdict(beat)) is None:

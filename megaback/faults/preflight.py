@@ -31,8 +31,8 @@ from megaback.run_folder import BAD_NODES_NAME, PREFLIGHT_NAME
 
 # A CPU's cores are shared with whatever else runs there; a GPU is a rank's own.
 _LOG = logging.getLogger("megaback.faults")
-_LEAST_SPEED_RATIO = {"cuda": 0.8, "cpu": 0.4}
-_LEAST_MEMORY_RATIO = 0.7
+_MIN_SPEED_RATIO = {"cuda": 0.8, "cpu": 0.4}
+_MIN_MEMORY_RATIO = 0.7
 _CLOCK_ROUNDS = 3
 _ALL_REDUCE_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 _ALL_REDUCE_TRIES = 3
@@ -96,7 +96,7 @@ def preflight(config: Config, data: Data, world: World) -> None:
 
 
 def compare_ranks(
-    everyone: Sequence[RankFacts], device_type: str, most_skew_s: float
+    everyone: Sequence[RankFacts], device_type: str, max_skew_s: float
 ) -> list[Finding]:
     """What is wrong with which node, from the facts of all ranks."""
     findings = [
@@ -126,7 +126,7 @@ def compare_ranks(
     usual_flops = statistics.median([facts.multiply_flops for facts in everyone])
     usual_bytes = statistics.median([facts.memory_free_bytes for facts in everyone])
     for facts in everyone:
-        if facts.multiply_flops < _LEAST_SPEED_RATIO[device_type] * usual_flops:
+        if facts.multiply_flops < _MIN_SPEED_RATIO[device_type] * usual_flops:
             sentence = (
                 f"{_name(facts)} multiplies at {facts.multiply_flops / 1e9:,.1f} GFLOP/s, and "
                 f"{usual_flops / 1e9:,.1f} are the median of all ranks; every step waits for it: "
@@ -135,18 +135,18 @@ def compare_ranks(
             if facts.problem is None:
                 findings.append(Finding("speed", facts.node, False, sentence))
         owns_memory = device_type == "cuda" or facts in nodes  # a host's is counted once
-        if owns_memory and facts.memory_free_bytes < _LEAST_MEMORY_RATIO * usual_bytes:
+        if owns_memory and facts.memory_free_bytes < _MIN_MEMORY_RATIO * usual_bytes:
             sentence = (
                 f"{_name(facts)} has {facts.memory_free_bytes / 1e9:,.1f} GB of memory free, and "
                 f"{usual_bytes / 1e9:,.1f} GB are the median of all ranks; another process may "
                 "hold the rest"
             )
             findings.append(Finding("memory", facts.node, False, sentence))
-        if abs(facts.clock_offset_s) > most_skew_s:
+        if abs(facts.clock_offset_s) > max_skew_s:
             ahead = "ahead of" if facts.clock_offset_s > 0 else "behind"
             sentence = (
                 f"the clock of {_name(facts)} is {abs(facts.clock_offset_s):,.1f} s {ahead} the "
-                f"others', and heartbeats of every {most_skew_s:g} s are compared by it; have the "
+                f"others', and heartbeats of every {max_skew_s:g} s are compared by it; have the "
                 "nodes' clocks set by NTP"
             )
             findings.append(Finding("clock", facts.node, False, sentence))

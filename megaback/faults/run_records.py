@@ -46,10 +46,10 @@ class Fields:
         return None
 
 
-def _is_within(value: Any, least: float, most: float, *, or_null: bool = False) -> bool:
+def _is_within(value: Any, minimum: float, maximum: float, *, or_null: bool = False) -> bool:
     if value is None:
         return or_null
-    return type(value) in (int, float) and bool(least <= value <= most)
+    return type(value) in (int, float) and bool(minimum <= value <= maximum)
 
 
 def lines_of(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[bytes]:

@@ -24,7 +24,7 @@ from data_pipeline.common.number_ranges import (
 )
 from data_pipeline.errors import ConfigError, NonFiniteError
 
-_LEAST_TEMPERATURE = 1e-5
+_MIN_TEMPERATURE = 1e-5
 _ALLOWED = {
     "max_new_tokens": COUNT,
     "temperature": TEMPERATURE,
@@ -80,7 +80,7 @@ def choose(
 
     Raises NonFiniteError where a row's logits hold no number to choose by.
     """
-    if options.temperature < _LEAST_TEMPERATURE:
+    if options.temperature < _MIN_TEMPERATURE:
         is_number_B = logits_BV.amax(-1).isfinite()
         return _ids(logits_BV.argmax(-1), is_number_B)
     probabilities_BC, ids_BC = candidates(logits_BV, options)
@@ -113,17 +113,17 @@ def candidates(logits_BV: Tensor, options: SamplingOptions) -> tuple[Tensor, Ten
     """
     logits_BC, ids_BC = logits_BV / options.temperature, None
     vocab_size = logits_BV.shape[-1]
-    most = min(options.top_k, vocab_size) or vocab_size
-    if most < vocab_size or options.top_p < 1:
-        logits_BC, ids_BC = logits_BC.topk(most)
+    maximum = min(options.top_k, vocab_size) or vocab_size
+    if maximum < vocab_size or options.top_p < 1:
+        logits_BC, ids_BC = logits_BC.topk(maximum)
     probabilities_BC = logits_BC.softmax(-1)
     if options.top_p < 1:
         before_BC = probabilities_BC.cumsum(-1) - probabilities_BC
         before_BC[:, 0] = -1  # the likeliest one stays, also where fp32 has no number for top_p
         probabilities_BC = probabilities_BC.masked_fill(before_BC >= options.top_p, 0)
     if options.min_p > 0:
-        least_B1 = options.min_p * probabilities_BC.amax(-1, keepdim=True)
-        probabilities_BC = probabilities_BC.masked_fill(probabilities_BC < least_B1, 0)
+        min_B1 = options.min_p * probabilities_BC.amax(-1, keepdim=True)
+        probabilities_BC = probabilities_BC.masked_fill(probabilities_BC < min_B1, 0)
     return probabilities_BC, ids_BC
 
 

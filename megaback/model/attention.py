@@ -82,7 +82,7 @@ def flash_attention(
     return attended
 
 
-_MOST_FLASH_HEAD_DIM = 256
+_MAX_FLASH_HEAD_DIM = 256
 
 
 def attention_backend(
@@ -110,8 +110,8 @@ def _why_no_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: 
         return f"the device is {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"its kernels take no {str(dtype).removeprefix('torch.')}"
-    if head_dim > _MOST_FLASH_HEAD_DIM:
-        return f"its heads have at most {_MOST_FLASH_HEAD_DIM} dimensions, not {head_dim}"
+    if head_dim > _MAX_FLASH_HEAD_DIM:
+        return f"its heads have at most {_MAX_FLASH_HEAD_DIM} dimensions, not {head_dim}"
     try:
         import flash_attn  # noqa: F401 - an installed package may still fail to import
     except ImportError as error:

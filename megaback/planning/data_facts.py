@@ -18,7 +18,7 @@ from megaback.config import Config
 from megaback.planning.flops import attended_tokens
 
 DEFAULT_VOCAB_SIZE = 8_888
-_MOST_SHARDS = 64
+_MAX_SHARDS = 64
 """Of a data set, whose documents are looked at: spread evenly."""
 _SHARD_BYTES_PER_TOKEN = 1.28
 """Of uint16 ids at zstd's level 6: benchmarks/README.md."""
@@ -57,7 +57,7 @@ def _lengths(data_set: DataSet) -> list[tuple[float, int]]:
     if is_url(data_set.name) or not total["documents"]:
         return [(max(total["tokens"] / max(total["documents"], 1), 1.0), 1)]
     found = []
-    for entry in entries[:: ceil(len(entries) / _MOST_SHARDS)]:
+    for entry in entries[:: ceil(len(entries) / _MAX_SHARDS)]:
         with data_set.open_shard(entry) as reader:
             found.append(DocumentLengths.of(reader.text_tokens()))
     joined = DocumentLengths.joined(found)

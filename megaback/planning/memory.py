@@ -14,8 +14,8 @@ from megaback.config import ModelSection
 from megaback.planning.activation_memory import Arithmetic, Attention, activations_of
 from megaback.planning.flops import ModelSize
 
-_LEAST_BUCKET_ELEMENTS = 1_000_000
-_MOST_BUCKET_ELEMENTS = 500_000_000
+_MIN_BUCKET_ELEMENTS = 1_000_000
+_MAX_BUCKET_ELEMENTS = 500_000_000
 _GATHERED_ELEMENTS = 1_000_000_000
 """Weights that ZeRO 3 keeps together at most: stage3_max_live_parameters of DeepSpeed."""
 _GROUP_ELEMENTS = 1_000_000_000
@@ -34,7 +34,7 @@ def bucket_elements(num_parameters: int) -> int:
 
     DeepSpeed's default is made for billions of weights; on few it costs memory and time.
     """
-    return min(max(num_parameters // 8, _LEAST_BUCKET_ELEMENTS), _MOST_BUCKET_ELEMENTS)
+    return min(max(num_parameters // 8, _MIN_BUCKET_ELEMENTS), _MAX_BUCKET_ELEMENTS)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megaback.planning.devices import CPU, Device
 from megaback.planning.memory import Parts
 from megaback.planning.plan import Cluster, advice_to_fit, memory_of
 
-_MOST_OVERESTIMATE = 1.05
+_MAX_OVERESTIMATE = 1.05
 """The plan over what real runs took was at most 1.04: benchmarks/README.md."""
 
 
@@ -61,4 +61,4 @@ def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMem
 def certain_bytes(parts: Parts, is_compiled: bool) -> float:
     """What a rank takes in any case: without reserves; compiled code may keep fewer activations."""
     uncertain = parts.reserve + (parts.activations + parts.logits if is_compiled else 0.0)
-    return (parts.total - uncertain) / _MOST_OVERESTIMATE
+    return (parts.total - uncertain) / _MAX_OVERESTIMATE

@@ -19,10 +19,10 @@ from megaback.planning.memory import RankMemory, Setting, checkpoint_bytes, rank
 from megaback.planning.network import Traffic, step_traffic
 
 DEFAULT_MFU = 0.4
-"""Model FLOPs utilisation: what published runs on A100s and H100s had, docs/scale.md."""
-_MOST_FLASH_HEAD_DIM = 256
-_MOST_CHANGES = 3
-_MOST_NODE_DOUBLINGS = 6
+"""Model FLOPs utilization: what published runs on A100s and H100s had, docs/scale.md."""
+_MAX_FLASH_HEAD_DIM = 256
+_MAX_CHANGES = 3
+_MAX_NODE_DOUBLINGS = 6
 _DAY_S = 86_400
 _NODES = "--nodes"
 
@@ -175,7 +175,7 @@ def smallest_change(
         option for option in _changes(config, cluster) if can_add_nodes or option[1] != _NODES
     ]
     kinds = range(len(options))
-    for count in range(1, _MOST_CHANGES + 1):
+    for count in range(1, _MAX_CHANGES + 1):
         for chosen in combinations(kinds, count):
             for words, changed, on in _combined(config, cluster, [options[k] for k in chosen]):
                 try:
@@ -232,7 +232,7 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[_Option]:
         yield "training", "activation_checkpointing", ("block",)
     if config.zero.offload == "none" and not cluster.device.is_cpu:
         yield "zero", "offload", ("optimizer",)
-    doublings = range(1, _MOST_NODE_DOUBLINGS + 1)
+    doublings = range(1, _MAX_NODE_DOUBLINGS + 1)
     yield "", _NODES, tuple(cluster.nodes << doubling for doubling in doublings)
     if config.zero.offload != "parameters" and not cluster.device.is_cpu:
         yield "zero", "offload", ("parameters",)
@@ -265,8 +265,8 @@ def _combined(
 
 def _is_allowed(config: Config) -> bool:
     """Whether offloading fits the stage, as ZeroSection demands it."""
-    least = {"none": 0, "optimizer": 1, "parameters": 3}[config.zero.offload]
-    return config.zero.stage >= least
+    minimum = {"none": 0, "optimizer": 1, "parameters": 3}[config.zero.offload]
+    return config.zero.stage >= minimum
 
 
 def _attention(config: Config, device: Device) -> Attention:
@@ -274,7 +274,7 @@ def _attention(config: Config, device: Device) -> Attention:
     can_flash = (
         not device.is_cpu
         and config.training.precision == "bf16"
-        and config.model.head_dim <= _MOST_FLASH_HEAD_DIM
+        and config.model.head_dim <= _MAX_FLASH_HEAD_DIM
     )
     return "flash_attn" if can_flash and config.hardware.attention != "sdpa" else "sdpa"
 

@@ -28,7 +28,7 @@ from megaback.weights.weight_names import HEAD_NAME
 
 _READ_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 _MAX_FILE_BYTES = 64 << 20
-_MAX_LAYERS = int(LAYERS.most)
+_MAX_LAYERS = int(LAYERS.max)
 _MAX_TABLE_NUMBERS = 1 << 28
 """Of masks and positions, which some models keep beside their weights."""
 _PLACEHOLDER = "QuestionGoesHere"
@@ -76,12 +76,12 @@ def _require_plausible(
         require_within("num_hidden_layers", layers, 1, min(len(found), _MAX_LAYERS))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    for what, tensors, most in (
+    for what, tensors, maximum in (
         ("weights", model.parameters(), 2 * sum(found)),
         ("tables", model.buffers(), 2 * sum(found) + _MAX_TABLE_NUMBERS),
     ):
         wanted = sum(tensor.numel() for tensor in tensors)
-        if wanted > most:
+        if wanted > maximum:
             raise ValueError(
                 f"its config describes {what} of {wanted:,} numbers, and its files hold "
                 f"{sum(found):,}"
@@ -89,12 +89,12 @@ def _require_plausible(
 
 
 def _require_all_read(folder: Path, model: Any, loading: dict[str, Any]) -> None:
-    said = {
+    reported = {
         "is missing": loading["missing_keys"],
         "is read by nothing": loading["unexpected_keys"],
         "has another shape": [entry[0] for entry in loading["mismatched_keys"]],
     }
-    problems = [f"{name} {what}" for what, names in said.items() for name in sorted(names)]
+    problems = [f"{name} {what}" for what, names in reported.items() for name in sorted(names)]
     stored, head = StoredWeights(folder), model.get_output_embeddings()
     # Some versions of the library take the embeddings in its place, where the config ties them.
     is_stored = head is not None and HEAD_NAME in dict(stored.shapes())
@@ -152,16 +152,16 @@ class HfScorer:
             ) from None
         end = self._tokenizer.eos_token_id
         self._end = [] if end is None else [int(end)]
-        self._most_tokens = getattr(model.config, "max_position_embeddings", None)
+        self._max_tokens = getattr(model.config, "max_position_embeddings", None)
 
     def encode(self, pair: Pair) -> Continuation:
         """Raises PromptError for a pair that the model's context does not hold."""
         given = [*self._before, *self._text(pair.question.strip()), *self._after]
         written = [*self._text(pair.answer.strip()), *self._end]
-        if self._most_tokens is not None and len(given) + len(written) > self._most_tokens:
+        if self._max_tokens is not None and len(given) + len(written) > self._max_tokens:
             raise PromptError(
                 f"the two texts are {len(given) + len(written)} tokens, and the forward model's "
-                f"context holds {self._most_tokens}; shorten them"
+                f"context holds {self._max_tokens}; shorten them"
             )
         return Continuation(tuple(given), tuple(written))
 
@@ -205,9 +205,9 @@ class HfScorer:
         if self._tokenizer.chat_template is None:
             begin = self._tokenizer.bos_token_id
             return ([] if begin is None else [int(begin)]), self._text(_BETWEEN)
-        said = [{"role": "user", "content": _PLACEHOLDER}]
+        messages = [{"role": "user", "content": _PLACEHOLDER}]
         rendered: str = self._tokenizer.apply_chat_template(
-            said, tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=True
         )
         before, found, after = rendered.partition(_PLACEHOLDER)
         if not found:

@@ -1,7 +1,7 @@
 """How much more one model pays than another for the same documents, with a paired standard error.
 
 Each model's loss is a ratio of sums over documents, nats over targets. Their difference is
-linearised in the documents (Cochran, "Sampling Techniques", 1977, section 6.3), so that what is
+linearized in the documents (Cochran, "Sampling Techniques", 1977, section 6.3), so that what is
 hard in a document for both models cancels, and long documents count for what they hold. Loads no
 torch. Shapes: N documents.
 """

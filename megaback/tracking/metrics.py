@@ -35,7 +35,7 @@ _FIELDS = Fields(
 )
 _MAX_LINES = 2_000_000
 """Of the shortest, 1 GB of memory."""
-LEAST_DATA_WAIT_SHARE = 0.01
+MIN_DATA_WAIT_SHARE = 0.01
 """Below, nobody is told of it but metrics.jsonl."""
 
 

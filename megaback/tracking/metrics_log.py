@@ -23,7 +23,7 @@ from megaback.config import Config
 from megaback.faults.exit_record import record_event
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.loss_by_context import ContextLoss
-from megaback.tracking.metrics import LEAST_DATA_WAIT_SHARE, StepRecord, read_metrics
+from megaback.tracking.metrics import MIN_DATA_WAIT_SHARE, StepRecord, read_metrics
 from megaback.tracking.trackers import BEFORE_ALL_STEPS, Trackers
 
 _RECENT_STEPS = 50
@@ -153,7 +153,7 @@ class MetricsLog:
         if "mfu" in line:
             parts.append(f"MFU {line['mfu']:.1%}")
         parts.append(f"{record.memory_peak_bytes / 1e9:.1f} GB")
-        if record.data_wait_share > LEAST_DATA_WAIT_SHARE:
+        if record.data_wait_share > MIN_DATA_WAIT_SHARE:
             parts.append(f"data wait {record.data_wait_share:.0%}")
         return "  ".join(parts)
 

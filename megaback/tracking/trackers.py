@@ -35,25 +35,25 @@ class Tracker(Protocol):
 class Trackers:
     """The trackers that a config asks for, as long as they work."""
 
-    def __init__(self, config: Config, last_step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, last_step: int, log: Callable[[str], None]) -> None:
         """`last_step`: the last one that metrics.jsonl still has, or BEFORE_ALL_STEPS.
 
         Raises BackendError for one that was asked for and is not installed.
         """
         require_installed(config)
-        self._say = say
+        self._log = log
         self._trackers: dict[str, Tracker] = {}
         for name, start in _STARTS.items():
             try:
                 tracker = start(config, last_step)
             except Exception as error:  # noqa: BLE001 (theirs may raise anything)
-                say(_failure(name, "did not start", error))
+                log(_failure(name, "did not start", error))
                 continue
             if tracker is None:
                 continue
             self._trackers[name] = tracker
             if tracker.held_step > last_step:
-                say(
+                log(
                     f"{name} has steps up to {tracker.held_step:,} already: those that are made "
                     "again are not shown there"
                 )
@@ -75,7 +75,7 @@ class Trackers:
             act(*arguments)
         except Exception as error:  # noqa: BLE001 (theirs may raise anything)
             del self._trackers[name]
-            self._say(_failure(name, "has failed", error))
+            self._log(_failure(name, "has failed", error))
 
 
 def flat_values(line: Mapping[str, Any], before: str = "") -> dict[str, Value]:

@@ -17,10 +17,10 @@ class EarlyStopping:
     """Counts validations that did not improve on the best one."""
 
     def __init__(
-        self, most_without_improvement: int | None, earlier: Iterable[tuple[int, float | None]] = ()
+        self, patience: int | None, earlier: Iterable[tuple[int, float | None]] = ()
     ) -> None:
         """`earlier` is step and loss of each validation so far. None: never runs out."""
-        self._most = most_without_improvement
+        self._patience = patience
         self._best_loss = math.inf
         self._since = 0
         self.best_step: int | None = None
@@ -37,11 +37,11 @@ class EarlyStopping:
 
     @property
     def is_exhausted(self) -> bool:
-        return self._most is not None and self._since >= self._most
+        return self._patience is not None and self._since >= self._patience
 
     def is_kept(self, step: int) -> bool:
         """Whether the checkpoint of this step is to be kept as the best one."""
-        return self._most is not None and step == self.best_step
+        return self._patience is not None and step == self.best_step
 
     @property
     def reason(self) -> str:

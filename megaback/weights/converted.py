@@ -38,8 +38,8 @@ from megaback.weights.model_folder import write_model_folder
 from megaback.weights.source import open_checkpoint
 
 _LOG = logging.getLogger("megaback.weights")
-_MOST_FILE_BYTES = 5 * 10**9
-_MOST_TRIES = 5
+_MAX_FILE_BYTES = 5 * 10**9
+_MAX_TRIES = 5
 """A run that trains meanwhile may delete the checkpoint that is being read."""
 _KEPT_S = 3600.0
 """Nobody still opens a conversion that was last asked for so long ago."""
@@ -60,7 +60,7 @@ def model_folder(path: str | Path) -> Path:
             f"there is nothing at {path}; name a folder of `megaback convert`, a run, or one of "
             "its checkpoints"
         )
-    for _ in range(_MOST_TRIES):
+    for _ in range(_MAX_TRIES):
         target = _checkpoint_of(path)
         try:
             return _converted(path, target)
@@ -135,7 +135,7 @@ def _write(target: Path, folder: Path) -> None:
         partial.mkdir(parents=True)
         specs = source.specs(torch.float32)
         write_model_folder(
-            partial, source.description, specs, source.read, source.tokenizer, _MOST_FILE_BYTES
+            partial, source.description, specs, source.read, source.tokenizer, _MAX_FILE_BYTES
         )
         with suppress(FileExistsError, IsADirectoryError):
             _rename(partial, folder)

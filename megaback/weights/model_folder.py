@@ -91,10 +91,10 @@ def write_model_folder(
     specs: Mapping[str, Spec],
     tensor_of: Callable[[str], Tensor],
     tokenizer: bytes,
-    most_file_bytes: int,
+    max_file_bytes: int,
 ) -> None:
     """Write a model folder, a tensor at a time; the caller gives it its final name."""
-    write_weights(folder, specs, tensor_of, most_file_bytes)
+    write_weights(folder, specs, tensor_of, max_file_bytes)
     with replacing(folder / TOKENIZER_NAME) as file:
         file.write(tokenizer)
     write_text(folder / MODEL_CONFIG_NAME, json.dumps(description.to_fields(), indent=2) + "\n")

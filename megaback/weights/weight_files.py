@@ -44,16 +44,16 @@ def write_weights(
     folder: Path,
     specs: Mapping[str, Spec],
     tensor_of: Callable[[str], Tensor],
-    most_file_bytes: int,
+    max_file_bytes: int,
 ) -> None:
-    """Write tensors in order, in files of at most `most_file_bytes` of data or of one tensor.
+    """Write tensors in order, in files of at most `max_file_bytes` of data or of one tensor.
 
     The SHA-256 of each file is written too. Raises OSError.
     """
     groups: list[dict[str, Spec]] = [{}]
     size = 0
     for name, spec in specs.items():
-        if groups[-1] and size + num_bytes_of(spec) > most_file_bytes:
+        if groups[-1] and size + num_bytes_of(spec) > max_file_bytes:
             groups.append({})
             size = 0
         groups[-1][name] = spec

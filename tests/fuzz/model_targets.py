@@ -46,7 +46,7 @@ _CPU = torch.device("cpu")
 def model_in(
     folder: Path,
     name: str,
-    most_file_bytes: int = 1 << 30,
+    max_file_bytes: int = 1 << 30,
     direction: Direction = Direction.BACKWARD,
 ) -> Path:
     """A model of few and random weights, as `megaback convert --to full` writes it."""
@@ -63,7 +63,7 @@ def model_in(
         {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
         lambda name: weights[name].detach(),
         codec.model_bytes,
-        most_file_bytes,
+        max_file_bytes,
     )
     return out
 

@@ -134,9 +134,9 @@ def metric(running: Running, name: str, model: str | None = None) -> float:
     return float(found.group(1))
 
 
-def wait_until(is_so: Callable[[], bool], most_s: float = 20) -> None:
+def wait_until(is_so: Callable[[], bool], max_s: float = 20) -> None:
     """Look again until it is so."""
-    ends_s = time.monotonic() + most_s
+    ends_s = time.monotonic() + max_s
     while not is_so():
         assert time.monotonic() < ends_s
         time.sleep(0.05)

@@ -69,7 +69,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> ExportOf:
     @cache
     def of(run: Path, kind: str) -> Path:
         out = tmp_path_factory.mktemp("exports") / f"{run.name}-{kind}"
-        convert(run, out, kind, "float32", most_file_bytes=50_000)
+        convert(run, out, kind, "float32", max_file_bytes=50_000)
         return out
 
     return of

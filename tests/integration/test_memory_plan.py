@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
-MOST_DIFFERENCE = 0.1
+MAX_DIFFERENCE = 0.1
 
 
 @pytest.mark.slow
@@ -27,4 +27,4 @@ def test_the_memory_of_a_real_run_is_within_10_percent_of_the_plan(tiny_shards: 
     found = json.loads(done.stdout)
     for name in ("training", "whole"):
         ratio = found[f"planned_{name}_bytes"] / found[f"{name}_bytes"]
-        assert abs(ratio - 1) < MOST_DIFFERENCE, found
+        assert abs(ratio - 1) < MAX_DIFFERENCE, found

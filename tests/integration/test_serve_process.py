@@ -138,7 +138,7 @@ def test_an_infill_ends_in_time_without_its_client_and_with_the_server(
     backward, forward = slow_models
     body = {"beginning": "the last map " * 40, "ending": "a wooden clock " * 40}
     body |= {"candidates": 64, "max_tokens": 64, "temperature": 1.0, "seed": 1}
-    limits = ["--most-seconds", 3, "--shutdown-seconds", 1]
+    limits = ["--max-seconds", 3, "--shutdown-seconds", 1]
     with started(backward, "--forward", forward, *limits) as (process, url):
         started_s = time.monotonic()
         answer = httpx.post(f"{url}/v1/infill", json=body, timeout=120)

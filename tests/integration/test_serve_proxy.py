@@ -131,7 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCo
 
 @pytest.fixture(scope="module")
 def proxied(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
-    limits = ["--most-requests", 1, "--slots", 2]
+    limits = ["--max-requests", 1, "--slots", 2]
     with (
         started(folder, "--allow-host", NAME, *limits) as (process, url),
         proxying(url, tmp_path_factory.mktemp("nginx") / "nginx") as found,

@@ -100,7 +100,7 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def compare(
-    config: Config, pairs: Sequence[TrainedPair], device: str | None, most_documents: int
+    config: Config, pairs: Sequence[TrainedPair], device: str | None, max_documents: int
 ) -> Arrow:
     """Measure pairs of models on the val set, or on some of its documents.
 
@@ -112,7 +112,7 @@ def compare(
     on = choose_device(device)
     data = open_data(config, 0, 1)
     context_tokens = config.batch.context_tokens
-    windows = _windows(data.data_sets, context_tokens, most_documents)
+    windows = _windows(data.data_sets, context_tokens, max_documents)
     markers = Markers(data.codec.begin_id, data.codec.end_id)
     num_bytes = data.codec.piece_num_bytes()
     found: dict[Direction, list[DocumentLosses]] = {direction: [] for direction in DIRECTIONS}
@@ -138,13 +138,13 @@ def compare(
 
 
 def _windows(
-    data_sets: Sequence[DataSet], context_tokens: int, most_documents: int
+    data_sets: Sequence[DataSet], context_tokens: int, max_documents: int
 ) -> "list[Window]":
     """Of at most so many documents, spread evenly over all val sets."""
     from megaback.scoring.directions import documents_of, windows_of
 
     total = sum(data_set.manifest.total("val")["documents"] for data_set in data_sets)
-    chosen = min(total, most_documents)
+    chosen = min(total, max_documents)
     documents = chain.from_iterable(documents_of(data_set, "val") for data_set in data_sets)
     windows: list[Window] = []
     for place, ids in enumerate(documents):

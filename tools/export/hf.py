@@ -25,13 +25,13 @@ _PIPELINE_CLASS = "MegabackTextGeneration"
 
 
 def write_hf_folder(
-    folder: Path, name: str, source: WeightSource, dtype: torch.dtype, most_file_bytes: int
+    folder: Path, name: str, source: WeightSource, dtype: torch.dtype, max_file_bytes: int
 ) -> None:
     """Write everything, config.json last; `name` is what the card calls the model."""
     description = source.description
     text_format = description.text_format
     codec = TextCodec(source.tokenizer, text_format.direction, text_format.unit)
-    write_weights(folder, source.specs(dtype), source.read, most_file_bytes)
+    write_weights(folder, source.specs(dtype), source.read, max_file_bytes)
     with replacing(folder / HF_TOKENIZER_NAME) as file:
         file.write(source.tokenizer)
     _write_json(folder / "tokenizer.json", _refusal(codec))

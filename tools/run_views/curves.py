@@ -21,7 +21,7 @@ from megaback.yaml_text import read_yaml_file
 Axis = Literal["step", "tokens", "time"]
 Values = npt.NDArray[np.float64]
 
-_MOST_POINTS = 2000
+_MAX_POINTS = 2000
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Curve:
 
     def thinned(self) -> "Curve":
         """At most a few thousand points, each the mean of those that it stands for."""
-        every = -(-len(self.places) // _MOST_POINTS)
+        every = -(-len(self.places) // _MAX_POINTS)
         if every <= 1:
             return self
         starts = np.arange(0, len(self.places), every)
@@ -136,7 +136,7 @@ def _context_loss(validation: Mapping[str, Any]) -> Curve:
     known = {name: one["loss"] for name, one in by_context.items() if one["loss"] is not None}
     places = [int(name.rpartition("-")[2]) for name in known]
     for place in places:
-        require_within("val_by_context", place, 1, int(CONTEXT.most))
+        require_within("val_by_context", place, 1, int(CONTEXT.max))
     return Curve(
         np.array(places, dtype=np.float64), np.array(list(known.values()), dtype=np.float64)
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, whose colors everybody can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MOST_RESTARTS = 1000
+_MAX_RESTARTS = 1000
 _STYLES = ("-", "--", ":", "-.")
 _LABELS: dict[Axis, str] = {"step": "step", "tokens": "tokens", "time": "hours of training steps"}
 
@@ -58,7 +58,7 @@ def curves_figure(runs: Sequence[RunCurves], look: Style) -> "Figure":
         for axes in (loss, rate, norm, speed):
             # One artist, however many they are: a line takes milliseconds.
             axes.vlines(
-                run.restarts[:_MOST_RESTARTS],
+                run.restarts[:_MAX_RESTARTS],
                 0,
                 1,
                 transform=axes.get_xaxis_transform(),
@@ -107,14 +107,14 @@ def _color_and_style(number: int) -> tuple[str, str]:
 
 def _draw_contexts(axes: "Axes", runs: Sequence[RunCurves]) -> None:
     """How much it helps to have read more."""
-    most = 1.0
+    maximum = 1.0
     for number, run in enumerate(runs):
         color, style = _color_and_style(number)
         curve = run.context_loss
         axes.plot(curve.places, curve.values, "o" + style, color=color, markersize=4)
-        most = max(most, *curve.places, 1.0)
+        maximum = max(maximum, *curve.places, 1.0)
     axes.set_xscale("log", base=2)
-    buckets = range(num_buckets(int(most)))
+    buckets = range(num_buckets(int(maximum)))
     axes.set_xticks([1 << bucket for bucket in buckets], list(map(bucket_name, buckets)))
     _style_axes(axes, "last val loss (nats/token) by tokens of context")
 

@@ -26,7 +26,7 @@ from tools.serving.parsing import REQUESTS, parse_body
 
 PAGE_FOLDER = Path(__file__).with_name("page")
 _REFERENCE = "#/components/schemas/{model}"
-_MOST_BYTES_PARSED_AT_ONCE = 1 << 16
+_MAX_BYTES_PARSED_AT_ONCE = 1 << 16
 """On the event loop; what is longer is parsed aside."""
 _Body = TypeVar("_Body", bound=schemas.Body)
 
@@ -117,7 +117,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         body = await request.body()
 
         async def work() -> Any:
-            if len(body) > _MOST_BYTES_PARSED_AT_ONCE:
+            if len(body) > _MAX_BYTES_PARSED_AT_ONCE:
                 asked = await service.aside(partial(parse_body, kind, body))
             else:
                 asked = parse_body(kind, body)

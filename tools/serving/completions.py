@@ -18,7 +18,7 @@ from tools.serving.choice_stream import ChoiceText, Part, Token, log_probs, offs
 from tools.serving.context import Service
 from tools.serving.deadline import Deadline
 from tools.serving.errors import ProblemError
-from tools.serving.limits import MOST_ECHOED_CHARACTERS, require_answer_size
+from tools.serving.limits import MAX_ECHOED_CHARACTERS, require_answer_size
 from tools.serving.models import Given, ServedModel
 from tools.serving.request_samples import Job
 
@@ -28,15 +28,15 @@ _DONE = "data: [DONE]\n\n"
 _LINE_BREAKS = "\x85\u2028\u2029"
 
 
-def sampling_options(request: schemas.Sampling, seed: int, most_tokens: int) -> SamplingOptions:
+def sampling_options(request: schemas.Sampling, seed: int, max_tokens: int) -> SamplingOptions:
     """Raises ProblemError when more tokens are asked for than may be written."""
-    tokens, least = request.max_tokens, request.min_tokens
-    if tokens > most_tokens:
-        said = f"max_tokens is {tokens}; at most {most_tokens} are written here"
-        raise ProblemError(400, said, param="max_tokens")
-    if least > tokens:
-        said = f"min_tokens is {least}, above max_tokens {tokens}"
-        raise ProblemError(400, said, param="min_tokens")
+    tokens, minimum = request.max_tokens, request.min_tokens
+    if tokens > max_tokens:
+        message = f"max_tokens is {tokens}; at most {max_tokens} are written here"
+        raise ProblemError(400, message, param="max_tokens")
+    if minimum > tokens:
+        message = f"min_tokens is {minimum}, above max_tokens {tokens}"
+        raise ProblemError(400, message, param="min_tokens")
     return SamplingOptions(
         max_new_tokens=max(tokens, 1),
         temperature=request.temperature,
@@ -45,7 +45,7 @@ def sampling_options(request: schemas.Sampling, seed: int, most_tokens: int) -> 
         top_p=request.top_p,
         min_p=request.min_p,
         repetition_penalty=request.repetition_penalty,
-        min_new_tokens=tokens if request.ignore_eos else least,
+        min_new_tokens=tokens if request.ignore_eos else minimum,
     )
 
 
@@ -136,8 +136,8 @@ async def ask(service: Service, request: schemas.CompletionRequest, deadline: De
     model = service.model(request.model)
     seed = chosen_seed(request.seed)
     prompts, n = request.prompts, request.n
-    if len(prompts) * n > schemas.MOST_SAMPLES:
-        raise ProblemError(400, f"prompts times n is more than {schemas.MOST_SAMPLES}", param="n")
+    if len(prompts) * n > schemas.MAX_SAMPLES:
+        raise ProblemError(400, f"prompts times n is more than {schemas.MAX_SAMPLES}", param="n")
     likeliest = request.logprobs
     if likeliest is not None:
         likeliest = min(likeliest, model.codec.vocab_size)
@@ -160,9 +160,9 @@ async def ask(service: Service, request: schemas.CompletionRequest, deadline: De
     given_tokens = []
     if request.echo:
         characters = n * sum(len(one.text) for one in given)
-        if characters > MOST_ECHOED_CHARACTERS:
-            said = f"echo gives each prompt n times, {characters} characters in all; at most "
-            raise ProblemError(400, f"{said}{MOST_ECHOED_CHARACTERS} are given", param="echo")
+        if characters > MAX_ECHOED_CHARACTERS:
+            message = f"echo gives each prompt n times, {characters} characters in all; at most "
+            raise ProblemError(400, f"{message}{MAX_ECHOED_CHARACTERS} are given", param="echo")
         if likeliest is not None:
             given_tokens = await _tokens_of(service, model, given, likeliest, n, deadline)
     return Asked(request, model, seed, given, choices, samples, given_tokens)
@@ -197,14 +197,14 @@ async def _tokens_of(
         return one.ids or [codec.begin_id, *codec.encode(one.text).tolist()]
 
     ids = [await service.aside(partial(ids_of, one)) for one in given]
-    told = "echo: tokens of all prompts x n x (1 + logprobs)"
-    require_answer_size(n, sum(map(len, ids)), num_likeliest, told)
+    product = "echo: tokens of all prompts x n x (1 + logprobs)"
+    require_answer_size(n, sum(map(len, ids)), num_likeliest, product)
 
     def tokens(one: Given, ids: list[int], scored: list[ScoredToken]) -> list[Token]:
         places = offsets(codec, ids, one.text)
         first = [Token(ids[0], None, (), places[0])] if one.ids is not None else []
         rest = zip(ids[1:], scored, places[1:], strict=True)
-        return first + [Token(piece_id, *told, place) for piece_id, told, place in rest]
+        return first + [Token(piece_id, *scores, place) for piece_id, scores, place in rest]
 
     found = []
     for one, of_one in zip(given, ids, strict=True):

@@ -12,7 +12,7 @@ from megaback.inference.infill.infiller import Infiller
 from megaback.inference.steps import Steps
 from tools.serving.deadline import Deadline
 from tools.serving.errors import ProblemError
-from tools.serving.limits import MOST_MEETINGS_AT_ONCE, Limits
+from tools.serving.limits import MAX_MEETINGS_AT_ONCE, Limits
 from tools.serving.metrics import Metrics
 from tools.serving.models import ServedModel
 from tools.serving.worker import Engine
@@ -26,7 +26,7 @@ def _one_thread() -> ThreadPoolExecutor:
 
 
 def _meetings() -> asyncio.Semaphore:
-    return asyncio.Semaphore(MOST_MEETINGS_AT_ONCE)
+    return asyncio.Semaphore(MAX_MEETINGS_AT_ONCE)
 
 
 @dataclass
@@ -52,9 +52,9 @@ class Service:
         """Compute something in the engine's thread, between the steps of samples."""
         return await asyncio.wrap_future(self.engine.compute(steps))
 
-    def deadline(self, most_s: float | None = None) -> Deadline:
+    def deadline(self, max_s: float | None = None) -> Deadline:
         """Of a request that begins now, or of a part of its work, for which it has less time."""
-        deadline = Deadline(self.limits.request_s if most_s is None else most_s)
+        deadline = Deadline(self.limits.request_s if max_s is None else max_s)
         self._deadlines.add(deadline)
         if self._is_ending:
             deadline.end()

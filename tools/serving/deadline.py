@@ -41,12 +41,12 @@ async def hanging_up(request: Request) -> None:
 class Deadline:
     """When the work for a request ends as it is. To be made on the event loop, and closed."""
 
-    def __init__(self, most_s: float) -> None:
-        self._most_s = most_s
+    def __init__(self, max_s: float) -> None:
+        self._max_s = max_s
         self._passed = asyncio.Event()
         self._calls: list[Callable[[], None]] = []
         self._is_of_server = False
-        self._alarm = asyncio.get_running_loop().call_later(most_s, self._pass)
+        self._alarm = asyncio.get_running_loop().call_later(max_s, self._pass)
 
     @property
     def is_past(self) -> bool:
@@ -69,7 +69,7 @@ class Deadline:
             return busy("the server is shutting down; ask another one, or again later")
         return ProblemError(
             503,
-            f"there was no answer within {self._most_s:g} s, which is all a request may take; ask "
+            f"there was no answer within {self._max_s:g} s, which is all a request may take; ask "
             "for less at once, or when fewer others ask",
             "timeout",
             # OpenAI's clients would ask for the same work twice again.

@@ -14,7 +14,7 @@ from data_pipeline.text.incremental import sendable
 from tools.serving import response_schemas
 
 _log = logging.getLogger("megaback.serve")
-_MOST_SHOWN_CHARACTERS = 100
+_MAX_SHOWN_CHARACTERS = 100
 Described = dict[int | str, dict[str, Any]]
 """Answers by status, as FastAPI describes them."""
 DESCRIBED: Described = {
@@ -84,7 +84,7 @@ def install(app: FastAPI) -> None:
 def _unanswered(app: FastAPI, request: Request) -> ProblemError:
     """Which methods a path has, or that there is no such path; the page's mount knows neither."""
     path = request.url.path
-    shown = sendable(path[:_MOST_SHOWN_CHARACTERS])
+    shown = sendable(path[:_MAX_SHOWN_CHARACTERS])
     methods = {
         method
         for route in app.routes

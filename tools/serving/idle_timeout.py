@@ -14,8 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SECONDS_FOR_A_REQUEST = 20.0
 SECONDS_FOR_A_PART = 30.0
-MOST_CONNECTIONS = 512
-MOST_AHEAD_BYTES = 1 << 16
+MAX_CONNECTIONS = 512
+MAX_AHEAD_BYTES = 1 << 16
 SYSTEM_BUFFER_BYTES = 1 << 17
 """Of an answer that is not read yet, by the system; Linux takes twice that for its own records."""
 
@@ -29,7 +29,7 @@ class IdleTimeoutConnection(H11Protocol):
 
     seconds_for_a_request: ClassVar[float] = SECONDS_FOR_A_REQUEST
     seconds_for_a_part: ClassVar[float] = SECONDS_FOR_A_PART
-    most_connections: ClassVar[int] = MOST_CONNECTIONS
+    max_connections: ClassVar[int] = MAX_CONNECTIONS
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -50,7 +50,7 @@ class IdleTimeoutConnection(H11Protocol):
             socket.SOL_SOCKET, socket.SO_SNDBUF, SYSTEM_BUFFER_BYTES
         )
         self._expect_request()
-        if len(self.connections) > self.most_connections:
+        if len(self.connections) > self.max_connections:
             idle = [
                 one
                 for one in self.connections
@@ -69,7 +69,7 @@ class IdleTimeoutConnection(H11Protocol):
         self._stop_expecting()
         if self.conn.their_state is h11.DONE:
             # The next request already. uvicorn would stop to read, and not see who hangs up.
-            if len(self.conn.trailing_data[0]) > MOST_AHEAD_BYTES:
+            if len(self.conn.trailing_data[0]) > MAX_AHEAD_BYTES:
                 self.transport.abort()
             else:
                 self.flow.resume_reading()

@@ -16,7 +16,7 @@ from tools.serving.completions import chosen_seed
 from tools.serving.context import Service
 from tools.serving.deadline import Deadline
 from tools.serving.errors import ProblemError
-from tools.serving.limits import MOST_INFILL_TOKENS
+from tools.serving.limits import MAX_INFILL_TOKENS
 from tools.serving.request_samples import Job
 
 
@@ -33,14 +33,14 @@ async def fill(
         raise ProblemError(
             400, "infilling needs a backward and a --forward model of one tokenizer, unit token"
         )
-    if request.candidates * request.max_tokens > MOST_INFILL_TOKENS:
+    if request.candidates * request.max_tokens > MAX_INFILL_TOKENS:
         asked = f"candidates x max_tokens is {request.candidates * request.max_tokens}"
-        raise ProblemError(400, f"{asked}; at most {MOST_INFILL_TOKENS} are tried", "invalid_value")
+        raise ProblemError(400, f"{asked}; at most {MAX_INFILL_TOKENS} are tried", "invalid_value")
     for model in service.models.values():
         model.require_bytes(request.beginning + request.ending)
     seed = chosen_seed(request.seed)
     options = InfillOptions(
-        most_tokens=request.max_tokens,
+        max_tokens=request.max_tokens,
         forward_candidates=request.candidates,
         backward_candidates=request.candidates,
         rescored=max(request.candidates, request.n),

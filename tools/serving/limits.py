@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from tools.serving.errors import ProblemError
 
-MOST_ANSWER_NUMBERS = 1 << 18
+MAX_ANSWER_NUMBERS = 1 << 18
 """Tokens of an answer, each with the probabilities that are told of it."""
-MOST_ECHOED_CHARACTERS = 1 << 22
-MOST_INFILL_TOKENS = 1 << 12
+MAX_ECHOED_CHARACTERS = 1 << 22
+MAX_INFILL_TOKENS = 1 << 12
 """Candidates times tokens. The tables of a meeting grow with its square: to 300 MB."""
-MOST_MEETINGS_AT_ONCE = 2
+MAX_MEETINGS_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def require_answer_size(samples: int, tokens: int, likeliest: int | None, of_wha
     `likeliest` ids are told at each place, None if nothing is; `of_what` says what is multiplied.
     """
     numbers = samples * tokens * (1 if likeliest is None else 1 + likeliest)
-    if numbers > MOST_ANSWER_NUMBERS:
+    if numbers > MAX_ANSWER_NUMBERS:
         raise ProblemError(
             400,
-            f"{of_what} is {numbers}; at most {MOST_ANSWER_NUMBERS} are written for one request",
+            f"{of_what} is {numbers}; at most {MAX_ANSWER_NUMBERS} are written for one request",
             "invalid_value",
         )

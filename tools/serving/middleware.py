@@ -18,8 +18,8 @@ from tools.serving.metrics import Metrics
 
 _API_PATHS = ("/v1/", "/metrics")
 # A body that is too large is read on for a while, as a client that is still sending sees no answer.
-_MOST_PASSED_OVER_BYTES = 64 << 20
-_MOST_HEAD_BYTES = 1 << 14
+_MAX_PASSED_OVER_BYTES = 64 << 20
+_MAX_HEAD_BYTES = 1 << 14
 # Of an answer, after each of which the client has to have read: see idle_timeout.py.
 _PART_BYTES = 1 << 16
 _PAGE_POLICY = "; ".join(
@@ -178,10 +178,10 @@ class Guard:
             await asyncio.gather(reading, return_exceptions=True)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        most = self._limits.body_bytes
+        maximum = self._limits.body_bytes
         body, passed_over, is_over = bytearray(), 0, False
         announced = headers.get("content-length", "")
-        is_too_large = announced.isdecimal() and int(announced) > most
+        is_too_large = announced.isdecimal() and int(announced) > maximum
         if is_too_large and headers.get("expect", "").lower() == "100-continue":
             is_over = True  # The client has not begun, and waits to be told.
         while not is_over:
@@ -190,24 +190,24 @@ class Guard:
                 raise ProblemError(400, "the client hung up")
             is_over = not message.get("more_body", False)
             part = message.get("body", b"")
-            is_too_large = is_too_large or len(body) + len(part) > most
+            is_too_large = is_too_large or len(body) + len(part) > maximum
             if is_too_large:
                 body.clear()
                 passed_over += len(part)
-                is_over = is_over or passed_over > _MOST_PASSED_OVER_BYTES
+                is_over = is_over or passed_over > _MAX_PASSED_OVER_BYTES
             else:
                 body += part
         if is_too_large:
-            raise ProblemError(413, f"the body has more than {most} bytes; send less")
+            raise ProblemError(413, f"the body has more than {maximum} bytes; send less")
         return bytes(body)
 
 
 def _require_short_head(scope: Scope) -> None:
     """h11 refuses a longer one too, but not when all of it came at once."""
     fields = sum(len(name) + len(value) for name, value in scope["headers"])
-    if fields + len(scope["raw_path"]) + len(scope["query_string"]) > _MOST_HEAD_BYTES:
+    if fields + len(scope["raw_path"]) + len(scope["query_string"]) > _MAX_HEAD_BYTES:
         raise ProblemError(
-            431, f"the line and the headers have more than {_MOST_HEAD_BYTES} bytes; send less"
+            431, f"the line and the headers have more than {_MAX_HEAD_BYTES} bytes; send less"
         )
 
 

@@ -78,8 +78,8 @@ class ServedModel:
         when a sample has filled it.
         """
         if is_cut:
-            most = self._most_characters
-            given = given[:most] if self.writes_backward else given[-most:]
+            maximum = self._max_characters
+            given = given[:maximum] if self.writes_backward else given[-maximum:]
         self.require_bytes(given)
         prompt = self.codec.prompt(given)
         if is_cut and len(prompt.ids) > self.decoder.context_tokens:
@@ -104,15 +104,15 @@ class ServedModel:
 
     def require_bytes(self, given: str) -> None:
         """Refuse at once what cannot fit, however it is encoded."""
-        if len(given) > self._most_characters:
+        if len(given) > self._max_characters:
             raise PromptError(
                 f"the text given has {len(given)} characters, and the model's context of "
-                f"{self.decoder.context_tokens} tokens holds {self._most_characters} at most; "
+                f"{self.decoder.context_tokens} tokens holds {self._max_characters} at most; "
                 "shorten it"
             )
 
     @cached_property
-    def _most_characters(self) -> int:
+    def _max_characters(self) -> int:
         """That the context can hold: a piece has at least as many bytes as characters."""
         return self.decoder.context_tokens * int(self.codec.piece_num_bytes().max())
 

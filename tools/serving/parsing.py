@@ -18,9 +18,9 @@ REQUESTS: Mapping[str, type[schemas.Body]] = {
     "/v1/score": schemas.ScoreRequest,
     "/v1/infill": schemas.InfillRequest,
 }
-_MOST_SHOWN_PROBLEMS = 3
-_MOST_SHOWN_CHARACTERS = 100
-_MOST_FIELDS = 64
+_MAX_SHOWN_PROBLEMS = 3
+_MAX_SHOWN_CHARACTERS = 100
+_MAX_FIELDS = 64
 """Of a body; each that does not exist would be a problem of its own."""
 _Body = TypeVar("_Body", bound=schemas.Body)
 
@@ -45,12 +45,12 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
     except json.JSONDecodeError as error:
         raise _wrong(f"the body is not JSON, from character {error.pos + 1} on") from None
     except ValueError as error:
-        why = sendable(str(error))[:_MOST_SHOWN_CHARACTERS]
+        why = sendable(str(error))[:_MAX_SHOWN_CHARACTERS]
         raise _wrong(f"the body cannot be read as JSON: {why}") from None
     if not isinstance(values, dict):
         raise _wrong("the body is not a JSON object; send one, such as {}")
-    if len(values) > _MOST_FIELDS:
-        raise _wrong(f"the body has {len(values)} fields; at most {_MOST_FIELDS} are read")
+    if len(values) > _MAX_FIELDS:
+        raise _wrong(f"the body has {len(values)} fields; at most {_MAX_FIELDS} are read")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -66,17 +66,17 @@ def _param(problems: Sequence[Any]) -> str | None:
     """The first field that is wrong, by its name at the top of the body."""
     for problem in problems:
         if problem["loc"]:
-            return sendable(str(problem["loc"][0])[:_MOST_SHOWN_CHARACTERS])
+            return sendable(str(problem["loc"][0])[:_MAX_SHOWN_CHARACTERS])
     return None
 
 
 def _describe(problems: Sequence[Any]) -> str:
     """Where the first problems are, without what was sent, which may be text of any kind."""
-    told = []
-    for problem in problems[:_MOST_SHOWN_PROBLEMS]:
+    described = []
+    for problem in problems[:_MAX_SHOWN_PROBLEMS]:
         where = ".".join(str(part) for part in problem["loc"])
-        if len(where) > _MOST_SHOWN_CHARACTERS:
-            where = f"{where[:_MOST_SHOWN_CHARACTERS]}..."
-        told.append(f"{where or 'the body'}: {problem['msg']}")
-    more = len(problems) - len(told)
-    return sendable("; ".join(told) + (f"; and {more} more" if more > 0 else ""))
+        if len(where) > _MAX_SHOWN_CHARACTERS:
+            where = f"{where[:_MAX_SHOWN_CHARACTERS]}..."
+        described.append(f"{where or 'the body'}: {problem['msg']}")
+    more = len(problems) - len(described)
+    return sendable("; ".join(described) + (f"; and {more} more" if more > 0 else ""))

@@ -13,7 +13,7 @@ from tools.serving.context import Service
 from tools.serving.host_names import Address
 from tools.serving.idle_timeout import IdleTimeoutConnection
 
-_SECONDS_TO_TELL = 2.0
+_SECONDS_TO_FINISH = 2.0
 """For clients to take what has been cut."""
 _SECONDS_TO_CLOSE = 10.0
 
@@ -44,7 +44,9 @@ class Server(uvicorn.Server):
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=math.ceil(shutdown_s + _SECONDS_TO_TELL + _SECONDS_TO_CLOSE),
+            timeout_graceful_shutdown=math.ceil(
+                shutdown_s + _SECONDS_TO_FINISH + _SECONDS_TO_CLOSE
+            ),
         )
         super().__init__(config)
         self._service, self._shutdown_s = service, shutdown_s
@@ -70,7 +72,7 @@ class Server(uvicorn.Server):
 
     def _end(self) -> None:
         self._service.end()
-        asyncio.get_running_loop().call_later(_SECONDS_TO_TELL, self._close_connections)
+        asyncio.get_running_loop().call_later(_SECONDS_TO_FINISH, self._close_connections)
 
     def _close_connections(self) -> None:
         for connection in list(self.server_state.connections):

@@ -1,6 +1,6 @@
 """What clients send, as JSON: OpenAI's completions, and what megaback adds.
 
-Fields that OpenAI has and this server cannot honour are known here, so that they are refused by
+Fields that OpenAI has and this server cannot honor are known here, so that they are refused by
 name and never ignored.
 """
 
@@ -34,11 +34,11 @@ from data_pipeline.common.number_ranges import (
     TOP_K_OR_ALL,
 )
 
-MOST_SAMPLES = 64
-MOST_STOPS = 4
-MOST_LIKELIEST = 20
+MAX_SAMPLES = 64
+MAX_STOPS = 4
+MAX_LIKELIEST = 20
 _ABOUT = ("title", "description", "default")
-_MOST_IDS = 1 << 20  # of a prompt; those that the context does not hold are refused later
+_MAX_IDS = 1 << 20  # of a prompt; those that the context does not hold are refused later
 
 Seed = Annotated[int, SEED]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -146,9 +146,9 @@ def _kind_of_prompt(value: Any) -> str:
 
 
 _Ids = Annotated[
-    list[Annotated[int, TOKEN_ID]], Field(min_length=1, max_length=_MOST_IDS, fail_fast=True)
+    list[Annotated[int, TOKEN_ID]], Field(min_length=1, max_length=_MAX_IDS, fail_fast=True)
 ]
-_Several = Field(min_length=1, max_length=MOST_SAMPLES, fail_fast=True)
+_Several = Field(min_length=1, max_length=MAX_SAMPLES, fail_fast=True)
 _Prompt = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[list[str], _Several, Tag("texts")]
@@ -161,8 +161,8 @@ _Prompt = Annotated[
 class Written(Sampling):
     """What is written of it, and how it is sent."""
 
-    n: int = Field(1, ge=1, le=MOST_SAMPLES)
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     stream_order: Literal["reading", "writing"] = Field(
@@ -197,7 +197,7 @@ class CompletionRequest(Written):
         "to come, instead of refusing it.",
     )
     echo: bool = Field(False, description="Give the prompt too, where it stands in the text.")
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
     best_of: _One | None = None
     suffix: Literal[""] | None = None
 
@@ -219,7 +219,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_SAMPLES)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_SAMPLES)]
     name: str | None = None
 
     @property
@@ -250,13 +250,13 @@ class BackChatRequest(Sampling):
     max_tokens: Annotated[int, COUNT] = 128
     response: str | None = Field(None, min_length=1, description="For a backward model.")
     instruction: str | None = Field(None, min_length=1, description="For a forward model.")
-    n: int = Field(4, ge=1, le=MOST_SAMPLES, description="Samples; different ones are given.")
+    n: int = Field(4, ge=1, le=MAX_SAMPLES, description="Samples; different ones are given.")
 
 
 class ScoreRequest(Request):
     """Whole texts; or instructions for a response; or responses to an instruction."""
 
-    texts: Annotated[list[str], Field(min_length=1, max_length=MOST_SAMPLES)] = Field(
+    texts: Annotated[list[str], Field(min_length=1, max_length=MAX_SAMPLES)] = Field(
         description="Whole documents, or what a BackChat model would write for what is given."
     )
     response: str | None = Field(None, min_length=1, description="`texts` are instructions for it.")
@@ -268,9 +268,9 @@ class InfillRequest(Body):
 
     beginning: str = Field(min_length=1)
     ending: str = Field(min_length=1)
-    n: int = Field(1, ge=1, le=MOST_SAMPLES)
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)
     max_tokens: int = Field(32, ge=1, le=256, description="Of the middle.")
-    candidates: int = Field(16, ge=1, le=MOST_SAMPLES, description="Samples of each model.")
+    candidates: int = Field(16, ge=1, le=MAX_SAMPLES, description="Samples of each model.")
     temperature: Annotated[float, TEMPERATURE] = 0.8
     top_k: Annotated[int, TOP_K] = Field(200, description="0 for all.")
     seed: Seed | None = None

@@ -72,9 +72,9 @@ class Engine:
     """Runs the batches of some models in a thread of its own."""
 
     def __init__(
-        self, batches: Mapping[str, ContinuousBatch], most_waiting: int, metrics: Metrics
+        self, batches: Mapping[str, ContinuousBatch], max_waiting: int, metrics: Metrics
     ) -> None:
-        self._batches, self._most_waiting, self._metrics = dict(batches), most_waiting, metrics
+        self._batches, self._max_waiting, self._metrics = dict(batches), max_waiting, metrics
         self._changed = threading.Condition()
         self._waiting: dict[str, deque[deque[Writing]]] = {name: deque() for name in batches}
         self._running: dict[Sample, Writing] = {}
@@ -111,7 +111,7 @@ class Engine:
             return
         with self._changed:
             num_waiting = sum(map(self._num_waiting, self._waiting))
-            if num_waiting and num_waiting + len(writings) > self._most_waiting:
+            if num_waiting and num_waiting + len(writings) > self._max_waiting:
                 raise EngineFullError(f"{num_waiting} samples are waiting already")
             self._waiting[writings[0].model].append(deque(writings))
             self._changed.notify()

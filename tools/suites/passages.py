@@ -91,7 +91,7 @@ def passage_choice(
     scores = evaluated.score(pairs, Form.PLAIN)
     choices = {
         "reverse": [one.log_probability for one in scores],
-        "prior-normalised": [one.log_ratio or 0.0 for one in scores],
+        "prior-normalized": [one.log_ratio or 0.0 for one in scores],
     }
     if forward is not None:
         of_forward = forward.score(pairs, Form.PLAIN, with_prior=False)
@@ -108,8 +108,8 @@ def passage_choice(
 
 def _fits_with_any(item: Neighbors, model: Evaluated) -> bool:
     """Whether each passage takes at most half of the context, so that any two fit."""
-    most = (model.description.context_tokens - 1) // 2
-    return all(len(model.codec.encode(text)) <= most for text in (item.first, item.second))
+    maximum = (model.description.context_tokens - 1) // 2
+    return all(len(model.codec.encode(text)) <= maximum for text in (item.first, item.second))
 
 
 @torch.inference_mode()

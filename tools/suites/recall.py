@@ -98,7 +98,7 @@ def reverse_dictionary(
     metrics = {"exact match": Metric.mean(matches, options.seed, chance)}
     if by_probability:
         metrics["choice of 10"] = Metric.mean(by_probability, options.seed, 1 / NUM_CHOICES)
-        metrics["choice of 10, prior-normalised"] = Metric.mean(
+        metrics["choice of 10, prior-normalized"] = Metric.mean(
             by_ratio, options.seed, 1 / NUM_CHOICES
         )
     return SuiteResult(total, metrics, len(all_rows) - total, predictions)

@@ -1,6 +1,6 @@
 """The middle of a text whose beginning and ending are given, by two models that meet.
 
-A forward model goes on from the beginning, a backward model writes towards the ending, and what
+A forward model goes on from the beginning, a backward model writes toward the ending, and what
 they wrote is joined where both find the whole most likely. docs/infill.md has the method and its
 formulas. Guarantees: a result's text is beginning + middle + ending, character for character, and
 the same seed gives the same result, alone or among other gaps.
@@ -50,9 +50,9 @@ class Reader:
 class InfillOptions:
     """What a middle may be, and how much is tried."""
 
-    most_tokens: int = 32
+    max_tokens: int = 32
     """Of the middle, as the models write them."""
-    least_tokens: int = 1
+    min_tokens: int = 1
     forward_candidates: int = 16
     """Samples of the forward model; 0 leaves the whole middle to the other."""
     backward_candidates: int = 16
@@ -65,10 +65,10 @@ class InfillOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that makes no sense."""
-        least = self.least_tokens
+        minimum = self.min_tokens
         for name, is_right, what in (
-            ("least_tokens", least >= 1, "at least 1"),
-            ("most_tokens", self.most_tokens >= least, f"at least least_tokens, which is {least}"),
+            ("min_tokens", minimum >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens >= minimum, f"at least min_tokens, which is {minimum}"),
             ("forward_candidates", self.forward_candidates >= 0, "at least 0"),
             ("backward_candidates", self.backward_candidates >= 0, "at least 0"),
             ("rescored", self.rescored >= 1, "at least 1"),
@@ -137,7 +137,7 @@ class Infiller:
         self, gaps: Sequence[tuple[str, str]], options: InfillOptions = InfillOptions()
     ) -> list[list[Infill]]:
         """`fill` of each (beginning, ending), written side by side: each is what it is alone."""
-        read = [self.read(beginning, ending, options.most_tokens) for beginning, ending in gaps]
+        read = [self.read(beginning, ending, options.max_tokens) for beginning, ending in gaps]
         forward = _write(
             self.forward, [gap.beginning for gap in read], options.forward_candidates, options
         )
@@ -159,16 +159,16 @@ class Infiller:
         longest = max((len(codec.encode(middle)) for middle in middles), default=0)
         return finish(self._score(self.read(beginning, ending, longest), middles, options))
 
-    def read(self, beginning: str, ending: str, most_tokens: int) -> InfillPrompts:
+    def read(self, beginning: str, ending: str, max_tokens: int) -> InfillPrompts:
         """A gap of so many tokens. Raises PromptError."""
         gap = InfillPrompts.between(self.forward.codec, self.backward.codec, beginning, ending)
         # Each prompt has a marker, and lacks the piece that it holds back.
         lengths = len(gap.before), len(gap.after)
-        if sum(lengths) + most_tokens > self.context_tokens:
+        if sum(lengths) + max_tokens > self.context_tokens:
             raise PromptError(
                 f"the beginning is {lengths[0]} tokens to read and the ending {lengths[1]}, and "
                 f"the models' context of {self.context_tokens} must hold both and the "
-                f"{most_tokens} of the middle; shorten them"
+                f"{max_tokens} of the middle; shorten them"
             )
         return gap
 
@@ -184,8 +184,8 @@ class Infiller:
             backwards,
             (yield from score_half_steps(ahead, gap.before, onwards, gap.after, backwards)),
             (yield from score_half_steps(back, gap.after, backwards, gap.before, onwards)),
-            least_tokens=options.least_tokens,
-            most_tokens=options.most_tokens,
+            min_tokens=options.min_tokens,
+            max_tokens=options.max_tokens,
             forward_weight=options.forward_weight,
         )
         found = yield from self._different(gap, onwards, backwards, joins, options.rescored)
@@ -198,7 +198,11 @@ class Infiller:
 
     @staticmethod
     def _different(
-        gap: InfillPrompts, onwards: list[Half], backwards: list[Half], joins: list[Join], most: int
+        gap: InfillPrompts,
+        onwards: list[Half],
+        backwards: list[Half],
+        joins: list[Join],
+        maximum: int,
     ) -> Steps[dict[str, tuple[int, int]]]:
         """The first middles that differ, with how many tokens each model wrote of them."""
         written: dict[str, tuple[int, int]] = {}
@@ -210,7 +214,7 @@ class Infiller:
                     ahead.new_tokens(join.forward_cut),
                     back.new_tokens(join.backward_cut),
                 )
-            if len(written) == most:
+            if len(written) == maximum:
                 break
             yield
         return written
@@ -252,7 +256,7 @@ def _write(
     reader: Reader, texts: Sequence[str], count: int, options: InfillOptions
 ) -> list[list[Half]]:
     """Different samples for each text, with the same seeds for each."""
-    sampling = replace(options.sampling, max_new_tokens=options.most_tokens, stop_ids=())
+    sampling = replace(options.sampling, max_new_tokens=options.max_tokens, stop_ids=())
     prompts = [reader.codec.prompt(text) for text in texts]
     prompts_at_once = max(1, _ROWS_AT_ONCE // max(count, 1))
     halves: list[list[Half]] = []

@@ -53,8 +53,8 @@ def best_join_steps(
     forward: JoinScores,
     backward: JoinScores,
     *,
-    least_tokens: int,
-    most_tokens: int,
+    min_tokens: int,
+    max_tokens: int,
     forward_weight: float,
 ) -> Steps[list[Join]]:
     """Joins with so many new tokens, the best estimate first; a few of each pair of halves.
@@ -77,7 +77,7 @@ def best_join_steps(
             forward_weight,
         )
         new_AJB = cuts_A11 * (not half.is_given) + new_JB
-        is_allowed_AJB = (new_AJB >= least_tokens) & (new_AJB <= most_tokens) & is_there_JB
+        is_allowed_AJB = (new_AJB >= min_tokens) & (new_AJB <= max_tokens) & is_there_JB
         is_allowed_AJB &= cuts_A11 <= len(half.ids)
         score_AJB[~is_allowed_AJB] = -np.inf
         flat_JC = score_AJB.transpose(1, 0, 2).reshape(len(backward_halves), -1)

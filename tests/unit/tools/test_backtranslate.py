@@ -177,14 +177,14 @@ def test_a_process_that_is_killed_is_gone_on_with_by_another(
 def test_the_choice_can_be_changed_afterwards(translate: Translate, tmp_path: Path) -> None:
     translate()
     before = rows_of(tmp_path / "out.jsonl")
-    least = sorted(row["score"] for row in before)[1]
+    minimum = sorted(row["score"] for row in before)[1]
 
-    assert translate("--min-score", least).exit_code == 44
+    assert translate("--min-score", minimum).exit_code == 44
     assert rows_of(tmp_path / "out.jsonl") == before
-    result = translate("--min-score", least, "--overwrite")
+    result = translate("--min-score", minimum, "--overwrite")
 
     assert "below --min-score" in result.output
-    assert rows_of(tmp_path / "out.jsonl") == [row for row in before if row["score"] >= least]
+    assert rows_of(tmp_path / "out.jsonl") == [row for row in before if row["score"] >= minimum]
 
 
 PROPOSALS = st.lists(

@@ -69,7 +69,7 @@ def test_weights_come_back_bit_for_bit_whatever_the_number_of_files(
     kind: str, tied: bool, tmp_path: Path, codec: Codecs
 ) -> None:
     _, model = write_checkpoint(tmp_path / "run", codec(), tie_embeddings=tied)
-    convert(tmp_path / "run", tmp_path / "many", kind, "float32", most_file_bytes=30_000)
+    convert(tmp_path / "run", tmp_path / "many", kind, "float32", max_file_bytes=30_000)
     convert(tmp_path / "many", tmp_path / "one", kind, "float32")
 
     expected = dict(model.named_parameters())
@@ -202,7 +202,7 @@ def test_a_size_that_is_none_is_refused(size: str, run: Path, tmp_path: Path) ->
 
 def test_a_file_of_weights_that_is_cut_or_gone_is_named(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    convert(run, folder, "full", "float32", most_file_bytes=30_000)
+    convert(run, folder, "full", "float32", max_file_bytes=30_000)
     first, *_ = sorted(folder.glob("model-*.safetensors"))
 
     first.write_bytes(first.read_bytes()[:-10])
@@ -345,7 +345,7 @@ def peak():  # not ru_maxrss, which begins with that of the process that started
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(status["VmHWM"].split()[0])
 before = peak()
-convert(Path(run), Path(out), kind, "float32", most_file_bytes=8_000_000)
+convert(Path(run), Path(out), kind, "float32", max_file_bytes=8_000_000)
 print((peak() - before) * 1024)
 """
 

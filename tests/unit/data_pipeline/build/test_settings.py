@@ -76,15 +76,15 @@ def test_columns_that_no_filter_needs_are_not_read(codec: Codecs) -> None:
 
 
 @given(
-    least=st.integers(1, 30),
-    most=st.none() | st.integers(1, 30),
+    minimum=st.integers(1, 30),
+    maximum=st.none() | st.integers(1, 30),
     text=st.text(min_size=1, max_size=40),
 )
-def test_lengths_are_counted_in_characters(least: int, most: int | None, text: str) -> None:
-    if most is not None and most < least:
+def test_lengths_are_counted_in_characters(minimum: int, maximum: int | None, text: str) -> None:
+    if maximum is not None and maximum < minimum:
         return
-    settings = BuildSettings((), "", min_characters=least, max_characters=most)
-    fits = least <= len(text) <= (len(text) if most is None else most)
+    settings = BuildSettings((), "", min_characters=minimum, max_characters=maximum)
+    fits = minimum <= len(text) <= (len(text) if maximum is None else maximum)
     assert (settings.why_left_out(Document(text, "here")) is None) == fits
 
 

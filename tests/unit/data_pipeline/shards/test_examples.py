@@ -1,4 +1,4 @@
-"""Examples in rows: none is cut, lost or seen by its neighbour; what is written is learnt."""
+"""Examples in rows: none is cut, lost or seen by its neighbor; what is written is learnt."""
 
 import tempfile
 from collections.abc import Iterator
@@ -198,7 +198,7 @@ def tiny_model() -> ReverseGPT:
     return model
 
 
-def test_no_example_sees_its_neighbour() -> None:
+def test_no_example_sees_its_neighbor() -> None:
     """Changing one changes no logits of the others, nor does their loss reach its embeddings."""
     with example_set([(5, 3), (2, 4), (3, 2), (6, 6)]) as data:
         batch = everything(data)

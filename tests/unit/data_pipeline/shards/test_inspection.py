@@ -125,9 +125,9 @@ def test_a_document_by_its_number_opens_one_shard(
 
 
 @settings(max_examples=25)
-@given(shards=document_shards(), most_frames=st.integers(1, 12))
+@given(shards=document_shards(), max_frames=st.integers(1, 12))
 def test_sampled_frames_are_spread_evenly(
-    shards: list[list[npt.NDArray[np.int64]]], most_frames: int
+    shards: list[list[npt.NDArray[np.int64]]], max_frames: int
 ) -> None:
     with data_set(shards) as written:
         manifest = written.manifest
@@ -137,10 +137,10 @@ def test_sampled_frames_are_spread_evenly(
             total += num_frames(manifest, entry)
         chosen = [
             first[entry.file] + frame
-            for entry, frames in spread_frames(manifest, "train", most_frames)
+            for entry, frames in spread_frames(manifest, "train", max_frames)
             for frame in frames
         ]
-    assert len(chosen) == min(most_frames, total)
+    assert len(chosen) == min(max_frames, total)
     assert 0 <= chosen[0] <= chosen[-1] < total
     gaps = {after - before for before, after in pairwise(chosen)}
     assert gaps <= {total // len(chosen), -(-total // len(chosen))}
@@ -166,7 +166,7 @@ def test_a_sampled_entropy_says_on_how_many_frames(small: DataSet, workers: int)
 
 def test_an_estimate_is_called_one(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "estimated" not in inspect(finished).stdout
-    monkeypatch.setattr(inspection, "_MOST_FRAMES", 3)
+    monkeypatch.setattr(inspection, "_MAX_FRAMES", 3)
     assert "estimated on 3 of" in inspect(finished).stdout
 
 

@@ -120,7 +120,7 @@ def test_a_long_line_is_passed_over_and_the_next_ones_are_read(tmp_path: Path, s
 def test_a_file_that_expands_beyond_all_measure_is_refused(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decompression, "_LEAST_EXPANDED_BYTES", 1 << 20)
+    monkeypatch.setattr(decompression, "_MIN_EXPANDED_BYTES", 1 << 20)
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(zeros(suffix, 64))
     (piece,) = list_slices(str(path))

@@ -126,14 +126,14 @@ PARTS = st.lists(st.sampled_from([b"", b"\n", b"a", b"bb", b" ", b"\n\n", b"ccc"
 
 
 @given(PARTS, st.integers(0, 6))
-def test_lines_are_those_of_a_plain_reading(parts: list[bytes], most: int) -> None:
+def test_lines_are_those_of_a_plain_reading(parts: list[bytes], maximum: int) -> None:
     whole = b"".join(parts).split(b"\n")
     expected = [
-        (number, None if len(line) > most else line.removeprefix(b"\xef\xbb\xbf"))
+        (number, None if len(line) > maximum else line.removeprefix(b"\xef\xbb\xbf"))
         for number, line in enumerate(whole, start=1)
-        if len(line) > most or line.removeprefix(b"\xef\xbb\xbf").strip()
+        if len(line) > maximum or line.removeprefix(b"\xef\xbb\xbf").strip()
     ]
-    assert list(lines(parts, most)) == expected
+    assert list(lines(parts, maximum)) == expected
 
 
 VALUES = st.recursive(
@@ -145,10 +145,10 @@ VALUES = st.recursive(
 
 @given(st.lists(VALUES), st.integers(8, 200), st.integers(1, 50))
 def test_elements_are_those_of_a_plain_reading_up_to_one_that_is_too_long(
-    values: list[Any], most: int, size: int
+    values: list[Any], maximum: int, size: int
 ) -> None:
     written = [json.dumps(value) for value in values]
-    is_long = [len(text) > most or holds_too_many_values(text, most) for text in written]
+    is_long = [len(text) > maximum or holds_too_many_values(text, maximum) for text in written]
     good = is_long.index(True) if any(is_long) else len(values)
     data = f"[{', '.join(written)}]".encode()
     with pytest.MonkeyPatch.context() as patch:
@@ -156,7 +156,7 @@ def test_elements_are_those_of_a_plain_reading_up_to_one_that_is_too_long(
         cut = iter([data[start : start + size] for start in range(0, len(data), size)])
         found = []
         try:
-            for number, value in read_array(cut, "a.json", most):
+            for number, value in read_array(cut, "a.json", maximum):
                 found.append(value)
                 assert number == len(found)
             said = ""

@@ -171,14 +171,14 @@ def test_where_long_texts_are_cut_does_not_change_ids(
 
 
 @given(words=st.lists(st.text(CHARACTERS, min_size=1, max_size=5), max_size=30))
-@pytest.mark.parametrize("most_distinct", [0.0, 0.5, 1.1])
-def test_whether_words_vary_does_not_change_ids(words: list[str], most_distinct: float) -> None:
+@pytest.mark.parametrize("max_distinct", [0.0, 0.5, 1.1])
+def test_whether_words_vary_does_not_change_ids(words: list[str], max_distinct: float) -> None:
     model_bytes = model_of("english")
     texts = [" ".join([*words, *words]), " ".join(words)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder, "_LEAST_CHARACTERS", 0)
-        patch.setattr(encoder, "_MOST_DISTINCT", most_distinct)
-        patch.setattr(encoder, "_MOST_DISTINCT_IN_SAMPLE", 1.1)
+        patch.setattr(encoder, "_MIN_CHARACTERS", 0)
+        patch.setattr(encoder, "_MAX_DISTINCT", max_distinct)
+        patch.setattr(encoder, "_MAX_DISTINCT_IN_SAMPLE", 1.1)
         assert ids_by(chosen_for(model_bytes), texts) == reference_ids(model_bytes, texts)
 
 

@@ -81,10 +81,10 @@ def test_the_memory_of_a_host_is_complained_of_once_and_that_of_each_gpu() -> No
 
 
 @given(st.floats(-100, 100), st.floats(1, 100))
-def test_a_clock_may_differ_by_as_much_as_heartbeats_allow(offset_s: float, most_s: float) -> None:
-    findings = compare_ranks(with_node(fleet(3), "n1", clock_offset_s=offset_s), "cuda", most_s)
+def test_a_clock_may_differ_by_as_much_as_heartbeats_allow(offset_s: float, max_s: float) -> None:
+    findings = compare_ranks(with_node(fleet(3), "n1", clock_offset_s=offset_s), "cuda", max_s)
 
-    assert bool(findings) == (math.fabs(offset_s) > most_s)
+    assert bool(findings) == (math.fabs(offset_s) > max_s)
 
 
 def test_of_two_nodes_with_other_versions_the_second_is_named() -> None:

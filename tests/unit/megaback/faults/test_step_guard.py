@@ -122,13 +122,15 @@ def test_skipped_steps_are_not_part_of_what_is_usual() -> None:
     assert guard.verdict(5.0, 100.0) is not None
 
 
-@pytest.mark.parametrize("most", [0, 1, 3])
-def test_too_many_skipped_steps_in_a_row_end_the_run(most: int) -> None:
-    guard = make_guard(max_skipped_steps=most)
-    for number in range(most):
+@pytest.mark.parametrize("maximum", [0, 1, 3])
+def test_too_many_skipped_steps_in_a_row_end_the_run(maximum: int) -> None:
+    guard = make_guard(max_skipped_steps=maximum)
+    for number in range(maximum):
         guard.record(number, math.nan, 1.0, NOT_LEARNT)
 
-    with pytest.raises(NonFiniteError, match=rf"step 9: {NOT_LEARNT}, after {most} skipped steps"):
+    with pytest.raises(
+        NonFiniteError, match=rf"step 9: {NOT_LEARNT}, after {maximum} skipped steps"
+    ):
         guard.record(9, math.nan, 1.0, NOT_LEARNT)
 
 

@@ -1,4 +1,4 @@
-"""What documents cost in each direction: the same targets, and nothing that favours one."""
+"""What documents cost in each direction: the same targets, and nothing that favors one."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -15,20 +15,20 @@ LOSSES = st.lists(
 )
 
 
-def measured(most: int | None, losses: list[float | None]) -> EarlyStopping:
-    return EarlyStopping(most, enumerate(losses))
+def measured(maximum: int | None, losses: list[float | None]) -> EarlyStopping:
+    return EarlyStopping(maximum, enumerate(losses))
 
 
 @given(LOSSES, st.integers(1, 4))
 def test_it_is_exhausted_after_so_many_measurements_that_improve_on_nothing(
-    losses: list[float | None], most: int
+    losses: list[float | None], maximum: int
 ) -> None:
     best, since = math.inf, 0
     for loss in losses:
         improves = loss is not None and loss < best
         best, since = (loss, 0) if improves and loss is not None else (best, since + 1)
-    patience = measured(most, losses)
-    assert patience.is_exhausted == (since >= most)
+    patience = measured(maximum, losses)
+    assert patience.is_exhausted == (since >= maximum)
     if patience.best_step is None:
         assert best == math.inf
     else:

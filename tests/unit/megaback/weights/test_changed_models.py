@@ -99,7 +99,7 @@ def others(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("peft", reason="peft is not installed")
     out = tmp_path_factory.mktemp("others")
     convert(run, out / "hf", "hf", "float32")
-    convert(run, out / "in-place", "hf", "float32", most_file_bytes=30_000)
+    convert(run, out / "in-place", "hf", "float32", max_file_bytes=30_000)
     (out / "others.py").write_text(_OTHERS)
     result = subprocess.run(
         [sys.executable, "-P", out / "others.py", out / "hf", out],

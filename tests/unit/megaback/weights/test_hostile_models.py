@@ -217,7 +217,7 @@ def test_a_context_that_no_memory_holds_is_refused(
 def in_parts(made: Path, tmp_path: Path) -> Path:
     """A model in several files, beside a file that is none of it."""
     folder = tmp_path / "parts" / "model"
-    convert(made / "run", folder, "full", "float32", most_file_bytes=30_000)
+    convert(made / "run", folder, "full", "float32", max_file_bytes=30_000)
     (folder.parent / "secret.safetensors").write_bytes((made / "full" / WEIGHTS).read_bytes())
     return folder
 

@@ -179,27 +179,27 @@ def test_an_infill_writes_for_half_of_its_time(
 def test_the_limits_are_those_of_the_page(models: dict[str, ServedModel]) -> None:
     """Numbers that are written down are those of the code; that they hold is shown elsewhere."""
     said = {
-        r"`--most-body-bytes` \| (\S+) MiB": Limits.body_bytes >> 20,
-        r"`--most-tokens`, of a sample \| (\S+) ": Limits.tokens,
-        r"`--most-requests`, open at once \| (\S+) ": Limits.open_requests,
+        r"`--max-body-bytes` \| (\S+) MiB": Limits.body_bytes >> 20,
+        r"`--max-tokens`, of a sample \| (\S+) ": Limits.tokens,
+        r"`--max-requests`, open at once \| (\S+) ": Limits.open_requests,
         r"samples that wait \| (\S+) times": Limits.waiting_samples / Limits.open_requests,
-        r"`--most-seconds`, of a request \| (\S+) ": Limits.request_s,
-        r"\| prompts × `n` \| (\S+) ": schemas.MOST_SAMPLES,
-        r"echoed prompts included \| (\S+) ": limits.MOST_ANSWER_NUMBERS,
-        r"echoed prompts × `n` \| (\S+) ": limits.MOST_ECHOED_CHARACTERS,
-        r"\| `logprobs` \| (\S+) ": schemas.MOST_LIKELIEST,
-        r"`stop` \| (\S+) texts": schemas.MOST_STOPS,
-        r"64; 64; 256; (\S+) ": limits.MOST_INFILL_TOKENS,
-        r"messages \| (\S+); ": parsing._MOST_FIELDS,
-        r"line and headers \| (\S+) KiB": middleware._MOST_HEAD_BYTES >> 10,
+        r"`--max-seconds`, of a request \| (\S+) ": Limits.request_s,
+        r"\| prompts × `n` \| (\S+) ": schemas.MAX_SAMPLES,
+        r"echoed prompts included \| (\S+) ": limits.MAX_ANSWER_NUMBERS,
+        r"echoed prompts × `n` \| (\S+) ": limits.MAX_ECHOED_CHARACTERS,
+        r"\| `logprobs` \| (\S+) ": schemas.MAX_LIKELIEST,
+        r"`stop` \| (\S+) texts": schemas.MAX_STOPS,
+        r"64; 64; 256; (\S+) ": limits.MAX_INFILL_TOKENS,
+        r"messages \| (\S+); ": parsing._MAX_FIELDS,
+        r"line and headers \| (\S+) KiB": middleware._MAX_HEAD_BYTES >> 10,
         r"KiB, within (\S+) s": idle_timeout.SECONDS_FOR_A_REQUEST,
         r"body's arrival \| (\S+) s": Limits.body_s,
         r"an answer, of (\S+) KiB": middleware._PART_BYTES >> 10,
         r"not read \| (\S+) s": idle_timeout.SECONDS_FOR_A_PART,
         r"without a request \| (\S+) s": idle_timeout.SECONDS_FOR_A_REQUEST,
-        r"idle one beyond (\S+) ": idle_timeout.MOST_CONNECTIONS,
+        r"idle one beyond (\S+) ": idle_timeout.MAX_CONNECTIONS,
         r"keeps (\S+) KiB": idle_timeout.SYSTEM_BUFFER_BYTES >> 10,
-        r"have (\S+) s more": process._SECONDS_TO_TELL,
+        r"have (\S+) s more": process._SECONDS_TO_FINISH,
         r"silent for (\S+) s": completions._SECONDS_BETWEEN_SIGNS_OF_LIFE,
     }
     for pattern, value in said.items():
@@ -213,7 +213,7 @@ def test_the_limits_are_those_of_the_page(models: dict[str, ServedModel]) -> Non
     assert (options["slots"], options["shutdown_seconds"]) == (16, 30.0)
     assert "`--slots` of each model at a time (16)" in PAGE
     assert "`--shutdown-seconds` (30)" in PAGE
-    assert options["most_requests"] == Limits.open_requests
-    assert options["most_body_bytes"] == Limits.body_bytes
-    assert options["most_tokens"] == Limits.tokens
-    assert options["most_seconds"] == Limits.request_s
+    assert options["max_requests"] == Limits.open_requests
+    assert options["max_body_bytes"] == Limits.body_bytes
+    assert options["max_tokens"] == Limits.tokens
+    assert options["max_seconds"] == Limits.request_s

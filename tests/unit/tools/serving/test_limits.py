@@ -120,7 +120,7 @@ def test_what_is_told_of_all_tokens_of_an_answer_is_bounded(
 ) -> None:
     body = {**body, "logprobs": 5} if "echo" in body else body
     assert running.post(f"/v1/{path}", body).status_code == 200
-    monkeypatch.setattr(limits, "MOST_ANSWER_NUMBERS", 200)
+    monkeypatch.setattr(limits, "MAX_ANSWER_NUMBERS", 200)
     answer = running.post(f"/v1/{path}", body)
     assert answer.status_code == 400
     assert "; at most 200 are written for one request" in answer.json()["error"]["message"]
@@ -164,7 +164,7 @@ def test_a_thousand_connections_that_are_left_open_keep_nobody_out(running: Runn
             left.append(connection)
         assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
         open_now = len(running.server.server_state.connections)
-        assert open_now <= IdleTimeoutConnection.most_connections + 5
+        assert open_now <= IdleTimeoutConnection.max_connections + 5
     finally:
         for connection in left:
             connection.close()

@@ -26,9 +26,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[str,
 
 
 @contextmanager
-def running(models: dict[str, ServedModel], most_waiting: int = 100) -> Iterator[Engine]:
+def running(models: dict[str, ServedModel], max_waiting: int = 100) -> Iterator[Engine]:
     """An engine that tells an event loop of its own."""
-    engine = Engine({name: one.batch for name, one in models.items()}, most_waiting, Metrics())
+    engine = Engine({name: one.batch for name, one in models.items()}, max_waiting, Metrics())
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -140,7 +140,7 @@ def test_requests_whose_samples_wait_take_turns(models: dict[str, ServedModel]) 
         may_go_on.wait(60)
         yield
 
-    with running(models, most_waiting=14) as engine:
+    with running(models, max_waiting=14) as engine:
         engine.compute(held())
         assert is_held.wait(10)
         engine.write(writings_of(models["tiny"], 12, 8, told, "many"))

@@ -71,9 +71,9 @@ def test_all_suites_give_a_table_and_json(
     assert {name: list(suite["metrics"]) for name, suite in suites.items()} == {
         "instruction-recall": ["exact match", "token F1"],
         "reverse-dictionary": [
-            *("exact match", "choice of 10", "choice of 10, prior-normalised"),
+            *("exact match", "choice of 10", "choice of 10, prior-normalized"),
         ],
-        "passage-choice": ["reverse", "prior-normalised", "forward"],
+        "passage-choice": ["reverse", "prior-normalized", "forward"],
         "bits-per-byte": ["bits/byte"],
     }
     recall, dictionary = suites["instruction-recall"], suites["reverse-dictionary"]

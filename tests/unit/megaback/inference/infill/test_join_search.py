@@ -111,7 +111,7 @@ def score_halves(
 
 
 def estimated(
-    halves: Sequence[Half], others: Sequence[Half], least: int = 1, most: int = 99
+    halves: Sequence[Half], others: Sequence[Half], minimum: int = 1, maximum: int = 99
 ) -> list[Join]:
     return finish(
         best_join_steps(
@@ -119,8 +119,8 @@ def estimated(
             others,
             score_halves(FORWARD, PROMPT, halves, OTHER_PROMPT, others),
             score_halves(BACKWARD, OTHER_PROMPT, others, PROMPT, halves),
-            least_tokens=least,
-            most_tokens=most,
+            min_tokens=minimum,
+            max_tokens=maximum,
             forward_weight=WEIGHT,
         )
     )
@@ -156,9 +156,9 @@ def estimate_of(own: JoinScores, at: tuple[int, int, int, int]) -> float:
 
 
 @settings(max_examples=40)
-@given(halves=HALVES, others=HALVES, least=st.integers(1, 4), extent=st.integers(0, 4))
+@given(halves=HALVES, others=HALVES, minimum=st.integers(1, 4), extent=st.integers(0, 4))
 def test_the_joins_are_the_best_of_an_allowed_length_of_each_pair_in_order(
-    halves: list[Half], others: list[Half], least: int, extent: int
+    halves: list[Half], others: list[Half], minimum: int, extent: int
 ) -> None:
     forward = score_halves(FORWARD, PROMPT, halves, OTHER_PROMPT, others)
     backward = score_halves(BACKWARD, OTHER_PROMPT, others, PROMPT, halves)
@@ -167,14 +167,14 @@ def test_the_joins_are_the_best_of_an_allowed_length_of_each_pair_in_order(
         for j, other in enumerate(others):
             of_pair = []
             for a, b in product(range(1, len(half.ids) + 1), range(1, len(other.ids) + 1)):
-                if least <= half.new_tokens(a) + other.new_tokens(b) <= least + extent:
+                if minimum <= half.new_tokens(a) + other.new_tokens(b) <= minimum + extent:
                     ahead = estimate_of(forward, (i, a, j, b))
                     back = estimate_of(backward, (j, b, i, a))
                     tokens = a + b + len(OTHER_PROMPT) - 1, a + b + len(PROMPT) - 1
                     of_pair.append(float(mean_per_token(ahead, back, *tokens, WEIGHT)))
             expected += sorted(of_pair, reverse=True)[:4]
 
-    found = [join.estimate for join in estimated(halves, others, least, least + extent)]
+    found = [join.estimate for join in estimated(halves, others, minimum, minimum + extent)]
 
     assert found == pytest.approx(sorted(expected, reverse=True))
 
