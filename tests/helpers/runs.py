@@ -1,0 +1,42 @@
+"""Run folders as training leaves them, for the commands that read them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megaback.faults.exit_record import record_exit, record_start
+from megaback.run_folder import METRICS_NAME
+
+ROW_TOKENS = 2048
+
+
+def finished_steps(run: Path, steps: int, skipped: int = 5) -> Path:
+    """A run's folder after so many steps, stopped once and with a skipped step."""
+    run.mkdir()
+    record_start(run, step=0, total_steps=100, world_size=2, zero_stage=1)
+    record_exit(run, 75, "preempted", "SIGTERM came", 0)
+    record_start(run, step=3, total_steps=100, world_size=4, zero_stage=2)
+    lines: list[dict[str, Any]] = [{"step": 0, "val_loss": 9.0, "val_bits_per_byte": 4.0}]
+    for step in range(1, steps + 1):
+        lines.append(
+            {
+                "step": step,
+                "loss": None if step == skipped else 9.0 - step / 100,
+                "targets": 2000,
+                "learning_rate": 0.001 * step,
+                "gradient_norm": None if step == skipped else 1.0,
+                "step_s": 0.5,
+                "tokens_seen": step * ROW_TOKENS,
+                "tokens_per_s": 2 * ROW_TOKENS,
+                **({"skipped": "the loss is nan"} if step == skipped else {}),
+            }
+        )
+        if step % 10 == 0:
+            by_context = {
+                name: {"loss": loss, "bits_per_byte": None, "targets": 9}
+                for name, loss in {"1": 9.0 - step / 100, "2": 8.0, "33-64": 7.0}.items()
+            }
+            measured = {"val_loss": 8.0, "val_bits_per_byte": 3.5}
+            lines.append({"step": step, **measured, "val_by_context": by_context})
+    (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run

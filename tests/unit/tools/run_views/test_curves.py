@@ -1,0 +1,73 @@
+"""The curves of runs: what metrics.jsonl says, smoothed and thinned."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers.runs import ROW_TOKENS, finished_steps
+from tools.run_views.curves import Curve, differences, names_of, read_curves
+
+Steps = Callable[..., Path]
+
+
+@pytest.fixture
+def run_of(tmp_path: Path) -> Steps:
+    """`run_of(name, steps)`: a folder as a run leaves it, stopped once and with a skipped step."""
+    return lambda name, steps: finished_steps(tmp_path / name, steps)
+
+
+def test_curves_are_what_the_metrics_say(run_of: Steps) -> None:
+    run = run_of("a", 20)
+    by_step = read_curves(run, "step", "a")
+    assert by_step.num_steps == 20
+    assert by_step.loss.places.tolist() == [step for step in range(1, 21) if step != 5]
+    assert by_step.loss.values[0] == 8.99
+    assert by_step.val_loss.places.tolist() == [0, 10, 20]
+    assert by_step.context_loss.places.tolist() == [1, 2, 64]
+    assert by_step.context_loss.values.tolist() == [8.8, 8.0, 7.0]
+    assert by_step.skipped.tolist() == [5]
+    assert by_step.restarts.tolist() == [3]
+    by_tokens = read_curves(run, "tokens", "a")
+    assert by_tokens.val_loss.places.tolist() == [0, 10 * ROW_TOKENS, 20 * ROW_TOKENS]
+    by_time = read_curves(run, "time", "a")
+    assert by_time.restarts.tolist() == pytest.approx([1.5 / 3600])
+
+
+@given(st.lists(st.floats(-10, 10), max_size=60), st.integers(1, 9))
+def test_smoothing_is_the_mean_of_a_window(values: list[float], steps: int) -> None:
+    curve = Curve(np.arange(len(values), dtype=float), np.array(values))
+    found = curve.smoothed(steps)
+    assert found.places.tolist() == curve.places.tolist()
+    for stop in range(1, len(values) + 1):
+        window = values[max(0, stop - steps) : stop]
+        assert found.values[stop - 1] == pytest.approx(math.fsum(window) / len(window), abs=1e-9)
+
+
+@given(st.integers(0, 9000))
+def test_thinning_keeps_a_few_thousand_points_and_the_mean(points: int) -> None:
+    curve = Curve(np.arange(points, dtype=float), np.arange(points, dtype=float))
+    found = curve.thinned()
+    assert len(found.values) <= min(points, 2000)
+    assert found.values.tolist() == found.places.tolist()
+    if points and points <= 2000:
+        assert found is curve
+
+
+def test_names_are_as_long_as_it_takes_to_tell_runs_apart(tmp_path: Path) -> None:
+    assert names_of([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    assert names_of([tmp_path / "x" / "a", tmp_path / "y" / "a"]) == ["x/a", "y/a"]
+    assert names_of([tmp_path / "a", tmp_path / "a"]) == ["a", "a"]
+
+
+def test_what_differs_between_configs_is_found(tmp_path: Path) -> None:
+    for name, rate in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        text = f"run: {name}\nmodel: {{width: 32}}\noptimizer: {{learning_rate: {rate}}}\n"
+        (tmp_path / name / "config.yaml").write_text(text)
+    found = differences([tmp_path / "a", tmp_path / "b"])
+    assert found == [("optimizer.learning_rate", ["1", "2"])]

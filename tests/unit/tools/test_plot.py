@@ -1,0 +1,95 @@
+"""`megaback plot`: one page and one picture of runs, that load nothing from elsewhere."""
+
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from megaback.run_folder import METRICS_NAME
+from tests.helpers.runs import finished_steps
+from tools.plot import main as plot_command
+
+Steps = Callable[..., Path]
+
+
+@pytest.fixture
+def run_of(tmp_path: Path) -> Steps:
+    """`run_of(name, steps)`: a folder as a run leaves it, stopped once and with a skipped step."""
+    return lambda name, steps: finished_steps(tmp_path / name, steps)
+
+
+def plot(*words: object) -> Result:
+    return CliRunner().invoke(plot_command, [str(word) for word in words])
+
+
+class _Loads(HTMLParser):
+    """Whatever a page fetches from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img", "iframe"):
+            self.found.append(tag)
+        self.found += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href") and not (value or "").startswith("#")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_page_loads_nothing_and_says_what_the_runs_came_to(run_of: Steps, tmp_path: Path) -> None:
+    runs = [run_of("<b>&", 20), run_of("second", 1), run_of("empty", 0)]
+    result = plot(*runs, "--out", tmp_path / "curves", "--by", "tokens")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = _Loads()
+    page.feed((tmp_path / "curves.html").read_text())
+    assert page.found == []
+    assert page.text.count("<b>&") >= 2  # as text
+    assert "8.0000" in page.text
+    before = (tmp_path / "curves.html").read_bytes(), (tmp_path / "curves.png").read_bytes()
+    plot(*runs, "--out", tmp_path / "curves", "--by", "tokens")
+    after = (tmp_path / "curves.html").read_bytes(), (tmp_path / "curves.png").read_bytes()
+    assert after == before
+
+
+def test_a_folder_stands_for_the_runs_below_it(run_of: Steps, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "arrow").mkdir(parents=True)
+    runs = [run_of(f"runs/arrow/{name}", 20) for name in ("backward", "forward")]
+    (run_of("runs/arrow/queued", 0) / METRICS_NAME).unlink()
+    pages = []
+    for words in (runs, [tmp_path / "runs"]):
+        result = plot(*words, "--out", tmp_path / "curves", "--overwrite")
+        assert result.exit_code == 0, result.output
+        pages.append((tmp_path / "curves.html").read_bytes())
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        (None, 40, "holds no run"),
+        ("", 40, "no step is done yet"),
+        ('{"step": 1, "learning_rate": 1}\n', 41, "not of this version"),
+        ('["step"]\n', 41, "not of this version"),
+        ('{"step": 1, "lo', 40, "no step is done yet"),
+    ],
+)
+def test_a_folder_with_nothing_to_draw_gives_one_sentence(
+    text: str | None, code: int, message: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    if text is not None:
+        (run / METRICS_NAME).write_text(text)
+    result = plot(run, "--out", tmp_path / "curves")
+    assert (result.exit_code, message in result.output) == (code, True), result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,87 @@
+"""`megaback status`: one screen that says where a run stands and how it got there."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from megaback.faults.exit_record import record_exit, record_start
+from megaback.run_folder import METRICS_NAME
+from tests.helpers.runs import ROW_TOKENS, finished_steps
+from tools.status import main as status_command
+
+Steps = Callable[..., Path]
+
+
+@pytest.fixture
+def run_of(tmp_path: Path) -> Steps:
+    """`run_of(name, steps)`: a folder as a run leaves it, stopped once and with a skipped step."""
+    return lambda name, steps: finished_steps(tmp_path / name, steps)
+
+
+def status(run: Path, *options: str) -> Result:
+    return CliRunner().invoke(status_command, [str(run), *options])
+
+
+def test_the_screen_says_where_a_run_stands_and_how_it_got_there(run_of: Steps) -> None:
+    run = run_of("a", 20)
+    (run / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000010" / "meta.json").write_text("{}")
+    record_exit(run, 51, "rank lost", "rank 3 is gone", 0)
+
+    result = status(run)
+
+    assert result.exit_code == 0, result.output
+    for part in (
+        "stopped: exit code 51 (rank lost): rank 3 is gone",
+        f"20 of 100 (20.0%), {20 * ROW_TOKENS:,} tokens",
+        "val loss   8.0000 nats/token, 3.5000 bits/byte at step 20; lowest 8.0000 at step 10",
+        "0m40s of training, once it goes on",
+        "step 10, 0m",
+        "1 step; the last is 5: the loss is nan",
+        "started at step 0 on 2 ranks, ZeRO 1",
+        "ended with code 75 (preempted): SIGTERM came",
+        "started at step 3 on 4 ranks, ZeRO 2",
+    ):
+        assert part in result.output, result.output
+    fields = json.loads(status(run, "--json").output)
+    assert fields["skipped"] == {"5": "the loss is nan"}
+    assert fields["left_s"] == 40.0
+    assert len(fields["history"]) == 4
+
+
+def test_data_wait_is_that_of_the_time_and_is_told_where_it_matters(run_of: Steps) -> None:
+    run = run_of("a", 4)
+    lines = [json.loads(text) for text in (run / METRICS_NAME).read_text().splitlines()]
+    for line, share, taken_s in zip(lines[1:], (0.0, 0.0, 0.5, 0.01), (1, 1, 2, 6), strict=True):
+        line |= {"data_wait_share": share, "step_s": taken_s, "memory_peak_bytes": 2_500_000_000}
+    (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pace = f"pace       {2 * ROW_TOKENS:,} tokens/s"
+
+    assert f"{pace}, data wait 11%, 2.5 GB\n" in status(run).output
+    assert json.loads(status(run, "--json").output)["data_wait_share"] == pytest.approx(0.106)
+    assert f"{pace}\n" in status(run_of("older", 4)).output
+
+
+def test_a_run_that_is_finished_has_nothing_left(run_of: Steps) -> None:
+    run = run_of("a", 100)
+    record_exit(run, 0, "finished", "trained to the end", 0)
+    assert json.loads(status(run, "--json").output)["left_s"] == 0
+    assert "\n  left" not in status(run).output
+
+
+@pytest.mark.parametrize(
+    ("metrics", "code", "message"),
+    [(None, 0, "step       0"), ("", 0, "step       0"), ('{"step": "x"}\n', 41, "version")],
+)
+def test_a_run_that_has_hardly_begun_or_is_of_another_version(
+    metrics: str | None, code: int, message: str, tmp_path: Path
+) -> None:
+    record_start(tmp_path, step=0)
+    if metrics is not None:
+        (tmp_path / METRICS_NAME).write_text(metrics)
+    result = status(tmp_path)
+    assert (result.exit_code, message in result.output) == (code, True), result.output
+    assert status(tmp_path / "nowhere").exit_code == 40
