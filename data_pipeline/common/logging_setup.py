@@ -6,8 +6,7 @@ program that imports megaback gets none and decides itself; until it does, Pytho
 
 import logging
 import os
-import sys
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
@@ -19,15 +18,14 @@ LEVELS = ("debug", "info", "warning", "error")
 _ALL = logging.getLogger("megaback")
 
 
-class _StandardError(logging.StreamHandler[TextIO]):
+class _StandardError(logging.Handler):
     """Writes to whatever standard error is by then: bars put a stream in its place."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            click.echo(self.format(record), err=True)
+        except Exception:  # noqa: BLE001 (as every handler does)
+            self.handleError(record)
 
 
 class _Lines(logging.Formatter):

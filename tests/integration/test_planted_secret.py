@@ -31,6 +31,7 @@ class Commands:
             "HOME": str(self.home),
             "TMPDIR": str(self.home / "tmp"),
             "WANDB_ERROR_REPORTING": "false",
+            "MEGABACK_LOG": "debug",
         }
 
     def __call__(self, *words: object, code: int = 0, **variables: str) -> str:
