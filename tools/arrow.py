@@ -8,7 +8,8 @@ import click
 from rich.box import SIMPLE
 from rich.table import Table
 
-from data_pipeline.common.command import ResumableCommand, write_text
+from data_pipeline.common.atomic import write_text
+from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.figures import require_matplotlib, write_picture
 from data_pipeline.common.number_ranges import MANY, TWO_OR_MORE
 from data_pipeline.common.output_paths import is_our_picture, require_output

@@ -15,10 +15,9 @@ from data_pipeline.build.finalize import unfinished_tasks
 from data_pipeline.build.plan import PLAN_NAME, Plan
 from data_pipeline.build.train_command import train_commands
 from data_pipeline.common.checked_json import read_json
-from data_pipeline.common.command import is_device
 from data_pipeline.common.limits import MAX_DICTIONARY_BYTES
 from data_pipeline.common.next_command import command, free_path, override
-from data_pipeline.common.regular_files import read_file
+from data_pipeline.common.regular_files import is_device, read_file
 from data_pipeline.errors import (
     CheckpointCorruptError,
     CheckpointMissingError,

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_pipeline.common.atomic import write_text
 from data_pipeline.common.checked_json import read_json
-from data_pipeline.common.command import ResumableCommand, write_text
+from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.locks import locked
 from data_pipeline.common.number_ranges import (
     COUNT,

@@ -5,17 +5,17 @@ from there to where the run was are skipped on resume: weights are not updated; 
 schedule still advances.
 """
 
-import fcntl
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from data_pipeline.common.command import WorkCommand, write_text
+from data_pipeline.common.atomic import write_text
+from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.locks import locked
 from data_pipeline.common.next_command import command, override, show_next
 from data_pipeline.common.number_ranges import COUNT
-from data_pipeline.common.regular_files import open_in_place
 from data_pipeline.errors import CheckpointMissingError, LaunchError
 from megaback.config_file import load_config
 from megaback.faults.exit_record import record_event
@@ -49,13 +49,9 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     complete = complete_checkpoints(run)
     if not complete or not (run / METRICS_NAME).is_file():
         raise CheckpointMissingError(f"{run} is no run with a complete checkpoint; give its folder")
-    with open_in_place(run / LOCK_NAME, "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LaunchError(
-                f"{run} is training; stop it first (SIGTERM saves), then roll back"
-            ) from None
+    with locked(run / LOCK_NAME, wait=False) as is_held:
+        if not is_held:
+            raise LaunchError(f"{run} is training; stop it first (SIGTERM saves), then roll back")
         last = max((line["step"] for line in read_metrics(run)), default=0)
         earlier = [target for target in complete if step_of(target) <= last - steps]
         if not earlier:

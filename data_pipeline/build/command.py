@@ -49,7 +49,8 @@ from data_pipeline.build.progress import SharedCounts, showing_progress
 from data_pipeline.build.selection import tasks_within_limits
 from data_pipeline.build.settings import CHANGEABLE, BuildSettings
 from data_pipeline.build.task import TaskRecord, finished_record, run_task
-from data_pipeline.common.command import ResumableCommand, write_text
+from data_pipeline.common.atomic import write_text
+from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.locks import locked
 from data_pipeline.common.process_pool import run_in_processes, shared_by_all
 from data_pipeline.errors import ConfigError, OutputExistsError

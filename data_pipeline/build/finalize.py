@@ -22,8 +22,9 @@ from data_pipeline.build.selection import (
 )
 from data_pipeline.build.task import TaskRecord, finished_record, record_path
 from data_pipeline.build.val_minimum import with_val_minimum
+from data_pipeline.common.atomic import replacing, write_text
 from data_pipeline.common.checked_json import read_json
-from data_pipeline.common.command import ResumableCommand, replacing, write_text
+from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.limits import MAX_PLAN_BYTES
 from data_pipeline.common.locks import locked
 from data_pipeline.common.next_command import command

@@ -8,7 +8,6 @@ is an error, and one that was added later does not count.
 import hashlib
 import json
 import math
-import os
 import re
 import uuid
 from collections import Counter
@@ -34,8 +33,9 @@ from data_pipeline.build.settings import (
     WeightedSource,
     content_settings,
 )
+from data_pipeline.common.atomic import claim_name, replacing, sync_folder, write_text
 from data_pipeline.common.checked_json import briefly, checked, read_json, require_within
-from data_pipeline.common.command import ResumableCommand, replacing, sync_folder, write_text
+from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.limits import MAX_PLAN_BYTES
 from data_pipeline.common.next_command import command, show_next
 from data_pipeline.common.regular_files import require_no_link
@@ -348,7 +348,11 @@ def write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
         write_text(draft, plan.to_json())
         with replacing(out / TOKENIZER_NAME) as file:
             file.write(codec.model_bytes)
-        return _rename_unless_there(draft, out / PLAN_NAME)
+        with suppress(FileExistsError):
+            claim_name(draft, out / PLAN_NAME)
+            sync_folder(out)
+            return True
+        return False
     except BaseException:
         draft.unlink(missing_ok=True)
         with suppress(OSError):  # others may be here too: only what is empty goes
@@ -358,17 +362,6 @@ def write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
         raise
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _rename_unless_there(draft: Path, path: Path) -> bool:
-    try:
-        os.link(draft, path)  # unlike a rename, leaves a file that is there alone
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
-        os.replace(draft, path)
-    sync_folder(path.parent)
-    return True
 
 
 def _require_no_links(out: Path) -> None:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElaps
 from rich.table import Column
 from rich.text import Text
 
+from data_pipeline.common.durations import duration
 from data_pipeline.common.rich_console import SafeConsole, SafeProgress
 
 Counts = npt.NDArray[np.int64]
@@ -101,7 +102,7 @@ class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         fields = task.fields
         left_s = fields["left_s"]
-        left = "" if left_s is None else f"{_duration(left_s)} left · "
+        left = "" if left_s is None else f"{duration(left_s)} left · "
         return Text(
             f"{left}{fields['documents_per_s']:,.0f} documents/s · "
             f"{fields['text_mb_per_s']:.1f} MB/s · {fields['tokens_per_s'] / 1e6:.2f} M tokens/s",
@@ -123,9 +124,3 @@ def _show_bar(
         while not stop.wait(_BAR_INTERVAL_S):
             rates = _rates(counts, input_bytes, started)
             progress.update(bar, completed=rates["input_bytes"], **rates)
-
-
-def _duration(seconds: float) -> str:
-    minutes, whole_s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{whole_s:02d}" if hours else f"{minutes}:{whole_s:02d}"

@@ -7,7 +7,6 @@ are copied without the documents that are left out, no text encoded again.
 
 import hashlib
 import os
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from data_pipeline.build.plan import BUILD_FOLDER, Task
 from data_pipeline.build.settings import BuildSettings
 from data_pipeline.build.task import TaskRecord, read_notes, shards_folder
-from data_pipeline.common.command import replacing
+from data_pipeline.common.atomic import partial_name, replacing
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.manifest import SPLITS, ShardEntry
 from data_pipeline.shards.shard_format import ShardReader, ShardWriter
@@ -174,7 +173,7 @@ def _link(source: Path, target: Path) -> None:
     """Give a file a second name, or a copy where the file system has no links."""
     if target.exists() and target.samefile(source):
         return
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
+    draft = target.with_name(partial_name(target.name))
     try:
         os.link(source, draft)
     except OSError:

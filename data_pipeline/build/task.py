@@ -38,8 +38,8 @@ from data_pipeline.build.task_output import (
     SplitOutput,
 )
 from data_pipeline.build.val_hashes import KEY_BITS, LowestHashes
+from data_pipeline.common.atomic import replacing, write_text
 from data_pipeline.common.checked_json import checked, read_json, require_within
-from data_pipeline.common.command import replacing, write_text
 from data_pipeline.common.file_names import path_within
 from data_pipeline.shards.examples import PackedExample
 from data_pipeline.shards.manifest import SPLITS, ShardEntry

@@ -12,7 +12,7 @@ import numpy as np
 from data_pipeline.build.plan import Task
 from data_pipeline.build.settings import BuildSettings
 from data_pipeline.build.task_input import Passed
-from data_pipeline.common.command import replacing
+from data_pipeline.common.atomic import replacing
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.examples import PackedExample
 from data_pipeline.shards.manifest import ShardEntry

@@ -1,4 +1,4 @@
-"""What every megaback command shares: how errors reach the user, and how files are replaced.
+"""What every megaback command shares: how errors reach the user.
 
 A command raises `MegabackError`; this module prints its sentence to stderr and exits with its code.
 Errors of the operating system become one sentence too. Anything else is a defect of megaback and
@@ -12,11 +12,10 @@ import signal
 import subprocess
 import sys
 import traceback
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 
@@ -242,51 +241,3 @@ class ResumableCommand(WorkCommand):
 
     def _advice(self) -> str:
         return "run the same command to resume"
-
-
-def is_device(path: Path) -> bool:
-    """Whether a path is there and is neither a file nor a folder: a device, a pipe, a socket."""
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
-@contextmanager
-def replacing(
-    path: Path, publish: Callable[[Path, Path], None] | None = None
-) -> Iterator[IO[bytes]]:
-    """Write a file of our own that appears under `path` whole, or not at all.
-
-    Bytes go to a hidden neighbor, are flushed to the disk, and are renamed at the end. On any
-    error the neighbor is removed and what stood at `path` stays. Two processes may write the same
-    path: the last one to finish wins, and nobody sees a mixture. A symbolic link is replaced, never
-    followed. What a user named is written by `writing_output` of output_paths.py, which renames by
-    a `publish` of its own.
-    """
-    # Not the process's number, which another node may have given to a process of its own.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        (publish or os.replace)(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # a full disk does not say where it is
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file of our own atomically, as UTF-8."""
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the file system can say so."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

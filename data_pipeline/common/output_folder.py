@@ -7,12 +7,11 @@ to which somebody has added, or in which somebody has changed, something.
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_pipeline.common.command import write_text
+from data_pipeline.common.atomic import partial_name, write_text
 from data_pipeline.common.output_paths import MAKER, is_vacant, read_object, require_apart
 from data_pipeline.errors import OutputExistsError
 
@@ -46,7 +45,7 @@ def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     require_output_folder(out, overwrite=overwrite)
     out = out.resolve()
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.partial")
+    partial = out.with_name(partial_name(out.name))
     replaced = partial.with_suffix(".replaced")
     try:
         partial.mkdir(parents=True)

@@ -18,9 +18,9 @@ from typing import IO, Any
 
 import click
 
-from data_pipeline.common.command import is_device, replacing
+from data_pipeline.common.atomic import claim_name, replacing
 from data_pipeline.common.local_paths import local_path
-from data_pipeline.common.regular_files import read_file
+from data_pipeline.common.regular_files import is_device, read_file
 from data_pipeline.errors import OutputExistsError
 
 MAKER = "megaback"
@@ -95,7 +95,7 @@ def write_output(path: Path, text: str, *, overwrite: bool) -> None:
 def _publish_new(partial: Path, path: Path) -> None:
     """Give a result its name, unless there is something by now. Raises OutputExistsError."""
     try:
-        _claim_name(partial, path)
+        claim_name(partial, path)
     except FileExistsError:
         if path.is_file() and is_vacant(path):
             os.replace(partial, path)
@@ -106,18 +106,6 @@ def _publish_new(partial: Path, path: Path) -> None:
             f"something else was written to {path} while this command worked, and stays; the "
             f"result is {kept}"
         ) from None
-
-
-def _claim_name(partial: Path, path: Path) -> None:
-    """Rename a file. Raises FileExistsError, unlike a rename."""
-    try:
-        os.link(partial, path)
-        partial.unlink()
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(partial, path)
 
 
 def require_distinct(**outputs: str | Path | None) -> None:

@@ -8,8 +8,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.partial", re.DOTALL)
-"""What `replacing` of command.py has not finished, in this version or an earlier one."""
+from data_pipeline.common.atomic import whole_name
 
 
 def unfinished_in(folder: Path, names: re.Pattern[str]) -> list[Path]:
@@ -51,5 +50,4 @@ def _own_names(folder: Path, names: re.Pattern[str]) -> list[str]:
 
 
 def _is_own(name: str, names: re.Pattern[str]) -> bool:
-    partial = _PARTIAL.fullmatch(name)
-    return names.fullmatch(partial[1] if partial else name) is not None
+    return names.fullmatch(whole_name(name) or name) is not None

@@ -63,3 +63,8 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 def too_large(max_bytes: int, shown: str) -> OSError:
     """The error for a file that has more bytes than may be read."""
     return OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", shown)
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path is there and is neither a file nor a folder: a device, a pipe, a socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()

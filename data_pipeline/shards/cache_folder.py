@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
-from uuid import uuid4
 
+from data_pipeline.common.atomic import partial_name
 from data_pipeline.errors import ConfigError, OutputExistsError
 
 MARKER_NAME = "CACHEDIR.TAG"
@@ -155,7 +155,7 @@ def write_whole(folder: OpenFolder, name: str, data: bytes) -> None:
 
     Not flushed to the disk: what a crash damages is fetched again.
     """
-    partial = f".{name}.{uuid4().hex[:12]}.partial"
+    partial = partial_name(name)
     file = os.open(partial, _WRITE | os.O_EXCL, 0o666, dir_fd=folder.number)
     try:
         try:

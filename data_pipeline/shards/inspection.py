@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.command import Command
+from data_pipeline.common.figures import require_matplotlib
 from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY
 from data_pipeline.common.output_paths import is_our_picture, overwrite_option, require_output
 from data_pipeline.common.terminal import echo
 from data_pipeline.errors import ConfigError
 from data_pipeline.shards.document_lengths import DocumentLengths, describe, read_document_lengths
 from data_pipeline.shards.left_out import echo_left_out
-from data_pipeline.shards.length_plot import draw_histogram, require_matplotlib
+from data_pipeline.shards.length_plot import NEEDED_BY, draw_histogram
 from data_pipeline.shards.manifest import SPLITS, Manifest, ShardEntry
 from data_pipeline.shards.traversal import num_frames, on_threads, spread_frames
 from data_pipeline.sources.skipped import skipped_to_json
@@ -230,7 +231,7 @@ def main(
             overwrite=overwrite,
             option="--picture",
         )
-        require_matplotlib()
+        require_matplotlib(*NEEDED_BY)
         if not manifest.split(split):
             raise ConfigError(f"--picture has nothing to draw: the {split} set is empty")
     summaries = {

@@ -2,24 +2,19 @@
 
 from pathlib import Path
 
-from data_pipeline.common.figures import new_figure, write_picture
-from data_pipeline.errors import BackendError
+from data_pipeline.common.figures import (
+    GRID_COLOR,
+    TEXT_COLOR,
+    new_figure,
+    require_matplotlib,
+    write_picture,
+)
 from data_pipeline.shards.document_lengths import DocumentLengths
 
 _DOCUMENTS_COLOR = "#8db3d6"
 _TOKENS_COLOR = "#c8541f"
-_TEXT_COLOR = "#333333"
-
-
-def require_matplotlib() -> None:
-    """Raises BackendError when matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise BackendError(
-            "`picture` needs matplotlib, which is not installed; "
-            "install it with `pip install 'megaback[plot]'`, or leave `picture` out"
-        ) from None
+NEEDED_BY = ("`picture`", ", or leave `picture` out")
+"""What needs matplotlib, and what can be done without it."""
 
 
 def draw_histogram(
@@ -29,7 +24,7 @@ def draw_histogram(
 
     Raises BackendError without matplotlib, OutputExistsError, and OSError.
     """
-    require_matplotlib()
+    require_matplotlib(*NEEDED_BY)
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
     bins = lengths.bins()
@@ -55,7 +50,7 @@ def draw_histogram(
     marks = [
         axes.axvline(
             value,
-            color=_TEXT_COLOR,
+            color=TEXT_COLOR,
             linestyle=style,
             linewidth=1.2,
             label=f"{name}: {value:,.0f} tokens",
@@ -76,8 +71,8 @@ def draw_histogram(
     axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     axes.set_xlabel("length of a document (tokens, markers included; a bar for each doubling)")
     axes.set_ylabel("share of the split (%)")
-    axes.set_title(title, loc="left", fontsize=12, color=_TEXT_COLOR)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_title(title, loc="left", fontsize=12, color=TEXT_COLOR)
+    axes.grid(axis="y", color=GRID_COLOR, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=[bars, outline, *marks], frameon=False)

@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.common.atomic import write_text
 from data_pipeline.common.checked_json import (
     briefly,
     checked,
@@ -24,7 +25,6 @@ from data_pipeline.common.checked_json import (
     require_sha256,
     require_within,
 )
-from data_pipeline.common.command import write_text
 from data_pipeline.common.file_names import path_within, plain_name
 from data_pipeline.common.limits import (
     ID_BYTES,

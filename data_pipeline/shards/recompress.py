@@ -16,8 +16,9 @@ from pathlib import Path
 import click
 import zstandard
 
+from data_pipeline.common.atomic import replacing, write_text
 from data_pipeline.common.checked_json import read_json
-from data_pipeline.common.command import ResumableCommand, replacing, write_text
+from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.differences import differing_keys, shown_values
 from data_pipeline.common.file_names import path_within
 from data_pipeline.common.limits import MAX_DICTIONARY_BYTES

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.command import write_text
+from data_pipeline.common.atomic import write_text
 from data_pipeline.redaction import scrub
 from megaback.config import Config
 from megaback.run_folder import (

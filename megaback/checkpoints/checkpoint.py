@@ -18,8 +18,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from data_pipeline.common.atomic import write_text
 from data_pipeline.common.checked_json import require_sha256, require_within
-from data_pipeline.common.command import write_text
 from data_pipeline.common.file_names import path_within, plain_name
 from data_pipeline.common.limits import MAX_VOCABULARY
 from data_pipeline.common.next_command import override

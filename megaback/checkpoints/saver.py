@@ -13,7 +13,8 @@ from threading import Thread
 import torch
 from torch import Tensor
 
-from data_pipeline.common.command import replacing, storage_error, write_text
+from data_pipeline.common.atomic import replacing, write_text
+from data_pipeline.common.command import storage_error
 from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.shards.manifest import TOKENIZER_NAME

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.common.command import write_text
+from data_pipeline.common.atomic import write_text
 from data_pipeline.errors import MegabackError, PreflightError, StorageError
 from data_pipeline.loading.frame_store import FrameStore
 from megaback.config import Config

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_pipeline.common.command import replacing
+from data_pipeline.common.atomic import replacing
 from data_pipeline.common.regular_files import UNFIT, read_file
 from data_pipeline.errors import NonFiniteError, RunMismatchError
 from megaback.config import GuardSection

@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import BarColumn, TextColumn
 from rich.table import Column
 
-from data_pipeline.common.command import write_text
+from data_pipeline.common.atomic import write_text
 from data_pipeline.common.console import console_losses
 from data_pipeline.common.durations import duration
 from data_pipeline.common.rich_console import SafeConsole, SafeProgress
@@ -24,7 +24,8 @@ from megaback.faults.exit_record import record_event
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.loss_by_context import ContextLoss
 from megaback.tracking.metrics import MIN_DATA_WAIT_SHARE, StepRecord, read_metrics
-from megaback.tracking.trackers import BEFORE_ALL_STEPS, Trackers
+from megaback.tracking.tracker import BEFORE_ALL_STEPS
+from megaback.tracking.trackers import Trackers
 
 _RECENT_STEPS = 50
 """Whose pace tells how much time is left."""

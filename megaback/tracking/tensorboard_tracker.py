@@ -14,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from megaback.run_folder import TENSORBOARD_FOLDER
-from megaback.tracking.trackers import BEFORE_ALL_STEPS, Value
+from megaback.tracking.tracker import BEFORE_ALL_STEPS, Value
 
 _FLUSH_S = 20
 _RECORD_HEADER = struct.Struct("<QI")  # TFRecord: length, its checksum; data, its checksum

@@ -6,30 +6,15 @@ is given what it lacks, and no step twice. One that fails is left out, and train
 
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 from data_pipeline.errors import BackendError
 from data_pipeline.redaction import scrub
 from megaback.config import Config
+from megaback.tracking.tracker import Tracker, flat_values
 
-Value = float | str
-BEFORE_ALL_STEPS = -1
-"""Measurements before the first step are of step 0."""
 _A_MODULE_OF = {"wandb": "wandb.sdk", "tensorboard": "tensorboard.summary"}
 """What a mere folder of that name, such as one of offline runs, has not."""
-
-
-class Tracker(Protocol):
-    """Where numbers go besides metrics.jsonl. Any exception means that it has failed."""
-
-    held_step: int
-    """Up to here it has everything from earlier starts: only later steps are written to it."""
-
-    def write(self, step: int, values: Mapping[str, Value]) -> None:
-        """Take what a line of metrics.jsonl says of a step; steps never go down."""
-
-    def close(self) -> None:
-        """Bring everything to where it belongs."""
 
 
 class Trackers:
@@ -76,17 +61,6 @@ class Trackers:
         except Exception as error:  # noqa: BLE001 (theirs may raise anything)
             del self._trackers[name]
             self._log(_failure(name, "has failed", error))
-
-
-def flat_values(line: Mapping[str, Any], before: str = "") -> dict[str, Value]:
-    """What a line says but its step: nested keys are joined by `/`, what is unknown is left out."""
-    flat: dict[str, Value] = {}
-    for key, value in line.items():
-        if isinstance(value, Mapping):
-            flat |= flat_values(value, f"{before}{key}/")
-        elif value is not None and (before or key != "step"):
-            flat[before + key] = value
-    return flat
 
 
 def _failure(name: str, what: str, error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import wandb
 
-from data_pipeline.common.command import write_text
+from data_pipeline.common.atomic import write_text
 from data_pipeline.common.regular_files import read_file
 from data_pipeline.redaction import scrub
 from megaback.config import Config
@@ -20,7 +20,7 @@ from megaback.run_folder import WANDB_ID_NAME
 from megaback.shown_config import shown_config
 from megaback.tracking.code_version import code_version
 from megaback.tracking.lineage import lineage
-from megaback.tracking.trackers import BEFORE_ALL_STEPS, Value
+from megaback.tracking.tracker import BEFORE_ALL_STEPS, Value
 from megaback.tracking.wandb_log import cut_back, read_segments
 
 _MAX_ID_BYTES = 128

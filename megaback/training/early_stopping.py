@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_pipeline.common.command import write_text
+from data_pipeline.common.atomic import write_text
 from megaback.run_folder import BEST_NAME, CHECKPOINTS_FOLDER, META_NAME, METRICS_NAME, step_name
 from megaback.tracking.metrics import read_metrics
 

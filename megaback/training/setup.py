@@ -3,7 +3,6 @@
 First comes all that can refuse a start, then the first line that is written (`_accept`).
 """
 
-import fcntl
 import logging
 import socket
 from collections.abc import Callable
@@ -12,11 +11,11 @@ from typing import IO, Any
 
 import torch
 
-from data_pipeline.common.command import write_text
+from data_pipeline.common.atomic import write_text
 from data_pipeline.common.differences import differing_keys, shown_values
 from data_pipeline.common.local_paths import local_path
+from data_pipeline.common.locks import take_lock
 from data_pipeline.common.output_paths import require_apart
-from data_pipeline.common.regular_files import open_in_place
 from data_pipeline.errors import (
     CheckpointCorruptError,
     LaunchError,
@@ -46,7 +45,7 @@ from megaback.model.compiler import require_compiler
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.flops import flops_per_token
 from megaback.planning.memory_room import AvailableMemory, require_memory
-from megaback.run_folder import CHECKPOINTS_FOLDER, complete_checkpoints, step_name
+from megaback.run_folder import CHECKPOINTS_FOLDER, LOCK_NAME, complete_checkpoints, step_name
 from megaback.tracking.trackers import require_installed
 from megaback.training.run import Run
 from megaback.training.start import (
@@ -58,7 +57,6 @@ from megaback.training.start import (
 )
 from megaback.weights.init_from import open_base
 
-LOCK_NAME = ".lock"
 _LOG = logging.getLogger("megaback.training")
 
 # A run may be continued with other values of everything but these: they decide the batches or what
@@ -198,15 +196,11 @@ def _claim(config: Config, world: World) -> IO[bytes] | None:
     if not world.is_first:
         return None
     config.run.mkdir(parents=True, exist_ok=True)
-    lock = open_in_place(config.run / LOCK_NAME, "ab")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    lock = take_lock(config.run / LOCK_NAME, wait=False)
+    if lock is None:
         raise LaunchError(
             f"another process is training in {config.run}; wait for it, or use another run folder"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
+        )
     return lock
 
 

@@ -10,16 +10,15 @@ import errno
 import hashlib
 import logging
 import os
-import re
 import shutil
 import tempfile
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from data_pipeline.common.atomic import partial_name, whole_name
 from data_pipeline.common.locks import locked
 from data_pipeline.common.own_files import holds_only, remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
@@ -44,7 +43,6 @@ _MAX_TRIES = 5
 _KEPT_S = 3600.0
 """Nobody still opens a conversion that was last asked for so long ago."""
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-_UNFINISHED = re.compile(r"\..+-[0-9a-f]{12}\.[0-9a-f]{12}\.partial")
 
 
 def model_folder(path: str | Path) -> Path:
@@ -130,7 +128,7 @@ def _content(target: Path) -> str:
 
 def _write(target: Path, folder: Path) -> None:
     source = open_checkpoint(target)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.partial")
+    partial = folder.with_name(partial_name(folder.name))
     try:
         partial.mkdir(parents=True)
         specs = source.specs(torch.float32)
@@ -160,7 +158,7 @@ def _remove_old(beside: Path, current: Path) -> None:
     """
     known = {target.name for target in complete_checkpoints(beside.parent)}
     for folder in beside.iterdir():
-        is_partial = _UNFINISHED.fullmatch(folder.name) is not None
+        is_partial = CONVERSION.fullmatch(whole_name(folder.name) or "") is not None
         is_old = CONVERSION.fullmatch(folder.name) is not None and folder != current
         with suppress(OSError):
             if (

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.common.atomic import replacing, write_text
 from data_pipeline.common.checked_json import briefly, checked, read_json
-from data_pipeline.common.command import replacing, write_text
 from data_pipeline.common.limits import MAX_TOKENIZER_BYTES
 from data_pipeline.common.number_ranges import CONTEXT, COUNT_OR_ZERO, VOCABULARY, Range
 from data_pipeline.common.regular_files import UNFIT, read_file

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from data_pipeline.common.atomic import write_text
 from data_pipeline.common.checked_json import read_json
-from data_pipeline.common.command import write_text
 from data_pipeline.common.file_names import path_within
 from data_pipeline.common.regular_files import read_file
 from data_pipeline.errors import CheckpointCorruptError

@@ -12,7 +12,7 @@ import pytest
 
 from megaback.faults.exit_record import read_history
 from megaback.tracking.metrics import MACHINE_FIELDS, read_metrics
-from megaback.tracking.trackers import flat_values
+from megaback.tracking.tracker import flat_values
 from tests.helpers.small_cluster import (
     NUM_STEPS,
     REPOSITORY,

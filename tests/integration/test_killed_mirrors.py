@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megaback.faults.exit_record import read_history
 from megaback.tracking.code_version import code_version
 from megaback.tracking.metrics import read_metrics
-from megaback.tracking.trackers import flat_values
+from megaback.tracking.tracker import flat_values
 from tests.helpers.tiny_run import training_environment
 
 pytestmark = pytest.mark.slow

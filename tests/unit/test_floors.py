@@ -1,7 +1,8 @@
 """Each folder imports only from the floors below it, within functions too."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
@@ -112,6 +113,40 @@ def test_every_import_is_of_a_lower_floor() -> None:
 def test_an_import_against_the_floors_is_found(source: str) -> None:
     assert len(wrong_imports("data_pipeline.shards.manifest", source)) == 1
     assert wrong_imports("tools.inspect_path", source) == []
+
+
+def module_of(name: str) -> str:
+    """The module that an imported name is, or is in; empty for a package."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def circle_of(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other in a circle, within functions too; empty without one."""
+    graph = {
+        module: {module_of(name) for name in imports_of(source)} - {"", module}
+        for module, source in sources.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    sources = {module: path.read_text(encoding="utf-8") for module, path in MODULES.items()}
+    assert circle_of(sources) == []
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    """Also one through a package's name and within a function."""
+    sources = {
+        "megaback.optim.muon": "from megaback.optim import build",
+        "megaback.optim.build": "def late():\n    import megaback.optim.muon",
+    }
+    assert set(circle_of(sources)) == {"megaback.optim.muon", "megaback.optim.build"}
 
 
 def test_folders_have_empty_init_files_but_for_the_public_api() -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.common.command import write_text
+from data_pipeline.common.atomic import write_text
 from data_pipeline.errors import BackendError, StorageError
 from data_pipeline.text.codec import TextCodec
 from megaback.checkpoints.safetensors_file import size_and_hash

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.common.command import replacing, write_text
+from data_pipeline.common.atomic import replacing, write_text
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.run_folder import HF_TOKENIZER_CONFIG_NAME, MODEL_CONFIG_NAME
 from megaback.weights.hf_config import to_stock

@@ -13,7 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from data_pipeline.common.command import Command, replacing
+from data_pipeline.common.command import Command
 from data_pipeline.common.unquoted import pattern_options
 from data_pipeline.errors import BatchError, ConfigError, MegabackError, UserInterruptError
 from data_pipeline.shards import inspection
@@ -28,16 +28,6 @@ def error_classes(parent: type[MegabackError] = MegabackError) -> Iterator[type[
     for child in parent.__subclasses__():
         yield child
         yield from error_classes(child)
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def write_half(path: Path, error: type[BaseException]) -> None:
-    with replacing(path) as file:
-        file.write(b"half of the n")
-        raise error
 
 
 def failing_command(error: BaseException) -> click.Command:
@@ -108,37 +98,6 @@ def test_an_error_of_the_system_becomes_one_sentence_with_path_and_advice(
 def test_a_defect_keeps_its_traceback() -> None:
     result = CliRunner().invoke(failing_command(ZeroDivisionError()), [])
     assert isinstance(result.exception, ZeroDivisionError)
-
-
-def test_a_file_is_replaced_when_all_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with replacing(path) as file:
-        file.write(b"new")
-        assert path.read_text() == "old"
-    assert (path.read_text(), names_in(tmp_path)) == ("new", ["a.json"])
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])
-def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    with pytest.raises(error):
-        write_half(path, error)
-    assert (path.read_text(), names_in(tmp_path)) == ("old", ["a.json"])
-
-
-def test_an_error_while_writing_leaves_no_file_where_there_was_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^$"):
-        write_half(tmp_path / "a.json", ValueError)
-    assert names_in(tmp_path) == []
-
-
-def test_writing_into_a_missing_folder_is_the_systems_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "nowhere" / "a.json"):
-        pass
 
 
 def require_one_sentence(result: subprocess.CompletedProcess[str], code: int) -> None:

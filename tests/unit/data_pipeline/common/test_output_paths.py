@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.common.command import write_text
+from data_pipeline.common.atomic import write_text
 from data_pipeline.common.output_folder import MARKER_NAME, require_output_folder, whole_folder
 from data_pipeline.common.output_paths import (
     file_with_mark,

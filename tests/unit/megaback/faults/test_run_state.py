@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from data_pipeline import errors
-from data_pipeline.common.command import write_text
+from data_pipeline.common.atomic import write_text
 from data_pipeline.errors import MegabackError
 from launcher.slurm.jobs import main as jobs
 from megaback.faults.exit_record import record_event, record_exit, record_start

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megaback.tracking.tensorboard_tracker import TensorboardTracker
-from megaback.tracking.trackers import BEFORE_ALL_STEPS
+from megaback.tracking.tracker import BEFORE_ALL_STEPS
 
 Points = list[tuple[int, float]]
 

@@ -10,7 +10,8 @@ import pytest
 from data_pipeline.errors import BackendError
 from megaback.config import Config
 from megaback.tracking import trackers
-from megaback.tracking.trackers import BEFORE_ALL_STEPS, Trackers, Value, flat_values
+from megaback.tracking.tracker import BEFORE_ALL_STEPS, Value, flat_values
+from megaback.tracking.trackers import Trackers
 from tests.helpers.run_config import run_config
 
 Start = Callable[[Config, int], Any]

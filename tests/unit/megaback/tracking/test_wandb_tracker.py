@@ -13,7 +13,8 @@ import pytest
 import wandb
 
 from megaback.config import Config
-from megaback.tracking.trackers import BEFORE_ALL_STEPS, Trackers
+from megaback.tracking.tracker import BEFORE_ALL_STEPS
+from megaback.tracking.trackers import Trackers
 from megaback.tracking.wandb_log import read_records
 from tests.helpers.run_config import run_config
 

@@ -1,0 +1,18 @@
+"""What has a home is written nowhere else: locks of files, hidden names, the extra for figures."""
+
+import pytest
+
+from tests.unit.test_floors import MODULES
+
+
+@pytest.mark.parametrize(
+    ("words", "home"),
+    [
+        ("flock(", "data_pipeline.common.locks"),
+        (".hex[:12]}.partial", "data_pipeline.common.atomic"),
+        ("megaback[plot]", "data_pipeline.common.figures"),
+    ],
+)
+def test_words_stand_in_one_module(words: str, home: str) -> None:
+    holding = [name for name, path in MODULES.items() if words in path.read_text(encoding="utf-8")]
+    assert holding == [home]
