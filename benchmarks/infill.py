@@ -25,7 +25,7 @@ import torch
 from sacrebleu.metrics import CHRF
 from smoke import Benchmark
 
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.text.codec import TextCodec
 from megaback.inference.infill.infiller import Infill, Infiller, InfillOptions, load_infiller
 from megaback.inference.sampling import SamplingOptions
@@ -49,10 +49,10 @@ def documents(path: Path, codec: TextCodec) -> Iterator[list[int]]:
     if path.is_file():
         yield codec.encode(path.read_text(encoding="utf-8")).tolist()
         return
-    manifest = Manifest.load(path)
-    stored = manifest.codec(path)
-    for entry in manifest.split("val"):
-        with manifest.open_shard(path, entry) as shard:
+    data_set = DataSet.open(path)
+    stored = data_set.codec()
+    for entry in data_set.manifest.split("val"):
+        with data_set.open_shard(entry) as shard:
             for ids in shard.documents():
                 yield codec.encode(stored.render(ids)).tolist()
 

@@ -172,7 +172,7 @@ def open_shards(section: DataSection) -> OpenShards:
         )
     codec = first.codec()
     for other in data_sets[1:]:
-        other.manifest.require_codec(codec, other.name)
+        other.require_codec(codec)
     return OpenShards(section, data_sets, Mixture([part.weight for part in section.shards]), codec)
 
 

@@ -25,13 +25,13 @@ from data_pipeline.errors import (
     ShardCorruptError,
     SourceMissingError,
 )
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.inspection import data_set_facts
 from data_pipeline.shards.manifest import (
     DICTIONARY_NAME,
     MANIFEST_NAME,
     SPLITS,
     TOKENIZER_NAME,
-    Manifest,
     shard_path,
 )
 from data_pipeline.shards.shard_format import ShardReader
@@ -118,9 +118,12 @@ def _inspect_file(path: Path, verify: bool) -> Artifact:
 
 
 def _data_set(folder: Path, verify: bool) -> Artifact:
-    manifest = verify_data_set(folder) if verify else Manifest.load(folder)
-    manifest.codec(folder)
-    manifest.require_dictionary(folder)
+    if verify:
+        verify_data_set(folder)
+    data_set = DataSet.open(folder)
+    manifest = data_set.manifest
+    data_set.codec()
+    data_set.require_dictionary()
     for entry in manifest.shards:
         path = shard_path(folder, entry)
         _require_size(path, entry.file_bytes, ShardCorruptError, "build them again")

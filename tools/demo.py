@@ -18,8 +18,9 @@ from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.import_path import module_command
 from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.errors import LaunchError
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.inspection import unigram_entropy
-from data_pipeline.shards.manifest import TOKENIZER_NAME, Manifest
+from data_pipeline.shards.manifest import TOKENIZER_NAME
 from megaback.run_folder import METRICS_NAME, MODEL_CONFIG_NAME
 
 _CONFIG = Path("configs/demo.yaml")
@@ -52,11 +53,10 @@ def run(*words: str) -> str:
 
 def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
     """Print the table."""
-    manifest = Manifest.load(folder / "shards")
     lines = [json.loads(line) for line in (folder / "run" / METRICS_NAME).open(encoding="utf-8")]
     val: list[dict[str, Any]] = [line for line in lines if "val_loss" in line]
     steps: list[dict[str, Any]] = [line for line in lines if "loss" in line]
-    entropy = unigram_entropy(folder / "shards", manifest, "val")
+    entropy = unigram_entropy(DataSet.open(folder / "shards"), "val")
     tokens = steps[-1]["tokens_seen"]
     seconds = sum(line["step_s"] for line in steps)
     table = Table(title="A GPT that writes backwards", show_header=False, title_justify="left")

@@ -4,6 +4,7 @@ Shards over a network are fetched frame by frame and, if asked for, kept on a di
 What a shard is not, but should be, is said when it is opened or when the frame is read.
 """
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +13,7 @@ from data_pipeline.common.file_names import path_within
 from data_pipeline.common.limits import MAX_DICTIONARY_BYTES, MAX_TOKENIZER_BYTES
 from data_pipeline.common.local_paths import local_path
 from data_pipeline.common.regular_files import read_file
-from data_pipeline.errors import ShardCorruptError, TokenizerError
+from data_pipeline.errors import ShardCorruptError, TokenizerError, TokenizerMismatchError
 from data_pipeline.shards.cache_folder import require_cache_folder
 from data_pipeline.shards.frame_cache import CacheSettings, FrameCache
 from data_pipeline.shards.manifest import (
@@ -21,8 +22,6 @@ from data_pipeline.shards.manifest import (
     TOKENIZER_NAME,
     Manifest,
     ShardEntry,
-    require_dictionary_sha256,
-    unreadable_dictionary,
 )
 from data_pipeline.shards.shard_format import ShardReader
 from data_pipeline.shards.traversal import num_frames
@@ -108,7 +107,7 @@ class DataSet:
             codec = TextCodec(model_bytes, text_format.direction, text_format.unit)
         except TokenizerError as error:
             raise TokenizerError(f"{shown}: {error}") from None
-        self.manifest.require_codec(codec, self.name)
+        self.require_codec(codec)
         return codec
 
     def open_shard(self, entry: ShardEntry) -> ShardReader:
@@ -116,7 +115,7 @@ class DataSet:
 
         Raises ShardCorruptError, SourceUnreadableError.
         """
-        dictionary = self._require_dictionary()
+        dictionary = self.require_dictionary()
         keeper = None
         if self._cache is not None:
             keeper = self._cache.of_shard(entry.file, entry.file_sha256, entry.file_bytes)
@@ -133,11 +132,14 @@ class DataSet:
         reader = ShardReader(
             file, dictionary, keeper, num_frames(manifest, entry), manifest.vocab_size
         )
-        manifest.require_promised(reader, entry)
+        self._require_promised(reader, entry)
         return reader
 
-    def _require_dictionary(self) -> bytes | None:
-        """What the shards were compressed with, read once: there are thousands of them."""
+    def require_dictionary(self) -> bytes | None:
+        """What the shards were compressed with, read once: there are thousands of them.
+
+        Raises ShardCorruptError, SourceUnreadableError.
+        """
         expected_sha256 = self.manifest.dictionary_sha256
         if expected_sha256 is None:
             return None
@@ -147,7 +149,64 @@ class DataSet:
             try:
                 dictionary = self._folder.read(DICTIONARY_NAME, MAX_DICTIONARY_BYTES)
             except OSError as error:
-                raise unreadable_dictionary(shown, error) from None
-            require_dictionary_sha256(dictionary, expected_sha256, shown)
+                raise ShardCorruptError(
+                    f"cannot read {shown}, without which the shards beside it cannot be read: "
+                    f"{error.strerror}; restore that file or build the shards again"
+                ) from None
+            sha256 = hashlib.sha256(dictionary).hexdigest()
+            if sha256 != expected_sha256:
+                raise ShardCorruptError(
+                    f"{shown} has sha256 {sha256[:12]}, but the shards beside it were compressed "
+                    f"with {expected_sha256[:12]}; restore that file or build the shards again"
+                )
             self._dictionary = dictionary
         return self._dictionary
+
+    def _require_promised(self, reader: ShardReader, entry: ShardEntry) -> None:
+        """Raises ShardCorruptError unless an opened shard says of itself what the manifest says."""
+        manifest, header = self.manifest, reader.header
+        found = (
+            *(header.direction, header.unit, header.tokenizer_sha256, header.id_bytes),
+            *(header.frame_tokens, header.row_tokens, header.dictionary_sha256),
+        )
+        expected = (
+            *manifest.text_format.to_dict().values(),
+            *(manifest.id_bytes, manifest.frame_tokens),
+            *(manifest.row_tokens, manifest.dictionary_sha256),
+        )
+        if found != expected:
+            raise ShardCorruptError(
+                f"the shard {reader.shown} belongs to another data set: it says {found}, "
+                f"the manifest {expected}; restore it or build the shards again"
+            )
+        if reader.file_bytes != entry.file_bytes:
+            raise ShardCorruptError(
+                f"the shard {reader.shown} is not the one in the manifest: it has "
+                f"{reader.file_bytes} bytes instead of {entry.file_bytes}; "
+                "restore it or build the shards again"
+            )
+        counted = (header.tokens, header.documents, header.text_bytes)
+        promised = (entry.tokens, entry.documents, entry.text_bytes)
+        if counted != promised:
+            raise ShardCorruptError(
+                f"the shard {reader.shown} is not the one in the manifest, which gives tokens, "
+                f"documents and bytes of text as {promised}, not {counted}; "
+                "restore the one that changed or build the shards again"
+            )
+
+    def require_codec(self, codec: TextCodec) -> None:
+        """Raises TokenizerMismatchError or ShardCorruptError unless a codec made these shards."""
+        shown, manifest = self.name, self.manifest
+        if codec.format.tokenizer_sha256 != manifest.text_format.tokenizer_sha256:
+            raise TokenizerMismatchError(
+                f"{shown}/{TOKENIZER_NAME} has sha256 {codec.format.tokenizer_sha256[:12]}, but "
+                f"the shards beside it were made with {manifest.text_format.tokenizer_sha256[:12]};"
+                " restore that tokenizer"
+            )
+        of_codec = (codec.vocab_size, codec.begin_id, codec.end_id, codec.id_dtype.itemsize)
+        found = (manifest.vocab_size, manifest.begin_id, manifest.end_id, manifest.id_bytes)
+        if found != of_codec:
+            raise ShardCorruptError(
+                f"{shown}/{MANIFEST_NAME} gives pieces, begin, end and bytes of an id as {found}, "
+                f"its tokenizer as {of_codec}; restore it or build the shards again"
+            )

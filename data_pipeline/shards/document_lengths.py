@@ -5,13 +5,13 @@ the documents are billions, and gives exact quantiles.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.shards.manifest import Manifest, ShardEntry
+from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import ShardEntry
 from data_pipeline.shards.traversal import on_threads
 
 _BAR_WIDTH = 32
@@ -98,15 +98,16 @@ class DocumentLengths:
 
 
 def read_document_lengths(
-    folder: Path, manifest: Manifest, split: str, workers: int | None = None
+    data_set: DataSet, split: str, workers: int | None = None
 ) -> DocumentLengths:
     """The lengths of a split's documents, markers included. Decodes no frame."""
 
     def read(entry: ShardEntry) -> DocumentLengths:
-        with manifest.open_shard(folder, entry) as reader:
+        with data_set.open_shard(entry) as reader:
             return DocumentLengths.of(reader.text_tokens())
 
-    found = [lengths for _, lengths in on_threads(read, manifest.split(split), workers, "lengths")]
+    entries = data_set.manifest.split(split)
+    found = [lengths for _, lengths in on_threads(read, entries, workers, "lengths")]
     return DocumentLengths.joined(found)
 
 

@@ -17,6 +17,7 @@ from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY
 from data_pipeline.common.output_paths import is_our_picture, overwrite_option, require_output
 from data_pipeline.common.terminal import echo
 from data_pipeline.errors import ConfigError
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.document_lengths import DocumentLengths, describe, read_document_lengths
 from data_pipeline.shards.left_out import echo_left_out
 from data_pipeline.shards.length_plot import NEEDED_BY, draw_histogram
@@ -38,23 +39,19 @@ class UnigramEntropy:
     of_frames: int
 
 
-def document_ids(
-    folder: Path, manifest: Manifest, split: str
-) -> Iterator[npt.NDArray[np.unsignedinteger[Any]]]:
+def document_ids(data_set: DataSet, split: str) -> Iterator[npt.NDArray[np.unsignedinteger[Any]]]:
     """The ids of every document of a split, markers included, in stored order."""
-    for entry in manifest.split(split):
-        with manifest.open_shard(folder, entry) as reader:
+    for entry in data_set.manifest.split(split):
+        with data_set.open_shard(entry) as reader:
             yield from reader.documents()
 
 
-def document_at(
-    folder: Path, manifest: Manifest, split: str, number: int
-) -> npt.NDArray[np.unsignedinteger[Any]]:
+def document_at(data_set: DataSet, split: str, number: int) -> npt.NDArray[np.unsignedinteger[Any]]:
     """The ids of one document, counted from 0. Raises ConfigError past the split's end."""
     before = 0
-    for entry in manifest.split(split):
+    for entry in data_set.manifest.split(split):
         if number < before + entry.documents:
-            with manifest.open_shard(folder, entry) as reader:
+            with data_set.open_shard(entry) as reader:
                 stops = np.cumsum(reader.document_tokens())
                 stop = int(stops[number - before])
                 start = int(stops[number - before - 1]) if number > before else 0
@@ -68,27 +65,28 @@ def document_at(
     raise ConfigError(f"`document` is {number}, but the {split} set has {before} documents")
 
 
-def unigram_entropy(folder: Path, manifest: Manifest, split: str) -> float:
+def unigram_entropy(data_set: DataSet, split: str) -> float:
     """Entropy of a split's tokens in nats a token: the loss of the best model without context.
 
     Begin markers are left out: they are never predicted.
     """
-    return sampled_entropy(folder, manifest, split, max_frames=None).nats
+    return sampled_entropy(data_set, split, max_frames=None).nats
 
 
 def sampled_entropy(
-    folder: Path,
-    manifest: Manifest,
+    data_set: DataSet,
     split: str,
     max_frames: int | None,
     workers: int | None = None,
 ) -> UnigramEntropy:
     """The same on at most so many frames, spread evenly over the split; None is all of them."""
 
+    manifest = data_set.manifest
+
     def count(part: tuple[ShardEntry, list[int]]) -> npt.NDArray[np.int64]:
         entry, frames = part
         counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-        with manifest.open_shard(folder, entry) as reader:
+        with data_set.open_shard(entry) as reader:
             for frame in frames:
                 of_frame = np.bincount(reader.frame(frame))
                 counts[: len(of_frame)] += of_frame
@@ -123,19 +121,20 @@ class SplitSummary:
         }
 
 
-def summarize(folder: Path, manifest: Manifest, split: str, workers: int | None) -> SplitSummary:
+def summarize(data_set: DataSet, split: str, workers: int | None) -> SplitSummary:
     """Read the lengths of all documents, and the tokens of a sample of frames."""
+    manifest = data_set.manifest
     max_frames = min(_MAX_FRAMES, max(1, _MAX_TOKENS // manifest.frame_tokens))
     return SplitSummary(
         manifest.total(split),
-        sampled_entropy(folder, manifest, split, max_frames, workers),
-        read_document_lengths(folder, manifest, split, workers),
+        sampled_entropy(data_set, split, max_frames, workers),
+        read_document_lengths(data_set, split, workers),
     )
 
 
-def _show_document(shards: Path, manifest: Manifest, split: str, number: int, form: str) -> None:
-    codec = manifest.codec(shards)
-    ids = document_at(shards, manifest, split, number)
+def _show_document(data_set: DataSet, split: str, number: int, form: str) -> None:
+    codec = data_set.codec()
+    ids = document_at(data_set, split, number)
     pieces = [codec.piece(piece_id) for piece_id in ids.tolist()]
     if form == "ids":
         click.echo(" ".join(map(str, ids.tolist())))
@@ -215,11 +214,12 @@ def main(
     workers: int | None,
 ) -> None:
     """Show what a data set holds, or one of its documents."""
-    manifest = Manifest.load(shards)
+    data_set = DataSet.open(shards)
+    manifest = data_set.manifest
     if document is not None:
         if picture is not None:
             raise ConfigError("--picture draws all documents; leave out --document")
-        _show_document(shards, manifest, split, document, form or "text")
+        _show_document(data_set, split, document, form or "text")
         return
     if form in ("stored", "ids"):
         raise ConfigError(f"--{form} shows a document; say which one with --document")
@@ -235,7 +235,7 @@ def main(
         if not manifest.split(split):
             raise ConfigError(f"--picture has nothing to draw: the {split} set is empty")
     summaries = {
-        name: summarize(shards, manifest, name, workers)
+        name: summarize(data_set, name, workers)
         for name in SPLITS
         if manifest.total(name)["tokens"]
     }

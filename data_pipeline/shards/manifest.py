@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from data_pipeline.common.file_names import path_within, plain_name
 from data_pipeline.common.limits import (
     ID_BYTES,
     MAX_COUNTS,
-    MAX_DICTIONARY_BYTES,
     MAX_FRAME_TOKENS,
     MAX_FRAMES,
     MAX_MANIFEST_BYTES,
@@ -43,12 +42,10 @@ from data_pipeline.errors import (
     ConfigError,
     ShardCorruptError,
     ShardsMissingError,
-    TokenizerMismatchError,
 )
 from data_pipeline.redaction import scrub
-from data_pipeline.shards.shard_format import ShardReader
 from data_pipeline.sources.skipped import Skipped, skipped_from_json, skipped_to_json
-from data_pipeline.text.codec import TextCodec, TextFormat
+from data_pipeline.text.codec import TextFormat
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
@@ -298,82 +295,6 @@ class Manifest:
             frames = -(-entry.tokens // self.frame_tokens)
             require_within(f"frames of {entry.file}", frames, 1, MAX_FRAMES)
 
-    def open_shard(self, folder: Path, entry: ShardEntry) -> ShardReader:
-        """Open one of the shards in `folder`, and see that it is this one.
-
-        Raises ShardCorruptError.
-        """
-        dictionary = None
-        if self.dictionary_sha256 is not None:
-            dictionary = _read_dictionary_once(folder / DICTIONARY_NAME, self.dictionary_sha256)
-        path = shard_path(folder, entry)
-        reader = ShardReader(path, dictionary, vocab_size=self.vocab_size)
-        self.require_promised(reader, entry)
-        return reader
-
-    def require_promised(self, reader: ShardReader, entry: ShardEntry) -> None:
-        """Raises ShardCorruptError unless an opened shard says of itself what the manifest says."""
-        header = reader.header
-        found = (
-            *(header.direction, header.unit, header.tokenizer_sha256, header.id_bytes),
-            *(header.frame_tokens, header.row_tokens, header.dictionary_sha256),
-        )
-        text_format = self.text_format
-        expected = (
-            *text_format.to_dict().values(),
-            *(self.id_bytes, self.frame_tokens, self.row_tokens, self.dictionary_sha256),
-        )
-        if found != expected:
-            raise ShardCorruptError(
-                f"the shard {reader.shown} belongs to another data set: it says {found}, "
-                f"the manifest {expected}; restore it or build the shards again"
-            )
-        if reader.file_bytes != entry.file_bytes:
-            raise ShardCorruptError(
-                f"the shard {reader.shown} is not the one in the manifest: it has "
-                f"{reader.file_bytes} bytes instead of {entry.file_bytes}; "
-                "restore it or build the shards again"
-            )
-        counted = (header.tokens, header.documents, header.text_bytes)
-        promised = (entry.tokens, entry.documents, entry.text_bytes)
-        if counted != promised:
-            raise ShardCorruptError(
-                f"the shard {reader.shown} is not the one in the manifest, which gives tokens, "
-                f"documents and bytes of text as {promised}, not {counted}; "
-                "restore the one that changed or build the shards again"
-            )
-
-    def require_dictionary(self, folder: Path) -> None:
-        """Raises ShardCorruptError unless the dictionary that the shards need, if any, is there."""
-        if self.dictionary_sha256 is not None:
-            _read_dictionary(folder / DICTIONARY_NAME, self.dictionary_sha256)
-
-    def codec(self, folder: Path) -> TextCodec:
-        """The codec that these shards were encoded with, from the copy of the tokenizer there."""
-        text_format = self.text_format
-        codec = TextCodec.load(folder / TOKENIZER_NAME, text_format.direction, text_format.unit)
-        self.require_codec(codec, str(folder))
-        return codec
-
-    def require_codec(self, codec: TextCodec, shown: str) -> None:
-        """Raises TokenizerMismatchError or ShardCorruptError unless a codec made these shards.
-
-        `shown` names their folder.
-        """
-        if codec.format.tokenizer_sha256 != self.text_format.tokenizer_sha256:
-            raise TokenizerMismatchError(
-                f"{shown}/{TOKENIZER_NAME} has sha256 {codec.format.tokenizer_sha256[:12]}, "
-                "but the shards beside it "
-                f"were made with {self.text_format.tokenizer_sha256[:12]}; restore that tokenizer"
-            )
-        of_codec = (codec.vocab_size, codec.begin_id, codec.end_id, codec.id_dtype.itemsize)
-        found = (self.vocab_size, self.begin_id, self.end_id, self.id_bytes)
-        if found != of_codec:
-            raise ShardCorruptError(
-                f"{shown}/{MANIFEST_NAME} gives pieces, begin, end and bytes of an id as {found}, "
-                f"its tokenizer as {of_codec}; restore it or build the shards again"
-            )
-
 
 def shard_path(folder: Path, entry: ShardEntry) -> Path:
     """Where a shard lies. Raises ShardCorruptError for a link out of the folder."""
@@ -397,33 +318,6 @@ def _not_a_manifest(shown: str, why: object) -> ShardCorruptError:
     )
 
 
-def unreadable_dictionary(shown: str, error: OSError) -> ShardCorruptError:
-    """What is wrong when a dictionary cannot be read."""
-    return ShardCorruptError(
-        f"cannot read {shown}, without which the shards beside it cannot be read: "
-        f"{error.strerror}; restore that file or build the shards again"
-    )
-
-
-def require_dictionary_sha256(dictionary: bytes, expected_sha256: str, shown: str) -> None:
-    """Raises ShardCorruptError unless it is the dictionary that the shards beside it need."""
-    sha256 = hashlib.sha256(dictionary).hexdigest()
-    if sha256 != expected_sha256:
-        raise ShardCorruptError(
-            f"{shown} has sha256 {sha256[:12]}, but the shards beside it were compressed with "
-            f"{expected_sha256[:12]}; restore that file or build the shards again"
-        )
-
-
-def _read_dictionary(path: Path, expected_sha256: str) -> bytes:
-    try:
-        dictionary = read_file(path, MAX_DICTIONARY_BYTES)
-    except OSError as error:
-        raise unreadable_dictionary(str(path), error) from None
-    require_dictionary_sha256(dictionary, expected_sha256, str(path))
-    return dictionary
-
-
 _REQUIRED = {
     **dict.fromkeys(("vocab_size", "begin_id", "end_id", "id_bytes", "frame_tokens"), int),
     "source": str,
@@ -432,6 +326,3 @@ _REQUIRED = {
 }
 _OPTIONAL = {"dictionary_sha256": str | None, "asked_val_fraction": float | None}
 """Types of the fields of a manifest."""
-
-# A data set has thousands of shards, which share one dictionary.
-_read_dictionary_once = lru_cache(maxsize=2)(_read_dictionary)

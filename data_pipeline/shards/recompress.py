@@ -28,6 +28,7 @@ from data_pipeline.common.own_files import unfinished_in
 from data_pipeline.common.regular_files import read_file, require_no_link
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
 from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import (
     DICTIONARY_NAME,
     FILE_NAME,
@@ -76,8 +77,8 @@ def recompress(
     OutputExistsError when `out` holds something else, ShardCorruptError for a damaged shard, and
     ConfigError when there is too little to train a dictionary on.
     """
-    manifest = Manifest.load(shards)
-    codec = manifest.codec(shards)
+    data_set = DataSet.open(shards)
+    manifest, codec = data_set.manifest, data_set.codec()
     settings = RecompressSettings(
         manifest.fingerprint, compression.level, compression.long_distance, dictionary_bytes
     )
@@ -85,9 +86,9 @@ def recompress(
     _claim_folder(out, shards, settings)
     try:
         if dictionary_bytes is not None:
-            dictionary = _stored_dictionary(shards, manifest, out, dictionary_bytes)
+            dictionary = _stored_dictionary(data_set, out, dictionary_bytes)
             compression = replace(compression, dictionary=dictionary)
-        work = _Work(shards, manifest, out, compression)
+        work = _Work(data_set, out, compression)
         done = {entry: made for entry in manifest.shards if (made := work.finished(entry))}
         num_found = len(done)
         waiting = [entry for entry in manifest.shards if entry not in done]
@@ -125,11 +126,8 @@ def train_dictionary(frames: list[bytes], dictionary_bytes: int) -> bytes:
 class _Work:
     """Rewriting single shards, each with a record by which it is not done again."""
 
-    def __init__(
-        self, shards: Path, manifest: Manifest, out: Path, compression: Compression
-    ) -> None:
-        self._shards = shards
-        self._manifest = manifest
+    def __init__(self, data_set: DataSet, out: Path, compression: Compression) -> None:
+        self._data_set = data_set
         self._out = out
         self._compression = compression
 
@@ -148,9 +146,9 @@ class _Work:
 
     def do(self, entry: ShardEntry) -> ShardEntry:
         """Rewrite one shard. Raises ShardCorruptError and OSError."""
-        manifest = self._manifest
+        manifest = self._data_set.manifest
         with (
-            manifest.open_shard(self._shards, entry) as reader,
+            self._data_set.open_shard(entry) as reader,
             replacing(self._out / entry.file) as file,
         ):
             writer = ShardWriter(
@@ -188,15 +186,16 @@ class _Work:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _stored_dictionary(shards: Path, manifest: Manifest, out: Path, dictionary_bytes: int) -> bytes:
+def _stored_dictionary(data_set: DataSet, out: Path, dictionary_bytes: int) -> bytes:
     """The dictionary that an earlier run has stored, or else a new one, stored."""
     path = out / DICTIONARY_NAME
     if path.exists():
         return _require_usable(read_file(path, MAX_DICTIONARY_BYTES), path)
     frames = []
+    manifest = data_set.manifest
     max_frames = _SAMPLE_BYTES // (manifest.frame_tokens * manifest.id_bytes)
     for entry, numbers in spread_frames(manifest, "train", min(_SAMPLE_FRAMES, max_frames)):
-        with manifest.open_shard(shards, entry) as reader:
+        with data_set.open_shard(entry) as reader:
             frames += [reader.frame(number).tobytes() for number in numbers]
     dictionary = train_dictionary(frames, dictionary_bytes)
     with replacing(path) as file:

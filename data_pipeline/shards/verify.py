@@ -11,15 +11,16 @@ from data_pipeline.common.command import WorkCommand
 from data_pipeline.common.interrupts import require_uninterrupted
 from data_pipeline.common.number_ranges import MANY
 from data_pipeline.errors import ShardCorruptError
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import Manifest, ShardEntry, shard_path
 from data_pipeline.shards.shard_format import ShardReader
 from data_pipeline.shards.traversal import on_threads
 
 
-def shard_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> list[ShardCorruptError]:
+def shard_damage(folder: Path, entry: ShardEntry, data_set: DataSet) -> list[ShardCorruptError]:
     """All that is wrong with a shard, each naming the file, and frame and byte offset if known."""
     try:
-        reader = manifest.open_shard(folder, entry)
+        reader = data_set.open_shard(entry)
     except ShardCorruptError as error:
         return [error]
     damage: list[ShardCorruptError] = []
@@ -34,7 +35,7 @@ def shard_damage(folder: Path, entry: ShardEntry, manifest: Manifest) -> list[Sh
         try:
             counts = reader.stored_counts()
             content.update(counts.data)
-            if manifest.row_tokens is not None:
+            if data_set.manifest.row_tokens is not None:
                 _require_counted(reader, counts, entry)
         except ShardCorruptError as error:
             damage.append(error)
@@ -68,14 +69,15 @@ def _require_counted(
 def verify_data_set(folder: Path, workers: int | None = None) -> Manifest:
     """Check everything in a folder of shards; all of its damage but the first goes to stderr.
 
-    Raises ShardCorruptError, or what Manifest.load and Manifest.codec raise.
+    Raises ShardCorruptError, or what DataSet.open and DataSet.codec raise.
     """
-    manifest = Manifest.load(folder)
-    manifest.codec(folder)  # reads the tokenizer, and compares it with the manifest
-    manifest.require_dictionary(folder)  # once, rather than as damage of every shard
+    data_set = DataSet.open(folder)
+    manifest = data_set.manifest
+    data_set.codec()  # reads the tokenizer, and compares it with the manifest
+    data_set.require_dictionary()  # once, rather than as damage of every shard
 
     def check(entry: ShardEntry) -> list[ShardCorruptError]:
-        return shard_damage(folder, entry, manifest)
+        return shard_damage(folder, entry, data_set)
 
     found = dict(on_threads(check, manifest.shards, workers, "verifying"))
     damaged = [entry for entry in manifest.shards if found[entry]]

@@ -40,9 +40,13 @@ class DataSet:
     manifest: Manifest
     frames: list[Ids]
 
+    @property
+    def opened(self) -> OpenDataSet:
+        return OpenDataSet(LocalFolder(self.folder), self.manifest)
+
     def store(self, keep_frames: int = 64, *, skip_bad_frames: bool = False) -> FrameStore:
         return FrameStore(
-            OpenDataSet(LocalFolder(self.folder), self.manifest),
+            self.opened,
             "train",
             keep_frames,
             skip_bad_frames=skip_bad_frames,

@@ -14,6 +14,7 @@ import pytest
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.common import process_pool
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.inspection import document_ids
 from data_pipeline.shards.manifest import SPLITS, Manifest
 from data_pipeline.text.codec import TextCodec
@@ -98,9 +99,8 @@ def build_here(
 
 def documents_of(folder: Path) -> dict[str, list[str]]:
     """The texts of every split, in order, from the shards alone."""
-    manifest = Manifest.load(folder)
-    codec = manifest.codec(folder)
+    codec = DataSet.open(folder).codec()
     return {
-        split: [codec.render(ids) for ids in document_ids(folder, manifest, split)]
+        split: [codec.render(ids) for ids in document_ids(DataSet.open(folder), split)]
         for split in SPLITS
     }

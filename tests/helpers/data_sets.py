@@ -93,7 +93,7 @@ def stored_frames(folder: Path) -> Frames:
     manifest = Manifest.load(folder)
     frames = {}
     for entry in manifest.shards:
-        with manifest.open_shard(folder, entry) as reader:
+        with DataSet.open(folder).open_shard(entry) as reader:
             ids = reader.tokens(0, entry.tokens)
         starts = range(0, len(ids), manifest.frame_tokens)
         frames[entry.file] = [

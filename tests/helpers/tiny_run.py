@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.shard_format import ShardReader
 from megaback.config import Config
@@ -184,7 +185,7 @@ class PlainMeasure:
 def measure_plainly(model: ReverseGPT, shards: Path, context_tokens: int) -> PlainMeasure:
     """The loss over a stored val set, a piece of a document at a time: no packing, no batches."""
     manifest = Manifest.load(shards)
-    piece_num_bytes = manifest.codec(shards).piece_num_bytes()
+    piece_num_bytes = DataSet.open(shards).codec().piece_num_bytes()
     nats_of_context: dict[int, list[float]] = defaultdict(list)
     targets = []
     for entry in manifest.split("val"):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from data_pipeline.loading.loader import Stream
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.shards import inspection
+from data_pipeline.shards.data_set import DataSet as OpenDataSet
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.shard_format import ShardReader
 from megaback.config import Config
@@ -162,12 +163,11 @@ def test_a_run_on_a_real_build_sees_documents_where_the_command_says(
     config_path: Path, finished: Path, epoch: int, world_size: int
 ) -> None:
     texts = documents_of(finished)["train"]
-    manifest = Manifest.load(finished)
     row_ids = reader_of(load_config(config_path), world_size)
     for number in random.Random(epoch).sample(range(len(texts)), 8):
         options = ("--epoch", epoch, "--world-size", world_size)
         (found,) = located(config_path, "--document", number, *options)
-        ids = inspection.document_at(finished, manifest, "train", number)
+        ids = inspection.document_at(OpenDataSet.open(finished), "train", number)
         assert (found["document"], found["tokens"]) == (number, len(ids))
         for row in found["rows"]:
             first = (found["shard_tokens"][0] + row["start"]) % CONTEXT_OF_RUN
@@ -218,7 +218,7 @@ def test_a_run_in_the_other_direction_sees_the_document_in_the_same_rows(
     assert stored == flipped
     config = load_config(config_path, ("data.direction=forward",))
     row_ids = reader_of(config, 1)
-    ids = inspection.document_at(finished, Manifest.load(finished), "train", 5)
+    ids = inspection.document_at(OpenDataSet.open(finished), "train", 5)
     row = max(stored[0]["rows"], key=lambda row: row["stop"] - row["start"])
     inner = ids[row["start"] + 1 : row["stop"] - 1].tolist()
     held = row_ids(row["step"], row["position"], 0)[::-1].tolist()
@@ -347,7 +347,7 @@ def test_a_mixture_sees_documents_of_each_data_set_where_the_command_says(
         for number in (0, 31, 100):
             (found,) = located(mixed, "--document", number, *options)
             assert found["data_set"] == str(folder)
-            ids = inspection.document_at(folder, Manifest.load(folder), "train", number)
+            ids = inspection.document_at(OpenDataSet.open(folder), "train", number)
             for row in found["rows"]:
                 first = (found["shard_tokens"][0] + row["start"]) % CONTEXT_OF_RUN
                 held = row_ids(row["step"], row["position"], row["rank"])

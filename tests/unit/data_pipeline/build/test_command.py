@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.task_input import belongs_to_val
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.inspection import document_ids
 from data_pipeline.shards.manifest import SPLITS, Manifest
 from data_pipeline.text.codec import Direction, Unit
@@ -24,10 +25,10 @@ PROSE = SHARED / "corpora" / "prose" / "train-00003.parquet"
 
 def rendered(folder: Path) -> dict[str, Counter[str]]:
     """The texts of every split, from the shards alone."""
-    manifest = Manifest.load(folder)
-    codec = manifest.codec(folder)
+    codec = DataSet.open(folder).codec()
     return {
-        split: Counter(map(codec.render, document_ids(folder, manifest, split))) for split in SPLITS
+        split: Counter(map(codec.render, document_ids(DataSet.open(folder), split)))
+        for split in SPLITS
     }
 
 
@@ -135,8 +136,7 @@ def test_a_changed_document_changes_the_fingerprint(
 def test_a_document_is_shown_byte_for_byte(
     finished: Path, run_megaback: Run, codec: Codecs
 ) -> None:
-    manifest = Manifest.load(finished)
-    texts = [codec().render(ids) for ids in document_ids(finished, manifest, "val")]
+    texts = [codec().render(ids) for ids in document_ids(DataSet.open(finished), "val")]
     number = len(texts) - 1  # of the last shard
     result = run_megaback("shards", "inspect", finished, "--split", "val", "--document", number)
     assert result.stdout == texts[number]

@@ -12,6 +12,7 @@ from data_pipeline.build.instruct import main
 from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.errors import BadRecordError, ConfigError, SourceUnreadableError
 from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.inspection import document_ids
 from data_pipeline.shards.manifest import SPLITS, Manifest
 from data_pipeline.shards.recompress import recompress
@@ -57,10 +58,9 @@ def settings_of(source: Path, codec: TextCodec, **changed: object) -> BuildSetti
 
 
 def examples_of(folder: Path) -> dict[str, list[ParsedExample]]:
-    manifest = Manifest.load(folder)
-    form = ChatFormat(manifest.codec(folder))
+    form = ChatFormat(DataSet.open(folder).codec())
     return {
-        split: [form.parse(ids) for ids in document_ids(folder, manifest, split)]
+        split: [form.parse(ids) for ids in document_ids(DataSet.open(folder), split)]
         for split in SPLITS
     }
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.plan import Plan
 from data_pipeline.errors import MegabackError, ShardCorruptError
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.shards.seek_table import SeekEntry
 from data_pipeline.shards.shard_format import ShardReader
@@ -195,7 +196,7 @@ def mutated_shard(draw: st.DrawFn, data: bytes) -> bytes:
 
 def contents(folder: Path, manifest: Manifest, file: str) -> object:
     (entry,) = (entry for entry in manifest.shards if entry.file == file)
-    with manifest.open_shard(folder, entry) as reader:
+    with DataSet.open(folder).open_shard(entry) as reader:
         marks = [reader.marks(frame) for frame in range(reader.num_frames)]
         return (
             reader.tokens(0, entry.tokens).tolist(),
@@ -225,7 +226,7 @@ def test_any_shard_reads_equal_or_is_refused(
         alone = bounded(ShardReader, folder / entry.file)
         if isinstance(alone, ShardReader):
             bounded(read_alone, alone)
-        damage = bounded(shard_damage, folder, entry, manifest)
+        damage = bounded(shard_damage, folder, entry, DataSet.open(folder))
         assert damage or changed == intact_bytes
 
     check()

@@ -14,6 +14,7 @@ import sentencepiece
 import xxhash
 import zstandard
 
+from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.inspection import document_ids
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.shard_format import ShardReader
@@ -199,14 +200,14 @@ def test_examples_are_stored_as_the_page_says(examples: Path) -> None:
 def test_a_shard_without_the_checksum_of_its_index_is_read(copy: Path) -> None:
     """As those were that earlier versions wrote: 0 in its place."""
     manifest = Manifest.load(copy)
-    expected = [ids.tolist() for ids in document_ids(copy, manifest, "train")]
+    expected = [ids.tolist() for ids in document_ids(DataSet.open(copy), "train")]
     for entry in manifest.shards:
         path = copy / entry.file
         data = path.read_bytes()
         assert data[-13:-9] == struct.pack("<I", 0x51D8E999)
         path.write_bytes(data[:-13] + bytes(4) + data[-9:])
         ShardReader(path).close()
-    assert [ids.tolist() for ids in document_ids(copy, manifest, "train")] == expected
+    assert [ids.tolist() for ids in document_ids(DataSet.open(copy), "train")] == expected
 
 
 def test_the_stamp_of_a_file_is_the_one_that_the_page_defines(finished: Path) -> None:

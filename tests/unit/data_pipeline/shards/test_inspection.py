@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.shards import inspection
+from data_pipeline.shards.data_set import DataSet as OpenDataSet
 from data_pipeline.shards.document_lengths import DocumentLengths, describe, read_document_lengths
 from data_pipeline.shards.inspection import (
     document_at,
@@ -22,7 +23,7 @@ from data_pipeline.shards.inspection import (
     unigram_entropy,
 )
 from data_pipeline.shards.length_plot import draw_histogram
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest, ShardEntry
 from data_pipeline.shards.shard_format import ShardReader
 from data_pipeline.shards.traversal import num_frames, spread_frames
 from tests.helpers.batches import DataSet, data_set, document_shards
@@ -91,9 +92,9 @@ def test_a_data_set_without_documents_has_no_lengths() -> None:
 def test_lengths_are_read_without_decoding_a_frame(
     small: DataSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [len(ids) for ids in document_ids(small.folder, small.manifest, "train")]
+    expected = [len(ids) for ids in document_ids(small.opened, "train")]
     monkeypatch.delattr(ShardReader, "frame")
-    lengths = read_document_lengths(small.folder, small.manifest, "train")
+    lengths = read_document_lengths(small.opened, "train")
     assert np.repeat(lengths.lengths, lengths.documents).tolist() == sorted(expected)
 
 
@@ -105,7 +106,7 @@ def test_a_document_by_its_number_is_the_one_in_its_place(
     documents = [document for of_shard in shards for document in of_shard]
     number = data.draw(st.integers(0, len(documents) - 1))
     with data_set(shards) as written:
-        ids = document_at(written.folder, written.manifest, "train", number)
+        ids = document_at(written.opened, "train", number)
     assert ids.tolist() == documents[number].tolist()
 
 
@@ -113,13 +114,13 @@ def test_a_document_by_its_number_opens_one_shard(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    open_shard = Manifest.open_shard
+    open_shard = OpenDataSet.open_shard
 
-    def noting(manifest: Manifest, folder: Path, entry: object) -> ShardReader:
+    def noting(data_set: OpenDataSet, entry: ShardEntry) -> ShardReader:
         opened.append(entry)
-        return open_shard(manifest, folder, entry)
+        return open_shard(data_set, entry)
 
-    monkeypatch.setattr(Manifest, "open_shard", noting)
+    monkeypatch.setattr(OpenDataSet, "open_shard", noting)
     inspect(finished, "--document", 150)
     assert len(opened) == 1
 
@@ -147,16 +148,16 @@ def test_sampled_frames_are_spread_evenly(
 
 
 def test_the_entropy_of_all_frames_is_that_of_the_tokens(small: DataSet) -> None:
-    ids = np.concatenate(list(document_ids(small.folder, small.manifest, "train")))
+    ids = np.concatenate(list(document_ids(small.opened, "train")))
     counts = np.bincount(ids[ids != small.manifest.begin_id])
     share = counts[counts > 0] / counts.sum()
     expected = -(share * np.log(share)).sum()
-    assert unigram_entropy(small.folder, small.manifest, "train") == pytest.approx(expected)
+    assert unigram_entropy(small.opened, "train") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_sampled_entropy_says_on_how_many_frames(small: DataSet, workers: int) -> None:
-    entropy = sampled_entropy(small.folder, small.manifest, "train", 2, workers)
+    entropy = sampled_entropy(small.opened, "train", 2, workers)
     assert (entropy.frames, entropy.of_frames) == (2, len(small.frames))
     ids = np.concatenate([small.frames[1], small.frames[4]])
     counts = np.bincount(ids[ids != small.manifest.begin_id])
@@ -177,17 +178,17 @@ def test_json_holds_everything(finished: Path) -> None:
     for name in ("train", "val"):
         split = found["splits"][name]
         assert {key: split[key] for key in manifest.total(name)} == manifest.total(name)
-        lengths = [len(ids) for ids in document_ids(finished, manifest, name)]
+        lengths = [len(ids) for ids in document_ids(OpenDataSet.open(finished), name)]
         of_split = split["document_tokens"]
         assert (of_split["min"], of_split["max"]) == (min(lengths), max(lengths))
         assert of_split["mean"] == pytest.approx(np.mean(lengths))
         assert sum(piece["documents"] for piece in of_split["bins"]) == len(lengths)
         nats = split["unigram_entropy"]["nats"]
-        assert nats == pytest.approx(unigram_entropy(finished, manifest, name))
+        assert nats == pytest.approx(unigram_entropy(OpenDataSet.open(finished), name))
 
 
 def test_a_document_is_shown_as_text_pieces_ids_and_json(finished: Path, codec: Codecs) -> None:
-    ids = document_at(finished, Manifest.load(finished), "val", 3)
+    ids = document_at(OpenDataSet.open(finished), "val", 3)
     text = codec().render(ids)
     pieces = [codec().piece(piece_id) for piece_id in ids.tolist()]
     arguments = (finished, "--split", "val", "--document", 3)

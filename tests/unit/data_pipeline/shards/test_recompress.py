@@ -42,9 +42,9 @@ def begun(recompressed: Path, tmp_path: Path) -> Path:
 
 
 def documents(folder: Path) -> dict[str, list[list[int]]]:
-    manifest = Manifest.load(folder)
     return {
-        split: [ids.tolist() for ids in document_ids(folder, manifest, split)] for split in SPLITS
+        split: [ids.tolist() for ids in document_ids(DataSet.open(folder), split)]
+        for split in SPLITS
     }
 
 
@@ -126,7 +126,7 @@ def test_the_zstd_command_reads_a_shard_with_its_dictionary(recompressed: Path) 
     entry = Manifest.load(recompressed).shards[0]
     command = ["zstd", "-dc", "-D", DICTIONARY_NAME, entry.file]
     raw = subprocess.run(command, cwd=recompressed, capture_output=True, check=True).stdout
-    with Manifest.load(recompressed).open_shard(recompressed, entry) as reader:
+    with DataSet.open(recompressed).open_shard(entry) as reader:
         assert raw == reader.tokens(0, entry.tokens).tobytes()
 
 
@@ -187,7 +187,7 @@ def test_another_dictionary_in_an_unfinished_folder_means_doing_everything_again
 ) -> None:
     (begun / "manifest.json").unlink()
     manifest = Manifest.load(finished)
-    with manifest.open_shard(finished, manifest.shards[0]) as reader:
+    with DataSet.open(finished).open_shard(manifest.shards[0]) as reader:
         frames = [reader.frame(frame).tobytes() for frame in range(reader.num_frames)]
     (begun / DICTIONARY_NAME).write_bytes(train_dictionary(frames * 8, 512))
     _, num_found = recompress(finished, begun, WITH_DICTIONARY, DICTIONARY_BYTES)

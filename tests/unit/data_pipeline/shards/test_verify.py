@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import MegabackError, ShardCorruptError
 from data_pipeline.shards import verify
 from data_pipeline.shards.compression import Compression
+from data_pipeline.shards.data_set import DataSet, LocalFolder
 from data_pipeline.shards.manifest import DICTIONARY_NAME, Manifest, ShardEntry
 from data_pipeline.shards.recompress import recompress
 from data_pipeline.shards.verify import shard_damage
@@ -68,7 +69,7 @@ def with_dictionary(finished: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def frame_offsets(folder: Path, entry: ShardEntry) -> list[int]:
     """Where each frame of a shard begins, and where the last one ends."""
-    with Manifest.load(folder).open_shard(folder, entry) as reader:
+    with DataSet.open(folder).open_shard(entry) as reader:
         return reader.frame_offsets.tolist()
 
 
@@ -107,6 +108,7 @@ def test_verify_reports_any_damaged_byte_with_an_error_of_ours(
 ) -> None:
     folder: Path = request.getfixturevalue(name)
     manifest = Manifest.load(folder)
+    data_set = DataSet(LocalFolder(tmp_path), manifest)
     entry = min(manifest.shards, key=lambda shard: shard.file_bytes)
     if manifest.dictionary_sha256:
         shutil.copy(folder / DICTIONARY_NAME, tmp_path)
@@ -125,12 +127,12 @@ def test_verify_reports_any_damaged_byte_with_an_error_of_ours(
         data = bytearray(intact)
         data[place] ^= flips
         (tmp_path / entry.file).write_bytes(data)
-        damage = shard_damage(tmp_path, entry, manifest)
+        damage = shard_damage(tmp_path, entry, data_set)
         assert damage
         assert all(entry.file in str(error) for error in damage)
 
     (tmp_path / entry.file).write_bytes(intact)
-    assert shard_damage(tmp_path, entry, manifest) == []
+    assert shard_damage(tmp_path, entry, data_set) == []
     damage_a_byte()
 
 
@@ -186,7 +188,7 @@ def test_a_shard_that_cannot_be_opened_does_not_hide_the_others(copy: Path) -> N
 def test_an_unforeseen_error_is_not_taken_for_damage(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_folder: Path, _entry: ShardEntry, _manifest: Manifest) -> list[ShardCorruptError]:
+    def fail(_folder: Path, _entry: ShardEntry, _data_set: DataSet) -> list[ShardCorruptError]:
         raise ZeroDivisionError
 
     monkeypatch.setattr(verify, "shard_damage", fail)
