@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from megaback import errors as errors
     from megaback.dataset import RowDataset as RowDataset
     from megaback.dataset import open_dataset as open_dataset
+    from megaback.inference.chat import Candidate as Candidate
+    from megaback.inference.chat import Chat as Chat
+    from megaback.inference.chat import load_chat as load_chat
     from megaback.inference.infill.infiller import Infill as Infill
     from megaback.inference.infill.infiller import Infiller as Infiller
     from megaback.inference.infill.infiller import InfillOptions as InfillOptions
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Candidate": "megaback.inference.chat",
+    "Chat": "megaback.inference.chat",
     "Infill": "megaback.inference.infill.infiller",
     "InfillOptions": "megaback.inference.infill.infiller",
     "Infiller": "megaback.inference.infill.infiller",
@@ -45,12 +50,15 @@ _MODULES = {
     "Scorer": "megaback.scoring.scorer",
     "Writer": "megaback.inference.writer",
     "load": "megaback.inference.writer",
+    "load_chat": "megaback.inference.chat",
     "load_infiller": "megaback.inference.infill.infiller",
     "load_scorer": "megaback.scoring.scorer",
     "open_dataset": "megaback.dataset",
     "read_metrics": "megaback.tracking.metrics",
 }
 __all__ = [
+    "Candidate",
+    "Chat",
     "Infill",
     "InfillOptions",
     "Infiller",
@@ -62,6 +70,7 @@ __all__ = [
     "Writer",
     "errors",
     "load",
+    "load_chat",
     "load_infiller",
     "load_scorer",
     "open_dataset",

@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +23,13 @@ from data_pipeline.errors import (
     PromptError,
     StorageError,
 )
-from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction
 from tools.jsonl_io import answer_each, parse_object, print_all, stdin_lines
 from tools.sample import apply_command
 
 if TYPE_CHECKING:
-    from megaback.inference.chat import Candidate
-    from megaback.inference.decoder import Decoder
+    from megaback.inference.chat import Candidate, Chat
     from megaback.inference.sampling import SamplingOptions
-    from megaback.model.gpt import ReverseGPT
 
 # The options that give a text, and the direction of the model that they are for.
 _DIRECTION_OF = {
@@ -43,45 +40,8 @@ _DIRECTION_OF = {
 }
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A model that is asked, and how."""
-
-    model: "ReverseGPT"
-    decoder: "Decoder"
-    form: ChatFormat
-
-    @property
-    def given_name(self) -> str:
-        return "response" if self.form.writes_instruction else "instruction"
-
-    @property
-    def written_name(self) -> str:
-        return "instruction" if self.form.writes_instruction else "response"
-
-    @property
-    def prompt_name(self) -> str:
-        """The key of plain generation."""
-        return "ending" if self.form.writes_instruction else "beginning"
-
-    def answer(self, given: str, options: "SamplingOptions", count: int) -> "list[Candidate]":
-        """Candidates, the likeliest first. Raises PromptError."""
-        from megaback.inference.chat import candidates
-
-        if not given.strip():
-            raise PromptError(f"the {self.given_name} is empty; give a text")
-        return candidates(self.model, self.decoder, self.form, given.strip(), options, count)
-
-    def complete(self, given: str, options: "SamplingOptions") -> str:
-        """Plain generation, as `megaback sample` does it. Raises PromptError."""
-        from megaback.inference.generate import complete
-
-        context_tokens = self.decoder.context_tokens
-        return complete(self.decoder, self.form.codec, given, context_tokens, options)
-
-
 def answer_lines(
-    chat: Chat, lines: Iterable[str | None], options: "SamplingOptions", count: int
+    chat: "Chat", lines: Iterable[str | None], options: "SamplingOptions", count: int
 ) -> Iterator[dict[str, Any]]:
     """An answer for each line of JSON that is not blank; of one that cannot be answered, `error`.
 
@@ -94,7 +54,7 @@ def answer_lines(
     )
 
 
-def _answer_line(chat: Chat, line: str, options: "SamplingOptions", count: int) -> dict[str, Any]:
+def _answer_line(chat: "Chat", line: str, options: "SamplingOptions", count: int) -> dict[str, Any]:
     keys = (chat.given_name, chat.prompt_name)
     wanted = f"an object with either {keys[0]!r} or {keys[1]!r}"
     request = parse_object(line, wanted)
@@ -178,7 +138,7 @@ class History:
                 click.echo(f"{number:>3} {name}: {text}")
 
 
-def _show(chat: Chat, found: "list[Candidate]") -> None:
+def _show(chat: "Chat", found: "list[Candidate]") -> None:
     """The one candidate there is, or all with their log-probabilities."""
     label = chat.written_name.capitalize()
     for one in found:
@@ -187,7 +147,7 @@ def _show(chat: Chat, found: "list[Candidate]") -> None:
         click.echo(f"{label}{likelihood}: {one.text}{cut}")
 
 
-def _talk(chat: Chat, options: "SamplingOptions", count: int, history: History) -> None:
+def _talk(chat: "Chat", options: "SamplingOptions", count: int, history: History) -> None:
     label = chat.given_name.capitalize()
     with suppress(ImportError):
         import readline  # lines can be edited, and earlier ones brought back
@@ -283,11 +243,10 @@ def main(
     Without a text, an interactive prompt. With --json, each line from stdin is an object such as
     {"response": "Telegram", "n": 4}, and is answered by a line.
     """
-    from megaback.inference.decoder import Decoder
+    from megaback.inference.chat import load_chat
     from megaback.inference.sampling import SamplingOptions
-    from megaback.inference.writer import choose_device
     from megaback.weights.converted import model_folder
-    from megaback.weights.model_folder import load_model_folder, read_description
+    from megaback.weights.model_folder import read_description
 
     values = (given, ending, instruction, beginning)
     texts = {
@@ -304,9 +263,7 @@ def main(
     direction = read_description(folder).text_format.direction
     for name in texts:
         _require_direction(folder, direction, name)
-    model, description, codec = load_model_folder(folder, choose_device(device))
-    decoder = Decoder(model, description.context_tokens, takes_over=False)
-    chat = Chat(model, decoder, ChatFormat(codec))
+    chat = load_chat(folder, device=device)
     options = SamplingOptions(tokens, temp, top_k, seed)
     if is_json:
         print_all(answer_lines(chat, stdin_lines(), options, count))

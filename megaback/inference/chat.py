@@ -5,15 +5,22 @@ With a model that writes forward it is the other way round: responses to an inst
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from data_pipeline.errors import PromptError
+from data_pipeline.common.number_ranges import FEW
+from data_pipeline.errors import ConfigError, PromptError
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Prompt
 from megaback.inference.decoder import Decoder
-from megaback.inference.generate import generate_many
+from megaback.inference.generate import complete, generate_many
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.inference.sampling import SamplingOptions
+from megaback.inference.writer import choose_device
 from megaback.model.gpt import ReverseGPT
+from megaback.weights.converted import model_folder
+from megaback.weights.model_folder import load_model_folder
+
+_DEFAULTS = SamplingOptions()
 
 
 @dataclass(frozen=True)
@@ -28,30 +35,69 @@ class Candidate:
     """Whether the model ended it. If not, it was cut, and its likelihood is that of a beginning."""
 
 
-def candidates(
-    model: ReverseGPT,
-    decoder: Decoder,
-    form: ChatFormat,
-    given: str,
-    options: SamplingOptions,
-    count: int = 1,
-) -> list[Candidate]:
-    """Sample `count` times, with seeds from `options.seed` on; different texts, likeliest first.
+@dataclass(frozen=True)
+class Chat:
+    """A model that is asked: for instructions, or for responses if it writes forward."""
 
-    The decoder has the model's weights, and writes; the model says how likely that was, at
-    temperature 1, whatever the options. Samples that were cut come last. Raises PromptError when
-    what is given leaves no room in the context.
+    model: ReverseGPT
+    decoder: Decoder
+    """With the weights of the model."""
+    form: ChatFormat
+
+    @property
+    def given_name(self) -> str:
+        """What the model is given: `response`, or `instruction`."""
+        return "response" if self.form.writes_instruction else "instruction"
+
+    @property
+    def written_name(self) -> str:
+        """What the model writes: `instruction`, or `response`."""
+        return "instruction" if self.form.writes_instruction else "response"
+
+    @property
+    def prompt_name(self) -> str:
+        """The key of plain generation: `ending`, or `beginning`."""
+        return "ending" if self.form.writes_instruction else "beginning"
+
+    def answer(
+        self, given: str, options: SamplingOptions = _DEFAULTS, count: int = 1
+    ) -> list[Candidate]:
+        """What could have led to a text: the different ones of `count` samples, likeliest first.
+
+        Sample i has the seed `options.seed + i`. Likelihoods are at temperature 1, whatever the
+        options; samples that were cut come last. Raises PromptError for a text that is empty or
+        leaves no room in the context, and ConfigError.
+        """
+        if (problem := FEW.problem(count)) is not None:
+            raise ConfigError(f"`count` is {count!r}, {problem}")
+        if not given.strip():
+            raise PromptError(f"the {self.given_name} is empty; give a text")
+        prompt = self.form.prompt(given.strip())
+        room = self.decoder.context_tokens - len(prompt.ids)
+        if room < 1:
+            raise PromptError(
+                f"the {self.given_name} is {len(prompt.ids)} tokens to read, and the model's "
+                f"context of {self.decoder.context_tokens} must hold what it writes too; shorten it"
+            )
+        options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
+        (found,) = candidates_of_each(self.model, self.decoder, self.form, [prompt], options, count)
+        return found
+
+    def complete(self, given: str, options: SamplingOptions = _DEFAULTS) -> str:
+        """Plain generation, as `megaback sample` does it. Raises PromptError."""
+        context_tokens = self.decoder.context_tokens
+        return complete(self.decoder, self.form.codec, given, context_tokens, options)
+
+
+def load_chat(folder: str | Path, *, device: str | None = None) -> Chat:
+    """A BackChat model to be asked: its folder, its run or a checkpoint, as `megaback.load`.
+
+    Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
     """
-    prompt = form.prompt(given)
-    room = decoder.context_tokens - len(prompt.ids)
-    if room < 1:
-        name = "response" if form.writes_instruction else "instruction"
-        raise PromptError(
-            f"the {name} is {len(prompt.ids)} tokens to read, and the model's context of "
-            f"{decoder.context_tokens} must hold what it writes too; shorten it"
-        )
-    options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
-    return candidates_of_each(model, decoder, form, [prompt], options, count)[0]
+    on = choose_device(device)
+    model, description, codec = load_model_folder(model_folder(folder), on)
+    decoder = Decoder(model, description.context_tokens, takes_over=False)
+    return Chat(model, decoder, ChatFormat(codec))
 
 
 def candidates_of_each(
@@ -62,8 +108,9 @@ def candidates_of_each(
     options: SamplingOptions,
     count: int,
 ) -> list[list[Candidate]]:
-    """`candidates` for each of several prompts of `form`, all in one batch.
+    """Candidates for each of several prompts of `form`, likeliest first, all in one batch.
 
+    The decoder has the model's weights, and writes; the model says how likely that was.
     Sample j of prompt i has seed `options.seed + i * count + j`. Each prompt leaves room for
     `options.max_new_tokens`.
     """

@@ -70,7 +70,7 @@ class SamplingOptions:
         """Raises ConfigError for a value that makes no sense."""
         for name, allowed in _ALLOWED.items():
             if (problem := allowed.problem(getattr(self, name))) is not None:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, {problem}")
+                raise ConfigError(f"`{name}` is {getattr(self, name)!r}, {problem}")
 
 
 def choose(

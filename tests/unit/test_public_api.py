@@ -137,10 +137,20 @@ def test_the_examples_of_the_page_run(folder: Path, capsys: pytest.CaptureFixtur
         ("load('models/backward', device='gpu')", "BackendError", "`device` 'gpu' is not a device"),
         ("load('models/backward', dtype='half')", "BackendError", "`dtype` is 'half'; use float32"),
         ("load('models/backward', devise='cpu')", "TypeError", "'devise'"),
-        ("SamplingOptions(temperature=-1)", "ConfigError", "temperature is -1, not in the range"),
-        ("SamplingOptions(temperature='0')", "ConfigError", "temperature is '0', not a number"),
-        ("SamplingOptions(top_k=2.5)", "ConfigError", "top_k is 2.5, not a whole number"),
-        ("InfillOptions(forward_weight=2)", "ConfigError", "forward_weight is 2; it must be"),
+        ("SamplingOptions(temperature=-1)", "ConfigError", "`temperature` is -1, not in the range"),
+        ("SamplingOptions(temperature='0')", "ConfigError", "`temperature` is '0', not a number"),
+        ("SamplingOptions(top_k=2.5)", "ConfigError", "`top_k` is 2.5, not a whole number"),
+        (
+            "InfillOptions(forward_weight=2)",
+            "ConfigError",
+            "`forward_weight` is 2, not in the range",
+        ),
+        ("InfillOptions(rescored='3')", "ConfigError", "`rescored` is '3', not a number"),
+        (
+            "load_chat('models/backward').answer('Mars', count=0)",
+            "ConfigError",
+            "`count` is 0, not",
+        ),
         ("load_scorer('models/backward', form='chatt')", "ConfigError", "`form` is 'chatt'; use"),
         ("load_scorer('models/backward', device='x')", "BackendError", "`device` 'x'"),
         ("load_infiller('models/forward', 'models/forward')", "DirectionMismatchError", "backward"),
@@ -161,7 +171,7 @@ def test_a_typo_in_a_keyword_of_a_method_is_named(folder: Path) -> None:
     writer = megaback.load("models/backward", device="cpu")
     with pytest.raises(TypeError, match=r"complete_backwards\(\) got .* 'temprature'"):
         writer.complete_backwards("the end.", temprature=1.0)  # type: ignore[call-arg]
-    with pytest.raises(megaback.errors.ConfigError, match="temperature is -1, not in the range"):
+    with pytest.raises(megaback.errors.ConfigError, match="`temperature` is -1, not in the range"):
         writer.complete_backwards("the end.", temperature=-1)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data_pipeline.common.number_ranges import SHARE
+from data_pipeline.common.number_ranges import COUNT, COUNT_OR_ZERO, SHARE
 from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from megaback.inference.decoder import Decoder
@@ -27,6 +27,14 @@ from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder
 
 _ROWS_AT_ONCE = 64
+_ALLOWED = {
+    "max_tokens": COUNT,
+    "min_tokens": COUNT,
+    "forward_candidates": COUNT_OR_ZERO,
+    "backward_candidates": COUNT_OR_ZERO,
+    "rescored": COUNT,
+    "forward_weight": SHARE,
+}
 
 
 @dataclass(frozen=True)
@@ -65,20 +73,16 @@ class InfillOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that makes no sense."""
-        minimum = self.min_tokens
-        for name, is_right, what in (
-            ("min_tokens", minimum >= 1, "at least 1"),
-            ("max_tokens", self.max_tokens >= minimum, f"at least min_tokens, which is {minimum}"),
-            ("forward_candidates", self.forward_candidates >= 0, "at least 0"),
-            ("backward_candidates", self.backward_candidates >= 0, "at least 0"),
-            ("rescored", self.rescored >= 1, "at least 1"),
-            ("forward_weight", SHARE.problem(self.forward_weight) is None, "from 0 to 1"),
-        ):
-            if not is_right:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {what}")
+        for name, allowed in _ALLOWED.items():
+            if (problem := allowed.problem(getattr(self, name))) is not None:
+                raise ConfigError(f"`{name}` is {getattr(self, name)!r}, {problem}")
+        if self.max_tokens < self.min_tokens:
+            raise ConfigError(
+                f"`max_tokens` is {self.max_tokens}, less than `min_tokens` {self.min_tokens}"
+            )
         if self.forward_candidates + self.backward_candidates == 0:
             raise ConfigError(
-                "forward_candidates and backward_candidates are both 0; a model must write"
+                "`forward_candidates` and `backward_candidates` are both 0; a model must write"
             )
 
 

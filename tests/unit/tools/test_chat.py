@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import PromptError
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, TextCodec
-from megaback.inference.chat import candidates
+from megaback.inference.chat import Chat
 from megaback.inference.decoder import Decoder
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.inference.sampling import SamplingOptions
@@ -66,7 +66,7 @@ def test_candidates_are_different_and_the_likeliest_that_ended_comes_first(
     model: ReverseGPT, form: ChatFormat
 ) -> None:
     options = SamplingOptions(temperature=1.0, top_k=0)
-    found = candidates(model, decoder_of(model), form, "a map", options, count=150)
+    found = Chat(model, decoder_of(model), form).answer("a map", options, count=150)
     ended = [one for one in found if one.is_complete]
     assert 2 <= len(ended) < len(found) <= 150
     assert found[: len(ended)] == ended  # then those that were cut
@@ -82,14 +82,14 @@ def test_a_sample_that_is_not_random_is_one_candidate_however_many_are_asked_for
     model: ReverseGPT, form: ChatFormat
 ) -> None:
     options = SamplingOptions(max_new_tokens=8, temperature=0.0)
-    (only,) = candidates(model, decoder_of(model), form, "a map", options, count=3)
+    (only,) = Chat(model, decoder_of(model), form).answer("a map", options, count=3)
     assert (only.tokens, only.is_complete) == (8, False)
-    assert only in candidates(model, decoder_of(model), form, "a map", replace(options, seed=5))
+    assert only in Chat(model, decoder_of(model), form).answer("a map", replace(options, seed=5))
 
 
 def test_what_leaves_no_room_for_an_answer_is_refused(model: ReverseGPT, form: ChatFormat) -> None:
     with pytest.raises(PromptError, match=r"the response is .* shorten it"):
-        candidates(model, decoder_of(model), form, "a map " * 60, SamplingOptions())
+        Chat(model, decoder_of(model), form).answer("a map " * 60, SamplingOptions())
 
 
 @pytest.fixture(scope="module")
