@@ -123,7 +123,8 @@ class OpenShards:
         readers = self.val_rows(batch.context_tokens)
         if not readers:
             raise ConfigError(
-                f"{self.section.description} has no val set; build one with --val-fraction"
+                f"{self.section.description} has no val set; build one with "
+                "`megaback shards build --val-fraction`"
             )
         rows = SequentialRows(readers, rank, world_size, batch.micro_batch_rows)
         steps = rows.num_rows // batch.micro_batch_rows

@@ -18,7 +18,15 @@ LIBRARY = [
     for package in ("megaback", "data_pipeline")
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
-OF_COMMANDS = {"click.option", "click.argument", "click.UsageError", "command", "echo", "_git"}
+OF_COMMANDS = {
+    "click.option",
+    "click.Option",
+    "click.argument",
+    "click.UsageError",
+    "command",
+    "echo",
+    "_git",
+}
 """What is called with options: declarations, what commands show, other programs."""
 WHOLE_COMMAND = re.compile(r"`[a-z]+ [^`]*`")
 OPTION = re.compile(r"(?<![\w-])--[a-z{]")
