@@ -145,7 +145,7 @@ def test_an_installation_in_place_is_found_before_a_mere_folder(
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
-    look = f"import site; site.addsitedir({str(unpacked)!r}); import megaback; print(megaback.__version__)"
+    look = f"import site; site.addsitedir({str(unpacked)!r}); import megaback; megaback.__version__"
     done = run_in(clone_beside, sys.executable, "-S", "-c", look)
 
     assert done.returncode == 0, done.stderr
