@@ -24,7 +24,7 @@ from smoke import Benchmark, is_installed
 
 from data_pipeline.build.task_input import belongs_to_val
 from data_pipeline.common.atomic import replacing
-from data_pipeline.shards.shard_format import ShardWriter
+from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.sources.registry import list_slices, read_slice
 from data_pipeline.text.codec import END_PIECE, Direction, TextCodec, Unit
 from data_pipeline.text.encoder import in_batches

@@ -21,7 +21,7 @@ from smoke import Benchmark
 
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.recompress import train_dictionary
-from data_pipeline.shards.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.shards.writer import DEFAULT_FRAME_TOKENS
 from data_pipeline.sources.registry import list_slices, read_slice
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 

@@ -26,7 +26,7 @@ from smoke import Benchmark
 
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import TOKENIZER_NAME, Manifest, ShardEntry
-from data_pipeline.shards.shard_format import ShardWriter
+from data_pipeline.shards.writer import ShardWriter
 
 _STEPS = (0, 1_000_000)
 _TEMPLATES = 8

@@ -34,7 +34,7 @@ from data_pipeline.shards.manifest import (
     TOKENIZER_NAME,
     shard_path,
 )
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.verify import verify_data_set
 from data_pipeline.sources.skipped import num_skipped
 from data_pipeline.text.codec import Direction, TextCodec, Unit

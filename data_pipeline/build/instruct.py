@@ -20,7 +20,7 @@ from data_pipeline.build.settings import BAD_RECORD_CHOICES, BuildSettings, Weig
 from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.number_ranges import FRAME_TOKENS, LEVEL, ROW_TOKENS, SHARE_BELOW_ALL
 from data_pipeline.shards.compression import DEFAULT_LEVEL
-from data_pipeline.shards.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.shards.writer import DEFAULT_FRAME_TOKENS
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.text.codec import Direction, TextCodec, Unit

@@ -30,7 +30,7 @@ from data_pipeline.common.terminal import echo
 from data_pipeline.shards.compression import DEFAULT_LEVEL
 from data_pipeline.shards.left_out import echo_left_out, noun_of
 from data_pipeline.shards.manifest import SPLITS, Manifest
-from data_pipeline.shards.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.shards.writer import DEFAULT_FRAME_TOKENS
 from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 

@@ -22,7 +22,8 @@ from data_pipeline.build.task import TaskRecord, read_notes, shards_folder
 from data_pipeline.common.atomic import partial_name, replacing
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.manifest import SPLITS, ShardEntry
-from data_pipeline.shards.shard_format import ShardReader, ShardWriter
+from data_pipeline.shards.reader import ShardReader
+from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.text.codec import TextFormat
 
 _PASS_DOCUMENTS = 16 << 20  # hashes compared at a time: 24 bytes each, and as much to sort them

@@ -26,7 +26,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.redaction import is_url, place_of, shown_url
 from data_pipeline.shards.compression import DEFAULT_LEVEL
-from data_pipeline.shards.shard_format import DEFAULT_FRAME_TOKENS
+from data_pipeline.shards.writer import DEFAULT_FRAME_TOKENS
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.documents import AnyColumns, Columns, Document
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES

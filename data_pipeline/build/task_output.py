@@ -16,7 +16,7 @@ from data_pipeline.common.atomic import replacing
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.examples import PackedExample
 from data_pipeline.shards.manifest import ShardEntry
-from data_pipeline.shards.shard_format import ShardWriter
+from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.text.codec import TextCodec
 from data_pipeline.text.encoder import Ids
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from data_pipeline.errors import ConfigError, ShardCorruptError, SourceUnreadableError
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 Marks = npt.NDArray[np.uint8]

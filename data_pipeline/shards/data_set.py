@@ -23,7 +23,7 @@ from data_pipeline.shards.manifest import (
     Manifest,
     ShardEntry,
 )
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.traversal import num_frames
 from data_pipeline.storage.byte_ranges import ByteRanges, LocalRanges
 from data_pipeline.storage.remote_folder import RemoteFolder
@@ -116,9 +116,9 @@ class DataSet:
         Raises ShardCorruptError, SourceUnreadableError.
         """
         dictionary = self.require_dictionary()
-        keeper = None
+        cache = None
         if self._cache is not None:
-            keeper = self._cache.of_shard(entry.file, entry.file_sha256, entry.file_bytes)
+            cache = self._cache.of_shard(entry.file, entry.file_sha256, entry.file_bytes)
         try:
             file = self._folder.ranges(entry.file, entry.file_bytes)
         except OSError as error:
@@ -130,7 +130,7 @@ class DataSet:
             raise ShardCorruptError(f"{self.name}: {error}, or build the shards again") from None
         manifest = self.manifest
         reader = ShardReader(
-            file, dictionary, keeper, num_frames(manifest, entry), manifest.vocab_size
+            file, dictionary, cache, num_frames(manifest, entry), manifest.vocab_size
         )
         self._require_promised(reader, entry)
         return reader

@@ -133,7 +133,10 @@ class FrameCache:
 
 
 class CachedShard:
-    """The frames of one shard: a file each, in a folder of their own."""
+    """The frames of one shard: a file each, in a folder of their own.
+
+    May be called by several threads at once; never raises.
+    """
 
     def __init__(self, cache: FrameCache, key: "hashlib._Hash") -> None:
         self.key = key.hexdigest()

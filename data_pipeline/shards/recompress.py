@@ -39,8 +39,8 @@ from data_pipeline.shards.manifest import (
     Manifest,
     ShardEntry,
 )
-from data_pipeline.shards.shard_format import ShardWriter
 from data_pipeline.shards.traversal import on_threads, spread_frames
+from data_pipeline.shards.writer import ShardWriter
 
 WORK_FOLDER = ".recompress"
 

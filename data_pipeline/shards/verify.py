@@ -13,7 +13,7 @@ from data_pipeline.common.number_ranges import MANY
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import Manifest, ShardEntry, shard_path
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.traversal import on_threads
 
 

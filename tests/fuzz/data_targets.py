@@ -27,13 +27,13 @@ from data_pipeline.redaction import place_of, scrub, secret_spans, shown_url
 from data_pipeline.shards import index as shard_index
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.seek_table import (
     SKIPPABLE_HEADER,
     SeekEntry,
     pack_seek_table,
     read_seek_table,
 )
-from data_pipeline.shards.shard_format import ShardReader
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train import train_tokenizer

@@ -20,7 +20,8 @@ from data_pipeline.loading.rows import RowReader
 from data_pipeline.shards.data_set import DataSet as OpenDataSet
 from data_pipeline.shards.data_set import LocalFolder
 from data_pipeline.shards.manifest import Manifest, ShardEntry
-from data_pipeline.shards.shard_format import ShardReader, ShardWriter
+from data_pipeline.shards.reader import ShardReader
+from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.text.codec import Direction, TextFormat, Unit
 
 Ids = npt.NDArray[np.int64]

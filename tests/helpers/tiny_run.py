@@ -20,7 +20,7 @@ from torch import Tensor
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.data import open_data

@@ -27,7 +27,7 @@ from data_pipeline.errors import (
     SourceEmptyError,
 )
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.source import open_checkpoint

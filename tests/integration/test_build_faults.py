@@ -27,7 +27,7 @@ from data_pipeline.errors import (
     SourceUnreadableError,
     StorageError,
 )
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.text.codec import TextCodec
 
 NOBODY = 65534

@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.text.codec import TextCodec
 from megaback.checkpoints.checkpoint import read_meta
 from megaback.run_folder import complete_checkpoints

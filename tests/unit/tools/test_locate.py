@@ -19,7 +19,7 @@ from data_pipeline.loading.mixture import Mixture
 from data_pipeline.shards import inspection
 from data_pipeline.shards.data_set import DataSet as OpenDataSet
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.data import Data, open_data

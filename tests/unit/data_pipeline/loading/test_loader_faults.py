@@ -16,7 +16,7 @@ import pytest
 from data_pipeline.errors import ShardCorruptError, SourceUnreadableError
 from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.shards.data_set import DataSet as OpenDataSet
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.storage import retries
 from tests.helpers.batches import (
     whole_frames,

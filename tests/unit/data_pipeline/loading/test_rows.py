@@ -16,7 +16,7 @@ from data_pipeline.loading.loader import sequential_batches
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch, RowReader, check_context
 from data_pipeline.shards.data_set import DataSet as OpenDataSet
 from data_pipeline.shards.data_set import LocalFolder
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.text.codec import Direction
 from tests.helpers.batches import (
     BEGIN,

@@ -17,8 +17,8 @@ from data_pipeline.build.plan import Plan
 from data_pipeline.errors import MegabackError, ShardCorruptError
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.seek_table import SeekEntry
-from data_pipeline.shards.shard_format import ShardReader
 from data_pipeline.shards.verify import shard_damage
 from data_pipeline.sources.columns import ExampleColumns
 from tests.helpers.builds import Codecs, make_settings, write_records

@@ -19,7 +19,8 @@ from data_pipeline.errors import ConfigError, DirectionMismatchError, ShardCorru
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch, RowReader
 from data_pipeline.shards.examples import PackedExample, require_rows
 from data_pipeline.shards.manifest import Manifest, ShardEntry
-from data_pipeline.shards.shard_format import ShardReader, ShardWriter
+from data_pipeline.shards.reader import ShardReader
+from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.text.codec import Direction
 from megaback.config import ModelSection
 from megaback.model.attention import Segments

@@ -17,7 +17,7 @@ import zstandard
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.inspection import document_ids
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.sources.columns import ExampleColumns
 from tests.helpers.builds import Codecs, build_here, make_settings, write_records
 from tests.helpers.exports import write_checkpoint

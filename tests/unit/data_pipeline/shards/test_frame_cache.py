@@ -22,7 +22,7 @@ from data_pipeline.errors import SourceUnreadableError
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.frame_cache import CachedShard, CacheSettings, FrameCache
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.storage import retries
 from tests.helpers.batches import BEGIN, END, write_data_set
 from tests.helpers.data_sets import frames_of, publish, stored_frames, with_flipped_bit

@@ -10,7 +10,8 @@ import pytest
 
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.shards.index import ShardHeader
-from data_pipeline.shards.shard_format import ShardReader, ShardWriter
+from data_pipeline.shards.reader import ShardReader
+from data_pipeline.shards.writer import ShardWriter
 
 IDENTITY = {"direction": "backward", "unit": "token", "tokenizer_sha256": "5" * 64}
 

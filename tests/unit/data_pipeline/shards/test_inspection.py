@@ -24,7 +24,7 @@ from data_pipeline.shards.inspection import (
 )
 from data_pipeline.shards.length_plot import draw_histogram
 from data_pipeline.shards.manifest import Manifest, ShardEntry
-from data_pipeline.shards.shard_format import ShardReader
+from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.traversal import num_frames, spread_frames
 from tests.helpers.batches import DataSet, data_set, document_shards
 from tests.helpers.builds import Codecs

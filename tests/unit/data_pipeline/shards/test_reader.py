@@ -22,11 +22,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.shards.compression import Compression
-from data_pipeline.shards.shard_format import (
-    ShardDigest,
-    ShardReader,
-    ShardWriter,
-)
+from data_pipeline.shards.reader import ShardReader
+from data_pipeline.shards.writer import ShardDigest, ShardWriter
 
 Documents = list[npt.NDArray[np.unsignedinteger]]
 
@@ -345,7 +342,7 @@ def test_a_frame_without_a_checksum_of_its_own_is_none(path: Path, small_shard: 
             assert frame == 0
 
     assert forged.endswith(checksum)
-    with ShardReader(path, keeper=Keeper()) as reader:
+    with ShardReader(path, cache=Keeper()) as reader:
         assert reader.frame(0).tolist() == ids.tolist()
 
 

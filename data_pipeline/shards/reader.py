@@ -1,220 +1,23 @@
-"""One shard: a `.zst` file of independently compressed frames of ids, with its index at the end.
+"""Reads one shard, as writer.py describes it: its index at once, its frames on request."""
 
-Layout, in file order:
-  frame 0 .. frame n-1   Zstandard frames with content checksums; each holds `frame_tokens`
-                         little-endian ids, the last one perhaps fewer
-  index                  skippable frame 0x184D2A5D: b"MEGABACK", u32 header bytes, the header
-                         (JSON), and the zstd-compressed u32 token counts of the documents;
-                         of examples in rows (example_rows.py), three counts each
-  seek table             of the Zstandard seekable format (seekable.py), the index being its last
-                         entry, with 0 decompressed bytes
-
-`zstd -dc` yields the raw ids (`zstd -dc -D DICTIONARY`, if the header names one: the frames then
-carry its id). The document index never needs the dictionary. A shard holds whole documents, markers
-included, one after another.
-"""
-
-import hashlib
 import struct
 import threading
-from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from data_pipeline.common.interrupts import require_uninterrupted
-from data_pipeline.common.limits import MAX_COUNTS, MAX_FRAMES
 from data_pipeline.errors import ShardCorruptError
-from data_pipeline.shards.compression import DEFAULT_COMPRESSION, Compression, read_dictionary
-from data_pipeline.shards.examples import NUM_COUNTS, ExampleMarks, PackedExample, require_rows
-from data_pipeline.shards.index import (
-    COUNT_BYTES,
-    EXAMPLES_VERSION,
-    VERSION,
-    ShardHeader,
-    pack_index,
-    read_index,
-    tail_bytes,
-)
-from data_pipeline.shards.seek_table import EMPTY_CHECKSUM, SeekEntry, pack_seek_table
+from data_pipeline.shards.compression import Compression, read_dictionary
+from data_pipeline.shards.examples import NUM_COUNTS, ExampleMarks, require_rows
+from data_pipeline.shards.frame_cache import CachedShard
+from data_pipeline.shards.index import COUNT_BYTES, read_index, tail_bytes
 from data_pipeline.storage.byte_ranges import ByteRanges, LocalRanges
-
-DEFAULT_FRAME_TOKENS = 65_536
-
-
-@dataclass(frozen=True)
-class ShardDigest:
-    """Sizes and hashes of a written shard, for the manifest."""
-
-    tokens: int
-    documents: int
-    text_bytes: int
-    file_bytes: int
-    file_sha256: str
-    content_sha256: str
-    learnt_tokens: int = 0
-    """Of examples: those with loss."""
-    padding_tokens: int = 0
-    """Of examples: those that fill rows."""
-
-
-class ShardWriter:
-    """Writes one shard to an open file. The caller makes the file appear under its final name.
-
-    `identity` gives direction, unit and tokenizer_sha256. Documents come as ids with markers or,
-    with `row_tokens`, as examples that fill one row after another.
-    """
-
-    def __init__(
-        self,
-        file: IO[bytes],
-        identity: dict[str, str],
-        id_dtype: np.dtype[Any],
-        frame_tokens: int = DEFAULT_FRAME_TOKENS,
-        compression: Compression = DEFAULT_COMPRESSION,
-        row_tokens: int | None = None,
-    ) -> None:
-        self._row_tokens = row_tokens
-        self._file = file
-        self._identity = identity
-        self._id_dtype = id_dtype
-        self._frame_tokens = frame_tokens
-        self._dictionary_sha256 = compression.dictionary_sha256
-        self._compressor = compression.compressor()
-        # Counts have nothing in common with ids, and can be read without the dictionary.
-        self._index_compressor = replace(compression, dictionary=None).compressor()
-        self._pending: list[npt.NDArray[Any]] = []
-        self._pending_tokens = 0
-        self._seek_entries: list[SeekEntry] = []
-        self._counts = array("I")  # of each document one, of each example three
-        self._documents = self._learnt_tokens = self._padding_tokens = 0
-        self._text_bytes = 0
-        self._file_bytes = 0
-        self._file_sha256 = hashlib.sha256()
-        self._content_sha256 = hashlib.sha256()
-        self.tokens = 0
-
-    def add(self, document_ids: npt.NDArray[Any], text_bytes: int) -> None:
-        """Append a document; whole frames are compressed and written as they fill."""
-        self._counts.append(len(document_ids))
-        self._documents += 1
-        self._text_bytes += text_bytes
-        self._append(document_ids)
-
-    def add_example(self, example: PackedExample) -> None:
-        """Append an example, which must not cross a row's end."""
-        self._counts.extend([len(example.ids), example.num_given, example.num_learnt])
-        self._documents += 1
-        self._learnt_tokens += example.num_learnt
-        self._padding_tokens += len(example.ids) - example.num_given - example.num_learnt
-        self._text_bytes += example.text_bytes
-        self._append(example.ids)
-
-    def add_shard(self, shard: "ShardReader") -> None:
-        """Append every document of another shard, frame by frame."""
-        counts = shard.stored_counts()
-        self._counts.frombytes(counts.astype(np.uint32).tobytes())
-        if self._row_tokens is not None:
-            tokens, given, learnt = counts.sum(axis=0, dtype=np.int64).tolist()
-            self._learnt_tokens += learnt
-            self._padding_tokens += tokens - given - learnt
-        self._documents += shard.header.documents
-        self._text_bytes += shard.header.text_bytes
-        for frame in range(shard.num_frames):
-            require_uninterrupted()
-            self._append(shard.frame(frame))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no document more may be added, because of the limits of the format."""
-        return (
-            len(self._counts) + NUM_COUNTS > MAX_COUNTS
-            or len(self._seek_entries) > MAX_FRAMES // 2  # a document may be long
-        )
-
-    def finish(self) -> ShardDigest:
-        """Write the last frame, the index and the seek table."""
-        if self._pending_tokens:
-            self._write_frame(np.concatenate(self._pending))
-        header = ShardHeader(
-            version=VERSION if self._row_tokens is None else EXAMPLES_VERSION,
-            **self._identity,
-            id_bytes=self._id_dtype.itemsize,
-            frame_tokens=self._frame_tokens,
-            tokens=self.tokens,
-            documents=self._documents,
-            text_bytes=self._text_bytes,
-            dictionary_sha256=self._dictionary_sha256,
-            row_tokens=self._row_tokens,
-        )
-        counts = np.frombuffer(self._counts, dtype=np.uint32).astype("<u4").tobytes()
-        self._content_sha256.update(counts)
-        index = pack_index(header, self._index_compressor.compress(counts))
-        self._write(index)
-        self._seek_entries.append(SeekEntry(len(index), 0, EMPTY_CHECKSUM))
-        self._write(pack_seek_table(self._seek_entries))
-        return ShardDigest(
-            tokens=self.tokens,
-            documents=self._documents,
-            text_bytes=self._text_bytes,
-            file_bytes=self._file_bytes,
-            file_sha256=self._file_sha256.hexdigest(),
-            content_sha256=self._content_sha256.hexdigest(),
-            learnt_tokens=self._learnt_tokens,
-            padding_tokens=self._padding_tokens,
-        )
-
-    def _append(self, ids: npt.NDArray[Any]) -> None:
-        self.tokens += len(ids)
-        self._pending.append(np.ascontiguousarray(ids, dtype=self._id_dtype))
-        self._pending_tokens += len(ids)
-        if self._pending_tokens >= self._frame_tokens:
-            waiting = np.concatenate(self._pending)
-            whole_tokens = len(waiting) - len(waiting) % self._frame_tokens
-            for start in range(0, whole_tokens, self._frame_tokens):
-                self._write_frame(waiting[start : start + self._frame_tokens])
-            self._pending = [waiting[whole_tokens:]]
-            self._pending_tokens = len(waiting) - whole_tokens
-
-    def _write_frame(self, ids: npt.NDArray[Any]) -> None:
-        raw = ids.tobytes()
-        compressed = self._compressor.compress(raw)
-        # A frame's own checksum is the low half of XXH64 of its content: just what the table wants.
-        (checksum,) = struct.unpack("<I", compressed[-4:])
-        self._seek_entries.append(SeekEntry(len(compressed), len(raw), checksum))
-        self._content_sha256.update(raw)
-        self._write(compressed)
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file_bytes += len(data)
-        self._file_sha256.update(data)
-
-
-class FrameKeeper(Protocol):
-    """Where the compressed frames of one shard are kept, so that they are fetched once.
-
-    May be called by several threads at once; never raises.
-    """
-
-    def get(self, frame: int, num_bytes: int) -> bytes | None:
-        """A frame that was put there, perhaps damaged since; None if it is not there any more.
-
-        `num_bytes` is its size: a frame of another size is not read.
-        """
-
-    def put(self, frame: int, data: bytes) -> None:
-        """Keep a frame, if there is room."""
-
-    def remove(self, frame: int) -> None:
-        """Forget a frame, which was damaged."""
 
 
 class _Decompressor(threading.local):
@@ -244,12 +47,12 @@ class ShardReader:
         self,
         file: Path | ByteRanges,
         dictionary: bytes | None = None,
-        keeper: FrameKeeper | None = None,
+        cache: CachedShard | None = None,
         expected_frames: int = 0,
         vocab_size: int | None = None,
     ) -> None:
         self.shown = str(file) if isinstance(file, Path) else file.shown
-        self._keeper = keeper
+        self._cache = cache
         self._vocab_size = vocab_size
         try:
             self._file = LocalRanges(file) if isinstance(file, Path) else file
@@ -286,11 +89,11 @@ class ShardReader:
         """Decode one frame, checksum verified: ids of shape (frame_tokens,); the last has fewer."""
         offset = int(self._index.offsets[frame])
         num_bytes = int(self._index.offsets[frame + 1]) - offset
-        if self._keeper is not None and (kept := self._keeper.get(frame, num_bytes)) is not None:
+        if self._cache is not None and (kept := self._cache.get(frame, num_bytes)) is not None:
             try:
                 return self._decode(frame, kept)
             except zstandard.ZstdError:
-                self._keeper.remove(frame)
+                self._cache.remove(frame)
         data = self._read_at(offset, num_bytes, f"frame {frame} at byte {offset}")
         try:
             ids = self._decode(frame, data)
@@ -298,8 +101,8 @@ class ShardReader:
             raise self._corrupt(
                 f"frame {frame} at byte {offset} does not decode ({error})"
             ) from None
-        if self._keeper is not None:
-            self._keeper.put(frame, data)
+        if self._cache is not None:
+            self._cache.put(frame, data)
         return ids
 
     @property
