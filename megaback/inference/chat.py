@@ -12,7 +12,7 @@ from data_pipeline.errors import ConfigError, PromptError
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Prompt
 from megaback.inference.decoder import Decoder
-from megaback.inference.generate import complete, generate_many
+from megaback.inference.generate import complete, sample_many
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.inference.sampling import SamplingOptions
 from megaback.inference.writer import choose_device
@@ -115,11 +115,7 @@ def candidates_of_each(
     `options.max_new_tokens`.
     """
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    samples: list[list[int]] = [[] for _ in repeated]
-    for new_ids in generate_many(decoder, form.codec, repeated, options):
-        for sample, new_id in zip(samples, new_ids, strict=True):
-            if new_id is not None:
-                sample.append(new_id)
+    samples = sample_many(decoder, form.codec, repeated, options)
     different: list[dict[tuple[int, ...], float]] = [{} for _ in prompts]
     for number, sample in enumerate(samples):
         is_cut = len(sample) >= options.max_new_tokens

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data_pipeline.text.codec import TextCodec
 from megaback.inference.kv_cache import KeyValueCache, LayerState, Reach
-from megaback.inference.steps import Steps, finish
+from megaback.inference.steps import Steps
 from megaback.model.compiler import require_compiler
 from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
 from megaback.weights.model_folder import ModelDescription, load_model_folder
@@ -108,13 +108,9 @@ class Decoder:
             self.device,
         )
 
-    def read(self, ids: Sequence[int]) -> list[LayerState]:
-        """What every layer keeps of a row's first tokens; these may be none."""
-        return finish(self.read_steps(ids))
-
     @torch.inference_mode()
     def read_steps(self, ids: Sequence[int]) -> Steps[list[LayerState]]:
-        """`read` in steps of a layer."""
+        """The keys and values of a row's first tokens, if there are any; one layer per step."""
         kept: list[LayerState] = []
 
         def attend(_layer: int, query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:

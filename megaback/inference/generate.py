@@ -10,8 +10,6 @@ from megaback.inference.decoder import Decoder
 from megaback.inference.sampling import SamplingOptions
 from megaback.model.gpt import ReverseGPT
 
-__all__ = ["SamplingOptions", "complete", "generate", "generate_many"]
-
 
 def complete(
     model: ReverseGPT | Decoder,
@@ -50,6 +48,22 @@ def generate(
     for (new_id,) in generate_many(decoder, codec, [prompt], options):
         if new_id is not None:
             yield new_id
+
+
+def sample_many(
+    decoder: Decoder,
+    codec: TextCodec,
+    prompts: Sequence[Prompt],
+    options: SamplingOptions,
+    seeds: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """All new ids of each sample of `generate_many`."""
+    samples: list[list[int]] = [[] for _ in prompts]
+    for new_ids in generate_many(decoder, codec, prompts, options, seeds):
+        for sample, new_id in zip(samples, new_ids, strict=True):
+            if new_id is not None:
+                sample.append(new_id)
+    return samples
 
 
 def generate_many(

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_pipeline.text.codec import Prompt
 from megaback.inference.decoder import Decoder
-from megaback.inference.generate import generate_many
+from megaback.inference.generate import sample_many
 from megaback.inference.sampling import SamplingOptions
 from tests.helpers.small_models import VOCAB_SIZE, make_model
 
@@ -44,10 +44,4 @@ def written(
     prompts: Sequence[Sequence[int]], options: SamplingOptions, by: Decoder | None = None
 ) -> list[list[int]]:
     """The new ids of each sample."""
-    steps = generate_many(by or decoder(), CODEC, [prompt_of(ids) for ids in prompts], options)
-    samples: list[list[int]] = [[] for _ in prompts]
-    for new_ids in steps:
-        for sample, new_id in zip(samples, new_ids, strict=True):
-            if new_id is not None:
-                sample.append(new_id)
-    return samples
+    return sample_many(by or decoder(), CODEC, [prompt_of(ids) for ids in prompts], options)

@@ -232,7 +232,7 @@ from megaback.inference.decoder import Decoder
 with torch.device("meta"):
     model = ReverseGPT(ModelSection(num_layers=1, width=8, num_heads=1).resolved(), 16)
 model.to_empty(device="cpu").initialize(0)
-Decoder(model, 8).read([1, 2])
+list(Decoder(model, 8).read_steps([1, 2]))
 """
     loaded, _ = loaded_by(code, tmp_path)
     assert "torch" in loaded

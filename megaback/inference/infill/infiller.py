@@ -14,7 +14,7 @@ from data_pipeline.common.number_ranges import COUNT, COUNT_OR_ZERO, SHARE
 from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from megaback.inference.decoder import Decoder
-from megaback.inference.generate import generate_many
+from megaback.inference.generate import sample_many
 from megaback.inference.infill.join_scores import TOKENS_AT_ONCE, Half, score_half_steps
 from megaback.inference.infill.join_search import Join, best_join_steps, mean_per_token
 from megaback.inference.infill.prompts import InfillPrompts
@@ -268,11 +268,7 @@ def _write(
         some = prompts[start : start + prompts_at_once]
         rows = [prompt for prompt in some for _ in range(count)]
         seeds = [sampling.seed + number for _ in some for number in range(count)]
-        samples: list[list[int]] = [[] for _ in rows]
-        for new_ids in generate_many(reader.decoder, reader.codec, rows, sampling, seeds):
-            for sample, new_id in zip(samples, new_ids, strict=True):
-                if new_id is not None:
-                    sample.append(new_id)
+        samples = sample_many(reader.decoder, reader.codec, rows, sampling, seeds)
         halves += [
             different_halves(samples[number * count : (number + 1) * count])
             for number in range(len(some))

@@ -14,6 +14,7 @@ from data_pipeline.errors import PromptError
 from megaback.inference.decoder import Decoder
 from megaback.inference.generate import generate
 from megaback.inference.sampling import SamplingOptions, choose, penalized
+from megaback.inference.steps import finish
 from megaback.model.gpt import ReverseGPT
 from tests.helpers.decoding import (
     CODEC,
@@ -73,7 +74,7 @@ def test_reading_id_by_id_gives_the_logits_of_reading_at_once(
         expected_TV = make_model(**shape).logits(ids_T, *packed(20))
     reader = Decoder(make_model(**shape), CONTEXT_TOKENS, **way)
     cache = reader.new_cache(1)
-    cache.add(reader.read(ids_T[:7].tolist()))
+    cache.add(finish(reader.read_steps(ids_T[:7].tolist())))
 
     logits_TV = torch.cat([reader.step([new_id], cache) for new_id in ids_T[7:].tolist()])
 
@@ -217,7 +218,7 @@ def test_bf16_gives_the_logits_of_the_model_in_bf16_to_its_precision() -> None:
         expected_TV = model.logits(ids_T, *packed(20)).float()
     reader = Decoder(model, CONTEXT_TOKENS)
     cache = reader.new_cache(1)
-    cache.add(reader.read([]))
+    cache.add(finish(reader.read_steps([])))
 
     logits_TV = torch.cat([reader.step([new_id], cache) for new_id in ids_T.tolist()])
 
