@@ -96,7 +96,12 @@ def variants(sample: list[bytes], dictionary_kib: tuple[int, ...]) -> list[Varia
             for level in _DICTIONARY_LEVELS
         ]
     planes = [
-        Variant("byte planes", Compression(level), split_planes, join_planes)
+        Variant(
+            name="byte planes",
+            compression=Compression(level),
+            before=split_planes,
+            after=join_planes,
+        )
         for level in _DICTIONARY_LEVELS
     ]
     return [*plain, *distant, *with_dictionary, *planes]

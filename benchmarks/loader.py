@@ -98,7 +98,13 @@ def stream_of(data_set: DataSet, context_tokens: int, batch_rows: int) -> Stream
     rows = RowReader(frames, context_tokens, data_set.manifest.text_format.direction)
     table = RowGrid(frames.shard_tokens, data_set.manifest.frame_tokens, context_tokens)
     lanes = choose_lanes(table.num_frames, batch_rows)
-    order = Order(table.num_frames, table.rows_per_frame, batch_rows, lanes, seed=0)
+    order = Order(
+        num_frames=table.num_frames,
+        rows_per_frame=table.rows_per_frame,
+        global_batch_rows=batch_rows,
+        lanes=lanes,
+        seed=0,
+    )
     return Stream(rows, table, order)
 
 

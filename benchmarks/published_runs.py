@@ -18,7 +18,7 @@ from megaback.planning.flops import ModelSize, flops_per_token
 from megaback.planning.plan import DEFAULT_MFU
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Published:
     """A run as its makers report it."""
 
@@ -49,34 +49,76 @@ def _shape(
 # GPT-2's MLP has two matrices of four widths, which multiply as often as three of 8/3 widths.
 PUBLISHED = (
     Published(
-        "LEDOM 7B", _shape(32, 4096, 32, 8, 14336), 32_000, 4096, 435e9, "a100-80gb", 64 * 628
+        name="LEDOM 7B",
+        shape=_shape(32, 4096, 32, 8, 14336),
+        vocab_size=32_000,
+        context_tokens=4096,
+        tokens=435e9,
+        device="a100-80gb",
+        device_hours=64 * 628,
     ),
     Published(
-        "LEDOM 2B", _shape(24, 2560, 20, 4, 8704), 32_000, 4096, 435e9, "a100-80gb", 64 * 307
+        name="LEDOM 2B",
+        shape=_shape(24, 2560, 20, 4, 8704),
+        vocab_size=32_000,
+        context_tokens=4096,
+        tokens=435e9,
+        device="a100-80gb",
+        device_hours=64 * 307,
     ),
     Published(
-        "TinyLlama 1.1B", _shape(22, 2048, 32, 4, 5632), 32_000, 2048, 22e9, "a100-40gb", 8 * 32
+        name="TinyLlama 1.1B",
+        shape=_shape(22, 2048, 32, 4, 5632),
+        vocab_size=32_000,
+        context_tokens=2048,
+        tokens=22e9,
+        device="a100-40gb",
+        device_hours=8 * 32,
     ),
     Published(
-        "LLaMA 13B", _shape(40, 5120, 40, 40, 13824), 32_000, 2048, 1e12, "a100-80gb", 135_168
+        name="LLaMA 13B",
+        shape=_shape(40, 5120, 40, 40, 13824),
+        vocab_size=32_000,
+        context_tokens=2048,
+        tokens=1e12,
+        device="a100-80gb",
+        device_hours=135_168,
     ),
     Published(
-        "Llama 2 7B", _shape(32, 4096, 32, 32, 11008), 32_000, 4096, 2e12, "a100-80gb", 184_320
+        name="Llama 2 7B",
+        shape=_shape(32, 4096, 32, 32, 11008),
+        vocab_size=32_000,
+        context_tokens=4096,
+        tokens=2e12,
+        device="a100-80gb",
+        device_hours=184_320,
     ),
     Published(
-        "Llama 2 70B", _shape(80, 8192, 64, 8, 28672), 32_000, 4096, 2e12, "a100-80gb", 1_720_320
+        name="Llama 2 70B",
+        shape=_shape(80, 8192, 64, 8, 28672),
+        vocab_size=32_000,
+        context_tokens=4096,
+        tokens=2e12,
+        device="a100-80gb",
+        device_hours=1_720_320,
     ),
     Published(
-        "Llama 3 8B", _shape(32, 4096, 32, 8, 14336), 128_256, 8192, 15e12, "h100-80gb", 1.3e6
+        name="Llama 3 8B",
+        shape=_shape(32, 4096, 32, 8, 14336),
+        vocab_size=128_256,
+        context_tokens=8192,
+        tokens=15e12,
+        device="h100-80gb",
+        device_hours=1.3e6,
     ),
     Published(
-        "GPT-2 124M, llm.c",
-        _shape(12, 768, 12, 12, 2048, tied=True),
-        50_304,
-        1024,
-        10e9,
-        "a100-80gb",
-        8 * 1.5,
+        name="GPT-2 124M, llm.c",
+        shape=_shape(12, 768, 12, 12, 2048, tied=True),
+        vocab_size=50_304,
+        context_tokens=1024,
+        tokens=10e9,
+        device="a100-80gb",
+        device_hours=8 * 1.5,
     ),
 )
 

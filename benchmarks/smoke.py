@@ -182,7 +182,14 @@ def write_random_model(
     folder.mkdir()
     write_model_folder(
         folder,
-        ModelDescription(shape, codec.vocab_size, context, codec.format, 0, None),
+        ModelDescription(
+            shape=shape,
+            vocab_size=codec.vocab_size,
+            context_tokens=context,
+            text_format=codec.format,
+            step=0,
+            val_loss=None,
+        ),
         {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
         lambda name: weights[name].detach(),
         codec.model_bytes,

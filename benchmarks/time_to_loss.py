@@ -86,7 +86,7 @@ def crops(data: Data, context_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What a side came to."""
 
@@ -172,7 +172,14 @@ def train_baseline(config: Config, seconds: float, precision: str) -> Result:
             print(f"baseline step {steps}: loss {loss:.3f}, {passed_s:.0f} s", file=sys.stderr)
     data.training.close()
     val_loss = min(measure(compiled, data, precision, alone) for alone in (True, False))
-    return Result(precision, val_loss, steps, steps * ROWS * context_tokens, passed_s, cpu_s)
+    return Result(
+        precision=precision,
+        val_loss=val_loss,
+        steps=steps,
+        tokens=steps * ROWS * context_tokens,
+        seconds=passed_s,
+        cpu_s=cpu_s,
+    )
 
 
 @torch.no_grad()
@@ -220,12 +227,12 @@ def train_ours(config: Path, shards: str, num_steps: int, overrides: tuple[str, 
     lines, cpu_s = run_command(config, *shards_and_steps, *overrides)
     steps = [line for line in lines if "step_s" in line]
     return Result(
-        load_config(config, overrides).training.precision,
-        lines[-1]["val_loss"],
-        num_steps,
-        int(steps[-1]["tokens_seen"]),
-        sum(line["step_s"] for line in steps),
-        cpu_s,
+        precision=load_config(config, overrides).training.precision,
+        val_loss=lines[-1]["val_loss"],
+        steps=num_steps,
+        tokens=int(steps[-1]["tokens_seen"]),
+        seconds=sum(line["step_s"] for line in steps),
+        cpu_s=cpu_s,
     )
 
 

@@ -23,7 +23,7 @@ from megaback.config import BatchSection, Config, DataSection, split_batch
 from megaback.planning.data_facts import attended_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """The rows of a run, as one rank sees them."""
 
@@ -37,11 +37,11 @@ class Data:
     micro_batch_rows: int
     accumulation_steps: int
     total_steps: int
-    _val: tuple[RowReader, ...]
+    val: tuple[RowReader, ...]
 
     @property
     def has_val(self) -> bool:
-        return bool(self._val)
+        return bool(self.val)
 
     @property
     def data_sets(self) -> tuple[DataSet, ...]:
@@ -71,9 +71,9 @@ class Data:
 
     def validation(self, rank: int, world_size: int) -> Iterator[Batch]:
         """A rank's share of all val sets."""
-        if not self._val:
+        if not self.val:
             return iter(())
-        rows = SequentialRows(self._val, rank, world_size, self.micro_batch_rows)
+        rows = SequentialRows(self.val, rank, world_size, self.micro_batch_rows)
         return rows.slices(0, rows.num_rows, self.micro_batch_rows, self.micro_batch_rows)
 
 
@@ -116,7 +116,13 @@ class OpenShards:
         )
         rows = epochs * rows_per_epoch(streams, self.mixture)
         steps = math.ceil(rows / batch.global_batch_rows)
-        return RankRows(loader, world_size, loader.rank_rows, steps, is_endless=True)
+        return RankRows(
+            source=loader,
+            world_size=world_size,
+            rank_rows=loader.rank_rows,
+            steps=steps,
+            is_endless=True,
+        )
 
     def val_rows_of(self, batch: BatchSection, rank: int, world_size: int) -> "RankRows":
         """The rows of a rank in the val sets. Raises ConfigError where there is none."""
@@ -128,10 +134,16 @@ class OpenShards:
             )
         rows = SequentialRows(readers, rank, world_size, batch.micro_batch_rows)
         steps = rows.num_rows // batch.micro_batch_rows
-        return RankRows(rows, world_size, batch.micro_batch_rows, steps, is_endless=False)
+        return RankRows(
+            source=rows,
+            world_size=world_size,
+            rank_rows=batch.micro_batch_rows,
+            steps=steps,
+            is_endless=False,
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankRows:
     """The rows of a rank by number, for trainers other than ours; an epoch is whole steps."""
 
@@ -198,12 +210,12 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
         rows = (config.training.epochs or 0.0) * rows_per_epoch(streams, shards.mixture)
         steps = math.ceil(rows / batch.global_batch_rows)
     return Data(
-        shards.fingerprint,
-        shards.codec,
-        streams[0].rows.text_format,
-        streams,
-        shards.mixture,
-        TrainingLoader(
+        fingerprint=shards.fingerprint,
+        codec=shards.codec,
+        text_format=streams[0].rows.text_format,
+        streams=streams,
+        mixture=shards.mixture,
+        training=TrainingLoader(
             streams,
             shards.mixture,
             batch.global_batch_rows,
@@ -212,10 +224,10 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
             micro_batch_rows,
             section.threads,
         ),
-        micro_batch_rows,
-        accumulation_steps,
-        steps,
-        val,
+        micro_batch_rows=micro_batch_rows,
+        accumulation_steps=accumulation_steps,
+        total_steps=steps,
+        val=val,
     )
 
 

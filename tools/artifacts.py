@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from megaback.checkpoints.checkpoint import CheckpointMeta
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """Something of ours, and what was seen of it."""
 
@@ -130,17 +130,17 @@ def _data_set(folder: Path, verify: bool) -> Artifact:
     splits = {name: manifest.total(name) for name in SPLITS}
     kind = "data set" if manifest.row_tokens is None else "data set of instruction examples"
     return Artifact(
-        kind,
-        folder,
-        {
+        kind=kind,
+        path=folder,
+        facts={
             **data_set_facts(folder, manifest),
             **splits,
             "left_out": manifest.left_out,
             "skipped": {kind: num_skipped(manifest.skipped, kind) for kind in manifest.skipped},
         },
-        f"{len(manifest.shards)} shards and the tokenizer, "
+        checked=f"{len(manifest.shards)} shards and the tokenizer, "
         + ("decoded and hashed" if verify else "by size; the tokenizer by its hash"),
-        {
+        next_lines={
             command("shards", "inspect", folder): "lengths, entropy, documents",
             **train_commands(folder, manifest),
         },
@@ -151,11 +151,11 @@ def _unfinished(folder: Path, _verify: bool) -> Artifact:
     plan = Plan.load(folder)
     missing = unfinished_tasks(plan, folder)
     return Artifact(
-        "data set that is not finished",
-        folder,
-        {"tasks": plan.num_tasks, "not_done": len(missing)},
-        f"the plan; there is no {MANIFEST_NAME} yet",
-        {command("shards", "build", "--out", folder): "does what is missing"}
+        kind="data set that is not finished",
+        path=folder,
+        facts={"tasks": plan.num_tasks, "not_done": len(missing)},
+        checked=f"the plan; there is no {MANIFEST_NAME} yet",
+        next_lines={command("shards", "build", "--out", folder): "does what is missing"}
         if missing
         else {command("shards", "finalize", folder): "finishes it"},
         is_whole=False,
@@ -172,11 +172,11 @@ def _shard(path: Path, verify: bool) -> Artifact:
         header = reader.header
         facts = {**vars(header), "frames": reader.num_frames, "file_bytes": reader.file_bytes}
     return Artifact(
-        "shard",
-        path,
-        facts,
-        "every frame, decoded" if verify else "its index",
-        {command("inspect", path.parent): "the data set that it is of"}
+        kind="shard",
+        path=path,
+        facts=facts,
+        checked="every frame, decoded" if verify else "its index",
+        next_lines={command("inspect", path.parent): "the data set that it is of"}
         if (path.parent / MANIFEST_NAME).is_file()
         else {},
     )
@@ -188,16 +188,16 @@ def _tokenizer(path: Path, _verify: bool) -> Artifact:
     out = free_path(path.parent.parent / "shards")
     build = ("shards", "build", "--source", _source_of(path), "--tokenizer", path, "--out", out)
     return Artifact(
-        "tokenizer",
-        path,
-        {
+        kind="tokenizer",
+        path=path,
+        facts={
             "vocab_size": codec.vocab_size,
             "tokenizer_sha256": codec.format.tokenizer_sha256,
             "begin": codec.piece(codec.begin_id),
             "end": codec.piece(codec.end_id),
         },
-        "it loads, and has the pieces that megaback needs",
-        {command(*build): "uses it"},
+        checked="it loads, and has the pieces that megaback needs",
+        next_lines={command(*build): "uses it"},
     )
 
 
@@ -234,15 +234,21 @@ def _run(folder: Path, verify: bool) -> Artifact:
     following = {command("status", folder): "where it stands"}
     found = complete_checkpoints(folder)
     if not found:
-        return Artifact("run without a checkpoint", folder, facts, "its config", following)
+        return Artifact(
+            kind="run without a checkpoint",
+            path=folder,
+            facts=facts,
+            checked="its config",
+            next_lines=following,
+        )
     newest = _checkpoint(found[-1], verify, folder)
     facts |= {"checkpoints": [target.name for target in found], "newest": newest.facts}
     return Artifact(
-        "run",
-        folder,
-        facts,
-        f"{found[-1].name}: {newest.checked}",
-        {**following, **newest.next_lines},
+        kind="run",
+        path=folder,
+        facts=facts,
+        checked=f"{found[-1].name}: {newest.checked}",
+        next_lines={**following, **newest.next_lines},
     )
 
 
@@ -250,11 +256,11 @@ def _arrow(folder: Path, _verify: bool) -> Artifact:
     runs = sorted(folder.glob("seed-*/*ward"))
     line = command("plot", *runs)
     return Artifact(
-        "arrow of time",
-        folder,
-        read_summary(folder / JSON_NAME),
-        f"{JSON_NAME}, of {len(runs)} runs",
-        {line: "their curves"} if runs else {},
+        kind="arrow of time",
+        path=folder,
+        facts=read_summary(folder / JSON_NAME),
+        checked=f"{JSON_NAME}, of {len(runs)} runs",
+        next_lines={line: "their curves"} if runs else {},
     )
 
 
@@ -299,11 +305,11 @@ def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artifact
         "versions": meta.versions,
     }
     return Artifact(
-        "checkpoint",
-        path,
-        facts,
-        f"{len(meta.files)} files, " + ("by their hashes" if verify else "by size"),
-        _of_weights(shown or path, meta),
+        kind="checkpoint",
+        path=path,
+        facts=facts,
+        checked=f"{len(meta.files)} files, " + ("by their hashes" if verify else "by size"),
+        next_lines=_of_weights(shown or path, meta),
     )
 
 
@@ -335,9 +341,9 @@ def _model(folder: Path, verify: bool) -> Artifact:
     description.text_format.require_same(codec.format, f"the model {folder}", "its tokenizer")
     shape = description.shape
     return Artifact(
-        kind,
-        folder,
-        {
+        kind=kind,
+        path=folder,
+        facts={
             "model": f"{shape.num_layers} layers, width {shape.width}, {shape.num_heads} heads",
             **description.text_format.to_dict(),
             "vocab_size": description.vocab_size,
@@ -346,8 +352,8 @@ def _model(folder: Path, verify: bool) -> Artifact:
             "val_loss": None if stored.changed else description.val_loss,
             "changed": [f"{name} (by another program)" for name in stored.changed] or None,
         },
-        checked,
-        {}
+        checked=checked,
+        next_lines={}
         if description.is_foreign
         else use_commands(
             folder, description.text_format.direction, on_examples=description.on_examples
@@ -358,7 +364,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
 def _gguf(path: Path, verify: bool) -> Artifact:
     path = path / GGUF_NAME if path.is_dir() else path
     facts, checked = inspect_gguf(path, verify=verify)
-    return Artifact("model for llama.cpp (--to gguf)", path, facts, checked)
+    return Artifact(kind="model for llama.cpp (--to gguf)", path=path, facts=facts, checked=checked)
 
 
 def _require_size(path: Path, expected_bytes: int, error: type[MegabackError], advice: str) -> None:

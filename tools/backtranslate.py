@@ -191,7 +191,14 @@ def _load(
         _require_direction(forward, its_codec.format.direction, Direction.FORWARD)
         round_trip = RoundTripScorer(judging, ChatFormat(its_codec), of_judge.context_tokens)
     decoder = Decoder(model, description.context_tokens, takes_over=False)
-    return BackTranslator(model, decoder, ChatFormat(codec), round_trip, options, count)
+    return BackTranslator(
+        model=model,
+        decoder=decoder,
+        form=ChatFormat(codec),
+        round_trip=round_trip,
+        options=options,
+        count=count,
+    )
 
 
 def _require_direction(folder: Path, found: Direction, wanted: Direction) -> None:
@@ -334,7 +341,7 @@ def main(
         from megaback.inference.sampling import SamplingOptions
         from megaback.inference.writer import choose_device
 
-        options = SamplingOptions(tokens, temp, top_k, seed)
+        options = SamplingOptions(max_new_tokens=tokens, temperature=temp, top_k=top_k, seed=seed)
         translator = _load(folder, forward, choose_device(device), options, count)
         for task in waiting:
             with locked(parts.lock_path(task), wait=False) as is_ours:

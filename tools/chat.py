@@ -264,7 +264,7 @@ def main(
     for name in texts:
         _require_direction(folder, direction, name)
     chat = load_chat(folder, device=device)
-    options = SamplingOptions(tokens, temp, top_k, seed)
+    options = SamplingOptions(max_new_tokens=tokens, temperature=temp, top_k=top_k, seed=seed)
     if is_json:
         print_all(answer_lines(chat, stdin_lines(), options, count))
     elif not texts:

@@ -34,7 +34,7 @@ _MAX_EPOCHS = 10_000  # no run reads more, and numbers of rows stay far below 2*
 _Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredDocument:
     """Where a document lies in a split: its tokens are `start` to `stop` of a shard."""
 
@@ -89,7 +89,9 @@ def document_by_number(
             with data_set.open_shard(entry) as reader:
                 tokens = reader.document_tokens()[: number - before + 1]
             stop = int(tokens.sum())
-            return StoredDocument(of_run, number, shard, stop - int(tokens[-1]), stop)
+            return StoredDocument(
+                data_set=of_run, number=number, shard=shard, start=stop - int(tokens[-1]), stop=stop
+            )
         before += entry.documents
     raise ConfigError(
         f"--document is {number}, but the {split} set of {data_set.name} has {before} documents"
@@ -111,7 +113,13 @@ def documents_with_ids(
     def search(place: tuple[int, int, int, ShardEntry]) -> list[StoredDocument]:
         of_run, shard, before, entry = place
         return [
-            StoredDocument(of_run, before + number, shard, start, start + len(ids))
+            StoredDocument(
+                data_set=of_run,
+                number=before + number,
+                shard=shard,
+                start=start,
+                stop=start + len(ids),
+            )
             for number, start in _search_shard(data_sets[of_run], entry, ids)
         ]
 

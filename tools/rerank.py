@@ -49,7 +49,7 @@ _DEFAULT_WEIGHT = 0.5
 _LENGTHS = ("total", "token", "byte")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CandidateScorers:
     """What scores candidates: a reverse model, and a forward one or a column of the input."""
 
@@ -239,7 +239,13 @@ def main(
                 "that one as --forward"
             )
         by = None if forward is None else load_forward(forward, form, device)
-        scorers = CandidateScorers(reverse, by, forward_column, forward_per, max_record_bytes)
+        scorers = CandidateScorers(
+            reverse=reverse,
+            forward=by,
+            forward_column=forward_column,
+            forward_per=forward_per,
+            max_record_bytes=max_record_bytes,
+        )
         used = _DEFAULT_WEIGHT if weight is None else weight
         if dev is not None:
             used = _fitted(scorers, dev)

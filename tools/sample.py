@@ -183,7 +183,15 @@ def main(
     if beginning is not None:
         require_direction(folder, direction, Direction.FORWARD)
     writer = load(folder, device=device, dtype=dtype, usual_rows=samples, compiled=compiled)
-    options = SamplingOptions(tokens, temp, top_k, seed, top_p, min_p, repetition_penalty)
+    options = SamplingOptions(
+        max_new_tokens=tokens,
+        temperature=temp,
+        top_k=top_k,
+        seed=seed,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     given = ending if ending is not None else beginning
     if given is not None:
         write_samples(writer, given, samples, options)

@@ -105,7 +105,9 @@ def run_server(
     metrics = Metrics()
     batches = {name: model.batch for name, model in models.items()}
     engine = Engine(batches, limits.waiting_samples, metrics)
-    service = Service(models, engine, limits, metrics, infiller)
+    service = Service(
+        models=models, engine=engine, limits=limits, metrics=metrics, infiller=infiller
+    )
     server = Server(service, shutdown_s, token=token, allowed=allowed)
     # uvicorn hands a signal that it has obeyed on to who handled it before; that is not to end us.
     received: list[int] = []

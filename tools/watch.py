@@ -35,7 +35,7 @@ EXIT_CODES: dict[State, int] = {
 _RECENT_STEPS = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Health:
     """What a run is like now."""
 
@@ -69,12 +69,12 @@ def health_of(run: Path, now: float | None = None) -> Health:
     if assessed.rolled_back_to is not None:
         step = assessed.rolled_back_to
     return Health(
-        assessed.state,
-        assessed.reason,
-        step,
-        statistics.median(times) if times else None,
-        len(beats),
-        sum(line.get("event") == "start" for line in history) - 1,
+        state=assessed.state,
+        reason=assessed.reason,
+        step=step,
+        median_step_s=statistics.median(times) if times else None,
+        ranks=len(beats),
+        restarts=sum(line.get("event") == "start" for line in history) - 1,
     )
 
 

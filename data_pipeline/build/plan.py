@@ -111,7 +111,7 @@ class Task:
         return sum(portion.piece.size_bytes for portion in self.portions)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The settings of a build, the slices of each of its sources, and where tasks begin."""
 
@@ -177,11 +177,11 @@ class Plan:
                 found = briefly([fields["format"], fields["version"]])
                 raise ValueError(f"its format and version are {found}")
             plan = cls(
-                BuildSettings.from_dict(fields["settings"]),
-                tuple(map(slices_of, checked("inputs", fields["inputs"], list))),
-                checked("task_portions", fields["task_portions"], tuple[int, ...]),
-                checked("asked_tasks", fields["asked_tasks"], int | None),
-                skipped_from_json(fields.get("skipped", {})),
+                settings=BuildSettings.from_dict(fields["settings"]),
+                inputs=tuple(map(slices_of, checked("inputs", fields["inputs"], list))),
+                task_portions=checked("task_portions", fields["task_portions"], tuple[int, ...]),
+                asked_tasks=checked("asked_tasks", fields["asked_tasks"], int | None),
+                skipped=skipped_from_json(fields.get("skipped", {})),
             )
             sources = zip(plan.settings.sources, plan.inputs, strict=True)
             num_portions = sum(math.ceil(part.weight) * len(pieces) for part, pieces in sources)
@@ -224,7 +224,13 @@ def make_plan(
         read[part.split == "val"].extend(listing.slices)
     require_none_shared(train=read[False], val=read[True])
     skipped = merged(listing.skipped for listing in listings)
-    plan = Plan(settings, tuple(listing.slices for listing in listings), (), num_tasks, skipped)
+    plan = Plan(
+        settings=settings,
+        inputs=tuple(listing.slices for listing in listings),
+        task_portions=(),
+        asked_tasks=num_tasks,
+        skipped=skipped,
+    )
     sizes = [portion.piece.size_bytes * portion.fraction for portion in plan.portions]
     return replace(plan, task_portions=cut_evenly(sizes, num_tasks))
 

@@ -40,7 +40,16 @@ def slices_of(files: object) -> tuple[Slice, ...]:
             start, stop, size_bytes = checked("slices", piece, tuple[int, int, int])
             for number in (start, stop, size_bytes):
                 require_within("slices", number, 0, INT64_MAX)
-            slices.append(Slice(kind, kept(path), start, stop, size_bytes, stamp))
+            slices.append(
+                Slice(
+                    kind=kind,
+                    path=kept(path),
+                    start=start,
+                    stop=stop,
+                    size_bytes=size_bytes,
+                    stamp=stamp,
+                )
+            )
     return tuple(slices)
 
 

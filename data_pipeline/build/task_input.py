@@ -33,7 +33,7 @@ def belongs_to_val(sha256: bytes, val_fraction: float) -> bool:
     return hash_fraction(sha256[:8]) < val_fraction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Passed:
     """A document that passed the filters."""
 
@@ -104,13 +104,13 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
                 yield LeftOut(Counter(["weight"]))
                 continue
             yield Passed(
-                document.text,
-                document.response,
-                len(content),
-                sha256,
-                portion.pass_number,
-                split,
-                document.position,
+                text=document.text,
+                response=document.response,
+                num_bytes=len(content),
+                sha256=sha256,
+                pass_number=portion.pass_number,
+                split=split,
+                position=document.position,
             )
         if left_out.skipped:
             yield left_out

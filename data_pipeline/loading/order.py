@@ -43,7 +43,7 @@ class RowPlace:
     row: Indices
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Order:
     """The order of the rows of `num_frames` frames of `rows_per_frame` rows."""
 

@@ -32,7 +32,7 @@ IGNORED_TARGET = -100
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Packed rows. T is rows x context_tokens.
 
@@ -63,11 +63,11 @@ class Batch:
         for start, (first, last) in zip(starts.tolist(), pairwise(firsts.tolist()), strict=True):
             targets = self.targets_T[start : start + context_tokens]
             yield Batch(
-                self.ids_T[start : start + context_tokens],
-                targets,
-                self.cu_seqlens[first : last + 1] - np.int32(start),
-                int(np.count_nonzero(targets != IGNORED_TARGET)),
-                0,
+                ids_T=self.ids_T[start : start + context_tokens],
+                targets_T=targets,
+                cu_seqlens=self.cu_seqlens[first : last + 1] - np.int32(start),
+                num_targets=int(np.count_nonzero(targets != IGNORED_TARGET)),
+                num_skipped_rows=0,
             )
 
 
@@ -202,12 +202,12 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
         of_tokens = slice(number * tokens, (number + 1) * tokens)
         batches.append(
             Batch(
-                ids_T[of_tokens],
-                targets_T[of_tokens],
+                ids_T=ids_T[of_tokens],
+                targets_T=targets_T[of_tokens],
                 # Every batch begins where a row does: the next one's first start is its end.
-                bounds[first : next_first + 1] - np.int32(number * tokens),
-                int(num_targets_N[of_rows].sum()),
-                int(np.count_nonzero(rows.lengths_N[of_rows] < 0)),
+                cu_seqlens=bounds[first : next_first + 1] - np.int32(number * tokens),
+                num_targets=int(num_targets_N[of_rows].sum()),
+                num_skipped_rows=int(np.count_nonzero(rows.lengths_N[of_rows] < 0)),
             )
         )
     return batches

@@ -102,7 +102,7 @@ class ShardEntry:
         return entry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A data set: what is common to its shards, and the shards in order."""
 

@@ -69,7 +69,7 @@ def stop_or_skip(error: BadRecordError) -> None:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slice:
     """One independently readable part of a source; `dataclasses.asdict` gives its JSON."""
 
@@ -129,7 +129,7 @@ def documents_of(
         raise _bad_value(record, columns.text, text, "text", where)
     language = _language(record, columns.language, where) if columns.language else None
     score = _score(record, columns.language_score, where) if columns.language_score else None
-    return [Document(text, position, language, score)]
+    return [Document(text=text, position=position, language=language, language_score=score)]
 
 
 def require_short(documents: Iterable[Document], where: str, max_record_bytes: int) -> None:

@@ -136,7 +136,11 @@ def _list_file(
         require_no_columns(columns, shown)
     if file.size_bytes == 0 and name_of(address).suffix.lower() in COMPRESSIONS:
         raise corrupt(shown, "it has no bytes")
-    return [Slice(kind, address, 0, 1, file.size_bytes, file.stamp)], None
+    return [
+        Slice(
+            kind=kind, path=address, start=0, stop=1, size_bytes=file.size_bytes, stamp=file.stamp
+        )
+    ], None
 
 
 def _read_whole(

@@ -91,7 +91,9 @@ def list_hub_slices(
     splits = stream.info.splits or {}
     size_bytes = splits[_SPLIT].num_bytes // stream.num_shards if _SPLIT in splits else 0
     return [
-        Slice("hub", path, shard, shard + 1, size_bytes, stamp)
+        Slice(
+            kind="hub", path=path, start=shard, stop=shard + 1, size_bytes=size_bytes, stamp=stamp
+        )
         for shard in range(stream.num_shards)
     ]
 

@@ -64,7 +64,16 @@ def list_parquet_slices(
         size_bytes += sum(_text_bytes(row_group.column(leaf), file.size_bytes) for leaf in sized)
         if size_bytes >= SLICE_BYTES or group == metadata.num_row_groups - 1:
             if any(metadata.row_group(index).num_rows for index in range(start, group + 1)):
-                slices.append(Slice("parquet", address, start, group + 1, size_bytes, file.stamp))
+                slices.append(
+                    Slice(
+                        kind="parquet",
+                        path=address,
+                        start=start,
+                        stop=group + 1,
+                        size_bytes=size_bytes,
+                        stamp=file.stamp,
+                    )
+                )
             start, size_bytes = group + 1, 0
     return slices, None if fault is None else fault.sentence
 
@@ -224,7 +233,12 @@ class _Rows:
         for row, (text, language, score) in enumerate(
             zip(texts, languages, scores, strict=True), start=first_row
         ):
-            yield Document(text, f"{self._name} row {row}", language, score)
+            yield Document(
+                text=text,
+                position=f"{self._name} row {row}",
+                language=language,
+                language_score=score,
+            )
 
     def _one_by_one(self, batch: Any, first_row: int) -> Iterator[Document]:
         for index in range(batch.num_rows):

@@ -65,7 +65,16 @@ def list_pydocs_slices() -> tuple[Slice, ...]:
     topics = _topics()
     if topics:
         size_bytes = sum(len(text.encode()) for text in topics.values())
-        slices.append(Slice("pydocs", "topics", 0, len(topics), size_bytes, _topics_stamp(topics)))
+        slices.append(
+            Slice(
+                kind="pydocs",
+                path="topics",
+                start=0,
+                stop=len(topics),
+                size_bytes=size_bytes,
+                stamp=_topics_stamp(topics),
+            )
+        )
     files = _module_files()
     start = size_bytes = 0
     digest = hashlib.sha256()
@@ -75,7 +84,16 @@ def list_pydocs_slices() -> tuple[Slice, ...]:
         _add(digest, name, source)
         if size_bytes >= _SLICE_BYTES or index == len(files) - 1:
             stamp = digest.hexdigest()
-            slices.append(Slice("pydocs", "modules", start, index + 1, size_bytes, stamp))
+            slices.append(
+                Slice(
+                    kind="pydocs",
+                    path="modules",
+                    start=start,
+                    stop=index + 1,
+                    size_bytes=size_bytes,
+                    stamp=stamp,
+                )
+            )
             start, size_bytes, digest = index + 1, 0, hashlib.sha256()
     if not slices:
         raise SourceEmptyError(

@@ -61,7 +61,16 @@ def list_zip_slices(file: DataFile, address: str, columns: AnyColumns) -> tuple[
     for stop, member in enumerate(members, start=1):
         size_bytes += member.info.file_size
         if size_bytes >= _SLICE_BYTES or stop == len(members):
-            slices.append(Slice("zip", address, start, stop, size_bytes, file.stamp))
+            slices.append(
+                Slice(
+                    kind="zip",
+                    path=address,
+                    start=start,
+                    stop=stop,
+                    size_bytes=size_bytes,
+                    stamp=file.stamp,
+                )
+            )
             start, size_bytes = stop, 0
     if all(member.is_text for member in members):
         require_no_columns(columns, file.shown)

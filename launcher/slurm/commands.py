@@ -31,7 +31,7 @@ _JOB_ID = re.compile(r"[0-9][0-9A-Za-z_+.,%\[\]-]*")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Submission:
     """A call of sbatch: variables for the job, options, the file and its arguments."""
 

@@ -26,7 +26,7 @@ _JOBS_LOOKED_AT = 8
 _HEADS = ("RUN", "JOB", "STATE", "RESTARTS", "STEP", "LOSS", "TO TRAIN", "JOB ENDS IN", "WHY")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A run with one of its jobs; what is not known is None."""
 

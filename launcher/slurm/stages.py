@@ -35,7 +35,7 @@ ENVIRONMENT_VARIABLE = "MEGABACK_ENV"
 _ARRAY = re.compile(r"0-(\d+)(%\d+)?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Resources:
     """What else a person asks for; None leaves what stands in the sbatch file."""
 
@@ -192,11 +192,11 @@ def data_stage(config: Config, file: Path, plan: Plan, resources: Resources) -> 
     at_a_time = shipped[2] or "" if shipped else ""
     options.append(f"--array=0-{plan.num_tasks // cpus - 1}{at_a_time}")
     return Submission(
-        "data",
-        _environment(),
-        (*_common(config, "data", "%A_%a", resources, resources.cpu_partition), *options),
-        str(file),
-        ("--out", str(Path(config.data.shards[0].path).absolute())),
+        stage="data",
+        variables=_environment(),
+        options=(*_common(config, "data", "%A_%a", resources, resources.cpu_partition), *options),
+        file=str(file),
+        arguments=("--out", str(Path(config.data.shards[0].path).absolute())),
     )
 
 
@@ -221,26 +221,26 @@ def train_stage(
     if limit is not None:
         variables[LIMIT_VARIABLE] = str(limit)
     return Submission(
-        "train",
-        variables,
-        (
+        stage="train",
+        variables=variables,
+        options=(
             *_common(config, "train", "%j", resources, resources.partition),
             *(f"--{name}={value}" for name, value in asked.items() if value is not None),
             *resources.more,
         ),
-        str(file),
-        (str(config_path),),
+        file=str(file),
+        arguments=(str(config_path),),
     )
 
 
 def convert_stage(config: Config, file: Path, out: Path, resources: Resources) -> Submission:
     """From the run's newest checkpoint to a model."""
     return Submission(
-        "convert",
-        _environment(),
-        tuple(_common(config, "convert", "%j", resources, resources.cpu_partition)),
-        str(file),
-        (str(config.run.absolute()), "--out", str(out.absolute())),
+        stage="convert",
+        variables=_environment(),
+        options=tuple(_common(config, "convert", "%j", resources, resources.cpu_partition)),
+        file=str(file),
+        arguments=(str(config.run.absolute()), "--out", str(out.absolute())),
     )
 
 

@@ -177,7 +177,15 @@ def main(
     names = {**_SBATCH_FILES, "train": train_file(settings)}
     paths = {stage: require_file(folder, names[stage]) for stage in stages}
     allocation = choose_allocation(settings, paths["train"], nodes, devices_per_node, uses_gpus)
-    resources = Resources(cpus_per_task, mem, time, partition, cpu_partition, account, more)
+    resources = Resources(
+        cpus_per_task=cpus_per_task,
+        memory=mem,
+        time=time,
+        partition=partition,
+        cpu_partition=cpu_partition,
+        account=account,
+        more=more,
+    )
     require_run_folder(settings, config)
     check_run(settings, allocation.num_ranks, builds_data="data" in stages)
     room = check_memory(

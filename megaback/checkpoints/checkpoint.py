@@ -55,7 +55,7 @@ _LOG = logging.getLogger("megaback.checkpoints")
 _MAX_CONFIG_DEPTH = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointMeta:
     """What a checkpoint is: everything that is needed to continue it or to use it elsewhere."""
 

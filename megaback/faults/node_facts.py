@@ -23,7 +23,7 @@ _TRIES = 10
 _MULTIPLY_SIZES = {"cuda": 8192, "cpu": 384}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankFacts:
     """One rank's node and device, as that rank sees them."""
 
@@ -54,7 +54,14 @@ def rank_facts(rank: int, device: torch.device) -> RankFacts:
         name, num_devices = "cpu", len(os.sched_getaffinity(0))
         memory_free_bytes = psutil.virtual_memory().available
     return RankFacts(
-        rank, node_name(), name, num_devices, memory_free_bytes, flops, versions(), problem
+        rank=rank,
+        node=node_name(),
+        device=name,
+        num_devices=num_devices,
+        memory_free_bytes=memory_free_bytes,
+        multiply_flops=flops,
+        versions=versions(),
+        problem=problem,
     )
 
 

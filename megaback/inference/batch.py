@@ -41,7 +41,7 @@ class Sample:
         return max(0, len(self.ids) - len(self.prompt.ids))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """What one step did for one sample."""
 
@@ -191,7 +191,16 @@ class ContinuousBatch:
             likeliest: tuple[tuple[int, float], ...] = ()
             if at in scores:
                 log_probability, likeliest = scores[at].of(new_id)
-            steps.append(Step(sample, new_id, is_end, is_last, log_probability, likeliest))
+            steps.append(
+                Step(
+                    sample=sample,
+                    new_id=new_id,
+                    is_end=is_end,
+                    is_last=is_last,
+                    log_probability=log_probability,
+                    likeliest=likeliest,
+                )
+            )
         for step in steps:
             if step.is_last:
                 self.remove(step.sample)

@@ -33,7 +33,7 @@ _LOGIT_ROWS = 256
 """Places whose logits are there at once: all of a long text's would take a gigabyte."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Layer:
     attention_norm_D: Tensor
     query_key_value: Product
@@ -251,13 +251,13 @@ def _laid_out(block: Block, pack: Callable[[list[nn.Linear]], Product]) -> _Laye
         both = [attention.q_norm.weight.detach()] * num_heads
         norms_HE = torch.stack(both + [attention.k_norm.weight.detach()] * kv_heads)
     return _Layer(
-        block.input_layernorm.weight.detach(),
-        pack([attention.q_proj, attention.k_proj, attention.v_proj]),
-        norms_HE,
-        pack([attention.o_proj]),
-        block.post_attention_layernorm.weight.detach(),
-        pack([block.mlp.gate_proj, block.mlp.up_proj]),
-        pack([block.mlp.down_proj]),
+        attention_norm_D=block.input_layernorm.weight.detach(),
+        query_key_value=pack([attention.q_proj, attention.k_proj, attention.v_proj]),
+        query_key_norm_HE=norms_HE,
+        output=pack([attention.o_proj]),
+        mlp_norm_D=block.post_attention_layernorm.weight.detach(),
+        gate_up=pack([block.mlp.gate_proj, block.mlp.up_proj]),
+        down=pack([block.mlp.down_proj]),
     )
 
 

@@ -24,7 +24,7 @@ _SHARD_BYTES_PER_TOKEN = 1.28
 """Of uint16 ids at zstd's level 6: benchmarks/README.md."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """Numbers of a run that no config has."""
 
@@ -118,7 +118,11 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
     if total_tokens is None:
         notes.append("how long the run is depends on the data: give `tokens`")
     return RunFacts(
-        vocab_size or DEFAULT_VOCAB_SIZE, attended, total_tokens, file_bytes, tuple(notes)
+        vocab_size=vocab_size or DEFAULT_VOCAB_SIZE,
+        attended_tokens=attended,
+        total_tokens=total_tokens,
+        shard_bytes=file_bytes,
+        notes=tuple(notes),
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from data_pipeline.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """One device. Rates are a second's."""
 
@@ -46,7 +46,12 @@ def _gpu(
     name: str, memory_gb: float, bf16: float, fp32: float, link_gb: float, network_gbit: float = 100
 ) -> Device:
     return Device(
-        name, memory_gb * 1e9, bf16 * 1e12, fp32 * 1e12, link_gb * 1e9, network_gbit * 1e9 / 8
+        name=name,
+        memory_bytes=memory_gb * 1e9,
+        bf16_flops=bf16 * 1e12,
+        fp32_flops=fp32 * 1e12,
+        link_bytes=link_gb * 1e9,
+        network_bytes=network_gbit * 1e9 / 8,
     )
 
 
@@ -64,7 +69,14 @@ _GPUS = (
 )
 # V100s have no bf16: only fp32 runs can be planned for them.
 _V100S = tuple(
-    Device(f"v100-{memory_gb}gb", memory_gb * 1e9, None, 15.7e12, 150e9, 12.5e9)
+    Device(
+        name=f"v100-{memory_gb}gb",
+        memory_bytes=memory_gb * 1e9,
+        bf16_flops=None,
+        fp32_flops=15.7e12,
+        link_bytes=150e9,
+        network_bytes=12.5e9,
+    )
     for memory_gb in (32, 16)
 )
 DEVICES = {device.name: device for device in (*_GPUS, *_V100S)}
@@ -85,7 +97,14 @@ def find_device(name: str, memory_bytes: float | None = None) -> Device:
 
 def cpu_device(memory_bytes: float, peak_flops: float | None) -> Device:
     """A process's share of a machine without GPUs. Its exchange stays in the machine's memory."""
-    return Device(CPU, memory_bytes, peak_flops, peak_flops, 10e9, 1.25e9)
+    return Device(
+        name=CPU,
+        memory_bytes=memory_bytes,
+        bf16_flops=peak_flops,
+        fp32_flops=peak_flops,
+        link_bytes=10e9,
+        network_bytes=1.25e9,
+    )
 
 
 def devices_named_like(kind: str) -> list[Device]:

@@ -43,9 +43,18 @@ def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMem
         room.memory_bytes / (ranks_on[room.host] if room.device == CPU else 1) for room in rooms
     ]
     there, tightest = min(zip(shares, rooms, strict=True), key=lambda pair: pair[0])
-    device = Device(tightest.device, there, None, None, 0.0, 0.0)
+    device = Device(
+        name=tightest.device,
+        memory_bytes=there,
+        bf16_flops=None,
+        fp32_flops=None,
+        link_bytes=0.0,
+        network_bytes=0.0,
+    )
     cluster = Cluster(1, len(rooms), device)
-    facts = RunFacts(vocab_size, 0.0, None, None, ())
+    facts = RunFacts(
+        vocab_size=vocab_size, attended_tokens=0.0, total_tokens=None, shard_bytes=None, notes=()
+    )
     memory = memory_of(config, facts, cluster)
     needed = certain_bytes(memory.parts, config.training.compile)
     if needed <= there:

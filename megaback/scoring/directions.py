@@ -44,7 +44,7 @@ class Markers:
         return turned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Window:
     """Ids of a document in the order of the text, at most context_tokens + 1."""
 
@@ -56,7 +56,7 @@ class Window:
     weight: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DocumentLosses:
     """Sums over the targets of each document."""
 
@@ -99,14 +99,30 @@ def windows_of(number: int, ids: Ids, context_tokens: int) -> list[Window]:
     """The windows of a document that models of this context are asked for."""
     first_starts = range(0, len(ids) - 1, context_tokens)
     if len(first_starts) == 1:
-        return [Window(number, ids, 0, len(ids), 1.0)]
+        return [Window(document=number, ids=ids, start=0, document_tokens=len(ids), weight=1.0)]
     windows = []
     for start in first_starts:
         stop = start + context_tokens + 1
-        windows.append(Window(number, ids[start:stop], start, len(ids), 0.5))
+        windows.append(
+            Window(
+                document=number,
+                ids=ids[start:stop],
+                start=start,
+                document_tokens=len(ids),
+                weight=0.5,
+            )
+        )
     for last in range(len(ids) - 1, 0, -context_tokens):
         start = max(last - context_tokens, 0)
-        windows.append(Window(number, ids[start : last + 1], start, len(ids), 0.5))
+        windows.append(
+            Window(
+                document=number,
+                ids=ids[start : last + 1],
+                start=start,
+                document_tokens=len(ids),
+                weight=0.5,
+            )
+        )
     return windows
 
 
@@ -148,5 +164,9 @@ def measure(
             bytes_N[window.document] += window.weight * piece_num_bytes[ids[1:]].sum()
         on_windows(len(at_once))
     return DocumentLosses(
-        of_context_2NB[0], of_context_2NB[1], of_part_2NP[0], of_part_2NP[1], bytes_N
+        nats_of_context_NB=of_context_2NB[0],
+        targets_of_context_NB=of_context_2NB[1],
+        nats_of_part_NP=of_part_2NP[0],
+        targets_of_part_NP=of_part_2NP[1],
+        bytes_N=bytes_N,
     )

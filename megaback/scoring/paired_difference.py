@@ -40,7 +40,7 @@ class Losses:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairedDifference:
     """Losses in nats/token, and how much more `second` is, with standard errors over documents.
 
@@ -68,14 +68,14 @@ class PairedDifference:
         of_ratio_N = (_residuals(second) - ratio * _residuals(first)) / of_first
         has_targets_N = (first.targets_N > 0) | (second.targets_N > 0)
         return cls(
-            of_first,
-            of_second,
-            of_second - of_first,
-            _standard_error(residuals_N[has_targets_N]),
-            100 * (ratio - 1),
-            _standard_error(100 * of_ratio_N[has_targets_N]),
-            first.num_targets,
-            int(has_targets_N.sum()),
+            first=of_first,
+            second=of_second,
+            nats=of_second - of_first,
+            nats_error=_standard_error(residuals_N[has_targets_N]),
+            percent=100 * (ratio - 1),
+            percent_error=_standard_error(100 * of_ratio_N[has_targets_N]),
+            num_targets=first.num_targets,
+            num_documents=int(has_targets_N.sum()),
         )
 
 

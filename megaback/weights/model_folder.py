@@ -55,7 +55,7 @@ _HASHES_IN_CONFIG_VERSION = 2
 _MAX_CONFIG_BYTES = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelDescription:
     """What a model is, beside its weights."""
 
@@ -188,12 +188,12 @@ def read_description(folder: Path) -> ModelDescription:
         if fields["format"] != _FORMAT_NAME or fields["version"] not in known:
             raise ValueError("another format or version")
         description = ModelDescription(
-            ModelSection.model_validate(fields["model"]),
-            _number("vocab_size", fields, VOCABULARY),
-            _number("context_tokens", fields, CONTEXT),
-            TextFormat.from_dict(fields),
-            _number("step", fields, COUNT_OR_ZERO),
-            checked("val_loss", fields["val_loss"], float | None),
+            shape=ModelSection.model_validate(fields["model"]),
+            vocab_size=_number("vocab_size", fields, VOCABULARY),
+            context_tokens=_number("context_tokens", fields, CONTEXT),
+            text_format=TextFormat.from_dict(fields),
+            step=_number("step", fields, COUNT_OR_ZERO),
+            val_loss=checked("val_loss", fields["val_loss"], float | None),
             on_examples=bool(fields.get("on_examples", False)),  # earlier ones do not say
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -236,10 +236,12 @@ def _describe_foreign(folder: Path) -> ModelDescription:
         ) from None
     try:
         return ModelDescription(
-            shape,
-            _number("vocab_size", fields, VOCABULARY),
-            _number("max_position_embeddings", fields, CONTEXT),
-            TextFormat(Direction.FORWARD, Unit.TOKEN, hashlib.sha256(tokenizer).hexdigest()),
+            shape=shape,
+            vocab_size=_number("vocab_size", fields, VOCABULARY),
+            context_tokens=_number("max_position_embeddings", fields, CONTEXT),
+            text_format=TextFormat(
+                Direction.FORWARD, Unit.TOKEN, hashlib.sha256(tokenizer).hexdigest()
+            ),
             step=0,
             val_loss=None,
             is_foreign=True,

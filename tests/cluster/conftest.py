@@ -102,4 +102,10 @@ def finished(
         TMPDIR=temporary,
     )
     slurm.require_completed(job_id, folder)
-    return FinishedRun(folder / "run", folder, home, temporary, read_log(folder, job_id))
+    return FinishedRun(
+        run=folder / "run",
+        folder=folder,
+        home=home,
+        temporary=temporary,
+        log=read_log(folder, job_id),
+    )

@@ -76,7 +76,12 @@ def random_case(seed: int) -> Case:
     lengths = [choose.choice([1, choose.randint(2, 60)]) for _ in range(choose.randint(2, 6))]
     num_kv_heads = choose.choice([1, 2])
     num_heads = num_kv_heads * choose.choice([1, 2])
-    return Case(tuple(lengths), num_heads, num_kv_heads, choose.choice([16, 24, 64]))
+    return Case(
+        lengths=tuple(lengths),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=choose.choice([16, 24, 64]),
+    )
 
 
 def reference_attention(

@@ -59,7 +59,14 @@ def model_in(
     weights = dict(model.named_parameters())
     write_model_folder(
         out,
-        ModelDescription(_SHAPE, codec.vocab_size, 32, text_format, 1, 2.5),
+        ModelDescription(
+            shape=_SHAPE,
+            vocab_size=codec.vocab_size,
+            context_tokens=32,
+            text_format=text_format,
+            step=1,
+            val_loss=2.5,
+        ),
         {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
         lambda name: weights[name].detach(),
         codec.model_bytes,
@@ -234,7 +241,12 @@ class _Server:
         metrics = Metrics()
         engine = Engine({name: one.batch for name, one in models.items()}, 64, metrics)
         infiller = load_meeting(backward, forward, "cpu")
-        server = Server(Service(models, engine, limits, metrics, infiller), 5)
+        server = Server(
+            Service(
+                models=models, engine=engine, limits=limits, metrics=metrics, infiller=infiller
+            ),
+            5,
+        )
         self._config, self._state = server.config, server.server_state
         self._config.load()
         self._loop = asyncio.new_event_loop()

@@ -47,12 +47,12 @@ class Reading:
         manifest = store.manifest
         table = RowGrid(store.shard_tokens, manifest.frame_tokens, self.context_tokens)
         order = Order(
-            table.num_frames,
-            table.rows_per_frame,
-            self.lanes[number] * self.lane_rows[number],
-            self.lanes[number],
-            self.seed,
-            self.window_frames,
+            num_frames=table.num_frames,
+            rows_per_frame=table.rows_per_frame,
+            global_batch_rows=self.lanes[number] * self.lane_rows[number],
+            lanes=self.lanes[number],
+            seed=self.seed,
+            window_frames=self.window_frames,
         )
         return Stream(RowReader(store, self.context_tokens, self.direction), table, order)
 
@@ -136,13 +136,13 @@ def readings(draw: st.DrawFn, num_data_sets: int) -> Reading:
         return draw(st.lists(values, min_size=num_data_sets, max_size=num_data_sets))
 
     return Reading(
-        of_each(st.integers(1, 6)),
-        of_each(st.integers(1, 4)),
-        of_each(st.sampled_from([1.0, 2.0, 0.7])),
-        draw(st.sampled_from([4, 16, 64])),
-        draw(st.integers(1, 4)),
-        draw(st.integers(0, 2**63)),
-        draw(st.sampled_from(list(Direction))),
+        lanes=of_each(st.integers(1, 6)),
+        lane_rows=of_each(st.integers(1, 4)),
+        weights=of_each(st.sampled_from([1.0, 2.0, 0.7])),
+        context_tokens=draw(st.sampled_from([4, 16, 64])),
+        window_frames=draw(st.integers(1, 4)),
+        seed=draw(st.integers(0, 2**63)),
+        direction=draw(st.sampled_from(list(Direction))),
     )
 
 

@@ -34,10 +34,10 @@ def write_model(
     """A folder as `megaback convert --to full` leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     description = ModelDescription(
-        model.shape,
-        codec.vocab_size,
-        context_tokens,
-        codec.format,
+        shape=model.shape,
+        vocab_size=codec.vocab_size,
+        context_tokens=context_tokens,
+        text_format=codec.format,
         step=1,
         val_loss=None,
         on_examples=on_examples,

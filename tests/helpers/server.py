@@ -54,7 +54,14 @@ def write_tiny_model(
     weights = dict(model.named_parameters())
     write_model_folder(
         folder,
-        ModelDescription(shape, codec.vocab_size, context_tokens, codec.format, 1, None),
+        ModelDescription(
+            shape=shape,
+            vocab_size=codec.vocab_size,
+            context_tokens=context_tokens,
+            text_format=codec.format,
+            step=1,
+            val_loss=None,
+        ),
         {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
         lambda name: weights[name].detach(),
         codec.model_bytes,
@@ -111,7 +118,9 @@ def serving(
     metrics = Metrics()
     batches = {name: model.batch for name, model in models.items()}
     engine = Engine(batches, limits.waiting_samples, metrics)
-    service = Service(models, engine, limits, metrics, infiller)
+    service = Service(
+        models=models, engine=engine, limits=limits, metrics=metrics, infiller=infiller
+    )
     server = Server(service, shutdown_s, token=token, allowed=allowed, log_level="error")
     listener = listening_socket("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))

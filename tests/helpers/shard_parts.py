@@ -17,7 +17,7 @@ from data_pipeline.shards.seek_table import (
 _INDEX_MAGIC = 0x184D2A5D
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ShardParts:
     """The bytes of the frames, the header, the compressed counts, and the seek table's entries."""
 
@@ -40,7 +40,9 @@ class ShardParts:
         content = data[stop + 8 : stop + index.compressed_bytes]
         (header_bytes,) = struct.unpack("<I", content[8:12])
         header = json.loads(content[12 : 12 + header_bytes])
-        return cls(data[:stop], header, content[12 + header_bytes :], frames)
+        return cls(
+            frames=data[:stop], header=header, counts=content[12 + header_bytes :], entries=frames
+        )
 
     def joined(self) -> bytes:
         header = self.header_json or json.dumps(self.header).encode()

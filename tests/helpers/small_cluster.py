@@ -191,7 +191,7 @@ def held(config: Path) -> Iterator[list[psutil.Process]]:
             rank.send_signal(signal.SIGCONT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinishedRun:
     """A run that nothing disturbed, and the empty places that it was given."""
 

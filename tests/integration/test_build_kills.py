@@ -45,7 +45,7 @@ with_and_without_selection = pytest.mark.parametrize(
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Building:
     """A build of twelve tasks: its command, its folder, and what was done there before."""
 
@@ -118,7 +118,10 @@ def make(tmp_path: Path, large_source: Path, tokenizer_path: Path) -> Make:
     """`make(selection)`: a build in a folder of its own."""
     numbers = count()
     return lambda selection: Building(
-        tmp_path / str(next(numbers)), large_source, tokenizer_path, selection
+        out=tmp_path / str(next(numbers)),
+        source=large_source,
+        tokenizer=tokenizer_path,
+        selection=selection,
     )
 
 
@@ -132,7 +135,9 @@ def uninterrupted(
     def run(selection: tuple[str, ...], workers: int = 2) -> tuple[dict[str, str], float]:
         out = tmp_path_factory.mktemp("uninterrupted") / "shards"
         started = time.monotonic()
-        Building(out, large_source, tokenizer_path, selection).run(workers)
+        Building(out=out, source=large_source, tokenizer=tokenizer_path, selection=selection).run(
+            workers
+        )
         return contents(out), time.monotonic() - started
 
     return run

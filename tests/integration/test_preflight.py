@@ -41,7 +41,7 @@ SENTENCES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checked:
     """What came of a case."""
 
@@ -82,7 +82,13 @@ def run_cases(config: Path, folder: Path, cases: list[tuple[str, str]]) -> dict[
     (printed, warnings), (_, others) = (rank.communicate(timeout=120) for rank in ranks)
     assert [rank.returncode for rank in ranks] == [0, 0], warnings + others
     return {
-        case: Checked(folder / " ".join(case), ending["code"], ending["sentence"], warnings, others)
+        case: Checked(
+            run=folder / " ".join(case),
+            code=ending["code"],
+            sentence=ending["sentence"],
+            printed=warnings,
+            printed_by_second=others,
+        )
         for case, ending in zip(cases, json.loads(printed), strict=True)
     }
 

@@ -73,7 +73,7 @@ class RoundTripScorer:
         return [(by_number.get(number), len(written)) for number in range(len(asked))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BackTranslator:
     """A backward model that writes instructions, and perhaps a forward one that scores them.
 

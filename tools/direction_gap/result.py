@@ -27,7 +27,7 @@ JSON_NAME = "arrow.json"
 _FORMAT_NAME, _FORMAT_VERSION = "megaback-arrow", 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arrow:
     """What was found. Every gap is backward less forward; all but `seeds` are means of seeds."""
 
@@ -182,24 +182,24 @@ def _arrow(
     ]
     percent = 100 // NUM_PARTS
     return Arrow(
-        steps,
-        tokens,
-        gap(lambda losses: losses.whole),
-        {
+        steps=steps,
+        tokens=tokens,
+        whole=gap(lambda losses: losses.whole),
+        seeds={
             seed: PairedDifference.between(of_forward.whole, of_backward.whole)
             for seed, of_forward, of_backward in zip(seeds, forward, backward, strict=True)
         },
-        {
+        by_context={
             bucket_name(bucket): gap(lambda losses, bucket=bucket: losses.at_context(bucket))  # type: ignore[misc]
             for bucket in contexts
         },
-        {
+        by_part={
             f"{part * percent}-{(part + 1) * percent}%": gap(
                 lambda losses, part=part: losses.at_part(part)  # type: ignore[misc]
             )
             for part in parts
         },
-        {
+        bits_per_byte={
             direction.value: sum(one.bits_per_byte for one in losses) / len(losses)
             for direction, losses in zip(DIRECTIONS, (forward, backward), strict=True)
         },

@@ -80,9 +80,19 @@ async def ask(service: Service, request: schemas.ChatRequest) -> AskedChat:
     options = sampling_options(fitting, seed, service.limits.tokens)
     require_answer_size(request.n, fitting.max_tokens, None, "n x max_tokens")
     samples = [Sample(prompt, replace(options, seed=seed + at)) for at in range(request.n)]
-    choices = [ChoiceText(model.codec, "", prompt, request.stops) for _ in samples]
+    choices = [
+        ChoiceText(codec=model.codec, given="", prompt=prompt, stops=request.stops) for _ in samples
+    ]
     given = [Given(text, prompt, len(prompt.ids))]
-    return AskedChat(request, model, seed, given, choices, samples, is_streamed=request.stream)
+    return AskedChat(
+        request=request,
+        model=model,
+        seed=seed,
+        given=given,
+        choices=choices,
+        samples=samples,
+        is_streamed=request.stream,
+    )
 
 
 def _message(model: ServedModel, request: schemas.ChatRequest) -> str:

@@ -32,7 +32,7 @@ class Part:
     finish_reason: FinishReason | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ChoiceText:
     """One choice, from step to step."""
 
@@ -97,7 +97,7 @@ class ChoiceText:
 
 def offsets(codec: TextCodec, ids: Sequence[int], text: str) -> list[int]:
     """Where the tokens of a whole text begin in it, in the model's order."""
-    place = ChoiceText(codec, "", codec.prompt(""), [])
+    place = ChoiceText(codec=codec, given="", prompt=codec.prompt(""), stops=[])
     end = len(text) if codec.format.direction is Direction.BACKWARD else 0
     return [end + place._grown(piece_id)[1] for piece_id in ids]
 

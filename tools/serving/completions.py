@@ -54,7 +54,7 @@ def chosen_seed(seed: int | None) -> int:
     return secrets.randbelow(1 << 31) if seed is None else seed
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Asked:
     """A request with what was made of it: choice i is of given text i // n."""
 
@@ -156,7 +156,11 @@ async def ask(service: Service, request: schemas.CompletionRequest, deadline: De
             samples.append(
                 Sample(one.prompt, replace(options, seed=seed + len(samples)), likeliest)
             )
-            choices.append(ChoiceText(model.codec, one.text, one.prompt, request.stops))
+            choices.append(
+                ChoiceText(
+                    codec=model.codec, given=one.text, prompt=one.prompt, stops=request.stops
+                )
+            )
     given_tokens = []
     if request.echo:
         characters = n * sum(len(one.text) for one in given)
@@ -165,7 +169,15 @@ async def ask(service: Service, request: schemas.CompletionRequest, deadline: De
             raise ProblemError(400, f"{message}{MAX_ECHOED_CHARACTERS} are given", param="echo")
         if likeliest is not None:
             given_tokens = await _tokens_of(service, model, given, likeliest, n, deadline)
-    return Asked(request, model, seed, given, choices, samples, given_tokens)
+    return Asked(
+        request=request,
+        model=model,
+        seed=seed,
+        given=given,
+        choices=choices,
+        samples=samples,
+        given_tokens=given_tokens,
+    )
 
 
 async def _given(

@@ -29,7 +29,7 @@ def _meetings() -> asyncio.Semaphore:
     return asyncio.Semaphore(MAX_MEETINGS_AT_ONCE)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Service:
     """One server's parts."""
 

@@ -31,7 +31,7 @@ class Given:
     """If it was given in ids: all of them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServedModel:
     """A model with the batch in which its samples are written."""
 
@@ -148,7 +148,14 @@ def load_models(
         if name in models:
             name = f"{name}-forward"
         batch = ContinuousBatch(decoder, codec, num_slots)
-        models[name] = ServedModel(name, description, decoder, codec, batch, int(time.time()))
+        models[name] = ServedModel(
+            name=name,
+            description=description,
+            decoder=decoder,
+            codec=codec,
+            batch=batch,
+            loaded_s=int(time.time()),
+        )
         if path == forward and models[name].writes_backward:
             raise DirectionMismatchError(
                 f"--forward needs a model that writes forward, and {path} writes backward; "

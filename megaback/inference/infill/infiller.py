@@ -86,7 +86,7 @@ class InfillOptions:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Infill:
     """A middle, and what both models say of it."""
 
@@ -234,7 +234,16 @@ class Infiller:
             middles, forward, backward, strict=True
         ):
             score = mean_per_token(ahead, back, ahead_tokens, back_tokens, options.forward_weight)
-            found.append(Infill(middle, float(score), ahead, back, ahead_tokens, back_tokens))
+            found.append(
+                Infill(
+                    middle=middle,
+                    score=float(score),
+                    forward=ahead,
+                    backward=back,
+                    forward_tokens=ahead_tokens,
+                    backward_tokens=back_tokens,
+                )
+            )
         return found
 
 

@@ -38,7 +38,7 @@ class Half:
         return 0 if self.is_given else cut
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JoinScores:
     """One model's log-probabilities in nats, by halves and by cuts from 1 on, padded."""
 
@@ -100,4 +100,10 @@ def score_half_steps(
         last_first_W: Floats = logs_W.double().cpu().numpy()[::-1]
         remaining_W = np.concatenate([[0.0], last_first_W.cumsum()])[len(after) : -1]
         rest_JB[number, : len(half.ids)] = remaining_W
-    return JoinScores(own_IA, next_IAC, column_JB, rest_JB, len(after))
+    return JoinScores(
+        own_IA=own_IA,
+        next_IAC=next_IAC,
+        column_JB=column_JB,
+        rest_JB=rest_JB,
+        tokens_after=len(after),
+    )

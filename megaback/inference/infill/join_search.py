@@ -20,7 +20,7 @@ _CUTS_A_PAIR = 4
 """Neighbouring cuts of the same two halves are mostly alike."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Join:
     """The first ids of a forward half, and the first ids of a backward half."""
 
@@ -83,7 +83,13 @@ def best_join_steps(
         flat_JC = score_AJB.transpose(1, 0, 2).reshape(len(backward_halves), -1)
         for other, best in enumerate(_best(flat_JC)):
             joins += [
-                Join(number, at // longest_B + 1, other, at % longest_B + 1, score)
+                Join(
+                    forward=number,
+                    forward_cut=at // longest_B + 1,
+                    backward=other,
+                    backward_cut=at % longest_B + 1,
+                    estimate=score,
+                )
                 for at, score in best
                 if np.isfinite(score)
             ]

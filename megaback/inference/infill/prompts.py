@@ -13,7 +13,7 @@ from data_pipeline.text.codec import TextCodec
 _CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InfillPrompts:
     """A beginning and an ending."""
 
@@ -41,13 +41,13 @@ class InfillPrompts:
                     "text and one model"
                 )
         return cls(
-            beginning,
-            ending,
-            forward,
-            tuple(forward.prompt(beginning).ids),
-            int(forward.encode(beginning)[-1]),
-            tuple(backward.prompt(ending).ids),
-            int(backward.encode(ending)[-1]),
+            beginning=beginning,
+            ending=ending,
+            codec=forward,
+            before=tuple(forward.prompt(beginning).ids),
+            before_held=int(forward.encode(beginning)[-1]),
+            after=tuple(backward.prompt(ending).ids),
+            after_held=int(backward.encode(ending)[-1]),
         )
 
     def middle(self, onwards: Sequence[int], backwards: Sequence[int]) -> str | None:

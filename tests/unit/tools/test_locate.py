@@ -141,7 +141,7 @@ def test_batches_hold_every_token_of_every_document_where_it_is_located(
 def test_the_rows_of_a_document_hold_each_of_its_tokens_once(
     start: int, length: int, context_tokens: int
 ) -> None:
-    document = StoredDocument(0, 0, 1, start, start + length)
+    document = StoredDocument(data_set=0, number=0, shard=1, start=start, stop=start + length)
     shard_tokens = np.array([100, 650, 70])
     rows = rows_of_document(document, shard_tokens, FRAME_TOKENS, context_tokens)
     first_of_shard = 2 * FRAME_TOKENS  # the first shard has two frames

@@ -115,9 +115,11 @@ def test_a_plan_is_read_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     frozen = (tuple(inputs[0]), tuple(inputs[1]))
-    portions = Plan(settings, frozen, (), num_tasks).portions
+    portions = Plan(
+        settings=settings, inputs=frozen, task_portions=(), asked_tasks=num_tasks
+    ).portions
     taken = cut_evenly([portion.piece.size_bytes for portion in portions], num_tasks)
-    written = Plan(settings, frozen, taken, num_tasks)
+    written = Plan(settings=settings, inputs=frozen, task_portions=taken, asked_tasks=num_tasks)
     out = tmp_path_factory.getbasetemp() / "plan"
     out.mkdir(exist_ok=True)
     (out / "plan.json").write_text(written.to_json(), encoding="utf-8")
@@ -128,9 +130,13 @@ def test_a_plan_is_read_as_it_was_written(
 def test_tasks_hold_the_portions_in_order(
     settings: BuildSettings, pieces: list[Slice], num_tasks: int
 ) -> None:
-    whole = Plan(settings, (tuple(pieces), ()), (), num_tasks)
+    whole = Plan(
+        settings=settings, inputs=(tuple(pieces), ()), task_portions=(), asked_tasks=num_tasks
+    )
     taken = cut_evenly([portion.piece.size_bytes for portion in whole.portions], num_tasks)
-    tasks = Plan(settings, whole.inputs, taken, num_tasks).tasks
+    tasks = Plan(
+        settings=settings, inputs=whole.inputs, task_portions=taken, asked_tasks=num_tasks
+    ).tasks
     assert tuple(portion for task in tasks for portion in task.portions) == whole.portions
 
 

@@ -61,7 +61,17 @@ def example_set(sizes: list[tuple[int, int]]) -> Iterator[DataSet]:
                 writer.add_example(example)
             entry = ShardEntry(path.name, "train", **asdict(writer.finish()))
         manifest = Manifest(
-            BACKWARD_TOKENS, 600, BEGIN, END, 2, FRAME_TOKENS, "test", 0.0, {}, (entry,), None
+            text_format=BACKWARD_TOKENS,
+            vocab_size=600,
+            begin_id=BEGIN,
+            end_id=END,
+            id_bytes=2,
+            frame_tokens=FRAME_TOKENS,
+            source="test",
+            val_fraction=0.0,
+            left_out={},
+            shards=(entry,),
+            dictionary_sha256=None,
         )
         yield DataSet(Path(folder), replace(manifest, row_tokens=ROW_TOKENS), [])
 

@@ -34,7 +34,13 @@ def element(state: str) -> str:
 def test_the_line_that_is_shown_is_what_a_shell_takes_apart_again(
     variables: dict[str, str], arguments: list[str], file: str
 ) -> None:
-    submission = Submission("train", variables, ("--nodes=2",), file, tuple(arguments))
+    submission = Submission(
+        stage="train",
+        variables=variables,
+        options=("--nodes=2",),
+        file=file,
+        arguments=tuple(arguments),
+    )
     words = shlex.split(submission.line)
     assert words[: len(variables)] == [f"{name}={value}" for name, value in variables.items()]
     assert words[len(variables) :] == submission.command

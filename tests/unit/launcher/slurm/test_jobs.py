@@ -114,7 +114,20 @@ def test_the_table_has_a_line_a_row_with_its_columns_below_their_heads(
     values: list[tuple[str, int]],
 ) -> None:
     rows = [
-        Row(name, None, None, "running", 0, step, None, None, None, None, None, None)
+        Row(
+            run=name,
+            job=None,
+            stage=None,
+            state="running",
+            restarts=0,
+            step=step,
+            total_steps=None,
+            loss=None,
+            to_train_s=None,
+            job_left_s=None,
+            nodes=None,
+            why=None,
+        )
         for name, step in values
     ]
     head, *lines = table(rows).splitlines()

@@ -19,7 +19,15 @@ VERSIONS = {"torch": "2.13.0", "code": "abc"}
 def fleet(num_nodes: int, ranks_per_node: int = 2) -> list[RankFacts]:
     """Equal ranks on equal nodes."""
     return [
-        RankFacts(rank, f"n{rank // ranks_per_node}", "H100", 2, 80 * 10**9, 5e14, VERSIONS)
+        RankFacts(
+            rank=rank,
+            node=f"n{rank // ranks_per_node}",
+            device="H100",
+            num_devices=2,
+            memory_free_bytes=80 * 10**9,
+            multiply_flops=5e14,
+            versions=VERSIONS,
+        )
         for rank in range(num_nodes * ranks_per_node)
     ]
 

@@ -120,7 +120,7 @@ def resumed_after_rollback(run: Path) -> None:
     beat(run)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Seen:
     """What is said of a state: by watch and status, by jobs, and why; the step by all."""
 
@@ -132,52 +132,88 @@ class Seen:
 
 
 def stopped(code: int, kind: str) -> Seen:
-    return Seen(ended(code, kind, "the reason"), "stopped", f"stopped ({code})", "the reason")
+    return Seen(
+        make=ended(code, kind, "the reason"),
+        state="stopped",
+        job_state=f"stopped ({code})",
+        says="the reason",
+    )
 
 
 STATES = {
     "starting": Seen(
-        starting,
-        "starting",
-        "starting",
-        "checking the nodes at step 0 since 40 s, heartbeat 3 s old",
-        None,
+        make=starting,
+        state="starting",
+        job_state="starting",
+        says="checking the nodes at step 0 since 40 s, heartbeat 3 s old",
+        step=None,
     ),
     "training": Seen(
-        beat, "running", "running", "updating at step 21 since 4 s, heartbeat 3 s old"
+        make=beat,
+        state="running",
+        job_state="running",
+        says="updating at step 21 since 4 s, heartbeat 3 s old",
     ),
     "saving": Seen(
-        lambda run: beat(run, "saving"), "running", "running", "saving at step 21 since 4 s"
+        make=lambda run: beat(run, "saving"),
+        state="running",
+        job_state="running",
+        says="saving at step 21 since 4 s",
     ),
     "validating for long": Seen(
-        lambda run: beat(run, "validating", for_s=90), "slow", "slow", "validating at step 21"
+        make=lambda run: beat(run, "validating", for_s=90),
+        state="slow",
+        job_state="slow",
+        says="validating at step 21",
     ),
     "longer than allowed": Seen(
-        lambda run: beat(run, for_s=400), "stuck", "stuck", "longer than the 300 s allowed"
+        make=lambda run: beat(run, for_s=400),
+        state="stuck",
+        job_state="stuck",
+        says="longer than the 300 s allowed",
     ),
     "a heartbeat that is old, on another host": Seen(
-        lambda run: beat(run, age_s=60, for_s=61, host="elsewhere"),
-        "dead",
-        "dead",
-        "has been silent for 60 s",
+        make=lambda run: beat(run, age_s=60, for_s=61, host="elsewhere"),
+        state="dead",
+        job_state="dead",
+        says="has been silent for 60 s",
     ),
     "a heartbeat of the future": Seen(
-        lambda run: beat(run, age_s=-30, for_s=-29, host="elsewhere"),
-        "running",
-        "running",
-        "since 0 s, heartbeat 30 s in the future: the clock of elsewhere is ahead",
+        make=lambda run: beat(run, age_s=-30, for_s=-29, host="elsewhere"),
+        state="running",
+        job_state="running",
+        says="since 0 s, heartbeat 30 s in the future: the clock of elsewhere is ahead",
     ),
-    "killed": Seen(killed, "dead", "dead", "is dead; it was last heard of at step 21"),
+    "killed": Seen(
+        make=killed, state="dead", job_state="dead", says="is dead; it was last heard of at step 21"
+    ),
     "finished": Seen(
-        ended(0, "finished", "trained to the end"), "finished", "finished", "trained to the end"
+        make=ended(0, "finished", "trained to the end"),
+        state="finished",
+        job_state="finished",
+        says="trained to the end",
     ),
-    "a full disk": Seen(on_a_full_disk(74), "stopped", "stopped (74)", "the reason"),
-    "a terminal that closed": Seen(on_a_full_disk(75), "stopped", "stopped (75)", "the reason"),
-    "finished on a full disk": Seen(on_a_full_disk(0), "finished", "finished", "the reason"),
-    "resumed after its end": Seen(resumed, "running", "running", "heartbeat 3 s old"),
-    "rolled back": Seen(rolled_back, "stopped", "rolled back", "rolled back to step 10", 10),
+    "a full disk": Seen(
+        make=on_a_full_disk(74), state="stopped", job_state="stopped (74)", says="the reason"
+    ),
+    "a terminal that closed": Seen(
+        make=on_a_full_disk(75), state="stopped", job_state="stopped (75)", says="the reason"
+    ),
+    "finished on a full disk": Seen(
+        make=on_a_full_disk(0), state="finished", job_state="finished", says="the reason"
+    ),
+    "resumed after its end": Seen(
+        make=resumed, state="running", job_state="running", says="heartbeat 3 s old"
+    ),
+    "rolled back": Seen(
+        make=rolled_back,
+        state="stopped",
+        job_state="rolled back",
+        says="rolled back to step 10",
+        step=10,
+    ),
     "resumed after a rollback": Seen(
-        resumed_after_rollback, "running", "running", "heartbeat 3 s old"
+        make=resumed_after_rollback, state="running", job_state="running", says="heartbeat 3 s old"
     ),
     **{
         f"ended with {kind.exit_code}": stopped(kind.exit_code, name)

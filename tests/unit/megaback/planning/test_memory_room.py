@@ -35,8 +35,21 @@ def rooms(device: str, gigabytes: float, hosts: tuple[int, ...]) -> list[Availab
 
 
 def needed(config: Config, device: str, ranks: int) -> float:
-    facts = RunFacts(VOCAB_SIZE, 0.0, None, None, ())
-    cluster = Cluster(1, ranks, Device(device, 0.0, None, None, 0.0, 0.0))
+    facts = RunFacts(
+        vocab_size=VOCAB_SIZE, attended_tokens=0.0, total_tokens=None, shard_bytes=None, notes=()
+    )
+    cluster = Cluster(
+        1,
+        ranks,
+        Device(
+            name=device,
+            memory_bytes=0.0,
+            bf16_flops=None,
+            fp32_flops=None,
+            link_bytes=0.0,
+            network_bytes=0.0,
+        ),
+    )
     return certain_bytes(memory_of(config, facts, cluster).parts, config.training.compile)
 
 

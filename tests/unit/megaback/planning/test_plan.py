@@ -20,7 +20,9 @@ from megaback.planning.plan import Cluster, fits, memory_of, plan_run, smallest_
 from tests.helpers.paths import ROOT
 
 CONFIGS = ROOT / "configs"
-FACTS = RunFacts(8_888, 500.0, 1e11, 1e11, ())
+FACTS = RunFacts(
+    vocab_size=8_888, attended_tokens=500.0, total_tokens=1e11, shard_bytes=1e11, notes=()
+)
 RunMegaback = Callable[..., subprocess.CompletedProcess[str]]
 
 

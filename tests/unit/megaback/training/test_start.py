@@ -15,7 +15,20 @@ STEPS = 25
 
 def meta_at(step: int) -> CheckpointMeta:
     """A checkpoint of which only its step matters."""
-    return CheckpointMeta(step, 1, step, 0, "fp32", 100, {}, "data", {}, 2.0, {}, {})
+    return CheckpointMeta(
+        step=step,
+        updates=1,
+        world_size=step,
+        zero_stage=0,
+        precision="fp32",
+        vocab_size=100,
+        text_format={},
+        data_fingerprint="data",
+        config={},
+        val_loss=2.0,
+        versions={},
+        files={},
+    )
 
 
 def config_of(run: Path, **sections: Any) -> Any:
