@@ -225,7 +225,7 @@ class OptimizerSection(Section):
     """Largest norm of the whole gradient; 0 for none."""
     z_loss: Annotated[float, ranges.NOT_NEGATIVE] = 0.0
     """Weight of the squared log of the softmax's denominator, which keeps logits small (1e-4 is
-    usual). It is learnt from, and left out of the losses that are reported."""
+    usual). It is learned from, and left out of the losses that are reported."""
 
     @model_validator(mode="after")
     def _rate_of_muon(self) -> "OptimizerSection":
@@ -295,7 +295,7 @@ class HardwareSection(Section):
 
 
 class GuardSection(Section):
-    """Steps that are not learnt from. They are counted in the metrics, and the schedule goes on."""
+    """Steps whose update is skipped. They are counted in the metrics, and the schedule goes on."""
 
     max_skipped_steps: Annotated[int, ranges.COUNT_OR_ZERO] = 10
     """A run ends after more than so many in a row. A loss or gradient norm that is no number is

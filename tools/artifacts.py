@@ -135,7 +135,7 @@ def _data_set(folder: Path, verify: bool) -> Artifact:
         facts={
             **data_set_facts(folder, manifest),
             **splits,
-            "left_out": manifest.left_out,
+            "excluded": manifest.excluded,
             "skipped": {kind: num_skipped(manifest.skipped, kind) for kind in manifest.skipped},
         },
         checked=f"{len(manifest.shards)} shards and the tokenizer, "

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 PLAN_NAME = "plan.json"
 OUTPUT_NAME = "output.json"
 """In the work folder: the hashes of what was written as the output."""
-_FORMAT = {"format": "megaback-backtranslation", "version": 1}
+_FORMAT = {"format": "megaback-backtranslation", "version": 2}
 _PROGRESS_INTERVAL_S = 10.0
 _READ_BYTES = 1 << 20
 _PLAN_DRAFT = re.compile(rf"\.{re.escape(PLAN_NAME)}\..*\.partial")

@@ -44,7 +44,7 @@ def to_json(folder: Path, results: "Mapping[str, SuiteResult]") -> dict[str, Any
         "suites": {
             name: {
                 "rows": result.rows,
-                "left_out": result.left_out,
+                "excluded": result.excluded,
                 "metrics": {key: metric.to_dict() for key, metric in result.metrics.items()},
             }
             for name, result in results.items()

@@ -77,7 +77,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         for newer in complete[complete.index(target) + 1 :]:
             os.replace(newer, aside / newer.name)
         write_text(target.parent / LATEST_NAME, target.name + "\n")
-        record_event(run, ROLLBACK_EVENT, step=meta.step, left_out=[meta.step + 1, last])
+        record_event(run, ROLLBACK_EVENT, step=meta.step, excluded=[meta.step + 1, last])
     return target, meta.step + 1, last
 
 

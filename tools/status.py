@@ -47,7 +47,7 @@ class Status:
     total_steps: int | None
     tokens_seen: int
     loss: float | None
-    """The mean of the last steps that were learnt from."""
+    """The mean of the last steps that were learned from."""
     validation: Validation | None
     best_validation: Validation | None
     tokens_per_s: float | None
@@ -58,7 +58,7 @@ class Status:
     """At the pace of the last steps; 0 for a run that is finished."""
     skipped: dict[int, str]
     """Steps that changed no weights, and why."""
-    left_out_steps: int
+    excluded_steps: int
     """Passed over by a rollback."""
     checkpoints: list[int]
     """Steps of the complete ones."""
@@ -90,7 +90,9 @@ def _status(
     now: float,
 ) -> Status:
     steps = [line for line in lines if "learning_rate" in line]
-    learnt = [line["loss"] for line in steps if "skipped" not in line and line["loss"] is not None]
+    with_loss = [
+        line["loss"] for line in steps if "skipped" not in line and line["loss"] is not None
+    ]
     validations = [
         Validation(line["step"], line["val_loss"], line["val_bits_per_byte"])
         for line in lines
@@ -113,7 +115,7 @@ def _status(
         step=step,
         total_steps=totals[-1] if totals else None,
         tokens_seen=steps[-1]["tokens_seen"] if steps else 0,
-        loss=statistics.fmean(learnt[-_RECENT_STEPS:]) if learnt else None,
+        loss=statistics.fmean(with_loss[-_RECENT_STEPS:]) if with_loss else None,
         validation=validations[-1] if validations else None,
         best_validation=min(measured, key=lambda one: (one.loss or 0.0, one.step), default=None),
         tokens_per_s=(
@@ -123,7 +125,7 @@ def _status(
         memory_peak_bytes=recent[-1].get("memory_peak_bytes") if recent else None,
         left_s=left_s,
         skipped={line["step"]: line["skipped"] for line in steps if "skipped" in line},
-        left_out_steps=sum("left_out" in line for line in lines),
+        excluded_steps=sum("excluded" in line for line in lines),
         checkpoints=[step_of(path) for path in complete],
         checkpoint_age_s=now - (complete[-1] / META_NAME).stat().st_mtime if complete else None,
         history=history,
@@ -160,8 +162,8 @@ def screen(status: Status, now: float) -> str:
         last, why = list(status.skipped.items())[-1]
         count = len(status.skipped)
         rows.append(("skipped", f"{count} step{'s' * (count > 1)}; the last is {last:,}: {why}"))
-    if status.left_out_steps:
-        rows.append(("left out", f"{status.left_out_steps:,} steps, by megaback rollback"))
+    if status.excluded_steps:
+        rows.append(("left out", f"{status.excluded_steps:,} steps, by megaback rollback"))
     lines = [status.run, *(f"  {name:<11}{text}" for name, text in rows), "history"]
     hidden = len(status.history) - _MAX_EVENTS
     if hidden > 0:

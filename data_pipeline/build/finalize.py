@@ -89,7 +89,7 @@ def _clean_plan(out: Path) -> None:
 
 
 def _nothing_to_train_on(manifest: Manifest) -> SourceEmptyError:
-    counted = ", ".join(f"{number} {name}" for name, number in manifest.left_out.items())
+    counted = ", ".join(f"{number} {name}" for name, number in manifest.excluded.items())
     reasons = why_records_are_bad(manifest.skipped)
     advice = "fix the records, or name the columns" if reasons else "give a source with text"
     return SourceEmptyError(
@@ -178,8 +178,8 @@ def _select(
 ) -> list[TaskRecord]:
     chosen = choose_documents(tasks, out)
     calls = [
-        (task, record, keep, left_out, out)
-        for task, record, (keep, left_out) in zip(tasks, records, chosen, strict=True)
+        (task, record, keep, excluded, out)
+        for task, record, (keep, excluded) in zip(tasks, records, chosen, strict=True)
     ]
     selected = dict(run_in_processes(write_selection, calls, workers))
     return [selected[index] for index in range(len(calls))]
@@ -190,7 +190,7 @@ def _manifest(
 ) -> Manifest:
     settings = plan.settings
     val_fraction = max(task.settings.val_fraction for task in tasks)
-    names = sorted({name for record in records for name in record.left_out})
+    names = sorted({name for record in records for name in record.excluded})
     return Manifest(
         text_format=codec.format,
         vocab_size=codec.vocab_size,
@@ -200,9 +200,11 @@ def _manifest(
         frame_tokens=settings.frame_tokens,
         source=settings.description,
         val_fraction=val_fraction,
-        asked_val_fraction=None if val_fraction == settings.val_fraction else settings.val_fraction,
+        requested_val_fraction=None
+        if val_fraction == settings.val_fraction
+        else settings.val_fraction,
         row_tokens=settings.row_tokens,
-        left_out={name: sum(record.left_out.get(name, 0) for record in records) for name in names},
+        excluded={name: sum(record.excluded.get(name, 0) for record in records) for name in names},
         skipped=merged([plan.skipped, *(record.skipped for record in records)]),
         shards=tuple(
             sorted(

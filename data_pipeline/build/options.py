@@ -28,7 +28,7 @@ from data_pipeline.common.number_ranges import (
 )
 from data_pipeline.common.terminal import echo
 from data_pipeline.shards.compression import DEFAULT_LEVEL
-from data_pipeline.shards.left_out import echo_left_out, noun_of
+from data_pipeline.shards.excluded import echo_excluded, noun_of
 from data_pipeline.shards.manifest import SPLITS, Manifest
 from data_pipeline.shards.writer import DEFAULT_FRAME_TOKENS
 from data_pipeline.sources.record_limits import max_record_bytes_option
@@ -204,13 +204,13 @@ def echo_manifest(manifest: Manifest, out: Path) -> None:
         if manifest.row_tokens is not None and total["tokens"]:
             echo(
                 f"  in {total['tokens'] // manifest.row_tokens:,} rows of {manifest.row_tokens:,}: "
-                f"{total['learnt_tokens']:,} tokens with loss, "
+                f"{total['loss_tokens']:,} tokens with loss, "
                 f"{total['padding_tokens'] / total['tokens']:.1%} padding"
             )
-    echo_left_out(manifest)
-    if manifest.asked_val_fraction is not None:
+    echo_excluded(manifest)
+    if manifest.requested_val_fraction is not None:
         echo(
-            f"--val-fraction was raised from {manifest.asked_val_fraction:g} to "
+            f"--val-fraction was raised from {manifest.requested_val_fraction:g} to "
             f"{manifest.val_fraction:.3g}: a val set has at least {MIN_VAL_DOCUMENTS} {noun}, or a "
             f"tenth of fewer than {10 * MIN_VAL_DOCUMENTS}"
         )

@@ -120,7 +120,7 @@ class Plan:
     """The slices of each source, in the order of `settings.sources`."""
     task_portions: tuple[int, ...]
     """How many portions each task takes, in order."""
-    asked_tasks: int | None
+    requested_tasks: int | None
     """The number of tasks that was asked for; None: chosen by size."""
     skipped: Skipped = field(default_factory=dict)
     """Files of the sources that are not read, by cause."""
@@ -160,7 +160,7 @@ class Plan:
             "settings": self.settings.to_dict(),
             "inputs": [files_of(slices) for slices in self.inputs],
             "task_portions": self.task_portions,
-            "asked_tasks": self.asked_tasks,
+            "requested_tasks": self.requested_tasks,
         }
         if self.skipped:
             fields["skipped"] = skipped_to_json(self.skipped)
@@ -180,7 +180,7 @@ class Plan:
                 settings=BuildSettings.from_dict(fields["settings"]),
                 inputs=tuple(map(slices_of, checked("inputs", fields["inputs"], list))),
                 task_portions=checked("task_portions", fields["task_portions"], tuple[int, ...]),
-                asked_tasks=checked("asked_tasks", fields["asked_tasks"], int | None),
+                requested_tasks=checked("requested_tasks", fields["requested_tasks"], int | None),
                 skipped=skipped_from_json(fields.get("skipped", {})),
             )
             sources = zip(plan.settings.sources, plan.inputs, strict=True)
@@ -189,7 +189,7 @@ class Plan:
                 raise ValueError("its tasks do not add up to its inputs")
             require_within("portions", num_portions, 0, _MAX_PORTIONS)
             require_within("tasks", len(plan.task_portions), 0, _MAX_TASKS)
-            require_within("asked_tasks", plan.asked_tasks or 1, 1, _MAX_TASKS)
+            require_within("requested_tasks", plan.requested_tasks or 1, 1, _MAX_TASKS)
         except (FileNotFoundError, NotADirectoryError):
             raise ShardsMissingError(
                 f"{out} holds no plan of a build; name the source, the tokenizer and the folder: "
@@ -228,7 +228,7 @@ def make_plan(
         settings=settings,
         inputs=tuple(listing.slices for listing in listings),
         task_portions=(),
-        asked_tasks=num_tasks,
+        requested_tasks=num_tasks,
         skipped=skipped,
     )
     sizes = [portion.piece.size_bytes * portion.fraction for portion in plan.portions]
@@ -303,7 +303,7 @@ def handling_records(plan: Plan, changed: Mapping[str, Any], out: Path) -> Plan:
         write_text(out / PLAN_NAME, plan.to_json())
         return plan
     manifest = Manifest.load(out)
-    if settings.on_bad_record == "stop" and (bad := manifest.left_out.get("bad_record")):
+    if settings.on_bad_record == "stop" and (bad := manifest.excluded.get("bad_record")):
         raise OutputExistsError(
             f"{out} is a finished data set that left out {bad:,} malformed records; give "
             "`on_bad_record` skip, or choose another `out`"
@@ -331,7 +331,7 @@ def renew_plan(plan: Plan, settings: BuildSettings) -> tuple[Plan, bool]:
 
     Tasks whose input is the same are the same. Raises the errors of the sources.
     """
-    renewed = make_plan(settings, plan.asked_tasks)
+    renewed = make_plan(settings, plan.requested_tasks)
     has_changed = _identities(renewed) != _identities(plan)
     # The tasks stay as they were cut, and are read by the addresses that are given now.
     again = replace(plan, inputs=renewed.inputs, skipped=renewed.skipped)

@@ -61,7 +61,7 @@ def choose_documents(tasks: Sequence[Task], out: Path) -> list[tuple[Keep, dict[
     notes = [read_notes(task, out) for task in tasks]
     keeps = [np.ones(len(of_task), dtype=np.bool_) for of_task in notes]
     if settings.deduplicate:
-        _leave_out_duplicates(notes, keeps)
+        _exclude_duplicates(notes, keeps)
     duplicates = [int(len(keep) - keep.sum()) for keep in keeps]
     documents_left = settings.limit_documents
     tokens_left = settings.limit_tokens
@@ -89,7 +89,7 @@ def choose_documents(tasks: Sequence[Task], out: Path) -> list[tuple[Keep, dict[
     return chosen
 
 
-def _leave_out_duplicates(notes: Sequence[npt.NDArray[Any]], keeps: Sequence[Keep]) -> None:
+def _exclude_duplicates(notes: Sequence[npt.NDArray[Any]], keeps: Sequence[Keep]) -> None:
     """Of equal texts, keep the first. Texts are compared by 128 bits of their SHA-256.
 
     Hashes are looked at in as many passes as keep the memory of each within bounds.
@@ -119,7 +119,7 @@ def selected_record_path(out: Path, index: int) -> Path:
 
 
 def write_selection(
-    task: Task, record: TaskRecord, keep: Keep, left_out: dict[str, int], out: Path
+    task: Task, record: TaskRecord, keep: Keep, excluded: dict[str, int], out: Path
 ) -> TaskRecord:
     """Copy a task's staged shards to their place, without the documents that are left out.
 
@@ -144,7 +144,7 @@ def write_selection(
             elif keep[documents].any():
                 text_bytes = notes["text_bytes"][documents]
                 shards.append(_copy_shard(shard, staged, out, keep[documents], text_bytes, task))
-    counted = Counter(record.left_out) + Counter(left_out)
+    counted = Counter(record.excluded) + Counter(excluded)
     selected = TaskRecord(sha256, tuple(shards), dict(sorted(counted.items())), record.skipped)
     selected.save(path)
     return selected

@@ -156,7 +156,7 @@ class BuildSettings:
         """Whether what a task keeps depends on other tasks."""
         return self.deduplicate or self.is_limited
 
-    def why_left_out(self, document: Document) -> str | None:
+    def exclusion_reason(self, document: Document) -> str | None:
         """Which filter keeps a document out: `empty`, `length`, `language`, `language_score`."""
         if not document.text or document.response == "":
             return "empty"

@@ -24,10 +24,10 @@ from data_pipeline.build.progress import Counts, no_counts
 from data_pipeline.build.task_input import (
     BAD_RECORD,
     TOO_LONG,
-    LeftOut,
+    Excluded,
     Passed,
     belongs_to_val,
-    left_out_by,
+    excluded_by,
     read_task,
 )
 from data_pipeline.build.task_output import (
@@ -58,7 +58,7 @@ class TaskRecord:
 
     task_sha256: str
     shards: tuple[ShardEntry, ...]
-    left_out: dict[str, int]
+    excluded: dict[str, int]
     skipped: Skipped = field(default_factory=dict)
     """Records that are malformed, and parts of records, by cause."""
     lowest_hashes: _HASHES = ()
@@ -83,7 +83,7 @@ class TaskRecord:
             record = cls(
                 checked("task_sha256", fields["task_sha256"], str),
                 tuple(map(ShardEntry.from_json, fields["shards"])),
-                checked("left_out", fields["left_out"], dict[str, int]),
+                checked("excluded", fields["excluded"], dict[str, int]),
                 skipped_from_json(fields.get("skipped", {})),
                 checked("lowest_hashes", fields.get("lowest_hashes", ()), _HASHES),
             )
@@ -127,7 +127,7 @@ def finished_record(task: Task, out: Path) -> TaskRecord | None:
     record = TaskRecord.load(record_path(out, task.index), task.sha256, shards_folder(task, out))
     if record is None or (settings.selects and not _has_notes(task, record, out)):
         return None
-    return None if settings.on_bad_record == "stop" and record.left_out.get(BAD_RECORD) else record
+    return None if settings.on_bad_record == "stop" and record.excluded.get(BAD_RECORD) else record
 
 
 def read_notes(task: Task, out: Path) -> npt.NDArray[Any]:
@@ -171,7 +171,7 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
     codec = _codec(model_bytes, settings.direction, settings.unit)
     folder = shards_folder(task, out)
     folder.mkdir(parents=True, exist_ok=True)
-    left_out = LeftOut()
+    excluded = Excluded()
     shards: list[ShardEntry] = []
     notes = Notes(settings) if settings.selects else None
     lowest = LowestHashes()
@@ -180,8 +180,8 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
             stack.enter_context(SplitOutput(split, task, folder, codec, shards)) for split in SPLITS
         ]
         for item in _encoded(read_task(task, counts), codec, settings.row_tokens):
-            if isinstance(item, LeftOut):
-                left_out.add(item)
+            if isinstance(item, Excluded):
+                excluded.add(item)
                 continue
             document, encoded = item
             split = document.split
@@ -199,9 +199,9 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
         with replacing(notes_path(task, out)) as file:
             file.write(notes.packed)
     by_file = sorted(shards, key=lambda shard: shard.file)
-    counted = dict(sorted(left_out.counts.items()))
+    counted = dict(sorted(excluded.counts.items()))
     record = TaskRecord(
-        *(task.sha256, tuple(by_file), counted, merged([left_out.skipped])),
+        *(task.sha256, tuple(by_file), counted, merged([excluded.skipped])),
         lowest.counted(),
     )
     record.save(record_path(out, task.index))
@@ -209,20 +209,20 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
 
 
 def _encoded(
-    items: Iterator[Passed | LeftOut], codec: TextCodec, row_tokens: int | None
-) -> Iterator[tuple[Passed, Encoded] | LeftOut]:
+    items: Iterator[Passed | Excluded], codec: TextCodec, row_tokens: int | None
+) -> Iterator[tuple[Passed, Encoded] | Excluded]:
     """What is read, documents with their ids: many are encoded at a time."""
     while batch := _next_batch(items):
         passed = [item for item in batch if isinstance(item, Passed)]
         encode = _encode_documents if row_tokens is None else _encode_examples
         encoded = iter(encode(passed, codec))
         for item in batch:
-            if isinstance(item, LeftOut):
+            if isinstance(item, Excluded):
                 yield item
                 continue
             of_item = next(encoded)
             is_too_long = row_tokens is not None and len(of_item.ids) > row_tokens
-            yield left_out_by(TOO_LONG, item.position) if is_too_long else (item, of_item)
+            yield excluded_by(TOO_LONG, item.position) if is_too_long else (item, of_item)
 
 
 def _encode_documents(passed: Sequence[Passed], codec: TextCodec) -> Iterator[Encoded]:
@@ -235,17 +235,17 @@ def _encode_examples(passed: Sequence[Passed], codec: TextCodec) -> Iterator[Enc
     examples = [Example(document.text, document.response or "") for document in passed]
     encoded = ChatFormat(codec).encode_all(examples)
     for document, example in zip(passed, encoded, strict=True):
-        num_learnt = len(example.ids) - example.num_given
+        num_loss_tokens = len(example.ids) - example.num_given
         text_bytes = document.num_bytes - 1  # without the NUL between instruction and response
-        yield PackedExample(example.ids, example.num_given, num_learnt, text_bytes)
+        yield PackedExample(example.ids, example.num_given, num_loss_tokens, text_bytes)
 
 
-def _next_batch(items: Iterator[Passed | LeftOut]) -> list[Passed | LeftOut]:
+def _next_batch(items: Iterator[Passed | Excluded]) -> list[Passed | Excluded]:
     batch = []
     num_characters = 0
     for item in items:
         batch.append(item)
-        if isinstance(item, LeftOut):
+        if isinstance(item, Excluded):
             num_characters += 1
         else:
             num_characters += len(item.text) + len(item.response or "")

@@ -14,9 +14,9 @@ from data_pipeline.sources.registry import read_slice
 from data_pipeline.sources.skipped import PARTS, RECORDS, Skipped, add_skipped, count_skipped
 
 BAD_RECORD = "bad_record"
-"""The name of malformed records in `left_out`."""
+"""The name of malformed records in `excluded`."""
 TOO_LONG = "too_long"
-_EXAMPLES_LEFT_OUT = {
+_EXCLUDED_EXAMPLES = {
     "empty": "example without an instruction or a response",
     "length": "example that `min_characters` or `max_characters` leaves out",
     TOO_LONG: "example longer than `context_tokens`",
@@ -48,34 +48,34 @@ class Passed:
 
 
 @dataclass
-class LeftOut:
+class Excluded:
     """Documents, records and parts of records that were left out."""
 
     counts: Counter[str] = field(default_factory=Counter)
     """Documents and records, by the filter that left them out."""
     skipped: Skipped = field(default_factory=dict)
 
-    def add(self, other: "LeftOut") -> None:
+    def add(self, other: "Excluded") -> None:
         self.counts.update(other.counts)
         add_skipped(self.skipped, other.skipped)
 
 
-def left_out_by(name: str, position: str) -> LeftOut:
+def excluded_by(name: str, position: str) -> Excluded:
     """A document that a filter left out; of an example, the place is noted too."""
-    left_out = LeftOut(Counter([name]))
+    excluded = Excluded(Counter([name]))
     if position:
-        count_skipped(left_out.skipped, PARTS, _EXAMPLES_LEFT_OUT.get(name, name), position)
-    return left_out
+        count_skipped(excluded.skipped, PARTS, _EXCLUDED_EXAMPLES.get(name, name), position)
+    return excluded
 
 
-def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
+def read_task(task: Task, counts: Counts) -> Iterator[Passed | Excluded]:
     """What a task reads, in order: documents, and what is left out."""
     settings = task.settings
-    left_out = LeftOut()  # a whole file of malformed records may come between two documents
+    excluded = Excluded()  # a whole file of malformed records may come between two documents
 
     def skip(error: BadRecordError) -> None:
-        left_out.counts[BAD_RECORD] += error.number
-        count_skipped(left_out.skipped, RECORDS, error.cause, error.place, error.number)
+        excluded.counts[BAD_RECORD] += error.number
+        count_skipped(excluded.skipped, RECORDS, error.cause, error.place, error.number)
 
     on_bad_record = skip if settings.on_bad_record == "skip" else stop_or_skip
     for portion in task.portions:
@@ -89,19 +89,19 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
             step_bytes = min(len(document.content), size_bytes - shown_bytes)
             shown_bytes += step_bytes
             counts[3] += step_bytes
-            for cause, place in document.left_out:
-                count_skipped(left_out.skipped, PARTS, cause, place)
-            if left_out.skipped:
-                yield left_out
-                left_out = LeftOut()
-            if reason := settings.why_left_out(document):
+            for cause, place in document.excluded:
+                count_skipped(excluded.skipped, PARTS, cause, place)
+            if excluded.skipped:
+                yield excluded
+                excluded = Excluded()
+            if reason := settings.exclusion_reason(document):
                 is_example = document.response is not None
-                yield left_out_by(reason, document.position if is_example else "")
+                yield excluded_by(reason, document.position if is_example else "")
                 continue
             content = document.content
             sha256 = hashlib.sha256(content).digest()
             if portion.fraction < 1.0 and hash_fraction(sha256[8:16]) >= portion.fraction:
-                yield LeftOut(Counter(["weight"]))
+                yield Excluded(Counter(["weight"]))
                 continue
             yield Passed(
                 text=document.text,
@@ -112,7 +112,7 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | LeftOut]:
                 split=split,
                 position=document.position,
             )
-        if left_out.skipped:
-            yield left_out
-            left_out = LeftOut()
+        if excluded.skipped:
+            yield excluded
+            excluded = Excluded()
         counts[3] += size_bytes - shown_bytes

@@ -113,7 +113,7 @@ class RowPacker:
         yield from first
         padding = np.full(self._room.pop(row), self._padding_id, dtype=last.ids.dtype)
         ids = np.concatenate([last.ids, padding])
-        yield PackedExample(ids, last.num_given, last.num_learnt, last.text_bytes)
+        yield PackedExample(ids, last.num_given, last.num_loss_tokens, last.text_bytes)
 
 
 class SplitOutput:

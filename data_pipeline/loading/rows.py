@@ -5,7 +5,7 @@ attention starts afresh at every begin marker and at every row (`cu_seqlens`), p
 A target is ignored where there is nothing to learn: past a frame's end, and from one document's
 end marker to the next one's begin marker.
 
-Rows of instruction examples say themselves where attention starts afresh and what is learnt: their
+Rows of instruction examples say themselves where attention starts afresh and what is learned: their
 ids have marks. No example crosses a row's end, so none sees its neighbor or is cut.
 
 Direction is a way of reading: a run may read `token` shards against their stored direction. Each
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from data_pipeline.errors import ConfigError, DirectionMismatchError
 from data_pipeline.loading.frame_store import FrameStore, Marks
-from data_pipeline.shards.examples import LEARNT, STARTS
+from data_pipeline.shards.examples import HAS_LOSS, STARTS
 from data_pipeline.text.codec import Direction, TextFormat, Unit
 
 IGNORED_TARGET = -100
@@ -184,9 +184,9 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
     if rows.marks_NC is None:
         inner = _ignore_between(rows, targets_T, num_targets_N, begin_id, end_id)
     else:
-        is_learnt_NC = rows.marks_NC & LEARNT != 0
-        targets_NC[~is_learnt_NC] = IGNORED_TARGET
-        num_targets_N = is_learnt_NC.sum(axis=1)
+        has_loss_NC = rows.marks_NC & HAS_LOSS != 0
+        targets_NC[~has_loss_NC] = IGNORED_TARGET
+        num_targets_N = has_loss_NC.sum(axis=1)
         segments = np.flatnonzero(rows.marks_NC & STARTS)
         inner = segments[segments % context_tokens > 0]
 

@@ -2,7 +2,7 @@
 
 An example never crosses the boundary of a row of `row_tokens` ids; end markers fill the rest. A
 shard stores for each example its ids (the padding behind it included), how many of them are given
-without loss, and how many are learnt. From these come the marks of every id: whether a segment
+without loss, and how many are learned. From these come the marks of every id: whether a segment
 begins there, for attention, and whether the id after it is a target.
 """
 
@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from data_pipeline.text.encoder import Ids
 
-LEARNT = np.uint8(1)
+HAS_LOSS = np.uint8(1)
 """The id after this one, in the same example, is a target."""
 STARTS = np.uint8(2)
 """An example, or padding, begins here."""
 NUM_COUNTS = 3
-"""Numbers stored of each example: its ids with padding, those given, those learnt."""
+"""Numbers stored of each example: its ids with padding, those given, those learned."""
 
 Marks = npt.NDArray[np.uint8]
 
@@ -33,7 +33,7 @@ class PackedExample:
 
     ids: Ids
     num_given: int
-    num_learnt: int
+    num_loss_tokens: int
     text_bytes: int
 
 
@@ -41,11 +41,11 @@ def require_rows(counts: npt.NDArray[np.integer[Any]], row_tokens: int) -> None:
     """Raises ValueError unless examples with these counts, shape (examples, 3), lie in rows."""
     start = 0
     for first in range(0, len(counts), _BLOCK_EXAMPLES):
-        tokens, given, learnt = counts[first : first + _BLOCK_EXAMPLES].astype(np.int64).T
+        tokens, given, loss_tokens = counts[first : first + _BLOCK_EXAMPLES].astype(np.int64).T
         stops = start + np.cumsum(tokens)
         if (
             (given < 1).any()
-            or (given + learnt > tokens).any()
+            or (given + loss_tokens > tokens).any()
             or ((stops - tokens) // row_tokens != (stops - 1) // row_tokens).any()
         ):
             raise ValueError("an example crosses a row's end, or its counts contradict each other")
@@ -57,20 +57,20 @@ class ExampleMarks:
 
     def __init__(self, counts: npt.NDArray[np.int64]) -> None:
         """`counts` has shape (examples, 3), and is as `require_rows` says."""
-        tokens, given, learnt = counts.T
+        tokens, given, loss_tokens = counts.T
         self._starts = np.cumsum(tokens) - tokens
-        self._learnt_from = self._starts + given - 1
-        self._ends = self._starts + given + learnt
-        self._padding = self._ends[given + learnt < tokens]
+        self._loss_from = self._starts + given - 1
+        self._ends = self._starts + given + loss_tokens
+        self._padding = self._ends[given + loss_tokens < tokens]
 
     def between(self, start: int, stop: int) -> Marks:
         """Marks of the ids from `start` to `stop` of the shard, where no example crosses these."""
         first, last = np.searchsorted(self._starts, [start, stop])
         edges = np.zeros(stop - start + 1, dtype=np.int8)
         # Within an example, from the last id that is given to the last but one.
-        edges[self._learnt_from[first:last] - start] += 1
+        edges[self._loss_from[first:last] - start] += 1
         edges[self._ends[first:last] - 1 - start] -= 1
-        marks = np.cumsum(edges[:-1], dtype=np.int8).astype(np.uint8) * LEARNT
+        marks = np.cumsum(edges[:-1], dtype=np.int8).astype(np.uint8) * HAS_LOSS
         marks[self._starts[first:last] - start] |= STARTS
         first, last = np.searchsorted(self._padding, [start, stop])
         marks[self._padding[first:last] - start] |= STARTS

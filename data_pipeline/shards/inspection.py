@@ -19,7 +19,7 @@ from data_pipeline.common.terminal import echo
 from data_pipeline.errors import ConfigError
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.document_lengths import DocumentLengths, describe, read_document_lengths
-from data_pipeline.shards.left_out import echo_left_out
+from data_pipeline.shards.excluded import echo_excluded
 from data_pipeline.shards.length_plot import NEEDED_BY, draw_histogram
 from data_pipeline.shards.manifest import SPLITS, Manifest, ShardEntry
 from data_pipeline.shards.traversal import num_frames, on_threads, spread_frames
@@ -242,11 +242,11 @@ def main(
     facts = data_set_facts(shards, manifest)
     if form == "json":
         splits = {name: summary.to_dict() for name, summary in summaries.items()}
-        left_out = {
-            "left_out": manifest.left_out,
+        excluded = {
+            "excluded": manifest.excluded,
             "skipped": skipped_to_json(manifest.skipped),
         }
-        click.echo(json.dumps({**facts, **left_out, "splits": splits}))
+        click.echo(json.dumps({**facts, **excluded, "splits": splits}))
     else:
         _show_facts(facts)
         for name in SPLITS:
@@ -254,7 +254,7 @@ def main(
                 _show_split(name, summaries[name], manifest.id_bytes)
             else:
                 click.echo(f"{name:<12} empty")
-        echo_left_out(manifest)
+        echo_excluded(manifest)
         if split in summaries:
             echo(f"\nlengths of the {split} documents in tokens, markers included")
             echo("\n".join(describe(summaries[split].lengths)))

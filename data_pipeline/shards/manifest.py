@@ -51,10 +51,11 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
 DICTIONARY_NAME = "dictionary.zdict"
 FORMAT_NAME = "megaback-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 3
 """Of documents."""
-EXAMPLES_VERSION = 2
+EXAMPLES_VERSION = 4
 """Of examples in rows."""
+_EARLIER_VERSIONS = (1, 2)
 SPLITS = ("train", "val")
 SHARD_NAME = re.compile(r"(train|val)-[0-9]{5,}-[0-9]{5,}\.zst")
 """The names of shards: what else a folder holds is not ours to remove."""
@@ -63,7 +64,7 @@ FILE_NAME = re.compile(
     rf"|{re.escape(DICTIONARY_NAME)}|plan\.json"
 )
 """The names of the files that a build writes into its folder."""
-_OF_EXAMPLES = ("learnt_tokens", "padding_tokens")
+_OF_EXAMPLES = ("loss_tokens", "padding_tokens")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class ShardEntry:
     file_bytes: int
     file_sha256: str
     content_sha256: str
-    learnt_tokens: int = 0
+    loss_tokens: int = 0
     """Of examples: those with loss."""
     padding_tokens: int = 0
     """Of examples: those that fill rows."""
@@ -96,8 +97,8 @@ class ShardEntry:
         require_within("documents", entry.documents, 1, min(entry.tokens, MAX_COUNTS))
         require_within("text_bytes", entry.text_bytes, 0, INT64_MAX)
         require_within("file_bytes", entry.file_bytes, 1, INT64_MAX)
-        require_within("learnt_tokens", entry.learnt_tokens, 0, entry.tokens)
-        left = entry.tokens - entry.learnt_tokens
+        require_within("loss_tokens", entry.loss_tokens, 0, entry.tokens)
+        left = entry.tokens - entry.loss_tokens
         require_within("padding_tokens", entry.padding_tokens, 0, left)
         return entry
 
@@ -114,7 +115,7 @@ class Manifest:
     frame_tokens: int
     source: str
     val_fraction: float
-    left_out: dict[str, int]
+    excluded: dict[str, int]
     """How many documents each filter left out, by its name."""
     shards: tuple[ShardEntry, ...]
     dictionary_sha256: str | None = None
@@ -123,7 +124,7 @@ class Manifest:
     """Of instruction examples: the row that none of them crosses. None: documents."""
     skipped: Skipped = field(default_factory=dict)
     """Files, malformed records and parts of records that were not read, by cause."""
-    asked_val_fraction: float | None = None
+    requested_val_fraction: float | None = None
     """The val fraction that was asked for, where it was raised to give the val set its minimum."""
 
     @property
@@ -144,7 +145,7 @@ class Manifest:
     def total(self, name: str) -> dict[str, int]:
         """Sums over a split: shards, documents, tokens, text_bytes, file_bytes.
 
-        Of examples, learnt_tokens and padding_tokens too.
+        Of examples, loss_tokens and padding_tokens too.
         """
         shards = self.split(name)
         summed = ["documents", "tokens", "text_bytes", "file_bytes"]
@@ -180,13 +181,13 @@ class Manifest:
             "frame_tokens": self.frame_tokens,
             "source": self.source,
             "val_fraction": self.val_fraction,
-            "left_out": self.left_out,
+            "excluded": self.excluded,
             "dictionary_sha256": self.dictionary_sha256,
             "splits": {name: self.total(name) for name in SPLITS},
             "shards": [asdict(shard) for shard in self.shards],
         }
-        if self.asked_val_fraction is not None:
-            fields["asked_val_fraction"] = self.asked_val_fraction
+        if self.requested_val_fraction is not None:
+            fields["requested_val_fraction"] = self.requested_val_fraction
         if self.skipped:
             fields["skipped"] = skipped_to_json(self.skipped)
         if is_of_examples:
@@ -251,6 +252,8 @@ class Manifest:
         version = fields["version"]
         is_of_examples = version == EXAMPLES_VERSION
         if fields["format"] != FORMAT_NAME or not (is_of_examples or version == FORMAT_VERSION):
+            if fields["format"] == FORMAT_NAME and version in _EARLIER_VERSIONS:
+                raise ValueError("an earlier version of megaback wrote it, with other names")
             raise ValueError(f"format {briefly(fields['format'])} version {briefly(version)}")
         row_tokens = checked("row_tokens", fields["row_tokens"], int) if is_of_examples else None
         # Earlier versions wrote whole addresses.
@@ -282,11 +285,11 @@ class Manifest:
             require_within("row_tokens", self.row_tokens, 1, self.frame_tokens)
             if self.frame_tokens % self.row_tokens:
                 raise ValueError(f"row_tokens {self.row_tokens} does not divide frame_tokens")
-        for fraction in (self.val_fraction, self.asked_val_fraction or 0.0):
+        for fraction in (self.val_fraction, self.requested_val_fraction or 0.0):
             if (problem := SHARE_BELOW_ALL.problem(fraction)) is not None:
                 raise ValueError(f"a val fraction is {fraction}, {problem}")
-        for name, number in self.left_out.items():
-            require_within(f"left_out.{briefly(name)}", number, 0, INT64_MAX)
+        for name, number in self.excluded.items():
+            require_within(f"excluded.{briefly(name)}", number, 0, INT64_MAX)
         names = Counter(entry.file for entry in self.shards)
         for name, number in names.most_common(1):
             if number > 1:
@@ -322,7 +325,7 @@ _REQUIRED = {
     **dict.fromkeys(("vocab_size", "begin_id", "end_id", "id_bytes", "frame_tokens"), int),
     "source": str,
     "val_fraction": float,
-    "left_out": dict[str, int],
+    "excluded": dict[str, int],
 }
-_OPTIONAL = {"dictionary_sha256": str | None, "asked_val_fraction": float | None}
+_OPTIONAL = {"dictionary_sha256": str | None, "requested_val_fraction": float | None}
 """Types of the fields of a manifest."""

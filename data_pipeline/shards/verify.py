@@ -55,9 +55,9 @@ def _require_counted(
     reader: ShardReader, counts: npt.NDArray[np.uint32], entry: ShardEntry
 ) -> None:
     """Raises ShardCorruptError unless a shard of examples has the tokens that an entry counts."""
-    tokens, given, learnt = counts.sum(axis=0, dtype=np.int64).tolist()
-    counted = (learnt, tokens - given - learnt)
-    promised = (entry.learnt_tokens, entry.padding_tokens)
+    tokens, given, loss_tokens = counts.sum(axis=0, dtype=np.int64).tolist()
+    counted = (loss_tokens, tokens - given - loss_tokens)
+    promised = (entry.loss_tokens, entry.padding_tokens)
     if counted != promised:
         raise ShardCorruptError(
             f"the shard {reader.shown} is not the one in the manifest, which gives tokens with "

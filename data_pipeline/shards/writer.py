@@ -44,7 +44,7 @@ class ShardDigest:
     file_bytes: int
     file_sha256: str
     content_sha256: str
-    learnt_tokens: int = 0
+    loss_tokens: int = 0
     """Of examples: those with loss."""
     padding_tokens: int = 0
     """Of examples: those that fill rows."""
@@ -79,7 +79,7 @@ class ShardWriter:
         self._pending_tokens = 0
         self._seek_entries: list[SeekEntry] = []
         self._counts = array("I")  # of each document one, of each example three
-        self._documents = self._learnt_tokens = self._padding_tokens = 0
+        self._documents = self._loss_tokens = self._padding_tokens = 0
         self._text_bytes = 0
         self._file_bytes = 0
         self._file_sha256 = hashlib.sha256()
@@ -95,10 +95,10 @@ class ShardWriter:
 
     def add_example(self, example: PackedExample) -> None:
         """Append an example, which must not cross a row's end."""
-        self._counts.extend([len(example.ids), example.num_given, example.num_learnt])
+        self._counts.extend([len(example.ids), example.num_given, example.num_loss_tokens])
         self._documents += 1
-        self._learnt_tokens += example.num_learnt
-        self._padding_tokens += len(example.ids) - example.num_given - example.num_learnt
+        self._loss_tokens += example.num_loss_tokens
+        self._padding_tokens += len(example.ids) - example.num_given - example.num_loss_tokens
         self._text_bytes += example.text_bytes
         self._append(example.ids)
 
@@ -107,9 +107,9 @@ class ShardWriter:
         counts = shard.stored_counts()
         self._counts.frombytes(counts.astype(np.uint32).tobytes())
         if self._row_tokens is not None:
-            tokens, given, learnt = counts.sum(axis=0, dtype=np.int64).tolist()
-            self._learnt_tokens += learnt
-            self._padding_tokens += tokens - given - learnt
+            tokens, given, loss_tokens = counts.sum(axis=0, dtype=np.int64).tolist()
+            self._loss_tokens += loss_tokens
+            self._padding_tokens += tokens - given - loss_tokens
         self._documents += shard.header.documents
         self._text_bytes += shard.header.text_bytes
         for frame in range(shard.num_frames):
@@ -152,7 +152,7 @@ class ShardWriter:
             file_bytes=self._file_bytes,
             file_sha256=self._file_sha256.hexdigest(),
             content_sha256=self._content_sha256.hexdigest(),
-            learnt_tokens=self._learnt_tokens,
+            loss_tokens=self._loss_tokens,
             padding_tokens=self._padding_tokens,
         )
 

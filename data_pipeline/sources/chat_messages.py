@@ -38,7 +38,7 @@ class Exchanges:
     """The exchanges of one chat, and what of it is left out."""
 
     examples: list[Example] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    excluded: list[tuple[str, str]] = field(default_factory=list)
     """Cause and place."""
 
 
@@ -57,9 +57,9 @@ def read_messages(messages: object, column: str, where: str) -> Exchanges:
     reader.end_exchange()
     exchanges = reader.found
     if not exchanges.examples:
-        causes = Counter(cause for cause, _ in exchanges.left_out if cause != _OF_SYSTEM)
+        causes = Counter(cause for cause, _ in exchanges.excluded if cause != _OF_SYSTEM)
         why = causes.most_common(1)[0][0] if causes else "no message of a user"
-        first = next((place for cause, place in exchanges.left_out if cause == why), where)
+        first = next((place for cause, place in exchanges.excluded if cause == why), where)
         raise BadRecordError(
             f"{first}: no message of a user in {column!r} that the assistant answers ({why}); "
             "fix or remove the record",
@@ -88,7 +88,7 @@ class _Reader:
         self._where = where
         self._question: list[str] = []
         self._answer: list[str] = []
-        self._is_left_out = False
+        self._is_excluded = False
         """Whether everything up to the next message of a user belongs to what was left out."""
 
     def read(self, message: Mapping[str, object]) -> None:
@@ -101,9 +101,9 @@ class _Reader:
         elif name in _ASSISTANT:
             self._read_assistant(message)
         elif name in _TOOL:
-            self._leave_out(_OF_TOOL)
+            self._exclude(_OF_TOOL)
         else:
-            self._leave_out(_UNKNOWN_ROLE, f"role {role!r}")
+            self._exclude(_UNKNOWN_ROLE, f"role {role!r}")
 
     def end_exchange(self) -> None:
         """Keep what was asked, if it was answered."""
@@ -112,39 +112,39 @@ class _Reader:
             self.found.examples.append(Example.of(*texts))
         elif self._question:
             self._note(_UNANSWERED)
-        self._question, self._answer, self._is_left_out = [], [], False
+        self._question, self._answer, self._is_excluded = [], [], False
 
     def _read_user(self, message: Mapping[str, object]) -> None:
-        if self._answer or self._is_left_out:
+        if self._answer or self._is_excluded:
             self.end_exchange()
         text = self._text(message)
         if text is None:
-            self._leave_out(_QUESTION_WITHOUT_TEXT)
+            self._exclude(_QUESTION_WITHOUT_TEXT)
         else:
             self._question.append(text)
 
     def _read_assistant(self, message: Mapping[str, object]) -> None:
-        if self._is_left_out:
+        if self._is_excluded:
             return
         text = self._text(message) if self._question else None
         if text is None:
-            self._leave_out(_ANSWER_WITHOUT_TEXT if self._question else _UNASKED)
+            self._exclude(_ANSWER_WITHOUT_TEXT if self._question else _UNASKED)
         else:
             self._answer.append(text)
 
-    def _leave_out(self, cause: str, details: str = "") -> None:
+    def _exclude(self, cause: str, details: str = "") -> None:
         """Leave out a message and, where nothing is answered yet, the exchange that it is in."""
-        if self._is_left_out:
+        if self._is_excluded:
             return
         if not self._answer:
             self._question = []  # counted once, by this cause
         self.end_exchange()
         self._note(cause, details)
-        self._is_left_out = True
+        self._is_excluded = True
 
     def _note(self, cause: str, details: str = "") -> None:
         place = f"{self._where}: {details}" if details else self._where
-        self.found.left_out.append((cause, place))
+        self.found.excluded.append((cause, place))
 
     def _text(self, message: Mapping[str, object]) -> str | None:
         content = next(

@@ -29,7 +29,7 @@ class Document:
     """Only when `Columns.language_score` asks for it."""
     response: str | None = None
     """Of an instruction, which is the text then: only when `ExampleColumns` asks for it."""
-    left_out: tuple[tuple[str, str], ...] = ()
+    excluded: tuple[tuple[str, str], ...] = ()
     """Cause and place of each part of its record that is in no document."""
 
     @property
@@ -122,7 +122,7 @@ def documents_of(
             Document(example.instruction, position, response=example.response)
             for example in found.examples
         ]
-        documents[0] = replace(documents[0], left_out=tuple(found.left_out))
+        documents[0] = replace(documents[0], excluded=tuple(found.excluded))
         return documents
     text = _value(record, columns.text, "text", "`text_column`", where)
     if not isinstance(text, str):

@@ -34,7 +34,7 @@ class _Found:
     """Named by themselves, or matched by a pattern."""
     folders: list[list[str]] = field(default_factory=list)
     """The files below each folder that is named or matched."""
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    excluded: list[tuple[str, str]] = field(default_factory=list)
     """Cause and address."""
     linked: list[str] = field(default_factory=list)
     """Where the links to folders lead that were followed."""
@@ -72,12 +72,12 @@ def find_files(source: str, *, html: bool = False) -> Files:
             "and no file matches it as a pattern; a source is `pydocs`, a path, a URL, "
             "a quoted pattern, or `hf:NAME` on the hub"
         )
-    finder = _Sorter(html, found.left_out)
+    finder = _Sorter(html, found.excluded)
     readable = set(finder.readable(found.files))
     for below in found.folders:
         readable.update(finder.data_of(below))
     # Of overlapping matches of a pattern, one may read what another one leaves out.
-    skipped = _counted({each for each in finder.left_out if each[1] not in readable})
+    skipped = _counted({each for each in finder.excluded if each[1] not in readable})
     if not readable:
         why = "; ".join(skipped_lines(skipped))
         raise SourceMissingError(
@@ -90,9 +90,9 @@ def find_files(source: str, *, html: bool = False) -> Files:
 class _Sorter:
     """Tells files that can be read from the others, of which it notes the causes."""
 
-    def __init__(self, html: bool, left_out: list[tuple[str, str]]) -> None:
+    def __init__(self, html: bool, excluded: list[tuple[str, str]]) -> None:
         self._html = html
-        self.left_out = left_out
+        self.excluded = excluded
 
     def readable(self, files: Iterable[str]) -> dict[str, str]:
         """The files that can be read, each as `data` or `text`."""
@@ -100,13 +100,13 @@ class _Sorter:
         for address in files:
             kind = kind_of(address)
             if kind == "html" and not self._html:
-                self._leave_out("an HTML page, which is read with `html`", address)
+                self._exclude("an HTML page, which is read with `html`", address)
             elif kind is None:
                 suffix = suffix_of(address)
                 cause = f"suffix {suffix} is not read" if suffix else "name without a suffix"
-                self._leave_out(cause, address)
+                self._exclude(cause, address)
             elif not _is_regular(address):
-                self._leave_out("not a regular file", address)
+                self._exclude("not a regular file", address)
             elif kind != "zip":
                 kinds[address] = "text" if kind in ("text", "html") else "data"
             elif kind := self._kind_of_zip(address):
@@ -120,27 +120,27 @@ class _Sorter:
             return list(kinds)
         for address, kind in kinds.items():
             if kind == "text":
-                self._leave_out(_TEXT_BESIDE_DATA, address)
+                self._exclude(_TEXT_BESIDE_DATA, address)
         return [address for address, kind in kinds.items() if kind == "data"]
 
     def _kind_of_zip(self, address: str) -> str | None:
-        members, left_out = zip_members(stat_address(address), html=self._html)
-        for cause, member in left_out:
-            self._leave_out(cause, f"{address}/{member}")
+        members, excluded = zip_members(stat_address(address), html=self._html)
+        for cause, member in excluded:
+            self._exclude(cause, f"{address}/{member}")
         if not members:
-            self._leave_out("zip without a file that can be read", address)
+            self._exclude("zip without a file that can be read", address)
             return None
         return "text" if members[0].is_text else "data"
 
-    def _leave_out(self, cause: str, address: str) -> None:
-        self.left_out.append((cause, address))
+    def _exclude(self, cause: str, address: str) -> None:
+        self.excluded.append((cause, address))
 
 
-def _counted(left_out: set[tuple[str, str]]) -> Skipped:
-    numbers = Counter(cause for cause, _ in left_out)
+def _counted(excluded: set[tuple[str, str]]) -> Skipped:
+    numbers = Counter(cause for cause, _ in excluded)
     frequent = sorted(numbers, key=lambda cause: (-numbers[cause], cause))[:_MAX_CAUSES]
     skipped: Skipped = {}
-    for cause, address in sorted(left_out, key=lambda item: (item[0], item[1].split("/"))):
+    for cause, address in sorted(excluded, key=lambda item: (item[0], item[1].split("/"))):
         shown = shown_url(address)
         count_skipped(skipped, FILES, cause if cause in frequent else "other suffixes", shown)
     return merged([skipped])
@@ -206,14 +206,14 @@ def _files_below(root: str, found: _Found) -> Iterator[str]:
     while links:
         start = links.pop(0)
         if start != root and (os.path.realpath(start) in above or _identity(start) in seen):
-            found.left_out.append((_LINK_TO_READ, start))
+            found.excluded.append((_LINK_TO_READ, start))
             continue
         if start != root:
             found.linked.append(os.path.realpath(start))
         for folder, subfolders, names in os.walk(start, onerror=stop):
             seen.add(_identity(folder))
             hidden = [name for name in (*subfolders, *names) if name.startswith(".")]
-            found.left_out += [("hidden", f"{folder}/{name}") for name in hidden]
+            found.excluded += [("hidden", f"{folder}/{name}") for name in hidden]
             real = []
             for name in subfolders:
                 path = f"{folder}/{name}"
@@ -222,7 +222,7 @@ def _files_below(root: str, found: _Found) -> Iterator[str]:
                 if os.path.islink(path):  # noqa: PTH114
                     links.append(path)
                 elif _identity(path) in seen:
-                    found.left_out.append((_LINK_TO_READ, path))
+                    found.excluded.append((_LINK_TO_READ, path))
                 else:
                     real.append(name)
             subfolders[:] = real

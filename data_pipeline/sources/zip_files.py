@@ -116,32 +116,32 @@ def _chunks(
 
 def _members(archive: zipfile.ZipFile, *, html: bool) -> tuple[list[Member], list[tuple[str, str]]]:
     members = []
-    left_out = []
+    excluded = []
     for info in archive.infolist():
         name = info.filename
         if not name:  # Python's own check for a folder fails on it
-            left_out.append(("without a name within a zip", "''"))
+            excluded.append(("without a name within a zip", "''"))
             continue
         kind = kind_of(name)
         if info.is_dir():
             continue
         if any(part.startswith((".", "__MACOSX")) for part in PurePath(name).parts):
-            left_out.append(("hidden", name))
+            excluded.append(("hidden", name))
         elif kind in (None, "parquet", "zip"):
             suffix = suffix_of(name) or "''"
-            left_out.append((f"suffix {suffix} is not read within a zip", name))
+            excluded.append((f"suffix {suffix} is not read within a zip", name))
         elif kind == "html" and not html:
-            left_out.append(("an HTML page, which is read with `html`", name))
+            excluded.append(("an HTML page, which is read with `html`", name))
         elif info.flag_bits & _ENCRYPTED:
-            left_out.append(("encrypted within a zip", name))
+            excluded.append(("encrypted within a zip", name))
         else:
             members.append(Member(info, kind or ""))
     records = [member for member in members if not member.is_text]
     if records:
-        left_out += [
+        excluded += [
             ("text beside data within a zip", m.info.filename) for m in members if m.is_text
         ]
-    return records or members, left_out
+    return records or members, excluded
 
 
 def _reads_html(columns: AnyColumns) -> bool:

@@ -50,7 +50,7 @@ class Heartbeat:
     interval_s: float
     timeout_s: float
     """How long it may take."""
-    left: str | None = None
+    exit_reason: str | None = None
     """Why it has ended, if it could still say so."""
 
     @property
@@ -113,13 +113,13 @@ def missing_ranks(
     for beat in beats:
         age_s = now - beat.written
         where = f"at step {beat.step}, {beat.phase}"
-        if beat.left is not None:
+        if beat.exit_reason is not None:
             continue
         if beat.is_gone:
             missing[beat.rank] = f"{beat.name} is dead; it was last heard of {where}"
         elif age_s > 2.5 * beat.interval_s:
             missing[beat.rank] = f"{beat.name} has been silent for {age_s:.0f} s; it was {where}"
     if not missing:
-        left = [beat for beat in beats if beat.left is not None]
-        missing = {beat.rank: f"{beat.name} ended: {beat.left}" for beat in left}
+        left = [beat for beat in beats if beat.exit_reason is not None]
+        missing = {beat.rank: f"{beat.name} ended: {beat.exit_reason}" for beat in left}
     return missing

@@ -45,7 +45,7 @@ class Finding:
     check: str
     node: str
     stops: bool
-    sentence: str
+    message: str
 
 
 def preflight(config: Config, data: Data, world: World) -> None:
@@ -79,7 +79,7 @@ def preflight(config: Config, data: Data, world: World) -> None:
         config.run,
         {
             "time": time.time(),
-            "seconds": time.monotonic() - started,
+            "duration_s": time.monotonic() - started,
             "stops": bool(stopping),
             "findings": [asdict(item) for item in findings],
             "all_reduce_gb_s": all_reduce_gb_s,
@@ -91,7 +91,7 @@ def preflight(config: Config, data: Data, world: World) -> None:
     world.stop_if_any(_error_of(stopping))
     if world.is_first:
         for item in findings:
-            _LOG.warning(item.sentence)
+            _LOG.warning(item.message)
     _check_shards(data, config, world)
 
 
@@ -127,29 +127,29 @@ def compare_ranks(
     usual_bytes = statistics.median([facts.memory_free_bytes for facts in everyone])
     for facts in everyone:
         if facts.multiply_flops < _MIN_SPEED_RATIO[device_type] * usual_flops:
-            sentence = (
+            message = (
                 f"{_name(facts)} multiplies at {facts.multiply_flops / 1e9:,.1f} GFLOP/s, and "
                 f"{usual_flops / 1e9:,.1f} are the median of all ranks; every step waits for it: "
                 "see what else runs there, or its temperature and clocks"
             )
             if facts.problem is None:
-                findings.append(Finding("speed", facts.node, False, sentence))
+                findings.append(Finding("speed", facts.node, False, message))
         owns_memory = device_type == "cuda" or facts in nodes  # a host's is counted once
         if owns_memory and facts.memory_free_bytes < _MIN_MEMORY_RATIO * usual_bytes:
-            sentence = (
+            message = (
                 f"{_name(facts)} has {facts.memory_free_bytes / 1e9:,.1f} GB of memory free, and "
                 f"{usual_bytes / 1e9:,.1f} GB are the median of all ranks; another process may "
                 "hold the rest"
             )
-            findings.append(Finding("memory", facts.node, False, sentence))
+            findings.append(Finding("memory", facts.node, False, message))
         if abs(facts.clock_offset_s) > max_skew_s:
             ahead = "ahead of" if facts.clock_offset_s > 0 else "behind"
-            sentence = (
+            message = (
                 f"the clock of {_name(facts)} is {abs(facts.clock_offset_s):,.1f} s {ahead} the "
                 f"others', and heartbeats of every {max_skew_s:g} s are compared by it; have the "
                 "nodes' clocks set by NTP"
             )
-            findings.append(Finding("clock", facts.node, False, sentence))
+            findings.append(Finding("clock", facts.node, False, message))
     return findings
 
 
@@ -227,13 +227,13 @@ def _odd_ones(
     value_of: Callable[[RankFacts], str],
     check: str,
     stops: bool,
-    sentence: str,
+    message: str,
 ) -> list[Finding]:
     """The nodes with another value than most; where there is no majority, than the first's."""
     values = [value_of(facts) for facts in nodes]
     usual = max(values, key=Counter(values).__getitem__)
     return [
-        Finding(check, facts.node, stops, f"node {facts.node} {sentence.format(value, usual)}")
+        Finding(check, facts.node, stops, f"node {facts.node} {message.format(value, usual)}")
         for facts, value in zip(nodes, values, strict=True)
         if value != usual
     ]
@@ -249,7 +249,7 @@ def _error_of(stopping: Sequence[Finding]) -> MegabackError | None:
     others = sorted({item.node for item in stopping} - {stopping[0].node})
     more = f"; and there is something with {', '.join(others)}" if others else ""
     return PreflightError(
-        f"{stopping[0].sentence}{more} (all numbers are in {PREFLIGHT_NAME} of the run)"
+        f"{stopping[0].message}{more} (all numbers are in {PREFLIGHT_NAME} of the run)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which steps are not learnt from: those with numbers that would do harm, and those that are told.
+"""Step guard: skips updates with a non-finite or spiking loss or gradient norm, and excluded steps.
 
 All ranks see the same loss and norm, so all decide alike. What it knows of earlier steps is read
 back from the metrics, so that a run that goes on decides as one that was never stopped.
@@ -25,7 +25,7 @@ MAX_SKIPPED_STEPS_BYTES = 1 << 20
 _RANGES = TypeAdapter(list[tuple[int, int]])
 
 
-_JUDGED_FIELDS = ("loss", "gradient_norm", "skipped")
+_GUARDED_FIELDS = ("loss", "gradient_norm", "skipped")
 
 
 def guarded_steps(
@@ -33,12 +33,12 @@ def guarded_steps(
 ) -> list[dict[str, Any]]:
     """What a guard needs to know of the lines of a run's metrics up to a step."""
     earlier: list[dict[str, Any]] = []
-    num_learnt = 0
+    num_updates = 0
     for line in reversed(metrics):
         if "loss" in line and line["step"] <= step:
-            earlier.append({name: line[name] for name in _JUDGED_FIELDS if name in line})
-            num_learnt += "skipped" not in line
-            if num_learnt == window_steps:
+            earlier.append({name: line[name] for name in _GUARDED_FIELDS if name in line})
+            num_updates += "skipped" not in line
+            if num_updates == window_steps:
                 break
     return earlier[::-1]
 
@@ -92,7 +92,7 @@ class StepGuard:
             self._norms.append(gradient_norm)
 
 
-def read_left_out(run: Path) -> list[tuple[int, int]]:
+def read_excluded_steps(run: Path) -> list[tuple[int, int]]:
     """The ranges of steps that a rollback left out, first and last. Raises RunMismatchError."""
     path = run / SKIPPED_STEPS_NAME
     if not path.exists():
@@ -107,7 +107,7 @@ def read_left_out(run: Path) -> list[tuple[int, int]]:
 
 def with_range(run: Path, first: int, last: int) -> bytes:
     """The contents of a run's file of skipped steps with one more range."""
-    return _to_json({*read_left_out(run), (first, last)})
+    return _to_json({*read_excluded_steps(run), (first, last)})
 
 
 def write_skipped_steps(run: Path, contents: bytes) -> None:
@@ -119,7 +119,7 @@ def write_skipped_steps(run: Path, contents: bytes) -> None:
 def merge_skipped_steps(run: Path, contents: bytes, place: str) -> None:
     """Add the ranges that were kept in another place. Raises RunMismatchError."""
     ranges = _parse(contents, f"{SKIPPED_STEPS_NAME} in {place}")
-    write_skipped_steps(run, _to_json({*read_left_out(run), *ranges}))
+    write_skipped_steps(run, _to_json({*read_excluded_steps(run), *ranges}))
 
 
 def _parse(contents: bytes, name: str) -> list[tuple[int, int]]:

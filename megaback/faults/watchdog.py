@@ -87,7 +87,7 @@ class Watchdog:
         if current_thread() is not self._thread:
             self._thread.join(timeout=5)
         with self._lock:
-            self._beat = replace(self._beat, left=reason)
+            self._beat = replace(self._beat, exit_reason=reason)
         self._write()
 
     def record_exit(self, code: int, kind: str, reason: str) -> bool:

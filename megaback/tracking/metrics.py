@@ -24,7 +24,7 @@ MACHINE_FIELDS = frozenset(
         "memory_peak_bytes",
     }
 )
-"""What says how fast a machine was, not what was learnt: it differs between equal runs."""
+"""What says how fast a machine was, not what was learned: it differs between equal runs."""
 _FIELDS = Fields(
     counts=frozenset(
         ("step", "targets", "tokens_seen", "memory_peak_bytes", "skipped_rows", "val_targets")
@@ -78,8 +78,8 @@ def parsed_line(text: bytes) -> dict[str, Any] | None:
         line = parse_json(text)
     except ValueError:
         return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        return {}
+    if not isinstance(line, dict) or type(line.get("step")) is not int or "excluded" in line:
+        return {}  # earlier versions wrote `excluded` where `excluded` is written
     by_context = line.get("val_by_context", {})
     if not isinstance(by_context, dict):
         return {}

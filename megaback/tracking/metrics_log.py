@@ -102,9 +102,9 @@ class MetricsLog:
             self.message(f"step {text}")
         self._note_losses(step)
 
-    def left_out(self, step: int) -> None:
+    def excluded(self, step: int) -> None:
         """Record a step that was passed over."""
-        self._write({"step": step, "left_out": True})
+        self._write({"step": step, "excluded": True})
 
     def validation(self, step: int, measured: ContextLoss) -> None:
         """Record a measurement of the whole val set."""

@@ -27,7 +27,7 @@ class Progress:
 
     step: int
     loss: float | None
-    """Of the last step that learnt, in nats a token."""
+    """Of the last step that learned, in nats a token."""
     median_step_s: float | None
 
 
@@ -62,11 +62,11 @@ def read_progress(run: Path) -> Progress | None:
     lines = last_metrics(run)
     if not lines:
         return None
-    learnt = [line for line in lines if line.get("loss") is not None]
+    with_loss = [line for line in lines if line.get("loss") is not None]
     times = [float(line["step_s"]) for line in lines if line.get("step_s") is not None]
     return Progress(
         step=int(lines[-1]["step"]),
-        loss=float(learnt[-1]["loss"]) if learnt else None,
+        loss=float(with_loss[-1]["loss"]) if with_loss else None,
         median_step_s=statistics.median(times) if times else None,
     )
 

@@ -1,4 +1,4 @@
-"""When a run has learnt what it can: its best measurement, and how many came since.
+"""Early stopping on validation loss: the best measurement, and how many came since.
 
 What is known is a function of the validations so far, which `metrics.jsonl` keeps, so that a run
 that goes on decides as one that was never interrupted.

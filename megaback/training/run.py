@@ -27,7 +27,7 @@ class Run:
     num_parameters: int
     flops_per_token: float
     peak_flops: float | None
-    left_out: tuple[tuple[int, int], ...]
+    excluded: tuple[tuple[int, int], ...]
     """Ranges of steps, first and last, that are passed over."""
     watchdog: Watchdog
     lock: IO[bytes] | None
@@ -35,9 +35,9 @@ class Run:
     changes: Changes
     """Keys of the config that have other values than before a resume."""
 
-    def is_left_out(self, step: int) -> bool:
+    def is_excluded(self, step: int) -> bool:
         """Whether a step, counted from 1, is passed over."""
-        return any(first <= step <= last for first, last in self.left_out)
+        return any(first <= step <= last for first, last in self.excluded)
 
     def step_flops_share(self, world: World) -> float | None:
         """FLOPs of a step over the devices' peak: the MFU of a step that takes one second."""

@@ -38,7 +38,7 @@ from megaback.distributed.world import World
 from megaback.faults.exit_record import record_exit, record_start
 from megaback.faults.preflight import preflight
 from megaback.faults.run_ownership import place_of_config, require_run_folder
-from megaback.faults.step_guard import read_left_out
+from megaback.faults.step_guard import read_excluded_steps
 from megaback.faults.watchdog import Watchdog
 from megaback.model.attention import attention_backend
 from megaback.model.compiler import require_compiler
@@ -176,8 +176,10 @@ def prepare_run(
         flops_per_token=token_flops,
         peak_flops=config.hardware.peak_flops
         or device_peak_flops(world.device, config.training.precision),
-        left_out=tuple(
-            world.of_first(world.run_collectively(read_left_out, config.run), list[tuple[int, int]])
+        excluded=tuple(
+            world.of_first(
+                world.run_collectively(read_excluded_steps, config.run), list[tuple[int, int]]
+            )
         ),
         watchdog=watchdog,
         lock=lock,

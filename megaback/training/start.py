@@ -80,11 +80,11 @@ def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
 
 def require_readable(run: Path) -> None:
     """Raises RunMismatchError or CheckpointCorruptError for what a resumed run reads and cannot."""
-    from megaback.faults.step_guard import read_left_out
+    from megaback.faults.step_guard import read_excluded_steps
     from megaback.run_folder import METRICS_NAME
     from megaback.tracking.metrics import read_metrics
 
-    read_left_out(run)
+    read_excluded_steps(run)
     if (run / METRICS_NAME).exists():
         read_metrics(run)
 

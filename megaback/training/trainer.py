@@ -93,8 +93,8 @@ class Trainer:
             self._checkpoints.advance(is_writing=agreed.is_writing, is_copying=agreed.is_copying)
             if agreed.must_stop:
                 self._stop_after(step)
-            if run.is_left_out(done):
-                self._record(lambda log, done=done: log.left_out(done))  # type: ignore[misc]
+            if run.is_excluded(done):
+                self._record(lambda log, done=done: log.excluded(done))  # type: ignore[misc]
             else:
                 self._train_step(step, micro_batches, agreed, started)
             is_end = done == total_steps

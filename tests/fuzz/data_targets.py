@@ -180,7 +180,7 @@ def with_fingerprint(data: bytes) -> bytes:
         names = ("direction", "unit", "tokenizer_sha256", "frame_tokens")
         contents = {name: fields[name] for name in names}
         contents["shards"] = [[one["split"], one["content_sha256"]] for one in fields["shards"]]
-        if fields.get("version") == 2:
+        if fields.get("version") == 4:
             contents["row_tokens"] = fields["row_tokens"]
         text = json.dumps(contents, sort_keys=True).encode()
         fields["fingerprint"] = hashlib.sha256(text).hexdigest()

@@ -130,7 +130,7 @@ def write_data_set(
         frame_tokens=frame_tokens,
         source="test",
         val_fraction=0.0,
-        left_out={},
+        excluded={},
         shards=tuple(entries),
     )
     return DataSet(folder, manifest, frames)

@@ -1,4 +1,4 @@
-"""Ranks that stay, so that tests of what is learnt need not wait for ranks to start.
+"""Ranks that stay, so that tests of what is learned need not wait for ranks to start.
 
 Most of a tiny run's time is its start. Starts, signals, faults and ends are tested with the command
 itself; what comes of a run that nothing disturbs is the same in ranks that have trained before.

@@ -11,6 +11,7 @@ FIELD_WORDS = {
     "most": "max",
     "least": "min",
     "fewest": "min",
+    "learnt": "learned, or what it is: loss",
     "told": "reported",
     "tell": "report",
     "say": "log, or echo",

@@ -97,13 +97,13 @@ class BackTranslator:
         from megaback.inference.chat import candidates_of_each
 
         prompts = {}
-        left_out = {}
+        excluded = {}
         for text in texts:
             prompt = self.form.prompt(text.text)
             if not text.text:
-                left_out[text.index] = EMPTY
+                excluded[text.index] = EMPTY
             elif len(prompt.ids) + self.options.max_new_tokens > self.decoder.context_tokens:
-                left_out[text.index] = TOO_LONG
+                excluded[text.index] = TOO_LONG
             else:
                 prompts[text.index] = prompt
         written: dict[int, list[Candidate]] = {}
@@ -119,7 +119,7 @@ class BackTranslator:
             )
             written |= dict(zip(numbers, found, strict=True))
         return [
-            self._record(text, written.get(text.index), left_out.get(text.index)) for text in texts
+            self._record(text, written.get(text.index), excluded.get(text.index)) for text in texts
         ]
 
     def _record(
@@ -127,10 +127,10 @@ class BackTranslator:
     ) -> dict[str, Any]:
         record: dict[str, Any] = asdict(text)
         if found is None:
-            return {**record, "left_out": why}
+            return {**record, "excluded": why}
         proposals, why = self._scored(text.text, [one for one in found if one.is_complete])
         if not proposals:
-            return {**record, "left_out": why}
+            return {**record, "excluded": why}
         return {**record, "proposals": [one.rounded() for one in proposals]}
 
     def _scored(self, text: str, found: "list[Candidate]") -> tuple[list[Proposal], str]:

@@ -47,7 +47,7 @@ class Choice:
             counts["texts"] += 1
             passing = self._passing(record)
             if not passing:
-                counts[record.get("left_out", "below --min-score")] += 1
+                counts[record.get("excluded", "below --min-score")] += 1
             for proposal in passing:
                 digest, rank = _rank(record, proposal)
                 if best[digest] != rank:

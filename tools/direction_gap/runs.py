@@ -66,7 +66,7 @@ def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[Arro
         settings = load_config(config, (*overrides, *run.overrides))
         if settings.init_from is not None:
             raise ConfigError(
-                f"init_from is {settings.init_from}, a model that has learnt one direction; leave "
+                f"init_from is {settings.init_from}, a model that has learned one direction; leave "
                 "it out, so that both begin alike"
             )
         if settings.validation.patience is not None:
@@ -77,7 +77,7 @@ def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[Arro
         data = open_data(settings, 0, 1)
         if any(data_set.manifest.row_tokens is not None for data_set in data.data_sets):
             raise DirectionMismatchError(
-                f"{settings.data.description} holds instruction examples, which are learnt in one "
+                f"{settings.data.description} holds instruction examples, which are learned in one "
                 "direction; compare on shards of documents"
             )
         if not data.has_val:

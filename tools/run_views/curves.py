@@ -63,7 +63,7 @@ class RunCurves:
     name: str
     num_steps: int
     loss: Curve
-    """Nats a token, of the steps that were learnt from."""
+    """Nats a token, of the steps that were learned from."""
     val_loss: Curve
     context_loss: Curve
     """The last val loss by tokens of context: places are the most of each bucket."""

@@ -73,7 +73,7 @@ class SuiteResult:
 
     rows: int
     metrics: dict[str, Metric]
-    left_out: int = 0
+    excluded: int = 0
     """Rows that the context does not hold."""
     predictions: list[dict[str, Any]] = field(default_factory=list)
 

@@ -18,7 +18,7 @@ from data_pipeline.errors import (
 from megaback.checkpoints.checkpoint import newest_checkpoint, read_meta, verify_files
 from megaback.checkpoints.remote_copy import CopyTarget
 from megaback.distributed.world import World
-from megaback.faults.step_guard import read_left_out
+from megaback.faults.step_guard import read_excluded_steps
 from megaback.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_COPY_NAME,
@@ -114,7 +114,7 @@ def test_the_same_command_again_changes_nothing_more(run: Path) -> None:
 
     assert roll_back(run, 10) == once
     assert steps_of(run) == checkpoints
-    assert read_left_out(run) == [(21, LAST)]
+    assert read_excluded_steps(run) == [(21, LAST)]
 
 
 def test_a_kill_before_checkpoints_were_set_aside_is_mended_by_the_same_command(run: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_kill_before_checkpoints_were_set_aside_is_mended_by_the_same_command(
 
     roll_back(run, 10)
 
-    assert (steps_of(run), read_left_out(run)) == ([10, 20], [(21, LAST)])
+    assert (steps_of(run), read_excluded_steps(run)) == ([10, 20], [(21, LAST)])
     again = run / CHECKPOINTS_FOLDER / f"{ASIDE}-again"
     assert [path.name for path in again.iterdir()] == ["step-00000030"]
 
@@ -134,7 +134,7 @@ def test_a_run_that_went_on_can_be_set_back_again(run: Path, save: Save) -> None
     write_steps(run, 44)
 
     assert roll_back(run, 10)[1:] == (21, 44)
-    assert read_left_out(run) == [(21, LAST), (21, 44)]
+    assert read_excluded_steps(run) == [(21, LAST), (21, 44)]
     assert steps_of(run) == [10, 20]
 
 

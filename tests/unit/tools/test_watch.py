@@ -58,7 +58,7 @@ def beat(run: Path) -> Beat:
 def write_steps(run: Path, *seconds: float) -> None:
     """Steps that took so long, with a measurement and a step that was left out after them."""
     lines = [{"step": step, "step_s": taken_s} for step, taken_s in enumerate(seconds, 1)]
-    others = [{"step": len(lines), "val_loss": 5.0}, {"step": len(lines) + 1, "left_out": True}]
+    others = [{"step": len(lines), "val_loss": 5.0}, {"step": len(lines) + 1, "excluded": True}]
     path = run / METRICS_NAME
     path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *others]))
 
@@ -74,14 +74,14 @@ def assert_is(state: str, reason: str, run: Path) -> Health:
 
 
 def test_a_run_that_trained_to_the_end_is_finished(run: Path, beat: Beat) -> None:
-    beat(0, left="trained to the end")
+    beat(0, exit_reason="trained to the end")
     record_exit(run, 0, "finished", "trained to the end")
 
     assert_is("finished", "exit code 0 (finished): trained to the end", run)
 
 
 def test_a_run_that_ended_with_a_reason_is_stopped(run: Path, beat: Beat) -> None:
-    beat(0, left="all ranks ended together")
+    beat(0, exit_reason="all ranks ended together")
     record_exit(run, 75, "PreemptedError", "asked to stop after 20 steps")
 
     assert_is("stopped", "exit code 75 (PreemptedError): asked to stop after 20 steps", run)
@@ -192,7 +192,7 @@ def test_a_run_of_which_a_rank_was_never_heard_of_is_dead(run: Path, beat: Beat)
 def test_a_run_whose_ranks_left_without_a_record_is_dead(run: Path, beat: Beat) -> None:
     """The disk may have refused it."""
     for rank in range(2):
-        beat(rank, left="a full disk")
+        beat(rank, exit_reason="a full disk")
 
     assert_is("dead", "ended: a full disk", run)
 

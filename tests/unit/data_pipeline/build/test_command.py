@@ -88,7 +88,7 @@ def test_the_manifests_totals_are_those_of_the_documents(
 
 
 def test_empty_documents_are_left_out_and_counted(finished: Path) -> None:
-    assert Manifest.load(finished).left_out == {"empty": EMPTY_DOCUMENTS}
+    assert Manifest.load(finished).excluded == {"empty": EMPTY_DOCUMENTS}
 
 
 def test_the_same_text_is_never_in_both_splits(finished: Path) -> None:

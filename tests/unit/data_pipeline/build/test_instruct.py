@@ -127,7 +127,7 @@ def test_what_is_left_out_is_counted_by_its_reason(
     ]
     source = write_records(tmp_path / "rows.jsonl", [*rows[:20], *bad])
     manifest = build_here(settings_of(source, codec()), codec(), tmp_path / "out")
-    assert manifest.left_out == {"bad_record": 2, "empty": 2, "too_long": 1}
+    assert manifest.excluded == {"bad_record": 2, "empty": 2, "too_long": 1}
     assert {cause: tally.first for cause, tally in manifest.skipped["parts"].items()} == {
         "example longer than `context_tokens`": ("rows.jsonl:23",),
         "example without an instruction or a response": ("rows.jsonl:21", "rows.jsonl:22"),
@@ -162,7 +162,7 @@ def test_what_is_left_out_within_rows_is_counted_by_cause_and_named(
         f"{tmp_path / 'rows' / f'{number}.{suffix}'}{place}"
         for number, place in zip((0, 0, 1), places, strict=True)
     )
-    assert manifest.left_out == {}
+    assert manifest.excluded == {}
 
 
 def test_the_bytes_do_not_depend_on_workers_or_on_an_interruption(
@@ -195,7 +195,7 @@ def test_recompressing_keeps_examples_and_fingerprint(
     recompress(tmp_path / "out", tmp_path / "small", Compression(level=19), workers=1)
     after = Manifest.load(tmp_path / "small")
     assert after.fingerprint == before.fingerprint
-    assert after.total("train")["learnt_tokens"] == before.total("train")["learnt_tokens"] > 0
+    assert after.total("train")["loss_tokens"] == before.total("train")["loss_tokens"] > 0
     assert examples_of(tmp_path / "small") == examples_of(tmp_path / "out")
     verify_data_set(tmp_path / "small", workers=1)
 

@@ -116,10 +116,10 @@ def test_a_plan_is_read_as_it_was_written(
 ) -> None:
     frozen = (tuple(inputs[0]), tuple(inputs[1]))
     portions = Plan(
-        settings=settings, inputs=frozen, task_portions=(), asked_tasks=num_tasks
+        settings=settings, inputs=frozen, task_portions=(), requested_tasks=num_tasks
     ).portions
     taken = cut_evenly([portion.piece.size_bytes for portion in portions], num_tasks)
-    written = Plan(settings=settings, inputs=frozen, task_portions=taken, asked_tasks=num_tasks)
+    written = Plan(settings=settings, inputs=frozen, task_portions=taken, requested_tasks=num_tasks)
     out = tmp_path_factory.getbasetemp() / "plan"
     out.mkdir(exist_ok=True)
     (out / "plan.json").write_text(written.to_json(), encoding="utf-8")
@@ -131,11 +131,11 @@ def test_tasks_hold_the_portions_in_order(
     settings: BuildSettings, pieces: list[Slice], num_tasks: int
 ) -> None:
     whole = Plan(
-        settings=settings, inputs=(tuple(pieces), ()), task_portions=(), asked_tasks=num_tasks
+        settings=settings, inputs=(tuple(pieces), ()), task_portions=(), requested_tasks=num_tasks
     )
     taken = cut_evenly([portion.piece.size_bytes for portion in whole.portions], num_tasks)
     tasks = Plan(
-        settings=settings, inputs=whole.inputs, task_portions=taken, asked_tasks=num_tasks
+        settings=settings, inputs=whole.inputs, task_portions=taken, requested_tasks=num_tasks
     ).tasks
     assert tuple(portion for task in tasks for portion in task.portions) == whole.portions
 
@@ -318,6 +318,7 @@ def _without(name: str) -> Callable[[dict[str, object]], None]:
 BREAKS: dict[str, Callable[[dict[str, object]], object]] = {
     "another format": lambda fields: fields.update(format="other"),
     "another version": lambda fields: fields.update(version=99),
+    "an earlier version": lambda fields: fields.update(version=1),
     "no settings": _without("settings"),
     "no inputs": _without("inputs"),
     "tasks that do not add up": lambda fields: fields.update(task_portions=[1]),

@@ -235,7 +235,7 @@ def test_duplicates_are_counted(codec: Codecs, tmp_path: Path) -> None:
     source = write_records(tmp_path / "s.jsonl", [{"text": text} for text in MANY[:20] * 3])
     settings = make_settings(source, codec(), deduplicate=True)
     manifest = build_here(settings, codec(), tmp_path / "shards")
-    assert manifest.left_out == {"duplicate": 40}
+    assert manifest.excluded == {"duplicate": 40}
 
 
 def test_duplicates_past_the_limit_are_not_counted(codec: Codecs, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_duplicates_past_the_limit_are_not_counted(codec: Codecs, tmp_path: Path
     source = write_records(tmp_path / "s.jsonl", [{"text": text} for text in texts])
     settings = make_settings(source, codec(), deduplicate=True, limit_documents=15)
     manifest = build_here(settings, codec(), tmp_path / "shards")
-    assert manifest.left_out == {"duplicate": 5}
+    assert manifest.excluded == {"duplicate": 5}
 
 
 def test_a_limit_below_the_first_document_is_refused(codec: Codecs, tmp_path: Path) -> None:

@@ -43,12 +43,12 @@ CASES: dict[str, tuple[dict[str, object], list[int], dict[str, int]]] = {
 def test_a_filter_leaves_out_and_counts_what_it_says(
     name: str, suffix: str, codec: Codecs, tmp_path: Path
 ) -> None:
-    changed, kept, left_out = CASES[name]
+    changed, kept, excluded = CASES[name]
     source = write_records(tmp_path / f"records.{suffix}", RECORDS)
     settings = make_settings(source, codec(), val_fraction=0.0, **changed)
     manifest = build_here(settings, codec(), tmp_path / "shards")
     assert documents_of(tmp_path / "shards")["train"] == [RECORDS[row]["text"] for row in kept]
-    assert manifest.left_out == left_out
+    assert manifest.excluded == excluded
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -85,14 +85,14 @@ def test_lengths_are_counted_in_characters(minimum: int, maximum: int | None, te
         return
     settings = BuildSettings((), "", min_characters=minimum, max_characters=maximum)
     fits = minimum <= len(text) <= (len(text) if maximum is None else maximum)
-    assert (settings.why_left_out(Document(text, "here")) is None) == fits
+    assert (settings.exclusion_reason(Document(text, "here")) is None) == fits
 
 
 @pytest.mark.parametrize("score", [None, float("nan"), 0.4999])
 def test_a_score_that_is_not_known_or_too_low_leaves_a_document_out(score: float | None) -> None:
     settings = BuildSettings((), "", min_language_score=0.5)
     document = Document("text", "here", language_score=score)
-    assert settings.why_left_out(document) == "language_score"
+    assert settings.exclusion_reason(document) == "language_score"
 
 
 @pytest.mark.parametrize(
@@ -174,5 +174,5 @@ def test_bad_records_may_be_left_out_and_counted(
 ) -> None:
     settings = make_settings(bad_source, codec(), on_bad_record="skip", val_fraction=0.0)
     build_here(settings, codec(), tmp_path / "shards")
-    assert Manifest.load(tmp_path / "shards").left_out == {"bad_record": 2}
+    assert Manifest.load(tmp_path / "shards").excluded == {"bad_record": 2}
     assert documents_of(tmp_path / "shards")["train"] == ["good"] * 3 + ["good again"]

@@ -69,7 +69,7 @@ def test_the_lowest_hashes_are_the_val_set_where_the_fraction_gives_too_few(
     found = documents_of(tmp_path / "shards")
     assert sorted(found["val"]) == sorted(lowest_texts(texts, expected))
     assert sorted(found["train"] + found["val"]) == sorted(texts)
-    assert manifest.asked_val_fraction == (1e-6 if expected else None)
+    assert manifest.requested_val_fraction == (1e-6 if expected else None)
     assert all(
         (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2.0**64)
         < manifest.val_fraction
@@ -91,8 +91,8 @@ def test_a_fraction_that_gives_enough_changes_no_byte(
 ) -> None:
     manifest = Manifest.load(finished)
     assert manifest.total("val")["documents"] > 10
-    assert manifest.asked_val_fraction is None
-    assert "asked_val_fraction" not in json.loads((finished / "manifest.json").read_text())
+    assert manifest.requested_val_fraction is None
+    assert "requested_val_fraction" not in json.loads((finished / "manifest.json").read_text())
 
 
 def test_no_val_set_is_made_where_none_is_wanted(

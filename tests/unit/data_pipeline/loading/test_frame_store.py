@@ -320,12 +320,12 @@ def test_a_frame_that_is_left_out_again_and_again_is_counted_and_logged_once(
     path = data.damage(15)
     store = data.store(keep_frames=1, skip_bad_frames=True)
     with caplog.at_level(logging.WARNING):
-        ask_on_threads(store, DataSet(data.folder, data.manifest, left_out(data, 15)))
+        ask_on_threads(store, DataSet(data.folder, data.manifest, excluded(data, 15)))
     assert store.skipped_frames == 1
     assert [path.name in record.getMessage() for record in caplog.records] == [True]
 
 
-def left_out(data: DataSet, frame: int) -> list[npt.NDArray[np.int64]]:
+def excluded(data: DataSet, frame: int) -> list[npt.NDArray[np.int64]]:
     return [ids[:0] if number == frame else ids for number, ids in enumerate(data.frames)]
 
 

@@ -1,4 +1,4 @@
-"""Rows and targets: every token is read, every target that can be learnt is there exactly once."""
+"""Rows and targets: every token is read, every target that can be learned is there exactly once."""
 
 from collections import Counter
 from collections.abc import Iterator

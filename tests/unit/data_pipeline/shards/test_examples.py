@@ -1,4 +1,4 @@
-"""Examples in rows: none is cut, lost or seen by its neighbor; what is written is learnt."""
+"""Examples in rows: none is cut, lost or seen by its neighbor; what is written is learned."""
 
 import tempfile
 from collections.abc import Iterator
@@ -28,16 +28,16 @@ from megaback.model.gpt import ReverseGPT
 from tests.helpers.batches import BACKWARD_TOKENS, BEGIN, END, DataSet
 
 ROW_TOKENS, FRAME_TOKENS = 16, 64
-# Of each example, how many ids are given and how many learnt.
+# Of each example, how many ids are given and how many learned.
 SIZES = st.lists(st.tuples(st.integers(1, 10), st.integers(1, 6)), min_size=1, max_size=40)
 
 
 def examples_of(sizes: list[tuple[int, int]]) -> list[PackedExample]:
     """Examples whose ids are all different, so that each can be told wherever it lies."""
     first, examples = 10, []
-    for given_ids, learnt in sizes:
-        ids = np.arange(first, first + given_ids + learnt, dtype="<u2")
-        examples.append(PackedExample(ids, given_ids, learnt, text_bytes=len(ids)))
+    for given_ids, loss_tokens in sizes:
+        ids = np.arange(first, first + given_ids + loss_tokens, dtype="<u2")
+        examples.append(PackedExample(ids, given_ids, loss_tokens, text_bytes=len(ids)))
         first += len(ids)
     return examples
 
@@ -69,7 +69,7 @@ def example_set(sizes: list[tuple[int, int]]) -> Iterator[DataSet]:
             frame_tokens=FRAME_TOKENS,
             source="test",
             val_fraction=0.0,
-            left_out={},
+            excluded={},
             shards=(entry,),
             dictionary_sha256=None,
         )
@@ -91,7 +91,7 @@ def test_every_example_is_in_one_row_whole_and_once(sizes: list[tuple[int, int]]
     for example in packed(sizes):
         assert len(example.ids) <= room  # the padding behind it included
         room = (room - len(example.ids)) or ROW_TOKENS
-        size = example.num_given + example.num_learnt
+        size = example.num_given + example.num_loss_tokens
         found.append(example.ids[:size].tolist())
         assert set(example.ids[size:].tolist()) <= {END}
     assert room == ROW_TOKENS
@@ -118,7 +118,7 @@ def test_segments_and_targets_are_those_of_the_examples_one_by_one(
         totals = data.manifest.total("train")
     starts, targets = [], []
     for example in packed(sizes):
-        begin, size = len(targets), example.num_given + example.num_learnt
+        begin, size = len(targets), example.num_given + example.num_loss_tokens
         starts += [begin] + [begin + size] * (size < len(example.ids))
         of_example = [IGNORED_TARGET] * len(example.ids)
         of_example[example.num_given - 1 : size - 1] = example.ids[example.num_given : size]
@@ -127,7 +127,9 @@ def test_segments_and_targets_are_those_of_the_examples_one_by_one(
     assert batch.targets_T.tolist() == targets + [IGNORED_TARGET] * padded
     edges = {*starts, *range(0, len(batch.ids_T) + 1, context_tokens)}
     assert batch.cu_seqlens.tolist() == sorted(edges)
-    assert batch.num_targets == totals["learnt_tokens"] == sum(learnt for _, learnt in sizes)
+    assert (
+        batch.num_targets == totals["loss_tokens"] == sum(loss_tokens for _, loss_tokens in sizes)
+    )
     assert totals["padding_tokens"] == sum(len(example.ids) for example in packed(sizes)) - sum(
         map(sum, sizes)
     )
@@ -249,7 +251,7 @@ def test_the_loss_has_no_gradient_at_the_targets_of_what_is_given() -> None:
     (logits_TV,) = kept
     assert logits_TV.grad is not None
     has_gradient = logits_TV.grad.abs().sum(dim=1) > 0
-    learnt = {int(ids[0]) for ids in (e.ids[e.num_given :] for e in packed(sizes))}
+    loss_tokens = {int(ids[0]) for ids in (e.ids[e.num_given :] for e in packed(sizes))}
     assert int(has_gradient.sum()) == sum(count for _, count in sizes)
-    assert learnt <= set(targets_T[has_gradient].tolist())
+    assert loss_tokens <= set(targets_T[has_gradient].tolist())
     assert torch.equal(has_gradient, targets_T != IGNORED_TARGET)

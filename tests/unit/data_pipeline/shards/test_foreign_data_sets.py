@@ -271,7 +271,7 @@ HOSTILE_RECORDS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a negative number": lambda record: record["shards"][0].update(tokens=-7),
     "too few hashes": lambda record: record.update(lowest_hashes=[[1]]),
     "a huge hash": lambda record: record.update(lowest_hashes=[[10**400, 1]]),
-    "a list": lambda record: record.update(left_out=[]),
+    "a list": lambda record: record.update(excluded=[]),
     "causes": lambda record: record.update(skipped={"records": {"a": {"count": "1"}}}),
     "no shards": lambda record: record.pop("shards"),
 }

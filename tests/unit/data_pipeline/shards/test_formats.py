@@ -172,28 +172,32 @@ def test_documents_and_their_split_are_those_that_the_page_defines(
 def test_examples_are_stored_as_the_page_says(examples: Path) -> None:
     manifest = json.loads((examples / "manifest.json").read_text())
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(examples / "tokenizer.model"))
-    assert (manifest["version"], manifest["row_tokens"]) == (2, ROW_TOKENS)
+    assert (manifest["version"], manifest["row_tokens"]) == (4, ROW_TOKENS)
     number_of = pieces.piece_to_id
     num_examples = 0
     for entry, shard in all_shards(examples):
-        ids, position, learnt, padding = shard.ids, 0, 0, 0
-        for tokens, num_given, num_learnt in struct.iter_unpack("<III", shard.counts):
+        ids, position, loss_tokens, padding = shard.ids, 0, 0, 0
+        for tokens, num_given, num_loss_tokens in struct.iter_unpack("<III", shard.counts):
             one = ids[position : position + tokens]
             assert position // ROW_TOKENS == (position + tokens - 1) // ROW_TOKENS
             assert one[:2] == [number_of("<|im_start|>"), number_of("<|response|>")]
             assert one[num_given - 1] == number_of("<|instruction|>")
-            assert one[num_given + num_learnt - 1] == number_of("<|im_end|>")
-            rest = one[num_given + num_learnt :]
+            assert one[num_given + num_loss_tokens - 1] == number_of("<|im_end|>")
+            rest = one[num_given + num_loss_tokens :]
             assert rest == [pieces.eos_id()] * len(rest)
-            instruction = pieces.decode(one[num_given : num_given + num_learnt - 1][::-1])
+            instruction = pieces.decode(one[num_given : num_given + num_loss_tokens - 1][::-1])
             response = pieces.decode(one[2 : num_given - 3][::-1])
             assert re.fullmatch(r"Count to \d+\.", instruction)
             content = f"{instruction}\0{response}".encode()
             fraction = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
             assert entry["split"] == ("val" if fraction < manifest["val_fraction"] else "train")
-            position, learnt, padding = position + tokens, learnt + num_learnt, padding + len(rest)
+            position, loss_tokens, padding = (
+                position + tokens,
+                loss_tokens + num_loss_tokens,
+                padding + len(rest),
+            )
             num_examples += 1
-        assert (entry["learnt_tokens"], entry["padding_tokens"]) == (learnt, padding)
+        assert (entry["loss_tokens"], entry["padding_tokens"]) == (loss_tokens, padding)
     assert num_examples == 30
 
 

@@ -28,9 +28,9 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
             "begin_id": [-1, 1 << 40, "1"],
             "end_id": [600_000, None],
             "val_fraction": [1.5, -0.1, "0.1", True, None],
-            "asked_val_fraction": ["0.1", 7],
+            "requested_val_fraction": ["0.1", 7],
             "source": [7, None, ["a"]],
-            "left_out": [[], {"empty": -1}, {"empty": "1"}, {"empty": 10**30}, 7],
+            "excluded": [[], {"empty": -1}, {"empty": "1"}, {"empty": 10**30}, 7],
             "skipped": [
                 [],
                 {"files": {"a": {"count": 1, "first": []}}},
@@ -43,7 +43,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
             "direction": ["sideways", 7, None, "x" * 10_000_000],
             "unit": [["token"]],
             "fingerprint": [7, "0" * 64],
-            "version": [2, 3, "1", [1], None],
+            "version": [1, 4, 5, "3", [3], None],
             "format": ["megaback", {}],
             "shards": [{}, 7, "train", [7], [[]], [{}], [None]],
         }.items()
@@ -60,7 +60,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
             "file_bytes": [-1, 0, 1 << 63, 10**40],
             "file_sha256": ["../../../../../etc", 7, "", "g" * 64],
             "content_sha256": [None, "0" * 63],
-            "learnt_tokens": [1 << 40, -1],
+            "loss_tokens": [1 << 40, -1],
             "padding_tokens": [-1, "0"],
             "another": [1],
         }.items()
@@ -68,7 +68,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     },
     **{
         f"no {key}": lambda fields, key=key: fields.pop(key)
-        for key in ("shards", "format", "vocab_size", "left_out", "fingerprint")
+        for key in ("shards", "format", "vocab_size", "excluded", "fingerprint")
     },
     "no file": lambda fields: fields["shards"][0].pop("file"),
 }
@@ -83,6 +83,16 @@ def test_a_manifest_with_impossible_fields_is_one_sentence(copy: Path, hostile: 
         Manifest.load(copy)
     assert "is not a manifest of this version (" in str(caught.value)
     assert len(str(caught.value)) < 600 + len(str(copy))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_manifest_of_an_earlier_version_says_so(copy: Path, version: int) -> None:
+    fields = json.loads((copy / MANIFEST_NAME).read_text())
+    fields["excluded"] = fields.pop("excluded")
+    (copy / MANIFEST_NAME).write_text(json.dumps({**fields, "version": version}))
+
+    with pytest.raises(ShardCorruptError, match=r"an earlier version.*build the shards"):
+        Manifest.load(copy)
 
 
 MANIFEST_TEXTS = {
@@ -169,8 +179,8 @@ PLANS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a path": lambda plan: plan["inputs"][0][0].update(path=7),
     "inputs": lambda plan: plan.update(inputs=7),
     "more inputs": lambda plan: plan.update(inputs=plan["inputs"] * 2),
-    "tasks": lambda plan: plan.update(asked_tasks="7"),
-    "a number of tasks": lambda plan: plan.update(asked_tasks=1 << 53),
+    "tasks": lambda plan: plan.update(requested_tasks="7"),
+    "a number of tasks": lambda plan: plan.update(requested_tasks=1 << 53),
     "causes": lambda plan: plan.update(skipped=[7]),
     "a version": lambda plan: plan.update(version=[1] * 1000),
 }

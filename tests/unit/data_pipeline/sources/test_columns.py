@@ -54,7 +54,7 @@ def test_each_answered_turn_of_a_user_is_an_example_and_what_a_system_says_is_no
         Example("Who?", "I."),
         Example("Here is a poem.\n\nWhere?", "Here.\n\nAnd there."),
     ]
-    assert found.left_out == [
+    assert found.excluded == [
         ("message of a system", "a.jsonl:7"),
         ("message of a system", "a.jsonl:7"),
         ("question without an answer", "a.jsonl:7"),
@@ -67,7 +67,7 @@ def test_each_answered_turn_of_a_user_is_an_example_and_what_a_system_says_is_no
 )
 def test_the_roles_that_data_sets_use_are_known(user: str, assistant: str) -> None:
     found = ALPACA.read({"messages": messages((user, "Who?"), (assistant, "I."))}, "x")
-    assert (found.examples, found.left_out) == ([Example("Who?", "I.")], [])
+    assert (found.examples, found.excluded) == ([Example("Who?", "I.")], [])
 
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}
@@ -80,7 +80,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
 @pytest.mark.parametrize(
-    ("others", "left_out"),
+    ("others", "excluded"),
     [
         ([*ASKED, CALL, *AFTER], [(NO_TEXT, "x:1")]),
         ([*ASKED, {**CALL, "content": ""}, *AFTER], [(NO_TEXT, "x:1")]),
@@ -106,20 +106,20 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 )
 @pytest.mark.parametrize("is_first", [True, False])
 def test_an_exchange_that_cannot_be_read_is_left_out_alone_and_noted_with_its_cause(
-    others: list[dict[str, object]], left_out: list[tuple[str, str]], is_first: bool
+    others: list[dict[str, object]], excluded: list[tuple[str, str]], is_first: bool
 ) -> None:
     chat = [*others, *HELLO] if is_first else [*HELLO, *others]
     if is_first and others == ASKED:
         return  # two messages of the user in a row are one turn
     found = ALPACA.read({"messages": chat}, "x:1")
     assert found.examples == [Example("Say hello.", "Hello.")]
-    assert found.left_out == left_out
+    assert found.excluded == excluded
 
 
 def test_an_answer_before_any_question_is_noted() -> None:
     found = ALPACA.read({"messages": [*messages(("assistant", "Welcome!")), *HELLO]}, "x:1")
     assert found.examples == [Example("Say hello.", "Hello.")]
-    assert found.left_out == [("answer without a question", "x:1")]
+    assert found.excluded == [("answer without a question", "x:1")]
 
 
 def test_content_in_parts_is_read() -> None:
@@ -130,7 +130,7 @@ def test_content_in_parts_is_read() -> None:
     ]
     found = ALPACA.read({"messages": chat}, "x:1")
     assert found.examples == [Example("What is\nthis?", "A cat.")]
-    assert found.left_out == [
+    assert found.excluded == [
         ("part of a message that is not text", "x:1: type 'image_url'"),
     ]
 

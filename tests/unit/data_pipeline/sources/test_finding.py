@@ -57,7 +57,7 @@ def texts(source: Path | str, columns: Columns = Columns()) -> list[str]:
     return [document.text for document in read(source, columns)]
 
 
-def left_out(source: Path | str, columns: Columns = Columns()) -> dict[str, int]:
+def excluded(source: Path | str, columns: Columns = Columns()) -> dict[str, int]:
     skipped = list_source(str(source), columns).skipped.get("files", {})
     return {cause: tally.count for cause, tally in skipped.items()}
 
@@ -68,7 +68,7 @@ def test_records_of_every_compression_are_read(tmp_path: Path, name: str, suffix
     path = tmp_path / f"{name}{suffix}"
     path.write_bytes(COMPRESS[suffix](lines("one", "two")))
     assert texts(path) == texts(tmp_path) == texts(tmp_path / "a.*") == ["one", "two"]
-    assert left_out(tmp_path) == {}
+    assert excluded(tmp_path) == {}
 
 
 @pytest.mark.parametrize("suffix", [".bz2", ".xz"])
@@ -122,13 +122,13 @@ def test_what_a_folder_or_a_pattern_leaves_out_is_counted_by_suffix_and_cause(
     folder = write_mixture(tmp_path / "data")
     assert texts(folder) == ["one"]
     beside = "text beside data, often a README or a license: name such files to read them"
-    assert left_out(folder) == {**CAUSES, "hidden": 2, beside: 1}
+    assert excluded(folder) == {**CAUSES, "hidden": 2, beside: 1}
     first = list_source(str(folder)).skipped["files"]["suffix .pdf is not read"].first
     assert first == (str(folder / "a.pdf"), str(folder / "b.pdf"))
     # What a pattern names is read, a text beside data too; here it is no UTF-8.
     (folder / "notes.txt").write_text("read")
     assert sorted(texts(folder / "*.*")) == ["one", "read"]
-    assert left_out(folder / "*") == CAUSES
+    assert excluded(folder / "*") == CAUSES
 
 
 def test_a_source_of_which_nothing_can_be_read_says_what_it_holds(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_folder_of_many_suffixes_is_counted_in_few_causes(tmp_path: Path) -> N
     (tmp_path / "a.jsonl").write_bytes(lines("one"))
     for day in range(100):
         (tmp_path / f"log.{day:04d}").touch()
-    counted = left_out(tmp_path)
+    counted = excluded(tmp_path)
     assert (len(counted), sum(counted.values())) == (31, 100)
 
 
@@ -160,7 +160,7 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
     assert found == ["far.jsonl:1", "near.jsonl:1"]
     slices = [piece.path for piece in list_source(str(data)).slices]
     assert slices == [str(data / "b_link/deep/far.jsonl"), str(data / "real/near.jsonl")]
-    assert left_out(data) == {"link to a folder that is read already": 4}
+    assert excluded(data) == {"link to a folder that is read already": 4}
 
 
 def test_an_output_that_a_link_in_the_source_leads_to_is_refused(
@@ -187,7 +187,7 @@ def test_a_pattern_that_follows_links_round_in_circles_reads_each_file_once(
     for pattern in ("**", "**/*", "**/*.jsonl", "*/**"):
         (piece,) = list_source(str(tmp_path / pattern)).slices
         assert piece.path == str(tmp_path / "x" / "a.jsonl")
-    assert left_out(tmp_path / "**" / "*.*") == {"suffix .pdf is not read": 1}
+    assert excluded(tmp_path / "**" / "*.*") == {"suffix .pdf is not read": 1}
 
 
 def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path) -> None:
         list_source(str(tmp_path / "pipe.jsonl"))
     (tmp_path / "a.jsonl").write_bytes(lines("one"))
     assert texts(tmp_path) == ["one"]
-    assert left_out(tmp_path) == {"not a regular file": 1}
+    assert excluded(tmp_path) == {"not a regular file": 1}
 
 
 def write_zip(path: Path, members: dict[str, bytes]) -> Path:
@@ -219,7 +219,7 @@ def test_the_files_within_a_zip_are_read_like_those_of_a_folder(tmp_path: Path) 
     path = write_zip(tmp_path / "a.zip", members)
     found = read(path)
     assert [document.text for document in found] == ["one", "two", "three"]
-    assert left_out(tmp_path) == {
+    assert excluded(tmp_path) == {
         "hidden": 1,
         "suffix .parquet is not read within a zip": 1,
         "suffix .png is not read within a zip": 1,
@@ -273,7 +273,7 @@ def test_a_remote_folder_counts_what_it_leaves_out(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.pdf", ".hidden", "deep/.cache/x.jsonl"):
         memory.pipe(f"/finding/{name}", lines("one"))
     assert texts("memory://finding") == ["one"]
-    assert left_out("memory://finding") == {"hidden": 2, "suffix .pdf is not read": 1}
+    assert excluded("memory://finding") == {"hidden": 2, "suffix .pdf is not read": 1}
     memory.rm("/finding", recursive=True)
 
 
@@ -284,7 +284,7 @@ def test_the_main_text_of_html_pages_is_read_on_request(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("text")
     write_zip(tmp_path / "d.zip", {"e.xhtml": PAGE.encode()})
     assert texts(tmp_path) == ["text"]
-    assert left_out(tmp_path)["an HTML page, which is read with `html`"] == 3
+    assert excluded(tmp_path)["an HTML page, which is read with `html`"] == 3
     page, again, text, zipped = texts(tmp_path, Columns(html=True))
     assert page == again == zipped
     assert page.startswith("The old captain sold")

@@ -249,7 +249,7 @@ def test_what_is_left_out_as_too_long_is_counted_and_part_of_the_result(
     skipping: dict[str, Any] = {"on_bad_record": "skip", "val_fraction": 0.0}
     settings = make_settings(source, codec(), max_record_bytes=LIMIT, **skipping)
     manifest = build_here(settings, codec(), tmp_path / "out")
-    assert manifest.left_out == {"bad_record": 1}
+    assert manifest.excluded == {"bad_record": 1}
     assert manifest.skipped["records"]["too long"].count == 1
     more = make_settings(source, codec(), **skipping)
     with pytest.raises(OutputExistsError, match=f"left out records longer .* {LIMIT}; give that"):

@@ -99,7 +99,7 @@ def test_bad_records_are_counted_by_cause_and_named_by_line(
         f"{bad_source / f'{number}.jsonl'}:12: a JSON list, not an object with columns"
         for number in (2, 3)
     )
-    assert manifest.left_out["bad_record"] == 2 * len(BAD_LINES)
+    assert manifest.excluded["bad_record"] == 2 * len(BAD_LINES)
     assert Manifest.load(tmp_path / "shards") == manifest
     told = CliRunner().invoke(inspect, [str(tmp_path / "shards")]).stdout
     assert "2 records left out: not a JSON object" in told

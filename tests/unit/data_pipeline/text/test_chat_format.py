@@ -111,9 +111,9 @@ def test_loss_is_on_the_written_text_and_its_end_marker_alone(
     form = ChatFormat(chosen)
     encoded = form.encode(pair)
     written = pair.instruction if form.writes_instruction else pair.response
-    learnt = encoded.ids[encoded.loss_mask].tolist()
-    assert learnt == [*chosen.encode(written).tolist(), form.stop_id]
-    assert len(encoded.ids) == encoded.num_given + len(learnt)
+    with_loss = encoded.ids[encoded.loss_mask].tolist()
+    assert with_loss == [*chosen.encode(written).tolist(), form.stop_id]
+    assert len(encoded.ids) == encoded.num_given + len(with_loss)
 
 
 @given(EXAMPLES, FORMATS)

@@ -20,7 +20,7 @@ from megaback.checkpoints.checkpoint import (
 from megaback.checkpoints.remote_copy import CheckpointCopier, CopyTarget, fetch_newest
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
-from megaback.faults.step_guard import read_left_out, write_skipped_steps
+from megaback.faults.step_guard import read_excluded_steps, write_skipped_steps
 from megaback.run_folder import META_NAME, complete_checkpoints
 
 Save = Callable[..., Path]
@@ -142,7 +142,7 @@ def test_a_run_that_is_fetched_after_a_rollback_resumes_where_it_was_set_back_to
     target = fetch_newest(run, second)
     assert target is not None
     assert find_checkpoint(target)[1].step == 100
-    assert read_left_out(run) == [(101, 350)]
+    assert read_excluded_steps(run) == [(101, 350)]
 
 
 def test_copies_that_a_rollback_set_aside_stay_whole_and_push_out_no_newer_one(
@@ -171,7 +171,7 @@ def test_skipped_steps_of_the_run_and_of_its_copies_are_merged(
 
     fetch_newest(run, second)
 
-    assert read_left_out(run) == [(7, 9), (101, 150)]
+    assert read_excluded_steps(run) == [(7, 9), (101, 150)]
 
 
 def test_without_a_second_place_or_a_checkpoint_nothing_is_copied(

@@ -96,7 +96,7 @@ def wait_for_zombie(pid: int) -> None:
         Heartbeat,
         rank=st.integers(0, 99_999),
         world_size=st.just(100_000),
-        left=st.none() | st.text(),
+        exit_reason=st.none() | st.text(),
         **{name: st.text() for name in ("host", "phase")},
         **{name: st.integers(0, 1 << 22) for name in ("pid", "step")},
         **{
@@ -229,7 +229,7 @@ def test_a_rank_that_was_never_heard_of_is_named() -> None:
 
 
 def test_who_left_with_a_reason_is_named_when_nobody_else_is() -> None:
-    left = dead(1, left="a full disk")
+    left = dead(1, exit_reason="a full disk")
 
     assert missing_ranks([alive(0), left, alive(2)], 3, NOW) == {
         1: f"{left.name} ended: a full disk"
@@ -237,7 +237,7 @@ def test_who_left_with_a_reason_is_named_when_nobody_else_is() -> None:
 
 
 def test_who_left_with_a_reason_is_not_named_beside_others() -> None:
-    left = dead(1, left="another rank was lost", written=NOW - 999)
+    left = dead(1, exit_reason="another rank was lost", written=NOW - 999)
 
     for other in (dead(2), silent(2)):
         assert missing_ranks([alive(0), left, other], 3, NOW).keys() == {2}
@@ -251,7 +251,7 @@ kinds = st.sampled_from(["well", "dead", "silent", "left", "never"])
 def test_missing_are_those_who_went_without_a_word_else_those_who_left(kinds: list[str]) -> None:
     make = {"well": alive, "dead": dead, "silent": silent}
     beats = [
-        dead(rank, left="why") if kind == "left" else make[kind](rank)
+        dead(rank, exit_reason="why") if kind == "left" else make[kind](rank)
         for rank, kind in enumerate(kinds)
         if kind != "never"
     ]

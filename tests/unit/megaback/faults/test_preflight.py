@@ -71,7 +71,7 @@ def test_the_one_that_is_different_is_named(
     findings = compare_ranks(with_node(fleet(num_nodes), bad, **fields), "cuda", 10)
 
     assert named(findings) == {(check, bad, stops)}
-    assert all(bad in item.sentence and says in item.sentence for item in findings)
+    assert all(bad in item.message and says in item.message for item in findings)
 
 
 def test_a_cpu_may_be_busy_with_something_else() -> None:

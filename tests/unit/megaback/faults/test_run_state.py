@@ -87,7 +87,7 @@ def killed(run: Path) -> None:
 
 def ended(code: int, kind: str, reason: str) -> Callable[[Path], None]:
     def end(run: Path) -> None:
-        beat(run, left="all ranks ended together")
+        beat(run, exit_reason="all ranks ended together")
         record_exit(run, code, kind, reason)
 
     return end
@@ -111,7 +111,7 @@ def resumed(run: Path) -> None:
 
 def rolled_back(run: Path) -> None:
     ended(0, "finished", "trained to the end")(run)
-    record_event(run, ROLLBACK_EVENT, step=10, left_out=[11, 20])
+    record_event(run, ROLLBACK_EVENT, step=10, excluded=[11, 20])
 
 
 def resumed_after_rollback(run: Path) -> None:

@@ -12,13 +12,18 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import NonFiniteError, RunMismatchError
 from megaback.config import GuardSection
-from megaback.faults.step_guard import StepGuard, read_left_out, with_range, write_skipped_steps
+from megaback.faults.step_guard import (
+    StepGuard,
+    read_excluded_steps,
+    with_range,
+    write_skipped_steps,
+)
 from megaback.run_folder import SKIPPED_STEPS_NAME
 
 Step = tuple[float, float]
 """A loss and a gradient norm."""
 NO_NUMBERS = [math.nan, math.inf, -math.inf]
-NOT_LEARNT = "some reason"
+NOT_LEARNED = "some reason"
 
 
 def make_guard(earlier: Sequence[dict[str, Any]] = (), /, **options: object) -> StepGuard:
@@ -33,7 +38,7 @@ def learn(guard: StepGuard, *steps: Step) -> None:
 
 
 def after(*steps: Step, **options: object) -> StepGuard:
-    """A guard that saw these steps being learnt from."""
+    """A guard that saw these steps being learned from."""
     guard = make_guard(**options)
     learn(guard, *steps)
     return guard
@@ -59,11 +64,11 @@ def live(guard: StepGuard, steps: Sequence[Step], first: int) -> Iterator[tuple[
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS)
-@pytest.mark.parametrize("num_learnt", [0, 3])
+@pytest.mark.parametrize("num_loss_tokens", [0, 3])
 def test_a_loss_or_norm_that_is_no_number_is_never_learnt_from(
-    num_learnt: int, value: float
+    num_loss_tokens: int, value: float
 ) -> None:
-    guard = after(*[(5.0, 1.0)] * num_learnt, spike_nats=None, spike_norm_ratio=None)
+    guard = after(*[(5.0, 1.0)] * num_loss_tokens, spike_nats=None, spike_norm_ratio=None)
 
     assert guard.verdict(value, 1.0) == guard.verdict(value, None) == f"the loss is {value}"
     assert guard.verdict(5.0, value) == f"the gradient norm is {value}"
@@ -83,9 +88,9 @@ def test_up_to_the_limit_nothing_is_a_spike() -> None:
     assert guard.verdict(-100.0, 0.0) is None
 
 
-@pytest.mark.parametrize("num_learnt", range(3))
-def test_before_the_window_is_full_nothing_is_a_spike(num_learnt: int) -> None:
-    assert after(*[(5.0, 1.0)] * num_learnt).verdict(1e6, 1e6) is None
+@pytest.mark.parametrize("num_loss_tokens", range(3))
+def test_before_the_window_is_full_nothing_is_a_spike(num_loss_tokens: int) -> None:
+    assert after(*[(5.0, 1.0)] * num_loss_tokens).verdict(1e6, 1e6) is None
 
 
 def test_without_limits_nothing_is_a_spike() -> None:
@@ -113,7 +118,7 @@ def test_what_is_usual_is_the_median_of_the_last_steps() -> None:
 def test_skipped_steps_are_not_part_of_what_is_usual() -> None:
     guard = after(*[(5.0, 1.0)] * 2)
     for number in range(3, 8):
-        guard.record(number, 50.0, 100.0, NOT_LEARNT)
+        guard.record(number, 50.0, 100.0, NOT_LEARNED)
     assert guard.verdict(1e6, 1e6) is None  # the window is not full yet
 
     learn(guard, (5.0, 1.0))
@@ -126,19 +131,19 @@ def test_skipped_steps_are_not_part_of_what_is_usual() -> None:
 def test_too_many_skipped_steps_in_a_row_end_the_run(maximum: int) -> None:
     guard = make_guard(max_skipped_steps=maximum)
     for number in range(maximum):
-        guard.record(number, math.nan, 1.0, NOT_LEARNT)
+        guard.record(number, math.nan, 1.0, NOT_LEARNED)
 
     with pytest.raises(
-        NonFiniteError, match=rf"step 9: {NOT_LEARNT}, after {maximum} skipped steps"
+        NonFiniteError, match=rf"step 9: {NOT_LEARNED}, after {maximum} skipped steps"
     ):
-        guard.record(9, math.nan, 1.0, NOT_LEARNT)
+        guard.record(9, math.nan, 1.0, NOT_LEARNED)
 
 
 def test_a_step_that_was_learnt_from_ends_a_row_of_skipped_ones() -> None:
     guard = make_guard(max_skipped_steps=1)
 
     for number in range(0, 20, 2):
-        guard.record(number, math.nan, math.nan, NOT_LEARNT)
+        guard.record(number, math.nan, math.nan, NOT_LEARNED)
         guard.record(number + 1, 5.0, 1.0, None)
 
 
@@ -158,7 +163,7 @@ def test_a_guard_that_reads_the_metrics_judges_as_one_that_lived_through_them(
         lines.append(line_of(number, steps[number - 1], reason))
         if data.draw(st.booleans()):
             lines.append({"step": number, "val_loss": 99.0})
-            lines.append({"step": number, "left_out": True})
+            lines.append({"step": number, "excluded": True})
 
     rebuilt = make_guard(json.loads(json.dumps(lines, allow_nan=False)), **options)
 
@@ -167,14 +172,14 @@ def test_a_guard_that_reads_the_metrics_judges_as_one_that_lived_through_them(
 
 
 def test_a_run_in_which_nothing_was_left_out_has_no_ranges(tmp_path: Path) -> None:
-    assert read_left_out(tmp_path) == []
+    assert read_excluded_steps(tmp_path) == []
 
 
 def test_ranges_that_are_left_out_read_back_sorted_and_once(tmp_path: Path) -> None:
     for first, last in ((30, 40), (5, 5), (30, 40), (30, 35)):
         write_skipped_steps(tmp_path, with_range(tmp_path, first, last))
 
-    assert read_left_out(tmp_path) == [(5, 5), (30, 35), (30, 40)]
+    assert read_excluded_steps(tmp_path) == [(5, 5), (30, 35), (30, 40)]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,7 @@ def test_a_file_that_is_no_list_of_ranges_is_refused(content: bytes, tmp_path: P
     path.write_bytes(content)
 
     with pytest.raises(RunMismatchError, match=f"{path} is no list of pairs of steps"):
-        read_left_out(tmp_path)
+        read_excluded_steps(tmp_path)
     with pytest.raises(RunMismatchError):
         write_skipped_steps(tmp_path, with_range(tmp_path, 1, 2))
     assert path.read_bytes() == content

@@ -77,7 +77,7 @@ def test_heartbeats_of_a_larger_world_go_at_the_start(tmp_path: Path, world: Wor
 def test_a_rank_that_has_exited_says_why(watchdog: Watchdog, tmp_path: Path) -> None:
     watchdog.mark_exited("trained to the end")
 
-    assert heartbeat_with(tmp_path).left == "trained to the end"
+    assert heartbeat_with(tmp_path).exit_reason == "trained to the end"
 
 
 def test_a_dead_rank_is_named_and_recorded(watchdog: Watchdog, tmp_path: Path) -> None:

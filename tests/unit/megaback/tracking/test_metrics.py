@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import CheckpointCorruptError
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.loss_by_context import ContextLoss, Loss
 from megaback.tracking.metrics import MACHINE_FIELDS, StepRecord, read_metrics
@@ -223,9 +224,9 @@ def test_the_console_is_silent_about_what_does_not_matter(
 
 def test_what_is_of_the_machine_is_listed_once(tmp_path: Path) -> None:
     write_steps(open_log(tmp_path, share=0.1), 1, 1)
-    learnt = {"step", "loss", "targets", "learning_rate", "gradient_norm", "tokens_seen"}
+    with_loss = {"step", "loss", "targets", "learning_rate", "gradient_norm", "tokens_seen"}
 
-    assert set(read_metrics(tmp_path)[0]) - learnt == MACHINE_FIELDS
+    assert set(read_metrics(tmp_path)[0]) - with_loss == MACHINE_FIELDS
 
 
 def test_every_measurement_is_on_the_console(
@@ -242,3 +243,11 @@ def test_every_measurement_is_on_the_console(
 def test_metrics_are_json_that_any_reader_takes(run: Path) -> None:
     for line in (run / METRICS_NAME).read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
+
+
+def test_metrics_of_an_earlier_version_are_refused_by_name(run: Path) -> None:
+    path = run / METRICS_NAME
+    path.write_text(path.read_text() + '{"step": 6, "excluded": true}\n')
+
+    with pytest.raises(CheckpointCorruptError, match="is not of this version of megaback"):
+        read_metrics(run)

@@ -1,4 +1,4 @@
-"""When a run has learnt what it can: the best measurement, and how long ago it was."""
+"""When a run has learned what it can: the best measurement, and how long ago it was."""
 
 import json
 import math

@@ -151,7 +151,7 @@ def test_steps_that_a_rollback_excluded_are_passed_over(
     train(config, training_world)
 
     assert list(lines_of(config, "loss")) == [1, 4]
-    assert list(lines_of(config, "left_out")) == [2, 3]
+    assert list(lines_of(config, "excluded")) == [2, 3]
     meta = find_checkpoint(config.run)[1]
     assert (meta.step, meta.updates) == (4, 2)
 

@@ -77,8 +77,8 @@ def test_all_suites_give_a_table_and_json(
         "bits-per-byte": ["bits/byte"],
     }
     recall, dictionary = suites["instruction-recall"], suites["reverse-dictionary"]
-    assert (recall["rows"], recall["left_out"]) == (len(WORDS) + 1, 1)
-    assert (dictionary["rows"], dictionary["left_out"]) == (len(WORDS), 0)
+    assert (recall["rows"], recall["excluded"]) == (len(WORDS) + 1, 1)
+    assert (dictionary["rows"], dictionary["excluded"]) == (len(WORDS), 0)
     assert suites["passage-choice"]["rows"] == 40
     for suite in suites.values():
         for metric in suite["metrics"].values():
@@ -149,7 +149,7 @@ def test_passages_that_two_of_the_context_does_not_hold_are_left_out(
     )
     assert result.exit_code == 0, result.output
     suite = json.loads(out.read_text())["suites"]["passage-choice"]
-    assert (suite["rows"], suite["left_out"]) == (12, 3)
+    assert (suite["rows"], suite["excluded"]) == (12, 3)
 
 
 def test_bits_per_byte_is_what_training_measures(

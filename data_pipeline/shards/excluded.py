@@ -6,11 +6,11 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.sources.skipped import skipped_lines
 
 
-def echo_left_out(manifest: Manifest) -> None:
+def echo_excluded(manifest: Manifest) -> None:
     """Report what of the sources is not in a data set, and why."""
-    if manifest.left_out:
+    if manifest.excluded:
         counted = ", ".join(
-            f"{number:,} ({name.replace('_', ' ')})" for name, number in manifest.left_out.items()
+            f"{number:,} ({name.replace('_', ' ')})" for name, number in manifest.excluded.items()
         )
         click.echo(f"{noun_of(manifest)} left out: {counted}")
     for line in skipped_lines(manifest.skipped):
