@@ -293,7 +293,8 @@ class RowDataset(IterableDataset[Rows]):
             epoch = step // rows.steps  # an epoch was longer or shorter then
         within = (step - epoch * rows.steps) * rows.rank_rows + row
         self._resume, self._position = _Position(epoch, within, worker), None
-        if in_worker is None:
+        # At an epoch's end, the next one may have been chosen already.
+        if in_worker is None and (within < rows.num_rows or self.epoch < epoch):
             self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Rows]:

@@ -41,7 +41,7 @@ def opened(shards: str, **options: Any) -> megaback.RowDataset:
     )
 
 
-def trainer(shards: str, folder: Path, dataset: megaback.RowDataset, **options: Any) -> Trainer:
+def trainer(folder: Path, dataset: megaback.RowDataset, **options: Any) -> Trainer:
     arguments = TrainingArguments(
         str(folder),
         per_device_train_batch_size=MICRO_ROWS,
@@ -72,7 +72,7 @@ def main(shards: str, out: Path) -> None:
         seen.clear()
 
     torch.distributed.init_process_group("gloo")
-    dataset = opened(shards, micro_batch_rows=MICRO_ROWS)
+    without_rank = dataset = opened(shards, micro_batch_rows=MICRO_ROWS)
     for batch in DataLoader(dataset, batch_size=MICRO_ROWS, num_workers=2):
         note(batch)
     store("plain")
@@ -83,22 +83,22 @@ def main(shards: str, out: Path) -> None:
     dataset = opened(shards, micro_batch_rows=MICRO_ROWS * 2, **_ALL_ROWS)
     config = {"dispatch_batches": False}
     trainer(
-        shards, out / "read", dataset, num_train_epochs=2, save_strategy="no",
+        out / "read", dataset, num_train_epochs=2, save_strategy="no",
         accelerator_config=config,
     ).train()  # fmt: skip
     store("read by every rank")
 
     dataset = opened(shards, micro_batch_rows=MICRO_ROWS, **_ALL_ROWS)
     steps = dataset.steps_per_epoch
-    trainer(shards, out / "resumed", dataset, max_steps=steps + 1, save_steps=steps + 1).train()
+    trainer(out / "resumed", dataset, max_steps=steps + 1, save_steps=steps + 1).train()
     store("begun")
     dataset = opened(shards, micro_batch_rows=MICRO_ROWS, **_ALL_ROWS)
-    resumed = trainer(shards, out / "resumed", dataset, max_steps=2 * steps, save_strategy="no")
+    resumed = trainer(out / "resumed", dataset, max_steps=2 * steps, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(out / "resumed" / f"checkpoint-{steps + 1}"))
     store("resumed")
 
     try:
-        trainer(shards, out / "refused", opened(shards)).train()
+        trainer(out / "refused", without_rank)
     except megaback.errors.ConfigError as error:
         found["refused"] = str(error)
     np.savez(out / f"{os.environ['RANK']}.npz", **found)

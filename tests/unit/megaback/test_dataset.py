@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
+from multiprocessing import context
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,23 @@ def test_torchdatas_loader_resumes_after_any_batch(
     assert_same(together(iter(after)), rest)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdatas_loader_goes_on_with_the_next_epoch_after_a_whole_one(
+    tiny_shards: Path, workers: int
+) -> None:
+    def loader() -> tuple[megaback.RowDataset, Any]:
+        dataset = opened(tiny_shards, epochs=0.2)
+        return dataset, StatefulDataLoader(dataset, batch_size=MICRO_ROWS, num_workers=workers)
+
+    _, before = loader()
+    assert len(list(before)) == len(before)
+    dataset, after = loader()
+    after.load_state_dict(before.state_dict())
+    dataset.set_epoch(1)
+    steps = dataset.steps_per_epoch
+    assert_same(together(iter(after)), own_batches(tiny_shards, range(steps, 2 * steps)))
+
+
 def test_a_pass_that_was_resumed_is_followed_by_whole_ones(tiny_shards: Path) -> None:
     dataset = opened(tiny_shards, epochs=0.2)
     steps = dataset.steps_per_epoch
@@ -288,10 +307,9 @@ def test_a_spawned_worker_knows_its_parents_rank(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert len(dataset) == dataset.steps_per_epoch * BATCH_ROWS // 2
-    monkeypatch.setattr(
-        megaback.dataset.context, "get_spawning_popen", lambda: "a process that is being started"
-    )
+    context.set_spawning_popen(object())  # as multiprocessing does while it starts one
     there = pickle.dumps(dataset)
+    context.set_spawning_popen(None)
     monkeypatch.undo()
     own = own_batches(tiny_shards, range(dataset.steps_per_epoch), 1, 2)
     assert_same(together(iter(loaded(pickle.loads(there), 0))), own)
@@ -349,3 +367,14 @@ def test_the_state_of_something_else_is_refused(tiny_shards: Path) -> None:
     dataset.load_state_dict(dataset.state_at(2 * dataset.steps_per_epoch))
     with pytest.raises(ConfigError, match=r"loaded is in epoch 2.*epoch 0 would begin before"):
         dataset.set_epoch(0)
+
+
+def test_the_example_of_the_page_runs(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/shards").symlink_to(tiny_shards)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs/other-trainers.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(code, {})
