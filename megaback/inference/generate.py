@@ -1,4 +1,4 @@
-"""Writing one token after another, in the model's reading order, on one device."""
+"""Generation of new ids after prompts, in the model's reading order."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""How likely a model finds a continuation, in nats: many of them in one forward pass.
+"""Log-likelihoods of continuations in nats, many of them in one forward pass.
 
 Each function has a form in steps (`megaback.inference.steps`), which gives the same numbers: with
 `tokens_at_once`, a forward pass has at most so many tokens, or one continuation.
@@ -20,14 +20,14 @@ _TOKENS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Continuation:
-    """Ids that are given, at least one, and ids that go on from them."""
+    """Given ids (at least one), and ids written after them."""
 
     given: Sequence[int]
     written: Sequence[int]
 
 
 def in_packs(continuations: Sequence[Continuation]) -> list[list[int]]:
-    """Numbers of continuations that fit one forward pass together, short ones with short ones."""
+    """Batches of indices of continuations that fit one forward pass, sorted by length."""
     by_length = sorted(range(len(continuations)), key=lambda i: _num_tokens(continuations[i]))
     return _cut(by_length, continuations, _TOKENS_AT_ONCE)
 
@@ -87,7 +87,7 @@ def next_log_probability_steps(
     ids: Sequence[int],
     tokens_at_once: int = _TOKENS_AT_ONCE,
 ) -> Steps[list[tuple[Tensor, Tensor]]]:
-    """Of each continuation: log P of its written ids, shape (W,), and of C ids after each, (W, C).
+    """Per continuation: log P of its written ids, shape (W,), and of C ids after each, (W, C).
 
     Row k, column c is log P(ids[c] | given and the first k + 1 written ids).
     """
@@ -132,7 +132,7 @@ def _packs(continuations: Sequence[Continuation], tokens_at_once: int) -> list[l
 
 
 def _read(model: ReverseGPT, pack: Sequence[Continuation]) -> Steps[Tensor]:
-    """The hidden states that all written ids are predicted from: shape (W, D). A step is a layer.
+    """Hidden states that predict the written ids: shape (W, D). A step is a layer.
 
     As `ReverseGPT.hidden` computes them.
     """

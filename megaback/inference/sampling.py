@@ -1,4 +1,4 @@
-"""How a sample chooses among its next ids: options, and the choice itself for many rows at once.
+"""Sampling of next ids: its options, and the choice for many rows at once.
 
 Every row has a stream of uniform numbers of its own, made on the CPU from its seed: what a row
 chooses depends neither on the rows beside it nor on the device.

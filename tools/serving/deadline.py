@@ -1,4 +1,4 @@
-"""What ends the work of a request before it is done: its time, its client, or the server's end."""
+"""Cancellation of a request: by its timeout, its client, or the server's shutdown."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -12,11 +12,11 @@ _Result = TypeVar("_Result")
 
 
 class EndedError(Exception):
-    """What was waited for was cancelled, as something else came first."""
+    """Raised by `unless` when its ending came first."""
 
 
 async def unless(ending: Awaitable[object], work: Awaitable[_Result]) -> _Result:
-    """The result of some work, which is cancelled with whoever waits for it.
+    """The result of some work, which is cancelled with its caller.
 
     Raises EndedError, and cancels the work, when `ending` is over first.
     """
@@ -33,13 +33,13 @@ async def unless(ending: Awaitable[object], work: Awaitable[_Result]) -> _Result
 
 
 async def hanging_up(request: Request) -> None:
-    """Return when the client of a request, whose body was read, is gone."""
+    """Return when the client of a request, whose body was read, disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 class Deadline:
-    """When the work for a request ends as it is. To be made on the event loop, and closed."""
+    """Deadline of a request, after which its work ends as it is. Made on the event loop."""
 
     def __init__(self, max_s: float) -> None:
         self._max_s = max_s
@@ -53,7 +53,7 @@ class Deadline:
         return self._passed.is_set()
 
     def end(self) -> None:
-        """Pass now: the server ends."""
+        """Pass now, as the server shuts down."""
         self._is_of_server = self._is_of_server or not self.is_past
         self._pass()
 
@@ -64,7 +64,7 @@ class Deadline:
         self._calls.append(call)
 
     def problem(self) -> ProblemError:
-        """The answer where there is nothing else to answer with."""
+        """The error for a request of which nothing was written."""
         if self._is_of_server:
             return busy("the server is shutting down; ask another one, or again later")
         return ProblemError(

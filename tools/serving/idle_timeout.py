@@ -1,8 +1,7 @@
-"""Connections that do not stay open for nothing.
+"""Timeouts of connections: for a request to arrive, and for a client to read its answer.
 
-uvicorn waits without end for a request's first line and headers, and for a client to read its
-answer, so that connections that are opened and left would use up the files and the memory that a
-process may have, and what is written for them the time of others.
+uvicorn has neither, so that idle connections would use up file descriptors and memory, and answers
+that nobody reads the time of others (docs/decisions/0043-limits-of-the-server.md).
 """
 
 import asyncio
@@ -17,14 +16,15 @@ SECONDS_FOR_A_PART = 30.0
 MAX_CONNECTIONS = 512
 MAX_AHEAD_BYTES = 1 << 16
 SYSTEM_BUFFER_BYTES = 1 << 17
-"""Of an answer that is not read yet, by the system; Linux takes twice that for its own records."""
+"""Send buffer of a socket; Linux doubles it for its own bookkeeping."""
 
 
 class IdleTimeoutConnection(H11Protocol):
-    """Ends when no request has come in time or, as the oldest idle one, when there are too many.
+    """An HTTP/1.1 connection that is closed when it is idle or slow.
 
-    Also when its client takes too long to read a part of an answer, of 64 KiB at most: see
-    middleware.py, which sends no further part before. Then the work for that answer ends, too.
+    Closed when no request arrives in time; when it is the oldest idle one of too many; and when its
+    client takes too long to read a part of an answer (64 KiB at most: middleware.py sends no other
+    part before), which also cancels the work for that answer.
     """
 
     seconds_for_a_request: ClassVar[float] = SECONDS_FOR_A_REQUEST
@@ -44,7 +44,7 @@ class IdleTimeoutConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Told as soon as the system takes no more for the client, and again when it took all.
+        # pause_writing is called once the send buffer is full, resume_writing when it is empty.
         transport.set_write_buffer_limits(high=0)
         transport.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDBUF, SYSTEM_BUFFER_BYTES
@@ -89,7 +89,7 @@ class IdleTimeoutConnection(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """What is sent after an answer has begun, and is no request, has no other answer."""
+        """Answer what is no request, or only close if another answer has begun."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
@@ -99,7 +99,7 @@ class IdleTimeoutConnection(H11Protocol):
             self.cycle.message_event.set()
 
     def _expect_request(self) -> None:
-        """From now on, if not already: a byte now and then wins no time."""
+        """Start the timeout of a request, unless it runs: a byte now and then does not reset it."""
         if self._deadline is None and not self.transport.is_closing():
             self._deadline = self.loop.call_later(self.seconds_for_a_request, self._give_up)
 

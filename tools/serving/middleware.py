@@ -1,6 +1,6 @@
-"""What every request passes: who asks, from where, how much at once, how large, how slowly.
+"""Checks of every request: host, origin, token, open requests, size and time of its body.
 
-Pure ASGI, so that nothing is read before it is known that it may be.
+Pure ASGI, so that no body is read before its request is allowed.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from tools.serving.limits import Limits
 from tools.serving.metrics import Metrics
 
 _API_PATHS = ("/v1/", "/metrics")
-# A body that is too large is read on for a while, as a client that is still sending sees no answer.
+# Bytes of a too large body that are read and discarded: clients that are sending see no answer.
 _MAX_PASSED_OVER_BYTES = 64 << 20
 _MAX_HEAD_BYTES = 1 << 14
 # Of an answer, after each of which the client has to have read: see idle_timeout.py.
@@ -47,7 +47,7 @@ _HEADERS = {
 
 
 class Guard:
-    """Wraps an application."""
+    """ASGI middleware that checks requests, and adds headers and metrics."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Guard:
         token: str | None,
         allowed: Sequence[Address],
     ) -> None:
-        """`paths` are told apart in metrics. With a token, the API is for those who send it.
+        """`paths` are labels of metrics. With a token, the API is for those who send it.
 
         Without one, requests are answered that call this server by a loopback name or by one of
         `allowed`.
@@ -137,7 +137,7 @@ class Guard:
             self._num_open -= 1
 
     def _require_here(self, headers: Headers) -> None:
-        """Refuse what another site's page makes a browser send.
+        """Refuse cross-site requests of browsers.
 
         Not where there is a token, which such a page has not: then a proxy may name us as it likes.
         """
@@ -160,7 +160,7 @@ class Guard:
             )
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """A body that comes in time. Of too many that come slowly, the first is not waited for."""
+        """The body, within the time limit; the oldest is dropped when too many are arriving."""
         if len(self._arriving) >= self._limits.open_requests:
             first = next(iter(self._arriving))
             del self._arriving[first]
@@ -203,7 +203,7 @@ class Guard:
 
 
 def _require_short_head(scope: Scope) -> None:
-    """h11 refuses a longer one too, but not when all of it came at once."""
+    """Raises ProblemError (431). h11 limits only heads that arrive in parts."""
     fields = sum(len(name) + len(value) for name, value in scope["headers"])
     if fields + len(scope["raw_path"]) + len(scope["query_string"]) > _MAX_HEAD_BYTES:
         raise ProblemError(
@@ -219,7 +219,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def _parts(message: Message) -> Iterator[Message]:
-    """A message whose body is large in several, between which it is seen that the client reads."""
+    """Split a large body, so that a client that does not read is noticed between parts."""
     body = message.get("body", b"")
     while len(body) > _PART_BYTES:
         yield {**message, "body": body[:_PART_BYTES], "more_body": True}
@@ -228,7 +228,7 @@ def _parts(message: Message) -> Iterator[Message]:
 
 
 def _after(body: bytes, receive: Receive) -> Receive:
-    """Give a body that has been read, then what comes after it."""
+    """Replay a body that was read, then pass on later messages."""
     is_given = False
 
     async def receive_again() -> Message:

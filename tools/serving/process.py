@@ -1,4 +1,4 @@
-"""The sockets of a server, and how it ends: what runs is finished in time, then cut."""
+"""The server process and its graceful shutdown."""
 
 import asyncio
 import math
@@ -14,14 +14,14 @@ from tools.serving.host_names import Address
 from tools.serving.idle_timeout import IdleTimeoutConnection
 
 _SECONDS_TO_FINISH = 2.0
-"""For clients to take what has been cut."""
+"""For clients to read answers that were cut."""
 _SECONDS_TO_CLOSE = 10.0
 
 
 class Server(uvicorn.Server):
-    """Serves until it is told to end; then it finishes what runs, for so many seconds at most.
+    """uvicorn's server; on shutdown, requests have `shutdown_s` seconds to finish.
 
-    What still runs then is answered as at the end of a request's time.
+    Those that still run then are answered as when their deadline passes.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
             ending.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A second Ctrl-C waits for nothing more."""
+        """Exit at once on a second Ctrl-C."""
         if self.should_exit and sig == signal.SIGINT and self._loop is not None:
             self._loop.call_soon_threadsafe(self._end)
         else:

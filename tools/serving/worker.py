@@ -1,4 +1,4 @@
-"""The thread that computes: it writes the samples of all requests together.
+"""The compute thread of the server: one continuous batch per model, and other work in steps.
 
 Everything that computes runs in this one thread; requests are handled on the event loop. Requests
 whose samples wait take turns when a place is free. Prompts and other work are read and done in
@@ -23,16 +23,16 @@ from tools.serving.metrics import Metrics
 _log = logging.getLogger("megaback.serve")
 _Result = TypeVar("_Result")
 _SLICE_S = 0.05
-"""For prompts, and again for other work, between two tokens of the samples."""
+"""Time slice of prompts, and again of other work, between two tokens of the samples."""
 
 
 class EngineFullError(Exception):
-    """More samples wait than may."""
+    """Raised when the queue of waiting samples is full."""
 
 
 @dataclass(eq=False)
 class Writing:
-    """A sample of a request, and where to put what is written: a Step, or what went wrong."""
+    """A sample of a request, and the callback that gets each Step or the error."""
 
     model: str
     sample: Sample
@@ -46,7 +46,7 @@ _Events = list[tuple[Writing, "Step | Exception"]]
 
 @dataclass(frozen=True)
 class _Task:
-    """Other work, and where its result is waited for."""
+    """Other work, and the future of its result."""
 
     steps: Steps[Any]
     future: "Future[Any]"
@@ -85,14 +85,14 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="megaback-engine", daemon=True)
 
     def start(self) -> None:
-        """Call it on the event loop that events are sent to."""
+        """Start the thread. To be called on the event loop that gets its events."""
         self._loop = asyncio.get_running_loop()
         for name in self._batches:
             self._metrics.rows(name, running=0, waiting=0)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, and with it what it writes."""
+        """Stop the thread and all its work."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -103,7 +103,7 @@ class Engine:
         return self._thread.is_alive()
 
     def write(self, writings: list[Writing]) -> None:
-        """Write these of one request when there is room.
+        """Queue the samples of one request.
 
         Raises EngineFullError, and then takes none of them.
         """
@@ -117,13 +117,13 @@ class Engine:
             self._changed.notify()
 
     def give_up(self, writings: list[Writing]) -> None:
-        """Write these no further; those that are over do not mind."""
+        """Cancel these samples; finished ones are ignored."""
         with self._changed:
             self._given_up += [writing for writing in writings if not writing.is_over]
             self._changed.notify()
 
     def compute(self, steps: "Steps[_Result]") -> "Future[_Result]":
-        """Do other work between the steps of samples, until its future is cancelled."""
+        """Queue other work, which ends when its future is cancelled."""
         future: Future[_Result] = Future()
         with self._changed:
             self._tasks.append(_Task(steps, future))
@@ -143,7 +143,7 @@ class Engine:
             batch.clear()
 
     def _turn(self) -> None:
-        """A token of every sample, and a slice of what else is to be done."""
+        """One token of every sample, then a time slice of other work."""
         with self._changed:
             self._changed.wait_for(self._has_work)
             if self._is_closing:
@@ -164,7 +164,7 @@ class Engine:
         self._work()
 
     def _fail(self, error: Exception) -> None:
-        """Tell all whose samples are written that they are no more."""
+        """Drop all running samples and report the error to each."""
         failed, self._running = list(self._running.values()), {}
         for batch in self._batches.values():
             batch.clear()
@@ -183,7 +183,7 @@ class Engine:
         return sum(map(len, self._waiting[model]))
 
     def _next_to_begin(self, given_up: list[Writing]) -> list[Writing]:
-        """Those for which there is room, one of each request in turn.
+        """Samples for which there is room, round-robin over requests.
 
         What was given up while it waited is gone.
         """
@@ -213,7 +213,7 @@ class Engine:
         self._metrics.began(writing.model, len(writing.sample.prompt.ids))
 
     def _advance(self, name: str, batch: ContinuousBatch, events: _Events) -> None:
-        """Read on what waits for it, and write a token of each sample that has been read."""
+        """Read waiting prompts for a time slice, then write one token of each sample."""
         try:
             self._read(batch, events)
             steps = self._step(name, batch)
@@ -243,7 +243,7 @@ class Engine:
             return batch.step()
 
     def _work(self) -> None:
-        """A slice of other work, a step of each task in turn."""
+        """A time slice of other work, round-robin over tasks."""
         ends_s = time.monotonic() + _SLICE_S
         while True:
             with self._changed:
