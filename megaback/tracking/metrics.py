@@ -78,8 +78,8 @@ def parsed_line(text: bytes) -> dict[str, Any] | None:
         line = parse_json(text)
     except ValueError:
         return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int or "excluded" in line:
-        return {}  # earlier versions wrote `excluded` where `excluded` is written
+    if not isinstance(line, dict) or type(line.get("step")) is not int or "left_out" in line:
+        return {}  # earlier versions wrote `left_out` where `excluded` is written
     by_context = line.get("val_by_context", {})
     if not isinstance(by_context, dict):
         return {}

@@ -88,7 +88,7 @@ def test_a_manifest_with_impossible_fields_is_one_sentence(copy: Path, hostile: 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_manifest_of_an_earlier_version_says_so(copy: Path, version: int) -> None:
     fields = json.loads((copy / MANIFEST_NAME).read_text())
-    fields["excluded"] = fields.pop("excluded")
+    fields["left_out"] = fields.pop("excluded")
     (copy / MANIFEST_NAME).write_text(json.dumps({**fields, "version": version}))
 
     with pytest.raises(ShardCorruptError, match=r"an earlier version.*build the shards"):

@@ -247,7 +247,7 @@ def test_metrics_are_json_that_any_reader_takes(run: Path) -> None:
 
 def test_metrics_of_an_earlier_version_are_refused_by_name(run: Path) -> None:
     path = run / METRICS_NAME
-    path.write_text(path.read_text() + '{"step": 6, "excluded": true}\n')
+    path.write_text(path.read_text() + '{"step": 6, "left_out": true}\n')
 
     with pytest.raises(CheckpointCorruptError, match="is not of this version of megaback"):
         read_metrics(run)
