@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: what they are, and which one to go on from.
+"""Checkpoints that are whole or absent: what they are, and which one to resume from.
 
 A checkpoint is a folder `step-00000100` with two files of each rank that wrote it, its weights and
 its optimizer state (see `engine_state` for what stands in them), and the tokenizer. It is complete
@@ -78,7 +78,7 @@ class CheckpointMeta:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the val loss, if there is one, is a number."""
+        """Whether the val loss, if there is one, is finite."""
         return self.val_loss is None or math.isfinite(self.val_loss)
 
     @property

@@ -1,6 +1,6 @@
 """A checkpoint's way: written to the disk, completed, copied to the second place.
 
-All of it goes on beside the training steps. `advance` is called between steps, with what the ranks
+All of it happens beside the training steps. `advance` is called between steps, with what the ranks
 have agreed on, and does what can be done without waiting; `drain` waits for the rest at the end.
 """
 

@@ -1,4 +1,4 @@
-"""Complete checkpoints copied to a second place, by URL, while training goes on.
+"""Complete checkpoints copied to a second place, by URL, while training continues.
 
 Each rank copies the files that it wrote, and reads them back to compare their hashes; the first one
 then adds the tokenizer and, last, `meta.json`. A copy that fails is reported and tried again with
@@ -60,7 +60,7 @@ class CopyTarget:
         self._files, self._root = open_file_system(url)
 
     def path(self, *names: str) -> str:
-        """Of something in it."""
+        """The path of something in it."""
         return "/".join([self._root.rstrip("/"), *names])
 
     def require_ours(self) -> None:
@@ -291,7 +291,7 @@ class _Copying(Thread):
 
 
 def newest_meta(place: CopyTarget) -> CheckpointMeta | None:
-    """Of the newest copy that can be read; None if there is none. Raises StorageError."""
+    """The description of the newest readable copy, or None. Raises StorageError."""
     for name in reversed(place.complete()):
         with suppress(CheckpointCorruptError, FileNotFoundError):
             return place.meta(name)

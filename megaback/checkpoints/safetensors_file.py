@@ -2,9 +2,9 @@
 
 Format: https://huggingface.co/docs/safetensors (a length, a JSON header, raw little-endian data).
 The library writes a dictionary of whole tensors; here each tensor may be made when its turn comes,
-the bytes are hashed as they go out, and other threads run meanwhile. The library also maps files
-into memory, where what was read stays counted as ours, and where a file that is cut short meanwhile
-kills the process; here parts are read to where they belong.
+the bytes are hashed as they go out, and other threads run meanwhile. The library also memory-maps
+files, which inflates RSS, and kills the process if one is cut short meanwhile; here slices are read
+directly into their tensors.
 """
 
 import errno

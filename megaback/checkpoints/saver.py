@@ -1,8 +1,8 @@
 """Saving without waiting for the disk.
 
 A save copies this rank's state to the host's memory, and a thread writes it from there while
-training goes on. Once all ranks have written, which they tell each other between steps, the first
-one completes the checkpoint with `meta.json` and lets old ones go.
+training continues. Once all ranks have written, which they agree on between steps, the first one
+completes the checkpoint with `meta.json` and deletes old ones.
 """
 
 from collections.abc import Mapping
@@ -180,7 +180,9 @@ class _Writing(Thread):
 
 
 def rotate(folder: Path, section: CheckpointSection) -> None:
-    """Let checkpoints go, but the last ones, every so many steps', the last finite, and the best.
+    """Delete old checkpoints.
+
+    Kept are the last `keep_last`, every `keep_every_steps`, the last finite one and the best.
 
     A checkpoint loses its meta.json first. What kills have left behind goes too. Links to other
     checkpoints stay, and so do files that are of no checkpoint.

@@ -1,7 +1,7 @@
 """Step guard: skips updates with a non-finite or spiking loss or gradient norm, and excluded steps.
 
-All ranks see the same loss and norm, so all decide alike. What it knows of earlier steps is read
-back from the metrics, so that a run that goes on decides as one that was never stopped.
+All ranks see the same loss and norm, so all decide alike. The window of earlier steps is read back
+from the metrics, so that a resumed run decides as one that was never stopped.
 """
 
 import json
@@ -21,7 +21,7 @@ from megaback.config import GuardSection
 from megaback.run_folder import SKIPPED_STEPS_NAME
 
 MAX_SKIPPED_STEPS_BYTES = 1 << 20
-"""In a run's folder: first and last of each range of steps that `megaback rollback` left out."""
+"""The file holds first and last of each range of steps that `megaback rollback` excluded."""
 _RANGES = TypeAdapter(list[tuple[int, int]])
 
 
@@ -31,7 +31,7 @@ _GUARDED_FIELDS = ("loss", "gradient_norm", "skipped")
 def guarded_steps(
     metrics: Sequence[dict[str, Any]], step: int, window_steps: int
 ) -> list[dict[str, Any]]:
-    """What a guard needs to know of the lines of a run's metrics up to a step."""
+    """The fields that a guard compares with, of a run's metrics up to a step."""
     earlier: list[dict[str, Any]] = []
     num_updates = 0
     for line in reversed(metrics):
@@ -47,7 +47,7 @@ class StepGuard:
     """Accepts or refuses the loss and the gradient norm of each step."""
 
     def __init__(self, section: GuardSection, earlier: Iterable[dict[str, Any]]) -> None:
-        """`earlier`: lines of the run's metrics, up to where it goes on."""
+        """`earlier`: lines of the run's metrics, up to the resumed step."""
         self._section = section
         self._norms: deque[float] = deque(maxlen=section.window_steps)
         self._losses: deque[float] = deque(maxlen=section.window_steps)
@@ -57,21 +57,23 @@ class StepGuard:
                 self._remember(line["loss"], line.get("gradient_norm"), "skipped" in line)
 
     def verdict(self, loss: float, gradient_norm: float | None) -> str | None:
-        """Why not to learn from a step; None if all is well. The norm may not be known yet."""
+        """The reason to skip a step, or None. The norm may not be known yet."""
         section = self._section
         for what, value in (("loss", loss), ("gradient norm", gradient_norm)):
             if value is not None and not math.isfinite(value):
                 return f"the {what} is {value}"
         if len(self._norms) < section.window_steps:
-            return None  # too early to tell what is usual
+            return None  # too early for a median
         if section.spike_nats is not None:
-            usual = statistics.median(self._losses)
-            if loss > usual + section.spike_nats:
-                return f"the loss is {loss:.4f}, and {usual:.4f} was usual"
+            median = statistics.median(self._losses)
+            if loss > median + section.spike_nats:
+                limit = f"spike_nats {section.spike_nats:g}"
+                return f"loss {loss:.4f} exceeds median {median:.4f} + {limit}"
         if section.spike_norm_ratio is not None and gradient_norm is not None:
-            usual = statistics.median(self._norms)
-            if gradient_norm > usual * section.spike_norm_ratio:
-                return f"the gradient norm is {gradient_norm:.3g}, and {usual:.3g} was usual"
+            median = statistics.median(self._norms)
+            if gradient_norm > median * section.spike_norm_ratio:
+                limit = f"spike_norm_ratio {section.spike_norm_ratio:g}"
+                return f"gradient norm {gradient_norm:.3g} exceeds median {median:.3g} x {limit}"
         return None
 
     def record(self, step: int, loss: float, gradient_norm: float, reason: str | None) -> None:

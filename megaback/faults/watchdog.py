@@ -1,8 +1,8 @@
-"""A rank's sign of life, and its watch over itself and the others.
+"""Per-rank watchdog: writes heartbeats, and aborts when a phase times out or a peer is lost.
 
 The ranks wait for each other in every step. When one is gone, the others cannot know it from inside
-a collective: a thread here sees that this rank has been at the same thing for too long, looks at
-the heartbeats for who is missing, and ends the process with a sentence.
+a collective: a thread here sees that this rank's phase has taken too long, reads the heartbeats for
+who is missing, and ends the process with a sentence.
 """
 
 import os
@@ -26,7 +26,7 @@ from megaback.run_folder import HEARTBEATS_FOLDER, heartbeat_path
 
 
 class Watchdog:
-    """Says what this rank is at, and ends it when that takes too long."""
+    """Reports the phase of this rank, and ends the process when it takes too long."""
 
     def __init__(self, run: Path, section: HardwareSection, world: World) -> None:
         """Nothing is written or watched before `open`."""
@@ -70,7 +70,7 @@ class Watchdog:
         self._thread.start()
 
     def set_phase(self, phase: str, step: int) -> None:
-        """Say what this rank begins to do. Costs a microsecond."""
+        """Report the phase that this rank begins. Costs a microsecond."""
         with self._lock:
             self._beat = replace(self._beat, phase=phase, step=step, since=time.time())
 
@@ -98,7 +98,7 @@ class Watchdog:
             return True
 
     def report_lost(self) -> RankLostError:
-        """Who is missing, after a collective has failed or taken too long; records it."""
+        """The ranks that are missing after a collective failed or timed out; records them."""
         if not self.is_open:  # what lies in the run's folder is of an earlier start
             error = RankLostError(
                 "another rank ended before the run had started; see the messages above, and run "

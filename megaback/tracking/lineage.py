@@ -1,4 +1,4 @@
-"""Where a run's weights come from: its base, the checkpoint that it goes on from, its starts."""
+"""Where a run's weights come from: its base, the checkpoint that it resumed from, its starts."""
 
 from pathlib import Path
 from typing import Any

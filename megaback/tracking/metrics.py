@@ -24,7 +24,7 @@ MACHINE_FIELDS = frozenset(
         "memory_peak_bytes",
     }
 )
-"""What says how fast a machine was, not what was learned: it differs between equal runs."""
+"""Fields that depend on the machine's speed: they differ between equal runs."""
 _FIELDS = Fields(
     counts=frozenset(
         ("step", "targets", "tokens_seen", "memory_peak_bytes", "skipped_rows", "val_targets")
@@ -34,9 +34,9 @@ _FIELDS = Fields(
     texts=frozenset(("skipped",)),
 )
 _MAX_LINES = 2_000_000
-"""Of the shortest, 1 GB of memory."""
+"""So many of the shortest lines take 1 GB of memory."""
 MIN_DATA_WAIT_SHARE = 0.01
-"""Below, nobody is told of it but metrics.jsonl."""
+"""Smaller shares are recorded but not shown."""
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def parsed_line(text: bytes) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """A training step: loss in nats a target, the norm before clipping, wall-clock seconds."""
+    """A training step: loss in nats per target, the norm before clipping, wall-clock seconds."""
 
     step: int
     loss: float
@@ -99,7 +99,7 @@ class StepRecord:
     gradient_norm: float
     step_s: float
     data_wait_share: float
-    """Of these seconds, what the rank that waited longest for its rows waited."""
+    """Share of these seconds that the rank waited that waited longest for its rows."""
     memory_peak_bytes: int
     """Since the start, of the rank with most: of its GPU's allocator, or resident on a CPU."""
     skipped_rows: int = 0

@@ -28,7 +28,7 @@ from megaback.tracking.tracker import BEFORE_ALL_STEPS
 from megaback.tracking.trackers import Trackers
 
 _RECENT_STEPS = 50
-"""Whose pace tells how much time is left."""
+"""Number of steps whose pace gives the time left."""
 
 
 class MetricsLog:

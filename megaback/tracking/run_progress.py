@@ -27,7 +27,7 @@ class Progress:
 
     step: int
     loss: float | None
-    """Of the last step that learned, in nats a token."""
+    """Training loss of the last step that was not excluded, in nats per token."""
     median_step_s: float | None
 
 

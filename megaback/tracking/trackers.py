@@ -1,7 +1,7 @@
 """Other places that show a run's numbers: wandb and TensorBoard, fed from metrics.jsonl.
 
-metrics.jsonl is canonical. When a run goes on, a tracker forgets what came after the resumed step,
-is given what it lacks, and no step twice. One that fails is left out, and training goes on.
+metrics.jsonl is canonical. On resume, trackers are truncated to the resumed step and backfilled; no
+step is logged twice. A tracker that fails is dropped, and training continues.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,7 @@
-"""Early stopping on validation loss: the best measurement, and how many came since.
+"""Early stopping on validation loss.
 
-What is known is a function of the validations so far, which `metrics.jsonl` keeps, so that a run
-that goes on decides as one that was never interrupted.
+The state is a function of the validations so far, which `metrics.jsonl` keeps, so that a resumed
+run decides as one that was never interrupted.
 """
 
 import math
@@ -24,12 +24,12 @@ class EarlyStopping:
         self._best_loss = math.inf
         self._since = 0
         self.best_step: int | None = None
-        """None when nothing was measured that is a number."""
+        """None while every val loss is non-finite."""
         for step, loss in earlier:
             self.measured(step, loss)
 
     def measured(self, step: int, loss: float | None) -> None:
-        """Take note of a validation; a loss that is None or no number improves on nothing."""
+        """Count a validation; a loss that is None or non-finite is no improvement."""
         if loss is not None and loss < self._best_loss:
             self._best_loss, self.best_step, self._since = loss, step, 0
         else:
@@ -45,7 +45,7 @@ class EarlyStopping:
 
     @property
     def reason(self) -> str:
-        """Why a run ends that has run out of it."""
+        """Why the run stops early."""
         best = (
             "no val loss was a number"
             if self.best_step is None

@@ -1,4 +1,4 @@
-"""Everything that stands before the training loop: data, model, engine, and where to go on.
+"""Everything that stands before the training loop: data, model, engine, and where to resume.
 
 First comes all that can refuse a start, then the first line that is written (`_accept`).
 """
@@ -315,7 +315,7 @@ def _note_end(
 
 
 def _require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:
-    """A run goes on only with the batches and the model that it began with."""
+    """Refuse to resume with other batches or another model. Raises RunMismatchError."""
     meta.format.require_same(
         data.text_format, f"the checkpoint {target}", f"the run on {config.data.description}"
     )

@@ -40,7 +40,7 @@ class Agreement:
     num_targets: int
     skipped_rows: int
     data_wait_s: float
-    """Of the rank that waited longest for its rows."""
+    """Seconds that the rank waited that waited longest for its rows."""
     must_stop: bool
     is_writing: bool
     """Whether any rank still writes a checkpoint."""
@@ -117,7 +117,7 @@ class Trainer:
         return self._early_stopping.reason
 
     def close(self) -> None:
-        """Let go of files, threads and the run's folder."""
+        """Close files and threads, and unlock the run's folder."""
         self._run.data.training.close()
         if self._log is not None:
             self._record(MetricsLog.close)
@@ -204,7 +204,8 @@ class Trainer:
     ) -> tuple[float, int]:
         """Forward and backward through every micro-batch.
 
-        Returns the loss of all ranks in nats a target, and the peak memory of the rank with most.
+        Returns the loss of all ranks in nats per target, and the peak memory in bytes of the rank
+        with most.
         """
         run, world = self._run, self._world
         # DeepSpeed averages over ranks and accumulation; what is wanted is the mean over all

@@ -1,4 +1,4 @@
-"""The loss over a whole val set, in nats a token and bits a byte of text, and by context."""
+"""The loss over a whole val set, in nats per token and bits per byte of text, and by context."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
