@@ -124,5 +124,6 @@ def test_a_hub_without_a_network_is_a_line_a_try_and_one_sentence(
     result = run_megaback(*words, env=environment)
     *waits, sentence = result.stderr.splitlines()
     assert (result.returncode, len(waits)) == (22, 2)
-    assert all(line.startswith(f"{source}: cannot find the host hub.invalid") for line in waits)
+    start = f"megaback: warning: {source}: cannot find the host hub.invalid"
+    assert all(line.startswith(start) for line in waits)
     assert "gave up after 3 tries" in sentence
