@@ -125,11 +125,12 @@ def test_a_path_without_a_colon_stays(text: str) -> None:
     "piece", ["a", "%40", "https://", "a@b:c/", "::s3://", "?a=b&", ";a=b", "//"]
 )
 def test_a_megabyte_takes_no_time(piece: str) -> None:
+    """In CPU time of this thread, as others may be busy."""
     text = "https://h/" + piece * (300_000 // len(piece))
-    begin = time.monotonic()
+    begin = time.thread_time()
     shown_url(text)
     scrub(text[:100_000])
-    assert time.monotonic() - begin < 3
+    assert time.thread_time() - begin < 3
 
 
 def test_addresses_within_a_text_of_others_are_shown_and_known_secrets_go() -> None:
