@@ -70,11 +70,6 @@ def convert(
             write_gguf_folder(folder, name, source, torch_dtype)
 
 
-def convert_full(checkpoint: Path, out: Path, dtype: str) -> None:
-    """`convert` to megaback's own folder."""
-    convert(checkpoint, out, "full", dtype)
-
-
 @click.command(cls=WorkCommand, name="convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(

@@ -29,8 +29,6 @@ from megaback.config_file import load_config
 from megaback.data import Data, open_data
 from megaback.faults.run_ownership import config_of_run
 
-_MAX_EPOCHS = 10_000  # no run reads more, and numbers of rows stay far below 2**63
-
 _Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,6 @@ class UnigramEntropy:
     nats: float
     frames: int
     of_frames: int
-
-
-def document_ids(data_set: DataSet, split: str) -> Iterator[npt.NDArray[np.unsignedinteger[Any]]]:
-    """The ids of every document of a split, markers included, in stored order."""
-    for entry in data_set.manifest.split(split):
-        with data_set.open_shard(entry) as reader:
-            yield from reader.documents()
 
 
 def document_at(data_set: DataSet, split: str, number: int) -> npt.NDArray[np.unsignedinteger[Any]]:

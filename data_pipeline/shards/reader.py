@@ -87,8 +87,8 @@ class ShardReader:
 
     def frame(self, frame: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Decode one frame, checksum verified: ids of shape (frame_tokens,); the last has fewer."""
-        offset = int(self._index.offsets[frame])
-        num_bytes = int(self._index.offsets[frame + 1]) - offset
+        offset, end = self.frame_offsets[frame : frame + 2].tolist()
+        num_bytes = end - offset
         if self._cache is not None and (kept := self._cache.get(frame, num_bytes)) is not None:
             try:
                 return self._decode(frame, kept)

@@ -48,11 +48,6 @@ class EncodedExample:
     ids: Ids
     num_given: int
 
-    @property
-    def loss_mask(self) -> npt.NDArray[np.bool_]:
-        """Whether each id, as a target, carries loss: shape (tokens,)."""
-        return np.arange(len(self.ids)) >= self.num_given
-
 
 @dataclass(frozen=True)
 class ParsedExample:

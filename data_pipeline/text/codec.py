@@ -53,10 +53,6 @@ class Direction(str, Enum):
     BACKWARD = "backward"
     FORWARD = "forward"
 
-    @property
-    def opposite(self) -> "Direction":
-        return Direction.FORWARD if self is Direction.BACKWARD else Direction.BACKWARD
-
 
 class Unit(str, Enum):
     """What is reversed: the ids of a document, or its words before they are encoded."""

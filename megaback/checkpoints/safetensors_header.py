@@ -56,13 +56,6 @@ class TensorHeader:
     metadata: dict[str, str]
 
 
-def read_header(path: Path) -> TensorHeader:
-    """What a file holds. Raises CheckpointCorruptError, OSError."""
-    file, header = open_tensors(path)
-    file.close()
-    return header
-
-
 def open_tensors(path: Path) -> tuple[IO[bytes], TensorHeader]:
     """A file, open to be read, and what it holds. Raises CheckpointCorruptError, OSError."""
     file: IO[bytes] | None = None

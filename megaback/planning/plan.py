@@ -154,15 +154,6 @@ def fits(config: Config, facts: RunFacts, cluster: Cluster) -> bool:
     return memory_of(config, facts, cluster).parts.total <= cluster.device.memory_bytes
 
 
-@dataclass(frozen=True)
-class Change:
-    """Something that may make a run fit, and what it costs, as a rank among the others."""
-
-    words: str
-    config: Config
-    cluster: Cluster
-
-
 def smallest_change(
     config: Config, facts: RunFacts, cluster: Cluster, *, can_add_nodes: bool = True
 ) -> str | None:

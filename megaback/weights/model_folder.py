@@ -288,12 +288,6 @@ def _files_in_config(
         raise _no_description(folder / MODEL_CONFIG_NAME, error) from None
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Raises CheckpointCorruptError when the weights are missing, cut short or altered."""
-    stored = open_weights(folder, read_description(folder))
-    return {name: stored.read(name) for name, _ in stored.shapes()}
-
-
 def load_model_folder(
     folder: Path, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[ReverseGPT, ModelDescription, TextCodec]:

@@ -35,7 +35,7 @@ from tools.serving.idle_timeout import IdleTimeoutConnection
 from tools.serving.limits import Limits
 from tools.serving.metrics import Metrics
 from tools.serving.models import load_meeting, load_models
-from tools.serving.parsing import parse_request
+from tools.serving.parsing import REQUESTS, parse_body
 from tools.serving.process import Server
 from tools.serving.worker import Engine
 
@@ -178,7 +178,7 @@ def request_body(_folder: Path) -> Target:
         if not data:
             return
         try:
-            parse_request(paths[data[0] % len(paths)], data[1:])
+            parse_body(REQUESTS[paths[data[0] % len(paths)]], data[1:])
         except ProblemError as problem:
             if not 400 <= problem.status < 500:
                 raise RuntimeError(f"status {problem.status}") from None

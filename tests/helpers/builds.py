@@ -15,9 +15,9 @@ from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.common import process_pool
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.inspection import document_ids
 from data_pipeline.shards.manifest import SPLITS, Manifest
 from data_pipeline.text.codec import TextCodec
+from tests.helpers.stored import document_ids
 
 with suppress(ImportError):
     # Loaded in a thread, it crashes whoever uses it after that thread has ended.

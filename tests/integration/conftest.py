@@ -17,7 +17,7 @@ from tests.helpers.tiny_run import (
     training_environment,
 )
 from tests.helpers.warm_ranks import WarmRanks
-from tools.convert import convert_full
+from tools.convert import convert
 
 Run = subprocess.CompletedProcess[str]
 
@@ -118,7 +118,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]
     @cache
     def converted(run: Path) -> Path:
         out = tmp_path_factory.mktemp("models") / "model"
-        convert_full(run, out, "float32")
+        convert(run, out, "full", "float32")
         return out
 
     return converted

@@ -28,7 +28,7 @@ from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train import train_tokenizer
 from tests.helpers.error_cases import CASES, Case
 from tests.helpers.tiny_run import tiny_config, training_environment
-from tools.convert import convert_full
+from tools.convert import convert
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +116,7 @@ def place(
             run, shards, f"data.direction={direction.value}", "training.steps=2"
         )
         assert result.returncode == 0, result.stderr
-        convert_full(run, model, "float32")
+        convert(run, model, "full", "float32")
     copies = place / "copies" / "backward_run"
     (step,) = (place / "forward_run" / "checkpoints").glob("step-*")
     shutil.copytree(step, copies / step.name)

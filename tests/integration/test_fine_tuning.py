@@ -22,7 +22,7 @@ from megaback.run_folder import complete_checkpoints
 from megaback.training.validation import to_device
 from megaback.weights.model_folder import load_model_folder
 from tests.helpers.tiny_run import curve_of, metrics_of, val_losses_of
-from tools.convert import convert_full
+from tools.convert import convert
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +143,7 @@ def train_again(warm_ranks: Callable[..., object], tmp_path: Path) -> Callable[[
 def test_a_fine_tuned_model_is_asked_through_a_pipe(
     tuned: Path, tmp_path: Path, run_megaback: Command
 ) -> None:
-    convert_full(tuned / "checkpoints" / "best", tmp_path / "model", "float32")
+    convert(tuned / "checkpoints" / "best", tmp_path / "model", "full", "float32")
     lines = [{"response": "My younger sister painted the last map near the river", "n": 2}, 3]
     result = run_megaback(
         *("chat", tmp_path / "model", "--json", "--device", "cpu"),

@@ -16,7 +16,7 @@ from data_pipeline.errors import (
     TokenizerError,
 )
 from tools.artifacts import inspect
-from tools.convert import convert_full
+from tools.convert import convert
 from tools.export.gguf import write_gguf_folder
 from tools.export.hf import write_hf_folder
 
@@ -37,7 +37,7 @@ def exports(run_of: RunOf, tmp_path_factory: pytest.TempPathFactory) -> Callable
     from megaback.weights.source import open_source
 
     folder = tmp_path_factory.mktemp("exports")
-    convert_full(run_of(), folder / "full", "float32")
+    convert(run_of(), folder / "full", "full", "float32")
     source = open_source(run_of())
     for kind in ("hf", "gguf"):
         (folder / kind).mkdir()

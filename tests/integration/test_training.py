@@ -16,8 +16,9 @@ from data_pipeline.shards.manifest import TOKENIZER_NAME, Manifest
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train import train_tokenizer
 from megaback.model.gpt import ReverseGPT
-from megaback.weights.model_folder import load_model_folder, read_weights
+from megaback.weights.model_folder import load_model_folder
 from tests.helpers.paths import SHARED
+from tests.helpers.stored import read_weights
 from tests.helpers.tiny_run import (
     FORWARD,
     TOTAL_STEPS,

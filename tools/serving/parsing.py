@@ -25,14 +25,6 @@ _MAX_FIELDS = 64
 _Body = TypeVar("_Body", bound=schemas.Body)
 
 
-def parse_request(path: str, body: bytes) -> schemas.Body:
-    """The request that a body is for one of the paths in REQUESTS.
-
-    Raises ProblemError of a status from 400 to 499, and nothing else, whatever the bytes are.
-    """
-    return parse_body(REQUESTS[path], body)
-
-
 def parse_body(kind: type[_Body], body: bytes) -> _Body:
     """Raises ProblemError."""
     try:

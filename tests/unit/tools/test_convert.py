@@ -32,8 +32,9 @@ from megaback.model.gpt import ReverseGPT
 from megaback.run_folder import INDEX_NAME, WEIGHTS_NAME
 from megaback.weights.hf_config import from_stock, to_stock
 from megaback.weights.init_from import open_base
-from megaback.weights.model_folder import load_model_folder, read_description, read_weights
+from megaback.weights.model_folder import load_model_folder, read_description
 from tests.helpers.exports import STEP, write_checkpoint
+from tests.helpers.stored import read_weights
 from tools.convert import convert
 from tools.convert import main as convert_command
 from tools.sample import main as sample_command

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.task_input import belongs_to_val
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.inspection import document_ids
 from data_pipeline.shards.manifest import SPLITS, Manifest
 from data_pipeline.text.codec import Direction, Unit
 from tests.helpers.builds import EMPTY_DOCUMENTS, Codecs, Run, make_settings, write_source
 from tests.helpers.paths import SHARED
+from tests.helpers.stored import document_ids
 
 pytestmark = pytest.mark.usefixtures("a_task_a_file")
 

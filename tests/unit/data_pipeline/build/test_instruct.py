@@ -13,7 +13,6 @@ from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.errors import BadRecordError, ConfigError, SourceUnreadableError
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.inspection import document_ids
 from data_pipeline.shards.manifest import SPLITS, Manifest
 from data_pipeline.shards.recompress import recompress
 from data_pipeline.shards.verify import verify_data_set
@@ -21,6 +20,7 @@ from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.text.chat_format import ChatFormat, ParsedExample
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from tests.helpers.builds import Codecs, build_here, hashes, write_records
+from tests.helpers.stored import document_ids
 
 Records = list[dict[str, object]]
 

@@ -93,8 +93,9 @@ def test_a_flipped_reader_says_in_which_direction_it_reads(small: DataSet) -> No
 
 @pytest.mark.parametrize("stored", list(Direction))
 def test_word_shards_refuse_to_be_flipped_and_name_both_directions(stored: Direction) -> None:
+    (other,) = set(Direction) - {stored}
     with pytest.raises(DirectionMismatchError) as caught:
-        format_read_as(TextFormat(stored, Unit.WORD, "5" * 64), stored.opposite)
+        format_read_as(TextFormat(stored, Unit.WORD, "5" * 64), other)
     message = str(caught.value)
     assert [name for name in ("'backward'", "'forward'", "'word'") if name not in message] == []
 

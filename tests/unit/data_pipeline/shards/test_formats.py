@@ -15,13 +15,13 @@ import xxhash
 import zstandard
 
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.inspection import document_ids
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.sources.columns import ExampleColumns
 from tests.helpers.builds import Codecs, build_here, make_settings, write_records
 from tests.helpers.exports import write_checkpoint
 from tests.helpers.paths import ROOT
+from tests.helpers.stored import document_ids
 
 _PAGE = ROOT / "docs" / "formats.md"
 _TABLE_MAGIC, _INDEX_MAGIC, _SEEKABLE_MAGIC = 0x184D2A5E, 0x184D2A5D, 0x8F92EAB1

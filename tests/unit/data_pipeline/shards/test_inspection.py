@@ -15,19 +15,14 @@ from hypothesis import strategies as st
 from data_pipeline.shards import inspection
 from data_pipeline.shards.data_set import DataSet as OpenDataSet
 from data_pipeline.shards.document_lengths import DocumentLengths, describe, read_document_lengths
-from data_pipeline.shards.inspection import (
-    document_at,
-    document_ids,
-    main,
-    sampled_entropy,
-    unigram_entropy,
-)
+from data_pipeline.shards.inspection import document_at, main, sampled_entropy, unigram_entropy
 from data_pipeline.shards.length_plot import draw_histogram
 from data_pipeline.shards.manifest import Manifest, ShardEntry
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.traversal import num_frames, spread_frames
 from tests.helpers.batches import DataSet, data_set, document_shards
 from tests.helpers.builds import Codecs
+from tests.helpers.stored import document_ids
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

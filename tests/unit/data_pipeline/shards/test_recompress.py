@@ -16,12 +16,12 @@ from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.shards import recompress as module
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.inspection import document_ids
 from data_pipeline.shards.manifest import DICTIONARY_NAME, SPLITS, Manifest, ShardEntry
 from data_pipeline.shards.recompress import WORK_FOLDER, recompress, train_dictionary
 from data_pipeline.shards.traversal import on_threads
 from data_pipeline.shards.verify import verify_data_set
 from tests.helpers.builds import Run, hashes
+from tests.helpers.stored import document_ids
 
 DICTIONARY_BYTES = 1024
 WITH_DICTIONARY = Compression(level=5)

@@ -74,7 +74,7 @@ def test_a_forward_model_is_given_the_instruction_and_has_its_loss_on_the_respon
     assert spelled(codec, encoded.ids.tolist()) == (
         "<|im_start|><|instruction|>Who?<|im_end|><|im_start|><|response|>the last map<|im_end|>"
     )
-    assert spelled(codec, encoded.ids[encoded.loss_mask].tolist()) == "the last map<|im_end|>"
+    assert spelled(codec, encoded.ids[encoded.num_given :].tolist()) == "the last map<|im_end|>"
 
 
 @given(EXAMPLES, FORMATS)
@@ -111,7 +111,7 @@ def test_loss_is_on_the_written_text_and_its_end_marker_alone(
     form = ChatFormat(chosen)
     encoded = form.encode(pair)
     written = pair.instruction if form.writes_instruction else pair.response
-    with_loss = encoded.ids[encoded.loss_mask].tolist()
+    with_loss = encoded.ids[encoded.num_given :].tolist()
     assert with_loss == [*chosen.encode(written).tolist(), form.stop_id]
     assert len(encoded.ids) == encoded.num_given + len(with_loss)
 

@@ -15,10 +15,16 @@ from safetensors import SafetensorError, safe_open
 
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.checkpoints.safetensors_file import TensorFile, write_tensors
-from megaback.checkpoints.safetensors_header import parse_header, read_header
+from megaback.checkpoints.safetensors_header import TensorHeader, open_tensors, parse_header
 from tests.helpers.hostile_files import bounded
 
 _DATA = bytes(range(64))
+
+
+def header_of(path: Path) -> TensorHeader:
+    file, header = open_tensors(path)
+    file.close()
+    return header
 
 
 def tensor(dtype: str = "F32", shape: Any = (2, 2), offsets: Any = (0, 16)) -> dict[str, Any]:
@@ -78,20 +84,20 @@ def test_a_hostile_header_is_refused_at_once(content: bytes, tmp_path: Path) -> 
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with bounded(), pytest.raises(CheckpointCorruptError, match="cut short or altered") as error:
-        read_header(path)
+        header_of(path)
     assert len(str(error.value)) < 500 + len(str(path))
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "."])
 def test_only_regular_files_are_read(device: str) -> None:
     with bounded(), pytest.raises((CheckpointCorruptError, IsADirectoryError)):
-        read_header(Path(device))
+        header_of(Path(device))
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointCorruptError, match="not a regular file"):
-        read_header(tmp_path / "pipe")
+        header_of(tmp_path / "pipe")
 
 
 def test_a_sparse_file_of_a_terabyte_costs_nothing(tmp_path: Path) -> None:
@@ -101,7 +107,7 @@ def test_a_sparse_file_of_a_terabyte_costs_nothing(tmp_path: Path) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 4 * numbers)
     with bounded():
-        entry = read_header(tmp_path / "large").entries["a"]
+        entry = header_of(tmp_path / "large").entries["a"]
     assert (entry.shape, entry.stop) == ((numbers,), 8 + len(header) + 4 * numbers)
 
 
@@ -170,7 +176,7 @@ def test_a_mutated_file_is_refused_or_is_what_the_library_makes_of_it(
                 del content[place + 1 :]
         path.write_bytes(content)
         try:
-            found = read_header(path)
+            found = header_of(path)
         except CheckpointCorruptError:
             return
         try:

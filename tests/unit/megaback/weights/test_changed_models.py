@@ -25,13 +25,9 @@ from megaback.checkpoints.checkpoint import read_meta
 from megaback.config import Config
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.init_from import open_base
-from megaback.weights.model_folder import (
-    load_model_folder,
-    open_weights,
-    read_description,
-    read_weights,
-)
+from megaback.weights.model_folder import load_model_folder, open_weights, read_description
 from tests.helpers.exports import write_checkpoint
+from tests.helpers.stored import read_weights
 from tools.convert import convert
 from tools.inspect_path import main as inspect_command
 from tools.sample import main as sample_command

@@ -18,7 +18,7 @@ from megaback.run_folder import CONVERTED_FOLDER
 from megaback.weights import converted
 from megaback.weights.converted import model_folder, shown_name
 from tests.helpers.exports import write_checkpoint
-from tools.convert import convert_full
+from tools.convert import convert
 
 Codecs = Callable[..., TextCodec]
 
@@ -43,7 +43,7 @@ def test_a_run_becomes_what_convert_makes_of_it_once(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "megaback")
-    convert_full(run, tmp_path / "by hand", "float32")
+    convert(run, tmp_path / "by hand", "full", "float32")
     first = model_folder(run)
     by_hand = contents(tmp_path / "by hand")
     by_hand.pop(".megaback.json", None)  # of a folder that --overwrite may replace

@@ -11,7 +11,7 @@ from hypothesis.strategies import SearchStrategy
 
 from tools.serving import schemas
 from tools.serving.errors import ProblemError
-from tools.serving.parsing import REQUESTS, parse_request
+from tools.serving.parsing import REQUESTS, parse_body
 
 INFILL = {"beginning": "a", "ending": "a"}
 NUMBERS = st.sampled_from([0, -1, 1, 2**63, 10**4000, 1e300, -0.0, 0.5, True]) | st.integers()
@@ -25,7 +25,7 @@ VALUES: SearchStrategy[Any] = st.recursive(
 
 def parsed(path: str, body: bytes) -> "schemas.Body | ProblemError":
     try:
-        return parse_request(path, body)
+        return parse_body(REQUESTS[path], body)
     except ProblemError as error:
         problem = error
     assert 400 <= problem.status < 500
