@@ -54,7 +54,10 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
     "shards": (
         "Build and look at data sets.",
         {
-            "plan": ("data_pipeline.build.plan", "Freeze what is read, and cut it into tasks."),
+            "plan": (
+                "data_pipeline.build.plan_command",
+                "Freeze what is read, and cut it into tasks.",
+            ),
             "build": (
                 "data_pipeline.build.command",
                 "Encode a source into shards of reversed tokens.",

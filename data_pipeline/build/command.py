@@ -34,11 +34,8 @@ from data_pipeline.build.options import (
     tasks_option,
     workers_option,
 )
-from data_pipeline.build.plan import (
-    BUILD_FOLDER,
-    PLAN_NAME,
-    Plan,
-    Task,
+from data_pipeline.build.plan import BUILD_FOLDER, PLAN_NAME, Plan, Task
+from data_pipeline.build.plan_command import (
     claim_plan,
     handling_records,
     renew_plan,

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.build.plan import PLAN_NAME, Plan, claim_plan, make_plan
+from data_pipeline.build.plan import PLAN_NAME, Plan, make_plan
+from data_pipeline.build.plan_command import claim_plan
 from data_pipeline.build.settings import BuildSettings, weighted_sources
 from data_pipeline.common.output_folder import require_output_folder
 from data_pipeline.errors import (

@@ -11,7 +11,8 @@ from data_pipeline.build import command as build
 from data_pipeline.build import finalize, plan
 from data_pipeline.build.command import build_tasks
 from data_pipeline.build.finalize import BUILDERS_LOCK, codec_of_plan
-from data_pipeline.build.plan import Plan, claim_plan
+from data_pipeline.build.plan import Plan
+from data_pipeline.build.plan_command import claim_plan
 from data_pipeline.build.task import STAGED_FOLDER, run_task
 from data_pipeline.common.locks import locked
 from data_pipeline.errors import ConfigError, ShardsMissingError

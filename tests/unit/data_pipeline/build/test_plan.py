@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from data_pipeline.build import command as build
-from data_pipeline.build import plan
+from data_pipeline.build import plan_command
 from data_pipeline.build.plan import Plan, cut_evenly, make_plan
 from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.errors import (
@@ -165,7 +165,7 @@ def invoke(
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
 
     def run(command: str, *words: object) -> Result:
-        known = {"plan": plan.main, "build": build.main}
+        known = {"plan": plan_command.main, "build": build.main}
         return CliRunner().invoke(known[command], [str(word) for word in words])
 
     return run

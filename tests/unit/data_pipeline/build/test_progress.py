@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.build import progress
-from data_pipeline.build.plan import claim_plan
+from data_pipeline.build.plan_command import claim_plan
 from data_pipeline.build.progress import SharedCounts, showing_progress
 from data_pipeline.build.task import run_task
 from data_pipeline.common.process_pool import run_in_processes, shared_by_all
@@ -128,7 +128,7 @@ def test_progress_ends_with_an_error_of_what_it_shows(
 BAR_SCRIPT = """
 import time
 from data_pipeline.build import progress
-from data_pipeline.build.plan import claim_plan
+from data_pipeline.build.plan_command import claim_plan
 progress._BAR_INTERVAL_S = 0.05
 counts = progress.SharedCounts(1)
 row = progress.SharedCounts.of_task(counts.raw, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_pipeline.build import plan
+from data_pipeline.build import plan, plan_command
 from data_pipeline.build.command import build_planned, build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.errors import BadRecordError
@@ -208,7 +208,7 @@ def test_a_plan_that_another_build_forgot_is_written_again_before_a_shard(
 ) -> None:
     """That one failed after this one had read the plan, and before it held the lock."""
     out = tmp_path / "shards"
-    made, _ = plan.claim_plan(make_settings(source, codec()), codec(), out, None)
+    made, _ = plan_command.claim_plan(make_settings(source, codec()), codec(), out, None)
     (out / plan.PLAN_NAME).unlink()
     build_planned(made, codec(), out, workers=1)
     assert plan.Plan.load(out) == made
@@ -258,7 +258,7 @@ def test_a_build_that_could_not_write_its_plan_leaves_nothing(
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(plan, "write_text", refuse)
+        patch.setattr(plan_command, "write_text", refuse)
         with pytest.raises(OSError, match="No space"):
             build_shards(make_settings(source, codec()), codec(), tmp_path / "shards", workers=1)
     assert list(tmp_path.iterdir()) == []

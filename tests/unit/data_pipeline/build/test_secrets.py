@@ -9,7 +9,8 @@ import pytest
 from data_pipeline import redaction
 from data_pipeline.build.command import build_planned, build_shards
 from data_pipeline.build.finalize import finalize_build
-from data_pipeline.build.plan import PLAN_NAME, Plan, claim_plan
+from data_pipeline.build.plan import PLAN_NAME, Plan
+from data_pipeline.build.plan_command import claim_plan
 from data_pipeline.build.settings import WeightedSource
 from data_pipeline.build.task import run_task
 from data_pipeline.errors import ConfigError, OutputExistsError

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from click.testing import CliRunner
 
-from data_pipeline.build import plan
+from data_pipeline.build import plan_command
 from data_pipeline.build.plan import Plan
 from data_pipeline.errors import (
     BackendError,
@@ -305,7 +305,7 @@ def test_html_without_its_reader_is_refused_before_anything_is_read(
 
 def test_a_plan_tells_what_it_leaves_out(tmp_path: Path, tokenizer_path: Path) -> None:
     given = ["--source", str(write_mixture(tmp_path / "data")), "--tokenizer", str(tokenizer_path)]
-    result = CliRunner().invoke(plan.main, [*given, "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(plan_command.main, [*given, "--out", str(tmp_path / "out")])
     assert "2 files left out: suffix .pdf is not read" in result.stdout
     assert Plan.load(tmp_path / "out").skipped["files"]["hidden"].count == 2
 

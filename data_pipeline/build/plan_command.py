@@ -1,0 +1,195 @@
+"""`megaback shards plan`, and the plan of a folder, which the first of several builders writes."""
+
+import re
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_pipeline.build.options import (
+    out_option,
+    settings_from,
+    settings_options,
+    tasks_option,
+)
+from data_pipeline.build.plan import BUILD_FOLDER, PLAN_NAME, Plan, make_plan, require_no_links
+from data_pipeline.build.settings import (
+    CHANGEABLE,
+    BuildSettings,
+)
+from data_pipeline.common.atomic import claim_name, replacing, sync_folder, write_text
+from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.next_command import command, show_next
+from data_pipeline.errors import OutputExistsError
+from data_pipeline.shards.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.sources.record_limits import TOO_LONG
+from data_pipeline.sources.registry import require_outside
+from data_pipeline.sources.skipped import (
+    RECORDS,
+    skipped_lines,
+)
+from data_pipeline.text.codec import TextCodec
+
+_OF_A_BUILD = re.compile(r"task-.*|plan\.json\..*|staged|.*\.lock|\..*\.partial")
+"""Names in BUILD_FOLDER."""
+
+
+def claim_plan(
+    settings: BuildSettings, codec: TextCodec, out: Path, num_tasks: int | None
+) -> tuple[Plan, bool]:
+    """The plan of a folder: the one that is there, or a new one. Second: whether it is new.
+
+    Of several processes that come at once, one writes the plan and the others use it. Raises the
+    errors of the sources, and of `BuildSettings.require_same` when the folder is of another build.
+    """
+    for part in settings.sources:
+        require_outside(part.source, out)
+    require_no_links(out)
+    if not (out / PLAN_NAME).exists():
+        if out.exists() and (not out.is_dir() or _holds_something_else(out)):
+            raise OutputExistsError(
+                f"{out} already holds something that is no build of shards; choose another `out`"
+            )
+        plan = make_plan(settings, num_tasks, out)
+        if write_first(plan, codec, out):
+            return plan, True
+    plan = Plan.load(out)
+    plan.settings.require_same(settings, out)
+    require_same_tasks(plan, out, num_tasks)
+    changed = {name: getattr(settings, name) for name in CHANGEABLE}
+    return handling_records(plan, changed, out), False
+
+
+def handling_records(plan: Plan, changed: Mapping[str, Any], out: Path) -> Plan:
+    """The plan with other choices of which records fail, and how, as a resumed build may make them.
+
+    `changed` has some of `CHANGEABLE`. Raises OutputExistsError when a finished data set would have
+    left out other records.
+    """
+    settings = replace(plan.settings, **changed)
+    if settings == plan.settings:
+        return plan
+    if not (out / MANIFEST_NAME).exists():
+        plan = replace(plan, settings=settings)
+        write_text(out / PLAN_NAME, plan.to_json())
+        return plan
+    manifest = Manifest.load(out)
+    if settings.on_bad_record == "stop" and (bad := manifest.excluded.get("bad_record")):
+        raise OutputExistsError(
+            f"{out} is a finished data set that left out {bad:,} malformed records; give "
+            "`on_bad_record` skip, or choose another `out`"
+        )
+    is_other_length = settings.max_record_bytes != plan.settings.max_record_bytes
+    if is_other_length and TOO_LONG in manifest.skipped.get(RECORDS, {}):
+        raise OutputExistsError(
+            f"{out} is a finished data set that left out records longer than `max_record_bytes` "
+            f"{plan.settings.max_record_bytes}; give that, or choose another `out`"
+        )
+    return plan
+
+
+def require_same_tasks(plan: Plan, out: Path, num_tasks: int | None) -> None:
+    """Raises OutputExistsError when a plan has another number of tasks than was asked for."""
+    if num_tasks is not None and num_tasks != plan.num_tasks:
+        raise OutputExistsError(
+            f"{out} was planned as {plan.num_tasks} tasks, not {num_tasks}; give `tasks` "
+            f"{plan.num_tasks} or none, or choose another `out`"
+        )
+
+
+def renew_plan(plan: Plan, settings: BuildSettings) -> tuple[Plan, bool]:
+    """List the sources again. Returns the plan as it would be now, and whether it reads others.
+
+    Tasks whose input is the same are the same. Raises the errors of the sources.
+    """
+    renewed = make_plan(settings, plan.requested_tasks)
+    has_changed = _identities(renewed) != _identities(plan)
+    # The tasks stay as they were cut, and are read by the addresses that are given now.
+    again = replace(plan, inputs=renewed.inputs, skipped=renewed.skipped)
+    return (renewed if has_changed else again), has_changed
+
+
+def _identities(plan: Plan) -> list[list[tuple[object, ...]]]:
+    return [[piece.identity for piece in slices] for slices in plan.inputs]
+
+
+def write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
+    """Write the plan and the tokenizer, unless another process was faster.
+
+    What was written is on the disk when this returns: no shard lies in a folder without its plan.
+    """
+    was_there = out.exists()
+    draft = out / BUILD_FOLDER / f"{PLAN_NAME}.{uuid.uuid4().hex}"
+    try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        write_text(draft, plan.to_json())
+        with replacing(out / TOKENIZER_NAME) as file:
+            file.write(codec.model_bytes)
+        with suppress(FileExistsError):
+            claim_name(draft, out / PLAN_NAME)
+            sync_folder(out)
+            return True
+        return False
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # others may be here too: only what is empty goes
+            draft.parent.rmdir()
+            if not was_there:
+                out.rmdir()
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _holds_something_else(out: Path) -> bool:
+    """What a build leaves that was stopped before it could write its plan is ours."""
+    names = {path.name for path in out.iterdir()}
+    if PLAN_NAME in names:  # another process has just written it
+        return False
+    if BUILD_FOLDER not in names:  # a tokenizer alone is somebody's
+        return bool(names)
+    ours = {BUILD_FOLDER, TOKENIZER_NAME}
+    return any(
+        name not in ours and not name.startswith(f".{TOKENIZER_NAME}.") for name in names
+    ) or not all(_OF_A_BUILD.fullmatch(path.name) for path in (out / BUILD_FOLDER).iterdir())
+
+
+@click.command(cls=ResumableCommand, name="plan")
+@settings_options
+@out_option
+@tasks_option
+@click.option("--overwrite", is_flag=True, help="Replace a plan: list the sources again.")
+def main(out: Path, tasks: int | None, overwrite: bool, **options: Any) -> None:
+    """List the sources, freeze what is read, and cut it into tasks."""
+    settings, codec = settings_from(options)
+    is_replaced = overwrite and (out / PLAN_NAME).exists()
+    plan, is_new = claim_plan(settings, codec, out, None if is_replaced else tasks)
+    if not is_new and overwrite:
+        plan = _overwrite(plan, settings, out, tasks)
+    files = {(piece.kind, piece.path) for slices in plan.inputs for piece in slices}
+    click.echo(
+        f"{len(files):,} files of {plan.input_bytes:,} bytes in {len(plan.portions):,} portions: "
+        f"{plan.num_tasks:,} tasks"
+    )
+    for line in skipped_lines(plan.skipped):
+        click.echo(line)
+    click.echo(f"{'written to' if is_new or overwrite else 'already in'} {out / PLAN_NAME}")
+    build = ("shards", "build", "--out", out)
+    one = command(*build, "--tasks", plan.num_tasks, "--task-index", 0)
+    show_next({command(*build): "all tasks", one: f"one of them; the last is {plan.num_tasks - 1}"})
+
+
+def _overwrite(plan: Plan, settings: BuildSettings, out: Path, num_tasks: int | None) -> Plan:
+    if (out / MANIFEST_NAME).exists():
+        raise OutputExistsError(f"{out} is a finished data set; choose another `out`")
+    renewed = make_plan(replace(plan.settings, sources=settings.sources), num_tasks)
+    write_text(out / PLAN_NAME, renewed.to_json())
+    return renewed
+
+
+if __name__ == "__main__":
+    main()
