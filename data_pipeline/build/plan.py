@@ -39,7 +39,7 @@ PLAN_NAME = "plan.json"
 BUILD_FOLDER = ".build"
 STAGED_FOLDER = Path(BUILD_FOLDER) / "staged"
 FORMAT_NAME = "megaback-plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 PLAN_DRAFT = re.compile(r"plan\.json\.[0-9a-f]{1,32}")
 _SMALLEST_TASK_BYTES = 2 << 20
