@@ -27,14 +27,14 @@ from megaback.inference.steps import Steps
 
 @dataclass(eq=False)
 class Sample:
-    """A text to be written on from a prompt."""
+    """One sample: a prompt, how to continue it, and what was written."""
 
     prompt: Prompt
     options: SamplingOptions
     num_likeliest: int | None = None
-    """How many of the likeliest ids to tell at every step; None tells no probabilities at all."""
+    """Number of likeliest ids to report per step; None reports no probabilities at all."""
     ids: list[int] = field(default_factory=list)
-    """What was read and written; the batch fills it."""
+    """Ids read and written; filled by the batch."""
 
     @property
     def num_new(self) -> int:
@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step did for one sample."""
+    """The result of one step for one sample."""
 
     sample: Sample
     new_id: int
@@ -52,13 +52,13 @@ class Step:
     is_last: bool
     """Whether nothing follows: it has ended, or has as many tokens as it may."""
     log_probability: float | None
-    """Of the id in nats, as the model has it: at temperature 1, among all ids."""
+    """log P of the id in nats, at temperature 1, among all ids."""
     likeliest: tuple[tuple[int, float], ...]
     """The likeliest ids at this place, with their log-probabilities."""
 
 
 class ReadingError(Exception):
-    """A sample whose prompt could not be read, and which is gone. Its cause says why."""
+    """Raised for a sample that was dropped as its prompt could not be read; see its cause."""
 
     def __init__(self, sample: Sample) -> None:
         super().__init__("a prompt could not be read")
@@ -102,12 +102,12 @@ class ContinuousBatch:
 
     @property
     def num_rows(self) -> int:
-        """How many have been read, and are written at each step."""
+        """Number of samples that have been read, and are written at each step."""
         return len(self._rows)
 
     @property
     def num_slots(self) -> int:
-        """How many samples there is room for."""
+        """Maximum number of samples."""
         return self._cache.num_rows
 
     def check(self, prompt: Prompt) -> None:
@@ -120,7 +120,7 @@ class ContinuousBatch:
             )
 
     def add(self, sample: Sample) -> None:
-        """Take a sample, to be read and then written on. Raises PromptError, ValueError."""
+        """Queue a sample. Raises PromptError, and ValueError when all slots are taken."""
         self.check(sample.prompt)
         if len(self) == self.num_slots:
             raise ValueError(f"all {self.num_slots} places are taken")
@@ -208,7 +208,7 @@ class ContinuousBatch:
         return steps
 
     def _state_after_a_step(self, first: _Reading) -> list[LayerState] | None:
-        """What the first in line has read, when a step more or none completes it."""
+        """Keys and values of the first in the queue, if at most one more step completes them."""
         if self._last_read is not None and self._last_read[0] == first.ids:
             return self._last_read[1]
         try:
@@ -275,7 +275,7 @@ class ContinuousBatch:
         return chosen
 
     def _scores_of(self, logits_BV: Tensor) -> "dict[int, _Scores]":
-        """The probabilities of rows that tell them."""
+        """Log-probabilities of rows that report them."""
         rows = [at for at, row in enumerate(self._rows) if row.sample.num_likeliest is not None]
         if not rows:
             return {}
@@ -286,7 +286,7 @@ class ContinuousBatch:
         }
 
     def _allowed(self, sample: Sample) -> Tensor:
-        """What a sample may write next: shape (V,)."""
+        """Logit mask of a sample's next id, 0 or -inf: shape (V,)."""
         allowed_V = self._later_of(sample)
         if sample.num_new == 0:
             allowed_V = self._only(sample.prompt.first_ids)
@@ -296,7 +296,7 @@ class ContinuousBatch:
         return allowed_V
 
     def _later_of(self, sample: Sample) -> Tensor:
-        """Where a sample may write after its first id."""
+        """Logit mask of all ids but a sample's first."""
         key = (sample.prompt.end_id, *sample.options.stop_ids)
         if key not in self._later:
             writable = self._codec.writable_ids(sample.prompt.end_id).tolist()
@@ -304,7 +304,7 @@ class ContinuousBatch:
         return self._later[key]
 
     def _only(self, ids: "Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]") -> Tensor:
-        """What to add to logits so that only these ids can be chosen: shape (V,)."""
+        """Logit mask that leaves only these ids: shape (V,)."""
         added_V = torch.full((self._decoder.vocab_size,), -torch.inf)
         added_V[torch.as_tensor(np.asarray(ids, dtype=np.int64))] = 0
         return added_V.to(self._decoder.device)

@@ -1,4 +1,4 @@
-"""A trained model laid out for writing: one token a row at a time, for as many rows as there are.
+"""Inference-optimized decoder with a KV cache: one token per row and step, for many rows.
 
 The same numbers as `ReverseGPT` to rounding, with few operations a token: products that read the
 same input are one, weights are packed as the CPU's kernels want them, positions are looked up, and
@@ -30,7 +30,7 @@ Product = Callable[[Tensor], Tensor]
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query_NHE, key_NKE, value_NKE) -> attended_NHE"""
 _LOGIT_ROWS = 256
-"""Places whose logits are there at once: all of a long text's would take a gigabyte."""
+"""Positions whose logits are computed at once: those of a long text would take a gigabyte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class _Layer:
 
 
 class Decoder:
-    """Reads ids and gives the logits of the next ones."""
+    """A model's weights, packed to compute the logits of next ids."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Decoder:
         self._step = torch.compile(self._step_eagerly, dynamic=True) if compiled else None
 
     def new_cache(self, num_rows: int) -> KeyValueCache:
-        """Room for the whole context of each row."""
+        """An empty cache, with room for the whole context of each row."""
         shape = self.shape
         return KeyValueCache(
             shape.num_layers,
