@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.errors import BackendError, DirectionMismatchError
+from data_pipeline.errors import BackendError, DirectionMismatchError, PromptError
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.inference.decoder import Decoder, load_decoder
 from megaback.inference.generate import generate_many
@@ -144,7 +144,7 @@ class Writer:
         Text i has the seed `options.seed + i`, and is what it would be alone. Raises PromptError
         for a text that is longer than the model's context.
         """
-        texts = [_Text(self.codec, text) for text in given]
+        texts = self._begin(given)
         for _ in self._write(texts, options):
             pass
         return [text.rendered for text in texts]
@@ -153,9 +153,14 @@ class Writer:
         self, given: Sequence[str], options: SamplingOptions = _DEFAULTS
     ) -> Iterator[list[str]]:
         """`complete_many`, which yields all texts, whole and anew, after every token."""
-        texts = [_Text(self.codec, text) for text in given]
+        texts = self._begin(given)
         for _ in self._write(texts, options):
             yield [text.rendered for text in texts]
+
+    def _begin(self, given: Sequence[str]) -> "list[_Text]":
+        if isinstance(given, str):  # each character of which would be one
+            raise PromptError("`given` is one text; give a list of texts")
+        return [_Text(self.codec, text) for text in given]
 
     def _write(self, texts: "list[_Text]", options: SamplingOptions) -> Iterator[None]:
         prompts = [text.prompt for text in texts]

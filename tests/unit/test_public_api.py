@@ -94,7 +94,11 @@ def test_errors_are_all_of_the_family() -> None:
         return {name: value for name, value in vars(module).items() if name.endswith("Error")}
 
     assert of(megaback.errors) == of(defined)
-    assert all(issubclass(one, megaback.errors.MegabackError) for one in of(defined).values())
+    for one in vars(megaback.errors).values():
+        if inspect.isclass(one):
+            assert issubclass(one, megaback.errors.MegabackError)
+            assert "__doc__" in vars(one)
+            assert one is megaback.errors.MegabackError or "exit_code" in vars(one)
 
 
 def test_importing_megaback_loads_nothing_heavy() -> None:
@@ -173,6 +177,8 @@ def test_a_typo_in_a_keyword_of_a_method_is_named(folder: Path) -> None:
         writer.complete_backwards("the end.", temprature=1.0)  # type: ignore[call-arg]
     with pytest.raises(megaback.errors.ConfigError, match="`temperature` is -1, not in the range"):
         writer.complete_backwards("the end.", temperature=-1)
+    with pytest.raises(megaback.errors.PromptError, match="`given` is one text; give a list"):
+        writer.complete_many("the end.")
 
 
 USER_PROGRAM = """
