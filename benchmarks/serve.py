@@ -21,13 +21,13 @@ from smoke import Benchmark, write_random_model
 
 from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction
-from data_pipeline.tokenizer.train import train_tokenizer
+from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from megaback.inference.decoder import load_decoder
 from megaback.inference.generate import complete
 from megaback.inference.sampling import SamplingOptions
 from tools.serve import listening_socket, run_server
-from tools.serving.limits import Limits
 from tools.serving.models import load_models
+from tools.serving.request_limits import Limits
 
 CONTEXT_TOKENS = 512
 

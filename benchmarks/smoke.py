@@ -132,7 +132,7 @@ def _rows(_: MadeUp, path: Path) -> Path:
 
 def _tokenizer(made_up: MadeUp, path: Path) -> Path:
     from data_pipeline.shards.manifest import TOKENIZER_NAME
-    from data_pipeline.tokenizer.train import train_tokenizer
+    from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 
     train_tokenizer(made_up["text"], path, _VOCAB_SIZE)
     return path / TOKENIZER_NAME

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from megaback.inference.infill.infiller import InfillOptions as InfillOptions
     from megaback.inference.infill.infiller import load_infiller as load_infiller
     from megaback.inference.sampling import SamplingOptions as SamplingOptions
-    from megaback.inference.writer import Writer as Writer
-    from megaback.inference.writer import load as load
+    from megaback.inference.text_writer import Writer as Writer
+    from megaback.inference.text_writer import load as load
     from megaback.scoring.pairs import Pair as Pair
     from megaback.scoring.scorer import Score as Score
     from megaback.scoring.scorer import Scorer as Scorer
@@ -48,8 +48,8 @@ _MODULES = {
     "SamplingOptions": "megaback.inference.sampling",
     "Score": "megaback.scoring.scorer",
     "Scorer": "megaback.scoring.scorer",
-    "Writer": "megaback.inference.writer",
-    "load": "megaback.inference.writer",
+    "Writer": "megaback.inference.text_writer",
+    "load": "megaback.inference.text_writer",
     "load_chat": "megaback.inference.chat",
     "load_infiller": "megaback.inference.infill.infiller",
     "load_scorer": "megaback.scoring.scorer",

@@ -45,7 +45,12 @@ _INTERNAL: _Commands = {"slurm-job": ("launcher.slurm.job", "")}
 _GROUPS: dict[str, tuple[str, _Commands]] = {
     "tokenizer": (
         "Train a tokenizer.",
-        {"train": ("data_pipeline.tokenizer.train", "Train a SentencePiece model on a source.")},
+        {
+            "train": (
+                "data_pipeline.tokenizer.train_tokenizer",
+                "Train a SentencePiece model on a source.",
+            )
+        },
     ),
     "instruct": (
         "Instructions and their responses.",

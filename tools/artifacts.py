@@ -38,7 +38,7 @@ from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.verify import verify_data_set
 from data_pipeline.sources.skipped import num_skipped
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import REPORT_NAME
+from data_pipeline.tokenizer.train_tokenizer import REPORT_NAME
 from megaback.faults.run_ownership import config_of_run
 from megaback.run_folder import (
     BEST_NAME,

@@ -55,9 +55,9 @@ from data_pipeline.sources.skipped import skipped_lines
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction
 from megaback.run_folder import MODEL_CONFIG_NAME
+from tools.backtranslation.example_selection import Choice, different_texts
 from tools.backtranslation.proposals import BackTranslator, RoundTripScorer, Text
 from tools.backtranslation.resumable_chunks import ResumableChunks
-from tools.backtranslation.selection import Choice, different_texts
 
 if TYPE_CHECKING:
     from torch import device as Device  # noqa: N812 - a type
@@ -339,7 +339,7 @@ def main(
     waiting = [task for task in wanted if not parts.is_done(task)]
     if waiting:
         from megaback.inference.sampling import SamplingOptions
-        from megaback.inference.writer import choose_device
+        from megaback.inference.text_writer import choose_device
 
         options = SamplingOptions(max_new_tokens=tokens, temperature=temp, top_k=top_k, seed=seed)
         translator = _load(folder, forward, choose_device(device), options, count)

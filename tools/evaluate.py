@@ -116,7 +116,7 @@ def main(
         if path is not None:
             require_output(path, inputs, is_ours=is_ours, overwrite=overwrite, option=option)
     require_distinct(out=out, predictions=predictions)
-    from megaback.inference.writer import choose_device
+    from megaback.inference.text_writer import choose_device
     from tools.suites.base import Evaluated, SuiteOptions
 
     given, suites = SuiteOptions(**options), _suites()

@@ -25,7 +25,7 @@ from data_pipeline.errors import CheckpointMissingError
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.run_progress import runs_below
 from tools.run_views.curves import Axis, RunCurves, differences, names_of, read_curves
-from tools.run_views.figures import COLORS, Style, curves_figure, svg_of
+from tools.run_views.curves_figure import COLORS, Style, curves_figure, svg_of
 
 _SMOOTHED_SHARE = 50
 _MARK = f'<meta name="generator" content="{MAKER}">'

@@ -25,7 +25,7 @@ from data_pipeline.text.codec import Direction
 
 if TYPE_CHECKING:
     from megaback.inference.sampling import SamplingOptions
-    from megaback.inference.writer import Writer
+    from megaback.inference.text_writer import Writer
 
 _BETWEEN_SAMPLES = "\n\n---\n\n"
 _FRAME_INTERVAL_S = 0.05
@@ -170,7 +170,7 @@ def main(
     end of input leaves.
     """
     from megaback.inference.sampling import SamplingOptions
-    from megaback.inference.writer import load
+    from megaback.inference.text_writer import load
     from megaback.weights.converted import model_folder
     from megaback.weights.model_folder import read_description
 

@@ -25,8 +25,8 @@ from data_pipeline.errors import BackendError, ServeError
 if TYPE_CHECKING:
     from megaback.inference.infill.infiller import Infiller
     from tools.serving.host_names import Address
-    from tools.serving.limits import Limits
     from tools.serving.models import ServedModel
+    from tools.serving.request_limits import Limits
 
 TOKEN_VARIABLE = "MEGABACK_SERVE_TOKEN"  # noqa: S105 - a variable's name, not a token
 _MIN_TOKEN_CHARACTERS = 16
@@ -97,8 +97,8 @@ def run_server(
     Raises KeyboardInterrupt after SIGINT.
     """
     from tools.serving.context import Service
-    from tools.serving.metrics import Metrics
     from tools.serving.process import Server
+    from tools.serving.prometheus import Metrics
     from tools.serving.worker import Engine
 
     host, port = listener.getsockname()[:2]
@@ -231,10 +231,10 @@ def main(
     with listening_socket(host, port) as listener:
         import torch
 
-        from megaback.inference.writer import choose_device
+        from megaback.inference.text_writer import choose_device
         from megaback.weights.converted import model_folder
-        from tools.serving.limits import Limits
         from tools.serving.models import load_meeting, load_models
+        from tools.serving.request_limits import Limits
 
         torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
         folder = model_folder(folder)

@@ -15,7 +15,7 @@ from megaback.inference.decoder import Decoder
 from megaback.inference.generate import complete, sample_many
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.inference.sampling import SamplingOptions
-from megaback.inference.writer import choose_device
+from megaback.inference.text_writer import choose_device
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder

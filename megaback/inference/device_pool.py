@@ -19,7 +19,7 @@ from data_pipeline.common.interrupts import received_signal, signals_deferred
 from data_pipeline.common.process_pool import begin_worker, kill, silence_resource_tracker
 from data_pipeline.errors import LaunchError
 from megaback.inference.likelihood import Continuation, log_probabilities
-from megaback.inference.writer import choose_device
+from megaback.inference.text_writer import choose_device
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.model_folder import load_model_folder
 

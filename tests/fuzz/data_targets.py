@@ -36,7 +36,7 @@ from data_pipeline.shards.seek_table import (
 )
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import train_tokenizer
+from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 
 ALLOWED = (MegabackError,)
 Factory = Callable[[Path], Target]

@@ -32,11 +32,11 @@ from tools.export.hf import write_hf_folder
 from tools.serving.context import Service
 from tools.serving.errors import ProblemError
 from tools.serving.idle_timeout import IdleTimeoutConnection
-from tools.serving.limits import Limits
-from tools.serving.metrics import Metrics
 from tools.serving.models import load_meeting, load_models
 from tools.serving.parsing import REQUESTS, parse_body
 from tools.serving.process import Server
+from tools.serving.prometheus import Metrics
+from tools.serving.request_limits import Limits
 from tools.serving.worker import Engine
 
 _SHAPE = ModelSection(num_layers=1, width=8, num_heads=2).resolved()

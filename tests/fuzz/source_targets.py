@@ -24,7 +24,7 @@ from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.documents import Columns, stop_or_skip
 from data_pipeline.sources.jsonl import read_records
 from data_pipeline.sources.registry import list_source, read_slice
-from data_pipeline.tokenizer.sample import num_bytes
+from data_pipeline.tokenizer.text_sample import num_bytes
 
 # Sources. The first byte of an input says as which kind of file it is read.
 

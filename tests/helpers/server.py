@@ -29,10 +29,10 @@ from megaback.weights.model_folder import ModelDescription, write_model_folder
 from tools.serve import listening_socket
 from tools.serving.context import Service
 from tools.serving.host_names import Address
-from tools.serving.limits import Limits
-from tools.serving.metrics import Metrics
 from tools.serving.models import ServedModel, load_models
 from tools.serving.process import Server
+from tools.serving.prometheus import Metrics
+from tools.serving.request_limits import Limits
 from tools.serving.worker import Engine
 
 CONTEXT_TOKENS = 64

@@ -14,7 +14,7 @@ from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings, WeightedSource
 from data_pipeline.shards.manifest import TOKENIZER_NAME, Manifest
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import train_tokenizer
+from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.model_folder import load_model_folder
 from tests.helpers.paths import SHARED

@@ -225,7 +225,7 @@ def test_a_model_that_only_writes_loads_no_compiler(tmp_path: Path) -> None:
     """Which takes most of a second."""
     code = """
 import torch
-import megaback.inference.infill.infiller, megaback.inference.writer
+import megaback.inference.infill.infiller, megaback.inference.text_writer
 from megaback.config import ModelSection
 from megaback.model.gpt import ReverseGPT
 from megaback.inference.decoder import Decoder

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.common.figures import GRID_COLOR, TEXT_COLOR, new_figure
 from megaback.scoring.paired_difference import PairedDifference
-from tools.run_views.figures import COLORS
+from tools.run_views.curves_figure import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

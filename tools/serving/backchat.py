@@ -13,8 +13,8 @@ from tools.serving.completions import chosen_seed, sampling_options
 from tools.serving.context import Service
 from tools.serving.deadline import Deadline
 from tools.serving.errors import ProblemError
-from tools.serving.limits import require_answer_size
 from tools.serving.models import ServedModel
+from tools.serving.request_limits import require_answer_size
 from tools.serving.request_samples import Job
 
 

@@ -17,8 +17,8 @@ from tools.serving.choice_stream import ChoiceText, Part
 from tools.serving.completions import Asked, chosen_seed, sampling_options
 from tools.serving.context import Service
 from tools.serving.errors import ProblemError
-from tools.serving.limits import require_answer_size
 from tools.serving.models import Given, ServedModel
+from tools.serving.request_limits import require_answer_size
 
 
 @dataclass

@@ -18,8 +18,8 @@ from tools.serving.choice_stream import ChoiceText, Part, Token, log_probs, offs
 from tools.serving.context import Service
 from tools.serving.deadline import Deadline
 from tools.serving.errors import ProblemError
-from tools.serving.limits import MAX_ECHOED_CHARACTERS, require_answer_size
 from tools.serving.models import Given, ServedModel
+from tools.serving.request_limits import MAX_ECHOED_CHARACTERS, require_answer_size
 from tools.serving.request_samples import Job
 
 _SECONDS_BETWEEN_SIGNS_OF_LIFE = 5.0

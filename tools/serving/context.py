@@ -12,9 +12,9 @@ from megaback.inference.infill.infiller import Infiller
 from megaback.inference.steps import Steps
 from tools.serving.deadline import Deadline
 from tools.serving.errors import ProblemError
-from tools.serving.limits import MAX_MEETINGS_AT_ONCE, Limits
-from tools.serving.metrics import Metrics
 from tools.serving.models import ServedModel
+from tools.serving.prometheus import Metrics
+from tools.serving.request_limits import MAX_MEETINGS_AT_ONCE, Limits
 from tools.serving.worker import Engine
 
 _Result = TypeVar("_Result")

@@ -16,7 +16,7 @@ from tools.serving.completions import chosen_seed
 from tools.serving.context import Service
 from tools.serving.deadline import Deadline
 from tools.serving.errors import ProblemError
-from tools.serving.limits import MAX_INFILL_TOKENS
+from tools.serving.request_limits import MAX_INFILL_TOKENS
 from tools.serving.request_samples import Job
 
 

@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tools.serving.errors import ProblemError, busy
 from tools.serving.host_names import Address, refusal
-from tools.serving.limits import Limits
-from tools.serving.metrics import Metrics
+from tools.serving.prometheus import Metrics
+from tools.serving.request_limits import Limits
 
 _API_PATHS = ("/v1/", "/metrics")
 # Bytes of a too large body that are read and discarded: clients that are sending see no answer.

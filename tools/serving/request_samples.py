@@ -9,7 +9,7 @@ from functools import partial
 from megaback.inference.batch import Sample, Step
 from tools.serving.deadline import Deadline
 from tools.serving.errors import ProblemError, busy
-from tools.serving.metrics import Metrics
+from tools.serving.prometheus import Metrics
 from tools.serving.worker import Engine, EngineFullError, Writing
 
 

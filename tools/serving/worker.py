@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from megaback.inference.batch import ContinuousBatch, ReadingError, Sample, Step
 from megaback.inference.steps import Steps
-from tools.serving.metrics import Metrics
+from tools.serving.prometheus import Metrics
 
 _log = logging.getLogger("megaback.serve")
 _Result = TypeVar("_Result")

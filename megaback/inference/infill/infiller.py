@@ -21,7 +21,7 @@ from megaback.inference.infill.prompts import InfillPrompts
 from megaback.inference.likelihood import Continuation, log_probability_steps
 from megaback.inference.sampling import SamplingOptions
 from megaback.inference.steps import Steps, finish
-from megaback.inference.writer import choose_device
+from megaback.inference.text_writer import choose_device
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder

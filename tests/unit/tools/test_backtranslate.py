@@ -25,8 +25,8 @@ from megaback.weights.model_folder import load_model_folder
 from tests.helpers.models import write_chat_model
 from tests.helpers.paths import ROOT
 from tools.backtranslate import _require_plan, main, work_folder
+from tools.backtranslation.example_selection import Choice
 from tools.backtranslation.resumable_chunks import ResumableChunks
-from tools.backtranslation.selection import Choice
 
 Codecs = Callable[..., TextCodec]
 Translate = Callable[..., Result]

@@ -16,7 +16,7 @@ from data_pipeline.errors import (
     TokenizerMismatchError,
 )
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import train_tokenizer
+from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from tests.helpers.builds import Codecs, hashes, make_settings, write_source
 
 pytestmark = pytest.mark.usefixtures("a_task_a_file")

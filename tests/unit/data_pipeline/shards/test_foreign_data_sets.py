@@ -25,7 +25,7 @@ from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.shards.recompress import WORK_FOLDER
 from data_pipeline.storage.remote_folder import RemoteFolder
-from data_pipeline.tokenizer.train import REPORT_NAME
+from data_pipeline.tokenizer.train_tokenizer import REPORT_NAME
 from tests.helpers.builds import Codecs, Run, hashes, make_settings
 from tools.artifacts import inspect
 

@@ -18,7 +18,7 @@ from data_pipeline.shards.data_set import DataSet, LocalFolder
 from data_pipeline.shards.manifest import DICTIONARY_NAME, Manifest, ShardEntry
 from data_pipeline.shards.recompress import recompress
 from data_pipeline.shards.verify import shard_damage
-from data_pipeline.tokenizer.train import train_tokenizer
+from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from tests.helpers.builds import Run
 
 

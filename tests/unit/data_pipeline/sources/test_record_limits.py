@@ -30,7 +30,7 @@ from data_pipeline.sources.jsonl import lines, read_records
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES, holds_too_many_values
 from data_pipeline.sources.registry import list_slices, read_slice
 from data_pipeline.text.codec import TextCodec
-from data_pipeline.tokenizer.train import main as train_main
+from data_pipeline.tokenizer.train_tokenizer import main as train_main
 from tests.helpers.builds import build_here, make_settings
 
 Codec = Callable[..., TextCodec]

@@ -22,8 +22,8 @@ from data_pipeline.sources.skipped import (
     skipped_from_json,
     skipped_to_json,
 )
-from data_pipeline.tokenizer.train import main as tokenizer_main
-from data_pipeline.tokenizer.train import train_tokenizer
+from data_pipeline.tokenizer.train_tokenizer import main as tokenizer_main
+from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from tests.helpers.builds import Codecs, build_here, hashes, make_settings, write_records
 
 pytestmark = pytest.mark.usefixtures("a_task_a_file")

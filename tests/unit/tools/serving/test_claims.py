@@ -16,10 +16,18 @@ from megaback.inference.sampling import SamplingOptions
 from tests.helpers.paths import ROOT
 from tests.helpers.server import CONTEXT_TOKENS, Running, serving, tiny_models
 from tools.serve import main
-from tools.serving import completions, idle_timeout, limits, middleware, parsing, process, schemas
-from tools.serving.limits import Limits
+from tools.serving import (
+    completions,
+    idle_timeout,
+    middleware,
+    parsing,
+    process,
+    request_limits,
+    schemas,
+)
 from tools.serving.models import ServedModel, load_meeting
 from tools.serving.process import Server
+from tools.serving.request_limits import Limits
 
 Codecs = Callable[..., TextCodec]
 PAGE = (ROOT / "docs" / "serve.md").read_text()
@@ -185,11 +193,11 @@ def test_the_limits_are_those_of_the_page(models: dict[str, ServedModel]) -> Non
         r"samples that wait \| (\S+) times": Limits.waiting_samples / Limits.open_requests,
         r"`--max-seconds`, of a request \| (\S+) ": Limits.request_s,
         r"\| prompts × `n` \| (\S+) ": schemas.MAX_SAMPLES,
-        r"echoed prompts included \| (\S+) ": limits.MAX_ANSWER_NUMBERS,
-        r"echoed prompts × `n` \| (\S+) ": limits.MAX_ECHOED_CHARACTERS,
+        r"echoed prompts included \| (\S+) ": request_limits.MAX_ANSWER_NUMBERS,
+        r"echoed prompts × `n` \| (\S+) ": request_limits.MAX_ECHOED_CHARACTERS,
         r"\| `logprobs` \| (\S+) ": schemas.MAX_LIKELIEST,
         r"`stop` \| (\S+) texts": schemas.MAX_STOPS,
-        r"64; 64; 256; (\S+) ": limits.MAX_INFILL_TOKENS,
+        r"64; 64; 256; (\S+) ": request_limits.MAX_INFILL_TOKENS,
         r"messages \| (\S+); ": parsing._MAX_FIELDS,
         r"line and headers \| (\S+) KiB": middleware._MAX_HEAD_BYTES >> 10,
         r"KiB, within (\S+) s": idle_timeout.SECONDS_FOR_A_REQUEST,

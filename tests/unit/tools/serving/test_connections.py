@@ -23,8 +23,8 @@ from tests.helpers.server import (
     wait_until,
 )
 from tools.serving.idle_timeout import IdleTimeoutConnection
-from tools.serving.limits import Limits
 from tools.serving.models import ServedModel
+from tools.serving.request_limits import Limits
 
 Codecs = Callable[..., TextCodec]
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"

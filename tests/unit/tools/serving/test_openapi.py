@@ -12,7 +12,7 @@ from schemathesis.checks import positive_data_acceptance
 
 from data_pipeline.text.codec import TextCodec
 from tests.helpers.server import Running, serving, tiny_models
-from tools.serving.limits import Limits
+from tools.serving.request_limits import Limits
 
 OPERATIONS = [
     "GET /v1/models",

@@ -23,8 +23,8 @@ from tests.helpers.server import (
     tiny_models,
     wait_until,
 )
-from tools.serving.limits import Limits
 from tools.serving.models import ServedModel, load_meeting
+from tools.serving.request_limits import Limits
 
 Codecs = Callable[..., TextCodec]
 

@@ -13,8 +13,8 @@ from megaback.inference.batch import ReadingError, Sample
 from megaback.inference.sampling import SamplingOptions
 from megaback.inference.steps import Steps
 from tests.helpers.server import tiny_models, wait_until
-from tools.serving.metrics import Metrics
 from tools.serving.models import ServedModel
+from tools.serving.prometheus import Metrics
 from tools.serving.worker import Engine, EngineFullError, Writing
 
 Codecs = Callable[..., TextCodec]

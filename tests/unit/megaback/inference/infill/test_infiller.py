@@ -19,7 +19,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction, TextCodec, Unit
-from data_pipeline.tokenizer.train import train_tokenizer
+from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from megaback.config import ModelSection
 from megaback.inference.decoder import Decoder
 from megaback.inference.infill.infiller import Infiller, InfillOptions, Reader

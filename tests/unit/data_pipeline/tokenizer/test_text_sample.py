@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.build.settings import WeightedSource
 from data_pipeline.sources.documents import Columns
-from data_pipeline.tokenizer import sample as text_sample
-from data_pipeline.tokenizer.sample import sample_texts
+from data_pipeline.tokenizer import text_sample as text_sample
+from data_pipeline.tokenizer.text_sample import sample_texts
 
 
 def write_files(folder: Path, texts: list[list[str]]) -> str:

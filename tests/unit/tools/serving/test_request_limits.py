@@ -26,10 +26,10 @@ from tests.helpers.server import (
     tiny_models,
     wait_until,
 )
-from tools.serving import completions, limits
+from tools.serving import completions, request_limits
 from tools.serving.idle_timeout import IdleTimeoutConnection
-from tools.serving.limits import Limits
 from tools.serving.models import ServedModel
+from tools.serving.request_limits import Limits
 
 Codecs = Callable[..., TextCodec]
 
@@ -120,7 +120,7 @@ def test_what_is_told_of_all_tokens_of_an_answer_is_bounded(
 ) -> None:
     body = {**body, "logprobs": 5} if "echo" in body else body
     assert running.post(f"/v1/{path}", body).status_code == 200
-    monkeypatch.setattr(limits, "MAX_ANSWER_NUMBERS", 200)
+    monkeypatch.setattr(request_limits, "MAX_ANSWER_NUMBERS", 200)
     answer = running.post(f"/v1/{path}", body)
     assert answer.status_code == 400
     assert "; at most 200 are written for one request" in answer.json()["error"]["message"]

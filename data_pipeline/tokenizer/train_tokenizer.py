@@ -45,7 +45,7 @@ from data_pipeline.sources.skipped import (
     why_records_are_bad,
 )
 from data_pipeline.text.codec import BEGIN_PIECE, CHAT_PIECES, END_PIECE
-from data_pipeline.tokenizer.sample import num_bytes, sample_texts
+from data_pipeline.tokenizer.text_sample import num_bytes, sample_texts
 
 REPORT_NAME = "tokenizer_report.json"
 DEFAULT_VOCAB_SIZE = 8888

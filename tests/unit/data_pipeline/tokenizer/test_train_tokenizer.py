@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import OutputExistsError, SourceEmptyError, TokenizerError
 from data_pipeline.text.codec import BEGIN_PIECE, CHAT_PIECES, END_PIECE
-from data_pipeline.tokenizer import train as tokenizer
-from data_pipeline.tokenizer.train import main, train_tokenizer
+from data_pipeline.tokenizer import train_tokenizer as tokenizer
+from data_pipeline.tokenizer.train_tokenizer import main, train_tokenizer
 
 NUM_PIECES = 400
 
