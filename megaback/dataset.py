@@ -216,8 +216,8 @@ class RowDataset(IterableDataset[Rows]):
         if self._resume is not None and self._resume.epoch != epoch:
             if epoch < self._resume.epoch:
                 raise ConfigError(
-                    f"set_epoch: the state that was loaded is in epoch {self._resume.epoch}, and "
-                    f"epoch {epoch} would begin before it; go on with that epoch (with Accelerate: "
+                    f"set_epoch: the state that was loaded is in epoch {self._resume.epoch}, after "
+                    f"epoch {epoch}; resume from that epoch (with Accelerate: "
                     f"loader.set_epoch({self._resume.epoch})), or open the data set again"
                 )
             self._resume = None
@@ -308,7 +308,7 @@ class RowDataset(IterableDataset[Rows]):
         if size is None and turn is not None:
             raise ConfigError(
                 f"open_dataset: `micro_batch_rows` is needed with {turn[1]} workers: the "
-                "batch_size of the DataLoader, without which rows would come in disorder"
+                "batch_size of the DataLoader, without which rows would come out of order"
             )
         if size is None:
             size = max(1, _TOKENS_AT_A_TIME // self._batch.context_tokens)

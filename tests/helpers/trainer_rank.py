@@ -82,20 +82,31 @@ def main(shards: str, out: Path) -> None:
 
     dataset = opened(shards, micro_batch_rows=MICRO_ROWS * 2, **_ALL_ROWS)
     config = {"dispatch_batches": False}
-    trainer(
-        out / "read", dataset, num_train_epochs=2, save_strategy="no",
-        accelerator_config=config,
-    ).train()  # fmt: skip
+    options = {"num_train_epochs": 2, "save_strategy": "no", "accelerator_config": config}
+    trainer(out / "read", dataset, **options).train()
     store("read by every rank")
 
     dataset = opened(shards, micro_batch_rows=MICRO_ROWS, **_ALL_ROWS)
     steps = dataset.steps_per_epoch
     trainer(out / "resumed", dataset, max_steps=steps + 1, save_steps=steps + 1).train()
     store("begun")
+    begun = str(out / "resumed" / f"checkpoint-{steps + 1}")
+    options = {"max_steps": 2 * steps, "save_strategy": "no"}
     dataset = opened(shards, micro_batch_rows=MICRO_ROWS, **_ALL_ROWS)
-    resumed = trainer(out / "resumed", dataset, max_steps=2 * steps, save_strategy="no")
-    resumed.train(resume_from_checkpoint=str(out / "resumed" / f"checkpoint-{steps + 1}"))
+    trainer(out / "resumed", dataset, **options).train(resume_from_checkpoint=begun)
     store("resumed")
+    dataset = opened(shards, micro_batch_rows=MICRO_ROWS, **_ALL_ROWS)
+    dataset.load_state_dict(dataset.state_at(steps + 1))
+    resumed = trainer(out / "resumed", dataset, ignore_data_skip=True, **options)
+    resumed.train(resume_from_checkpoint=begun)
+    store("resumed by state")
+
+    place = {"rank": torch.distributed.get_rank(), "world_size": 2}
+    dataset = opened(shards, micro_batch_rows=MICRO_ROWS, **place)
+    alone = trainer(out / "alone", dataset, num_train_epochs=1, save_strategy="no")
+    alone.get_train_dataloader = lambda: DataLoader(dataset, batch_size=MICRO_ROWS, num_workers=2)
+    alone.train()
+    store("own part")
 
     try:
         trainer(out / "refused", without_rank)

@@ -67,18 +67,26 @@ def ranks(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return [dict(np.load(out / f"{rank}.npz")) for rank in range(RANKS)]
 
 
+@pytest.mark.parametrize("way", ["plain", "own part"])
 def test_a_plain_loader_on_two_ranks_gives_each_its_part(
-    ranks: list[dict[str, Any]], tiny_shards: Path
+    ranks: list[dict[str, Any]], tiny_shards: Path, way: str
 ) -> None:
+    """In the Trainer too, where it is not given to Accelerate's `prepare`."""
     for rank, found in enumerate(ranks):
-        rows = found["plain"].reshape(2, -1, CONTEXT)
+        rows = found[way].reshape(2, -1, CONTEXT)
         steps = range(rows.shape[1] * RANKS // STEP_ROWS)
         np.testing.assert_array_equal(rows, own_rows(tiny_shards, steps, rank, RANKS))
 
 
 @pytest.mark.parametrize(
     ("way", "first_step"),
-    [("example", 0), ("read by every rank", 0), ("begun", 0), ("resumed", None)],
+    [
+        ("example", 0),
+        ("read by every rank", 0),
+        ("begun", 0),
+        ("resumed", None),
+        ("resumed by state", None),
+    ],
 )
 def test_the_trainer_has_each_row_of_a_step_on_one_rank(
     ranks: list[dict[str, Any]], tiny_shards: Path, way: str, first_step: int | None

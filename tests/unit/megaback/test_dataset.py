@@ -365,7 +365,7 @@ def test_the_state_of_something_else_is_refused(tiny_shards: Path) -> None:
         with pytest.raises(RunMismatchError, match=f"with {next(iter(changed))} "):
             dataset.load_state_dict(opened(tiny_shards, **changed).state_dict())
     dataset.load_state_dict(dataset.state_at(2 * dataset.steps_per_epoch))
-    with pytest.raises(ConfigError, match=r"loaded is in epoch 2.*epoch 0 would begin before"):
+    with pytest.raises(ConfigError, match="loaded is in epoch 2, after epoch 0"):
         dataset.set_epoch(0)
 
 
