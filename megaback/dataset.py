@@ -433,8 +433,8 @@ def _weighted(shards: str | Path | Mapping[str, float]) -> Any:
 
 
 def _require_rank(rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
+    if not isinstance(rank, int) or not isinstance(world_size, int) or not 0 <= rank < world_size:
         raise ConfigError(
-            f"open_dataset: `rank` is {rank} and `world_size` {world_size}; a rank is at least 0 "
-            "and below that size"
+            f"open_dataset: `rank` is {rank!r} and `world_size` {world_size!r}; a rank is a whole "
+            "number from 0 to below that size"
         )

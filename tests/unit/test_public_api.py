@@ -191,6 +191,8 @@ texts: list[str] = writer.complete_many(["a", "b"], SamplingOptions(top_k=5))
 with megaback.load_scorer("model", form="plain") as scorer:
     scores: list[Score] = scorer.score([Pair("a", "b")])
 fills: list[Infill] = megaback.load_infiller("f", "b").fill("a", "b", InfillOptions(rescored=3))
+dataset: megaback.RowDataset = megaback.open_dataset({"a": 1.0}, context_tokens=64, seed=1)
+sizes: list[int] = [row["input_ids"].numel() for row in dataset]
 try:
     steps = [int(line["step"]) for line in megaback.read_metrics("run")]
 except megaback.errors.CheckpointMissingError as error:
@@ -201,6 +203,7 @@ writer.complete_backwards("the end.", temprature=0.7)
 megaback.load("model", device=3)
 megaback.load_scorer("model", prior=False)
 megaback.lod
+megaback.open_dataset("a", context_tokens=64, split="test")
 """
 
 
@@ -223,4 +226,5 @@ def test_a_type_checker_sees_the_api_from_outside(tmp_path: Path) -> None:
         (str(first + 1), "arg-type"),
         (str(first + 2), "call-arg"),
         (str(first + 3), "attr-defined"),
+        (str(first + 4), "arg-type"),
     ], done.stdout

@@ -329,6 +329,7 @@ def test_a_spawned_worker_knows_its_parents_rank(
         ({"split": "test"}, ConfigError, "`split` is 'test'"),
         ({"rank": 1}, ConfigError, "give `rank` and `world_size` together"),
         ({"rank": 2, "world_size": 2}, ConfigError, "`rank` is 2 and `world_size` 2"),
+        ({"rank": "0", "world_size": "2"}, ConfigError, "`rank` is '0'"),
         ({"rank": 0, "world_size": 3}, BatchError, "global_batch_rows 8"),
         ({"shards": {"nowhere": 0.0}}, ConfigError, "shards.0.weight = 0.0: "),
         ({"shards": "nowhere"}, ShardsMissingError, "nowhere"),
