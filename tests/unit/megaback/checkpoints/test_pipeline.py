@@ -49,7 +49,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
     event = Event()
 
     def wait_and_write(path: Path, specs: object, of: object) -> object:
-        event.wait(60)
+        event.wait(20)
         return write_tensors(path, specs, of)  # type: ignore[arg-type]
 
     monkeypatch.setattr(checkpoint_saver, "write_tensors", wait_and_write)
