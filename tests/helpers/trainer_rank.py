@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -41,12 +42,14 @@ def opened(shards: str, **options: Any) -> megaback.RowDataset:
     )
 
 
-def trainer(folder: Path, dataset: megaback.RowDataset, **options: Any) -> Trainer:
+def trainer(
+    folder: Path, dataset: megaback.RowDataset, workers: int = 2, **options: Any
+) -> Trainer:
     arguments = TrainingArguments(
         str(folder),
         per_device_train_batch_size=MICRO_ROWS,
         gradient_accumulation_steps=2,
-        dataloader_num_workers=2,
+        dataloader_num_workers=workers,
         remove_unused_columns=False,
         use_cpu=True,
         report_to="none",
@@ -71,13 +74,20 @@ def main(shards: str, out: Path) -> None:
         found[name] = np.stack([np.stack(both) for both in seen], axis=1)
         seen.clear()
 
+    place = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    train_example = runpy.run_path(str(EXAMPLE))["train"]
+    train_example(shards, str(out / f"alone-{place['RANK']}"), steps=3, workers=3)
+    store("example, one rank")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.update(place)
+
     torch.distributed.init_process_group("gloo")
     without_rank = dataset = opened(shards, micro_batch_rows=MICRO_ROWS)
     for batch in DataLoader(dataset, batch_size=MICRO_ROWS, num_workers=2):
         note(batch)
     store("plain")
 
-    runpy.run_path(str(EXAMPLE))["train"](shards, str(out / "example"), steps=3, workers=2)
+    train_example(shards, str(out / "example"), steps=3, workers=2)
     store("example")
 
     dataset = opened(shards, micro_batch_rows=MICRO_ROWS * 2, **_ALL_ROWS)
@@ -88,12 +98,12 @@ def main(shards: str, out: Path) -> None:
 
     dataset = opened(shards, micro_batch_rows=MICRO_ROWS, **_ALL_ROWS)
     steps = dataset.steps_per_epoch
-    trainer(out / "resumed", dataset, max_steps=steps + 1, save_steps=steps + 1).train()
+    trainer(out / "resumed", dataset, 1, max_steps=steps + 1, save_steps=steps + 1).train()
     store("begun")
     begun = str(out / "resumed" / f"checkpoint-{steps + 1}")
     options = {"max_steps": 2 * steps, "save_strategy": "no"}
     dataset = opened(shards, micro_batch_rows=MICRO_ROWS, **_ALL_ROWS)
-    trainer(out / "resumed", dataset, **options).train(resume_from_checkpoint=begun)
+    trainer(out / "resumed", dataset, 3, **options).train(resume_from_checkpoint=begun)
     store("resumed")
     dataset = opened(shards, micro_batch_rows=MICRO_ROWS, **_ALL_ROWS)
     dataset.load_state_dict(dataset.state_at(steps + 1))
@@ -101,8 +111,8 @@ def main(shards: str, out: Path) -> None:
     resumed.train(resume_from_checkpoint=begun)
     store("resumed by state")
 
-    place = {"rank": torch.distributed.get_rank(), "world_size": 2}
-    dataset = opened(shards, micro_batch_rows=MICRO_ROWS, **place)
+    rank = torch.distributed.get_rank()
+    dataset = opened(shards, micro_batch_rows=MICRO_ROWS, rank=rank, world_size=2)
     alone = trainer(out / "alone", dataset, num_train_epochs=1, save_strategy="no")
     alone.get_train_dataloader = lambda: DataLoader(dataset, batch_size=MICRO_ROWS, num_workers=2)
     alone.train()
@@ -112,7 +122,7 @@ def main(shards: str, out: Path) -> None:
         trainer(out / "refused", without_rank)
     except megaback.errors.ConfigError as error:
         found["refused"] = str(error)
-    np.savez(out / f"{os.environ['RANK']}.npz", **found)
+    np.savez(out / f"{rank}.npz", **found)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,14 @@ def test_a_plain_loader_on_two_ranks_gives_each_its_part(
         np.testing.assert_array_equal(rows, own_rows(tiny_shards, steps, rank, RANKS))
 
 
+def test_the_trainer_on_one_rank_has_the_rows_of_a_step(
+    ranks: list[dict[str, Any]], tiny_shards: Path
+) -> None:
+    for found in ranks:
+        rows = found["example, one rank"].reshape(2, -1, CONTEXT)
+        np.testing.assert_array_equal(rows, own_rows(tiny_shards, range(3)))
+
+
 @pytest.mark.parametrize(
     ("way", "first_step"),
     [
