@@ -74,27 +74,32 @@ class WeightedShards(Section):
     path: Address
     """Folder or URL of a data set."""
     weight: Annotated[float, ranges.POSITIVE] = 1.0
-    """Its part of all rows, relative to the other weights."""
+    """Weight of this data set: its share of all rows, relative to the other weights."""
 
 
 class DataSection(Section):
     shards: tuple[WeightedShards, ...]
-    """Folder that `megaback shards build` made, or its URL; or several, mixed by weight."""
+    """Folder or URL of a data set that `megaback shards build` wrote, or a list of several, mixed
+    by weight."""
     direction: Direction = Direction.BACKWARD
-    """How the model reads. Shards of unit `token` serve both directions."""
+    """Reading direction of the model. Shards of unit `token` serve both directions."""
     lanes: Annotated[int, ranges.SIZE] | None = None
-    """Parallel streams of frames; a divisor of global_batch_rows. Default: as many as there are
-    rows in a batch, or as the data can feed. Part of the order: it does not depend on ranks."""
+    """Number of parallel streams of frames, a divisor of global_batch_rows. Default: the rows of a
+    batch, or fewer where the data cannot feed so many. Part of the data order, which does not
+    depend on the number of ranks."""
     window_frames: Annotated[int, ranges.COUNT] = 8
-    """Rows are shuffled among this many frames of a lane."""
+    """Shuffle window of each lane, in frames: rows are shuffled among this many."""
     threads: Annotated[int, ranges.MANY_OR_ZERO] = 1
-    """Decode frames ahead of the training step; 0: when they are needed. Changes no batch."""
+    """Number of threads that decode frames ahead of the training step; 0: on demand. Changes no
+    batch."""
     on_bad_frame: Literal["stop", "skip"] = "stop"
-    """A frame that cannot be read ends the run, or is left out, counted and logged."""
+    """Action on a frame that cannot be read. stop: end the run; skip: leave it out, count and log
+    it."""
     cache: Path | None = None
-    """A folder of its own for frames of shards behind a URL, so that they are fetched once."""
+    """Folder, used for nothing else, that caches frames of shards behind a URL: each is fetched
+    once."""
     cache_gb: Annotated[float, ranges.QUANTITY] = 100.0
-    """At most so many gigabytes (10**9 bytes) are kept there."""
+    """Maximum size of the cache, in gigabytes (10**9 bytes)."""
 
     @field_validator("shards", mode="before")
     @classmethod
@@ -128,23 +133,34 @@ class ModelSection(Section):
     """A stock decoder: Llama's without qk_norm, Qwen3's with it."""
 
     num_layers: Annotated[int, ranges.LAYERS]
+    """Number of decoder blocks."""
     width: Annotated[int, ranges.SIZE]
+    """Size of the residual stream, in channels (hidden size)."""
     num_heads: Annotated[int, ranges.SIZE]
+    """Number of query heads; divides width, and the quotient is the head size, an even number."""
     num_kv_heads: Annotated[int, ranges.SIZE] | None = None
-    """Key and value heads, each shared by num_heads / num_kv_heads query heads. Default: all."""
+    """Number of key and value heads, each shared by num_heads / num_kv_heads query heads. Default:
+    num_heads."""
     mlp_width: Annotated[int, ranges.SIZE] | None = None
-    """Default: 8/3 of the width, rounded up to a multiple of 64."""
+    """Size of the MLP's hidden layer, in channels. Default: 8/3 of the width, rounded up to a
+    multiple of 64."""
     qk_norm: bool = True
+    """RMSNorm of each query and key head, as in Qwen3."""
     tie_embeddings: bool = False
+    """Weight tying: lm_head and the input embeddings are one matrix."""
     rope_theta: Annotated[float, ranges.POSITIVE] = 10_000.0
+    """Base of the rotary position embeddings' frequencies."""
     norm_epsilon: Annotated[float, ranges.POSITIVE] = 1e-5
+    """Epsilon of every RMSNorm, added to the mean square."""
     zero_output_projections: bool = False
-    """Matrices that write to the residual stream start at zero: every block starts as nothing."""
+    """Zero initialization of the matrices that write to the residual stream: every block starts as
+    the identity."""
     zero_head: bool = False
-    """lm_head starts at zero: the first loss is that of equal guesses. Not with tied embeddings."""
+    """Zero initialization of lm_head: the first loss is that of uniform predictions. Not with tied
+    embeddings."""
     base_width: Annotated[int, ranges.SIZE] | None = None
-    """The width at which learning rates and weight decay were found, if they are to hold at this
-    model's width too (muP). Not with tied embeddings."""
+    """Width at which learning rates and weight decay were tuned, in channels, to transfer them to
+    this model's width (muP). Default: no transfer. Not with tied embeddings."""
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelSection":
@@ -191,41 +207,45 @@ class ModelSection(Section):
 
 class BatchSection(Section):
     context_tokens: Annotated[int, ranges.CONTEXT]
-    """Tokens a row; divides the shards' frames."""
+    """Length of a row, in tokens; divides the frames of the shards."""
     global_batch_rows: Annotated[int, ranges.SIZE]
-    """Rows a step, over all ranks and accumulation."""
+    """Number of rows per step, over all ranks and accumulation steps."""
     micro_batch_rows: Annotated[int, ranges.SIZE]
-    """At most this many rows a forward pass; the largest divisor of a rank's rows is used, and the
-    rest is accumulation."""
+    """Maximum number of rows per forward pass. The largest divisor of a rank's rows is used, with
+    gradient accumulation for the rest."""
 
 
 class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: for the matrices of blocks; embeddings, lm_head and norms have AdamW all the same."""
+    """Optimizer. muon: Muon for the matrices of blocks, AdamW for embeddings, lm_head and norms."""
     learning_rate: Annotated[float, ranges.POSITIVE]
-    """Peak of the schedule."""
+    """Peak learning rate of the schedule."""
     matrix_learning_rate: Annotated[float, ranges.POSITIVE] | None = None
-    """Peak of Muon's, whose updates are as large as AdamW's. Default: learning_rate."""
+    """Peak learning rate of Muon, whose updates are as large as AdamW's. Default: learning_rate."""
     schedule: Literal["cosine", "wsd", "linear"] = "cosine"
-    """After a linear warmup: along a cosine; the peak, then down a line in the last part (warmup,
-    stable, decay); or down a line all the way."""
+    """Learning-rate schedule after the linear warmup. cosine: cosine decay; wsd: the peak, then
+    linear decay in the last phase (warmup, stable, decay); linear: linear decay."""
     decay_fraction: Annotated[float, ranges.SOME_SHARE] = 0.2
-    """Of all steps, the last part in which `wsd` goes down."""
+    """Fraction of all steps in the last (decay) phase of `wsd`."""
     final_learning_rate_ratio: Annotated[float, ranges.SHARE] = 0.1
-    """Of the peak, what is left on the last step."""
+    """Ratio of the last step's learning rate to the peak."""
     warmup_steps: Annotated[int, ranges.COUNT_OR_ZERO] = 0
+    """Length of the linear warmup, in steps."""
     beta1: Annotated[float, ranges.SHARE_BELOW_ALL] = 0.9
+    """Decay factor per step of AdamW's first moment."""
     beta2: Annotated[float, ranges.SHARE_BELOW_ALL] = 0.95
+    """Decay factor per step of AdamW's second moment."""
     epsilon: Annotated[float, ranges.POSITIVE] = 1e-8
+    """Epsilon of AdamW, added to the denominator of an update."""
     weight_decay: Annotated[float, ranges.NOT_NEGATIVE] = 0.1
-    """On matrices only, never on norms."""
+    """Coefficient of weight decay, on matrices only, never on norms."""
     momentum: Annotated[float, ranges.SHARE_BELOW_ALL] = 0.95
-    """Muon's."""
+    """Decay factor per step of Muon's momentum."""
     gradient_clip: Annotated[float, ranges.NOT_NEGATIVE] = 1.0
-    """Largest norm of the whole gradient; 0 for none."""
+    """Maximum norm of the whole gradient, which is clipped to it; 0: no clipping."""
     z_loss: Annotated[float, ranges.NOT_NEGATIVE] = 0.0
-    """Weight of the squared log of the softmax's denominator, which keeps logits small (1e-4 is
-    usual). It is learned from, and left out of the losses that are reported."""
+    """Coefficient of the squared log of the softmax's denominator, which keeps logits small (1e-4
+    is usual). Part of the objective, but not of the losses that are reported."""
 
     @model_validator(mode="after")
     def _rate_of_muon(self) -> "OptimizerSection":
@@ -236,15 +256,19 @@ class OptimizerSection(Section):
 
 class TrainingSection(Section):
     steps: Annotated[int, ranges.COUNT] | None = None
+    """Length of the run, in steps. Exactly one of steps and epochs is given."""
     epochs: Annotated[float, ranges.EPOCHS] | None = None
+    """Length of the run, in passes over the train set; fractions are allowed."""
     seed: Annotated[int, ranges.TRAINING_SEED] = 0
+    """Seed of the initial weights and of the data order."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: bf16 arithmetic with fp32 master weights."""
+    """Precision of training. bf16: bf16 arithmetic with fp32 master weights; fp32: all in fp32."""
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
-    """What the backward pass computes again instead of keeping it. block: each block, a third more
-    work; selective: all but what matrix products and attention gave, little more work."""
+    """Activations that the backward pass recomputes instead of storing. block: each block's, a
+    third more compute; selective: all but the results of matrix products and attention, little more
+    compute."""
     compile: bool = False
-    """torch.compile: faster steps, after a minute of compiling at the start."""
+    """Compilation with torch.compile: faster steps, after a minute of compiling at the start."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingSection":
@@ -255,10 +279,11 @@ class TrainingSection(Section):
 
 class ZeroSection(Section):
     stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer, 2 gradients, 3 weights too."""
+    """Stage of ZeRO: what DeepSpeed shards over the ranks. 0: nothing; 1: the optimizer state; 2:
+    gradients too; 3: weights too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What is kept in the host's memory: the optimizer's state and fp32 weights (stage 1 to 3), or
-    the weights of the model as well (stage 3)."""
+    """State held in host memory instead of on the device. optimizer: the optimizer state and fp32
+    weights (stages 1 to 3); parameters: the model's weights as well (stage 3)."""
 
     @model_validator(mode="after")
     def _stage_can_offload(self) -> "ZeroSection":
@@ -272,48 +297,58 @@ class ZeroSection(Section):
 
 class HardwareSection(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Type of device to train on. auto: cuda where PyTorch can use one, cpu elsewhere."""
     processes: Annotated[int, ranges.MANY] | None = None
-    """Ranks that `megaback train` starts here. Default: one a GPU, or one on a CPU."""
+    """Number of ranks that `megaback train` starts on this machine. Default: one per GPU, or one on
+    a CPU."""
     attention: Literal["auto", "flash_attn", "sdpa"] = "auto"
-    """auto: flash_attn where it is installed and there is a CUDA device, sdpa elsewhere."""
+    """Attention backend. auto: flash_attn where it is installed and there is a CUDA device, sdpa
+    elsewhere."""
     device_name: str | None = None
-    """What `megaback plan` and `submit` take the devices for: h100-80gb, a100-40gb, …"""
+    """Device that `megaback plan` and `submit` assume: h100-80gb, a100-40gb, …"""
     peak_flops: Annotated[float, ranges.POSITIVE] | None = None
-    """A device's peak, for the model FLOPs utilization. Default: known for common GPUs."""
+    """Peak throughput of a device, in FLOP/s, for model FLOPs utilization. Default: known for
+    common GPUs."""
     collective_timeout_s: Annotated[float, ranges.SECONDS] = 1800
-    """Until the first step is done, a rank that is longer at one thing ends, and so do the others:
-    connecting, reading a checkpoint, compiling."""
+    """Timeout of each phase before the first step completes (connect, read a checkpoint, compile),
+    in seconds; exceeding it aborts all ranks."""
     step_timeout_s: Annotated[float, ranges.SECONDS] = 300
-    """The same from then on: for a micro-batch, a batch of validation, an update, a save."""
+    """Timeout of each phase from then on (a micro-batch, a batch of validation, an update, a save),
+    in seconds."""
     heartbeat_s: Annotated[float, ranges.SECONDS] = 10
-    """How often each rank says in the run's folder what it is at."""
+    """Interval of the heartbeats by which each rank reports its phase in the run's folder, in
+    seconds."""
     preflight: Annotated[Literal["auto", "on", "strict", "off"], BeforeValidator(_as_word)] = "auto"
-    """Check every node before the first step of each start. auto: where there are several ranks;
-    strict: also stop for what is otherwise a warning, such as a slow device."""
+    """Check of every node before the first step of each start. auto: with several ranks; strict:
+    stop also at what is otherwise a warning, such as a slow device."""
     memory_check: Annotated[Literal["on", "off"], BeforeValidator(_as_word)] = "on"
-    """Refuse a run that needs more memory than its devices, or this machine, have."""
+    """Check of memory: refuses a run that needs more than its devices, or this machine, have."""
 
 
 class GuardSection(Section):
-    """Steps whose update is skipped. They are counted in the metrics, and the schedule goes on."""
+    """Steps whose update is skipped: counted in the metrics; the schedule still advances."""
 
     max_skipped_steps: Annotated[int, ranges.COUNT_OR_ZERO] = 10
-    """A run ends after more than so many in a row. A loss or gradient norm that is no number is
-    always skipped."""
+    """Maximum number of consecutive skipped steps; one more ends the run. Steps with a non-finite
+    loss or gradient norm are always skipped."""
     spike_nats: Annotated[float, ranges.POSITIVE] | None = None
-    """Skip a step whose loss is so much above the median of the last ones'."""
+    """Limit of a step's loss above the median of the window, in nats per token; above, the step is
+    skipped. Default: no limit."""
     spike_norm_ratio: Annotated[float, ranges.RATIO_ABOVE_ONE] | None = None
-    """Skip a step whose gradient norm is so many times the median of the last ones'."""
+    """Limit of a step's gradient norm, as a multiple of the window's median; above, the step is
+    skipped. Default: no limit."""
     window_steps: Annotated[int, ranges.COUNT] = 100
-    """How many last steps those are; before there are so many, nothing is a spike."""
+    """Length of the window of the last updates, in steps; until it is full, nothing is a spike."""
 
 
 class ValidationSection(Section):
     every_steps: Annotated[int, ranges.COUNT] | None = None
-    """The whole val set is measured at the start, at the end, and after every this many steps."""
+    """Interval between measurements of the whole val set, in steps, besides those at the start and
+    at the end of the run."""
     patience: Annotated[int, ranges.COUNT] | None = None
-    """End the run after so many measurements in a row that are not the best so far. The checkpoint
-    of the best one is kept, and named in `checkpoints/best`."""
+    """Number of consecutive measurements without a new best after which the run ends (early
+    stopping). The best checkpoint is kept, and named in `checkpoints/best`. Default: no early
+    stopping."""
 
     @model_validator(mode="after")
     def _patience_has_validations(self) -> "ValidationSection":
@@ -324,24 +359,28 @@ class ValidationSection(Section):
 
 class CheckpointSection(Section):
     every_steps: Annotated[int, ranges.COUNT] | None = None
-    """Besides the end of the run and a signal."""
+    """Interval between checkpoints, in steps, besides those at the end of the run and at a
+    signal."""
     keep_last: Annotated[int, ranges.TWO_OR_MORE] = 3
+    """Number of newest checkpoints that are kept."""
     keep_every_steps: Annotated[int, ranges.COUNT] | None = None
-    """Checkpoints of multiples of this many steps are kept for ever."""
+    """Interval, in steps, of checkpoints that are kept for good: those of its multiples."""
     background: bool = True
-    """Write while training goes on, from a copy in the host's memory."""
+    """Writing in the background, from a copy in host memory, while training continues."""
     copy_to: Address | None = None
-    """A second place, a path or URL (s3://bucket/run): each complete checkpoint is copied there in
-    the background, under the run's name, and a run that has lost its own goes on from it."""
+    """Path or URL of a second location (s3://bucket/run): each complete checkpoint is copied there
+    in the background, under the run's name, and a run that has lost its own resumes from it."""
 
 
 class LoggingSection(Section):
     every_steps: Annotated[int, ranges.COUNT] = 10
-    """Lines on the console; metrics.jsonl has every step."""
+    """Interval between lines on the console, in steps; metrics.jsonl has every step."""
     wandb: Annotated[Literal["off", "online", "offline"], BeforeValidator(_as_word)] = "off"
+    """Mode of Weights & Biases. offline: written into the run's folder, to be uploaded later."""
     wandb_project: str = "megaback"
+    """Name of the Weights & Biases project."""
     tensorboard: Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)] = "auto"
-    """auto: written into the run's folder where tensorboard is installed."""
+    """Event files of TensorBoard, in the run's folder. auto: where tensorboard is installed."""
 
 
 class Config(Section):
@@ -350,19 +389,30 @@ class Config(Section):
     run: Path
     """Folder of the run: config, metrics, checkpoints, logs."""
     init_from: Path | None = None
-    """Whose weights the run starts from: a folder of `megaback convert --to full`, another run, or
-    one of its checkpoints."""
+    """Source of the initial weights: a folder of `megaback convert --to full`, another run, or one
+    of its checkpoints. Default: random weights."""
     data: DataSection
+    """Data sets, and how they are read."""
     model: ModelSection
+    """Shape and initialization of the model."""
     batch: BatchSection
+    """Sizes of rows and batches."""
     optimizer: OptimizerSection
+    """Optimizer, learning-rate schedule and clipping."""
     training: TrainingSection
+    """Length, precision and seed of training."""
     zero: ZeroSection = ZeroSection()
+    """Sharding and offload of training state (DeepSpeed ZeRO)."""
     hardware: HardwareSection = HardwareSection()
+    """Devices, ranks, timeouts and checks of the machine."""
     validation: ValidationSection = ValidationSection()
+    """Measurements on the val set, and early stopping."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """Checkpoints: when they are written, kept and copied."""
     guard: GuardSection = GuardSection()
+    """Steps whose update is skipped."""
     logging: LoggingSection = LoggingSection()
+    """Console and trackers."""
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
