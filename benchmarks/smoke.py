@@ -140,7 +140,8 @@ def _tokenizer(made_up: MadeUp, path: Path) -> Path:
 
 def _build(made_up: MadeUp, path: Path, val_fraction: float) -> None:
     from data_pipeline.build.command import build_shards
-    from data_pipeline.build.settings import BuildSettings, WeightedSource
+    from data_pipeline.build.settings import BuildSettings
+    from data_pipeline.sources.weighted import WeightedSource
     from data_pipeline.text.codec import Direction, TextCodec, Unit
 
     codec = TextCodec.load(Path(made_up["tokenizer"]), Direction.BACKWARD, Unit.TOKEN)

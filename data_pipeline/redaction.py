@@ -118,7 +118,9 @@ def scrub(text: str) -> str:
     URLs in it are shown as `shown_url` does, and secrets that are known stand in no other place:
     those of addresses, and those in variables that are named after what they hold.
     """
-    held = [item for item in os.environ.items() if item[1] in text and _is_long(item[1])]
+    # Another thread may take a variable back meanwhile.
+    variables = [(name, os.environ.get(name, "")) for name in list(os.environ)]
+    held = [item for item in variables if item[1] in text and _is_long(item[1])]
     for name, secret in sorted(held, key=lambda item: -len(item[1])):
         if _SECRET_VARIABLE.search(name):
             text = text.replace(secret, f"${name}")

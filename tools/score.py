@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_pipeline.build.settings import BAD_RECORD_CHOICES
 from data_pipeline.common.command import Command
 from data_pipeline.common.output_paths import json_lines_with, overwrite_option, require_output
 from data_pipeline.common.terminal import fit
@@ -15,6 +14,7 @@ from data_pipeline.sources.documents import stop_or_skip
 from data_pipeline.sources.jsonl import Record, read_records
 from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
+from data_pipeline.sources.weighted import on_bad_record_option
 from megaback.scoring.pairs import PairColumns
 
 if TYPE_CHECKING:
@@ -29,12 +29,8 @@ in_option = click.option(
 out_option = click.option(
     "--out", required=True, help="JSON lines, in the order of the input; - for stdout."
 )
-bad_record_option = click.option(
-    "--on-bad-record",
-    type=click.Choice(BAD_RECORD_CHOICES),
-    default="stop",
-    show_default=True,
-    help="A malformed line ends the command, or is named and left out.",
+bad_record_option = on_bad_record_option(
+    "stop", "A malformed line ends the command, or is named and left out."
 )
 device_option = click.option(
     "--device", default=None, help="cpu, cuda:0, ..., or several with commas; default: every GPU."

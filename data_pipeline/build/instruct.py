@@ -10,19 +10,22 @@ import click
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.options import (
+    compression_level_option,
+    direction_option,
     echo_manifest,
+    frame_tokens_option,
     num_workers,
     out_option,
     tasks_option,
+    unit_option,
     workers_option,
 )
-from data_pipeline.build.settings import BAD_RECORD_CHOICES, BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.common.command import ResumableCommand
-from data_pipeline.common.number_ranges import FRAME_TOKENS, LEVEL, ROW_TOKENS, SHARE_BELOW_ALL
-from data_pipeline.shards.compression import DEFAULT_LEVEL
-from data_pipeline.shards.writer import DEFAULT_FRAME_TOKENS
+from data_pipeline.common.number_ranges import ROW_TOKENS, SHARE_BELOW_ALL
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.record_limits import max_record_bytes_option
+from data_pipeline.sources.weighted import WeightedSource, on_bad_record_option
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
@@ -42,20 +45,8 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
 )
 @click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="The base's.")
 @out_option
-@click.option(
-    "--direction",
-    type=click.Choice([direction.value for direction in Direction]),
-    default=Direction.BACKWARD.value,
-    show_default=True,
-    help="backward writes the instruction for a response; forward, the response.",
-)
-@click.option(
-    "--unit",
-    type=click.Choice([unit.value for unit in Unit]),
-    default=Unit.TOKEN.value,
-    show_default=True,
-    help="What is reversed: ids, or words before encoding. As in the base.",
-)
+@direction_option("backward writes the instruction for a response; forward, the response.")
+@unit_option("What is reversed: ids, or words before encoding. As in the base.")
 @click.option(
     "--context-tokens",
     type=ROW_TOKENS.option,
@@ -75,18 +66,10 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     show_default=True,
     help="Without --val-source.",
 )
-@click.option(
-    "--on-bad-record",
-    type=click.Choice(BAD_RECORD_CHOICES),
-    default="skip",
-    show_default=True,
-    help="A malformed record is left out and counted, or ends the build.",
-)
+@on_bad_record_option("skip", "A malformed record is left out and counted, or ends the build.")
 @max_record_bytes_option
-@click.option(
-    "--frame-tokens", type=FRAME_TOKENS.option, default=DEFAULT_FRAME_TOKENS, show_default=True
-)
-@click.option("--compression-level", type=LEVEL.option, default=DEFAULT_LEVEL, show_default=True)
+@frame_tokens_option
+@compression_level_option
 @tasks_option
 @workers_option
 def main(

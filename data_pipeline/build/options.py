@@ -8,12 +8,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from data_pipeline.build.settings import (
-    BAD_RECORD_CHOICES,
-    CHANGEABLE,
-    BuildSettings,
-    weighted_sources,
-)
+from data_pipeline.build.settings import CHANGEABLE, BuildSettings
 from data_pipeline.build.train_command import train_commands
 from data_pipeline.build.val_hashes import MIN_VAL_DOCUMENTS
 from data_pipeline.common.next_command import show_next
@@ -32,6 +27,7 @@ from data_pipeline.shards.excluded import echo_excluded, noun_of
 from data_pipeline.shards.manifest import SPLITS, Manifest
 from data_pipeline.shards.writer import DEFAULT_FRAME_TOKENS
 from data_pipeline.sources.record_limits import max_record_bytes_option
+from data_pipeline.sources.weighted import on_bad_record_option, weighted_sources
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -39,6 +35,37 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 html_option = click.option(
     "--html", is_flag=True, help="Read HTML pages too: their main text, by trafilatura."
 )
+
+frame_tokens_option = click.option(
+    "--frame-tokens", type=FRAME_TOKENS.option, default=DEFAULT_FRAME_TOKENS, show_default=True
+)
+compression_level_option = click.option(
+    "--compression-level", type=LEVEL.option, default=DEFAULT_LEVEL, show_default=True
+)
+
+
+def direction_option(what: str | None = None) -> Callable[[_Function], _Function]:
+    """`--direction`; `what` is its help."""
+    directions = [direction.value for direction in Direction]
+    return click.option(
+        "--direction",
+        type=click.Choice(directions),
+        default=Direction.BACKWARD.value,
+        show_default=True,
+        help=what,
+    )
+
+
+def unit_option(what: str) -> Callable[[_Function], _Function]:
+    """`--unit`; `what` is its help."""
+    return click.option(
+        "--unit",
+        type=click.Choice([unit.value for unit in Unit]),
+        default=Unit.TOKEN.value,
+        show_default=True,
+        help=what,
+    )
+
 
 # The option that gives each setting, in the order in which help shows them.
 _SETTINGS: dict[str, Callable[[Any], Any]] = {
@@ -58,19 +85,8 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
     "tokenizer": click.option(
         "--tokenizer", type=click.Path(path_type=Path), help="The tokenizer.model to encode with."
     ),
-    "direction": click.option(
-        "--direction",
-        type=click.Choice([direction.value for direction in Direction]),
-        default=Direction.BACKWARD.value,
-        show_default=True,
-    ),
-    "unit": click.option(
-        "--unit",
-        type=click.Choice([unit.value for unit in Unit]),
-        default=Unit.TOKEN.value,
-        show_default=True,
-        help="What is reversed: ids, or words before encoding.",
-    ),
+    "direction": direction_option(),
+    "unit": unit_option("What is reversed: ids, or words before encoding."),
     "val_fraction": click.option(
         "--val-fraction", type=SHARE_BELOW_ALL.option, default=0.01, show_default=True
     ),
@@ -92,12 +108,8 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         "--min-characters", type=COUNT.option, default=1, show_default=True
     ),
     "max_characters": click.option("--max-characters", type=COUNT.option),
-    "on_bad_record": click.option(
-        "--on-bad-record",
-        type=click.Choice(BAD_RECORD_CHOICES),
-        default="stop",
-        show_default=True,
-        help="A malformed record ends the build, or is left out and counted.",
+    "on_bad_record": on_bad_record_option(
+        "stop", "A malformed record ends the build, or is left out and counted."
     ),
     "max_record_bytes": max_record_bytes_option,
     "deduplicate": click.option(
@@ -111,9 +123,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         type=COUNT.option,
         help="Take the first documents, up to so many tokens together.",
     ),
-    "frame_tokens": click.option(
-        "--frame-tokens", type=FRAME_TOKENS.option, default=DEFAULT_FRAME_TOKENS, show_default=True
-    ),
+    "frame_tokens": frame_tokens_option,
     "shard_tokens": click.option(
         "--shard-tokens",
         type=COUNT.option,
@@ -121,9 +131,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         show_default=True,
         help="A shard is closed after the document that reaches so many.",
     ),
-    "compression_level": click.option(
-        "--compression-level", type=LEVEL.option, default=DEFAULT_LEVEL, show_default=True
-    ),
+    "compression_level": compression_level_option,
 }
 
 out_option = click.option(

@@ -17,11 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.build.plan_files import files_of, slices_of
-from data_pipeline.build.settings import (
-    BuildSettings,
-    WeightedSource,
-    content_settings,
-)
+from data_pipeline.build.settings import BuildSettings, content_settings
 from data_pipeline.common.checked_json import briefly, checked, read_json, require_within
 from data_pipeline.common.limits import MAX_PLAN_BYTES
 from data_pipeline.common.regular_files import require_no_link
@@ -34,6 +30,7 @@ from data_pipeline.sources.skipped import (
     skipped_from_json,
     skipped_to_json,
 )
+from data_pipeline.sources.weighted import WeightedSource
 
 PLAN_NAME = "plan.json"
 BUILD_FOLDER = ".build"

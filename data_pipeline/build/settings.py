@@ -30,34 +30,11 @@ from data_pipeline.shards.writer import DEFAULT_FRAME_TOKENS
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.documents import AnyColumns, Columns, Document
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
-from data_pipeline.storage.address_variables import kept
+from data_pipeline.sources.weighted import BAD_RECORD_CHOICES, WeightedSource
 from data_pipeline.text.codec import Direction, Unit
 
-BAD_RECORD_CHOICES = ("stop", "skip")
 CHANGEABLE = ("on_bad_record", "max_record_bytes")
 """Settings that decide what fails, not what is written: a build may be resumed with others."""
-
-
-@dataclass(frozen=True)
-class WeightedSource:
-    """A source, and how many times each of its documents is taken.
-
-    With 2.5 every document is taken twice, and half of them, chosen by their text, a third time.
-    """
-
-    source: str
-    weight: float = 1.0
-    split: str | None = None
-    """The set that all of it belongs to; None: as the hash of each text says."""
-
-    def __post_init__(self) -> None:
-        """Whatever a source is written to, no secret of its address gets there."""
-        object.__setattr__(self, "source", kept(self.source))
-
-    def __str__(self) -> str:
-        """The source as it is shown."""
-        shown = shown_url(self.source)
-        return shown if self.weight == 1.0 else f"{self.weight:g} x {shown}"
 
 
 @dataclass(frozen=True)
@@ -222,19 +199,6 @@ class BuildSettings:
                 f"{out} holds shards with other settings ({shown_values(differing, 0)}, not "
                 f"{shown_values(differing, 1)}); choose another `out`, or remove that folder"
             )
-
-
-def weighted_sources(sources: tuple[str, ...], weights: tuple[float, ...]) -> tuple[Any, ...]:
-    """Sources with their weights, in the order given. Raises ConfigError when they do not pair."""
-    if weights and len(weights) != len(sources):
-        raise ConfigError(
-            f"{len(sources)} `source` and {len(weights)} `weight` were given; "
-            "give one `weight` for each `source`, in the same order, or none"
-        )
-    return tuple(
-        WeightedSource(source, weight)
-        for source, weight in zip(sources, weights or (1.0,) * len(sources), strict=True)
-    )
 
 
 def content_settings(settings: BuildSettings) -> dict[str, Any]:

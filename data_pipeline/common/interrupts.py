@@ -31,7 +31,6 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _State:
-    is_installed = False
     is_raising = False
     """Whether a command is at work, which an exception ends."""
     received: int | None = None
@@ -44,7 +43,6 @@ def take_signals() -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _receive)
-    _State.is_installed = True
 
 
 def received_signal() -> int | None:

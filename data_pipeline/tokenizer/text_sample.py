@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from data_pipeline.build.settings import WeightedSource
 from data_pipeline.sources.documents import (
     Columns,
     OnBadRecord,
@@ -14,6 +13,7 @@ from data_pipeline.sources.documents import (
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
 from data_pipeline.sources.registry import list_source, read_slice
 from data_pipeline.sources.skipped import Skipped, merged
+from data_pipeline.sources.weighted import WeightedSource
 
 _SMALLEST_PART_BYTES = 256 << 10  # opening a part costs as much as reading about so much
 

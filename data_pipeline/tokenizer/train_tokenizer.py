@@ -17,7 +17,6 @@ from pathlib import Path
 import click
 
 from data_pipeline.build.options import html_option
-from data_pipeline.build.settings import BAD_RECORD_CHOICES, WeightedSource, weighted_sources
 from data_pipeline.common.command import WorkCommand
 from data_pipeline.common.interrupts import interruptible
 from data_pipeline.common.limits import MAX_TOKENIZER_BYTES, MAX_VOCABULARY
@@ -44,6 +43,7 @@ from data_pipeline.sources.skipped import (
     skipped_lines,
     why_records_are_bad,
 )
+from data_pipeline.sources.weighted import WeightedSource, on_bad_record_option, weighted_sources
 from data_pipeline.text.codec import BEGIN_PIECE, CHAT_PIECES, END_PIECE
 from data_pipeline.tokenizer.text_sample import num_bytes, sample_texts
 
@@ -309,13 +309,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     show_default=True,
     help="Column with the text, in parquet, jsonl and hub records.",
 )
-@click.option(
-    "--on-bad-record",
-    type=click.Choice(BAD_RECORD_CHOICES),
-    default="stop",
-    show_default=True,
-    help="A malformed record ends the training, or is left out.",
-)
+@on_bad_record_option("stop", "A malformed record ends the training, or is left out.")
 @max_record_bytes_option
 @html_option
 @overwrite_option

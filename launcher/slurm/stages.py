@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipeline.build.plan import PLAN_NAME, Plan, make_plan
 from data_pipeline.build.plan_command import claim_plan
-from data_pipeline.build.settings import BuildSettings, weighted_sources
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.common.output_folder import require_output_folder
 from data_pipeline.errors import (
     CheckpointMissingError,
@@ -23,6 +23,7 @@ from data_pipeline.loading.rows import check_context
 from data_pipeline.redaction import is_url
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import MANIFEST_NAME
+from data_pipeline.sources.weighted import weighted_sources
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from launcher.slurm.commands import Submission
 from launcher.slurm.job import LIMIT_VARIABLE

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.build.command import build_shards
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import TextCodec
 from tests.helpers.models import write_chat_model
 from tests.helpers.paths import ROOT

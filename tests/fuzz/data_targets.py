@@ -20,7 +20,7 @@ from mutations import mutate_bytes, mutate_json, repacked
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.plan import PLAN_NAME, Plan
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.build.task import TaskRecord, record_path
 from data_pipeline.errors import MegabackError
 from data_pipeline.redaction import place_of, scrub, secret_spans, shown_url
@@ -35,6 +35,7 @@ from data_pipeline.shards.seek_table import (
     read_seek_table,
 )
 from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.build.command import build_shards
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.common import process_pool
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import SPLITS, Manifest
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import TextCodec
 from tests.helpers.stored import document_ids
 

@@ -18,7 +18,7 @@ import pytest
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.plan import BUILD_FOLDER, Plan
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.build.task import run_task
 from data_pipeline.common import process_pool
 from data_pipeline.errors import (
@@ -28,6 +28,7 @@ from data_pipeline.errors import (
     StorageError,
 )
 from data_pipeline.shards.reader import ShardReader
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import TextCodec
 
 NOBODY = 65534

@@ -28,10 +28,11 @@ import pytest
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.plan import BUILD_FOLDER
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.build.task import STAGED_FOLDER
 from data_pipeline.common import process_pool
 from data_pipeline.errors import LaunchError
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 NUM_TASKS = 12

@@ -18,12 +18,13 @@ import yaml
 
 from data_pipeline import errors
 from data_pipeline.build.command import build_shards
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.errors import (
     MegabackError,
     StorageError,
 )
 from data_pipeline.shards.manifest import TOKENIZER_NAME
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from tests.helpers.error_cases import CASES, Case

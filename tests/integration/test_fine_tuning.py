@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from data_pipeline.build.command import build_shards
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.loading.loader import sequential_batches
 from data_pipeline.loading.rows import RowReader
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.checkpoints.checkpoint import find_checkpoint
 from megaback.run_folder import complete_checkpoints

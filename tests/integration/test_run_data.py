@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.build.command import build_shards
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reader import ShardReader
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import TextCodec
 from megaback.checkpoints.checkpoint import read_meta
 from megaback.run_folder import complete_checkpoints

@@ -15,8 +15,9 @@ import pytest
 
 import megaback
 from data_pipeline.build.command import build_shards
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.common.control_characters import escaped
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import TextCodec
 from megaback.faults.exit_record import record_exit, record_start
 from tests.helpers.models import write_chat_model

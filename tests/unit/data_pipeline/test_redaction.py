@@ -1,5 +1,7 @@
 """Secrets of addresses are in nothing that is shown, and everything else stays as it is."""
 
+import os
+import threading
 import time
 
 import pytest
@@ -172,3 +174,20 @@ def test_secrets_of_drivers_go_by_the_names_of_their_variables(
 )
 def test_a_text_without_addresses_is_not_changed(text: str) -> None:
     assert scrub(text) == text
+
+
+def test_a_variable_that_another_thread_takes_back_meanwhile_is_no_error() -> None:
+    is_over = threading.Event()
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            os.environ["MEGABACK_PASSING"] = "1"
+            os.environ.pop("MEGABACK_PASSING", None)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert {scrub("nothing secret") for _ in range(3000)} == {"nothing secret"}
+    finally:
+        is_over.set()
+        thread.join()

@@ -18,8 +18,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import megaback
 from data_pipeline.build.command import build_shards
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import TextCodec
 from megaback.data import open_data
 from megaback.errors import (

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from data_pipeline.build.instruct import main
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.errors import BadRecordError, ConfigError, SourceUnreadableError
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.data_set import DataSet
@@ -17,6 +17,7 @@ from data_pipeline.shards.manifest import SPLITS, Manifest
 from data_pipeline.shards.recompress import recompress
 from data_pipeline.shards.verify import verify_data_set
 from data_pipeline.sources.columns import ExampleColumns
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.chat_format import ChatFormat, ParsedExample
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from tests.helpers.builds import Codecs, build_here, hashes, write_records

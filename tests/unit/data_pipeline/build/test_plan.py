@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from data_pipeline.build import command as build
 from data_pipeline.build import plan_command
 from data_pipeline.build.plan import Plan, cut_evenly, make_plan
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.errors import (
     OutputExistsError,
     ShardsMissingError,
     SourceUnreadableError,
 )
 from data_pipeline.sources.documents import Slice
+from data_pipeline.sources.weighted import WeightedSource
 from tests.helpers.builds import Codecs, documents_of, make_settings, write_records
 
 Invoke = Callable[..., Result]

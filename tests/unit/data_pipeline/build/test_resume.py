@@ -11,9 +11,10 @@ import pytest
 
 from data_pipeline.build import plan, plan_command
 from data_pipeline.build.command import build_planned, build_shards
-from data_pipeline.build.settings import BuildSettings, WeightedSource
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.errors import BadRecordError
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import TextCodec
 from tests.helpers.builds import Codecs, hashes, make_settings, write_source
 

@@ -11,12 +11,12 @@ from data_pipeline.build.command import build_planned, build_shards
 from data_pipeline.build.finalize import finalize_build
 from data_pipeline.build.plan import PLAN_NAME, Plan
 from data_pipeline.build.plan_command import claim_plan
-from data_pipeline.build.settings import WeightedSource
 from data_pipeline.build.task import run_task
 from data_pipeline.errors import ConfigError, OutputExistsError
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.shards.recompress import recompress
+from data_pipeline.sources.weighted import WeightedSource
 from tests.helpers.builds import Codecs, hashes, make_settings
 from tests.helpers.file_server import FileServer
 

@@ -13,11 +13,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from data_pipeline.build import selection, val_minimum
-from data_pipeline.build.settings import WeightedSource
 from data_pipeline.build.task_input import belongs_to_val
 from data_pipeline.errors import SourceEmptyError
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.verify import verify_data_set
+from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import TextCodec
 from tests.helpers.builds import Codecs, Run, build_here, documents_of, make_settings, write_records
 

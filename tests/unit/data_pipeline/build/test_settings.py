@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.build.settings import BuildSettings, WeightedSource, weighted_sources
+from data_pipeline.build.settings import BuildSettings
 from data_pipeline.errors import BadRecordError, ConfigError, OutputExistsError
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.sources.documents import Document
+from data_pipeline.sources.weighted import WeightedSource, weighted_sources
 from tests.helpers.builds import Codecs, build_here, documents_of, make_settings, write_records
 
 RECORDS: list[dict[str, object]] = [

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.build.settings import WeightedSource
 from data_pipeline.sources.documents import Columns
-from data_pipeline.tokenizer import text_sample as text_sample
+from data_pipeline.sources.weighted import WeightedSource
+from data_pipeline.tokenizer import text_sample
 from data_pipeline.tokenizer.text_sample import sample_texts
 
 
