@@ -72,7 +72,7 @@ def open_dataset(
     lanes: int | None = None,
     window_frames: int = 8,
     on_bad_frame: Literal["stop", "skip"] = "stop",
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     cache_gb: float = 100.0,
 ) -> "RowDataset":
     """Open shards as a data set for `torch.utils.data.DataLoader`, in the order of a run of ours.
@@ -112,7 +112,7 @@ def open_dataset(
             lanes=lanes,
             window_frames=window_frames,
             on_bad_frame=on_bad_frame,
-            cache=cache,
+            cache=None if cache is None else Path(cache),
             cache_gb=cache_gb,
         )
         batch = BatchSection(
