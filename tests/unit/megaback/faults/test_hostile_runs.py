@@ -70,7 +70,7 @@ _BEAT = {
     "written": 1.7e9,
     "interval_s": 10.0,
     "timeout_s": 300.0,
-    "left": None,
+    "exit_reason": None,
 }
 _WRITTEN = {HISTORY_NAME: _STARTED, EXIT_NAME: _ENDED, METRICS_NAME: _STEP}
 _PLACES = (*_WRITTEN, "heartbeats/rank-00000.json")
