@@ -1,16 +1,23 @@
 """Packaging of megaback. `pip install -c constraints.txt -e .` gives the `megaback` command."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 PACKAGES = ("megaback", "data_pipeline", "launcher", "tools")
+FOLDER = Path(__file__).parent
+(VERSION,) = re.findall(
+    r'^__version__ = "(.+)"$',
+    (FOLDER / "megaback" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
 
 setup(
     name="megaback",
-    version="0.1.0",
+    version=VERSION,
     description="Train and use GPTs that write backwards: the model predicts the previous token.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(FOLDER / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -19,6 +19,11 @@ if ! command -v srun >/dev/null; then
         "submit the sbatch file itself, and let srun start the container" >&2
     exit 13
 fi
+if [[ ${MEGABACK_CONTAINER:-} ]] && ! command -v apptainer >/dev/null; then
+    echo "slurm: error: MEGABACK_CONTAINER is set, and apptainer is not on the PATH of this job;" \
+        "load its module before you submit, or unset MEGABACK_CONTAINER" >&2
+    exit 13
+fi
 source "${BASH_SOURCE[0]%/*}/network.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export PYTHONSAFEPATH=1 # what is installed runs, whatever the folder holds (Python 3.11 and later)
@@ -35,6 +40,7 @@ free_port() { # not to be guessed from a job's number; below those that Linux ha
 # The ranks meet on this node, the first one.
 export MASTER_PORT=${MASTER_PORT:-$(free_port)}
 
+# With MEGABACK_CONTAINER, only the ranks run in it: what comes before and after them calls Slurm.
 run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]
     python -m megaback slurm-job begin ${begin_options:-} "$@" # refuses what cannot work
     local code=0 step
@@ -46,7 +52,9 @@ run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]
     # to say which rank was lost. How the run ended is in its exit.json, whatever srun returns.
     if [[ ! $to_pass_on ]]; then
         srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=cores \
-            --kill-on-bad-exit=0 --wait="${MEGABACK_WAIT_S:-600}" python -m megaback.train "$@" &
+            --kill-on-bad-exit=0 --wait="${MEGABACK_WAIT_S:-600}" \
+            ${MEGABACK_CONTAINER:+apptainer exec --nv "$MEGABACK_CONTAINER"} \
+            python -m megaback.train "$@" &
         step=$!
         while true; do
             code=0
