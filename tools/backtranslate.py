@@ -28,9 +28,6 @@ from data_pipeline.common.number_ranges import (
     MANY,
     MANY_OR_ZERO,
     NUMBER,
-    SEED,
-    TEMPERATURE,
-    TOP_K,
 )
 from data_pipeline.common.output_paths import (
     is_stream,
@@ -58,6 +55,7 @@ from megaback.run_folder import MODEL_CONFIG_NAME
 from tools.backtranslation.example_selection import Choice, different_texts
 from tools.backtranslation.proposals import BackTranslator, RoundTripScorer, Text
 from tools.backtranslation.resumable_chunks import ResumableChunks
+from tools.model_options import device_option, seed_option, temperature_option, top_k_option
 
 if TYPE_CHECKING:
     from torch import device as Device  # noqa: N812 - a type
@@ -274,15 +272,15 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
 @click.option("--keep", type=COUNT.option, default=1, show_default=True)
 @click.option("--min-score", type=NUMBER.option, help="Leave out instructions of a lower score.")
 @click.option("--tokens", type=COUNT.option, default=128, show_default=True)
-@click.option("--temp", type=TEMPERATURE.option, default=0.8, show_default=True)
-@click.option("--top-k", type=TOP_K.option, default=200, show_default=True)
-@click.option("--seed", type=SEED.option, default=0, show_default=True)
+@temperature_option
+@top_k_option
+@seed_option
 @click.option("--limit", type=COUNT.option, help="Only the first texts.")
 @max_record_bytes_option
 @click.option("--texts-at-once", type=MANY.option, default=16, show_default=True, help="A batch.")
 @click.option("--tasks", type=MANY.option, default=1, show_default=True)
 @click.option("--task-index", type=MANY_OR_ZERO.option, help="Do this task alone, from 0 on.")
-@click.option("--device", default=None, help="cpu, cuda, cuda:1; default: cuda if there is one.")
+@device_option
 def main(
     folder: Path,
     source: str,

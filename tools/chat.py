@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_pipeline.common.command import Command
-from data_pipeline.common.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K, Range
+from data_pipeline.common.number_ranges import COUNT, FEW, SEED, Range
 from data_pipeline.common.output_paths import require_apart
 from data_pipeline.errors import (
     DirectionMismatchError,
@@ -25,6 +25,7 @@ from data_pipeline.errors import (
 )
 from data_pipeline.text.codec import Direction
 from tools.jsonl_io import answer_each, parse_object, print_all, stdin_lines
+from tools.model_options import device_option, seed_option, temperature_option, top_k_option
 from tools.sample import apply_command
 
 if TYPE_CHECKING:
@@ -216,12 +217,10 @@ def _require_direction(folder: Path, actual: Direction, name: str) -> None:
 )
 @click.option("--history", type=click.Path(path_type=Path, dir_okay=False), help="File to keep.")
 @click.option("--tokens", type=COUNT.option, default=500, show_default=True)
-@click.option("--temp", type=TEMPERATURE.option, default=0.8, show_default=True)
-@click.option("--top-k", type=TOP_K.option, default=200, show_default=True)
-@click.option("--seed", type=SEED.option, default=0, show_default=True)
-@click.option(
-    "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
-)
+@temperature_option
+@top_k_option
+@seed_option
+@device_option
 def main(
     folder: Path,
     given: str | None,

@@ -16,6 +16,7 @@ from data_pipeline.common.output_folder import require_output_folder, whole_fold
 from data_pipeline.common.output_paths import overwrite_option
 from megaback.run_folder import CHECKPOINTS_FOLDER
 from megaback.use_commands import use_commands
+from tools.model_options import dtype_option
 
 # Not pydantic.ByteSize, which reads "1,5GB" as one byte and passes over what follows a unit.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -82,9 +83,7 @@ def convert(
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @overwrite_option
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
-)
+@dtype_option
 @click.option(
     "--max-shard-size",
     callback=_num_bytes,

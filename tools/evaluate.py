@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from data_pipeline.common.command import Command
-from data_pipeline.common.number_ranges import COUNT, SEED
+from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.output_paths import (
     json_lines_with,
     json_object_with,
@@ -22,6 +22,7 @@ from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.common.terminal import print_table
 from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
+from tools.model_options import device_option, seed_option
 
 if TYPE_CHECKING:
     from tools.suites.base import Suite, SuiteResult
@@ -90,13 +91,11 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
 @click.option("--limit", type=COUNT.option, help="The first so many rows of each suite.")
 @click.option("--tokens", type=COUNT.option, default=100, show_default=True, help="Most to write.")
 @max_record_bytes_option
-@click.option("--seed", type=SEED.option, default=0, show_default=True)
+@seed_option
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the results.")
 @click.option("--predictions", help="JSON lines of what was written for each row.")
 @overwrite_option
-@click.option(
-    "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if it is there."
-)
+@device_option
 def main(
     folder: Path,
     names: tuple[str, ...],

@@ -14,6 +14,7 @@ from data_pipeline.common.command import Command
 from data_pipeline.common.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K
 from data_pipeline.errors import PromptError
 from tools.jsonl_io import Answer, answer_each, parse_object, print_all, stdin_lines
+from tools.model_options import device_option, seed_option, temperature_option, top_k_option
 
 if TYPE_CHECKING:
     from megaback.inference.infill.infiller import Infill, Infiller, InfillOptions
@@ -150,25 +151,10 @@ def infill(
     show_default=True,
     help="Show so many middles, the best first.",
 )
-@click.option(
-    "--temperature",
-    "--temp",
-    type=TEMPERATURE.option,
-    default=0.8,
-    show_default=True,
-    help="0 takes the most likely token.",
-)
-@click.option(
-    "--top-k",
-    type=TOP_K.option,
-    default=200,
-    show_default=True,
-    help="Choose among so many of the most likely tokens; 0 for all.",
-)
-@click.option("--seed", type=SEED.option, default=0, show_default=True)
-@click.option(
-    "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
-)
+@temperature_option
+@top_k_option
+@seed_option
+@device_option
 def main(
     forward: Path,
     backward: Path,
@@ -179,7 +165,7 @@ def main(
     min_tokens: int,
     candidates: int,
     count: int,
-    temperature: float,
+    temp: float,
     top_k: int,
     seed: int,
     device: str | None,
@@ -202,7 +188,7 @@ def main(
         min_tokens=min_tokens,
         forward_candidates=candidates,
         backward_candidates=candidates,
-        sampling=SamplingOptions(temperature=temperature, top_k=top_k, seed=seed),
+        sampling=SamplingOptions(temperature=temp, top_k=top_k, seed=seed),
     )
     infiller = load_infiller(forward, backward, device=device)
     if beginning is None or ending is None:

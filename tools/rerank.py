@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from data_pipeline.common.command import Command
-from data_pipeline.common.number_ranges import SEED, SHARE
+from data_pipeline.common.number_ranges import SHARE
 from data_pipeline.common.output_paths import (
     json_lines_with,
     json_object_with,
@@ -27,6 +27,7 @@ from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
 from megaback.scoring.candidates import Question, question_of
 from megaback.scoring.pairs import Pair
+from tools.model_options import seed_option
 from tools.score import (
     BadRecords,
     OwnKeys,
@@ -193,7 +194,7 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
 )
 @bad_record_option
 @max_record_bytes_option
-@click.option("--seed", type=SEED.option, default=0, show_default=True)
+@seed_option
 @device_option
 def main(
     folder: Path,

@@ -14,14 +14,18 @@ from data_pipeline.common.number_ranges import (
     COUNT,
     MANY,
     REPETITION_PENALTY,
-    SEED,
     SHARE,
     SOME_SHARE,
-    TEMPERATURE,
-    TOP_K,
 )
 from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.text.codec import Direction
+from tools.model_options import (
+    device_option,
+    dtype_option,
+    seed_option,
+    temperature_option,
+    top_k_option,
+)
 
 if TYPE_CHECKING:
     from megaback.inference.sampling import SamplingOptions
@@ -98,20 +102,8 @@ def _joined(texts: Sequence[str]) -> str:
 @click.option("--ending", help="Text that a backward model writes toward.")
 @click.option("--beginning", help="Text that a forward model goes on from.")
 @click.option("--tokens", type=COUNT.option, default=500, show_default=True)
-@click.option(
-    "--temp",
-    type=TEMPERATURE.option,
-    default=0.8,
-    show_default=True,
-    help="0 takes the most likely token.",
-)
-@click.option(
-    "--top-k",
-    type=TOP_K.option,
-    default=200,
-    show_default=True,
-    help="Choose among so many of the most likely tokens; 0 for all.",
-)
+@temperature_option
+@top_k_option
 @click.option(
     "--top-p",
     type=SOME_SHARE.option,
@@ -133,7 +125,7 @@ def _joined(texts: Sequence[str]) -> str:
     show_default=True,
     help="Above 1: tokens that were read or written become less likely.",
 )
-@click.option("--seed", type=SEED.option, default=0, show_default=True)
+@seed_option
 @click.option(
     "--samples",
     type=MANY.option,
@@ -141,12 +133,8 @@ def _joined(texts: Sequence[str]) -> str:
     show_default=True,
     help="Write so many at once; the second has the next seed, and so on.",
 )
-@click.option(
-    "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
-)
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
-)
+@device_option
+@dtype_option
 @click.option("--compile", "compiled", is_flag=True, help="With torch.compile; slow to begin with.")
 def main(
     folder: Path,

@@ -21,6 +21,7 @@ from data_pipeline.common.number_ranges import (
     SLOTS,
 )
 from data_pipeline.errors import BackendError, ServeError
+from tools.model_options import device_option, dtype_option
 
 if TYPE_CHECKING:
     from megaback.inference.infill.infiller import Infiller
@@ -185,12 +186,8 @@ def run_server(
     show_default=True,
     help="What runs at a SIGTERM has this time to finish; then it is cut.",
 )
-@click.option(
-    "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda if there is one."
-)
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
-)
+@device_option
+@dtype_option
 def main(
     folder: Path,
     forward: Path | None,
