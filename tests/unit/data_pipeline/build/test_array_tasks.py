@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from data_pipeline.build import command as build
-from data_pipeline.build import finalize, plan
+from data_pipeline.build import finalize, plan_command
 from data_pipeline.build.command import build_tasks
 from data_pipeline.build.finalize import BUILDERS_LOCK, codec_of_plan
 from data_pipeline.build.plan import Plan
@@ -28,7 +28,7 @@ Invoke = Callable[..., Result]
 def invoke(source: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
     """`invoke(command, *words)` in this process, on the source if the command is "array"."""
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    commands = {"plan": plan.main, "build": build.main, "finalize": finalize.main}
+    commands = {"plan": plan_command.main, "build": build.main, "finalize": finalize.main}
 
     def run(command: str, *words: object) -> Result:
         if command == "array":
