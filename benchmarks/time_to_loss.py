@@ -63,11 +63,11 @@ TAKEN_BACK = {
 }
 
 
-def whole_rows(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, _: Segments) -> Tensor:
+def whole_rows(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, _: Segments) -> Tensor:
     """Causal attention over rows, whatever documents they hold: one call, which compiles."""
     rows = [
         packed.unflatten(0, (ROWS, -1)).transpose(1, 2)
-        for packed in (query_THD, key_TKD, value_TKD)
+        for packed in (query_THE, key_TKE, value_TKE)
     ]
     return F.scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2).flatten(0, 1)
 

@@ -90,7 +90,7 @@ class Decoder:
         # Turning adds the other half, times a sine that is negative for the first half.
         signs_E = torch.ones(self.shape.head_dim, device=self.device)
         signs_E[: self.shape.head_dim // 2] = -1
-        self._turns = (rotary.cos_TE, rotary.sin_TE * signs_E)
+        self._turns = (rotary.cos_T1E, rotary.sin_T1E * signs_E)
         if compiled:
             require_compiler(self.device.type, "`compiled`")
         self._step = torch.compile(self._step_eagerly, dynamic=True) if compiled else None
@@ -176,14 +176,14 @@ class Decoder:
             )
             return attended_BKGE.flatten(1, 2)
 
-        cos_TE, sin_TE = self._turns
-        turns = cos_TE[positions_B], sin_TE[positions_B]
+        cos_T1E, sin_T1E = self._turns
+        turns = cos_T1E[positions_B], sin_T1E[positions_B]
         return self._head(self._hidden(ids_B, turns, attend)).float()
 
     def _row_steps(self, ids: Sequence[int], attend: _Attend) -> Steps[Tensor]:
         """Hidden states of a row that begins here: shape (N, D). A step is a layer."""
-        cos_TE, sin_TE = self._turns
-        turns = cos_TE[: len(ids)], sin_TE[: len(ids)]
+        cos_T1E, sin_T1E = self._turns
+        turns = cos_T1E[: len(ids)], sin_T1E[: len(ids)]
         ids_N = torch.tensor(ids, device=self.device)
         hidden_ND = F.embedding(ids_N, self._embedding_VD)
         for number in range(len(self._layers)):

@@ -4,7 +4,7 @@ A backend takes packed queries, keys and values and the segments that they fall 
 attends beyond its own segment. `flash_attn` is the varlen kernel on CUDA; `sdpa` is PyTorch's
 attention, one call a segment, anywhere. A backend that was asked for and is missing is an error.
 
-Shapes: T packed tokens, H query heads, K key and value heads, D head dimension.
+Shapes: T packed tokens, H query heads, K key and value heads, E head dimension.
 """
 
 from collections.abc import Callable
@@ -36,24 +36,24 @@ class Segments:
 
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
-"""(query_THD, key_TKD, value_TKD, segments) -> attended_THD"""
+"""(query_THE, key_TKE, value_TKE, segments) -> attended_THE"""
 
 
 def sdpa_attention(
-    query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, segments: Segments
+    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, segments: Segments
 ) -> Tensor:
     """PyTorch's scaled dot product attention, one causal call a segment."""
     lengths = list(segments.lengths)
-    groups = query_THD.shape[1] // key_TKD.shape[1]
+    groups = query_THE.shape[1] // key_TKE.shape[1]
     if groups > 1:
-        key_TKD = key_TKD.repeat_interleave(groups, dim=1)
-        value_TKD = value_TKD.repeat_interleave(groups, dim=1)
+        key_TKE = key_TKE.repeat_interleave(groups, dim=1)
+        value_TKE = value_TKE.repeat_interleave(groups, dim=1)
     # Split once along the packed dimension: slicing a segment at a time makes the backward pass
     # many times slower.
     parts = zip(
-        torch.split(query_THD.transpose(0, 1), lengths, dim=1),
-        torch.split(key_TKD.transpose(0, 1), lengths, dim=1),
-        torch.split(value_TKD.transpose(0, 1), lengths, dim=1),
+        torch.split(query_THE.transpose(0, 1), lengths, dim=1),
+        torch.split(key_TKE.transpose(0, 1), lengths, dim=1),
+        torch.split(value_TKE.transpose(0, 1), lengths, dim=1),
         strict=True,
     )
     attended = [
@@ -64,15 +64,15 @@ def sdpa_attention(
 
 
 def flash_attention(
-    query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, segments: Segments
+    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, segments: Segments
 ) -> Tensor:
     """flash-attn's varlen kernel: https://github.com/Dao-AILab/flash-attention."""
     from flash_attn import flash_attn_varlen_func
 
     attended: Tensor = flash_attn_varlen_func(
-        query_THD,
-        key_TKD,
-        value_TKD,
+        query_THE,
+        key_TKE,
+        value_TKE,
         segments.cu_seqlens,
         segments.cu_seqlens,
         segments.longest,

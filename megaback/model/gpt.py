@@ -28,8 +28,8 @@ from megaback.model.mup import initial_std
 class Rotary:
     """Cosines and sines of rotary positions for the tokens at hand: each of shape (T, 1, E)."""
 
-    cos_TE: Tensor
-    sin_TE: Tensor
+    cos_T1E: Tensor
+    sin_T1E: Tensor
 
     @classmethod
     def at(cls, positions_T: Tensor, head_dim: int, theta: float) -> "Rotary":
@@ -42,7 +42,7 @@ class Rotary:
     def turn(self, heads_THE: Tensor) -> Tensor:
         first, second = heads_THE.float().chunk(2, dim=-1)
         turned_THE = torch.cat((-second, first), dim=-1)
-        rotated_THE = heads_THE.float() * self.cos_TE + turned_THE * self.sin_TE
+        rotated_THE = heads_THE.float() * self.cos_T1E + turned_THE * self.sin_T1E
         return rotated_THE.to(heads_THE.dtype)
 
 

@@ -4,7 +4,7 @@ They run on a CPU under Triton's interpreter, in the venv of `make flash-test`. 
 one document at a time, in float64, and shares no code with either backend. Nothing here is in bf16,
 which the interpreter computes wrongly.
 
-Shapes: T packed tokens, H query heads, K key and value heads, D head dimension; Q and S are the
+Shapes: T packed tokens, H query heads, K key and value heads, E head dimension; Q and S are the
 tokens of one document, as queries and as keys.
 """
 
@@ -31,17 +31,17 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 class Packed(NamedTuple):
     """What a backend is given, and the gradient of what it returns."""
 
-    query_THD: Tensor
-    key_TKD: Tensor
-    value_TKD: Tensor
-    direction_THD: Tensor
+    query_THE: Tensor
+    key_TKE: Tensor
+    value_TKE: Tensor
+    direction_THE: Tensor
 
 
 class Attended(NamedTuple):
-    output_THD: Tensor
-    query_gradient_THD: Tensor
-    key_gradient_TKD: Tensor
-    value_gradient_TKD: Tensor
+    output_THE: Tensor
+    query_gradient_THE: Tensor
+    key_gradient_TKE: Tensor
+    value_gradient_TKE: Tensor
 
 
 @dataclass(frozen=True)
@@ -85,32 +85,32 @@ def random_case(seed: int) -> Case:
 
 
 def reference_attention(
-    query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, lengths: tuple[int, ...]
+    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, lengths: tuple[int, ...]
 ) -> Tensor:
     """softmax(q k' / sqrt(D)) v over the tokens up to each, one document at a time."""
-    groups = query_THD.shape[1] // key_TKD.shape[1]
+    groups = query_THE.shape[1] // key_TKE.shape[1]
     documents = zip(
-        query_THD.split(lengths),
-        key_TKD.repeat_interleave(groups, dim=1).split(lengths),
-        value_TKD.repeat_interleave(groups, dim=1).split(lengths),
+        query_THE.split(lengths),
+        key_TKE.repeat_interleave(groups, dim=1).split(lengths),
+        value_TKE.repeat_interleave(groups, dim=1).split(lengths),
         strict=True,
     )
     outputs = []
-    for query_QHD, key_SHD, value_SHD in documents:
-        scores_HQS = torch.einsum("qhd,shd->hqs", query_QHD, key_SHD)
-        scores_HQS = scores_HQS / math.sqrt(query_QHD.shape[-1])
+    for query_QHE, key_SHE, value_SHE in documents:
+        scores_HQS = torch.einsum("qhd,shd->hqs", query_QHE, key_SHE)
+        scores_HQS = scores_HQS / math.sqrt(query_QHE.shape[-1])
         future_QS = torch.ones(scores_HQS.shape[1:], dtype=torch.bool).triu(1)
         weights_HQS = scores_HQS.masked_fill(future_QS, -math.inf).softmax(dim=-1)
-        outputs.append(torch.einsum("hqs,shd->qhd", weights_HQS, value_SHD))
+        outputs.append(torch.einsum("hqs,shd->qhd", weights_HQS, value_SHE))
     return torch.cat(outputs)
 
 
 def attend(attention: Callable[[Tensor, Tensor, Tensor], Tensor], packed: Packed) -> Attended:
-    *inputs, direction_THD = packed
+    *inputs, direction_THE = packed
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    output_THD = attention(*inputs)
-    output_THD.backward(direction_THD)
-    return Attended(output_THD.detach(), *(tensor.grad for tensor in inputs))
+    output_THE = attention(*inputs)
+    output_THE.backward(direction_THE)
+    return Attended(output_THE.detach(), *(tensor.grad for tensor in inputs))
 
 
 def through(backend: AttentionBackend, case: Case) -> Attended:
@@ -197,7 +197,7 @@ def other_documents(tensor: Tensor, document: int) -> Tensor:
 @every_document
 def test_what_a_document_holds_changes_no_bit_of_the_output_of_others(document: int) -> None:
     before, after = flash(UNEVEN), flash(replace(UNEVEN, redrawn=document))
-    assert torch.equal(*(other_documents(run.output_THD, document) for run in (before, after)))
+    assert torch.equal(*(other_documents(run.output_THE, document) for run in (before, after)))
 
 
 @every_document
