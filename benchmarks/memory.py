@@ -105,11 +105,12 @@ def serve() -> None:
     """A rank: for each line of overrides a run, and its peaks in bytes."""
     import torch
 
-    from megaback import train
+    from megaback.checkpoints import pipeline
     from megaback.checkpoints.saver import CheckpointSaver
     from megaback.distributed.world import end_rank, start_world
     from megaback.faults.stop_request import StopRequest
     from megaback.faults.watchdog import Watchdog
+    from megaback.train import train_run
 
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(1)
@@ -121,7 +122,7 @@ def serve() -> None:
             before_saving.append(_status("VmHWM"))
             super().begin(*arguments, **named)
 
-    train.CheckpointSaver = NotingSaver  # type: ignore[misc]
+    pipeline.CheckpointSaver = NotingSaver  # type: ignore[misc]
     world = start_world("cpu", 300)
     for line in sys.stdin:
         path, overrides = json.loads(line)
@@ -132,7 +133,7 @@ def serve() -> None:
         base = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM from here on
         watchdog = Watchdog(config.run, config.hardware, world)
-        train.train_run(config, world, StopRequest(None), watchdog)
+        train_run(config, world, StopRequest(None), watchdog)
         peaks = (before_saving[0] - base, _status("VmHWM") - base)
         all_peaks = world.gather(peaks, tuple[int, int])
         if world.is_first:
