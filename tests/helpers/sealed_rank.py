@@ -71,6 +71,7 @@ def train(config: Path, run: Path, stage: int, world: World) -> list[int | None]
     for stop in (StopAfter(run), StopRequest(None)):
         try:
             train_run(settings, world, stop, Watchdog(run, settings.hardware, world))
+            world.barrier()  # the first rank writes how it ended
             ending = read_exit(run)
             codes.append(None if ending is None else ending["code"])
         except CollectiveExit as end:
