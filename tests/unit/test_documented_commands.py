@@ -16,7 +16,13 @@ from megaback.cli import main
 from megaback.config_file import load_config
 from tests.helpers.paths import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks/README.md"]
+PAGES = [
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "benchmarks/README.md")
+    ),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 COMMENTED = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "slurm").iterdir())]
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 MAKEFILE = (ROOT / "Makefile").read_text()

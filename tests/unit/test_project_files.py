@@ -3,12 +3,119 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
 
 from megaback import __version__
 from tests.helpers.paths import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 DEFINITION = (ROOT / "container" / "megaback.def").read_text()
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/*.md")])
+SOURCES = "".join(
+    path.read_text()
+    for package in ("data_pipeline", "megaback", "launcher", "tools", "tests")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if path != Path(__file__)
+)
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """What links to the headings of a page end in, as GitHub and mkdocs make them of their text."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+def broken_links(page: Path, text: str) -> Iterator[str]:
+    """Relative links of a page to files or headings that are not there."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        path = page.parent / name
+        is_there = path.exists() and (
+            not anchor or anchor in anchors(path.read_text() if name else text)
+        )
+        if not is_there:
+            yield link
+
+
+def of_yaml(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    assert list(broken_links(page, page.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_every_file_of_ours_that_a_page_names_exists(page: Path) -> None:
+    folders = "data_pipeline|megaback|launcher|tools|tests|configs|container|examples|requirements"
+    paths = re.findall(rf"`((?:{folders})/[a-z_0-9/.]*)`", page.read_text())
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_a_broken_link_is_found() -> None:
+    text = (
+        "# Words, and more\n[a](absent.md) [b](README.md#nowhere) [c](#words-and-more) [d](#word)"
+    )
+    assert list(broken_links(ROOT / "page.md", text)) == [
+        *("absent.md", "README.md#nowhere", "#word"),
+    ]
+
+
+def test_what_the_guide_names_exists() -> None:
+    section = GUIDE.partition("## How to add")[2].partition("## Before")[0]
+    words = set(re.findall(r"`([\w./]+)`", section)) - {"main", "name"}
+    paths = {word for word in words if "/" in word and "NAME" not in word}
+    names = {word for word in words if re.fullmatch(r"_?[A-Z]\w+|_\w+|\w+_\w+", word)}
+
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", SOURCES)] == []
+    assert len(paths) > 20
+    assert len(names) > 15
+
+
+def test_agents_are_pointed_to_the_guide() -> None:
+    assert "[CONTRIBUTING.md](CONTRIBUTING.md)" in (ROOT / "AGENTS.md").read_text()
+
+
+def test_the_glossary_is_sorted_and_has_each_word_once() -> None:
+    words = re.findall(r"^\| \*\*(.+?)\*\*", GUIDE.partition("## Glossary")[2], re.MULTILINE)
+    assert words == sorted(set(words), key=str.lower)
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = of_yaml("CITATION.cff")
+    assert str(citation["version"]) == __version__
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["license"] == "Apache-2.0"
+
+
+def test_ci_runs_what_anyone_can_run() -> None:
+    job = of_yaml(".github/workflows/ci.yml")["jobs"]["test"]
+    assert job["steps"][-1]["run"] == ".ci/run"
+    assert job["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.13"]
+
+
+def test_hooks_run_the_ruff_of_the_environment() -> None:
+    (repository,) = of_yaml(".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local"
+    entries = [hook["entry"] for hook in repository["hooks"]]
+    assert all(one == "make lint" or one.startswith(".venv/bin/ruff ") for one in entries)
 
 
 def test_the_package_has_the_version_of_the_code() -> None:
