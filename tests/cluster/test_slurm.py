@@ -78,6 +78,31 @@ def test_a_job_beside_packages_of_our_names_runs_what_is_installed_from_a_wheel(
     assert last_step(tmp_path / "run") == 2
 
 
+def test_the_rank_of_a_job_runs_in_the_container_that_is_named(
+    write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
+) -> None:
+    started, image = tmp_path / "started", tmp_path / "an image.sif"
+    apptainer = tmp_path / "bin" / "apptainer"  # where it runs the command is Apptainer's matter
+    apptainer.parent.mkdir()
+    apptainer.write_text(f'#!/bin/bash\necho "$*" >>"{started}"\nshift 3\nexec "$@"\n')
+    apptainer.chmod(0o755)
+    config = write_config(tmp_path, training={"steps": 2, "precision": "fp32"})
+
+    job_id = slurm.submit(
+        "train.sbatch",
+        config,
+        cwd=tmp_path,
+        options=cpu_options(nodes=1),
+        PATH=f"{apptainer.parent}:{slurm.environment['PATH']}",
+        MEGABACK_CONTAINER=image,
+    )
+
+    slurm.require_completed(job_id, tmp_path)
+    assert last_step(tmp_path / "run") == 2
+    command = f"exec --nv {image} python -m megaback.train {config}"
+    assert started.read_text().splitlines() == [command]
+
+
 @pytest.mark.timeout(600)
 def test_a_job_at_its_time_limit_saves_and_queues_itself_and_ends_as_if_undisturbed(
     finished: FinishedRun, write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
