@@ -23,7 +23,7 @@ kernels) # before the code, which changes more often: this takes long
     FLASH_ATTENTION_FORCE_BUILD=TRUE "${pip[@]}" --no-build-isolation --no-deps flash-attn
     ;;
 megaback)
-    "${pip[@]}" --no-build-isolation '.[flash,html,plot,serve,tensorboard,transformers,wandb]'
+    "${pip[@]}" --no-build-isolation '.[flash,gguf,html,plot,serve,tensorboard,transformers,wandb]'
     "$VENV/bin/python" -m pip check
     ;;
 *)

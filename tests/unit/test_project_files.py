@@ -154,6 +154,9 @@ def test_both_images_are_made_of_the_same_files_on_the_cuda_of_torch() -> None:
     assert [source for source in copied if not (ROOT / source).exists()] == []
     (base,) = re.findall(r"^ARG BASE=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert f"\nFrom: {base}\n" in DEFINITION
+    (extras,) = re.findall(r"'\.\[(.+)\]'", (ROOT / "container" / "install.sh").read_text())
+    known = set(re.findall(r'^        "([a-z-]+)": \[', (ROOT / "setup.py").read_text(), re.M))
+    assert set(extras.split(",")) <= known
     locked = (ROOT / "requirements" / "locked-cuda.txt").read_text()
     (cuda,) = re.findall(r"^cuda-toolkit==(\d+\.\d+)\.", locked, re.MULTILINE)
     assert base.startswith(f"nvidia/cuda:{cuda}.")
