@@ -219,7 +219,7 @@ def _print_table(lines: Sequence[Line]) -> None:
 
 @click.command(cls=Command, name="doctor")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
-@click.option("--json", "as_json", is_flag=True, help="The facts and what they mean, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts and what they mean as JSON.")
 def main(folder: Path, as_json: bool) -> None:
     """Say what works on this machine, and what to type for what does not.
 

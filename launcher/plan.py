@@ -164,39 +164,43 @@ def to_json(
 @click.command(cls=Command, name="plan")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option("--nodes", type=MANY.option, default=1, show_default=True)
+@click.option("--nodes", type=MANY.option, default=1, show_default=True, help="Number of nodes.")
 @click.option(
     "--devices-per-node",
     type=MANY.option,
-    help="Ranks a node, one a device. Default: hardware.processes, or 8.",
+    help="Number of ranks per node, one per device. Default: hardware.processes, or 8.",
 )
-@click.option("--device", help=f"{', '.join(DEVICES)} or {CPU}. Default: hardware.device_name.")
+@click.option(
+    "--device", help=f"Device: {', '.join(DEVICES)} or {CPU}. Default: hardware.device_name."
+)
 @click.option(
     "--memory-gb",
     type=QUANTITY.option,
-    help="A device's memory in GB (10**9 bytes), where it is not what its name says.",
+    help="Memory per device, in GB (10**9 bytes). Default: by its name.",
 )
 @click.option(
     "--network-gbits",
     type=QUANTITY.option,
-    help="A device's share of its node's network. Default: by device, docs/planning.md.",
+    help="Network bandwidth per device, in Gbit/s. Default: by device, docs/planning.md.",
 )
 @click.option(
     "--mfu",
     type=SOME_SHARE.option,
     default=DEFAULT_MFU,
     show_default=True,
-    help="Model FLOPs utilization: the part of the peak that is used.",
+    help="Model FLOPs utilization: fraction of the peak that is used.",
 )
 @click.option(
     "--tokens",
     type=PLANNED_TOKENS.option,
-    help="Of the whole run (1.1e11). Default: by the config and its data.",
+    help="Length of the whole run, in tokens (1.1e11). Default: from the config and its data.",
 )
 @click.option(
-    "--vocab-size", type=VOCABULARY.option, help="Where there is no data yet. Default: 8888."
+    "--vocab-size",
+    type=VOCABULARY.option,
+    help="Number of tokens of the vocabulary, where there is no data yet. Default: 8888.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Everything, for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(
     config: Path,
     overrides: tuple[str, ...],

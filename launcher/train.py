@@ -35,7 +35,7 @@ _RANK_MODULE = "megaback.train"
 @click.option(
     "--hostfile",
     type=click.Path(path_type=Path),
-    help="Train on the hosts of this file, over ssh: a line `NAME slots=N` each.",
+    help="Train on the hosts of this file, over ssh: one line `NAME slots=N` per host.",
 )
 def main(
     config: Path, overrides: tuple[str, ...], save_before: str | None, hostfile: Path | None

@@ -104,19 +104,32 @@ def train_all(
     type=MANY.option,
     default=1,
     show_default=True,
-    help="How many pairs to train, from training.seed on.",
+    help="Number of pairs to train, whose seeds are counted from training.seed.",
 )
-@click.option("--measure-only", is_flag=True, help="The runs have been trained, here or elsewhere.")
+@click.option(
+    "--measure-only",
+    is_flag=True,
+    help="Only measure: the runs have been trained, here or elsewhere.",
+)
 @click.option(
     "--documents",
     type=TWO_OR_MORE.option,
     default=2000,
     show_default=True,
-    help="To measure on: at most so many of the val set, spread evenly over it.",
+    help="Maximum number of val documents to measure on, spread evenly over the val set.",
 )
-@click.option("--device", help="To measure on: cpu, cuda, cuda:1, ...; default: cuda if there.")
-@click.option("--save-before", help="As of `megaback train`, for each run.")
-@click.option("--hostfile", type=click.Path(path_type=Path), help="As of `megaback train`.")
+@click.option(
+    "--device", help="Device to measure on: cpu, cuda, cuda:1, ... Default: cuda if there is one."
+)
+@click.option(
+    "--save-before",
+    help="Time or duration after which each run saves and stops, as of `megaback train`.",
+)
+@click.option(
+    "--hostfile",
+    type=click.Path(path_type=Path),
+    help="File of the hosts to train on, as of `megaback train`.",
+)
 def main(
     config: Path,
     overrides: tuple[str, ...],
@@ -127,7 +140,7 @@ def main(
     save_before: str | None,
     hostfile: Path | None,
 ) -> None:
-    """Train the model of CONFIG forward and backward, and compare their losses.
+    """Train the model of CONFIG, with OVERRIDES, forward and backward, and compare losses.
 
     Both have the same seed, documents and steps; the config's data.direction does not matter. The
     runs are RUN/seed-N/forward and RUN/seed-N/backward, and what comes of them is

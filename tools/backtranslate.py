@@ -259,27 +259,75 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
 
 @click.command(cls=ResumableCommand, name="backtranslate")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--in", "source", required=True, help="Texts: a path, pattern, URL or hf:NAME.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A file of JSON lines.")
+@click.option(
+    "--in", "source", required=True, help="Source of texts: a path, pattern, URL or hf:NAME."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="File of JSON lines to write."
+)
 @overwrite_option
-@click.option("--text-column", default="text", show_default=True)
+@click.option(
+    "--text-column", default="text", show_default=True, help="Column or key with the text."
+)
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
-    help="A model that writes responses: judges whether an instruction leads back to its text.",
+    help="Folder of a model that writes responses: judges whether an instruction leads back to "
+    "its text.",
 )
-@click.option("--k", "count", type=FEW.option, default=4, show_default=True)
-@click.option("--keep", type=COUNT.option, default=1, show_default=True)
-@click.option("--min-score", type=NUMBER.option, help="Leave out instructions of a lower score.")
-@click.option("--tokens", type=COUNT.option, default=128, show_default=True)
+@click.option(
+    "--k",
+    "count",
+    type=FEW.option,
+    default=4,
+    show_default=True,
+    help="Number of instructions to sample per text.",
+)
+@click.option(
+    "--keep",
+    type=COUNT.option,
+    default=1,
+    show_default=True,
+    help="Maximum number of instructions to keep per text, the best ones.",
+)
+@click.option(
+    "--min-score",
+    type=NUMBER.option,
+    help="Minimum score of an instruction; those below are left out.",
+)
+@click.option(
+    "--tokens",
+    type=COUNT.option,
+    default=128,
+    show_default=True,
+    help="Maximum number of tokens per instruction.",
+)
 @temperature_option
 @top_k_option
 @seed_option
-@click.option("--limit", type=COUNT.option, help="Only the first texts.")
+@click.option(
+    "--limit", type=COUNT.option, help="Maximum number of texts, the first ones. Default: all."
+)
 @max_record_bytes_option
-@click.option("--texts-at-once", type=MANY.option, default=16, show_default=True, help="A batch.")
-@click.option("--tasks", type=MANY.option, default=1, show_default=True)
-@click.option("--task-index", type=MANY_OR_ZERO.option, help="Do this task alone, from 0 on.")
+@click.option(
+    "--texts-at-once",
+    type=MANY.option,
+    default=16,
+    show_default=True,
+    help="Number of texts per batch.",
+)
+@click.option(
+    "--tasks",
+    type=MANY.option,
+    default=1,
+    show_default=True,
+    help="Number of tasks that the texts are cut into.",
+)
+@click.option(
+    "--task-index",
+    type=MANY_OR_ZERO.option,
+    help="Number of the one task to do, from 0. Default: all of them.",
+)
 @device_option
 def main(
     folder: Path,

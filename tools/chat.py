@@ -202,21 +202,39 @@ def _require_direction(folder: Path, actual: Direction, name: str) -> None:
 
 @click.command(cls=Command, name="chat")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--response", "given", help="Answer this one, and leave.")
-@click.option("--instruction", help="The same, with a model that writes forward.")
+@click.option("--response", "given", help="Response to find an instruction for; write it and exit.")
+@click.option(
+    "--instruction",
+    help="Instruction to respond to, for a model that writes forward; respond and exit.",
+)
 @click.option("--ending", help="Plain generation: text that a backward model writes toward.")
-@click.option("--beginning", help="Plain generation: text that a forward model goes on from.")
-@click.option("--json", "is_json", is_flag=True, help="A line of JSON for each from stdin.")
+@click.option("--beginning", help="Plain generation: text that a forward model continues.")
+@click.option(
+    "--json",
+    "is_json",
+    is_flag=True,
+    help="Read a JSON object per line of stdin, and answer each with a line.",
+)
 @click.option(
     "--n",
     "count",
     type=FEW.option,
     default=1,
     show_default=True,
-    help="Samples of each answer; different ones are shown, the likeliest first.",
+    help="Number of samples per answer; different ones are shown, the likeliest first.",
 )
-@click.option("--history", type=click.Path(path_type=Path, dir_okay=False), help="File to keep.")
-@click.option("--tokens", type=COUNT.option, default=500, show_default=True)
+@click.option(
+    "--history",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File that keeps the exchanges, and from which they are restored.",
+)
+@click.option(
+    "--tokens",
+    type=COUNT.option,
+    default=500,
+    show_default=True,
+    help="Maximum number of tokens per sample.",
+)
 @temperature_option
 @top_k_option
 @seed_option

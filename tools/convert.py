@@ -79,7 +79,7 @@ def convert(
     type=click.Choice(["full", "hf", "gguf"]),
     default="full",
     show_default=True,
-    help="full: megaback's own. hf: transformers. gguf: llama.cpp.",
+    help="Format: full is megaback's own, hf is for transformers, gguf for llama.cpp.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @overwrite_option
@@ -89,7 +89,7 @@ def convert(
     callback=_num_bytes,
     default="5GB",
     show_default=True,
-    help="Largest file of weights (full and hf).",
+    help="Maximum size of a file of weights (full and hf).",
 )
 def main(
     checkpoint: Path, kind: str, out: Path, overwrite: bool, dtype: str, max_shard_size: int

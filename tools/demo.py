@@ -77,9 +77,25 @@ def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
 
 
 @click.command(cls=ResumableCommand, name="demo")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
-@click.option("--source", default="pydocs", show_default=True)
-@click.option("--vocab-size", default=_VOCAB_SIZE, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder of everything that the demo writes.",
+)
+@click.option(
+    "--source",
+    default="pydocs",
+    show_default=True,
+    help="Source to train on, as of `megaback shards build`.",
+)
+@click.option(
+    "--vocab-size",
+    default=_VOCAB_SIZE,
+    show_default=True,
+    help="Number of tokens of the vocabulary.",
+)
 @click.argument("overrides", nargs=-1)
 def main(out: Path, source: str, vocab_size: int, overrides: tuple[str, ...]) -> None:
     """From text to shards to training to a backward sample.

@@ -73,27 +73,53 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     multiple=True,
     required=True,
     type=click.Choice(SUITES),
-    help="May be given several times.",
+    help="Suite to run. May be repeated.",
 )
-@click.option("--rows", help="Held-out instruction rows: JSON lines, for recall and dictionary.")
+@click.option(
+    "--rows", help="File of held-out instruction rows (JSON lines), for recall and dictionary."
+)
 @click.option(
     "--word-pattern",
     default="",
-    help=r"Which instructions ask for a definition; its group is the word. "
-    r"Default: ^Define the \w+ '(.+)'\.$",
+    help="Regular expression for instructions that ask for a definition; its group is the "
+    "word. Default: ^Define the \\w+ '(.+)'\\.$",
 )
-@click.option("--passages", help="Held-out documents, for the choice: a source as of shards build.")
-@click.option("--passage-characters", type=COUNT.option, default=300, show_default=True)
-@click.option("--shards", help="A data set whose val set is measured in bits/byte.")
 @click.option(
-    "--forward", type=click.Path(path_type=Path), help="A forward model, for the choice too."
+    "--passages", help="Source of held-out documents, for the choice, as of shards build."
 )
-@click.option("--limit", type=COUNT.option, help="The first so many rows of each suite.")
-@click.option("--tokens", type=COUNT.option, default=100, show_default=True, help="Most to write.")
+@click.option(
+    "--passage-characters",
+    type=COUNT.option,
+    default=300,
+    show_default=True,
+    help="Length of a passage, in characters.",
+)
+@click.option("--shards", help="Data set whose val set is measured, in bits per byte.")
+@click.option(
+    "--forward",
+    type=click.Path(path_type=Path),
+    help="Folder of a forward model, for the choice too.",
+)
+@click.option(
+    "--limit",
+    type=COUNT.option,
+    help="Maximum number of rows per suite, the first ones. Default: all.",
+)
+@click.option(
+    "--tokens",
+    type=COUNT.option,
+    default=100,
+    show_default=True,
+    help="Maximum number of tokens to write per row.",
+)
 @max_record_bytes_option
 @seed_option
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the results.")
-@click.option("--predictions", help="JSON lines of what was written for each row.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of the results to write, as JSON.",
+)
+@click.option("--predictions", help="File of what was written for each row, as JSON lines.")
 @overwrite_option
 @device_option
 def main(

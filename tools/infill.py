@@ -110,38 +110,43 @@ def infill(
     metavar="DIR",
     type=click.Path(path_type=Path),
     required=True,
-    help="Model that writes on from the beginning.",
+    help="Folder of the model that continues the beginning.",
 )
 @click.option(
     "--backward",
     metavar="DIR",
     type=click.Path(path_type=Path),
     required=True,
-    help="Model that writes toward the ending.",
+    help="Folder of the model that writes toward the ending.",
 )
 @click.option("--beginning", help="Text before the middle.")
-@click.option("--ending", help="Text after it.")
-@click.option("--json", "is_json", is_flag=True, help="A line of JSON for each from stdin.")
+@click.option("--ending", help="Text after the middle.")
+@click.option(
+    "--json",
+    "is_json",
+    is_flag=True,
+    help="Read a JSON object per line of stdin, and answer each with a line.",
+)
 @click.option(
     "--tokens",
     type=COUNT.option,
     default=32,
     show_default=True,
-    help="The middle has at most so many.",
+    help="Maximum number of tokens of the middle.",
 )
 @click.option(
     "--min-tokens",
     type=COUNT.option,
     default=1,
     show_default=True,
-    help="The middle has at least so many.",
+    help="Minimum number of tokens of the middle.",
 )
 @click.option(
     "--candidates",
     type=FEW.option,
     default=16,
     show_default=True,
-    help="Samples of each model.",
+    help="Number of samples per model.",
 )
 @click.option(
     "--n",
@@ -149,7 +154,7 @@ def infill(
     type=FEW.option,
     default=1,
     show_default=True,
-    help="Show so many middles, the best first.",
+    help="Number of middles to show, the best first.",
 )
 @temperature_option
 @top_k_option

@@ -24,7 +24,7 @@ def _shown(value: Any) -> str:
 @click.command(cls=Command, name="inspect")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Hash and decode everything, not only look at sizes.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(path: Path, verify: bool, as_json: bool) -> None:
     """Say what PATH is: a data set, a shard, a tokenizer, a run, a checkpoint or a model.
 

@@ -310,19 +310,35 @@ def _show(
 @click.command(cls=Command, name="locate")
 @click.argument("config", metavar="CONFIG_OR_RUN", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option("--document", type=COUNT_OR_ZERO.option, help="As `shards inspect` counts them.")
-@click.option("--text", type=click.File("rb"), help="A file with just its text; - for the input.")
-@click.option("--shards", help="With --document: which of the data sets of a mixture.")
-@click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True)
+@click.option(
+    "--document",
+    type=COUNT_OR_ZERO.option,
+    help="Number of the document in its split, as `shards inspect` counts them.",
+)
+@click.option(
+    "--text", type=click.File("rb"), help="File with just the document's text; - for stdin."
+)
+@click.option("--shards", help="Data set of a mixture that --document is in.")
+@click.option(
+    "--split",
+    type=click.Choice(SPLITS),
+    default="train",
+    show_default=True,
+    help="Split that the document is in.",
+)
 @click.option(
     "--epoch",
     type=MAX_EPOCH.option,
     default=0,
     show_default=True,
-    help="Which reading of the data set.",
+    help="Number of the epoch, from 0.",
 )
-@click.option("--world-size", type=MANY.option, help="Say which of so many ranks has it.")
-@click.option("--json", "as_json", is_flag=True, help="Everything, for machines.")
+@click.option(
+    "--world-size",
+    type=MANY.option,
+    help="Number of ranks of the run: report which of them has the document.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def main(
     config: Path,
     overrides: tuple[str, ...],

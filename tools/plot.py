@@ -122,17 +122,22 @@ def _with_numbers(folder: Path) -> list[Path]:
     type=click.Path(path_type=Path),
     default=Path("curves"),
     show_default=True,
-    help="Without suffix: OUT.png and OUT.html are written.",
+    help="Path of the figures without suffix: OUT.png and OUT.html are written.",
 )
 @click.option(
-    "--by", "axis", type=click.Choice(["step", "tokens", "time"]), default="step", show_default=True
+    "--by",
+    "axis",
+    type=click.Choice(["step", "tokens", "time"]),
+    default="step",
+    show_default=True,
+    help="Quantity on the x axis: steps, tokens, or hours of training steps.",
 )
 @click.option(
     "--smooth",
     type=COUNT.option,
-    help="The mean of so many steps; default: a fiftieth of the longest run's.",
+    help="Window of the moving mean, in steps. Default: a fiftieth of the longest run's.",
 )
-@click.option("--log", is_flag=True, help="A logarithmic axis of steps, tokens or time.")
+@click.option("--log", is_flag=True, help="Use a logarithmic x axis.")
 @overwrite_option
 def main(
     runs: tuple[Path, ...], out: Path, axis: Axis, smooth: int | None, log: bool, overwrite: bool

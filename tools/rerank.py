@@ -177,20 +177,26 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
-    help="A forward model's folder: megaback's, or one of transformers (local files).",
+    help="Folder of a forward model: megaback's, or one of transformers (local files).",
 )
-@click.option("--forward-column", help="Or: the key of a candidate with its forward score.")
+@click.option(
+    "--forward-column", help="Key of a candidate with its forward score, in place of --forward."
+)
 @click.option(
     "--forward-per",
     type=click.Choice(_LENGTHS),
     default="total",
     show_default=True,
-    help="What the forward model's log P(answer | question) is divided by.",
+    help="Length that the forward model's log P(answer | question) is divided by.",
 )
-@click.option("--weight", type=SHARE.option, help="Of the reverse score. Default: 0.5.")
-@click.option("--fit", "dev", help="Labeled questions on which the weight is fitted instead.")
+@click.option("--weight", type=SHARE.option, help="Weight of the reverse score. Default: 0.5.")
 @click.option(
-    "--report", type=click.Path(path_type=Path, dir_okay=False), help="JSON of the accuracies."
+    "--fit", "dev", help="File of labeled questions on which the weight is fitted instead."
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of the accuracies to write, as JSON.",
 )
 @bad_record_option
 @max_record_bytes_option

@@ -94,7 +94,9 @@ def _copy_target(run: Path) -> "CopyTarget | None":
 
 @click.command(cls=WorkCommand, name="rollback")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--steps", required=True, type=COUNT.option, help="How far back, at the least.")
+@click.option(
+    "--steps", required=True, type=COUNT.option, help="Minimum number of steps to roll back."
+)
 def main(run: Path, steps: int) -> None:
     """Set RUN back, so that it goes on without the data of its last steps."""
     target, first, last = roll_back(run, steps)

@@ -100,8 +100,14 @@ def _joined(texts: Sequence[str]) -> str:
 @click.command(cls=Command, name="sample")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--ending", help="Text that a backward model writes toward.")
-@click.option("--beginning", help="Text that a forward model goes on from.")
-@click.option("--tokens", type=COUNT.option, default=500, show_default=True)
+@click.option("--beginning", help="Text that a forward model continues.")
+@click.option(
+    "--tokens",
+    type=COUNT.option,
+    default=500,
+    show_default=True,
+    help="Maximum number of tokens per sample.",
+)
 @temperature_option
 @top_k_option
 @click.option(
@@ -109,21 +115,21 @@ def _joined(texts: Sequence[str]) -> str:
     type=SOME_SHARE.option,
     default=1.0,
     show_default=True,
-    help="Choose among the fewest tokens that together have this probability.",
+    help="Sample from the fewest tokens that together have this probability.",
 )
 @click.option(
     "--min-p",
     type=SHARE.option,
     default=0.0,
     show_default=True,
-    help="Leave out what has less than this part of the likeliest token's probability.",
+    help="Minimum probability of a token, relative to that of the most likely one.",
 )
 @click.option(
     "--repetition-penalty",
     type=REPETITION_PENALTY.option,
     default=1.0,
     show_default=True,
-    help="Above 1: tokens that were read or written become less likely.",
+    help="Penalty on tokens that were read or written; above 1, they become less likely.",
 )
 @seed_option
 @click.option(
@@ -131,11 +137,13 @@ def _joined(texts: Sequence[str]) -> str:
     type=MANY.option,
     default=1,
     show_default=True,
-    help="Write so many at once; the second has the next seed, and so on.",
+    help="Number of samples to write at once; the second has the next seed, and so on.",
 )
 @device_option
 @dtype_option
-@click.option("--compile", "compiled", is_flag=True, help="With torch.compile; slow to begin with.")
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Compile with torch.compile; slow to begin with."
+)
 def main(
     folder: Path,
     ending: str | None,

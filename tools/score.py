@@ -24,23 +24,28 @@ in_option = click.option(
     "--in",
     "source",
     required=True,
-    help="JSON lines, also compressed (.gz, .zst, .bz2, .xz); - for stdin.",
+    help="File of JSON lines, also compressed (.gz, .zst, .bz2, .xz); - for stdin.",
 )
 out_option = click.option(
-    "--out", required=True, help="JSON lines, in the order of the input; - for stdout."
+    "--out",
+    required=True,
+    help="File of JSON lines to write, in the order of the input; - for stdout.",
 )
 bad_record_option = on_bad_record_option(
-    "stop", "A malformed line ends the command, or is named and left out."
+    "stop", "Action on a malformed line: stop, or name it and leave it out."
 )
 device_option = click.option(
-    "--device", default=None, help="cpu, cuda:0, ..., or several with commas; default: every GPU."
+    "--device",
+    default=None,
+    help="Device: cpu, cuda:0, ..., or several with commas. Default: every GPU.",
 )
 form_option = click.option(
     "--form",
     type=click.Choice(["chat", "plain"]),
     default="chat",
     show_default=True,
-    help="With BackChat's markers, as after fine-tuning; or one text, as in pretraining.",
+    help="Form of a pair: with BackChat's markers, as after fine-tuning; or one text, as in "
+    "pretraining.",
 )
 
 
@@ -133,7 +138,7 @@ def encoded_pairs(
     "--columns", default="", help="Keys with other names: question=prompt,answer=completion."
 )
 @click.option(
-    "--prior/--no-prior", default=True, show_default=True, help="Also log P(question) alone."
+    "--prior/--no-prior", default=True, show_default=True, help="Write log P(question) alone, too."
 )
 @bad_record_option
 @max_record_bytes_option

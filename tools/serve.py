@@ -126,10 +126,12 @@ def run_server(
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
-    help="A second model, which writes forward, to be seen beside the first.",
+    help="Folder of a second model, which writes forward, to be seen beside the first.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=PORT.option, default=8000, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=PORT.option, default=8000, show_default=True, help="TCP port to listen on."
+)
 @click.option(
     "--token-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -141,15 +143,15 @@ def run_server(
     "allow_hosts",
     metavar="NAME[:PORT]",
     multiple=True,
-    help="A name by which a proxy in front of a loopback address is called, as in "
-    "https://NAME. May be repeated.",
+    help="Name by which a proxy in front of a loopback address is called, as in https://NAME. "
+    "May be repeated.",
 )
 @click.option(
     "--slots",
     type=SLOTS.option,
     default=16,
     show_default=True,
-    help="Samples that each model writes at once.",
+    help="Number of samples that each model writes at once.",
 )
 @click.option(
     "--max-tokens",
@@ -170,21 +172,21 @@ def run_server(
     type=BODY_BYTES.option,
     default=1 << 20,
     show_default=True,
-    help="Maximum size of a request's body.",
+    help="Maximum size of a request's body, in bytes.",
 )
 @click.option(
     "--max-seconds",
     type=SECONDS.option,
     default=300.0,
     show_default=True,
-    help="Maximum seconds per request; what is written by then is its answer.",
+    help="Maximum time per request, in seconds; what is written by then is its answer.",
 )
 @click.option(
     "--shutdown-seconds",
     type=SHUTDOWN_SECONDS.option,
     default=30.0,
     show_default=True,
-    help="What runs at a SIGTERM has this time to finish; then it is cut.",
+    help="Time that requests have to finish after a SIGTERM, in seconds; then they are cut.",
 )
 @device_option
 @dtype_option

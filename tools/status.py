@@ -230,7 +230,7 @@ def _at(seconds: float) -> str:
 
 @click.command(cls=Command, name="status")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(run: Path, as_json: bool) -> None:
     """Say where RUN stands, how it got there, and when it ends."""
     now = time.time()

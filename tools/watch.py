@@ -80,8 +80,13 @@ def health_of(run: Path, now: float | None = None) -> Health:
 
 @click.command(cls=Command, name="watch")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--every", "every_s", type=WATCH_SECONDS.option, help="Look every so many s.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a look.")
+@click.option(
+    "--every",
+    "every_s",
+    type=WATCH_SECONDS.option,
+    help="Interval between looks, in seconds. Default: one look.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per look.")
 def main(run: Path, every_s: float | None, as_json: bool) -> None:
     """Say whether RUN is finished, stopped, starting, running, slow, stuck or dead, and why.
 

@@ -208,7 +208,8 @@ def _indices(text: str) -> range:
 @tasks_option
 @click.option(
     "--task-index",
-    help="Do one task, or a range such as 0-31, of --tasks. Default: the index in a Slurm array.",
+    help="Number of the one task to do, or a range such as 0-31. Default: the index in a Slurm "
+    "array.",
 )
 @workers_option
 @click.pass_context

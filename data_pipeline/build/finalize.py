@@ -232,7 +232,7 @@ def codec_of_plan(plan: Plan, out: Path) -> TextCodec:
 @click.argument("out", type=click.Path(path_type=Path))
 @workers_option
 def main(out: Path, workers: int | None) -> None:
-    """Check that every task of a build is whole, and write the manifest."""
+    """Check that every task of the build in OUT is whole, and write the manifest."""
     plan = Plan.load(out)
     codec = codec_of_plan(plan, out)
     manifest = finalize_build(plan, codec, out, num_workers(workers))

@@ -38,21 +38,33 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     multiple=True,
     default=(DEFAULT_SOURCE,),
     show_default=True,
-    help="A path, pattern or URL of jsonl or parquet; or hf:NAME[:CONFIG]. Several may be given.",
+    help="Source: a path, pattern or URL of jsonl or parquet; or hf:NAME[:CONFIG]. May be "
+    "repeated.",
 )
 @click.option(
-    "--val-source", "val_sources", multiple=True, help="Held-out rows: the val set is all of these."
+    "--val-source",
+    "val_sources",
+    multiple=True,
+    help="Source of held-out rows: the val set is all of these. May be repeated.",
 )
-@click.option("--tokenizer", required=True, type=click.Path(path_type=Path), help="The base's.")
+@click.option(
+    "--tokenizer",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Path of the base model's tokenizer.model.",
+)
 @out_option
-@direction_option("backward writes the instruction for a response; forward, the response.")
-@unit_option("What is reversed: ids, or words before encoding. As in the base.")
+@direction_option(
+    "Direction of the model: backward writes the instruction for a response; forward, the response."
+)
+@unit_option("Unit that is reversed: ids, or words before encoding. As in the base.")
 @click.option(
     "--context-tokens",
     type=ROW_TOKENS.option,
     default=1024,
     show_default=True,
-    help="Tokens of a row, which examples share and never cross; longer examples are left out.",
+    help="Length of a row, in tokens. Examples share rows and never cross them; longer ones "
+    "are left out.",
 )
 @click.option(
     "--columns",
@@ -64,9 +76,9 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     type=SHARE_BELOW_ALL.option,
     default=0.01,
     show_default=True,
-    help="Without --val-source.",
+    help="Fraction of examples in the val set, without --val-source.",
 )
-@on_bad_record_option("skip", "A malformed record is left out and counted, or ends the build.")
+@on_bad_record_option("skip", "Action on a malformed record: leave it out and count it, or stop.")
 @max_record_bytes_option
 @frame_tokens_option
 @compression_level_option

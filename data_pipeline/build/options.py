@@ -37,14 +37,22 @@ html_option = click.option(
 )
 
 frame_tokens_option = click.option(
-    "--frame-tokens", type=FRAME_TOKENS.option, default=DEFAULT_FRAME_TOKENS, show_default=True
+    "--frame-tokens",
+    type=FRAME_TOKENS.option,
+    default=DEFAULT_FRAME_TOKENS,
+    show_default=True,
+    help="Number of tokens per frame, a power of two.",
 )
 compression_level_option = click.option(
-    "--compression-level", type=LEVEL.option, default=DEFAULT_LEVEL, show_default=True
+    "--compression-level",
+    type=LEVEL.option,
+    default=DEFAULT_LEVEL,
+    show_default=True,
+    help="Compression level of zstd: higher is smaller and slower to write.",
 )
 
 
-def direction_option(what: str | None = None) -> Callable[[_Function], _Function]:
+def direction_option(what: str) -> Callable[[_Function], _Function]:
     """`--direction`; `what` is its help."""
     directions = [direction.value for direction in Direction]
     return click.option(
@@ -73,55 +81,85 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         "--source",
         "sources",
         multiple=True,
-        help="pydocs; a path, pattern or URL; or hf:NAME[:CONFIG]. May be given several times.",
+        help="Source: pydocs; a path, pattern or URL; or hf:NAME[:CONFIG]. May be repeated.",
     ),
     "weights": click.option(
         "--weight",
         "weights",
         type=SOURCE_WEIGHT.option,
         multiple=True,
-        help="How often each document of a --source is taken: one for each, in the same order.",
+        help="Number of times that each document of a --source is taken: one for each, in the same "
+        "order.",
     ),
     "tokenizer": click.option(
-        "--tokenizer", type=click.Path(path_type=Path), help="The tokenizer.model to encode with."
+        "--tokenizer",
+        type=click.Path(path_type=Path),
+        help="Path of the tokenizer.model to encode with.",
     ),
-    "direction": direction_option(),
-    "unit": unit_option("What is reversed: ids, or words before encoding."),
+    "direction": direction_option(
+        "Reading direction of the model: from the text's end, or from its beginning."
+    ),
+    "unit": unit_option("Unit that is reversed: ids, or words before encoding."),
     "val_fraction": click.option(
-        "--val-fraction", type=SHARE_BELOW_ALL.option, default=0.01, show_default=True
+        "--val-fraction",
+        type=SHARE_BELOW_ALL.option,
+        default=0.01,
+        show_default=True,
+        help="Fraction of documents in the val set.",
     ),
     "text_column": click.option(
         "--text-column", default="text", show_default=True, help="Column or key with the text."
     ),
     "html": html_option,
     "languages": click.option(
-        "--language", "languages", multiple=True, help="Only documents in this language, or these."
+        "--language",
+        "languages",
+        multiple=True,
+        help="Language of the documents to take. May be repeated. Default: all.",
     ),
     "min_language_score": click.option(
-        "--min-language-score", type=NUMBER.option, help="Only documents with at least this score."
+        "--min-language-score", type=NUMBER.option, help="Minimum language score of a document."
     ),
-    "language_column": click.option("--language-column", default="language", show_default=True),
+    "language_column": click.option(
+        "--language-column",
+        default="language",
+        show_default=True,
+        help="Column or key with the language.",
+    ),
     "language_score_column": click.option(
-        "--language-score-column", default="language_score", show_default=True
+        "--language-score-column",
+        default="language_score",
+        show_default=True,
+        help="Column or key with the language score.",
     ),
     "min_characters": click.option(
-        "--min-characters", type=COUNT.option, default=1, show_default=True
+        "--min-characters",
+        type=COUNT.option,
+        default=1,
+        show_default=True,
+        help="Minimum length of a document, in characters.",
     ),
-    "max_characters": click.option("--max-characters", type=COUNT.option),
+    "max_characters": click.option(
+        "--max-characters",
+        type=COUNT.option,
+        help="Maximum length of a document, in characters. Default: no limit.",
+    ),
     "on_bad_record": on_bad_record_option(
-        "stop", "A malformed record ends the build, or is left out and counted."
+        "stop", "Action on a malformed record: stop, or leave it out and count it."
     ),
     "max_record_bytes": max_record_bytes_option,
     "deduplicate": click.option(
         "--deduplicate", is_flag=True, help="Take equal texts once. Stages all shards first."
     ),
     "limit_documents": click.option(
-        "--limit-documents", type=COUNT.option, help="Take the first so many documents."
+        "--limit-documents",
+        type=COUNT.option,
+        help="Maximum number of documents, the first ones. Default: all.",
     ),
     "limit_tokens": click.option(
         "--limit-tokens",
         type=COUNT.option,
-        help="Take the first documents, up to so many tokens together.",
+        help="Maximum number of tokens together, of the first documents. Default: all.",
     ),
     "frame_tokens": frame_tokens_option,
     "shard_tokens": click.option(
@@ -129,7 +167,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         type=COUNT.option,
         default=1 << 26,
         show_default=True,
-        help="A shard is closed after the document that reaches so many.",
+        help="Target number of tokens per shard; documents are never split.",
     ),
     "compression_level": compression_level_option,
 }
@@ -140,9 +178,11 @@ out_option = click.option(
 tasks_option = click.option(
     "--tasks",
     type=MANY.option,
-    help="Into how many tasks the input is cut; default: by its size.",
+    help="Number of tasks that the input is cut into. Default: by its size.",
 )
-workers_option = click.option("--workers", type=MANY.option, help="Processes; default: every core.")
+workers_option = click.option(
+    "--workers", type=MANY.option, help="Number of processes. Default: one per core."
+)
 
 
 def settings_options(function: _Function) -> _Function:

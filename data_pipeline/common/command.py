@@ -39,6 +39,7 @@ from data_pipeline.common.unquoted import require_quoted, too_many
 from data_pipeline.errors import BackendError, ConfigError, MegabackError, StorageError
 from data_pipeline.redaction import scrub
 
+WITH_SHORT_HELP = {"help_option_names": ["--help", "-h"]}
 READER_GONE_CODE = 141
 """128 and SIGPIPE: what a shell sees of any program whose output nobody reads any more."""
 
@@ -160,6 +161,7 @@ class Command(click.Command):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.context_settings = {**WITH_SHORT_HELP, **self.context_settings}
         self.params.append(verbose_option())
 
     def main(self, *arguments: Any, **options: Any) -> Any:

@@ -184,18 +184,22 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
 
 @click.command(cls=Command, name="inspect")
 @click.argument("shards", type=click.Path(path_type=Path))
-@click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True)
-@click.option("--document", type=COUNT_OR_ZERO.option, help="Show one document of the split.")
-@click.option("--stored", "form", flag_value="stored", help="Its pieces in stored order.")
-@click.option("--ids", "form", flag_value="ids", help="Its ids in stored order.")
-@click.option("--json", "form", flag_value="json", help="Everything, for machines.")
+@click.option(
+    "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Split to show."
+)
+@click.option(
+    "--document", type=COUNT_OR_ZERO.option, help="Number of a document to show, in the split."
+)
+@click.option("--stored", "form", flag_value="stored", help="Show its pieces in stored order.")
+@click.option("--ids", "form", flag_value="ids", help="Show its ids in stored order.")
+@click.option("--json", "form", flag_value="json", help="Print everything as JSON.")
 @click.option(
     "--picture",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw the lengths of the split's documents to this PNG.",
+    help="PNG file to draw, of the lengths of the split's documents.",
 )
 @overwrite_option
-@click.option("--workers", type=MANY.option, help="Threads; default: every core.")
+@click.option("--workers", type=MANY.option, help="Number of threads. Default: one per core.")
 def main(
     shards: Path,
     split: str,
@@ -205,7 +209,7 @@ def main(
     overwrite: bool,
     workers: int | None,
 ) -> None:
-    """Show what a data set holds, or one of its documents."""
+    """Show what the data set SHARDS holds, or one of its documents."""
     data_set = DataSet.open(shards)
     manifest = data_set.manifest
     if document is not None:

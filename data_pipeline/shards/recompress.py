@@ -280,19 +280,19 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
     type=LEVEL.option,
     default=_DEFAULT_LEVEL,
     show_default=True,
-    help="Of zstd: higher is smaller and slower to write, hardly to read.",
+    help="Compression level of zstd: higher is smaller and slower to write, hardly to read.",
 )
 @click.option(
     "--long-distance",
     is_flag=True,
-    help="Find far repetitions; brings nothing in frames of the usual size.",
+    help="Find far repetitions; no gain in frames of the usual size.",
 )
 @click.option(
     "--dictionary-bytes",
     type=DICTIONARY_BYTES.option,
-    help="Train a dictionary of this size; without it, none is used.",
+    help="Size of a dictionary to train, in bytes. Default: no dictionary.",
 )
-@click.option("--workers", type=MANY.option, help="Threads; default: every core.")
+@click.option("--workers", type=MANY.option, help="Number of threads. Default: one per core.")
 def main(
     shards: Path,
     out: Path,
@@ -301,7 +301,7 @@ def main(
     dictionary_bytes: int | None,
     workers: int | None,
 ) -> None:
-    """Write the shards of a data set again, with other compression; contents stay the same."""
+    """Rewrite the data set SHARDS with other compression; its contents stay the same."""
     before = Manifest.load(shards)
     compression = Compression(level=level, long_distance=long_distance)
     after, num_found = recompress(shards, out, compression, dictionary_bytes, workers)

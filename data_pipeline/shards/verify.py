@@ -104,9 +104,9 @@ def _file_sha256(path: Path) -> str:
 
 @click.command(cls=WorkCommand, name="verify")
 @click.argument("shards", type=click.Path(path_type=Path))
-@click.option("--workers", type=MANY.option, help="Threads; default: every core.")
+@click.option("--workers", type=MANY.option, help="Number of threads. Default: one per core.")
 def main(shards: Path, workers: int | None) -> None:
-    """Decode and re-hash every shard of a data set; name what is broken."""
+    """Decode and re-hash every shard of the data set SHARDS; name what is broken."""
     manifest = verify_data_set(shards, workers)
     tokens = sum(entry.tokens for entry in manifest.shards)
     click.echo(

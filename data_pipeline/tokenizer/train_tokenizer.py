@@ -273,14 +273,14 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     "sources",
     required=True,
     multiple=True,
-    help="pydocs; a path, pattern or URL; or hf:NAME[:CONFIG]. May be given several times.",
+    help="Source: pydocs; a path, pattern or URL; or hf:NAME[:CONFIG]. May be repeated.",
 )
 @click.option(
     "--weight",
     "weights",
     type=SOURCE_WEIGHT.option,
     multiple=True,
-    help="How much of the sample each --source gives, relative to its size: one for each.",
+    help="Weight of each --source in the sample, relative to its size: one for each.",
 )
 @click.option(
     "--out",
@@ -294,14 +294,14 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     default=DEFAULT_VOCAB_SIZE,
     show_default=True,
     type=VOCABULARY.option,
-    help="Number of pieces, the bytes and the markers included.",
+    help="Number of pieces, including bytes and markers.",
 )
 @click.option(
     "--sample-bytes",
     default=DEFAULT_SAMPLE_BYTES,
     show_default=True,
     type=COUNT.option,
-    help="Most text to train on, taken from all over the source; it is held in memory.",
+    help="Maximum bytes of text to train on, from all over the sources; held in memory.",
 )
 @click.option(
     "--text-column",
@@ -309,7 +309,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     show_default=True,
     help="Column with the text, in parquet, jsonl and hub records.",
 )
-@on_bad_record_option("stop", "A malformed record ends the training, or is left out.")
+@on_bad_record_option("stop", "Action on a malformed record: stop, or leave it out.")
 @max_record_bytes_option
 @html_option
 @overwrite_option

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.command import WITH_SHORT_HELP, WorkCommand
 from data_pipeline.common.number_ranges import EXIT_CODE
 from data_pipeline.errors import (
     ConfigError,
@@ -158,7 +158,7 @@ def _require_no_secret(overrides: Sequence[str]) -> None:
             )
 
 
-@click.group()
+@click.group(context_settings=WITH_SHORT_HELP)
 def main() -> None:
     """What slurm/ranks.sh asks before and after the ranks."""
 
@@ -169,7 +169,7 @@ def main() -> None:
 @click.option("--save-before", hidden=True, expose_value=False)  # the ranks'
 @click.option("--needs-model", is_flag=True, help="Refuse a config without init_from.")
 def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
-    """Refuse what cannot work, and note in the run's history that the job is here."""
+    """Refuse a run of CONFIG and OVERRIDES that cannot work, and record its job in the history."""
     from megaback import __version__
 
     job, restarts = _identity()
@@ -191,10 +191,14 @@ def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--save-before", hidden=True, expose_value=False)
-@click.option("--step-code", type=EXIT_CODE.option, required=True, help="What srun returned.")
-@click.option("--limit-is-near", is_flag=True, help="USR1 has come, or the end is near.")
+@click.option(
+    "--step-code", type=EXIT_CODE.option, required=True, help="Exit code that srun returned."
+)
+@click.option(
+    "--limit-is-near", is_flag=True, help="Set when USR1 was received, or the time limit is near."
+)
 def end(config: Path, overrides: tuple[str, ...], step_code: int, limit_is_near: bool) -> None:
-    """Say how the ranks ended, queue the job again where that leads on, and exit as they did."""
+    """Report how the ranks of CONFIG and OVERRIDES ended, requeue if useful, exit as they did."""
     job, restarts = _identity()
     settings = load_config(config, overrides)
     code = true_code(settings.run, job, step_code)

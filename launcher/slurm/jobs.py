@@ -159,7 +159,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 @click.command(cls=Command, name="jobs")
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUNS_FOLDER]...")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def main(folders: tuple[Path, ...], as_json: bool) -> None:
     """Show the runs in RUNS_FOLDER (default: runs), their Slurm jobs, and how far they are.
 

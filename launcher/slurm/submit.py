@@ -97,43 +97,68 @@ def after(submission: Submission, job: str) -> Submission:
 @click.command(cls=WorkCommand, name="submit")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option("--nodes", type=MANY.option, default=1, show_default=True)
+@click.option(
+    "--nodes",
+    type=MANY.option,
+    default=1,
+    show_default=True,
+    help="Number of nodes of the training job.",
+)
 @click.option(
     "--devices-per-node",
     type=MANY.option,
-    help="Ranks a node, one a GPU (one a task with --cpu). Default: what the sbatch file says.",
+    help="Number of ranks per node, one per GPU (one per task with --cpu). Default: from the "
+    "sbatch file.",
 )
 @click.option(
     "--gpus/--cpu",
     "uses_gpus",
     default=None,
-    help="Ask for GPUs or for none. Default: by hardware.device; auto asks for GPUs.",
+    help="Request GPUs, or none. Default: by hardware.device; auto requests GPUs.",
 )
-@click.option("--device", help="What the GPUs are, for the check of memory: h100-80gb, a100-40gb.")
-@click.option("--cpus-per-task", type=MANY.option, help="Cores a rank.")
-@click.option("--mem", help="Memory a node, as sbatch takes it (64G; 0 is all of it).")
+@click.option("--device", help="Model of the GPUs, for the check of memory: h100-80gb, a100-40gb.")
+@click.option("--cpus-per-task", type=MANY.option, help="Number of cores per rank.")
+@click.option("--mem", help="Memory per node, as sbatch takes it (64G; 0 is all of it).")
 @click.option("--time", help="Time limit, as sbatch takes it (24:00:00, 2-00:00:00).")
-@click.option("--partition", help="Of the training job.")
-@click.option("--cpu-partition", help="Of the data and convert jobs.")
-@click.option("--account")
-@click.option("--sbatch-option", "more", multiple=True, help="More for training: --qos=high.")
+@click.option("--partition", help="Slurm partition of the training job.")
+@click.option("--cpu-partition", help="Slurm partition of the data and convert jobs.")
+@click.option("--account", help="Slurm account of the jobs.")
+@click.option(
+    "--sbatch-option",
+    "more",
+    multiple=True,
+    help="Further option of sbatch for training (--qos=high). May be repeated.",
+)
 @click.option(
     "--requeue-limit",
     type=MANY_OR_ZERO.option,
-    help="How many lost ranks and nodes the job outlives. Default: 20.",
+    help="Maximum number of requeues after lost ranks or nodes. Default: 20.",
 )
-@click.option("--chain", default="train", show_default=True, help="data,train,convert or a part.")
-@click.option("--source", "sources", multiple=True, help="data: a path, pattern or URL.")
 @click.option(
-    "--weight", "weights", type=SOURCE_WEIGHT.option, multiple=True, help="data: one a --source."
+    "--chain",
+    default="train",
+    show_default=True,
+    help="Jobs to queue: data,train,convert or a part.",
 )
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="data: the tokenizer.model.")
-@click.option("--tasks", type=MANY.option, help="data: into how many tasks it is cut.")
-@click.option("--out", type=click.Path(path_type=Path), help="convert: the model's folder.")
 @click.option(
-    "--files", type=click.Path(path_type=Path), help="A folder with sbatch files of yours."
+    "--source", "sources", multiple=True, help="data: a path, pattern or URL. May be repeated."
 )
-@click.option("--force", is_flag=True, help="Even if a job of this run waits or runs.")
+@click.option(
+    "--weight",
+    "weights",
+    type=SOURCE_WEIGHT.option,
+    multiple=True,
+    help="data: weight of a --source, one for each.",
+)
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="data: path of the tokenizer.model."
+)
+@click.option("--tasks", type=MANY.option, help="data: number of tasks that the input is cut into.")
+@click.option("--out", type=click.Path(path_type=Path), help="convert: folder of the model.")
+@click.option("--files", type=click.Path(path_type=Path), help="Folder with your own sbatch files.")
+@click.option(
+    "--force", is_flag=True, help="Submit even if a job of this run is waiting or running."
+)
 @click.option(
     "--dry-run", is_flag=True, help="Check, and print commands and scripts; queue nothing."
 )

@@ -2,11 +2,18 @@
 
 import ast
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from megaback.cli import main as megaback_command
 from megaback.config import Section
+from megaback.train import main as rank_command
 from tests.helpers.paths import ROOT
+from tools.demo import main as demo_command
 
 NO_NOUN_IN_CONFIG = re.compile(
     "an?|at|besides|by|from|how|if|in|its?|of|on|that|the|this|to|until|what|when|where|whether|"
@@ -79,3 +86,60 @@ def test_the_fields_found_by_their_text_are_those_of_the_config() -> None:
         for section in [*Section.__subclasses__(), Section]
         for name in section.model_fields
     }
+
+
+def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for word in [*command.list_commands(context), *(["slurm-job"] if name == "" else [])]:
+            below = command.get_command(context, word)
+            assert below is not None
+            yield from commands(below, f"{name} {word}".strip())
+
+
+COMMANDS = {
+    **dict(commands(megaback_command, "")),
+    "python -m megaback.train": rank_command,
+    "python -m tools.demo": demo_command,
+}
+OPTION_UNITS = {
+    "bytes": r"\bbytes\b",
+    "characters": r"in characters",
+    "documents": r"documents\b",
+    "gb": r"GB",
+    "gbits": r"Gbit/s",
+    "rows": r"\brows\b",
+    "seconds": r"\bseconds\b",
+    "steps": r"\bsteps\b",
+    "tokens": r"\btokens\b",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_and_argument_is_explained(name: str) -> None:
+    command = COMMANDS[name]
+    context = click.Context(command)
+    for parameter in command.params:
+        if isinstance(parameter, click.Argument):
+            word = re.findall(r"[A-Z_]{2,}", parameter.make_metavar(context))[0]
+            assert re.search(rf"\b{word}\b", command.help or ""), parameter.name
+        elif isinstance(parameter, click.Option) and not parameter.hidden:
+            text = parameter.help or ""
+            assert re.fullmatch(r"(data: |convert: )?[A-Za-z].{8,}(\.|\$)", text), parameter.opts
+            unit = OPTION_UNITS.get(parameter.opts[0].rpartition("-")[2])
+            assert unit is None or re.search(unit, text), parameter.opts
+            default = parameter.get_default(context)
+            has_default = isinstance(default, str | float | Path) and default != ""
+            has_default = has_default or (isinstance(default, int) and default is not False)
+            assert parameter.show_default or not has_default, parameter.opts
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_h_is_help(name: str) -> None:
+    command = COMMANDS[name]
+
+    short, long = (CliRunner().invoke(command, [word]) for word in ("-h", "--help"))
+
+    assert (short.exit_code, short.output) == (0, long.output)
+    assert "-h, --help" in short.output
