@@ -61,7 +61,8 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 _MIN_LENGTHS = {True: 6, False: 8}
-"""Of passwords and of other values that `scrub` removes: it would remove common words with them."""
+"""Minimum lengths of passwords and of other values that `scrub` removes: shorter ones may be common
+words."""
 _MAX_PASSES = 8
 _SECRET_VARIABLE = re.compile(
     rf"^(?!{VARIABLE_PREFIX})(?=.*(?:SECRET|PASSWORD|PASSWD|TOKEN|API_?KEY|ACCESS_KEY|ACCOUNT_KEY))"
@@ -155,7 +156,7 @@ class _Part:
     start: int
     stop: int
     shown_start: int
-    """With the separator that goes with it."""
+    """Start of the shown part, with the separator that goes with it."""
     shown_stop: int
     is_secret: bool = True
     """False: only left out of what is shown."""

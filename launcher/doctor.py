@@ -33,7 +33,7 @@ class Line:
     """yes: as it should be; note: it may matter; no: it does not work."""
     text: str
     fix: str = ""
-    """What to type or change, if anything."""
+    """Command or change that fixes it, if any."""
     is_needed: bool = False
     """Whether the main job (shards, training, using the model) needs it."""
 

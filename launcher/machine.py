@@ -40,14 +40,14 @@ class Machine:
     """OMP_NUM_THREADS."""
     memory_bytes: int
     folder: str
-    """Where runs are to go."""
+    """Folder for the runs."""
     disk_free_bytes: int
     is_writable: bool
     shm_free_bytes: int | None
     open_files: int
     """The limit in force; -1 for none."""
     max_open_files: int
-    """What the limit may be raised to."""
+    """Maximum that the limit may be raised to."""
     locked_bytes: int
     """Memory that may be locked; -1 for any amount."""
     num_gpus: int
@@ -56,12 +56,12 @@ class Machine:
     unmet: tuple[str, ...]
     """Packages that megaback needs, and what is wrong with them."""
     programs: tuple[str, ...]
-    """Of those that some way of training needs, the ones on the PATH."""
+    """Programs on the PATH, of those that some way of training needs."""
     partitions: tuple[str, ...]
     """Slurm's: name, nodes, generic resources, time limit."""
     slurm_problem: str | None = None
     torch: dict[str, Any] = field(default_factory=dict)
-    """What `megaback.distributed.torch_facts` says; `problems` names what does not import."""
+    """Facts of `megaback.distributed.torch_facts`; `problems` names what does not import."""
 
 
 def examine(folder: Path) -> Machine:

@@ -41,7 +41,7 @@ _COMMANDS: _Commands = {
     "serve": ("tools.serve", "Serve a model to OpenAI's clients, and as a page."),
 }
 _INTERNAL: _Commands = {"slurm-job": ("launcher.slurm.job", "")}
-"""What batch files run. A module by its own name could be another project's `launcher`."""
+"""Commands of batch files. A module by its own name could be another project's `launcher`."""
 _GROUPS: dict[str, tuple[str, _Commands]] = {
     "tokenizer": (
         "Train a tokenizer.",

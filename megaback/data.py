@@ -28,7 +28,7 @@ class Data:
     """The rows of a run, as one rank sees them."""
 
     fingerprint: str
-    """Of the contents of the data set or, with the weights, of all data sets."""
+    """Fingerprint of the contents of the data set or, with the weights, of all data sets."""
     codec: TextCodec
     text_format: TextFormat
     streams: tuple[Stream, ...]
@@ -88,7 +88,7 @@ class OpenShards:
 
     @property
     def fingerprint(self) -> str:
-        """Of the contents of the data set or, with the weights, of all data sets."""
+        """Fingerprint of the contents of the data set or, with the weights, of all data sets."""
         return _fingerprint(self.data_sets, self.mixture)
 
     def streams(self, batch: BatchSection, seed: int) -> tuple[Stream, ...]:
@@ -150,9 +150,9 @@ class RankRows:
     source: TrainingLoader | SequentialRows
     world_size: int
     rank_rows: int
-    """In a step."""
+    """Number of rows per step."""
     steps: int
-    """In an epoch."""
+    """Number of steps per epoch."""
     is_endless: bool
     """Epochs come after one another in the source; otherwise it has one."""
 

@@ -55,7 +55,7 @@ FILE_NAME = re.compile(
     rf"({WEIGHTS_PREFIX}|{OPTIMIZER_PREFIX})[0-9]{{5,}}{re.escape(TENSORS_SUFFIX)}"
     rf"|{re.escape(TOKENIZER_NAME)}"
 )
-"""What a checkpoint's description may name."""
+"""Names of files that a checkpoint's description may have."""
 CHECKPOINT_FILE = re.compile(rf"{FILE_NAME.pattern}|{re.escape(META_NAME)}")
 """The names of the files in a checkpoint: others in its folder are not removed with it."""
 
@@ -65,7 +65,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SUMS_NAME = "SHA256SUMS"
 GGUF_NAME = "model.gguf"
 ADAPTER_NAME = "adapter_config.json"
-"""What another library's adapter has in place of a config."""
+"""File that another library's adapter has in place of a config."""
 HF_TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 """Only in folders for transformers."""
 

@@ -46,7 +46,8 @@ from megaback.training.start import AlreadyTrained
 from megaback.training.trainer import Trainer
 
 _CONSOLE_TIMEOUT_S = 3.0
-"""How long a step waits for whoever reads what the run prints, before that is dropped."""
+"""Maximum time that a step waits for the reader of the run's output, in seconds, before a line is
+dropped."""
 
 
 def train_run(

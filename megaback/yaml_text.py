@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
         self._num_values = 0
         self._depth = 0
         self._sizes: dict[yaml.Node, int] = {}
-        """How many values each complete node stands for."""
+        """Number of values that each complete node stands for."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         before = self._num_values

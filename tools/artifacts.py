@@ -69,9 +69,9 @@ class Artifact:
     path: Path
     facts: Mapping[str, Any]
     checked: str
-    """What was found to be as it should."""
+    """Findings that are as they should be."""
     next_lines: Mapping[str, str] = field(default_factory=dict)
-    """What to type next, and what it does."""
+    """Lines to type next, and what they do."""
     is_whole: bool = True
     """False for what was begun and is not finished; what is damaged raises."""
 

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 PLAN_NAME = "plan.json"
 OUTPUT_NAME = "output.json"
-"""In the work folder: the hashes of what was written as the output."""
+"""Name of the file in the work folder with the hashes of what was written as the output."""
 _FORMAT = {"format": "megaback-backtranslation", "version": 2}
 _PROGRESS_INTERVAL_S = 10.0
 _READ_BYTES = 1 << 20
@@ -156,7 +156,7 @@ def _has_strangers(folder: Path) -> bool:
 
 
 def _identity(model: Path) -> str:
-    """Of a model's folder: the hash of config.json, which has those of its weights."""
+    """Identity of a model's folder: the hash of config.json, which has those of its weights."""
     try:
         return hashlib.sha256((model / MODEL_CONFIG_NAME).read_bytes()).hexdigest()
     except FileNotFoundError:

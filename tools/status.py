@@ -52,10 +52,10 @@ class Status:
     best_validation: Validation | None
     tokens_per_s: float | None
     data_wait_share: float | None
-    """Of the time of the last steps, what the slowest loader took."""
+    """Share of the last steps' time that the slowest loader took."""
     memory_peak_bytes: int | None
     left_s: float | None
-    """At the pace of the last steps; 0 for a run that is finished."""
+    """Seconds left at the pace of the last steps; 0 for a run that is finished."""
     skipped: dict[int, str]
     """Steps that changed no weights, and why."""
     excluded_steps: int

@@ -46,7 +46,7 @@ BUILDERS_LOCK = Path(BUILD_FOLDER) / "builders.lock"
 """Shared by whoever builds in a folder; held alone by whoever tidies it up."""
 _FINALIZE_LOCK = Path(BUILD_FOLDER) / "finalize.lock"
 _RECORD_NAME = re.compile(rf"(task|selected)-[0-9]{{5,}}\.json|{PLAN_DRAFT.pattern}")
-"""What is written into BUILD_FOLDER."""
+"""Names of the files in BUILD_FOLDER."""
 
 
 def finalize_build(plan: Plan, codec: TextCodec, out: Path, workers: int) -> Manifest:

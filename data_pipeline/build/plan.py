@@ -44,7 +44,7 @@ _LARGEST_TASK_BYTES = 1 << 30
 _AIMED_TASKS = 64
 _MAX_PORTIONS = 1 << 24
 _MAX_TASKS = 1 << 20
-"""As many as --tasks may ask for."""
+"""Maximum number of --tasks."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Plan:
     inputs: tuple[tuple[Slice, ...], ...]
     """The slices of each source, in the order of `settings.sources`."""
     task_portions: tuple[int, ...]
-    """How many portions each task takes, in order."""
+    """Number of portions of each task, in order."""
     requested_tasks: int | None
     """The number of tasks that was asked for; None: chosen by size."""
     skipped: Skipped = field(default_factory=dict)

@@ -53,7 +53,7 @@ def tasks_within_limits(settings: BuildSettings, records: Sequence[TaskRecord | 
 
 
 def choose_documents(tasks: Sequence[Task], out: Path) -> list[tuple[Keep, dict[str, int]]]:
-    """Of each task, which documents to keep, and how many duplicates are left out.
+    """Documents that each task keeps, and how many duplicates are left out.
 
     Limits leave the rest of the sources unread, so what is past them is not counted.
     """
@@ -90,7 +90,7 @@ def choose_documents(tasks: Sequence[Task], out: Path) -> list[tuple[Keep, dict[
 
 
 def _exclude_duplicates(notes: Sequence[npt.NDArray[Any]], keeps: Sequence[Keep]) -> None:
-    """Of equal texts, keep the first. Texts are compared by 128 bits of their SHA-256.
+    """Keep the first of equal texts, compared by 128 bits of their SHA-256.
 
     Hashes are looked at in as many passes as keep the memory of each within bounds.
     """

@@ -65,7 +65,7 @@ class BuildSettings:
     limit_tokens: int | None = None
     """The first documents that together have at most so many tokens, markers included."""
     examples: ExampleColumns | None = None
-    """Where records hold instruction examples; None: documents of text are read."""
+    """Columns of instruction examples; None: documents of text are read."""
     row_tokens: int | None = None
     """Into rows of so many tokens examples are packed; longer ones are left out."""
     html: bool = False

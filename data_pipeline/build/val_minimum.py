@@ -84,7 +84,7 @@ def _last_hash(hashes: Counter[int], num_val: int, num_documents: int) -> int | 
 
 
 def _kept_hashes(tasks: Sequence[Task], out: Path) -> tuple[int, list[Counter[int]]]:
-    """Of documents that are kept: how many are in the val set, and the hashes of the others.
+    """Number of kept documents in the val set, and the hashes of the other kept ones.
 
     The hashes are by task, with how many documents have each.
     """

@@ -23,7 +23,8 @@ _Made = TypeVar("_Made")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_PARSED_BYTES = 512 << 20
 _MAX_EXPANSION = 12
-"""Of a large file: a plan's lists of three numbers take eleven times their bytes."""
+"""Memory per byte of a large file: a plan's lists of three numbers take eleven times their
+bytes."""
 _CONTAINER_BYTES = 240
 """A dict of one key; a list takes less."""
 _VALUE_BYTES = 90

@@ -36,7 +36,8 @@ class _Stream(io.FileIO):
         super().__init__(descriptor, "w", closefd=False)
         self.is_comment = is_comment
         self.timeout_s: float | None = None
-        """How long a write waits for a reader that does not read; None: for ever."""
+        """Maximum time that a write waits for a reader that does not read, in seconds; None: no
+        limit."""
         self.loss: str | None = None
         self._is_stalled = False
         self._dropped_bytes = 0
@@ -125,7 +126,8 @@ class _Text(io.TextIOWrapper):
 
     def __init__(self, stream: _Stream, encoding: str, errors: str, write_through: bool) -> None:
         self.trusted = _Trusted(self, stream, encoding)
-        """For escape sequences of ours, such as colors: around text that has been escaped."""
+        """Stream for our own escape sequences, such as colors: around text that has been
+        escaped."""
         super().__init__(
             _ShownBytes(stream, encoding),
             encoding=encoding,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Differences = dict[str, tuple[Any, Any]]
-"""By key, both values; None for a key that is not there."""
+"""Both values by key; None for a key that is not there."""
 
 
 def differing_keys(

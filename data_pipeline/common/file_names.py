@@ -12,7 +12,7 @@ from pathlib import Path
 _MAX_NAME_BYTES = 255
 """The longest name that Linux's file systems take."""
 _RESERVED = frozenset("/\\:\0")
-"""What separates folders, drives or streams on some system."""
+"""Characters that separate folders, drives or streams on some system."""
 
 
 def plain_name(name: object, form: re.Pattern[str] | None = None) -> str:

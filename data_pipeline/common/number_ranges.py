@@ -21,7 +21,7 @@ from data_pipeline.common.limits import MAX_DICTIONARY_BYTES, MAX_FRAME_TOKENS, 
 INT64_MAX = (1 << 63) - 1
 FP32_MAX = float.fromhex("0x1.fffffep+127")
 _FP32_MIN_NORMAL = float.fromhex("0x1p-126")
-"""Below, fp32 has fewer digits, and a device may take a number for 0."""
+"""Minimum normal number: below, fp32 has fewer digits, and a device may take a number for 0."""
 _MAX_SHOWN_CHARACTERS = 40
 
 
@@ -142,7 +142,7 @@ SHARE = Range(0.0, 1.0)
 SOME_SHARE = Range(0.0, 1.0, excludes_min=True)
 SHARE_BELOW_ALL = Range(0.0, 1.0, excludes_max=True)
 QUANTITY = Range(0.0, 1e18, excludes_min=True)
-"""Of gigabytes, FLOP/s, tokens that are planned: whatever it is multiplied by stays finite."""
+"""Gigabytes, FLOP/s, planned tokens: whatever they are multiplied by stays finite."""
 PLANNED_TOKENS = Range(1.0, 1e18)
 EPOCHS = Range(0.0, 1e6, excludes_min=True)
 SECONDS = Range(0.0, 1e9, excludes_min=True)
@@ -160,15 +160,15 @@ TOP_K_OR_ALL = _whole(-1, 1_000_000)
 """As vLLM has it: -1 is all, as 0 is."""
 TOKEN_ID = _whole(0, (1 << 32) - 1)
 SEED = _whole(0, (1 << 53) - 1)
-"""What JavaScript can say exactly; that of a sample's neighbor is the next number."""
+"""Numbers that JavaScript can represent exactly; a sample's neighbor has the next number."""
 TRAINING_SEED = _whole(0, (1 << 32) - 1)
 
 COUNT = _whole(1)
 COUNT_OR_ZERO = _whole(0)
 SIZE = _whole(1, (1 << 31) - 1)
-"""Of a tensor in one dimension."""
+"""Size of a tensor in one dimension."""
 LAYERS = _whole(1, 4096)
-"""Of a model: each costs time before it is known whether the rest fits."""
+"""Layers of a model: each costs time before it is known whether the rest fits."""
 CONTEXT = _whole(2, 1 << 24)
 """Tokens of a row, of which a frame has one or more."""
 FEW = _whole(1, 1000)
@@ -188,4 +188,4 @@ MAX_EPOCH = _whole(0, 10_000)
 TWO_OR_MORE = _whole(2)
 EXIT_CODE = _whole(-255, 255)
 VOCABULARY = _whole(1, MAX_VOCABULARY)
-"""What a data set and a tokenizer may have: see `limits`."""
+"""Sizes of the vocabulary of a data set or tokenizer: see `limits`."""

@@ -73,7 +73,7 @@ def _marker_of(folder: Path) -> str:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Of every file below a folder but the marker."""
+    """Size of every file below a folder but the marker, in bytes."""
     return {
         str(path.relative_to(folder)): path.lstat().st_size
         for path in sorted(folder.rglob("*"))

@@ -27,7 +27,7 @@ MAKER = "megaback"
 _STDOUT = "-"
 _TAIL_BYTES = 1 << 20
 _MAX_OBJECT_BYTES = 64 << 20
-"""What is larger is no result of ours in one JSON object."""
+"""Maximum size of a result of ours in one JSON object."""
 _HEAD_BYTES = 4096
 
 Recognizes = Callable[[Path], bool]
@@ -232,7 +232,7 @@ def _files_of(given: str | Path | None) -> Iterator[Path]:
 
 
 def _is_same(left: Path, right: Path) -> bool:
-    """By name or, as for hard links, by what is at the names."""
+    """Whether two paths are the same by name or, as hard links, by file."""
     try:
         return left.samefile(right)
     except OSError:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _NARROW = 60
-"""Below so many columns a table with wrapped cells reads worse than a line for each cell."""
+"""Width in columns below which a line for each cell reads better than a table with wrapped
+cells."""
 _LAST_COLUMN = 16
 """Room that text in the last column needs at least."""
 _NAME = re.compile(r"\s*\S+(?: \S+)*  +|\s*")

@@ -34,7 +34,7 @@ class Stream:
     rows: RowReader
     table: RowGrid
     order: Order
-    """Of the data set alone: its batch is the data set's usual number of rows a step."""
+    """Order of the data set alone: its batch is the data set's usual number of rows per step."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Rows:
     next_N: npt.NDArray[np.unsignedinteger[Any]]
     lengths_N: Indices
     marks_NC: Marks | None = None
-    """Of examples: what stands in `example_rows` of each id."""
+    """Flags of each id of instruction examples, as in `example_rows`; None for documents."""
 
 
 def read_rows(readers: Sequence[RowReader], reader: Indices, frame: Indices, row: Indices) -> Rows:

@@ -35,7 +35,8 @@ from data_pipeline.shards.cache_folder import (
 
 _LOG = logging.getLogger("megaback.data")
 _KEPT_FRACTION = 0.9
-"""Of the largest size, when frames are removed: looking at all of them is not for every frame."""
+"""Fraction of the maximum size that is kept when frames are removed, as not every frame is worth a
+look at all."""
 _TRIES = 2
 """Whoever removes a folder meanwhile leaves us with descriptors of what is gone."""
 
@@ -46,7 +47,7 @@ class CacheSettings:
 
     folder: Path
     max_bytes: int
-    """Of all frames together."""
+    """Maximum size of all frames together."""
 
 
 class FrameCache:

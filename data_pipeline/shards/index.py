@@ -29,23 +29,24 @@ from data_pipeline.shards.seek_table import (
 )
 
 VERSION = 1
-"""Of shards of documents."""
+"""Version of shards of documents."""
 EXAMPLES_VERSION = 2
-"""Of shards of examples in rows."""
+"""Version of shards of examples in rows."""
 
 COUNT_BYTES = 4
-"""Of a number in the document index."""
+"""Size of a number in the document index."""
 _INDEX_MAGIC = 0x184D2A5D
 _INDEX_SIGNATURE = b"MEGABACK"
 _PREFIX = struct.Struct("<II8sI")
-"""Of the index: the skippable frame's magic number and size, the signature, the header's size."""
+"""Beginning of the index: the skippable frame's magic number and size, the signature, the header's
+size."""
 _HEADER_BYTES = 1024
 """More than the prefix and the header usually take."""
 _TAIL_BYTES = 1 << 12
 _MAX_TEXT_CHARACTERS = 64
 """A SHA-256, or less."""
 _SLACK_BYTES = 1024
-"""What compression may add to a few bytes; to many, less than their number."""
+"""Maximum growth of a few bytes by compression; many grow by less than their number."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ShardHeader:
     text_bytes: int
     dictionary_sha256: str | None = None
     row_tokens: int | None = None
-    """Of examples: the row that none of them crosses. None: documents."""
+    """Length in tokens of the rows that no instruction example crosses; None for documents."""
 
     @property
     def num_counts(self) -> int:
@@ -92,9 +93,9 @@ class ShardIndex:
 
     header: ShardHeader
     offsets: npt.NDArray[np.int64]
-    """Of every frame and, at the end, of the index: shape (frames + 1,)."""
+    """Offsets of every frame and, at the end, of the index: shape (frames + 1,)."""
     checksums: npt.NDArray[np.uint32]
-    """Of the content of every frame: shape (frames,)."""
+    """Checksums of the content of every frame: shape (frames,)."""
     counts_offset: int
     counts_bytes: int
 

@@ -14,7 +14,7 @@ from data_pipeline.shards.document_lengths import DocumentLengths
 _DOCUMENTS_COLOR = "#8db3d6"
 _TOKENS_COLOR = "#c8541f"
 NEEDED_BY = ("`picture`", ", or leave `picture` out")
-"""What needs matplotlib, and what can be done without it."""
+"""Names of the option that needs matplotlib, and of what can be done without it."""
 
 
 def draw_histogram(

@@ -52,9 +52,9 @@ TOKENIZER_NAME = "tokenizer.model"
 DICTIONARY_NAME = "dictionary.zdict"
 FORMAT_NAME = "megaback-shards"
 FORMAT_VERSION = 3
-"""Of documents."""
+"""Version of manifests of documents."""
 EXAMPLES_VERSION = 4
-"""Of examples in rows."""
+"""Version of manifests of examples in rows."""
 _EARLIER_VERSIONS = (1, 2)
 SPLITS = ("train", "val")
 SHARD_NAME = re.compile(r"(train|val)-[0-9]{5,}-[0-9]{5,}\.zst")
@@ -80,9 +80,9 @@ class ShardEntry:
     file_sha256: str
     content_sha256: str
     loss_tokens: int = 0
-    """Of examples: those with loss."""
+    """Tokens of examples with loss."""
     padding_tokens: int = 0
-    """Of examples: those that fill rows."""
+    """Tokens that fill rows of examples."""
 
     @classmethod
     def from_json(cls, fields: object) -> "ShardEntry":
@@ -116,12 +116,12 @@ class Manifest:
     source: str
     val_fraction: float
     excluded: dict[str, int]
-    """How many documents each filter left out, by its name."""
+    """Number of documents that each filter left out, by its name."""
     shards: tuple[ShardEntry, ...]
     dictionary_sha256: str | None = None
-    """Of the zstd dictionary that every shard needs, in the file `dictionary.zdict`."""
+    """SHA-256 of the zstd dictionary that every shard needs, in the file `dictionary.zdict`."""
     row_tokens: int | None = None
-    """Of instruction examples: the row that none of them crosses. None: documents."""
+    """Length in tokens of the rows that no instruction example crosses; None for documents."""
     skipped: Skipped = field(default_factory=dict)
     """Files, malformed records and parts of records that were not read, by cause."""
     requested_val_fraction: float | None = None

@@ -152,7 +152,7 @@ class ShardReader:
         return lengths
 
     def marks(self, frame: int) -> npt.NDArray[np.uint8] | None:
-        """Of a frame of examples, where segments begin and what is learnt; None of documents."""
+        """Segment starts and loss flags of a frame of examples; None for documents."""
         if self.header.row_tokens is None:
             return None
         start = frame * self.header.frame_tokens

@@ -49,7 +49,7 @@ _RECORD_NAME = re.compile(rf"({SHARD_NAME.pattern}|settings)\.json")
 """The names of the files in WORK_FOLDER."""
 _SAMPLE_FRAMES = 256
 _SAMPLE_BYTES = 256 << 20
-"""What a dictionary is trained on is held in memory."""
+"""Size of the sample that a dictionary is trained on, which is held in memory."""
 _DEFAULT_LEVEL = 9
 
 

@@ -45,9 +45,9 @@ class ShardDigest:
     file_sha256: str
     content_sha256: str
     loss_tokens: int = 0
-    """Of examples: those with loss."""
+    """Tokens of examples with loss."""
     padding_tokens: int = 0
-    """Of examples: those that fill rows."""
+    """Tokens that fill rows of examples."""
 
 
 class ShardWriter:

@@ -18,7 +18,7 @@ from data_pipeline.errors import SourceUnreadableError
 
 CARDS = ("README.md", ".huggingface.yaml")
 OTHER_FILES = ("dataset_infos.json",)
-"""What the library also reads before any data."""
+"""Files that the library also reads before any data."""
 
 _MAX_CARD_BYTES = 4 << 20
 """A list of 2,000 configs takes 1 MiB, and the library half a minute."""

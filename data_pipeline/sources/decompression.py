@@ -24,11 +24,11 @@ COMPRESSIONS = {
 }
 """The method of each suffix of compressed files that are read."""
 CORRUPT_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, lzma.LZMAError)
-"""What reading a compressed file raises that is truncated or none."""
+"""Errors of reading a compressed file that is truncated or none."""
 
 PIECE_BYTES = 128 << 10
 DEFAULT_WINDOW_BYTES = 1 << 27
-"""What `zstd -d` takes without --long, and twice what `xz -9` needs."""
+"""Window that `zstd -d` takes without --long, and twice that of `xz -9`."""
 _XZ_OVERHEAD_BYTES = 1 << 24  # what liblzma takes beside the dictionary
 _MAX_EXPANSION = 1000  # text compresses to a hundredth at best; zeros to less than a thousandth
 _MIN_EXPANDED_BYTES = 1 << 30

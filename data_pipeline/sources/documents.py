@@ -22,13 +22,15 @@ class Document:
 
     text: str
     position: str
-    """For messages: `web.jsonl:12` (lines from 1), `a.parquet row 7` (rows from 0), a module."""
+    """Position for messages: `web.jsonl:12` (lines from 1), `a.parquet row 7` (rows from 0), a
+    module."""
     language: str | None = None
-    """Only when `Columns.language` asks for it."""
+    """Language of the text, only when `Columns.language` asks for it."""
     language_score: float | None = None
-    """Only when `Columns.language_score` asks for it."""
+    """Score of the language, only when `Columns.language_score` asks for it."""
     response: str | None = None
-    """Of an instruction, which is the text then: only when `ExampleColumns` asks for it."""
+    """Response to an instruction, which is the text then: only when `ExampleColumns` asks for
+    it."""
     excluded: tuple[tuple[str, str], ...] = ()
     """Cause and place of each part of its record that is in no document."""
 
@@ -52,7 +54,7 @@ class Columns:
 
 AnyColumns = Columns | ExampleColumns
 OnBadRecord = Callable[[BadRecordError], None]
-"""What is done with a malformed record: raises the error, or returns to have it left out."""
+"""Action on a malformed record: raises the error, or returns to have it left out."""
 
 
 def stop_at_bad_record(error: BadRecordError) -> None:

@@ -28,7 +28,7 @@ SUFFIXES = (
     f"{', '.join(_KINDS)} (all but .parquet and .zip also with {', '.join(COMPRESSIONS)}; "
     "HTML with `html`)"
 )
-"""What can be read, for messages."""
+"""Suffixes of files that can be read, for messages."""
 _PARQUET_BUFFER_BYTES = 1 << 20
 
 

@@ -37,7 +37,7 @@ class _Found:
     excluded: list[tuple[str, str]] = field(default_factory=list)
     """Cause and address."""
     linked: list[str] = field(default_factory=list)
-    """Where the links to folders lead that were followed."""
+    """Targets of the links to folders that were followed."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _find_local(path: Path) -> _Found:
 
 
 def _keep_one_way_to_each_file(found: _Found) -> None:
-    """Of the ways that `**` finds to a file by following links, keep the one with fewest links."""
+    """Keep the way with fewest links of those that `**` finds to a file by following links."""
     is_link = cache(os.path.islink)
 
     def num_links(address: str) -> int:

@@ -56,7 +56,8 @@ _MAX_AT_ONCE = {
     "csv": ("chunksize", 1000),
     "text": ("chunksize", 10 << 20),
 }
-"""What a loader reads at a time, in rows or bytes, whatever a data set's README asks for."""
+"""Maximum that a loader reads at a time, in rows or bytes, whatever a data set's README asks
+for."""
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

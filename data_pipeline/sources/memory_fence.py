@@ -20,7 +20,8 @@ from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
 Item = TypeVar("Item")
 
 BUDGET_PER_RECORD_BYTE = 24
-"""With the default of --max-record-bytes or less, a process may grow by 768 MiB."""
+"""Memory budget per byte of a record: with the default of --max-record-bytes or less, a process may
+grow by 768 MiB."""
 _PAGE_BYTES = resource.getpagesize()
 _DATA_PAGES = 5
 """Place in /proc/self/statm."""

@@ -31,7 +31,7 @@ _BATCH_ROWS = 256
 _BATCH_BYTES = 16 << 20
 _MAX_EXPANSION = 1000  # what more a footer claims is no text, and would make too many slices
 _NAMED_ROWS = 10
-"""Of rows that are all bad for one reason; the others are counted at once."""
+"""Number of rows named that are all bad for one reason; the others are counted at once."""
 _MAX_TYPE_CHARACTERS = 100
 _STRINGS = {"string", "large_string", "string_view"}
 _BINARIES = {"binary", "large_binary", "binary_view"}

@@ -56,7 +56,7 @@ class Listing:
     """What is read of a source, and which of its files are not."""
 
     slices: tuple[Slice, ...]
-    """In an order that only the source's contents decide."""
+    """Slices in an order that only the source's contents decide."""
     skipped: Skipped = field(default_factory=dict)
     linked: tuple[str, ...] = ()
     """Folders outside of the source that links in it lead to."""

@@ -16,7 +16,7 @@ from data_pipeline.redaction import scrub
 FILES = "files"
 RECORDS = "records"
 PARTS = "parts"
-"""Of records that are otherwise read: single exchanges of a chat, for example."""
+"""Parts of records that are otherwise read: single exchanges of a chat, for example."""
 
 _MAX_FIRST = {FILES: 3, RECORDS: 10, PARTS: 3}
 _MAX_PLACE_CHARACTERS = 300

@@ -20,12 +20,13 @@ ZIP_ERRORS = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError),
     *(EOFError, ValueError, OverflowError, struct.error, zlib.error),
 )
-"""What `zipfile` raises for archives that are none."""
+"""Errors that `zipfile` raises for archives that are none."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""How files that are read may be compressed: of others, `zipfile` bounds no piece."""
+"""Compression methods of files that are read: of others, `zipfile` bounds no piece."""
 
 _MAX_DIRECTORY_BYTES = 32 << 20
-"""Of a few hundred thousand files; Python's list of them takes ten times as much."""
+"""Maximum size of a directory, enough for a few hundred thousand files; Python's list of them takes
+ten times as much."""
 _DIRECTORY_SIZE, _DIRECTORY_OFFSET, _END_OFFSET = 5, 6, 9
 """Places in what `zipfile._EndRecData` returns."""
 _LOCAL_HEADER_BYTES = 30

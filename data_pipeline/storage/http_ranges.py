@@ -20,7 +20,7 @@ CLIENT_OPTIONS = {
     "auto_decompress": False,  # what is stored compressed is decompressed here, by its suffix
 }
 _MIN_BYTES_PER_S = 16 << 10
-"""On average: a server that sends a byte now and then has stalled as well."""
+"""Minimum average rate: a server that sends a byte now and then has stalled as well."""
 _MIN_PART_BYTES = 64 << 10
 """A server may give less than it is asked for, but not a byte at a time."""
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")

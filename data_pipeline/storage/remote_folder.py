@@ -24,7 +24,7 @@ class RemoteFolder:
         self.shown = shown_url(self._address)
         self._driver = Driver(self._address)
         self.origin = origin_of(*_parted(expanded(url)), self._driver.file_system())
-        """Who decides what lies there."""
+        """Server that decides what lies there."""
 
     def url(self, name: str) -> str:
         """The address of one of its files. Raises ValueError for a name that is no file's."""

@@ -45,18 +45,19 @@ class RetryPolicy:
 
     max_attempts: int = 8
     first_wait_s: float = 1.0
-    """Before the second try, at most; doubled before each further one."""
+    """Maximum wait before the second try; doubled before each further one."""
     longest_wait_s: float = 60.0
     longest_total_s: float = 600.0
     """No further try begins after this long."""
     stall_timeout_s: float = 60.0
     """An HTTP server that sends nothing for so long has stalled."""
     request_timeout_s: float = 300.0
-    """For drivers that cannot tell a stalled request from a slow one."""
+    """Timeout for drivers that cannot tell a stalled request from a slow one."""
     listing_timeout_s: float = 1800.0
-    """For listing a whole folder."""
+    """Timeout for listing a whole folder."""
     max_unresolved_attempts: int = 3
-    """Of a host whose name is not known: mostly there is no network, and waiting is no cure."""
+    """Maximum attempts at a host whose name is not known: mostly there is no network, and waiting
+    is no cure."""
     longest_unresolved_s: float = 10.0
     """No further try of such a host begins after this long."""
 

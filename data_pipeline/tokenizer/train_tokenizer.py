@@ -88,7 +88,7 @@ class TokenizerReport:
     model_sha256: str
     sentencepiece_version: str
     skipped: Skipped
-    """What of the sources was not read, by cause; records, as far as the sample reached."""
+    """Records of the sources that were not read, by cause, as far as the sample reached."""
 
 
 def train_tokenizer(

@@ -58,7 +58,7 @@ _PASSED_ON = (
     ),
     *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
 )
-"""How names begin of variables that the ranks of other hosts have too."""
+"""Beginnings of the names of variables that the ranks of other hosts have too."""
 
 
 @dataclass(frozen=True)

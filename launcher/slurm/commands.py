@@ -26,7 +26,7 @@ _NO_CONTROLLER = (
     "could not establish a configuration source",
     "unable to contact slurm controller",
 )
-"""What Slurm's commands say where they are installed and no cluster answers."""
+"""Messages of Slurm's commands where they are installed and no cluster answers."""
 _JOB_ID = re.compile(r"[0-9][0-9A-Za-z_+.,%\[\]-]*")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 
@@ -60,14 +60,14 @@ class Job:
     state: str
     restarts: int = 0
     reason: str | None = None
-    """Why it waits."""
+    """Reason why it waits."""
     nodes: str | None = None
     left_s: int | None = None
-    """Until its time limit, while it runs."""
+    """Seconds until its time limit, while it runs."""
     excluded: tuple[str, ...] = ()
     """Nodes, or ranges of them, that it may not have."""
     elements: Mapping[str, int] = field(default_factory=dict)
-    """Of an array: how many elements are in each state."""
+    """Number of elements of an array in each state."""
 
     @property
     def is_over(self) -> bool:

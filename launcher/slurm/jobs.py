@@ -39,9 +39,9 @@ class Row:
     total_steps: int | None
     loss: float | None
     to_train_s: float | None
-    """At the pace of the last steps."""
+    """Seconds left to train, at the pace of the last steps."""
     job_left_s: int | None
-    """Until the job's time limit."""
+    """Seconds until the job's time limit."""
     nodes: str | None
     why: str | None
 

@@ -11,7 +11,7 @@ from data_pipeline.common import shipped
 from data_pipeline.errors import LaunchError
 
 SHARED_FILES = ("ranks.sh", "network.sh")
-"""What the files of training need beside them."""
+"""Files that those of training need beside them."""
 
 
 def shipped_folder() -> Path:

@@ -50,7 +50,7 @@ from megaback.run_folder import (
 FORMAT_NAME = "megaback-checkpoint"
 FORMAT_VERSION = 2
 MAX_META_BYTES = 1 << 23
-"""Of about 30,000 ranks."""
+"""Maximum size of the metadata, which is that of about 30,000 ranks."""
 _LOG = logging.getLogger("megaback.checkpoints")
 _MAX_CONFIG_DEPTH = 16
 

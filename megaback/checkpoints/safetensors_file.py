@@ -94,7 +94,7 @@ class TensorFile:
         self.path = path
         self._file, header = open_tensors(path)
         self.entries = header.entries
-        """What the tensors are, by name."""
+        """Entries of the tensors, by name."""
         self.metadata = header.metadata
 
     def read(self, name: str, start: int, out: Tensor) -> None:

@@ -28,7 +28,7 @@ _FIELDS = Fields(
     times=frozenset(("pid_started", "since", "written")),
 )
 _MAX_PID = 1 << 22
-"""Of Linux."""
+"""Maximum process id of Linux."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Heartbeat:
     host: str
     pid: int
     pid_started: float
-    """When the process began: another one may be given its number later."""
+    """Time at which the process began: another one may be given its number later."""
     phase: str
-    """What it is doing."""
+    """Phase that the rank is in."""
     step: int
     since: float
-    """When it began to."""
+    """Time at which the phase began."""
     written: float
     interval_s: float
     timeout_s: float
-    """How long it may take."""
+    """Timeout of the phase, in seconds."""
     exit_reason: str | None = None
-    """Why it has ended, if it could still say so."""
+    """Reason of its end, if it could still say so."""
 
     @property
     def is_gone(self) -> bool | None:

@@ -33,15 +33,15 @@ class RankFacts:
     num_devices: int
     """GPUs that the rank sees, or cores that it may use."""
     memory_free_bytes: int
-    """Of the device; on a CPU, of the host."""
+    """Free memory of the device or, on a CPU, of the host."""
     multiply_flops: float
-    """Of a matrix product, the best of several, in FLOP/s; 0 if the device cannot. On a CPU, of
-    one core."""
+    """Throughput of a matrix product, the best of several, in FLOP/s; 0 if the device cannot. On a
+    CPU, of one core."""
     versions: dict[str, str]
     problem: str | None = None
-    """Why the device cannot be used, if so."""
+    """Reason why the device cannot be used, if so."""
     clock_offset_s: float = field(default=0.0)
-    """How far the rank's wall clock is ahead of the median of all."""
+    """Offset of the rank's wall clock from the median of all, positive if it is ahead."""
 
 
 def rank_facts(rank: int, device: torch.device) -> RankFacts:

@@ -137,7 +137,7 @@ def _strangers_in(run: Path, given: Path | None) -> Iterator[Path]:
 
 
 def _is_left_by_us(path: Path) -> bool:
-    """Of a start that was cut short before it could write its first line."""
+    """Whether a path is left by a start that was cut short before it could write its first line."""
     if path.name == LOCK_NAME:
         return path.stat().st_size == 0
     if path.name == HEARTBEATS_FOLDER:

@@ -16,7 +16,7 @@ class RunPlace:
     """A run's folder, found again when it has been moved on this machine."""
 
     def __init__(self, run: Path) -> None:
-        """Of a run that has just recorded its start. Raises OSError."""
+        """Find the folder of a run that has just recorded its start. Raises OSError."""
         self._run, self._start = run, newest_start(run)
         self._number = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
         weakref.finalize(self, os.close, self._number)

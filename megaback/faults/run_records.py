@@ -13,7 +13,7 @@ from data_pipeline.common.number_ranges import FP32_MAX, INT64_MAX
 from data_pipeline.common.regular_files import open_file
 
 MAX_RECORD_BYTES = 1 << 20
-"""Of a line, or of a file that is one record."""
+"""Maximum size of a line, or of a file that is one record."""
 _YEAR_9000 = 221_845_392_000
 
 

@@ -23,13 +23,14 @@ class DiskFacts:
 
     node: str
     write_gb_s: float | None = None
-    """To the disk itself, not to memory."""
+    """Rate of writes to the disk itself, not to memory."""
     read_gb_s: float | None = None
-    """Of what another node wrote; with one node, of its own, which memory may still hold."""
+    """Rate of reads of what another node wrote; with one node, of its own, which memory may still
+    hold."""
     problem: str | None = None
-    """Why the node cannot write, if so."""
+    """Reason why the node cannot write, if so."""
     unread: str | None = None
-    """What it does not read, if so."""
+    """Description of what it does not read, if so."""
 
 
 def check_shared_disk(run: Path, node: str, world: World) -> list[DiskFacts]:

@@ -41,7 +41,7 @@ class Chat:
 
     model: ReverseGPT
     decoder: Decoder
-    """With the weights of the model."""
+    """Decoder with the weights of the model."""
     form: ChatFormat
 
     @property

@@ -38,7 +38,7 @@ class _Layer:
     attention_norm_D: Tensor
     query_key_value: Product
     query_key_norm_HE: Tensor | None
-    """Of query heads, then of key heads."""
+    """Norm weights of query heads, then of key heads."""
     output: Product
     mlp_norm_D: Tensor
     gate_up: Product

@@ -25,9 +25,9 @@ class Reach:
     layers: list[LayerState]
     """Each layer's keys and values up to the token at hand: each of shape (B, K, S, E)."""
     place: tuple[Any, Any, Any]
-    """Where in these the token's keys and values go: an index that leaves (B, K, E)."""
+    """Index in these of the token's keys and values: it leaves (B, K, E)."""
     visible: Tensor | None
-    """Which slots belong to each row: (B, 1, 1, S); None if all do."""
+    """Slots that belong to each row: (B, 1, 1, S); None if all do."""
 
 
 class KeyValueCache:

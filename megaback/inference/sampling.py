@@ -51,7 +51,7 @@ class SamplingOptions:
     top_k: int = 200
     """Choose among this many of the most likely tokens; 0 for all."""
     seed: int = 0
-    """Of the first sample; the next ones have the next numbers."""
+    """Seed of the first sample; the next ones have the next numbers."""
     top_p: float = 1.0
     """Choose among the fewest tokens that have this probability together: Holtzman et al., "The
     Curious Case of Neural Text Degeneration" (2020)."""

@@ -28,7 +28,7 @@ class ParameterRule:
 
 
 def initial_std(name: str, shape: ModelSection) -> float:
-    """Of a matrix of ReverseGPT, by its name there.
+    """Initial standard deviation of a matrix of ReverseGPT, by its name there.
 
     Those that write to the residual stream are scaled by depth, as in GPT-2.
     """

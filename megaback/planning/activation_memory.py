@@ -21,15 +21,15 @@ class Activations:
     """Bytes a token of a micro-batch."""
 
     block: float
-    """What each block keeps."""
+    """Bytes per token that each block keeps."""
     rest: float
-    """What the embedding, rotary positions and final norm keep."""
+    """Bytes per token that the embedding, rotary positions and final norm keep."""
     logits: float
-    """What the loss keeps."""
+    """Bytes per token that the loss keeps."""
     logits_work: float
-    """What the loss's backward pass takes besides."""
+    """Additional bytes per token of the loss's backward pass."""
     block_work: float
-    """What a block's backward pass takes besides: gradients, and what is computed again."""
+    """Additional bytes per token of a block's backward pass: gradients, and what is recomputed."""
 
 
 def activations_of(

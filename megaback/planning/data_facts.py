@@ -19,9 +19,9 @@ from megaback.planning.flops import attended_tokens
 
 DEFAULT_VOCAB_SIZE = 8_888
 _MAX_SHARDS = 64
-"""Of a data set, whose documents are looked at: spread evenly."""
+"""Maximum number of shards of a data set whose documents are looked at: spread evenly."""
 _SHARD_BYTES_PER_TOKEN = 1.28
-"""Of uint16 ids at zstd's level 6: benchmarks/README.md."""
+"""Size per token of uint16 ids at zstd's level 6: benchmarks/README.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,12 @@ class RunFacts:
 
     vocab_size: int
     attended_tokens: float
-    """By a token, on average over documents and rows."""
+    """Number of tokens that a token attends to, on average over documents and rows."""
     total_tokens: float | None
-    """Of all steps; None: nobody knows how long the run is."""
+    """Number of tokens of all steps; None: nobody knows how long the run is."""
     shard_bytes: float | None
     notes: tuple[str, ...]
-    """What was assumed."""
+    """Assumptions that were made."""
 
 
 def attended_of(data_set: DataSet, context_tokens: int) -> float:

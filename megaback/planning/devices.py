@@ -23,9 +23,9 @@ class Device:
     fp32_flops: float | None
     """Outside tensor cores, which is how fp32 is computed here."""
     link_bytes: float
-    """To the other devices of its node, in one direction."""
+    """Bandwidth to the other devices of its node, in one direction."""
     network_bytes: float
-    """To other nodes, in one direction: its share of the node's network."""
+    """Bandwidth to other nodes, in one direction: its share of the node's network."""
 
     def peak_flops(self, precision: str) -> float | None:
         return self.bf16_flops if precision == "bf16" else self.fp32_flops

@@ -19,14 +19,14 @@ _MAX_BUCKET_ELEMENTS = 500_000_000
 _GATHERED_ELEMENTS = 1_000_000_000
 """Weights that ZeRO 3 keeps together at most: stage3_max_live_parameters of DeepSpeed."""
 _GROUP_ELEMENTS = 1_000_000_000
-"""What ZeRO 3 updates at a time: its sub_group_size."""
+"""Elements that ZeRO 3 updates at a time: its sub_group_size."""
 _WHOLE_REDUCED_ELEMENTS = 500_000_000
-"""What stage 0 puts together to be reduced at a time."""
+"""Elements that stage 0 puts together to be reduced at a time."""
 
 CUDA_CONTEXT_BYTES = 1.5e9
 """CUDA's context, kernels and NCCL's buffers. Not measured: docs/unverified.md."""
 CUDA_FRAGMENTATION = 0.05
-"""Of all else, what PyTorch's allocator holds and cannot give. Not measured either."""
+"""Fraction of all else that PyTorch's allocator holds and cannot give. Not measured either."""
 
 
 def bucket_elements(num_parameters: int) -> int:
@@ -81,11 +81,11 @@ class Parts:
     logits: float = 0.0
     buckets: float = 0.0
     update: float = 0.0
-    """What an update takes besides."""
+    """Additional bytes of an update."""
     copy: float = 0.0
-    """On a CPU: the checkpoint that is being written."""
+    """Copy of the checkpoint that is being written, on a CPU."""
     reserve: float = 0.0
-    """On a GPU: context and fragmentation."""
+    """Reserve for context and fragmentation, on a GPU."""
 
     @property
     def total(self) -> float:

@@ -28,7 +28,7 @@ class AvailableMemory:
     device: str
     """`cpu`, or the GPU's name."""
     memory_bytes: int
-    """Of its GPU; on a CPU of its host, which all ranks there share."""
+    """Memory of its GPU or, on a CPU, of its host, which all ranks there share."""
 
 
 def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMemory]) -> None:

@@ -64,7 +64,7 @@ class RunPlan:
     step_tokens: int
     steps: int | None
     stages: dict[int, RankMemory]
-    """Of every ZeRO stage, all else being equal."""
+    """Memory at every ZeRO stage, all else being equal."""
     stage: int
     """The config's."""
     traffic: Traffic

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 MIN_ROWS = 2
-"""With fewer, every resample is the same row, which says nothing of how far the value is off."""
+"""Minimum number of rows: with fewer, every resample is the same row, which says nothing of the
+error."""
 NO_INTERVAL = f"no 95% interval is shown: it needs at least {MIN_ROWS} rows"
 
 _RESAMPLES = 2000
@@ -47,7 +48,7 @@ class Interval:
 
 
 def mean_interval(values: "Sequence[float] | npt.NDArray[np.float64]", seed: int = 0) -> Interval:
-    """Of the mean over rows, at least one. The same values and seed give the same interval."""
+    """Interval of the mean over rows, at least one. Equal values and seeds give equal intervals."""
     return ratio_interval(values, np.ones(len(values)), seed)
 
 
@@ -56,7 +57,7 @@ def ratio_interval(
     denominators: "Sequence[float] | npt.NDArray[np.float64]",
     seed: int = 0,
 ) -> Interval:
-    """Of the ratio of two sums over rows, such as nats and bytes: rows are drawn, with both."""
+    """Interval of the ratio of two sums over rows, such as nats and bytes; rows are drawn whole."""
     above_N = np.asarray(numerators, dtype=np.float64)
     below_N = np.asarray(denominators, dtype=np.float64)
     value = float(above_N.sum() / below_N.sum())

@@ -22,7 +22,7 @@ from megaback.scoring.paired_difference import Losses
 from megaback.tracking.loss_by_context import bucket_of, num_buckets
 
 NUM_PARTS = 10
-"""Of a document, from its beginning to its end."""
+"""Number of parts of a document, from its beginning to its end."""
 _WINDOWS_AT_ONCE = 64
 
 Ids = npt.NDArray[np.int64]
@@ -51,7 +51,7 @@ class Window:
     document: int
     ids: Ids
     start: int
-    """Where its first id stands in the document."""
+    """Position of its first id in the document."""
     document_tokens: int
     weight: float
 
@@ -65,7 +65,7 @@ class DocumentLosses:
     nats_of_part_NP: Sums
     targets_of_part_NP: Sums
     bytes_N: Sums
-    """Of text that the targets stand for."""
+    """Bytes of the text that the targets stand for."""
 
     @property
     def whole(self) -> Losses:

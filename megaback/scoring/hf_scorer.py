@@ -30,7 +30,7 @@ _READ_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 _MAX_FILE_BYTES = 64 << 20
 _MAX_LAYERS = int(LAYERS.max)
 _MAX_TABLE_NUMBERS = 1 << 28
-"""Of masks and positions, which some models keep beside their weights."""
+"""Maximum numbers in masks and positions, which some models keep beside their weights."""
 _PLACEHOLDER = "QuestionGoesHere"
 _BETWEEN = "\n"
 _FEW_LAYERS = 100

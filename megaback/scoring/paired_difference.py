@@ -52,10 +52,10 @@ class PairedDifference:
     nats: float
     nats_error: float | None
     percent: float
-    """Of the first."""
+    """Difference in percent of the first."""
     percent_error: float | None
     num_targets: float
-    """Of the first."""
+    """Number of targets of the first."""
     num_documents: int
 
     @classmethod
@@ -88,7 +88,7 @@ def _residuals(losses: Losses) -> Floats:
 
 
 def _standard_error(residuals_N: Floats) -> float | None:
-    """Of a sum of independent residuals whose mean is known to be 0 only by fitting it."""
+    """Error of a sum of independent residuals whose mean is known to be 0 only by fitting it."""
     number = len(residuals_N)
     if number < 2:
         return None

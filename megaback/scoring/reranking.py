@@ -26,7 +26,7 @@ class Scored:
     forward: Floats | None
     reverse: Floats
     is_right: npt.NDArray[np.bool_] | None
-    """Of every candidate, where that is known."""
+    """Correctness of every candidate, where that is known."""
 
     def mixed(self, weight: float) -> Floats:
         """Without forward scores, the reverse ones alone."""

@@ -44,7 +44,7 @@ class Score:
     prior_log_probability: float | None
     """log P(written) by the same model, with nothing given."""
     tokens: int
-    """In the chat form with the end marker."""
+    """Number of tokens, in the chat form with the end marker."""
     text_bytes: int
 
     @property

@@ -18,7 +18,7 @@ from megaback.tracking.metrics import parsed_line
 
 _TAIL_BYTES = 1 << 16
 _DEPTH = 3
-"""Of runs/ARROW/seed-N/DIRECTION below runs/."""
+"""Depth of runs/ARROW/seed-N/DIRECTION below runs/."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megaback.config import Config
 from megaback.tracking.tracker import Tracker, flat_values
 
 _A_MODULE_OF = {"wandb": "wandb.sdk", "tensorboard": "tensorboard.summary"}
-"""What a mere folder of that name, such as one of offline runs, has not."""
+"""Modules that a mere folder of that name, such as one of offline runs, does not have."""
 
 
 class Trackers:

@@ -31,9 +31,9 @@ class Segment:
 
     path: Path
     steps: tuple[int, ...]
-    """As they stand in the log."""
+    """Steps as they stand in the log."""
     offsets: tuple[int, ...]
-    """Where the record of each begins."""
+    """Position of each record's beginning."""
 
     @property
     def is_sent(self) -> bool:

@@ -23,9 +23,9 @@ class AlreadyTrained:
     """A start that has no step to take."""
 
     reason: str
-    """Why the run ended, as its record says it."""
+    """Reason why the run ended, as its record says it."""
     message: str
-    """What the user is told."""
+    """Message for the user."""
     step: int
     is_recorded: bool
     """Whether the record already says how the run ended, and so stays as it is."""

@@ -11,7 +11,7 @@ from data_pipeline.errors import RunMismatchError
 from megaback.config import ModelSection
 
 _MODEL_TYPES = {False: "llama", True: "qwen3"}
-"""By whether it has qk_norm."""
+"""Model types by whether they have qk_norm."""
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DEFAULT_EPSILON = 1e-6
 _DEFAULT_THETA = 10_000.0

@@ -51,7 +51,7 @@ _LOG = logging.getLogger("megaback.weights")
 _FORMAT_NAME = "megaback-model"
 _FORMAT_VERSION = 3
 _HASHES_IN_CONFIG_VERSION = 2
-"""Of folders whose config.json held the hashes of their weights."""
+"""Version of folders whose config.json held the hashes of their weights."""
 _MAX_CONFIG_BYTES = 1 << 22
 
 

@@ -27,7 +27,7 @@ from megaback.run_folder import INDEX_NAME, SUMS_NAME, WEIGHTS_NAME, part_of_wei
 _FORM_OF_NAMES = re.compile(r".+\.safetensors")
 _MAX_SUMS_BYTES = 1 << 20
 _MARK = {"written_by": "megaback"}
-"""In the header of each file: other programs do not keep it when they write the file anew."""
+"""Mark in the header of each file: other programs do not keep it when they write the file anew."""
 _LOG = logging.getLogger("megaback.weights")
 
 

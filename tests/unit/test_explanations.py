@@ -13,11 +13,16 @@ from megaback.cli import main as megaback_command
 from megaback.config import Section
 from megaback.train import main as rank_command
 from tests.helpers.paths import ROOT
+from tests.unit.test_floors import MODULES
 from tools.demo import main as demo_command
 
 NO_NOUN_IN_CONFIG = re.compile(
     "an?|at|besides|by|from|how|if|in|its?|of|on|that|the|this|to|until|what|when|where|whether|"
     "which|who|whose|with|end|refuse|skip|write"
+)
+NO_NOUN = re.compile("of|that|by")
+NO_NOUN_IN_FIELD = re.compile(
+    "of|that|by|at|below|besides|from|for|how|in|on|to|until|what|when|where|which|who|whose|with"
 )
 UNITS = {
     "bytes": r"bytes",
@@ -78,6 +83,20 @@ def test_every_field_of_the_config_is_explained_by_a_noun_and_its_unit(name: str
     assert text.endswith((".", "…"))
     unit = UNITS.get(name.rpartition(".")[2].rpartition("_")[2])
     assert unit is None or re.search(unit, text)
+
+
+def test_no_docstring_begins_without_its_noun() -> None:
+    """In an editor's tooltip, `Of the peak` has no head word."""
+    wrong = {
+        f"{module}:{defined.lineno}": text
+        for module, path in MODULES.items()
+        for defined, text in explained(ast.parse(path.read_text(encoding="utf-8")))
+        if text is not None
+        and (
+            NO_NOUN_IN_FIELD if isinstance(defined, ast.Assign | ast.AnnAssign) else NO_NOUN
+        ).fullmatch(first_word(text))
+    }
+    assert wrong == {}
 
 
 def test_the_fields_found_by_their_text_are_those_of_the_config() -> None:

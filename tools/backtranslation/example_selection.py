@@ -9,7 +9,7 @@ from typing import Any
 from tools.backtranslation.proposals import Text
 
 Record = dict[str, Any]
-"""What is known of a text: see `BackTranslator.records`."""
+"""Facts of a text: see `BackTranslator.records`."""
 
 
 def different_texts(positions_and_texts: Iterable[tuple[str, str]]) -> Iterator[Text]:
@@ -65,7 +65,7 @@ class Choice:
 
 
 def _rank(record: Record, proposal: Record) -> tuple[bytes, tuple[float, int]]:
-    """Of an instruction, whatever its case and whitespace; lower is better."""
+    """Rank of an instruction, whatever its case and whitespace; lower is better."""
     same = " ".join(proposal["instruction"].casefold().split())
     return _digest(same), (-proposal["score"], record["index"])
 

@@ -35,7 +35,7 @@ class Proposal:
     log_probability: float
     """log P(instruction | text), of the backward model."""
     score: float
-    """What it is ranked by; `BackTranslator` says how."""
+    """Score that it is ranked by; `BackTranslator` says how."""
     cycle_log_probability: float | None = None
     """log P(text | instruction), of a forward model."""
 

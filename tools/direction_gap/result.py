@@ -33,18 +33,18 @@ class Arrow:
 
     steps: int
     tokens: int
-    """That each model was trained on."""
+    """Number of tokens that each model was trained on."""
     whole: PairedDifference
     seeds: dict[int, PairedDifference]
     by_context: dict[str, PairedDifference]
-    """By how many tokens were read before the target."""
+    """Gap by the number of tokens that were read before the target."""
     by_part: dict[str, PairedDifference]
-    """By where the target stands in its document, in percent from the beginning."""
+    """Gap by the target's place in its document, in percent from the beginning."""
     bits_per_byte: dict[str, float]
 
     @property
     def seeds_error(self) -> float | None:
-        """Of the mean gap over seeds, nats/token: how far training again moves it."""
+        """Error of the mean gap over seeds, nats/token: how far training again moves it."""
         return standard_error_of_mean([gap.nats for gap in self.seeds.values()])
 
     def to_json(self, config: Config) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def compare(
 def _windows(
     data_sets: Sequence[DataSet], context_tokens: int, max_documents: int
 ) -> "list[Window]":
-    """Of at most so many documents, spread evenly over all val sets."""
+    """Windows of at most `max_documents` documents, spread evenly over all val sets."""
     from megaback.scoring.directions import documents_of, windows_of
 
     total = sum(data_set.manifest.total("val")["documents"] for data_set in data_sets)

@@ -12,7 +12,7 @@ from megaback.weights.model_folder import ModelDescription
 from tools.export.model_card import example_of
 
 _PROBES = ["test", "You are a helpful assistant|Hello|Hi there|How are you?"]
-"""What llama.cpp's servers render when they start."""
+"""Conversations that llama.cpp's servers render when they start."""
 
 
 def chat_template(text_format: TextFormat) -> str:

@@ -288,7 +288,7 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return super()._encode_plus(*args, **kwargs)
 
     def _batch_encode_plus(self, *args: Any, **kwargs: Any) -> Any:
-        """Of transformers 4."""
+        """Counterpart of `_encode_plus` in transformers 4."""
         _require_known(kwargs)
         return super()._batch_encode_plus(*args, **kwargs)
 
@@ -312,7 +312,7 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return [*parts[0], *parts[1]]
 
     def _prompt_ids(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Of one text its ids, and those of which one comes next; None for any."""
+        """Ids of a text, and the ids of which one comes next; None for any."""
         ids = [self.bos_token_id, *self._encoded(text)]
         if len(ids) == 1:
             return ids, None

@@ -106,7 +106,7 @@ def _curves(
     }[axis]
 
     def place_of(step: float) -> float:
-        """Of any step, also of 0 and of those between two that are known."""
+        """Place of any step, also of 0 and of those between two that are known."""
         return float(np.interp(step, [0.0, *numbers], [0.0, *scale]))
 
     def curve(key: str, chosen: Sequence[Mapping[str, Any]]) -> Curve:

@@ -27,7 +27,7 @@ from tools.serving.parsing import REQUESTS, parse_body
 PAGE_FOLDER = Path(__file__).with_name("page")
 _REFERENCE = "#/components/schemas/{model}"
 _MAX_BYTES_PARSED_AT_ONCE = 1 << 16
-"""On the event loop; what is longer is parsed aside."""
+"""Maximum bytes parsed on the event loop; what is longer is parsed aside."""
 _Body = TypeVar("_Body", bound=schemas.Body)
 
 

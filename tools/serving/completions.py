@@ -65,7 +65,7 @@ class Asked:
     choices: list[ChoiceText]
     samples: list[Sample]
     given_tokens: list[list[Token]] = field(default_factory=list)
-    """With `echo` and `logprobs`: those of each given text."""
+    """Tokens of each given text, with `echo` and `logprobs`."""
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created_s: int = field(default_factory=lambda: int(time.time()))
 

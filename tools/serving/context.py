@@ -39,7 +39,7 @@ class Service:
     metrics: Metrics
     infiller: Infiller | None = None
     meetings: asyncio.Semaphore = field(default_factory=_meetings)
-    """Of the infiller's models: each has large tables in memory."""
+    """Limit of concurrent work of the infiller's models: each has large tables in memory."""
     _text_thread: ThreadPoolExecutor = field(default_factory=_one_thread)
     _deadlines: "WeakSet[Deadline]" = field(default_factory=WeakSet)
     _is_ending: bool = False
@@ -53,7 +53,7 @@ class Service:
         return await asyncio.wrap_future(self.engine.compute(steps))
 
     def deadline(self, max_s: float | None = None) -> Deadline:
-        """Of a request that begins now, or of a part of its work, for which it has less time."""
+        """Deadline of a request that begins now, or of a part of its work with less time."""
         deadline = Deadline(self.limits.request_s if max_s is None else max_s)
         self._deadlines.add(deadline)
         if self._is_ending:

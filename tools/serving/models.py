@@ -26,7 +26,7 @@ class Given:
     text: str
     prompt: Prompt
     num_tokens: int
-    """That are read of it, without a begin marker that we put before a text."""
+    """Number of tokens read of it, without a begin marker that we put before a text."""
     ids: list[int] | None = None
     """If it was given in ids: all of them."""
 
@@ -41,7 +41,7 @@ class ServedModel:
     codec: TextCodec
     batch: ContinuousBatch
     loaded_s: int
-    """When it was loaded, in seconds since 1970."""
+    """Time at which it was loaded, in seconds since 1970."""
 
     @property
     def form(self) -> ChatFormat:
@@ -113,7 +113,7 @@ class ServedModel:
 
     @cached_property
     def _max_characters(self) -> int:
-        """That the context can hold: a piece has at least as many bytes as characters."""
+        """Maximum characters in the context: a piece has at least as many bytes as characters."""
         return self.decoder.context_tokens * int(self.codec.piece_num_bytes().max())
 
     def describe(self, *, can_infill: bool) -> response_schemas.Model:

@@ -21,7 +21,7 @@ REQUESTS: Mapping[str, type[schemas.Body]] = {
 _MAX_SHOWN_PROBLEMS = 3
 _MAX_SHOWN_CHARACTERS = 100
 _MAX_FIELDS = 64
-"""Of a body; each that does not exist would be a problem of its own."""
+"""Maximum fields of a body; each that does not exist would be a problem of its own."""
 _Body = TypeVar("_Body", bound=schemas.Body)
 
 

@@ -14,7 +14,7 @@ from tools.serving.host_names import Address
 from tools.serving.idle_timeout import IdleTimeoutConnection
 
 _SECONDS_TO_FINISH = 2.0
-"""For clients to read answers that were cut."""
+"""Time for clients to read answers that were cut."""
 _SECONDS_TO_CLOSE = 10.0
 
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 
 class LogProbs(BaseModel):
-    """Of each token in the order of writing, which a backward model does from right to left."""
+    """Log probabilities of tokens in writing order: from right to left for a backward model."""
 
     tokens: list[str] = Field(description="`bytes:\\xe2` and so on for a part of a character.")
     token_logprobs: list[float | None] = Field(

@@ -59,7 +59,7 @@ class Metric:
 
     @classmethod
     def mean(cls, values: Sequence[float], seed: int, chance: float) -> "Metric":
-        """Of a value for each row."""
+        """Mean of a value for each row."""
         return cls(mean_interval(values, seed), len(values), chance)
 
     def to_dict(self) -> dict[str, float | None]:

@@ -43,7 +43,7 @@ class Reader:
 
     model: ReverseGPT
     decoder: Decoder
-    """With the weights of the model, and its context."""
+    """Decoder with the weights of the model, and its context."""
     codec: TextCodec
 
     @classmethod
@@ -59,15 +59,15 @@ class InfillOptions:
     """What a middle may be, and how much is tried."""
 
     max_tokens: int = 32
-    """Of the middle, as the models write them."""
+    """Maximum tokens of the middle, as the models write them."""
     min_tokens: int = 1
     forward_candidates: int = 16
     """Samples of the forward model; 0 leaves the whole middle to the other."""
     backward_candidates: int = 16
     rescored: int = 16
-    """How many joins are scored exactly, and come back."""
+    """Number of joins that are scored exactly and returned."""
     forward_weight: float = 0.5
-    """Of the forward model in the score, from 0 to 1; the backward model has the rest."""
+    """Weight of the forward model in the score, from 0 to 1; the backward model has the rest."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """`max_new_tokens` and `stop_ids` are of no use here."""
 
@@ -98,7 +98,7 @@ class Infill:
     backward: float
     """log P(middle and beginning | ending) by the backward model, in nats."""
     forward_tokens: int
-    """How many tokens `forward` is the sum of."""
+    """Number of tokens that `forward` is the sum of."""
     backward_tokens: int
     written_forward: int | None = None
     """Tokens of the middle that the forward model wrote; None for a text that was given."""
@@ -261,7 +261,7 @@ def load_infiller(
 
 
 def different_halves(samples: Sequence[Sequence[int]]) -> list[Half]:
-    """Of what a model wrote for one prompt."""
+    """Distinct halves of what a model wrote for one prompt."""
     return [Half(ids) for ids in dict.fromkeys(map(tuple, samples)) if ids]
 
 

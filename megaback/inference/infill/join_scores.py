@@ -22,7 +22,7 @@ from megaback.model.gpt import ReverseGPT
 
 Floats = npt.NDArray[np.float64]
 TOKENS_AT_ONCE = 512
-"""In one forward pass over halves or texts, each layer of which is a step."""
+"""Tokens per forward pass over halves or texts, each layer of which is a step."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,16 @@ class JoinScores:
     """One model's log-probabilities in nats, by halves and by cuts from 1 on, padded."""
 
     own_IA: Floats
-    """Of the ids of its own half, up to the cut."""
+    """Log-probabilities of the ids of its own half, up to the cut."""
     next_IAC: npt.NDArray[np.float32]
-    """Of each of C ids, as the one after the cut: by far the largest table."""
+    """Log-probability of each of C ids as the one after the cut: by far the largest table."""
     column_JB: npt.NDArray[np.int64]
-    """Which of the C is the id of the other half next to the cut."""
+    """Index among the C of the other half's id next to the cut."""
     rest_JB: Floats
-    """Of what comes after that id, as if the join were at the end of the other half."""
+    """Log-probability of what comes after that id, as if the join were at the end of the other
+    half."""
     tokens_after: int
-    """How many ids come after both halves."""
+    """Number of ids after both halves."""
 
     def of_own(self, half: int) -> Floats:
         """log P(what comes after the prompt), of the joins of one of its halves: (A, J, B)."""

@@ -29,7 +29,7 @@ class Join:
     backward: int
     backward_cut: int
     estimate: float
-    """Of the score, in nats a token."""
+    """Estimate of the score, in nats per token."""
 
 
 def mean_per_token(
@@ -98,7 +98,7 @@ def best_join_steps(
 
 
 def _best(score_JC: Floats) -> list[list[tuple[int, float]]]:
-    """Of each row the columns and the values of a few, the best first, of equal ones the first.
+    """Columns and values of the few best of each row, the best first, of equal ones the first.
 
     Leaves -inf where they were. Far faster than to sort all columns, of which there are thousands.
     """

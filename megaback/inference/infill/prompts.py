@@ -20,7 +20,7 @@ class InfillPrompts:
     beginning: str
     ending: str
     codec: TextCodec
-    """Of the forward model."""
+    """Codec of the forward model."""
     before: tuple[int, ...]
     """The forward model's prompt."""
     before_held: int
