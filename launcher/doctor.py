@@ -221,7 +221,7 @@ def _print_table(lines: Sequence[Line]) -> None:
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
 @click.option("--json", "as_json", is_flag=True, help="Print the facts and what they mean as JSON.")
 def main(folder: Path, as_json: bool) -> None:
-    """Say what works on this machine, and what to type for what does not.
+    """Check what works on this machine, and suggest fixes for what does not.
 
     FOLDER is where runs are to go. The exit code is 0 if shards can be built and a model trained
     and used here, on its GPUs if it has any, and 3 otherwise.

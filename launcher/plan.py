@@ -214,10 +214,10 @@ def main(
     vocab_size: int | None,
     as_json: bool,
 ) -> None:
-    """Work out what the run that CONFIG describes takes on a cluster, with key.sub=value OVERRIDES.
+    """Estimate what the run of CONFIG, with key.sub=value OVERRIDES, needs on a cluster.
 
-    Nothing is started, and the devices need not be here. A run that does not fit ends with code 14
-    and the smallest change that does.
+    Nothing is started, and no GPU is needed. A run that does not fit ends with code 14 and the
+    smallest change that fits.
     """
     settings = load_config(config, overrides)
     per_node = devices_per_node or settings.hardware.processes or 8

@@ -19,26 +19,29 @@ _Commands = dict[str, tuple[str, str]]
 
 # name: (module that serves it, short help)
 _COMMANDS: _Commands = {
-    "plan": ("launcher.plan", "Work out a run's memory, time, network and disk before it starts."),
-    "submit": ("launcher.slurm.submit", "Check a run, and queue it on a Slurm cluster."),
-    "jobs": ("launcher.slurm.jobs", "Show runs, their Slurm jobs, and how far they are."),
+    "plan": ("launcher.plan", "Estimate a run's memory, time, network and disk before it starts."),
+    "submit": ("launcher.slurm.submit", "Check a run, and submit it to a Slurm cluster."),
+    "jobs": ("launcher.slurm.jobs", "Show runs, their Slurm jobs, and their progress."),
     "train": ("launcher.train", "Train on this machine or on several, through DeepSpeed."),
-    "doctor": ("launcher.doctor", "Say what works on this machine, and how to mend the rest."),
-    "plot": ("tools.plot", "Draw the curves of runs, several over each other."),
-    "status": ("tools.status", "Say where a run stands, how it got there and when it ends."),
+    "doctor": ("launcher.doctor", "Check this machine's setup, and suggest fixes."),
+    "plot": ("tools.plot", "Plot the curves of one or several runs."),
+    "status": ("tools.status", "Show a run's progress, history and expected end."),
     "arrow": ("tools.arrow", "Compare a model's two directions on the same documents."),
-    "watch": ("tools.watch", "Say whether a run is well, slow, stuck or dead, and why."),
-    "rollback": ("tools.rollback", "Set a run back to before bad data, and past it."),
-    "inspect": ("tools.inspect_path", "Say what a path is, whether it is whole, and what made it."),
-    "convert": ("tools.convert", "Turn a checkpoint into a model for anywhere."),
-    "chat": ("tools.chat", "Give a response, get the instruction for it."),
-    "backtranslate": ("tools.backtranslate", "Write instructions for texts, to fine-tune on."),
+    "watch": ("tools.watch", "Report whether a run is running, slow, stuck or dead, and why."),
+    "rollback": ("tools.rollback", "Roll back to an earlier checkpoint, and skip the steps since."),
+    "inspect": (
+        "tools.inspect_path",
+        "Identify a path, whether it is complete, and what wrote it.",
+    ),
+    "convert": ("tools.convert", "Export a checkpoint: full, Hugging Face or GGUF."),
+    "chat": ("tools.chat", "Generate the instruction for a response."),
+    "backtranslate": ("tools.backtranslate", "Generate instructions for texts, to fine-tune on."),
     "rerank": ("tools.rerank", "Rank answers by how well they explain their question."),
-    "score": ("tools.score", "Say how well each answer explains its question."),
-    "eval": ("tools.evaluate", "Measure what a model can do, on held-out data."),
-    "sample": ("tools.sample", "Write what comes before an ending."),
-    "infill": ("tools.infill", "Write what comes between a beginning and an ending."),
-    "serve": ("tools.serve", "Serve a model to OpenAI's clients, and as a page."),
+    "score": ("tools.score", "Score how well each answer explains its question."),
+    "eval": ("tools.evaluate", "Evaluate a model on held-out data."),
+    "sample": ("tools.sample", "Generate the text before an ending."),
+    "infill": ("tools.infill", "Generate the text between a beginning and an ending."),
+    "serve": ("tools.serve", "Serve a model through OpenAI's API, and as a web page."),
 }
 _INTERNAL: _Commands = {"slurm-job": ("launcher.slurm.job", "")}
 """Commands of batch files. A module by its own name could be another project's `launcher`."""
@@ -57,24 +60,27 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
         {"build": ("data_pipeline.build.instruct", "Encode instruction rows into shards.")},
     ),
     "shards": (
-        "Build and look at data sets.",
+        "Build and inspect data sets.",
         {
             "plan": (
                 "data_pipeline.build.plan_command",
-                "Freeze what is read, and cut it into tasks.",
+                "Freeze the list of sources, and split it into tasks.",
             ),
             "build": (
                 "data_pipeline.build.command",
                 "Encode a source into shards of reversed tokens.",
             ),
-            "finalize": ("data_pipeline.build.finalize", "Make a data set of tasks that are done."),
+            "finalize": (
+                "data_pipeline.build.finalize",
+                "Write the manifest of a build whose tasks are done.",
+            ),
             "verify": ("data_pipeline.shards.verify", "Decode and re-hash every shard."),
             "recompress": (
                 "data_pipeline.shards.recompress",
-                "Write the shards with other compression.",
+                "Rewrite the shards with other compression.",
             ),
             "inspect": ("data_pipeline.shards.inspection", "Show what a data set holds."),
-            "locate": ("tools.locate", "Tell at which steps a run sees a document."),
+            "locate": ("tools.locate", "Show at which steps a run reads a document."),
         },
     ),
 }

@@ -144,7 +144,7 @@ def main(
 
     Both have the same seed, documents and steps; the config's data.direction does not matter. The
     runs are RUN/seed-N/forward and RUN/seed-N/backward, and what comes of them is
-    RUN/arrow.json and RUN/arrow.png. Run the same command again to go on.
+    RUN/arrow.json and RUN/arrow.png. Run the same command again to resume.
     """
     settings = load_config(config, overrides)
     runs = runs_of(settings, seeds)

@@ -350,9 +350,9 @@ def main(
     task_index: int | None,
     device: str | None,
 ) -> None:
-    """Write instructions for texts with the fine-tuned backward model in DIR.
+    """Generate instructions for texts with the fine-tuned backward model in DIR.
 
-    Run again after a kill, it goes on. --keep and --min-score may be changed afterwards.
+    Run the same command again to resume. --keep and --min-score may be changed afterwards.
     """
     if task_index is not None and task_index >= tasks:
         raise click.UsageError(f"--task-index {task_index} is none of {tasks} --tasks.")

@@ -94,9 +94,9 @@ def convert(
 def main(
     checkpoint: Path, kind: str, out: Path, overwrite: bool, dtype: str, max_shard_size: int
 ) -> None:
-    """Turn CHECKPOINT (a run, one of its checkpoints, or a converted model) into a folder.
+    """Export CHECKPOINT (a run, one of its checkpoints, or a converted model) to a folder.
 
-    RUN/checkpoints/best names the best one of a run with validation.patience.
+    RUN/checkpoints/best is the best one of a run with validation.patience.
     """
     convert(checkpoint, out, kind, dtype, max_shard_size, overwrite=overwrite)
     click.echo(f"wrote {out}")

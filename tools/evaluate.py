@@ -76,7 +76,9 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     help="Suite to run. May be repeated.",
 )
 @click.option(
-    "--rows", help="File of held-out instruction rows (JSON lines), for recall and dictionary."
+    "--rows",
+    help="File of held-out instruction rows (JSON lines), for instruction-recall "
+    "and reverse-dictionary.",
 )
 @click.option(
     "--word-pattern",
@@ -85,7 +87,8 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     "word. Default: ^Define the \\w+ '(.+)'\\.$",
 )
 @click.option(
-    "--passages", help="Source of held-out documents, for the choice, as of shards build."
+    "--passages",
+    help="Source of held-out documents, for passage-choice, as of `megaback shards build`.",
 )
 @click.option(
     "--passage-characters",
@@ -94,11 +97,11 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     show_default=True,
     help="Length of a passage, in characters.",
 )
-@click.option("--shards", help="Data set whose val set is measured, in bits per byte.")
+@click.option("--shards", help="Data set whose val set is measured, for bits-per-byte.")
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
-    help="Folder of a forward model, for the choice too.",
+    help="Folder of a forward model, for passage-choice too.",
 )
 @click.option(
     "--limit",
@@ -132,7 +135,7 @@ def main(
     device: str | None,
     **options: Any,
 ) -> None:
-    """Measure the model in DIR by one or several suites."""
+    """Evaluate the model in DIR on one or several suites."""
     inputs = (folder, forward, options["rows"], options["passages"], options["shards"])
     for option, path, is_ours in (
         ("--out", out, json_object_with("model", "suites")),

@@ -175,7 +175,7 @@ def main(
     seed: int,
     device: str | None,
 ) -> None:
-    """Write what could stand between a beginning and an ending.
+    """Generate the text between a beginning and an ending.
 
     A forward and a backward model of one tokenizer write candidates, which are joined where both
     find the whole most likely. With --json, each line from stdin is an object such as

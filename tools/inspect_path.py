@@ -26,9 +26,9 @@ def _shown(value: Any) -> str:
 @click.option("--verify", is_flag=True, help="Hash and decode everything, not only look at sizes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def main(path: Path, verify: bool, as_json: bool) -> None:
-    """Say what PATH is: a data set, a shard, a tokenizer, a run, a checkpoint or a model.
+    """Identify PATH: a data set, a shard, a tokenizer, a run, a checkpoint or a model.
 
-    What is damaged or nothing of megaback's is one sentence with its exit code.
+    A path that is damaged, or not megaback's, is one sentence with its exit code.
     """
     from tools.artifacts import inspect
 

@@ -350,7 +350,7 @@ def main(
     world_size: int | None,
     as_json: bool,
 ) -> None:
-    """Tell at which steps the run of CONFIG_OR_RUN, with key.sub=value OVERRIDES, sees a document.
+    """Show at which steps the run of CONFIG_OR_RUN, with key.sub=value OVERRIDES, reads a document.
 
     CONFIG_OR_RUN is a config file or the folder of a run. A text that is several documents is
     located in each of them; one that is none ends with code 20.

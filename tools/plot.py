@@ -142,7 +142,7 @@ def _with_numbers(folder: Path) -> list[Path]:
 def main(
     runs: tuple[Path, ...], out: Path, axis: Axis, smooth: int | None, log: bool, overwrite: bool
 ) -> None:
-    """Draw the curves of runs, several over each other.
+    """Plot the curves of one or several runs.
 
     A RUN may also be a folder with runs up to three levels below it.
     """

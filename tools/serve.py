@@ -206,7 +206,7 @@ def main(
     device: str | None,
     dtype: str,
 ) -> None:
-    """Serve the model DIR to OpenAI's clients, and as a page to look at.
+    """Serve the model DIR through OpenAI's API, and as a web page.
 
     DIR is what `megaback convert` wrote, a run or a checkpoint.
     """

@@ -232,7 +232,7 @@ def _at(seconds: float) -> str:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(run: Path, as_json: bool) -> None:
-    """Say where RUN stands, how it got there, and when it ends."""
+    """Show the progress, history and expected end of RUN."""
     now = time.time()
     status = status_of(run, now)
     click.echo(json.dumps(asdict(status)) if as_json else fit(screen(status, now)))

@@ -84,14 +84,14 @@ def health_of(run: Path, now: float | None = None) -> Health:
     "--every",
     "every_s",
     type=WATCH_SECONDS.option,
-    help="Interval between looks, in seconds. Default: one look.",
+    help="Interval between reports, in seconds. Default: one report.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per look.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per report.")
 def main(run: Path, every_s: float | None, as_json: bool) -> None:
-    """Say whether RUN is finished, stopped, starting, running, slow, stuck or dead, and why.
+    """Report whether RUN is finished, stopped, starting, running, slow, stuck or dead, and why.
 
     The exit code is 0 for a run that is well or finished, 3 for one that was stopped, 4 for slow,
-    5 for stuck, 6 for dead. With --every, it goes on until the run ends.
+    5 for stuck, 6 for dead. With --every, reports repeat until the run ends.
     """
     while True:
         health = health_of(run)

@@ -224,8 +224,8 @@ def main(
 ) -> None:
     """Encode sources into compressed shards of (reversed) tokens.
 
-    With --source and --tokenizer, plans and builds. Without them, does what `megaback shards plan`
-    has planned in the folder.
+    With --source and --tokenizer, plans and builds. Without them, executes the plan that
+    `megaback shards plan` wrote to the folder.
     """
     if task_index is None and tasks is not None:
         task_index = os.environ.get(_ARRAY_INDEX_VARIABLE)

@@ -103,8 +103,8 @@ def main(
 ) -> None:
     """Encode instructions and responses into shards for fine-tuning.
 
-    Records hold instruction, input and output, or the messages of a chat. Run again after a kill,
-    the build goes on.
+    Records hold instruction, input and output, or the messages of a chat. Run the same
+    command again to resume.
     """
     codec = TextCodec.load(tokenizer, Direction(direction), Unit(unit))
     split = "train" if val_sources else None

@@ -161,10 +161,10 @@ def _cells(row: Row) -> tuple[str, ...]:
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUNS_FOLDER]...")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def main(folders: tuple[Path, ...], as_json: bool) -> None:
-    """Show the runs in RUNS_FOLDER (default: runs), their Slurm jobs, and how far they are.
+    """Show the runs in RUNS_FOLDER (default: runs), their Slurm jobs, and their progress.
 
-    A RUNS_FOLDER may be a run itself, or have runs up to three levels below it. TO TRAIN is what is
-    left at the pace of the last steps.
+    A RUNS_FOLDER may be a run itself, or have runs up to three levels below it. TO TRAIN is the
+    time left at the pace of the last steps.
     """
     rows = [row for run in find_runs(folders or (Path("runs"),)) for row in rows_of_run(run)]
     if as_json:
