@@ -29,7 +29,7 @@ class Machine:
 
     host: str
     megaback: str
-    """Its version and folder."""
+    """Version and folder of megaback."""
     hidden: tuple[str, ...]
     """Modules that the working directory holds under the names of installed ones."""
     sharing: tuple[str, ...]

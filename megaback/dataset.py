@@ -33,23 +33,22 @@ _TOKENS_AT_A_TIME = 1 << 16
 
 class _Learned(TypedDict):
     input_ids: torch.Tensor
-    """int64."""
+    """Token ids, int64."""
     labels: torch.Tensor
-    """int64: `shift_labels` one place later, as transformers wants labels: a model that is given
-    only these shifts them itself, and the last target is lost."""
+    """Labels as transformers wants them, int64: `shift_labels` one place later. A model that is
+    given only these shifts them itself, and the last target is lost."""
     shift_labels: torch.Tensor
-    """int64: what each token is to predict, -100 where there is nothing to learn. For a loss that
-    does not shift; transformers' models prefer these where they are given both."""
+    """Target of each token, int64; -100 where there is nothing to learn. For a loss that does not
+    shift; transformers' models prefer these where they are given both."""
 
 
 class Rows(_Learned, total=False):
     """A row, whose tensors have shape (context_tokens,); or packed rows, with shape (1, T)."""
 
     position_ids: torch.Tensor
-    """int64: positions begin again at each document and row."""
+    """Positions, int64, which begin again at each document and row."""
     cu_seqlens: torch.Tensor
-    """int32, shape (segments + 1,): where attention begins again, from 0 to the number of tokens.
-    """
+    """Bounds of attention, int32, shape (segments + 1,): from 0 to the number of tokens."""
     max_seqlen: int
     """Tokens of the longest segment."""
 
@@ -423,7 +422,7 @@ class _Position:
     epoch: int
     row: int
     worker: tuple[int, int] | None = None
-    """Its number, and how many there are."""
+    """Number of the worker, and how many there are."""
 
 
 def _weighted(shards: str | Path | Mapping[str, float]) -> Any:

@@ -5,4 +5,4 @@ LAUNCHER_VARIABLE = "MEGABACK_LAUNCHER"
 
 
 HOST_VARIABLE = "MEGABACK_HOST"
-"""This node's name in the hostfile."""
+"""Name of this node in the hostfile."""

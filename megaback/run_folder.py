@@ -67,7 +67,7 @@ GGUF_NAME = "model.gguf"
 ADAPTER_NAME = "adapter_config.json"
 """File that another library's adapter has in place of a config."""
 HF_TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
-"""Only in folders for transformers."""
+"""File that only folders for transformers have."""
 
 CONVERTED_FOLDER = "converted"
 """Models' folders of a run's checkpoints."""

@@ -157,7 +157,7 @@ REPETITION_PENALTY = Range(0.01, 100.0)
 LOGIT_BIAS = Range(-100.0, 100.0)
 TOP_K = _whole(0, 1_000_000)
 TOP_K_OR_ALL = _whole(-1, 1_000_000)
-"""As vLLM has it: -1 is all, as 0 is."""
+"""Values of top_k as in vLLM: -1 is all, as 0 is."""
 TOKEN_ID = _whole(0, (1 << 32) - 1)
 SEED = _whole(0, (1 << 53) - 1)
 """Numbers that JavaScript can represent exactly; a sample's neighbor has the next number."""

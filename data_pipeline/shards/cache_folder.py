@@ -42,7 +42,7 @@ _FRAME = re.compile(rf"{_NUMBER}|\.{_NUMBER}{_PARTIAL}")
 _MARKER_IN_THE_MAKING = re.compile(rf"\.{re.escape(MARKER_NAME)}{_PARTIAL}")
 _NO_CONTENT = re.compile(r"lost\+found|\.DS_Store|\.nfs[0-9a-f]+")
 _UNMAPPED_USER = 65534
-"""Whom a file belongs to where the system cannot tell."""
+"""Owner of a file where the system cannot tell."""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 # Not blocking: a pipe in the place of a file would keep whoever opens it waiting.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK

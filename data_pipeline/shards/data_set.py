@@ -34,7 +34,7 @@ class Folder(Protocol):
     """The files of a data set, by name."""
 
     shown: str
-    """Its address, for messages."""
+    """Address of the folder, for messages."""
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """All of a file, which has no more bytes. Raises OSError, SourceUnreadableError."""
@@ -63,7 +63,7 @@ class DataSet:
     def __init__(self, folder: Folder, manifest: Manifest, cache: FrameCache | None = None) -> None:
         self.manifest = manifest
         self.name = folder.shown
-        """Its path or URL, without passwords and signatures: for messages."""
+        """Path or URL, without passwords and signatures: for messages."""
         self._folder = folder
         self._cache = cache
         self._dictionary: bytes | None = None

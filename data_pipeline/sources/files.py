@@ -36,7 +36,7 @@ class DataFile(Protocol):
     """A file of a source, looked at once."""
 
     shown: str
-    """Its address, for messages."""
+    """Address of the file, for messages."""
     size_bytes: int
     stamp: str
 

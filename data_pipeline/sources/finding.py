@@ -45,7 +45,7 @@ class Files:
     """The files of a source."""
 
     readable: list[str]
-    """Their addresses, sorted."""
+    """Addresses of the files, sorted."""
     skipped: Skipped
     linked: list[str]
     """Folders outside of the source that links in it lead to."""

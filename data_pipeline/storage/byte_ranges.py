@@ -18,7 +18,7 @@ class ByteRanges(Protocol):
     """
 
     shown: str
-    """Its address, for messages."""
+    """Address of the file, for messages."""
 
     def tail(self, num_bytes: int) -> tuple[int, bytes]:
         """The file's size, and its last `num_bytes` bytes, more of them, or all of it.

@@ -32,7 +32,7 @@ class FileFacts:
 
     size_bytes: int
     version: str | None
-    """Its ETag, checksum or else time; None when nothing of the kind is said."""
+    """ETag, checksum or else time of the file; None when nothing of the kind is said."""
 
 
 async def fetch_part(

@@ -58,7 +58,7 @@ class Allocation:
     nodes: int
     ranks_per_node: int
     gpus_per_node: int | None
-    """0 for none; None leaves what stands in the sbatch file."""
+    """Number of GPUs per node; None leaves what stands in the sbatch file."""
 
     @property
     def num_ranks(self) -> int:

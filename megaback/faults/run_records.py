@@ -25,9 +25,9 @@ class Fields:
     times: frozenset[str] = frozenset()
     """Seconds since the epoch."""
     numbers: frozenset[str] = frozenset()
-    """Or null."""
+    """Numbers or null."""
     texts: frozenset[str] = frozenset()
-    """Or null."""
+    """Texts or null."""
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
         """Which field holds what it cannot, if one does."""

@@ -72,7 +72,7 @@ class _Row:
     sample: Sample
     draws: np.random.Generator
     choice: SamplingOptions
-    """Its options, equal for rows that choose among their next ids in the same way."""
+    """Options that are equal for rows that choose among their next ids in the same way."""
 
 
 @dataclass(eq=False)

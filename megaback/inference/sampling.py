@@ -45,26 +45,27 @@ class SamplingOptions:
     """
 
     max_new_tokens: int = 500
+    """Maximum number of tokens of a sample."""
     temperature: float = 0.8
-    """0 takes the most likely token, as does anything below 1e-5: logits divided by less are no
-    longer numbers."""
+    """Sampling temperature; 0 takes the most likely token, as does anything below 1e-5: logits
+    divided by less are non-finite."""
     top_k: int = 200
-    """Choose among this many of the most likely tokens; 0 for all."""
+    """Number of most likely tokens to sample from; 0: all."""
     seed: int = 0
     """Seed of the first sample; the next ones have the next numbers."""
     top_p: float = 1.0
-    """Choose among the fewest tokens that have this probability together: Holtzman et al., "The
+    """Probability that the fewest tokens to sample from have together: Holtzman et al., "The
     Curious Case of Neural Text Degeneration" (2020)."""
     min_p: float = 0.0
-    """Leave out tokens of less than this part of the likeliest one's probability."""
+    """Minimum probability of a token, relative to that of the most likely one."""
     repetition_penalty: float = 1.0
-    """Divides the logits above 0 of ids that were read or written, and multiplies those below:
+    """Divisor of the logits above 0 of ids that were read or written, and factor of those below:
     Keskar et al., "CTRL" (2019)."""
     stop_ids: tuple[int, ...] = ()
     """Ids that end a sample, beside the document's end marker."""
     min_new_tokens: int = 0
-    """Before this many tokens no id that ends a sample is chosen, however likely: the others share
-    its probability."""
+    """Number of tokens before which no id that ends a sample is chosen, however likely: the others
+    share its probability."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that makes no sense."""

@@ -73,7 +73,7 @@ class RunPlan:
     """None: the device's arithmetic is not known."""
     checkpoint_bytes: float
     checkpoints_kept: int | None
-    """While one is being written; None: the run's length is not known."""
+    """Number of checkpoints while one is being written; None: the run's length is not known."""
 
     @property
     def memory(self) -> RankMemory:

@@ -101,8 +101,9 @@ class StepRecord:
     data_wait_share: float
     """Share of these seconds that the rank waited that waited longest for its rows."""
     memory_peak_bytes: int
-    """Since the start, of the rank with most: of its GPU's allocator, or resident on a CPU."""
+    """Memory peak since the start, of the rank with most: of its GPU's allocator, or resident on a
+    CPU."""
     skipped_rows: int = 0
     """Rows of frames that could not be read."""
     skipped: str | None = None
-    """Why the step changed no weights, if it did not."""
+    """Reason why the step changed no weights, if it did not."""

@@ -12,7 +12,7 @@ class Tracker(Protocol):
     """Where numbers go besides metrics.jsonl. Any exception means that it has failed."""
 
     held_step: int
-    """Up to here it has everything from earlier starts: only later steps are written to it."""
+    """Last step that it holds from earlier starts: only later steps are written to it."""
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Take what a line of metrics.jsonl says of a step; steps never go down."""

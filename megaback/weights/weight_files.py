@@ -109,7 +109,7 @@ class StoredWeights:
         self.names = self._names_of_files(folder)
         """The files."""
         self.changed: list[str] = []
-        """Those that another program has written."""
+        """Files that another program has written."""
         self._folder = folder
         self._files: dict[str, TensorFile] = {}
         for name in self.names:

@@ -41,7 +41,7 @@ class ChoiceText:
     prompt: Prompt
     stops: Sequence[str]
     tokens: int = 0
-    """Written so far, without the end marker."""
+    """Tokens written so far, without the end marker."""
     finish_reason: FinishReason | None = None
     _pending: list[Token] = field(default_factory=list)
 
