@@ -22,7 +22,7 @@ NO_NOUN_IN_CONFIG = re.compile(
 )
 NO_NOUN = re.compile("of|that|by")
 NO_NOUN_IN_FIELD = re.compile(
-    "of|that|by|at|below|besides|from|for|how|in|its?|on|or|their|to|until|what|when|where|which|who|"
+    "of|that|by|at|below|besides|from|for|how|in|its|on|or|their|to|until|what|when|where|which|who|"
     "whose|with"
 )
 UNITS = {
