@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from data_pipeline.common.command import WITH_SHORT_HELP, report, run_as_process, scrubbed
+from data_pipeline.common.command import WithShortHelp, report, run_as_process, scrubbed
 from data_pipeline.common.logging_setup import verbose_option
 from data_pipeline.errors import LaunchError
 from megaback.installation import missing_module
@@ -86,13 +86,11 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(WithShortHelp, click.Group):
     """A group whose commands are modules, imported when one is run or its own help is asked for."""
 
     def __init__(self, name: str, modules: _Commands, help_text: str) -> None:
-        super().__init__(
-            name, help=help_text, params=[verbose_option()], context_settings=WITH_SHORT_HELP
-        )
+        super().__init__(name, help=help_text, params=[verbose_option()])
         self._modules = modules
 
     def main(self, *arguments: Any, **options: Any) -> Any:

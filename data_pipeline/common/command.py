@@ -39,7 +39,6 @@ from data_pipeline.common.unquoted import require_quoted, too_many
 from data_pipeline.errors import BackendError, ConfigError, MegabackError, StorageError
 from data_pipeline.redaction import scrub
 
-WITH_SHORT_HELP = {"help_option_names": ["--help", "-h"]}
 READER_GONE_CODE = 141
 """128 and SIGPIPE: what a shell sees of any program whose output nobody reads any more."""
 
@@ -153,7 +152,14 @@ def run_as_process(main: Callable[..., Any], *arguments: Any, **options: Any) ->
         raise SystemExit(report(storage_error(error))) from None
 
 
-class Command(click.Command):
+class WithShortHelp(click.Command):
+    """A command or group whose `-h` is its help."""
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        return [*super().get_help_option_names(ctx), "-h"]
+
+
+class Command(WithShortHelp):
     """A click command that ends every `MegabackError` with its sentence and its exit code.
 
     What it prints to standard output is its result: see `data_pipeline.common.console`.
@@ -161,7 +167,6 @@ class Command(click.Command):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.context_settings = {**WITH_SHORT_HELP, **self.context_settings}
         self.params.append(verbose_option())
 
     def main(self, *arguments: Any, **options: Any) -> Any:
