@@ -104,6 +104,12 @@ def open_dataset(
             TokenizerMismatchError and others of `megaback.errors` for the shards. Iterating raises
             ShardCorruptError and SourceUnreadableError.
     """
+    given = {"packed": packed, "position_ids": position_ids, "cu_seqlens": cu_seqlens}
+    for name, value in given.items():
+        if not isinstance(value, bool):  # "no" would be taken for True
+            raise ConfigError(f"open_dataset: `{name}` is {value!r}; it is True or False")
+    if not isinstance(cache, str | Path | None):
+        raise ConfigError(f"open_dataset: `cache` is {cache!r}; it is a folder, or None")
     try:
         section = DataSection(
             shards=_weighted(shards),
@@ -242,7 +248,11 @@ class RowDataset(IterableDataset[Rows]):
         """The state in which a step, counted over all epochs, comes next.
 
         It is the same for every rank and worker, and may be loaded with another number of them.
+        Raises ConfigError for what is no number of steps.
         """
+        if (problem := ranges.COUNT_OR_ZERO.problem(step)) is not None:
+            raise ConfigError(f"state_at: `step` is {step!r}, which is {problem}")
+        step = int(step)  # of numpy too, which is no JSON
         rows = self._rows()
         return {
             "epoch": step // rows.steps,
@@ -264,7 +274,9 @@ class RowDataset(IterableDataset[Rows]):
             order, world_size = dict(state["order"]), int(state["world_size"])
             worker = state.get("worker")
             worker = None if worker is None else (int(worker[0]), int(worker[1]))
-        except (KeyError, TypeError, ValueError, IndexError):
+            if any(ranges.COUNT_OR_ZERO.problem(one) for one in (epoch, step, row)):
+                raise ValueError("no place in a data set")
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError):
             raise ConfigError(
                 "load_state_dict: this is no state of a data set of open_dataset; with torchdata, "
                 "load the state of the StatefulDataLoader into the StatefulDataLoader"
@@ -426,6 +438,12 @@ class _Position:
 
 
 def _weighted(shards: str | Path | Mapping[str, float]) -> Any:
+    addresses = shards if isinstance(shards, Mapping) else (shards,)
+    if not addresses or not all(isinstance(one, str | Path) and str(one) for one in addresses):
+        raise ConfigError(
+            f"open_dataset: `shards` is of type {type(shards).__name__}, or an address is missing; "
+            "give a folder or URL, or a dictionary {address: weight} of several"
+        )
     if isinstance(shards, Mapping):
         return [{"path": str(path), "weight": weight} for path, weight in shards.items()]
     return str(shards)

@@ -316,6 +316,15 @@ def test_a_spawned_worker_knows_its_parents_rank(
     assert_same(together(iter(loaded(pickle.loads(there), 0))), own)
 
 
+def test_a_step_is_a_whole_number_and_its_state_is_json(tiny_shards: Path) -> None:
+    dataset = opened(tiny_shards)
+    for step in (-1, 1.5, None, "3"):
+        with pytest.raises(ConfigError, match=f"state_at: `step` is {step!r}, which is not "):
+            dataset.state_at(step)  # type: ignore[arg-type] # what a caller may do
+    of_numpy = dataset.state_at(np.int64(3))  # type: ignore[arg-type] # as above
+    assert json.loads(json.dumps(of_numpy)) == dataset.state_at(3)
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "said"),
     [
@@ -334,6 +343,13 @@ def test_a_spawned_worker_knows_its_parents_rank(
         ({"rank": 0, "world_size": 3}, BatchError, "global_batch_rows 8"),
         ({"shards": {"nowhere": 0.0}}, ConfigError, "shards.0.weight = 0.0: "),
         ({"shards": "nowhere"}, ShardsMissingError, "nowhere"),
+        ({"shards": ["a", "b"]}, ConfigError, "`shards` is of type list"),
+        ({"shards": None}, ConfigError, "`shards` is of type NoneType"),
+        ({"shards": ""}, ConfigError, "or an address is missing; give a folder"),
+        ({"shards": {}}, ConfigError, "or an address is missing; give a folder"),
+        ({"packed": "no"}, ConfigError, "`packed` is 'no'; it is True or False"),
+        ({"cu_seqlens": 1}, ConfigError, "`cu_seqlens` is 1; it is True or False"),
+        ({"cache": 0}, ConfigError, "`cache` is 0; it is a folder, or None"),
     ],
 )
 def test_an_argument_that_cannot_work_is_named(
@@ -361,8 +377,11 @@ def test_several_workers_without_a_batch_size_are_refused(tiny_shards: Path) -> 
 
 def test_the_state_of_something_else_is_refused(tiny_shards: Path) -> None:
     dataset = opened(tiny_shards)
-    with pytest.raises(ConfigError, match="this is no state"):
-        dataset.load_state_dict({"_num_yielded": 3})
+    of_step = dataset.state_at(2)
+    negative, infinite = {**of_step, "row": -1}, {**of_step, "step": float("inf")}
+    for no_state in ({"_num_yielded": 3}, negative, infinite, {**of_step, "step": 1 << 70}):
+        with pytest.raises(ConfigError, match="this is no state"):
+            dataset.load_state_dict(no_state)
     for changed in ({"seed": 4}, {"global_batch_rows": 4}, {"direction": "forward"}):
         with pytest.raises(RunMismatchError, match=f"with {next(iter(changed))} "):
             dataset.load_state_dict(opened(tiny_shards, **changed).state_dict())
