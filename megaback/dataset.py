@@ -25,6 +25,7 @@ from data_pipeline.loading.rows import IGNORED_TARGET, Batch
 from megaback.config import BatchSection, DataSection, TrainingSection
 from megaback.config_messages import sentence
 from megaback.data import OpenShards, RankRows, open_shards
+from megaback.dataset_arguments import require_flags, require_rank, weighted
 
 State = dict[str, Any]
 
@@ -104,15 +105,12 @@ def open_dataset(
             TokenizerMismatchError and others of `megaback.errors` for the shards. Iterating raises
             ShardCorruptError and SourceUnreadableError.
     """
-    given = {"packed": packed, "position_ids": position_ids, "cu_seqlens": cu_seqlens}
-    for name, value in given.items():
-        if not isinstance(value, bool):  # "no" would be taken for True
-            raise ConfigError(f"open_dataset: `{name}` is {value!r}; it is True or False")
+    require_flags(packed=packed, position_ids=position_ids, cu_seqlens=cu_seqlens)
     if not isinstance(cache, str | Path | None):
         raise ConfigError(f"open_dataset: `cache` is {cache!r}; it is a folder, or None")
     try:
         section = DataSection(
-            shards=_weighted(shards),
+            shards=weighted(shards),
             direction=direction,  # type: ignore[arg-type] # pydantic takes the word
             lanes=lanes,
             window_frames=window_frames,
@@ -133,7 +131,7 @@ def open_dataset(
     if (rank is None) != (world_size is None):
         raise ConfigError("open_dataset: give `rank` and `world_size` together, or neither")
     if rank is not None and world_size is not None:
-        _require_rank(rank, world_size)
+        require_rank(rank, world_size)
     return RowDataset(
         section,
         batch,
@@ -435,23 +433,3 @@ class _Position:
     row: int
     worker: tuple[int, int] | None = None
     """Number of the worker, and how many there are."""
-
-
-def _weighted(shards: str | Path | Mapping[str, float]) -> Any:
-    addresses = shards if isinstance(shards, Mapping) else (shards,)
-    if not addresses or not all(isinstance(one, str | Path) and str(one) for one in addresses):
-        raise ConfigError(
-            f"open_dataset: `shards` is of type {type(shards).__name__}, or an address is missing; "
-            "give a folder or URL, or a dictionary {address: weight} of several"
-        )
-    if isinstance(shards, Mapping):
-        return [{"path": str(path), "weight": weight} for path, weight in shards.items()]
-    return str(shards)
-
-
-def _require_rank(rank: int, world_size: int) -> None:
-    if not isinstance(rank, int) or not isinstance(world_size, int) or not 0 <= rank < world_size:
-        raise ConfigError(
-            f"open_dataset: `rank` is {rank!r} and `world_size` {world_size!r}; a rank is a whole "
-            "number from 0 to below that size"
-        )
