@@ -13,7 +13,7 @@ from megaback.cli import main as megaback_command
 from megaback.config import Section
 from megaback.train import main as rank_command
 from tests.helpers.paths import ROOT
-from tests.unit.test_floors import MODULES
+from tests.helpers.product import MODULES
 from tools.demo import main as demo_command
 
 NO_NOUN_IN_CONFIG = re.compile(

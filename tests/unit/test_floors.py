@@ -7,6 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 
 from tests.helpers.paths import ROOT
+from tests.helpers.product import MODULES, PACKAGES
 
 FLOORS = [
     ["data_pipeline.redaction"],
@@ -41,7 +42,6 @@ FLOORS = [
     ["tools"],
 ]
 FLOOR_OF = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
-PACKAGES = ("data_pipeline", "megaback", "launcher", "tools")
 
 
 def folder_of(module: str) -> str:
@@ -78,14 +78,6 @@ def wrong_imports(module: str, source: str) -> list[str]:
 def is_module(name: str) -> bool:
     path = ROOT.joinpath(*name.split("."))
     return path.is_dir() or path.with_suffix(".py").is_file()
-
-
-MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for package in PACKAGES
-    for path in sorted((ROOT / package).rglob("*.py"))
-    if path.name != "__init__.py"
-}
 
 
 def test_every_module_has_a_floor() -> None:

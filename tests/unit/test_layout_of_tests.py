@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 from tests.helpers.paths import ROOT
+from tests.helpers.product import PACKAGES
 
 UNIT = ROOT / "tests" / "unit"
-PACKAGES = ("data_pipeline", "launcher", "megaback", "tools")
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 
