@@ -27,6 +27,7 @@ FLOORS = [
     ["megaback.shown_config"],
     ["megaback.model", "megaback.planning"],
     ["megaback.data", "megaback.optim"],
+    ["megaback.dataset_arguments"],
     ["megaback.dataset"],
     ["megaback.distributed"],
     ["megaback.faults"],
