@@ -36,6 +36,7 @@ def slices_of(files: object) -> tuple[Slice, ...]:
     for file in checked("inputs", files, list):
         kind, path, stamp = (checked(key, file[key], str) for key in ("kind", "path", "stamp"))
         _require_readable(kind, path)
+        kept_path = kept(path)
         for piece in checked("slices", file["slices"], list):
             start, stop, size_bytes = checked("slices", piece, tuple[int, int, int])
             for number in (start, stop, size_bytes):
@@ -43,7 +44,7 @@ def slices_of(files: object) -> tuple[Slice, ...]:
             slices.append(
                 Slice(
                     kind=kind,
-                    path=kept(path),
+                    path=kept_path,
                     start=start,
                     stop=stop,
                     size_bytes=size_bytes,

@@ -107,6 +107,8 @@ _hints: Callable[[Any], dict[str, Any]] = lru_cache(maxsize=32)(typing.get_type_
 
 def _converted(value: Any, hint: Any) -> Any:
     """Raises TypeError, and ValueError for what a value holds."""
+    if type(value) is hint:  # most values, of which a plan may have a million
+        return value
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and types.NoneType in parts:
