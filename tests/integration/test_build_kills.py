@@ -208,7 +208,7 @@ def command_lines_of(group: int) -> Iterator[list[str]]:
 
 @pytest.mark.slow
 @with_and_without_selection
-@pytest.mark.parametrize("workers", [1, 2, 7])
+@pytest.mark.parametrize("workers", [1, 7])
 def test_a_build_killed_at_random_moments_ends_with_the_same_bytes(
     workers: int,
     selection: tuple[str, ...],

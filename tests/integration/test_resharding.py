@@ -82,8 +82,8 @@ def saved(config: Path) -> Callable[[int], Losses]:
 
 @pytest.mark.parametrize(
     ("before", "after", "pairs"),
-    [(2, 2, _ALL), (2, 1, _SOME), (1, 2, _SOME), (2, 4, _SOME), (4, 2, _SOME)],
-    ids=["2-2", "2-1", "1-2", "2-4", "4-2"],
+    [(2, 2, _ALL), (2, 1, _SOME), (1, 2, _SOME), (2, 4, _SOME)],
+    ids=["2-2", "2-1", "1-2", "2-4"],
 )
 def test_a_checkpoint_goes_on_at_other_stages_with_as_many_or_other_ranks(
     before: int,
