@@ -1,11 +1,8 @@
 """What has a home is written nowhere else: locks of files, hidden names, the extra for figures."""
 
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = ("data_pipeline", "megaback", "launcher", "tools")
+from tests.helpers.product import MODULES
 
 
 @pytest.mark.parametrize(
@@ -18,9 +15,6 @@ PACKAGES = ("data_pipeline", "megaback", "launcher", "tools")
 )
 def test_words_stand_in_one_module(words: str, home: str) -> None:
     holding = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for package in PACKAGES
-        for path in sorted((ROOT / package).rglob("*.py"))
-        if words in path.read_text(encoding="utf-8")
+        module for module, path in MODULES.items() if words in path.read_text(encoding="utf-8")
     ]
     assert holding == [home]

@@ -106,10 +106,10 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_are_refused_at_once(bomb: str) -> None:
     tracemalloc.start()
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match=r".") as caught:
         parse_json(BOMBS[bomb])
-    took_s = time.monotonic() - started
+    took_s = time.process_time() - started
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert took_s < 1
