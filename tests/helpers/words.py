@@ -21,7 +21,7 @@ from tests.helpers.paths import ROOT
 _PER = (
     "token|step|rank|row|second|minute|hour|line|GPU|node|file|device|shard|document|lane|layer|"
     "byte|character|sample|process|worker|day|request|head|command|core|CPU|parameter|matrix|"
-    "tensor|record|pair|frame|candidate|question|example|prompt|folder|module|task|run|choice"
+    "tensor|record|pair|frame|candidate|question|example|prompt|folder|module|choice"
 )
 _COUNTED = (
     r"nats?|bits?|tokens?|bytes?|lines?|rows?|ids|seconds?|ms|s|[kMGT]i?B|[kM]?tok|FLOPs?|steps?|"
@@ -64,8 +64,9 @@ BANNED = {
         "American spelling"
     ),
     r"\b(centre[ds]?|licences?|judgements?|modell\w+|labell\w+|cancell(ed|ing)|travell\w+|grey|"
-    r"whilst|catalogues?|defence|offence|analyse[ds]?|analysing|spelt|burnt|dreamt|towards|"
-    r"afterwards)\b": "American spelling",
+    r"whilst|catalogues?|defence|offence|analyse[ds]?|analysing|spelt|burnt|dreamt)\b": (
+        "American spelling"
+    ),
     r"\b(optim|normal|initial|serial|summar|recogn|token|organ|synchron|vector|quant|util|minim|"
     r"maxim|priorit|real|special|general|parallel|character|penal|custom|final|local|visual|capital|"
     r"standard|emphas|stabil|random|factor|memor|author)is(e|es|ed|ing|ation|ations|er|ers)\b": (

@@ -1,4 +1,4 @@
-"""What the integration tests share: training as real processes."""
+"""Fixtures of the integration tests: training as real processes."""
 
 import subprocess
 import sys
@@ -73,7 +73,7 @@ def start_training(config_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
 
 @pytest.fixture(scope="session")
 def warm_ranks() -> Iterator[Callable[[int], WarmRanks]]:
-    """`warm_ranks(world_size)`: ranks that stay for the session."""
+    """`warm_ranks(world_size)`: rank processes that are reused for the session."""
     of_size = cache(WarmRanks)
     made = [of_size(size) for size in (1, 2)]
     yield of_size

@@ -1,4 +1,4 @@
-"""`megaback arrow`: two real runs, and what differs between them; interrupted, and refused."""
+"""`megaback arrow`: two real runs and their difference in loss; interrupted; refused inputs."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def start_arrow(config: Path, run: Path, output: Path) -> "subprocess.Popen[str]
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, config_path: Path) -> tuple[Path, str]:
-    """An arrow that nothing disturbed, and what was printed."""
+    """An uninterrupted `megaback arrow`, and its output."""
     folder = tmp_path_factory.mktemp("arrow")
     process = start_arrow(config_path, folder / "run", folder / "output.txt")
     assert process.wait(200) == 0, (folder / "output.txt").read_text()
@@ -69,16 +69,16 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, config_path: Path) ->
 
 
 def found_in(run: Path) -> dict[str, Any]:
-    """What was found, without where."""
+    """The result without its paths."""
     fields: dict[str, Any] = json.loads((run / "arrow.json").read_text())
     assert fields.pop("config")["run"] == str(run)
     return fields
 
 
 def nats_of_documents(run: Path, shards: Path, *, is_turned: bool) -> tuple[float, int]:
-    """What whole documents cost the model of a run, a document at a time; and their targets.
+    """Loss of a run's model on whole documents, one at a time, and the number of targets.
 
-    Only for documents that fit the context, read as they are stored or `is_turned`.
+    Only for documents that fit the context, in stored order or, with `is_turned`, in the other.
     """
     source = open_checkpoint(run)
     model = ReverseGPT(source.description.shape, source.description.vocab_size)
@@ -123,7 +123,7 @@ def test_the_losses_are_those_of_whole_documents_read_each_way(
     assert found["gap_error"] > 0
 
 
-def test_both_runs_begin_alike_and_end_apart(finished_run: tuple[Path, str]) -> None:
+def test_both_runs_start_alike_and_end_apart(finished_run: tuple[Path, str]) -> None:
     run, _ = finished_run
     forward, backward = (val_losses_of(run / "seed-3" / name) for name in ("forward", "backward"))
 
@@ -133,7 +133,7 @@ def test_both_runs_begin_alike_and_end_apart(finished_run: tuple[Path, str]) -> 
     assert forward[STEPS] != backward[STEPS]
 
 
-def test_it_says_what_was_found_and_where(finished_run: tuple[Path, str]) -> None:
+def test_the_result_and_its_path_are_printed(finished_run: tuple[Path, str]) -> None:
     run, output = finished_run
     whole = found_in(run)["whole"]
 
@@ -143,7 +143,7 @@ def test_it_says_what_was_found_and_where(finished_run: tuple[Path, str]) -> Non
     assert (run / "arrow.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_arrow_that_was_interrupted_comes_to_the_same(
+def test_an_interrupted_arrow_resumes_to_the_same_result(
     finished_run: tuple[Path, str], config_path: Path, tmp_path: Path
 ) -> None:
     run, output = tmp_path / "run", tmp_path / "output.txt"
@@ -158,7 +158,7 @@ def test_an_arrow_that_was_interrupted_comes_to_the_same(
     assert found_in(run) == found_in(finished_run[0])
 
 
-def test_inspect_knows_what_it_left(finished_run: tuple[Path, str], tmp_path: Path) -> None:
+def test_inspect_identifies_its_outputs(finished_run: tuple[Path, str], tmp_path: Path) -> None:
     run, _ = finished_run
     whole = found_in(run)["whole"]
 
@@ -189,20 +189,18 @@ def copied_run(finished_run: tuple[Path, str], tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run[0], tmp_path / "run"))
 
 
-def test_runs_that_were_trained_elsewhere_are_only_measured(
-    copied_run: Path, config_path: Path
-) -> None:
+def test_finished_runs_are_measured_without_training(copied_run: Path, config_path: Path) -> None:
     before = json.loads((copied_run / "arrow.json").read_text())
     (copied_run / "arrow.json").unlink()
 
     result = arrow(config_path, f"run={copied_run}", *OPTIONS, "--measure-only")
 
     assert result.exit_code == 0, result.output
-    assert "ranks" not in result.output  # as training says
+    assert "ranks" not in result.output  # as training logs it
     assert found_in(copied_run)["whole"] == before["whole"]
 
 
-def test_fewer_documents_can_be_asked_for_and_are_spread_evenly(
+def test_fewer_documents_are_spread_evenly(
     copied_run: Path, config_path: Path, tiny_shards: Path
 ) -> None:
     options = (f"run={copied_run}", *OPTIONS, "--measure-only", "--documents", 5)
@@ -219,16 +217,14 @@ def test_fewer_documents_can_be_asked_for_and_are_spread_evenly(
     assert whole["targets"] == sum(lengths[place] - 1 for place in last_of_fifths)
 
 
-def test_runs_that_are_not_there_cannot_be_measured(config_path: Path, tmp_path: Path) -> None:
+def test_missing_runs_are_refused(config_path: Path, tmp_path: Path) -> None:
     result = arrow(config_path, f"run={tmp_path / 'none'}", *OPTIONS, "--measure-only")
 
     assert_refused(result, CheckpointMissingError, "seed-3/forward")
     assert not (tmp_path / "none").exists()
 
 
-def test_a_model_of_the_other_direction_is_not_taken_for_it(
-    copied_run: Path, config_path: Path
-) -> None:
+def test_a_model_of_the_other_direction_is_refused(copied_run: Path, config_path: Path) -> None:
     shutil.rmtree(copied_run / "seed-3" / "forward")
     shutil.copytree(copied_run / "seed-3" / "backward", copied_run / "seed-3" / "forward")
 
@@ -256,7 +252,7 @@ def test_runs_of_unequal_length_are_not_compared(copied_run: Path, config_path: 
     ],
     ids=["init-from", "patience"],
 )
-def test_what_would_favour_a_direction_is_refused(
+def test_settings_that_favor_a_direction_are_refused(
     override: str,
     kind: type[MegabackError],
     words: tuple[str, ...],

@@ -1,4 +1,4 @@
-"""Every benchmark runs: as a process, on little data that is made up, for seconds."""
+"""Every benchmark runs in smoke mode: as a process, on a little synthetic data."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ BENCHMARKS = sorted(path for path in _FOLDER.glob("*.py") if path.name != _HELPE
 def test_a_benchmark_runs_in_its_smoke_mode_and_gives_no_figures(
     path: Path, tmp_path: Path
 ) -> None:
-    """In another folder, as those that start this file anew must find themselves there too."""
+    """Run in another folder: benchmarks that start themselves as a process must work there too."""
     result = subprocess.run(
         [sys.executable, path, "--smoke"],
         cwd=tmp_path,

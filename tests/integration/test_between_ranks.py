@@ -1,4 +1,4 @@
-"""Two real ranks: nothing that one of them sends is executed, and nobody else can reach them."""
+"""Two real ranks exchange nothing pickled, and other machines cannot connect to them."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def sealed(config_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of two ranks that trained without pickle, and what the first one said."""
+    """Folder of two ranks that trained without pickle, and the output of the first."""
     folder = tmp_path_factory.mktemp("sealed")
     ranks = [
         subprocess.Popen(
@@ -34,7 +34,7 @@ def sealed(config_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return folder, said[0][0]
 
 
-def test_runs_start_save_and_go_on_without_anything_being_unpickled(
+def test_runs_start_save_and_resume_without_unpickling(
     sealed: tuple[Path, str],
 ) -> None:
     assert json.loads(sealed[1]) == {"2": [75, 0], "3": [75, 0]}

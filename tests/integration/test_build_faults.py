@@ -1,6 +1,6 @@
-"""What disks and sources do to builds: one sentence, nothing half-written; the next run goes on.
+"""Faults of disks and sources during builds: one error message, no partial file, then a resume.
 
-Every case ends with the bytes of a build that nothing happened to.
+Every case ends with the bytes of an undisturbed build.
 """
 
 import gzip
@@ -96,7 +96,7 @@ def source(tmp_path: Path, english_documents: list[str]) -> Path:
 
 
 def contents(out: Path) -> dict[str, str]:
-    """Hashes of all files but records and locks; of drafts and staged files, too."""
+    """Hashes of all files except records and locks, partial and staged files included."""
     hidden = out / BUILD_FOLDER
     kept = {*hidden.glob("*.lock"), *hidden.glob("task-?????.json")}
     kept |= {*hidden.glob("selected-?????.json")}
@@ -111,7 +111,7 @@ def require_one_sentence(
     result: "subprocess.CompletedProcess[str]", kind: type[MegabackError], *names: str
 ) -> None:
     assert result.returncode == kind.exit_code, result.stderr
-    # A build that takes longer than ten seconds says how far it is.
+    # A build that takes longer than ten seconds prints its progress.
     lines = result.stderr.splitlines()
     (sentence,) = [line for line in lines if not line.startswith('{"event": "build"')]
     assert sentence.startswith("megaback: error: ")
@@ -119,7 +119,7 @@ def require_one_sentence(
 
 
 def require_nothing_half_written(out: Path) -> None:
-    """Every shard under its final name is whole, and what was not finished is gone."""
+    """Check that every shard under its final name is complete and no unfinished file is left."""
     assert not (out / "manifest.json").exists()
     assert list(out.rglob("*.partial")) == []
     for shard in out.rglob("*.zst"):
@@ -130,7 +130,7 @@ def require_nothing_half_written(out: Path) -> None:
 
 @with_and_without_selection
 @pytest.mark.parametrize("used", [0.3, 0.6, 0.9])
-def test_a_disk_that_gets_full_on_the_way_ends_a_build_that_goes_on_when_there_is_space(
+def test_a_build_resumes_after_a_disk_filled_up_midway(
     used: float,
     selection: tuple[str, ...],
     build: Build,
@@ -158,7 +158,7 @@ def bytes_of(folder: Path) -> int:
 
 
 @with_and_without_selection
-def test_a_disk_that_is_full_at_the_end_ends_a_build_that_goes_on_when_there_is_space(
+def test_a_build_resumes_after_a_disk_filled_up_at_the_end(
     selection: tuple[str, ...],
     build: Build,
     run_megaback: Run,
@@ -214,7 +214,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], type[MegabackError], str]] 
 
 @pytest.mark.parametrize("is_planned", [False, True], ids=["at first", "after the plan"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_file_ends_a_build_that_goes_on_when_it_is_mended(
+def test_a_build_resumes_after_a_broken_file_is_fixed(
     fault: str, is_planned: bool, build: Build, source: Path, run_megaback: Run, tmp_path: Path
 ) -> None:
     name, break_file, kind, sentence = FAULTS[fault]
@@ -236,9 +236,7 @@ def test_a_broken_file_ends_a_build_that_goes_on_when_it_is_mended(
     assert contents(out) == contents(tmp_path / "uninterrupted")
 
 
-def test_bad_records_that_are_left_out_are_counted_for_the_user(
-    build: Build, source: Path, tmp_path: Path
-) -> None:
+def test_skipped_bad_records_are_counted(build: Build, source: Path, tmp_path: Path) -> None:
     _one_bad_line(source / "3.jsonl")
     result = build(tmp_path / "shards", "--on-bad-record", "skip")
     assert "documents left out: 1 (bad record)" in result.stdout
@@ -246,7 +244,7 @@ def test_bad_records_that_are_left_out_are_counted_for_the_user(
 
 @pytest.fixture
 def shared_place(source: Path) -> Iterator[Path]:
-    """A folder that everybody may enter and write to, with the source in it."""
+    """World-writable folder with the source in it."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         shutil.copytree(source, place / "source")
@@ -255,7 +253,7 @@ def shared_place(source: Path) -> Iterator[Path]:
         yield place
 
 
-def test_a_file_that_may_not_be_read_ends_a_build_that_goes_on_when_it_may(
+def test_a_build_resumes_after_an_unreadable_file_becomes_readable(
     shared_place: Path, codec: Callable[..., TextCodec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -283,12 +281,12 @@ def test_a_file_that_may_not_be_read_ends_a_build_that_goes_on_when_it_may(
     assert (out / "manifest.json").exists()
 
 
-def test_a_folder_that_may_not_be_written_is_one_sentence(build: Build, disk: Path) -> None:
+def test_a_read_only_folder_is_one_error_message(build: Build, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     require_one_sentence(build(disk / "shards"), StorageError, str(disk), "can be written")
 
 
-def test_a_finished_data_set_on_a_disk_that_may_not_be_written_is_found_finished(
+def test_a_finished_data_set_on_a_read_only_disk_counts_as_finished(
     build: Build, disk: Path
 ) -> None:
     resize(disk, 16 << 20)

@@ -1,8 +1,8 @@
-"""Builds that are killed with SIGKILL again and again: the bytes of a build that nobody touched.
+"""Builds that are killed with SIGKILL repeatedly end with the bytes of an uninterrupted build.
 
 Kills come at random moments from the start of the command to the end of an uninterrupted build, and
-take a worker, the build's first process, or all of them. Nobody tidies up in between. Besides, a
-small build is killed before each and every one of its changes to the file system.
+take a worker, the build's first process, or all of them, without clean-up in between. In addition,
+a small build is killed before each of its changes to the file system.
 """
 
 import json
@@ -37,7 +37,7 @@ from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 NUM_TASKS = 12
 KILLS = 4
-"""Of each number of workers, with and without a selection: eight in all."""
+"""Kills per number of workers, with and without a selection: eight in all."""
 SEED = 24
 SELECTION = ("--deduplicate", "--limit-tokens", "60000")
 
@@ -48,17 +48,17 @@ with_and_without_selection = pytest.mark.parametrize(
 
 @dataclass(kw_only=True)
 class Building:
-    """A build of twelve tasks: its command, its folder, and what was done there before."""
+    """A build of twelve tasks: its command, its folder and its finished tasks."""
 
     out: Path
     source: Path
     tokenizer: Path
     selection: tuple[str, ...] = ()
     done: dict[Path, int] = field(default_factory=dict)
-    """When each file of a finished task was written."""
+    """Modification time of each file of a finished task."""
 
     def start(self, *options: object, workers: int = 1) -> "subprocess.Popen[str]":
-        """Start the command, in a group of processes of its own."""
+        """Start the command in a new process group."""
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "data_pipeline.build.command"),
@@ -100,7 +100,7 @@ Make = Callable[..., Building]
 
 @pytest.fixture(scope="module")
 def large_source(tmp_path_factory: pytest.TempPathFactory, english_documents: list[str]) -> Path:
-    """Takes about as long to build as processes take to start; every other document comes again."""
+    """Source that builds in about a process's start-up time; every other document is repeated."""
     folder = tmp_path_factory.mktemp("source")
     generator = random.Random(SEED)
     for number in range(NUM_TASKS):
@@ -116,7 +116,7 @@ def large_source(tmp_path_factory: pytest.TempPathFactory, english_documents: li
 
 @pytest.fixture
 def make(tmp_path: Path, large_source: Path, tokenizer_path: Path) -> Make:
-    """`make(selection)`: a build in a folder of its own."""
+    """`make(selection)`: a build in a new folder."""
     numbers = count()
     return lambda selection: Building(
         out=tmp_path / str(next(numbers)),
@@ -130,7 +130,7 @@ def make(tmp_path: Path, large_source: Path, tokenizer_path: Path) -> Make:
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, large_source: Path, tokenizer_path: Path
 ) -> Callable[..., tuple[dict[str, str], float]]:
-    """`uninterrupted(selection, workers)`: what such a build leaves, and how long it takes."""
+    """`uninterrupted(selection, workers)`: output of such a build, and its duration."""
 
     @cache
     def run(selection: tuple[str, ...], workers: int = 2) -> tuple[dict[str, str], float]:
@@ -145,7 +145,7 @@ def uninterrupted(
 
 
 def contents(out: Path) -> dict[str, str]:
-    """Hashes of all files but records and locks; of drafts and staged files, too."""
+    """Hashes of all files except records and locks, partial and staged files included."""
     hidden = out / BUILD_FOLDER
     kept = {*hidden.glob("*.lock"), *hidden.glob("task-?????.json")}
     kept |= {*hidden.glob("selected-?????.json")}
@@ -159,7 +159,7 @@ def contents(out: Path) -> dict[str, str]:
 def kill_after(
     delay_s: float, victim: str, process: "subprocess.Popen[str]", generator: random.Random
 ) -> bool:
-    """Kill what a build is made of; returns False if it ended before. Waits until all is gone."""
+    """Kill a build's processes and wait until they are gone; False if it had already ended."""
     try:
         process.wait(delay_s)
     except subprocess.TimeoutExpired:
@@ -171,7 +171,7 @@ def kill_after(
         else:
             victim = "parent"
             process.kill()
-        _, stderr = process.communicate(timeout=60)  # until nobody is there to write any more
+        _, stderr = process.communicate(timeout=60)  # until no process is left that could write
         if victim == "worker":
             assert process.returncode in (0, LaunchError.exit_code), stderr
             assert process.returncode == 0 or "a worker was killed" in stderr
@@ -197,7 +197,7 @@ def require_nobody_left(group: int) -> None:
 
 
 def command_lines_of(group: int) -> Iterator[list[str]]:
-    """Of the living: a process may end, and be a zombie, between any two questions about it."""
+    """Only living processes: one may end, and become a zombie, between any two queries."""
     for process in psutil.process_iter():
         try:
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
@@ -240,7 +240,7 @@ def test_a_build_killed_at_random_moments_ends_with_the_same_bytes(
 
 
 @with_and_without_selection
-def test_an_array_in_random_order_with_kills_and_doubles_ends_with_the_same_bytes(
+def test_an_array_in_random_order_with_kills_and_duplicates_ends_with_the_same_bytes(
     selection: tuple[str, ...],
     make: Make,
     uninterrupted: Callable[..., tuple[dict[str, str], float]],
@@ -270,7 +270,7 @@ def test_an_array_in_random_order_with_kills_and_doubles_ends_with_the_same_byte
 
 @with_and_without_selection
 @pytest.mark.parametrize("head_start", [0.0, 0.5, 0.8])
-def test_two_builds_of_a_folder_at_a_time_end_well_with_the_same_bytes(
+def test_two_concurrent_builds_of_a_folder_end_with_the_same_bytes(
     head_start: float,
     selection: tuple[str, ...],
     make: Make,
@@ -287,7 +287,7 @@ def test_two_builds_of_a_folder_at_a_time_end_well_with_the_same_bytes(
     assert contents(building.out) == expected
 
 
-def test_a_build_that_was_killed_beside_one_that_ended_is_tidied_up_by_its_next_run(
+def test_the_next_run_cleans_up_after_a_build_that_was_killed_beside_a_finished_one(
     make: Make, uninterrupted: Callable[..., tuple[dict[str, str], float]]
 ) -> None:
     building = make(SELECTION)
@@ -303,7 +303,7 @@ _CHANGES = ("replace", "link", "unlink", "mkdir", "rmdir", "fsync")
 
 
 def _build_until(steps: int, settings: BuildSettings, model_bytes: bytes, out: Path) -> None:
-    """Build in this process, and kill it before that many changes to the file system are made."""
+    """Build in this process, and kill it before the given number of file system changes."""
     left = count(steps, -1)
     process_pool.ProcessPoolExecutor = lambda workers, **_: ThreadPoolExecutor(workers)  # type: ignore
 
@@ -342,7 +342,7 @@ def test_a_build_killed_before_any_change_to_the_disk_ends_with_the_same_bytes(
         deduplicate=bool(selection),
         limit_tokens=1500 if selection else None,
     )
-    # Forks of a process without threads, which has imported what they need.
+    # Forked from a process without threads that has already imported the modules.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["data_pipeline.build.command", "psutil", "pytest"])
 

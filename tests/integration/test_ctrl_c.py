@@ -1,7 +1,7 @@
-"""Ctrl-C: every command ends with one sentence and 130, and the next try finds nothing in its way.
+"""Ctrl-C: every command ends with one message and code 130, and the next run is not obstructed.
 
-Interrupts come as a terminal sends them, to the group of processes, and as `kill -INT` does, to the
-first process alone; one, or two at once.
+Interrupts are sent to the process group, as a terminal does, and to the first process alone, as
+`kill -INT` does; one, or two in a row.
 """
 
 import json
@@ -26,7 +26,7 @@ from megaback.cli import command_modules
 from tests.helpers.interrupting import hearing_ctrl_c
 
 SEED = 25
-# Interrupts this process when a module is imported, as a terminal could just then.
+# Interrupts this process while a module is imported.
 _INTERRUPT_AT_IMPORT = """
 import os, signal, sys
 class Interrupter:
@@ -38,7 +38,7 @@ sys.meta_path.insert(0, Interrupter())
 
 
 def start(*words: Any, **environment: str) -> "subprocess.Popen[str]":
-    """Start a command in a group of its own."""
+    """Start a command in a new process group."""
     return subprocess.Popen(
         [sys.executable, "-m", "megaback", *map(str, words)],
         stdin=subprocess.DEVNULL,
@@ -76,7 +76,7 @@ def group_of(pid: int) -> "list[psutil.Process]":
 
 @pytest.fixture
 def interrupting_imports(tmp_path: Path) -> Callable[[str], dict[str, str]]:
-    """`interrupting_imports(module)`: the environment of a process that is interrupted there."""
+    """`interrupting_imports(module)`: environment of a process interrupted at that import."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(_INTERRUPT_AT_IMPORT)
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
@@ -91,17 +91,17 @@ def interrupting_imports(tmp_path: Path) -> Callable[[str], dict[str, str]]:
         ("shards build", "zstandard"),
     ],
 )
-def test_a_command_that_is_interrupted_while_it_loads_says_so(
+def test_a_command_interrupted_while_it_loads_reports_it(
     words: str, module: str, interrupting_imports: Callable[[str], dict[str, str]]
 ) -> None:
     require_interrupted(start(*words.split(), "--help", **interrupting_imports(module)))
 
 
 @pytest.mark.parametrize("command", ["convert", "sample", "score"])
-def test_a_command_that_is_interrupted_while_it_loads_torch_says_so(
+def test_a_command_interrupted_while_it_loads_torch_reports_it(
     command: str, tmp_path: Path, interrupting_imports: Callable[[str], dict[str, str]]
 ) -> None:
-    """Which commands load when they are at work already."""
+    """For commands that import it only once they work."""
     options = {
         "convert": ["--out", tmp_path / "out"],
         "sample": ["--ending", "it."],
@@ -127,7 +127,7 @@ class Building:
         )
 
     def wait_for(self, moment: str, process: "subprocess.Popen[str]") -> None:
-        """Return when a build has come to something."""
+        """Return when a build has finished a task."""
         give_up = time.monotonic() + 60
         while not self._is_at(moment) and process.poll() is None:
             assert time.monotonic() < give_up
@@ -152,7 +152,7 @@ def large_source(tmp_path_factory: pytest.TempPathFactory, english_documents: li
 
 @pytest.mark.parametrize(("whom", "times"), [("group", 1), ("parent", 2), ("group", 2)])
 @pytest.mark.parametrize("moment", ["workers start", "tasks run"])
-def test_an_interrupted_build_ends_at_once_and_is_not_in_its_own_way(
+def test_an_interrupted_build_ends_immediately_and_can_be_resumed(
     moment: str, whom: str, times: int, large_source: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     building = Building(large_source, tokenizer_path, tmp_path / "shards")
@@ -163,7 +163,7 @@ def test_an_interrupted_build_ends_at_once_and_is_not_in_its_own_way(
             (os.killpg if whom == "group" else os.kill)(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=30)
 
-    assert process.returncode in (0, 130), said  # it may have been over
+    assert process.returncode in (0, 130), said  # it may have finished
     assert said.count("\n") <= times
     assert "Traceback" not in said
     names = {path.name for path in building.out.glob("*")}
@@ -193,7 +193,7 @@ def test_an_interrupted_tokenizer_is_not_waited_for(tmp_path: Path) -> None:
     assert not (tmp_path / "tokenizer" / "tokenizer.model").exists()
 
 
-def test_a_second_interrupt_does_not_wait_for_what_tidies_up() -> None:
+def test_a_second_interrupt_does_not_wait_for_the_clean_up() -> None:
     code = """
 import os, signal, sys, time
 from data_pipeline.common.command import Command
@@ -225,8 +225,8 @@ main()
     )
 
 
-def test_a_command_in_a_program_is_interrupted_as_any_function_is() -> None:
-    """Nothing of the program's signals is changed."""
+def test_a_command_called_by_a_program_raises_keyboard_interrupt() -> None:
+    """The program's signal handlers are unchanged."""
     before = signal.getsignal(signal.SIGINT)
 
     def interrupted() -> None:
@@ -237,7 +237,7 @@ def test_a_command_in_a_program_is_interrupted_as_any_function_is() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_signals_that_are_deferred_come_after_what_they_must_not_cut() -> None:
+def test_deferred_signals_arrive_after_the_critical_section() -> None:
     done: list[str] = []
 
     def receive(*_: object) -> None:

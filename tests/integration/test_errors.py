@@ -1,6 +1,6 @@
-"""What a user can get wrong, as real commands: one sentence, its exit code, nothing left behind.
+"""User errors, as real commands: one error message, its exit code, no file left.
 
-Each case names what its sentence must hold: the file, the key, the line, the values.
+Each case names what its message must contain: the file, the key, the line, the values.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from tools.convert import convert
 pytestmark = pytest.mark.slow
 
 _PREFIX = "megaback: error: "
-# What a run may leave that ended on its way.
+# Files that an interrupted run may leave.
 _LEFT_BY_A_RUN = {
     *(".lock", "config.yaml", "metrics.jsonl", "preflight.json", "exit.json", "history.jsonl"),
 }
@@ -67,7 +67,7 @@ def _truncated_copy(shards: Path, split: str, out: Path) -> Path:
 
 
 def _damaged_frame_copy(shards: Path, out: Path) -> Path:
-    """One byte of the first frame is another: sizes and seek table are as they were."""
+    """Change one byte of the first frame; sizes and seek table stay."""
     shutil.copytree(shards, out)
     (shard,) = out.glob("train-*.zst")
     data = bytearray(shard.read_bytes())
@@ -84,7 +84,7 @@ def place(
     tokenizer_path: Path,
     train_one_rank: Megaback,
 ) -> Path:
-    """A folder with everything that the cases get wrong, and what they get right beside it."""
+    """A folder with every wrong input of the cases, and the right ones."""
     place = tmp_path_factory.mktemp("place")
     shutil.copy(tokenizer_path, place / "tokenizer.model")
     shutil.copytree(tiny_shards, place / "shards")
@@ -149,7 +149,7 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=[name.replace(" ", "_") for name in CASES])
-def test_a_mistake_ends_with_one_sentence_and_leaves_nothing(
+def test_a_mistake_ends_with_one_message_and_leaves_no_file(
     case: Case, place: Path, tmp_path: Path, run_megaback: Megaback
 ) -> None:
     def filled_in(text: str) -> str:
@@ -177,10 +177,10 @@ def test_a_mistake_ends_with_one_sentence_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_checkpoint_that_the_disk_refuses_ends_with_one_sentence(
+def test_a_checkpoint_that_does_not_fit_the_disk_is_one_error_message(
     processes: int, place: Path, tmp_path: Path, run_megaback: Megaback
 ) -> None:
-    """A limit on the size of files stands for a full disk."""
+    """A limit on file sizes takes the place of a full disk."""
     result = run_megaback(
         *("train", place / "config.yaml", f"run={tmp_path / 'run'}", "training.steps=2"),
         *(f"hardware.processes={processes}", "hardware.preflight=off"),

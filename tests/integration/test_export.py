@@ -1,4 +1,4 @@
-"""Exports have the numbers of the engine that was trained, whatever cut its weights."""
+"""Exports have the logits of the trained engine, for every ZeRO stage and number of ranks."""
 
 import json
 import os
@@ -39,7 +39,7 @@ ExportOf = Callable[[Path, str], Path]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> TrainedOf:
-    """`trained(world_size)`: a folder of runs, and of what their engines made of some ids."""
+    """`trained(world_size)`: a folder of runs, and of their engines' logits of some ids."""
 
     @cache
     def of(world_size: int) -> Path:
@@ -120,14 +120,14 @@ def llama_cpp(
     codec: Callable[..., TextCodec],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[Cut, tuple[Tensor, Tensor]]:
-    """llama.cpp's log probabilities after some ids, and the engine's, for each cut."""
+    """Log probabilities of llama.cpp and of the engine after each of some prefixes."""
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
     expected, asked = {}, []
     for world_size, stage, name in CUTS:
         run = trained(world_size) / f"{name}-{stage}"
         ids_T, logits_TV = noted(run.parent, run.name)
         likeliest = codec().piece_num_bytes()[logits_TV.argmax(-1)]
-        # The server keeps silent about an id whose bytes are no whole character.
+        # The server omits ids whose bytes are not a whole character.
         count = max(n for n in range(1, NUM_IDS + 1) if likeliest[n - 1] > 1)
         expected[world_size, stage, name] = logits_TV[count - 1].log_softmax(-1)
         asked.append([str(export(run, "gguf") / GGUF_NAME), ids_T[:count].tolist()])

@@ -1,4 +1,4 @@
-"""From rows to a model that is asked: instruction shards, a base, early stopping, a chat."""
+"""From rows to a chat model: instruction shards, a base model, early stopping, chat."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def instruct_shards(
     english_documents: list[str],
     codec: Callable[..., TextCodec],
 ) -> Path:
-    """Sentences, and which words they end in."""
+    """Sentences and their last words."""
     folder = tmp_path_factory.mktemp("instruct")
     sentences = [text.partition(".")[0] for text in english_documents]
     lines = [
@@ -62,7 +62,7 @@ def instruct_shards(
 
 @pytest.fixture(scope="module")
 def tuned(instruct_shards: Path, run_of: RunOf, lonely_run_of: RunOf) -> Path:
-    """A run that goes on from the tiny run's checkpoint, and stops when it has had enough."""
+    """A run that starts from the tiny run's checkpoint and stops early."""
     return lonely_run_of(
         f"init_from={run_of('zero.stage=1')}",
         f"data.shards={instruct_shards}",
@@ -105,7 +105,7 @@ def test_a_run_stops_early_and_keeps_its_best_checkpoint(tuned: Path) -> None:
     assert f"(step {best})" in ending["reason"]
 
 
-def test_a_run_that_stopped_early_does_not_go_on(
+def test_a_run_that_stopped_early_does_not_resume(
     tuned: Path, tmp_path: Path, train_again: Callable[[Path], str]
 ) -> None:
     run = Path(shutil.copytree(tuned, tmp_path / "run"))
@@ -114,7 +114,7 @@ def test_a_run_that_stopped_early_does_not_go_on(
     assert metrics_of(run) == metrics_of(tuned)
 
 
-def test_a_run_that_goes_on_stops_early_where_it_would_have_stopped(
+def test_a_resumed_run_stops_early_at_the_same_step(
     tuned: Path, tmp_path: Path, train_again: Callable[[Path], str]
 ) -> None:
     run = Path(shutil.copytree(tuned, tmp_path / "run"))
@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_stops_early_where_it_would_have_stopped(
 
 @pytest.fixture
 def train_again(warm_ranks: Callable[..., object], tmp_path: Path) -> Callable[[Path], str]:
-    """`train_again(run)`: the command that the run's own config is, again; what it prints."""
+    """`train_again(run)`: train with the run's own config; returns the output."""
 
     def again(run: Path) -> str:
         output = tmp_path / "again.txt"
@@ -141,7 +141,7 @@ def train_again(warm_ranks: Callable[..., object], tmp_path: Path) -> Callable[[
     return again
 
 
-def test_a_fine_tuned_model_is_asked_through_a_pipe(
+def test_a_fine_tuned_model_chats_through_a_pipe(
     tuned: Path, tmp_path: Path, run_megaback: Command
 ) -> None:
     convert(tuned / "checkpoints" / "best", tmp_path / "model", "full", "float32")

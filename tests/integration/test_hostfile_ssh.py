@@ -1,4 +1,4 @@
-"""Ranks of two hosts behind a real ssh: started, signalled, waited for, and never left behind."""
+"""Ranks of two hosts over a real ssh: started, signaled, waited for, never orphaned."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from launcher.ranks.hostfile import read_hostfile, run_on_hosts
 hosts = read_hostfile(Path(sys.argv[1]))
 print(json.dumps(run_on_hosts(hosts, [sys.executable, *sys.argv[2:]], "cpu")))
 """
-# Says who it is in a file, and ends as its argument tells.
+# Writes its rank to a file, and exits as its argument says.
 _RANK = """
 import json, os, signal, sys, time
 rank = os.environ["RANK"]
@@ -69,7 +69,7 @@ def hostfile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def launch(tmp_path: Path, sshd: PrivateSshd, hostfile: Path) -> Launch:
-    """`launch(how, *arguments)`: a launcher of small ranks, which work in a folder `it's here`."""
+    """`launch(action, *arguments)`: a launcher of small ranks in a folder called `it's here`."""
     folder = tmp_path / "it's here"
     folder.mkdir()
 
@@ -87,7 +87,7 @@ def launch(tmp_path: Path, sshd: PrivateSshd, hostfile: Path) -> Launch:
 
 
 def wait_for(*paths: Path) -> list[Any]:
-    """What the files hold, once they are there and whole."""
+    """Contents of the files, once they are complete."""
     give_up = time.monotonic() + 60
     found: list[Any] = []
     while len(found) < len(paths):
@@ -98,14 +98,14 @@ def wait_for(*paths: Path) -> list[Any]:
 
 
 def outcome(launcher: "subprocess.Popen[str]") -> tuple[Any, str]:
-    """What the launcher returned, and what the ranks printed before."""
+    """Exit code of the launcher, and the output of the ranks."""
     printed, errors = launcher.communicate(timeout=60)
     *before, last = printed.splitlines()
     assert launcher.returncode == 0, errors
     return json.loads(last), "\n".join(before)
 
 
-def test_ranks_of_other_hosts_get_every_argument_and_nothing_is_read_by_a_shell(
+def test_ranks_of_other_hosts_get_every_argument_without_a_shell_expanding_it(
     tmp_path: Path, launch: Launch
 ) -> None:
     evil = ["a b", "$(touch pwned)", "; touch pwned", "'\"\\", "* ~", "umlaut ü"]
@@ -122,7 +122,7 @@ def test_ranks_of_other_hosts_get_every_argument_and_nothing_is_read_by_a_shell(
     assert not list(tmp_path.rglob("pwned"))
 
 
-def test_a_rank_that_is_killed_is_one_of_its_host(launch: Launch) -> None:
+def test_a_killed_rank_is_reported_with_its_host(launch: Launch) -> None:
     codes, hosts, _ = outcome(launch("die"))[0]
 
     assert dict(zip(hosts, codes, strict=True)) == {HOSTS[0]: 0, HOSTS[1]: -signal.SIGKILL}
@@ -143,7 +143,7 @@ def test_a_signal_reaches_the_ranks_of_every_host_once(
 
 
 @pytest.mark.parametrize("what", ["launcher", "connections"])
-def test_ranks_whose_launcher_or_connection_is_gone_are_told_to_save(
+def test_ranks_save_when_their_launcher_or_connection_is_gone(
     what: str, tmp_path: Path, launch: Launch, sshd: PrivateSshd
 ) -> None:
     launcher = launch("wait")
@@ -160,9 +160,7 @@ def test_ranks_whose_launcher_or_connection_is_gone_are_told_to_save(
     assert wait_for(folder / "end-0", folder / "end-1") == [[signal.SIGTERM]] * 2
 
 
-def test_a_host_that_is_not_there_is_named(
-    tmp_path: Path, sshd: PrivateSshd, config_path: Path
-) -> None:
+def test_an_unreachable_host_is_named(tmp_path: Path, sshd: PrivateSshd, config_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("no-such-host.invalid slots=2\n")
     run = subprocess.run(
@@ -179,7 +177,7 @@ def test_a_host_that_is_not_there_is_named(
     assert "megaback: error: ssh did not reach no-such-host.invalid, or lost it" in run.stderr
 
 
-def test_a_run_on_two_hosts_is_checked_saves_at_a_signal_and_goes_on_under_deepspeed(
+def test_a_run_on_two_hosts_is_checked_saves_at_a_signal_and_resumes_under_deepspeed(
     tmp_path: Path, sshd: PrivateSshd, hostfile: Path, config_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Real commands in a folder that holds the names of what megaback imports: a clone, `torch.py`."""
+"""Real commands in a folder that shadows what megaback imports: a clone, `torch.py`."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 MEGABACK = str(Path(sys.executable).with_name("megaback"))
 TRAP = "raise SystemExit('the working directory was imported')\n"
-# As setuptools' finder for packages in place, which comes after everything on the path.
+# As setuptools' finder of editable packages, which comes after everything on the path.
 FINDER = """
 import importlib.util, runpy, sys
 from importlib.machinery import PathFinder
@@ -64,7 +64,7 @@ def run_in(folder: Path, *words: object) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture
 def clone_beside(tmp_path: Path) -> Path:
-    """A folder that holds a clone, some notes of wandb, and tools of somebody's own."""
+    """A folder that holds a clone, a folder of wandb, and an unrelated package `tools`."""
     folder = tmp_path / "work"
     for name in ("megaback", "data_pipeline", "launcher", "tools"):
         (folder / "megaback" / name).mkdir(parents=True)
@@ -76,7 +76,7 @@ def clone_beside(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hostile(clone_beside: Path) -> Path:
-    """That, and files and packages by the names of Python's modules, of others' and of ours."""
+    """The same, with files and packages named as modules of Python, dependencies and megaback."""
     for name in ("torch", "deepspeed", "numpy", "types", "socket", "pickle", "signal"):
         (clone_beside / f"{name}.py").write_text(TRAP)
     for name in ("data_pipeline", "launcher", "tools"):
@@ -85,7 +85,7 @@ def hostile(clone_beside: Path) -> Path:
     return clone_beside
 
 
-def test_ranks_are_of_what_is_installed(hostile: Path, config_path: Path) -> None:
+def test_ranks_import_the_installed_packages(hostile: Path, config_path: Path) -> None:
     done = run_in(hostile, MEGABACK, "train", config_path, "run=out", "training.steps=2")
 
     assert done.returncode == 0, done.stderr
@@ -94,7 +94,7 @@ def test_ranks_are_of_what_is_installed(hostile: Path, config_path: Path) -> Non
     assert json.loads((hostile / "out/exit.json").read_text())["code"] == 0
 
 
-def test_workers_of_a_build_are_of_what_is_installed(
+def test_workers_of_a_build_import_the_installed_packages(
     hostile: Path, tiny_text_folder: Path, tokenizer_path: Path
 ) -> None:
     if sys.version_info < (3, 11):
@@ -112,9 +112,7 @@ def test_workers_of_a_build_are_of_what_is_installed(
 
 
 @pytest.mark.parametrize("has_option", [True, False])
-def test_a_module_is_run_of_what_is_installed_by_every_python(
-    hostile: Path, has_option: bool
-) -> None:
+def test_every_python_runs_the_installed_module(hostile: Path, has_option: bool) -> None:
     if has_option and sys.version_info < (3, 11):
         pytest.skip("-P is of Python 3.11")
     done = run_in(hostile, *module_command("megaback", "--version", has_option=has_option))
@@ -123,7 +121,7 @@ def test_a_module_is_run_of_what_is_installed_by_every_python(
     assert done.stdout.startswith("megaback, version")
 
 
-def test_a_rank_that_a_person_starts_leaves_the_folder_alone(clone_beside: Path) -> None:
+def test_a_rank_started_by_hand_ignores_the_folder(clone_beside: Path) -> None:
     (clone_beside / "torch.py").write_text(TRAP)
     (clone_beside / "tools" / "__init__.py").write_text(TRAP)
 
@@ -151,7 +149,7 @@ def test_an_installation_in_place_is_found_before_a_mere_folder(
     assert done.returncode == 0, done.stderr
 
 
-def test_a_folder_in_the_place_of_the_package_is_refused_at_once(clone_beside: Path) -> None:
+def test_a_folder_that_shadows_the_package_is_refused(clone_beside: Path) -> None:
     places = clone_beside / "places"
     places.mkdir()
     (places / "data_pipeline").symlink_to(ROOT / "data_pipeline")
@@ -162,7 +160,7 @@ def test_a_folder_in_the_place_of_the_package_is_refused_at_once(clone_beside: P
     assert "the folder `megaback` in the working directory hides the package" in done.stderr
 
 
-def test_a_script_beside_another_data_pipeline_is_told(hostile: Path) -> None:
+def test_a_script_beside_another_data_pipeline_gets_an_error(hostile: Path) -> None:
     for trap in hostile.glob("*.py"):
         trap.unlink()
     done = run_in(hostile, sys.executable, "-c", "import megaback")
@@ -172,7 +170,7 @@ def test_a_script_beside_another_data_pipeline_is_told(hostile: Path) -> None:
     assert "the working directory was imported" not in done.stderr
 
 
-def test_the_doctor_says_what_the_folder_hides(hostile: Path) -> None:
+def test_the_doctor_reports_what_the_folder_shadows(hostile: Path) -> None:
     from megaback.installation import hidden_by
 
     assert {"torch", "types", "tools", "launcher", "data_pipeline"} <= set(hidden_by(hostile))

@@ -1,6 +1,6 @@
-"""Hostile inputs of the data side, by somebody who wrote none of its readers.
+"""Hostile inputs of the data pipeline.
 
-Each is refused with a sentence, in seconds and bounded memory, and nothing else is written.
+Each is refused with an error message, in seconds and bounded memory; nothing else is written.
 """
 
 import json
@@ -35,7 +35,7 @@ _MAX_S = 5
 
 @contextmanager
 def refused() -> Iterator[None]:
-    """Within, a sentence ends what is done: soon, within bounded memory, for one line of text."""
+    """Context in which an operation ends with a one-line error, soon and in bounded memory."""
 
     def stop(*_: object) -> None:
         raise AssertionError(f"it took more than {_MAX_S} s")
@@ -53,7 +53,7 @@ def refused() -> Iterator[None]:
 
 @pytest.fixture
 def planned(tiny_shards: Path, tmp_path: Path) -> Path:
-    """A build of which nothing is done, but its plan."""
+    """A planned build without finished tasks."""
     out = tmp_path / "shards"
     (out / ".build").mkdir(parents=True)
     for name in ("plan.json", "tokenizer.model"):
@@ -64,7 +64,7 @@ def planned(tiny_shards: Path, tmp_path: Path) -> Path:
 
 
 def reading(**changed: object) -> Callable[[dict[str, Any]], None]:
-    """What changes the first file of a plan."""
+    """A change to the first file of a plan."""
     return lambda plan: plan["inputs"][0][0].update(changed)
 
 
@@ -129,7 +129,7 @@ ANSWERS = (drop_by_drop, a_byte_of_many, not_yet)
 
 @contextmanager
 def server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A server that answers the first request of each connection honestly, as far as it must."""
+    """A server that answers only the first request of each connection correctly."""
     facts = b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-0/100\r\nContent-Length: 1\r\n\r\nx"
 
     def serve(client: socket.socket) -> None:

@@ -12,7 +12,7 @@ from tests.helpers.tiny_run import FORWARD
 pytestmark = pytest.mark.slow
 
 
-def test_a_trained_pair_fills_gaps_with_what_it_has_learnt(
+def test_a_trained_pair_fills_gaps_with_its_training_text(
     lonely_run_of: Callable[..., Path],
     model_of: Callable[[Path], Path],
     run_megaback: Callable[..., "subprocess.CompletedProcess[str]"],
@@ -32,6 +32,6 @@ def test_a_trained_pair_fills_gaps_with_what_it_has_learnt(
         assert (answer["beginning"], answer["ending"]) == (line["beginning"], line["ending"])
         scores = [one["score"] for one in answer["infills"]]
         assert scores == sorted(scores, reverse=True)
-    # One model knows what follows the first edge, the other what comes before the second.
+    # One model continues the beginning, the other the ending.
     assert answers[0]["middle"].startswith(" master ")
     assert answers[0]["middle"].endswith(" the long")

@@ -1,4 +1,4 @@
-"""`megaback inspect` tells everything that megaback writes apart, and what is not whole."""
+"""`megaback inspect` identifies every output of megaback, and incomplete ones."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def exports(run_of: RunOf, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 @pytest.mark.parametrize("verify", [False, True], ids=["by size", "by hash"])
-def test_a_data_set_and_its_parts_are_known(tiny_shards: Path, verify: bool) -> None:
+def test_a_data_set_and_its_parts_are_identified(tiny_shards: Path, verify: bool) -> None:
     found = inspect(tiny_shards, verify=verify)
     shard = inspect(next(tiny_shards.glob("*.zst")), verify=verify)
     tokenizer = inspect(tiny_shards / "tokenizer.model", verify=verify)
@@ -60,7 +60,7 @@ def test_a_data_set_and_its_parts_are_known(tiny_shards: Path, verify: bool) -> 
 
 
 @pytest.mark.parametrize("verify", [False, True], ids=["by size", "by hash"])
-def test_a_run_and_its_checkpoints_are_known(run: Path, verify: bool) -> None:
+def test_a_run_and_its_checkpoints_are_identified(run: Path, verify: bool) -> None:
     found = inspect(run, verify=verify)
     newest = inspect(run / "checkpoints", verify=verify)
     named = inspect(run / "checkpoints" / "latest", verify=verify)
@@ -76,7 +76,7 @@ def test_a_run_and_its_checkpoints_are_known(run: Path, verify: bool) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"), [("full", "--to full"), ("hf", "--to hf"), ("gguf", "--to gguf")]
 )
-def test_exports_are_known_with_their_direction(
+def test_exports_are_identified_with_their_direction(
     kind: str, said: str, verify: bool, exports: Callable[[str], Path]
 ) -> None:
     found = inspect(exports(kind), verify=verify)
@@ -86,7 +86,7 @@ def test_exports_are_known_with_their_direction(
     assert len(found.facts["tokenizer_sha256"]) == 64
 
 
-def test_a_data_set_that_is_only_begun_is_not_whole(
+def test_an_unfinished_data_set_is_incomplete(
     tiny_text_folder: Path,
     tokenizer_path: Path,
     tmp_path: Path,
@@ -115,7 +115,7 @@ def cut(path: Path) -> None:
         ("tokenizer.model", TokenizerError),
     ],
 )
-def test_a_data_set_with_a_file_cut_short_is_not_whole(
+def test_a_data_set_with_a_truncated_file_is_incomplete(
     name: str, error: type[MegabackError], tiny_shards: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "shards"
@@ -126,7 +126,7 @@ def test_a_data_set_with_a_file_cut_short_is_not_whole(
         inspect(folder, verify=False)
 
 
-def test_a_checkpoint_with_a_file_cut_short_is_not_whole(run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_truncated_file_is_incomplete(run: Path, tmp_path: Path) -> None:
     newest = max((run / "checkpoints").glob("step-*"))
     shutil.copytree(newest, tmp_path / newest.name)
     cut(tmp_path / newest.name / "weights-00001.safetensors")
@@ -135,7 +135,7 @@ def test_a_checkpoint_with_a_file_cut_short_is_not_whole(run: Path, tmp_path: Pa
         inspect(tmp_path / newest.name, verify=False)
 
 
-def test_one_byte_is_seen_with_verify_alone(run: Path, tmp_path: Path) -> None:
+def test_one_changed_byte_is_found_with_verify_only(run: Path, tmp_path: Path) -> None:
     newest = max((run / "checkpoints").glob("step-*"))
     shutil.copytree(newest, tmp_path / newest.name)
     path = tmp_path / newest.name / "weights-00000.safetensors"
@@ -157,7 +157,7 @@ def test_one_byte_is_seen_with_verify_alone(run: Path, tmp_path: Path) -> None:
         ("gguf", "model.gguf"),
     ],
 )
-def test_an_export_with_a_file_cut_short_is_not_whole(
+def test_an_export_with_a_truncated_file_is_incomplete(
     kind: str, name: str, exports: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
@@ -168,14 +168,14 @@ def test_an_export_with_a_file_cut_short_is_not_whole(
         inspect(folder, verify=False)
 
 
-def test_a_checkpoint_without_its_last_file_is_none(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_last_file_is_not_one(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
 
     with pytest.raises(CheckpointMissingError, match="no complete checkpoint"):
         inspect(tmp_path, verify=False)
 
 
-def test_another_version_is_said(exports: Callable[[str], Path], tmp_path: Path) -> None:
+def test_another_version_is_reported(exports: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(exports("full"), folder)
     path = folder / "config.json"
@@ -197,7 +197,7 @@ def test_another_version_is_said(exports: Callable[[str], Path], tmp_path: Path)
     ],
     ids=["empty", "foreign", "file", "absent", "pipe", "device"],
 )
-def test_what_is_nothing_of_ours_is_one_sentence(
+def test_an_unknown_file_is_one_error_message(
     make: Callable[[Path], object], said: str, tmp_path: Path
 ) -> None:
     make(tmp_path / "it")
@@ -206,7 +206,7 @@ def test_what_is_nothing_of_ours_is_one_sentence(
         inspect(tmp_path / "it", verify=False)
 
 
-def test_the_command_says_what_to_type_next(
+def test_the_command_prints_the_next_command(
     tiny_shards: Path, run_megaback: Callable[..., object]
 ) -> None:
     done = run_megaback("inspect", tiny_shards)

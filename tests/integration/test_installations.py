@@ -1,4 +1,4 @@
-"""megaback installed in place and from a wheel, where others have packages of its names."""
+"""Editable and wheel installations of megaback beside other packages of the same names."""
 
 import json
 import subprocess
@@ -60,7 +60,7 @@ def python(request: pytest.FixtureRequest) -> Path:
 def run_of_wheel(
     wheel_python: Path, tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path
 ) -> Path:
-    """Trained on two ranks beside empty packages, and with traps where PYTHONPATH leads."""
+    """A run on two ranks beside empty packages, with failing modules on PYTHONPATH."""
     folder = plant(tmp_path_factory.mktemp("hostile"), *EMPTY, content="")
     config = tiny_config(tiny_shards) | {"training": {"steps": 2, "precision": "fp32"}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -120,7 +120,7 @@ def test_a_command_is_found_beside_traps(
     assert done.stdout.startswith("Usage: megaback")
 
 
-def test_pythonpath_may_lead_to_packages_of_our_names(python: Path, tmp_path: Path) -> None:
+def test_pythonpath_may_hold_packages_of_our_names(python: Path, tmp_path: Path) -> None:
     plant(tmp_path / "theirs", *EMPTY)
     for path in (str(tmp_path / "theirs"), f"{tmp_path / 'theirs'}:"):
         done = run_in(tmp_path, python, "-m", "megaback", "sample", "--help", PYTHONPATH=path)
@@ -138,7 +138,7 @@ def test_a_package_that_imports_megaback_keeps_its_path_and_signals(
     assert done.stdout.split() == [str(tmp_path), "True"], done.stderr
 
 
-def test_tools_in_the_place_of_ours_are_named(python: Path, tmp_path: Path) -> None:
+def test_a_package_that_shadows_tools_is_named(python: Path, tmp_path: Path) -> None:
     plant(tmp_path, "tools", content="")
     (tmp_path / "script.py").write_text(SHADOWED)
 

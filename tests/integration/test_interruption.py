@@ -1,4 +1,4 @@
-"""Real runs that are stopped and killed: what they say, and where they go on."""
+"""Real runs that are stopped and killed: their messages, and where they resume."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ SIGNALS = {"SIGTERM": (signal.SIGTERM, 20), "SIGUSR1": (signal.SIGUSR1, 50)}
 
 @dataclass(frozen=True)
 class Stop:
-    """What a run was like after a signal."""
+    """State of a run after a signal."""
 
     exit_code: int
     steps: int
@@ -81,7 +81,7 @@ def test_a_run_stopped_by_signals_has_bitwise_the_metrics_of_one_that_was_not(
     assert metrics_of(preempted_run[0]) == metrics_of(run_of("zero.stage=2"))
 
 
-def test_a_signal_is_answered_with_one_sentence(
+def test_a_signal_prints_one_message(
     preempted_run: tuple[Path, dict[str, Stop]],
 ) -> None:
     output = (preempted_run[0] / "output.txt").read_text()
@@ -113,8 +113,8 @@ def test_a_signal_while_ranks_are_starting_means_requeue_too(
     assert process.wait(timeout=60) == PreemptedError.exit_code
 
 
-def test_ctrl_c_while_ranks_are_starting_is_one_sentence(config_path: Path, tmp_path: Path) -> None:
-    """They load torch: there is nothing to save, and no traceback is printed."""
+def test_ctrl_c_while_ranks_are_starting_is_one_message(config_path: Path, tmp_path: Path) -> None:
+    """While torch is imported there is nothing to save, and no traceback is printed."""
     run = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "megaback", "train", config_path, f"run={run}"],
@@ -143,7 +143,7 @@ def test_ctrl_c_while_ranks_are_starting_is_one_sentence(config_path: Path, tmp_
         (("training.steps=50",), f"has done {TOTAL_STEPS} of 50 steps"),
     ],
 )
-def test_a_finished_run_that_is_started_again_changes_nothing(
+def test_starting_a_finished_run_again_changes_nothing(
     overrides: tuple[str, ...], says: str, lonely_run_of: RunOf, train_one_rank: Train
 ) -> None:
     run = lonely_run_of("zero.stage=1")
@@ -160,7 +160,7 @@ def test_a_finished_run_that_is_started_again_changes_nothing(
 def test_a_refused_start_changes_nothing_of_a_finished_run(
     lonely_run_of: RunOf, train: Train
 ) -> None:
-    """By the launcher, whose own record of ends is also asked."""
+    """Through the launcher, whose exit record is checked as well."""
     run = lonely_run_of("zero.stage=1")
     before = contents_of(run)
 
@@ -170,7 +170,7 @@ def test_a_refused_start_changes_nothing_of_a_finished_run(
     assert contents_of(run) == before
 
 
-def test_a_run_that_was_killed_after_its_last_step_is_finished_when_it_is_started_again(
+def test_a_run_killed_after_its_last_step_is_finished_by_the_next_start(
     lonely_run_of: RunOf, tmp_path: Path, warm_ranks: Callable[[int], WarmRanks], config_path: Path
 ) -> None:
     run = shutil.copytree(lonely_run_of("zero.stage=1"), tmp_path / "run")
@@ -183,7 +183,7 @@ def test_a_run_that_was_killed_after_its_last_step_is_finished_when_it_is_starte
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_what_a_resume_changes_is_told_and_kept_in_the_history(
+def test_config_changes_of_a_resume_are_printed_and_kept_in_the_history(
     lonely_run_of: RunOf, tmp_path: Path, warm_ranks: Callable[[int], WarmRanks], config_path: Path
 ) -> None:
     run = shutil.copytree(lonely_run_of("zero.stage=1"), tmp_path / "run")
@@ -208,7 +208,7 @@ def test_what_a_resume_changes_is_told_and_kept_in_the_history(
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its path; what the test itself has had printed is no part."""
+    """Every file below a folder by its path, except the test's own output file."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")

@@ -1,4 +1,4 @@
-"""What the metrics say of a machine is that of the rank that matters, whichever it is."""
+"""Machine metrics are those of the slowest or fullest rank, whichever it is."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 WAIT_S = 0.2
 MORE_BYTES = 600_000_000
-# A rank whose loader is slow and which has much in memory, if it is the second one.
+# Rank 1 has a slow loader and much memory in use.
 RANK = f"""
 import os, time
 from data_pipeline.loading.loader import TrainingLoader
@@ -30,7 +30,7 @@ main()
 """
 
 
-def test_the_rank_that_waits_longest_and_the_one_with_most_memory_are_told(
+def test_the_longest_wait_and_the_largest_memory_of_any_rank_are_reported(
     tmp_path: Path, config_path: Path
 ) -> None:
     environment = training_environment() | rank_environment("cpu", 2)

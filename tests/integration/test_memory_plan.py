@@ -1,4 +1,4 @@
-"""What `megaback plan` says of memory is what a real run takes."""
+"""Memory predicted by `megaback plan` agrees with that of a real run."""
 
 import json
 import subprocess

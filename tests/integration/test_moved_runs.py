@@ -23,7 +23,7 @@ ENDLESS = (
 
 
 def wait_for_more(process: "subprocess.Popen[str]", metrics: Path) -> None:
-    """Return once a run has taken more steps, wherever its folder lies."""
+    """Return once a run has taken more steps, wherever its folder is."""
     before = metrics.read_bytes().count(b"\n")
     give_up = time.monotonic() + 60
     while metrics.read_bytes().count(b"\n") < before + 5:
@@ -40,7 +40,7 @@ def test_a_run_whose_folder_is_moved_saves_there_and_nothing_into_the_run_in_its
     wait_for_step(process, run, 3)
     run.rename(moved)
     run.mkdir()
-    record_start(run, step=0)  # what another start writes first
+    record_start(run, step=0)  # the first files that another start writes
     before = read_history(run)
     wait_for_more(process, moved / METRICS_NAME)
     process.send_signal(signal.SIGINT)

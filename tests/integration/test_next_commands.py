@@ -1,7 +1,7 @@
-"""Every command that is printed for people to type next is typed as it is printed, and works.
+"""Every command that is printed as a next step works when typed as printed.
 
-All happens in a folder whose name has a space and a quote. A shell takes the lines apart; commands
-that train are processes of their own or ranks that stay, all others run here.
+The folder's name has a space and a quote. A shell splits the lines; commands that train run as
+processes or in reused ranks, all others in this process.
 """
 
 import json
@@ -45,14 +45,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def typed(*words: object) -> str:
-    """What a command prints, run in this process."""
+    """Output of a command, run in this process."""
     result = CliRunner().invoke(megaback, [str(word) for word in words])
     assert result.exit_code == 0, f"{words}\n{result.output}{result.exception!r}"
     return result.output
 
 
 def split(line: str) -> list[str]:
-    """The words that a shell makes of a line."""
+    """A line split into words by a shell."""
     script = f"set -- {line}\nprintf '%s\\0' \"$@\""
     said = subprocess.run(["sh", "-c", script], capture_output=True, check=True, text=True)
     return said.stdout.split("\0")[:-1]
@@ -66,14 +66,14 @@ def following(output: str) -> list[list[str]]:
 
 
 def type_all(output: str) -> dict[str, str]:
-    """What each of the named commands prints, but for those that train."""
+    """Output of each named command, except those that train."""
     return {
         " ".join(words[:2]): typed(*words) for words in following(output) if words[0] != "train"
     }
 
 
 def trained(words: list[str], stop_at_step: int | None = None) -> str:
-    """What a command that trains prints: to its end, or until it is asked to stop."""
+    """Output of a command that trains, to its end or until it is stopped."""
     command = [sys.executable, "-m", "megaback", *words]
     (run,) = (Path(word.partition("=")[2]) for word in words if word.startswith("run="))
     process = subprocess.Popen(
@@ -93,7 +93,7 @@ def trained(words: list[str], stop_at_step: int | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def shards_told(place: Path, tiny_text_folder: Path) -> str:
-    """What the first two commands print: a tokenizer, and shards by the command that it names."""
+    """Output of training a tokenizer, and of the build command that it names."""
     shutil.copytree(tiny_text_folder, place / "my text")
     tokenizer = typed(
         "tokenizer",
@@ -110,7 +110,7 @@ def shards_told(place: Path, tiny_text_folder: Path) -> str:
     return typed(*words, "--workers", "1", "--val-fraction", "0.1")
 
 
-def test_what_a_build_names_trains_in_a_folder_of_its_own(place: Path, shards_told: str) -> None:
+def test_the_command_named_by_a_build_trains_in_a_new_folder(place: Path, shards_told: str) -> None:
     (place / "runs/shards").mkdir(parents=True)
     (place / "runs/shards/config.yaml").touch()  # a finished run of that name
     (words,) = following(typed("shards", "finalize", "my data/shards"))
@@ -124,7 +124,7 @@ def test_what_a_build_names_trains_in_a_folder_of_its_own(place: Path, shards_to
 @pytest.mark.parametrize(
     "options", [("--frame-tokens", "128"), ("--unit", "word", "--direction", "forward")]
 )
-def test_a_build_of_another_kind_names_what_has_to_change(
+def test_a_build_of_another_kind_names_the_keys_to_change(
     options: tuple[str, ...], shards_told: str, tmp_path: Path
 ) -> None:
     from megaback.data import open_data
@@ -137,7 +137,7 @@ def test_a_build_of_another_kind_names_what_has_to_change(
     assert open_data(config, 0, 2).total_steps
 
 
-def test_what_a_plan_and_an_unfinished_build_name_finishes_it(shards_told: str) -> None:
+def test_the_command_named_by_a_plan_or_unfinished_build_finishes_it(shards_told: str) -> None:
     assert shards_told
     source = ("--source", "my text", "--tokenizer", "my data/tok'enizer/tokenizer.model")
     planned = typed("shards", "plan", *source, "--out", "my data/planned", "--tasks", "2")
@@ -150,7 +150,7 @@ def test_what_a_plan_and_an_unfinished_build_name_finishes_it(shards_told: str) 
     assert "fingerprint" in typed(*whole)  # done already, so it may be typed again
 
 
-def test_what_inspect_names_of_data_works(shards_told: str) -> None:
+def test_commands_named_by_inspect_for_data_work(shards_told: str) -> None:
     assert shards_told
     told = typed("inspect", "my data/shards")
     assert type_all(told).keys() == {"shards inspect"}
@@ -164,7 +164,7 @@ def test_what_inspect_names_of_data_works(shards_told: str) -> None:
 
 @pytest.mark.parametrize("direction", list(Direction))
 @pytest.mark.parametrize("to", ["full", "hf"])
-def test_what_convert_and_inspect_name_fits_the_model(
+def test_commands_named_by_convert_and_inspect_fit_the_model(
     direction: Direction, to: str, place: Path, codec: Codecs
 ) -> None:
     folder = place / f"a {direction.value} model"
@@ -179,7 +179,7 @@ def test_what_convert_and_inspect_name_fits_the_model(
 
 
 @pytest.mark.parametrize("direction", list(Direction))
-def test_what_convert_names_of_a_chat_model_is_chat(
+def test_convert_names_chat_for_a_chat_model(
     direction: Direction, place: Path, codec: Codecs
 ) -> None:
     folder = place / f"a {direction.value} chat"
@@ -190,11 +190,11 @@ def test_what_convert_names_of_a_chat_model_is_chat(
 
 @pytest.fixture(scope="module")
 def base(place: Path, run_of: RunOf) -> Path:
-    """A finished run, as a person has it."""
+    """A finished run, as a user has it."""
     return Path(shutil.copytree(run_of("zero.stage=1"), place / "runs/a base"))
 
 
-def test_a_run_and_its_checkpoints_are_used_as_inspect_says(
+def test_commands_named_by_inspect_for_a_run_and_its_checkpoints_work(
     base: Path, warm_ranks: Callable[[int], WarmRanks], place: Path
 ) -> None:
     for path in ("runs/a base", f"runs/a base/checkpoints/{_newest(base)}"):
@@ -206,7 +206,7 @@ def test_a_run_and_its_checkpoints_are_used_as_inspect_says(
     warm_ranks(2).train(Path(again[1]), again[2:], place / "again.txt", place)
 
 
-def test_a_run_that_ended_says_where_it_lies_and_how_it_is_used(
+def test_a_finished_run_names_its_folder_and_next_command(
     base: Path, run_of: RunOf, capsys: pytest.CaptureFixture[str], place: Path, tiny_shards: Path
 ) -> None:
     forward = Path(shutil.copytree(run_of(*FORWARD), place / "runs/forward"))
@@ -224,7 +224,7 @@ def test_a_run_that_ended_says_where_it_lies_and_how_it_is_used(
         assert following(typed(*convert))[0][2] == given
 
 
-def test_rollback_names_the_run_that_it_set_back(
+def test_rollback_names_its_run(
     base: Path, place: Path, warm_ranks: Callable[[int], WarmRanks]
 ) -> None:
     run = Path(shutil.copytree(base, place / "runs/rolled back"))
@@ -235,7 +235,7 @@ def test_rollback_names_the_run_that_it_set_back(
     assert _newest(run) >= before
 
 
-def test_what_instruct_build_names_fine_tunes_even_without_a_val_set(
+def test_the_command_named_by_instruct_build_fine_tunes_even_without_a_val_set(
     base: Path, place: Path, tokenizer_path: Path
 ) -> None:
     rows = [{"instruction": f"Count to {n}.", "output": "one two three " * n} for n in range(9)]
@@ -254,6 +254,6 @@ def _newest(run: Path) -> str:
     return max(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
-def test_a_line_is_what_a_shell_makes_of_it() -> None:
+def test_a_line_is_split_as_a_shell_splits_it() -> None:
     assert split("megaback x 'a b' \"c\" # d") == ["megaback", "x", "a b", "c"]
     assert shlex.split("a 'b c'") == split("a 'b c'")

@@ -46,7 +46,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def ranks(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two real ranks saw."""
+    """Rows that two real ranks saw."""
     out = tmp_path_factory.mktemp("trainer")
     common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     common["MASTER_PORT"] = str(free_port())
@@ -71,7 +71,7 @@ def ranks(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
 def test_a_plain_loader_on_two_ranks_gives_each_its_part(
     ranks: list[dict[str, Any]], tiny_shards: Path, way: str
 ) -> None:
-    """In the Trainer too, where it is not given to Accelerate's `prepare`."""
+    """Also in the Trainer, where it is not passed to Accelerate's `prepare`."""
     for rank, found in enumerate(ranks):
         rows = found[way].reshape(2, -1, CONTEXT)
         steps = range(rows.shape[1] * RANKS // STEP_ROWS)

@@ -1,4 +1,4 @@
-"""A secret planted in addresses is used from text to model, and is found nowhere afterwards."""
+"""A secret in URLs, used from text to model, appears in no file and no output."""
 
 import json
 import os
@@ -20,7 +20,7 @@ Megaback = Callable[..., str]
 
 
 class Commands:
-    """Commands as a user types them, in a home of their own; what they print is kept."""
+    """Commands as a user types them, with their own home folder; their output is kept."""
 
     def __init__(self, folder: Path) -> None:
         self.home, self.said = folder / "home", ""
@@ -35,7 +35,7 @@ class Commands:
         }
 
     def __call__(self, *words: object, code: int = 0, **variables: str) -> str:
-        """Returns what a command says that ends with this code."""
+        """Output of a command that must exit with the given code."""
         line = (sys.executable, "-m", "megaback", *map(str, words))
         self.typed.add(line)
         done = subprocess.run(
@@ -63,7 +63,9 @@ def publish(server: FileServer, folder: Path) -> None:
             server.files[f"{folder.name}/{path.name}"] = path.read_bytes()
 
 
-def test_a_planted_secret_gets_nowhere(tiny_text_folder: Path, tmp_path: Path) -> None:
+def test_a_planted_secret_appears_in_no_file_and_no_output(
+    tiny_text_folder: Path, tmp_path: Path
+) -> None:
     user, out = tmp_path / "user", tmp_path / "out"
     user.mkdir()
     out.mkdir()
@@ -86,11 +88,11 @@ def test_a_planted_secret_gets_nowhere(tiny_text_folder: Path, tmp_path: Path) -
         config.write_text(yaml.safe_dump(fields))
         _train(megaback, config, shards, out)
     assert seen - megaback.typed == set()
-    assert seen  # what was typed cannot be hidden
+    assert seen  # the command line itself cannot be hidden
     assert PLANT not in megaback.said
     assert files_with_plant([out, megaback.home]) == []
     wandb = b"".join(path.read_bytes() for path in out.rglob("*.wandb"))
-    assert server.url("shards").encode() in wandb  # what is shown is there
+    assert server.url("shards").encode() in wandb  # the shown address is there
 
 
 def _build(
@@ -143,7 +145,7 @@ def _train(megaback: Commands, config: Path, shards: str, out: Path) -> None:
 
 
 def _variables_of(config: Path, shards: str) -> dict[str, str]:
-    """What somebody exports who has read which variables are missing."""
+    """Variables that a user exports after the error that names the missing ones."""
     from data_pipeline.storage.address_variables import kept
 
     kept(shards)

@@ -43,13 +43,13 @@ SENTENCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What came of a case."""
+    """Result of a case."""
 
     run: Path
     code: int
     sentence: str
     printed: str
-    """To standard error, by the first rank."""
+    """Standard error of the first rank."""
     printed_by_second: str
 
     @property
@@ -100,7 +100,7 @@ def checked(
     return run_cases(config_path, tmp_path_factory.mktemp("preflight"), CASES)
 
 
-def test_nodes_that_fit_pass_and_leave_their_numbers(checked: dict[Any, Checked]) -> None:
+def test_nodes_that_fit_pass_and_record_their_measurements(checked: dict[Any, Checked]) -> None:
     case = checked["none", "auto"]
 
     assert (case.code, case.report["stops"]) == (0, False)
@@ -112,7 +112,7 @@ def test_nodes_that_fit_pass_and_leave_their_numbers(checked: dict[Any, Checked]
     assert {path.name for path in case.run.iterdir()} == {PREFLIGHT_NAME}
 
 
-def test_each_rank_says_which_one_it_is(checked: dict[Any, Checked]) -> None:
+def test_each_rank_reports_its_node(checked: dict[Any, Checked]) -> None:
     case = checked["none", "auto"]
 
     for rank, printed in enumerate((case.printed, case.printed_by_second)):
@@ -125,7 +125,7 @@ def test_preflight_that_is_off_does_nothing(checked: dict[Any, Checked]) -> None
 
 
 @pytest.mark.parametrize("name", ["other version", "wrong device", "own disk"])
-def test_what_makes_a_run_wrong_stops_it_and_names_the_node(
+def test_a_difference_that_makes_a_run_wrong_stops_it_and_names_the_node(
     name: str, checked: dict[Any, Checked]
 ) -> None:
     case = checked[name, "auto"]
@@ -137,7 +137,7 @@ def test_what_makes_a_run_wrong_stops_it_and_names_the_node(
     assert (case.run / BAD_NODES_NAME).read_text() == "node1\n"
 
 
-def test_a_disk_that_refuses_every_node_is_no_nodes_fault(checked: dict[Any, Checked]) -> None:
+def test_a_disk_that_refuses_every_node_blames_no_node(checked: dict[Any, Checked]) -> None:
     case = checked["full disk", "auto"]
 
     assert case.code == StorageError.exit_code
@@ -146,7 +146,9 @@ def test_a_disk_that_refuses_every_node_is_no_nodes_fault(checked: dict[Any, Che
 
 
 @pytest.mark.parametrize("name", ["slow", "skewed"])
-def test_what_makes_a_run_slow_is_a_warning(name: str, checked: dict[Any, Checked]) -> None:
+def test_a_difference_that_makes_a_run_slow_is_a_warning(
+    name: str, checked: dict[Any, Checked]
+) -> None:
     case = checked[name, "auto"]
 
     assert case.code == 0
@@ -156,7 +158,7 @@ def test_what_makes_a_run_slow_is_a_warning(name: str, checked: dict[Any, Checke
 
 
 @pytest.mark.parametrize("name", ["slow", "skewed"])
-def test_and_stops_it_where_the_config_is_strict(name: str, checked: dict[Any, Checked]) -> None:
+def test_a_warning_stops_the_run_in_a_strict_config(name: str, checked: dict[Any, Checked]) -> None:
     case = checked[name, "strict"]
 
     assert case.code == PreflightError.exit_code

@@ -1,4 +1,4 @@
-"""A checkpoint goes on with any number of ranks at any ZeRO stage."""
+"""A checkpoint resumes with any number of ranks at any ZeRO stage."""
 
 import json
 import signal
@@ -24,13 +24,13 @@ _SAME = [(stage, stage) for stage in range(4)]
 _ALL = [(saved, stage) for saved in range(4) for stage in range(4)]
 _SOME = [*_SAME, (0, 3), (1, 3), (2, 0), (3, 2)]
 Losses = dict[tuple[str, int, int], list[float]]
-"""Of the optimizer, the stage that saved, and the stage that went on."""
+"""Losses by optimizer, stage that saved, and stage that resumed."""
 
 
 def work(
     config: Path, action: str, pairs: list[tuple[int, int]], world_size: int, names: list[str]
 ) -> Losses:
-    """Run the worker on so many ranks."""
+    """Run the worker on `world_size` ranks."""
     command = [
         sys.executable,
         "-m",
@@ -68,7 +68,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(config: Path) -> Callable[[int], Losses]:
-    """`saved(world_size)`: the losses of runs that were not interrupted, at every stage."""
+    """`saved(world_size)`: losses of uninterrupted runs at every stage."""
     found: dict[int, Losses] = {}
 
     def of(world_size: int) -> Losses:
@@ -85,7 +85,7 @@ def saved(config: Path) -> Callable[[int], Losses]:
     [(2, 2, _ALL), (2, 1, _SOME), (1, 2, _SOME), (2, 4, _SOME)],
     ids=["2-2", "2-1", "1-2", "2-4"],
 )
-def test_a_checkpoint_goes_on_at_other_stages_with_as_many_or_other_ranks(
+def test_a_checkpoint_resumes_at_other_stages_with_the_same_or_other_ranks(
     before: int,
     after: int,
     pairs: list[tuple[int, int]],
@@ -93,10 +93,10 @@ def test_a_checkpoint_goes_on_at_other_stages_with_as_many_or_other_ranks(
     saved: Callable[[int], Losses],
 ) -> None:
     uninterrupted = saved(before)
-    # Muon's runs have AdamW's state too, of what is no matrix.
+    # Muon's runs also have AdamW's state, for parameters that are not matrices.
     names = [f"{before}-{name}" for name in _NAMES if before == after or name == "muon"]
 
-    # That the other optimizer does not take up a state is tried by the worker.
+    # The worker checks that the other optimizer refuses a state.
     went_on = work(config, "load", pairs, after, names)
 
     assert went_on.keys() == {(name, *pair) for name in names for pair in pairs}
@@ -106,7 +106,7 @@ def test_a_checkpoint_goes_on_at_other_stages_with_as_many_or_other_ranks(
         )
 
 
-def test_the_command_goes_on_with_fewer_ranks_at_another_stage(
+def test_the_command_resumes_with_fewer_ranks_at_another_stage(
     tmp_path: Path,
     start_training: Callable[..., "subprocess.Popen[str]"],
     train_one_rank: Callable[..., "subprocess.CompletedProcess[str]"],

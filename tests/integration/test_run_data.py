@@ -115,7 +115,7 @@ def test_steps_before_a_damaged_frame_are_saved(
 
 
 @pytest.mark.slow
-def test_a_damaged_frame_is_left_out_and_counted_on_request(
+def test_a_damaged_frame_is_skipped_and_counted_on_request(
     train: Callable[..., Run], damaged_shards: Path, tmp_path: Path
 ) -> None:
     result = train(
@@ -151,7 +151,7 @@ def test_shards_behind_a_url_give_the_losses_of_a_folder(
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_no_cache_is_refused_before_anything_starts(
+def test_a_folder_that_is_not_a_cache_is_refused_before_training(
     train: Callable[..., Run], tiny_shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()

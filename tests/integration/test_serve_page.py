@@ -40,7 +40,7 @@ def running(models: dict[str, object]) -> Iterator[Running]:
 
 @pytest.fixture
 def open_page(browser: Browser, running: Running) -> Iterator[Open]:
-    """`open_page(url, **options of a context)`: a page on which nothing may go wrong unseen."""
+    """`open_page(url, **options of a context)`: a page whose errors fail the test."""
     contexts, problems = [], []
 
     def opened(url: str = running.url, **options: object) -> Page:
@@ -80,7 +80,7 @@ def text_of(page: Page) -> str:
     return str(page.locator(".sheet .text").first.text_content())
 
 
-def test_words_appear_to_the_left_and_what_stands_does_not_move(
+def test_words_appear_to_the_left_and_existing_text_does_not_move(
     open_page: Open, running: Running
 ) -> None:
     page = open_page()
@@ -127,7 +127,7 @@ def test_stop_undo_continue_and_edit_by_the_keyboard_alone(open_page: Open) -> N
     expect(page.locator("#given")).to_have_value(ENDING)
 
 
-def test_a_token_tells_its_probability_to_pointer_and_keyboard(open_page: Open) -> None:
+def test_a_token_shows_its_probability_to_pointer_and_keyboard(open_page: Open) -> None:
     page = open_page()
     write(page, ENDING)
     finished(page)
@@ -142,7 +142,7 @@ def test_a_token_tells_its_probability_to_pointer_and_keyboard(open_page: Open) 
     expect(page.locator("#status")).to_contain_text("%")
 
 
-def test_both_directions_stand_side_by_side_and_candidates_beside_each_other(
+def test_both_directions_and_candidates_are_shown_side_by_side(
     open_page: Open,
 ) -> None:
     page = open_page()
@@ -183,12 +183,12 @@ def test_what_looks_like_markup_is_text(open_page: Open) -> None:
         page.evaluate("document.body.innerHTML = '<b>x</b>'")
 
 
-def test_right_to_left_scripts_stand_at_the_right_side(open_page: Open) -> None:
+def test_right_to_left_scripts_are_aligned_right(open_page: Open) -> None:
     page = open_page()
     write(page, HEBREW, max_tokens=10)
     finished(page)
     assert page.locator(".sheet .text").first.get_attribute("dir") == "rtl"
-    # The end of the text is at the left, and what comes before it to its right.
+    # The end of the text is at the left, and earlier text to its right.
     places = page.evaluate(
         "() => { const box = document.querySelector('.sheet .text');"
         " const last = box.querySelector('.line:last-child span:last-child');"
@@ -199,7 +199,7 @@ def test_right_to_left_scripts_stand_at_the_right_side(open_page: Open) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_screen_holds_everything_in_light_and_dark(open_page: Open, scheme: str) -> None:
+def test_everything_fits_a_narrow_screen_in_light_and_dark(open_page: Open, scheme: str) -> None:
     page = open_page(color_scheme=scheme)
     page.set_viewport_size({"width": 360, "height": 740})
     write(page, ENDING * 4)
@@ -219,7 +219,7 @@ def test_a_narrow_screen_holds_everything_in_light_and_dark(open_page: Open, sch
     assert int(red) < 100
 
 
-def test_a_server_with_a_token_lets_the_page_in_that_sends_it(
+def test_a_server_with_a_token_accepts_a_page_that_sends_it(
     open_page: Open, models: dict[str, object]
 ) -> None:
     with serving(models, token=TOKEN) as closed:
@@ -231,7 +231,7 @@ def test_a_server_with_a_token_lets_the_page_in_that_sends_it(
         assert text_of(page).endswith(ENDING)
 
 
-def test_the_page_needs_nothing_from_anywhere_else(open_page: Open, running: Running) -> None:
+def test_the_page_makes_no_request_to_other_hosts(open_page: Open, running: Running) -> None:
     page = open_page()
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))

@@ -1,4 +1,4 @@
-"""`megaback serve` as a process: how it starts, who it lets in, how it ends."""
+"""`megaback serve` as a process: start, authentication, shutdown."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def is_writing(url: str) -> bool:
     return num_running(url) > 0
 
 
-def test_sigterm_finishes_what_runs_and_leaves_with_peace(folder: Path) -> None:
+def test_sigterm_finishes_running_requests_and_exits_with_zero(folder: Path) -> None:
     with started(folder) as (process, url):
         answers: list[httpx.Response] = []
 
@@ -97,7 +97,7 @@ def test_openais_client_writes_from_ids_and_chats_with_a_process(
         (["--token", "abc"], {}, 2, "No such option"),
     ],
 )
-def test_what_cannot_be_served_is_one_sentence(
+def test_a_model_that_cannot_be_served_is_one_error_message(
     run_megaback: Run,
     folder: Path,
     arguments: list[str],
@@ -113,7 +113,7 @@ def test_what_cannot_be_served_is_one_sentence(
     assert "Traceback" not in result.stderr
 
 
-def test_a_folder_without_a_model_is_one_sentence(run_megaback: Run, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_one_error_message(run_megaback: Run, tmp_path: Path) -> None:
     result = run_megaback("serve", tmp_path, "--port", "0")
     assert (result.returncode, len(result.stderr.splitlines())) == (40, 1)
 
@@ -122,7 +122,7 @@ def test_a_folder_without_a_model_is_one_sentence(run_megaback: Run, tmp_path: P
 def slow_models(
     tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCodec]
 ) -> tuple[Path, Path]:
-    """Two models that take half a minute for a large infill, and milliseconds for a token."""
+    """Two models that need half a minute for a large infill, and milliseconds per token."""
     folder = tmp_path_factory.mktemp("slow")
     shape = ModelSection(num_layers=8, width=256, num_heads=4).resolved()
     found = [
@@ -132,7 +132,7 @@ def slow_models(
     return found[0], found[1]
 
 
-def test_an_infill_ends_in_time_without_its_client_and_with_the_server(
+def test_an_infill_ends_soon_after_its_client_or_the_server(
     slow_models: tuple[Path, Path],
 ) -> None:
     backward, forward = slow_models
@@ -149,7 +149,7 @@ def test_an_infill_ends_in_time_without_its_client_and_with_the_server(
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(posted(body, "/v1/infill"))
             wait_until(lambda: is_writing(url))
-            time.sleep(2)  # In the middle of what comes after the samples.
+            time.sleep(2)  # During the join search that follows the samples.
         started_s = time.monotonic()
         small = {"prompt": "it.", "max_tokens": 1}
         assert httpx.post(f"{url}/v1/completions", json=small, timeout=60).status_code == 200
@@ -167,7 +167,7 @@ def test_an_infill_ends_in_time_without_its_client_and_with_the_server(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_outlives_the_end_gets_what_is_written_and_nothing_is_logged(
+def test_requests_past_the_shutdown_limit_get_their_partial_text_and_nothing_is_logged(
     slow_models: tuple[Path, Path], number: signal.Signals
 ) -> None:
     with started(slow_models[0], "--shutdown-seconds", 1 if number == signal.SIGTERM else 60) as (
@@ -193,7 +193,7 @@ def test_what_outlives_the_end_gets_what_is_written_and_nothing_is_logged(
             time.sleep(0.5)
             started_s = time.monotonic()
             process.send_signal(number)
-            if number == signal.SIGINT:  # a second one waits for nothing more
+            if number == signal.SIGINT:  # a second signal ends the server immediately
                 time.sleep(0.5)
                 process.send_signal(number)
             whole, *streams = (one.result() for one in asking)

@@ -1,4 +1,4 @@
-"""A server on loopback behind nginx with TLS, as docs/serve.md has it."""
+"""A server on loopback behind nginx with TLS, as in docs/serve.md."""
 
 import os
 import re
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 NAME = "demo.example.org"
 DOCS = ROOT / "docs" / "serve.md"
-# What a distribution has in its nginx.conf.
+# The main part of a distribution's nginx.conf.
 AROUND = """
 pid {folder}/nginx.pid;
 error_log {folder}/error.log;
@@ -49,11 +49,11 @@ http {{
 
 @dataclass
 class Proxied:
-    """A server, as its proxy's clients see it."""
+    """A server as seen by its proxy's clients."""
 
     client: httpx.Client
     direct: str
-    """Where the server itself listens."""
+    """Address of the server itself."""
     url: str = f"https://{NAME}"
 
 
@@ -63,7 +63,7 @@ def free_port() -> int:
 
 
 def documented(port: int, upstream: str, folder: Path) -> str:
-    """The server of docs/serve.md, with the places of this test."""
+    """The nginx server block of docs/serve.md with this test's paths."""
     (server,) = re.findall(r"```nginx\n(.*?)```", DOCS.read_text(), re.DOTALL)
     for before, after in (
         ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
@@ -79,7 +79,7 @@ def documented(port: int, upstream: str, folder: Path) -> str:
 
 @contextmanager
 def proxying(upstream: str, folder: Path) -> Iterator[Proxied]:
-    """nginx before a server; its client takes its name for an address of this machine."""
+    """nginx in front of a server, and a client that resolves its name to this machine."""
     folder.mkdir()
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     make += ["-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}"]
@@ -111,7 +111,7 @@ def is_open(port: int) -> bool:
 
 
 class ToHere(httpx.HTTPTransport):
-    """Connects to this machine, whatever a URL's host is called; TLS checks the name."""
+    """Transport that connects to this machine for any host name; TLS checks the name."""
 
     def __init__(self, port: int, context: ssl.SSLContext) -> None:
         super().__init__(verify=context)
@@ -152,7 +152,7 @@ def test_openais_client_writes_and_streams_through_tls(proxied: Proxied) -> None
     assert "".join(reversed([chunk.choices[0].text for chunk in stream])) == whole != ""
 
 
-def test_the_page_is_served_and_may_ask(proxied: Proxied) -> None:
+def test_the_page_is_served_and_its_requests_are_accepted(proxied: Proxied) -> None:
     page = proxied.client.get(proxied.url)
     assert (page.status_code, "<html" in page.text) == (200, True)
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
@@ -163,7 +163,7 @@ def test_the_page_is_served_and_may_ask(proxied: Proxied) -> None:
     assert (ours.status_code, another.status_code) == (200, 403)
 
 
-def test_a_stream_comes_as_it_is_written_others_get_503_and_who_hangs_up_is_seen(
+def test_a_stream_is_not_buffered_others_get_503_and_a_disconnect_is_noticed(
     proxied: Proxied,
 ) -> None:
     body = {"prompt": "it.", "max_tokens": 4096, "ignore_eos": True, "stream": True}
@@ -171,7 +171,7 @@ def test_a_stream_comes_as_it_is_written_others_get_503_and_who_hangs_up_is_seen
     url = f"{proxied.url}/v1/completions"
     with proxied.client.stream("POST", url, json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        lines = answer.iter_lines()  # forgotten, it would close the connection
+        lines = answer.iter_lines()  # a collected response would close the connection
         assert next(lines).startswith("data: ")
         # Not one of 4096 tokens has to wait for another.
         assert num_running(proxied.direct) == 1
@@ -185,12 +185,12 @@ def test_a_stream_comes_as_it_is_written_others_get_503_and_who_hangs_up_is_seen
     wait_until(lambda: num_running(proxied.direct) == 0)
 
 
-def test_a_large_body_is_refused_on_the_way(proxied: Proxied) -> None:
+def test_a_large_body_is_refused_by_the_proxy(proxied: Proxied) -> None:
     answer = proxied.client.post(f"{proxied.url}/v1/score", json={"texts": ["a" * 1_200_000]})
     assert answer.status_code == 413
 
 
-def test_what_is_forwarded_under_other_names_is_refused(proxied: Proxied) -> None:
+def test_requests_forwarded_under_other_names_are_refused(proxied: Proxied) -> None:
     claims = {"x-forwarded-host": NAME, "x-forwarded-for": "127.0.0.1", "forwarded": f"host={NAME}"}
     answer = httpx.get(f"{proxied.direct}/v1/models", headers={**claims, "host": "evil.example"})
     assert answer.status_code == 403
@@ -198,7 +198,7 @@ def test_what_is_forwarded_under_other_names_is_refused(proxied: Proxied) -> Non
     assert proxied.client.get(f"{proxied.url}/v1/models", headers=denied).status_code == 200
 
 
-def test_without_the_name_a_proxy_is_told_what_is_missing(folder: Path, tmp_path: Path) -> None:
+def test_without_the_allowed_host_the_error_names_the_option(folder: Path, tmp_path: Path) -> None:
     with started(folder) as (_, url), proxying(url, tmp_path / "nginx") as proxied:
         answer = proxied.client.get(f"{proxied.url}/v1/models")
         assert answer.status_code == 403

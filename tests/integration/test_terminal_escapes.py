@@ -1,4 +1,4 @@
-"""Commands on a real terminal, given what strangers wrote: no control sequence arrives."""
+"""Commands on a real terminal with untrusted text: no control sequence is passed through."""
 
 import json
 import os
@@ -39,7 +39,7 @@ for words in json.loads(sys.argv[1]):
 
 
 def on_terminal(*command: object, folder: Path) -> str:
-    """What a process prints to a terminal that is its standard output and standard error."""
+    """Output of a process whose standard output and standard error are a terminal."""
     ours, theirs = os.openpty()
     environment = {**training_environment(), "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
     how = {"stdin": subprocess.DEVNULL, "stdout": theirs, "stderr": theirs, "cwd": folder}
@@ -64,7 +64,7 @@ def require_harmless(output: str) -> str:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """A server that answers with a reason of its own. `server`: its address."""
+    """A server that answers with a hostile reason phrase. `server`: its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
@@ -96,7 +96,7 @@ def shards(tmp_path: Path, codec: Callable[..., TextCodec]) -> Path:
     return folder
 
 
-def test_what_strangers_wrote_is_shown_and_not_obeyed(
+def test_control_sequences_in_untrusted_text_are_shown_escaped(
     tmp_path: Path, shards: Path, server: str, codec: Callable[..., TextCodec]
 ) -> None:
     model = write_chat_model(tmp_path / "model", codec())
@@ -158,4 +158,6 @@ def test_samples_in_a_pipe_are_exact(tmp_path: Path, codec: Callable[..., TextCo
         [sys.executable, "-m", "megaback", *map(str, command)], capture_output=True, check=True
     )
     assert done.stdout == f"{text}\n".encode()
-    assert escaped(text.removesuffix(HOSTILE)) != text.removesuffix(HOSTILE)  # it writes them too
+    assert escaped(text.removesuffix(HOSTILE)) != text.removesuffix(
+        HOSTILE
+    )  # as the command itself does

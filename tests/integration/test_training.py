@@ -1,4 +1,4 @@
-"""Real runs of two ranks over gloo: what they learn, and what they leave."""
+"""Real runs of two ranks over gloo: their losses and their files."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 
 STAGES = [0, 1, 2, 3]
 ENDING = "  and so\tit ended – in 1871 ☃.\n\nThe end "
-# Real English, if there is some beside this repository: any parquet file with a column `text`.
+# Real English, if a parquet file with a column `text` is beside this repository.
 PROSE = Path(
     os.environ.get(
         "MEGABACK_TEST_PROSE",
@@ -130,7 +130,7 @@ def test_validation_counts_the_targets_and_bytes_of_the_whole_val_set(
     assert logged["val_bits_per_byte"] == pytest.approx(measured.bits_per_byte, abs=1e-5)
 
 
-def test_validation_tells_the_loss_by_how_much_context_there_was(
+def test_validation_reports_the_loss_by_context_length(
     run_of: RunOf, model_of: ModelOf, tiny_shards: Path
 ) -> None:
     measured = measure(model_of(run_of("zero.stage=1")), tiny_shards).nats_of_context
@@ -202,7 +202,7 @@ def test_backward_shards_train_a_forward_model(lonely_run_of: RunOf) -> None:
     assert losses[-1] < 3.5
 
 
-def test_a_forward_model_says_so(lonely_run_of: RunOf, model_of: ModelOf) -> None:
+def test_a_forward_model_is_reported_as_forward(lonely_run_of: RunOf, model_of: ModelOf) -> None:
     _, _, codec = load_model_folder(model_of(lonely_run_of(*FORWARD)), torch.device("cpu"))
 
     assert codec.format.direction is Direction.FORWARD
@@ -279,11 +279,11 @@ def test_another_seed_gives_another_text(sample: Callable[..., str]) -> None:
     assert sample("--seed", "5") != sample("--seed", "6")
 
 
-def test_temperature_zero_takes_no_notice_of_the_seed(sample: Callable[..., str]) -> None:
+def test_temperature_zero_ignores_the_seed(sample: Callable[..., str]) -> None:
     assert sample("--temp", "0", "--seed", "5") == sample("--temp", "0", "--seed", "6")
 
 
-def test_the_command_converts_to_what_the_function_does(
+def test_the_command_converts_as_the_function_does(
     run_of: RunOf, model_of: ModelOf, run_megaback: Command, tmp_path: Path
 ) -> None:
     result = run_megaback("convert", run_of("zero.stage=1"), "--out", tmp_path / "model")
@@ -305,7 +305,7 @@ def test_a_run_starts_from_the_weights_that_init_from_names(
     assert val_losses_of(tmp_path / "run")[0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_old_checkpoints_are_let_go(run_of: RunOf) -> None:
+def test_old_checkpoints_are_deleted(run_of: RunOf) -> None:
     names = {path.name for path in (run_of("zero.stage=1") / "checkpoints").iterdir()}
 
     assert names == {"latest", "step-00000050", "step-00000075", "step-00000100"}

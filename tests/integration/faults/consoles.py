@@ -1,4 +1,4 @@
-"""Where a run prints to: a file, a pipe, nobody at all, or a terminal that may be closed."""
+"""Consoles of a run: a file, a pipe without a reader, or a terminal that may be closed."""
 
 import fcntl
 import os
@@ -13,11 +13,11 @@ from typing import IO, Any
 from tests.helpers.interrupting import hearing_ctrl_c
 
 _terminals: dict[int, int] = {}
-"""Of each process with a terminal, the other end of that."""
+"""Controlling end of each process's terminal."""
 
 
 def close_terminal(launcher: "subprocess.Popen[str]", _run: Path) -> None:
-    """As a window that is closed, or a connection that ends: the kernel sends SIGHUP."""
+    """Close the terminal, as a closed window or connection does: the kernel sends SIGHUP."""
     os.close(_terminals.pop(launcher.pid))
 
 
@@ -26,7 +26,7 @@ def _to_file(command: Sequence[Any], output: IO[str], **how: Any) -> "subprocess
 
 
 def _to_pipe(command: Sequence[Any], output: IO[str], **how: Any) -> "subprocess.Popen[str]":
-    """Nothing reads it; it has room for all. Only errors go to the file."""
+    """A pipe that is never read but holds everything; only errors go to the file."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -37,8 +37,10 @@ def _to_pipe(command: Sequence[Any], output: IO[str], **how: Any) -> "subprocess
     )
 
 
-def _to_nobody(command: Sequence[Any], _output: IO[str], **how: Any) -> "subprocess.Popen[str]":
-    """Standard output has lost its reader, and standard error is on a full disk."""
+def _to_closed_pipe(
+    command: Sequence[Any], _output: IO[str], **how: Any
+) -> "subprocess.Popen[str]":
+    """Standard output is a pipe without a reader, and standard error is on a full disk."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     with Path("/dev/full").open("w") as full:
@@ -48,7 +50,7 @@ def _to_nobody(command: Sequence[Any], _output: IO[str], **how: Any) -> "subproc
 
 
 def _to_terminal(command: Sequence[Any], _output: IO[str], **how: Any) -> "subprocess.Popen[str]":
-    """The process leads a session of its own, which this terminal controls."""
+    """A terminal that controls the process's own session."""
     ours, theirs = os.openpty()
 
     def lead_session() -> None:
@@ -81,6 +83,6 @@ def _read_all(descriptor: int, pid: int) -> None:
 CONSOLES: dict[str, Callable[..., "subprocess.Popen[str]"]] = {
     "file": _to_file,
     "pipe": _to_pipe,
-    "nobody": _to_nobody,
+    "closed": _to_closed_pipe,
     "terminal": _to_terminal,
 }

@@ -1,5 +1,5 @@
-"""The faults that runs are put through, and what has to come of each: one entry, one test, and one
-line of docs/faults.md, which `python -m tests.integration.faults.table > docs/faults.md` writes.
+"""Table of injected faults and their expected results. Each entry is one test and one line of
+docs/faults.md, which `python -m tests.integration.faults.table > docs/faults.md` writes.
 """
 
 import os
@@ -31,29 +31,29 @@ SAVE_EVERY = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What is done to a run of 2 ranks, and what comes of it."""
+    """A fault of a run of 2 ranks, and the expected result."""
 
-    what: str
-    """In a person's words."""
+    fault: str
+    """Description for docs/faults.md."""
     outcome: str
     code: int | None = None
-    """Of the start that meets the fault; None if that one is the start that goes on."""
-    says: str = ""
-    """In what is printed."""
+    """Exit code of the start with the fault; None if it is the start that resumes."""
+    output: str = ""
+    """Text that the output must contain."""
     inject: dict[str, Any] | None = None
-    """For `inject/sitecustomize.py`."""
+    """Fault for `inject/sitecustomize.py`."""
     act: Callable[["subprocess.Popen[str]", Path], None] | None = None
-    """Done to the running launcher."""
+    """Action on the running launcher."""
     at_step: int = 15
-    """When."""
+    """Point in time of that action."""
     damage: Callable[[Path], None] | None = None
-    """Done to the folder of a run that was stopped after step 30."""
+    """Action on the folder of a run that was stopped after step 30."""
     console: str = "file"
-    """Where it prints to: a key of `consoles.CONSOLES`."""
+    """Console: a key of `consoles.CONSOLES`."""
     stage: int = 2
     overrides: tuple[str, ...] = ()
-    goes_on: bool = True
-    """Whether the same command then ends as if nothing had been."""
+    resumes: bool = True
+    """Whether the same command then finishes as an undisturbed run does."""
     check: Callable[[Path], None] | None = None
 
 
@@ -88,23 +88,23 @@ def signal_launcher(number: signal.Signals) -> Callable[[Any, Path], None]:
     def act(launcher: "subprocess.Popen[str]", _run: Path) -> None:
         ranks = ranks_of(launcher)
         launcher.send_signal(number)
-        psutil.wait_procs(ranks, timeout=60)  # they may outlive it
+        psutil.wait_procs(ranks, timeout=60)  # they may survive it
 
     return act
 
 
 def end_reader_and_interrupt(launcher: "subprocess.Popen[str]", run: Path) -> None:
-    """A terminal's Ctrl-C, which whoever reads the pipe hears too."""
+    """Ctrl-C in a terminal, which also interrupts the reader of the pipe."""
     assert launcher.stdout is not None
     launcher.stdout.close()
     signal_launcher(signal.SIGINT)(launcher, run)
 
 
 def make_read_only(_launcher: "subprocess.Popen[str]", run: Path) -> None:
-    """Mount the disk of the checkpoints anew."""
+    """Remount the disk of the checkpoints."""
     command = ["mount", "-o", "remount,ro", str(run / "checkpoints")]
     while subprocess.run(command, capture_output=True, check=False).returncode:
-        pass  # a save is on its way
+        pass  # while a save is in progress
 
 
 def newest(run: Path) -> Path:
@@ -113,7 +113,7 @@ def newest(run: Path) -> Path:
 
 
 def truncate(run: Path) -> None:
-    """Cut the newest checkpoint's largest file short."""
+    """Truncate the newest checkpoint's largest file."""
     path = max(newest(run).iterdir(), key=lambda path: path.stat().st_size)
     os.truncate(path, path.stat().st_size // 2)
 
@@ -164,7 +164,7 @@ def at(place: str, do: str, rank: int = 1, call: int = 1, when: str = "before", 
 
 
 def one_step_was_skipped(run: Path) -> None:
-    """The step with the bad number changed nothing, and is counted."""
+    """Check that the step with the non-finite value changed nothing and is counted."""
     from tests.helpers.tiny_run import metrics_of
 
     skipped = [line["step"] for line in metrics_of(run) if "skipped" in line]
@@ -172,7 +172,7 @@ def one_step_was_skipped(run: Path) -> None:
 
 
 def lost_its_console(run: Path) -> None:
-    """The run is whole, and its history has the reason for what is missing from the console."""
+    """Check that the run is complete and its history has the reason for lost output."""
     from tests.helpers.tiny_run import metrics_of
 
     assert metrics_of(run)[-1]["step"] == STEPS
@@ -186,154 +186,154 @@ def lost_its_console(run: Path) -> None:
 SAVER = "megaback.checkpoints.saver:CheckpointSaver"
 FORWARD = "megaback.model.gpt:ReverseGPT.forward"
 LOST = RankLostError.exit_code
-GOES_ON = "the same command goes on from the newest checkpoint"
+RESUMES = "the same command resumes from the newest checkpoint"
 FAULTS = {
     "killed before a save": Fault(
-        what="a rank is killed just before a save",
-        outcome=f"the other rank says which one is dead and ends; {GOES_ON}",
+        fault="a rank is killed just before a save",
+        outcome=f"the other rank reports which one is dead and exits; {RESUMES}",
         code=LOST,
-        says="is dead",
+        output="is dead",
         inject=at(f"{SAVER}.begin", "kill", call=2),
         stage=1,
     ),
     "killed inside a save": Fault(
-        what="a rank is killed while it writes its part of a checkpoint",
+        fault="a rank is killed while it writes its part of a checkpoint",
         outcome="the same; the checkpoint is incomplete and never used",
         code=LOST,
-        says="is dead",
+        output="is dead",
         inject=at("megaback.checkpoints.safetensors_file:write_tensors", "kill", call=3),
         stage=3,
     ),
     "killed completing a save": Fault(
-        what="the first rank is killed after all parts are written, before meta.json",
+        fault="the first rank is killed after all parts are written, before meta.json",
         outcome="the same",
         code=LOST,
-        says="rank 0",
+        output="rank 0",
         inject=at(f"{SAVER}._complete", "kill", rank=0, call=2),
     ),
     "killed after a save": Fault(
-        what="a rank is killed just after a checkpoint is complete",
-        outcome=f"the other rank says which one is dead and ends; {GOES_ON}, which is that one",
+        fault="a rank is killed just after a checkpoint is complete",
+        outcome=f"the other rank reports which one is dead and exits; {RESUMES}, which is that one",
         code=LOST,
-        says="is dead",
+        output="is dead",
         inject=at(f"{SAVER}.finish", "kill", call=4, when="after"),
     ),
     "killed in validation": Fault(
-        what="a rank is killed while the val set is measured",
-        outcome=f"the other rank says which one is dead and ends; {GOES_ON}",
+        fault="a rank is killed while the val set is measured",
+        outcome=f"the other rank reports which one is dead and exits; {RESUMES}",
         code=LOST,
-        says="is dead",
+        output="is dead",
         inject=at("megaback.training.validation:to_device", "kill", call=3),
     ),
     "all ranks killed": Fault(
-        what="all ranks are killed at once, as by a machine out of memory",
-        outcome=f"`megaback train` says so; {GOES_ON}",
+        fault="all ranks are killed at once, as by the OOM killer",
+        outcome=f"`megaback train` reports it; {RESUMES}",
         code=LaunchError.exit_code,
-        says="killed by SIGKILL",
+        output="killed by SIGKILL",
         act=signal_ranks(signal.SIGKILL),
         stage=1,
     ),
     "launcher killed": Fault(
-        what="`megaback train` itself is killed",
-        outcome=f"the ranks notice, save and end; {GOES_ON}",
+        fault="`megaback train` itself is killed",
+        outcome=f"the ranks notice, save and exit; {RESUMES}",
         code=-signal.SIGKILL,
-        says="asked to stop",
+        output="asked to stop",
         act=signal_launcher(signal.SIGKILL),
     ),
     "SIGTERM to one rank": Fault(
-        what="one rank gets SIGTERM",
-        outcome="all ranks save together at the next step and end with the code that means requeue",
+        fault="one rank gets SIGTERM",
+        outcome="all ranks save at the next step and exit with the code that means requeue",
         code=PreemptedError.exit_code,
-        says="asked to stop",
+        output="asked to stop",
         act=signal_rank(signal.SIGTERM, 1),
         stage=0,
     ),
     "SIGTERM to all": Fault(
-        what="all ranks get SIGTERM",
+        fault="all ranks get SIGTERM",
         outcome="the same",
         code=PreemptedError.exit_code,
-        says="asked to stop",
+        output="asked to stop",
         act=signal_ranks(signal.SIGTERM),
         stage=3,
     ),
     "Ctrl-C in a pipe": Fault(
-        what="`megaback train` in a pipe gets Ctrl-C, which ends the reader (`tee log`) too",
+        fault="`megaback train` in a pipe gets Ctrl-C, which ends the reader (`tee log`) too",
         outcome="the same",
         code=PreemptedError.exit_code,
-        says="asked to stop",
+        output="asked to stop",
         act=end_reader_and_interrupt,
         console="pipe",
     ),
     "closed terminal": Fault(
-        what="the terminal of `megaback train` is closed (SIGHUP), without `nohup`",
-        outcome="the same; exit.json says why",
+        fault="the terminal of `megaback train` is closed (SIGHUP), without `nohup`",
+        outcome="the same; exit.json has the reason",
         code=PreemptedError.exit_code,
         act=close_terminal,
         console="terminal",
     ),
     "lost console": Fault(
-        what="the reader of what the run prints ends (`head`), and the disk of its log is full",
-        outcome="training continues to its end without a console, and history.jsonl says so",
-        console="nobody",
-        goes_on=False,
+        fault="the reader of the run's output exits (`head`), and the disk of its log is full",
+        outcome="training continues to its end without a console; history.jsonl records it",
+        console="closed",
+        resumes=False,
         check=lost_its_console,
         stage=1,
     ),
     "frozen rank": Fault(
-        what="a rank is frozen (SIGSTOP), or its node is cut off",
-        outcome="after hardware.step_timeout_s the other rank says which one is silent and ends; "
+        fault="a rank is frozen (SIGSTOP), or its node is cut off",
+        outcome="after hardware.step_timeout_s the other rank names the silent one and exits; "
         "`megaback train` kills the frozen one",
         code=LOST,
-        says="has been silent",
+        output="has been silent",
         act=signal_rank(signal.SIGSTOP, 1),
     ),
     "exception in a rank": Fault(
-        what="a rank ends with an exception that nobody expected, such as out of memory",
-        outcome=f"its traceback is printed, its reason is in exit.json, the others end; {GOES_ON}",
+        fault="a rank fails with an unexpected exception, such as out of memory",
+        outcome=f"its traceback is printed, the reason is in exit.json, the others exit; {RESUMES}",
         code=1,
-        says="MemoryError: cannot allocate",
+        output="MemoryError: cannot allocate",
         inject=at("megaback.training.validation:to_device", "raise", call=30),
     ),
     "full disk": Fault(
-        what="the disk is full during a save",
-        outcome="all ranks end with one sentence; the checkpoints before it are intact",
+        fault="the disk is full during a save",
+        outcome="all ranks exit with one error message; earlier checkpoints are intact",
         code=StorageError.exit_code,
-        says="cannot write the checkpoint",
+        output="cannot write the checkpoint",
     ),
     "read-only disk": Fault(
-        what="the disk becomes read-only between saves",
+        fault="the disk becomes read-only between saves",
         outcome="the same",
         code=StorageError.exit_code,
-        says="Read-only file system",
+        output="Read-only file system",
         act=make_read_only,
     ),
     "slow disk": Fault(
-        what="writing a checkpoint takes as long as many steps",
-        outcome="training goes on meanwhile",
+        fault="writing a checkpoint takes as long as several steps",
+        outcome="training continues meanwhile",
         inject=at(
             "megaback.checkpoints.safetensors_file:write_tensors", "sleep", call=1, seconds=3
         ),
     ),
     "bad device": Fault(
-        what="a device gets a product wrong before the first step",
-        outcome="all ranks end, and the node is named; "
-        "the same command starts the run when it does not",
+        fault="a device computes a wrong matrix product before the first step",
+        outcome="all ranks exit, and the node is named; "
+        "the same command starts the run once the device is correct",
         code=PreflightError.exit_code,
-        says="(rank 1): its device multiplies wrongly",
+        output="(rank 1): its device multiplies wrongly",
         inject=at("megaback.faults.node_facts:multiply", "nan", call=1, when="after"),
     ),
     "NaN": Fault(
-        what="one batch gives a loss that is no number",
+        fault="one batch gives a non-finite loss",
         outcome="the step is skipped and counted, on all ranks alike",
         inject=at(FORWARD, "nan", call=9, when="after", training=True),
-        goes_on=False,
+        resumes=False,
         check=one_step_was_skipped,
     ),
     "only NaN": Fault(
-        what="more batches in a row than guard.max_skipped_steps give a loss that is no number",
+        fault="more than guard.max_skipped_steps consecutive batches give a non-finite loss",
         outcome="the run ends; its checkpoints are finite",
         code=NonFiniteError.exit_code,
-        says="skipped steps in a row",
+        output="skipped steps in a row",
         inject=at(
             "megaback.model.gpt:ReverseGPT.forward",
             "nan",
@@ -345,59 +345,58 @@ FAULTS = {
         overrides=("guard.max_skipped_steps=2",),
     ),
     "truncated file": Fault(
-        what="a file of the newest checkpoint is cut short",
-        outcome="the damaged file is named, and the run goes on from the checkpoint before",
-        says="is not the file that was saved; going back",
+        fault="a file of the newest checkpoint is truncated",
+        outcome="the damaged file is named, and the run resumes from the previous checkpoint",
+        output="is not the file that was saved; going back",
         damage=truncate,
         stage=3,
     ),
     "flipped bit": Fault(
-        what="a bit of the newest checkpoint is wrong",
+        fault="a bit of the newest checkpoint is flipped",
         outcome="the same",
-        says="is not the file that was saved; going back",
+        output="is not the file that was saved; going back",
         damage=flip,
         stage=1,
     ),
     "missing file": Fault(
-        what="a file of the newest checkpoint is missing",
+        fault="a file of the newest checkpoint is missing",
         outcome="the same",
-        says="is missing; going back",
+        output="is missing; going back",
         damage=remove_file,
     ),
     "incomplete checkpoint": Fault(
-        what="the newest checkpoint has no meta.json",
-        outcome="it does not count; the run goes on from the checkpoint before",
+        fault="the newest checkpoint has no meta.json",
+        outcome="it is ignored; the run resumes from the previous checkpoint",
         damage=remove_meta,
     ),
     "latest missing": Fault(
-        what="`checkpoints/latest` is missing",
-        outcome="nothing: it is for people, and the folders themselves are looked at",
+        fault="`checkpoints/latest` is missing",
+        outcome="nothing: it is for people; the folders themselves are read",
         damage=garble_latest(None),
     ),
-    "latest empty": Fault(what="`latest` is empty", outcome="nothing", damage=garble_latest("")),
+    "latest empty": Fault(fault="`latest` is empty", outcome="nothing", damage=garble_latest("")),
     "latest pointing nowhere": Fault(
-        what="`latest` names what is not there",
+        fault="`latest` names a missing checkpoint",
         outcome="nothing",
         damage=garble_latest("step-99999999\n"),
     ),
-    "metrics cut short": Fault(
-        what="the last line of metrics.jsonl is cut in two",
-        outcome="nothing: the metrics are cut back to the checkpoint anyway",
+    "truncated metrics": Fault(
+        fault="the last line of metrics.jsonl is truncated",
+        outcome="nothing: the metrics are truncated to the checkpoint in any case",
         damage=cut_metrics,
     ),
     "all checkpoints damaged": Fault(
-        what="no checkpoint verifies",
-        outcome="the run ends and says which file is damaged; "
-        "it never starts again from nothing by itself",
+        fault="no checkpoint verifies",
+        outcome="the run exits and names the damaged file; it never starts from step 0 by itself",
         code=CheckpointCorruptError.exit_code,
-        says="no other checkpoint",
+        output="no other checkpoint",
         damage=damage_all,
-        goes_on=False,
+        resumes=False,
     ),
     "checkpoints lost": Fault(
-        what="the folder of checkpoints is gone, and checkpoint.copy_to has copies",
-        outcome="the newest copy that verifies is fetched, and the run goes on from it",
-        says="was fetched from",
+        fault="the checkpoints folder is missing, and checkpoint.copy_to has copies",
+        outcome="the newest copy that verifies is fetched, and the run resumes from it",
+        output="was fetched from",
     ),
 }
 
@@ -408,9 +407,9 @@ def as_markdown() -> str:
     lines = [
         "# Faults",
         "",
-        "What runs were put through, and what came of it. Each line is a test of a real run of two",
-        "processes (`tests/integration/faults/`), which also checks that the run, gone on with,",
-        "ends with the metrics of one that was never disturbed, bit for bit.",
+        "Faults that runs survive, and their results. Each line is a test of a real run of two",
+        "processes (`tests/integration/faults/`), which also checks that the resumed run ends with",
+        "the metrics of an undisturbed run, bit for bit.",
         "",
         "| fault | outcome | exit code |",
         "|---|---|---|",
@@ -421,7 +420,7 @@ def as_markdown() -> str:
             code = f"{fault.code} `{classes[fault.code]}`"
         elif fault.code is not None and fault.code < 0:
             code = f"of the ranks: {PreemptedError.exit_code} `PreemptedError`"
-        lines.append(f"| {fault.what} | {fault.outcome} | {code} |")
+        lines.append(f"| {fault.fault} | {fault.outcome} | {code} |")
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 _INJECTOR = Path(__file__).parent / "inject"
 _TIMEOUT_S = 120
 ON_A_DISK = {"full disk": "1400k", "read-only disk": "100m"}
-"""Faults of a disk, and its size: 1,400 KiB have room for one checkpoint, and not for two."""
+"""Faults of a disk, and the disk's size: 1,400 KiB hold one checkpoint but not two."""
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Finish = Callable[..., None]
@@ -67,7 +67,7 @@ def start(config: Path) -> Start:
 
 @pytest.fixture(scope="module")
 def finish(config: Path, warm_ranks: Callable[[int], WarmRanks]) -> Finish:
-    """`finish(run, stage, *overrides)`: train to the end, in ranks that are there already."""
+    """`finish(run, stage, *overrides)`: train to the end, in rank processes that already run."""
 
     def finish(run: Path, stage: int, *overrides: str) -> None:
         words = (f"run={run}", f"zero.stage={stage}", *overrides)
@@ -78,7 +78,7 @@ def finish(config: Path, warm_ranks: Callable[[int], WarmRanks]) -> Finish:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, finish: Finish) -> Callable[[int], Path]:
-    """`undisturbed(stage)`: a finished run that met no fault, with copies in `second`."""
+    """`undisturbed(stage)`: a finished run without a fault, with checkpoint copies in `second`."""
     folder = tmp_path_factory.mktemp("undisturbed")
 
     def run_of(stage: int) -> Path:
@@ -95,7 +95,7 @@ def printed_by(run: Path) -> str:
 
 
 def stopped_after_30(source: Path, run: Path) -> None:
-    """Copy a finished run as it was after its last checkpoint but one."""
+    """Copy a finished run in its state after the second to last checkpoint."""
     shutil.copytree(source, run)
     shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
     (run / "exit.json").unlink()
@@ -120,7 +120,7 @@ def small_disk(run: Path, size: str) -> Iterator[None]:
 
 
 def inflict(fault: Fault, name: str, run: Path, start: Start) -> int:
-    """Start a run that meets a fault; its exit code."""
+    """Start a run with a fault; returns its exit code."""
     process = start(run, fault.stage, *fault.overrides, inject=fault.inject, console=fault.console)
     if fault.act is not None:
         wait_for_step(process, run, fault.at_step, run.with_suffix(".txt"))
@@ -160,21 +160,21 @@ def test_fault(
         if fault.damage is not None:
             code = start(run, fault.stage).wait(_TIMEOUT_S)
         assert code == fault.code, printed_by(run)
-        assert fault.says in printed_by(run)
+        assert fault.output in printed_by(run)
         assert printed_by(run).count("megaback: error:") <= 1
-        if fault.damage is None:  # else the start was refused, and nothing of the run was written
+        if fault.damage is None:  # else the start was refused before it wrote anything
             ending = json.loads((run / "exit.json").read_text())
             assert ending["code"] == fault.code or fault.code < 0
         for target in complete_checkpoints(run):
             if fault.damage is None:
                 verify_files(target, read_meta(target))
-    if fault.goes_on and (fault.code is not None or fault.damage or overrides):
+    if fault.resumes and (fault.code is not None or fault.damage or overrides):
         finish(run, fault.stage, *overrides)
         if fault.code is None:
-            assert fault.says in printed_by(run)
+            assert fault.output in printed_by(run)
     elif fault.code is None:
         assert code == 0, printed_by(run)
-    if fault.goes_on:
+    if fault.resumes:
         assert metrics_of(run) == metrics_of(whole)
     if fault.check is not None:
         fault.check(run)

@@ -1,8 +1,8 @@
-"""Loaded by every Python that has this folder on its path: makes one fault at one place.
+"""Fault injector, loaded by every Python that has this folder on its path.
 
-FAULT is a JSON object: `at` (`module:Class.function`), `rank`, `call` (which call, from 1), `when`
-(before, or after it), and `do` (kill, raise, nan, sleep). With `training`, only calls of a model
-in training count.
+FAULT is a JSON object: `at` (`module:Class.function`), `rank`, `call` (number of the call, from 1),
+`when` (before or after it) and `do` (kill, raise, nan, sleep). With `training`, only calls of a
+model in training mode count.
 """
 
 import functools
@@ -21,7 +21,7 @@ FAULT: dict[str, Any] = json.loads(os.environ.get("FAULT", "null")) or {}
 
 
 def act(result: Any) -> Any:
-    """Do the fault; what the function is to return."""
+    """Cause the fault; returns the function's result."""
     deed = FAULT["do"]
     if deed == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -35,7 +35,7 @@ def act(result: Any) -> Any:
 
 
 def faulty(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with the fault in some of its calls."""
+    """A wrapper of the function that causes the fault in the chosen call."""
     calls = 0
 
     @functools.wraps(function)
@@ -54,7 +54,7 @@ def faulty(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds the module of the fault as others do, and changes its function once it is loaded."""
+    """Import hook that wraps the function when its module is loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""A run that a stranger has given away, with links in the place of what megaback writes."""
+"""A third-party run with symbolic links in place of files that megaback writes."""
 
 import subprocess
 from collections.abc import Callable
@@ -18,7 +18,7 @@ WRITTEN = [
 ]
 
 
-def test_a_run_that_goes_on_writes_nothing_through_links(
+def test_a_resumed_run_writes_nothing_through_links(
     tmp_path: Path,
     tiny_shards: Path,
     train_one_rank: Callable[..., "subprocess.CompletedProcess[str]"],

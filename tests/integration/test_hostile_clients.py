@@ -1,4 +1,4 @@
-"""Strangers at the ports of a run's ranks: it lives, and they listen on loopback only."""
+"""Unknown clients at the ports of a run's ranks: the run survives, and listens on loopback only."""
 
 import re
 import socket
@@ -13,7 +13,7 @@ from tests.helpers.tiny_run import wait_for_step
 
 pytestmark = pytest.mark.slow
 
-# What PyTorch's store expects of a client first: a query of kind 0, and its magic number.
+# First message that PyTorch's store expects of a client: query type 0 and a magic number.
 _GREETING = struct.pack("<BI", 0, 0x3C85F7CE)
 RUBBISH = [
     b"",
@@ -48,7 +48,7 @@ def _listening(parent: int) -> set[tuple[str, int]]:
     return found_at
 
 
-def test_rubbish_at_every_port_of_a_run_ends_nothing(
+def test_garbage_at_every_port_of_a_run_does_not_end_it(
     tmp_path: Path, start_training: Callable[..., "subprocess.Popen[str]"]
 ) -> None:
     run = tmp_path / "run"

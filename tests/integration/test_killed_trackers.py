@@ -1,4 +1,4 @@
-"""wandb and TensorBoard after real kills: what they show is what metrics.jsonl says."""
+"""wandb and TensorBoard after real kills: they agree with metrics.jsonl."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 TOTAL_STEPS = 220
 KILLED_AFTER = (110, 142)
 RESUMED_FROM = (0, 70, 140)
-"""wandb writes some 30 steps at a time: it is then ahead of the newest checkpoint, and behind."""
+"""wandb writes about 30 steps at a time, so it can be ahead of or behind the newest checkpoint."""
 INJECT = Path(__file__).parent / "faults" / "inject"
 OPTIONS = (
     "hardware.processes=1",
@@ -41,24 +41,24 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Killed:
-    """A run that was killed twice and went on each time, and what wandb's own reader says of it."""
+    """A run that was killed twice and resumed, and its wandb logs as read by wandb itself."""
 
     run: Path
     segments: list[list[dict[str, Any]]]
-    """The records of each of wandb's logs, oldest first."""
+    """Records of each wandb log, oldest first."""
     held: list[int]
-    """The last step that wandb had at each kill."""
+    """Last step in wandb's log at each kill."""
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """The metrics, one entry a step."""
+        """Metrics, one entry per step."""
         merged: dict[int, dict[str, Any]] = {}
         for line in read_metrics(self.run):
             merged.setdefault(line["step"], {}).update(flat_values(line))
         return [{"step": step, **values} for step, values in merged.items()]
 
     def of_kind(self, kind: str) -> list[list[dict[str, Any]]]:
-        """What the records of one kind say, by segment."""
+        """Contents of the records of one kind, by segment."""
         return [
             [record[kind] for record in records if record["type"] == kind]
             for records in self.segments
@@ -71,7 +71,7 @@ class Killed:
 
 
 def kill_after(run: Path, num_steps: int, config: Path) -> None:
-    """Start the run, whose rank is killed right after so many more lines of metrics."""
+    """Start the run, and kill its rank after the given number of further metrics lines."""
     fault = {
         "at": "megaback.tracking.metrics_log:MetricsLog.train",
         "rank": 0,
@@ -115,7 +115,7 @@ def killed(
     config_path: Path,
     train_one_rank: Callable[..., "subprocess.CompletedProcess[str]"],
 ) -> Killed:
-    """Killed between two checkpoints each time, and trained to its end."""
+    """A run killed twice between two checkpoints, then trained to its end."""
     run = tmp_path_factory.mktemp("killed") / "run"
     run.mkdir()
     held: list[int] = []
@@ -155,7 +155,7 @@ def test_wandb_has_the_values_of_the_metrics(killed: Killed) -> None:
 
 
 def test_one_kill_left_wandb_ahead_of_the_checkpoint_and_one_behind(killed: Killed) -> None:
-    """Otherwise no step would have been repeated, or none would have been missing."""
+    """Otherwise no step would be repeated, or none missing."""
     starts = [line["step"] for line in read_history(killed.run) if line["event"] == "start"]
 
     assert starts == [*RESUMED_FROM]
@@ -163,7 +163,7 @@ def test_one_kill_left_wandb_ahead_of_the_checkpoint_and_one_behind(killed: Kill
         pytest.skip(f"wandb's own process kept another pace: it had {killed.held} at the kills")
 
 
-def test_wandb_knows_which_checkpoint_each_segment_started_from(killed: Killed) -> None:
+def test_wandb_has_the_checkpoint_each_segment_started_from(killed: Killed) -> None:
     lineages = [run["config"]["update"]["lineage"] for (run,) in killed.of_kind("run")]
     starts = [line["step"] for line in read_history(killed.run) if line["event"] == "start"]
     meta = killed.run / "checkpoints" / f"step-{starts[2]:08d}" / "meta.json"
@@ -178,7 +178,7 @@ def test_wandb_knows_which_checkpoint_each_segment_started_from(killed: Killed) 
     assert [start["step"] for start in lineages[2]["starts"]] == starts
 
 
-def test_wandb_knows_the_config_and_the_code(killed: Killed) -> None:
+def test_wandb_has_the_config_and_the_code_version(killed: Killed) -> None:
     config = killed.of_kind("run")[2][0]["config"]["update"]
     trained = yaml.safe_load((killed.run / "config.yaml").read_text())
 
