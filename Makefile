@@ -18,7 +18,7 @@ HASHES ?= no
 FUZZ_SECONDS ?= 60
 UV_VERSION := 0.13.9
 
-.PHONY: demo test fuzz fuzz-properties flash-test lint format lock clean help
+.PHONY: demo test fuzz fuzz-properties flash-test lint format reference lock clean help
 
 help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
@@ -28,8 +28,9 @@ help:
 	@echo "                 FUZZ_SECONDS=N; INPUT=FILE tries one that failed again"
 	@echo "make fuzz-properties  the properties again, with other examples every time"
 	@echo "make flash-test  flash-attn's kernels on a CPU; part of make test"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy, and whether docs/reference/ is as the code says"
 	@echo "make format      let ruff format the code"
+	@echo "make reference   docs/reference/ again, after help, a key of the config or the API was changed"
 	@echo "make lock        the hashes of what is installed again, after constraints.txt was changed"
 	@echo "make clean       remove what the demo wrote"
 
@@ -55,6 +56,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m docs.generate --check
+
+reference: $(INSTALLED)
+	$(BIN)/python -m docs.generate
 
 test: lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=60

@@ -1,0 +1,53 @@
+"""The generated pages of docs/reference/ are those of the code, on every machine."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from docs.generate.__main__ import outdated, pages, write
+from megaback.cli import command_modules
+from tests.helpers.paths import ROOT
+
+ELSEWHERE = {"HOME": "/nowhere", "COLUMNS": "30", "LANG": "C", "TZ": "Asia/Tokyo", "NO_COLOR": "1"}
+
+
+def test_the_pages_are_up_to_date_whatever_the_environment() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "docs.generate", "--check"],
+        cwd=ROOT,
+        env=ELSEWHERE,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pages_that_differ_are_named_and_written_again(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert outdated(tmp_path) == []
+    page = tmp_path / "commands" / "sample.md"
+    page.write_text(page.read_text().replace("`--seed`", "`--sede`"))
+    (tmp_path / "config.md").unlink()
+    (tmp_path / "commands" / "renamed.md").write_text("of a command that is gone")
+    (tmp_path / "commands" / "notes.txt").write_text("not a page")
+
+    assert outdated(tmp_path) == ["commands/renamed.md", "commands/sample.md", "config.md"]
+    write(tmp_path)
+    assert outdated(tmp_path) == []
+    assert (tmp_path / "commands" / "notes.txt").exists()
+
+
+def test_every_command_option_key_and_name_has_its_place() -> None:
+    made = pages()
+    commands = {name.replace(" ", "-"): name for name in command_modules()}
+
+    assert {f"commands/{page}.md" for page in commands} | {"commands/README.md"} == {
+        name for name in made if name.startswith("commands/")
+    }
+    assert "| `--top-p` | `FLOAT`, `0<x<=1` | `1.0` |" in made["commands/sample.md"]
+    assert "| `training.precision` | `bf16`, `fp32` | `bf16` |" in made["config.md"]
+    assert re.search(r"\| `guard.spike_norm_ratio` \| number, `x>1` \|  \| \w", made["config.md"])
+    assert "\n### Writer.stream\n" in made["python.md"]
+    assert str(ROOT) not in "".join(made.values())
