@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEST_PROCESSES ?= 3
+DOCS_VENV := .venv-docs
+DOCS_BIN := $(DOCS_VENV)/bin
+DOCS_INSTALLED := $(DOCS_VENV)/.installed
 FLASH_VENV := .venv-flash
 FLASH_BIN := $(FLASH_VENV)/bin
 FLASH_INSTALLED := $(FLASH_VENV)/.installed
@@ -18,7 +21,7 @@ HASHES ?= no
 FUZZ_SECONDS ?= 60
 UV_VERSION := 0.13.9
 
-.PHONY: demo test fuzz fuzz-properties flash-test lint format reference lock clean help
+.PHONY: demo test fuzz fuzz-properties flash-test lint format reference docs lock clean help
 
 help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
@@ -31,6 +34,7 @@ help:
 	@echo "make lint        ruff, mypy, and whether docs/reference/ is as the code says"
 	@echo "make format      let ruff format the code"
 	@echo "make reference   docs/reference/ again, after help, a key of the config or the API was changed"
+	@echo "make docs        the documentation site, in build/site"
 	@echo "make lock        the hashes of what is installed again, after constraints.txt was changed"
 	@echo "make clean       remove what the demo wrote"
 
@@ -60,6 +64,17 @@ lint: $(INSTALLED)
 
 reference: $(INSTALLED)
 	$(BIN)/python -m docs.generate
+
+# mkdocs in an environment of its own, so that tests need not install it.
+$(DOCS_INSTALLED): setup.py constraints.txt $(LOCKS)/locked-docs.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(filter yes,$(HASHES)),--no-deps --require-hashes -r $(LOCKS)/locked-docs.txt,-c constraints.txt mkdocs-material)
+	touch $@
+
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --quiet --strict
+	@echo "docs: build/site/index.html"
 
 test: lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=60

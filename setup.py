@@ -69,6 +69,8 @@ setup(
         "tensorboard": ["tensorboard>=2.15"],
         # What `make fuzz` is guided by, where it is installed.
         "fuzz": ["atheris>=3"],
+        # The site; `make docs` installs it without megaback.
+        "docs": ["mkdocs-material>=9.6"],
         "infill-benchmark": ["sacrebleu>=2.4"],
         "dev": [
             "accelerate>=1.0",

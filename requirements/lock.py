@@ -20,8 +20,9 @@ FILES = {
     ),
     "locked.txt": ("everything but torch", ".*"),
 }
-"""What a file holds, and its packages as a pattern: the first file that fits has a package."""
+"""Contents of each file, and its packages as a pattern: the first file that fits has a package."""
 CPU_FILE = "locked-cpu.txt"
+DOCS_FILE = "locked-docs.txt"
 _HEAD = """\
 # By requirements/lock.py (`make lock`): {}.
 # All files of a version may be installed: those of every platform and of Python 3.10 and newer.
@@ -39,11 +40,25 @@ def requirements_of(text: str) -> list[str]:
 
 
 def resolved(folder: Path) -> list[str]:
-    """What a development install needs, on every platform."""
+    """Requirements of a development install, on every platform."""
     out = folder / "locked.txt"
     paths = [HERE / name for name in FILES]
     out.write_text("".join(path.read_text() for path in paths if path.exists()))
-    command = [sys.executable, "-m", "uv", "pip", "compile", "setup.py", "--extra", "dev"]
+    return compiled(["setup.py", "--extra", "dev"], out)
+
+
+def of_docs(folder: Path) -> list[str]:
+    """Requirements of the site alone; packages that locked.txt has too are of the same version."""
+    (wanted,) = re.findall(r'"docs": \["(.+)"\]', (HERE.parent / "setup.py").read_text())
+    asked, out = folder / "docs.in", folder / DOCS_FILE
+    asked.write_text(wanted)
+    out.write_text((HERE / DOCS_FILE).read_text() if (HERE / DOCS_FILE).exists() else "")
+    return compiled([str(asked), "--constraint", str(HERE / "locked.txt")], out)
+
+
+def compiled(wanted: list[str], out: Path) -> list[str]:
+    """Requirements by uv's resolver, which keeps the versions in the file where they fit."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", *wanted]
     command += ["--constraint", "constraints.txt", "--universal", "--python-version", "3.10"]
     command += ["--generate-hashes", "--no-header", "--no-annotate", "--output-file", str(out)]
     environment = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
@@ -75,6 +90,10 @@ def main() -> None:
         found = [one for one in found if one not in ours]
         (HERE / name).write_text(_HEAD.format(what) + "".join(ours))
     (HERE / CPU_FILE).write_text(cpu)
+    with TemporaryDirectory() as folder:
+        docs = of_docs(Path(folder))
+    head = _HEAD.format("the site of `make docs`, in an environment of its own")
+    (HERE / DOCS_FILE).write_text(head + "".join(docs))
 
 
 if __name__ == "__main__":

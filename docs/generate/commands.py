@@ -79,7 +79,7 @@ def _options(context: click.Context) -> Iterator[list[str]]:
 
 
 def _value(option: click.Option, context: click.Context, allowed: str) -> str:
-    """What an option takes; the range in place of click's word for it."""
+    """Values that an option takes: its choices, or its type and range."""
     if option.is_flag or option.count:
         return ""
     if isinstance(option.type, click.Choice):

@@ -11,7 +11,8 @@ from packaging.utils import canonicalize_name
 from tests.helpers.paths import ROOT
 
 LOCKS = ROOT / "requirements"
-FILES = ["locked-build.txt", "locked.txt", "locked-cpu.txt", "locked-cuda.txt"]
+DOCS = "locked-docs.txt"
+FILES = ["locked-build.txt", "locked.txt", "locked-cpu.txt", "locked-cuda.txt", DOCS]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 _HASHED = re.compile(r"(?P<requirement>[^\\\n]+?)(?: \\\n    --hash=sha256:[0-9a-f]{64})+\n")
 
@@ -34,8 +35,9 @@ def on(python: str, wanted: list[Requirement]) -> Iterator[Requirement]:
 
 
 def pins(python: str) -> dict[str, str]:
+    """Versions of a development install, by package."""
     found: dict[str, str] = {}
-    for name in FILES[:2] + FILES[3:]:
+    for name in ("locked-build.txt", "locked.txt", "locked-cuda.txt"):
         for one in on(python, requirements(name)):
             (specifier,) = one.specifier
             assert specifier.operator == "==", one
@@ -44,11 +46,24 @@ def pins(python: str) -> dict[str, str]:
     return found
 
 
+def pins_of_docs(python: str) -> dict[str, str]:
+    found = {one.name: str(one.specifier) for one in on(python, requirements(DOCS))}
+    return {canonicalize_name(name): text.removeprefix("==") for name, text in found.items()}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_site_has_the_shared_packages_of_a_development_install(python: str) -> None:
+    docs, locked = pins_of_docs(python), pins(python)
+    shared = docs.keys() & locked.keys()
+    assert {name: docs[name] for name in shared} == {name: locked[name] for name in shared}
+    assert {"mkdocs", "mkdocs-material"} <= docs.keys()
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_what_is_locked_is_what_is_constrained(python: str) -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     constraints = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    locked = pins(python)
+    locked = pins_of_docs(python) | pins(python)
     for one in on(python, constraints):
         version = locked[canonicalize_name(one.name)]
         assert one.specifier.contains(version, prereleases=True), (one, version)

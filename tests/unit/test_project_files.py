@@ -1,4 +1,4 @@
-"""What stands beside the code agrees with it: version, images, links, guides, what CI runs."""
+"""The files beside the code agree with it: version, site, images, links, guides, what CI runs."""
 
 import re
 import subprocess
@@ -16,7 +16,8 @@ from tests.helpers.paths import ROOT
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 DEFINITION = (ROOT / "container" / "megaback.def").read_text()
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("benchmarks/*.md")])
+BESIDE = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/*.md")]
+PAGES = sorted([*BESIDE, *(ROOT / "docs").rglob("*.md")])
 SOURCES = "".join(
     path.read_text()
     for package in ("data_pipeline", "megaback", "launcher", "tools", "tests")
@@ -30,7 +31,7 @@ def without_code(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """What links to the headings of a page end in, as GitHub and mkdocs make them of their text."""
+    """Fragments of links to the headings of a page, as GitHub and mkdocs make them."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
@@ -50,6 +51,15 @@ def broken_links(page: Path, text: str) -> Iterator[str]:
             yield link
 
 
+def strings(nav: Any) -> Iterator[str]:
+    """The pages and folders of a `nav` of mkdocs."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for entry in nav.values() if isinstance(nav, dict) else nav:
+            yield from strings(entry)
+
+
 def of_yaml(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text())
 
@@ -66,6 +76,27 @@ def test_every_file_of_ours_that_a_page_names_exists(page: Path) -> None:
     folders = "data_pipeline|megaback|launcher|tools|tests|configs|container|examples|requirements"
     paths = re.findall(rf"`((?:{folders})/[a-z_0-9/.]*)`", page.read_text())
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_page_has_its_place_in_the_site_once() -> None:
+    """`make docs` renders them; this test needs no mkdocs."""
+    listed = list(strings(of_yaml("mkdocs.yml")["nav"]))
+    folders = [ROOT / name for name in listed if name.endswith("/")]
+    pages = [page for folder in folders for page in folder.glob("*.md")]
+    pages += [ROOT / name for name in listed if not name.endswith("/")]
+
+    assert sorted(pages) == [page for page in PAGES if page != ROOT / "AGENTS.md"]
+
+
+def test_no_page_links_to_a_folder() -> None:
+    """A code host lists it, and a site has no page for it."""
+    found = [
+        (page.name, link)
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)\s:#]+)\)", without_code(page.read_text()))
+        if (page.parent / link).is_dir()
+    ]
+    assert found == []
 
 
 def test_a_broken_link_is_found() -> None:
