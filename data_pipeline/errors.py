@@ -1,8 +1,8 @@
-"""The one exception family of megaback, and its exit codes.
+"""Exceptions of megaback and their exit codes.
 
 Every error that a user can cause is a `MegabackError` whose message says what is wrong, where, and
-what to do. Each class has an exit code of its own, so that a script can tell them apart. The family
-lives here because `data_pipeline` is the lowest layer: every other package may import it.
+what to do. Each class has its own exit code, so that scripts can distinguish them. The classes are
+here because `data_pipeline` is the lowest layer: every other package may import it.
 docs/exit_codes.md lists the codes for users; a test keeps the two equal.
 """
 
@@ -12,10 +12,10 @@ from data_pipeline.redaction import scrub
 
 
 class MegabackError(Exception):
-    """Something that the user can act on, said in one sentence.
+    """Error that the user can act on, with a one-sentence message.
 
-    No sentence holds a secret of an address, whatever it was made of: they are kept in records and
-    logs, and quote what drivers say.
+    Secrets of addresses are removed from messages, which quote drivers and are kept in records and
+    logs.
     """
 
     exit_code: ClassVar[int] = 1
@@ -31,25 +31,25 @@ class ConfigError(MegabackError):
 
 
 class BatchError(ConfigError):
-    """The global batch cannot be divided among the ranks, lanes or micro-batches asked for."""
+    """The global batch cannot be divided among the ranks, lanes or micro-batches."""
 
     exit_code = 11
 
 
 class BackendError(MegabackError):
-    """An attention backend, device, precision, library or program that is needed is not there."""
+    """A required attention backend, device, precision, library or program is missing."""
 
     exit_code = 12
 
 
 class LaunchError(MegabackError):
-    """Ranks could not be started, or died without a reason of their own."""
+    """Ranks could not be started, or died without reporting a reason."""
 
     exit_code = 13
 
 
 class NotEnoughMemoryError(MegabackError):
-    """A run needs more memory than the devices have that it is to have; what would fit is named."""
+    """A run does not fit into its devices' memory; the message names what would fit."""
 
     exit_code = 14
 
@@ -61,13 +61,13 @@ class SourceMissingError(MegabackError):
 
 
 class SourceEmptyError(MegabackError):
-    """A source was read and holds no text."""
+    """A source contains no text."""
 
     exit_code = 21
 
 
 class SourceUnreadableError(MegabackError):
-    """A source file is there, but is not what its name says: truncated, corrupt, not permitted."""
+    """A source file exists but cannot be read: truncated, corrupt or not permitted."""
 
     exit_code = 22
 
@@ -80,9 +80,9 @@ class BadRecordError(MegabackError):
     def __init__(
         self, message: str, cause: str = "malformed", place: str = "", number: int = 1
     ) -> None:
-        """`cause` is the kind of fault, under which such records are counted; `place` is where.
+        """`cause`: kind of fault, under which records are counted; `place`: file and line or row.
 
-        `number` is of how many records it is true.
+        `number`: records that have the fault.
         """
         super().__init__(message)
         self.cause = cause
@@ -91,7 +91,7 @@ class BadRecordError(MegabackError):
 
 
 class TokenizerError(MegabackError):
-    """A tokenizer cannot be trained, read, or lacks pieces that megaback needs."""
+    """A tokenizer cannot be trained or read, or lacks pieces that megaback needs."""
 
     exit_code = 24
 
@@ -121,19 +121,19 @@ class DirectionMismatchError(MegabackError):
 
 
 class CheckpointMissingError(MegabackError):
-    """No complete checkpoint is where one is needed."""
+    """A complete checkpoint is needed and there is none."""
 
     exit_code = 40
 
 
 class CheckpointCorruptError(MegabackError):
-    """Checkpoints are there, but none of them verifies."""
+    """Checkpoints exist, but none of them verifies."""
 
     exit_code = 41
 
 
 class RunMismatchError(MegabackError):
-    """A run cannot be continued with this config or on this number of ranks."""
+    """A run cannot be resumed with this config or on this number of ranks."""
 
     exit_code = 42
 
@@ -145,48 +145,48 @@ class PromptError(MegabackError):
 
 
 class OutputExistsError(MegabackError):
-    """An output path already holds something else; nothing was overwritten."""
+    """The output path already exists; nothing was overwritten."""
 
     exit_code = 44
 
 
 class NonFiniteError(MegabackError):
-    """The loss, the gradient norm or a model's logits became NaN or infinite."""
+    """The loss, the gradient norm or a model's logits became non-finite."""
 
     exit_code = 50
 
 
 class RankLostError(MegabackError):
-    """A rank died, froze or was cut off; the others have stopped. The run can be started again."""
+    """A rank died, froze or lost its connection; the others stopped. The run can be resumed."""
 
     exit_code = 51
 
 
 class PreflightError(MegabackError):
-    """Before the first step, a node was found that does not fit the others; it is named."""
+    """A node differs from the others before the first step; the message names it."""
 
     exit_code = 52
 
 
 class ServeError(MegabackError):
-    """A server cannot be started: its address is taken, or open to others without a token."""
+    """A server cannot be started: its address is in use, or is public without a token."""
 
     exit_code = 60
 
 
 class StorageError(MegabackError):
-    """The operating system refused a read or a write: disk full, read-only, not permitted."""
+    """The operating system refused a read or write: disk full, read-only, not permitted."""
 
     exit_code = 74
 
 
 class PreemptedError(MegabackError):
-    """The run was asked to stop, saved, and can be requeued (EX_TEMPFAIL of sysexits.h)."""
+    """The run saved after a stop signal and can be requeued (EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
 
 
 class UserInterruptError(MegabackError):
-    """Ended by Ctrl-C (SIGINT), where nothing was there to save, or a second time."""
+    """Ended by Ctrl-C (SIGINT) with nothing to save, or by a second Ctrl-C."""
 
     exit_code = 130

@@ -1,10 +1,9 @@
-"""BackChat's format: a response and the instruction for it, between markers, as ids.
+"""BackChat's chat template: an instruction and its response between markers, as ids.
 
-A backward model reads `<|im_start|><|response|>` response `<|im_end|><|im_start|><|instruction|>`,
-and writes instruction `<|im_end|>`. A forward model is given the instruction, and writes the
-response. Loss is on what is written, its end marker included, and on nothing else. The texts are
-encoded by `TextCodec`, so that a marker that a text spells is text: it ends nothing and begins
-nothing. Where examples come from, and how they are packed, is left to others.
+A backward model reads `<|im_start|><|response|>` response `<|im_end|><|im_start|><|instruction|>`
+and writes instruction `<|im_end|>`. A forward model reads the instruction and writes the response.
+Loss is on the written part and its end marker only. The texts are encoded by `TextCodec`, so that a
+marker spelled in a text stays text.
 """
 
 from collections.abc import Sequence
@@ -25,14 +24,14 @@ RESPONSE_PIECE = "<|response|>"
 
 @dataclass(frozen=True)
 class Example:
-    """An instruction, with its input if it had one, and the response to it."""
+    """An instruction, with its input if it has one, and its response."""
 
     instruction: str
     response: str
 
     @classmethod
     def of(cls, instruction: str, given_input: str, response: str) -> "Example":
-        """Instruction and input are joined by a space; whitespace around each of them goes.
+        """Strip instruction, input and response; join the first two with a space.
 
         >>> Example.of("Identity the odd one out.", "Twitter, Telegram", "Telegram").instruction
         'Identity the odd one out. Twitter, Telegram'
@@ -51,12 +50,12 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class ParsedExample:
-    """What ids say. A part that is not there, or not yet begun, is None."""
+    """Texts decoded from ids. A part that is missing or not yet begun is None."""
 
     instruction: str | None
     response: str | None
     is_complete: bool
-    """Whether both are there and the end marker of the last one too."""
+    """Whether both are present, with the end marker of the last one."""
 
 
 class ChatFormat:
@@ -69,7 +68,7 @@ class ChatFormat:
         self.instruction_id = codec.chat_ids[INSTRUCTION_PIECE]
         self.response_id = codec.chat_ids[RESPONSE_PIECE]
         self.writes_instruction = codec.format.direction is Direction.BACKWARD
-        """Else, with a forward codec, it is given the instruction and writes the response."""
+        """True with a backward codec; a forward one reads the instruction and writes the response."""
         self.given_id, self.written_id = self.response_id, self.instruction_id
         if not self.writes_instruction:
             self.given_id, self.written_id = self.written_id, self.given_id
@@ -80,7 +79,7 @@ class ChatFormat:
         return encoded
 
     def encode_all(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """`encode` of each, faster; best given what `encoder.in_batches` groups."""
+        """`encode` of each example, faster; call it with batches of `encoder.in_batches`."""
         ids = iter(
             self.codec.encode_all(
                 [text for example in examples for text in self._given_and_written(example)]
@@ -100,29 +99,29 @@ class ChatFormat:
         return encoded
 
     def prompt_ids(self, given: str) -> list[int]:
-        """What a model reads before it writes: up to `<|instruction|>`, if it writes that.
+        """Ids before the written text, up to and with its role marker.
 
-        `encode(example).ids` is the prompt's ids and `written_ids` of what follows, for each way to
-        write the latter. With "" for what is given, it is the prompt for what comes without.
+        `encode(example).ids` is `prompt_ids` of the given text and `written_ids` of the other. An
+        empty `given` makes an unconditional prompt.
         """
         text_ids = self.codec.encode(given).tolist()
         opening, turn = (self.start_id, self.given_id), (self.stop_id, self.start_id)
         return [*opening, *text_ids, *turn, self.written_id]
 
     def written_ids(self, written: str) -> list[int]:
-        """The ids that say this text after any prompt, end marker included: those with loss."""
+        """Ids of a text after any prompt, with the end marker: those that carry loss."""
         return [*self.codec.encode(written).tolist(), self.stop_id]
 
     def prompt(self, given: str) -> Prompt:
-        """A prompt to sample from: at least one id of text follows, and it ends at the marker."""
+        """Prompt for sampling: at least one id of text follows, up to the end marker."""
         writable = self.codec.writable_ids(self.stop_id)
         first = writable[writable != self.stop_id]
         return Prompt(self.prompt_ids(given), first, self.stop_id)
 
     def parse(self, ids: Sequence[int] | npt.NDArray[Any]) -> ParsedExample:
-        """The texts that ids hold: a whole example, or a prompt and what was written so far.
+        """Decode a whole example, or a prompt and an unfinished text.
 
-        Padding after an example is passed over. Raises ValueError for ids of another form.
+        Padding after an example is ignored. Raises ValueError for ids of another form.
         """
         all_ids = [int(piece_id) for piece_id in ids]
         while all_ids and all_ids[-1] == self.codec.end_id:
@@ -132,20 +131,20 @@ class ChatFormat:
             return self._parsed(given, None, is_complete=False)
         written, written_end = self._part(all_ids, given_end, self.written_id)
         if written_end != len(all_ids):
-            raise ValueError(f"ids go on after the example's end, at {written_end}")
+            raise ValueError(f"the example ends at {written_end}, and more ids follow")
         return self._parsed(given, written, is_complete=all_ids[-1] == self.stop_id)
 
     def _part(self, ids: Sequence[int], start: int, role_id: int) -> tuple[str, int]:
-        """The text of one part, and where it ends."""
+        """Text of one part and its end position."""
         if list(ids[start : start + 2]) != [self.start_id, role_id]:
             piece = self.codec.piece(role_id)
-            raise ValueError(f"no {START_PIECE}{piece} at {start}: this is no example")
+            raise ValueError(f"not an example: {START_PIECE}{piece} is missing at {start}")
         stop = start + 2
         while stop < len(ids) and ids[stop] != self.stop_id:
             stop += 1
         text_ids = ids[start + 2 : stop]
         if {self.start_id, self.given_id, self.written_id} & set(text_ids):
-            raise ValueError(f"a marker stands within the text at {start + 2}: this is no example")
+            raise ValueError(f"not an example: the text at {start + 2} contains a marker")
         return self.codec.render(text_ids), min(stop + 1, len(ids))
 
     def _given_and_written(self, example: Example) -> tuple[str, str]:

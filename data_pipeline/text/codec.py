@@ -1,9 +1,9 @@
-"""The boundary between text and ids: the only place that knows direction, unit and tokenizer.
+"""Encoding and decoding of text: the only place that handles direction, unit and tokenizer.
 
-`encode` gives a document's ids in the order in which the model reads them; `render` gives the text
-in the order in which a person reads it. Building, sampling, chatting, scoring and export all go
-through here. Guarantee: `render(encode(text)) == text` for every Python string, lone surrogates
-included, and no text, whatever it spells, encodes to a control id.
+`encode` returns ids in the model's reading order; `render` returns text in a person's reading
+order. Building, sampling, chat, scoring and export all use this module. It guarantees that
+`render(encode(text)) == text` for every Python string, lone surrogates included, and that no text
+encodes to a control id.
 """
 
 import hashlib
@@ -36,26 +36,26 @@ CHAT_PIECES = (
     "<|assistant|>",
 )
 
-# SentencePiece writes a space as U+2581, so a real U+2581 would come back as a space; and UTF-8
-# proper has no lone surrogates. Both are spelled with byte pieces instead.
+# SentencePiece represents a space as U+2581, so a real U+2581 would be decoded as a space; UTF-8
+# has no lone surrogates. Both are spelled with byte pieces instead.
 _SPACE_SYMBOL = "\u2581"
 _SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")
-# What the usual normalizations change: spaces at the ends and in a row, a ligature, a wide letter.
+# Text that the usual normalizations change: outer and repeated spaces, a ligature, a wide letter.
 _PROBE = "  a  \ufb01 \uff21\t\n e\u0301 \u00a0b "
 _RUNS = re.compile(r"\s+|\S+")
-# SentencePiece encodes this much before a faster encoder could be made and checked.
+# SentencePiece encodes this much in the time that building and checking a faster encoder takes.
 _CHARACTERS_BEFORE_FASTEST = 1 << 17
 
 
 class Direction(str, Enum):
-    """The way in which the model reads: from the text's end, or from its beginning."""
+    """Reading order of the model: from the text's end or from its beginning."""
 
     BACKWARD = "backward"
     FORWARD = "forward"
 
 
 class Unit(str, Enum):
-    """What is reversed: the ids of a document, or its words before they are encoded."""
+    """Unit of reversal: the ids of a document, or its words before they are encoded."""
 
     TOKEN = "token"  # noqa: S105 - a unit of text, not a secret
     WORD = "word"
@@ -71,7 +71,7 @@ def reverse_words(text: str) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether nothing in a text must be spelled in byte pieces; faster than the regex."""
+    """Whether a text needs no spelling in byte pieces; faster than the regex."""
     if text.isascii():
         return True
     try:
@@ -83,7 +83,7 @@ def _is_plain(text: str) -> bool:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """What every artifact carries: two artifacts can be used together when these are equal."""
+    """Direction, unit and tokenizer of an artifact; artifacts used together must agree on them."""
 
     direction: Direction
     unit: Unit
@@ -98,16 +98,15 @@ class TextFormat:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TextFormat":
-        """Raises KeyError or ValueError when a field is missing or has no such value."""
+        """Raises KeyError for a missing field and ValueError for an invalid one."""
         return cls(
             Direction(fields["direction"]), Unit(fields["unit"]), str(fields["tokenizer_sha256"])
         )
 
     def require_same(self, other: "TextFormat", this: str, that: str) -> None:
-        """Refuse to use two artifacts together, naming both values.
+        """Raises TokenizerMismatchError or DirectionMismatchError unless the formats are equal.
 
-        Raises TokenizerMismatchError or DirectionMismatchError; `this` and `that` are how the two
-        artifacts are called in the message.
+        `this` and `that` name the two artifacts in the message.
         """
         if self.tokenizer_sha256 != other.tokenizer_sha256:
             raise TokenizerMismatchError(
@@ -127,13 +126,13 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids to read, the ids of which the first new one must be, and the one that ends the text."""
+    """Ids to read, ids allowed as the first new one, and the id that ends the text."""
 
     ids: list[int]
     first_ids: npt.NDArray[np.int64]
     end_id: int
     held_back: bytes = b""
-    """Bytes of the given text that are not in `ids`, and that the first new id brings back."""
+    """Bytes of the given text that are not in `ids`; the first new id contains them."""
 
 
 def _no_model(error: Exception) -> TokenizerError:
@@ -146,12 +145,12 @@ def _no_model(error: Exception) -> TokenizerError:
 class TextCodec:
     """Encodes and renders with one SentencePiece model, direction and unit.
 
-    Encodes exactly as SentencePiece does; a codec that has much to encode finds a faster way to.
-    Instances can be pickled; the model travels as its serialized bytes.
+    Encodes exactly as SentencePiece does, with a faster encoder once there is much to encode.
+    Instances are pickled as the serialized model.
     """
 
     def __init__(self, model_bytes: bytes, direction: Direction, unit: Unit) -> None:
-        """Raises TokenizerError when the bytes are no tokenizer that megaback can use."""
+        """Raises TokenizerError when the bytes are not a tokenizer that megaback can use."""
         import sentencepiece
 
         self.model_bytes = model_bytes
@@ -178,13 +177,13 @@ class TextCodec:
         )
         try:
             self._piece_bytes = [self._bytes_of(piece_id) for piece_id in range(self.vocab_size)]
-        except (ValueError, IndexError) as error:  # pieces that are no UTF-8, or not like <0x0A>
+        except (ValueError, IndexError) as error:  # pieces that are not UTF-8, or not like <0x0A>
             raise _no_model(error) from None
         self._writable_ids: dict[int, npt.NDArray[np.int64]] = {}
         if self.render(self.encode(_PROBE)) != _PROBE:
             raise TokenizerError(
-                "the tokenizer alters text (it normalizes characters or spaces), so nothing could "
-                "be written back as it was; train one with `megaback tokenizer train`"
+                "the tokenizer normalizes characters or spaces, so text cannot be decoded exactly; "
+                "train one with `megaback tokenizer train`"
             )
 
     @classmethod
@@ -207,19 +206,16 @@ class TextCodec:
 
     @property
     def encoder_name(self) -> str:
-        """What encodes once there is much to encode."""
+        """Name of the encoder that is used once there is much to encode."""
         return self._fastest.name
 
     def encode(self, text: str) -> Ids:
-        """Ids of a text in the model's reading order, without markers: shape (tokens,).
-
-        Not to be written to.
-        """
+        """Ids of a text as the model reads it, without markers: shape (tokens,), read-only."""
         (ids,) = self.encode_all([text])
         return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[Ids]:
-        """`encode` of each text, faster; best given what `encoder.in_batches` groups."""
+        """`encode` of each text, faster; call it with batches of `encoder.in_batches`."""
         if self.reverses_words:
             texts = [reverse_words(text) for text in texts]
         self._characters_before_fastest -= sum(map(len, texts))
@@ -238,7 +234,7 @@ class TextCodec:
         return ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
-        """`encode_document` of each text, faster; best given what `encoder.in_batches` groups."""
+        """`encode_document` of each text, faster; call it with batches of `encoder.in_batches`."""
         documents = []
         for ids in self.encode_all(texts):
             document = np.empty(len(ids) + 2, dtype=self.id_dtype)
@@ -247,10 +243,10 @@ class TextCodec:
         return documents
 
     def render(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
-        """Text, in a person's reading order, of ids in the model's reading order.
+        """Decode ids in the model's reading order to text in a person's reading order.
 
-        Control ids have no text. Ids that end within a character, as a sample may, give U+FFFD
-        for its bytes. Always pass all ids of a text: a part of a character cannot be rendered.
+        Control ids have no text. Incomplete characters at an end become U+FFFD, so pass all ids of
+        a text at once.
         """
         ordered = reversed(ids) if self.reverses_ids else ids
         raw = b"".join([self._piece_bytes[int(piece_id)] for piece_id in ordered])
@@ -261,29 +257,29 @@ class TextCodec:
         return reverse_words(text) if self.reverses_words else text
 
     def piece(self, piece_id: int) -> str:
-        """The spelling of an id, for people to look at."""
+        """Spelling of an id, for display."""
         spelling: str = self._processor.id_to_piece(piece_id)
         return spelling
 
     def piece_bytes(self, piece_id: int) -> bytes:
-        """The text that an id stands for, in UTF-8; maybe a part of a character; b"" for control.
+        """UTF-8 text of an id, which may be a part of a character; b"" for control ids.
 
-        Of a model that reverses words, it is text whose words are in the model's order.
+        With unit `word`, words are in the model's order.
         """
         return self._piece_bytes[piece_id]
 
     def piece_num_bytes(self) -> npt.NDArray[np.int64]:
-        """Bytes of text that each id stands for, 0 for control ids: shape (vocab_size,)."""
+        """Bytes of text per id, 0 for control ids: shape (vocab_size,)."""
         return np.array([len(piece) for piece in self._piece_bytes], dtype=np.int64)
 
     def prompt(self, given: str) -> "Prompt":
-        """What a model reads, and may write first, to go on from a given text.
+        """Prompt for continuing a given text.
 
-        The piece next to the text to come is held back: by itself it says that a word ends there
-        (`is` stands alone only within words, ` is` is another piece). The first new id is one whose
-        bytes contain the held-back ones on the given side, so that the given text stays whole and
-        the model decides whether a word goes on. With unit `word`, where the next word begins with
-        whitespace, nothing is held back, and the first new id begins with whitespace.
+        The piece next to the new text is held back, since it would imply that a word ends
+        there (` is` and the `is` within a word are two pieces). The bytes of the first new id
+        contain the held-back ones on the given side, so that the given text stays intact and the
+        model decides whether the word continues. With unit `word` nothing is held back, and the
+        first new id begins with whitespace.
         """
         ids = [self.begin_id, *self.encode(given).tolist()]
         writable = self.writable_ids(self.end_id)
@@ -299,7 +295,7 @@ class TextCodec:
         return Prompt(ids, np.array(first, dtype=np.int64), self.end_id)
 
     def writable_ids(self, end_id: int) -> npt.NDArray[np.int64]:
-        """Ids that a sample may hold: those with text, and the marker that ends it."""
+        """Ids allowed in a sample: those with text, and the end marker."""
         if end_id not in self._writable_ids:
             allowed = [i for i, piece in enumerate(self._piece_bytes) if piece or i == end_id]
             self._writable_ids[end_id] = np.array(allowed, dtype=np.int64)
@@ -318,9 +314,9 @@ class TextCodec:
         return fastest_encoder(self.model_bytes, self._processor, self.id_dtype)
 
     def _encode_spelled(self, text: str, encoder: Encoder) -> Ids:
-        """Ids of a text of which some characters are spelled in byte pieces."""
+        """Ids of a text that has characters spelled in byte pieces."""
         parts = _SPELLED_IN_BYTES.split(text)
-        # In place, and each distinct part once: a text may alternate half a million times.
+        # Each distinct part is encoded once: a text may alternate half a million times.
         distinct = list(dict.fromkeys(parts[::2]))
         ids_of_distinct = dict(zip(distinct, encoder.encode_all(distinct), strict=True))
         ids_of_parts = [ids_of_distinct[part] for part in parts[::2]]

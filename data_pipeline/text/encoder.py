@@ -1,9 +1,8 @@
-"""From text to ids: exactly what SentencePiece gives, several times as fast.
+"""Tokenization with exactly SentencePiece's ids, several times as fast.
 
-`fastest_encoder` knows three encoders and takes the first that can be trusted with a model: kitoken
-by distinct words, kitoken alone, and SentencePiece, the reference. Trust needs both what the
-vocabulary proves and a comparison with the reference. Lone surrogates and U+2581 are left to the
-caller.
+`fastest_encoder` returns the first of three encoders that is exact for a model: kitoken by distinct
+words, kitoken alone, and SentencePiece, the reference. Exactness is derived from the vocabulary and
+checked against the reference. Callers handle lone surrogates and U+2581.
 """
 
 import random
@@ -26,8 +25,8 @@ _SPACE_THEN_WORD = re.compile(" [^ ]")
 # Encoding a batch takes about 100 MB. Larger ones repeat more words, but miss the caches.
 BATCH_CHARACTERS = 1 << 23
 _CHUNK_CHARACTERS = 1 << 20
-# Where numbering words takes longer than it saves: for little text, for short texts, for words that
-# vary as much as this, and where runs of spaces, each a matter for Python, come more often.
+# Limits beyond which numbering words takes longer than it saves: little text, short texts, many
+# distinct words, and frequent runs of spaces, each of which is handled in Python.
 _MIN_CHARACTERS = 1 << 16
 _CHARACTERS_PER_TEXT = 256
 _SAMPLE_CHARACTERS = 1 << 17
@@ -37,7 +36,7 @@ _CHARACTERS_PER_RUN = 64
 
 _JOINED_PIECES = 4096
 _MAX_COMPARED_PIECES = (1 << 18) + 8
-"""About as many as the largest models in use have; a million took 8 s and 1.5 GiB."""
+"""Size of the largest vocabularies in use; a million pieces took 8 s and 1.5 GiB."""
 _PROBES = (
     "",
     *(
@@ -63,18 +62,18 @@ _PROBES = (
 
 
 class Encoder(Protocol):
-    """Gives exactly the ids that SentencePiece gives, in the text's order."""
+    """Tokenizer with exactly SentencePiece's ids, in the text's order."""
 
     @property
     def name(self) -> str:
-        """What it works with, for people and reports."""
+        """Name for display and reports."""
 
     def encode_all(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text, not to be written to. Texts have neither lone surrogates nor U+2581."""
+        """Ids of each text, read-only. Texts have neither lone surrogates nor U+2581."""
 
 
 class SentencePieceEncoder:
-    """The reference."""
+    """The reference encoder."""
 
     name = "sentencepiece"
 
@@ -87,7 +86,7 @@ class SentencePieceEncoder:
 
 
 class KitokenEncoder:
-    """kitoken, with a model for which it is known to be exact."""
+    """kitoken, for models for which it is exact."""
 
     name = "kitoken"
 
@@ -103,12 +102,12 @@ class KitokenEncoder:
 
 
 class WordEncoder:
-    """kitoken, which meets each distinct word of a batch once.
+    """kitoken on the distinct words of a batch.
 
-    A segment is a run of spaces and the word after it. Where no piece reaches from one segment into
-    the next, the ids of a text are those of its segments. Nearly all segments are one space and a
-    common word: Arrow numbers the distinct ones of a batch, kitoken encodes those, and Arrow puts
-    the ids together. Nothing is remembered after a batch, so memory does not grow with the input.
+    A segment is a run of spaces and the word after it. If no piece crosses segments, the ids of a
+    text are those of its segments. Nearly all segments are one space and a common word: Arrow
+    numbers the distinct ones of a batch, kitoken encodes those, and Arrow joins the ids. Nothing is
+    cached across batches, so memory does not grow with the input.
     """
 
     name = "kitoken by distinct words"
@@ -119,18 +118,18 @@ class WordEncoder:
         piece_texts: Sequence[str],
         id_dtype: np.dtype[Any],
         *,
-        whether_it_pays_or_not: bool = False,
+        always_by_words: bool = False,
     ) -> None:
-        """No piece may hold a space after another character, and one piece must be a space."""
+        """No piece may contain a space after another character, and one piece must be a space."""
         self._encoder = encoder
-        self._whether_it_pays_or_not = whether_it_pays_or_not
+        self._always_by_words = always_by_words
         self._piece_texts = piece_texts
         self._id_dtype = id_dtype
         self._opens_segment = np.array([text.startswith(" ") for text in piece_texts])
 
     def encode_all(self, texts: Sequence[str]) -> list[Ids]:
         min_characters = max(_MIN_CHARACTERS, _CHARACTERS_PER_TEXT * len(texts))
-        if sum(map(len, texts)) < min_characters and not self._whether_it_pays_or_not:
+        if sum(map(len, texts)) < min_characters and not self._always_by_words:
             return self._encoder.encode_all(texts)
         stretches = [
             [stretch for chunk in self._chunks(text) for stretch in _stretches(chunk)]
@@ -150,7 +149,7 @@ class WordEncoder:
                 yield next(ids_of_tails)
 
     def _encode_tails(self, tails: Sequence[str]) -> Iterator[Ids]:
-        """Ids of each tail and the space before it."""
+        """Ids of each tail, with the space before it."""
         for batch in in_batches(tails):
             sample = next(in_batches(batch, _SAMPLE_CHARACTERS))
             if not self._pays(_numbered_words(sample)[1], _MAX_DISTINCT_IN_SAMPLE):
@@ -163,7 +162,7 @@ class WordEncoder:
                 yield from self._encode_directly(batch)
 
     def _pays(self, words: Any, max_distinct: float) -> bool:
-        if self._whether_it_pays_or_not:
+        if self._always_by_words:
             return len(words) > 0
         return len(words.dictionary) < len(words) * max_distinct
 
@@ -188,7 +187,7 @@ class WordEncoder:
             yield every_id[start:stop]
 
     def _chunks(self, text: str) -> Iterator[str]:
-        """Cut a long text where no piece can lie: kitoken's list takes 40 bytes a token."""
+        """Cut a long text between pieces: kitoken's list takes 40 bytes per token."""
         start = 0
         while len(text) - start > _CHUNK_CHARACTERS:
             stop = start + _CHUNK_CHARACTERS
@@ -204,7 +203,7 @@ class WordEncoder:
 
 
 def in_batches(texts: Iterable[str], max_characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
-    """Group texts as they come; a batch ends with the text that fills it."""
+    """Group texts in order; a batch ends with the text that fills it."""
     batch: list[str] = []
     num_characters = 0
     for text in texts:
@@ -218,9 +217,9 @@ def in_batches(texts: Iterable[str], max_characters: int = BATCH_CHARACTERS) -> 
 
 
 def _stretches(text: str) -> Iterator[tuple[str, str | None]]:
-    """Cut a text into stretches of a head and of words with exactly one space before each.
+    """Split a text into stretches: a head, then words with exactly one space before each.
 
-    The text is `head + " " + tail` of one stretch after another, or `head` where there is no tail.
+    The text is the concatenation of `head + " " + tail`, or of `head` where there is no tail.
     """
     if "  " not in text and not text.endswith(" "):
         first, rest = text, []
@@ -235,11 +234,11 @@ def _stretches(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _numbered_words(tails: Sequence[str]) -> tuple[npt.NDArray[np.int32], Any]:
-    """Where each tail's words begin and end, and all words as an Arrow DictionaryArray."""
+    """Bounds of each tail's words, shape (tails + 1,), and the words as a DictionaryArray."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    # From and to plain buffers: `pa.array` and `to_numpy` would import pandas, if it is installed.
+    # Through plain buffers: `pa.array` and `to_numpy` would import pandas, if it is installed.
     utf8 = [tail.encode() for tail in tails]
     offsets = np.zeros(len(utf8) + 1, dtype=np.int64)
     np.cumsum([len(tail) for tail in utf8], out=offsets[1:])
@@ -251,10 +250,10 @@ def _numbered_words(tails: Sequence[str]) -> tuple[npt.NDArray[np.int32], Any]:
 
 
 def fastest_encoder(model_bytes: bytes, processor: Any, id_dtype: np.dtype[Any]) -> Encoder:
-    """The fastest encoder that gives what `processor`, SentencePiece with this model, gives.
+    """The fastest encoder with the same ids as `processor`, SentencePiece with this model.
 
-    Takes about 80 ms with 8,888 pieces, most of it for the comparison; SentencePiece itself is
-    the one for more than `_MAX_COMPARED_PIECES`.
+    Takes about 80 ms with 8,888 pieces, most of it for the comparison. Beyond
+    `_MAX_COMPARED_PIECES` it is SentencePiece itself.
     """
     reference = SentencePieceEncoder(processor, id_dtype)
     if processor.vocab_size() > _MAX_COMPARED_PIECES:
@@ -264,7 +263,7 @@ def fastest_encoder(model_bytes: bytes, processor: Any, id_dtype: np.dtype[Any])
     if kitoken is None or not _is_exact_by_construction(kitoken, processor, texts):
         return reference
     alone = KitokenEncoder(kitoken, id_dtype)
-    # kitoken takes a segment that is a piece for that piece; SentencePiece if merges lead there.
+    # kitoken encodes a segment that is a piece as that piece; SentencePiece may not.
     as_segments = [text for text in texts if text]
     probes = [*_PROBES, *_joined(as_segments)]
     expected = processor.encode([*as_segments, *probes], num_threads=1)
@@ -272,7 +271,7 @@ def fastest_encoder(model_bytes: bytes, processor: Any, id_dtype: np.dtype[Any])
         return reference
     if any(map(_WORD_THEN_SPACE.search, texts)) or " " not in texts:
         return alone
-    by_words = WordEncoder(alone, texts, id_dtype, whether_it_pays_or_not=True)
+    by_words = WordEncoder(alone, texts, id_dtype, always_by_words=True)
     if not _gives(by_words, probes, expected[len(as_segments) :]):
         return alone
     return WordEncoder(alone, texts, id_dtype)
@@ -286,12 +285,12 @@ def _import_kitoken() -> Any:
     return kitoken
 
 
-# At once, not when it is needed: imported first in a thread that ends, it breaks every later use.
+# Not lazily: first imported in a thread that ends, it breaks every later use.
 _KITOKEN = _import_kitoken()
 
 
 def _load_kitoken(model_bytes: bytes) -> Any:
-    """kitoken with a model, or None if it is not installed or does not take the model."""
+    """kitoken with a model, or None if it is not installed or rejects the model."""
     if _KITOKEN is None:
         return None
     try:
@@ -301,7 +300,7 @@ def _load_kitoken(model_bytes: bytes) -> Any:
 
 
 def _piece_texts(processor: Any) -> list[str]:
-    """What each piece spells, by id; "" for bytes and for what text cannot become."""
+    """Text of each piece, by id; "" for byte, control and unknown pieces."""
     ids = list(range(processor.vocab_size()))
     has_no_text = zip(
         processor.is_control(ids), processor.is_unknown(ids), processor.is_byte(ids), strict=True
@@ -313,10 +312,10 @@ def _piece_texts(processor: Any) -> list[str]:
 
 
 def _is_exact_by_construction(kitoken: Any, processor: Any, texts: Sequence[str]) -> bool:
-    """Whether the model has nothing but what kitoken is known to do as SentencePiece does it.
+    """Whether kitoken implements every feature of the model exactly as SentencePiece does.
 
-    That is BPE without normalization, without pieces that go before merging, where each merge has a
-    rank of its own, every character of a piece is a piece, and no piece crosses kitoken's cuts.
+    True for BPE without normalization and without user-defined pieces, where merges have distinct
+    ranks, every character of a piece is a piece, and no piece crosses kitoken's splits.
     """
     definition = kitoken.definition()
     try:
@@ -344,7 +343,7 @@ def _is_exact_by_construction(kitoken: Any, processor: Any, texts: Sequence[str]
 
 
 def _joined(pieces: Sequence[str]) -> Iterator[str]:
-    """Texts in which pieces stand next to others, in words and as words of their own."""
+    """Texts that join pieces, within words and as separate words."""
     generator = random.Random(0)
     some = generator.sample(pieces, min(len(pieces), _JOINED_PIECES))
     yield "".join(some)
@@ -354,5 +353,5 @@ def _joined(pieces: Sequence[str]) -> Iterator[str]:
 def _gives(encoder: Encoder, texts: Sequence[str], expected: Sequence[list[int]]) -> bool:
     try:
         return [ids.tolist() for ids in encoder.encode_all(texts)] == expected
-    except OverflowError:  # an id that the vocabulary does not have
+    except OverflowError:  # an id outside the vocabulary
         return False

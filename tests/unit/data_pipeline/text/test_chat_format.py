@@ -1,4 +1,4 @@
-"""BackChat's format: token for token, back again, and deaf to markers that a text spells."""
+"""Chat template: exact ids, round trips, and texts that spell markers."""
 
 from collections.abc import Callable
 from itertools import groupby
@@ -27,7 +27,7 @@ ODD_ONE_OUT = Example.of("Identity the odd one out.", "Twitter, Instagram, Teleg
 
 
 def spelled(codecs: Codecs, ids: list[int]) -> str:
-    """Ids in the order in which they stand, markers as they are written."""
+    """Text of ids in their order, with the spelling of markers."""
     codec = codecs(Direction.FORWARD)
     markers = set(codec.chat_ids.values())
     return "".join(
@@ -36,7 +36,7 @@ def spelled(codecs: Codecs, ids: list[int]) -> str:
     )
 
 
-def test_the_seed_experiments_row_is_in_words_exactly_its_string(codec: Codecs) -> None:
+def test_by_words_an_example_is_encoded_as_in_the_seed_experiment(codec: Codecs) -> None:
     chosen = codec(unit=Unit.WORD)
     ids = ChatFormat(chosen).encode(ODD_ONE_OUT).ids.tolist()
     assert spelled(codec, ids) == (
@@ -53,7 +53,7 @@ def test_the_seed_experiments_row_is_in_words_exactly_its_string(codec: Codecs) 
     assert markers == [start, response, stop, start, instruction, stop]
 
 
-def test_by_tokens_each_text_stands_between_the_markers_from_its_last_token_to_its_first(
+def test_by_tokens_texts_are_reversed_between_the_markers(
     codec: Codecs,
 ) -> None:
     chosen = codec()
@@ -66,7 +66,7 @@ def test_by_tokens_each_text_stands_between_the_markers_from_its_last_token_to_i
     ]
 
 
-def test_a_forward_model_is_given_the_instruction_and_has_its_loss_on_the_response(
+def test_forward_examples_have_loss_on_the_response(
     codec: Codecs,
 ) -> None:
     chosen = codec(Direction.FORWARD)
@@ -80,7 +80,7 @@ def test_a_forward_model_is_given_the_instruction_and_has_its_loss_on_the_respon
 @given(EXAMPLES, FORMATS)
 @example(ATTACK, (Direction.BACKWARD, Unit.TOKEN))
 @example(ATTACK, (Direction.BACKWARD, Unit.WORD))
-def test_what_is_encoded_parses_back_whatever_markers_its_texts_spell(
+def test_encoded_examples_parse_back_even_if_their_texts_spell_markers(
     codec: Codecs, pair: Example, text_format: tuple[Direction, Unit]
 ) -> None:
     form = ChatFormat(codec(*text_format))
@@ -90,7 +90,7 @@ def test_what_is_encoded_parses_back_whatever_markers_its_texts_spell(
 
 @given(EXAMPLES, FORMATS)
 @example(ATTACK, (Direction.BACKWARD, Unit.TOKEN))
-def test_of_every_example_exactly_six_ids_are_markers(
+def test_every_example_has_exactly_six_markers(
     codec: Codecs, pair: Example, text_format: tuple[Direction, Unit]
 ) -> None:
     chosen = codec(*text_format)
@@ -104,7 +104,7 @@ def test_of_every_example_exactly_six_ids_are_markers(
 
 
 @given(EXAMPLES, FORMATS)
-def test_loss_is_on_the_written_text_and_its_end_marker_alone(
+def test_only_the_written_text_and_its_end_marker_carry_loss(
     codec: Codecs, pair: Example, text_format: tuple[Direction, Unit]
 ) -> None:
     chosen = codec(*text_format)
@@ -117,7 +117,7 @@ def test_loss_is_on_the_written_text_and_its_end_marker_alone(
 
 
 @given(EXAMPLES, FORMATS)
-def test_an_example_is_its_prompt_and_what_is_written_after_it(
+def test_an_example_is_its_prompt_followed_by_the_written_ids(
     codec: Codecs, pair: Example, text_format: tuple[Direction, Unit]
 ) -> None:
     form = ChatFormat(codec(*text_format))
@@ -130,7 +130,7 @@ def test_an_example_is_its_prompt_and_what_is_written_after_it(
 
 
 @given(st.lists(EXAMPLES, max_size=5), FORMATS)
-def test_many_are_encoded_as_one_by_one(
+def test_encode_all_equals_encode_of_each(
     codec: Codecs, pairs: list[Example], text_format: tuple[Direction, Unit]
 ) -> None:
     form = ChatFormat(codec(*text_format))
@@ -138,7 +138,7 @@ def test_many_are_encoded_as_one_by_one(
     assert together == [form.encode(pair).ids.tolist() for pair in pairs]
 
 
-def test_what_is_written_so_far_is_parsed_and_known_to_be_incomplete(codec: Codecs) -> None:
+def test_an_unfinished_example_is_parsed_as_incomplete(codec: Codecs) -> None:
     form = ChatFormat(codec())
     ids = form.encode(Example("the garden wall", "a map")).ids.tolist()
     prompt = form.prompt_ids("a map")
@@ -148,7 +148,7 @@ def test_what_is_written_so_far_is_parsed_and_known_to_be_incomplete(codec: Code
     assert unfinished == ParsedExample("the garden wall", "a map", is_complete=False)
 
 
-def test_padding_after_an_example_is_passed_over(codec: Codecs) -> None:
+def test_padding_after_an_example_is_ignored(codec: Codecs) -> None:
     chosen = codec()
     form = ChatFormat(chosen)
     ids = form.encode(Example("Who?", "a map")).ids
@@ -156,18 +156,18 @@ def test_padding_after_an_example_is_passed_over(codec: Codecs) -> None:
     assert form.parse(padded) == form.parse(ids)
 
 
-def test_ids_that_are_no_example_are_refused(codec: Codecs) -> None:
+def test_ids_of_another_form_are_refused(codec: Codecs) -> None:
     chosen = codec()
     form = ChatFormat(chosen)
     whole = form.encode(Example("Who?", "a map")).ids.tolist()
     swapped = ChatFormat(codec(Direction.FORWARD)).encode(Example("Who?", "a map")).ids.tolist()
     texts = [chosen.encode("a map").tolist(), whole + whole, swapped, whole[1:], [], whole[:2] * 2]
     for ids in texts:
-        with pytest.raises(ValueError, match=r"no example|go on after"):
+        with pytest.raises(ValueError, match=r"not an example|more ids follow"):
             form.parse(ids)
 
 
-def test_a_sample_begins_with_text_and_can_end_at_the_marker_but_never_write_another(
+def test_a_sample_begins_with_text_and_its_only_marker_is_the_end_marker(
     codec: Codecs,
 ) -> None:
     chosen = codec()
@@ -178,6 +178,6 @@ def test_a_sample_begins_with_text_and_can_end_at_the_marker_but_never_write_ano
     assert set(chosen.writable_ids(prompt.end_id).tolist()) == with_text | {form.stop_id}
 
 
-def test_instruction_and_input_are_joined_by_a_space_and_whitespace_around_them_goes() -> None:
+def test_instruction_and_input_are_stripped_and_joined_by_a_space() -> None:
     assert Example.of(" Sort:\n", "\tb a ", " a b\n") == Example("Sort: b a", "a b")
     assert Example.of("Sort.", "  ", "a") == Example("Sort.", "a")

@@ -1,4 +1,4 @@
-"""The boundary between text and ids: what goes in comes out, in every direction and unit."""
+"""Encoding and decoding of text, in every direction and unit."""
 
 import io
 import pickle
@@ -66,7 +66,7 @@ def control_ids(codec: TextCodec) -> set[int]:
 
 
 def model_bytes(**settings: object) -> bytes:
-    """A model of the least size that megaback could use, with some settings changed."""
+    """The smallest model that megaback can use, with some settings changed."""
     model = io.BytesIO()
     arguments = {
         "sentence_iterator": iter(["the cat sat on the mat in 1999 and the dog too"] * 50),
@@ -93,14 +93,14 @@ def model_bytes(**settings: object) -> bytes:
 @example(text=" leading, double  and trailing ")
 @example(text="\ud83d\ude00")  # two surrogates that would make one character
 @example(text="\u2581 \u2581\u2581the")
-def test_every_text_is_rendered_as_it_was(
+def test_every_text_survives_a_round_trip(
     codec: Codecs, direction: Direction, unit: Unit, text: str
 ) -> None:
     chosen = codec(direction, unit)
     assert chosen.render(chosen.encode(text)) == text
 
 
-def test_every_single_character_is_rendered_as_it_was(codec: Codecs) -> None:
+def test_every_character_survives_a_round_trip(codec: Codecs) -> None:
     chosen = codec()
     text = "".join(map(chr, range(0x110000)))
     assert chosen.render(chosen.encode(text)) == text
@@ -128,12 +128,12 @@ def test_a_document_is_its_text_between_markers(
 
 
 @given(text=TEXTS)
-def test_a_documents_markers_have_no_text(codec: Codecs, text: str) -> None:
+def test_document_markers_have_no_text(codec: Codecs, text: str) -> None:
     assert codec().render(codec().encode_document(text)) == text
 
 
 @given(text=TEXTS)
-def test_backward_ids_are_forward_ids_from_the_end(codec: Codecs, text: str) -> None:
+def test_backward_ids_are_reversed_forward_ids(codec: Codecs, text: str) -> None:
     forward = codec(Direction.FORWARD).encode(text)
     assert codec(Direction.BACKWARD).encode(text).tolist() == forward.tolist()[::-1]
 
@@ -180,12 +180,12 @@ def test_a_part_of_a_character_is_rendered_as_the_replacement_character(
     assert set(chosen.render(kept)) == {"\ufffd"}
 
 
-def test_lists_and_arrays_are_rendered_alike(codec: Codecs) -> None:
+def test_lists_and_arrays_are_rendered_equally(codec: Codecs) -> None:
     ids = codec().encode("the old captain")
     assert codec().render(ids.tolist()) == codec().render(ids) == "the old captain"
 
 
-def test_ids_have_two_bytes_while_they_fit(codec: Codecs) -> None:
+def test_ids_have_two_bytes_if_the_vocabulary_allows(codec: Codecs) -> None:
     assert codec().encode("the old captain").dtype == np.dtype("<u2")
 
 
@@ -195,7 +195,7 @@ def test_the_bytes_of_pieces_add_up_to_the_bytes_of_the_text(codec: Codecs, text
     assert codec().piece_num_bytes()[ids].sum() == len(text.encode("utf-8", "surrogatepass"))
 
 
-def test_a_sample_may_hold_what_has_text_and_the_end_marker(codec: Codecs) -> None:
+def test_writable_ids_have_text_or_are_the_end_marker(codec: Codecs) -> None:
     chosen = codec()
     unknown_id = 0
     forbidden = (control_ids(chosen) | {unknown_id}) - {chosen.end_id}
@@ -205,7 +205,7 @@ def test_a_sample_may_hold_what_has_text_and_the_end_marker(codec: Codecs) -> No
     )
 
 
-def test_by_words_what_is_written_first_keeps_away_from_the_given_word_or_ends(
+def test_by_words_the_first_new_id_is_whitespace_or_the_end(
     codec: Codecs,
 ) -> None:
     chosen = codec(Direction.BACKWARD, Unit.WORD)
@@ -214,7 +214,7 @@ def test_by_words_what_is_written_first_keeps_away_from_the_given_word_or_ends(
 
 
 @given(text=TEXTS.filter(bool), direction=st.sampled_from(Direction), data=st.data())
-def test_whatever_is_written_first_the_given_text_stays_whole(
+def test_every_first_id_preserves_the_given_text(
     codec: Codecs, text: str, direction: Direction, data: st.DataObject
 ) -> None:
     chosen = codec(direction, Unit.TOKEN)
@@ -225,14 +225,14 @@ def test_whatever_is_written_first_the_given_text_stays_whole(
     assert is_whole(text)
 
 
-def test_a_given_word_may_be_written_on_with_its_space(codec: Codecs) -> None:
+def test_a_given_word_can_continue_or_end(codec: Codecs) -> None:
     chosen = codec(Direction.BACKWARD, Unit.TOKEN)
     prompt = chosen.prompt("the")
     first_texts = {chosen.render([*prompt.ids, first]) for first in prompt.first_ids.tolist()}
     assert {"the", " the"} <= first_texts
 
 
-def test_nothing_given_leaves_every_first_id_open(codec: Codecs) -> None:
+def test_an_empty_prompt_allows_every_first_id(codec: Codecs) -> None:
     chosen = codec()
     prompt = chosen.prompt("")
     assert (prompt.ids, prompt.first_ids.tolist()) == (
@@ -256,21 +256,21 @@ def test_a_codec_survives_pickling(codec: Codecs) -> None:
     [b"", b"\x00", b"not a model", bytes(1000)],
     ids=["no bytes", "a zero byte", "text", "zeros"],
 )
-def test_a_file_that_is_no_model_is_named(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_model_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
     with pytest.raises(TokenizerError, match=re.escape(str(path))):
         TextCodec.load(path, Direction.BACKWARD, Unit.TOKEN)
 
 
-def test_a_model_that_was_cut_short_is_refused(tokenizer_path: Path) -> None:
+def test_a_truncated_model_is_refused(tokenizer_path: Path) -> None:
     whole = tokenizer_path.read_bytes()
     with pytest.raises(TokenizerError, match="not a SentencePiece model"):
         TextCodec(whole[: len(whole) // 2], Direction.BACKWARD, Unit.TOKEN)
 
 
 @pytest.mark.parametrize("piece", [b"\xff\xfe\xfd", b"<0xZZ>"], ids=ascii)
-def test_a_model_whose_pieces_are_broken_is_refused(tokenizer_path: Path, piece: bytes) -> None:
+def test_a_model_with_invalid_pieces_is_refused(tokenizer_path: Path, piece: bytes) -> None:
     whole = tokenizer_path.read_bytes()
     found = re.search({3: rb"\n\x03[a-z]{3}", 6: rb"\n\x06<0x41>"}[len(piece)], whole)
     assert found is not None
@@ -323,7 +323,7 @@ def test_a_model_that_alters_text_is_refused(changed: dict[str, object]) -> None
         ("unit", Unit.WORD, DirectionMismatchError, ["token", "word"]),
     ],
 )
-def test_a_mismatch_names_both_artefacts_and_both_values(
+def test_a_mismatch_names_both_artifacts_and_both_values(
     field: str, value: object, error: type[Exception], values: list[str]
 ) -> None:
     ours = TextFormat(Direction.BACKWARD, Unit.TOKEN, "a" * 64)
@@ -339,9 +339,7 @@ def test_equal_formats_can_be_used_together() -> None:
 
 
 @pytest.mark.parametrize("reserved", ["\u2581", "\ud800"])
-def test_many_characters_that_are_spelled_in_bytes_take_linear_time(
-    codec: Codecs, reserved: str
-) -> None:
+def test_byte_spelled_characters_take_linear_time(codec: Codecs, reserved: str) -> None:
     chosen = codec()
     assert grows_linearly(lambda size: chosen.encode(f"a{reserved}" * size), 50_000)
     few = reserved.join(map(str, range(2000)))

@@ -1,4 +1,4 @@
-"""The fast encoders give what SentencePiece gives; models they would get wrong are left to it."""
+"""Fast encoders return SentencePiece's ids, or are not used."""
 
 import io
 import pickle
@@ -49,7 +49,7 @@ TEXTS_OF = {"english": ENGLISH, "code": CODE, "chinese": CHINESE, "markup": MARK
 
 
 def train(sentences: list[str], **changed: object) -> bytes:
-    """The largest model that the sentences give, but for what is changed."""
+    """The largest model that the sentences allow, with some settings changed."""
     generator = random.Random(0)
     words = [word for sentence in sentences for word in sentence.split(" ")]
     varied = [" ".join(generator.choices(words, k=9)) for _ in range(200)]
@@ -92,10 +92,10 @@ def chosen_for(model_bytes: bytes) -> Encoder:
 
 @cache
 def always_by_words(model_bytes: bytes) -> WordEncoder:
-    """The encoder that is chosen, made to go by words also where that does not pay."""
+    """The chosen encoder, forced to encode by words."""
     chosen = chosen_for(model_bytes)
     assert isinstance(chosen, WordEncoder)
-    return WordEncoder(chosen._encoder, chosen._piece_texts, ID_DTYPE, whether_it_pays_or_not=True)
+    return WordEncoder(chosen._encoder, chosen._piece_texts, ID_DTYPE, always_by_words=True)
 
 
 def reference_ids(model_bytes: bytes, texts: list[str]) -> list[list[int]]:
@@ -120,7 +120,7 @@ HARD_PARTS = st.sampled_from(
 
 
 def texts_near(model_bytes: bytes) -> st.SearchStrategy[list[str]]:
-    """Lists of texts of pieces, of what is hard and of any characters, with and without spaces."""
+    """Lists of texts of pieces, hard parts and any characters, with and without spaces."""
     processor = processor_of(model_bytes)
     pieces = [
         processor.id_to_piece(index).replace("\u2581", " ")
@@ -140,7 +140,7 @@ def texts_near(model_bytes: bytes) -> st.SearchStrategy[list[str]]:
 @pytest.mark.parametrize("name", TEXTS_OF)
 @settings(max_examples=150)
 @given(data=st.data())
-def test_by_words_ids_are_sentencepieces(name: str, data: st.DataObject) -> None:
+def test_ids_by_words_equal_sentencepieces(name: str, data: st.DataObject) -> None:
     model_bytes = model_of(name)
     texts = data.draw(texts_near(model_bytes))
     assert ids_by(always_by_words(model_bytes), texts) == reference_ids(model_bytes, texts)
@@ -149,7 +149,7 @@ def test_by_words_ids_are_sentencepieces(name: str, data: st.DataObject) -> None
 @pytest.mark.parametrize("name", TEXTS_OF)
 @settings(max_examples=150)
 @given(data=st.data())
-def test_kitokens_ids_are_sentencepieces(name: str, data: st.DataObject) -> None:
+def test_kitokens_ids_equal_sentencepieces(name: str, data: st.DataObject) -> None:
     model_bytes = model_of(name)
     texts = data.draw(texts_near(model_bytes))
     alone = always_by_words(model_bytes)._encoder
@@ -158,7 +158,7 @@ def test_kitokens_ids_are_sentencepieces(name: str, data: st.DataObject) -> None
 
 @settings(max_examples=150)
 @given(data=st.data(), chunk=st.integers(1, 9), batch=st.integers(1, 30))
-def test_where_long_texts_are_cut_does_not_change_ids(
+def test_chunking_long_texts_does_not_change_ids(
     data: st.DataObject, chunk: int, batch: int
 ) -> None:
     model_bytes = model_of("code")
@@ -172,7 +172,9 @@ def test_where_long_texts_are_cut_does_not_change_ids(
 
 @given(words=st.lists(st.text(CHARACTERS, min_size=1, max_size=5), max_size=30))
 @pytest.mark.parametrize("max_distinct", [0.0, 0.5, 1.1])
-def test_whether_words_vary_does_not_change_ids(words: list[str], max_distinct: float) -> None:
+def test_the_share_of_distinct_words_does_not_change_ids(
+    words: list[str], max_distinct: float
+) -> None:
     model_bytes = model_of("english")
     texts = [" ".join([*words, *words]), " ".join(words)]
     with pytest.MonkeyPatch.context() as patch:
@@ -183,7 +185,7 @@ def test_whether_words_vary_does_not_change_ids(words: list[str], max_distinct: 
 
 
 @pytest.mark.parametrize("name", ["english", "chinese"])
-def test_every_character_has_sentencepieces_ids(name: str) -> None:
+def test_ids_of_every_character_equal_sentencepieces(name: str) -> None:
     characters = [
         chr(code) for code in range(0x110000) if code != 0x2581 and not 0xD800 <= code < 0xE000
     ]
@@ -194,7 +196,7 @@ def test_every_character_has_sentencepieces_ids(name: str) -> None:
 
 @pytest.mark.parametrize("characters", ["a", "ab", "the ", " ", "\u00e9", "\n", "\u6211\u4eec"])
 @pytest.mark.parametrize("count", [95, 96, 97, 191, 192, 193, 1000, 20_000])
-def test_long_runs_have_sentencepieces_ids(characters: str, count: int) -> None:
+def test_ids_of_long_runs_equal_sentencepieces(characters: str, count: int) -> None:
     for name in TEXTS_OF:
         texts = [characters * count]
         assert ids_by(always_by_words(model_of(name)), texts) == reference_ids(
@@ -205,7 +207,7 @@ def test_long_runs_have_sentencepieces_ids(characters: str, count: int) -> None:
 @pytest.fixture(scope="module")
 def prose() -> list[str]:
     if not PROSE.is_dir():
-        pytest.skip(f"there is no real prose in {PROSE}")
+        pytest.skip(f"no real prose in {PROSE}")
     import pyarrow.parquet as pq
 
     table = pq.read_table(PROSE / "train-00000.parquet", columns=["text"])
@@ -213,12 +215,12 @@ def prose() -> list[str]:
 
 
 @pytest.mark.parametrize("name", TEXTS_OF)
-def test_real_prose_has_sentencepieces_ids(name: str, prose: list[str]) -> None:
+def test_ids_of_real_prose_equal_sentencepieces(name: str, prose: list[str]) -> None:
     model_bytes = model_of(name)
     assert ids_by(chosen_for(model_bytes), prose) == reference_ids(model_bytes, prose)
 
 
-def test_real_prose_has_sentencepieces_ids_with_a_model_made_for_it(prose: list[str]) -> None:
+def test_ids_of_real_prose_with_its_own_model_equal_sentencepieces(prose: list[str]) -> None:
     model_bytes = train(prose[::2], vocab_size=4000)
     assert ids_by(chosen_for(model_bytes), prose) == reference_ids(model_bytes, prose)
 
@@ -245,7 +247,7 @@ def test_a_trained_model_is_encoded_by_words(name: str) -> None:
 )
 @settings(max_examples=30)
 @given(data=st.data())
-def test_another_kind_of_model_is_still_encoded_exactly(
+def test_other_kinds_of_models_are_encoded_exactly(
     changed: dict[str, object], expected: type, data: st.DataObject
 ) -> None:
     model_bytes = _model_with(repr(changed))
@@ -262,7 +264,7 @@ def _model_with(changed: str) -> bytes:
     return train([*ENGLISH, *CODE], **ast.literal_eval(changed))
 
 
-def test_without_kitoken_sentencepiece_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kitoken_sentencepiece_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "_KITOKEN", None)
     model_bytes = model_of("english")
     chosen = fastest_encoder(model_bytes, processor_of(model_bytes), ID_DTYPE)
@@ -270,7 +272,7 @@ def test_without_kitoken_sentencepiece_encodes(monkeypatch: pytest.MonkeyPatch) 
 
 
 class _Wrong:
-    """kitoken, but wrong about one word."""
+    """kitoken with wrong ids for one word."""
 
     def __init__(self, kitoken: object) -> None:
         self._kitoken = kitoken
@@ -293,7 +295,7 @@ def test_a_kitoken_that_is_wrong_about_a_piece_is_not_used(
     assert chosen.name == "sentencepiece"
 
 
-def test_words_that_are_put_together_wrongly_are_not_used(
+def test_an_encoder_that_joins_words_wrongly_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def wrong(self: WordEncoder, *arguments: object) -> Iterator[object]:
@@ -308,7 +310,7 @@ def test_words_that_are_put_together_wrongly_are_not_used(
 
 @given(st.lists(st.text(max_size=5)), st.integers(1, 20))
 @example([], 1)
-def test_batches_hold_every_text_in_order_and_end_when_full(texts: list[str], size: int) -> None:
+def test_batches_keep_the_order_and_end_when_full(texts: list[str], size: int) -> None:
     batches = list(in_batches(texts, size))
     assert [text for batch in batches for text in batch] == texts
     assert all(sum(map(len, batch[:-1])) < size for batch in batches)
@@ -328,7 +330,7 @@ EVERY_TEXT = st.lists(
 @pytest.mark.parametrize("unit", Unit)
 @given(texts=EVERY_TEXT)
 @example(texts=["", " \u2581 \ud800", "the  old captain "])
-def test_documents_together_are_what_each_is_alone(
+def test_encode_documents_equals_encode_document_of_each(
     direction: Direction, unit: Unit, texts: list[str]
 ) -> None:
     patient, eager = _codec(direction, unit, 1 << 30), _codec(direction, unit, 0)
@@ -344,7 +346,7 @@ def _codec(direction: Direction, unit: Unit, characters_before_fastest: int) -> 
         return TextCodec(model_of("english"), direction, unit)
 
 
-def test_a_codec_turns_to_the_fastest_encoder_when_there_is_much_to_encode() -> None:
+def test_a_codec_switches_to_the_fastest_encoder_for_much_text() -> None:
     codec = TextCodec(model_of("english"), Direction.FORWARD, Unit.TOKEN)
     codec.encode("the captain")
     assert "_fastest" not in vars(codec)

@@ -1,4 +1,4 @@
-"""A stranger's SentencePiece model: refused by a sentence, or a codec that gives texts back."""
+"""Untrusted SentencePiece models: refused with an error, or texts survive a round trip."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def made(content: bytes) -> TextCodec | None:
 
 
 @given(data=st.data())
-def test_a_mutated_model_is_refused_or_gives_texts_back(data: st.DataObject, codec: Codecs) -> None:
+def test_a_mutated_model_is_refused_or_round_trips(data: st.DataObject, codec: Codecs) -> None:
     content = bytearray(codec().model_bytes)
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(content) - 1))
@@ -43,7 +43,7 @@ def test_a_mutated_model_is_refused_or_gives_texts_back(data: st.DataObject, cod
 
 
 @pytest.mark.parametrize("old", [b"<0x41>", b"captain", b"<|im_end|>"])
-def test_a_piece_that_is_no_text_is_refused(old: bytes, codec: Codecs) -> None:
+def test_an_invalid_piece_is_refused(old: bytes, codec: Codecs) -> None:
     content = codec().model_bytes
     assert old in content
     for new in (b"<0xZZ>", b"\xff" * len(old), b"\0" * len(old)):
@@ -51,5 +51,5 @@ def test_a_piece_that_is_no_text_is_refused(old: bytes, codec: Codecs) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a" * 100_000])
-def test_what_is_no_model_is_refused(content: bytes) -> None:
+def test_an_invalid_model_is_refused(content: bytes) -> None:
     assert made(content) is None

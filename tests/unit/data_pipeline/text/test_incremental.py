@@ -1,4 +1,4 @@
-"""Text in parts: whole characters only, and together what all ids say."""
+"""Incremental detokenization: whole characters, and parts that join to the whole text."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -34,7 +34,7 @@ def joined(codec: TextCodec, parts: Sequence[str]) -> str:
 @pytest.mark.parametrize("text_format", FORMATS, ids=str)
 @given(ids=st.lists(st.integers(0, 599), max_size=60))
 @example(ids=[])
-def test_parts_of_any_ids_are_together_the_whole_without_broken_characters(
+def test_parts_join_to_the_whole_without_broken_characters(
     codec: Codecs, text_format: tuple[Direction, Unit], ids: list[int]
 ) -> None:
     of_format = codec(*text_format)
@@ -46,8 +46,8 @@ def test_parts_of_any_ids_are_together_the_whole_without_broken_characters(
 
 
 @given(ids=st.lists(st.integers(0, 255), max_size=24))
-def test_bytes_in_any_order_are_decoded_as_at_once(codec: Codecs, ids: list[int]) -> None:
-    """Nothing but byte pieces, so that most are no characters."""
+def test_any_bytes_are_decoded_as_in_one_call(codec: Codecs, ids: list[int]) -> None:
+    """Byte pieces only, most of which form no characters."""
     of_format = codec()
     spelled = [_byte_id(of_format, value) for value in ids]
     raw = bytes(reversed(ids))
@@ -60,7 +60,7 @@ def _byte_id(codec: TextCodec, value: int) -> int:
 
 @pytest.mark.parametrize("text_format", FORMATS, ids=str)
 @given(text=st.one_of(st.text(), st.sampled_from(HARD)))
-def test_a_text_comes_back_and_no_part_holds_a_replacement(
+def test_parts_join_to_the_text_without_replacement_characters(
     codec: Codecs, text_format: tuple[Direction, Unit], text: str
 ) -> None:
     of_format = codec(*text_format)
@@ -70,9 +70,7 @@ def test_a_text_comes_back_and_no_part_holds_a_replacement(
 
 
 @pytest.mark.parametrize("direction", Direction)
-def test_what_the_first_id_brings_back_of_the_given_text_is_no_part(
-    codec: Codecs, direction: Direction
-) -> None:
+def test_the_held_back_bytes_are_not_emitted(codec: Codecs, direction: Direction) -> None:
     of_format = codec(direction)
     given_text = "is late." if direction is Direction.BACKWARD else "the old cap"
     prompt = of_format.prompt(given_text)
@@ -84,7 +82,7 @@ def test_what_the_first_id_brings_back_of_the_given_text_is_no_part(
     assert written
 
 
-def test_a_character_appears_when_its_first_byte_is_there(codec: Codecs) -> None:
+def test_a_backward_character_is_emitted_with_its_first_byte(codec: Codecs) -> None:
     of_format = codec()
     growing = IncrementalDetokenizer(of_format)
     ids = [_byte_id(of_format, value) for value in reversed("€".encode())]
@@ -97,7 +95,7 @@ def test_a_character_appears_when_its_first_byte_is_there(codec: Codecs) -> None
     stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
     grows_leftwards=st.booleans(),
 )
-def test_a_stop_text_cuts_at_the_same_place_however_the_text_arrives(
+def test_a_stop_text_is_found_however_the_text_is_split(
     text: str, cuts: list[int], stops: list[str], grows_leftwards: bool
 ) -> None:
     edges = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
@@ -119,7 +117,7 @@ def test_a_stop_text_cuts_at_the_same_place_however_the_text_arrives(
     assert finder.is_found == bool(ends)
 
 
-def test_what_may_be_a_part_of_a_stop_text_is_held_back() -> None:
+def test_a_possible_beginning_of_a_stop_text_is_held_back() -> None:
     finder = StopTexts(["\n\n"], grows_leftwards=True)
     assert [finder.add("end."), finder.add("\nthe "), finder.add("a"), finder.finish()] == [
         "end.",
@@ -130,7 +128,9 @@ def test_what_may_be_a_part_of_a_stop_text_is_held_back() -> None:
 
 
 @pytest.mark.parametrize(("run", "end"), [("7", " "), (" ", "7")])
-def test_a_giant_word_takes_linear_time_and_comes_whole(codec: Codecs, run: str, end: str) -> None:
+def test_a_giant_word_takes_linear_time_and_is_emitted_whole(
+    codec: Codecs, run: str, end: str
+) -> None:
     of_format = codec(Direction.BACKWARD, Unit.WORD)
     (run_id,), (end_id,) = of_format.encode(run).tolist(), of_format.encode(end).tolist()
 
