@@ -1,6 +1,6 @@
-"""Files and folders that appear under their names whole, or not at all.
+"""Atomic writes: files and folders appear under their final names only when complete.
 
-What is being written lies beside its place under a hidden name of its own: `.NAME.ID.partial`.
+Until then they have a hidden name in the same folder: `.NAME.ID.partial`.
 """
 
 import os
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import IO
 
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.partial", re.DOTALL)
-"""Shorter IDs are of earlier versions."""
+"""Names of partial files; earlier versions used shorter IDs."""
 
 
 def partial_name(name: str) -> str:
-    """A name for what is to be renamed to `name`, which no other process has."""
-    # Not the process's number, which another node may have given to a process of its own.
+    """A unique temporary name for a file that will be renamed to `name`."""
+    # Not the process ID, which a process on another node may have too.
     return f".{name}.{uuid.uuid4().hex[:12]}.partial"
 
 
 def whole_name(partial: str) -> str | None:
-    """The name that a partial file was to get; None for any other file."""
+    """The final name of a partial file; None for any other file."""
     found = _PARTIAL.fullmatch(partial)
     return found[1] if found else None
 
@@ -31,13 +31,12 @@ def whole_name(partial: str) -> str | None:
 def replacing(
     path: Path, publish: Callable[[Path, Path], None] | None = None
 ) -> Iterator[IO[bytes]]:
-    """Write a file of our own that appears under `path` whole, or not at all.
+    """Write one of megaback's files atomically.
 
-    Bytes go to a hidden neighbor, are flushed to the disk, and are renamed at the end. On any
-    error the neighbor is removed and what stood at `path` stays. Two processes may write the same
-    path: the last one to finish wins, and nobody sees a mixture. A symbolic link is replaced, never
-    followed. What a user named is written by `writing_output` of output_paths.py, which renames by
-    a `publish` of its own.
+    Bytes go to a hidden partial file, which is flushed to the disk and renamed at the end. On any
+    error it is removed and `path` is unchanged. Of two processes that write the same path, the last
+    to finish wins. A symbolic link is replaced, never followed. Paths that a user named are written
+    by `writing_output` of output_paths.py, which renames with its own `publish`.
     """
     partial = path.with_name(partial_name(path.name))
     try:
@@ -49,18 +48,18 @@ def replacing(
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # a full disk does not say where it is
+            error.filename = str(path)  # an error of a full disk names no path
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file of our own atomically, as UTF-8."""
+    """Write one of megaback's small text files atomically, as UTF-8."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the file system can say so."""
+    """Flush the names in a folder to the disk, where the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -70,7 +69,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def claim_name(partial: Path, path: Path) -> None:
-    """Rename a file. Raises FileExistsError, unlike a rename."""
+    """Rename a file without replacing another. Raises FileExistsError."""
     try:
         os.link(partial, path)
         partial.unlink()

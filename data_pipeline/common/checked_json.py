@@ -1,7 +1,7 @@
-"""JSON files that may be a stranger's: of bounded size, and with values of the expected types.
+"""Parsing of untrusted JSON, with bounded memory and checked types.
 
-What a text would take in memory is bounded before it is parsed. A dataclass is made from a JSON
-object only if every value has the type that the class declares.
+Memory is bounded before a text is parsed. A dataclass is made from a JSON object only if every
+value has the type that the class declares.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ _MAX_EXPANSION = 12
 """Memory per byte of a large file: a plan's lists of three numbers take eleven times their
 bytes."""
 _CONTAINER_BYTES = 240
-"""A dict of one key; a list takes less."""
+"""Size of a dict with one key; a list takes less."""
 _VALUE_BYTES = 90
-"""A short string with its place in a list; a number takes less."""
+"""Size of a short string in a list; a number takes less."""
 _MAX_SHOWN_CHARACTERS = 100
 _BRIEFLY = reprlib.Repr()
 _BRIEFLY.maxlevel = 1
 
 
 def read_json(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> Any:
-    """The value in a JSON file. Raises OSError, and ValueError saying what is wrong with it."""
+    """The value of a JSON file. Raises OSError, and ValueError if it is invalid or too large."""
     try:
         data = read_file(path, max_bytes)
     except OSError as error:
@@ -46,18 +46,18 @@ def read_json(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value that a JSON text spells. Raises ValueError when it is not one, or too large."""
+    """The value of a JSON text. Raises ValueError if it is invalid or too large."""
     containers = data.count(b"{") + data.count(b"[")
     parsed_bytes = containers * _CONTAINER_BYTES + data.count(b",") * _VALUE_BYTES
     if parsed_bytes > max(_MAX_PARSED_BYTES, _MAX_EXPANSION * len(data)):
-        raise ValueError(f"it holds {containers:,} objects and lists, too many to be read")
+        raise ValueError(f"its {containers:,} objects and lists exceed the memory limit of parsing")
     return finite_json(data.decode())
 
 
 def made_from(kind: type[_Made], value: object) -> _Made:
-    """A dataclass of the values in a JSON object, lists as tuples.
+    """A dataclass from a JSON object, with lists as tuples.
 
-    Raises ValueError or TypeError unless it has the fields of the class, each of its type.
+    Raises ValueError or TypeError unless the fields and their types are those of the class.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{briefly(value)} is not an object")
@@ -65,16 +65,16 @@ def made_from(kind: type[_Made], value: object) -> _Made:
     fields = {}
     for name, one in value.items():
         if name not in hints:
-            raise ValueError(f"{briefly(name)} is not a key of it")
+            raise ValueError(f"unknown key {briefly(name)}")
         hint = hints[name]
         fields[name] = one if type(one) is hint else checked(name, one, hint)
     return kind(**fields)
 
 
 def checked(name: str, value: Any, hint: Any) -> Any:
-    """A value of a JSON file, a list as a tuple where the type hint says so.
+    """A JSON value, with lists as tuples where the type hint has tuples.
 
-    Raises ValueError, naming it, unless it has the type.
+    Raises ValueError, with `name`, unless the value has the type.
     """
     try:
         return _converted(value, hint)
@@ -83,7 +83,7 @@ def checked(name: str, value: Any, hint: Any) -> Any:
 
 
 def require_within(name: str, value: int, minimum: int, maximum: int) -> None:
-    """Raises ValueError unless a number lies in a range, both ends of which belong to it."""
+    """Raises ValueError unless `minimum` <= `value` <= `maximum`."""
     if not minimum <= value <= maximum:
         raise ValueError(
             f"{name} is {briefly(value)}, which is not in the range {minimum}..{maximum}"
@@ -97,16 +97,16 @@ def require_sha256(name: str, value: str) -> None:
 
 
 def briefly(value: object) -> str:
-    """A value of any size, in a few characters."""
+    """Abbreviated repr of a value."""
     return _BRIEFLY.repr(value)[:_MAX_SHOWN_CHARACTERS]
 
 
-# Thousands of objects are of one class.
+# Cached: files have thousands of objects of one class.
 _hints: Callable[[Any], dict[str, Any]] = lru_cache(maxsize=32)(typing.get_type_hints)
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """Raises TypeError, and ValueError for what a value holds."""
+    """Raises TypeError, and ValueError for nested values."""
     if type(value) is hint:  # most values, of which a plan may have a million
         return value
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
@@ -124,7 +124,7 @@ def _converted(value: Any, hint: Any) -> Any:
         return {_converted(key, parts[0]): _converted(one, parts[1]) for key, one in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return made_from(hint, value)
-    # In Python, True is an int, and in JSON a whole number may stand for a real one.
+    # In Python, True is an int; in JSON, a float may be written as an integer.
     is_whole_float = hint is float and type(value) is int and abs(value) < 1 << 53
     if type(value) is not hint and not is_whole_float:
         raise TypeError

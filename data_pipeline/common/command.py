@@ -1,8 +1,8 @@
-"""What every megaback command shares: how errors reach the user.
+"""Base class of all megaback commands: error messages and exit codes.
 
-A command raises `MegabackError`; this module prints its sentence to stderr and exits with its code.
-Errors of the operating system become one sentence too. Anything else is a defect of megaback and
-keeps its traceback.
+For a `MegabackError`, its message is printed to stderr and its code is the exit code. Errors of the
+operating system are reported in the same way. Anything else is a defect of megaback and keeps its
+traceback.
 """
 
 import errno
@@ -29,9 +29,9 @@ from data_pipeline.common.control_characters import on_one_line
 from data_pipeline.common.interrupts import (
     Interrupted,
     at_work,
+    interrupt_message,
     leave,
     received_signal,
-    sentence,
     take_signals,
 )
 from data_pipeline.common.logging_setup import set_up_logging, verbose_option
@@ -40,24 +40,24 @@ from data_pipeline.errors import BackendError, ConfigError, MegabackError, Stora
 from data_pipeline.redaction import scrub
 
 READER_GONE_CODE = 141
-"""128 and SIGPIPE: what a shell sees of any program whose output nobody reads any more."""
+"""128 + SIGPIPE: the status that a shell reports for a program whose reader has exited."""
 
 _OS_ADVICE = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
-    errno.EROFS: "choose a path on a disk that can be written",
+    errno.EROFS: "choose a path on a writable disk",
     errno.EACCES: "check the permissions of the path",
     errno.EPERM: "check the permissions of the path",
-    errno.ELOOP: "remove the symbolic link at that path, through which nothing is written",
+    errno.ELOOP: "remove the symbolic link at that path; files are not written through links",
 }
 _ARGUMENT = re.compile(r"`([a-z][a-z_]*)`")
 _PATH_NAMES = ("out", "predictions")
-"""Parameters that are paths, or `-`; an empty source has an error of its own."""
+"""Parameters that are paths or `-`; empty sources are reported elsewhere."""
 _PROGRAM_ADVICE = {
     **dict.fromkeys(("cc", "gcc", "g++", "c++"), "install a C compiler (build-essential)"),
     **dict.fromkeys(
         ("sbatch", "scontrol", "srun", "sinfo", "squeue", "sacct", "scancel"),
-        "run it where Slurm's commands are, on a login node or outside the container",
+        "run it where Slurm's commands are installed, on a login node or outside the container",
     ),
     "ssh": "install openssh-client",
     "ninja": "install ninja (pip install ninja)",
@@ -65,7 +65,7 @@ _PROGRAM_ADVICE = {
 
 
 def storage_error(error: OSError) -> StorageError:
-    """Turn an operating system error into one sentence that names the path."""
+    """Convert an operating system error; the message names the path."""
     where = f" {error.filename!r}" if error.filename else ""
     reason = error.strerror or str(error) or type(error).__name__
     advice = _OS_ADVICE.get(error.errno or 0, "check the path and the disk behind it")
@@ -73,16 +73,15 @@ def storage_error(error: OSError) -> StorageError:
 
 
 def system_error(error: OSError) -> MegabackError:
-    """One sentence for an error of the operating system: a missing program, or a disk's."""
+    """Convert an operating system error: a missing program, or a storage error."""
     return _program_error(error) or storage_error(error)
 
 
 def _program_error(error: OSError) -> BackendError | None:
-    """The sentence for a program that could not be started; None for any other error.
+    """The error for a program that could not be started; None for any other error.
 
-    Both a missing file and a missing program are a FileNotFoundError. Whoever wanted the program
-    (a compiler may be asked for deep within a library), it was `subprocess` that failed to start
-    it: the error was raised there.
+    A missing file and a missing program both raise FileNotFoundError. For a program, the error is
+    raised within `subprocess`, even if a library started it (a compiler, for example).
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not frames or frames[-1].f_code.co_filename != subprocess.__file__:
@@ -92,8 +91,8 @@ def _program_error(error: OSError) -> BackendError | None:
     program = Path(os.fsdecode(error.filename)).name
     if isinstance(error, FileNotFoundError):
         return BackendError(
-            f"the program {program} is not on this machine (or not on the PATH), and this needs "
-            f"it; {_PROGRAM_ADVICE.get(program, 'install it')}, then run the same command again"
+            f"the program {program} is not installed or not on the PATH; "
+            f"{_PROGRAM_ADVICE.get(program, 'install it')}, then run the same command again"
         )
     return BackendError(
         f"the program {error.filename} cannot be started: {error.strerror}; make it executable, "
@@ -101,38 +100,41 @@ def _program_error(error: OSError) -> BackendError | None:
     )
 
 
-def with_options(sentence: str) -> str:
-    """A sentence of the library, which names arguments between backticks, with the options of the
-    command that runs in their place."""
+def with_options(message: str) -> str:
+    """Replace the arguments in a library's message, in backticks, with options of the running
+    command."""
     context = click.get_current_context(silent=True)
     options = {}
     for one in context.command.params if context else ():
         if isinstance(one, click.Option):
             names = (one.name or "", *(word.strip("-").replace("-", "_") for word in one.opts))
             options.update(dict.fromkeys(names, max(one.opts, key=len)))
-    return _ARGUMENT.sub(lambda found: options.get(found[1], found[0]), sentence)
+    return _ARGUMENT.sub(lambda found: options.get(found[1], found[0]), message)
 
 
 def report(error: MegabackError) -> int:
-    """Print an error's sentence to stderr; return its exit code."""
+    """Print an error to stderr; return its exit code."""
     _print_error(f"megaback: error: {on_one_line(with_options(str(error)))}")
     return error.exit_code
 
 
 def _print_error(line: str) -> None:
-    with suppress(OSError):  # nobody reads it; the code says it too
+    with suppress(OSError):  # without a reader, the exit code remains
         print(line, file=sys.stderr, flush=True)
 
 
 def scrubbed(error: click.UsageError) -> click.UsageError:
-    """The error of a command line, whose words it quotes, without secrets of addresses."""
+    """The usage error without secrets of the addresses that it quotes."""
     message = error.format_message()
     return error if scrub(message) == message else click.UsageError(scrub(message), error.ctx)
 
 
 def run_as_process(main: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Run a command that this process is for; one that is called by a program runs as it is."""
-    if sys.stdout is not sys.__stdout__:  # a test or a notebook captures what is printed
+    """Run the command of this process, with its console, signals and logging set up.
+
+    A command that is called from a test or a notebook runs without that setup.
+    """
+    if sys.stdout is not sys.__stdout__:  # a test or a notebook captures the output
         return main(*arguments, **options)
     protect_console()
     take_signals()
@@ -143,26 +145,26 @@ def run_as_process(main: Callable[..., Any], *arguments: Any, **options: Any) ->
     try:
         return main(*arguments, **options)
     except SystemExit as ending:
-        if ending.code == 1 and is_result_unread():  # click's own, of a help page
+        if ending.code == 1 and is_result_unread():  # click's own, for a help page
             raise SystemExit(READER_GONE_CODE) from None
         if received_signal() is not None and isinstance(ending.code, int):
             leave(ending.code)
         raise
-    except OSError as error:  # of a help page, on a full disk
+    except OSError as error:  # a help page on a full disk
         raise SystemExit(report(storage_error(error))) from None
 
 
 class WithShortHelp(click.Command):
-    """A command or group whose `-h` is its help."""
+    """A command or group with `-h` for help."""
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         return [*super().get_help_option_names(ctx), "-h"]
 
 
 class Command(WithShortHelp):
-    """A click command that ends every `MegabackError` with its sentence and its exit code.
+    """A click command that reports each `MegabackError` and exits with its code.
 
-    What it prints to standard output is its result: see `data_pipeline.common.console`.
+    Its standard output is its result: see `data_pipeline.common.console`.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -173,7 +175,7 @@ class Command(WithShortHelp):
         return run_as_process(super().main, *arguments, **options)
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
-        # Without color, click would take escape sequences out of results in a pipe.
+        # Without color, click would strip escape sequences from results in a pipe.
         return super().make_context(*arguments, **{"color": True, **options})
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -196,7 +198,7 @@ class Command(WithShortHelp):
             is_path = isinstance(parameter.type, click.Path) or parameter.name in _PATH_NAMES
             if is_path and "" in values:
                 raise click.BadParameter(
-                    "it is empty; give a path (an unset shell variable leaves an empty one)",
+                    "it is empty, perhaps from an unset shell variable; give a path",
                     ctx,
                     parameter,
                 )
@@ -215,12 +217,12 @@ class Command(WithShortHelp):
             raise SystemExit(code) from None
 
     def _code_of(self, error: BaseException) -> int | None:
-        """Print what is to be said of an error; its exit code, or None for a defect."""
+        """Report an error; return its exit code, or None for a defect."""
         number = error.number if isinstance(error, Interrupted) else received_signal()
         if number is None and isinstance(error, KeyboardInterrupt):
-            number = signal.SIGINT  # of a program that calls this command
+            number = signal.SIGINT  # raised by a program that calls this command
         if number is not None:
-            line = sentence(number, self._advice())
+            line = interrupt_message(number, self._advice())
             _print_error(f"\n{line}" if sys.stderr is not None and sys.stderr.isatty() else line)
             return 128 + number
         if isinstance(error, MegabackError):
@@ -236,7 +238,7 @@ class Command(WithShortHelp):
 
 
 class WorkCommand(Command):
-    """A command whose result is a file, a run or a service: what it prints is a comment."""
+    """A command whose result is a file, a run or a service; its output is a comment."""
 
     def invoke(self, ctx: click.Context) -> Any:
         only_comments()
@@ -244,7 +246,7 @@ class WorkCommand(Command):
 
 
 class ResumableCommand(WorkCommand):
-    """A command that, run again, continues where it was interrupted."""
+    """A command that resumes when it is run again."""
 
     def _advice(self) -> str:
         return "run the same command to resume"

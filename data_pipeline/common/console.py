@@ -1,12 +1,12 @@
-"""Standard output and standard error, such that printing never harms the work.
+"""Standard output and standard error, protected so that printing cannot interrupt work.
 
-What a process prints is its result (`megaback sample`) or a comment on work whose result lies
-elsewhere (a run, a folder of shards). A comment that cannot be printed, because its reader ended,
-the terminal was closed or the log's disk is full, is dropped and the work continues. A result that
-cannot be printed is an error. Standard error is always a comment.
+Output is either a result (`megaback sample`) or a comment on work whose result is elsewhere (a run,
+a folder of shards). A comment that cannot be printed, because its reader exited, the terminal was
+closed or the log's disk is full, is dropped and the work continues. A result that cannot be printed
+is an error. Standard error is always a comment.
 
-Comments, and everything that goes to a terminal, are text for people: control characters in them
-are escaped. A result in a pipe or a file is exact.
+In comments, and in everything printed to a terminal, control characters are escaped. A result in a
+pipe or a file is exact.
 """
 
 import codecs
@@ -26,24 +26,23 @@ _NAMES = {1: "standard output", 2: "standard error"}
 
 
 class ReaderGoneError(BrokenPipeError):
-    """Whoever read the result that this process prints has ended."""
+    """The reader of this process's result has exited."""
 
 
 class _Stream(io.FileIO):
-    """A descriptor that is printed to. After its first error everything is dropped."""
+    """An output descriptor. After its first error, all output is dropped."""
 
     def __init__(self, descriptor: int, *, is_comment: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self.is_comment = is_comment
         self.timeout_s: float | None = None
-        """Maximum time that a write waits for a reader that does not read, in seconds; None: no
-        limit."""
+        """Maximum time that a write waits for a stalled reader, in seconds; None: no limit."""
         self.loss: str | None = None
         self._is_stalled = False
         self._dropped_bytes = 0
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Returns how many bytes are done with, dropped ones included."""
+        """Returns the number of bytes written or dropped."""
         view = memoryview(data).cast("B")
         if self.loss is not None:
             return len(view)
@@ -64,10 +63,10 @@ class _Stream(io.FileIO):
                 if not self._is_writable():
                     self._dropped_bytes += len(view)
                     return len(view)
-                view = view[: select.PIPE_BUF]  # as much as a pipe takes without waiting
+                view = view[: select.PIPE_BUF]  # the size that a pipe accepts without blocking
             if (written := super().write(view)) is not None:
                 return written
-            self._wait(None)  # the reader has made the descriptor non-blocking
+            self._wait(None)  # the descriptor is non-blocking
 
     def _is_writable(self) -> bool:
         assert self.timeout_s is not None
@@ -76,7 +75,7 @@ class _Stream(io.FileIO):
             return False
         if self._is_stalled:
             self._is_stalled = False
-            note = f"\n[{self._dropped_bytes:,} bytes were not printed: nobody read them]\n"
+            note = f"\n[{self._dropped_bytes:,} bytes were dropped while the reader was stalled]\n"
             self._dropped_bytes = 0
             super().write(note.encode())
         return True
@@ -88,7 +87,7 @@ class _Stream(io.FileIO):
 
 
 def _bytes_of_names(error: UnicodeError) -> tuple[bytes, int]:
-    """What UTF-8 does not have: the bytes of a file's name, or an escape for a lone surrogate."""
+    """Codec error handler: bytes for surrogate escapes of file names, else escape sequences."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     part = error.object[error.start : error.end]
@@ -102,8 +101,10 @@ codecs.register_error("megaback.names", _bytes_of_names)
 
 
 class _ShownBytes(io.BufferedWriter):
-    """Bytes on their way to people: text in the stream's encoding, whose control characters are
-    escaped. This is below `sys.stdout.buffer`, so that nothing that prints goes around it."""
+    """Escapes control characters in comments and terminal output.
+
+    It is the buffer of `sys.stdout`, so that nothing printed bypasses it.
+    """
 
     def __init__(self, stream: _Stream, encoding: str) -> None:
         super().__init__(stream)
@@ -122,12 +123,11 @@ class _ShownBytes(io.BufferedWriter):
 
 
 class _Text(io.TextIOWrapper):
-    """A standard stream of text, beside which those that lay out terminals have a way of theirs."""
+    """A standard text stream, with an unescaped stream for terminal layout."""
 
     def __init__(self, stream: _Stream, encoding: str, errors: str, write_through: bool) -> None:
         self.trusted = _Trusted(self, stream, encoding)
-        """Stream for our own escape sequences, such as colors: around text that has been
-        escaped."""
+        """Stream for megaback's own escape sequences, such as colors, around escaped text."""
         super().__init__(
             _ShownBytes(stream, encoding),
             encoding=encoding,
@@ -139,7 +139,7 @@ class _Text(io.TextIOWrapper):
 
 
 class _Trusted(io.TextIOWrapper):
-    """Writes at once, after what was printed before."""
+    """Writes unescaped text immediately, after flushing earlier output."""
 
     def __init__(self, printed: io.TextIOWrapper, stream: _Stream, encoding: str) -> None:
         buffer = io.BufferedWriter(stream)
@@ -154,23 +154,23 @@ class _Trusted(io.TextIOWrapper):
 
 
 def trusted(stream: IO[str]) -> IO[str]:
-    """Where escape sequences of ours go: around the escaping of what is printed to a stream."""
+    """The stream that does not escape, for megaback's own escape sequences."""
     return cast("IO[str]", getattr(stream, "trusted", stream))
 
 
 def protect_console() -> None:
-    """Replace the standard streams of this process; what was replaced already stays.
+    """Replace the standard streams of this process; repeated calls have no effect.
 
-    Standard output counts as a result until `only_comments`. Descriptors that are closed are opened
-    on the null device, or else the next file that is opened would be taken for the console. What
-    libraries print is scrubbed.
+    Standard output is a result until `only_comments`. Closed descriptors are opened on the null
+    device: otherwise the next opened file would become the console. Secrets are removed from
+    reports of libraries.
     """
     scrub_reports()
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     if sys.stdin is None:
         sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]  # noqa: SIM115
     sys.stdout = sys.__stdout__ = _protected(sys.stdout, 1)  # type: ignore[misc]
@@ -178,10 +178,10 @@ def protect_console() -> None:
 
 
 def only_comments(timeout_s: float | None = None) -> None:
-    """Declare that what this process prints is a comment on its work, on both streams.
+    """Declare both output streams of this process comments on its work.
 
-    With `timeout_s`, a reader that does not read (a stopped terminal, a pager that waits) holds
-    the work up for this long, once; then what it does not take is dropped.
+    With `timeout_s`, a stalled reader (a stopped terminal, a waiting pager) delays the work by this
+    many seconds once; then output is dropped until it reads again.
     """
     for stream in _streams():
         stream.is_comment = True
@@ -189,14 +189,14 @@ def only_comments(timeout_s: float | None = None) -> None:
 
 
 def console_losses() -> dict[str, str]:
-    """The streams that can no longer be printed to, and the reason of each."""
+    """Reason by name of each stream that failed."""
     return {
         _NAMES[stream.fileno()]: stream.loss for stream in _streams() if stream.loss is not None
     }
 
 
 def is_result_unread() -> bool:
-    """Whether the reader of a result has ended."""
+    """Whether the reader of a result has exited."""
     return any(not stream.is_comment and stream.loss is not None for stream in _streams())
 
 

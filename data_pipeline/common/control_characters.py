@@ -1,33 +1,30 @@
-"""Text that a terminal shows and never obeys: control characters written as escapes.
+"""Escaping of control characters in terminal output.
 
-A piece of a stranger's tokenizer, a document, a file's name or a server's reply may hold sequences
-that move the cursor, hide text, change the window's title or reorder what is read.
+Untrusted tokenizers, documents, file names and server replies may contain sequences that move the
+cursor, hide text, change the window's title or reorder text.
 """
 
 import re
 
-_OBEYED = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # C0 and C1 but for tab and newline, and DEL
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # C0 and C1 except tab and newline, and DEL
     "\u202a-\u202e\u2066-\u2069"  # bidirectional embeddings, overrides and isolates
     "\u206a-\u206f\ufff9-\ufffb"  # deprecated format characters, interlinear annotations
-    "\U000e0000-\U000e007f"  # tags: text that is not seen
-    "\ud800-\udfff]"  # lone surrogates, also those of names that are not UTF-8
+    "\U000e0000-\U000e007f"  # tags: invisible text
+    "\ud800-\udfff]"  # lone surrogates, also in names that are not UTF-8
     "|\r(?!\n)"  # a carriage return that would overwrite its line
 )
-"""Joiners, zero-width spaces and direction marks stay: Persian, Thai, Arabic and emoji need them,
-and they move nothing but their neighbors."""
+"""Escaped characters. Joiners, zero-width spaces and direction marks are not among them: Persian,
+Thai, Arabic and emoji need them, and they affect only adjacent characters."""
 
 
 def escaped(text: str) -> str:
-    r"""Text without control characters, each written as in Python (`\x1b`, `\u202e`).
-
-    Text that was escaped already stays as it is.
-    """
-    return _OBEYED.sub(_written_out, text)
+    r"""Text with control characters as Python escapes (`\x1b`, `\u202e`); idempotent."""
+    return _CONTROL.sub(_written_out, text)
 
 
 def on_one_line(text: str) -> str:
-    """As `escaped`, newlines too: a name with one cannot begin a line that looks like ours."""
+    """As `escaped`, with newlines too, so that no name can forge a log line."""
     return escaped(text).replace("\r", "\\x0d").replace("\n", "\\n")
 
 

@@ -1,16 +1,16 @@
-"""In which keys two descriptions differ, and how a message shows just these."""
+"""Differences between two nested mappings, for messages."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 Differences = dict[str, tuple[Any, Any]]
-"""Both values by key; None for a key that is not there."""
+"""Both values by key; None for a missing key."""
 
 
 def differing_keys(
     one: Mapping[str, Any], other: Mapping[str, Any], keys: Iterable[str] | None = None
 ) -> Differences:
-    """The keys with another value here than there: all, or some and what is below these."""
+    """Keys whose values differ: of all keys, or of `keys` and those nested in them."""
     found: Differences = {}
     for key in dict.fromkeys([*one, *other]) if keys is None else keys:
         found |= _below(key, _look_up(one, key), _look_up(other, key))
@@ -26,7 +26,7 @@ def _below(key: str, one: Any, other: Any) -> Differences:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         pairs = {f"{key}.{part}": (one.get(part), other.get(part)) for part in (*one, *other)}
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        if len(one) != len(other):  # what only one of them has
+        if len(one) != len(other):  # elements of only one of them
             both = ([x for x in one if x not in other], [x for x in other if x not in one])
             return {key: both}
         pairs = {f"{key}[{place}]": both for place, both in enumerate(zip(one, other, strict=True))}

@@ -1,4 +1,4 @@
-"""What libraries print by themselves, without secrets of addresses: logs, warnings, tracebacks."""
+"""Removal of secrets from logs, warnings and tracebacks of libraries."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ _is_installed = False
 
 
 def scrub_reports() -> None:
-    """From now on, no log record, warning or traceback of this process shows such a secret."""
+    """Remove secrets from all log records, warnings and tracebacks of this process."""
     global _is_installed
     if _is_installed:
         return
@@ -24,7 +24,7 @@ def scrub_reports() -> None:
 
     def make_clean_record(*arguments: Any, **options: Any) -> logging.LogRecord:
         record = make_record(*arguments, **options)
-        with suppress(Exception):  # what cannot be formatted, logging itself reports
+        with suppress(Exception):  # logging itself reports formatting errors
             record.msg, record.args = scrub(record.getMessage()), ()
         return record
 

@@ -1,8 +1,8 @@
-"""Times as people say them."""
+"""Durations for display."""
 
 
 def duration(seconds: float | None) -> str:
-    """`3d04h`, `2h15m`, `7m05s`; `-` for what is not known.
+    """`3d04h`, `2h15m` or `7m05s`; `-` for None.
 
     >>> duration(8100)
     '2h15m'

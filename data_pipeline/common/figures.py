@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib, which is an extra, and files that appear whole."""
+"""Figures with matplotlib, an optional dependency, written atomically as PNG."""
 
 import io
 from pathlib import Path
@@ -18,7 +18,7 @@ _DOTS_PER_INCH = 150
 def require_matplotlib(what: str, otherwise: str = "") -> None:
     """Raises BackendError when matplotlib, which `what` needs, is not installed.
 
-    `otherwise` says what can be done without it.
+    `otherwise`: an alternative, appended to the message.
     """
     try:
         import matplotlib  # noqa: F401
@@ -35,15 +35,15 @@ def new_figure(width_inches: float, height_inches: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Not pyplot, which keeps figures in a global list and may look for a display.
-    mpl.rcParams["text.parse_math"] = False  # names of runs and data sets are no formulas
+    # Not pyplot, which keeps figures in a global list and may open a display.
+    mpl.rcParams["text.parse_math"] = False  # names of runs and data sets are not formulas
     figure = Figure(figsize=(width_inches, height_inches), dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def png_of(figure: "Figure") -> bytes:
-    """The figure as a PNG. The same figure gives the same bytes."""
+    """The figure as PNG; deterministic."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": MAKER})
     return picture.getvalue()

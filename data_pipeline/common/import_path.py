@@ -1,7 +1,7 @@
-"""What our child processes import: what is installed, whatever the working directory holds.
+"""Import path of child processes: installed packages, never the working directory.
 
-`python -m` and `python -c` look into the working directory first, where a folder `tools/`, a file
-`torch.py` or a clone of megaback would be taken for the package of that name.
+`python -m` and `python -c` search the working directory first, where a folder `tools/`, a file
+`torch.py` or a clone of megaback would shadow the package of that name.
 """
 
 import os
@@ -19,9 +19,9 @@ _RUN_MODULE = (
 def module_command(
     module: str, *words: str, has_option: bool = sys.version_info >= (3, 11)
 ) -> list[str]:
-    """The command line that runs an installed module with this Python, as `python -m` does.
+    """Command line that runs an installed module with this Python, as `python -m` does.
 
-    `has_option`: whether that Python knows -P, which keeps the working directory out.
+    `has_option`: whether this Python has -P, which excludes the working directory.
     """
     if has_option:
         return [sys.executable, "-P", "-m", module, *words]
@@ -30,9 +30,9 @@ def module_command(
 
 @contextmanager
 def safe_child_imports() -> Iterator[None]:
-    """Processes that are started meanwhile do not import from the working directory.
+    """Keep the working directory out of the import path of processes started in the block.
 
-    For those that multiprocessing starts, with `python -c`. Python 3.10 cannot be told so.
+    For multiprocessing, which runs `python -c`. Without effect on Python 3.10.
     """
     before = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"

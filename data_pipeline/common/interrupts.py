@@ -1,9 +1,9 @@
-"""Ctrl-C, SIGTERM and SIGHUP, for the process of a command.
+"""Handling of Ctrl-C, SIGTERM and SIGHUP in the process of a command.
 
-The first one ends the command by an exception, so that half-written files and workers go; the next
-one ends the process at once. While modules are being imported there is nothing to tidy up, and
-libraries turn an exception into others or lose it: then the first one, too, ends the process.
-A signal that this process was started to ignore (`nohup`) stays ignored.
+The first signal raises an exception, so that partial files and workers are cleaned up; the second
+exits immediately. During imports the first one exits immediately too: there is nothing to clean up,
+and libraries may swallow the exception. A signal that the process was started to ignore (`nohup`)
+stays ignored.
 """
 
 import atexit
@@ -23,7 +23,7 @@ _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Interrupted(KeyboardInterrupt):
-    """This process was asked to end."""
+    """This process received a signal to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -32,12 +32,12 @@ class Interrupted(KeyboardInterrupt):
 
 class _State:
     is_raising = False
-    """Whether a command is at work, which an exception ends."""
+    """Whether a command is running, which an exception ends."""
     received: int | None = None
 
 
 def take_signals() -> None:
-    """From now on, signals end this process in order. Only the main thread can ask for this."""
+    """Install the signal handlers; without effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in _SIGNALS:
@@ -46,19 +46,19 @@ def take_signals() -> None:
 
 
 def received_signal() -> int | None:
-    """The signal by which this process was asked to end."""
+    """The first signal received, or None."""
     return _State.received
 
 
 def require_uninterrupted() -> None:
-    """In a thread that works, where an interrupt does not reach it: end as the command does."""
+    """Raises Interrupted after a signal; for worker threads, which interrupts do not reach."""
     if _State.received is not None:
         raise Interrupted(_State.received)
 
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """While the block runs, a first signal raises Interrupted."""
+    """Raise Interrupted on a first signal while the block runs."""
     before, _State.is_raising = _State.is_raising, True
     try:
         yield
@@ -68,9 +68,9 @@ def at_work() -> Iterator[None]:
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Signals that come while the block runs are obeyed after it: it is done, or not begun.
+    """Defer signals until the block ends.
 
-    What the block starts does not hear of Ctrl-C until it asks to (`begin_child`).
+    Processes started in the block have Ctrl-C blocked until `begin_child`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -94,15 +94,15 @@ def signals_deferred() -> Iterator[None]:
 
 
 def begin_child() -> None:
-    """In a worker: Ctrl-C is for the process that started this one, and ends it."""
+    """In a worker process, ignore Ctrl-C: the parent process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def interruptible(function: Callable[..., _Result], *arguments: Any, **options: Any) -> _Result:
-    """Call what works for long without returning to Python, and hear signals meanwhile.
+    """Call a function that blocks in native code, and handle signals meanwhile.
 
-    It runs in another thread, which an interrupt leaves behind: the process ends.
+    It runs in a daemon thread, which an interrupt abandons as the process ends.
     """
     from concurrent.futures import Future
 
@@ -111,24 +111,24 @@ def interruptible(function: Callable[..., _Result], *arguments: Any, **options: 
     def run() -> None:
         try:
             done.set_result(function(*arguments, **options))
-        except BaseException as error:  # noqa: BLE001 (raised where the result is wanted)
+        except BaseException as error:  # noqa: BLE001 (raised by `result`)
             done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     return done.result()
 
 
-def sentence(number: int, advice: str = "") -> str:
-    """What a command says that was asked to end."""
+def interrupt_message(number: int, advice: str = "") -> str:
+    """Message of a command ended by a signal."""
     how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     return f"megaback: {how}{'; ' if advice else ''}{advice}"
 
 
 def leave(code: int) -> NoReturn:
-    """End this process without waiting for its threads; what was to run at its exit runs."""
-    # No public call does this: `sys.exit` runs the handlers too, but first waits for threads (one
-    # that hangs in a read would hold the process), and then takes the interpreter down.
-    atexit._run_exitfuncs()  # of libraries, `logging` among them
+    """Exit without waiting for threads, after running the exit handlers."""
+    # No public function does this: `sys.exit` first waits for threads, and one that hangs in a read
+    # would block it.
+    atexit._run_exitfuncs()  # handlers of libraries, such as `logging`
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()
@@ -139,7 +139,7 @@ def _receive(number: int, frame: FrameType | None) -> None:
     is_first, _State.received = _State.received is None, _State.received or number
     if is_first and _State.is_raising and not _is_importing(frame):
         raise Interrupted(number)
-    _end_at_once(number, "" if is_first else "a second time: ended at once")
+    _end_at_once(number, "" if is_first else "second signal, exited immediately")
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -151,7 +151,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _end_at_once(number: int, advice: str) -> NoReturn:
-    text = f"{sentence(number, advice)}\n".encode()
+    text = f"{interrupt_message(number, advice)}\n".encode()
     with suppress(OSError):
         is_terminal = os.isatty(2)
         os.write(2, b"\n" + text + _SHOW_CURSOR if is_terminal else text)

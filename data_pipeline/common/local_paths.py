@@ -1,4 +1,4 @@
-"""Paths among addresses: a plain path, or a `file://` URL."""
+"""Local paths: plain paths and `file://` URLs."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _LOCAL_URL = "file://"
 
 
 def local_path(source: str) -> Path | None:
-    """The path that a source names; None for the URL of another machine."""
+    """Path of a local source; None for a remote URL."""
     if source.startswith(_LOCAL_URL):
         return Path(source.removeprefix(_LOCAL_URL))
     return None if is_url(source) else Path(source).expanduser()

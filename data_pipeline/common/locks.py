@@ -1,6 +1,6 @@
-"""Advisory locks on files: the operating system gives them back when a process dies.
+"""Advisory file locks, which the operating system releases when a process dies.
 
-Where a file system has no locks (some network file systems), everyone gets every lock.
+On file systems without locks (some network file systems), every request succeeds.
 """
 
 import fcntl
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import IO
 
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-"""A link in the place of a lock would have a file made elsewhere, and a pipe keeps one waiting."""
+"""Flags that refuse links, which would create a file elsewhere, and do not block on pipes."""
 
 
 def take_lock(
     path: Path | str, *, shared: bool = False, wait: bool = True, folder: int | None = None
 ) -> IO[bytes] | None:
-    """A file whose lock is held until it is closed; None if others hold it, without `wait`.
+    """Take a lock, held until the returned file is closed; None if it is taken and not `wait`.
 
-    Many may share a lock at a time, one may hold it alone. With `folder`, a descriptor, the path is
-    relative to it. Raises OSError when the file cannot be made.
+    A lock is exclusive or `shared`. `folder`: descriptor to which the path is relative. Raises
+    OSError when the file cannot be created.
     """
     file = os.fdopen(os.open(path, _FLAGS, 0o666, dir_fd=folder), "wb")
     operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -31,7 +31,7 @@ def take_lock(
         return None
     except OSError:
         pass  # a file system without locks
-    except BaseException:  # a signal while it waits
+    except BaseException:  # a signal while waiting
         file.close()
         raise
     return file
@@ -41,9 +41,9 @@ def take_lock(
 def locked(
     path: Path | str, *, shared: bool = False, wait: bool = True, folder: int | None = None
 ) -> Iterator[bool]:
-    """Hold a lock as `take_lock` does while the block runs; yields whether it was to be had.
+    """Hold a lock while the block runs; yields whether it was acquired. See `take_lock`.
 
-    The file's folder is made where it is missing.
+    Creates the lock file's folder if it is missing.
     """
     if folder is None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

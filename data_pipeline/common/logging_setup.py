@@ -1,7 +1,7 @@
-"""The one logging setup: whatever is not a command's result, on standard error.
+"""Logging to standard error, set up once per process.
 
-Our loggers lie under `megaback`. Processes of commands, ranks and workers get the one handler. A
-program that imports megaback gets none and decides itself; until it does, Python shows warnings.
+All loggers are below `megaback`. Processes of commands, ranks and workers get one handler. A
+program that imports megaback gets none and configures its own; until then, Python prints warnings.
 """
 
 import logging
@@ -19,7 +19,7 @@ _ALL = logging.getLogger("megaback")
 
 
 class _StandardError(logging.Handler):
-    """Writes to whatever standard error is by then: bars put a stream in its place."""
+    """Writes to the current standard error, which progress bars replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -29,7 +29,7 @@ class _StandardError(logging.Handler):
 
 
 class _Lines(logging.Formatter):
-    """`megaback: warning: …`; of one of several ranks, with time and rank in front."""
+    """Formats `megaback: warning: …`, preceded by time and rank if there are several ranks."""
 
     rank: int | None = None
 
@@ -49,9 +49,9 @@ _HANDLER.setFormatter(_LINES)
 
 
 def set_up_logging() -> None:
-    """Let this process, which is one of ours, log at the level of MEGABACK_LOG, or else info.
+    """Log at the level of MEGABACK_LOG, by default info.
 
-    Warnings of other libraries come in the same form. Raises ConfigError.
+    Warnings of other libraries have the same format. Raises ConfigError.
     """
     level = os.environ.get(LOG_VARIABLE) or "info"
     if level.lower() not in LEVELS:
@@ -62,12 +62,12 @@ def set_up_logging() -> None:
 
 
 def show_rank(rank: int) -> None:
-    """From now on, the lines of this process say when they come, and from which rank."""
+    """Add time and rank to the log lines of this process."""
     _LINES.rank = rank
 
 
 def verbose_option() -> click.Option:
-    """`-v`, `--verbose`, for this process and those that it starts."""
+    """`-v`, `--verbose`: debug messages of this process and its children."""
     return click.Option(
         ["-v", "--verbose"],
         is_flag=True,
@@ -79,7 +79,7 @@ def verbose_option() -> click.Option:
 
 
 def _set_verbose(_context: click.Context, _option: click.Parameter, is_verbose: Any) -> None:
-    if is_verbose and _is_set_up():  # else logging is the affair of the program that calls this
+    if is_verbose and _is_set_up():  # otherwise the calling program configures logging
         os.environ[LOG_VARIABLE] = "debug"
         set_up_logging()
 

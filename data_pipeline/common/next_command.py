@@ -1,4 +1,4 @@
-"""Commands that are printed for people to type next: whole, and quoted for a shell."""
+"""Suggested next commands: complete, and quoted for a shell."""
 
 import itertools
 import json
@@ -16,8 +16,7 @@ def command(*words: object) -> str:
 
 
 def override(key: str, value: object) -> str:
-    """`key=value` for a config, which reads values as YAML: text that is something else there is
-    quoted."""
+    """`key=value` of a config override; text that YAML would parse as another type is quoted."""
     if not isinstance(value, str | Path):
         return f"{key}={json.dumps(value)}"
     text = str(value)
@@ -29,16 +28,16 @@ def override(key: str, value: object) -> str:
 
 
 def free_path(path: Path) -> Path:
-    """A path for a new output: this one, or the same with a number where something is already."""
+    """The path, with a number appended if something is there."""
     for number in itertools.count(2):
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return path
         path = path.with_name(f"{path.name.removesuffix(f'-{number - 1}')}-{number}")
-    raise AssertionError("the numbers ended")
+    raise AssertionError("unreachable")
 
 
 def show_next(commands: Mapping[str, str]) -> None:
-    """Print what to type next, and after `#` what that does."""
+    """Print the next commands, with their meaning after `#`."""
     width = max(map(len, commands), default=0)
     for number, (line, meaning) in enumerate(commands.items()):
         shown = f"{line:<{width}}   # {meaning}" if meaning else line

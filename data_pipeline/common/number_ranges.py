@@ -1,8 +1,8 @@
-"""The ranges of numbers, each declared once: for options, configs, requests and records.
+"""Ranges of numbers, each declared once, for options, configs, requests and records.
 
-No range holds NaN or infinity, and none is open to a side: what has no natural end stops where the
-storage of such numbers does. An option is `type=SECONDS.option`, a pydantic field
-`Annotated[float, SECONDS]`, and elsewhere `SECONDS.problem(value)` says what is wrong.
+Ranges exclude NaN and infinity and are bounded on both sides, by the limits of storage if there are
+no others. An option has `type=SECONDS.option`, a pydantic field `Annotated[float, SECONDS]`;
+elsewhere `SECONDS.problem(value)` returns the error.
 """
 
 import json
@@ -21,13 +21,13 @@ from data_pipeline.common.limits import MAX_DICTIONARY_BYTES, MAX_FRAME_TOKENS, 
 INT64_MAX = (1 << 63) - 1
 FP32_MAX = float.fromhex("0x1.fffffep+127")
 _FP32_MIN_NORMAL = float.fromhex("0x1p-126")
-"""Minimum normal number: below, fp32 has fewer digits, and a device may take a number for 0."""
+"""Minimum normal number: subnormal numbers have fewer digits, and devices may flush them to 0."""
 _MAX_SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
 class Range(annotated_types.GroupedMetadata):
-    """Numbers from `min` to `max`, of which either may itself be left out."""
+    """Numbers from `min` to `max`; either end may be excluded."""
 
     min: float
     max: float
@@ -36,7 +36,7 @@ class Range(annotated_types.GroupedMetadata):
     excludes_max: bool = False
 
     def __iter__(self) -> Iterator[annotated_types.BaseMetadata]:
-        """What pydantic asks of a value."""
+        """Constraints for pydantic."""
         if self.excludes_min:
             yield annotated_types.Gt(self.min)
         else:
@@ -48,12 +48,12 @@ class Range(annotated_types.GroupedMetadata):
 
     @cached_property
     def option(self) -> "click.IntRange | click.FloatRange":
-        """The type of a command's option."""
+        """Type of a click option."""
         return _Whole(self) if self.is_whole else _Real(self)
 
     def problem(self, value: float) -> str | None:
-        """What is wrong with a number, to follow `it is`; None if nothing is."""
-        number: type[Any] = numbers.Real  # of numpy too
+        """The error of a number, to follow `it is`; None for a valid one."""
+        number: type[Any] = numbers.Real  # also numpy's
         if not isinstance(value, number):
             return "not a number"
         if not math.isfinite(value):
@@ -65,7 +65,7 @@ class Range(annotated_types.GroupedMetadata):
         return None if above and below else f"not in the range {self.described(value)}"
 
     def described(self, value: float = 0) -> str:
-        """`0<x<=1`; the end that only storage has is told to whom it concerns."""
+        """`0<x<=1`; limits of storage are included only if `value` exceeds them."""
         low = f"{_shown(self.min)}{'<' if self.excludes_min else '<='}x"
         high = f"{'<' if self.excludes_max else '<='}{_shown(self.max)}"
         if self.max not in (INT64_MAX, FP32_MAX) or value > self.max:
@@ -112,7 +112,7 @@ class _Real(click.FloatRange):
 
 
 def finite_json(text: str | bytes) -> Any:
-    """`json.loads` without NaN and infinity, which JSON has not. Raises ValueError."""
+    """`json.loads` without NaN and infinity, which are not JSON. Raises ValueError."""
     try:
         return json.loads(text, parse_constant=_not_json, parse_float=_finite)
     except RecursionError:
@@ -137,16 +137,16 @@ def _whole(minimum: int, maximum: int = INT64_MAX) -> Range:
 NUMBER = Range(-FP32_MAX, FP32_MAX)
 NOT_NEGATIVE = Range(0.0, FP32_MAX)
 POSITIVE = Range(_FP32_MIN_NORMAL, FP32_MAX)
-"""Also not so small that fp32 has no such number."""
+"""Positive normal fp32 numbers."""
 SHARE = Range(0.0, 1.0)
 SOME_SHARE = Range(0.0, 1.0, excludes_min=True)
 SHARE_BELOW_ALL = Range(0.0, 1.0, excludes_max=True)
 QUANTITY = Range(0.0, 1e18, excludes_min=True)
-"""Gigabytes, FLOP/s, planned tokens: whatever they are multiplied by stays finite."""
+"""Gigabytes, FLOP/s, planned tokens: small enough that products stay finite."""
 PLANNED_TOKENS = Range(1.0, 1e18)
 EPOCHS = Range(0.0, 1e6, excludes_min=True)
 SECONDS = Range(0.0, 1e9, excludes_min=True)
-"""30 years: what clocks and timers of every system can wait for."""
+"""Up to 30 years, which timers of every system support."""
 WATCH_SECONDS = Range(0.1, 1e6)
 SHUTDOWN_SECONDS = Range(1.0, 1e6)
 SOURCE_WEIGHT = Range(0.0, 1000.0, excludes_min=True)
@@ -157,10 +157,10 @@ REPETITION_PENALTY = Range(0.01, 100.0)
 LOGIT_BIAS = Range(-100.0, 100.0)
 TOP_K = _whole(0, 1_000_000)
 TOP_K_OR_ALL = _whole(-1, 1_000_000)
-"""Values of top_k as in vLLM: -1 is all, as 0 is."""
+"""Values of top_k as in vLLM: -1 and 0 mean all."""
 TOKEN_ID = _whole(0, (1 << 32) - 1)
 SEED = _whole(0, (1 << 53) - 1)
-"""Numbers that JavaScript can represent exactly; a sample's neighbor has the next number."""
+"""Integers that JavaScript represents exactly; the next sample has the next seed."""
 TRAINING_SEED = _whole(0, (1 << 32) - 1)
 
 COUNT = _whole(1)
@@ -168,11 +168,11 @@ COUNT_OR_ZERO = _whole(0)
 SIZE = _whole(1, (1 << 31) - 1)
 """Size of a tensor in one dimension."""
 LAYERS = _whole(1, 4096)
-"""Layers of a model: each costs time before it is known whether the rest fits."""
+"""Layers of a model: each takes time before memory is checked."""
 CONTEXT = _whole(2, 1 << 24)
-"""Tokens of a row, of which a frame has one or more."""
+"""Tokens of a row; a frame has one or more rows."""
 FEW = _whole(1, 1000)
-"""Samples, candidates: each takes memory while it is written."""
+"""Samples, candidates: each takes memory while it is generated."""
 MANY = _whole(1, 1 << 20)
 """Processes, threads, tasks, nodes, ranks."""
 MANY_OR_ZERO = _whole(0, 1 << 20)
@@ -188,4 +188,4 @@ MAX_EPOCH = _whole(0, 10_000)
 TWO_OR_MORE = _whole(2)
 EXIT_CODE = _whole(-255, 255)
 VOCABULARY = _whole(1, MAX_VOCABULARY)
-"""Sizes of the vocabulary of a data set or tokenizer: see `limits`."""
+"""Vocabulary sizes of data sets and tokenizers: see `limits`."""

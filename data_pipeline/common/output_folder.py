@@ -1,7 +1,7 @@
-"""A folder that a command writes as a whole: it appears under its name complete, or not at all.
+"""Output folders that are written atomically.
 
-A marker in it names what was written, so that `--overwrite` replaces a folder of ours and never one
-to which somebody has added, or in which somebody has changed, something.
+A marker file lists the written files and their sizes, so that `--overwrite` never replaces a folder
+with other or changed files.
 """
 
 import json
@@ -21,25 +21,25 @@ MARKER_NAME = ".megaback.json"
 def require_output_folder(
     out: Path, inputs: Iterable[str | Path | None] = (), *, overwrite: bool = False
 ) -> None:
-    """See that a folder may be written whole. Raises OutputExistsError."""
+    """Raises OutputExistsError unless the folder may be written."""
     require_apart(out, inputs)
     if out.is_file() or not is_vacant(out):
-        stranger = _stranger_in(out)
-        if stranger is not None:
+        foreign = _foreign_in(out)
+        if foreign is not None:
             raise OutputExistsError(
-                f"`out` {out} already holds something that megaback did not write ({stranger}); "
+                f"`out` {out} contains files that megaback did not write ({foreign}); "
                 "choose another `out`"
             )
         if not overwrite:
             raise OutputExistsError(
-                f"`out` {out} holds an earlier result; add `overwrite` to replace it, or choose "
+                f"`out` {out} contains an earlier result; add `overwrite` to replace it, or choose "
                 "another `out`"
             )
 
 
 @contextmanager
 def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which gets its name when nothing went wrong, and else is removed.
+    """A temporary folder that is renamed to `out` on success and removed on an error.
 
     Raises OutputExistsError.
     """
@@ -51,18 +51,18 @@ def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         write_text(partial / MARKER_NAME, _marker_of(partial))
-        require_output_folder(out, overwrite=overwrite)  # as it is by now
+        require_output_folder(out, overwrite=overwrite)  # it may have changed meanwhile
         if out.is_dir() and any(out.iterdir()):
             os.replace(out, replaced)
         elif out.is_dir():
             out.rmdir()
         os.replace(partial, out)
     except OSError as error:
-        error.filename = error.filename or str(out)  # a full disk does not say where it is
+        error.filename = error.filename or str(out)  # an error of a full disk names no path
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if replaced.is_dir() and not out.exists():  # its successor did not get its name
+        if replaced.is_dir() and not out.exists():  # the rename of the new folder failed
             os.replace(replaced, out)
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -73,7 +73,7 @@ def _marker_of(folder: Path) -> str:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Size of every file below a folder but the marker, in bytes."""
+    """Size in bytes of every file below a folder except the marker."""
     return {
         str(path.relative_to(folder)): path.lstat().st_size
         for path in sorted(folder.rglob("*"))
@@ -81,15 +81,15 @@ def _sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def _stranger_in(out: Path) -> str | None:
-    """Something there that is not as we wrote it; None for a folder that is ours as a whole."""
+def _foreign_in(out: Path) -> str | None:
+    """A file that is not as megaback wrote it, or None."""
     if not out.is_dir():
-        return "a file"
+        return "it is a file"
     marker = read_object(out / MARKER_NAME) or {}
     written = marker.get("file_bytes")
     if marker.get("made_by") != MAKER or not isinstance(written, dict):
         return next(path.name for path in sorted(out.iterdir()))
     for name, num_bytes in _sizes(out).items():
         if written.get(name) != num_bytes:
-            return f"{name}, which has been {'changed' if name in written else 'added'}"
+            return f"{name} was {'changed' if name in written else 'added'}"
     return None

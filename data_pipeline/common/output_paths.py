@@ -1,10 +1,10 @@
-"""Output paths: one rule for every result that a command writes.
+"""Output paths: checks and atomic writes for every result of a command.
 
-An output that is an input, or that megaback did not make, is refused before any work; a result of
-megaback's is replaced only with `--overwrite`. What a result is recognized by is in what it holds
-(a marker, or the keys of its format), not in its name. An empty file or folder holds nothing, and
-is as good as none. A device or a pipe is no file that could be lost: it is written to as it comes.
-What appears at the path of a new result while the command works stays (`writing_output`).
+An output that is an input, or that megaback did not write, is refused before any work; an earlier
+result is replaced only with `--overwrite`. Results are recognized by their contents (a marker, or
+the keys of their format), not by name. An empty file or folder counts as absent. Devices and pipes
+are written to directly. A file created at the path of a new result while the command runs is kept
+(`writing_output`).
 """
 
 import glob
@@ -27,7 +27,7 @@ MAKER = "megaback"
 _STDOUT = "-"
 _TAIL_BYTES = 1 << 20
 _MAX_OBJECT_BYTES = 64 << 20
-"""Maximum size of a result of ours in one JSON object."""
+"""Maximum size of a result that is one JSON object."""
 _HEAD_BYTES = 4096
 
 Recognizes = Callable[[Path], bool]
@@ -45,10 +45,10 @@ def require_output(
     overwrite: bool,
     option: str = "`out`",
 ) -> None:
-    """See that a result may be written to a path. Raises OutputExistsError.
+    """Raises OutputExistsError unless a result may be written to a path.
 
-    `inputs` are what the command reads, as they were given: paths, patterns or URLs. `is_ours` says
-    whether what lies at the path is an earlier result.
+    `inputs`: paths, patterns or URLs that the command reads. `is_ours` returns whether the file at
+    the path is an earlier result.
     """
     if is_stream(out):
         return
@@ -63,18 +63,18 @@ def require_output(
         )
     if not overwrite:
         raise OutputExistsError(
-            f"{option} {path} holds an earlier result; add `overwrite` to replace it, or choose "
+            f"{option} {path} contains an earlier result; add `overwrite` to replace it, or choose "
             f"another {option}"
         )
 
 
 @contextmanager
 def writing_output(path: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
-    """Write a result to the path that a user named, whole or not at all.
+    """Write a result atomically to the path that a user named.
 
-    A symbolic link stays, and what it names is written. A device or a pipe is written to as the
-    bytes come. Without `overwrite`, a file that has appeared at the path meanwhile stays too:
-    OutputExistsError names the file beside it where the result is then.
+    Symbolic links are followed. Devices and pipes are written to directly. Without `overwrite`, a
+    file created at the path meanwhile is kept: the result gets another name in the same folder,
+    which OutputExistsError reports.
     """
     if is_device(path):
         with path.open("wb") as file:
@@ -87,13 +87,13 @@ def writing_output(path: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
 
 
 def write_output(path: Path, text: str, *, overwrite: bool) -> None:
-    """As `writing_output`, a small text as UTF-8."""
+    """Write a small text as UTF-8, as `writing_output` does."""
     with writing_output(path, overwrite=overwrite) as file:
         file.write(text.encode())
 
 
 def _publish_new(partial: Path, path: Path) -> None:
-    """Give a result its name, unless there is something by now. Raises OutputExistsError."""
+    """Rename a result without replacing another file. Raises OutputExistsError."""
     try:
         claim_name(partial, path)
     except FileExistsError:
@@ -103,13 +103,13 @@ def _publish_new(partial: Path, path: Path) -> None:
         kept = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
         os.replace(partial, kept)
         raise OutputExistsError(
-            f"something else was written to {path} while this command worked, and stays; the "
+            f"{path} was created by another process while this command ran, and is kept; the "
             f"result is {kept}"
         ) from None
 
 
 def require_distinct(**outputs: str | Path | None) -> None:
-    """See that no two outputs are the same file. Raises OutputExistsError naming them."""
+    """Raises OutputExistsError if two outputs are the same file."""
     seen: dict[str, str] = {}
     for name, out in outputs.items():
         if out is None or is_stream(out):
@@ -123,30 +123,30 @@ def require_distinct(**outputs: str | Path | None) -> None:
 
 
 def require_apart(out: Path, inputs: Iterable[str | Path | None], option: str = "`out`") -> None:
-    """See that an output is no input, lies in none and holds none. Raises OutputExistsError."""
+    """Raises OutputExistsError if an output is, is within, or contains an input."""
     place = Path(os.path.realpath(out))
     for given in inputs:
         for found in _files_of(given):
             if _is_same(out, found):
                 how = "is"
             elif found.is_dir() and place.is_relative_to(os.path.realpath(found)):
-                how = "lies in"
+                how = "is within"
             elif out.is_dir() and Path(os.path.realpath(found)).is_relative_to(place):
-                how = "holds"
+                how = "contains"
             else:
                 continue
             raise OutputExistsError(
-                f"{option} {out} {how} {found}, which is read; choose another {option}"
+                f"{option} {out} {how} {found}, which is an input; choose another {option}"
             )
 
 
 def is_stream(out: str | Path) -> bool:
-    """Whether an output is stdout, a device or a pipe: something that cannot be replaced."""
+    """Whether an output is stdout, a device or a pipe, which cannot be replaced."""
     return str(out) == _STDOUT or is_device(Path(out))
 
 
 def is_vacant(path: Path) -> bool:
-    """Whether nothing is at a path, or an empty file or folder. Raises OSError."""
+    """Whether a path does not exist, or is an empty file or folder. Raises OSError."""
     try:
         return not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
     except FileNotFoundError:
@@ -219,7 +219,7 @@ def _has(fields: Mapping[str, Any] | None, kinds: Mapping[str, type]) -> bool:
 
 
 def _files_of(given: str | Path | None) -> Iterator[Path]:
-    """The files and folders on this machine that an input names; none that is not there."""
+    """Existing local files and folders that an input names."""
     if given is None or str(given) in ("", _STDOUT):
         return
     path = given if isinstance(given, Path) else local_path(given)
@@ -227,12 +227,12 @@ def _files_of(given: str | Path | None) -> Iterator[Path]:
         return
     if path.exists():
         yield path
-    else:  # Path.glob takes no absolute patterns
+    else:  # Path.glob rejects absolute patterns
         yield from map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
 
 
 def _is_same(left: Path, right: Path) -> bool:
-    """Whether two paths are the same by name or, as hard links, by file."""
+    """Whether two paths are the same file, by name or as hard links."""
     try:
         return left.samefile(right)
     except OSError:

@@ -1,6 +1,6 @@
-"""Removing what megaback wrote, by the names that it gave, and nothing that lies beside it.
+"""Removal of megaback's own files, recognized by name.
 
-Whatever else is in such a folder is somebody's: a note, or the output of another command.
+Other files in the folder, such as notes or the output of another command, are kept.
 """
 
 import os
@@ -12,29 +12,29 @@ from data_pipeline.common.atomic import whole_name
 
 
 def unfinished_in(folder: Path, names: re.Pattern[str]) -> list[Path]:
-    """What was left of files with such names when their writer was killed.
+    """Partial files with such final names, left by writers that were killed.
 
-    Others may be writing in the same folder: their files are not among them.
+    Partial files of other writers in the same folder are not included.
     """
     return [folder / name for name in _own_names(folder, names) if not names.fullmatch(name)]
 
 
 def remove_own_files(folder: Path, names: re.Pattern[str]) -> None:
-    """Remove the files with such names, whole or not, and the folder if nothing else is in it.
+    """Remove files with such names, complete or partial, and the folder if it is empty then.
 
-    A link goes, and what it leads to stays; where the folder itself is a link, nothing is done. A
-    file that cannot be removed stays.
+    Links are removed, not their targets; a folder that is a link is left alone. Files that cannot
+    be removed are skipped.
     """
     for name in _own_names(folder, names):
         with suppress(OSError):
             (folder / name).unlink()
     if not folder.is_symlink():
-        with suppress(OSError):  # it is not empty, or not there
+        with suppress(OSError):  # not empty, or missing
             folder.rmdir()
 
 
 def holds_only(folder: Path, names: re.Pattern[str]) -> bool:
-    """Whether a folder, which is no link, holds only files with such names. Raises OSError."""
+    """Whether a folder is not a link and contains only files with such names. Raises OSError."""
     return not folder.is_symlink() and len(list(folder.iterdir())) == len(_own_names(folder, names))
 
 

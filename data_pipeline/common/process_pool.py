@@ -1,4 +1,4 @@
-"""Work shared by processes that end with whoever started them."""
+"""Process pool whose workers exit with their parent process."""
 
 import os
 import sys
@@ -28,18 +28,17 @@ def run_in_processes(
     workers: int,
     shared: Any = None,
 ) -> Iterator[tuple[int, _Result]]:
-    """Call a function once for each of `calls`; yields numbers and results as they come.
+    """Call a function with each of `calls`; yields indices and results in order of completion.
 
-    `shared` is what `shared_by_all` gives in every process. Raises what the function raises, when
-    the calls that run have ended, and LaunchError when a process was killed. A consumer that stops
-    iterating leaves the calls undone that have not begun. An interrupt ends all processes; none
-    runs any more when it is raised.
+    `shared_by_all` returns `shared` in every process. Raises errors of the function, after the
+    running calls have ended, and LaunchError when a process was killed. If the consumer stops
+    iterating, pending calls are canceled. An interrupt ends all processes before it is raised.
     """
     if not calls:
         return
     silence_resource_tracker()
     others = set(active_children())
-    # Spawned, not forked: a fork copies the locks of whatever threads a library has started.
+    # Spawned, not forked: a fork copies locks held by threads of libraries.
     with safe_child_imports():
         pool = ProcessPoolExecutor(
             min(workers, len(calls)),
@@ -55,8 +54,8 @@ def run_in_processes(
             yield running[future], future.result()
     except BrokenProcessPool:
         raise LaunchError(
-            "a worker was killed from outside (out of memory, perhaps); "
-            "run the same command again, with fewer `workers`, to go on"
+            "a worker process was killed (out of memory, perhaps); "
+            "run the same command again, with fewer `workers`, to resume"
         ) from None
     except GeneratorExit:
         is_interrupted = received_signal() is not None
@@ -67,22 +66,22 @@ def run_in_processes(
     finally:
         try:
             if not is_interrupted:
-                pool.shutdown(cancel_futures=True)  # waits for the calls that run
+                pool.shutdown(cancel_futures=True)  # waits for running calls
         finally:
-            # What an interrupt leaves, and what a pool forgets that breaks while it starts.
+            # Workers left by an interrupt, and by a pool that broke during its start.
             kill(set(active_children()) - others)
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def silence_resource_tracker() -> None:
-    """Have the standard library's tracker of semaphores tidy up after workers without warnings."""
+    """Silence warnings of the standard library's resource tracker as it cleans up after workers."""
     option = "ignore:resource_tracker:UserWarning"
     if option not in sys.warnoptions:
-        sys.warnoptions.append(option)  # the tracker is started with the options of this process
+        sys.warnoptions.append(option)  # the tracker inherits the options of this process
 
 
 def kill(processes: Iterable[BaseProcess]) -> None:
-    """Kill processes, and wait until they are gone."""
+    """Kill processes and wait for them."""
     processes = list(processes)
     for process in processes:
         process.kill()
@@ -94,17 +93,17 @@ def _submit(
     pool: ProcessPoolExecutor, function: Callable[..., _Result], call: tuple[Any, ...]
 ) -> "Future[_Result]":
     try:
-        with signals_deferred():  # a worker is started here, if there are not enough
+        with signals_deferred():  # may start a worker
             return pool.submit(function, *call)
     except OSError as error:
         if error.errno is not None:
             raise
-        # A worker was killed while this one was started: the queue is closed that it was to have.
+        # Another worker was killed meanwhile, and the queue is closed.
         raise BrokenProcessPool from error
 
 
 def shared_by_all() -> Any:
-    """In a worker, what `run_in_processes` was given to share; else None."""
+    """The `shared` value of `run_in_processes` in a worker; else None."""
     return _shared
 
 
@@ -115,17 +114,17 @@ def _begin(shared: Any) -> None:
 
 
 def begin_worker() -> None:
-    """In a process that works for another one: end with that one, and by it alone."""
+    """Set up a worker process, which exits with its parent and ignores Ctrl-C."""
     begin_child()
     protect_console()
     only_comments()
-    with suppress(ConfigError):  # the process that starts workers has said it
+    with suppress(ConfigError):  # reported by the parent process
         set_up_logging()
     end_with_parent()
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it is gone: it would wait for work for ever."""
+    """Exit when the parent process dies, instead of waiting for work forever."""
     parent = parent_process()
     if parent is not None:
         Thread(target=_wait_and_exit, args=(parent.sentinel,), daemon=True).start()

@@ -1,7 +1,7 @@
-"""Files of a folder that may be a stranger's: regular ones, not through links, of bounded size.
+"""Safe opening of files in untrusted folders: regular files only, of bounded size.
 
-What is in the place of a file may be a pipe, at which whoever opens it waits for a writer; a
-device, which never ends; or a symbolic link to a file of the user's, which would be written.
+In place of a file there may be a pipe, which blocks until it has a writer; a device, which never
+ends; or a symbolic link to one of the user's files, which would be overwritten.
 """
 
 import errno
@@ -13,7 +13,7 @@ from typing import IO
 from data_pipeline.errors import OutputExistsError
 
 UNFIT = (errno.EINVAL, errno.EFBIG)
-"""Errors of a file that is there and is not a regular one, or is too large."""
+"""Errors of a file that is not regular or is too large."""
 
 
 def open_file(path: Path) -> int:
@@ -29,28 +29,22 @@ def open_file(path: Path) -> int:
 
 
 def open_in_place(path: Path, mode: str) -> IO[bytes]:
-    """Open a file of a work folder, but none elsewhere that a symbolic link there leads to.
-
-    Raises OSError.
-    """
+    """Open a file without following symbolic links. Raises OSError."""
     flags = os.O_NOFOLLOW | os.O_NONBLOCK
     return open(path, mode, opener=lambda name, of_mode: os.open(name, of_mode | flags, 0o666))
 
 
 def require_no_link(folder: Path, option: str = "`out`") -> None:
-    """See that a work folder, which need not be there, lies where it seems to.
-
-    Raises OutputExistsError.
-    """
+    """Raises OutputExistsError if a work folder is a symbolic link; it need not exist."""
     if folder.is_symlink():
         raise OutputExistsError(
-            f"{folder} is a symbolic link, and work files are written through none; remove the "
-            f"link, or choose another {option}"
+            f"{folder} is a symbolic link, and work files are not written through links; remove "
+            f"the link, or choose another {option}"
         )
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """All of a file. Raises OSError, also where it has more bytes than that."""
+    """Contents of a file. Raises OSError, also if it is larger than `max_bytes`."""
     with open(open_file(path), "rb") as file:
         size_bytes = os.fstat(file.fileno()).st_size
         data = b"" if size_bytes > max_bytes else file.read(size_bytes)
@@ -61,10 +55,10 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 
 
 def too_large(max_bytes: int, shown: str) -> OSError:
-    """The error for a file that has more bytes than may be read."""
+    """The error for a file larger than `max_bytes`."""
     return OSError(errno.EFBIG, f"it has more than {max_bytes:,} bytes", shown)
 
 
 def is_device(path: Path) -> bool:
-    """Whether a path is there and is neither a file nor a folder: a device, a pipe, a socket."""
+    """Whether a path exists and is a device, pipe or socket."""
     return path.exists() and not path.is_file() and not path.is_dir()

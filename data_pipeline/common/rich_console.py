@@ -1,7 +1,7 @@
-"""Tables, bars and growing text on a terminal, by rich: colors of ours, and no one else's.
+"""Tables, progress bars and live text by rich, with escaped control characters.
 
-Rich writes escape sequences of its own, past the escaping of `data_pipeline.common.console`, so
-the text that it lays out is escaped here. Square brackets in it are text: rich's markup is off.
+Rich's own escape sequences bypass the escaping of `data_pipeline.common.console`, so text is
+escaped here. Rich's markup is off: square brackets are text.
 """
 
 import sys
@@ -22,7 +22,7 @@ class SafeConsole(Console):
     """A console whose text is escaped."""
 
     def __init__(self, **options: Any) -> None:
-        """`options`: those of rich's Console."""
+        """`options`: arguments of rich's Console."""
         super().__init__(markup=False, emoji=False, **options)
 
     @property  # type: ignore[misc]
@@ -40,14 +40,14 @@ class SafeConsole(Console):
 
 
 class _Above(FileProxy):
-    """Prints above what rich shows. Rich's own stream takes escape sequences for styles."""
+    """Prints above the live display. Rich's own stream interprets escape sequences as styles."""
 
     def write(self, text: str) -> int:
         return super().write(escaped(text))
 
 
 class _Redirection:
-    """What is printed while something is shown goes above it."""
+    """Redirects standard streams to print above a live display."""
 
     def __init__(self, console: Console) -> None:
         self._before = sys.stdout, sys.stderr
@@ -59,7 +59,7 @@ class _Redirection:
 
 
 class SafeLive(Live):
-    """Text that is shown anew while it changes."""
+    """Live display with escaped text."""
 
     _redirection: _Redirection | None = None
 
@@ -75,7 +75,7 @@ class SafeLive(Live):
 
 
 class SafeProgress(Progress):
-    """Bars."""
+    """Progress bars with escaped text."""
 
     _redirection: _Redirection | None = None
 

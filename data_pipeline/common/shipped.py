@@ -1,6 +1,6 @@
-"""Folders of files that come with megaback beside its modules: `configs` and `slurm`.
+"""Data folders that ship with megaback: `configs` and `slurm`.
 
-In a checkout they lie in its root; a package brings them as `share/megaback/…` of its environment.
+In a checkout they are in its root; a package installs them as `share/megaback/…`.
 """
 
 from importlib import metadata
@@ -12,7 +12,7 @@ _ROOT = Path(data_pipeline.__path__[0]).resolve().parent
 
 
 def shipped_folder(name: str, member: str) -> Path | None:
-    """The folder of that name, known by one of its files; None where it is not installed."""
+    """The folder `name`, which contains the file `member`; None if it is not installed."""
     if (_ROOT / name / member).is_file():
         return _ROOT / name
     try:
@@ -25,7 +25,7 @@ def shipped_folder(name: str, member: str) -> Path | None:
 
 
 def config_path(name: str) -> Path:
-    """A config of ours as a person here would type it."""
+    """Path of a shipped config, relative to the working directory if possible."""
     folder = shipped_folder("configs", name)
     if folder is None:
         return Path("configs") / name

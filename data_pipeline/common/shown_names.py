@@ -1,4 +1,4 @@
-"""Names of columns and keys in a sentence: a stranger's file may have a million of them."""
+"""Abbreviated lists of names in messages: an untrusted file may have a million columns."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -8,7 +8,7 @@ _MAX_CHARACTERS = 60
 
 
 def shown_names(names: Iterable[object]) -> str:
-    """Names in a row, of which many or long ones are cut; `none` without any.
+    """Comma-separated names, abbreviated if many or long; `none` if empty.
 
     >>> shown_names(["text", "x" * 100, *range(30)])[-24:]
     '15, 16, 17 and 12 others'

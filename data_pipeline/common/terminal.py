@@ -1,6 +1,6 @@
-"""What is printed for people, fitted to the terminal: words are wrapped, numbers are never cut.
+"""Text and tables fitted to the terminal's width: words are wrapped, numbers are never cut.
 
-Into a file or a pipe everything is printed as it is, a line a fact.
+In a file or a pipe nothing is wrapped.
 """
 
 import os
@@ -17,15 +17,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _NARROW = 60
-"""Width in columns below which a line for each cell reads better than a table with wrapped
-cells."""
+"""Width in columns below which a table is printed with one cell per line."""
 _LAST_COLUMN = 16
-"""Room that text in the last column needs at least."""
+"""Minimum width of text in the last column."""
 _NAME = re.compile(r"\s*\S+(?: \S+)*  +|\s*")
 
 
 def terminal_width() -> int | None:
-    """The columns of the terminal that is printed to, or COLUMNS; None where there is no limit."""
+    """Width of the terminal, or COLUMNS, in columns; None without a terminal."""
     text = os.environ.get("COLUMNS", "")
     if text.isdecimal() and int(text):
         return int(text)
@@ -36,13 +35,13 @@ def terminal_width() -> int | None:
 
 
 def fit(text: str) -> str:
-    """Lines wrapped between words; what follows the name of a fact stays beside it."""
+    """Wrap lines between words, with continuations indented below the value."""
     width = terminal_width()
     return text if width is None else "\n".join(_wrapped(line, width) for line in text.split("\n"))
 
 
 def echo(text: str, *, err: bool = False) -> None:
-    """Print lines for people."""
+    """Print lines, wrapped to the terminal's width."""
     click.echo(fit(text), err=err)
 
 
@@ -69,10 +68,10 @@ def table_lines(
     right: Container[int] = (),
     indent: int = 0,
 ) -> list[str]:
-    """Rows in columns, those of `right` to the right.
+    """Lines of a table; the columns `right` are right-aligned.
 
-    Where the terminal is too narrow, the last column is wrapped, if it has some room; else rows
-    become columns, or at last each cell a line.
+    On a narrow terminal the last column is wrapped; without room for that, the table is transposed,
+    or printed with one cell per line.
     """
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     before = indent + sum(widths[:-1]) + 2 * len(widths[:-1])
@@ -97,7 +96,7 @@ def table_lines(
 
 
 def _records(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line for each cell that is not empty, and a blank one between rows."""
+    """One line per non-empty cell, and a blank line between rows."""
     name_width = max(map(len, heads))
     lines: list[str] = []
     for row in rows:
@@ -111,7 +110,7 @@ def _records(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def print_table(console: "Console", table: "Table") -> None:
-    """Print a table of rich's, or a line a cell where the terminal is too narrow for it."""
+    """Print a rich table, or one cell per line if the terminal is too narrow."""
     from rich.measure import Measurement
     from rich.text import Text
 

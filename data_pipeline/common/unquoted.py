@@ -1,4 +1,4 @@
-"""Words on a command line that a shell has made of one: a pattern or a text without quotes."""
+"""Detection of unquoted patterns and texts that the shell split into several words."""
 
 import os
 import shlex
@@ -10,10 +10,9 @@ import click
 
 
 def require_quoted(command: click.Command, words: Sequence[str]) -> None:
-    """Raises click.UsageError when an option is followed by the files that a pattern stands for.
+    """Raises click.UsageError when an option is followed by the files of an expanded pattern.
 
-    Where arguments may follow, click would take them for these; elsewhere it counts what is too
-    much, and does not say why.
+    Click would take the files for arguments, or report unexpected arguments without the cause.
     """
     patterns = pattern_options(command)
     for number, word in enumerate(words):
@@ -23,13 +22,13 @@ def require_quoted(command: click.Command, words: Sequence[str]) -> None:
         files = [value for value in following if Path(value).suffix == Path(following[0]).suffix]
         if len(files) > 1 and all(map(os.path.exists, files)):
             raise click.UsageError(
-                f"{word} takes one value, and {len(files)} files follow it: the shell has put them "
-                f"in the place of a pattern. Quote it: {word} {shlex.quote(_pattern(files))}"
+                f"{word} takes one value, and {len(files)} files follow it: the shell expanded a "
+                f"pattern. Quote it: {word} {shlex.quote(_pattern(files))}"
             )
 
 
 def pattern_options(command: click.Command) -> set[str]:
-    """The options of a command whose help says that they take a pattern."""
+    """Options of a command whose help mentions patterns."""
     return {
         name
         for option in command.params
@@ -39,7 +38,7 @@ def pattern_options(command: click.Command) -> set[str]:
 
 
 def too_many(error: click.UsageError, words: Sequence[str]) -> click.UsageError:
-    """The error of arguments that are too many, with what mostly causes it."""
+    """The error of unexpected arguments, with its likely cause."""
     if not error.message.startswith("Got unexpected extra argument"):
         return error
     for number, word in enumerate(words):
@@ -64,7 +63,7 @@ def _values(words: Sequence[str]) -> list[str]:
 
 
 def _pattern(files: Sequence[str]) -> str:
-    """A pattern that names these files."""
+    """A pattern that matches these files."""
     columns = list(zip(*files, strict=False))
     head = _common(columns)
     rest = [file[len(head) :][::-1] for file in files]
@@ -72,6 +71,6 @@ def _pattern(files: Sequence[str]) -> str:
 
 
 def _common(columns: Sequence[tuple[str, ...]]) -> str:
-    """The characters of the first columns in which all are equal."""
+    """The longest prefix of columns with equal characters."""
     equal = takewhile(lambda column: len(set(column)) == 1, columns)
     return "".join(column[0] for column in equal)

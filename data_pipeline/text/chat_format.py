@@ -68,7 +68,7 @@ class ChatFormat:
         self.instruction_id = codec.chat_ids[INSTRUCTION_PIECE]
         self.response_id = codec.chat_ids[RESPONSE_PIECE]
         self.writes_instruction = codec.format.direction is Direction.BACKWARD
-        """True with a backward codec; a forward one reads the instruction and writes the response."""
+        """Whether instructions are written for given responses; False with a forward codec."""
         self.given_id, self.written_id = self.response_id, self.instruction_id
         if not self.writes_instruction:
             self.given_id, self.written_id = self.written_id, self.given_id

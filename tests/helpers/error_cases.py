@@ -270,7 +270,7 @@ CASES = {
     "scores over the rows that are scored": Case(
         "score {place}/backward_model --in {place}/bad.jsonl --out {place}/bad.jsonl --overwrite",
         OutputExistsError,
-        ("{place}/bad.jsonl", "which is read"),
+        ("{place}/bad.jsonl", "which is an input"),
     ),
     "scores over somebody's file": Case(
         "score {place}/backward_model --in {place}/blank.jsonl --out {place}/bad.jsonl --overwrite",

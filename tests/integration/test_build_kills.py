@@ -174,7 +174,7 @@ def kill_after(
         _, stderr = process.communicate(timeout=60)  # until no process is left that could write
         if victim == "worker":
             assert process.returncode in (0, LaunchError.exit_code), stderr
-            assert process.returncode == 0 or "a worker was killed" in stderr
+            assert process.returncode == 0 or "a worker process was killed" in stderr
         require_nobody_left(process.pid)
         return True
     assert process.returncode == 0, process.communicate()

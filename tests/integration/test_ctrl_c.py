@@ -221,7 +221,7 @@ main()
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (
         130,
-        "megaback: interrupted; a second time: ended at once\n",
+        "megaback: interrupted; second signal, exited immediately\n",
     )
 
 

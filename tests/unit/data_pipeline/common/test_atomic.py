@@ -1,4 +1,4 @@
-"""A file appears whole under its name, or not at all; what was there is not lost on the way."""
+"""Atomic writes of files."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ def write_half(path: Path, error: type[BaseException]) -> None:
         raise error
 
 
-def test_a_file_is_replaced_when_all_is_written(tmp_path: Path) -> None:
+def test_a_file_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
     with replacing(path) as file:
@@ -28,7 +28,7 @@ def test_a_file_is_replaced_when_all_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])
-def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(
+def test_an_error_while_writing_leaves_only_the_old_file(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
     path = tmp_path / "a.json"
@@ -38,13 +38,13 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(
     assert (path.read_text(), names_in(tmp_path)) == ("old", ["a.json"])
 
 
-def test_an_error_while_writing_leaves_no_file_where_there_was_none(tmp_path: Path) -> None:
+def test_an_error_while_writing_leaves_no_new_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^$"):
         write_half(tmp_path / "a.json", ValueError)
     assert names_in(tmp_path) == []
 
 
-def test_writing_into_a_missing_folder_is_the_systems_error(tmp_path: Path) -> None:
+def test_writing_into_a_missing_folder_raises_the_systems_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "nowhere" / "a.json"):
         pass
 
@@ -73,7 +73,7 @@ def test_a_free_name_is_claimed(
     assert (tmp_path / "a.json").read_text() == "new"
 
 
-def test_the_name_of_a_partial_file_says_what_it_was_to_be() -> None:
+def test_the_name_of_a_partial_file_contains_the_final_name() -> None:
     assert whole_name(partial_name("a.json")) == "a.json"
     assert whole_name(partial_name(".a\nb")) == ".a\nb"
     assert whole_name("a.json") is None

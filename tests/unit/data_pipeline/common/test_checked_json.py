@@ -1,4 +1,4 @@
-"""JSON that may be a stranger's: its size is bounded before it is parsed, its types after."""
+"""Untrusted JSON: bounded memory and checked types."""
 
 import json
 import time
@@ -36,7 +36,7 @@ class Outer:
     counts: dict[str, int] | None = None
 
 
-def test_a_dataclass_is_made_of_an_object() -> None:
+def test_a_dataclass_is_made_from_an_object() -> None:
     fields = {
         "count": 3,
         "share": 1,
@@ -78,14 +78,14 @@ def test_values_of_other_types_and_names_are_refused(changed: dict[str, object])
 
 
 @given(VALUES)
-def test_any_value_is_taken_or_refused(value: object) -> None:
+def test_any_value_is_accepted_or_refused(value: object) -> None:
     for kind in (Outer, Inner):
         with suppress(ValueError, TypeError):
             made = json.loads(json.dumps(asdict(made_from(kind, value))))
             assert {name: made[name] for name in value} == value
 
 
-def test_a_value_is_named_briefly() -> None:
+def test_long_values_are_abbreviated_in_messages() -> None:
     with pytest.raises(ValueError, match=r"^tokens is \[\[") as caught:
         checked("tokens", [["deep"] * 1000] * 1000, int)
     assert len(str(caught.value)) < 200
@@ -104,7 +104,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs_are_refused_at_once(bomb: str) -> None:
+def test_bombs_are_refused_immediately(bomb: str) -> None:
     tracemalloc.start()
     started = time.process_time()
     with pytest.raises(ValueError, match=r".") as caught:
@@ -117,8 +117,8 @@ def test_bombs_are_refused_at_once(bomb: str) -> None:
     assert len(str(caught.value)) < 200
 
 
-def test_what_is_parsed_stays_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The estimate of memory is not exceeded by any kind of value."""
+def test_parsed_values_stay_within_the_memory_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kind of value exceeds the estimate."""
     monkeypatch.setattr(checked_json, "_MAX_PARSED_BYTES", 16 << 20)
     for item in ('{"a":0},', "[],", "{},", "-9,", '"\u0101",', "1.5,", "[0],", '{"a":{"b":1}},'):
         text = item.encode()

@@ -1,4 +1,4 @@
-"""What every command shares: errors as one sentence with a code, files that appear whole."""
+"""Error messages and exit codes of all commands."""
 
 import errno
 import importlib
@@ -38,13 +38,13 @@ def failing_command(error: BaseException) -> click.Command:
     return main
 
 
-def test_every_kind_of_error_has_an_exit_code_of_its_own() -> None:
+def test_every_error_class_has_its_own_exit_code() -> None:
     codes = [error.exit_code for error in error_classes()]
     assert sorted(codes) == sorted(set(codes))
 
 
 def test_exit_codes_are_not_those_of_a_crash_a_usage_error_or_the_shell() -> None:
-    """Ctrl-C has the shell's own code."""
+    """Ctrl-C has the shell's code."""
     codes = {error.exit_code for error in error_classes()} - {UserInterruptError.exit_code}
     assert codes <= set(range(3, 126))
 
@@ -57,16 +57,16 @@ def test_the_documentation_lists_every_code_with_its_error() -> None:
     }
 
 
-def test_every_kind_of_error_says_what_it_is_for() -> None:
+def test_every_error_class_has_a_docstring() -> None:
     assert [error.__name__ for error in error_classes() if not error.__doc__] == []
 
 
-def test_a_bad_batch_can_be_told_from_a_bad_config() -> None:
+def test_a_bad_batch_and_a_bad_config_have_different_codes() -> None:
     assert BatchError.exit_code != ConfigError.exit_code
 
 
 @pytest.mark.parametrize("error", list(error_classes()), ids=lambda error: error.__name__)
-def test_an_error_becomes_its_sentence_and_its_code(error: type[MegabackError]) -> None:
+def test_an_error_is_reported_with_its_message_and_code(error: type[MegabackError]) -> None:
     result = CliRunner().invoke(failing_command(error("what, where, what to do")), [])
     assert (result.exit_code, result.stderr) == (
         error.exit_code,
@@ -85,9 +85,7 @@ def test_an_error_becomes_its_sentence_and_its_code(error: type[MegabackError]) 
     ],
     ids=lambda value: errno.errorcode.get(value, "") if isinstance(value, int) else "",
 )
-def test_an_error_of_the_system_becomes_one_sentence_with_path_and_advice(
-    number: int, advice: str
-) -> None:
+def test_a_system_error_is_reported_with_path_and_advice(number: int, advice: str) -> None:
     error = OSError(number, os.strerror(number), "some/path")
     result = CliRunner().invoke(failing_command(error), [])
     (line,) = result.stderr.splitlines()
@@ -100,50 +98,50 @@ def test_a_defect_keeps_its_traceback() -> None:
     assert isinstance(result.exception, ZeroDivisionError)
 
 
-def require_one_sentence(result: subprocess.CompletedProcess[str], code: int) -> None:
-    # A build of more than ten seconds, on a busy machine, tells its progress too.
-    said = result.stderr.splitlines()
-    lines = [line for line in said if not line.startswith('{"event": "build"')]
+def require_one_line(result: subprocess.CompletedProcess[str], code: int) -> None:
+    # A build of more than ten seconds, on a busy machine, reports progress too.
+    lines = result.stderr.splitlines()
+    lines = [line for line in lines if not line.startswith('{"event": "build"')]
     assert (result.returncode, len(lines), lines[-1:]) == (code, 1, lines)
     assert lines[0].startswith("megaback: error: ")
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_a_missing_source_is_one_sentence(
+def test_a_missing_source_is_reported(
     run_megaback: Run, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     result = run_megaback(
         *("shards", "build", "--source", tmp_path / "nowhere"),
         *("--tokenizer", tokenizer_path, "--out", tmp_path / "shards"),
     )
-    require_one_sentence(result, 20)
+    require_one_line(result, 20)
 
 
-def test_a_bad_record_is_one_sentence_that_names_the_line(
+def test_a_bad_record_is_reported_with_its_line(
     run_megaback: Run, tokenizer_path: Path, tmp_path: Path
 ) -> None:
-    """Raised in a worker process."""
+    """The error is raised in a worker process."""
     source = tmp_path / "bad.jsonl"
     source.write_text('{"text": "good"}\n{"text": "cut')
     result = run_megaback(
         *("shards", "build", "--source", source),
         *("--tokenizer", tokenizer_path, "--out", tmp_path / "shards"),
     )
-    require_one_sentence(result, 23)
+    require_one_line(result, 23)
     assert f"{source}:2" in result.stderr
 
 
-def test_a_missing_tokenizer_is_one_sentence(
+def test_a_missing_tokenizer_is_reported(
     run_megaback: Run, tiny_text_folder: Path, tmp_path: Path
 ) -> None:
     result = run_megaback(
         *("shards", "build", "--source", tiny_text_folder),
         *("--tokenizer", tmp_path / "nowhere.model", "--out", tmp_path / "shards"),
     )
-    require_one_sentence(result, 24)
+    require_one_line(result, 24)
 
 
-def test_a_folder_below_a_file_is_one_sentence(
+def test_an_output_below_a_file_is_reported(
     run_megaback: Run, tiny_text_folder: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -151,37 +149,37 @@ def test_a_folder_below_a_file_is_one_sentence(
         *("shards", "build", "--source", tiny_text_folder),
         *("--tokenizer", tokenizer_path, "--out", tmp_path / "file" / "shards"),
     )
-    require_one_sentence(result, 74)
+    require_one_line(result, 74)
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_a_folder_without_shards_is_one_sentence(
+def test_a_folder_without_shards_is_reported(
     run_megaback: Run, tmp_path: Path, command: str
 ) -> None:
-    require_one_sentence(run_megaback("shards", command, tmp_path), 30)
+    require_one_line(run_megaback("shards", command, tmp_path), 30)
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect", "finalize"])
-def test_a_file_is_no_disk_fault_where_a_folder_of_shards_is_wanted(
+def test_a_file_in_place_of_a_folder_of_shards_is_not_a_storage_error(
     run_megaback: Run, tmp_path: Path, command: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
-    require_one_sentence(run_megaback("shards", command, tmp_path / "rows.jsonl"), 30)
+    require_one_line(run_megaback("shards", command, tmp_path / "rows.jsonl"), 30)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"format": "megaback-shards"}'])
-def test_a_broken_manifest_is_one_sentence(tmp_path: Path, content: str) -> None:
+def test_a_broken_manifest_is_reported(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     result = CliRunner().invoke(inspection.main, [str(tmp_path)])
     assert (result.exit_code, len(result.stderr.splitlines())) == (31, 1)
 
 
-def test_a_document_past_the_end_is_one_sentence(run_megaback: Run, tiny_shards: Path) -> None:
+def test_a_document_beyond_the_end_is_reported(run_megaback: Run, tiny_shards: Path) -> None:
     result = run_megaback("shards", "inspect", tiny_shards, "--document", 10**6)
-    require_one_sentence(result, 10)
+    require_one_line(result, 10)
 
 
-def test_a_reader_that_goes_away_is_no_error_worth_words(tiny_shards: Path) -> None:
+def test_a_closed_pipe_is_not_reported(tiny_shards: Path) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = [sys.executable, "-m", "megaback", "shards", "inspect", str(tiny_shards)]
@@ -209,7 +207,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, free_bytes: int) -> Path:
-    """A file that leaves so much of a disk free."""
+    """A file that leaves `free_bytes` of a disk."""
     filler = disk / "filler"
     space = os.statvfs(disk)
     filler.write_bytes(bytes(space.f_bavail * space.f_frsize - free_bytes))
@@ -217,7 +215,7 @@ def fill(disk: Path, free_bytes: int) -> Path:
 
 
 @pytest.mark.parametrize("free_bytes", [0, 8192])
-def test_a_build_on_a_full_disk_is_one_sentence_and_goes_on_when_there_is_space(
+def test_a_full_disk_is_reported_and_the_build_resumes_with_space(
     run_megaback: Run,
     tiny_text_folder: Path,
     tokenizer_path: Path,
@@ -230,7 +228,7 @@ def test_a_build_on_a_full_disk_is_one_sentence_and_goes_on_when_there_is_space(
         *("shards", "build", "--source", tiny_text_folder, "--workers", 1),
         *("--tokenizer", tokenizer_path, "--out", out),
     )
-    require_one_sentence(run_megaback(*command), 74)
+    require_one_line(run_megaback(*command), 74)
     assert not (out / "manifest.json").exists()
     filler.unlink()
     result = run_megaback(*command)
@@ -238,7 +236,7 @@ def test_a_build_on_a_full_disk_is_one_sentence_and_goes_on_when_there_is_space(
     assert Manifest.load(out).total("train")["documents"] > 300
 
 
-def test_a_full_disk_is_named_by_a_path_on_it(
+def test_the_error_of_a_full_disk_names_a_path_on_it(
     run_megaback: Run, tiny_text_folder: Path, tokenizer_path: Path, small_disk: Path
 ) -> None:
     fill(small_disk, 8192)
@@ -264,13 +262,13 @@ def _command(name: str) -> click.Command:
     return command
 
 
-def test_the_commands_that_take_patterns_are_all_tried() -> None:
+def test_all_commands_with_patterns_are_tested() -> None:
     found = {name for name in command_modules() if pattern_options(_command(name))}
     assert found == set(SOURCE_COMMANDS)
 
 
 @pytest.mark.parametrize("name", SOURCE_COMMANDS)
-def test_a_pattern_without_quotes_is_told_to_be_quoted(
+def test_the_error_of_an_unquoted_pattern_quotes_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -283,14 +281,14 @@ def test_a_pattern_without_quotes_is_told_to_be_quoted(
     words = [*first, option, *files, *SOURCE_COMMANDS[name]]
     result = CliRunner().invoke(_command(name), words)
     assert result.exit_code == 2
-    said = " ".join(result.output.split())
-    assert f"{option} takes one value, and 3 files follow it" in said
-    assert said.endswith(f"Quote it: {option} 'my data/part *.jsonl'")
+    shown = " ".join(result.output.split())
+    assert f"{option} takes one value, and 3 files follow it" in shown
+    assert shown.endswith(f"Quote it: {option} 'my data/part *.jsonl'")
     once = CliRunner().invoke(_command(name), [*first, option, files[0], *SOURCE_COMMANDS[name]])
     assert "pattern" not in once.output
 
 
-def test_a_text_without_quotes_is_told_to_be_quoted() -> None:
+def test_the_error_of_an_unquoted_text_quotes_it() -> None:
     words = ["model", "--ending", "the", "very", "end.", "--samples", "2"]
     result = CliRunner().invoke(_command("sample"), words)
     assert (result.exit_code, "--ending 'the very end.'" in result.output) == (2, True)
@@ -307,6 +305,6 @@ def test_an_empty_path_is_not_the_working_directory(words: list[str]) -> None:
 
     refused = CliRunner().invoke(command, words)
     assert refused.exit_code == 2, refused.output
-    assert "it is empty; give a path" in refused.stderr
+    assert "it is empty, perhaps from an unset shell variable; give a path" in refused.stderr
     fine = CliRunner().invoke(command, ["--out", "a", "--text", "", "x"])
     assert fine.stdout == "x a ''\n"

@@ -1,6 +1,6 @@
-"""The console of a process: what is printed never harms the work, and a lost result is an error.
+"""Standard streams: comments never interrupt the work, and a lost result is an error.
 
-Each test is a real process with streams as a shell or a terminal makes them.
+Each test runs a process with the streams of a shell or a terminal.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# Prints from Python, by `logging`, by `warnings` and past Python, and then says how it went.
+# Prints by `print`, `logging`, `warnings` and to the buffer, then reports losses.
 _COMMENTING = """
 import json, logging, os, sys, warnings
 from data_pipeline.common.console import console_losses, only_comments, protect_console
@@ -31,7 +31,7 @@ with open(sys.argv[1], "w") as file:
 
 
 def streams(kind: str) -> "tuple[int, int | None]":
-    """A descriptor to print to, and another to be closed at the end."""
+    """A descriptor to print to, and another to close at the end."""
     if kind == "full":
         return os.open("/dev/full", os.O_WRONLY), None
     ours, theirs = os.openpty() if kind == "terminal" else os.pipe()
@@ -83,7 +83,7 @@ def test_a_comment_that_cannot_be_printed_is_dropped(
     assert "Exception ignored" not in result.stderr
 
 
-def test_a_reader_that_reads_again_is_told_how_much_it_missed(tmp_path: Path) -> None:
+def test_a_stalled_reader_gets_the_number_of_dropped_bytes(tmp_path: Path) -> None:
     code = """
 import sys
 from data_pipeline.common.console import only_comments, protect_console
@@ -104,16 +104,16 @@ print("the end", flush=True)
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stderr.readline() == b"stalled\n"
-    shown = os.read(process.stdout.fileno(), 1 << 20)  # all that fitted into the pipe
+    shown = os.read(process.stdout.fileno(), 1 << 20)  # the contents of the pipe
     rest, _ = process.communicate(b"\n", timeout=60)
 
     missed_bytes = 100_000 - len(shown)
-    note = f"\n[{missed_bytes:,} bytes were not printed: nobody read them]\nthe end\n"
+    note = f"\n[{missed_bytes:,} bytes were dropped while the reader was stalled]\nthe end\n"
     assert missed_bytes > 0
     assert rest.decode() == note
 
 
-def test_descriptors_that_are_closed_are_not_given_to_files(tmp_path: Path) -> None:
+def test_closed_descriptors_are_not_reused_for_files(tmp_path: Path) -> None:
     """`<&- >&- 2>&-`: a library that prints would write into a checkpoint."""
     command = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, "-c"]
     code = _COMMENTING.format(patience="")
@@ -133,7 +133,7 @@ def test_a_closed_standard_input_is_an_empty_one() -> None:
     [("pipe", 141, ""), ("full", 74, "'standard output': No space left on device")],
 )
 @pytest.mark.parametrize("command", [["shards", "inspect"], ["inspect"], ["--help"]])
-def test_a_result_that_cannot_be_printed_has_a_code_of_its_own(
+def test_a_result_that_cannot_be_printed_has_its_own_code(
     command: list[str], kind: str, code: int, words: str, tiny_shards: Path
 ) -> None:
     output, _ = streams(kind)
@@ -152,14 +152,14 @@ def test_a_result_that_cannot_be_printed_has_a_code_of_its_own(
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal", "full"])
-def test_a_sentence_that_nobody_reads_does_not_change_the_code(kind: str, tmp_path: Path) -> None:
+def test_an_unread_error_message_does_not_change_the_code(kind: str, tmp_path: Path) -> None:
     output, _ = streams(kind)
     command = [sys.executable, "-m", "megaback", "shards", "inspect", tmp_path]
     assert subprocess.run(command, stderr=output, check=False, timeout=60).returncode == 30
     os.close(output)
 
 
-def test_a_command_whose_result_is_a_file_ends_well_without_a_console(
+def test_a_command_that_writes_files_succeeds_without_a_console(
     tiny_text_folder: Path, tmp_path: Path
 ) -> None:
     """Both streams: the progress of a build goes to standard error."""

@@ -1,4 +1,4 @@
-"""What is printed for people obeys no one: laws over all text, and over what a process prints."""
+"""Escaping of control characters: properties of all text, and the output of processes."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ HOSTILE = "\x1b[31mred\x1b]8;;http://x\x07\x9b2J\u202e\x7f\rover\U000e0041[bold]
 SHOWN = r"\x1b[31mred\x1b]8;;http://x\x07\x9b2J\u202e\x7f\x0dover\U000e0041[bold]b[/bold]"
 
 
-def test_of_all_characters_only_line_breaks_and_tabs_are_control_characters() -> None:
+def test_only_line_breaks_and_tabs_are_not_escaped() -> None:
     left = escaped(ALL)
     assert {one for one in left if unicodedata.category(one) in ("Cc", "Cs")} == {"\n", "\t"}
     assert not re.search("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]", left)
@@ -30,7 +30,7 @@ def test_of_all_characters_only_line_breaks_and_tabs_are_control_characters() ->
 
 
 @given(ANY_TEXT)
-def test_escaping_twice_is_escaping_once(text: str) -> None:
+def test_escaping_is_idempotent(text: str) -> None:
     once = escaped(text)
     assert escaped(once) == once
     assert once.encode().decode() == once  # no lone surrogates
@@ -38,7 +38,7 @@ def test_escaping_twice_is_escaping_once(text: str) -> None:
 
 
 @given(st.text(st.characters(categories=None, exclude_characters="\\")))
-def test_what_was_escaped_can_be_read_back(text: str) -> None:
+def test_escapes_can_be_decoded(text: str) -> None:
     def character(found: re.Match[str]) -> str:
         return str(ast.literal_eval(f"'{found[0]}'"))
 
@@ -47,13 +47,13 @@ def test_what_was_escaped_can_be_read_back(text: str) -> None:
 
 
 @given(ANY_TEXT, st.integers(0, 30))
-def test_parts_are_escaped_as_the_whole_is(text: str, cut: int) -> None:
+def test_escaping_parts_equals_escaping_the_whole(text: str, cut: int) -> None:
     if "\r\n" not in text[cut - 1 : cut + 1]:
         assert escaped(text[:cut]) + escaped(text[cut:]) == escaped(text)
 
 
 @given(ANY_TEXT)
-def test_a_sentence_stays_on_its_line(text: str) -> None:
+def test_on_one_line_removes_line_breaks(text: str) -> None:
     assert len(on_one_line(text).encode().splitlines()) <= 1
 
 
@@ -95,7 +95,7 @@ click.echo(text, err=True, color=True)
 
 
 def printed(text: str, *, mode: str = "", terminal: bool) -> tuple[bytes, bytes]:
-    """What a process prints to standard output, a terminal or a pipe, and to a pipe as error."""
+    """Standard output, to a terminal or a pipe, and standard error of a process."""
     command = [sys.executable, "-c", _PRINTING, json.dumps(text), mode]
     how = {"stderr": subprocess.PIPE, "cwd": ROOT, "stdin": subprocess.DEVNULL}
     environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
@@ -115,7 +115,7 @@ def printed(text: str, *, mode: str = "", terminal: bool) -> tuple[bytes, bytes]
 
 
 def read_terminal(descriptor: int) -> bytes:
-    """Everything that is printed to a terminal until it is closed."""
+    """All output to a terminal until it is closed."""
     parts = []
     try:
         while part := os.read(descriptor, 1 << 16):
@@ -126,7 +126,7 @@ def read_terminal(descriptor: int) -> bytes:
     return b"".join(parts)
 
 
-def test_a_result_in_a_pipe_is_exact_and_messages_beside_it_are_escaped() -> None:
+def test_a_result_in_a_pipe_is_exact_and_messages_are_escaped() -> None:
     output, errors = printed(HOSTILE, terminal=False)
     assert output == f"{HOSTILE}\n".encode() * 4
     assert errors.decode().count(SHOWN) == 4
@@ -134,12 +134,12 @@ def test_a_result_in_a_pipe_is_exact_and_messages_beside_it_are_escaped() -> Non
 
 
 def test_a_comment_in_a_pipe_is_escaped() -> None:
-    """Slurm's logs, and what a rank on another host sends over ssh, are read on terminals."""
+    """Slurm's logs, and output of remote ranks over ssh, are read on terminals."""
     output, _ = printed(HOSTILE, mode="comment", terminal=False)
     assert output.decode() == f"{SHOWN}\n" * 4
 
 
-def test_the_bytes_of_a_name_that_is_not_utf_8_are_exact_in_a_pipe() -> None:
+def test_names_that_are_not_utf_8_are_exact_in_a_pipe() -> None:
     code = "from data_pipeline.common.console import protect_console; protect_console()\n"
     code += r"import sys; print('a\udcff', '\ud800'); print('a\udcff', file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
@@ -147,7 +147,7 @@ def test_the_bytes_of_a_name_that_is_not_utf_8_are_exact_in_a_pipe() -> None:
 
 
 @pytest.mark.parametrize("mode", ["", "rich"])
-def test_on_a_terminal_everything_is_escaped_and_only_our_sequences_arrive(mode: str) -> None:
+def test_on_a_terminal_only_our_sequences_are_unescaped(mode: str) -> None:
     output, _ = printed(HOSTILE, mode=mode, terminal=True)
     plain = re.sub(
         r"\x1b\[(?:0|31|1|38;5;\d+|35|36)m|\x1b\[\?25[hl]|\x1b\[\d?[AK]|\r", "", output.decode()
@@ -159,7 +159,7 @@ def test_on_a_terminal_everything_is_escaped_and_only_our_sequences_arrive(mode:
 
 
 def test_only_one_module_prints_escape_sequences() -> None:
-    """Others would print them around the escaping, or have theirs escaped."""
+    """Other modules would bypass the escaping, or have their sequences escaped."""
     pattern = re.compile(
         r"^\s*from rich\.\w+ import .*\b(?:Console|Live|Progress|Status)\b"
         r"|\bclick\.(?:style|secho|progressbar|echo_via_pager)\b|\\x1b|\\033",

@@ -1,4 +1,4 @@
-"""Only what differs is found and shown."""
+"""Differences between nested mappings."""
 
 import pytest
 
@@ -36,7 +36,7 @@ ONE = {
         (ONE | {"more": 1}, None, "more = null", "more = 1"),
     ],
 )
-def test_what_differs_is_shown_and_nothing_else(
+def test_only_differences_are_shown(
     other: dict[str, object], keys: list[str] | None, mine: str, theirs: str
 ) -> None:
     found = differing_keys(ONE, other, keys)

@@ -1,4 +1,4 @@
-"""Whatever a library prints by itself, and what click quotes, holds no secret of an address."""
+"""Secrets are removed from reports of libraries and from click's errors."""
 
 import subprocess
 import sys
@@ -41,15 +41,15 @@ def test_logs_warnings_and_tracebacks_are_scrubbed() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
     )
-    said = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     assert done.returncode == 1
-    assert PLANT not in said.replace(f'kept("{PLANT}")', "")
+    assert PLANT not in output.replace(f'kept("{PLANT}")', "")
     for part in (
         *("retrying https://host.org/x: 403", "UserWarning: login *** of https://host.org/x"),
         *("OSError: thread: https://host.org/x", "The above exception was the direct cause"),
         "RuntimeError: defect: cannot read https://host.org/x, ***",
     ):
-        assert part in said
+        assert part in output
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_logs_warnings_and_tracebacks_are_scrubbed() -> None:
         ("train", "configs/demo.yaml", f"https://host/x?{PLANT}"),
     ],
 )
-def test_no_usage_error_quotes_a_secret(words: tuple[str, ...]) -> None:
+def test_usage_errors_quote_no_secrets(words: tuple[str, ...]) -> None:
     done = CliRunner().invoke(main, words)
     assert done.exit_code != 0
     assert isinstance(done.exception, SystemExit)

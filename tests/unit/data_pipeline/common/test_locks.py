@@ -1,4 +1,4 @@
-"""Locks keep others out, let sharers in, and are given back."""
+"""Exclusive and shared file locks."""
 
 from pathlib import Path
 
@@ -26,14 +26,14 @@ def test_a_lock_can_be_shared(tmp_path: Path) -> None:
         assert take_lock(path, wait=False) is None
 
 
-def test_what_is_in_the_file_of_a_lock_stays(tmp_path: Path) -> None:
+def test_the_contents_of_a_lock_file_are_kept(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("words")
     with locked(tmp_path / "lock"):
         pass
     assert (tmp_path / "lock").read_text() == "words"
 
 
-def test_no_file_is_made_through_a_link(tmp_path: Path) -> None:
+def test_no_lock_is_created_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic"):
         take_lock(tmp_path / "lock")

@@ -1,4 +1,4 @@
-"""The one logging setup: levels, the form of lines, and that nothing is printed past it."""
+"""Logging setup: levels, format, and no output that bypasses it."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ from data_pipeline.common.logging_setup import LEVELS, LOG_VARIABLE
 from data_pipeline.errors import ConfigError
 from tests.helpers.paths import ROOT
 
-# In a process of its own: the setup changes the root logger.
+# In its own process: the setup changes the root logger.
 PROGRAM = """
 import logging, sys
 from data_pipeline.common import logging_setup
@@ -25,7 +25,7 @@ logging_setup.show_rank(3)
 logging.getLogger("megaback").info("after")
 """
 COMMAND_LAYER = {"data_pipeline/common/command.py"}
-"""Where the sentence of an error is printed."""
+"""Module that prints error messages."""
 
 
 def run(*words: object, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -44,7 +44,7 @@ def lines_at(level: str) -> list[str]:
     return run("-c", PROGRAM, MEGABACK_LOG=level).stderr.splitlines()
 
 
-def test_lines_say_their_level_and_rank() -> None:
+def test_lines_contain_level_and_rank() -> None:
     *lines, last = lines_at("")
 
     assert lines == [
@@ -61,7 +61,7 @@ def test_lines_say_their_level_and_rank() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(LEVELS)))
-def test_a_level_leaves_out_those_below_it(number: int) -> None:
+def test_messages_below_the_level_are_dropped(number: int) -> None:
     text = "\n".join(lines_at(LEVELS[number].upper()))
 
     shown = [level for level in LEVELS if f"of {level}" in text]
@@ -69,7 +69,7 @@ def test_a_level_leaves_out_those_below_it(number: int) -> None:
 
 
 @pytest.mark.parametrize("words", [("-v", "plan"), ("plan", "-v"), ("plan", "--verbose")])
-def test_verbose_is_an_option_of_every_command_and_of_all(words: tuple[str, ...]) -> None:
+def test_verbose_precedes_or_follows_the_command(words: tuple[str, ...]) -> None:
     quiet = run("-m", "megaback", "plan", "absent.yaml")
     verbose = run("-m", "megaback", *words, "absent.yaml")
 
@@ -80,12 +80,12 @@ def test_verbose_is_an_option_of_every_command_and_of_all(words: tuple[str, ...]
     assert verbose.stdout == quiet.stdout == ""
 
 
-def test_a_level_that_does_not_exist_is_refused() -> None:
+def test_an_unknown_level_is_refused() -> None:
     done = run("-m", "megaback", "plan", "absent.yaml", MEGABACK_LOG="loud")
 
     assert done.returncode == ConfigError.exit_code
-    sentence = "MEGABACK_LOG is 'loud'; set it to one of debug, info, warning, error"
-    assert done.stderr == f"megaback: error: {sentence}\n"
+    message = "MEGABACK_LOG is 'loud'; set it to one of debug, info, warning, error"
+    assert done.stderr == f"megaback: error: {message}\n"
 
 
 def test_a_program_that_imports_megaback_keeps_its_logging() -> None:
@@ -100,7 +100,7 @@ def test_a_program_that_imports_megaback_keeps_its_logging() -> None:
 
 
 def bare_prints(source: str) -> list[int]:
-    """Lines that print in modules, but for what runs as a script of its own."""
+    """Lines of a module that print, except its script part."""
     tree = ast.parse(source)
     scripts = [node for node in tree.body if isinstance(node, ast.If)]
     ours = {id(node) for script in scripts for node in ast.walk(script)}
@@ -113,18 +113,18 @@ def bare_prints(source: str) -> list[int]:
     ]
 
 
-def test_a_print_is_found() -> None:
+def test_bare_prints_finds_a_print() -> None:
     assert bare_prints(
         "def main():\n    print('x')\nif __name__ == '__main__':\n    print()\n"
     ) == [2]
 
 
-def test_nothing_is_printed_outside_of_the_commands() -> None:
+def test_only_commands_print() -> None:
     found = {
         path.relative_to(ROOT).as_posix(): lines
         for package in ("data_pipeline", "megaback", "launcher", "tools")
         for path in sorted(Path(ROOT, package).rglob("*.py"))
         if (lines := bare_prints(path.read_text(encoding="utf-8")))
     }
-    found.pop("data_pipeline/common/driver_reports.py")  # tracebacks, and nothing else
+    found.pop("data_pipeline/common/driver_reports.py")  # tracebacks only
     assert set(found) == COMMAND_LAYER

@@ -1,4 +1,4 @@
-"""Every number that a person, a file or a client gives is finite and in a range."""
+"""Ranges of all numbers in options, configs, requests and records."""
 
 import json
 import math
@@ -74,7 +74,7 @@ def models(*bases: type[BaseModel]) -> Iterator[type[BaseModel]]:
         yield from models(*base.__subclasses__())
 
 
-# What is given to us; what we give is not checked again.
+# Models of input; output is not validated.
 MODELS = dict.fromkeys(models(config.Section, schemas.Body, infill.Request))
 
 
@@ -135,7 +135,7 @@ def test_a_range_means_the_same_to_click_and_pydantic(allowed: Range) -> None:
     assert allowed.problem(math.nan) == "not a finite number"
 
 
-def test_ends_that_only_storage_has_are_told_to_whom_they_concern() -> None:
+def test_storage_limits_are_shown_only_if_exceeded() -> None:
     assert COUNT.described() == "x>=1"
     assert COUNT.problem(0) == "not in the range x>=1"
     assert COUNT.problem(INT64_MAX + 1) == f"not in the range 1<=x<={INT64_MAX}"
@@ -158,20 +158,20 @@ def test_ends_that_only_storage_has_are_told_to_whom_they_concern() -> None:
         (["backtranslate", ".", "--min-score", "nan"], "'--min-score': nan"),
     ],
 )
-def test_a_command_names_the_option_and_ends_with_code_2(arguments: list[str], words: str) -> None:
+def test_a_usage_error_names_the_option_and_has_code_2(arguments: list[str], words: str) -> None:
     result = CliRunner().invoke(main, arguments)
     assert (result.exit_code, words in result.stderr) == (2, True), result.stderr
 
 
 @pytest.mark.parametrize("text", ["NaN", "[1, Infinity]", '{"a": -Infinity}', "1e999"])
-def test_json_of_ours_has_only_numbers(text: str) -> None:
+def test_finite_json_refuses_nan_and_infinity(text: str) -> None:
     json.loads(text)
     with pytest.raises(ValueError, match="number"):
         finite_json(text)
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, 10**400])
-def test_a_score_of_a_record_that_is_not_finite_is_the_records_error(score: float) -> None:
+def test_a_non_finite_score_is_an_error_of_the_record(score: float) -> None:
     record = {"text": "a", "language_score": score}
     with pytest.raises(BadRecordError, match="not a finite number"):
         list(documents_of(record, Columns("text", None, "language_score"), "a.jsonl:1", "a"))

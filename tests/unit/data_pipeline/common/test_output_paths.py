@@ -1,4 +1,4 @@
-"""One rule for every output: never an input, never what others made, ours only with --overwrite."""
+"""Outputs: never an input or a foreign file, an earlier result only with --overwrite."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def itself(rows: Path, out: Path) -> None:
 WAYS: dict[str, Callable[[Path, Path], None]] = {
     "a hard link": lambda rows, out: os.link(rows, out),
     "a symbolic link": lambda rows, out: out.symlink_to(rows),
-    "what a symbolic link names": itself,
+    "the target of a symbolic link": itself,
 }
 
 
@@ -49,7 +49,7 @@ def test_an_output_that_is_an_input_is_refused_even_with_overwrite(
     rows.write_text(OURS)
     WAYS[way](rows, out)
     for overwrite in (False, True):
-        with pytest.raises(OutputExistsError, match="which is read"):
+        with pytest.raises(OutputExistsError, match="which is an input"):
             ask(out, rows, overwrite=overwrite)
     assert rows.read_text() == OURS
 
@@ -59,18 +59,18 @@ def test_inputs_are_files_folders_and_patterns(given: str, tmp_path: Path) -> No
     (tmp_path / "rows.jsonl").write_text(OURS)
     source = given.format(folder=tmp_path)
 
-    with pytest.raises(OutputExistsError, match="which is read"):
+    with pytest.raises(OutputExistsError, match="which is an input"):
         ask(tmp_path / "rows.jsonl", None, "-", "hf:NAME", source, overwrite=True)
 
 
-def test_an_output_in_a_folder_that_is_read_is_refused(tmp_path: Path) -> None:
+def test_an_output_within_an_input_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
 
-    with pytest.raises(OutputExistsError, match="lies in"):
+    with pytest.raises(OutputExistsError, match="is within"):
         ask(tmp_path / "texts" / "deep" / "new.jsonl", str(tmp_path / "texts"))
 
 
-def test_a_file_of_somebody_else_is_refused_even_with_overwrite(tmp_path: Path) -> None:
+def test_a_foreign_file_is_refused_even_with_overwrite(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     for text in ('{"text": 1}\n', "no JSON", OURS + '{"text": "added"}\n', "[" * 100_000):
         out.write_text(text)
@@ -79,7 +79,7 @@ def test_a_file_of_somebody_else_is_refused_even_with_overwrite(tmp_path: Path) 
                 ask(out, overwrite=overwrite)
 
 
-def test_a_result_of_ours_is_replaced_with_overwrite_only(tmp_path: Path) -> None:
+def test_an_earlier_result_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text(OURS * 3)
     with pytest.raises(OutputExistsError, match="`overwrite`"):
@@ -88,7 +88,7 @@ def test_a_result_of_ours_is_replaced_with_overwrite_only(tmp_path: Path) -> Non
     ask(out, overwrite=True)
 
 
-def test_what_holds_nothing_is_free(tmp_path: Path) -> None:
+def test_empty_files_and_dangling_links_are_vacant(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
 
@@ -96,7 +96,7 @@ def test_what_holds_nothing_is_free(tmp_path: Path) -> None:
         ask(tmp_path / name, tmp_path / "also absent")
 
 
-def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_written_to_directly(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -110,7 +110,7 @@ def test_a_pipe_and_a_device_are_written_to_and_stay(tmp_path: Path) -> None:
     assert Path(os.devnull).is_char_device()
 
 
-def test_a_link_that_the_user_names_stays_and_others_are_replaced(tmp_path: Path) -> None:
+def test_links_are_followed_by_outputs_and_replaced_by_own_files(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     target, link = tmp_path / "disk" / "out.json", tmp_path / "out.json"
     link.symlink_to(target)
@@ -126,7 +126,7 @@ def test_a_link_that_the_user_names_stays_and_others_are_replaced(tmp_path: Path
     assert (link.read_text(), target.read_text()) == ("in its place", "written")
 
 
-def test_a_link_to_a_device_is_replaced_unless_the_user_names_it(tmp_path: Path) -> None:
+def test_links_to_devices_are_followed_by_outputs_and_replaced_by_own_files(tmp_path: Path) -> None:
     link = tmp_path / "out.json"
     link.symlink_to(os.devnull)
 
@@ -139,7 +139,7 @@ def test_a_link_to_a_device_is_replaced_unless_the_user_names_it(tmp_path: Path)
 
 @pytest.fixture(params=["links", "no links"])
 def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One with and one without hard links, such as that of many memory cards."""
+    """File systems with and without hard links; many memory cards have none."""
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -149,13 +149,13 @@ def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("file_system")
-def test_a_file_that_appears_while_a_command_works_stays_beside_the_result(tmp_path: Path) -> None:
+def test_a_file_created_while_a_command_runs_is_kept(tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to("out.jsonl")
     for name in ("out.jsonl", "link.jsonl"):
         output = writing_output(tmp_path / name, overwrite=False)
         output.__enter__().write(b"the result")
         (tmp_path / "out.jsonl").write_text("mine")
-        with pytest.raises(OutputExistsError, match="and stays; the result is") as refused:
+        with pytest.raises(OutputExistsError, match="and is kept; the result is") as refused:
             output.__exit__(None, None, None)
         (kept,) = set(tmp_path.iterdir()) - {tmp_path / "out.jsonl", tmp_path / "link.jsonl"}
         assert kept.read_text() == "the result"
@@ -167,7 +167,7 @@ def test_a_file_that_appears_while_a_command_works_stays_beside_the_result(tmp_p
 
 @pytest.mark.usefixtures("file_system")
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_result_replaces_nothing_and_an_empty_file(tmp_path: Path, overwrite: bool) -> None:
+def test_a_result_replaces_an_empty_file(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "empty.json").touch()
     for name in ("empty.json", "absent.json"):
         write_output(tmp_path / name, "the result", overwrite=overwrite)
@@ -176,7 +176,7 @@ def test_a_result_replaces_nothing_and_an_empty_file(tmp_path: Path, overwrite: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["absent.json", "empty.json"]
 
 
-def test_two_outputs_cannot_be_one_file(tmp_path: Path) -> None:
+def test_two_outputs_cannot_be_the_same_file(tmp_path: Path) -> None:
     require_distinct(out="-", report="-")
     require_distinct(out=tmp_path / "a", report=None, predictions=tmp_path / "b")
 
@@ -184,7 +184,7 @@ def test_two_outputs_cannot_be_one_file(tmp_path: Path) -> None:
         require_distinct(out=str(tmp_path / "x" / ".." / "a"), report=tmp_path / "a")
 
 
-def test_formats_are_recognized_by_what_they_hold(tmp_path: Path) -> None:
+def test_formats_are_recognized_by_their_contents(tmp_path: Path) -> None:
     path = tmp_path / "any name"
     path.write_text(json.dumps({"model": 1, "suites": 2}))
     assert json_object_with("model", "suites")(path)
@@ -200,7 +200,7 @@ def write_model(out: Path, text: str, *, overwrite: bool = False) -> None:
         (folder / "weights").write_text(text)
 
 
-def test_a_folder_of_ours_is_replaced_as_a_whole_with_overwrite_only(tmp_path: Path) -> None:
+def test_an_earlier_folder_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     out = tmp_path / "model"
     write_model(out, "old")
     with pytest.raises(OutputExistsError, match="`overwrite`"):
@@ -213,7 +213,7 @@ def test_a_folder_of_ours_is_replaced_as_a_whole_with_overwrite_only(tmp_path: P
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path: Path) -> None:
+def test_a_failed_replacement_keeps_the_old_folder(tmp_path: Path) -> None:
     out = tmp_path / "model"
     write_model(out, "old")
 
@@ -225,23 +225,23 @@ def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "says"),
+    ("name", "text", "reason"),
     [("notes.txt", "mine", "added"), ("weights", "tuned", "changed"), (MARKER_NAME, "{}", "model")],
 )
-def test_a_folder_that_somebody_has_worked_in_is_never_replaced(
-    name: str, text: str, says: str, tmp_path: Path
+def test_a_folder_with_changed_files_is_never_replaced(
+    name: str, text: str, reason: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "model"
     write_model(out, "old")
     (out / name).write_text(text)
 
-    with pytest.raises(OutputExistsError, match=says):
+    with pytest.raises(OutputExistsError, match=reason):
         write_model(out, "new", overwrite=True)
 
     assert (out / name).read_text() == text
 
 
-def test_a_link_to_a_folder_that_somebody_has_added_is_seen(tmp_path: Path) -> None:
+def test_a_folder_with_an_added_link_is_never_replaced(tmp_path: Path) -> None:
     out = tmp_path / "model"
     write_model(out, "old")
     (out / "data").symlink_to(tmp_path)
@@ -250,10 +250,10 @@ def test_a_link_to_a_folder_that_somebody_has_added_is_seen(tmp_path: Path) -> N
         write_model(out, "new", overwrite=True)
 
 
-def test_a_folder_is_not_written_into_what_is_read_or_over_a_file(tmp_path: Path) -> None:
+def test_a_folder_is_not_written_into_an_input_or_over_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "model", tmp_path):
-        with pytest.raises(OutputExistsError, match="which is read"):
+        with pytest.raises(OutputExistsError, match="which is an input"):
             require_output_folder(out, (tmp_path,), overwrite=True)
     with pytest.raises(OutputExistsError, match="a file"):
         require_output_folder(tmp_path / "file", overwrite=True)

@@ -1,4 +1,4 @@
-"""Processes that share work, and one of them that is killed at an unlucky moment."""
+"""Process pools, and workers killed while another starts."""
 
 import time
 from multiprocessing import active_children
@@ -10,7 +10,7 @@ from data_pipeline.common.process_pool import run_in_processes
 from data_pipeline.errors import LaunchError
 
 
-def test_a_worker_that_is_killed_while_another_is_started_was_killed_from_outside(
+def test_a_worker_killed_while_another_starts_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start = SpawnProcess.start
@@ -28,7 +28,7 @@ def test_a_worker_that_is_killed_while_another_is_started_was_killed_from_outsid
         start(process)
 
     monkeypatch.setattr(SpawnProcess, "start", start_after_a_kill)
-    with pytest.raises(LaunchError, match="a worker was killed from outside"):
+    with pytest.raises(LaunchError, match="a worker process was killed"):
         list(run_in_processes(time.sleep, [(60,), (60,)], workers=2))
     assert len(started) == 2
     assert active_children() == []

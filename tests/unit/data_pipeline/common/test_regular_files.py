@@ -1,4 +1,4 @@
-"""What may lie in the place of a file: a pipe, a device, a link, or too many bytes."""
+"""Files that are pipes, devices, links or too large."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from data_pipeline.common.regular_files import open_in_place, read_file, require
 from data_pipeline.errors import OutputExistsError
 
 
-def test_a_file_is_read_whole_up_to_its_limit(tmp_path: Path) -> None:
+def test_a_file_is_read_up_to_its_size_limit(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"12345")
     assert read_file(path, 5) == b"12345"
@@ -18,7 +18,7 @@ def test_a_file_is_read_whole_up_to_its_limit(tmp_path: Path) -> None:
         read_file(path, 4)
 
 
-def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path) -> None:
+def test_pipes_devices_and_folders_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero"):
@@ -30,7 +30,7 @@ def test_pipes_devices_and_folders_are_refused_at_once(tmp_path: Path) -> None:
         read_file(tmp_path / "absent", 100)
 
 
-def test_nothing_is_made_or_written_through_a_link(tmp_path: Path) -> None:
+def test_nothing_is_created_or_written_through_a_link(tmp_path: Path) -> None:
     outside, link = tmp_path / "outside", tmp_path / "link"
     link.symlink_to(outside)
     for there in (False, True):
@@ -43,7 +43,7 @@ def test_nothing_is_made_or_written_through_a_link(tmp_path: Path) -> None:
     assert outside.read_bytes() == b""
 
 
-def test_a_work_folder_is_no_link(tmp_path: Path) -> None:
+def test_a_work_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
     require_no_link(tmp_path / "absent")
     require_no_link(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)

@@ -1,4 +1,4 @@
-"""What is printed for people at 40 columns: nothing is squeezed to nothing, no number is cut."""
+"""Tables and text at 40 columns: everything is readable, and numbers are not cut."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def require_readable(text: str, facts: Sequence[str]) -> None:
-    """Every fact is there whole, and no line is longer than the terminal, but for a lone word."""
+    """Every fact is complete, and only single words exceed the terminal's width."""
     words = text.split()
     missing = [fact for fact in facts if any(part not in words for part in fact.split())]
     assert not missing, text
@@ -53,7 +53,7 @@ def test_a_line_is_wrapped_between_words(words: list[str]) -> None:
     assert all(part.startswith(" " * 11) for part in wrapped.split("\n")[1:])
 
 
-def test_without_a_terminal_a_line_stays_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_not_wrapped_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     line = "word " * 100
     assert terminal_width() is None
@@ -61,7 +61,7 @@ def test_without_a_terminal_a_line_stays_a_line(monkeypatch: pytest.MonkeyPatch)
     assert len(table_lines(("a", "b"), [("x" * 300, "y")])) == 2
 
 
-def test_a_terminal_is_asked_for_its_width() -> None:
+def test_the_width_is_that_of_the_terminal() -> None:
     code = "from data_pipeline.common.terminal import terminal_width; print(terminal_width())"
     leader, follower = os.openpty()
     import fcntl
@@ -79,7 +79,7 @@ def test_a_terminal_is_asked_for_its_width() -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_jobs_read_at_40_columns() -> None:
+def test_jobs_are_readable_at_40_columns() -> None:
     row = Row(
         run="runs/a-run-of-some-length",
         job="123456",
@@ -99,7 +99,7 @@ def test_jobs_read_at_40_columns() -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_a_plan_reads_at_40_columns() -> None:
+def test_a_plan_is_readable_at_40_columns() -> None:
     words = ["configs/reverse_1b.yaml", "--nodes", "2", "--device", "h100-80gb", "--tokens", "1e10"]
     config, *others = words
     result = CliRunner().invoke(plan, [str(ROOT / config), *others])
@@ -111,7 +111,7 @@ def test_a_plan_reads_at_40_columns() -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_tables_of_results_read_at_40_columns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_results_are_readable_at_40_columns(capsys: pytest.CaptureFixture[str]) -> None:
     interval = Interval(0.3234, 0.3011, 0.3508)
     result = SuiteResult(1234, {"word recall": Metric(interval, 1234, 0.0123)})
     for made in (_table({"instruction-recall": result}), _report({"mixed": interval}, 1234)):
@@ -120,7 +120,7 @@ def test_tables_of_results_read_at_40_columns(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("narrow")
-def test_doctor_reads_at_40_columns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_is_readable_at_40_columns(capsys: pytest.CaptureFixture[str]) -> None:
     _print_table(
         [Line("train on several hosts", "no", "does not work [here]", "apt-get install ssh")]
     )
@@ -129,17 +129,17 @@ def test_doctor_reads_at_40_columns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_a_builds_summary_reads_at_40_columns(
+def test_a_builds_summary_is_readable_at_40_columns(
     tiny_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = Manifest.load(tiny_shards)
     echo_manifest(manifest, tiny_shards)
-    told = capsys.readouterr().out.partition("next: ")[0]
+    summary = capsys.readouterr().out.partition("next: ")[0]
     total = manifest.total("train")
-    require_readable(told, (f"{total['tokens']:,}", f"{total['text_bytes']:,}"))
+    require_readable(summary, (f"{total['tokens']:,}", f"{total['text_bytes']:,}"))
 
 
-def test_a_table_of_rich_is_a_table_where_it_fits(
+def test_a_rich_table_is_printed_if_it_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")

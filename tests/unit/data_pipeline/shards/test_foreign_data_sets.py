@@ -83,7 +83,7 @@ def test_recompress_writes_nothing_outside_its_folder(
 
     assert victim.read_text() == VICTIM
     assert (result.returncode, result.stderr.count("\n")) == (31, 1), result.stderr
-    assert "'../../.bashrc' is not the name of a file" in result.stderr
+    assert "'../../.bashrc' is not a plain file name" in result.stderr
     assert not out.exists()
 
 
@@ -120,7 +120,7 @@ def test_a_url_gives_no_other_file_of_its_server() -> None:
     folder = RemoteFolder("http://127.0.0.1:9/shards")
     assert folder.url(SHARD) == f"http://127.0.0.1:9/shards/{SHARD}"
     for name in ("../private", "a/b", ".."):
-        with pytest.raises(ValueError, match="not the name of a file"):
+        with pytest.raises(ValueError, match="not a plain file name"):
             folder.url(name)
 
 
@@ -134,10 +134,10 @@ def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(copy: Path, tmp_pat
     ):
         result = CliRunner().invoke(command, [str(copy), *arguments])
         assert result.exit_code == 31
-        assert "is a link out of its folder; copy the file there" in result.stderr
+        assert "is a symbolic link out of its folder; replace it with a copy" in result.stderr
     data_set = DataSet.open(copy)
     (entry,) = (entry for entry in data_set.manifest.shards if entry.file == SHARD)
-    with pytest.raises(ShardCorruptError, match="is a link out of its folder"):
+    with pytest.raises(ShardCorruptError, match="is a symbolic link out of its folder"):
         data_set.open_shard(entry)
 
 
@@ -322,7 +322,7 @@ def test_notes_that_do_not_fit_their_record_are_made_again(
 def test_a_look_at_a_data_set_follows_no_link_out_of_it(copy: Path, tmp_path: Path) -> None:
     (copy / SHARD).rename(tmp_path / "elsewhere.zst")
     (copy / SHARD).symlink_to(tmp_path / "elsewhere.zst")
-    with pytest.raises(ShardCorruptError, match="is a link out of its folder"):
+    with pytest.raises(ShardCorruptError, match="is a symbolic link out of its folder"):
         inspect(copy, verify=False)
 
 

@@ -286,7 +286,7 @@ def checkpoint_of(made: Path, tmp_path: Path) -> Path:
 def test_a_checkpoint_names_files_of_its_own_only(name: str, made: Path, tmp_path: Path) -> None:
     target = checkpoint_of(made, tmp_path)
     change_json(target / META_NAME, lambda fields: fields["files"].update({name: [1, "0" * 64]}))
-    with pytest.raises(CheckpointCorruptError, match="not the name of a file of this folder"):
+    with pytest.raises(CheckpointCorruptError, match="not a plain file name"):
         find_checkpoint(target)
 
 
