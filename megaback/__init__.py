@@ -1,7 +1,7 @@
-"""GPTs that write backwards: load a model to write, to score or to fill gaps; read a run's numbers.
+"""GPTs that write backwards: generation, scoring, infill, data loading and metrics.
 
-Everything in `__all__` is the public API: docs/python.md. What it needs, torch above all, is loaded
-when a name is first used, so that `import megaback` is cheap.
+`__all__` is the public API, documented in docs/python.md. Its modules, and torch, are imported when
+a name is first used, so that `import megaback` is cheap.
 """
 
 from megaback import own_process
@@ -80,10 +80,10 @@ __all__ = [
 require_packages()
 
 
-if not TYPE_CHECKING:  # where any name would be taken for one of the API
+if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> object:
-        """A public name, from the module that has it (PEP 562)."""
+        """The public name, from the module that defines it (PEP 562)."""
         if name == "errors":
             return importlib.import_module("megaback.errors")
         if name not in _MODULES:

@@ -1,4 +1,4 @@
-"""The process of the `megaback` command: signals come first, then what takes time to import."""
+"""Entry point of the `megaback` command: installs signal handlers before the slow imports."""
 
 import sys
 
@@ -7,7 +7,7 @@ from megaback.installation import HIDDEN, is_whole
 
 
 def main() -> None:
-    """Run the command that this process was started for."""
+    """Run the command line of this process."""
     take_signals()
     if not is_whole():
         from data_pipeline.common.command import report

@@ -1,7 +1,7 @@
-"""The `megaback` command: knows the names of its subcommands, and loads one when it is asked for.
+"""The `megaback` command, a click group that imports a subcommand when it is used.
 
-Nothing heavy is imported here, so that help appears at once. Every subcommand is also
-`python -m` its module.
+Nothing heavy is imported here, so that help appears at once. Each subcommand also runs as
+`python -m MODULE`.
 """
 
 import importlib
@@ -44,7 +44,7 @@ _COMMANDS: _Commands = {
     "serve": ("tools.serve", "Serve a model through OpenAI's API, and as a web page."),
 }
 _INTERNAL: _Commands = {"slurm-job": ("launcher.slurm.job", "")}
-"""Commands of batch files. A module by its own name could be another project's `launcher`."""
+"""Commands for batch files, where `python -m launcher…` could import another project's package."""
 _GROUPS: dict[str, tuple[str, _Commands]] = {
     "tokenizer": (
         "Train a tokenizer.",
@@ -79,15 +79,15 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
                 "data_pipeline.shards.recompress",
                 "Rewrite the shards with other compression.",
             ),
-            "inspect": ("data_pipeline.shards.inspection", "Show what a data set holds."),
-            "locate": ("tools.locate", "Show at which steps a run reads a document."),
+            "inspect": ("data_pipeline.shards.inspection", "Show the contents of a data set."),
+            "locate": ("tools.locate", "Show the steps of a run that read a document."),
         },
     ),
 }
 
 
 class LazyGroup(WithShortHelp, click.Group):
-    """A group whose commands are modules, imported when one is run or its own help is asked for."""
+    """Group whose commands are modules, each imported when it runs or shows its own help."""
 
     def __init__(self, name: str, modules: _Commands, help_text: str) -> None:
         super().__init__(name, help=help_text, params=[verbose_option()])
@@ -129,7 +129,7 @@ class LazyGroup(WithShortHelp, click.Group):
 
 
 def command_modules() -> dict[str, str]:
-    """Every subcommand as it is typed, and the module that serves it."""
+    """Module of each subcommand, by the words that are typed."""
     modules = {name: module for name, (module, _) in _COMMANDS.items()}
     for group, (_, commands) in _GROUPS.items():
         modules |= {f"{group} {name}": module for name, (module, _) in commands.items()}

@@ -1,7 +1,6 @@
-"""What a run is: one YAML file plus `key.sub=value`, checked as a whole before anything starts.
+"""Config of a run: one YAML file plus `key.sub=value` overrides, validated before anything starts.
 
-Importing this module loads no torch. Every field is explained where it stands; a key that does not
-exist, or a value that cannot work, is refused with one sentence.
+Each field has a docstring. Unknown keys and invalid values are errors. Loads no torch.
 """
 
 import re
@@ -29,23 +28,23 @@ _WHOLE = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?")
 
 
 Address = Annotated[str, AfterValidator(kept)]
-"""A path or URL, whose secrets the environment holds: no copy of a config has them."""
+"""A path or URL. Its secrets are in environment variables, so that no copy of a config has them."""
 
 
 def _as_word(value: Any) -> Any:
-    """YAML reads the words on and off as true and false."""
+    """The word on or off, which YAML reads as true or false."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """A type and all that it is made of: `Annotated[int, …] | None` has an int in it."""
+    """A type and all of its type arguments: those of `Annotated[int, …] | None` include int."""
     return [annotation, *(kind for part in get_args(annotation) for kind in _kinds(part))]
 
 
 def _as_number(value: Any, annotation: Any) -> Any:
     kinds = _kinds(annotation)
     if isinstance(value, bool) and bool not in kinds and any(x in kinds for x in (int, float, 1)):
-        return str(value).lower()  # which the field refuses; true would be 1
+        return str(value).lower()  # a string, which the field rejects; true would be 1
     if isinstance(value, str) and int in kinds and _WHOLE.fullmatch(value):
         number = float(value.replace("_", ""))
         return int(number) if number.is_integer() else number
@@ -53,14 +52,14 @@ def _as_number(value: Any, annotation: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A part of the config: immutable, and without unknown keys."""
+    """Immutable part of the config; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _numbers(cls, fields: Any) -> Any:
-        """`1e3` is a whole number, which YAML takes for text; `yes` and `true` are no numbers."""
+        """Read `1e3`, text in YAML, as an integer; reject `yes` and `true` as numbers."""
         if not isinstance(fields, dict):
             return fields
         known = cls.model_fields
@@ -85,19 +84,17 @@ class DataSection(Section):
     """Reading direction of the model. Shards of unit `token` serve both directions."""
     lanes: Annotated[int, ranges.SIZE] | None = None
     """Number of parallel streams of frames, a divisor of global_batch_rows. Default: the rows of a
-    batch, or fewer where the data cannot feed so many. Part of the data order, which does not
-    depend on the number of ranks."""
+    batch, or fewer where the data has too few frames. Part of the data order, which does not depend
+    on the number of ranks."""
     window_frames: Annotated[int, ranges.COUNT] = 8
-    """Shuffle window of each lane, in frames: rows are shuffled among this many."""
+    """Shuffle window of each lane, in frames: rows are shuffled within it."""
     threads: Annotated[int, ranges.MANY_OR_ZERO] = 1
     """Number of threads that decode frames ahead of the training step; 0: on demand. Changes no
     batch."""
     on_bad_frame: Literal["stop", "skip"] = "stop"
-    """Action on a frame that cannot be read. stop: end the run; skip: leave it out, count and log
-    it."""
+    """Action on a frame that cannot be read. stop: end the run; skip: skip, count and log it."""
     cache: Path | None = None
-    """Folder, used for nothing else, that caches frames of shards behind a URL: each is fetched
-    once."""
+    """Folder, used for nothing else, that caches frames of remote shards: each is fetched once."""
     cache_gb: Annotated[float, ranges.QUANTITY] = 100.0
     """Maximum size of the cache, in gigabytes (10**9 bytes)."""
 
@@ -116,7 +113,7 @@ class DataSection(Section):
 
     @property
     def description(self) -> str:
-        """The data sets in one line, for people; no URL's query, which may hold a secret."""
+        """The data sets in one line, without the queries of URLs, which may hold secrets."""
         return ", ".join(
             shown_url(part.path) + (f" x {part.weight:g}" if len(self.shards) > 1 else "")
             for part in self.shards
@@ -130,7 +127,7 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """A stock decoder: Llama's without qk_norm, Qwen3's with it."""
+    """Stock decoder: Llama's architecture without qk_norm, Qwen3's with it."""
 
     num_layers: Annotated[int, ranges.LAYERS]
     """Number of decoder blocks."""
@@ -177,18 +174,18 @@ class ModelSection(Section):
         if self.tie_embeddings and (self.base_width is not None or self.zero_head):
             key = "base_width" if self.base_width is not None else "zero_head"
             raise ValueError(
-                f"{key} treats lm_head and the embeddings differently, and tie_embeddings makes "
-                "them one; leave one of the two out"
+                f"{key} treats lm_head and the embeddings differently, but tie_embeddings makes "
+                "them one matrix; remove one of the two keys"
             )
         return self
 
     def resolved(self) -> "ModelSection":
-        """The same model with every default spelled out."""
+        """The same model with all defaults explicit."""
         explicit = {"num_kv_heads": self.kv_heads, "mlp_width": self.hidden_mlp_width}
         return self.model_copy(update=explicit)
 
     def architecture(self) -> dict[str, Any]:
-        """What decides the weights' shapes and what is computed with them."""
+        """Fields that determine the weights' shapes and the forward pass."""
         of_learning = {"zero_output_projections", "zero_head", "base_width"}
         return self.resolved().model_dump(mode="json", exclude=of_learning)
 
@@ -250,7 +247,7 @@ class OptimizerSection(Section):
     @model_validator(mode="after")
     def _rate_of_muon(self) -> "OptimizerSection":
         if self.matrix_learning_rate is not None and self.name != "muon":
-            raise ValueError("matrix_learning_rate is Muon's; set name to muon, or leave it out")
+            raise ValueError("matrix_learning_rate is for Muon only; set name to muon or remove it")
         return self
 
 
@@ -322,11 +319,11 @@ class HardwareSection(Section):
     """Check of every node before the first step of each start. auto: with several ranks; strict:
     stop also at what is otherwise a warning, such as a slow device."""
     memory_check: Annotated[Literal["on", "off"], BeforeValidator(_as_word)] = "on"
-    """Check of memory: refuses a run that needs more than its devices, or this machine, have."""
+    """Memory check, which refuses a run that needs more than its devices or this machine have."""
 
 
 class GuardSection(Section):
-    """Steps whose update is skipped: counted in the metrics; the schedule still advances."""
+    """Skipped steps: they are counted in the metrics, and the schedule still advances."""
 
     max_skipped_steps: Annotated[int, ranges.COUNT_OR_ZERO] = 10
     """Maximum number of consecutive skipped steps; one more ends the run. Steps with a non-finite
@@ -366,7 +363,7 @@ class CheckpointSection(Section):
     keep_every_steps: Annotated[int, ranges.COUNT] | None = None
     """Interval, in steps, of checkpoints that are kept for good: those of its multiples."""
     background: bool = True
-    """Writing in the background, from a copy in host memory, while training continues."""
+    """Write in the background, from a copy in host memory, while training continues."""
     copy_to: Address | None = None
     """Path or URL of a second location (s3://bucket/run): each complete checkpoint is copied there
     in the background, under the run's name, and a run that has lost its own resumes from it."""
@@ -384,7 +381,7 @@ class LoggingSection(Section):
 
 
 class Config(Section):
-    """A run, as a whole."""
+    """Config of a whole run."""
 
     run: Path
     """Folder of the run: config, metrics, checkpoints, logs."""
@@ -419,9 +416,9 @@ class Config(Section):
 
 
 def split_batch(batch: BatchSection, world_size: int) -> tuple[int, int]:
-    """Rows of a micro-batch and accumulation steps of each rank.
+    """Rows per micro-batch, and accumulation steps, of each rank.
 
-    Raises BatchError when the ranks cannot share the global batch evenly.
+    Raises BatchError when the global batch is not divisible by the ranks.
     """
     rows = batch.global_batch_rows
     if rows % world_size:

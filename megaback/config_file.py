@@ -1,4 +1,4 @@
-"""The config of a run from a file and overrides, with the shape of what it starts from."""
+"""Loading of a run's config: YAML file, overrides, and the model's shape from `init_from`."""
 
 import logging
 import shlex
@@ -17,11 +17,10 @@ _LOG = logging.getLogger("megaback.config")
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `key.sub=value` overrides in turn, and check the whole.
+    """Read a YAML file, apply `key.sub=value` overrides in order, and validate the result.
 
-    What it leaves out of `model` is that of init_from, if that is given. Raises ConfigError with
-    the file and the key, and a did-you-mean for a key that does not exist; and, for init_from, what
-    `with_base_shape` does.
+    Keys missing from `model` are taken from init_from, if it is set. Raises ConfigError with the
+    file and the key, and a suggestion for an unknown key; and the errors of `with_base_shape`.
     """
     _LOG.debug("reading the config %s with %s", path, shlex.join(overrides) or "no overrides")
     try:

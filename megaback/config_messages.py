@@ -1,4 +1,4 @@
-"""What is wrong with a config, as one sentence that names the key."""
+"""Validation errors of a config, as one sentence that names the key."""
 
 import difflib
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 _MAX_SHOWN = 60
-"""Characters of a value."""
+"""Maximum length of a value, in characters."""
 
 
 def sentence(error: ValidationError, config: type[BaseModel]) -> str:
-    """The first problem, a key that does not exist before all else; with a did-you-mean."""
+    """The first problem, unknown keys before all others, with a suggestion for those."""
     problems = error.errors(include_url=False)
     first = next((item for item in problems if item["type"] == "extra_forbidden"), problems[0])
     location = [str(part) for part in first["loc"]]
@@ -20,7 +20,7 @@ def sentence(error: ValidationError, config: type[BaseModel]) -> str:
     elif first["type"] == "missing":
         message = f"the key {key} is missing"
         if key == "model":
-            message += "; give it, or init_from, whose model is then taken"
+            message += "; set it, or set init_from to use that model's shape"
     else:
         where = f"{key} = {shown(first['input'])}: " if _is_short(first["input"]) else ""
         prefix = f"{key}: " if key and not where else where
@@ -30,7 +30,7 @@ def sentence(error: ValidationError, config: type[BaseModel]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: whole if it is short."""
+    """The repr of a value, truncated."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
 

@@ -1,6 +1,6 @@
-"""The data of a run: shards opened and checked against the config, order fixed, length known.
+"""Training and validation data of a run: shards checked against the config, with a fixed order.
 
-Loads no torch, so that the launcher can refuse what cannot work before any rank starts.
+Loads no torch, so that the launcher can report errors before any rank starts.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from megaback.planning.data_facts import attended_of
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The rows of a run, as one rank sees them."""
+    """Training and validation rows of one rank."""
 
     fingerprint: str
     """Fingerprint of the contents of the data set or, with the weights, of all data sets."""
@@ -45,7 +45,7 @@ class Data:
 
     @property
     def data_sets(self) -> tuple[DataSet, ...]:
-        """In the order of the config."""
+        """Data sets, in the order of the config."""
         return tuple(stream.rows.frames.data_set for stream in self.streams)
 
     @property
@@ -58,7 +58,7 @@ class Data:
         return sum(stream.order.lanes for stream in self.streams)
 
     def attended_tokens(self) -> float:
-        """What a token attends to on average, for FLOPs. Raises ShardCorruptError."""
+        """Mean number of tokens that a token attends to, for FLOPs. Raises ShardCorruptError."""
         return sum(
             share * attended_of(stream.rows.frames.data_set, stream.rows.context_tokens)
             for share, stream in zip(self.mixture.shares, self.streams, strict=True)
@@ -66,7 +66,7 @@ class Data:
 
     @property
     def rows_per_epoch(self) -> float:
-        """Rows until every data set has been read to its end."""
+        """Number of rows until every data set has been read to its end."""
         return rows_per_epoch(self.streams, self.mixture)
 
     def validation(self, rank: int, world_size: int) -> Iterator[Batch]:
@@ -79,7 +79,7 @@ class Data:
 
 @dataclass(frozen=True)
 class OpenShards:
-    """The data sets of a config's `data`, which fit each other."""
+    """Open data sets of a config's `data`, compatible with each other."""
 
     section: DataSection
     data_sets: tuple[DataSet, ...]
@@ -92,14 +92,14 @@ class OpenShards:
         return _fingerprint(self.data_sets, self.mixture)
 
     def streams(self, batch: BatchSection, seed: int) -> tuple[Stream, ...]:
-        """The rows for training, in their order. Raises MegabackErrors for what does not fit."""
+        """Training rows, in order. Raises a MegabackError for incompatible settings."""
         return tuple(
             _stream(data_set, self.section, batch, seed, share)
             for data_set, share in zip(self.data_sets, self.mixture.shares, strict=True)
         )
 
     def val_rows(self, context_tokens: int) -> tuple[RowReader, ...]:
-        """The rows of those data sets that have a val set."""
+        """Validation rows of those data sets that have a val set."""
         return tuple(
             RowReader(FrameStore(data_set, "val"), context_tokens, self.section.direction)
             for data_set in self.data_sets
@@ -109,7 +109,7 @@ class OpenShards:
     def train_rows_of(
         self, batch: BatchSection, seed: int, epochs: float, rank: int, world_size: int
     ) -> "RankRows":
-        """The rows of a rank for training. Raises MegabackErrors for what does not fit."""
+        """Training rows of a rank. Raises a MegabackError for incompatible settings."""
         streams = self.streams(batch, seed)
         loader = TrainingLoader(
             streams, self.mixture, batch.global_batch_rows, rank, world_size, micro_batch_rows=1
@@ -125,7 +125,7 @@ class OpenShards:
         )
 
     def val_rows_of(self, batch: BatchSection, rank: int, world_size: int) -> "RankRows":
-        """The rows of a rank in the val sets. Raises ConfigError where there is none."""
+        """Validation rows of a rank. Raises ConfigError when there is no val set."""
         readers = self.val_rows(batch.context_tokens)
         if not readers:
             raise ConfigError(
@@ -145,7 +145,7 @@ class OpenShards:
 
 @dataclass(frozen=True, kw_only=True)
 class RankRows:
-    """The rows of a rank by number, for trainers other than ours; an epoch is whole steps."""
+    """Rows of a rank by number, for third-party trainers; an epoch is a whole number of steps."""
 
     source: TrainingLoader | SequentialRows
     world_size: int
@@ -154,23 +154,23 @@ class RankRows:
     steps: int
     """Number of steps per epoch."""
     is_endless: bool
-    """Epochs come after one another in the source; otherwise it has one."""
+    """Whether the source continues with further epochs after the first."""
 
     @property
     def num_rows(self) -> int:
-        """In an epoch."""
+        """Number of rows per epoch."""
         return self.steps * self.rank_rows
 
     def slices(self, epoch: int, first: int, stop: int, size: int, stride: int) -> Iterator[Batch]:
-        """As `TrainingLoader.slices`, with rows counted from the beginning of an epoch."""
+        """Batches as from `TrainingLoader.slices`, with rows counted from the epoch's start."""
         before = epoch * self.num_rows if self.is_endless else 0
         return self.source.slices(before + first, before + stop, size, stride)
 
 
 def open_shards(section: DataSection) -> OpenShards:
-    """Open data sets and check that they fit each other.
+    """Open data sets and check that they are compatible.
 
-    Raises the errors of data sets, and MegabackErrors for what does not fit together.
+    Raises the errors of data sets, and a MegabackError for incompatible ones.
     """
     data_sets = tuple(DataSet.open(part.path, _cache(section)) for part in section.shards)
     first = data_sets[0]
@@ -180,7 +180,7 @@ def open_shards(section: DataSection) -> OpenShards:
         )
     if len({data_set.manifest.row_tokens is None for data_set in data_sets}) > 1:
         raise ConfigError(
-            f"shards: documents and instruction examples are mixed ({section.description}); "
+            f"shards: documents and instruction examples cannot be mixed ({section.description}); "
             "train on one kind after the other"
         )
     codec = first.codec()
@@ -190,9 +190,9 @@ def open_shards(section: DataSection) -> OpenShards:
 
 
 def open_data(config: Config, rank: int, world_size: int) -> Data:
-    """Open shards, check that they fit the config, and fix the order. Loads no weights.
+    """Open shards, check them against the config, and fix the order. Loads no weights.
 
-    Raises the errors of data sets, and MegabackErrors for what does not fit together.
+    Raises the errors of data sets, and a MegabackError for incompatible settings.
     """
     section, batch = config.data, config.batch
     shards = open_shards(section)
@@ -201,8 +201,7 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
     if config.validation.patience is not None and not val:
         raise ConfigError(
             f"validation.patience needs a val set, and {section.description} has none; "
-            "build one with `megaback shards build --val-fraction`, or leave "
-            "validation.patience out"
+            "build one with `megaback shards build --val-fraction`, or remove validation.patience"
         )
     micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
     steps = config.training.steps
@@ -240,8 +239,8 @@ def _stream(
     table = RowGrid(frames.shard_tokens, data_set.manifest.frame_tokens, batch.context_tokens)
     lanes = section.lanes or choose_lanes(table.num_frames, batch_rows)
     if share < 1.0:
-        # A step has `share` of a batch of rows of this data set, give or take one: its order goes
-        # in steps of nearly as many, of which the lanes are a divisor.
+        # A step takes `share` of its rows from this data set, plus or minus one: the order uses
+        # nearly that number of rows per step, a multiple of the lanes.
         mean_rows = share * batch_rows
         lanes = min(table.num_frames, max(1, round(mean_rows)), MAX_AUTOMATIC_LANES)
         batch_rows = lanes * max(1, round(mean_rows / lanes))
@@ -257,7 +256,7 @@ def _stream(
 
 
 def rows_per_epoch(streams: Sequence[Stream], mixture: Mixture) -> float:
-    """Rows until every data set has been read to its end."""
+    """Number of rows until every data set has been read to its end."""
     return max(
         stream.order.rows_per_epoch / share
         for stream, share in zip(streams, mixture.shares, strict=True)

@@ -1,8 +1,8 @@
-"""Rows for trainers other than ours: a torch data set in the order in which a run of ours reads.
+"""PyTorch IterableDataset over shards, for third-party trainers, in the order of `megaback train`.
 
-A run's step is `global_batch_rows` rows, of which each rank takes a contiguous slice. An epoch is a
-whole number of steps, the same in every epoch, so that epochs after one another are the rows of a
-run. Within a rank, DataLoader's workers take turns: each gives `micro_batch_rows` rows.
+A step is `global_batch_rows` rows, of which each rank reads a contiguous slice. An epoch is a whole
+number of steps, the same in every epoch, so that consecutive epochs are the rows of a run. Within a
+rank, DataLoader's workers alternate: each yields `micro_batch_rows` rows at a time.
 """
 
 import os
@@ -36,22 +36,22 @@ class _Learned(TypedDict):
     input_ids: torch.Tensor
     """Token ids, int64."""
     labels: torch.Tensor
-    """Labels as transformers wants them, int64: `shift_labels` one place later. A model that is
-    given only these shifts them itself, and the last target is lost."""
+    """Labels in the convention of transformers, int64: `shift_labels` moved right by one. A model
+    that receives only these shifts them back, and loses the last target."""
     shift_labels: torch.Tensor
-    """Target of each token, int64; -100 where there is nothing to learn. For a loss that does not
-    shift; transformers' models prefer these where they are given both."""
+    """Target of each token, int64; -100 where it is ignored. For a loss that does not shift;
+    transformers' models prefer these to `labels`."""
 
 
 class Rows(_Learned, total=False):
-    """A row, whose tensors have shape (context_tokens,); or packed rows, with shape (1, T)."""
+    """One row, with tensors of shape (context_tokens,), or packed rows, with shape (1, T)."""
 
     position_ids: torch.Tensor
-    """Positions, int64, which begin again at each document and row."""
+    """Positions, int64, which restart at each document and row."""
     cu_seqlens: torch.Tensor
-    """Bounds of attention, int32, shape (segments + 1,): from 0 to the number of tokens."""
+    """Segment bounds of attention, int32, shape (segments + 1,): from 0 to the number of tokens."""
     max_seqlen: int
-    """Tokens of the longest segment."""
+    """Length of the longest segment, in tokens."""
 
 
 def open_dataset(
@@ -75,43 +75,43 @@ def open_dataset(
     cache: str | Path | None = None,
     cache_gb: float = 100.0,
 ) -> "RowDataset":
-    """Open shards as a data set for `torch.utils.data.DataLoader`, in the order of a run of ours.
+    """Open shards as a data set for `torch.utils.data.DataLoader`, ordered as in `megaback train`.
 
     Args:
-        shards: a folder that `megaback shards build` made, or its URL; or several, with the weight
-            of each.
+        shards: folder or URL of a data set that `megaback shards build` wrote, or a dictionary of
+            several with their weights.
         context_tokens: tokens per row; divides the shards' frames.
-        global_batch_rows: rows of a training step over all ranks. With another number, rows come in
-            another order.
+        global_batch_rows: rows per training step, over all ranks. The order of rows depends on it.
         micro_batch_rows: rows that DataLoader takes from a worker at a time, which is its
-            batch_size. Needed where there are several workers. With `packed`, rows per item;
-            default: all rows of the rank in a step. With split "val", rows dealt to a rank at a
-            time (default 1).
-        seed: of the order.
-        direction: how rows are read. Shards of unit `token` serve both.
+            batch_size. Required with several workers. With `packed`, rows per item; default: all
+            rows of the rank in a step. With split "val", rows assigned to a rank at a time
+            (default 1).
+        seed: seed of the order.
+        direction: reading direction. Shards of unit `token` serve both.
         split: "train", or "val" for every row of the val set once, in stored order.
         epochs: length of a pass over the data set. An epoch is rounded up to whole steps.
-        packed: items are batches of rows after one another, for DataLoader's batch_size=None.
-        position_ids, cu_seqlens: which of the keys of `Rows` items have besides the usual three.
-            `cu_seqlens` adds `max_seqlen` too.
-        rank, world_size: of the data-parallel group. Default: those of torch.distributed or of the
-            variables RANK and WORLD_SIZE, else 0 and 1. Give 0 and 1 where the trainer deals rows
-            to ranks itself: transformers' Trainer and Accelerate's `prepare` do.
+        packed: yield batches of consecutive rows, for DataLoader's batch_size=None.
+        position_ids, cu_seqlens: optional keys of `Rows` to include; `cu_seqlens` adds
+            `max_seqlen` too.
+        rank, world_size: position in the data-parallel group. Default: from torch.distributed, else
+            from the variables RANK and WORLD_SIZE, else 0 and 1. Use 0 and 1 when the trainer
+            distributes rows over ranks itself, as transformers' Trainer and Accelerate's `prepare`
+            do.
         lanes, window_frames, on_bad_frame, cache, cache_gb: as in the `data` section of a config.
 
     Raises:
-        ConfigError: for a value that cannot work, BatchError where ranks cannot share a step;
+        ConfigError: for an invalid value, BatchError if a step is not divisible by the ranks;
             ShardsMissingError, ShardCorruptError, SourceUnreadableError, DirectionMismatchError,
             TokenizerMismatchError and others of `megaback.errors` for the shards. Iterating raises
             ShardCorruptError and SourceUnreadableError.
     """
     require_flags(packed=packed, position_ids=position_ids, cu_seqlens=cu_seqlens)
     if not isinstance(cache, str | Path | None):
-        raise ConfigError(f"open_dataset: `cache` is {cache!r}; it is a folder, or None")
+        raise ConfigError(f"open_dataset: `cache` is {cache!r}; give a folder or None")
     try:
         section = DataSection(
             shards=weighted(shards),
-            direction=direction,  # type: ignore[arg-type] # pydantic takes the word
+            direction=direction,  # type: ignore[arg-type] # pydantic converts the string
             lanes=lanes,
             window_frames=window_frames,
             on_bad_frame=on_bad_frame,
@@ -127,7 +127,7 @@ def open_dataset(
     except ValidationError as error:
         raise ConfigError(f"open_dataset: {sentence(error, DataSection)}") from None
     if split not in ("train", "val"):
-        raise ConfigError(f"open_dataset: `split` is {split!r}; it is 'train' or 'val'")
+        raise ConfigError(f"open_dataset: `split` is {split!r}; give 'train' or 'val'")
     if (rank is None) != (world_size is None):
         raise ConfigError("open_dataset: give `rank` and `world_size` together, or neither")
     if rank is not None and world_size is not None:
@@ -147,7 +147,7 @@ def open_dataset(
 
 
 class RowDataset(IterableDataset[Rows]):
-    """What `open_dataset` gives. It can be pickled, and forgets then what it has open."""
+    """The data set of `open_dataset`. Pickling drops its open shards, which are reopened on use."""
 
     def __init__(
         self,
@@ -173,29 +173,29 @@ class RowDataset(IterableDataset[Rows]):
         self._has_segments = cu_seqlens
         self._rank = rank
         self._world_size = world_size
-        # In memory that workers share, for those that outlive an epoch.
+        # In shared memory: persistent workers see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._resume: _Position | None = None
         self._position: _Position | None = None
         self._opened: OpenShards | None = None
         self._cached: tuple[tuple[int, int, int], RankRows] | None = None
-        self._rows()  # what cannot work is refused here
+        self._rows()  # raises for invalid arguments
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_opened": None, "_cached": None}
-        if context.get_spawning_popen() is not None:  # a worker, which knows of no group of ranks
+        if context.get_spawning_popen() is not None:  # for a worker, which has no process group
             state["_rank"], state["_world_size"] = self._place()
         return state
 
     @property
     def vocab_size(self) -> int:
-        """Pieces of the tokenizer: ids are below."""
+        """Number of pieces of the tokenizer, above all ids."""
         return self._shards().data_sets[0].manifest.vocab_size
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one pass, each of `global_batch_rows` rows over all ranks."""
+        """Number of steps per pass, each of `global_batch_rows` rows over all ranks."""
         return self._rows().steps
 
     @property
@@ -204,23 +204,23 @@ class RowDataset(IterableDataset[Rows]):
         return int(self._epoch)
 
     def __len__(self) -> int:
-        """Items that a rank gets from one pass, over all of its workers."""
+        """Number of items per pass of this rank, over all of its workers."""
         rows = self._rows()
         size = (self._micro_batch_rows or rows.rank_rows) if self._is_packed else 1
         return -(-rows.num_rows // size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next pass reads; without this, each reads the same one.
+        """Set the epoch that the next pass reads; without this, every pass reads the same one.
 
-        Raises ConfigError for an epoch before the one of a state that was loaded.
+        Raises ConfigError for an epoch before that of a loaded state.
         """
         if (problem := ranges.COUNT_OR_ZERO.problem(epoch)) is not None:
             raise ConfigError(f"set_epoch: `epoch` is {epoch}, which is {problem}")
         if self._resume is not None and self._resume.epoch != epoch:
             if epoch < self._resume.epoch:
                 raise ConfigError(
-                    f"set_epoch: the state that was loaded is in epoch {self._resume.epoch}, after "
-                    f"epoch {epoch}; resume from that epoch (with Accelerate: "
+                    f"set_epoch: the loaded state is in epoch {self._resume.epoch}, after epoch "
+                    f"{epoch}; resume from that epoch (with Accelerate: "
                     f"loader.set_epoch({self._resume.epoch})), or open the data set again"
                 )
             self._resume = None
@@ -228,10 +228,10 @@ class RowDataset(IterableDataset[Rows]):
         self._epoch.fill_(epoch)
 
     def state_dict(self) -> State:
-        """Where this copy of the data set is: for torchdata's StatefulDataLoader, and JSON.
+        """Position of this copy of the data set, as JSON; for torchdata's StatefulDataLoader.
 
-        Copies in workers read ahead of the training, and the one in your process stays where it
-        was. With torch's DataLoader, save `state_at(step)`.
+        Copies in workers read ahead of training, and the copy in the main process does not advance.
+        With torch's DataLoader, save `state_at(step)` instead.
         """
         rows = self._rows()
         position = self._position or self._resume or _Position(self.epoch, 0)
@@ -243,14 +243,14 @@ class RowDataset(IterableDataset[Rows]):
         return state
 
     def state_at(self, step: int) -> State:
-        """The state in which a step, counted over all epochs, comes next.
+        """State from which the next step is `step`, counted over all epochs from 0.
 
-        It is the same for every rank and worker, and may be loaded with another number of them.
-        Raises ConfigError for what is no number of steps.
+        It is the same for every rank and worker, and can be loaded with another number of them.
+        Raises ConfigError for an invalid step.
         """
         if (problem := ranges.COUNT_OR_ZERO.problem(step)) is not None:
             raise ConfigError(f"state_at: `step` is {step!r}, which is {problem}")
-        step = int(step)  # of numpy too, which is no JSON
+        step = int(step)  # json cannot encode numpy's integers
         rows = self._rows()
         return {
             "epoch": step // rows.steps,
@@ -261,10 +261,10 @@ class RowDataset(IterableDataset[Rows]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next pass begin where a state was taken, and end with its epoch.
+        """Start the next pass at the position of a state; it ends with the state's epoch.
 
-        Raises RunMismatchError for the state of other rows or another order, and where it was taken
-        within a step by another number of ranks; ConfigError for what is no state.
+        Raises RunMismatchError for a state of other rows or another order, or one that another
+        number of ranks saved within a step; ConfigError for an invalid state.
         """
         rows = self._rows()
         try:
@@ -273,22 +273,23 @@ class RowDataset(IterableDataset[Rows]):
             worker = state.get("worker")
             worker = None if worker is None else (int(worker[0]), int(worker[1]))
             if any(ranges.COUNT_OR_ZERO.problem(one) for one in (epoch, step, row)):
-                raise ValueError("no place in a data set")
+                raise ValueError("not a position in a data set")
         except (KeyError, TypeError, ValueError, IndexError, OverflowError):
             raise ConfigError(
-                "load_state_dict: this is no state of a data set of open_dataset; with torchdata, "
-                "load the state of the StatefulDataLoader into the StatefulDataLoader"
+                "load_state_dict: `state` is not a state of open_dataset's data set; with "
+                "torchdata, load the state of a StatefulDataLoader into a StatefulDataLoader"
             ) from None
         for name, here in self._order(rows).items():
             if order.get(name) != here:
                 raise RunMismatchError(
-                    f"load_state_dict: the state was taken with {name} {order.get(name)!r}, and "
-                    f"the data set was opened with {here!r}; open it as it was"
+                    f"load_state_dict: the state was saved with {name} {order.get(name)!r}, but "
+                    f"the data set was opened with {here!r}; open it with the same arguments"
                 )
         if row and world_size != rows.world_size:
             raise RunMismatchError(
-                f"load_state_dict: the state was taken within a step by {world_size} ranks, and "
-                f"here are {rows.world_size}; take it between steps (state_at), or keep the ranks"
+                f"load_state_dict: the state was saved within a step by {world_size} ranks, but "
+                f"there are {rows.world_size} now; save it between steps (state_at), or resume "
+                "with the same number of ranks"
             )
         in_worker = get_worker_info()
         if worker is not None and (
@@ -296,18 +297,18 @@ class RowDataset(IterableDataset[Rows]):
         ):
             raise RunMismatchError(
                 f"load_state_dict: the state is that of worker {worker[0]} of {worker[1]}; load "
-                "the state of the StatefulDataLoader, with as many workers, or use state_at"
+                f"the state of the StatefulDataLoader with {worker[1]} workers, or use state_at"
             )
         if not epoch * rows.steps <= step <= (epoch + 1) * rows.steps:
-            epoch = step // rows.steps  # an epoch was longer or shorter then
+            epoch = step // rows.steps  # `epochs` was another when the state was saved
         within = (step - epoch * rows.steps) * rows.rank_rows + row
         self._resume, self._position = _Position(epoch, within, worker), None
-        # At an epoch's end, the next one may have been chosen already.
+        # At an epoch's end, set_epoch may have been called for the next one.
         if in_worker is None and (within < rows.num_rows or self.epoch < epoch):
             self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Rows]:
-        """One pass. Raises ShardCorruptError or SourceUnreadableError at the row that needs it."""
+        """Yield one pass. Raises ShardCorruptError or SourceUnreadableError at an affected row."""
         rows = self._rows()
         info = get_worker_info()
         turn = None if info is None or info.num_workers == 1 else (info.id, info.num_workers)
@@ -316,8 +317,8 @@ class RowDataset(IterableDataset[Rows]):
             size = rows.rank_rows
         if size is None and turn is not None:
             raise ConfigError(
-                f"open_dataset: `micro_batch_rows` is needed with {turn[1]} workers: the "
-                "batch_size of the DataLoader, without which rows would come out of order"
+                f"open_dataset: `micro_batch_rows` is required with {turn[1]} workers, to keep "
+                "rows in order; set it to the DataLoader's batch_size"
             )
         if size is None:
             size = max(1, _TOKENS_AT_A_TIME // self._batch.context_tokens)
@@ -326,8 +327,8 @@ class RowDataset(IterableDataset[Rows]):
         if turn is not None and start.worker is None:
             if start.row % size:
                 raise RunMismatchError(
-                    f"load_state_dict: the state was taken within a batch of {size} rows; resume "
-                    "with at most one worker, or take it between steps (state_at)"
+                    f"load_state_dict: the state was saved within a batch of {size} rows; resume "
+                    "with at most one worker, or save it between steps (state_at)"
                 )
             start = _Position(start.epoch, start.row + turn[0] * size)
         self._position = _Position(start.epoch, min(start.row, rows.num_rows), turn)
@@ -336,10 +337,10 @@ class RowDataset(IterableDataset[Rows]):
     def _items(
         self, rows: RankRows, start: "_Position", size: int, turn: tuple[int, int] | None
     ) -> Iterator[Rows]:
-        """Items of batches of `size` rows, of which every worker has its turn, from a row on."""
+        """Yield this worker's items from `start` on, alternating every `size` rows."""
         stride = size * (1 if turn is None else turn[1])
         row, stop = start.row, rows.num_rows
-        rest = -row % size  # of a batch that was begun
+        rest = -row % size  # of a partially read batch
         following = row + rest + (stride - size if rest else 0)
         batches = chain(
             rows.slices(start.epoch, row, min(row + rest, stop), rest, rest) if rest else (),
@@ -391,14 +392,14 @@ class RowDataset(IterableDataset[Rows]):
         accelerate = sys.modules.get("accelerate.state")
         if place[1] > 1 and accelerate is not None and accelerate.is_initialized():
             raise ConfigError(
-                "open_dataset: `rank` and `world_size` are needed with Accelerate: 0 and 1 for "
-                "transformers' Trainer and a loader that `prepare` is given, which deal rows to "
-                f"ranks themselves; else {place[0]} and {place[1]}"
+                "open_dataset: `rank` and `world_size` are required with Accelerate; give 0 and 1 "
+                "for transformers' Trainer and for loaders passed to `prepare`, which distribute "
+                f"rows over ranks themselves, else {place[0]} and {place[1]}"
             )
         return place
 
     def _rows(self) -> RankRows:
-        """The rows of this rank. Made anew after a fork, which must not share open files."""
+        """Rows of this rank, reopened after a fork: processes must not share open files."""
         rank, world_size = self._place()
         key = (os.getpid(), rank, world_size)
         if self._cached is None or self._cached[0] != key:
@@ -412,7 +413,7 @@ class RowDataset(IterableDataset[Rows]):
         return self._cached[1]
 
     def _order(self, rows: RankRows) -> State:
-        """Everything of which the rows of a step are a function, by the argument's name."""
+        """Arguments that determine the rows of a step, by name."""
         return {
             "shards": self._shards().fingerprint,
             "context_tokens": self._batch.context_tokens,
@@ -427,9 +428,9 @@ class RowDataset(IterableDataset[Rows]):
 
 @dataclass(frozen=True)
 class _Position:
-    """The row of a rank in an epoch that comes next; in a worker, the one that it reads next."""
+    """Next row of a rank in an epoch; in a worker, the next row that it reads."""
 
     epoch: int
     row: int
     worker: tuple[int, int] | None = None
-    """Number of the worker, and how many there are."""
+    """Id of the worker, and the number of workers."""

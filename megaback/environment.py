@@ -1,7 +1,7 @@
-"""Environment variables by which the launcher tells a rank where it is."""
+"""Environment variables that the launcher sets for a rank."""
 
 LAUNCHER_VARIABLE = "MEGABACK_LAUNCHER"
-"""The process that started this rank, and that it is not to outlive."""
+"""Process id of the launcher; a rank ends when that process does."""
 
 
 HOST_VARIABLE = "MEGABACK_HOST"

@@ -1,7 +1,7 @@
-"""The errors that megaback raises, to be caught: `except megaback.errors.MegabackError`.
+"""Exceptions that megaback raises: `except megaback.errors.MegabackError` catches all of them.
 
-Each is a sentence that says what is wrong, where, and what to do. Commands end with its `exit_code`
-(docs/exit_codes.md). They are defined in `data_pipeline.errors`, the lowest layer.
+The message states what is wrong, where, and what to do. Commands exit with the exception's
+`exit_code` (docs/exit_codes.md). Defined in `data_pipeline.errors`, the lowest layer.
 """
 
 from data_pipeline.errors import BackendError as BackendError

@@ -1,4 +1,4 @@
-"""Whether what Python imports is this installation: its packages, and nothing in their place."""
+"""Checks that Python imports this installation's packages, and none that shadow them."""
 
 import sys
 from collections.abc import Iterator
@@ -13,51 +13,51 @@ ROOT = Path(own_process.ROOT)
 """The folder that the packages are installed in."""
 HIDDEN = (
     "the folder `megaback` in the working directory hides the package of that name; start in "
-    "another folder, or install megaback once more with `pip install -e .`, which then comes first"
+    "another folder, or install megaback again with `pip install -e .`, which takes precedence"
 )
 
 
 def require_packages() -> None:
-    """Raise ImportError if the package that megaback is built on is somebody else's."""
+    """Raise ImportError if `data_pipeline` is another project's package."""
     spec = find_spec("data_pipeline")
     if spec is not None and spec.origin != str(
         Path(__file__).parents[1] / "data_pipeline" / "__init__.py"
     ):
         found = spec.origin or next(iter(spec.submodule_search_locations or []), "?")
         raise ImportError(
-            f"megaback needs its own package data_pipeline, and Python finds {found} in its place; "
-            "rename that one, or take its folder off Python's path (the folder of your script, "
-            "PYTHONPATH), or install megaback in an environment without it"
+            f"Python imports {found} instead of megaback's own package data_pipeline; rename that "
+            "one, remove its folder from Python's path (the folder of your script, PYTHONPATH), or "
+            "install megaback in an environment without it"
         )
 
 
 def is_whole() -> bool:
-    """Whether `megaback` is the package, and not a mere folder of that name over it."""
+    """Whether `megaback` is the package, and not a folder of that name that hides it."""
     return getattr(sys.modules.get("megaback"), "__file__", None) is not None
 
 
 def missing_module(name: str) -> str | None:
-    """Why a module of ours is not there; None for a name of somebody else's."""
+    """Reason why a module of megaback is missing; None for another package's module."""
     package = name.partition(".")[0]
     if package not in PACKAGES:
         return None
     found = getattr(sys.modules.get(package), "__file__", None) or ROOT / package
     return (
-        f"there is no module {name} in {found}: another project's {package} is in the place of "
-        "megaback's, or files are missing; install megaback in an environment of its own"
+        f"there is no module {name} in {found}: another project's {package} hides megaback's, or "
+        "files are missing; install megaback in an environment of its own"
     )
 
 
 def hidden_by(folder: Path) -> list[str]:
-    """Modules that Python would take from a folder, if started there, in place of installed ones.
+    """Installed modules that Python would import from a folder instead, if started there.
 
-    Of megaback's packages, of Python's own modules and of everything that is installed.
+    Checked are megaback's packages, the standard library and all installed packages.
     """
     return sorted(name for name in _names_in(folder) if _hides(folder, name))
 
 
 def sharing_distributions() -> list[str]:
-    """Others that pip has installed with packages by our names: one may write over the other's."""
+    """Other installed distributions with packages of our names, whose files may overwrite ours."""
     from importlib.metadata import packages_distributions
 
     found = packages_distributions()
@@ -65,7 +65,7 @@ def sharing_distributions() -> list[str]:
 
 
 def _names_in(folder: Path) -> Iterator[str]:
-    from importlib.metadata import packages_distributions  # which takes a while
+    from importlib.metadata import packages_distributions  # slow to import
 
     installed = {*PACKAGES, *sys.stdlib_module_names, *packages_distributions()}
     try:
@@ -79,6 +79,6 @@ def _hides(folder: Path, name: str) -> bool:
     here = PathFinder.find_spec(name, [str(folder)])
     if here is None or (name in PACKAGES and folder.resolve() == ROOT):
         return False
-    # A folder without an __init__.py hides only what an import hook finds, not what is on the path.
+    # A folder without an __init__.py hides only what import hooks find, not modules on the path.
     found = here if here.origin else PathFinder.find_spec(name, [str(folder), *sys.path])
     return found is not None and (found.origin is None or Path(found.origin).is_relative_to(folder))

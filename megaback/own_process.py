@@ -1,8 +1,8 @@
-"""Processes that were started for megaback: what they import, and how they end at Ctrl-C.
+"""Import path and Ctrl-C of processes that run megaback's own commands.
 
-A program that imports megaback as a library keeps its path and its signals. Until the path is in
-order, nothing is imported here that Python has not loaded itself: the working directory may hold a
-`typing.py`.
+A program that imports megaback as a library keeps its path and its signal handlers. Until the path
+is set, only modules that Python has loaded itself are imported here: the working directory may
+contain a `typing.py`.
 """
 
 import os
@@ -21,24 +21,24 @@ ROOT = _root_of(__file__)
 
 
 def is_own_process() -> bool:
-    """Whether Python was told to run the `megaback` script or, with -m, a module of ours.
+    """Whether Python runs the `megaback` script or, with -m, a module of ours.
 
-    A module is ours if its package was found in ROOT: a `tools` of somebody else is not.
+    A module is ours if its package was found in ROOT: another project's `tools` is not.
     """
     words = sys.argv[:1]
     if words not in (["-m"], ["-c"]) or len(sys.argv) > len(sys.orig_argv):
         return "".join(words).endswith(f"{os.sep}megaback")
-    # While Python looks for a module, sys.argv has -m in the place of its name.
+    # While Python looks for a module, sys.argv has -m instead of its name.
     package = sys.orig_argv[-len(sys.argv)].removeprefix("-m").partition(".")[0]
     file = getattr(sys.modules.get(package), "__file__", None)
     return package in PACKAGES and file is not None and _root_of(file) == ROOT
 
 
 def put_packages_first() -> None:
-    """Import nothing more from the working directory, and our packages before others of the name.
+    """Remove the working directory from the path, and move folders with packages of our names last.
 
-    Folders on the path that have another package of such a name (PYTHONPATH leads to a clone, a
-    project with `tools`) come last. Processes that `multiprocessing` starts inherit the path.
+    Examples of such folders are a clone in PYTHONPATH and a project with `tools`. Processes that
+    `multiprocessing` starts inherit the path.
     """
     has_working_directory = sys.argv[:1] == ["-m"] and not getattr(sys.flags, "safe_path", False)
     if has_working_directory and sys.path[0] in ("", os.getcwd()) and _real(sys.path[0]) != ROOT:
@@ -51,7 +51,7 @@ def put_packages_first() -> None:
 
 
 def end_at_ctrl_c() -> None:
-    """From here on, Ctrl-C ends this process without a traceback, unless it is handled already."""
+    """End this process at Ctrl-C without a traceback, unless a handler is installed already."""
     import signal
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -59,7 +59,7 @@ def end_at_ctrl_c() -> None:
 
 
 def _leave(*_: object) -> None:
-    if "MEGABACK_LAUNCHER" not in os.environ:  # which speaks for its ranks
+    if "MEGABACK_LAUNCHER" not in os.environ:  # a launcher reports it once for all ranks
         os.write(2, b"megaback: interrupted\n")
     os._exit(130)
 

@@ -1,6 +1,6 @@
-"""The names of all files in a run's folder, a checkpoint and a model's folder: nowhere else.
+"""Names of all files in a run's folder, a checkpoint and a model's folder, defined only here.
 
-`checkpoints/best` and `checkpoints/latest` are marks: files that name a checkpoint beside them.
+`checkpoints/best` and `checkpoints/latest` are marks: files that name a checkpoint in their folder.
 Loads no torch.
 """
 
@@ -17,15 +17,15 @@ CONFIG_COPY_NAME = "config.yaml"
 RESOLVED_COPY_NAME = "config.resolved.yaml"
 """The run's config, resolved, where its `config.yaml` is the user's own."""
 LOCK_NAME = ".lock"
-"""Held by the process that trains in the run's folder."""
+"""Lock file, held by the process that trains in the run's folder."""
 METRICS_NAME = "metrics.jsonl"
 HISTORY_NAME = "history.jsonl"
 EXIT_NAME = "exit.json"
 BAD_NODES_NAME = "bad_nodes.txt"
-"""Nodes because of which a start was stopped, one per line."""
+"""Nodes that failed the preflight, one per line."""
 PREFLIGHT_NAME = "preflight.json"
 PREFLIGHT_FOLDER = ".preflight"
-"""Files that nodes write and read to see whether they share the disk."""
+"""Files by which nodes test whether they share the disk."""
 SKIPPED_STEPS_NAME = "skipped_steps.json"
 WANDB_ID_NAME = "wandb_id.txt"
 WANDB_FOLDER = "wandb"
@@ -43,10 +43,10 @@ CHECKPOINTS_FOLDER = "checkpoints"
 META_NAME = "meta.json"
 LATEST_NAME = "latest"
 BEST_NAME = "best"
-"""Names the checkpoint with the lowest val loss, which is never deleted."""
+"""Mark that names the checkpoint with the lowest val loss, which is never deleted."""
 STEP_PREFIX = "step-"
 FETCHED_NAME = ".fetched.partial"
-"""A checkpoint on its way back from `checkpoint.copy_to`."""
+"""Checkpoint that is being fetched from `checkpoint.copy_to`."""
 TENSORS_SUFFIX = ".safetensors"
 WEIGHTS_PREFIX = "weights-"
 OPTIMIZER_PREFIX = "optimizer-"
@@ -55,9 +55,9 @@ FILE_NAME = re.compile(
     rf"({WEIGHTS_PREFIX}|{OPTIMIZER_PREFIX})[0-9]{{5,}}{re.escape(TENSORS_SUFFIX)}"
     rf"|{re.escape(TOKENIZER_NAME)}"
 )
-"""Names of files that a checkpoint's description may have."""
+"""File names that a checkpoint's meta.json may list."""
 CHECKPOINT_FILE = re.compile(rf"{FILE_NAME.pattern}|{re.escape(META_NAME)}")
-"""The names of the files in a checkpoint: others in its folder are not removed with it."""
+"""Names of the files in a checkpoint: other files in its folder are not removed with it."""
 
 MODEL_CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -65,12 +65,12 @@ INDEX_NAME = "model.safetensors.index.json"
 SUMS_NAME = "SHA256SUMS"
 GGUF_NAME = "model.gguf"
 ADAPTER_NAME = "adapter_config.json"
-"""File that another library's adapter has in place of a config."""
+"""File of a peft adapter, which has no config.json."""
 HF_TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 """File that only folders for transformers have."""
 
 CONVERTED_FOLDER = "converted"
-"""Models' folders of a run's checkpoints."""
+"""Model folders converted from a run's checkpoints."""
 CONVERSION = re.compile(rf"{STEP_FOLDER.pattern}-[0-9a-f]{{12}}")
 CONVERSION_FILE = re.compile(
     "|".join(map(re.escape, (MODEL_CONFIG_NAME, TOKENIZER_NAME, SUMS_NAME, INDEX_NAME)))
@@ -91,12 +91,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def part_of_weights(number: int, count: int) -> str:
-    """The name of one of several files of a model's weights, from 1."""
+    """The name of one of several files of a model's weights, numbered from 1."""
     return f"model-{number:05d}-of-{count:05d}{TENSORS_SUFFIX}"
 
 
 def heartbeat_path(run: Path, rank: int) -> Path:
-    """Where a rank's heartbeat is."""
+    """Path of a rank's heartbeat."""
     return run / HEARTBEATS_FOLDER / f"{HEARTBEAT_PREFIX}{rank:05d}.json"
 
 
@@ -117,7 +117,7 @@ def newest_checkpoint_step(run: Path) -> int:
 def checkpoints_meant_by(path: Path) -> list[Path]:
     """The complete checkpoints of a run or of its folder of checkpoints, oldest first.
 
-    Of a checkpoint or a mark only the one. Nothing is verified. Raises what `meant_by` does.
+    For a checkpoint or a mark, only that one. Nothing is verified. Raises the errors of `meant_by`.
     """
     path = meant_by(path)
     if (path / META_NAME).is_file():
@@ -126,9 +126,9 @@ def checkpoints_meant_by(path: Path) -> list[Path]:
 
 
 def meant_by(path: Path) -> Path:
-    """The checkpoint that `best` or `latest` names; any other path as it is.
+    """The checkpoint that `best` or `latest` names; any other path unchanged.
 
-    Raises CheckpointCorruptError for what names none, OSError.
+    Raises CheckpointCorruptError if the mark names none, and OSError.
     """
     if path.name not in (BEST_NAME, LATEST_NAME) or not path.is_file():
         return path
@@ -139,15 +139,15 @@ def meant_by(path: Path) -> Path:
         if isinstance(error, OSError) and error.errno not in UNFIT:
             raise
         raise CheckpointCorruptError(
-            f"{path} does not name a checkpoint beside it ({error}); name one yourself"
+            f"{path} does not name a checkpoint in its folder ({error}); give a step's folder"
         ) from None
 
 
 def holds_weights(base: Path) -> bool:
     """Whether a run can start from a path: a model's folder, a run, or one of its checkpoints.
 
-    What lies there is not verified.
+    Nothing is verified.
     """
-    if base.is_file():  # it names a checkpoint beside it
+    if base.is_file():  # a mark
         return base.name in (BEST_NAME, LATEST_NAME)
     return (base / MODEL_CONFIG_NAME).is_file() or bool(checkpoints_meant_by(base))

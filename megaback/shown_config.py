@@ -1,4 +1,4 @@
-"""A config for eyes other than its owner's."""
+"""Redaction of credentials in a config, for logs and third parties."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +8,12 @@ from megaback.config import Config
 
 
 def shown_config(config: Config) -> dict[str, Any]:
-    """What a config says, without the passwords and signatures of addresses."""
+    """The config's fields, without the passwords and signatures of URLs."""
     return shown_fields(config.model_dump(mode="json"))
 
 
 def shown_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a config's fields as JSON."""
+    """The same for a config's fields as JSON."""
     shown: dict[str, Any] = _shown(dict(fields))
     return shown
 

@@ -1,13 +1,13 @@
-"""What a rank runs: `python -m megaback.train CONFIG`, under a launcher, srun or alone.
+"""Process of a rank: `python -m megaback.train CONFIG`, under a launcher, under srun or alone.
 
-It joins the other ranks, trains (`training.trainer`), and ends with the exit code that says how,
-which it also writes into the run's folder.
+It joins the other ranks, trains (`training.trainer`), and exits with an exit code that it also
+records in the run's folder.
 """
 
 import os
 from pathlib import Path
 
-if __name__ == "__main__":  # before torch is loaded, which takes seconds
+if __name__ == "__main__":  # before torch is imported, which takes seconds
     from data_pipeline.common.console import protect_console
     from megaback.faults.stop_request import exit_at_ctrl_c
 
@@ -46,14 +46,13 @@ from megaback.training.start import AlreadyTrained
 from megaback.training.trainer import Trainer
 
 _CONSOLE_TIMEOUT_S = 3.0
-"""Maximum time that a step waits for the reader of the run's output, in seconds, before a line is
-dropped."""
+"""Maximum time that a step blocks on console output, in seconds; then the line is dropped."""
 
 
 def train_run(
     config: Config, world: World, stop: StopRequest, watchdog: Watchdog, given: Path | None = None
 ) -> None:
-    """Train a run, whose config file was given, to its end. Raises CollectiveExit on all ranks."""
+    """Train a run to its end. Raises CollectiveExit on all ranks. `given`: file of the config."""
     error: MegabackError | None = None
     reason = ""
     try:
@@ -68,7 +67,7 @@ def train_run(
         finally:
             trainer.close()
     except (NonFiniteError, PreemptedError, UserInterruptError) as shared:
-        error = shared  # raised on every rank alike
+        error = shared  # raised on all ranks
     world.stop_if_any(error)
     if world.is_first:
         watchdog.record_exit(0, "finished", reason)
@@ -76,18 +75,18 @@ def train_run(
 
 
 def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path) -> int:
-    """Train, and say in the run's folder how it ended. Returns the exit code."""
+    """Train, and record in the run's folder how it ended. Returns the exit code."""
     watchdog = Watchdog(config.run, config.hardware, world)
     try:
         train_run(config, world, stop, watchdog, given)
     except CollectiveExit as ending:
         reason = ending.error
-        if reason is not None and watchdog.is_open:  # else the record is that of an earlier start
+        if reason is not None and watchdog.is_open:  # otherwise an earlier start's record stays
             watchdog.record_exit(reason.exit_code, type(reason).__name__, str(reason))
         watchdog.mark_exited("all ranks ended together")
         return int(ending.code or 0)
-    except Exception as fault:  # noqa: BLE001 (what it is, is said)
-        # The other ranks cannot be asked; they see that this one has left, and why.
+    except Exception as fault:  # noqa: BLE001 (it is reported)
+        # No collective is possible here: the other ranks read this rank's exit from its heartbeat.
         if is_collective_error(fault):
             os._exit(watchdog.report_lost().exit_code)
         print_exception(type(fault), fault, fault.__traceback__)
@@ -103,7 +102,7 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--save-before", hidden=True)
-# What the deepspeed command passes.
+# Passed by the deepspeed command.
 @click.option("--local_rank", type=MANY_OR_ZERO.option, hidden=True, expose_value=False)
 def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> None:
     """Train as one rank of a run described by CONFIG and key.sub=value OVERRIDES."""

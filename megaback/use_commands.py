@@ -1,4 +1,4 @@
-"""What to type to use a model, by its direction and what it was trained on. Loads no torch."""
+"""Example commands that use a model, by its direction and training data. Loads no torch."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ _RESPONSE, _INSTRUCTION = "You are welcome.", "Name a color."
 
 
 def use_commands(path: Path, direction: Direction, *, on_examples: bool) -> dict[str, str]:
-    """A command that writes with a model, a run or a checkpoint, and what it does."""
+    """Commands that generate from a model, a run or a checkpoint, and the output of each."""
     is_backward = direction is Direction.BACKWARD
     if on_examples and is_backward:
         return {command("chat", path, "--response", _RESPONSE): "the instruction for a response"}
     if on_examples:
         return {command("chat", path, "--instruction", _INSTRUCTION): "a response"}
     if is_backward:
-        return {command("sample", path, "--ending", _ENDING): "writes what comes before"}
-    return {command("sample", path, "--beginning", _BEGINNING): "writes what comes after"}
+        return {command("sample", path, "--ending", _ENDING): "the text before it"}
+    return {command("sample", path, "--beginning", _BEGINNING): "the text after it"}

@@ -1,7 +1,7 @@
-"""YAML as configs have it, of bounded size, since a run's folder may be a stranger's.
+"""YAML parsing of configs, with bounded size, since a run's folder may be untrusted.
 
-A key that is there twice is an error, where PyYAML keeps the last. What aliases and merged keys
-stand for is counted before it is made: a few lines of them can stand for billions of values.
+A duplicate key is an error, where PyYAML keeps the last value. The expansion of aliases and merged
+keys is counted before it is built: a few lines of them can expand to billions of values.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from data_pipeline.storage.address_variables import kept_in
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _MAX_BYTES = 1 << 18
 _MAX_VALUES = 20_000
-"""PyYAML makes so many in half a second."""
+"""Number of values that PyYAML builds in half a second."""
 _MAX_DEPTH = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with these differences."""
+    """PyYAML's safe loader, with limits, and errors for duplicate keys."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._num_values = 0
         self._depth = 0
         self._sizes: dict[yaml.Node, int] = {}
-        """Number of values that each complete node stands for."""
+        """Number of values in the expansion of each complete node."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         before = self._num_values
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
         assert node is not None
         self._depth -= 1
         if is_alias and node not in self._sizes:
-            raise yaml.YAMLError("an alias in it refers to what contains it")
+            raise yaml.YAMLError("it has an alias to a node that contains it")
         self._num_values += self._sizes[node] if is_alias else 1
         if self._num_values > _MAX_VALUES:
             raise yaml.YAMLError(f"it has more than {_MAX_VALUES:,} values")
@@ -58,14 +58,14 @@ class _Loader(yaml.SafeLoader):
             key, line = key_node.value, key_node.start_mark.line + 1
             if key in lines:
                 raise yaml.YAMLError(
-                    f"the key {key} is there twice, on line {lines[key]} and on line {line}"
+                    f"the key {key} is given twice, on line {lines[key]} and on line {line}"
                 )
             lines[key] = line
         return node
 
 
 def read_yaml(text: str) -> Any:
-    """What a text means. Raises yaml.YAMLError, for a key that is there twice too."""
+    """The value of a YAML text. Raises yaml.YAMLError, also for a duplicate key."""
     if len(text) > _MAX_BYTES:
         raise yaml.YAMLError(f"it has more than {_MAX_BYTES:,} characters")
     try:
@@ -75,7 +75,7 @@ def read_yaml(text: str) -> Any:
 
 
 def read_yaml_argument(path: Path) -> Any:
-    """What a file means that the user has named; it may be a pipe.
+    """The value of a file that the user has named; it may be a pipe.
 
     Raises OSError, yaml.YAMLError.
     """
@@ -84,7 +84,7 @@ def read_yaml_argument(path: Path) -> Any:
 
 
 def read_yaml_file(path: Path) -> Any:
-    """What a file of a run's folder means. Raises OSError, yaml.YAMLError."""
+    """The value of a file in a run's folder. Raises OSError, yaml.YAMLError."""
     return _read(read_file(path, _MAX_BYTES))
 
 
@@ -96,7 +96,7 @@ def _read(data: bytes) -> Any:
 
 
 def apply_override(fields: dict[str, Any], text: str) -> None:
-    """Set the key of a `key.sub=value`. Raises ConfigError."""
+    """Apply a `key.sub=value` to a config's fields. Raises ConfigError."""
     key, separator, value_text = text.partition("=")
     if not separator or not key:
         raise ConfigError(f"{text!r} is not an override; write key.sub=value")
@@ -109,14 +109,14 @@ def apply_override(fields: dict[str, Any], text: str) -> None:
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"the override {text!r} looks into {parent}, which has no keys")
+            raise ConfigError(f"the override {text!r} sets a key of {parent}, which has no keys")
     section[last] = value
 
 
 def kept_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Overrides for the command line of other processes, which everybody on a machine can read.
+    """Overrides for the command lines of other processes, which all users of a machine can read.
 
-    Secrets in their addresses go there by the environment. Raises ConfigError.
+    Secrets in their URLs are passed in the environment instead. Raises ConfigError.
     """
     return tuple(map(_kept, overrides))
 

@@ -166,7 +166,7 @@ def test_a_script_beside_another_data_pipeline_gets_an_error(hostile: Path) -> N
     done = run_in(hostile, sys.executable, "-c", "import megaback")
 
     assert done.returncode != 0
-    assert f"Python finds {hostile / 'data_pipeline'}" in done.stderr
+    assert f"Python imports {hostile / 'data_pipeline'}" in done.stderr
     assert "the working directory was imported" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""A rank that trains in the tests' own process."""
+"""Fixtures for a rank that trains in the test process."""
 
 import os
 import signal
@@ -27,10 +27,10 @@ def training_world() -> "Iterator[World]":
     no_groups = dict(vars(groups))
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
-    torch.set_num_threads(1)  # quickest for a model this small
+    torch.set_num_threads(1)  # fastest for a model this small
     yield start_world("cpu", 60)
     dist.destroy_process_group()
-    vars(groups).update(no_groups)  # DeepSpeed would use those of a world that is gone
+    vars(groups).update(no_groups)  # DeepSpeed would reuse the destroyed groups
     deepspeed.comm.comm.cdb = None
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
@@ -41,7 +41,7 @@ def training_world() -> "Iterator[World]":
 
 @pytest.fixture
 def config_of(tmp_path: Path, tiny_shards: Path) -> "Callable[..., Config]":
-    """`config_of(name, section={...})`: a run of 4 steps of 4 rows that saves every second one."""
+    """`config_of(name, section={...})`: a run of 4 steps of 4 rows, saved every 2 steps."""
     from tests.helpers.run_config import run_config
 
     def make(name: str = "run", **sections: object) -> "Config":

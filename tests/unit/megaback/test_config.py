@@ -1,4 +1,4 @@
-"""A config is checked as a whole, refused with one sentence, and every shipped one can run."""
+"""Validation of configs, their error messages, overrides, and the shipped configs."""
 
 import math
 import re
@@ -41,7 +41,7 @@ def write_config(folder: Path, fields: object = SMALL) -> Path:
 
 
 def refusal(path: Path, *overrides: str) -> str:
-    """The sentence with which a config is refused."""
+    """The error message of an invalid config."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return str(caught.value)
@@ -53,7 +53,7 @@ def test_a_small_config_is_enough(tmp_path: Path) -> None:
     assert (config.training.steps, config.zero.stage, config.data.direction) == (10, 2, "backward")
 
 
-def test_what_is_written_as_yaml_reads_back_equal(tmp_path: Path) -> None:
+def test_a_config_written_as_yaml_reads_back_equal(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path), ("init_from=models/base", "data.lanes=4"))
     copy = tmp_path / "copy.yaml"
     copy.write_text(config.to_yaml())
@@ -69,7 +69,7 @@ def test_what_is_written_as_yaml_reads_back_equal(tmp_path: Path) -> None:
         "checkpoint.copy_to={}",
     ],
 )
-def test_an_override_for_other_processes_has_no_secrets_and_means_the_same(
+def test_an_override_for_other_processes_has_no_secrets_and_the_same_value(
     tmp_path: Path, text: str
 ) -> None:
     override = text.format("https://me:pass@host/web?token=abc&id=7")
@@ -81,7 +81,7 @@ def test_an_override_for_other_processes_has_no_secrets_and_means_the_same(
     assert load_config(path, (kept,)) == load_config(path, (override,))
 
 
-def test_a_config_that_is_shown_has_no_secrets_of_addresses(tmp_path: Path) -> None:
+def test_a_redacted_config_has_no_secrets_of_urls(tmp_path: Path) -> None:
     secret = "data.shards=[{path: 'https://me:word@host/web?token=abc', weight: 2}, {path: books}]"
     config = load_config(write_config(tmp_path), (secret,))
 
@@ -106,7 +106,7 @@ def test_a_config_that_is_shown_has_no_secrets_of_addresses(tmp_path: Path) -> N
         ("logging.wandb_projekt=x", "logging.wandb_projekt", "logging.wandb_project"),
     ],
 )
-def test_a_key_that_does_not_exist_is_named_with_what_was_meant(
+def test_an_unknown_key_is_reported_with_the_closest_one(
     tmp_path: Path, override: str, key: str, meant: str
 ) -> None:
     path = write_config(tmp_path)
@@ -118,20 +118,20 @@ def test_a_key_that_does_not_exist_is_named_with_what_was_meant(
     ("override", "names"),
     [("zero.xyzzy=1", "; zero has stage"), ("xyzzy=1", "; the config has run,")],
 )
-def test_a_key_that_resembles_none_gets_the_list_of_its_section(
+def test_an_unknown_key_without_a_close_match_lists_the_keys_of_its_section(
     tmp_path: Path, override: str, names: str
 ) -> None:
     assert names in refusal(write_config(tmp_path), override)
 
 
 @pytest.mark.parametrize("section", ["data", "model", "batch", "optimizer", "training"])
-def test_a_missing_section_is_named(tmp_path: Path, section: str) -> None:
+def test_a_missing_section_is_reported(tmp_path: Path, section: str) -> None:
     fields = {name: value for name, value in SMALL.items() if name != section}
 
     assert f"the key {section} is missing" in refusal(write_config(tmp_path, fields))
 
 
-def test_a_missing_key_is_named_with_its_section(tmp_path: Path) -> None:
+def test_a_missing_key_is_reported_with_its_section(tmp_path: Path) -> None:
     fields = {**SMALL, "model": {"num_layers": 2, "num_heads": 4}}
 
     assert "the key model.width is missing" in refusal(write_config(tmp_path, fields))
@@ -163,35 +163,31 @@ def test_a_missing_key_is_named_with_its_section(tmp_path: Path) -> None:
             "model={num_layers: 1, width: 32, num_heads: 4, tie_embeddings: true, zero_head: true}",
             "zero_head treats lm_head and the embeddings differently",
         ),
-        ("optimizer.matrix_learning_rate=0.1", "matrix_learning_rate is Muon's"),
+        ("optimizer.matrix_learning_rate=0.1", "matrix_learning_rate is for Muon only"),
         ("optimizer.schedule=step", "optimizer.schedule = 'step'"),
         ("training.activation_checkpointing=true", "training.activation_checkpointing = True"),
     ],
 )
-def test_a_value_that_cannot_work_is_named_with_its_key(
-    tmp_path: Path, override: str, key: str
-) -> None:
+def test_an_invalid_value_is_reported_with_its_key(tmp_path: Path, override: str, key: str) -> None:
     assert key in refusal(write_config(tmp_path), override)
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
 @pytest.mark.parametrize("key", ["optimizer.learning_rate", "training.epochs", "model.rope_theta"])
-def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, key: str, value: str) -> None:
+def test_a_non_finite_number_is_refused(tmp_path: Path, key: str, value: str) -> None:
     overrides = ["training.steps=null"] if key == "training.epochs" else []
 
     assert key in refusal(write_config(tmp_path), *overrides, f"{key}={value}")
 
 
-def test_steps_may_be_replaced_by_epochs(tmp_path: Path) -> None:
+def test_the_length_can_be_given_in_epochs(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path), ("training.steps=null", "training.epochs=1.5"))
 
     assert (config.training.steps, config.training.epochs) == (None, 1.5)
 
 
 @pytest.mark.parametrize("override", ["training.epochs=2", "training.steps=null"])
-def test_neither_both_nor_none_of_steps_and_epochs_is_accepted(
-    tmp_path: Path, override: str
-) -> None:
+def test_exactly_one_of_steps_and_epochs_is_accepted(tmp_path: Path, override: str) -> None:
     sentence = refusal(write_config(tmp_path), override)
 
     assert "training: give exactly one of steps and epochs" in sentence
@@ -203,18 +199,18 @@ def test_a_later_override_wins(tmp_path: Path) -> None:
     assert config.training.seed == 2
 
 
-def test_an_override_makes_a_section_that_the_file_leaves_out(tmp_path: Path) -> None:
+def test_an_override_adds_a_section_that_the_file_lacks(tmp_path: Path) -> None:
     assert load_config(write_config(tmp_path), ("zero.stage=3",)).zero.stage == 3
 
 
-def test_a_learning_rate_may_be_written_as_3e_4(tmp_path: Path) -> None:
+def test_a_learning_rate_can_be_written_as_3e_4(tmp_path: Path) -> None:
     """YAML 1.1 reads 3e-4, without a dot, as text."""
     config = load_config(write_config(tmp_path), ("optimizer.learning_rate=3e-4",))
 
     assert config.optimizer.learning_rate == 3e-4
 
 
-def test_the_value_of_an_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
+def test_the_value_of_an_override_can_contain_an_equals_sign(tmp_path: Path) -> None:
     assert load_config(write_config(tmp_path), ("run=runs/lr=1",)).run == Path("runs/lr=1")
 
 
@@ -223,13 +219,11 @@ def test_the_value_of_an_override_may_hold_an_equals_sign(tmp_path: Path) -> Non
     [
         ("training.steps", "'training.steps' is not an override"),
         ("=5", "'=5' is not an override"),
-        ("training.steps.more=5", "looks into steps, which has no keys"),
+        ("training.steps.more=5", "sets a key of steps, which has no keys"),
         ("run=[1", "is not valid YAML"),
     ],
 )
-def test_an_override_that_makes_no_sense_is_quoted(
-    tmp_path: Path, override: str, complaint: str
-) -> None:
+def test_an_invalid_override_is_quoted(tmp_path: Path, override: str, complaint: str) -> None:
     assert complaint in refusal(write_config(tmp_path), override)
 
 
@@ -238,14 +232,14 @@ def test_an_override_with_an_empty_name_is_refused(tmp_path: Path, override: str
     refusal(write_config(tmp_path), override)
 
 
-def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_config_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "none.yaml"
 
     assert refusal(path) == f"cannot read the config {path}: No such file or directory"
 
 
 @pytest.mark.parametrize("content", [b"", b"- a\n", b"text", b"run: [", b"\xff\xfe", b"a: b: c"])
-def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_config_is_reported(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "odd.yaml"
     path.write_bytes(content)
 
@@ -256,11 +250,11 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes) -> No
     "override",
     ["zero.stages=2", "model.width=34", "training.epochs=2", "optimizer.learning_rate=-1", "run=["],
 )
-def test_a_refusal_is_one_line(tmp_path: Path, override: str) -> None:
+def test_an_error_message_is_one_line(tmp_path: Path, override: str) -> None:
     assert "\n" not in refusal(write_config(tmp_path), override)
 
 
-def test_keys_that_are_no_text_are_refused_with_a_sentence(tmp_path: Path) -> None:
+def test_keys_that_are_not_strings_are_refused(tmp_path: Path) -> None:
     fields = {**SMALL, "zero": {2: 3}}
 
     assert "zero.2" in refusal(write_config(tmp_path, fields))
@@ -292,7 +286,7 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_rows(
 
 
 @given(global_rows=st.integers(1, 4096), world_size=st.integers(1, 512))
-def test_a_batch_that_ranks_cannot_share_names_one_that_they_can(
+def test_the_error_for_an_indivisible_batch_suggests_a_divisible_one(
     global_rows: int, world_size: int
 ) -> None:
     if global_rows % world_size == 0:
@@ -314,7 +308,9 @@ def batch_of(global_rows: int, micro_rows: int) -> BatchSection:
 
 
 @pytest.mark.parametrize(("name", "billions"), [("1b", 1.0), ("2b", 2.0), ("7b", 7.0)])
-def test_a_model_has_as_many_parameters_as_its_config_says(name: str, billions: float) -> None:
+def test_a_model_has_the_number_of_parameters_in_its_configs_name(
+    name: str, billions: float
+) -> None:
     shape = load_config(CONFIGS / f"reverse_{name}.yaml").model
     with torch.device("meta"):
         model = ReverseGPT(shape, 8_888)
@@ -324,7 +320,7 @@ def test_a_model_has_as_many_parameters_as_its_config_says(name: str, billions: 
 
 
 def shipped(name: str) -> Config:
-    """A shipped config; what is fine-tuned has a base's model, which is not here."""
+    """A shipped config; the one for fine-tuning gets the shape of its base, which is not here."""
     keys = ("num_layers=12", "width=1024", "num_heads=16") if name == "backchat.yaml" else ()
     return load_config(CONFIGS / name, tuple(f"model.{key}" for key in keys))
 
@@ -343,7 +339,7 @@ def test_every_shipped_context_is_a_power_of_two_as_frames_are(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_batch_can_be_shared_by_1_2_4_and_8_ranks(name: str) -> None:
+def test_every_shipped_batch_is_divisible_by_1_2_4_and_8_ranks(name: str) -> None:
     batch = shipped(name).batch
 
     for world_size in (1, 2, 4, 8):
@@ -359,7 +355,7 @@ def test_every_shipped_warmup_ends_before_the_run_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_no_shipped_config_names_a_place_on_somebodys_machine(name: str) -> None:
+def test_no_shipped_config_has_an_absolute_path(name: str) -> None:
     config: Config = shipped(name)
 
     assert not config.run.is_absolute()
@@ -383,7 +379,7 @@ def test_the_seed_experiments_batch_accumulates_four_times_on_one_device() -> No
     assert split_batch(load_config(CONFIGS / SEED_CONFIG).batch, 1) == (64, 4)
 
 
-def test_a_refusal_belongs_to_the_one_family_of_errors() -> None:
+def test_config_errors_are_megaback_errors() -> None:
     assert issubclass(BatchError, ConfigError)
     assert issubclass(ConfigError, MegabackError)
 
@@ -396,7 +392,7 @@ def test_a_refusal_belongs_to_the_one_family_of_errors() -> None:
         ("logging.wandb=off", "off"),
     ],
 )
-def test_words_that_yaml_takes_for_truth_need_no_quotes(override: str, value: str) -> None:
+def test_words_that_yaml_reads_as_booleans_need_no_quotes(override: str, value: str) -> None:
     section, key = override.partition("=")[0].split(".")
     config = load_config(ROOT / "configs" / "demo.yaml", (override,))
 

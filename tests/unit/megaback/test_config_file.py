@@ -1,4 +1,4 @@
-"""What a config file leaves out, says twice, or writes in another way."""
+"""Config files with keys from a base model, duplicate keys, and other spellings of numbers."""
 
 import json
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def bases(
 @pytest.mark.parametrize(
     "kind", ["run", "checkpoints", "best", "checkpoint", "full", "hf", "foreign"]
 )
-def test_a_config_without_a_model_has_that_of_its_base(
+def test_a_config_without_a_model_takes_the_shape_of_its_base(
     kind: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     path = write_config(tmp_path, model=None)
@@ -75,7 +75,9 @@ def test_a_config_without_a_model_has_that_of_its_base(
     assert config.model == Config.model_validate(meta["config"]).model.resolved()
 
 
-def test_keys_that_are_given_stand_beside_the_bases(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_keys_of_the_config_are_merged_with_the_bases(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     given = {"num_kv_heads": None, "rope_theta": "5e5", "zero_output_projections": True}
     path = write_config(tmp_path, model=given, init_from=str(bases["run"]))
 
@@ -86,7 +88,7 @@ def test_keys_that_are_given_stand_beside_the_bases(bases: dict[str, Path], tmp_
 
 
 @pytest.mark.parametrize("kind", ["run", "foreign"])
-def test_keys_that_contradict_the_base_are_named_and_no_others(
+def test_only_keys_that_contradict_the_base_are_reported(
     kind: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     given = {"width": 64, "num_layers": 2, "qk_norm": True}
@@ -98,7 +100,7 @@ def test_keys_that_contradict_the_base_are_named_and_no_others(
     assert "width is 32 there and 64 here (2 differ: width, qk_norm)" in str(caught.value)
 
 
-def test_a_run_that_has_begun_needs_its_base_no_more(tmp_path: Path) -> None:
+def test_a_run_that_has_begun_no_longer_needs_its_base(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump({"model": FIELDS["model"] | BASE}))
@@ -107,26 +109,24 @@ def test_a_run_that_has_begun_needs_its_base_no_more(tmp_path: Path) -> None:
     assert load_config(path).model.rope_theta == 5e5
 
 
-def test_a_base_that_is_not_there_is_missed_where_the_model_is_its(tmp_path: Path) -> None:
+def test_a_missing_base_is_an_error_only_if_the_config_lacks_a_model(tmp_path: Path) -> None:
     path = write_config(tmp_path, model=None, init_from="gone")
 
     with pytest.raises(CheckpointMissingError, match="init_from gone is no model"):
         load_config(path)
     assert load_config(write_config(tmp_path, init_from="gone")).model.width == 32
-    with pytest.raises(ConfigError, match="the key model is missing; give it, or init_from"):
+    with pytest.raises(ConfigError, match="the key model is missing; set it, or set init_from"):
         load_config(write_config(tmp_path, model=None))
 
 
-def test_a_config_that_says_everything_does_not_look_at_its_base(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_complete_config_does_not_read_its_base(bases: dict[str, Path], tmp_path: Path) -> None:
     whole = load_config(write_config(tmp_path)).model.model_dump()
     path = write_config(tmp_path, model=whole, init_from=str(bases["run"]))
 
     assert load_config(path).model.width == 32
 
 
-def test_a_base_that_is_damaged_is_named(tmp_path: Path) -> None:
+def test_a_damaged_base_is_reported(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{")
     path = write_config(tmp_path, model=None, init_from=str(tmp_path / "base"))
@@ -136,16 +136,14 @@ def test_a_base_that_is_damaged_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("run: a\ntraining:\n  steps: 1\nrun: b\n", "the key run is there twice, on line 1 and on"),
-        ("training:\n  steps: 1\n  seed: 2\n  steps: 3\n", "steps is there twice, on line 2 and"),
-        ("training: {steps: 1, steps: 2}\n", "the key steps is there twice"),
+        ("run: a\ntraining:\n  steps: 1\nrun: b\n", "the key run is given twice, on line 1 and on"),
+        ("training:\n  steps: 1\n  seed: 2\n  steps: 3\n", "steps is given twice, on line 2 and"),
+        ("training: {steps: 1, steps: 2}\n", "the key steps is given twice"),
     ],
 )
-def test_a_key_that_is_there_twice_is_refused_with_its_lines(
-    text: str, said: str, tmp_path: Path
-) -> None:
+def test_a_duplicate_key_is_refused_with_its_lines(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text(text)
 
@@ -153,17 +151,17 @@ def test_a_key_that_is_there_twice_is_refused_with_its_lines(
         load_config(path)
 
     assert str(path) in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_what_is_merged_in_may_be_given_once_more(tmp_path: Path) -> None:
+def test_merged_keys_can_be_overridden(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     text = path.read_text().replace("training:", "training: &it\n  seed: 4", 1)
     path.write_text(text + "validation: {every_steps: 3}\n")
 
     assert load_config(path).training.seed == 4
     path.write_text("x: &d {steps: 1}\ny: &e {<<: *d, steps: 2}\nz: {<<: *e, steps: 3}\n")
-    with pytest.raises(ConfigError, match="there is no key x"):  # the text itself is right
+    with pytest.raises(ConfigError, match="there is no key x"):  # the YAML itself is valid
         load_config(path)
 
 
@@ -181,7 +179,7 @@ def test_what_is_merged_in_may_be_given_once_more(tmp_path: Path) -> None:
         ("run=1e3", "run", Path("1e3")),
     ],
 )
-def test_numbers_are_read_as_people_write_them(
+def test_integers_can_be_written_with_exponents_and_underscores(
     override: str, key: str, value: object, tmp_path: Path
 ) -> None:
     found: Any = load_config(write_config(tmp_path), (override,))
@@ -203,19 +201,19 @@ def test_numbers_are_read_as_people_write_them(
         "training.steps=1e3x",
     ],
 )
-def test_what_is_no_whole_number_is_refused_by_its_key(override: str, tmp_path: Path) -> None:
+def test_a_value_that_is_not_an_integer_is_refused(override: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         load_config(write_config(tmp_path), (override,))
 
 
-def test_a_value_that_is_long_is_shown_in_part(tmp_path: Path) -> None:
+def test_a_long_value_is_truncated_in_the_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write_config(tmp_path), (f"training.precision={'x' * 500}",))
 
     assert str(caught.value).count("x") < 100
 
 
-def test_a_config_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+def test_a_deeply_nested_config_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "deep.yaml"
     path.write_text("run: " + "[" * 3000 + "]" * 3000)
 

@@ -1,4 +1,4 @@
-"""Rows for other trainers are those of our own loader, however they are read and resumed."""
+"""Rows of open_dataset equal those of our own loader, for any workers, ranks and resumes."""
 
 import json
 import pickle
@@ -48,7 +48,7 @@ Shards = Path | str | dict[str, float]
 def own_batches(
     shards: Shards, steps: range, rank: int = 0, world_size: int = 1, **section: object
 ) -> dict[str, Array]:
-    """The rows of a rank of our own loader, and the positions in them: shape (rows, CONTEXT)."""
+    """Rows of a rank of our own loader, with targets and positions: each (rows, CONTEXT)."""
     if isinstance(shards, dict):
         section["shards"] = [{"path": path, "weight": of} for path, of in shards.items()]
     else:
@@ -120,7 +120,7 @@ def instruct_shards(
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_an_epoch_is_that_of_our_own_loader(
+def test_an_epoch_has_the_rows_of_our_own_loader(
     tiny_shards: Path, workers: int, world_size: int
 ) -> None:
     for rank in range(world_size):
@@ -132,7 +132,7 @@ def test_an_epoch_is_that_of_our_own_loader(
 
 
 @pytest.mark.parametrize("direction", ["backward", "forward"])
-def test_both_directions_are_those_of_our_own_loader(tiny_shards: Path, direction: Any) -> None:
+def test_both_directions_have_the_rows_of_our_own_loader(tiny_shards: Path, direction: Any) -> None:
     dataset = opened(tiny_shards, direction=direction)
     expected = own_batches(tiny_shards, range(dataset.steps_per_epoch), direction=direction)
     assert_same(together(iter(loaded(dataset, 0))), expected)
@@ -145,7 +145,7 @@ def test_instruction_examples_have_labels_where_ours_have_targets(instruct_shard
     assert 0 < (found["shift_labels"] != -100).mean() < 0.5
 
 
-def test_mixtures_and_addresses_are_read_as_by_our_own_loader(
+def test_mixtures_and_urls_have_the_rows_of_our_own_loader(
     tiny_shards: Path, server: FileServer
 ) -> None:
     shards: Shards = {str(tiny_shards): 1.0, publish(server, tiny_shards): 2.0}
@@ -154,8 +154,8 @@ def test_mixtures_and_addresses_are_read_as_by_our_own_loader(
     assert_same(together(iter(loaded(dataset, 2))), expected)
 
 
-def test_epochs_after_one_another_are_the_steps_of_a_run(tiny_shards: Path) -> None:
-    """With workers that outlive an epoch too. Nothing is left out where one ends."""
+def test_consecutive_epochs_are_the_steps_of_a_run(tiny_shards: Path) -> None:
+    """Holds with persistent workers too: no row is lost where an epoch ends."""
     dataset = opened(tiny_shards, epochs=0.5)
     steps = dataset.steps_per_epoch
     loader = DataLoader(dataset, batch_size=MICRO_ROWS, num_workers=2, persistent_workers=True)
@@ -177,7 +177,7 @@ def test_packed_items_are_the_micro_batches_of_our_own_loader(tiny_shards: Path)
         assert item["max_seqlen"] == int(item["position_ids"].max()) + 1
 
 
-def test_a_row_has_its_own_segments_and_labels_as_transformers_has_them(tiny_shards: Path) -> None:
+def test_a_row_has_its_own_segments_and_labels_shifted_for_transformers(tiny_shards: Path) -> None:
     for row in islice(opened(tiny_shards, cu_seqlens=True), 20):
         starts = np.flatnonzero(row["position_ids"].numpy() == 0)
         np.testing.assert_array_equal(row["cu_seqlens"], [*starts, CONTEXT])
@@ -188,7 +188,7 @@ def test_a_row_has_its_own_segments_and_labels_as_transformers_has_them(tiny_sha
         assert torch.equal(row["labels"][1:], row["shift_labels"][:-1])
 
 
-def test_the_val_set_is_dealt_as_validation_deals_it(tiny_shards: Path) -> None:
+def test_the_val_set_is_distributed_as_in_validation(tiny_shards: Path) -> None:
     batch = {"context_tokens": CONTEXT, "global_batch_rows": 4, "micro_batch_rows": MICRO_ROWS}
     config = run_config(Path("run"), data={"shards": str(tiny_shards)}, batch=batch)
     for rank in range(2):
@@ -200,20 +200,20 @@ def test_the_val_set_is_dealt_as_validation_deals_it(tiny_shards: Path) -> None:
         assert len(dataset) == len(ids)
 
 
-@pytest.mark.parametrize("taken_after_steps", [0, 5, 41])
+@pytest.mark.parametrize("saved_after_steps", [0, 5, 41])
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 3), (4, 1)])
 def test_a_state_between_steps_is_resumed_by_other_ranks_and_workers(
-    tiny_shards: Path, taken_after_steps: int, world_size: int, workers: int
+    tiny_shards: Path, saved_after_steps: int, world_size: int, workers: int
 ) -> None:
-    taken = opened(tiny_shards, epochs=0.5, rank=0, world_size=1).state_at(taken_after_steps)
-    state = json.loads(json.dumps(taken))
+    saved = opened(tiny_shards, epochs=0.5, rank=0, world_size=1).state_at(saved_after_steps)
+    state = json.loads(json.dumps(saved))
     for rank in range(0, world_size, 3):
         dataset = opened(tiny_shards, epochs=0.5, rank=rank, world_size=world_size)
         dataset.load_state_dict(state)
         steps = dataset.steps_per_epoch
-        epoch = taken_after_steps // steps
+        epoch = saved_after_steps // steps
         assert dataset.epoch == epoch
-        rest = range(taken_after_steps, (epoch + 1) * steps)
+        rest = range(saved_after_steps, (epoch + 1) * steps)
         own = own_batches(tiny_shards, rest, rank, world_size)
         assert_same(together(iter(loaded(dataset, workers))), own)
 
@@ -239,7 +239,7 @@ def test_torchdatas_loader_resumes_after_any_batch(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_torchdatas_loader_goes_on_with_the_next_epoch_after_a_whole_one(
+def test_torchdatas_loader_continues_with_the_next_epoch_after_a_whole_one(
     tiny_shards: Path, workers: int
 ) -> None:
     def loader() -> tuple[megaback.RowDataset, Any]:
@@ -255,7 +255,7 @@ def test_torchdatas_loader_goes_on_with_the_next_epoch_after_a_whole_one(
     assert_same(together(iter(after)), own_batches(tiny_shards, range(steps, 2 * steps)))
 
 
-def test_a_pass_that_was_resumed_is_followed_by_whole_ones(tiny_shards: Path) -> None:
+def test_a_resumed_pass_is_followed_by_whole_ones(tiny_shards: Path) -> None:
     dataset = opened(tiny_shards, epochs=0.2)
     steps = dataset.steps_per_epoch
     dataset.load_state_dict(dataset.state_at(2))
@@ -266,7 +266,7 @@ def test_a_pass_that_was_resumed_is_followed_by_whole_ones(tiny_shards: Path) ->
     assert dataset.state_dict()["epoch"] == 1
 
 
-def test_rows_of_one_process_are_resumed_in_the_middle_of_a_batch(tiny_shards: Path) -> None:
+def test_one_process_resumes_in_the_middle_of_a_batch(tiny_shards: Path) -> None:
     dataset = opened(tiny_shards, epochs=0.2)
     whole = list(dataset)
     iterator = iter(dataset)
@@ -280,7 +280,7 @@ def test_rows_of_one_process_are_resumed_in_the_middle_of_a_batch(tiny_shards: P
         torch.equal(one["input_ids"], other["input_ids"])
         for one, other in zip(rest, whole[13:], strict=True)
     )
-    with pytest.raises(RunMismatchError, match="within a step by 1 ranks, and here are 2"):
+    with pytest.raises(RunMismatchError, match="within a step by 1 ranks, but there are 2"):
         opened(tiny_shards, rank=0, world_size=2).load_state_dict(dataset.state_dict())
     resumed.load_state_dict(dataset.state_dict() | {"row": 1})
     with pytest.raises(RunMismatchError, match="within a batch of 2 rows"):
@@ -288,7 +288,7 @@ def test_rows_of_one_process_are_resumed_in_the_middle_of_a_batch(tiny_shards: P
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_shard_is_our_error_with_its_sentence(
+def test_a_damaged_shard_raises_shard_corrupt_error(
     tiny_shards: Path, tmp_path: Path, workers: int
 ) -> None:
     for path in tiny_shards.iterdir():
@@ -303,7 +303,7 @@ def test_a_broken_shard_is_our_error_with_its_sentence(
 def test_a_spawned_worker_knows_its_parents_rank(
     tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What has no variables and no group of ranks to ask."""
+    """The worker itself has neither the variables nor a process group."""
     dataset = opened(tiny_shards, epochs=0.1)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -326,7 +326,7 @@ def test_a_step_is_a_whole_number_and_its_state_is_json(tiny_shards: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "said"),
+    ("options", "kind", "message"),
     [
         ({"context_tokens": 48}, ConfigError, "context_tokens is 48, which does not divide"),
         ({"context_tokens": 0}, ConfigError, "context_tokens = 0: "),
@@ -338,59 +338,59 @@ def test_a_step_is_a_whole_number_and_its_state_is_json(tiny_shards: Path) -> No
         ({"direction": "up"}, ConfigError, "direction = 'up': "),
         ({"split": "test"}, ConfigError, "`split` is 'test'"),
         ({"rank": 1}, ConfigError, "give `rank` and `world_size` together"),
-        ({"rank": 2, "world_size": 2}, ConfigError, "`rank` is 2 and `world_size` 2"),
+        ({"rank": 2, "world_size": 2}, ConfigError, "`rank` is 2 and `world_size` is 2"),
         ({"rank": "0", "world_size": "2"}, ConfigError, "`rank` is '0'"),
         ({"rank": 0, "world_size": 3}, BatchError, "global_batch_rows 8"),
         ({"shards": {"nowhere": 0.0}}, ConfigError, "shards.0.weight = 0.0: "),
         ({"shards": "nowhere"}, ShardsMissingError, "nowhere"),
         ({"shards": ["a", "b"]}, ConfigError, "`shards` is of type list"),
         ({"shards": None}, ConfigError, "`shards` is of type NoneType"),
-        ({"shards": ""}, ConfigError, "or an address is missing; give a folder"),
-        ({"shards": {}}, ConfigError, "or an address is missing; give a folder"),
-        ({"packed": "no"}, ConfigError, "`packed` is 'no'; it is True or False"),
-        ({"cu_seqlens": 1}, ConfigError, "`cu_seqlens` is 1; it is True or False"),
-        ({"cache": 0}, ConfigError, "`cache` is 0; it is a folder, or None"),
+        ({"shards": ""}, ConfigError, "or an address is empty; give a folder"),
+        ({"shards": {}}, ConfigError, "or an address is empty; give a folder"),
+        ({"packed": "no"}, ConfigError, "`packed` is 'no'; give True or False"),
+        ({"cu_seqlens": 1}, ConfigError, "`cu_seqlens` is 1; give True or False"),
+        ({"cache": 0}, ConfigError, "`cache` is 0; give a folder or None"),
     ],
 )
-def test_an_argument_that_cannot_work_is_named(
-    tiny_shards: Path, options: dict[str, Any], kind: type[MegabackError], said: str
+def test_an_invalid_argument_is_reported(
+    tiny_shards: Path, options: dict[str, Any], kind: type[MegabackError], message: str
 ) -> None:
     with pytest.raises(kind) as caught:
         opened(options.pop("shards", tiny_shards), **options)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_examples_and_val_sets_that_are_not_there_are_refused(
+def test_examples_cannot_be_read_forward_or_mixed_with_documents(
     instruct_shards: Path, tiny_shards: Path
 ) -> None:
     with pytest.raises(DirectionMismatchError, match="'forward'"):
         opened(instruct_shards, direction="forward")
-    with pytest.raises(ConfigError, match="shards: documents and instruction examples are mixed"):
+    with pytest.raises(ConfigError, match="documents and instruction examples cannot be mixed"):
         opened({str(instruct_shards): 1.0, str(tiny_shards): 1.0})
 
 
 def test_several_workers_without_a_batch_size_are_refused(tiny_shards: Path) -> None:
     dataset = opened(tiny_shards, micro_batch_rows=None)
-    with pytest.raises(ConfigError, match="`micro_batch_rows` is needed with 2 workers"):
+    with pytest.raises(ConfigError, match="`micro_batch_rows` is required with 2 workers"):
         next(iter(loaded(dataset, 2)))
 
 
-def test_the_state_of_something_else_is_refused(tiny_shards: Path) -> None:
+def test_an_invalid_or_incompatible_state_is_refused(tiny_shards: Path) -> None:
     dataset = opened(tiny_shards)
     of_step = dataset.state_at(2)
     negative, infinite = {**of_step, "row": -1}, {**of_step, "step": float("inf")}
     for no_state in ({"_num_yielded": 3}, negative, infinite, {**of_step, "step": 1 << 70}):
-        with pytest.raises(ConfigError, match="this is no state"):
+        with pytest.raises(ConfigError, match="`state` is not a state"):
             dataset.load_state_dict(no_state)
     for changed in ({"seed": 4}, {"global_batch_rows": 4}, {"direction": "forward"}):
         with pytest.raises(RunMismatchError, match=f"with {next(iter(changed))} "):
             dataset.load_state_dict(opened(tiny_shards, **changed).state_dict())
     dataset.load_state_dict(dataset.state_at(2 * dataset.steps_per_epoch))
-    with pytest.raises(ConfigError, match="loaded is in epoch 2, after epoch 0"):
+    with pytest.raises(ConfigError, match="the loaded state is in epoch 2, after epoch 0"):
         dataset.set_epoch(0)
 
 
-def test_the_example_of_the_page_runs(
+def test_the_example_in_the_docs_runs(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "data").mkdir()

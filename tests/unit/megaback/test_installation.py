@@ -1,4 +1,4 @@
-"""What stands in the place of our packages is named."""
+"""Other projects' packages that shadow ours."""
 
 from pathlib import Path
 
@@ -20,6 +20,6 @@ def test_distributions_with_packages_of_our_names_are_found(
     assert sharing_distributions() == ["theirs"]
 
 
-def test_only_modules_of_ours_are_missing_from_the_installation() -> None:
+def test_only_modules_of_our_packages_are_reported_missing() -> None:
     assert missing_module("numpy.absent") is None
     assert "tools.absent" in (missing_module("tools.absent") or "")

@@ -1,4 +1,4 @@
-"""The names of a run's files: in one module, and what its functions make of paths."""
+"""Names of a run's files, defined in one module, and the checkpoints that a path means."""
 
 import ast
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ NAMES = {value for name, value in vars(run_folder).items() if name.endswith(("_N
 PREFIXES = tuple(value for name, value in vars(run_folder).items() if name.endswith("_PREFIX"))
 HOMES = {
     "megaback/run_folder.py",
-    "data_pipeline/shards/manifest.py",  # the tokenizer's, which a checkpoint has from its data
-    "data_pipeline/build/train_command.py",  # lies below megaback, and looks for runs nearby
+    "data_pipeline/shards/manifest.py",  # the tokenizer's name, which checkpoints share
+    "data_pipeline/build/train_command.py",  # cannot import megaback, and looks for runs nearby
 }
 
 
 def names_in(source: str) -> Iterator[str]:
-    """Names of a run's files in code: with a suffix anywhere, a mere word where it is in a path."""
+    """Names of a run's files in code: anywhere with a suffix, only in paths without one."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             parts = node.value.split("/")
@@ -41,7 +41,7 @@ def names_in(source: str) -> Iterator[str]:
                 yield one.value
 
 
-def test_no_other_code_spells_the_name_of_a_run_s_file() -> None:
+def test_no_other_module_repeats_the_name_of_a_run_s_file() -> None:
     found = {
         (path.relative_to(ROOT).as_posix(), name)
         for package in ("data_pipeline", "megaback", "launcher", "tools")
@@ -75,7 +75,9 @@ def make_checkpoint(run: Path, step: int) -> Path:
     return checkpoint
 
 
-def test_a_run_its_checkpoints_a_mark_and_one_step_mean_checkpoints(tmp_path: Path) -> None:
+def test_a_run_its_checkpoints_folder_a_mark_and_a_step_resolve_to_checkpoints(
+    tmp_path: Path,
+) -> None:
     first, second = make_checkpoint(tmp_path, 9), make_checkpoint(tmp_path, 10)
     (tmp_path / "checkpoints" / step_name(11)).mkdir()  # not complete
     best = tmp_path / "checkpoints" / "best"
