@@ -363,7 +363,7 @@ class CheckpointSection(Section):
     keep_every_steps: Annotated[int, ranges.COUNT] | None = None
     """Interval, in steps, of checkpoints that are kept for good: those of its multiples."""
     background: bool = True
-    """Write in the background, from a copy in host memory, while training continues."""
+    """Background writing, from a copy in host memory, while training continues."""
     copy_to: Address | None = None
     """Path or URL of a second location (s3://bucket/run): each complete checkpoint is copied there
     in the background, under the run's name, and a run that has lost its own resumes from it."""

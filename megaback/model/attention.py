@@ -1,8 +1,8 @@
-"""Causal attention within packed documents: one interface, two backends.
+"""Causal attention within packed documents, with a flash-attn and an SDPA backend.
 
-A backend takes packed queries, keys and values and the segments that they fall into; no token
-attends beyond its own segment. `flash_attn` is the varlen kernel on CUDA; `sdpa` is PyTorch's
-attention, one call a segment, anywhere. A backend that was asked for and is missing is an error.
+A backend takes packed queries, keys and values, and their segments; no token attends beyond its own
+segment. `flash_attn` is the varlen kernel on CUDA; `sdpa` is PyTorch's attention on any device, one
+call per segment. A backend that is requested by name and unavailable is an error.
 
 Shapes: T packed tokens, H query heads, K key and value heads, E head dimension.
 """
@@ -20,7 +20,7 @@ from data_pipeline.errors import BackendError
 
 @dataclass(frozen=True)
 class Segments:
-    """Where attention starts afresh: cu_seqlens is int32, shape (segments + 1,), from 0 to T."""
+    """Segments of packed tokens: cu_seqlens is int32, shape (segments + 1,), from 0 to T."""
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
@@ -42,7 +42,7 @@ AttentionBackend = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 def sdpa_attention(
     query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, segments: Segments
 ) -> Tensor:
-    """PyTorch's scaled dot product attention, one causal call a segment."""
+    """PyTorch's scaled dot product attention, one causal call per segment."""
     lengths = list(segments.lengths)
     groups = query_THE.shape[1] // key_TKE.shape[1]
     if groups > 1:
@@ -88,9 +88,9 @@ _MAX_FLASH_HEAD_DIM = 256
 def attention_backend(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> tuple[str, AttentionBackend]:
-    """The backend for a device, by name or `auto`; returns what was chosen.
+    """Name and function of the backend for a device, by name or `auto`.
 
-    Raises BackendError when it was asked for by name and cannot be used.
+    Raises BackendError when it is requested by name and cannot be used.
     """
     if name == "sdpa":
         return "sdpa", sdpa_attention
@@ -109,11 +109,11 @@ def _why_no_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: 
     if device.type != "cuda":
         return f"the device is {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"its kernels take no {str(dtype).removeprefix('torch.')}"
+        return f"its kernels do not support {str(dtype).removeprefix('torch.')}"
     if head_dim > _MAX_FLASH_HEAD_DIM:
         return f"its heads have at most {_MAX_FLASH_HEAD_DIM} dimensions, not {head_dim}"
     try:
         import flash_attn  # noqa: F401 - an installed package may still fail to import
     except ImportError as error:
-        return f"it does not import ({error})"
+        return f"it cannot be imported ({error})"
     return None

@@ -1,4 +1,4 @@
-"""The compiler that torch.compile calls: a program that is there or not."""
+"""Check for the compiler that torch.compile needs."""
 
 import os
 import shutil
@@ -7,11 +7,11 @@ from data_pipeline.errors import BackendError
 
 
 def require_compiler(device_type: str, option: str) -> None:
-    """Raises BackendError where torch.compile would find no compiler, minutes later.
+    """Raises BackendError if there is no compiler, on which torch.compile would fail minutes later.
 
-    `option` is what the user leaves out to do without.
+    `option`: the setting that requests compilation, for the message.
     """
-    if device_type == "cuda":  # Triton's, for the code that launches kernels
+    if device_type == "cuda":  # Triton compiles the code that launches kernels
         names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
     else:
         names = [os.environ.get("CXX") or "g++"]

@@ -1,9 +1,9 @@
-"""The GPT: embedding to logits in one file, for packed documents.
+"""GPT decoder for packed documents, from embedding to logits in one file.
 
-A stock decoder, so that an export runs anywhere: RMSNorm before each half block, rotary positions,
-grouped-query attention, SwiGLU, no biases. Without `qk_norm` it is Llama's, with it Qwen3's, and
-parameters have the names that those have in transformers. The model does not know in which
-direction it writes: it continues ids.
+A stock architecture, so that exports run anywhere: pre-norm RMSNorm, rotary positions,
+grouped-query attention, SwiGLU, no biases. Without `qk_norm` it is Llama's, with it Qwen3's, with
+their parameter names in transformers. The model is independent of the direction: it predicts the
+next id.
 
 Shapes: T packed tokens, D width, H query heads, K key and value heads, E head dimension, F MLP
 width, V vocabulary.
@@ -26,14 +26,14 @@ from megaback.model.mup import initial_std
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines of rotary positions for the tokens at hand: each of shape (T, 1, E)."""
+    """Cosines and sines of the tokens' rotary positions, each of shape (T, 1, E)."""
 
     cos_T1E: Tensor
     sin_T1E: Tensor
 
     @classmethod
     def at(cls, positions_T: Tensor, head_dim: int, theta: float) -> "Rotary":
-        """Su et al., "RoFormer" (2021), in the half-split layout of Llama. Always in fp32."""
+        """RoPE (Su et al., "RoFormer", 2021) in the half-split layout of Llama, always in fp32."""
         half = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
         frequencies = theta ** -(half / head_dim)
         angles_TE = torch.outer(positions_T.float(), frequencies).repeat(1, 2)[:, None, :]
@@ -47,7 +47,7 @@ class Rotary:
 
 
 class Elementwise(Protocol):
-    """Calls a function without weights, of which every number out needs few numbers in."""
+    """Caller of a cheap function without weights, such as a norm or a rotation."""
 
     def __call__(self, function: Callable[..., Tensor], *arguments: object) -> Tensor: ...
 
@@ -57,16 +57,16 @@ def _kept(function: Callable[..., Tensor], *arguments: object) -> Tensor:
 
 
 def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """Keep the arguments, which are there anyway, instead of what lies between them and the result.
+    """Save only the arguments, which are saved anyway, and recompute the intermediate tensors.
 
-    Such functions are cheap beside matrix products, and hold most of what a pass would keep.
+    Such functions are cheap compared to matrix products, and account for most activation memory.
     """
     result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
     return result
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension, in fp32 whatever its input."""
+    """Root mean square norm over the last dimension, computed in fp32."""
 
     elementwise: Elementwise = staticmethod(_kept)
 
@@ -137,7 +137,7 @@ def _gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to what it read."""
+    """Attention, then MLP, each with a residual connection."""
 
     def __init__(self, shape: ModelSection, backend: AttentionBackend) -> None:
         super().__init__()
@@ -158,8 +158,8 @@ class Transformer(nn.Module):
 
     def __init__(self, shape: ModelSection, vocab_size: int, backend: AttentionBackend) -> None:
         super().__init__()
-        # Zeros until `initialize` or loading: on the meta device, what nn.Embedding does would
-        # load the compiler.
+        # Zeros until `initialize` or loading: on the meta device, nn.Embedding's initialization
+        # would import the compiler.
         zeros_VD = torch.zeros(vocab_size, shape.width)
         self.embed_tokens = nn.Embedding.from_pretrained(zeros_VD, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Block(shape, backend) for _ in range(shape.num_layers))
@@ -167,7 +167,7 @@ class Transformer(nn.Module):
 
 
 class ReverseGPT(nn.Module):
-    """The whole model. Called with targets it gives losses; `logits` gives what decoders need."""
+    """The whole model: `forward` computes losses, `logits` the logits of the next id."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class ReverseGPT(nn.Module):
         self.checkpoint_activations(activation_checkpointing)
 
     def checkpoint_activations(self, kind: str) -> None:
-        """Choose what backward passes compute again: `none`, `selective` or `block`."""
+        """Set the activations that backward passes recompute: `none`, `selective` or `block`."""
         self.activation_checkpointing = kind
         call = _recomputed if kind == "selective" else _kept
         for module in self.modules():
@@ -197,9 +197,9 @@ class ReverseGPT(nn.Module):
                 module.elementwise = call
 
     def exclude_attention_from_compile(self) -> None:
-        """Before compiling the model: segments differ in every batch.
+        """Disable compilation of attention, whose segments differ in every batch.
 
-        Not when attention is imported, as that would load the compiler for those who only write.
+        Not at import, which would load the compiler for inference too.
         """
         for module in self.modules():
             if isinstance(module, Attention):
@@ -207,7 +207,7 @@ class ReverseGPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Normal weights, and norms of one: see `width_scaling.initial_std`.
+        """Initialize matrices with `mup.initial_std`, and norms with ones.
 
         The same seed gives the same weights on every rank and device.
         """
@@ -233,7 +233,7 @@ class ReverseGPT(nn.Module):
         return normed_TD
 
     def logits(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
-        """Logits of the next id in the model's reading order: shape (T, V)."""
+        """Logits of the next id in the model's direction: shape (T, V)."""
         logits_TV: Tensor = self.lm_head(self.hidden(ids_T, positions_T, segments))
         return logits_TV
 
@@ -242,8 +242,8 @@ class ReverseGPT(nn.Module):
     ) -> Tensor:
         """Cross-entropy of each target in nats, 0 where it is ignored: shape (T,), in fp32.
 
-        Its gradient is also that of the z-loss, z_loss * log(sum(exp(logits)))^2 (Chowdhery et al.,
-        "PaLM", 2022), which its value leaves out.
+        In training, the gradient includes that of the z-loss, z_loss * log(sum(exp(logits)))^2
+        (Chowdhery et al., "PaLM", 2022); the value does not.
         """
         logits_TV = self.logits(ids_T, positions_T, segments).float()
         nats_T = F.cross_entropy(

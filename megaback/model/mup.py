@@ -1,9 +1,9 @@
-"""How initial weights and learning rates follow a model's width.
+"""muP: initial weights and learning rates as a function of a model's width.
 
-With `model.base_width` a learning rate that was found at that width holds at any other: the maximal
-update parametrization of Yang et al., "Tensor Programs V" (2022), table 8, for a width of
-m = width / base_width. All of it lies in initial values and learning rates, so that the model stays
-a stock architecture. Without it, m is 1.
+With `model.base_width`, a learning rate tuned at that width transfers to any other: the maximal
+update parametrization of Yang et al., "Tensor Programs V" (2022), table 8, with
+m = width / base_width. It changes only initial values, learning rates and weight decay, so that the
+architecture stays stock. Without it, m is 1.
 """
 
 import math
@@ -18,19 +18,19 @@ _INITIAL_STD = 0.02
 
 @dataclass(frozen=True)
 class ParameterRule:
-    """How one parameter learns."""
+    """Optimizer settings of one parameter."""
 
     learning_rate: float
-    """Peak."""
+    """Peak learning rate."""
     weight_decay: float
     is_orthogonalized: bool
     """Whether Muon updates it."""
 
 
 def initial_std(name: str, shape: ModelSection) -> float:
-    """Initial standard deviation of a matrix of ReverseGPT, by its name there.
+    """Initial standard deviation of a matrix of ReverseGPT, by parameter name.
 
-    Those that write to the residual stream are scaled by depth, as in GPT-2.
+    Matrices that write to the residual stream are scaled by depth, as in GPT-2.
     """
     ratio = _width_ratio(shape)
     if "embed_tokens" in name:
@@ -46,18 +46,18 @@ def initial_std(name: str, shape: ModelSection) -> float:
 def parameter_rule(
     name: str, parameter: nn.Parameter, shape: ModelSection, section: OptimizerSection
 ) -> ParameterRule:
-    """The rule of a parameter of ReverseGPT, by its name there; no weight decay on norms."""
+    """Rule of a parameter of ReverseGPT, by parameter name; no weight decay on norms."""
     ratio, rate = _width_ratio(shape), section.learning_rate
     if parameter.ndim < 2:
         return ParameterRule(rate, 0.0, False)
     if "embed_tokens" in name:
         return ParameterRule(rate, section.weight_decay, False)
     if section.name == "muon" and "lm_head" not in name:
-        # An orthogonal matrix whose entries are as large as AdamW's updates has a spectral norm
-        # that grows with the root of the width.
+        # An orthogonal matrix with entries as large as AdamW's updates has a spectral norm that
+        # grows with the square root of the width.
         ratio, rate = math.sqrt(ratio), section.matrix_learning_rate or rate
         return ParameterRule(rate / ratio, section.weight_decay * ratio, True)
-    # What decay takes off at a step is rate times weight decay: that stays the same.
+    # The decay per step, learning rate times weight decay, stays the same.
     return ParameterRule(rate / ratio, section.weight_decay * ratio, False)
 
 

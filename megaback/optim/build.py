@@ -1,9 +1,9 @@
-"""The optimizer of a run, AdamW or Muon, as one that ZeRO can shard.
+"""AdamW and Muon as one optimizer that ZeRO can shard.
 
-DeepSpeed hands an optimizer flat slices of fp32 weights with clipped gradients. AdamW works on any
-slice. Muon works on whole matrices, which `matrix_shards` puts together: after clipping, so that
-the norm that is logged and clipped is the gradient's. (DeepSpeed's own Muon makes gradients
-orthogonal before they are clipped, and then clips what was made.)
+DeepSpeed passes flat slices of fp32 weights with clipped gradients. AdamW updates any slice. Muon
+needs whole matrices, which `zero_matrices` gathers after clipping, so that the logged and clipped
+norm is the gradient's. (DeepSpeed's own Muon orthogonalizes gradients before clipping, and clips
+the result.)
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ class MatrixOptimizer(torch.optim.AdamW):
     def __init__(
         self, groups: list[dict[str, Any]], section: OptimizerSection, matrix_dtype: torch.dtype
     ) -> None:
-        """`matrix_dtype` is the precision in which matrices are made orthogonal."""
+        """`matrix_dtype`: precision in which matrices are orthogonalized."""
         super().__init__(
             groups,
             lr=section.learning_rate,
@@ -36,10 +36,10 @@ class MatrixOptimizer(torch.optim.AdamW):
         self._matrix_dtype = matrix_dtype
         self._shards: dict[Tensor, MatrixShards] = {}
         self.must_skip: Callable[[], bool] = lambda: False
-        """Asked before each update, once gradients have their norm."""
+        """Called before each update, after the gradient norm is computed."""
 
     def attach(self, flat: Tensor, shards: MatrixShards) -> None:
-        """Say which matrices a flat slice is made of."""
+        """Set the matrices that a flat slice is made of."""
         self._shards[flat] = shards
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ def build_optimizer(
     section: OptimizerSection,
     matrix_dtype: torch.dtype = torch.float32,
 ) -> MatrixOptimizer:
-    """The optimizer of ReverseGPT's parameters, in as few groups as their rules allow."""
+    """Optimizer of ReverseGPT's parameters, with one group per distinct rule."""
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         rule = parameter_rule(name, parameter, shape, section)
@@ -116,7 +116,7 @@ def build_optimizer(
 
 
 def attach_shards(optimizer: MatrixOptimizer, zero: Any, stage: int, device: torch.device) -> None:
-    """Tell the optimizer how DeepSpeed's ZeRO optimizer `zero` has cut its matrices."""
+    """Attach the slices that DeepSpeed's ZeRO optimizer `zero` has cut the matrices into."""
     import torch.distributed as dist
 
     rank, world_size = dist.get_rank(), dist.get_world_size()

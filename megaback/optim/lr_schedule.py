@@ -1,4 +1,4 @@
-"""The learning rate of a step: a pure function of it, so that a restart needs no state."""
+"""Learning-rate schedules, as pure functions of the step, so that a resume needs no state."""
 
 import math
 
@@ -6,11 +6,11 @@ from megaback.config import OptimizerSection
 
 
 def rate_factor_at(step: int, total_steps: int, section: OptimizerSection) -> float:
-    """The part of its peak that every learning rate has at a step, counted from 0.
+    """Learning rate of a step, counted from 0, as a fraction of the peak.
 
-    A linear warmup, then down to `final_learning_rate_ratio` on the last step: along a cosine
-    (Loshchilov & Hutter, "SGDR", 2017), along a line, or, with `wsd`, along a line in the last
-    `decay_fraction` of the steps only (Hu et al., "MiniCPM", 2024).
+    A linear warmup, then decay to `final_learning_rate_ratio` on the last step: cosine (Loshchilov
+    & Hutter, "SGDR", 2017), linear, or, with `wsd`, linear in the last `decay_fraction` of the
+    steps only (Hu et al., "MiniCPM", 2024).
     """
     if step < section.warmup_steps:
         return (step + 1) / section.warmup_steps

@@ -1,9 +1,9 @@
-"""Muon's update of matrices: momentum, made orthogonal.
+"""Muon's update of matrices: orthogonalized momentum.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024),
-https://kellerjordan.github.io/posts/muon/; entries as large as AdamW's updates by Liu et al., "Muon
-is Scalable for LLM Training" (2025). The same numbers as torch.optim.Muon with
-`adjust_lr_fn="match_rms_adamw"`, in a precision of one's choice, for many matrices at a time.
+https://kellerjordan.github.io/posts/muon/; scaled to the RMS of AdamW's updates as in Liu et al.,
+"Muon is Scalable for LLM Training" (2025). Equals torch.optim.Muon with
+`adjust_lr_fn="match_rms_adamw"`, but with a choice of precision and batched over matrices.
 """
 
 import math
@@ -19,9 +19,9 @@ _ADAMW_RMS = 0.2
 
 
 def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Each matrix with its singular values brought near 1, times what makes its RMS that of AdamW.
+    """Each matrix with its singular values near 1, scaled to the RMS of AdamW's updates.
 
-    Matrices of one shape are worked on together.
+    Matrices of one shape are processed together.
     """
     by_shape: dict[tuple[int, int], list[int]] = {}
     for index, matrix in enumerate(matrices):
@@ -38,7 +38,7 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def newton_schulz(matrices_LMN: Tensor) -> Tensor:
-    """L wide matrices (M <= N) with their singular values brought to between 0.7 and 1.2."""
+    """L wide matrices (M <= N) with their singular values moved to between 0.7 and 1.2."""
     a, b, c = _COEFFICIENTS
     norm_L11 = matrices_LMN.float().norm(dim=(1, 2), keepdim=True).clamp(min=_EPSILON)
     x_LMN: Tensor = matrices_LMN / norm_L11.to(matrices_LMN.dtype)

@@ -1,9 +1,9 @@
-"""Whole matrices out of the slices that ZeRO leaves on each rank, and back.
+"""Whole matrices gathered from ZeRO's flat slices, and scattered back.
 
-An optimizer under ZeRO sees flat slices; Muon needs matrices. Each matrix is put together on one of
-the ranks that hold most of it, worked on there, and its slices sent back: every rank sends and gets
-as much as its share of the weights, twice, and no rank ever holds more. What is computed does not
-depend on the number of ranks.
+An optimizer under ZeRO has flat slices, and Muon needs matrices. Each matrix is gathered on one of
+the ranks that hold most of it and updated there, and its slices are sent back: every rank sends and
+receives its share of the weights twice, and never holds more. The result does not depend on the
+number of ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slice:
-    """A run of a matrix's elements in a rank's flat slice."""
+    """Consecutive elements of a matrix in a rank's flat slice."""
 
     local_start: int
     matrix_start: int
@@ -36,21 +36,22 @@ class MatrixShards:
         rank: int,
         device: torch.device,
     ) -> None:
-        """`device` is where matrices are put together: that of the ranks' collectives."""
+        """`device`: where matrices are gathered, the device of the collectives."""
         self._shapes = list(shapes)
         self._slices = slices
         self._rank = rank
         self._device = device
         owners = choose_owners(self._shapes, slices)
         ranks = range(len(slices))
-        # (rank at the other end, matrix), in the order in which slices travel, both ways.
+        # (other rank, matrix), in the order in which slices are sent in both directions.
         self._lent = [(owner, number) for owner in ranks for number in _of(owners, owner)]
         self._owned = [(other, number) for other in ranks for number in _of(owners, rank)]
 
     def apply(self, work: MatrixWork, flat: Tensor, dtype: torch.dtype) -> Tensor:
-        """Do the work on whole matrices in `dtype`: this rank's slice of the results, like `flat`.
+        """Apply `work` to whole matrices in `dtype`; returns this rank's slice of the results.
 
-        Collective: every rank calls it with its own slice. What is no matrix's stays 0.
+        Collective: every rank calls it with its own slice. The result has the shape of `flat`, with
+        0 outside of matrices.
         """
         mine = [self._slices[self._rank][number] for _, number in self._lent]
         theirs = [self._slices[other][number] for other, number in self._owned]
@@ -83,7 +84,7 @@ class MatrixShards:
         come_from: Sequence[tuple[int, int]],
         coming: Sequence[Slice],
     ) -> list[Tensor]:
-        """Send each part to the rank it is for; what comes, in the order of `come_from`."""
+        """Send each part to its rank; returns the received parts in the order of `come_from`."""
         world_size = len(self._slices)
         if world_size == 1:
             return parts
@@ -101,7 +102,7 @@ class MatrixShards:
 def choose_owners(
     shapes: Sequence[tuple[int, int]], slices: Sequence[Sequence[Slice]]
 ) -> list[int]:
-    """The rank that works on each matrix: of those that hold most of it, the least busy one."""
+    """Rank that gathers each matrix: of those that hold most of it, the least loaded one."""
     work = [rows * columns * min(rows, columns) for rows, columns in shapes]
     busy = [0] * len(slices)
     owners = [0] * len(shapes)
@@ -116,7 +117,7 @@ def choose_owners(
 def slices_of_flat(
     starts: Sequence[int], lengths: Sequence[int], partition: int, world_size: int
 ) -> list[list[Slice]]:
-    """Where matrices lie when they stand one after another and are cut into equal partitions."""
+    """Slices of concatenated matrices that are cut into equal partitions, one per rank."""
 
     def slice_of(rank: int, start: int, length: int) -> Slice:
         first = min(max(start, rank * partition), start + length)
@@ -132,7 +133,7 @@ def slices_of_flat(
 def slices_of_each(
     partitions: Sequence[int], lengths: Sequence[int], world_size: int
 ) -> list[list[Slice]]:
-    """Where matrices lie when each is cut into one partition a rank, the last ones padded."""
+    """Slices of matrices that are each cut into one partition per rank, the last ones padded."""
     starts = [sum(partitions[:number]) for number in range(len(partitions))]
 
     def slice_of(rank: int, local_start: int, partition: int, length: int) -> Slice:

@@ -1,8 +1,8 @@
-"""What a forward pass keeps for its backward pass, in bytes: the tensors of `model.ReverseGPT`.
+"""Activation memory: bytes that a forward pass of `model.ReverseGPT` saves for its backward pass.
 
-Counted tensor by tensor, as PyTorch saves them without torch.compile, which keeps less. Tensors of
-one number a head or token count too, so that the sum is exact (a test compares it with the model's
-own). Loads no torch.
+Counted tensor by tensor, as PyTorch saves them without torch.compile, which saves less. Tensors of
+one value per head or token are included, so that the sum is exact (a test compares it with the
+model's). Loads no torch.
 """
 
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes a token of a micro-batch."""
+    """Activation memory in bytes per token of a micro-batch."""
 
     block: float
-    """Bytes per token that each block keeps."""
+    """Bytes per token that each block saves."""
     rest: float
-    """Bytes per token that the embedding, rotary positions and final norm keep."""
+    """Bytes per token that the embedding, rotary positions and final norm save."""
     logits: float
-    """Bytes per token that the loss keeps."""
+    """Bytes per token that the loss saves."""
     logits_work: float
     """Additional bytes per token of the loss's backward pass."""
     block_work: float
-    """Additional bytes per token of a block's backward pass: gradients, and what is recomputed."""
+    """Additional bytes per token of a block's backward pass: gradients and recomputed tensors."""
 
 
 def activations_of(
@@ -40,12 +40,11 @@ def activations_of(
     attention: Attention,
     z_loss: bool,
 ) -> Activations:
-    """What one token keeps. `checkpointing`: as in the config."""
+    """Activation memory per token. `checkpointing`: as in the config."""
     whole = _block(shape, arithmetic, "none", attention)
     kept = _block(shape, arithmetic, checkpointing, attention)
     size = 4 if arithmetic == "fp32" else 2
-    # Backward through the MLP: gradients of the product, of both of its factors, and of one's
-    # input.
+    # Backward pass of the MLP: gradients of the product, of both factors, and of one's input.
     work = 3.0 * size * shape.hidden_mlp_width
     if checkpointing == "block":
         work += whole
@@ -67,9 +66,9 @@ def activations_of(
 
 
 def _norm(width: int, arithmetic: Arithmetic, *, recomputed: bool) -> float:
-    """RMSNorm of so many dimensions: its input in fp32, what it is divided by, and the quotient.
+    """Bytes of an RMSNorm over `width` dimensions: input in fp32, divisor and quotient.
 
-    If it is computed again, its input in its own precision. (In fp32 both are the same tensor.)
+    If recomputed, the input in its own precision. (In fp32 both are the same tensor.)
     """
     kept = 2 if arithmetic == "bf16" else _FP32
     if recomputed:
@@ -78,7 +77,7 @@ def _norm(width: int, arithmetic: Arithmetic, *, recomputed: bool) -> float:
 
 
 def _head_norm(width: int, heads: int, arithmetic: Arithmetic, *, recomputed: bool) -> float:
-    """The norm of each head, of a query or key; its input is bf16 in autocast."""
+    """Bytes of the norms of query or key heads, whose input is bf16 in autocast."""
     size = 4 if arithmetic == "fp32" else 2
     if recomputed:
         return 2 * size * width
@@ -88,14 +87,14 @@ def _head_norm(width: int, heads: int, arithmetic: Arithmetic, *, recomputed: bo
 def _block(
     shape: ModelSection, arithmetic: Arithmetic, checkpointing: str, attention: Attention
 ) -> float:
-    """What a block keeps of a token."""
+    """Bytes per token that a block saves."""
     size = 4 if arithmetic == "fp32" else 2
     width, mlp_width = shape.width, shape.hidden_mlp_width
     kv_width = shape.kv_heads * shape.head_dim
     if checkpointing == "block":
         return (_FP32 if arithmetic == "autocast" else size) * width
     recomputed = checkpointing == "selective"
-    # Autocast makes a copy of its input for each matrix.
+    # Autocast copies the input once per matrix.
     copies = (3, 2) if arithmetic == "autocast" else (1, 1)
     norms = 2 * _norm(width, arithmetic, recomputed=recomputed)
     inputs = sum(copies) * size * width
@@ -103,11 +102,11 @@ def _block(
     if shape.qk_norm:
         heads += _head_norm(width, shape.num_heads, arithmetic, recomputed=recomputed)
         heads += _head_norm(kv_width, shape.kv_heads, arithmetic, recomputed=recomputed)
-    if recomputed:  # what is to be turned by rotary positions; in fp32 after a norm in autocast
+    if recomputed:  # inputs of the rotary embedding; fp32 after a norm in autocast
         turned = _FP32 if arithmetic == "autocast" and shape.qk_norm else size
         heads += turned * (width + kv_width)
-    # sdpa repeats keys and values for the query heads that share them, and its result is copied to
-    # stand token by token.
+    # sdpa repeats keys and values for the query heads that share them, and its result is copied
+    # into token order.
     if attention == "sdpa":
         attended = size * (3 * width + 2 * width)
     else:

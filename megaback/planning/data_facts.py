@@ -1,8 +1,7 @@
-"""What the plan of a run takes from its data sets: read from their manifests, or assumed and said
-so.
+"""Data facts of a run's plan: vocabulary, tokens and document lengths, from manifests or assumed.
 
-Loads no torch, and decodes no shard: of data sets on a file system, the lengths of documents are
-read from the indexes of some shards; of those behind a URL, their mean is that of the manifest.
+Loads no torch and decodes no shard. For local data sets, document lengths are read from the indexes
+of some shards; for remote ones, the manifest gives their mean. Assumptions are reported as notes.
 """
 
 from dataclasses import dataclass
@@ -19,27 +18,27 @@ from megaback.planning.flops import attended_tokens
 
 DEFAULT_VOCAB_SIZE = 8_888
 _MAX_SHARDS = 64
-"""Maximum number of shards of a data set whose documents are looked at: spread evenly."""
+"""Maximum number of shards per data set whose indexes are read, spread evenly."""
 _SHARD_BYTES_PER_TOKEN = 1.28
-"""Size per token of uint16 ids at zstd's level 6: benchmarks/README.md."""
+"""Size per token of uint16 ids at zstd level 6: benchmarks/README.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """Numbers of a run that no config has."""
+    """Facts of a run that are not in its config."""
 
     vocab_size: int
     attended_tokens: float
     """Number of tokens that a token attends to, on average over documents and rows."""
     total_tokens: float | None
-    """Number of tokens of all steps; None: nobody knows how long the run is."""
+    """Number of tokens of all steps; None: the length of the run is unknown."""
     shard_bytes: float | None
     notes: tuple[str, ...]
     """Assumptions that were made."""
 
 
 def attended_of(data_set: DataSet, context_tokens: int) -> float:
-    """What a token of a data set attends to on average. Raises ShardCorruptError."""
+    """Mean number of tokens that a token of a data set attends to. Raises ShardCorruptError."""
     manifest = data_set.manifest
     lengths = _lengths(data_set)
     tokens = sum(length * count for length, count in lengths)
@@ -52,7 +51,7 @@ def attended_of(data_set: DataSet, context_tokens: int) -> float:
 
 
 def _lengths(data_set: DataSet) -> list[tuple[float, int]]:
-    """Lengths in tokens, and how many documents have each; of one mean length behind a URL."""
+    """(length in tokens, number of documents) pairs; for a remote data set, one mean length."""
     entries, total = data_set.manifest.split("train"), data_set.manifest.total("train")
     if is_url(data_set.name) or not total["documents"]:
         return [(max(total["tokens"] / max(total["documents"], 1), 1.0), 1)]
@@ -66,9 +65,9 @@ def _lengths(data_set: DataSet) -> list[tuple[float, int]]:
 
 
 def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None) -> RunFacts:
-    """Read the manifests; what is given here stands for data sets that are not there yet.
+    """Read the manifests; the arguments are used for data sets that do not exist yet.
 
-    Raises ConfigError where what is given contradicts them, and the errors of damaged data sets.
+    Raises ConfigError if the arguments contradict them, and the errors of damaged data sets.
     """
     batch, parts = config.batch, config.data.shards
     step_tokens = batch.global_batch_rows * batch.context_tokens
@@ -88,7 +87,7 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         found = manifests[0].vocab_size
         if vocab_size not in (None, found):
             raise ConfigError(
-                f"`vocab_size` is {vocab_size}, and the tokenizer of {config.data.description} has "
+                f"`vocab_size` is {vocab_size}, but the tokenizer of {config.data.description} has "
                 f"{found} pieces; leave it out"
             )
         vocab_size = found
@@ -103,8 +102,8 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         attended = (batch.context_tokens + 1) / 2
         epoch, file_bytes = None, None
         notes.append(
-            f"{config.data.description} is not there yet: every row is taken as one document, so a "
-            f"token attends to {attended:,.0f}, and the vocabulary has "
+            f"{config.data.description} does not exist yet: assumed are one document per row, so "
+            f"that a token attends to {attended:,.0f}, and a vocabulary of "
             f"{vocab_size or DEFAULT_VOCAB_SIZE:,} pieces"
         )
     if total_tokens is None and steps is not None:
@@ -114,9 +113,9 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         total_tokens = float(ceil(rows / batch.global_batch_rows) * step_tokens)
     if file_bytes is None and total_tokens is not None:
         file_bytes = total_tokens / (config.training.epochs or 1.0) * _SHARD_BYTES_PER_TOKEN
-        notes.append(f"shards take {_SHARD_BYTES_PER_TOKEN} bytes a token")
+        notes.append(f"shards take {_SHARD_BYTES_PER_TOKEN} bytes per token")
     if total_tokens is None:
-        notes.append("how long the run is depends on the data: give `tokens`")
+        notes.append("the length of the run depends on the data: give `tokens`")
     return RunFacts(
         vocab_size=vocab_size or DEFAULT_VOCAB_SIZE,
         attended_tokens=attended,

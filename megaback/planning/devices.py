@@ -1,9 +1,9 @@
-"""Devices that are known by name: what they compute, hold and exchange. Loads no torch.
+"""Known devices: peak FLOP/s, memory and bandwidth, by name. Loads no torch.
 
-Figures are the vendors' data sheets': dense arithmetic without sparsity, memory as sold (GB of
-10**9 bytes), links in one direction. The network between nodes is that of the vendor's own
-eight-GPU server (DGX H100: 400 Gbit/s a GPU, DGX A100: 200), or 100 Gbit/s where there is none;
-clusters differ.
+Figures are from the vendors' data sheets: dense arithmetic without sparsity, nominal memory (GB of
+10**9 bytes), links in one direction. The network between nodes is that of the vendor's eight-GPU
+server (DGX H100: 400 Gbit/s per GPU, DGX A100: 200), or 100 Gbit/s if there is none; clusters
+differ.
 """
 
 import difflib
@@ -15,23 +15,23 @@ from data_pipeline.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One device. Rates are a second's."""
+    """One device. Rates are per second."""
 
     name: str
     memory_bytes: float
     bf16_flops: float | None
     fp32_flops: float | None
-    """Outside tensor cores, which is how fp32 is computed here."""
+    """Peak outside tensor cores, where fp32 is computed here."""
     link_bytes: float
     """Bandwidth to the other devices of its node, in one direction."""
     network_bytes: float
-    """Bandwidth to other nodes, in one direction: its share of the node's network."""
+    """Bandwidth to other nodes, in one direction: the device's share of the node's network."""
 
     def peak_flops(self, precision: str) -> float | None:
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
     def with_network(self, network_bytes: float) -> "Device":
-        """The same in another cluster."""
+        """The same device with another network."""
         return replace(self, network_bytes=network_bytes)
 
     @property
@@ -83,20 +83,20 @@ DEVICES = {device.name: device for device in (*_GPUS, *_V100S)}
 
 
 def find_device(name: str, memory_bytes: float | None = None) -> Device:
-    """A device by its name here, `h100-80gb`, with another memory if one is given.
+    """The device of a name such as `h100-80gb`, with another memory size if one is given.
 
-    Raises ConfigError with the nearest name.
+    Raises ConfigError with the closest name.
     """
     device = DEVICES.get(name.lower())
     if device is None:
         close = difflib.get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}? Known are" if close else "known are"
-        raise ConfigError(f"no device is known as {name!r}; {hint} {', '.join(DEVICES)} and {CPU}")
+        raise ConfigError(f"unknown device {name!r}; {hint} {', '.join(DEVICES)} and {CPU}")
     return device if memory_bytes is None else replace(device, memory_bytes=memory_bytes)
 
 
 def cpu_device(memory_bytes: float, peak_flops: float | None) -> Device:
-    """A process's share of a machine without GPUs. Its exchange stays in the machine's memory."""
+    """A process's share of a machine without GPUs, whose links are the machine's memory."""
     return Device(
         name=CPU,
         memory_bytes=memory_bytes,
@@ -108,9 +108,9 @@ def cpu_device(memory_bytes: float, peak_flops: float | None) -> Device:
 
 
 def devices_named_like(kind: str) -> list[Device]:
-    """What a scheduler's name of a device (`h100`, `nvidia_a100-sxm4-80gb`) may stand for.
+    """Devices that a scheduler's name (`h100`, `nvidia_a100-sxm4-80gb`) may mean.
 
-    All memory sizes are returned where the name does not say which one it is.
+    All memory sizes are returned if the name does not have one.
     """
     words = re.split(r"[-_ ]+", kind.lower())
     families = {device.name.split("-")[0] for device in DEVICES.values()}

@@ -1,9 +1,8 @@
-"""What a training step computes: weights, and floating-point operations a token. Loads no torch.
+"""Parameter counts, and FLOPs per token of a training step. Loads no torch.
 
-Chowdhery et al., "PaLM" (2022), appendix B: 6 for every weight that multiplies a token (2 forward,
-4 backward), and 12 for every dimension of every head and layer and every token attended to. These
-are model FLOPs: what is computed again (activation checkpointing) and what is no matrix product is
-left out.
+Chowdhery et al., "PaLM" (2022), appendix B: 6 per weight that multiplies a token (2 forward, 4
+backward), and 12 per dimension of every head and layer and per attended token. These are model
+FLOPs, without recomputation (activation checkpointing) and without anything but matrix products.
 """
 
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ from megaback.config import ModelSection
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of weights by what is done with them; they are those of `model.ReverseGPT`."""
+    """Parameter counts of `model.ReverseGPT` by use."""
 
     embedding: int
-    """One row a piece; tied embeddings are the head's weights too, counted here."""
+    """One row per piece; tied embeddings, which are the head's weights too, are counted here."""
     head: int
     """lm_head; 0 where it is tied to the embeddings."""
     matrices: int
-    """The matrices of all blocks: what Muon updates."""
+    """The matrices of all blocks, which Muon updates."""
     norms: int
 
     @property
@@ -43,22 +42,22 @@ class ModelSize:
 
 
 def flops_per_token(shape: ModelSection, vocab_size: int, attended_tokens: float) -> float:
-    """FLOPs of a training step per token that attends to `attended_tokens` on average."""
+    """FLOPs of a training step per token, with a mean of `attended_tokens` attended tokens."""
     multiplying = ModelSize.of(shape, vocab_size).matrices + vocab_size * shape.width
     attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim * attended_tokens
     return 6.0 * multiplying + attention
 
 
 def attended_tokens(document_tokens: float, context_tokens: int) -> float:
-    """Tokens that a token attends to, itself included, on average over a document and rows.
+    """Mean number of tokens that a token attends to, itself included, over a document and rows.
 
-    Documents are packed, attention is causal and starts afresh at each document and at each row,
-    and a row's edge is equally likely at any token of a document. A document that never ends gives
+    Documents are packed, attention is causal and restarts at each document and row, and a row
+    boundary is equally likely at any token of a document. An infinite document gives
     (context_tokens + 1) / 2.
     """
     near = min(document_tokens, context_tokens)
-    # The p-th token of a document attends to min(p, r) tokens, r its place in the row, which is
-    # uniform in 1..context: q - q(q - 1) / (2 context) on average, q = min(p, context). Summed:
+    # The p-th token of a document attends to min(p, r) tokens, where r, its position in the row,
+    # is uniform in 1..context: q - q(q - 1) / (2 context) on average, q = min(p, context). The sum:
     total = near * (near + 1) / 2 - near * (near + 1) * (near - 1) / (6 * context_tokens)
     total += (document_tokens - near) * (context_tokens + 1) / 2
     return total / document_tokens

@@ -1,7 +1,4 @@
-"""The memory that processes here may have: the machine's, or what a container or a job is given.
-
-Loads no torch.
-"""
+"""Host memory within the limits of a container or job (control groups). Loads no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +10,19 @@ _MOUNTED = Path("/sys/fs/cgroup")
 
 
 def host_memory_bytes() -> int:
-    """All of it, whoever uses it now."""
+    """Total host memory, used or free, within the limits of control groups."""
     return min([psutil.virtual_memory().total, *cgroup_limits()])
 
 
 def free_host_memory_bytes() -> int:
-    """What nobody uses now, as far as the limits of a container or a job let it be had."""
+    """Available host memory, at most the limits of control groups."""
     return min([psutil.virtual_memory().available, *cgroup_limits()])
 
 
 def cgroup_limits(listing: Path = _CGROUPS, mounted: Path = _MOUNTED) -> list[int]:
-    """The limits in bytes of this process's control groups (version 1 or 2) and those above.
+    """Limits in bytes of this process's control groups (version 1 or 2) and their ancestors.
 
-    In a container the path that the kernel names may be one of outside: the top is looked at, too.
+    In a container, the kernel's path may be one of the host, so the root is read too.
     """
     try:
         lines = listing.read_text(encoding="utf-8").splitlines()
@@ -50,5 +47,5 @@ def _read(top: Path, path: str, name: str) -> Iterator[int]:
                 text = (place / name).read_text(encoding="ascii").strip()
             except OSError:
                 continue
-            if text.isdecimal():  # version 2 says `max` for none, version 1 a number beyond all
+            if text.isdecimal():  # without a limit: `max` in version 2, a huge number in version 1
                 yield int(text)

@@ -1,10 +1,9 @@
-"""How much memory a rank takes, part by part, at each moment of a training step. Loads no torch.
+"""Memory estimate of a rank, by component, at each peak of a training step. Loads no torch.
 
-What is counted is what DeepSpeed's ZeRO (Rajbhandari et al., 2020) and our optimizers allocate, as
-docs/planning.md lists it; `benchmarks/memory.py` measures real runs against it. A step has moments
-at which memory is highest: where the backward pass starts, in its first and last block, at its end,
-and while the optimizer works. A checkpoint's copy is the host's memory, which on a CPU is the
-rank's own.
+It covers the allocations of DeepSpeed's ZeRO (Rajbhandari et al., 2020) and of our optimizers, as
+listed in docs/planning.md; `benchmarks/memory.py` compares it with real runs. Memory peaks at the
+start of the backward pass, in its first and last block, at its end, and in the optimizer. The copy
+of a checkpoint is in host memory, which on a CPU is the rank's own.
 """
 
 from collections.abc import Iterable
@@ -17,29 +16,29 @@ from megaback.planning.flops import ModelSize
 _MIN_BUCKET_ELEMENTS = 1_000_000
 _MAX_BUCKET_ELEMENTS = 500_000_000
 _GATHERED_ELEMENTS = 1_000_000_000
-"""Weights that ZeRO 3 keeps together at most: stage3_max_live_parameters of DeepSpeed."""
+"""Maximum weights that ZeRO 3 keeps gathered: DeepSpeed's stage3_max_live_parameters."""
 _GROUP_ELEMENTS = 1_000_000_000
-"""Elements that ZeRO 3 updates at a time: its sub_group_size."""
+"""Elements that ZeRO 3 updates at a time: DeepSpeed's sub_group_size."""
 _WHOLE_REDUCED_ELEMENTS = 500_000_000
-"""Elements that stage 0 puts together to be reduced at a time."""
+"""Elements that stage 0 reduces at a time."""
 
 CUDA_CONTEXT_BYTES = 1.5e9
-"""CUDA's context, kernels and NCCL's buffers. Not measured: docs/unverified.md."""
+"""CUDA context, kernels and NCCL buffers. Not measured: docs/unverified.md."""
 CUDA_FRAGMENTATION = 0.05
-"""Fraction of all else that PyTorch's allocator holds and cannot give. Not measured either."""
+"""Fraction of all other memory lost to fragmentation in PyTorch's allocator. Not measured."""
 
 
 def bucket_elements(num_parameters: int) -> int:
-    """Gradients that are reduced together.
+    """Size of a gradient bucket, in elements.
 
-    DeepSpeed's default is made for billions of weights; on few it costs memory and time.
+    DeepSpeed's default suits billions of weights; for small models it costs memory and time.
     """
     return min(max(num_parameters // 8, _MIN_BUCKET_ELEMENTS), _MAX_BUCKET_ELEMENTS)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides a rank's memory."""
+    """Settings that determine a rank's memory."""
 
     shape: ModelSection
     vocab_size: int
@@ -71,12 +70,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes of a rank at one moment."""
+    """Memory of a rank at one moment, in bytes by component."""
 
     weights: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
-    """fp32 weights, where the others are something else, and the optimizer's state."""
+    """Optimizer state, and fp32 master weights if the weights have another type."""
     activations: float = 0.0
     logits: float = 0.0
     buckets: float = 0.0
@@ -85,7 +84,7 @@ class Parts:
     copy: float = 0.0
     """Copy of the checkpoint that is being written, on a CPU."""
     reserve: float = 0.0
-    """Reserve for context and fragmentation, on a GPU."""
+    """Reserve for the CUDA context and fragmentation, on a GPU."""
 
     @property
     def total(self) -> float:
@@ -94,18 +93,18 @@ class Parts:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The moment at which a rank takes most, and what its node's host memory holds."""
+    """Peak memory of a rank, and host memory of its node."""
 
     moment: str
     parts: Parts
     host_bytes_per_node: float
-    """Offloaded states and the copies of checkpoints; 0 on CPUs, where they are in `parts`."""
+    """Offloaded state and copies of checkpoints; 0 on CPUs, where they are in `parts`."""
     moments: dict[str, float]
     """Bytes at every moment."""
 
 
 def rank_memory(setting: Setting) -> RankMemory:
-    """The memory of the rank that has most."""
+    """Memory of the rank that uses most."""
     size = ModelSize.of(setting.shape, setting.vocab_size)
     moments = {**_step_moments(setting, size), "update": _update(setting, size)}
     copy = _checkpoint_bytes(size, setting.optimizer) / setting.ranks
@@ -126,7 +125,7 @@ def rank_memory(setting: Setting) -> RankMemory:
 
 
 def checkpoint_bytes(shape: ModelSection, vocab_size: int, optimizer: str) -> float:
-    """A checkpoint on the disk: fp32 weights and the optimizer's state."""
+    """Size of a checkpoint on disk: fp32 weights and optimizer state."""
     return _checkpoint_bytes(ModelSize.of(shape, vocab_size), optimizer)
 
 
@@ -135,7 +134,7 @@ def _checkpoint_bytes(size: ModelSize, optimizer: str) -> float:
 
 
 def _state_bytes(size: ModelSize, optimizer: str) -> float:
-    """Two moments, or Muon's one of the matrices of blocks."""
+    """Two moments per weight, or one momentum for the matrices that Muon updates."""
     return 8 * size.total - (4 * size.matrices if optimizer == "muon" else 0)
 
 
@@ -148,8 +147,7 @@ def _is_offloaded(setting: Setting) -> bool:
 
 
 def _offloaded(setting: Setting, size: ModelSize) -> float:
-    """Bytes of a rank in its host's memory: states, fp32 weights and gradients, and what is
-    sent."""
+    """Host memory of a rank: optimizer state, fp32 weights and gradients, and weights to send."""
     if not _is_offloaded(setting):
         return 0.0
     states = 4 * size.total + _state_bytes(size, setting.optimizer) + 4 * size.total
@@ -159,12 +157,12 @@ def _offloaded(setting: Setting, size: ModelSize) -> float:
 
 
 def _resident(setting: Setting, size: ModelSize) -> Parts:
-    """What is there all the time, from the first update on."""
+    """Memory held throughout training, from the first update on."""
     total, ranks, stage = size.total, setting.ranks, setting.stage
     weights = float(setting.weight_bytes * total)
     optimizer = _state_bytes(size, setting.optimizer)
     gradients = buckets = 0.0
-    if setting.arithmetic == "autocast":  # bf16 copies of what is multiplied, which stay
+    if setting.arithmetic == "autocast":  # bf16 copies of the matrices, which stay allocated
         weights += 2 * (size.matrices + (size.head or size.embedding))
     if stage:
         optimizer = (optimizer + 4 * total) / ranks
@@ -181,7 +179,7 @@ def _resident(setting: Setting, size: ModelSize) -> Parts:
 
 
 def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
-    """The forward and backward passes of the last micro-batch of a step."""
+    """Peaks of the forward and backward pass of a step's last micro-batch."""
     total, ranks, stage = size.total, setting.ranks, setting.stage
     tokens, layers = setting.micro_batch_tokens, setting.shape.num_layers
     bytes_each = setting.weight_bytes
@@ -205,9 +203,9 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
         earlier = whole = 0.0
     head = 0.0 if stage >= 2 else bytes_each * (size.head or size.embedding)
     bucket = {0: 0.0, 3: 0.0}.get(stage, float(bytes_each * bucket_elements(total)))
-    # Stage 2 adds a micro-batch's gradients to those of the ones before it.
+    # Stage 2 adds a micro-batch's gradients to those of the previous ones.
     last = whole + (earlier if stage == 2 else 0.0)
-    # Those of untied embeddings come after the last block.
+    # Gradients of untied embeddings follow those of the last block.
     embedding = bytes_each * size.embedding * share if whole and size.head else 0.0
 
     def moment(blocks: int, gradients: float, buckets: float, work: float, logits: float) -> Parts:
@@ -233,21 +231,21 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
 
 
 def _update(setting: Setting, size: ModelSize) -> Parts:
-    """The optimizer at work: groups of weights, one after another."""
+    """Peak of the optimizer's update, which processes parameter groups in sequence."""
     resident, stage, ranks = _resident(setting, size), setting.stage, setting.ranks
     low, is_muon = setting.weight_bytes, setting.optimizer == "muon"
     rest = size.total - size.matrices
     if stage == 0:
         work = _muon_work(setting.shape, 1, setting.precision, whole=True) if is_muon else 0.0
         return replace(resident, gradients=4.0 * size.total, update=work)
-    if _is_offloaded(setting):  # what is made orthogonal is so on the device
+    if _is_offloaded(setting):  # matrices are orthogonalized on the device
         work = _muon_work(setting.shape, ranks, setting.precision) if is_muon else 0.0
         return replace(resident, update=work)
     averaged = 0.0 if stage == 3 else low * size.total / ranks
     group = max(size.matrices, rest) if is_muon else size.total
     if stage == 3:
         group = min(group, _GROUP_ELEMENTS)
-    # Flat, then in fp32.
+    # A flat copy, then one in fp32.
     flat = (low + (4 if low == 2 else 0)) * group / ranks
     plain = replace(resident, gradients=resident.gradients + averaged, update=flat)
     if not is_muon:
@@ -260,16 +258,16 @@ def _update(setting: Setting, size: ModelSize) -> Parts:
 
 
 def _muon_work(shape: ModelSection, ranks: int, precision: str, *, whole: bool = False) -> float:
-    """What making a rank's matrices orthogonal takes, beside gradient and momentum.
+    """Bytes to orthogonalize a rank's matrices, in addition to gradient and momentum.
 
-    `whole`: matrices are whole on every rank, and none is put together.
+    `whole`: every rank holds whole matrices, and none is gathered.
     """
     size = 4 if precision == "fp32" else 2
     groups = list(_matrix_groups(shape))
     matrices = sum(elements for elements, _ in groups) / ranks
     orthogonal = before = previous = 0.0
     for elements, grams in groups:
-        # A stack, two iterates, two products of rows; results of the shapes before.
+        # A stack, two iterates, two Gram matrices; results of the previous shapes.
         now = (3 * elements + 2 * grams) / ranks + before + previous
         orthogonal = max(orthogonal, now)
         before, previous = before + elements / ranks, elements / ranks
@@ -282,8 +280,7 @@ def _muon_work(shape: ModelSection, ranks: int, precision: str, *, whole: bool =
 
 
 def _matrix_groups(shape: ModelSection) -> Iterable[tuple[float, float]]:
-    """Matrices of one shape, in their order: their elements, and those of products of their
-    rows."""
+    """(elements, elements of the Gram matrices) of the matrices of each shape, in order."""
     kv_width = shape.kv_heads * shape.head_dim
     counts: dict[tuple[int, int], int] = {}
     for rows, columns, count in (

@@ -1,8 +1,7 @@
-"""Before the first step: whether what the plan counts fits into the memory of every rank.
+"""Memory check before the first step: whether the planned memory fits every rank.
 
-`megaback plan` and `submit` ask the same of devices that are not here. Here it is known what there
-is, and only what cannot work is refused: of what the plan counts, that which is certain. Loads no
-torch.
+`megaback plan` and `submit` check devices of another machine. Here the available memory is known,
+and a run is refused only if the certain part of the estimate does not fit. Loads no torch.
 """
 
 from collections import Counter
@@ -17,24 +16,24 @@ from megaback.planning.memory import Parts
 from megaback.planning.plan import Cluster, advice_to_fit, memory_of
 
 _MAX_OVERESTIMATE = 1.05
-"""The plan over what real runs took was at most 1.04: benchmarks/README.md."""
+"""Maximum ratio of estimated to measured memory; 1.04 was found: benchmarks/README.md."""
 
 
 @dataclass(frozen=True)
 class AvailableMemory:
-    """Where a rank is, and what memory there is."""
+    """Memory available to a rank."""
 
     host: str
     device: str
     """`cpu`, or the GPU's name."""
     memory_bytes: int
-    """Memory of its GPU or, on a CPU, of its host, which all ranks there share."""
+    """Memory of the rank's GPU or, on a CPU, of its host, which all ranks there share."""
 
 
 def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMemory]) -> None:
-    """Raise NotEnoughMemoryError, with the smallest change that fits, for what cannot fit.
+    """Raise NotEnoughMemoryError, with the smallest change that fits, if a run cannot fit.
 
-    `rooms` are those of all ranks.
+    `rooms`: the memory available to each rank, for all ranks.
     """
     if config.hardware.memory_check == "off":
         return
@@ -61,13 +60,13 @@ def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMem
         return
     advice = advice_to_fit(config, facts, cluster, can_add_nodes=False)
     raise NotEnoughMemoryError(
-        f"{config.run} needs {needed / 1e9:.1f} GB or more for each of {len(rooms)} processes, and "
-        f"{tightest.host} ({tightest.device}) has {there / 1e9:.1f} GB for each (most at: "
-        f"{memory.moment}); {advice}; hardware.memory_check=off starts it all the same"
+        f"{config.run} needs at least {needed / 1e9:.1f} GB for each of {len(rooms)} processes, "
+        f"but {tightest.host} ({tightest.device}) has {there / 1e9:.1f} GB for each (peak: "
+        f"{memory.moment}); {advice}; hardware.memory_check=off skips this check"
     )
 
 
 def certain_bytes(parts: Parts, is_compiled: bool) -> float:
-    """What a rank takes in any case: without reserves; compiled code may keep fewer activations."""
+    """Lower bound of a rank's memory, without reserves; compiled code may save less activations."""
     uncertain = parts.reserve + (parts.activations + parts.logits if is_compiled else 0.0)
     return (parts.total - uncertain) / _MAX_OVERESTIMATE

@@ -1,10 +1,10 @@
-"""What a step sends over the network, and how long that takes if nothing hides it. Loads no torch.
+"""Network traffic of a training step, and its duration without overlap. Loads no torch.
 
-Bytes that each rank sends, by ring algorithms (Patarasuk and Yuan, 2009): of n bytes on W ranks, an
-all-gather or reduce-scatter sends n (W - 1) / W, an all-reduce twice as much. What is sent is what
-DeepSpeed 0.19 sends: stages 1 and 2 all-reduce gradients and gather weights, stage 2 after every
-micro-batch; stage 3 gathers weights for the forward pass and, if they are too many to be kept, for
-the backward pass again, and reduce-scatters gradients.
+Bytes sent per rank with ring algorithms (Patarasuk and Yuan, 2009): for n bytes on W ranks, an
+all-gather or reduce-scatter sends n (W - 1) / W, an all-reduce twice as much. The collectives are
+those of DeepSpeed 0.19: stages 1 and 2 all-reduce gradients and gather weights, stage 2 after every
+micro-batch; stage 3 gathers weights for the forward pass and, if there are too many to keep, again
+for the backward pass, and reduce-scatters gradients.
 """
 
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from megaback.planning.devices import Device
 from megaback.planning.flops import ModelSize
 
 _KEPT_ELEMENTS = 1_000_000_000
-"""Weights that stage 3 keeps together until the backward pass: DeepSpeed's max_reuse_distance."""
+"""Weights that stage 3 keeps gathered until the backward pass: DeepSpeed's max_reuse_distance."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends in a step."""
+    """Bytes that a rank sends per step."""
 
     gradient_bytes: float
     weight_bytes: float
     optimizer_bytes: float
-    """Muon's matrices, put together and taken apart: at most so many."""
+    """Upper bound for gathering and scattering Muon's matrices."""
 
     @property
     def total(self) -> float:
         return self.gradient_bytes + self.weight_bytes + self.optimizer_bytes
 
     def seconds(self, device: Device, nodes: int) -> float:
-        """The slowest link on the way carries all of it."""
+        """Seconds to send all of it over the slowest link."""
         return self.total / (device.network_bytes if nodes > 1 else device.link_bytes)
 
 
@@ -45,7 +45,7 @@ def step_traffic(
     precision: str,
     optimizer: str,
 ) -> Traffic:
-    """What a step of one rank sends."""
+    """Traffic of one rank per step."""
     size = ModelSize.of(shape, vocab_size)
     others = (ranks - 1) / ranks
     low = 2 if precision == "bf16" and stage else 4

@@ -1,7 +1,7 @@
-"""The plan of a run on so many devices: memory, time, network and disk, and whether it fits.
+"""Plan of a run on a cluster: memory, time, network and disk, and whether it fits.
 
-`plan_run` works everything out; `smallest_change` finds what makes a run fit that does not.
-Formulae and sources are in docs/planning.md. Loads no torch.
+`smallest_change` finds the cheapest change of the config that makes a run fit. Formulas and sources
+are in docs/planning.md. Loads no torch.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from megaback.planning.memory import RankMemory, Setting, checkpoint_bytes, rank
 from megaback.planning.network import Traffic, step_traffic
 
 DEFAULT_MFU = 0.4
-"""Model FLOPs utilization: what published runs on A100s and H100s had, docs/scale.md."""
+"""Model FLOPs utilization of published runs on A100s and H100s: docs/scale.md."""
 _MAX_FLASH_HEAD_DIM = 256
 _MAX_CHANGES = 3
 _MAX_NODE_DOUBLINGS = 6
@@ -46,7 +46,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Duration:
-    """How long a run takes at an MFU."""
+    """Duration of a run at an MFU."""
 
     step_s: float
     days: float | None
@@ -55,7 +55,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything about a run on a cluster."""
+    """Estimates for a run on a cluster."""
 
     size: ModelSize
     flops_per_token: float
@@ -64,16 +64,16 @@ class RunPlan:
     step_tokens: int
     steps: int | None
     stages: dict[int, RankMemory]
-    """Memory at every ZeRO stage, all else being equal."""
+    """Memory at every ZeRO stage, all else equal."""
     stage: int
-    """The config's."""
+    """ZeRO stage of the config."""
     traffic: Traffic
     traffic_s: float
     duration: Duration | None
-    """None: the device's arithmetic is not known."""
+    """Duration; None: the device's peak FLOP/s is unknown."""
     checkpoint_bytes: float
     checkpoints_kept: int | None
-    """Number of checkpoints while one is being written; None: the run's length is not known."""
+    """Number of checkpoints while one is being written; None: the run's length is unknown."""
 
     @property
     def memory(self) -> RankMemory:
@@ -81,7 +81,7 @@ class RunPlan:
 
 
 def plan_run(config: Config, facts: RunFacts, cluster: Cluster, mfu: float) -> RunPlan:
-    """Work out a run. Raises BatchError where the ranks cannot share the batch."""
+    """Plan a run. Raises BatchError if the batch is not divisible by the ranks."""
     micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
     stage, precision = config.zero.stage, config.training.precision
     flops = flops_per_token(config.model, facts.vocab_size, facts.attended_tokens)
@@ -126,7 +126,7 @@ def plan_run(config: Config, facts: RunFacts, cluster: Cluster, mfu: float) -> R
 def memory_of(
     config: Config, facts: RunFacts, cluster: Cluster, stage: int | None = None
 ) -> RankMemory:
-    """What a rank takes, at the config's stage or another. Raises BatchError."""
+    """Memory of a rank, at the config's stage or another. Raises BatchError."""
     micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
     return rank_memory(
         Setting(
@@ -157,10 +157,10 @@ def fits(config: Config, facts: RunFacts, cluster: Cluster) -> bool:
 def smallest_change(
     config: Config, facts: RunFacts, cluster: Cluster, *, can_add_nodes: bool = True
 ) -> str | None:
-    """What to change, as it is typed, so that the run fits; None if nothing here does.
+    """Change that makes the run fit, as overrides to type; None if there is none.
 
-    One change if one is enough, else two or three; of as many, those that cost least: more
-    sharding, a smaller micro-batch, less that is kept, offloading, more nodes.
+    One override if one suffices, else two or three; among equally many, the cheapest, in the order
+    of more sharding, smaller micro-batch, activation checkpointing, offload, more nodes.
     """
     options = [
         option for option in _changes(config, cluster) if can_add_nodes or option[1] != _NODES
@@ -178,13 +178,13 @@ def smallest_change(
 
 
 def require_room(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan) -> None:
-    """Raises NotEnoughMemoryError, with what to change, unless the run fits."""
+    """Raises NotEnoughMemoryError, with the change that fits, unless the run fits."""
     needed, there = plan.memory.parts.total, cluster.device.memory_bytes
     if needed <= there:
         return
     raise NotEnoughMemoryError(
         f"{config.run} needs {needed / 1e9:.1f} GB on each of {cluster.shown}, which has "
-        f"{there / 1e9:.1f} GB (most at: {plan.memory.moment}); "
+        f"{there / 1e9:.1f} GB (peak: {plan.memory.moment}); "
         f"{advice_to_fit(config, facts, cluster)}"
     )
 
@@ -192,13 +192,13 @@ def require_room(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPla
 def advice_to_fit(
     config: Config, facts: RunFacts, cluster: Cluster, *, can_add_nodes: bool = True
 ) -> str:
-    """What to do about a run that does not fit, as the end of a sentence."""
+    """Advice for a run that does not fit, as the end of a sentence."""
     change = smallest_change(config, facts, cluster, can_add_nodes=can_add_nodes)
     if change is not None:
         return f"the smallest change that fits is {change}"
     last = ", offload or more nodes" if can_add_nodes else " or offload"
     return (
-        f"no smaller micro-batch, higher stage, checkpointing{last} make it fit; take a smaller "
+        f"no smaller micro-batch, higher stage, checkpointing{last} makes it fit; use a smaller "
         "model, or devices with more memory"
     )
 
@@ -207,7 +207,7 @@ _Option = tuple[str, str, tuple[object, ...]]
 
 
 def _changes(config: Config, cluster: Cluster) -> Iterator[_Option]:
-    """Keys of the config with other values, the mildest first; the cheapest change first."""
+    """(section, key, values) of possible changes, cheapest first, values mildest first."""
     stage, kept = config.zero.stage, config.training.activation_checkpointing
     rows, _ = split_batch(config.batch, cluster.ranks)
     if stage < 2:
@@ -255,13 +255,13 @@ def _combined(
 
 
 def _is_allowed(config: Config) -> bool:
-    """Whether offloading fits the stage, as ZeroSection demands it."""
+    """Whether the stage supports the offload, as in ZeroSection."""
     minimum = {"none": 0, "optimizer": 1, "parameters": 3}[config.zero.offload]
     return config.zero.stage >= minimum
 
 
 def _attention(config: Config, device: Device) -> Attention:
-    """What hardware.attention comes to there, flash-attn being installed where it can be used."""
+    """Backend that hardware.attention selects on a device, if flash-attn is installed."""
     can_flash = (
         not device.is_cpu
         and config.training.precision == "bf16"
@@ -271,7 +271,7 @@ def _attention(config: Config, device: Device) -> Attention:
 
 
 def _checkpoints_kept(config: Config, steps: int) -> int:
-    """The last ones, one being written, the best, and every so many steps'."""
+    """Maximum number of checkpoints: the last, one being written, the best, and those for good."""
     section = config.checkpoint
     saved = 1 if section.every_steps is None else ceil(steps / section.every_steps)
     kept = section.keep_last + 1 + (config.validation.patience is not None)

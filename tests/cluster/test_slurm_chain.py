@@ -97,7 +97,7 @@ def test_what_depends_on_a_failed_build_is_cancelled(
         (("--nodes=8",), 13, "Slurm refuses the train job"),
         (("--nodes=2", "--partition=absent"), 13, "`sinfo` lists the partitions"),
         (("--gpus",), 10, "hardware.device is cpu, and --gpus was given"),
-        (("hardware.device=cuda", "--device=h101"), 10, "no device is known as 'h101'"),
+        (("hardware.device=cuda", "--device=h101"), 10, "unknown device 'h101'"),
         (
             ("hardware.device=cuda", "--device=l4-24gb", "model.width=16384"),
             14,

@@ -153,7 +153,7 @@ CASES = {
     "a model that no memory here holds": Case(
         RANK + "model.width=65536 model.num_layers=64 batch.micro_batch_rows=1",
         errors.NotEnoughMemoryError,
-        ("GB or more for each of 1 processes", "take a smaller model", "hardware.memory_check=off"),
+        ("GB for each of 1 processes", "use a smaller model", "hardware.memory_check=off"),
     ),
     "reading word shards the other way": Case(
         TRAIN + "data.shards={place}/word_shards data.direction=forward",

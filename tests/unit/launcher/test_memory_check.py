@@ -43,7 +43,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_does() -> None:
 
 
 def test_a_device_that_nobody_knows_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no device is known as 'h1'"):
+    with pytest.raises(ConfigError, match="unknown device 'h1'"):
         check(config_of(), device_name="h1")
 
 

@@ -1,4 +1,4 @@
-"""The model is the stock decoder that it claims to be, and packed documents are strangers."""
+"""The model compared with transformers' stock decoders; independence of packed documents."""
 
 import math
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def stock_model(model: ReverseGPT) -> LlamaForCausalLM | Qwen3ForCausalLM:
 @pytest.mark.parametrize("num_kv_heads", [None, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
 @torch.no_grad()
-def test_logits_are_those_of_the_stock_architecture(
+def test_logits_equal_those_of_the_stock_architecture(
     qk_norm: bool, num_kv_heads: int | None, tie_embeddings: bool
 ) -> None:
     model = make_model(qk_norm=qk_norm, num_kv_heads=num_kv_heads, tie_embeddings=tie_embeddings)
@@ -60,7 +60,7 @@ def test_logits_are_those_of_the_stock_architecture(
 
 
 @torch.no_grad()
-def test_each_packed_document_gets_the_logits_that_it_gets_alone() -> None:
+def test_a_packed_document_has_the_same_logits_as_alone() -> None:
     model = make_model()
     lengths = (5, 1, 30, 12)
     ids_T = random_ids(sum(lengths))
@@ -129,7 +129,7 @@ def test_no_gradient_flows_from_one_document_into_another() -> None:
     assert gradient_T[:8].max() == gradient_T[16:].max() == 0
 
 
-def test_the_same_seed_gives_the_same_weights_whatever_the_global_state() -> None:
+def test_initial_weights_depend_only_on_the_seed() -> None:
     models = []
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
@@ -166,7 +166,7 @@ def test_weights_that_write_to_the_residual_stream_are_scaled_by_depth(num_layer
 
 
 @torch.no_grad()
-def test_an_untrained_model_is_about_as_unsure_as_a_uniform_guess() -> None:
+def test_the_loss_of_an_untrained_model_is_about_that_of_uniform_predictions() -> None:
     model = ReverseGPT(section(), VOCAB_SIZE)
     model.initialize(3)
 
@@ -176,7 +176,7 @@ def test_an_untrained_model_is_about_as_unsure_as_a_uniform_guess() -> None:
 
 
 @torch.no_grad()
-def test_losses_are_those_of_targets_that_are_not_ignored() -> None:
+def test_ignored_targets_have_no_loss() -> None:
     model = make_model()
     ids_T, targets_T = random_ids(20), random_ids(20, seed=1)
     targets_T[[0, 7, 19]] = IGNORED_TARGET
@@ -216,7 +216,7 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients(kind: str) 
 
 
 def kept_bytes(kind: str) -> int:
-    """Bytes of activations that a forward pass in bf16 keeps for the backward pass."""
+    """Bytes of activations that a forward pass in bf16 saves for the backward pass."""
     model = make_model().bfloat16().train()
     model.checkpoint_activations(kind)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -224,7 +224,7 @@ def kept_bytes(kind: str) -> int:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # alive: no other gets its place
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # alive: its address is not reused
         return tensor
 
     def recomputed(function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
@@ -241,7 +241,7 @@ def kept_bytes(kind: str) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def test_the_more_is_computed_again_the_less_is_kept() -> None:
+def test_recomputing_more_saves_more_activation_memory() -> None:
     assert kept_bytes("selective") < 0.85 * kept_bytes("none")
     assert kept_bytes("block") < 0.5 * kept_bytes("selective")
 
@@ -263,17 +263,17 @@ def test_tied_embeddings_are_counted_once() -> None:
     assert untied - tied == VOCAB_SIZE * section().width
 
 
-def test_flash_attention_that_was_asked_for_and_cannot_be_used_is_an_error() -> None:
+def test_requesting_unavailable_flash_attention_is_an_error() -> None:
     with pytest.raises(BackendError, match=r"hardware\.attention is flash_attn, but the device is"):
         attention_backend("flash_attn", CPU, torch.bfloat16, 64)
 
 
 @pytest.mark.parametrize("name", ["auto", "sdpa"])
-def test_attention_on_a_cpu_is_sdpa_and_says_so(name: str) -> None:
+def test_attention_on_a_cpu_is_sdpa(name: str) -> None:
     assert attention_backend(name, CPU, torch.float32, 64) == ("sdpa", sdpa_attention)
 
 
-def test_a_compiled_model_is_compiled_once_whatever_its_segments_are() -> None:
+def test_a_compiled_model_is_not_recompiled_for_other_segments() -> None:
     graphs = []
 
     def count(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a model's width changes in its start and its learning, and what it leaves alone."""
+"""muP: transfer of learning rates across widths, initial weights, and rules of parameters."""
 
 import math
 
@@ -28,7 +28,7 @@ def section(name: str = "adamw", **changes: object) -> OptimizerSection:
 def change_of_the_hidden_state(
     model_shape: ModelSection, optimizer_section: OptimizerSection
 ) -> float:
-    """Root mean square of what four steps on one batch change in the final hidden states."""
+    """RMS change of the final hidden states after four steps on one batch."""
     torch.manual_seed(0)
     model = ReverseGPT(model_shape, VOCAB_SIZE)
     model.initialize(1)
@@ -55,7 +55,7 @@ def change_of_the_hidden_state(
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_with_a_base_width_a_rate_does_as_much_in_a_wide_model_as_in_a_narrow_one(
+def test_with_a_base_width_a_learning_rate_changes_narrow_and_wide_models_alike(
     name: str,
 ) -> None:
     narrow = change_of_the_hidden_state(shape(64, base_width=64), section(name))
@@ -64,14 +64,14 @@ def test_with_a_base_width_a_rate_does_as_much_in_a_wide_model_as_in_a_narrow_on
     assert 0.5 < wide / narrow < 2
 
 
-def test_without_a_base_width_a_rate_does_far_more_in_a_wide_model() -> None:
+def test_without_a_base_width_a_learning_rate_changes_a_wide_model_far_more() -> None:
     narrow = change_of_the_hidden_state(shape(64), section())
     wide = change_of_the_hidden_state(shape(512), section())
 
     assert wide / narrow > 3
 
 
-def test_at_its_base_width_a_model_is_as_without_one() -> None:
+def test_at_its_base_width_a_model_equals_one_without() -> None:
     plain, based = ReverseGPT(shape(64), 50), ReverseGPT(shape(64, base_width=64), 50)
     for model in (plain, based):
         model.initialize(3)
@@ -82,7 +82,7 @@ def test_at_its_base_width_a_model_is_as_without_one() -> None:
         assert rules[0] == rules[1], name
 
 
-def test_matrices_that_write_to_the_residual_stream_start_smaller_with_depth() -> None:
+def test_initial_residual_matrices_are_smaller_in_deeper_models() -> None:
     name = "model.layers.0.self_attn.o_proj.weight"
     few, many = (shape(64, num_layers=layers) for layers in (2, 8))
 
@@ -90,7 +90,7 @@ def test_matrices_that_write_to_the_residual_stream_start_smaller_with_depth() -
     assert initial_std(name, few) == pytest.approx(0.02 / math.sqrt(4))
 
 
-def test_zero_output_projections_make_every_block_do_nothing_at_first() -> None:
+def test_zero_output_projections_make_every_block_the_identity() -> None:
     model = ReverseGPT(shape(64, zero_output_projections=True), VOCAB_SIZE)
     model.initialize(1)
     ids_T = torch.arange(TOKENS)
@@ -103,7 +103,7 @@ def test_zero_output_projections_make_every_block_do_nothing_at_first() -> None:
     torch.testing.assert_close(hidden_TD, expected_TD, atol=0, rtol=0)
 
 
-def test_a_head_of_zeros_guesses_all_ids_alike() -> None:
+def test_a_zero_head_predicts_a_uniform_distribution() -> None:
     model = ReverseGPT(shape(64, zero_head=True), VOCAB_SIZE)
     model.initialize(1)
     ids_T = torch.arange(TOKENS)
@@ -114,7 +114,7 @@ def test_a_head_of_zeros_guesses_all_ids_alike() -> None:
     assert nats_T.mean().item() == pytest.approx(math.log(VOCAB_SIZE))
 
 
-def test_muon_has_the_matrices_of_blocks_and_nothing_else() -> None:
+def test_muon_updates_only_the_matrices_of_blocks() -> None:
     model = ReverseGPT(shape(64), 50)
 
     for name, parameter in model.named_parameters():
@@ -122,7 +122,7 @@ def test_muon_has_the_matrices_of_blocks_and_nothing_else() -> None:
         assert rule.is_orthogonalized == ("_proj" in name), name
 
 
-def test_muons_own_rate_is_for_matrices_only() -> None:
+def test_muons_own_learning_rate_applies_to_its_matrices_only() -> None:
     model = ReverseGPT(shape(64), 50)
     numbers = section("muon", matrix_learning_rate=0.5)
 

@@ -1,4 +1,4 @@
-"""The optimizer has every parameter once, in the group whose rules are its own."""
+"""Parameter groups and updates of the optimizer."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def built(**options: Any) -> tuple[MatrixOptimizer, ReverseGPT]:
 
 
 def values_of(optimizer: MatrixOptimizer, key: str) -> dict[int, Any]:
-    """What a key of its group is to each parameter, by id."""
+    """Value of a key of its group for each parameter, by id."""
     return {
         id(parameter): group[key]
         for group in optimizer.param_groups
@@ -35,14 +35,14 @@ def copies(model: ReverseGPT) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_every_parameter_is_held_once(name: str) -> None:
+def test_every_parameter_is_in_one_group(name: str) -> None:
     optimizer, model = built(name=name)
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
 
     assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
 
 
-def test_weight_decay_is_on_every_matrix_and_on_nothing_else() -> None:
+def test_weight_decay_applies_to_matrices_only() -> None:
     optimizer, model = built()
     decay = values_of(optimizer, "weight_decay")
 
@@ -50,7 +50,7 @@ def test_weight_decay_is_on_every_matrix_and_on_nothing_else() -> None:
         assert decay[id(parameter)] == (0.0 if "norm" in name else 0.3), name
 
 
-def test_adamw_has_the_numbers_of_the_config() -> None:
+def test_adamw_has_the_hyperparameters_of_the_config() -> None:
     optimizer, _ = built(beta1=0.8, epsilon=1e-7)
 
     assert isinstance(optimizer, torch.optim.AdamW)
@@ -58,7 +58,7 @@ def test_adamw_has_the_numbers_of_the_config() -> None:
         assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-7)
 
 
-def test_adamw_makes_nothing_orthogonal_and_muon_the_matrices_of_layers() -> None:
+def test_only_muon_orthogonalizes_and_only_the_matrices_of_layers() -> None:
     assert not any(group["orthogonalize"] for group in built()[0].param_groups)
 
     optimizer, model = built(name="muon")
@@ -69,7 +69,7 @@ def test_adamw_makes_nothing_orthogonal_and_muon_the_matrices_of_layers() -> Non
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_step_changes_every_parameter_and_one_to_skip_changes_none(name: str) -> None:
+def test_a_step_changes_every_parameter_and_a_skipped_one_changes_none(name: str) -> None:
     optimizer, model = built(name=name)
     before = copies(model)
 

@@ -25,9 +25,7 @@ def section(warmup_steps: int = 0, ratio: float = 0.1, **changes: Any) -> Optimi
 
 
 @given(run=runs, share=st.floats(0, 1))
-def test_warmup_is_a_straight_line_from_nothing_to_the_peak(
-    run: tuple[int, int, float], share: float
-) -> None:
+def test_warmup_is_linear_from_zero_to_the_peak(run: tuple[int, int, float], share: float) -> None:
     total_steps, warmup_steps, ratio = run
     assume(warmup_steps > 0)
     step = min(int(share * warmup_steps), warmup_steps - 1)
@@ -80,15 +78,13 @@ def test_past_the_end_the_rate_stays_at_the_final_ratio(
 
 
 @given(run=runs, step=st.integers(0, 3000))
-def test_every_rate_is_positive_or_the_zero_that_was_asked_for(
-    run: tuple[int, int, float], step: int
-) -> None:
+def test_the_factor_is_always_between_0_and_1(run: tuple[int, int, float], step: int) -> None:
     total_steps, warmup_steps, ratio = run
 
     assert 0 <= rate_factor_at(step, total_steps, section(warmup_steps, ratio)) <= 1
 
 
-def test_halfway_down_the_cosine_the_rate_is_halfway_between_peak_and_end() -> None:
+def test_halfway_through_the_cosine_the_rate_is_halfway_between_peak_and_end() -> None:
     assert rate_factor_at(15, 21, section(10)) == pytest.approx((1 + 0.1) / 2)
 
 
@@ -108,7 +104,7 @@ def test_every_schedule_begins_at_the_peak_never_rises_and_ends_at_the_final_rat
     assert all(later <= earlier for earlier, later in pairwise(rates))
 
 
-def test_wsd_stays_at_the_peak_until_its_last_part() -> None:
+def test_wsd_stays_at_the_peak_until_its_decay_phase() -> None:
     numbers = section(10, 0.0, schedule="wsd", decay_fraction=0.2)
     rates = [rate_factor_at(step, 101, numbers) for step in range(101)]
 
@@ -116,13 +112,13 @@ def test_wsd_stays_at_the_peak_until_its_last_part() -> None:
     assert rates[90] == pytest.approx(0.5)
 
 
-def test_linear_is_a_straight_line_from_the_peak() -> None:
+def test_the_linear_schedule_decays_linearly_from_the_peak() -> None:
     numbers = section(0, 0.2, schedule="linear")
 
     assert rate_factor_at(25, 101, numbers) == pytest.approx(1 - 0.8 / 4)
 
 
-def test_the_rate_of_a_step_does_not_depend_on_what_was_asked_before() -> None:
+def test_the_rate_of_a_step_does_not_depend_on_earlier_calls() -> None:
     steps = [7, 3, 90, 7, 3]
 
     rates = [rate_factor_at(step, 100, section(10)) for step in steps]
@@ -130,6 +126,6 @@ def test_the_rate_of_a_step_does_not_depend_on_what_was_asked_before() -> None:
     assert rates[:2] == rates[3:]
 
 
-def test_a_schedule_of_one_step_is_the_peak() -> None:
+def test_a_run_of_one_step_is_at_the_peak() -> None:
     assert rate_factor_at(0, 1, section()) == pytest.approx(1)
     assert math.isfinite(rate_factor_at(0, 1, section(1)))

@@ -1,4 +1,4 @@
-"""Muon's update is PyTorch's own, and does not notice how ZeRO has cut the weights."""
+"""Muon's update compared with PyTorch's, and its independence of ZeRO's slices."""
 
 import math
 
@@ -26,7 +26,7 @@ def optimizer_of(weights: list[Tensor], matrix_dtype: torch.dtype) -> MatrixOpti
     return MatrixOptimizer([group], section(), matrix_dtype)
 
 
-def test_steps_are_those_of_pytorchs_muon() -> None:
+def test_steps_equal_those_of_pytorchs_muon() -> None:
     shapes = [(8, 8), (8, 24), (24, 8), (16, 40)]
     start = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
     ours = [torch.nn.Parameter(weight.clone()) for weight in start]
@@ -47,11 +47,11 @@ def test_steps_are_those_of_pytorchs_muon() -> None:
 
     for one, other, before in zip(ours, theirs, start, strict=True):
         moved = (other - before).norm()
-        assert (one - other).norm() < 0.02 * moved  # both work in bf16, in another order
+        assert (one - other).norm() < 0.02 * moved  # both compute in bf16, in another order
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16)])
-def test_singular_values_come_near_1_times_the_scale(shape: tuple[int, int]) -> None:
+def test_singular_values_are_near_1_times_the_scale(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
     (result,) = orthogonalized([matrix])
@@ -61,7 +61,7 @@ def test_singular_values_come_near_1_times_the_scale(shape: tuple[int, int]) -> 
     assert values.max() < 1.3
 
 
-def test_the_directions_of_a_matrix_stay() -> None:
+def test_singular_vectors_are_preserved() -> None:
     matrix = torch.randn(12, 20, generator=torch.Generator().manual_seed(4))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
 
@@ -70,7 +70,7 @@ def test_the_directions_of_a_matrix_stay() -> None:
     assert (inside - torch.diag(inside.diag())).abs().max() < 1e-4
 
 
-def test_a_gradient_of_zeros_moves_nothing_but_by_decay() -> None:
+def test_with_a_zero_gradient_only_weight_decay_applies() -> None:
     weight = torch.nn.Parameter(torch.ones(4, 6))
     weight.grad = torch.zeros(4, 6)
 
@@ -82,7 +82,7 @@ def test_a_gradient_of_zeros_moves_nothing_but_by_decay() -> None:
 def flat_and_cuts(
     shapes: list[tuple[int, int]], world_size: int, stage: int
 ) -> tuple[list[Tensor], list[Tensor], list[list[object]]]:
-    """Random matrices, the flat slice of each rank, and where the matrices lie in them."""
+    """Random matrices, the flat slice of each rank, and the slices of matrices in them."""
     generator = torch.Generator().manual_seed(len(shapes) * 100 + world_size)
     matrices = [torch.randn(shape, generator=generator) for shape in shapes]
     lengths = [matrix.numel() for matrix in matrices]
@@ -107,7 +107,7 @@ def flat_and_cuts(
 
 @settings(max_examples=100)
 @given(shapes=SHAPES, world_size=st.integers(1, 5), stage=st.sampled_from([1, 3]))
-def test_slices_hold_every_element_of_every_matrix_once(
+def test_slices_contain_every_element_of_every_matrix_once(
     shapes: list[tuple[int, int]], world_size: int, stage: int
 ) -> None:
     matrices, flats, slices = flat_and_cuts(shapes, world_size, stage)
@@ -126,7 +126,7 @@ def test_slices_hold_every_element_of_every_matrix_once(
 
 @settings(max_examples=100)
 @given(shapes=SHAPES, world_size=st.integers(1, 5), stage=st.sampled_from([1, 3]))
-def test_a_matrix_is_worked_on_where_most_of_it_lies(
+def test_a_matrix_is_gathered_on_a_rank_that_holds_most_of_it(
     shapes: list[tuple[int, int]], world_size: int, stage: int
 ) -> None:
     _, _, slices = flat_and_cuts(shapes, world_size, stage)
@@ -146,7 +146,9 @@ def test_equal_matrices_are_spread_over_the_ranks() -> None:
 
 
 @given(shapes=SHAPES, stage=st.sampled_from([1, 3]))
-def test_one_rank_gets_what_whole_matrices_give(shapes: list[tuple[int, int]], stage: int) -> None:
+def test_the_result_on_one_rank_equals_that_of_whole_matrices(
+    shapes: list[tuple[int, int]], stage: int
+) -> None:
     matrices, flats, slices = flat_and_cuts(shapes, 1, stage)
 
     found = MatrixShards(shapes, slices, 0, CPU).apply(orthogonalized, flats[0], torch.float32)  # type: ignore[arg-type]

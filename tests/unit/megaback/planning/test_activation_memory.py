@@ -1,4 +1,4 @@
-"""What a forward pass keeps is counted to the byte, against what PyTorch saves."""
+"""Activation memory of a forward pass, compared with the tensors that PyTorch saves."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 def saved_bytes(
     shape: ModelSection, arithmetic: Arithmetic, checkpointing: str, z_loss: float
 ) -> float:
-    """Bytes a token of all that PyTorch saves, weights and their copies left out."""
+    """Bytes per token of all tensors that PyTorch saves, except weights and their copies."""
     model = ReverseGPT(
         shape, VOCAB_SIZE, activation_checkpointing=checkpointing, z_loss=z_loss
     ).train()
@@ -30,7 +30,7 @@ def saved_bytes(
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             found[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)  # so that no other tensor gets its address
+            kept.append(tensor)  # so that no other tensor reuses its address
         return tensor
 
     ids_T = torch.randint(0, VOCAB_SIZE, (TOKENS,))
@@ -55,7 +55,7 @@ def saved_bytes(
 @pytest.mark.parametrize(
     "changes", [{}, {"num_kv_heads": 2}, {"qk_norm": False}], ids=["mha", "gqa", "llama"]
 )
-def test_what_blocks_keep_is_exact_and_the_rest_within_a_few_bytes(
+def test_the_estimate_is_exact_for_blocks_and_within_a_few_bytes_for_the_rest(
     changes: dict[str, object], checkpointing: str, arithmetic: Arithmetic
 ) -> None:
     def of_layers(num_layers: int, z_loss: float = 0.0) -> tuple[float, ModelSection]:
@@ -69,7 +69,7 @@ def test_what_blocks_keep_is_exact_and_the_rest_within_a_few_bytes(
     with_penalty = activations_of(shape, VOCAB_SIZE, arithmetic, checkpointing, "sdpa", True)
 
     assert (three - one) / 2 == kept.block
-    # Functions that are computed again hold the cosines without saving them.
+    # Recomputed functions hold the cosines without saving them.
     rotary = 0 if checkpointing == "none" else 8 * shape.head_dim
     assert one - kept.block + rotary == pytest.approx(kept.rest + kept.logits, abs=16)
     assert penalized - one == pytest.approx(with_penalty.logits - kept.logits, abs=8)

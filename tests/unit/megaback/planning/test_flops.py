@@ -1,4 +1,4 @@
-"""Weights and FLOPs are those of the real model; what a token attends to is that of real rows."""
+"""Parameter counts and FLOPs compared with the model's, attended tokens with those of real rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +30,10 @@ def shape_of(**changes: object) -> ModelSection:
 
 
 def counted_flops(model: ReverseGPT, lengths: Sequence[int]) -> float:
-    """Of a forward and backward pass over documents, as PyTorch counts matrix products.
+    """FLOPs of a forward and backward pass on documents, as PyTorch counts matrix products.
 
-    Its math kernel multiplies the whole square of a document's scores; what lies above the
-    diagonal, 12 FLOPs a dimension, head and layer, is taken off.
+    Its math kernel computes the whole square of a document's scores; entries above the diagonal, 12
+    FLOPs per dimension, head and layer, are subtracted.
     """
     shape, tokens = model.shape, sum(lengths)
     ids_T = torch.randint(0, VOCAB_SIZE, (tokens,), generator=torch.manual_seed(0))
@@ -49,7 +49,7 @@ def counted_flops(model: ReverseGPT, lengths: Sequence[int]) -> float:
 @pytest.mark.parametrize("num_kv_heads", [None, 2])
 @pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("lengths", [(128,), (5, 100, 1, 60)], ids=["one", "packed"])
-def test_flops_a_token_are_those_that_pytorch_counts(
+def test_flops_per_token_equal_those_that_pytorch_counts(
     lengths: tuple[int, ...], tie_embeddings: bool, num_kv_heads: int | None
 ) -> None:
     shape = shape_of(tie_embeddings=tie_embeddings, num_kv_heads=num_kv_heads)
@@ -63,7 +63,7 @@ def test_flops_a_token_are_those_that_pytorch_counts(
 
 
 def batches_of(shards: Path, folder: Path, context_tokens: int) -> tuple[list[Batch], float]:
-    """An epoch of rows, and what the run says that a token attends to."""
+    """An epoch of rows, and the run's mean number of attended tokens."""
     fields = {
         "run": str(folder / "run"),
         "data": {"shards": str(shards), "threads": 0},
@@ -98,7 +98,7 @@ def test_a_runs_flops_are_within_2_percent_of_those_of_its_rows(
 
 
 @given(length=st.integers(1, 40), context_tokens=st.integers(1, 24))
-def test_attended_tokens_are_the_mean_over_all_places_of_a_rows_edge(
+def test_attended_tokens_are_the_mean_over_all_positions_of_a_row_boundary(
     length: int, context_tokens: int
 ) -> None:
     total = 0
@@ -113,13 +113,13 @@ def test_attended_tokens_are_the_mean_over_all_places_of_a_rows_edge(
     assert attended_tokens(length, context_tokens) == pytest.approx(expected)
 
 
-def test_a_document_without_end_attends_to_half_of_its_rows() -> None:
+def test_tokens_of_an_infinite_document_attend_to_half_a_row() -> None:
     assert attended_tokens(1e12, 1024) == pytest.approx(512.5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"qk_norm": False}])
 @pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
-def test_numbers_of_weights_are_those_of_the_model(
+def test_parameter_counts_equal_the_models(
     tie_embeddings: bool, changes: dict[str, object]
 ) -> None:
     shape = shape_of(tie_embeddings=tie_embeddings, **changes)

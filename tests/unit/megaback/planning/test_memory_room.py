@@ -1,4 +1,4 @@
-"""Which runs do not begin as no memory here holds them, and where that memory is read from."""
+"""Memory check before a run starts, and the limits of control groups."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def config_of(tmp_path: Path, **sections: object) -> Config:
 
 
 def rooms(device: str, gigabytes: float, hosts: tuple[int, ...]) -> list[AvailableMemory]:
-    """Ranks on hosts, as many on each as given."""
+    """Available memory of ranks: `hosts` is the number of ranks on each host."""
     return [
         AvailableMemory(f"n{host}", device, int(gigabytes * 1e9))
         for host, ranks in enumerate(hosts)
@@ -55,7 +55,7 @@ def needed(config: Config, device: str, ranks: int) -> float:
 
 @pytest.mark.parametrize("device", ["cpu", "NVIDIA H100 80GB HBM3"])
 @pytest.mark.parametrize("hosts", [(1,), (2,), (2, 2), (3, 1)])
-def test_what_fits_begins_and_what_does_not_is_refused(
+def test_a_run_that_fits_is_accepted_and_a_larger_one_refused(
     device: str, hosts: tuple[int, ...], tmp_path: Path
 ) -> None:
     config = config_of(tmp_path)
@@ -67,10 +67,10 @@ def test_what_fits_begins_and_what_does_not_is_refused(
         require_memory(config, VOCAB_SIZE, rooms(device, gigabytes * 0.999, hosts))
     assert f"for each of {sum(hosts)} processes" in str(caught.value)
     assert device in str(caught.value)
-    assert "--nodes" not in str(caught.value)  # which is not this command's
+    assert "--nodes" not in str(caught.value)  # not an option of this command
 
 
-def test_the_smallest_change_is_named_and_fits(tmp_path: Path) -> None:
+def test_the_suggested_smallest_change_fits(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     there = rooms("cpu", 38, (1,))
 
@@ -81,13 +81,13 @@ def test_the_smallest_change_is_named_and_fits(tmp_path: Path) -> None:
     require_memory(config.model_copy(update={"batch": batch}), VOCAB_SIZE, there)
 
 
-def test_who_knows_better_may_start_it(tmp_path: Path) -> None:
+def test_the_memory_check_can_be_disabled(tmp_path: Path) -> None:
     config = config_of(tmp_path, hardware={"memory_check": False})  # as YAML reads `off`
 
     require_memory(config, VOCAB_SIZE, rooms("cpu", 0.001, (1,)))
 
 
-def test_activations_of_compiled_code_are_not_certain(tmp_path: Path) -> None:
+def test_the_lower_bound_excludes_activations_of_compiled_code(tmp_path: Path) -> None:
     plain = config_of(tmp_path)
     training = plain.training.model_copy(update={"compile": True})
     compiled = plain.model_copy(update={"training": training})

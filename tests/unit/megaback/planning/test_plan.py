@@ -1,4 +1,4 @@
-"""A run is planned as it will be, and one that does not fit is told the smallest change."""
+"""Plans of runs, and the smallest change for a run that does not fit."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def h100s(nodes: int) -> Cluster:
 
 
 def changed(config: Config, cluster: Cluster, words: str) -> tuple[Config, Cluster]:
-    """What the words that `smallest_change` gives come to when they are typed."""
+    """The config and cluster with the overrides of `smallest_change` applied."""
     name, *arguments = words.split(" --nodes ")
     if words.startswith("--nodes "):
         name, arguments = "", [words.removeprefix("--nodes ")]
@@ -49,14 +49,14 @@ def changed(config: Config, cluster: Cluster, words: str) -> tuple[Config, Clust
     return config, Cluster(nodes, cluster.devices_per_node, cluster.device)
 
 
-def test_a_run_that_fits_fits_with_every_larger_number_of_devices() -> None:
+def test_memory_per_rank_never_grows_with_the_number_of_devices() -> None:
     totals = [memory_of(config_of(), FACTS, h100s(nodes)).parts.total for nodes in (1, 4, 16, 32)]
 
     assert totals == sorted(totals, reverse=True)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_higher_stage_takes_no_more_weights_gradients_and_states(optimizer: str) -> None:
+def test_a_higher_stage_holds_no_more_weights_gradients_and_state(optimizer: str) -> None:
     config = config_of("reverse_7b", f"optimizer.name={optimizer}")
     plan = plan_run(config, FACTS, h100s(8), 0.4)
 
@@ -76,9 +76,7 @@ def test_a_higher_stage_takes_no_more_weights_gradients_and_states(optimizer: st
     ],
     ids=["stage", "micro-batch"],
 )
-def test_the_smallest_change_is_one_that_costs_little(
-    overrides: tuple[str, ...], expected: str
-) -> None:
+def test_the_smallest_change_is_the_cheapest_one(overrides: tuple[str, ...], expected: str) -> None:
     config, cluster = config_of("reverse_7b", *overrides), h100s(2)
     memory = memory_of(config, FACTS, cluster).parts.total
     tight = Cluster(2, 8, find_device("h100-80gb", memory * 0.9))
@@ -95,7 +93,9 @@ def test_the_smallest_change_is_one_that_costs_little(
     memory_gb=st.floats(8, 140),
     nodes=st.sampled_from([1, 2, 8]),
 )
-def test_what_is_named_fits(stage: int, rows: int, kept: str, memory_gb: float, nodes: int) -> None:
+def test_the_smallest_change_fits(
+    stage: int, rows: int, kept: str, memory_gb: float, nodes: int
+) -> None:
     config = config_of(
         "reverse_7b",
         f"zero.stage={stage}",
@@ -110,7 +110,7 @@ def test_what_is_named_fits(stage: int, rows: int, kept: str, memory_gb: float, 
         assert fits(*(lambda c, on: (c, FACTS, on))(*changed(config, cluster, words)))
 
 
-def test_offloading_moves_states_from_the_devices_to_their_host() -> None:
+def test_offloading_moves_state_from_the_devices_to_their_host() -> None:
     kept = memory_of(config_of("reverse_7b"), FACTS, h100s(1))
     moved = memory_of(config_of("reverse_7b", "zero.offload=optimizer"), FACTS, h100s(1))
 
@@ -118,7 +118,7 @@ def test_offloading_moves_states_from_the_devices_to_their_host() -> None:
     assert moved.host_bytes_per_node > kept.host_bytes_per_node + kept.parts.optimizer * 7
 
 
-def test_days_are_flops_over_what_the_devices_do() -> None:
+def test_days_are_flops_divided_by_the_devices_throughput() -> None:
     config = config_of()
     plan = plan_run(config, FACTS, h100s(8), 0.5)
 
@@ -164,18 +164,16 @@ def test_checkpoints_kept_are_the_last_the_one_being_written_and_the_marked_ones
         ("tesla", set()),
     ],
 )
-def test_a_schedulers_name_stands_for_the_devices_that_it_may_be(
-    kind: str, names: set[str]
-) -> None:
+def test_a_schedulers_name_matches_all_devices_that_it_may_mean(kind: str, names: set[str]) -> None:
     assert {device.name for device in devices_named_like(kind)} == names
 
 
-def test_an_unknown_device_is_refused_with_the_nearest_name() -> None:
+def test_an_unknown_device_is_refused_with_the_closest_name() -> None:
     with pytest.raises(ConfigError, match=r"did you mean h100-80gb\?"):
         find_device("h100-80")
 
 
-def test_facts_of_shards_are_their_manifests(tiny_shards: Path) -> None:
+def test_facts_of_a_data_set_are_read_from_its_manifest(tiny_shards: Path) -> None:
     config = config_of("demo", f"data.shards={tiny_shards}", "batch.context_tokens=64")
 
     facts = run_facts(config, None, None)
@@ -185,14 +183,14 @@ def test_facts_of_shards_are_their_manifests(tiny_shards: Path) -> None:
     assert facts.shard_bytes == sum(path.stat().st_size for path in tiny_shards.glob("*.zst"))
 
 
-def test_a_vocabulary_that_is_not_the_shards_is_refused(tiny_shards: Path) -> None:
+def test_a_vocabulary_size_that_contradicts_the_shards_is_refused(tiny_shards: Path) -> None:
     config = config_of("demo", f"data.shards={tiny_shards}", "batch.context_tokens=64")
 
     with pytest.raises(ConfigError, match="`vocab_size` is 7"):
         run_facts(config, 7, None)
 
 
-def test_a_machine_without_gpus_holds_checkpoints_on_their_way_itself() -> None:
+def test_on_a_cpu_the_copy_of_a_checkpoint_counts_as_the_ranks_memory() -> None:
     config = config_of("demo")
 
     memory = memory_of(config, FACTS, Cluster(1, 2, cpu_device(8e9, None)))
@@ -205,7 +203,7 @@ def plan(run_megaback: RunMegaback, *arguments: str) -> subprocess.CompletedProc
     return run_megaback("plan", CONFIGS / "reverse_7b.yaml", *arguments)
 
 
-def test_the_command_prints_every_part_and_says_what_it_assumed(run_megaback: RunMegaback) -> None:
+def test_the_command_prints_every_part_and_its_assumptions(run_megaback: RunMegaback) -> None:
     done = plan(run_megaback, "--nodes", "16", "--device", "h100-80gb", "--tokens", "1.1e11")
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -216,7 +214,7 @@ def test_the_command_prints_every_part_and_says_what_it_assumed(run_megaback: Ru
     assert "MFU of 40%" in done.stdout
 
 
-def test_a_run_that_does_not_fit_ends_with_its_own_code_and_what_does(
+def test_a_run_that_does_not_fit_has_its_own_exit_code_and_a_suggested_change(
     run_megaback: RunMegaback,
 ) -> None:
     done = plan(run_megaback, "--device", "a100-40gb", "--json")
@@ -229,9 +227,9 @@ def test_a_run_that_does_not_fit_ends_with_its_own_code_and_what_does(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
-        (("--device", "h101"), 10, "no device is known as 'h101'"),
+        (("--device", "h101"), 10, "unknown device 'h101'"),
         ((), 10, "give --device"),
         (("--device", "h100-80gb", "--nodes", "0"), 2, "0 is not in the range"),
         (("--device", "h100-80gb", "--nodes", "3"), 11, "not divisible by 24 ranks"),
@@ -240,17 +238,17 @@ def test_a_run_that_does_not_fit_ends_with_its_own_code_and_what_does(
         (("--device", "h100-80gb", "--mfu", "2"), 2, "2.0 is not in the range"),
     ],
 )
-def test_what_cannot_be_planned_is_one_sentence(
-    arguments: tuple[str, ...], code: int, said: str, run_megaback: RunMegaback
+def test_an_invalid_plan_is_reported_without_a_traceback(
+    arguments: tuple[str, ...], code: int, message: str, run_megaback: RunMegaback
 ) -> None:
     done = plan(run_megaback, *arguments)
 
     assert done.returncode == code
-    assert said in " ".join(done.stderr.split())
+    assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
 
-def test_the_plan_is_json_for_machines(run_megaback: RunMegaback) -> None:
+def test_the_plan_can_be_printed_as_json(run_megaback: RunMegaback) -> None:
     done = plan(run_megaback, "--nodes", "16", "--device", "h100-80gb", "--json")
 
     fields: dict[str, Any] = json.loads(done.stdout)
@@ -262,7 +260,7 @@ def test_the_plan_is_json_for_machines(run_megaback: RunMegaback) -> None:
     )
 
 
-def test_every_device_has_a_share_of_memory_and_arithmetic() -> None:
+def test_every_device_has_memory_and_peak_flops() -> None:
     assert all(
         device.memory_bytes > 1e9 and device.peak_flops("fp32") for device in DEVICES.values()
     )
