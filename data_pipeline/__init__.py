@@ -1,1 +1,1 @@
-"""Documents to shards to order. This package never imports torch."""
+"""Sources to shards, and shards to batches. This package never imports torch."""

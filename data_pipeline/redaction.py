@@ -1,8 +1,8 @@
-"""Secrets in addresses: where they stand, and how addresses and other texts are shown without them.
+"""Redaction: finds secrets in addresses, and masks them in addresses and other texts.
 
-An address is a URL, perhaps a chained one (`simplecache::https://…`). Secret are the password and
-the name before a host, and the values of a query, but for short ones of a few known keys: whatever
-is not known to be harmless is taken for a secret. Nothing here raises, whatever the text.
+An address is a URL, perhaps a chained one (`simplecache::https://…`). User names and passwords
+before a host are secret, and so are all values of a query except short ones of a few known keys.
+No function here raises, whatever the text.
 """
 
 import os
@@ -16,15 +16,15 @@ from urllib.parse import unquote
 MASK = "***"
 VARIABLE_PREFIX = "MEGABACK_SECRET_"
 REFERENCE = re.compile(rf"\$\{{({VARIABLE_PREFIX}[A-Za-z0-9_]+)\}}")
-"""`${MEGABACK_SECRET_NAME}` in an address: the environment variable that holds this part of it."""
+"""`${MEGABACK_SECRET_NAME}` in an address: a part of it that an environment variable holds."""
 OWN_VARIABLE = re.compile(rf"{VARIABLE_PREFIX}([0-9A-F]{{16}})_[0-9A-F]{{8}}(?:_[0-9]+)?")
-"""The names that are given to what is typed; its group says of which hosts' addresses."""
+"""Names of the variables made for typed secrets; the group identifies the hosts of the address."""
 _NAMED_REFERENCE = re.compile(rf"\$\{{(?!{OWN_VARIABLE.pattern}\}}){VARIABLE_PREFIX}\w+\}}", re.A)
 _NO_REFERENCE = re.compile(r"(?!)")
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::\w+)?://")
-# Lengths are bounded, or a long word without a colon would be searched from each of its letters.
-# With one slash: what pathlib makes of a URL.
+# Bounded lengths: otherwise a long word without a colon is searched from each of its letters.
+# One slash: a URL that pathlib has normalized.
 _SCHEME = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]{1,30}://|\b(?:https?|s?ftp|ssh|s3a?|gc?s|abfss?|az|smb|webhdfs):/",
     re.IGNORECASE,
@@ -35,9 +35,9 @@ _IN_TEXT = re.compile(
 )
 _ENCODED = re.compile(r"%(?:25)*(3a|2f|3f|23|40|26|3d|3b|5b|5d)", re.IGNORECASE)
 _OF_WEB = frozenset({"http", "https", "ws", "wss", "webdav", "webdavs", "dav", "davs"})
-"""Schemes with a query. Elsewhere `?` is a wildcard, unless what follows looks like a query."""
+"""Schemes with a query. Elsewhere `?` is a wildcard, unless the rest looks like a query."""
 _NAME_IS_A_PLACE = frozenset({"hf", "abfs", "abfss", "wasb", "wasbs"})
-"""Schemes where what stands before `@` is a repository or a container, if no password is in it."""
+"""Schemes where the part before `@` is a repository or container, unless it has a password."""
 _LOCAL = frozenset({"file", "local"})
 _PORT = re.compile(r"(?:\[[^\]]*\]|[^:\[\]]*)(?::\d+)?")
 _LOOKS_LIKE_A_QUERY = re.compile(r"=|[\w+~%-]{16}")
@@ -79,11 +79,11 @@ def is_url(source: str) -> bool:
 
 
 def shown_url(text: str) -> str:
-    """An address for messages and for what is published: without what may be secret in it.
+    """An address for messages and published files, without anything that may be secret.
 
-    Addresses that differ in harmless values (`?id=7`) remain different. A path stays as it is.
+    Addresses that differ in harmless values (`?id=7`) remain different. A path is unchanged.
     """
-    for _ in range(_MAX_PASSES):  # what is left may again look like a name before a host
+    for _ in range(_MAX_PASSES):  # the rest may again look like a name before a host
         parts = list(_parts(text, _NAMED_REFERENCE))
         if not parts:
             return text
@@ -93,13 +93,13 @@ def shown_url(text: str) -> str:
 
 
 def place_of(address: str) -> str:
-    """What names a source whichever key opens it: neither secrets nor references to them."""
+    """An address without secrets and references to them: the same whichever key is used."""
     parts = [part for part in _parts(address, _NO_REFERENCE) if part.is_secret]
     return _without(address, [(part.shown_start, part.shown_stop) for part in parts])
 
 
 def hosts_of(address: str) -> str:
-    """Where an address leads, without its path."""
+    """Schemes and hosts of an address, without paths."""
     place = place_of(address)
     found = []
     for scheme in _SCHEME.finditer(place):
@@ -109,17 +109,17 @@ def hosts_of(address: str) -> str:
 
 
 def secret_spans(address: str) -> list[tuple[int, int]]:
-    """Where what must not be written down stands in an address; references to it may be."""
+    """Spans of an address that must not be stored; references to variables may be."""
     return [(part.start, part.stop) for part in _parts(address, REFERENCE) if part.is_secret]
 
 
 def scrub(text: str) -> str:
-    """A text that somebody else wrote, such as a driver's error, without secrets of addresses.
+    """A text from elsewhere, such as a driver's error, without secrets of addresses.
 
-    URLs in it are shown as `shown_url` does, and secrets that are known stand in no other place:
-    those of addresses, and those in variables that are named after what they hold.
+    URLs in it are shown as `shown_url` does. Known secrets of addresses, and values of variables
+    whose names mark them as secret, are replaced everywhere.
     """
-    # Another thread may take a variable back meanwhile.
+    # Another thread may unset a variable meanwhile.
     variables = [(name, os.environ.get(name, "")) for name in list(os.environ)]
     held = [item for item in variables if item[1] in text and _is_long(item[1])]
     for name, secret in sorted(held, key=lambda item: -len(item[1])):
@@ -133,7 +133,7 @@ def scrub(text: str) -> str:
 
 
 def remember(secret: str, *, is_password: bool = False) -> None:
-    """Have `scrub` remove a secret, and what it is made of, wherever they stand."""
+    """Make `scrub` remove a secret, and its parts, everywhere."""
     pieces = [secret]
     if is_password:
         pieces += [secret.partition(":")[2], secret.rpartition(":")[2], _as_header(secret)]
@@ -144,7 +144,7 @@ def remember(secret: str, *, is_password: bool = False) -> None:
 
 
 def _as_header(userinfo: str) -> str:
-    """A login as it is sent, which a server may answer with; without what only fills it up."""
+    """A login as sent in a header, which a server may echo; without base64 padding."""
     login = unquote(userinfo if ":" in userinfo else f"{userinfo}:")
     return b64encode(login.encode("utf-8", "surrogatepass")).decode().rstrip("=")
 
@@ -156,10 +156,10 @@ class _Part:
     start: int
     stop: int
     shown_start: int
-    """Start of the shown part, with the separator that goes with it."""
+    """Start of the span removed when shown, which includes a separator."""
     shown_stop: int
     is_secret: bool = True
-    """False: only left out of what is shown."""
+    """False: may be stored, but is not shown."""
 
 
 def _is_long(secret: str) -> bool:
@@ -191,7 +191,7 @@ def _parts(text: str, harmless: re.Pattern[str]) -> Iterator[_Part]:
 
 
 def _decoded(text: str) -> tuple[str, "list[int] | range"]:
-    """A text with encoded delimiters decoded, and where each character, and the end, came from."""
+    """A text with encoded delimiters decoded, and each character's and the end's old position."""
     if "%" not in text:
         return text, range(len(text) + 1)
     pieces: list[str] = []
@@ -257,7 +257,7 @@ def _parts_of_link(
 
 
 def _userinfo(scheme: str, text: str, start: int, stop: int) -> str | None:
-    """What stands before a host; with a password that is not encoded, as much as it may reach."""
+    """Name and password before a host; an unencoded password is taken at its longest."""
     match = re.compile(r"[^/?#]*").match(text, start, stop)
     head = match[0] if match else ""
     if "@" not in head:
@@ -285,7 +285,7 @@ def _is_password(scheme: str, userinfo: str, harmless: re.Pattern[str]) -> bool:
 
 
 def _first(text: str, sign: str, start: int, stop: int, *, is_sure: bool) -> int:
-    """Where a query or fragment begins; `stop` if there is none."""
+    """Start of a query or fragment; `stop` if there is none."""
     found = text.find(sign, start, stop)
     if found < 0 or not (is_sure or _LOOKS_LIKE_A_QUERY.search(text, found, stop)):
         return stop
@@ -293,7 +293,7 @@ def _first(text: str, sign: str, start: int, stop: int, *, is_sure: bool) -> int
 
 
 def _parts_of_query(text: str, start: int, stop: int, harmless: re.Pattern[str]) -> Iterator[_Part]:
-    """Runs of pairs that are not shown, of a query that begins with its `?` at `start`."""
+    """Runs of pairs that are not shown, in the query whose `?` is at `start`."""
     run: list[tuple[int, int]] = []
     is_after_another = False
     for match in re.compile(r"[^&;]*(?:[&;]|$)").finditer(text[:stop], start + 1):
@@ -303,7 +303,7 @@ def _parts_of_query(text: str, start: int, stop: int, harmless: re.Pattern[str])
         span = (match.start(), match.start() + len(pair))
         if _is_harmless(pair, harmless):
             if run:
-                # The separator before goes too, or else the one after.
+                # The separator before is removed too, or else the one after.
                 first, last = run[0][0], run[-1][1]
                 shift = int(is_after_another)
                 yield _Part(first, last, first - shift, last + 1 - shift)

@@ -1,9 +1,8 @@
-"""`megaback shards build`: sources become a folder of shards with a manifest.
+"""`megaback shards build`: encodes sources into a folder of shards with a manifest.
 
-The sources are listed, cut into tasks, and the tasks are run by a pool of processes, or one of them
-by each element of a Slurm array. Whatever kills the build, the same command goes on where it
-stopped, and the result is byte for byte that of an uninterrupted build, with any number of workers.
-The manifest is written last.
+The sources are listed and cut into tasks, which a pool of processes or the elements of a Slurm
+array run. After a kill the same command resumes, and the result is byte for byte that of an
+uninterrupted build, with any number of workers. The manifest is written last.
 """
 
 import os
@@ -65,12 +64,12 @@ def build_shards(
     workers: int,
     num_tasks: int | None = None,
 ) -> tuple[Manifest, int]:
-    """Build, or finish building, the shards of the sources in `out`.
+    """Build the shards of the sources in `out`, or resume an earlier build.
 
     Returns the manifest and the number of tasks that earlier builds had already finished. A source
-    that changed since an earlier build began is listed again; what is the same is not redone.
-    Raises the errors of the sources; OutputExistsError, TokenizerMismatchError or
-    DirectionMismatchError when `out` holds something else, which is left as it is.
+    that changed since an earlier build began is listed again; tasks with unchanged input are not
+    redone. Raises the errors of the sources; OutputExistsError, TokenizerMismatchError or
+    DirectionMismatchError when `out` holds something else, which is not touched.
     """
     was_there = out.exists()
     plan, is_new = claim_plan(settings, codec, out, num_tasks)
@@ -85,7 +84,7 @@ def build_shards(
 
 
 def build_planned(plan: Plan, codec: TextCodec, out: Path, workers: int) -> tuple[Manifest, int]:
-    """Do what a plan says, and finalize. Returns as `build_shards`.
+    """Run all tasks of a plan, and finalize. Returns what `build_shards` does.
 
     Raises SourceUnreadableError for a file that changed since the plan, and OutputExistsError for
     a finished data set that lost a shard.
@@ -99,15 +98,15 @@ def build_planned(plan: Plan, codec: TextCodec, out: Path, workers: int) -> tupl
 def build_tasks(
     plan: Plan, indices: range, codec: TextCodec, out: Path, workers: int
 ) -> Manifest | None:
-    """Do some tasks of a plan; whoever finds that all are done finalizes.
+    """Run some tasks of a plan, and finalize if all of its tasks are done.
 
-    Returns the manifest then, else None. Raises ConfigError when there are no such tasks, and what
-    `build_planned` raises.
+    Returns the manifest if finalized, else None. Raises ConfigError when there are no such tasks,
+    and the errors of `build_planned`.
     """
     if indices.stop > plan.num_tasks:
         raise ConfigError(
-            f"`task_index` is {indices.stop - 1}, but {out} was planned as {plan.num_tasks} tasks, "
-            f"0 to {plan.num_tasks - 1}"
+            f"`task_index` is {indices.stop - 1}, but the plan in {out} has {plan.num_tasks} "
+            f"tasks; choose 0 to {plan.num_tasks - 1}"
         )
     if (out / MANIFEST_NAME).exists():
         return finished_build(out)
@@ -118,18 +117,18 @@ def build_tasks(
 
 
 def _do(tasks: tuple[Task, ...], plan: Plan, codec: TextCodec, out: Path, workers: int) -> int:
-    """Do those of some tasks that are not done. Returns how many were."""
+    """Run the given tasks that are not done. Returns the number of those that were."""
     with locked(out / BUILDERS_LOCK, shared=True):
-        if (out / MANIFEST_NAME).exists():  # another process was faster
+        if (out / MANIFEST_NAME).exists():  # finished by another process
             return len(tasks)
-        if not (out / PLAN_NAME).exists():  # forgotten by one that failed before we held the lock
+        if not (out / PLAN_NAME).exists():  # removed by one that failed before we held the lock
             write_first(plan, codec, out)
         records = [finished_record(task, out) for task in tasks]
         num_found = sum(record is not None for record in records)
         try:
             _run(tasks, records, plan, codec, out, workers)
         except FileNotFoundError:
-            if not (out / MANIFEST_NAME).exists():  # else finished, and tidied up for want of locks
+            if not (out / MANIFEST_NAME).exists():  # else finished and cleaned up without locks
                 raise
     return num_found
 
@@ -142,7 +141,7 @@ def _run(
     out: Path,
     workers: int,
 ) -> None:
-    """Do the tasks that have no record, as far as the limits reach; `records` is filled in."""
+    """Run the tasks that have no record, as far as the limits require; fills in `records`."""
     waiting = [number for number, record in enumerate(records) if record is None]
     needed = tasks_within_limits(plan.settings, records)
     waiting = [number for number in waiting if number < needed]
@@ -181,7 +180,7 @@ def _listed_again(plan: Plan, settings: BuildSettings, out: Path) -> Plan:
 
 
 def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
-    """After a failure, leave no trace unless some task's work is worth keeping."""
+    """After a failure, remove the files of the build unless a task of it is done."""
     with locked(out / BUILDERS_LOCK, wait=False) as alone:
         done = (out / MANIFEST_NAME).exists() or any((out / BUILD_FOLDER).glob("task-*.json"))
         if done or not alone:
@@ -191,7 +190,7 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / BUILD_FOLDER, ignore_errors=True)
         if not was_there:
-            with suppress(OSError):  # somebody has put something there meanwhile
+            with suppress(OSError):  # another process has added a file meanwhile
                 out.rmdir()
 
 
@@ -208,8 +207,7 @@ def _indices(text: str) -> range:
 @tasks_option
 @click.option(
     "--task-index",
-    help="Number of the one task to do, or a range such as 0-31. Default: the index in a Slurm "
-    "array.",
+    help="Index of the task to run, or a range such as 0-31. Default: the index in a Slurm array.",
 )
 @workers_option
 @click.pass_context
@@ -250,7 +248,7 @@ def main(
     if finished:
         return _report(finished, 0, out, codec)
     named = f"task {indices[0]}" if len(indices) == 1 else f"tasks {task_index}"
-    click.echo(f"{named} of {plan.num_tasks} done; {out} waits for the others")
+    click.echo(f"{named} of {plan.num_tasks} done; {out} is complete once all tasks are done")
     return None
 
 
@@ -259,8 +257,8 @@ def _report(manifest: Manifest, num_found: int, out: Path, codec: TextCodec) -> 
         click.echo(f"{num_found} tasks were already done")
     elif codec.encoder_name == "sentencepiece":
         click.echo(
-            "encoded by SentencePiece, several times slower: kitoken is not installed, or cannot "
-            "be trusted with this tokenizer"
+            "encoded by SentencePiece, several times slower: kitoken is not installed, or is not "
+            "exact for this tokenizer"
         )
     echo_manifest(manifest, out)
 

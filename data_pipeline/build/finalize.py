@@ -1,4 +1,4 @@
-"""`megaback shards finalize`: the tasks of a build become a data set, once all of them are whole.
+"""`megaback shards finalize`: turns the finished tasks of a build into a data set.
 
 The manifest is written last. Finalizing again, or from two processes at once, changes nothing.
 """
@@ -43,14 +43,14 @@ from data_pipeline.storage.address_variables import kept_in
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 
 BUILDERS_LOCK = Path(BUILD_FOLDER) / "builders.lock"
-"""Shared by whoever builds in a folder; held alone by whoever tidies it up."""
+"""Lock of a folder: shared by builders, exclusive while files are removed."""
 _FINALIZE_LOCK = Path(BUILD_FOLDER) / "finalize.lock"
 _RECORD_NAME = re.compile(rf"(task|selected)-[0-9]{{5,}}\.json|{PLAN_DRAFT.pattern}")
 """Names of the files in BUILD_FOLDER."""
 
 
 def finalize_build(plan: Plan, codec: TextCodec, out: Path, workers: int) -> Manifest:
-    """Check that every task is whole, choose what is kept, and write the manifest.
+    """Check that every task is complete, choose documents to keep, and write the manifest.
 
     Raises ShardsMissingError naming the tasks that are not done, SourceEmptyError when nothing is
     left to train on, OutputExistsError when a finished data set has lost shards.
@@ -71,7 +71,7 @@ def finalize_build(plan: Plan, codec: TextCodec, out: Path, workers: int) -> Man
         with replacing(out / TOKENIZER_NAME) as file:
             file.write(codec.model_bytes)
         with locked(out / BUILDERS_LOCK, wait=False) as alone:
-            if alone:  # else what another process is writing stays: hidden, and in nobody's way
+            if alone:  # else another process may still be writing its hidden files
                 remove_all_but(out, {shard.file for shard in manifest.shards})
             _clean_plan(out)
             manifest.save(out)
@@ -81,7 +81,7 @@ def finalize_build(plan: Plan, codec: TextCodec, out: Path, workers: int) -> Man
 
 
 def _clean_plan(out: Path) -> None:
-    """See that no secret of an address is published with a plan that an earlier version wrote."""
+    """Remove secrets of addresses from a plan that an earlier version wrote."""
     path = out / PLAN_NAME
     fields = read_json(path, MAX_PLAN_BYTES)
     if (clean := kept_in(fields)) != fields:
@@ -94,13 +94,13 @@ def _nothing_to_train_on(manifest: Manifest) -> SourceEmptyError:
     advice = "fix the records, or name the columns" if reasons else "give a source with text"
     return SourceEmptyError(
         f"the source {manifest.source} holds no text to train on "
-        f"({manifest.total('val')['documents']} documents in the val set; left out: "
+        f"({manifest.total('val')['documents']} documents in the val set; excluded: "
         f"{counted or 'none'}{reasons and f'; why records are bad: {reasons}'}); {advice}"
     )
 
 
 def finished_build(out: Path) -> Manifest:
-    """As `finished_manifest`, cleared of what processes left that were still at work, or killed."""
+    """As `finished_manifest`; also removes files of builders that were late or killed."""
     manifest = finished_manifest(out)
     if (out / STAGED_FOLDER).exists() or any(_drafts(out)):
         with suppress(OSError), locked(out / BUILDERS_LOCK, wait=False) as alone:
@@ -118,14 +118,14 @@ def finished_manifest(out: Path) -> Manifest:
         path = out / shard.file
         if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.file_bytes:
             raise OutputExistsError(
-                f"{out} is a finished data set, but its shard {shard.file} is gone or was changed; "
-                "choose another `out`, or remove that folder"
+                f"{out} is a finished data set, but its shard {shard.file} is missing or was "
+                "changed; choose another `out`, or remove that folder"
             )
     return manifest
 
 
 def remove_all_but(out: Path, names: set[str]) -> None:
-    """Remove the shards left by a killed process, or by portions that have changed."""
+    """Remove shards that killed processes or changed portions left behind."""
     shards = (path for path in out.glob("*.zst") if SHARD_NAME.fullmatch(path.name))
     for path in [*shards, *_drafts(out)]:
         if path.name not in names:
@@ -133,26 +133,25 @@ def remove_all_but(out: Path, names: set[str]) -> None:
 
 
 def _drafts(out: Path) -> list[Path]:
-    """What builds had not finished writing."""
+    """Unfinished files of builds."""
     hidden = out / BUILD_FOLDER
     plans = [path for path in hidden.glob(f"{PLAN_NAME}.*") if PLAN_DRAFT.fullmatch(path.name)]
     return [*unfinished_in(out, FILE_NAME), *unfinished_in(hidden, _RECORD_NAME), *plans]
 
 
 def unfinished_tasks(plan: Plan, out: Path) -> list[int]:
-    """The tasks that a data set still needs: those that are not done, within the limits."""
+    """Indices of the tasks within the limits that are not done."""
     return _tasks_and_records(plan, out)[2]
 
 
 def _whole_tasks(plan: Plan, out: Path) -> tuple[Sequence[Task], list[TaskRecord]]:
-    """The tasks that the data set is made of, and their records. Raises ShardsMissingError."""
+    """The tasks within the limits, and their records. Raises ShardsMissingError."""
     tasks, records, missing = _tasks_and_records(plan, out)
     if missing:
         named = ", ".join(map(str, missing[:8])) + (" and others" if len(missing) > 8 else "")
         raise ShardsMissingError(
             f"{len(missing)} of {plan.num_tasks} tasks of {out} are not done ({named}); "
-            f"run `{command('shards', 'build', '--out', out)}` to do them, or with `task_index` "
-            "one of them"
+            f"run `{command('shards', 'build', '--out', out)}`, with `task_index` for one of them"
         )
     return tasks, [record for record in records if record]
 
@@ -160,9 +159,9 @@ def _whole_tasks(plan: Plan, out: Path) -> tuple[Sequence[Task], list[TaskRecord
 def _tasks_and_records(
     plan: Plan, out: Path
 ) -> tuple[Sequence[Task], list[TaskRecord | None], list[int]]:
-    """The tasks within the limits, their records, and the numbers of those that have none."""
+    """The tasks within the limits, their records, and the indices of those without one."""
     tasks = plan.tasks
-    # Listing a folder asks its server what is there now; a name alone may be answered from a cache.
+    # Listing a network folder gives its current files; looking up a name may use a stale cache.
     there = {path.name for path in (out / BUILD_FOLDER).glob("task-*.json")}
     records = [
         finished_record(task, out) if record_path(out, task.index).name in there else None
@@ -218,7 +217,7 @@ def _manifest(
 def codec_of_plan(plan: Plan, out: Path) -> TextCodec:
     """The codec that a plan was made with, from the copy of the tokenizer beside it.
 
-    Raises TokenizerError, and TokenizerMismatchError when it is another one.
+    Raises TokenizerError, and TokenizerMismatchError when the copy is another tokenizer.
     """
     settings = plan.settings
     codec = TextCodec.load(out / TOKENIZER_NAME, Direction(settings.direction), Unit(settings.unit))
@@ -232,7 +231,7 @@ def codec_of_plan(plan: Plan, out: Path) -> TextCodec:
 @click.argument("out", type=click.Path(path_type=Path))
 @workers_option
 def main(out: Path, workers: int | None) -> None:
-    """Check that every task of the build in OUT is whole, and write the manifest."""
+    """Check that every task of the build in OUT is complete, and write the manifest."""
     plan = Plan.load(out)
     codec = codec_of_plan(plan, out)
     manifest = finalize_build(plan, codec, out, num_workers(workers))

@@ -1,7 +1,7 @@
-"""`megaback instruct build`: instructions and their responses become shards to fine-tune on.
+"""`megaback instruct build`: encodes instructions and responses into shards for fine-tuning.
 
-The same build as that of documents, resumable and independent of workers, with another reader of
-records, BackChat's format, and rows that no example crosses.
+The same resumable build as for documents, with another reader of records, BackChat's format, and
+rows that no example crosses.
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     "--tokenizer",
     required=True,
     type=click.Path(path_type=Path),
-    help="Path of the base model's tokenizer.model.",
+    help="Path to the base model's tokenizer.model.",
 )
 @out_option
 @direction_option(
@@ -64,7 +64,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     default=1024,
     show_default=True,
     help="Length of a row, in tokens. Examples share rows and never cross them; longer ones "
-    "are left out.",
+    "are excluded.",
 )
 @click.option(
     "--columns",
@@ -78,7 +78,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     show_default=True,
     help="Fraction of examples in the val set, without --val-source.",
 )
-@on_bad_record_option("skip", "Action on a malformed record: leave it out and count it, or stop.")
+@on_bad_record_option("skip", "Action on a malformed record: skip and count it, or stop.")
 @max_record_bytes_option
 @frame_tokens_option
 @compression_level_option

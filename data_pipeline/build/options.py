@@ -1,4 +1,4 @@
-"""The options that the commands of a build share, and how they tell what came of it."""
+"""Options that the build commands share, and their report of a finished data set."""
 
 import os
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def unit_option(what: str) -> Callable[[_Function], _Function]:
     )
 
 
-# The option that gives each setting, in the order in which help shows them.
+# The option of each setting, in the order of the help.
 _SETTINGS: dict[str, Callable[[Any], Any]] = {
     "sources": click.option(
         "--source",
@@ -88,13 +88,13 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         "weights",
         type=SOURCE_WEIGHT.option,
         multiple=True,
-        help="Number of times that each document of a --source is taken: one for each, in the same "
-        "order.",
+        help="Number of times that each document of a --source is taken: one per --source, in the "
+        "same order.",
     ),
     "tokenizer": click.option(
         "--tokenizer",
         type=click.Path(path_type=Path),
-        help="Path of the tokenizer.model to encode with.",
+        help="Path to the tokenizer.model to encode with.",
     ),
     "direction": direction_option(
         "Reading direction of the model: from the text's end, or from its beginning."
@@ -145,21 +145,21 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         help="Maximum length of a document, in characters. Default: no limit.",
     ),
     "on_bad_record": on_bad_record_option(
-        "stop", "Action on a malformed record: stop, or leave it out and count it."
+        "stop", "Action on a malformed record: stop, or skip and count it."
     ),
     "max_record_bytes": max_record_bytes_option,
     "deduplicate": click.option(
-        "--deduplicate", is_flag=True, help="Take equal texts once. Stages all shards first."
+        "--deduplicate", is_flag=True, help="Keep equal texts once. Stages all shards first."
     ),
     "limit_documents": click.option(
         "--limit-documents",
         type=COUNT.option,
-        help="Maximum number of documents, the first ones. Default: all.",
+        help="Maximum number of documents; the first ones are kept. Default: all.",
     ),
     "limit_tokens": click.option(
         "--limit-tokens",
         type=COUNT.option,
-        help="Maximum number of tokens together, of the first documents. Default: all.",
+        help="Maximum total number of tokens; the first documents are kept. Default: all.",
     ),
     "frame_tokens": frame_tokens_option,
     "shard_tokens": click.option(
@@ -178,7 +178,7 @@ out_option = click.option(
 tasks_option = click.option(
     "--tasks",
     type=MANY.option,
-    help="Number of tasks that the input is cut into. Default: by its size.",
+    help="Number of tasks to cut the input into. Default: by its size.",
 )
 workers_option = click.option(
     "--workers", type=MANY.option, help="Number of processes. Default: one per core."
@@ -186,14 +186,14 @@ workers_option = click.option(
 
 
 def settings_options(function: _Function) -> _Function:
-    """Gives a command every option that decides the bytes of a data set."""
+    """Add every option that decides the bytes of a data set to a command."""
     for option in reversed(_SETTINGS.values()):
         function = option(function)
     return function
 
 
 def settings_from(options: dict[str, Any]) -> tuple[BuildSettings, TextCodec]:
-    """The settings that the options say, and the codec. Raises ConfigError, TokenizerError."""
+    """The settings that the options give, and the codec. Raises ConfigError, TokenizerError."""
     if not options["sources"] or options["tokenizer"] is None:
         raise click.UsageError("Give --source and --tokenizer.")
     codec = TextCodec.load(
@@ -217,9 +217,9 @@ def is_given(ctx: click.Context, name: str) -> bool:
 
 
 def require_no_settings(ctx: click.Context) -> None:
-    """Without a source, the settings are those of the plan. Raises click.UsageError.
+    """Check that no option gives a setting of the plan. Raises click.UsageError.
 
-    All but which records fail, and how, which decides no byte of what is written.
+    Options of CHANGEABLE are allowed, as they decide no byte of the output.
     """
     given = [
         parameter.opts[0]
@@ -230,8 +230,8 @@ def require_no_settings(ctx: click.Context) -> None:
     ]
     if given:
         raise click.UsageError(
-            f"{given[0]} was decided when the build was planned: leave it out, or name --source "
-            "and --tokenizer and all other options of the plan too."
+            f"{given[0]} was set when the build was planned: omit it, or give --source, "
+            "--tokenizer and all other options of the plan too."
         )
 
 
@@ -240,7 +240,7 @@ def num_workers(workers: int | None) -> int:
 
 
 def echo_manifest(manifest: Manifest, out: Path) -> None:
-    """Tell what a finished data set holds, and what to type next."""
+    """Print a summary of a finished data set, and the next command."""
     noun = noun_of(manifest)
     for split in SPLITS:
         total = manifest.total(split)
@@ -260,7 +260,7 @@ def echo_manifest(manifest: Manifest, out: Path) -> None:
         echo(
             f"--val-fraction was raised from {manifest.requested_val_fraction:g} to "
             f"{manifest.val_fraction:.3g}: a val set has at least {MIN_VAL_DOCUMENTS} {noun}, or a "
-            f"tenth of fewer than {10 * MIN_VAL_DOCUMENTS}"
+            f"tenth of all if there are fewer than {10 * MIN_VAL_DOCUMENTS}"
         )
     if not manifest.split("val"):
         echo(f"the val set is empty: raise --val-fraction or add {noun} to measure val loss")

@@ -1,8 +1,8 @@
-"""What a build reads, frozen, and cut into tasks.
+"""Build plan: the frozen input of a build, cut into tasks.
 
-`plan.json` names every file with its size and the stamp of its content, and the tasks that share
-them. Whoever builds, on whatever machine, reads what the plan says: a file that has changed since
-is an error, and one that was added later does not count.
+`plan.json` lists every file with its size and the stamp of its content, and the tasks that read
+them. Every builder, on any machine, reads these files: one that has changed since is an error, and
+one that was added later is ignored.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class Portion:
 
 @dataclass(frozen=True)
 class Task:
-    """What one process reads, one portion after another."""
+    """The portions that one process reads, in order."""
 
     index: int
     portions: tuple[Portion, ...]
@@ -68,7 +68,7 @@ class Task:
 
     @property
     def sha256(self) -> str:
-        """Names the task's result: equal tasks write equal bytes."""
+        """Identifies the task's output: equal tasks write equal bytes."""
         fields = {
             "index": self.index,
             "settings": content_settings(self.settings),
@@ -97,13 +97,13 @@ class Plan:
     task_portions: tuple[int, ...]
     """Number of portions of each task, in order."""
     requested_tasks: int | None
-    """The number of tasks that was asked for; None: chosen by size."""
+    """Requested number of tasks; None: chosen by size."""
     skipped: Skipped = field(default_factory=dict)
     """Files of the sources that are not read, by cause."""
 
     @property
     def portions(self) -> tuple[Portion, ...]:
-        """Everything that is read, in order: the passes of the first source, then the next one."""
+        """All portions in reading order: the passes of the first source, then of the next one."""
         return tuple(
             portion
             for part, slices in zip(self.settings.sources, self.inputs, strict=True)
@@ -168,19 +168,19 @@ class Plan:
             require_within("requested_tasks", plan.requested_tasks or 1, 1, _MAX_TASKS)
         except (FileNotFoundError, NotADirectoryError):
             raise ShardsMissingError(
-                f"{out} holds no plan of a build; name the source, the tokenizer and the folder: "
+                f"{out} holds no build plan; give the source, the tokenizer and the folder: "
                 "`megaback shards build --source SRC --tokenizer MODEL --out OUT`"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise OutputExistsError(
-                f"{out} was begun by another version of megaback, or {path} is broken "
+                f"{path} is damaged, or another version of megaback wrote it "
                 f"({error!s:.300}); choose another `out`, or remove that folder"
             ) from None
         return plan
 
 
 def require_no_links(out: Path) -> None:
-    """See that what a build writes lies in its folder. Raises OutputExistsError."""
+    """Check that no folder of a build is a link to another place. Raises OutputExistsError."""
     for folder in (BUILD_FOLDER, STAGED_FOLDER):
         require_no_link(out / folder)
 
@@ -226,17 +226,17 @@ def _passes(part: WeightedSource, slices: Sequence[Slice]) -> list[Portion]:
 
 
 def cut_evenly(sizes_bytes: Sequence[float], num_tasks: int | None = None) -> tuple[int, ...]:
-    """How many neighbouring portions each task takes, for tasks of about the same size.
+    """Number of consecutive portions of each task, for tasks of about the same size.
 
     Without `num_tasks`, about 64 tasks of 2 MiB to 1 GiB, none of them empty; or, where no size is
-    known, a task for each portion.
+    known, one task per portion.
     """
     total_bytes = sum(sizes_bytes)
     task_bytes = min(max(total_bytes // _AIMED_TASKS, _SMALLEST_TASK_BYTES), _LARGEST_TASK_BYTES)
     sizes = sizes_bytes if total_bytes else [task_bytes] * len(sizes_bytes)
     total_bytes = sum(sizes)
     wanted = num_tasks or max(1, math.ceil(total_bytes / task_bytes))
-    counts: Counter[int] = Counter()  # no list: sizes are what files claim, and may want billions
+    counts: Counter[int] = Counter()  # no list: the sizes that files claim may require billions
     before_bytes = 0.0
     for size in sizes:
         middle = (before_bytes + size / 2) / total_bytes

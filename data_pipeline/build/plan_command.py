@@ -41,9 +41,9 @@ _OF_A_BUILD = re.compile(r"task-.*|plan\.json\..*|staged|.*\.lock|\..*\.partial"
 def claim_plan(
     settings: BuildSettings, codec: TextCodec, out: Path, num_tasks: int | None
 ) -> tuple[Plan, bool]:
-    """The plan of a folder: the one that is there, or a new one. Second: whether it is new.
+    """The plan of a folder, existing or new, and whether it is new.
 
-    Of several processes that come at once, one writes the plan and the others use it. Raises the
+    Of several processes that start at once, one writes the plan and the others use it. Raises the
     errors of the sources, and of `BuildSettings.require_same` when the folder is of another build.
     """
     for part in settings.sources:
@@ -52,7 +52,7 @@ def claim_plan(
     if not (out / PLAN_NAME).exists():
         if out.exists() and (not out.is_dir() or _holds_something_else(out)):
             raise OutputExistsError(
-                f"{out} already holds something that is no build of shards; choose another `out`"
+                f"{out} already holds files that are not of a build; choose another `out`"
             )
         plan = make_plan(settings, num_tasks, out)
         if write_first(plan, codec, out):
@@ -65,10 +65,10 @@ def claim_plan(
 
 
 def handling_records(plan: Plan, changed: Mapping[str, Any], out: Path) -> Plan:
-    """The plan with other choices of which records fail, and how, as a resumed build may make them.
+    """The plan with other settings of which records are malformed and what happens to them.
 
-    `changed` has some of `CHANGEABLE`. Raises OutputExistsError when a finished data set would have
-    left out other records.
+    `changed` has some of `CHANGEABLE`. Raises OutputExistsError when a finished data set would
+    have other records with them.
     """
     settings = replace(plan.settings, **changed)
     if settings == plan.settings:
@@ -80,35 +80,36 @@ def handling_records(plan: Plan, changed: Mapping[str, Any], out: Path) -> Plan:
     manifest = Manifest.load(out)
     if settings.on_bad_record == "stop" and (bad := manifest.excluded.get("bad_record")):
         raise OutputExistsError(
-            f"{out} is a finished data set that left out {bad:,} malformed records; give "
-            "`on_bad_record` skip, or choose another `out`"
+            f"{out} is a finished data set whose build skipped {bad:,} malformed records; set "
+            "`on_bad_record` to skip, or choose another `out`"
         )
     is_other_length = settings.max_record_bytes != plan.settings.max_record_bytes
     if is_other_length and TOO_LONG in manifest.skipped.get(RECORDS, {}):
         raise OutputExistsError(
-            f"{out} is a finished data set that left out records longer than `max_record_bytes` "
-            f"{plan.settings.max_record_bytes}; give that, or choose another `out`"
+            f"{out} is a finished data set whose build skipped records longer than "
+            f"`max_record_bytes` {plan.settings.max_record_bytes}; set the same, or choose another "
+            "`out`"
         )
     return plan
 
 
 def require_same_tasks(plan: Plan, out: Path, num_tasks: int | None) -> None:
-    """Raises OutputExistsError when a plan has another number of tasks than was asked for."""
+    """Raises OutputExistsError when a plan has another number of tasks than requested."""
     if num_tasks is not None and num_tasks != plan.num_tasks:
         raise OutputExistsError(
-            f"{out} was planned as {plan.num_tasks} tasks, not {num_tasks}; give `tasks` "
-            f"{plan.num_tasks} or none, or choose another `out`"
+            f"the plan in {out} has {plan.num_tasks} tasks, not {num_tasks}; set `tasks` to "
+            f"{plan.num_tasks} or omit it, or choose another `out`"
         )
 
 
 def renew_plan(plan: Plan, settings: BuildSettings) -> tuple[Plan, bool]:
-    """List the sources again. Returns the plan as it would be now, and whether it reads others.
+    """List the sources again. Returns the plan as it would be now, and whether its input changed.
 
     Tasks whose input is the same are the same. Raises the errors of the sources.
     """
     renewed = make_plan(settings, plan.requested_tasks)
     has_changed = _identities(renewed) != _identities(plan)
-    # The tasks stay as they were cut, and are read by the addresses that are given now.
+    # The cut into tasks stays; their input is read from the addresses given now.
     again = replace(plan, inputs=renewed.inputs, skipped=renewed.skipped)
     return (renewed if has_changed else again), has_changed
 
@@ -118,9 +119,9 @@ def _identities(plan: Plan) -> list[list[tuple[object, ...]]]:
 
 
 def write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
-    """Write the plan and the tokenizer, unless another process was faster.
+    """Write the plan and the tokenizer; False if another process wrote its plan first.
 
-    What was written is on the disk when this returns: no shard lies in a folder without its plan.
+    Flushed to disk on return, so that no shard is in a folder without its plan.
     """
     was_there = out.exists()
     draft = out / BUILD_FOLDER / f"{PLAN_NAME}.{uuid.uuid4().hex}"
@@ -136,7 +137,7 @@ def write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
         return False
     except BaseException:
         draft.unlink(missing_ok=True)
-        with suppress(OSError):  # others may be here too: only what is empty goes
+        with suppress(OSError):  # only empty folders: other processes may use them
             draft.parent.rmdir()
             if not was_there:
                 out.rmdir()
@@ -146,11 +147,11 @@ def write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
 
 
 def _holds_something_else(out: Path) -> bool:
-    """What a build leaves that was stopped before it could write its plan is ours."""
+    """Whether there is more than the files of a build, perhaps one killed before its plan."""
     names = {path.name for path in out.iterdir()}
     if PLAN_NAME in names:  # another process has just written it
         return False
-    if BUILD_FOLDER not in names:  # a tokenizer alone is somebody's
+    if BUILD_FOLDER not in names:  # a tokenizer alone is not from a build
         return bool(names)
     ours = {BUILD_FOLDER, TOKENIZER_NAME}
     return any(
@@ -164,7 +165,7 @@ def _holds_something_else(out: Path) -> bool:
 @tasks_option
 @click.option("--overwrite", is_flag=True, help="Replace a plan: list the sources again.")
 def main(out: Path, tasks: int | None, overwrite: bool, **options: Any) -> None:
-    """List the sources, freeze what is read, and cut it into tasks."""
+    """List the sources, freeze the list, and cut it into tasks."""
     settings, codec = settings_from(options)
     is_replaced = overwrite and (out / PLAN_NAME).exists()
     plan, is_new = claim_plan(settings, codec, out, None if is_replaced else tasks)

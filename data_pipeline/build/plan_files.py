@@ -1,4 +1,4 @@
-"""The files of a plan as JSON: each once, with the slices of it that are read."""
+"""The files of a plan as JSON: each once, with its slices."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _KINDS = FILE_KINDS | {"hub", "pydocs"}
 
 
 def files_of(slices: Sequence[Slice]) -> list[dict[str, Any]]:
-    """Slices as JSON, a file once: its slices lie end to end."""
+    """Slices as JSON, grouped by file: the slices of a file are consecutive."""
     files = []
     for (kind, path, stamp), group in groupby(slices, lambda s: (s.kind, s.path, s.stamp)):
         pieces = list(group)
@@ -31,7 +31,7 @@ def files_of(slices: Sequence[Slice]) -> list[dict[str, Any]]:
 
 
 def slices_of(files: object) -> tuple[Slice, ...]:
-    """Raises KeyError, TypeError or ValueError."""
+    """Slices from the JSON of `files_of`. Raises KeyError, TypeError or ValueError."""
     slices = []
     for file in checked("inputs", files, list):
         kind, path, stamp = (checked(key, file[key], str) for key in ("kind", "path", "stamp"))
@@ -55,7 +55,7 @@ def slices_of(files: object) -> tuple[Slice, ...]:
 
 
 def _require_readable(kind: str, path: str) -> None:
-    """Raises ValueError for what no source lists, and no system call takes."""
+    """Raises ValueError for an unknown kind, and for a path that no system call accepts."""
     if kind not in _KINDS:
         raise ValueError(f"kind is {briefly(kind)}")
     try:

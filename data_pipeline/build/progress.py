@@ -1,7 +1,7 @@
-"""How far a build is, summed over its workers: a bar on a terminal, JSON lines without one.
+"""Progress of a build, summed over its workers: a bar on a terminal, JSON lines without one.
 
-Every task counts in a row of its own in shared memory. Nobody needs a lock, so that a worker that
-is killed cannot leave one behind.
+Every task counts in its own row of shared memory, without a lock that a killed worker could leave
+behind.
 """
 
 import json
@@ -35,7 +35,7 @@ def no_counts() -> Counts:
 
 
 class SharedCounts:
-    """The counts of all tasks. `raw` may be handed to a new process."""
+    """The counts of all tasks. `raw` may be passed to a new process."""
 
     def __init__(self, num_tasks: int) -> None:
         self.raw: Any = RawArray("q", max(num_tasks, 1) * len(_FIELDS))
@@ -46,7 +46,7 @@ class SharedCounts:
 
     @classmethod
     def of_task(cls, raw: Any, index: int) -> Counts:
-        """The row of one task, in the process that does it."""
+        """The row of one task, in the process that runs it."""
         row: Counts = cls._rows(raw)[index]
         return row
 
@@ -57,7 +57,7 @@ class SharedCounts:
 
 @contextmanager
 def showing_progress(counts: SharedCounts, input_bytes: int) -> Iterator[None]:
-    """Show the counts on stderr while the block runs; `input_bytes` is what there is to read."""
+    """Show the counts on stderr while the block runs; `input_bytes` is their expected total."""
     console = SafeConsole(stderr=True)
     started = time.monotonic()
     stop = Event()

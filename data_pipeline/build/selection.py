@@ -1,8 +1,8 @@
-"""What a build keeps of what its tasks staged: each text once, and no more than was asked for.
+"""De-duplication and limits: selects documents from the shards that tasks have staged.
 
-De-duplication and limits look at documents in the order of the sources, whatever task read them and
-whenever it did. The choice is made from the notes that every task leaves; then each task's shards
-are copied without the documents that are left out, no text encoded again.
+Documents are selected in the order of the sources, whichever task read them and whenever it did,
+from the notes of every task. Then each task's shards are copied without the excluded documents; no
+text is encoded again.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.text.codec import TextFormat
 
-_PASS_DOCUMENTS = 16 << 20  # hashes compared at a time: 24 bytes each, and as much to sort them
+_PASS_DOCUMENTS = 16 << 20  # hashes compared at once: 24 bytes each, and as much to sort them
 
 Keep = npt.NDArray[np.bool_]
 
 
 def tasks_within_limits(settings: BuildSettings, records: Sequence[TaskRecord | None]) -> int:
-    """How many tasks, from the first on, hold all that the limits let through.
+    """Number of leading tasks that hold every document within the limits.
 
-    All of them while de-duplication may take documents away from the first ones. `records` has
+    All of them with de-duplication, which may exclude documents of the first ones. `records` has
     None for tasks that are not done; these are needed unless the tasks before them suffice.
     """
     if settings.deduplicate or not settings.is_limited:
@@ -53,9 +53,9 @@ def tasks_within_limits(settings: BuildSettings, records: Sequence[TaskRecord | 
 
 
 def choose_documents(tasks: Sequence[Task], out: Path) -> list[tuple[Keep, dict[str, int]]]:
-    """Documents that each task keeps, and how many duplicates are left out.
+    """Documents that each task keeps, and the number of duplicates that it excludes.
 
-    Limits leave the rest of the sources unread, so what is past them is not counted.
+    Documents past the limits are not counted, as some are never read.
     """
     settings = tasks[0].settings
     notes = [read_notes(task, out) for task in tasks]
@@ -92,7 +92,7 @@ def choose_documents(tasks: Sequence[Task], out: Path) -> list[tuple[Keep, dict[
 def _exclude_duplicates(notes: Sequence[npt.NDArray[Any]], keeps: Sequence[Keep]) -> None:
     """Keep the first of equal texts, compared by 128 bits of their SHA-256.
 
-    Hashes are looked at in as many passes as keep the memory of each within bounds.
+    Hashes are compared in several passes, each of bounded memory.
     """
     num_documents = sum(len(of_task) for of_task in notes)
     num_passes = -(-num_documents // _PASS_DOCUMENTS)
@@ -121,7 +121,7 @@ def selected_record_path(out: Path, index: int) -> Path:
 def write_selection(
     task: Task, record: TaskRecord, keep: Keep, excluded: dict[str, int], out: Path
 ) -> TaskRecord:
-    """Copy a task's staged shards to their place, without the documents that are left out.
+    """Copy a task's staged shards to `out`, without the excluded documents.
 
     Raises ShardCorruptError for a staged shard that is damaged, and OSError.
     """
@@ -171,7 +171,7 @@ def _copy_shard(
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, or a copy where the file system has no links."""
+    """Hard-link a file, or copy it where the file system has no links."""
     if target.exists() and target.samefile(source):
         return
     draft = target.with_name(partial_name(target.name))

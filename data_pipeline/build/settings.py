@@ -1,7 +1,7 @@
-"""What decides the bytes of a data set: the settings of a build, and what they let through.
+"""Build settings: everything that decides the bytes of a data set, and the document filters.
 
-Equal settings, texts and tokenizer give equal shards. Numbers of workers and places of files are no
-settings.
+Equal settings, texts and tokenizer give equal shards. Number of workers and location of files are
+not settings.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,12 +34,12 @@ from data_pipeline.sources.weighted import BAD_RECORD_CHOICES, WeightedSource
 from data_pipeline.text.codec import Direction, Unit
 
 CHANGEABLE = ("on_bad_record", "max_record_bytes")
-"""Settings that decide what fails, not what is written: a build may be resumed with others."""
+"""Settings that decide what fails, not what is written: a resumed build may change them."""
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What decides the bytes of the shards, besides the source's text and the tokenizer's model."""
+    """Settings that decide the bytes of the shards, with the sources' texts and the tokenizer."""
 
     sources: tuple[WeightedSource, ...]
     tokenizer_sha256: str
@@ -53,21 +53,21 @@ class BuildSettings:
     language_column: str = "language"
     language_score_column: str = "language_score"
     languages: tuple[str, ...] = ()
-    """Documents of other languages are left out; empty: all languages."""
+    """Languages of the documents to keep; empty: all."""
     min_language_score: float | None = None
     min_characters: int = 1
     max_characters: int | None = None
     on_bad_record: str = "stop"
     deduplicate: bool = False
-    """Take a text once: where it comes first."""
+    """Keep only the first of equal texts."""
     limit_documents: int | None = None
-    """The first documents of the source that many, filters and de-duplication done."""
+    """Maximum number of documents after filters and de-duplication; the first ones are kept."""
     limit_tokens: int | None = None
-    """The first documents that together have at most so many tokens, markers included."""
+    """Maximum total number of tokens, markers included; the first documents are kept."""
     examples: ExampleColumns | None = None
     """Columns of instruction examples; None: documents of text are read."""
     row_tokens: int | None = None
-    """Into rows of so many tokens examples are packed; longer ones are left out."""
+    """Length in tokens of the rows that examples are packed into; longer ones are excluded."""
     html: bool = False
     """Whether the text of HTML pages is read."""
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
@@ -109,12 +109,12 @@ class BuildSettings:
 
     @property
     def description(self) -> str:
-        """The sources in one line, for people."""
+        """The sources in one line, for messages."""
         return ", ".join(str(part) for part in self.sources)
 
     @property
     def columns(self) -> AnyColumns:
-        """The columns that hold the examples, or those that the filters need; no others."""
+        """The columns to read: those of the examples, or of the text and its filters."""
         if self.examples is not None:
             return self.examples
         return Columns(
@@ -130,11 +130,11 @@ class BuildSettings:
 
     @property
     def selects(self) -> bool:
-        """Whether what a task keeps depends on other tasks."""
+        """Whether the documents that a task keeps depend on other tasks."""
         return self.deduplicate or self.is_limited
 
     def exclusion_reason(self, document: Document) -> str | None:
-        """Which filter keeps a document out: `empty`, `length`, `language`, `language_score`."""
+        """The filter that excludes a document: `empty`, `length`, `language`, `language_score`."""
         if not document.text or document.response == "":
             return "empty"
         characters = len(document.text)
@@ -154,7 +154,7 @@ class BuildSettings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BuildSettings":
-        """Raises ConfigError, TypeError or ValueError when they are no settings of this version."""
+        """Raises ConfigError, TypeError or ValueError unless they are settings of this version."""
         settings = made_from(cls, values)
         Direction(settings.direction)
         Unit(settings.unit)
@@ -168,11 +168,11 @@ class BuildSettings:
         return settings
 
     def require_same(self, wanted: "BuildSettings", out: Path) -> None:
-        """Refuse to go on in a folder with other settings than it was begun with.
+        """Check that a folder's build is resumed with the settings that it was begun with.
 
         Raises TokenizerMismatchError, DirectionMismatchError or OutputExistsError.
         """
-        # What cannot be used together comes before what merely differs.
+        # Incompatible settings are reported before those that merely differ.
         first = ("tokenizer_sha256", "direction", "unit")
         for name in (*first, *(field.name for field in fields(self))):
             mine, theirs = getattr(self, name), getattr(wanted, name)
@@ -202,10 +202,10 @@ class BuildSettings:
 
 
 def content_settings(settings: BuildSettings) -> dict[str, Any]:
-    """The settings that decide what a task writes: how a source was spelled does not matter."""
+    """The settings that decide what a task writes; the spelling of a source does not."""
     decisive = replace(settings, sources=()).to_dict()
-    del decisive["on_bad_record"]  # it decides what fails: what is written is the same
-    # So does this, unless what is too long is left out; the default is what was always there.
+    del decisive["on_bad_record"]  # decides what fails, not what is written
+    # The same, unless longer records are skipped. The default keeps the hashes of old plans.
     is_default = settings.max_record_bytes == DEFAULT_MAX_RECORD_BYTES
     if is_default or settings.on_bad_record == "stop":
         del decisive["max_record_bytes"]

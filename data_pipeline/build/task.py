@@ -1,11 +1,11 @@
-"""The unit of building: one task reads some portions of the sources and writes their shards.
+"""Build task: reads some portions of the sources and writes their shards.
 
-A task is a pure function of its portions and of the settings, so that it gives the same bytes on
-any machine, in any order, at any time. Its completion record is written last; a task without a
-valid record is done again. Two processes may do the same task: both write the same bytes.
+A task is a pure function of its portions and of the settings: it gives the same bytes on any
+machine, in any order, at any time. Its completion record is written last; a task without a valid
+record is run again. Two processes may run the same task: both write the same bytes.
 
-Where what is kept depends on other tasks (de-duplication, limits), a task stages its shards, and
-writes down for each document what `selection.py` must know to choose.
+With de-duplication or limits, the documents that a task keeps depend on other tasks. It then stages
+its shards, with notes of each document, from which `selection.py` selects.
 """
 
 import json
@@ -54,15 +54,15 @@ _TRAIN = SPLITS.index("train")
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """What a finished task wrote."""
+    """Completion record: the shards that a finished task wrote, and its counts."""
 
     task_sha256: str
     shards: tuple[ShardEntry, ...]
     excluded: dict[str, int]
     skipped: Skipped = field(default_factory=dict)
-    """Records that are malformed, and parts of records, by cause."""
+    """Malformed records and skipped parts of records, by cause."""
     lowest_hashes: _HASHES = ()
-    """The lowest hashes of documents in the train set, and how many have each."""
+    """The lowest hashes of documents in the train set, each with its number of documents."""
 
     @property
     def documents(self) -> int:
@@ -77,7 +77,7 @@ class TaskRecord:
 
     @classmethod
     def load(cls, path: Path, sha256: str, folder: Path) -> "TaskRecord | None":
-        """The record of this work if its shards in `folder` have the recorded sizes, else None."""
+        """The record, if of this hash and its shards in `folder` have their sizes, else None."""
         try:
             fields = read_json(path)
             record = cls(
@@ -110,7 +110,7 @@ def record_path(out: Path, index: int) -> Path:
 
 
 def shards_folder(task: Task, out: Path) -> Path:
-    """Where a task writes its shards: hidden while documents of them may still be left out."""
+    """The folder of a task's shards: hidden while documents of them may still be excluded."""
     return out / STAGED_FOLDER if task.settings.selects else out
 
 
@@ -121,7 +121,7 @@ def notes_path(task: Task, out: Path) -> Path:
 def finished_record(task: Task, out: Path) -> TaskRecord | None:
     """The record of a task that is done and whose files are there, else None.
 
-    A task that left out malformed records is not done where such a record is to stop the build.
+    A task that skipped malformed records is not done if `on_bad_record` is now `stop`.
     """
     settings = task.settings
     record = TaskRecord.load(record_path(out, task.index), task.sha256, shards_folder(task, out))
@@ -131,7 +131,7 @@ def finished_record(task: Task, out: Path) -> TaskRecord | None:
 
 
 def read_notes(task: Task, out: Path) -> npt.NDArray[Any]:
-    """What a task noted of its documents, in order: dtype DOCUMENT_NOTE, shape (documents,)."""
+    """Notes of a task's documents, in order: dtype DOCUMENT_NOTE, shape (documents,)."""
     path = notes_path(task, out)
     if path.stat().st_size == 0:
         return np.empty(0, dtype=DOCUMENT_NOTE)
@@ -139,7 +139,7 @@ def read_notes(task: Task, out: Path) -> npt.NDArray[Any]:
 
 
 def _has_notes(task: Task, record: TaskRecord, out: Path) -> bool:
-    """Whether a task's notes are those of the documents that its record counts."""
+    """Whether a task has notes of as many documents per split as its record counts."""
     path = notes_path(task, out)
     if not path.is_file() or path.stat().st_size != record.documents * DOCUMENT_NOTE.itemsize:
         return False
@@ -153,14 +153,14 @@ def _has_notes(task: Task, record: TaskRecord, out: Path) -> bool:
 def run_task(task: Task, out: Path, model_bytes: bytes, counts: Counts | None = None) -> TaskRecord:
     """Read, encode and write one task. Raises the errors of its sources, and OSError.
 
-    `counts` is added to as work gets done.
+    `counts` is updated on the way.
     """
     counts = no_counts() if counts is None else counts
     counts[:] = 0
     try:
         return _write_task(task, out, model_bytes, counts)
     except FileNotFoundError:
-        # Another process did the same task meanwhile, and the build is finished and tidied up.
+        # Another process ran the same task meanwhile, and the build is finished and cleaned up.
         if record := finished_record(task, out):
             return record
         raise
@@ -211,7 +211,7 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
 def _encoded(
     items: Iterator[Passed | Excluded], codec: TextCodec, row_tokens: int | None
 ) -> Iterator[tuple[Passed, Encoded] | Excluded]:
-    """What is read, documents with their ids: many are encoded at a time."""
+    """The items, documents with their ids; many are encoded at once."""
     while batch := _next_batch(items):
         passed = [item for item in batch if isinstance(item, Passed)]
         encode = _encode_documents if row_tokens is None else _encode_examples

@@ -1,4 +1,4 @@
-"""What a task reads of its portions: the documents that pass the filters, and what is left out."""
+"""Task input: reads portions of sources and filters their documents."""
 
 import hashlib
 from collections import Counter
@@ -14,11 +14,11 @@ from data_pipeline.sources.registry import read_slice
 from data_pipeline.sources.skipped import PARTS, RECORDS, Skipped, add_skipped, count_skipped
 
 BAD_RECORD = "bad_record"
-"""The name of malformed records in `excluded`."""
+"""Key of malformed records in `excluded`."""
 TOO_LONG = "too_long"
 _EXCLUDED_EXAMPLES = {
     "empty": "example without an instruction or a response",
-    "length": "example that `min_characters` or `max_characters` leaves out",
+    "length": "example shorter than `min_characters` or longer than `max_characters`",
     TOO_LONG: "example longer than `context_tokens`",
 }
 
@@ -29,7 +29,7 @@ def hash_fraction(eight_bytes: bytes) -> float:
 
 
 def belongs_to_val(sha256: bytes, val_fraction: float) -> bool:
-    """The split by the hash of the text alone, so that equal texts never lie in both."""
+    """Whether a text is in the val set: by its hash alone, so that equal texts share a split."""
     return hash_fraction(sha256[:8]) < val_fraction
 
 
@@ -43,16 +43,16 @@ class Passed:
     sha256: bytes
     pass_number: int
     split: int | None
-    """The number of its set, if its text does not decide that."""
+    """Index of its split; None: decided by the hash of its text."""
     position: str
 
 
 @dataclass
 class Excluded:
-    """Documents, records and parts of records that were left out."""
+    """Excluded documents, and skipped records and parts of records."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """Documents and records, by the filter that left them out."""
+    """Number of documents and records, by the filter that excluded them."""
     skipped: Skipped = field(default_factory=dict)
 
     def add(self, other: "Excluded") -> None:
@@ -61,7 +61,7 @@ class Excluded:
 
 
 def excluded_by(name: str, position: str) -> Excluded:
-    """A document that a filter left out; of an example, the place is noted too."""
+    """A document excluded by a filter; for an example, with its position."""
     excluded = Excluded(Counter([name]))
     if position:
         count_skipped(excluded.skipped, PARTS, _EXCLUDED_EXAMPLES.get(name, name), position)
@@ -69,9 +69,9 @@ def excluded_by(name: str, position: str) -> Excluded:
 
 
 def read_task(task: Task, counts: Counts) -> Iterator[Passed | Excluded]:
-    """What a task reads, in order: documents, and what is left out."""
+    """The documents of a task that pass the filters, and the excluded ones, in order."""
     settings = task.settings
-    excluded = Excluded()  # a whole file of malformed records may come between two documents
+    excluded = Excluded()  # between two documents may be a whole file of malformed records
 
     def skip(error: BadRecordError) -> None:
         excluded.counts[BAD_RECORD] += error.number
@@ -85,7 +85,7 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | Excluded]:
         for document in read_slice(
             portion.piece, settings.columns, on_bad_record, settings.max_record_bytes
         ):
-            # A guess, so that the time left is known before the end of a long file.
+            # An estimate, so that the time left is known before the end of a long file.
             step_bytes = min(len(document.content), size_bytes - shown_bytes)
             shown_bytes += step_bytes
             counts[3] += step_bytes

@@ -1,4 +1,4 @@
-"""What a task writes: the shards of each split, and notes of the documents that it stages."""
+"""Task output: the shards of each split, and notes of staged documents."""
 
 import struct
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.text.codec import TextCodec
 from data_pipeline.text.encoder import Ids
 
-# What is noted of a document that a task stages. The two halves of the first 16 bytes of the
-# SHA-256 of its text, and of the pass that took it, tell it from all others.
+# Note of a staged document. `high` and `low` are the first 16 bytes of the SHA-256 of its text,
+# combined with the pass that read it; they identify it.
 DOCUMENT_NOTE = np.dtype(
     [("split", "u1"), ("tokens", "<u4"), ("text_bytes", "<u4"), ("high", "<u8"), ("low", "<u8")]
 )
@@ -39,7 +39,7 @@ Encoded = EncodedDocument | PackedExample
 
 
 class Notes:
-    """What is noted of each document, and whether the task has all that could be needed of it."""
+    """Notes of a task's documents, and whether it has as many as the limits can require."""
 
     def __init__(self, settings: BuildSettings) -> None:
         self.packed = bytearray()
@@ -50,10 +50,10 @@ class Notes:
         self._documents = self._tokens = 0
 
     def add(self, split: int, tokens: int, document: Passed) -> bool:
-        """True when no later document of this task can be within the limits.
+        """Note a document. True when no later document of this task can be within the limits.
 
-        That holds with de-duplication too: of the texts that stand here before a later one, each
-        counts toward the limit, in this task or in an earlier one.
+        This holds with de-duplication too: each distinct text before a later one counts toward the
+        limit, in this task or in an earlier one.
         """
         high = int.from_bytes(document.sha256[:8], "big") ^ document.pass_number
         low = int.from_bytes(document.sha256[8:16], "big")
@@ -72,10 +72,9 @@ class Notes:
 
 
 class RowPacker:
-    """Puts examples into rows, each into the fullest of some open rows in which there is room.
+    """Packs examples into rows by best fit: each into the fullest open row with room for it.
 
-    What it gives back depends only on the examples and their order. They come in another order than
-    they went in, row by row.
+    Examples are returned row by row, in an order that depends only on the examples and their order.
     """
 
     def __init__(self, row_tokens: int, padding_id: int) -> None:
@@ -85,7 +84,7 @@ class RowPacker:
         self._room: list[int] = []
 
     def add(self, example: PackedExample) -> Iterator[PackedExample]:
-        """Take an example of at most `row_tokens` ids; the row that is finished by it, if any."""
+        """Add an example of at most `row_tokens` ids. Yields the examples of rows it closes."""
         size = len(example.ids)
         if size > self._row_tokens:
             raise ValueError(f"an example of {size} tokens does not fit a row")
@@ -104,7 +103,7 @@ class RowPacker:
             yield from self._close(row)
 
     def finish(self) -> Iterator[PackedExample]:
-        """The rows that are still open."""
+        """Yield the examples of the rows that are still open."""
         while self._open:
             yield from self._close(0)
 
@@ -117,7 +116,7 @@ class RowPacker:
 
 
 class SplitOutput:
-    """The shards that one task writes for one split, opened as documents come."""
+    """Writes the shards of one task and split, opened as documents arrive."""
 
     def __init__(
         self, split: str, task: Task, folder: Path, codec: TextCodec, shards: list[ShardEntry]
@@ -150,7 +149,7 @@ class SplitOutput:
             self._add_rows(self._packer.add(encoded))
 
     def finish(self) -> None:
-        """Write the rows that are not full."""
+        """Write the rows that are still open."""
         if self._packer is not None:
             self._add_rows(self._packer.finish())
 

@@ -1,6 +1,6 @@
-"""The command that trains on a data set: with a config, and what of it has to be another value.
+"""The suggested training command of a data set: a config, and the overrides that the data needs.
 
-Its run has a folder of its own, so that no run that is there stops it.
+Its run folder is new, so that an existing run does not stop it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from data_pipeline.text.codec import Direction, TextFormat, Unit
 
 RUNS_FOLDER = Path("runs")
 _OF_A_MODEL = ("model", "training")
-"""The sections of a run's config that are looked at."""
+"""The sections of a run's config that are compared."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Base:
 
 
 def train_commands(shards: Path, manifest: Manifest) -> dict[str, str]:
-    """What to type to train on a finished data set, and what it does."""
+    """Commands that train on a finished data set, each with a description."""
     if manifest.row_tokens is not None:
         return _fine_tune(shards, manifest)
     config = config_path("demo.yaml")
@@ -79,7 +79,7 @@ def _fine_tune(shards: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _value(config: Path, *keys: str) -> Any:
-    """A value of a config as it stands in the file; None if it does not."""
+    """A value in a config file; None if it is not there."""
     try:
         fields = yaml.safe_load(config.read_text(encoding="utf-8"))
         for key in keys:
@@ -90,7 +90,7 @@ def _value(config: Path, *keys: str) -> Any:
 
 
 def _find_base(shards: Path, text_format: TextFormat) -> Base | None:
-    """The newest run nearby that has a checkpoint of this tokenizer and these directions."""
+    """The newest run nearby that has a checkpoint of this text format."""
     newest: tuple[float, Base] | None = None
     for run in _runs_nearby(shards):
         metas = sorted((run / "checkpoints").glob("step-*/meta.json"))

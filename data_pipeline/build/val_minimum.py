@@ -1,10 +1,10 @@
-"""A minimum of documents in the val set of a small data set.
+"""A minimum number of documents in the val set of a small data set.
 
-The hash of a text decides which set it belongs to: those below the val fraction are the val set.
-Where that gives less than ten documents, or less than a tenth of fewer than a hundred, the fraction
-is raised to just above the lowest hashes of the others, and the tasks that hold these are done
-again. So the rule stays one of the text alone: equal texts never lie in both sets, and neither
-workers nor restarts change a byte.
+The hash of a text decides its split: hashes below the val fraction are the val set. Where that
+gives fewer than ten documents, or less than a tenth of fewer than a hundred, the fraction is raised
+to just above the lowest hashes of the train set, and the tasks that hold these are run again. The
+split still depends on the text alone: equal texts are never in both, and neither workers nor
+restarts change a byte.
 """
 
 from collections import Counter
@@ -33,10 +33,10 @@ def with_val_minimum(
     model_bytes: bytes,
     workers: int,
 ) -> tuple[list[Task], list[TaskRecord]]:
-    """The tasks that give the val set its minimum, and their records; the same ones if they do.
+    """The tasks that give the val set its minimum, and their records; unchanged if they already do.
 
-    A task that is done again has a number of its own, from `num_planned` on: nothing is
-    overwritten that another process may be reading. Raises what `run_task` raises.
+    A task that is run again has a new index, from `num_planned` on, so that no file is overwritten
+    that another process may be reading. Raises the errors of `run_task`.
     """
     settings = tasks[0].settings
     if settings.val_fraction <= 0:
@@ -51,7 +51,7 @@ def with_val_minimum(
     last = _last_hash(sum(of_tasks, Counter()), num_val, num_documents)
     if last is None:
         return list(tasks), list(records)
-    # As a float, the hash of a text may be rounded up to the next of the fractions compared here.
+    # As a float, the hash of a text may be rounded up to the next representable fraction.
     stop = last + 2
     raised = replace(settings, val_fraction=stop / 2.0**KEY_BITS)
     changed = {
@@ -71,11 +71,11 @@ def with_val_minimum(
 
 
 def _last_hash(hashes: Counter[int], num_val: int, num_documents: int) -> int | None:
-    """The highest hash that goes to the val set besides those that are there; None for none."""
+    """The highest hash to move to the val set; None if it needs none."""
     wanted = min(MIN_VAL_DOCUMENTS, num_documents // _MIN_DOCUMENTS_PER_VAL)
     last = None
     for key in sorted(hashes):
-        # Equal texts go together: one that makes up most of a data set stays where it is.
+        # Equal texts move together: one that makes up most of a data set stays in the train set.
         if num_val >= wanted or num_val + hashes[key] > num_documents // 2:
             break
         num_val += hashes[key]
@@ -86,7 +86,7 @@ def _last_hash(hashes: Counter[int], num_val: int, num_documents: int) -> int | 
 def _kept_hashes(tasks: Sequence[Task], out: Path) -> tuple[int, list[Counter[int]]]:
     """Number of kept documents in the val set, and the hashes of the other kept ones.
 
-    The hashes are by task, with how many documents have each.
+    The hashes are by task, each with its number of documents.
     """
     num_val = 0
     of_tasks = []

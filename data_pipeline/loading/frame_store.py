@@ -1,8 +1,8 @@
-"""The frames of one split of a data set, numbered through, the latest ones kept decoded.
+"""Frame store: the frames of one split of a data set, with the latest ones kept decoded.
 
-Decoded frames lie side by side in one block of memory, so that the rows of a batch are copied out
-of it in a single call. Any thread may ask. Reading and decompressing release Python's lock, so that
-frames which are requested early are decoded beside whatever else runs.
+Decoded frames share one block of memory, so that the rows of a batch are copied from it in a single
+call. Thread-safe. Reading and decompression release the GIL, so that frames requested ahead are
+decoded while other work runs.
 """
 
 import logging
@@ -31,14 +31,14 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True, eq=False)
 class _PendingFrame:
-    """A frame on its way into a slot."""
+    """A frame that is being decoded into a slot."""
 
     slot: int
     done: Future[None]
 
 
 class FrameStore:
-    """Decoded frames by number."""
+    """Decoded frames of a split, numbered over all of its shards."""
 
     def __init__(
         self, data_set: DataSet, split: str, keep_frames: int = 64, *, skip_bad_frames: bool = False
@@ -63,8 +63,8 @@ class FrameStore:
         self._skip_bad_frames = skip_bad_frames
         self._keep_frames = keep_frames
         self._changed = Condition()
-        # Under its lock: a slot is free, or of a frame that is coming or ready. Of the ready ones,
-        # the oldest makes room.
+        # Guarded by its lock. A slot is free, or has a frame that is pending or ready; the oldest
+        # ready one is replaced first.
         self._slots = np.empty((0, manifest.frame_tokens), dtype=f"<u{manifest.id_bytes}")
         self._marks = np.empty((0, manifest.frame_tokens if self.has_examples else 0), dtype="u1")
         self._free: list[int] = []
@@ -75,23 +75,23 @@ class FrameStore:
 
     @property
     def has_examples(self) -> bool:
-        """Whether these are instruction examples, whose ids have marks."""
+        """Whether the data set holds instruction examples, whose ids have marks."""
         return self.manifest.row_tokens is not None
 
     def rows(self, frame: Indices, row: Indices, row_tokens: int) -> tuple[Ids, Ids, Marks | None]:
         """The tokens of rows as stored, shape (rows, row_tokens), and the one after each row.
 
-        Of examples, the marks of the tokens too. Where a frame holds no token, there is the end
-        marker, unmarked. Raises ShardCorruptError or SourceUnreadableError for a frame that cannot
-        be read, unless it is skipped.
+        For examples, also the marks of the tokens. Past the end of a frame are end markers without
+        marks. Raises ShardCorruptError or SourceUnreadableError for a frame that cannot be read,
+        unless bad frames are skipped.
         """
         tokens_NC = np.empty((len(frame), row_tokens), dtype=self._slots.dtype)
         next_N = np.empty(len(frame), dtype=self._slots.dtype)
         marks_NC = np.empty((len(frame), row_tokens), dtype="u1") if self.has_examples else None
         left = np.arange(len(frame))
         while left.size:
-            # More than one round only where other threads, or these frames themselves, take the
-            # slots of frames that were brought.
+            # More than one round only if other threads, or these frames themselves, replace
+            # frames that were just decoded.
             for number in dict.fromkeys(frame[left].tolist()):
                 if number not in self._ready:
                     self._bring(number)
@@ -105,7 +105,7 @@ class FrameStore:
         return ids_NC[0, : 0 if frame in self._skipped else self.num_tokens(number)[0]]
 
     def request(self, frames: Iterable[int], executor: Executor) -> None:
-        """Have frames decoded that will be asked for; errors come when they are."""
+        """Decode frames ahead on the executor; errors are raised when a frame is read."""
         with self._changed:
             for frame in frames:
                 if frame in self._ready:
@@ -115,17 +115,17 @@ class FrameStore:
                     continue
                 slot = self._find_slot() if known is None else known.slot
                 if slot is None:
-                    return  # every slot waits for its frame: this one comes when it is asked for
+                    return  # every slot is pending: this frame is decoded when it is read
                 self._failed.pop(frame, None)
                 self._coming[frame] = _PendingFrame(slot, executor.submit(self._fill, frame, slot))
 
     @property
     def skipped_frames(self) -> int:
-        """How many frames could not be read and were left out."""
+        """Number of frames that could not be read and were skipped."""
         return len(self._skipped)
 
     def is_skipped(self, frame: Indices) -> npt.NDArray[np.bool_]:
-        """Whether each frame could not be read and was left out."""
+        """Whether each frame could not be read and was skipped."""
         return np.isin(frame, list(self._skipped))
 
     def num_tokens(self, frame: Indices) -> Indices:
@@ -151,9 +151,9 @@ class FrameStore:
         next_N: Ids,
         marks_NC: Marks | None,
     ) -> Indices:
-        """Copy those of the wanted rows whose frames are ready; the others."""
+        """Copy the wanted rows whose frames are ready. Returns the other ones."""
         row_tokens = tokens_NC.shape[1]
-        # Held while rows are copied, so that no frame makes room for another meanwhile.
+        # Held while rows are copied, so that no frame is replaced meanwhile.
         with self._changed:
             ready = self._ready
             slot = np.array(
@@ -175,7 +175,7 @@ class FrameStore:
                 np.take(rows, place, axis=0, out=tokens_NC, mode="clip")
             if marks_NC is not None:
                 marks_NC[wanted] = self._marks.reshape(-1, row_tokens).take(place, 0, mode="clip")
-            # Behind the last row of a frame there is none; whatever is taken has no meaning.
+            # After the last row of a frame there is no token; the value is meaningless.
             next_N[wanted] = self._slots.reshape(-1).take(start + row_tokens, mode="clip")
         return left
 
@@ -189,7 +189,7 @@ class FrameStore:
             coming = self._coming.get(frame)
             if coming is None:
                 slot = self._find_slot()
-                if slot is None:  # every slot waits for its frame; whoever asked looks again
+                if slot is None:  # every slot is pending; the caller tries again
                     self._changed.wait(_POLL_S)
                     return
                 mine = self._coming[frame] = _PendingFrame(slot, Future())
@@ -214,7 +214,7 @@ class FrameStore:
                     self._free.append(self._coming.pop(frame).slot)
         except BaseException:
             with self._changed:
-                self._failed.pop(frame, None)  # asked for again, it is read again
+                self._failed.pop(frame, None)  # the next call reads it again
             raise
 
     def _fill(self, frame: int, slot: int) -> None:
@@ -245,16 +245,16 @@ class FrameStore:
         if not self._ready:
             cancelled = [key for key, one in self._coming.items() if one.done.cancelled()]
             return self._coming.pop(cancelled[0]).slot if cancelled else None
-        # By age, not by use: rows are shuffled among frames that came at about the same time.
+        # By age, not by use: rows are shuffled among frames that were read at about the same time.
         return self._ready.pop(next(iter(self._ready)))
 
     def _make_slots(self) -> None:
-        """Room for the frames to keep; frames that are on their way arrive first."""
+        """Allocate slots for the frames to keep, once no frame is pending."""
         self._changed.wait_for(lambda: all(one.done.cancelled() for one in self._coming.values()))
         before = len(self._slots)
         wanted = min(self._keep_frames, self.num_frames)
         if wanted > before:
-            # Untouched, the new slots take no memory.
+            # New slots take no memory until they are written.
             slots = np.empty((wanted, self._slots.shape[1]), dtype=self._slots.dtype)
             slots[:before] = self._slots
             self._slots = slots
@@ -275,7 +275,7 @@ class FrameStore:
                 is_new = frame not in self._skipped
                 self._skipped.add(frame)
             if is_new:
-                _LOG.warning("left out frame %d of the data set: %s", frame, error)
+                _LOG.warning("skipped frame %d of the data set: %s", frame, error)
             return self._slots[:0, 0], self._marks[:0, 0] if self.has_examples else None
 
     def _reader(self, shard: int) -> ShardReader:
@@ -287,6 +287,6 @@ class FrameStore:
         with self._changed:
             self._readers[shard] = reader
             if len(self._readers) > _OPEN_SHARDS:
-                # Not closed: another thread may be reading. It closes with its last reference.
+                # Not closed, as another thread may be reading; closed with its last reference.
                 self._readers.popitem(last=False)
         return reader

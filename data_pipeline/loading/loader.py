@@ -1,8 +1,8 @@
-"""The batches of a run: the rows that a rank gets at a step, as arrays, made ahead of time.
+"""Data loader: the batches of a rank at each step, prepared ahead of time.
 
-The rows of a step are a function of the step. State is the number of the step that comes next, so
-that restarts, ranks and threads change nothing. Frames are decoded and rows packed by threads that
-run ahead of the training step; whatever goes wrong there is raised at the step that needs it.
+The rows of a step are a function of the step: the only state is the number of the next step, so
+restarts, ranks and threads change nothing. Threads decode frames and pack rows ahead of the
+training step; an error there is raised at the step that needs the rows.
 """
 
 from collections import deque
@@ -29,17 +29,17 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Stream:
-    """One data set of a mixture: its rows, and the order in which they come."""
+    """One data set of a mixture: its rows and their order."""
 
     rows: RowReader
     table: RowGrid
     order: Order
-    """Order of the data set alone: its batch is the data set's usual number of rows per step."""
+    """Order within the data set; its batch is the data set's mean number of rows per step."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where the rows of one rank and step lie: arrays of shape (rows,)."""
+    """Places of the rows of one rank and step: arrays of shape (rows,)."""
 
     stream: Indices
     frame: Indices
@@ -47,10 +47,10 @@ class _Plan:
 
 
 class TrainingLoader:
-    """The training rows of one rank, step by step: any step can be asked for.
+    """The training rows of one rank, with random access by step.
 
-    Steps that follow one another come from threads that run ahead: one decodes frames and packs
-    rows, the others decode for it. With 0 `threads` everything happens when it is asked for.
+    Consecutive steps are prepared ahead by threads: one packs rows, and all decode frames. With 0
+    `threads` a step is prepared when it is read.
     """
 
     def __init__(
@@ -66,8 +66,9 @@ class TrainingLoader:
         """Raises BatchError unless ranks and micro-batches divide the batch evenly."""
         if global_batch_rows % (world_size * micro_batch_rows):
             raise BatchError(
-                f"{world_size} ranks x {micro_batch_rows} rows a micro-batch do not divide "
-                f"global_batch_rows {global_batch_rows}"
+                f"{world_size} ranks x {micro_batch_rows} rows per micro-batch do not divide "
+                f"global_batch_rows {global_batch_rows}; choose a multiple of "
+                f"{world_size * micro_batch_rows}"
             )
         self._streams = streams
         self._mixture = mixture
@@ -80,10 +81,10 @@ class TrainingLoader:
         self._ahead_steps = _AHEAD_STEPS
         for stream in streams:
             order = stream.order
-            # A window of frames for each lane; some lanes are on their way to their next one.
+            # A window of frames per lane; some lanes already read their next window.
             rank_lanes = -(-order.lanes // world_size) + 1
             stream.rows.frames.keep((rank_lanes + 1) * (order.window_frames + 2))
-            # At most a frame of each lane: others would be dropped before their rows are packed.
+            # At most a frame per lane: more would be replaced before their rows are packed.
             ahead_steps = order.lanes * order.rows_per_frame // order.global_batch_rows
             self._ahead_steps = max(1, min(self._ahead_steps, ahead_steps))
 
@@ -104,22 +105,21 @@ class TrainingLoader:
             raise
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
 
     @property
     def rank_rows(self) -> int:
-        """Rows of the rank in a step."""
+        """Number of rows of the rank per step."""
         return self._rank_rows
 
     def slices(self, first: int, stop: int, num_rows: int, stride: int) -> Iterator[Batch]:
-        """Batches of `num_rows` consecutive rows of the rank, read when they are asked for.
+        """Yield batches of `num_rows` consecutive rows of the rank.
 
-        The rank's rows are numbered over all steps. One batch begins at row `first`, the next ones
-        after every `stride` rows, all before `stop`, where the last one may be cut short. Raises
-        what `at` does.
+        The rank's rows are numbered over all steps. Batches begin at row `first` and every `stride`
+        rows after it, before `stop`, where the last one is truncated. Raises the errors of `at`.
         """
         within = np.arange(num_rows)
         num_planned = 1
@@ -137,7 +137,7 @@ class TrainingLoader:
             num_planned = min(2 * num_planned, max(1, _PLANNED_ROWS // num_rows))
 
     def _plans(self, first_step: int) -> Iterator[_Plan]:
-        """Where the rows of each step from the first one on lie; many are worked out at a time."""
+        """Places of the rows of each step from `first_step` on; many are computed at once."""
         num_steps = 1
         position = np.arange(self._first_row, self._first_row + self._rank_rows)
         step = first_step
@@ -149,7 +149,7 @@ class TrainingLoader:
             num_steps = min(2 * num_steps, max(1, _PLANNED_ROWS // self._rank_rows))
 
     def _places(self, number: Indices) -> Iterator[_Plan]:
-        """Where rows of the mixture lie: `number` has shape (steps, rows), a plan is of a step."""
+        """Places of rows of the mixture: one plan per step of `number`, shape (steps, rows)."""
         stream_of, row_of = self._mixture.deal(number)
         frame, row = np.empty_like(number), np.empty_like(number)
         for index, stream in enumerate(self._streams):
@@ -161,7 +161,7 @@ class TrainingLoader:
             yield _Plan(*of_step)
 
     def _request(self, plan: _Plan, executor: ThreadPoolExecutor) -> None:
-        """Have the frames of a step decoded."""
+        """Decode the frames of a step ahead."""
         for index, stream in enumerate(self._streams):
             frames = dict.fromkeys(plan.frame[plan.stream == index].tolist())
             stream.rows.frames.request(frames, executor)
@@ -173,7 +173,7 @@ class TrainingLoader:
 
 
 class _Prefetcher:
-    """Threads that make the batches of one step after another, from a given one on."""
+    """Threads that prepare the batches of consecutive steps from a given one on."""
 
     def __init__(self, batches: TrainingLoader, first_step: int, threads: int) -> None:
         self.next_step = first_step
@@ -185,7 +185,7 @@ class _Prefetcher:
         self._thread.start()
 
     def take(self) -> list[Batch]:
-        """The batches of the next step, or the error that came of them."""
+        """The batches of the next step. Raises the error of preparing them."""
         ready = self._ready.get()
         if isinstance(ready, BaseException):
             raise ready
@@ -194,7 +194,7 @@ class _Prefetcher:
 
     def close(self) -> None:
         self._stop.set()
-        with suppress(Empty):  # it may be waiting for room, for one more
+        with suppress(Empty):  # the thread may be waiting to put one more
             while True:
                 self._ready.get_nowait()
         self._thread.join()
@@ -213,7 +213,7 @@ class _Prefetcher:
                     waiting.append(next(plans))
                 batches = self._batches
                 self._put(batches._assemble(waiting.popleft(), batches._micro_batch_rows))
-        except BaseException as error:  # noqa: BLE001 - it belongs to the thread that asks
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that takes
             self._put(error)
 
     def _put(self, ready: list[Batch] | BaseException) -> None:
@@ -226,9 +226,8 @@ class _Prefetcher:
 class SequentialRows:
     """Every row of a split once, in stored order, dealt to the ranks: the val set.
 
-    Each rank in turn gets `micro_batch_rows` rows. All get the same number, those of each data set
-    filled up with rows that have no targets, because sharded ranks must take every forward pass
-    together.
+    Each rank in turn gets `micro_batch_rows` rows. All get the same number: each data set is padded
+    with rows without targets, because sharded ranks must run every forward pass together.
     """
 
     def __init__(
@@ -241,11 +240,11 @@ class SequentialRows:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the rank."""
+        """Number of rows of the rank."""
         return len(self._reader)
 
     def slices(self, first: int, stop: int, num_rows: int, stride: int) -> Iterator[Batch]:
-        """As `TrainingLoader.slices`, of the rank's rows. Raises the errors of frames."""
+        """As `TrainingLoader.slices`. Raises the errors of frames."""
         for start in range(first, stop, stride):
             part = slice(start, min(start + num_rows, stop))
             rows = read_rows(self._readers, self._reader[part], *self._place[part].T)
@@ -268,6 +267,6 @@ def _dealt(rows: RowReader, rank: int, world_size: int, micro_batch_rows: int) -
 def sequential_batches(
     rows: RowReader, rank: int, world_size: int, micro_batch_rows: int
 ) -> Iterator[Batch]:
-    """A rank's batches of one data set's `SequentialRows`."""
+    """Yield a rank's batches of the `SequentialRows` of one data set."""
     dealt = SequentialRows([rows], rank, world_size, micro_batch_rows)
     return dealt.slices(0, dealt.num_rows, micro_batch_rows, micro_batch_rows)

@@ -1,8 +1,8 @@
-"""Which data set gives which row of a mixture: index arithmetic, like the order within each.
+"""Weighted mixture of data sets, by index arithmetic.
 
-Row n of the mixture, counted over all steps, is row m of one of the data sets. Data sets take turns
-as evenly as their weights allow (each of them in the way in which Bresenham draws a line), so that
-any stretch of rows has each weight's share, give or take one row for each data set.
+Row n of the mixture, counted over all steps, is row m of one of the data sets. Data sets alternate
+as evenly as their weights allow (each as Bresenham's algorithm draws a line), so that any range of
+rows has each data set's share, within one row per data set.
 """
 
 from collections.abc import Sequence
@@ -21,29 +21,29 @@ class Mixture:
     """Deals rows to data sets by weight. One data set gets every row."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Shares are rounded to a millionth, but not to 0.
+        """Shares are rounded to a millionth, but never to 0.
 
         Raises ConfigError for a weight that is not above 0.
         """
         if not weights or not all(0 < weight < float("inf") for weight in weights):
-            raise ConfigError(f"data sets are mixed with weights above 0, not {list(weights)}")
-        # Divided first: the sum of large weights would be infinite.
+            raise ConfigError(f"weights of data sets must be above 0, got {list(weights)}")
+        # Divided first, as the sum of large weights could be infinite.
         ratios = [weight / max(weights) for weight in weights]
         parts = [max(1, round(ratio / sum(ratios) * _RESOLUTION)) for ratio in ratios]
-        # Data set k takes parts[k] of every self._of[k] rows that the ones before it leave.
+        # Data set k takes parts[k] of every self._of[k] rows that remain after earlier ones.
         self._parts = parts
         self._of = [sum(parts[number:]) for number in range(len(parts))]
 
     @property
     def shares(self) -> list[float]:
-        """The part of all rows that each data set gives: they add up to 1."""
+        """Share of the rows that each data set provides; they add up to 1."""
         return [part / self._of[0] for part in self._parts]
 
     def deal(self, number: Indices) -> tuple[Indices, Indices]:
         """Data set, and row within it, of each row of the mixture."""
         if len(self._parts) == 1:
             return np.zeros_like(number), number
-        # The deal repeats itself; within a period the products below stay small.
+        # The deal is periodic; within a period the products below do not overflow.
         period, number = np.divmod(number, self._of[0])
         data_set, row = self._deal_within_period(number)
         parts: Indices = np.array(self._parts, dtype=np.int64)
@@ -63,7 +63,7 @@ class Mixture:
         return data_set, row
 
     def number_of(self, data_set: int, row: Indices) -> Indices:
-        """The row of the mixture that a row of a data set is: the inverse of `deal`."""
+        """Row of the mixture of each row of a data set: the inverse of `deal`."""
         period, number = np.divmod(row, self._parts[data_set])
         row = number
         if data_set < len(self._parts) - 1:
@@ -76,6 +76,6 @@ class Mixture:
         return result
 
     def _given(self, index: int, left: Indices) -> Indices:
-        """How many of the first rows that are left for it a data set has been given."""
+        """Number of the first `left` rows after earlier data sets that this data set takes."""
         of = self._of[index]
         return (left * self._parts[index] + of // 2) // of

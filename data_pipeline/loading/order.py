@@ -1,11 +1,11 @@
-"""Which rows the training sees at which step: index arithmetic, and nothing else.
+"""Training order: the rows of each step, by index arithmetic alone.
 
 The rows of step s are a pure function of (seed, shape of the data, global_batch_rows, s). Frames
-are permuted anew in every epoch and dealt like cards to `lanes` parallel streams; each step takes
+are permuted in every epoch and dealt in turn to `lanes` parallel streams; each step takes
 `global_batch_rows / lanes` rows of every lane; within a lane, rows are permuted among
-`window_frames` neighbouring frames. Every row of every frame comes exactly once an epoch. Ranks
-take contiguous slices of a step's rows, so that they, and restarts, change nothing. No permutation
-is stored: memory does not grow with the corpus.
+`window_frames` consecutive frames. Every row of every frame occurs exactly once per epoch. Ranks
+take contiguous slices of a step's rows, so neither their number nor restarts change the order. No
+permutation is stored: memory does not grow with the corpus.
 
 The permutations are Feistel networks with cycle walking (Black & Rogaway, "Ciphers with Arbitrary
 Finite Domains", 2002) over the mixing function of SplitMix64 (Steele, Lea & Flood, 2014).
@@ -27,7 +27,7 @@ _Words = npt.NDArray[np.uint64]
 
 _ROUND_NUMBERS = np.arange(_FEISTEL_ROUNDS, dtype=np.uint64).reshape(-1, 1)
 _POWERS_OF_FOUR = 4 ** np.arange(1, 32)
-# As arrays without dimensions, with which small arrays are combined twice as fast as with scalars.
+# Zero-dimensional arrays, which numpy combines with small arrays twice as fast as scalars.
 _ONE, _INCREMENT, _FIRST_FACTOR, _SECOND_FACTOR, _FIRST_SHIFT, _SECOND_SHIFT, _THIRD_SHIFT = (
     np.array(word, dtype=np.uint64)
     for word in (1, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 30, 27, 31)
@@ -36,7 +36,7 @@ _ONE, _INCREMENT, _FIRST_FACTOR, _SECOND_FACTOR, _FIRST_SHIFT, _SECOND_SHIFT, _T
 
 @dataclass(frozen=True)
 class RowPlace:
-    """Where rows lie: arrays of one shape, with an entry for each row."""
+    """Places of rows: arrays of one shape, with an entry per row."""
 
     epoch: Indices
     frame: Indices
@@ -55,14 +55,14 @@ class Order:
     window_frames: int = 8
 
     def __post_init__(self) -> None:
-        """Raises BatchError or ConfigError when the numbers do not fit each other."""
-        counts = (self.num_frames, self.rows_per_frame, self.global_batch_rows, self.lanes)
-        if min(*counts, self.window_frames) < 1:
-            raise ConfigError(f"an order needs at least one of everything: {self}")
+        """Raises ConfigError for a number below 1, BatchError unless lanes divide the batch."""
+        for name in ("num_frames", "rows_per_frame", "global_batch_rows", "lanes", "window_frames"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.global_batch_rows % self.lanes:
             raise BatchError(
                 f"lanes {self.lanes} does not divide global_batch_rows "
-                f"{self.global_batch_rows}; choose a divisor, or leave lanes out"
+                f"{self.global_batch_rows}; choose a divisor, or omit lanes"
             )
 
     @property
@@ -78,14 +78,13 @@ class Order:
     def places_of(self, step: Indices, position: Indices) -> RowPlace:
         """The place of the row at each position of the global batch of each step.
 
-        Both arrays have one shape, which those of the answer have too. A few thousand rows at a
-        time cost the least for each.
+        Arguments and results have one shape. The cost per row is lowest for a few thousand rows.
         """
         rows_per_lane = self.global_batch_rows // self.lanes
         lane = position // rows_per_lane
         lane_row = (step - lane) * rows_per_lane + position
 
-        # A lane's frames are the positions lane, lane + L, lane + 2L, ... of the endless deal.
+        # A lane's frames are the positions lane, lane + L, lane + 2L, ... of the infinite deal.
         slot = lane_row // self.rows_per_frame
         epoch = (slot * self.lanes + lane) // self.num_frames
         window, window_slot, window_rows = self._window_of(epoch, lane, slot)
@@ -99,7 +98,7 @@ class Order:
     def find(self, epoch: Indices, frame: Indices, row: Indices) -> tuple[Indices, Indices]:
         """The step that reads each row in an epoch, and the row's position in the global batch.
 
-        The inverse of `places_of`: all arrays have one shape.
+        The inverse of `places_of`; all arrays have one shape.
         """
         dealt = unpermute(frame, np.array([self.num_frames]), self._frame_key(epoch))
         dealt += epoch * self.num_frames
@@ -116,10 +115,10 @@ class Order:
     def _window_of(
         self, epoch: Indices, lane: Indices, slot: Indices
     ) -> tuple[Indices, Indices, Indices]:
-        """Number, first slot and rows of the window in which a slot of a lane lies.
+        """Number, first slot and number of rows of the window that holds a slot of a lane.
 
-        Lanes begin new windows at different times, so that frames are needed one after another,
-        not those of all lanes at once.
+        Lanes begin new windows at different times, so that the frames of all lanes are not needed
+        at once.
         """
         first_slot = self._first_slot(epoch, lane)
         ahead = lane * self.window_frames // self.lanes
@@ -141,28 +140,28 @@ class Order:
 
 
 def choose_lanes(num_frames: int, global_batch_rows: int) -> int:
-    """The largest divisor of the batch that the data can feed: at most one lane a frame."""
+    """The largest divisor of the batch with at least one frame per lane."""
     maximum = min(num_frames, global_batch_rows, MAX_AUTOMATIC_LANES)
     return next(lanes for lanes in range(maximum, 0, -1) if global_batch_rows % lanes == 0)
 
 
 def permute(index: Indices, size: Indices, key: _Words) -> Indices:
-    """Where a pseudo-random permutation of 0 .. size-1, chosen by key, sends each index.
+    """The image of each index under a pseudo-random permutation of 0 .. size-1, chosen by key.
 
-    `size` and `key` have an entry for each index, or one for all of them. A bijection for every
-    key: a balanced Feistel network over the next power of four, walked until back in range.
+    `size` and `key` have an entry per index, or one for all. A bijection for every key: a balanced
+    Feistel network over the next power of four, iterated until back in range.
     """
     return _walk(index, size, key, _encipher)
 
 
 def unpermute(image: Indices, size: Indices, key: _Words) -> Indices:
-    """The index that `permute` sends to each image: the same walk backwards."""
+    """The index that `permute` maps to each image: the same walk backwards."""
     return _walk(image, size, key, _decipher)
 
 
 @dataclass(frozen=True)
 class _Network:
-    """A Feistel network for each entry, along the last axis; or one for all, without that axis."""
+    """A Feistel network per entry, along the last axis; or one for all, without that axis."""
 
     limit: _Words
     half_bits: _Words
@@ -202,7 +201,7 @@ def _walk(
     key: _Words,
     encipher: Callable[[_Words, _Network], _Words],
 ) -> Indices:
-    """Encipher everything once, and go on with whatever is not below its size until it is."""
+    """Encipher every value until it is below its size, at least once."""
     network = _Network.of(size, key)
     value = encipher(start.reshape(-1).astype(np.uint64), network)
     outside = np.flatnonzero(value >= network.limit)
@@ -224,13 +223,13 @@ def _encipher(value: _Words, network: _Network) -> _Words:
 def _decipher(value: _Words, network: _Network) -> _Words:
     left = value >> network.half_bits
     right = value ^ (left << network.half_bits)
-    # A Feistel network runs backwards with its halves exchanged and its rounds in reverse.
+    # The inverse of a Feistel network: halves exchanged, rounds in reverse.
     right, left = network.run(right, left, reversed(range(_FEISTEL_ROUNDS)))
     return (left << network.half_bits) | right
 
 
 def _once_if_equal(epoch: Indices) -> Indices:
-    """One epoch for all where it is the same: most of the work on keys is then done once."""
+    """A single epoch if all are equal, so that keys are computed once."""
     first = epoch.reshape(-1)[:1]
     return first if (epoch == first).all() else epoch
 

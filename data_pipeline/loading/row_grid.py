@@ -1,10 +1,10 @@
-"""Rows as a rectangle: so that the order can do arithmetic where shards end in short frames.
+"""Row grid: maps the rows of shards, which end in short frames, to a rectangle.
 
-Every shard ends in a frame that may be short. The rows of whole frames are counted first, in stored
-order, then those of the short frames, and the sequence is cut into frames of equal length: of the
-stored length where the data set is large, so that a frame of the rectangle is a frame of a file;
-of a slightly shorter one where it is small, so that few places of the rectangle stay empty. The
-table holds a few numbers a shard, none a frame.
+The order needs frames of equal length, but the last frame of a shard may be short. The rows of
+whole frames are counted first, in stored order, then those of the short frames, and the sequence is
+cut into frames of equal length: of the stored length in a large data set, so that a frame of the
+rectangle is a frame of a file; of a slightly shorter one in a small data set, so that few places of
+the rectangle are empty. The table has a few numbers per shard, and none per frame.
 """
 
 import numpy as np
@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-_LARGE_FRAMES = 64  # from here on, what the last frame lacks is less than 1/64 of all
+_LARGE_FRAMES = 64  # with as many frames, the empty places of the last one are below 1/64
 
 
 class RowGrid:
     """Translates (frame, row) of the rectangle into (frame, row) as stored, and back."""
 
     def __init__(self, shard_tokens: Indices, frame_tokens: int, context_tokens: int) -> None:
-        """`shard_tokens` is the tokens of each shard of a split: shape (shards,)."""
+        """`shard_tokens` is the number of tokens of each shard of a split: shape (shards,)."""
         self._stored_rows = frame_tokens // context_tokens
         self._whole_frames = shard_tokens // frame_tokens
         left_tokens = shard_tokens % frame_tokens
@@ -36,13 +36,13 @@ class RowGrid:
 
     @property
     def num_rows(self) -> int:
-        """Rows that hold tokens."""
+        """Number of rows that hold tokens."""
         return self._num_whole * self._stored_rows + self._num_short_rows
 
     def locate(self, frame: Indices, row: Indices) -> tuple[Indices, Indices]:
         """Stored frame and row of each place.
 
-        An empty place of the rectangle gives a row past the end of the last short frame.
+        For an empty place of the rectangle, a row past the end of the last short frame.
         """
         number = frame * self.rows_per_frame + row
         whole = number // self._stored_rows
@@ -61,7 +61,7 @@ class RowGrid:
         )
 
     def place_of(self, stored_frame: Indices, stored_row: Indices) -> tuple[Indices, Indices]:
-        """Frame and row in the rectangle of each stored row that holds tokens: undoes `locate`."""
+        """Frame and row in the rectangle of each stored row: the inverse of `locate`."""
         shard = _shard_of(stored_frame, self._first_stored)
         in_shard = stored_frame - self._first_stored[shard]
         row_of_whole = (self._first_whole[shard] + in_shard) * self._stored_rows
@@ -73,10 +73,10 @@ class RowGrid:
 
 
 def _before(counts: Indices) -> Indices:
-    """How many lie before each shard: shape (shards,)."""
+    """Exclusive cumulative sum: the count before each shard, shape (shards,)."""
     return np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
 
 
 def _shard_of(index: Indices, first: Indices) -> Indices:
-    # `right` skips shards without any: of equal firsts, the last is the one that has them.
+    # `right` skips empty shards: of equal firsts, only the last shard is not empty.
     return np.searchsorted(first, index, side="right").astype(np.int64) - 1

@@ -1,16 +1,16 @@
-"""From places of rows to the arrays that a training step takes.
+"""Row reader: turns places of rows into the packed arrays of a training step.
 
 A row is `context_tokens` ids of a frame and their targets. Documents are packed one after another:
-attention starts afresh at every begin marker and at every row (`cu_seqlens`), positions likewise.
-A target is ignored where there is nothing to learn: past a frame's end, and from one document's
-end marker to the next one's begin marker.
+attention segments (`cu_seqlens`) and positions restart at every begin marker and at every row.
+Targets are ignored past a frame's end, and from one document's end marker to the next one's begin
+marker.
 
-Rows of instruction examples say themselves where attention starts afresh and what is learned: their
-ids have marks. No example crosses a row's end, so none sees its neighbor or is cut.
+In rows of instruction examples, marks of the ids give segments and targets. No example crosses a
+row's end, so none attends to another or is cut.
 
-Direction is a way of reading: a run may read `token` shards against their stored direction. Each
-row's window of `context_tokens + 1` ids is then read from its other end with begin and end markers
-exchanged, so that both directions see the same windows in the same steps.
+A run may read `token` shards against their stored direction. Each row's window of
+`context_tokens + 1` ids is then read from its other end with begin and end markers exchanged, so
+that both directions see the same windows in the same steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ class Batch:
     """Packed rows. T is rows x context_tokens.
 
     ids_T and targets_T are int64 of shape (T,); cu_seqlens is int32 of shape (segments + 1,), from
-    0 to T: where attention starts afresh, and positions with it.
+    0 to T: the starts of attention segments, where positions restart.
     """
 
     ids_T: npt.NDArray[np.int64]
@@ -45,19 +45,19 @@ class Batch:
     cu_seqlens: npt.NDArray[np.int32]
     num_targets: int
     num_skipped_rows: int
-    """Rows of frames that could not be read and were left out: they have no targets."""
+    """Rows of frames that could not be read and were skipped: they have no targets."""
 
     @property
     def positions_T(self) -> Indices:  # noqa: N802 - named as the arrays are
-        """Positions within segments, int64 of shape (T,): made when asked for, each time.
+        """Positions within segments, int64 of shape (T,), computed on every access.
 
-        Segments say all there is to know, and a device counts faster than it is sent numbers.
+        Not stored: a device computes them from the segments faster than it receives them.
         """
         starts = self.cu_seqlens[:-1].astype(np.int64)
         return np.arange(len(self.ids_T)) - np.repeat(starts, np.diff(self.cu_seqlens))
 
     def rows(self, context_tokens: int) -> Iterator["Batch"]:
-        """Each row as a batch, on the same memory; skipped rows are not counted in them."""
+        """Yield each row as a batch of views; skipped rows are not counted in them."""
         starts = np.arange(0, len(self.ids_T), context_tokens)
         firsts = np.searchsorted(self.cu_seqlens, [*starts, len(self.ids_T)])
         for start, (first, last) in zip(starts.tolist(), pairwise(firsts.tolist()), strict=True):
@@ -72,10 +72,10 @@ class Batch:
 
 
 class RowReader:
-    """Reads rows of one data set, in the direction in which the run reads."""
+    """Reads rows of one data set in the direction of the run."""
 
     def __init__(self, frames: FrameStore, context_tokens: int, direction: Direction) -> None:
-        """Raises ConfigError or DirectionMismatchError when these shards cannot be read so."""
+        """Raises ConfigError or DirectionMismatchError for incompatible shards."""
         manifest = frames.manifest
         check_context(context_tokens, manifest.frame_tokens)
         if manifest.row_tokens is not None:
@@ -119,20 +119,20 @@ class RowReader:
 class Rows:
     """Rows in reading order: N windows of C = context_tokens ids and the one after them.
 
-    Of window i, the first lengths_N[i] ids are there: up to C + 1, 0 past the end of a short frame,
-    -1 in a frame that was left out. The rest is end markers, which attend to what is before them
-    and which nothing attends to; the id after a row that is not there has no meaning.
+    Window i has lengths_N[i] ids: up to C + 1, 0 past the end of a short frame, -1 in a skipped
+    frame. The rest is end markers, which attend to the ids before them and to which no id attends;
+    a missing id after a row has no meaning.
     """
 
     ids_NC: npt.NDArray[np.unsignedinteger[Any]]
     next_N: npt.NDArray[np.unsignedinteger[Any]]
     lengths_N: Indices
     marks_NC: Marks | None = None
-    """Flags of each id of instruction examples, as in `example_rows`; None for documents."""
+    """Marks of each id of instruction examples (examples.py); None for documents."""
 
 
 def read_rows(readers: Sequence[RowReader], reader: Indices, frame: Indices, row: Indices) -> Rows:
-    """Rows of several data sets of one format: row i lies in a frame of readers[reader[i]].
+    """Rows of several data sets of one format: row i is in a frame of readers[reader[i]].
 
     Raises the errors of the frames.
     """
@@ -171,7 +171,7 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
     """Batches of `micro_batch_rows` rows each."""
     num_rows, context_tokens = rows.ids_NC.shape
     total = num_rows * context_tokens
-    # One block: two would be given back to the system, and faulted in again, at every step.
+    # One block: two would be freed and page-faulted again at every step.
     ids_T, targets_T = np.empty((2, total), dtype=np.int64)
     ids_T.reshape(rows.ids_NC.shape)[:] = rows.ids_NC
     targets_T[:-1] = ids_T[1:]
@@ -204,7 +204,7 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
             Batch(
                 ids_T=ids_T[of_tokens],
                 targets_T=targets_T[of_tokens],
-                # Every batch begins where a row does: the next one's first start is its end.
+                # Batches begin at rows, so the first start of the next one is the end.
                 cu_seqlens=bounds[first : next_first + 1] - np.int32(number * tokens),
                 num_targets=int(num_targets_N[of_rows].sum()),
                 num_skipped_rows=int(np.count_nonzero(rows.lengths_N[of_rows] < 0)),
@@ -216,12 +216,12 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
 def _ignore_between(
     rows: Rows, targets_T: Indices, num_targets_N: Indices, begin_id: int, end_id: int
 ) -> Indices:
-    """Ignore the step from one document to the next; where documents begin within rows."""
+    """Ignore targets between documents. Returns the starts of documents within rows."""
     num_rows, context_tokens = rows.ids_NC.shape
     flat_ids = rows.ids_NC.reshape(-1)
     begins = np.flatnonzero(flat_ids == begin_id)
     inner = begins[begins % context_tokens > 0]
-    # Between documents: the end marker of one, whose target is the begin marker of the next.
+    # An end marker whose target is the begin marker of the next document.
     between = inner[flat_ids[inner - 1] == end_id] - 1
     last_targets_N = targets_T[context_tokens - 1 :: context_tokens]
     is_between = (last_targets_N == begin_id) & (rows.ids_NC[:, -1] == end_id)
@@ -235,7 +235,7 @@ def _ignore_between(
 
 @lru_cache(maxsize=8)
 def _edges(num_rows: int, context_tokens: int, micro_batch_rows: int) -> tuple[Indices, Indices]:
-    """Where rows, and where batches begin; and the end."""
+    """Starts of rows and of batches, each with the end."""
     starts = np.arange(0, num_rows * context_tokens + 1, context_tokens)
     return starts, starts[::micro_batch_rows]
 
@@ -252,30 +252,30 @@ def check_context(context_tokens: int, frame_tokens: int) -> None:
 def _check_examples(
     context_tokens: int, row_tokens: int, stored: TextFormat, direction: Direction
 ) -> None:
-    """Raises ConfigError or DirectionMismatchError when examples cannot be read so."""
+    """Raises ConfigError or DirectionMismatchError for examples of another row or direction."""
     if context_tokens % row_tokens:
         raise ConfigError(
-            f"context_tokens is {context_tokens}, and the examples of the shards are packed "
-            f"into rows of {row_tokens}, which must not be cut; use {row_tokens} or a multiple, or "
-            f"build them with `megaback instruct build --context-tokens {context_tokens}`"
+            f"context_tokens is {context_tokens}, but the examples of the shards are packed into "
+            f"rows of {row_tokens} tokens; use {row_tokens} or a multiple, or build the shards "
+            f"with `megaback instruct build --context-tokens {context_tokens}`"
         )
     if direction is not stored.direction:
         raise DirectionMismatchError(
             f"the run reads {direction.value!r}, but the shards hold instruction examples in "
-            f"direction {stored.direction.value!r}, whose given and written parts cannot be "
-            f"exchanged; use `megaback instruct build --direction {direction.value}`"
+            f"direction {stored.direction.value!r}, which cannot be reversed; "
+            f"use `megaback instruct build --direction {direction.value}`"
         )
 
 
 def format_read_as(stored: TextFormat, direction: Direction) -> TextFormat:
-    """The format of what a run reads: the stored one, or its mirror image.
+    """The text format that a run reads: the stored one, or its reverse.
 
     Raises DirectionMismatchError for `word` shards read against their direction.
     """
     if direction is not stored.direction and stored.unit is Unit.WORD:
         raise DirectionMismatchError(
             f"the run reads {direction.value!r}, but the shards hold direction "
-            f"{stored.direction.value!r} in unit 'word', which cannot be flipped; "
+            f"{stored.direction.value!r} in unit 'word', which cannot be reversed; "
             f"use `megaback shards build --direction {direction.value}`"
         )
     return TextFormat(direction, stored.unit, stored.tokenizer_sha256)

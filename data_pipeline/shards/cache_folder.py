@@ -1,13 +1,13 @@
-"""The folder of a cache: marked as ours, and whatever else lies in it stays untouched.
+"""Cache folder: marked as ours; other files in it are never touched.
 
 Layout:
-  CACHEDIR.TAG   the marker, by which backups leave the folder out (https://bford.info/cachedir/)
-  .lock, .bytes  bookkeeping: whoever adds frames, and their size together
+  CACHEDIR.TAG   the marker, by which backups skip the folder (https://bford.info/cachedir/)
+  .lock, .bytes  lock of writers, and total size of the frames
   KEY/FRAME      the frames of one shard; KEY is a SHA-256, FRAME a number
 
-Only regular files by such names, in real folders by such names, are counted, read or removed. The
-folder itself may be a link: the user named it. Everything in it is opened by a descriptor of the
-folder above, never through a link.
+Only regular files with such names, in real folders with such names, are counted, read or removed.
+The folder itself may be a link: the user named it. Everything in it is opened relative to the
+descriptor of its parent folder, never through a link.
 """
 
 import errno
@@ -34,17 +34,17 @@ SIZE_NAME = ".bytes"
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _KEY_OF_FORMAT_1 = re.compile(r"[0-9a-f]{16}")
-"""Folders of earlier versions: nothing in them is read any more, and it is removed first."""
+"""Names of folders of an earlier version, which are never read and are removed first."""
 _NUMBER = r"(?:0|[1-9][0-9]{0,18})"
 _PARTIAL = r"\.[0-9a-f]{12}\.partial"
 _FRAME = re.compile(rf"{_NUMBER}|\.{_NUMBER}{_PARTIAL}")
-"""A frame, or one in the making."""
-_MARKER_IN_THE_MAKING = re.compile(rf"\.{re.escape(MARKER_NAME)}{_PARTIAL}")
+"""Name of a frame, or of one that is being written."""
+_PARTIAL_MARKER = re.compile(rf"\.{re.escape(MARKER_NAME)}{_PARTIAL}")
 _NO_CONTENT = re.compile(r"lost\+found|\.DS_Store|\.nfs[0-9a-f]+")
 _UNMAPPED_USER = 65534
-"""Owner of a file where the system cannot tell."""
+"""Owner of files whose user id has no mapping, as in a user namespace."""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
-# Not blocking: a pipe in the place of a file would keep whoever opens it waiting.
+# Not blocking: opening a pipe in place of a file would wait.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 _MAX_SMALL_BYTES = 4096
@@ -53,11 +53,11 @@ Entry: TypeAlias = "os.DirEntry[str]"
 
 
 class OpenFolder:
-    """A descriptor of a folder, closed with the last reference: other threads may be using it."""
+    """Descriptor of a folder, closed with the last reference, as other threads may use it."""
 
     def __init__(self, path: Path | str, inside: "OpenFolder | None" = None) -> None:
-        """Inside another one, a link is not followed. Raises OSError."""
-        self.number = -1  # what __del__ finds if opening fails
+        """A link inside another folder is not followed. Raises OSError."""
+        self.number = -1  # for __del__ if opening fails
         if inside is None:
             self.number = os.open(path, _FOLDER)
         else:
@@ -69,7 +69,7 @@ class OpenFolder:
 
 
 class StoredFrame(NamedTuple):
-    """A file of a frame; the one that was not used for longest comes first."""
+    """File of a frame; sorts by last use, oldest first."""
 
     used_ns: int
     num_bytes: int
@@ -78,15 +78,15 @@ class StoredFrame(NamedTuple):
 
 
 def require_cache_folder(path: Path) -> None:
-    """See that a folder is ours, or may be made or taken. Writes nothing.
+    """Check that a folder is our cache, or can become it. Writes nothing.
 
-    Raises OutputExistsError for one that holds something else, ConfigError for one in which others
-    could replace frames. A disk that fails is no reason: the cache is then left alone.
+    Raises OutputExistsError for one that holds other files, ConfigError for one in which other
+    users could replace frames. A failing disk is no error: the cache is then not used.
     """
     try:
         folder = OpenFolder(path)
         require_safe(folder, path)
-        # Another process may mark it between these looks.
+        # Another process may mark it between these checks.
         is_ours = is_marked(folder) or _may_be_taken(folder) or is_marked(folder)
     except NotADirectoryError:
         is_ours = not path.exists()
@@ -94,24 +94,24 @@ def require_cache_folder(path: Path) -> None:
         return
     if not is_ours:
         raise OutputExistsError(
-            f"the cache {path} is not empty and is no cache of this version of megaback (it has no "
-            f"{MARKER_NAME} of ours); nothing in it was touched: choose another data.cache"
+            f"the cache folder {path} holds other files (it has no {MARKER_NAME} of this version "
+            "of megaback) and was not changed; choose another data.cache"
         )
 
 
 def require_safe(folder: OpenFolder, path: Path) -> None:
-    """Raises ConfigError for a folder in which other users could put frames of theirs."""
+    """Raises ConfigError for a folder in which other users could write frames."""
     facts = os.fstat(folder.number)
     if facts.st_mode & stat.S_IWOTH:
         raise ConfigError(
-            f"the cache {path} can be written by every user of this machine, who could replace "
-            "what is trained on; run `chmod o-w` on it, or choose another data.cache"
+            f"the cache folder {path} is writable by every user of this machine, who could replace "
+            "training data; run `chmod o-w` on it, or choose another data.cache"
         )
     me = os.geteuid()
     if me != 0 and facts.st_uid not in (me, 0, _UNMAPPED_USER):
         raise ConfigError(
-            f"the cache {path} belongs to another user (number {facts.st_uid}), who could replace "
-            "what is trained on; choose a data.cache of your own"
+            f"the cache folder {path} belongs to another user (uid {facts.st_uid}), who could "
+            "replace training data; choose a data.cache of your own"
         )
 
 
@@ -121,16 +121,18 @@ def is_marked(folder: OpenFolder) -> bool:
 
 
 def mark(folder: OpenFolder) -> None:
-    """Make a folder ours that is empty, or was of an earlier version. Raises FileExistsError."""
+    """Mark a folder that is empty, or of an earlier version, as ours. Raises FileExistsError."""
     if is_marked(folder):
         return
-    if not _may_be_taken(folder) and not is_marked(folder):  # others may have marked it just now
+    if not _may_be_taken(folder) and not is_marked(
+        folder
+    ):  # another process may just have marked it
         raise FileExistsError(errno.EEXIST, "it holds something else")
     write_whole(folder, MARKER_NAME, MARKER)
 
 
 def read_small(folder: OpenFolder, name: str) -> bytes | None:
-    """The first bytes of a file; None where there is none. Raises OSError."""
+    """The first bytes of a file; None if there is no file. Raises OSError."""
     try:
         file = os.open(name, _READ, dir_fd=folder.number)
     except FileNotFoundError:
@@ -151,9 +153,9 @@ def write_small(folder: OpenFolder, name: str, data: bytes) -> None:
 
 
 def write_whole(folder: OpenFolder, name: str, data: bytes) -> None:
-    """Write a file that appears under its name whole, or not at all. Raises OSError.
+    """Write a file atomically. Raises OSError.
 
-    Not flushed to the disk: what a crash damages is fetched again.
+    Not flushed to disk: a frame that a crash damages is fetched again.
     """
     partial = partial_name(name)
     file = os.open(partial, _WRITE | os.O_EXCL, 0o666, dir_fd=folder.number)
@@ -172,7 +174,7 @@ def write_whole(folder: OpenFolder, name: str, data: bytes) -> None:
 
 
 def read_frame(folder: OpenFolder, name: str, num_bytes: int) -> bytes | None:
-    """A file that is so large, noted as used now; None for any other, of which nothing is read."""
+    """A file of this size, marked as used now; None for any other, which is not read."""
     try:
         file = os.open(name, _READ, dir_fd=folder.number)
     except OSError:
@@ -182,7 +184,7 @@ def read_frame(folder: OpenFolder, name: str, num_bytes: int) -> bytes | None:
         if facts.st_size != num_bytes or not stat.S_ISREG(facts.st_mode):
             return None
         data = os.pread(file, num_bytes, 0)
-        # The latest use, whatever the disk notes of reads; it may be one that is read only.
+        # Set explicitly, as file systems may not record reads. May fail on a read-only one.
         with suppress(OSError):
             os.utime(file)
     except OSError:
@@ -193,14 +195,14 @@ def read_frame(folder: OpenFolder, name: str, num_bytes: int) -> bytes | None:
 
 
 def stored_frames(folder: OpenFolder) -> list[StoredFrame]:
-    """Every frame, whole or in the making, by the time of its last use. Raises OSError."""
+    """Every frame, complete or being written, by time of last use. Raises OSError."""
     found = []
     for key in _names(folder, _is_shard):
         is_old = _KEY_OF_FORMAT_1.fullmatch(key) is not None
-        with suppress(OSError), _entries(OpenFolder(key, folder)) as files:  # perhaps gone by now
+        with suppress(OSError), _entries(OpenFolder(key, folder)) as files:  # perhaps removed since
             for file in files:
                 if _is_frame(file):
-                    with suppress(FileNotFoundError):  # renamed just now, or removed
+                    with suppress(FileNotFoundError):  # renamed or removed since
                         facts = file.stat(follow_symlinks=False)
                         used_ns = 0 if is_old else facts.st_mtime_ns
                         found.append(StoredFrame(used_ns, facts.st_size, key, file.name))
@@ -208,7 +210,7 @@ def stored_frames(folder: OpenFolder) -> list[StoredFrame]:
 
 
 def remove_frames(folder: OpenFolder, frames: Iterable[StoredFrame]) -> None:
-    """Remove frames, and the folders that are empty then. Raises OSError."""
+    """Remove frames, and folders that become empty. Raises OSError."""
     by_key = sorted(frames, key=lambda frame: frame.key)
     for key, some in groupby(by_key, key=lambda frame: frame.key):
         with suppress(FileNotFoundError):
@@ -216,19 +218,19 @@ def remove_frames(folder: OpenFolder, frames: Iterable[StoredFrame]) -> None:
             for frame in some:
                 with suppress(FileNotFoundError):
                     os.unlink(frame.name, dir_fd=shard.number)
-        with suppress(OSError):  # there are others in it
+        with suppress(OSError):  # not empty
             os.rmdir(key, dir_fd=folder.number)
 
 
 def _may_be_taken(folder: OpenFolder) -> bool:
-    """Whether a folder without a marker holds nothing but what a cache holds, if anything."""
+    """Whether a folder without a marker is empty or holds only files of a cache."""
     return not _names(folder, lambda entry: not _is_of_a_cache(entry, folder))
 
 
 def _is_of_a_cache(entry: Entry, folder: OpenFolder) -> bool:
     if _is_shard(entry):
         return not _names(OpenFolder(entry.name, folder), lambda file: not _is_frame(file))
-    if entry.name in (LOCK_NAME, SIZE_NAME) or _MARKER_IN_THE_MAKING.fullmatch(entry.name):
+    if entry.name in (LOCK_NAME, SIZE_NAME) or _PARTIAL_MARKER.fullmatch(entry.name):
         return entry.is_file(follow_symlinks=False)
     return _NO_CONTENT.fullmatch(entry.name) is not None
 
@@ -250,7 +252,7 @@ def _names(folder: OpenFolder, is_wanted: Callable[[Entry], bool]) -> list[str]:
 
 @contextmanager
 def _entries(folder: OpenFolder) -> Iterator[Iterator[Entry]]:
-    # By a descriptor of its own: those that were inherited share the place up to which was read.
+    # With its own descriptor: inherited ones share the read position.
     own = OpenFolder(".", folder)
     with os.scandir(own.number) as entries:
         yield entries

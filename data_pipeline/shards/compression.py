@@ -1,4 +1,4 @@
-"""How the frames of a shard are compressed."""
+"""Zstandard compression of the frames of a shard."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ DEFAULT_LEVEL = 6
 
 @dataclass(frozen=True)
 class Compression:
-    """How frames are compressed. It changes a file's bytes, never what is read from it."""
+    """Compression settings. They change a file's bytes, never the decoded frames."""
 
     level: int = DEFAULT_LEVEL
     long_distance: bool = False
@@ -26,7 +26,7 @@ class Compression:
 
     def compressor(self) -> zstandard.ZstdCompressor:
         """A compressor of frames, with content checksums, sizes and the dictionary's id."""
-        # Given as a level, not as a table of numbers, so that zstd fits them to each frame's size.
+        # A level rather than explicit parameters: zstd then fits them to each frame's size.
         parameters = zstandard.ZstdCompressionParameters(
             compression_level=self.level,
             enable_ldm=self.long_distance,
@@ -44,7 +44,7 @@ DEFAULT_COMPRESSION = Compression()
 
 @lru_cache(maxsize=2)
 def read_dictionary(dictionary: bytes) -> tuple[str, zstandard.ZstdCompressionDict]:
-    """Its SHA-256, and what zstd makes of it: once for all shards that are open."""
-    # Never as raw content, whose frames would not say that they need it.
+    """SHA-256 of a dictionary, and its zstd object: one for all open shards."""
+    # Never as raw content, whose frames would not carry the dictionary's id.
     made = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_FULLDICT)
     return hashlib.sha256(dictionary).hexdigest(), made

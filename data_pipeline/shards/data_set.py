@@ -1,7 +1,7 @@
-"""A data set wherever it lies: a folder, or a URL of one, opened by its manifest.
+"""A data set in a folder or at a URL, opened by its manifest.
 
-Shards over a network are fetched frame by frame and, if asked for, kept on a disk of this machine.
-What a shard is not, but should be, is said when it is opened or when the frame is read.
+Shards over a network are fetched frame by frame and, with a cache, kept on a local disk. Damage is
+reported when a shard is opened or a frame is read.
 """
 
 import hashlib
@@ -37,10 +37,10 @@ class Folder(Protocol):
     """Address of the folder, for messages."""
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """All of a file, which has no more bytes. Raises OSError, SourceUnreadableError."""
+        """A whole file of at most `max_bytes`. Raises OSError, SourceUnreadableError."""
 
     def ranges(self, name: str, expected_bytes: int) -> ByteRanges:
-        """A file of which parts are read. Raises OSError, and ValueError for its name."""
+        """A file to read in parts. Raises OSError, and ValueError for its name."""
 
 
 class LocalFolder:
@@ -58,12 +58,12 @@ class LocalFolder:
 
 
 class DataSet:
-    """A manifest, and what it speaks of. Threads may share it, and a process may fork with it."""
+    """A manifest and its shards. Threads may share it, and a process may fork with it."""
 
     def __init__(self, folder: Folder, manifest: Manifest, cache: FrameCache | None = None) -> None:
         self.manifest = manifest
         self.name = folder.shown
-        """Path or URL, without passwords and signatures: for messages."""
+        """Path or URL without secrets, for messages."""
         self._folder = folder
         self._cache = cache
         self._dictionary: bytes | None = None
@@ -72,10 +72,11 @@ class DataSet:
     def open(cls, address: str | Path, cache: CacheSettings | None = None) -> "DataSet":
         """Read the manifest of a folder, or of the URL of one.
 
-        `cache` is for frames that come over a network. Raises ShardsMissingError where there is no
-        manifest, ShardCorruptError where it is damaged, SourceUnreadableError when a server fails,
-        SourceMissingError and BackendError for an address that nothing here understands, and
-        OutputExistsError and ConfigError for a cache that is no cache or that others could change.
+        `cache` is for frames read over a network. Raises ShardsMissingError without a manifest,
+        ShardCorruptError for a damaged one, SourceUnreadableError when a server fails,
+        SourceMissingError and BackendError for an address of an unsupported kind, and
+        OutputExistsError and ConfigError for a cache folder that is not ours or that other users
+        could change.
         """
         path = address if isinstance(address, Path) else local_path(address)
         folder: Folder
@@ -111,7 +112,7 @@ class DataSet:
         return codec
 
     def open_shard(self, entry: ShardEntry) -> ShardReader:
-        """Open a shard, and see that it is the manifest's.
+        """Open a shard, and check that it is the one in the manifest.
 
         Raises ShardCorruptError, SourceUnreadableError.
         """
@@ -136,21 +137,21 @@ class DataSet:
         return reader
 
     def require_dictionary(self) -> bytes | None:
-        """What the shards were compressed with, read once: there are thousands of them.
+        """The zstd dictionary of the shards, if any; read once, as there may be thousands of them.
 
         Raises ShardCorruptError, SourceUnreadableError.
         """
         expected_sha256 = self.manifest.dictionary_sha256
         if expected_sha256 is None:
             return None
-        # No lock, which a fork could leave held: at worst, two threads read the same.
+        # No lock, which a fork could leave held: at worst, two threads read the same file.
         if self._dictionary is None:
             shown = f"{self.name}/{DICTIONARY_NAME}"
             try:
                 dictionary = self._folder.read(DICTIONARY_NAME, MAX_DICTIONARY_BYTES)
             except OSError as error:
                 raise ShardCorruptError(
-                    f"cannot read {shown}, without which the shards beside it cannot be read: "
+                    f"cannot read the zstd dictionary {shown}, which its shards need: "
                     f"{error.strerror}; restore that file or build the shards again"
                 ) from None
             sha256 = hashlib.sha256(dictionary).hexdigest()
@@ -163,7 +164,7 @@ class DataSet:
         return self._dictionary
 
     def _require_promised(self, reader: ShardReader, entry: ShardEntry) -> None:
-        """Raises ShardCorruptError unless an opened shard says of itself what the manifest says."""
+        """Raises ShardCorruptError unless the header of a shard agrees with the manifest."""
         manifest, header = self.manifest, reader.header
         found = (
             *(header.direction, header.unit, header.tokenizer_sha256, header.id_bytes),
@@ -176,7 +177,7 @@ class DataSet:
         )
         if found != expected:
             raise ShardCorruptError(
-                f"the shard {reader.shown} belongs to another data set: it says {found}, "
+                f"the shard {reader.shown} belongs to another data set: its header has {found}, "
                 f"the manifest {expected}; restore it or build the shards again"
             )
         if reader.file_bytes != entry.file_bytes:
@@ -189,13 +190,13 @@ class DataSet:
         promised = (entry.tokens, entry.documents, entry.text_bytes)
         if counted != promised:
             raise ShardCorruptError(
-                f"the shard {reader.shown} is not the one in the manifest, which gives tokens, "
-                f"documents and bytes of text as {promised}, not {counted}; "
+                f"the shard {reader.shown} is not the one in the manifest, which has tokens, "
+                f"documents and bytes of text {promised}, not {counted}; "
                 "restore the one that changed or build the shards again"
             )
 
     def require_codec(self, codec: TextCodec) -> None:
-        """Raises TokenizerMismatchError or ShardCorruptError unless a codec made these shards."""
+        """Raises TokenizerMismatchError or ShardCorruptError for a codec of other shards."""
         shown, manifest = self.name, self.manifest
         if codec.format.tokenizer_sha256 != manifest.text_format.tokenizer_sha256:
             raise TokenizerMismatchError(
@@ -207,6 +208,6 @@ class DataSet:
         found = (manifest.vocab_size, manifest.begin_id, manifest.end_id, manifest.id_bytes)
         if found != of_codec:
             raise ShardCorruptError(
-                f"{shown}/{MANIFEST_NAME} gives pieces, begin, end and bytes of an id as {found}, "
-                f"its tokenizer as {of_codec}; restore it or build the shards again"
+                f"{shown}/{MANIFEST_NAME} has pieces, begin id, end id and bytes per id {found}, "
+                f"its tokenizer {of_codec}; restore it or build the shards again"
             )

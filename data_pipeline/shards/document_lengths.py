@@ -1,7 +1,7 @@
-"""How long the documents of a data set are, in tokens, from the shards' indexes alone.
+"""Document lengths of a data set, in tokens, from the shards' indexes alone.
 
-A distribution is kept as distinct lengths with their numbers of documents, which stays small when
-the documents are billions, and gives exact quantiles.
+A distribution is stored as distinct lengths with their numbers of documents, which stays small for
+billions of documents, and gives exact quantiles.
 """
 
 from dataclasses import dataclass
@@ -64,13 +64,13 @@ class DocumentLengths:
         return self.tokens / self.num_documents
 
     def quantile(self, fraction: float) -> int:
-        """The smallest length that at least this fraction of the documents does not exceed."""
+        """Smallest length that at least this fraction of the documents does not exceed."""
         up_to = np.cumsum(self.documents)
         place = int(np.searchsorted(up_to, fraction * up_to[-1], side="left"))
         return int(self.lengths[place])
 
     def bins(self) -> list[Bin]:
-        """Powers of two, from the shortest document's to the longest one's, empty ones included."""
+        """Bins from the shortest document's to the longest one's, including empty ones."""
         if not len(self.lengths):
             return []
         exponent = np.frexp(self.lengths)[1] - 1
@@ -112,7 +112,7 @@ def read_document_lengths(
 
 
 def describe(lengths: DocumentLengths) -> list[str]:
-    """The distribution as lines of text: figures, then a bar for each power of two."""
+    """The distribution as lines of text: figures, then a bar per power of two."""
     if not lengths.num_documents:
         return ["no documents"]
     bins = lengths.bins()
@@ -133,6 +133,6 @@ def describe(lengths: DocumentLengths) -> list[str]:
 
 
 def _bar(fraction: float) -> str:
-    """A bar in eighths of a character; what is not nothing is at least one of them."""
+    """A bar in eighths of a character; at least one of them if not zero."""
     eighths = round(fraction * _BAR_WIDTH * 8) or (fraction > 0)
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()

@@ -1,4 +1,4 @@
-"""What of the sources is not in a data set, for people."""
+"""Report of the documents and records of the sources that are not in a data set."""
 
 import click
 
@@ -7,12 +7,12 @@ from data_pipeline.sources.skipped import skipped_lines
 
 
 def echo_excluded(manifest: Manifest) -> None:
-    """Report what of the sources is not in a data set, and why."""
+    """Print the numbers of excluded documents and skipped records, by cause."""
     if manifest.excluded:
         counted = ", ".join(
             f"{number:,} ({name.replace('_', ' ')})" for name, number in manifest.excluded.items()
         )
-        click.echo(f"{noun_of(manifest)} left out: {counted}")
+        click.echo(f"{noun_of(manifest)} excluded: {counted}")
     for line in skipped_lines(manifest.skipped):
         click.echo(line)
 

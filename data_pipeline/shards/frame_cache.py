@@ -1,11 +1,11 @@
-"""Compressed frames that came over a network, kept on a disk of this machine.
+"""Frame cache: keeps compressed frames that were read over a network on a local disk.
 
-The folder's size is bounded, and the frames that were not used for longest go first. Processes may
-share the folder. A cache never stops training: what it does not have is fetched again, and what is
-damaged shows when it is decoded. When its disk fails it is left alone, after one warning.
+The folder's size is bounded; least recently used frames are removed first. Processes may share the
+folder. A cache never stops training: missing frames are fetched again, and damaged ones fail to
+decode. When its disk fails it is no longer used, after one warning.
 
-Frames are kept by where they came from: no data set, whatever hashes it claims, can give another
-one its frames.
+Frames are stored by origin: no data set, whatever hashes it claims, can give another one its
+frames.
 """
 
 import hashlib
@@ -35,15 +35,15 @@ from data_pipeline.shards.cache_folder import (
 
 _LOG = logging.getLogger("megaback.data")
 _KEPT_FRACTION = 0.9
-"""Fraction of the maximum size that is kept when frames are removed, as not every frame is worth a
-look at all."""
+"""Fraction of the maximum size that is kept when frames are removed, so that not every new frame
+causes a scan."""
 _TRIES = 2
-"""Whoever removes a folder meanwhile leaves us with descriptors of what is gone."""
+"""Attempts to write, as another process may remove a folder whose descriptor we hold."""
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where frames are kept."""
+    """Folder and size of a cache."""
 
     folder: Path
     max_bytes: int
@@ -54,7 +54,7 @@ class FrameCache:
     """The frames of one data set. Threads may share it, and a process may fork with it."""
 
     def __init__(self, settings: CacheSettings, origin: str) -> None:
-        """Touches nothing yet. `origin` says who decides what the frames are (origins.py)."""
+        """Opens nothing yet. `origin` identifies the source of the frames (origins.py)."""
         self.folder = settings.folder
         self._max_bytes = settings.max_bytes
         self._origin = origin
@@ -62,11 +62,11 @@ class FrameCache:
         self._is_failing = False
 
     def of_shard(self, *identity: str | int) -> "CachedShard":
-        """The frames of one shard, by what the data set says of it: its name, hash and size."""
+        """The frames of one shard, identified by its name, hash and size in the data set."""
         return CachedShard(self, hashlib.sha256(json.dumps([self._origin, *identity]).encode()))
 
     def opened(self) -> OpenFolder | None:
-        """The folder for reading; None while there is none of ours. Raises OSError, ConfigError."""
+        """The folder for reading; None until it is marked. Raises OSError, ConfigError."""
         if self._opened is None:
             folder = OpenFolder(self.folder)
             require_safe(folder, self.folder)
@@ -83,7 +83,7 @@ class FrameCache:
                 try:
                     self._make_room(self._claim(), len(data))
                     write_whole(shard.made(), name, data)
-                except FileNotFoundError:  # somebody empties the folder at this moment
+                except FileNotFoundError:  # another process empties the folder
                     self._opened = None
                     shard.forget()
                 else:
@@ -97,7 +97,7 @@ class FrameCache:
             )
 
     def _claim(self) -> OpenFolder:
-        """The folder, made and marked if it was not. Raises OSError, ConfigError."""
+        """The folder, created and marked if necessary. Raises OSError, ConfigError."""
         if self._opened is None:
             self.folder.mkdir(0o700, parents=True, exist_ok=True)
             folder = OpenFolder(self.folder)
@@ -107,18 +107,18 @@ class FrameCache:
         return self._opened
 
     def _make_room(self, folder: OpenFolder, num_bytes: int) -> None:
-        """Add to the size that all processes count together, and remove frames if it is due."""
+        """Add to the size that all processes share, and remove frames if it is too large."""
         with locked(LOCK_NAME, folder=folder.number):
             try:
                 counted = int(read_small(folder, SIZE_NAME) or b"") + num_bytes
-            except ValueError:  # new, or a crash came between
+            except ValueError:  # new, or damaged by a crash
                 counted = self._max_bytes + 1
             if counted > self._max_bytes:
                 counted = self._remove_oldest(folder, self._max_bytes - num_bytes) + num_bytes
             write_small(folder, SIZE_NAME, b"%d" % counted)
 
     def _remove_oldest(self, folder: OpenFolder, max_bytes: int) -> int:
-        """Bring all frames below a size, with room to spare; their size afterwards."""
+        """Remove frames if they exceed a size, to well below it. Returns their total size."""
         found = stored_frames(folder)
         total = sum(frame.num_bytes for frame in found)
         if total <= max_bytes:
@@ -134,9 +134,9 @@ class FrameCache:
 
 
 class CachedShard:
-    """The frames of one shard: a file each, in a folder of their own.
+    """The cached frames of one shard: one file per frame, in one folder.
 
-    May be called by several threads at once; never raises.
+    Thread-safe; `get`, `put` and `remove` never raise.
     """
 
     def __init__(self, cache: FrameCache, key: "hashlib._Hash") -> None:
@@ -145,10 +145,7 @@ class CachedShard:
         self._opened: OpenFolder | None = None
 
     def get(self, frame: int, num_bytes: int) -> bytes | None:
-        """A frame as it was stored, perhaps damaged since; None if it is not there any more.
-
-        Nor is it one if it has another size than it must have.
-        """
+        """A frame as stored, perhaps damaged since; None if missing or of another size."""
         folder = self._opened or self._open()
         return None if folder is None else read_frame(folder, str(frame), num_bytes)
 
@@ -157,14 +154,14 @@ class CachedShard:
         self._cache.write(self, str(frame), data)
 
     def remove(self, frame: int) -> None:
-        """Forget a frame."""
+        """Remove a frame."""
         folder = self._opened
         if folder is not None:
-            with suppress(OSError):  # if it stays, it is replaced when it is fetched again
+            with suppress(OSError):  # else it is replaced when it is fetched again
                 os.unlink(str(frame), dir_fd=folder.number)
 
     def made(self) -> OpenFolder:
-        """The folder, which is made if there is none. Raises OSError, ConfigError."""
+        """The folder, created if necessary. Raises OSError, ConfigError."""
         folder = self._opened or self._open()
         if folder is None:
             cache = self._cache.opened()
@@ -176,7 +173,7 @@ class CachedShard:
         return folder
 
     def forget(self) -> None:
-        """Look for the folder again when it is needed."""
+        """Close the folder; it is opened again when needed."""
         self._opened = None
 
     def _open(self) -> OpenFolder | None:

@@ -1,6 +1,6 @@
-"""What a shard says of itself at its end: its header, and where its frames lie.
+"""Shard index: the header and the offsets of the frames, at the end of the file.
 
-All of it is read with one look at the file's tail and, where many documents lie between, one more.
+It takes one read of the file's tail and, if the document index is large, one more.
 """
 
 import json
@@ -34,24 +34,24 @@ EXAMPLES_VERSION = 2
 """Version of shards of examples in rows."""
 
 COUNT_BYTES = 4
-"""Size of a number in the document index."""
+"""Size of a number in the document index, in bytes."""
 _INDEX_MAGIC = 0x184D2A5D
 _INDEX_SIGNATURE = b"MEGABACK"
 _PREFIX = struct.Struct("<II8sI")
 """Beginning of the index: the skippable frame's magic number and size, the signature, the header's
 size."""
 _HEADER_BYTES = 1024
-"""More than the prefix and the header usually take."""
+"""Bytes to fetch for the prefix and the header; they usually take less."""
 _TAIL_BYTES = 1 << 12
 _MAX_TEXT_CHARACTERS = 64
-"""A SHA-256, or less."""
+"""Length of a SHA-256 in hex, the longest of the header's texts."""
 _SLACK_BYTES = 1024
-"""Maximum growth of a few bytes by compression; many grow by less than their number."""
+"""Maximum growth by compression, in bytes, of a short content; a long one does not double."""
 
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard says about itself, so that a file that strayed is recognized."""
+    """A shard's description of itself, by which a file of another data set is recognized."""
 
     version: int
     direction: str
@@ -79,7 +79,7 @@ class ShardHeader:
 
     @classmethod
     def from_json(cls, data: bytes) -> "ShardHeader":
-        """Raises ValueError or TypeError unless every field is there and of its type."""
+        """Raises ValueError or TypeError unless every field is present and of its type."""
         header = made_from(cls, parse_json(data))
         for name in ("direction", "unit", "tokenizer_sha256", "dictionary_sha256"):
             if len(getattr(header, name) or "") > _MAX_TEXT_CHARACTERS:
@@ -89,11 +89,11 @@ class ShardHeader:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """A shard's header and its places: those of its frames, and that of the documents' counts."""
+    """A shard's header, and the offsets of its frames and of its document index."""
 
     header: ShardHeader
     offsets: npt.NDArray[np.int64]
-    """Offsets of every frame and, at the end, of the index: shape (frames + 1,)."""
+    """Offsets of every frame and, last, of the index: shape (frames + 1,)."""
     checksums: npt.NDArray[np.uint32]
     """Checksums of the content of every frame: shape (frames,)."""
     counts_offset: int
@@ -107,7 +107,7 @@ class ShardIndex:
 
 
 def tail_bytes(num_frames: int) -> int:
-    """How much of a file's end to fetch for a shard of so many frames to find the seek table."""
+    """Number of bytes at the end of a file that hold the seek table of `num_frames` frames."""
     return max(_TAIL_BYTES, seek_table_bytes(num_frames + 1))
 
 
@@ -121,9 +121,9 @@ def pack_index(header: ShardHeader, compressed_counts: bytes) -> bytes:
 
 
 def read_index(file_bytes: int, read_at: Callable[[int, int], bytes]) -> ShardIndex:
-    """The index of a file; `read_at(offset, size)` gives its bytes.
+    """The index of a file; `read_at(offset, size)` returns its bytes.
 
-    Raises ValueError saying what is not as it must be.
+    Raises ValueError with what is malformed.
     """
     entries = read_seek_table(file_bytes, read_at)
     ends = np.cumsum(entries["compressed_bytes"], dtype=np.int64)
@@ -137,7 +137,7 @@ def read_index(file_bytes: int, read_at: Callable[[int, int], bytes]) -> ShardIn
     if (
         frames["compressed_bytes"] > 2 * frame_bytes + _SLACK_BYTES
     ).any() or counts_bytes > 2 * COUNT_BYTES * header.num_counts + _SLACK_BYTES:
-        raise ValueError("its frames are larger than what they hold")
+        raise ValueError("its frames are larger than their content")
     return ShardIndex(
         header=header,
         offsets=np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]),
@@ -150,7 +150,7 @@ def read_index(file_bytes: int, read_at: Callable[[int, int], bytes]) -> ShardIn
 def _read_header(
     offset: int, stop: int, read_at: Callable[[int, int], bytes]
 ) -> tuple[ShardHeader, int]:
-    """The header of the index that lies there, and the offset after it."""
+    """The header of the index at `offset`, and the offset after it."""
     head = read_at(offset, min(_HEADER_BYTES, stop - offset))
     try:
         magic, content_bytes, signature, header_bytes = _PREFIX.unpack_from(head)
@@ -169,7 +169,7 @@ def _read_header(
 
 
 def _check_ranges(header: ShardHeader) -> None:
-    """Raises ValueError for numbers that cannot be, alone or beside each other."""
+    """Raises ValueError for numbers that are out of range or contradict each other."""
     version = VERSION if header.row_tokens is None else EXAMPLES_VERSION
     if header.version != version:
         raise ValueError(f"its version is {briefly(header.version)}, not {version}")
@@ -187,10 +187,10 @@ def _check_ranges(header: ShardHeader) -> None:
 
 
 def _check_sizes(header: ShardHeader, frame_bytes: npt.NDArray[np.int64]) -> None:
-    """Raises ValueError unless the frames hold as many tokens as the header says."""
+    """Raises ValueError unless the frames hold the header's number of tokens."""
     full, rest = divmod(header.tokens, header.frame_tokens)
     if full + (rest > 0) != len(frame_bytes):
-        raise ValueError(f"its header speaks of {header.tokens} tokens, too many or too few")
+        raise ValueError(f"its header has {header.tokens} tokens, too many or too few")
     is_full = not full or frame_bytes[:full].min() == frame_bytes[:full].max() == (
         header.id_bytes * header.frame_tokens
     )

@@ -1,4 +1,4 @@
-"""`megaback shards inspect`: what a data set holds, and any document of it as text."""
+"""`megaback shards inspect`: shows the contents of a data set, or one document as text."""
 
 import json
 import math
@@ -31,7 +31,7 @@ _MAX_DOCUMENT_TOKENS = 1 << 24
 
 @dataclass(frozen=True)
 class UnigramEntropy:
-    """Entropy in nats a token, and the frames that it was measured on."""
+    """Entropy in nats per token, and the number of frames that it was measured on."""
 
     nats: float
     frames: int
@@ -50,17 +50,20 @@ def document_at(data_set: DataSet, split: str, number: int) -> npt.NDArray[np.un
                 if stop - start > _MAX_DOCUMENT_TOKENS:
                     raise ConfigError(
                         f"`document` {number} has {stop - start:,} tokens, more than the "
-                        f"{_MAX_DOCUMENT_TOKENS:,} that are shown"
+                        f"{_MAX_DOCUMENT_TOKENS:,} that can be shown; choose another one"
                     )
                 return reader.tokens(start, stop)
         before += entry.documents
-    raise ConfigError(f"`document` is {number}, but the {split} set has {before} documents")
+    raise ConfigError(
+        f"`document` is {number}, but the {split} set has {before} documents; they are counted "
+        "from 0"
+    )
 
 
 def unigram_entropy(data_set: DataSet, split: str) -> float:
-    """Entropy of a split's tokens in nats a token: the loss of the best model without context.
+    """Entropy of a split's tokens in nats per token: the loss of the best model without context.
 
-    Begin markers are left out: they are never predicted.
+    Begin markers are excluded: they are never predicted.
     """
     return sampled_entropy(data_set, split, max_frames=None).nats
 
@@ -71,7 +74,7 @@ def sampled_entropy(
     max_frames: int | None,
     workers: int | None = None,
 ) -> UnigramEntropy:
-    """The same on at most so many frames, spread evenly over the split; None is all of them."""
+    """Unigram entropy on at most `max_frames`, spread evenly over the split; None is all."""
 
     manifest = data_set.manifest
 
@@ -99,7 +102,7 @@ def sampled_entropy(
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What is known of a split that holds something."""
+    """Sums, unigram entropy and document lengths of a split that is not empty."""
 
     total: dict[str, int]
     entropy: UnigramEntropy
@@ -114,7 +117,7 @@ class SplitSummary:
 
 
 def summarize(data_set: DataSet, split: str, workers: int | None) -> SplitSummary:
-    """Read the lengths of all documents, and the tokens of a sample of frames."""
+    """Read the lengths of all documents and the tokens of a sample of frames."""
     manifest = data_set.manifest
     max_frames = min(_MAX_FRAMES, max(1, _MAX_TOKENS // manifest.frame_tokens))
     return SplitSummary(
@@ -141,7 +144,7 @@ def _show_document(data_set: DataSet, split: str, number: int, form: str) -> Non
 
 
 def data_set_facts(shards: Path, manifest: Manifest) -> dict[str, Any]:
-    """What made a data set, and what it is for."""
+    """Source, format and hashes of a data set."""
     text_format = manifest.text_format
     return {
         "data_set": str(shards),
@@ -196,7 +199,7 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
 @click.option(
     "--picture",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="PNG file to draw, of the lengths of the split's documents.",
+    help="PNG file to draw the lengths of the split's documents to.",
 )
 @overwrite_option
 @click.option("--workers", type=MANY.option, help="Number of threads. Default: one per core.")
@@ -214,11 +217,11 @@ def main(
     manifest = data_set.manifest
     if document is not None:
         if picture is not None:
-            raise ConfigError("--picture draws all documents; leave out --document")
+            raise ConfigError("--picture draws all documents; omit --document")
         _show_document(data_set, split, document, form or "text")
         return
     if form in ("stored", "ids"):
-        raise ConfigError(f"--{form} shows a document; say which one with --document")
+        raise ConfigError(f"--{form} shows one document; choose it with --document")
     if picture is not None:
         require_output(
             picture,
@@ -229,7 +232,9 @@ def main(
         )
         require_matplotlib(*NEEDED_BY)
         if not manifest.split(split):
-            raise ConfigError(f"--picture has nothing to draw: the {split} set is empty")
+            raise ConfigError(
+                f"--picture has nothing to draw: the {split} set is empty; choose another --split"
+            )
     summaries = {
         name: summarize(data_set, name, workers)
         for name in SPLITS

@@ -1,4 +1,4 @@
-"""The lengths of documents as a picture, drawn by matplotlib, which is an extra."""
+"""Plot of document lengths, drawn by matplotlib, which is an extra."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from data_pipeline.shards.document_lengths import DocumentLengths
 
 _DOCUMENTS_COLOR = "#8db3d6"
 _TOKENS_COLOR = "#c8541f"
-NEEDED_BY = ("`picture`", ", or leave `picture` out")
-"""Names of the option that needs matplotlib, and of what can be done without it."""
+NEEDED_BY = ("`picture`", ", or omit `picture`")
+"""Name of the option that needs matplotlib, and the alternative to installing it."""
 
 
 def draw_histogram(
     lengths: DocumentLengths, title: str, path: Path, *, overwrite: bool = False
 ) -> None:
-    """Write a PNG, whole or not at all: the documents' and the tokens' shares by length.
+    """Write a PNG of the shares of documents and tokens by length, atomically.
 
     Raises BackendError without matplotlib, OutputExistsError, and OSError.
     """

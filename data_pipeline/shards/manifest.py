@@ -1,9 +1,9 @@
 """The manifest of a folder of shards: written last, read first.
 
-A folder without `manifest.json` is not a data set, whatever else it holds. The manifest says
-which shards there are, what is in them, and the fingerprint of their contents, which the order of
-training depends on: the same documents, tokenizer, direction, unit and cut into shards give the
-same fingerprint, however they were compressed.
+A folder without `manifest.json` is not a data set. The manifest lists the shards with their sizes
+and hashes, and the fingerprint of their contents, on which the order of training depends: the same
+documents, tokenizer, direction, unit and cut into shards give the same fingerprint, with any
+compression.
 """
 
 import hashlib
@@ -58,12 +58,12 @@ EXAMPLES_VERSION = 4
 _EARLIER_VERSIONS = (1, 2)
 SPLITS = ("train", "val")
 SHARD_NAME = re.compile(r"(train|val)-[0-9]{5,}-[0-9]{5,}\.zst")
-"""The names of shards: what else a folder holds is not ours to remove."""
+"""Names of shards: no other `.zst` file of a folder is removed."""
 FILE_NAME = re.compile(
     rf"{SHARD_NAME.pattern}|{re.escape(MANIFEST_NAME)}|{re.escape(TOKENIZER_NAME)}"
     rf"|{re.escape(DICTIONARY_NAME)}|plan\.json"
 )
-"""The names of the files that a build writes into its folder."""
+"""Names of the files that a build writes into its folder."""
 _OF_EXAMPLES = ("loss_tokens", "padding_tokens")
 
 
@@ -86,11 +86,11 @@ class ShardEntry:
 
     @classmethod
     def from_json(cls, fields: object) -> "ShardEntry":
-        """Raises ValueError or TypeError unless it names a shard, with numbers that can be."""
+        """Raises ValueError or TypeError for a name or number that no shard can have."""
         entry = made_from(cls, fields)
         plain_name(entry.file, SHARD_NAME)
         if entry.split not in SPLITS or not entry.file.startswith(f"{entry.split}-"):
-            raise ValueError(f"{entry.file} is no shard of the split {briefly(entry.split)}")
+            raise ValueError(f"{entry.file} is not a shard of the split {briefly(entry.split)}")
         require_sha256("file_sha256", entry.file_sha256)
         require_sha256("content_sha256", entry.content_sha256)
         require_within("tokens", entry.tokens, 1, MAX_SHARD_TOKENS)
@@ -105,7 +105,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A data set: what is common to its shards, and the shards in order."""
+    """Description of a data set: format, settings, and the shards in order."""
 
     text_format: TextFormat
     vocab_size: int
@@ -116,20 +116,20 @@ class Manifest:
     source: str
     val_fraction: float
     excluded: dict[str, int]
-    """Number of documents that each filter left out, by its name."""
+    """Number of documents that each filter excluded, by its name."""
     shards: tuple[ShardEntry, ...]
     dictionary_sha256: str | None = None
     """SHA-256 of the zstd dictionary that every shard needs, in the file `dictionary.zdict`."""
     row_tokens: int | None = None
     """Length in tokens of the rows that no instruction example crosses; None for documents."""
     skipped: Skipped = field(default_factory=dict)
-    """Files, malformed records and parts of records that were not read, by cause."""
+    """Files, malformed records and parts of records that were skipped, by cause."""
     requested_val_fraction: float | None = None
-    """The val fraction that was asked for, where it was raised to give the val set its minimum."""
+    """The requested val fraction, if it was raised to give the val set its minimum."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the contents: what every shard holds, in order."""
+        """SHA-256 over the contents of all shards, in order."""
         contents: dict[str, Any] = {
             **self.text_format.to_dict(),
             "frame_tokens": self.frame_tokens,
@@ -145,7 +145,7 @@ class Manifest:
     def total(self, name: str) -> dict[str, int]:
         """Sums over a split: shards, documents, tokens, text_bytes, file_bytes.
 
-        Of examples, loss_tokens and padding_tokens too.
+        For examples, also loss_tokens and padding_tokens.
         """
         shards = self.split(name)
         summed = ["documents", "tokens", "text_bytes", "file_bytes"]
@@ -159,13 +159,13 @@ class Manifest:
         """Write manifest.json atomically; from then on the folder is a data set.
 
         Raises ConfigError when there are too many shards, and ShardCorruptError when the records
-        that it was made of say what cannot be.
+        that it was made from are inconsistent.
         """
         try:
             self._require_consistent()
         except ValueError as error:
             raise ShardCorruptError(
-                f"the records of the shards in {folder} are wrong ({error!s:.300}); remove that "
+                f"the records of the shards in {folder} are damaged ({error!s:.300}); remove that "
                 "folder, and build the shards again"
             ) from None
         is_of_examples = self.row_tokens is not None
@@ -199,8 +199,8 @@ class Manifest:
         text = json.dumps(fields, indent=2) + "\n"
         if len(text) > MAX_MANIFEST_BYTES:
             raise ConfigError(
-                f"a manifest of {len(self.shards):,} shards would be too large to be read; build "
-                "them again with a larger `shard_tokens`, or fewer `tasks`"
+                f"the manifest of {len(self.shards):,} shards in {folder} would be too large to "
+                "read; build them again with a larger `shard_tokens`, or fewer `tasks`"
             )
         write_text(folder / MANIFEST_NAME, text)
 
@@ -208,14 +208,14 @@ class Manifest:
     def load(cls, folder: Path) -> "Manifest":
         """Read and check a manifest.
 
-        Raises ShardsMissingError when the folder has none, ShardCorruptError when it does not say
-        what a manifest must say or when its fingerprint is not that of its entries.
+        Raises ShardsMissingError when the folder has none, ShardCorruptError when it is malformed
+        or its fingerprint is not that of its entries.
         """
         return cls.read(str(folder), partial(read_file, folder / MANIFEST_NAME))
 
     @classmethod
     def read(cls, shown: str, read: Callable[[int], bytes]) -> "Manifest":
-        """As `load`, of the folder with this name; `read(max_bytes)` gives its manifest's bytes."""
+        """As `load`, for the folder `shown`; `read(max_bytes)` returns its manifest's bytes."""
         path = f"{shown}/{MANIFEST_NAME}"
         try:
             data = read(MAX_MANIFEST_BYTES)
@@ -241,7 +241,7 @@ class Manifest:
         except UnicodeDecodeError:
             raise ShardCorruptError(f"{shown} is not text; build the shards again") from None
         except KeyError as error:
-            raise _not_a_manifest(shown, f"it has no {error}") from None
+            raise _not_a_manifest(shown, f"it lacks {error}") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise _not_a_manifest(shown, error) from None
         return manifest
@@ -256,7 +256,7 @@ class Manifest:
                 raise ValueError("an earlier version of megaback wrote it, with other names")
             raise ValueError(f"format {briefly(fields['format'])} version {briefly(version)}")
         row_tokens = checked("row_tokens", fields["row_tokens"], int) if is_of_examples else None
-        # Earlier versions wrote whole addresses.
+        # Earlier versions wrote addresses with their secrets.
         source = checked("source", fields["source"], str)
         require_within("characters of its source", len(source), 0, MAX_SOURCE_CHARACTERS)
         fields = {**fields, "source": scrub(source)}
@@ -270,7 +270,7 @@ class Manifest:
         )
 
     def _require_consistent(self) -> None:
-        """Raises ValueError for a number that cannot be, alone or beside the others."""
+        """Raises ValueError for a number that is out of range or contradicts another one."""
         require_sha256("tokenizer_sha256", self.text_format.tokenizer_sha256)
         if self.dictionary_sha256 is not None:
             require_sha256("dictionary_sha256", self.dictionary_sha256)
@@ -300,7 +300,7 @@ class Manifest:
 
 
 def shard_path(folder: Path, entry: ShardEntry) -> Path:
-    """Where a shard lies. Raises ShardCorruptError for a link out of the folder."""
+    """Path of a shard. Raises ShardCorruptError for a link out of the folder."""
     try:
         return path_within(folder, entry.file, SHARD_NAME)
     except ValueError as error:
@@ -308,10 +308,10 @@ def shard_path(folder: Path, entry: ShardEntry) -> Path:
 
 
 def shards_missing(shown: str) -> ShardsMissingError:
-    """What is wrong with a folder without a manifest."""
+    """The error for a folder without a manifest."""
     return ShardsMissingError(
-        f"{shown} is not a finished set of shards (it has no {MANIFEST_NAME}); "
-        "run `megaback shards build --out` with this folder, to the end"
+        f"{shown} is not a finished data set (it has no {MANIFEST_NAME}); "
+        "finish its build with `megaback shards build --out` and this folder"
     )
 
 

@@ -1,4 +1,7 @@
-"""Reads one shard, as writer.py describes it: its index at once, its frames on request."""
+"""Shard reader: reads the index of a file on opening, and its frames on request.
+
+writer.py describes the format.
+"""
 
 import struct
 import threading
@@ -21,26 +24,26 @@ from data_pipeline.storage.byte_ranges import ByteRanges, LocalRanges
 
 
 class _Decompressor(threading.local):
-    """One zstd decompressor for each thread that asks: a single one cannot serve two at once."""
+    """One zstd decompressor per thread, as it is not thread-safe."""
 
     def __init__(self, dictionary: bytes | None) -> None:
         made = None if dictionary is None else read_dictionary(dictionary)[1]
         self.zstd = zstandard.ZstdDecompressor(dict_data=made)
 
 
-# Thousands of shards share one for each thread: it takes more memory than a shard's index.
+# Shared by thousands of shards: a decompressor takes more memory than a shard's index.
 _decompressor = lru_cache(maxsize=3)(_Decompressor)
 
 
 class ShardReader:
-    """Reads the index of a shard at once, and its frames on request, from any thread.
+    """Reads the index of a shard on opening, and its frames on request, from any thread.
 
-    `dictionary` is the one that the header names, if it names one. `expected_frames` is how many
-    there should be, so that one look at a file far away finds them. With `vocab_size`, a frame with
-    an id that is not below it is damaged. Raises ShardCorruptError, naming file, frame and byte
-    offset, for anything that is not what the format says, and over a network SourceUnreadableError.
+    `dictionary` is the one that the header names, if any. `expected_frames` is the number of frames
+    in the manifest, so that one read of a remote file finds the index. With `vocab_size`, a frame
+    with an id that is not below it is damaged. Raises ShardCorruptError, naming file, frame and
+    byte offset, for anything malformed, and over a network SourceUnreadableError.
 
-    Dropping a reader closes its file, as does `close`, which must not come while a thread reads.
+    The file is closed with the last reference, or by `close`, which no reading thread may overlap.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class ShardReader:
 
     @property
     def frame_offsets(self) -> npt.NDArray[np.int64]:
-        """The byte where each frame begins and, at the end, where the last one ends."""
+        """Offset of each frame in bytes and, last, of the end of the last one."""
         return self._index.offsets
 
     def document_tokens(self) -> npt.NDArray[np.int64]:
@@ -115,13 +118,13 @@ class ShardReader:
         return self.counts()[:, 0]
 
     def counts(self) -> npt.NDArray[np.int64]:
-        """As `stored_counts`, to calculate with."""
+        """As `stored_counts`, but int64."""
         return self.stored_counts().astype(np.int64)
 
     def stored_counts(self) -> npt.NDArray[np.uint32]:
-        """What is stored of each document: its tokens; of each example, three numbers.
+        """Number of tokens of each document, or the three numbers of each example.
 
-        Shape (documents, 1) or (examples, 3). Not to be written to.
+        Shape (documents, 1) or (examples, 3). Read-only.
         """
         offset, num_bytes = self._index.counts_offset, self._index.counts_bytes
         columns = 1 if self.header.row_tokens is None else NUM_COUNTS
@@ -140,11 +143,11 @@ class ShardReader:
             try:
                 require_rows(counts, self.header.row_tokens)
             except ValueError as error:
-                raise self._corrupt(f"its document index is wrong ({error})") from None
+                raise self._corrupt(f"its document index is malformed ({error})") from None
         return counts
 
     def text_tokens(self) -> npt.NDArray[np.integer[Any]]:
-        """Tokens of each document, markers included and padding left out: shape (documents,)."""
+        """Tokens of each document, with markers and without padding: shape (documents,)."""
         counts = self.stored_counts()
         if self.header.row_tokens is None:
             return counts[:, 0]
@@ -173,7 +176,7 @@ class ShardReader:
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.id_dtype)
 
     def documents(self) -> Iterator[npt.NDArray[np.unsignedinteger[Any]]]:
-        """The ids of every document, markers included; each frame is decoded once."""
+        """Yield the ids of every document, markers included; each frame is decoded once."""
         frames = (self.frame(frame) for frame in range(self.num_frames))
         waiting: npt.NDArray[Any] = np.empty(0, dtype=self.id_dtype)
         start = 0
@@ -188,14 +191,14 @@ class ShardReader:
 
     def _decode(self, frame: int, data: bytes) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Raises ZstdError."""
-        # Before anything is allocated: a damaged head may claim any size.
+        # Checked before allocating: a damaged frame header may claim any size.
         head = zstandard.get_frame_parameters(data)
         if head.content_size != self._index.frame_bytes(frame):
-            raise zstandard.ZstdError("its head and the seek table disagree on its size")
+            raise zstandard.ZstdError("its header and the seek table disagree on its size")
         if not head.has_checksum:
             raise zstandard.ZstdError("it has no checksum")
         raw = self._decompressor.zstd.decompress(data, allow_extra_data=False)
-        # The decoder has checked the frame's own copy.
+        # The decoder has verified the frame's own checksum.
         if data[-4:] != struct.pack("<I", self._index.checksums[frame]):
             raise zstandard.ZstdError("the seek table has another checksum")
         ids = np.frombuffer(raw, dtype=self.id_dtype)
@@ -220,7 +223,7 @@ class ShardReader:
         return data
 
     def _read_behind(self, tail: bytes, offset: int, num_bytes: int) -> bytes:
-        """Bytes at the file's end, from what was fetched of it where they lie there."""
+        """Bytes near the file's end, from the tail that is already fetched if they are in it."""
         start = offset - (self.file_bytes - len(tail))
         if 0 <= start <= len(tail) - num_bytes:
             return tail[start : start + num_bytes]

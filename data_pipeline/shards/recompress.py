@@ -1,9 +1,8 @@
 """`megaback shards recompress`: the same ids and documents in smaller, or faster, files.
 
 Only files change: contents, and so the fingerprint and the order of training, stay. Every frame's
-checksum and every shard's content hash are checked on the way. Killed anywhere, the same command
-goes on where it stopped, and the result has the same bytes with any number of workers. The manifest
-is written last.
+checksum and every shard's content hash are verified. After a kill the same command resumes, and the
+result has the same bytes with any number of workers. The manifest is written last.
 """
 
 import hashlib
@@ -46,16 +45,16 @@ WORK_FOLDER = ".recompress"
 
 _SETTINGS_NAME = "settings.json"
 _RECORD_NAME = re.compile(rf"({SHARD_NAME.pattern}|settings)\.json")
-"""The names of the files in WORK_FOLDER."""
+"""Names of the files in WORK_FOLDER."""
 _SAMPLE_FRAMES = 256
 _SAMPLE_BYTES = 256 << 20
-"""Size of the sample that a dictionary is trained on, which is held in memory."""
+"""Size in bytes of the sample that a dictionary is trained on, which is held in memory."""
 _DEFAULT_LEVEL = 9
 
 
 @dataclass(frozen=True)
 class RecompressSettings:
-    """What decides the bytes that are written, besides the contents of the shards."""
+    """Settings that, with the contents of the shards, decide the bytes of the output."""
 
     fingerprint: str
     level: int
@@ -70,7 +69,7 @@ def recompress(
     dictionary_bytes: int | None = None,
     workers: int | None = None,
 ) -> tuple[Manifest, int]:
-    """Write the shards of a data set to `out` with another compression, or finish doing so.
+    """Write the shards of a data set to `out` with another compression, or resume.
 
     With `dictionary_bytes`, a dictionary of at most that size is trained on frames of the train
     set. Returns the new manifest and the number of shards that were already done. Raises
@@ -119,12 +118,12 @@ def train_dictionary(frames: list[bytes], dictionary_bytes: int) -> bytes:
         raise ConfigError(
             f"`dictionary_bytes` is {dictionary_bytes}, but zstd cannot train a dictionary of that "
             f"size on {len(frames)} frames of {sum(map(len, frames))} bytes ({error}); "
-            "leave it out, or give a smaller size or a larger data set"
+            "omit it, or use a smaller size or a larger data set"
         ) from None
 
 
 class _Work:
-    """Rewriting single shards, each with a record by which it is not done again."""
+    """Rewrites shards, each with a record so that it is not rewritten again on resume."""
 
     def __init__(self, data_set: DataSet, out: Path, compression: Compression) -> None:
         self._data_set = data_set
@@ -132,7 +131,7 @@ class _Work:
         self._compression = compression
 
     def finished(self, entry: ShardEntry) -> ShardEntry | None:
-        """What was written for a shard, if its record says so and its file has that size."""
+        """The rewritten shard, if it has a valid record and its file has the recorded size."""
         try:
             record = read_json(self._record_path(entry))
             made = ShardEntry.from_json(record["shard"])
@@ -163,7 +162,7 @@ class _Work:
             made = ShardEntry(entry.file, entry.split, **asdict(writer.finish()))
             if made.content_sha256 != entry.content_sha256:
                 raise ShardCorruptError(
-                    f"the shard {reader.shown} is intact but is not the one in the manifest; "
+                    f"the shard {reader.shown} is intact but not the one in the manifest; "
                     "restore it or build the shards again"
                 )
         record = {"work": self._sha256(entry), "shard": asdict(made)}
@@ -174,7 +173,7 @@ class _Work:
         return self._out / WORK_FOLDER / f"{entry.file}.json"
 
     def _sha256(self, entry: ShardEntry) -> str:
-        """Names what is to be written: the contents, and how they are compressed."""
+        """Identifies the output: hash of the contents and of the compression settings."""
         compression = self._compression
         parts = [
             entry.split,
@@ -187,7 +186,7 @@ class _Work:
 
 
 def _stored_dictionary(data_set: DataSet, out: Path, dictionary_bytes: int) -> bytes:
-    """The dictionary that an earlier run has stored, or else a new one, stored."""
+    """The dictionary that an earlier run has stored, or else a new one, which is stored."""
     path = out / DICTIONARY_NAME
     if path.exists():
         return _require_usable(read_file(path, MAX_DICTIONARY_BYTES), path)
@@ -204,19 +203,19 @@ def _stored_dictionary(data_set: DataSet, out: Path, dictionary_bytes: int) -> b
 
 
 def _require_usable(dictionary: bytes, path: Path) -> bytes:
-    """A dictionary, if zstd takes it. Raises OutputExistsError."""
+    """The dictionary, if zstd accepts it. Raises OutputExistsError."""
     try:
         Compression(dictionary=dictionary).compressor().compress(b"ids")
     except zstandard.ZstdError:
         raise OutputExistsError(
-            f"{path} is no zstd dictionary, so an earlier run did not write it; remove the file, "
-            "or choose another `out`"
+            f"{path} is not a zstd dictionary, so an earlier run did not write it; remove the "
+            "file, or choose another `out`"
         ) from None
     return dictionary
 
 
 def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None:
-    """Make the folder ours, or find that it already is, with the same settings."""
+    """Create the output folder, or check that it is one of the same settings."""
     require_apart(out, (shards,))
     require_no_link(out / WORK_FOLDER)
     settings_path = out / WORK_FOLDER / _SETTINGS_NAME
@@ -229,28 +228,28 @@ def _claim_folder(out: Path, shards: Path, settings: RecompressSettings) -> None
         differing = differing_keys(earlier, asdict(settings))
         if differing:
             raise OutputExistsError(
-                f"{out} was begun with other settings ({shown_values(differing, 0)}, not "
+                f"{out} was started with other settings ({shown_values(differing, 0)}, not "
                 f"{shown_values(differing, 1)}); choose another `out`, or remove that folder"
             )
         return
-    # A work folder in which nothing is yet is ours: we were stopped before we could write there.
+    # An empty work folder is ours: an earlier run was killed before it wrote its settings.
     if out.exists() and (
         not out.is_dir()
         or any(path.name != WORK_FOLDER for path in out.iterdir())
         or any(path.suffix != ".partial" for path in (out / WORK_FOLDER).glob("*"))
     ):
-        raise OutputExistsError(f"{out} already holds something else; choose another `out`")
+        raise OutputExistsError(f"{out} already holds other files; choose another `out`")
     settings_path.parent.mkdir(parents=True, exist_ok=True)
     write_text(settings_path, json.dumps(asdict(settings), indent=2) + "\n")
 
 
 def _shards_in(out: Path) -> list[Path]:
-    """The files that are named as shards are; others are not ours."""
+    """The files with names of shards."""
     return [path for path in out.glob("*.zst") if SHARD_NAME.fullmatch(path.name)]
 
 
 def _remove_strays(out: Path, manifest: Manifest) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove partial files of killed processes."""
     names = {entry.file for entry in manifest.shards}
     strays = [path for path in _shards_in(out) if path.name not in names]
     records = unfinished_in(out / WORK_FOLDER, _RECORD_NAME)
@@ -259,7 +258,7 @@ def _remove_strays(out: Path, manifest: Manifest) -> None:
 
 
 def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
-    """After a failure, leave no trace unless some shard's work is worth keeping."""
+    """After a failure, remove our files unless a shard is done."""
     work = out / WORK_FOLDER
     if (out / MANIFEST_NAME).exists() or any(
         path.name != _SETTINGS_NAME for path in work.glob("*.json")
@@ -280,12 +279,12 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
     type=LEVEL.option,
     default=_DEFAULT_LEVEL,
     show_default=True,
-    help="Compression level of zstd: higher is smaller and slower to write, hardly to read.",
+    help="Compression level of zstd: higher is smaller and slower to write, hardly slower to read.",
 )
 @click.option(
     "--long-distance",
     is_flag=True,
-    help="Find far repetitions; no gain in frames of the usual size.",
+    help="Match distant repetitions; no gain in frames of the usual size.",
 )
 @click.option(
     "--dictionary-bytes",

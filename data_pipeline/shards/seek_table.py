@@ -14,10 +14,10 @@ import numpy.typing as npt
 from data_pipeline.common.limits import MAX_FRAMES
 
 SKIPPABLE_HEADER = struct.Struct("<II")
-"""Magic number and size of what follows, of any skippable frame."""
+"""Magic number and content size of a skippable frame."""
 
 EMPTY_CHECKSUM = 0x51D8E999
-"""The low half of XXH64 of no bytes: of a frame without content, such as a skippable one."""
+"""Low half of XXH64 of no bytes: the checksum of a skippable frame, whose content is empty."""
 
 _TABLE_MAGIC = 0x184D2A5E
 _SEEKABLE_MAGIC = 0x8F92EAB1
@@ -42,29 +42,29 @@ def skippable_frame(magic: int, content: bytes) -> bytes:
 
 
 def pack_seek_table(entries: Iterable[SeekEntry]) -> bytes:
-    """The frame that ends the file."""
+    """The skippable frame that ends the file."""
     packed = [_ENTRY.pack(*entry) for entry in entries]
     footer = _FOOTER.pack(len(packed), _CHECKSUMS_FLAG, _SEEKABLE_MAGIC)
     return skippable_frame(_TABLE_MAGIC, b"".join([*packed, footer]))
 
 
 def seek_table_bytes(num_entries: int) -> int:
-    """The size of a whole table."""
+    """Size of a whole table in bytes."""
     return SKIPPABLE_HEADER.size + num_entries * _ENTRY.size + _FOOTER.size
 
 
 def read_seek_table(file_bytes: int, read_at: Callable[[int, int], bytes]) -> npt.NDArray[Any]:
-    """The entries of a file's frames, which add up to the file; at least one.
+    """The entries of a file's frames, at least one; their sizes add up to the file's.
 
-    `read_at(offset, size)` gives the file's bytes. The array's fields are those of SeekEntry.
-    Raises ValueError saying what is wrong.
+    `read_at(offset, size)` returns the file's bytes. The array's fields are those of SeekEntry.
+    Raises ValueError with what is malformed.
     """
     if file_bytes < _FOOTER.size:
         raise ValueError(f"it has only {file_bytes} bytes")
     footer = read_at(file_bytes - _FOOTER.size, _FOOTER.size)
     num_entries, descriptor, magic = _FOOTER.unpack(footer)
     if magic != _SEEKABLE_MAGIC or descriptor != _CHECKSUMS_FLAG:
-        raise ValueError("it does not end with a seek table, so it was cut short or altered")
+        raise ValueError("it does not end with a seek table, so it was truncated or altered")
     table_bytes = num_entries * _ENTRY.size + _FOOTER.size
     start = file_bytes - table_bytes - SKIPPABLE_HEADER.size
     if not 1 <= num_entries <= MAX_FRAMES + 1 or start < 0:  # the index has an entry too

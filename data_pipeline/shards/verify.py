@@ -1,4 +1,4 @@
-"""`megaback shards verify`: decode and re-hash everything that a manifest promises."""
+"""`megaback shards verify`: decodes and re-hashes every shard of a manifest."""
 
 import hashlib
 from pathlib import Path
@@ -18,7 +18,7 @@ from data_pipeline.shards.traversal import on_threads
 
 
 def shard_damage(folder: Path, entry: ShardEntry, data_set: DataSet) -> list[ShardCorruptError]:
-    """All that is wrong with a shard, each naming the file, and frame and byte offset if known."""
+    """All damage of a shard; errors name the file, and frame and byte offset if known."""
     try:
         reader = data_set.open_shard(entry)
     except ShardCorruptError as error:
@@ -40,11 +40,11 @@ def shard_damage(folder: Path, entry: ShardEntry, data_set: DataSet) -> list[Sha
         except ShardCorruptError as error:
             damage.append(error)
     if damage:
-        return damage  # a wrong hash would say it once more
+        return damage  # the hash would only repeat it
     file_sha256 = _file_sha256(shard_path(folder, entry))
     if (content.hexdigest(), file_sha256) != (entry.content_sha256, entry.file_sha256):
         message = (
-            f"the shard {reader.shown} is intact but is not the one in the manifest; "
+            f"the shard {reader.shown} is intact but not the one in the manifest; "
             "restore it or build the shards again"
         )
         return [ShardCorruptError(message)]
@@ -54,27 +54,27 @@ def shard_damage(folder: Path, entry: ShardEntry, data_set: DataSet) -> list[Sha
 def _require_counted(
     reader: ShardReader, counts: npt.NDArray[np.uint32], entry: ShardEntry
 ) -> None:
-    """Raises ShardCorruptError unless a shard of examples has the tokens that an entry counts."""
+    """Raises ShardCorruptError unless a shard of examples has the token counts of its entry."""
     tokens, given, loss_tokens = counts.sum(axis=0, dtype=np.int64).tolist()
     counted = (loss_tokens, tokens - given - loss_tokens)
     promised = (entry.loss_tokens, entry.padding_tokens)
     if counted != promised:
         raise ShardCorruptError(
-            f"the shard {reader.shown} is not the one in the manifest, which gives tokens with "
-            f"loss and of padding as {promised}, not {counted}; restore the one that changed or "
-            "build the shards again"
+            f"the shard {reader.shown} is not the one in the manifest, which has tokens with loss "
+            f"and of padding {promised}, not {counted}; restore the one that changed or build the "
+            "shards again"
         )
 
 
 def verify_data_set(folder: Path, workers: int | None = None) -> Manifest:
-    """Check everything in a folder of shards; all of its damage but the first goes to stderr.
+    """Verify a folder of shards; raises the first damage, and prints the rest to stderr.
 
     Raises ShardCorruptError, or what DataSet.open and DataSet.codec raise.
     """
     data_set = DataSet.open(folder)
     manifest = data_set.manifest
-    data_set.codec()  # reads the tokenizer, and compares it with the manifest
-    data_set.require_dictionary()  # once, rather than as damage of every shard
+    data_set.codec()  # compares the tokenizer with the manifest
+    data_set.require_dictionary()  # reported once, rather than for every shard
 
     def check(entry: ShardEntry) -> list[ShardCorruptError]:
         return shard_damage(folder, entry, data_set)
@@ -106,7 +106,7 @@ def _file_sha256(path: Path) -> str:
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option("--workers", type=MANY.option, help="Number of threads. Default: one per core.")
 def main(shards: Path, workers: int | None) -> None:
-    """Decode and re-hash every shard of the data set SHARDS; name what is broken."""
+    """Decode and re-hash every shard of the data set SHARDS; report all damage."""
     manifest = verify_data_set(shards, workers)
     tokens = sum(entry.tokens for entry in manifest.shards)
     click.echo(

@@ -1,15 +1,15 @@
-"""Writes one shard: a `.zst` file of independently compressed frames of ids, its index at the end.
+"""Shard writer: a `.zst` file of independently compressed frames of ids, with an index at the end.
 
 Layout, in file order:
   frame 0 .. frame n-1   Zstandard frames with content checksums; each holds `frame_tokens`
                          little-endian ids, the last one perhaps fewer
   index                  skippable frame 0x184D2A5D: b"MEGABACK", u32 header bytes, the header
                          (JSON), and the zstd-compressed u32 token counts of the documents;
-                         of examples in rows (examples.py), three counts each
+                         for examples in rows (examples.py), three counts each
   seek table             of the Zstandard seekable format (seek_table.py), the index being its last
                          entry, with 0 decompressed bytes
 
-`zstd -dc` yields the raw ids (`zstd -dc -D DICTIONARY`, if the header names one: the frames then
+`zstd -dc` outputs the raw ids (`zstd -dc -D DICTIONARY`, if the header names one: the frames then
 carry its id). The document index never needs the dictionary. A shard holds whole documents, markers
 included, one after another.
 """
@@ -51,10 +51,10 @@ class ShardDigest:
 
 
 class ShardWriter:
-    """Writes one shard to an open file. The caller makes the file appear under its final name.
+    """Writes one shard to an open file. The caller gives the file its final name.
 
-    `identity` gives direction, unit and tokenizer_sha256. Documents come as ids with markers or,
-    with `row_tokens`, as examples that fill one row after another.
+    `identity` has direction, unit and tokenizer_sha256. Documents are ids with markers or, with
+    `row_tokens`, examples that fill one row after another.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class ShardWriter:
         self._frame_tokens = frame_tokens
         self._dictionary_sha256 = compression.dictionary_sha256
         self._compressor = compression.compressor()
-        # Counts have nothing in common with ids, and can be read without the dictionary.
+        # No dictionary: counts do not resemble ids, and stay readable without it.
         self._index_compressor = replace(compression, dictionary=None).compressor()
         self._pending: list[npt.NDArray[Any]] = []
         self._pending_tokens = 0
         self._seek_entries: list[SeekEntry] = []
-        self._counts = array("I")  # of each document one, of each example three
+        self._counts = array("I")  # one per document, three per example
         self._documents = self._loss_tokens = self._padding_tokens = 0
         self._text_bytes = 0
         self._file_bytes = 0
@@ -118,7 +118,7 @@ class ShardWriter:
 
     @property
     def is_full(self) -> bool:
-        """Whether no document more may be added, because of the limits of the format."""
+        """Whether the limits of the format allow no further document."""
         return (
             len(self._counts) + NUM_COUNTS > MAX_COUNTS
             or len(self._seek_entries) > MAX_FRAMES // 2  # a document may be long
@@ -171,7 +171,7 @@ class ShardWriter:
     def _write_frame(self, ids: npt.NDArray[Any]) -> None:
         raw = ids.tobytes()
         compressed = self._compressor.compress(raw)
-        # A frame's own checksum is the low half of XXH64 of its content: just what the table wants.
+        # A frame's own checksum is the one of the seek table: the low half of XXH64 of its content.
         (checksum,) = struct.unpack("<I", compressed[-4:])
         self._seek_entries.append(SeekEntry(len(compressed), len(raw), checksum))
         self._content_sha256.update(raw)

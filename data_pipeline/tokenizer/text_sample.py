@@ -1,4 +1,4 @@
-"""A sample of sources that fits in memory: a little from all over them, the same every time."""
+"""A deterministic sample of texts from all parts of the sources that fits in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from data_pipeline.sources.registry import list_source, read_slice
 from data_pipeline.sources.skipped import Skipped, merged
 from data_pipeline.sources.weighted import WeightedSource
 
-_SMALLEST_PART_BYTES = 256 << 10  # opening a part costs as much as reading about so much
+_SMALLEST_PART_BYTES = 256 << 10  # opening a part costs about as much as reading this
 
 
 def sample_texts(
@@ -28,8 +28,8 @@ def sample_texts(
 ) -> Iterator[str]:
     """Texts of up to `max_bytes` of UTF-8, from slices that are spread evenly over the sources.
 
-    Every slice gives a share by its size and weight, from its beginning; the last text of a share
-    may be cut. Raises the errors of the sources.
+    The share of a slice is by its size and weight, and is read from its beginning; the last text of
+    a share may be cut. Raises the errors of the sources.
     """
     skips_bad = on_bad_record not in (stop_at_bad_record, stop_or_skip)
     how: dict[str, Any] = {"skips_bad": skips_bad, "max_record_bytes": max_record_bytes}

@@ -1,7 +1,7 @@
-"""Train the SentencePiece model that megaback reads and writes with.
+"""`megaback tokenizer train`: trains a SentencePiece model on a sample of the sources.
 
-The text is a sample of the whole source, taken in an order that only the source decides: the same
-source and settings give the same model, byte for byte. Nothing is written unless all is.
+The sample depends on the sources and settings alone: the same ones give the same model, byte for
+byte. Model and report are written together.
 """
 
 import errno
@@ -52,43 +52,43 @@ DEFAULT_VOCAB_SIZE = 8888
 DEFAULT_SAMPLE_BYTES = 200_000_000
 
 _CHARACTER_COVERAGE = 0.9995
-_NUM_THREADS = 4  # written into the model, so not the machine's; it does not change the pieces
-_MAX_SENTENCE_BYTES = 1 << 30  # the library's limit; it drops longer sentences
+_NUM_THREADS = 4  # stored in the model, so it must not depend on the machine
+_MAX_SENTENCE_BYTES = 1 << 30  # SentencePiece's limit: it drops longer sentences
 _SENTENCE_CHARACTERS = 1 << 20
 _MEASURED_BYTES = 4 << 20
 _SHOWN_PIECES = 20
 
-# U+2581 is how SentencePiece writes a space, a sentence with U+2585 is dropped, and lone surrogates
-# are no UTF-8. Text is cut there; these characters are spelled in byte pieces.
+# SentencePiece writes a space as U+2581 and drops sentences with U+2585; lone surrogates are not
+# UTF-8. Text is cut at these characters, which byte pieces encode.
 _UNTRAINABLE = re.compile("[\u2581\u2585\ud800-\udfff]+")
 _MIN_PIECES = 3
-"""Beyond which SentencePiece fails without saying how many pieces a text can give."""
+"""Above this, SentencePiece fails without a message with the possible number of pieces."""
 _TOO_LARGE = re.compile(r"Vocabulary size too high .* value <= (\d+)")
 _TOO_SMALL = re.compile(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)")
 
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """What a tokenizer was made from, and how well it compresses."""
+    """Training data and compression of a tokenizer."""
 
     source: str
     text_column: str
     vocab_size: int
     sample_bytes: int
-    """The cap on the sample that was asked for."""
+    """Maximum size of the sample in bytes."""
     documents: int
-    """Documents in the sample."""
+    """Number of documents in the sample."""
     text_bytes: int
-    """UTF-8 bytes in the sample."""
+    """Number of UTF-8 bytes in the sample."""
     bytes_per_token: float
-    """Measured, as the coverage is, on about 4 MiB from all over the sample."""
+    """Measured, as is coverage, on about 4 MiB from all parts of the sample."""
     coverage: float
-    """The part of the text's bytes that no byte piece was needed for."""
+    """Fraction of the text's bytes that are not encoded by byte pieces."""
     longest_pieces: tuple[str, ...]
     model_sha256: str
     sentencepiece_version: str
     skipped: Skipped
-    """Records of the sources that were not read, by cause, as far as the sample reached."""
+    """Skipped records by cause, in the part of the sources that was sampled."""
 
 
 def train_tokenizer(
@@ -106,7 +106,7 @@ def train_tokenizer(
     """Write `tokenizer.model` and `tokenizer_report.json` into `out_dir`, and return the report.
 
     The sample is held in memory: up to `max_bytes` of UTF-8. Raises OutputExistsError,
-    TokenizerError when the vocabulary does not fit the text, and what reading a source raises.
+    TokenizerError when the vocabulary does not fit the text, and the errors of the sources.
     """
     import sentencepiece
 
@@ -158,7 +158,7 @@ def train_tokenizer(
 
 
 def _is_trained_here(path: Path) -> bool:
-    """Whether a tokenizer, or its report, is one of `train_tokenizer`, and both belong together."""
+    """Whether a tokenizer, or its report, was written by `train_tokenizer`, and both match."""
     report = read_object(path.with_name(REPORT_NAME))
     try:
         model = read_file(path.with_name(TOKENIZER_NAME), MAX_TOKENIZER_BYTES)
@@ -170,7 +170,7 @@ def _is_trained_here(path: Path) -> bool:
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """What the trainer is given of a text: all of it but the characters that it cannot learn."""
+    """Pieces of a text for the trainer, without the characters that it cannot learn."""
     for part in _UNTRAINABLE.split(text):
         for start in range(0, len(part), _SENTENCE_CHARACTERS):
             yield part[start : start + _SENTENCE_CHARACTERS]
@@ -182,7 +182,7 @@ def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
 
     if vocab_size > MAX_VOCABULARY:
         raise TokenizerError(
-            f"{vocab_size} pieces are more than a tokenizer may have: use `vocab_size` "
+            f"`vocab_size` is {vocab_size}, more than a tokenizer may have; use "
             f"{MAX_VOCABULARY} or less"
         )
     model = io.BytesIO()
@@ -219,20 +219,20 @@ def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
 def _tokenizer_error(reason: str, vocab_size: int) -> TokenizerError:
     if too_large := _TOO_LARGE.search(reason):
         return TokenizerError(
-            f"this text gives at most {too_large[1]} pieces, fewer than {vocab_size}: "
-            f"use `vocab_size` {too_large[1]}, or a source with more text"
+            f"`vocab_size` is {vocab_size}, but this text gives at most {too_large[1]} pieces; "
+            f"use {too_large[1]} or less, or a source with more text"
         )
     if too_small := _TOO_SMALL.search(reason):
         return TokenizerError(
-            f"{vocab_size} pieces cannot hold 256 bytes, the markers and the characters of this "
-            f"text: use `vocab_size` {too_small[1]} or more"
+            f"`vocab_size` is {vocab_size}, too few for 256 bytes, the markers and the characters "
+            f"of this text; use {too_small[1]} or more"
         )
     return TokenizerError(f"SentencePiece cannot train on this source: {reason.strip()}")
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """How well a model fits a text: see the fields of the report."""
+    """Measures of how well a model fits a text: see the fields of the report."""
 
     bytes_per_token: float
     coverage: float
@@ -266,7 +266,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
 @click.command(
     cls=WorkCommand,
     name="train",
-    help="Train a SentencePiece tokenizer on a sample from all over the sources.",
+    help="Train a SentencePiece tokenizer on a sample from all parts of the sources.",
 )
 @click.option(
     "--source",
@@ -280,7 +280,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     "weights",
     type=SOURCE_WEIGHT.option,
     multiple=True,
-    help="Weight of each --source in the sample, relative to its size: one for each.",
+    help="Weight of each --source in the sample, relative to its size: one per --source.",
 )
 @click.option(
     "--out",
@@ -301,7 +301,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     default=DEFAULT_SAMPLE_BYTES,
     show_default=True,
     type=COUNT.option,
-    help="Maximum bytes of text to train on, from all over the sources; held in memory.",
+    help="Maximum bytes of text to train on, from all parts of the sources; held in memory.",
 )
 @click.option(
     "--text-column",
@@ -309,7 +309,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     show_default=True,
     help="Column with the text, in parquet, jsonl and hub records.",
 )
-@on_bad_record_option("stop", "Action on a malformed record: stop, or leave it out.")
+@on_bad_record_option("stop", "Action on a malformed record: stop, or skip it.")
 @max_record_bytes_option
 @html_option
 @overwrite_option

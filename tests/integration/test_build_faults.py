@@ -239,7 +239,7 @@ def test_a_build_resumes_after_a_broken_file_is_fixed(
 def test_skipped_bad_records_are_counted(build: Build, source: Path, tmp_path: Path) -> None:
     _one_bad_line(source / "3.jsonl")
     result = build(tmp_path / "shards", "--on-bad-record", "skip")
-    assert "documents left out: 1 (bad record)" in result.stdout
+    assert "documents excluded: 1 (bad record)" in result.stdout
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_a_finished_folder_without_one_of_its_shards_is_refused(
     source: Path, codec: Codecs, copy: Path
 ) -> None:
     (copy / "train-00001-00000.zst").unlink()
-    with pytest.raises(OutputExistsError, match="gone"):
+    with pytest.raises(OutputExistsError, match="is missing or was changed"):
         build_shards(make_settings(source, codec()), codec(), copy, workers=1)
 
 

@@ -71,7 +71,7 @@ def test_a_folder_with_something_else_is_refused_and_left_as_it_is(
     path.write_bytes(MARKER.splitlines()[0])
     (tmp_path / ".bytes").write_bytes(b"9")
     before = content(tmp_path)
-    with pytest.raises(OutputExistsError, match="nothing in it was touched"):
+    with pytest.raises(OutputExistsError, match="was not changed"):
         require_cache_folder(tmp_path)
     put(frames_in(tmp_path), *range(20))  # should it have come later
     assert content(tmp_path) == before

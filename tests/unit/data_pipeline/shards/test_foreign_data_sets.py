@@ -363,6 +363,6 @@ def test_records_that_give_no_readable_manifest_are_told_before_it_is_written(
     record = json.loads(path.read_text())
     record["shards"][0]["tokens"] = 1 << 32  # more frames of 256 tokens than a shard may have
     path.write_text(json.dumps(record))
-    with pytest.raises(ShardCorruptError, match=r"the records of the shards in .* are wrong"):
+    with pytest.raises(ShardCorruptError, match=r"the records of the shards in .* are damaged"):
         build_again(source, codec, copy)
     assert not (copy / MANIFEST_NAME).exists()

@@ -190,4 +190,4 @@ def test_a_document_that_is_too_long_to_be_shown_is_told(
     monkeypatch.setattr(inspection, "_MAX_DOCUMENT_TOKENS", 3)
     result = CliRunner().invoke(inspection.main, [str(copy), "--document", "0"])
     assert result.exit_code == 10
-    assert "more than the 3 that are shown" in result.stderr
+    assert "more than the 3 that can be shown" in result.stderr

@@ -99,7 +99,7 @@ def test_verify_finds_a_flipped_bit_that_changes_nothing_that_is_read(copy: Path
     path.write_bytes(data)
     result = CliRunner().invoke(verify.main, [str(copy)])
     assert result.exit_code == 31
-    assert f"{path} is intact but is not the one in the manifest" in result.stderr
+    assert f"{path} is intact but not the one in the manifest" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["finished", "with_dictionary"])

@@ -252,7 +252,7 @@ def test_what_is_left_out_as_too_long_is_counted_and_part_of_the_result(
     assert manifest.excluded == {"bad_record": 1}
     assert manifest.skipped["records"]["too long"].count == 1
     more = make_settings(source, codec(), **skipping)
-    with pytest.raises(OutputExistsError, match=f"left out records longer .* {LIMIT}; give that"):
+    with pytest.raises(OutputExistsError, match=f"skipped records longer .* {LIMIT}; set the same"):
         build_here(more, codec(), tmp_path / "out")
 
 

@@ -143,7 +143,7 @@ def test_a_task_that_left_out_records_is_done_again_where_they_are_to_stop_the_b
     out = tmp_path / "shards"
     build_here(skipping, codec(), out)
     before = hashes(out)
-    with pytest.raises(OutputExistsError, match="left out 10 malformed records"):
+    with pytest.raises(OutputExistsError, match="skipped 10 malformed records"):
         build_here(stopping, codec(), out)
     assert hashes(out) == before
     (out / "manifest.json").unlink()

@@ -122,12 +122,12 @@ def test_the_vocabulary_size_that_an_error_advises_works(
 ) -> None:
     with pytest.raises(TokenizerError) as caught:
         train_tokenizer(source, tmp_path / "out", num_pieces)
-    advised = int(str(caught.value).partition("`vocab_size` ")[2].split()[0].strip(","))
+    advised = int(str(caught.value).partition("; use ")[2].split()[0])
     assert train_tokenizer(source, tmp_path / "out", advised).vocab_size == advised
 
 
 def test_more_pieces_than_a_tokenizer_may_have_are_refused(source: str, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="use `vocab_size` 2097152 or less"):
+    with pytest.raises(TokenizerError, match="use 2097152 or less"):
         train_tokenizer(source, tmp_path / "out", 2**32 - 1)
 
 
