@@ -28,6 +28,7 @@ setup(
     packages=find_packages(include=[f"{name}*" for name in PACKAGES]),
     package_data={
         **{name: ["py.typed"] for name in PACKAGES},
+        "data_pipeline.sources.novels": ["*.bz2", "README.md"],
         "tools.serving": ["page/*"],
     },
     # A checkout uses its own folders; what pip installs otherwise finds them below the environment.

@@ -36,6 +36,7 @@ from data_pipeline.shards.manifest import (
 )
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.verify import verify_data_set
+from data_pipeline.sources.registry import BUILT_IN
 from data_pipeline.sources.skipped import num_skipped
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.tokenizer.train_tokenizer import REPORT_NAME
@@ -205,7 +206,7 @@ def _source_of(tokenizer: Path) -> str:
     """What a tokenizer was trained on, where that was one source that is still there."""
     try:
         source = str(read_json(tokenizer.with_name(REPORT_NAME))["source"])
-        is_there = "hf:" in source[:3] or Path(source).exists()
+        is_there = source in BUILT_IN or "hf:" in source[:3] or Path(source).exists()
     except (OSError, ValueError, KeyError, TypeError):
         return "pydocs"
     return source if is_there and ", " not in source else "pydocs"

@@ -81,7 +81,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         "--source",
         "sources",
         multiple=True,
-        help="Source: pydocs; a path, pattern or URL; or hf:NAME[:CONFIG]. May be repeated.",
+        help="Source: novels, pydocs, a path, pattern, URL or hf:NAME[:CONFIG]. May be repeated.",
     ),
     "weights": click.option(
         "--weight",

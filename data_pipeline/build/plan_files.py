@@ -11,7 +11,7 @@ from data_pipeline.sources.documents import Slice
 from data_pipeline.sources.files import FILE_KINDS
 from data_pipeline.storage.address_variables import kept
 
-_KINDS = FILE_KINDS | {"hub", "pydocs"}
+_KINDS = FILE_KINDS | {"hub", "novels", "pydocs"}
 
 
 def files_of(slices: Sequence[Slice]) -> list[dict[str, Any]]:

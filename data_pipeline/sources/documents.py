@@ -76,9 +76,9 @@ class Slice:
     """One independently readable part of a source; `dataclasses.asdict` gives its JSON."""
 
     kind: str
-    """`pydocs`, `parquet`, `jsonl`, `text`, `lines` (of text), `html`, `zip` or `hub`."""
+    """`novels`, `pydocs`, `parquet`, `jsonl`, `text`, `lines` (of text), `html`, `zip` or `hub`."""
     path: str
-    """An absolute path or URL; a hub name with its config; `modules` or `topics` of pydocs."""
+    """Absolute path or URL; hub name with its config; a novel; `modules` or `topics` of pydocs."""
     start: int
     """First row group, hub shard, file of pydocs or of a zip. Other files are never cut: 0 to 1."""
     stop: int

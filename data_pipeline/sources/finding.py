@@ -69,7 +69,7 @@ def find_files(source: str, *, html: bool = False) -> Files:
     if not found.files and not found.folders:
         raise SourceMissingError(
             f"{shown or '(empty)'}: there is no such file or folder, "
-            "and no file matches it as a pattern; a source is `pydocs`, a path, a URL, "
+            "and no file matches it as a pattern; a source is `novels`, `pydocs`, a path, a URL, "
             "a quoted pattern, or `hf:NAME` on the hub"
         )
     finder = _Sorter(html, found.excluded)

@@ -1,6 +1,6 @@
-"""Documents from files, hub data sets and this Python's documentation, in independent slices.
+"""Documents from files, hub data sets, novels and Python's documentation, in independent slices.
 
-A source is `pydocs`; a file, a folder or a pattern, on this machine or behind a URL; or
+A source is `novels` or `pydocs`; a file, a folder or a pattern, on this machine or behind a URL; or
 `hf:NAME[:CONFIG]`. Listing depends on what the source holds and on nothing else, so every process
 lists the same slices. Texts are passed on byte for byte, empty ones included: dropping, cleaning
 and splitting are left to the reader.
@@ -28,12 +28,14 @@ from data_pipeline.sources.documents import (
 from data_pipeline.sources.file_reader import list_files, read_file, refused
 from data_pipeline.sources.finding import find_files
 from data_pipeline.sources.hub import list_hub_slices, read_hub_slice
+from data_pipeline.sources.novels.source import list_novels_slices, read_novels_slice
 from data_pipeline.sources.pydocs import list_pydocs_slices, read_pydocs_slice
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
 from data_pipeline.sources.skipped import Skipped
 from data_pipeline.storage.address_variables import kept
 
 __all__ = [
+    "BUILT_IN",
     "AnyColumns",
     "Columns",
     "Document",
@@ -47,6 +49,9 @@ __all__ = [
     "require_outside",
     "stop_at_bad_record",
 ]
+
+BUILT_IN = ("novels", "pydocs")
+"""Sources that need neither files nor a network."""
 
 _HUB_PREFIX = "hf:"
 
@@ -143,7 +148,7 @@ def require_none_shared(train: Iterable[Slice], val: Iterable[Slice]) -> None:
 
 
 def _kind_of(source: str) -> str:
-    if source == "pydocs":
+    if source in BUILT_IN:
         return source
     return "hub" if source.startswith(_HUB_PREFIX) and not is_url(source) else "file"
 
@@ -151,6 +156,11 @@ def _kind_of(source: str) -> str:
 def _list_pydocs(source: str, columns: AnyColumns, **_: Any) -> Listing:
     require_no_columns(columns, source)
     return Listing(list_pydocs_slices())
+
+
+def _list_novels(source: str, columns: AnyColumns, **_: Any) -> Listing:
+    require_no_columns(columns, source)
+    return Listing(list_novels_slices())
 
 
 def _list_hub(source: str, columns: AnyColumns, **how: Any) -> Listing:
@@ -167,11 +177,13 @@ def _list_files(source: str, columns: AnyColumns, *, skips_bad: bool | None, **_
 
 
 _LISTERS: dict[str, Callable[..., Listing]] = {
+    "novels": _list_novels,
     "pydocs": _list_pydocs,
     "hub": _list_hub,
     "file": _list_files,
 }
 _READERS: dict[str, Callable[[Slice, AnyColumns, OnBadRecord, int], Iterator[Document]]] = {
+    "novels": lambda piece, *_: read_novels_slice(piece),
     "pydocs": lambda piece, *_: read_pydocs_slice(piece),
     "hub": read_hub_slice,
 }
@@ -179,7 +191,7 @@ _READERS: dict[str, Callable[[Slice, AnyColumns, OnBadRecord, int], Iterator[Doc
 
 def _place(piece: Slice) -> tuple[str, str]:
     """What a slice is a part of, whatever links or signatures it was found by."""
-    is_local = piece.kind not in ("pydocs", "hub") and not is_url(piece.path)
+    is_local = piece.kind not in (*BUILT_IN, "hub") and not is_url(piece.path)
     return piece.kind, os.path.realpath(piece.path) if is_local else place_of(piece.path)
 
 

@@ -273,7 +273,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     "sources",
     required=True,
     multiple=True,
-    help="Source: pydocs; a path, pattern or URL; or hf:NAME[:CONFIG]. May be repeated.",
+    help="Source: novels, pydocs, a path, pattern, URL or hf:NAME[:CONFIG]. May be repeated.",
 )
 @click.option(
     "--weight",

@@ -80,6 +80,7 @@ PLANS: dict[str, Callable[[dict[str, Any]], object]] = {
     "no path": reading(path=""),
     "an unknown kind": reading(kind="__import__"),
     "all of Python's documentation": reading(kind="pydocs", path="x", slices=[[0, 1 << 60, 1]]),
+    "a novel out of its folder": reading(kind="novels", path="../../../../etc/passwd"),
     "a million empty tasks": lambda plan: plan["task_portions"].extend([0] * (1 << 20)),
 }
 

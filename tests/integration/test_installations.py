@@ -25,6 +25,10 @@ import signal, sys
 import megaback
 print(sys.path[0], signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
+NOVELS = """
+from data_pipeline.sources.novels.source import list_novels_slices, read_novels_slice
+print([sum(1 for _ in read_novels_slice(piece)) for piece in list_novels_slices()])
+"""
 SHADOWED = """
 import sys
 import tools
@@ -136,6 +140,12 @@ def test_a_package_that_imports_megaback_keeps_its_path_and_signals(
     done = run_in(tmp_path, python, "-m", "mine")
 
     assert done.stdout.split() == [str(tmp_path), "True"], done.stderr
+
+
+def test_the_novels_come_with_a_package(python: Path, tmp_path: Path) -> None:
+    done = run_in(tmp_path, python, "-c", NOVELS)
+
+    assert done.stdout == "[55, 48, 136, 31, 24, 61, 50]\n", done.stderr
 
 
 def test_a_package_that_shadows_tools_is_named(python: Path, tmp_path: Path) -> None:

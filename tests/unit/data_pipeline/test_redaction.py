@@ -43,7 +43,15 @@ SHOWN = {
 }
 UNCHANGED = [
     *("", "data", "data/a@b?c=d#e", "/data/part-?.jsonl", "//server/share/a@b?c=d", "./a:b@c"),
-    *("C:\\data\\a@b?c=d", "C:/data/a@b", "~/a", "hf:name:config", "hf:/data/set", "pydocs"),
+    *(
+        "C:\\data\\a@b?c=d",
+        "C:/data/a@b",
+        "~/a",
+        "hf:name:config",
+        "hf:/data/set",
+        "novels",
+        "pydocs",
+    ),
     *("https://host/x", "https://host:80/x", "https://[::1]:80/x", "https://host/@scope/x"),
     *("https://host/x?id=7", "https://host/x?download=true&page=2", "s3://bucket/part-?.jsonl"),
     *("s3://bucket/a#1/x", "hf://gpt2@main/x", "hf://datasets/a/b@refs%2Fpr%2F1/x"),

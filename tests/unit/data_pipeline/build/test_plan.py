@@ -79,7 +79,7 @@ def is_encodable(name: str) -> bool:
 names = st.text(max_size=12)
 slices = st.builds(
     Slice,
-    kind=st.sampled_from(["pydocs", "parquet", "jsonl", "text", "hub"]),
+    kind=st.sampled_from(["novels", "pydocs", "parquet", "jsonl", "text", "hub"]),
     path=names.map(lambda name: f"/{name}".replace("\0", "")).filter(is_encodable),
     start=st.integers(0, 1 << 40),
     stop=st.integers(0, 1 << 40),

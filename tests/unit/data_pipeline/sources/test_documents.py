@@ -130,7 +130,7 @@ def test_a_language_or_score_of_the_wrong_type_is_named(
 @pytest.mark.parametrize("columns", [Columns(language="l"), Columns(language_score="l")])
 def test_a_source_without_columns_cannot_give_languages(tmp_path: Path, columns: Columns) -> None:
     (tmp_path / "a.txt").write_text("a")
-    for source in ("pydocs", str(tmp_path)):
+    for source in ("novels", "pydocs", str(tmp_path)):
         with pytest.raises(SourceUnreadableError, match="has no columns"):
             list_slices(source, columns)
 
