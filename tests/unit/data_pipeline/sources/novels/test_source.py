@@ -57,7 +57,7 @@ def test_a_novel_of_another_version_is_refused() -> None:
             list(read_slice(other))
 
 
-def test_an_installation_without_the_texts_says_so(
+def test_an_installation_without_the_texts_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(source, "_FOLDER", tmp_path)
