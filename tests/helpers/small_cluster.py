@@ -148,6 +148,14 @@ def ranks_of(config: Path) -> list[psutil.Process]:
     ]
 
 
+def loads_torch(process: psutil.Process) -> bool:
+    """Whether a process has begun to import torch."""
+    try:
+        return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def why_no_cluster() -> str | None:
     """What this machine lacks for a cluster of its own, if anything."""
     if os.geteuid() != 0:
