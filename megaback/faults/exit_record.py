@@ -1,7 +1,7 @@
-"""How a run ended, for people and scripts that come later: `exit.json` and `history.jsonl`.
+"""Records of how a run ended, for users and scripts: `exit.json` and `history.jsonl`.
 
-`exit.json` is about the newest start: it goes when the run starts again, and the first process that
-knows a reason writes it. `history.jsonl` has a line for every start and every end.
+`exit.json` describes the newest start: it is removed when the run starts again, and written by the
+first process that knows a reason. `history.jsonl` has a line per start and per end.
 """
 
 import json
@@ -19,7 +19,7 @@ from megaback.run_folder import BAD_NODES_NAME, EXIT_NAME, HISTORY_NAME
 
 START_EVENT = "start"
 _MAX_HISTORY_BYTES = 1 << 21
-"""About 8,000 events: a longer history may be a stranger's, and older ones decide nothing."""
+"""About 8,000 events: a longer history may be untrusted, and older events are not needed."""
 _FIELDS = Fields(
     counts=frozenset(("step", "total_steps", "world_size", "zero_stage", "code", "restarts")),
     numbers=frozenset(("rank",)),
@@ -29,18 +29,18 @@ _FIELDS = Fields(
 
 
 def record_start(run: Path, **fields: Any) -> None:
-    """Note that a run starts. Raises OSError."""
+    """Record the start of a run. Raises OSError."""
     (run / EXIT_NAME).unlink(missing_ok=True)
     _append(run, {"event": "start", **fields})
 
 
 def record_event(run: Path, event: str, **fields: Any) -> None:
-    """Note something else that happens to a run, in its history. Raises OSError."""
+    """Append another event to a run's history. Raises OSError."""
     _append(run, {"event": event, **fields})
 
 
 def record_exit(run: Path, code: int, kind: str, reason: str, rank: int | None = None) -> bool:
-    """Note why a run ends; False if another process has. A disk that refuses is no fault."""
+    """Record why a run ends; False if another process already has. Ignores failed writes."""
     fields = {"code": code, "kind": kind, "reason": reason, "rank": rank, **_here()}
     path = run / EXIT_NAME
     try:
@@ -61,9 +61,9 @@ def record_exit(run: Path, code: int, kind: str, reason: str, rank: int | None =
 
 
 def read_exit(run: Path) -> dict[str, Any] | None:
-    """The reason of a run's end; None while it runs, or if nobody was left to write it.
+    """The record of a run's end; None while it runs, or if no process could write it.
 
-    What no version of megaback writes counts as nothing.
+    A record that no version of megaback writes is ignored.
     """
     try:
         fields = read_json(run / EXIT_NAME, MAX_RECORD_BYTES)
@@ -76,7 +76,7 @@ def read_exit(run: Path) -> dict[str, Any] | None:
 def read_history(run: Path) -> list[dict[str, Any]]:
     """The last starts and ends, thousands of them, oldest first.
 
-    A line that a kill cut short is left out, and so is one that no version of megaback writes.
+    Truncated lines, and lines that no version of megaback writes, are skipped.
     """
     lines = []
     with suppress(OSError):
@@ -97,7 +97,7 @@ def newest_start(run: Path) -> dict[str, Any] | None:
 
 
 def read_bad_nodes(run: Path) -> list[str]:
-    """Nodes because of which a start was stopped. Raises OSError, ValueError."""
+    """Nodes that prevented a start. Raises OSError, ValueError."""
     return read_file(run / BAD_NODES_NAME, MAX_RECORD_BYTES).decode().split()
 
 
@@ -106,7 +106,7 @@ def _append(run: Path, fields: dict[str, Any]) -> None:
     with open_in_place(run / HISTORY_NAME, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a kill cut the last line short
+            if file.read(1) != b"\n":  # the last line was truncated by a kill
                 line = "\n" + line
         file.write(line.encode())
 

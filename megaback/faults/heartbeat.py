@@ -1,8 +1,8 @@
-"""Heartbeats: what each rank is at, in `heartbeats/rank-00000.json` of the run's folder.
+"""Heartbeats: the phase of each rank, in `heartbeats/rank-00000.json` of the run's folder.
 
-A thread of the rank writes it every few seconds, whatever the rank itself is doing or waiting for,
-so that an old file means a rank that is dead, frozen or cut off, and a fresh one with an old
-`since` a rank that is stuck. Read by the other ranks, and by `megaback watch`.
+A thread of the rank writes one every few seconds, even while the rank itself is blocked: an old
+file means that the rank is dead, frozen or cut off, and a fresh one with an old `since` that it is
+stuck. The other ranks and `megaback watch` read them.
 """
 
 import json
@@ -33,14 +33,14 @@ _MAX_PID = 1 << 22
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank last said. Times are in seconds since the epoch, by its own clock."""
+    """Last report of a rank. Times are in seconds since the epoch, by its host's clock."""
 
     rank: int
     world_size: int
     host: str
     pid: int
     pid_started: float
-    """Time at which the process began: another one may be given its number later."""
+    """Time at which the process began: process ids are reused."""
     phase: str
     """Phase that the rank is in."""
     step: int
@@ -51,11 +51,11 @@ class Heartbeat:
     timeout_s: float
     """Timeout of the phase, in seconds."""
     exit_reason: str | None = None
-    """Reason of its end, if it could still say so."""
+    """Reason of its end, if it could record one."""
 
     @property
     def is_gone(self) -> bool | None:
-        """Whether its process no longer exists; None if it is another host's."""
+        """Whether its process no longer exists; None if unknown, as on another host."""
         if self.host != socket.gethostname():
             return None
         try:
@@ -71,12 +71,12 @@ class Heartbeat:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Rank, host and process id, for messages."""
         return f"rank {self.rank} ({self.host}, process {self.pid})"
 
 
 def write_heartbeat(run: Path, beat: Heartbeat) -> None:
-    """Write it atomically, without waiting for the disk. Raises OSError."""
+    """Write a heartbeat atomically, without fsync. Raises OSError."""
     path = heartbeat_path(run, beat.rank)
     partial = path.with_suffix(".partial")
     with open_in_place(partial, "wb") as file:
@@ -85,7 +85,7 @@ def write_heartbeat(run: Path, beat: Heartbeat) -> None:
 
 
 def read_heartbeats(run: Path) -> list[Heartbeat]:
-    """The heartbeats of the newest start, by rank; what is no heartbeat is left out."""
+    """The heartbeats of the newest start, by rank; invalid files are skipped."""
     beats = []
     for path in sorted((run / HEARTBEATS_FOLDER).glob(f"{HEARTBEAT_PREFIX}*.json")):
         with suppress(OSError, ValueError, TypeError):
@@ -101,13 +101,13 @@ def read_heartbeats(run: Path) -> list[Heartbeat]:
 def missing_ranks(
     beats: Sequence[Heartbeat], world_size: int, now: float | None = None
 ) -> dict[int, str]:
-    """The ranks that have gone without a word or are silent, and how that is known.
+    """Ranks that died without a recorded reason or are silent, with a description of each.
 
-    Ranks that left with a reason are not among them, unless there is nobody else to name.
+    Ranks that ended with a reason are included only if no other is missing.
     """
     now = time.time() if now is None else now
     missing = {
-        rank: f"rank {rank} has never been heard of"
+        rank: f"rank {rank} has written no heartbeat"
         for rank in sorted(set(range(world_size)) - {beat.rank for beat in beats})
     }
     for beat in beats:
@@ -116,9 +116,11 @@ def missing_ranks(
         if beat.exit_reason is not None:
             continue
         if beat.is_gone:
-            missing[beat.rank] = f"{beat.name} is dead; it was last heard of {where}"
+            missing[beat.rank] = f"{beat.name} is dead; its last heartbeat was {where}"
         elif age_s > 2.5 * beat.interval_s:
-            missing[beat.rank] = f"{beat.name} has been silent for {age_s:.0f} s; it was {where}"
+            missing[beat.rank] = (
+                f"{beat.name} has written no heartbeat for {age_s:.0f} s; it was {where}"
+            )
     if not missing:
         left = [beat for beat in beats if beat.exit_reason is not None]
         missing = {beat.rank: f"{beat.name} ended: {beat.exit_reason}" for beat in left}

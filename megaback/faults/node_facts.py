@@ -1,6 +1,6 @@
-"""What a rank finds on its node before the first step: devices, memory, speed, versions.
+"""Facts of a rank's node, measured before the first step: devices, memory, speed, versions.
 
-Facts only; `preflight` compares them over all ranks and judges.
+`preflight` compares them across ranks.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from megaback.distributed.versions import library_versions
 from megaback.installation import ROOT
 
 _TRIES = 10
-# On a CPU a product takes a few milliseconds of one core, so that some of them are not interrupted.
+# On a CPU a product takes a few milliseconds of one core, so that some are not interrupted.
 _MULTIPLY_SIZES = {"cuda": 8192, "cpu": 384}
 
 
@@ -66,7 +66,7 @@ def rank_facts(rank: int, device: torch.device) -> RankFacts:
 
 
 def versions() -> dict[str, str]:
-    """What has to be the same on all nodes; `code` is a hash of our own modules."""
+    """Versions that must be the same on all nodes; `code` is a hash of megaback's modules."""
     found = library_versions()
     try:
         found["flash-attn"] = importlib.metadata.version("flash-attn")
@@ -87,7 +87,7 @@ def code_hash(root: Path) -> str:
 
 
 def multiply(left_NN: torch.Tensor, right_NN: torch.Tensor) -> torch.Tensor:
-    """The product that is timed, computed when this returns."""
+    """The product that is timed; waits for the device."""
     product_NN = left_NN @ right_NN
     if product_NN.device.type == "cuda":
         torch.cuda.synchronize(product_NN.device)
@@ -95,16 +95,16 @@ def multiply(left_NN: torch.Tensor, right_NN: torch.Tensor) -> torch.Tensor:
 
 
 def _multiply_flops(device: torch.device) -> tuple[float, str | None]:
-    """The speed of the best of some products, and what is wrong with the device."""
+    """Throughput of the fastest of several products in FLOP/s, and the device's problem, if any."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # else ranks that share cores are compared by how they share them
+    torch.set_num_threads(1)  # with more, ranks that share cores would seem slow
     size = _MULTIPLY_SIZES[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         ones_NN = torch.ones(size, size, dtype=dtype, device=device)
-        product_NN = multiply(ones_NN, ones_NN)  # also loads what the first product loads
+        product_NN = multiply(ones_NN, ones_NN)  # also loads the kernels
         if not bool((product_NN == size).all()):
-            return 0.0, f"multiplies wrongly: a product of ones is not {size} everywhere"
+            return 0.0, f"computes wrong products: a product of ones is not {size} everywhere"
         seconds = min(_timed(lambda: multiply(ones_NN, ones_NN)) for _ in range(_TRIES))
     except RuntimeError as error:  # what the driver reports
         return 0.0, f"cannot multiply: {' '.join(str(error).split())}"

@@ -1,9 +1,9 @@
-"""Before the first step: whether every node can do its part, and which one cannot.
+"""Preflight: checks of every node before the first step.
 
-All ranks measure, all see the same facts, and all come to the same verdict. What makes a run wrong
-or impossible stops it with one sentence that names the node; what makes it slow is a warning, or
-stops it too where the config says `strict`. `preflight.json` in the run's folder has the numbers,
-`bad_nodes.txt` the names of nodes because of which a run did not start.
+All ranks measure, gather the same facts and reach the same verdict. A problem that makes a run
+wrong or impossible stops it with an error that names the node; one that makes it slow is a warning,
+or an error if `hardware.preflight` is `strict`. `preflight.json` in the run's folder has all
+measurements, `bad_nodes.txt` the nodes that prevented a start.
 """
 
 import json
@@ -29,8 +29,8 @@ from megaback.faults.node_facts import RankFacts, rank_facts
 from megaback.faults.shared_disk import DiskFacts, check_shared_disk
 from megaback.run_folder import BAD_NODES_NAME, PREFLIGHT_NAME
 
-# A CPU's cores are shared with whatever else runs there; a GPU is a rank's own.
 _LOG = logging.getLogger("megaback.faults")
+# The cores of a CPU are shared with other processes; a GPU belongs to one rank.
 _MIN_SPEED_RATIO = {"cuda": 0.8, "cpu": 0.4}
 _MIN_MEMORY_RATIO = 0.7
 _CLOCK_ROUNDS = 3
@@ -40,7 +40,7 @@ _ALL_REDUCE_TRIES = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a node."""
+    """A problem of a node."""
 
     check: str
     node: str
@@ -49,10 +49,10 @@ class Finding:
 
 
 def preflight(config: Config, data: Data, world: World) -> None:
-    """Check all nodes, if the config asks for it. Collective; the run's folder must be ours.
+    """Check all nodes, if the config enables it. Collective; the run's folder must be ours.
 
-    Raises CollectiveExit on every rank: of a PreflightError, of a StorageError when no node can
-    write, or of what is wrong with the shards.
+    Raises CollectiveExit on every rank: of a PreflightError, of a StorageError if no node can
+    write, or of the error of a damaged shard.
     """
     wanted = config.hardware.preflight
     if wanted == "off" or (wanted == "auto" and world.size == 1):
@@ -64,9 +64,9 @@ def preflight(config: Config, data: Data, world: World) -> None:
     everyone = [replace(f, clock_offset_s=offsets_s[f.rank]) for f in everyone]
     disks = check_shared_disk(config.run, mine.node, world)
     refused = [disk.problem for disk in disks if disk.problem is not None]
-    if len(refused) == len(disks):  # by the disk, and not because of a node
+    if len(refused) == len(disks):  # a problem of the disk, not of a node
         world.stop_if_any(StorageError(refused[0]))
-    # A device that cannot multiply may not answer either.
+    # A device that cannot multiply may hang in a collective.
     all_reduce_gb_s = None if any(f.problem for f in everyone) else _all_reduce_gb_s(world)
     findings = compare_ranks(
         everyone, world.device.type, config.hardware.heartbeat_s
@@ -98,7 +98,7 @@ def preflight(config: Config, data: Data, world: World) -> None:
 def compare_ranks(
     everyone: Sequence[RankFacts], device_type: str, max_skew_s: float
 ) -> list[Finding]:
-    """What is wrong with which node, from the facts of all ranks."""
+    """Problems of the nodes, from the facts of all ranks."""
     findings = [
         Finding("device", facts.node, True, f"{_name(facts)}: its device {facts.problem}")
         for facts in everyone
@@ -111,54 +111,65 @@ def compare_ranks(
             lambda facts, library=library: facts.versions.get(library, "none"),  # type: ignore[misc]
             "versions",
             True,
-            f"has {library} {{}}, and the other nodes have {{}}; install the same on all nodes",
+            f"has {library} {{}}, but the other nodes have {{}}; install the same on all nodes",
         )
     findings += _odd_ones(
-        nodes, lambda facts: facts.device, "device", False, "has the device {}, and the others {}"
+        nodes,
+        lambda facts: facts.device,
+        "device",
+        False,
+        "has the device {}, but the other nodes have {}",
     )
     findings += _odd_ones(
         nodes,
         lambda facts: str(facts.num_devices),
         "device",
         False,
-        "shows {} " + ("GPUs" if device_type == "cuda" else "cores") + ", and the other nodes {}",
+        "has {} "
+        + ("GPUs" if device_type == "cuda" else "cores")
+        + ", but the other nodes have {}",
     )
     usual_flops = statistics.median([facts.multiply_flops for facts in everyone])
     usual_bytes = statistics.median([facts.memory_free_bytes for facts in everyone])
     for facts in everyone:
         if facts.multiply_flops < _MIN_SPEED_RATIO[device_type] * usual_flops:
             message = (
-                f"{_name(facts)} multiplies at {facts.multiply_flops / 1e9:,.1f} GFLOP/s, and "
-                f"{usual_flops / 1e9:,.1f} are the median of all ranks; every step waits for it: "
-                "see what else runs there, or its temperature and clocks"
+                f"{_name(facts)} multiplies at {facts.multiply_flops / 1e9:,.1f} GFLOP/s, the "
+                f"median rank at {usual_flops / 1e9:,.1f}, and every step waits for the slowest; "
+                "check its other processes, temperature and clocks"
             )
             if facts.problem is None:
                 findings.append(Finding("speed", facts.node, False, message))
         owns_memory = device_type == "cuda" or facts in nodes  # a host's is counted once
         if owns_memory and facts.memory_free_bytes < _MIN_MEMORY_RATIO * usual_bytes:
             message = (
-                f"{_name(facts)} has {facts.memory_free_bytes / 1e9:,.1f} GB of memory free, and "
-                f"{usual_bytes / 1e9:,.1f} GB are the median of all ranks; another process may "
-                "hold the rest"
+                f"{_name(facts)} has {facts.memory_free_bytes / 1e9:,.1f} GB of memory free, the "
+                f"median rank {usual_bytes / 1e9:,.1f} GB; check which other processes use it"
             )
             findings.append(Finding("memory", facts.node, False, message))
         if abs(facts.clock_offset_s) > max_skew_s:
             ahead = "ahead of" if facts.clock_offset_s > 0 else "behind"
             message = (
                 f"the clock of {_name(facts)} is {abs(facts.clock_offset_s):,.1f} s {ahead} the "
-                f"others', and heartbeats of every {max_skew_s:g} s are compared by it; have the "
-                "nodes' clocks set by NTP"
+                f"others', more than the heartbeat interval of {max_skew_s:g} s; synchronize the "
+                "nodes' clocks by NTP"
             )
             findings.append(Finding("clock", facts.node, False, message))
     return findings
 
 
 def compare_disks(disks: Sequence[DiskFacts]) -> list[Finding]:
-    """Nodes that cannot use the run's folder, or use another one under its name."""
+    """Nodes that cannot use the run's folder, or have another folder at its path."""
     first, *others = disks
     unread = [(disk.node, disk.unread) for disk in others if disk.unread is not None]
     if len(unread) == len(others) > 1:
-        unread = [(first.node, "writes to the run's folder what no other node reads there")]
+        unread = [
+            (
+                first.node,
+                "writes files to the run's folder that no other node sees; `run` must be on a "
+                "disk that all nodes share",
+            )
+        ]
     if not unread and first.unread is not None:
         unread = [(first.node, first.unread)]
     unwritten = [(disk.node, disk.problem) for disk in disks if disk.problem is not None]
@@ -170,15 +181,15 @@ def compare_disks(disks: Sequence[DiskFacts]) -> list[Finding]:
 
 
 def clock_offsets(world: World) -> list[float]:
-    """How far each rank's wall clock is ahead of the median, in seconds, by rank.
+    """Offset of each rank's wall clock from the median, in seconds, by rank.
 
-    What the ranks' unequal waking adds to it is left out as far as several rounds show it.
+    The smallest of several rounds: ranks that wake late seem ahead.
     """
     rounds = []
     for _ in range(_CLOCK_ROUNDS):
         world.barrier()
         times = world.gather(wall_clock(), float)
-        # With two ranks nobody knows whose is wrong: the earlier one counts as right.
+        # With two ranks, the earlier clock is the reference.
         middle = statistics.median_low(times)
         rounds.append([moment - middle for moment in times])
     return [min(offsets, key=abs) for offsets in zip(*rounds, strict=True)]
@@ -190,9 +201,9 @@ def wall_clock() -> float:
 
 
 def _all_reduce_gb_s(world: World) -> float | None:
-    """Bytes that each rank has to send and receive over the time that they took, in GB/s.
+    """Bus bandwidth of all-reduce in GB/s, as NVIDIA's nccl-tests define it.
 
-    (The bus bandwidth of NVIDIA's nccl-tests: 2 (n - 1) / n of the tensor.)
+    The bytes that each rank sends and receives, 2 (n - 1) / n of the tensor, per second.
     """
     if world.size == 1:
         return None
@@ -211,7 +222,7 @@ def _all_reduce_gb_s(world: World) -> float | None:
 
 
 def _check_shards(data: Data, config: Config, world: World) -> None:
-    """Every rank decodes one frame of each data set, all of them different ones if there are."""
+    """Decode one frame of each data set per rank, different ones if there are enough."""
     if config.data.on_bad_frame == "stop":
         world.run_collectively(_read_frames, data, world)
 
@@ -229,7 +240,7 @@ def _odd_ones(
     stops: bool,
     message: str,
 ) -> list[Finding]:
-    """The nodes with another value than most; where there is no majority, than the first's."""
+    """Findings of nodes whose value is not the most frequent; at a tie, the first node's is."""
     values = [value_of(facts) for facts in nodes]
     usual = max(values, key=Counter(values).__getitem__)
     return [
@@ -247,9 +258,9 @@ def _error_of(stopping: Sequence[Finding]) -> MegabackError | None:
     if not stopping:
         return None
     others = sorted({item.node for item in stopping} - {stopping[0].node})
-    more = f"; and there is something with {', '.join(others)}" if others else ""
+    more = f"; problems also on {', '.join(others)}" if others else ""
     return PreflightError(
-        f"{stopping[0].message}{more} (all numbers are in {PREFLIGHT_NAME} of the run)"
+        f"{stopping[0].message}{more} (all measurements: {PREFLIGHT_NAME} in the run's folder)"
     )
 
 

@@ -1,7 +1,7 @@
-"""A run's folder is one that megaback made, or an empty one: what else is there stays untouched.
+"""Ownership of a run's folder: megaback made it, or it is empty; others are not touched.
 
-What made a folder a run's is what it holds: a history of starts, or a snapshot of what was
-submitted. Loads no torch: the launcher asks before any rank starts, and the ranks ask again.
+A folder belongs to a run if it has a history of starts, or the snapshot of a submission. Loads no
+torch: the launcher checks before any rank starts, and the ranks check again.
 """
 
 import os
@@ -53,10 +53,10 @@ _JUNK = frozenset({".DS_Store", "lost+found"})
 
 
 def require_run_folder(config: Config, given: Path | None = None) -> None:
-    """See that a run may be written into its folder. Raises OutputExistsError.
+    """Require that a run may be written into its folder. Raises OutputExistsError.
 
-    `given` is the file of the config, which may lie there, as may files that this process prints
-    to: none of them is written.
+    `given`, the file of the config, may be in the folder, as may files that this process prints
+    to; neither is overwritten.
     """
     run = config.run
     if run.exists() and not run.is_dir():
@@ -68,19 +68,19 @@ def require_run_folder(config: Config, given: Path | None = None) -> None:
     require_own_checkpoints(run)
     if is_run_of_ours(run):
         return
-    strangers = list(_strangers_in(run, given))
-    if strangers:
-        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+    foreign = list(_foreign_entries(run, given))
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise OutputExistsError(
-            f"run {run} is not empty and is no run of megaback's: it holds {strangers[0].name}"
-            f"{more}; choose another run folder"
+            f"run {run} is not empty and not a megaback run: it contains {foreign[0].name}{more}; "
+            "choose another run folder"
         )
 
 
 def require_own_checkpoints(run: Path) -> None:
-    """See that a run's checkpoints, which a link may lead to another disk, are not another run's.
+    """Require that a run's checkpoints, which may be behind a link, are not another run's.
 
-    Those that a run no longer keeps are removed. Raises OutputExistsError.
+    Rotation would delete those. Raises OutputExistsError.
     """
     folder = run / CHECKPOINTS_FOLDER
     if folder.is_symlink() and (folder.resolve().parent / HISTORY_NAME).exists():
@@ -91,7 +91,7 @@ def require_own_checkpoints(run: Path) -> None:
 
 
 def is_run_of_ours(run: Path) -> bool:
-    """Whether a folder is a run's that was started, or submitted."""
+    """Whether a folder belongs to a run that was started or submitted."""
     history = read_history(run)
     if any({"event", "time"} <= line.keys() for line in history):
         return True
@@ -99,15 +99,15 @@ def is_run_of_ours(run: Path) -> bool:
 
 
 def config_of_run(run: Path) -> Path:
-    """The file with the config that a run was last started with, resolved."""
+    """Path of the resolved config of a run's newest start."""
     resolved = run / RESOLVED_COPY_NAME
     return resolved if resolved.is_file() else run / CONFIG_COPY_NAME
 
 
 def place_of_config(run: Path, given: Path | None) -> Path | None:
-    """Where the resolved config is to be written; None for nowhere.
+    """Path at which to write the resolved config; None if it must not be written.
 
-    Neither the file that was given nor one that a person has edited is replaced.
+    Neither the given file nor one that a user has edited is replaced.
     """
     place = config_of_run(run)
     if _is_same_file(given, run / RESOLVED_COPY_NAME):
@@ -119,8 +119,8 @@ def place_of_config(run: Path, given: Path | None) -> Path | None:
     return place
 
 
-def _strangers_in(run: Path, given: Path | None) -> Iterator[Path]:
-    """What is neither ours nor empty nor told to be there."""
+def _foreign_entries(run: Path, given: Path | None) -> Iterator[Path]:
+    """Files and folders that are neither ours, nor empty, nor output or config of this process."""
     if not run.is_dir():
         return
     printed_to = {_identity(os.fstat(number)) for number in (1, 2) if _is_open(number)}
@@ -137,7 +137,7 @@ def _strangers_in(run: Path, given: Path | None) -> Iterator[Path]:
 
 
 def _is_left_by_us(path: Path) -> bool:
-    """Whether a path is left by a start that was cut short before it could write its first line."""
+    """Whether a path is from a start that was interrupted before it wrote the history."""
     if path.name == LOCK_NAME:
         return path.stat().st_size == 0
     if path.name == HEARTBEATS_FOLDER:
@@ -162,7 +162,7 @@ def _is_snapshot(path: Path) -> bool:
 
 
 def _is_as_written(path: Path) -> bool:
-    """Whether a config is as we wrote it: of one that a person has edited, more would be lost."""
+    """Whether a config is as we wrote it, with no edits or comments of a user."""
     try:
         written = yaml.safe_dump(read_yaml_file(path), sort_keys=False)
         return written == path.read_text(encoding="utf-8")
@@ -171,7 +171,10 @@ def _is_as_written(path: Path) -> bool:
 
 
 def _holds_files(folder: Path) -> bool:
-    """Without recursion: folders may be nested thousands deep, past the longest path."""
+    """Whether a folder contains a file at any depth.
+
+    Without recursion: folders may be nested thousands deep.
+    """
     left = [folder]
     try:
         while left:
@@ -180,7 +183,7 @@ def _holds_files(folder: Path) -> bool:
                     return True
                 left.append(path)
     except OSError:
-        return True  # nobody knows
+        return True  # unknown
     return False
 
 

@@ -1,7 +1,7 @@
-"""Where a run's folder lies while it trains: a person may move it, or put another in its place.
+"""Path of a run's folder during training: a user may move it, or put another in its place.
 
-A folder is the run's if its history has the run's start, or if it is the one that was opened:
-either is enough, as histories can be edited, and some network file systems make up their inodes.
+A folder is the run's if its history has the run's start, or if it is the directory that was opened:
+either suffices, since histories can be edited and some network file systems invent inodes.
 """
 
 import os
@@ -13,18 +13,18 @@ from megaback.faults.exit_record import newest_start, read_history
 
 
 class RunPlace:
-    """A run's folder, found again when it has been moved on this machine."""
+    """A run's folder, found again after a move on this machine."""
 
     def __init__(self, run: Path) -> None:
-        """Find the folder of a run that has just recorded its start. Raises OSError."""
+        """Open the folder of a run that has just recorded its start. Raises OSError."""
         self._run, self._start = run, newest_start(run)
         self._number = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
         weakref.finalize(self, os.close, self._number)
 
     def now(self) -> Path:
-        """The folder as it lies now; where it was deleted, it is to be made again.
+        """Current path of the folder; the original path if it was deleted.
 
-        Raises StorageError where another run has taken its place and it cannot be found.
+        Raises StorageError if another run has taken its place and it cannot be found.
         """
         if self._start is None or self._is_ours(self._run):
             return self._run
@@ -34,13 +34,12 @@ class RunPlace:
         if not read_history(self._run):
             return self._run
         raise StorageError(
-            f"the run's folder {self._run} was removed while it trained, and another run has taken "
-            "its place; nothing was written into that one: start this one again in a folder of "
-            "its own"
+            f"the run's folder {self._run} was removed during training and replaced by another "
+            "run, which was not modified; start this run again in a folder of its own"
         )
 
     def _moved(self) -> Path | None:
-        """Where the folder that was opened is now, as far as this system tells."""
+        """Current path of the folder that was opened, if the system knows it."""
         try:
             path = Path(f"/proc/self/fd/{self._number}").readlink()
         except OSError:

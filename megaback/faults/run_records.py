@@ -1,4 +1,4 @@
-"""What the records of a run hold, checked as they are read: a run's folder may be a stranger's.
+"""Validation of a run's records as they are read: a run's folder may be untrusted.
 
 Records of other versions may have fewer fields or more. Loads no torch.
 """
@@ -19,7 +19,7 @@ _YEAR_9000 = 221_845_392_000
 
 @dataclass(frozen=True)
 class Fields:
-    """The types of a record's fields; any of them may be absent."""
+    """Types of a record's fields; any of them may be absent."""
 
     counts: frozenset[str] = frozenset()
     times: frozenset[str] = frozenset()
@@ -30,7 +30,7 @@ class Fields:
     """Texts or null."""
 
     def problem(self, record: Mapping[str, Any]) -> str | None:
-        """Which field holds what it cannot, if one does."""
+        """Name of the first field with an invalid value, if there is one."""
         for name, value in record.items():
             is_wrong = (
                 (name in self.counts and not (type(value) is int and abs(value) <= INT64_MAX))
@@ -53,7 +53,7 @@ def _is_within(value: Any, minimum: float, maximum: float, *, or_null: bool = Fa
 
 
 def lines_of(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[bytes]:
-    """The lines of a file. Raises OSError, and ValueError where one has more than so many bytes."""
+    """The lines of a file. Raises OSError, and ValueError for one of more than `max_bytes`."""
     with open(open_file(path), "rb") as file:  # noqa: PTH123 (a descriptor)
         number = 0
         while line := file.readline(max_bytes + 1):
@@ -64,7 +64,7 @@ def lines_of(path: Path, max_bytes: int = MAX_RECORD_BYTES) -> Iterator[bytes]:
 
 
 def last_lines(path: Path, max_bytes: int) -> list[bytes]:
-    """The lines that lie whole in the last so many bytes of a file. Raises OSError."""
+    """The complete lines within the last `max_bytes` of a file. Raises OSError."""
     with open(open_file(path), "rb") as file:  # noqa: PTH123 (a descriptor)
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - max_bytes, 0))

@@ -1,7 +1,6 @@
-"""What a run is like: how it ended by its record or, while nobody has recorded an end, whether its
-ranks are well by their heartbeats.
+"""State of a run: its recorded end or, without one, the health of its ranks by their heartbeats.
 
-`watch`, `status`, `jobs` and `inspect` all ask here, so that they say the same. Loads no torch.
+`watch`, `status`, `jobs` and `inspect` all use it, so that they agree. Loads no torch.
 """
 
 import statistics
@@ -21,16 +20,16 @@ _SHOWN_MISSING = 4
 
 @dataclass(frozen=True)
 class RunState:
-    """A state, and why; for a run that has ended, how."""
+    """State of a run and the reason for it."""
 
     state: State
     reason: str
     ending: str | None = None
-    """The reason alone that was recorded for an end."""
+    """Recorded reason of the end."""
     code: int | None = None
-    """The exit code that is recorded for the newest start."""
+    """Recorded exit code of the newest start."""
     rolled_back_to: int | None = None
-    """The step that a rollback has set the run back to, if nothing has started since."""
+    """Step of a rollback, if nothing has started since."""
 
     @property
     def has_ended(self) -> bool:
@@ -38,13 +37,13 @@ class RunState:
 
 
 def assess_run(run: Path, step_times_s: Sequence[float], now: float) -> RunState:
-    """Judge a run by its folder; `step_times_s` are those of its last steps."""
+    """Assess a run by its folder; `step_times_s` are those of its last steps."""
     ended = _ended(run, read_history(run))
-    return ended or _judge_ranks(read_heartbeats(run), step_times_s, now)
+    return ended or _assess_ranks(read_heartbeats(run), step_times_s, now)
 
 
 def _ended(run: Path, history: Sequence[dict[str, Any]]) -> RunState | None:
-    """How the run ended, if the last thing that is known of it is an end."""
+    """State of a run that has ended or was rolled back, and has not started since."""
     ending = read_exit(run)
     events = (START_EVENT, "exit", ROLLBACK_EVENT)
     past = [line for line in history if line.get("event") in events]
@@ -63,35 +62,36 @@ def _ended(run: Path, history: Sequence[dict[str, Any]]) -> RunState | None:
     return RunState("finished" if code == 0 else "stopped", reason, why, code)
 
 
-def _judge_ranks(beats: Sequence[Heartbeat], step_times_s: Sequence[float], now: float) -> RunState:
+def _assess_ranks(
+    beats: Sequence[Heartbeat], step_times_s: Sequence[float], now: float
+) -> RunState:
     world_size = max((beat.world_size for beat in beats), default=1)
     missing = missing_ranks(beats, world_size, now)
     if missing:
         return RunState("dead", "; ".join(list(missing.values())[:_SHOWN_MISSING]))
-    # Others wait for the rank that began its part longest ago, or is at the earliest step.
+    # The others wait for the rank at the earliest step, or longest in its phase.
     last = min(beats, key=lambda beat: (beat.step, beat.since))
     here_s = now - last.since
-    where = _what_was_last_heard(last, now)
+    where = _last_report(last, now)
     if here_s > last.timeout_s:
-        return RunState("stuck", f"{where}; longer than the {last.timeout_s:.0f} s allowed")
+        return RunState("stuck", f"{where}; its timeout is {last.timeout_s:.0f} s")
     if not step_times_s:
         return RunState("starting", where)
     usual_s = statistics.median(step_times_s)
     if here_s > max(_SLOW_RATIO * usual_s, 2 * last.interval_s):
-        return RunState("slow", f"{where}; a step usually takes {usual_s:.2f} s")
+        return RunState("slow", f"{where}; the median step takes {usual_s:.2f} s")
     if step_times_s[-1] > _SLOW_RATIO * usual_s:
-        took = f"the last step took {step_times_s[-1]:.2f} s, and {usual_s:.2f} s is usual"
+        took = f"the last step took {step_times_s[-1]:.2f} s, the median step {usual_s:.2f} s"
         return RunState("slow", took)
     return RunState("running", f"{len(beats)} ranks; {where}")
 
 
-def _what_was_last_heard(beat: Heartbeat, now: float) -> str:
-    """What a rank was doing, and how old that news is: it may have moved on since."""
+def _last_report(beat: Heartbeat, now: float) -> str:
+    """Phase of a rank, and the age of the heartbeat that has it."""
     age_s = now - beat.written
     age = f"heartbeat {age_s:.0f} s old"
     if age_s < -1:
         age = f"heartbeat {-age_s:.0f} s in the future: the clock of {beat.host} is ahead"
     return (
-        f"{beat.name}: {beat.phase} at step {beat.step} since {max(now - beat.since, 0):.0f} s, "
-        f"{age}"
+        f"{beat.name}: {beat.phase} at step {beat.step} for {max(now - beat.since, 0):.0f} s, {age}"
     )

@@ -1,4 +1,4 @@
-"""Whether every node can write to the run's folder, and reads there what another node wrote."""
+"""Check that every node can write to the run's folder, and read there a file of another node."""
 
 import os
 import random
@@ -19,24 +19,23 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class DiskFacts:
-    """What a node found in the run's folder."""
+    """Result of one node's check of the run's folder."""
 
     node: str
     write_gb_s: float | None = None
-    """Rate of writes to the disk itself, not to memory."""
+    """Throughput of writes, including fsync."""
     read_gb_s: float | None = None
-    """Rate of reads of what another node wrote; with one node, of its own, which memory may still
-    hold."""
+    """Throughput of reading another node's file; with one node, its own, which may be cached."""
     problem: str | None = None
     """Reason why the node cannot write, if so."""
     unread: str | None = None
-    """Description of what it does not read, if so."""
+    """Description of the file that it cannot read, if so."""
 
 
 def check_shared_disk(run: Path, node: str, world: World) -> list[DiskFacts]:
-    """Let one rank of each node write a file; all read the first node's, and that the second's.
+    """Write a file per node; all nodes read the first node's, and the first node the second's.
 
-    Collective; leaves nothing behind.
+    Collective; the files are removed.
     """
     names = world.gather(node, str)
     nodes = list(dict.fromkeys(names))
@@ -93,12 +92,12 @@ def _read(run: Path, facts: DiskFacts, number: int, writer: str, key: int) -> Di
             if found == expected:
                 speed = _BYTES / (time.perf_counter() - started) / 1e9
                 return DiskFacts(facts.node, facts.write_gb_s, speed)
-            problem = "its content is another"
+            problem = "its content differs"
         if time.monotonic() > give_up:
             return DiskFacts(
                 facts.node,
                 facts.write_gb_s,
-                unread=f"does not read in {run} what node {writer} wrote there ({problem}); `run` "
-                "has to be a folder on a disk that all nodes share",
+                unread=f"cannot read the file that node {writer} wrote in {run} ({problem}); `run` "
+                "must be on a disk that all nodes share",
             )
         time.sleep(_POLL_S)

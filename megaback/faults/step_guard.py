@@ -31,7 +31,7 @@ _GUARDED_FIELDS = ("loss", "gradient_norm", "skipped")
 def guarded_steps(
     metrics: Sequence[dict[str, Any]], step: int, window_steps: int
 ) -> list[dict[str, Any]]:
-    """The fields that a guard compares with, of a run's metrics up to a step."""
+    """Fields of a run's metrics, up to a step, that a guard compares with."""
     earlier: list[dict[str, Any]] = []
     num_updates = 0
     for line in reversed(metrics):
@@ -44,7 +44,7 @@ def guarded_steps(
 
 
 class StepGuard:
-    """Accepts or refuses the loss and the gradient norm of each step."""
+    """Decides by its loss and gradient norm whether a step is skipped."""
 
     def __init__(self, section: GuardSection, earlier: Iterable[dict[str, Any]]) -> None:
         """`earlier`: lines of the run's metrics, up to the resumed step."""
@@ -57,7 +57,7 @@ class StepGuard:
                 self._remember(line["loss"], line.get("gradient_norm"), "skipped" in line)
 
     def verdict(self, loss: float, gradient_norm: float | None) -> str | None:
-        """The reason to skip a step, or None. The norm may not be known yet."""
+        """Reason to skip a step, or None. `gradient_norm` may not be known yet."""
         section = self._section
         for what, value in (("loss", loss), ("gradient norm", gradient_norm)):
             if value is not None and not math.isfinite(value):
@@ -77,13 +77,13 @@ class StepGuard:
         return None
 
     def record(self, step: int, loss: float, gradient_norm: float, reason: str | None) -> None:
-        """Remember a step. Raises NonFiniteError after too many that were skipped in a row."""
+        """Record a step. Raises NonFiniteError after too many skipped steps in a row."""
         self._remember(loss, gradient_norm, reason is not None)
         if self._num_skipped > self._section.max_skipped_steps:
             raise NonFiniteError(
                 f"step {step}: {reason}, after {self._section.max_skipped_steps} skipped steps in "
                 "a row; the checkpoints before them are intact: lower optimizer.learning_rate, or "
-                "look at the data of these steps and leave them out with `megaback rollback RUN "
+                "inspect the data of these steps and skip them with `megaback rollback RUN "
                 "--steps N`"
             )
 
@@ -95,7 +95,7 @@ class StepGuard:
 
 
 def read_excluded_steps(run: Path) -> list[tuple[int, int]]:
-    """The ranges of steps that a rollback left out, first and last. Raises RunMismatchError."""
+    """Ranges of steps that rollbacks excluded, first and last. Raises RunMismatchError."""
     path = run / SKIPPED_STEPS_NAME
     if not path.exists():
         return []
@@ -108,18 +108,18 @@ def read_excluded_steps(run: Path) -> list[tuple[int, int]]:
 
 
 def with_range(run: Path, first: int, last: int) -> bytes:
-    """The contents of a run's file of skipped steps with one more range."""
+    """Contents of a run's file of skipped steps with one more range."""
     return _to_json({*read_excluded_steps(run), (first, last)})
 
 
 def write_skipped_steps(run: Path, contents: bytes) -> None:
-    """Have a run skip these ranges of steps from now on."""
+    """Write a run's file of skipped steps."""
     with replacing(run / SKIPPED_STEPS_NAME) as file:
         file.write(contents)
 
 
 def merge_skipped_steps(run: Path, contents: bytes, place: str) -> None:
-    """Add the ranges that were kept in another place. Raises RunMismatchError."""
+    """Add the ranges of another copy of the file, in `place`. Raises RunMismatchError."""
     ranges = _parse(contents, f"{SKIPPED_STEPS_NAME} in {place}")
     write_skipped_steps(run, _to_json({*read_excluded_steps(run), *ranges}))
 
@@ -130,8 +130,8 @@ def _parse(contents: bytes, name: str) -> list[tuple[int, int]]:
         return ranges
     except ValueError as error:
         raise RunMismatchError(
-            f"{name} is no list of pairs of steps ({error}); fix it, or remove it to train on all "
-            "steps"
+            f"{name} is not a list of pairs of steps ({error}); fix it, or remove it to train on "
+            "all steps"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""When a run has to stop early: asked by a signal, or because its time is nearly over.
+"""Early stop of a run: on a signal, near a deadline, or when the launcher has ended.
 
-Each rank looks by itself; the ranks agree at the next step boundary, so it does not matter which of
-them was told.
+Each rank checks by itself; the ranks agree at the next step boundary, so a signal to any one of
+them suffices.
 """
 
 import os
@@ -15,25 +15,25 @@ from types import FrameType
 from data_pipeline.errors import ConfigError, UserInterruptError
 from megaback.environment import LAUNCHER_VARIABLE
 
-_LEAD_S = 60.0
+_MARGIN_S = 60.0
 _SAME_REQUEST_S = 1.0
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
 def exit_at_ctrl_c() -> None:
-    """Until there is a StopRequest, Ctrl-C ends this rank at once and without a traceback."""
+    """Let Ctrl-C end this rank at once, without a traceback, until there is a StopRequest."""
     signal.signal(signal.SIGINT, lambda *_: _exit_while_starting())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 class StopRequest:
-    """Set by a signal, a deadline or the launcher's end; looked at between steps.
+    """Request to stop, set by a signal, a deadline or the launcher's end; checked between steps.
 
     The signals are SIGTERM, SIGUSR1, SIGINT (Ctrl-C) and, unless ignored (`nohup`), SIGHUP (the
-    terminal was closed). The same signal once more ends this rank at once and saves nothing. A
-    launcher and a terminal may both deliver it, so within a second it counts as one; another signal
-    is no repetition (Slurm sends SIGUSR1, and SIGTERM later). Before `begin_training` nothing is
-    there to save, and Ctrl-C ends the rank at once.
+    terminal was closed). The same signal again ends this rank at once, without saving. A launcher
+    and a terminal may both deliver it, so repeats within a second are ignored; another signal is
+    not a repeat (Slurm sends SIGUSR1, then SIGTERM). Before `begin_training` there is nothing to
+    save, and Ctrl-C ends the rank at once.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -50,23 +50,23 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # the launcher blocks it
 
     def begin_training(self) -> None:
-        """From now on there may be something to save."""
+        """Stop at the next step boundary on Ctrl-C from now on: there may be something to save."""
         self._is_training = True
 
     @property
     def is_interrupt(self) -> bool:
-        """Whether it is by Ctrl-C."""
+        """Whether the stop was requested by Ctrl-C."""
         return self._signal == signal.SIGINT.name
 
     @property
     def reason(self) -> str | None:
-        """Why to stop, if so."""
+        """Reason to stop, or None."""
         if self._signal is not None:
             return self._signal
         if self._deadline is not None and time.time() >= self._deadline:
             return "the deadline"
         if self._launcher and os.getppid() != self._launcher:
-            return "the launcher is gone"
+            return "the launcher has ended"
         return None
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
@@ -80,17 +80,17 @@ class StopRequest:
 
 
 def _exit_while_starting() -> None:
-    if LAUNCHER_VARIABLE not in os.environ:  # else the launcher says it, for all ranks
+    if LAUNCHER_VARIABLE not in os.environ:  # else the launcher reports it, for all ranks
         with suppress(OSError):
             os.write(2, b"megaback: error: interrupted before the first step\n")
     os._exit(UserInterruptError.exit_code)
 
 
 def deadline_of(save_before: str | None) -> float | None:
-    """When to stop, in seconds since the epoch: a little before what is given or Slurm's limit.
+    """Time to stop, in seconds since the epoch: shortly before `save_before` or Slurm's limit.
 
-    `save_before` is a local time (2026-11-25T18:00) or a duration from now (1h30m). The lead is a
-    minute, or a tenth of the time where that is less. Raises ConfigError.
+    `save_before` is a local time (2026-11-25T18:00) or a duration from now (1h30m). The margin is
+    a minute, or a tenth of the remaining time if that is less. Raises ConfigError.
     """
     now = time.time()
     ends = []
@@ -102,7 +102,7 @@ def deadline_of(save_before: str | None) -> float | None:
     if not ends:
         return None
     end = min(ends)
-    return end - min(_LEAD_S, max(end - now, 0) / 10)
+    return end - min(_MARGIN_S, max(end - now, 0) / 10)
 
 
 def _parse(text: str, now: float) -> float:

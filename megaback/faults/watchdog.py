@@ -1,8 +1,8 @@
 """Per-rank watchdog: writes heartbeats, and aborts when a phase times out or a peer is lost.
 
-The ranks wait for each other in every step. When one is gone, the others cannot know it from inside
-a collective: a thread here sees that this rank's phase has taken too long, reads the heartbeats for
-who is missing, and ends the process with a sentence.
+The ranks wait for each other in every step, and a rank inside a collective cannot notice that a
+peer is lost: a thread notices that this rank's phase has timed out, finds the missing ranks by
+their heartbeats, and ends the process with an error.
 """
 
 import os
@@ -29,7 +29,7 @@ class Watchdog:
     """Reports the phase of this rank, and ends the process when it takes too long."""
 
     def __init__(self, run: Path, section: HardwareSection, world: World) -> None:
-        """Nothing is written or watched before `open`."""
+        """Create a watchdog that neither writes nor watches before `open`."""
         self._run, self._section, self._world = run, section, world
         self._place: RunPlace | None = None
         self._lock = Lock()
@@ -53,19 +53,19 @@ class Watchdog:
 
     @property
     def is_open(self) -> bool:
-        """Whether the run's folder is ours and says that the run has started."""
+        """Whether the run's folder is ours and records that the run has started."""
         return self._thread.ident is not None
 
     def remember_folder(self) -> None:
-        """Know the run's folder again, by the start that it has just recorded."""
+        """Remember the run's folder by the start that it has just recorded, to follow moves."""
         self._place = RunPlace(self._run)
 
     def folder(self) -> Path:
-        """The run's folder, wherever it lies now. Raises StorageError."""
+        """Current path of the run's folder. Raises StorageError."""
         return self._run if self._place is None else self._place.now()
 
     def open(self) -> None:
-        """Begin, in a run's folder that is ours. Collective: all ranks then have a heartbeat."""
+        """Start, in a run's folder that is ours. Collective: all ranks then have a heartbeat."""
         self._world.run_collectively(self._begin)
         self._thread.start()
 
@@ -75,12 +75,12 @@ class Watchdog:
             self._beat = replace(self._beat, phase=phase, step=step, since=time.time())
 
     def use_step_timeout(self) -> None:
-        """From now on nothing takes long: everything was compiled, opened and connected."""
+        """Use the shorter timeout of steps, once everything is compiled, open and connected."""
         with self._lock:
             self._beat = replace(self._beat, timeout_s=self._section.step_timeout_s)
 
     def mark_exited(self, reason: str) -> None:
-        """Say why this rank ends, so that the others do not wait for it in vain."""
+        """Record why this rank ends, so that the others do not wait for it."""
         self._stopped.set()
         if not self.is_open:
             return
@@ -91,15 +91,15 @@ class Watchdog:
         self._write()
 
     def record_exit(self, code: int, kind: str, reason: str) -> bool:
-        """Note why the run ends, where its folder lies; False if another process has."""
+        """Record why the run ends, in its folder; False if another process already has."""
         try:
             return record_exit(self.folder(), code, kind, reason, self._world.rank)
-        except StorageError:  # another run's folder lies there
+        except StorageError:  # another run has taken the folder's place
             return True
 
     def report_lost(self) -> RankLostError:
-        """The ranks that are missing after a collective failed or timed out; records them."""
-        if not self.is_open:  # what lies in the run's folder is of an earlier start
+        """Record and report the ranks missing after a collective failed or timed out."""
+        if not self.is_open:  # heartbeats in the run's folder are of an earlier start
             error = RankLostError(
                 "another rank ended before the run had started; see the messages above, and run "
                 "the same command again"
@@ -109,18 +109,19 @@ class Watchdog:
         reason = self._wait_for_missing()
         error = RankLostError(
             f"{reason}; the other ranks stop, and the checkpoints are intact: run the same command "
-            "to go on"
+            "to resume"
         )
         self.mark_exited("another rank was lost")
         if self.record_exit(error.exit_code, type(error).__name__, reason):
-            report(error)  # the first to know speaks for all
+            report(error)  # only the first rank that records it
         return error
 
     def _begin(self) -> None:
         (self._run / HEARTBEATS_FOLDER).mkdir(exist_ok=True)
         write_heartbeat(self._run, self._beat)
         if self._world.is_first:
-            for rank in range(self._world.size, self._world.size + 100_000):  # of a larger world
+            # An earlier start may have had more ranks.
+            for rank in range(self._world.size, self._world.size + 100_000):
                 path = heartbeat_path(self._run, rank)
                 if not path.exists():
                     break
@@ -129,7 +130,7 @@ class Watchdog:
     def _write(self) -> None:
         with self._lock:
             beat = self._beat = replace(self._beat, written=time.time())
-        # A full or slow disk, or a folder that is gone, must not end a run that is well.
+        # A full disk or a missing folder must not end a healthy run.
         with suppress(OSError, StorageError):
             write_heartbeat(self.folder(), beat)
 
@@ -142,7 +143,7 @@ class Watchdog:
                 os._exit(self.report_lost().exit_code)
 
     def _wait_for_missing(self) -> str:
-        """Who is missing; heartbeats of the dead take a while to become old."""
+        """Description of the missing ranks, once the heartbeats of dead ones are old enough."""
         give_up = time.time() + 4 * self._section.heartbeat_s
         while True:
             missing = missing_ranks(read_heartbeats(self._run), self._world.size)
@@ -157,6 +158,6 @@ class Watchdog:
                 return (
                     f"{beat.name} was {beat.phase} at step {beat.step} for "
                     f"{time.time() - beat.since:.0f} s, and every rank is alive; the network or "
-                    "the disk may hang, or hardware.step_timeout_s be too short"
+                    "the disk may hang, or hardware.step_timeout_s may be too short"
                 )
             time.sleep(0.2)

@@ -1,9 +1,9 @@
-"""Continuous batching: samples that are written together, and join and leave at any step.
+"""Continuous batching: samples are generated together, and join and leave at any step.
 
-Each sample has its own options, seed and end, and is what it would be alone. (The products of more
-rows round differently: fp32 logits differ by about 1e-6.) Prompts are read one at a time, in
-steps between which others are written. A sample that has filled the context forgets its older half:
-it waits in the same queue for its newer half to be read again.
+Each sample has its own options, seed and end, and is the same as alone. (The products of more rows
+round differently: fp32 logits differ by about 1e-6.) Prompts are prefilled one at a time, in steps
+between which the other samples advance. A sample that has filled the context drops its older half:
+it waits in the same queue until its newer half is prefilled again.
 
 Shapes: B rows, V vocabulary.
 """
@@ -27,14 +27,14 @@ from megaback.inference.steps import Steps
 
 @dataclass(eq=False)
 class Sample:
-    """One sample: a prompt, how to continue it, and what was written."""
+    """A sample: its prompt, its options and the ids generated so far."""
 
     prompt: Prompt
     options: SamplingOptions
     num_likeliest: int | None = None
     """Number of likeliest ids to report per step; None reports no probabilities at all."""
     ids: list[int] = field(default_factory=list)
-    """Ids read and written; filled by the batch."""
+    """Ids of the prompt and generated ids; filled by the batch."""
 
     @property
     def num_new(self) -> int:
@@ -48,17 +48,17 @@ class Step:
     sample: Sample
     new_id: int
     is_end: bool
-    """Whether the id ended the sample and is no part of it."""
+    """Whether the id ended the sample and is not part of it."""
     is_last: bool
-    """Whether nothing follows: it has ended, or has as many tokens as it may."""
+    """Whether the sample is complete: it has ended, or has `max_new_tokens`."""
     log_probability: float | None
     """log P of the id in nats, at temperature 1, among all ids."""
     likeliest: tuple[tuple[int, float], ...]
-    """The likeliest ids at this place, with their log-probabilities."""
+    """The likeliest ids at this position, with their log-probabilities."""
 
 
 class ReadingError(Exception):
-    """Raised for a sample that was dropped as its prompt could not be read; see its cause."""
+    """Raised for a sample that was dropped because its prompt could not be read; see its cause."""
 
     def __init__(self, sample: Sample) -> None:
         super().__init__("a prompt could not be read")
@@ -72,19 +72,19 @@ class _Row:
     sample: Sample
     draws: np.random.Generator
     choice: SamplingOptions
-    """Options that are equal for rows that choose among their next ids in the same way."""
+    """Options, equal for rows that can sample in one operation."""
 
 
 @dataclass(eq=False)
 class _Reading:
-    """A row whose ids are to be read before it is written on."""
+    """A row whose ids must be prefilled."""
 
     row: _Row
     ids: list[int]
 
 
 class ContinuousBatch:
-    """The samples that are being written by one model, `num_slots` of them at most."""
+    """Samples that one model is generating, at most `num_slots`."""
 
     def __init__(self, decoder: Decoder, codec: TextCodec, num_slots: int) -> None:
         self._decoder, self._codec = decoder, codec
@@ -93,7 +93,7 @@ class ContinuousBatch:
         self._readings: deque[_Reading] = deque()
         self._steps_of_first: Steps[list[LayerState]] | None = None
         self._added_BV = torch.zeros(num_slots, decoder.vocab_size, device=decoder.device)
-        self._seen_BV: Tensor | None = None  # made when a sample is the first to have a penalty
+        self._seen_BV: Tensor | None = None  # made for the first sample with a penalty
         self._later: dict[tuple[int, ...], Tensor] = {}
         self._last_read: tuple[list[int], list[LayerState]] | None = None
 
@@ -102,7 +102,7 @@ class ContinuousBatch:
 
     @property
     def num_rows(self) -> int:
-        """Number of samples that have been read, and are written at each step."""
+        """Number of prefilled samples, which advance at each step."""
         return len(self._rows)
 
     @property
@@ -111,19 +111,19 @@ class ContinuousBatch:
         return self._cache.num_rows
 
     def check(self, prompt: Prompt) -> None:
-        """Raises PromptError when a prompt does not fit."""
+        """Raises PromptError if a prompt does not fit the context."""
         context_tokens = self._decoder.context_tokens
         if len(prompt.ids) > context_tokens:
             raise PromptError(
-                f"the text given is {len(prompt.ids)} tokens to read, and the model's context "
-                f"holds {context_tokens}; shorten it"
+                f"the text has {len(prompt.ids)} tokens, more than the model's context of "
+                f"{context_tokens}; shorten it"
             )
 
     def add(self, sample: Sample) -> None:
-        """Queue a sample. Raises PromptError, and ValueError when all slots are taken."""
+        """Queue a sample. Raises PromptError, and ValueError if all slots are in use."""
         self.check(sample.prompt)
         if len(self) == self.num_slots:
-            raise ValueError(f"all {self.num_slots} places are taken")
+            raise ValueError(f"all {self.num_slots} slots are in use")
         sample.ids = list(sample.prompt.ids)
         options = sample.options
         choice = replace(options, seed=0, max_new_tokens=1, stop_ids=(), min_new_tokens=0)
@@ -132,7 +132,7 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def remove(self, sample: Sample) -> None:
-        """Stop writing a sample, if it is still being written."""
+        """Cancel a sample; has no effect on one that has ended."""
         for reading in self._readings:
             if reading.row.sample is sample:
                 if reading is self._readings[0]:
@@ -146,7 +146,7 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Stop writing all samples."""
+        """Cancel all samples."""
         self._readings.clear()
         self._steps_of_first = None
         while self._rows:
@@ -154,9 +154,9 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def read(self, seconds: float = 0.0) -> None:
-        """Read samples that wait for it, in their order, for so many seconds or for one step.
+        """Prefill queued samples in their order, for a number of seconds or one step.
 
-        Samples of one prompt that come one after another read it once. Raises ReadingError.
+        Consecutive samples with the same prompt share its prefill. Raises ReadingError.
         """
         ends_s = time.monotonic() + seconds
         while self._readings:
@@ -170,7 +170,7 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def step(self) -> list[Step]:
-        """One id for each sample that has been read; those that have ended are gone afterwards."""
+        """Sample an id for each prefilled sample; samples that end are removed."""
         if not self._rows:
             return []
         logits_BV = self._decoder.step([row.sample.ids[-1] for row in self._rows], self._cache)
@@ -208,7 +208,7 @@ class ContinuousBatch:
         return steps
 
     def _state_after_a_step(self, first: _Reading) -> list[LayerState] | None:
-        """Keys and values of the first in the queue, if at most one more step completes them."""
+        """Keys and values of the first in the queue, after at most one step, if then complete."""
         if self._last_read is not None and self._last_read[0] == first.ids:
             return self._last_read[1]
         try:
@@ -225,7 +225,7 @@ class ContinuousBatch:
         return None
 
     def _begin(self, row: _Row, state: list[LayerState]) -> None:
-        """Write a sample on that has been read."""
+        """Add a prefilled sample to the rows."""
         sample, at = row.sample, len(self._rows)
         self._cache.add(state)
         self._rows.append(row)
@@ -237,7 +237,7 @@ class ContinuousBatch:
             self._seen_BV[at, torch.tensor(sample.ids, device=self._decoder.device)] = True
 
     def _take(self, at: int) -> _Row:
-        """Free a row, whose place the last one takes."""
+        """Remove a row; the last row takes its slot."""
         row, last = self._rows[at], len(self._rows) - 1
         self._cache.remove(at)
         self._rows[at] = self._rows[last]
@@ -248,15 +248,15 @@ class ContinuousBatch:
         return row
 
     def _forget(self) -> None:
-        """Let each row that has filled the context forget its older half."""
+        """Requeue each row that has filled the context, with its newer half."""
         context_tokens = self._decoder.context_tokens
-        for at in reversed(range(len(self._rows))):  # taking a row moves none before it
+        for at in reversed(range(len(self._rows))):  # removing a row moves none before it
             if self._cache.lengths[at] == context_tokens:
                 row = self._take(at)
                 self._readings.append(_Reading(row, row.sample.ids[-(context_tokens // 2) : -1]))
 
     def _choose(self, logits_BV: Tensor) -> list[int]:
-        """An id for each row; rows that choose in the same way choose together."""
+        """An id for each row; rows with equal options are sampled in one operation."""
         groups: dict[SamplingOptions, list[int]] = defaultdict(list)
         for at, row in enumerate(self._rows):
             groups[row.choice].append(at)
@@ -275,7 +275,7 @@ class ContinuousBatch:
         return chosen
 
     def _scores_of(self, logits_BV: Tensor) -> "dict[int, _Scores]":
-        """Log-probabilities of rows that report them."""
+        """Log-probabilities of the rows that report them."""
         rows = [at for at, row in enumerate(self._rows) if row.sample.num_likeliest is not None]
         if not rows:
             return {}
@@ -296,7 +296,7 @@ class ContinuousBatch:
         return allowed_V
 
     def _later_of(self, sample: Sample) -> Tensor:
-        """Logit mask of all ids but a sample's first."""
+        """Logit mask of all ids of a sample after its first."""
         key = (sample.prompt.end_id, *sample.options.stop_ids)
         if key not in self._later:
             writable = self._codec.writable_ids(sample.prompt.end_id).tolist()
@@ -304,7 +304,7 @@ class ContinuousBatch:
         return self._later[key]
 
     def _only(self, ids: "Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]") -> Tensor:
-        """Logit mask that leaves only these ids: shape (V,)."""
+        """Logit mask that allows only these ids: shape (V,)."""
         added_V = torch.full((self._decoder.vocab_size,), -torch.inf)
         added_V[torch.as_tensor(np.asarray(ids, dtype=np.int64))] = 0
         return added_V.to(self._decoder.device)

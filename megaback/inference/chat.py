@@ -1,6 +1,6 @@
-"""Asking a BackChat model: instructions for a response, the likeliest first.
+"""Generation with a BackChat model: instructions for a response, the likeliest first.
 
-With a model that writes forward it is the other way round: responses to an instruction.
+A forward model generates responses to an instruction.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,19 +25,19 @@ _DEFAULTS = SamplingOptions()
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text that was written, and log P(text and its end | what was given) in nats."""
+    """A generated text, and log P(text and its end | given text) in nats."""
 
     text: str
     log_probability: float
     tokens: int
-    """Ids of the text and, if it came, of its end."""
+    """Number of ids of the text and, if it ended, of its end marker."""
     is_complete: bool
-    """Whether the model ended it. If not, it was cut, and its likelihood is that of a beginning."""
+    """Whether the model ended it. If not, it is truncated, and so is its likelihood."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A model that is asked: for instructions, or for responses if it writes forward."""
+    """A model that writes instructions for responses, or responses if it is a forward model."""
 
     model: ReverseGPT
     decoder: Decoder
@@ -46,12 +46,12 @@ class Chat:
 
     @property
     def given_name(self) -> str:
-        """What the model is given: `response`, or `instruction`."""
+        """Name of the input: `response`, or `instruction`."""
         return "response" if self.form.writes_instruction else "instruction"
 
     @property
     def written_name(self) -> str:
-        """What the model writes: `instruction`, or `response`."""
+        """Name of the output: `instruction`, or `response`."""
         return "instruction" if self.form.writes_instruction else "response"
 
     @property
@@ -62,11 +62,11 @@ class Chat:
     def answer(
         self, given: str, options: SamplingOptions = _DEFAULTS, count: int = 1
     ) -> list[Candidate]:
-        """What could have led to a text: the different ones of `count` samples, likeliest first.
+        """Candidates for a given text: the distinct ones of `count` samples, likeliest first.
 
         Sample i has the seed `options.seed + i`. Likelihoods are at temperature 1, whatever the
-        options; samples that were cut come last. Raises PromptError for a text that is empty or
-        leaves no room in the context, and ConfigError.
+        options; truncated samples are last. Raises PromptError for a text that is empty or leaves
+        no room in the context, and ConfigError.
         """
         if (problem := FEW.problem(count)) is not None:
             raise ConfigError(f"`count` is {count!r}, {problem}")
@@ -76,8 +76,8 @@ class Chat:
         room = self.decoder.context_tokens - len(prompt.ids)
         if room < 1:
             raise PromptError(
-                f"the {self.given_name} is {len(prompt.ids)} tokens to read, and the model's "
-                f"context of {self.decoder.context_tokens} must hold what it writes too; shorten it"
+                f"the {self.given_name} has {len(prompt.ids)} tokens, which leaves no room for the "
+                f"output in the model's context of {self.decoder.context_tokens}; shorten it"
             )
         options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
         (found,) = candidates_of_each(self.model, self.decoder, self.form, [prompt], options, count)
@@ -90,7 +90,7 @@ class Chat:
 
 
 def load_chat(folder: str | Path, *, device: str | None = None) -> Chat:
-    """A BackChat model to be asked: its folder, its run or a checkpoint, as `megaback.load`.
+    """A BackChat model from a folder, a run or a checkpoint, as `megaback.load` takes them.
 
     Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
     """
@@ -110,7 +110,7 @@ def candidates_of_each(
 ) -> list[list[Candidate]]:
     """Candidates for each of several prompts of `form`, likeliest first, all in one batch.
 
-    The decoder has the model's weights, and writes; the model says how likely that was.
+    The decoder, which has the model's weights, generates; the model scores.
     Sample j of prompt i has seed `options.seed + i * count + j`. Each prompt leaves room for
     `options.max_new_tokens`.
     """
@@ -134,9 +134,9 @@ def candidates_of_each(
 def ranked(
     form: ChatFormat, given: Sequence[int], likelihoods: Mapping[tuple[int, ...], float]
 ) -> list[Candidate]:
-    """Candidates of ids that were written for what is given: those that were cut come last.
+    """Candidates of ids that were generated for given ids; truncated ones are last.
 
-    Ids of a candidate that the model ended have the end marker; likelihoods are log P in nats.
+    Ids of a complete candidate include the end marker; likelihoods are log P in nats.
     """
     found = [
         Candidate(_written(form, [*given, *ids]), likelihood, len(ids), ids[-1:] == (form.stop_id,))

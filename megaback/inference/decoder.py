@@ -1,8 +1,8 @@
 """Inference-optimized decoder with a KV cache: one token per row and step, for many rows.
 
-The same numbers as `ReverseGPT` to rounding, with few operations a token: products that read the
-same input are one, weights are packed as the CPU's kernels want them, positions are looked up, and
-keys and values have their place from the start.
+Equal to `ReverseGPT` up to rounding, with fewer operations per token: products of the same input
+are fused, weights are packed for the CPU's kernels, rotary embeddings are looked up, and the cache
+is allocated once.
 
 Shapes: N tokens, B rows, D width, H query heads, K key and value heads, G query heads a key head, E
 head dimension, F MLP width, V vocabulary.
@@ -24,9 +24,9 @@ from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
 from megaback.weights.model_folder import ModelDescription, load_model_folder
 
 ScoredToken = tuple[float, tuple[tuple[int, float], ...]]
-"""log P of an id in nats, and the likeliest ids in its place with theirs."""
+"""log P of an id in nats, and the likeliest ids at its position with theirs."""
 Product = Callable[[Tensor], Tensor]
-"""hidden_ND -> the product with a matrix."""
+"""hidden_ND -> its product with a matrix."""
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query_NHE, key_NKE, value_NKE) -> attended_NHE"""
 _LOGIT_ROWS = 256
@@ -57,11 +57,11 @@ class Decoder:
         takes_over: bool = True,
         compiled: bool = False,
     ) -> None:
-        """Take a model's weights over, after which it is of no use; or, slower, only read them.
+        """Pack a model's weights, which empties the model; without `takes_over`, only read them.
 
-        `usual_rows`: for how many rows at once to be fastest on a CPU; any number works. `compiled`
-        lets torch.compile make one kernel of what lies between the products; the first tokens then
-        take long.
+        Reading them is slower. `usual_rows`: number of rows to optimize for on a CPU; any number
+        works. `compiled` has torch.compile fuse the operations between the products; the first
+        tokens then take long.
         """
         self.shape = model.shape
         self.vocab_size = model.vocab_size
@@ -69,7 +69,7 @@ class Decoder:
         self.num_parameters = model.num_parameters()
         weight = model.lm_head.weight
         self.device, self.dtype = weight.device, weight.dtype
-        # On a CPU attention in bf16 is slower than in fp32, which the keys are computed in anyway.
+        # On a CPU attention in bf16 is slower than in fp32, in which the keys are computed anyway.
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         pack = _side_by_side
         if takes_over:
@@ -82,12 +82,12 @@ class Decoder:
         for block in model.model.layers:
             assert isinstance(block, Block)
             self._layers.append(_laid_out(block, pack))
-            if takes_over:  # so that weights are never there twice
+            if takes_over:  # only one layer's weights are in memory twice
                 _release_weights(block)
         self._norm_D = model.model.norm.weight.detach()
         positions = torch.arange(context_tokens, device=self.device)
         rotary = Rotary.at(positions, self.shape.head_dim, self.shape.rope_theta)
-        # Turning adds the other half, times a sine that is negative for the first half.
+        # Rotation adds the other half, times a sine that is negative for the first half.
         signs_E = torch.ones(self.shape.head_dim, device=self.device)
         signs_E[: self.shape.head_dim // 2] = -1
         self._turns = (rotary.cos_T1E, rotary.sin_T1E * signs_E)
@@ -110,7 +110,7 @@ class Decoder:
 
     @torch.inference_mode()
     def read_steps(self, ids: Sequence[int]) -> Steps[list[LayerState]]:
-        """The keys and values of a row's first tokens, if there are any; one layer per step."""
+        """Prefill: the keys and values of a row's first tokens, if any; one layer per step."""
         kept: list[LayerState] = []
 
         def attend(_layer: int, query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
@@ -128,10 +128,10 @@ class Decoder:
     def score_steps(
         self, given: Sequence[int], written: Sequence[int], num_likeliest: int = 0
     ) -> Steps[list[ScoredToken]]:
-        """What the model says of each id of `written`, as it comes after all before it.
+        """Log-probability of each id of `written` after all ids before it.
 
-        `given` is at least one id; both together, without the last, fit the context. A step is a
-        layer, or the logits of a few places.
+        `given` has at least one id; both together, without the last, fit the context. A step is a
+        layer, or the logits of a few positions.
         """
 
         def attend(_layer: int, query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int], cache: KeyValueCache) -> Tensor:
-        """Read one more id of every row; logits of the next ones in fp32: shape (B, V)."""
+        """Append an id to every row; logits of the next ids in fp32: shape (B, V)."""
         ids_B = torch.tensor(ids, device=self.device)
         positions_B = torch.tensor(cache.lengths, device=self.device)
         if self._step is None:
@@ -181,7 +181,7 @@ class Decoder:
         return self._head(self._hidden(ids_B, turns, attend)).float()
 
     def _row_steps(self, ids: Sequence[int], attend: _Attend) -> Steps[Tensor]:
-        """Hidden states of a row that begins here: shape (N, D). A step is a layer."""
+        """Hidden states of a new row: shape (N, D). A step is a layer."""
         cos_T1E, sin_T1E = self._turns
         turns = cos_T1E[: len(ids)], sin_T1E[: len(ids)]
         ids_N = torch.tensor(ids, device=self.device)
@@ -201,7 +201,7 @@ class Decoder:
     def _after_layer(
         self, number: int, hidden_ND: Tensor, turns: tuple[Tensor, Tensor], attend: _Attend
     ) -> Tensor:
-        """Hidden states after a layer, of those before it: shape (N, D)."""
+        """Hidden states after a layer, from those before it: shape (N, D)."""
         shape, layer = self.shape, self._layers[number]
         epsilon = shape.norm_epsilon
         num_turned = shape.num_heads + shape.kv_heads
@@ -224,7 +224,7 @@ class Decoder:
 
 
 def _causal(query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
-    """Attention of one row's tokens to themselves and to those before: shape (N, H, E)."""
+    """Causal attention within one row: shape (N, H, E)."""
     groups = query_NHE.shape[1] // key_NKE.shape[1]
     return F.scaled_dot_product_attention(
         query_NHE.transpose(0, 1)[None],
@@ -235,7 +235,7 @@ def _causal(query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
 
 
 def _normed(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """As `RMSNorm`; one operation fewer where nothing is to be cast."""
+    """As `RMSNorm`, without casts in fp32."""
     size = hidden.shape[-1:]
     if hidden.dtype is torch.float32:
         return F.rms_norm(hidden, size, eps=epsilon) * weight
@@ -285,7 +285,7 @@ def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _turned(matrices: list[nn.Linear]) -> Product:
-    """Column by column, which is faster than `F.linear` for one row in fp32 of many columns."""
+    """Transposed, which is faster than `F.linear` for one row in fp32 with many outputs."""
     stacked = torch.cat([matrix.weight.detach() for matrix in matrices])
     if len(stacked) < stacked.shape[1]:
         return _packed(matrices, 1)
@@ -294,9 +294,9 @@ def _turned(matrices: list[nn.Linear]) -> Product:
 
 
 def _packed(matrices: list[nn.Linear], rows: int = 16) -> Product:
-    """In the blocked layout of oneDNN's kernels, as torch.compile packs weights that it freezes.
+    """In the blocked layout of oneDNN's kernels, as torch.compile packs frozen weights.
 
-    Many rows save that the weights are laid out anew at every call; so does one row in bf16.
+    With many rows, or one row in bf16, this saves reordering the weights at every call.
     """
     linear = torch.ops.mkldnn._linear_pointwise.default
     stacked = torch.cat([matrix.weight.detach() for matrix in matrices])
@@ -312,7 +312,7 @@ def load_decoder(
     usual_rows: int = 1,
     compiled: bool = False,
 ) -> tuple[Decoder, ModelDescription, TextCodec]:
-    """A model ready to write, with the codec that its texts go through."""
+    """A decoder of the model in a folder, with its description and codec."""
     model, description, codec = load_model_folder(folder, device, dtype)
     decoder = Decoder(model, description.context_tokens, usual_rows=usual_rows, compiled=compiled)
     return decoder, description, codec

@@ -1,6 +1,6 @@
-"""One model on several devices: a process for each, which computes log-probabilities when asked.
+"""One model on several devices: a process per device computes log-probabilities.
 
-On a single device everything happens in the process that asks.
+With a single device, the calling process computes them.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ from megaback.model.gpt import ReverseGPT
 from megaback.weights.model_folder import load_model_folder
 
 _KILLED = (
-    "a device's process was killed from outside (out of memory, perhaps); run the same command "
-    "again, with fewer devices in `device`"
+    "a device's process was killed, perhaps for lack of memory; run the same command again, with "
+    "fewer devices in `device`"
 )
 
 
 def choose_devices(names: str | None) -> list[torch.device]:
     """Devices by name, separated by commas; by default every GPU, or else the CPU.
 
-    Raises BackendError when one of them is not there.
+    Raises BackendError if one of them is not available.
     """
     if names is not None:
         return [choose_device(name.strip()) for name in names.split(",")]
@@ -41,12 +41,12 @@ def choose_devices(names: str | None) -> list[torch.device]:
 
 
 class DevicePool:
-    """The model of a folder, on every one of some devices. To be closed, or used with `with`."""
+    """The model of a folder, on each of several devices. Close it, or use it with `with`."""
 
     def __init__(
         self, folder: Path, devices: Sequence[torch.device], model: ReverseGPT | None = None
     ) -> None:
-        """`model`: the same, where it is loaded already; used if there is one device."""
+        """`model`: the same model, if it is loaded already; used if there is one device."""
         self._folder = folder
         self._devices = [str(device) for device in devices]
         self._model = model
@@ -62,9 +62,9 @@ class DevicePool:
         self._turns = cycle(range(len(devices)))
 
     def submit(self, continuations: Sequence[Continuation]) -> "Future[list[float]]":
-        """Begin to compute log P(written | given) of each, on the next device.
+        """Start computing log P(written | given) of each, on the next device.
 
-        Raises LaunchError when its process was killed.
+        Raises LaunchError if its process was killed.
         """
         turn = next(self._turns)
         if self._pools:
@@ -74,7 +74,7 @@ class DevicePool:
                 with (
                     safe_child_imports(),
                     signals_deferred(),
-                ):  # a process is started here, the first time
+                ):  # the first call starts a process
                     running = self._pools[turn].submit(_on_device, *call)
                     self._processes |= set(active_children()) - others
                 return running
@@ -88,14 +88,14 @@ class DevicePool:
 
     @staticmethod
     def result(future: "Future[list[float]]") -> list[float]:
-        """Raises LaunchError when a device's process was killed."""
+        """The log-probabilities, once computed. Raises LaunchError if the process was killed."""
         try:
             return future.result()
         except BrokenProcessPool:
             raise LaunchError(_KILLED) from None
 
     def close(self) -> None:
-        """Wait for what runs, unless this process was asked to end."""
+        """Wait for running work, or kill it if this process has received a signal to end."""
         is_interrupted = received_signal() is not None
         if is_interrupted:
             kill(self._processes)

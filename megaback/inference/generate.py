@@ -18,10 +18,10 @@ def complete(
     context_tokens: int,
     options: SamplingOptions,
 ) -> str:
-    """Text, in a person's reading order, with what the model adds to what was given.
+    """The given text and its completion, in reading order.
 
-    A backward model writes what comes before `given`, a forward model what comes after. Raises
-    PromptError when `given` is longer than the model's context.
+    A backward model writes the text before `given`, a forward model the text after it. Raises
+    PromptError if `given` is longer than the model's context.
     """
     prompt = codec.prompt(given)
     new_ids = generate(model, codec, prompt, context_tokens, options)
@@ -37,8 +37,8 @@ def generate(
 ) -> Iterator[int]:
     """New ids one at a time, until an end marker, a stop id or `max_new_tokens`.
 
-    When the context is full, its older half is forgotten. A Decoder has its own `context_tokens`;
-    for more than one text make one, which is faster. Raises PromptError when the prompt does not
+    When the context is full, its older half is dropped. A Decoder has its own `context_tokens`;
+    for more than one text make one, which is faster. Raises PromptError if the prompt does not
     fit.
     """
     if isinstance(model, ReverseGPT):
@@ -73,10 +73,10 @@ def generate_many(
     options: SamplingOptions,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[list[int | None]]:
-    """The next id of each sample at once, None for those that have ended; until all have.
+    """The next id of each sample, None for those that have ended, until all have.
 
     Sample i begins with prompts[i]; its seed is seeds[i], or without `seeds` `options.seed + i`.
-    Raises PromptError when a prompt does not fit the context.
+    Raises PromptError if a prompt does not fit the context.
     """
     if not prompts:
         return

@@ -1,8 +1,8 @@
-"""Keys and values of rows that come and go, so that each new token costs one position per row.
+"""KV cache for a changing set of rows: a new token costs one position per row.
 
-Memory is laid out once, for all rows and the whole context. A row's tokens begin at its first slot
-and continue by its own length, so that what one row has read never moves for the sake of another.
-Rows in use are the first ones: when one leaves, the last takes its place.
+Memory is allocated once, for all rows and the whole context. A row's tokens begin at its first slot
+and continue by its own length, so other rows never move them. Rows in use are the first ones: when
+one is removed, the last takes its place.
 
 Shapes: B rows in use, K key and value heads, S slots, E head dimension, T tokens of one row.
 """
@@ -20,18 +20,18 @@ LayerState = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Reach:
-    """What a step over all rows reads and writes."""
+    """The part of the cache that a step over all rows reads and writes."""
 
     layers: list[LayerState]
-    """Each layer's keys and values up to the token at hand: each of shape (B, K, S, E)."""
+    """Each layer's keys and values up to the current token: each of shape (B, K, S, E)."""
     place: tuple[Any, Any, Any]
-    """Index in these of the token's keys and values: it leaves (B, K, E)."""
+    """Index in these of the token's keys and values, of shape (B, K, E)."""
     visible: Tensor | None
     """Slots that belong to each row: (B, 1, 1, S); None if all do."""
 
 
 class KeyValueCache:
-    """All layers' keys and values of up to `num_rows` rows, and how many tokens each has read."""
+    """All layers' keys and values of up to `num_rows` rows, and the length of each in tokens."""
 
     def __init__(
         self,
@@ -52,17 +52,17 @@ class KeyValueCache:
         self.lengths: list[int] = []
 
     def add(self, state: Sequence[LayerState]) -> None:
-        """Give the next row to what has been read. Raises ValueError when all are taken."""
+        """Add a prefilled row. Raises ValueError if all rows are in use."""
         row, length = len(self.lengths), state[0][0].shape[1]
         if row == self.num_rows:
-            raise ValueError(f"all {self.num_rows} rows are taken")
+            raise ValueError(f"all {self.num_rows} rows are in use")
         for layer, (keys_KTE, values_KTE) in enumerate(state):
             self._keys[layer, row, :, :length] = keys_KTE
             self._values[layer, row, :, :length] = values_KTE
         self.lengths.append(length)
 
     def remove(self, row: int) -> None:
-        """Free a row; the last one moves there."""
+        """Remove a row; the last one takes its place."""
         length = self.lengths.pop()
         last = len(self.lengths)
         if row != last:
@@ -71,7 +71,7 @@ class KeyValueCache:
             self.lengths[row] = length
 
     def reach(self) -> Reach:
-        """Slots up to the longest row's next one; without a mask if all rows are that long."""
+        """Slots up to the longest row's next one; no mask if all rows have that length."""
         length = max(self.lengths)
         if min(self.lengths) < length:
             return self._masked(length + 1)
@@ -83,7 +83,7 @@ class KeyValueCache:
         return self._masked(self.capacity_tokens)
 
     def advance(self) -> None:
-        """Count a token of every row, written where `reach` said."""
+        """Count a token per row, after it was written at the place of `reach`."""
         self.lengths = [length + 1 for length in self.lengths]
 
     def _masked(self, stop: int) -> Reach:

@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations in nats, many of them in one forward pass.
 
-Each function has a form in steps (`megaback.inference.steps`), which gives the same numbers: with
-`tokens_at_once`, a forward pass has at most so many tokens, or one continuation.
+Each function has an equivalent in steps (`megaback.inference.steps`): with `tokens_at_once`, a
+forward pass has at most that many tokens, or one continuation.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _TOKENS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Continuation:
-    """Given ids (at least one), and ids written after them."""
+    """Given ids (at least one), and the ids that continue them."""
 
     given: Sequence[int]
     written: Sequence[int]
@@ -35,8 +35,8 @@ def in_packs(continuations: Sequence[Continuation]) -> list[list[int]]:
 def log_probabilities(model: ReverseGPT, continuations: Sequence[Continuation]) -> list[float]:
     """log P(written | given) of each, summed over its ids, in nats.
 
-    Continuations are packed side by side without seeing each other, in the order given. The terms
-    are of fp32, their sums of fp64: a long text loses nothing by being long.
+    Continuations are packed in their order, without attention across them. Terms are in fp32 and
+    sums in fp64, so long texts lose no precision.
     """
     return finish(log_probability_steps(model, continuations))
 
@@ -91,7 +91,7 @@ def next_log_probability_steps(
 
     Row k, column c is log P(ids[c] | given and the first k + 1 written ids).
     """
-    # An id that is never looked at, so that the last one written is read.
+    # One more id, whose value does not matter, so that the last written id is read.
     longer = [Continuation(one.given, [*one.written, 0]) for one in continuations]
     device = next(model.parameters()).device
     chosen_C = torch.tensor(list(ids), dtype=torch.long, device=device)

@@ -1,7 +1,7 @@
 """Sampling of next ids: its options, and the choice for many rows at once.
 
-Every row has a stream of uniform numbers of its own, made on the CPU from its seed: what a row
-chooses depends neither on the rows beside it nor on the device.
+Every row has its own stream of uniform numbers, made on the CPU from its seed: its choices depend
+neither on other rows nor on the device.
 
 Shapes: B rows, V vocabulary, C candidates.
 """
@@ -30,7 +30,7 @@ _ALLOWED = {
     "temperature": TEMPERATURE,
     "top_k": TOP_K,
     "min_new_tokens": COUNT_OR_ZERO,
-    "seed": COUNT_OR_ZERO,  # of one of many samples, whose first has a `SEED`
+    "seed": COUNT_OR_ZERO,  # of a later sample, whose first has a `SEED`
     "top_p": SOME_SHARE,
     "min_p": SHARE,
     "repetition_penalty": REPETITION_PENALTY,
@@ -39,7 +39,7 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose tokens; the first three defaults are the seed experiment's.
+    """Sampling parameters; the first three defaults are the seed experiment's.
 
     They apply in this order: repetition penalty, temperature, top_k, top_p, min_p.
     """
@@ -54,7 +54,7 @@ class SamplingOptions:
     seed: int = 0
     """Seed of the first sample; the next ones have the next numbers."""
     top_p: float = 1.0
-    """Probability that the fewest tokens to sample from have together: Holtzman et al., "The
+    """Total probability of the smallest set of tokens to sample from: Holtzman et al., "The
     Curious Case of Neural Text Degeneration" (2020)."""
     min_p: float = 0.0
     """Minimum probability of a token, relative to that of the most likely one."""
@@ -64,11 +64,10 @@ class SamplingOptions:
     stop_ids: tuple[int, ...] = ()
     """Ids that end a sample, beside the document's end marker."""
     min_new_tokens: int = 0
-    """Number of tokens before which no id that ends a sample is chosen, however likely: the others
-    share its probability."""
+    """Minimum number of tokens: ids that end a sample are masked before it."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a value that makes no sense."""
+        """Raises ConfigError for a value out of range."""
         for name, allowed in _ALLOWED.items():
             if (problem := allowed.problem(getattr(self, name))) is not None:
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}, {problem}")
@@ -79,38 +78,38 @@ def choose(
 ) -> list[int]:
     """An id for each row, from logits that may be -inf and each row's own stream of numbers.
 
-    Raises NonFiniteError where a row's logits hold no number to choose by.
+    Raises NonFiniteError if a row has no finite maximum.
     """
     if options.temperature < _MIN_TEMPERATURE:
-        is_number_B = logits_BV.amax(-1).isfinite()
-        return _ids(logits_BV.argmax(-1), is_number_B)
+        is_finite_B = logits_BV.amax(-1).isfinite()
+        return _ids(logits_BV.argmax(-1), is_finite_B)
     probabilities_BC, ids_BC = candidates(logits_BV, options)
     # In float64 and with draws of 24 bits, a product below the sum stays below it.
     sums_BC = probabilities_BC.double().cumsum(-1)
     draws_B = [draw.random(dtype=np.float32) for draw in draws]
     draws_B1 = torch.tensor(draws_B, dtype=torch.float64, device=logits_BV.device)[:, None]
     places_B1 = torch.searchsorted(sums_BC, draws_B1 * sums_BC[:, -1:], right=True)
-    places_B1 = places_B1.clamp_(max=sums_BC.shape[-1] - 1)  # of a row of NaN, it is past the end
+    places_B1 = places_B1.clamp_(max=sums_BC.shape[-1] - 1)  # past the end for a row of NaN
     if ids_BC is not None:
         places_B1 = ids_BC.gather(-1, places_B1)
     return _ids(places_B1[:, 0], sums_BC[:, -1] > 0)
 
 
-def _ids(chosen_B: Tensor, is_number_B: Tensor) -> list[int]:
-    """The ids, fetched from the device once. Raises NonFiniteError where one is not of numbers."""
-    ids: list[int] = torch.where(is_number_B, chosen_B, -1).tolist()
+def _ids(chosen_B: Tensor, is_finite_B: Tensor) -> list[int]:
+    """The ids, fetched from the device once. Raises NonFiniteError if a row is not finite."""
+    ids: list[int] = torch.where(is_finite_B, chosen_B, -1).tolist()
     if -1 in ids:
         raise NonFiniteError(
-            "the model's logits are no numbers: its weights are damaged or too large for this "
+            "the model's logits are non-finite: its weights are damaged or too large for this "
             "precision; use an earlier checkpoint, or fp32"
         )
     return ids
 
 
 def candidates(logits_BV: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor | None]:
-    """Relative probabilities, 0 for what is left out, and their ids: each of shape (B, C).
+    """Relative probabilities, 0 for excluded ids, and their ids: each of shape (B, C).
 
-    Without ids they are of the whole vocabulary, in order.
+    Ids are None if the probabilities are of the whole vocabulary, in order.
     """
     logits_BC, ids_BC = logits_BV / options.temperature, None
     vocab_size = logits_BV.shape[-1]
@@ -120,7 +119,7 @@ def candidates(logits_BV: Tensor, options: SamplingOptions) -> tuple[Tensor, Ten
     probabilities_BC = logits_BC.softmax(-1)
     if options.top_p < 1:
         before_BC = probabilities_BC.cumsum(-1) - probabilities_BC
-        before_BC[:, 0] = -1  # the likeliest one stays, also where fp32 has no number for top_p
+        before_BC[:, 0] = -1  # keep the likeliest, even if top_p underflows in fp32
         probabilities_BC = probabilities_BC.masked_fill(before_BC >= options.top_p, 0)
     if options.min_p > 0:
         min_B1 = options.min_p * probabilities_BC.amax(-1, keepdim=True)
@@ -129,6 +128,6 @@ def candidates(logits_BV: Tensor, options: SamplingOptions) -> tuple[Tensor, Ten
 
 
 def penalized(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Logits with those of ids that a row has seen made less likely."""
+    """Logits with a penalty on the ids that a row has seen."""
     less_likely_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return torch.where(seen_BV, less_likely_BV, logits_BV)

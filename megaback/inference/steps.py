@@ -1,7 +1,7 @@
-"""Long work in steps: a generator that yields between them, so that whoever runs it can stop.
+"""Long work in steps: a generator that yields between them, so that its caller can stop it.
 
-A step is the work between two yields, at most one layer of a model over a few hundred tokens or
-one text where the work allows it. Closing the generator cancels what is left.
+A step is the work between two yields: where possible, at most one layer of a model over a few
+hundred tokens, or one text. Closing the generator cancels the rest.
 """
 
 from collections.abc import Generator

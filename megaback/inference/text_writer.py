@@ -1,4 +1,4 @@
-"""A trained model for use from Python: texts in, texts out, in the order in which people read.
+"""A trained model for use from Python: text in and text out, in reading order.
 
 writer = megaback.load("models/xcoax")
 print(writer.complete_backwards("and they lived happily ever after."))
@@ -22,7 +22,7 @@ _DEFAULTS = SamplingOptions()
 
 
 def choose_device(name: str | None) -> torch.device:
-    """A device by name, or the first GPU, or the CPU. Raises BackendError when it is not there."""
+    """A device by name, or the first GPU, or the CPU. Raises BackendError if not available."""
     has_cuda = torch.cuda.is_available()
     try:
         device = torch.device(name or ("cuda" if has_cuda else "cpu"))
@@ -33,8 +33,7 @@ def choose_device(name: str | None) -> torch.device:
     ):
         raise BackendError(
             f"`device` {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA "
-            "devices; "
-            "use cpu, or a CUDA build of torch on a machine with GPUs"
+            "devices; use cpu, or a CUDA build of torch on a machine with GPUs"
         )
     return device
 
@@ -51,7 +50,7 @@ def load(
     a checkpoint, which is converted beside it, once.
 
     `device`: `cpu`, `cuda`, `cuda:1`; by default the first GPU, if there is one. `dtype`: `float32`
-    or `bfloat16`. `usual_rows`: how many texts are mostly written at once. `compiled`: with
+    or `bfloat16`. `usual_rows`: number of texts per batch to optimize for. `compiled`: with
     torch.compile. Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
     """
     if dtype not in _DTYPES:
@@ -84,9 +83,9 @@ class Writer:
         stop_ids: tuple[int, ...] = (),
         min_new_tokens: int = 0,
     ) -> str:
-        """The ending with what the model writes before it.
+        """The ending with the text that the model writes before it.
 
-        Raises ConfigError for an option out of range (see `SamplingOptions`), PromptError when the
+        Raises ConfigError for an option out of range (see `SamplingOptions`), PromptError if the
         ending is longer than the model's context, and DirectionMismatchError for a model that
         writes forward.
         """
@@ -118,9 +117,9 @@ class Writer:
         stop_ids: tuple[int, ...] = (),
         min_new_tokens: int = 0,
     ) -> str:
-        """The beginning with what a forward model writes after it.
+        """The beginning with the text that a forward model writes after it.
 
-        Raises what `complete_backwards` does, for a model of the other direction.
+        Raises the errors of `complete_backwards`, for a model of the other direction.
         """
         self._require(Direction.FORWARD, "complete_forwards")
         options = SamplingOptions(
@@ -139,10 +138,10 @@ class Writer:
     def complete_many(
         self, given: Sequence[str], options: SamplingOptions = _DEFAULTS
     ) -> list[str]:
-        """Each text with what the model adds to it, written side by side.
+        """Each text with its completion, generated in one batch.
 
-        Text i has the seed `options.seed + i`, and is what it would be alone. Raises PromptError
-        for a text that is longer than the model's context.
+        Text i has the seed `options.seed + i`, and is the same as alone. Raises PromptError for a
+        text that is longer than the model's context.
         """
         texts = self._begin(given)
         for _ in self._write(texts, options):
@@ -152,14 +151,14 @@ class Writer:
     def stream(
         self, given: Sequence[str], options: SamplingOptions = _DEFAULTS
     ) -> Iterator[list[str]]:
-        """`complete_many`, which yields all texts, whole and anew, after every token."""
+        """`complete_many` as a stream: yields all texts, complete so far, after every token."""
         texts = self._begin(given)
         for _ in self._write(texts, options):
             yield [text.rendered for text in texts]
 
     def _begin(self, given: Sequence[str]) -> "list[_Text]":
-        if isinstance(given, str):  # each character of which would be one
-            raise PromptError("`given` is one text; give a list of texts")
+        if isinstance(given, str):  # each character would be a text
+            raise PromptError("`given` is a str; give a list of texts")
         return [_Text(self.codec, text) for text in given]
 
     def _write(self, texts: "list[_Text]", options: SamplingOptions) -> Iterator[None]:
@@ -174,13 +173,13 @@ class Writer:
         actual = self.description.text_format.direction
         if actual is not direction:
             raise DirectionMismatchError(
-                f"{method} needs a model that writes {direction.value}, and this one writes "
+                f"{method} needs a model that writes {direction.value}, but this one writes "
                 f"{actual.value}; use complete_{actual.value}s"
             )
 
 
 class _Text:
-    """A text that grows."""
+    """A text that is being generated."""
 
     def __init__(self, codec: TextCodec, given: str) -> None:
         self._codec, self._given = codec, given
@@ -189,6 +188,6 @@ class _Text:
 
     @property
     def rendered(self) -> str:
-        """Never of a part: the edge of what was given is held back until the first new id."""
+        """The text; the given text alone until there is a new id."""
         is_begun = len(self.ids) > len(self.prompt.ids)
         return self._codec.render(self.ids) if is_begun else self._given

@@ -100,7 +100,7 @@ def test_a_node_that_does_not_fit_is_replaced_on_request(
     job = slurm.require_completed(job_id, tmp_path)
 
     log = read_log(tmp_path, job_id)
-    assert "node n2 has flash-attn 0.1, and the other nodes have none" in log
+    assert "node n2 has flash-attn 0.1, but the other nodes have none" in log
     assert "without n2 from now on; the newest checkpoint is of step 0" in log
     assert (job["Restarts"], job["NodeList"]) == ("1", "n[1,3]")
 

@@ -33,9 +33,9 @@ CASES = [
     ("skewed", "strict"),
 ]
 SENTENCES = {
-    "other version": "node node1 has torch 1.0, and the other nodes have ",
-    "wrong device": "node node1 (rank 1): its device multiplies wrongly",
-    "own disk": "node node1 does not read in ",
+    "other version": "node node1 has torch 1.0, but the other nodes have ",
+    "wrong device": "node node1 (rank 1): its device computes wrong products",
+    "own disk": "node node1 cannot read the file that node ",
     "slow": "node node1 (rank 1) multiplies at ",
     "skewed": "the clock of node node1 (rank 1) is 300.0 s ahead of the others'",
 }

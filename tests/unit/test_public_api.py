@@ -177,7 +177,7 @@ def test_a_typo_in_a_keyword_of_a_method_is_named(folder: Path) -> None:
         writer.complete_backwards("the end.", temprature=1.0)  # type: ignore[call-arg]
     with pytest.raises(megaback.errors.ConfigError, match="`temperature` is -1, not in the range"):
         writer.complete_backwards("the end.", temperature=-1)
-    with pytest.raises(megaback.errors.PromptError, match="`given` is one text; give a list"):
+    with pytest.raises(megaback.errors.PromptError, match="`given` is a str; give a list"):
         writer.complete_many("the end.")
 
 

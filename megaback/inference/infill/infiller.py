@@ -1,9 +1,9 @@
-"""The middle of a text whose beginning and ending are given, by two models that meet.
+"""Infilling: the middle of a text with given beginning and ending, by two models that meet.
 
-A forward model goes on from the beginning, a backward model writes toward the ending, and what
-they wrote is joined where both find the whole most likely. docs/infill.md has the method and its
-formulas. Guarantees: a result's text is beginning + middle + ending, character for character, and
-the same seed gives the same result, alone or among other gaps.
+A forward model continues the beginning, a backward model continues the ending backward, and their
+halves are joined where both models find the whole most likely. docs/infill.md has the method and
+its formulas. Guarantees: a result's text is beginning + middle + ending, character for character,
+and the same seed gives the same result, alone or among other gaps.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that writes and judges in one direction."""
+    """A model that generates and scores in one direction."""
 
     model: ReverseGPT
     decoder: Decoder
@@ -56,43 +56,44 @@ class Reader:
 
 @dataclass(frozen=True)
 class InfillOptions:
-    """What a middle may be, and how much is tried."""
+    """Length of a middle, and the number of candidates."""
 
     max_tokens: int = 32
-    """Maximum tokens of the middle, as the models write them."""
+    """Maximum tokens of the middle, as the models tokenize it."""
     min_tokens: int = 1
     forward_candidates: int = 16
-    """Samples of the forward model; 0 leaves the whole middle to the other."""
+    """Samples of the forward model; with 0, the backward model writes the whole middle."""
     backward_candidates: int = 16
     rescored: int = 16
     """Number of joins that are scored exactly and returned."""
     forward_weight: float = 0.5
     """Weight of the forward model in the score, from 0 to 1; the backward model has the rest."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """`max_new_tokens` and `stop_ids` are of no use here."""
+    """`max_new_tokens` and `stop_ids` are ignored."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a value that makes no sense."""
+        """Raises ConfigError for a value out of range."""
         for name, allowed in _ALLOWED.items():
             if (problem := allowed.problem(getattr(self, name))) is not None:
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}, {problem}")
         if self.max_tokens < self.min_tokens:
             raise ConfigError(
-                f"`max_tokens` is {self.max_tokens}, less than `min_tokens` {self.min_tokens}"
+                f"`max_tokens` is {self.max_tokens}, less than `min_tokens` {self.min_tokens}; "
+                "raise it"
             )
         if self.forward_candidates + self.backward_candidates == 0:
             raise ConfigError(
-                "`forward_candidates` and `backward_candidates` are both 0; a model must write"
+                "`forward_candidates` and `backward_candidates` are both 0; raise one of them"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Infill:
-    """A middle, and what both models say of it."""
+    """A middle with its scores by both models."""
 
     middle: str
     score: float
-    """Nats a token that is scored; higher is better."""
+    """Nats per scored token; higher is better."""
     forward: float
     """log P(middle and ending | beginning) by the forward model, in nats."""
     backward: float
@@ -101,12 +102,12 @@ class Infill:
     """Number of tokens that `forward` is the sum of."""
     backward_tokens: int
     written_forward: int | None = None
-    """Tokens of the middle that the forward model wrote; None for a text that was given."""
+    """Tokens of the middle that the forward model wrote; None for a given middle."""
     written_backward: int | None = None
 
 
 class Infiller:
-    """Two models that meet."""
+    """Infilling by a forward and a backward model."""
 
     def __init__(self, forward: Reader, backward: Reader) -> None:
         """Raises TokenizerMismatchError or DirectionMismatchError."""
@@ -114,13 +115,13 @@ class Infiller:
             actual = reader.codec.format
             if actual.direction is not direction:
                 raise DirectionMismatchError(
-                    f"the {direction.value} model writes {actual.direction.value}; infilling needs "
-                    "one model of each direction"
+                    f"the {direction.value} model writes {actual.direction.value}; give one model "
+                    "of each direction"
                 )
             if actual.unit is not Unit.TOKEN:
                 raise DirectionMismatchError(
-                    f"the {direction.value} model has unit {actual.unit.value!r}; infilling needs "
-                    f"two models of unit {Unit.TOKEN.value!r}, whose tokens are the same"
+                    f"the {direction.value} model has unit {actual.unit.value!r}; give two models "
+                    f"of unit {Unit.TOKEN.value!r}, whose tokens are the same"
                 )
         turned = replace(backward.codec.format, direction=Direction.FORWARD)
         forward.codec.format.require_same(turned, "the forward model", "the backward model")
@@ -130,9 +131,9 @@ class Infiller:
     def fill(
         self, beginning: str, ending: str, options: InfillOptions = InfillOptions()
     ) -> list[Infill]:
-        """Different middles, the best first; none if no join has a length that is allowed.
+        """Distinct middles, the best first; none if no join has an allowed length.
 
-        Raises PromptError when a text is empty, or both do not fit the context with the middle.
+        Raises PromptError if a text is empty, or both with the middle do not fit the context.
         """
         (found,) = self.fill_many([(beginning, ending)], options)
         return found
@@ -140,7 +141,7 @@ class Infiller:
     def fill_many(
         self, gaps: Sequence[tuple[str, str]], options: InfillOptions = InfillOptions()
     ) -> list[list[Infill]]:
-        """`fill` of each (beginning, ending), written side by side: each is what it is alone."""
+        """`fill` of each (beginning, ending), in one batch: each result is the same as alone."""
         read = [self.read(beginning, ending, options.max_tokens) for beginning, ending in gaps]
         forward = _write(
             self.forward, [gap.beginning for gap in read], options.forward_candidates, options
@@ -158,28 +159,28 @@ class Infiller:
         middles: Sequence[str],
         options: InfillOptions = InfillOptions(),
     ) -> list[Infill]:
-        """What both models say of middles that are given, in their order. Raises PromptError."""
+        """Scores of given middles by both models, in their order. Raises PromptError."""
         codec = self.forward.codec
         longest = max((len(codec.encode(middle)) for middle in middles), default=0)
         return finish(self._score(self.read(beginning, ending, longest), middles, options))
 
     def read(self, beginning: str, ending: str, max_tokens: int) -> InfillPrompts:
-        """A gap of so many tokens. Raises PromptError."""
+        """Prompts of a gap of up to `max_tokens`. Raises PromptError."""
         gap = InfillPrompts.between(self.forward.codec, self.backward.codec, beginning, ending)
         # Each prompt has a marker, and lacks the piece that it holds back.
         lengths = len(gap.before), len(gap.after)
         if sum(lengths) + max_tokens > self.context_tokens:
             raise PromptError(
-                f"the beginning is {lengths[0]} tokens to read and the ending {lengths[1]}, and "
-                f"the models' context of {self.context_tokens} must hold both and the "
-                f"{max_tokens} of the middle; shorten them"
+                f"the beginning has {lengths[0]} tokens and the ending {lengths[1]}; with up to "
+                f"{max_tokens} of the middle they exceed the models' context of "
+                f"{self.context_tokens}; shorten them"
             )
         return gap
 
     def meet_steps(
         self, gap: InfillPrompts, onwards: list[Half], backwards: list[Half], options: InfillOptions
     ) -> Steps[list[Infill]]:
-        """What comes of halves that both models wrote: see `fill`."""
+        """Join halves that both models wrote: see `fill`."""
         onwards = [Half((gap.before_held,), is_given=True), *onwards]
         backwards = [Half((gap.after_held,), is_given=True), *backwards]
         ahead, back = self.forward.model, self.backward.model
@@ -208,7 +209,7 @@ class Infiller:
         joins: list[Join],
         maximum: int,
     ) -> Steps[dict[str, tuple[int, int]]]:
-        """The first middles that differ, with how many tokens each model wrote of them."""
+        """The first distinct middles, with the number of tokens that each model wrote of them."""
         written: dict[str, tuple[int, int]] = {}
         for join in joins:
             ahead, back = onwards[join.forward], backwards[join.backward]
@@ -261,14 +262,14 @@ def load_infiller(
 
 
 def different_halves(samples: Sequence[Sequence[int]]) -> list[Half]:
-    """Distinct halves of what a model wrote for one prompt."""
+    """Distinct halves of a model's samples for one prompt."""
     return [Half(ids) for ids in dict.fromkeys(map(tuple, samples)) if ids]
 
 
 def _write(
     reader: Reader, texts: Sequence[str], count: int, options: InfillOptions
 ) -> list[list[Half]]:
-    """Different samples for each text, with the same seeds for each."""
+    """Distinct samples for each text, with the same seeds for each."""
     sampling = replace(options.sampling, max_new_tokens=options.max_tokens, stop_ids=())
     prompts = [reader.codec.prompt(text) for text in texts]
     prompts_at_once = max(1, _ROWS_AT_ONCE // max(count, 1))
@@ -288,9 +289,9 @@ def _write(
 def _after(
     reader: Reader, prompt: Sequence[int], texts: Sequence[str]
 ) -> Steps[list[tuple[float, int]]]:
-    """log P(text) - log P(prompt) of each text, as it is encoded as a whole, and its tokens.
+    """log P(text) - log P(prompt) of each text, encoded as a whole, and its number of tokens.
 
-    Where the text's ids begin with those of the prompt, that is log P(the others | the prompt).
+    If the text's ids begin with those of the prompt, that is log P(the rest | the prompt).
     """
     wholes = []
     for text in texts:
@@ -316,7 +317,7 @@ def _after(
 
 
 def _shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
-    """How many ids both begin with."""
+    """Length of the common prefix."""
     for at, (one, other) in enumerate(zip(prompt, whole, strict=False)):
         if one != other:
             return at

@@ -1,8 +1,8 @@
-"""What one model says of every join of its own halves with those of the other model.
+"""One model's scores of all joins of its own halves with those of the other model.
 
-A pass over each of its halves, and a pass over each of the other's: no join is read by itself.
+One forward pass per half, its own and the other's, instead of one per join.
 
-Shapes: I halves of the judge, A their cuts, J halves of the other model, B their cuts, C ids, W
+Shapes: I halves of this model, A their cuts, J halves of the other model, B their cuts, C ids, W
 written ids.
 """
 
@@ -22,7 +22,7 @@ from megaback.model.gpt import ReverseGPT
 
 Floats = npt.NDArray[np.float64]
 TOKENS_AT_ONCE = 512
-"""Tokens per forward pass over halves or texts, each layer of which is a step."""
+"""Maximum tokens per forward pass, each layer of which is a step."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Half:
 
     ids: tuple[int, ...]
     is_given: bool = False
-    """Whether it is only the piece that the prompt holds back: the other model wrote it all."""
+    """Whether it is only the token that the prompt holds back: the other model wrote all."""
 
     def new_tokens(self, cut: int) -> int:
-        """How many of the ids before a cut were written."""
+        """Number of generated ids before a cut."""
         return 0 if self.is_given else cut
 
 
@@ -49,19 +49,18 @@ class JoinScores:
     column_JB: npt.NDArray[np.int64]
     """Index among the C of the other half's id next to the cut."""
     rest_JB: Floats
-    """Log-probability of what comes after that id, as if the join were at the end of the other
-    half."""
+    """Log-probability of the ids after it, as if the join were at the end of the other half."""
     tokens_after: int
     """Number of ids after both halves."""
 
     def of_own(self, half: int) -> Floats:
-        """log P(what comes after the prompt), of the joins of one of its halves: (A, J, B)."""
+        """log P(everything after the prompt), for joins of one of its halves: (A, J, B)."""
         joined_AJB: Floats = self.next_IAC[half][:, self.column_JB] + self.rest_JB
         joined_AJB += self.own_IA[half][:, None, None]
         return joined_AJB
 
     def of_other(self, half: int) -> Floats:
-        """The same of one half of the other model: (B, I, A)."""
+        """The same for one half of the other model: (B, I, A)."""
         at_B = self.column_JB[half]
         joined_IAB: Floats = (
             self.next_IAC[:, :, at_B] + self.rest_JB[half] + self.own_IA[:, :, None]
@@ -76,7 +75,7 @@ def score_half_steps(
     other_prompt: Sequence[int],
     others: Sequence[Half],
 ) -> Steps[JoinScores]:
-    """A model's tables of its own halves and the other's; the first of each is what is given."""
+    """A model's tables of its own halves and the other's; the first of each is the given one."""
     ids = sorted({one for half in others for one in half.ids})
     column = {one: number for number, one in enumerate(ids)}
     longest = max(len(half.ids) for half in halves)
@@ -97,7 +96,7 @@ def score_half_steps(
     logs = yield from token_log_probability_steps(model, continuations, TOKENS_AT_ONCE)
     for number, (half, logs_W) in enumerate(zip(others, logs, strict=True)):
         column_JB[number, : len(half.ids)] = [column[one] for one in half.ids]
-        # What remains after each id, the last one first.
+        # The rest after each id, the last one first.
         last_first_W: Floats = logs_W.double().cpu().numpy()[::-1]
         remaining_W = np.concatenate([[0.0], last_first_W.cumsum()])[len(after) : -1]
         rest_JB[number, : len(half.ids)] = remaining_W

@@ -1,6 +1,6 @@
-"""Where a text written forward and a text written backward meet: every possible join, estimated.
+"""Search for joins of forward and backward halves: every possible join, estimated.
 
-A join takes the first ids of a forward half and the first ids of a backward half, and its score is
+A join takes the first ids of a forward half and the first ids of a backward half. Its score is
 estimated from both models' tables, without running them again; docs/infill.md has the formulas.
 Guarantees: the same halves and tables give the same joins in the same order.
 
@@ -16,8 +16,8 @@ import numpy.typing as npt
 from megaback.inference.infill.join_scores import Floats, Half, JoinScores
 from megaback.inference.steps import Steps
 
-_CUTS_A_PAIR = 4
-"""Neighbouring cuts of the same two halves are mostly alike."""
+_CUTS_PER_PAIR = 4
+"""Number of joins per pair of halves: adjacent cuts of the same pair are similar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def mean_per_token(
     backward_tokens: npt.ArrayLike,
     forward_weight: float,
 ) -> Floats:
-    """The score: weighted nats of both models for each weighted token that they scored."""
+    """The score: weighted nats of both models per weighted token that they scored."""
     weight = forward_weight
     nats = weight * np.asarray(forward) + (1 - weight) * np.asarray(backward)
     tokens = weight * np.asarray(forward_tokens) + (1 - weight) * np.asarray(backward_tokens)
@@ -57,7 +57,7 @@ def best_join_steps(
     max_tokens: int,
     forward_weight: float,
 ) -> Steps[list[Join]]:
-    """Joins with so many new tokens, the best estimate first; a few of each pair of halves.
+    """Joins with `min_tokens` to `max_tokens`, the best estimate first; a few per pair of halves.
 
     A step is one forward half.
     """
@@ -98,13 +98,13 @@ def best_join_steps(
 
 
 def _best(score_JC: Floats) -> list[list[tuple[int, float]]]:
-    """Columns and values of the few best of each row, the best first, of equal ones the first.
+    """Columns and values of the few best of each row, the best first, at ties the first column.
 
-    Leaves -inf where they were. Far faster than to sort all columns, of which there are thousands.
+    Replaces them by -inf. Far faster than sorting all of the thousands of columns.
     """
     rows_J = np.arange(len(score_JC))
     best: list[list[tuple[int, float]]] = [[] for _ in rows_J]
-    for _ in range(_CUTS_A_PAIR):
+    for _ in range(_CUTS_PER_PAIR):
         best_J = score_JC.argmax(axis=1)
         values_J = score_JC[rows_J, best_J]
         for of_row, at, value in zip(best, best_J.tolist(), values_J.tolist(), strict=True):

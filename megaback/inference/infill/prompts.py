@@ -1,7 +1,7 @@
 """A gap between two texts, as a forward and a backward model read its edges.
 
-Each model's prompt holds back the piece next to the gap, so that what is written may go on within a
-word. What is joined is rendered as a whole, and is taken only if both texts come back untouched.
+Each model's prompt holds back the token next to the gap, so that the middle may begin within a
+word. A join is rendered as a whole, and accepted only if both given texts are unchanged in it.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ class InfillPrompts:
     def between(
         cls, forward: TextCodec, backward: TextCodec, beginning: str, ending: str
     ) -> "InfillPrompts":
-        """Raises PromptError when a text is empty."""
+        """Raises PromptError if a text is empty."""
         for name, text in (("beginning", beginning), ("ending", ending)):
             if not text:
                 raise PromptError(
-                    f"the {name} is empty; give a text, or use `megaback sample`, which needs one "
-                    "text and one model"
+                    f"the {name} is empty; give a text, or use `megaback sample`, which needs only "
+                    "one text"
                 )
         return cls(
             beginning=beginning,
@@ -51,10 +51,10 @@ class InfillPrompts:
         )
 
     def middle(self, onwards: Sequence[int], backwards: Sequence[int]) -> str | None:
-        """The text between, of ids that go on from the forward and the backward prompt.
+        """The text between, from the ids that continue the forward and the backward prompt.
 
-        Both in the reading order of their model. None when nothing is between, or when the join
-        cuts a character.
+        Both are in the reading order of their model. None if the text is empty, or if the join
+        splits a character.
         """
         ids = [*self.before, *onwards, *reversed(backwards), *reversed(self.after)]
         text = self.codec.render(ids)

@@ -284,7 +284,7 @@ FAULTS = {
         outcome="after hardware.step_timeout_s the other rank names the silent one and exits; "
         "`megaback train` kills the frozen one",
         code=LOST,
-        output="has been silent",
+        output="has written no heartbeat",
         act=signal_rank(signal.SIGSTOP, 1),
     ),
     "exception in a rank": Fault(
@@ -319,7 +319,7 @@ FAULTS = {
         outcome="all ranks exit, and the node is named; "
         "the same command starts the run once the device is correct",
         code=PreflightError.exit_code,
-        output="(rank 1): its device multiplies wrongly",
+        output="(rank 1): its device computes wrong products",
         inject=at("megaback.faults.node_facts:multiply", "nan", call=1, when="after"),
     ),
     "NaN": Fault(

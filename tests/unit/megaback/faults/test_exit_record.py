@@ -1,4 +1,4 @@
-"""The first to know why a run ends has the word, and every start and end stays on record."""
+"""exit.json holds the first recorded reason of an end, the history every start and end."""
 
 import json
 import socket
@@ -20,7 +20,7 @@ FAULT = {"code": 51, "kind": "RankLostError", "reason": "rank 3 is dead", "rank"
 
 
 def fault_in(fields: dict[str, Any] | None) -> dict[str, Any]:
-    """What was said, without where and when."""
+    """The fields of a record without host and time."""
     assert fields is not None
     return {name: fields[name] for name in FAULT}
 
@@ -48,7 +48,7 @@ def test_why_a_run_ended_reads_back(tmp_path: Path) -> None:
     assert fault_in(read_exit(tmp_path)) == FAULT
 
 
-def test_an_end_says_where_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_has_its_host_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     earliest = time.time()
     record_exit(tmp_path, 0, "finished", "trained to the end")
@@ -57,7 +57,7 @@ def test_an_end_says_where_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert fields is not None
     assert earliest <= fields["time"] <= time.time()
     assert (fields["host"], fields["job"]) == (socket.gethostname(), "77")
-    assert fields["rank"] is None  # the launcher said it
+    assert fields["rank"] is None  # recorded by the launcher
 
 
 def test_the_first_reason_stays(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def _record(run: Path, rank: int) -> bool:
     return record_exit(run, 1, "Exception", f"rank {rank}", rank)
 
 
-def test_of_many_processes_one_is_the_first(tmp_path: Path) -> None:
+def test_one_of_many_processes_is_the_first(tmp_path: Path) -> None:
     with get_context("spawn").Pool(4) as pool:  # forked, they would inherit locks of threads
         won = pool.starmap(_record, [(tmp_path, rank) for rank in range(8)], chunksize=1)
 
@@ -82,7 +82,7 @@ def test_of_many_processes_one_is_the_first(tmp_path: Path) -> None:
     assert events_of(tmp_path) == ["exit"]
 
 
-def test_a_start_takes_the_reason_of_the_end_before_it_away(tmp_path: Path) -> None:
+def test_a_start_removes_the_reason_of_the_previous_end(tmp_path: Path) -> None:
     record_exit(tmp_path, 51, "RankLostError", "rank 3 is dead", 0)
     record_start(tmp_path, step=0)
     assert read_exit(tmp_path) is None
@@ -101,7 +101,7 @@ def test_the_history_has_every_start_and_end(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 200))
-def test_a_last_line_that_was_cut_short_is_left_out(
+def test_a_truncated_last_line_is_skipped(
     tmp_path_factory: pytest.TempPathFactory, cut_bytes: int
 ) -> None:
     run = tmp_path_factory.mktemp("run")
@@ -111,12 +111,12 @@ def test_a_last_line_that_was_cut_short_is_left_out(
     data = (run / HISTORY_NAME).read_bytes()
     (run / HISTORY_NAME).write_bytes(data[:-cut_bytes])
 
-    # Without its newline alone, the line is still whole.
+    # A line that lacks only its newline is complete.
     assert events_of(run) == (["start", "exit"] if cut_bytes == 1 else ["start"])
     assert data.startswith(whole)
 
 
-def test_what_stands_after_a_line_that_is_none_is_read(tmp_path: Path) -> None:
+def test_lines_after_an_invalid_line_are_read(tmp_path: Path) -> None:
     record_start(tmp_path, step=0)
     with (tmp_path / HISTORY_NAME).open("a") as file:
         file.write('{"event": "exi\n')
@@ -126,19 +126,19 @@ def test_what_stands_after_a_line_that_is_none_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"code": 5', "[]", "5", "null", "\0\0"])
-def test_what_is_no_reason_is_none(content: str, tmp_path: Path) -> None:
+def test_an_invalid_record_is_ignored(content: str, tmp_path: Path) -> None:
     (tmp_path / EXIT_NAME).write_text(content)
 
     assert read_exit(tmp_path) is None
 
 
-def test_a_folder_of_no_run_has_neither_reason_nor_history(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_has_neither_reason_nor_history(tmp_path: Path) -> None:
     for run in (tmp_path, tmp_path / "nowhere"):
         assert read_exit(run) is None
         assert read_history(run) == []
 
 
-def test_a_folder_that_cannot_be_written_is_no_further_fault(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_raises_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     for run in (tmp_path / "nowhere", tmp_path / "file"):
@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_written_is_no_further_fault(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_disk_that_fills_up_is_no_further_fault(
+def test_a_disk_that_fills_up_raises_no_error(
     tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
 ) -> None:
     with full_disk():
@@ -155,7 +155,7 @@ def test_a_disk_that_fills_up_is_no_further_fault(
     assert read_exit(tmp_path) is None
 
 
-def test_a_start_that_cannot_be_noted_is_said(tmp_path: Path) -> None:
+def test_a_start_that_cannot_be_recorded_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         record_start(tmp_path / "nowhere", step=0)
 

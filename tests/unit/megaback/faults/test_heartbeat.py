@@ -1,4 +1,4 @@
-"""Heartbeats say what a rank is at, and of a rank that says no more, why."""
+"""Heartbeats hold a rank's phase, and missing ranks are described."""
 
 import json
 import os
@@ -33,7 +33,7 @@ HERE = Heartbeat(
     interval_s=10.0,
     timeout_s=300.0,
 )
-"""Of this process, which is well."""
+"""Heartbeat of this process, which is healthy."""
 
 
 def test_a_heartbeat_is_not_written_through_a_link(tmp_path: Path) -> None:
@@ -56,12 +56,12 @@ def alive(rank: int, **fields: Any) -> Heartbeat:
 
 
 def dead(rank: int, **fields: Any) -> Heartbeat:
-    """Of a process whose number this one has now."""
+    """Heartbeat of an ended process whose id this one has."""
     return alive(rank, pid_started=HERE.pid_started - 100, **fields)
 
 
 def silent(rank: int, **fields: Any) -> Heartbeat:
-    """Of another host, from which no more is heard."""
+    """Heartbeat of another host that is too old."""
     return alive(rank, host="elsewhere", written=NOW - 26, **fields)
 
 
@@ -130,7 +130,7 @@ def test_heartbeats_are_in_order_of_rank(run: Path) -> None:
     assert [beat.rank for beat in read_heartbeats(run)] == [0, 2, 10, 100]
 
 
-def test_ranks_outside_of_their_world_are_left_out(run: Path) -> None:
+def test_ranks_outside_of_their_world_are_skipped(run: Path) -> None:
     for rank in range(4):
         write_heartbeat(run, alive(rank, world_size=2))
 
@@ -150,7 +150,7 @@ def test_ranks_outside_of_their_world_are_left_out(run: Path) -> None:
         json.dumps({**asdict(HERE), "rank": 1}).encode()[:-2],
     ],
 )
-def test_what_is_no_heartbeat_is_left_out(content: bytes, run: Path) -> None:
+def test_an_invalid_heartbeat_is_skipped(content: bytes, run: Path) -> None:
     write_heartbeat(run, alive(0))
     heartbeat_path(run, 1).write_bytes(content)
     heartbeat_path(run, 2).mkdir()
@@ -162,7 +162,7 @@ def test_a_run_that_never_began_has_no_heartbeats(tmp_path: Path) -> None:
     assert read_heartbeats(tmp_path) == []
 
 
-def test_a_heartbeat_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_heartbeat_that_cannot_be_written_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_heartbeat(tmp_path, HERE)
 
@@ -176,35 +176,35 @@ def test_a_process_that_ended_is_gone(child: "subprocess.Popen[bytes]") -> None:
     beat = beat_of(child)
     child.kill()
     wait_for_zombie(child.pid)
-    assert beat.is_gone is True  # nobody has asked for its exit code yet
+    assert beat.is_gone is True  # its exit code was not collected yet
     child.wait()
 
     assert beat.is_gone is True
 
 
-def test_a_process_with_the_number_of_another_one_is_not_it() -> None:
+def test_a_process_with_a_reused_id_is_gone() -> None:
     assert dead(0).is_gone is True
 
 
-def test_of_another_hosts_process_nothing_is_known() -> None:
+def test_the_state_of_another_hosts_process_is_unknown() -> None:
     assert alive(0, host="elsewhere").is_gone is None
     assert dead(0, host="elsewhere").is_gone is None
 
 
-def test_when_all_are_well_nobody_is_missing() -> None:
+def test_no_rank_is_missing_when_all_are_healthy() -> None:
     assert missing_ranks([alive(0), alive(1), alive(2)], 3, NOW) == {}
 
 
-def test_a_dead_rank_is_named_with_what_it_was_at() -> None:
+def test_a_dead_rank_is_named_with_its_step_and_phase() -> None:
     assert missing_ranks([alive(0), dead(1), alive(2)], 3, NOW) == {
         1: f"rank 1 ({HERE.host}, process {HERE.pid}) is dead; "
-        "it was last heard of at step 7, updating"
+        "its last heartbeat was at step 7, updating"
     }
 
 
-def test_a_silent_rank_is_named_with_for_how_long() -> None:
+def test_a_silent_rank_is_named_with_the_age_of_its_heartbeat() -> None:
     assert missing_ranks([alive(0), alive(1), silent(2)], 3, NOW) == {
-        2: f"rank 2 (elsewhere, process {HERE.pid}) has been silent for 26 s; "
+        2: f"rank 2 (elsewhere, process {HERE.pid}) has written no heartbeat for 26 s; "
         "it was at step 7, updating"
     }
 
@@ -216,19 +216,19 @@ def test_a_rank_is_silent_after_two_and_a_half_intervals(age_s: float, is_missin
     assert (missing_ranks([beat], 1, NOW) != {}) is is_missing
 
 
-def test_without_a_time_it_is_now() -> None:
+def test_the_default_time_is_now() -> None:
     assert missing_ranks([alive(0, written=time.time())], 1) == {}
     assert missing_ranks([alive(0, written=time.time() - 30)], 1).keys() == {0}
 
 
-def test_a_rank_that_was_never_heard_of_is_named() -> None:
+def test_a_rank_without_a_heartbeat_is_named() -> None:
     assert missing_ranks([alive(1)], 3, NOW) == {
-        0: "rank 0 has never been heard of",
-        2: "rank 2 has never been heard of",
+        0: "rank 0 has written no heartbeat",
+        2: "rank 2 has written no heartbeat",
     }
 
 
-def test_who_left_with_a_reason_is_named_when_nobody_else_is() -> None:
+def test_a_rank_that_ended_with_a_reason_is_named_if_it_is_the_only_one() -> None:
     left = dead(1, exit_reason="a full disk")
 
     assert missing_ranks([alive(0), left, alive(2)], 3, NOW) == {
@@ -236,7 +236,7 @@ def test_who_left_with_a_reason_is_named_when_nobody_else_is() -> None:
     }
 
 
-def test_who_left_with_a_reason_is_not_named_beside_others() -> None:
+def test_a_rank_that_ended_with_a_reason_is_not_named_beside_others() -> None:
     left = dead(1, exit_reason="another rank was lost", written=NOW - 999)
 
     for other in (dead(2), silent(2)):
@@ -244,18 +244,18 @@ def test_who_left_with_a_reason_is_not_named_beside_others() -> None:
     assert missing_ranks([alive(0), left], 3, NOW).keys() == {2}
 
 
-kinds = st.sampled_from(["well", "dead", "silent", "left", "never"])
+kinds = st.sampled_from(["healthy", "dead", "silent", "ended", "never"])
 
 
 @given(st.lists(kinds, min_size=1, max_size=6))
-def test_missing_are_those_who_went_without_a_word_else_those_who_left(kinds: list[str]) -> None:
-    make = {"well": alive, "dead": dead, "silent": silent}
+def test_ranks_without_a_reason_are_missing_else_those_with_one(kinds: list[str]) -> None:
+    make = {"healthy": alive, "dead": dead, "silent": silent}
     beats = [
-        dead(rank, exit_reason="why") if kind == "left" else make[kind](rank)
+        dead(rank, exit_reason="why") if kind == "ended" else make[kind](rank)
         for rank, kind in enumerate(kinds)
         if kind != "never"
     ]
-    wordless = {rank for rank, kind in enumerate(kinds) if kind in ("dead", "silent", "never")}
-    left = {rank for rank, kind in enumerate(kinds) if kind == "left"}
+    unexplained = {rank for rank, kind in enumerate(kinds) if kind in ("dead", "silent", "never")}
+    ended = {rank for rank, kind in enumerate(kinds) if kind == "ended"}
 
-    assert missing_ranks(beats, len(kinds), NOW).keys() == (wordless or left)
+    assert missing_ranks(beats, len(kinds), NOW).keys() == (unexplained or ended)

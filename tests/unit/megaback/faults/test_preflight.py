@@ -1,4 +1,4 @@
-"""Of the facts of all ranks, the node that does not fit is named, and no other."""
+"""The node that differs from the others is named, and no other."""
 
 import math
 from collections.abc import Sequence
@@ -48,18 +48,18 @@ def test_equal_nodes_fit(num_nodes: int, ranks_per_node: int, device: str) -> No
 @pytest.mark.parametrize(
     ("fields", "check", "stops", "says"),
     [
-        ({"versions": VERSIONS | {"torch": "2.9"}}, "versions", True, "has torch 2.9, and"),
-        ({"versions": VERSIONS | {"code": "def"}}, "versions", True, "has code def, and"),
+        ({"versions": VERSIONS | {"torch": "2.9"}}, "versions", True, "has torch 2.9, but"),
+        ({"versions": VERSIONS | {"code": "def"}}, "versions", True, "has code def, but"),
         ({"problem": "cannot multiply: ECC"}, "device", True, "its device cannot multiply: ECC"),
-        ({"device": "A100"}, "device", False, "has the device A100, and the others H100"),
-        ({"num_devices": 1}, "device", False, "shows 1 GPUs, and the other nodes 2"),
-        ({"multiply_flops": 3e14}, "speed", False, "multiplies at 300,000.0 GFLOP/s, and 500,000"),
-        ({"memory_free_bytes": 10**9}, "memory", False, "has 1.0 GB of memory free, and 80.0 GB"),
+        ({"device": "A100"}, "device", False, "has the device A100, but the other nodes have H100"),
+        ({"num_devices": 1}, "device", False, "has 1 GPUs, but the other nodes have 2"),
+        ({"multiply_flops": 3e14}, "speed", False, "multiplies at 300,000.0 GFLOP/s, the median"),
+        ({"memory_free_bytes": 10**9}, "memory", False, "has 1.0 GB of memory free, the median"),
         ({"clock_offset_s": -42.0}, "clock", False, "is 42.0 s behind the others'"),
     ],
 )
 @given(st.integers(3, 6), st.data())
-def test_the_one_that_is_different_is_named(
+def test_the_node_that_is_different_is_named(
     fields: dict[str, object],
     check: str,
     stops: bool,
@@ -81,7 +81,7 @@ def test_a_cpu_may_be_busy_with_something_else() -> None:
     assert named(compare_ranks(slower, "cuda", 10)) == {("speed", "n1", False)}
 
 
-def test_the_memory_of_a_host_is_complained_of_once_and_that_of_each_gpu() -> None:
+def test_low_memory_is_reported_once_per_host_but_for_each_gpu() -> None:
     poor = with_node(fleet(4), "n2", memory_free_bytes=10**9)
 
     assert len(compare_ranks(poor, "cpu", 10)) == 1
@@ -95,14 +95,14 @@ def test_a_clock_may_differ_by_as_much_as_heartbeats_allow(offset_s: float, max_
     assert bool(findings) == (math.fabs(offset_s) > max_s)
 
 
-def test_of_two_nodes_with_other_versions_the_second_is_named() -> None:
+def test_with_two_nodes_the_versions_of_the_first_count() -> None:
     both = with_node(fleet(2), "n0", versions=VERSIONS | {"torch": "2.9"})
 
     assert {item.node for item in compare_ranks(both, "cuda", 10)} == {"n1"}
 
 
 A, B, C = (DiskFacts(node, 1.0, 1.0) for node in "abc")
-UNREAD = "does not read"
+UNREAD = "cannot read"
 
 
 @pytest.mark.parametrize(
@@ -118,16 +118,14 @@ UNREAD = "does not read"
         ([A, B, replace(C, problem="disk full")], ["c"]),
     ],
 )
-def test_the_node_whose_disk_is_another_one_is_named(
-    disks: list[DiskFacts], bad: list[str]
-) -> None:
+def test_the_node_with_another_disk_is_named(disks: list[DiskFacts], bad: list[str]) -> None:
     findings = compare_disks(disks)
 
     assert [item.node for item in findings] == bad
     assert all(item.stops for item in findings)
 
 
-def test_versions_are_those_of_what_decides_the_numbers_and_of_our_own_code() -> None:
+def test_versions_cover_the_libraries_and_our_own_code() -> None:
     found = versions()
 
     assert {"python", "torch", "deepspeed", "megaback", "flash-attn", "code"} <= set(found)

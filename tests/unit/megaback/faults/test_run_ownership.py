@@ -1,4 +1,4 @@
-"""A run's folder is one that megaback made, or an empty one; a person's config stays as it is."""
+"""A run's folder is one that megaback made, or an empty one; a user's config is not replaced."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.helpers.run_config import run_config
 from tools.rollback import roll_back
 
 
-def ask(run: Path, given: Path | None = None, **sections: Any) -> None:
+def require(run: Path, given: Path | None = None, **sections: Any) -> None:
     require_run_folder(run_config(run, **sections), given)
 
 
@@ -29,24 +29,24 @@ def write(path: Path, text: str = "text") -> None:
 FREE: dict[str, Callable[[Path], None]] = {
     "nothing": lambda run: run.unlink(missing_ok=True),
     "an empty folder": lambda run: run.mkdir(),
-    "folders in which nothing is": lambda run: (run / "checkpoints").mkdir(parents=True),
+    "empty folders": lambda run: (run / "checkpoints").mkdir(parents=True),
     "a run": lambda run: (run.mkdir(), record_start(run, step=0), write(run / "notes.txt"))[0],
     "a run that was submitted": lambda run: write(
         run / "submitted" / "20260101-000000" / "submission.json", json.dumps({"jobs": []})
     ),
-    "a start that was cut short": lambda run: (
+    "an interrupted start": lambda run: (
         write(run / ".lock", ""),
         write(run / "heartbeats" / "rank-00000.json"),
         write(run / "checkpoints" / "step-00000010" / "meta.json"),
     )[0],
-    "checkpoints that were fetched, and used as a model": lambda run: (
+    "fetched checkpoints that were used as a model": lambda run: (
         write(run / "checkpoints" / "step-00000010" / "meta.json"),
         write(run / "converted" / ".lock", ""),
         write(run / "converted" / "step-00000010-0123456789ab" / "config.json"),
     )[0],
-    "what a mount brings": lambda run: write(run / "lost+found" / "x"),
+    "a mount point": lambda run: write(run / "lost+found" / "x"),
 }
-NOT_OURS: dict[str, Callable[[Path], None]] = {
+FOREIGN: dict[str, Callable[[Path], None]] = {
     "a config": lambda run: write(run / "config.yaml"),
     "metrics": lambda run: write(run / "metrics.jsonl", '{"step": 1}\n'),
     "a data set": lambda run: write(run / "manifest.json", "{}"),
@@ -62,59 +62,57 @@ NOT_OURS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_a_run_may_be_written_to(name: str, tmp_path: Path) -> None:
+def test_a_free_folder_is_accepted(name: str, tmp_path: Path) -> None:
     FREE[name](tmp_path / "run")
 
-    ask(tmp_path / "run")
+    require(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", NOT_OURS)
-def test_a_folder_that_holds_something_else_is_refused(name: str, tmp_path: Path) -> None:
-    NOT_OURS[name](tmp_path / "run")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_folder_is_refused(name: str, tmp_path: Path) -> None:
+    FOREIGN[name](tmp_path / "run")
 
-    with pytest.raises(OutputExistsError, match="no run of megaback's"):
-        ask(tmp_path / "run")
+    with pytest.raises(OutputExistsError, match="not a megaback run"):
+        require(tmp_path / "run")
 
 
-def test_the_folder_that_we_are_in_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "metrics.jsonl")
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(OutputExistsError, match=r"metrics\.jsonl"):
-        ask(Path())
+        require(Path())
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "run")
 
     with pytest.raises(OutputExistsError, match="is a file"):
-        ask(tmp_path / "run")
+        require(tmp_path / "run")
 
 
 @pytest.mark.parametrize("run", ["shards", "shards/run", ".", "model"])
 def test_a_run_is_kept_apart_from_what_it_reads(run: str, tmp_path: Path) -> None:
-    """Also where it has been there before."""
+    """Also if it is there already."""
     for name in ("shards", "model"):
         (tmp_path / name).mkdir()
     (tmp_path / run).mkdir(exist_ok=True)
     record_start(tmp_path / run, step=0)
 
     with pytest.raises(OutputExistsError, match="which is an input"):
-        ask(
+        require(
             tmp_path / run,
             data={"shards": str(tmp_path / "shards")},
             init_from=tmp_path / "model",
         )
 
 
-def test_the_given_config_may_lie_in_the_folder_of_its_run(tmp_path: Path) -> None:
-    """It stays as it is, and the resolved one has another name from then on."""
+def test_the_given_config_may_be_in_the_folder_of_its_run(tmp_path: Path) -> None:
+    """It is not changed, and the resolved one is written under another name."""
     run, given = tmp_path / "run", tmp_path / "run" / "config.yaml"
     write(given, "# mine\nrun: run\n")
 
-    ask(run, given)
+    require(run, given)
 
     assert place_of_config(run, given) == run / RESOLVED_COPY_NAME
     write(run / RESOLVED_COPY_NAME)
@@ -140,30 +138,30 @@ def test_our_copy_of_a_config_is_replaced_and_an_edited_one_is_not(tmp_path: Pat
 def test_a_run_whose_work_folder_is_a_link_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "run").mkdir()
     record_start(tmp_path / "run", step=0)
-    for linked in ("checkpoints", "logs", "tensorboard"):  # on another disk, as users have it
+    for linked in ("checkpoints", "logs", "tensorboard"):  # on another disk
         (tmp_path / "disk" / linked).mkdir(parents=True)
         (tmp_path / "run" / linked).symlink_to(tmp_path / "disk" / linked)
-    ask(tmp_path / "run")
+    require(tmp_path / "run")
     (tmp_path / "run" / name).symlink_to(tmp_path / "disk")
     with pytest.raises(OutputExistsError, match="choose another run"):
-        ask(tmp_path / "run")
+        require(tmp_path / "run")
 
 
-def test_checkpoints_may_lie_on_another_disk_and_not_in_another_run(tmp_path: Path) -> None:
-    """Those that a run no longer keeps are removed."""
+def test_checkpoints_may_be_on_another_disk_but_not_in_another_run(tmp_path: Path) -> None:
+    """Rotation would delete those of the other run."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     (elsewhere / "checkpoints").mkdir(parents=True)
     write(run / "history.jsonl", '{"event": "start", "time": 1}\n')
     (run / "checkpoints").symlink_to(elsewhere / "checkpoints")
-    ask(run)
+    require(run)
     write(elsewhere / "history.jsonl", "")
     with pytest.raises(OutputExistsError, match="checkpoints of another run"):
-        ask(run)
+        require(run)
     with pytest.raises(OutputExistsError, match="checkpoints of another run"):
         roll_back(run, 1)
 
 
-def test_folders_that_are_nested_thousands_deep_are_somebody_elses(tmp_path: Path) -> None:
+def test_folders_that_are_nested_thousands_deep_are_foreign(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     here = os.open(tmp_path / "run", os.O_RDONLY)
     for _ in range(2200):
@@ -173,5 +171,5 @@ def test_folders_that_are_nested_thousands_deep_are_somebody_elses(tmp_path: Pat
         here = inner
     os.close(here)
     with pytest.raises(OutputExistsError, match="is not empty"):
-        ask(tmp_path / "run")
+        require(tmp_path / "run")
     subprocess.run(["rm", "-r", tmp_path / "run"], check=True)  # pytest cannot

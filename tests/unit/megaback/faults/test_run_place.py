@@ -1,4 +1,4 @@
-"""A run's folder is found where it was moved, and no other run is taken for it."""
+"""A run's folder is found after a move, and no other run is mistaken for it."""
 
 import shutil
 from pathlib import Path
@@ -24,11 +24,11 @@ def replace_by_another(run: Path) -> None:
     record_start(run, step=0)
 
 
-def test_a_folder_that_was_left_alone_lies_where_it_was(run: Path) -> None:
+def test_a_folder_that_was_not_moved_keeps_its_path(run: Path) -> None:
     assert RunPlace(run).now() == run
 
 
-def test_a_folder_that_was_moved_is_found_whatever_takes_its_place(
+def test_a_folder_that_was_moved_is_found_even_if_another_run_replaces_it(
     run: Path, tmp_path: Path
 ) -> None:
     place, moved = RunPlace(run), tmp_path / "moved"
@@ -38,32 +38,30 @@ def test_a_folder_that_was_moved_is_found_whatever_takes_its_place(
     assert place.now() == moved
 
 
-def test_a_folder_that_was_deleted_is_to_be_made_again(run: Path) -> None:
+def test_a_folder_that_was_deleted_keeps_its_path(run: Path) -> None:
     place = RunPlace(run)
     shutil.rmtree(run)
 
     assert place.now() == run
 
 
-def test_another_run_in_the_place_of_a_deleted_one_is_refused(run: Path) -> None:
+def test_another_run_in_place_of_a_deleted_one_is_refused(run: Path) -> None:
     place = RunPlace(run)
     shutil.rmtree(run)
     replace_by_another(run)
 
-    with pytest.raises(StorageError, match="another run has taken its place"):
+    with pytest.raises(StorageError, match="replaced by another run"):
         place.now()
 
 
-def test_a_folder_whose_history_was_edited_is_the_run_s_all_the_same(run: Path) -> None:
+def test_a_folder_whose_history_was_edited_is_still_the_run_s(run: Path) -> None:
     place = RunPlace(run)
     (run / HISTORY_NAME).write_text('{"event": "start", "step": 7, "time": 1}\n')
 
     assert place.now() == run
 
 
-def test_a_copy_that_was_put_in_place_of_a_deleted_folder_is_the_run_s(
-    run: Path, tmp_path: Path
-) -> None:
+def test_a_copy_in_place_of_a_deleted_folder_is_the_run_s(run: Path, tmp_path: Path) -> None:
     place = RunPlace(run)
     shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(run)

@@ -1,4 +1,4 @@
-"""Every state that a run can be in, and what each command that looks at runs says of it."""
+"""Every state of a run, as each command shows it."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def start(run: Path, step: int) -> None:
 def beat(
     run: Path, phase: str = "updating", age_s: float = 3, for_s: float = 4, **more: Any
 ) -> None:
-    """A rank's heartbeat that is so old, of a phase that began so long ago."""
+    """Write a rank's heartbeat that is `age_s` old, of a phase that has taken `for_s`."""
     now = time.time()
     fields: dict[str, Any] = {
         "rank": 0,
@@ -94,7 +94,7 @@ def ended(code: int, kind: str, reason: str) -> Callable[[Path], None]:
 
 
 def on_a_full_disk(code: int) -> Callable[[Path], None]:
-    """exit.json could not be written, and the line of the history was."""
+    """The history has a record of the end, exit.json could not be written."""
 
     def end(run: Path) -> None:
         ended(code, "kind", "the reason")(run)
@@ -121,8 +121,8 @@ def resumed_after_rollback(run: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What is said of a state: by watch and status, by jobs, and why; the step by all."""
+class Expected:
+    """State as watch and status show it, as jobs shows it, and its reason; the step of all."""
 
     make: Callable[[Path], None]
     state: str
@@ -131,8 +131,8 @@ class Seen:
     step: int | None = STEPS
 
 
-def stopped(code: int, kind: str) -> Seen:
-    return Seen(
+def stopped(code: int, kind: str) -> Expected:
+    return Expected(
         make=ended(code, kind, "the reason"),
         state="stopped",
         job_state=f"stopped ({code})",
@@ -141,78 +141,81 @@ def stopped(code: int, kind: str) -> Seen:
 
 
 STATES = {
-    "starting": Seen(
+    "starting": Expected(
         make=starting,
         state="starting",
         job_state="starting",
-        says="checking the nodes at step 0 since 40 s, heartbeat 3 s old",
+        says="checking the nodes at step 0 for 40 s, heartbeat 3 s old",
         step=None,
     ),
-    "training": Seen(
+    "training": Expected(
         make=beat,
         state="running",
         job_state="running",
-        says="updating at step 21 since 4 s, heartbeat 3 s old",
+        says="updating at step 21 for 4 s, heartbeat 3 s old",
     ),
-    "saving": Seen(
+    "saving": Expected(
         make=lambda run: beat(run, "saving"),
         state="running",
         job_state="running",
-        says="saving at step 21 since 4 s",
+        says="saving at step 21 for 4 s",
     ),
-    "validating for long": Seen(
+    "validating for long": Expected(
         make=lambda run: beat(run, "validating", for_s=90),
         state="slow",
         job_state="slow",
         says="validating at step 21",
     ),
-    "longer than allowed": Seen(
+    "timed out": Expected(
         make=lambda run: beat(run, for_s=400),
         state="stuck",
         job_state="stuck",
-        says="longer than the 300 s allowed",
+        says="its timeout is 300 s",
     ),
-    "a heartbeat that is old, on another host": Seen(
+    "an old heartbeat of another host": Expected(
         make=lambda run: beat(run, age_s=60, for_s=61, host="elsewhere"),
         state="dead",
         job_state="dead",
-        says="has been silent for 60 s",
+        says="has written no heartbeat for 60 s",
     ),
-    "a heartbeat of the future": Seen(
+    "a heartbeat in the future": Expected(
         make=lambda run: beat(run, age_s=-30, for_s=-29, host="elsewhere"),
         state="running",
         job_state="running",
-        says="since 0 s, heartbeat 30 s in the future: the clock of elsewhere is ahead",
+        says="for 0 s, heartbeat 30 s in the future: the clock of elsewhere is ahead",
     ),
-    "killed": Seen(
-        make=killed, state="dead", job_state="dead", says="is dead; it was last heard of at step 21"
+    "killed": Expected(
+        make=killed,
+        state="dead",
+        job_state="dead",
+        says="is dead; its last heartbeat was at step 21",
     ),
-    "finished": Seen(
+    "finished": Expected(
         make=ended(0, "finished", "trained to the end"),
         state="finished",
         job_state="finished",
         says="trained to the end",
     ),
-    "a full disk": Seen(
+    "a full disk": Expected(
         make=on_a_full_disk(74), state="stopped", job_state="stopped (74)", says="the reason"
     ),
-    "a terminal that closed": Seen(
+    "a terminal that closed": Expected(
         make=on_a_full_disk(75), state="stopped", job_state="stopped (75)", says="the reason"
     ),
-    "finished on a full disk": Seen(
+    "finished on a full disk": Expected(
         make=on_a_full_disk(0), state="finished", job_state="finished", says="the reason"
     ),
-    "resumed after its end": Seen(
+    "resumed after its end": Expected(
         make=resumed, state="running", job_state="running", says="heartbeat 3 s old"
     ),
-    "rolled back": Seen(
+    "rolled back": Expected(
         make=rolled_back,
         state="stopped",
         job_state="rolled back",
         says="rolled back to step 10",
         step=10,
     ),
-    "resumed after a rollback": Seen(
+    "resumed after a rollback": Expected(
         make=resumed_after_rollback, state="running", job_state="running", says="heartbeat 3 s old"
     ),
     **{
@@ -228,28 +231,28 @@ def printed(command: Any, *words: object) -> str:
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_all_commands_say_the_same_of_a_run(name: str, run: Path) -> None:
-    seen = STATES[name]
-    seen.make(run)
+def test_all_commands_show_the_same_state(name: str, run: Path) -> None:
+    expected = STATES[name]
+    expected.make(run)
 
     watched = json.loads(printed(watch, run, "--json"))
-    assert (watched["state"], seen.says in watched["reason"]) == (seen.state, True), watched
+    assert (watched["state"], expected.says in watched["reason"]) == (expected.state, True), watched
     if watched["state"] in ("finished", "stopped"):
-        assert watched["step"] == seen.step
+        assert watched["step"] == expected.step
     shown = json.loads(printed(status, run, "--json"))
-    assert (shown["health"]["state"], shown["step"]) == (seen.state, seen.step or 0)
-    assert f"{seen.state}: " in printed(status, run)
+    assert (shown["health"]["state"], shown["step"]) == (expected.state, expected.step or 0)
+    assert f"{expected.state}: " in printed(status, run)
     row = json.loads(printed(jobs, run, "--json"))
-    assert (row["state"], row["step"]) == (seen.job_state, seen.step)
-    if seen.job_state not in ("running", "finished"):
-        assert seen.says in row["why"], row
+    assert (row["state"], row["step"]) == (expected.job_state, expected.step)
+    if expected.job_state not in ("running", "finished"):
+        assert expected.says in row["why"], row
     facts = inspect(run, verify=False).facts
-    assert seen.says in facts["ended"]
-    assert ("not yet" in facts["ended"]) == (seen.state not in ("finished", "stopped"))
-    assert facts.get("step") == seen.step
+    assert expected.says in facts["ended"]
+    assert ("not yet" in facts["ended"]) == (expected.state not in ("finished", "stopped"))
+    assert facts.get("step") == expected.step
 
 
-def test_a_run_is_drawn_in_whatever_state(run: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_rolled_back_is_drawn(run: Path, tmp_path: Path) -> None:
     rolled_back(run)
 
     assert printed(plot, run, "--out", tmp_path / "curves").count("curves") == 2

@@ -1,4 +1,4 @@
-"""Steps that would do harm are told from usual ones, alike before and after an interruption."""
+"""The step guard skips harmful steps, and decides alike before and after an interruption."""
 
 import json
 import math
@@ -22,37 +22,37 @@ from megaback.run_folder import SKIPPED_STEPS_NAME
 
 Step = tuple[float, float]
 """A loss and a gradient norm."""
-NO_NUMBERS = [math.nan, math.inf, -math.inf]
-NOT_LEARNED = "some reason"
+NON_FINITE = [math.nan, math.inf, -math.inf]
+REASON = "some reason"
 
 
 def make_guard(earlier: Sequence[dict[str, Any]] = (), /, **options: object) -> StepGuard:
-    """A guard with a window of three steps that takes 1 nat and 10 times the norm for a spike."""
+    """A guard with a window of three steps; spikes are 1 nat, or 10 times the norm."""
     fields = {"spike_nats": 1.0, "spike_norm_ratio": 10.0, "window_steps": 3, **options}
     return StepGuard(GuardSection.model_validate(fields), earlier)
 
 
-def learn(guard: StepGuard, *steps: Step) -> None:
+def update(guard: StepGuard, *steps: Step) -> None:
     for number, (loss, norm) in enumerate(steps):
         guard.record(number + 1, loss, norm, None)
 
 
 def after(*steps: Step, **options: object) -> StepGuard:
-    """A guard that saw these steps being learned from."""
+    """A guard that recorded updates with these losses and norms."""
     guard = make_guard(**options)
-    learn(guard, *steps)
+    update(guard, *steps)
     return guard
 
 
 def line_of(number: int, step: Step, reason: str | None) -> dict[str, Any]:
-    """What the metrics say of a step: there are no numbers but finite ones in JSON."""
+    """A step's line of the metrics, where non-finite values are null."""
     loss, norm = (value if math.isfinite(value) else None for value in step)
     line = {"step": number, "loss": loss, "gradient_norm": norm}
     return line if reason is None else {**line, "skipped": reason}
 
 
 def live(guard: StepGuard, steps: Sequence[Step], first: int) -> Iterator[tuple[str | None, bool]]:
-    """The verdict on each step, and whether the run ended there (it is started again)."""
+    """The verdict on each step, and whether it ended the run (which then resumes)."""
     for number, (loss, norm) in enumerate(steps, first):
         reason = guard.verdict(loss, norm)
         try:
@@ -63,7 +63,7 @@ def live(guard: StepGuard, steps: Sequence[Step], first: int) -> Iterator[tuple[
             yield reason, False
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("value", NON_FINITE)
 @pytest.mark.parametrize("num_updates", [0, 3])
 def test_a_step_with_a_non_finite_loss_or_norm_is_skipped(num_updates: int, value: float) -> None:
     guard = after(*[(5.0, 1.0)] * num_updates, spike_nats=None, spike_norm_ratio=None)
@@ -79,7 +79,7 @@ def test_a_spike_is_reported_with_the_median_and_the_limit() -> None:
     assert guard.verdict(5.0, 12.0) == "gradient norm 12 exceeds median 1 x spike_norm_ratio 10"
 
 
-def test_up_to_the_limit_nothing_is_a_spike() -> None:
+def test_values_up_to_the_limit_are_not_spikes() -> None:
     guard = after(*[(5.0, 1.0)] * 3)
 
     assert guard.verdict(6.0, 10.0) is None
@@ -87,25 +87,25 @@ def test_up_to_the_limit_nothing_is_a_spike() -> None:
 
 
 @pytest.mark.parametrize("num_updates", range(3))
-def test_before_the_window_is_full_nothing_is_a_spike(num_updates: int) -> None:
+def test_there_are_no_spikes_before_the_window_is_full(num_updates: int) -> None:
     assert after(*[(5.0, 1.0)] * num_updates).verdict(1e6, 1e6) is None
 
 
-def test_without_limits_nothing_is_a_spike() -> None:
+def test_there_are_no_spikes_without_limits() -> None:
     guard = after(*[(5.0, 1.0)] * 3, spike_nats=None, spike_norm_ratio=None)
 
     assert guard.verdict(1e6, 1e6) is None
 
 
-def test_the_loss_can_be_judged_before_the_norm_is_known() -> None:
+def test_the_loss_is_checked_before_the_norm_is_known() -> None:
     guard = after(*[(5.0, 1.0)] * 3)
 
     assert guard.verdict(5.0, None) is None
     assert guard.verdict(7.0, None) is not None
 
 
-def test_what_is_usual_is_the_median_of_the_last_steps() -> None:
-    """One step that was far off moves neither limit, and what left the window counts no more."""
+def test_limits_are_relative_to_the_median_of_the_window() -> None:
+    """An outlier moves neither limit, and steps before the window do not count."""
     guard = after((0.0, 0.0), (5.0, 1.0), (5.0, 1.0), (99.0, 1e6))
 
     assert guard.verdict(6.0, 10.0) is None
@@ -113,13 +113,13 @@ def test_what_is_usual_is_the_median_of_the_last_steps() -> None:
     assert guard.verdict(5.0, 10.1) is not None
 
 
-def test_skipped_steps_are_not_part_of_what_is_usual() -> None:
+def test_skipped_steps_do_not_enter_the_median() -> None:
     guard = after(*[(5.0, 1.0)] * 2)
     for number in range(3, 8):
-        guard.record(number, 50.0, 100.0, NOT_LEARNED)
+        guard.record(number, 50.0, 100.0, REASON)
     assert guard.verdict(1e6, 1e6) is None  # the window is not full yet
 
-    learn(guard, (5.0, 1.0))
+    update(guard, (5.0, 1.0))
 
     assert guard.verdict(50.0, 1.0) is not None
     assert guard.verdict(5.0, 100.0) is not None
@@ -129,19 +129,17 @@ def test_skipped_steps_are_not_part_of_what_is_usual() -> None:
 def test_too_many_skipped_steps_in_a_row_end_the_run(maximum: int) -> None:
     guard = make_guard(max_skipped_steps=maximum)
     for number in range(maximum):
-        guard.record(number, math.nan, 1.0, NOT_LEARNED)
+        guard.record(number, math.nan, 1.0, REASON)
 
-    with pytest.raises(
-        NonFiniteError, match=rf"step 9: {NOT_LEARNED}, after {maximum} skipped steps"
-    ):
-        guard.record(9, math.nan, 1.0, NOT_LEARNED)
+    with pytest.raises(NonFiniteError, match=rf"step 9: {REASON}, after {maximum} skipped steps"):
+        guard.record(9, math.nan, 1.0, REASON)
 
 
-def test_a_step_that_was_learnt_from_ends_a_row_of_skipped_ones() -> None:
+def test_an_update_ends_a_row_of_skipped_steps() -> None:
     guard = make_guard(max_skipped_steps=1)
 
     for number in range(0, 20, 2):
-        guard.record(number, math.nan, math.nan, NOT_LEARNED)
+        guard.record(number, math.nan, math.nan, REASON)
         guard.record(number + 1, 5.0, 1.0, None)
 
 
@@ -150,7 +148,7 @@ several_steps = st.lists(st.tuples(numbers, numbers), max_size=25)
 
 
 @given(st.data(), several_steps, st.integers(1, 4), st.integers(0, 3))
-def test_a_guard_that_reads_the_metrics_judges_as_one_that_lived_through_them(
+def test_a_guard_restored_from_the_metrics_decides_as_the_original(
     data: st.DataObject, steps: list[Step], window_steps: int, max_skipped_steps: int
 ) -> None:
     options = {"window_steps": window_steps, "max_skipped_steps": max_skipped_steps}
@@ -163,17 +161,17 @@ def test_a_guard_that_reads_the_metrics_judges_as_one_that_lived_through_them(
             lines.append({"step": number, "val_loss": 99.0})
             lines.append({"step": number, "excluded": True})
 
-    rebuilt = make_guard(json.loads(json.dumps(lines, allow_nan=False)), **options)
+    restored = make_guard(json.loads(json.dumps(lines, allow_nan=False)), **options)
 
     rest = steps[stop:]
-    assert list(live(rebuilt, rest, stop + 1)) == list(live(guard, rest, stop + 1))
+    assert list(live(restored, rest, stop + 1)) == list(live(guard, rest, stop + 1))
 
 
-def test_a_run_in_which_nothing_was_left_out_has_no_ranges(tmp_path: Path) -> None:
+def test_a_run_without_excluded_steps_has_no_ranges(tmp_path: Path) -> None:
     assert read_excluded_steps(tmp_path) == []
 
 
-def test_ranges_that_are_left_out_read_back_sorted_and_once(tmp_path: Path) -> None:
+def test_excluded_ranges_read_back_sorted_and_once(tmp_path: Path) -> None:
     for first, last in ((30, 40), (5, 5), (30, 40), (30, 35)):
         write_skipped_steps(tmp_path, with_range(tmp_path, first, last))
 
@@ -183,11 +181,11 @@ def test_ranges_that_are_left_out_read_back_sorted_and_once(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "content", [b"", b"[[1, 2]", b"5", b"null", b"[1]", b"[[1]]", b"[[1, 2, 3]]", b'[["a", 2]]']
 )
-def test_a_file_that_is_no_list_of_ranges_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_an_invalid_file_of_ranges_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / SKIPPED_STEPS_NAME
     path.write_bytes(content)
 
-    with pytest.raises(RunMismatchError, match=f"{path} is no list of pairs of steps"):
+    with pytest.raises(RunMismatchError, match=f"{path} is not a list of pairs of steps"):
         read_excluded_steps(tmp_path)
     with pytest.raises(RunMismatchError):
         write_skipped_steps(tmp_path, with_range(tmp_path, 1, 2))

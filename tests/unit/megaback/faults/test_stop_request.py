@@ -1,4 +1,4 @@
-"""A run stops in time and when it is asked; asked again, it ends at once."""
+"""A run stops on a signal and at its deadline; the same signal again ends it at once."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from megaback.faults.stop_request import StopRequest, deadline_of
 Start = Callable[..., "Rank"]
 NAMES = ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"]
 HOUR_S = 3600
-LEAD_S = 60
+MARGIN_S = 60
 
 # Prints its reason to stop for every line that it reads.
 _RANK = """
@@ -47,7 +47,7 @@ signal.pause()
 
 
 class Rank:
-    """A process that can be asked for its reason to stop."""
+    """A process that prints its reason to stop on request."""
 
     def __init__(self, *script: str) -> None:
         self.process = subprocess.Popen(
@@ -70,7 +70,7 @@ class Rank:
 
 @pytest.fixture(autouse=True)
 def signals_that_a_terminal_sends() -> Iterator[None]:
-    """What the tests start does not ignore them, even if these run by `nohup` or in a script."""
+    """Child processes do not ignore them, even if the tests run by `nohup` or in a script."""
     numbers = (signal.SIGINT, signal.SIGHUP)
     before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     yield
@@ -79,7 +79,7 @@ def signals_that_a_terminal_sends() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def outside_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither Slurm nor a launcher has started us."""
     for name in ("SLURM_JOB_END_TIME", "SLURM_PROCID", LAUNCHER_VARIABLE):
         monkeypatch.delenv(name, raising=False)
@@ -87,7 +87,7 @@ def outside_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """`start(script, *arguments)`: a rank that listens to signals when it is returned."""
+    """`start(script, *arguments)`: a rank that handles signals when it is returned."""
     ranks: list[Rank] = []
 
     def make(*script: str) -> Rank:
@@ -104,7 +104,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """What a StopRequest of this process changes is as before at the end."""
+    """Restores the signal handlers that a StopRequest of this process changes."""
     before = {name: signal.getsignal(signal.Signals[name]) for name in NAMES}
     yield
     for name, handler in before.items():
@@ -129,7 +129,7 @@ def test_the_same_signal_twice_within_a_second_is_one_request(name: str, start: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_signal_once_more_ends_a_rank_at_once(name: str, start: Start) -> None:
+def test_the_same_signal_again_ends_a_rank_at_once(name: str, start: Start) -> None:
     rank = start(_RANK)
     rank.receive(name)
     assert rank.reason() == name
@@ -139,7 +139,7 @@ def test_the_same_signal_once_more_ends_a_rank_at_once(name: str, start: Start) 
     assert rank.process.wait(timeout=30) == 128 + signal.Signals[name]
 
 
-def test_ctrl_c_ends_a_rank_at_once_while_nothing_is_there_to_save(start: Start) -> None:
+def test_ctrl_c_before_training_ends_a_rank_at_once(start: Start) -> None:
     rank = start(_RANK.replace("stop.begin_training()", "pass"))
     rank.receive("SIGINT")
 
@@ -153,8 +153,8 @@ def test_the_end_of_the_terminal_is_ignored_under_nohup(start: Start) -> None:
     assert rank.reason() == "None"
 
 
-def test_another_signal_is_no_repetition(start: Start) -> None:
-    """Slurm sends SIGUSR1, and SIGTERM later."""
+def test_another_signal_is_not_a_repeat(start: Start) -> None:
+    """Slurm sends SIGUSR1, then SIGTERM."""
     rank = start(_RANK)
     rank.receive("SIGUSR1")
     assert rank.reason() == "SIGUSR1"
@@ -164,12 +164,12 @@ def test_another_signal_is_no_repetition(start: Start) -> None:
     assert rank.reason() == "SIGUSR1"
 
 
-def test_a_rank_stops_when_its_launcher_is_gone(start: Start) -> None:
+def test_a_rank_stops_when_its_launcher_has_ended(start: Start) -> None:
     rank = start(_LAUNCHER, _RANK, LAUNCHER_VARIABLE)
     rank.process.kill()
     rank.process.wait(timeout=30)
 
-    assert rank.reason() == "the launcher is gone"
+    assert rank.reason() == "the launcher has ended"
 
 
 def test_a_rank_stops_at_its_deadline(handlers: None) -> None:
@@ -180,7 +180,7 @@ def test_a_rank_stops_at_its_deadline(handlers: None) -> None:
     assert stop.reason == "the deadline"
 
 
-def test_without_anything_to_stop_for_there_is_no_reason(
+def test_there_is_no_reason_before_signal_and_deadline(
     handlers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(LAUNCHER_VARIABLE, str(os.getppid()))
@@ -193,7 +193,7 @@ parts = st.none() | st.integers(0, 200)
 
 
 @given(parts, parts, parts)
-def test_a_duration_ends_that_long_from_now_less_the_lead(
+def test_a_duration_counts_from_now_less_the_margin(
     hours: int | None, minutes: int | None, seconds: int | None
 ) -> None:
     given_parts = [(hours, "h"), (minutes, "m"), (seconds, "s")]
@@ -201,24 +201,24 @@ def test_a_duration_ends_that_long_from_now_less_the_lead(
     if not text:
         return
     duration_s = HOUR_S * (hours or 0) + 60 * (minutes or 0) + (seconds or 0)
-    lead_s = min(LEAD_S, duration_s / 10)
+    margin_s = min(MARGIN_S, duration_s / 10)
     earliest = time.time()
     deadline = deadline_of(text)
 
     assert deadline is not None
-    assert earliest <= deadline - duration_s + lead_s + 1e-3
-    assert deadline - duration_s + lead_s - 1e-3 <= time.time()
+    assert earliest <= deadline - duration_s + margin_s + 1e-3
+    assert deadline - duration_s + margin_s - 1e-3 <= time.time()
 
 
 @pytest.mark.parametrize("zone", [None, timezone.utc, timezone(timedelta(hours=-7))])
 @pytest.mark.parametrize("separator", ["T", " "])
-def test_a_time_is_local_unless_it_says_otherwise(separator: str, zone: timezone | None) -> None:
+def test_a_time_without_a_zone_is_local(separator: str, zone: timezone | None) -> None:
     end = int(time.time()) + HOUR_S
 
-    assert deadline_of(datetime.fromtimestamp(end, zone).isoformat(separator)) == end - LEAD_S
+    assert deadline_of(datetime.fromtimestamp(end, zone).isoformat(separator)) == end - MARGIN_S
 
 
-def test_the_lead_is_a_tenth_of_a_short_time() -> None:
+def test_the_margin_is_a_tenth_of_a_short_time() -> None:
     now = time.time()
     end = int(now) + 100
 
@@ -227,7 +227,7 @@ def test_the_lead_is_a_tenth_of_a_short_time() -> None:
     assert deadline == pytest.approx(end - (end - now) / 10, abs=1)
 
 
-def test_what_is_over_was_over_without_a_lead() -> None:
+def test_a_time_in_the_past_has_no_margin() -> None:
     end = int(time.time()) - HOUR_S
 
     assert deadline_of(datetime.fromtimestamp(end).isoformat()) == end
@@ -250,24 +250,22 @@ def test_what_is_over_was_over_without_a_lead() -> None:
         "18:00",
     ],
 )
-def test_what_is_neither_a_time_nor_a_duration_is_refused(text: str) -> None:
+def test_text_that_is_neither_a_time_nor_a_duration_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=f"`save_before` '{text}' is neither a time like"):
         deadline_of(text)
 
 
-def test_slurms_limit_is_a_deadline_to_slurms_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurms_limit_is_a_deadline_only_in_slurm_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     end = int(time.time()) + HOUR_S
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(end))
     assert deadline_of(None) is None
     monkeypatch.setenv("SLURM_PROCID", "0")
 
-    assert deadline_of(None) == end - LEAD_S
+    assert deadline_of(None) == end - MARGIN_S
 
 
 @pytest.mark.parametrize("text", ["", "Unknown", "-5"])
-def test_an_end_of_the_job_that_is_no_number_is_none(
-    text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_invalid_end_of_the_job_is_ignored(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", text)
     monkeypatch.setenv("SLURM_PROCID", "0")
 
@@ -275,7 +273,7 @@ def test_an_end_of_the_job_that_is_no_number_is_none(
 
 
 @pytest.mark.parametrize(("asked_hours", "slurm_hours"), [(1, 2), (2, 1)])
-def test_the_earlier_of_what_is_asked_and_slurms_limit_wins(
+def test_the_earlier_of_save_before_and_slurms_limit_counts(
     asked_hours: int, slurm_hours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = int(time.time())
@@ -284,4 +282,4 @@ def test_the_earlier_of_what_is_asked_and_slurms_limit_wins(
 
     deadline = deadline_of(datetime.fromtimestamp(now + asked_hours * HOUR_S).isoformat())
 
-    assert deadline == now + HOUR_S - LEAD_S
+    assert deadline == now + HOUR_S - MARGIN_S

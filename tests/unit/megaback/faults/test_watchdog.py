@@ -1,4 +1,4 @@
-"""A rank's heartbeat says what it is at, and a rank that is gone is named by those that remain."""
+"""The watchdog writes the phase of its rank, and names lost ranks."""
 
 import re
 import subprocess
@@ -22,7 +22,7 @@ SECTION = HardwareSection(heartbeat_s=0.1, step_timeout_s=50, collective_timeout
 
 @pytest.fixture
 def watchdog(tmp_path: Path, world: World) -> Iterator[Watchdog]:
-    """One that watches over the only rank of a run."""
+    """The watchdog of a run with one rank."""
     watchdog = Watchdog(tmp_path, SECTION, world)
     watchdog.open()
     yield watchdog
@@ -40,9 +40,7 @@ def heartbeat_with(run: Path, **values: object) -> Heartbeat:
     raise AssertionError(f"{beat} has not {values}")
 
 
-def test_nothing_is_written_before_the_run_s_folder_is_its_own(
-    tmp_path: Path, world: World
-) -> None:
+def test_nothing_is_written_before_open(tmp_path: Path, world: World) -> None:
     watchdog = Watchdog(tmp_path, SECTION, world)
     watchdog.set_phase("loading", 1)
     watchdog.mark_exited("refused")
@@ -51,7 +49,7 @@ def test_nothing_is_written_before_the_run_s_folder_is_its_own(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_heartbeat_says_what_the_rank_is_at(watchdog: Watchdog, tmp_path: Path) -> None:
+def test_a_heartbeat_has_the_phase_and_step(watchdog: Watchdog, tmp_path: Path) -> None:
     watchdog.set_phase("saving", 7)
 
     assert heartbeat_with(tmp_path, phase="saving", step=7).timeout_s == 60
@@ -63,7 +61,7 @@ def test_steps_have_a_timeout_of_their_own(watchdog: Watchdog, tmp_path: Path) -
     heartbeat_with(tmp_path, timeout_s=50)
 
 
-def test_heartbeats_of_a_larger_world_go_at_the_start(tmp_path: Path, world: World) -> None:
+def test_heartbeats_of_a_larger_world_are_removed(tmp_path: Path, world: World) -> None:
     watchdog = Watchdog(tmp_path, SECTION, world)
     (tmp_path / "heartbeats").mkdir()
     write_heartbeat(tmp_path, replace(watchdog._beat, rank=1, world_size=2))
@@ -74,7 +72,7 @@ def test_heartbeats_of_a_larger_world_go_at_the_start(tmp_path: Path, world: Wor
     assert [beat.rank for beat in read_heartbeats(tmp_path)] == [0]
 
 
-def test_a_rank_that_has_exited_says_why(watchdog: Watchdog, tmp_path: Path) -> None:
+def test_a_rank_that_has_exited_records_why(watchdog: Watchdog, tmp_path: Path) -> None:
     watchdog.mark_exited("trained to the end")
 
     assert heartbeat_with(tmp_path).exit_reason == "trained to the end"
@@ -93,9 +91,7 @@ def test_a_dead_rank_is_named_and_recorded(watchdog: Watchdog, tmp_path: Path) -
     assert ending["code"] == RankLostError.exit_code
 
 
-def test_a_rank_that_is_lost_before_the_start_leaves_the_earlier_record(
-    tmp_path: Path, world: World
-) -> None:
+def test_a_rank_lost_before_the_start_records_nothing(tmp_path: Path, world: World) -> None:
     assert "before the run had started" in str(Watchdog(tmp_path, SECTION, world).report_lost())
     assert read_exit(tmp_path) is None
 

@@ -1,4 +1,4 @@
-"""Samples that come and go: each is what it would be alone."""
+"""Continuous batching: each sample is the same as alone."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def new_batch(num_slots: int) -> ContinuousBatch:
 
 
 def advance(batch: ContinuousBatch) -> list[Step]:
-    """A step of reading, and a step of writing."""
+    """A step of prefill, and a step of generation."""
     batch.read()
     return batch.step()
 
@@ -50,7 +50,7 @@ def text_of(steps: Sequence[Step], sample: Sample) -> list[int]:
     asked=st.lists(st.tuples(IDS, OPTIONS, st.integers(0, 12)), min_size=1, max_size=6),
     num_slots=st.integers(1, 4),
 )
-def test_a_sample_that_comes_at_any_time_is_the_sample_that_is_written_alone(
+def test_a_sample_that_joins_at_any_time_is_the_same_as_alone(
     asked: list[tuple[list[int], SamplingOptions, int]], num_slots: int
 ) -> None:
     batch = new_batch(num_slots)
@@ -72,7 +72,7 @@ def test_a_sample_that_comes_at_any_time_is_the_sample_that_is_written_alone(
 
 @given(leaving=st.integers(0, 3), after=st.integers(0, 5))
 @settings(max_examples=10)
-def test_those_that_stay_do_not_notice_that_one_leaves(leaving: int, after: int) -> None:
+def test_removing_a_sample_does_not_change_the_others(leaving: int, after: int) -> None:
     batch, options = new_batch(4), SamplingOptions(12, temperature=1.0, seed=3)
     samples = [Sample(prompt_of([5 + n] * (n + 1)), options) for n in range(4)]
     for sample in samples:
@@ -86,7 +86,7 @@ def test_those_that_stay_do_not_notice_that_one_leaves(leaving: int, after: int)
             assert text_of(steps, sample) == written([sample.prompt.ids], options)[0]
 
 
-def test_others_are_written_while_a_prompt_is_read() -> None:
+def test_other_samples_advance_during_a_prefill() -> None:
     batch, options = new_batch(3), SamplingOptions(30, min_new_tokens=30)
     first, late, last = (Sample(prompt_of([5 + n, 6, 7]), options) for n in range(3))
     batch.add(first)
@@ -102,7 +102,7 @@ def test_others_are_written_while_a_prompt_is_read() -> None:
     assert (len(batch), batch.num_rows) == (2, 2)
 
 
-def test_samples_with_a_penalty_leave_at_any_time() -> None:
+def test_samples_with_a_penalty_can_be_removed_at_any_time() -> None:
     batch, options = new_batch(3), SamplingOptions(12, repetition_penalty=1.5, min_new_tokens=12)
     samples = [Sample(prompt_of([5 + n]), replace(options, seed=n)) for n in range(3)]
     for sample in samples:
@@ -116,7 +116,7 @@ def test_samples_with_a_penalty_leave_at_any_time() -> None:
         assert text_of(steps, sample) == written([sample.prompt.ids], sample.options)[0]
 
 
-def test_probabilities_that_are_told_are_those_of_the_model() -> None:
+def test_reported_probabilities_are_those_of_the_model() -> None:
     batch = new_batch(2)
     sample = Sample(prompt_of([5, 6]), SamplingOptions(6, temperature=1.5, top_k=0), 3)
     batch.add(Sample(prompt_of([9]), SamplingOptions(3)))
@@ -135,7 +135,7 @@ def test_probabilities_that_are_told_are_those_of_the_model() -> None:
         assert sum(map(math.exp, values)) <= 1 + 1e-6
 
 
-def test_the_samplers_log_probabilities_are_those_of_the_model() -> None:
+def test_log_probabilities_of_the_decoder_are_those_of_the_model() -> None:
     scored = finish(decoder().score_steps([5, 6], [7, 8, 9], 2))
     (total,) = log_probabilities(make_model(), [Continuation([5, 6], [7, 8, 9])])
     assert sum(nats for nats, _ in scored) == pytest.approx(total, abs=1e-4)
@@ -144,17 +144,17 @@ def test_the_samplers_log_probabilities_are_those_of_the_model() -> None:
         assert first >= nats
 
 
-def test_a_batch_refuses_what_does_not_fit() -> None:
+def test_a_batch_refuses_long_prompts_and_too_many_samples() -> None:
     batch = new_batch(1)
     with pytest.raises(PromptError, match="shorten"):
         batch.add(Sample(prompt_of([5] * (CONTEXT_TOKENS + 1)), SamplingOptions()))
     assert len(batch) == 0
     batch.add(Sample(prompt_of([5]), SamplingOptions()))
-    with pytest.raises(ValueError, match="taken"):
+    with pytest.raises(ValueError, match="in use"):
         batch.add(Sample(prompt_of([5]), SamplingOptions()))
 
 
-def test_the_first_id_is_one_that_its_prompt_allows_and_the_next_ones_are_free() -> None:
+def test_only_the_first_id_is_restricted_by_the_prompt() -> None:
     batch = new_batch(2)
     first, other = Sample(prompt_of([5], np.array([9])), SamplingOptions(5)), None
     batch.add(first)
@@ -168,7 +168,7 @@ def test_the_first_id_is_one_that_its_prompt_allows_and_the_next_ones_are_free()
 
 @settings(max_examples=25)
 @given(ids=IDS, min_new_tokens=st.integers(0, 12), seed=st.integers(0, 99))
-def test_no_sample_ends_by_itself_before_its_fewest_tokens(
+def test_no_sample_ends_before_its_minimum_of_tokens(
     ids: list[int], min_new_tokens: int, seed: int
 ) -> None:
     options = SamplingOptions(

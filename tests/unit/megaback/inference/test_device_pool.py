@@ -1,4 +1,4 @@
-"""Processes of devices, and one that is killed while it has work, or none."""
+"""A device's process that is killed, idle or working, is reported."""
 
 import time
 from multiprocessing import active_children
@@ -14,20 +14,20 @@ from megaback.inference.likelihood import Continuation
 _WORK = [Continuation((1,), (2,))]
 
 
-def test_whoever_asks_a_device_whose_process_was_killed_hears_of_it(tmp_path: Path) -> None:
+def test_a_killed_device_process_is_reported_to_the_caller(tmp_path: Path) -> None:
     with DevicePool(tmp_path, [torch.device("cpu")] * 2) as pool:
         with pytest.raises(MegabackError) as caught:
-            pool.result(pool.submit(_WORK))  # there is no model, but a process that looked for it
+            pool.result(pool.submit(_WORK))  # there is no model, but the process has started
         assert not isinstance(caught.value, LaunchError)
-        running = pool.submit(_WORK)  # of the other one, which takes a while to start
+        running = pool.submit(_WORK)  # on the other device, whose process starts slowly
         for process in active_children():
             process.kill()
-        with pytest.raises(LaunchError, match="killed from outside"):
+        with pytest.raises(LaunchError, match="process was killed"):
             pool.result(running)
         give_up = time.monotonic() + 30
         while not pool._pools[0]._broken:  # type: ignore[attr-defined]
             assert time.monotonic() < give_up
             time.sleep(0.01)
-        with pytest.raises(LaunchError, match="killed from outside"):
+        with pytest.raises(LaunchError, match="process was killed"):
             pool.submit(_WORK)
     assert active_children() == []

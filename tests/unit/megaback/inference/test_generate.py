@@ -1,4 +1,4 @@
-"""What a model writes: the same with a cache as without, alone as beside others."""
+"""Generated ids are the same with and without a cache, alone and in a batch."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +33,7 @@ from tests.helpers.small_models import VOCAB_SIZE, make_model, packed
 def written_without_a_cache(
     model: ReverseGPT, ids: Sequence[int], options: SamplingOptions
 ) -> list[int]:
-    """One sample, reading everything anew for each token, as the seed experiment did."""
+    """One sample without a cache: everything is read again for each token."""
     draws = np.random.default_rng(options.seed)
     ends, later = {END_ID, *options.stop_ids}, {*WRITABLE.tolist(), *options.stop_ids}
     window, new_ids = list(ids), []
@@ -66,7 +66,7 @@ SHAPES = [
     "way", [{}, {"usual_rows": 16}, {"takes_over": False}], ids=["one row", "many", "borrowed"]
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=["gqa", "llama", "tied"])
-def test_reading_id_by_id_gives_the_logits_of_reading_at_once(
+def test_single_steps_give_the_logits_of_a_whole_prefill(
     shape: dict[str, object], way: dict[str, bool]
 ) -> None:
     ids_T = torch.randint(0, VOCAB_SIZE, (20,), generator=torch.manual_seed(0))
@@ -97,7 +97,7 @@ def test_reading_id_by_id_gives_the_logits_of_reading_at_once(
         min_new_tokens=st.sampled_from([0, 1, 3, 40]),
     ),
 )
-def test_samples_are_those_of_reading_everything_anew_also_past_the_context(
+def test_samples_are_those_without_a_cache_also_past_the_context(
     prompts: list[list[int]], options: SamplingOptions
 ) -> None:
     assert written(prompts, options) == [
@@ -123,7 +123,7 @@ def test_samples_are_those_of_reading_everything_anew_also_past_the_context(
         ]
     ),
 )
-def test_a_sample_beside_others_is_the_sample_that_is_written_alone(
+def test_a_sample_in_a_batch_is_the_same_as_alone(
     prompts: list[list[int]], seed: int, how: dict[str, object]
 ) -> None:
     together = written(prompts, SamplingOptions(max_new_tokens=40, seed=seed, **how))
@@ -135,7 +135,7 @@ def test_a_sample_beside_others_is_the_sample_that_is_written_alone(
     assert together == alone
 
 
-def test_samples_end_at_the_end_marker_and_at_stop_ids_each_by_itself() -> None:
+def test_each_sample_ends_at_its_own_end_marker_or_stop_id() -> None:
     prompts = [[5 + number] for number in range(40)]
     free = written(prompts, SamplingOptions(60, seed=7, temperature=1.5, top_k=0))
     stopped = written(
@@ -143,7 +143,7 @@ def test_samples_end_at_the_end_marker_and_at_stop_ids_each_by_itself() -> None:
     )
 
     lengths = {len(ids) for ids in free}
-    assert len(lengths) > 5  # some met the end marker, at different places
+    assert len(lengths) > 5  # some have an end marker, at different positions
     assert all(END_ID not in ids for ids in free)
     for ids, ids_before_stop in zip(free, stopped, strict=True):
         until = ids.index(STOP_ID) if STOP_ID in ids else len(ids)
@@ -151,7 +151,7 @@ def test_samples_end_at_the_end_marker_and_at_stop_ids_each_by_itself() -> None:
     assert free != stopped
 
 
-def test_stop_ids_may_be_written_though_no_text_holds_them() -> None:
+def test_stop_ids_can_be_generated_although_no_text_contains_them() -> None:
     beyond = int(WRITABLE[-1]) + 1
     prompts = [[5 + number] for number in range(60)]
     hot = {"temperature": 3.0, "top_k": 0, "seed": 1}
@@ -172,7 +172,7 @@ def test_the_first_new_id_is_one_that_the_prompt_allows() -> None:
     assert ids[1:] != [9, 9, 9, 9]
 
 
-def test_a_model_that_is_borrowed_writes_what_a_sampler_does_and_stays_whole() -> None:
+def test_a_model_generates_as_a_decoder_does_and_is_not_changed() -> None:
     model, options = make_model(), SamplingOptions(30, seed=2)
 
     twice = [
@@ -182,25 +182,25 @@ def test_a_model_that_is_borrowed_writes_what_a_sampler_does_and_stays_whole() -
     assert twice == [written([[5, 6]], options)[0]] * 2
 
 
-def test_more_tokens_begin_with_the_fewer() -> None:
+def test_a_longer_sample_begins_with_the_shorter_one() -> None:
     few, many = (written([[5]], SamplingOptions(count, seed=4))[0] for count in (10, 40))
 
     assert many[:10] == few
 
 
 def test_a_prompt_beyond_the_context_is_refused_with_both_lengths() -> None:
-    with pytest.raises(PromptError, match=r"25 tokens .* 24"):
+    with pytest.raises(PromptError, match=r"25 tokens.* 24"):
         written([[5], [5] * 25], SamplingOptions())
 
 
-def test_nothing_given_is_nothing_written() -> None:
+def test_without_prompts_there_are_no_samples() -> None:
     assert written([], SamplingOptions()) == []
 
 
-def test_a_compiled_sampler_writes_what_one_that_is_not_does(
+def test_a_compiled_decoder_generates_as_an_eager_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The graph is captured, but run as it is: generating its kernels takes a minute here."""
+    """The graph is captured but run eagerly: generating its kernels takes a minute here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compiled = Decoder(make_model(num_layers=1), CONTEXT_TOKENS, compiled=True)
     prompts, options = [[5, 6, 7], [8]], SamplingOptions(8, seed=11)

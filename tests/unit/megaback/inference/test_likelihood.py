@@ -1,4 +1,4 @@
-"""Likelihoods of continuations: those of a plain forward pass, however they are packed."""
+"""Likelihoods of continuations are those of a plain forward pass, however they are packed."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ def expected(one: Continuation) -> list[float]:
 
 @settings(max_examples=15)
 @given(continuations=CONTINUATIONS)
-def test_each_is_what_a_plain_forward_pass_over_it_alone_says(
+def test_each_likelihood_is_that_of_a_plain_forward_pass(
     continuations: list[Continuation],
 ) -> None:
     model = make_model()
@@ -65,7 +65,7 @@ def test_the_size_of_a_forward_pass_changes_nothing(
 
 @settings(max_examples=15)
 @given(begun=IDS.filter(bool), first=IDS, second=IDS)
-def test_a_continuation_is_as_likely_as_its_parts_one_after_the_other(
+def test_the_likelihood_of_a_continuation_is_the_sum_of_its_parts(
     begun: list[int], first: list[int], second: list[int]
 ) -> None:
     whole, one, other = log_probabilities(
@@ -81,7 +81,7 @@ def test_a_continuation_is_as_likely_as_its_parts_one_after_the_other(
 
 @settings(max_examples=15)
 @given(continuations=CONTINUATIONS, tokens_at_once=st.sampled_from([1, 20, 8192]))
-def test_what_comes_after_each_id_is_what_the_model_says_of_it(
+def test_next_log_probabilities_are_those_of_the_model(
     continuations: list[Continuation], tokens_at_once: int
 ) -> None:
     model, ids = make_model(), [7, 0, 50]
@@ -93,7 +93,7 @@ def test_what_comes_after_each_id_is_what_the_model_says_of_it(
 
 
 @given(lengths=st.lists(st.integers(1, 20_000), max_size=30))
-def test_packs_hold_each_continuation_once_and_fit_a_forward_pass(lengths: list[int]) -> None:
+def test_packs_contain_each_continuation_once_and_fit_a_forward_pass(lengths: list[int]) -> None:
     continuations = [Continuation([5], range(length - 1)) for length in lengths]
 
     packs = in_packs(continuations)

@@ -1,4 +1,4 @@
-"""The choice among next ids: transformers' filters, exact probabilities, streams of one's own."""
+"""Sampling: transformers' filters, exact probabilities, a stream of numbers per row."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("top_k", [0, 4])
-def test_ids_come_as_often_as_their_probabilities_say(top_k: int) -> None:
+def test_frequencies_of_ids_match_their_probabilities(top_k: int) -> None:
     logits_BV = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]]).repeat(20_000, 1)
     options = SamplingOptions(temperature=1, top_k=top_k)
 
@@ -80,7 +80,7 @@ def test_ids_come_as_often_as_their_probabilities_say(top_k: int) -> None:
     assert (counts - expected).abs().max() < 4 * expected.max().sqrt()
 
 
-def test_a_row_draws_from_a_stream_of_its_own() -> None:
+def test_each_row_draws_from_its_own_stream() -> None:
     logits_BV = torch.zeros(3, VOCAB_SIZE)
     options = SamplingOptions(temperature=1, top_k=0, seed=5)
     together, (*_, apart) = streams(3), streams(3)
@@ -106,7 +106,7 @@ def test_a_row_draws_from_a_stream_of_its_own() -> None:
     ],
     ids=str,
 )
-def test_options_that_make_no_sense_are_refused_by_name(wrong: dict[str, float]) -> None:
+def test_options_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> None:
     (name,) = wrong
     with pytest.raises(ConfigError, match=name):
         SamplingOptions(**wrong)
@@ -123,7 +123,7 @@ def test_options_that_make_no_sense_are_refused_by_name(wrong: dict[str, float])
 )
 @example(0, 1.0, 0, 1.3051366284759888e-153, 0.0, 1.0)
 @example(0, 5e-324, 0, 1.0, 0.0, 1.0)
-def test_whatever_the_options_an_id_is_chosen_that_can_be(
+def test_the_chosen_id_is_always_possible(
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
 ) -> None:
     options = SamplingOptions(

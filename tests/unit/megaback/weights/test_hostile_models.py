@@ -196,7 +196,7 @@ def test_logits_that_are_no_numbers_choose_nothing(temperature: float, top_k: in
     logits_BV, draws = torch.zeros(2, 9), [np.random.default_rng(seed) for seed in (1, 2)]
     assert len(choose(logits_BV, options, draws)) == 2
     logits_BV[1, 4] = float("nan")
-    with pytest.raises(NonFiniteError, match="logits are no numbers"):
+    with pytest.raises(NonFiniteError, match="logits are non-finite"):
         choose(logits_BV, options, draws)
 
 

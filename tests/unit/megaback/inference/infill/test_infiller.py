@@ -1,4 +1,4 @@
-"""Filling a gap with two models: whole texts, exact scores, the same alone as among others."""
+"""Infilling with two models: whole texts, exact scores, each gap the same as alone."""
 
 import json
 from collections.abc import Callable
@@ -42,7 +42,7 @@ GAPS = [("the old captain", "the last map."), ("<|im_start|>", " a"), ("A str", 
 
 
 def model_of(seed: int) -> ReverseGPT:
-    """Weights larger than usual, so that it is not equally sure of everything."""
+    """A model with large weights, so that its predictions differ."""
     model = ReverseGPT(SHAPE, 600)
     model.initialize(seed)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def infiller(codec: Codecs) -> Infiller:
 
 
 def log_probability_of_a_text(reader: Reader, text: str, first: int = 0) -> float:
-    """Of its ids from `first` on, after the begin marker and those before."""
+    """log P of the ids from `first` on, after the begin marker and the ids before."""
     begin = [reader.codec.begin_id]
     ids = reader.codec.encode(text).tolist()
     (nats,) = log_probabilities(reader.model, [Continuation([*begin, *ids[:first]], ids[first:])])
@@ -70,7 +70,7 @@ def log_probability_of_a_text(reader: Reader, text: str, first: int = 0) -> floa
 
 @settings(max_examples=25)
 @given(beginning=TEXT, ending=TEXT, seed=st.integers(0, 99))
-def test_what_is_found_is_judged_as_the_whole_text_is_read(
+def test_the_score_of_a_middle_is_that_of_the_whole_text(
     infiller: Infiller, beginning: str, ending: str, seed: int
 ) -> None:
     options = replace(OPTIONS, sampling=SamplingOptions(temperature=1.0, seed=seed))
@@ -95,7 +95,7 @@ def test_what_is_found_is_judged_as_the_whole_text_is_read(
         assert one.score == pytest.approx((one.forward + one.backward) / total, abs=1e-6)
 
 
-def test_a_gap_is_filled_as_it_is_alone_whatever_is_filled_beside_it(infiller: Infiller) -> None:
+def test_a_gap_among_others_is_filled_as_alone(infiller: Infiller) -> None:
     together = infiller.fill_many(GAPS, OPTIONS)
     for gap, found in zip(GAPS, together, strict=True):
         alone = infiller.fill(*gap, OPTIONS)
@@ -110,7 +110,7 @@ def test_the_seed_decides(infiller: Infiller) -> None:
     assert {one.middle for one in same} != {one.middle for one in other}
 
 
-def test_lengths_are_kept_and_either_model_can_write_alone(infiller: Infiller) -> None:
+def test_lengths_are_respected_and_either_model_can_write_alone(infiller: Infiller) -> None:
     options = replace(OPTIONS, min_tokens=3, max_tokens=5)
     for one in infiller.fill(*GAPS[0], options):
         assert 3 <= (one.written_forward or 0) + (one.written_backward or 0) <= 5
@@ -121,7 +121,7 @@ def test_lengths_are_kept_and_either_model_can_write_alone(infiller: Infiller) -
     assert {one.written_forward for one in backward} == {0}
 
 
-def test_middles_that_are_given_are_judged_like_those_that_are_found(infiller: Infiller) -> None:
+def test_given_middles_are_scored_like_found_ones(infiller: Infiller) -> None:
     found = infiller.fill(*GAPS[2], OPTIONS)[:3]
     judged = infiller.score(*GAPS[2], [one.middle for one in found])
     assert [one.score for one in judged] == pytest.approx([one.score for one in found], abs=1e-5)
@@ -130,7 +130,7 @@ def test_middles_that_are_given_are_judged_like_those_that_are_found(infiller: I
         infiller.score(*GAPS[0], ["a map " * 60])
 
 
-def test_models_that_do_not_belong_together_are_refused(
+def test_models_that_do_not_fit_together_are_refused(
     codec: Codecs, tiny_text_folder: Path, tmp_path: Path
 ) -> None:
     forward, backward = (reader_of(1, codec(direction)) for direction in reversed(Direction))
@@ -158,7 +158,7 @@ def test_models_that_do_not_belong_together_are_refused(
     ],
     ids=str,
 )
-def test_options_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
+def test_options_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))[-6:]):
         InfillOptions(**wrong)  # type: ignore[arg-type]
 
@@ -188,7 +188,7 @@ def ask(folders: tuple[Path, Path]) -> Ask:
     return run
 
 
-def test_a_line_of_json_has_the_answer_that_it_has_alone(ask: Ask) -> None:
+def test_a_json_line_has_the_same_result_as_alone(ask: Ask) -> None:
     requests = [
         {"beginning": beginning, "ending": ending, "n": number}
         for number, (beginning, ending) in enumerate(GAPS, start=1)
@@ -208,7 +208,7 @@ def test_a_line_of_json_has_the_answer_that_it_has_alone(ask: Ask) -> None:
     assert [answer["seed"] for answer in answers] == [4, 0, 0]
 
 
-def test_lines_that_cannot_be_answered_say_why_and_the_command_fails_in_the_end(ask: Ask) -> None:
+def test_invalid_lines_have_an_error_and_the_command_fails_at_the_end(ask: Ask) -> None:
     good = {"beginning": "a", "ending": "b"}
     lines = [
         *("no json", "[]", '{"beginning": "a"}', json.dumps(good | {"color": "red"})),
@@ -246,7 +246,7 @@ def test_the_best_text_or_several_with_their_scores_are_shown(ask: Ask) -> None:
         (["--beginning", "a map " * 60, "--ending", "b"], 43, "shorten"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_invalid_arguments_are_refused(
     ask: Ask, arguments: list[str], exit_code: int, message: str
 ) -> None:
     result = ask(*arguments)

@@ -1,4 +1,4 @@
-"""Joins of two halves: the text between, and what both models say of it before it is read."""
+"""Joins of two halves: the text between, and its estimated scores."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def gap_between(codec: Codecs, beginning: str, ending: str) -> InfillPrompts:
 
 
 @given(texts=st.tuples(TEXT, TEXT, TEXT, TEXT))
-def test_the_text_between_is_what_both_wrote_and_nothing_else(
+def test_the_middle_is_exactly_the_text_of_both_halves(
     codec: Codecs, texts: tuple[str, str, str, str]
 ) -> None:
     beginning, left, right, ending = texts
@@ -50,10 +50,10 @@ def test_the_text_between_is_what_both_wrote_and_nothing_else(
     assert gap.middle(onwards, backwards) == expected
 
 
-def test_a_text_that_is_cut_anywhere_comes_back_from_its_own_tokens(
+def test_a_text_cut_anywhere_is_restored_from_its_own_tokens(
     codec: Codecs, english_documents: Sequence[str]
 ) -> None:
-    """Within words too, where the piece that is held back becomes a part of a longer one."""
+    """Within words too, where the held-back token becomes part of a longer one."""
     generator = random.Random(1)
     grown = 0
     for text in english_documents[:100]:
@@ -63,7 +63,7 @@ def test_a_text_that_is_cut_anywhere_comes_back_from_its_own_tokens(
         backward = list(reversed(whole[1:]))
         ahead, back = len(gap.before), len(gap.after) - 1
         if (*gap.before, *gap.after[:0:-1]) != (*whole[:ahead], *whole[len(whole) - back :]):
-            continue  # a token goes across an edge, and back into what was given
+            continue  # a token spans an edge into a given text
         grown += whole[ahead] != gap.before_held
         for cut in range(ahead + 1, len(whole) - back):
             onwards = whole[ahead:cut]
@@ -71,7 +71,7 @@ def test_a_text_that_is_cut_anywhere_comes_back_from_its_own_tokens(
     assert grown > 20
 
 
-def test_a_join_within_a_character_and_one_with_nothing_between_are_no_middle(
+def test_a_join_within_a_character_or_with_an_empty_text_is_no_middle(
     codec: Codecs,
 ) -> None:
     gap = gap_between(codec, "the", "map")
@@ -89,7 +89,7 @@ def test_a_gap_needs_both_texts(codec: Codecs, beginning: str, ending: str, name
 
 
 def forgetful(seed: int) -> ReverseGPT:
-    """A model that sees only the last id, so that no estimate leaves anything out."""
+    """A model that sees only the last id, so that estimates are exact."""
     model = make_model(seed)
     with torch.no_grad():
         for block in model.model.layers:
@@ -148,7 +148,7 @@ def test_estimates_are_exact_for_models_that_see_one_id(
 
 
 def estimate_of(own: JoinScores, at: tuple[int, int, int, int]) -> float:
-    """log P of one join by one model, from its tables: its half, its cut, and the other's."""
+    """log P of one join by one model, from its tables."""
     half, cut, other, other_cut = at
     column = own.column_JB[other, other_cut - 1]
     nats = own.own_IA[half, cut - 1] + own.next_IAC[half, cut - 1, column]
@@ -157,7 +157,7 @@ def estimate_of(own: JoinScores, at: tuple[int, int, int, int]) -> float:
 
 @settings(max_examples=40)
 @given(halves=HALVES, others=HALVES, minimum=st.integers(1, 4), extent=st.integers(0, 4))
-def test_the_joins_are_the_best_of_an_allowed_length_of_each_pair_in_order(
+def test_joins_are_the_best_of_allowed_length_per_pair_in_order(
     halves: list[Half], others: list[Half], minimum: int, extent: int
 ) -> None:
     forward = score_halves(FORWARD, PROMPT, halves, OTHER_PROMPT, others)
@@ -179,7 +179,7 @@ def test_the_joins_are_the_best_of_an_allowed_length_of_each_pair_in_order(
     assert found == pytest.approx(sorted(expected, reverse=True))
 
 
-def test_a_whole_half_that_meets_what_is_given_is_judged_exactly_by_the_other_model() -> None:
+def test_a_whole_half_joined_to_the_given_text_is_scored_exactly_by_the_other_model() -> None:
     model = make_model(3)
     half = Half((11, 12, 13, 14))
     tables: JoinScores = score_halves(
