@@ -1,10 +1,9 @@
-"""Addresses as they are written down: `${MEGABACK_SECRET_NAME}` stands for a secret in one.
+"""Secrets of addresses, stored in environment variables and written as `${MEGABACK_SECRET_NAME}`.
 
-The environment holds it. A secret that is typed into an address goes to a variable of this process
-and of those it starts; from then on everything handles the reference, and only what opens the
-address sees the whole. Other variables are out of reach: an address may come from somebody else's
-plan or config, and would take what it names to that one's server. For the same reason a variable
-that was made here serves addresses of the same host alone.
+A secret typed into an address moves to an environment variable of this process and its children;
+from then on addresses contain the reference, which is expanded only to open them. References to
+other variables are refused: an address from a third-party plan or config could send their values to
+its server. For the same reason a generated variable is valid only for addresses of the same host.
 """
 
 import hashlib
@@ -30,18 +29,18 @@ _ANY_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
 def kept(address: str) -> str:
-    """An address with references in the place of its secrets, which go to the environment.
+    """Move an address's secrets to the environment; return the address with references.
 
-    The name of a variable depends on the rest of the address alone, so that a new signature gives
-    the same. A path, or an address without secrets, stays as it is. Raises ConfigError.
+    Variable names depend only on the rest of the address, so that a renewed signature has the same
+    one. Paths and addresses without secrets are unchanged. Raises ConfigError.
     """
     if not is_url(address):
         return address
     for match in _ANY_REFERENCE.finditer(address):
         if not match[1].startswith(VARIABLE_PREFIX):
             raise ConfigError(
-                f"{shown_url(address)}: an address may not refer to the variable {match[1]}, only "
-                f"to those whose names begin with {VARIABLE_PREFIX}; export it as "
+                f"{shown_url(address)}: the variable {match[1]} is not allowed in an address, only "
+                f"names that begin with {VARIABLE_PREFIX}; export it as "
                 f"{VARIABLE_PREFIX}{match[1]}, and write '${{{VARIABLE_PREFIX}{match[1]}}}'"
             )
     pieces, position = [], 0
@@ -51,8 +50,8 @@ def kept(address: str) -> str:
             name = _variable(address, secret)
         except ValueError:  # a NUL, or half of a surrogate pair
             raise ConfigError(
-                f"{shown_url(address)}: it holds a character that no address may have; encode it "
-                "as %XX"
+                f"{shown_url(address)}: it contains a character that is not allowed in addresses; "
+                "encode it as %XX"
             ) from None
         remember(secret, is_password=address.startswith("@", stop))
         pieces += [address[position:start], f"${{{name}}}"]
@@ -61,7 +60,7 @@ def kept(address: str) -> str:
 
 
 def kept_in(value: Any) -> Any:
-    """Fields as they come from JSON or YAML, with every address in them as it may be kept."""
+    """Apply `kept` to every string in a value parsed from JSON or YAML."""
     if isinstance(value, dict):
         return {key: kept_in(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -70,7 +69,7 @@ def kept_in(value: Any) -> Any:
 
 
 def expanded(address: str) -> str:
-    """The whole address, to open it with. Raises ConfigError for a variable that is not set."""
+    """The address with secrets, for opening it. Raises ConfigError for an unset variable."""
     if not is_url(address):
         return address
     hosts = _digest(hosts_of(address), 16)
@@ -80,21 +79,21 @@ def expanded(address: str) -> str:
         own = OWN_VARIABLE.fullmatch(name)
         value = os.environ.get(name)
         if value is None or (own is not None and own[1] != hosts):
-            what = "is not set" if value is None else "is of another host's addresses"
-            means = "holds what is secret in it, and " if own is not None else ""
+            what = "is not set" if value is None else "belongs to another host"
+            means = "for its secret " if own is not None else ""
             raise ConfigError(
                 f"{shown_url(address)}: the environment variable {name} {means}{what}; "
-                "export it, or give the whole address again"
+                "export it, or give the address with its secrets again"
             )
         remember(value, is_password=address.startswith("@", match.end()))
-        # A secret that was typed beside a reference holds that reference.
+        # A secret typed next to a reference contains that reference.
         return REFERENCE.sub(value_of, value) if own is not None else value
 
     return REFERENCE.sub(value_of, address)
 
 
 def _variable(address: str, secret: str) -> str:
-    """The variable that holds a secret; one that holds another value is left alone."""
+    """Name of a variable with the secret; variables with other values are kept."""
     base = f"{VARIABLE_PREFIX}{_digest(hosts_of(address), 16)}_{_digest(place_of(address), 8)}"
     for number in itertools.count(1):
         name = base if number == 1 else f"{base}_{number}"
@@ -103,7 +102,7 @@ def _variable(address: str, secret: str) -> str:
             os.environ[name] = secret
         if held in (None, secret):
             return name
-    raise AssertionError("the numbers ended")
+    raise AssertionError("unreachable")
 
 
 def _digest(text: str, digits: int) -> str:

@@ -1,6 +1,6 @@
-"""Any part of one file, for many threads at once: what a shard is read through.
+"""Thread-safe random access to a file, used to read shards.
 
-A file on this machine or a shared file system is here; one behind a URL is in remote_ranges.py.
+Local files, also on shared file systems, are read here, and URLs in remote_ranges.py.
 """
 
 import os
@@ -11,38 +11,38 @@ from data_pipeline.common.regular_files import open_file
 
 
 class ByteRanges(Protocol):
-    """One file. Every method but `close` may be called by several threads at once.
+    """One file. All methods except `close` are thread-safe.
 
-    Raises OSError when the file is gone, cannot be read, or was replaced since `tail` looked at it;
-    over a network also SourceUnreadableError, when patience is used up.
+    They raise OSError when the file is missing, unreadable, or was replaced after `tail`; over a
+    network also SourceUnreadableError, after the last retry.
     """
 
     shown: str
     """Address of the file, for messages."""
 
     def tail(self, num_bytes: int) -> tuple[int, bytes]:
-        """The file's size, and its last `num_bytes` bytes, more of them, or all of it.
+        """Size of the file and at least its last `num_bytes` bytes, or all of it.
 
-        To be called before the file is read.
+        Must be called before `read_at`.
         """
 
     def read_at(self, offset: int, num_bytes: int) -> bytes:
-        """So many bytes from `offset` on; fewer only where the file ends."""
+        """`num_bytes` bytes from `offset`; fewer only at the end of the file."""
 
     def close(self) -> None:
-        """Give the file back; nothing may read it any more."""
+        """Close the file, which must not be read any more."""
 
 
 class LocalRanges:
-    """A file of this machine or of a shared file system.
+    """A local file, or one on a shared file system.
 
-    Dropping it closes the file: unlike `close`, that waits for whoever still reads.
+    Deleting the object closes the file, but only after the last reader has finished.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises OSError."""
         self.shown = str(path)
-        self._descriptor: int | None = None  # what __del__ finds if opening fails
+        self._descriptor: int | None = None  # for __del__, if opening fails
         self._descriptor = open_file(path)
 
     def __del__(self) -> None:
@@ -54,7 +54,7 @@ class LocalRanges:
         return size_bytes, self.read_at(offset, size_bytes - offset)
 
     def read_at(self, offset: int, num_bytes: int) -> bytes:
-        # Without a position that threads would share.
+        # pread: no file position, which threads would share.
         data = os.pread(self._open_descriptor(), num_bytes, offset)
         while len(data) < num_bytes:
             more = os.pread(self._open_descriptor(), num_bytes - len(data), offset + len(data))

@@ -1,4 +1,4 @@
-"""fsspec's drivers: opened by address, called with time limits and retries, one sentence an error.
+"""Access to fsspec's drivers, with timeouts, retries and readable errors.
 
 Why not obstore: docs/decisions/0041-one-range-reader.md
 """
@@ -23,28 +23,28 @@ Result = TypeVar("Result")
 
 
 class Driver:
-    """The file system of an address. A process that was forked with it opens one of its own."""
+    """The file system of an address, reopened after a fork."""
 
     def __init__(self, url: str) -> None:
         """Raises as `open_file_system`."""
         self._url = url
         file_system, self.path = open_file_system(url)
-        """The address as the file system takes it."""
+        """Path of the address in the file system."""
         self._opened = os.getpid(), file_system
 
     def file_system(self) -> Any:
         """The file system of this process. Raises as `open_file_system`."""
-        # No lock, which a fork could leave held: at worst, two threads open one each.
+        # No lock, which could be held during a fork: at worst, two threads open one each.
         if self._opened[0] != os.getpid():
             self._opened = os.getpid(), open_file_system(self._url)[0]
         return self._opened[1]
 
 
 def open_file_system(url: str) -> tuple[Any, str]:
-    """The file system of an address, and the address as it takes it, secrets and all.
+    """File system of an address, and the path in it, with secrets.
 
     Some drivers connect here. Raises SourceMissingError, BackendError, SourceUnreadableError, and
-    ConfigError for a variable that is not set.
+    ConfigError for an unset variable.
     """
     import fsspec
 
@@ -54,11 +54,13 @@ def open_file_system(url: str) -> tuple[Any, str]:
     protocol = protocol.lower()
     url = f"{protocol}{separator}{rest}"
     if not rest.strip("/"):
-        raise SourceMissingError(f"{shown}: names no file; write `{protocol}://` and its address")
+        raise SourceMissingError(
+            f"{shown}: it has no path; write `{protocol}://` and the path of a file"
+        )
     if "::" in url and protocol not in HTTP:
         raise SourceMissingError(
-            f"{shown}: a file within a file (`::`) cannot be read in parts; "
-            "unpack it and name the folder"
+            f"{shown}: files within archives (`::`) are not supported; "
+            "unpack the archive and name the folder"
         )
 
     def start() -> tuple[Any, str]:
@@ -68,7 +70,7 @@ def open_file_system(url: str) -> tuple[Any, str]:
             file_system, path = fsspec.url_to_fs(url)
         except ImportError as error:
             raise BackendError(
-                f"{shown}: {reason_of(error)}; {protocol}:// needs that package"
+                f"{shown}: {reason_of(error)}; install the package, which {protocol}:// needs"
             ) from None
         except ValueError as error:
             raise SourceMissingError(f"{shown}: {reason_of(error)}; check the address") from None
@@ -78,13 +80,13 @@ def open_file_system(url: str) -> tuple[Any, str]:
 
 
 def require_reachable(file_system: Any) -> None:
-    """Raises UnresolvedHostError when it is the hub's, and the hub cannot be found."""
+    """Raises UnresolvedHostError for the hub's file system if the hub's host cannot be resolved."""
     if file_system.protocol == "hf":
         require_hub()
 
 
 def call(file_system: Any, method: str, *arguments: Any, timeout_s: float, **options: Any) -> Any:
-    """A method of a file system, with a time limit where the file system can be interrupted."""
+    """Call a method of a file system, with a timeout if the file system is asynchronous."""
     from fsspec.asyn import AsyncFileSystem, sync
 
     if isinstance(file_system, AsyncFileSystem):
@@ -94,16 +96,16 @@ def call(file_system: Any, method: str, *arguments: Any, timeout_s: float, **opt
 
 
 def guarded(url: str, attempt: Callable[[], Result]) -> Result:
-    """The result of an attempt with retries; whatever a driver raises becomes one sentence.
+    """Call `attempt` with retries; convert errors of drivers to SourceUnreadableError.
 
-    Raises FileNotFoundError as it is, since only the caller knows what it means.
+    Raises FileNotFoundError unchanged, since its meaning depends on the caller.
     """
     try:
         return with_retries(shown_url(url), attempt)
     except (MegabackError, FileNotFoundError):
         raise
-    except Exception as error:  # noqa: BLE001 - each driver has errors of its own
+    except Exception as error:  # noqa: BLE001 - each driver has its own errors
         raise SourceUnreadableError(
             f"{shown_url(url)}: {reason_of(error)}; "
-            "check the address, and that you are allowed to read it"
+            "check the address and your permission to read it"
         ) from None

@@ -1,7 +1,7 @@
 """HTTP range requests, with an error when the server does not support them.
 
-Only the bytes asked for are ever held. An answer is checked against the request: status, range,
-length and the file's version.
+Only the requested bytes are held in memory. A response's status, range, length and file version are
+checked against the request.
 """
 
 import asyncio
@@ -17,32 +17,31 @@ from data_pipeline.storage.retries import TransientError
 
 CLIENT_OPTIONS = {
     "trust_env": True,  # the proxies of a cluster
-    "auto_decompress": False,  # what is stored compressed is decompressed here, by its suffix
+    "auto_decompress": False,  # compressed files are decompressed by suffix
 }
 _MIN_BYTES_PER_S = 16 << 10
-"""Minimum average rate: a server that sends a byte now and then has stalled as well."""
+"""Minimum average rate, below which a server counts as stalled."""
 _MIN_PART_BYTES = 64 << 10
-"""A server may give less than it is asked for, but not a byte at a time."""
+"""Minimum size of a partial response."""
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a server or a file system says about a file."""
+    """Size and version of a file, as reported by a server or file system."""
 
     size_bytes: int
     version: str | None
-    """ETag, checksum or else time of the file; None when nothing of the kind is said."""
+    """ETag, checksum or modification time; None if none is reported."""
 
 
 async def fetch_part(
     file_system: Any, url: str, shown: str, start: int, stop: int
 ) -> tuple[FileFacts, bytes]:
-    """Bytes `start` to `stop` of a file, or as many of the first of them as the server gives.
+    """Size and version of a file, and its bytes `start` to `stop` or a prefix of them.
 
-    With what the server says about the file; past its end there are no bytes. `shown` is the
-    address for messages. Raises FileNotFoundError, PermissionError, SourceUnreadableError, and
-    errors that may pass.
+    Past the end of the file there are no bytes. `shown`: address for messages. Raises
+    FileNotFoundError, PermissionError, SourceUnreadableError, and transient errors.
     """
     import aiohttp
 
@@ -69,13 +68,13 @@ async def fetch_part(
         try:
             body = await response.content.readexactly(num_bytes)
         except (asyncio.IncompleteReadError, aiohttp.ClientPayloadError):
-            raise TransientError(f"the answer of {num_bytes:,} bytes broke off") from None
+            raise TransientError(f"the response of {num_bytes:,} bytes was truncated") from None
         return FileFacts(size_bytes, version), body
 
 
 def _require_success(response: Any, shown: str) -> None:
     status = response.status
-    message = f"the server answered {status} {response.reason or ''}".strip()
+    message = f"the server returned {status} {response.reason or ''}".strip()
     if status in (404, 410):
         raise FileNotFoundError(errno.ENOENT, message, shown)
     if status in (401, 403):
@@ -89,7 +88,7 @@ def _require_success(response: Any, shown: str) -> None:
 def _wait_s(headers: Mapping[str, str]) -> float:
     try:
         return float(headers.get("Retry-After", 0))
-    except ValueError:  # a date: the usual wait will do
+    except ValueError:  # a date: use the default wait
         return 0.0
 
 
@@ -97,7 +96,7 @@ def _answered_range(response: Any, shown: str) -> tuple[int, int, int]:
     """First byte, number of bytes and size of the whole file."""
     match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
     length = response.headers.get("Content-Length", "")
-    if response.status == 200 and length in ("0", "1"):  # the whole of what we asked for
+    if response.status == 200 and length in ("0", "1"):  # the whole file
         return 0, int(length), int(length)
     if match is None or match[3] == "*" or (match[1] is None) != (response.status == 416):
         raise _no_ranges(shown)
@@ -108,6 +107,5 @@ def _answered_range(response: Any, shown: str) -> tuple[int, int, int]:
 
 def _no_ranges(shown: str) -> SourceUnreadableError:
     return SourceUnreadableError(
-        f"{shown}: the server does not answer requests for a part of a file, by which it would be "
-        "read; download the file and name its path"
+        f"{shown}: the server does not support range requests; download the file and name its path"
     )

@@ -1,7 +1,7 @@
-"""Who decides what is read from an address: its origin, which holds no password and no signature.
+"""Origins of addresses: identity of a source without passwords and signatures.
 
-Of two addresses with the same origin, the same account of the same server decides the content. A
-signature that is renewed every day changes no origin; whatever else may choose the content does.
+Addresses with the same origin read the same account of the same server. A renewed signature does
+not change the origin; anything else that may select the content does.
 """
 
 import json
@@ -27,30 +27,30 @@ _SIGNATURES: tuple[tuple[set[str], set[str]], ...] = (
         | {"ske", "skoid", "sks", "skt", "sktid", "skv"},
     ),
 )
-"""Parameters that sign a query, by provider: those it is known by, and those that may be there too.
+"""Query parameters of signatures, by provider: required ones, and optional ones.
 
-Other parameters stay, even those called `token`: on some servers they choose what is served.
+Other parameters are kept, even `token`: on some servers they select the content.
 """
 _SERVICE_ATTRIBUTES = ("endpoint_url", "_endpoint", "endpoint", "account_name", "account_host")
 _SERVICE_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
 def origin_of(address: str, query: str, file_system: Any) -> str:
-    """The origin of a folder that a driver reads by an address and, over http, a query.
+    """Origin of a folder, from its address and, over HTTP, its query.
 
-    Bytes of another origin are another's, whatever hash, name or size they claim to have.
+    Cached bytes of one origin are not valid for another, whatever their hash, name or size.
     """
     protocol, separator, rest = address.partition("://")
     authority, slash, path = rest.partition("/")
     account, at, host = authority.rpartition("@")
-    # The user stays: the same path of another account may hold something else.
+    # The user is kept: the same path of another account may have other content.
     user = account.partition(":")[0]
     place = f"{protocol}{separator}{user}{at}{host}{slash}{path}"
     return json.dumps([place, _unsigned(query.removeprefix("?")), _service(file_system)])
 
 
 def _unsigned(query: str) -> str:
-    """A query without what signs it."""
+    """A query without its signature."""
     parts = [part for part in query.split("&") if part]
     names = {_name(part) for part in parts}
     signing: set[str] = set()
@@ -65,7 +65,7 @@ def _name(parameter: str) -> str:
 
 
 def _service(file_system: Any) -> dict[str, str]:
-    """What of the server an address such as `s3://bucket/folder` does not say."""
+    """Server settings that an address such as `s3://bucket/folder` does not contain."""
     names = {name: getattr(file_system, name, None) for name in _SERVICE_ATTRIBUTES}
     names |= {name: os.environ.get(name) for name in _SERVICE_VARIABLES}
     return {name: value for name, value in names.items() if isinstance(value, str) and value}

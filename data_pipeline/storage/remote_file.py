@@ -1,7 +1,7 @@
-"""A file behind a URL as Python's file object.
+"""File objects for URLs.
 
-It is read part by part, each part with its own retries, so that a long file survives a bad network
-and memory stays bounded.
+A file is read in blocks, each with its own retries, so that long files can be read over an
+unreliable network with bounded memory.
 """
 
 import errno
@@ -20,10 +20,10 @@ BLOCK_BYTES = 8 << 20
 
 
 class RemoteFile(io.RawIOBase):
-    """A file behind a URL, as a raw file: each read is one request, and reads can be anywhere."""
+    """Seekable raw file for a URL; each read is one request per block."""
 
     def __init__(self, url: str) -> None:
-        """Looks at the file. Raises FileNotFoundError, SourceUnreadableError, BackendError."""
+        """Requests the size. Raises FileNotFoundError, SourceUnreadableError, BackendError."""
         self._ranges = RemoteRanges(url)
         self._position = 0
         self._facts = self._ranges.look()
@@ -31,7 +31,7 @@ class RemoteFile(io.RawIOBase):
         self.size_bytes = self._facts.size_bytes
 
     def stamp(self) -> str:
-        """Digest of size and version or, where there is no version, of size, head and tail.
+        """Digest of size and version or, without a version, of size, head and tail.
 
         Raises SourceUnreadableError, FileNotFoundError.
         """
@@ -43,7 +43,7 @@ class RemoteFile(io.RawIOBase):
         return stamp_of(size_bytes, head, tail)
 
     def buffered(self) -> io.BufferedReader:
-        """The file for reading from its beginning to its end, in large blocks."""
+        """Buffered reader in large blocks, for sequential reading."""
         return io.BufferedReader(self, BLOCK_BYTES)
 
     def readable(self) -> bool:
@@ -61,14 +61,14 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: "WriteableBuffer") -> int:
-        """Fills at most one block of a buffer."""
+        """Reads at most one block."""
         view = memoryview(buffer).cast("B")
         part = self.read(min(len(view), BLOCK_BYTES))
         view[: len(part)] = part
         return len(part)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """All of the bytes asked for, unlike most raw files: parquet's reader relies on it."""
+        """Reads all `size` bytes, unlike most raw files: parquet's reader relies on it."""
         whole = size is None or size < 0
         stop = self.size_bytes if whole else min(self._position + (size or 0), self.size_bytes)
         part = self._read_at(self._position, stop)
@@ -86,6 +86,6 @@ class RemoteFile(io.RawIOBase):
                 raise
             raise SourceUnreadableError(
                 f"{self.shown}: changed while it was read; "
-                "run the command again when nothing writes to the source"
+                "run the command again when the source no longer changes"
             ) from None
         return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,6 +1,6 @@
-"""A folder behind a URL: its files by name, whole or in parts, for many threads at once.
+"""Thread-safe access to the files of a folder behind a URL.
 
-One driver, and so one set of connections, serves a folder.
+All files of a folder share one driver and its connections.
 """
 
 from data_pipeline.common.file_names import plain_name
@@ -15,23 +15,23 @@ from data_pipeline.storage.urls import is_http
 
 
 class RemoteFolder:
-    """A folder behind a URL; over http the query of its address goes with every file's."""
+    """A folder behind a URL; over HTTP its query is appended to the address of each file."""
 
     def __init__(self, url: str) -> None:
-        """Asks for nothing yet. Raises SourceMissingError, BackendError, ConfigError."""
+        """Sends no request. Raises SourceMissingError, BackendError, ConfigError."""
         url = kept(url)
         self._address, self._query = _parted(url)
         self.shown = shown_url(self._address)
         self._driver = Driver(self._address)
         self.origin = origin_of(*_parted(expanded(url)), self._driver.file_system())
-        """Server that decides what lies there."""
+        """Identity of the source: see `origins`."""
 
     def url(self, name: str) -> str:
-        """The address of one of its files. Raises ValueError for a name that is no file's."""
+        """Address of a file. Raises ValueError unless the name is a plain file name."""
         return f"{self._address}/{plain_name(name)}{self._query}"
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """All of a file, which has no more bytes. Raises OSError, SourceUnreadableError."""
+        """Contents of a file. Raises OSError, also for a larger file, and SourceUnreadableError."""
         url = self.url(name)
         file = RemoteFile(url)
         if file.size_bytes > max_bytes:
@@ -39,11 +39,11 @@ class RemoteFolder:
         return file.read()
 
     def ranges(self, name: str, expected_bytes: int) -> RemoteRanges:
-        """A file that should have this size; asks for nothing yet. Raises as `url`."""
+        """Random access to a file of this expected size; sends no request. Raises as `url`."""
         return RemoteRanges(self.url(name), expected_bytes, self._driver)
 
 
 def _parted(url: str) -> tuple[str, str]:
-    """The address of a folder, and the query that goes behind its files' names."""
+    """Address of a folder and its query, which follows the names of files."""
     address, separator, query = url.partition("?") if is_http(url) else (url, "", "")
     return address.partition("#")[0].rstrip("/"), separator + query

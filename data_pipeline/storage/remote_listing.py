@@ -1,4 +1,4 @@
-"""Which files an address names, for every file system that fsspec knows."""
+"""Listing of remote files, for every file system of fsspec."""
 
 from collections.abc import Callable
 from pathlib import PurePosixPath
@@ -11,13 +11,13 @@ from data_pipeline.storage.urls import is_http
 
 
 def find(url: str) -> tuple[list[str], list[list[str]], list[str]]:
-    """The files that an address names, and for each folder that it names the files below.
+    """Files matched by an address or pattern, files below each matched folder, and hidden files.
 
-    A pattern may name several of both. Third: the hidden files, which are in neither. Over http
-    only a file can be named. Raises SourceMissingError, SourceUnreadableError, BackendError.
+    Hidden files are not in the first two. An HTTP address is one file. Raises SourceMissingError,
+    SourceUnreadableError, BackendError.
     """
     if is_http(url):
-        return [url], [], []  # that it is there is found when it is looked at
+        return [url], [], []  # its existence is checked later
     file_system, path = open_file_system(url)
     timeout_s = retries.POLICY.listing_timeout_s
     address_of = _addresses(url, file_system, path)
@@ -52,9 +52,9 @@ def find(url: str) -> tuple[list[str], list[list[str]], list[str]]:
 
 
 def _addresses(url: str, file_system: Any, path: str) -> Callable[[str], str]:
-    """What gives a file's address by the name that a file system has listed it under.
+    """Function from a listed name to an address.
 
-    Names of drivers that connect to a host (sftp, ftp) lack it, and the login to it.
+    Names listed by drivers that connect to a host (sftp, ftp) lack host and login.
     """
     protocol, separator, rest = url.partition("://")
     authority = rest.partition("/")[0]
@@ -66,7 +66,7 @@ def _addresses(url: str, file_system: Any, path: str) -> Callable[[str], str]:
 
 
 def _pinned(path: str) -> str:
-    """A path on the Hugging Face hub at the commit of this moment, whatever is pushed later."""
+    """Path on the Hugging Face hub, pinned to the current commit."""
     from huggingface_hub import HfApi, HfFileSystem
 
     resolved: Any = HfFileSystem().resolve_path(path)
@@ -78,6 +78,6 @@ def _pinned(path: str) -> str:
 
 
 def _is_hidden(name: str, folder: str | None = None) -> bool:
-    """Whether a name or, below a folder, any part of it begins with a dot."""
+    """Whether a name or, below a folder, any component begins with a dot."""
     path = PurePosixPath(name.removeprefix(folder or ""))
     return any(part.startswith(".") for part in (path.parts if folder else (path.name,)))

@@ -1,4 +1,4 @@
-"""Parts of a file behind a URL: the one place where bytes are fetched over a network."""
+"""Range reads of a file behind a URL, used for all reads over a network."""
 
 import errno
 import logging
@@ -16,10 +16,10 @@ from data_pipeline.storage.urls import is_http
 
 _LOG = logging.getLogger("megaback.sources")
 _TAIL_BYTES = 1 << 16
-"""Fetched of a file's end at least: of a small file everything but its frames is there."""
+"""Minimum size of a tail request: it includes the index and seek table of small shards."""
 _PINNED_REVISION = re.compile(r"@[0-9a-f]{40}/")
-# What names the content comes before what names the moment: a copy has another moment. Listing a
-# folder and looking at a file must agree, so the first of these that a file system reports decides.
+# Identifiers of content precede times, which differ between copies. The first key that a file
+# system reports is used, so that listing a folder and requesting a file agree.
 _VERSION_KEYS = (
     *("lfs", "blob_id", "xet_hash"),  # the Hugging Face hub
     *("ETag", "etag", "e_tag"),  # S3, Google, Azure
@@ -29,13 +29,13 @@ _VERSION_KEYS = (
 
 
 class RemoteRanges:
-    """One file behind a URL, as byte_ranges.py says: each part is one request with its retries.
+    """ByteRanges of a URL: one request with retries per read.
 
-    `look` or `tail` settles which version is read; an OSError tells of any other from then on.
+    `look` or `tail` determines the version; reads of another version raise OSError.
     """
 
     def __init__(self, url: str, expected_bytes: int = 0, driver: Driver | None = None) -> None:
-        """Asks for nothing yet; `driver` is one of the same server, None for one of its own.
+        """Sends no request. `driver`: a driver of the same server to share.
 
         Raises SourceMissingError, BackendError, SourceUnreadableError, ConfigError.
         """
@@ -49,7 +49,7 @@ class RemoteRanges:
 
     def look(self) -> FileFacts:
         """Size and version of the file. Raises FileNotFoundError, SourceUnreadableError."""
-        # Over http of one byte: signed addresses allow nothing but GET.
+        # A GET of one byte over HTTP: signed addresses allow no other method.
         ask = (lambda: self._fetch_http(0, 1)[0]) if self._is_http else self._info
         self._facts = guarded(self._url, ask)
         self._size_bytes = self._facts.size_bytes
@@ -58,7 +58,7 @@ class RemoteRanges:
     def tail(self, num_bytes: int) -> tuple[int, bytes]:
         self._facts = None
         num_bytes = max(num_bytes, _TAIL_BYTES)
-        # One byte more than there should be, so that one request tells the size with any driver.
+        # One byte more than expected, so that one request determines the size with any driver.
         start = max(0, self._size_bytes - num_bytes)
         facts, part = self._fetch(start, self._size_bytes + 1)
         self._facts = facts
@@ -83,7 +83,7 @@ class RemoteRanges:
         pass
 
     def _fetch(self, start: int, stop: int) -> tuple[FileFacts, bytes]:
-        """Bytes from `start` on, as many as the server gives up to `stop`, and of which file."""
+        """Facts of the file, and its bytes `start` to `stop` or a prefix of them."""
         _LOG.debug("%s: fetching bytes %d to %d", self.shown, start, stop)
         fetch = self._fetch_http if self._is_http else self._fetch_other
         return guarded(self._url, lambda: fetch(start, stop))
@@ -97,10 +97,10 @@ class RemoteRanges:
         return fetched
 
     def _fetch_other(self, start: int, stop: int) -> tuple[FileFacts, bytes]:
-        """Other drivers say nothing of the file beside its bytes: only asked when it matters."""
+        """Fetch with another driver, whose reads include no facts: requested only when needed."""
         file_system = self._driver.file_system()
         timeout_s = retries.POLICY.request_timeout_s
-        # The hub's driver would read ahead what the next request reads again.
+        # The hub's driver would read ahead, and the next request would fetch it again.
         options = {"cache_type": "none"} if file_system.protocol == "hf" else {}
         where = {"start": start, "end": stop}
         part: bytes = call(
@@ -108,22 +108,22 @@ class RemoteRanges:
         )
         if len(part) > stop - start:
             raise SourceUnreadableError(
-                f"{self.shown}: more bytes came than were asked for; copy the file and name its "
-                "path"
+                f"{self.shown}: the response is longer than the requested range; download the file "
+                "and name its path"
             )
         facts = self._facts or FileFacts(self._size_bytes, None)
         if len(part) != min(stop, facts.size_bytes) - start:
             found = self._info()
             if found.size_bytes == facts.size_bytes:
-                raise TransientError(f"{len(part)} of {stop - start} bytes came")
+                raise TransientError(f"received {len(part)} of {stop - start} bytes")
             facts = found
         return facts, part
 
     def _info(self) -> FileFacts:
-        """What a driver other than HTTP's says about the file."""
+        """Facts of the file by a driver other than HTTP's."""
         file_system = self._driver.file_system()
         require_reachable(file_system)
-        if not _PINNED_REVISION.search(self._url):  # what was listed before may be old by now
+        if not _PINNED_REVISION.search(self._url):  # a listing may be outdated
             file_system.invalidate_cache(self._path)
         timeout_s = retries.POLICY.request_timeout_s
         info = call(file_system, "info", self._path, timeout_s=timeout_s)
@@ -131,8 +131,8 @@ class RemoteRanges:
             raise IsADirectoryError(f"{self.shown}: a folder, not a file")
         if info.get("size") is None:
             raise SourceUnreadableError(
-                f"{self.shown}: its size is not known, without which no part of it can be read; "
-                "copy the file and name its path"
+                f"{self.shown}: the server does not report its size; download the file and name "
+                "its path"
             )
         return FileFacts(int(info["size"]), _version(info))
 

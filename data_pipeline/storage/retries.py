@@ -1,7 +1,7 @@
-"""Trying again: which errors of a network pass by themselves, how long is waited, what is said.
+"""Retries of network requests: transient errors, backoff and logging.
 
-Every request that a source sends goes through `with_retries`. An error that would come back, like
-a missing file or a refused permission, passes through untouched and at once.
+Every request of a source uses `with_retries`. Permanent errors, such as a missing file or a denied
+permission, are raised immediately.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _TRANSIENT_ERRNOS = {
     *(errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET),
     *(errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
 }
-# The drivers of file systems are not dependencies: their errors are known by name.
+# Drivers of file systems are not dependencies: their errors are recognized by name.
 _TRANSIENT_NAMES = {
     *("ClientPayloadError", "ClientConnectionError"),  # aiohttp
     "TransportError",  # httpx
@@ -41,32 +41,31 @@ _LASTING_NAMES = {"OfflineModeIsEnabled", "InvalidURL", "UnsupportedProtocol"}
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patient a source is."""
+    """Limits of attempts, waits and timeouts of a request."""
 
     max_attempts: int = 8
     first_wait_s: float = 1.0
-    """Maximum wait before the second try; doubled before each further one."""
-    longest_wait_s: float = 60.0
-    longest_total_s: float = 600.0
-    """No further try begins after this long."""
+    """Maximum wait before the second attempt; doubled for each further one."""
+    max_wait_s: float = 60.0
+    max_total_s: float = 600.0
+    """No attempt begins later than this."""
     stall_timeout_s: float = 60.0
-    """An HTTP server that sends nothing for so long has stalled."""
+    """Timeout for an HTTP server that sends nothing."""
     request_timeout_s: float = 300.0
-    """Timeout for drivers that cannot tell a stalled request from a slow one."""
+    """Timeout for drivers that cannot distinguish stalled from slow requests."""
     listing_timeout_s: float = 1800.0
     """Timeout for listing a whole folder."""
     max_unresolved_attempts: int = 3
-    """Maximum attempts at a host whose name is not known: mostly there is no network, and waiting
-    is no cure."""
-    longest_unresolved_s: float = 10.0
-    """No further try of such a host begins after this long."""
+    """Maximum attempts at a host that cannot be resolved: mostly there is no network."""
+    max_unresolved_s: float = 10.0
+    """No attempt at such a host begins later than this."""
 
 
 POLICY = RetryPolicy()
 
 
 class TransientError(Exception):
-    """A request failed in a way that may pass; `wait_s` is what the server asked for."""
+    """A request failed temporarily; `wait_s`: delay that the server requested."""
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -74,13 +73,13 @@ class TransientError(Exception):
 
 
 class UnresolvedHostError(TransientError):
-    """The name of a host is not known to this network."""
+    """The name of a host cannot be resolved."""
 
 
 def require_host(url: str) -> None:
-    """Look up the host that requests to an address go to, which may be a proxy's.
+    """Resolve the host of an address, or its proxy. Raises UnresolvedHostError.
 
-    Asked before a library that retries by itself, for minutes. Raises UnresolvedHostError.
+    Called before libraries that would retry for minutes themselves.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -92,13 +91,13 @@ def require_host(url: str) -> None:
         socket.getaddrinfo(host, None)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UnresolvedHostError(f"cannot find the host {host} ({reason})") from None
+        raise UnresolvedHostError(f"cannot resolve the host {host} ({reason})") from None
 
 
 def require_hub() -> None:
-    """Look up the hub's host, and leave what is said of retries to us. Raises UnresolvedHostError.
+    """Resolve the hub's host and silence its library's retries. Raises UnresolvedHostError.
 
-    The hub's library tries each request six times within half a minute and says two lines each.
+    The library sends each request six times within half a minute and logs two lines each.
     """
     from huggingface_hub import constants
 
@@ -107,10 +106,10 @@ def require_hub() -> None:
 
 
 def with_retries(what: str, attempt: Callable[[], Result]) -> Result:
-    """The result of `attempt`, called again after each error that may pass.
+    """Call `attempt` until it succeeds, with retries after transient errors.
 
-    Each wait is logged in one line that begins with `what`. Raises SourceUnreadableError when the
-    policy's patience is used up, and any other error of `attempt` as it is.
+    Each retry is logged in one line that begins with `what`. Raises SourceUnreadableError when the
+    policy's limits are exceeded, and permanent errors of `attempt` unchanged.
     """
     import tenacity
 
@@ -119,8 +118,8 @@ def with_retries(what: str, attempt: Callable[[], Result]) -> Result:
 
     def limits(state: tenacity.RetryCallState) -> tuple[int, float]:
         if state.outcome is not None and is_unresolved(state.outcome.exception()):
-            return policy.max_unresolved_attempts, policy.longest_unresolved_s
-        return policy.max_attempts, policy.longest_total_s
+            return policy.max_unresolved_attempts, policy.max_unresolved_s
+        return policy.max_attempts, policy.max_total_s
 
     def is_enough(state: tenacity.RetryCallState) -> bool:
         attempts, total_s = limits(state)
@@ -130,17 +129,17 @@ def with_retries(what: str, attempt: Callable[[], Result]) -> Result:
         error = state.outcome.exception() if state.outcome else None
         wait_s = state.next_action.sleep if state.next_action else 0.0
         _LOG.warning(
-            "%s: %s; trying again in %.1f s (try %d of %d failed)",
+            "%s: %s; retrying in %.1f s (attempt %d of %d failed)",
             *(what, reason_of(error), wait_s, state.attempt_number, limits(state)[0]),
         )
 
     def wait_s(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
         asked_s = error.wait_s if isinstance(error, TransientError) else 0.0
-        return max(backoff(state), min(asked_s, policy.longest_wait_s))
+        return max(backoff(state), min(asked_s, policy.max_wait_s))
 
-    # Half of the wait is random, so that many readers do not come back at the same moment.
-    half = {"multiplier": policy.first_wait_s / 2, "max": policy.longest_wait_s / 2}
+    # Half of the wait is random, so that many readers do not retry at the same time.
+    half = {"multiplier": policy.first_wait_s / 2, "max": policy.max_wait_s / 2}
     backoff = tenacity.wait_exponential(**half) + tenacity.wait_random_exponential(**half)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
@@ -154,14 +153,14 @@ def with_retries(what: str, attempt: Callable[[], Result]) -> Result:
     except tenacity.RetryError as error:
         last = error.last_attempt
         raise SourceUnreadableError(
-            f"{what}: {reason_of(last.exception())}; gave up after {last.attempt_number} tries in "
-            f"{time.monotonic() - begin:.0f} s; check the network and the server, "
+            f"{what}: {reason_of(last.exception())}; gave up after {last.attempt_number} attempts "
+            f"in {time.monotonic() - begin:.0f} s; check the network and the server, "
             "then run the command again"
         ) from None
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Whether a retry may succeed."""
     if isinstance(error, TransientError):
         return True
     causes = list(_causes(error))
@@ -170,7 +169,7 @@ def is_transient(error: BaseException) -> bool:
     for cause in causes:
         if _names(cause) & _TRANSIENT_NAMES:
             return _passes(cause)
-    # A driver may turn a refusal into a general error: the status that caused it counts more.
+    # A driver may wrap a refusal in a general error: the underlying status takes precedence.
     statuses = [status for cause in causes if (status := _status(cause)) is not None]
     if statuses:
         return statuses[0] in TRANSIENT_STATUSES
@@ -178,7 +177,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_unresolved(error: BaseException | None) -> bool:
-    """Whether the host's name could not be looked up."""
+    """Whether the host's name could not be resolved."""
     return error is not None and any(
         isinstance(cause, UnresolvedHostError)
         or isinstance(getattr(cause, "os_error", cause), socket.gaierror)
@@ -187,9 +186,9 @@ def is_unresolved(error: BaseException | None) -> bool:
 
 
 def reason_of(error: BaseException | None) -> str:
-    """An error in a few words on one line, without secrets of addresses."""
+    """One-line description of an error, without secrets of addresses."""
     if isinstance(error, TimeoutError | asyncio.TimeoutError) and not str(error):
-        return "no answer in time"
+        return "timeout"
     text = (getattr(error, "strerror", None) or str(error)).strip().split("\n", maxsplit=1)[0]
     return scrub(text.rstrip(".")) or type(error).__name__
 
@@ -197,9 +196,9 @@ def reason_of(error: BaseException | None) -> str:
 def _passes(error: BaseException) -> bool:
     if isinstance(error, ssl.SSLCertVerificationError):
         return False
-    cause = getattr(error, "os_error", error)  # aiohttp keeps the reason of a failed connection
+    cause = getattr(error, "os_error", error)  # aiohttp's cause of a failed connection
     if isinstance(cause, socket.gaierror):
-        return cause.errno == socket.EAI_AGAIN  # otherwise there is no such host
+        return cause.errno == socket.EAI_AGAIN  # otherwise the host does not exist
     if isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError):
         return True
     if isinstance(error, asyncio.IncompleteReadError) or _names(error) & _TRANSIENT_NAMES:
@@ -219,7 +218,7 @@ def _names(error: BaseException) -> set[str]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error of a driver carries, wherever it carries it."""
+    """HTTP status of a driver's error, or None."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         response = response.get("ResponseMetadata", {})

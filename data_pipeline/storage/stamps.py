@@ -1,4 +1,4 @@
-"""Stamps: cheap digests by which a file that has changed is noticed."""
+"""Stamps: cheap digests for detecting changed files."""
 
 import hashlib
 import os

@@ -23,8 +23,8 @@ from data_pipeline.storage.retries import RetryPolicy
 QUICK = RetryPolicy(
     max_attempts=4,
     first_wait_s=0.002,
-    longest_wait_s=0.004,
-    longest_total_s=5,
+    max_wait_s=0.004,
+    max_total_s=5,
     stall_timeout_s=0.15,
 )
 

@@ -164,9 +164,7 @@ def server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 def test_a_server_that_sends_next_to_nothing_has_stalled(
     answer: Callable[[socket.socket], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = RetryPolicy(
-        max_attempts=2, first_wait_s=0.01, longest_wait_s=0.02, stall_timeout_s=0.3
-    )
+    policy = RetryPolicy(max_attempts=2, first_wait_s=0.01, max_wait_s=0.02, stall_timeout_s=0.3)
     monkeypatch.setattr(retries, "POLICY", policy)
     with server(answer) as url, refused():
         RemoteFile(url).read()

@@ -130,7 +130,7 @@ def test_a_server_that_dies_ends_reading_with_one_sentence(
     data_set = DataSet.open(publish(server, folder))
     reader = data_set.open_shard(first(data_set))
     server.faults.extend(["reset"] * 20)
-    with pytest.raises(SourceUnreadableError, match="gave up after 4 tries") as caught:
+    with pytest.raises(SourceUnreadableError, match="gave up after 4 attempts") as caught:
         reader.frame(1)
     assert first(data_set).file in sentence_of(caught.value)
     assert caught.value.exit_code == SourceUnreadableError.exit_code
@@ -141,7 +141,7 @@ def test_a_manifest_that_a_server_cannot_give_is_not_called_missing(
 ) -> None:
     url = publish(server, folder)
     server.faults.extend(["500"] * 20)
-    with pytest.raises(SourceUnreadableError, match=r"manifest\.json: the server answered 500"):
+    with pytest.raises(SourceUnreadableError, match=r"manifest\.json: the server returned 500"):
         DataSet.open(url)
 
 

@@ -1,4 +1,4 @@
-"""Secrets of addresses move to the environment, and come back only where an address is opened."""
+"""Secrets of addresses, stored in environment variables."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from data_pipeline.storage.address_variables import expanded, kept, kept_in
 SIGNED = "https://user:hunter22@host/x.jsonl?id=7&sig=abcdefgh1"
 
 
-def test_what_is_kept_of_an_address_has_no_secret_and_opens_the_same() -> None:
+def test_a_kept_address_has_no_secrets_and_expands_to_the_original() -> None:
     address = kept(SIGNED)
     assert "hunter22" not in address
     assert "abcdefgh1" not in address
@@ -27,14 +27,14 @@ def test_what_is_kept_of_an_address_has_no_secret_and_opens_the_same() -> None:
     assert all(os.environ[name] in SIGNED for name in re.findall(REFERENCE, address))
 
 
-def test_another_signature_has_the_same_name_in_another_process() -> None:
+def test_a_renewed_signature_has_the_same_variable_in_another_process() -> None:
     one = kept(SIGNED)
     for name in re.findall(REFERENCE, one):
         del os.environ[name]
     assert kept(SIGNED.replace("abcdefgh1", "another-one")) == one
 
 
-def test_addresses_that_differ_only_in_secrets_are_kept_apart() -> None:
+def test_addresses_that_differ_only_in_secrets_are_distinct() -> None:
     one, other = kept("https://host/x?doc=1111111"), kept("https://host/x?doc=2222222")
     assert one != other
     assert (expanded(one), expanded(other)) == (
@@ -43,14 +43,14 @@ def test_addresses_that_differ_only_in_secrets_are_kept_apart() -> None:
     )
 
 
-def test_a_variable_that_is_set_already_is_left_alone() -> None:
+def test_an_existing_variable_is_not_overwritten() -> None:
     name = kept("https://host/x?sig=1").partition("${")[2].rstrip("}")
     os.environ[name] = "mine"
     assert expanded(kept("https://host/x?sig=2")) == "https://host/x?sig=2"
     assert os.environ[name] == "mine"
 
 
-def test_references_are_to_variables_that_the_user_has_named_so(
+def test_references_to_variables_of_the_user_are_expanded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     address = "https://alice:${MEGABACK_SECRET_LOGIN}@host/x?${MEGABACK_SECRET_SAS}"
@@ -66,7 +66,9 @@ def test_references_are_to_variables_that_the_user_has_named_so(
 
 
 @pytest.mark.parametrize("name", ["HOME", "AWS_SECRET_ACCESS_KEY", "MEGABACK_SERVE_TOKEN"])
-def test_no_other_variable_leaves_this_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_references_to_other_variables_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, "private")
     address = f"https://evil.example/x?a=${{{name}}}"
     with pytest.raises(ConfigError, match=rf"{name}.*export it as MEGABACK_SECRET_{name}"):
@@ -74,23 +76,23 @@ def test_no_other_variable_leaves_this_machine(name: str, monkeypatch: pytest.Mo
     assert "private" not in expanded(address)
 
 
-def test_what_was_typed_for_a_host_is_sent_to_no_other_one() -> None:
+def test_a_secret_of_one_host_is_not_sent_to_another() -> None:
     address = kept("https://user:hunter22@host/a/b?sig=abcdefgh1")
     assert expanded(address.replace("/a/b", "/c")) == ("https://user:hunter22@host/c?sig=abcdefgh1")
     names = re.findall(REFERENCE, address)
     for other in ("https://evil", "http://host", "https://host:81", "https://host.evil"):
-        with pytest.raises(ConfigError, match="is of another host's addresses"):
+        with pytest.raises(ConfigError, match="belongs to another host"):
             expanded(f"{other}/x?${{{names[0]}}}")
 
 
-def test_a_secret_beside_a_reference_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_next_to_a_reference_is_stored_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGABACK_SECRET_END", "tail")
     address = kept("https://host/x?sig=head${MEGABACK_SECRET_END}")
     assert "head" not in address
     assert expanded(address) == "https://host/x?sig=headtail"
 
 
-def test_fields_are_kept_wherever_addresses_stand_and_paths_stay() -> None:
+def test_addresses_in_nested_fields_are_kept_and_paths_unchanged() -> None:
     fields = {"a": [{"path": SIGNED}, "/data/${X}?a=b"], "b": 7, "c": None, "d": "a: b"}
     found = kept_in(fields)
     assert "hunter22" not in str(found)
@@ -99,17 +101,19 @@ def test_fields_are_kept_wherever_addresses_stand_and_paths_stay() -> None:
     assert expanded("/data/${X}") == "/data/${X}"
 
 
-def test_a_variable_of_ours_that_is_gone_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"MEGABACK_SECRET_0 is not set.*whole address"):
+def test_an_unset_generated_variable_is_reported() -> None:
+    with pytest.raises(
+        ConfigError, match=r"MEGABACK_SECRET_0 is not set.*address with its secrets"
+    ):
         expanded("https://host/x?${MEGABACK_SECRET_0}")
 
 
-def test_a_character_that_no_variable_can_hold_is_refused() -> None:
-    with pytest.raises(ConfigError, match="https://host/x: it holds a character"):
+def test_a_character_that_variables_cannot_contain_is_refused() -> None:
+    with pytest.raises(ConfigError, match="https://host/x: it contains a character"):
         kept("https://host/x?sig=a\0b")
 
 
 @given(text=st.text(st.characters(exclude_characters="\0$", exclude_categories=["Cs"])))
-def test_whatever_is_kept_of_an_address_gives_it_back(text: str) -> None:
+def test_expanding_a_kept_address_returns_it(text: str) -> None:
     for address in (f"https://{text}", f"s3://a:{text}@b?c={text}", text):
         assert expanded(kept(address)) == address

@@ -1,6 +1,6 @@
-"""The origin of an address: the same for renewed signatures, another for whatever else may differ.
+"""Origins of addresses: independent of signatures, different for different content.
 
-The data sets are never asked for here: an address says it all.
+No requests are sent.
 """
 
 import itertools
@@ -26,7 +26,7 @@ SIGNED = [
 
 
 @pytest.mark.parametrize("query", SIGNED)
-def test_a_signature_that_is_renewed_changes_no_origin(query: str) -> None:
+def test_a_renewed_signature_does_not_change_the_origin(query: str) -> None:
     days = {RemoteFolder(f"{PLACE}?{query.format(day)}").origin for day in ("mon", "tue")}
     assert days == {RemoteFolder(PLACE).origin}
 
@@ -42,12 +42,12 @@ def test_a_signature_that_is_renewed_changes_no_origin(query: str) -> None:
         f"{PLACE}?{S3.format('hunter2')}",
     ],
 )
-def test_no_password_or_signature_is_in_an_origin(url: str) -> None:
+def test_origins_contain_no_passwords_or_signatures(url: str) -> None:
     address, _, query = url.partition("?")
     assert "hunter2" not in origin_of(address, f"?{query}", MemoryFileSystem())
 
 
-def test_whatever_may_choose_the_content_is_in_an_origin() -> None:
+def test_everything_that_may_select_the_content_is_in_the_origin() -> None:
     addresses = [
         PLACE,
         "http://host.example/sets/one",
@@ -71,12 +71,12 @@ def test_whatever_may_choose_the_content_is_in_an_origin() -> None:
     ]
     origins = [RemoteFolder(url).origin for url in addresses]
     assert [pair for pair in itertools.combinations(origins, 2) if pair[0] == pair[1]] == [
-        (RemoteFolder(f"{PLACE}?id=1").origin,) * 2  # once signed, once not
+        (RemoteFolder(f"{PLACE}?id=1").origin,) * 2  # with and without a signature
     ]
 
 
 class Bucket(MemoryFileSystem):
-    """A driver whose addresses do not say which server they are of."""
+    """A driver whose addresses do not contain the server."""
 
     protocol = "bucket-of-a-test"
     cachable = False
@@ -86,7 +86,7 @@ class Bucket(MemoryFileSystem):
         self.endpoint_url = endpoint_url
 
 
-def test_a_bucket_of_another_server_is_another_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_on_another_server_has_another_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("bucket-of-a-test", Bucket, clobber=True)
     origins = set()
     for endpoint in ("https://one.example", "https://two.example"):

@@ -1,4 +1,4 @@
-"""Sources behind URLs: what a real server does wrong, and that the documents are the local ones."""
+"""Sources over HTTP from a faulty server, compared with local files."""
 
 import logging
 import multiprocessing
@@ -34,7 +34,7 @@ def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many requests for a small file, and documents before the last of them."""
+    """Small blocks: many requests per file, and documents before the last request."""
     monkeypatch.setattr(remote_file, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(decompression, "PIECE_BYTES", 100)
     monkeypatch.setattr(parquet_source, "_BATCH_ROWS", 5)
@@ -42,7 +42,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file of each sort, not to be written to."""
+    """One file per format, read-only."""
     return write_files(tmp_path_factory.mktemp("files"))
 
 
@@ -56,7 +56,7 @@ def columns_of(name: str) -> Columns:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_over_http_gives_the_local_documents(
+def test_a_file_over_http_has_the_documents_of_the_local_file(
     server: FileServer, folder: Path, small_blocks: None, name: str
 ) -> None:
     url = put(server, folder / name)
@@ -64,7 +64,7 @@ def test_a_file_over_http_gives_the_local_documents(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_server_that_fails_now_and_then_gives_the_local_documents(
+def test_documents_survive_transient_faults_of_the_server(
     server: FileServer, folder: Path, small_blocks: None, name: str
 ) -> None:
     url = put(server, folder / name)
@@ -79,7 +79,7 @@ def test_a_server_that_fails_now_and_then_gives_the_local_documents(
     block_bytes=st.integers(1, 900),
     size_bytes=st.integers(0, 2500),
 )
-def test_faults_below_the_limit_never_change_the_bytes(
+def test_faults_below_the_limit_do_not_change_the_bytes(
     groups: list[list[str]], block_bytes: int, size_bytes: int
 ) -> None:
     data = bytes(number * 7 % 251 for number in range(size_bytes))
@@ -111,13 +111,13 @@ def test_a_remote_file_seeks_and_reads_as_a_local_one(
             assert file.tell() == start + len(data[start : start + size])
 
 
-def test_a_server_that_stalls_is_asked_again(server: FileServer, folder: Path) -> None:
+def test_a_stalled_request_is_retried(server: FileServer, folder: Path) -> None:
     url = put(server, folder / "a.jsonl")
     server.faults.extend(["stall", "", "stall"])
     assert documents(url) == documents(str(folder / "a.jsonl"))
 
 
-def test_each_wait_is_said_in_one_line(
+def test_each_retry_is_logged_in_one_line(
     server: FileServer, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = put(server, folder / "a.txt")
@@ -125,66 +125,64 @@ def test_each_wait_is_said_in_one_line(
     with caplog.at_level(logging.WARNING):
         documents(url)
     first, second = (record.getMessage() for record in caplog.records)
-    assert first.startswith(f"{url}: the server answered 503 Service Unavailable; trying again in")
-    assert first.endswith("(try 1 of 4 failed)")
+    assert first.startswith(f"{url}: the server returned 503 Service Unavailable; retrying in")
+    assert first.endswith("(attempt 1 of 4 failed)")
     assert "\n" not in second
-    assert "(try 2 of 4 failed)" in second
+    assert "(attempt 2 of 4 failed)" in second
 
 
-def test_patience_ends_with_what_happened_and_how_often(server: FileServer, folder: Path) -> None:
+def test_the_last_failure_reports_cause_and_attempts(server: FileServer, folder: Path) -> None:
     url = put(server, folder / "a.jsonl")
     (piece,) = list_slices(url)
     server.faults.extend(["500"] * 20)
     with pytest.raises(SourceUnreadableError) as caught:
         list(read_slice(piece))
     message = str(caught.value)
-    assert message.startswith(f"{url}: the server answered 500 Internal Server Error; ")
-    assert "gave up after 4 tries in 0 s" in message
+    assert message.startswith(f"{url}: the server returned 500 Internal Server Error; ")
+    assert "gave up after 4 attempts in 0 s" in message
     assert len(server.faults) == 16
     assert "\n" not in message
 
 
-def test_patience_that_ends_within_a_parquet_file_says_the_same(
+def test_the_last_failure_within_a_parquet_file_is_reported(
     server: FileServer, folder: Path, small_blocks: None
 ) -> None:
     (piece,) = list_slices(put(server, folder / "a.parquet"))
     reader = read_slice(piece)
     next(reader)
     server.faults.extend(["reset"] * 20)
-    with pytest.raises(SourceUnreadableError, match=r"a\.parquet: .*gave up after 4 tries"):
+    with pytest.raises(SourceUnreadableError, match=r"a\.parquet: .*gave up after 4 attempts"):
         list(reader)
 
 
-def test_no_try_begins_after_the_longest_time(
+def test_no_attempt_begins_after_the_maximum_time(
     server: FileServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = put(server, folder / "a.txt")
     server.faults.extend(["500"] * 20)
-    policy = retries.RetryPolicy(max_attempts=20, first_wait_s=0.01, longest_total_s=0)
+    policy = retries.RetryPolicy(max_attempts=20, first_wait_s=0.01, max_total_s=0)
     monkeypatch.setattr(retries, "POLICY", policy)
-    with pytest.raises(SourceUnreadableError, match="gave up after 1 tries"):
+    with pytest.raises(SourceUnreadableError, match="gave up after 1 attempts"):
         list_slices(url)
 
 
 @pytest.mark.parametrize(
     ("status", "error"), [("403", SourceUnreadableError), ("404", SourceMissingError)]
 )
-def test_a_refusal_is_not_tried_again(
+def test_a_refusal_is_not_retried(
     server: FileServer, folder: Path, status: str, error: type[MegabackError]
 ) -> None:
     url = put(server, folder / "a.txt")
     server.faults.append(status)
-    with pytest.raises(error, match=f"the server answered {status}"):
+    with pytest.raises(error, match=f"the server returned {status}"):
         list_slices(url)
     assert len(server.requests) == 1
 
 
-def test_a_file_that_vanished_from_its_server_is_unreadable(
-    server: FileServer, folder: Path
-) -> None:
+def test_a_file_deleted_from_its_server_is_unreadable(server: FileServer, folder: Path) -> None:
     (piece,) = list_slices(put(server, folder / "a.txt"))
     server.files.clear()
-    with pytest.raises(SourceUnreadableError, match=r"a\.txt: the server answered 404"):
+    with pytest.raises(SourceUnreadableError, match=r"a\.txt: the server returned 404"):
         list(read_slice(piece))
 
 
@@ -208,7 +206,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         list(reader)
 
 
-def test_without_a_version_the_ends_of_a_file_tell_that_it_changed(
+def test_without_a_version_a_change_is_detected_by_the_stamp(
     server: FileServer, folder: Path
 ) -> None:
     server.gives_versions = False
@@ -220,18 +218,18 @@ def test_without_a_version_the_ends_of_a_file_tell_that_it_changed(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_server_that_gives_no_parts_is_refused(
+def test_a_server_without_range_requests_is_refused(
     server: FileServer, folder: Path, name: str
 ) -> None:
     server.gives_ranges = False
-    with pytest.raises(SourceUnreadableError, match="does not answer requests for a part"):
+    with pytest.raises(SourceUnreadableError, match="does not support range requests"):
         list_slices(put(server, folder / name))
 
 
-def test_a_server_that_stops_giving_parts_is_refused(server: FileServer, folder: Path) -> None:
+def test_a_server_that_stops_supporting_ranges_is_refused(server: FileServer, folder: Path) -> None:
     reader = read_slice(list_slices(put(server, folder / "a.parquet"))[0])
     server.gives_ranges = False
-    with pytest.raises(SourceUnreadableError, match="does not answer requests for a part"):
+    with pytest.raises(SourceUnreadableError, match="does not support range requests"):
         list(reader)
 
 
@@ -243,7 +241,7 @@ def test_an_empty_file_over_http_is_empty(server: FileServer, gives_ranges: bool
         list_slices(server.url("a.txt"))
 
 
-def test_signatures_and_passwords_are_used_and_not_shown(server: FileServer, folder: Path) -> None:
+def test_signatures_and_passwords_are_used_but_not_shown(server: FileServer, folder: Path) -> None:
     put(server, folder / "a.jsonl")
     url = server.url("a.jsonl?signature=secret").replace("http://", "http://me:word@")
     assert [document.text for document in documents(url)] == TEXTS
@@ -253,7 +251,7 @@ def test_signatures_and_passwords_are_used_and_not_shown(server: FileServer, fol
     assert "word" not in str(caught.value)
 
 
-def test_an_address_that_cannot_be_understood_is_one_sentence() -> None:
+def test_an_invalid_address_is_reported() -> None:
     with pytest.raises(MegabackError) as caught:
         list_slices("http://[nonsense/a.txt")
     assert "\n" not in str(caught.value)
@@ -271,22 +269,20 @@ def texts_before_and_after_a_fork(url: str) -> list[list[str]]:
         return [before, pool.apply_async(texts_of, [piece]).get(timeout=20)]
 
 
-def test_a_process_that_was_forked_after_listing_reads_as_well(
-    server: FileServer, folder: Path
-) -> None:
+def test_a_process_forked_after_listing_can_read(server: FileServer, folder: Path) -> None:
     url = put(server, folder / "a.parquet")
-    spawned = multiprocessing.get_context("spawn")  # this process has threads of other tests
+    spawned = multiprocessing.get_context("spawn")  # other tests left threads in this process
     with ProcessPoolExecutor(1, spawned) as pool:
         assert pool.submit(texts_before_and_after_a_fork, url).result() == [TEXTS, TEXTS]
 
 
-def test_a_server_that_is_not_there_is_tried_again() -> None:
+def test_a_refused_connection_is_retried() -> None:
     with serving() as server:
         url = server.url("a.txt")
-    with pytest.raises(SourceUnreadableError, match="gave up after 4 tries"):
+    with pytest.raises(SourceUnreadableError, match="gave up after 4 attempts"):
         list_slices(url)
 
 
-def test_a_folder_over_http_is_missing_a_suffix(server: FileServer) -> None:
+def test_a_folder_over_http_is_refused(server: FileServer) -> None:
     with pytest.raises(SourceMissingError, match="no file has a suffix that can be read"):
         list_slices(server.url("folder/"))

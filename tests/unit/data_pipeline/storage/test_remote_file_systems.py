@@ -1,4 +1,4 @@
-"""File systems that can list folders, stood for by one in memory; addresses that name nothing."""
+"""File systems that list folders, with fsspec's memory file system, and invalid addresses."""
 
 import threading
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file of each sort, not to be written to."""
+    """One file per format, read-only."""
     return write_files(tmp_path_factory.mktemp("files"))
 
 
@@ -44,13 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("file:///nowhere/a.txt", SourceMissingError),
     ],
 )
-def test_an_address_that_names_nothing_is_missing(source: str, error: type[MegabackError]) -> None:
+def test_an_address_without_files_is_missing(source: str, error: type[MegabackError]) -> None:
     with pytest.raises(error) as caught:
         list_slices(source)
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_system_whose_package_is_missing_names_the_package(
+def test_a_missing_package_of_a_file_system_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -63,7 +63,7 @@ def test_a_file_system_whose_package_is_missing_names_the_package(
 
 @pytest.fixture
 def memory(folder: Path) -> Iterator[str]:
-    """The files in a file system that can list folders."""
+    """The files in a file system that lists folders."""
     import fsspec
 
     file_system = fsspec.filesystem("memory")
@@ -76,7 +76,7 @@ def memory(folder: Path) -> Iterator[str]:
     file_system.pseudo_dirs[:] = [""]
 
 
-def test_a_folder_behind_a_url_gives_what_the_local_folder_gives(
+def test_a_remote_folder_has_the_documents_of_the_local_folder(
     memory: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_source, "SLICE_BYTES", 1)
@@ -85,7 +85,7 @@ def test_a_folder_behind_a_url_gives_what_the_local_folder_gives(
     assert pieces == [(p.start, p.stop, p.size_bytes) for p in list_slices(str(folder))]
 
 
-def test_a_pattern_behind_a_url_gives_the_files_that_match_it(memory: str) -> None:
+def test_a_remote_pattern_lists_matching_files(memory: str) -> None:
     names = [piece.path for piece in list_slices(f"{memory}/data/*.jsonl*")]
     assert [name.rpartition("/")[2] for name in names] == ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"]
 
@@ -100,7 +100,7 @@ def test_a_changed_file_of_a_file_system_without_versions_is_refused(memory: str
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_a_file_that_changes_while_it_is_read_is_refused_at_its_end(memory: str, name: str) -> None:
+def test_a_change_during_reading_is_refused_at_the_end(memory: str, name: str) -> None:
     import fsspec
 
     file_system = fsspec.filesystem("memory")
@@ -123,7 +123,7 @@ def test_a_file_url_is_a_local_path(folder: Path) -> None:
     assert list_slices(f"file://{folder}/*.gz") == list_slices(str(folder / "*.gz"))
 
 
-def test_a_driver_that_gives_fewer_bytes_is_asked_again(
+def test_a_short_read_of_a_driver_is_retried(
     memory: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fsspec
@@ -149,7 +149,7 @@ def test_many_remote_files_are_listed_in_order(memory: str) -> None:
     assert names == [f"{number:03}.txt" for number in range(100)]
 
 
-def test_remote_files_are_looked_at_by_many_threads_at_once(
+def test_remote_files_are_listed_by_many_threads(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fsspec

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, stood for by a server that speaks as much of its API as is used."""
+"""Sources on the Hugging Face hub, with a server that implements the used part of its API."""
 
 import hashlib
 import io
@@ -168,7 +168,7 @@ def test_a_data_set_on_the_hub_is_read_as_files_of_one_commit(hub: Hub, tmp_path
 
 
 @pytest.mark.parametrize("named", ["../../other/set/a.parquet", "hf://datasets/other/a.parquet"])
-def test_a_readme_on_the_hub_names_only_files_of_its_repository(
+def test_a_readme_on_the_hub_cannot_name_files_of_others(
     hub: Hub, tmp_path: Path, named: str
 ) -> None:
     configs = [

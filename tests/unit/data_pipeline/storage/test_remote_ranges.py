@@ -1,4 +1,4 @@
-"""Parts of remote files: one reader for web servers and for every other file system."""
+"""Range reads of remote files, over HTTP and with other drivers."""
 
 import pytest
 
@@ -13,7 +13,7 @@ SCHEMES = ["http", "memory"]
 
 
 class Remote:
-    """One file on a web server, or in a file system that lists."""
+    """One file on a web server or in fsspec's memory file system."""
 
     def __init__(self, scheme: str, server: FileServer) -> None:
         self._server = server if scheme == "http" else None
@@ -39,7 +39,7 @@ def remote(
 
 
 @pytest.mark.parametrize("error", [0, -1, 1, -150_000, 10_000_000])
-def test_a_tail_gives_the_size_whatever_was_expected(remote: Remote, error: int) -> None:
+def test_a_tail_returns_the_size_whatever_was_expected(remote: Remote, error: int) -> None:
     ranges = RemoteRanges(remote.url, max(0, len(DATA) + error))
     size_bytes, tail = ranges.tail(1000)
     assert size_bytes == len(DATA)
@@ -49,7 +49,7 @@ def test_a_tail_gives_the_size_whatever_was_expected(remote: Remote, error: int)
     assert ranges.read_at(199_990, 100) == DATA[199_990:]
 
 
-def test_a_file_that_shrinks_while_it_is_read_has_changed(
+def test_a_file_that_shrinks_while_it_is_read_is_refused(
     remote: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_file, "BLOCK_BYTES", 50_000)
@@ -60,7 +60,7 @@ def test_a_file_that_shrinks_while_it_is_read_has_changed(
         file.read()
 
 
-def test_a_shard_s_file_that_shrinks_is_told_by_the_operating_system_s_error(
+def test_reading_a_shard_that_shrank_raises_oserror(
     remote: Remote,
 ) -> None:
     ranges = RemoteRanges(remote.url, len(DATA))

@@ -1,4 +1,4 @@
-"""Trying again: which errors pass, and how long is waited."""
+"""Retries: transient errors and waits."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from data_pipeline.errors import SourceUnreadableError
 from data_pipeline.storage import retries
 
 
-def test_a_wait_that_the_server_asks_for_is_kept() -> None:
+def test_a_wait_requested_by_the_server_is_respected() -> None:
     outcomes = iter([retries.TransientError("busy", wait_s=0.05)])
 
     def attempt() -> str:
@@ -20,7 +20,7 @@ def test_a_wait_that_the_server_asks_for_is_kept() -> None:
             raise error
         return "done"
 
-    policy = retries.RetryPolicy(first_wait_s=0.0001, longest_wait_s=0.06)
+    policy = retries.RetryPolicy(first_wait_s=0.0001, max_wait_s=0.06)
     with pytest.MonkeyPatch.context() as patch:
         waits: list[float] = []
         patch.setattr(retries, "POLICY", policy)
@@ -30,7 +30,7 @@ def test_a_wait_that_the_server_asks_for_is_kept() -> None:
 
 
 class StatusError(Exception):
-    """As the errors of some drivers: with an HTTP status."""
+    """An error with an HTTP status, as of some drivers."""
 
     def __init__(self, status: int) -> None:
         super().__init__("it failed")
@@ -38,7 +38,7 @@ class StatusError(Exception):
 
 
 class BotoError(Exception):
-    """As botocore's: with an answer in a dictionary."""
+    """An error with a response in a dictionary, as of botocore."""
 
     def __init__(self, status: int) -> None:
         super().__init__("it failed")
@@ -61,18 +61,18 @@ class BotoError(Exception):
         (ValueError("nonsense"), False),
     ],
 )
-def test_only_what_may_pass_is_tried_again(error: Exception, passes: bool) -> None:
+def test_only_transient_errors_are_retried(error: Exception, passes: bool) -> None:
     assert retries.is_transient(error) == passes
 
 
-def test_a_status_counts_more_than_the_error_that_it_was_turned_into() -> None:
+def test_a_status_takes_precedence_over_the_wrapping_error() -> None:
     error = OSError(5, "an error of the driver")
     error.__cause__ = BotoError(403)
     assert not retries.is_transient(error)
 
 
 def _tries(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How often an attempt is made that always fails."""
+    """Number of attempts if every one fails."""
     tries = []
 
     def attempt() -> None:
@@ -86,20 +86,20 @@ def _tries(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
     return len(tries)
 
 
-def test_a_host_that_cannot_be_found_is_tried_little_and_a_lost_connection_long(
+def test_unresolved_hosts_have_fewer_attempts_than_lost_connections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unknown = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
     driver = ConnectionError("an error of the driver")
     driver.__cause__ = unknown
     policy = retries.RetryPolicy()
-    for error in (unknown, driver, retries.UnresolvedHostError("cannot find the host")):
+    for error in (unknown, driver, retries.UnresolvedHostError("cannot resolve the host")):
         assert _tries(error, monkeypatch) == policy.max_unresolved_attempts
     for error in (ConnectionResetError(), StatusError(503)):
         assert _tries(error, monkeypatch) == policy.max_attempts
 
 
-def test_the_host_that_is_looked_up_is_the_one_that_is_asked(
+def test_the_resolved_host_is_that_of_the_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
@@ -114,7 +114,7 @@ def test_the_host_that_is_looked_up_is_the_one_that_is_asked(
     assert asked == ["hub.example", "proxy.example", "hub.example"]
 
 
-def test_a_hub_without_a_network_is_a_line_a_try_and_one_sentence(
+def test_an_unresolved_hub_logs_one_line_per_retry_and_one_error(
     run_megaback: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     direct = {name: text for name, text in os.environ.items() if "proxy" not in name.lower()}
@@ -122,8 +122,8 @@ def test_a_hub_without_a_network_is_a_line_a_try_and_one_sentence(
     source = "hf:some/set:config"
     words = ("tokenizer", "train", "--source", source, "--out", tmp_path / "out")
     result = run_megaback(*words, env=environment)
-    *waits, sentence = result.stderr.splitlines()
+    *waits, error = result.stderr.splitlines()
     assert (result.returncode, len(waits)) == (22, 2)
-    start = f"megaback: warning: {source}: cannot find the host hub.invalid"
+    start = f"megaback: warning: {source}: cannot resolve the host hub.invalid"
     assert all(line.startswith(start) for line in waits)
-    assert "gave up after 3 tries" in sentence
+    assert "gave up after 3 attempts" in error
