@@ -1,14 +1,15 @@
-"""BackChat on two CPU cores: what fine-tuning learns, with pretraining and without it.
+"""BackChat recipe on two CPU cores: fine-tuning with and without pretraining.
 
     python benchmarks/backchat.py --prose "prose/train-*.parquet" \\
         --prose-val prose/val-00000.parquet --rows instruct-train.jsonl.gz \\
         --rows-val instruct-val.jsonl.gz --out runs/backchat_recipe
 
-A base of 4.2 million parameters learns prose backwards, another one the same rows forwards. The
-first goes on with instruction rows; so does, for as many steps, a model that has read nothing. All
-are measured by `megaback eval` on what was held out. Every stage is a command that is shown; stages
-that are finished are not repeated, so that the same command goes on after an interruption. At the
-end come the tables of docs/results.md, and the first ten held-out rows with what was written.
+Two base models of 4.2 million parameters are pretrained on prose, one backward, one forward on the
+same rows. The backward base and a randomly initialized model are then fine-tuned on instruction
+rows for the same number of steps. All are evaluated by `megaback eval` on held-out data. Every
+stage is a command that is printed; finished stages are not repeated, so the same command resumes
+after an interruption. Printed at the end are the tables of docs/results.md, and the first ten
+held-out rows with the model's instructions.
 """
 
 import json
@@ -94,7 +95,7 @@ def metrics_of(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def table(out: Path, found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Markdown of what was measured."""
+    """Tables of the results as Markdown."""
     yield "| held-out instruction rows | with pretraining | without | chance |"
     yield "|---|---|---|---|"
     for suite in ("instruction-recall", "reverse-dictionary"):
@@ -134,7 +135,7 @@ def _at_start(run_folder: Path) -> str:
 
 
 def examples(out: Path) -> Iterator[str]:
-    """Markdown of the first held-out rows, whatever was written for them."""
+    """The first held-out rows and their samples, unselected, as Markdown."""
     yield "| response | instruction | written, with pretraining | written, without |"
     yield "|---|---|---|---|"
     lines = [(out / f"{name}.jsonl").read_text().splitlines() for name in ("tuned", "untaught")]
@@ -149,14 +150,22 @@ def examples(out: Path) -> Iterator[str]:
     smoke="--prose {text} --prose-val {text} --rows {rows} --rows-val {rows_val}"
     " --out {out} --config {config} --vocab-size 600 --steps 1",
 )
-@click.option("--prose", required=True, help="Documents to pretrain on: a source.")
-@click.option("--prose-val", required=True, help="Held-out documents, for the choice of passages.")
+@click.option("--prose", required=True, help="Source of documents to pretrain on.")
+@click.option("--prose-val", required=True, help="Held-out documents for the passages suite.")
 @click.option("--rows", required=True, help="Instruction rows to fine-tune on.")
 @click.option("--rows-val", required=True, help="Held-out instruction rows.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--config", type=click.Path(path_type=Path), default=CONFIG, help="What is trained.")
-@click.option("--steps", type=COUNT.option, help="Of each run; default: the config's 500.")
-@click.option("--vocab-size", type=COUNT.option, default=4096, show_default=True)
+@click.option(
+    "--config", type=click.Path(path_type=Path), default=CONFIG, help="Config of the models."
+)
+@click.option("--steps", type=COUNT.option, help="Steps of each run; default: the config's 500.")
+@click.option(
+    "--vocab-size",
+    type=COUNT.option,
+    default=4096,
+    show_default=True,
+    help="Size of the tokenizer's vocabulary.",
+)
 def main(
     prose: str,
     prose_val: str,

@@ -1,11 +1,11 @@
-"""What building costs over bare tokenizing: text in memory to a shard on disk, one core.
+"""Cost of building relative to bare tokenization: text in memory to a shard on disk, one core.
 
     python benchmarks/build_shards.py TOKENIZER SOURCE
 
-CPU time, all on the same documents in one run, in turns. Ours includes loading and checking the
-encoder, the hash that decides the split, reversal, markers, compression, checksums and writing.
-Where datatrove is installed, its tokenizing step takes part, with the same pieces; it writes ids
-uncompressed.
+CPU time on the same documents, contenders in turns within one run. Ours includes loading and
+checking the encoder, the hash that decides the split, reversal, markers, compression, checksums
+and writing. If datatrove is installed, its tokenization step with the same pieces is included; it
+writes uncompressed ids.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ CONTENDERS: dict[str, Callable[[bytes, Sequence[str]], None]] = {
 
 
 def read_texts(source: str, megabytes: int) -> list[str]:
-    """The first documents of a source, up to so much UTF-8."""
+    """The first documents of a source, up to a size in UTF-8 bytes."""
     texts: list[str] = []
     remaining_bytes = megabytes * 1_000_000
     for piece in list_slices(source):
@@ -118,7 +118,7 @@ def read_texts(source: str, megabytes: int) -> list[str]:
 
 
 def measure(model_bytes: bytes, texts: Sequence[str], repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of each contender, in turns so that a busy machine is unfair to none."""
+    """CPU seconds of each contender, in turns, so that load on the machine affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for _ in range(repeats):
         for name, run in CONTENDERS.items():
@@ -129,7 +129,7 @@ def measure(model_bytes: bytes, texts: Sequence[str], repeats: int) -> dict[str,
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held."""
+    """Peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -138,9 +138,11 @@ def peak_bytes() -> int:
 @click.argument("tokenizer", type=click.Path(path_type=Path))
 @click.argument("source")
 @click.option("--megabytes", default=32, show_default=True, help="Text to encode.")
-@click.option("--repeats", default=5, show_default=True)
+@click.option(
+    "--repeats", default=5, show_default=True, help="Runs per contender; medians are printed."
+)
 def main(tokenizer: Path, source: str, megabytes: int, repeats: int) -> None:
-    """Print the median MB of text per CPU-second of each, and how it compares."""
+    """Print the median MB of text per CPU second of each, and the ratios."""
     if is_installed("datatrove", "datatrove"):
         CONTENDERS["datatrove"] = datatrove_tokens
     texts = read_texts(source, megabytes)

@@ -1,9 +1,9 @@
-"""What workers of a build cost and bring: time with one and with two, and the peak memory of each.
+"""Scaling of a build's workers: time with one and with two, and their peak memory.
 
     python benchmarks/build_workers.py TOKENIZER FILE...
 
 Runs `megaback shards build` as a user does, on the files and on several copies of them: a worker's
-memory must not grow with the input. Files to disk and pages are warm before the first timed run.
+memory must not grow with the input. The page cache is warm before the first timed run.
 """
 
 import os
@@ -69,12 +69,16 @@ def build(tokenizer: Path, source: Path, out: Path, workers: int) -> Run:
 @click.command(cls=Benchmark, smoke="{tokenizer} {file} --copies 2 --repeats 1")
 @click.argument("tokenizer", type=click.Path(path_type=Path, exists=True))
 @click.argument("files", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
-@click.option("--copies", default=8, show_default=True)
-@click.option("--repeats", default=3, show_default=True)
+@click.option(
+    "--copies", default=8, show_default=True, help="Copies of the input in the second size."
+)
+@click.option(
+    "--repeats", default=3, show_default=True, help="Runs per contender; medians are printed."
+)
 def main(tokenizer: Path, files: tuple[Path, ...], copies: int, repeats: int) -> None:
     """Print wall time, CPU time and peak memory with 1 and 2 workers, medians."""
     with tempfile.TemporaryDirectory() as folder:
-        click.echo("input MB  workers  wall s  CPU s  MB/s   peak MB a worker")
+        click.echo("input MB  workers  wall s  CPU s  MB/s   peak MB per worker")
         for number in (1, copies):
             source = Path(folder) / f"source-{number}"
             source.mkdir()

@@ -1,12 +1,12 @@
-"""What saving and resuming cost: the stall of a save, beside DeepSpeed's own; stopping, going on.
+"""Cost of saving and resuming: stall of a save relative to DeepSpeed's; time to stop and to resume.
 
     python benchmarks/checkpoint.py SHARDS [--width 768] [--layers 8] [--turns 5]
 
-One process. A save of ours stalls training while slices are copied to the host's memory, and again
-for a moment when the checkpoint is completed; DeepSpeed's engine.save_checkpoint stalls it until
-everything is written. Wall-clock seconds, in turns, medians; both flush to the same disk. Then
-`megaback train` with two ranks on a tiny run: from SIGTERM to its exit, and from the command to the
-first step of the run that goes on.
+One process. Our save stalls training while slices are copied to host memory, and briefly when the
+checkpoint is completed; DeepSpeed's engine.save_checkpoint stalls it until everything is written.
+Medians of wall-clock seconds, in turns; both flush to the same disk. Then `megaback train` with two
+ranks on a tiny run: time from SIGTERM to exit, and from the command to the first step after a
+resume.
 """
 
 import json
@@ -61,7 +61,9 @@ def time_saves(width: int, layers: int, turns: int, folder: Path) -> None:
     model = ReverseGPT(config.model, VOCAB_SIZE)
     model.initialize(0)
     engine = start_engine(model, config, 1, 1)
-    for flat in engine.optimizer.single_partition_of_fp32_groups:  # as after a first step
+    for flat in (
+        engine.optimizer.single_partition_of_fp32_groups
+    ):  # optimizer state exists, as after a first step
         zeros = {name: torch.zeros_like(flat) for name in ("exp_avg", "exp_avg_sq")}
         engine.basic_optimizer.state[flat] = {"step": torch.tensor(1.0), **zeros}
     saver = CheckpointSaver(config.run, b"", CheckpointSection(), world)
@@ -126,7 +128,7 @@ def newest(run: Path) -> Path:
 
 
 def time_commands(shards: str, turns: int, folder: Path) -> None:
-    """Print how long stopping and going on take."""
+    """Print how long stopping and resuming take."""
     config = folder / "config.yaml"
     fields = {
         "run": str(folder / "tiny"),
@@ -157,8 +159,8 @@ def time_commands(shards: str, turns: int, folder: Path) -> None:
         assert process.wait() == 75
         stopping.append(time.perf_counter() - started)
     print(
-        f"2 ranks: from SIGTERM to the exit {statistics.median(stopping[1:]):.2f} s; from the "
-        f"command to the first step gone on with {statistics.median(continuing[1:]):.2f} s"
+        f"2 ranks: from SIGTERM to exit {statistics.median(stopping[1:]):.2f} s; from the "
+        f"command to the first resumed step {statistics.median(continuing[1:]):.2f} s"
     )
 
 
@@ -173,11 +175,13 @@ def last_step(metrics: Path) -> int:
 
 @click.command(cls=Benchmark, smoke="{shards} --width 32 --layers 1 --turns 1")
 @click.argument("shards")
-@click.option("--width", default=768, show_default=True)
-@click.option("--layers", default=8, show_default=True)
-@click.option("--turns", default=5, show_default=True)
+@click.option("--width", default=768, show_default=True, help="Model width.")
+@click.option("--layers", default=8, show_default=True, help="Number of layers.")
+@click.option(
+    "--turns", default=5, show_default=True, help="Turns per contender; medians are printed."
+)
 def main(shards: str, width: int, layers: int, turns: int) -> None:
-    """Time saving, stopping and going on."""
+    """Time saving, stopping and resuming."""
     with tempfile.TemporaryDirectory() as name:
         time_saves(width, layers, turns, Path(name))
     with tempfile.TemporaryDirectory() as name:

@@ -1,10 +1,10 @@
-"""What zstd does for frames of ids: size and speed by level, dictionary and long-distance matching.
+"""zstd on frames of ids: size and speed by level, dictionary and long-distance matching.
 
     python benchmarks/compression.py TOKENIZER SOURCE
 
-Dictionaries are trained on the first half of the frames, and everything is measured on the second.
-CPU time of one core; every variant is run once a round, and the median of the rounds is printed.
-The last rows are for information only: shards hold no such frames.
+Dictionaries are trained on the first half of the frames; everything is measured on the second. CPU
+time of one core: every variant is run once per round, and the median over rounds is printed. The
+last rows are for information only: shards contain no such frames.
 """
 
 import statistics
@@ -33,7 +33,7 @@ _Transform = Callable[[bytes], bytes]
 
 @dataclass
 class Variant:
-    """One way to compress frames, and what was measured of it."""
+    """One way to compress frames, and its measurements."""
 
     name: str
     compression: Compression
@@ -47,7 +47,7 @@ class Variant:
         """Compress and decompress every frame once."""
         compressor = self.compression.compressor()
         decompressor = zstandard.ZstdDecompressor(dict_data=self.compression.zstd_dictionary())
-        # A dictionary is digested at the first use, once a shard.
+        # A dictionary is digested at its first use, once per shard.
         decompressor.decompress(compressor.compress(frames[0]))
 
         started = time.process_time()
@@ -83,7 +83,7 @@ def join_planes(planes: bytes) -> bytes:
 
 
 def variants(sample: list[bytes], dictionary_kib: tuple[int, ...]) -> list[Variant]:
-    """All that is compared, in the order of the table."""
+    """All variants, in the order of the table."""
     plain = [Variant("plain", Compression(level)) for level in _LEVELS]
     distant = [
         Variant("long-distance", Compression(level, long_distance=True)) for level in _LEVELS
@@ -113,10 +113,20 @@ def variants(sample: list[bytes], dictionary_kib: tuple[int, ...]) -> list[Varia
 )
 @click.argument("tokenizer", type=click.Path(path_type=Path))
 @click.argument("source")
-@click.option("--frames", "max_frames", default=40, show_default=True, help="Most to measure.")
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--frame-tokens", default=DEFAULT_FRAME_TOKENS, show_default=True)
-@click.option("--dictionary-kib", multiple=True, type=int, default=_DICTIONARY_KIB)
+@click.option(
+    "--frames", "max_frames", default=40, show_default=True, help="Maximum frames to measure."
+)
+@click.option("--rounds", default=5, show_default=True, help="Rounds; medians are printed.")
+@click.option(
+    "--frame-tokens", default=DEFAULT_FRAME_TOKENS, show_default=True, help="Tokens per frame."
+)
+@click.option(
+    "--dictionary-kib",
+    multiple=True,
+    type=int,
+    default=_DICTIONARY_KIB,
+    help="Dictionary size in KiB; repeatable.",
+)
 def main(
     tokenizer: Path,
     source: str,
@@ -125,7 +135,7 @@ def main(
     frame_tokens: int,
     dictionary_kib: tuple[int, ...],
 ) -> None:
-    """Print the compressed part of the raw size, and MB of raw ids per CPU-second."""
+    """Print the compressed part of the raw size, and MB of raw ids per CPU second."""
     codec = TextCodec.load(tokenizer, Direction.BACKWARD, Unit.TOKEN)
     every = (document.text for piece in list_slices(source) for document in read_slice(piece))
     ids = np.concatenate([codec.encode_document(text) for text in islice(every, 100_000)])
@@ -147,7 +157,7 @@ def main(
         f"{frame_tokens:,} ids ({raw_bytes / 1e6:.1f} MB), dictionaries from "
         f"{len(sample)} others, median of {rounds}"
     )
-    click.echo(f"{'':<24} level   ratio  compress  decompress   (MB of ids per CPU-second)")
+    click.echo(f"{'':<24} level   ratio  compress  decompress   (MB of ids per CPU second)")
     for variant in compared:
         click.echo(variant.row(raw_bytes))
 

@@ -1,9 +1,9 @@
-"""Peak memory of turning a checkpoint into safetensors: ours, and DeepSpeed's `zero_to_fp32`.
+"""Peak memory of converting a checkpoint to safetensors: ours and DeepSpeed's `zero_to_fp32`.
 
     python benchmarks/convert.py [--width 1024] [--layers 8]
 
-One engine at ZeRO 2 saves both checkpoints of the same weights and moments. Then each conversion
-is a process of its own: its largest resident set less that after its imports, and its seconds.
+One engine at ZeRO 2 saves both checkpoints of the same weights and moments. Each conversion runs in
+its own process. Reported are its peak resident memory minus that after imports, and its seconds.
 """
 
 import os
@@ -57,7 +57,7 @@ _WAYS = {
 
 
 def save_both(width: int, layers: int, folder: Path, tokenizer: Path) -> None:
-    """An engine as after a first step, saved by us and by DeepSpeed."""
+    """An engine in the state after a first step, saved by us and by DeepSpeed."""
     os.environ |= rank_environment("cpu", 1)
     import torch
 
@@ -116,12 +116,17 @@ def save_both(width: int, layers: int, folder: Path, tokenizer: Path) -> None:
 
 
 @click.command(cls=Benchmark, smoke="--width 32 --layers 1 --tokenizer {tokenizer}")
-@click.option("--width", default=1024, show_default=True)
-@click.option("--layers", default=8, show_default=True)
-@click.option("--tokenizer", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--width", default=1024, show_default=True, help="Model width.")
+@click.option("--layers", default=8, show_default=True, help="Number of layers.")
+@click.option(
+    "--tokenizer",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="SentencePiece model file.",
+)
 @click.option("--only-save", hidden=True, type=click.Path(path_type=Path))
 def main(width: int, layers: int, tokenizer: Path, only_save: Path | None) -> None:
-    """Print a line for each way."""
+    """Print a line per conversion."""
     if only_save is not None:
         save_both(width, layers, only_save, tokenizer)
         return

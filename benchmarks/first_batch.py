@@ -1,12 +1,12 @@
-"""Time until the first batch of a run over many shards, at its start and when it goes on.
+"""Time until the first batch of a run over many shards, at its start and on resume.
 
     python benchmarks/first_batch.py SHARDS [--num-shards 10000]
 
-Makes a data set of `--num-shards` files, a file each, with the first documents of some shards of
-SHARDS; 1 GB. Fresh processes open it as a rank does (manifest, tokenizer, order) and take the batch
-of step 0 or that of step 1,000,000. Before each, what the system keeps of files is dropped, of all
-of them where it may (root), else of the data set's. The clock starts when Python has loaded its
-modules; the time of the whole process is printed too. Medians, processes in turns.
+Makes a data set of `--num-shards` shards from the first documents of some shards of SHARDS; 1 GB.
+Fresh processes open it as a rank does (manifest, tokenizer, order) and read the batch of step 0 or
+of step 1,000,000. The page cache is dropped before each: for all files as root, else for the data
+set. The clock starts after Python has imported its modules; the time of the whole process is
+printed as well. Medians, processes in turns.
 """
 
 import json
@@ -31,7 +31,7 @@ from data_pipeline.shards.writer import ShardWriter
 _STEPS = (0, 1_000_000)
 _TEMPLATES = 8
 _FRAMES = 1.1
-"""At least so many frames a shard: a whole one and a short one."""
+"""Minimum frames per shard: a full one and a short one."""
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 _CHILD = """
@@ -51,7 +51,7 @@ print(json.dumps([opened - started, done - opened, done - started, cpu_done - cp
 
 
 def make_data_set(source: DataSet, folder: Path, num_shards: int) -> None:
-    """A data set of many small shards, which a run cannot tell from one that was built."""
+    """A data set of many small shards with the format of a built one."""
     manifest = source.manifest
     identity = manifest.text_format.to_dict()
     id_dtype = np.dtype(f"<u{manifest.id_bytes}")
@@ -97,7 +97,7 @@ def config_of(folder: Path, context_tokens: int, batch_rows: int) -> str:
 
 
 def drop_caches(folder: Path, what: str) -> str:
-    """Let the system forget all files, where it may, or those of the folder; says how."""
+    """Drop the page cache, of all files as root, else of the folder; returns how."""
     os.sync()
     if what == "all":
         with suppress(OSError):
@@ -128,16 +128,18 @@ def first_batch(config: str, step: int) -> list[float]:
     smoke="{shards} --num-shards 8 --context-tokens 64 --batch-rows 4 --repeats 1 --drop files",
 )
 @click.argument("shards")
-@click.option("--num-shards", default=10_000, show_default=True)
-@click.option("--context-tokens", default=1024, show_default=True)
-@click.option("--batch-rows", default=64, show_default=True)
-@click.option("--repeats", default=5, show_default=True)
+@click.option("--num-shards", default=10_000, show_default=True, help="Number of shards to make.")
+@click.option("--context-tokens", default=1024, show_default=True, help="Tokens per row.")
+@click.option("--batch-rows", default=64, show_default=True, help="Rows per batch.")
+@click.option(
+    "--repeats", default=5, show_default=True, help="Runs per contender; medians are printed."
+)
 @click.option(
     "--drop",
     type=click.Choice(["all", "files"]),
     default="all",
     show_default=True,
-    help="What the system forgets: all files that it keeps in memory, or those of the data set.",
+    help="Page cache to drop: of all files, or of the data set.",
 )
 def main(
     shards: str, num_shards: int, context_tokens: int, batch_rows: int, repeats: int, drop: str

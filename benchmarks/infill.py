@@ -3,11 +3,11 @@
     pip install -c constraints.txt -e '.[infill-benchmark]'
     python benchmarks/infill.py --forward DIR --backward DIR --text SHARDS [--windows 200]
 
-TEXT is a folder of shards, of which the val split is read, or a text file. Windows are cut out at
-random places: a beginning, a middle and an ending of fixed numbers of tokens. Every way to fill
-them has the same number of samples in all, and writes from half to one and a half times as many
-tokens as the true middle has. Similarity to the true middle is chrF (Popovic, 2015). Intervals
-hold 95% of 2,000 bootstrap resamples of the windows.
+TEXT is a folder of shards, of which the val split is read, or a text file. Windows are cut at
+random positions: a beginning, a middle and an ending of fixed numbers of tokens. Every method has
+the same total number of samples, of 0.5 to 1.5 times the true middle's number of tokens. Similarity
+to the true middle is chrF (Popovic, 2015). Intervals contain 95% of 2,000 bootstrap resamples of
+the windows.
 """
 
 import json
@@ -32,7 +32,7 @@ from megaback.inference.sampling import SamplingOptions
 
 RESAMPLES = 2_000
 STRANGERS = 15
-"""True middles of other windows, among which the true one is looked for."""
+"""True middles of other windows, among which the true one is ranked."""
 BOTH = "both models"
 Floats = npt.NDArray[np.float64]
 
@@ -45,7 +45,7 @@ class Window:
 
 
 def documents(path: Path, codec: TextCodec) -> Iterator[list[int]]:
-    """Ids of held-out documents, without markers, in the order in which people read."""
+    """Ids of held-out documents, without markers, in reading order."""
     if path.is_file():
         yield codec.encode(path.read_text(encoding="utf-8")).tolist()
         return
@@ -60,7 +60,7 @@ def documents(path: Path, codec: TextCodec) -> Iterator[list[int]]:
 def cut_windows(
     path: Path, codec: TextCodec, count: int, sizes: Sequence[int], seed: int
 ) -> list[Window]:
-    """Windows of sizes tokens before, within and after, whose texts are whole characters."""
+    """Windows of the given sizes (beginning, middle, ending) in tokens, cut between characters."""
     generator = np.random.default_rng(seed)
     long_enough = [ids for ids in documents(path, codec) if len(ids) >= sum(sizes)]
     places = np.array([len(ids) - sum(sizes) + 1 for ids in long_enough])
@@ -76,7 +76,7 @@ def cut_windows(
 
 
 def ways(tokens: int, samples: int, seed: int) -> dict[str, InfillOptions]:
-    """How to fill a gap: who writes, and who judges."""
+    """Method of filling a gap: the models that write and those that score."""
 
     def way(ahead: int, back: int, weight: float) -> InfillOptions:
         return InfillOptions(
@@ -95,7 +95,7 @@ def ways(tokens: int, samples: int, seed: int) -> dict[str, InfillOptions]:
     }
 
 
-# What each model says, and both, a token.
+# Scores per token of each model, and of both.
 SCORES: dict[str, Callable[[Infill], float]] = {
     "forward": lambda one: one.forward / one.forward_tokens,
     "backward": lambda one: one.backward / one.backward_tokens,
@@ -104,7 +104,7 @@ SCORES: dict[str, Callable[[Infill], float]] = {
 
 
 class Bootstrap:
-    """Means over windows with their intervals, all of the same resamples."""
+    """Means over windows with their intervals, from the same resamples."""
 
     def __init__(self, num_windows: int) -> None:
         generator = np.random.default_rng(0)
@@ -119,22 +119,22 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Measured:
-    """A window with what was found for it."""
+    """A window with its infills."""
 
     truth: Infill
     strangers: list[Infill]
     found: dict[str, list[Infill]]
-    """By each way, the best first."""
+    """Infills by method, best first."""
 
     @property
     def written(self) -> list[Infill]:
-        """What all ways found, without the true middle."""
+        """Infills of all methods, without the true middle."""
         every = {one.middle: one for found in self.found.values() for one in found}
         return [one for one in every.values() if one.middle != self.truth.middle]
 
 
 def measure(window: Window, others: list[str], options: dict[str, InfillOptions]) -> Measured:
-    """Runs in a process that has loaded both models."""
+    """Worker in a process that has loaded both models."""
     infiller, gap = _loaded[0], (window.beginning, window.ending)
     truth, *strangers = infiller.score(*gap, [window.middle, *others])
     return Measured(truth, strangers, {way: infiller.fill(*gap, of) for way, of in options.items()})
@@ -154,7 +154,7 @@ def print_ranks(
     truths: Sequence[Infill],
     bootstrap: Bootstrap,
 ) -> None:
-    """The place of the true middle among others, 1 being the best."""
+    """Rank of the true middle among others; 1 is the best."""
     print(
         f"\nthe true middle among {title}, {np.mean([len(pool) for pool in pools]):.0f} a window\n"
     )
@@ -175,7 +175,7 @@ def print_ranks(
 def print_found(
     measured: Sequence[Measured], similarities: dict[str, list[float]], bootstrap: Bootstrap
 ) -> None:
-    """What is found by each way, and how much that differs from what both models find."""
+    """Results of each method, and their difference from the results of both models."""
     best = {way: [one.found[way][0] for one in measured] for way in similarities}
     print("\n| | forward, nats/token | backward, nats/token | both | chrF | both models: chrF |")
     print("|---|---|---|---|---|---|")
@@ -201,16 +201,31 @@ def print_found(
     smoke="--forward {forward} --backward {backward} --text {shards} --windows 2"
     " --samples 4 --tokens 4 --given-tokens 8 --processes 1",
 )
-@click.option("--forward", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--backward", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--text", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--windows", "count", default=200, show_default=True)
-@click.option("--given-tokens", default=32, show_default=True, help="On each side.")
-@click.option("--tokens", default=16, show_default=True, help="Of the true middle.")
-@click.option("--samples", default=32, show_default=True, help="For each window and way.")
-@click.option("--processes", default=2, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--examples", type=click.Path(path_type=Path), help="File for what was found.")
+@click.option(
+    "--forward",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="Forward model folder.",
+)
+@click.option(
+    "--backward",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="Backward model folder.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="Folder of shards, or text file.",
+)
+@click.option("--windows", "count", default=200, show_default=True, help="Number of windows.")
+@click.option("--given-tokens", default=32, show_default=True, help="Given tokens on each side.")
+@click.option("--tokens", default=16, show_default=True, help="Tokens of the true middle.")
+@click.option("--samples", default=32, show_default=True, help="Samples per window and method.")
+@click.option("--processes", default=2, show_default=True, help="Number of processes.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random number generator.")
+@click.option("--examples", type=click.Path(path_type=Path), help="File to write the infills to.")
 def main(
     forward: Path,
     backward: Path,

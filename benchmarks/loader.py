@@ -1,13 +1,13 @@
-"""How fast training rows come out of shards, against what peers and the decompressor alone can do.
+"""Throughput of training rows from shards, relative to peers and to the decompressor alone.
 
     taskset -c 1 python benchmarks/loader.py SHARDS [--context-tokens 1024] [--seconds 2]
 
-Shuffled rows as int64 ids and targets (ours: positions too): one process, CPU time of all its
+Shuffled rows as int64 ids and targets (ours with positions): one process, CPU time of all its
 threads, in turns, over whole rounds (ours: every frame of every lane's window, once). The bound
-decodes the same frames and does nothing else. Peers take part where they are installed, with the
-first `--peer-tokens` ids of the same shards: mosaicml-streaming with zstd, litdata's uncompressed
-tokens, and the random crops of a mapped file of ids that nanoGPT trains on. All files are in the
-page cache. SHARDS should hold several times what is kept decoded, or decoding is not measured.
+only decodes the same frames. Peers are included if installed, on the first `--peer-tokens` ids of
+the same shards: mosaicml-streaming with zstd, litdata with uncompressed tokens, and nanoGPT's
+random crops of a memory-mapped file. All files are in the page cache. SHARDS should hold several
+times the tokens that are kept decoded, or decoding is not measured.
 """
 
 import resource
@@ -40,21 +40,21 @@ _MDS_SHARD_BYTES = 4 << 20
 
 @dataclass
 class Contender:
-    """Who makes tokens ready."""
+    """A contender."""
 
     start: Callable[[], Iterator[int]]
-    """Gives, again and again, how many tokens have just been made ready."""
+    """Iterator over the numbers of tokens that were just prepared."""
     round_tokens: int
-    """After so many tokens, as much has been decoded as used."""
+    """Tokens per round, after which as many have been decoded as used."""
 
 
 class Runner:
-    """A contender in a process of its own, so that no other's threads and memory are counted."""
+    """A contender in its own process, so that only its threads and memory are counted."""
 
     def __init__(self, contender: Contender, seconds: float) -> None:
         here, there = Pipe()
         self._pipe = here
-        # Forked, so that nothing has to be pickled; this process has no threads.
+        # Forked to avoid pickling; this process has no threads.
         self._process = get_context("fork").Process(
             target=_serve, args=(there, contender, seconds), daemon=True
         )
@@ -62,7 +62,7 @@ class Runner:
         self._pipe.recv()
 
     def turn(self) -> tuple[float, float]:
-        """Tokens per CPU-second, and the peak memory until now in MB."""
+        """Tokens per CPU second, and the peak memory so far in MB."""
         self._pipe.send(None)
         measured: tuple[float, float] = self._pipe.recv()
         return measured
@@ -93,7 +93,7 @@ def _serve(pipe: Connection, contender: Contender, seconds: float) -> None:
 
 
 def stream_of(data_set: DataSet, context_tokens: int, batch_rows: int) -> Stream:
-    """A run's only stream, as open_data makes it."""
+    """Row stream of a run of one rank, as open_data makes it."""
     frames = FrameStore(data_set, "train")
     rows = RowReader(frames, context_tokens, data_set.manifest.text_format.direction)
     table = RowGrid(frames.shard_tokens, data_set.manifest.frame_tokens, context_tokens)
@@ -142,7 +142,7 @@ def first_ids(data_set: DataSet, num_tokens: int) -> Ids:
 
 
 def nanogpt_crops(path: Path, id_dtype: str, context_tokens: int, rows: int) -> Iterator[int]:
-    """As nanoGPT's get_batch: crops at random places of a mapped file, stacked."""
+    """nanoGPT's get_batch: stacked crops at random positions of a memory-mapped file."""
     generator = np.random.default_rng(0)
     while True:
         ids = np.memmap(path, dtype=id_dtype, mode="r")
@@ -154,7 +154,7 @@ def nanogpt_crops(path: Path, id_dtype: str, context_tokens: int, rows: int) -> 
 
 
 def collated(rows: Iterator[Ids], batch_rows: int) -> Iterator[int]:
-    """Inputs and targets of many rows at a time, in the cheapest way."""
+    """Inputs and targets of many rows at a time, computed in the cheapest way."""
     while True:
         windows = np.stack(list(islice(rows, batch_rows)))
         inputs, targets = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
@@ -163,12 +163,12 @@ def collated(rows: Iterator[Ids], batch_rows: int) -> Iterator[int]:
 
 
 def mosaic(folder: Path, ids: Ids, context_tokens: int) -> Iterator[Ids]:
-    """Rows as bytes, the fastest encoding of MDS.
+    """Rows of mosaicml-streaming as bytes, the fastest encoding of MDS.
 
-    Set up as for a corpus larger than the local disk's cache: compressed shards in a `remote`
-    (another folder here, so that a download is a copy), decompressed into a `local` that holds at
-    most a fifth of them and forgets the coldest. Shuffling (py1e) reaches over two shards, so that
-    each is copied, decompressed and written once an epoch, never more often.
+    Set up as for a corpus larger than the local cache: compressed shards in a `remote` (another
+    folder here, so a download is a copy), decompressed into a `local` that holds at most a fifth
+    of them and evicts the coldest. Shuffling (py1e) spans two shards, so each is copied,
+    decompressed and written exactly once per epoch.
     """
     from streaming import MDSWriter, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
@@ -200,10 +200,10 @@ def mosaic(folder: Path, ids: Ids, context_tokens: int) -> Iterator[Ids]:
 
 
 def litdata(folder: Path, ids: Ids, context_tokens: int) -> Iterator[Ids]:
-    """Chunks of uncompressed ids, mapped.
+    """Memory-mapped chunks of uncompressed ids (litdata).
 
-    Rows are shuffled within a whole chunk, which is as far as ours are shuffled. By default they
-    would be within 256 rows, which fit into the processor's cache.
+    Rows are shuffled within a whole chunk, over the same range as ours. The default range of 256
+    rows fits into the processor's cache.
     """
     from litdata import StreamingDataset, TokensLoader
     from litdata.streaming.writer import BinaryWriter
@@ -239,14 +239,21 @@ def start_peer(
     smoke="{shards} --context-tokens 16 --global-batch-rows 8 --seconds 0.01 --peer-tokens 20000",
 )
 @click.argument("shards")
-@click.option("--context-tokens", default=1024, show_default=True)
-@click.option("--global-batch-rows", default=64, show_default=True)
-@click.option("--seconds", default=1.5, show_default=True, help="At least so long a turn.")
-@click.option("--peer-tokens", default=60_000_000, show_default=True)
+@click.option("--context-tokens", default=1024, show_default=True, help="Tokens per row.")
+@click.option(
+    "--global-batch-rows", default=64, show_default=True, help="Rows per step over all ranks."
+)
+@click.option("--seconds", default=1.5, show_default=True, help="Minimum seconds per turn.")
+@click.option(
+    "--peer-tokens",
+    default=60_000_000,
+    show_default=True,
+    help="Tokens of the data that peers read.",
+)
 def main(
     shards: str, context_tokens: int, global_batch_rows: int, seconds: float, peer_tokens: int
 ) -> None:
-    """Print tokens per CPU-second and peak memory of all contenders, medians of turns."""
+    """Print tokens per CPU second and peak memory of all contenders, medians over turns."""
     data_set = DataSet.open(shards)
     total = data_set.manifest.total("train")
     stream = stream_of(data_set, context_tokens, global_batch_rows)
@@ -258,7 +265,7 @@ def main(
         f"ids: {order.num_frames:,} frames, of which some {window_frames:,} are in use at a time"
     )
     if order.num_frames < 4 * window_frames:
-        click.echo("too few frames: many stay decoded from one epoch to the next")
+        click.echo("too few frames: many stay decoded between epochs")
     window_tokens = window_frames * order.rows_per_frame * context_tokens
 
     with TemporaryDirectory() as name:
@@ -296,7 +303,7 @@ def main(
                 runner.close()
     rates = {title: [turn[title][0] for turn in turns] for title in contenders}
     best = statistics.median(rates["ours"])
-    click.echo(f"{'Mtok per CPU-second':<30}median     min     max  ours / this  peak MB")
+    click.echo(f"{'Mtok per CPU second':<30}median     min     max  ours / this  peak MB")
     for title, measured in rates.items():
         rate = statistics.median(measured)
         figures = "  ".join(f"{x / 1e6:6.1f}" for x in (rate, min(measured), max(measured)))

@@ -1,13 +1,13 @@
-"""What the loader costs a training step: against the same batches, already in memory.
+"""Cost of the loader in a training step, relative to the same batches already in memory.
 
     python benchmarks/loader_in_training.py SHARDS [--config configs/demo.yaml] [--data-threads 1]
 
 Ranks on this machine's CPU, as `megaback train` starts them, train the config's model on SHARDS. In
 turns, a block of steps takes its batches from the loader and a block takes the same ones from
-memory; which comes first changes. The first steps of a block are left out: the loader's threads
-then still make what the other block will not take. Time, CPU time (all threads of rank 0) and the
-time that the step waits for its batch are medians over steps; the ratio is the median over pairs of
-steps with equal batches.
+memory, in alternating order. The first steps of a block are excluded: the loader's threads then
+still prepare batches for the previous block. Time, CPU time (all threads of rank 0) and the time
+that a step waits for its batch are medians over steps; the ratio is the median over pairs of steps
+with equal batches.
 """
 
 import json
@@ -42,7 +42,7 @@ class StepTime:
 
 
 class InMemory:
-    """Batches that were made before: stands in for a run's TrainingLoader."""
+    """Precomputed batches with the interface of TrainingLoader."""
 
     def __init__(self, batches: dict[int, list[Batch]]) -> None:
         self._batches = batches
@@ -52,7 +52,7 @@ class InMemory:
 
 
 class Timed:
-    """Batches from elsewhere, and how long the latest ones took to come."""
+    """Batches of another iterator, with the wait for the latest ones."""
 
     def __init__(self, batches: object) -> None:
         self._batches = batches
@@ -66,7 +66,7 @@ class Timed:
 
 
 def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
-    """Train as the rank that the environment names; the first one prints."""
+    """Train as the rank given by the environment; rank 0 prints."""
     from megaback.data import open_data
     from megaback.distributed.engine import set_learning_rates, take_step
     from megaback.distributed.world import end_rank, start_world
@@ -80,7 +80,7 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     stop = StopRequest()
     world = start_world(config.hardware.device, config.hardware.collective_timeout_s)
     run = prepare_run(config, world, Watchdog(config.run, config.hardware, world))
-    assert isinstance(run, Run)  # of a new folder, there is something left to do
+    assert isinstance(run, Run)  # a new folder has steps left
     trainer = Trainer(run, world, stop)
     section = config.data.model_copy(update={"threads": 0})
     copies = open_data(config.model_copy(update={"data": section}), world.rank, world.size)
@@ -145,8 +145,8 @@ def report(
         waiting = sum(one.waiting_s for one in times) / sum(one.wall_s for one in times)
         slowest_ms = max(one.waiting_s for one in times) * 1e3
         click.echo(
-            f"{title}: {wall_ms:7.2f} ms a step, {cpu_ms:7.2f} ms of CPU; waits for batches "
-            f"{waiting:.4%} of the time, {slowest_ms:.2f} ms at most"
+            f"{title}: {wall_ms:7.2f} ms per step, {cpu_ms:7.2f} ms of CPU; waits for batches "
+            f"{waiting:.4%} of the time, at most {slowest_ms:.2f} ms"
         )
     both = list(zip(loaded, held, strict=True))
     ratios = [one.wall_s / other.wall_s for one, other in both]
@@ -159,7 +159,7 @@ def report(
 
 
 def start_ranks(words: list[str], processes: int) -> int:
-    """Run this file once a rank; the worst exit code."""
+    """Run this file once per rank; returns the largest exit code."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -184,12 +184,12 @@ def start_ranks(words: list[str], processes: int) -> int:
     cls=Benchmark, smoke="{shards} --config {config} --processes 1 --pairs 2 --block-steps 5"
 )
 @click.argument("shards")
-@click.option("--config", default="configs/demo.yaml", show_default=True)
-@click.option("--processes", default=2, show_default=True)
-@click.option("--data-threads", default=1, show_default=True)
-@click.option("--pairs", default=12, show_default=True, help="Of blocks of steps.")
-@click.option("--block-steps", default=13, show_default=True)
-@click.option("--rank-config", hidden=True, help="What the ranks are started with.")
+@click.option("--config", default="configs/demo.yaml", show_default=True, help="Config file.")
+@click.option("--processes", default=2, show_default=True, help="Number of processes.")
+@click.option("--data-threads", default=1, show_default=True, help="Loader threads per rank.")
+@click.option("--pairs", default=12, show_default=True, help="Pairs of blocks of steps.")
+@click.option("--block-steps", default=13, show_default=True, help="Steps per block.")
+@click.option("--rank-config", hidden=True, help="Config file of the ranks.")
 def main(
     shards: str,
     config: str,

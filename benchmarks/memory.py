@@ -1,12 +1,12 @@
-"""The memory that `megaback plan` gives a rank, against what real runs take.
+"""Memory per rank: predicted by `megaback plan`, and measured in real runs.
 
     python benchmarks/memory.py [--ranks 1,2] [--shards DIR] [--only adamw] [--json]
 
-Runs of two steps, whole, on 1 and 2 processes of this machine: every ZeRO stage, fp32 and bf16,
-every kind of activation checkpointing, AdamW and Muon. Measured is the highest resident memory of
-the rank that has most (VmHWM of Linux), less what it had before the run: until the checkpoint is
-written, and with it. glibc gives every block above 64 KiB back when it is freed, so that what is
-measured is what is allocated. Without --shards, they are built from `pydocs`.
+Complete runs of two steps on 1 and 2 processes of this machine: every ZeRO stage, fp32 and bf16,
+every kind of activation checkpointing, AdamW and Muon. Measured is the peak resident memory (VmHWM
+of Linux) of the rank that has the most, minus its memory before the run: until the checkpoint is
+written, and including it. glibc is set to return every freed block above 64 KiB, so the measured
+memory is the allocated memory. Without --shards, they are built from `pydocs`.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ _MALLOC = {
     "MALLOC_ARENA_MAX": "1",
 }
 _RUNS_A_PROCESS = 8
-"""What ended runs leave behind adds up."""
+"""Maximum runs per process, because memory of finished runs adds up."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _status(name: str) -> int:
 
 
 def serve() -> None:
-    """A rank: for each line of overrides a run, and its peaks in bytes."""
+    """A rank: reads a line of overrides per run, and prints the run's peaks in bytes."""
     import torch
 
     from megaback.checkpoints import pipeline
@@ -131,7 +131,7 @@ def serve() -> None:
         libc.malloc_trim(0)
         before_saving.clear()
         base = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM from here on
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
         watchdog = Watchdog(config.run, config.hardware, world)
         train_run(config, world, StopRequest(None), watchdog)
         peaks = (before_saving[0] - base, _status("VmHWM") - base)
@@ -148,7 +148,7 @@ def serve() -> None:
 
 
 class Ranks:
-    """The processes of some runs, one after another."""
+    """Processes that execute runs, one after another."""
 
     def __init__(self, ranks: int) -> None:
         environment = {**rank_environment("cpu", ranks), "OMP_NUM_THREADS": "1", **_MALLOC}
@@ -165,7 +165,7 @@ class Ranks:
         ]
 
     def peaks(self, config: Path, overrides: list[str]) -> tuple[int, int]:
-        """Bytes of a run before and with its checkpoint."""
+        """Peak memory of a run in bytes, without and with its checkpoint."""
         for rank in self._ranks:
             assert rank.stdin is not None
             rank.stdin.write(json.dumps([str(config), overrides]) + "\n")
@@ -184,7 +184,7 @@ class Ranks:
 
 
 def measure(cases: list[Case], config_path: Path) -> Iterator[dict[str, Any]]:
-    """Run every case, and say what was planned for it and what it took."""
+    """Run every case; returns its planned and measured memory."""
     started: Ranks | None = None
     last: tuple[int, str] | None = None
     num_runs = 0
@@ -193,7 +193,7 @@ def measure(cases: list[Case], config_path: Path) -> Iterator[dict[str, Any]]:
             if started is not None:
                 started.close()
             started, num_runs, last = Ranks(case.ranks), 0, (case.ranks, case.optimizer)
-            for precision in ("fp32", "bf16"):  # what libraries load once
+            for precision in ("fp32", "bf16"):  # memory of libraries that are loaded once
                 small = ["model.num_layers=1", "model.width=64", "model.num_heads=2"]
                 muon = f"optimizer.name={case.optimizer}"
                 started.peaks(config_path, [*small, muon, f"training.precision={precision}"])
@@ -230,9 +230,11 @@ def build_shards(folder: Path) -> Path:
     cls=Benchmark, smoke="--ranks 1 --shards {shards_without_val} --only 1-muon-none-fp32-2"
 )
 @click.option("--ranks", default="1,2", show_default=True, help="Numbers of processes.")
-@click.option("--shards", type=click.Path(path_type=Path), help="Without a val set.")
-@click.option("--only", default="", help="Cases whose name holds this: 2-muon-none-fp32-3.")
-@click.option("--json", "as_json", is_flag=True, help="A line of JSON a case.")
+@click.option("--shards", type=click.Path(path_type=Path), help="Shards without a val set.")
+@click.option(
+    "--only", default="", help="Part of the names of the cases to run, as in 2-muon-none-fp32-3."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON per case.")
 @click.option("--serve", "is_rank", is_flag=True, hidden=True)
 def main(ranks: str, shards: Path | None, only: str, as_json: bool, is_rank: bool) -> None:
     """Print planned and measured memory of every case, and the largest difference."""

@@ -1,10 +1,10 @@
-"""Published runs predicted again: device-hours at the plan's default MFU against those reported.
+"""Published runs: device-hours predicted at the plan's default MFU, and those reported.
 
     python benchmarks/published_runs.py
 
-What is predicted is arithmetic: FLOPs a token of the model's shape, times tokens, over the peak.
-Every row is taken as one document, as these runs had them packed or say nothing. `MFU` is the one
-that the reported hours come to, counted as here.
+The prediction is FLOPs per token of the model's shape, times tokens, over the peak. Every row
+counts as one document, as these runs packed them or do not report it. `MFU` is that of the reported
+hours, counted in the same way.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from megaback.planning.plan import DEFAULT_MFU
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A run as its makers report it."""
+    """A run as reported by its authors."""
 
     name: str
     shape: ModelSection
@@ -45,8 +45,8 @@ def _shape(
     )
 
 
-# LEDOM's shapes are not Llama's: configs/reverse_2b.yaml and reverse_7b.yaml stand for them.
-# GPT-2's MLP has two matrices of four widths, which multiply as often as three of 8/3 widths.
+# LEDOM's shapes are not Llama's; configs/reverse_2b.yaml and reverse_7b.yaml approximate them.
+# GPT-2's MLP has two matrices of 4 x width, with the FLOPs of three of 8/3 x width.
 PUBLISHED = (
     Published(
         name="LEDOM 7B",

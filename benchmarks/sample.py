@@ -1,11 +1,11 @@
-"""Tokens a second of writing: ours, transformers' `generate`, reading everything anew, the bound.
+"""Tokens per second of sampling: ours, transformers' `generate`, no KV cache, and the bound.
 
     python benchmarks/sample.py [--layers 6] [--width 384] [--heads 6] [--tokens 500] [--turns 3]
 
-One thread, CPU time, all with the same weights and dtype, 16 ids given, temperature 0.8, top_k 200,
-and no end marker. Reading everything anew, as the seed experiment did, is timed at every fiftieth
-length. The bound is the time in which this memory's bandwidth, measured here, gives the weights
-(once a step) and the keys and values (of every row).
+One thread, CPU time, all with the same weights and dtype, a prompt of 16 ids, temperature 0.8,
+top_k 200, and no end marker. Sampling without a KV cache, as the seed experiment did, is timed at
+every fiftieth length. The bound is the time to read the weights (once per step) and the keys and
+values (of every row) at this machine's measured memory bandwidth.
 """
 
 import statistics
@@ -47,7 +47,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes a second that one thread reads."""
+    """Memory bandwidth of one thread, in bytes per second."""
     data = torch.ones(1 << 27)
     return data.nbytes / min(cpu_seconds(data.sum) for _ in range(5))
 
@@ -59,7 +59,7 @@ def new_model(shape: ModelSection, dtype: torch.dtype) -> ReverseGPT:
 
 
 def stock_model(model: ReverseGPT) -> Any:
-    """transformers' model with the same weights, as an export has it."""
+    """transformers' model with the same weights, from an export."""
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     fields = to_stock(model.shape, VOCAB_SIZE, CONTEXT_TOKENS, dtype)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -91,8 +91,8 @@ def write_stock(stock: Any, rows: int, tokens: int) -> None:
 
 
 @torch.inference_mode()
-def seconds_anew(model: ReverseGPT, rows: int, tokens: int) -> float:
-    """CPU time of `tokens` steps that read everything; the choice itself is left out."""
+def uncached_seconds(model: ReverseGPT, rows: int, tokens: int) -> float:
+    """CPU time of `tokens` steps without a KV cache, excluding the choice of the token."""
 
     def step(length: int) -> None:
         ids = torch.zeros(rows * length, dtype=torch.long)
@@ -105,19 +105,21 @@ def seconds_anew(model: ReverseGPT, rows: int, tokens: int) -> float:
 
 
 @click.command(cls=Benchmark, smoke="--layers 1 --width 32 --heads 2 --tokens 50 --turns 1")
-@click.option("--layers", default=6, show_default=True)
-@click.option("--width", default=384, show_default=True)
-@click.option("--heads", default=6, show_default=True)
-@click.option("--tokens", default=500, show_default=True)
-@click.option("--turns", default=3, show_default=True)
+@click.option("--layers", default=6, show_default=True, help="Number of layers.")
+@click.option("--width", default=384, show_default=True, help="Model width.")
+@click.option("--heads", default=6, show_default=True, help="Number of attention heads.")
+@click.option("--tokens", default=500, show_default=True, help="New tokens per sample.")
+@click.option(
+    "--turns", default=3, show_default=True, help="Turns per contender; medians are printed."
+)
 def main(layers: int, width: int, heads: int, tokens: int, turns: int) -> None:
     """Print a table."""
     torch.set_num_threads(1)
     shape = ModelSection(num_layers=layers, width=width, num_heads=heads)
-    bytes_a_s = bandwidth()
+    bytes_per_s = bandwidth()
     parameters = new_model(shape, torch.float32).num_parameters()
-    print(f"{parameters / 1e6:.0f} million parameters, {bytes_a_s / 1e9:.1f} GB/s")
-    print("dtype    rows  ours  bound  transformers  anew  ours/transformers  ours/anew  of bound")
+    print(f"{parameters / 1e6:.0f} million parameters, {bytes_per_s / 1e9:.1f} GB/s")
+    print("dtype    rows   ours  bound transformers no cache vs transformers vs no cache of bound")
     for dtype in (torch.float32, torch.bfloat16):
         model = new_model(shape, dtype)
         stock = stock_model(model)
@@ -130,16 +132,16 @@ def main(layers: int, width: int, heads: int, tokens: int, turns: int) -> None:
                 times["ours"].append(cpu_seconds(partial(write_ours, decoder, rows, tokens)))
                 times["stock"].append(cpu_seconds(partial(write_stock, stock, rows, tokens)))
             ours, theirs = (statistics.median(taken) for taken in times.values())
-            anew = seconds_anew(model, rows, tokens)
+            uncached = uncached_seconds(model, rows, tokens)
             weight_bytes = (parameters - VOCAB_SIZE * width) * dtype.itemsize
             length = GIVEN_TOKENS + tokens / 2
             cached = 2 * layers * shape.kv_heads * shape.head_dim * decoder.cache_dtype.itemsize
-            bound = tokens * (weight_bytes + rows * length * cached) / bytes_a_s
+            bound = tokens * (weight_bytes + rows * length * cached) / bytes_per_s
             written = rows * tokens
             print(
                 f"{str(dtype).removeprefix('torch.'):8} {rows:4} {written / ours:6.0f} "
-                f"{written / bound:6.0f} {written / theirs:9.0f} {written / anew:9.1f} "
-                f"{theirs / ours:12.2f} {anew / ours:14.1f} {bound / ours:12.2f}",
+                f"{written / bound:6.0f} {written / theirs:12.0f} {written / uncached:8.1f} "
+                f"{theirs / ours:15.2f} {uncached / ours:11.1f} {bound / ours:8.2f}",
                 flush=True,
             )
 

@@ -1,9 +1,9 @@
-"""Serving many clients at once beside one after another, with the same texts.
+"""Serving many concurrent clients relative to one after another, with the same texts.
 
     python benchmarks/serve.py [--clients 50] [--tokens 100] [--slots 16] [--threads 2]
 
-A model of random weights behind a real server, in a process of its own; greedy, 50 different
-endings. Each text is compared with that which `generate` writes for it alone. Wall time.
+A model of random weights behind a real server in its own process; greedy, 50 different endings.
+Each text is compared with the output of `generate` for its ending alone. Wall time.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ CONTEXT_TOKENS = 512
 
 
 def write_model(folder: Path, tokenizer: Path | None, layers: int, width: int) -> None:
-    """A model of random weights, with a tokenizer of its own if none is given."""
+    """A model of random weights, with a new tokenizer if none is given."""
     if tokenizer is None:
         train_tokenizer("pydocs", folder.parent / "tokenizer", 2048, 5_000_000)
         tokenizer = folder.parent / "tokenizer" / TOKENIZER_NAME
@@ -49,7 +49,7 @@ def serve(folder: Path, port: int, slots: int, threads: int) -> None:
 async def ask_all(
     url: str, endings: Sequence[str], tokens: int, at_once: int
 ) -> tuple[list[str], int]:
-    """The texts, and how many tokens they are."""
+    """The texts, and their number of tokens."""
     gate = asyncio.Semaphore(at_once)
     limits = httpx.Limits(max_connections=at_once)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
@@ -69,12 +69,17 @@ async def ask_all(
     smoke="--clients 3 --tokens 4 --slots 2 --layers 1 --width 64 --threads 1"
     " --tokenizer {tokenizer}",
 )
-@click.option("--clients", default=50, show_default=True)
-@click.option("--tokens", default=100, show_default=True)
-@click.option("--slots", default=16, show_default=True)
-@click.option("--threads", default=2, show_default=True)
-@click.option("--layers", default=6, show_default=True)
-@click.option("--width", default=384, show_default=True)
+@click.option("--clients", default=50, show_default=True, help="Concurrent clients.")
+@click.option("--tokens", default=100, show_default=True, help="New tokens per sample.")
+@click.option(
+    "--slots",
+    default=16,
+    show_default=True,
+    help="Samples that the server writes at the same time.",
+)
+@click.option("--threads", default=2, show_default=True, help="Threads of the server's model.")
+@click.option("--layers", default=6, show_default=True, help="Number of layers.")
+@click.option("--width", default=384, show_default=True, help="Model width.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Default: one is trained.")
 def main(
     clients: int,

@@ -1,7 +1,7 @@
-"""A smoke mode for every benchmark: `python benchmarks/NAME.py --smoke` says in seconds if it runs.
+"""Smoke mode of the benchmarks: `python benchmarks/NAME.py --smoke` checks that one runs.
 
-A smoke run is the benchmark itself, started with the words that it names for this: small sizes, and
-data that is made up here. Nothing that it prints is a measurement, so every digit is masked.
+A smoke run is the benchmark itself with small sizes and synthetic data. Nothing that it prints is a
+measurement, so every digit is masked.
 """
 
 import inspect
@@ -34,7 +34,7 @@ _NUM_ROWS = 90
 class Benchmark(Command):
     """A command with `--smoke`. `smoke` is the command line of a smoke run.
 
-    `{shards}` and the like in it are made up: see the functions of `_MAKERS`.
+    Placeholders such as `{shards}` become synthetic inputs: see the functions of `_MAKERS`.
     """
 
     def __init__(self, *args: Any, smoke: str, **options: Any) -> None:
@@ -44,10 +44,10 @@ class Benchmark(Command):
             click.Option(
                 ["--smoke"],
                 is_flag=True,
-                is_eager=True,  # what is required otherwise is made up
+                is_eager=True,  # required arguments are replaced
                 expose_value=False,
                 callback=self._start_smoke_run,
-                help="Only see that it runs, in seconds: made-up data, small sizes, no figures.",
+                help="Only check that it runs: synthetic data, small sizes, no figures.",
             )
         )
 
@@ -68,8 +68,8 @@ class Benchmark(Command):
 
 
 def _run_masked(command: list[str], folder: Path) -> int:
-    """Run a command and show what it prints without its digits; its exit code."""
-    # Kernels are compiled for minutes; what compiles them is called all the same.
+    """Run a command and print its output without digits; returns its exit code."""
+    # Compiling kernels takes minutes; torch.compile is still called.
     environment = {**os.environ, "TMPDIR": str(folder), "TORCHDYNAMO_DISABLE": "1"}
     environment.setdefault("OMP_NUM_THREADS", "1")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -80,15 +80,15 @@ def _run_masked(command: list[str], folder: Path) -> int:
 
 
 def is_installed(peer: str, module: str) -> bool:
-    """Whether a peer can take part; says so if it cannot."""
+    """Whether a peer is installed; prints a line if it is not."""
     if find_spec(module):
         return True
-    click.echo(f"{peer} takes no part: its module {module} is not installed")
+    click.echo(f"{peer} is skipped: its module {module} is not installed")
     return False
 
 
 class MadeUp(dict[str, str]):
-    """Paths of what a smoke run is given, each made when it is first asked for."""
+    """Paths of a smoke run's inputs, each made at its first use."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class MadeUp(dict[str, str]):
 
 
 def _documents(seed: int) -> list[str]:
-    """Prose of words that do not exist."""
+    """Synthetic prose of invented words."""
     generator = random.Random(seed)
     syllables = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
     words = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(400)]
@@ -165,7 +165,7 @@ def _shards_without_val(made_up: MadeUp, path: Path) -> None:
 def write_random_model(
     folder: Path, tokenizer: Path, direction: "Direction", layers: int, width: int, context: int
 ) -> None:
-    """A model folder with random weights, surer than a new model: rounding decides nothing."""
+    """A model folder with random weights, scaled so that rounding decides no greedy token."""
     import torch
 
     from data_pipeline.text.codec import TextCodec, Unit
@@ -206,7 +206,7 @@ def _model(made_up: MadeUp, path: Path) -> None:
 
 
 def _config(_: MadeUp, path: Path) -> Path:
-    """A run of one process and of thousands of parameters."""
+    """Config of a run of one process with thousands of parameters."""
     fields = {
         "run": "run",
         "data": {"shards": "shards"},

@@ -1,11 +1,11 @@
-"""Kill a run at random, many times, and compare its metrics with those of one that ran in peace.
+"""Kill a run at random times, repeatedly, and compare its metrics with an uninterrupted run's.
 
     python benchmarks/soak.py SHARDS [--cycles 100] [--seed 0]
 
 Each cycle starts `megaback train` (2 ranks) and, after a random time, sends SIGTERM or SIGKILL to
-the launcher, one rank or all of them, wherever the run is: starting, training, measuring, saving.
-Now and then the newest checkpoint is damaged. ZeRO stages alternate between whole experiments, not
-within one, so that the metrics must be equal bit for bit.
+the launcher, one rank or all of them, in any phase: starting, training, validating, saving.
+Occasionally the newest checkpoint is damaged. ZeRO stages alternate between experiments, not within
+one, so that the metrics must be equal bit for bit.
 """
 
 import json
@@ -30,7 +30,7 @@ _DAMAGE_SHARE = 0.1
 
 
 def config_of(shards: str, steps: int, stage: int) -> dict[str, Any]:
-    """A tiny run that saves and measures often."""
+    """A tiny run that saves and validates often."""
     return {
         "run": "run",
         "data": {"shards": shards},
@@ -63,7 +63,7 @@ def start(config: Path, run: Path) -> "subprocess.Popen[bytes]":
 
 
 def disturb(launcher: "subprocess.Popen[bytes]", dice: random.Random) -> str:
-    """Send a random signal to a random part of a run; what was done."""
+    """Send a random signal to random processes of a run; returns a description."""
     ranks = psutil.Process(launcher.pid).children()
     number = dice.choice([signal.SIGTERM, signal.SIGKILL])
     target = dice.choice(["launcher", "one rank", "all ranks"])
@@ -78,7 +78,7 @@ def disturb(launcher: "subprocess.Popen[bytes]", dice: random.Random) -> str:
 
 
 def damage_newest(run: Path, dice: random.Random) -> bool:
-    """Cut a file of the newest checkpoint short, if there is an older one; whether it was done."""
+    """Truncate a file of the newest checkpoint, if there is an older one; whether it was done."""
     complete = sorted(path.parent for path in (run / "checkpoints").glob("step-*/meta.json"))
     if len(complete) < 2 or dice.random() > _DAMAGE_SHARE:
         return False
@@ -97,15 +97,17 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 @click.command(cls=Benchmark, smoke="{shards} --cycles 1 --max-s 6")
 @click.argument("shards")
-@click.option("--cycles", default=100, show_default=True)
+@click.option("--cycles", default=100, show_default=True, help="Number of interruptions.")
 @click.option(
-    "--steps", default=20_000, show_default=True, help="Of the run; more than it gets to."
+    "--steps", default=20_000, show_default=True, help="Steps of the run; more than it reaches."
 )
-@click.option("--stage", default=2, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--max-s", default=11.0, show_default=True, help="Until a cycle is disturbed.")
+@click.option("--stage", default=2, show_default=True, help="ZeRO stage.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random number generator.")
+@click.option(
+    "--max-s", default=11.0, show_default=True, help="Maximum seconds until a cycle is disturbed."
+)
 def main(shards: str, cycles: int, steps: int, stage: int, seed: int, max_s: float) -> None:
-    """Disturb a run, then compare it with one that was not."""
+    """Disturb a run, then compare it with an undisturbed one."""
     dice = random.Random(seed)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     config = folder / "config.yaml"
@@ -122,7 +124,7 @@ def main(shards: str, cycles: int, steps: int, stage: int, seed: int, max_s: flo
             done["newest checkpoint damaged"] += 1
         if cycle % 10 == 9:
             print(f"{cycle + 1} cycles, {time.monotonic() - started:.0f} s", flush=True)
-    # A last start in peace, to a step that is saved and measured; the other run goes there at once.
+    # A last, undisturbed start, to a step that is saved and validated; the other run trains to it.
     reached = max((line["step"] for line in metrics_of(run)), default=0)
     last = (reached // 100 + 1) * 100
     for target in (run, folder / "peaceful"):
@@ -133,11 +135,11 @@ def main(shards: str, cycles: int, steps: int, stage: int, seed: int, max_s: flo
     print(f"{cycles} cycles to step {last}: {dict(done)}; exit codes {dict(codes)}")
     if disturbed != peaceful:
         raise click.ClickException(f"the metrics differ: compare the runs in {folder}")
-    print(f"all {len(disturbed)} lines of the metrics are equal, timings aside")
+    print(f"all {len(disturbed)} lines of the metrics are equal, except timings")
 
 
 def start_to(config: Path, run: Path, last: int) -> int:
-    """Train up to a step and stop there, saved; 0 if it stopped as it was asked to."""
+    """Train up to a step, save and stop; 0 if it stopped as requested."""
     launcher = start(config, run)
     path = run / "metrics.jsonl"
     while launcher.poll() is None:

@@ -1,20 +1,20 @@
-"""How long megaback takes to the loss that nanoGPT's recipe reaches in ten minutes.
+"""Time to the loss that nanoGPT's recipe reaches in ten minutes.
 
     python benchmarks/time_to_loss.py SHARDS [--baseline-s 600] [--ours-s 200] [--take-back TOKENS]
 
 A model of 14 million parameters (6 layers, width 384, context 512) on the CPUs of this machine,
 learning the backward direction of SHARDS. The baseline is nanoGPT's recipe as smolGPT runs it:
-random crops of 16 rows that know no documents, AdamW at 6e-4 with betas 0.9 and 0.95, 5% of warmup,
+random crops of 16 rows without document masks, AdamW at 6e-4 with betas 0.9 and 0.95, 5% of warmup,
 a cosine to 10%, torch.compile, no dropout. Ours is the command `megaback train` with
 benchmarks/time_to_loss.yaml, for as many steps as fit into its time. Each side runs in bf16
-(autocast) or fp32, whichever has the fastest step among a few of its own on this machine; that is
-measured first, and printed. With --take-back, one part of
-our recipe at a time is that of the baseline, for the same number of tokens: what each part brings
-then depends on no other load of the machine, and what it costs is said in CPU time.
+(autocast) or fp32, whichever has the faster step on this machine; that is measured first, and
+printed. With --take-back, one part of our recipe at a time is replaced by the baseline's, for the
+same number of tokens: its effect on the loss does not depend on the machine's load, and its cost is
+reported in CPU time.
 
-Time is the wall time of training steps: compiling, validation and start-up are left out on both
-sides. Both are measured by the loss over the same whole val set; the baseline may attend across
-documents there too, if that is better for it.
+Time is the wall time of training steps: compilation, validation and start-up are excluded on both
+sides. Both are evaluated by the loss over the same whole val set; the baseline may attend across
+documents there, if that is better for it.
 """
 
 import json
@@ -64,7 +64,7 @@ TAKEN_BACK = {
 
 
 def whole_rows(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, _: Segments) -> Tensor:
-    """Causal attention over rows, whatever documents they hold: one call, which compiles."""
+    """Causal attention over rows without document masks: one call, which compiles."""
     rows = [
         packed.unflatten(0, (ROWS, -1)).transpose(1, 2)
         for packed in (query_THE, key_TKE, value_TKE)
@@ -88,7 +88,7 @@ def crops(data: Data, context_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a side came to."""
+    """Result of one side."""
 
     precision: str
     val_loss: float
@@ -99,7 +99,7 @@ class Result:
 
 
 def choose_precision(side: str, precision: str, fastest_s: Callable[[str], float]) -> str:
-    """`precision`, or for `auto` the one that has the fastest step; says so."""
+    """`precision`, or for `auto` the one with the fastest step, which is printed."""
     if precision != "auto":
         return precision
     taken = {one: fastest_s(one) for one in PRECISIONS}
@@ -110,7 +110,7 @@ def choose_precision(side: str, precision: str, fastest_s: Callable[[str], float
 
 
 def train_baseline(config: Config, seconds: float, precision: str) -> Result:
-    """nanoGPT's recipe; its schedule goes by the time that has passed."""
+    """nanoGPT's recipe; its schedule is a function of elapsed time."""
     context_tokens = config.batch.context_tokens
     batch = config.batch.model_copy(update={"global_batch_rows": ROWS, "micro_batch_rows": ROWS})
     data = open_data(config.model_copy(update={"batch": batch}), 0, 1)
@@ -148,7 +148,7 @@ def train_baseline(config: Config, seconds: float, precision: str) -> Result:
         return min(taken[1:])  # the first one compiles
 
     precision = choose_precision("baseline", precision, fastest_s)
-    fastest_s(precision)  # compiled now, if it was not
+    fastest_s(precision)  # compile before timing, if not done yet
     steps, passed_s, cpu_s = 0, 0.0, 0.0
     while passed_s < seconds:
         started, cpu_started = time.perf_counter(), time.process_time()
@@ -184,7 +184,7 @@ def train_baseline(config: Config, seconds: float, precision: str) -> Result:
 
 @torch.no_grad()
 def measure(model: torch.nn.Module, data: Data, precision: str, alone: bool) -> float:
-    """Nats a target of the whole val set, documents attending `alone` or across their rows."""
+    """Loss over the val set in nats per target, without attention across documents if `alone`."""
     from megaback.model.attention import sdpa_attention
 
     inner = getattr(model, "_orig_mod", model)
@@ -204,7 +204,7 @@ def measure(model: torch.nn.Module, data: Data, precision: str, alone: bool) -> 
 
 
 def run_command(config: Path, *overrides: str) -> tuple[list[dict[str, float]], float]:
-    """`megaback train` in a folder of its own: its lines of metrics, and its CPU time."""
+    """`megaback train` in a new folder; returns its metrics and its CPU time."""
     with TemporaryDirectory() as folder:
         words = [str(config), f"run={folder}/run", *overrides]
         before = os.times()
@@ -237,7 +237,7 @@ def train_ours(config: Path, shards: str, num_steps: int, overrides: tuple[str, 
 
 
 def train_ours_for(config: Path, shards: str, seconds: float, precision: str) -> Result:
-    """Ours for as many steps as fit into the time, judged by the pace of short runs."""
+    """Our recipe for as many steps as fit into the time, estimated from short runs."""
     pace: dict[str, list[float]] = {}
 
     def fastest_s(precision: str) -> float:
@@ -267,17 +267,27 @@ def show(title: str, found: Result) -> None:
     smoke="{shards} --config {config} --baseline-s 0.2 --ours-s 0.2 --take-back 4096 --only AdamW",
 )
 @click.argument("shards")
-@click.option("--baseline-s", default=600.0, show_default=True, help="0: leave it out.")
-@click.option("--ours-s", default=200.0, show_default=True, help="0: leave it out.")
 @click.option(
-    "--take-back", default=0, help="Then, with one part of the baseline at a time, so many tokens."
-)
-@click.option("--only", multiple=True, help="Of what is taken back, only this.")
-@click.option(
-    "--config", "path", type=click.Path(path_type=Path), default=CONFIG, help="What ours trains."
+    "--baseline-s", default=600.0, show_default=True, help="Time in seconds; 0 skips this side."
 )
 @click.option(
-    "--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True
+    "--ours-s", default=200.0, show_default=True, help="Time in seconds; 0 skips this side."
+)
+@click.option(
+    "--take-back",
+    default=0,
+    help="Tokens to train with one part of the baseline at a time; 0: none.",
+)
+@click.option("--only", multiple=True, help="Part to take back; default: all.")
+@click.option(
+    "--config", "path", type=click.Path(path_type=Path), default=CONFIG, help="Config of our side."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", *PRECISIONS]),
+    default="auto",
+    show_default=True,
+    help="Precision of both sides.",
 )
 def main(
     shards: str,

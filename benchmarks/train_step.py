@@ -1,12 +1,12 @@
-"""What a training step costs: ours through DeepSpeed, against plain PyTorch with the same model.
+"""Cost of a training step: ours through DeepSpeed, relative to plain PyTorch with the same model.
 
     python benchmarks/train_step.py [--rows 8] [--precision bf16] [--turns 5]
 
 One process against a plain loop (autocast, torch.compile, fused AdamW, clipping), and two ranks
-over gloo at ZeRO 1 to 3 against the same loop under DistributedDataParallel. One thread a process;
-CPU time of all threads and ranks, in turns, medians. All train 14 million parameters (6 layers,
-width 384) on packed documents of uneven lengths. Then: model FLOPs utilization against this CPU's
-measured peak of matrix products in the same precision, and where our time goes, by the profiler.
+over gloo at ZeRO 1 to 3 against the same loop under DistributedDataParallel. One thread per
+process; CPU time of all threads and ranks, in turns, medians. All train 14 million parameters (6
+layers, width 384) on packed documents of uneven lengths. Then: model FLOPs utilization relative to
+this CPU's measured peak of matrix products in the same precision, and a profile of our step.
 """
 
 import json
@@ -50,7 +50,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Size:
-    """What a rank trains."""
+    """Model and data of a rank."""
 
     layers: int
     width: int
@@ -85,7 +85,7 @@ def config_of(kind: str, size: Size, ranks: int, precision: str) -> Config:
 
 
 def batch_of(rows: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Segments]:
-    """Rows of the same few documents."""
+    """Batches of rows of the same few documents."""
     generator = torch.Generator().manual_seed(rank)
     ids_T = torch.randint(VOCAB_SIZE, (rows * CONTEXT_TOKENS,), generator=generator)
     positions_T = torch.cat([torch.arange(length) for length in _DOCUMENTS * rows])
@@ -138,7 +138,7 @@ def our_step(config: Config, rank: int) -> Step:
 
 
 def serve(kind: str, size: Size, precision: str, turn_steps: int) -> None:
-    """One rank of a contender: for each line that is read, some steps, and the CPU time of one."""
+    """A rank of a contender: for each line read, runs some steps and prints the CPU time of one."""
     from megaback.distributed.world import end_rank, start_world
 
     torch.set_num_threads(1)
@@ -175,7 +175,7 @@ _PARTS = (
 
 
 def profile_of(step: Step, steps: int) -> dict[str, float]:
-    """Shares of the time that operators take themselves."""
+    """Share of self time by operator."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -221,7 +221,7 @@ class Ranks:
             self._read(rank, "ready")
 
     def ask(self, what: str) -> list[Any]:
-        """The answers of all ranks."""
+        """Answers of all ranks."""
         for rank in self._ranks:
             assert rank.stdin is not None
             rank.stdin.write(what + "\n")
@@ -258,12 +258,14 @@ def peak_flops(dtype: torch.dtype) -> float:
 @click.command(
     cls=Benchmark, smoke="--layers 1 --width 64 --rows 1 --precision fp32 --turns 1 --turn-steps 1"
 )
-@click.option("--layers", default=6, show_default=True)
-@click.option("--width", default=384, show_default=True, help="64 a head.")
-@click.option("--rows", default=8, show_default=True, help="Of 512 tokens, a rank and step.")
-@click.option("--precision", default="bf16", show_default=True)
-@click.option("--turns", default=5, show_default=True)
-@click.option("--turn-steps", default=2, show_default=True)
+@click.option("--layers", default=6, show_default=True, help="Number of layers.")
+@click.option("--width", default=384, show_default=True, help="Model width; 64 per head.")
+@click.option("--rows", default=8, show_default=True, help="Rows of 512 tokens per rank and step.")
+@click.option("--precision", default="bf16", show_default=True, help="Precision of both sides.")
+@click.option(
+    "--turns", default=5, show_default=True, help="Turns per contender; medians are printed."
+)
+@click.option("--turn-steps", default=2, show_default=True, help="Steps per turn.")
 @click.option("--serve", "served", hidden=True)
 def main(
     layers: int,
@@ -274,7 +276,7 @@ def main(
     turn_steps: int,
     served: str | None,
 ) -> None:
-    """Print CPU time a step of every contender and its ratio, then where ours goes."""
+    """Print CPU time per step of every contender and its ratio, then a profile of ours."""
     size = Size(layers, width, rows)
     if served is not None:
         serve(served, size, precision, turn_steps)
@@ -286,9 +288,9 @@ def main(
     attended = sum(length * (length + 1) / 2 for length in _DOCUMENTS) / CONTEXT_TOKENS
     step_flops = flops_per_token(model.shape, VOCAB_SIZE, attended) * rows * CONTEXT_TOKENS
     click.echo(
-        f"{model.num_parameters():,} parameters, {rows} x {CONTEXT_TOKENS} tokens a rank, "
+        f"{model.num_parameters():,} parameters, {rows} x {CONTEXT_TOKENS} tokens per rank, "
         f"{precision}; torch {torch.__version__}, {os.cpu_count()} cores; matrix products reach "
-        f"{peak / 1e9:.0f} GFLOP/s a thread"
+        f"{peak / 1e9:.0f} GFLOP/s per thread"
     )
     for ranks in (1, 2):
         kinds = ["plain", "zero1"] if ranks == 1 else ["plain", "zero1", "zero2", "zero3"]
@@ -299,11 +301,11 @@ def main(
                 times[kind].append(sum(one.ask("go")) / ranks)
         for kind, measured in times.items():
             cpu_s = statistics.median(measured)
-            # Each turn against the plain loop's in the same turn: the machine's pace changes.
+            # Ratios within a turn, as the machine's speed varies.
             ratios = [one / other for one, other in zip(measured, times["plain"], strict=True)]
             title = kind if kind != "plain" else "plain" if ranks == 1 else "DDP"
             click.echo(
-                f"{ranks} rank{'s' * (ranks > 1)}  {title:<6}{cpu_s:7.3f} CPU-s a step and rank, "
+                f"{ranks} rank{'s' * (ranks > 1)}  {title:<6}{cpu_s:7.3f} CPU s per step and rank, "
                 f"{statistics.median(ratios):.3f} of {'DDP' if ranks > 1 else 'plain'} "
                 f"({min(ratios):.3f} to {max(ratios):.3f}), MFU {step_flops / cpu_s / peak:.1%}"
             )
