@@ -5,26 +5,29 @@ import importlib
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import dropwhile, pairwise
 from pathlib import Path
 
 import click
 import pytest
+from pydantic import BaseModel
 
 import megaback
 from data_pipeline.errors import MegabackError
 from megaback.cli import main
+from megaback.config import Config
 from megaback.config_file import load_config
 from tests.helpers.paths import ROOT
 
 PAGES = [
-    *(
-        ROOT / name
-        for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "benchmarks/README.md")
-    ),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md")),
+    *(ROOT / name / "README.md" for name in ("benchmarks", "examples")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 COMMENTED = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "slurm").iterdir())]
-SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
+SCRIPTS = [
+    path for name in ("benchmarks", "examples") for path in sorted((ROOT / name).glob("*.py"))
+]
 MAKEFILE = (ROOT / "Makefile").read_text()
 EXTRAS = re.findall(r'^        "([a-z-]+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
 BY_FILE = {
@@ -75,27 +78,50 @@ def typed(words: list[str]) -> tuple[str, list[str]] | None:
         at = next(at for at, word in enumerate(rest) if word.startswith("slurm/"))
         assert (ROOT / rest[at]).is_file(), f"there is no {rest[at]}"
         return "megaback", [*BY_FILE[Path(rest[at]).name], *rest[at + 1 :]]
-    if program == "python" and rest[0].startswith("benchmarks/"):
+    if program == "torchrun":
+        program, rest = "python", [*dropwhile(lambda word: "/" not in word, rest)]
+    if program == "python" and rest and rest[0].startswith(("benchmarks/", "examples/")):
         return rest[0], rest[1:]
-    return (program, rest) if program in ("megaback", "make", "deepspeed", "pip") else None
+    program = program.removeprefix(".venv/bin/")
+    is_checked = program in ("megaback", "make", "deepspeed", "pip", "pytest", "python")
+    return (program, rest) if is_checked else None
 
 
 def require(program: str, words: list[str]) -> None:
     """Raises AssertionError or click's error for what does not exist."""
     if program == "make":
-        assert set(words) <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)), words
+        targets = {word for word in words if "=" not in word}
+        assert targets <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)), words
     elif program == "pip":
         extras = re.findall(r"\[([a-z,-]+)\]", " ".join(words))
         assert {one for some in extras for one in some.split(",")} <= set(EXTRAS), words
     elif program == "deepspeed":
         names = [word for word in words if word.startswith("megaback")]
         assert all((ROOT / name).is_file() or importlib.util.find_spec(name) for name in names)
+    elif program == "pytest":
+        paths = [word for word in words if word.startswith("tests")]
+        assert all((ROOT / path).exists() for path in paths), paths
+    elif program == "python":
+        for option, module in pairwise(words):
+            assert option != "-m" or find_module(module), f"no module {module}"
     elif program == "megaback":
         require_command(words)
     else:
+        if has_placeholder(Path(program).stem):
+            return
+        assert (ROOT / program).is_file(), f"there is no {program}"
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
         known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / program).read_text()))
         assert given <= {*known, "--smoke"}, given - known
+
+
+def find_module(name: str) -> bool:
+    """Whether a module of ours exists; true for modules of other projects."""
+    parts = name.split(".")
+    if not (ROOT / parts[0]).is_dir():
+        return True
+    path = ROOT.joinpath(*parts)
+    return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
@@ -138,6 +164,12 @@ def all_commands(text: str) -> list[list[str]]:
     return [words for block in fenced(text) for words in simple_commands(block)]
 
 
+def other_commands(prose: str) -> list[list[str]]:
+    """Commands of other programs in code spans."""
+    spans = re.findall(r"`((?:make|pip|pytest|python|torchrun|deepspeed) [^`\n]+)`", prose)
+    return [words for code in spans for words in simple_commands(code.replace("…", ""))]
+
+
 def problems_of(commands: list[list[str]]) -> list[str]:
     found = []
     for words in commands:
@@ -168,6 +200,23 @@ def test_commands_within_a_sentence_have_options_that_exist(path: Path) -> None:
         given = {word.partition("=")[0] for word in words if word.startswith("-")}
         wrong += [f"{code}: {name}" for name in given - known - {"--help", "--version"}]
     assert wrong == []
+    assert problems_of(other_commands(prose)) == []
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_of(field.annotation, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_keys_of_the_config_within_a_sentence_exist(path: Path) -> None:
+    known = set(keys_of(Config))
+    sections = "|".join(Config.model_fields)
+    named = re.findall(rf"`((?:{sections})\.[a-z_0-9]+)(?:=[^`]*)?`", path.read_text())
+    others = re.compile(r"\w+\.(md|py|json|safetensors|gguf|bin)|model\.generate")
+    assert [key for key in named if key not in known and not others.fullmatch(key)] == []
 
 
 @pytest.mark.parametrize("path", COMMENTED, ids=lambda path: path.name)
@@ -178,10 +227,11 @@ def test_the_commands_in_the_comments_of_a_shipped_file_exist(path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_the_commands_in_a_benchmarks_docstring_exist(path: Path) -> None:
+def test_the_commands_in_a_scripts_docstring_exist(path: Path) -> None:
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     block = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
-    assert problems_of(list(simple_commands(re.sub(r"[\[\]]", " ", block)))) == []
+    commands = list(simple_commands(re.sub(r"[\[\]]", " ", block)))
+    assert problems_of(commands + other_commands(text)) == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -217,6 +267,10 @@ def test_python_of_a_page_compiles_and_its_names_resolve(path: Path) -> None:
         ("pip install 'megaback[serv]'", "serv"),
         ("deepspeed --module megaback.trian configs/demo.yaml", ""),
         ("python benchmarks/loader.py SHARDS --second 2", "--second"),
+        ("torchrun --nproc-per-node 2 examples/pytorch_loop.py SHARDS FOLDER --step 2", "--step"),
+        ("python examples/absent.py", "no examples/absent.py"),
+        ("python -m megaback.trian configs/demo.yaml", "no module megaback.trian"),
+        ("OMP_NUM_THREADS=1 .venv/bin/pytest -q tests/unit/test_absent.py", "test_absent"),
     ],
 )
 def test_what_does_not_exist_is_found(line: str, problem: str) -> None:
