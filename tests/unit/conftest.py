@@ -1,4 +1,4 @@
-"""What more than one file of tests reads: shards of a real build, a small data set, checkpoints."""
+"""Shared fixtures: shards of a real build, a small data set, checkpoints."""
 
 import resource
 import shutil
@@ -35,14 +35,14 @@ _LARGEST_FILE_BYTES = 1 << 16
 
 @pytest.fixture(scope="session")
 def source_texts(english_documents: list[str]) -> list[str]:
-    """Documents of which some are hard, some empty, and 50 come twice."""
+    """Documents, some of them difficult or empty, 50 of them duplicated."""
     empty = [""] * EMPTY_DOCUMENTS
     return [*english_documents[:250], *HARD_TEXTS, *empty, *english_documents[200:250]]
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory, source_texts: list[str]) -> Path:
-    """A source of six files, not to be written to."""
+    """A source of six files; tests only read it."""
     return write_source(tmp_path_factory.mktemp("build") / "source", source_texts)
 
 
@@ -54,7 +54,7 @@ def a_task_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what does not depend on processes, which take a second to start."""
+    """Build in this process, for tests that need no workers, which take a second to start."""
 
     def threads(workers: int, **_options: object) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(workers)
@@ -66,7 +66,7 @@ def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(
     tmp_path_factory: pytest.TempPathFactory, source: Path, codec: Codecs
 ) -> Iterator[Path]:
-    """The folder of an uninterrupted build, not to be written to."""
+    """Folder of an uninterrupted build; tests only read it."""
     out = tmp_path_factory.mktemp("finished") / "shards"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "_SMALLEST_TASK_BYTES", 1)
@@ -78,7 +78,7 @@ def finished(
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished folder, to be damaged."""
+    """A copy of the finished folder that tests may damage."""
     return Path(shutil.copytree(finished, tmp_path / "shards"))
 
 
@@ -96,7 +96,7 @@ def running() -> Iterator[FileServer]:
 
 @pytest.fixture
 def server(running: FileServer) -> FileServer:
-    """The module's server, without files, faults or memories of requests."""
+    """The module's server, reset: no files, faults or recorded requests."""
     running.forget()
     return running
 
@@ -117,7 +117,7 @@ def world() -> "Iterator[World]":
 
 @pytest.fixture(scope="session")
 def meta_at() -> "Callable[..., CheckpointMeta]":
-    """`meta_at(step, val_loss)`: what a run says of its checkpoint of a step."""
+    """`meta_at(step, val_loss)`: metadata of a checkpoint."""
     from megaback.checkpoints.checkpoint import CheckpointMeta
 
     def make(step: int, val_loss: float | None = 1.5) -> CheckpointMeta:
@@ -141,7 +141,7 @@ def meta_at() -> "Callable[..., CheckpointMeta]":
 
 @pytest.fixture(scope="session")
 def state_at() -> "Callable[[int], dict[str, Tensor]]":
-    """`state_at(step)`: weights, and more moments than `full_disk` has room for."""
+    """`state_at(step)`: weights, and moments that exceed the limit of `full_disk`."""
     import torch
 
     def make(step: int) -> "dict[str, Tensor]":
@@ -159,7 +159,7 @@ def save(
     meta_at: "Callable[..., CheckpointMeta]",
     state_at: "Callable[[int], dict[str, Tensor]]",
 ) -> Callable[..., Path]:
-    """`save(run, step, val_loss, **options of CheckpointSection)`: a whole checkpoint's folder."""
+    """`save(run, step, val_loss, **options of CheckpointSection)`: a complete checkpoint."""
     from megaback.checkpoints.saver import CheckpointSaver
     from megaback.config import CheckpointSection
 
@@ -177,7 +177,7 @@ def save(
 
 @pytest.fixture(scope="session")
 def full_disk() -> Callable[[], AbstractContextManager[None]]:
-    """`with full_disk():` small files can be written, and large ones fail half way."""
+    """`with full_disk():` writing small files works, and large ones fail midway."""
 
     @contextmanager
     def limit() -> Iterator[None]:
@@ -193,7 +193,7 @@ def full_disk() -> Callable[[], AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory: pytest.TempPathFactory, english_documents: list[str]) -> Path:
-    """A Llama of random weights with a byte-level tokenizer of its own and a chat template."""
+    """A Llama of random weights with a byte-level tokenizer and a chat template."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

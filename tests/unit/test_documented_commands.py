@@ -1,4 +1,4 @@
-"""What the documentation tells people to type exists: commands, options, keys, files, names."""
+"""Everything that the documentation shows exists: commands, options, keys, files, names."""
 
 import ast
 import importlib
@@ -37,20 +37,20 @@ BY_FILE = {
     "train.sbatch": ["train"],
     "finetune.sbatch": ["train"],
 }
-"""The commands whose options the shipped files pass on."""
+"""Commands whose options the shipped files forward."""
 _OPERATORS = re.compile(r"[;|&<>()]+")
 _PLACEHOLDER = re.compile(r"…|\$?[A-Z][A-Z0-9]*")
 
 
 def fenced(text: str, language: str = "") -> Iterator[str]:
-    """The blocks of a page that are in this language."""
+    """The code blocks of a page in the given language."""
     for found, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         if found == language:
             yield block
 
 
 def simple_commands(block: str) -> Iterator[list[str]]:
-    """The words of every simple command of a block of shell, without comments."""
+    """Words of every simple command of a shell block, without comments."""
     for line in block.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&<>")
         lexer.whitespace_split = True
@@ -68,7 +68,7 @@ def simple_commands(block: str) -> Iterator[list[str]]:
 
 
 def typed(words: list[str]) -> tuple[str, list[str]] | None:
-    """The program that is started, and its words; None for what is no command of ours."""
+    """The program that is started, and its words; None for programs of others."""
     while words and (words[0] in ("do", "srun") or re.fullmatch(r"[A-Z_]+=.*", words[0])):
         wrapper, *words = words
         if wrapper == "srun":
@@ -88,7 +88,7 @@ def typed(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 def require(program: str, words: list[str]) -> None:
-    """Raises AssertionError or click's error for what does not exist."""
+    """Raise AssertionError or click's error for a command, option or key that does not exist."""
     if program == "make":
         targets = {word for word in words if "=" not in word}
         assert targets <= set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)), words
@@ -125,7 +125,7 @@ def find_module(name: str) -> bool:
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
-    """The subcommand, and what is left for it."""
+    """The subcommand and its words."""
     command: click.Command = main
     while isinstance(command, click.Group) and words and words[0][:1].isalpha():
         found = command.get_command(click.Context(command), words[0])
@@ -135,7 +135,7 @@ def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
 
 
 def require_command(words: list[str]) -> None:
-    """A whole command line: its options and their values, its arguments, its config's keys."""
+    """Check a command line: its options and their values, its arguments, its config keys."""
     is_whole = "…" not in words
     command, words = command_of([word for word in words if word != "…"])
     context = click.Context(command)
@@ -273,11 +273,11 @@ def test_python_of_a_page_compiles_and_its_names_resolve(path: Path) -> None:
         ("OMP_NUM_THREADS=1 .venv/bin/pytest -q tests/unit/test_absent.py", "test_absent"),
     ],
 )
-def test_what_does_not_exist_is_found(line: str, problem: str) -> None:
+def test_a_command_option_or_key_that_does_not_exist_is_found(line: str, problem: str) -> None:
     (found,) = problems_of(all_commands(f"```\n{line}\n```\n"))
     assert problem in found.removeprefix(line)
 
 
-def test_what_exists_is_passed() -> None:
+def test_a_correct_command_passes() -> None:
     lines = 'megaback sample models/m --tokens 5 \\\n  --ending "it\'s"   # so\nls --nothing\n'
     assert problems_of(all_commands(f"```\n{lines}```\n")) == []

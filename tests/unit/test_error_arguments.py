@@ -1,4 +1,4 @@
-"""Errors of the library name arguments, which commands show as their options."""
+"""Library errors name arguments, which commands show as their options."""
 
 import ast
 import re
@@ -27,13 +27,13 @@ OF_COMMANDS = {
     "echo",
     "_git",
 }
-"""What is called with options: declarations, what commands show, other programs."""
+"""Functions that take option names: declarations, command output, other programs."""
 WHOLE_COMMAND = re.compile(r"`[a-z]+ [^`]*`")
 OPTION = re.compile(r"(?<![\w-])--[a-z{]")
 
 
 def texts_of(node: ast.AST) -> Iterator[tuple[int, str]]:
-    """Texts that code may show, without docstrings and what belongs to a command's function."""
+    """Strings that code may show, except docstrings and strings within a command's function."""
     if isinstance(node, ast.FunctionDef):
         names = {ast.unparse(getattr(one, "func", one)) for one in node.decorator_list}
         if "click.command" in names:
@@ -63,7 +63,7 @@ def with_options(source: str) -> list[str]:
     ]
 
 
-def test_no_sentence_of_the_library_names_an_option() -> None:
+def test_no_library_error_names_an_option() -> None:
     found = {
         path.relative_to(ROOT).as_posix(): with_options(path.read_text(encoding="utf-8"))
         for path in LIBRARY
@@ -83,7 +83,7 @@ def test_no_sentence_of_the_library_names_an_option() -> None:
         ('@click.option("--out")\ndef one():\n    """Without --out."""', False),
     ],
 )
-def test_an_option_in_a_sentence_is_found(source: str, is_found: bool) -> None:
+def test_an_option_in_an_error_is_found(source: str, is_found: bool) -> None:
     assert bool(with_options(source)) is is_found
 
 

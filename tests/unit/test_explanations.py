@@ -1,4 +1,4 @@
-"""Fields are explained by a noun, with its unit."""
+"""Fields have docstrings that begin with a noun and name the unit."""
 
 import ast
 import re
@@ -41,7 +41,7 @@ UNITS = {
 
 
 def explained(tree: ast.AST) -> list[tuple[ast.stmt, str | None]]:
-    """Statements that define something, and the string below each field, class or function."""
+    """Definitions in a module, with the docstring of each field, class and function."""
     found: list[tuple[ast.stmt, str | None]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -87,7 +87,7 @@ def test_every_field_of_the_config_is_explained_by_a_noun_and_its_unit(name: str
 
 
 def test_no_docstring_begins_without_its_noun() -> None:
-    """In an editor's tooltip, `Of the peak` has no head word."""
+    """`Of the peak` has no head word in an editor's tooltip."""
     wrong = {
         f"{module}:{defined.lineno}": text
         for module, path in MODULES.items()

@@ -46,13 +46,13 @@ FLOOR_OF = {folder: floor for floor, folders in enumerate(FLOORS) for folder in 
 
 
 def folder_of(module: str) -> str:
-    """The folder, or the module beside the folders, that a full name lies in."""
+    """The folder, or the module beside the folders, that contains a full name."""
     parts = module.split(".")
     return parts[0] if parts[0] in FLOOR_OF else ".".join(parts[:2])
 
 
 def imports_of(source: str) -> Iterator[str]:
-    """Full names of our modules that some code imports, and perhaps of what is in them."""
+    """Full names of our modules, and of names within them, that some code imports."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -64,7 +64,7 @@ def imports_of(source: str) -> Iterator[str]:
 
 
 def wrong_imports(module: str, source: str) -> list[str]:
-    """Imports of what is not on a lower floor, nor in the same folder."""
+    """Imports of modules that are neither on a lower floor nor in the same folder."""
     mine = folder_of(module)
     wrong = []
     for name in imports_of(source):
@@ -116,7 +116,7 @@ def module_of(name: str) -> str:
 
 
 def circle_of(sources: Mapping[str, str]) -> list[str]:
-    """Modules that import each other in a circle, within functions too; empty without one."""
+    """A cycle of modules that import each other, within functions too; empty if there is none."""
     graph = {
         module: {module_of(name) for name in imports_of(source)} - {"", module}
         for module, source in sources.items()
@@ -133,7 +133,7 @@ def test_no_modules_import_each_other() -> None:
     assert circle_of(sources) == []
 
 
-def test_a_circle_of_imports_is_found() -> None:
+def test_an_import_cycle_is_found() -> None:
     """Also one through a package's name and within a function."""
     sources = {
         "megaback.optim.muon": "from megaback.optim import build",
@@ -142,8 +142,8 @@ def test_a_circle_of_imports_is_found() -> None:
     assert set(circle_of(sources)) == {"megaback.optim.muon", "megaback.optim.build"}
 
 
-def test_folders_have_empty_init_files_but_for_the_public_api() -> None:
-    """So that a package never loads more than the module that is asked for."""
+def test_init_files_are_empty_except_the_public_api() -> None:
+    """So that importing a module never loads others of its package."""
     full = [
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES

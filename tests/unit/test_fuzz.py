@@ -1,4 +1,4 @@
-"""The fuzzer finds what is planted, and a few hundred inputs of each target find nothing."""
+"""The fuzzer finds planted bugs, and a few hundred inputs of each target find none."""
 
 import random
 import subprocess
@@ -26,7 +26,7 @@ def signals() -> Iterator[None]:
 
 
 def try_planted(tmp_path: Path, run: Callable[[bytes], None]) -> engine.Result:
-    """What comes of 300 inputs that are made of one."""
+    """Result of 300 inputs mutated from one."""
     target = engine.Target("planted", run, [b"a seed"], mutations.mutate_bytes, (ValueError,))
     trial = engine.Trial(target, tmp_path)
     with engine.limits():
@@ -34,7 +34,7 @@ def try_planted(tmp_path: Path, run: Callable[[bytes], None]) -> engine.Result:
     return trial.result
 
 
-def test_an_exception_that_is_not_allowed_is_kept_once_for_each_line(tmp_path: Path) -> None:
+def test_an_unexpected_exception_is_kept_once_per_line(tmp_path: Path) -> None:
     def run(data: bytes) -> None:
         if len(data) > 6:
             raise IndexError("too long")
@@ -49,7 +49,7 @@ def test_an_exception_that_is_not_allowed_is_kept_once_for_each_line(tmp_path: P
     assert all(len(path.read_bytes()) > 6 for path in kept)
 
 
-def test_an_input_that_takes_too_long_or_too_much_fails(
+def test_an_input_that_takes_too_much_time_or_memory_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "MAX_SECONDS", 0.2)
@@ -66,14 +66,14 @@ def test_an_input_that_takes_too_long_or_too_much_fails(
     with engine.limits():
         error, seconds = engine.failure_of(target, b"a seed")
         assert isinstance(error, engine.TooSlowError)
-        assert 0.1 <= seconds < 1.5  # the clock of the alarm is another one
+        assert 0.1 <= seconds < 1.5  # the alarm uses another clock
         assert engine.failure_of(target, b"")[0] is None
     assert list(try_planted(tmp_path, large).failures) == [
         f"MemoryError at test_fuzz.py:{large.__code__.co_firstlineno + 1}"
     ]
 
 
-def test_an_input_that_ends_the_process_is_known(tmp_path: Path) -> None:
+def test_an_input_that_ends_the_process_is_kept(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 sys.path[:0] = [{str(FUZZ)!r}]

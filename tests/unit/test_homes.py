@@ -1,4 +1,4 @@
-"""What has a home is written nowhere else: locks of files, hidden names, the extra for figures."""
+"""Code with one home is not written elsewhere: file locks, temporary names, the figures extra."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from tests.helpers.product import MODULES
         ("megaback[plot]", "data_pipeline.common.figures"),
     ],
 )
-def test_words_stand_in_one_module(words: str, home: str) -> None:
+def test_words_appear_in_one_module(words: str, home: str) -> None:
     holding = [
         module for module, path in MODULES.items() if words in path.read_text(encoding="utf-8")
     ]

@@ -34,7 +34,7 @@ FIELD_WORDS = {
 BRITISH = re.compile(r"\w{2,}(?:is(?:e[ds]?|ing|ation)|yse[ds]?)")
 ISE = {"raise", "raises", "raised", "raising", "otherwise", "noise", "promise", "promised"}
 ISE |= {"reraise", "wise", "pairwise", "elementwise", "wordwise", "precise", "advise", "advised"}
-OF_OTHERS = {"most_common", "tell"}  # Counter's, and that of a file
+OF_OTHERS = {"most_common", "tell"}  # methods of Counter and of files
 SOURCES = [
     path
     for folder in ("data_pipeline", "launcher", "megaback", "tools")
@@ -43,7 +43,7 @@ SOURCES = [
 
 
 def defined_names(source: str) -> set[str]:
-    """Names that some code gives: of classes, functions, arguments, variables and attributes."""
+    """Names that some code defines: classes, functions, arguments, variables and attributes."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -57,12 +57,12 @@ def defined_names(source: str) -> set[str]:
 
 
 def words_of(name: str) -> list[str]:
-    """`_maxTokens_BT` is max, tokens, b, t."""
+    """Lowercase words of a name: `_maxTokens_BT` is max, tokens, b, t."""
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
 
 
 def problem_of(name: str) -> str | None:
-    """What is wrong with a name, if anything is."""
+    """The problem with a name, or None."""
     if name in OF_OTHERS:
         return None
     for word in words_of(name):

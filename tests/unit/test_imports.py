@@ -1,4 +1,4 @@
-"""The house keeps its shape: who imports whom, what help may load, how long a file may be."""
+"""Structure of the code: imports between packages, modules that help may load, lengths of files."""
 
 import ast
 import json
@@ -39,7 +39,7 @@ COMMANDS = command_modules()
 MAX_LINES = 450
 MAX_CPU_SECONDS = 0.5
 
-# Runs in a fresh interpreter: what was loaded is written after whatever the command did.
+# Runs in a fresh interpreter, and writes the loaded modules after the command has run.
 _REPORT_LOADED = """
 import atexit, json, resource, sys
 def report():
@@ -52,7 +52,7 @@ atexit.register(report)
 
 
 def imported_modules(path: Path) -> Iterator[str]:
-    """Every module that a file imports, within functions too, by its full name."""
+    """Full names of the modules that a file imports, within functions too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -61,7 +61,7 @@ def imported_modules(path: Path) -> Iterator[str]:
 
 
 def loaded_by(code: str, tmp_path: Path) -> tuple[set[str], float]:
-    """The modules that a fresh interpreter has loaded after some code, and its CPU seconds."""
+    """Modules that a fresh interpreter has loaded after running some code, and its CPU seconds."""
     report = tmp_path / "loaded.json"
     subprocess.run(
         [sys.executable, "-c", f"{_REPORT_LOADED}\n{code}", report],
@@ -75,12 +75,12 @@ def loaded_by(code: str, tmp_path: Path) -> tuple[set[str], float]:
 
 
 def help_of(words: str) -> str:
-    """Code that asks the megaback command for help."""
+    """Code that runs a megaback command with --help."""
     return f"from megaback.cli import main; main({[*words.split(), '--help']!r})"
 
 
 @pytest.mark.parametrize("package", ALLOWED)
-def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
+def test_a_package_imports_only_packages_below_it(package: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)} imports {module}"
         for path in FILES[package]
@@ -107,7 +107,7 @@ def test_every_command_lives_in_one_of_the_four_packages() -> None:
 
 
 def first_with_torch(steps: Iterable[str], step: str, tmp_path: Path) -> list[str]:
-    """Does a step for each of some words in one fresh interpreter; the first that loads torch."""
+    """Run some code for each word in one fresh interpreter; the first word that loads torch."""
     code = f"""
 import importlib, sys
 from contextlib import suppress
@@ -155,7 +155,7 @@ def test_every_command_is_also_its_module(words: str, module: str) -> None:
     as_module = subprocess.run(
         [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60
     )
-    # As wide as click takes a terminal that is none.
+    # click's width of a terminal where there is none.
     arguments = [*words.split(), "--help"]
     as_command = CliRunner().invoke(megaback_command, arguments, terminal_width=78)
 
@@ -167,7 +167,7 @@ def test_every_command_is_also_its_module(words: str, module: str) -> None:
 
 
 @pytest.mark.parametrize("package", FILES)
-def test_every_file_can_be_read_in_one_sitting(package: str) -> None:
+def test_every_file_is_short(package: str) -> None:
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
         for path in FILES[package]
@@ -176,8 +176,8 @@ def test_every_file_can_be_read_in_one_sitting(package: str) -> None:
     assert {name: lines for name, lines in lengths.items() if lines >= MAX_LINES} == {}
 
 
-def test_training_that_does_not_compile_loads_none_of_what_compiles(tmp_path: Path) -> None:
-    """DeepSpeed's Muon would, at every start: a second of every rank."""
+def test_training_without_compilation_loads_no_compiler(tmp_path: Path) -> None:
+    """DeepSpeed's Muon would, which takes a second of every rank at every start."""
     code = """
 from megaback.config import Config
 from megaback.distributed.world import start_world
@@ -221,8 +221,8 @@ Trackers(config, -1, print).feed([{"step": 1, "loss": 2.0}])
     } & loaded == set()
 
 
-def test_a_model_that_only_writes_loads_no_compiler(tmp_path: Path) -> None:
-    """Which takes most of a second."""
+def test_sampling_loads_no_compiler(tmp_path: Path) -> None:
+    """Loading it takes most of a second."""
     code = """
 import torch
 import megaback.inference.infill.infiller, megaback.inference.text_writer

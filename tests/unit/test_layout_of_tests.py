@@ -1,4 +1,4 @@
-"""Where the tests of a module are is told by its path."""
+"""Unit tests mirror the layout of the product."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 
 def misplaced(tests: list[Path]) -> list[str]:
-    """Unit tests that lie in a folder which the product does not have."""
+    """Unit tests in a folder that the product does not have."""
     return [
         path.relative_to(UNIT).as_posix()
         for path in tests
@@ -27,8 +27,8 @@ def test_folders_of_unit_tests_are_those_of_the_product() -> None:
     ]
 
 
-def test_what_tests_share_lies_in_the_package_of_helpers() -> None:
-    """No test module is imported by another, as its tests would run twice."""
+def test_shared_test_code_is_in_the_helpers_package() -> None:
+    """No test module imports another, as its tests would run twice."""
     imported = [
         (path.relative_to(ROOT).as_posix(), node.module)
         for path in sorted((ROOT / "tests").rglob("*.py"))

@@ -1,4 +1,4 @@
-"""The locked files pin what constraints.txt pins, name all that is needed, and hash every file."""
+"""The locked files agree with constraints.txt, are complete, and hash every file."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _HASHED = re.compile(r"(?P<requirement>[^\\\n]+?)(?: \\\n    --hash=sha256:[0-9a
 
 
 def requirements(name: str) -> list[Requirement]:
-    """The requirements of a locked file. Whatever else stands in it fails."""
+    """Requirements of a locked file; any other line fails."""
     text = (LOCKS / name).read_text()
     lines = "".join(line for line in text.splitlines(True) if not line.startswith("#"))
     assert _HASHED.sub("", lines) == "", name
@@ -26,7 +26,7 @@ def requirements(name: str) -> list[Requirement]:
 
 
 def on(python: str, wanted: list[Requirement]) -> Iterator[Requirement]:
-    """Those that are installed on Linux with a version of Python."""
+    """Requirements that are installed on Linux with a version of Python."""
     environment = {**default_environment(), "python_version": python}
     environment |= {"python_full_version": f"{python}.0", "sys_platform": "linux"}
     for one in wanted:
@@ -60,7 +60,7 @@ def test_the_site_has_the_shared_packages_of_a_development_install(python: str) 
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_what_is_locked_is_what_is_constrained(python: str) -> None:
+def test_locked_versions_are_the_constrained_ones(python: str) -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     constraints = [Requirement(line) for line in lines if line and not line.startswith("#")]
     locked = pins_of_docs(python) | pins(python)
@@ -70,7 +70,7 @@ def test_what_is_locked_is_what_is_constrained(python: str) -> None:
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_everything_that_setup_py_asks_for_is_locked(
+def test_every_requirement_of_setup_py_is_locked(
     python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, object] = {}

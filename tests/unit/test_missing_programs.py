@@ -1,6 +1,6 @@
-"""A program that is not on the machine is named, with the code of what it was needed for: no disk.
+"""A missing program is named, with the exit code of its purpose, not as a storage error.
 
-The programs are taken away by a PATH on which nothing lies.
+The programs are hidden by an empty folder as PATH.
 """
 
 import os
@@ -29,7 +29,7 @@ from tests.helpers.decoding import CONTEXT_TOKENS
 from tests.helpers.run_config import run_config
 from tests.helpers.small_models import make_model
 
-# What `scontrol show hostnames` of Slurm 22.05 prints first.
+# First line of `scontrol show hostnames` of Slurm 22.05.
 FIRST_NODES = {
     "gpu-a[001-002,7],login-b": "gpu-a001",
     "r[1-2]n[1-4]": "r1n1",
@@ -72,13 +72,13 @@ def _start(*words: str, cwd: Path | None = None) -> tuple[int, str]:
 
 @pytest.mark.usefixtures("no_programs")
 @pytest.mark.parametrize("program", ["scontrol", "g++", "ssh", "some-program"])
-def test_a_missing_program_is_named_and_no_disk(program: str) -> None:
+def test_a_missing_program_is_named_and_is_not_a_storage_error(program: str) -> None:
     code, said = _start(program)
     assert (code, f"the program {program} is not on this machine" in said) == (12, True)
     assert "disk" not in said
 
 
-def test_a_file_that_cannot_be_run_is_no_disk(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_executed_is_not_a_storage_error(tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o644)
@@ -86,7 +86,7 @@ def test_a_file_that_cannot_be_run_is_no_disk(tmp_path: Path) -> None:
     assert (code, f"{program} cannot be started" in said) == (12, True)
 
 
-def test_a_missing_file_still_is_a_disks(tmp_path: Path) -> None:
+def test_a_missing_file_is_still_a_storage_error(tmp_path: Path) -> None:
     @click.command(cls=Command)
     def command() -> None:
         (tmp_path / "nowhere").read_bytes()
@@ -116,7 +116,7 @@ def test_the_first_node_is_the_one_that_slurm_lists_first(nodes: str, tmp_path: 
 
 
 @pytest.mark.parametrize("nodes", ["", "n[", "n[]", "x[a-c]", "n[1-", "n 1"])
-def test_what_is_no_list_of_nodes_is_refused(nodes: str) -> None:
+def test_an_invalid_node_list_is_refused(nodes: str) -> None:
     with pytest.raises(LaunchError, match="set MASTER_ADDR to the first node"):
         first_node(nodes)
 
@@ -125,7 +125,7 @@ def _ranks_address(monkeypatch: pytest.MonkeyPatch, **more: str) -> str:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     with monkeypatch.context() as patch:
         for name in names:
-            patch.setenv(name, "")  # so that what is set is taken back
+            patch.setenv(name, "")  # so that the variables are restored
             patch.delenv(name)
         for name, value in (STEP | more).items():
             patch.setenv(name, value)
@@ -139,7 +139,7 @@ def test_a_rank_in_a_container_finds_the_first_node(monkeypatch: pytest.MonkeyPa
     assert _ranks_address(monkeypatch, MASTER_ADDR="10.0.0.7") == "10.0.0.7"
 
 
-def test_a_first_node_that_nobody_knows_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_first_node_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -150,7 +150,7 @@ def test_a_first_node_that_nobody_knows_is_said_at_once(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("no_programs")
-def test_commands_of_slurm_that_are_missing_are_no_error_where_they_only_help() -> None:
+def test_missing_slurm_commands_are_no_error_where_they_are_optional() -> None:
     assert slurm_commands.find_job("7") is None
     slurm_commands.cancel("7")
     assert slurm_job._requeue("7", []) == "scontrol is not here"
@@ -160,7 +160,7 @@ def test_commands_of_slurm_that_are_missing_are_no_error_where_they_only_help() 
 
 
 @pytest.mark.usefixtures("no_programs")
-def test_what_is_compiled_needs_a_compiler_before_it_begins() -> None:
+def test_a_missing_compiler_is_reported_before_compiling() -> None:
     with pytest.raises(BackendError, match=r"training\.compile needs a compiler, and g\+\+ is not"):
         require_compiler("cpu", "training.compile")
     with pytest.raises(BackendError, match="gcc or clang or cc"):
@@ -171,7 +171,7 @@ def test_what_is_compiled_needs_a_compiler_before_it_begins() -> None:
 
 @pytest.mark.parametrize(("options", "code"), [(["--dry-run"], 0), ([], 13)])
 @pytest.mark.usefixtures("no_programs")
-def test_a_submission_can_be_looked_at_where_there_is_no_slurm(
+def test_a_dry_run_of_submit_needs_no_slurm(
     options: list[str], code: int, tiny_shards: Path, tmp_path: Path
 ) -> None:
     config = run_config(tmp_path / "run", data={"shards": str(tiny_shards)})
@@ -193,7 +193,7 @@ def test_a_submission_can_be_looked_at_where_there_is_no_slurm(
         "failure)",
     ],
 )
-def test_a_submission_can_be_looked_at_where_no_cluster_answers(
+def test_a_dry_run_of_submit_needs_no_controller(
     options: list[str],
     code: int,
     said: str,
@@ -201,7 +201,7 @@ def test_a_submission_can_be_looked_at_where_no_cluster_answers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """sbatch is here, and says what Slurm 22.05's does without a controller."""
+    """An sbatch that fails as Slurm 22.05's does without a controller."""
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")

@@ -1,4 +1,4 @@
-"""The files beside the code agree with it: version, site, images, links, guides, what CI runs."""
+"""Project files agree with the code: version, site, images, links, guides, CI."""
 
 import re
 import subprocess
@@ -31,14 +31,14 @@ def without_code(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """Fragments of links to the headings of a page, as GitHub and mkdocs make them."""
+    """Link fragments of the headings of a page, as GitHub and mkdocs make them."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
 
 
 def broken_links(page: Path, text: str) -> Iterator[str]:
-    """Relative links of a page to files or headings that are not there."""
+    """Relative links of a page to missing files or headings."""
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
         if re.match(r"[a-z]+:", link):
             continue
@@ -65,7 +65,7 @@ def of_yaml(name: str) -> Any:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+def test_every_link_of_a_page_has_a_target(page: Path) -> None:
     assert list(broken_links(page, page.read_text())) == []
 
 
@@ -78,7 +78,7 @@ def test_every_file_of_ours_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-def test_every_page_has_its_place_in_the_site_once() -> None:
+def test_every_page_is_in_the_navigation_once() -> None:
     """`make docs` renders them; this test needs no mkdocs."""
     listed = list(strings(of_yaml("mkdocs.yml")["nav"]))
     folders = [ROOT / name for name in listed if name.endswith("/")]
@@ -89,7 +89,7 @@ def test_every_page_has_its_place_in_the_site_once() -> None:
 
 
 def test_no_page_links_to_a_folder() -> None:
-    """A code host lists it, and a site has no page for it."""
+    """A code host lists a folder; a site has no page for it."""
     found = [
         (page.name, link)
         for page in PAGES
@@ -108,7 +108,7 @@ def test_a_broken_link_is_found() -> None:
     ]
 
 
-def test_what_the_guide_names_exists() -> None:
+def test_every_path_and_name_in_the_guide_exists() -> None:
     section = GUIDE.partition("## How to add")[2].partition("## Before")[0]
     words = set(re.findall(r"`([\w./]+)`", section)) - {"main", "name"}
     paths = {word for word in words if "/" in word and "NAME" not in word}
@@ -120,7 +120,7 @@ def test_what_the_guide_names_exists() -> None:
     assert len(names) > 15
 
 
-def test_agents_are_pointed_to_the_guide() -> None:
+def test_agents_md_links_to_the_guide() -> None:
     assert "[CONTRIBUTING.md](CONTRIBUTING.md)" in (ROOT / "AGENTS.md").read_text()
 
 
@@ -136,7 +136,7 @@ def test_the_citation_is_of_this_version() -> None:
     assert citation["license"] == "Apache-2.0"
 
 
-def test_ci_runs_what_anyone_can_run() -> None:
+def test_ci_runs_the_script_of_the_repository() -> None:
     job = of_yaml(".github/workflows/ci.yml")["jobs"]["test"]
     assert job["steps"][-1]["run"] == ".ci/run"
     assert job["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.13"]

@@ -1,4 +1,4 @@
-"""The public API: what it exports, that it is typed and documented, and what its pages show."""
+"""The public API: exports, types, documentation and the examples of its page."""
 
 import ast
 import dataclasses
@@ -39,7 +39,7 @@ def public_callables() -> Iterator[tuple[str, Callable[..., object]]]:
 CALLABLES = dict(public_callables())
 
 
-def test_what_is_exported_is_what_type_checkers_see_and_what_can_be_had() -> None:
+def test_exported_names_are_seen_by_type_checkers_and_can_be_imported() -> None:
     (seen,) = (
         {
             alias.asname
@@ -87,7 +87,7 @@ def test_the_keywords_of_writing_are_the_sampling_options() -> None:
         assert {one.name: one.default for one in keywords} == options
 
 
-def test_errors_are_all_of_the_family() -> None:
+def test_every_exported_error_is_a_megaback_error() -> None:
     from data_pipeline import errors as defined
 
     def of(module: ModuleType) -> dict[str, object]:
@@ -112,7 +112,7 @@ def test_importing_megaback_loads_nothing_heavy() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, codec: Codecs, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of somebody with two models and a run."""
+    """A working directory with two models and a run."""
     for direction in Direction:
         write_chat_model(tmp_path / "models" / direction.value, codec(direction))
     (tmp_path / "runs/demo").mkdir(parents=True)
@@ -162,9 +162,7 @@ def test_the_examples_of_the_page_run(folder: Path, capsys: pytest.CaptureFixtur
         ("read_metrics('models')", "CheckpointMissingError", "models holds no run's numbers"),
     ],
 )
-def test_a_wrong_argument_is_a_sentence_that_names_it(
-    folder: Path, call: str, error: str, named: str
-) -> None:
+def test_a_wrong_argument_is_named(folder: Path, call: str, error: str, named: str) -> None:
     kind = getattr(megaback.errors, error, TypeError)
     with pytest.raises(kind) as caught:
         eval(f"megaback.{call}")

@@ -1,4 +1,4 @@
-"""The generated pages of docs/reference/ are those of the code, on every machine."""
+"""The generated pages of docs/reference/ agree with the code, on every machine."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from tests.helpers.paths import ROOT
 ELSEWHERE = {"HOME": "/nowhere", "COLUMNS": "30", "LANG": "C", "TZ": "Asia/Tokyo", "NO_COLOR": "1"}
 
 
-def test_the_pages_are_up_to_date_whatever_the_environment() -> None:
+def test_the_pages_are_up_to_date_in_any_environment() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "docs.generate", "--check"],
         cwd=ROOT,
@@ -24,7 +24,7 @@ def test_the_pages_are_up_to_date_whatever_the_environment() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_pages_that_differ_are_named_and_written_again(tmp_path: Path) -> None:
+def test_outdated_pages_are_named_and_regenerated(tmp_path: Path) -> None:
     write(tmp_path)
     assert outdated(tmp_path) == []
     page = tmp_path / "commands" / "sample.md"
@@ -39,7 +39,7 @@ def test_pages_that_differ_are_named_and_written_again(tmp_path: Path) -> None:
     assert (tmp_path / "commands" / "notes.txt").exists()
 
 
-def test_every_command_option_key_and_name_has_its_place() -> None:
+def test_every_command_option_key_and_name_is_listed() -> None:
     made = pages()
     commands = {name.replace(" ", "-"): name for name in command_modules()}
 
