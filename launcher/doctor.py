@@ -242,7 +242,7 @@ def main(folder: Path, as_json: bool) -> None:
         if ready:
             click.echo("\nThis machine is ready.")
             show_next(
-                {command("tokenizer", "train", "--source", "pydocs", "--out", "data/tokenizer"): ""}
+                {command("tokenizer", "train", "--source", "novels", "--out", "data/tokenizer"): ""}
             )
         else:
             click.echo("\nThis machine is not ready: see the lines with `no`, from the top.")

@@ -208,8 +208,8 @@ def _source_of(tokenizer: Path) -> str:
         source = str(read_json(tokenizer.with_name(REPORT_NAME))["source"])
         is_there = source in BUILT_IN or "hf:" in source[:3] or Path(source).exists()
     except (OSError, ValueError, KeyError, TypeError):
-        return "pydocs"
-    return source if is_there and ", " not in source else "pydocs"
+        return "novels"
+    return source if is_there and ", " not in source else "novels"
 
 
 def _run(folder: Path, verify: bool) -> Artifact:

@@ -336,7 +336,7 @@ def test_a_report_beside_a_tokenizer_may_be_anything(
     else:
         (tmp_path / REPORT_NAME).write_bytes(report)
     (command,) = inspect(tmp_path, verify=False).next_lines
-    assert "--source pydocs" in command
+    assert "--source novels" in command
 
 
 @pytest.mark.parametrize(
