@@ -80,8 +80,8 @@ def ways(tokens: int, samples: int, seed: int) -> dict[str, InfillOptions]:
 
     def way(ahead: int, back: int, weight: float) -> InfillOptions:
         return InfillOptions(
-            max_tokens=tokens + tokens // 2,
-            min_tokens=tokens - tokens // 2,
+            max_new_tokens=tokens + tokens // 2,
+            min_new_tokens=tokens - tokens // 2,
             forward_candidates=ahead,
             backward_candidates=back,
             forward_weight=weight,
@@ -199,7 +199,7 @@ def print_found(
 @click.command(
     cls=Benchmark,
     smoke="--forward {forward} --backward {backward} --text {shards} --windows 2"
-    " --samples 4 --tokens 4 --given-tokens 8 --processes 1",
+    " --num-samples 4 --middle-tokens 4 --given-tokens 8 --processes 1",
 )
 @click.option(
     "--forward",
@@ -221,8 +221,8 @@ def print_found(
 )
 @click.option("--windows", "count", default=200, show_default=True, help="Number of windows.")
 @click.option("--given-tokens", default=32, show_default=True, help="Given tokens on each side.")
-@click.option("--tokens", default=16, show_default=True, help="Tokens of the true middle.")
-@click.option("--samples", default=32, show_default=True, help="Samples per window and method.")
+@click.option("--middle-tokens", default=16, show_default=True, help="Tokens of the true middle.")
+@click.option("--num-samples", default=32, show_default=True, help="Samples per window and method.")
 @click.option("--processes", default=2, show_default=True, help="Number of processes.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random number generator.")
 @click.option("--examples", type=click.Path(path_type=Path), help="File to write the infills to.")
@@ -232,21 +232,21 @@ def main(
     text: Path,
     count: int,
     given_tokens: int,
-    tokens: int,
-    samples: int,
+    middle_tokens: int,
+    num_samples: int,
     processes: int,
     seed: int,
     examples: Path | None,
 ) -> None:
     """Print three tables."""
     infiller = load_infiller(forward, backward)
-    sizes = given_tokens, tokens, given_tokens
+    sizes = given_tokens, middle_tokens, given_tokens
     windows = cut_windows(text, infiller.forward.codec, count, sizes, seed)
     others = [
         [windows[(number + place) % count].middle for place in range(1, STRANGERS + 1)]
         for number in range(count)
     ]
-    options = ways(tokens, samples, seed)
+    options = ways(middle_tokens, num_samples, seed)
     with ProcessPoolExecutor(
         processes, get_context("spawn"), initializer=load, initargs=(forward, backward)
     ) as pool:

@@ -1,6 +1,7 @@
 """Tokens per second of sampling: ours, transformers' `generate`, no KV cache, and the bound.
 
-    python benchmarks/sample.py [--layers 6] [--width 384] [--heads 6] [--tokens 500] [--turns 3]
+    python benchmarks/sample.py [--layers 6] [--width 384] [--heads 6] \
+        [--max-new-tokens 500] [--turns 3]
 
 One thread, CPU time, all with the same weights and dtype, a prompt of 16 ids, temperature 0.8,
 top_k 200, and no end marker. Sampling without a KV cache, as the seed experiment did, is timed at
@@ -104,15 +105,15 @@ def uncached_seconds(model: ReverseGPT, rows: int, tokens: int) -> float:
     return EVERY * sum(cpu_seconds(lambda length=length: step(length)) for length in lengths)
 
 
-@click.command(cls=Benchmark, smoke="--layers 1 --width 32 --heads 2 --tokens 50 --turns 1")
+@click.command(cls=Benchmark, smoke="--layers 1 --width 32 --heads 2 --max-new-tokens 50 --turns 1")
 @click.option("--layers", default=6, show_default=True, help="Number of layers.")
 @click.option("--width", default=384, show_default=True, help="Model width.")
 @click.option("--heads", default=6, show_default=True, help="Number of attention heads.")
-@click.option("--tokens", default=500, show_default=True, help="New tokens per sample.")
+@click.option("--max-new-tokens", default=500, show_default=True, help="New tokens per sample.")
 @click.option(
     "--turns", default=3, show_default=True, help="Turns per contender; medians are printed."
 )
-def main(layers: int, width: int, heads: int, tokens: int, turns: int) -> None:
+def main(layers: int, width: int, heads: int, max_new_tokens: int, turns: int) -> None:
     """Print a table."""
     torch.set_num_threads(1)
     shape = ModelSection(num_layers=layers, width=width, num_heads=heads)
@@ -129,15 +130,19 @@ def main(layers: int, width: int, heads: int, tokens: int, turns: int) -> None:
             write_stock(stock, rows, 3)
             times: dict[str, list[float]] = {"ours": [], "stock": []}
             for _ in range(turns):
-                times["ours"].append(cpu_seconds(partial(write_ours, decoder, rows, tokens)))
-                times["stock"].append(cpu_seconds(partial(write_stock, stock, rows, tokens)))
+                times["ours"].append(
+                    cpu_seconds(partial(write_ours, decoder, rows, max_new_tokens))
+                )
+                times["stock"].append(
+                    cpu_seconds(partial(write_stock, stock, rows, max_new_tokens))
+                )
             ours, theirs = (statistics.median(taken) for taken in times.values())
-            uncached = uncached_seconds(model, rows, tokens)
+            uncached = uncached_seconds(model, rows, max_new_tokens)
             weight_bytes = (parameters - VOCAB_SIZE * width) * dtype.itemsize
-            length = GIVEN_TOKENS + tokens / 2
+            length = GIVEN_TOKENS + max_new_tokens / 2
             cached = 2 * layers * shape.kv_heads * shape.head_dim * decoder.cache_dtype.itemsize
-            bound = tokens * (weight_bytes + rows * length * cached) / bytes_per_s
-            written = rows * tokens
+            bound = max_new_tokens * (weight_bytes + rows * length * cached) / bytes_per_s
+            written = rows * max_new_tokens
             print(
                 f"{str(dtype).removeprefix('torch.'):8} {rows:4} {written / ours:6.0f} "
                 f"{written / bound:6.0f} {written / theirs:12.0f} {written / uncached:8.1f} "

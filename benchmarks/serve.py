@@ -1,6 +1,6 @@
 """Serving many concurrent clients relative to one after another, with the same texts.
 
-    python benchmarks/serve.py [--clients 50] [--tokens 100] [--slots 16] [--threads 2]
+    python benchmarks/serve.py [--clients 50] [--max-new-tokens 100] [--slots 16] [--threads 2]
 
 A model of random weights behind a real server in its own process; greedy, 50 different endings.
 Each text is compared with the output of `generate` for its ending alone. Wall time.
@@ -66,11 +66,11 @@ async def ask_all(
 
 @click.command(
     cls=Benchmark,
-    smoke="--clients 3 --tokens 4 --slots 2 --layers 1 --width 64 --threads 1"
+    smoke="--clients 3 --max-new-tokens 4 --slots 2 --layers 1 --width 64 --threads 1"
     " --tokenizer {tokenizer}",
 )
 @click.option("--clients", default=50, show_default=True, help="Concurrent clients.")
-@click.option("--tokens", default=100, show_default=True, help="New tokens per sample.")
+@click.option("--max-new-tokens", default=100, show_default=True, help="New tokens per sample.")
 @click.option(
     "--slots",
     default=16,
@@ -83,7 +83,7 @@ async def ask_all(
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Default: one is trained.")
 def main(
     clients: int,
-    tokens: int,
+    max_new_tokens: int,
     slots: int,
     threads: int,
     layers: int,
@@ -113,14 +113,14 @@ def main(
         speeds, texts = {}, {}
         for at_once in (1, clients):
             started_s = time.monotonic()
-            texts[at_once], written = asyncio.run(ask_all(url, endings, tokens, at_once))
+            texts[at_once], written = asyncio.run(ask_all(url, endings, max_new_tokens, at_once))
             speeds[at_once] = written / (time.monotonic() - started_s)
             print(f"{at_once:3} at once: {written} tokens, {speeds[at_once]:.0f} tokens/s")
         grown = (memory().rss - before) / 1e6
         server.terminate()
         server.join()
         decoder, _, codec = load_decoder(folder, torch.device("cpu"), torch.float32)
-        options = SamplingOptions(tokens, temperature=0)
+        options = SamplingOptions(max_new_tokens, temperature=0)
         alone = [complete(decoder, codec, ending, CONTEXT_TOKENS, options) for ending in endings]
         alone = [text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") for text in alone]
         same = [texts[at_once] == alone for at_once in (1, clients)]

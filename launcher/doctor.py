@@ -11,6 +11,7 @@ import click
 
 from data_pipeline.common.command import Command
 from data_pipeline.common.next_command import command, show_next
+from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import echo, print_table
 from launcher.machine import Machine, examine
 
@@ -219,7 +220,7 @@ def _print_table(lines: Sequence[Line]) -> None:
 
 @click.command(cls=Command, name="doctor")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
-@click.option("--json", "as_json", is_flag=True, help="Print the facts and what they mean as JSON.")
+@json_option
 def main(folder: Path, as_json: bool) -> None:
     """Check what works on this machine, and suggest fixes for what does not.
 

@@ -33,7 +33,7 @@ def check_memory(
         kinds, problem = gpus_of_partition(partition)
         found = largest_device(kinds)
         if found is None:
-            return f"memory: not checked, as {problem or unknown_kinds(kinds)}; give --device"
+            return f"memory: not checked, as {problem or unknown_kinds(kinds)}; give --device-name"
         device, by = found, f"the largest that {', '.join(sorted(kinds))} may be in Slurm"
     facts = run_facts(config, None, None)
     cluster = Cluster(nodes, ranks_per_node, device)

@@ -15,6 +15,7 @@ from data_pipeline.common.number_ranges import (
     SOME_SHARE,
     VOCABULARY,
 )
+from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import echo, table_lines
 from data_pipeline.errors import ConfigError
 from megaback.config import Config
@@ -48,7 +49,7 @@ def choose_device(
         name = CPU
     if name is None:
         raise ConfigError(
-            "which devices the run is to have is not known; give --device, or set "
+            "which devices the run is to have is not known; give --device-name, or set "
             f"hardware.device_name: {', '.join(DEVICES)}, or {CPU}"
         )
     memory_bytes = None if memory_gb is None else memory_gb * _GB
@@ -171,7 +172,8 @@ def to_json(
     help="Number of ranks per node, one per device. Default: hardware.processes, or 8.",
 )
 @click.option(
-    "--device", help=f"Device: {', '.join(DEVICES)} or {CPU}. Default: hardware.device_name."
+    "--device-name",
+    help=f"Device: {', '.join(DEVICES)} or {CPU}. Default: hardware.device_name.",
 )
 @click.option(
     "--memory-gb",
@@ -191,26 +193,26 @@ def to_json(
     help="Model FLOPs utilization: fraction of the peak that is used.",
 )
 @click.option(
-    "--tokens",
+    "--training-tokens",
     type=PLANNED_TOKENS.option,
-    help="Length of the whole run, in tokens (1.1e11). Default: from the config and its data.",
+    help="Length of the run, in tokens (1.1e11). Default: from the config and its data.",
 )
 @click.option(
     "--vocab-size",
     type=VOCABULARY.option,
     help="Number of tokens of the vocabulary, where there is no data yet. Default: 8888.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@json_option
 def main(
     config: Path,
     overrides: tuple[str, ...],
     nodes: int,
     devices_per_node: int | None,
-    device: str | None,
+    device_name: str | None,
     memory_gb: float | None,
     network_gbits: float | None,
     mfu: float,
-    tokens: float | None,
+    training_tokens: float | None,
     vocab_size: int | None,
     as_json: bool,
 ) -> None:
@@ -221,13 +223,13 @@ def main(
     """
     settings = load_config(config, overrides)
     per_node = devices_per_node or settings.hardware.processes or 8
-    chosen = choose_device(device, settings, per_node, memory_gb)
+    chosen = choose_device(device_name, settings, per_node, memory_gb)
     if network_gbits is not None:
         chosen = chosen.with_network(network_gbits * 1e9 / 8)
     if settings.training.precision == "bf16" and chosen.bf16_flops is None and not chosen.is_cpu:
         raise ConfigError(f"{chosen.name} does not compute in bf16; set training.precision=fp32")
     cluster = Cluster(nodes, per_node, chosen)
-    facts = run_facts(settings, vocab_size, tokens)
+    facts = run_facts(settings, vocab_size, training_tokens)
     plan = plan_run(settings, facts, cluster, mfu)
     fits = plan.memory.parts.total <= chosen.memory_bytes
     if as_json:

@@ -10,6 +10,7 @@ import click
 
 from data_pipeline.common.command import WorkCommand
 from data_pipeline.common.import_path import module_command
+from data_pipeline.common.shared_options import hostfile_option, save_before_option
 from data_pipeline.errors import MegabackError
 from launcher.ranks.hostfile import read_hostfile, run_on_hosts
 from launcher.ranks.local import plan_ranks, rank_environment, run_ranks, verdict
@@ -28,15 +29,8 @@ _RANK_MODULE = "megaback.train"
 @click.command(cls=WorkCommand, name="train")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option(
-    "--save-before",
-    help="Save and stop by a time (2026-11-25T18:00) or after a duration (1h30m).",
-)
-@click.option(
-    "--hostfile",
-    type=click.Path(path_type=Path),
-    help="Train on the hosts of this file, over ssh: one line `NAME slots=N` per host.",
-)
+@save_before_option
+@hostfile_option
 def main(
     config: Path, overrides: tuple[str, ...], save_before: str | None, hostfile: Path | None
 ) -> None:

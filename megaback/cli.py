@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from data_pipeline.common.command import WithShortHelp, report, run_as_process, scrubbed
+from data_pipeline.common.command import CommandGroup, report, run_as_process, scrubbed
 from data_pipeline.common.logging_setup import verbose_option
 from data_pipeline.errors import LaunchError
 from megaback.installation import missing_module
@@ -86,7 +86,7 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
 }
 
 
-class LazyGroup(WithShortHelp, click.Group):
+class LazyGroup(CommandGroup):
     """Group whose commands are modules, each imported when it runs or shows its own help."""
 
     def __init__(self, name: str, modules: _Commands, help_text: str) -> None:

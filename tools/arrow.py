@@ -14,12 +14,14 @@ from data_pipeline.common.figures import require_matplotlib, write_picture
 from data_pipeline.common.number_ranges import MANY, TWO_OR_MORE
 from data_pipeline.common.output_paths import is_our_picture, require_output
 from data_pipeline.common.rich_console import SafeConsole
+from data_pipeline.common.shared_options import hostfile_option, limit_option, save_before_option
 from data_pipeline.common.terminal import echo, print_table
 from megaback.config_file import load_config
 from megaback.faults.run_ownership import require_run_folder
 from megaback.scoring.paired_difference import PairedDifference
 from tools.direction_gap.result import JSON_NAME, Arrow, compare, is_summary
 from tools.direction_gap.runs import ArrowRun, TrainedPair, require_comparable, runs_of
+from tools.model_options import device_option
 
 PICTURE_NAME = "arrow.png"
 
@@ -34,7 +36,7 @@ def sentence(arrow: Arrow) -> str:
         f"{whole.num_documents:,} documents."
     )
     if arrow.seeds_error is None:
-        return f"{text} Training again moves it too: --seeds 3 says how far."
+        return f"{text} Training again moves it too: --num-seeds 3 says how far."
     return f"{text} Over {len(arrow.seeds)} seeds it is +- {arrow.seeds_error:.4f}."
 
 
@@ -100,7 +102,7 @@ def train_all(
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option(
-    "--seeds",
+    "--num-seeds",
     type=MANY.option,
     default=1,
     show_default=True,
@@ -111,31 +113,16 @@ def train_all(
     is_flag=True,
     help="Only measure: the runs have been trained, here or elsewhere.",
 )
-@click.option(
-    "--documents",
-    type=TWO_OR_MORE.option,
-    default=2000,
-    show_default=True,
-    help="Maximum number of val documents to measure on, spread evenly over the val set.",
-)
-@click.option(
-    "--device", help="Device to measure on: cpu, cuda, cuda:1, ... Default: cuda if there is one."
-)
-@click.option(
-    "--save-before",
-    help="Time or duration after which each run saves and stops, as of `megaback train`.",
-)
-@click.option(
-    "--hostfile",
-    type=click.Path(path_type=Path),
-    help="File of the hosts to train on, as of `megaback train`.",
-)
+@limit_option("val documents to measure on, spread over the val set", 2000, TWO_OR_MORE)
+@device_option
+@save_before_option
+@hostfile_option
 def main(
     config: Path,
     overrides: tuple[str, ...],
-    seeds: int,
+    num_seeds: int,
     measure_only: bool,
-    documents: int,
+    limit: int,
     device: str | None,
     save_before: str | None,
     hostfile: Path | None,
@@ -147,7 +134,7 @@ def main(
     RUN/arrow.json and RUN/arrow.png. Run the same command again to resume.
     """
     settings = load_config(config, overrides)
-    runs = runs_of(settings, seeds)
+    runs = runs_of(settings, num_seeds)
     require_comparable(config, overrides, runs)
     require_matplotlib("megaback arrow")
     for run in runs:
@@ -160,7 +147,7 @@ def main(
     if not measure_only:
         train_all(config, overrides, runs, save_before, hostfile)
     pairs = [TrainedPair.find(*pair) for pair in zip(runs[::2], runs[1::2], strict=True)]
-    arrow = compare(settings, pairs, device, documents)
+    arrow = compare(settings, pairs, device, limit)
     from tools.direction_gap.figure import arrow_figure
 
     write_text(settings.run / JSON_NAME, json.dumps(arrow.to_json(settings), indent=2) + "\n")

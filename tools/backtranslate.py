@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_pipeline.build.options import text_column_option
 from data_pipeline.common.atomic import write_text
 from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.locks import locked
 from data_pipeline.common.number_ranges import (
     COUNT,
-    FEW,
     MANY,
     MANY_OR_ZERO,
     NUMBER,
@@ -38,6 +38,7 @@ from data_pipeline.common.output_paths import (
     writing_output,
 )
 from data_pipeline.common.regular_files import require_no_link
+from data_pipeline.common.shared_options import limit_option
 from data_pipeline.errors import (
     CheckpointMissingError,
     DirectionMismatchError,
@@ -55,7 +56,14 @@ from megaback.run_folder import MODEL_CONFIG_NAME
 from tools.backtranslation.example_selection import Choice, different_texts
 from tools.backtranslation.proposals import BackTranslator, RoundTripScorer, Text
 from tools.backtranslation.resumable_chunks import ResumableChunks
-from tools.model_options import device_option, seed_option, temperature_option, top_k_option
+from tools.model_options import (
+    device_option,
+    max_new_tokens_option,
+    num_samples_option,
+    seed_option,
+    temperature_option,
+    top_k_option,
+)
 
 if TYPE_CHECKING:
     from torch import device as Device  # noqa: N812 - a type
@@ -63,7 +71,7 @@ if TYPE_CHECKING:
 PLAN_NAME = "plan.json"
 OUTPUT_NAME = "output.json"
 """Name of the file in the work folder with the hashes of what was written as the output."""
-_FORMAT = {"format": "megaback-backtranslation", "version": 2}
+_FORMAT = {"format": "megaback-backtranslation", "version": 3}
 _PROGRESS_INTERVAL_S = 10.0
 _READ_BYTES = 1 << 20
 _PLAN_DRAFT = re.compile(rf"\.{re.escape(PLAN_NAME)}\..*\.partial")
@@ -95,8 +103,6 @@ def _require_plan(folder: Path, plan: dict[str, Any]) -> None:
         found = read_json(path)
     except (OSError, ValueError):
         found = {}
-    if "--in" in found:  # earlier versions wrote whole addresses
-        found["--in"] = _inputs(found["--in"])
     for key in plan:
         if found.get(key) != plan[key]:
             raise OutputExistsError(
@@ -105,12 +111,9 @@ def _require_plan(folder: Path, plan: dict[str, Any]) -> None:
             )
 
 
-def _inputs(pieces: Any) -> Any:
+def _inputs(pieces: Iterable[Slice]) -> list[dict[str, Any]]:
     """What is read, by addresses without secrets: another signature is the same source."""
-    try:
-        return [{**piece, "path": place_of(piece["path"])} for piece in pieces]
-    except (TypeError, KeyError):
-        return pieces
+    return [{**asdict(piece), "path": place_of(piece.path)} for piece in pieces]
 
 
 def _converted(path: Path) -> Path:
@@ -212,14 +215,14 @@ def _do_task(
     task: int,
     num_tasks: int,
     texts: Iterator[Text],
-    texts_at_once: int,
+    batch_size: int,
     translator: BackTranslator,
 ) -> None:
     """Every chunk of a task that is not there yet."""
     done = parts.resume(task)
     if done:
         click.echo(f"task {task} goes on after {done} chunks", err=True)
-    chunks = iter(lambda: list(islice(texts, texts_at_once)), [])
+    chunks = iter(lambda: list(islice(texts, batch_size)), [])
     started = logged_s = time.monotonic()
     num_texts = 0
     for chunk in islice(chunks, task + done * num_tasks, None, num_tasks):
@@ -266,23 +269,14 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
     "--out", required=True, type=click.Path(path_type=Path), help="File of JSON lines to write."
 )
 @overwrite_option
-@click.option(
-    "--text-column", default="text", show_default=True, help="Column or key with the text."
-)
+@text_column_option
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
     help="Folder of a model that writes responses: judges whether an instruction leads back to "
     "its text.",
 )
-@click.option(
-    "--k",
-    "count",
-    type=FEW.option,
-    default=4,
-    show_default=True,
-    help="Number of instructions to sample per text.",
-)
+@num_samples_option(4, "Number of instructions to sample per text.")
 @click.option(
     "--keep",
     type=COUNT.option,
@@ -295,22 +289,14 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
     type=NUMBER.option,
     help="Minimum score of an instruction; those below are left out.",
 )
-@click.option(
-    "--tokens",
-    type=COUNT.option,
-    default=128,
-    show_default=True,
-    help="Maximum number of tokens per instruction.",
-)
+@max_new_tokens_option(128, "instruction")
 @temperature_option
 @top_k_option
 @seed_option
-@click.option(
-    "--limit", type=COUNT.option, help="Maximum number of texts, the first ones. Default: all."
-)
+@limit_option("texts, the first ones")
 @max_record_bytes_option
 @click.option(
-    "--texts-at-once",
+    "--batch-size",
     type=MANY.option,
     default=16,
     show_default=True,
@@ -336,16 +322,16 @@ def main(
     overwrite: bool,
     text_column: str,
     forward: Path | None,
-    count: int,
+    num_samples: int,
     keep: int,
     min_score: float | None,
-    tokens: int,
-    temp: float,
+    max_new_tokens: int,
+    temperature: float,
     top_k: int,
     seed: int,
     limit: int | None,
     max_record_bytes: int,
-    texts_at_once: int,
+    batch_size: int,
     tasks: int,
     task_index: int | None,
     device: str | None,
@@ -368,15 +354,15 @@ def main(
         **_FORMAT,
         "model": _identity(folder),
         "--forward": forward and _identity(forward),
-        "--in": _inputs([asdict(piece) for piece in pieces]),
+        "--in": _inputs(pieces),
         "--text-column": text_column,
         "--limit": limit,
-        "--k": count,
-        "--tokens": tokens,
-        "--temp": temp,
+        "--num-samples": num_samples,
+        "--max-new-tokens": max_new_tokens,
+        "--temperature": temperature,
         "--top-k": top_k,
         "--seed": seed,
-        "--texts-at-once": texts_at_once,
+        "--batch-size": batch_size,
         "--tasks": tasks,
     }
     _require_plan(work_folder(out), plan)
@@ -387,8 +373,10 @@ def main(
         from megaback.inference.sampling import SamplingOptions
         from megaback.inference.text_writer import choose_device
 
-        options = SamplingOptions(max_new_tokens=tokens, temperature=temp, top_k=top_k, seed=seed)
-        translator = _load(folder, forward, choose_device(device), options, count)
+        options = SamplingOptions(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+        )
+        translator = _load(folder, forward, choose_device(device), options, num_samples)
         for task in waiting:
             with locked(parts.lock_path(task), wait=False) as is_ours:
                 if not is_ours:
@@ -396,7 +384,7 @@ def main(
                         f"another process does task {task} of {out}; wait for it, or stop it"
                     )
                 texts = _texts(pieces, columns, limit, max_record_bytes)
-                _do_task(parts, task, tasks, texts, texts_at_once, translator)
+                _do_task(parts, task, tasks, texts, batch_size, translator)
     missing = parts.missing
     if missing:
         click.echo(f"task {task_index} is done; {len(missing)} of {tasks} are still missing")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_pipeline.common.command import Command
-from data_pipeline.common.number_ranges import COUNT, FEW, SEED, Range
+from data_pipeline.common.number_ranges import FEW, SEED, Range
 from data_pipeline.common.output_paths import require_apart
 from data_pipeline.errors import (
     DirectionMismatchError,
@@ -24,8 +24,15 @@ from data_pipeline.errors import (
     StorageError,
 )
 from data_pipeline.text.codec import Direction
-from tools.jsonl_io import answer_each, parse_object, print_all, stdin_lines
-from tools.model_options import device_option, seed_option, temperature_option, top_k_option
+from tools.jsonl_io import answer_each, json_lines_option, parse_object, print_all, stdin_lines
+from tools.model_options import (
+    device_option,
+    max_new_tokens_option,
+    num_samples_option,
+    seed_option,
+    temperature_option,
+    top_k_option,
+)
 from tools.sample import apply_command
 
 if TYPE_CHECKING:
@@ -209,32 +216,14 @@ def _require_direction(folder: Path, actual: Direction, name: str) -> None:
 )
 @click.option("--ending", help="Plain generation: text that a backward model writes toward.")
 @click.option("--beginning", help="Plain generation: text that a forward model continues.")
-@click.option(
-    "--json",
-    "is_json",
-    is_flag=True,
-    help="Read a JSON object per line of stdin, and answer each with a line.",
-)
-@click.option(
-    "--n",
-    "count",
-    type=FEW.option,
-    default=1,
-    show_default=True,
-    help="Number of samples per answer; different ones are shown, the likeliest first.",
-)
+@json_lines_option
+@num_samples_option(1, "Number of samples per text; distinct ones are shown, best first.")
 @click.option(
     "--history",
     type=click.Path(path_type=Path, dir_okay=False),
     help="File that keeps the exchanges, and from which they are restored.",
 )
-@click.option(
-    "--tokens",
-    type=COUNT.option,
-    default=500,
-    show_default=True,
-    help="Maximum number of tokens per sample.",
-)
+@max_new_tokens_option(500, "sample")
 @temperature_option
 @top_k_option
 @seed_option
@@ -246,10 +235,10 @@ def main(
     ending: str | None,
     beginning: str | None,
     is_json: bool,
-    count: int,
+    num_samples: int,
     history: Path | None,
-    tokens: int,
-    temp: float,
+    max_new_tokens: int,
+    temperature: float,
     top_k: int,
     seed: int,
     device: str | None,
@@ -281,16 +270,18 @@ def main(
     for name in texts:
         _require_direction(folder, direction, name)
     chat = load_chat(folder, device=device)
-    options = SamplingOptions(max_new_tokens=tokens, temperature=temp, top_k=top_k, seed=seed)
+    options = SamplingOptions(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
     if is_json:
-        print_all(answer_lines(chat, stdin_lines(), options, count))
+        print_all(answer_lines(chat, stdin_lines(), options, num_samples))
     elif not texts:
-        _talk(chat, options, count, kept)
+        _talk(chat, options, num_samples, kept)
     elif chat.prompt_name in texts:
         click.echo(chat.complete(texts[chat.prompt_name], options))
     else:
         text = texts[chat.given_name]
-        found = chat.answer(text, options, count)
+        found = chat.answer(text, options, num_samples)
         _show(chat, found)
         kept.add({chat.given_name: text, chat.written_name: found[0].text})
 

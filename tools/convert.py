@@ -14,6 +14,7 @@ from data_pipeline.common.next_command import show_next
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.output_folder import require_output_folder, whole_folder
 from data_pipeline.common.output_paths import overwrite_option
+from data_pipeline.common.shared_options import out_folder_option
 from megaback.run_folder import CHECKPOINTS_FOLDER
 from megaback.use_commands import use_commands
 from tools.model_options import dtype_option
@@ -81,7 +82,7 @@ def convert(
     show_default=True,
     help="Format: full is megaback's own, hf is for transformers, gguf for llama.cpp.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@out_folder_option
 @overwrite_option
 @dtype_option
 @click.option(

@@ -120,7 +120,14 @@ def main(out: Path, source: str, vocab_size: int, overrides: tuple[str, ...]) ->
     samples = {
         ending: run(
             *("sample", str(out / "model"), "--ending", ending),
-            *("--tokens", str(_SAMPLE_TOKENS), "--seed", str(seed), "--temp", _TEMPERATURE),
+            *(
+                "--max-new-tokens",
+                str(_SAMPLE_TOKENS),
+                "--seed",
+                str(seed),
+                "--temperature",
+                _TEMPERATURE,
+            ),
         )
         for seed, ending in enumerate(_ENDINGS)
     }

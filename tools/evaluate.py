@@ -19,10 +19,11 @@ from data_pipeline.common.output_paths import (
     write_output,
 )
 from data_pipeline.common.rich_console import SafeConsole
+from data_pipeline.common.shared_options import limit_option
 from data_pipeline.common.terminal import print_table
 from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
-from tools.model_options import device_option, seed_option
+from tools.model_options import device_option, max_new_tokens_option, seed_option
 
 if TYPE_CHECKING:
     from tools.suites.base import Suite, SuiteResult
@@ -103,18 +104,8 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     type=click.Path(path_type=Path),
     help="Folder of a forward model, for passage-choice too.",
 )
-@click.option(
-    "--limit",
-    type=COUNT.option,
-    help="Maximum number of rows per suite, the first ones. Default: all.",
-)
-@click.option(
-    "--tokens",
-    type=COUNT.option,
-    default=100,
-    show_default=True,
-    help="Maximum number of tokens to write per row.",
-)
+@limit_option("rows per suite, the first ones")
+@max_new_tokens_option(100, "row")
 @max_record_bytes_option
 @seed_option
 @click.option(

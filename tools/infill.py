@@ -13,8 +13,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_pipeline.common.command import Command
 from data_pipeline.common.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K
 from data_pipeline.errors import PromptError
-from tools.jsonl_io import Answer, answer_each, parse_object, print_all, stdin_lines
-from tools.model_options import device_option, seed_option, temperature_option, top_k_option
+from tools.jsonl_io import (
+    Answer,
+    answer_each,
+    json_lines_option,
+    parse_object,
+    print_all,
+    stdin_lines,
+)
+from tools.model_options import (
+    device_option,
+    max_new_tokens_option,
+    num_samples_option,
+    seed_option,
+    temperature_option,
+    top_k_option,
+)
 
 if TYPE_CHECKING:
     from megaback.inference.infill.infiller import Infill, Infiller, InfillOptions
@@ -44,8 +58,8 @@ class Request(BaseModel):
         return replace(
             options,
             **_given(
-                max_tokens=self.tokens,
-                min_tokens=self.min_tokens,
+                max_new_tokens=self.tokens,
+                min_new_tokens=self.min_tokens,
                 forward_candidates=self.candidates,
                 backward_candidates=self.candidates,
             ),
@@ -98,8 +112,8 @@ def infill(
     found = infiller.fill(beginning, ending, options)
     if not found:
         raise PromptError(
-            f"no middle of {options.min_tokens} to {options.max_tokens} tokens was written; "
-            "allow other lengths, or ask for more candidates"
+            f"no middle of {options.min_new_tokens} to {options.max_new_tokens} tokens was written;"
+            " allow other lengths, or ask for more candidates"
         )
     return found[:count]
 
@@ -121,40 +135,22 @@ def infill(
 )
 @click.option("--beginning", help="Text before the middle.")
 @click.option("--ending", help="Text after the middle.")
+@json_lines_option
+@num_samples_option(1, "Number of middles to show, best first.")
+@max_new_tokens_option(32, "middle")
 @click.option(
-    "--json",
-    "is_json",
-    is_flag=True,
-    help="Read a JSON object per line of stdin, and answer each with a line.",
-)
-@click.option(
-    "--tokens",
-    type=COUNT.option,
-    default=32,
-    show_default=True,
-    help="Maximum number of tokens of the middle.",
-)
-@click.option(
-    "--min-tokens",
+    "--min-new-tokens",
     type=COUNT.option,
     default=1,
     show_default=True,
-    help="Minimum number of tokens of the middle.",
+    help="Minimum number of new tokens per middle.",
 )
 @click.option(
     "--candidates",
     type=FEW.option,
     default=16,
     show_default=True,
-    help="Number of samples per model.",
-)
-@click.option(
-    "--n",
-    "count",
-    type=FEW.option,
-    default=1,
-    show_default=True,
-    help="Number of middles to show, the best first.",
+    help="Number of candidates that each model generates.",
 )
 @temperature_option
 @top_k_option
@@ -166,11 +162,11 @@ def main(
     beginning: str | None,
     ending: str | None,
     is_json: bool,
-    tokens: int,
-    min_tokens: int,
+    num_samples: int,
+    max_new_tokens: int,
+    min_new_tokens: int,
     candidates: int,
-    count: int,
-    temp: float,
+    temperature: float,
     top_k: int,
     seed: int,
     device: str | None,
@@ -189,19 +185,21 @@ def main(
     if not is_json and (beginning is None or ending is None):
         raise click.UsageError("Give --beginning and --ending, or --json.")
     options = InfillOptions(
-        max_tokens=tokens,
-        min_tokens=min_tokens,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         forward_candidates=candidates,
         backward_candidates=candidates,
-        sampling=SamplingOptions(temperature=temp, top_k=top_k, seed=seed),
+        sampling=SamplingOptions(temperature=temperature, top_k=top_k, seed=seed),
     )
     infiller = load_infiller(forward, backward, device=device)
     if beginning is None or ending is None:
-        print_all(answer_each(stdin_lines(), lambda line: answer(infiller, line, options, count)))
+        print_all(
+            answer_each(stdin_lines(), lambda line: answer(infiller, line, options, num_samples))
+        )
         return
-    found = infill(infiller, beginning, ending, options, count)
+    found = infill(infiller, beginning, ending, options, num_samples)
     texts = [beginning + one.middle + ending for one in found]
-    if count > 1:
+    if num_samples > 1:
         texts = [
             f"({one.score:.3f} nats/token)\n{text}" for one, text in zip(found, texts, strict=True)
         ]

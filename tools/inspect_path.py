@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from data_pipeline.common.command import Command
+from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import echo
 
 
@@ -24,7 +25,7 @@ def _shown(value: Any) -> str:
 @click.command(cls=Command, name="inspect")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Hash and decode everything, not only look at sizes.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def main(path: Path, verify: bool, as_json: bool) -> None:
     """Identify PATH: a data set, a shard, a tokenizer, a run, a checkpoint or a model.
 

@@ -13,6 +13,13 @@ from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
 
 Answer = dict[str, Any]
 
+json_lines_option = click.option(
+    "--json",
+    "is_json",
+    is_flag=True,
+    help="Read a JSON object per line of stdin, and answer each with a line.",
+)
+
 
 def parse_object(line: str, wanted: str) -> Answer:
     """A line's object. Raises PromptError; `wanted` is what it should be."""

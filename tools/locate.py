@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from data_pipeline.common.command import Command
 from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY, MAX_EPOCH
+from data_pipeline.common.shared_options import json_option
 from data_pipeline.errors import ConfigError, SourceMissingError, SourceUnreadableError
 from data_pipeline.loading.loader import Stream
 from data_pipeline.loading.mixture import Mixture
@@ -338,7 +339,7 @@ def _show(
     type=MANY.option,
     help="Number of ranks of the run: report which of them has the document.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@json_option
 def main(
     config: Path,
     overrides: tuple[str, ...],

@@ -1,13 +1,26 @@
 """Options that several commands share, of what a model is run with."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import click
 
-from data_pipeline.common.number_ranges import SEED, TEMPERATURE, TOP_K
+from data_pipeline.common.number_ranges import (
+    COUNT,
+    FEW,
+    SEED,
+    SHARE,
+    SOME_SHARE,
+    TEMPERATURE,
+    TOP_K,
+    Range,
+)
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 temperature_option = click.option(
     "--temperature",
     "--temp",
-    "temp",
     type=TEMPERATURE.option,
     default=0.8,
     show_default=True,
@@ -20,6 +33,20 @@ top_k_option = click.option(
     show_default=True,
     help="Number of most likely tokens to sample from; 0: all.",
 )
+top_p_option = click.option(
+    "--top-p",
+    type=SOME_SHARE.option,
+    default=1.0,
+    show_default=True,
+    help="Sample from the fewest tokens whose probabilities add up to this.",
+)
+min_p_option = click.option(
+    "--min-p",
+    type=SHARE.option,
+    default=0.0,
+    show_default=True,
+    help="Minimum probability of a token, relative to that of the most likely one.",
+)
 seed_option = click.option(
     "--seed",
     type=SEED.option,
@@ -28,7 +55,10 @@ seed_option = click.option(
     help="Seed of the random number generator.",
 )
 device_option = click.option(
-    "--device", default=None, help="Device: cpu, cuda, cuda:1, ... Default: cuda if there is one."
+    "--device", help="Device: cpu, cuda, cuda:1, ... Default: cuda if there is one."
+)
+devices_option = click.option(
+    "--device", help="Device: cpu, cuda:0, ..., or several with commas. Default: every GPU."
 )
 dtype_option = click.option(
     "--dtype",
@@ -37,3 +67,28 @@ dtype_option = click.option(
     show_default=True,
     help="Data type of the weights.",
 )
+
+
+def max_new_tokens_option(default: int, per: str) -> Callable[[_Function], _Function]:
+    """`--max-new-tokens`, the maximum per what `per` names."""
+    return click.option(
+        "--max-new-tokens",
+        type=COUNT.option,
+        default=default,
+        show_default=True,
+        help=f"Maximum number of new tokens per {per}.",
+    )
+
+
+def num_samples_option(
+    default: int, what: str, allowed: Range = FEW
+) -> Callable[[_Function], _Function]:
+    """`-n`, `--num-samples`; `what` is its help."""
+    return click.option(
+        "-n",
+        "--num-samples",
+        type=allowed.option,
+        default=default,
+        show_default=True,
+        help=what,
+    )

@@ -25,14 +25,13 @@ from data_pipeline.common.terminal import print_table
 from data_pipeline.errors import BadRecordError, ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
+from data_pipeline.sources.weighted import on_bad_record_option
 from megaback.scoring.candidates import Question, question_of
 from megaback.scoring.pairs import Pair
-from tools.model_options import seed_option
+from tools.model_options import devices_option, seed_option
 from tools.score import (
     BadRecords,
     OwnKeys,
-    bad_record_option,
-    device_option,
     echo,
     form_option,
     good_records,
@@ -198,10 +197,10 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
     type=click.Path(path_type=Path, dir_okay=False),
     help="File of the accuracies to write, as JSON.",
 )
-@bad_record_option
+@on_bad_record_option("stop")
 @max_record_bytes_option
 @seed_option
-@device_option
+@devices_option
 def main(
     folder: Path,
     source: str,

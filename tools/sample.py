@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING
 import click
 
 from data_pipeline.common.command import Command
-from data_pipeline.common.number_ranges import (
-    COUNT,
-    MANY,
-    REPETITION_PENALTY,
-    SHARE,
-    SOME_SHARE,
-)
+from data_pipeline.common.number_ranges import MANY, REPETITION_PENALTY
 from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.text.codec import Direction
 from tools.model_options import (
     device_option,
     dtype_option,
+    max_new_tokens_option,
+    min_p_option,
+    num_samples_option,
     seed_option,
     temperature_option,
     top_k_option,
+    top_p_option,
 )
 
 if TYPE_CHECKING:
@@ -101,29 +99,12 @@ def _joined(texts: Sequence[str]) -> str:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--ending", help="Text that a backward model writes toward.")
 @click.option("--beginning", help="Text that a forward model continues.")
-@click.option(
-    "--tokens",
-    type=COUNT.option,
-    default=500,
-    show_default=True,
-    help="Maximum number of tokens per sample.",
-)
+@num_samples_option(1, "Number of samples, generated as one batch; each has the next seed.", MANY)
+@max_new_tokens_option(500, "sample")
 @temperature_option
 @top_k_option
-@click.option(
-    "--top-p",
-    type=SOME_SHARE.option,
-    default=1.0,
-    show_default=True,
-    help="Sample from the fewest tokens that together have this probability.",
-)
-@click.option(
-    "--min-p",
-    type=SHARE.option,
-    default=0.0,
-    show_default=True,
-    help="Minimum probability of a token, relative to that of the most likely one.",
-)
+@top_p_option
+@min_p_option
 @click.option(
     "--repetition-penalty",
     type=REPETITION_PENALTY.option,
@@ -132,13 +113,6 @@ def _joined(texts: Sequence[str]) -> str:
     help="Penalty on tokens that were read or written; above 1, they become less likely.",
 )
 @seed_option
-@click.option(
-    "--samples",
-    type=MANY.option,
-    default=1,
-    show_default=True,
-    help="Number of samples to write at once; the second has the next seed, and so on.",
-)
 @device_option
 @dtype_option
 @click.option(
@@ -148,14 +122,14 @@ def main(
     folder: Path,
     ending: str | None,
     beginning: str | None,
-    tokens: int,
-    temp: float,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
     top_k: int,
     top_p: float,
     min_p: float,
     repetition_penalty: float,
     seed: int,
-    samples: int,
     device: str | None,
     dtype: str,
     compiled: bool,
@@ -178,10 +152,10 @@ def main(
         require_direction(folder, direction, Direction.BACKWARD)
     if beginning is not None:
         require_direction(folder, direction, Direction.FORWARD)
-    writer = load(folder, device=device, dtype=dtype, usual_rows=samples, compiled=compiled)
+    writer = load(folder, device=device, dtype=dtype, usual_rows=num_samples, compiled=compiled)
     options = SamplingOptions(
-        max_new_tokens=tokens,
-        temperature=temp,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
         top_k=top_k,
         seed=seed,
         top_p=top_p,
@@ -190,7 +164,7 @@ def main(
     )
     given = ending if ending is not None else beginning
     if given is not None:
-        write_samples(writer, given, samples, options)
+        write_samples(writer, given, num_samples, options)
         return
     label = "Ending" if direction is Direction.BACKWARD else "Beginning"
     click.echo(f"{label}s of a text, or temp=X, top_k=X, tokens=X; an empty line leaves.")
@@ -207,10 +181,10 @@ def main(
             if changed is not None:
                 options = changed
                 continue
-            write_samples(writer, line, samples, options)
+            write_samples(writer, line, num_samples, options)
         except PromptError as error:
             click.echo(f"megaback: {error}", err=True)
-        options = replace(options, seed=options.seed + samples)
+        options = replace(options, seed=options.seed + num_samples)
 
 
 if __name__ == "__main__":

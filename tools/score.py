@@ -16,6 +16,7 @@ from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.sources.weighted import on_bad_record_option
 from megaback.scoring.pairs import PairColumns
+from tools.model_options import devices_option
 
 if TYPE_CHECKING:
     from megaback.scoring.scorer import EncodedPair, PairEncoder
@@ -30,14 +31,6 @@ out_option = click.option(
     "--out",
     required=True,
     help="File of JSON lines to write, in the order of the input; - for stdout.",
-)
-bad_record_option = on_bad_record_option(
-    "stop", "Action on a malformed line: stop, or name it and leave it out."
-)
-device_option = click.option(
-    "--device",
-    default=None,
-    help="Device: cpu, cuda:0, ..., or several with commas. Default: every GPU.",
 )
 form_option = click.option(
     "--form",
@@ -140,9 +133,9 @@ def encoded_pairs(
 @click.option(
     "--prior/--no-prior", default=True, show_default=True, help="Write log P(question) alone, too."
 )
-@bad_record_option
+@on_bad_record_option("stop")
 @max_record_bytes_option
-@device_option
+@devices_option
 def main(
     folder: Path,
     source: str,

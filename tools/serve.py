@@ -21,7 +21,7 @@ from data_pipeline.common.number_ranges import (
     SLOTS,
 )
 from data_pipeline.errors import BackendError, ServeError
-from tools.model_options import device_option, dtype_option
+from tools.model_options import device_option, dtype_option, max_new_tokens_option
 
 if TYPE_CHECKING:
     from megaback.inference.infill.infiller import Infiller
@@ -153,13 +153,7 @@ def run_server(
     show_default=True,
     help="Number of samples that each model writes at once.",
 )
-@click.option(
-    "--max-tokens",
-    type=COUNT.option,
-    default=4096,
-    show_default=True,
-    help="Maximum tokens per sample.",
-)
+@max_new_tokens_option(4096, "sample")
 @click.option(
     "--max-requests",
     type=COUNT.option,
@@ -198,7 +192,7 @@ def main(
     token_file: Path | None,
     allow_hosts: tuple[str, ...],
     slots: int,
-    max_tokens: int,
+    max_new_tokens: int,
     max_requests: int,
     max_body_bytes: int,
     max_seconds: float,
@@ -243,7 +237,7 @@ def main(
             body_bytes=max_body_bytes,
             open_requests=max_requests,
             waiting_samples=max_requests * 4,
-            tokens=max_tokens,
+            tokens=max_new_tokens,
             request_s=max_seconds,
         )
         infiller = load_meeting(folder, forward, device)

@@ -17,6 +17,7 @@ import click
 
 from data_pipeline.common.command import Command
 from data_pipeline.common.durations import duration
+from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import fit
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.faults.exit_record import read_history
@@ -230,7 +231,7 @@ def _at(seconds: float) -> str:
 
 @click.command(cls=Command, name="status")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def main(run: Path, as_json: bool) -> None:
     """Show the progress, history and expected end of RUN."""
     now = time.time()

@@ -14,6 +14,7 @@ import click
 
 from data_pipeline.common.command import Command
 from data_pipeline.common.number_ranges import WATCH_SECONDS
+from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import echo
 from data_pipeline.errors import CheckpointMissingError
 from megaback.faults.exit_record import read_history
@@ -86,7 +87,7 @@ def health_of(run: Path, now: float | None = None) -> Health:
     type=WATCH_SECONDS.option,
     help="Interval between reports, in seconds. Default: one report.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per report.")
+@json_option
 def main(run: Path, every_s: float | None, as_json: bool) -> None:
     """Report whether RUN is finished, stopped, starting, running, slow, stuck or dead, and why.
 

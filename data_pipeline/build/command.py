@@ -26,12 +26,10 @@ from data_pipeline.build.options import (
     echo_manifest,
     is_given,
     num_workers,
-    out_option,
     require_no_settings,
     settings_from,
     settings_options,
     tasks_option,
-    workers_option,
 )
 from data_pipeline.build.plan import BUILD_FOLDER, PLAN_NAME, Plan, Task
 from data_pipeline.build.plan_command import (
@@ -49,6 +47,7 @@ from data_pipeline.common.atomic import write_text
 from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.locks import locked
 from data_pipeline.common.process_pool import run_in_processes, shared_by_all
+from data_pipeline.common.shared_options import out_folder_option, workers_option
 from data_pipeline.errors import ConfigError, OutputExistsError
 from data_pipeline.shards.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.text.codec import TextCodec
@@ -203,13 +202,13 @@ def _indices(text: str) -> range:
 
 @click.command(cls=ResumableCommand, name="build")
 @settings_options
-@out_option
+@out_folder_option
 @tasks_option
 @click.option(
     "--task-index",
     help="Index of the task to run, or a range such as 0-31. Default: the index in a Slurm array.",
 )
-@workers_option
+@workers_option("processes")
 @click.pass_context
 def main(
     ctx: click.Context,

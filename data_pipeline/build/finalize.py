@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.build.options import echo_manifest, num_workers, workers_option
+from data_pipeline.build.options import echo_manifest, num_workers
 from data_pipeline.build.plan import BUILD_FOLDER, PLAN_DRAFT, PLAN_NAME, STAGED_FOLDER, Plan, Task
 from data_pipeline.build.selection import (
     choose_documents,
@@ -30,6 +30,7 @@ from data_pipeline.common.locks import locked
 from data_pipeline.common.next_command import command
 from data_pipeline.common.own_files import unfinished_in
 from data_pipeline.common.process_pool import run_in_processes
+from data_pipeline.common.shared_options import workers_option
 from data_pipeline.errors import OutputExistsError, ShardsMissingError, SourceEmptyError
 from data_pipeline.shards.manifest import (
     FILE_NAME,
@@ -229,7 +230,7 @@ def codec_of_plan(plan: Plan, out: Path) -> TextCodec:
 
 @click.command(cls=ResumableCommand, name="finalize")
 @click.argument("out", type=click.Path(path_type=Path))
-@workers_option
+@workers_option("processes")
 def main(out: Path, workers: int | None) -> None:
     """Check that every task of the build in OUT is complete, and write the manifest."""
     plan = Plan.load(out)

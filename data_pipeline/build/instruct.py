@@ -15,14 +15,13 @@ from data_pipeline.build.options import (
     echo_manifest,
     frame_tokens_option,
     num_workers,
-    out_option,
     tasks_option,
     unit_option,
-    workers_option,
 )
 from data_pipeline.build.settings import BuildSettings
 from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.number_ranges import ROW_TOKENS, SHARE_BELOW_ALL
+from data_pipeline.common.shared_options import out_folder_option, workers_option
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.sources.weighted import WeightedSource, on_bad_record_option
@@ -53,7 +52,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     type=click.Path(path_type=Path),
     help="Path to the base model's tokenizer.model.",
 )
-@out_option
+@out_folder_option
 @direction_option(
     "Direction of the model: backward writes the instruction for a response; forward, the response."
 )
@@ -78,12 +77,12 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     show_default=True,
     help="Fraction of examples in the val set, without --val-source.",
 )
-@on_bad_record_option("skip", "Action on a malformed record: skip and count it, or stop.")
+@on_bad_record_option("skip")
 @max_record_bytes_option
 @frame_tokens_option
 @compression_level_option
 @tasks_option
-@workers_option
+@workers_option("processes")
 def main(
     sources: tuple[str, ...],
     val_sources: tuple[str, ...],

@@ -36,6 +36,9 @@ html_option = click.option(
     "--html", is_flag=True, help="Read HTML pages too: their main text, by trafilatura."
 )
 
+text_column_option = click.option(
+    "--text-column", default="text", show_default=True, help="Column or key with the text."
+)
 frame_tokens_option = click.option(
     "--frame-tokens",
     type=FRAME_TOKENS.option,
@@ -107,9 +110,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         show_default=True,
         help="Fraction of documents in the val set.",
     ),
-    "text_column": click.option(
-        "--text-column", default="text", show_default=True, help="Column or key with the text."
-    ),
+    "text_column": text_column_option,
     "html": html_option,
     "languages": click.option(
         "--language",
@@ -144,9 +145,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         type=COUNT.option,
         help="Maximum length of a document, in characters. Default: no limit.",
     ),
-    "on_bad_record": on_bad_record_option(
-        "stop", "Action on a malformed record: stop, or skip and count it."
-    ),
+    "on_bad_record": on_bad_record_option("stop"),
     "max_record_bytes": max_record_bytes_option,
     "deduplicate": click.option(
         "--deduplicate", is_flag=True, help="Keep equal texts once. Stages all shards first."
@@ -172,16 +171,10 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
     "compression_level": compression_level_option,
 }
 
-out_option = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
-)
 tasks_option = click.option(
     "--tasks",
     type=MANY.option,
     help="Number of tasks to cut the input into. Default: by its size.",
-)
-workers_option = click.option(
-    "--workers", type=MANY.option, help="Number of processes. Default: one per core."
 )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from data_pipeline.build.options import (
-    out_option,
     settings_from,
     settings_options,
     tasks_option,
@@ -24,6 +23,7 @@ from data_pipeline.build.settings import (
 from data_pipeline.common.atomic import claim_name, replacing, sync_folder, write_text
 from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.next_command import command, show_next
+from data_pipeline.common.shared_options import out_folder_option
 from data_pipeline.errors import OutputExistsError
 from data_pipeline.shards.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from data_pipeline.sources.record_limits import TOO_LONG
@@ -161,7 +161,7 @@ def _holds_something_else(out: Path) -> bool:
 
 @click.command(cls=ResumableCommand, name="plan")
 @settings_options
-@out_option
+@out_folder_option
 @tasks_option
 @click.option("--overwrite", is_flag=True, help="Replace a plan: list the sources again.")
 def main(out: Path, tasks: int | None, overwrite: bool, **options: Any) -> None:

@@ -161,6 +161,10 @@ class WithShortHelp(click.Command):
         return [*super().get_help_option_names(ctx), "-h"]
 
 
+class CommandGroup(WithShortHelp, click.Group):
+    """A group of commands."""
+
+
 class Command(WithShortHelp):
     """A click command that reports each `MegabackError` and exits with its code.
 

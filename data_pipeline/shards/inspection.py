@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from data_pipeline.common.command import Command
 from data_pipeline.common.figures import require_matplotlib
-from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY
+from data_pipeline.common.number_ranges import COUNT_OR_ZERO
 from data_pipeline.common.output_paths import is_our_picture, overwrite_option, require_output
+from data_pipeline.common.shared_options import json_option, workers_option
 from data_pipeline.common.terminal import echo
 from data_pipeline.errors import ConfigError
 from data_pipeline.shards.data_set import DataSet
@@ -195,20 +196,21 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
 )
 @click.option("--stored", "form", flag_value="stored", help="Show its pieces in stored order.")
 @click.option("--ids", "form", flag_value="ids", help="Show its ids in stored order.")
-@click.option("--json", "form", flag_value="json", help="Print everything as JSON.")
+@json_option
 @click.option(
-    "--picture",
+    "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
     help="PNG file to draw the lengths of the split's documents to.",
 )
 @overwrite_option
-@click.option("--workers", type=MANY.option, help="Number of threads. Default: one per core.")
+@workers_option("threads")
 def main(
     shards: Path,
     split: str,
     document: int | None,
     form: str | None,
-    picture: Path | None,
+    as_json: bool,
+    plot: Path | None,
     overwrite: bool,
     workers: int | None,
 ) -> None:
@@ -216,24 +218,24 @@ def main(
     data_set = DataSet.open(shards)
     manifest = data_set.manifest
     if document is not None:
-        if picture is not None:
-            raise ConfigError("--picture draws all documents; omit --document")
-        _show_document(data_set, split, document, form or "text")
+        if plot is not None:
+            raise ConfigError("--plot draws all documents; omit --document")
+        _show_document(data_set, split, document, "json" if as_json else form or "text")
         return
     if form in ("stored", "ids"):
         raise ConfigError(f"--{form} shows one document; choose it with --document")
-    if picture is not None:
+    if plot is not None:
         require_output(
-            picture,
+            plot,
             (shards,),
             is_ours=is_our_picture,
             overwrite=overwrite,
-            option="--picture",
+            option="--plot",
         )
         require_matplotlib(*NEEDED_BY)
         if not manifest.split(split):
             raise ConfigError(
-                f"--picture has nothing to draw: the {split} set is empty; choose another --split"
+                f"--plot has nothing to draw: the {split} set is empty; choose another --split"
             )
     summaries = {
         name: summarize(data_set, name, workers)
@@ -241,7 +243,7 @@ def main(
         if manifest.total(name)["tokens"]
     }
     facts = data_set_facts(shards, manifest)
-    if form == "json":
+    if as_json:
         splits = {name: summary.to_dict() for name, summary in summaries.items()}
         excluded = {
             "excluded": manifest.excluded,
@@ -259,14 +261,14 @@ def main(
         if split in summaries:
             echo(f"\nlengths of the {split} documents in tokens, markers included")
             echo("\n".join(describe(summaries[split].lengths)))
-    if picture is not None:
+    if plot is not None:
         lengths = summaries[split].lengths
         title = (
             f"Lengths of documents in {shards.resolve().name}, {split} set: "
             f"{lengths.num_documents:,} documents, {lengths.tokens:,} tokens"
         )
-        draw_histogram(lengths, title, picture, overwrite=overwrite)
-        click.echo(f"picture      {picture}", err=form == "json")
+        draw_histogram(lengths, title, plot, overwrite=overwrite)
+        click.echo(f"plot         {plot}", err=as_json)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.differences import differing_keys, shown_values
 from data_pipeline.common.file_names import path_within
 from data_pipeline.common.limits import MAX_DICTIONARY_BYTES
-from data_pipeline.common.number_ranges import DICTIONARY_BYTES, LEVEL, MANY
+from data_pipeline.common.number_ranges import DICTIONARY_BYTES, LEVEL
 from data_pipeline.common.output_paths import require_apart
 from data_pipeline.common.own_files import unfinished_in
 from data_pipeline.common.regular_files import read_file, require_no_link
+from data_pipeline.common.shared_options import out_folder_option, workers_option
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.data_set import DataSet
@@ -273,9 +274,9 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
 
 @click.command(cls=ResumableCommand, name="recompress")
 @click.argument("shards", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@out_folder_option
 @click.option(
-    "--level",
+    "--compression-level",
     type=LEVEL.option,
     default=_DEFAULT_LEVEL,
     show_default=True,
@@ -291,18 +292,18 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
     type=DICTIONARY_BYTES.option,
     help="Size of a dictionary to train, in bytes. Default: no dictionary.",
 )
-@click.option("--workers", type=MANY.option, help="Number of threads. Default: one per core.")
+@workers_option("threads")
 def main(
     shards: Path,
     out: Path,
-    level: int,
+    compression_level: int,
     long_distance: bool,
     dictionary_bytes: int | None,
     workers: int | None,
 ) -> None:
     """Rewrite the data set SHARDS with other compression; its contents stay the same."""
     before = Manifest.load(shards)
-    compression = Compression(level=level, long_distance=long_distance)
+    compression = Compression(level=compression_level, long_distance=long_distance)
     after, num_found = recompress(shards, out, compression, dictionary_bytes, workers)
     if num_found:
         click.echo(f"{num_found} shards were already done")

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from data_pipeline.common.command import WorkCommand
 from data_pipeline.common.interrupts import require_uninterrupted
-from data_pipeline.common.number_ranges import MANY
+from data_pipeline.common.shared_options import workers_option
 from data_pipeline.errors import ShardCorruptError
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import Manifest, ShardEntry, shard_path
@@ -104,7 +104,7 @@ def _file_sha256(path: Path) -> str:
 
 @click.command(cls=WorkCommand, name="verify")
 @click.argument("shards", type=click.Path(path_type=Path))
-@click.option("--workers", type=MANY.option, help="Number of threads. Default: one per core.")
+@workers_option("threads")
 def main(shards: Path, workers: int | None) -> None:
     """Decode and re-hash every shard of the data set SHARDS; report all damage."""
     manifest = verify_data_set(shards, workers)

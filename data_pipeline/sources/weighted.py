@@ -15,14 +15,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 BAD_RECORD_CHOICES = ("stop", "skip")
 
 
-def on_bad_record_option(default: str, what: str) -> Callable[[_Function], _Function]:
-    """`--on-bad-record`; `what` is its help."""
+def on_bad_record_option(default: str) -> Callable[[_Function], _Function]:
+    """`--on-bad-record`."""
     return click.option(
         "--on-bad-record",
         type=click.Choice(BAD_RECORD_CHOICES),
         default=default,
         show_default=True,
-        help=what,
+        help="Action on a malformed record: stop, or skip and count it.",
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.build.options import html_option
+from data_pipeline.build.options import html_option, text_column_option
 from data_pipeline.common.command import WorkCommand
 from data_pipeline.common.interrupts import interruptible
 from data_pipeline.common.limits import MAX_TOKENIZER_BYTES, MAX_VOCABULARY
@@ -303,13 +303,8 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     type=COUNT.option,
     help="Maximum bytes of text to train on, from all parts of the sources; held in memory.",
 )
-@click.option(
-    "--text-column",
-    default="text",
-    show_default=True,
-    help="Column with the text, in parquet, jsonl and hub records.",
-)
-@on_bad_record_option("stop", "Action on a malformed record: stop, or skip it.")
+@text_column_option
+@on_bad_record_option("stop")
 @max_record_bytes_option
 @html_option
 @overwrite_option

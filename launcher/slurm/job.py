@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.command import CommandGroup, WorkCommand
 from data_pipeline.common.number_ranges import EXIT_CODE
 from data_pipeline.errors import (
     ConfigError,
@@ -158,7 +158,7 @@ def _require_no_secret(overrides: Sequence[str]) -> None:
             )
 
 
-@click.group(context_settings={"help_option_names": ["--help", "-h"]})
+@click.group(cls=CommandGroup)
 def main() -> None:
     """What slurm/ranks.sh asks before and after the ranks."""
 

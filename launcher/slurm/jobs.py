@@ -15,6 +15,7 @@ import click
 
 from data_pipeline.common.command import Command
 from data_pipeline.common.durations import duration
+from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import table_lines
 from data_pipeline.errors import CheckpointMissingError
 from launcher.slurm.commands import Job, find_job
@@ -159,7 +160,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 @click.command(cls=Command, name="jobs")
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUNS_FOLDER]...")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@json_option
 def main(folders: tuple[Path, ...], as_json: bool) -> None:
     """Show the runs in RUNS_FOLDER (default: runs), their Slurm jobs, and their progress.
 

@@ -116,7 +116,9 @@ def after(submission: Submission, job: str) -> Submission:
     default=None,
     help="Request GPUs, or none. Default: by hardware.device; auto requests GPUs.",
 )
-@click.option("--device", help="Model of the GPUs, for the check of memory: h100-80gb, a100-40gb.")
+@click.option(
+    "--device-name", help="Model of the GPUs, for the memory check: h100-80gb, a100-40gb, ..."
+)
 @click.option("--cpus-per-task", type=MANY.option, help="Number of cores per rank.")
 @click.option("--mem", help="Memory per node, as sbatch takes it (64G; 0 is all of it).")
 @click.option("--time", help="Time limit, as sbatch takes it (24:00:00, 2-00:00:00).")
@@ -130,7 +132,7 @@ def after(submission: Submission, job: str) -> Submission:
     help="Further option of sbatch for training (--qos=high). May be repeated.",
 )
 @click.option(
-    "--requeue-limit",
+    "--max-requeues",
     type=MANY_OR_ZERO.option,
     help="Maximum number of requeues after lost ranks or nodes. Default: 20.",
 )
@@ -168,7 +170,7 @@ def main(
     nodes: int,
     devices_per_node: int | None,
     uses_gpus: bool | None,
-    device: str | None,
+    device_name: str | None,
     cpus_per_task: int | None,
     mem: str | None,
     time: str | None,
@@ -176,7 +178,7 @@ def main(
     cpu_partition: str | None,
     account: str | None,
     more: tuple[str, ...],
-    requeue_limit: int | None,
+    max_requeues: int | None,
     chain: str,
     sources: tuple[str, ...],
     weights: tuple[float, ...],
@@ -218,7 +220,7 @@ def main(
         allocation.nodes,
         allocation.ranks_per_node,
         uses_gpus=allocation.gpus_per_node != 0,
-        device_name=device,
+        device_name=device_name,
         partition=partition or sbatch_value(paths["train"], "partition"),
     )
     if not force:
@@ -232,7 +234,7 @@ def main(
             snapshot / CONFIG_COPY_NAME,
             allocation,
             resources,
-            requeue_limit,
+            max_requeues,
         )
     }
     if "convert" in stages:

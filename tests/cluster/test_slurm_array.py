@@ -94,7 +94,7 @@ def test_an_array_writes_the_instructions_that_one_process_writes(
     texts = [{"text": f"{word} {number}"} for word in ("sea", "map") for number in range(40)]
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    arguments = (model, "--in", source, "--tokens", 12, "--temp", 1, "--out")
+    arguments = (model, "--in", source, "--max-new-tokens", 12, "--temp", 1, "--out")
 
     job_id = slurm.submit(
         *("backtranslate.sbatch", *arguments, tmp_path / "array.jsonl"),

@@ -38,7 +38,7 @@ def test_a_chain_goes_from_text_to_a_model_and_its_run_goes_on_with_more_nodes(
         cwd=tmp_path,
     )
     chain = ("submit", config, "training.steps=3", *SMALL_JOB, "--nodes=2", "--out", out)
-    chain = (*chain, "--chain=data,train,convert", "--requeue-limit=0")
+    chain = (*chain, "--chain=data,train,convert", "--max-requeues=0")
     before = sorted(tmp_path.rglob("*"))
     shown = slurm.megaback(*chain, "--dry-run", cwd=tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
@@ -97,9 +97,9 @@ def test_what_depends_on_a_failed_build_is_cancelled(
         (("--nodes=8",), 13, "Slurm refuses the train job"),
         (("--nodes=2", "--partition=absent"), 13, "`sinfo` lists the partitions"),
         (("--gpus",), 10, "hardware.device is cpu, and --gpus was given"),
-        (("hardware.device=cuda", "--device=h101"), 10, "unknown device 'h101'"),
+        (("hardware.device=cuda", "--device-name=h101"), 10, "unknown device 'h101'"),
         (
-            ("hardware.device=cuda", "--device=l4-24gb", "model.width=16384"),
+            ("hardware.device=cuda", "--device-name=l4-24gb", "model.width=16384"),
             14,
             "the smallest change that fits is",
         ),

@@ -307,7 +307,7 @@ CASES = {
         ("{place}/photo.png",),
     ),
     "lengths over somebody's picture": Case(
-        "shards inspect {place}/shards --picture {place}/photo.png --overwrite",
+        "shards inspect {place}/shards --plot {place}/photo.png --overwrite",
         OutputExistsError,
         ("{place}/photo.png",),
     ),

@@ -138,7 +138,7 @@ def test_the_result_and_its_path_are_printed(finished_run: tuple[Path, str]) -> 
     whole = found_in(run)["whole"]
 
     assert f"{abs(whole['gap']):.4f} +- {whole['gap_error']:.4f} nats/token" in output
-    assert "--seeds 3" in output
+    assert "--num-seeds 3" in output
     assert str(run / "arrow.json") in output
     assert (run / "arrow.png").read_bytes().startswith(b"\x89PNG")
 
@@ -203,7 +203,7 @@ def test_finished_runs_are_measured_without_training(copied_run: Path, config_pa
 def test_fewer_documents_are_spread_evenly(
     copied_run: Path, config_path: Path, tiny_shards: Path
 ) -> None:
-    options = (f"run={copied_run}", *OPTIONS, "--measure-only", "--documents", 5)
+    options = (f"run={copied_run}", *OPTIONS, "--measure-only", "--limit", 5)
 
     assert arrow(config_path, *options).exit_code == 0
 

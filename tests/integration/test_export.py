@@ -209,11 +209,18 @@ def test_a_process_without_megaback_writes_the_greedy_sample(
 ) -> None:
     run = trained(1) / "untied-3"
     sampled = run_megaback(
-        "sample", export(run, "full"), "--ending", ENDING, "--temp", "0", "--tokens", "24"
+        "sample", export(run, "full"), "--ending", ENDING, "--temp", "0", "--max-new-tokens", "24"
     )
     assert sampled.returncode == 0, sampled.stderr
     asked = run_megaback(
-        "chat", export(run, "full"), "--response", ENDING.strip(), "--temp", "0", "--tokens", "20"
+        "chat",
+        export(run, "full"),
+        "--response",
+        ENDING.strip(),
+        "--temp",
+        "0",
+        "--max-new-tokens",
+        "20",
     )
     assert asked.returncode == 0, asked.stderr
     (tmp_path / "process.py").write_text(_FOREIGN_PROCESS)

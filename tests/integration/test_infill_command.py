@@ -22,7 +22,7 @@ def test_a_trained_pair_fills_gaps_with_its_training_text(
     lines = [{"beginning": beginning, "ending": ending} for beginning, ending in cuts]
     result = run_megaback(
         *("infill", "--forward", forward, "--backward", backward, "--device", "cpu"),
-        *("--tokens", 16, "--candidates", 24, "--json"),
+        *("--max-new-tokens", 16, "--candidates", 24, "--json"),
         input="".join(json.dumps(line) + "\n" for line in [*lines, {"beginning": "a"}]),
     )
     assert result.returncode == 23, result.stderr

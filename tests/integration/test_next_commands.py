@@ -175,7 +175,7 @@ def test_commands_named_by_convert_and_inspect_fit_the_model(
         (words,) = following(output)
         given = {Direction.BACKWARD: "--ending", Direction.FORWARD: "--beginning"}[direction]
         assert words[:3] == ["sample", out, given]
-        typed(*words, "--tokens", "2")
+        typed(*words, "--max-new-tokens", "2")
 
 
 @pytest.mark.parametrize("direction", list(Direction))
@@ -247,7 +247,7 @@ def test_the_command_named_by_instruct_build_fine_tunes_even_without_a_val_set(
     assert words[2].startswith("init_from=runs/")
     use, _ = following(trained(words))
     assert use[:2] == ["chat", "runs/my rows"]
-    typed(*use, "--tokens", "3")
+    typed(*use, "--max-new-tokens", "3")
 
 
 def _newest(run: Path) -> str:

@@ -28,7 +28,7 @@ SMALL = (
 def test_a_shipped_config_is_planned(path: Path) -> None:
     fields = yaml.safe_load(path.read_text())
     nodes = 1 if "hardware" in fields else 8  # which says that it is for CPUs
-    words = ["--nodes", str(nodes), "--device", "h100-80gb", "--tokens", "1e10"]
+    words = ["--nodes", str(nodes), "--device-name", "h100-80gb", "--training-tokens", "1e10"]
     shape = () if "model" in fields else SMALL[:3]  # else its base's
 
     result = CliRunner().invoke(plan, [str(path), *words, *shape, "hardware.device=cuda"])

@@ -107,7 +107,18 @@ def test_control_sequences_in_untrusted_text_are_shown_escaped(
     bad_config = tmp_path / "bad.yaml"
     bad_config.write_text(json.dumps({"run": "r", HOSTILE: 1}))
     commands = [
-        ["sample", model, "--ending", HOSTILE, "--tokens", 60, "--temp", 3, "--samples", 2],
+        [
+            "sample",
+            model,
+            "--ending",
+            HOSTILE,
+            "--max-new-tokens",
+            60,
+            "--temp",
+            3,
+            "--num-samples",
+            2,
+        ],
         ["shards", "inspect", shards],
         ["shards", "inspect", shards, "--document", 1],
         ["shards", "inspect", shards, "--document", 1, "--stored"],
@@ -119,8 +130,8 @@ def test_control_sequences_in_untrusted_text_are_shown_escaped(
         ["inspect", shards],
         ["inspect", tmp_path / HOSTILE.replace("/", "")],
         ["train", bad_config],
-        ["chat", model, "--response", HOSTILE, "--n", 2, "--tokens", 20, "--temp", 2],
-        ["sample", model, "--tokens", HOSTILE],
+        ["chat", model, "--response", HOSTILE, "-n", 2, "--max-new-tokens", 20, "--temp", 2],
+        ["sample", model, "--max-new-tokens", HOSTILE],
         [HOSTILE],
         [*("tokenizer", "train", "--source", f"{server}/a.jsonl", "--out", tmp_path / "spm")],
     ]
@@ -153,7 +164,7 @@ def test_samples_in_a_pipe_are_exact(tmp_path: Path, codec: Callable[..., TextCo
     text = megaback.load(model, device="cpu").complete_backwards(
         HOSTILE, max_new_tokens=60, temperature=3.0
     )
-    command = [*("sample", model, "--ending", HOSTILE, "--tokens", 60, "--temp", 3)]
+    command = [*("sample", model, "--ending", HOSTILE, "--max-new-tokens", 60, "--temp", 3)]
     done = subprocess.run(
         [sys.executable, "-m", "megaback", *map(str, command)], capture_output=True, check=True
     )

@@ -254,7 +254,7 @@ def sample(run_of: RunOf, model_of: ModelOf, run_megaback: Command) -> Callable[
             model_of(run_of("zero.stage=1")),
             "--ending",
             ENDING,
-            "--tokens",
+            "--max-new-tokens",
             "40",
             *options,
         )

@@ -253,7 +253,7 @@ def test_python_of_a_page_compiles_and_its_names_resolve(path: Path) -> None:
     [
         ("megaback smaple models/m", "no command smaple"),
         ("megaback sample models/m --endings x", "--endings"),
-        ("megaback sample models/m --tokens many", "'many' is not a valid integer"),
+        ("megaback sample models/m --max-new-tokens many", "'many' is not a valid integer"),
         ("megaback convert runs/a --to full", "missing"),
         ("megaback convert runs/a --to fll --out m", "'fll'"),
         ("megaback sample models/m more", "is more than"),
@@ -279,5 +279,7 @@ def test_a_command_option_or_key_that_does_not_exist_is_found(line: str, problem
 
 
 def test_a_correct_command_passes() -> None:
-    lines = 'megaback sample models/m --tokens 5 \\\n  --ending "it\'s"   # so\nls --nothing\n'
+    lines = (
+        'megaback sample models/m --max-new-tokens 5 \\\n  --ending "it\'s"   # so\nls --nothing\n'
+    )
     assert problems_of(all_commands(f"```\n{lines}```\n")) == []

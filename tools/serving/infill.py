@@ -40,7 +40,7 @@ async def fill(
         model.require_bytes(request.beginning + request.ending)
     seed = chosen_seed(request.seed)
     options = InfillOptions(
-        max_tokens=request.max_tokens,
+        max_new_tokens=request.max_tokens,
         forward_candidates=request.candidates,
         backward_candidates=request.candidates,
         rescored=max(request.candidates, request.n),

@@ -38,7 +38,7 @@ class SuiteOptions:
     shards: str | None = None
     limit: int | None = None
     seed: int = 0
-    tokens: int = 100
+    max_new_tokens: int = 100
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
 
     def need(self, name: str, suite: str) -> str:

@@ -35,7 +35,7 @@ def instruction_recall(
     source, longest = options.need("rows", "instruction-recall"), options.max_record_bytes
     all_rows = read_examples(source, options.limit, longest)
     rows = _that_fit(evaluated, all_rows)
-    found = evaluated.likeliest([row.response for row in rows], options.tokens)
+    found = evaluated.likeliest([row.response for row in rows], options.max_new_tokens)
     matches = [float(one.text == row.instruction) for one, row in zip(found, rows, strict=True)]
     f1s = [token_f1(one.text, row.instruction) for one, row in zip(found, rows, strict=True)]
     others = _deranged(len(rows), options.seed)
@@ -84,7 +84,7 @@ def reverse_dictionary(
             f"{source}: fewer than two instructions match --word-pattern {pattern.pattern}"
         )
     words = [_word(row.instruction, pattern) for row in rows]
-    found = evaluated.likeliest([row.response for row in rows], options.tokens)
+    found = evaluated.likeliest([row.response for row in rows], options.max_new_tokens)
     matches = [
         float(_word(one.text, pattern) == word) for one, word in zip(found, words, strict=True)
     ]

@@ -28,8 +28,8 @@ from megaback.weights.model_folder import load_model_folder
 
 _ROWS_AT_ONCE = 64
 _ALLOWED = {
-    "max_tokens": COUNT,
-    "min_tokens": COUNT,
+    "max_new_tokens": COUNT,
+    "min_new_tokens": COUNT,
     "forward_candidates": COUNT_OR_ZERO,
     "backward_candidates": COUNT_OR_ZERO,
     "rescored": COUNT,
@@ -58,9 +58,9 @@ class Reader:
 class InfillOptions:
     """Length of a middle, and the number of candidates."""
 
-    max_tokens: int = 32
+    max_new_tokens: int = 32
     """Maximum tokens of the middle, as the models tokenize it."""
-    min_tokens: int = 1
+    min_new_tokens: int = 1
     forward_candidates: int = 16
     """Samples of the forward model; with 0, the backward model writes the whole middle."""
     backward_candidates: int = 16
@@ -76,10 +76,10 @@ class InfillOptions:
         for name, allowed in _ALLOWED.items():
             if (problem := allowed.problem(getattr(self, name))) is not None:
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}, {problem}")
-        if self.max_tokens < self.min_tokens:
+        if self.max_new_tokens < self.min_new_tokens:
             raise ConfigError(
-                f"`max_tokens` is {self.max_tokens}, less than `min_tokens` {self.min_tokens}; "
-                "raise it"
+                f"`max_new_tokens` is {self.max_new_tokens}, less than `min_new_tokens` "
+                f"{self.min_new_tokens}; raise it"
             )
         if self.forward_candidates + self.backward_candidates == 0:
             raise ConfigError(
@@ -142,7 +142,7 @@ class Infiller:
         self, gaps: Sequence[tuple[str, str]], options: InfillOptions = InfillOptions()
     ) -> list[list[Infill]]:
         """`fill` of each (beginning, ending), in one batch: each result is the same as alone."""
-        read = [self.read(beginning, ending, options.max_tokens) for beginning, ending in gaps]
+        read = [self.read(beginning, ending, options.max_new_tokens) for beginning, ending in gaps]
         forward = _write(
             self.forward, [gap.beginning for gap in read], options.forward_candidates, options
         )
@@ -164,15 +164,15 @@ class Infiller:
         longest = max((len(codec.encode(middle)) for middle in middles), default=0)
         return finish(self._score(self.read(beginning, ending, longest), middles, options))
 
-    def read(self, beginning: str, ending: str, max_tokens: int) -> InfillPrompts:
-        """Prompts of a gap of up to `max_tokens`. Raises PromptError."""
+    def read(self, beginning: str, ending: str, max_new_tokens: int) -> InfillPrompts:
+        """Prompts of a gap of up to `max_new_tokens`. Raises PromptError."""
         gap = InfillPrompts.between(self.forward.codec, self.backward.codec, beginning, ending)
         # Each prompt has a marker, and lacks the piece that it holds back.
         lengths = len(gap.before), len(gap.after)
-        if sum(lengths) + max_tokens > self.context_tokens:
+        if sum(lengths) + max_new_tokens > self.context_tokens:
             raise PromptError(
                 f"the beginning has {lengths[0]} tokens and the ending {lengths[1]}; with up to "
-                f"{max_tokens} of the middle they exceed the models' context of "
+                f"{max_new_tokens} of the middle they exceed the models' context of "
                 f"{self.context_tokens}; shorten them"
             )
         return gap
@@ -189,8 +189,8 @@ class Infiller:
             backwards,
             (yield from score_half_steps(ahead, gap.before, onwards, gap.after, backwards)),
             (yield from score_half_steps(back, gap.after, backwards, gap.before, onwards)),
-            min_tokens=options.min_tokens,
-            max_tokens=options.max_tokens,
+            min_tokens=options.min_new_tokens,
+            max_tokens=options.max_new_tokens,
             forward_weight=options.forward_weight,
         )
         found = yield from self._different(gap, onwards, backwards, joins, options.rescored)
@@ -270,7 +270,7 @@ def _write(
     reader: Reader, texts: Sequence[str], count: int, options: InfillOptions
 ) -> list[list[Half]]:
     """Distinct samples for each text, with the same seeds for each."""
-    sampling = replace(options.sampling, max_new_tokens=options.max_tokens, stop_ids=())
+    sampling = replace(options.sampling, max_new_tokens=options.max_new_tokens, stop_ids=())
     prompts = [reader.codec.prompt(text) for text in texts]
     prompts_at_once = max(1, _ROWS_AT_ONCE // max(count, 1))
     halves: list[list[Half]] = []

@@ -82,7 +82,7 @@ def test_what_cannot_be_known_is_said(
 
     assert "not checked" in said
     assert reason in said
-    assert said.endswith("give --device")
+    assert said.endswith("give --device-name")
 
 
 def test_without_slurm_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

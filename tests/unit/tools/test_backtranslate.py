@@ -61,8 +61,16 @@ def translate(folders: dict[Direction, Path], source: Path, tmp_path: Path) -> T
     """`translate(*options)`: the command, whose output is `tmp_path / "out.jsonl"`."""
 
     def run(*options: object, out: Path = tmp_path / "out.jsonl") -> Result:
-        command = [folders[Direction.BACKWARD], "--in", source, "--out", out, "--tokens", 20]
-        command += ["--texts-at-once", 2, "--device", "cpu", "--temp", 1.0, *options]
+        command = [
+            folders[Direction.BACKWARD],
+            "--in",
+            source,
+            "--out",
+            out,
+            "--max-new-tokens",
+            20,
+        ]
+        command += ["--batch-size", 2, "--device", "cpu", "--temp", 1.0, *options]
         return CliRunner().invoke(main, [str(part) for part in command])
 
     return run
@@ -75,7 +83,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def test_each_text_has_the_instruction_that_leads_back_to_it_best(
     translate: Translate, folders: dict[Direction, Path], tmp_path: Path
 ) -> None:
-    result = translate("--forward", folders[Direction.FORWARD], "--k", 6)
+    result = translate("--forward", folders[Direction.FORWARD], "--num-samples", 6)
 
     assert result.exit_code == 0, result.output
     rows = rows_of(tmp_path / "out.jsonl")
@@ -152,9 +160,9 @@ def test_a_process_that_is_killed_is_gone_on_with_by_another(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out.jsonl"
-    many = ("--k", "99")  # so that it takes a while
+    many = ("--num-samples", "99")  # so that it takes a while
     command = [sys.executable, "-m", "tools.backtranslate", folders[Direction.BACKWARD]]
-    command += ["--in", source, "--out", out, "--tokens", "20", "--texts-at-once", "2"]
+    command += ["--in", source, "--out", out, "--max-new-tokens", "20", "--batch-size", "2"]
     process = subprocess.Popen([*command, "--device", "cpu", "--temp", "1.0", *many], cwd=ROOT)
     unfinished = work_folder(out) / "part-00000.unfinished"
     try:

@@ -110,7 +110,7 @@ def ask(folder_of: Callable[[Direction], Path]) -> Ask:
     folder = folder_of(Direction.BACKWARD)
 
     def run(*arguments: object, lines: str = "") -> Result:
-        command = [folder, "--device", "cpu", "--tokens", 6, *arguments]
+        command = [folder, "--device", "cpu", "--max-new-tokens", 6, *arguments]
         return CliRunner().invoke(main, [str(part) for part in command], input=lines)
 
     return run
@@ -204,7 +204,7 @@ def test_a_history_is_not_kept_in_the_model(folder_of: Callable[[Direction], Pat
 
 def test_a_forward_model_is_given_an_instruction(folder_of: Callable[[Direction], Path]) -> None:
     folder = folder_of(Direction.FORWARD)
-    command = [str(folder), "--device", "cpu", "--tokens", "3"]
+    command = [str(folder), "--device", "cpu", "--max-new-tokens", "3"]
     lines = '{"instruction": "Who?"}\n{"beginning": "The old"}\n'
     answers = CliRunner().invoke(main, [*command, "--json"], input=lines).output.splitlines()
     assert set(json.loads(answers[0])) == {"instruction", "response", "candidates", "seed"}
@@ -220,7 +220,7 @@ def test_a_forward_model_is_given_an_instruction(folder_of: Callable[[Direction]
         (["--response", " "], 43, "empty"),
         (["--response", "a", "--json"], 2, "Give one of"),
         (["--instruction", "a"], 33, "use --response or --ending"),
-        (["--n", "0"], 2, "--n"),
+        (["--num-samples", "0"], 2, "--num-samples"),
         (["--response", "a map " * 60], 43, "shorten"),
     ],
 )

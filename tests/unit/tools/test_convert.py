@@ -281,7 +281,8 @@ def test_three_lines_of_python_write_what_the_command_writes(run: Path, tmp_path
     text = writer.complete_backwards("the end.", max_new_tokens=12, seed=3)
 
     printed = CliRunner().invoke(
-        sample_command, [f"{tmp_path / 'model'}", "--ending=the end.", "--tokens=12", "--seed=3"]
+        sample_command,
+        [f"{tmp_path / 'model'}", "--ending=the end.", "--max-new-tokens=12", "--seed=3"],
     )
     assert printed.output == text + "\n"
     assert text.endswith("the end.")

@@ -289,7 +289,7 @@ def test_the_error_of_an_unquoted_pattern_quotes_it(
 
 
 def test_the_error_of_an_unquoted_text_quotes_it() -> None:
-    words = ["model", "--ending", "the", "very", "end.", "--samples", "2"]
+    words = ["model", "--ending", "the", "very", "end.", "--num-samples", "2"]
     result = CliRunner().invoke(_command("sample"), words)
     assert (result.exit_code, "--ending 'the very end.'" in result.output) == (2, True)
 

@@ -55,7 +55,7 @@ OPTIONS = dict(number_options())
 
 def test_options_are_found() -> None:
     assert len(OPTIONS) > 80
-    assert {"plan --tokens", "shards build --weight", "rerank --weight"} <= set(OPTIONS)
+    assert {"plan --training-tokens", "shards build --weight", "rerank --weight"} <= set(OPTIONS)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -148,7 +148,10 @@ def test_storage_limits_are_shown_only_if_exceeded() -> None:
     [
         (["sample", ".", "--temp", "inf"], "'--temp': inf is not a finite number"),
         (["sample", ".", "--temp", "1e39"], "'--temp': 1e+39 is not in the range 0<=x<=100"),
-        (["plan", "configs/demo.yaml", "--tokens", "nan"], "'--tokens': nan is not a finite"),
+        (
+            ["plan", "configs/demo.yaml", "--training-tokens", "nan"],
+            "'--training-tokens': nan is not a finite",
+        ),
         (["rerank", ".", "--in", "a", "--out", "b", "--weight", "nan"], "'--weight': nan is not"),
         (["shards", "build", "--min-language-score", "nan"], "'--min-language-score': nan"),
         (["shards", "build", "--weight", "inf"], "'--weight': inf is not a finite number"),

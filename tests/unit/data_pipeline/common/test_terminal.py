@@ -100,7 +100,15 @@ def test_jobs_are_readable_at_40_columns() -> None:
 
 @pytest.mark.usefixtures("narrow")
 def test_a_plan_is_readable_at_40_columns() -> None:
-    words = ["configs/reverse_1b.yaml", "--nodes", "2", "--device", "h100-80gb", "--tokens", "1e10"]
+    words = [
+        "configs/reverse_1b.yaml",
+        "--nodes",
+        "2",
+        "--device-name",
+        "h100-80gb",
+        "--training-tokens",
+        "1e10",
+    ]
     config, *others = words
     result = CliRunner().invoke(plan, [str(ROOT / config), *others])
     assert result.exit_code == 0, result.output

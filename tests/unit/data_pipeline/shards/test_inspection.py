@@ -205,7 +205,7 @@ def test_a_document_is_shown_as_text_pieces_ids_and_json(finished: Path, codec: 
     [
         ["--stored"],
         ["--ids"],
-        ["--document", "1", "--picture", "lengths.png"],
+        ["--document", "1", "--plot", "lengths.png"],
         ["--document", "100000"],
     ],
     ids=" ".join,
@@ -220,7 +220,7 @@ def test_options_that_mean_nothing_together_are_refused(
 def test_a_picture_is_a_png(finished: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "lengths.png"
-    inspect(finished, "--picture", path)
+    inspect(finished, "--plot", path)
     assert path.read_bytes().startswith(PNG_SIGNATURE)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -239,7 +239,7 @@ def test_without_matplotlib_a_picture_is_refused_before_anything_is_read(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(inspection, "summarize", None)
     path = tmp_path / "lengths.png"
-    result = CliRunner().invoke(main, [str(finished), "--picture", str(path)])
+    result = CliRunner().invoke(main, [str(finished), "--plot", str(path)])
     assert (result.exit_code, path.exists()) == (12, False)
     assert "pip install" in result.stderr
 
@@ -247,5 +247,5 @@ def test_without_matplotlib_a_picture_is_refused_before_anything_is_read(
 def test_a_picture_that_cannot_be_written_is_one_sentence(finished: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "nowhere" / "lengths.png"
-    result = CliRunner().invoke(main, [str(finished), "--picture", str(path)])
+    result = CliRunner().invoke(main, [str(finished), "--plot", str(path)])
     assert (result.exit_code, result.stderr.count("\n")) == (74, 1)

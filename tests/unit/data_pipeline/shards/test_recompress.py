@@ -280,7 +280,17 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(
 ) -> None:
     out = tmp_path / "out"
     largest = max(entry.file_bytes for entry in Manifest.load(finished).shards)
-    arguments = ("shards", "recompress", finished, "--out", out, "--level", "1", "--workers", "1")
+    arguments = (
+        "shards",
+        "recompress",
+        finished,
+        "--out",
+        out,
+        "--compression-level",
+        "1",
+        "--workers",
+        "1",
+    )
     result = run_megaback(
         *arguments,
         preexec_fn=lambda: resource.setrlimit(
@@ -334,5 +344,5 @@ def test_a_manifest_from_before_dictionaries_needs_none(copy: Path) -> None:
 
 
 def test_the_command_refuses_a_level_that_zstd_does_not_have(finished: Path) -> None:
-    arguments = [str(finished), "--out", "nowhere", "--level", "23"]
+    arguments = [str(finished), "--out", "nowhere", "--compression-level", "23"]
     assert CliRunner().invoke(module.main, arguments).exit_code == 2

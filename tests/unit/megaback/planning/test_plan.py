@@ -204,7 +204,9 @@ def plan(run_megaback: RunMegaback, *arguments: str) -> subprocess.CompletedProc
 
 
 def test_the_command_prints_every_part_and_its_assumptions(run_megaback: RunMegaback) -> None:
-    done = plan(run_megaback, "--nodes", "16", "--device", "h100-80gb", "--tokens", "1.1e11")
+    done = plan(
+        run_megaback, "--nodes", "16", "--device-name", "h100-80gb", "--training-tokens", "1.1e11"
+    )
 
     assert (done.returncode, done.stderr) == (0, "")
     starts = [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")]
@@ -217,7 +219,7 @@ def test_the_command_prints_every_part_and_its_assumptions(run_megaback: RunMega
 def test_a_run_that_does_not_fit_has_its_own_exit_code_and_a_suggested_change(
     run_megaback: RunMegaback,
 ) -> None:
-    done = plan(run_megaback, "--device", "a100-40gb", "--json")
+    done = plan(run_megaback, "--device-name", "a100-40gb", "--json")
 
     assert done.returncode == 14
     change = json.loads(done.stdout)["smallest_change"]
@@ -229,13 +231,13 @@ def test_a_run_that_does_not_fit_has_its_own_exit_code_and_a_suggested_change(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--device", "h101"), 10, "unknown device 'h101'"),
-        ((), 10, "give --device"),
-        (("--device", "h100-80gb", "--nodes", "0"), 2, "0 is not in the range"),
-        (("--device", "h100-80gb", "--nodes", "3"), 11, "not divisible by 24 ranks"),
-        (("--device", "v100-32gb"), 10, "does not compute in bf16"),
-        (("--device", "h100-80gb", "modle.width=8"), 10, "did you mean model?"),
-        (("--device", "h100-80gb", "--mfu", "2"), 2, "2.0 is not in the range"),
+        (("--device-name", "h101"), 10, "unknown device 'h101'"),
+        ((), 10, "give --device-name"),
+        (("--device-name", "h100-80gb", "--nodes", "0"), 2, "0 is not in the range"),
+        (("--device-name", "h100-80gb", "--nodes", "3"), 11, "not divisible by 24 ranks"),
+        (("--device-name", "v100-32gb"), 10, "does not compute in bf16"),
+        (("--device-name", "h100-80gb", "modle.width=8"), 10, "did you mean model?"),
+        (("--device-name", "h100-80gb", "--mfu", "2"), 2, "2.0 is not in the range"),
     ],
 )
 def test_an_invalid_plan_is_reported_without_a_traceback(
@@ -249,7 +251,7 @@ def test_an_invalid_plan_is_reported_without_a_traceback(
 
 
 def test_the_plan_can_be_printed_as_json(run_megaback: RunMegaback) -> None:
-    done = plan(run_megaback, "--nodes", "16", "--device", "h100-80gb", "--json")
+    done = plan(run_megaback, "--nodes", "16", "--device-name", "h100-80gb", "--json")
 
     fields: dict[str, Any] = json.loads(done.stdout)
     assert fields["fits"] is True

@@ -139,7 +139,7 @@ def test_what_others_saved_is_read_and_said_to_be_changed(
     assert looked.exit_code == 0, looked.output
     assert "by another program" in looked.output
     assert "val_loss" not in looked.output
-    written = called(sample_command, folder, "--ending=the end.", "--tokens=4", "--seed=1")
+    written = called(sample_command, folder, "--ending=the end.", "--max-new-tokens=4", "--seed=1")
     assert written.exit_code == 0, written.output
     assert written.output.rstrip("\n").endswith("the end.")
 

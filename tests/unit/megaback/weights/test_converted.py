@@ -207,10 +207,10 @@ def test_python_and_every_command_take_a_run(run: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "Who?", "output": "Me."}\n')
     for words in (
-        ("sample", run, "--ending", "the end.", "--tokens", "2"),
-        ("chat", run, "--ending", "the end.", "--tokens", "2"),
+        ("sample", run, "--ending", "the end.", "--max-new-tokens", "2"),
+        ("chat", run, "--ending", "the end.", "--max-new-tokens", "2"),
         ("score", run, "--in", pairs, "--out", tmp_path / "scored.jsonl"),
-        ("eval", run, "--suite", "instruction-recall", "--rows", rows, "--tokens", "2"),
+        ("eval", run, "--suite", "instruction-recall", "--rows", rows, "--max-new-tokens", "2"),
     ):
         result = CliRunner().invoke(main, [str(word) for word in words])
         assert result.exit_code == 0, (words, result.output)

@@ -188,7 +188,7 @@ def test_the_limits_are_those_of_the_page(models: dict[str, ServedModel]) -> Non
     """Numbers that are written down are those of the code; that they hold is shown elsewhere."""
     said = {
         r"`--max-body-bytes` \| (\S+) MiB": Limits.body_bytes >> 20,
-        r"`--max-tokens`, of a sample \| (\S+) ": Limits.tokens,
+        r"`--max-new-tokens`, of a sample \| (\S+) ": Limits.tokens,
         r"`--max-requests`, open at once \| (\S+) ": Limits.open_requests,
         r"samples that wait \| (\S+) times": Limits.waiting_samples / Limits.open_requests,
         r"`--max-seconds`, of a request \| (\S+) ": Limits.request_s,

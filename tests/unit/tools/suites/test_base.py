@@ -45,7 +45,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(folder: Path, *arguments: object) -> Result:
-    command = [folder, "--device", "cpu", "--tokens", 8, *arguments]
+    command = [folder, "--device", "cpu", "--max-new-tokens", 8, *arguments]
     return CliRunner().invoke(main, [str(part) for part in command])
 
 

@@ -34,7 +34,7 @@ Ask = Callable[..., Result]
 
 CONTEXT_TOKENS = 96
 SHAPE = ModelSection(num_layers=2, width=16, num_heads=2).resolved()
-OPTIONS = InfillOptions(max_tokens=8, forward_candidates=4, backward_candidates=3, rescored=12)
+OPTIONS = InfillOptions(max_new_tokens=8, forward_candidates=4, backward_candidates=3, rescored=12)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=9) | st.sampled_from(
     ["<|im_end|>", "the old capt", "ain sold a map.", "\ud800", "<|endoftext|>"]
 )
@@ -111,7 +111,7 @@ def test_the_seed_decides(infiller: Infiller) -> None:
 
 
 def test_lengths_are_respected_and_either_model_can_write_alone(infiller: Infiller) -> None:
-    options = replace(OPTIONS, min_tokens=3, max_tokens=5)
+    options = replace(OPTIONS, min_new_tokens=3, max_new_tokens=5)
     for one in infiller.fill(*GAPS[0], options):
         assert 3 <= (one.written_forward or 0) + (one.written_backward or 0) <= 5
     forward = infiller.fill(*GAPS[0], replace(options, backward_candidates=0, forward_weight=1.0))
@@ -148,9 +148,9 @@ def test_models_that_do_not_fit_together_are_refused(
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"min_tokens": 0},
-        {"max_tokens": 0},
-        {"min_tokens": 9, "max_tokens": 8},
+        {"min_new_tokens": 0},
+        {"max_new_tokens": 0},
+        {"min_new_tokens": 9, "max_new_tokens": 8},
         {"forward_candidates": -1},
         {"forward_candidates": 0, "backward_candidates": 0},
         {"rescored": 0},
@@ -179,7 +179,16 @@ def folders(
 def ask(folders: tuple[Path, Path]) -> Ask:
     """`ask(*arguments, lines=...)`: the command with its stdin."""
     forward, backward = folders
-    command = ["--forward", forward, "--backward", backward, "--device", "cpu", "--tokens", 6]
+    command = [
+        "--forward",
+        forward,
+        "--backward",
+        backward,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        6,
+    ]
 
     def run(*arguments: object, lines: str = "") -> Result:
         words = [str(part) for part in (*command, "--candidates", 3, *arguments)]
@@ -231,7 +240,7 @@ def test_the_best_text_or_several_with_their_scores_are_shown(ask: Ask) -> None:
     best = ask(*given).stdout.removesuffix("\n")
     assert best.startswith("the old ")
     assert best.endswith(" map.")
-    shown = ask(*given, "--n", 2).stdout.split("\n\n---\n\n")
+    shown = ask(*given, "--num-samples", 2).stdout.split("\n\n---\n\n")
     assert len(shown) == 2
     assert shown[0].split(" nats/token)\n")[1] == best
 
@@ -242,7 +251,7 @@ def test_the_best_text_or_several_with_their_scores_are_shown(ask: Ask) -> None:
         (["--beginning", "a"], 2, "--ending"),
         (["--beginning", "a", "--ending", "b", "--json"], 2, "either"),
         (["--beginning", "a", "--ending", ""], 43, "ending is empty"),
-        (["--beginning", "a", "--ending", "b", "--min-tokens", "7"], 10, "max_tokens"),
+        (["--beginning", "a", "--ending", "b", "--min-new-tokens", "7"], 10, "--max-new-tokens"),
         (["--beginning", "a map " * 60, "--ending", "b"], 43, "shorten"),
     ],
 )
