@@ -118,8 +118,9 @@ def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Com
             yield from commands(below, f"{name} {word}".strip())
 
 
+COMMANDS_OF_MEGABACK = dict(commands(megaback_command, ""))
 COMMANDS = {
-    **dict(commands(megaback_command, "")),
+    **COMMANDS_OF_MEGABACK,
     "python -m megaback.train": rank_command,
     "python -m tools.demo": demo_command,
 }
@@ -157,9 +158,10 @@ def test_every_option_and_argument_is_explained(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_h_is_help(name: str) -> None:
-    command = COMMANDS[name]
+    is_ours = name in COMMANDS_OF_MEGABACK
+    command, words = (megaback_command, name.split()) if is_ours else (COMMANDS[name], [])
 
-    short, long = (CliRunner().invoke(command, [word]) for word in ("-h", "--help"))
+    short, long = (CliRunner().invoke(command, [*words, word]) for word in ("-h", "--help"))
 
     assert (short.exit_code, short.output) == (0, long.output)
     assert "-h, --help" in short.output
