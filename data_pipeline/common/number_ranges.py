@@ -72,6 +72,8 @@ class Range(annotated_types.GroupedMetadata):
             return low + high
         if self.min == -FP32_MAX:
             return "x" if value >= self.min else f"x>={_shown(self.min)}"
+        if self.min == _FP32_MIN_NORMAL and value <= 0:
+            return "x>0"
         return f"x{'>' if self.excludes_min else '>='}{_shown(self.min)}"
 
 

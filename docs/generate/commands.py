@@ -40,7 +40,7 @@ def _index(found: list[click.Context]) -> str:
     ]
     return (
         "# Commands\n\nEach command prints this as text with `--help`.\n\n"
-        + table(["command", ""], rows)
+        + table(["command", "description"], rows)
     ).rstrip() + "\n"
 
 
@@ -49,7 +49,9 @@ def _page(context: click.Context) -> str:
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     parts = [f"# megaback {context.command_path.partition(' ')[2]}\n"]
     parts += [f"```text\n{usage}\n```\n", *_paragraphs(command.help)]
-    parts += [table(["option", "value", "default", ""], _options(context)).rstrip() + "\n"]
+    parts += [
+        table(["option", "value", "default", "description"], _options(context)).rstrip() + "\n"
+    ]
     parts += _paragraphs(command.epilog)
     return "\n".join(parts)
 

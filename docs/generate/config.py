@@ -12,7 +12,7 @@ from docs.generate import source
 from docs.generate.markdown import code, prose, table
 from megaback.config import Config, Section
 
-_HEAD = ["key", "values", "default", ""]
+_HEAD = ["key", "values", "default", "description"]
 _TYPES = {int: "whole number", float: "number", str: "text", Path: "path"}
 _BEGINNING = """\
 # Config

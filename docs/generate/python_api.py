@@ -17,6 +17,11 @@ What `import megaback` has: functions, classes, and the errors that are raised.
 
 """
 _SHOWN_DUNDERS = ("__len__", "__iter__")
+INTERNAL = {
+    *("Chat.model", "Chat.decoder", "Chat.form"),
+    *("Infiller.read", "Infiller.meet_steps", "Scorer.score_all"),
+}
+"""Members that commands and the server use; their types are not part of the API."""
 
 
 def page() -> str:
@@ -34,16 +39,23 @@ def _described(name: str) -> Iterator[str]:
         return
     yield f"## {name}\n{_docstring(source.docstring(node))}"
     yield table(
-        ["field", "type", "default", ""],
+        ["field", "type", "default", "description"],
         (
             [code(field), code(kind), code(default), prose(text)]
             for field, kind, default, text in source.fields(module, node)
+            if f"{name}.{field}" not in INTERNAL
         ),
     )
-    methods = [one for one in node.body if isinstance(one, ast.FunctionDef) and _is_public(one)]
-    properties = [one for one in methods if one.decorator_list]
+    methods = [
+        one
+        for one in node.body
+        if isinstance(one, ast.FunctionDef)
+        and (not one.name.startswith("_") or one.name in _SHOWN_DUNDERS)
+        and f"{name}.{one.name}" not in INTERNAL
+    ]
+    properties = [one for one in methods if "property" in map(ast.unparse, one.decorator_list)]
     yield table(
-        ["property", "type", ""],
+        ["property", "type", "description"],
         (
             [
                 code(one.name),
@@ -55,11 +67,7 @@ def _described(name: str) -> Iterator[str]:
     )
     for method in methods:
         if method not in properties:
-            yield f"### {name}.{method.name}\n" + _function(module, method)
-
-
-def _is_public(node: ast.FunctionDef) -> bool:
-    return not node.name.startswith("_") or node.name in _SHOWN_DUNDERS
+            yield f"### {code(f'{name}.{method.name}')}\n" + _function(module, method)
 
 
 def _function(module: str, node: ast.FunctionDef) -> str:
@@ -105,4 +113,4 @@ def _errors() -> Iterator[str]:
         ]
         for one in sorted(found, key=lambda one: (one.exit_code, one.__name__))
     )
-    yield table(["error", "base", "[exit code](../exit_codes.md)", ""], rows)
+    yield table(["error", "base", "[exit code](../exit_codes.md)", "description"], rows)

@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 _LINK = re.compile(r"\]\(([^)\s#]+)")
 _FENCED = re.compile(r"(^```.*?^```\n)", re.MULTILINE | re.DOTALL)
-_TEXT_ABOVE_BLOCK = re.compile(r"^(?![-*|#\s]|\d+\.)(.+\n)(?=- |\||\d+\. )", re.MULTILINE)
+_TEXT_ABOVE_BLOCK = re.compile(r"^(?![-*] |[|#\s]|\d+\. )(.+\n)(?=[-*] |\||\d+\. )", re.MULTILINE)
 
 
 def on_config(config: MkDocsConfig) -> None:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import megaback
 from docs.generate.__main__ import outdated, pages, write
+from docs.generate.python_api import INTERNAL
 from megaback.cli import command_modules
 from tests.helpers.paths import ROOT
 
@@ -49,5 +51,10 @@ def test_every_command_option_key_and_name_is_listed() -> None:
     assert "| `--top-p` | `FLOAT`, `0<x<=1` | `1.0` |" in made["commands/sample.md"]
     assert "| `training.precision` | `bf16`, `fp32` | `bf16` |" in made["config.md"]
     assert re.search(r"\| `guard.spike_norm_ratio` \| number, `x>1` \|  \| \w", made["config.md"])
-    assert "\n### Writer.stream\n" in made["python.md"]
+    assert "\n### `Writer.stream`\n" in made["python.md"]
+    for name in INTERNAL:
+        owner, member = name.split(".")
+        kind = getattr(megaback, owner)
+        assert member in {*vars(kind), *getattr(kind, "__dataclass_fields__", ())}
+        assert f"`{name}`" not in made["python.md"]
     assert str(ROOT) not in "".join(made.values())

@@ -16,6 +16,7 @@ from data_pipeline.common.number_ranges import (
     FP32_MAX,
     INT64_MAX,
     NUMBER,
+    POSITIVE,
     Range,
     finite_json,
 )
@@ -140,6 +141,9 @@ def test_storage_limits_are_shown_only_if_exceeded() -> None:
     assert COUNT.problem(0) == "not in the range x>=1"
     assert COUNT.problem(INT64_MAX + 1) == f"not in the range 1<=x<={INT64_MAX}"
     assert NUMBER.described() == "x"
+    assert POSITIVE.described() == "x>0"
+    assert POSITIVE.problem(-1) == "not in the range x>0"
+    assert POSITIVE.problem(1e-40) == "not in the range x>=1.1754944e-38"
     assert "3.4028235e+38" in (NUMBER.problem(FP32_MAX * 2) or "")
 
 
