@@ -142,7 +142,7 @@ class MetricsLog:
         left_s = (self._total_steps - record.step) * statistics.fmean(self._recent_s)
         pace = f"{line['tokens_per_s']:,.0f} tokens/s"
         if self._num_devices > 1:
-            pace += f" ({line['tokens_per_s_per_device']:,.0f} a device)"
+            pace += f" ({line['tokens_per_s_per_device']:,.0f} per device)"
         parts = [
             f"{record.step}/{self._total_steps}",
             f"loss {record.loss:.4f}",

@@ -99,6 +99,14 @@ def test_no_page_links_to_a_folder() -> None:
     assert found == []
 
 
+def test_the_index_of_decisions_has_each_with_its_title() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = re.findall(r"^(\d+\. )\[(.+)\]\((.+)\)$", (folder / "README.md").read_text(), re.M)
+    assert [(name, f"# {number}{title}") for number, title, name in index] == [
+        (path.name, path.read_text().partition("\n")[0]) for path in sorted(folder.glob("0*.md"))
+    ]
+
+
 def test_a_broken_link_is_found() -> None:
     text = (
         "# Words, and more\n[a](absent.md) [b](README.md#nowhere) [c](#words-and-more) [d](#word)"

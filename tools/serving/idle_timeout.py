@@ -1,7 +1,7 @@
 """Timeouts of connections: for a request to arrive, and for a client to read its answer.
 
 uvicorn has neither, so that idle connections would use up file descriptors and memory, and answers
-that nobody reads the time of others (docs/decisions/0043-limits-of-the-server.md).
+that nobody reads the time of others (docs/decisions/0043-server-limits.md).
 """
 
 import asyncio

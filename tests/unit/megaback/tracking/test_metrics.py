@@ -187,7 +187,7 @@ def test_the_console_says_what_each_device_does_and_what_is_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert console_text(tmp_path, capsys, 0.25, 4) == (
-        "step 10/25  loss 5.0000  0m04s left  1,024 tokens/s (256 a device)  lr 1.00e-03  "
+        "step 10/25  loss 5.0000  0m04s left  1,024 tokens/s (256 per device)  lr 1.00e-03  "
         "norm 0.50  MFU 40.0%  3.2 GB  data wait 25%\n"
     )
 
