@@ -1,6 +1,6 @@
 """DeepSpeed's engine from our config: the one module that writes a DeepSpeed config.
 
-What DeepSpeed gets wrong by itself is set right here: see docs/decisions/0003-deepspeed-workarounds.md.
+Workarounds for DeepSpeed 0.19 are listed in docs/decisions/0003-deepspeed-workarounds.md.
 """
 
 import importlib
