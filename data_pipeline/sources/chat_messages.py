@@ -1,7 +1,7 @@
-"""From the messages of a chat to its exchanges: what a user asks, and what the assistant answers.
+"""Extraction of instruction examples from chat messages.
 
-Messages of one side that follow each other are one turn, joined by a blank line. Whatever is left
-out is noted with its cause.
+Consecutive messages of one role are one turn, joined by a blank line. Everything skipped is
+recorded with its cause.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ _ASSISTANT = {
 }
 _SYSTEM = {"system", "developer"}
 _TOOL = {"tool", "function", "observation", "ipython", "tool_call", "function_call"}
-# The keys of a message: OpenAI's, those of ShareGPT, and those of Open Assistant.
+# Keys of messages of OpenAI, ShareGPT and Open Assistant.
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "text")
 _CALL_KEYS = ("tool_calls", "function_call")
@@ -28,22 +28,22 @@ _UNASKED = "answer without a question"
 _ANSWER_WITHOUT_TEXT = "exchange whose answer has no text, such as a tool call"
 _QUESTION_WITHOUT_TEXT = "exchange whose question has no text"
 _UNKNOWN_ROLE = "exchange with a message of an unknown role"
-_OF_TOOL = "message of a tool, and what answers it"
-_OF_SYSTEM = "message of a system"
+_OF_TOOL = "tool message and the answer to it"
+_OF_SYSTEM = "system message"
 _PART = "part of a message that is not text"
 
 
 @dataclass
 class Exchanges:
-    """The exchanges of one chat, and what of it is left out."""
+    """Exchanges of one chat, and its skipped parts."""
 
     examples: list[Example] = field(default_factory=list)
     excluded: list[tuple[str, str]] = field(default_factory=list)
-    """Cause and place."""
+    """Cause and place of each skipped part."""
 
 
 def read_messages(messages: object, column: str, where: str) -> Exchanges:
-    """The exchanges of a chat, at least one. Raises BadRecordError, which begins with `where`."""
+    """Exchanges of a chat, at least one. Raises BadRecordError, prefixed with `where`."""
     values = messages if isinstance(messages, list) else [messages]
     odd = [value for value in values if not isinstance(value, dict)]
     if odd or not isinstance(messages, list):
@@ -58,10 +58,10 @@ def read_messages(messages: object, column: str, where: str) -> Exchanges:
     exchanges = reader.found
     if not exchanges.examples:
         causes = Counter(cause for cause, _ in exchanges.excluded if cause != _OF_SYSTEM)
-        why = causes.most_common(1)[0][0] if causes else "no message of a user"
+        why = causes.most_common(1)[0][0] if causes else "no user message"
         first = next((place for cause, place in exchanges.excluded if cause == why), where)
         raise BadRecordError(
-            f"{first}: no message of a user in {column!r} that the assistant answers ({why}); "
+            f"{first}: no user message in {column!r} has an answer ({why}); "
             "fix or remove the record",
             f"no exchange in {column!r}: {why}",
         )
@@ -69,7 +69,7 @@ def read_messages(messages: object, column: str, where: str) -> Exchanges:
 
 
 def looks_like_chat(value: object) -> bool:
-    """Whether a value is a list of messages, whatever roles they have."""
+    """Whether a value is a list of messages, with any roles."""
     if not isinstance(value, list) or not value:
         return False
     return all(
@@ -89,7 +89,7 @@ class _Reader:
         self._question: list[str] = []
         self._answer: list[str] = []
         self._is_excluded = False
-        """Whether everything up to the next message of a user belongs to what was left out."""
+        """Whether everything up to the next user message is skipped."""
 
     def read(self, message: Mapping[str, object]) -> None:
         role = next((message[key] for key in _ROLE_KEYS if message.get(key) is not None), None)
@@ -106,7 +106,7 @@ class _Reader:
             self._exclude(_UNKNOWN_ROLE, f"role {role!r}")
 
     def end_exchange(self) -> None:
-        """Keep what was asked, if it was answered."""
+        """Keep the current exchange if it has an answer."""
         if self._answer:
             texts = (_joined(self._question), "", _joined(self._answer))
             self.found.examples.append(Example.of(*texts))
@@ -133,7 +133,7 @@ class _Reader:
             self._answer.append(text)
 
     def _exclude(self, cause: str, details: str = "") -> None:
-        """Leave out a message and, where nothing is answered yet, the exchange that it is in."""
+        """Skip a message and, if there is no answer yet, its exchange."""
         if self._is_excluded:
             return
         if not self._answer:

@@ -1,7 +1,7 @@
-"""From a record to instruction examples: Alpaca's columns, or the messages of a chat.
+"""Instruction examples from records: Alpaca's columns, or chat messages.
 
-A record with messages gives an example for each turn of the user that the assistant answers; what
-a system says is left out. Any other record gives one example.
+A record with messages has one example per answered user turn; system messages are skipped. Any
+other record has one example.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from data_pipeline.errors import BadRecordError, ConfigError, SourceUnreadableEr
 from data_pipeline.sources.chat_messages import Exchanges, looks_like_chat, read_messages
 from data_pipeline.text.chat_format import Example
 
-# What the columns are called elsewhere, the most usual names first.
+# Column names of other data sets, the most common first.
 _LIKELY = {
     "messages": (
         "messages",
@@ -29,13 +29,13 @@ _LIKELY = {
 
 
 def parse_columns(text: str, known: Sequence[str], example: str) -> dict[str, str]:
-    """Read `name=column,…` of the known names. Raises ConfigError, which shows the example."""
+    """Parse `name=column,…`. Raises ConfigError, which shows `example`."""
     given: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, column = (word.strip() for word in part.partition("="))
         if name not in known or not column or name in given:
             raise ConfigError(
-                f"`columns` has {part!r}; write for example {example}, "
+                f"`columns` contains {part!r}; write for example {example}, "
                 f"each of {', '.join(known)} at most once"
             )
         given[name] = column
@@ -44,18 +44,18 @@ def parse_columns(text: str, known: Sequence[str], example: str) -> dict[str, st
 
 @dataclass(frozen=True)
 class ExampleColumns:
-    """The columns or keys in which a record holds an example, or the messages of a chat."""
+    """Columns or keys of a record's example, or of its chat messages."""
 
     instruction: str = "instruction"
     input: str = "input"
-    """It need not be there, and may be null."""
+    """Column of the input, which may be missing or null."""
     output: str = "output"
     messages: str = "messages"
-    """Read where it is there and not null."""
+    """Column of chat messages, which takes precedence unless it is missing or null."""
 
     @classmethod
     def parse(cls, text: str) -> "ExampleColumns":
-        """Read `instruction=prompt,output=answer`. Raises ConfigError for anything else."""
+        """Parse `instruction=prompt,output=answer`. Raises ConfigError."""
         return cls(
             **parse_columns(
                 text, [field.name for field in fields(cls)], "instruction=prompt,output=answer"
@@ -63,7 +63,7 @@ class ExampleColumns:
         )
 
     def found_in(self, names: Iterable[str], source: str) -> list[str]:
-        """Those of the columns that are there. Raises SourceUnreadableError when too few are."""
+        """The columns that exist. Raises SourceUnreadableError when required ones are missing."""
         names = list(names)
         if self.messages not in names and not {self.instruction, self.output} <= {*names}:
             raise SourceUnreadableError(f"{source}: {self._missing(names)}")
@@ -71,11 +71,11 @@ class ExampleColumns:
         return [name for name in dict.fromkeys(wanted) if name in names]
 
     def examples(self, record: Mapping[str, object], where: str) -> list[Example]:
-        """The examples of a record, at least one. Raises BadRecordError, beginning with `where`."""
+        """Examples of a record, at least one. Raises BadRecordError, prefixed with `where`."""
         return self.read(record, where).examples
 
     def read(self, record: Mapping[str, object], where: str) -> Exchanges:
-        """The same, with what of the record is left out."""
+        """Examples and skipped parts of a record. Raises BadRecordError, prefixed with `where`."""
         messages = record.get(self.messages)
         if messages is not None:
             return read_messages(messages, self.messages, where)
@@ -83,7 +83,7 @@ class ExampleColumns:
             if self.messages in record:
                 raise _bad_value(None, self.messages, "a list of messages", where)
             missing = f"{where}: {self._missing(record)}"
-            place = missing.replace("; ", ", ")  # the advice goes with the place
+            place = missing.replace("; ", ", ")  # the place includes the advice
             raise BadRecordError(
                 f"{missing}, or remove the record", "no columns with examples", place
             )
@@ -96,7 +96,7 @@ class ExampleColumns:
         return Exchanges([example])
 
     def suggested(self, names: Iterable[str], record: Mapping[str, object] | None = None) -> str:
-        """The value of --columns that the names of columns suggest, and what is in them; or ""."""
+        """A value of --columns that fits names and contents of the columns; "" if there is none."""
         by_name = {name.casefold(): name for name in names}
         values = record or {}
         chats = [name for name, value in values.items() if looks_like_chat(value)]
@@ -117,7 +117,7 @@ class ExampleColumns:
         suggested = self.suggested(names, record)
         return (
             f"no columns {self.instruction!r} and {self.output!r}, and no {self.messages!r}; the "
-            f"columns are {shown_names(names)}: name those that hold them with `columns`"
+            f"columns are {shown_names(names)}: name the right ones with `columns`"
             f"{suggested and f', perhaps `columns` {suggested}'}"
         )
 

@@ -1,6 +1,6 @@
-"""The documents in the bytes of one file: a text, JSON in lines or otherwise, or an HTML page.
+"""Documents in one decompressed file: a text, JSON records or an HTML page.
 
-The bytes come decompressed, from a file of its own or from within an archive.
+The file may be a member of an archive.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from data_pipeline.sources.jsonl import lines, not_decodable, parse_record, requ
 from data_pipeline.sources.record_limits import joined, page_bytes, too_long
 
 _Parse = Callable[[str], Mapping[str, object]]
-"""Gives a record; what it raises, BadRecordError, begins with the place it is told."""
+"""Parser of a record. Raises BadRecordError, prefixed with its argument, the place."""
 
 
 def read_content(
@@ -28,9 +28,9 @@ def read_content(
     on_bad_record: OnBadRecord,
     max_record_bytes: int,
 ) -> Iterator[Document]:
-    """The documents of a file of a kind; `shown` is its address, for messages.
+    """Documents of a file of this kind; `shown`: its address, for messages.
 
-    Raises what reading the chunks raises, SourceUnreadableError and BadRecordError.
+    Raises SourceUnreadableError, BadRecordError, and errors of `chunks`.
     """
     if kind == "lines":
         yield from _read_lines(shown, chunks, on_bad_record, max_record_bytes)
@@ -62,7 +62,7 @@ def _read_text(shown: str, raw: bytes, on_bad_record: OnBadRecord) -> Iterator[D
 def _read_lines(
     shown: str, chunks: Iterator[bytes], on_bad_record: OnBadRecord, max_record_bytes: int
 ) -> Iterator[Document]:
-    """A document of each line that is not blank, as data sets of text on the hub are meant."""
+    """One document per non-blank line, the convention of text data sets on the hub."""
     for number, line in lines(as_utf8(chunks), max_record_bytes):
         where = f"{shown}:{number}"
         try:
@@ -90,7 +90,7 @@ def _read_records(
         for place, parse in _records(shown, as_utf8(chunks), max_record_bytes):
             where = f"{shown}{place}"
             try:
-                # Not kept while the next one is read: a record may be long.
+                # Not kept in memory while the next one is read: a record may be long.
                 found = documents_of(parse(where), columns, where, f"{name}{place}")
             except BadRecordError as error:
                 on_bad_record(error)
@@ -105,7 +105,7 @@ def _read_records(
 def _records(
     shown: str, chunks: Iterator[bytes], max_record_bytes: int
 ) -> Iterator[tuple[str, _Parse]]:
-    """The place of each record, a line or an element of an array, and what parses it."""
+    """Place of each record, a line or an element of an array, and its parser."""
     if ".json" in (suffix.lower() for suffix in PurePath(shown).suffixes[-2:]):
         head = b""
         for chunk in chunks:
@@ -113,7 +113,7 @@ def _records(
             if head:
                 break
         chunks = itertools.chain([head], chunks)
-        # As pretty printers write an object; a record in one line is not begun so.
+        # A pretty-printed object; records of one line do not begin like this.
         is_spread = head.partition(b"\n")[0].rstrip() == b"{"
         if is_spread or head.startswith(b"["):
             read = read_values if is_spread else read_array

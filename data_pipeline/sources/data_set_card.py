@@ -1,8 +1,8 @@
-"""What a data set's own files say of where its data lies: it must be its own.
+"""Validation of the paths in a data set card: a data set may only name its own files.
 
-README.md and .huggingface.yaml are a stranger's. The library `datasets` follows what they name
-under `data_files` and `data_dir`, to any path of this machine, other repository or address. So they
-are looked at before the library sees them, and what it found is looked at again before it is read.
+README.md and .huggingface.yaml are untrusted. The library `datasets` opens whatever they name under
+`data_files` and `data_dir`: any local path, other repository or address. They are checked before
+the library reads them, and the files that it found are checked before they are read.
 """
 
 import os
@@ -21,7 +21,7 @@ OTHER_FILES = ("dataset_infos.json",)
 """Files that the library also reads before any data."""
 
 _MAX_CARD_BYTES = 4 << 20
-"""A list of 2,000 configs takes 1 MiB, and the library half a minute."""
+"""Maximum size of a card; 2,000 configs are 1 MiB, and take the library half a minute."""
 _MAX_NODES = 1 << 20
 _KEYS = ("data_files", "data_dir")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -29,10 +29,10 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def require_own_files(shown: str, read: Callable[[str, int], bytes | None]) -> None:
-    """See that a data set names no files but its own.
+    """Raises SourceUnreadableError if a data set names files of others.
 
-    `read` gives a file of the data set by its name, or None if it is not there; at most so many
-    bytes of it. Raises what it raises, and SourceUnreadableError.
+    `read` returns at most the given number of bytes of a file of the data set, or None if the file
+    does not exist. Its errors are raised unchanged.
     """
     for name in (*CARDS, *OTHER_FILES):
         content = read(name, _MAX_CARD_BYTES + 1)
@@ -48,10 +48,10 @@ def require_own_files(shown: str, read: Callable[[str, int], bytes | None]) -> N
 
 
 def read_card(folder: Path, name: str, num_bytes: int) -> bytes | None:
-    """The first bytes of a file of a folder; None if it is not there. Raises OSError."""
+    """The first bytes of a file in a folder; None if it does not exist. Raises OSError."""
     path = folder / name
     if not path.is_file():
-        if os.path.lexists(path):  # a pipe, for which the library would wait forever
+        if os.path.lexists(path):  # a pipe would block the library forever
             raise SourceUnreadableError(f"{path}: not a regular file; remove it, or replace it")
         return None
     with path.open("rb") as file:
@@ -59,9 +59,9 @@ def read_card(folder: Path, name: str, num_bytes: int) -> bytes | None:
 
 
 def require_within(addresses: Iterable[str], root: str, shown: str) -> None:
-    """See that files which the library found lie in the data set, links followed.
+    """Raises SourceUnreadableError if files are outside the data set, with links resolved.
 
-    `root` is its folder, or its address on the hub. Raises SourceUnreadableError.
+    `root`: folder of the data set, or its address on the hub.
     """
     for address in addresses:
         if "://" in root:
@@ -70,15 +70,15 @@ def require_within(addresses: Iterable[str], root: str, shown: str) -> None:
             is_own = not leads_out(Path(address), Path(root))
         if not is_own:
             raise SourceUnreadableError(
-                f"{shown}: its file {address} lies outside of it, or is a link out of it; copy the "
-                "file into the data set, or give it as a `source` of its own"
+                f"{shown}: its file {address} is outside the data set, or a link out of it; copy "
+                "the file into the data set, or name it as a separate `source`"
             )
 
 
 def _require_own(text: str, shown: str, name: str) -> None:
     first_line = 1
     if name == CARDS[0]:
-        from huggingface_hub.repocard import REGEX_YAML_BLOCK  # what the library reads, no more
+        from huggingface_hub.repocard import REGEX_YAML_BLOCK  # the part that the library reads
 
         match = REGEX_YAML_BLOCK.search(text)
         if match is None:
@@ -88,26 +88,26 @@ def _require_own(text: str, shown: str, name: str) -> None:
     try:
         root = yaml.compose(text, Loader=_LOADER)
         if root is not None and _num_nodes(root, {}) > _MAX_NODES:
-            raise yaml.YAMLError("it repeats itself too often")
+            raise yaml.YAMLError("its aliases expand to too many values")
         found = [] if root is None else list(_named_files(root, set()))
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SourceUnreadableError(
-            f"{shown}: the YAML of its {name} cannot be read ({reason}); mend it, or name the data "
+            f"{shown}: the YAML of its {name} cannot be read ({reason}); fix it, or name the data "
             "files"
         ) from None
     for key, node in found:
         if not _is_own(node.value):
             line = first_line + node.start_mark.line
             raise SourceUnreadableError(
-                f"{shown}: line {line} of its {name} names {node.value[:100]!r} under {key!r}, and "
-                "a data set may only name its own files; remove the line, or give what it names as "
-                "a `source` of its own"
+                f"{shown}: line {line} of its {name} names {node.value[:100]!r} under {key!r}, "
+                "which is not a file of the data set; remove the line, or name the file as a "
+                "separate `source`"
             )
 
 
 def _is_own(path: str) -> bool:
-    """Whether a path, or a pattern, stays below the folder that it begins in.
+    """Whether a relative path or pattern stays within its folder.
 
     >>> [_is_own(path) for path in ("data/*.parquet", "../a.txt", "file:/etc/passwd", "~/a.txt")]
     [True, False, False, False]
@@ -123,16 +123,16 @@ def _is_own(path: str) -> bool:
 
 
 def _num_nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for, those of aliases counted each time."""
+    """Number of values of a node, with aliases expanded."""
     if (found := known.get(id(node))) is not None:
         return found
-    known[id(node)] = _MAX_NODES + 1  # of a node that is within itself
+    known[id(node)] = _MAX_NODES + 1  # for a node that contains itself
     known[id(node)] = 1 + sum(_num_nodes(child, known) for child in _children(node))
     return known[id(node)]
 
 
 def _named_files(node: yaml.Node, seen: set[int]) -> Iterator[tuple[str, yaml.ScalarNode]]:
-    """The key and the node of each path that is named, wherever it stands."""
+    """Key and node of each named path, at any depth."""
     if id(node) in seen:
         return
     seen.add(id(node))

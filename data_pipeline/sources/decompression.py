@@ -1,7 +1,7 @@
-"""Compressed files as a stream of small pieces, whatever a file claims or expands to.
+"""Streaming decompression with bounded memory.
 
-No piece is longer than 128 KiB, and what a decompressor itself may hold is bounded before it
-takes it: a header can ask for gigabytes.
+Pieces are at most 128 KiB long. A decompressor's window is bounded before it is allocated: a header
+can request gigabytes.
 """
 
 import bz2
@@ -22,15 +22,15 @@ COMPRESSIONS = {
     ".bz2": "bz2",
     **dict.fromkeys((".xz", ".lzma"), "xz"),
 }
-"""The method of each suffix of compressed files that are read."""
+"""Compression method by suffix."""
 CORRUPT_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, lzma.LZMAError)
-"""Errors of reading a compressed file that is truncated or none."""
+"""Errors for truncated and invalid compressed files."""
 
 PIECE_BYTES = 128 << 10
 DEFAULT_WINDOW_BYTES = 1 << 27
-"""Window that `zstd -d` takes without --long, and twice that of `xz -9`."""
-_XZ_OVERHEAD_BYTES = 1 << 24  # what liblzma takes beside the dictionary
-_MAX_EXPANSION = 1000  # text compresses to a hundredth at best; zeros to less than a thousandth
+"""Maximum window of `zstd -d` without --long, and twice that of `xz -9`."""
+_XZ_OVERHEAD_BYTES = 1 << 24  # memory of liblzma besides the dictionary
+_MAX_EXPANSION = 1000  # text compresses to 1/100 at best; zeros to less than 1/1000
 _MIN_EXPANDED_BYTES = 1 << 30
 
 _ZSTD_MAGIC = 0xFD2FB528
@@ -40,7 +40,7 @@ _RLE_BLOCK = 1
 
 
 class _BombError(Exception):
-    """A file that expands, or asks for memory, as no file of text does."""
+    """A file expands, or requires memory, far more than text files do."""
 
 
 def decompressed(
@@ -48,9 +48,8 @@ def decompressed(
 ) -> Iterator[bytes]:
     """A stream's bytes in pieces, decompressed if the suffix is one of `COMPRESSIONS`.
 
-    `shown` is its address, for messages. Raises SourceUnreadableError for a file that expands
-    beyond all measure or asks for a window above `max_window_bytes` and 128 MiB, and what the
-    decompressors raise: `CORRUPT_ERRORS`.
+    `shown`: its address, for messages. Raises SourceUnreadableError for a decompression bomb, or a
+    window above both `max_window_bytes` and 128 MiB, and `CORRUPT_ERRORS`.
     """
     method = COMPRESSIONS.get(suffix.lower())
     if method is None:
@@ -63,8 +62,8 @@ def decompressed(
             expanded_bytes += len(piece)
             if not expands_like_text(expanded_bytes, counted.num_bytes):
                 raise _BombError(
-                    f"it expands to more than {_MAX_EXPANSION:,} times its size, as no text does; "
-                    "if it is what it should be, decompress it and name the result"
+                    f"it expands to more than {_MAX_EXPANSION:,} times its size, unlike text; if "
+                    "you trust it, decompress it and name the result"
                 )
             yield piece
     except _BombError as error:
@@ -72,24 +71,25 @@ def decompressed(
 
 
 def expands_like_text(expanded_bytes: int, num_bytes: int) -> bool:
-    """Whether compressed bytes may become so many, if they are not made to exhaust a machine."""
+    """Whether this expansion of `num_bytes` compressed bytes is plausible for text."""
     return expanded_bytes <= max(_MIN_EXPANDED_BYTES, _MAX_EXPANSION * num_bytes)
 
 
 def blocks(stream: BinaryIO) -> Iterator[bytes]:
-    """A stream's bytes in pieces, as they are."""
+    """A stream's bytes in pieces, unchanged."""
     return iter(lambda: stream.read(PIECE_BYTES), b"")
 
 
 def corrupt(address: str, reason: object) -> SourceUnreadableError:
-    """The error for a file that cannot be decompressed to its end."""
+    """The error for a truncated or invalid compressed file."""
     return SourceUnreadableError(
-        f"{address}: truncated, or not what its suffix says ({reason}); fetch or write it again"
+        f"{address}: truncated, or not of the format of its suffix ({reason}); fetch or write it "
+        "again"
     )
 
 
 class _Counted:
-    """A stream that knows how many of its bytes were read."""
+    """A stream that counts the bytes read."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -118,10 +118,10 @@ def _decompress(method: str, stream: _Counted, max_window_bytes: int) -> Iterato
 
 
 def _decompress_zst(pieces: Iterable[bytes], max_window_bytes: int) -> Iterator[bytes]:
-    """Every frame of a file, block by block: of 4 bytes of input, a block makes 128 KiB.
+    """Decompress all frames of a file by blocks, since 4 bytes may expand to a block of 128 KiB.
 
-    Specified in RFC 8878. Raises EOFError where the last frame is not complete, which the library's
-    own reader takes for the end.
+    The format is RFC 8878. Raises EOFError for a truncated last frame, which the library's own
+    reader ignores.
     """
     decompressor = zstandard.ZstdDecompressor(max_window_size=max_window_bytes)
     source = _Source(pieces)
@@ -132,7 +132,7 @@ def _decompress_zst(pieces: Iterable[bytes], max_window_bytes: int) -> Iterator[
             source.skip(int.from_bytes(header[4:], "little"))
             continue
         if number != _ZSTD_MAGIC:
-            raise zstandard.ZstdError("a frame of zstd does not begin where one must")
+            raise zstandard.ZstdError("invalid magic number of a zstd frame")
         header = source.peek(_LONGEST_ZSTD_HEADER_BYTES)
         parameters = zstandard.get_frame_parameters(header)
         if parameters.window_size > max_window_bytes:
@@ -153,7 +153,7 @@ def _decompress_zst(pieces: Iterable[bytes], max_window_bytes: int) -> Iterator[
 
 
 class _Source:
-    """The bytes of a file, taken from the front."""
+    """Buffered reader of pieces."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = iter(pieces)
@@ -161,7 +161,7 @@ class _Source:
         self._start = 0
 
     def peek(self, size: int) -> bytes:
-        """The next so many bytes, or fewer at the end."""
+        """The next `size` bytes, or fewer at the end."""
         while len(self._held) - self._start < size:
             piece = next(self._pieces, None)
             if piece is None:
@@ -170,7 +170,7 @@ class _Source:
         return self._held[self._start : self._start + size]
 
     def take(self, size: int) -> bytes:
-        """Exactly so many bytes. Raises EOFError."""
+        """The next `size` bytes, consumed. Raises EOFError."""
         data = self.peek(size)
         if len(data) < size:
             raise EOFError("the last frame is not complete")
@@ -178,7 +178,7 @@ class _Source:
         return data
 
     def skip(self, size: int) -> None:
-        """Pass over so many bytes. Raises EOFError."""
+        """Skip `size` bytes. Raises EOFError."""
         while size > 0:
             size -= len(self.take(min(size, zstandard.BLOCKSIZE_MAX)))
 
@@ -186,14 +186,14 @@ class _Source:
 def _needs_memory(window_bytes: int | None, max_window_bytes: int) -> _BombError:
     wanted = "a larger window" if window_bytes is None else f"a window of {window_bytes:,} bytes"
     return _BombError(
-        f"decompressing it needs {wanted}, and {max_window_bytes:,} bytes are allowed; give "
-        "`max_record_bytes` as much, or compress it again without `zstd --long` or with a smaller "
-        "dictionary"
+        f"decompressing it needs {wanted}, and {max_window_bytes:,} bytes are allowed; raise "
+        "`max_record_bytes` to that size, or compress it again without `zstd --long` or with a "
+        "smaller dictionary"
     )
 
 
 class _Decompressor(Protocol):
-    """What bz2 and lzma have in common."""
+    """Common interface of bz2 and lzma."""
 
     @property
     def eof(self) -> bool: ...
@@ -207,7 +207,7 @@ class _Decompressor(Protocol):
 def _decompress_streams(
     pieces: Iterable[bytes], start: Callable[[], _Decompressor], max_window_bytes: int
 ) -> Iterator[bytes]:
-    """Every stream of a file, with the zeros that may pad it, in pieces of bounded size."""
+    """Decompress all streams of a file, with zero padding between them, in bounded pieces."""
     decompressor = None
     for piece in pieces:
         rest = piece
@@ -219,7 +219,7 @@ def _decompress_streams(
                 decompressor = start()
             try:
                 yield decompressor.decompress(rest, PIECE_BYTES)
-            except OSError as error:  # of bz2, for data that is not its own
+            except OSError as error:  # raised by bz2 for invalid data
                 raise EOFError(str(error)) from None
             except lzma.LZMAError as error:
                 if "emory usage limit" in str(error):

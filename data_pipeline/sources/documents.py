@@ -1,7 +1,6 @@
-"""The two things that every source speaks of: a document, and a slice that holds documents.
+"""Documents, and slices of sources that contain them.
 
-A slice can be read without the other slices, by any process; its stamp says whether what it names
-is still what was listed.
+Slices are read independently, by any process; a slice's stamp detects changes since listing.
 """
 
 import math
@@ -18,7 +17,7 @@ from data_pipeline.sources.record_limits import is_longer, too_long
 
 @dataclass(frozen=True)
 class Document:
-    """One text, where it came from, and what the source says about it."""
+    """A text, its position in the source, and its metadata."""
 
     text: str
     position: str
@@ -32,18 +31,18 @@ class Document:
     """Response to an instruction, which is the text then: only when `ExampleColumns` asks for
     it."""
     excluded: tuple[tuple[str, str], ...] = ()
-    """Cause and place of each part of its record that is in no document."""
+    """Cause and place of each skipped part of its record."""
 
     @property
     def content(self) -> bytes:
-        """What tells it from other documents: UTF-8 of the text and, after a NUL, the response."""
+        """Identity of the document: UTF-8 of the text and, after a NUL, the response."""
         text = self.text if self.response is None else f"{self.text}\0{self.response}"
         return text.encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns or keys of a record that are read. None: not read."""
+    """Columns or keys of a record that are read. None: not read."""
 
     text: str = "text"
     language: str | None = None
@@ -54,7 +53,7 @@ class Columns:
 
 AnyColumns = Columns | ExampleColumns
 OnBadRecord = Callable[[BadRecordError], None]
-"""Action on a malformed record: raises the error, or returns to have it left out."""
+"""Handler of malformed records: raises the error, or returns to skip the record."""
 
 
 def stop_at_bad_record(error: BadRecordError) -> None:
@@ -63,9 +62,9 @@ def stop_at_bad_record(error: BadRecordError) -> None:
 
 
 def stop_or_skip(error: BadRecordError) -> None:
-    """Raises the error where a command has --on-bad-record, which its sentence then names."""
+    """Raises the error, with advice to use --on-bad-record."""
     raise BadRecordError(
-        f"{error}; or leave out such records, counted, with `on_bad_record` skip",
+        f"{error}; or skip and count such records with `on_bad_record` skip",
         error.cause,
         error.place,
     )
@@ -73,7 +72,7 @@ def stop_or_skip(error: BadRecordError) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """One independently readable part of a source; `dataclasses.asdict` gives its JSON."""
+    """An independently readable part of a source; `dataclasses.asdict` is its JSON."""
 
     kind: str
     """`novels`, `pydocs`, `parquet`, `jsonl`, `text`, `lines` (of text), `html`, `zip` or `hub`."""
@@ -90,7 +89,7 @@ class Slice:
 
     @property
     def identity(self) -> tuple[str, str, int, int, int, str]:
-        """What it reads, whatever the login and the signature that it is read by."""
+        """Identity of its content, without login and signature."""
         return (
             self.kind,
             place_of(self.path),
@@ -102,22 +101,19 @@ class Slice:
 
 
 def require_stamp(piece: Slice, stamp: str) -> None:
-    """Raises SourceUnreadableError when what a slice names has changed since it was listed."""
+    """Raises SourceUnreadableError when a slice's content has changed since listing."""
     if stamp != piece.stamp:
         raise SourceUnreadableError(
             f"{shown_url(piece.path)}: changed since it was listed; "
-            "bring it back, or list the source again: run the command again, and where "
-            "`megaback shards plan` made the plan, `megaback shards plan --overwrite`"
+            "restore it, or list the source again: run the command again, after "
+            "`megaback shards plan --overwrite` if `megaback shards plan` made the plan"
         )
 
 
 def documents_of(
     record: Mapping[str, object], columns: AnyColumns, where: str, position: str
 ) -> list[Document]:
-    """The document of one record, or its examples.
-
-    Raises BadRecordError, which begins with `where`.
-    """
+    """The document of one record, or its examples. Raises BadRecordError, prefixed with `where`."""
     if isinstance(columns, ExampleColumns):
         found = columns.read(record, where)
         documents = [
@@ -135,18 +131,18 @@ def documents_of(
 
 
 def require_short(documents: Iterable[Document], where: str, max_record_bytes: int) -> None:
-    """Raises BadRecordError, beginning with `where`, when one of a record's texts is too long."""
+    """Raises BadRecordError, prefixed with `where`, when one of a record's texts is too long."""
     for document in documents:
         if any(is_longer(text, max_record_bytes) for text in (document.text, document.response)):
             raise too_long(where, max_record_bytes)
 
 
 def require_no_columns(columns: AnyColumns, source: str) -> None:
-    """Raises SourceUnreadableError when a source without columns is asked for any."""
+    """Raises SourceUnreadableError when columns of a source without columns are requested."""
     if isinstance(columns, ExampleColumns):
         raise SourceUnreadableError(
             f"{source}: this source has no columns, so no instructions; "
-            "name one of jsonl or parquet, or a data set of the hub"
+            "name a jsonl or parquet file, or a data set on the hub"
         )
     asked = {
         "`language_column`": columns.language,
@@ -155,12 +151,12 @@ def require_no_columns(columns: AnyColumns, source: str) -> None:
     for option, column in asked.items():
         if column is not None:
             raise SourceUnreadableError(
-                f"{source}: this source has no columns, so no column {column!r}; leave out {option}"
+                f"{source}: this source has no columns, so no column {column!r}; omit {option}"
             )
 
 
 def require_columns(columns: AnyColumns, found: Iterable[str], source: str) -> None:
-    """Raises SourceUnreadableError when a source lacks a column that is asked for."""
+    """Raises SourceUnreadableError when a source lacks a requested column."""
     if isinstance(columns, ExampleColumns):
         columns.found_in(found, source)
         return
@@ -174,7 +170,7 @@ def require_columns(columns: AnyColumns, found: Iterable[str], source: str) -> N
 
 
 def asked_columns(columns: Columns) -> Iterator[tuple[str, str, str]]:
-    """Name, option and content of each column that is asked for."""
+    """Name, option and content of each requested column."""
     yield columns.text, "`text_column`", "text"
     if columns.language is not None:
         yield columns.language, "`language_column`", "language"

@@ -1,6 +1,6 @@
 """Text encodings by byte order mark: UTF-8 with or without one, UTF-16 and UTF-32 with one.
 
-A mark is no part of a text. Where it says UTF-16 or UTF-32, the bytes are decoded as that.
+A mark is not part of the text.
 """
 
 import codecs
@@ -18,14 +18,14 @@ _LONGEST_MARK_BYTES = 4
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding of a text by its first bytes."""
+    """Encoding of a text, from its first bytes."""
     return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
 
 
 def as_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same text in UTF-8 without a mark at its beginning.
+    """Convert a text to UTF-8 without a byte order mark.
 
-    UTF-8 is passed on unchecked. Raises UnicodeDecodeError where UTF-16 or UTF-32 is not valid.
+    UTF-8 is not validated. Raises UnicodeDecodeError for invalid UTF-16 or UTF-32.
     """
     head = b""
     for chunk in chunks:

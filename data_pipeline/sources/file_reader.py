@@ -1,6 +1,6 @@
-"""Documents from files: parquet by row groups, zip archives by files, and whole files.
+"""Documents from files: parquet by row groups, zip archives by members, and whole files.
 
-Local and remote files are listed and read alike; remote ones are looked at by a few threads.
+Local and remote files are handled in the same way; remote files are listed by several threads.
 """
 
 import codecs
@@ -41,16 +41,16 @@ def list_files(
     skips_bad: bool | None = None,
     kind: str | None = None,
 ) -> list[Slice]:
-    """The slices of files, in the order of the files; `kind` None is told by their suffixes.
+    """Slices of files, in the order of the files; `kind` None: by suffix.
 
-    A parquet file whose columns do not fit is an error. If others' do, `skips_bad` lists it
-    nevertheless: each of its rows is a malformed record then. None: nobody can ask for that.
-    Raises SourceMissingError, SourceUnreadableError, BackendError.
+    A parquet file without the requested columns is an error. With `skips_bad`, if other files have
+    them, it is listed, and each of its rows is a malformed record. `skips_bad` None: the caller has
+    no such option. Raises SourceMissingError, SourceUnreadableError, BackendError.
     """
     addresses = [kept(address) for address in addresses]
     list_file = partial(_list_file, columns=columns, kind=kind)
     if any(is_url(address) for address in addresses):
-        # Each of thousands of files costs a few round trips and hardly any work.
+        # Listing a file takes a few round trips and little CPU time.
         pool = ThreadPoolExecutor(_LISTING_THREADS)
         try:
             listed = list(pool.map(list_file, addresses))
@@ -62,22 +62,22 @@ def list_files(
     if faults and len(faults) == sum(bool(slices) for slices, _ in listed):
         raise SourceUnreadableError(faults[0])
     if faults and not skips_bad:
-        cure = "; or leave out the rows of such files, counted, with `on_bad_record` skip"
-        raise SourceUnreadableError(f"{faults[0]}{'' if skips_bad is None else cure}")
+        advice = "; or skip and count the rows of such files with `on_bad_record` skip"
+        raise SourceUnreadableError(f"{faults[0]}{'' if skips_bad is None else advice}")
     return [piece for slices, _ in listed for piece in slices]
 
 
 def read_file(
     piece: Slice, columns: AnyColumns, on_bad_record: OnBadRecord, max_record_bytes: int
 ) -> Iterator[Document]:
-    """The documents of one slice of a file. Raises SourceUnreadableError, BadRecordError."""
+    """Documents of one slice of a file. Raises SourceUnreadableError, BadRecordError."""
     shown = shown_url(piece.path)
     try:
         file = stat_address(piece.path)
         require_stamp(piece, file.stamp)
         read = _READERS.get(piece.kind, _read_whole)
         yield from read(file, piece, columns, on_bad_record, max_record_bytes)
-        if is_url(piece.path):  # not all servers tell with each part which version it is of
+        if is_url(piece.path):  # not all servers report the version with each range
             require_stamp(piece, stat_address(piece.path).stamp)
     except CORRUPT_ERRORS as error:
         raise corrupt(shown, error) from None
@@ -86,7 +86,7 @@ def read_file(
 
 
 def holds_records(address: str, max_record_bytes: int) -> bool:
-    """Whether a file begins with an array, or with a line that is a JSON object by itself.
+    """Whether a file begins with a JSON array, or with a line that is one JSON object.
 
     Raises SourceUnreadableError.
     """
@@ -100,14 +100,14 @@ def holds_records(address: str, max_record_bytes: int) -> bool:
         return first_line.startswith(b"[") or isinstance(json.loads(first_line), dict)
     except CORRUPT_ERRORS:
         return False
-    except (ValueError, RecursionError):  # a list of records over many lines, most often
+    except (ValueError, RecursionError):  # mostly a pretty-printed list of records
         return False
     except OSError as error:
         raise refused(shown_url(address), error) from None
 
 
 def refused(address: str, error: OSError) -> SourceUnreadableError:
-    """The sentence for a file that the operating system or a server does not give."""
+    """The error for a file that the operating system or a server refuses to read."""
     return SourceUnreadableError(
         f"{address}: {error.strerror or error}; check that the file is there and may be read"
     )
@@ -116,7 +116,7 @@ def refused(address: str, error: OSError) -> SourceUnreadableError:
 def _list_file(
     address: str, columns: AnyColumns, kind: str | None
 ) -> tuple[list[Slice], str | None]:
-    """A file's slices, and why none of its rows can be read, if that is so."""
+    """Slices of a file, and the reason if none of its rows can be read."""
     kind = kind or kind_of(address) or ""
     shown = shown_url(address)
     try:
@@ -127,7 +127,7 @@ def _list_file(
     except OSError as error:
         if isinstance(error, FileNotFoundError) and is_url(address):
             raise SourceMissingError(
-                f"{shown}: {error.strerror or 'there is no such file'}; check the address"
+                f"{shown}: {error.strerror or 'no such file'}; check the address"
             ) from None
         raise refused(shown, error) from None
     if kind == "html":
@@ -135,7 +135,7 @@ def _list_file(
     if kind in ("text", "html", "lines"):
         require_no_columns(columns, shown)
     if file.size_bytes == 0 and name_of(address).suffix.lower() in COMPRESSIONS:
-        raise corrupt(shown, "it has no bytes")
+        raise corrupt(shown, "it is empty")
     return [
         Slice(
             kind=kind, path=address, start=0, stop=1, size_bytes=file.size_bytes, stamp=file.stamp
@@ -156,6 +156,6 @@ def _read_whole(
 
 
 def _chunks(file: DataFile, address: str, max_record_bytes: int) -> Iterator[bytes]:
-    """The file's bytes, decompressed, in pieces. Raises what the decompressors raise."""
+    """Decompressed bytes of a file, in pieces. Raises errors of the decompressors."""
     with file.stream() as stream:
         yield from decompressed(stream, name_of(address).suffix, file.shown, max_record_bytes)

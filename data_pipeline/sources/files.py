@@ -1,6 +1,6 @@
-"""The files of a source, wherever they lie: told apart, looked at and opened in one way.
+"""Uniform access to local and remote files of a source.
 
-A file has an address: an absolute path on this machine, or a URL. Paths are read natively.
+The address of a file is an absolute local path or a URL.
 """
 
 import os
@@ -23,17 +23,17 @@ _KINDS = {
 }
 FILE_KINDS = frozenset({*_KINDS.values(), "lines"})
 _WHOLE = ("parquet", "zip")
-"""Kinds that are compressed by themselves."""
+"""Kinds that have their own compression."""
 SUFFIXES = (
     f"{', '.join(_KINDS)} (all but .parquet and .zip also with {', '.join(COMPRESSIONS)}; "
     "HTML with `html`)"
 )
-"""Suffixes of files that can be read, for messages."""
+"""Supported suffixes, for messages."""
 _PARQUET_BUFFER_BYTES = 1 << 20
 
 
 class DataFile(Protocol):
-    """A file of a source, looked at once."""
+    """A file of a source, with its size and stamp."""
 
     shown: str
     """Address of the file, for messages."""
@@ -41,17 +41,17 @@ class DataFile(Protocol):
     stamp: str
 
     def stream(self) -> BinaryIO:
-        """The bytes from the first to the last. Raises OSError, SourceUnreadableError."""
+        """Sequential reader of the bytes. Raises OSError, SourceUnreadableError."""
 
     def parquet(self) -> tuple[Any, int]:
-        """What parquet's reader opens, and how many bytes of a column it should read at once."""
+        """Argument of pyarrow's ParquetFile, and its buffer size in bytes."""
 
 
 class LocalFile:
-    """A file on this machine."""
+    """A local file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError, also for what is not a regular file."""
+        """Raises OSError, also unless it is a regular file."""
         self.shown = str(path)
         self.size_bytes = path.stat().st_size
         self.stamp = file_stamp(path)
@@ -78,23 +78,23 @@ class UrlFile:
         return self._file.buffered()
 
     def parquet(self) -> tuple[Any, int]:
-        # Columns are read in turn: one buffer before them all would be filled again at each turn.
+        # Unbuffered: columns are read in turn, and one buffer for all would be refilled each time.
         return self._file, remote_file.BLOCK_BYTES
 
 
 def stat_address(address: str) -> DataFile:
-    """Looks at a file. Raises OSError, SourceUnreadableError, BackendError."""
+    """File at an address. Raises OSError, SourceUnreadableError, BackendError."""
     return UrlFile(address) if is_url(address) else LocalFile(Path(address))
 
 
 def name_of(address: str) -> PurePath:
-    """The last part of an address."""
+    """The last component of an address."""
     path = url_path(address) if is_url(address) else PurePath(address)
     return PurePath(path.name)
 
 
 def kind_of(address: str) -> str | None:
-    """`parquet`, `jsonl`, `text`, `html` or `zip` by the suffix; None for what is not read."""
+    """`parquet`, `jsonl`, `text`, `html` or `zip`, from the suffix; None if unsupported."""
     name = name_of(address)
     suffix = name.suffix.lower()
     if suffix in COMPRESSIONS:
@@ -104,7 +104,7 @@ def kind_of(address: str) -> str | None:
 
 
 def suffix_of(address: str) -> str:
-    """The suffix, and before that of a compression the one of what is compressed."""
+    """The suffix, with that of the compressed file before a compression's."""
     name = name_of(address)
     inner = PurePath(name.stem).suffix if name.suffix.lower() in COMPRESSIONS else ""
     return f"{inner}{name.suffix}".lower()

@@ -1,7 +1,7 @@
-"""The files of a source: those that can be read, and by cause those that are left out.
+"""Discovery of a source's files: readable ones, and skipped ones by cause.
 
-Nothing is left out without being counted: hidden files, suffixes that are not read, texts beside
-data. Links to folders are followed, each folder once, so that a loop of links ends.
+All skipped files are counted: hidden files, unsupported suffixes, texts next to data. Links to
+folders are followed, each folder once, so that cycles end.
 """
 
 import glob
@@ -28,31 +28,31 @@ _LINK_TO_READ = "link to a folder that is read already"
 
 @dataclass
 class _Found:
-    """What a source names, before anything is looked at."""
+    """Files named by a source, before they are filtered."""
 
     files: list[str] = field(default_factory=list)
-    """Named by themselves, or matched by a pattern."""
+    """Files named directly or matched by a pattern."""
     folders: list[list[str]] = field(default_factory=list)
-    """The files below each folder that is named or matched."""
+    """Files below each named or matched folder."""
     excluded: list[tuple[str, str]] = field(default_factory=list)
-    """Cause and address."""
+    """Cause and address of each skipped file."""
     linked: list[str] = field(default_factory=list)
     """Targets of the links to folders that were followed."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a source."""
+    """Files of a source."""
 
     readable: list[str]
     """Addresses of the files, sorted."""
     skipped: Skipped
     linked: list[str]
-    """Folders outside of the source that links in it lead to."""
+    """Targets of links to folders outside the source."""
 
 
 def find_files(source: str, *, html: bool = False) -> Files:
-    """The files of a source.
+    """Find the files of a source.
 
     `html`: whether HTML pages are read. Raises OSError, SourceMissingError, SourceUnreadableError,
     BackendError.
@@ -61,41 +61,41 @@ def find_files(source: str, *, html: bool = False) -> Files:
     if path is None:
         files, folders, hidden = remote_listing.find(source)
         found = _Found(files, folders, [("hidden", address) for address in hidden])
-    elif source in ("", "file://"):  # Path("") would be the folder we are in
+    elif source in ("", "file://"):  # Path("") is the working directory
         found = _Found()
     else:
         found = _find_local(path)
     shown = shown_url(source)
     if not found.files and not found.folders:
         raise SourceMissingError(
-            f"{shown or '(empty)'}: there is no such file or folder, "
-            "and no file matches it as a pattern; a source is `novels`, `pydocs`, a path, a URL, "
-            "a quoted pattern, or `hf:NAME` on the hub"
+            f"{shown or '(empty)'}: no such file or folder, and no file matches it as a "
+            "pattern; a source is `novels`, `pydocs`, a path, a URL, a quoted pattern, or "
+            "`hf:NAME` on the hub"
         )
     finder = _Sorter(html, found.excluded)
     readable = set(finder.readable(found.files))
     for below in found.folders:
         readable.update(finder.data_of(below))
-    # Of overlapping matches of a pattern, one may read what another one leaves out.
+    # Of overlapping matches of a pattern, one may read files that another skips.
     skipped = _counted({each for each in finder.excluded if each[1] not in readable})
     if not readable:
         why = "; ".join(skipped_lines(skipped))
         raise SourceMissingError(
-            f"{shown}: no file has a suffix that can be read{why and f' ({why})'}: {SUFFIXES}"
+            f"{shown}: no file has a supported suffix{why and f' ({why})'}: {SUFFIXES}"
         )
     in_order = sorted(readable, key=lambda address: address.split("/"))
     return Files(in_order, skipped, found.linked)
 
 
 class _Sorter:
-    """Tells files that can be read from the others, of which it notes the causes."""
+    """Separates readable files from others, and records the causes of those."""
 
     def __init__(self, html: bool, excluded: list[tuple[str, str]]) -> None:
         self._html = html
         self.excluded = excluded
 
     def readable(self, files: Iterable[str]) -> dict[str, str]:
-        """The files that can be read, each as `data` or `text`."""
+        """Readable files, each as `data` or `text`."""
         kinds = {}
         for address in files:
             kind = kind_of(address)
@@ -114,7 +114,7 @@ class _Sorter:
         return kinds
 
     def data_of(self, files: Iterable[str]) -> list[str]:
-        """The files of a folder that hold its data: its texts, where it holds nothing else."""
+        """Data files of a folder; its text files if it has no others."""
         kinds = self.readable(files)
         if "data" not in kinds.values():
             return list(kinds)
@@ -147,7 +147,7 @@ def _counted(excluded: set[tuple[str, str]]) -> Skipped:
 
 
 def _is_regular(address: str) -> bool:
-    """False for a pipe or a device, which may never end. A link to nothing fails when read."""
+    """Whether an address is a regular file or missing; a dangling link fails when it is read."""
     if is_url(address):
         return True
     try:
@@ -157,13 +157,13 @@ def _is_regular(address: str) -> bool:
 
 
 def _find_local(path: Path) -> _Found:
-    # Path.glob takes no absolute patterns.
+    # Path.glob rejects absolute patterns.
     matches = [path] if path.exists() else glob.glob(str(path), recursive=True)  # noqa: PTH207
-    # Not resolved: the files that a hub cache links to have no suffix.
+    # Not resolved: the link targets of a hub cache have no suffix.
     found = _Found()
     for match in sorted({os.path.abspath(match) for match in matches}):  # noqa: PTH100
         if not os.path.lexists(match):
-            continue  # a path with more links than the system follows: a loop of links
+            continue  # a cycle of links
         if not os.path.isdir(match):  # noqa: PTH112
             found.files.append(match)
         else:
@@ -174,7 +174,7 @@ def _find_local(path: Path) -> _Found:
 
 
 def _keep_one_way_to_each_file(found: _Found) -> None:
-    """Keep the way with fewest links of those that `**` finds to a file by following links."""
+    """Keep only the path with fewest links of each file that `**` finds on several paths."""
     is_link = cache(os.path.islink)
 
     def num_links(address: str) -> int:
@@ -192,9 +192,9 @@ def _keep_one_way_to_each_file(found: _Found) -> None:
 
 
 def _files_below(root: str, found: _Found) -> Iterator[str]:
-    """The files below a folder, and below the folders that links in it name: each folder once.
+    """Files below a folder and below linked folders, each folder once.
 
-    Real folders come first, so that a link changes nothing in how they are called.
+    Real folders come first, so that links do not change their paths.
     """
 
     def stop(error: OSError) -> None:

@@ -1,8 +1,8 @@
-"""Documents from a Hugging Face data set.
+"""Documents from Hugging Face data sets.
 
-Where its files are parquet, JSON or lines of text, they are read as files, parquet in slices of row
-groups. Any other data set is streamed by the `datasets` library: one slice for each of its shards.
-A local folder laid out like a data set on the hub is read in the same way.
+Parquet, JSON and text files are read directly, parquet in slices of row groups. Other data sets are
+streamed by the `datasets` library, one slice per shard. A local folder with the layout of a data
+set on the hub is read in the same way.
 """
 
 import dataclasses
@@ -41,14 +41,13 @@ from data_pipeline.storage.stamps import file_stamp
 Result = TypeVar("Result")
 
 _SPLIT = "train"
-# Fields of a loader's settings that do not change what is read; any other must have its default.
+# Settings of a loader that do not change the records; others must have their defaults.
 _NEUTRAL_SETTINGS = {
     *("batch_size", "block_size", "chunksize", "fragment_scan_options", "use_threads"),
     *("on_mixed_types", "parse_agent_traces"),
 }
 
-
-# Of the library's loaders, those of records; others are for pictures, sounds and the like.
+# Loaders of records; the library's other loaders read images, audio and the like.
 _LOADERS = ("parquet", "json", "csv", "text", "arrow", "xml")
 _MAX_AT_ONCE = {
     "parquet": ("batch_size", 256),
@@ -56,8 +55,7 @@ _MAX_AT_ONCE = {
     "csv": ("chunksize", 1000),
     "text": ("chunksize", 10 << 20),
 }
-"""Maximum that a loader reads at a time, in rows or bytes, whatever a data set's README asks
-for."""
+"""Maximum chunk of each loader, in rows or bytes, whatever a data set's README sets."""
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -70,12 +68,14 @@ def list_hub_slices(
 ) -> list[Slice]:
     """Slices of the train split of `NAME[:CONFIG]`.
 
-    Raises SourceMissingError when the hub, the data set, the config or the split is not there, and
-    SourceUnreadableError when the data set lacks a column or the network does not last.
+    Raises SourceMissingError when the hub, the data set, the config or the split is not found, and
+    SourceUnreadableError when the data set lacks a column or the network fails.
     """
     name, _, config = source.partition(":")
     if not name:
-        raise SourceMissingError("hf: names no data set; write `hf:NAME` or `hf:NAME:CONFIG`")
+        raise SourceMissingError(
+            "hf: the name of the data set is missing; write `hf:NAME` or `hf:NAME:CONFIG`"
+        )
     if Path(name).is_dir():
         name = str(Path(name).absolute())
     path = f"{name}:{config}" if config else name
@@ -85,7 +85,7 @@ def list_hub_slices(
         return list_files(addresses, columns, skips_bad=skips_bad, kind=kind)
     fence = MemoryFence(f"hf:{path}", max_record_bytes)
     stamp, stream = _open(path, builder, fence)
-    # Without a header to tell, the first record does.
+    # Without declared features, the first record has the columns.
     names = stream.column_names or next(_records(stream, f"hf:{path}", fence), None)
     if names is not None:
         require_columns(columns, names, f"hf:{path}")
@@ -123,7 +123,7 @@ def read_hub_slice(
 def _records(
     stream: Iterable[dict[str, object]], where: str, fence: MemoryFence
 ) -> Iterator[dict[str, object]]:
-    """The records of a stream, whose errors become one sentence."""
+    """Records of a stream. Raises SourceUnreadableError for errors of libraries."""
     records = iter(stream)
     while True:
         try:
@@ -133,8 +133,8 @@ def _records(
             return
         except MegabackError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever the network and format libraries raise
-            if "out of memory" in str(error):  # of pandas
+        except Exception as error:  # noqa: BLE001 - errors of network and format libraries
+            if "out of memory" in str(error):  # raised by pandas
                 raise fence.error() from None
             raise SourceUnreadableError(
                 f"{where}: {reason_of(error)}; check the network and run the command again"
@@ -143,10 +143,10 @@ def _records(
 
 
 def _builder(path: str) -> Any:
-    """What `datasets` knows about a data set. Raises SourceMissingError, SourceUnreadableError."""
+    """DatasetBuilder of a data set. Raises SourceMissingError, SourceUnreadableError."""
     import datasets
 
-    # The library would load torch to look for worker processes; there are none here.
+    # The library would import torch to detect worker processes, which do not exist here.
     datasets.config.TORCH_AVAILABLE = False
     name, _, config = path.partition(":")
 
@@ -167,7 +167,7 @@ def _builder(path: str) -> Any:
 
 
 def _checked(name: str) -> tuple[str, str | None]:
-    """Folder or address, and commit, of a data set that names no files but its own.
+    """Folder or address, and commit, of a data set, after checks of the files that it names.
 
     Raises SourceMissingError, SourceUnreadableError, and what the hub's library raises.
     """
@@ -181,14 +181,14 @@ def _checked(name: str) -> tuple[str, str | None]:
         return name, None
     if _NAME.fullmatch(name) is None or name in packaged_modules._PACKAGED_DATASETS_MODULES:
         raise SourceMissingError(
-            f"{shown}: not the name of a data set on the hub, nor a folder; write `hf:NAME`, or "
-            "name files themselves"
+            f"{shown}: neither the name of a data set on the hub nor a folder; write `hf:NAME`, or "
+            "name files"
         )
     try:
         commit = HfApi().dataset_info(name).sha
     except RepositoryNotFoundError:
         raise SourceMissingError(
-            f"{shown}: no data set of this name is on the hub, or you are not allowed to read it; "
+            f"{shown}: no such data set on the hub, or no permission to read it; "
             "check the name, and log in with `hf auth login` if it is gated or private"
         ) from None
 
@@ -207,15 +207,12 @@ def _checked(name: str) -> tuple[str, str | None]:
 
 
 def _require_loader(builder: Any, path: str) -> None:
-    """See to it that a loader is one of records, and reads a little at a time.
-
-    Raises SourceUnreadableError.
-    """
+    """Bound the chunks of a loader. Raises SourceUnreadableError unless it reads records."""
     loader = type(builder).__module__.rpartition(".")[2]
     if loader not in _LOADERS:
         raise SourceUnreadableError(
-            f"hf:{path}: its files are for the loader {loader!r} of the library `datasets`; "
-            f"megaback reads records of {', '.join(_LOADERS)}"
+            f"hf:{path}: the loader {loader!r} of the library `datasets` is not supported; "
+            f"name a data set of {', '.join(_LOADERS)} files"
         )
     if loader in _MAX_AT_ONCE:
         name, maximum = _MAX_AT_ONCE[loader]
@@ -232,7 +229,7 @@ def _open(path: str, builder: Any, fence: MemoryFence) -> tuple[str, Any]:
 
     def start() -> tuple[str, Any]:
         with fence.up():
-            # Without decoding, which opens whatever path or URL a record gives for a picture.
+            # Without decoding, which opens any path or URL in an image column.
             stream = builder.as_streaming_dataset(split=_SPLIT)
             stream = stream.decode(False) if stream.features else stream
         return _stamp(builder.config.data_files[_SPLIT]), stream
@@ -241,7 +238,7 @@ def _open(path: str, builder: Any, fence: MemoryFence) -> tuple[str, Any]:
 
 
 def _reached(path: str, attempt: Callable[[], Result], *, is_offline: bool) -> Result:
-    """The result of an attempt, with retries unless the user has switched the network off."""
+    """Call `attempt`, with retries unless the hub is in offline mode."""
 
     is_local = Path(path.partition(":")[0]).is_dir()
 
@@ -254,7 +251,7 @@ def _reached(path: str, attempt: Callable[[], Result], *, is_offline: bool) -> R
         return attempt() if is_offline else with_retries(f"hf:{path}", ask)
     except MegabackError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever the network and format libraries raise
+    except Exception as error:  # noqa: BLE001 - errors of network and format libraries
         raise SourceMissingError(
             f"hf:{path}: {reason_of(error)}; "
             "check the name as in `hf:NAME` or `hf:NAME:CONFIG`, and that the hub can be reached"
@@ -262,10 +259,10 @@ def _reached(path: str, attempt: Callable[[], Result], *, is_offline: bool) -> R
 
 
 def _plain_files(builder: Any, max_record_bytes: int) -> tuple[list[str], str]:
-    """The addresses of the data files if reading them gives the data set's records, else none.
+    """Addresses of the data files if they can be read directly, else none; and their kind.
 
-    Second: as what they are read. That is so for the library's own loaders of parquet, JSON and
-    text with nothing set that selects or changes records.
+    That holds for the library's loaders of parquet, JSON and text without settings that select or
+    change records.
     """
     from datasets import BuilderConfig
     from datasets.packaged_modules.json.json import Json
@@ -281,7 +278,7 @@ def _plain_files(builder: Any, max_record_bytes: int) -> tuple[list[str], str]:
     addresses = [str(address) for address in builder.config.data_files[_SPLIT]]
     if {kind_of(address) for address in addresses} != {wanted}:
         return [], ""
-    # A file of suffix .json may hold anything; a data set has one sort of them.
+    # A .json file may contain any JSON; all files of a data set have the same form.
     unsure = [address for address in addresses if ".json" in name_of(address).suffixes]
     if unsure and not holds_records(unsure[0], max_record_bytes):
         return [], ""
@@ -289,6 +286,6 @@ def _plain_files(builder: Any, max_record_bytes: int) -> tuple[list[str], str]:
 
 
 def _stamp(data_files: list[str]) -> str:
-    """Digest of the data files: hub addresses name a revision, local files are looked at."""
+    """Digest of the data files: of addresses with a revision, or of local contents."""
     stamps = [file_stamp(Path(name)) if Path(name).is_file() else name for name in data_files]
     return hashlib.sha256("\n".join(stamps).encode()).hexdigest()

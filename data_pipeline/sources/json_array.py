@@ -1,6 +1,6 @@
-"""JSON values that are not a line each: elements of an array, or objects over several lines.
+"""Streaming parser of JSON arrays and of objects over several lines.
 
-Memory is bounded by a few times the longest element, not by the file.
+Memory is bounded by a few times the longest element.
 """
 
 import codecs
@@ -18,17 +18,16 @@ from data_pipeline.sources.record_limits import (
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _MIN_READ_CHARACTERS = 1 << 16
-# An element that is cut may be reported a little before the end of what was read.
+# The error of a truncated element may be this far before the end of the buffer.
 _LONGEST_TOKEN_CHARACTERS = 32
 
 
 def read_array(
     chunks: Iterator[bytes], shown: str, max_characters: int = DEFAULT_MAX_RECORD_BYTES
 ) -> Iterator[tuple[int, Any]]:
-    """The elements with their numbers, from 1. Raises SourceUnreadableError, UnicodeDecodeError.
+    """Numbered elements of an array, from 1. Raises SourceUnreadableError, UnicodeDecodeError.
 
-    What is malformed in an array, or too long, hides where its next element begins, so that it
-    cannot be left out.
+    Malformed and too long elements cannot be skipped, since the start of the next one is unknown.
     """
     text = _Text(chunks, max_characters)
     text.require("[", shown, 0)
@@ -44,13 +43,13 @@ def read_array(
                 break
             text.require(",", shown, number)
     if text.peek():
-        raise _malformed(shown, number, "something follows the array")
+        raise _malformed(shown, number, "text after the end of the array")
 
 
 def read_values(
     chunks: Iterator[bytes], shown: str, max_characters: int = DEFAULT_MAX_RECORD_BYTES
 ) -> Iterator[tuple[int, Any]]:
-    """Values one after another, with their numbers, from 1. Raises as `read_array`."""
+    """Numbered consecutive values, from 1. Raises as `read_array`."""
     text = _Text(chunks, max_characters)
     number = 0
     while text.peek():
@@ -59,7 +58,7 @@ def read_values(
 
 
 class _Text:
-    """The text of a file, of which what was read and not yet taken is held."""
+    """Buffered text of a file."""
 
     def __init__(self, chunks: Iterator[bytes], max_characters: int) -> None:
         self._chunks = chunks
@@ -73,7 +72,7 @@ class _Text:
         self._is_whole = False
 
     def peek(self) -> str:
-        """The next character that is not blank; empty at the end."""
+        """The next non-blank character; empty at the end."""
         while True:
             self._start = _BLANKS.match(self._buffer, self._start).end()  # type: ignore[union-attr]
             if self._start < len(self._buffer):
@@ -88,17 +87,17 @@ class _Text:
         self._start += 1
 
     def require(self, character: str, shown: str, number: int) -> None:
-        """Take a character. Raises SourceUnreadableError if the next one is another."""
+        """Consume a character. Raises SourceUnreadableError if the next one is another."""
         found = self.peek()
         if found != character:
-            what = f"{found!r} stands where {character!r} must" if found else "the file is cut"
+            what = f"expected {character!r}, found {found!r}" if found else "truncated file"
             raise _malformed(shown, number, what)
         self.take()
 
     def element(self, shown: str, number: int) -> Any:
-        """Take one value. Raises SourceUnreadableError."""
+        """Consume one value. Raises SourceUnreadableError."""
         self.peek()
-        self._limit_held(self._max_values)  # of so many characters, no more values come
+        self._limit_held(self._max_values)  # N characters have at most N values
         while True:
             try:
                 value, stop = self._json.raw_decode(self._buffer, self._start)
@@ -108,42 +107,42 @@ class _Text:
                 )
                 if is_cut:
                     self._require_short(len(self._buffer), shown, number)
-                # Read as much again as there is: a long element is parsed a few times only.
+                # Double the buffer, so that a long element is parsed only a few times.
                 minimum = min(len(self._buffer) - self._start, self._max_values)
                 if not is_cut or not self._read(minimum):
                     raise _malformed(shown, number, error.msg) from None
             except (ValueError, RecursionError) as error:
                 raise _malformed(shown, number, str(error)) from None
             else:
-                # A number may go on in what was not read yet.
+                # A number may continue beyond the buffer.
                 if stop < len(self._buffer) or not self._read(1):
                     self._require_short(stop, shown, number)
                     self._start = stop
                     return value
 
     def _require_short(self, stop: int, shown: str, number: int) -> None:
-        """Raises SourceUnreadableError for an element of which too much stands before `stop`."""
+        """Raises SourceUnreadableError if an element, up to `stop`, exceeds the limits."""
         maximum = self._max_characters
         if stop - self._start <= self._max_values:
             return
         is_long = stop - self._start > maximum
         if is_long or holds_too_many_values(self._buffer[self._start : stop], maximum):
-            what = "is longer" if is_long else "holds more values"
+            what = "is longer" if is_long else "has more values"
             raise SourceUnreadableError(
                 f"{shown}: element {number} {what} than `max_record_bytes` {maximum} allows; raise "
-                "that if there is memory for 20 times as much, or write one object per line, of "
-                "which such can be left out"
+                "the limit if there is memory for 20 times as much, or write one object per line, "
+                "so that long ones can be skipped"
             )
 
     def _limit_held(self, num_characters: int) -> None:
-        """Put back what was read beyond so many characters."""
+        """Move text beyond `num_characters` out of the buffer."""
         stop = self._start + num_characters
         if stop < len(self._buffer):
             self._put_back = self._buffer[stop:] + self._put_back
             self._buffer, self._start = self._buffer[self._start : stop], 0
 
     def _read(self, minimum: int) -> bool:
-        """Hold at least `least` more characters, if there are; False if there are none."""
+        """Buffer at least `minimum` more characters if possible; False at the end."""
         parts = [self._buffer[self._start :], self._put_back]
         self._start, self._put_back = 0, ""
         wanted = max(minimum, _MIN_READ_CHARACTERS) - len(parts[1])

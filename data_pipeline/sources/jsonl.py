@@ -1,6 +1,6 @@
-"""Lines of JSON, an object a line, from a file of whatever compression or from stdin.
+"""JSON Lines from files, compressed or not, and from stdin.
 
-Every record that is malformed is named by file and line. `-` is stdin, and for output stdout.
+Malformed records are reported with file and line. `-` is stdin, and for output stdout.
 """
 
 import codecs
@@ -25,7 +25,7 @@ STANDARD_STREAM = "-"
 
 @dataclass(frozen=True)
 class Record:
-    """An object, and where it stood: `FILE:LINE`, with lines from 1."""
+    """An object, and its place: `FILE:LINE`, with lines from 1."""
 
     where: str
     fields: dict[str, Any]
@@ -34,18 +34,16 @@ class Record:
 def read_records(
     path: str, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
 ) -> "Iterator[Record | BadRecordError]":
-    """The records of a file, or of stdin for `-`; of a malformed line, the error.
+    """Records of a file, or of stdin for `-`; errors in place of malformed lines.
 
-    Blank lines are passed over; what `COMPRESSIONS` names is decompressed. Raises
+    Blank lines are skipped; files with a suffix of `COMPRESSIONS` are decompressed. Raises
     SourceMissingError, SourceUnreadableError.
     """
     if path == STANDARD_STREAM:
         yield from _records(blocks(sys.stdin.buffer), "stdin", max_record_bytes)
         return
-    if not path:  # Path("") would be the folder we are in
-        raise SourceMissingError(
-            "(empty): there is no such file; name one of JSON lines, or - for stdin"
-        )
+    if not path:  # Path("") is the working directory
+        raise SourceMissingError("(empty): no such file; name a file of JSON lines, or - for stdin")
     try:
         with Path(path).open("rb") as stream:
             chunks = decompressed(stream, PurePath(path).suffix, path, max_record_bytes)
@@ -56,27 +54,27 @@ def read_records(
         ) from None
     except FileNotFoundError:
         raise SourceMissingError(
-            f"{path}: there is no such file; name one of JSON lines, or - for stdin"
+            f"{path}: no such file; name a file of JSON lines, or - for stdin"
         ) from None
     except CORRUPT_ERRORS as error:
         raise corrupt(path, error) from None
     except OSError as error:
         raise SourceUnreadableError(
-            f"{path}: {error.strerror or error}; check that the file is there and may be read"
+            f"{path}: {error.strerror or error}; check that the file exists and is readable"
         ) from None
 
 
 def line_of(fields: dict[str, Any]) -> bytes:
-    """One line: ASCII, so that any string can be written, lone surrogates too."""
+    """One line in ASCII, which can represent any string, lone surrogates included."""
     return json.dumps(fields).encode() + b"\n"
 
 
 def parse_record(
     line: bytes | None, where: str, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
 ) -> dict[str, Any]:
-    """The object of a line; None is a line that is too long.
+    """The object of a line; None: a line that is too long.
 
-    Raises BadRecordError, which begins with `where`.
+    Raises BadRecordError, prefixed with `where`.
     """
     if line is None:
         raise too_long(where, max_record_bytes)
@@ -86,33 +84,33 @@ def parse_record(
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise not_decodable(where, error) from None
-    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
+    except (ValueError, RecursionError) as error:  # also for long numbers and deep nesting
         place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         reason = f"{getattr(error, 'msg', error)}{place}"
         raise BadRecordError(
             f"{where}: not valid JSON ({reason}); fix or remove the line, "
-            "which must hold one JSON object",
+            "which must be one JSON object",
             "not valid JSON",
         ) from None
     return require_object(record, where)
 
 
 def require_object(value: object, where: str) -> dict[str, Any]:
-    """Raises BadRecordError, which begins with `where`."""
+    """Raises BadRecordError, prefixed with `where`, unless the value is an object."""
     if not isinstance(value, dict):
         raise BadRecordError(
             f"{where}: a JSON {type(value).__name__}, not an object with columns; "
-            "a file of records holds one object per line",
+            "write one object per line",
             "not a JSON object",
         )
     return value
 
 
 def lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """Lines that are not blank, with their numbers from 1, without newline or byte order mark.
+    """Numbered non-blank lines, from 1, without newline or byte order mark.
 
-    Only b"\\n" ends one. Any line may begin with a mark: files with one were joined. Of a line
-    that is longer than `max_bytes`, None comes as soon as that is known; the rest is passed over.
+    Only b"\\n" ends a line. Any line may begin with a byte order mark, since files may be joined. A
+    line longer than `max_bytes` is None.
     """
     for number, marked in enumerate(_split(chunks, max_bytes), start=1):
         line = marked.removeprefix(codecs.BOM_UTF8) if marked is not None else None
@@ -121,7 +119,7 @@ def lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, bytes 
 
 
 def not_decodable(where: str, error: UnicodeDecodeError) -> BadRecordError:
-    """The error for bytes that are no text."""
+    """The error for undecodable bytes."""
     value = error.object[error.start]
     encoding = error.encoding.upper()
     return BadRecordError(
@@ -143,7 +141,7 @@ def _records(
 
 def _split(chunks: Iterable[bytes], max_bytes: int) -> Iterator[bytes | None]:
     parts: list[bytes] = []
-    num_bytes = 0  # of the line so far
+    num_bytes = 0  # length of the current line
     for chunk in chunks:
         for number, part in enumerate(chunk.split(b"\n")):
             if number:
@@ -151,7 +149,7 @@ def _split(chunks: Iterable[bytes], max_bytes: int) -> Iterator[bytes | None]:
                     yield b"".join(parts)
                 parts, num_bytes = [], 0
             if num_bytes > max_bytes:
-                continue  # of a line that was found too long
+                continue  # the line is too long
             num_bytes += len(part)
             parts.append(part)
             if num_bytes > max_bytes:

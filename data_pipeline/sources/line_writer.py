@@ -1,4 +1,4 @@
-"""Lines of JSON as the output of a command: a file, or stdout for `-`."""
+"""JSON Lines as the output of a command: a file, or stdout for `-`."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from data_pipeline.sources.jsonl import STANDARD_STREAM, line_of
 
 
 class LineWriter:
-    """Writes objects, a line each."""
+    """Writes one object per line."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -22,7 +22,7 @@ class LineWriter:
 
 @contextmanager
 def writing_lines(path: str, *, overwrite: bool) -> Iterator[LineWriter]:
-    """Write an output as `writing_output` does; or lines to stdout for `-`."""
+    """Write an output as `writing_output` does, or to stdout for `-`."""
     if path == STANDARD_STREAM:
         yield LineWriter(sys.stdout.buffer)
         sys.stdout.buffer.flush()

@@ -1,9 +1,9 @@
-"""A bound on the memory that a library takes while it reads a stranger's file.
+"""Memory limit for libraries that read untrusted files.
 
-Formats such as parquet let a few bytes claim gigabytes at places that only their libraries see:
-pages, dictionaries, repeated values. So the system is told to refuse what goes beyond a budget,
-and the library's failure becomes one sentence. Linux counts all private memory of a process
-toward RLIMIT_DATA; elsewhere nothing is bounded.
+In formats such as parquet, a few bytes can claim gigabytes in places that only their libraries see:
+pages, dictionaries, repeated values. So the operating system enforces a budget, and the library's
+failure becomes an error message. Linux counts all private memory of a process toward RLIMIT_DATA;
+on other systems nothing is bounded.
 """
 
 import resource
@@ -24,23 +24,23 @@ BUDGET_PER_RECORD_BYTE = 24
 grow by 768 MiB."""
 _PAGE_BYTES = resource.getpagesize()
 _DATA_PAGES = 5
-"""Place in /proc/self/statm."""
+"""Index of the field in /proc/self/statm."""
 
 
 class MemoryFence:
-    """What may be added to the memory that the process has now, while the fence is up."""
+    """Budget of additional memory for the process, enforced while the fence is up."""
 
     def __init__(self, shown: str, max_record_bytes: int) -> None:
-        """`shown` is the address of what is read, for messages."""
+        """`shown`: address of the file, for messages."""
         self._shown = shown
-        # Libraries need some memory for small records too, and may hang without any.
+        # Libraries need some memory for small records too, and may hang without it.
         longest = max(max_record_bytes, DEFAULT_MAX_RECORD_BYTES)
         self._budget_bytes = BUDGET_PER_RECORD_BYTE * longest
         self._limit_bytes = _data_bytes() + self._budget_bytes
 
     @contextmanager
     def up(self) -> Iterator[None]:
-        """Raises SourceUnreadableError where the memory does not suffice."""
+        """Raises SourceUnreadableError when the budget is exceeded."""
         try:
             with _LIMIT.set(self._limit_bytes):
                 yield
@@ -48,15 +48,15 @@ class MemoryFence:
             raise self.error() from None
 
     def error(self) -> SourceUnreadableError:
-        """The error for a library that says itself that it has no memory."""
+        """The error for an exceeded budget."""
         return SourceUnreadableError(
             f"{self._shown}: reading it takes more than {self._budget_bytes >> 20:,} MiB of "
             "memory; write it again in smaller pieces (row groups, pages, batches), or raise "
-            f"`max_record_bytes`, of which {BUDGET_PER_RECORD_BYTE} times as much may be taken"
+            f"`max_record_bytes`; the limit is {BUDGET_PER_RECORD_BYTE} times that"
         )
 
     def each(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, each of which is made with the fence up."""
+        """The items of an iterable, with the fence up while it produces them."""
         iterator = iter(items)
         while True:
             with self.up():
@@ -68,7 +68,7 @@ class MemoryFence:
 
 
 class _Limit:
-    """The process's limit, set by the first of several threads and reset by the last."""
+    """Limit of the process, set by the first of several threads and reset by the last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -106,7 +106,7 @@ def _data_bytes() -> int:
 
 
 def count_arrow_memory() -> None:
-    """Have Arrow ask the system for what it needs: its own pool takes 1 GiB ahead of need."""
+    """Use the system's allocator in Arrow, whose own pool reserves 1 GiB in advance."""
     import pyarrow as pa
 
     pa.set_memory_pool(pa.system_memory_pool())

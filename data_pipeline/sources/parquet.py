@@ -1,8 +1,8 @@
 """Documents from parquet files, in slices of consecutive row groups.
 
-A file is cut by its metadata alone, so that a big one is shared by many readers. Only the columns
-that are asked for are read; memory is bounded by a batch of rows and a few pages of each column,
-however large the file or a row group is.
+Only metadata is read to slice a file, so that many readers can share it. Only requested columns are
+read; memory is bounded by a batch of rows and a few pages of each column, whatever the size of file
+and row groups.
 """
 
 import math
@@ -29,22 +29,22 @@ from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES, is_lon
 SLICE_BYTES = 64 << 20
 _BATCH_ROWS = 256
 _BATCH_BYTES = 16 << 20
-_MAX_EXPANSION = 1000  # what more a footer claims is no text, and would make too many slices
+_MAX_EXPANSION = 1000  # larger claims of a footer are not text, and would make too many slices
 _NAMED_ROWS = 10
-"""Number of rows named that are all bad for one reason; the others are counted at once."""
+"""Number of rows reported individually if all rows of a file are bad; others are counted."""
 _MAX_TYPE_CHARACTERS = 100
 _STRINGS = {"string", "large_string", "string_view"}
 _BINARIES = {"binary", "large_binary", "binary_view"}
-"""Bytes that are UTF-8, as programs write that do not mark their columns as text."""
+"""Types of UTF-8 bytes by programs that do not mark columns as text."""
 
 
 def list_parquet_slices(
     file: DataFile, address: str, columns: AnyColumns
 ) -> tuple[list[Slice], str | None]:
-    """Slices of about 64 MiB of text; none for a file without rows, whatever its columns.
+    """Slices of about 64 MiB of text, and the reason if none of the rows can be read.
 
-    Second: why none of its rows can be read, if that is so. Raises SourceUnreadableError when the
-    file is no parquet.
+    A file without rows has no slices, whatever its columns. Raises SourceUnreadableError when the
+    file is not parquet.
     """
     with MemoryFence(file.shown, DEFAULT_MAX_RECORD_BYTES).up():
         parquet, schema, leaves = _open(file)
@@ -75,7 +75,7 @@ def list_parquet_slices(
                     )
                 )
             start, size_bytes = group + 1, 0
-    return slices, None if fault is None else fault.sentence
+    return slices, None if fault is None else fault.message
 
 
 def read_parquet_slice(
@@ -102,7 +102,7 @@ def read_parquet_slice(
                     where = f"{file.shown} row {row + index}"
                     number = 1 if index < _NAMED_ROWS else num_rows - _NAMED_ROWS
                     on_bad_record(
-                        BadRecordError(f"{where}: {fault.sentence}", fault.cause, number=number)
+                        BadRecordError(f"{where}: {fault.message}", fault.cause, number=number)
                     )
                 return
             batches = parquet.iter_batches(
@@ -121,14 +121,14 @@ def read_parquet_slice(
 
 @dataclass(frozen=True)
 class _Fault:
-    """Why no row of a file can be read."""
+    """Reason why no row of a file can be read."""
 
     cause: str
-    sentence: str
+    message: str
 
 
 def _fault(columns: AnyColumns, schema: Any, leaves: list[str]) -> _Fault | None:
-    """What is wrong with the columns that are asked for, if anything is."""
+    """The fault of the requested columns, or None."""
     names = schema.names
     shown = shown_names(names)
     if isinstance(columns, ExampleColumns):
@@ -150,7 +150,7 @@ def _fault(columns: AnyColumns, schema: Any, leaves: list[str]) -> _Fault | None
             if column not in leaves or not fits:
                 wanted = "numbers" if is_score else "strings"
                 held = str(column_type)[:_MAX_TYPE_CHARACTERS]
-                cause = f"column {column!r} holds {held}, not {wanted}"
+                cause = f"column {column!r} has type {held}, not {wanted}"
                 return _Fault(cause, f"{cause}; {advice}")
     for column in asked:
         if names.count(column) > 1:
@@ -166,14 +166,14 @@ def _columns_to_read(columns: AnyColumns, names: list[str]) -> list[str]:
 
 
 def _text_bytes(chunk: Any, file_bytes: int) -> int:
-    """What a column chunk expands to, as far as its claim can be true."""
+    """Uncompressed size of a column chunk, bounded by a plausible expansion."""
     stored_bytes = min(max(chunk.total_compressed_size, 0), file_bytes)
     claimed_bytes = max(int(chunk.total_uncompressed_size), 0)
     return min(claimed_bytes, _MAX_EXPANSION * int(stored_bytes))
 
 
 def _batch_rows(metadata: Any, groups: range, names: list[str], leaves: list[str]) -> int:
-    """How many rows hold about 16 MiB of what is read, where they hold most."""
+    """Number of rows per batch of about 16 MiB, for the row group with the largest rows."""
     read = [leaf for leaf, path in enumerate(leaves) if _is_within(path, {*names})]
     row_bytes = 1
     for group in map(metadata.row_group, groups):
@@ -183,12 +183,12 @@ def _batch_rows(metadata: Any, groups: range, names: list[str], leaves: list[str
 
 
 def _is_within(path: str, names: set[str]) -> bool:
-    """Whether a leaf is one of some columns, or lies in one that is nested."""
+    """Whether a leaf is one of the columns, or nested in one."""
     return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
 class _Rows:
-    """Turns the rows of one file into documents."""
+    """Converts rows of one file to documents."""
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class _Rows:
         self._fence = fence
 
     def documents(self, batch: Any, first_row: int) -> Iterator[Document]:
-        """The documents of a batch: whole columns at once, or row by row where one is bad."""
+        """Documents of a batch: by columns, or row by row if one is bad."""
         columns = self._columns
         if isinstance(columns, ExampleColumns):
             yield from self._one_by_one(batch, first_row)
@@ -275,12 +275,12 @@ def _open(file: DataFile) -> tuple[Any, Any, list[str]]:
         schema, metadata = parquet.schema_arrow, parquet.metadata
         leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
         return parquet, schema, leaves if schema.names else []
-    except (pa.ArrowException, OSError, ValueError) as error:  # also names that are no UTF-8
+    except (pa.ArrowException, OSError, ValueError) as error:  # also for names that are not UTF-8
         raise _unreadable(file.shown, error) from None
 
 
 def _is_string(column_type: Any) -> bool:
-    """Whether a column may hold texts: as strings, as bytes, or as nothing but nulls."""
+    """Whether a column may contain texts: strings, bytes or only nulls."""
     return str(_stored_type(column_type)) in {*_STRINGS, *_BINARIES, "null"}
 
 
@@ -319,7 +319,7 @@ def _python_value(value: Any, column: str, where: str) -> object:
 
 
 def _unreadable(shown: str, error: Exception) -> Exception:
-    """What to raise: an error of the operating system as it is, one of the format in a sentence."""
+    """The error to raise: one of the operating system unchanged, one of the format converted."""
     is_system = isinstance(error, OSError) and error.errno is not None
     if is_system or isinstance(error, FileNotFoundError):
         return error

@@ -1,8 +1,8 @@
-"""English that needs no network: the documentation that every Python installation carries.
+"""Offline English text: the documentation of this Python installation.
 
 One document is the prose of one module's docstrings, or one topic of `pydoc_data`. Packages are
-read as text, never imported. Tables, parameter types, markup and code are left out, paragraph by
-paragraph: what remains is sentences. A paragraph is kept once a slice.
+read as text, never imported. Paragraphs that are not sentences (tables, parameter types, markup,
+code) are skipped. A paragraph is kept once per slice.
 """
 
 import functools
@@ -26,15 +26,15 @@ _MIN_SENTENCE_WORDS = 6
 _MAX_ODD_CHARACTERS = 0.05
 _MIN_PLAIN_WORDS = 0.8
 
-# Tests and vendored copies repeat what is documented elsewhere; topics are read from the import.
+# Tests and vendored copies repeat other documentation; topics are imported.
 _SKIPPED_FOLDERS = {
     *("__pycache__", "dist-packages", "site-packages"),
     *("_vendor", "lib2to3", "pydoc_data"),
     *("test", "testing", "tests"),
 }
 
-# Parsing 190 MB of packages takes 36 s, this expression one. A file whose quotes do not pair is
-# skipped, and what is mistaken for documentation has to pass for prose.
+# Parsing 190 MB of packages takes 36 s, this expression 1 s. Files with unpaired quotes are
+# skipped, and other strings are kept only if they are prose.
 _STRING_OR_NAME = re.compile(
     r'"""(?P<text>.*?)"""|^(?P<margin>[ \t]*)(?:class|(?:async )?def) +(?P<name>\w+)',
     re.DOTALL | re.MULTILINE,
@@ -46,7 +46,7 @@ _LABEL = re.compile(
     r"|(?:[-*+]|\d+[.)]) +"  # list items
     r"|\.\. (?:note|warning|tip|important|seealso)::\s+"
 )
-# Bounded where a match may begin within another: a docstring of brackets took quadratic time.
+# Repetitions are bounded: a docstring of brackets took quadratic time.
 _CODE = re.compile(r">>>|\.\. |::\s|::$|https?:|==|->|[{}\\|@^~<>$]|^[#%]|---|_\w{0,200}\(|\w=\w")
 _ROLE = re.compile(r":[a-z][\w:+-]{0,200}:`[~!]?([^`<]*?)(?: *<[^`>]*>)?`")
 _LINK = re.compile(r"`([^`<]+?) *<[^`>]*>`__?|(?<!\w)\[`?([^\]`]{1,500})`?\](?:\([^)]{0,500}\))?_?")
@@ -56,10 +56,10 @@ _PLAIN_WORD = re.compile(r"[\"'(]*[A-Za-z]+(?:['-][A-Za-z]+)*[\"').,;:!?]*")
 
 
 def list_pydocs_slices() -> tuple[Slice, ...]:
-    """The topics, and every module in slices of about 4 MiB of source.
+    """Slices of the topics, and of all modules, of about 4 MiB of source each.
 
     Raises SourceEmptyError when this Python has no readable library, SourceUnreadableError when
-    files vanish while they are listed.
+    files are deleted during listing.
     """
     slices = []
     topics = _topics()
@@ -97,7 +97,7 @@ def list_pydocs_slices() -> tuple[Slice, ...]:
             start, size_bytes, digest = index + 1, 0, hashlib.sha256()
     if not slices:
         raise SourceEmptyError(
-            "pydocs: this Python installation carries no source files; name another source"
+            "pydocs: this Python installation has no source files; name another source"
         )
     return tuple(slices)
 
@@ -117,7 +117,7 @@ def read_pydocs_slice(piece: Slice) -> Iterator[Document]:
     for name, path in _module_files()[piece.start : piece.stop]:
         source = _read(path)
         _add(digest, name, source)
-        if size_bytes >= _SLICE_BYTES:  # no slice goes on: this one was not listed here
+        if size_bytes >= _SLICE_BYTES:  # longer than any slice: it was not listed here
             break
         size_bytes += len(source)
         documents.extend(_document(name, _entries(name, source), seen))
@@ -128,7 +128,7 @@ def read_pydocs_slice(piece: Slice) -> Iterator[Document]:
 def _topics() -> dict[str, str]:
     try:
         return dict(importlib.import_module("pydoc_data.topics").topics)
-    except ImportError:  # some distributions leave it out
+    except ImportError:  # some distributions omit it
         return {}
 
 
@@ -140,7 +140,7 @@ def _topics_stamp(topics: dict[str, str]) -> str:
 def _module_files() -> tuple[tuple[str, Path], ...]:
     """Dotted name and path of every module, the standard library first, in a fixed order.
 
-    A process walks the installation once: a slice's stamp notices what changes after that.
+    The installation is listed once per process: stamps of slices detect later changes.
     """
     paths = sysconfig.get_paths()
     roots = dict.fromkeys(Path(paths[key]).resolve() for key in ("stdlib", "purelib", "platlib"))
@@ -176,7 +176,7 @@ def _add(digest: "hashlib._Hash", name: str, source: bytes) -> None:
 
 
 def _entries(module: str, source: bytes) -> Iterator[tuple[str, str]]:
-    """Heading and raw text of each documentation string of a module, in source order."""
+    """Heading and raw text of each docstring of a module, in source order."""
     num_quotes = source.count(b'"""')
     if num_quotes == 0 or num_quotes % 2:
         return
@@ -199,7 +199,7 @@ def _entries(module: str, source: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _document(name: str, entries: Iterable[tuple[str, str]], seen: set[str]) -> Iterator[Document]:
-    """The document of a module or topic, if its prose is long enough; `seen` grows."""
+    """Document of a module or topic, if its prose is long enough; adds to `seen`."""
     parts = []
     for heading, raw in entries:
         fresh = dict.fromkeys(text for text in _paragraphs(raw) if text not in seen)
@@ -213,7 +213,7 @@ def _document(name: str, entries: Iterable[tuple[str, str]], seen: set[str]) -> 
 
 
 def _paragraphs(raw: str) -> Iterator[str]:
-    """The paragraphs of a documentation string that are sentences, each on one line."""
+    """Paragraphs of a docstring that are sentences, each on one line."""
     for block in _blocks(raw.replace("\\\n", "\n")):
         label = _LABEL.match(block)
         text = block[label.end() :] if label else block
@@ -231,7 +231,7 @@ def _paragraphs(raw: str) -> Iterator[str]:
 
 
 def _blocks(raw: str) -> Iterator[str]:
-    """Lines that belong together, joined: blank lines, margins and list marks part them."""
+    """Joined lines of each block; blank lines, margins and list markers separate blocks."""
     block: list[str] = []
     margin = 0
     for line in inspect.cleandoc(raw).splitlines():

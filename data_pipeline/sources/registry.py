@@ -1,9 +1,8 @@
 """Documents from files, hub data sets, novels and Python's documentation, in independent slices.
 
-A source is `novels` or `pydocs`; a file, a folder or a pattern, on this machine or behind a URL; or
-`hf:NAME[:CONFIG]`. Listing depends on what the source holds and on nothing else, so every process
-lists the same slices. Texts are passed on byte for byte, empty ones included: dropping, cleaning
-and splitting are left to the reader.
+A source is `novels` or `pydocs`; a local or remote file, folder or pattern; or `hf:NAME[:CONFIG]`.
+Listing depends only on the contents of the source, so that every process lists the same slices.
+Texts are returned unchanged, empty ones included, and without filtering, cleaning or splitting.
 """
 
 import os
@@ -58,23 +57,23 @@ _HUB_PREFIX = "hf:"
 
 @dataclass(frozen=True)
 class Listing:
-    """What is read of a source, and which of its files are not."""
+    """Slices of a source, and its skipped files."""
 
     slices: tuple[Slice, ...]
-    """Slices in an order that only the source's contents decide."""
+    """Slices, in an order that depends only on the source's contents."""
     skipped: Skipped = field(default_factory=dict)
     linked: tuple[str, ...] = ()
-    """Folders outside of the source that links in it lead to."""
+    """Targets of links to folders outside the source."""
 
     def require_outside(self, source: str, out: Path) -> None:
-        """As the function does, where a link leads to `out` or to a folder above it."""
+        """Raises OutputExistsError when a link leads to `out` or to a folder above it."""
         for folder in self.linked:
             if out.resolve().is_relative_to(folder):
                 raise _within(source, out)
 
 
 def list_slices(source: str, columns: AnyColumns = Columns()) -> tuple[Slice, ...]:
-    """The slices of a source: see `list_source`."""
+    """Slices of a source: see `list_source`."""
     return list_source(source, columns).slices
 
 
@@ -85,20 +84,18 @@ def list_source(
     skips_bad: bool | None = None,
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
 ) -> Listing:
-    """List a source; `skips_bad` says whether malformed records will be left out.
+    """List a source; `skips_bad`: whether malformed records will be skipped.
 
-    A folder, and a zip archive, gives the parquet and jsonl files below it or, where it has none,
-    the text files: what lies beside data is a README or a license. A file of suffix .json holds
-    one object per line, or one array. `columns` names what is read of parquet, jsonl and hub
-    records. Raises SourceMissingError, SourceEmptyError, SourceUnreadableError, BackendError.
+    Of a folder or zip archive, the parquet and jsonl files are read or, if there are none, the text
+    files: texts next to data are mostly READMEs and licenses. A .json file contains one object per
+    line, or one array. `columns`: columns of parquet, jsonl and hub records. Raises
+    SourceMissingError, SourceEmptyError, SourceUnreadableError, BackendError.
     """
     source = kept(source)
     list_kind = _LISTERS[_kind_of(source)]
     listing = list_kind(source, columns, skips_bad=skips_bad, max_record_bytes=max_record_bytes)
     if not any(piece.size_bytes or piece.kind in ("hub", "parquet") for piece in listing.slices):
-        raise SourceEmptyError(
-            f"{shown_url(source)}: nothing is in it; name a source that holds text"
-        )
+        raise SourceEmptyError(f"{shown_url(source)}: the source is empty; name one with text")
     return listing
 
 
@@ -108,32 +105,32 @@ def read_slice(
     on_bad_record: OnBadRecord = stop_at_bad_record,
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
 ) -> Iterator[Document]:
-    """The documents of one slice, in order, holding no more than a few of them in memory.
+    """Documents of one slice, in order; only a few are in memory at a time.
 
-    A malformed record, or one that is longer than `max_record_bytes`, is given to `on_bad_record`,
-    and left out if that returns. Raises what that raises, and SourceUnreadableError when the slice
-    is corrupt or no longer what was listed.
+    A record that is malformed or longer than `max_record_bytes` is passed to `on_bad_record`, and
+    skipped if that returns. Raises its errors, and SourceUnreadableError when the slice is corrupt
+    or has changed since listing.
     """
     read = _READERS.get(piece.kind, read_file)
     return read(piece, columns, on_bad_record, max_record_bytes)
 
 
 def require_outside(source: str, out: Path) -> None:
-    """Raises OutputExistsError when what is written to `out` would become part of the source."""
+    """Raises OutputExistsError when `out` would become part of the source."""
     path = local_path(source)
     if path is None:
         return
     if path.is_dir():
         is_within = out.resolve().is_relative_to(path.resolve())
-    else:  # only `**` reaches into folders; what it would find there has the suffix of JSON
-        pattern = os.path.abspath(path)  # noqa: PTH100 - a pattern is not to be resolved
+    else:  # only `**` matches within folders, and the only matching suffix there is JSON
+        pattern = os.path.abspath(path)  # noqa: PTH100 - a pattern must not be resolved
         is_within = "**" in pattern and fnmatch(str(out.absolute() / "x.json"), pattern)
     if is_within:
         raise _within(source, out)
 
 
 def require_none_shared(train: Iterable[Slice], val: Iterable[Slice]) -> None:
-    """Raises ConfigError when a file is read for the train set and for the val set."""
+    """Raises ConfigError when the train set and the val set share a file."""
     trained_on: dict[tuple[str, str], list[Slice]] = {}
     for piece in train:
         trained_on.setdefault(_place(piece), []).append(piece)
@@ -142,8 +139,8 @@ def require_none_shared(train: Iterable[Slice], val: Iterable[Slice]) -> None:
             if piece.start < held_out.stop and held_out.start < piece.stop:
                 raise ConfigError(
                     f"{shown_url(held_out.path)} is in both `source` and `val_source`, so the val "
-                    "set would be trained on; name other files for one of them, or leave "
-                    "`val_source` out and use `val_fraction`"
+                    "set would be trained on; name other files for one of them, or use "
+                    "`val_fraction` instead of `val_source`"
                 )
 
 
@@ -190,13 +187,12 @@ _READERS: dict[str, Callable[[Slice, AnyColumns, OnBadRecord, int], Iterator[Doc
 
 
 def _place(piece: Slice) -> tuple[str, str]:
-    """What a slice is a part of, whatever links or signatures it was found by."""
+    """Identity of a slice's file, independent of links and signatures."""
     is_local = piece.kind not in (*BUILT_IN, "hub") and not is_url(piece.path)
     return piece.kind, os.path.realpath(piece.path) if is_local else place_of(piece.path)
 
 
 def _within(source: str, out: Path) -> OutputExistsError:
     return OutputExistsError(
-        f"{out} lies within the source {source}, of which it would become a part; "
-        "choose another `out`"
+        f"{out} is within the source {source}, and would become part of it; choose another `out`"
     )

@@ -1,7 +1,7 @@
-"""Counts of what a source leaves out, by kind and cause, each with the first places it was met at.
+"""Counts of skipped files and records, by kind and cause, with their first places.
 
 Files are counted when a source is listed; records, and parts of records, when they are read. Counts
-of several tasks are merged in the order of the tasks, so that they do not depend on who did what.
+of several tasks are merged in the order of the tasks, so that they do not depend on scheduling.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from data_pipeline.redaction import scrub
 FILES = "files"
 RECORDS = "records"
 PARTS = "parts"
-"""Parts of records that are otherwise read: single exchanges of a chat, for example."""
+"""Skipped parts of records, for example single exchanges of a chat."""
 
 _MAX_FIRST = {FILES: 3, RECORDS: 10, PARTS: 3}
 _MAX_PLACE_CHARACTERS = 300
@@ -29,7 +29,7 @@ _NOUNS = {
 
 @dataclass(frozen=True)
 class Tally:
-    """How often a cause was met, and where first."""
+    """Number of occurrences of a cause, and the first places."""
 
     count: int
     first: tuple[str, ...]
@@ -40,16 +40,16 @@ class Tally:
 
 
 Skipped = dict[str, dict[str, Tally]]
-"""The tally of each cause, by kind."""
+"""Tally of each cause, by kind."""
 
 
 def count_skipped(skipped: Skipped, kind: str, cause: str, place: str, number: int = 1) -> None:
-    """Count something that was left out."""
+    """Count skipped files, records or parts."""
     _add(skipped, kind, cause, Tally(number, (place[:_MAX_PLACE_CHARACTERS],)))
 
 
 def add_skipped(total: Skipped, part: Skipped) -> None:
-    """Add counts to a sum; the first places are those of what was added first."""
+    """Add counts to a total; the places of earlier counts come first."""
     for kind, causes in part.items():
         for cause, tally in causes.items():
             _add(total, kind, cause, tally)
@@ -73,7 +73,7 @@ def skipped_to_json(skipped: Skipped) -> dict[str, Any]:
 
 
 def skipped_from_json(fields: Mapping[str, Any]) -> Skipped:
-    """Undoes `skipped_to_json`, without secrets of addresses. Raises TypeError or ValueError."""
+    """Inverse of `skipped_to_json`; removes secrets. Raises TypeError or ValueError."""
     fields = checked("skipped", fields, dict)
     return {
         kind: {
@@ -96,10 +96,10 @@ def num_skipped(skipped: Skipped, kind: str) -> int:
 
 
 def skipped_lines(skipped: Skipped) -> list[str]:
-    """One line per cause, the most frequent ones of each kind first, for people."""
+    """One line per cause, the most frequent of each kind first, for display."""
     return [
         with_options(
-            f"{tally.count:,} {_NOUNS[kind][tally.count > 1]} left out: {cause} ({_places(tally)})"
+            f"{tally.count:,} {_NOUNS[kind][tally.count > 1]} skipped: {cause} ({_places(tally)})"
         )
         for kind in skipped
         for cause, tally in _by_count(skipped[kind])
@@ -107,7 +107,7 @@ def skipped_lines(skipped: Skipped) -> list[str]:
 
 
 def why_records_are_bad(skipped: Skipped) -> str:
-    """The causes of bad records in one clause, with the first record of the most frequent one."""
+    """Counts of bad records by cause, with the first record of the most frequent one."""
     causes = _by_count(skipped.get(RECORDS, {}))
     if not causes:
         return ""

@@ -1,4 +1,4 @@
-"""Sources as a command is given them: how often each is taken, and what malformed records do."""
+"""Sources with weights, and the option for malformed records."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BAD_RECORD_CHOICES = ("stop", "skip")
 
 
 def on_bad_record_option(default: str) -> Callable[[_Function], _Function]:
-    """`--on-bad-record`."""
+    """The option `--on-bad-record`."""
     return click.option(
         "--on-bad-record",
         type=click.Choice(BAD_RECORD_CHOICES),
@@ -28,22 +28,22 @@ def on_bad_record_option(default: str) -> Callable[[_Function], _Function]:
 
 @dataclass(frozen=True)
 class WeightedSource:
-    """A source, and how many times each of its documents is taken.
+    """A source and its weight, the number of times that each document is used.
 
-    With 2.5 every document is taken twice, and half of them, chosen by their text, a third time.
+    With 2.5, every document is used twice, and half of them, chosen by their text, a third time.
     """
 
     source: str
     weight: float = 1.0
     split: str | None = None
-    """The set that all of it belongs to; None: as the hash of each text says."""
+    """Set of all its documents; None: by the hash of each text."""
 
     def __post_init__(self) -> None:
-        """Whatever a source is written to, no secret of its address gets there."""
+        """Replaces secrets of the address, so that they are never stored."""
         object.__setattr__(self, "source", kept(self.source))
 
     def __str__(self) -> str:
-        """The source as it is shown."""
+        """Source and weight, for display."""
         shown = shown_url(self.source)
         return shown if self.weight == 1.0 else f"{self.weight:g} x {shown}"
 
@@ -51,7 +51,7 @@ class WeightedSource:
 def weighted_sources(
     sources: tuple[str, ...], weights: tuple[float, ...]
 ) -> tuple[WeightedSource, ...]:
-    """Sources with their weights, in the order given. Raises ConfigError when they do not pair."""
+    """Pair sources with weights. Raises ConfigError when their numbers differ."""
     if weights and len(weights) != len(sources):
         raise ConfigError(
             f"{len(sources)} `source` and {len(weights)} `weight` were given; "

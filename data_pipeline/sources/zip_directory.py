@@ -1,8 +1,7 @@
-"""A zip archive whose directory is believed only as far as it can be true.
+"""Validation of zip archives against zip bombs.
 
-What an archive claims is checked before its directory is held in memory and before anything of it
-is decompressed: the size of the directory, what all files together expand to, and that no two of
-them share their bytes.
+The size of the directory is checked before it is loaded; before decompression, the total expanded
+size, and that no files overlap.
 """
 
 import struct
@@ -20,21 +19,21 @@ ZIP_ERRORS = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError),
     *(EOFError, ValueError, OverflowError, struct.error, zlib.error),
 )
-"""Errors that `zipfile` raises for archives that are none."""
+"""Errors of `zipfile` for invalid archives."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Compression methods of files that are read: of others, `zipfile` bounds no piece."""
+"""Supported compression methods; for others `zipfile` has no bounded reads."""
 
 _MAX_DIRECTORY_BYTES = 32 << 20
-"""Maximum size of a directory, enough for a few hundred thousand files; Python's list of them takes
-ten times as much."""
+"""Maximum size of a directory, for a few hundred thousand files; Python's list of them takes ten
+times as much."""
 _DIRECTORY_SIZE, _DIRECTORY_OFFSET, _END_OFFSET = 5, 6, 9
-"""Places in what `zipfile._EndRecData` returns."""
+"""Indexes in the result of `zipfile._EndRecData`."""
 _LOCAL_HEADER_BYTES = 30
 
 
 @contextmanager
 def open_zip(stream: BinaryIO, shown: str) -> Iterator[zipfile.ZipFile]:
-    """An archive; `shown` is its address, for messages. Raises OSError, SourceUnreadableError."""
+    """Open an archive; `shown`: address for messages. Raises OSError, SourceUnreadableError."""
     try:
         _require_small_directory(stream, shown)
         archive = zipfile.ZipFile(stream)
@@ -54,8 +53,8 @@ def _require_small_directory(stream: BinaryIO, shown: str) -> None:
         raise zipfile.BadZipFile("its directory is longer than the file")
     if size_bytes > _MAX_DIRECTORY_BYTES:
         raise SourceUnreadableError(
-            f"{shown}: its directory has {size_bytes:,} bytes, more than the "
-            f"{_MAX_DIRECTORY_BYTES:,} that are held in memory; unpack it and name the folder"
+            f"{shown}: its directory has {size_bytes:,} bytes, more than the maximum of "
+            f"{_MAX_DIRECTORY_BYTES:,}; unpack it and name the folder"
         )
 
 
@@ -65,12 +64,12 @@ def _require_possible(archive: zipfile.ZipFile, archive_bytes: int, shown: str) 
     if not expands_like_text(expanded_bytes, archive_bytes):
         raise SourceUnreadableError(
             f"{shown}: its files claim to expand to {expanded_bytes:,} bytes, more than 1,000 "
-            "times its size, as no text does; unpack it and name the folder, if you trust it"
+            "times its size, unlike text; if you trust it, unpack it and name the folder"
         )
     starts = sorted((info.header_offset, info.compress_size) for info in infos)
     for (start, size_bytes), (next_start, _) in pairwise([*starts, (archive.start_dir, 0)]):
         if start + _LOCAL_HEADER_BYTES + size_bytes > next_start:
             raise SourceUnreadableError(
-                f"{shown}: files in it share their bytes, as in a zip bomb; get it from elsewhere, "
-                "or unpack it and name the folder, if you trust it"
+                f"{shown}: its files overlap, as in a zip bomb; get it from another place or, if "
+                "you trust it, unpack it and name the folder"
             )

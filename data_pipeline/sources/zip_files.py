@@ -1,6 +1,6 @@
-"""Documents from the files within a zip archive, in slices of consecutive files.
+"""Documents from zip archives, in slices of consecutive files.
 
-An archive is read like a folder: where it holds records, its texts are a README or a license.
+An archive is read like a folder: if it contains records, its text files are skipped.
 """
 
 import zipfile
@@ -29,7 +29,7 @@ _ENCRYPTED = 1
 
 @dataclass(frozen=True)
 class Member:
-    """A file within an archive that can be read."""
+    """A readable file within an archive."""
 
     info: zipfile.ZipInfo
     kind: str
@@ -40,7 +40,7 @@ class Member:
 
 
 def zip_members(file: DataFile, *, html: bool) -> tuple[list[Member], list[tuple[str, str]]]:
-    """The files that are read, in the archive's order; and those that are not, after the cause.
+    """Readable files, in the archive's order, and causes and names of the skipped ones.
 
     Raises OSError, SourceUnreadableError.
     """
@@ -49,7 +49,7 @@ def zip_members(file: DataFile, *, html: bool) -> tuple[list[Member], list[tuple
 
 
 def list_zip_slices(file: DataFile, address: str, columns: AnyColumns) -> tuple[list[Slice], None]:
-    """Slices of about 64 MiB of what is read.
+    """Slices of about 64 MiB of readable files.
 
     Raises OSError, SourceUnreadableError, BackendError, and as `require_no_columns` for texts.
     """
@@ -84,9 +84,9 @@ def read_zip_slice(
     on_bad_record: OnBadRecord,
     max_record_bytes: int,
 ) -> Iterator[Document]:
-    """Documents of some files of an archive.
+    """Documents of one slice of an archive.
 
-    Raises OSError, SourceUnreadableError, BadRecordError, and what decompressors raise.
+    Raises OSError, SourceUnreadableError, BadRecordError, and errors of decompressors.
     """
     with file.stream() as stream, open_zip(stream, file.shown) as archive:
         members, _ = _members(archive, html=_reads_html(columns))
@@ -100,10 +100,10 @@ def read_zip_slice(
 def _chunks(
     archive: zipfile.ZipFile, info: zipfile.ZipInfo, shown: str, max_record_bytes: int
 ) -> Iterator[bytes]:
-    """A file's bytes, decompressed, in pieces. Raises OSError, SourceUnreadableError."""
+    """Decompressed bytes of a file, in pieces. Raises OSError, SourceUnreadableError."""
     if info.compress_type not in METHODS:
         raise SourceUnreadableError(
-            f"{shown}: compressed by a method that is not read within a zip (number "
+            f"{shown}: the compression method is not supported within a zip (number "
             f"{info.compress_type}); unpack the archive and name the folder"
         )
     try:
@@ -119,7 +119,7 @@ def _members(archive: zipfile.ZipFile, *, html: bool) -> tuple[list[Member], lis
     excluded = []
     for info in archive.infolist():
         name = info.filename
-        if not name:  # Python's own check for a folder fails on it
+        if not name:  # `is_dir` fails on it
             excluded.append(("without a name within a zip", "''"))
             continue
         kind = kind_of(name)

@@ -1,4 +1,4 @@
-"""From a record to instruction examples: what is read, and what is refused in which words."""
+"""Instruction examples from records, and errors of malformed records."""
 
 import re
 
@@ -15,7 +15,7 @@ def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def test_a_row_is_one_example_with_or_without_input() -> None:
+def test_a_row_with_or_without_input_is_one_example() -> None:
     whole = {"instruction": "Sort.", "input": "b a", "output": "a b"}
     assert ALPACA.examples(whole, "x") == [Example("Sort. b a", "a b")]
     assert ALPACA.examples({**whole, "input": None}, "x") == [Example("Sort.", "a b")]
@@ -32,12 +32,12 @@ def test_columns_can_have_other_names() -> None:
 
 
 @pytest.mark.parametrize("text", ["instruction", "output=", "prompt=x", "input=a,input=b"])
-def test_a_mapping_that_makes_no_sense_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="`columns` has"):
+def test_an_invalid_mapping_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="`columns` contains"):
         ExampleColumns.parse(text)
 
 
-def test_each_answered_turn_of_a_user_is_an_example_and_what_a_system_says_is_none() -> None:
+def test_answered_user_turns_are_examples_and_system_messages_are_skipped() -> None:
     chat = messages(
         ("system", "Be brief."),
         ("user", "Who?"),
@@ -55,8 +55,8 @@ def test_each_answered_turn_of_a_user_is_an_example_and_what_a_system_says_is_no
         Example("Here is a poem.\n\nWhere?", "Here.\n\nAnd there."),
     ]
     assert found.excluded == [
-        ("message of a system", "a.jsonl:7"),
-        ("message of a system", "a.jsonl:7"),
+        ("system message", "a.jsonl:7"),
+        ("system message", "a.jsonl:7"),
         ("question without an answer", "a.jsonl:7"),
     ]
 
@@ -65,7 +65,7 @@ def test_each_answered_turn_of_a_user_is_an_example_and_what_a_system_says_is_no
 @pytest.mark.parametrize(
     "assistant", ["assistant", "gpt", "chatgpt", "bing", "bard", "model", "ChatGPT", "Assistant"]
 )
-def test_the_roles_that_data_sets_use_are_known(user: str, assistant: str) -> None:
+def test_roles_of_common_data_sets_are_recognized(user: str, assistant: str) -> None:
     found = ALPACA.read({"messages": messages((user, "Who?"), (assistant, "I."))}, "x")
     assert (found.examples, found.excluded) == ([Example("Who?", "I.")], [])
 
@@ -86,8 +86,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ([*ASKED, {**CALL, "content": ""}, *AFTER], [(NO_TEXT, "x:1")]),
         ([*ASKED, {"role": "assistant"}], [(NO_TEXT, "x:1")]),
         ([*ASKED, {"role": "assistant", "content": 5}], [(NO_TEXT, "x:1")]),
-        (AFTER, [("message of a tool, and what answers it", "x:1")]),
-        ([*ASKED, *AFTER], [("message of a tool, and what answers it", "x:1")]),
+        (AFTER, [("tool message and the answer to it", "x:1")]),
+        ([*ASKED, *AFTER], [("tool message and the answer to it", "x:1")]),
         (ASKED, [("question without an answer", "x:1")]),
         ([*ASKED, {"role": "critic", "content": "Hm."}], [(UNKNOWN, "x:1: role 'critic'")]),
         ([*ASKED, {"content": "Hm."}], [(UNKNOWN, "x:1: role None")]),
@@ -105,18 +105,18 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
     ],
 )
 @pytest.mark.parametrize("is_first", [True, False])
-def test_an_exchange_that_cannot_be_read_is_left_out_alone_and_noted_with_its_cause(
+def test_only_the_unreadable_exchange_is_skipped_and_its_cause_recorded(
     others: list[dict[str, object]], excluded: list[tuple[str, str]], is_first: bool
 ) -> None:
     chat = [*others, *HELLO] if is_first else [*HELLO, *others]
     if is_first and others == ASKED:
-        return  # two messages of the user in a row are one turn
+        return  # two consecutive user messages are one turn
     found = ALPACA.read({"messages": chat}, "x:1")
     assert found.examples == [Example("Say hello.", "Hello.")]
     assert found.excluded == excluded
 
 
-def test_an_answer_before_any_question_is_noted() -> None:
+def test_an_answer_before_any_question_is_skipped() -> None:
     found = ALPACA.read({"messages": [*messages(("assistant", "Welcome!")), *HELLO]}, "x:1")
     assert found.examples == [Example("Say hello.", "Hello.")]
     assert found.excluded == [("answer without a question", "x:1")]
@@ -147,9 +147,7 @@ def test_content_in_parts_is_read() -> None:
         ({"text": "x"}, ""),
     ],
 )
-def test_columns_are_suggested_by_what_the_records_hold(
-    record: dict[str, object], suggested: str
-) -> None:
+def test_columns_are_suggested_from_records(record: dict[str, object], suggested: str) -> None:
     with pytest.raises(BadRecordError) as caught:
         ALPACA.examples(record, "x:1")
     _, separator, found = str(caught.value).partition("perhaps `columns` ")
@@ -159,7 +157,7 @@ def test_columns_are_suggested_by_what_the_records_hold(
         assert ExampleColumns.parse(suggested) != ALPACA
 
 
-def test_messages_in_sharegpts_words_are_read() -> None:
+def test_messages_in_sharegpts_format_are_read() -> None:
     chat = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]
     columns = ExampleColumns.parse("messages=conversations")
     assert columns.examples({"conversations": chat}, "x") == [Example("Who?", "I.")]
@@ -177,14 +175,12 @@ def test_messages_in_sharegpts_words_are_read() -> None:
         ({"messages": "hello"}, "'messages' is of type str, not a list of messages"),
         ({"messages": ["hello"]}, "'messages' is of type str, not a list of messages"),
         ({"messages": [{"role": "user"}]}, "(exchange whose question has no text)"),
-        ({"messages": messages(("user", "Who?"))}, "no message of a user in 'messages'"),
-        ({"messages": [*ASKED, CALL]}, "answers (exchange whose answer has no text"),
-        ({"messages": []}, "no message of a user in 'messages'"),
+        ({"messages": messages(("user", "Who?"))}, "no user message in 'messages' has an answer"),
+        ({"messages": [*ASKED, CALL]}, "has an answer (exchange whose answer has no text"),
+        ({"messages": []}, "no user message in 'messages' has an answer (no user message)"),
     ],
 )
-def test_a_record_that_holds_no_example_is_bad_and_says_why(
-    record: dict[str, object], message: str
-) -> None:
+def test_a_record_without_an_example_is_bad(record: dict[str, object], message: str) -> None:
     with pytest.raises(BadRecordError, match=re.escape("a.jsonl:3: ")) as caught:
         ALPACA.examples(record, "a.jsonl:3")
     assert message in str(caught.value)

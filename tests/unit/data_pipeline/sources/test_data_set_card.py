@@ -1,4 +1,4 @@
-"""A data set's own README and links: what they name is read only if it is the data set's own."""
+"""Data set cards and links: a data set may only name its own files."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SECRET = '{"text": "private"}\n'
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set of one file, beside a file that is private."""
+    """A data set of one file, next to a private file."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def canary() -> Iterator[tuple[str, list[str]]]:
-    """A server on this machine, and what it was asked for."""
+    """A local server, and its requests."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -93,7 +93,7 @@ OUTSIDE = (
 
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.parametrize("form", ["string", "list", "split", "other config", "yaml", "data_dir"])
-def test_a_readme_names_no_files_but_its_own(
+def test_a_readme_that_names_files_of_others_is_refused(
     folder: Path, canary: tuple[str, list[str]], name: str, form: str
 ) -> None:
     address, asked = canary
@@ -128,19 +128,19 @@ def test_a_readme_may_name_its_own_files(folder: Path, data_files: object) -> No
     assert texts(name_files(folder, data_files)) == ["own"]
 
 
-def test_what_a_glob_or_the_library_finds_is_looked_at_again(folder: Path) -> None:
+def test_files_found_by_the_library_are_checked(folder: Path) -> None:
     for name in ("linked.jsonl", "data/b.jsonl"):
         (folder / name).symlink_to(folder.parent / "private.jsonl")
         with pytest.raises(
-            SourceUnreadableError, match=rf"{name} lies outside of it, or is a link"
+            SourceUnreadableError, match=rf"{name} is outside the data set, or a link"
         ):
             list_slices(name_files(folder, "**/*.jsonl"))
         (folder / "README.md").unlink()
-        with pytest.raises(SourceUnreadableError, match="lies outside of it, or is a link out"):
+        with pytest.raises(SourceUnreadableError, match="is outside the data set, or a link out"):
             list_slices(f"hf:{folder}")
         (folder / name).unlink()
     (folder / "elsewhere").symlink_to(folder.parent)
-    with pytest.raises(SourceUnreadableError, match="lies outside of it, or is a link out"):
+    with pytest.raises(SourceUnreadableError, match="is outside the data set, or a link out"):
         list_slices(name_files(folder, "elsewhere/private.jsonl"))
 
 
@@ -156,7 +156,7 @@ def test_links_within_a_data_set_and_of_the_hubs_cache_are_followed(folder: Path
     assert texts(f"hf:{snapshot}") == ["cached"]
 
 
-def test_what_a_record_names_as_a_picture_is_not_opened(
+def test_the_path_of_an_image_in_a_record_is_not_opened(
     folder: Path, canary: tuple[str, list[str]]
 ) -> None:
     address, asked = canary
@@ -176,27 +176,27 @@ def test_what_a_record_names_as_a_picture_is_not_opened(
 
 
 @pytest.mark.parametrize("suffix", ["tar", "png", "h5"])
-def test_loaders_of_other_things_than_records_are_not_run(folder: Path, suffix: str) -> None:
+def test_loaders_of_other_data_than_records_are_refused(folder: Path, suffix: str) -> None:
     (folder / "data" / f"a.{suffix}").write_bytes(b"")
-    with pytest.raises(SourceUnreadableError, match="are for the loader '"):
+    with pytest.raises(SourceUnreadableError, match=r"the loader .* is not supported"):
         list_slices(name_files(folder, f"data/a.{suffix}"))
 
 
-def test_a_script_beside_the_data_is_not_run(folder: Path) -> None:
+def test_a_script_next_to_the_data_is_not_run(folder: Path) -> None:
     (folder / "set.py").write_text("raise SystemExit('run')\n")
     with pytest.raises(SourceMissingError, match="scripts are no longer supported"):
         list_slices(f"hf:{folder}")
 
 
 @pytest.mark.parametrize("name", ["json", "parquet", "text", "buckets/org/set", "a/b/c", ".."])
-def test_a_name_of_the_hub_is_no_loader_of_the_library(
+def test_names_of_loaders_are_not_names_of_data_sets(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(folder / "data")
     if name == "..":
         assert texts("hf:..") == ["own"]
         return
-    with pytest.raises(SourceMissingError, match="not the name of a data set on the hub"):
+    with pytest.raises(SourceMissingError, match="neither the name of a data set on the hub nor"):
         list_slices(f"hf:{name}")
 
 
@@ -209,14 +209,14 @@ LAUGHS = "a0: &a0 [x]\n" + "".join(
     "yaml",
     [LAUGHS, "a: &a [*a]\n", "[" * 100_000, "- " * 2000, "a: !!python/object:os.system x\n["],
 )
-def test_yaml_that_expands_or_nests_without_end_is_refused(folder: Path, yaml: str) -> None:
+def test_yaml_bombs_are_refused(folder: Path, yaml: str) -> None:
     (folder / "README.md").write_text(f"---\n{yaml}\n---\n")
     with pytest.raises(SourceUnreadableError, match=r"the YAML of its README.md cannot be read"):
         list_slices(f"hf:{folder}")
 
 
 @pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml", "dataset_infos.json"])
-def test_what_describes_a_data_set_is_bounded_and_a_regular_file(folder: Path, name: str) -> None:
+def test_cards_must_be_regular_files_of_bounded_size(folder: Path, name: str) -> None:
     with (folder / name).open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(SourceUnreadableError, match=rf"its {name} is longer than 4,194,304 bytes"):
@@ -227,7 +227,7 @@ def test_what_describes_a_data_set_is_bounded_and_a_regular_file(folder: Path, n
         list_slices(f"hf:{folder}")
 
 
-def test_aliases_and_merged_keys_hide_nothing() -> None:
+def test_paths_behind_aliases_and_merged_keys_are_checked() -> None:
     for yaml in (
         "x: &x {data_files: ../a}\nconfigs:\n- {<<: *x, config_name: a}\n",
         "k: &k data_files\nconfigs:\n- {*k : ../a, config_name: a}\n",
@@ -246,7 +246,7 @@ def test_aliases_and_merged_keys_hide_nothing() -> None:
 
 
 @given(st.text(st.sampled_from("./~\\:a*[]-\n\t "), max_size=12))
-def test_a_path_that_is_its_own_stays_below_its_folder(path: str) -> None:
+def test_an_accepted_path_stays_within_its_folder(path: str) -> None:
     if _is_own(path):
         joined = os.path.normpath(os.path.join("/r/s", path))  # noqa: PTH118
         assert joined == "/r/s" or joined.startswith("/r/s/")

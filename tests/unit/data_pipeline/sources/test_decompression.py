@@ -1,4 +1,4 @@
-"""Compressed files: bounded pieces, bounded windows, and no bomb that takes memory or hours."""
+"""Streaming decompression: bounded pieces and windows, and decompression bombs."""
 
 import bz2
 import gzip
@@ -30,7 +30,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".zst": lambda data: zstandard.ZstdCompressor(write_checksum=True).compress(data),
 }
 JOINED = [suffix for suffix in COMPRESS if suffix != ".lzma"]
-"""Whose files may be written one after another."""
+"""Formats whose files may be concatenated."""
 
 
 def pieces(data: bytes, suffix: str) -> list[bytes]:
@@ -43,12 +43,12 @@ def _some_zeros(suffix: str) -> bytes:
 
 
 def zeros(suffix: str, mebibytes: int) -> bytes:
-    """A file of zeros, quickly made: 32 MiB many times over."""
+    """A compressed file of zeros, made quickly from parts of 32 MiB."""
     return _some_zeros(suffix) * (mebibytes // 32)
 
 
 @pytest.mark.parametrize("suffix", JOINED)
-def test_no_piece_is_long_whatever_a_few_bytes_expand_to(suffix: str) -> None:
+def test_pieces_are_bounded_for_any_expansion(suffix: str) -> None:
     stream = io.BytesIO(zeros(suffix, 64))
     lengths = [len(piece) for piece in decompressed(stream, suffix, "a file")]
     assert max(lengths) <= PIECE_BYTES
@@ -80,7 +80,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_bombs_are_refused_in_seconds_within_a_few_hundred_mebibytes(tmp_path: Path) -> None:
+def test_bombs_are_refused_with_bounded_time_and_memory(tmp_path: Path) -> None:
     for suffix in JOINED:
         (tmp_path / f"line.jsonl{suffix}").write_bytes(zeros(suffix, 3072))
         (tmp_path / f"text.txt{suffix}").write_bytes(zeros(suffix, 3072))
@@ -90,16 +90,16 @@ def test_bombs_are_refused_in_seconds_within_a_few_hundred_mebibytes(tmp_path: P
     )
     found = result.stdout.splitlines()
     assert len(found) == 2 * len(files)
-    for name, said, measured in zip(files, found[::2], found[1::2], strict=True):
+    for name, output, measured in zip(files, found[::2], found[1::2], strict=True):
         seconds, mebibytes = map(float, measured.split())
-        assert said.startswith(f"BadRecordError: {name}")
-        assert "longer than `max_record_bytes` 33554432" in said
+        assert output.startswith(f"BadRecordError: {name}")
+        assert "longer than `max_record_bytes` 33554432" in output
         assert seconds < 5
         assert mebibytes < 200
 
 
 @pytest.mark.parametrize("suffix", JOINED)
-def test_a_long_line_is_passed_over_and_the_next_ones_are_read(tmp_path: Path, suffix: str) -> None:
+def test_a_long_line_is_skipped_and_later_ones_are_read(tmp_path: Path, suffix: str) -> None:
     compress = COMPRESS[suffix]
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(
@@ -117,7 +117,7 @@ def test_a_long_line_is_passed_over_and_the_next_ones_are_read(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("suffix", JOINED)
-def test_a_file_that_expands_beyond_all_measure_is_refused(
+def test_a_decompression_bomb_is_refused(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decompression, "_MIN_EXPANDED_BYTES", 1 << 20)
@@ -129,14 +129,14 @@ def test_a_file_that_expands_beyond_all_measure_is_refused(
 
 
 def zst_frame(window_log: int) -> bytes:
-    """One record in a raw block of a frame that asks for a window."""
+    """One record in a raw block of a frame with this window size."""
     content = b'{"text": "one"}'
     block = (1 | len(content) << 3).to_bytes(3, "little") + content
     return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3]) + block
 
 
 def xz_file(dictionary_bytes: int) -> bytes:
-    """The same in the older format of xz, whose header has the size of the dictionary."""
+    """One record in the older format of xz, whose header has the dictionary size."""
     data = bytearray(lzma.compress(b'{"text": "one"}', lzma.FORMAT_ALONE))
     data[1:5] = dictionary_bytes.to_bytes(4, "little")
     return bytes(data)
@@ -149,7 +149,7 @@ def xz_file(dictionary_bytes: int) -> bytes:
         ("a.jsonl.xz", xz_file(1 << 27), xz_file((1 << 32) - 1)),
     ],
 )
-def test_a_header_that_asks_for_gigabytes_is_refused_unless_they_are_allowed(
+def test_a_header_with_a_large_window_is_refused_unless_allowed(
     tmp_path: Path, name: str, small: bytes, large: bytes
 ) -> None:
     path = tmp_path / name
@@ -168,13 +168,13 @@ def test_a_header_that_asks_for_gigabytes_is_refused_unless_they_are_allowed(
 
 
 @given(st.sampled_from(JOINED), st.lists(st.binary(max_size=300), min_size=1, max_size=4))
-def test_files_written_one_after_another_are_one(suffix: str, parts: list[bytes]) -> None:
+def test_concatenated_files_are_read_as_one(suffix: str, parts: list[bytes]) -> None:
     data = b"".join(map(COMPRESS[suffix], parts))
     assert b"".join(pieces(data, suffix)) == b"".join(parts)
 
 
 @given(st.sampled_from([*COMPRESS]), st.binary(max_size=2000), st.integers(0, 1 << 20), st.data())
-def test_what_is_cut_or_altered_is_said_to_be(
+def test_truncated_and_altered_files_are_detected(
     suffix: str, content: bytes, at: int, data: st.DataObject
 ) -> None:
     whole = COMPRESS[suffix](content)
@@ -189,7 +189,7 @@ def test_what_is_cut_or_altered_is_said_to_be(
 
 
 @given(st.binary(max_size=200), st.integers(1, 20))
-def test_frames_of_zstd_are_read_across_pieces_of_any_size(content: bytes, size: int) -> None:
+def test_zstd_frames_are_read_across_pieces_of_any_size(content: bytes, size: int) -> None:
     skippable = b"\x52\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"other"
     compressor = zstandard.ZstdCompressor(write_checksum=True, write_content_size=False)
     frame = compressor.compressobj()

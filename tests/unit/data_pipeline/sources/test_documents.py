@@ -1,4 +1,4 @@
-"""Records: languages and their scores, and what is left out when a bad record may be."""
+"""Records: languages and their scores, and skipped bad records."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ def write_lines(path: Path, *lines: str) -> Path:
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
-    """The same records as parquet or as lines, by the suffix."""
+    """Records as parquet or as JSON lines, by suffix."""
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
         return path
@@ -34,7 +34,7 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def read_good(source: Path | str, columns: Columns = Columns()) -> tuple[list[str], list[str]]:  # noqa: B008
-    """The texts of what can be read, and the messages of what was left out."""
+    """Texts of good records, and messages of skipped ones."""
     errors: list[BadRecordError] = []
     documents = [
         document.text
@@ -45,7 +45,7 @@ def read_good(source: Path | str, columns: Columns = Columns()) -> tuple[list[st
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
-def test_language_and_score_are_read_when_asked_for(tmp_path: Path, name: str) -> None:
+def test_language_and_score_are_read_on_request(tmp_path: Path, name: str) -> None:
     rows: list[dict[str, object]] = [
         {"text": "one", "language": "en", "language_score": 0.5},
         {"text": "two", "language": None, "language_score": None},
@@ -60,7 +60,7 @@ def test_language_and_score_are_read_when_asked_for(tmp_path: Path, name: str) -
     assert all(document.language is None for document in read_slice(piece))
 
 
-def test_columns_have_the_names_that_are_asked_for(tmp_path: Path) -> None:
+def test_names_of_columns_can_be_set(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"body": "one", "tongue": "en", "sure": 1}]
     path = write_rows(tmp_path / "a.parquet", rows)
     columns = Columns("body", "tongue", "sure")
@@ -68,7 +68,7 @@ def test_columns_have_the_names_that_are_asked_for(tmp_path: Path) -> None:
     assert list(read_slice(piece, columns)) == [Document("one", "a.parquet row 0", "en", 1.0)]
 
 
-def test_scores_of_any_number_type_are_numbers(tmp_path: Path) -> None:
+def test_scores_of_any_number_type_are_floats(tmp_path: Path) -> None:
     for name, kind in {
         "a": pa.float16(),
         "b": pa.float32(),
@@ -101,11 +101,11 @@ def test_a_missing_language_column_names_its_option(
         list(read_slice(piece, columns))
 
 
-def test_parquet_columns_of_the_wrong_type_are_found_when_listing(tmp_path: Path) -> None:
+def test_parquet_columns_of_the_wrong_type_are_detected_during_listing(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.parquet", [{"id": 1, "text": "a"}])
-    with pytest.raises(SourceUnreadableError, match="'id' holds int64, not strings"):
+    with pytest.raises(SourceUnreadableError, match="'id' has type int64, not strings"):
         list_slices(str(path), Columns(language="id"))
-    with pytest.raises(SourceUnreadableError, match="'text' holds string, not numbers"):
+    with pytest.raises(SourceUnreadableError, match="'text' has type string, not numbers"):
         list_slices(str(path), Columns(language_score="text"))
 
 
@@ -128,7 +128,7 @@ def test_a_language_or_score_of_the_wrong_type_is_named(
 
 
 @pytest.mark.parametrize("columns", [Columns(language="l"), Columns(language_score="l")])
-def test_a_source_without_columns_cannot_give_languages(tmp_path: Path, columns: Columns) -> None:
+def test_a_source_without_columns_has_no_languages(tmp_path: Path, columns: Columns) -> None:
     (tmp_path / "a.txt").write_text("a")
     for source in ("novels", "pydocs", str(tmp_path)):
         with pytest.raises(SourceUnreadableError, match="has no columns"):
@@ -145,7 +145,7 @@ def test_a_source_without_columns_cannot_give_languages(tmp_path: Path, columns:
         ('{"text": 5}', "column 'text' is of type int"),
     ],
 )
-def test_a_bad_line_can_be_left_out(tmp_path: Path, line: str, message: str) -> None:
+def test_a_bad_line_can_be_skipped(tmp_path: Path, line: str, message: str) -> None:
     good = '{"text": "good"}'
     path = write_lines(tmp_path / "web.jsonl", good, line, good, line, good)
     documents, (first, second) = read_good(path)
@@ -154,7 +154,7 @@ def test_a_bad_line_can_be_left_out(tmp_path: Path, line: str, message: str) -> 
     assert "web.jsonl:4:" in second
 
 
-def test_bad_rows_of_parquet_can_be_left_out(tmp_path: Path) -> None:
+def test_bad_rows_of_parquet_can_be_skipped(tmp_path: Path) -> None:
     values = [b"a", b"\xff", b"b", None, b"c"]
     column = pa.array(values, pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=2)
@@ -163,7 +163,7 @@ def test_bad_rows_of_parquet_can_be_left_out(tmp_path: Path) -> None:
     assert [re.findall(r"row \d", error) for error in errors] == [["row 1"], ["row 3"]]
 
 
-def test_a_text_file_that_is_not_utf8_can_be_left_out(tmp_path: Path) -> None:
+def test_a_text_file_that_is_not_utf8_can_be_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff")
     (tmp_path / "b.txt").write_bytes(b"b")
     documents, (error,) = read_good(tmp_path)
@@ -176,7 +176,7 @@ def test_a_text_file_that_is_not_utf8_can_be_left_out(tmp_path: Path) -> None:
     values=st.lists(st.none() | st.text(max_size=5), min_size=1, max_size=40),
     batch_rows=st.integers(1, 7),
 )
-def test_leaving_out_bad_rows_leaves_the_others_in_place(
+def test_skipping_bad_rows_keeps_the_others_unchanged(
     values: list[str | None], batch_rows: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -199,7 +199,7 @@ def test_leaving_out_bad_rows_leaves_the_others_in_place(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_a_corrupt_file_is_never_left_out(tmp_path: Path, name: str) -> None:
+def test_a_corrupt_file_cannot_be_skipped(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     zst = zstandard.ZstdCompressor(write_checksum=True)
     compress = {".gz": gzip.compress, ".zst": zst.compress}.get(path.suffix, bytes)
@@ -216,7 +216,7 @@ def test_a_corrupt_file_is_never_left_out(tmp_path: Path, name: str) -> None:
         read_good(path)
 
 
-def test_a_row_group_of_any_size_is_read_in_small_parts(
+def test_a_large_row_group_is_read_in_small_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.parquet"

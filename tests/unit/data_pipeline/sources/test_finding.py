@@ -1,4 +1,4 @@
-"""Which files of a source are read, and that every other one is counted."""
+"""Discovery of files, and counts of skipped ones."""
 
 import bz2
 import gzip
@@ -64,7 +64,7 @@ def excluded(source: Path | str, columns: Columns = Columns()) -> dict[str, int]
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonlines", "a.ndjson", "a.json"])
-def test_records_of_every_compression_are_read(tmp_path: Path, name: str, suffix: str) -> None:
+def test_records_are_read_with_every_compression(tmp_path: Path, name: str, suffix: str) -> None:
     path = tmp_path / f"{name}{suffix}"
     path.write_bytes(COMPRESS[suffix](lines("one", "two")))
     assert texts(path) == texts(tmp_path) == texts(tmp_path / "a.*") == ["one", "two"]
@@ -72,7 +72,7 @@ def test_records_of_every_compression_are_read(tmp_path: Path, name: str, suffix
 
 
 @pytest.mark.parametrize("suffix", [".bz2", ".xz"])
-def test_streams_one_after_another_are_read_with_their_padding(tmp_path: Path, suffix: str) -> None:
+def test_concatenated_streams_with_padding_are_read(tmp_path: Path, suffix: str) -> None:
     parts = [COMPRESS[suffix](lines(text)) for text in ("one", "two")]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(parts[0] + b"\0" * 8 + parts[1])
     assert texts(tmp_path) == ["one", "two"]
@@ -86,7 +86,9 @@ def test_a_long_file_is_read_in_pieces_of_bounded_size(tmp_path: Path, suffix: s
 
 
 @pytest.mark.parametrize("suffix", [".bz2", ".xz", ".gzip"])
-def test_a_truncated_file_or_one_with_garbage_is_unreadable(tmp_path: Path, suffix: str) -> None:
+def test_a_file_that_is_truncated_or_has_trailing_garbage_is_unreadable(
+    tmp_path: Path, suffix: str
+) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     whole = COMPRESS[suffix](lines(*map(str, range(50))))
     for broken in (*(whole[:length] for length in range(0, len(whole), 5)), whole + b"garbage"):
@@ -96,7 +98,7 @@ def test_a_truncated_file_or_one_with_garbage_is_unreadable(tmp_path: Path, suff
 
 
 def write_mixture(folder: Path) -> Path:
-    """Some of what lies in data folders."""
+    """A folder with files that are typical of data folders."""
     for name in ("a.pdf", "b.pdf", "model.bin", "_SUCCESS", ".part.crc", "notes.txt", "page.html"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"\x80binary")
@@ -116,7 +118,7 @@ CAUSES = {
 }
 
 
-def test_what_a_folder_or_a_pattern_leaves_out_is_counted_by_suffix_and_cause(
+def test_skipped_files_are_counted_by_suffix_and_cause(
     tmp_path: Path,
 ) -> None:
     folder = write_mixture(tmp_path / "data")
@@ -125,19 +127,19 @@ def test_what_a_folder_or_a_pattern_leaves_out_is_counted_by_suffix_and_cause(
     assert excluded(folder) == {**CAUSES, "hidden": 2, beside: 1}
     first = list_source(str(folder)).skipped["files"]["suffix .pdf is not read"].first
     assert first == (str(folder / "a.pdf"), str(folder / "b.pdf"))
-    # What a pattern names is read, a text beside data too; here it is no UTF-8.
+    # Files matched by a pattern are read, texts next to data too.
     (folder / "notes.txt").write_text("read")
     assert sorted(texts(folder / "*.*")) == ["one", "read"]
     assert excluded(folder / "*") == CAUSES
 
 
-def test_a_source_of_which_nothing_can_be_read_says_what_it_holds(tmp_path: Path) -> None:
+def test_the_error_of_a_source_without_readable_files_lists_its_files(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").touch()
-    with pytest.raises(SourceMissingError, match=r"1 file left out: suffix \.pdf .*a\.pdf"):
+    with pytest.raises(SourceMissingError, match=r"1 file skipped: suffix \.pdf .*a\.pdf"):
         list_source(str(tmp_path))
 
 
-def test_a_folder_of_many_suffixes_is_counted_in_few_causes(tmp_path: Path) -> None:
+def test_many_suffixes_are_counted_under_few_causes(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines("one"))
     for day in range(100):
         (tmp_path / f"log.{day:04d}").touch()
@@ -145,7 +147,7 @@ def test_a_folder_of_many_suffixes_is_counted_in_few_causes(tmp_path: Path) -> N
     assert (len(counted), sum(counted.values())) == (31, 100)
 
 
-def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
+def test_linked_folders_are_read_once_and_cycles_end(tmp_path: Path) -> None:
     elsewhere, data = tmp_path / "elsewhere", tmp_path / "data"
     for folder in (elsewhere / "deep", data / "real"):
         folder.mkdir(parents=True)
@@ -163,7 +165,7 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
     assert excluded(data) == {"link to a folder that is read already": 4}
 
 
-def test_an_output_that_a_link_in_the_source_leads_to_is_refused(
+def test_an_output_in_a_folder_linked_from_the_source_is_refused(
     tmp_path: Path, codec: Codecs
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -171,12 +173,12 @@ def test_an_output_that_a_link_in_the_source_leads_to_is_refused(
     (tmp_path / "scratch").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "scratch")
     settings = make_settings(tmp_path / "data", codec())
-    with pytest.raises(OutputExistsError, match="of which it would become a part"):
+    with pytest.raises(OutputExistsError, match="would become part of it"):
         build_here(settings, codec(), tmp_path / "scratch" / "shards")
     assert not (tmp_path / "scratch" / "shards").exists()
 
 
-def test_a_pattern_that_follows_links_round_in_circles_reads_each_file_once(
+def test_a_pattern_that_follows_cyclic_links_reads_each_file_once(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "x").mkdir()
@@ -190,7 +192,7 @@ def test_a_pattern_that_follows_links_round_in_circles_reads_each_file_once(
     assert excluded(tmp_path / "**" / "*.*") == {"suffix .pdf is not read": 1}
 
 
-def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path) -> None:
+def test_a_pipe_is_skipped(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(SourceMissingError, match="not a regular file"):
         list_source(str(tmp_path / "pipe.jsonl"))
@@ -206,7 +208,7 @@ def write_zip(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def test_the_files_within_a_zip_are_read_like_those_of_a_folder(tmp_path: Path) -> None:
+def test_files_within_a_zip_are_read_like_those_of_a_folder(tmp_path: Path) -> None:
     members = {
         "data/": b"",
         "data/b.jsonl": lines("one", "two"),
@@ -227,7 +229,7 @@ def test_the_files_within_a_zip_are_read_like_those_of_a_folder(tmp_path: Path) 
     }
 
 
-def test_a_zip_of_texts_stands_beside_texts_and_behind_data(tmp_path: Path) -> None:
+def test_a_zip_of_texts_is_read_with_texts_and_skipped_next_to_data(tmp_path: Path) -> None:
     write_zip(tmp_path / "a.zip", {"one.txt": b"one", "two.txt": b"two"})
     (tmp_path / "three.txt").write_text("three")
     assert texts(tmp_path) == ["one", "two", "three"]
@@ -235,7 +237,7 @@ def test_a_zip_of_texts_stands_beside_texts_and_behind_data(tmp_path: Path) -> N
     assert texts(tmp_path) == ["four"]
 
 
-def test_a_large_zip_is_cut_and_its_slices_make_up_the_whole(
+def test_the_slices_of_a_large_zip_join_to_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_pipeline.sources.zip_files._SLICE_BYTES", 30)
@@ -258,7 +260,7 @@ def test_a_broken_zip_is_unreadable(tmp_path: Path) -> None:
         texts(path)
 
 
-def test_remote_files_are_found_and_counted_alike(server: FileServer, tmp_path: Path) -> None:
+def test_remote_archives_and_compressed_files_are_read(server: FileServer, tmp_path: Path) -> None:
     write_zip(tmp_path / "a.zip", {"a.jsonl.bz2": bz2.compress(lines("one"))})
     server.files["a.zip"] = (tmp_path / "a.zip").read_bytes()
     server.files["a.jsonl.xz"] = lzma.compress(lines("two"))
@@ -266,7 +268,7 @@ def test_remote_files_are_found_and_counted_alike(server: FileServer, tmp_path: 
     assert texts(server.url("a.jsonl.xz")) == ["two"]
 
 
-def test_a_remote_folder_counts_what_it_leaves_out(tmp_path: Path) -> None:
+def test_skipped_files_of_a_remote_folder_are_counted(tmp_path: Path) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -292,7 +294,7 @@ def test_the_main_text_of_html_pages_is_read_on_request(tmp_path: Path) -> None:
     assert text == "text"
 
 
-def test_html_without_its_reader_is_refused_before_anything_is_read(
+def test_html_without_its_reader_is_refused_during_listing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "trafilatura", None)
@@ -303,14 +305,14 @@ def test_html_without_its_reader_is_refused_before_anything_is_read(
             list_source(str(tmp_path / name), Columns(html=True))
 
 
-def test_a_plan_tells_what_it_leaves_out(tmp_path: Path, tokenizer_path: Path) -> None:
+def test_a_plan_reports_skipped_files(tmp_path: Path, tokenizer_path: Path) -> None:
     given = ["--source", str(write_mixture(tmp_path / "data")), "--tokenizer", str(tokenizer_path)]
     result = CliRunner().invoke(plan_command.main, [*given, "--out", str(tmp_path / "out")])
-    assert "2 files left out: suffix .pdf is not read" in result.stdout
+    assert "2 files skipped: suffix .pdf is not read" in result.stdout
     assert Plan.load(tmp_path / "out").skipped["files"]["hidden"].count == 2
 
 
-def test_what_is_left_out_is_in_the_manifest_whatever_the_number_of_workers(
+def test_skipped_files_are_in_the_manifest_for_any_number_of_workers(
     tmp_path: Path, codec: Codecs, a_task_a_file: None
 ) -> None:
     folder = write_mixture(tmp_path / "data")
@@ -328,12 +330,12 @@ def test_what_is_left_out_is_in_the_manifest_whatever_the_number_of_workers(
     ("pattern", "is_within"),
     [("**", True), ("**/*.json", True), ("**/*.jsonl", False), ("*", False), ("*.json", False)],
 )
-def test_a_pattern_that_would_find_the_output_is_refused(
+def test_a_pattern_that_matches_the_output_is_refused(
     pattern: str, is_within: bool, tmp_path: Path
 ) -> None:
     source, out = f"{tmp_path}/{pattern}", tmp_path / "shards"
     if is_within:
-        with pytest.raises(OutputExistsError, match="lies within the source"):
+        with pytest.raises(OutputExistsError, match="is within the source"):
             require_outside(source, out)
     else:
         require_outside(source, out)

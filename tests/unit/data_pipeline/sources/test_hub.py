@@ -1,4 +1,4 @@
-"""Hub data sets, stood for by a folder with the same layout: shards, configs and errors."""
+"""Hub data sets, in local folders with the same layout: shards, configs and errors."""
 
 import gzip
 import json
@@ -43,7 +43,7 @@ def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_a_hub_data_set_has_a_slice_a_file(hub_folder: Path) -> None:
+def test_a_hub_data_set_has_one_slice_per_file(hub_folder: Path) -> None:
     slices = list_slices(f"hf:{hub_folder}")
     assert [[document.text for document in read_slice(piece)] for piece in slices] == [
         ["a0", "a1", "a2"],
@@ -52,13 +52,13 @@ def test_a_hub_data_set_has_a_slice_a_file(hub_folder: Path) -> None:
     ]
 
 
-def test_a_hub_config_is_chosen_after_a_colon(hub_folder: Path) -> None:
+def test_a_hub_config_is_named_after_a_colon(hub_folder: Path) -> None:
     (piece,) = list_slices(f"hf:{hub_folder}:one")
     assert [document.text for document in read_slice(piece)] == ["b0", "b1", "b2"]
 
 
 @pytest.mark.parametrize("suffix", [":nope", "-nope"])
-def test_a_hub_name_or_config_that_is_not_there_is_missing(hub_folder: Path, suffix: str) -> None:
+def test_an_unknown_hub_name_or_config_is_missing(hub_folder: Path, suffix: str) -> None:
     with pytest.raises(SourceMissingError, match="nope"):
         list_slices(f"hf:{hub_folder}{suffix}")
 
@@ -68,7 +68,7 @@ def test_a_hub_source_without_a_name_is_missing() -> None:
         list_slices("hf:")
 
 
-def test_a_hub_column_that_is_not_there_is_found_when_listing(hub_folder: Path) -> None:
+def test_a_missing_hub_column_is_detected_during_listing(hub_folder: Path) -> None:
     with pytest.raises(SourceUnreadableError, match=r"'body'.* id, text: .*`text_column`"):
         list_slices(f"hf:{hub_folder}", Columns(text="body"))
 
@@ -87,7 +87,7 @@ def test_a_null_in_a_hub_data_set_is_named_by_file_and_row(hub_folder: Path) -> 
         list(read_slice(piece))
 
 
-def test_parquet_files_of_a_hub_data_set_are_cut_by_row_groups(
+def test_parquet_files_of_a_hub_data_set_are_sliced_by_row_groups(
     hub_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_source, "SLICE_BYTES", 1)
@@ -99,7 +99,7 @@ def test_parquet_files_of_a_hub_data_set_are_cut_by_row_groups(
 
 
 def make_set(root: Path, name: str, data: bytes, **options: object) -> str:
-    """A data set of one file below a folder; its source."""
+    """Write a data set of one file; return its source."""
     (root / "data").mkdir(parents=True)
     (root / "data" / name).write_bytes(data)
     config = {"config_name": "all", "data_files": f"data/{name}", **options}
@@ -123,9 +123,7 @@ LINES = b'{"text": "one", "language": "en"}\n{"text": "two", "language": "de"}\n
         ("a.json", json.dumps(RECORDS, indent=1).encode()),
     ],
 )
-def test_records_of_json_of_a_hub_data_set_are_read_as_a_file(
-    hub_folder: Path, name: str, data: bytes
-) -> None:
+def test_json_of_a_hub_data_set_is_read_directly(hub_folder: Path, name: str, data: bytes) -> None:
     columns = Columns(language="language")
     (piece,) = list_slices(make_set(hub_folder.parent / "other", name, data), columns)
     assert piece.kind == "jsonl"
@@ -141,7 +139,7 @@ def test_records_of_json_of_a_hub_data_set_are_read_as_a_file(
         ("a.csv", b"text;language\none;en\ntwo;de\n", {"sep": ";"}),
     ],
 )
-def test_what_only_the_library_can_read_is_streamed(
+def test_other_formats_are_streamed_by_the_library(
     hub_folder: Path, name: str, data: bytes, options: dict[str, object]
 ) -> None:
     columns = Columns(language="language")
@@ -152,7 +150,7 @@ def test_what_only_the_library_can_read_is_streamed(
     assert found == [("one", "en"), ("two", "de")]
 
 
-def test_settings_that_select_records_are_left_to_the_library(hub_folder: Path) -> None:
+def test_data_sets_with_settings_that_select_records_are_streamed(hub_folder: Path) -> None:
     data = (hub_folder / "data" / "a.parquet").read_bytes()
     source = make_set(hub_folder.parent / "other", "a.parquet", data, columns=["text"])
     (piece,) = list_slices(source)
@@ -160,7 +158,7 @@ def test_settings_that_select_records_are_left_to_the_library(hub_folder: Path) 
     assert [document.text for document in read_slice(piece)] == ["a0", "a1", "a2"]
 
 
-def test_a_hub_data_set_of_texts_has_a_document_a_line(hub_folder: Path) -> None:
+def test_a_hub_data_set_of_texts_has_one_document_per_line(hub_folder: Path) -> None:
     data = b"one\r\n\ntwo\n\xff\nthree"
     (piece,) = list_slices(make_set(hub_folder.parent / "other", "a.txt", data))
     bad: list[BadRecordError] = []
@@ -178,7 +176,7 @@ def test_a_streamed_data_set_that_changed_since_listing_is_refused(hub_folder: P
         list(read_slice(piece))
 
 
-def test_a_bad_record_of_a_streamed_data_set_is_named_and_can_be_left_out(
+def test_a_bad_record_of_a_streamed_data_set_is_named_and_can_be_skipped(
     hub_folder: Path,
 ) -> None:
     data = b"text,id\none,1\n,2\nthree,3\n"
@@ -191,7 +189,9 @@ def test_a_bad_record_of_a_streamed_data_set_is_named_and_can_be_left_out(
     assert len(errors) == 1
 
 
-def test_a_streamed_data_set_that_lacks_a_column_is_found_when_listing(hub_folder: Path) -> None:
+def test_a_missing_column_of_a_streamed_data_set_is_detected_during_listing(
+    hub_folder: Path,
+) -> None:
     source = make_set(hub_folder.parent / "other", "a.csv", b"text\none\n")
     with pytest.raises(SourceUnreadableError, match=r"'tongue'.* with `language_column`"):
         list_slices(source, Columns(language="tongue"))
@@ -204,7 +204,7 @@ def test_a_data_set_without_a_train_split_is_missing(hub_folder: Path) -> None:
         list_slices(source)
 
 
-def test_a_hub_that_does_not_answer_is_asked_again(
+def test_transient_errors_of_the_hub_are_retried(
     hub_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load, failures = datasets.load_dataset_builder, iter([True, True])
@@ -219,7 +219,7 @@ def test_a_hub_that_does_not_answer_is_asked_again(
     assert len(list_slices(f"hf:{hub_folder}")) == 3
 
 
-def test_patience_with_a_hub_that_never_answers_ends(
+def test_retries_of_an_unreachable_hub_end(
     hub_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")

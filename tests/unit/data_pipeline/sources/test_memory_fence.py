@@ -1,4 +1,4 @@
-"""Formats that let a few bytes claim gigabytes: refused by a bound on what their readers take."""
+"""Memory limit for readers of formats in which a few bytes claim gigabytes."""
 
 import json
 import os
@@ -49,7 +49,7 @@ print(time.monotonic() - start, int(status["VmHWM"].split()[0]) >> 10)
 
 
 def repeated(text: str, number: int) -> pa.Array:
-    """One text many times over, which a file holds once."""
+    """A column of one repeated text, which a file stores once."""
     return pa.DictionaryArray.from_arrays(np.zeros(number, np.int32), pa.array([text]))
 
 
@@ -67,7 +67,7 @@ def write_bomb(path: Path, columns: dict[str, Any]) -> Path:
 
 @linux_only
 @pytest.mark.parametrize("kind", ["rows", "messages", "streamed"])
-def test_two_kilobytes_of_parquet_do_not_take_gigabytes(tmp_path: Path, kind: str) -> None:
+def test_reading_a_parquet_bomb_takes_bounded_memory(tmp_path: Path, kind: str) -> None:
     source = str(tmp_path / "a.parquet")
     if kind == "messages":
         values = pa.ListArray.from_arrays([0, 30_000_000], repeated("x" * 100, 30_000_000))
@@ -82,14 +82,14 @@ def test_two_kilobytes_of_parquet_do_not_take_gigabytes(tmp_path: Path, kind: st
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, source, kind], capture_output=True, text=True, check=True
     )
-    said, measured = result.stdout.splitlines()
-    assert "reading it takes more than 768 MiB of memory" in said
+    output, measured = result.stdout.splitlines()
+    assert "reading it takes more than 768 MiB of memory" in output
     assert "Traceback" not in result.stderr
     assert float(measured.split()[1]) < 1024
 
 
 @linux_only
-def test_the_fence_is_up_for_as_long_as_something_is_read() -> None:
+def test_the_fence_is_up_until_the_last_reader_has_finished() -> None:
     before = getrlimit(RLIMIT_DATA)
     fence = MemoryFence("a file", 1)
     with pytest.raises(SourceUnreadableError, match="a file: reading it takes more than 768 MiB"):
@@ -113,13 +113,13 @@ def test_the_fence_is_up_for_as_long_as_something_is_read() -> None:
     assert getrlimit(RLIMIT_DATA) == before
 
 
-def test_elsewhere_nothing_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_systems_have_no_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_fence.sys, "platform", "darwin")
     with MemoryFence("a file", 1).up():
         assert len(bytearray(800 << 20)) == 800 << 20
 
 
-def test_rows_of_a_file_that_does_not_fit_are_counted_at_once(tmp_path: Path) -> None:
+def test_rows_of_a_file_without_the_columns_are_counted_without_reading(tmp_path: Path) -> None:
     table = pa.table({"body": repeated("x", 50_000_000)})
     pq.write_table(table, tmp_path / "a.parquet", store_schema=False)
     (tmp_path / "b.jsonl").write_text('{"text": "fits"}\n')
@@ -130,7 +130,7 @@ def test_rows_of_a_file_that_does_not_fit_are_counted_at_once(tmp_path: Path) ->
     assert len(bad) == 11
 
 
-def test_sizes_that_files_claim_do_not_make_lists_of_tasks() -> None:
+def test_huge_claimed_sizes_do_not_make_long_lists_of_tasks() -> None:
     assert cut_evenly([1 << 62, 1, 1 << 62]) == (1, 1, 1)
     assert cut_evenly([1 << 62, 1], 3) == (0, 1, 1)
 
@@ -149,7 +149,7 @@ def test_an_altered_parquet_file_is_read_or_refused(changes: list[tuple[int, int
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             os._exit(_read_or_refuse(path))
         _, status = os.waitpid(child, 0)
-    # pyarrow's binding of metadata ends the process where sizes of levels do not fit.
+    # pyarrow's metadata bindings abort the process for inconsistent sizes of levels.
     assert status in (0, signal.SIGABRT)
 
 
@@ -159,6 +159,6 @@ def _read_or_refuse(path: Path) -> int:
             list(read_slice(piece, Columns(), lambda _: None))
     except MegabackError:
         return 0
-    except BaseException:  # noqa: BLE001 - no other error may come
+    except BaseException:  # noqa: BLE001 - any other error is a failure
         return 1
     return 0

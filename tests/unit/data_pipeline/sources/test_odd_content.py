@@ -49,7 +49,7 @@ def texts(source: Path, columns: AnyColumns = Columns()) -> list[str]:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_mark_is_no_part_of_a_text_and_says_how_to_read_it(
+def test_a_byte_order_mark_sets_the_encoding_and_is_removed(
     tmp_path: Path, encoding: str, suffix: str
 ) -> None:
     text = "Grüße\r\n\U0001f600 \ufeff."
@@ -60,7 +60,7 @@ def test_a_mark_is_no_part_of_a_text_and_says_how_to_read_it(
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_records_may_be_marked_too(tmp_path: Path, encoding: str, name: str) -> None:
+def test_records_may_have_a_byte_order_mark(tmp_path: Path, encoding: str, name: str) -> None:
     data = '{"text": "Grüße"}\r\n{"text": "\U0001f600"}\r\n'
     (tmp_path / name).write_bytes(marked(data, encoding))
     assert texts(tmp_path) == ["Grüße", "\U0001f600"]
@@ -71,13 +71,13 @@ def test_records_may_be_marked_too(tmp_path: Path, encoding: str, name: str) -> 
     ]
 
 
-def test_files_that_were_joined_may_have_marks_at_any_line(tmp_path: Path) -> None:
+def test_any_line_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     part = MARK + b'{"text": "one"}\n'
     (tmp_path / "a.jsonl").write_bytes(part + MARK + b"\n" + part)
     assert texts(tmp_path) == ["one", "one"]
 
 
-def test_text_that_is_not_what_its_mark_says_is_named(tmp_path: Path) -> None:
+def test_text_that_contradicts_its_byte_order_mark_is_reported(tmp_path: Path) -> None:
     broken = marked('{"text": "x"}\n', "utf-16-le") + b"\x00\xd8"
     (tmp_path / "a.txt").write_bytes(broken)
     with pytest.raises(BadRecordError, match=r"a\.txt:2: .* not valid UTF-16"):
@@ -103,7 +103,7 @@ values = st.recursive(
     indent=st.none() | st.integers(0, 2),
     is_ascii=st.booleans(),
 )
-def test_an_array_is_read_as_json_reads_it_however_it_is_cut(
+def test_an_array_is_parsed_as_by_json_for_any_chunks(
     elements: list[Any], size: int, indent: int | None, is_ascii: bool
 ) -> None:
     data = json.dumps(elements, indent=indent, ensure_ascii=is_ascii).encode("utf-8") + b" \n"
@@ -116,12 +116,12 @@ def test_an_array_is_read_as_json_reads_it_however_it_is_cut(
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ('[{"text": "a"}', "the file is cut"),
+        ('[{"text": "a"}', "truncated file"),
         ('[{"text": "a"}, {"text": "b', "Unterminated string"),
-        ('[{"text": "a"} {"text": "b"}]', "'{' stands where ',' must"),
+        ('[{"text": "a"} {"text": "b"}]', "expected ',', found '{'"),
         ('[{"text": "a"},]', "at element 2"),
         ('[{"text": bad}' + " " * 100 + "]", "at element 1: Expecting value"),
-        ('[{"text": "a"}]\n[1]', "something follows the array"),
+        ('[{"text": "a"}]\n[1]', "text after the end of the array"),
     ],
 )
 def test_a_malformed_array_is_unreadable(tmp_path: Path, data: str, reason: str) -> None:
@@ -144,7 +144,7 @@ def test_objects_over_several_lines_are_read(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_elements_that_are_no_records_are_named_by_their_number(tmp_path: Path) -> None:
+def test_elements_that_are_not_records_are_named_by_number(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('\n[{"text": "a"}, 5, {"text": null}]')
     documents, bad = read(tmp_path, skips_bad=True)
     assert documents == [Document("a", "a.json element 1")]
@@ -188,7 +188,7 @@ def test_texts_of_every_string_type_are_read(tmp_path: Path, column: pa.Array) -
     ],
     ids=["null", "float", "no column"],
 )
-def test_a_part_without_rows_fits_whatever_its_columns_are(tmp_path: Path, empty: pa.Table) -> None:
+def test_a_file_without_rows_may_have_any_columns(tmp_path: Path, empty: pa.Table) -> None:
     pq.write_table(empty, tmp_path / "empty.parquet")
     with pytest.raises(SourceEmptyError):
         list_source(str(tmp_path))
@@ -208,10 +208,10 @@ def test_rows_of_a_column_of_nulls_are_bad_records(tmp_path: Path) -> None:
 
 FAULTY = {
     "no column": (pa.table({"body": ["x", "y"]}), "no column 'text'"),
-    "numbers": (pa.table({"text": [1, 2]}), "column 'text' holds int64, not strings"),
+    "numbers": (pa.table({"text": [1, 2]}), "column 'text' has type int64, not strings"),
     "nested": (
         pa.table({"text": [{"part": "x"}, {"part": "y"}]}),
-        "column 'text' holds struct<part: string>, not strings",
+        "column 'text' has type struct<part: string>, not strings",
     ),
     "twice": (
         pa.Table.from_arrays([pa.array(["x", "y"]), pa.array(["z", "z"])], ["text", "text"]),
@@ -221,13 +221,13 @@ FAULTY = {
 
 
 @pytest.mark.parametrize("name", FAULTY)
-def test_a_file_whose_columns_do_not_fit_is_refused_or_its_rows_are_left_out(
+def test_a_file_with_wrong_columns_is_refused_or_its_rows_are_skipped(
     tmp_path: Path, name: str
 ) -> None:
     table, cause = FAULTY[name]
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(SourceUnreadableError, match=cause) as alone:
-        read(tmp_path, skips_bad=True)  # there is nothing else, so the option is wrong
+        read(tmp_path, skips_bad=True)  # there are no other files, so the option is wrong
     assert "`on_bad_record`" not in str(alone.value)
     write(tmp_path / "b.parquet", text=["good"])
     with pytest.raises(SourceUnreadableError, match=rf"{cause}.*`on_bad_record` skip"):
@@ -242,7 +242,7 @@ def test_a_file_whose_columns_do_not_fit_is_refused_or_its_rows_are_left_out(
     ]
 
 
-def test_columns_beside_the_text_may_be_of_any_shape(tmp_path: Path) -> None:
+def test_other_columns_may_have_any_type(tmp_path: Path) -> None:
     columns = {
         "text": pa.array(["x", "y"]),
         "same": pa.array([1, 2]),
@@ -257,14 +257,14 @@ def test_columns_beside_the_text_may_be_of_any_shape(tmp_path: Path) -> None:
     assert texts(tmp_path, Columns(text="meta.text")) in (["a", "b"],)
 
 
-def test_examples_in_columns_whose_names_have_dots_are_read(tmp_path: Path) -> None:
+def test_names_of_columns_may_contain_dots(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", **{"q.text": ["Who?"], "a.text": ["I."]})
     columns = ExampleColumns.parse("instruction=q.text,output=a.text")
     (document,) = read(tmp_path, columns)[0]
     assert (document.text, document.response) == ("Who?", "I.")
 
 
-def test_properties_of_json_survive_a_folder_with_an_empty_part(tmp_path: Path) -> None:
+def test_empty_json_files_in_a_folder_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"")
     (tmp_path / "b.jsonl").write_bytes(b"\r\n" + MARK + b"\r\n")
     (tmp_path / "c.jsonl").write_text('{"text": "x"}')

@@ -1,4 +1,4 @@
-"""The documentation of an installation: what is kept of it, and that reading it is repeatable."""
+"""Documents from the documentation of an installation, and their reproducibility."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +49,7 @@ NOTE = """
 
 @pytest.fixture
 def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that stands for the standard library; there are no topics."""
+    """A folder in place of the standard library, without topics."""
     paths = dict.fromkeys(("stdlib", "purelib", "platlib"), str(tmp_path))
     monkeypatch.setattr("sysconfig.get_paths", lambda: paths)
     monkeypatch.setattr(pydocs, "_topics", dict)
@@ -68,7 +68,7 @@ def write_module(path: Path, *numbers: int) -> None:
     path.write_text(f'"""{text}"""\n')
 
 
-def test_a_module_is_one_document_of_headings_and_sentences(installation: Path) -> None:
+def test_a_module_is_one_document_with_headings_and_sentences(installation: Path) -> None:
     (installation / "pack").mkdir()
     (installation / "pack" / "__init__.py").write_text(MODULE)
     (document,) = read_all()
@@ -89,7 +89,7 @@ def test_a_module_is_not_imported(installation: Path) -> None:
     assert [document.position for document in read_all()] == ["explosive"]
 
 
-def test_a_module_with_little_prose_is_left_out(installation: Path) -> None:
+def test_a_module_with_little_prose_is_skipped(installation: Path) -> None:
     write_module(installation / "little.py", 1)
     assert read_all() == []
 
@@ -102,21 +102,21 @@ def test_a_paragraph_is_kept_once(installation: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["tests", "_vendor", "site-packages", "lib2to3"])
-def test_some_folders_are_not_documentation(installation: Path, folder: str) -> None:
+def test_tests_and_vendored_packages_are_skipped(installation: Path, folder: str) -> None:
     write_module(installation / "a.py", *range(9))
     write_module(installation / folder / "b.py", *range(9, 18))
     assert [document.position for document in read_all()] == ["a"]
 
 
 @pytest.mark.parametrize("ending", [b'"""', b"# \xff"])
-def test_a_file_that_is_not_proper_source_is_left_out(installation: Path, ending: bytes) -> None:
+def test_an_invalid_source_file_is_skipped(installation: Path, ending: bytes) -> None:
     write_module(installation / "a.py", *range(9))
     with (installation / "a.py").open("ab") as file:
         file.write(ending)
     assert read_all() == []
 
 
-def test_slices_of_any_size_give_the_same_modules(
+def test_slices_of_any_size_have_the_same_modules(
     installation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for index in range(5):
@@ -145,7 +145,7 @@ def test_the_topics_of_this_python_are_documents() -> None:
     assert "pydoc topic exceptions" in names
 
 
-def test_this_python_gives_the_same_documents_each_time() -> None:
+def test_documents_of_this_python_are_reproducible() -> None:
     piece = list_pydocs_slices()[1]
     assert list(read_pydocs_slice(piece)) == list(read_pydocs_slice(piece)) != []
 

@@ -40,7 +40,7 @@ LONG = "x" * LIMIT
 
 
 def read(source: Path, *, html: bool = False) -> tuple[list[str], list[BadRecordError]]:
-    """Texts that are short enough, and the errors of the others; the first of them also stops."""
+    """Texts within the limit, and errors of the others, the first of which is also raised."""
     bad: list[BadRecordError] = []
     columns = Columns(html=html)
     slices = list_slices(str(source), columns)
@@ -66,7 +66,7 @@ def test_a_long_line_is_bad(tmp_path: Path) -> None:
     path.write_text(record("one") + record(LONG) + record("three") + record(LONG).rstrip())
     found, bad = read(path)
     assert found == ["one", "three"]
-    advice = "allows; raise that if there is memory for 20 times as much, or remove the record"
+    advice = "allows; raise the limit if there is memory for 20 times as much, or remove the record"
     assert [str(error) for error in bad] == [
         f"{path}:{line}: longer than `max_record_bytes` {LIMIT} {advice}" for line in (2, 4)
     ]
@@ -86,7 +86,7 @@ def test_a_long_text_and_a_long_page_are_bad(tmp_path: Path) -> None:
     ]
 
 
-def test_members_of_a_zip_are_bounded_alike(tmp_path: Path) -> None:
+def test_members_of_a_zip_are_bounded(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.jsonl", record("one") + record(LONG) + record("three"))
     with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -105,20 +105,20 @@ def test_a_long_row_is_bad(tmp_path: Path, columns: dict[str, Any], long: str) -
     pq.write_table(table, root / "a.parquet")
     config = {"config_name": "all", "data_files": "a.parquet", **columns}
     (root / "README.md").write_text(f"---\nconfigs: {json.dumps([config])}\n---\n")
-    found, (error,) = read(Path(f"hf:{root}"))  # read as a file, and streamed by `datasets`
+    found, (error,) = read(Path(f"hf:{root}"))  # both as a file and streamed by `datasets`
     assert found == ["one", "three", "\u00e9" * (LIMIT // 2)]
     assert error.cause == "too long"
 
 
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("long", [[LONG], ["{"] * (LIMIT // 6)])
-def test_a_long_element_ends_the_reading(tmp_path: Path, spread: bool, long: list[str]) -> None:
+def test_a_long_element_is_an_error_of_the_file(
+    tmp_path: Path, spread: bool, long: list[str]
+) -> None:
     values = [{"text": "one"}, {"text": "two", "more": long}, {"text": "three"}]
     data = json.dumps(values) if not spread else "".join(json.dumps(v, indent=1) for v in values)
     (tmp_path / "a.json").write_text(data)
-    with pytest.raises(
-        SourceUnreadableError, match=r"element 2 (is longer|holds more values) than"
-    ):
+    with pytest.raises(SourceUnreadableError, match=r"element 2 (is longer|has more values) than"):
         read(tmp_path)
 
 
@@ -126,7 +126,7 @@ PARTS = st.lists(st.sampled_from([b"", b"\n", b"a", b"bb", b" ", b"\n\n", b"ccc"
 
 
 @given(PARTS, st.integers(0, 6))
-def test_lines_are_those_of_a_plain_reading(parts: list[bytes], maximum: int) -> None:
+def test_lines_equal_those_of_split(parts: list[bytes], maximum: int) -> None:
     whole = b"".join(parts).split(b"\n")
     expected = [
         (number, None if len(line) > maximum else line.removeprefix(b"\xef\xbb\xbf"))
@@ -144,7 +144,7 @@ VALUES = st.recursive(
 
 
 @given(st.lists(VALUES), st.integers(8, 200), st.integers(1, 50))
-def test_elements_are_those_of_a_plain_reading_up_to_one_that_is_too_long(
+def test_elements_equal_those_of_json_up_to_a_long_one(
     values: list[Any], maximum: int, size: int
 ) -> None:
     written = [json.dumps(value) for value in values]
@@ -159,10 +159,10 @@ def test_elements_are_those_of_a_plain_reading_up_to_one_that_is_too_long(
             for number, value in read_array(cut, "a.json", maximum):
                 found.append(value)
                 assert number == len(found)
-            said = ""
+            message = ""
         except SourceUnreadableError as error:
-            said = str(error)
-    assert (f"element {good + 1} " in said) == any(is_long)
+            message = str(error)
+    assert (f"element {good + 1} " in message) == any(is_long)
     assert found == values[:good]
 
 
@@ -199,7 +199,7 @@ print((peak() - before) >> 10)
 """
 
 
-def test_a_line_of_a_gibibyte_takes_neither_memory_nor_recursion() -> None:
+def test_a_line_of_a_gibibyte_takes_bounded_memory_and_no_recursion() -> None:
     result = subprocess.run(
         [sys.executable, "-c", NESTED], capture_output=True, text=True, check=False
     )
@@ -207,7 +207,7 @@ def test_a_line_of_a_gibibyte_takes_neither_memory_nor_recursion() -> None:
     assert int(result.stdout) < 600
 
 
-def test_values_are_counted_before_they_are_made(tmp_path: Path) -> None:
+def test_values_are_counted_before_parsing(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one", "more": [' + ",".join(["[]"] * 400) + "]}\n" + record("two"))
     found, (error,) = read(path)
@@ -215,7 +215,7 @@ def test_values_are_counted_before_they_are_made(tmp_path: Path) -> None:
     assert error.place == f"{path}:1: more values than `max_record_bytes` {LIMIT} allows"
 
 
-def test_sentences_name_few_of_many_columns(tmp_path: Path) -> None:
+def test_errors_list_few_of_many_columns(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({f"{n}" * 100: 0 for n in range(100)}) + "\n")
     with pytest.raises(BadRecordError, match=r"and 80 others") as error:
         list(read_slice(list_slices(str(tmp_path))[0]))
@@ -241,7 +241,7 @@ def test_a_build_names_the_option_and_resumes_with_more(tmp_path: Path, codec: C
     assert fresh.fingerprint == manifest.fingerprint
 
 
-def test_what_is_left_out_as_too_long_is_counted_and_part_of_the_result(
+def test_skipped_long_records_are_counted_and_part_of_the_result(
     tmp_path: Path, codec: Codec
 ) -> None:
     source = tmp_path / "a.jsonl"
@@ -256,9 +256,7 @@ def test_what_is_left_out_as_too_long_is_counted_and_part_of_the_result(
         build_here(more, codec(), tmp_path / "out")
 
 
-def test_a_setting_of_which_older_plans_know_nothing_changes_no_task(
-    tmp_path: Path, codec: Codec
-) -> None:
+def test_a_setting_that_older_plans_lack_changes_no_task(tmp_path: Path, codec: Codec) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text(record("short"))
     plan = make_plan(make_settings(source, codec()))
@@ -282,13 +280,13 @@ def test_commands_have_the_option(command: Any) -> None:
     assert "1024<=x" in refused.output
 
 
-def test_read_values_stops_like_an_array() -> None:
+def test_read_values_refuses_long_values() -> None:
     data = b'{\n"a": 1\n}\n{"a": "' + b"x" * 100
     with pytest.raises(SourceUnreadableError, match=r"element 2 is longer"):
         list(read_values(iter([data]), "a", 50))
 
 
-def test_records_of_scores_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_records_bounds_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = record("one") + record(LONG) + record("three")
     (tmp_path / "a.jsonl").write_text(data)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data.encode())))

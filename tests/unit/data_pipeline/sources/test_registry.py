@@ -1,4 +1,4 @@
-"""Sources: what is listed, what is read back, and what a broken source says."""
+"""Sources: listing, reading and errors."""
 
 import gzip
 import json
@@ -55,7 +55,7 @@ def write_parquet(path: Path, values: list[str | None], row_group_size: int = 2)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path, suffix: str) -> None:
+def test_a_text_file_is_one_unchanged_document(tmp_path: Path, suffix: str) -> None:
     text = "one\ufeff\r\ntwo\n\n\u2028 three \x00"
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(COMPRESS[suffix](text.encode()))
@@ -81,7 +81,7 @@ def test_any_text_survives_a_jsonl_file(values: list[str], suffix: str) -> None:
     row_group_size=st.integers(1, 10),
     slice_bytes=st.integers(1, 600),
 )
-def test_the_slices_of_a_parquet_file_make_up_the_file(
+def test_the_slices_of_a_parquet_file_join_to_the_file(
     values: list[str], row_group_size: int, slice_bytes: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -92,7 +92,7 @@ def test_the_slices_of_a_parquet_file_make_up_the_file(
         ]
 
 
-def test_a_parquet_file_larger_than_a_slice_is_cut(
+def test_a_large_parquet_file_has_several_slices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_source, "SLICE_BYTES", 1)
@@ -101,7 +101,7 @@ def test_a_parquet_file_larger_than_a_slice_is_cut(
     assert [(piece.start, piece.stop) for piece in slices] == [(0, 1), (1, 2), (2, 3)]
 
 
-def test_dictionary_encoded_and_large_strings_are_strings(tmp_path: Path) -> None:
+def test_dictionary_encoded_and_large_strings_are_read(tmp_path: Path) -> None:
     for name, column in {
         "a.parquet": pa.array(["x", "y", "x"]).dictionary_encode(),
         "b.parquet": pa.array(["z"], pa.large_string()),
@@ -124,23 +124,23 @@ def test_a_gz_file_is_read_across_members(tmp_path: Path) -> None:
     assert texts(path) == ["one two"]
 
 
-def test_blank_lines_of_jsonl_are_skipped_and_still_counted(tmp_path: Path) -> None:
+def test_blank_lines_of_jsonl_are_skipped_but_numbered(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "web.jsonl", '{"text": "a"}', "", " \r", '{"text": "b"}')
     assert [document.position for document in read_all(path)] == ["web.jsonl:1", "web.jsonl:4"]
 
 
-def test_a_byte_order_mark_before_jsonl_is_no_record(tmp_path: Path) -> None:
+def test_a_byte_order_mark_before_jsonl_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}')
     assert texts(path) == ["a"]
 
 
-def test_empty_texts_are_passed_on(tmp_path: Path) -> None:
+def test_empty_texts_are_kept(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", '{"text": ""}', '{"text": "b"}')
     assert texts(path) == ["", "b"]
 
 
-def test_a_folder_gives_every_supported_file_below_it_in_sorted_order(tmp_path: Path) -> None:
+def test_all_supported_files_of_a_folder_are_read_in_sorted_order(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / ".cache").mkdir()
     for name in ("z.txt", "deep/b.md", "a.rst", "ignored.pdf", ".hidden.txt", ".cache/c.txt"):
@@ -148,13 +148,13 @@ def test_a_folder_gives_every_supported_file_below_it_in_sorted_order(tmp_path: 
     assert texts(tmp_path) == ["a.rst", "deep/b.md", "z.txt"]
 
 
-def test_a_pattern_gives_the_files_that_match_it(tmp_path: Path) -> None:
+def test_files_that_match_a_pattern_are_read(tmp_path: Path) -> None:
     for name in ("a-1.txt", "a-2.txt", "b-1.txt"):
         (tmp_path / name).write_text(name)
     assert texts(tmp_path / "a-*.txt") == ["a-1.txt", "a-2.txt"]
 
 
-def test_a_name_with_pattern_characters_is_a_file_if_there_is_one(tmp_path: Path) -> None:
+def test_an_existing_name_with_pattern_characters_is_a_file(tmp_path: Path) -> None:
     for name in ("[a].txt", "a.txt"):
         (tmp_path / name).write_text(name)
     assert texts(tmp_path / "[a].txt") == ["[a].txt"]
@@ -181,7 +181,7 @@ def test_a_file_that_changed_since_listing_is_refused(tmp_path: Path) -> None:
         list(read_slice(piece))
 
 
-def test_a_file_that_vanished_since_listing_is_refused(tmp_path: Path) -> None:
+def test_a_file_deleted_since_listing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
     (piece,) = list_slices(str(path))
@@ -191,7 +191,7 @@ def test_a_file_that_vanished_since_listing_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["", "nowhere", "nowhere/*.txt"])
-def test_a_source_that_is_not_there_is_missing(
+def test_a_nonexistent_source_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -207,7 +207,7 @@ def test_a_source_without_a_supported_suffix_names_the_suffixes(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_a_source_of_no_bytes_is_empty(tmp_path: Path, name: str) -> None:
+def test_an_empty_file_is_an_empty_source(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(SourceEmptyError):
         list_slices(str(tmp_path))
@@ -229,7 +229,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_line_is_named(tmp_path: Path, name: str) -> None:
+def test_a_bad_line_is_reported_with_its_number(tmp_path: Path, name: str) -> None:
     line, message = BAD_LINES[name]
     path = write_jsonl(tmp_path / "web.jsonl", '{"text": "good"}', line)
     with pytest.raises(BadRecordError, match=message):
@@ -237,39 +237,39 @@ def test_a_bad_line_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_invalid_utf8_is_named_by_its_line(tmp_path: Path, name: str) -> None:
+def test_invalid_utf8_is_reported_with_its_line(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
     with pytest.raises(BadRecordError, match=rf"{name}:2: byte 0xFF is not valid UTF-8"):
         read_all(tmp_path)
 
 
-def test_a_null_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
+def test_a_null_in_parquet_is_reported_with_its_row(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a", "b", "c", None])
     with pytest.raises(BadRecordError, match=r"a\.parquet row 3: .* is null .* id, text"):
         read_all(path)
 
 
-def test_invalid_utf8_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
+def test_invalid_utf8_in_parquet_is_reported_with_its_row(tmp_path: Path) -> None:
     column = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(BadRecordError, match=r"a\.parquet row 1: .* UTF-8"):
         read_all(tmp_path)
 
 
-def test_a_missing_parquet_column_is_found_when_listing(tmp_path: Path) -> None:
+def test_a_missing_parquet_column_is_detected_during_listing(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(SourceUnreadableError, match=r"'body'.* id, text: .*`text_column`"):
         list_slices(str(path), Columns(text="body"))
 
 
-def test_a_parquet_column_of_numbers_is_found_when_listing(tmp_path: Path) -> None:
+def test_a_parquet_column_of_numbers_is_detected_during_listing(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a"])
-    with pytest.raises(SourceUnreadableError, match="holds int64, not strings"):
+    with pytest.raises(SourceUnreadableError, match="has type int64, not strings"):
         list_slices(str(path), Columns(text="id"))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_a_truncated_file_is_unreadable_wherever_it_is_cut(tmp_path: Path, name: str) -> None:
+def test_a_file_truncated_anywhere_is_unreadable(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name == "a.parquet":
         write_parquet(path, ["some text"] * 20)
@@ -283,13 +283,13 @@ def test_a_truncated_file_is_unreadable_wherever_it_is_cut(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_a_file_that_is_not_what_its_suffix_says_is_unreadable(tmp_path: Path, name: str) -> None:
+def test_a_file_of_another_format_than_its_suffix_is_unreadable(tmp_path: Path, name: str) -> None:
     write_jsonl(tmp_path / name, '{"text": "a"}')
     with pytest.raises(SourceUnreadableError, match=name):
         read_all(tmp_path)
 
 
-def test_a_file_that_may_not_be_read_is_unreadable(
+def test_a_file_without_read_permission_is_unreadable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -301,7 +301,7 @@ def test_a_file_that_may_not_be_read_is_unreadable(
         list_slices(str(tmp_path))
 
 
-def test_every_source_error_is_one_line(tmp_path: Path) -> None:
+def test_the_error_of_a_source_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(MegabackError) as caught:
         list_slices(str(tmp_path / "nowhere"))
     assert "\n" not in str(caught.value)

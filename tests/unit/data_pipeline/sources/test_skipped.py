@@ -1,4 +1,4 @@
-"""Malformed records: counted by cause, named by place, and left out only on request."""
+"""Malformed records: counted by cause and place, and skipped only on request."""
 
 import json
 from itertools import pairwise
@@ -41,7 +41,7 @@ CAUSES = {
 
 @pytest.fixture
 def bad_source(tmp_path: Path, english_documents: list[str]) -> Path:
-    """Four files, in the last two of which every kind of bad line stands between good ones."""
+    """Four files; in the last two, every kind of bad line is between good ones."""
     folder = tmp_path / "source"
     for number in range(NUM_FILES):
         texts = english_documents[number * 10 : number * 10 + 10]
@@ -67,7 +67,7 @@ skips = st.lists(
 
 
 @given(found=skips, cuts=st.lists(st.integers(0, 20), max_size=4))
-def test_counts_do_not_depend_on_how_the_work_was_cut(
+def test_counts_do_not_depend_on_the_split_into_tasks(
     found: list[tuple[str, str, str]], cuts: list[int]
 ) -> None:
     whole: Skipped = {}
@@ -101,13 +101,13 @@ def test_bad_records_are_counted_by_cause_and_named_by_line(
     )
     assert manifest.excluded["bad_record"] == 2 * len(BAD_LINES)
     assert Manifest.load(tmp_path / "shards") == manifest
-    told = CliRunner().invoke(inspect, [str(tmp_path / "shards")]).stdout
-    assert "2 records left out: not a JSON object" in told
+    output = CliRunner().invoke(inspect, [str(tmp_path / "shards")]).stdout
+    assert "2 records skipped: not a JSON object" in output
     as_json = json.loads(CliRunner().invoke(inspect, [str(tmp_path / "shards"), "--json"]).stdout)
     assert as_json["skipped"]["records"]["column 'text' is null"]["count"] == 2
 
 
-def test_the_first_ten_bad_records_of_a_cause_are_named(codec: Codecs, tmp_path: Path) -> None:
+def test_the_first_ten_bad_records_of_each_cause_are_named(codec: Codecs, tmp_path: Path) -> None:
     source = write_records(tmp_path / "a.jsonl", [{"text": "good"}])
     source.write_text(source.read_text() + '{"text": null}\n' * 15)
     settings = make_settings(source, codec(), on_bad_record="skip", val_fraction=0.0)
@@ -119,7 +119,7 @@ def test_the_first_ten_bad_records_of_a_cause_are_named(codec: Codecs, tmp_path:
     ]
 
 
-def test_a_build_that_a_bad_record_stopped_is_finished_with_skip_in_the_same_folder(
+def test_a_build_stopped_by_a_bad_record_resumes_with_skip(
     bad_source: Path, codec: Codecs, tmp_path: Path
 ) -> None:
     stopping = make_settings(bad_source, codec())
@@ -135,7 +135,7 @@ def test_a_build_that_a_bad_record_stopped_is_finished_with_skip_in_the_same_fol
     assert hashes(out) == hashes(tmp_path / "uninterrupted")
 
 
-def test_a_task_that_left_out_records_is_done_again_where_they_are_to_stop_the_build(
+def test_tasks_with_skipped_records_are_repeated_without_skip(
     bad_source: Path, codec: Codecs, tmp_path: Path
 ) -> None:
     stopping = make_settings(bad_source, codec())
@@ -153,14 +153,14 @@ def test_a_task_that_left_out_records_is_done_again_where_they_are_to_stop_the_b
     assert hashes(out) == before
 
 
-def test_without_bad_records_the_choice_changes_no_byte_of_the_data_set(
+def test_without_bad_records_skip_does_not_change_the_data_set(
     source: Path, codec: Codecs, copy: Path, finished: Path
 ) -> None:
     build_here(make_settings(source, codec(), on_bad_record="skip"), codec(), copy)
     assert hashes(copy) == hashes(finished)
 
 
-def test_a_planned_build_may_leave_out_bad_records(
+def test_a_planned_build_can_skip_bad_records(
     bad_source: Path, codec: Codecs, tokenizer_path: Path, tmp_path: Path, in_threads: None
 ) -> None:
     out = tmp_path / "shards"
@@ -169,11 +169,11 @@ def test_a_planned_build_may_leave_out_bad_records(
     assert stopped.exit_code == BadRecordError.exit_code
     finished = CliRunner().invoke(build.main, ["--out", str(out), "--on-bad-record", "skip"])
     assert finished.exit_code == 0, finished.output
-    assert "2 records left out: not valid JSON" in finished.stdout
+    assert "2 records skipped: not valid JSON" in finished.stdout
     assert Plan.load(out).settings.on_bad_record == "skip"
 
 
-def test_where_every_record_is_bad_the_reasons_are_told(codec: Codecs, tmp_path: Path) -> None:
+def test_if_every_record_is_bad_the_causes_are_reported(codec: Codecs, tmp_path: Path) -> None:
     source = all_bad(tmp_path / "a.jsonl")
     settings = make_settings(source, codec(), on_bad_record="skip")
     with pytest.raises(SourceEmptyError) as caught:
@@ -183,7 +183,7 @@ def test_where_every_record_is_bad_the_reasons_are_told(codec: Codecs, tmp_path:
         train_tokenizer(str(source), tmp_path / "out", on_bad_record="skip")
 
 
-def test_the_tokenizer_names_what_it_leaves_out_and_the_option_to_do_so(
+def test_tokenizer_training_reports_skipped_records_and_the_option(
     bad_source: Path, tmp_path: Path
 ) -> None:
     given = ["--source", str(bad_source), "--vocab-size", "400", "--out", str(tmp_path / "out")]
@@ -191,7 +191,7 @@ def test_the_tokenizer_names_what_it_leaves_out_and_the_option_to_do_so(
     assert stopped.exit_code == BadRecordError.exit_code
     assert stopped.stderr.rstrip().endswith("--on-bad-record skip")
     result = CliRunner().invoke(tokenizer_main, [*given, "--on-bad-record", "skip"])
-    assert "2 records left out: not valid JSON" in result.stdout
+    assert "2 records skipped: not valid JSON" in result.stdout
     assert f"{bad_source / '2.jsonl'}:11" in result.stdout
     report = json.loads((tmp_path / "out" / "tokenizer_report.json").read_text())
     assert report["skipped"]["records"]["not valid JSON"]["count"] == 2

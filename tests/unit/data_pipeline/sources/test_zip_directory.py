@@ -1,4 +1,4 @@
-"""Archives that claim what cannot be true, and archives that are none."""
+"""Zip bombs and invalid archives."""
 
 import io
 import json
@@ -33,26 +33,26 @@ def texts(path: Path) -> list[str]:
 
 
 def entries(data: bytes) -> list[int]:
-    """Where the entries of the directory begin."""
+    """Start positions of the directory's entries."""
     return [match.start() for match in re.finditer(b"PK\x01\x02", data)]
 
 
 def patch(data: bytearray, entry: int, field: str, value: int) -> None:
-    """Change what the directory says of a file."""
+    """Change a file's field in the directory."""
     place = {"file_size": 24, "header_offset": 42}[field]
     start = entries(data)[entry] + place
     data[start : start + 4] = struct.pack("<L", value)
 
 
-def test_files_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+def test_overlapping_files_are_refused(tmp_path: Path) -> None:
     data = archive()
     patch(data, 1, "header_offset", 0)
     (tmp_path / "a.zip").write_bytes(data)
-    with pytest.raises(SourceUnreadableError, match="share their bytes, as in a zip bomb"):
+    with pytest.raises(SourceUnreadableError, match="its files overlap, as in a zip bomb"):
         texts(tmp_path / "a.zip")
 
 
-def test_sizes_that_no_text_expands_to_are_refused(tmp_path: Path) -> None:
+def test_implausible_expanded_sizes_are_refused(tmp_path: Path) -> None:
     data = archive()
     patch(data, 2, "file_size", (1 << 32) - 2)
     (tmp_path / "a.zip").write_bytes(data)
@@ -60,7 +60,7 @@ def test_sizes_that_no_text_expands_to_are_refused(tmp_path: Path) -> None:
         texts(tmp_path / "a.zip")
 
 
-def test_a_file_is_read_no_further_than_its_size(tmp_path: Path) -> None:
+def test_a_file_is_read_up_to_its_size(tmp_path: Path) -> None:
     data = archive()
     patch(data, 0, "file_size", 5)
     (tmp_path / "a.zip").write_bytes(data)
@@ -68,7 +68,7 @@ def test_a_file_is_read_no_further_than_its_size(tmp_path: Path) -> None:
         texts(tmp_path / "a.zip")
 
 
-def test_a_directory_of_many_mebibytes_is_refused(tmp_path: Path) -> None:
+def test_a_large_directory_is_refused(tmp_path: Path) -> None:
     size_bytes = (32 << 20) + 1
     with (tmp_path / "a.zip").open("wb") as file:
         file.truncate(size_bytes)
@@ -89,25 +89,25 @@ def test_a_directory_beyond_the_end_is_refused(tmp_path: Path, offset: int) -> N
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_methods_whose_pieces_are_not_bounded_are_refused(tmp_path: Path, method: int) -> None:
+def test_compression_methods_without_bounded_reads_are_refused(tmp_path: Path, method: int) -> None:
     (tmp_path / "a.zip").write_bytes(archive(method))
     with pytest.raises(SourceUnreadableError, match=rf"number {method}\); unpack the archive"):
         texts(tmp_path / "a.zip")
 
 
-def test_names_that_climb_are_only_names(tmp_path: Path) -> None:
+def test_names_with_parent_folders_write_nothing(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "a.zip"
     path.write_bytes(archive(names="/{}.jsonl"))
     assert texts(path) == TEXTS
-    for names in ("../{}.jsonl", "a/../../{}.jsonl"):  # a part that begins with a dot is hidden
+    for names in ("../{}.jsonl", "a/../../{}.jsonl"):  # components that begin with a dot are hidden
         path.write_bytes(archive(names=names))
-        with pytest.raises(SourceMissingError, match="3 files left out: hidden"):
+        with pytest.raises(SourceMissingError, match="3 files skipped: hidden"):
             texts(path)
     assert [*tmp_path.rglob("*.jsonl")] == []
 
 
-def test_a_file_without_a_name_is_left_out(tmp_path: Path) -> None:
+def test_a_file_without_a_name_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     path.write_bytes(bytes(archive()).replace(b"two.jsonl", b"\0wo.jsonl"))  # names end at a zero
     assert texts(path) == ["one", "three"]
@@ -122,7 +122,7 @@ def test_an_altered_archive_is_read_or_refused(
     altered = archive()
     directory = entries(altered)[0]
     for at, change in changes:
-        # Most of what decides is in the directory.
+        # Most changes are in the directory, which has the most effect.
         start = directory if at % 4 else 0
         altered[start + at % (len(altered) - start)] ^= change
     del altered[data.draw(st.just(len(altered)) | st.integers(0, len(altered))) :]

@@ -113,7 +113,7 @@ def test_a_change_during_reading_is_refused_at_the_end(memory: str, name: str) -
 
 
 def test_an_output_within_the_folder_of_a_file_url_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OutputExistsError, match="lies within the source"):
+    with pytest.raises(OutputExistsError, match="is within the source"):
         require_outside(f"file://{tmp_path}", tmp_path / "out")
     require_outside("memory://out", tmp_path / "out")
 

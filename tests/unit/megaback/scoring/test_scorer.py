@@ -263,7 +263,7 @@ def test_a_file_that_is_no_input_is_refused(
 
 def test_an_empty_name_of_a_file_is_no_input(folder_of: FolderOf) -> None:
     result = score(folder_of(Direction.BACKWARD), "--in", "", "--out", "-")
-    assert (result.exit_code, "(empty): there is no such file" in result.stderr) == (20, True)
+    assert (result.exit_code, "(empty): no such file" in result.stderr) == (20, True)
 
 
 def test_the_input_is_not_replaced(folder_of: FolderOf, tmp_path: Path) -> None:
