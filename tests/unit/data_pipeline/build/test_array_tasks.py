@@ -1,4 +1,4 @@
-"""Tasks by themselves, as the elements of an array: any order, any number, and then a data set."""
+"""Tasks run one by one, as by the elements of a Slurm array: any order and number."""
 
 import random
 from collections.abc import Callable
@@ -79,7 +79,7 @@ def test_a_range_of_tasks_is_done_by_one_command(invoke: Invoke, tmp_path: Path)
     assert done == {f"task-{index:05d}.json" for index in (1, 2, 3)}
 
 
-def test_the_task_that_is_done_last_finalizes(invoke: Invoke, tmp_path: Path) -> None:
+def test_the_last_task_finalizes(invoke: Invoke, tmp_path: Path) -> None:
     invoke("array", "--out", tmp_path / "out", "--task-index", "1-3")
     invoke("array", "--out", tmp_path / "out", "--task-index", 0)
     assert (tmp_path / "out" / "manifest.json").exists()
@@ -92,9 +92,7 @@ def test_a_task_of_a_finished_data_set_changes_nothing(invoke: Invoke, tmp_path:
     assert hashes(tmp_path / "out") == before
 
 
-def test_finalizing_too_early_names_the_tasks_that_are_missing(
-    invoke: Invoke, tmp_path: Path
-) -> None:
+def test_finalizing_too_early_names_the_missing_tasks(invoke: Invoke, tmp_path: Path) -> None:
     invoke("array", "--out", tmp_path / "out", "--task-index", 2)
     result = invoke("finalize", tmp_path / "out")
     assert result.exit_code == ShardsMissingError.exit_code
@@ -102,7 +100,9 @@ def test_finalizing_too_early_names_the_tasks_that_are_missing(
     assert "(0, 1, 3)" in result.output
 
 
-def test_finalizing_a_folder_without_a_plan_says_what_to_do(invoke: Invoke, tmp_path: Path) -> None:
+def test_finalizing_a_folder_without_a_plan_suggests_a_build(
+    invoke: Invoke, tmp_path: Path
+) -> None:
     result = invoke("finalize", tmp_path)
     assert result.exit_code == ShardsMissingError.exit_code
     assert "megaback shards build" in result.output
@@ -116,24 +116,20 @@ def test_finalizing_again_changes_nothing(invoke: Invoke, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("given", ["4", "3-4", "99"])
-def test_a_task_that_the_plan_does_not_have_is_refused(
-    given: str, invoke: Invoke, tmp_path: Path
-) -> None:
+def test_a_task_index_past_the_plan_is_refused(given: str, invoke: Invoke, tmp_path: Path) -> None:
     result = invoke("array", "--out", tmp_path / "out", "--task-index", given)
     assert result.exit_code == ConfigError.exit_code
     assert "4 tasks" in result.output
 
 
 @pytest.mark.parametrize("given", ["", "x", "-1", "3-1", "1,2", "1-", "1.0"])
-def test_an_index_that_is_no_number_or_range_is_refused(
-    given: str, invoke: Invoke, tmp_path: Path
-) -> None:
+def test_a_malformed_task_index_is_refused(given: str, invoke: Invoke, tmp_path: Path) -> None:
     result = invoke("array", "--out", tmp_path / "out", f"--task-index={given}")
     assert result.exit_code == ConfigError.exit_code
     assert "--task-index" in result.output
 
 
-def test_an_array_gives_the_index_where_tasks_are_asked_for(
+def test_with_tasks_the_index_is_that_of_the_slurm_array(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
@@ -143,7 +139,7 @@ def test_an_array_gives_the_index_where_tasks_are_asked_for(
     ]
 
 
-def test_an_index_that_is_given_goes_before_that_of_an_array(
+def test_a_given_index_overrides_that_of_the_slurm_array(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
@@ -160,7 +156,7 @@ def test_an_array_without_tasks_builds_everything(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As when a whole build happens to be run by an array's job."""
+    """A whole build may run in a job of an array."""
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     words = ("--source", source, "--tokenizer", tokenizer_path, "--out", tmp_path / "out")
     invoke("build", *words)
@@ -174,7 +170,7 @@ def selecting(source: Path, codec: Codecs, tmp_path: Path) -> Plan:
     return claim_plan(settings, codec(), tmp_path / "out", 4)[0]
 
 
-def test_what_another_process_still_stages_is_left_to_it(
+def test_staged_files_of_a_running_process_are_kept(
     selecting: Plan, codec: Codecs, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -183,7 +179,7 @@ def test_what_another_process_still_stages_is_left_to_it(
         assert (out / STAGED_FOLDER).exists()
 
 
-def test_the_last_process_of_a_folder_removes_what_was_staged(
+def test_the_last_process_of_a_folder_removes_staged_files(
     selecting: Plan, codec: Codecs, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -193,10 +189,10 @@ def test_the_last_process_of_a_folder_removes_what_was_staged(
     assert not (out / STAGED_FOLDER).exists()
 
 
-def test_a_task_whose_folder_another_process_tidied_up_is_no_error(
+def test_a_folder_that_another_process_cleaned_up_is_not_an_error(
     selecting: Plan, codec: Codecs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a file system has no locks, nobody knows that somebody is still at work."""
+    """Without file locks, a process cannot know that another one is still at work."""
     out = tmp_path / "out"
 
     def too_late(*arguments: object) -> None:
@@ -208,9 +204,7 @@ def test_a_task_whose_folder_another_process_tidied_up_is_no_error(
     assert build_tasks(selecting, range(1), codec(), out, workers=1) == Manifest.load(out)
 
 
-def test_the_tokenizer_of_a_plan_must_be_the_one_it_was_made_with(
-    selecting: Plan, tmp_path: Path
-) -> None:
+def test_a_plan_with_another_tokenizer_is_refused(selecting: Plan, tmp_path: Path) -> None:
     (tmp_path / "out" / "tokenizer.model").write_bytes(b"another one")
     with pytest.raises(Exception, match="tokenizer"):
         codec_of_plan(selecting, tmp_path / "out")

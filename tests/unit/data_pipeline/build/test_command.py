@@ -1,4 +1,4 @@
-"""What a build holds: every document once, in one split, byte for byte."""
+"""The data set of a build: every document once, in one split, byte for byte."""
 
 import hashlib
 import shutil
@@ -33,7 +33,7 @@ def rendered(folder: Path) -> dict[str, Counter[str]]:
 
 
 def test_a_build_writes_several_shards_of_several_tasks(finished: Path) -> None:
-    """What the other tests of building take for granted."""
+    """Precondition of the other build tests."""
     names = [shard.file for shard in Manifest.load(finished).split("train")]
     assert {f"train-{task:05d}-{shard:05d}.zst" for task in range(6) for shard in (0, 1)} <= {
         *names
@@ -87,7 +87,7 @@ def test_the_manifests_totals_are_those_of_the_documents(
         }
 
 
-def test_empty_documents_are_left_out_and_counted(finished: Path) -> None:
+def test_empty_documents_are_excluded_and_counted(finished: Path) -> None:
     assert Manifest.load(finished).excluded == {"empty": EMPTY_DOCUMENTS}
 
 
@@ -114,7 +114,7 @@ def test_the_val_set_has_about_its_fraction_of_the_documents() -> None:
 
 @pytest.mark.usefixtures("in_threads")
 @pytest.mark.parametrize("changed", [{"compression_level": 9}, {}], ids=["level", "place"])
-def test_neither_compression_nor_the_sources_place_change_the_fingerprint(
+def test_compression_and_location_of_sources_do_not_change_the_fingerprint(
     source: Path, codec: Codecs, finished: Path, tmp_path: Path, changed: dict[str, object]
 ) -> None:
     elsewhere = Path(shutil.copytree(source, tmp_path / "elsewhere"))

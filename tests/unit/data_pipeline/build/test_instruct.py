@@ -103,9 +103,7 @@ def test_a_forward_models_examples_hold_the_same_texts(
     assert pairs_of([*found["train"], *found["val"]]) == expected_of(rows)
 
 
-def test_chats_and_rows_in_parquet_are_read_by_what_each_record_holds(
-    tmp_path: Path, codec: Codecs
-) -> None:
+def test_parquet_may_mix_chats_and_rows(tmp_path: Path, codec: Codecs) -> None:
     chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
     records: Records = [
         {"messages": chat, "instruction": None, "output": None},
@@ -116,7 +114,7 @@ def test_chats_and_rows_in_parquet_are_read_by_what_each_record_holds(
     assert pairs_of(examples_of(tmp_path / "out")["train"]) == [("Where?", "Here."), ("Who?", "I.")]
 
 
-def test_what_is_left_out_is_counted_by_its_reason(
+def test_excluded_examples_are_counted_by_reason(
     tmp_path: Path, rows: Records, codec: Codecs
 ) -> None:
     bad: Records = [
@@ -142,7 +140,7 @@ def test_what_is_left_out_is_counted_by_its_reason(
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_what_is_left_out_within_rows_is_counted_by_cause_and_named(
+def test_skipped_parts_of_rows_are_counted_by_cause_with_places(
     tmp_path: Path, codec: Codecs, a_task_a_file: None, workers: int, suffix: str
 ) -> None:
     user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}
@@ -201,9 +199,7 @@ def test_recompressing_keeps_examples_and_fingerprint(
     verify_data_set(tmp_path / "small", workers=1)
 
 
-def test_a_source_without_columns_or_without_these_is_refused(
-    tmp_path: Path, codec: Codecs
-) -> None:
+def test_a_source_without_the_columns_is_refused(tmp_path: Path, codec: Codecs) -> None:
     (tmp_path / "a.txt").write_text("Just text.")
     write_records(tmp_path / "a.parquet", [{"prompt": "x", "answer": "y"}])
     for name, message in (("a.txt", "no columns, so no instructions"), ("a.parquet", "`columns`")):
@@ -224,22 +220,22 @@ def instruct(tokenizer_path: Path) -> Callable[..., str]:
     return run
 
 
-def test_held_out_rows_are_the_val_set_and_nothing_else_is(
+def test_the_val_set_is_exactly_the_held_out_rows(
     tmp_path: Path, rows: Records, instruct: Callable[..., str]
 ) -> None:
     source = write_records(tmp_path / "train.jsonl", rows[20:])
     held_out = write_records(tmp_path / "val.jsonl", rows[:20])
     out = tmp_path / "out"
-    told = instruct("--source", source, "--val-source", held_out, "--out", out)
-    assert "val: 20 examples" in told
-    assert "backchat.yaml init_from=BASE run=runs/out" in told  # no base is near
+    printed = instruct("--source", source, "--val-source", held_out, "--out", out)
+    assert "val: 20 examples" in printed
+    assert "backchat.yaml init_from=BASE run=runs/out" in printed  # no base is near
     found = examples_of(out)
     assert pairs_of(found["val"]) == expected_of(rows[:20])
     assert pairs_of(found["train"]) == expected_of(rows[20:])
 
 
 @pytest.mark.parametrize("given", ["rows.jsonl", "link.jsonl", "../data", "../data/r*.jsonl"])
-def test_rows_that_are_trained_on_are_not_held_out_too(
+def test_a_source_in_both_sets_is_refused(
     tmp_path: Path, rows: Records, tokenizer_path: Path, given: str
 ) -> None:
     folder = tmp_path / "data"
@@ -260,8 +256,8 @@ def test_the_command_maps_columns_and_refuses_a_context_that_does_not_fit(
     records: Records = [{"prompt": f"Go {n}.", "answer": "Gone."} for n in range(9)]
     source = write_records(tmp_path / "rows.jsonl", records)
     arguments = ("--source", source, "--columns", "instruction=prompt,output=answer")
-    told = instruct(*arguments, "--out", tmp_path / "out", "--val-fraction", 0)
-    assert "train: 9 examples" in told
+    printed = instruct(*arguments, "--out", tmp_path / "out", "--val-fraction", 0)
+    assert "train: 9 examples" in printed
     assert "--context-tokens is 1000" in instruct(
         *arguments, "--out", tmp_path / "other", "--context-tokens", 1000
     )
@@ -270,14 +266,14 @@ def test_the_command_maps_columns_and_refuses_a_context_that_does_not_fit(
     assert plan["settings"]["row_tokens"] == 1024
 
 
-def test_where_no_row_has_the_columns_those_that_it_may_have_are_suggested(
+def test_an_error_for_missing_columns_suggests_others(
     tmp_path: Path, instruct: Callable[..., str]
 ) -> None:
     chat = [{"from": "human", "value": "Who?"}, {"from": "bing", "value": "I."}]
     for name in ("rows.jsonl", "rows.parquet"):
         source = write_records(tmp_path / name, [{"conversations": chat}] * 2)
-        told = instruct("--source", source, "--out", tmp_path / "out", "--val-fraction", 0)
-        assert "perhaps --columns messages=conversations" in told
+        printed = instruct("--source", source, "--out", tmp_path / "out", "--val-fraction", 0)
+        assert "perhaps --columns messages=conversations" in printed
         arguments = ("--source", source, "--columns", "messages=conversations")
-        told = instruct(*arguments, "--out", tmp_path / f"{name}.out", "--val-fraction", 0)
-        assert "train: 2 examples" in told
+        printed = instruct(*arguments, "--out", tmp_path / f"{name}.out", "--val-fraction", 0)
+        assert "train: 2 examples" in printed

@@ -1,4 +1,4 @@
-"""Plans: even cuts, a file that says all of it, and commands that go by it."""
+"""Build plans: even cuts, the plan file, and the commands that use it."""
 
 import json
 from collections.abc import Callable
@@ -36,17 +36,17 @@ def test_every_portion_is_in_one_task(sizes: list[int], num_tasks: int | None) -
 
 
 @given(sizes=sizes_bytes, num_tasks=counts)
-def test_there_are_as_many_tasks_as_were_asked_for(sizes: list[int], num_tasks: int) -> None:
+def test_the_requested_number_of_tasks_is_made(sizes: list[int], num_tasks: int) -> None:
     assert len(cut_evenly(sizes, num_tasks)) == num_tasks
 
 
 @given(sizes=sizes_bytes)
-def test_no_task_is_empty_unless_a_number_of_tasks_was_asked_for(sizes: list[int]) -> None:
+def test_no_task_is_empty_unless_their_number_is_requested(sizes: list[int]) -> None:
     assert min(cut_evenly(sizes)) > 0
 
 
 @given(sizes=sizes_bytes)
-def test_without_a_number_there_are_not_many_tasks_for_small_files(sizes: list[int]) -> None:
+def test_small_files_share_few_tasks_by_default(sizes: list[int]) -> None:
     small = [size % 1000 for size in sizes]
     assert len(cut_evenly(small)) == (1 if any(small) else len(small))
 
@@ -72,7 +72,7 @@ def _bytes_of_tasks(sizes: list[int], taken: tuple[int, ...]) -> list[int]:
 
 
 def is_encodable(name: str) -> bool:
-    """Whether a system takes it as a path."""
+    """Whether a name is valid as a path."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
@@ -109,7 +109,7 @@ all_settings = st.builds(
     num_tasks=st.none() | st.integers(1, 9),
 )
 @hypothesis_settings(max_examples=50)
-def test_a_plan_is_read_as_it_was_written(
+def test_a_saved_plan_loads_equal(
     settings: BuildSettings,
     inputs: tuple[list[Slice], list[Slice]],
     num_tasks: int | None,
@@ -141,7 +141,7 @@ def test_tasks_hold_the_portions_in_order(
     assert tuple(portion for task in tasks for portion in task.portions) == whole.portions
 
 
-def test_a_task_is_another_one_where_a_setting_is_another_one(source: Path, codec: Codecs) -> None:
+def test_a_task_hash_depends_on_the_settings(source: Path, codec: Codecs) -> None:
     shas = {
         make_plan(make_settings(source, codec(), **changed), 1).tasks[0].sha256
         for changed in ({}, {"deduplicate": True}, {"min_characters": 2}, {"limit_tokens": 9})
@@ -149,7 +149,7 @@ def test_a_task_is_another_one_where_a_setting_is_another_one(source: Path, code
     assert len(shas) == 4
 
 
-def test_a_task_is_the_same_one_however_its_source_was_spelled(
+def test_a_task_hash_does_not_depend_on_the_spelling_of_the_source(
     source: Path, codec: Codecs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(source.parent)
@@ -194,7 +194,7 @@ def test_planning_writes_no_shards(
     assert names == {"plan.json", "tokenizer.model", ".build"}
 
 
-def test_planning_again_tells_that_the_plan_was_there(
+def test_planning_again_reports_the_existing_plan(
     invoke: Invoke, given_source: tuple[object, ...], tmp_path: Path
 ) -> None:
     invoke("plan", *given_source, "--out", tmp_path / "shards")
@@ -202,7 +202,7 @@ def test_planning_again_tells_that_the_plan_was_there(
     assert "already in" in result.output
 
 
-def test_a_build_without_a_source_in_an_empty_folder_says_what_to_do(
+def test_a_build_without_a_source_in_an_empty_folder_suggests_options(
     invoke: Invoke, tmp_path: Path
 ) -> None:
     result = invoke("build", "--out", tmp_path)
@@ -225,7 +225,7 @@ def test_a_planned_build_refuses_settings_by_name(
 
 
 @pytest.mark.parametrize("given_again", [True, False], ids=["with a source", "without a source"])
-def test_another_number_of_tasks_than_the_plans_is_refused(
+def test_a_number_of_tasks_other_than_the_plans_is_refused(
     invoke: Invoke, given_source: tuple[object, ...], tmp_path: Path, given_again: bool
 ) -> None:
     out = tmp_path / "shards"
@@ -244,7 +244,7 @@ def test_overwriting_a_plan_may_change_its_number_of_tasks(
     assert Plan.load(out).num_tasks == 4
 
 
-def test_overwriting_no_plan_makes_the_number_of_tasks_that_was_asked_for(
+def test_overwrite_without_a_plan_makes_the_requested_number_of_tasks(
     invoke: Invoke, given_source: tuple[object, ...], tmp_path: Path
 ) -> None:
     invoke("plan", *given_source, "--out", tmp_path / "shards", "--tasks", 4, "--overwrite")
@@ -263,7 +263,7 @@ def test_the_plan_of_a_finished_data_set_is_not_overwritten(
 def planned(
     invoke: Invoke, tokenizer_path: Path, english_documents: list[str], tmp_path: Path
 ) -> Path:
-    """The folder of a plan of two files, which lie beside it."""
+    """The folder of a plan of two files beside it."""
     for number in range(2):
         records = [{"text": text} for text in english_documents[number * 20 :][:20]]
         write_records(tmp_path / "source" / f"{number}.jsonl", records)
@@ -299,7 +299,7 @@ def test_a_file_that_changed_after_the_plan_is_an_error_that_names_it(
     assert f"{changed}: changed since" in result.output
 
 
-def test_a_planned_build_goes_on_when_a_changed_file_is_as_it_was(
+def test_a_planned_build_resumes_once_a_changed_file_is_restored(
     invoke: Invoke, planned: Path
 ) -> None:
     path = planned.parent / "source" / "1.jsonl"
@@ -332,9 +332,7 @@ BREAKS: dict[str, Callable[[dict[str, object]], object]] = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_or_foreign_plan_is_refused_by_name(
-    invoke: Invoke, planned: Path, name: str
-) -> None:
+def test_a_malformed_plan_is_refused_by_name(invoke: Invoke, planned: Path, name: str) -> None:
     fields = json.loads((planned / "plan.json").read_text())
     BREAKS[name](fields)
     (planned / "plan.json").write_text(json.dumps(fields))

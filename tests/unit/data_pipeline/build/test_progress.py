@@ -1,4 +1,4 @@
-"""Progress: sums over processes, lines of JSON for machines, a bar for people."""
+"""Build progress: sums over processes, JSON lines, and a bar on a terminal."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_a_task_has_counted_all_its_input_at_its_end(
 def lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> list[dict[str, object]]:
-    """What half of some work writes without a terminal."""
+    """Progress lines at half of some work, without a terminal."""
     monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.02)
     counts = SharedCounts(2)
     SharedCounts.of_task(counts.raw, 1)[:] = (50, 5_000_000, 1_000_000, 500)
@@ -76,7 +76,7 @@ def test_without_a_terminal_progress_is_lines_of_json(lines: list[dict[str, obje
     assert {line["event"] for line in lines} == {"build"}
 
 
-def test_a_line_tells_the_counts(lines: list[dict[str, object]]) -> None:
+def test_a_line_has_the_counts(lines: list[dict[str, object]]) -> None:
     assert {name: lines[-1][name] for name in FIELDS} == {
         "documents": 50,
         "text_bytes": 5_000_000,
@@ -85,19 +85,19 @@ def test_a_line_tells_the_counts(lines: list[dict[str, object]]) -> None:
     }
 
 
-def test_a_line_tells_rates_that_agree(lines: list[dict[str, object]]) -> None:
+def test_the_rates_of_a_line_agree_with_its_counts(lines: list[dict[str, object]]) -> None:
     line = lines[-1]
     ratio = line["tokens_per_s"] / line["documents_per_s"]
     assert ratio == pytest.approx(20_000, rel=0.01)
     assert line["text_mb_per_s"] / line["documents_per_s"] == pytest.approx(0.1, rel=0.01)
 
 
-def test_a_line_tells_the_time_left(lines: list[dict[str, object]]) -> None:
+def test_a_line_has_the_time_left(lines: list[dict[str, object]]) -> None:
     line = lines[-1]
     assert line["left_s"] == pytest.approx(line["elapsed_s"], abs=1)
 
 
-def test_the_time_left_is_not_known_before_anything_was_read(
+def test_the_time_left_is_null_before_any_input_is_read(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.02)
@@ -107,14 +107,14 @@ def test_the_time_left_is_not_known_before_anything_was_read(
     assert line["left_s"] is None
 
 
-def test_a_short_build_says_nothing_on_stderr(
+def test_a_short_build_prints_nothing_on_stderr(
     source: Path, codec: Codecs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build_here(make_settings(source, codec()), codec(), tmp_path / "out")
     assert capsys.readouterr().err == ""
 
 
-def test_progress_ends_with_an_error_of_what_it_shows(
+def test_an_error_stops_the_progress_display(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.02)

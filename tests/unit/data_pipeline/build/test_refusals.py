@@ -1,4 +1,4 @@
-"""Builds that are refused: the folder is left as it was, or there is none."""
+"""Refused builds leave an existing folder unchanged, and create none."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("a_task_a_file")
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_folder_of_other_settings_is_refused_and_left_as_it_was(
+def test_a_folder_of_other_settings_is_refused_and_not_changed(
     source: Path,
     codec: Codecs,
     copy: Path,
@@ -50,7 +50,7 @@ def test_a_folder_of_other_settings_is_refused_and_left_as_it_was(
     assert hashes(copy) == hashes(finished)
 
 
-def test_a_folder_of_another_tokenizer_is_refused_and_left_as_it_was(
+def test_a_folder_of_another_tokenizer_is_refused_and_not_changed(
     source: Path, tiny_text_folder: Path, codec: Codecs, copy: Path, finished: Path, tmp_path: Path
 ) -> None:
     train_tokenizer(str(tiny_text_folder), tmp_path / "other", 400)
@@ -62,7 +62,7 @@ def test_a_folder_of_another_tokenizer_is_refused_and_left_as_it_was(
     assert hashes(copy) == hashes(finished)
 
 
-def test_a_folder_of_another_source_is_refused_and_left_as_it_was(
+def test_a_folder_of_another_source_is_refused_and_not_changed(
     tiny_text_folder: Path, codec: Codecs, copy: Path, finished: Path
 ) -> None:
     with pytest.raises(OutputExistsError):
@@ -70,7 +70,7 @@ def test_a_folder_of_another_source_is_refused_and_left_as_it_was(
     assert hashes(copy) == hashes(finished)
 
 
-def test_a_folder_that_holds_something_else_is_refused_and_left_as_it_was(
+def test_a_folder_with_other_files_is_refused_and_not_changed(
     source: Path, codec: Codecs, tmp_path: Path
 ) -> None:
     out = tmp_path / "mine"
@@ -81,7 +81,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_as_it_was(
     assert {path.name: path.read_text() for path in out.iterdir()} == {"thesis.txt": "precious"}
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused_and_left_as_it_was(
+def test_a_file_in_place_of_the_folder_is_refused_and_not_changed(
     source: Path, codec: Codecs, tmp_path: Path
 ) -> None:
     out = tmp_path / "mine"
@@ -92,7 +92,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_and_left_as_it_was(
 
 
 @pytest.mark.usefixtures("in_threads")
-def test_a_source_that_changed_after_the_end_is_refused(
+def test_a_source_that_changed_after_the_build_is_refused(
     source_texts: list[str], codec: Codecs, tmp_path: Path
 ) -> None:
     source, out = write_source(tmp_path / "source", source_texts), tmp_path / "shards"
@@ -136,7 +136,7 @@ def test_a_build_that_fails_leaves_no_folder(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"source": "x", "color": "red"}'])
-def test_a_plan_that_cannot_be_read_are_an_error_that_names_the_folder(
+def test_an_unreadable_plan_is_an_error_that_names_the_folder(
     source: Path, codec: Codecs, copy: Path, content: str
 ) -> None:
     (copy / "plan.json").write_text(content)

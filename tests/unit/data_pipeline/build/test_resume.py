@@ -1,4 +1,4 @@
-"""Builds that are killed, fail, or are run again: the same bytes whatever happens on the way."""
+"""Builds that are killed, fail, or are run again give the same bytes."""
 
 import signal
 import subprocess
@@ -50,7 +50,7 @@ def test_the_same_command_on_a_finished_folder_changes_nothing(
     ],
     ids=["records", "a shard", "both", "the tokenizer", "the manifest alone"],
 )
-def test_an_unfinished_folder_is_finished_to_the_same_bytes(
+def test_an_unfinished_folder_resumes_to_the_same_bytes(
     source: Path, codec: Codecs, finished: Path, copy: Path, lost: list[str]
 ) -> None:
     for name in ("manifest.json", *lost):
@@ -61,7 +61,7 @@ def test_an_unfinished_folder_is_finished_to_the_same_bytes(
 
 @pytest.mark.usefixtures("in_threads")
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"task_sha256": 1}'])
-def test_a_broken_task_record_is_done_again(
+def test_a_task_with_a_damaged_record_is_run_again(
     source: Path, codec: Codecs, finished: Path, copy: Path, content: str
 ) -> None:
     (copy / "manifest.json").unlink()
@@ -71,7 +71,7 @@ def test_a_broken_task_record_is_done_again(
 
 
 @pytest.mark.usefixtures("in_threads")
-def test_what_a_killed_process_left_is_cleared_away(
+def test_files_of_a_killed_process_are_removed(
     source: Path, codec: Codecs, finished: Path, copy: Path
 ) -> None:
     (copy / "manifest.json").unlink()
@@ -82,7 +82,7 @@ def test_what_a_killed_process_left_is_cleared_away(
 
 
 @pytest.mark.usefixtures("in_threads")
-def test_what_others_write_in_the_folder_of_a_build_stays(
+def test_other_files_in_the_folder_of_a_build_are_kept(
     source: Path, codec: Codecs, copy: Path
 ) -> None:
     mine = copy.parent / "mine"
@@ -93,7 +93,7 @@ def test_what_others_write_in_the_folder_of_a_build_stays(
     left = copy / ".build" / ".task-00000.json.0123456789ab.partial"
     left.write_bytes(b"half")
     (copy / ".manifest.json.0123456789ab.partial").symlink_to(mine)
-    for _ in range(2):  # when it is finished, and when it is looked at again
+    for _ in range(2):  # on finishing, and on the next run
         build_shards(make_settings(source, codec()), codec(), copy, workers=1)
         (copy / "manifest.json").unlink(missing_ok=True)
     build_shards(make_settings(source, codec()), codec(), copy, workers=1)
@@ -102,7 +102,7 @@ def test_what_others_write_in_the_folder_of_a_build_stays(
 
 
 @pytest.mark.usefixtures("in_threads")
-def test_a_build_that_fails_leaves_what_was_put_into_its_folder_meanwhile(
+def test_a_failed_build_keeps_files_that_others_added_meanwhile(
     source: Path, codec: Codecs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "shards"
@@ -182,7 +182,7 @@ def end(processes: list[psutil.Process]) -> None:
 
 
 @pytest.mark.usefixtures("in_threads")
-def test_a_build_killed_half_way_is_finished_to_the_same_bytes(
+def test_a_killed_build_resumes_to_the_same_bytes(
     building: Building, codec: Codecs, tmp_path: Path
 ) -> None:
     end(building.stop_half_way(signal.SIGKILL))
@@ -204,10 +204,10 @@ def test_a_stopped_build_leaves_no_process_behind(building: Building, number: in
 
 
 @pytest.mark.usefixtures("in_threads")
-def test_a_plan_that_another_build_forgot_is_written_again_before_a_shard(
+def test_a_plan_that_another_build_removed_is_written_again_before_a_shard(
     source: Path, codec: Codecs, tmp_path: Path
 ) -> None:
-    """That one failed after this one had read the plan, and before it held the lock."""
+    """The other build failed after this one had read the plan, and before it held the lock."""
     out = tmp_path / "shards"
     made, _ = plan_command.claim_plan(make_settings(source, codec()), codec(), out, None)
     (out / plan.PLAN_NAME).unlink()
@@ -215,8 +215,8 @@ def test_a_plan_that_another_build_forgot_is_written_again_before_a_shard(
     assert plan.Plan.load(out) == made
 
 
-def break_and_mend(source: Path, codec: TextCodec, out: Path, texts: list[str], cause: str) -> None:
-    """A build that fails on its only file, and the same command once that file is mended."""
+def break_and_fix(source: Path, codec: TextCodec, out: Path, texts: list[str], cause: str) -> None:
+    """A build that fails on its only file, and the same command once that file is fixed."""
     write_source(source, texts, num_files=1)
     with (source / "0.jsonl").open("a") as file:
         file.write(cause)
@@ -233,7 +233,7 @@ def test_a_build_that_failed_in_an_empty_folder_can_be_run_again(
     """The task had finished a shard before it failed."""
     out = tmp_path / "shards"
     out.mkdir()
-    break_and_mend(tmp_path / "source", codec(), out, source_texts, '{"text": "cut')
+    break_and_fix(tmp_path / "source", codec(), out, source_texts, '{"text": "cut')
     assert Manifest.load(out).total("train")["documents"] > 0
 
 
@@ -245,7 +245,7 @@ def test_a_build_that_was_killed_before_its_plan_and_then_failed_can_be_run_agai
     (out / ".build").mkdir(parents=True)
     (out / ".build" / "plan.json.1234").write_text("{")
     (out / "tokenizer.model").write_bytes(codec().model_bytes)
-    break_and_mend(source, codec(), out, source_texts, '{"text": "cut')
+    break_and_fix(source, codec(), out, source_texts, '{"text": "cut')
     assert Manifest.load(out).total("train")["documents"] > 0
 
 

@@ -1,4 +1,4 @@
-"""A build from addresses with secrets: none is written, and a new signature is the same source."""
+"""Builds from addresses with secrets: none is written, and a new signature is the same source."""
 
 import json
 import os
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("in_threads", "a_task_a_file")
 
 @pytest.fixture
 def served(server: FileServer, source: Path) -> str:
-    """The address of two files, but for their number, and for the login and the signature."""
+    """The address of two files, without their number, login and signature."""
     for number in range(2):
         server.files[f"{number}.jsonl"] = (source / f"{number}.jsonl").read_bytes()
     return server.url("{}.jsonl")
@@ -58,7 +58,7 @@ def assert_clean(folder: Path) -> None:
         assert not path.is_file() or PLANT.encode() not in path.read_bytes(), path
 
 
-def test_a_build_writes_no_secret_and_goes_on_with_another_signature(
+def test_a_build_writes_no_secret_and_resumes_with_another_signature(
     served: str, codec: Codecs, tmp_path: Path
 ) -> None:
     settings = make_settings("", codec(), sources=sources_of(signed(served, f"{PLANT}-1")))
@@ -124,7 +124,7 @@ def make_old(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("has_source", [True, False])
-def test_a_plan_of_an_earlier_version_goes_on_and_is_not_published(
+def test_a_plan_of_an_earlier_version_resumes_and_its_secrets_are_removed(
     served: str, codec: Codecs, tmp_path: Path, has_source: bool
 ) -> None:
     out = tmp_path / "out"
@@ -153,7 +153,7 @@ def test_a_manifest_of_an_earlier_version_is_read_without_its_secrets(
     assert_clean(tmp_path / "smaller")
 
 
-def test_a_plan_of_a_stranger_takes_no_variable_to_its_server(
+def test_an_untrusted_plan_sends_no_variable_to_its_server(
     served: str, server: FileServer, codec: Codecs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"

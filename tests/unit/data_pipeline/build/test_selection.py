@@ -1,4 +1,4 @@
-"""De-duplication, limits and weights keep what a few lines of plain Python keep."""
+"""De-duplication, limits and weights agree with a plain Python reference."""
 
 import hashlib
 import random
@@ -37,7 +37,7 @@ limits = st.none() | st.integers(1, 60)
 
 @dataclass(frozen=True)
 class Cut:
-    """What must not change what is kept."""
+    """Parameters of a build that must not affect the kept documents."""
 
     num_tasks: int | None
     workers: int
@@ -69,7 +69,7 @@ def kept(
             **{"val_fraction": VAL_FRACTION, "frame_tokens": 64, "shard_tokens": 200, **changed},
         )
         settings = type(settings)(**{**vars(settings), "sources": tuple(parts)})
-        # The val set's minimum, which `plainly` does not know, has tests of its own.
+        # The val set's minimum, which `plainly` does not model, has its own tests.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(val_minimum, "MIN_VAL_DOCUMENTS", 0)
             try:
@@ -88,7 +88,7 @@ def plainly(
     limit_documents: int | None = None,
     limit_tokens: int | None = None,
 ) -> dict[str, list[str]]:
-    """The same without tasks, notes or shards."""
+    """Reference implementation, without tasks, notes or shards."""
     taken = []
     for number, files in enumerate(found):
         weight = weights[number] if weights else 1.0
@@ -121,13 +121,13 @@ def plainly(
 
 
 def _share(text: str) -> float:
-    """Where a text lies between 0 and 1, apart from what decides its split."""
+    """Hash of a text in [0, 1), independent of the one that decides its split."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[8:16], "big") / 2**64
 
 
 @few_examples
 @given(found=sources, cut=cuts)
-def test_of_equal_documents_the_first_is_kept(
+def test_the_first_of_equal_documents_is_kept(
     found: list[list[list[str]]], cut: Cut, codec: Codecs
 ) -> None:
     expected = plainly(found, codec(), deduplicate=True)
@@ -154,7 +154,7 @@ def test_a_limit_of_tokens_keeps_the_most_documents_that_fit(
 
 @few_examples
 @given(found=sources, cut=cuts, of_sources=st.tuples(weights, weights))
-def test_weights_take_documents_as_often_as_they_say(
+def test_weights_repeat_documents_as_often_as_given(
     found: list[list[list[str]]], cut: Cut, of_sources: tuple[float, float], codec: Codecs
 ) -> None:
     assert kept(found, codec(), cut, [*of_sources]) == plainly(found, codec(), [*of_sources])
@@ -169,7 +169,7 @@ def test_weights_take_documents_as_often_as_they_say(
     limit_documents=limits,
     limit_tokens=st.none() | st.integers(1, 3000),
 )
-def test_all_of_it_together_keeps_what_plain_python_keeps(
+def test_all_of_them_together_agree_with_the_reference(
     found: list[list[list[str]]],
     cut: Cut,
     of_sources: tuple[float, float],
@@ -189,7 +189,7 @@ def test_all_of_it_together_keeps_what_plain_python_keeps(
 
 @few_examples
 @given(found=sources, at_a_time=st.integers(1, 20))
-def test_comparing_few_documents_at_a_time_finds_the_same_duplicates(
+def test_comparing_few_documents_at_once_finds_the_same_duplicates(
     found: list[list[list[str]]], at_a_time: int, codec: Codecs
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -226,7 +226,7 @@ def test_a_weight_of_one_and_a_half_takes_everything_and_the_same_half_again(
     assert of_weight(1.5, codec(), MANY) == Counter(MANY) + half
 
 
-def test_deduplication_leaves_the_second_time_of_a_weight_of_two(codec: Codecs) -> None:
+def test_deduplication_keeps_the_repeats_of_a_weight(codec: Codecs) -> None:
     found = kept([[MANY[:20] * 2]], codec(), Cut(2, 1), [2.0], deduplicate=True)
     assert Counter(found["train"] + found["val"]) == Counter(MANY[:20] * 2)
 
@@ -253,7 +253,7 @@ def test_a_limit_below_the_first_document_is_refused(codec: Codecs, tmp_path: Pa
         build_here(settings, codec(), tmp_path / "shards")
 
 
-def test_a_limit_leaves_later_tasks_undone(codec: Codecs, tmp_path: Path) -> None:
+def test_a_limit_skips_later_tasks(codec: Codecs, tmp_path: Path) -> None:
     for number in range(5):
         records = [{"text": text} for text in MANY[number * 20 : number * 20 + 20]]
         write_records(tmp_path / "source" / f"{number}.jsonl", records)
@@ -264,7 +264,7 @@ def test_a_limit_leaves_later_tasks_undone(codec: Codecs, tmp_path: Path) -> Non
     assert len(records) < 5
 
 
-def test_nothing_staged_is_left_at_the_end(codec: Codecs, tmp_path: Path) -> None:
+def test_staged_files_are_removed_at_the_end(codec: Codecs, tmp_path: Path) -> None:
     source = write_records(tmp_path / "s.jsonl", [{"text": text} for text in MANY])
     settings = make_settings(source, codec(), deduplicate=True)
     build_here(settings, codec(), tmp_path / "shards")

@@ -1,4 +1,4 @@
-"""Settings: what the filters let through, and what is refused by the option's name."""
+"""Build settings: document filters, and errors that name the option."""
 
 from pathlib import Path
 
@@ -29,8 +29,8 @@ CASES: dict[str, tuple[dict[str, object], list[int], dict[str, int]]] = {
     "a language": ({"languages": ("en",)}, [1, 2, 3, 5], {"empty": 1, "language": 2}),
     "two languages": ({"languages": ("en", "de")}, [0, 1, 2, 3, 5], {"empty": 1, "language": 1}),
     "a score": ({"min_language_score": 0.65}, [0, 1, 4, 5], {"empty": 1, "language_score": 2}),
-    "at least so long": ({"min_characters": 18}, [2, 3, 4, 5], {"empty": 1, "length": 2}),
-    "at most so long": ({"max_characters": 9}, [0, 1], {"empty": 1, "length": 4}),
+    "minimum length": ({"min_characters": 18}, [2, 3, 4, 5], {"empty": 1, "length": 2}),
+    "maximum length": ({"max_characters": 9}, [0, 1], {"empty": 1, "length": 4}),
     "all of them": (
         {"languages": ("en",), "min_language_score": 0.6, "max_characters": 40},
         [1],
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[dict[str, object], list[int], dict[str, int]]] = {
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_filter_leaves_out_and_counts_what_it_says(
+def test_a_filter_excludes_and_counts_documents(
     name: str, suffix: str, codec: Codecs, tmp_path: Path
 ) -> None:
     changed, kept, excluded = CASES[name]
@@ -90,7 +90,7 @@ def test_lengths_are_counted_in_characters(minimum: int, maximum: int | None, te
 
 
 @pytest.mark.parametrize("score", [None, float("nan"), 0.4999])
-def test_a_score_that_is_not_known_or_too_low_leaves_a_document_out(score: float | None) -> None:
+def test_a_missing_or_low_score_excludes_a_document(score: float | None) -> None:
     settings = BuildSettings((), "", min_language_score=0.5)
     document = Document("text", "here", language_score=score)
     assert settings.exclusion_reason(document) == "language_score"
@@ -144,7 +144,7 @@ def test_a_source_of_another_weight_is_refused(codec: Codecs) -> None:
     ],
     ids=str,
 )
-def test_settings_that_mean_nothing_are_refused_by_name(
+def test_invalid_settings_are_refused_by_name(
     changed: dict[str, object], option: str, codec: Codecs
 ) -> None:
     with pytest.raises(ConfigError, match=option):
@@ -170,7 +170,7 @@ def test_a_bad_record_stops_a_build_naming_file_and_line(
         build_here(make_settings(bad_source, codec()), codec(), tmp_path / "shards")
 
 
-def test_bad_records_may_be_left_out_and_counted(
+def test_bad_records_may_be_skipped_and_counted(
     bad_source: Path, codec: Codecs, tmp_path: Path
 ) -> None:
     settings = make_settings(bad_source, codec(), on_bad_record="skip", val_fraction=0.0)

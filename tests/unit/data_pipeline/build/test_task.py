@@ -1,4 +1,4 @@
-"""A task writes the same bytes whenever it is done, and its record is believed with its files."""
+"""A task always writes the same bytes, and its record is valid only with its files."""
 
 import hashlib
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def task_of(source: Path, codec: Codecs, **changed: object) -> Task:
 
 
 def done(task: Task, out: Path, model_bytes: bytes) -> TaskRecord:
-    """The record of a task, done in a folder with a plan's place in it."""
+    """The record of a task that is run in a folder with the subfolder of a plan."""
     record_path(out, 0).parent.mkdir(parents=True, exist_ok=True)
     return run_task(task, out, model_bytes)
 
@@ -54,12 +54,12 @@ def test_a_task_writes_the_same_bytes_twice_and_is_then_done(
     assert finished_record(task, out) == record
     assert done(task, again, model_bytes) == record
     assert hashes(again) == hashes(out)
-    assert done(task, out, model_bytes) == record  # over what is there
+    assert done(task, out, model_bytes) == record  # over existing files
     assert record.documents == len(TEXTS) + 1
     assert record.tokens == sum(len(codec().encode_document(text)) for text in [*TEXTS, TEXTS[3]])
 
 
-def test_documents_go_where_their_hash_says_and_notes_say_where(
+def test_hashes_decide_splits_and_notes_record_them(
     source: Path, codec: Codecs, tmp_path: Path
 ) -> None:
     task = task_of(source, codec, deduplicate=True)
@@ -101,7 +101,7 @@ SPOILT: dict[str, Spoil] = {
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_a_record_whose_files_are_not_as_it_says_is_no_record(
+def test_a_record_that_does_not_match_its_files_is_invalid(
     source: Path, codec: Codecs, tmp_path: Path, how: str
 ) -> None:
     task = task_of(source, codec, deduplicate=True)
@@ -126,7 +126,7 @@ def test_a_task_of_other_settings_or_portions_is_not_done(
 
 
 @given(excluded=st.dictionaries(st.sampled_from(["empty", "length"]), st.integers(1, 1000)))
-def test_a_record_is_loaded_as_it_was_saved(
+def test_a_saved_record_loads_equal(
     tmp_path_factory: pytest.TempPathFactory, excluded: dict[str, int]
 ) -> None:
     folder = tmp_path_factory.getbasetemp()

@@ -1,4 +1,4 @@
-"""Notes of staged documents: packed as they are read, and ended where limits are reached."""
+"""Notes of staged documents: packed as read, up to the limits."""
 
 import hashlib
 
@@ -65,7 +65,7 @@ def test_notes_end_with_the_document_that_reaches_a_limit(
 
 
 @given(DOCUMENTS)
-def test_notes_tell_texts_and_passes_apart(documents: list[tuple[int, int]]) -> None:
+def test_notes_distinguish_texts_and_passes(documents: list[tuple[int, int]]) -> None:
     notes = Notes(BuildSettings((), "5" * 64, deduplicate=True))
     for number, tokens in documents:
         for pass_number in (0, 1):

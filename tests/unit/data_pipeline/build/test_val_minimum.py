@@ -79,7 +79,7 @@ def test_the_lowest_hashes_are_the_val_set_where_the_fraction_gives_too_few(
 
 
 def test_a_hash_that_a_float_rounds_up_is_in_the_val_set(codec: Codecs, tmp_path: Path) -> None:
-    """As is that of "row 5", the third lowest one here."""
+    """Such as that of "row 5", the third lowest one here."""
     texts = [f"row {number}" for number in range(30)]
     source = write_source(tmp_path / "source", texts, 1)
     build_here(make_settings(source, codec(), val_fraction=0.01), codec(), tmp_path / "shards")
@@ -95,7 +95,7 @@ def test_a_fraction_that_gives_enough_changes_no_byte(
     assert "requested_val_fraction" not in json.loads((finished / "manifest.json").read_text())
 
 
-def test_no_val_set_is_made_where_none_is_wanted(
+def test_a_val_fraction_of_0_makes_no_val_set(
     small_texts: list[str], codec: Codecs, tmp_path: Path
 ) -> None:
     source = write_source(tmp_path / "source", small_texts)
@@ -104,7 +104,7 @@ def test_no_val_set_is_made_where_none_is_wanted(
 
 
 @pytest.mark.parametrize("changed", [{}, {"deduplicate": True, "limit_documents": 50}])
-def test_workers_and_kills_change_no_byte_of_it(
+def test_workers_and_kills_do_not_change_the_val_set(
     small_texts: list[str], codec: Codecs, tmp_path: Path, changed: dict[str, object]
 ) -> None:
     source = write_source(tmp_path / "source", small_texts, NUM_FILES)
@@ -127,7 +127,7 @@ def test_workers_and_kills_change_no_byte_of_it(
         assert hashes(out) == expected
 
 
-def test_a_kill_while_the_val_set_is_given_its_minimum_is_survived(
+def test_a_build_killed_while_filling_the_val_set_resumes(
     small_texts: list[str], codec: Codecs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_source(tmp_path / "source", small_texts, NUM_FILES)

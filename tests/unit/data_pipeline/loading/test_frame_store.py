@@ -1,4 +1,4 @@
-"""Frames for many threads at once: the right ones, decoded seldom, or what is wrong with them."""
+"""Frame store shared by threads: right frames, few decodes, and errors of bad frames."""
 
 import logging
 import threading
@@ -49,7 +49,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def decoding_waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Nothing is decoded until this is set."""
+    """Event that decoding waits for."""
     may_decode = threading.Event()
     decode = ShardReader.frame
 
@@ -62,7 +62,7 @@ def decoding_waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def ask_on_threads(store: FrameStore, data: DataSet, num_threads: int = 8) -> list[int]:
-    """Numbers of the frames that were not what they should be, asked for in different orders."""
+    """Read all frames on threads, in different orders. Returns the numbers of the wrong ones."""
 
     def ask(seed: int) -> list[int]:
         numbers = np.random.default_rng(seed).permutation(store.num_frames).tolist()
@@ -82,7 +82,7 @@ def test_threads_that_share_a_store_get_the_right_frames(data: DataSet, keep_fra
 
 
 @pytest.mark.parametrize("keep_frames", [1, 3, 64])
-def test_rows_of_more_frames_than_are_kept_come_in_the_order_in_which_they_were_asked_for(
+def test_rows_of_more_frames_than_are_kept_are_in_the_requested_order(
     data: DataSet, keep_frames: int
 ) -> None:
     store = data.store(keep_frames)
@@ -96,9 +96,7 @@ def test_rows_of_more_frames_than_are_kept_come_in_the_order_in_which_they_were_
     assert found == [expected] * 4
 
 
-def test_frames_that_were_kept_stay_when_more_are_to_be_kept(
-    data: DataSet, decoded: list[str]
-) -> None:
+def test_kept_frames_stay_when_the_capacity_grows(data: DataSet, decoded: list[str]) -> None:
     store = data.store(keep_frames=3)
     for number in range(3):
         store.frame(number)
@@ -127,7 +125,7 @@ def test_threads_and_requests_together_give_the_right_frames(data: DataSet) -> N
             assert ask_on_threads(store, data) == []
 
 
-def test_a_frame_is_decoded_at_most_once_for_each_thread(data: DataSet, decoded: list[str]) -> None:
+def test_a_frame_is_decoded_at_most_once_per_thread(data: DataSet, decoded: list[str]) -> None:
     ask_on_threads(data.store(), data, num_threads=8)
     assert max(Counter(decoded).values()) <= 8
 
@@ -140,9 +138,7 @@ def test_a_frame_that_is_kept_is_not_decoded_again(data: DataSet, decoded: list[
     assert decoded == []
 
 
-def test_frames_that_were_requested_are_decoded_before_they_are_asked_for(
-    data: DataSet, decoded: list[str]
-) -> None:
+def test_requested_frames_are_decoded_ahead(data: DataSet, decoded: list[str]) -> None:
     store = data.store()
     with ThreadPoolExecutor(2) as executor:
         store.request([3, 17, 4], executor)
@@ -180,7 +176,7 @@ def test_a_request_does_not_wait(data: DataSet, decoding_waits: threading.Event)
     assert took_s < 5
 
 
-def test_a_request_that_was_cancelled_does_not_stop_anyone(
+def test_a_canceled_request_blocks_no_reader(
     data: DataSet, decoding_waits: threading.Event
 ) -> None:
     store = data.store()
@@ -193,7 +189,7 @@ def test_a_request_that_was_cancelled_does_not_stop_anyone(
 
 def test_the_frame_that_came_first_is_dropped_first(data: DataSet, decoded: list[str]) -> None:
     store = data.store(keep_frames=3)
-    for number in (0, 1, 2, 0, 3):  # 0 is used again, and is the oldest all the same
+    for number in (0, 1, 2, 0, 3):  # 0 is used again, but stays the oldest
         store.frame(number)
     decoded.clear()
     for number in (1, 2, 3, 0):
@@ -201,7 +197,7 @@ def test_the_frame_that_came_first_is_dropped_first(data: DataSet, decoded: list
     assert decoded == ["train-00000-00000.zst 0"]
 
 
-def test_as_many_frames_are_kept_as_was_asked_at_most(data: DataSet, decoded: list[str]) -> None:
+def test_at_most_the_given_number_of_frames_is_kept(data: DataSet, decoded: list[str]) -> None:
     store = data.store(keep_frames=3)
     store.keep(10)
     store.keep(5)
@@ -213,7 +209,7 @@ def test_as_many_frames_are_kept_as_was_asked_at_most(data: DataSet, decoded: li
     assert decoded == []
 
 
-def cut_short(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -225,11 +221,11 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-BAD_SHARDS = pytest.mark.parametrize("damage", [cut_short, replace, empty, Path.unlink])
+BAD_SHARDS = pytest.mark.parametrize("damage", [truncate, replace, empty, Path.unlink])
 
 
 @BAD_SHARDS
-def test_a_shard_that_is_gone_or_another_one_is_named(data: DataSet, damage: Damage) -> None:
+def test_a_missing_or_replaced_shard_is_named(data: DataSet, damage: Damage) -> None:
     path = data.folder / data.manifest.shards[1].file
     damage(path)
     with pytest.raises(ShardCorruptError, match=path.name):
@@ -245,7 +241,7 @@ def test_the_other_shards_can_be_read_beside_a_bad_one(data: DataSet, damage: Da
 
 
 @BAD_SHARDS
-def test_every_frame_of_a_bad_shard_can_be_left_out_and_is_counted(
+def test_every_frame_of_a_bad_shard_can_be_skipped_and_is_counted(
     data: DataSet, damage: Damage
 ) -> None:
     damage(data.folder / data.manifest.shards[1].file)
@@ -271,7 +267,7 @@ def test_a_flipped_bit_costs_one_frame(data: DataSet) -> None:
 
 
 @pytest.mark.parametrize("flipped_bit", range(0, 8, 3))
-def test_no_bit_of_a_frame_can_be_flipped_unnoticed(data: DataSet, flipped_bit: int) -> None:
+def test_no_bit_of_a_frame_can_be_flipped_undetected(data: DataSet, flipped_bit: int) -> None:
     path = data.folder / data.manifest.shards[0].file
     stored = path.read_bytes()
     with ShardReader(path) as reader:
@@ -288,7 +284,7 @@ def test_no_bit_of_a_frame_can_be_flipped_unnoticed(data: DataSet, flipped_bit: 
     assert unnoticed == []
 
 
-def test_the_error_of_a_requested_frame_comes_when_it_is_asked_for(data: DataSet) -> None:
+def test_the_error_of_a_requested_frame_is_raised_when_it_is_read(data: DataSet) -> None:
     path = data.damage(15)
     store = data.store()
     with ThreadPoolExecutor(2) as executor:
@@ -314,7 +310,7 @@ def test_a_frame_that_was_restored_is_read_again(data: DataSet, is_requested: bo
     assert store.frame(15).tolist() == data.frames[15].tolist()
 
 
-def test_a_frame_that_is_left_out_again_and_again_is_counted_and_logged_once(
+def test_a_frame_skipped_repeatedly_is_counted_and_logged_once(
     data: DataSet, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = data.damage(15)
@@ -336,17 +332,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
         yield running
 
 
-def test_a_server_that_is_slow_and_fails_now_and_then_changes_no_frame(
-    server: FileServer, data: DataSet
-) -> None:
+def test_a_slow_and_unreliable_server_changes_no_frame(server: FileServer, data: DataSet) -> None:
     store = FrameStore(OpenDataSet.open(publish(server, data.folder)), "train")
     server.faults.extend(["503", "", "cut", "", "stall", "", "reset", "", "", "500"])
     assert ask_on_threads(store, data, num_threads=2) == []
 
 
-def test_a_frame_that_a_dead_server_cannot_give_is_named_by_its_shard(
-    server: FileServer, data: DataSet
-) -> None:
+def test_a_frame_on_a_dead_server_is_named_by_its_shard(server: FileServer, data: DataSet) -> None:
     store = FrameStore(OpenDataSet.open(publish(server, data.folder)), "train")
     store.frame(10)
     server.faults.extend(["reset"] * 20)
@@ -354,7 +346,7 @@ def test_a_frame_that_a_dead_server_cannot_give_is_named_by_its_shard(
         store.frame(11)
 
 
-def test_a_server_that_has_recovered_is_asked_again(server: FileServer, data: DataSet) -> None:
+def test_a_recovered_server_is_used_again(server: FileServer, data: DataSet) -> None:
     store = FrameStore(OpenDataSet.open(publish(server, data.folder)), "train")
     server.faults.extend(["500"] * QUICK.max_attempts)
     with ThreadPoolExecutor(1) as executor:
@@ -373,7 +365,7 @@ def test_a_shard_that_is_replaced_on_the_server_is_named(server: FileServer, dat
         store.frame(11)
 
 
-def test_frames_of_a_dead_server_can_be_left_out_and_are_counted(
+def test_frames_of_a_dead_server_can_be_skipped_and_are_counted(
     server: FileServer, data: DataSet
 ) -> None:
     data_set = OpenDataSet.open(publish(server, data.folder))

@@ -1,4 +1,4 @@
-"""The batches of a run: a function of the step, whatever ranks, threads and restarts there are."""
+"""Batches are a function of the step, independent of ranks, threads and restarts."""
 
 from collections import Counter
 from dataclasses import replace
@@ -77,7 +77,7 @@ def test_micro_batches_are_the_batch_in_parts(
     world_size=WORLD_SIZES,
     threads=THREADS,
 )
-def test_a_restart_at_any_step_with_another_world_size_goes_on_where_the_run_was(
+def test_a_run_resumes_at_any_step_with_any_world_size(
     described: tuple[Any, Reading], epoch: int, offset: int, world_size: int, threads: int
 ) -> None:
     with written(described) as corpus:
@@ -98,7 +98,7 @@ def test_a_restart_at_any_step_with_another_world_size_goes_on_where_the_run_was
     threads=THREADS,
     steps=st.lists(st.integers(0, 40), min_size=2, max_size=8),
 )
-def test_steps_may_be_asked_for_in_any_order(
+def test_steps_may_be_read_in_any_order(
     described: tuple[Any, Reading], threads: int, steps: list[int]
 ) -> None:
     with written(described) as corpus:
@@ -158,7 +158,7 @@ def steps_of_an_epoch(mixture: Mixture, streams: list[Stream], epoch: int) -> ra
 
 @BRIEFLY
 @given(described=CORPORA, world_size=WORLD_SIZES, step=st.integers(0, 50))
-def test_the_arrays_of_a_step_have_the_promised_types_and_shapes(
+def test_the_arrays_of_a_step_have_the_documented_types_and_shapes(
     described: tuple[Any, Reading], world_size: int, step: int
 ) -> None:
     with written(described) as corpus:
@@ -185,10 +185,10 @@ def test_the_number_of_targets_is_that_of_those_not_ignored(
 
 @BRIEFLY
 @given(described=CORPORA, step=st.integers(0, 50), threads=THREADS)
-def test_a_batch_read_in_the_other_direction_teaches_the_mirror_images_row_by_row(
+def test_a_batch_read_in_the_other_direction_has_mirrored_targets_row_by_row(
     described: tuple[Any, Reading], step: int, threads: int
 ) -> None:
-    """Where a row teaches that b follows a, it teaches that the mirror of a follows that of b."""
+    """Target b of a becomes target mirror(a) of mirror(b)."""
     shards, reading = described
     taught = {}
     for direction in Direction:

@@ -1,4 +1,4 @@
-"""Batches of one data set of 40 whole frames of 4 rows, 24 rows a step: threads, and bad frames."""
+"""Threads and bad frames: one data set of 40 whole frames of 4 rows, 24 rows per step."""
 
 import threading
 import weakref
@@ -76,7 +76,7 @@ def test_closing_ends_all_threads(corpus: Corpus, threads: int) -> None:
     assert ours() == before
 
 
-def test_asking_for_another_step_leaves_no_thread_behind(corpus: Corpus) -> None:
+def test_reading_another_step_leaves_no_thread_behind(corpus: Corpus) -> None:
     before = len(ours())
     training = corpus.training(threads=3)
     for step in (0, 7, 3, 9):
@@ -85,14 +85,14 @@ def test_asking_for_another_step_leaves_no_thread_behind(corpus: Corpus) -> None
     training.close()
 
 
-def test_closing_twice_is_as_closing_once(corpus: Corpus) -> None:
+def test_closing_twice_is_allowed(corpus: Corpus) -> None:
     training = corpus.training(threads=2)
     training.at(0)
     training.close()
     training.close()
 
 
-def test_steps_can_be_asked_for_after_closing(corpus: Corpus) -> None:
+def test_steps_can_be_read_after_closing(corpus: Corpus) -> None:
     training = corpus.training(threads=2)
     before = at_steps(training, range(3))
     assert list(map(joined, at_steps(training, range(3)))) == list(map(joined, before))
@@ -105,7 +105,7 @@ def test_without_threads_none_is_started(corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 4])
-def test_frames_that_were_still_waiting_when_a_run_restarted_are_read_all_the_same(
+def test_frames_pending_at_a_restart_are_read(
     corpus: Corpus, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode = ShardReader.frame
@@ -122,7 +122,7 @@ def test_frames_that_were_still_waiting_when_a_run_restarted_are_read_all_the_sa
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_steps_before_a_bad_frame_is_needed_are_as_ever(corpus: Corpus, threads: int) -> None:
+def test_steps_before_a_bad_frame_are_unaffected(corpus: Corpus, threads: int) -> None:
     frame, needed_at = a_late_frame(corpus)
     expected = [corpus.step(step) for step in range(needed_at)]
     corpus.data_sets[0].damage(frame)
@@ -131,9 +131,7 @@ def test_steps_before_a_bad_frame_is_needed_are_as_ever(corpus: Corpus, threads:
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_a_bad_frame_is_named_at_the_step_that_needs_it_whenever_it_is_asked_for(
-    corpus: Corpus, threads: int
-) -> None:
+def test_a_bad_frame_is_named_whenever_its_step_is_read(corpus: Corpus, threads: int) -> None:
     frame, needed_at = a_late_frame(corpus)
     path = corpus.data_sets[0].damage(frame)
     training = corpus.training(threads=threads)
@@ -146,7 +144,7 @@ def test_a_bad_frame_is_named_at_the_step_that_needs_it_whenever_it_is_asked_for
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_after_an_error_steps_that_do_not_need_the_frame_are_as_ever(
+def test_after_an_error_steps_without_the_bad_frame_are_unaffected(
     corpus: Corpus, threads: int
 ) -> None:
     frame, needed_at = a_late_frame(corpus)
@@ -160,7 +158,7 @@ def test_after_an_error_steps_that_do_not_need_the_frame_are_as_ever(
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_error_ends_the_threads(corpus: Corpus, threads: int) -> None:
+def test_an_error_stops_the_threads(corpus: Corpus, threads: int) -> None:
     before = ours()
     frame, needed_at = a_late_frame(corpus)
     corpus.data_sets[0].damage(frame)
@@ -191,7 +189,7 @@ def test_a_shard_that_is_missing_is_named_at_the_step_that_needs_it(
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_rows_of_a_frame_that_is_left_out_have_no_targets_and_the_others_are_as_ever(
+def test_rows_of_a_skipped_frame_have_no_targets_and_others_are_unaffected(
     corpus: Corpus, threads: int
 ) -> None:
     bad = 17
@@ -206,7 +204,7 @@ def test_rows_of_a_frame_that_is_left_out_have_no_targets_and_the_others_are_as_
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_rows_of_a_frame_that_is_left_out_are_counted_by_step(
+def test_rows_of_a_skipped_frame_are_counted_by_step(
     corpus: Corpus, threads: int, world_size: int
 ) -> None:
     bad = 17
@@ -225,9 +223,7 @@ def test_rows_of_a_frame_that_is_left_out_are_counted_by_step(
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_a_frame_that_is_left_out_in_every_epoch_is_counted_once(
-    corpus: Corpus, threads: int
-) -> None:
+def test_a_frame_skipped_in_every_epoch_is_counted_once(corpus: Corpus, threads: int) -> None:
     corpus.data_sets[0].damage(17)
     stores = skipping(corpus)
     at_steps(corpus.training(threads=threads, stores=stores), range(28))  # four epochs
@@ -238,14 +234,14 @@ def skipping(corpus: Corpus) -> list[FrameStore]:
     return [data.store(keep_frames=1, skip_bad_frames=True) for data in corpus.data_sets]
 
 
-def test_an_undamaged_data_set_has_nothing_left_out(corpus: Corpus) -> None:
+def test_an_undamaged_data_set_has_no_skipped_frames(corpus: Corpus) -> None:
     training = corpus.training(stores=skipping(corpus))
     assert [joined(training.at(step))["counts"][1] for step in range(14)] == [0] * 14
 
 
 @dataclass
 class Watched:
-    """Frames as they are decoded, and those of them that are still kept."""
+    """Records decoded frames, and which of them are still kept."""
 
     decoded: list[tuple[str, int]] = field(default_factory=list)
     references: list[weakref.ref[Any]] = field(default_factory=list)
@@ -275,7 +271,7 @@ LARGE_LANES, LARGE_WINDOW = 24, 4
 
 @pytest.fixture
 def large(tmp_path: Path) -> Corpus:
-    """960 frames, 40 for each of 24 lanes."""
+    """960 frames, 40 per lane of 24."""
     folder = tmp_path / "large"
     folder.mkdir()
     data = write_data_set(folder, whole_frames(960, 240))
@@ -292,23 +288,23 @@ def test_no_more_frames_are_kept_than_lanes_need(
         training.at(step)
         kept.append(watched.num_kept)
     training.close()
-    # Beside a window for each lane and those on their way, what the threads have in their hands.
+    # A window per lane, pending frames, and frames in use by threads.
     assert max(kept) <= (LARGE_LANES + 2) * (LARGE_WINDOW + 2) + 2 * (threads + 1)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_with_threads_too_a_frame_is_decoded_by_one_rank_once_an_epoch(
+def test_with_threads_every_frame_is_decoded_by_one_rank_once_per_epoch(
     large: Corpus, threads: int, world_size: int, watched: Watched
 ) -> None:
-    num_steps = 160 - 24  # threads are ahead by some, and not yet in the next epoch
+    num_steps = 160 - 24  # threads are some steps ahead, still in this epoch
     for rank in range(world_size):
         at_steps(large.training(rank, world_size, threads=threads), range(num_steps))
     assert set(Counter(watched.decoded).values()) == {1}
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_a_server_that_dies_ends_the_run_and_one_that_lives_again_goes_on(
+def test_a_dead_server_is_an_error_and_a_recovered_one_is_read_again(
     corpus: Corpus, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "POLICY", QUICK)

@@ -1,4 +1,4 @@
-"""Mixtures: every row of every data set in turn, in the shares asked for, at any place."""
+"""Mixtures: every row of every data set in order, in the requested shares, at any position."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_a_row_of_a_data_set_is_dealt_at_its_number(
 
 @MODERATELY
 @given(weights=WEIGHTS)
-def test_the_rows_of_every_data_set_come_in_turn_from_the_first_one_on(
+def test_the_rows_of_every_data_set_are_dealt_in_order(
     weights: list[float],
 ) -> None:
     data_set, row = Mixture(weights).deal(stretch(0, 3000))
@@ -60,7 +60,7 @@ def test_the_rows_of_every_data_set_come_in_turn_from_the_first_one_on(
 
 @MODERATELY
 @given(weights=WEIGHTS, start=PLACES)
-def test_no_row_of_a_data_set_is_left_out_anywhere(weights: list[float], start: int) -> None:
+def test_no_row_of_a_data_set_is_skipped(weights: list[float], start: int) -> None:
     data_set, row = Mixture(weights).deal(stretch(start, 3000))
     for index in range(len(weights)):
         assert set(np.diff(row[data_set == index]).tolist()) <= {1}
@@ -68,7 +68,7 @@ def test_no_row_of_a_data_set_is_left_out_anywhere(weights: list[float], start: 
 
 @MODERATELY
 @given(weights=WEIGHTS, start=PLACES, num_rows=st.integers(1, 3000))
-def test_any_stretch_has_each_share_give_or_take_a_row_for_each_data_set(
+def test_any_range_has_each_share_within_one_row_per_data_set(
     weights: list[float], start: int, num_rows: int
 ) -> None:
     mixture = Mixture(weights)
@@ -89,7 +89,7 @@ def test_shares_are_the_weights_to_a_millionth(weights: list[float]) -> None:
 
 @MODERATELY
 @given(weights=WEIGHTS, starts=st.lists(PLACES, min_size=1, max_size=5))
-def test_where_a_row_comes_from_does_not_depend_on_what_else_is_asked(
+def test_rows_are_dealt_independently_of_each_other(
     weights: list[float], starts: list[int]
 ) -> None:
     mixture = Mixture(weights)
@@ -125,7 +125,7 @@ def test_equal_weights_take_turns() -> None:
 
 
 def test_rows_are_dealt_as_recorded() -> None:
-    """Held to recorded values: a change here changes what every run of a mixture sees."""
+    """Recorded values: a change here changes the data of every run with a mixture."""
     data_set, row = Mixture([0.6, 0.3, 0.1]).deal(stretch(10**12, 12))
     found = list(zip(data_set.tolist(), row.tolist(), strict=True))
     assert found == [
@@ -150,6 +150,6 @@ def test_a_weight_that_is_not_above_0_is_refused_and_shown(weight: float) -> Non
         Mixture([1.0, weight])
 
 
-def test_a_mixture_of_nothing_is_refused() -> None:
+def test_an_empty_mixture_is_refused() -> None:
     with pytest.raises(ConfigError):
         Mixture([])

@@ -1,4 +1,4 @@
-"""The order of rows: every row once an epoch, the same for every world size, at any step."""
+"""Training order: every row once per epoch, the same for every world size, at any step."""
 
 import time
 from collections import Counter
@@ -44,7 +44,7 @@ def pairs(places: RowPlace) -> list[tuple[int, int]]:
 
 
 def epoch_pairs(order: Order, epoch: int) -> list[tuple[int, int]]:
-    """(frame, row) of everything that the batches hold of an epoch, in the order of the steps."""
+    """(frame, row) of all rows of an epoch, in the order of the steps."""
     first_slot = epoch * order.num_frames // order.lanes
     last_slot = (epoch + 1) * order.num_frames // order.lanes + 1
     rows_per_lane = order.global_batch_rows // order.lanes
@@ -110,7 +110,7 @@ def test_entries_of_different_sizes_are_permuted_as_if_alone(sizes: list[int]) -
 @given(data=st.data(), size=st.one_of(st.integers(1, 5000), st.integers(1, 2**62)))
 @example(data=None, size=1)
 @example(data=None, size=2**62)
-def test_unpermuting_undoes_permuting(data: st.DataObject | None, size: int) -> None:
+def test_unpermute_inverts_permute(data: st.DataObject | None, size: int) -> None:
     chosen = st.lists(st.integers(0, size - 1), max_size=40)
     index = np.array([0, size - 1, *(data.draw(chosen) if data else [])], dtype=np.int64)
     sizes, key = np.full_like(index, size), np.arange(len(index), dtype=np.uint64)
@@ -129,7 +129,7 @@ def test_one_size_and_key_for_all_is_the_same_for_each(size: int, key: int) -> N
 
 
 def test_permutations_are_the_recorded_ones() -> None:
-    """Held to recorded values: a change here changes the order of every data set."""
+    """Recorded values: a change here changes the order of every data set."""
     whole = permute(np.arange(12), np.full(12, 12), np.full(12, 7, dtype=np.uint64))
     assert whole.tolist() == [8, 1, 5, 10, 4, 9, 0, 11, 3, 6, 2, 7]
     image_of = {
@@ -191,7 +191,7 @@ def test_slices_of_the_ranks_make_up_the_global_batch(
 
 
 @given(order=orders(), step=st.integers(0, 10**6))
-def test_the_epoch_of_a_row_is_the_number_of_times_that_its_lane_was_dealt_out(
+def test_the_epoch_of_a_row_is_the_number_of_complete_deals_before_it(
     order: Order, step: int
 ) -> None:
     rows_per_lane = order.global_batch_rows // order.lanes
@@ -205,7 +205,7 @@ def test_the_epoch_of_a_row_is_the_number_of_times_that_its_lane_was_dealt_out(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_with_a_lane_a_rank_every_frame_is_read_by_one_rank(world_size: int) -> None:
+def test_with_one_lane_per_rank_every_frame_is_read_by_one_rank(world_size: int) -> None:
     order = A_SMALL_ORDER
     rank_rows = order.global_batch_rows // world_size
     readers: dict[int, set[int]] = {}
@@ -229,7 +229,7 @@ def test_a_lane_has_at_most_a_window_of_frames_open() -> None:
         {frame for frame, _ in first_epoch[start : start + rows_per_window]}
         for start in range(0, rows_of_lane_in_epoch, rows_per_window)
     ]
-    assert [len(frames) for frames in windows] == [3, 2]  # a lane has 20 / 4 frames an epoch
+    assert [len(frames) for frames in windows] == [3, 2]  # a lane has 20 / 4 frames per epoch
 
 
 def test_epochs_have_different_orders() -> None:
@@ -270,7 +270,7 @@ def test_seeds_have_different_orders() -> None:
 def test_rows_are_the_recorded_ones(
     order: Order, step: int, expected: list[tuple[int, int, int]]
 ) -> None:
-    """Held to recorded values of epoch, frame, row: a change here changes what every run sees."""
+    """Recorded epoch, frame, row: a change here changes the data of every run."""
     places = order.places(step, 0, len(expected))
     found = zip(places.epoch.tolist(), *zip(*pairs(places), strict=True), strict=True)
     assert list(found) == expected
@@ -293,7 +293,7 @@ def test_many_steps_at_once_have_the_rows_that_each_has_alone(
             assert getattr(together, name)[number].tolist() == getattr(alone, name).tolist()
 
 
-def test_no_rows_have_no_places() -> None:
+def test_an_empty_batch_has_no_places() -> None:
     nothing = np.empty(0, dtype=np.int64)
     assert pairs(A_SMALL_ORDER.places_of(nothing, nothing)) == []
     assert [len(found) for found in A_SMALL_ORDER.find(nothing, nothing, nothing)] == [0, 0]
@@ -314,7 +314,7 @@ def test_a_row_is_found_at_the_step_and_position_that_read_it(
 
 
 @given(order=orders(), epoch=st.integers(0, 10**6))
-def test_the_step_and_position_of_a_row_read_it_in_the_epoch_asked_for(
+def test_the_step_and_position_of_a_row_read_it_in_the_requested_epoch(
     order: Order, epoch: int
 ) -> None:
     frame, row = np.array(every_pair(order)).T
@@ -369,7 +369,7 @@ def test_rows_of_a_window_are_mixed() -> None:
     assert in_sequence.sum() < 4
 
 
-def test_a_frames_place_in_one_epoch_says_nothing_of_its_place_in_the_next() -> None:
+def test_the_places_of_a_frame_in_two_epochs_are_unrelated() -> None:
     order = Order(num_frames=1000, rows_per_frame=1, global_batch_rows=10, lanes=10, seed=5)
     first, second = ([frame for frame, _ in epoch_pairs(order, epoch)] for epoch in (0, 1))
     assert abs(np.corrcoef(np.argsort(first), np.argsort(second))[0, 1]) < 0.15
@@ -408,6 +408,6 @@ def test_lanes_that_do_not_divide_the_batch_are_refused_with_both_numbers() -> N
 @pytest.mark.parametrize(
     "field", ["num_frames", "rows_per_frame", "global_batch_rows", "lanes", "window_frames"]
 )
-def test_an_order_of_nothing_is_refused(field: str) -> None:
-    with pytest.raises(ConfigError):
+def test_a_number_below_1_is_refused_by_name(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field} must be at least 1, got 0$"):
         replace(A_SMALL_ORDER, **{field: 0})

@@ -41,7 +41,7 @@ def test_the_other_direction_reads_the_same_windows_from_their_other_end(
                 assert flipped.window(frame, row).tolist() == expected
 
 
-def test_reading_in_the_other_direction_leaves_the_stored_one_as_it_was(small: DataSet) -> None:
+def test_reading_in_the_other_direction_does_not_change_the_stored_frames(small: DataSet) -> None:
     store = small.store()
     before = store.frame(0).tolist()
     RowReader(store, 16, Direction.FORWARD).window(0, 0)
@@ -86,13 +86,13 @@ def test_backward_shards_read_forward_hold_the_documents_of_forward_shards(
     assert num_compared > 50
 
 
-def test_a_flipped_reader_says_in_which_direction_it_reads(small: DataSet) -> None:
+def test_a_flipped_reader_has_its_direction(small: DataSet) -> None:
     rows = small.rows(16, Direction.FORWARD)
     assert rows.text_format == replace(BACKWARD_TOKENS, direction=Direction.FORWARD)
 
 
 @pytest.mark.parametrize("stored", list(Direction))
-def test_word_shards_refuse_to_be_flipped_and_name_both_directions(stored: Direction) -> None:
+def test_word_shards_cannot_be_reversed_and_both_directions_are_named(stored: Direction) -> None:
     (other,) = set(Direction) - {stored}
     with pytest.raises(DirectionMismatchError) as caught:
         format_read_as(TextFormat(stored, Unit.WORD, "5" * 64), other)

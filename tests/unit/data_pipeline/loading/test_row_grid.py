@@ -1,4 +1,4 @@
-"""The rectangle of rows: each row that holds tokens has one place in it."""
+"""Row grid: each row that holds tokens has exactly one place in the rectangle."""
 
 import numpy as np
 from hypothesis import example, given
@@ -30,7 +30,7 @@ def stored_rows(shards: list[int], context_tokens: int) -> list[tuple[int, int]]
 
 
 def located(chosen: RowGrid) -> list[tuple[int, int]]:
-    """Where every place of the rectangle lies, frame after frame."""
+    """Stored frame and row of every place of the rectangle, frame by frame."""
     frame, row = np.divmod(
         np.arange(chosen.num_frames * chosen.rows_per_frame), chosen.rows_per_frame
     )

@@ -84,7 +84,7 @@ def test_a_target_is_the_next_token_or_ignored_for_one_of_three_reasons(
 
 @QUICKLY
 @given(shards=document_shards(), context_tokens=CONTEXTS, direction=DIRECTIONS)
-def test_attention_starts_afresh_at_every_row_and_begin_marker(
+def test_attention_restarts_at_every_row_and_begin_marker(
     shards: list[list[Ids]], context_tokens: int, direction: Direction
 ) -> None:
     with data_set(shards) as data:
@@ -96,7 +96,7 @@ def test_attention_starts_afresh_at_every_row_and_begin_marker(
 
 @QUICKLY
 @given(shards=document_shards(), context_tokens=CONTEXTS, direction=DIRECTIONS)
-def test_positions_count_from_where_attention_starts(
+def test_positions_restart_with_attention(
     shards: list[list[Ids]], context_tokens: int, direction: Direction
 ) -> None:
     with data_set(shards) as data:
@@ -106,7 +106,7 @@ def test_positions_count_from_where_attention_starts(
     assert batch.positions_T.tolist() == expected
 
 
-def test_the_arrays_of_a_batch_have_the_promised_types(small: DataSet) -> None:
+def test_the_arrays_of_a_batch_have_the_documented_types(small: DataSet) -> None:
     batch = batch_of_everything(small, small.rows(16))
     arrays = (batch.ids_T, batch.targets_T, batch.positions_T, batch.cu_seqlens)
     assert [str(array.dtype) for array in arrays] == ["int64", "int64", "int64", "int32"]
@@ -197,7 +197,7 @@ def test_an_epoch_of_training_has_every_target_once(shards: list[list[Ids]]) -> 
     assert found == total(learnable_bigrams(frame) for frame in data.frames)
 
 
-def test_a_step_can_be_asked_for_at_any_time(small: DataSet) -> None:
+def test_any_step_can_be_read_at_any_time(small: DataSet) -> None:
     training = small.training(small.store(), micro_batch_rows=12)
     in_turn = [training.at(step)[0].ids_T.tolist() for step in range(6)]
     assert [training.at(step)[0].ids_T.tolist() for step in reversed(range(6))] == in_turn[::-1]
@@ -211,7 +211,7 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_the_numbers(
         small.training(small.store(), 0, world_size, micro_batch_rows)
 
 
-def test_with_a_lane_a_rank_a_frame_is_decoded_once_an_epoch(
+def test_with_one_lane_per_rank_every_frame_is_decoded_once_per_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(0)
@@ -244,7 +244,7 @@ def test_an_empty_split_is_refused_by_name(small: DataSet) -> None:
         FrameStore(OpenDataSet(LocalFolder(small.folder), small.manifest), "val")
 
 
-def test_more_shards_than_may_be_open_are_read_all_the_same(
+def test_more_shards_than_may_be_open_can_be_read(
     small: DataSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_pipeline.loading.frame_store._OPEN_SHARDS", 1)

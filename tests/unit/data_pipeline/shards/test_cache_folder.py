@@ -1,4 +1,4 @@
-"""The folder of a cache: it is ours or left alone, and what is not ours in it stays."""
+"""Cache folder: other folders are refused, and other files in it are kept."""
 
 import os
 import stat
@@ -44,7 +44,7 @@ def content(folder: Path) -> dict[str, object]:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A cache that was used, and is full."""
+    """A full cache."""
     folder = tmp_path / "cache"
     put(frames_in(folder), *range(10))
     return folder
@@ -63,9 +63,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
-def test_a_folder_with_something_else_is_refused_and_left_as_it_is(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_bytes(MARKER.splitlines()[0])
@@ -73,7 +71,7 @@ def test_a_folder_with_something_else_is_refused_and_left_as_it_is(
     before = content(tmp_path)
     with pytest.raises(OutputExistsError, match="was not changed"):
         require_cache_folder(tmp_path)
-    put(frames_in(tmp_path), *range(20))  # should it have come later
+    put(frames_in(tmp_path), *range(20))  # as if the file had been added later
     assert content(tmp_path) == before
 
 
@@ -87,14 +85,14 @@ def test_links_do_not_make_a_folder_a_cache(tmp_path: Path) -> None:
         require_cache_folder(folder)
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(OutputExistsError):
         require_cache_folder(tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", ["", "absent/cache", "lost+found", ".DS_Store"])
-def test_a_folder_that_is_absent_or_as_good_as_empty_is_taken(tmp_path: Path, name: str) -> None:
+def test_a_missing_or_empty_folder_becomes_a_cache(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "absent" / "cache"
     if name.startswith(("lost", ".DS")):
         folder.mkdir(parents=True)
@@ -106,7 +104,7 @@ def test_a_folder_that_is_absent_or_as_good_as_empty_is_taken(tmp_path: Path, na
     require_cache_folder(folder)
 
 
-def test_the_marker_is_one_by_which_backups_leave_the_folder_out(cache: Path) -> None:
+def test_the_marker_is_a_cache_directory_tag(cache: Path) -> None:
     # https://bford.info/cachedir/: the file begins with these 43 bytes.
     assert (cache / "CACHEDIR.TAG").read_bytes()[:43] == (
         b"Signature: 8a477f597d28d172789f06886806bc55"
@@ -121,7 +119,7 @@ def test_the_folder_may_be_a_link(tmp_path: Path) -> None:
     assert is_kept(frames_in(tmp_path / "disk"), 1)
 
 
-def test_a_cache_of_an_earlier_version_is_taken_over_and_read_no_more(tmp_path: Path) -> None:
+def test_a_cache_of_an_earlier_version_is_reused_without_its_frames(tmp_path: Path) -> None:
     old = tmp_path / OLD_KEY
     old.mkdir()
     (tmp_path / ".lock").touch()
@@ -133,14 +131,14 @@ def test_a_cache_of_an_earlier_version_is_taken_over_and_read_no_more(tmp_path: 
     require_cache_folder(tmp_path)
     frames = frames_in(tmp_path)
     put(frames, *range(9))
-    # However young, frames that are read no more made room for the others.
+    # Frames of the old format are removed first, however recent.
     assert all(is_kept(frames, number) for number in range(9))
     assert len(list(old.glob("*"))) <= 1
     put(frames, 9, 10)
     assert not old.exists()
 
 
-def test_links_and_files_of_others_in_a_cache_are_never_counted_read_or_removed(
+def test_links_and_other_files_in_a_cache_are_never_counted_read_or_removed(
     cache: Path, tmp_path: Path
 ) -> None:
     mine = tmp_path / "mine"
@@ -164,9 +162,9 @@ def test_links_and_files_of_others_in_a_cache_are_never_counted_read_or_removed(
     assert kept == others
     assert all((mine / name).stat().st_size == 5000 for name in ("1", "2", "secret"))
     assert frames.get(77, 5000) is None
-    # What is not ours takes no room from what is.
+    # Other files do not count toward the size.
     assert sum(is_kept(frames, number) for number in range(60)) >= 9
-    frames.put(77, b"x" * FRAME_BYTES)  # a name of ours: the link goes, and not what it leads to
+    frames.put(77, b"x" * FRAME_BYTES)  # a frame's name: replaces the link, not its target
     assert (mine / "secret").read_bytes() == bytes(5000)
 
 
@@ -187,7 +185,7 @@ NAMES = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(paths=st.lists(st.lists(NAMES, min_size=1, max_size=3), min_size=1, max_size=6))
-def test_whatever_a_folder_holds_it_is_a_cache_or_stays_as_it_is(
+def test_any_folder_is_a_cache_or_is_not_changed(
     tmp_path_factory: pytest.TempPathFactory, paths: list[list[str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("folder")
@@ -225,7 +223,7 @@ def _number(name: str) -> bool:
     return frame.isdecimal() and frame[0] != "0"
 
 
-def test_a_folder_that_is_replaced_meanwhile_is_not_written_to(cache: Path, tmp_path: Path) -> None:
+def test_a_folder_replaced_while_open_is_not_written_to(cache: Path, tmp_path: Path) -> None:
     frames = frames_in(cache)
     put(frames, 10)
     mine = tmp_path / "mine"
@@ -239,7 +237,9 @@ def test_a_folder_that_is_replaced_meanwhile_is_not_written_to(cache: Path, tmp_
 
 
 @pytest.mark.parametrize("planted", ["huge", "pipe", "folder"])
-def test_what_is_no_frame_is_neither_read_nor_waited_for(cache: Path, planted: str) -> None:
+def test_files_that_are_not_frames_are_neither_read_nor_waited_for(
+    cache: Path, planted: str
+) -> None:
     frames = frames_in(cache)
     path = cache / frames.key / "9"
     path.unlink()
@@ -273,12 +273,12 @@ def test_bookkeeping_is_not_written_through_links(cache: Path, tmp_path: Path) -
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_cache_is_its_users_alone(tmp_path: Path) -> None:
+def test_a_cache_folder_is_private(tmp_path: Path) -> None:
     put(frames_in(tmp_path / "deep" / "cache"), 1)
     assert stat.S_IMODE((tmp_path / "deep" / "cache").stat().st_mode) & 0o077 == 0
 
 
-def test_a_folder_that_everyone_may_write_to_is_refused(cache: Path) -> None:
+def test_a_world_writable_folder_is_refused(cache: Path) -> None:
     cache.chmod(0o777)
     with pytest.raises(ConfigError, match="chmod o-w"):
         require_cache_folder(cache)
@@ -291,7 +291,7 @@ def test_a_folder_that_everyone_may_write_to_is_refused(cache: Path) -> None:
 def test_a_folder_of_another_user_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0:
         os.chown(cache, 4321, -1)
-        require_cache_folder(cache)  # in a container, files are often another user's than root
+        require_cache_folder(cache)  # root: files in a container often belong to others
     monkeypatch.setattr(os, "geteuid", lambda: 1234)
     with pytest.raises(ConfigError, match="another user"):
         require_cache_folder(cache)

@@ -1,4 +1,4 @@
-"""Data sets wherever they lie: the same frames, and whatever is wrong named in one sentence."""
+"""Data sets in folders and at URLs: the same frames, and damage named in one error."""
 
 import random
 import shutil
@@ -55,7 +55,7 @@ def running() -> Iterator[FileServer]:
 
 @pytest.fixture(scope="module")
 def with_dictionary(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shards of a real build, recompressed with a dictionary; not to be written to."""
+    """The shards of a real build, recompressed with a dictionary; read-only."""
     out = tmp_path_factory.mktemp("recompressed") / "shards"
     recompress(finished, out, Compression(level=5), dictionary_bytes=1024, workers=1)
     return out
@@ -79,7 +79,7 @@ def first(data_set: DataSet) -> ShardEntry:
     return data_set.manifest.shards[0]
 
 
-def sentence_of(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     message = str(error)
     assert "\n" not in message
     return message
@@ -139,18 +139,18 @@ def test_eight_threads_read_what_one_reads(
     assert all(read_randomly(data_set, stored_frames(folder), 8, seed=3))
 
 
-def test_a_place_without_a_manifest_is_no_data_set(place: Place) -> None:
+def test_a_folder_without_a_manifest_is_refused(place: Place) -> None:
     place.remove(MANIFEST_NAME)
     with pytest.raises(ShardsMissingError, match="with `megaback shards build") as caught:
         DataSet.open(place.address)
-    assert place.address.removeprefix("file://") in sentence_of(caught.value)
+    assert place.address.removeprefix("file://") in message_of(caught.value)
 
 
 def test_a_damaged_manifest_is_named(place: Place) -> None:
     place.write(MANIFEST_NAME, place.read(MANIFEST_NAME)[:-200])
     with pytest.raises(ShardCorruptError, match=r"manifest\.json is not a manifest") as caught:
         DataSet.open(place.address)
-    sentence_of(caught.value)
+    message_of(caught.value)
 
 
 def test_a_manifest_of_other_contents_is_named(place: Place) -> None:
@@ -165,28 +165,28 @@ def test_a_missing_shard_is_named(place: Place) -> None:
     place.remove(file)
     with pytest.raises(ShardCorruptError, match=f"cannot read the shard .*{file}") as caught:
         data_set.open_shard(first(data_set))
-    sentence_of(caught.value)
+    message_of(caught.value)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.99])
-def test_a_shard_that_was_cut_short_is_named(place: Place, fraction: float) -> None:
+def test_a_truncated_shard_is_named(place: Place, fraction: float) -> None:
     data_set = DataSet.open(place.address)
     file = first(data_set).file
     data = place.read(file)
     place.write(file, data[: int(len(data) * fraction)])
     with pytest.raises(ShardCorruptError, match=file) as caught:
         data_set.open_shard(first(data_set))
-    sentence_of(caught.value)
+    message_of(caught.value)
 
 
 @pytest.mark.parametrize(("mine", "other"), [(0, 1), (1, 0), (0, 2), (2, 0)])
-def test_a_shard_in_the_place_of_another_is_named(place: Place, mine: int, other: int) -> None:
+def test_a_shard_in_place_of_another_is_named(place: Place, mine: int, other: int) -> None:
     data_set = DataSet.open(place.address)
     entries = data_set.manifest.shards
     place.write(entries[mine].file, place.read(entries[other].file))
     with pytest.raises(ShardCorruptError, match="is not the one in the manifest") as caught:
         data_set.open_shard(entries[mine])
-    message = sentence_of(caught.value)
+    message = message_of(caught.value)
     assert f"{entries[other].file_bytes} bytes instead of {entries[mine].file_bytes}" in message
 
 
@@ -211,11 +211,11 @@ def test_a_flipped_bit_is_named_by_file_frame_and_offset(place: Place) -> None:
     place.write(entry.file, with_flipped_bit(place.read(entry.file), offset + 20))
     with pytest.raises(ShardCorruptError, match=f"frame 3 at byte {offset} does not") as caught:
         reader.frame(3)
-    assert entry.file in sentence_of(caught.value)
+    assert entry.file in message_of(caught.value)
     assert len(reader.frame(2)) == data_set.manifest.frame_tokens
 
 
-def test_a_shard_that_is_cut_short_while_it_is_open_is_named_by_frame_and_offset(
+def test_a_shard_truncated_while_open_is_named_by_frame_and_offset(
     place: Place,
 ) -> None:
     data_set = DataSet.open(place.address)
@@ -225,7 +225,7 @@ def test_a_shard_that_is_cut_short_while_it_is_open_is_named_by_frame_and_offset
     place.write(entry.file, place.read(entry.file)[: offset + 10])
     with pytest.raises(ShardCorruptError, match=f"frame 3 at byte {offset} cannot") as caught:
         reader.frame(3)
-    assert entry.file in sentence_of(caught.value)
+    assert entry.file in message_of(caught.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -253,14 +253,14 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_named(
     place.write(TOKENIZER_NAME, damaged)
     with pytest.raises((TokenizerError, TokenizerMismatchError), match=TOKENIZER_NAME) as caught:
         data_set.codec()
-    sentence_of(caught.value)
+    message_of(caught.value)
 
 
 @pytest.mark.parametrize("address", ["nonsense://bucket/a", "memory://", "http://[nonsense/a"])
-def test_an_address_that_cannot_be_understood_is_one_sentence(address: str) -> None:
+def test_a_malformed_address_is_one_error(address: str) -> None:
     with pytest.raises(MegabackError) as caught:
         DataSet.open(address)
-    sentence_of(caught.value)
+    message_of(caught.value)
 
 
 def test_an_unknown_protocol_is_missing_rather_than_empty() -> None:
@@ -268,7 +268,7 @@ def test_an_unknown_protocol_is_missing_rather_than_empty() -> None:
         DataSet.open("nonsense://bucket/shards")
 
 
-def test_the_cache_is_not_for_folders(folder: Path, tmp_path: Path) -> None:
+def test_local_folders_are_not_cached(folder: Path, tmp_path: Path) -> None:
     frames_of(DataSet.open(folder, CacheSettings(tmp_path / "cache", 1 << 20)))
     assert not (tmp_path / "cache").exists()
 

@@ -1,4 +1,4 @@
-"""Data sets behind a web server: few requests, patience, and an end of it in one sentence."""
+"""Data sets over HTTP: few requests, retries, and one error when they are exhausted."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -53,7 +53,7 @@ def first(data_set: DataSet) -> ShardEntry:
     return data_set.manifest.shards[0]
 
 
-def sentence_of(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     message = str(error)
     assert "\n" not in message
     return message
@@ -81,13 +81,13 @@ def test_faults_below_the_limit_never_change_a_frame(
         assert frames_of(DataSet.open(url)) == stored_frames(folder)
 
 
-def test_a_server_that_stalls_is_asked_again(server: FileServer, folder: Path) -> None:
+def test_a_stalled_request_is_retried(server: FileServer, folder: Path) -> None:
     data_set = DataSet.open(publish(server, folder))
     server.faults.extend(["stall", "", "stall"])
     assert frames_of(data_set) == stored_frames(folder)
 
 
-def test_a_shard_over_http_is_opened_with_one_request_and_each_frame_is_another(
+def test_opening_a_shard_and_reading_a_frame_take_one_request_each(
     server: FileServer, folder: Path
 ) -> None:
     data_set = DataSet.open(publish(server, folder))
@@ -100,7 +100,7 @@ def test_a_shard_over_http_is_opened_with_one_request_and_each_frame_is_another(
 
 
 @pytest.mark.parametrize(("documents", "requests"), [(9_000, 1), (90_000, 2)])
-def test_a_large_document_index_takes_no_more_than_one_request_more(
+def test_a_large_document_index_takes_at_most_one_more_request(
     server: FileServer, tmp_path: Path, documents: int, requests: int
 ) -> None:
     lengths = GENERATOR.integers(2, 40, documents)
@@ -113,7 +113,7 @@ def test_a_large_document_index_takes_no_more_than_one_request_more(
     assert reader.document_tokens().tolist() == lengths.tolist()
 
 
-def test_a_seek_table_larger_than_the_tail_that_is_usual_takes_no_request_more(
+def test_a_large_seek_table_takes_no_more_requests(
     server: FileServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_index, "_TAIL_BYTES", 1)
@@ -124,19 +124,17 @@ def test_a_seek_table_larger_than_the_tail_that_is_usual_takes_no_request_more(
     assert len(server.requests) == 2
 
 
-def test_a_server_that_dies_ends_reading_with_one_sentence(
-    server: FileServer, folder: Path
-) -> None:
+def test_a_dead_server_is_one_error(server: FileServer, folder: Path) -> None:
     data_set = DataSet.open(publish(server, folder))
     reader = data_set.open_shard(first(data_set))
     server.faults.extend(["reset"] * 20)
     with pytest.raises(SourceUnreadableError, match="gave up after 4 attempts") as caught:
         reader.frame(1)
-    assert first(data_set).file in sentence_of(caught.value)
+    assert first(data_set).file in message_of(caught.value)
     assert caught.value.exit_code == SourceUnreadableError.exit_code
 
 
-def test_a_manifest_that_a_server_cannot_give_is_not_called_missing(
+def test_a_server_error_for_a_manifest_is_not_reported_as_missing(
     server: FileServer, folder: Path
 ) -> None:
     url = publish(server, folder)
@@ -145,7 +143,7 @@ def test_a_manifest_that_a_server_cannot_give_is_not_called_missing(
         DataSet.open(url)
 
 
-def test_a_shard_that_vanishes_while_it_is_open_is_named_by_frame_over_a_network(
+def test_a_shard_removed_while_open_is_named_by_frame_over_a_network(
     server: FileServer, folder: Path
 ) -> None:
     place = Place("http", folder, server)
@@ -156,7 +154,7 @@ def test_a_shard_that_vanishes_while_it_is_open_is_named_by_frame_over_a_network
         reader.frame(0)
 
 
-def test_another_version_on_the_server_is_noticed_while_a_shard_is_open(
+def test_a_shard_replaced_on_the_server_while_open_is_detected(
     server: FileServer, folder: Path
 ) -> None:
     data_set = DataSet.open(publish(server, folder))
@@ -165,11 +163,11 @@ def test_another_version_on_the_server_is_noticed_while_a_shard_is_open(
     server.versions[f"shards/{entry.file}"] = "2"
     with pytest.raises(ShardCorruptError, match=r"frame 1 at byte .*was replaced since") as caught:
         reader.frame(1)
-    sentence_of(caught.value)
+    message_of(caught.value)
 
 
 @pytest.mark.parametrize("address", ["http://host/shards", "http://host/shards/"])
-def test_the_query_of_a_folder_goes_with_each_of_its_files(address: str) -> None:
+def test_files_keep_the_query_of_their_folder(address: str) -> None:
     folder = RemoteFolder(f"{address}?signature=a/b")
     whole = "http://host/shards/manifest.json?signature=a/b"
     assert expanded(folder.url("manifest.json")) == whole
@@ -202,9 +200,7 @@ def frames_after_a_fork(url: str) -> list[list[int]]:
     return found
 
 
-def test_a_process_that_was_forked_with_a_data_set_reads_as_well(
-    server: FileServer, folder: Path
-) -> None:
+def test_a_forked_process_can_read_an_open_data_set(server: FileServer, folder: Path) -> None:
     url = publish(server, folder)
     spawned = multiprocessing.get_context("spawn")  # this process has threads of other tests
     with ProcessPoolExecutor(1, spawned) as pool:

@@ -1,4 +1,4 @@
-"""Any change to the files of a data set: what is read stays equal, or an error of ours says so."""
+"""Mutated files of a data set: reads are equal, or raise one of our errors."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ VALUES = st.recursive(
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value within a JSON value."""
+    """Path to every value within a JSON value."""
     if not isinstance(value, dict | list):
         return
     for key, one in value.items() if isinstance(value, dict) else enumerate(value):
@@ -56,7 +56,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def mutated(draw: st.DrawFn, value: Any) -> Any:
-    """A JSON value of which some are replaced, removed, doubled or swapped."""
+    """A JSON value with some parts replaced, removed, doubled or swapped."""
     changed = deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
         all_places = list(places(changed))
@@ -85,7 +85,7 @@ def mutated(draw: st.DrawFn, value: Any) -> Any:
 def data_sets(
     codec: Codecs, english_documents: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> list[Path]:
-    """A small one of documents, and one of examples."""
+    """Two small data sets, of documents and of examples."""
     place = tmp_path_factory.mktemp("mutated")
     texts = write_records(
         place / "texts.jsonl", [{"text": text} for text in english_documents[:60]]
@@ -106,7 +106,7 @@ def data_sets(
 
 
 def bounded(function: Any, *arguments: Any) -> Any:
-    """What a call gives, or its error of ours; see that it takes little memory."""
+    """Result of a call, or our error. Checks that it takes little memory."""
     tracemalloc.start()
     try:
         return function(*arguments)
@@ -222,7 +222,7 @@ def test_any_shard_reads_equal_or_is_refused(
         (folder / entry.file).write_bytes(changed)
         read = bounded(contents, folder, manifest, entry.file)
         assert isinstance(read, ShardCorruptError) or read == intact
-        # Also where the manifest is the stranger's, and says what the shard says.
+        # Also with an untrusted manifest that agrees with the shard.
         alone = bounded(ShardReader, folder / entry.file)
         if isinstance(alone, ShardReader):
             bounded(read_alone, alone)

@@ -1,4 +1,4 @@
-"""Examples in rows: none is cut, lost or seen by its neighbor; what is written is learned."""
+"""Examples in rows: none is cut, lost or attended to by another, and targets are right."""
 
 import tempfile
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ from megaback.model.gpt import ReverseGPT
 from tests.helpers.batches import BACKWARD_TOKENS, BEGIN, END, DataSet
 
 ROW_TOKENS, FRAME_TOKENS = 16, 64
-# Of each example, how many ids are given and how many learned.
+# Numbers of ids without and with loss, per example.
 SIZES = st.lists(st.tuples(st.integers(1, 10), st.integers(1, 6)), min_size=1, max_size=40)
 
 
 def examples_of(sizes: list[tuple[int, int]]) -> list[PackedExample]:
-    """Examples whose ids are all different, so that each can be told wherever it lies."""
+    """Examples of distinct ids, by which each is recognized."""
     first, examples = 10, []
     for given_ids, loss_tokens in sizes:
         ids = np.arange(first, first + given_ids + loss_tokens, dtype="<u2")
@@ -86,10 +86,10 @@ def everything(data: DataSet, context_tokens: int = ROW_TOKENS) -> Batch:
 
 
 @given(SIZES)
-def test_every_example_is_in_one_row_whole_and_once(sizes: list[tuple[int, int]]) -> None:
+def test_every_example_is_whole_in_exactly_one_row(sizes: list[tuple[int, int]]) -> None:
     found, room = [], ROW_TOKENS
     for example in packed(sizes):
-        assert len(example.ids) <= room  # the padding behind it included
+        assert len(example.ids) <= room  # including the padding after it
         room = (room - len(example.ids)) or ROW_TOKENS
         size = example.num_given + example.num_loss_tokens
         found.append(example.ids[:size].tolist())
@@ -98,7 +98,7 @@ def test_every_example_is_in_one_row_whole_and_once(sizes: list[tuple[int, int]]
     assert sorted(found) == [example.ids.tolist() for example in examples_of(sizes)]
 
 
-def test_rows_are_filled_by_examples_that_come_later() -> None:
+def test_later_examples_fill_open_rows() -> None:
     sizes = [(8, 2)] * 10 + [(4, 2)] * 10
     assert sum(len(example.ids) for example in packed(sizes)) == 10 * ROW_TOKENS
 
@@ -143,7 +143,7 @@ def test_a_row_past_the_end_of_the_shard_has_no_targets() -> None:
     assert set(batch.ids_T[ROW_TOKENS:].tolist()) == {END}
 
 
-def test_a_damaged_frame_that_is_left_out_has_no_targets() -> None:
+def test_a_skipped_damaged_frame_has_no_targets() -> None:
     with example_set([(8, 8)] * 8) as data:
         data.damage(0)
         rows = RowReader(data.store(skip_bad_frames=True), ROW_TOKENS, Direction.BACKWARD)
@@ -211,7 +211,7 @@ def tiny_model() -> ReverseGPT:
     return model
 
 
-def test_no_example_sees_its_neighbor() -> None:
+def test_examples_do_not_attend_to_each_other() -> None:
     """Changing one changes no logits of the others, nor does their loss reach its embeddings."""
     with example_set([(5, 3), (2, 4), (3, 2), (6, 6)]) as data:
         batch = everything(data)
@@ -235,7 +235,7 @@ def test_no_example_sees_its_neighbor() -> None:
         assert not embedded[list(inside)].any()
 
 
-def test_the_loss_has_no_gradient_at_the_targets_of_what_is_given() -> None:
+def test_the_loss_has_no_gradient_at_given_tokens() -> None:
     sizes = [(5, 3), (2, 4), (3, 2), (6, 6)]
     with example_set(sizes) as data:
         ids_T, targets_T, positions_T, segments = arguments(everything(data))

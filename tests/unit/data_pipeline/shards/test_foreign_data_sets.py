@@ -1,7 +1,6 @@
-"""Data sets and builds of a stranger's: what their files name is read and written in their folder.
+"""Untrusted data sets and builds: no file outside their folder is read or written.
 
-Names of shards stand in manifests and in the records of builds; links may lie in the place of any
-file or work folder.
+Manifests and records of builds name shards; any file or work folder may be a link.
 """
 
 import json
@@ -88,7 +87,7 @@ def test_recompress_writes_nothing_outside_its_folder(
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_a_manifest_that_names_no_shard_is_refused(copy: Path, name: object) -> None:
+def test_a_manifest_with_a_bad_shard_name_is_refused(copy: Path, name: object) -> None:
     change_manifest(copy, lambda fields: entry_of(fields).update(file=name))
     for command, arguments in (
         (inspection.main, []),
@@ -104,7 +103,7 @@ def test_a_manifest_that_names_no_shard_is_refused(copy: Path, name: object) -> 
 
 
 @pytest.mark.parametrize("split", ["val", "test", "", None, ["train"]])
-def test_a_shard_of_another_split_than_its_name_says_is_refused(copy: Path, split: object) -> None:
+def test_a_shard_of_another_split_than_in_its_name_is_refused(copy: Path, split: object) -> None:
     change_manifest(copy, lambda fields: entry_of(fields).update(split=split))
     with pytest.raises(ShardCorruptError):
         Manifest.load(copy)
@@ -116,7 +115,7 @@ def test_a_shard_that_is_listed_twice_is_refused(copy: Path) -> None:
         Manifest.load(copy)
 
 
-def test_a_url_gives_no_other_file_of_its_server() -> None:
+def test_a_url_folder_reads_no_file_outside_it() -> None:
     folder = RemoteFolder("http://127.0.0.1:9/shards")
     assert folder.url(SHARD) == f"http://127.0.0.1:9/shards/{SHARD}"
     for name in ("../private", "a/b", ".."):
@@ -148,7 +147,7 @@ def test_a_link_within_the_folder_is_followed(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [MANIFEST_NAME, SHARD, TOKENIZER_NAME])
-def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(copy: Path, name: str) -> None:
+def test_a_pipe_in_place_of_a_file_does_not_block(copy: Path, name: str) -> None:
     (copy / name).unlink()
     os.mkfifo(copy / name)
     result = CliRunner().invoke(verify.main, [str(copy)])
@@ -208,7 +207,7 @@ def test_a_shard_of_the_right_size_behind_a_link_is_written_again(
     assert set(elsewhere.read_bytes()) == {ord("x")}
 
 
-def test_a_work_folder_of_recompress_is_no_link(finished: Path, tmp_path: Path) -> None:
+def test_a_linked_work_folder_of_recompress_is_refused(finished: Path, tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     out.mkdir()
     elsewhere.mkdir()
@@ -245,7 +244,7 @@ def test_a_build_writes_through_no_link(
 @pytest.mark.usefixtures("a_task_a_file", "in_threads")
 @pytest.mark.parametrize("name", [".build", ".build/staged"])
 @pytest.mark.parametrize("is_begun", [False, True])
-def test_a_work_folder_of_a_build_is_no_link(
+def test_a_linked_work_folder_of_a_build_is_refused(
     source: Path, codec: Codecs, copy: Path, tmp_path: Path, name: str, is_begun: bool
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -279,7 +278,7 @@ HOSTILE_RECORDS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.usefixtures("a_task_a_file", "in_threads")
 @pytest.mark.parametrize("hostile", HOSTILE_RECORDS)
-def test_a_task_with_a_hostile_record_is_done_again(
+def test_a_task_with_a_hostile_record_is_run_again(
     source: Path, codec: Codecs, finished: Path, copy: Path, hostile: str
 ) -> None:
     (copy / MANIFEST_NAME).unlink()
@@ -304,7 +303,7 @@ def test_a_task_with_a_hostile_record_is_done_again(
     ],
     ids=["cut", "empty", "no split", "another split"],
 )
-def test_notes_that_do_not_fit_their_record_are_made_again(
+def test_notes_that_do_not_match_their_record_are_written_again(
     source: Path, codec: Codecs, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     wanted, out = tmp_path / "wanted", tmp_path / "out"
@@ -319,7 +318,7 @@ def test_notes_that_do_not_fit_their_record_are_made_again(
     assert hashes(out) == hashes(wanted)
 
 
-def test_a_look_at_a_data_set_follows_no_link_out_of_it(copy: Path, tmp_path: Path) -> None:
+def test_inspecting_a_data_set_follows_no_link_out_of_it(copy: Path, tmp_path: Path) -> None:
     (copy / SHARD).rename(tmp_path / "elsewhere.zst")
     (copy / SHARD).symlink_to(tmp_path / "elsewhere.zst")
     with pytest.raises(ShardCorruptError, match="is a symbolic link out of its folder"):
@@ -327,7 +326,7 @@ def test_a_look_at_a_data_set_follows_no_link_out_of_it(copy: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("report", [b"[" * 100_000, b"[]", b'{"source": 7}', b"\xff", None])
-def test_a_report_beside_a_tokenizer_may_be_anything(
+def test_a_malformed_report_beside_a_tokenizer_is_ignored(
     tokenizer_path: Path, tmp_path: Path, report: bytes | None
 ) -> None:
     shutil.copy(tokenizer_path, tmp_path / TOKENIZER_NAME)
@@ -342,7 +341,7 @@ def test_a_report_beside_a_tokenizer_may_be_anything(
 @pytest.mark.parametrize(
     "config", [[], 7, {"model": 7}, {"training": "fp32"}, {"model": {"width": 8}}, None]
 )
-def test_a_run_beside_a_data_set_may_be_anything(copy: Path, config: object) -> None:
+def test_a_malformed_run_beside_a_data_set_is_ignored(copy: Path, config: object) -> None:
     manifest = replace(Manifest.load(copy), row_tokens=64)
     meta = copy.parent / "run" / "checkpoints" / "step-00000001" / "meta.json"
     meta.parent.mkdir(parents=True)
@@ -355,7 +354,7 @@ def test_a_run_beside_a_data_set_may_be_anything(copy: Path, config: object) -> 
 
 
 @pytest.mark.usefixtures("a_task_a_file", "in_threads")
-def test_records_that_give_no_readable_manifest_are_told_before_it_is_written(
+def test_inconsistent_records_are_reported_before_the_manifest_is_written(
     source: Path, codec: Codecs, copy: Path
 ) -> None:
     (copy / MANIFEST_NAME).unlink()

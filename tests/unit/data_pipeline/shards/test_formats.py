@@ -30,7 +30,7 @@ ROW_TOKENS = 64
 
 @dataclass
 class Shard:
-    """What the page says that a shard holds."""
+    """Contents of a shard, as the page defines them."""
 
     header: dict[str, Any]
     raw: bytes
@@ -83,7 +83,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def require_documented(*stored: dict[str, Any]) -> None:
-    """Every key has its name in the page."""
+    """Check that the page names every key."""
     names = set(re.findall(r"`(\w+)`", _PAGE.read_text(encoding="utf-8")))
     for fields in stored:
         assert sorted(fields.keys() - names) == []
@@ -169,7 +169,7 @@ def test_documents_and_their_split_are_those_that_the_page_defines(
     assert sorted(found) == sorted(given)
 
 
-def test_examples_are_stored_as_the_page_says(examples: Path) -> None:
+def test_examples_are_stored_as_documented(examples: Path) -> None:
     manifest = json.loads((examples / "manifest.json").read_text())
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(examples / "tokenizer.model"))
     assert (manifest["version"], manifest["row_tokens"]) == (4, ROW_TOKENS)
@@ -202,7 +202,7 @@ def test_examples_are_stored_as_the_page_says(examples: Path) -> None:
 
 
 def test_a_shard_without_the_checksum_of_its_index_is_read(copy: Path) -> None:
-    """As those were that earlier versions wrote: 0 in its place."""
+    """Earlier versions wrote 0 in its place."""
     manifest = Manifest.load(copy)
     expected = [ids.tolist() for ids in document_ids(DataSet.open(copy), "train")]
     for entry in manifest.shards:
@@ -223,7 +223,7 @@ def test_the_stamp_of_a_file_is_the_one_that_the_page_defines(finished: Path) ->
             assert one["stamp"] == hashlib.sha256(stamped).hexdigest()
 
 
-def test_a_checkpoint_is_whole_by_what_the_page_says(tmp_path: Path, codec: Codecs) -> None:
+def test_a_checkpoint_is_complete_as_documented(tmp_path: Path, codec: Codecs) -> None:
     target, model = write_checkpoint(tmp_path / "run", codec())
     meta = json.loads((target / "meta.json").read_text())
     require_documented(meta)
@@ -241,7 +241,7 @@ def test_a_checkpoint_is_whole_by_what_the_page_says(tmp_path: Path, codec: Code
 
 
 def read_tensors(data: bytes) -> dict[str, bytes]:
-    """Of a safetensors file."""
+    """Tensors of a safetensors file, as bytes."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header.pop("__metadata__", None)

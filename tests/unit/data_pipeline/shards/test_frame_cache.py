@@ -1,4 +1,4 @@
-"""The cache of frames: never wrong, never too large, never in the way."""
+"""Frame cache: never returns wrong frames, exceeds its size or stops reading."""
 
 import errno
 import hashlib
@@ -67,7 +67,7 @@ def cache(tmp_path: Path) -> CacheSettings:
 
 
 def kept(folder: Path) -> list[Path]:
-    """The files of frames, whole or in the making, in a cache."""
+    """The files of frames in a cache, complete or partial."""
     return sorted(path for path in folder.glob("*/*") if path.is_file())
 
 
@@ -83,7 +83,7 @@ def shard(folder: Path, max_bytes: int) -> CachedShard:
     return FrameCache(CacheSettings(folder, max_bytes), ORIGIN).of_shard("a.zst", SHARD, 1)
 
 
-def test_a_frame_that_is_kept_is_not_asked_for_again(
+def test_a_cached_frame_is_not_requested_again(
     server: FileServer, folder: Path, cache: CacheSettings
 ) -> None:
     url = publish(server, folder)
@@ -97,7 +97,7 @@ def test_a_frame_that_is_kept_is_not_asked_for_again(
     assert server.requests == []
 
 
-def test_a_frame_lies_under_a_hash_of_where_it_came_from(
+def test_a_frame_is_stored_under_a_hash_of_its_origin(
     server: FileServer, folder: Path, cache: CacheSettings
 ) -> None:
     url = publish(server, folder)
@@ -110,7 +110,7 @@ def test_a_frame_lies_under_a_hash_of_where_it_came_from(
     assert path == cache.folder / hashlib.sha256(identity.encode()).hexdigest() / "2"
 
 
-def test_what_is_kept_is_read_when_the_server_is_gone(
+def test_cached_frames_are_read_without_the_server(
     server: FileServer, folder: Path, cache: CacheSettings
 ) -> None:
     data_set = DataSet.open(publish(server, folder), cache)
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_replaced(
     assert {path: path.read_bytes() for path in kept(cache.folder)} == intact
 
 
-def test_the_frame_of_another_shard_is_no_frame_of_this_one(
+def test_frames_of_different_shards_are_separate(
     server: FileServer, folder: Path, cache: CacheSettings
 ) -> None:
     data_set = DataSet.open(publish(server, folder), cache)
@@ -163,7 +163,7 @@ def test_the_frame_of_another_shard_is_no_frame_of_this_one(
 def test_a_data_set_that_claims_to_be_another_one_does_not_change_it(
     server: FileServer, tmp_path: Path, cache: CacheSettings
 ) -> None:
-    # Of a stranger: the same names, sizes, and checksums of frames, and the other's hashes claimed.
+    # Untrusted: the same names, sizes and checksums of frames, and it claims the other's hashes.
     generator = np.random.default_rng(3)
     documents = [generator.integers(0, 1 << 16, 100)]
     others = [
@@ -192,7 +192,7 @@ def test_a_data_set_that_claims_to_be_another_one_does_not_change_it(
     assert frames_of(DataSet.open(evil, cache)) != frames_of(DataSet.open(good, cache))
 
 
-def test_a_signature_that_is_renewed_finds_what_is_kept(
+def test_a_renewed_signature_finds_cached_frames(
     server: FileServer, folder: Path, cache: CacheSettings
 ) -> None:
     url, entry = publish(server, folder), Manifest.load(folder).shards[0]
@@ -205,7 +205,7 @@ def test_a_signature_that_is_renewed_finds_what_is_kept(
     assert "X-Amz" not in str([path.read_bytes() for path in kept(cache.folder)])
 
 
-def test_a_frame_that_came_damaged_is_not_kept(
+def test_a_frame_received_damaged_is_not_cached(
     server: FileServer, folder: Path, cache: CacheSettings
 ) -> None:
     data_set = DataSet.open(publish(server, folder), cache)
@@ -238,7 +238,7 @@ def test_files_that_vanish_are_fetched_again(
     strays=st.lists(st.integers(0, 900), max_size=4),
     is_counted=st.booleans(),
 )
-def test_the_cache_is_never_larger_than_it_may_be(
+def test_the_cache_never_exceeds_its_size(
     tmp_path_factory: pytest.TempPathFactory,
     max_bytes: int,
     puts: list[tuple[int, int]],
@@ -247,7 +247,7 @@ def test_the_cache_is_never_larger_than_it_may_be(
 ) -> None:
     folder = tmp_path_factory.mktemp("cache")
     (folder / KEY).mkdir()
-    for number, size in enumerate(strays):  # of a run before, which was killed or had more room
+    for number, size in enumerate(strays):  # of an earlier run, killed or with a larger cache
         (folder / KEY / f".{number}.{'abc' * 4}.partial").write_bytes(bytes(size))
     if not is_counted:
         (folder / ".bytes").write_bytes(b"")
@@ -257,12 +257,12 @@ def test_the_cache_is_never_larger_than_it_may_be(
         data = bytes([frame]) * size
         frames.put(frame, data)
         if size <= max_bytes:
-            is_in_use = True  # before that, what others left behind stays
+            is_in_use = True  # before that, leftovers stay
             assert frames.get(frame, size) == data
         assert not is_in_use or kept_bytes(folder) <= max_bytes
 
 
-def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_frame_is_removed_first(tmp_path: Path) -> None:
     frames = shard(tmp_path, max_bytes=1000)
     for frame in range(10):
         frames.put(frame, bytes(100))
@@ -272,14 +272,14 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     assert {int(path.name) for path in kept(tmp_path)} == {0, *range(3, 11)}
 
 
-def test_a_frame_that_is_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
+def test_a_frame_larger_than_the_cache_is_not_cached(tmp_path: Path) -> None:
     frames = shard(tmp_path, max_bytes=99)
     frames.put(0, bytes(100))
     assert frames.get(0, 100) is None
     assert kept(tmp_path) == []
 
 
-def test_a_full_disk_is_said_once_and_changes_nothing(
+def test_a_full_disk_is_logged_once_and_reading_continues(
     server: FileServer,
     folder: Path,
     cache: CacheSettings,
@@ -300,7 +300,7 @@ def test_a_full_disk_is_said_once_and_changes_nothing(
     assert "No space left on device" in record.getMessage()
 
 
-def test_a_folder_that_cannot_be_made_is_said_once_and_changes_nothing(
+def test_a_folder_that_cannot_be_created_is_logged_once_and_reading_continues(
     server: FileServer, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
@@ -311,7 +311,7 @@ def test_a_folder_that_cannot_be_made_is_said_once_and_changes_nothing(
 
 
 def fill(folder: Path, max_bytes: int, seed: int) -> tuple[int, int]:
-    """Use a cache that others use too: how many frames were wrong, and its largest size."""
+    """Use a shared cache. Returns the number of wrong frames, and its largest size."""
     generator = np.random.default_rng(seed)
     frames = shard(folder, max_bytes)
     wrong = largest = 0
@@ -332,6 +332,6 @@ def test_processes_share_a_cache_and_its_bound(tmp_path: Path) -> None:
         tasks = [(tmp_path, max_bytes, seed) for seed in range(processes)]
         wrong, largest = zip(*pool.starmap(fill, tasks, chunksize=1), strict=True)
     assert sum(wrong) == 0
-    # Each of the others may be writing a frame that whoever looked at all of them did not see.
+    # Each other process may be writing a frame that a scan did not see.
     assert max_bytes / 2 < max(largest) <= max_bytes + (processes - 1) * LARGEST
     assert [path for path in kept(tmp_path) if path.name.endswith(".partial")] == []

@@ -1,4 +1,4 @@
-"""Manifests, plans and other small files that claim what cannot be: one sentence at once."""
+"""Hostile manifests, plans and other small files: one error, at once."""
 
 import json
 from collections.abc import Callable
@@ -75,7 +75,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("hostile", MANIFESTS)
-def test_a_manifest_with_impossible_fields_is_one_sentence(copy: Path, hostile: str) -> None:
+def test_a_manifest_with_impossible_fields_is_one_error(copy: Path, hostile: str) -> None:
     fields = json.loads((copy / MANIFEST_NAME).read_text())
     MANIFESTS[hostile](fields)
     (copy / MANIFEST_NAME).write_text(json.dumps(fields))
@@ -86,7 +86,7 @@ def test_a_manifest_with_impossible_fields_is_one_sentence(copy: Path, hostile: 
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_manifest_of_an_earlier_version_says_so(copy: Path, version: int) -> None:
+def test_a_manifest_of_an_earlier_version_is_named_as_such(copy: Path, version: int) -> None:
     fields = json.loads((copy / MANIFEST_NAME).read_text())
     fields["left_out"] = fields.pop("excluded")
     (copy / MANIFEST_NAME).write_text(json.dumps({**fields, "version": version}))
@@ -113,7 +113,7 @@ MANIFEST_TEXTS = {
 
 
 @pytest.mark.parametrize("text", MANIFEST_TEXTS)
-def test_a_manifest_that_is_none_is_refused_at_once(copy: Path, text: str) -> None:
+def test_a_malformed_manifest_is_refused_at_once(copy: Path, text: str) -> None:
     (copy / MANIFEST_NAME).write_bytes(MANIFEST_TEXTS[text])
     refused(copy)
 
@@ -187,7 +187,7 @@ PLANS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("hostile", PLANS)
-def test_a_plan_with_impossible_fields_is_one_sentence(copy: Path, hostile: str) -> None:
+def test_a_plan_with_impossible_fields_is_one_error(copy: Path, hostile: str) -> None:
     fields = json.loads((copy / "plan.json").read_text())
     PLANS[hostile](fields)
     (copy / "plan.json").write_text(json.dumps(fields))
@@ -198,14 +198,14 @@ def test_a_plan_with_impossible_fields_is_one_sentence(copy: Path, hostile: str)
 
 
 @pytest.mark.parametrize("text", MANIFEST_TEXTS)
-def test_a_plan_that_is_none_is_refused_at_once(copy: Path, text: str) -> None:
+def test_a_malformed_plan_is_refused_at_once(copy: Path, text: str) -> None:
     (copy / "plan.json").write_bytes(MANIFEST_TEXTS[text])
     with within_bounds(), pytest.raises(MegabackError):
         Plan.load(copy)
 
 
-def test_what_a_build_wrote_is_read(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The other side of all of the above."""
+def test_the_files_of_a_build_are_accepted(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counterpart of the refusals above."""
     change_shard(copy, lambda _: None)
     assert CliRunner().invoke(inspection.main, [str(copy)]).exit_code == 0
     echo_manifest(Manifest.load(copy), copy)
@@ -213,7 +213,7 @@ def test_what_a_build_wrote_is_read(copy: Path, capsys: pytest.CaptureFixture[st
     assert "documents" in capsys.readouterr().out
 
 
-def test_a_server_that_sends_more_than_a_manifest_is_told(
+def test_a_manifest_over_the_size_limit_from_a_server_is_refused(
     copy: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = publish(server, copy)

@@ -1,4 +1,4 @@
-"""Shards that claim more than there is: one sentence at once, and no memory for it."""
+"""Hostile shards: one error, at once, and no memory for what they claim."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def empty_documents(parts: ShardParts) -> None:
 
 
 def giant_frame(parts: ShardParts) -> None:
-    """A frame whose own head promises 2**50 bytes."""
+    """A frame whose header claims 2**50 bytes."""
     head = struct.pack("<IBQ", 0xFD2FB528, 0b11100100, 1 << 50)
     parts.frames = head + parts.frames[len(head) :]
 
@@ -126,7 +126,7 @@ SHARDS: dict[str, Callable[[ShardParts], object]] = {
 
 
 @pytest.mark.parametrize("hostile", SHARDS)
-def test_a_shard_that_claims_what_is_not_is_one_sentence(copy: Path, hostile: str) -> None:
+def test_a_hostile_shard_is_one_error(copy: Path, hostile: str) -> None:
     change_shard(copy, SHARDS[hostile])
     assert SHARD in refused(copy)
     manifest = Manifest.load(copy)
@@ -144,7 +144,7 @@ def test_a_shard_that_claims_what_is_not_is_one_sentence(copy: Path, hostile: st
 def test_a_sparse_file_with_room_for_its_claims_is_refused_at_once(
     copy: Path, num_entries: int
 ) -> None:
-    """Zeros cost a stranger nothing, so a file may be as large as what it claims."""
+    """A sparse file may have the size that it claims, at no cost."""
     footer = struct.pack("<IBI", num_entries, 0x80, 0x8F92EAB1)
     table_bytes = 8 + 12 * num_entries + 9
     start = 1000
@@ -184,7 +184,7 @@ def test_a_sparse_index_and_frame_of_gigabytes_are_not_read(copy: Path) -> None:
         assert SHARD in refused(copy)
 
 
-def test_a_document_that_is_too_long_to_be_shown_is_told(
+def test_a_document_too_long_to_show_is_refused(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inspection, "_MAX_DOCUMENT_TOKENS", 3)

@@ -1,4 +1,4 @@
-"""What a shard says of itself, and a reader as threads use it: many at once, and then dropped."""
+"""Shard index, and readers shared by threads: concurrent decoding, and closing."""
 
 import random
 import struct
@@ -17,7 +17,7 @@ IDENTITY = {"direction": "backward", "unit": "token", "tokenizer_sha256": "5" * 
 
 
 def write_shard(path: Path, num_tokens: int, frame_tokens: int) -> np.ndarray:
-    """A shard of one document; its ids."""
+    """Write a shard of one document. Returns its ids."""
     ids = np.random.default_rng(1).integers(0, 600, num_tokens).astype("<u2")
     with path.open("wb") as file:
         writer = ShardWriter(file, IDENTITY, ids.dtype, frame_tokens)
@@ -45,7 +45,7 @@ def open_descriptors(path: Path) -> int:
     return links.count(path.resolve())
 
 
-def test_a_reader_that_is_dropped_or_cannot_be_made_leaves_no_file_open(tmp_path: Path) -> None:
+def test_a_reader_that_is_dropped_or_fails_to_open_leaves_no_file_open(tmp_path: Path) -> None:
     path = tmp_path / "shard.zst"
     write_shard(path, 200, 64)
     reader = ShardReader(path)

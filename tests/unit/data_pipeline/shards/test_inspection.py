@@ -1,4 +1,4 @@
-"""`megaback shards inspect`: what it says of a data set is what its documents say."""
+"""`megaback shards inspect`: its figures agree with the documents."""
 
 import json
 import sys
@@ -95,7 +95,7 @@ def test_lengths_are_read_without_decoding_a_frame(
 
 @settings(max_examples=25)
 @given(shards=document_shards(), data=st.data())
-def test_a_document_by_its_number_is_the_one_in_its_place(
+def test_a_document_is_found_by_its_number(
     shards: list[list[npt.NDArray[np.int64]]], data: st.DataObject
 ) -> None:
     documents = [document for of_shard in shards for document in of_shard]
@@ -151,7 +151,7 @@ def test_the_entropy_of_all_frames_is_that_of_the_tokens(small: DataSet) -> None
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_sampled_entropy_says_on_how_many_frames(small: DataSet, workers: int) -> None:
+def test_a_sampled_entropy_has_its_number_of_frames(small: DataSet, workers: int) -> None:
     entropy = sampled_entropy(small.opened, "train", 2, workers)
     assert (entropy.frames, entropy.of_frames) == (2, len(small.frames))
     ids = np.concatenate([small.frames[1], small.frames[4]])
@@ -160,7 +160,7 @@ def test_a_sampled_entropy_says_on_how_many_frames(small: DataSet, workers: int)
     assert entropy.nats == pytest.approx(-(share * np.log(share)).sum())
 
 
-def test_an_estimate_is_called_one(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_is_labeled_as_one(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "estimated" not in inspect(finished).stdout
     monkeypatch.setattr(inspection, "_MAX_FRAMES", 3)
     assert "estimated on 3 of" in inspect(finished).stdout
@@ -210,9 +210,7 @@ def test_a_document_is_shown_as_text_pieces_ids_and_json(finished: Path, codec: 
     ],
     ids=" ".join,
 )
-def test_options_that_mean_nothing_together_are_refused(
-    finished: Path, arguments: list[str]
-) -> None:
+def test_contradictory_options_are_refused(finished: Path, arguments: list[str]) -> None:
     result = CliRunner().invoke(main, [str(finished), *arguments])
     assert (result.exit_code, result.stderr.count("\n")) == (10, 1)
 
@@ -244,7 +242,7 @@ def test_without_matplotlib_a_picture_is_refused_before_anything_is_read(
     assert "pip install" in result.stderr
 
 
-def test_a_picture_that_cannot_be_written_is_one_sentence(finished: Path, tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_written_is_one_error(finished: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "nowhere" / "lengths.png"
     result = CliRunner().invoke(main, [str(finished), "--plot", str(path)])

@@ -1,4 +1,4 @@
-"""The manifest: what is saved is what is loaded, and its fingerprint is that of the contents."""
+"""Manifest: round trips, sums, and the fingerprint of the contents."""
 
 import json
 from dataclasses import replace
@@ -28,7 +28,7 @@ ENTRY = ShardEntry(
     content_sha256="b" * 64,
 )
 ENTRY_FIELDS = tuple(ShardEntry.__dataclass_fields__)[-2:]
-"""Those of examples alone."""
+"""Numbers of examples only."""
 
 
 @st.composite
@@ -88,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(manifest=manifests())
-def test_what_is_saved_is_what_is_loaded(folder: Path, manifest: Manifest) -> None:
+def test_a_saved_manifest_loads_equal(folder: Path, manifest: Manifest) -> None:
     manifest.save(folder)
     assert Manifest.load(folder) == manifest
 
@@ -125,7 +125,7 @@ def test_the_fingerprint_is_that_of_the_contents_however_compressed(
 
 
 @given(manifest=manifests(), data=st.data())
-def test_an_entry_that_is_changed_by_hand_no_longer_fits_the_fingerprint(
+def test_an_edited_entry_does_not_match_the_fingerprint(
     folder: Path, manifest: Manifest, data: st.DataObject
 ) -> None:
     if not manifest.shards:
@@ -140,7 +140,7 @@ def test_an_entry_that_is_changed_by_hand_no_longer_fits_the_fingerprint(
             Manifest.load(folder)
 
 
-def test_a_manifest_that_cannot_be_is_not_written(tmp_path: Path) -> None:
+def test_an_inconsistent_manifest_is_not_written(tmp_path: Path) -> None:
     text_format = TextFormat(Direction.BACKWARD, Unit.TOKEN, "5" * 64)
     twice = Manifest(
         text_format=text_format,
@@ -161,7 +161,7 @@ def test_a_manifest_that_cannot_be_is_not_written(tmp_path: Path) -> None:
         Manifest.load(tmp_path)
 
 
-def test_a_shard_lies_in_its_folder_and_nowhere_else(tmp_path: Path) -> None:
+def test_a_shard_path_must_be_in_its_folder(tmp_path: Path) -> None:
     assert shard_path(tmp_path, ENTRY) == tmp_path / ENTRY.file
     with pytest.raises(ShardCorruptError):
         shard_path(tmp_path, replace(ENTRY, file="../train-00000-00000.zst"))

@@ -1,8 +1,8 @@
-"""The shard file: what is written is read back, other tools can read it, and damage is noticed.
+"""Shard files: round trips, reading by other tools, and detection of damage.
 
-What a reader promises about damage: it either raises ShardCorruptError, or gives the ids and the
-documents that were written. What a shard says about itself beside them (direction, tokenizer,
-bytes of text) is covered by the file's hash in the manifest, see test_verify.py.
+Of a damaged file, a reader either raises ShardCorruptError, or returns the ids and documents that
+were written. Other fields of its header (direction, tokenizer, bytes of text) are covered by the
+file's hash in the manifest, see test_verify.py.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ IDENTITY = {"direction": "backward", "unit": "token", "tokenizer_sha256": "5" * 
 
 @st.composite
 def shards(draw: st.DrawFn) -> tuple[Documents, int]:
-    """Documents of ids of one width, and tokens in a frame."""
+    """Documents of ids of one width, and tokens per frame."""
     dtype = np.dtype(draw(st.sampled_from(["<u2", "<u4"])))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     lengths = draw(st.lists(st.integers(2, 300), min_size=1, max_size=12))
@@ -83,14 +83,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_shard() -> bytes:
-    """A shard of four frames, the last one short, whose every bit can be tried."""
+    """A shard of four frames, the last one short; small enough to try every bit."""
     return write_shard(some_documents(1, [50, 90, 2, 75]), frame_tokens=64)[0]
 
 
 def read_everything(
     path: Path, dictionary: bytes | None = None
 ) -> tuple[list[int], list[int], str]:
-    """All that a reader gives: ids, tokens of each document, hash of both as in a digest."""
+    """Ids, tokens of each document, and hash of both as in a digest."""
     with ShardReader(path, dictionary) as reader:
         ids = reader.tokens(0, reader.header.tokens)
         document_tokens = reader.document_tokens()
@@ -99,14 +99,14 @@ def read_everything(
 
 
 def outcome(path: Path, damaged: bytes, dictionary: bytes | None = None) -> object:
-    """What reading a damaged shard gives: everything, or the error that came instead."""
+    """Result of reading a damaged shard: everything, or the error."""
     path.touch()
     with path.open("r+b") as file:  # in place: some file systems flush a file that is rewritten
         file.write(damaged)
         file.truncate()
     try:
         return read_everything(path, dictionary)
-    except Exception as error:  # noqa: BLE001 - any other error is what the tests look for
+    except Exception as error:  # noqa: BLE001 - tests look for unexpected errors
         return error
 
 
@@ -120,7 +120,7 @@ def bit_flips(data: bytes, start: int, stop: int) -> Iterator[tuple[int, bytes]]
 def harmful_flips(
     path: Path, data: bytes, intact: object, stop: int, dictionary: bytes | None = None
 ) -> list[str]:
-    """Flips before byte `stop` that are not noticed as damage and yet change what is read."""
+    """Flips before byte `stop` that change the result without an error."""
     harmful = []
     for bit, flipped in bit_flips(data, 0, stop):
         found = outcome(path, flipped, dictionary)
@@ -158,7 +158,7 @@ def test_any_compression_gives_the_same_ids_and_documents(
 
 
 @given(shard=shards())
-def test_the_documents_of_a_shard_come_one_by_one(path: Path, shard: tuple[Documents, int]) -> None:
+def test_documents_are_iterated_in_stored_order(path: Path, shard: tuple[Documents, int]) -> None:
     documents, frame_tokens = shard
     path.write_bytes(write_shard(documents, frame_tokens)[0])
     with ShardReader(path) as reader:
@@ -168,9 +168,7 @@ def test_the_documents_of_a_shard_come_one_by_one(path: Path, shard: tuple[Docum
 
 @settings(max_examples=25)
 @given(shard=shards(), frame_tokens=st.sampled_from([64, 256]))
-def test_a_shard_can_be_written_from_another_one(
-    path: Path, shard: tuple[Documents, int], frame_tokens: int
-) -> None:
+def test_a_shard_can_be_copied(path: Path, shard: tuple[Documents, int], frame_tokens: int) -> None:
     documents, _ = shard
     path.write_bytes(write_shard(documents, 128)[0])
     file = io.BytesIO()
@@ -182,7 +180,7 @@ def test_a_shard_can_be_written_from_another_one(
 
 
 @given(shard=shards())
-def test_a_digest_says_what_was_written(shard: tuple[Documents, int]) -> None:
+def test_a_digest_describes_the_file(shard: tuple[Documents, int]) -> None:
     documents, frame_tokens = shard
     data, digest = write_shard(documents, frame_tokens)
     counts = np.array(list(map(len, documents)), dtype="<u4")
@@ -226,7 +224,7 @@ def test_every_frame_but_the_last_is_full(path: Path, shard: tuple[Documents, in
 
 
 @given(shard=shards())
-def test_a_shard_is_written_the_same_way_every_time(shard: tuple[Documents, int]) -> None:
+def test_writing_a_shard_is_deterministic(shard: tuple[Documents, int]) -> None:
     assert write_shard(*shard) == write_shard(*shard)
 
 
@@ -273,7 +271,7 @@ def test_the_seek_table_is_that_of_the_seekable_format(shard: tuple[Documents, i
     assert (offset, raw) == (table_start - 8, np.concatenate(documents).tobytes())
 
 
-def test_a_shard_cut_short_anywhere_is_noticed(path: Path, small_shard: bytes) -> None:
+def test_a_shard_truncated_anywhere_is_detected(path: Path, small_shard: bytes) -> None:
     unnoticed = [
         size
         for size in range(len(small_shard))
@@ -282,17 +280,17 @@ def test_a_shard_cut_short_anywhere_is_noticed(path: Path, small_shard: bytes) -
     assert unnoticed == []
 
 
-def test_bytes_after_the_end_are_noticed(path: Path, small_shard: bytes) -> None:
+def test_bytes_after_the_end_are_detected(path: Path, small_shard: bytes) -> None:
     assert isinstance(outcome(path, small_shard + b"\0"), ShardCorruptError)
 
 
-def test_a_flipped_bit_is_noticed_or_changes_nothing(path: Path, small_shard: bytes) -> None:
+def test_a_flipped_bit_is_detected_or_harmless(path: Path, small_shard: bytes) -> None:
     path.write_bytes(small_shard)
     intact = read_everything(path)
     assert harmful_flips(path, small_shard, intact, len(small_shard)) == []
 
 
-def test_a_flipped_bit_in_the_head_of_a_full_size_frame_is_noticed_or_changes_nothing(
+def test_a_flipped_bit_in_the_header_of_a_full_size_frame_is_detected_or_harmless(
     path: Path,
 ) -> None:
     data = write_shard(some_documents(2, [70_000]), frame_tokens=65_536)[0]
@@ -301,7 +299,7 @@ def test_a_flipped_bit_in_the_head_of_a_full_size_frame_is_noticed_or_changes_no
     assert harmful_flips(path, data, intact, 16) == []
 
 
-def test_a_flipped_bit_in_a_frames_content_is_noticed(path: Path) -> None:
+def test_a_flipped_bit_in_a_frames_content_is_detected(path: Path) -> None:
     data = write_shard(some_documents(3, [200], largest=65_536), frame_tokens=256)[0]
     frame_bytes = struct.unpack("<I", data[-9 - 24 : -9 - 20])[0]
     unnoticed = [
@@ -322,14 +320,14 @@ def test_a_broken_frame_is_named_by_file_number_and_offset(path: Path, small_sha
     assert f"frame 1 at byte {first_frame_bytes}" in message
 
 
-def test_a_frame_without_a_checksum_of_its_own_is_none(path: Path, small_shard: bytes) -> None:
+def test_a_frame_without_a_checksum_is_refused(path: Path, small_shard: bytes) -> None:
     path.write_bytes(small_shard)
     with ShardReader(path) as intact:
         ids = intact.frame(0)
         checksum = small_shard[: intact.frame_offsets[1]][-4:]
     compressor = zstandard.ZstdCompressor(write_checksum=False)
     noise = np.random.default_rng(0).bytes(ids.nbytes - 4)
-    forged = compressor.compress(noise + checksum)  # stored as it is
+    forged = compressor.compress(noise + checksum)  # stored uncompressed
 
     class Keeper:
         def get(self, frame: int, num_bytes: int) -> bytes:  # noqa: ARG002
@@ -347,7 +345,7 @@ def test_a_frame_without_a_checksum_of_its_own_is_none(path: Path, small_shard: 
 
 
 @pytest.mark.parametrize("content", [b"", b"x", bytes(100)], ids=["no bytes", "a byte", "zeros"])
-def test_a_file_that_is_no_shard_is_named(path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_shard_is_named(path: Path, content: bytes) -> None:
     found = outcome(path, content)
     assert isinstance(found, ShardCorruptError)
     assert str(path) in str(found)
@@ -370,7 +368,7 @@ def test_frames_and_header_name_the_dictionary_that_they_need(path: Path) -> Non
 
 
 @pytest.mark.parametrize("given_dictionary", [None, train_dictionary(2)], ids=["none", "another"])
-def test_a_shard_without_its_dictionary_says_which_it_needs(
+def test_the_error_for_a_missing_dictionary_names_it(
     path: Path, given_dictionary: bytes | None
 ) -> None:
     documents = some_documents(4, [300, 20])
@@ -380,7 +378,7 @@ def test_a_shard_without_its_dictionary_says_which_it_needs(
         ShardReader(path, given_dictionary)
 
 
-def test_the_documents_index_can_be_read_by_who_has_no_dictionary(path: Path) -> None:
+def test_the_document_index_can_be_read_without_the_dictionary(path: Path) -> None:
     documents = some_documents(4, [300, 20])
     data, _ = write_shard(documents, 64, Compression(dictionary=DICTIONARY))
     compressed_counts = data[data.rindex(struct.pack("<I", zstandard.MAGIC_NUMBER)) :]
@@ -388,7 +386,7 @@ def test_the_documents_index_can_be_read_by_who_has_no_dictionary(path: Path) ->
     assert np.frombuffer(counts, dtype="<u4").tolist() == [300, 20]
 
 
-def test_a_flipped_bit_in_a_frame_with_a_dictionary_is_noticed_or_changes_nothing(
+def test_a_flipped_bit_in_a_frame_with_a_dictionary_is_detected_or_harmless(
     path: Path,
 ) -> None:
     documents = some_documents(1, [50, 90, 2, 75])

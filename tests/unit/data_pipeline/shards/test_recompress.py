@@ -1,4 +1,4 @@
-"""`megaback shards recompress`: other files, the same contents, whatever happens on the way."""
+"""`megaback shards recompress`: other files of the same contents, also after kills and failures."""
 
 import json
 import resource
@@ -29,7 +29,7 @@ WITH_DICTIONARY = Compression(level=5)
 
 @pytest.fixture(scope="module")
 def recompressed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished folder with a dictionary, not to be written to."""
+    """The finished folder with a dictionary; read-only."""
     out = tmp_path_factory.mktemp("recompressed") / "shards"
     recompress(finished, out, WITH_DICTIONARY, DICTIONARY_BYTES, workers=1)
     return out
@@ -37,7 +37,7 @@ def recompressed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def begun(recompressed: Path, tmp_path: Path) -> Path:
-    """A copy of the recompressed folder, to be damaged."""
+    """A copy of the recompressed folder, for tests that damage it."""
     return Path(shutil.copytree(recompressed, tmp_path / "begun"))
 
 
@@ -147,7 +147,7 @@ def test_training_reads_shards_with_a_dictionary(finished: Path, recompressed: P
     ],
     ids=["the manifest alone", "a shard", "a record and a shard", "records", "the dictionary"],
 )
-def test_an_unfinished_folder_is_finished_to_the_same_bytes(
+def test_an_unfinished_folder_resumes_to_the_same_bytes(
     finished: Path, recompressed: Path, begun: Path, lost: list[str]
 ) -> None:
     for name in ("manifest.json", *lost):
@@ -161,7 +161,7 @@ def test_an_unfinished_folder_is_finished_to_the_same_bytes(
     assert hashes(begun) == hashes(recompressed)
 
 
-def test_what_is_done_is_not_done_again(
+def test_finished_shards_are_not_rewritten(
     finished: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (begun / "manifest.json").unlink()
@@ -182,7 +182,7 @@ def test_what_is_done_is_not_done_again(
     assert num_found == len(manifest.shards) - len(lost)
 
 
-def test_another_dictionary_in_an_unfinished_folder_means_doing_everything_again(
+def test_another_dictionary_in_an_unfinished_folder_rewrites_all_shards(
     finished: Path, begun: Path
 ) -> None:
     (begun / "manifest.json").unlink()
@@ -212,7 +212,7 @@ def test_the_same_command_on_a_finished_folder_changes_nothing(finished: Path, b
     ],
     ids=["level", "long distance", "size", "no dictionary"],
 )
-def test_a_folder_begun_with_other_settings_is_left_as_it_is(
+def test_a_folder_started_with_other_settings_is_not_changed(
     finished: Path, begun: Path, compression: Compression, dictionary_bytes: int | None
 ) -> None:
     before = hashes(begun)
@@ -221,9 +221,7 @@ def test_a_folder_begun_with_other_settings_is_left_as_it_is(
     assert hashes(begun) == before
 
 
-def test_a_folder_that_holds_something_else_is_left_as_it_is(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_a_folder_with_other_files_is_not_changed(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(OutputExistsError, match="already holds other files"):
         recompress(finished, tmp_path, Compression())
@@ -237,9 +235,7 @@ def test_a_data_set_is_not_rewritten_in_place(copy: Path) -> None:
     assert hashes(copy) == before
 
 
-def test_a_damaged_source_is_named_and_nothing_half_written_stays(
-    copy: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_source_is_named_and_no_partial_file_stays(copy: Path, tmp_path: Path) -> None:
     path = copy / "train-00002-00000.zst"
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 0xFF
@@ -263,7 +259,7 @@ def test_a_source_shard_of_other_contents_is_named(copy: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("was_there", [True, False])
-def test_too_little_for_a_dictionary_is_said_and_leaves_no_trace(
+def test_too_little_data_for_a_dictionary_is_refused_without_a_trace(
     finished: Path, tmp_path: Path, was_there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SAMPLE_FRAMES", 1)
@@ -275,7 +271,7 @@ def test_too_little_for_a_dictionary_is_said_and_leaves_no_trace(
     assert (out.exists(), hashes(tmp_path)) == (was_there, {})
 
 
-def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(
+def test_a_full_disk_is_one_error_and_the_next_run_resumes(
     finished: Path, tmp_path: Path, run_megaback: Run
 ) -> None:
     out = tmp_path / "out"
@@ -307,7 +303,7 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(
     verify_data_set(out)
 
 
-def test_the_command_says_what_was_won(finished: Path, tmp_path: Path, run_megaback: Run) -> None:
+def test_the_command_prints_the_ratio(finished: Path, tmp_path: Path, run_megaback: Run) -> None:
     result = run_megaback("shards", "recompress", finished, "--out", tmp_path / "out")
     assert (result.returncode, result.stderr) == (0, "")
     assert Manifest.load(finished).fingerprint in result.stdout

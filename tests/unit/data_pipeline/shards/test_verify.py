@@ -1,4 +1,4 @@
-"""`megaback shards verify`: content with what was written, and any damage to it is named."""
+"""`megaback shards verify`: accepts undamaged shards, and names any damage."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
-def cut_short(path: Path) -> None:
+def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -36,7 +36,7 @@ def swap_with_another(path: Path) -> None:
     path.write_bytes((path.parent / "train-00003-00000.zst").read_bytes())
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, swap_with_another, Path.unlink])
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, swap_with_another, Path.unlink])
 def test_verify_names_a_damaged_shard(
     copy: Path, run_megaback: Run, damage: Callable[[Path], None]
 ) -> None:
@@ -68,7 +68,7 @@ def with_dictionary(finished: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def frame_offsets(folder: Path, entry: ShardEntry) -> list[int]:
-    """Where each frame of a shard begins, and where the last one ends."""
+    """Offset of each frame of a shard, and of the end of the last one."""
     with DataSet.open(folder).open_shard(entry) as reader:
         return reader.frame_offsets.tolist()
 
@@ -91,8 +91,8 @@ def test_verify_names_every_broken_frame_of_a_shard(copy: Path, run_megaback: Ru
     assert (tuple(named), len(lines)) == (broken, len(broken))
 
 
-def test_verify_finds_a_flipped_bit_that_changes_nothing_that_is_read(copy: Path) -> None:
-    """A frame's head has a bit that decoders ignore."""
+def test_verify_finds_a_flipped_bit_that_no_reader_detects(copy: Path) -> None:
+    """A frame's header has a bit that decoders ignore."""
     path = copy / "train-00002-00000.zst"
     data = bytearray(path.read_bytes())
     data[4] ^= 1 << 4
@@ -114,7 +114,7 @@ def test_verify_reports_any_damaged_byte_with_an_error_of_ours(
         shutil.copy(folder / DICTIONARY_NAME, tmp_path)
     intact = (folder / entry.file).read_bytes()
     offsets = frame_offsets(folder, entry)
-    # The heads, the index and the tables are few bytes among many, so they are drawn more often.
+    # The headers, the index and the tables are few bytes, so they are drawn more often.
     everywhere = st.integers(0, len(intact) - 1)
     delicate = st.one_of(
         st.sampled_from(offsets[:-1]).flatmap(lambda start: st.integers(start, start + 12)),
@@ -137,7 +137,7 @@ def test_verify_reports_any_damaged_byte_with_an_error_of_ours(
 
 
 @pytest.mark.parametrize("name", ["finished", "with_dictionary"])
-def test_the_number_of_threads_does_not_change_what_verify_says(
+def test_the_number_of_threads_does_not_change_the_output_of_verify(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     copied = Path(shutil.copytree(request.getfixturevalue(name), tmp_path / "shards"))
@@ -151,12 +151,12 @@ def test_the_number_of_threads_does_not_change_what_verify_says(
     assert [run.exit_code for run in runs] == [31, 31]
 
 
-def test_verify_is_content_with_shards_that_need_a_dictionary(with_dictionary: Path) -> None:
+def test_verify_accepts_shards_that_need_a_dictionary(with_dictionary: Path) -> None:
     assert CliRunner().invoke(verify.main, [str(with_dictionary)]).exit_code == 0
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, Path.unlink])
-def test_a_damaged_dictionary_is_one_sentence(
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, Path.unlink])
+def test_a_damaged_dictionary_is_one_error(
     with_dictionary: Path, tmp_path: Path, run_megaback: Run, damage: Callable[[Path], None]
 ) -> None:
     copied = Path(shutil.copytree(with_dictionary, tmp_path / "shards"))
@@ -185,7 +185,7 @@ def test_a_shard_that_cannot_be_opened_does_not_hide_the_others(copy: Path) -> N
     assert "train-00003-00000.zst" in stderr
 
 
-def test_an_unforeseen_error_is_not_taken_for_damage(
+def test_an_unexpected_error_is_not_reported_as_damage(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_folder: Path, _entry: ShardEntry, _data_set: DataSet) -> list[ShardCorruptError]:
@@ -197,7 +197,7 @@ def test_an_unforeseen_error_is_not_taken_for_damage(
     assert not isinstance(caught.value, MegabackError)
 
 
-def test_verify_is_content_with_what_build_wrote(finished: Path, run_megaback: Run) -> None:
+def test_verify_accepts_the_output_of_build(finished: Path, run_megaback: Run) -> None:
     result = run_megaback("shards", "verify", finished)
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -217,7 +217,7 @@ def test_verify_is_content_with_what_build_wrote(finished: Path, run_megaback: R
     ],
     ids=lambda path: path[-1],
 )
-def test_verify_notices_a_wrong_number_in_the_manifest(
+def test_verify_detects_a_wrong_number_in_the_manifest(
     copy: Path, path: tuple[str | int, ...]
 ) -> None:
     fields = json.loads((copy / "manifest.json").read_text())
@@ -229,7 +229,7 @@ def test_verify_notices_a_wrong_number_in_the_manifest(
     assert CliRunner().invoke(verify.main, [str(copy)]).exit_code == 31
 
 
-def test_another_tokenizer_beside_the_shards_is_noticed(
+def test_another_tokenizer_beside_the_shards_is_detected(
     copy: Path, tiny_text_folder: Path, tmp_path: Path
 ) -> None:
     train_tokenizer(str(tiny_text_folder), tmp_path / "other", 400)

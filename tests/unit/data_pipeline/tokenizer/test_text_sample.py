@@ -1,4 +1,4 @@
-"""Samples of sources: from all over them, by size and weight, whole where they fit."""
+"""Samples of sources: from all parts, by size and weight, complete if they fit."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from data_pipeline.tokenizer.text_sample import sample_texts
 
 
 def write_files(folder: Path, texts: list[list[str]]) -> str:
-    """A file for each list of texts."""
+    """Write a file per list of texts."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, of_file in enumerate(texts):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in of_file)

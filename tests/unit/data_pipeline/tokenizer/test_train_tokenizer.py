@@ -69,7 +69,7 @@ def test_the_markers_are_control_pieces_in_a_fixed_order(source: str, tmp_path: 
     assert all(processor.is_control(index) for index in range(1, 10))
 
 
-def test_the_vocabulary_has_exactly_the_size_asked_for(source: str, tmp_path: Path) -> None:
+def test_the_vocabulary_has_exactly_the_requested_size(source: str, tmp_path: Path) -> None:
     train_tokenizer(source, tmp_path, NUM_PIECES)
     assert load(tmp_path).vocab_size() == NUM_PIECES
 
@@ -109,7 +109,7 @@ def test_the_trainer_is_given_every_character_that_it_can_learn(text: str) -> No
     )
 
 
-def test_a_document_with_characters_that_cannot_be_learnt_still_counts(tmp_path: Path) -> None:
+def test_a_document_with_characters_that_cannot_be_learned_still_counts(tmp_path: Path) -> None:
     line = json.dumps({"text": "rarest \ud800 \u2585 rarest \u2581 rarest"})
     (tmp_path / "a.jsonl").write_text(f"{line}\n" * 50)
     train_tokenizer(str(tmp_path / "a.jsonl"), tmp_path, 277)
@@ -144,7 +144,7 @@ def test_an_error_leaves_no_folder(source: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_tokenizer_is_not_overwritten_unasked(source: str, tmp_path: Path) -> None:
+def test_an_existing_tokenizer_is_not_overwritten_by_default(source: str, tmp_path: Path) -> None:
     train_tokenizer(source, tmp_path, NUM_PIECES)
     before = (tmp_path / "tokenizer.model").read_bytes()
     with pytest.raises(OutputExistsError, match="`overwrite`"):
@@ -178,7 +178,7 @@ def test_a_disk_that_fails_leaves_the_old_tokenizer_and_nothing_else(
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_the_command_ends_with_the_next_command_to_type(source: str, tmp_path: Path) -> None:
+def test_the_command_prints_the_next_command(source: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, ["--source", source, "--out", str(tmp_path / "out"), "--vocab-size", str(NUM_PIECES)]
     )
@@ -188,7 +188,7 @@ def test_the_command_ends_with_the_next_command_to_type(source: str, tmp_path: P
     )
 
 
-def test_training_prints_nothing_of_its_own(
+def test_training_prints_nothing(
     source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train_tokenizer(source, tmp_path / "out", NUM_PIECES)
