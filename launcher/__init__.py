@@ -1,1 +1,1 @@
-"""From a machine, a hostfile or a Slurm allocation to ranks. Never imports torch."""
+"""Launchers of ranks on a machine, a hostfile's hosts or Slurm. Never imports torch."""

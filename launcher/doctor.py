@@ -1,4 +1,4 @@
-"""`megaback doctor`: what this machine is, what will work on it, and what to type for the rest."""
+"""`megaback doctor`: check of this machine's setup, with suggested fixes."""
 
 import json
 import sys
@@ -27,11 +27,11 @@ _ENOUGH_FILES = 1024
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     name: str
     state: State
-    """yes: as it should be; note: it may matter; no: it does not work."""
+    """yes: works; note: may matter; no: does not work."""
     text: str
     fix: str = ""
     """Command or change that fixes it, if any."""
@@ -40,7 +40,7 @@ class Line:
 
 
 def explain(machine: Machine) -> list[Line]:
-    """What the facts mean: of the parts first, then of what can be done with them."""
+    """Checks of the parts of a machine, then of what can be done with it."""
     return [*_parts(machine), *_abilities(machine)]
 
 
@@ -63,7 +63,7 @@ def _parts(machine: Machine) -> Iterator[Line]:
     yield Line(
         "packages",
         "no" if machine.unmet else "yes",
-        "; ".join(machine.unmet) or "all that megaback needs",
+        "; ".join(machine.unmet) or "all required ones",
         _INSTALL if machine.unmet else "",
         is_needed=True,
     )
@@ -71,12 +71,12 @@ def _parts(machine: Machine) -> Iterator[Line]:
         build = f"for CUDA {torch['cuda_build']}" if torch["cuda_build"] else "for CPUs only"
         yield Line("torch", "yes", f"{torch['torch']}, built {build}", is_needed=True)
     else:
-        yield Line("torch", "no", problems.get("torch", "not there"), _INSTALL, is_needed=True)
+        yield Line("torch", "no", problems.get("torch", "not installed"), _INSTALL, is_needed=True)
     yield _gpu_line(machine)
     if torch.get("deepspeed"):
         yield Line("DeepSpeed", "yes", torch["deepspeed"], is_needed=True)
     else:
-        why = problems.get("deepspeed", "torch comes first")
+        why = problems.get("deepspeed", "torch is needed first")
         yield Line("DeepSpeed", "no", why, _INSTALL, is_needed=True)
     backends = [name for name in ("gloo", "nccl") if torch.get(name)]
     yield Line(
@@ -93,7 +93,7 @@ def _parts(machine: Machine) -> Iterator[Line]:
         "disk",
         "no" if not writable or not machine.disk_free_bytes else "note" if low else "yes",
         f"{machine.disk_free_bytes / 1e9:,.1f} GB free for runs in {machine.folder}"
-        + ("" if writable else ", which cannot be written"),
+        + ("" if writable else ", which is not writable"),
         "" if writable and not low else "choose another folder: run=/path/of/the/run",
         is_needed=True,
     )
@@ -106,8 +106,8 @@ def _megaback_line(machine: Machine) -> Line:
         fix = "install megaback in an environment of its own"
     elif machine.hidden:
         text = f"{machine.megaback}; this folder hides {', '.join(machine.hidden)}"
-        fix = "type `megaback` here, not `python -m megaback`; "
-        fix += "run your own scripts elsewhere, or rename"
+        fix = "use `megaback` here, not `python -m megaback`; "
+        fix += "run your own scripts elsewhere, or rename them"
     else:
         text, fix = machine.megaback, ""
     return Line("megaback", "note" if fix else "yes", text, fix)
@@ -123,11 +123,11 @@ def _gpu_line(machine: Machine) -> Line:
     driver = f" (driver: {machine.driver})" if machine.driver else ""
     if not machine.num_gpus:
         return Line("GPUs", "note", f"none{driver}: runs need hardware.device=cpu or auto")
-    text = f"{machine.num_gpus} here{driver}, but torch sees none"
+    text = f"{machine.num_gpus}{driver}, but torch sees none"
     if machine.torch.get("cuda_build") is None:
         fix = "install a CUDA build of torch: https://pytorch.org/get-started/locally/"
     else:
-        fix = "see nvidia-smi: is the driver new enough for this build of torch?"
+        fix = "check with nvidia-smi that the driver is new enough for this build of torch"
     return Line("GPUs", "no", text, fix, is_needed=True)
 
 
@@ -135,7 +135,7 @@ def _slurm_line(machine: Machine) -> Line:
     if machine.slurm_problem is not None:
         return Line("Slurm", "no", machine.slurm_problem, "ask your cluster's administrators")
     if "sbatch" not in machine.programs:
-        return Line("Slurm", "note", "not here; on a cluster, log in to a node that has sbatch")
+        return Line("Slurm", "note", "no sbatch; on a cluster, log in to a node that has it")
     return Line("Slurm", "yes", "; ".join(machine.partitions) or "no partitions")
 
 
@@ -154,7 +154,7 @@ def _limits(machine: Machine) -> Iterator[Line]:
     yield Line(
         "open files",
         "note" if few else "yes",
-        "no limit" if machine.open_files < 0 else f"{machine.open_files:,} a process",
+        "no limit" if machine.open_files < 0 else f"{machine.open_files:,} per process",
         "ulimit -n $(ulimit -H -n)" if few else "",
     )
     yield Line(
@@ -162,7 +162,7 @@ def _limits(machine: Machine) -> Iterator[Line]:
         "yes",
         "no limit"
         if machine.locked_bytes < 0
-        else f"{machine.locked_bytes / 1e6:,.1f} MB (InfiniBand wants no limit)",
+        else f"{machine.locked_bytes / 1e6:,.1f} MB (InfiniBand needs no limit)",
     )
     threads = machine.threads
     excess = threads is not None and threads.isdigit() and int(threads) > machine.cores
@@ -170,7 +170,11 @@ def _limits(machine: Machine) -> Iterator[Line]:
         "cores",
         "note" if excess else "yes",
         f"{machine.cores}, {machine.memory_bytes / 1e9:,.0f} GB of memory; OMP_NUM_THREADS "
-        + (f"is {threads}" if threads else "is not set: megaback train shares the cores out"),
+        + (
+            f"is {threads}"
+            if threads
+            else "is not set: megaback train divides the cores among the ranks"
+        ),
         "unset OMP_NUM_THREADS" if excess else "",
     )
     if "cc" not in machine.programs:
@@ -246,7 +250,7 @@ def main(folder: Path, as_json: bool) -> None:
                 {command("tokenizer", "train", "--source", "novels", "--out", "data/tokenizer"): ""}
             )
         else:
-            click.echo("\nThis machine is not ready: see the lines with `no`, from the top.")
+            click.echo("\nThis machine is not ready: fix the lines with `no`, from the top.")
     raise SystemExit(0 if ready else NOT_READY)
 
 

@@ -1,4 +1,4 @@
-"""What this machine is, found out without loading torch: its own limits, and the programs on it."""
+"""Facts of this machine: hardware, limits and programs. Loads no torch in this process."""
 
 import json
 import os
@@ -25,15 +25,15 @@ _COMMAND_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class Machine:
-    """Facts; `explain` says what they mean."""
+    """Facts of a machine, which `doctor.explain` interprets."""
 
     host: str
     megaback: str
     """Version and folder of megaback."""
     hidden: tuple[str, ...]
-    """Modules that the working directory holds under the names of installed ones."""
+    """Installed modules that files in the working directory hide."""
     sharing: tuple[str, ...]
-    """Other distributions with packages by megaback's names."""
+    """Other distributions with packages of megaback's names."""
     python: str
     cores: int
     threads: str | None
@@ -45,29 +45,29 @@ class Machine:
     is_writable: bool
     shm_free_bytes: int | None
     open_files: int
-    """The limit in force; -1 for none."""
+    """Current limit; -1 for none."""
     max_open_files: int
-    """Maximum that the limit may be raised to."""
+    """Maximum to which the limit may be raised."""
     locked_bytes: int
-    """Memory that may be locked; -1 for any amount."""
+    """Limit of locked memory; -1 for none."""
     num_gpus: int
-    """GPUs that the driver shows."""
+    """Number of GPUs that the driver shows."""
     driver: str | None
     unmet: tuple[str, ...]
-    """Packages that megaback needs, and what is wrong with them."""
+    """Required packages that are missing or of another version, with the reason."""
     programs: tuple[str, ...]
-    """Programs on the PATH, of those that some way of training needs."""
+    """Programs on the PATH, of those that megaback can use."""
     partitions: tuple[str, ...]
-    """Slurm's: name, nodes, generic resources, time limit."""
+    """Slurm partitions: name, nodes, generic resources, time limit."""
     slurm_problem: str | None = None
     torch: dict[str, Any] = field(default_factory=dict)
-    """Facts of `megaback.distributed.torch_facts`; `problems` names what does not import."""
+    """Facts of `megaback.distributed.torch_facts`; `problems` names failed imports."""
 
 
 def examine(folder: Path) -> Machine:
-    """Look at this machine. Takes as long as importing torch and DeepSpeed does."""
+    """Collect the facts of this machine. Takes as long as importing torch and DeepSpeed."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    shm = Path("/dev/shm")  # noqa: S108 (looked at, not written)
+    shm = Path("/dev/shm")  # noqa: S108 (only read)
     open_files, max_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     partitions, slurm_problem = _partitions()
     return Machine(
@@ -124,7 +124,7 @@ def _unmet_requirements() -> list[str]:
             unmet.append(f"{requirement.name} is missing")
             continue
         if not requirement.specifier.contains(found, prereleases=True):
-            unmet.append(f"{requirement.name} is {found}, and {requirement.specifier} is needed")
+            unmet.append(f"{requirement.name} is {found}, but {requirement.specifier} is needed")
     return unmet
 
 
@@ -140,7 +140,7 @@ def _partitions() -> tuple[tuple[str, ...], str | None]:
             timeout=_COMMAND_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
-        return (), f"sinfo did not answer in {_COMMAND_TIMEOUT_S:.0f} s"
+        return (), f"sinfo timed out after {_COMMAND_TIMEOUT_S:.0f} s"
     if listing.returncode:
         return (), (listing.stderr.strip().splitlines() or ["sinfo failed"])[-1]
     return tuple(listing.stdout.splitlines()), None
@@ -152,10 +152,10 @@ def _torch_facts() -> dict[str, Any]:
             _PROBE, capture_output=True, text=True, check=False, timeout=_PROBE_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return {"problems": {"torch": f"importing it takes more than {_PROBE_TIMEOUT_S:.0f} s"}}
+        return {"problems": {"torch": f"its import timed out after {_PROBE_TIMEOUT_S:.0f} s"}}
     try:
         found: dict[str, Any] = json.loads(probe.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         last = (probe.stderr.strip().splitlines() or [""])[-1]
-        return {"problems": {"torch": f"importing it ended with {probe.returncode}: {last}"}}
+        return {"problems": {"torch": f"its import exited with code {probe.returncode}: {last}"}}
     return found

@@ -1,4 +1,4 @@
-"""Before a run is queued: whether it fits into its devices, if it is known which these are."""
+"""Check before a run is queued that it fits into the memory of its devices, if these are known."""
 
 import re
 import subprocess
@@ -20,20 +20,22 @@ def check_memory(
     device_name: str | None,
     partition: str | None,
 ) -> str:
-    """What is known of the run's memory, as a line for people.
+    """Summary of the run's memory on its devices, in one line.
 
     Raises NotEnoughMemoryError for a run that cannot fit, ConfigError for an unknown device.
     """
     name = device_name or config.hardware.device_name
     if not uses_gpus:
-        return "memory: not checked, as the run asks for no GPUs"
+        return "memory: not checked, since the run requests no GPUs"
     if name is not None:
-        device, by = find_device(name), "as it is said to be"
+        device, by = find_device(name), "as given"
     else:
         kinds, problem = gpus_of_partition(partition)
         found = largest_device(kinds)
         if found is None:
-            return f"memory: not checked, as {problem or unknown_kinds(kinds)}; give --device-name"
+            return (
+                f"memory: not checked, since {problem or unknown_kinds(kinds)}; give --device-name"
+            )
         device, by = found, f"the largest that {', '.join(sorted(kinds))} may be in Slurm"
     facts = run_facts(config, None, None)
     cluster = Cluster(nodes, ranks_per_node, device)
@@ -46,16 +48,16 @@ def check_memory(
 
 
 def gpus_of_partition(partition: str | None) -> tuple[set[str], str | None]:
-    """The types of a partition's GPUs as Slurm names them, `` for those without; or why none."""
+    """Types of a partition's GPUs in Slurm, empty for unnamed ones; or why there are none."""
     command = ["sinfo", "--noheader", "--format=%P|%G"]
     if partition is not None:
         command.append(f"--partition={partition}")
     try:
         listing = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except FileNotFoundError:
-        return set(), "sinfo is not there"
+        return set(), "sinfo is not installed"
     except subprocess.TimeoutExpired:
-        return set(), "sinfo does not answer"
+        return set(), "sinfo timed out"
     if listing.returncode:
         return set(), f"sinfo failed: {' '.join(listing.stderr.split())}"
     lines = [line.split("|", 1) for line in listing.stdout.splitlines() if "|" in line]
@@ -66,7 +68,7 @@ def gpus_of_partition(partition: str | None) -> tuple[set[str], str | None]:
 
 
 def largest_device(kinds: set[str]) -> Device | None:
-    """The device with most memory that one of the types may be; None if any is unknown."""
+    """The device with the most memory that matches one of the types; None if any is unknown."""
     if not kinds or not all(devices_named_like(kind) for kind in kinds):
         return None
     found = [device for kind in kinds for device in devices_named_like(kind)]
@@ -74,8 +76,8 @@ def largest_device(kinds: set[str]) -> Device | None:
 
 
 def unknown_kinds(kinds: set[str]) -> str:
-    """What is wrong with types of which nothing is known."""
+    """Message about unknown types."""
     unknown = sorted(kind for kind in kinds if not devices_named_like(kind))
     if unknown == [""]:
-        return "Slurm does not say of which type the partition's GPUs are"
-    return f"nothing is known of the type {', '.join(filter(None, unknown))}"
+        return "Slurm does not name the type of the partition's GPUs"
+    return f"the GPU type {', '.join(filter(None, unknown))} is unknown"

@@ -1,4 +1,4 @@
-"""`megaback plan`: what a run takes on devices that need not be here, and whether it fits."""
+"""`megaback plan`: predicted memory, time, network and disk of a run; needs no GPU."""
 
 import json
 from dataclasses import asdict
@@ -40,7 +40,7 @@ _ROUNDED_UP = 0.05
 def choose_device(
     name: str | None, config: Config, devices_per_node: int, memory_gb: float | None
 ) -> Device:
-    """The device that was named, here or in the config; a CPU where the config says so.
+    """The device of an option or of the config; a CPU if `hardware.device` is `cpu`.
 
     Raises ConfigError.
     """
@@ -49,7 +49,7 @@ def choose_device(
         name = CPU
     if name is None:
         raise ConfigError(
-            "which devices the run is to have is not known; give --device-name, or set "
+            "the devices of the run are unknown; give --device-name, or set "
             f"hardware.device_name: {', '.join(DEVICES)}, or {CPU}"
         )
     memory_bytes = None if memory_gb is None else memory_gb * _GB
@@ -90,7 +90,7 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
     size = plan.size
     echo(
         f"model    {size.total:,} parameters ({size.matrices:,} in the blocks' matrices), "
-        f"{plan.flops_per_token / 1e9:.3g} GFLOP a token"
+        f"{plan.flops_per_token / 1e9:.3g} GFLOP per token"
     )
     echo(
         f"step     {plan.micro_batch_rows} rows x {batch.context_tokens:,} tokens x "
@@ -99,21 +99,21 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
     )
     if plan.steps is not None:
         echo(f"run      {plan.steps:,} steps = {plan.steps * plan.step_tokens:,} tokens")
-    echo(f"memory   GB of a rank; {cluster.shown} has {device.memory_bytes / _GB:.1f}")
+    echo(f"memory   GB per rank; {cluster.shown} has {device.memory_bytes / _GB:.1f}")
     for line in _rows(plan, cluster):
         click.echo(line)
     if plan.memory.host_bytes_per_node:
         echo(
-            f"host     {_gigabytes(plan.memory.host_bytes_per_node)} GB of a node's memory, for "
-            "checkpoints on their way and what is offloaded"
+            f"host     {_gigabytes(plan.memory.host_bytes_per_node)} GB of memory per node, for "
+            "checkpoints that are being written and offloaded state"
         )
     link = "between nodes" if cluster.nodes > 1 else "within the node"
     rate = device.network_bytes if cluster.nodes > 1 else device.link_bytes
     share = ""
     if plan.duration is not None:
-        share = f", {plan.traffic_s / plan.duration.step_s:.0%} of its arithmetic's time"
+        share = f", {plan.traffic_s / plan.duration.step_s:.0%} of the compute time"
     echo(
-        f"network  {_gigabytes(plan.traffic.total)} GB a step from each rank (gradients "
+        f"network  {_gigabytes(plan.traffic.total)} GB per step from each rank (gradients "
         f"{_gigabytes(plan.traffic.gradient_bytes)}, weights "
         f"{_gigabytes(plan.traffic.weight_bytes)}, Muon {_gigabytes(plan.traffic.optimizer_bytes)})"
         f": {plan.traffic_s:.2f} s {link} at {rate / _GB:.1f} GB/s{share}"
@@ -123,16 +123,16 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
     checkpoints = "" if kept is None else f" x {kept} = {_gigabytes(kept * plan.checkpoint_bytes)}"
     echo(f"disk     checkpoints {_gigabytes(plan.checkpoint_bytes)}{checkpoints} GB{shards}")
     if plan.duration is None:
-        echo("time     not known: set hardware.peak_flops, the FLOP/s of a device")
+        echo("time     unknown: set hardware.peak_flops, the FLOP/s of a device")
     else:
         days = ""
         if plan.duration.days is not None and plan.duration.device_hours is not None:
             days = (
                 f"; {plan.duration.days:.3g} days = {plan.duration.device_hours:,.0f} device-hours"
             )
-        echo(f"time     {plan.duration.step_s:.3g} s a step at an MFU of {mfu:.0%}{days}")
+        echo(f"time     {plan.duration.step_s:.3g} s per step at an MFU of {mfu:.0%}{days}")
     if plan.duration is not None and plan.traffic_s > plan.duration.step_s:
-        echo("note     the network takes longer than the arithmetic: the MFU cannot be so high")
+        echo("note     the network takes longer than the compute: this MFU cannot be reached")
     if device.is_cpu:
         echo(
             "note     glibc keeps freed memory: allow 40% more, or export "
@@ -145,7 +145,7 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
 def to_json(
     facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu: float, change: str | None
 ) -> dict[str, Any]:
-    """The plan for machines; bytes, seconds, days."""
+    """The plan as JSON fields, in bytes, seconds and days."""
     stages = {
         stage: {**asdict(memory), "total_bytes": memory.parts.total}
         for stage, memory in plan.stages.items()

@@ -1,6 +1,6 @@
-"""`megaback train`: the ranks of a run, on this machine or on the hosts of a file.
+"""`megaback train`: starts the ranks of a run on this machine or on the hosts of a file.
 
-What cannot work is refused before a rank starts; how the ranks ended becomes one exit code.
+An invalid run is refused before a rank starts; the ends of all ranks become one exit code.
 """
 
 import time
@@ -52,9 +52,9 @@ def train(
     save_before: str | None = None,
     hostfile: Path | None = None,
 ) -> int:
-    """Start the ranks of a run and stay with them. Returns the exit code.
+    """Start the ranks of a run and wait for them. Returns the exit code.
 
-    Raises what keeps the ranks from starting, and what they could not say themselves.
+    Raises errors that prevent a start, and those of ranks that ended without a reason.
     """
     overrides = kept_overrides(overrides)
     settings = load_config(config, overrides)
@@ -74,7 +74,7 @@ def train(
         codes, signals = run_ranks(command, rank_environment(device, processes), processes)
     else:
         codes, names, signals = run_on_hosts(hosts, command, settings.hardware.device)
-    # A start that was refused, or had nothing to do, leaves the record of an earlier one alone.
+    # A start that was refused, or had nothing to do, keeps the record of an earlier one.
     has_started = newest_start(settings.run) != start
     try:
         ending = read_exit(settings.run) if has_started else None

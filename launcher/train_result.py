@@ -1,4 +1,4 @@
-"""What a run that has ended well came to, and what to type next, from what it recorded."""
+"""Summary of a finished run from its records, and commands to use next."""
 
 import math
 from pathlib import Path
@@ -24,15 +24,15 @@ MODELS_FOLDER = Path("models")
 
 
 def show_result(config: Config, took_s: float) -> None:
-    """Print where the run lies, its val loss, the time that this start took, and what is next."""
+    """Print a finished run's folder, steps, time, val loss and the next commands."""
     path, meta = _checkpoint(config)
     if meta is None:
         return
     echo(f"{config.run}: {meta['step']:,} steps, {duration(took_s)} since this start")
     val_loss = meta.get("val_loss")
     if val_loss is not None:
-        is_number = math.isfinite(float(val_loss))
-        shown = f"{val_loss:.4f} nats/token" if is_number else "not finite"
+        is_finite = math.isfinite(float(val_loss))
+        shown = f"{val_loss:.4f} nats/token" if is_finite else "non-finite"
         best = "the lowest, at" if path != config.run else "at"
         echo(f"val loss {shown}, {best} step {meta['step']:,}")
     use = use_commands(
@@ -46,7 +46,7 @@ def show_result(config: Config, took_s: float) -> None:
 
 
 def _checkpoint(config: Config) -> tuple[Path, dict[str, Any] | None]:
-    """What to name for the model that came of the run, and the description of its checkpoint."""
+    """Path of the run or its best checkpoint, and the checkpoint's description."""
     checkpoints = config.run / CHECKPOINTS_FOLDER
     best = checkpoints / BEST_NAME
     step = step_name(newest_checkpoint_step(config.run))

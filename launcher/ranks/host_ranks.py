@@ -1,10 +1,9 @@
 """`python -m launcher.ranks.host_ranks`: the ranks of one host, for a launcher on another one.
 
-What to start is the first line of stdin, as JSON; each later line is a signal's number for every
-rank. When stdin ends, the launcher is gone, or the way to it, and the ranks are told to save: what
-they print then goes nowhere, and disturbs them no more. The exit code is that of the first rank
-that gave a reason, else of the first that failed; 128 and the signal's number for one that was
-killed.
+The first line of stdin is the order, as JSON; each later line is the number of a signal for every
+rank. Stdin ends when the launcher or the connection does: the ranks are then asked to save, and
+their output is discarded. The exit code is that of the first rank that gave a reason, else of the
+first that failed; 128 plus the number of the signal for one that was killed.
 """
 
 import json
@@ -29,7 +28,7 @@ _CHUNK_BYTES = 1 << 16
 
 
 def run_order(channel: IO[bytes]) -> int:
-    """Start what the channel asks for, and stay with it to the end; the exit code."""
+    """Start the ranks of the order, and wait for them. Returns the exit code."""
     order: dict[str, Any] = json.loads(channel.readline())
     os.environ.update(order["environment"])
     environment = rank_environment(device_here(order["device"]), len(order["names"]))
@@ -76,7 +75,7 @@ def _listen(channel: IO[bytes], ranks: Sequence["subprocess.Popen[bytes]"]) -> N
 
 
 def _forward(source: int, target: int) -> None:
-    """Copy what ranks print, for as long as somebody reads it; then only read it."""
+    """Copy the ranks' output until the target closes; then discard it."""
     is_read = True
     while chunk := os.read(source, _CHUNK_BYTES):
         while chunk and is_read:
@@ -87,13 +86,13 @@ def _forward(source: int, target: int) -> None:
 
 
 def main() -> int:
-    """Serve the launcher that is at the other end of stdin."""
-    # Not a buffered file, whose lock a thread that waits for a line would hold at the end; and not
-    # stdin itself, which the ranks would have too.
+    """Serve the launcher at the other end of stdin."""
+    # Unbuffered: a thread that waits for a line would hold a buffer's lock at exit. A copy: the
+    # ranks would inherit stdin itself.
     channel = os.fdopen(os.dup(0), "rb", buffering=0)
-    with open(os.devnull, "rb") as nothing:  # noqa: PTH123 (of its number only)
+    with open(os.devnull, "rb") as nothing:  # noqa: PTH123 (only its descriptor)
         os.dup2(nothing.fileno(), 0)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the connection's end is no reason to die
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # survive the end of the connection
     return run_order(channel)
 
 

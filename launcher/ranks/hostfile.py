@@ -1,9 +1,8 @@
-"""Ranks on the hosts of a hostfile, as the `deepspeed` command reads it: `NAME slots=N` a line.
+"""Ranks on the hosts of a hostfile in the format of DeepSpeed: lines of `NAME slots=N`.
 
-Each host is reached by one ssh, whose remote command holds nothing but this folder's and this
-Python's path, both quoted: what the ranks run and their environment go to `host_ranks` there over
-stdin, and so do signals. When this process or the connection ends, so does stdin, and the ranks
-save and end.
+Each host is reached by one ssh, whose remote command contains only the quoted paths of this folder
+and this Python: the ranks' command, environment and signals go to `host_ranks` there over stdin.
+When this process or the connection ends, so does stdin, and the ranks save and end.
 """
 
 import json
@@ -58,7 +57,7 @@ _PASSED_ON = (
     ),
     *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
 )
-"""Beginnings of the names of variables that the ranks of other hosts have too."""
+"""Prefixes of the variables that are passed to ranks on other hosts."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,9 @@ def read_hostfile(path: Path) -> list[Host]:
     except OSError as error:
         raise LaunchError(f"cannot read the hostfile {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise LaunchError(f"the hostfile {path} is no text") from None
+        raise LaunchError(
+            f"the hostfile {path} is not text; write lines like `node1 slots=8`"
+        ) from None
     if len(data) > _MAX_BYTES:
         raise LaunchError(f"the hostfile {path} has more than {_MAX_BYTES:,} bytes")
     hosts: list[Host] = []
@@ -101,10 +102,10 @@ def read_hostfile(path: Path) -> list[Host]:
             )
         host = Host(found[1], int(found[2]))
         if host.name in names:
-            raise LaunchError(f"{where}: {host.name} is there twice; give it once, with all slots")
+            raise LaunchError(f"{where}: {host.name} is listed twice; list it once, with all slots")
         if host.is_local and any(other.is_local for other in hosts):
             raise LaunchError(
-                f"{where}: {host.name} is this machine, as an earlier line is; give it once, with "
+                f"{where}: {host.name} is this machine, as is an earlier line; list it once, with "
                 "all slots"
             )
         hosts.append(host)
@@ -117,22 +118,22 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def host_rank_names(hosts: Sequence[Host]) -> list[list[dict[str, str]]]:
-    """For each host, the variables that tell each of its ranks which one it is.
+    """Variables of each host's ranks: rank, local rank, world size and rendezvous address.
 
-    MASTER_ADDR and MASTER_PORT of this environment win. Raises LaunchError when the first host
-    cannot be found by its name.
+    MASTER_ADDR and MASTER_PORT of this environment take precedence. Raises LaunchError if the name
+    of the first host cannot be resolved.
     """
     (meeting,) = rank_names(1)
     address, port = meeting["MASTER_ADDR"], meeting["MASTER_PORT"]
     if not all(host.is_local for host in hosts):
         first = hosts[0]
         address = socket.gethostname() if first.is_local else first.name.rpartition("@")[2]
-        if not first.is_local:  # which ports are free there is not known here
+        if not first.is_local:  # its free ports are unknown here
             port = str(SystemRandom().randrange(10_000, 30_000))
     address = os.environ.get("MASTER_ADDR", address)
     try:
         socket.getaddrinfo(address, None)
-    except (OSError, UnicodeError):  # the latter for a part of over 63 letters, or an empty one
+    except (OSError, UnicodeError):  # the latter for labels that are empty or too long
         raise LaunchError(
             f"the name {address} of the first host is not known to this network; "
             "set MASTER_ADDR to its address"
@@ -161,9 +162,9 @@ def run_on_hosts(
 ) -> tuple[list[int], list[str], list[int]]:
     """Run ranks on all hosts to their end, passing signals on to every one.
 
-    `device` is hardware.device; `auto` is decided by each host. Returns exit codes in the order in
-    which they came (of each rank here, of all ranks of another host together), the host of each,
-    and the signals that came. Raises LaunchError.
+    `device` is hardware.device; each host resolves `auto`. Returns the exit codes in the order in
+    which they ended (one per rank here, one per other host), the host of each, and the received
+    signals. Raises LaunchError.
     """
     names = host_rank_names(hosts)
     ssh = [] if all(host.is_local for host in hosts) else ssh_command()
@@ -201,7 +202,7 @@ class RemoteRanks:
             "device": device,
             "environment": passed_environment(os.environ),
         }
-        # ssh joins its arguments and gives them to a shell.
+        # ssh joins its arguments and passes them to a shell.
         ranks = shlex.join(module_command("launcher.ranks.host_ranks"))
         self._process = subprocess.Popen(
             [*ssh, "--", host.name, f"cd {shlex.quote(str(Path.cwd()))} && exec {ranks}"],
@@ -209,40 +210,40 @@ class RemoteRanks:
             bufsize=0,
             start_new_session=True,  # a terminal's Ctrl-C is passed on by this process
         )
-        self._release_weights: float | None = None
+        self._kill_deadline_s: float | None = None
         self._send_line(json.dumps(order))
 
     def poll(self) -> int | None:
-        """The exit code of its ranks together, as `host_ranks` or ssh says."""
+        """The exit code of `host_ranks` for its ranks, or that of ssh."""
         code = self._process.poll()
         if code is not None and 128 < code < 128 + 65:
             return 128 - code
         return code
 
     def send_signal(self, number: int, /) -> None:
-        """Have a signal sent to each rank there."""
+        """Send a signal to each rank there."""
         self._send_line(str(int(number)))
 
     def kill(self) -> None:
-        """Have the ranks killed; when that is not done in a while, let go of the connection."""
-        if self._release_weights is None:
-            self._release_weights = time.monotonic() + _EXIT_TIMEOUT_S
+        """Kill the ranks; after a timeout, close the connection."""
+        if self._kill_deadline_s is None:
+            self._kill_deadline_s = time.monotonic() + _EXIT_TIMEOUT_S
             self._send_line(str(int(signal.SIGKILL)))
-        elif time.monotonic() > self._release_weights:
+        elif time.monotonic() > self._kill_deadline_s:
             self._process.kill()
 
     def _send_line(self, line: str) -> None:
         assert self._process.stdin is not None
         left = memoryview(line.encode() + b"\n")
-        with suppress(OSError):  # it has ended, which its code says
+        with suppress(OSError):  # it has ended: see its exit code
             while left:
                 left = left[self._process.stdin.write(left) :]
 
 
 def ssh_command() -> list[str]:
-    """ssh, which asks for nothing and notices within a minute that a host is gone.
+    """The ssh command with options: no prompts, and a lost host is noticed within a minute.
 
-    Raises LaunchError if there is none.
+    Raises LaunchError if ssh is not installed.
     """
     text = os.environ.get(SSH_VARIABLE, "ssh")
     try:
@@ -251,13 +252,13 @@ def ssh_command() -> list[str]:
         raise LaunchError(f"{SSH_VARIABLE}={text} is not a command: {error}") from None
     if not words or shutil.which(words[0]) is None:
         raise LaunchError(
-            f"the command {text!r} is not here, by which other hosts are reached; install "
-            f"openssh-client, or name another one in {SSH_VARIABLE}"
+            f"the command {text!r}, which connects to other hosts, is not installed; install "
+            f"openssh-client, or name another command in {SSH_VARIABLE}"
         )
     quiet = ("BatchMode=yes", "ConnectTimeout=20", "ServerAliveInterval=15")
     return [*words, *(word for option in quiet for word in ("-o", option))]
 
 
 def passed_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that ranks of other hosts have too."""
+    """The variables that are passed to ranks on other hosts."""
     return {name: value for name, value in environment.items() if name.startswith(_PASSED_ON)}

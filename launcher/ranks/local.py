@@ -1,8 +1,8 @@
-"""Start ranks, one a device, on this machine, and stay with them to their end.
+"""Start ranks on this machine, one per device, and wait for them.
 
-Signals to this process reach all ranks at once, which save together; when a rank dies, the others
-are given the time to say so. The command is in `train`, other machines in `hostfile`.
-(`deepspeed megaback/train.py CONFIG` starts the same ranks: decision 14 says why this does not.)
+Signals to this process are passed on to all ranks, which save together; when a rank dies, the
+others have time to report it. The command is in `train`, other machines in `hostfile`.
+(`deepspeed megaback/train.py CONFIG` starts the same ranks; decision 14 has the reasons for this.)
 """
 
 import math
@@ -31,7 +31,7 @@ CONNECTION_LOST = 255
 """ssh's own exit code."""
 _GRACE_S = 10.0
 _SECOND_GRACE_S = 2.0
-"""After Ctrl-C came a second time."""
+"""Grace period after a second Ctrl-C."""
 _SAME_REQUEST_S = 1.0
 _POLL_S = 0.05
 
@@ -46,11 +46,11 @@ class Running(Protocol):
         """Pass a signal on, if it still runs."""
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it."""
 
 
 def device_here(wanted: str) -> str:
-    """What hardware.device means on this machine."""
+    """The device of hardware.device on this machine."""
     if wanted == "auto":
         return "cuda" if count_devices() else "cpu"
     return wanted
@@ -63,7 +63,7 @@ def plan_ranks(config: Config) -> tuple[str, int]:
 
 
 def rank_environment(device: str, processes: int) -> dict[str, str]:
-    """The environment of the ranks: this one, quiet, with the cores shared out."""
+    """The environment of the ranks: this one, with fewer warnings and the cores divided."""
     environment = dict(os.environ)
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
@@ -74,7 +74,7 @@ def rank_environment(device: str, processes: int) -> dict[str, str]:
 
 
 def rank_names(processes: int) -> list[dict[str, str]]:
-    """The variables that tell each rank which one it is, and where they meet."""
+    """Variables of each rank: rank, local rank, world size and rendezvous address."""
     common = {
         "WORLD_SIZE": str(processes),
         "LOCAL_SIZE": str(processes),
@@ -90,7 +90,7 @@ def run_ranks(
     """Run all ranks to their end, passing signals on to every one.
 
     Returns their exit codes (negative: the signal that killed it), in the order in which they
-    ended, and the signals that came.
+    ended, and the received signals.
     """
 
     def start_all() -> Iterator[Running]:
@@ -107,9 +107,9 @@ def start_rank(
     output: int | None = None,
     errors_output: int | None = None,
 ) -> "subprocess.Popen[bytes]":
-    """Start a rank that is not to outlive this process; what it prints goes to open files."""
+    """Start a rank that stops if this process ends; it prints to the given descriptors."""
     variables = {**environment, LAUNCHER_VARIABLE: str(os.getpid())}
-    # Ctrl-C waits until the rank can hear it without a traceback (`megaback.faults.stop_request`).
+    # The rank unblocks Ctrl-C once it has a handler (`megaback.faults.stop_request`).
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         # A session of its own: a terminal's Ctrl-C is passed on, once, by this process.
@@ -123,14 +123,14 @@ def start_rank(
 def stay_with(starting: Iterable[Running]) -> tuple[list[tuple[int, int]], list[int]]:
     """Start ranks one after another, wait for all, and pass on every signal meanwhile.
 
-    Returns the number and exit code of each, in the order in which they ended, and the signals
-    that came.
+    Returns the index and exit code of each, in the order in which they ended, and the received
+    signals.
     """
     ranks: list[Running] = []
     with _passing_signals(ranks) as received:
         for rank in starting:
             ranks.append(rank)
-        for number, _ in list(received):  # for those that were not there yet
+        for number, _ in list(received):  # for ranks that had not started yet
             for rank in ranks:
                 rank.send_signal(number)
         return _wait(ranks, received), [number for number, _ in received]
@@ -160,9 +160,9 @@ def _wait(ranks: Sequence[Running], received: Sequence[tuple[int, float]]) -> li
 
 @contextmanager
 def _passing_signals(ranks: list[Running]) -> Iterator[list[tuple[int, float]]]:
-    """Yields the signals that came, and when.
+    """Pass signals on to the ranks; yields the received ones with their times.
 
-    The end of the terminal (SIGHUP) is a SIGTERM to the ranks, which have none.
+    SIGHUP, the end of the terminal, is passed on as SIGTERM: the ranks have no terminal.
     """
     received: list[tuple[int, float]] = []
 
@@ -174,7 +174,7 @@ def _passing_signals(ranks: list[Running]) -> Iterator[list[tuple[int, float]]]:
                 process.send_signal(number)
 
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup
         numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, pass_on) for number in numbers}
     try:
@@ -192,7 +192,7 @@ def _free_port() -> int:
 
 
 def reasons() -> set[int]:
-    """Exit codes with which a rank has said why it ends."""
+    """Exit codes of ranks that have reported why they end."""
     family = [value for value in vars(errors).values() if isinstance(value, type)]
     codes = {kind.exit_code for kind in family if issubclass(kind, MegabackError)}
     return codes - {MegabackError.exit_code}
@@ -206,12 +206,11 @@ def verdict(
     *,
     has_trained: bool = False,
 ) -> int:
-    """The exit code of the run. Raises what the ranks could not say themselves.
+    """The exit code of the run. Raises an error if the ranks ended without a reason.
 
-    `ending` is what the first rank to know a reason has recorded; the others may have ended for
-    want of that one. `signals` were passed on to the ranks. `hosts` are where the codes come from,
-    if not all from this machine. `has_trained`: the ranks have taken a step since they were
-    started.
+    `ending` is the record of the first rank with a reason; the others may have ended because it
+    did. `signals` were passed on to the ranks. `hosts` are the hosts of the codes, if not all are
+    of this machine. `has_trained`: the ranks have taken a step in this start.
     """
     if ending is not None and ending.get("code") in codes:
         return int(ending["code"])
@@ -227,26 +226,27 @@ def verdict(
     where = f" on {hosts[failed[0]]}" if hosts else ""
     if hosts and code == CONNECTION_LOST:
         raise LaunchError(
-            f"ssh did not reach {hosts[failed[0]]}, or lost it (its own message stands above); "
-            "see that `ssh HOST true` works without a password, and run the same command again"
+            f"ssh could not connect to {hosts[failed[0]]}, or lost the connection (see its message "
+            "above); check that `ssh HOST true` works without a password, and run the same command "
+            "again"
         )
-    advice = "see what they printed, if anything"
+    advice = "see their output above"
     if code == -signal.SIGKILL:
-        advice = "often memory: see dmesg"
+        advice = "often out of memory: see dmesg"
     if hosts and code > 0:
         advice = (
             "see the messages above; this folder and this Python are needed at the same paths there"
         )
     raise LaunchError(
-        f"the ranks{where} {_how(code)}, without a reason of their own ({advice}); "
-        "run the same command again to go on"
+        f"the ranks{where} {_how(code)} without reporting a reason ({advice}); "
+        "run the same command again to resume"
     )
 
 
 def _unsaved(signals: set[int], code: int, has_trained: bool) -> MegabackError:
     """The error of ranks that were asked to stop, and ended without saving."""
     if not has_trained and signals == {signal.SIGINT}:
-        return UserInterruptError("interrupted before the first step; nothing was there to save")
+        return UserInterruptError("interrupted before the first step; there was nothing to save")
     if not has_trained:
         return PreemptedError("asked to stop while starting; run the same command to resume")
     resume = "run the same command to resume from the newest checkpoint"

@@ -1,6 +1,6 @@
-"""Slurm's own commands: queueing, and what becomes of jobs. No accounting is needed.
+"""Slurm's own commands: submission and state of jobs. No accounting is needed.
 
-Arguments go to them as lists, never through a shell.
+Arguments are passed as lists, never through a shell.
 """
 
 import logging
@@ -26,7 +26,7 @@ _NO_CONTROLLER = (
     "could not establish a configuration source",
     "unable to contact slurm controller",
 )
-"""Messages of Slurm's commands where they are installed and no cluster answers."""
+"""Messages of Slurm's commands if no controller answers."""
 _JOB_ID = re.compile(r"[0-9][0-9A-Za-z_+.,%\[\]-]*")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 
@@ -47,25 +47,25 @@ class Submission:
 
     @property
     def line(self) -> str:
-        """The same as a person types it."""
+        """The command line, as a user types it."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
         return " ".join([*variables, shlex.join(self.command)])
 
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm knows of a job; of an array, of all its elements together."""
+    """Slurm's state of a job, or of all elements of an array together."""
 
     job: str
     state: str
     restarts: int = 0
     reason: str | None = None
-    """Reason why it waits."""
+    """Reason why it is pending."""
     nodes: str | None = None
     left_s: int | None = None
     """Seconds until its time limit, while it runs."""
     excluded: tuple[str, ...] = ()
-    """Nodes, or ranges of them, that it may not have."""
+    """Nodes, or ranges of them, that it must not run on."""
     elements: Mapping[str, int] = field(default_factory=dict)
     """Number of elements of an array in each state."""
 
@@ -75,7 +75,7 @@ class Job:
 
 
 def run_sbatch(submission: Submission, *more: str) -> str:
-    """Call sbatch. Returns what it said. Raises LaunchError with Slurm's reason."""
+    """Call sbatch. Returns its output. Raises LaunchError with Slurm's reason."""
     words = submission.command
     command = [words[0], *more, *words[1:]]
     _LOG.debug("running %s", shlex.join(command))
@@ -89,22 +89,22 @@ def run_sbatch(submission: Submission, *more: str) -> str:
         )
     except FileNotFoundError:
         raise LaunchError(
-            "sbatch is not there: this machine is no login node of a Slurm cluster; go to one, or "
-            "train here with `megaback train`"
+            "sbatch is not installed: this machine is not a login node of a Slurm cluster; log in "
+            "to one, or train here with `megaback train`"
         ) from None
     reply = " ".join((done.stdout + done.stderr).split())
-    if done.returncode and is_nobody_there(reply):
+    if done.returncode and is_unreachable(reply):
         raise LaunchError(
-            f"sbatch is here, and no Slurm controller can be reached ({reply}); go to a login node "
-            "of a cluster that is up, or train here with `megaback train`"
+            f"no Slurm controller can be reached by sbatch ({reply}); log in to a node of a "
+            "running cluster, or train here with `megaback train`"
         )
     if done.returncode:
         raise LaunchError(f"Slurm refuses the {submission.stage} job: {reply}; {_advice(reply)}")
     return reply
 
 
-def is_nobody_there(reply: str) -> bool:
-    """Whether a message of Slurm's commands, or an error that has it, is that nobody answers."""
+def is_unreachable(reply: str) -> bool:
+    """Whether a message of Slurm's commands means that no controller answers."""
     return any(sign in reply.lower() for sign in _NO_CONTROLLER)
 
 
@@ -114,15 +114,15 @@ def queue(submission: Submission) -> str:
 
 
 def cancel(job: str) -> None:
-    """Take a job off the queue; that it is gone already is no error."""
-    with suppress(FileNotFoundError):  # what queued the job has its own error to tell
+    """Cancel a job; has no effect if it has ended."""
+    with suppress(FileNotFoundError):  # the caller reports its own error
         subprocess.run(["scancel", job], capture_output=True, check=False)
 
 
 def find_job(job: str) -> Job | None:
-    """What Slurm knows of a job; None if it knows nothing (any more), or is not here.
+    """Slurm's state of a job; None if it is unknown or forgotten, or Slurm is not installed.
 
-    The records of a run may be a stranger's, and what is no job's id be an option.
+    The records of a run may be untrusted: an id that is an option of scontrol is refused.
     """
     if _JOB_ID.fullmatch(job) is None:
         return None
@@ -139,9 +139,9 @@ def find_job(job: str) -> Job | None:
 
 
 def parse_job(job: str, text: str) -> Job | None:
-    """Read what `scontrol --oneliner show job` says: a line, or one for each element of an array.
+    """Parse `scontrol --oneliner show job`: a line per job or element of an array.
 
-    Of an array, what is not over stands for the whole; else what did not go well.
+    The state of an array is that of an element that has not ended; else of one that failed.
     """
     records = [
         dict(word.split("=", 1) for word in line.split() if "=" in word)
@@ -174,7 +174,7 @@ def parse_job(job: str, text: str) -> Job | None:
 
 
 def _node_ranges(text: str) -> tuple[str, ...]:
-    """Slurm's notation of nodes in parts: `n[1-2,7],login` is `n[1-2,7]` and `login`."""
+    """Slurm's list of nodes, split: `n[1-2,7],login` is `n[1-2,7]` and `login`."""
     return () if text == "(null)" else tuple(re.findall(r"[^,\[]+(?:\[[^\]]*\])?", text))
 
 
@@ -196,4 +196,4 @@ def _advice(reply: str) -> str:
         "array": "give fewer --tasks (`scontrol show config` has MaxArraySize)",
     }
     found = [advice for sign, advice in hints.items() if sign in reply.lower()]
-    return found[0] if found else "correct what it names"
+    return found[0] if found else "correct the option that it names"

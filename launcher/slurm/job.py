@@ -1,9 +1,8 @@
-"""What a training job on Slurm does before its ranks start and after they have ended.
+"""Start and end of a training job on Slurm, called by `slurm/ranks.sh`.
 
-`slurm/ranks.sh` calls it. `begin` refuses what cannot work, and notes in the run's history that the
-job is here. `end` finds out how the ranks ended, whatever srun made of it, and queues the job again
-where that leads on: at the time limit, after a lost rank and, if asked, on other nodes after
-preflight has named bad ones, but never without end.
+`begin` refuses an invalid run, and records the job in the run's history. `end` determines how the
+ranks ended, whatever srun returned, and requeues the job at the time limit, after a lost rank and,
+if configured, without nodes that preflight has named; the number of requeues is bounded.
 """
 
 import os
@@ -39,11 +38,11 @@ DEFAULT_LIMIT = 20
 REPLACE_VARIABLE = "MEGABACK_REPLACE_BAD_NODES"
 JOB_EVENT = "job"
 FRUITLESS_STARTS = 3
-"""A job that has started so often without a new checkpoint is not queued again."""
+"""Number of starts without a new checkpoint after which a job is not requeued."""
 
 
 def requeue_limit() -> int:
-    """How many lost ranks or nodes a job outlives. Raises ConfigError."""
+    """Maximum number of requeues after lost ranks or nodes. Raises ConfigError."""
     text = os.environ.get(LIMIT_VARIABLE, str(DEFAULT_LIMIT))
     if not text.isdecimal():
         raise ConfigError(f"{LIMIT_VARIABLE} is {text!r}; give a number of restarts, 0 for none")
@@ -51,7 +50,7 @@ def requeue_limit() -> int:
 
 
 def num_failures(run: Path, job: str, restarts: int) -> int:
-    """How many of a job's restarts came without the ranks having saved because they were asked."""
+    """Number of a job's restarts before which the ranks had not saved on request."""
     asked = [
         line
         for line in events_of_job(run, job, "exit")
@@ -63,14 +62,14 @@ def num_failures(run: Path, job: str, restarts: int) -> int:
 def begin_job(
     config: Config, job: str, restarts: int, limit: int, num_ranks: int, given: Path | None = None
 ) -> None:
-    """Refuse what cannot work, and note the start. Raises MegabackErrors, OSError."""
+    """Refuse an invalid run, and record the start. Raises MegabackErrors, OSError."""
     require_run_folder(config, given)
     open_data(config, 0, num_ranks)
     failures = num_failures(config.run, job, restarts)
     if failures > limit:
         raise LaunchError(
-            f"job {job} was started again {failures} times after losing a rank or a node, and "
-            f"{LIMIT_VARIABLE} is {limit}; {config.run}/{HISTORY_NAME} names the hosts: submit it "
+            f"job {job} was requeued {failures} times after losing a rank or a node, more than "
+            f"{LIMIT_VARIABLE}={limit}; {config.run}/{HISTORY_NAME} names the hosts: submit it "
             "again, with --exclude=HOST if one of them is bad"
         )
     config.run.mkdir(parents=True, exist_ok=True)
@@ -78,7 +77,7 @@ def begin_job(
 
 
 def true_code(run: Path, job: str, step_code: int) -> int:
-    """The exit code that the ranks have given their end, else the one that srun returned."""
+    """The exit code that the ranks recorded, else the one that srun returned."""
     ending = read_exit(run)
     starts = events_of_job(run, job, JOB_EVENT)
     if ending is None or not starts or ending.get("time", 0.0) < starts[-1]["time"]:
@@ -95,11 +94,11 @@ def why_requeue(
     limit_is_near: bool,
     bad_nodes: Sequence[str] = (),
 ) -> tuple[bool, str | None]:
-    """Whether a job that ended with a code is to come back, and the sentence that says why.
+    """Whether to requeue a job that ended with a code, and a message with the reason.
 
-    `bad_nodes` are to be replaced, if preflight has named some and that was asked for.
+    `bad_nodes` are the nodes to replace, if preflight has named some and that is configured.
     """
-    # Above 128 near the limit: the ranks were still starting, and the signal killed them.
+    # Codes above 128 near the limit: the signal killed ranks that were still starting.
     at_limit = limit_is_near and (code == PreemptedError.exit_code or code > 128)
     is_replacing = code == PreflightError.exit_code and bool(bad_nodes)
     if not at_limit and not is_replacing and code != RankLostError.exit_code:
@@ -107,7 +106,7 @@ def why_requeue(
     step = newest_checkpoint_step(run)
     cause = "time limit near" if at_limit else "a rank was lost"
     if is_replacing:
-        cause = f"without {', '.join(bad_nodes)} from now on"
+        cause = f"excluding {', '.join(bad_nodes)}"
     fruitless = 0
     for line in reversed(events_of_job(run, job, JOB_EVENT)):
         if line.get("step") != step:
@@ -116,20 +115,20 @@ def why_requeue(
     if fruitless >= FRUITLESS_STARTS:
         advice = "give it more --time" if at_limit else f"see {run}/{EXIT_NAME}"
         return False, (
-            f"{cause}; the job has started {fruitless} times at step {step} and came to no newer "
-            f"checkpoint, so it is not queued again: {advice}, or lower checkpoint.every_steps"
+            f"{cause}; the job has started {fruitless} times at step {step} without a newer "
+            f"checkpoint, so it is not requeued: {advice}, or lower checkpoint.every_steps"
         )
     failures = num_failures(run, job, restarts)
     if not at_limit and failures >= limit:
         return False, (
-            f"{cause}; the job has come back {failures} times after such losses, as often as "
-            f"{LIMIT_VARIABLE} allows, so it is not queued again: submit it again to go on"
+            f"{cause}; the job was requeued {failures} times after such losses, the maximum of "
+            f"{LIMIT_VARIABLE}, so it is not requeued: submit it again to resume"
         )
-    return True, f"{cause}; the newest checkpoint is of step {step}, and the job is queued again"
+    return True, f"{cause}; the newest checkpoint is of step {step}, and the job is requeued"
 
 
 def nodes_to_replace(run: Path) -> list[str]:
-    """The nodes that preflight has named, if the job is to go on without them."""
+    """The nodes that preflight has named, if they should be replaced."""
     if not os.environ.get(REPLACE_VARIABLE):
         return []
     try:
@@ -143,30 +142,31 @@ def _identity() -> tuple[str, int]:
         return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     except (KeyError, ValueError):
         raise LaunchError(
-            "this is not a Slurm job: SLURM_JOB_ID is not set; slurm/train.sbatch calls this"
+            "this is not a Slurm job: SLURM_JOB_ID is not set; submit slurm/train.sbatch, which "
+            "calls this command"
         ) from None
 
 
 def _require_no_secret(overrides: Sequence[str]) -> None:
-    """Raises ConfigError for a secret that Slurm would show with the command of each rank."""
+    """Raises ConfigError for a secret, which Slurm would show in the command of each rank."""
     for override, kept in zip(overrides, kept_overrides(overrides), strict=True):
         if override != kept:
             raise ConfigError(
-                f"{override}: a secret of this address was on sbatch's command line, which Slurm "
-                f"shows to others; export it as {VARIABLE_PREFIX}NAME before sbatch, and write "
+                f"{override}: this address has a secret, and Slurm shows sbatch's command line to "
+                f"others; export it as {VARIABLE_PREFIX}NAME before sbatch, and write "
                 f"'${{{VARIABLE_PREFIX}NAME}}' in its place"
             )
 
 
 @click.group(cls=CommandGroup)
 def main() -> None:
-    """What slurm/ranks.sh asks before and after the ranks."""
+    """Steps of slurm/ranks.sh before and after the ranks."""
 
 
 @main.command(cls=WorkCommand)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option("--save-before", hidden=True, expose_value=False)  # the ranks'
+@click.option("--save-before", hidden=True, expose_value=False)  # of the ranks
 @click.option("--needs-model", is_flag=True, help="Refuse a config without init_from.")
 def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
     """Refuse a run of CONFIG and OVERRIDES that cannot work, and record its job in the history."""
@@ -213,23 +213,21 @@ def end(config: Path, overrides: tuple[str, ...], step_code: int, limit_is_near:
     )
     found = find_job(job) if is_wanted else None
     if found is not None and found.state != "RUNNING":
-        click.echo(f"slurm: Slurm itself ends the job ({found.state.lower()}): it is left at that")
+        click.echo(f"slurm: Slurm itself ends the job ({found.state.lower()}): not requeued")
     elif sentence:
         click.echo(f"slurm: {sentence}")
         if is_wanted:
             reason = _requeue(job, [*bad_nodes, *(found.excluded if found is not None else ())])
             if reason:
-                click.echo(
-                    f"slurm: it could not be queued again ({reason}); submit it again to go on"
-                )
+                click.echo(f"slurm: the requeue failed ({reason}); submit the job again to resume")
     raise SystemExit(code)
 
 
 def _requeue(job: str, excluded: Sequence[str]) -> str | None:
-    """Queue the job again, without some nodes. Returns what Slurm has against it."""
+    """Requeue the job, without the excluded nodes. Returns Slurm's error message, or None."""
     commands = [["scontrol", "requeue", job]]
     if excluded:
-        # The nodes of a running job cannot be changed, and putting it back ends this process.
+        # The nodes of a running job cannot be changed, and requeuing it ends this process.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         nodes = ",".join(dict.fromkeys(excluded))
         commands = [
@@ -241,7 +239,7 @@ def _requeue(job: str, excluded: Sequence[str]) -> str | None:
         try:
             asked = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
-            return "scontrol is not here"
+            return "scontrol is not installed"
         if asked.returncode:
             return " ".join((asked.stdout + asked.stderr).split())
     return None

@@ -1,8 +1,8 @@
-"""`megaback jobs`: runs, their Slurm jobs, and how far they are.
+"""`megaback jobs`: runs, their Slurm jobs, and their progress.
 
-The jobs are those that `megaback submit` has recorded in the run's folder and those that have
-worked on the run (its history). What has become of them Slurm says while it remembers, and the
-run's folder afterwards; accounting is not needed.
+The jobs are those that `megaback submit` has recorded in the run's folder and those in the run's
+history. Their state is from Slurm while it remembers them, then from the run's folder; accounting
+is not needed.
 """
 
 import json
@@ -29,7 +29,7 @@ _HEADS = ("RUN", "JOB", "STATE", "RESTARTS", "STEP", "LOSS", "TO TRAIN", "JOB EN
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A run with one of its jobs; what is not known is None."""
+    """A run with one of its jobs; unknown fields are None."""
 
     run: str
     job: str | None
@@ -40,7 +40,7 @@ class Row:
     total_steps: int | None
     loss: float | None
     to_train_s: float | None
-    """Seconds left to train, at the pace of the last steps."""
+    """Estimated seconds left to train, from the last steps."""
     job_left_s: int | None
     """Seconds until the job's time limit."""
     nodes: str | None
@@ -48,22 +48,22 @@ class Row:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The runs among folders and below them, as deep as those of an arrow of time lie.
+    """The runs among folders and below them, down to those of an arrow of time.
 
-    Raises CheckpointMissingError for none.
+    Raises CheckpointMissingError if there is none.
     """
     runs = [run for folder in folders for run in runs_below(folder)]
     if not runs:
         names = ", ".join(str(folder) for folder in folders)
         raise CheckpointMissingError(
-            f"{names} holds no run that was started or submitted; name the folder of a run, or one "
-            "with runs in it"
+            f"{names} has no run that was started or submitted; give the folder of a run, or one "
+            "that contains runs"
         )
     return runs
 
 
 def rows_of_run(run: Path) -> list[Row]:
-    """A run with each of its jobs that is not over; with its newest, where all are."""
+    """A run with each of its active jobs; with its newest if none is active."""
     known = list(jobs_of(run).items())[-_JOBS_LOOKED_AT:]
     found = [(job, stage, find_job(job)) for job, stage in known]
     row = _row_of(run)
@@ -74,7 +74,7 @@ def rows_of_run(run: Path) -> list[Row]:
 
 
 def _with_job(row: Row, number: str, stage: str, job: Job | None) -> Row:
-    """Add what Slurm says of a job; None: it has forgotten it."""
+    """Add Slurm's state of a job; None if Slurm has forgotten it."""
     row = replace(row, job=number, stage=stage)
     if job is None:
         return row
@@ -94,7 +94,7 @@ def _with_job(row: Row, number: str, stage: str, job: Job | None) -> Row:
 
 
 def _row_of(run: Path) -> Row:
-    """What the folder alone says."""
+    """The row from the run's folder alone."""
     starts = [line for line in read_history(run) if line.get("event") == "start"]
     total_steps = starts[-1].get("total_steps") if starts else None
     progress = read_progress(run)
@@ -134,7 +134,7 @@ def _describe(job: Job) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in columns, for people."""
+    """The rows as an aligned table."""
     return "\n".join(table_lines(_HEADS, [_cells(row) for row in rows]))
 
 

@@ -1,6 +1,6 @@
-"""Where the shipped sbatch files are, and what stands in their #SBATCH lines.
+"""The shipped sbatch files, and the values of their #SBATCH lines.
 
-In a checkout they are its folder `slurm`; a package brings them as `share/megaback/slurm` of its
+In a checkout they are in `slurm`; a package installs them in `share/megaback/slurm` of its
 environment.
 """
 
@@ -11,11 +11,11 @@ from data_pipeline.common import shipped
 from data_pipeline.errors import LaunchError
 
 SHARED_FILES = ("ranks.sh", "network.sh")
-"""Files that those of training need beside them."""
+"""Files that the sbatch files of training need beside them."""
 
 
 def shipped_folder() -> Path:
-    """The folder of the sbatch files. Raises LaunchError where it is not installed."""
+    """The folder of the sbatch files. Raises LaunchError if it is not installed."""
     folder = shipped.shipped_folder("slurm", "train.sbatch")
     if folder is None:
         raise LaunchError(
@@ -26,7 +26,7 @@ def shipped_folder() -> Path:
 
 
 def require_file(folder: Path, name: str) -> Path:
-    """A file of the folder. Raises LaunchError when it or what it needs is not there."""
+    """A file of the folder. Raises LaunchError if it or a file that it needs is missing."""
     needed = (name, *SHARED_FILES) if name in ("train.sbatch", "finetune.sbatch") else (name,)
     absent = [part for part in needed if not (folder / part).is_file()]
     if absent:
@@ -42,7 +42,7 @@ def sbatch_value(path: Path, option: str) -> str | None:
     found = None
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
-            break  # what comes after the first command is not read
+            break  # sbatch stops at the first command
         match = re.match(rf"#SBATCH\s+--{re.escape(option)}[=\s]\s*(\S+)", line)
         if match:
             found = match[1]

@@ -1,7 +1,7 @@
-"""What exactly was submitted: `RUN/submitted/<time>/`, made before the job is queued.
+"""Snapshot of a submission: `RUN/submitted/<time>/`, made before the job is queued.
 
-It holds the resolved config that the job reads, copies of the sbatch files that Slurm runs, and
-which code that was: the version of the package or the commit, with the changes since.
+It has the resolved config that the job reads, copies of the sbatch files that Slurm runs, and the
+version of the code: that of the package, or the commit with the changes since.
 """
 
 import getpass
@@ -28,7 +28,7 @@ from megaback.tracking.code_version import code_changes, code_version
 
 
 def new_folder(run: Path) -> Path:
-    """The name of a snapshot that is not there yet. Nothing is written."""
+    """Path of a new snapshot. Nothing is written."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = run / SUBMITTED_FOLDER / stamp
     number = 1
@@ -39,7 +39,7 @@ def new_folder(run: Path) -> Path:
 
 
 def write_snapshot(folder: Path, config: Config, files: Sequence[Path]) -> dict[str, Any]:
-    """Make the snapshot. Returns the fields that say what it is. Raises OSError."""
+    """Make the snapshot. Returns the fields of its record. Raises OSError."""
     folder.mkdir(parents=True)
     (config.run / LOGS_FOLDER).mkdir(exist_ok=True)
     write_text(folder / CONFIG_COPY_NAME, config.to_yaml())
@@ -60,17 +60,17 @@ def write_snapshot(folder: Path, config: Config, files: Sequence[Path]) -> dict[
 
 
 def record_jobs(folder: Path, fields: Mapping[str, Any], jobs: Sequence[Mapping[str, str]]) -> None:
-    """Write down what was queued. Raises OSError."""
+    """Record the queued jobs. Raises OSError."""
     text = json.dumps({**fields, "jobs": [dict(job) for job in jobs]}, indent=2)
     write_text(folder / SUBMISSION_NAME, text + "\n")
 
 
 def remove_snapshot(folder: Path) -> None:
-    """Leave no trace of a submission that came to nothing."""
+    """Remove the snapshot of a failed submission, and folders that are then empty."""
     shutil.rmtree(folder, ignore_errors=True)
     run = folder.parents[1]
     for empty in (folder.parent, run / LOGS_FOLDER, run):
         try:
             empty.rmdir()
-        except OSError:  # others' files are in it
+        except OSError:  # it has other files
             continue

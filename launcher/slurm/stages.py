@@ -1,5 +1,5 @@
-"""The jobs of a pipeline, data -> train -> convert: what can be refused before they are queued,
-and the call of sbatch that each of them is.
+"""The jobs of a pipeline, data -> train -> convert: their checks before submission, and their calls
+of sbatch.
 """
 
 import os
@@ -39,7 +39,7 @@ _ARRAY = re.compile(r"0-(\d+)(%\d+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What else a person asks for; None leaves what stands in the sbatch file."""
+    """Other requested resources; None keeps the value of the sbatch file."""
 
     cpus_per_task: int | None = None
     memory: str | None = None
@@ -48,17 +48,17 @@ class Resources:
     cpu_partition: str | None = None
     account: str | None = None
     more: tuple[str, ...] = ()
-    """Options of sbatch as they are."""
+    """Further options of sbatch, unchanged."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The nodes of the training job, and one rank a device on each."""
+    """Nodes of the training job, and ranks per node, one per device."""
 
     nodes: int
     ranks_per_node: int
     gpus_per_node: int | None
-    """Number of GPUs per node; None leaves what stands in the sbatch file."""
+    """Number of GPUs per node; None keeps the value of the sbatch file."""
 
     @property
     def num_ranks(self) -> int:
@@ -72,7 +72,7 @@ def parse_chain(text: str) -> tuple[str, ...]:
     if names != wanted or "train" not in names:
         raise ConfigError(
             f"--chain {text!r} is not train, with data before it or convert after it; write "
-            "--chain data,train,convert, or leave a name out at either end"
+            "--chain data,train,convert, or omit a name at either end"
         )
     return names
 
@@ -89,14 +89,14 @@ def choose_allocation(
     devices_per_node: int | None,
     uses_gpus: bool | None,
 ) -> Allocation:
-    """One rank a device. Raises ConfigError for a config of another kind of device."""
+    """One rank per device. Raises ConfigError for a config of another kind of device."""
     device = config.hardware.device
     if uses_gpus is None:
         uses_gpus = device != "cpu"
     if uses_gpus is (device == "cpu") and device != "auto":
         flag, other = ("--gpus", "--cpu") if uses_gpus else ("--cpu", "--gpus")
         raise ConfigError(
-            f"hardware.device is {device}, and {flag} was given; give {other}, or another "
+            f"hardware.device is {device}, but {flag} was given; give {other}, or another "
             "hardware.device"
         )
     if not uses_gpus:
@@ -107,7 +107,7 @@ def choose_allocation(
 
 
 def check_run(config: Config, num_ranks: int, builds_data: bool) -> None:
-    """Refuse what cannot train on so many ranks. Raises MegabackErrors."""
+    """Refuse a config that cannot train on `num_ranks`. Raises MegabackErrors."""
     split_batch(config.batch, num_ranks)
     if not builds_data:
         open_data(config, 0, num_ranks)
@@ -120,14 +120,14 @@ def check_run(config: Config, num_ranks: int, builds_data: bool) -> None:
         if folder.exists():
             if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
                 raise StorageError(
-                    f"the run {config.run} cannot be written: {folder} is no folder, or not yours "
-                    "to write in; choose another run folder"
+                    f"the run {config.run} cannot be written: {folder} is not a folder, or not "
+                    "writable; choose another run folder"
                 )
             return
 
 
 def check_model_folder(out: Path | None) -> Path:
-    """The folder that the model is to lie in. Raises ConfigError, OutputExistsError."""
+    """The folder for the model. Raises ConfigError, OutputExistsError."""
     if out is None:
         raise ConfigError("the stage convert needs --out DIR, the folder for the model")
     require_output_folder(out)
@@ -143,21 +143,21 @@ def plan_data(
     cpus_per_task: int,
     dry_run: bool,
 ) -> Plan:
-    """List the sources and freeze the plan of the build, unless it is there already.
+    """List the sources and freeze the plan of the build, unless there is one.
 
     Raises the errors of the sources, ConfigError, OutputExistsError.
     """
     shards = config.data.shards
     if len(shards) != 1 or is_url(shards[0].path):
         raise ConfigError(
-            f"the stage data builds one data set in a folder, and data.shards is "
-            f"{config.data.description}; build it before, and leave data out of --chain"
+            f"the stage data builds one data set in a folder, but data.shards is "
+            f"{config.data.description}; build it before, and omit data from --chain"
         )
     out = Path(shards[0].path)
     if (out / MANIFEST_NAME).exists():
         raise OutputExistsError(
-            f"{out} is a finished data set already ({DataSet.open(str(out)).name}); leave data "
-            "out of --chain, or choose another data.shards"
+            f"{out} is already a finished data set ({DataSet.open(str(out)).name}); omit data from "
+            "--chain, or choose another data.shards"
         )
     if not sources and (out / PLAN_NAME).exists():
         plan = Plan.load(out)
@@ -184,7 +184,7 @@ def plan_data(
 
 
 def data_stage(config: Config, file: Path, plan: Plan, resources: Resources) -> Submission:
-    """The array that does the tasks of a plan."""
+    """The job array for the tasks of a plan."""
     cpus = int(sbatch_value(file, "cpus-per-task") or 1)
     options = []
     if plan.num_tasks % cpus:
@@ -210,7 +210,7 @@ def train_stage(
     resources: Resources,
     limit: int | None,
 ) -> Submission:
-    """The ranks of a run."""
+    """The job that trains a run."""
     asked = {
         "nodes": allocation.nodes,
         "ntasks-per-node": allocation.ranks_per_node,
@@ -236,7 +236,7 @@ def train_stage(
 
 
 def convert_stage(config: Config, file: Path, out: Path, resources: Resources) -> Submission:
-    """From the run's newest checkpoint to a model."""
+    """The job that converts a run's newest checkpoint to a model."""
     return Submission(
         stage="convert",
         variables=_environment(),
@@ -259,5 +259,5 @@ def _common(
 
 
 def _environment() -> dict[str, str]:
-    """The job uses this command's own environment, unless another one was named."""
+    """Variables of a job: this command's own environment, unless another one is set."""
     return {ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE, sys.prefix)}

@@ -1,8 +1,8 @@
-"""`megaback submit`: check a run against the allocation that it is to have, and queue it on Slurm.
+"""`megaback submit`: check a run against its allocation, and queue it on Slurm.
 
-What cannot work is refused before it waits in a queue for days. What was submitted is kept in the
-run's folder, and is what the job reads. The shipped sbatch files do the work: the options here go
-before their names on sbatch's command line.
+An invalid run is refused before it waits in a queue. A snapshot of the submission is kept in the
+run's folder, and the job reads it. The jobs are the shipped sbatch files; options here override
+their #SBATCH lines on sbatch's command line.
 """
 
 import shlex
@@ -23,7 +23,7 @@ from launcher.slurm.commands import (
     Submission,
     cancel,
     find_job,
-    is_nobody_there,
+    is_unreachable,
     queue,
     run_sbatch,
 )
@@ -53,13 +53,13 @@ _JOBS_LOOKED_AT = 20
 
 
 def require_no_job(run: Path) -> None:
-    """Only one job at a time may work on a run. Raises LaunchError when one waits or runs."""
+    """Require that no job of a run is pending or running. Raises LaunchError."""
     for job, stage in list(jobs_of(run).items())[-_JOBS_LOOKED_AT:]:
         found = find_job(job)
         if found is not None and not found.is_over:
             raise LaunchError(
-                f"{run} already has job {job} ({stage}, {found.state.lower()}); wait for it, stop "
-                f"it with `scancel {job}`, or submit all the same with --force"
+                f"{run} already has job {job} ({stage}, {found.state.lower()}); wait for it, "
+                f"cancel it with `scancel {job}`, or submit anyway with --force"
             )
 
 
@@ -76,7 +76,7 @@ def queue_all(
     try:
         for submission in submissions:
             linked = after(submission, jobs[-1]) if jobs else submission
-            with signals_deferred():  # a job that is queued is known, or it could not be cancelled
+            with signals_deferred():  # so that a queued job's id is known
                 jobs.append(queue(linked))
             recorded.append({"stage": linked.stage, "job": jobs[-1], "line": linked.line})
             record_jobs(folder, fields, recorded)
@@ -89,7 +89,7 @@ def queue_all(
 
 
 def after(submission: Submission, job: str) -> Submission:
-    """The same, once another job has finished; when that fails, this one is cancelled."""
+    """A submission that starts after another job has succeeded, and is canceled if that fails."""
     link = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
     return replace(submission, options=(*submission.options, *link))
 
@@ -241,15 +241,15 @@ def main(
         submissions["convert"] = convert_stage(
             settings, paths["convert"], check_model_folder(out), resources
         )
-    # What a dry run shows can be looked at anywhere; whether Slurm takes it, only where it is.
-    unasked = "sbatch is not here" if dry_run and shutil.which("sbatch") is None else ""
+    # A dry run works anywhere; Slurm tests the jobs only where it is installed.
+    unasked = "sbatch is not installed" if dry_run and shutil.which("sbatch") is None else ""
     unasked = unasked or _try_out(list(submissions.values()), may_be_away=dry_run)
     if "data" in stages:
         cpus = int(sbatch_value(paths["data"], "cpus-per-task") or 1)
         plan = plan_data(settings, sources, weights, tokenizer, tasks, cpus, dry_run)
         submissions["data"] = data_stage(settings, paths["data"], plan, resources)
         unasked = unasked or _try_out([submissions["data"]], may_be_away=dry_run)
-    # What runs is the copy in the snapshot, with its neighbors beside it.
+    # The job runs the copy in the snapshot, with the shared files beside it.
     queued = [
         replace(submissions[stage], file=str(snapshot / paths[stage].name)) for stage in stages
     ]
@@ -262,12 +262,12 @@ def main(
 
 
 def _try_out(submissions: Sequence[Submission], *, may_be_away: bool) -> str:
-    """Ask Slurm whether it takes these. Returns why it was not asked, if no controller answers."""
+    """Have Slurm test the submissions. Returns why it could not, if no controller answers."""
     try:
         for submission in submissions:
             run_sbatch(submission, "--test-only")
     except LaunchError as error:
-        if may_be_away and is_nobody_there(str(error)):
+        if may_be_away and is_unreachable(str(error)):
             return "no Slurm controller can be reached"
         raise
     return ""
@@ -277,12 +277,12 @@ def _require_used(stages: Sequence[str], stage: str, **given: object) -> None:
     for name, value in given.items():
         if value and stage not in stages:
             raise ConfigError(
-                f"--{name} is for the stage {stage}, which --chain {','.join(stages)} leaves out"
+                f"--{name} is for the stage {stage}, which is not in --chain {','.join(stages)}"
             )
 
 
 def _show(submissions: Sequence[Submission], paths: Sequence[Path], unasked: str) -> None:
-    verdict = f"not shown to Slurm, as {unasked}" if unasked else "Slurm takes it"
+    verdict = f"not tested by Slurm, since {unasked}" if unasked else "accepted by Slurm"
     before = ""
     for submission, path in zip(submissions, paths, strict=True):
         linked = after(submission, before) if before else submission
@@ -301,12 +301,12 @@ def _report(config: Config, allocation: Allocation, jobs: dict[str, str], snapsh
             else ""
         )
         click.echo(f"{stage}: job {job}{shape}")
-    click.echo(f"what runs is in {snapshot}")
+    click.echo(f"snapshot: {snapshot}")
     log = shlex.quote(f"{config.run}/{LOGS_FOLDER}/train-{jobs['train']}.out")
     lines = {
-        command("jobs", config.run): "how far it is",
-        f"tail -F {log}": "what it says",
-        f"scancel {' '.join(jobs.values())}": "stops it; training saves first",
+        command("jobs", config.run): "its progress",
+        f"tail -F {log}": "its log",
+        f"scancel {' '.join(jobs.values())}": "cancels it; training saves first",
     }
     show_next(lines)
 

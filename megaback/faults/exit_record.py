@@ -1,7 +1,7 @@
 """Records of how a run ended, for users and scripts: `exit.json` and `history.jsonl`.
 
 `exit.json` describes the newest start: it is removed when the run starts again, and written by the
-first process that knows a reason. `history.jsonl` has a line per start and per end.
+first process that has a reason. `history.jsonl` has a line per start and per end.
 """
 
 import json

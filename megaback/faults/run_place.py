@@ -39,7 +39,7 @@ class RunPlace:
         )
 
     def _moved(self) -> Path | None:
-        """Current path of the folder that was opened, if the system knows it."""
+        """Current path of the folder that was opened, if it still exists."""
         try:
             path = Path(f"/proc/self/fd/{self._number}").readlink()
         except OSError:

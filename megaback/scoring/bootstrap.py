@@ -1,4 +1,4 @@
-"""How far a mean could be off, had other rows been drawn: percentile bootstrap intervals.
+"""Confidence intervals of means by the percentile bootstrap over rows.
 
 Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
 """
@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 MIN_ROWS = 2
-"""Minimum number of rows: with fewer, every resample is the same row, which says nothing of the
-error."""
+"""Minimum number of rows: with fewer, every resample is the same row."""
 NO_INTERVAL = f"no 95% interval is shown: it needs at least {MIN_ROWS} rows"
 
 _RESAMPLES = 2000
@@ -21,7 +20,7 @@ _TAIL_PERCENT = 2.5
 
 @dataclass(frozen=True)
 class Interval:
-    """A value, and the bounds between which 95% of its resamples lie; of one row, no bounds."""
+    """A value and the bounds of 95% of its resamples; None for the bounds of a single row."""
 
     value: float
     low: float | None
@@ -57,7 +56,7 @@ def ratio_interval(
     denominators: "Sequence[float] | npt.NDArray[np.float64]",
     seed: int = 0,
 ) -> Interval:
-    """Interval of the ratio of two sums over rows, such as nats and bytes; rows are drawn whole."""
+    """Interval of the ratio of two sums over rows, such as nats per byte; rows are resampled."""
     above_N = np.asarray(numerators, dtype=np.float64)
     below_N = np.asarray(denominators, dtype=np.float64)
     value = float(above_N.sum() / below_N.sum())

@@ -1,4 +1,4 @@
-"""Bounds on what a program in a stranger's file, such as a chat template, takes here."""
+"""Bounds on time and memory of a program in an untrusted file, such as a chat template."""
 
 import resource
 import signal
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def bounded_work(max_s: float, max_bytes: int) -> Iterator[None]:
-    """Within, TimeoutError is raised after so many seconds, and MemoryError past so many bytes.
+    """Raise TimeoutError in the block after `max_s`, and MemoryError beyond `max_bytes`.
 
-    In other threads than the main one, where Python handles no signal, it may take any time.
+    Only the main thread has a time limit: Python handles signals in no other.
     """
     is_main = threading.current_thread() is threading.main_thread()
     limits = resource.getrlimit(resource.RLIMIT_AS)

@@ -1,4 +1,4 @@
-"""Questions with several candidate answers from records: what is reranked."""
+"""Records of reranking: questions with several candidate answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megaback.scoring.pairs import text_of
 
 @dataclass(frozen=True)
 class Candidate:
-    """An answer, a score that it came with, and whether it is right, where the record says so."""
+    """An answer, its given score, and whether it is correct; None for what the record lacks."""
 
     answer: str
     given_score: float | None
@@ -27,7 +27,7 @@ class Question:
 
     @property
     def is_labeled(self) -> bool:
-        """Whether it is said of every candidate that it is right or not."""
+        """Whether the record has `correct` for every candidate."""
         return all(one.is_right is not None for one in self.candidates)
 
 
@@ -42,7 +42,7 @@ def question_of(record: Record, score_column: str | None) -> Question:
     candidates = record.fields.get("candidates")
     if not isinstance(candidates, list) or not candidates:
         raise BadRecordError(
-            f"{where}: 'candidates' is no list of answers; mend or remove the line"
+            f"{where}: 'candidates' is not a list of answers; fix or remove the line"
         )
     found = []
     for number, candidate in enumerate(candidates):
@@ -50,7 +50,7 @@ def question_of(record: Record, score_column: str | None) -> Question:
         fields = {"answer": candidate} if isinstance(candidate, str) else candidate
         if not isinstance(fields, dict):
             raise BadRecordError(
-                f"{place} is neither a text nor an object with 'answer'; mend or remove the line"
+                f"{place} is neither a text nor an object with 'answer'; fix or remove the line"
             )
         answer = text_of(fields, "answer", place)
         found.append(Candidate(answer, _score(fields, score_column, place), _right(fields, place)))
@@ -69,7 +69,7 @@ def _score(fields: Mapping[str, object], column: str | None, place: str) -> floa
         if NUMBER.problem(score) is None:
             return score
     raise BadRecordError(
-        f"{place} has no finite number under {column!r}; mend or remove the line, or leave out "
+        f"{place} has no finite number under {column!r}; fix or remove the line, or omit "
         "`forward_column`"
     )
 
@@ -78,4 +78,4 @@ def _right(fields: Mapping[str, object], place: str) -> bool | None:
     value = fields.get("correct")
     if value is None or isinstance(value, bool):
         return value
-    raise BadRecordError(f"{place}: 'correct' is {value!r}, not true or false; mend the line")
+    raise BadRecordError(f"{place}: 'correct' is {value!r}, not true or false; fix the line")

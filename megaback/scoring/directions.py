@@ -1,9 +1,9 @@
-"""The arrow of time: what the same documents cost a forward and a backward model.
+"""The arrow of time: losses of a forward and a backward model on the same documents.
 
-Both are asked for the same windows of each document, of which the forward model is given the first
-id and the backward one the last. A document that is longer than the context is cut into windows
-twice, from its beginning and from its end, and each cut counts half: so to turn every document
-around does nothing but exchange the two models.
+Both score the same windows of each document; the forward model is given the first id of a window,
+the backward one the last. A document longer than the context is cut into windows twice, from its
+beginning and from its end, with half weight each: reversing every document only exchanges the two
+models.
 
 Shapes: N documents, B buckets of context, P parts of a document.
 """
@@ -31,13 +31,13 @@ Sums = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Markers:
-    """The ids that stand at the two ends of a document in its reading order."""
+    """Ids of the markers at the two ends of a document, in reading order."""
 
     begin_id: int
     end_id: int
 
     def turned(self, ids: Ids) -> Ids:
-        """Ids from their other end, with the markers exchanged."""
+        """Ids in reverse order, with the markers exchanged."""
         turned = ids[::-1].copy()
         begins, ends = turned == self.begin_id, turned == self.end_id
         turned[begins], turned[ends] = self.end_id, self.begin_id
@@ -46,7 +46,7 @@ class Markers:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Ids of a document in the order of the text, at most context_tokens + 1."""
+    """Ids of a document in text order, at most context_tokens + 1."""
 
     document: int
     ids: Ids
@@ -65,7 +65,7 @@ class DocumentLosses:
     nats_of_part_NP: Sums
     targets_of_part_NP: Sums
     bytes_N: Sums
-    """Bytes of the text that the targets stand for."""
+    """Bytes of text that the targets encode."""
 
     @property
     def whole(self) -> Losses:
@@ -84,7 +84,7 @@ class DocumentLosses:
 
 
 def documents_of(data_set: DataSet, split: str) -> Iterator[Ids]:
-    """Documents in the order of the text, markers included. Raises the errors of shards."""
+    """Documents in text order, markers included. Raises the errors of shards."""
     manifest = data_set.manifest
     markers = Markers(manifest.begin_id, manifest.end_id)
     is_backward = manifest.text_format.direction is Direction.BACKWARD
@@ -96,7 +96,7 @@ def documents_of(data_set: DataSet, split: str) -> Iterator[Ids]:
 
 
 def windows_of(number: int, ids: Ids, context_tokens: int) -> list[Window]:
-    """The windows of a document that models of this context are asked for."""
+    """Windows of a document for models of this context."""
     first_starts = range(0, len(ids) - 1, context_tokens)
     if len(first_starts) == 1:
         return [Window(document=number, ids=ids, start=0, document_tokens=len(ids), weight=1.0)]
@@ -135,15 +135,15 @@ def measure(
     piece_num_bytes: npt.NDArray[np.int64],
     on_windows: Callable[[int], None],
 ) -> DocumentLosses:
-    """What the windows cost a model that writes in a direction.
+    """Losses of a model of the given direction on the windows.
 
-    `on_windows` is told how many more windows are done.
+    `on_windows` is called with the number of windows of each finished batch.
     """
     num_documents = 1 + max(window.document for window in windows)
     of_context_2NB = np.zeros((2, num_documents, num_buckets(context_tokens)))
     of_part_2NP = np.zeros((2, num_documents, NUM_PARTS))
     bytes_N = np.zeros(num_documents)
-    # Windows of one length together, for passes that are alike whatever came before.
+    # Sorted by length, so that passes hold windows of one length.
     order = sorted(windows, key=lambda window: len(window.ids))
     is_backward = direction is Direction.BACKWARD
     for first in range(0, len(order), _WINDOWS_AT_ONCE):

@@ -1,8 +1,8 @@
 """log P(answer | question) by a causal model of transformers, from local files.
 
-The question goes where the tokenizer's chat template puts what a user says, or, without a template,
-before a newline. Special tokens that a text spells are text. No code of the folder is run, and no
-pickle is read.
+The question is placed in a user message of the tokenizer's chat template or, without a template,
+before a newline. Special tokens that a text spells are encoded as text. No code of the folder is
+run, and no pickle is read.
 """
 
 import os
@@ -30,7 +30,7 @@ _READ_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 _MAX_FILE_BYTES = 64 << 20
 _MAX_LAYERS = int(LAYERS.max)
 _MAX_TABLE_NUMBERS = 1 << 28
-"""Maximum numbers in masks and positions, which some models keep beside their weights."""
+"""Maximum values in masks and positions, which some models have beside their weights."""
 _PLACEHOLDER = "QuestionGoesHere"
 _BETWEEN = "\n"
 _FEW_LAYERS = 100
@@ -40,27 +40,26 @@ _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 def _require_few_layers(folder: Path) -> None:
-    """Raises CheckpointCorruptError for layers that the weights do not have: each takes time."""
+    """Raises CheckpointCorruptError for more layers than weights: building each takes time."""
     try:
         fields = read_json(folder / MODEL_CONFIG_NAME)
         layers = max(fields.get(name) or 0 for name in _LAYERS)
     except (OSError, ValueError, TypeError, AttributeError):
-        return  # which the library says
+        return  # the library reports it
     num_tensors = sum(1 for _ in StoredWeights(folder).shapes()) if layers > _FEW_LAYERS else layers
     if layers > num_tensors:
         raise CheckpointCorruptError(
-            f"the weights in {folder} are not of the model that its config describes: it has "
-            f"{briefly(layers)} layers, and they have {num_tensors:,} tensors"
+            f"the weights in {folder} do not match its config, which has {briefly(layers)} layers: "
+            f"there are {num_tensors:,} tensors; save the model again, with save_pretrained"
         )
 
 
 def _require_plausible(
     folder: Path, stored: StoredWeights, transformers: Any, how: dict[str, Any]
 ) -> None:
-    """See that a config is not far larger than its files of weights, before memory is taken for it.
+    """Require that a config is not far larger than its weights, before memory is allocated for it.
 
-    What exactly differs is said once the library has compared them. Raises ValueError, and whatever
-    the library raises.
+    Exact differences are reported after loading. Raises ValueError, and any error of the library.
     """
     if (folder / ADAPTER_NAME).exists():
         raise ValueError("it is an adapter, which names another folder; merge it in peft")
@@ -83,7 +82,7 @@ def _require_plausible(
         wanted = sum(tensor.numel() for tensor in tensors)
         if wanted > maximum:
             raise ValueError(
-                f"its config describes {what} of {wanted:,} numbers, and its files hold "
+                f"its config describes {what} of {wanted:,} values, but its files have "
                 f"{sum(found):,}"
             )
 
@@ -91,36 +90,36 @@ def _require_plausible(
 def _require_all_read(folder: Path, model: Any, loading: dict[str, Any]) -> None:
     reported = {
         "is missing": loading["missing_keys"],
-        "is read by nothing": loading["unexpected_keys"],
+        "is not in the model": loading["unexpected_keys"],
         "has another shape": [entry[0] for entry in loading["mismatched_keys"]],
     }
     problems = [f"{name} {what}" for what, names in reported.items() for name in sorted(names)]
     stored, head = StoredWeights(folder), model.get_output_embeddings()
-    # Some versions of the library take the embeddings in its place, where the config ties them.
+    # Some versions of the library use the embeddings instead, if the config ties them.
     is_stored = head is not None and HEAD_NAME in dict(stored.shapes())
     if is_stored and not torch.equal(stored.read(HEAD_NAME).to(head.weight.dtype), head.weight):
-        problems.append(f"{HEAD_NAME} is not what the config makes of it (tie_word_embeddings)")
+        problems.append(f"{HEAD_NAME} contradicts tie_word_embeddings of the config")
     if problems:
         raise CheckpointCorruptError(
-            f"the weights in {folder} are not of the model that its config describes: "
-            f"{problems[0]} ({len(problems)} differ); save it once more, with save_pretrained"
+            f"the weights in {folder} do not match its config: {problems[0]} ({len(problems)} "
+            "differ); save the model again, with save_pretrained"
         )
 
 
 class HfScorer:
-    """Scores answers, the end-of-text token included if the tokenizer has one."""
+    """Scores answers, including the end-of-text token if the tokenizer has one."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        """Raises BackendError without transformers, CheckpointCorruptError for no such model.
+        """Raises BackendError without transformers, CheckpointCorruptError for an invalid model.
 
-        The model is refused unless every tensor of the folder is one of it, and every one of it is
-        in the folder: the library would make up what is missing, and pass over the rest.
+        The tensors of the folder must be exactly those of the model: the library would initialize
+        missing ones, and ignore others.
         """
         try:
             import transformers
         except ImportError as error:
             raise BackendError(
-                f"a model of transformers needs that library ({error}); "
+                f"a Hugging Face model needs the library transformers ({error}); "
                 "pip install 'megaback[transformers]'"
             ) from None
         transformers.utils.logging.disable_progress_bar()
@@ -133,7 +132,7 @@ class HfScorer:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **how
             )
-        except Exception as error:  # noqa: BLE001 - the library has errors of its own, of any kind
+        except Exception as error:  # noqa: BLE001 - the library raises errors of any kind
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CheckpointCorruptError(
                 f"{folder} cannot be read as a causal model of transformers ({reason:.300}); save "
@@ -155,13 +154,13 @@ class HfScorer:
         self._max_tokens = getattr(model.config, "max_position_embeddings", None)
 
     def encode(self, pair: Pair) -> Continuation:
-        """Raises PromptError for a pair that the model's context does not hold."""
+        """Ids of a pair. Raises PromptError if it does not fit the model's context."""
         given = [*self._before, *self._text(pair.question.strip()), *self._after]
         written = [*self._text(pair.answer.strip()), *self._end]
         if self._max_tokens is not None and len(given) + len(written) > self._max_tokens:
             raise PromptError(
-                f"the two texts are {len(given) + len(written)} tokens, and the forward model's "
-                f"context holds {self._max_tokens}; shorten them"
+                f"the two texts have {len(given) + len(written)} tokens, more than the forward "
+                f"model's context of {self._max_tokens}; shorten them"
             )
         return Continuation(tuple(given), tuple(written))
 
@@ -180,7 +179,7 @@ class HfScorer:
 
     @torch.inference_mode()
     def _log_probabilities(self, pack: Sequence[Continuation]) -> list[float]:
-        """Rows beside one another, padded at their ends, which no causal model looks at."""
+        """Log-probabilities of a padded batch; causal models ignore padding at the end."""
         rows = [[*one.given, *one.written] for one in pack]
         longest = max(map(len, rows))
         ids_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
@@ -211,7 +210,7 @@ class HfScorer:
         )
         before, found, after = rendered.partition(_PLACEHOLDER)
         if not found:
-            raise ValueError("it does not show what a user says")
+            raise ValueError("it does not include the user's message")
         return (
             self._tokenizer(before, add_special_tokens=False)["input_ids"],
             self._tokenizer(after, add_special_tokens=False)["input_ids"],

@@ -1,9 +1,8 @@
-"""How much more one model pays than another for the same documents, with a paired standard error.
+"""Difference of two models' losses on the same documents, with a paired standard error.
 
-Each model's loss is a ratio of sums over documents, nats over targets. Their difference is
-linearized in the documents (Cochran, "Sampling Techniques", 1977, section 6.3), so that what is
-hard in a document for both models cancels, and long documents count for what they hold. Loads no
-torch. Shapes: N documents.
+Each loss is a ratio of sums over documents, nats over targets. Their difference is linearized in
+the documents (Cochran, "Sampling Techniques", 1977, section 6.3): difficulty that both models
+share cancels, and documents are weighted by length. Loads no torch. Shapes: N documents.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Losses:
-    """What each document cost a model: nats, and over how many targets. Shape (N,) each."""
+    """Nats and number of targets of each document: shape (N,) each."""
 
     nats_N: Floats
     targets_N: Floats
@@ -32,7 +31,7 @@ class Losses:
 
     @classmethod
     def mean(cls, several: "Iterable[Losses]") -> "Losses":
-        """Over models that were measured on the same documents."""
+        """Mean over models that were measured on the same documents."""
         measured = list(several)
         return cls(
             np.mean([one.nats_N for one in measured], axis=0),
@@ -42,9 +41,9 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """Losses in nats/token, and how much more `second` is, with standard errors over documents.
+    """Losses in nats/token and the excess of `second`, with standard errors over documents.
 
-    The errors are None where fewer than two documents have targets.
+    The errors are None if fewer than two documents have targets.
     """
 
     first: float
@@ -60,11 +59,11 @@ class PairedDifference:
 
     @classmethod
     def between(cls, first: Losses, second: Losses) -> "PairedDifference":
-        """Both have targets, if not in every document."""
+        """Difference of two losses; both need targets, though not in every document."""
         of_first, of_second = first.per_token, second.per_token
         ratio = of_second / of_first
         residuals_N = _residuals(second) - _residuals(first)
-        # The ratio's: d(s / f) = (ds - ratio df) / f.
+        # Linearized: d(s / f) = (ds - ratio df) / f.
         of_ratio_N = (_residuals(second) - ratio * _residuals(first)) / of_first
         has_targets_N = (first.targets_N > 0) | (second.targets_N > 0)
         return cls(
@@ -80,7 +79,7 @@ class PairedDifference:
 
 
 def _residuals(losses: Losses) -> Floats:
-    """What each document adds to the loss beyond its share, summing to 0."""
+    """Each document's contribution to the loss beyond its share; they sum to 0."""
     residuals: Floats = (losses.nats_N - losses.per_token * losses.targets_N) / (
         losses.targets_N.sum()
     )
@@ -88,7 +87,7 @@ def _residuals(losses: Losses) -> Floats:
 
 
 def _standard_error(residuals_N: Floats) -> float | None:
-    """Error of a sum of independent residuals whose mean is known to be 0 only by fitting it."""
+    """Standard error of a sum of independent residuals, whose mean of 0 is fitted."""
     number = len(residuals_N)
     if number < 2:
         return None
@@ -96,7 +95,7 @@ def _standard_error(residuals_N: Floats) -> float | None:
 
 
 def standard_error_of_mean(values: Sequence[float]) -> float | None:
-    """None for fewer than two values."""
+    """Standard error of the mean; None for fewer than two values."""
     if len(values) < 2:
         return None
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))

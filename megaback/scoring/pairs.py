@@ -1,4 +1,4 @@
-"""Questions and their answers from records: what is scored, and what scores are written beside."""
+"""Records of scoring: questions and their answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ from data_pipeline.sources.columns import ExampleColumns, parse_columns
 
 @dataclass(frozen=True)
 class Pair:
-    """What comes first in reading, and what follows it: a question and an answer, two passages."""
+    """Two texts in reading order: a question and an answer, or two passages."""
 
     question: str
     answer: str
@@ -18,10 +18,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairColumns:
-    """The keys in which a record holds a pair.
+    """Keys of a pair in a record.
 
-    A record with neither of them may hold `instruction`, `input` and `output` instead, which are
-    put together as they are in training.
+    A record without them may have `instruction`, `input` and `output` instead, which are combined
+    as in training.
     """
 
     question: str = "question"
@@ -52,13 +52,13 @@ def text_of(record: Mapping[str, object], column: str, where: str) -> str:
     """A text that is not blank. Raises BadRecordError."""
     if column not in record:
         raise BadRecordError(
-            f"{where}: no {column!r}; the keys are {shown_names(record)}: mend or remove "
-            "the line, or name the keys that hold the texts with `columns`"
+            f"{where}: no {column!r}; the keys are {shown_names(record)}: fix or remove the "
+            "line, or name the keys of the texts in `columns`"
         )
     value = record[column]
     if not isinstance(value, str):
         found = "null" if value is None else f"of type {type(value).__name__}"
-        raise BadRecordError(f"{where}: {column!r} is {found}, not text; mend or remove the line")
+        raise BadRecordError(f"{where}: {column!r} is {found}, not text; fix or remove the line")
     if not value.strip():
-        raise BadRecordError(f"{where}: {column!r} is empty; mend or remove the line")
+        raise BadRecordError(f"{where}: {column!r} is empty; fix or remove the line")
     return value

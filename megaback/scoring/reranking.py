@@ -1,4 +1,4 @@
-"""Mixing two scores of each candidate, and how often the best one is then right.
+"""Reranking by a weighted mean of two scores per candidate, and its accuracy.
 
     mixed = (1 - weight) * forward + weight * reverse
 
@@ -26,29 +26,29 @@ class Scored:
     forward: Floats | None
     reverse: Floats
     is_right: npt.NDArray[np.bool_] | None
-    """Correctness of every candidate, where that is known."""
+    """Correctness of every candidate, if known."""
 
     def mixed(self, weight: float) -> Floats:
-        """Without forward scores, the reverse ones alone."""
+        """The weighted mean of both scores; the reverse ones if there are no forward ones."""
         if self.forward is None:
             return self.reverse
         return (1 - weight) * self.forward + weight * self.reverse
 
 
 def ranking(scores: Floats) -> list[int]:
-    """Numbers of candidates, best first; equal ones in the order given."""
+    """Indices of candidates, best first; ties keep their order."""
     return [int(number) for number in np.argsort(-scores, kind="stable")]
 
 
 def rightness(scores: Floats, is_right: npt.NDArray[np.bool_]) -> float:
-    """How often the best candidate is right, where lots are drawn among equally good ones."""
+    """Probability that the best candidate is correct, with ties broken at random."""
     return float(is_right[scores == scores.max()].mean())
 
 
 def fit_weight(questions: Sequence[Scored]) -> float:
-    """The weight, in hundredths, with which the best candidates are right most often.
+    """The weight, in hundredths, with the highest accuracy; at ties, the one in the middle.
 
-    Of several, the one in the middle. All questions are labeled, and have forward scores.
+    All questions must be labeled, and have forward scores.
     """
     found = np.array(
         [
@@ -61,9 +61,9 @@ def fit_weight(questions: Sequence[Scored]) -> float:
 
 
 def accuracies(questions: Sequence[Scored], weight: float, seed: int = 0) -> dict[str, Interval]:
-    """Accuracy by each way to choose, with its interval over questions; all are labeled.
+    """Accuracy of each method, with its interval over questions; all must be labeled.
 
-    `gain` is that of mixed over forward, question by question.
+    `gain` is that of mixed over forward, paired by question.
     """
     labeled = [(one, _is_right(one)) for one in questions]
     found = {

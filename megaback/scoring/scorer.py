@@ -1,6 +1,6 @@
-"""How well an answer explains its question: log P(question | answer), many pairs at a time.
+"""Scores of question-answer pairs: log P(question | answer), in batches.
 
-A model that writes forward gives log P(answer | question). docs/scoring.md has the formulas.
+A forward model gives log P(answer | question). docs/scoring.md has the formulas.
 """
 
 from collections import deque
@@ -23,26 +23,26 @@ from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import read_description, tokenizer_of
 
 _Carried = TypeVar("_Carried")
-_PAIRS_AT_ONCE = 2048  # sorted by length among themselves
+_PAIRS_AT_ONCE = 2048  # sorted by length
 _WINDOWS_AHEAD = 2
 
 
 class Form(str, Enum):
-    """What stands around the two texts."""
+    """Format around the two texts."""
 
     CHAT = "chat"
-    """BackChat's markers, as after fine-tuning; whitespace around each text goes."""
+    """BackChat's markers, as after fine-tuning; whitespace around each text is stripped."""
     PLAIN = "plain"
     """A document in which the answer follows the question directly, as in pretraining."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """log P(written | given), in nats, and how much was written."""
+    """log P(written | given) in nats, and the length of the written text."""
 
     log_probability: float
     prior_log_probability: float | None
-    """log P(written) by the same model, with nothing given."""
+    """log P(written) by the same model, without the given text."""
     tokens: int
     """Number of tokens, in the chat form with the end marker."""
     text_bytes: int
@@ -57,13 +57,13 @@ class Score:
 
     @property
     def log_ratio(self) -> float | None:
-        """log P(written | given) / P(written): how much what is given explains."""
+        """log P(written | given) / P(written): the information that the given text has."""
         if self.prior_log_probability is None:
             return None
         return self.log_probability - self.prior_log_probability
 
     def to_dict(self) -> dict[str, Any]:
-        """Rounded to what fp32 can tell apart."""
+        """Fields of a record, rounded to the precision of fp32."""
         fields: dict[str, Any] = {
             "log_probability": round(self.log_probability, 5),
             "per_token": round(self.per_token, 6),
@@ -77,7 +77,7 @@ class Score:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as the ids that are scored."""
+    """The ids of a pair."""
 
     conditional: Continuation
     prior: Continuation
@@ -85,7 +85,7 @@ class EncodedPair:
 
 
 class PairEncoder:
-    """Encodes pairs in one form. The two texts are encoded apart, so that a piece is of one."""
+    """Encodes pairs in one form. The two texts are encoded separately: no token spans both."""
 
     def __init__(self, codec: TextCodec, form: Form, context_tokens: int) -> None:
         self.codec = codec
@@ -101,7 +101,7 @@ class PairEncoder:
         return self.codec.format.direction is Direction.BACKWARD
 
     def encode(self, pair: Pair) -> EncodedPair:
-        """Raises PromptError for a pair that the model's context does not hold."""
+        """Ids of a pair. Raises PromptError if it does not fit the model's context."""
         given, written = pair.answer, pair.question
         if not self.writes_question:
             given, written = written, given
@@ -115,11 +115,11 @@ class PairEncoder:
         num_tokens = len(given_ids) + len(written_ids)
         if num_tokens - 1 > self.context_tokens:  # the last one is not read
             raise PromptError(
-                f"the two texts are {num_tokens} tokens, and the model's context holds "
+                f"the two texts have {num_tokens} tokens, more than the model's context of "
                 f"{self.context_tokens}; shorten them"
             )
         if not written_ids:
-            raise PromptError("the text that is to be scored is empty; give a text")
+            raise PromptError("the text to score is empty; give a text")
         return EncodedPair(
             Continuation(tuple(given_ids), tuple(written_ids)),
             Continuation(self._prior_ids, tuple(written_ids)),
@@ -128,7 +128,7 @@ class PairEncoder:
 
 
 class Scorer:
-    """Scores pairs with one model, on one or several devices. To be closed, or used with `with`."""
+    """Scores pairs with one model, on one or several devices. Close it, or use it with `with`."""
 
     def __init__(self, encoder: PairEncoder, pool: DevicePool, *, with_prior: bool = True) -> None:
         self.encoder = encoder
@@ -136,14 +136,14 @@ class Scorer:
         self._with_prior = with_prior
 
     def score(self, pairs: Sequence[Pair]) -> list[Score]:
-        """The score of each pair. Raises PromptError for one that the context does not hold."""
+        """The score of each pair. Raises PromptError for one that does not fit the context."""
         encoded = ((None, self.encoder.encode(pair)) for pair in pairs)
         return [score for _, score in self.score_all(encoded)]
 
     def score_all(
         self, pairs: Iterable[tuple[_Carried, EncodedPair]]
     ) -> Iterator[tuple[_Carried, Score]]:
-        """Scores in the order of the pairs, each with what came with it; memory is bounded."""
+        """Scores in the order of the pairs, each with its carried value; memory is bounded."""
         iterator = iter(pairs)
         running: deque[tuple[list[tuple[_Carried, EncodedPair]], _Running]] = deque()
         while True:
@@ -160,7 +160,7 @@ class Scorer:
         wanted = {pair.conditional: 0.0 for pair in pairs}
         if self._with_prior:
             wanted |= {pair.prior: 0.0 for pair in pairs}
-        continuations = list(wanted)  # a question that comes often has its prior counted once
+        continuations = list(wanted)  # the prior of a repeated text is computed once
         packs = [[continuations[i] for i in numbers] for numbers in in_packs(continuations)]
         return [(pack, self._pool.submit(pack)) for pack in packs]
 
@@ -204,8 +204,9 @@ def load_scorer(
     of a run or a checkpoint, which is converted beside it, once.
 
     `form`: `chat` or `plain` (docs/scoring.md). `device`: names separated by commas; by default
-    every GPU, or else the CPU. `with_prior`: also score with nothing given, for `Score.log_ratio`.
-    Raises ConfigError, CheckpointMissingError, CheckpointCorruptError, BackendError.
+    every GPU, or else the CPU. `with_prior`: also score the written text alone, for
+    `Score.log_ratio`. Raises ConfigError, CheckpointMissingError, CheckpointCorruptError,
+    BackendError.
     """
     if form not in list(Form):
         raise ConfigError(f"`form` is {form!r}; use {' or '.join(Form)}")

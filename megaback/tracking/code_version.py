@@ -1,4 +1,4 @@
-"""Which code runs: the package's version and, in a checkout, its commit and what was changed."""
+"""Version of the running code: the package's and, in a checkout, its commit and changes."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from megaback.installation import ROOT
 
 
 def code_version() -> dict[str, Any]:
-    """The versions, and in a checkout `commit`, `is_changed` since it, and `untracked` files."""
+    """Versions, and in a checkout `commit`, `is_changed` since it, and `untracked` files."""
     version: dict[str, Any] = {"megaback": __version__, "python": sys.version.split()[0]}
     if not (ROOT / ".git").exists():
         return version
@@ -25,12 +25,12 @@ def code_version() -> dict[str, Any]:
 
 
 def code_changes() -> str:
-    """What was changed since the commit, as a diff; empty outside a checkout."""
+    """Diff since the commit; empty outside a checkout."""
     return (_git("diff", "HEAD") or "") if (ROOT / ".git").exists() else ""
 
 
 def _git(*words: str) -> str | None:
-    """What git says of the checkout; None if it does not."""
+    """Output of a git command in the checkout; None if it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(ROOT), *words],

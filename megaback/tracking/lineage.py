@@ -1,4 +1,4 @@
-"""Where a run's weights come from: its base, the checkpoint that it resumed from, its starts."""
+"""Lineage of a run's weights: its base, the checkpoint that it resumed from, its starts."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from megaback.run_folder import (
 
 
 def lineage(config: Config, start_step: int) -> dict[str, Any]:
-    """`base`, `checkpoint` (None where there is none), `restarts` and `starts` of a run.
+    """`base`, `checkpoint` (None if there is none), `restarts` and `starts` of a run.
 
-    A checkpoint's `sha256` is that of its meta.json, which holds those of all its files; that of a
-    model's folder is of its config.json, which does too.
+    `sha256` of a checkpoint is the hash of its meta.json, that of a model folder the hash of its
+    config.json; both contain the hashes of all other files.
     """
     started = [line for line in read_history(config.run) if line.get("event") == "start"]
     checkpoint = config.run / CHECKPOINTS_FOLDER / step_name(start_step)
@@ -33,14 +33,14 @@ def lineage(config: Config, start_step: int) -> dict[str, Any]:
 
 
 def _meant_by(base: Path) -> Path:
-    """The file that describes what `init_from` names: of a model, a checkpoint, or a run."""
+    """The file that describes the model, checkpoint or run of `init_from`."""
     if (base / MODEL_CONFIG_NAME).is_file():
         return base / MODEL_CONFIG_NAME
     return max(checkpoints_meant_by(base), default=base) / META_NAME
 
 
 def _identity(description: Path) -> dict[str, Any]:
-    """Which artifact a file describes; None for what it does not say."""
+    """Identity of the artifact that a file describes; None for unknown fields."""
     identity: dict[str, Any] = {"path": str(description.parent), "step": None, "sha256": None}
     try:
         identity["step"] = read_json(description).get("step")

@@ -1,7 +1,7 @@
-"""A loss as a whole and by how much context a prediction had. Loads no torch.
+"""Loss over all targets, and by length of context. Loads no torch.
 
-A target's context is the tokens that were read before it within its segment: a document's, or a
-row's part of one. Buckets end at powers of two: 1, 2, 3-4, 5-8, and so on.
+A target's context is the tokens before it within its segment: a document, or a row's part of one.
+Buckets end at powers of two: 1, 2, 3-4, 5-8, and so on.
 """
 
 import math
@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Loss:
-    """What some targets cost. bits_per_byte counts the bytes of text that they stand for."""
+    """Mean loss of a set of targets, per token and per byte of the text that they encode."""
 
     nats_per_token: float
     bits_per_byte: float | None
-    """None where the targets stand for no text, such as end markers alone."""
+    """None if the targets encode no text, such as end markers alone."""
     num_targets: int
 
     @classmethod
@@ -29,7 +29,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class ContextLoss:
-    """The loss over a whole set, and of the targets of each bucket that has any, by its name."""
+    """The loss over a whole set, and of each non-empty bucket by its name."""
 
     whole: Loss
     by_context: dict[str, Loss]
@@ -48,12 +48,12 @@ class ContextLoss:
 
 
 def num_buckets(context_tokens: int) -> int:
-    """How many buckets a context of so many tokens fills."""
+    """Number of buckets of a context of `context_tokens`."""
     return (context_tokens - 1).bit_length() + 1
 
 
 def bucket_of(context: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The bucket of each number of tokens of context, which is 1 or more."""
+    """The bucket of each length of context in tokens, at least 1."""
     bucket: npt.NDArray[np.int32] = np.frexp(context - 1)[1]
     return bucket
 

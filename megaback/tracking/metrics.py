@@ -1,6 +1,6 @@
-"""metrics.jsonl: one line per step, canonical. Its lines, and how they are read.
+"""metrics.jsonl, the canonical metrics of a run: its lines, and their reader.
 
-Every line has `step`, the number of steps completed; docs/metrics.md says what each field is.
+Every line has `step`, the number of completed steps; docs/metrics.md describes each field.
 `metrics_log` writes them.
 """
 
@@ -34,13 +34,13 @@ _FIELDS = Fields(
     texts=frozenset(("skipped",)),
 )
 _MAX_LINES = 2_000_000
-"""So many of the shortest lines take 1 GB of memory."""
+"""The shortest lines take 1 GB of memory at this number."""
 MIN_DATA_WAIT_SHARE = 0.01
 """Smaller shares are recorded but not shown."""
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, by their fields; a last line that a kill cut short is left out.
+    """The lines of a run's metrics, by their fields; a truncated last line is skipped.
 
     Raises CheckpointMissingError for a folder without metrics, and CheckpointCorruptError for lines
     that are not of a run.
@@ -53,14 +53,13 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
             if line is None:
                 break
             if not line:
-                raise ValueError(f"line {number} is none of a run's")
+                raise ValueError(f"line {number} is not a line of metrics")
             if number > _MAX_LINES:
                 raise ValueError(f"it has more than {_MAX_LINES:,} lines")
             lines.append(line)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise CheckpointMissingError(
-            f"{run} holds no run's numbers (no {METRICS_NAME}); give the folder of a run that was "
-            "started"
+            f"{run} has no metrics (no {METRICS_NAME}); give the folder of a run that was started"
         ) from None
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in UNFIT:
@@ -73,13 +72,13 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def parsed_line(text: bytes) -> dict[str, Any] | None:
-    """A line of metrics; an empty one for what is none of a run's, None for what is no JSON."""
+    """A line of metrics; empty if its fields are invalid, None if it is not JSON."""
     try:
         line = parse_json(text)
     except ValueError:
         return None
     if not isinstance(line, dict) or type(line.get("step")) is not int or "left_out" in line:
-        return {}  # earlier versions wrote `left_out` where `excluded` is written
+        return {}  # earlier versions wrote `left_out` instead of `excluded`
     by_context = line.get("val_by_context", {})
     if not isinstance(by_context, dict):
         return {}
@@ -99,11 +98,11 @@ class StepRecord:
     gradient_norm: float
     step_s: float
     data_wait_share: float
-    """Share of these seconds that the rank waited that waited longest for its rows."""
+    """Share of `step_s` spent waiting for rows, on the rank that waited longest."""
     memory_peak_bytes: int
-    """Memory peak since the start, of the rank with most: of its GPU's allocator, or resident on a
-    CPU."""
+    """Peak memory since the start on the rank with the highest: of its GPU's allocator, or resident
+    on a CPU."""
     skipped_rows: int = 0
-    """Rows of frames that could not be read."""
+    """Number of rows of unreadable frames."""
     skipped: str | None = None
-    """Reason why the step changed no weights, if it did not."""
+    """Reason why the step was skipped, if it was."""

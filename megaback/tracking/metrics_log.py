@@ -1,6 +1,6 @@
-"""The metrics of a run as it trains: metrics.jsonl, the console, and the trackers.
+"""Logging of a run's metrics to metrics.jsonl, the console and the trackers.
 
-On resuming, lines past the resumed step are cut off, so that the file is that of an uninterrupted
+On resume, lines after the resumed step are removed, so that the file is that of an uninterrupted
 run.
 """
 
@@ -28,11 +28,11 @@ from megaback.tracking.tracker import BEFORE_ALL_STEPS
 from megaback.tracking.trackers import Trackers
 
 _RECENT_STEPS = 50
-"""Number of steps whose pace gives the time left."""
+"""Number of steps from whose durations the time left is estimated."""
 
 
 class MetricsLog:
-    """Where a run's numbers go. Only the first rank has one."""
+    """Writer of a run's metrics. Only the first rank has one."""
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class MetricsLog:
     ) -> None:
         """`step_flops_share` is the MFU of a step that takes one second, None if unknown.
 
-        Raises BackendError for a tracker that was asked for and is not installed, OSError, and
-        CheckpointCorruptError for lines that are not of a run.
+        Raises BackendError for a tracker that is configured but not installed, OSError, and
+        CheckpointCorruptError for invalid lines.
         """
         path = config.run / METRICS_NAME
         kept: list[dict[str, Any]] = []
@@ -67,7 +67,7 @@ class MetricsLog:
         self._progress: SafeProgress | None = None
         if sys.stdout.isatty():
             self._progress = SafeProgress(
-                # Where there is not room for all, first the bar goes, then the end of the text.
+                # On a narrow terminal, first the bar is dropped, then the end of the text.
                 BarColumn(bar_width=20),
                 TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
                 console=self._console,
@@ -103,11 +103,11 @@ class MetricsLog:
         self._note_losses(step)
 
     def excluded(self, step: int) -> None:
-        """Record a step that was passed over."""
+        """Record a step that a rollback excluded."""
         self._write({"step": step, "excluded": True})
 
     def validation(self, step: int, measured: ContextLoss) -> None:
-        """Record a measurement of the whole val set."""
+        """Record a validation."""
         whole = measured.whole
         self._write(
             {
@@ -137,7 +137,7 @@ class MetricsLog:
         self._trackers.close()
 
     def _summary(self, record: StepRecord, line: dict[str, Any]) -> str:
-        """A step on the console: what is asked for most comes first."""
+        """A step on the console, the most wanted figures first."""
         self._recent_s.append(record.step_s)
         left_s = (self._total_steps - record.step) * statistics.fmean(self._recent_s)
         pace = f"{line['tokens_per_s']:,.0f} tokens/s"
@@ -159,7 +159,7 @@ class MetricsLog:
         return "  ".join(parts)
 
     def _note_losses(self, step: int) -> None:
-        """Note in the run's history what can no longer be printed to: nobody sees it there."""
+        """Record in the run's history which output streams are lost."""
         losses = console_losses()
         for name in losses.keys() - self._noted_losses:
             self._noted_losses.add(name)
@@ -172,5 +172,5 @@ class MetricsLog:
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """The value, or None if it is non-finite, which JSON cannot express."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,6 @@
-"""What a run's folder tells to those who look from outside: its step, its loss, its jobs.
+"""Progress of a run from its folder: its step, its loss, its jobs.
 
-Only small files and the ends of long ones are read, so that looking disturbs nothing.
+Only small files and the ends of long ones are read.
 """
 
 import os
@@ -23,7 +23,7 @@ _DEPTH = 3
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int
     loss: float | None
@@ -32,17 +32,17 @@ class Progress:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's that was started or submitted."""
+    """Whether a folder belongs to a run that was started or submitted."""
     return (folder / HISTORY_NAME).is_file() or bool(read_submissions(folder))
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
-    """A folder, if it is a run's; else the runs below it, as deep as those of an arrow of time."""
+    """The folder, if it is a run; else the runs below it, down to those of an arrow of time."""
     return _runs_below(folder, _DEPTH, {})
 
 
 def _runs_below(folder: Path, depth: int, seen: dict[tuple[int, int], int]) -> Iterator[Path]:
-    """`seen` has the depth to which each folder was looked at: links may lead back many times."""
+    """`seen` has the depth to which each folder was searched: links may lead back to it."""
     if not os.access(folder, os.R_OK | os.X_OK) or not folder.is_dir():
         return
     facts = folder.stat()
@@ -72,7 +72,7 @@ def read_progress(run: Path) -> Progress | None:
 
 
 def read_submissions(run: Path) -> list[dict[str, Any]]:
-    """What `megaback submit` has recorded, oldest first; what cannot be read is left out."""
+    """Records of `megaback submit`, oldest first; unreadable ones are skipped."""
     found = []
     for path in sorted((run / SUBMITTED_FOLDER).glob(f"*/{SUBMISSION_NAME}")):
         try:
@@ -88,7 +88,7 @@ def read_submissions(run: Path) -> list[dict[str, Any]]:
 
 
 def jobs_of(run: Path) -> dict[str, str]:
-    """The Slurm jobs that worked on a run, or are to: job id to stage, oldest first."""
+    """The past, running and queued Slurm jobs of a run: job id to stage, oldest first."""
     known = {str(line["job"]): "train" for line in read_history(run) if line.get("job") is not None}
     for submission in read_submissions(run):
         known |= {job["job"]: job["stage"] for job in submission["jobs"]}
@@ -105,7 +105,7 @@ def events_of_job(run: Path, job: str, event: str) -> Sequence[dict[str, Any]]:
 
 
 def last_metrics(run: Path) -> list[dict[str, Any]]:
-    """The last lines of a run's metrics, those that can be read."""
+    """The last readable lines of a run's metrics."""
     try:
         texts = last_lines(run / METRICS_NAME, _TAIL_BYTES)
     except OSError:

@@ -1,6 +1,6 @@
-"""A run in TensorBoard: event files in its folder `tensorboard`, an event a line of metrics.jsonl.
+"""TensorBoard tracker: event files in `tensorboard`, one event per line of metrics.jsonl.
 
-Each start begins a file. Its first event tells TensorBoard to forget earlier files from a step on.
+Each start begins a file, whose first event makes TensorBoard discard later steps of earlier files.
 """
 
 import struct
@@ -22,12 +22,12 @@ _CHECKSUM_BYTES = 4
 
 
 class TensorboardTracker:
-    """Numbers only: TensorBoard draws no words."""
+    """Writes numbers only: TensorBoard does not plot text."""
 
     def __init__(self, run: Path, last_step: int) -> None:
         """Raises OSError."""
         folder = run / TENSORBOARD_FOLDER
-        # The last step may lack what a kill kept from the disk, so it is written again.
+        # After a kill the last step may be incomplete, so it is written again.
         self.held_step = max(min(_last_step(folder) - 1, last_step), BEFORE_ALL_STEPS)
         is_new = not any(folder.glob("events.*"))
         self._writer: Any = SummaryWriter(
@@ -49,7 +49,7 @@ class TensorboardTracker:
 
 
 def _last_step(folder: Path) -> int:
-    """The last step that TensorBoard shows of the event files, or BEFORE_ALL_STEPS."""
+    """The last step that TensorBoard shows, or BEFORE_ALL_STEPS."""
     last = BEFORE_ALL_STEPS
     for path in sorted(folder.glob("events.*")):
         for event in _events(path):
@@ -61,7 +61,7 @@ def _last_step(folder: Path) -> int:
 
 
 def _events(path: Path) -> Iterator[Event]:
-    """The events of a file, up to the first that is not whole."""
+    """The events of a file, up to the first incomplete one."""
     with path.open("rb") as file:
         while len(header := file.read(_RECORD_HEADER.size)) == _RECORD_HEADER.size:
             num_bytes, _ = _RECORD_HEADER.unpack(header)
@@ -70,6 +70,6 @@ def _events(path: Path) -> Iterator[Event]:
                 return
             try:
                 event = Event.FromString(content)
-            except DecodeError:  # a crash of the machine may leave anything
+            except DecodeError:  # a crash of the machine may leave any bytes
                 return
             yield event

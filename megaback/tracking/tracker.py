@@ -1,4 +1,4 @@
-"""What a tracker is given: lines of metrics.jsonl as flat values of a step."""
+"""Interface of trackers, which receive lines of metrics.jsonl as flat values of a step."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -9,20 +9,20 @@ BEFORE_ALL_STEPS = -1
 
 
 class Tracker(Protocol):
-    """Where numbers go besides metrics.jsonl. Any exception means that it has failed."""
+    """A destination of metrics besides metrics.jsonl. Any exception means that it has failed."""
 
     held_step: int
-    """Last step that it holds from earlier starts: only later steps are written to it."""
+    """Last step that it has from earlier starts: only later steps are written to it."""
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
-        """Take what a line of metrics.jsonl says of a step; steps never go down."""
+        """Log the values of one line of metrics.jsonl; steps never decrease."""
 
     def close(self) -> None:
-        """Bring everything to where it belongs."""
+        """Flush everything and close."""
 
 
 def flat_values(line: Mapping[str, Any], before: str = "") -> dict[str, Value]:
-    """What a line says but its step: nested keys are joined by `/`, what is unknown is left out."""
+    """A line's values except its step: nested keys are joined by `/`, None is omitted."""
     flat: dict[str, Value] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Other places that show a run's numbers: wandb and TensorBoard, fed from metrics.jsonl.
+"""Trackers of a run: wandb and TensorBoard, fed from metrics.jsonl.
 
 metrics.jsonl is canonical. On resume, trackers are truncated to the resumed step and backfilled; no
 step is logged twice. A tracker that fails is dropped, and training continues.
@@ -14,16 +14,16 @@ from megaback.config import Config
 from megaback.tracking.tracker import Tracker, flat_values
 
 _A_MODULE_OF = {"wandb": "wandb.sdk", "tensorboard": "tensorboard.summary"}
-"""Modules that a mere folder of that name, such as one of offline runs, does not have."""
+"""Modules that a plain folder of that name, such as one of offline runs, does not have."""
 
 
 class Trackers:
-    """The trackers that a config asks for, as long as they work."""
+    """The configured trackers that have not failed."""
 
     def __init__(self, config: Config, last_step: int, log: Callable[[str], None]) -> None:
-        """`last_step`: the last one that metrics.jsonl still has, or BEFORE_ALL_STEPS.
+        """`last_step`: the last one in metrics.jsonl, or BEFORE_ALL_STEPS.
 
-        Raises BackendError for one that was asked for and is not installed.
+        Raises BackendError for a tracker that is configured but not installed.
         """
         require_installed(config)
         self._log = log
@@ -31,7 +31,7 @@ class Trackers:
         for name, start in _STARTS.items():
             try:
                 tracker = start(config, last_step)
-            except Exception as error:  # noqa: BLE001 (theirs may raise anything)
+            except Exception as error:  # noqa: BLE001 (a tracker may raise anything)
                 log(_failure(name, "did not start", error))
                 continue
             if tracker is None:
@@ -39,12 +39,12 @@ class Trackers:
             self._trackers[name] = tracker
             if tracker.held_step > last_step:
                 log(
-                    f"{name} has steps up to {tracker.held_step:,} already: those that are made "
-                    "again are not shown there"
+                    f"{name} already has steps up to {tracker.held_step:,}; they are not logged "
+                    "there again"
                 )
 
     def feed(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Give lines of metrics.jsonl to the trackers that lack them."""
+        """Pass lines of metrics.jsonl to the trackers that lack them."""
         for line in lines:
             step, values = line["step"], flat_values(line)
             for name, tracker in list(self._trackers.items()):
@@ -58,7 +58,7 @@ class Trackers:
     def _attempt(self, name: str, act: Callable[..., None], *arguments: Any) -> None:
         try:
             act(*arguments)
-        except Exception as error:  # noqa: BLE001 (theirs may raise anything)
+        except Exception as error:  # noqa: BLE001 (a tracker may raise anything)
             del self._trackers[name]
             self._log(_failure(name, "has failed", error))
 
@@ -66,13 +66,13 @@ class Trackers:
 def _failure(name: str, what: str, error: Exception) -> str:
     reason = scrub(" ".join(str(error).split())) or type(error).__name__
     return (
-        f"{name} {what} ({type(error).__name__}: {reason}); training goes on without it, and the "
-        "next start gives it what it lacks from metrics.jsonl"
+        f"{name} {what} ({type(error).__name__}: {reason}); training continues without it, and the "
+        "next start backfills it from metrics.jsonl"
     )
 
 
 def require_installed(config: Config) -> None:
-    """Raises BackendError for a tracker that the config asks for and that is not installed."""
+    """Raises BackendError for a tracker that is configured but not installed."""
     section = config.logging
     for name, value in (("wandb", section.wandb), ("tensorboard", section.tensorboard)):
         if value not in ("off", "auto") and not _is_installed(name):
@@ -88,7 +88,7 @@ def _is_installed(name: str) -> bool:
         return find_spec(_A_MODULE_OF[name]) is not None
     except ModuleNotFoundError:
         return False
-    except ValueError:  # it is loaded, by an unusual way
+    except ValueError:  # it is loaded, but without a spec
         return True
 
 

@@ -1,9 +1,9 @@
-"""wandb's own files of a run, read back and cut back: `wandb/offline-run-…/run-ID.wandb`.
+"""Reading and truncating wandb's own logs of a run: `wandb/offline-run-…/run-ID.wandb`.
 
-Such a file is a log as LevelDB writes it (github.com/google/leveldb, doc/log_format.md) after seven
-bytes of wandb's: blocks of 32 KiB, in them pieces of records with a CRC-32. A record is wandb's
-protobuf `Record`, and its `history` is a step. A process that is killed leaves a log without its
-last block or so, and whoever reads it stops there: so a log may also be cut between two records.
+The format is LevelDB's log (github.com/google/leveldb, doc/log_format.md) after a header of seven
+bytes: blocks of 32 KiB that contain pieces of records with a CRC-32. A record is wandb's protobuf
+`Record`, and its `history` is a step. A killed process leaves a log without its last block, and
+readers stop there: so a log may also be truncated between two records.
 """
 
 import glob
@@ -27,23 +27,23 @@ _OFFLINE_PREFIX = "offline-run-"
 
 @dataclass(frozen=True)
 class Segment:
-    """What one start of a run has logged."""
+    """Log of one start of a run."""
 
     path: Path
     steps: tuple[int, ...]
-    """Steps as they stand in the log."""
+    """Steps in the order of the log."""
     offsets: tuple[int, ...]
     """Position of each record's beginning."""
 
     @property
     def is_sent(self) -> bool:
-        """Whether a server may have it: it was online, or `wandb sync` has been there."""
+        """Whether a server may have it: it was online, or `wandb sync` has sent it."""
         is_offline = self.path.parent.name.startswith(_OFFLINE_PREFIX)
         return not is_offline or self.path.with_name(self.path.name + ".synced").exists()
 
 
 def read_segments(run: Path, run_id: str) -> list[Segment]:
-    """The logs of one run of wandb in a folder, oldest first; none that is reached by a link.
+    """The logs of one run of wandb in a folder, oldest first; links are not followed.
 
     Raises ValueError for files of another kind.
     """
@@ -54,7 +54,7 @@ def read_segments(run: Path, run_id: str) -> list[Segment]:
 
 
 def cut_back(segment: Segment, last_step: int) -> Segment:
-    """Remove the steps after `last_step`, and what was recorded since. Raises OSError."""
+    """Truncate a log after `last_step`. Raises OSError."""
     later = [index for index, step in enumerate(segment.steps) if step > last_step]
     if not later:
         return segment
@@ -63,7 +63,7 @@ def cut_back(segment: Segment, last_step: int) -> Segment:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """The records of a log, each with where it begins, up to the first that is not whole.
+    """The records of a log with their offsets, up to the first incomplete one.
 
     Raises ValueError for a file of another kind.
     """
@@ -88,14 +88,14 @@ def _read_segment(path: Path) -> Segment:
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Pieces of records with their places and kinds, up to the first that is not whole."""
+    """Offsets, kinds and contents of pieces, up to the first incomplete one."""
     with path.open("rb") as file:
         block = file.read(_BLOCK_BYTES)
         if len(block) < _FILE_HEADER.size:
-            return  # killed before anything was written
+            return  # killed before the first write
         if _FILE_HEADER.unpack_from(block) != _FILE_KIND:
             raise ValueError(
-                f"{path} is not a log of a version of wandb that megaback knows; "
+                f"{path} is not a log of a version of wandb that megaback supports; "
                 "move the folder wandb out of the run"
             )
         block_start, position = 0, _FILE_HEADER.size
@@ -113,5 +113,5 @@ def _pieces(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _started(path: Path) -> tuple[str, str]:
-    """`offline-run-20260102_030405-ID` and `run-…` by their times."""
+    """Sort key of `offline-run-20260102_030405-ID` and `run-…` by their times."""
     return path.parent.name.removeprefix("offline-"), str(path)

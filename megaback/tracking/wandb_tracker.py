@@ -1,7 +1,7 @@
-"""A run in wandb: one run there, with one id, for as long as its folder lives.
+"""wandb tracker: all starts of a run's folder are one run of wandb, with one id.
 
-Every start is a segment of it. Offline, what earlier segments hold beyond the resumed step is cut
-off, as it is from metrics.jsonl, unless it has been sent; online, the server says what it holds.
+Every start is a segment of it. Offline, earlier segments are truncated to the resumed step, as
+metrics.jsonl is, unless they have been sent; online, the server reports its last step.
 """
 
 import sys
@@ -27,13 +27,13 @@ _MAX_ID_BYTES = 128
 
 
 class WandbTracker:
-    """Steps are rows of wandb's history, their number is wandb's own `_step`.
+    """Writes steps as rows of wandb's history, numbered by wandb's own `_step`.
 
-    wandb joins what is written of one step, and keeps it once a later one comes, or at the close.
+    wandb merges the values of one step, and stores them at the next step or on close.
     """
 
     def __init__(self, config: Config, last_step: int) -> None:
-        """May raise whatever wandb raises, OSError, and ValueError for files of another kind."""
+        """Raises any exception of wandb, OSError, and ValueError for files of another kind."""
         run, logging = config.run, config.logging
         is_online = logging.wandb == "online"
         id_path = run / WANDB_ID_NAME
@@ -42,7 +42,7 @@ class WandbTracker:
         run_id = read_file(id_path, _MAX_ID_BYTES).decode().strip()
         if not is_online:
             self.held_step = _cut_back(config, run_id, last_step)
-        # wandb keeps the command line, of which nobody reads more by now.
+        # wandb stores the command line, which is not needed any more.
         sys.argv[1:] = map(scrub, sys.argv[1:])
         self._run: Any = wandb.init(
             project=logging.wandb_project,
@@ -59,7 +59,7 @@ class WandbTracker:
             settings=wandb.Settings(silent=True),
         )
         if is_online:
-            self.held_step = self._run.starting_step - 1  # the server's next one
+            self.held_step = self._run.starting_step - 1  # the server's next step
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         with _disconnect_if_lost():
@@ -69,12 +69,12 @@ class WandbTracker:
         with _disconnect_if_lost():
             self._run.finish()
             with suppress(SystemExit):
-                wandb.teardown()  # only after its end has wandb's process written everything
+                wandb.teardown()  # wandb's process has written everything once it ends
 
 
 @contextmanager
 def _disconnect_if_lost() -> Iterator[None]:
-    """If wandb's own process is gone, do not let wandb wait for it at the end of ours."""
+    """If wandb's own process has ended, keep wandb from waiting for it at the end of ours."""
     try:
         yield
     except OSError:
@@ -84,7 +84,7 @@ def _disconnect_if_lost() -> Iterator[None]:
 
 
 def _cut_back(config: Config, run_id: str, last_step: int) -> int:
-    """Cut what was not sent; the last step that is left, or BEFORE_ALL_STEPS."""
+    """Truncate segments that were not sent; the last remaining step, or BEFORE_ALL_STEPS."""
     held = [BEFORE_ALL_STEPS]
     for segment in read_segments(config.run, run_id):
         kept = segment if segment.is_sent else cut_back(segment, last_step)

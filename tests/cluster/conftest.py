@@ -30,11 +30,11 @@ from tests.helpers.small_cluster import (
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """Nodes n1 to n4, large enough on paper for the shipped files; taken down at the end."""
+    """Nodes n1 to n4, declared large enough for the shipped files; stopped at the end."""
     reason = why_no_cluster()
     if reason:
         pytest.skip(reason)
-    # pytest's own folders are closed to others, and munged refuses to have its socket in one.
+    # munged refuses a socket in pytest's folders, which other users cannot read.
     folder = Path(tempfile.mkdtemp(prefix="megaback-slurm-"))
     folder.chmod(0o755)
     environment = {
@@ -88,7 +88,7 @@ def write_config(tiny_shards: Path) -> Callable[..., Path]:
 def finished(
     slurm: Slurm, write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> FinishedRun:
-    """Trained by the shipped file on two nodes with two ranks and two (fake) GPUs each."""
+    """A run trained by the shipped file on two nodes with two ranks and two (fake) GPUs each."""
     base = tmp_path_factory.mktemp("finished")
     folder, home, temporary = base / "folder", base / "home", base / "temporary"
     for path in (folder, home, temporary):

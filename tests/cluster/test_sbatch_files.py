@@ -1,4 +1,4 @@
-"""The shipped files as text, and what Slurm says to them; no job is run."""
+"""The shipped sbatch files as text, and as tested by Slurm; no job is run."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ all_files = pytest.mark.parametrize(
 
 
 def late_sbatch_lines(text: str) -> list[str]:
-    """#SBATCH lines that Slurm ignores without a word: those after the first command."""
+    """#SBATCH lines that Slurm ignores silently: those after the first command."""
     lines = text.splitlines()
     first_command = next(
         number for number, line in enumerate(lines) if line.strip() and not line.startswith("#")
@@ -25,7 +25,7 @@ def late_sbatch_lines(text: str) -> list[str]:
 
 
 @all_files
-def test_sbatch_lines_all_stand_before_the_first_command(path: Path) -> None:
+def test_all_sbatch_lines_are_before_the_first_command(path: Path) -> None:
     assert late_sbatch_lines(path.read_text()) == []
 
 
@@ -35,7 +35,7 @@ def test_an_sbatch_line_after_the_first_command_is_found() -> None:
 
 
 @slurm_files
-def test_sbatch_files_pass_their_arguments_on_as_they_came(path: Path) -> None:
+def test_sbatch_files_pass_their_arguments_on_unchanged(path: Path) -> None:
     assert '"$@"' in _code(path)
 
 
@@ -60,7 +60,7 @@ echo >>"$COMMANDS"
 
 
 def commands_of(path: Path, folder: Path, **variables: str) -> list[list[str]]:
-    """The commands that a shipped file starts, recorded by stand-ins in place of the programs."""
+    """The commands that a shipped file starts, recorded by stand-ins for the programs."""
     programs = folder / "bin"
     programs.mkdir(parents=True)
     for name in ("apptainer", "python", "scontrol", "srun"):
@@ -83,7 +83,7 @@ def commands_of(path: Path, folder: Path, **variables: str) -> list[list[str]]:
 
 
 def without_container(command: list[str], gpu: tuple[str, ...]) -> list[str]:
-    """A recorded command as it is where no container is named. Raises ValueError for others."""
+    """A recorded command without its container. Raises ValueError if it has none."""
     at = command.index("apptainer")
     assert command[at : at + 3 + len(gpu)] == ["apptainer", "exec", *gpu, IMAGE]
     return command[:at] + command[at + 3 + len(gpu) :]
@@ -95,16 +95,16 @@ def without_container(command: list[str], gpu: tuple[str, ...]) -> list[str]:
         ("build_shards.sbatch", (), 0),
         ("convert.sbatch", (), 0),
         ("backtranslate.sbatch", ("--nv",), 0),
-        # scontrol, and what calls it: begin and end.
+        # scontrol and its callers, begin and end, run outside.
         ("train.sbatch", ("--nv",), 3),
         ("finetune.sbatch", ("--nv",), 3),
     ],
 )
-def test_a_container_has_the_same_commands_run_in_it(
+def test_the_same_commands_run_in_a_container(
     name: str, gpu: tuple[str, ...], outside: int, tmp_path: Path
 ) -> None:
     path = next(path for path in SLURM_FILES if path.name == name)
-    variables = {"MASTER_PORT": "12345"}  # else chosen at random
+    variables = {"MASTER_PORT": "12345"}  # random by default
     usual = commands_of(path, tmp_path / "usual", **variables)
     contained = commands_of(path, tmp_path / "contained", MEGABACK_CONTAINER=IMAGE, **variables)
 
@@ -118,7 +118,7 @@ def test_a_container_has_the_same_commands_run_in_it(
     assert restored == usual
 
 
-def test_a_container_without_apptainer_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_container_without_apptainer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for name in ("python", "srun"):
         (tmp_path / "bin" / name).write_text(_STAND_IN)
@@ -132,7 +132,7 @@ def test_a_container_without_apptainer_is_refused_in_a_sentence(tmp_path: Path) 
         check=False,
     )
     assert done.returncode == 13
-    assert "MEGABACK_CONTAINER is set, and apptainer is not on the PATH" in done.stderr
+    assert "MEGABACK_CONTAINER is set, but apptainer is not on the PATH" in done.stderr
 
 
 @pytest.mark.cluster

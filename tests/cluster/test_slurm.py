@@ -1,4 +1,4 @@
-"""Training jobs on a real Slurm: alone, together, stopped and queued again."""
+"""Training jobs on a real Slurm: alone, together, stopped and requeued."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def test_a_run_on_two_nodes_has_the_losses_of_one_process(
             assert found[key] == pytest.approx(expected[key], abs=1e-4), (key, of_alone["step"])
 
 
-def test_a_job_writes_its_log_and_into_its_run_and_nowhere_else(finished: FinishedRun) -> None:
+def test_a_job_writes_only_its_log_and_its_run(finished: FinishedRun) -> None:
     log = next(finished.folder.glob("megaback-train-*.out"))
     written = {path for path in finished.folder.rglob("*") if path.is_file()}
     outside = {path for path in written if finished.run not in path.parents}
@@ -60,7 +60,7 @@ def test_a_job_writes_its_log_and_into_its_run_and_nowhere_else(finished: Finish
     assert [path for path in elsewhere if path.is_file()] == []
 
 
-def test_a_job_beside_packages_of_our_names_runs_what_is_installed_from_a_wheel(
+def test_a_job_beside_modules_of_the_same_names_runs_the_installed_wheel(
     wheel_python: Path, write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     plant(tmp_path, "launcher", "tools", "data_pipeline", "torch")
@@ -78,11 +78,11 @@ def test_a_job_beside_packages_of_our_names_runs_what_is_installed_from_a_wheel(
     assert last_step(tmp_path / "run") == 2
 
 
-def test_the_rank_of_a_job_runs_in_the_container_that_is_named(
+def test_the_ranks_of_a_job_run_in_its_container(
     write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     started, image = tmp_path / "started", tmp_path / "an image.sif"
-    apptainer = tmp_path / "bin" / "apptainer"  # where it runs the command is Apptainer's matter
+    apptainer = tmp_path / "bin" / "apptainer"  # a stand-in that runs the command here
     apptainer.parent.mkdir()
     apptainer.write_text(f'#!/bin/bash\necho "$*" >>"{started}"\nshift 3\nexec "$@"\n')
     apptainer.chmod(0o755)
@@ -104,11 +104,11 @@ def test_the_rank_of_a_job_runs_in_the_container_that_is_named(
 
 
 @pytest.mark.timeout(600)
-def test_a_job_at_its_time_limit_saves_and_queues_itself_and_ends_as_if_undisturbed(
+def test_a_job_at_its_time_limit_saves_and_resumes_with_the_same_metrics(
     finished: FinishedRun, write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
-    # The ranks are held after a few steps until the signal has come, so that neither a fast nor a
-    # slow machine decides where it finds them. Then a limit is set that the signal comes before.
+    # The ranks are frozen after a few steps until the signal has arrived, so that the result does
+    # not depend on the machine's speed. The time limit is set while they are.
     config, run = write_config(tmp_path), tmp_path / "run"
     options = f"{cpu_options(tasks_per_node=2)} --signal=B:USR1@110"
     job_id = slurm.submit("train.sbatch", config, cwd=tmp_path, options=options)
@@ -125,7 +125,7 @@ def test_a_job_at_its_time_limit_saves_and_queues_itself_and_ends_as_if_undistur
             cwd=tmp_path,
         )
         wait_for(lambda: "passing a signal on" in read_log(tmp_path, job_id), 120)
-    wait_for(lambda: "queued again" in read_log(tmp_path, job_id), 60)
+    wait_for(lambda: "requeued" in read_log(tmp_path, job_id), 60)
     slurm.command("scontrol", "update", f"JobId={job_id}", "TimeLimit=10")
     job = slurm.require_completed(job_id, tmp_path)
 
@@ -139,7 +139,7 @@ def test_a_job_at_its_time_limit_saves_and_queues_itself_and_ends_as_if_undistur
     ]
     assert len(saved) == 2
     assert 5 <= min(saved) < max(saved) == NUM_STEPS
-    assert f"newest checkpoint is of step {min(saved)}, and the job is queued again" in log
+    assert f"newest checkpoint is of step {min(saved)}, and the job is requeued" in log
     assert _without_timings(run) == _without_timings(finished.run)
 
     assert (row["job"], row["state"], row["total_steps"]) == (job_id, "running", NUM_STEPS)
@@ -150,11 +150,11 @@ def test_a_job_at_its_time_limit_saves_and_queues_itself_and_ends_as_if_undistur
     assert f"already has job {job_id} (train, running)" in refused.stderr
 
 
-def test_two_runs_share_nodes_and_one_that_is_cancelled_saves_and_does_not_come_back(
+def test_two_runs_share_nodes_and_a_canceled_one_saves_and_is_not_requeued(
     write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
-    # The first one goes on for as long as the second one needs, so that they meet on any port
-    # that they both use.
+    # The first one runs for as long as the second one, so that they would collide on any port that
+    # both used.
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
@@ -176,7 +176,7 @@ def test_two_runs_share_nodes_and_one_that_is_cancelled_saves_and_does_not_come_
     job = slurm.wait(endless, first)
     wait_for(lambda: "asked to stop after" in read_log(first, endless), 30)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
-    assert "queued again" not in read_log(first, endless)
+    assert "and the job is requeued" not in read_log(first, endless)
     assert list((first / "run/checkpoints").glob("step-*/meta.json"))
     losses = [
         [line["loss"] for line in read_metrics(folder / "run") if "loss" in line][:3]
@@ -185,7 +185,7 @@ def test_two_runs_share_nodes_and_one_that_is_cancelled_saves_and_does_not_come_
     assert losses[0] == losses[1]  # the schedule is still in its warmup
 
 
-def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_does_not_whatever_it_loses(
+def test_a_preempted_job_resumes_and_a_canceled_one_that_loses_a_rank_does_not(
     write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     config, run = write_config(tmp_path, training=_ENDLESS), tmp_path / "run"
@@ -220,7 +220,7 @@ def test_a_preempted_job_saves_and_goes_on_later_and_a_cancelled_one_does_not_wh
     assert next(line["code"] for line in read_history(run) if line["event"] == "exit") == 75
 
 
-def test_a_config_that_cannot_work_is_refused_before_there_are_ranks(
+def test_an_invalid_config_is_refused_before_the_ranks_start(
     write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path)
@@ -255,7 +255,7 @@ def test_the_file_for_fine_tuning_trains_from_a_finished_run(
     assert last_step(tmp_path / "run") == 1
 
 
-def test_files_that_were_taken_apart_say_what_they_miss(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_copied_sbatch_file_names_the_files_that_it_lacks(slurm: Slurm, tmp_path: Path) -> None:
     alone = tmp_path / "train.sbatch"
     alone.write_bytes((REPOSITORY / "slurm/train.sbatch").read_bytes())
     job_id = slurm.command(

@@ -26,7 +26,7 @@ _SLOW_LEVEL = 22  # compressing takes seconds, so that a node can die in the mid
 
 @pytest.fixture(scope="module")
 def long_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file for each element, of words that no compressor sees through."""
+    """A file for each element, of incompressible words."""
     folder = tmp_path_factory.mktemp("long")
     generator = random.Random(8)
     for number in range(_ELEMENTS):
@@ -39,7 +39,7 @@ def long_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_an_array_that_loses_a_node_ends_in_the_manifest_of_one_process(
+def test_an_array_that_loses_a_node_writes_the_manifest_of_a_single_process(
     slurm: Slurm,
     long_source: Path,
     tokenizer_path: Path,
@@ -52,7 +52,7 @@ def test_an_array_that_loses_a_node_ends_in_the_manifest_of_one_process(
         *("--source", long_source, "--tokenizer", tokenizer_path, "--out", shards),
         *("--compression-level", _SLOW_LEVEL),
         cwd=tmp_path,
-        options=f"--array=0-{_ELEMENTS - 1}%{_AT_A_TIME} --mem-per-cpu=30000",  # two a node
+        options=f"--array=0-{_ELEMENTS - 1}%{_AT_A_TIME} --mem-per-cpu=30000",  # two per node
     )
 
     def finished() -> int:
@@ -87,7 +87,7 @@ def test_an_array_that_loses_a_node_ends_in_the_manifest_of_one_process(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_an_array_writes_the_instructions_that_one_process_writes(
+def test_an_array_writes_the_instructions_of_a_single_process(
     slurm: Slurm, codec: Callable[..., TextCodec], tmp_path: Path
 ) -> None:
     model = write_chat_model(tmp_path / "model", codec(), context_tokens=64)
@@ -104,7 +104,7 @@ def test_an_array_writes_the_instructions_that_one_process_writes(
     slurm.require_completed(job_id, tmp_path)
 
     alone = [sys.executable, "-m", "tools.backtranslate", *arguments, tmp_path / "alone.jsonl"]
-    # As many threads as a task of the array has: another number rounds other sums otherwise.
+    # The same number of threads as a task of the array, which determines rounding.
     subprocess.run(
         [str(word) for word in alone],
         check=True,

@@ -1,4 +1,4 @@
-"""The runs of an arrow of time as jobs of their own, and what they come to."""
+"""The runs of an arrow of time as separate jobs, and their result."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def _found_in(run: Path) -> dict[str, Any]:
     return fields
 
 
-def test_an_arrow_of_two_jobs_is_that_of_one_command(
+def test_an_arrow_of_two_jobs_equals_that_of_one_command(
     write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path)

@@ -1,4 +1,4 @@
-"""`megaback submit` and `megaback jobs`: the whole way from text to a model on a real Slurm."""
+"""`megaback submit` and `megaback jobs`: from text to a model on a real Slurm."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ def _jobs(run: Path) -> dict[str, str]:
     return {job["stage"]: job["job"] for job in _submission(run)["jobs"]}  # type: ignore[attr-defined]
 
 
-def test_a_chain_goes_from_text_to_a_model_and_its_run_goes_on_with_more_nodes(
+def test_a_chain_makes_a_model_from_text_and_its_run_resumes_on_more_nodes(
     write_config: Callable[..., Path],
     slurm: Slurm,
     tiny_text_folder: Path,
@@ -72,7 +72,7 @@ def test_a_chain_goes_from_text_to_a_model_and_its_run_goes_on_with_more_nodes(
     assert (row["state"], row["step"], row["total_steps"]) == ("finished", 5, 5)
 
 
-def test_what_depends_on_a_failed_build_is_cancelled(
+def test_jobs_after_a_failed_build_are_canceled(
     write_config: Callable[..., Path], slurm: Slurm, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     source, run = tmp_path / "text.jsonl", tmp_path / "run"
@@ -110,7 +110,7 @@ def test_what_depends_on_a_failed_build_is_cancelled(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_cannot_work_is_refused_before_it_is_queued(
+def test_an_invalid_run_is_refused_before_it_is_queued(
     options: tuple[str, ...],
     code: int,
     sentence: str,

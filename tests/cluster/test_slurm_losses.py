@@ -1,4 +1,4 @@
-"""What comes of a training job that loses nodes and ranks, or gets nowhere."""
+"""Training jobs that lose nodes and ranks, or make no progress."""
 
 import shutil
 from collections.abc import Callable
@@ -29,7 +29,7 @@ if os.environ.get("SLURMD_NODENAME") == "n2":
 
 
 @pytest.mark.timeout(600)
-def test_a_job_outlives_a_node_that_reboots_and_one_that_dies_but_not_more_than_it_may(
+def test_a_job_survives_as_many_lost_nodes_as_the_requeue_limit(
     write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -39,7 +39,7 @@ def test_a_job_outlives_a_node_that_reboots_and_one_that_dies_but_not_more_than_
         hardware={"device": "cpu", "heartbeat_s": 1, "step_timeout_s": 60},
         checkpoint={"every_steps": 5},
     )
-    # Longer than Slurm here takes to notice a dead node, as in the shipped file.
+    # Longer than this Slurm takes to notice a dead node, as in the shipped file.
     job_id = slurm.submit(
         "train.sbatch",
         config,
@@ -74,14 +74,14 @@ def test_a_job_outlives_a_node_that_reboots_and_one_that_dies_but_not_more_than_
         ranks_of(config)[0].kill()
         job = slurm.wait(job_id, tmp_path)
         assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "51:0", "2")
-        assert "come back 2 times after such losses" in log()
+        assert "requeued 2 times after such losses" in log()
         steps = [line["step"] for line in read_history(run) if line["event"] == "start"]
-        assert steps == sorted(set(steps)), "every start went on from a newer checkpoint"
+        assert steps == sorted(set(steps)), "every start resumes from a newer checkpoint"
     finally:
         slurm.command("bash", MINISLURM, "up")  # for the tests that follow
 
 
-def test_a_node_that_does_not_fit_is_replaced_on_request(
+def test_a_bad_node_is_replaced_on_request(
     write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     folder = tmp_path / "injected"
@@ -101,18 +101,18 @@ def test_a_node_that_does_not_fit_is_replaced_on_request(
 
     log = read_log(tmp_path, job_id)
     assert "node n2 has flash-attn 0.1, but the other nodes have none" in log
-    assert "without n2 from now on; the newest checkpoint is of step 0" in log
+    assert "excluding n2; the newest checkpoint is of step 0" in log
     assert (job["Restarts"], job["NodeList"]) == ("1", "n[1,3]")
 
 
-def test_an_error_of_one_rank_is_the_end_of_the_job_with_its_reason_and_code(
+def test_an_error_of_one_rank_ends_the_job_with_its_reason_and_code(
     write_config: Callable[..., Path], slurm: Slurm, tiny_shards: Path, tmp_path: Path
 ) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(tiny_shards, shards)
     shard = next(shards.glob("train-*.zst"))
     broken = bytearray(shard.read_bytes())
-    broken[200] ^= 1  # in the first frame: whichever rank comes to it
+    broken[200] ^= 1  # in the first frame
     shard.write_bytes(broken)
     config = write_config(tmp_path)
     job_id = slurm.submit(
@@ -148,9 +148,7 @@ def test_a_job_without_progress_is_requeued_only_twice(
         wait_for(lambda start=start: log().count("time limit near") == start, 60, log)  # type: ignore[misc]
     job = slurm.wait(job_id, tmp_path)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "2")
-    assert "has started 3 times at step 0 and came to no newer checkpoint" in read_log(
-        tmp_path, job_id
-    )
+    assert "has started 3 times at step 0 without a newer checkpoint" in read_log(tmp_path, job_id)
 
 
 def _nodes(slurm: Slurm, job_id: str) -> str:
@@ -158,5 +156,5 @@ def _nodes(slurm: Slurm, job_id: str) -> str:
 
 
 def _last_node(slurm: Slurm, job_id: str) -> str:
-    """Not the one that the job's script runs on."""
+    """A node other than that of the batch script."""
     return slurm.command("scontrol", "show", "hostnames", _nodes(slurm, job_id)).split()[-1]

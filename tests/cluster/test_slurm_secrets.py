@@ -32,7 +32,7 @@ def _jobs(run: Path) -> dict[str, str]:
     return {job["stage"]: job["job"] for job in record["jobs"]}
 
 
-def test_jobs_read_what_a_secret_opens_and_show_it_to_nobody(
+def test_jobs_use_a_secret_without_showing_it(
     write_config: Callable[..., Path],
     slurm: Slurm,
     tiny_text_folder: Path,
@@ -46,7 +46,7 @@ def test_jobs_read_what_a_secret_opens_and_show_it_to_nobody(
     with serving() as server, watched_processes() as seen:
         _serve(server, tiny_text_folder)
         _serve(server, tiny_shards, "set/")
-        # Typed behind a command of ours: a source, and shards of another run.
+        # On a command line of megaback: a source, and shards of another run.
         source = _with_secret(server.url("a.jsonl"))
         config = write_config(user, run=str(out / "one"), data={"shards": str(shards)})
         chain = ("submit", config, "training.steps=2", *SMALL_JOB, "--chain=data,train")
@@ -60,7 +60,7 @@ def test_jobs_read_what_a_secret_opens_and_show_it_to_nobody(
             slurm.require_completed(job, out / run / "logs")
             said += slurm.command("scontrol", "show", "job", job)
             slurm.command("scancel", one["train"])  # it would read nothing from the server
-        # Typed behind sbatch, where Slurm shows it: refused before a rank starts.
+        # On sbatch's command line, which Slurm shows: refused before a rank starts.
         refused = slurm.submit("train.sbatch", config, f"run={out / 'three'}", remote, cwd=out)
         assert slurm.wait(refused, out)["ExitCode"] == f"{ConfigError.exit_code}:0"
         assert "export it as MEGABACK_SECRET_NAME before sbatch" in read_log(out, refused)

@@ -63,7 +63,7 @@ BANNED = {
     r"\b(artefact|behaviour|colour|favour|flavour|honour|neighbour|labour|rumour|vigour)(\w*)\b": (
         "American spelling"
     ),
-    r"\b(centre[ds]?|licences?|judgements?|modell\w+|labell\w+|cancell(ed|ing)|travell\w+|grey|"
+    r"\b(centre[ds]?|licences?|judgements?|modell\w+|labell\w+|(?-i:[Cc]ancell(ed|ing))|travell\w+|grey|"
     r"whilst|catalogues?|defence|offence|analyse[ds]?|analysing|spelt|burnt|dreamt)\b": (
         "American spelling"
     ),

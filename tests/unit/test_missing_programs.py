@@ -153,8 +153,8 @@ def test_an_unknown_first_node_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 def test_missing_slurm_commands_are_no_error_where_they_are_optional() -> None:
     assert slurm_commands.find_job("7") is None
     slurm_commands.cancel("7")
-    assert slurm_job._requeue("7", []) == "scontrol is not here"
-    assert gpus_of_partition(None) == (set(), "sinfo is not there")
+    assert slurm_job._requeue("7", []) == "scontrol is not installed"
+    assert gpus_of_partition(None) == (set(), "sinfo is not installed")
     assert code_version()["megaback"]
     assert code_changes() == ""
 
@@ -179,7 +179,7 @@ def test_a_dry_run_of_submit_needs_no_slurm(
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     result = CliRunner().invoke(submit, [str(path), "--cpu", "hardware.device=cpu", *options])
     assert result.exit_code == code, result.output
-    said = "not shown to Slurm, as sbatch is not here" if options else "sbatch is not there"
+    said = "not tested by Slurm, since sbatch is" if options else "sbatch is not installed"
     assert said in result.output
     assert not (tmp_path / "run").exists()
 
@@ -213,8 +213,8 @@ def test_a_dry_run_of_submit_needs_no_controller(
     result = CliRunner().invoke(submit, [str(path), "--cpu", "hardware.device=cpu", *options])
     assert result.exit_code == code, result.output
     if options:
-        assert "not shown to Slurm, as no Slurm controller can be reached" in result.output
+        assert "not tested by Slurm, since no Slurm controller can be reached" in result.output
     else:
         assert "no Slurm controller can be reached" in result.output
-        assert "correct what it names" not in result.output
+        assert "correct the option" not in result.output
     assert not (tmp_path / "run").exists()

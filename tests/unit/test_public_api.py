@@ -159,7 +159,7 @@ def test_the_examples_of_the_page_run(folder: Path, capsys: pytest.CaptureFixtur
         ("load_scorer('models/backward', device='x')", "BackendError", "`device` 'x'"),
         ("load_infiller('models/forward', 'models/forward')", "DirectionMismatchError", "backward"),
         ("load_infiller('models/forward', 'x', device='x')", "BackendError", "`device` 'x'"),
-        ("read_metrics('models')", "CheckpointMissingError", "models holds no run's numbers"),
+        ("read_metrics('models')", "CheckpointMissingError", "models has no metrics"),
     ],
 )
 def test_a_wrong_argument_is_named(folder: Path, call: str, error: str, named: str) -> None:

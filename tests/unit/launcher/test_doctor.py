@@ -1,4 +1,4 @@
-"""What the doctor says of machines of many kinds, and of this one."""
+"""`megaback doctor` on many kinds of machines, and on this one."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def line(machine: Machine, name: str) -> Line:
     return found
 
 
-def test_a_laptop_is_ready_and_is_told_what_it_cannot_do() -> None:
+def test_a_laptop_is_ready_and_its_limitations_are_listed() -> None:
     states = {line.name: line.state for line in explain(LAPTOP)}
 
     assert is_ready(explain(LAPTOP))
@@ -82,7 +82,7 @@ def test_a_laptop_is_ready_and_is_told_what_it_cannot_do() -> None:
     assert all(line.fix for line in explain(LAPTOP) if line.state == "no")
 
 
-def test_on_a_node_of_a_cluster_all_works() -> None:
+def test_everything_works_on_a_cluster_node() -> None:
     assert {line.state for line in explain(NODE)} == {"yes"}
     assert line(NODE, "GPUs").text == "8 x H100, 80 GB"
     assert line(NODE, "Slurm").text == "gpu*, 4 nodes, gpu:8, infinite"
@@ -107,11 +107,11 @@ def test_on_a_node_of_a_cluster_all_works() -> None:
         ),
         (replace(NODE, torch=CPU_TORCH), "GPUs", "torch sees none", "a CUDA build of torch"),
         (replace(NODE, torch=CUDA_TORCH | {"devices": []}), "GPUs", "sees none", "nvidia-smi"),
-        (replace(LAPTOP, is_writable=False), "disk", "cannot be written", "run=/path"),
+        (replace(LAPTOP, is_writable=False), "disk", "not writable", "run=/path"),
         (replace(LAPTOP, torch=CPU_TORCH | {"gloo": False}), "communication", "neither", "torch"),
     ],
 )
-def test_what_the_main_job_needs_and_is_not_there_is_named_with_what_to_do(
+def test_missing_requirements_are_named_with_a_fix(
     machine: Machine, name: str, text: str, fix: str
 ) -> None:
     found = line(machine, name)
@@ -134,7 +134,7 @@ def test_what_the_main_job_needs_and_is_not_there_is_named_with_what_to_do(
         ({"sharing": ("other",)}, "megaback"),
     ],
 )
-def test_what_may_matter_is_noted_and_stops_nothing(fields: dict[str, Any], name: str) -> None:
+def test_notes_do_not_make_a_machine_unready(fields: dict[str, Any], name: str) -> None:
     machine = replace(LAPTOP, **fields)
 
     assert line(machine, name).state == "note"
@@ -142,7 +142,7 @@ def test_what_may_matter_is_noted_and_stops_nothing(fields: dict[str, Any], name
     assert is_ready(explain(machine))
 
 
-def test_slurm_that_does_not_answer_is_no_hindrance_on_this_machine() -> None:
+def test_an_unreachable_slurm_does_not_make_a_machine_unready() -> None:
     machine = replace(NODE, slurm_problem="sinfo: fatal: no source")
 
     assert line(machine, "Slurm").text == "sinfo: fatal: no source"
@@ -150,7 +150,7 @@ def test_slurm_that_does_not_answer_is_no_hindrance_on_this_machine() -> None:
     assert is_ready(explain(machine))
 
 
-def test_a_terminal_gets_a_table_with_commands_as_they_are_typed(
+def test_a_terminal_gets_a_table_with_unwrapped_commands(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -159,7 +159,7 @@ def test_a_terminal_gets_a_table_with_commands_as_they_are_typed(
     assert "pip install --no-build-isolation -e '.[flash]'" in capsys.readouterr().out
 
 
-def test_this_machine_can_do_what_the_tests_do(
+def test_this_machine_is_ready(
     run_megaback: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     result = run_megaback("doctor", "--json", tmp_path)
@@ -170,7 +170,7 @@ def test_this_machine_can_do_what_the_tests_do(
     assert report["machine"]["cores"] == len(os.sched_getaffinity(0))
 
 
-def test_a_torch_that_cannot_be_imported_makes_a_machine_that_is_not_ready(
+def test_without_an_importable_torch_a_machine_is_not_ready(
     run_megaback: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open')")
@@ -182,7 +182,7 @@ def test_a_torch_that_cannot_be_imported_makes_a_machine_that_is_not_ready(
     assert result.stderr == ""
 
 
-def test_a_torch_that_ends_its_process_does_not_end_the_doctor(
+def test_a_torch_that_crashes_does_not_crash_the_doctor(
     run_megaback: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "torch.py").write_text("import os; os.abort()")
@@ -190,4 +190,4 @@ def test_a_torch_that_ends_its_process_does_not_end_the_doctor(
     result = run_megaback("doctor", env=environment)
 
     assert result.returncode == NOT_READY
-    assert "no   torch: importing it ended with -6" in result.stdout
+    assert "no   torch: its import exited with code -6" in result.stdout

@@ -1,4 +1,4 @@
-"""A hostfile is read as the deepspeed command reads it, and every rank is numbered once."""
+"""Hostfiles are parsed as by the deepspeed command, and every rank is numbered once."""
 
 import os
 import re
@@ -38,9 +38,7 @@ def hostfile(tmp_path: Path) -> Path:
 
 
 @given(hosts=HOSTS)
-def test_what_is_written_is_read(
-    hosts: list[Host], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_hostfile_reads_back(hosts: list[Host], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("hosts") / "hosts"
     lines = [f"  {host.name}\t slots={host.slots}  # one\n" for host in hosts]
     path.write_text("# all of them\n\n" + "".join(lines))
@@ -63,19 +61,19 @@ def test_what_is_written_is_read(
         ("a slots=\u0665", "is not like"),
         ("a;reboot slots=1", "is not like"),
         ("$(reboot) slots=1", "is not like"),
-        ("a slots=1\na slots=2", "line 2: a is there twice"),
+        ("a slots=1\na slots=2", "line 2: a is listed twice"),
         ("#" * (2 << 20), "has more than 1,048,576 bytes"),
-        ("localhost slots=1\n127.0.0.1 slots=1", r"line 2: 127\.0\.0\.1 is this machine, as an"),
+        ("localhost slots=1\n127.0.0.1 slots=1", r"line 2: 127\.0\.0\.1 is this machine, as is an"),
     ],
 )
-def test_what_is_no_hostfile_is_refused_with_its_line(text: str, says: str, hostfile: Path) -> None:
+def test_an_invalid_hostfile_is_refused_with_its_line(text: str, says: str, hostfile: Path) -> None:
     hostfile.write_text(text)
 
     with pytest.raises(LaunchError, match=says):
         read_hostfile(hostfile)
 
 
-def test_a_hostfile_that_is_not_there_is_named(hostfile: Path) -> None:
+def test_a_missing_hostfile_is_named(hostfile: Path) -> None:
     with pytest.raises(
         LaunchError, match=f"cannot read the hostfile {re.escape(str(hostfile))}: No"
     ):
@@ -112,14 +110,14 @@ def test_ranks_meet_at_the_first_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert address("localhost", "127.0.0.2") == own
     with pytest.raises(LaunchError, match=r"no-such-host\.invalid of the first host is not known"):
         address("no-such-host.invalid", "localhost")
-    for name in ("a..b", "a" * 64):  # what cannot even be asked for
+    for name in ("a..b", "a" * 64):  # names that cannot be resolved
         with pytest.raises(LaunchError, match=r"of the first host is not known"):
             address(name, "localhost")
         with pytest.raises(LaunchError, match="set MASTER_ADDR"):
             require_known(name)
 
 
-def test_ssh_is_the_users_and_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssh_is_the_users_command_without_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGABACK_SSH", "ssh -F 'a file'")
 
     assert ssh_command()[:3] == ["ssh", "-F", "a file"]
@@ -127,14 +125,14 @@ def test_ssh_is_the_users_and_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("text", ["", "no-such-ssh -x", "ssh 'open"])
-def test_an_ssh_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_ssh_command_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGABACK_SSH", text)
 
     with pytest.raises(LaunchError, match="MEGABACK_SSH"):
         ssh_command()
 
 
-def test_settings_of_libraries_are_passed_on_and_what_belongs_to_this_machine_is_not() -> None:
+def test_only_settings_of_libraries_are_passed_on() -> None:
     passed = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4", "WANDB_API_KEY": "x", "PYTHONPATH": "p"}
     passed |= {"FSSPEC_SFTP_PASSWORD": "x", "MEGABACK_SECRET_SAS": "x", "NETRC": "file"}
     own = {"PATH": "/bin", "HOME": "/root", "SSH_AUTH_SOCK": "s", "CUDA_VISIBLE_DEVICES": "3"}
@@ -161,9 +159,9 @@ def test_the_ranks_of_a_host_have_one_code(codes: list[int], expected: int) -> N
 @pytest.mark.parametrize(
     ("codes", "says"),
     [
-        ([0, -9], r"the ranks on b were killed by SIGKILL, .*\(often memory: see dmesg\)"),
-        ([1, -9], r"the ranks on a ended with code 1, .*at the same paths there\)"),
-        ([0, CONNECTION_LOST], "ssh did not reach b, or lost it"),
+        ([0, -9], r"the ranks on b were killed by SIGKILL .*\(often out of memory: see dmesg\)"),
+        ([1, -9], r"the ranks on a ended with code 1 .*at the same paths there\)"),
+        ([0, CONNECTION_LOST], "ssh could not connect to b, or lost the connection"),
     ],
 )
 def test_the_host_of_ranks_that_died_without_a_reason_is_named(codes: list[int], says: str) -> None:
@@ -191,7 +189,7 @@ def test_a_hostfile_of_any_size_is_refused_at_once(text: str, said: str, tmp_pat
     assert len(str(error.value)) < 500
 
 
-def test_a_hostfile_may_be_a_pipe_and_ends_somewhere() -> None:
+def test_a_hostfile_may_be_a_pipe_of_bounded_size() -> None:
     reader, writer = os.pipe()
     os.write(writer, b"n1 slots=2\n")
     os.close(writer)

@@ -1,4 +1,4 @@
-"""All ranks are started, told of signals and waited for, and the run ends as they did."""
+"""Ranks are started, signaled and waited for, and the launcher exits as they did."""
 
 import json
 import os
@@ -38,7 +38,7 @@ fields = {"environment": dict(os.environ), "session": os.getsid(0), "pid": os.ge
 with open(f"rank-{rank}", "w") as file:
     json.dump(fields, file)
 """
-# Notes each signal; ends half a second after the first one, so that all that come are noted.
+# Records each signal; ends half a second after the first one, so that all are recorded.
 _LISTEN = """
 received = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -62,7 +62,7 @@ print(run_ranks([sys.executable, "-c", sys.argv[1]], dict(os.environ), int(sys.a
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRanks:
-    """`run(script, processes)`: ranks in `tmp_path` that know `rank`, `size` and some modules."""
+    """`run(script, processes)`: ranks in `tmp_path` with `rank`, `size` and some modules."""
     monkeypatch.chdir(tmp_path)
 
     def run(script: str, processes: int) -> tuple[list[int], list[int]]:
@@ -72,9 +72,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRanks:
     return run
 
 
-def test_every_rank_is_told_which_one_it_is_and_where_they_meet(
-    tmp_path: Path, run: RunRanks
-) -> None:
+def test_every_rank_has_its_rank_and_the_rendezvous_address(tmp_path: Path, run: RunRanks) -> None:
     assert run(_REPORT, 3) == ([0, 0, 0], [])
 
     environments = [
@@ -92,7 +90,7 @@ def test_every_rank_is_told_which_one_it_is_and_where_they_meet(
         }
 
 
-def test_ranks_have_the_environment_that_is_given_and_know_their_launcher(
+def test_ranks_have_the_given_environment_and_their_launchers_pid(
     tmp_path: Path, run: RunRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOT_GIVEN", "1")
@@ -104,7 +102,7 @@ def test_ranks_have_the_environment_that_is_given_and_know_their_launcher(
     assert "NOT_GIVEN" not in environment
 
 
-def test_a_terminals_signals_reach_ranks_through_the_launcher_alone(
+def test_a_terminals_signals_reach_ranks_only_through_the_launcher(
     tmp_path: Path, run: RunRanks
 ) -> None:
     """A terminal signals its whole session: each rank has one of its own."""
@@ -120,7 +118,7 @@ def test_ranks_meet_at_a_port_that_is_free() -> None:
         taken.bind(("127.0.0.1", int(rank_names(2)[0]["MASTER_PORT"])))
 
 
-def test_two_runs_on_a_machine_do_not_meet_at_the_same_port() -> None:
+def test_two_runs_on_a_machine_use_different_ports() -> None:
     assert len({rank_names(1)[0]["MASTER_PORT"] for _ in range(20)}) > 1
 
 
@@ -136,7 +134,7 @@ def test_ranks_on_a_cpu_share_its_cores(
     assert (environment["DS_ACCELERATOR"], environment["OMP_NUM_THREADS"]) == ("cpu", str(threads))
 
 
-def test_what_the_user_has_set_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_the_user_take_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"OMP_NUM_THREADS": "5", "PYTHONWARNINGS": "error"}
     for name, value in own.items():
         monkeypatch.setenv(name, value)
@@ -144,13 +142,13 @@ def test_what_the_user_has_set_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch)
     assert rank_environment("cpu", 2).items() >= own.items()
 
 
-def test_codes_come_in_the_order_in_which_ranks_ended(run: RunRanks) -> None:
+def test_codes_are_in_the_order_in_which_ranks_ended(run: RunRanks) -> None:
     script = "time.sleep(0.4 * (size - 1 - rank)); sys.exit(rank)"
 
     assert run(script, 3) == ([2, 1, 0], [])
 
 
-def test_the_code_of_a_rank_that_was_killed_is_the_signals(run: RunRanks) -> None:
+def test_the_code_of_a_killed_rank_is_the_negative_signal(run: RunRanks) -> None:
     assert run("os.kill(os.getpid(), signal.SIGKILL)", 1) == ([-signal.SIGKILL], [])
 
 
@@ -165,13 +163,13 @@ def test_a_rank_that_hangs_after_another_has_failed_is_killed_after_the_grace(
     assert 1 <= time.monotonic() - started < 60
 
 
-def test_within_the_grace_the_others_say_why_they_end(run: RunRanks) -> None:
+def test_within_the_grace_period_the_others_report_why_they_end(run: RunRanks) -> None:
     script = f"time.sleep(0.5 * rank); sys.exit({LOST} if rank else 3)"
 
     assert run(script, 2) == ([3, LOST], [])
 
 
-def test_a_rank_that_has_finished_hurries_nobody(
+def test_a_finished_rank_starts_no_grace_period(
     run: RunRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "_GRACE_S", 0.1)
@@ -199,7 +197,7 @@ def test_a_signal_reaches_every_rank_once(number: signal.Signals, tmp_path: Path
         assert json.loads((tmp_path / f"received-{rank}").read_text()) == [number]
 
 
-def test_a_signal_before_there_are_ranks_reaches_them_too(
+def test_a_signal_before_the_ranks_start_reaches_them_too(
     run: RunRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def signal_and_name(processes: int) -> list[dict[str, str]]:
@@ -211,7 +209,7 @@ def test_a_signal_before_there_are_ranks_reaches_them_too(
     assert run("time.sleep(120)", 2) == ([-signal.SIGUSR1] * 2, [signal.SIGUSR1])
 
 
-def test_afterwards_signals_mean_what_they_meant_before(run: RunRanks) -> None:
+def test_signal_handlers_are_restored_at_the_end(run: RunRanks) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     run("", 1)
 
@@ -223,17 +221,17 @@ def test_afterwards_signals_mean_what_they_meant_before(run: RunRanks) -> None:
     [
         ([0, 0], None, 0),
         ([75, 75], None, 75),
-        ([50, 51], None, 50),  # the first that has a reason
+        ([50, 51], None, 50),  # the first with a reason
         ([1, LOST], None, LOST),
         ([-9, LOST, LOST], None, LOST),
-        ([LOST, 50], {"code": 50}, 50),  # the first that had a reason
+        ([LOST, 50], {"code": 50}, 50),  # the recorded one
         ([LOST, 1], {"code": 1}, 1),
-        ([LOST, LOST], {"code": 75}, LOST),  # that is of an earlier start
+        ([LOST, LOST], {"code": 75}, LOST),  # the record is of an earlier start
         ([0, 0], {"code": 50}, 0),
     ],
 )
 @pytest.mark.parametrize("signals", [[], [signal.SIGTERM]])
-def test_a_run_ends_with_the_code_of_the_rank_that_knew_why(
+def test_a_run_ends_with_the_code_of_the_rank_that_has_a_reason(
     signals: list[int], codes: list[int], ending: dict[str, Any] | None, expected: int
 ) -> None:
     assert local.verdict(codes, signals, ending) == expected
@@ -242,10 +240,13 @@ def test_a_run_ends_with_the_code_of_the_rank_that_knew_why(
 @pytest.mark.parametrize(
     ("codes", "sentence"),
     [
-        ([-signal.SIGKILL, 1], r"the ranks were killed by SIGKILL, .*\(often memory: see dmesg\)"),
-        ([-signal.SIGSEGV], r"the ranks were killed by SIGSEGV, .*\(see what they printed, if any"),
-        ([0, 1], r"the ranks ended with code 1, .*\(see what they printed, if anything\)"),
-        ([2, 2], r"the ranks ended with code 2, "),
+        (
+            [-signal.SIGKILL, 1],
+            r"the ranks were killed by SIGKILL .*\(often out of memory: see dmesg\)",
+        ),
+        ([-signal.SIGSEGV], r"the ranks were killed by SIGSEGV .*\(see their output above"),
+        ([0, 1], r"the ranks ended with code 1 .*\(see their output above\)"),
+        ([2, 2], r"the ranks ended with code 2 "),
     ],
 )
 @pytest.mark.parametrize("ending", [None, {"code": 75}])
@@ -261,7 +262,7 @@ UNSAVED = [[-signal.SIGTERM] * 2, [0, -signal.SIGKILL], [1], [130, 130]]
 
 @pytest.mark.parametrize("codes", UNSAVED)
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]])
-def test_ranks_that_die_while_starting_of_a_signal_that_was_passed_on_mean_requeue(
+def test_ranks_killed_by_a_signal_while_starting_are_preempted(
     signals: list[int], codes: list[int]
 ) -> None:
     with pytest.raises(PreemptedError, match="asked to stop while starting"):
@@ -282,14 +283,14 @@ def test_ctrl_c_before_the_first_step_has_nothing_to_save(codes: list[int]) -> N
         ([signal.SIGINT] * 2, UserInterruptError, "interrupted before the ranks had saved"),
     ],
 )
-def test_a_run_that_trained_and_could_not_save_is_not_said_to_have_been_starting(
+def test_a_run_that_trained_but_did_not_save_is_reported_as_such(
     signals: list[int], error: type[MegabackError], sentence: str, codes: list[int]
 ) -> None:
     with pytest.raises(error, match=f"{sentence}.* to resume from the newest checkpoint"):
         local.verdict(codes, signals, None, has_trained=True)
 
 
-def test_a_traceback_is_no_reason_but_every_error_of_the_family_is() -> None:
+def test_every_error_code_but_that_of_a_traceback_is_a_reason() -> None:
     reasons = local.reasons()
 
     assert MegabackError.exit_code not in reasons

@@ -1,4 +1,4 @@
-"""What is typed to Slurm, what it answers, and where the shipped files are."""
+"""Slurm's command lines and output, and the shipped sbatch files."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ from launcher.slurm.commands import Submission, parse_job
 from launcher.slurm.sbatch_files import sbatch_value, shipped_folder
 from tests.helpers.paths import ROOT
 
-# As Slurm 22.05 answers, without the fields that nobody reads.
+# Output of Slurm 22.05, without unused fields.
 RUNNING = (
     "JobId=2 JobName=x Reason=None JobState=RUNNING Restarts=1 RunTime=1-00:00:30 "
     "TimeLimit=1-00:10:00 NodeList=n[1-2] Command=/a b/train.sbatch a=b c.yaml WorkDir=/\n"
@@ -31,7 +31,7 @@ def element(state: str) -> str:
 
 
 @given(st.dictionaries(st.sampled_from(["A", "B"]), texts), st.lists(texts), texts)
-def test_the_line_that_is_shown_is_what_a_shell_takes_apart_again(
+def test_a_shell_splits_the_printed_line_into_the_same_words(
     variables: dict[str, str], arguments: list[str], file: str
 ) -> None:
     submission = Submission(
@@ -53,7 +53,7 @@ def test_a_running_job_has_nodes_and_time_left() -> None:
     assert not job.is_over
 
 
-def test_a_job_that_waits_says_for_what() -> None:
+def test_a_pending_job_has_a_reason() -> None:
     job = parse_job("3", PENDING)
     assert job is not None
     assert (job.reason, job.nodes, job.left_s) == ("Dependency", None, None)
@@ -67,7 +67,7 @@ def test_a_job_that_waits_says_for_what() -> None:
         (["COMPLETED", "COMPLETED"], "COMPLETED"),
     ],
 )
-def test_an_array_is_what_is_left_of_it_or_what_went_wrong(
+def test_the_state_of_an_array_is_that_of_an_active_or_failed_element(
     states: list[str], expected: str
 ) -> None:
     job = parse_job("4", "".join(element(state) for state in states))
@@ -80,19 +80,17 @@ def test_an_array_is_what_is_left_of_it_or_what_went_wrong(
     ("text", "expected"),
     [("(null)", ()), ("n2", ("n2",)), ("n[1-2,7],login", ("n[1-2,7]", "login"))],
 )
-def test_the_nodes_that_a_job_may_not_have_stay_in_slurms_ranges(
-    text: str, expected: tuple[str, ...]
-) -> None:
+def test_excluded_nodes_keep_slurms_ranges(text: str, expected: tuple[str, ...]) -> None:
     job = parse_job("2", RUNNING.replace("WorkDir", f"ExcNodeList={text} WorkDir"))
     assert job is not None
     assert job.excluded == expected
 
 
-def test_no_answer_is_no_job() -> None:
+def test_empty_output_is_no_job() -> None:
     assert parse_job("9", "") is None
 
 
-def test_an_option_is_read_as_slurm_reads_it(tmp_path: Path) -> None:
+def test_sbatch_lines_are_parsed_as_slurm_does(tmp_path: Path) -> None:
     path = tmp_path / "x.sbatch"
     path.write_text(
         "#!/bin/bash\n##SBATCH --nodes=9\n#SBATCH --nodes=1\n# --nodes=8\n#SBATCH --nodes 2\n"
@@ -103,7 +101,7 @@ def test_an_option_is_read_as_slurm_reads_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_installation_that_is_no_checkout_has_the_files_too(tmp_path: Path) -> None:
+def test_an_installed_wheel_has_the_files_too(tmp_path: Path) -> None:
     source, prefix = tmp_path / "source", tmp_path / "prefix"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -111,7 +109,7 @@ def test_an_installation_that_is_no_checkout_has_the_files_too(tmp_path: Path) -
     for name in ("megaback", "data_pipeline", "launcher", "tools", "slurm"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    # --ignore-installed: else pip takes the checkout out of this environment.
+    # --ignore-installed: else pip uninstalls the checkout from this environment.
     install += ["--no-build-isolation", "--ignore-installed", f"--prefix={prefix}", str(source)]
     subprocess.run(install, check=True, capture_output=True, timeout=120)
     packages = next(prefix.rglob("site-packages"))

@@ -1,4 +1,4 @@
-"""A job on Slurm comes back as long as that leads on, and ends as its ranks did."""
+"""A Slurm job is requeued while it makes progress, and exits as its ranks did."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(run: Path, step: int) -> None:
-    """The job starts at a checkpoint."""
+    """Record a start of the job at a checkpoint."""
     save(run, step)
     record_event(run, "job", step=step)
 
@@ -41,39 +41,39 @@ def save(run: Path, step: int) -> None:
     (folder / "meta.json").touch()
 
 
-def is_queued_again(
+def is_requeued(
     run: Path, code: int, *, near: bool = False, restarts: int = 0, limit: int = 20
 ) -> bool:
     return why_requeue(run, JOB, restarts, limit, code, near)[0]
 
 
 @pytest.mark.parametrize("code", [SAVED, KILLED_BY_USR1, LOST])
-def test_a_job_that_has_come_further_is_queued_again(tmp_path: Path, code: int) -> None:
+def test_a_job_with_a_newer_checkpoint_is_requeued(tmp_path: Path, code: int) -> None:
     for step in range(0, 100, 10):
         start(tmp_path, step)
         save(tmp_path, step + 10)
-        assert is_queued_again(tmp_path, code, near=True)
+        assert is_requeued(tmp_path, code, near=True)
 
 
 @pytest.mark.parametrize("code", [SAVED, KILLED_BY_USR1, LOST])
-def test_one_that_gets_nowhere_is_not_queued_again_without_end(tmp_path: Path, code: int) -> None:
+def test_a_job_without_progress_is_requeued_only_twice(tmp_path: Path, code: int) -> None:
     answers = []
     for _ in range(FRUITLESS_STARTS):
         start(tmp_path, 40)
-        answers.append(is_queued_again(tmp_path, code, near=True))
+        answers.append(is_requeued(tmp_path, code, near=True))
     assert answers == [True] * (FRUITLESS_STARTS - 1) + [False]
     _, sentence = why_requeue(tmp_path, JOB, 2, 20, code, True)
     assert sentence is not None
     assert "3 times at step 40" in sentence
 
 
-def test_named_nodes_are_replaced_on_request_alone(
+def test_bad_nodes_are_replaced_only_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(tmp_path, 0)
     (tmp_path / "bad_nodes.txt").write_text("n3\nn7\n")
     assert nodes_to_replace(tmp_path) == []
-    assert not is_queued_again(tmp_path, PreflightError.exit_code)
+    assert not is_requeued(tmp_path, PreflightError.exit_code)
 
     monkeypatch.setenv("MEGABACK_REPLACE_BAD_NODES", "1")
     bad_nodes = nodes_to_replace(tmp_path)
@@ -83,7 +83,7 @@ def test_named_nodes_are_replaced_on_request_alone(
     )
     assert is_wanted
     assert sentence is not None
-    assert sentence.startswith("without n3, n7 from now on")
+    assert sentence.startswith("excluding n3, n7")
     assert not why_requeue(tmp_path, JOB, 0, 20, 31, False, bad_nodes)[0]
     assert nodes_to_replace(tmp_path / "elsewhere") == []
 
@@ -96,31 +96,31 @@ def test_starts_of_an_earlier_job_do_not_count(
         start(tmp_path, 40)
     monkeypatch.setenv("SLURM_JOB_ID", JOB)
     start(tmp_path, 40)
-    assert is_queued_again(tmp_path, SAVED, near=True)
+    assert is_requeued(tmp_path, SAVED, near=True)
 
 
 @given(code=st.integers(0, 255))
-def test_without_the_limit_only_a_lost_rank_brings_a_job_back(
+def test_before_the_limit_only_a_lost_rank_requeues_a_job(
     tmp_path_factory: pytest.TempPathFactory, code: int
 ) -> None:
     run = tmp_path_factory.mktemp("run")
     start(run, 0)
     save(run, 10)
-    assert is_queued_again(run, code) is (code == LOST)
+    assert is_requeued(run, code) is (code == LOST)
 
 
 @given(code=st.integers(1, 128))
-def test_an_error_at_the_time_limit_does_not_bring_it_back(
+def test_an_error_at_the_time_limit_does_not_requeue_the_job(
     tmp_path_factory: pytest.TempPathFactory, code: int
 ) -> None:
     run = tmp_path_factory.mktemp("run")
     start(run, 0)
     save(run, 10)
-    assert is_queued_again(run, code, near=True) is (code in (LOST, SAVED))
+    assert is_requeued(run, code, near=True) is (code in (LOST, SAVED))
 
 
 @given(st.lists(st.booleans(), max_size=12), st.integers(0, 5))
-def test_the_limit_counts_losses_and_no_restarts_that_were_asked_for(
+def test_the_limit_counts_losses_and_not_requested_restarts(
     tmp_path_factory: pytest.TempPathFactory, losses: list[bool], limit: int
 ) -> None:
     run = tmp_path_factory.mktemp("run")
@@ -130,13 +130,13 @@ def test_the_limit_counts_losses_and_no_restarts_that_were_asked_for(
         record_start(run, step=restarts)
         save(run, restarts + 1)
         record_exit(run, LOST if was_lost else SAVED, "kind", "reason")
-        wanted = is_queued_again(
+        wanted = is_requeued(
             run, LOST if was_lost else SAVED, near=not was_lost, restarts=restarts, limit=limit
         )
         assert wanted is (not was_lost or sum(losses[:restarts]) < limit)
 
 
-def test_the_code_is_what_the_ranks_said_of_this_start(tmp_path: Path) -> None:
+def test_the_code_is_that_recorded_by_the_ranks_of_this_start(tmp_path: Path) -> None:
     record_exit(tmp_path, 31, "ShardCorruptError", "of an earlier start")
     start(tmp_path, 0)
     assert true_code(tmp_path, JOB, 137) == 137
@@ -146,13 +146,13 @@ def test_the_code_is_what_the_ranks_said_of_this_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "many", "1.5"])
-def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_an_invalid_limit_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(LIMIT_VARIABLE, text)
     with pytest.raises(ConfigError, match=LIMIT_VARIABLE):
         requeue_limit()
 
 
-def test_outside_slurm_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_slurm_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID")
     with pytest.raises(SystemExit) as caught:
         main(["begin", "any.yaml"], standalone_mode=False)
@@ -164,6 +164,6 @@ def test_a_secret_on_the_command_line_of_sbatch_is_refused(tmp_path: Path) -> No
         main, ["begin", str(tmp_path / "c.yaml"), "data.shards=https://me:pass@host/x?sig=abc"]
     )
     assert done.exit_code == ConfigError.exit_code
-    assert "data.shards=https://host/x: a secret of this address" in done.output
+    assert "data.shards=https://host/x: this address has a secret" in done.output
     assert "export it as MEGABACK_SECRET_NAME before sbatch" in done.output
     assert "abc" not in done.output

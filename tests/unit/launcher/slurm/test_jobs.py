@@ -1,4 +1,4 @@
-"""What the folder of a run says to those who ask from outside."""
+"""`megaback jobs` and `submit`: state of a run from its folder, chains and allocations."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.helpers.paths import ROOT
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's empty folder, on a machine where Slurm cannot be asked."""
+    """A run's empty folder, on a machine without Slurm."""
     monkeypatch.setenv("PATH", str(tmp_path))
     folder = tmp_path / "runs/one"
     folder.mkdir(parents=True)
@@ -45,7 +45,7 @@ def test_the_end_of_the_metrics_is_enough(run: Path, steps: int, tail: str) -> N
     assert (progress.step, progress.loss) == (steps, 5.0 - steps / 1000)
 
 
-def test_before_the_first_step_nothing_is_known(run: Path) -> None:
+def test_there_is_no_progress_before_the_first_step(run: Path) -> None:
     assert read_progress(run) is None
     write_metrics(run, 0)
     assert read_progress(run) is None
@@ -60,7 +60,7 @@ def test_a_checkpoint_counts_when_it_is_complete(run: Path) -> None:
     assert newest_checkpoint_step(run) == 100
 
 
-def test_jobs_are_known_from_the_history_and_from_what_was_submitted(
+def test_jobs_are_those_of_the_history_and_of_submissions(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "9")
@@ -70,11 +70,11 @@ def test_jobs_are_known_from_the_history_and_from_what_was_submitted(
     (run / "submitted/1").mkdir(parents=True)
     record_jobs(run / "submitted/1", {}, [{"stage": "data", "job": "10", "line": ""}])
     (run / "submitted/2").mkdir()
-    (run / "submitted/2/submission.json").write_text('{"jobs": [{"sta')  # cut short
+    (run / "submitted/2/submission.json").write_text('{"jobs": [{"sta')  # truncated
     assert jobs_of(run) == {"9": "train", "10": "data"}
 
 
-def test_a_run_whose_jobs_slurm_has_forgotten_says_how_it_ended(
+def test_the_end_of_a_run_is_shown_if_slurm_has_forgotten_its_jobs(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "9")
@@ -94,23 +94,23 @@ def test_a_run_without_slurm_is_shown_too(run: Path) -> None:
     assert (row.job, row.state, row.to_train_s, row.why) == (None, "finished", None, None)
 
 
-def test_runs_are_found_by_their_folder_or_those_above(run: Path, tmp_path: Path) -> None:
+def test_runs_are_found_by_their_own_or_a_parent_folder(run: Path, tmp_path: Path) -> None:
     record_start(run, step=0)
     (run.parent / "no run").mkdir()
     directions = [tmp_path / "arrow" / "seed-0" / name for name in ("backward", "forward")]
     for folder in directions:
         (folder / "copy").mkdir(parents=True)
         record_start(folder, step=0)
-        record_start(folder / "copy", step=0)  # a run's folder is its own matter
+        record_start(folder / "copy", step=0)  # within a run, no runs are searched
     assert find_runs([tmp_path / "arrow"]) == find_runs([tmp_path / "arrow" / "seed-0"])
     assert find_runs([tmp_path / "arrow"]) == directions
     assert find_runs([run]) == find_runs([run.parent]) == [run]
-    with pytest.raises(CheckpointMissingError, match="holds no run"):
+    with pytest.raises(CheckpointMissingError, match="has no run"):
         find_runs([run.parent / "no run", run.parent / "absent"])
 
 
 @given(st.lists(st.tuples(st.text("ab c", max_size=9), st.integers(0, 10**9)), min_size=1))
-def test_the_table_has_a_line_a_row_with_its_columns_below_their_heads(
+def test_the_table_is_aligned_with_its_header(
     values: list[tuple[str, int]],
 ) -> None:
     rows = [
@@ -136,7 +136,7 @@ def test_the_table_has_a_line_a_row_with_its_columns_below_their_heads(
     assert [line[column:].split()[0] for line in lines] == [f"{step:,}" for _, step in values]
 
 
-def test_a_snapshot_is_removed_without_a_trace_or_leaves_what_others_wrote(
+def test_a_removed_snapshot_leaves_only_other_files(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
@@ -155,17 +155,17 @@ def test_a_snapshot_is_removed_without_a_trace_or_leaves_what_others_wrote(
 
 
 @pytest.mark.parametrize("text", ["train", "data,train", "train,convert", "data, train,convert"])
-def test_a_chain_is_a_part_of_the_way(text: str) -> None:
+def test_a_chain_may_be_a_part_of_the_pipeline(text: str) -> None:
     assert parse_chain(text) == tuple(part.strip() for part in text.split(","))
 
 
 @pytest.mark.parametrize("text", ["", "data", "data,convert", "train,data", "train,train", "tune"])
-def test_another_order_is_no_chain(text: str) -> None:
+def test_a_chain_in_another_order_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--chain"):
         parse_chain(text)
 
 
-def test_ranks_are_devices_and_gpus_are_asked_for_unless_the_config_wants_none() -> None:
+def test_gpus_are_requested_unless_the_config_wants_none() -> None:
     file = ROOT / "slurm/train.sbatch"
     cuda, cpu = _config("hardware.device=cuda"), _config("hardware.device=cpu")
     auto = _config("hardware.device=auto")
@@ -192,7 +192,7 @@ def _config(*overrides: str) -> Config:
     return load_config(ROOT / "configs/demo.yaml", overrides)
 
 
-def test_a_run_starts_from_a_models_folder_a_run_or_a_checkpoint(run: Path) -> None:
+def test_init_from_is_a_model_folder_a_run_or_a_checkpoint(run: Path) -> None:
     assert not holds_weights(run)
     assert not holds_weights(run / "absent")
     checkpoint = run / "checkpoints" / "step-00000005"

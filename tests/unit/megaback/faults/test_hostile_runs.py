@@ -242,7 +242,7 @@ def test_a_plot_of_hostile_metrics_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", trained={**_STEP, "loss": "high"})
     result = CliRunner().invoke(plot_command, [str(run), "--out", str(tmp_path / "plot.png")])
     assert result.exit_code == 41, result.output
-    assert "line 1 is none of a run's" in result.output
+    assert "line 1 is not a line of metrics" in result.output
 
 
 # Configs.

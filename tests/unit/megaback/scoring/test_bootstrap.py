@@ -1,4 +1,4 @@
-"""Intervals against what is known of means and ratios."""
+"""Bootstrap intervals agree with the known errors of means and ratios."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megaback.scoring.bootstrap import mean_interval, ratio_interval
 
 
-def test_an_interval_is_as_wide_as_the_standard_error_says() -> None:
+def test_the_width_of_an_interval_matches_the_standard_error() -> None:
     values = np.random.default_rng(3).random(4000) < 0.3
     interval = mean_interval(values.astype(float))
     error = np.sqrt(0.3 * 0.7 / 4000)
@@ -16,14 +16,16 @@ def test_an_interval_is_as_wide_as_the_standard_error_says() -> None:
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.08)
 
 
-def test_a_ratio_counts_long_rows_for_more() -> None:
+def test_a_ratio_weights_rows_by_length() -> None:
     interval = ratio_interval([1.0, 30.0], [1.0, 10.0])
     assert interval.value == 31 / 11
     assert (interval.low, interval.high) == (1.0, 3.0)
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.integers(0, 5))
-def test_the_value_lies_within_and_the_seed_decides(values: list[float], seed: int) -> None:
+def test_the_interval_contains_the_value_and_depends_on_the_seed_alone(
+    values: list[float], seed: int
+) -> None:
     interval = mean_interval(values, seed)
     assert interval.low is not None
     assert interval.high is not None

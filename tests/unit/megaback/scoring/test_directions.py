@@ -1,4 +1,4 @@
-"""What documents cost in each direction: the same targets, and nothing that favors one."""
+"""Losses in both directions: the same targets, and no bias towards one."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ def model_of(seed: int) -> ReverseGPT:
     shape = ModelSection(num_layers=1, width=16, num_heads=2).resolved()
     model = ReverseGPT(shape, VOCAB_SIZE)
     model.initialize(seed)
-    for parameter in model.parameters():  # far from a uniform guess
+    for parameter in model.parameters():  # so that predictions are far from uniform
         parameter.data *= 20 if parameter.ndim > 1 else 1
     return model.eval()
 
@@ -54,7 +54,7 @@ FIRST, SECOND = model_of(1), model_of(2)
 def losses_of(
     model: ReverseGPT, direction: Direction, documents: Sequence[Ids]
 ) -> tuple[DocumentLosses, int]:
-    """What documents cost, and how many windows that took."""
+    """Losses of documents, and their number of windows."""
     windows = [
         window
         for number, ids in enumerate(documents)
@@ -67,9 +67,7 @@ def losses_of(
 
 
 @given(st.integers(2, 60), st.integers(2, 16))
-def test_every_cut_of_a_document_asks_for_every_step_of_it_once(
-    tokens: int, context_tokens: int
-) -> None:
+def test_every_cut_of_a_document_has_every_target_once(tokens: int, context_tokens: int) -> None:
     ids = np.arange(tokens)
 
     windows = windows_of(0, ids, context_tokens)
@@ -83,7 +81,7 @@ def test_every_cut_of_a_document_asks_for_every_step_of_it_once(
 
 
 @given(st.integers(2, 60), st.integers(2, 16))
-def test_windows_of_a_document_turned_are_its_windows_turned(
+def test_windows_of_a_reversed_document_are_its_windows_reversed(
     tokens: int, context_tokens: int
 ) -> None:
     ids = np.arange(10, 10 + tokens)
@@ -96,7 +94,7 @@ def test_windows_of_a_document_turned_are_its_windows_turned(
 
 @settings(max_examples=20)
 @given(texts)
-def test_turning_every_document_exchanges_the_models_and_nothing_else(given_texts: Texts) -> None:
+def test_reversing_every_document_only_exchanges_the_models(given_texts: Texts) -> None:
     documents = [document(text) for text in given_texts]
     turned = [MARKERS.turned(ids) for ids in documents]
 
@@ -112,7 +110,7 @@ def test_turning_every_document_exchanges_the_models_and_nothing_else(given_text
 
 @settings(max_examples=20)
 @given(texts)
-def test_a_document_within_the_context_costs_its_negative_log_probability(
+def test_the_loss_of_a_short_document_is_its_negative_log_probability(
     given_texts: Texts,
 ) -> None:
     documents = [document(text[: CONTEXT_TOKENS - 1]) for text in given_texts]
@@ -136,15 +134,14 @@ def test_a_document_within_the_context_costs_its_negative_log_probability(
             assert losses.bytes_N[number] == 2 * (len(ids) - 2)
 
 
-def test_a_target_is_counted_where_it_stands_in_the_text() -> None:
-    """The forward model is asked for all places but the first, the backward one for all but the
-    last."""
-    documents = [document([5, 6, 7, 8, 9, 10])]  # eight places
+def test_a_target_is_counted_at_its_position_in_the_text() -> None:
+    """The forward model scores all positions but the first, the backward one all but the last."""
+    documents = [document([5, 6, 7, 8, 9, 10])]  # eight positions
 
     forward, _ = losses_of(FIRST, Direction.FORWARD, documents)
     backward, _ = losses_of(FIRST, Direction.BACKWARD, documents)
 
-    # The centres of eight places lie in parts 0, 1, 3, 4, 5, 6, 8 and 9 of ten.
+    # The centers of eight positions are in parts 0, 1, 3, 4, 5, 6, 8 and 9 of ten.
     assert np.flatnonzero(forward.targets_of_part_NP[0]).tolist() == [1, 3, 4, 5, 6, 8, 9]
     assert np.flatnonzero(backward.targets_of_part_NP[0]).tolist() == [0, 1, 3, 4, 5, 6, 8]
     for losses in (forward, backward):
@@ -152,10 +149,10 @@ def test_a_target_is_counted_where_it_stands_in_the_text() -> None:
         assert losses.targets_of_context_NB[0].tolist() == [1, 1, 2, 3]
 
 
-def test_both_stored_directions_hold_the_same_documents(
+def test_both_stored_directions_contain_the_same_documents(
     tmp_path: Path, source: Path, codec: Callable[..., TextCodec]
 ) -> None:
-    """So what fixed models pay does not depend on how shards are stored."""
+    """So losses do not depend on how shards are stored."""
     found = {}
     for direction in Direction:
         of_direction = codec(direction)

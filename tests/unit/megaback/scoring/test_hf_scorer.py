@@ -1,4 +1,4 @@
-"""A model of transformers scores as it would there, or is refused: it may be a stranger's."""
+"""An untrusted Hugging Face model scores as in transformers, or is refused."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.helpers.hostile_files import bounded
 CPU = torch.device("cpu")
 
 
-def test_a_foreign_models_score_is_the_sum_of_what_it_says_of_each_token(foreign: Path) -> None:
+def test_a_score_is_the_sum_of_the_models_log_probabilities(foreign: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pairs = [
@@ -45,12 +45,12 @@ def test_a_foreign_models_score_is_the_sum_of_what_it_says_of_each_token(foreign
     ("name", "change", "said"),
     [
         ("model.norm.weight", None, "model.norm.weight is missing"),
-        ("model.layers.0.self_attn.q_proj.bias", torch.zeros(16), "bias is read by nothing"),
+        ("model.layers.0.self_attn.q_proj.bias", torch.zeros(16), "bias is not in the model"),
         ("model.norm.weight", torch.ones(15), "cannot be read"),
     ],
     ids=["missing", "unread", "shape"],
 )
-def test_a_foreign_model_is_what_its_files_hold_or_refused(
+def test_a_model_that_differs_from_its_files_is_refused(
     name: str, change: torch.Tensor | None, said: str, foreign: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(foreign, tmp_path / "model"))
@@ -65,7 +65,7 @@ def test_a_foreign_model_is_what_its_files_hold_or_refused(
         HfScorer(folder, CPU)
 
 
-def test_a_head_that_the_library_ties_away_is_noticed(foreign: Path) -> None:
+def test_a_head_that_the_library_replaces_by_the_embeddings_is_refused(foreign: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(foreign, dtype=torch.float32)
@@ -73,27 +73,29 @@ def test_a_head_that_the_library_ties_away_is_noticed(foreign: Path) -> None:
     _require_all_read(foreign, model, whole)
     model.lm_head.weight = model.model.embed_tokens.weight  # as some versions do
 
-    with pytest.raises(CheckpointCorruptError, match=r"lm_head.weight is not what"):
+    with pytest.raises(
+        CheckpointCorruptError, match=r"lm_head.weight contradicts tie_word_embeddings"
+    ):
         _require_all_read(foreign, model, whole)
 
 
-def test_special_tokens_that_a_text_spells_are_text_for_a_foreign_model_too(foreign: Path) -> None:
+def test_special_tokens_that_a_text_spells_are_encoded_as_text(foreign: Path) -> None:
     encoded = HfScorer(foreign, CPU).encode(Pair("<user> or <answer>?", "</s><s>"))
     assert [token for token in encoded.given if token < 4] == [0, 2, 3]
     assert [token for token in encoded.written if token < 4] == [1]
 
 
-def test_without_a_template_the_question_is_a_line(foreign: Path, tmp_path: Path) -> None:
+def test_without_a_template_the_question_precedes_a_newline(foreign: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(foreign, tmp_path / "plain"))
     (folder / "chat_template.jinja").unlink()
     scorer = HfScorer(folder, CPU)
     encoded = scorer.encode(Pair("Who?", "me"))
     assert scorer._tokenizer.decode(encoded.given) == "<s>Who?\n"
-    with pytest.raises(PromptError, match="forward model's context holds 64"):
+    with pytest.raises(PromptError, match="forward model's context of 64"):
         scorer.encode(Pair("Who? " * 60, "me"))
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointCorruptError, match="save_pretrained"):
         HfScorer(tmp_path, CPU)
@@ -108,7 +110,7 @@ def test_no_code_of_a_foreign_folder_is_run(file: str, foreign: Path, tmp_path: 
     fields |= {"auto_map": theirs | {"AutoModelForCausalLM": "theirs.M"}, "model_type": "theirs"}
     fields |= {"tokenizer_class": "TheirTokenizer"}
     (folder / file).write_text(json.dumps(fields))
-    with suppress(CheckpointCorruptError):  # or what the library has of its own is taken
+    with suppress(CheckpointCorruptError):  # or the library's own class is used
         HfScorer(folder, CPU)
     assert not (tmp_path / "was-run").exists()
 
@@ -116,7 +118,7 @@ def test_no_code_of_a_foreign_folder_is_run(file: str, foreign: Path, tmp_path: 
 @pytest.mark.parametrize(
     "template", ["{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ ().__class__.mro() }}", "{% if"]
 )
-def test_a_template_that_cannot_be_rendered_is_a_sentence(
+def test_a_template_that_cannot_be_rendered_is_refused(
     template: str, foreign: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(foreign, tmp_path / "model"))
@@ -134,7 +136,7 @@ def test_a_template_that_cannot_be_rendered_is_a_sentence(
         "{% endfor %}{{ x.a }}",
     ],
 )
-def test_a_template_without_an_end_is_ended(template: str, foreign: Path, tmp_path: Path) -> None:
+def test_an_endless_template_is_stopped(template: str, foreign: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(foreign, tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(template)
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -146,19 +148,19 @@ def test_a_template_without_an_end_is_ended(template: str, foreign: Path, tmp_pa
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("num_hidden_layers", 30_000, "30000 layers, and they have"),
-        ("num_hidden_layers", 1 << 70, "layers, and they have"),
+        ("num_hidden_layers", 30_000, "30000 layers: there are 21 tensors"),
+        ("num_hidden_layers", 1 << 70, "layers: there are 21 tensors"),
         ("max_position_embeddings", "x", "cannot be read as a causal model"),
-        ("num_hidden_layers", 21, "its files hold"),
-        ("num_key_value_heads", 1 << 20, "its files hold"),
-        ("vocab_size", 1 << 40, "its files hold"),
-        ("hidden_size", 1 << 30, "its files hold"),
+        ("num_hidden_layers", 21, "its files have"),
+        ("num_key_value_heads", 1 << 20, "its files have"),
+        ("vocab_size", 1 << 40, "its files have"),
+        ("hidden_size", 1 << 30, "its files have"),
         ("intermediate_size", 1 << 62, "cannot be read"),
         ("num_attention_heads", [2], "cannot be read"),
         ("dtype", [[]], "cannot be read"),
     ],
 )
-def test_a_foreign_config_that_is_larger_than_its_files_is_refused(
+def test_a_config_that_is_larger_than_its_files_is_refused(
     name: str, value: object, said: str, foreign: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(foreign, tmp_path / "model"))
@@ -168,7 +170,7 @@ def test_a_foreign_config_that_is_larger_than_its_files_is_refused(
         HfScorer(folder, CPU)
 
 
-def test_files_of_a_foreign_model_that_are_none_are_refused(foreign: Path, tmp_path: Path) -> None:
+def test_pipes_and_huge_files_are_refused(foreign: Path, tmp_path: Path) -> None:
     def broken(number: int, name: str) -> Path:
         folder = Path(shutil.copytree(foreign, tmp_path / str(number)))
         (folder / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The gap between two models on the same documents, and how sure it is."""
+"""The difference between two models on the same documents, and its standard error."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from megaback.scoring.paired_difference import Losses, PairedDifference, standar
 
 
 def some_losses(seed: int, documents: int = 200) -> tuple[Losses, Losses]:
-    """Documents of unlike lengths and difficulty; the second model is a little worse."""
+    """Documents of different length and difficulty; the second model is slightly worse."""
     generator = np.random.default_rng(seed)
     targets_N = generator.integers(5, 500, documents).astype(float)
     hard_N = generator.normal(4, 1, documents)
@@ -22,7 +22,7 @@ def some_losses(seed: int, documents: int = 200) -> tuple[Losses, Losses]:
 
 
 @given(st.integers(0, 1000))
-def test_models_exchanged_give_the_gap_with_the_other_sign(seed: int) -> None:
+def test_exchanging_the_models_changes_the_sign(seed: int) -> None:
     first, second = some_losses(seed)
 
     there, back = PairedDifference.between(first, second), PairedDifference.between(second, first)
@@ -32,7 +32,7 @@ def test_models_exchanged_give_the_gap_with_the_other_sign(seed: int) -> None:
     assert (1 + there.percent / 100) * (1 + back.percent / 100) == pytest.approx(1)
 
 
-def test_a_model_has_no_gap_to_itself() -> None:
+def test_a_model_does_not_differ_from_itself() -> None:
     first, _ = some_losses(0)
 
     gap = PairedDifference.between(first, first)
@@ -40,7 +40,7 @@ def test_a_model_has_no_gap_to_itself() -> None:
     assert (gap.nats, gap.nats_error, gap.percent, gap.percent_error) == (0, 0, 0, 0)
 
 
-def test_a_gap_that_is_the_same_at_every_target_is_certain() -> None:
+def test_a_difference_that_is_equal_at_every_target_has_no_error() -> None:
     first, _ = some_losses(0)
 
     gap = PairedDifference.between(
@@ -64,7 +64,7 @@ def test_with_documents_of_one_length_the_error_is_that_of_a_paired_mean() -> No
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_the_errors_are_those_of_drawing_documents_again(seed: int) -> None:
+def test_the_errors_are_those_of_resampling_documents(seed: int) -> None:
     first, second = some_losses(seed)
     generator = np.random.default_rng(0)
     nats, percents = [], []

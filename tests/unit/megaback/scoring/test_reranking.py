@@ -1,4 +1,4 @@
-"""Mixing two scores, fitting the weight, and the command; transformers' models as forward ones."""
+"""Reranking: mixed scores, the fitted weight and the command, also with Hugging Face models."""
 
 import json
 from collections.abc import Callable
@@ -32,19 +32,19 @@ def scored(forward: list[float] | None, reverse: list[float], right: int) -> Sco
 
 
 @given(SCORES)
-def test_a_ranking_goes_down_and_keeps_the_order_of_equals(scores: "np.ndarray") -> None:
+def test_a_ranking_is_descending_and_stable(scores: "np.ndarray") -> None:
     order = ranking(scores)
     assert sorted(order) == list(range(len(scores)))
     for one, other in pairwise(order):
         assert (scores[one], -one) > (scores[other], -other)
 
 
-def test_where_candidates_are_equal_lots_are_drawn() -> None:
+def test_ties_are_broken_at_random() -> None:
     assert rightness(np.array([1.0, 1.0, 0.0]), np.array([True, False, True])) == 0.5
 
 
-def test_the_weight_is_found_that_one_needs() -> None:
-    """Right is what has the most of forward + 3 * reverse: a weight of 3/4."""
+def test_the_weight_of_the_labels_is_found() -> None:
+    """The correct one has the highest forward + 3 * reverse: a weight of 3/4."""
     generator = np.random.default_rng(5)
     questions = []
     for _ in range(400):
@@ -61,7 +61,7 @@ def test_the_weight_is_found_that_one_needs() -> None:
     assert found["gain"].value == pytest.approx(found["mixed"].value - found["forward"].value)
 
 
-def test_a_score_that_says_nothing_gets_no_weight() -> None:
+def test_an_uninformative_score_gets_no_weight() -> None:
     questions = [scored([1.0, 0.0], [0.0, 0.0], 0), scored([0.0, 9.0], [9.0, 0.0], 1)]
     assert fit_weight(questions) < 0.5
     flipped = [scored([0.0, 0.0], [1.0, 0.0], 0), scored([9.0, 0.0], [0.0, 9.0], 1)]
@@ -141,7 +141,7 @@ def test_a_column_is_mixed_with_the_reverse_score(
     assert "mixed - forward" in result.stderr
 
 
-def test_one_judged_question_has_no_interval(
+def test_a_single_labeled_question_has_no_interval(
     folders: dict[Direction, Path], source: Path, tmp_path: Path
 ) -> None:
     source.write_text(json.dumps(ROWS[0]))
@@ -150,7 +150,7 @@ def test_one_judged_question_has_no_interval(
     assert "no 95% interval is shown: it needs at least 2 labeled questions" in result.stderr
 
 
-def test_keys_of_the_rows_that_are_replaced_are_told(
+def test_replaced_keys_are_reported(
     folders: dict[Direction, Path], source: Path, tmp_path: Path
 ) -> None:
     rows = [{**ROWS[0], "ranking": "mine", "scores": 1}, {**ROWS[1], "scores": None}]
@@ -173,7 +173,7 @@ def test_the_weight_is_fitted_on_another_file(
     assert (refused.exit_code, "--fit needs a forward score" in refused.stderr) == (10, True)
 
 
-def test_forward_models_are_megabacks_or_those_of_transformers(
+def test_forward_models_are_megaback_or_hugging_face_models(
     folders: dict[Direction, Path], foreign: Path, source: Path, tmp_path: Path
 ) -> None:
     with megaback.load_scorer(folders[Direction.FORWARD], device="cpu") as scorer:
@@ -193,8 +193,8 @@ def test_forward_models_are_megabacks_or_those_of_transformers(
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"question": "a"}, "no list of answers"),
-        ({"question": "a", "candidates": []}, "no list of answers"),
+        ({"question": "a"}, "not a list of answers"),
+        ({"question": "a", "candidates": []}, "not a list of answers"),
         ({"question": "a", "candidates": [3]}, "candidate 0 is neither"),
         ({"question": "a", "candidates": [{"answer": "b", "score": True}]}, "no finite number"),
         ({"question": "a", "candidates": [{"answer": "b"}]}, "no finite number under 'score'"),
@@ -204,7 +204,7 @@ def test_forward_models_are_megabacks_or_those_of_transformers(
         ),
         (
             {"question": "a map " * 40, "candidates": [{"answer": "b", "score": 1}]},
-            "context holds 64",
+            "model's context of 64",
         ),
     ],
 )
@@ -240,7 +240,7 @@ def test_models_of_the_wrong_direction_are_refused(
     assert rerank(backward, *arguments, "--forward", backward).exit_code == 33
 
 
-def test_a_file_of_bad_lines_alone_leaves_no_empty_result(
+def test_a_file_of_only_bad_lines_leaves_no_output(
     folders: dict[Direction, Path], tmp_path: Path
 ) -> None:
     source, out = tmp_path / "bad.jsonl", tmp_path / "out.jsonl"

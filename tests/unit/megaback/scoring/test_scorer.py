@@ -1,4 +1,4 @@
-"""Scores are what the model says of each pair alone, whatever is scored beside it."""
+"""Scores are the model's log-probabilities of each pair alone, in any batch."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def folder_of(
 
 @torch.inference_mode()
 def by_hand(model: ReverseGPT, ids: "list[int]", num_given: int) -> float:
-    """One row, one pass, one term after another."""
+    """log P of one row, summed term by term."""
     ids_T = torch.tensor(ids)
     segments = Segments.from_lengths((len(ids),), CPU)
     log_TV = model.logits(ids_T, torch.arange(len(ids)), segments).double().log_softmax(-1)
@@ -56,7 +56,7 @@ def by_hand(model: ReverseGPT, ids: "list[int]", num_given: int) -> float:
 
 @settings(max_examples=25)
 @given(PAIRS, st.sampled_from(Direction))
-def test_a_score_is_the_sum_that_a_single_row_gives(
+def test_a_score_is_that_of_a_single_row(
     model: ReverseGPT, codec: Codecs, pairs: list[Pair], direction: Direction
 ) -> None:
     form = ChatFormat(codec(direction))
@@ -75,7 +75,7 @@ def test_a_score_is_the_sum_that_a_single_row_gives(
 def test_batches_change_no_score_by_more_than_rounding(
     model: ReverseGPT, codec: Codecs, english_documents: list[str]
 ) -> None:
-    """Questions of one to twelve tokens, more than fit one pass."""
+    """Questions of one to twelve tokens, too many for one pass."""
     words = " ".join(english_documents).split()
     pairs = [Pair(words[i], " ".join(words[i + 1 : i + 2 + i % 9])) for i in range(0, 3000, 3)]
     scorer = Scorer(PairEncoder(codec(), Form.CHAT, 512), DevicePool(Path(), [CPU], model))
@@ -88,7 +88,7 @@ def test_batches_change_no_score_by_more_than_rounding(
     )
 
 
-def test_the_plain_form_is_a_document_that_goes_on(model: ReverseGPT, codec: Codecs) -> None:
+def test_the_plain_form_is_a_document_that_continues(model: ReverseGPT, codec: Codecs) -> None:
     pair = Pair("The old captain\n", "sold a map.")
     encoder = PairEncoder(codec(), Form.PLAIN, 512)
     (score,) = Scorer(encoder, DevicePool(Path(), [CPU], model)).score([pair])
@@ -105,10 +105,10 @@ def test_the_plain_form_is_a_document_that_goes_on(model: ReverseGPT, codec: Cod
 
 
 @pytest.mark.parametrize("form", Form)
-def test_the_probabilities_of_all_questions_of_one_token_add_up_to_one(
+def test_the_probabilities_of_all_questions_of_one_token_sum_to_one(
     form: Form, model: ReverseGPT, codec: Codecs
 ) -> None:
-    """A check of the formula itself: what is scored is a distribution over what can be written."""
+    """A check of the formula: scores are a distribution over the possible texts."""
     encoder = PairEncoder(codec(), form, 512)
     pair = encoder.encode(Pair("a", "the last map"))
     first = [
@@ -134,8 +134,8 @@ def test_markers_that_a_text_spells_are_text(model: ReverseGPT, codec: Codecs) -
     assert [i for i in pair.conditional.written if i in control] == [codec().chat_ids["<|im_end|>"]]
 
 
-def test_what_the_context_does_not_hold_is_refused(codec: Codecs) -> None:
-    with pytest.raises(PromptError, match=r"tokens, and the model's context holds 64; shorten"):
+def test_pairs_longer_than_the_context_are_refused(codec: Codecs) -> None:
+    with pytest.raises(PromptError, match=r"tokens, more than the model's context of 64; shorten"):
         PairEncoder(codec(), Form.CHAT, CONTEXT_TOKENS).encode(Pair("a map " * 40, "b"))
 
 
@@ -170,9 +170,7 @@ def as_lines(rows: "list[dict[str, object]]") -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def test_lines_come_back_in_their_order_with_their_scores(
-    folder_of: FolderOf, tmp_path: Path
-) -> None:
+def test_lines_keep_their_order_and_get_their_scores(folder_of: FolderOf, tmp_path: Path) -> None:
     folder = folder_of(Direction.BACKWARD)
     source, out = tmp_path / "pairs.jsonl", tmp_path / "scored.jsonl"
     source.write_text(as_lines(ROWS))
@@ -194,7 +192,7 @@ def test_lines_come_back_in_their_order_with_their_scores(
     assert piped.stdout == out.read_text()
 
 
-def test_a_score_that_rows_have_already_is_replaced_and_told(folder_of: FolderOf) -> None:
+def test_an_existing_score_is_replaced_and_reported(folder_of: FolderOf) -> None:
     lines = as_lines([{**ROWS[0], "score": 5}, ROWS[1]])
     result = score(folder_of(Direction.BACKWARD), "--in", "-", "--out", "-", lines=lines)
     assert isinstance(json.loads(result.stdout.splitlines()[0])["score"], dict)
@@ -220,7 +218,7 @@ def test_a_forward_model_scores_the_answer(folder_of: FolderOf) -> None:
         ('{"question": "a", "answer": " "}', "'answer' is empty"),
         ('{"question": null, "answer": "b"}', "'question' is null"),
         ('{"instruction": "a", "output": 3}', "'output'"),
-        (json.dumps({"question": "a map " * 40, "answer": "b"}), "context holds 64"),
+        (json.dumps({"question": "a map " * 40, "answer": "b"}), "model's context of 64"),
     ],
 )
 def test_a_malformed_line_is_named_and_nothing_is_written(
@@ -249,7 +247,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(
     ("content", "name", "exit_code"),
     [(b"", "a.jsonl", 21), (b"\x1f\x8b\x08", "a.jsonl.gz", 22), (None, "a.jsonl", 20)],
 )
-def test_a_file_that_is_no_input_is_refused(
+def test_an_unreadable_input_is_refused(
     content: "bytes | None", name: str, exit_code: int, folder_of: FolderOf, tmp_path: Path
 ) -> None:
     if content is not None:
@@ -261,7 +259,7 @@ def test_a_file_that_is_no_input_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_name_of_a_file_is_no_input(folder_of: FolderOf) -> None:
+def test_an_empty_file_name_is_refused(folder_of: FolderOf) -> None:
     result = score(folder_of(Direction.BACKWARD), "--in", "", "--out", "-")
     assert (result.exit_code, "(empty): no such file" in result.stderr) == (20, True)
 
@@ -274,9 +272,7 @@ def test_the_input_is_not_replaced(folder_of: FolderOf, tmp_path: Path) -> None:
     assert source.read_text() == as_lines(ROWS)
 
 
-def test_a_file_of_bad_lines_alone_leaves_no_empty_result(
-    folder_of: FolderOf, tmp_path: Path
-) -> None:
+def test_a_file_of_only_bad_lines_leaves_no_output(folder_of: FolderOf, tmp_path: Path) -> None:
     source, out = tmp_path / "bad.jsonl", tmp_path / "out.jsonl"
     skip = ("--on-bad-record", "skip")
     for lines in ("{\n", '{\n{"question": "a", "answer": " "}\n'):

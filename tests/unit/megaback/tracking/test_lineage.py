@@ -1,4 +1,4 @@
-"""What a run came from can be told from its records: code, base, checkpoint, starts."""
+"""A run's records name its code, base, checkpoint and starts."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def test_a_start_names_its_checkpoint_by_content_and_all_starts(
 
 
 @pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/latest", "checkpoints/best"])
-def test_a_base_is_the_checkpoint_that_its_path_means(
+def test_a_base_is_the_checkpoint_of_its_path(
     name: str, tmp_path: Path, save: Callable[..., Path]
 ) -> None:
     older, newest = save(tmp_path, 10), save(tmp_path, 20)
@@ -60,7 +60,7 @@ def test_a_base_may_be_a_converted_model(tmp_path: Path) -> None:
     assert found["base"] == identity(tmp_path / "config.json", 7)
 
 
-def test_a_base_that_says_nothing_is_named_all_the_same(tmp_path: Path) -> None:
+def test_a_base_without_a_description_is_named_by_its_path(tmp_path: Path) -> None:
     found = lineage(run_config(tmp_path / "run", init_from=tmp_path / "gone"), 0)
 
     assert found["base"] == {"path": str(tmp_path / "gone"), "step": None, "sha256": None}
@@ -68,7 +68,7 @@ def test_a_base_that_says_nothing_is_named_all_the_same(tmp_path: Path) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with one commit, as if the code stood in it."""
+    """A checkout with one commit, used as the root of the code."""
     (tmp_path / "code.py").write_text("a = 1\n")
     who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
     for words in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "first")):
@@ -88,7 +88,7 @@ def test_the_version_of_a_checkout_is_its_commit(checkout: Path) -> None:
     assert code.code_changes() == ""
 
 
-def test_changes_since_the_commit_are_told(checkout: Path) -> None:
+def test_changes_since_the_commit_are_recorded(checkout: Path) -> None:
     (checkout / "code.py").write_text("a = 2\n")
     (checkout / "other.py").write_text("")
     version = code.code_version()
@@ -97,7 +97,7 @@ def test_changes_since_the_commit_are_told(checkout: Path) -> None:
     assert "+a = 2" in code.code_changes()
 
 
-def test_what_is_no_checkout_has_the_version_of_the_package(
+def test_outside_a_checkout_there_is_only_the_version_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(code, "ROOT", tmp_path)
@@ -106,7 +106,7 @@ def test_what_is_no_checkout_has_the_version_of_the_package(
     assert code.code_changes() == ""
 
 
-def test_without_git_a_checkout_has_the_version_of_the_package(
+def test_without_git_there_is_only_the_version_of_the_package(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")

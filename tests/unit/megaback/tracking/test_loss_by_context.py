@@ -1,4 +1,4 @@
-"""Losses by context: every target is in one bucket, and the buckets make the whole."""
+"""Loss by context: every target is in exactly one bucket."""
 
 import math
 from itertools import pairwise
@@ -26,7 +26,7 @@ def test_a_context_is_between_the_bounds_of_its_bucket(context: int) -> None:
 
 
 @given(st.integers(2, 20))
-def test_buckets_follow_one_another_up_to_the_whole_context(exponent: int) -> None:
+def test_buckets_cover_the_whole_context(exponent: int) -> None:
     names = [bucket_name(bucket) for bucket in range(num_buckets(1 << exponent))]
 
     edges = [bounds(name) for name in names]

@@ -1,4 +1,4 @@
-"""metrics.jsonl is that of an uninterrupted run, however often the run was interrupted."""
+"""metrics.jsonl of an interrupted run is that of an uninterrupted one."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def record(step: int, data_wait_share: float = 0.002) -> StepRecord:
 
 
 def write_steps(log: MetricsLog, first: int, last: int) -> None:
-    """Record training steps, and a measurement after the third."""
+    """Record training steps, and a validation after the third."""
     for step in range(first, last + 1):
         log.train(record(step))
         if step == 3:
@@ -48,24 +48,24 @@ def write_steps(log: MetricsLog, first: int, last: int) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The folder of a run that made five steps."""
+    """The folder of a run with five steps."""
     write_steps(open_log(tmp_path), 1, 5)
     return tmp_path
 
 
 def steps_of(run: Path) -> list[tuple[int, bool]]:
-    """The step of every line, and whether it is a measurement."""
+    """The step of every line, and whether it is a validation."""
     return [(line["step"], "val_loss" in line) for line in read_metrics(run)]
 
 
 FIVE_STEPS = [(1, False), (2, False), (3, False), (3, True), (4, False), (5, False)]
 
 
-def test_lines_stand_in_the_order_in_which_they_were_recorded(run: Path) -> None:
+def test_lines_are_in_the_order_of_recording(run: Path) -> None:
     assert steps_of(run) == FIVE_STEPS
 
 
-def test_a_training_line_says_what_the_step_was(run: Path) -> None:
+def test_fields_of_a_training_line(run: Path) -> None:
     assert read_metrics(run)[1] == {
         "step": 2,
         "loss": 5.8,
@@ -81,7 +81,7 @@ def test_a_training_line_says_what_the_step_was(run: Path) -> None:
     }
 
 
-def test_a_validation_line_says_what_was_measured(run: Path) -> None:
+def test_fields_of_a_validation_line(run: Path) -> None:
     assert read_metrics(run)[3] == {
         "step": 3,
         "val_loss": 5.5,
@@ -94,13 +94,13 @@ def test_a_validation_line_says_what_was_measured(run: Path) -> None:
     }
 
 
-def test_utilisation_is_the_share_of_a_second_over_the_seconds(tmp_path: Path) -> None:
+def test_mfu_is_inversely_proportional_to_the_time_of_a_step(tmp_path: Path) -> None:
     write_steps(open_log(tmp_path, share=0.1), 1, 1)
 
     assert read_metrics(tmp_path)[0]["mfu"] == pytest.approx(0.4)
 
 
-def test_every_line_is_on_the_disk_as_soon_as_it_is_recorded(tmp_path: Path) -> None:
+def test_every_line_is_written_at_once(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.train(record(1))
 
@@ -108,13 +108,13 @@ def test_every_line_is_on_the_disk_as_soon_as_it_is_recorded(tmp_path: Path) -> 
     log.close()
 
 
-def test_resuming_cuts_off_what_came_after_the_resumed_step(run: Path) -> None:
+def test_resuming_removes_lines_after_the_resumed_step(run: Path) -> None:
     open_log(run, 3).close()
 
     assert steps_of(run) == FIVE_STEPS[:4]
 
 
-def test_a_run_that_begins_anew_begins_with_no_lines(run: Path) -> None:
+def test_a_run_that_starts_again_begins_with_no_lines(run: Path) -> None:
     open_log(run).close()
 
     assert steps_of(run) == []
@@ -138,15 +138,15 @@ def test_a_resumed_and_repeated_run_has_the_bytes_of_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize("cut_bytes", [1, 2, 10, 20])
-def test_a_last_line_that_was_cut_short_is_left_out(run: Path, cut_bytes: int) -> None:
+def test_a_truncated_last_line_is_skipped(run: Path, cut_bytes: int) -> None:
     path = run / METRICS_NAME
     path.write_bytes(path.read_bytes()[:-cut_bytes])
 
-    # Without its newline alone, the line is still whole.
+    # A line that lacks only its newline is complete.
     assert steps_of(run) == (FIVE_STEPS if cut_bytes == 1 else FIVE_STEPS[:-1])
 
 
-def test_after_a_cut_line_a_resumed_run_writes_whole_lines(run: Path) -> None:
+def test_after_a_truncated_line_a_resumed_run_writes_complete_lines(run: Path) -> None:
     path = run / METRICS_NAME
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
@@ -156,7 +156,7 @@ def test_after_a_cut_line_a_resumed_run_writes_whole_lines(run: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_null_bytes_that_a_crash_left_at_the_end_are_left_out(run: Path) -> None:
+def test_null_bytes_of_a_crash_are_skipped(run: Path) -> None:
     path = run / METRICS_NAME
     path.write_bytes(path.read_bytes() + b"\0" * 40)
 
@@ -176,14 +176,14 @@ def test_the_console_has_every_tenth_step_and_the_last(
 
 
 def console_text(run: Path, capsys: pytest.CaptureFixture[str], share: float, devices: int) -> str:
-    """What the console says of a tenth step."""
+    """The console line of a tenth step."""
     log = open_log(run, share=0.1, num_devices=devices)
     log.train(record(10, share))
     log.close()
     return capsys.readouterr().out
 
 
-def test_the_console_says_what_each_device_does_and_what_is_waited_for(
+def test_the_console_has_the_throughput_per_device_and_the_data_wait(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert console_text(tmp_path, capsys, 0.25, 4) == (
@@ -193,7 +193,7 @@ def test_the_console_says_what_each_device_does_and_what_is_waited_for(
 
 
 @pytest.mark.parametrize("columns", [70, 200])
-def test_a_terminal_has_one_line_that_begins_with_what_matters(
+def test_a_terminal_has_one_line_that_begins_with_the_loss(
     columns: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -207,14 +207,14 @@ def test_a_terminal_has_one_line_that_begins_with_what_matters(
         log.train(record(step, 0.25))
     log.close()
 
-    # The line as it was left: all that came before is written over.
+    # The final line, which has overwritten all earlier ones.
     shown = [text for text in capsys.readouterr().out.splitlines() if "loss" in text]
     last = shown[-1].split("\r")[-1]
     assert "10/25  loss 5.0000  0m04s left  1,024 tokens/s" in last
     assert ("data wait 25%" in last) == (columns == 200)
 
 
-def test_the_console_is_silent_about_what_does_not_matter(
+def test_the_console_omits_a_small_data_wait(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = console_text(tmp_path, capsys, 0.009, 1)
@@ -222,14 +222,14 @@ def test_the_console_is_silent_about_what_does_not_matter(
     assert "a device" not in text
 
 
-def test_what_is_of_the_machine_is_listed_once(tmp_path: Path) -> None:
+def test_machine_fields_are_those_that_depend_on_the_machine(tmp_path: Path) -> None:
     write_steps(open_log(tmp_path, share=0.1), 1, 1)
     with_loss = {"step", "loss", "targets", "learning_rate", "gradient_norm", "tokens_seen"}
 
     assert set(read_metrics(tmp_path)[0]) - with_loss == MACHINE_FIELDS
 
 
-def test_every_measurement_is_on_the_console(
+def test_every_validation_is_on_the_console(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = open_log(tmp_path)
@@ -240,7 +240,7 @@ def test_every_measurement_is_on_the_console(
     assert "step 3/25  val loss 5.5000 nats/token, 2.0000 bits/byte over 7 tokens" in printed
 
 
-def test_metrics_are_json_that_any_reader_takes(run: Path) -> None:
+def test_metrics_are_strict_json(run: Path) -> None:
     for line in (run / METRICS_NAME).read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
 

@@ -1,4 +1,4 @@
-"""TensorBoard shows every step once, with its last value, however often a run was killed."""
+"""TensorBoard shows every step of a killed and resumed run once, with its last value."""
 
 import os
 import time
@@ -14,7 +14,7 @@ Points = list[tuple[int, float]]
 
 
 def start(run: Path, resumed_step: int, last: int, factor: float = 1.0) -> Path:
-    """Go on from a step to another, with lines from before as metrics.jsonl has them."""
+    """Resume at a step and train to another, with the earlier lines of metrics.jsonl."""
     tracker = TensorboardTracker(run, resumed_step or BEFORE_ALL_STEPS)
     for step in range(tracker.held_step + 1, last + 1):
         if step == 0:
@@ -45,14 +45,14 @@ def test_an_uninterrupted_run_is_shown_as_it_was(tmp_path: Path) -> None:
     assert shown(tmp_path, "val_loss") == [(0, 9.0), (5, 2.5), (10, 5.0)]
 
 
-def test_words_are_left_out(tmp_path: Path) -> None:
+def test_text_is_omitted(tmp_path: Path) -> None:
     start(tmp_path, 0, 5)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
 
     assert sorted(events.Tags()["scalars"]) == ["loss", "val_loss"]
 
 
-def test_steps_that_are_made_again_replace_those_from_before(tmp_path: Path) -> None:
+def test_repeated_steps_replace_earlier_ones(tmp_path: Path) -> None:
     rename_as_older(start(tmp_path, 0, 12))
     start(tmp_path, 7, 15, factor=-1.0)
 
@@ -62,7 +62,7 @@ def test_steps_that_are_made_again_replace_those_from_before(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5, 30, 150, 300, 301, 302, 303, 350, 400])
-def test_what_a_kill_kept_from_the_disk_is_written_again(tmp_path: Path, num_bytes: int) -> None:
+def test_events_that_a_kill_lost_are_written_again(tmp_path: Path, num_bytes: int) -> None:
     path = start(tmp_path, 0, 12)
     os.truncate(path, num_bytes)
     rename_as_older(path)
@@ -72,7 +72,7 @@ def test_what_a_kill_kept_from_the_disk_is_written_again(tmp_path: Path, num_byt
     assert shown(tmp_path, "val_loss") == [(0, 9.0), (5, 2.5), (10, 5.0), (15, 7.5)]
 
 
-def test_a_second_kill_before_anything_was_written_loses_nothing(tmp_path: Path) -> None:
+def test_a_second_kill_before_the_first_write_loses_nothing(tmp_path: Path) -> None:
     for _ in range(2):
         rename_as_older(start(tmp_path, 0, 12))
     path = start(tmp_path, 7, 9)
@@ -82,7 +82,7 @@ def test_a_second_kill_before_anything_was_written_loses_nothing(tmp_path: Path)
     assert shown(tmp_path, "loss") == [(step, float(step)) for step in range(1, 16)]
 
 
-def test_a_run_that_begins_anew_shows_nothing_of_its_first_start(tmp_path: Path) -> None:
+def test_a_run_that_starts_again_shows_nothing_of_its_first_start(tmp_path: Path) -> None:
     rename_as_older(start(tmp_path, 0, 12))
     start(tmp_path, 0, 3, factor=-1.0)
 

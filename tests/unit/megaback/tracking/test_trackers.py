@@ -1,4 +1,4 @@
-"""Trackers get what they lack, no step twice, and never end a run."""
+"""Trackers are backfilled, get no step twice, and never end a run."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ Start = Callable[[Config, int], Any]
 
 
 class Notebook:
-    """A tracker that remembers."""
+    """A tracker that records its calls."""
 
     def __init__(self, held_step: int = BEFORE_ALL_STEPS, breaks_at: int | None = None) -> None:
         self.held_step = held_step
@@ -42,7 +42,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def start_with(monkeypatch: pytest.MonkeyPatch, config: Config) -> Callable[..., Trackers]:
-    """`start_with(starts, last_step, said)`: trackers that are started so."""
+    """`start_with(starts, last_step, said)`: trackers that these functions start."""
 
     def start(starts: dict[str, Start], last_step: int, said: list[str]) -> Trackers:
         monkeypatch.setattr(trackers, "_STARTS", starts)
@@ -60,7 +60,7 @@ def with_logging(config: Config, **logging: str) -> Config:
     return config.model_copy(update={"logging": section})
 
 
-def test_each_mirror_gets_the_steps_that_it_lacks(start_with: Callable[..., Trackers]) -> None:
+def test_each_tracker_gets_the_steps_that_it_lacks(start_with: Callable[..., Trackers]) -> None:
     new, old = Notebook(), Notebook(held_step=3)
     both = start_with({"new": lambda *_: new, "old": lambda *_: old}, 5, [])
     both.feed(lines(1, 5))
@@ -73,19 +73,17 @@ def test_each_mirror_gets_the_steps_that_it_lacks(start_with: Callable[..., Trac
     assert old.is_closed
 
 
-def test_steps_that_a_mirror_holds_beyond_the_resumed_one_are_not_repeated_and_that_is_said(
+def test_steps_that_a_tracker_has_beyond_the_resumed_one_are_not_repeated(
     start_with: Callable[..., Trackers],
 ) -> None:
     ahead, said = Notebook(held_step=7), list[str]()
     start_with({"ahead": lambda *_: ahead}, 5, said).feed(lines(6, 9))
 
     assert [step for step, _ in ahead.written] == [8, 9]
-    assert said == [
-        "ahead has steps up to 7 already: those that are made again are not shown there"
-    ]
+    assert said == ["ahead already has steps up to 7; they are not logged there again"]
 
 
-def test_a_mirror_that_fails_is_left_out_and_named_once(
+def test_a_tracker_that_fails_is_dropped_and_named_once(
     start_with: Callable[..., Trackers],
 ) -> None:
     broken, well, said = Notebook(breaks_at=2), Notebook(), list[str]()
@@ -97,12 +95,12 @@ def test_a_mirror_that_fails_is_left_out_and_named_once(
     assert not broken.is_closed
     assert [step for step, _ in well.written] == [1, 2, 3, 4]
     assert said == [
-        "broken has failed (ConnectionResetError: Connection lost); training goes on without "
-        "it, and the next start gives it what it lacks from metrics.jsonl"
+        "broken has failed (ConnectionResetError: Connection lost); training continues without "
+        "it, and the next start backfills it from metrics.jsonl"
     ]
 
 
-def test_a_mirror_that_does_not_start_is_left_out_and_says_no_secret(
+def test_a_tracker_that_does_not_start_is_dropped_without_printing_secrets(
     start_with: Callable[..., Trackers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "sesame")
@@ -119,14 +117,14 @@ def test_a_mirror_that_does_not_start_is_left_out_and_says_no_secret(
 
 
 def uninstall(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if it had never been there, also where another test has imported it."""
+    """Make a module unavailable, even if another test has imported it."""
     for module in [known for known in sys.modules if known.startswith(f"{name}.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
 
 
 @pytest.mark.parametrize(("name", "value"), [("wandb", "offline"), ("tensorboard", "on")])
-def test_what_was_asked_for_and_is_not_installed_is_an_error_with_a_way_out(
+def test_a_configured_tracker_that_is_not_installed_is_an_error(
     name: str, value: str, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uninstall(name, monkeypatch)
@@ -135,7 +133,7 @@ def test_what_was_asked_for_and_is_not_installed_is_an_error_with_a_way_out(
         Trackers(with_logging(config, **{name: value}), -1, pytest.fail)
 
 
-def test_tensorboard_that_is_not_installed_is_left_out_without_a_word(
+def test_tensorboard_on_auto_is_skipped_if_not_installed(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uninstall("tensorboard", monkeypatch)
@@ -144,13 +142,13 @@ def test_tensorboard_that_is_not_installed_is_left_out_without_a_word(
     assert list(config.run.iterdir()) == []
 
 
-def test_nothing_is_started_that_is_off(config: Config) -> None:
+def test_trackers_that_are_off_are_not_started(config: Config) -> None:
     Trackers(with_logging(config, tensorboard="off"), -1, pytest.fail).feed(lines(1, 2))
 
     assert list(config.run.iterdir()) == []
 
 
-def test_nested_values_have_the_names_of_all_keys_and_unknown_ones_none() -> None:
+def test_nested_keys_are_joined_and_unknown_values_omitted() -> None:
     line = {
         "step": 7,
         "loss": None,

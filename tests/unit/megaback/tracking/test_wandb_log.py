@@ -1,4 +1,4 @@
-"""wandb's logs are read and cut at any place where a kill may have left them."""
+"""wandb's logs are read and truncated, wherever a kill has left them."""
 
 import struct
 import zlib
@@ -16,7 +16,7 @@ HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
 
 
 def row(step: int, num_bytes: int) -> Record:
-    """A step that takes about so many bytes."""
+    """A step of about `num_bytes`."""
     record = Record(num=step)
     record.history.step.num = step
     record.history.item.add(key="loss", value_json="1" * num_bytes)
@@ -24,14 +24,14 @@ def row(step: int, num_bytes: int) -> Record:
 
 
 def other() -> Record:
-    """A record that is no step."""
+    """A record other than a step."""
     record = Record()
     record.output_raw.line = "step 3 of 4"
     return record
 
 
 def log_of(records: list[Record]) -> bytes:
-    """A log, written as LevelDB's documentation says."""
+    """A log, written according to LevelDB's documentation."""
     log = bytearray(HEADER)
     for record in records:
         rest, is_first = record.SerializeToString(), True
@@ -71,7 +71,7 @@ SIZES = st.lists(
 
 
 @given(sizes=SIZES, kept_share=st.floats(0, 1))
-def test_a_log_cut_anywhere_is_read_up_to_there(
+def test_a_truncated_log_is_read_to_its_end(
     sizes: list[int], kept_share: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     records = [row(step, size) for step, size in enumerate(sizes)]
@@ -86,7 +86,7 @@ def test_a_log_cut_anywhere_is_read_up_to_there(
 
 
 @given(sizes=SIZES, last_step=st.integers(-1, 8))
-def test_what_is_cut_back_has_the_steps_up_to_there(
+def test_a_log_that_was_cut_back_has_the_steps_up_to_there(
     sizes: list[int], last_step: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = tmp_path_factory.mktemp("run")
@@ -97,7 +97,7 @@ def test_what_is_cut_back_has_the_steps_up_to_there(
     assert only_segment(run).steps == expected
 
 
-def test_records_that_are_no_steps_are_kept_up_to_the_cut(tmp_path: Path) -> None:
+def test_other_records_are_kept_up_to_the_cut(tmp_path: Path) -> None:
     kept = [other(), row(1, 5), other(), row(2, 5), other()]
     path = write_log(tmp_path, log_of([*kept, row(3, 5), other()]))
 
@@ -107,7 +107,7 @@ def test_records_that_are_no_steps_are_kept_up_to_the_cut(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("place", [7, 11, 13, 14, 60])
-def test_reading_stops_at_a_record_that_was_altered(tmp_path: Path, place: int) -> None:
+def test_reading_stops_at_a_corrupt_record(tmp_path: Path, place: int) -> None:
     log = bytearray(log_of([row(1, 20), row(2, 20)]))
     log[place] ^= 1
     write_log(tmp_path, bytes(log))
@@ -116,7 +116,7 @@ def test_reading_stops_at_a_record_that_was_altered(tmp_path: Path, place: int) 
 
 
 @pytest.mark.parametrize("num_bytes", [0, 3, 7])
-def test_a_log_that_was_killed_at_once_has_no_steps(tmp_path: Path, num_bytes: int) -> None:
+def test_a_log_without_a_complete_header_has_no_steps(tmp_path: Path, num_bytes: int) -> None:
     write_log(tmp_path, HEADER[:num_bytes])
 
     assert only_segment(tmp_path).steps == ()
@@ -138,7 +138,7 @@ def test_segments_are_in_the_order_of_their_starts_online_or_not(tmp_path: Path)
     assert [segment.steps for segment in read_segments(tmp_path, "abc")] == [(1,), (0,)]
 
 
-def test_logs_of_other_runs_and_behind_links_are_left_alone(tmp_path: Path) -> None:
+def test_logs_of_other_runs_and_behind_links_are_ignored(tmp_path: Path) -> None:
     log = log_of([row(step, 3) for step in range(5)])
     other = write_log(tmp_path, log).rename(tmp_path / "wandb" / "other.wandb")
     folder = "offline-run-20260102_030405-xyz"

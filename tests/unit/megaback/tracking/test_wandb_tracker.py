@@ -1,4 +1,4 @@
-"""A run's segments in wandb's files are one run with every step once, as metrics.jsonl has it."""
+"""A run's segments in wandb's files have every step once, as metrics.jsonl has."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from megaback.tracking.trackers import Trackers
 from megaback.tracking.wandb_log import read_records
 from tests.helpers.run_config import run_config
 
-# Some hundred bytes a step, so that a few blocks of 32 KiB fill.
+# Several hundred bytes per step, enough for a few blocks of 32 KiB.
 WORDS = "it is what it was " * 30
 
 
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever wandb would find of the person who tests."""
+    """Hides the tester's own wandb account."""
     for name in list(os.environ):
         if name.startswith("WANDB_"):
             monkeypatch.delenv(name)
@@ -40,14 +40,14 @@ def line(step: int, factor: float = 1.0) -> dict[str, Any]:
 
 
 class Segments:
-    """Starts of a run, as MetricsLog makes them; metrics.jsonl is a list here."""
+    """Starts of a run, as MetricsLog makes them, with a list for metrics.jsonl."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
         self.metrics: list[dict[str, Any]] = []
 
     def start(self, resumed_step: int, last: int, factor: float = 1.0) -> Path:
-        """Go on from a step to another; returns wandb's log."""
+        """Resume at a step and train to another; returns wandb's log."""
         known = set(self.logs())
         self.wait_for_a_name()
         self.metrics = [one for one in self.metrics if resumed_step and one["step"] <= resumed_step]
@@ -73,7 +73,7 @@ class Segments:
         return sorted(self.run.glob("wandb/offline-run-*/*.wandb"))
 
     def rows(self) -> list[dict[str, Any]]:
-        """What wandb's history says, over all segments."""
+        """wandb's history over all segments."""
         return [
             {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.items}
             for record in map(_history, self.logs())
@@ -112,14 +112,12 @@ def segments(tmp_path: Path) -> Segments:
 
 
 def kill(log: Path, share: float) -> None:
-    """Leave of a log what a kill may have left."""
+    """Truncate a log as a kill may have."""
     os.truncate(log, int(log.stat().st_size * share))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_after_a_kill_every_step_is_there_once_with_its_value(
-    segments: Segments, share: float
-) -> None:
+def test_after_a_kill_the_history_has_every_step_once(segments: Segments, share: float) -> None:
     kill(segments.start(0, 50), share)  # up to step 15 or so, or 35, which is cut back
     segments.start(20, 60, factor=-1.0)
 
@@ -127,14 +125,14 @@ def test_after_a_kill_every_step_is_there_once_with_its_value(
     assert len(segments.expected()) == 60
 
 
-def test_a_run_that_begins_anew_leaves_no_row_of_its_first_start(segments: Segments) -> None:
+def test_a_run_that_starts_again_has_no_row_of_its_first_start(segments: Segments) -> None:
     segments.start(0, 12)
     segments.start(0, 9, factor=-1.0)
 
     assert segments.shown() == segments.expected()
 
 
-def test_a_segment_that_was_synced_is_not_touched_and_its_steps_are_not_repeated(
+def test_a_synced_segment_is_not_changed_and_its_steps_are_not_repeated(
     segments: Segments,
 ) -> None:
     log = segments.start(0, 30)
@@ -162,7 +160,7 @@ def test_all_segments_have_the_one_id_of_the_run(segments: Segments) -> None:
     assert ids == [(segments.run / "wandb_id.txt").read_text().strip()] * 2
 
 
-def test_a_wandb_that_dies_is_said_once_and_the_next_start_makes_up_for_it(
+def test_a_crash_of_wandb_is_reported_once_and_the_next_start_backfills(
     segments: Segments, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
@@ -178,7 +176,7 @@ def test_a_wandb_that_dies_is_said_once_and_the_next_start_makes_up_for_it(
     trackers.close()
     assert len(said) == 1
     assert said[0].startswith("wandb has failed (")
-    assert "training goes on without it" in said[0]
+    assert "training continues without it" in said[0]
 
     segments.start(30, 32)
     assert segments.shown() == segments.expected()
@@ -186,7 +184,7 @@ def test_a_wandb_that_dies_is_said_once_and_the_next_start_makes_up_for_it(
 
 
 class FakeServer:
-    """What wandb.init gives online, for a server that has rows up to a step."""
+    """Return value of wandb.init online, for a server that has rows up to a step."""
 
     def __init__(self, next_step: int) -> None:
         self.starting_step = next_step
@@ -207,7 +205,7 @@ class FakeServer:
 @pytest.mark.parametrize(
     ("next_step", "sent"), [(0, [*range(1, 9)]), (4, [4, 5, 6, 7, 8]), (7, [7, 8])]
 )
-def test_online_the_server_gets_what_it_lacks(
+def test_online_the_server_gets_the_steps_that_it_lacks(
     next_step: int, sent: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = FakeServer(next_step)
