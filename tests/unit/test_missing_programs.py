@@ -74,7 +74,7 @@ def _start(*words: str, cwd: Path | None = None) -> tuple[int, str]:
 @pytest.mark.parametrize("program", ["scontrol", "g++", "ssh", "some-program"])
 def test_a_missing_program_is_named_and_is_not_a_storage_error(program: str) -> None:
     code, said = _start(program)
-    assert (code, f"the program {program} is not on this machine" in said) == (12, True)
+    assert (code, f"the program {program} is not installed" in said) == (12, True)
     assert "disk" not in said
 
 

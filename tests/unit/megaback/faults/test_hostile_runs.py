@@ -257,7 +257,7 @@ _MERGES = "a0: &a0 {x: 1}\n" + "".join(
 YAML: dict[str, tuple[str, str]] = {
     "aliases of aliases": (_LAUGHS, "more than 20,000 values"),
     "merges of merges": (_MERGES, "more than 20,000 values"),
-    "an alias of itself": ("a: &a [*a]", "refers to what contains it"),
+    "an alias of itself": ("a: &a [*a]", "an alias to a node that contains it"),
     "many values": ("[" + "1," * 100_000 + "]", "more than 20,000 values"),
     "many lines": ("".join(f"k{number}: 1\n" for number in range(20_000)), "more than 20,000"),
     "nesting": ("a: " + "[" * 50_000, "nested too deeply"),
