@@ -14,7 +14,7 @@ _INDEX = "commands/README.md"
 def pages() -> dict[str, str]:
     """Pages by their path below docs/reference/."""
     found = list(_commands(main, click.Context(main, info_name="megaback")))
-    made = {f"commands/{_page_name(context)}": _page(context) for context in found}
+    made = {f"commands/{_page_name(context)}": page(context) for context in found}
     return {_INDEX: _index(found)} | made
 
 
@@ -44,7 +44,7 @@ def _index(found: list[click.Context]) -> str:
     ).rstrip() + "\n"
 
 
-def _page(context: click.Context) -> str:
+def page(context: click.Context) -> str:
     command = context.command
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     parts = [f"# megaback {context.command_path.partition(' ')[2]}\n"]

@@ -20,8 +20,6 @@ from megaback.model.gpt import ReverseGPT
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder
 
-_DEFAULTS = SamplingOptions()
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -60,7 +58,7 @@ class Chat:
         return "ending" if self.form.writes_instruction else "beginning"
 
     def answer(
-        self, given: str, options: SamplingOptions = _DEFAULTS, count: int = 1
+        self, given: str, options: SamplingOptions = SamplingOptions(), count: int = 1
     ) -> list[Candidate]:
         """Candidates for a given text: the distinct ones of `count` samples, likeliest first.
 
@@ -83,7 +81,7 @@ class Chat:
         (found,) = candidates_of_each(self.model, self.decoder, self.form, [prompt], options, count)
         return found
 
-    def complete(self, given: str, options: SamplingOptions = _DEFAULTS) -> str:
+    def complete(self, given: str, options: SamplingOptions = SamplingOptions()) -> str:
         """Plain generation, as `megaback sample` does it. Raises PromptError."""
         context_tokens = self.decoder.context_tokens
         return complete(self.decoder, self.form.codec, given, context_tokens, options)

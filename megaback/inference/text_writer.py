@@ -18,7 +18,6 @@ from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import ModelDescription
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_DEFAULTS = SamplingOptions()
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -136,7 +135,7 @@ class Writer:
         return self.complete_many([beginning], options)[0]
 
     def complete_many(
-        self, given: Sequence[str], options: SamplingOptions = _DEFAULTS
+        self, given: Sequence[str], options: SamplingOptions = SamplingOptions()
     ) -> list[str]:
         """Each text with its completion, generated in one batch.
 
@@ -149,7 +148,7 @@ class Writer:
         return [text.rendered for text in texts]
 
     def stream(
-        self, given: Sequence[str], options: SamplingOptions = _DEFAULTS
+        self, given: Sequence[str], options: SamplingOptions = SamplingOptions()
     ) -> Iterator[list[str]]:
         """`complete_many` as a stream: yields all texts, complete so far, after every token."""
         texts = self._begin(given)

@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
+
 import megaback
+from data_pipeline.common.number_ranges import COUNT
 from docs.generate.__main__ import outdated, pages, write
+from docs.generate.commands import page as command_page
 from docs.generate.python_api import INTERNAL
-from megaback.cli import command_modules
+from megaback.cli import command_modules, main
 from tests.helpers.paths import ROOT
 
 ELSEWHERE = {"HOME": "/nowhere", "COLUMNS": "30", "LANG": "C", "TZ": "Asia/Tokyo", "NO_COLOR": "1"}
@@ -58,3 +62,32 @@ def test_every_command_option_key_and_name_is_listed() -> None:
         assert member in {*vars(kind), *getattr(kind, "__dataclass_fields__", ())}
         assert f"`{name}`" not in made["python.md"]
     assert str(ROOT) not in "".join(made.values())
+
+
+def test_a_page_has_the_whole_help_of_a_command() -> None:
+    command = click.Command(
+        "cut",
+        help="Cut a_b of *FILE* into\nparts.\n\nNever <twice>.\f Not for users.",
+        epilog="Examples:\n\n\b\nmegaback cut a.txt \\\n  --into 3",
+        params=[
+            click.Argument(["file"]),
+            click.Option(["-n", "--into"], type=COUNT.option, default=2, show_default=True),
+            click.Option(["--by"], type=click.Choice(["line", "word"]), required=True, help="a|b."),
+            click.Option(["--keep/--no-keep"], help="Keep `a_*`."),
+            click.Option(["--secret"], hidden=True),
+        ],
+    )
+    context = click.Context(
+        command, info_name="cut", parent=click.Context(main, info_name="megaback")
+    )
+
+    assert command_page(context) == (
+        "# megaback cut\n\n```text\nmegaback cut [OPTIONS] FILE\n```\n\n"
+        "Cut a_b of \\*FILE\\* into parts.\n\nNever \\<twice>.\n\n"
+        "| option | value | default | description |\n| --- | --- | --- | --- |\n"
+        "| `-n`, `--into` | `INTEGER`, `x>=1` | `2` |  |\n"
+        "| `--by` | `line`, `word` | required | a\\|b. |\n"
+        "| `--keep` / `--no-keep` |  |  | Keep `a_*`. |\n"
+        "| `--help` |  |  | Show this message and exit. |\n\n"
+        "Examples:\n\n```\nmegaback cut a.txt \\\n  --into 3\n```\n"
+    )
