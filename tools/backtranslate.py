@@ -39,6 +39,7 @@ from data_pipeline.common.output_paths import (
 )
 from data_pipeline.common.regular_files import require_no_link
 from data_pipeline.common.shared_options import limit_option
+from data_pipeline.common.source_type import SOURCE
 from data_pipeline.errors import (
     CheckpointMissingError,
     DirectionMismatchError,
@@ -263,7 +264,11 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
 @click.command(cls=ResumableCommand, name="backtranslate")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
-    "--in", "source", required=True, help="Source of texts: a path, pattern, URL or hf:NAME."
+    "--in",
+    "source",
+    type=SOURCE,
+    required=True,
+    help="Source of texts: a path, pattern, URL or hf:NAME.",
 )
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="File of JSON lines to write."

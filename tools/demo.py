@@ -17,6 +17,7 @@ from rich.table import Table
 from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.import_path import module_command
 from data_pipeline.common.rich_console import SafeConsole
+from data_pipeline.common.source_type import SOURCE
 from data_pipeline.errors import LaunchError
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.inspection import unigram_entropy
@@ -86,6 +87,7 @@ def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
 )
 @click.option(
     "--source",
+    type=SOURCE,
     default="pydocs",
     show_default=True,
     help="Source to train on, as of `megaback shards build`.",

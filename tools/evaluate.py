@@ -20,6 +20,7 @@ from data_pipeline.common.output_paths import (
 )
 from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.common.shared_options import limit_option
+from data_pipeline.common.source_type import SOURCE
 from data_pipeline.common.terminal import print_table
 from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
@@ -78,6 +79,7 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
 )
 @click.option(
     "--rows",
+    type=click.Path(),
     help="File of held-out instruction rows (JSON lines), for instruction-recall "
     "and reverse-dictionary.",
 )
@@ -89,6 +91,7 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
 )
 @click.option(
     "--passages",
+    type=SOURCE,
     help="Source of held-out documents, for passage-choice, as of `megaback shards build`.",
 )
 @click.option(
@@ -98,7 +101,9 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     show_default=True,
     help="Length of a passage, in characters.",
 )
-@click.option("--shards", help="Data set whose val set is measured, for bits-per-byte.")
+@click.option(
+    "--shards", type=click.Path(), help="Data set whose val set is measured, for bits-per-byte."
+)
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
@@ -113,7 +118,11 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     type=click.Path(path_type=Path, dir_okay=False),
     help="File of the results to write, as JSON.",
 )
-@click.option("--predictions", help="File of what was written for each row, as JSON lines.")
+@click.option(
+    "--predictions",
+    type=click.Path(allow_dash=True),
+    help="File of JSON lines to write, with the prediction for each row; - for stdout.",
+)
 @overwrite_option
 @device_option
 def main(

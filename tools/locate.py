@@ -319,7 +319,7 @@ def _show(
 @click.option(
     "--text", type=click.File("rb"), help="File with just the document's text; - for stdin."
 )
-@click.option("--shards", help="Data set of a mixture that --document is in.")
+@click.option("--shards", type=click.Path(), help="Data set of a mixture that --document is in.")
 @click.option(
     "--split",
     type=click.Choice(SPLITS),

@@ -190,7 +190,10 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
 )
 @click.option("--weight", type=SHARE.option, help="Weight of the reverse score. Default: 0.5.")
 @click.option(
-    "--fit", "dev", help="File of labeled questions on which the weight is fitted instead."
+    "--fit",
+    "dev",
+    type=click.Path(),
+    help="File of labeled questions on which the weight is fitted instead.",
 )
 @click.option(
     "--report",

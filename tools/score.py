@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 in_option = click.option(
     "--in",
     "source",
+    type=click.Path(allow_dash=True),
     required=True,
     help="File of JSON lines, also compressed (.gz, .zst, .bz2, .xz); - for stdin.",
 )
 out_option = click.option(
     "--out",
+    type=click.Path(allow_dash=True),
     required=True,
     help="File of JSON lines to write, in the order of the input; - for stdout.",
 )

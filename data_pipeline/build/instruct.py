@@ -22,6 +22,7 @@ from data_pipeline.build.settings import BuildSettings
 from data_pipeline.common.command import ResumableCommand
 from data_pipeline.common.number_ranges import ROW_TOKENS, SHARE_BELOW_ALL
 from data_pipeline.common.shared_options import out_folder_option, workers_option
+from data_pipeline.common.source_type import SOURCE
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.sources.weighted import WeightedSource, on_bad_record_option
@@ -34,6 +35,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
 @click.option(
     "--source",
     "sources",
+    type=SOURCE,
     multiple=True,
     default=(DEFAULT_SOURCE,),
     show_default=True,
@@ -43,6 +45,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
 @click.option(
     "--val-source",
     "val_sources",
+    type=SOURCE,
     multiple=True,
     help="Source of held-out rows: the val set is all of these. May be repeated.",
 )

@@ -21,6 +21,7 @@ from data_pipeline.common.number_ranges import (
     SHARE_BELOW_ALL,
     SOURCE_WEIGHT,
 )
+from data_pipeline.common.source_type import SOURCE
 from data_pipeline.common.terminal import echo
 from data_pipeline.shards.compression import DEFAULT_LEVEL
 from data_pipeline.shards.excluded import echo_excluded, noun_of
@@ -83,6 +84,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
     "sources": click.option(
         "--source",
         "sources",
+        type=SOURCE,
         multiple=True,
         help="Source: novels, pydocs, a path, pattern, URL or hf:NAME[:CONFIG]. May be repeated.",
     ),

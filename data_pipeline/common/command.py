@@ -51,8 +51,6 @@ _OS_ADVICE = {
     errno.ELOOP: "remove the symbolic link at that path; files are not written through links",
 }
 _ARGUMENT = re.compile(r"`([a-z][a-z_]*)`")
-_PATH_NAMES = ("out", "predictions")
-"""Parameters that are paths or `-`; empty sources are reported elsewhere."""
 _PROGRAM_ADVICE = {
     **dict.fromkeys(("cc", "gcc", "g++", "c++"), "install a C compiler (build-essential)"),
     **dict.fromkeys(
@@ -199,7 +197,7 @@ class Command(WithShortHelp):
         for parameter in self.params:
             value = given.get(parameter.name or "")
             values = value if isinstance(value, list | tuple) else [value]
-            is_path = isinstance(parameter.type, click.Path) or parameter.name in _PATH_NAMES
+            is_path = isinstance(parameter.type, click.Path)
             if is_path and "" in values:
                 raise click.BadParameter(
                     "it is empty, perhaps from an unset shell variable; give a path",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from data_pipeline.common.source_type import SourceType
+
 
 def require_quoted(command: click.Command, words: Sequence[str]) -> None:
     """Raises click.UsageError when an option is followed by the files of an expanded pattern.
@@ -28,11 +30,11 @@ def require_quoted(command: click.Command, words: Sequence[str]) -> None:
 
 
 def pattern_options(command: click.Command) -> set[str]:
-    """Options of a command whose help mentions patterns."""
+    """Options of a command that name a source, which may be a pattern."""
     return {
         name
         for option in command.params
-        if isinstance(option, click.Option) and "path, pattern" in (option.help or "").lower()
+        if isinstance(option, click.Option) and isinstance(option.type, SourceType)
         for name in option.opts
     }
 

@@ -29,6 +29,7 @@ from data_pipeline.common.output_paths import (
     writing_output,
 )
 from data_pipeline.common.regular_files import UNFIT, read_file
+from data_pipeline.common.source_type import SOURCE
 from data_pipeline.errors import BadRecordError, SourceEmptyError, TokenizerError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.sources.documents import Columns, stop_or_skip
@@ -271,6 +272,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
 @click.option(
     "--source",
     "sources",
+    type=SOURCE,
     required=True,
     multiple=True,
     help="Source: novels, pydocs, a path, pattern, URL or hf:NAME[:CONFIG]. May be repeated.",

@@ -17,6 +17,7 @@ from data_pipeline.common.command import WorkCommand
 from data_pipeline.common.interrupts import signals_deferred
 from data_pipeline.common.next_command import command, show_next
 from data_pipeline.common.number_ranges import MANY, MANY_OR_ZERO, SOURCE_WEIGHT
+from data_pipeline.common.source_type import SOURCE
 from data_pipeline.errors import ConfigError, LaunchError
 from launcher.memory_check import check_memory
 from launcher.slurm.commands import (
@@ -143,7 +144,11 @@ def after(submission: Submission, job: str) -> Submission:
     help="Jobs to queue: data,train,convert or a part.",
 )
 @click.option(
-    "--source", "sources", multiple=True, help="data: a path, pattern or URL. May be repeated."
+    "--source",
+    "sources",
+    type=SOURCE,
+    multiple=True,
+    help="data: source to build from. May be repeated.",
 )
 @click.option(
     "--weight",

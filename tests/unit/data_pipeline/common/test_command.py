@@ -254,7 +254,9 @@ SOURCE_COMMANDS = {
     "instruct build": ["--tokenizer", "t.model", "--out", "out"],
     "submit": ["--chain", "data,train"],
     "backtranslate": ["--out", "out"],
+    "eval": ["--suite", "passage-choice"],
 }
+SOURCE_OPTIONS = {"backtranslate": "--in", "eval": "--passages"}
 
 
 def _command(name: str) -> click.Command:
@@ -276,8 +278,8 @@ def test_the_error_of_an_unquoted_pattern_quotes_it(
     (tmp_path / "my data").mkdir()
     for file in files:
         (tmp_path / file).touch()
-    option = "--in" if name == "backtranslate" else "--source"
-    first = ["config.yaml"] if name in ("submit", "backtranslate") else []
+    option = SOURCE_OPTIONS.get(name, "--source")
+    first = ["config.yaml"] if name in ("submit", *SOURCE_OPTIONS) else []
     words = [*first, option, *files, *SOURCE_COMMANDS[name]]
     result = CliRunner().invoke(_command(name), words)
     assert result.exit_code == 2
