@@ -9,7 +9,7 @@ from typing import Literal
 
 import click
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.next_command import command, show_next
 from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import echo, print_table
@@ -222,7 +222,14 @@ def _print_table(lines: Sequence[Line]) -> None:
     print_table(SafeConsole(highlight=False), table)
 
 
-@click.command(cls=Command, name="doctor")
+@click.command(
+    cls=Command,
+    name="doctor",
+    epilog=examples(
+        "megaback doctor",
+        "megaback doctor /scratch/runs --json",
+    ),
+)
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
 @json_option
 def main(folder: Path, as_json: bool) -> None:

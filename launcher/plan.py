@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from data_pipeline.common.command import Command, with_options
+from data_pipeline.common.command import Command, examples, with_options
 from data_pipeline.common.number_ranges import (
     MANY,
     PLANNED_TOKENS,
@@ -162,7 +162,16 @@ def to_json(
     }
 
 
-@click.command(cls=Command, name="plan")
+@click.command(
+    cls=Command,
+    name="plan",
+    epilog=examples(
+        "megaback plan configs/reverse_7b.yaml --nodes 8 --device-name h100-80gb",
+        "megaback plan configs/demo.yaml model.width=512 --device-name cpu",
+        "megaback plan configs/reverse_1b.yaml --device-name a100-80gb --training-tokens "
+        "2e10 --vocab-size 32000 --json",
+    ),
+)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--nodes", type=MANY.option, default=1, show_default=True, help="Number of nodes.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.import_path import module_command
 from data_pipeline.common.shared_options import hostfile_option, save_before_option
 from data_pipeline.errors import MegabackError
@@ -26,7 +26,15 @@ from megaback.yaml_text import kept_overrides
 _RANK_MODULE = "megaback.train"
 
 
-@click.command(cls=WorkCommand, name="train")
+@click.command(
+    cls=WorkCommand,
+    name="train",
+    epilog=examples(
+        "megaback train configs/demo.yaml",
+        "megaback train configs/demo.yaml run=runs/small training.steps=200",
+        "megaback train configs/xcoax_100bt.yaml --hostfile hosts --save-before 23h",
+    ),
+)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @save_before_option

@@ -9,8 +9,9 @@ import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from data_pipeline.common.command import CommandGroup, report, run_as_process, scrubbed
+from data_pipeline.common.command import CommandGroup, examples, report, run_as_process, scrubbed
 from data_pipeline.common.logging_setup import verbose_option
 from data_pipeline.errors import LaunchError
 from megaback.installation import missing_module
@@ -89,8 +90,8 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
 class LazyGroup(CommandGroup):
     """Group whose commands are modules, each imported when it runs or shows its own help."""
 
-    def __init__(self, name: str, modules: _Commands, help_text: str) -> None:
-        super().__init__(name, help=help_text, params=[verbose_option()])
+    def __init__(self, name: str, modules: _Commands, help_text: str, epilog: str = "") -> None:
+        super().__init__(name, help=help_text, epilog=epilog, params=[verbose_option()])
         self._modules = modules
 
     def main(self, *arguments: Any, **options: Any) -> Any:
@@ -121,11 +122,24 @@ class LazyGroup(CommandGroup):
         command: click.Command = module.main
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands and options, without importing the commands' modules."""
+        names = [
+            CompletionItem(name, help=text)
+            for name, text in self._short_helps()
+            if name.startswith(incomplete)
+        ]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(self._short_helps())
+
+    def _short_helps(self) -> list[tuple[str, str]]:
+        """Commands that help lists, in the order of their names, each with one line."""
         rows = [(name, text) for name, (_, text) in self._modules.items() if text]
         rows += [(name, command.get_short_help_str()) for name, command in self.commands.items()]
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted(rows))
+        return sorted(rows)
 
 
 def command_modules() -> dict[str, str]:
@@ -139,7 +153,16 @@ def command_modules() -> dict[str, str]:
 def _build_cli() -> click.Group:
     from megaback import __version__
 
-    cli = LazyGroup("megaback", _COMMANDS | _INTERNAL, "Train and use GPTs that write backwards.")
+    epilog = examples(
+        "megaback doctor",
+        "megaback tokenizer train --source pydocs --out data/tokenizer",
+        "megaback shards build --source pydocs --tokenizer data/tokenizer/tokenizer.model "
+        "--out data/pydocs",
+        "megaback train configs/demo.yaml run=runs/pydocs data.shards=data/pydocs",
+        'megaback sample runs/pydocs --ending "and they lived happily ever after."',
+    )
+    help_text = "Train and use GPTs that write backwards."
+    cli = LazyGroup("megaback", _COMMANDS | _INTERNAL, help_text, epilog)
     for name, (help_text, commands) in _GROUPS.items():
         cli.add_command(LazyGroup(name, commands, help_text))
     return click.version_option(__version__, prog_name="megaback")(cli)

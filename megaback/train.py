@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 
 import click
 
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.console import only_comments
 from data_pipeline.common.driver_reports import print_exception
 from data_pipeline.common.number_ranges import MANY_OR_ZERO
@@ -98,7 +98,14 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path)
     return 0
 
 
-@click.command(cls=WorkCommand, name="train")
+@click.command(
+    cls=WorkCommand,
+    name="train",
+    epilog=examples(
+        "deepspeed --module megaback.train configs/demo.yaml",
+        "deepspeed --hostfile hosts --module megaback.train configs/demo.yaml run=runs/small",
+    ),
+)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--save-before", hidden=True)

@@ -9,7 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from data_pipeline.common.atomic import write_text
-from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.figures import require_matplotlib, write_picture
 from data_pipeline.common.number_ranges import MANY, TWO_OR_MORE
 from data_pipeline.common.output_paths import is_our_picture, require_output
@@ -98,7 +98,14 @@ def train_all(
             raise SystemExit(code)
 
 
-@click.command(cls=ResumableCommand, name="arrow")
+@click.command(
+    cls=ResumableCommand,
+    name="arrow",
+    epilog=examples(
+        "megaback arrow configs/arrow.yaml data.shards=data/prose --num-seeds 3",
+        "megaback arrow configs/arrow.yaml --measure-only --limit 500 --device cpu",
+    ),
+)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option(

@@ -21,7 +21,7 @@ import click
 from data_pipeline.build.options import text_column_option
 from data_pipeline.common.atomic import write_text
 from data_pipeline.common.checked_json import read_json
-from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.locks import locked
 from data_pipeline.common.number_ranges import (
     COUNT,
@@ -261,7 +261,15 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
         click.echo(f"  left out: {count:,} ({why})")
 
 
-@click.command(cls=ResumableCommand, name="backtranslate")
+@click.command(
+    cls=ResumableCommand,
+    name="backtranslate",
+    epilog=examples(
+        "megaback backtranslate models/backchat --in texts.jsonl --out sft.jsonl",
+        "megaback backtranslate models/backchat --in 'books/*.jsonl.zst' --out sft.jsonl "
+        "-n 8 --keep 2 --forward models/answers",
+    ),
+)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--in",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.number_ranges import FEW, SEED, Range
 from data_pipeline.common.output_paths import require_apart
 from data_pipeline.errors import (
@@ -207,7 +207,16 @@ def _require_direction(folder: Path, actual: Direction, name: str) -> None:
         )
 
 
-@click.command(cls=Command, name="chat")
+@click.command(
+    cls=Command,
+    name="chat",
+    epilog=examples(
+        "megaback chat runs/backchat",
+        'megaback chat models/backchat -n 4 --response "Telegram was founded by the '
+        'Durov brothers."',
+        "megaback chat models/backchat --json < given.jsonl > found.jsonl",
+    ),
+)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--response", "given", help="Response to find an instruction for; write it and exit.")
 @click.option(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.next_command import show_next
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.output_folder import require_output_folder, whole_folder
@@ -72,7 +72,16 @@ def convert(
             write_gguf_folder(folder, name, source, torch_dtype)
 
 
-@click.command(cls=WorkCommand, name="convert")
+@click.command(
+    cls=WorkCommand,
+    name="convert",
+    epilog=examples(
+        "megaback convert runs/xcoax_100bt --out models/xcoax",
+        "megaback convert runs/xcoax_100bt/checkpoints/best --to hf --dtype bfloat16 "
+        "--out models/xcoax-hf",
+        "megaback convert models/xcoax --to gguf --out models/xcoax-gguf",
+    ),
+)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--to",

@@ -14,8 +14,9 @@ from typing import Any
 import click
 from rich.table import Table
 
-from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.import_path import module_command
+from data_pipeline.common.number_ranges import VOCABULARY
 from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.common.source_type import SOURCE
 from data_pipeline.errors import LaunchError
@@ -77,7 +78,14 @@ def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
     SafeConsole(soft_wrap=False, width=100).print(table, highlight=False)
 
 
-@click.command(cls=ResumableCommand, name="demo")
+@click.command(
+    cls=ResumableCommand,
+    name="demo",
+    epilog=examples(
+        "python -m tools.demo",
+        "python -m tools.demo --source 'books/*.txt' --out demo-books training.steps=100",
+    ),
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -94,6 +102,7 @@ def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
 )
 @click.option(
     "--vocab-size",
+    type=VOCABULARY.option,
     default=_VOCAB_SIZE,
     show_default=True,
     help="Number of tokens of the vocabulary.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.output_paths import (
     json_lines_with,
@@ -67,7 +67,15 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     return table
 
 
-@click.command(cls=Command, name="eval")
+@click.command(
+    cls=Command,
+    name="eval",
+    epilog=examples(
+        "megaback eval models/xcoax --suite bits-per-byte --shards data/prose",
+        "megaback eval models/backchat --suite instruction-recall --rows held-out.jsonl "
+        "--limit 500 --out recall.json",
+    ),
+)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--suite",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.number_ranges import COUNT, FEW, SEED, TEMPERATURE, TOP_K
 from data_pipeline.errors import PromptError
 from tools.jsonl_io import (
@@ -118,7 +118,16 @@ def infill(
     return found[:count]
 
 
-@click.command(cls=Command, name="infill")
+@click.command(
+    cls=Command,
+    name="infill",
+    epilog=examples(
+        "megaback infill --forward models/forward --backward models/backward --beginning "
+        '"The captain opened" --ending "and never spoke of it again."',
+        "megaback infill --forward models/forward --backward models/backward --json -n 3 "
+        "< gaps.jsonl > filled.jsonl",
+    ),
+)
 @click.option(
     "--forward",
     metavar="DIR",

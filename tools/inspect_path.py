@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import echo
 
@@ -22,7 +22,14 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-@click.command(cls=Command, name="inspect")
+@click.command(
+    cls=Command,
+    name="inspect",
+    epilog=examples(
+        "megaback inspect runs/xcoax_100bt",
+        "megaback inspect data/fineweb-100bt --verify --json",
+    ),
+)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Hash and decode everything, not only look at sizes.")
 @json_option

@@ -16,7 +16,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY, MAX_EPOCH
 from data_pipeline.common.shared_options import json_option
 from data_pipeline.errors import ConfigError, SourceMissingError, SourceUnreadableError
@@ -308,7 +308,14 @@ def _show(
         )
 
 
-@click.command(cls=Command, name="locate")
+@click.command(
+    cls=Command,
+    name="locate",
+    epilog=examples(
+        "megaback shards locate runs/xcoax_100bt --document 1234",
+        "megaback shards locate configs/demo.yaml --text - --epoch 1 --json < page.txt",
+    ),
+)
 @click.argument("config", metavar="CONFIG_OR_RUN", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.figures import require_matplotlib, write_picture
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.output_paths import (
@@ -115,7 +115,14 @@ def _with_numbers(folder: Path) -> list[Path]:
     return [run for run in runs_below(folder) if (run / METRICS_NAME).is_file()] or [folder]
 
 
-@click.command(cls=WorkCommand, name="plot")
+@click.command(
+    cls=WorkCommand,
+    name="plot",
+    epilog=examples(
+        "megaback plot runs/xcoax_100bt",
+        "megaback plot runs/forward runs/backward --by tokens --out comparison",
+    ),
+)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option(
     "--out",

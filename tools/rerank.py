@@ -10,7 +10,7 @@ import click
 import numpy as np
 from rich.table import Table
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.number_ranges import SHARE
 from data_pipeline.common.output_paths import (
     json_lines_with,
@@ -167,7 +167,15 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
     return table
 
 
-@click.command(cls=Command, name="rerank")
+@click.command(
+    cls=Command,
+    name="rerank",
+    epilog=examples(
+        "megaback rerank models/backchat --in questions.jsonl --out ranked.jsonl",
+        "megaback rerank models/backchat --in questions.jsonl --out ranked.jsonl "
+        "--forward models/answers --fit labeled.jsonl --report accuracy.json",
+    ),
+)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @in_option
 @out_option

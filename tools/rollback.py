@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from data_pipeline.common.atomic import write_text
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.locks import locked
 from data_pipeline.common.next_command import command, override, show_next
 from data_pipeline.common.number_ranges import COUNT
@@ -92,7 +92,14 @@ def _copy_target(run: Path) -> "CopyTarget | None":
     return CopyTarget(copy_to, run) if copy_to is not None else None
 
 
-@click.command(cls=WorkCommand, name="rollback")
+@click.command(
+    cls=WorkCommand,
+    name="rollback",
+    epilog=examples(
+        "megaback rollback runs/xcoax_100bt --steps 200",
+        "megaback rollback runs/xcoax_100bt --steps 1",
+    ),
+)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--steps", required=True, type=COUNT.option, help="Minimum number of steps to roll back."

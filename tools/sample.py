@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.number_ranges import MANY, REPETITION_PENALTY
 from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.text.codec import Direction
@@ -95,7 +95,16 @@ def _joined(texts: Sequence[str]) -> str:
     return _BETWEEN_SAMPLES.join(texts)
 
 
-@click.command(cls=Command, name="sample")
+@click.command(
+    cls=Command,
+    name="sample",
+    epilog=examples(
+        "megaback sample runs/xcoax_100bt",
+        'megaback sample models/xcoax --ending "and they lived happily ever after."',
+        'megaback sample models/xcoax --ending "the end." -n 4 --max-new-tokens 200 '
+        "--temperature 0.7 --top-p 0.95",
+    ),
+)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--ending", help="Text that a backward model writes toward.")
 @click.option("--beginning", help="Text that a forward model continues.")

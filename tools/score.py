@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.output_paths import json_lines_with, overwrite_option, require_output
 from data_pipeline.common.terminal import fit
 from data_pipeline.errors import BadRecordError, PromptError, SourceEmptyError
@@ -123,7 +123,15 @@ def encoded_pairs(
             bad.add(error)
 
 
-@click.command(cls=Command, name="score")
+@click.command(
+    cls=Command,
+    name="score",
+    epilog=examples(
+        "megaback score models/backchat --in pairs.jsonl --out scored.jsonl",
+        "megaback score runs/xcoax_100bt --form plain --columns "
+        "question=prompt,answer=completion --in - --out -",
+    ),
+)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @in_option
 @out_option

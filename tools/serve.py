@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.number_ranges import (
     BODY_BYTES,
     COUNT,
@@ -121,7 +121,15 @@ def run_server(
         raise KeyboardInterrupt
 
 
-@click.command(cls=WorkCommand, name="serve")
+@click.command(
+    cls=WorkCommand,
+    name="serve",
+    epilog=examples(
+        "megaback serve models/xcoax",
+        "megaback serve models/backchat --forward models/answers --device cuda:0",
+        "megaback serve models/xcoax --host 0.0.0.0 --token-file token.txt",
+    ),
+)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--forward",

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.durations import duration
 from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import fit
@@ -229,7 +229,14 @@ def _at(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-@click.command(cls=Command, name="status")
+@click.command(
+    cls=Command,
+    name="status",
+    epilog=examples(
+        "megaback status runs/xcoax_100bt",
+        "megaback status runs/xcoax_100bt --json",
+    ),
+)
 @click.argument("run", type=click.Path(path_type=Path))
 @json_option
 def main(run: Path, as_json: bool) -> None:

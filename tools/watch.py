@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.number_ranges import WATCH_SECONDS
 from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import echo
@@ -79,7 +79,14 @@ def health_of(run: Path, now: float | None = None) -> Health:
     )
 
 
-@click.command(cls=Command, name="watch")
+@click.command(
+    cls=Command,
+    name="watch",
+    epilog=examples(
+        "megaback watch runs/xcoax_100bt",
+        "megaback watch runs/xcoax_100bt --every 60 --json",
+    ),
+)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--every",

@@ -44,7 +44,7 @@ from data_pipeline.build.selection import tasks_within_limits
 from data_pipeline.build.settings import CHANGEABLE, BuildSettings
 from data_pipeline.build.task import TaskRecord, finished_record, run_task
 from data_pipeline.common.atomic import write_text
-from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.locks import locked
 from data_pipeline.common.process_pool import run_in_processes, shared_by_all
 from data_pipeline.common.shared_options import out_folder_option, workers_option
@@ -200,7 +200,18 @@ def _indices(text: str) -> range:
     return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
-@click.command(cls=ResumableCommand, name="build")
+@click.command(
+    cls=ResumableCommand,
+    name="build",
+    epilog=examples(
+        "megaback shards build --source pydocs --out data/pydocs --tokenizer "
+        "data/tokenizer/tokenizer.model",
+        "megaback shards build --source 'books/*.jsonl.zst' --weight 2.5 --source "
+        "hf:HuggingFaceFW/fineweb:sample-100BT --weight 1 --tokenizer "
+        "data/tokenizer/tokenizer.model --out data/mixed",
+        "megaback shards build --out data/planned --task-index 0-31",
+    ),
+)
 @settings_options
 @out_folder_option
 @tasks_option

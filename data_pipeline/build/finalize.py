@@ -24,7 +24,7 @@ from data_pipeline.build.task import TaskRecord, finished_record, record_path
 from data_pipeline.build.val_minimum import with_val_minimum
 from data_pipeline.common.atomic import replacing, write_text
 from data_pipeline.common.checked_json import read_json
-from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.limits import MAX_PLAN_BYTES
 from data_pipeline.common.locks import locked
 from data_pipeline.common.next_command import command
@@ -228,7 +228,14 @@ def codec_of_plan(plan: Plan, out: Path) -> TextCodec:
     return codec
 
 
-@click.command(cls=ResumableCommand, name="finalize")
+@click.command(
+    cls=ResumableCommand,
+    name="finalize",
+    epilog=examples(
+        "megaback shards finalize data/books",
+        "megaback shards finalize data/books --workers 8",
+    ),
+)
 @click.argument("out", type=click.Path(path_type=Path))
 @workers_option("processes")
 def main(out: Path, workers: int | None) -> None:

@@ -19,7 +19,7 @@ from data_pipeline.build.options import (
     unit_option,
 )
 from data_pipeline.build.settings import BuildSettings
-from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.number_ranges import ROW_TOKENS, SHARE_BELOW_ALL
 from data_pipeline.common.shared_options import out_folder_option, workers_option
 from data_pipeline.common.source_type import SOURCE
@@ -31,7 +31,17 @@ from data_pipeline.text.codec import Direction, TextCodec, Unit
 DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
 
 
-@click.command(cls=ResumableCommand, name="build")
+@click.command(
+    cls=ResumableCommand,
+    name="build",
+    epilog=examples(
+        "megaback instruct build --out data/open-instruct --tokenizer "
+        "data/tokenizer/tokenizer.model",
+        "megaback instruct build --source chats.jsonl --val-source held-out.jsonl "
+        "--columns messages=conversations --out data/chats --tokenizer "
+        "data/tokenizer/tokenizer.model",
+    ),
+)
 @click.option(
     "--source",
     "sources",

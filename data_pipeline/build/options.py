@@ -79,15 +79,21 @@ def unit_option(what: str) -> Callable[[_Function], _Function]:
     )
 
 
-# The option of each setting, in the order of the help.
-_SETTINGS: dict[str, Callable[[Any], Any]] = {
-    "sources": click.option(
+def sources_option(*, required: bool = False) -> Callable[[_Function], _Function]:
+    """`--source`, once per source."""
+    return click.option(
         "--source",
         "sources",
         type=SOURCE,
+        required=required,
         multiple=True,
         help="Source: novels, pydocs, a path, pattern, URL or hf:NAME[:CONFIG]. May be repeated.",
-    ),
+    )
+
+
+# The option of each setting, in the order of the help.
+_SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "sources": sources_option(),
     "weights": click.option(
         "--weight",
         "weights",

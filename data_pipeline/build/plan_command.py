@@ -21,7 +21,7 @@ from data_pipeline.build.settings import (
     BuildSettings,
 )
 from data_pipeline.common.atomic import claim_name, replacing, sync_folder, write_text
-from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.next_command import command, show_next
 from data_pipeline.common.shared_options import out_folder_option
 from data_pipeline.errors import OutputExistsError
@@ -159,7 +159,17 @@ def _holds_something_else(out: Path) -> bool:
     ) or not all(_OF_A_BUILD.fullmatch(path.name) for path in (out / BUILD_FOLDER).iterdir())
 
 
-@click.command(cls=ResumableCommand, name="plan")
+@click.command(
+    cls=ResumableCommand,
+    name="plan",
+    epilog=examples(
+        "megaback shards plan --source 'books/*.jsonl.zst' --out data/books --tokenizer "
+        "data/tokenizer/tokenizer.model",
+        "megaback shards plan --source hf:HuggingFaceFW/fineweb:sample-100BT --tokenizer "
+        "data/tokenizer/tokenizer.model --out data/fineweb --tasks 256 --language en "
+        "--min-characters 200",
+    ),
+)
 @settings_options
 @out_folder_option
 @tasks_option

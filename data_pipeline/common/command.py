@@ -50,6 +50,9 @@ _OS_ADVICE = {
     errno.EPERM: "check the permissions of the path",
     errno.ELOOP: "remove the symbolic link at that path; files are not written through links",
 }
+_EXAMPLE_COLUMNS = 74
+_WORDS = re.compile(r"""(?:--?[a-z][a-z-]* (?!-))?(?:"[^"]*"|'[^']*'|[^\s"'])+""")
+"""Words of a command line, an option with its value."""
 _ARGUMENT = re.compile(r"`([a-z][a-z_]*)`")
 _PROGRAM_ADVICE = {
     **dict.fromkeys(("cc", "gcc", "g++", "c++"), "install a C compiler (build-essential)"),
@@ -152,6 +155,21 @@ def run_as_process(main: Callable[..., Any], *arguments: Any, **options: Any) ->
         raise SystemExit(report(storage_error(error))) from None
 
 
+def examples(*commands: str) -> str:
+    """Epilog of a command's help with command lines, which are wrapped as a shell reads them."""
+    lines = []
+    for command in commands:
+        first, *words = _WORDS.findall(command)
+        lines.append(first)
+        for word in words:
+            if len(lines[-1]) + 1 + len(word) > _EXAMPLE_COLUMNS:
+                lines[-1] += " \\"
+                lines.append(f"  {word}")
+            else:
+                lines[-1] += f" {word}"
+    return "\n".join(["Examples:", "", "\b", *lines])
+
+
 class WithShortHelp(click.Command):
     """A command or group with `-h` for help."""
 
@@ -182,7 +200,8 @@ class Command(WithShortHelp):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = list(args)
-        require_quoted(self, words)
+        if not ctx.resilient_parsing:
+            require_quoted(self, words)
         try:
             rest = super().parse_args(ctx, args)
         except click.UsageError as error:

@@ -2,9 +2,10 @@
 
 import click
 from click.shell_completion import CompletionItem
+from click.types import StringParamType
 
 
-class SourceType(click.ParamType):
+class SourceType(StringParamType):
     """Text that may be a pattern, which the shell must not expand, and that completes as a path."""
 
     name = "source"

@@ -10,7 +10,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.figures import require_matplotlib
 from data_pipeline.common.number_ranges import COUNT_OR_ZERO
 from data_pipeline.common.output_paths import is_our_picture, overwrite_option, require_output
@@ -186,7 +186,15 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
     )
 
 
-@click.command(cls=Command, name="inspect")
+@click.command(
+    cls=Command,
+    name="inspect",
+    epilog=examples(
+        "megaback shards inspect data/fineweb-100bt",
+        "megaback shards inspect data/fineweb-100bt --split val --document 3",
+        "megaback shards inspect data/fineweb-100bt --plot lengths.png",
+    ),
+)
 @click.argument("shards", type=click.Path(path_type=Path))
 @click.option(
     "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Split to show."

@@ -17,7 +17,7 @@ import zstandard
 
 from data_pipeline.common.atomic import replacing, write_text
 from data_pipeline.common.checked_json import read_json
-from data_pipeline.common.command import ResumableCommand
+from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.differences import differing_keys, shown_values
 from data_pipeline.common.file_names import path_within
 from data_pipeline.common.limits import MAX_DICTIONARY_BYTES
@@ -272,7 +272,15 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
         out.rmdir()
 
 
-@click.command(cls=ResumableCommand, name="recompress")
+@click.command(
+    cls=ResumableCommand,
+    name="recompress",
+    epilog=examples(
+        "megaback shards recompress data/fineweb-100bt --out data/fineweb-small",
+        "megaback shards recompress data/prose --out data/prose-small "
+        "--compression-level 19 --dictionary-bytes 131072",
+    ),
+)
 @click.argument("shards", type=click.Path(path_type=Path))
 @out_folder_option
 @click.option(

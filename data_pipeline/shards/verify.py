@@ -7,7 +7,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.interrupts import require_uninterrupted
 from data_pipeline.common.shared_options import workers_option
 from data_pipeline.errors import ShardCorruptError
@@ -102,7 +102,14 @@ def _file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-@click.command(cls=WorkCommand, name="verify")
+@click.command(
+    cls=WorkCommand,
+    name="verify",
+    epilog=examples(
+        "megaback shards verify data/fineweb-100bt",
+        "megaback shards verify data/fineweb-100bt --workers 4",
+    ),
+)
 @click.argument("shards", type=click.Path(path_type=Path))
 @workers_option("threads")
 def main(shards: Path, workers: int | None) -> None:

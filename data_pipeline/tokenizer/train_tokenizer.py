@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.build.options import html_option, text_column_option
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.build.options import html_option, sources_option, text_column_option
+from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.interrupts import interruptible
 from data_pipeline.common.limits import MAX_TOKENIZER_BYTES, MAX_VOCABULARY
 from data_pipeline.common.next_command import command, free_path, show_next
@@ -29,7 +29,6 @@ from data_pipeline.common.output_paths import (
     writing_output,
 )
 from data_pipeline.common.regular_files import UNFIT, read_file
-from data_pipeline.common.source_type import SOURCE
 from data_pipeline.errors import BadRecordError, SourceEmptyError, TokenizerError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.sources.documents import Columns, stop_or_skip
@@ -267,16 +266,14 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
 @click.command(
     cls=WorkCommand,
     name="train",
+    epilog=examples(
+        "megaback tokenizer train --source pydocs --out data/tokenizer",
+        "megaback tokenizer train --source hf:HuggingFaceFW/fineweb:sample-10BT --out "
+        "data/tokenizer --vocab-size 32000",
+    ),
     help="Train a SentencePiece tokenizer on a sample from all parts of the sources.",
 )
-@click.option(
-    "--source",
-    "sources",
-    type=SOURCE,
-    required=True,
-    multiple=True,
-    help="Source: novels, pydocs, a path, pattern, URL or hf:NAME[:CONFIG]. May be repeated.",
-)
+@sources_option(required=True)
 @click.option(
     "--weight",
     "weights",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.common.command import Command
+from data_pipeline.common.command import Command, examples
 from data_pipeline.common.durations import duration
 from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import table_lines
@@ -158,7 +158,14 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-@click.command(cls=Command, name="jobs")
+@click.command(
+    cls=Command,
+    name="jobs",
+    epilog=examples(
+        "megaback jobs",
+        "megaback jobs runs/xcoax_100bt --json",
+    ),
+)
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[RUNS_FOLDER]...")
 @json_option
 def main(folders: tuple[Path, ...], as_json: bool) -> None:

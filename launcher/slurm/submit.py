@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from data_pipeline.common.command import WorkCommand
+from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.interrupts import signals_deferred
 from data_pipeline.common.next_command import command, show_next
 from data_pipeline.common.number_ranges import MANY, MANY_OR_ZERO, SOURCE_WEIGHT
@@ -95,7 +95,17 @@ def after(submission: Submission, job: str) -> Submission:
     return replace(submission, options=(*submission.options, *link))
 
 
-@click.command(cls=WorkCommand, name="submit")
+@click.command(
+    cls=WorkCommand,
+    name="submit",
+    epilog=examples(
+        "megaback submit configs/xcoax_100bt.yaml --nodes 4",
+        "megaback submit configs/xcoax_100bt.yaml --nodes 4 --time 24:00:00 --dry-run",
+        "megaback submit configs/xcoax_100bt.yaml --chain data,train,convert --source "
+        "hf:HuggingFaceFW/fineweb:sample-100BT --tokenizer "
+        "data/tokenizer/tokenizer.model --out models/xcoax",
+    ),
+)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option(

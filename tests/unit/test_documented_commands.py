@@ -17,6 +17,7 @@ from data_pipeline.errors import MegabackError
 from megaback.cli import main
 from megaback.config import Config
 from megaback.config_file import load_config
+from tests.helpers.commands import COMMANDS_OF_MEGABACK
 from tests.helpers.paths import ROOT
 
 PAGES = [
@@ -30,6 +31,11 @@ SCRIPTS = [
 ]
 MAKEFILE = (ROOT / "Makefile").read_text()
 EXTRAS = re.findall(r'^        "([a-z-]+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
+WITH_EXAMPLES = [
+    name
+    for name, command in COMMANDS_OF_MEGABACK.items()
+    if not (isinstance(command, click.Group) and name) and not name.startswith("slurm-job ")
+]
 BY_FILE = {
     "build_shards.sbatch": ["shards", "build"],
     "convert.sbatch": ["convert"],
@@ -217,6 +223,16 @@ def test_keys_of_the_config_within_a_sentence_exist(path: Path) -> None:
     named = re.findall(rf"`((?:{sections})\.[a-z_0-9]+)(?:=[^`]*)?`", path.read_text())
     others = re.compile(r"\w+\.(md|py|json|safetensors|gguf|bin)|model\.generate")
     assert [key for key in named if key not in known and not others.fullmatch(key)] == []
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_the_examples_of_a_command_exist(name: str) -> None:
+    block = (COMMANDS_OF_MEGABACK[name].epilog or "").partition("\b\n")[2]
+    lines = list(simple_commands(block))
+    of_command = [words for words in lines if shlex.join(words[1:]).startswith(name)]
+    assert len(of_command) > 1, "help ends with two examples or more: epilog=examples(…)"
+    assert max(map(len, block.splitlines())) <= 76
+    assert problems_of(lines) == []
 
 
 @pytest.mark.parametrize("path", COMMENTED, ids=lambda path: path.name)

@@ -2,7 +2,6 @@
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -11,10 +10,9 @@ from click.testing import CliRunner
 
 from megaback.cli import main as megaback_command
 from megaback.config import Section
-from megaback.train import main as rank_command
+from tests.helpers.commands import COMMANDS, COMMANDS_OF_MEGABACK
 from tests.helpers.paths import ROOT
 from tests.helpers.product import MODULES
-from tools.demo import main as demo_command
 
 NO_NOUN_IN_CONFIG = re.compile(
     "an?|at|besides|by|from|how|if|in|its?|of|on|that|the|this|to|until|what|when|where|whether|"
@@ -108,22 +106,6 @@ def test_the_fields_found_by_their_text_are_those_of_the_config() -> None:
     }
 
 
-def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
-    yield name, command
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for word in [*command.list_commands(context), *(["slurm-job"] if name == "" else [])]:
-            below = command.get_command(context, word)
-            assert below is not None
-            yield from commands(below, f"{name} {word}".strip())
-
-
-COMMANDS_OF_MEGABACK = dict(commands(megaback_command, ""))
-COMMANDS = {
-    **COMMANDS_OF_MEGABACK,
-    "python -m megaback.train": rank_command,
-    "python -m tools.demo": demo_command,
-}
 OPTION_UNITS = {
     "bytes": r"\bbytes\b",
     "characters": r"in characters",

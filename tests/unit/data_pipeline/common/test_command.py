@@ -300,7 +300,7 @@ def test_the_error_of_an_unquoted_text_quotes_it() -> None:
 def test_an_empty_path_is_not_the_working_directory(words: list[str]) -> None:
     @click.command(cls=Command)
     @click.argument("folder", type=click.Path(path_type=Path))
-    @click.option("--out")
+    @click.option("--out", type=click.Path())
     @click.option("--text", default="")
     def command(folder: Path, out: str, text: str) -> None:
         click.echo(f"{folder} {out} {text!r}")

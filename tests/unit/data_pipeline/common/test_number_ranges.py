@@ -22,9 +22,9 @@ from data_pipeline.common.number_ranges import (
 )
 from data_pipeline.errors import BadRecordError
 from data_pipeline.sources.documents import Columns, documents_of
-from launcher.slurm import job as slurm_job
-from megaback import config, train
+from megaback import config
 from megaback.cli import main
+from tests.helpers.commands import COMMANDS
 from tools import infill
 from tools.serving import schemas
 
@@ -32,20 +32,8 @@ NOT_NUMBERS = ["nan", "inf", "-inf", "1e39", "-1e39"]
 TOO_LARGE = [INT64_MAX + 1, -INT64_MAX - 2]
 
 
-def commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
-    if not isinstance(command, click.Group):
-        yield name, command
-        return
-    context = click.Context(command)
-    for below in command.list_commands(context):
-        found = command.get_command(context, below)
-        assert found is not None
-        yield from commands(found, f"{name} {below}".strip())
-
-
 def number_options() -> Iterator[tuple[str, click.Parameter]]:
-    runners = [("slurm_job", slurm_job.main), ("rank", train.main)]
-    for name, command in [*commands(main, ""), *runners]:
+    for name, command in COMMANDS.items():
         for parameter in command.params:
             if "int" in parameter.type.name or "float" in parameter.type.name:
                 yield f"{name} {parameter.opts[0]}", parameter
