@@ -25,6 +25,7 @@ OF_COMMANDS = {
     "click.UsageError",
     "command",
     "echo",
+    "examples",
     "_git",
 }
 """Functions that take option names: declarations, command output, other programs."""
