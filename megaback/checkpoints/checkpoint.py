@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or absent: what they are, and which one to resume from.
+"""Checkpoint format, verification, and selection of the checkpoint to resume from.
 
-A checkpoint is a folder `step-00000100` with two files of each rank that wrote it, its weights and
-its optimizer state (see `engine_state` for what stands in them), and the tokenizer. It is complete
-only once `meta.json` stands in it: written last, atomically, after every rank has written its part,
-with the size and SHA-256 of every file. Nothing is loaded before it is verified, and there is no
-pickle in it. `latest` beside it is for people; nothing here reads it.
+A checkpoint is a folder `step-00000100` with two files per rank, weights and optimizer state (in
+the format of `checkpoints.state`), and the tokenizer. It is complete once it has a `meta.json`,
+which is written last, atomically, after all ranks have written their files, and has the size and
+SHA-256 of every file. Nothing is loaded before it is verified, and nothing is pickled. The file
+`latest` is for users; it is not read here.
 """
 
 import json
@@ -50,14 +50,14 @@ from megaback.run_folder import (
 FORMAT_NAME = "megaback-checkpoint"
 FORMAT_VERSION = 2
 MAX_META_BYTES = 1 << 23
-"""Maximum size of the metadata, which is that of about 30,000 ranks."""
+"""Maximum size of meta.json, enough for about 30,000 ranks."""
 _LOG = logging.getLogger("megaback.checkpoints")
 _MAX_CONFIG_DEPTH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointMeta:
-    """What a checkpoint is: everything that is needed to continue it or to use it elsewhere."""
+    """Metadata of a checkpoint, sufficient to resume from it or to use it elsewhere."""
 
     step: int
     updates: int
@@ -74,7 +74,7 @@ class CheckpointMeta:
     files: dict[str, tuple[int, str]]
     """name: (bytes, sha256)"""
     on_examples: bool = False
-    """Whether instruction examples were trained on, as of BackChat."""
+    """Whether it was trained on instruction examples, as BackChat is."""
 
     @property
     def is_finite(self) -> bool:
@@ -90,22 +90,22 @@ _META = TypeAdapter(CheckpointMeta)
 
 
 def complete(target: Path, meta: CheckpointMeta, files: Mapping[str, SizeAndHash]) -> None:
-    """Declare a checkpoint complete, whose files are all written: its meta.json, atomically."""
+    """Complete a checkpoint whose files are all written, by writing meta.json atomically."""
     meta = replace(meta, files=dict(sorted(files.items())))
     if not meta.is_finite:
-        meta = replace(meta, val_loss=str(meta.val_loss))  # type: ignore[arg-type] # JSON's way
+        meta = replace(meta, val_loss=str(meta.val_loss))  # type: ignore[arg-type] # JSON has no NaN
     fields = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
     write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
 
 
 def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | None:
-    """The newest checkpoint of a run that verifies; None if there never was a complete one.
+    """The newest checkpoint of a run that verifies; None if there is no complete one.
 
-    Every rank hashes a part of the files and all ranks return the same. Raises
+    Every rank hashes part of the files, and all ranks return the same. Raises
     CheckpointCorruptError if there are complete checkpoints and none of them verifies.
     """
     seen = world.run_collectively(complete_checkpoints, run)
-    # A shared disk may show the ranks different things for a while.
+    # Ranks may temporarily see different contents of a shared disk.
     found = world.of_first(seen, list[Path])
     problems: list[str] = []
     for target in reversed(found):
@@ -123,14 +123,14 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | 
         problems.extend(reported)
     if problems:
         raise CheckpointCorruptError(
-            f"{problems[0]}; no other checkpoint of {run} verifies, so the run cannot go on: "
-            "restore one, or start again in another run folder"
+            f"{problems[0]}; no other checkpoint of {run} verifies either: restore one, or start "
+            "again in another run folder"
         )
     return None
 
 
 def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: World) -> None:
-    """Restore weights and optimizer of a verified checkpoint, whatever ranks and stage it is from.
+    """Restore weights and optimizer state of a verified checkpoint of any world size and stage.
 
     Raises RunMismatchError when it was saved with another optimizer or model.
     """
@@ -140,28 +140,28 @@ def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: Wor
         others = f" ({len(error.differing)} differ)" if len(error.differing) > 1 else ""
         raise RunMismatchError(
             f"{target} was saved by a run with another model or optimizer: {error.differing[0]}"
-            f"{others}; use the same, or begin another run with its weights: "
+            f"{others}; use the same ones, or start another run from its weights with "
             f"{shlex.quote(override('init_from', target))}"
         ) from None
     now = (world.size, engine.zero_optimization_stage())
     if world.is_first and now != (meta.world_size, meta.zero_stage):
         _LOG.info(
-            "%s of %d ranks at ZeRO stage %d goes on with %d ranks at stage %d",
+            "%s of %d ranks at ZeRO stage %d is resumed with %d ranks at stage %d",
             *(target.name, meta.world_size, meta.zero_stage, *now),
         )
 
 
 def saved_state(target: Path, meta: CheckpointMeta, prefix: str = "") -> SavedState:
-    """The weights and optimizer state of a verified checkpoint; by `prefix`, one of the two."""
+    """Weights and optimizer state of a verified checkpoint; with `prefix`, one of the two."""
     prefixes = (prefix,) if prefix else (WEIGHTS_PREFIX, OPTIMIZER_PREFIX)
     names = [name for name in meta.files if name.startswith(prefixes)]
     return SavedState([target / name for name in names])
 
 
 def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
-    """The verified checkpoint that a path means: a run, its checkpoints, or one step's folder.
+    """The verified checkpoint of a path: a run, its folder of checkpoints, or one step's folder.
 
-    A path that ends in `checkpoints/best` or `latest` means the one that is named there. Raises
+    `checkpoints/best` and `latest` mean the checkpoint that they name. Raises
     CheckpointMissingError or CheckpointCorruptError.
     """
     candidates = checkpoints_meant_by(path)
@@ -175,27 +175,27 @@ def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
         meta = read_meta(newest)
         verify_files(newest, meta)
     except CheckpointCorruptError as error:
-        others = ", ".join(other.name for other in candidates[:-1]) or "there is no other one"
+        others = ", ".join(other.name for other in candidates[:-1]) or "there is none"
         raise CheckpointCorruptError(
-            f"{error}; name an older checkpoint, if you want that one ({others})"
+            f"{error}; to use an older checkpoint, give its folder ({others})"
         ) from None
     return newest, meta
 
 
 def read_meta(target: Path) -> CheckpointMeta:
-    """Raises CheckpointCorruptError when meta.json is not one of this version."""
+    """Read meta.json. Raises CheckpointCorruptError if it is invalid or of another version."""
     path = target / META_NAME
     try:
         return parse_meta(read_file(path, MAX_META_BYTES), target.name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointCorruptError(
-            f"{path} is not a checkpoint's description ({reason})"
+            f"{path} is not the metadata of a checkpoint ({reason})"
         ) from None
 
 
 def parse_meta(text: bytes, folder: str) -> CheckpointMeta:
-    """The description in the meta.json of a folder of that name. Raises ValueError."""
+    """Parse the meta.json of a checkpoint in a folder of that name. Raises ValueError."""
     try:
         fields = json.loads(text)
         if (fields.pop("format"), fields.pop("version")) != (FORMAT_NAME, FORMAT_VERSION):
@@ -208,12 +208,12 @@ def parse_meta(text: bytes, folder: str) -> CheckpointMeta:
         raise ValueError("it is nested too deeply") from None
     _require_plausible(meta)
     if folder != step_name(meta.step) and STEP_FOLDER.fullmatch(folder):
-        raise ValueError(f"it is of step {meta.step}")
+        raise ValueError(f"it is for step {meta.step}")
     return meta
 
 
 def _require_plausible(meta: CheckpointMeta) -> None:
-    """Raises ValueError for what no run says of a checkpoint."""
+    """Raises ValueError for values that no run writes."""
     require_within("step", meta.step, 0, INT64_MAX)
     require_within("updates", meta.updates, 0, INT64_MAX)
     require_within("world_size", meta.world_size, 1, int(MANY.max))
@@ -241,20 +241,21 @@ def config_of(target: Path, meta: CheckpointMeta) -> Config:
     except ValidationError as error:
         reason = sentence(error, Config)
         raise CheckpointCorruptError(
-            f"{target / META_NAME} holds a config that this version does not read ({reason})"
+            f"{target / META_NAME} has a config that this version cannot read ({reason}); use the "
+            "version that wrote it"
         ) from None
 
 
 def verify_files(target: Path, meta: CheckpointMeta, part: int = 0, parts: int = 1) -> None:
-    """Compare sizes and hashes of every `parts`-th file. Raises CheckpointCorruptError, OSError."""
+    """Verify size and hash of every `parts`-th file. Raises CheckpointCorruptError, OSError."""
     for name in sorted(meta.files)[part::parts]:
         try:
             path = path_within(target, name, FILE_NAME)
         except ValueError as error:
-            raise CheckpointCorruptError(f"the checkpoint {target} is not read: {error}") from None
+            raise CheckpointCorruptError(f"cannot read the checkpoint {target}: {error}") from None
         num_bytes, sha256 = meta.files[name]
         is_there = path.is_file()
-        # The hash of a file of another size is not worth the time.
+        # A file of another size need not be hashed.
         is_same = is_there and path.stat().st_size == num_bytes
         if not is_same or size_and_hash(path) != (num_bytes, sha256):
             what = "is not the file that was saved" if is_there else "is missing"

@@ -1,7 +1,7 @@
-"""A checkpoint's way: written to the disk, completed, copied to the second place.
+"""Checkpoint pipeline: write to disk, complete, and copy to `checkpoint.copy_to`.
 
-All of it happens beside the training steps. `advance` is called between steps, with what the ranks
-have agreed on, and does what can be done without waiting; `drain` waits for the rest at the end.
+All stages run concurrently with training. `advance` is called between steps, with values that the
+ranks have agreed on, and never waits; `drain` waits for the remaining work at the end.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _POLL_S = 0.02
 
 
 class CheckpointPipeline:
-    """The checkpoints of a run that trains. Its methods are collective, its properties are not."""
+    """Checkpoint pipeline of a training run. Methods are collective, properties are not."""
 
     def __init__(
         self,
@@ -32,27 +32,27 @@ class CheckpointPipeline:
         watchdog: Watchdog,
         log: Callable[[str], None],
     ) -> None:
-        """`say` is given what people should know. Ends all ranks for a bad `copy_to`."""
+        """`log` receives messages for the user. Ends all ranks for an invalid `copy_to`."""
         self.folder = run
-        """The run's folder, where it lay at the last save."""
+        """The run's folder at the last save."""
         self._world, self._watchdog, self.log = world, watchdog, log
         self._copier = world.run_collectively(CheckpointCopier, run, section, world)
         self._saver = CheckpointSaver(run, tokenizer, section, world)
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes a checkpoint."""
+        """Whether this rank is writing a checkpoint."""
         return self._saver.is_writing
 
     @property
     def is_copying(self) -> bool:
-        """Whether this rank still copies one to the second place."""
+        """Whether this rank is copying a checkpoint."""
         return self._copier.is_copying
 
     def save(self, engine: Any, meta: CheckpointMeta, *, is_best: bool = False) -> None:
-        """Begin a checkpoint, in the run's folder wherever it lies now; first end the one before.
+        """Finish the previous checkpoint, then begin this one, in the run's current folder.
 
-        Ends all ranks when one cannot write.
+        Ends all ranks if one cannot write.
         """
         world = self._world
         self.finish_writing(meta.step)
@@ -61,13 +61,13 @@ class CheckpointPipeline:
         folder = world.of_first(world.run_collectively(self._watchdog.folder), Path)
         if folder != self.folder:
             self.folder = folder
-            self.log(f"the run's folder is now {folder}: checkpoints go there")
+            self.log(f"the run's folder is now {folder}: checkpoints are written there")
         self._saver.begin(state, meta, folder, is_best=is_best)
 
     def advance(self, *, is_writing: bool, is_copying: bool) -> None:
-        """Complete what no rank works on any more, and begin to copy what is complete.
+        """Complete what all ranks have finished, and begin to copy the completed checkpoint.
 
-        The arguments are the properties' values of any rank: the same on all of them.
+        The arguments are the properties' values combined over all ranks, the same on each.
         """
         if self._copier.is_open and not is_copying:
             self._copier.finish(self.log)
@@ -77,20 +77,20 @@ class CheckpointPipeline:
             self._copier.begin(self._saver.take_completed())
 
     def finish_writing(self, step: int) -> None:
-        """Wait for the checkpoint that is being written, if there is one, and complete it."""
+        """Wait for the checkpoint that is being written, if any, and complete it."""
         self._wait_while(lambda: self.is_writing, "writing a checkpoint", step)
         self._saver.finish()
 
     def drain(self, step: int) -> None:
         """Wait until everything is written, complete and copied."""
         self.finish_writing(step)
-        for _ in range(2):  # the copy that is on its way, then that of the last checkpoint
+        for _ in range(2):  # the copy in progress, then that of the last checkpoint
             self._wait_while(lambda: self.is_copying, "copying a checkpoint", step)
             self._copier.finish(self.log)
             self._copier.begin(self._saver.take_completed())
 
     def _wait_while(self, is_busy: Callable[[], bool], phase: str, step: int) -> None:
-        """Wait together until no rank is busy, which may take longer than anything else may."""
+        """Wait until no rank is busy; the repeated phase keeps the watchdog from timing out."""
         while self._world.sum(is_busy())[0]:
             self._watchdog.set_phase(phase, step)
             sleep(_POLL_S)

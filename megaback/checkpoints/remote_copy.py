@@ -1,9 +1,9 @@
-"""Complete checkpoints copied to a second place, by URL, while training continues.
+"""Copies of complete checkpoints in a second location (`checkpoint.copy_to`), a path or URL.
 
-Each rank copies the files that it wrote, and reads them back to compare their hashes; the first one
-then adds the tokenizer and, last, `meta.json`. A copy that fails is reported and tried again with
-the next checkpoint: it ends no run. A run whose own checkpoints are gone resumes from the copy,
-with the steps that a rollback excluded.
+Each rank copies the files that it wrote and reads them back to compare hashes; the first rank also
+copies the tokenizer and, last, `meta.json`. A failed copy is reported, and the next checkpoint is
+copied again: it does not end the run. A run that has lost its checkpoints resumes from the copy,
+including the steps that a rollback excluded.
 """
 
 import hashlib
@@ -50,27 +50,27 @@ _READ_BYTES = 1 << 23
 
 
 class CopyTarget:
-    """A run's checkpoints behind a URL or path: the folder of the run's name in `copy_to`."""
+    """Location of a run's copies: the folder with the run's name in `copy_to`."""
 
     def __init__(self, url: str, run: Path) -> None:
-        """Raises the errors of URLs: BackendError for a file system that is not installed."""
+        """Raises the errors of URLs, and BackendError for a file system that is not installed."""
         folder = url if is_url(url) else f"file://{Path(url).absolute()}"
         url = f"{folder.rstrip('/')}/{run.resolve().name}"
         self.name = shown_url(url)
         self._files, self._root = open_file_system(url)
 
     def path(self, *names: str) -> str:
-        """The path of something in it."""
+        """Path within the location."""
         return "/".join([self._root.rstrip("/"), *names])
 
     def require_ours(self) -> None:
-        """Raises OutputExistsError for a place that holds something else than copies; OSError."""
+        """Raises OutputExistsError if the location has anything but copies, and OSError."""
         seen = [name for name in self._names() if not name.startswith(".")]
-        strangers = [name for name in seen if not STEP_FOLDER.fullmatch(name)]
-        if strangers:
+        others = [name for name in seen if not STEP_FOLDER.fullmatch(name)]
+        if others:
             raise OutputExistsError(
-                f"checkpoint.copy_to would write to {self.name}, which holds {strangers[0]}: not "
-                "only copies of checkpoints; choose another place, or run folder"
+                f"checkpoint.copy_to would write to {self.name}, which contains {others[0]}, not "
+                "only copies of checkpoints; choose another location, or another run folder"
             )
 
     def complete(self) -> list[str]:
@@ -82,7 +82,7 @@ class CopyTarget:
         )
 
     def make_incomplete(self, folder: str) -> None:
-        """Remove the meta.json of a copy that is to be written again."""
+        """Remove the meta.json of a copy before it is written again."""
         if self._files.exists(self.path(folder, META_NAME)):
             self._files.rm_file(self.path(folder, META_NAME))
 
@@ -97,19 +97,19 @@ class CopyTarget:
                 digest.update(block)
                 num_bytes += len(block)
         if (num_bytes, digest.hexdigest()) != tuple(expected):
-            raise CheckpointCorruptError(f"{source.name} reads back differently from {self.name}")
+            raise CheckpointCorruptError(f"{source.name} in {self.name} differs from its original")
 
     def complete_with(self, meta: bytes, folder: str) -> None:
-        """Write the meta.json of a checkpoint whose files are all there."""
+        """Write the meta.json of a copy whose files are all written."""
         self._files.pipe_file(self.path(folder, META_NAME), meta)
 
     def meta(self, folder: str) -> CheckpointMeta:
-        """What a complete copy says about itself. Raises CheckpointCorruptError, OSError."""
+        """Metadata of a complete copy. Raises CheckpointCorruptError, OSError."""
         self._files.invalidate_cache()
         return self._parsed(self._read(MAX_META_BYTES, folder, META_NAME), folder)
 
     def get(self, folder: str, target: Path) -> CheckpointMeta:
-        """Fetch a checkpoint into a local folder that is there: the files that it names, no others.
+        """Fetch a checkpoint, only the files in its metadata, into an existing local folder.
 
         Raises CheckpointCorruptError, OSError.
         """
@@ -132,11 +132,12 @@ class CopyTarget:
             return parse_meta(text, folder)
         except ValueError as error:
             raise CheckpointCorruptError(
-                f"{META_NAME} of {folder} in {self.name} is no checkpoint's description ({error})"
+                f"{META_NAME} of {folder} in {self.name} is not the metadata of a checkpoint "
+                f"({error})"
             ) from None
 
     def _read(self, max_bytes: int, *names: str) -> bytes:
-        """A small file. Raises OSError, CheckpointCorruptError."""
+        """Read a small file. Raises OSError, CheckpointCorruptError."""
         data = bytes(self._files.cat_file(self.path(*names), start=0, end=max_bytes + 1))
         if len(data) > max_bytes:
             raise CheckpointCorruptError(
@@ -145,10 +146,10 @@ class CopyTarget:
         return data
 
     def roll_back(self, step: int, skipped_steps: bytes, aside: str) -> None:
-        """Set the copies after `step` aside in a folder; keep what is to be skipped on resume.
+        """Move the copies after `step` into the folder `aside`, and store the steps to skip.
 
-        Or else a run that is fetched resumes after the rollback, on the weights from before it.
-        Does nothing where nothing was copied. Raises StorageError.
+        Otherwise a run that is fetched would resume from weights of before the rollback. Does
+        nothing if there are no copies. Raises StorageError.
         """
         try:
             names = self._names()
@@ -161,21 +162,21 @@ class CopyTarget:
                 if STEP_FOLDER.fullmatch(name) and int(name.partition("-")[2]) > step:
                     self._files.makedirs(self.path(aside), exist_ok=True)
                     self._files.mv(self.path(name), self.path(aside, name), recursive=True)
-        except Exception as error:  # noqa: BLE001 (file systems raise what they like)
+        except Exception as error:  # noqa: BLE001 (file systems raise errors of any type)
             raise StorageError(
-                f"the copies in {self.name} cannot be set back too ({_reason(error)}); nothing was "
-                "changed in the run: run the same command when that place can be written, or "
-                "remove checkpoint.copy_to from the run's config"
+                f"the copies in {self.name} cannot be rolled back ({_reason(error)}), so the run "
+                "was not changed; run the same command when that location is writable, or remove "
+                "checkpoint.copy_to from the run's config"
             ) from None
 
     def skipped_steps(self) -> bytes | None:
-        """The ranges of steps that a rollback excluded, as in the run's file. Raises OSError."""
+        """The steps that a rollback excluded, as in the run's file. Raises OSError."""
         if not self._files.exists(self.path(SKIPPED_STEPS_NAME)):
             return None
         return self._read(MAX_SKIPPED_STEPS_BYTES, SKIPPED_STEPS_NAME)
 
     def rotate(self, section: CheckpointSection) -> None:
-        """Let old copies go, and what was left unfinished."""
+        """Delete old and incomplete copies."""
         complete = self.complete()
         newest = complete[-section.keep_last :]
         finite = next((name for name in reversed(complete) if self._is_finite(name)), None)
@@ -192,16 +193,16 @@ class CopyTarget:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        """Remove the files of a copy, and its folder if there is nothing else in it."""
+        """Remove the files of a copy, and its folder if it is then empty."""
         paths = self._files.ls(self.path(name), detail=False)
         for path in paths:
             if CHECKPOINT_FILE.fullmatch(Path(path).name):
                 self._files.rm_file(path)
-        with suppress(OSError, NotImplementedError):  # or no folders are known there
+        with suppress(OSError, NotImplementedError):  # object stores have no folders
             self._files.rmdir(self.path(name))
 
     def _is_link(self, name: str) -> bool:
-        """Whether a copy's folder is a link to something else, where there is such a thing."""
+        """Whether a copy's folder is a symbolic link, on file systems that have them."""
         info = self._files.info(self.path(name))
         return bool(info.get("islink")) or info.get("type") == "link"
 
@@ -219,7 +220,7 @@ class CopyTarget:
 
 
 class CheckpointCopier:
-    """Copies a run's checkpoints, one at a time; those that come too soon are left out."""
+    """Copier of a run's checkpoints, one at a time; those saved during a copy are skipped."""
 
     def __init__(self, run: Path, section: CheckpointSection, world: World) -> None:
         self._section, self._world = section, world
@@ -237,11 +238,11 @@ class CheckpointCopier:
         return self._copying is not None and self._copying.is_alive()
 
     def begin(self, target: Path | None) -> None:
-        """Start to copy a complete checkpoint, unless another one is on its way. Collective."""
+        """Start to copy a complete checkpoint, unless a copy is in progress. Collective."""
         if self._place is None or target is None or self._copying is not None:
             return
         if self._world.is_first:
-            # What goes wrong here goes wrong again for the files, and is reported then.
+            # An error here recurs for the files, and is reported then.
             with suppress(Exception):
                 self._place.make_incomplete(target.name)
         self._world.barrier()
@@ -249,7 +250,7 @@ class CheckpointCopier:
         self._copying.start()
 
     def finish(self, log: Callable[[str], None]) -> None:
-        """Wait for every rank's part, and complete the copy. Collective."""
+        """Wait for the parts of all ranks, and complete the copy. Collective."""
         copying, world = self._copying, self._world
         if copying is None or self._place is None:
             return
@@ -260,12 +261,12 @@ class CheckpointCopier:
             try:
                 self._place.complete_with(copying.meta, copying.target.name)
                 self._place.rotate(self._section)
-            except Exception as error:  # noqa: BLE001 (file systems raise what they like)
+            except Exception as error:  # noqa: BLE001 (file systems raise errors of any type)
                 problems.append(_reason(error))
         if problems and world.is_first:
             log(
                 f"megaback: {copying.target.name} was not copied to {self._place.name}: "
-                f"{problems[0]}; training goes on, and the next checkpoint is copied again"
+                f"{problems[0]}; training continues, and the next checkpoint is copied again"
             )
 
 
@@ -286,12 +287,12 @@ class _Copying(Thread):
             for name, expected in meta.files.items():
                 if _writer_of(name) % meta.world_size == self._rank:
                     self._place.put(self.target / name, self.target.name, expected)
-        except Exception as error:  # noqa: BLE001 (file systems raise what they like)
+        except Exception as error:  # noqa: BLE001 (file systems raise errors of any type)
             self.problem = _reason(error)
 
 
 def newest_meta(place: CopyTarget) -> CheckpointMeta | None:
-    """The description of the newest readable copy, or None. Raises StorageError."""
+    """Metadata of the newest readable copy, or None. Raises StorageError."""
     for name in reversed(place.complete()):
         with suppress(CheckpointCorruptError, FileNotFoundError):
             return place.meta(name)
@@ -299,7 +300,7 @@ def newest_meta(place: CopyTarget) -> CheckpointMeta | None:
 
 
 def fetch_newest(run: Path, place: CopyTarget) -> Path | None:
-    """Bring the newest copy that verifies back into a run's folder; None if there is none.
+    """Fetch the newest copy that verifies into a run's folder; None if there is no copy.
 
     Raises CheckpointCorruptError if there are copies and none of them verifies.
     """
@@ -307,7 +308,7 @@ def fetch_newest(run: Path, place: CopyTarget) -> Path | None:
     for name in reversed(place.complete()):
         target = run / CHECKPOINTS_FOLDER / name
         partial = target.with_name(FETCHED_NAME)
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed start has left
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed start
         try:
             partial.mkdir(parents=True)
             verify_files(partial, place.get(name, partial))
@@ -329,7 +330,7 @@ def fetch_newest(run: Path, place: CopyTarget) -> Path | None:
 
 
 def _writer_of(name: str) -> int:
-    """The rank in a file's name; the first one for what is nobody's."""
+    """The rank in a file's name; 0 for the files of no rank."""
     digits = name.removesuffix(TENSORS_SUFFIX).rpartition("-")[2]
     return int(digits) if digits.isdigit() else 0
 

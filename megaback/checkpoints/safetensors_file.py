@@ -1,10 +1,10 @@
-"""Files of tensors in the safetensors format: written in one pass, with their hash.
+"""safetensors files, written tensor by tensor with their hash, and read by slices.
 
 Format: https://huggingface.co/docs/safetensors (a length, a JSON header, raw little-endian data).
-The library writes a dictionary of whole tensors; here each tensor may be made when its turn comes,
-the bytes are hashed as they go out, and other threads run meanwhile. The library also memory-maps
-files, which inflates RSS, and kills the process if one is cut short meanwhile; here slices are read
-directly into their tensors.
+The library writes a dictionary of whole tensors; here each tensor can be created when it is
+written, bytes are hashed on the way, and other threads keep running. The library also memory-maps
+files, which inflates RSS, and kills the process if a file is truncated meanwhile; here slices are
+read directly into their tensors.
 """
 
 import errno
@@ -39,10 +39,10 @@ def write_tensors(
     tensor_of: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> SizeAndHash:
-    """Write tensors one after another, each from `tensor_of(name)`, and flush them to the disk.
+    """Write tensors in order, each from `tensor_of(name)`, and flush them to the disk.
 
-    `metadata`: more of what the header says. Returns the file's bytes and SHA-256. Raises OSError;
-    what was written then stays, and is not whole.
+    `metadata`: additional metadata of the header. Returns the file's size in bytes and SHA-256.
+    Raises OSError, and then leaves an incomplete file.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
@@ -54,7 +54,7 @@ def write_tensors(
         header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": offsets}
         position += num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data is aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     digest = hashlib.sha256()
     num_bytes = 0
     try:
@@ -71,10 +71,10 @@ def write_tensors(
                     num_bytes += _write(file.fileno(), block)
                     digest.update(block)
                     del block
-                del tensor, data  # before the next one is made
+                del tensor, data  # before the next one is created
             os.fsync(file.fileno())
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where it is
+        error.filename = error.filename or str(path)  # ENOSPC has no file name
         raise
     return num_bytes, digest.hexdigest()
 
@@ -87,7 +87,7 @@ def _write(descriptor: int, data: "memoryview[int]") -> int:
 
 
 class TensorFile:
-    """The tensors of a file, of which all or parts are read into memory of ours."""
+    """Reader of a file's tensors, whole or in slices, into given memory."""
 
     def __init__(self, path: Path) -> None:
         """Read the header. Raises OSError, CheckpointCorruptError."""
@@ -98,7 +98,7 @@ class TensorFile:
         self.metadata = header.metadata
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out`, of one dimension, with elements from `start` on. Raises OSError."""
+        """Fill the 1-D tensor `out` with elements from `start` on. Raises OSError."""
         entry = self.entries[name]
         dtype = self._dtype(name)
         is_direct = out.dtype is dtype and out.device.type == "cpu" and out.is_contiguous()
@@ -109,14 +109,14 @@ class TensorFile:
         while data:
             num_bytes = os.preadv(self._file.fileno(), [data], position)
             if not num_bytes:
-                raise OSError(errno.EIO, "it ends within a tensor", str(self.path))
+                raise OSError(errno.EIO, "the file ends within a tensor", str(self.path))
             position += num_bytes
             data = data[num_bytes:]
         if part is not out:
             out.copy_(part)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor. Raises KeyError when there is none, OSError, CheckpointCorruptError."""
+        """A whole tensor. Raises KeyError if there is none, OSError, CheckpointCorruptError."""
         tensor = torch.empty(self.entries[name].shape, dtype=self._dtype(name))
         self.read(name, 0, tensor.view(-1))
         return tensor
@@ -125,14 +125,14 @@ class TensorFile:
         dtype = self.entries[name].dtype
         if dtype not in _READ_DTYPES:
             raise CheckpointCorruptError(
-                f"{name} in {self.path} is of type {dtype}, and only {', '.join(_READ_DTYPES)} "
-                "are read; save the model in one of them"
+                f"{name} in {self.path} is of type {dtype}, but only {', '.join(_READ_DTYPES)} "
+                "are supported; save the model in one of them"
             )
         return _READ_DTYPES[dtype]
 
 
 def size_and_hash(path: Path) -> SizeAndHash:
-    """A file's bytes and SHA-256."""
+    """A file's size in bytes, and SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

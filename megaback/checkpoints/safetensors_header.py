@@ -1,8 +1,8 @@
-"""The header of a safetensors file: what its tensors are, and where they lie.
+"""Header of a safetensors file: types, shapes and offsets of its tensors.
 
-Format: https://huggingface.co/docs/safetensors: a length in 8 bytes, so many bytes of JSON, data.
-A file may be a stranger's: nothing is believed that the file's own size does not bear out, and all
-of it is checked before memory is taken for a tensor. Loads no torch.
+Format: https://huggingface.co/docs/safetensors: an 8-byte length, that many bytes of JSON, data. A
+file may be untrusted: its header is checked against the file's size before memory is allocated for
+a tensor. Loads no torch.
 """
 
 import json
@@ -21,9 +21,9 @@ from data_pipeline.errors import CheckpointCorruptError
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 1 << 24
-"""About 150,000 tensors. As Python's objects it takes up to 25 times as much memory."""
+"""Enough for about 150,000 tensors. Parsed, it takes up to 25 times as much memory."""
 _MAX_DIMENSIONS = 64
-"""PyTorch has no tensors of more."""
+"""PyTorch's limit."""
 _METADATA = "__metadata__"
 
 DTYPE_BITS = {
@@ -35,12 +35,12 @@ DTYPE_BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-"""The format's names of types, and the bits of a number."""
+"""Bits per element of each type of the format."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a header says of a tensor; offsets are from the beginning of the file."""
+    """Header entry of a tensor; offsets are from the beginning of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,14 +50,14 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """The tensors of a file by name, in the order of their data, and what else is said of it."""
+    """Entries of a file's tensors by name, in the order of their data, and its metadata."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
 
 
 def open_tensors(path: Path) -> tuple[IO[bytes], TensorHeader]:
-    """A file, open to be read, and what it holds. Raises CheckpointCorruptError, OSError."""
+    """Open a file for reading, and parse its header. Raises CheckpointCorruptError, OSError."""
     file: IO[bytes] | None = None
     header = None
     try:
@@ -77,7 +77,10 @@ def open_tensors(path: Path) -> tuple[IO[bytes], TensorHeader]:
 
 
 def parse_header(read: Callable[[int], bytes], file_bytes: int) -> TensorHeader:
-    """What a file of so many bytes holds; `read` gives its next ones. Raises ValueError."""
+    """Parse the header of a file of `file_bytes`; `read(n)` returns its next bytes.
+
+    Raises ValueError.
+    """
     length = int.from_bytes(read(_LENGTH_BYTES), "little")
     if file_bytes < _LENGTH_BYTES or length > file_bytes - _LENGTH_BYTES:
         raise ValueError("its header is longer than the file")
@@ -89,10 +92,10 @@ def parse_header(read: Callable[[int], bytes], file_bytes: int) -> TensorHeader:
     except RecursionError:
         raise ValueError("its header is nested too deeply") from None
     if not isinstance(fields, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     metadata = fields.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError(f"{_METADATA} of its header is no object of strings")
+        raise ValueError(f"{_METADATA} of its header is not an object of strings")
     data_start = _LENGTH_BYTES + length
     entries = {name: _entry(name, entry, data_start) for name, entry in fields.items()}
     return TensorHeader(_in_order(entries, data_start, file_bytes), metadata)
@@ -104,11 +107,11 @@ def _entry(name: str, fields: Any, data_start: int) -> TensorEntry:
         raise ValueError(f"{shown} does not have dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ValueError(f"{shown} is of the unknown type {briefly(dtype)}")
+        raise ValueError(f"{shown} has the unknown type {briefly(dtype)}")
     if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"the shape of {shown} is {briefly(shape)}")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"the place of {shown} is {briefly(offsets)}")
+        raise ValueError(f"the data_offsets of {shown} are {briefly(offsets)}")
     start, stop = offsets
     if DTYPE_BITS[dtype] * prod(shape) != 8 * (stop - start):
         raise ValueError(f"{shown} of shape {briefly(shape)} does not have {stop - start} bytes")
@@ -118,16 +121,16 @@ def _entry(name: str, fields: Any, data_start: int) -> TensorEntry:
 def _in_order(
     entries: dict[str, TensorEntry], data_start: int, file_bytes: int
 ) -> dict[str, TensorEntry]:
-    """Entries as their data follow one another, from the header's end to that of the file."""
+    """Entries in the order of their data, which must fill the file after the header."""
     ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
     end = data_start
     for name, entry in ordered:
         if entry.start != end:
             shown = briefly(name)
-            raise ValueError(f"the data of {shown} do not begin where those before end")
+            raise ValueError(f"the data of {shown} does not begin where the previous data ends")
         end = entry.stop
     if end != file_bytes:
-        raise ValueError(f"its header describes {end:,} bytes, and it has {file_bytes:,}")
+        raise ValueError(f"its header describes {end:,} bytes, but it has {file_bytes:,}")
     return dict(ordered)
 
 
@@ -140,12 +143,12 @@ def _are_counts(values: Any) -> bool:
 def _without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise ValueError("a name is there twice in its header")
+        raise ValueError("its header has a duplicate name")
     return fields
 
 
 def _read(file: IO[bytes], count: int) -> bytes:
-    """The next bytes of an unbuffered file. Raises ValueError when it ends before."""
+    """Read exactly `count` bytes of an unbuffered file. Raises ValueError if it is shorter."""
     parts = []
     while count and (part := file.read(count)):
         parts.append(part)
@@ -158,5 +161,5 @@ def _read(file: IO[bytes], count: int) -> bytes:
 def _damaged(path: Path, reason: str) -> CheckpointCorruptError:
     reason = " ".join(reason.split())
     return CheckpointCorruptError(
-        f"{path} is cut short or altered ({reason}); restore it, or convert the model again"
+        f"{path} is truncated or altered ({reason}); restore it, or convert the model again"
     )

@@ -1,8 +1,8 @@
-"""Saving without waiting for the disk.
+"""Asynchronous saving of checkpoints.
 
-A save copies this rank's state to the host's memory, and a thread writes it from there while
-training continues. Once all ranks have written, which they agree on between steps, the first one
-completes the checkpoint with `meta.json` and deletes old ones.
+A save copies this rank's state to host memory, and a thread writes it to disk while training
+continues. Once all ranks have written, which they agree on between steps, the first rank completes
+the checkpoint with `meta.json` and deletes old ones.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ from megaback.run_folder import (
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run, one at a time."""
+    """Writer of a run's checkpoints, one at a time."""
 
     def __init__(
         self, run: Path, tokenizer: bytes, section: CheckpointSection, world: World
@@ -55,7 +55,7 @@ class CheckpointSaver:
         self._completed: Path | None = None
 
     def take_completed(self) -> Path | None:
-        """The newest checkpoint that was completed since this was last asked."""
+        """The newest checkpoint completed since the last call, or None."""
         completed, self._completed = self._completed, None
         return completed
 
@@ -77,10 +77,10 @@ class CheckpointSaver:
         *,
         is_best: bool = False,
     ) -> None:
-        """Copy this rank's state and start to write it. Collective; completes what is open.
+        """Complete the open checkpoint, then copy this rank's state and start to write it.
 
-        The best checkpoint is named in `best`, and kept until another one is. When a rank cannot
-        write, all ranks stop with its message. `run` is where the run's folder lies now.
+        Collective. The best checkpoint is named in `best`, and kept until another one is best. If a
+        rank cannot write, all ranks exit with its error. `run`: the run's current folder.
         """
         self.finish()
         if run is not None:
@@ -97,7 +97,7 @@ class CheckpointSaver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for every rank, and complete the checkpoint that is open. Collective."""
+        """Wait for all ranks, and complete the open checkpoint. Collective."""
         writing, world = self._open, self._world
         if writing is None:
             return
@@ -138,7 +138,7 @@ class CheckpointSaver:
 
 
 class _Writing(Thread):
-    """A rank's part of a checkpoint, on its way to the disk."""
+    """Thread that writes a rank's part of a checkpoint."""
 
     def __init__(
         self,
@@ -169,27 +169,27 @@ class _Writing(Thread):
                 self.files[name] = write_tensors(
                     self.target / name, specs, self._tensors.__getitem__
                 )
-        except Exception as error:  # noqa: BLE001 (whatever it is, the checkpoint is not whole)
+        except Exception as error:  # noqa: BLE001 (any error leaves the checkpoint incomplete)
             reason = f"{type(error).__name__}: {error}; run the same command again"
             if isinstance(error, OSError):
-                reason = str(storage_error(error)).removesuffix(".")  # with what to do
+                reason = str(storage_error(error)).removesuffix(".")  # includes advice
             self.error = StorageError(
-                f"cannot write the checkpoint {self.target}: {reason}; the checkpoints before it "
-                "are intact, and the run resumes from them"
+                f"cannot write the checkpoint {self.target}: {reason}; earlier checkpoints are "
+                "intact, and the run resumes from them"
             )
 
 
 def rotate(folder: Path, section: CheckpointSection) -> None:
-    """Delete old checkpoints.
+    """Delete old and incomplete checkpoints.
 
     Kept are the last `keep_last`, every `keep_every_steps`, the last finite one and the best.
 
-    A checkpoint loses its meta.json first. What kills have left behind goes too. Links to other
-    checkpoints stay, and so do files that are of no checkpoint.
+    A checkpoint's meta.json is deleted first. Symbolic links to other checkpoints, and files that
+    are not part of a checkpoint, are kept.
     """
     complete = complete_checkpoints(folder.parent)
     kept = set(complete[-section.keep_last :])
-    with suppress(CheckpointCorruptError):  # then it names none
+    with suppress(CheckpointCorruptError):  # it names no checkpoint
         kept.add(meant_by(folder / BEST_NAME))
     for target in complete[: -section.keep_last]:
         step = step_of(target)
@@ -212,7 +212,7 @@ def _is_finite(target: Path) -> bool:
 
 
 def _is_saved(target: Path, world: World) -> bool:
-    """Whether this step was saved before, and is intact. Only the first rank looks."""
+    """Whether this step is already saved and intact. Checked on the first rank only."""
     if not world.is_first or not (target / META_NAME).is_file():
         return False
     try:
@@ -224,7 +224,7 @@ def _is_saved(target: Path, world: World) -> bool:
 
 def _make_empty(target: Path, world: World) -> None:
     if world.is_first:
-        if target.is_symlink():  # another run's checkpoint: what follows must not reach it
+        if target.is_symlink():  # another run's checkpoint, which must not be changed
             target.unlink()
         (target / META_NAME).unlink(missing_ok=True)
         remove_own_files(target, CHECKPOINT_FILE)

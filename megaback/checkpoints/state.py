@@ -1,11 +1,11 @@
-"""What an engine holds, named by parameter and place: independent of ranks and ZeRO stages.
+"""Weights and optimizer state by parameter, independent of world size and ZeRO stage.
 
-ZeRO cuts weights and optimizer state into flat slices of its own layout. Here a slice is seen as
-runs of elements of named parameters, so that what one number of ranks saved at one stage, any other
-can load. The truth is in the fp32 weights; bf16 copies are made from them again.
+ZeRO cuts weights and optimizer state into flat slices of its own layout. Here a slice is a sequence
+of runs, each of consecutive elements of a named parameter, so that any number of ranks at any stage
+can load what another has saved. The fp32 weights are saved; bf16 copies are derived from them.
 
-A run's key is `KIND:PARAMETER:START`: elements from START on of the parameter's own flat order.
-KIND is `weight`, or the optimizer's `exp_avg`, `exp_avg_sq` (AdamW) or `momentum` (Muon).
+A run's key is `KIND:PARAMETER:START`: elements from START on in the parameter's flat order. KIND is
+`weight`, or the optimizer's `exp_avg`, `exp_avg_sq` (AdamW) or `momentum` (Muon).
 """
 
 import re
@@ -30,19 +30,19 @@ _MUON_KINDS = ("momentum",)
 
 @dataclass(frozen=True)
 class Holding:
-    """A tensor that the optimizer updates, and the runs of parameters in its flat order."""
+    """Tensor that the optimizer updates, and the runs of parameters in its flat order."""
 
     tensor: Tensor
     is_orthogonalized: bool
     runs: tuple[tuple[str, Slice], ...]
 
     def kinds(self) -> tuple[str, ...]:
-        """The optimizer's state of it."""
+        """Kinds of optimizer state of this tensor."""
         return _MUON_KINDS if self.is_orthogonalized else _ADAMW_KINDS
 
 
 def holdings_of(engine: Any, rank: int, world_size: int) -> list[Holding]:
-    """What this rank updates: all of it at stage 0, its slices at the others."""
+    """Tensors that this rank updates: all weights at stage 0, its slices at the others."""
     names = {id(weight): name for name, weight in engine.module.named_parameters()}
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
@@ -79,9 +79,9 @@ def holdings_of(engine: Any, rank: int, world_size: int) -> list[Holding]:
 
 
 def named_state(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]:
-    """Views of the fp32 weights and optimizer state that this rank is to save, by key.
+    """Views of the fp32 weights and optimizer state that this rank saves, by key.
 
-    The ranks' parts are disjoint, and together they are everything.
+    The parts of the ranks are disjoint, and together complete.
     """
     optimizer = engine.basic_optimizer
     state: dict[str, Tensor] = {}
@@ -105,13 +105,13 @@ def named_state(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]:
 
 
 def num_updates(engine: Any) -> int:
-    """How often AdamW has updated: steps that were skipped are not among them."""
+    """Number of updates by AdamW, without skipped steps."""
     counts = [state["step"] for state in engine.basic_optimizer.state.values() if "step" in state]
     return int(max(counts, default=0))
 
 
 class StateDiffersError(Exception):
-    """A checkpoint does not hold what an engine has; `differing` names each difference."""
+    """Error for a checkpoint whose state differs from an engine's; `differing` lists how."""
 
     def __init__(self, differing: Sequence[str]) -> None:
         super().__init__("; ".join(differing))
@@ -119,7 +119,7 @@ class StateDiffersError(Exception):
 
 
 class SavedState:
-    """The runs in the files of a checkpoint, whoever wrote them."""
+    """Runs in the files of a checkpoint, of any world size."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         """Read the files' headers. Raises OSError, CheckpointCorruptError."""
@@ -130,7 +130,7 @@ class SavedState:
                 found = _RUN_KEY.fullmatch(key)
                 if found is None or len(entry.shape) != 1:
                     raise CheckpointCorruptError(
-                        f"{path} holds {briefly(key)} of shape {list(entry.shape)}, which is no "
+                        f"{path} has {briefly(key)} of shape {list(entry.shape)}, which is not a "
                         "run of a parameter's elements; use another checkpoint"
                     )
                 kind, name, start = found.groups()
@@ -140,18 +140,18 @@ class SavedState:
             runs.sort(key=lambda run: run[:2])
 
     def num_parameters(self) -> int:
-        """How many parameters' weights there are."""
+        """Number of parameters that have weights."""
         return sum(kind == WEIGHT for kind, _ in self._runs)
 
     def differences(self, expected: Mapping[tuple[str, str], int]) -> list[str]:
-        """What is not exactly as expected: the number of elements, by kind and parameter."""
+        """Differences from the expected number of elements, by kind and parameter."""
         found = {key: self._num_elements(key) for key in self._runs}
         return [
             f"{kind} of {name} "
             + (
                 "is missing"
                 if (kind, name) not in found
-                else "is read by nothing"
+                else "is unexpected"
                 if (kind, name) not in expected
                 else f"has {found[kind, name]:,} elements, not {expected[kind, name]:,}"
             )
@@ -160,7 +160,7 @@ class SavedState:
         ]
 
     def _num_elements(self, key: tuple[str, str]) -> int:
-        """How many elements there are; no count goes beyond a gap or what is there twice."""
+        """Number of consecutive elements from 0, up to the first gap or overlap."""
         end = 0
         for start, length, *_ in self._runs[key]:
             if start != end:
@@ -169,7 +169,7 @@ class SavedState:
         return end
 
     def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` with a parameter's elements from `start` on. Raises KeyError if any lack."""
+        """Fill `out` with a parameter's elements from `start` on. Raises KeyError for missing ones."""
         stop, missing = start + len(out), len(out)
         for run_start, length, file, key in self._runs[kind, name]:
             first, last = max(start, run_start), min(stop, run_start + length)
@@ -182,10 +182,10 @@ class SavedState:
 
 @torch.no_grad()
 def restore(engine: Any, saved: SavedState, updates: int, rank: int, world_size: int) -> None:
-    """Fill an engine that has taken no step with all that was saved. Collective.
+    """Restore the saved state into an engine that has taken no step. Collective.
 
-    Raises StateDiffersError, before anything is changed, unless exactly what the engine has was
-    saved of every parameter.
+    Raises StateDiffersError, before anything is changed, unless the saved state has exactly the
+    elements of the engine's.
     """
     optimizer = engine.basic_optimizer
     holdings = holdings_of(engine, rank, world_size)
@@ -213,9 +213,9 @@ def restore(engine: Any, saved: SavedState, updates: int, rank: int, world_size:
 def _expected(
     engine: Any, holdings: Iterable[Holding], has_state: bool
 ) -> dict[tuple[str, str], int]:
-    """Elements of every parameter's weight and optimizer state, by kind and name.
+    """Number of elements of every parameter's weight and optimizer state, by kind and name.
 
-    Each rank's holdings name all parameters, of which it may hold no element.
+    Each rank's holdings name all parameters, even those of which it has no element.
     """
     sizes = {
         name: int(getattr(weight, "ds_numel", weight.numel()))
@@ -230,7 +230,7 @@ def _expected(
 
 
 def _refresh_copies(engine: Any) -> None:
-    """Make the model's weights those of the fp32 slices."""
+    """Update the model's weights from the fp32 slices."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage in (1, 2):
         zero.update_lp_params()

@@ -1,4 +1,4 @@
-"""What devices and their hosts can do: peak arithmetic, precisions, memory."""
+"""Limits of devices and their hosts: peak FLOP/s, precisions, memory."""
 
 import resource
 import socket
@@ -14,7 +14,7 @@ from megaback.planning.memory_room import AvailableMemory
 
 
 def device_peak_flops(device: torch.device, precision: str) -> float | None:
-    """The peak of a known GPU in a run's precision, else None."""
+    """Peak FLOP/s of a known GPU in a run's precision; None for others."""
     if device.type != "cuda":
         return None
     known = devices_named_like(torch.cuda.get_device_name(device))
@@ -22,10 +22,10 @@ def device_peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has had: of its GPU's allocator, or resident on a CPU."""
+    """Peak memory of this process: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # what the kernel tells a process of itself counts what its parent had, too
+    try:  # ru_maxrss includes the parent's peak at the time of the fork
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -36,7 +36,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> AvailableMemory:
-    """What memory this rank's device has, or its host."""
+    """Memory of this rank's GPU or, on a CPU, of its host."""
     host = socket.gethostname()
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
@@ -45,11 +45,11 @@ def available_memory(device: torch.device) -> AvailableMemory:
 
 
 def require_precision(precision: str, device: torch.device) -> None:
-    """Raises BackendError for a precision that the device lacks."""
+    """Raises BackendError for a precision that the device does not support."""
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise BackendError(
             f"training.precision is bf16, which {torch.cuda.get_device_name(device)} does not "
-            "compute in; use fp32"
+            "support; set training.precision=fp32"
         )
 
 
@@ -60,10 +60,7 @@ _WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 def require_host_memory(
     offload: str, num_parameters: int, precision: str, ranks_here: int, world_size: int
 ) -> None:
-    """See that what is offloaded by this host's ranks fits into its memory.
-
-    Raises BackendError with both numbers.
-    """
+    """Raises BackendError, with both sizes, if this host cannot hold what its ranks offload."""
     if offload == "none":
         return
     bytes_per_parameter = _OPTIMIZER_BYTES

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine from our config: the one module that writes a DeepSpeed config.
+"""DeepSpeed engine and its config, built from ours; no other module writes a DeepSpeed config.
 
 Workarounds for DeepSpeed 0.19 are listed in docs/decisions/0003-deepspeed-workarounds.md.
 """
@@ -18,7 +18,7 @@ from megaback.planning.memory import bucket_elements
 def start_engine(
     model: ReverseGPT, config: Config, micro_batch_rows: int, accumulation_steps: int
 ) -> Any:
-    """Hand the model to DeepSpeed: sharding, precision, accumulation, clipping, compilation."""
+    """Wrap the model in a DeepSpeed engine, compiled if `training.compile` is set."""
     import deepspeed
 
     _import_deepspeed_muon()
@@ -43,8 +43,8 @@ def start_engine(
 def _import_deepspeed_muon() -> None:
     """Import DeepSpeed's own Muon without compiling it.
 
-    DeepSpeed does it at every start, whatever the optimizer is, and loads all of PyTorch's compiler
-    for it, which takes a second. It is never called: our Muon is another (`optimizers.py`).
+    DeepSpeed imports it at every start, for any optimizer, and loads PyTorch's compiler for it,
+    which takes a second. It is never called: our Muon is in `megaback.optim`.
     """
     from deepspeed.runtime import compiler
 
@@ -59,7 +59,7 @@ def _import_deepspeed_muon() -> None:
 def deepspeed_config(
     config: Config, micro_batch_rows: int, accumulation_steps: int, num_parameters: int
 ) -> dict[str, Any]:
-    """Our config in DeepSpeed's words."""
+    """The DeepSpeed config that corresponds to ours."""
     stage = config.zero.stage
     bucket = bucket_elements(num_parameters)
     fields: dict[str, Any] = {
@@ -75,7 +75,7 @@ def deepspeed_config(
         },
     }
     if config.zero.offload != "none":
-        # Left alone, DeepSpeed compiles an optimizer of its own for the host, for minutes.
+        # By default DeepSpeed compiles its own optimizer for the host, which takes minutes.
         fields["zero_force_ds_cpu_optimizer"] = False
         fields["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if config.zero.offload == "parameters":
@@ -85,7 +85,7 @@ def deepspeed_config(
         fields["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
     if config.training.precision == "bf16":
         if stage == 0:
-            # DeepSpeed's bf16 optimizer of stage 0 takes a step on zero gradients at start-up.
+            # At stage 0, DeepSpeed's bf16 optimizer takes a step on zero gradients at startup.
             fields["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         else:
             fields["bf16"] = {"enabled": True}
@@ -93,7 +93,7 @@ def deepspeed_config(
 
 
 def set_learning_rates(engine: Any, factor: float) -> None:
-    """Set every learning rate to a part of its peak."""
+    """Set every learning rate to `factor` times its peak."""
     for group in engine.optimizer.param_groups:
         group["lr"] = factor * group["peak_learning_rate"]
 
@@ -101,23 +101,23 @@ def set_learning_rates(engine: Any, factor: float) -> None:
 def take_step(
     engine: Any, reason_to_skip: Callable[[float], str | None]
 ) -> tuple[float, str | None]:
-    """Clip and update, unless there is a reason not to, given the gradient's norm.
+    """Clip and update, unless `reason_to_skip` returns a reason for the gradient norm.
 
-    Returns the norm of the whole gradient before clipping, and the reason. Whatever it is, the
-    gradients are gone afterwards.
+    Returns the norm of the whole gradient before clipping, and the reason. Gradients are cleared in
+    either case.
     """
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     whole = None
     if stage == 0:
-        # Here gradients are whole and already averaged, and the engine keeps no norm of them.
+        # Gradients are whole and already averaged, and the engine does not keep their norm.
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         whole = float(torch.nn.utils.get_total_norm(gradients))
 
     def norm() -> float:
         return whole if whole is not None else float(zero._global_grad_norm)
 
-    # DeepSpeed asks the optimizer once it knows the norm. Where it skips a step by itself, for a
-    # norm that is no number, it does not ask.
+    # DeepSpeed calls the optimizer once it knows the norm, except when it skips the step itself,
+    # for a non-finite norm.
     engine.basic_optimizer.must_skip = lambda: reason_to_skip(norm()) is not None
     engine.step()
     return norm(), reason_to_skip(norm())

@@ -1,7 +1,7 @@
-"""What ranks tell each other, as JSON of a declared type: nothing that arrives is ever executed.
+"""Messages between ranks, as JSON of a declared type, so that received data is never executed.
 
-A value comes back as what it was: dataclasses, tuples, paths, NaN and infinity too. What is not of
-the declared type is refused.
+Values round-trip, including dataclasses, tuples, paths, NaN and infinity. A message that is not of
+the declared type is an error.
 """
 
 import json
@@ -16,18 +16,18 @@ from data_pipeline.errors import LaunchError
 def encode(value: object, kind: Any) -> bytes:
     """A value of a type (`int`, `Facts | None`, `list[Path]`, ...) as JSON."""
     plain = _adapter(kind).dump_python(value, mode="json")
-    # Lone surrogates (a file's name in a message) are no JSON.
+    # JSON cannot contain lone surrogates (from a file name in a message).
     return json.dumps(plain, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def decode(message: bytes, kind: Any, sender: int) -> Any:
-    """The value that rank `sender` has encoded. Raises LaunchError."""
+    """The value that rank `sender` encoded. Raises LaunchError."""
     try:
         return _adapter(kind).validate_json(message, strict=True)
     except ValueError:
         raise LaunchError(
-            f"rank {sender} has sent what this version of megaback does not understand; install "
-            "the same version on all nodes, and see that nobody else reaches the ranks' ports"
+            f"rank {sender} sent a message that this version of megaback cannot decode; install "
+            "the same version on all nodes, and make sure that only ranks can reach their ports"
         ) from None
 
 

@@ -1,8 +1,9 @@
-"""Which rank this process is, and where the ranks meet: the environment, and torch's store.
+"""Rendezvous: the rank of this process from the environment, and the store where ranks connect.
 
-Ranks are named by RANK, WORLD_SIZE and LOCAL_RANK (`megaback train`, the deepspeed command,
-torchrun), by SLURM_* (srun with one task a device), or there is one. They meet at a store that the
-first rank serves. It asks for no password, so on one machine it listens on loopback only.
+Ranks are identified by RANK, WORLD_SIZE and LOCAL_RANK (`megaback train`, the deepspeed command,
+torchrun) or by SLURM_* (srun with one task per device); without either there is one rank. They
+connect to a store that the first rank serves. It has no authentication, so on one machine it
+listens on loopback only.
 """
 
 import errno
@@ -20,14 +21,14 @@ from megaback.distributed.slurm_nodes import first_node
 from megaback.environment import HOST_VARIABLE
 
 _LOOPBACK = "lo"
-"""Linux's name of the interface."""
+"""Name of the loopback interface on Linux."""
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _NAME_WAIT_S = 1.0
-"""Between tries to look up a name: a job's many ranks ask at once."""
+"""Delay between name lookups, in seconds: all ranks of a job look up at once."""
 
 
 def name_rank() -> None:
-    """Say in the environment which rank this is, and where the first one is, unless it is there.
+    """Set the environment variables of this rank and of the first one's address, if missing.
 
     Raises LaunchError.
     """
@@ -36,7 +37,7 @@ def name_rank() -> None:
 
 
 def node_name() -> str:
-    """This node as its user knows it: by the hostfile, by Slurm, or by itself."""
+    """Name of this node in the hostfile, else in Slurm, else its hostname."""
     environment = os.environ
     return (
         environment.get(HOST_VARIABLE) or environment.get("SLURMD_NODENAME") or socket.gethostname()
@@ -48,7 +49,7 @@ def meet(backend: str, timeout_s: float) -> None:
     environment, timeout = os.environ, timedelta(seconds=timeout_s)
     address = environment["MASTER_ADDR"]
     require_known(address)
-    if is_loopback(address):  # all ranks are here, and nobody else needs to reach them
+    if is_loopback(address):  # all ranks are on this machine
         for name in _INTERFACES:
             environment.setdefault(name, _LOOPBACK)
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun serves the store
@@ -63,17 +64,17 @@ def meet(backend: str, timeout_s: float) -> None:
         )
     except dist.DistError:
         raise LaunchError(
-            f"rank {rank} on {node_name()} and the others did not meet at {address}, port {port}, "
-            f"within {timeout_s:g} s; see what they printed, and that all nodes reach that address"
+            f"rank {rank} on {node_name()} could not connect to the other ranks at {address}, port "
+            f"{port}, within {timeout_s:g} s; check their output, and that all nodes can reach "
+            "that address"
         ) from None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def listen(address: str, port: int) -> socket.socket:
-    """A socket for the store: at an address that is a number, or, for a name, at all interfaces.
+    """Listening socket for the store: at a numeric address, or, for a name, on all interfaces.
 
-    Other nodes may know a name by another address than this one does. Raises LaunchError when the
-    port is taken.
+    Other nodes may resolve a name to another address. Raises LaunchError when the port is in use.
     """
     try:
         host = "127.0.0.1" if address == "localhost" else str(ipaddress.ip_address(address))
@@ -82,12 +83,12 @@ def listen(address: str, port: int) -> socket.socket:
     try:
         return _listen(host, port)
     except OSError as error:
-        # Behind a translation of addresses, others reach this node by one that it does not have.
+        # Behind NAT, other nodes use an address that this node does not have.
         if error.errno == errno.EADDRNOTAVAIL and not is_loopback(address):
             return listen("", port)
         raise LaunchError(
-            f"the ranks cannot meet on port {port} of {node_name()}: {error.strerror}; run the "
-            "same command again, or set MASTER_PORT to a port that is free there"
+            f"rank 0 cannot listen on port {port} of {node_name()}: {error.strerror}; run the "
+            "same command again, or set MASTER_PORT to a free port"
         ) from None
 
 
@@ -101,7 +102,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address means this machine wherever it is used, which a host's name does not."""
+    """Whether an address means the local machine on every node, unlike a hostname."""
     try:
         return address == "localhost" or ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -109,7 +110,7 @@ def is_loopback(address: str) -> bool:
 
 
 def require_known(address: str) -> None:
-    """Raises LaunchError for a name that nobody knows here, which torch asks for until it times
+    """Raises LaunchError for a name that cannot be resolved, which torch retries until it times
     out."""
     for tries_left in (2, 1, 0):
         try:
@@ -117,7 +118,7 @@ def require_known(address: str) -> None:
         except (OSError, UnicodeError) as error:
             if not tries_left or isinstance(error, UnicodeError):
                 raise LaunchError(
-                    f"the first node's name, {address}, is not known on {node_name()} "
+                    f"the first node's name, {address}, cannot be resolved on {node_name()} "
                     f"({getattr(error, 'strerror', None) or error}); set MASTER_ADDR to its address"
                 ) from None
             time.sleep(_NAME_WAIT_S)
@@ -126,7 +127,7 @@ def require_known(address: str) -> None:
 
 
 def _name_rank_from_slurm() -> None:
-    """Inside an srun step, translate Slurm's names. A batch script itself is not a rank."""
+    """Within an srun step, set the variables from Slurm's. A batch script itself is not a rank."""
     environment = os.environ
     if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return
@@ -146,10 +147,10 @@ def _name_rank_from_slurm() -> None:
 
 
 def _port_of_step() -> int:
-    """A port that all tasks of a step come to alike, below those that Linux hands out by itself.
+    """A port that all tasks of a step derive alike, below Linux's ephemeral ports.
 
-    Two steps of a job differ. srun's own ports, which it was given by chance, are known to its
-    tasks and on the node where it runs, but not from the numbers of a job.
+    Two steps of a job differ. srun's own ports are random, and known only to its tasks and on the
+    node where it runs, so that the port does not follow from the job's id.
     """
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_LAUNCHER_PORT", "SLURM_SRUN_COMM_PORT")
     known = "/".join(os.environ.get(name, "") for name in names)
@@ -157,7 +158,7 @@ def _port_of_step() -> int:
 
 
 def _tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Read Slurm's notation: `2(x3),1` is 2 tasks on each of nodes 0 to 2 and 1 on node 3."""
+    """Tasks on a node, in Slurm's notation: `2(x3),1` is 2 on each of nodes 0 to 2, 1 on node 3."""
     counts: list[int] = []
     for entry in tasks_per_node.split(","):
         count, _, repeat = entry.partition("(x")

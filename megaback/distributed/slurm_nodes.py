@@ -1,6 +1,6 @@
-"""Slurm's notation of nodes (`gpu-a[001-002,7],login-b`), read without Slurm.
+"""Parsing of Slurm's node lists (`gpu-a[001-002,7],login-b`) without Slurm.
 
-In a container within a job step, SLURM_STEP_NODELIST is there and scontrol mostly is not.
+A container within a job step has SLURM_STEP_NODELIST, but often no scontrol.
 """
 
 import re
@@ -16,7 +16,7 @@ def first_node(nodes: str) -> str:
     found = _FIRST.match(nodes)
     if found is None:
         raise LaunchError(
-            f"SLURM_STEP_NODELIST is {nodes!r}, which is no list of nodes in Slurm's notation; "
+            f"SLURM_STEP_NODELIST is {nodes!r}, which is not a list of nodes in Slurm's notation; "
             "set MASTER_ADDR to the first node"
         )
     return re.sub(_RANGES, r"\1", found[1])

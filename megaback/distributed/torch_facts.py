@@ -1,7 +1,8 @@
-"""`python -m megaback.distributed.torch_facts`: this machine as torch and DeepSpeed see it.
+"""Versions and devices of torch and DeepSpeed as JSON.
 
-Prints JSON. A process of its own, for commands that must not load torch, and because what is
-broken here may end it: whatever cannot be imported is named with the reason.
+`python -m megaback.distributed.torch_facts` is a separate process, for commands that must not load
+torch, and because a broken installation may crash it. Modules that cannot be imported are listed
+with the reason.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from typing import Any
 
 
 def torch_facts() -> dict[str, Any]:
-    """Versions, devices and ways to communicate; an entry `problems` for what does not import."""
+    """Versions, devices and communication backends, and `problems` with failed imports."""
     problems: dict[str, str] = {}
     facts: dict[str, Any] = {"problems": problems, "devices": []}
     torch = _imported("torch", problems)

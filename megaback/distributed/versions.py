@@ -1,4 +1,4 @@
-"""Versions of the libraries that decide the numbers."""
+"""Versions of the libraries that affect numerical results."""
 
 import platform
 
@@ -7,7 +7,7 @@ import torch
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Versions of megaback, Python and the libraries that affect numerical results."""
     import deepspeed
 
     from megaback import __version__

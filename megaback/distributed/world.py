@@ -1,8 +1,8 @@
-"""Ranks and what they agree on.
+"""Process group of the ranks: control messages, collective errors and exit.
 
-Control messages go over gloo on the CPU, beside whatever moves the gradients, so that agreeing
-never waits for a GPU. They are numbers in tensors, or JSON (`messages`): torch's own collectives
-of objects would unpickle, that is execute, what arrives.
+Control messages use gloo on the CPU, separate from the gradients' backend, so that they never wait
+for a GPU. They are tensors of numbers, or JSON (`messages`): torch's object collectives would
+unpickle received data, which can execute code.
 """
 
 import logging
@@ -31,7 +31,7 @@ _MAX_BYTES_OF_FIRST = 1 << 28
 
 
 class CollectiveExit(SystemExit):
-    """All ranks end together; the one that spoke has the error."""
+    """Exit of all ranks together; `error` is set on the rank that reported it."""
 
     def __init__(self, code: int | None, error: MegabackError | None) -> None:
         super().__init__(code)
@@ -40,7 +40,7 @@ class CollectiveExit(SystemExit):
 
 @dataclass(frozen=True)
 class World:
-    """This process among all."""
+    """This rank, its device, and the control group of all ranks."""
 
     rank: int
     size: int
@@ -52,14 +52,14 @@ class World:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Sum each value over the ranks, in float64, the same on every rank."""
+        """Sum each value over the ranks, in float64, with the same result on every rank."""
         totals = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(totals, group=self.control)
         summed: list[float] = totals.tolist()
         return summed
 
     def one_hot(self, value: float) -> list[float]:
-        """A value a rank, zeros but for this rank's: their `sum` are the values of all ranks."""
+        """One value per rank, 0 for the others: the `sum` of these lists has every rank's value."""
         return [value if rank == self.rank else 0.0 for rank in range(self.size)]
 
     def gather(self, value: _Result, kind: Any) -> list[_Result]:
@@ -100,7 +100,7 @@ class World:
     def run_collectively(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call a function on every rank; if it fails on any, stop all with one message.
 
-        The lowest rank that failed prints its sentence, and every rank exits with its code.
+        The lowest rank that failed prints its error, and every rank exits with its code.
         """
         result, error = attempt(function, *arguments)
         self.stop_if_any(error)
@@ -115,14 +115,14 @@ class World:
         speaks = self.rank == failed[0] and error is not None
         if speaks and error is not None:
             report(error)
-        self.barrier()  # nobody exits, and is noticed by the launcher, before the message is out
+        self.barrier()  # the message is printed before the launcher sees any rank exit
         raise CollectiveExit(codes[failed[0]], error if speaks else None)
 
 
 def attempt(
     function: Callable[..., _Result], *arguments: Any
 ) -> tuple[_Result | None, MegabackError | None]:
-    """Call a function; its result, or the error that the ranks have to agree on."""
+    """Call a function; returns its result, or the error to agree on with the other ranks."""
     try:
         return function(*arguments), None
     except MegabackError as error:
@@ -140,14 +140,14 @@ def start_world(device_name: str, timeout_s: float) -> World:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On a CPU DeepSpeed compiles this operator at start-up, 45 s, for inference only.
+    # On a CPU, DeepSpeed compiles this inference-only operator at startup, which takes 45 s.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     meet(backend, timeout_s)
     timeout = timedelta(seconds=timeout_s)
-    # It takes the group that is there.
+    # It uses the existing process group.
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
@@ -160,20 +160,20 @@ def start_world(device_name: str, timeout_s: float) -> World:
 
 
 def _require_short(num_bytes: int, max_bytes: int) -> None:
-    """Raises LaunchError before memory is taken for a message."""
+    """Raises LaunchError for an oversized message, before memory is allocated for it."""
     if not 0 <= num_bytes <= max_bytes:
         raise LaunchError(
-            f"a rank announces a message of {num_bytes:,} bytes, and at most {max_bytes:,} are "
-            "taken; install the same version on all nodes, and see that nobody else reaches the "
-            "ranks' ports"
+            f"a rank announces a message of {num_bytes:,} bytes, above the limit of "
+            f"{max_bytes:,}; install the same version on all nodes, and make sure that only ranks "
+            "can reach their ports"
         )
 
 
 @contextmanager
 def only_first_reports() -> Iterator[None]:
-    """Before the ranks can talk: of an error that all of them meet, let the first one speak.
+    """Report errors on the first rank only, before the ranks are connected: all of them have them.
 
-    A LaunchError is one rank's own.
+    A LaunchError is reported by every rank, since it may concern only that rank.
     """
     try:
         yield
@@ -187,7 +187,7 @@ def only_first_reports() -> Iterator[None]:
 
 
 def is_collective_error(error: Exception) -> bool:
-    """Whether this is what a rank sees when another one is gone."""
+    """Whether an error means that another rank is gone."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -196,11 +196,11 @@ def is_collective_error(error: Exception) -> bool:
 
 
 def end_rank(code: int = 0) -> NoReturn:
-    """End this process, of which everything is said and saved; the other ranks do so too.
+    """End this process, as the other ranks do, with everything reported and saved.
 
-    Threads of gloo outlive their groups for as long as anything refers to these. One of them that
-    meets the interpreter while this is taken down aborts the process, and a run that has trained to
-    its end would count as failed. So handlers of the exit run, and the rest is left to the kernel.
+    gloo's threads survive their groups as long as these are referenced. A thread that runs during
+    the interpreter's teardown can abort the process, and a finished run would count as failed. So
+    exit handlers run, and the teardown is skipped.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -216,16 +216,16 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
         )
     if name == "auto" and not has_cuda and count_devices() and count_device_files():
         if local_rank:
-            raise SystemExit(LaunchError.exit_code)  # one rank of the node says it
+            raise SystemExit(LaunchError.exit_code)  # one rank per node reports it
         raise LaunchError(
-            f"node {node_name()} has GPUs, but torch sees none; `megaback doctor` says more there, "
-            "and hardware.device=cpu does without them"
+            f"node {node_name()} has GPUs, but torch sees none; run `megaback doctor` there, or "
+            "set hardware.device=cpu to train without them"
         )
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise LaunchError(
-            f"local rank {local_rank} has no device: this machine shows "
-            f"{torch.cuda.device_count()}; start one rank a device"
+            f"local rank {local_rank} has no device: this machine has "
+            f"{torch.cuda.device_count()}; start one rank per device"
         )
     return torch.device("cuda", local_rank)

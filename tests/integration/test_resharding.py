@@ -121,5 +121,5 @@ def test_the_command_resumes_with_fewer_ranks_at_another_stage(
     result = train_one_rank(run, "zero.stage=3")
 
     assert result.returncode == 0, result.stderr
-    assert "of 2 ranks at ZeRO stage 1 goes on with 1 ranks at stage 3" in result.stderr
+    assert "of 2 ranks at ZeRO stage 1 is resumed with 1 ranks at stage 3" in result.stderr
     assert curve_of(run) == pytest.approx(curve_of(run_of("zero.stage=1")), abs=_FP32_TOLERANCE)

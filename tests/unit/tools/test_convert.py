@@ -207,7 +207,7 @@ def test_a_file_of_weights_that_is_cut_or_gone_is_named(run: Path, tmp_path: Pat
     first, *_ = sorted(folder.glob("model-*.safetensors"))
 
     first.write_bytes(first.read_bytes()[:-10])
-    with pytest.raises(CheckpointCorruptError, match=f"{first.name} is cut short or altered"):
+    with pytest.raises(CheckpointCorruptError, match=f"{first.name} is truncated or altered"):
         load_model_folder(folder, CPU)
     first.unlink()
     with pytest.raises(CheckpointCorruptError, match=f"{first.name} is missing"):

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, and nothing is used before it is verified."""
+"""Verification of checkpoints and their metadata, and selection of the newest one."""
 
 import json
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def test_an_intact_checkpoint_verifies(tmp_path: Path, save: Save) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_named(damage: str, name: str, tmp_path: Path, save: Save) -> None:
+def test_a_damaged_file_is_reported(damage: str, name: str, tmp_path: Path, save: Save) -> None:
     target = save(tmp_path, 100)
     DAMAGE[damage](target / name)
 
@@ -84,7 +84,7 @@ def test_exactly_one_rank_verifies_a_file(
     "content",
     ["", "{", "[]", "{}", '{"format": "megaback-checkpoint", "version": 99}', "null", "\0"],
 )
-def test_a_meta_that_is_no_description_is_refused(content: str, tmp_path: Path, save: Save) -> None:
+def test_invalid_metadata_is_refused(content: str, tmp_path: Path, save: Save) -> None:
     target = save(tmp_path, 100)
     (target / META_NAME).write_text(content)
 
@@ -98,7 +98,7 @@ def change_field(target: Path, name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("field", ["direction", "unit", "tokenizer_sha256"])
-def test_a_meta_without_a_part_of_its_text_format_is_refused(
+def test_metadata_with_an_incomplete_text_format_is_refused(
     field: str, tmp_path: Path, save: Save
 ) -> None:
     target = save(tmp_path, 100)
@@ -111,7 +111,7 @@ def test_a_meta_without_a_part_of_its_text_format_is_refused(
 
 
 @pytest.mark.parametrize(("field", "value"), [("files", None), ("files", {"a": 1}), ("step", "x")])
-def test_a_meta_with_a_field_of_another_kind_is_refused(
+def test_metadata_with_a_field_of_another_type_is_refused(
     field: str, value: object, tmp_path: Path, save: Save
 ) -> None:
     target = save(tmp_path, 100)
@@ -125,15 +125,13 @@ def test_a_run_without_checkpoints_has_no_newest_one(tmp_path: Path, world: Worl
     assert newest_checkpoint(tmp_path, world) is None
 
 
-def test_an_incomplete_checkpoint_is_no_checkpoint(
-    tmp_path: Path, save: Save, world: World
-) -> None:
+def test_an_incomplete_checkpoint_is_ignored(tmp_path: Path, save: Save, world: World) -> None:
     (save(tmp_path, 100) / META_NAME).unlink()
 
     assert newest_checkpoint(tmp_path, world) is None
 
 
-def test_the_newest_checkpoint_is_the_one_of_the_latest_step(
+def test_the_newest_checkpoint_is_that_of_the_last_step(
     tmp_path: Path, save: Save, world: World
 ) -> None:
     for step in (900, 1000, 20):
@@ -158,7 +156,7 @@ def test_resuming_goes_back_to_the_newest_checkpoint_that_verifies(
     assert (target.name, meta.step) == ("step-00000100", 100)
 
 
-def test_going_back_is_said_with_the_file_that_is_damaged(
+def test_going_back_is_logged_with_the_damaged_file(
     tmp_path: Path, save: Save, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 100)
@@ -166,9 +164,9 @@ def test_going_back_is_said_with_the_file_that_is_damaged(
 
     newest_checkpoint(tmp_path, world)
 
-    (said,) = caplog.messages
-    assert f"step-00000200 is damaged: {WEIGHTS}" in said
-    assert "going back to step-00000100" in said
+    (message,) = caplog.messages
+    assert f"step-00000200 is damaged: {WEIGHTS}" in message
+    assert "going back to step-00000100" in message
 
 
 def test_when_no_complete_checkpoint_verifies_the_run_stops(
@@ -182,7 +180,7 @@ def test_when_no_complete_checkpoint_verifies_the_run_stops(
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/step-00000200"])
-def test_a_run_its_checkpoints_and_a_step_all_mean_the_newest_checkpoint(
+def test_a_run_its_checkpoints_and_a_step_resolve_to_the_newest_checkpoint(
     inside: str, tmp_path: Path, save: Save
 ) -> None:
     for step in (100, 200):
@@ -192,7 +190,7 @@ def test_a_run_its_checkpoints_and_a_step_all_mean_the_newest_checkpoint(
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/step-00000100", "nowhere"])
-def test_without_a_complete_checkpoint_there_is_nothing_to_find(
+def test_a_path_without_a_complete_checkpoint_is_an_error(
     inside: str, tmp_path: Path, save: Save
 ) -> None:
     (save(tmp_path, 100) / META_NAME).unlink()
@@ -201,14 +199,14 @@ def test_without_a_complete_checkpoint_there_is_nothing_to_find(
         find_checkpoint(tmp_path / inside)
 
 
-def test_a_damaged_checkpoint_is_not_found(tmp_path: Path, save: Save) -> None:
+def test_a_damaged_checkpoint_is_an_error(tmp_path: Path, save: Save) -> None:
     flip(save(tmp_path, 100) / WEIGHTS)
 
     with pytest.raises(CheckpointCorruptError, match=WEIGHTS):
         find_checkpoint(tmp_path)
 
 
-def test_a_meta_whose_step_is_not_its_folders_is_refused(tmp_path: Path, save: Save) -> None:
+def test_metadata_whose_step_differs_from_the_folder_is_refused(tmp_path: Path, save: Save) -> None:
     target = save(tmp_path, 100)
     change_field(target, "step", 101)
 

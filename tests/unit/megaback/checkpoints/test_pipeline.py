@@ -1,4 +1,4 @@
-"""Checkpoints are written, completed and copied in this order, beside the steps."""
+"""Pipeline of checkpoints: written, completed and copied while training continues."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from megaback.run_folder import complete_checkpoints
 
 @pytest.fixture
 def config(config_of: Callable[..., Config], tmp_path: Path) -> Config:
-    """Of a run that copies its checkpoints."""
+    """Config of a run that copies its checkpoints."""
     return config_of(checkpoint={"copy_to": str(tmp_path / "copies")})
 
 
@@ -31,21 +31,21 @@ def engine(config: Config, training_world: World) -> object:
 
 
 @pytest.fixture
-def said() -> list[str]:
+def logged() -> list[str]:
     return []
 
 
 @pytest.fixture
-def pipeline(config: Config, training_world: World, said: list[str]) -> CheckpointPipeline:
+def pipeline(config: Config, training_world: World, logged: list[str]) -> CheckpointPipeline:
     watchdog = Watchdog(config.run, config.hardware, training_world)
     return CheckpointPipeline(
-        config.run, b"tokenizer", config.checkpoint, training_world, watchdog, said.append
+        config.run, b"tokenizer", config.checkpoint, training_world, watchdog, logged.append
     )
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
-    """Nothing is written before it is set."""
+    """Event that blocks writing until it is set."""
     event = Event()
 
     def wait_and_write(path: Path, specs: object, of: object) -> object:
@@ -85,7 +85,7 @@ def test_a_step_does_not_wait_for_a_checkpoint_that_is_being_written(
     assert copied(config) == []
 
 
-def test_what_is_complete_is_copied_from_the_next_step_on(
+def test_a_completed_checkpoint_is_copied_from_the_next_step_on(
     pipeline: CheckpointPipeline,
     engine: object,
     config: Config,
@@ -97,13 +97,13 @@ def test_what_is_complete_is_copied_from_the_next_step_on(
     pipeline.advance(is_writing=False, is_copying=False)
     while pipeline.is_copying:
         pipeline.advance(is_writing=False, is_copying=True)
-    assert copied(config) == []  # until all ranks know that none of them copies
+    assert copied(config) == []  # until all ranks have agreed that none is copying
     pipeline.advance(is_writing=False, is_copying=False)
 
     assert copied(config) == ["step-00000001"]
 
 
-def test_while_another_rank_writes_a_checkpoint_is_not_complete(
+def test_a_checkpoint_is_incomplete_while_another_rank_writes(
     pipeline: CheckpointPipeline,
     engine: object,
     config: Config,
@@ -118,13 +118,13 @@ def test_while_another_rank_writes_a_checkpoint_is_not_complete(
     assert names(config) == []
 
 
-def test_draining_leaves_every_checkpoint_complete_and_the_last_one_copied(
+def test_draining_completes_every_checkpoint_and_copies_the_last_one(
     pipeline: CheckpointPipeline,
     engine: object,
     config: Config,
     meta_at: Callable[..., CheckpointMeta],
     training_world: World,
-    said: list[str],
+    logged: list[str],
 ) -> None:
     for step in (1, 2, 3):
         pipeline.save(engine, meta_at(step))
@@ -134,4 +134,4 @@ def test_draining_leaves_every_checkpoint_complete_and_the_last_one_copied(
     found = newest_checkpoint(config.run, training_world)
     assert found is not None
     assert found[1].step == 3
-    assert said == []
+    assert logged == []

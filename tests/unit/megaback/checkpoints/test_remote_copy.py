@@ -1,4 +1,4 @@
-"""A second place holds whole checkpoints, gives them back, and ends no run."""
+"""Copies of checkpoints in a second location: copying, fetching, rotation, rollback and errors."""
 
 import math
 import shutil
@@ -35,13 +35,13 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """What copy_to names."""
+    """Value of copy_to."""
     return tmp_path / "second"
 
 
 @pytest.fixture
 def memory() -> Iterator[str]:
-    """A URL of a file system in memory."""
+    """URL of an in-memory file system."""
     yield "memory://bucket/runs"
     file_system = fsspec.filesystem("memory")
     if file_system.exists("/bucket"):
@@ -50,21 +50,21 @@ def memory() -> Iterator[str]:
 
 @pytest.fixture
 def copy(save: Save, world: World) -> Copy:
-    """`copy(run, copy_to, *steps, **options)` saves and copies; it returns what was said."""
+    """`copy(run, copy_to, *steps, **options)` saves and copies; it returns logged messages."""
 
     def copy(run: Path, copy_to: object, *steps: int, **options: object) -> list[str]:
-        said: list[str] = []
+        logged: list[str] = []
         section = CheckpointSection.model_validate({"copy_to": str(copy_to), **options})
         copier = CheckpointCopier(run, section, world)
         for step in steps:
             copier.begin(save(run, step))
-            copier.finish(said.append)
-        return said
+            copier.finish(logged.append)
+        return logged
 
     return copy
 
 
-def test_a_place_that_holds_something_else_is_refused(run: Path, place: Path, copy: Copy) -> None:
+def test_a_location_with_other_files_is_refused(run: Path, place: Path, copy: Copy) -> None:
     copy(run, place, 10)
     CopyTarget(str(place), run).require_ours()
     CopyTarget(str(place), run.with_name("a new one")).require_ours()
@@ -89,7 +89,7 @@ def names(steps: list[int]) -> list[str]:
     return [f"step-{step:08d}" for step in steps]
 
 
-def test_a_copy_is_the_checkpoint(run: Path, place: Path, copy: Copy) -> None:
+def test_a_copy_equals_the_checkpoint(run: Path, place: Path, copy: Copy) -> None:
     assert copy(run, place, 100) == []
 
     original = run / "checkpoints" / "step-00000100"
@@ -100,7 +100,7 @@ def test_a_copy_is_the_checkpoint(run: Path, place: Path, copy: Copy) -> None:
     assert find_checkpoint(copied)[1].step == 100
 
 
-def test_a_copy_gets_its_meta_last(run: Path, place: Path, save: Save, world: World) -> None:
+def test_metadata_is_copied_last(run: Path, place: Path, save: Save, world: World) -> None:
     section = CheckpointSection(copy_to=str(place))
     copier, second = CheckpointCopier(run, section, world), CopyTarget(str(place), run)
     copier.begin(save(run, 100))
@@ -116,7 +116,7 @@ def test_a_copy_gets_its_meta_last(run: Path, place: Path, save: Save, world: Wo
     assert second.complete() == ["step-00000100"]
 
 
-def test_a_checkpoint_that_comes_while_one_is_copied_is_left_out(
+def test_a_checkpoint_saved_during_a_copy_is_not_copied(
     run: Path, place: Path, save: Save, world: World
 ) -> None:
     copier = CheckpointCopier(run, CheckpointSection(copy_to=str(place)), world)
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_comes_while_one_is_copied_is_left_out(
 
 
 @pytest.mark.parametrize("kind", ["path", "memory"])
-def test_a_run_that_is_fetched_after_a_rollback_resumes_where_it_was_set_back_to(
+def test_a_run_fetched_after_a_rollback_resumes_from_the_checkpoint_of_the_rollback(
     kind: str, run: Path, place: Path, memory: str, copy: Copy
 ) -> None:
     copy_to = str(place) if kind == "path" else memory
@@ -145,7 +145,7 @@ def test_a_run_that_is_fetched_after_a_rollback_resumes_where_it_was_set_back_to
     assert read_excluded_steps(run) == [(101, 350)]
 
 
-def test_copies_that_a_rollback_set_aside_stay_whole_and_push_out_no_newer_one(
+def test_copies_moved_by_a_rollback_stay_whole_and_do_not_count_in_rotation(
     run: Path, place: Path, copy: Copy
 ) -> None:
     copy(run, place, 100, 200, 300, keep_last=2)
@@ -174,7 +174,7 @@ def test_skipped_steps_of_the_run_and_of_its_copies_are_merged(
     assert read_excluded_steps(run) == [(7, 9), (101, 150)]
 
 
-def test_without_a_second_place_or_a_checkpoint_nothing_is_copied(
+def test_without_a_second_location_or_a_checkpoint_nothing_is_copied(
     run: Path, place: Path, save: Save, world: World
 ) -> None:
     nowhere = CheckpointCopier(run, CheckpointSection(), world)
@@ -188,7 +188,7 @@ def test_without_a_second_place_or_a_checkpoint_nothing_is_copied(
     assert not place.exists()
 
 
-def test_the_newest_copy_comes_back_into_a_run_that_lost_its_own(
+def test_the_newest_copy_is_fetched_into_a_run_without_checkpoints(
     run: Path, place: Path, copy: Copy, world: World
 ) -> None:
     copy(run, place, 100, 200)
@@ -202,9 +202,7 @@ def test_the_newest_copy_comes_back_into_a_run_that_lost_its_own(
     assert [path.name for path in target.parent.iterdir()] == ["step-00000200"]
 
 
-def test_a_copy_behind_a_url_comes_back_too(
-    run: Path, memory: str, copy: Copy, world: World
-) -> None:
+def test_a_copy_at_a_url_is_fetched(run: Path, memory: str, copy: Copy, world: World) -> None:
     assert copy(run, memory, 100, 200, 300, keep_last=2) == []
     shutil.rmtree(run)
     place = CopyTarget(memory, run)
@@ -216,7 +214,7 @@ def test_a_copy_behind_a_url_comes_back_too(
     assert newest_checkpoint(run, world) == (target, read_meta(target))
 
 
-def test_where_there_is_no_copy_none_comes_back(run: Path, place: Path, memory: str) -> None:
+def test_without_a_copy_nothing_is_fetched(run: Path, place: Path, memory: str) -> None:
     assert fetch_newest(run, CopyTarget(str(place), run)) is None
     assert fetch_newest(run, CopyTarget(memory, run)) is None
     assert not run.exists()
@@ -224,7 +222,7 @@ def test_where_there_is_no_copy_none_comes_back(run: Path, place: Path, memory: 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.model"])
-def test_a_damaged_copy_is_passed_over_for_the_one_before(
+def test_the_newest_intact_copy_is_fetched(
     name: str, damage: Callable[[Path], object], run: Path, place: Path, copy: Copy
 ) -> None:
     copy(run, place, 100, 200, 300)
@@ -239,7 +237,7 @@ def test_a_damaged_copy_is_passed_over_for_the_one_before(
     assert [path.name for path in target.parent.iterdir()] == ["step-00000100"]
 
 
-def test_a_copy_without_its_meta_is_none(run: Path, place: Path, copy: Copy) -> None:
+def test_a_copy_without_metadata_is_ignored(run: Path, place: Path, copy: Copy) -> None:
     copy(run, place, 100, 200)
     (place / run.name / "step-00000200" / META_NAME).unlink()
     shutil.rmtree(run)
@@ -249,7 +247,7 @@ def test_a_copy_without_its_meta_is_none(run: Path, place: Path, copy: Copy) -> 
     assert target == run / "checkpoints" / "step-00000100"
 
 
-def test_when_every_copy_is_damaged_that_is_said(run: Path, place: Path, copy: Copy) -> None:
+def test_an_error_is_raised_if_every_copy_is_damaged(run: Path, place: Path, copy: Copy) -> None:
     copy(run, place, 100, 200)
     for copied in (place / run.name).iterdir():
         flip(copied / WEIGHTS)
@@ -269,7 +267,7 @@ def test_when_every_copy_is_damaged_that_is_said(run: Path, place: Path, copy: C
         ({"keep_last": 2, "keep_every_steps": 200}, [200, 400, 500]),
     ],
 )
-def test_copies_are_let_go_as_checkpoints_are(
+def test_copies_are_rotated_as_checkpoints_are(
     options: dict[str, int], kept: list[int], run: Path, place: Path, copy: Copy
 ) -> None:
     copy(run, place, 100, 200, 300, 400, 500, **options)
@@ -278,7 +276,7 @@ def test_copies_are_let_go_as_checkpoints_are(
     assert sorted(path.name for path in (place / run.name).iterdir()) == names(kept)
 
 
-def test_an_unfinished_copy_goes_with_the_next_one(run: Path, place: Path, copy: Copy) -> None:
+def test_an_incomplete_copy_is_deleted_by_the_next_one(run: Path, place: Path, copy: Copy) -> None:
     copy(run, place, 100)
     (place / run.name / "step-00000100" / META_NAME).unlink()
     (place / run.name / "mine").mkdir()
@@ -288,7 +286,7 @@ def test_an_unfinished_copy_goes_with_the_next_one(run: Path, place: Path, copy:
     assert sorted(path.name for path in (place / run.name).iterdir()) == ["mine", *names([200])]
 
 
-def test_copies_of_others_and_their_files_stay(tmp_path: Path, run: Path, copy: Copy) -> None:
+def test_links_and_other_files_are_kept(tmp_path: Path, run: Path, copy: Copy) -> None:
     place, other = tmp_path / "second", tmp_path / "other" / "step-00000001"
     copy(run, place, 100)
     (place / run.name / "step-00000100" / "notes.txt").write_bytes(b"mine")
@@ -303,7 +301,9 @@ def test_copies_of_others_and_their_files_stay(tmp_path: Path, run: Path, copy: 
     assert [path.name for path in left.iterdir()] == ["notes.txt"]
 
 
-def test_runs_of_different_names_do_not_meet(tmp_path: Path, place: Path, copy: Copy) -> None:
+def test_runs_of_different_names_have_separate_copies(
+    tmp_path: Path, place: Path, copy: Copy
+) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     copy(one, place, 100, 200)
     copy(other, place, 300, 400, 500, keep_last=2)
@@ -317,24 +317,22 @@ def test_runs_of_different_names_do_not_meet(tmp_path: Path, place: Path, copy: 
         assert target.name == names(steps)[-1]
 
 
-def test_a_place_that_cannot_be_written_is_reported_and_tried_again(
-    run: Path, place: Path, copy: Copy
-) -> None:
+def test_an_unwritable_location_is_reported_and_retried(run: Path, place: Path, copy: Copy) -> None:
     place.write_text("a file in the way")
 
-    said = copy(run, place, 100, 200)
+    messages = copy(run, place, 100, 200)
 
-    assert len(said) == 2
-    sentence = f"step-00000200 was not copied to {CopyTarget(str(place), run).name}: "
-    assert sentence in said[1]
-    assert "training goes on" in said[1]
-    assert "\n" not in said[1]
+    assert len(messages) == 2
+    expected = f"step-00000200 was not copied to {CopyTarget(str(place), run).name}: "
+    assert expected in messages[1]
+    assert "training continues" in messages[1]
+    assert "\n" not in messages[1]
     assert len(complete_checkpoints(run)) == 2
     place.unlink()
     assert copy(run, place, 300) == []
 
 
-def test_a_second_place_that_is_full_is_reported_and_its_copies_stay(
+def test_a_full_second_location_is_reported_and_its_copies_are_kept(
     run: Path,
     place: Path,
     save: Save,
@@ -345,13 +343,13 @@ def test_a_second_place_that_is_full_is_reported_and_its_copies_stay(
     copy(run, place, 100)
     copier = CheckpointCopier(run, CheckpointSection(copy_to=str(place)), world)
     target, second = save(run, 200), CopyTarget(str(place), run)
-    said: list[str] = []
+    logged: list[str] = []
     with full_disk():
         copier.begin(target)
-        copier.finish(said.append)
+        copier.finish(logged.append)
 
-    assert len(said) == 1
-    assert "step-00000200 was not copied" in said[0]
+    assert len(logged) == 1
+    assert "step-00000200 was not copied" in logged[0]
     assert second.complete() == ["step-00000100"]
 
     copier.begin(target)
@@ -359,16 +357,14 @@ def test_a_second_place_that_is_full_is_reported_and_its_copies_stay(
     assert second.complete() == ["step-00000100", "step-00000200"]
 
 
-def test_a_file_system_that_is_unknown_is_refused_at_once(run: Path, world: World) -> None:
+def test_an_unknown_file_system_is_refused(run: Path, world: World) -> None:
     section = CheckpointSection(copy_to="nonsense://bucket/runs")
 
     with pytest.raises(SourceMissingError, match="nonsense"):
         CheckpointCopier(run, section, world)
 
 
-def test_a_loss_that_is_no_number_is_copied_as_it_is(
-    run: Path, place: Path, save: Save, world: World
-) -> None:
+def test_a_non_finite_loss_is_copied(run: Path, place: Path, save: Save, world: World) -> None:
     copier = CheckpointCopier(run, CheckpointSection(copy_to=str(place)), world)
     copier.begin(save(run, 100, math.nan))
     copier.finish(pytest.fail)
@@ -376,7 +372,7 @@ def test_a_loss_that_is_no_number_is_copied_as_it_is(
     assert not read_meta(place / run.name / "step-00000100").is_finite
 
 
-def test_a_copy_that_is_written_again_does_not_count_meanwhile(
+def test_a_copy_is_incomplete_while_it_is_written_again(
     run: Path, place: Path, copy: Copy, save: Save, world: World
 ) -> None:
     copy(run, place, 100)
@@ -390,7 +386,7 @@ def test_a_copy_that_is_written_again_does_not_count_meanwhile(
     assert CopyTarget(str(place), run).complete() == ["step-00000100"]
 
 
-def test_what_a_killed_fetch_has_left_is_no_hindrance(run: Path, place: Path, copy: Copy) -> None:
+def test_leftovers_of_a_killed_fetch_are_replaced(run: Path, place: Path, copy: Copy) -> None:
     copy(run, place, 100)
     shutil.rmtree(run)
     (run / "checkpoints" / ".fetched.partial" / "half").mkdir(parents=True)
@@ -400,7 +396,7 @@ def test_what_a_killed_fetch_has_left_is_no_hindrance(run: Path, place: Path, co
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000100"]
 
 
-def test_a_place_may_have_any_name(tmp_path: Path, run: Path, copy: Copy) -> None:
+def test_a_location_can_have_any_name(tmp_path: Path, run: Path, copy: Copy) -> None:
     place = tmp_path / "my place é 100%"
     copy(run, place, 100)
 

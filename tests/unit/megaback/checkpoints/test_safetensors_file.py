@@ -1,4 +1,4 @@
-"""What `write_tensors` makes is a safetensors file, to the library that defines them."""
+"""Files of `write_tensors`, read by the safetensors library, and errors of writing."""
 
 import hashlib
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def assert_reads_back(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 @given(files, st.integers(0, 99))
-def test_the_library_reads_what_was_written(
+def test_the_library_reads_the_tensors_that_were_written(
     specs: dict[str, tuple[torch.dtype, Shape]], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -47,15 +47,15 @@ def test_the_library_reads_what_was_written(
     }
     with TemporaryDirectory() as folder:
         path = Path(folder) / "tensors"
-        said = write(path, tensors)
+        returned = write(path, tensors)
 
         data = path.read_bytes()
-        assert said == size_and_hash(path) == (len(data), hashlib.sha256(data).hexdigest())
+        assert returned == size_and_hash(path) == (len(data), hashlib.sha256(data).hexdigest())
         assert_reads_back(path, tensors)
 
 
 @given(st.text(max_size=20))
-def test_data_is_aligned_whatever_the_names_are(name: str) -> None:
+def test_data_is_aligned_for_any_name(name: str) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "tensors"
         num_bytes, _ = write(path, {name: torch.zeros(2)})
@@ -74,7 +74,7 @@ def test_a_tensor_longer_than_a_block_is_whole(
     assert_reads_back(tmp_path / "tensors", tensors)
 
 
-def test_a_tensor_is_written_in_its_logical_order_and_the_type_that_was_asked_for(
+def test_a_tensor_is_written_in_logical_order_and_the_requested_type(
     tmp_path: Path,
 ) -> None:
     tensor = torch.randn(4, 6, requires_grad=True)
@@ -83,7 +83,7 @@ def test_a_tensor_is_written_in_its_logical_order_and_the_type_that_was_asked_fo
     assert_reads_back(tmp_path / "tensors", {"a": tensor.detach().T.bfloat16()})
 
 
-def test_each_tensor_is_made_when_its_turn_comes(tmp_path: Path) -> None:
+def test_each_tensor_is_created_when_it_is_written(tmp_path: Path) -> None:
     path, seen = tmp_path / "tensors", []
 
     def make(name: str) -> Tensor:
@@ -97,12 +97,12 @@ def test_each_tensor_is_made_when_its_turn_comes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 100_000])
-def test_a_full_disk_is_named(length: int) -> None:
+def test_a_full_disk_is_reported_with_the_path(length: int) -> None:
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         write(Path("/dev/full"), {"a": torch.zeros(length)})
 
 
-def test_a_disk_that_fills_up_half_way_is_named(
+def test_a_disk_that_fills_up_while_writing_is_reported_with_the_path(
     tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
 ) -> None:
     path = tmp_path / "tensors"
@@ -113,7 +113,7 @@ def test_a_disk_that_fills_up_half_way_is_named(
 
 
 @given(st.binary(max_size=100))
-def test_size_and_hash_are_those_of_any_file(content: bytes) -> None:
+def test_size_and_hash_of_any_content_are_correct(content: bytes) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         path.write_bytes(content)

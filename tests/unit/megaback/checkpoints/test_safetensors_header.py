@@ -1,4 +1,4 @@
-"""A safetensors header says what a file holds, or the file is refused before memory is taken."""
+"""Validation of safetensors headers, before memory is allocated for tensors."""
 
 import contextlib
 import json
@@ -74,16 +74,16 @@ HOSTILE: dict[str, bytes] = {
     "a hole": file_of(
         {"a": tensor(shape=[1], offsets=[0, 4]), "b": tensor(shape=[2], offsets=[8, 16])}
     ),
-    "data that nobody describes": file_of({}, _DATA),
-    "data cut short": file_of(GOOD, _DATA[:15]),
+    "data without an entry": file_of({}, _DATA),
+    "truncated data": file_of(GOOD, _DATA[:15]),
 }
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_header_is_refused_at_once(content: bytes, tmp_path: Path) -> None:
+def test_a_hostile_header_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with bounded(), pytest.raises(CheckpointCorruptError, match="cut short or altered") as error:
+    with bounded(), pytest.raises(CheckpointCorruptError, match="truncated or altered") as error:
         header_of(path)
     assert len(str(error.value)) < 500 + len(str(path))
 
@@ -94,13 +94,13 @@ def test_only_regular_files_are_read(device: str) -> None:
         header_of(Path(device))
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointCorruptError, match="not a regular file"):
         header_of(tmp_path / "pipe")
 
 
-def test_a_sparse_file_of_a_terabyte_costs_nothing(tmp_path: Path) -> None:
+def test_the_header_of_a_sparse_terabyte_file_is_read_in_bounded_memory(tmp_path: Path) -> None:
     numbers = 1 << 38
     header = json.dumps({"a": tensor(shape=[numbers], offsets=[0, 4 * numbers])}).encode()
     with (tmp_path / "large").open("wb") as file:
@@ -111,14 +111,14 @@ def test_a_sparse_file_of_a_terabyte_costs_nothing(tmp_path: Path) -> None:
     assert (entry.shape, entry.stop) == ((numbers,), 8 + len(header) + 4 * numbers)
 
 
-def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
+def test_an_unsupported_type_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "quantized"
     path.write_bytes(file_of({"a": tensor("I8", [16])}))
-    with pytest.raises(CheckpointCorruptError, match=r"a in .* is of type I8, and only F32, BF16"):
+    with pytest.raises(CheckpointCorruptError, match=r"a in .* is of type I8, but only F32, BF16"):
         TensorFile(path).tensor("a")
 
 
-def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+def test_a_file_that_is_truncated_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_tensors(path, {"a": (torch.float32, (4096,))}, lambda _: torch.ones(4096))
     file = TensorFile(path)
@@ -146,7 +146,7 @@ def written(folder: str, specs: Any, seed: int) -> tuple[Path, dict[str, torch.T
 
 
 @given(_SPECS, st.integers(0, 99))
-def test_what_was_written_is_what_is_read(specs: Any, seed: int) -> None:
+def test_written_tensors_read_back_equal(specs: Any, seed: int) -> None:
     with TemporaryDirectory() as folder:
         path, tensors = written(folder, specs, seed)
         file = TensorFile(path)
@@ -158,7 +158,7 @@ def test_what_was_written_is_what_is_read(specs: Any, seed: int) -> None:
 
 
 @given(_SPECS, st.data())
-def test_a_mutated_file_is_refused_or_is_what_the_library_makes_of_it(
+def test_a_mutated_file_is_refused_or_read_as_by_the_library(
     specs: Any, data: st.DataObject
 ) -> None:
     with TemporaryDirectory() as folder:
@@ -191,7 +191,9 @@ def test_a_mutated_file_is_refused_or_is_what_the_library_makes_of_it(
 
 
 @given(st.binary(max_size=200), st.integers(0, 300))
-def test_any_bytes_are_a_header_or_a_value_error(content: bytes, file_bytes: int) -> None:
+def test_parsing_any_bytes_returns_a_header_or_raises_value_error(
+    content: bytes, file_bytes: int
+) -> None:
     left = [content]
 
     def read(count: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What is saved is what was there when the save began, and old checkpoints go in good order."""
+"""Saving of checkpoints in the background, leftovers of killed saves, and rotation."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def make_saver(tmp_path: Path, world: World) -> Callable[..., CheckpointSaver]:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
-    """Nothing is written before it is set."""
+    """Event that blocks writing until it is set."""
     event = Event()
 
     def wait_and_write(
@@ -92,7 +92,7 @@ def test_a_checkpoint_lists_every_file_with_its_size_and_hash(tmp_path: Path, sa
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_weights_and_optimizer_are_saved_each_in_its_file(
+def test_weights_and_optimizer_state_are_saved_in_separate_files(
     background: bool, tmp_path: Path, save: Save, state_at: Callable[[int], State]
 ) -> None:
     target = save(tmp_path, 100, background=background)
@@ -122,7 +122,7 @@ def test_a_rank_without_weights_or_without_moments_has_both_files(
 
 
 @pytest.mark.parametrize("val_loss", [1.5, None, math.inf])
-def test_meta_reads_back_as_it_was_given(
+def test_metadata_reads_back_equal(
     val_loss: float | None, tmp_path: Path, save: Save, meta_at: Callable[..., CheckpointMeta]
 ) -> None:
     read = read_meta(save(tmp_path, 100, val_loss))
@@ -137,7 +137,7 @@ def test_latest_names_the_newest_checkpoint(tmp_path: Path, save: Save) -> None:
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000200\n"
 
 
-def test_the_best_checkpoint_is_named_and_kept_until_another_one_is(
+def test_the_best_checkpoint_is_named_and_kept_until_another_is_best(
     tmp_path: Path,
     make_saver: Callable[..., CheckpointSaver],
     meta_at: Callable[..., CheckpointMeta],
@@ -158,7 +158,7 @@ def test_the_best_checkpoint_is_named_and_kept_until_another_one_is(
     assert steps_of(tmp_path) == [500, 600, 700]
 
 
-def test_a_checkpoint_that_fails_half_way_is_not_complete(
+def test_a_checkpoint_whose_writing_fails_is_not_complete(
     tmp_path: Path, save: Save, full_disk: FullDisk, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, 100)
@@ -167,28 +167,28 @@ def test_a_checkpoint_that_fails_half_way_is_not_complete(
 
     assert stopped.value.code == StorageError.exit_code
     assert steps_of(tmp_path) == [100]
-    half = tmp_path / "checkpoints" / "step-00000200"
-    assert sorted(path.name for path in half.iterdir()) == [OPTIMIZER, WEIGHTS]
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert f"cannot write the checkpoint {half}: " in said
-    assert OPTIMIZER in said
+    incomplete = tmp_path / "checkpoints" / "step-00000200"
+    assert sorted(path.name for path in incomplete.iterdir()) == [OPTIMIZER, WEIGHTS]
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"cannot write the checkpoint {incomplete}: " in message
+    assert OPTIMIZER in message
 
 
-def test_what_to_do_about_a_full_disk_is_said_once(
+def test_the_advice_for_a_full_disk_is_given_once(
     tmp_path: Path, meta_at: Callable[..., CheckpointMeta], state_at: Callable[[int], State]
 ) -> None:
     (tmp_path / WEIGHTS).symlink_to("/dev/full")
     writing = checkpoint_saver._Writing(tmp_path, meta_at(1), state_at(1), 0, is_best=False)
     writing.run()
-    said = str(writing.error)
-    assert "No space left on device" in said
-    assert said.count("free some space") == 1
-    assert said.count("again") == 1
-    assert "intact" in said
+    message = str(writing.error)
+    assert "No space left on device" in message
+    assert message.count("free some space") == 1
+    assert message.count("again") == 1
+    assert "intact" in message
 
 
-def test_what_a_killed_save_left_behind_is_replaced(tmp_path: Path, save: Save) -> None:
+def test_leftovers_of_a_killed_save_are_replaced(tmp_path: Path, save: Save) -> None:
     leftover = tmp_path / "checkpoints" / "step-00000100"
     leftover.mkdir(parents=True)
     names = ("weights-00007.safetensors", f".{META_NAME}.0123456789ab.partial")
@@ -203,7 +203,7 @@ def test_what_a_killed_save_left_behind_is_replaced(tmp_path: Path, save: Save) 
     assert (target / "notes.txt").read_bytes() == b"mine"
 
 
-def test_a_save_reaches_nothing_through_links(tmp_path: Path, save: Save) -> None:
+def test_a_save_does_not_follow_links(tmp_path: Path, save: Save) -> None:
     other = save(tmp_path / "other run", 100)
     mine = tmp_path / "mine"
     mine.write_bytes(b"mine")
@@ -225,10 +225,10 @@ def test_a_save_reaches_nothing_through_links(tmp_path: Path, save: Save) -> Non
     assert {path: path.read_bytes() for path in other.iterdir()} == before
 
 
-def test_saving_a_step_again_never_loses_what_was_saved(
+def test_saving_a_step_again_never_loses_its_checkpoint(
     tmp_path: Path, save: Save, world: World, full_disk: FullDisk
 ) -> None:
-    """A signal just after a checkpoint that was due asks for the same one again."""
+    """A signal just after a regular checkpoint requests the same one again."""
     save(tmp_path, 100)
     with full_disk(), suppress(SystemExit):
         save(tmp_path, 100)
@@ -246,13 +246,13 @@ def test_a_step_whose_checkpoint_is_damaged_is_saved_again(tmp_path: Path, save:
     verify_files(target, read_meta(target))
 
 
-def test_what_is_saved_is_the_state_at_begin(
+def test_the_state_at_begin_is_saved(
     gate: Event,
     make_saver: Callable[..., CheckpointSaver],
     meta_at: Callable[..., CheckpointMeta],
     state_at: Callable[[int], State],
 ) -> None:
-    """Training goes on in place; the second save uses the first one's host memory again."""
+    """Training continues in place; the second save reuses the first one's host memory."""
     saver, state = make_saver(), state_at(0)
     for step in (100, 200):
         for tensor in state.values():
@@ -336,7 +336,7 @@ def test_beginning_a_checkpoint_completes_the_one_that_is_open(
 @example([1.5, 1.5, 1.5, 1.5, 1.5], 2, None)
 @example([1.5, 1.5, 1.5, 1.5, 1.5], 2, 200)
 @example([1.5, math.nan, math.nan, math.nan], 2, None)
-def test_the_last_few_every_so_many_and_the_last_finite_checkpoint_are_kept(
+def test_the_last_the_periodic_and_the_last_finite_checkpoints_are_kept(
     save: Save, val_losses: list[float | None], keep_last: int, every: int | None
 ) -> None:
     losses = {100 * (1 + number): loss for number, loss in enumerate(val_losses)}
@@ -352,10 +352,10 @@ def test_the_last_few_every_so_many_and_the_last_finite_checkpoint_are_kept(
         assert folders == {path.name for path in complete_checkpoints(Path(run))}
 
 
-def test_a_checkpoint_that_is_let_go_is_first_made_incomplete(
+def test_a_checkpoint_is_made_incomplete_before_it_is_deleted(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill in the middle of removing must not leave a complete checkpoint without its files."""
+    """A kill during deletion must not leave a complete checkpoint without its files."""
     for step in (100, 200):
         save(tmp_path, step)
     removed: list[Path] = []
@@ -372,7 +372,7 @@ def test_a_checkpoint_that_is_let_go_is_first_made_incomplete(
     assert [folder.name for folder in removed] == ["step-00000100"]
 
 
-def test_what_a_killed_rotation_left_behind_is_removed_by_the_next_one(
+def test_leftovers_of_a_killed_rotation_are_removed_by_the_next_one(
     tmp_path: Path, save: Save
 ) -> None:
     for step in (100, 200, 300):
@@ -384,9 +384,7 @@ def test_what_a_killed_rotation_left_behind_is_removed_by_the_next_one(
     assert not (tmp_path / "checkpoints" / "step-00000100").exists()
 
 
-def test_rotation_leaves_what_links_lead_to_and_files_of_others_alone(
-    tmp_path: Path, save: Save
-) -> None:
+def test_rotation_keeps_targets_of_links_and_other_files(tmp_path: Path, save: Save) -> None:
     others = [save(tmp_path / "other run", step) for step in (10, 20)]
     (others[1] / META_NAME).unlink()
     (tmp_path / "checkpoints").mkdir()
@@ -404,7 +402,7 @@ def test_rotation_leaves_what_links_lead_to_and_files_of_others_alone(
     assert steps_of(tmp_path) == [10, 200, 300]
 
 
-def test_rotation_leaves_what_is_no_checkpoint_alone(tmp_path: Path, save: Save) -> None:
+def test_rotation_keeps_folders_that_are_not_checkpoints(tmp_path: Path, save: Save) -> None:
     others = [tmp_path / "checkpoints" / name for name in ("mine", "step-1", "step-00000001.old")]
     for other in others:
         other.mkdir(parents=True)
@@ -415,7 +413,7 @@ def test_rotation_leaves_what_is_no_checkpoint_alone(tmp_path: Path, save: Save)
     assert all(other.is_dir() for other in others)
 
 
-def test_a_checkpoint_whose_description_is_damaged_is_not_taken_for_a_finite_one(
+def test_a_checkpoint_with_damaged_metadata_does_not_count_as_finite(
     tmp_path: Path, save: Save
 ) -> None:
     for step in (100, 200):
@@ -429,7 +427,7 @@ def test_a_checkpoint_whose_description_is_damaged_is_not_taken_for_a_finite_one
     assert steps_of(tmp_path) == [100, 300, 400]
 
 
-def test_a_checkpoint_that_was_written_at_once_is_completed_too(
+def test_a_checkpoint_written_in_the_foreground_is_returned_as_completed(
     tmp_path: Path,
     meta_at: Callable[..., CheckpointMeta],
     state_at: Callable[[int], State],

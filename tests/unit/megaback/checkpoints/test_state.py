@@ -1,4 +1,4 @@
-"""Runs of a parameter's elements are found again, in whichever files they were saved."""
+"""Reading of parameters from runs of elements that are spread over files."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ def write(folder: Path, files: list[Runs]) -> SavedState:
 
 
 def split(data: st.DataObject, kind: str, name: str, whole: Tensor, files: list[Runs]) -> None:
-    """Cut a tensor at some places, and deal the runs out to files."""
+    """Split a tensor into runs, and distribute them over files."""
     inner = data.draw(st.sets(st.integers(1, max(1, len(whole) - 1)), max_size=6))
     bounds = sorted({0, len(whole)} | {place for place in inner if place < len(whole)})
     for start, stop in data.draw(st.permutations(list(pairwise(bounds)))):
@@ -58,10 +58,10 @@ def test_any_part_of_a_tensor_is_read_from_runs_in_several_files(data: st.DataOb
                 assert torch.equal(out, whole[first:last])
 
 
-def test_what_is_not_exactly_as_expected_is_named(tmp_path: Path) -> None:
+def test_differences_from_the_expected_elements_are_listed(tmp_path: Path) -> None:
     runs = {
         f"{WEIGHT}:a:0": torch.ones(5),
-        f"{WEIGHT}:a:7": torch.ones(5),  # two elements lack in between
+        f"{WEIGHT}:a:7": torch.ones(5),  # two elements before it are missing
         f"{WEIGHT}:b:0": torch.ones(5),
         "exp_avg:b:0": torch.ones(5),
     }
@@ -70,7 +70,7 @@ def test_what_is_not_exactly_as_expected_is_named(tmp_path: Path) -> None:
     assert saved.differences(
         {(WEIGHT, "a"): 12, (WEIGHT, "b"): 5, ("momentum", "b"): 5, (WEIGHT, "c"): 5}
     ) == [
-        "exp_avg of b is read by nothing",
+        "exp_avg of b is unexpected",
         "momentum of b is missing",
         "weight of a has 5 elements, not 12",
         "weight of c is missing",
@@ -78,7 +78,7 @@ def test_what_is_not_exactly_as_expected_is_named(tmp_path: Path) -> None:
 
 
 @given(st.data())
-def test_elements_that_nobody_saved_are_counted(data: st.DataObject) -> None:
+def test_missing_elements_are_counted(data: st.DataObject) -> None:
     present = data.draw(st.lists(st.booleans(), min_size=1, max_size=8))
     runs = {
         f"weight:a:{5 * number}": torch.ones(5) for number, is_in in enumerate(present) if is_in
@@ -99,14 +99,16 @@ def test_elements_that_nobody_saved_are_counted(data: st.DataObject) -> None:
     ("kind", "name", "start"),
     [("momentum", "a", 0), (WEIGHT, "b", 0), (WEIGHT, "a", 1), (WEIGHT, "a", 9)],
 )
-def test_what_is_not_saved_is_a_key_error(kind: str, name: str, start: int, tmp_path: Path) -> None:
+def test_reading_unsaved_elements_is_a_key_error(
+    kind: str, name: str, start: int, tmp_path: Path
+) -> None:
     saved = write(tmp_path, [{"weight:a:0": torch.ones(5)}])
 
     with pytest.raises(KeyError):
         saved.read(kind, name, start, torch.empty(5))
 
 
-def test_elements_are_read_in_the_type_of_their_place(tmp_path: Path) -> None:
+def test_elements_are_converted_to_the_type_of_the_output(tmp_path: Path) -> None:
     weight = torch.randn(10)
     saved = write(tmp_path, [{"weight:a:0": weight}])
     out = torch.empty(10, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What the hardware cannot do is refused before the first step, with the numbers."""
+"""Errors for limits of the hardware, before the first step."""
 
 import psutil
 import pytest
@@ -16,12 +16,12 @@ from megaback.model.attention import attention_backend
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_offload_that_the_host_cannot_hold_is_refused_with_both_numbers() -> None:
+def test_offload_that_exceeds_the_hosts_memory_is_refused_with_both_sizes() -> None:
     with pytest.raises(BackendError, match=r"optimizer keeps 160000\.0 GB .* GB are free"):
         require_host_memory("optimizer", 10**13, "bf16", ranks_here=1, world_size=1)
 
 
-def test_peak_memory_is_this_process_s_in_bytes_and_stays_when_it_is_freed() -> None:
+def test_peak_memory_is_in_bytes_and_does_not_fall_when_memory_is_freed() -> None:
     before = peak_memory_bytes(CPU)
     resident = psutil.Process().memory_info().rss
     assert before >= resident * 0.95
@@ -31,7 +31,7 @@ def test_peak_memory_is_this_process_s_in_bytes_and_stays_when_it_is_freed() -> 
     del held
 
     assert before + 40_000_000 < with_more < before + 200_000_000
-    assert peak_memory_bytes(CPU) >= with_more * 0.98  # the kernel counts by the handful of pages
+    assert peak_memory_bytes(CPU) >= with_more * 0.98  # the kernel's counters are approximate
 
 
 @pytest.mark.parametrize("offload", ["optimizer", "parameters"])
@@ -39,7 +39,7 @@ def test_offload_that_fits_is_accepted(offload: str) -> None:
     require_host_memory(offload, 10_000, "bf16", ranks_here=2, world_size=2)
 
 
-def test_a_host_holds_the_share_of_its_own_ranks() -> None:
+def test_a_host_needs_memory_for_the_share_of_its_own_ranks() -> None:
     num_parameters = psutil.virtual_memory().available // 16 * 4
 
     require_host_memory("optimizer", num_parameters, "bf16", ranks_here=1, world_size=8)
@@ -55,12 +55,12 @@ def test_offloaded_parameters_take_more_than_the_optimizer_alone() -> None:
         require_host_memory("parameters", num_parameters, "fp32", ranks_here=1, world_size=1)
 
 
-def test_without_offload_no_memory_is_asked_for() -> None:
+def test_without_offload_no_host_memory_is_required() -> None:
     require_host_memory("none", 10**15, "bf16", ranks_here=1, world_size=1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_cpu_computes_in_every_precision(precision: str) -> None:
+def test_a_cpu_supports_every_precision(precision: str) -> None:
     require_precision(precision, CPU)
 
 
@@ -68,18 +68,18 @@ def test_a_cpu_has_no_known_peak() -> None:
     assert device_peak_flops(CPU, "bf16") is None
 
 
-def test_flash_attention_in_fp32_is_refused_by_name() -> None:
+def test_flash_attention_in_fp32_is_refused() -> None:
     with pytest.raises(BackendError, match="float32"):
         attention_backend("flash_attn", CUDA, torch.float32, 64)
 
 
-def test_flash_attention_with_large_heads_is_refused_by_name() -> None:
+def test_flash_attention_with_large_heads_is_refused() -> None:
     with pytest.raises(BackendError, match="256 dimensions, not 320"):
         attention_backend("flash_attn", CUDA, torch.bfloat16, 320)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 64), (torch.bfloat16, 320)])
-def test_auto_takes_sdpa_for_what_flash_attention_cannot_do(
+def test_auto_selects_sdpa_where_flash_attention_cannot_be_used(
     dtype: torch.dtype, head_dim: int
 ) -> None:
     assert attention_backend("auto", CUDA, dtype, head_dim)[0] == "sdpa"

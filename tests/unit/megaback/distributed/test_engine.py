@@ -1,4 +1,4 @@
-"""DeepSpeed is told what we mean."""
+"""Translation of our config into DeepSpeed's."""
 
 from typing import Any
 
@@ -21,14 +21,14 @@ def config(**changes: dict[str, Any]) -> Config:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_offloaded_optimizer_is_kept_on_the_host_and_is_ours(stage: int) -> None:
+def test_an_offloaded_optimizer_is_on_the_host_and_is_not_deepspeeds(stage: int) -> None:
     fields = deepspeed_config(config(zero={"stage": stage, "offload": "optimizer"}), 2, 4, 10_000)
 
     assert fields["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     assert fields["zero_force_ds_cpu_optimizer"] is False
 
 
-def test_offloaded_parameters_take_the_optimizer_with_them() -> None:
+def test_offloading_parameters_offloads_the_optimizer_too() -> None:
     fields = deepspeed_config(config(zero={"stage": 3, "offload": "parameters"}), 2, 4, 10_000)
 
     assert fields["zero_optimization"]["offload_param"] == {"device": "cpu"}
@@ -43,7 +43,7 @@ def test_deepspeed_gets_micro_batch_accumulation_and_clipping() -> None:
     assert fields["gradient_clipping"] == 0.7
 
 
-def test_no_clipping_is_no_clipping_for_deepspeed() -> None:
+def test_clipping_can_be_disabled() -> None:
     optimizer = {"learning_rate": 1e-3, "gradient_clip": 0}
 
     assert deepspeed_config(config(optimizer=optimizer), 2, 4, 10_000)["gradient_clipping"] == 0
@@ -57,7 +57,7 @@ def test_deepspeed_gets_the_zero_stage(stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_fp32_asks_deepspeed_for_no_other_precision(stage: int) -> None:
+def test_fp32_enables_no_other_precision_in_deepspeed(stage: int) -> None:
     fields = deepspeed_config(config(zero={"stage": stage}), 2, 4, 10_000)
 
     assert not fields.keys() & {"bf16", "fp16", "torch_autocast"}
@@ -70,7 +70,7 @@ def test_bf16_is_deepspeeds_own_where_the_optimizer_is_sharded(stage: int) -> No
     assert deepspeed_config(settings, 2, 4, 10_000)["bf16"] == {"enabled": True}
 
 
-def test_bf16_without_sharding_is_autocast_because_deepspeeds_own_is_wrong_there() -> None:
+def test_bf16_without_sharding_is_autocast_because_deepspeeds_own_is_incorrect_there() -> None:
     settings = config(zero={"stage": 0}, training={"steps": 10, "precision": "bf16"})
 
     fields = deepspeed_config(settings, 2, 4, 10_000)

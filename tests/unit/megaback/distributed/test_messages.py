@@ -1,4 +1,4 @@
-"""What ranks send each other comes back as it was, and anything else is refused."""
+"""Messages between ranks round-trip, and invalid ones are refused."""
 
 import pickle
 from dataclasses import dataclass
@@ -48,20 +48,20 @@ class Fact:
 
 
 @given(st.data())
-def test_a_value_comes_back_as_it_was(data: st.DataObject) -> None:
+def test_a_value_round_trips(data: st.DataObject) -> None:
     kind, values = data.draw(st.sampled_from(_KINDS))
     value = data.draw(values)
-    # By their spelling, in which NaN equals NaN, and a tuple is no list.
+    # Compared by repr, in which NaN equals NaN, and a tuple differs from a list.
     assert repr(decode(encode(value, kind), kind, 0)) == repr(value)
 
 
-def test_a_message_with_a_file_name_that_is_no_text_arrives_all_the_same() -> None:
+def test_a_file_name_that_is_not_utf_8_is_sent_with_replacement_characters() -> None:
     assert decode(encode("cannot read \udcff", str), str, 0) == "cannot read ?"
 
 
 @given(st.binary() | st.builds(pickle.dumps, st.integers()))
-def test_what_is_no_message_is_refused_with_its_sender(message: bytes) -> None:
-    with pytest.raises(LaunchError, match="rank 3 has sent"):
+def test_an_invalid_message_is_refused_with_its_sender(message: bytes) -> None:
+    with pytest.raises(LaunchError, match="rank 3 sent"):
         decode(message, Fact, 3)
 
 
@@ -71,16 +71,16 @@ def test_a_value_of_another_type_is_refused(message: bytes) -> None:
         decode(message, Fact, 0)
 
 
-def test_the_first_ranks_value_and_all_values_are_what_was_sent(world: World) -> None:
+def test_gathered_and_broadcast_values_equal_those_sent(world: World) -> None:
     assert world.gather(Fact(7), Fact) == [Fact(7)]
     assert world.of_first([Path("a")], list[Path]) == [Path("a")]
     assert world.gather("", str) == [""]
 
 
-def test_memory_is_not_taken_for_a_message_that_is_too_long(
+def test_no_memory_is_allocated_for_an_oversized_message(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(LaunchError, match="at most 1,048,576 are taken"):
+    with pytest.raises(LaunchError, match="above the limit of 1,048,576"):
         world.gather("x" * (1 << 20), str)
     announced = World(1, 2, torch.device("cpu"), None)
     monkeypatch.setattr(

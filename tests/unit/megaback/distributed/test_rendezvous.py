@@ -1,4 +1,4 @@
-"""Where ranks meet: an address that no more can reach than have to, and a port nobody can guess."""
+"""Rendezvous of ranks: the narrowest address that works, and an unpredictable port."""
 
 import os
 import socket
@@ -25,10 +25,10 @@ STEP = {
 
 
 def meeting_of(monkeypatch: pytest.MonkeyPatch, **more: str) -> tuple[str, int]:
-    """Where a task of a step goes to meet the others."""
+    """Address and port at which a task of a step connects to the others."""
     with monkeypatch.context() as patch:
         for name in NAMES:
-            patch.setenv(name, "")  # so that what is set is taken back
+            patch.setenv(name, "")  # so that later changes are undone
             patch.delenv(name)
         for name, value in (STEP | more).items():
             patch.setenv(name, value)
@@ -37,7 +37,7 @@ def meeting_of(monkeypatch: pytest.MonkeyPatch, **more: str) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("address", "is_here"),
+    ("address", "is_local"),
     [
         ("127.0.0.1", True),
         ("127.3.2.1", True),
@@ -48,40 +48,42 @@ def meeting_of(monkeypatch: pytest.MonkeyPatch, **more: str) -> tuple[str, int]:
         (socket.gethostname(), False),  # 127.0.1.1 here, perhaps, and another address elsewhere
     ],
 )
-def test_an_address_is_loopback_only_if_it_is_so_on_every_node(address: str, is_here: bool) -> None:
-    assert is_loopback(address) is is_here
+def test_an_address_is_loopback_only_if_it_is_so_on_every_node(
+    address: str, is_local: bool
+) -> None:
+    assert is_loopback(address) is is_local
 
 
 @pytest.mark.parametrize(
     ("address", "host"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("::1", "::1")]
 )
-def test_the_store_listens_where_it_was_told_to(address: str, host: str) -> None:
+def test_the_store_listens_on_a_loopback_address_only(address: str, host: str) -> None:
     with listen(address, 0) as listening:
         assert listening.getsockname()[0] == host
 
 
 @pytest.mark.parametrize("address", ["some-node", "203.0.113.9"])
-def test_where_others_may_know_the_node_by_another_address_it_listens_on_all(address: str) -> None:
+def test_for_a_name_or_a_foreign_address_the_store_listens_on_all_interfaces(address: str) -> None:
     with listen(address, 0) as listening:
         port = listening.getsockname()[1]
         assert listening.getsockname()[0] in ("::", "0.0.0.0")
         socket.create_connection(("127.0.0.1", port)).close()
 
 
-def test_a_port_that_is_taken_is_a_sentence() -> None:
+def test_a_port_in_use_is_reported() -> None:
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(LaunchError, match=rf"cannot meet on port {port} .* set MASTER_PORT"):
+        with pytest.raises(LaunchError, match=rf"cannot listen on port {port} .* set MASTER_PORT"):
             listen("127.0.0.1", port)
 
 
-def test_tasks_of_one_node_meet_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_of_one_node_connect_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meeting_of(monkeypatch)[0] == "127.0.0.1"
     several = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
     assert meeting_of(monkeypatch, **several)[0] == "n1"
 
 
-def test_the_port_of_a_step_does_not_follow_from_its_numbers(
+def test_the_port_of_a_step_does_not_follow_from_its_ids(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     of_other_steps = {

@@ -1,4 +1,4 @@
-"""A node without the devices that the others have is named, not left to compute on its CPU."""
+"""Nodes whose GPUs torch does not see: an error instead of training on the CPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from megaback.distributed.rendezvous import node_name
 
 @pytest.fixture
 def broken_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver shows two GPUs, and torch none."""
+    """A node where the driver has two GPUs, and torch none."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("megaback.distributed.visible_devices.count_device_files", lambda: 2)
@@ -18,7 +18,7 @@ def broken_node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("broken_node")
-def test_a_node_whose_gpus_torch_does_not_see_is_named_by_one_of_its_ranks(
+def test_a_node_whose_gpus_torch_does_not_see_is_reported_by_one_of_its_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MEGABACK_HOST", "n7")
@@ -31,7 +31,9 @@ def test_a_node_whose_gpus_torch_does_not_see_is_named_by_one_of_its_ranks(
 
 
 @pytest.mark.usefixtures("broken_node")
-def test_who_asks_for_a_cpu_or_hides_the_gpus_gets_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_is_used_when_requested_or_when_gpus_are_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert distributed._choose_device("cpu", 1).type == "cpu"
     with pytest.raises(BackendError):
         distributed._choose_device("cuda", 0)
@@ -39,7 +41,7 @@ def test_who_asks_for_a_cpu_or_hides_the_gpus_gets_a_cpu(monkeypatch: pytest.Mon
     assert distributed._choose_device("auto", 0).type == "cpu"
 
 
-def test_variables_alone_make_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_visible_devices_alone_does_not_imply_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The deepspeed command sets CUDA_VISIBLE_DEVICES on machines without a GPU too."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(distributed, "count_device_files", lambda: 0)
@@ -48,7 +50,7 @@ def test_variables_alone_make_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed._choose_device("auto", 0).type == "cpu"
 
 
-def test_a_node_is_called_as_the_user_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_has_its_name_in_slurm_or_in_the_hostfile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n3")
     monkeypatch.delenv("MEGABACK_HOST", raising=False)
     assert node_name() == "n3"

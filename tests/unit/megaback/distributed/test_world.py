@@ -1,4 +1,4 @@
-"""How a rank's process ends."""
+"""Exit of a rank's process."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ class AbortsTheTeardown:
 
 distributed.kept = AbortsTheTeardown()
 atexit.register(print, "handler")
-print("said")
+print("output")
 if {is_rank}:
     distributed.end_rank(7)
 """
@@ -27,13 +27,13 @@ def _end(*, is_rank: bool) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_what_would_abort_the_teardown_does_not_change_how_a_rank_ends() -> None:
+def test_an_abort_in_the_teardown_does_not_change_a_ranks_exit_code() -> None:
     usual, rank = _end(is_rank=False), _end(is_rank=True)
-    assert usual.returncode < 0  # so there is something to be spared
-    assert (rank.returncode, rank.stdout, rank.stderr) == (7, "said\nhandler\n", "")
+    assert usual.returncode < 0  # the teardown does abort
+    assert (rank.returncode, rank.stdout, rank.stderr) == (7, "output\nhandler\n", "")
 
 
-def test_a_rank_whose_output_nobody_reads_any_more_ends_with_its_code() -> None:
+def test_a_rank_whose_output_pipe_is_closed_ends_with_its_code() -> None:
     reader, writer = os.pipe()
     buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # until the end
     words = [sys.executable, "-c", _RANK.format(is_rank=True)]

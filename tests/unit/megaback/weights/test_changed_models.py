@@ -211,7 +211,7 @@ def drop_a_tensor(path: Path) -> None:
     ("damage", "said"),
     [
         (flip, "is not the file that was written"),
-        (cut, "is cut short or altered"),
+        (cut, "is truncated or altered"),
         (Path.unlink, "is missing"),
         (drop_a_tensor, "model.norm.weight is missing"),
     ],
@@ -234,7 +234,7 @@ def test_damage_is_still_damage(
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"), [(cut, "is cut short"), (drop_a_tensor, "model.norm.weight is missing")]
+    ("damage", "said"), [(cut, "is truncated"), (drop_a_tensor, "model.norm.weight is missing")]
 )
 def test_damage_to_what_others_trained_is_damage(
     damage: Callable[[Path], None], said: str, others: Path, tmp_path: Path
