@@ -169,7 +169,7 @@ class SavedState:
         return end
 
     def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` with a parameter's elements from `start` on. Raises KeyError for missing ones."""
+        """Fill `out` with a parameter's elements from `start` on. Raises KeyError if any lack."""
         stop, missing = start + len(out), len(out)
         for run_start, length, file, key in self._runs[kind, name]:
             first, last = max(start, run_start), min(stop, run_start + length)

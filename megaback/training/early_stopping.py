@@ -1,7 +1,7 @@
 """Early stopping on validation loss.
 
-The state is a function of the validations so far, which `metrics.jsonl` keeps, so that a resumed
-run decides as one that was never interrupted.
+The state is a function of the validations so far, which are in `metrics.jsonl`, so that a resumed
+run stops at the same step as an uninterrupted one.
 """
 
 import math
@@ -14,17 +14,17 @@ from megaback.tracking.metrics import read_metrics
 
 
 class EarlyStopping:
-    """Counts validations that did not improve on the best one."""
+    """Counter of consecutive validations without a new best loss."""
 
     def __init__(
         self, patience: int | None, earlier: Iterable[tuple[int, float | None]] = ()
     ) -> None:
-        """`earlier` is step and loss of each validation so far. None: never runs out."""
+        """`earlier`: step and loss of each validation so far. Without patience, it never stops."""
         self._patience = patience
         self._best_loss = math.inf
         self._since = 0
         self.best_step: int | None = None
-        """None while every val loss is non-finite."""
+        """Step of the best loss; None while every val loss is non-finite."""
         for step, loss in earlier:
             self.measured(step, loss)
 
@@ -40,14 +40,14 @@ class EarlyStopping:
         return self._patience is not None and self._since >= self._patience
 
     def is_kept(self, step: int) -> bool:
-        """Whether the checkpoint of this step is to be kept as the best one."""
+        """Whether the checkpoint of this step is kept as the best one."""
         return self._patience is not None and step == self.best_step
 
     @property
     def reason(self) -> str:
-        """Why the run stops early."""
+        """Reason for stopping early."""
         best = (
-            "no val loss was a number"
+            "no val loss was finite"
             if self.best_step is None
             else f"val loss did not fall below {self._best_loss:.4f} (step {self.best_step})"
         )
@@ -56,7 +56,7 @@ class EarlyStopping:
 
 
 def read_measurements(run: Path, last_step: int) -> list[tuple[int, float | None]]:
-    """Step and val loss of each validation of a run up to a step, oldest first."""
+    """Step and val loss of each validation of a run up to `last_step`, oldest first."""
     if not (run / METRICS_NAME).exists():
         return []
     return [
@@ -67,7 +67,7 @@ def read_measurements(run: Path, last_step: int) -> list[tuple[int, float | None
 
 
 def mark_best(run: Path, step: int | None) -> None:
-    """Name the best checkpoint for people and for `megaback convert`, if it is there."""
+    """Write or remove the mark `best`, depending on whether the checkpoint is complete."""
     folder = run / CHECKPOINTS_FOLDER
     if step is not None and (folder / step_name(step) / META_NAME).is_file():
         write_text(folder / BEST_NAME, step_name(step) + "\n")

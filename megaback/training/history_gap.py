@@ -1,7 +1,7 @@
-"""What a run that resumes cannot know of the steps before, as its metrics are not there.
+"""Missing metrics of a resumed run, which the step guard and early stopping depend on.
 
-Weights and optimizer state are exact or refused. What the guard and early stopping remember is read
-from metrics.jsonl, which a run that was fetched from its second place does not have.
+Weights and optimizer state are restored exactly or not at all. The state of the guard and of early
+stopping is read from metrics.jsonl, which a run that was fetched from `copy_to` lacks.
 """
 
 from megaback.config import Config
@@ -10,7 +10,7 @@ from megaback.tracking.metrics import read_metrics
 
 
 def history_gap(config: Config, start_step: int) -> str | None:
-    """The sentence that says so, if anything that the config uses is missing."""
+    """Message about missing metrics that the config uses; None if there are none."""
     lines = read_metrics(config.run) if (config.run / METRICS_NAME).exists() else []
     steps = {line["step"] for line in lines}
     window = min(config.guard.window_steps, start_step)
@@ -18,7 +18,7 @@ def history_gap(config: Config, start_step: int) -> str | None:
     measured = any("val_loss" in line and line["step"] <= start_step for line in lines)
     affected = []
     if num_missing:
-        affected.append(f"the guard judges by {window - num_missing} of {window} earlier steps")
+        affected.append(f"the guard compares with {window - num_missing} of {window} earlier steps")
     if config.validation.patience is not None and not measured:
         affected.append("early stopping counts from this step")
     if not affected:

@@ -1,4 +1,4 @@
-"""A run that is ready for its next step: what `setup` makes and the training loop takes."""
+"""State of a run that is ready for its next step, from `setup` to the training loop."""
 
 from dataclasses import dataclass
 from typing import IO, Any
@@ -15,32 +15,32 @@ from megaback.training.start import Changes
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Data, model and engine, and where to begin."""
+    """Data, model and engine of a run, and its first step."""
 
     config: Config
     data: Data
     engine: Any
     start_step: int
     val_loss: float | None
-    """The loss of the latest validation, in nats per target, if the run was resumed."""
+    """Loss of the latest validation, in nats per target, if the run was resumed."""
     attention: str
     num_parameters: int
     flops_per_token: float
     peak_flops: float | None
     excluded: tuple[tuple[int, int], ...]
-    """Ranges of steps, first and last, that are passed over."""
+    """Ranges (first, last) of steps that a rollback excludes."""
     watchdog: Watchdog
     lock: IO[bytes] | None
-    """Open as long as the run is: it keeps others out of the run's folder."""
+    """Lock of the run's folder, held while it is open."""
     changes: Changes
-    """Keys of the config that have other values than before a resume."""
+    """Keys of the config that were changed on resume."""
 
     def is_excluded(self, step: int) -> bool:
-        """Whether a step, counted from 1, is passed over."""
+        """Whether a step, counted from 1, is excluded by a rollback."""
         return any(first <= step <= last for first, last in self.excluded)
 
     def step_flops_share(self, world: World) -> float | None:
-        """FLOPs of a step over the devices' peak: the MFU of a step that takes one second."""
+        """FLOPs of a step divided by the devices' peak: the MFU of a step that takes one second."""
         if self.peak_flops is None:
             return None
         batch = self.config.batch
@@ -48,7 +48,7 @@ class Run:
         return step_tokens * self.flops_per_token / (self.peak_flops * world.size)
 
     def meta(self, step: int, val_loss: float | None, world: World) -> CheckpointMeta:
-        """What a checkpoint at this step says about itself; files are added when it is written."""
+        """Metadata of a checkpoint at this step; files are added when it is written."""
         return CheckpointMeta(
             step=step,
             world_size=world.size,
@@ -67,7 +67,7 @@ class Run:
 
 
 def batch_arithmetic(run: Run, world: World) -> str:
-    """How the numbers of a run multiply, in three lines."""
+    """Sizes of model, step and run, in three lines."""
     config, data = run.config, run.data
     tokens_per_step = config.batch.global_batch_rows * config.batch.context_tokens
     epochs = data.total_steps * config.batch.global_batch_rows / data.rows_per_epoch

@@ -1,6 +1,6 @@
-"""Everything that stands before the training loop: data, model, engine, and where to resume.
+"""Setup of a run before the training loop: data, model, engine, and the checkpoint to resume from.
 
-First comes all that can refuse a start, then the first line that is written (`_accept`).
+All checks that can refuse a start come before anything is written (`_accept`).
 """
 
 import logging
@@ -59,8 +59,7 @@ from megaback.weights.init_from import open_base
 
 _LOG = logging.getLogger("megaback.training")
 
-# A run may be continued with other values of everything but these: they decide the batches or what
-# is saved.
+# All other keys may change on resume; these determine the batches or the saved state.
 _FIXED_KEYS = (
     "model",
     "batch.context_tokens",
@@ -76,12 +75,12 @@ _FIXED_KEYS = (
 def prepare_run(
     config: Config, world: World, watchdog: Watchdog, given: Path | None = None
 ) -> Run | AlreadyTrained:
-    """Bring data, model and engine together, from the newest good checkpoint if there is one.
+    """Set up data, model and engine, from the newest checkpoint that verifies, if there is one.
 
-    `given` is the file of the config.
+    `given`: file of the config.
 
     Any rank's MegabackError stops all ranks with one message. The watchdog is opened once the run's
-    folder is this run's alone and the start is accepted; before, nothing is written.
+    folder is locked and the start is accepted; nothing is written before.
     """
     world.run_collectively(_ask_first, world, require_run_folder, config, given)
     is_new = not world.of_first((config.run / LOCK_NAME).exists(), bool)
@@ -115,7 +114,7 @@ def prepare_run(
                 world.run_collectively(_note_end, config, world, given, left, data.total_steps)
                 lock.close()
             return left
-    # Before the model is made, which is whole on every rank.
+    # Before the model is created, which is whole on every rank.
     rooms = world.gather(available_memory(world.device), AvailableMemory)
     world.run_collectively(require_memory, config, data.codec.vocab_size, rooms)
     base = None
@@ -188,13 +187,13 @@ def prepare_run(
 
 
 def _ask_first(world: World, question: Callable[..., None], *arguments: Any) -> None:
-    """Let the first rank, which writes, see that it may."""
+    """Run a check on the first rank only, which is the one that writes."""
     if world.is_first:
         question(*arguments)
 
 
 def _claim(config: Config, world: World) -> IO[bytes] | None:
-    """Keep others out of the run's folder for as long as the file returned is open."""
+    """Lock the run's folder for as long as the returned file is open."""
     if not world.is_first:
         return None
     config.run.mkdir(parents=True, exist_ok=True)
@@ -209,7 +208,7 @@ def _claim(config: Config, world: World) -> IO[bytes] | None:
 def _find_start(
     config: Config, world: World
 ) -> tuple[tuple[Path, CheckpointMeta] | None, CheckpointMeta | None]:
-    """The newest good checkpoint or, if there is none, what the newest one in the second place is.
+    """The newest checkpoint that verifies, or else the metadata of the newest copy in `copy_to`.
 
     Nothing is fetched yet.
     """
@@ -231,9 +230,9 @@ def _find_start(
 
 
 def _require_copy_target(config: Config, data: Data) -> None:
-    """See that copies of checkpoints get a place of their own. Raises OutputExistsError.
+    """Raises OutputExistsError if copies of checkpoints would not have a location of their own.
 
-    One that cannot be asked now is no reason not to train: it is reported with every copy.
+    A location that cannot be reached now is not an error: it is reported with every copy.
     """
     copy_to = config.checkpoint.copy_to
     if copy_to is None:
@@ -248,15 +247,15 @@ def _require_copy_target(config: Config, data: Data) -> None:
         meta = newest_meta(place) if complete_checkpoints(config.run) else None
     except MegabackError:
         raise
-    except Exception:  # noqa: BLE001 (file systems raise what they like)
+    except Exception:  # noqa: BLE001 (file systems raise errors of any type)
         return
     if meta is not None:
         try:
             _require_same_run(config, data, Path(step_name(meta.step)), meta)
         except MegabackError as error:
             raise OutputExistsError(
-                f"checkpoint.copy_to {place.name} holds checkpoints of another run, which this "
-                f"one's would replace ({error}); choose another place"
+                f"checkpoint.copy_to {place.name} contains checkpoints of another run, which this "
+                f"one would replace ({error}); choose another location"
             ) from None
 
 
@@ -265,7 +264,7 @@ def _read_copy_target(run: Path, copy_to: str, world: World) -> CheckpointMeta |
 
 
 def _fetch_start(config: Config, world: World) -> tuple[Path, CheckpointMeta] | None:
-    """Bring the newest good checkpoint back from the second place."""
+    """Fetch the newest copy that verifies from `copy_to`."""
     world.run_collectively(_fetch, config, world)
     return newest_checkpoint(config.run, world)
 
@@ -287,7 +286,7 @@ def _accept(
     total_steps: int,
     changes: Changes,
 ) -> None:
-    """Write that the run starts, and with which config."""
+    """Record the start of the run, and write its config."""
     if not world.is_first:
         return
     changed = {"changed": changes} if changes else {}
@@ -307,7 +306,7 @@ def _accept(
 def _note_end(
     config: Config, world: World, given: Path | None, left: AlreadyTrained, total_steps: int
 ) -> None:
-    """Say how a run ended that was killed, or failed, after its last step was saved."""
+    """Record the end of a run that was killed, or failed, after its last step was saved."""
     if not world.is_first or left.is_recorded:
         return
     _accept(config, world, given, left.step, total_steps, {})
@@ -315,14 +314,14 @@ def _note_end(
 
 
 def _require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:
-    """Refuse to resume with other batches or another model. Raises RunMismatchError."""
+    """Raises RunMismatchError for a resume with other batches or another model."""
     meta.format.require_same(
         data.text_format, f"the checkpoint {target}", f"the run on {config.data.description}"
     )
     if meta.data_fingerprint != data.fingerprint:
         raise RunMismatchError(
-            f"{target} was trained on shards {meta.data_fingerprint[:12]}, and "
-            f"{config.data.description} holds {data.fingerprint[:12]}; "
+            f"{target} was trained on shards {meta.data_fingerprint[:12]}, but "
+            f"{config.data.description} has {data.fingerprint[:12]}; "
             "use the same shards, or another run folder"
         )
     before, now = (_with_whole_model(one) for one in (meta.config, config.model_dump(mode="json")))
@@ -336,6 +335,6 @@ def _require_same_run(config: Config, data: Data, target: Path, meta: Checkpoint
 
 
 def _with_whole_model(fields: dict[str, Any]) -> dict[str, Any]:
-    """A config with the model's defaults spelled out: `null` may mean what the other has."""
+    """A config with the model's defaults explicit, since `null` may equal the other's value."""
     model = ModelSection.model_validate(fields["model"]).resolved()
     return fields | {"model": model.model_dump(mode="json")}

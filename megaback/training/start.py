@@ -1,7 +1,7 @@
-"""What a start of a run is given, and what it changes. Nothing here writes into the run's folder.
+"""Checks of a run's start: steps left, and keys changed on resume. Writes nothing.
 
-A start is accepted once everything that can refuse it has been asked: until then the record of the
-run (`exit.json`, `history.jsonl`, `config.yaml`, `metrics.jsonl`, heartbeats) stays as it is.
+A start is accepted once all checks have passed: until then the record of the run (`exit.json`,
+`history.jsonl`, `config.yaml`, `metrics.jsonl`, heartbeats) is not changed.
 """
 
 from collections.abc import Mapping
@@ -20,28 +20,28 @@ Changes = dict[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class AlreadyTrained:
-    """A start that has no step to take."""
+    """Result of starting a run whose steps are all done."""
 
     reason: str
-    """Reason why the run ended, as its record says it."""
+    """Reason why the run ended, for its record."""
     message: str
     """Message for the user."""
     step: int
     is_recorded: bool
-    """Whether the record already says how the run ended, and so stays as it is."""
+    """Whether the run's end is already recorded."""
 
 
 def already_trained(
     config: Config, meta: CheckpointMeta, total_steps: int
 ) -> AlreadyTrained | None:
-    """Whether a run has ended at its newest checkpoint. Raises CheckpointCorruptError, OSError."""
-    step, advice = meta.step, "raise training.steps to train on"
+    """The end of a run at its last checkpoint, or None. Raises CheckpointCorruptError, OSError."""
+    step, advice = meta.step, "raise training.steps to continue"
     if step < total_steps:
         measured = read_measurements(config.run, step) or [(step, meta.val_loss)]
         patience = EarlyStopping(config.validation.patience, measured)
         if not patience.is_exhausted:
             return None
-        reason, total_steps, advice = patience.reason, step, "raise validation.patience to train on"
+        reason, total_steps, advice = patience.reason, step, "raise validation.patience to continue"
     elif step > total_steps:
         reason = f"{step} steps are done, and the config has {total_steps}"
     else:
@@ -53,16 +53,16 @@ def already_trained(
         f"nothing is left to do: {config.run} has done {step:,} of {total_steps:,} steps "
         f"({reason}); {advice}",
         step,
-        # With fewer steps than are done, the config is not that of the run.
+        # With fewer steps than are done, the config is not the run's.
         is_recorded=has_finished or step > total_steps,
     )
 
 
 def changes_on_resume(before: Mapping[str, Any], config: Config) -> Changes:
-    """The keys whose values are not those of a checkpoint's config: before, and now.
+    """Keys whose values differ from a checkpoint's config: (before, now).
 
-    Keys that the checkpoint's version did not have are left out, and so are passwords and
-    signatures of addresses.
+    Keys that the checkpoint's version did not have are skipped; passwords and signatures of URLs
+    are redacted.
     """
     earlier = _flat(shown_fields(before))
     now = _flat(shown_fields(config.model_dump(mode="json")))
@@ -74,12 +74,12 @@ def changes_on_resume(before: Mapping[str, Any], config: Config) -> Changes:
 
 
 def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """The changes in one line, for people."""
+    """The changes in one line, for the console."""
     return ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changes.items())
 
 
 def require_readable(run: Path) -> None:
-    """Raises RunMismatchError or CheckpointCorruptError for what a resumed run reads and cannot."""
+    """Raises RunMismatchError or CheckpointCorruptError if a resume cannot read the run's files."""
     from megaback.faults.step_guard import read_excluded_steps
     from megaback.run_folder import METRICS_NAME
     from megaback.tracking.metrics import read_metrics

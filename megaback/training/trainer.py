@@ -1,8 +1,8 @@
 """The training loop of a rank.
 
-It takes the batch of a step, agrees with the other ranks that all is well, steps the engine, and
-now and then validates or saves. What is before the first step is in `setup`; faults are in the
-modules that they concern: `stop_request`, `step_guard`, `watchdog`. `checkpoints.pipeline` saves.
+For each step it reads the batch, agrees with the other ranks that all can continue, steps the
+engine, and validates or saves if due. `setup` prepares the run; `stop_request`, `step_guard` and
+`watchdog` handle faults, and `checkpoints.pipeline` saves.
 """
 
 import shlex
@@ -35,25 +35,25 @@ from megaback.training.validation import evaluate, to_device
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """What all ranks know of a step before they take it."""
+    """Values over all ranks that are known before a step is taken."""
 
     num_targets: int
     skipped_rows: int
     data_wait_s: float
-    """Seconds that the rank waited that waited longest for its rows."""
+    """Longest wait of a rank for its rows, in seconds."""
     must_stop: bool
     is_writing: bool
-    """Whether any rank still writes a checkpoint."""
+    """Whether any rank is writing a checkpoint."""
     is_copying: bool
-    """Whether any rank still copies one to the second place."""
+    """Whether any rank is copying a checkpoint."""
 
 
 class Trainer:
-    """The training loop of a run that is ready."""
+    """Training loop of a run that is set up."""
 
     def __init__(self, run: Run, world: World, stop: StopRequest) -> None:
         self._run, self._world, self._stop = run, world, stop
-        # All ranks decide alike: by what the first one has read.
+        # All ranks use what the first one has read, so that they decide alike.
         earlier = world.of_first(
             world.run_collectively(_earlier_steps, run, world), list[dict[str, Any]]
         )
@@ -76,7 +76,7 @@ class Trainer:
         self._val_loss = run.val_loss
 
     def train(self) -> str:
-        """Train to the end of the run, and say why it ended.
+        """Train to the end of the run; returns the reason why it ended.
 
         Raises PreemptedError, UserInterruptError or NonFiniteError on all ranks.
         """
@@ -117,7 +117,7 @@ class Trainer:
         return self._early_stopping.reason
 
     def close(self) -> None:
-        """Close files and threads, and unlock the run's folder."""
+        """Close files, stop threads, and unlock the run's folder."""
         self._run.data.training.close()
         if self._log is not None:
             self._record(MetricsLog.close)
@@ -125,10 +125,9 @@ class Trainer:
             self._run.lock.close()
 
     def _agree_on_step(self, step: int) -> tuple[list[Batch], Agreement]:
-        """This rank's micro-batches, and what all ranks know.
+        """This rank's micro-batches, and the values over all ranks.
 
-        If any rank cannot read its rows or write its metrics, all of them end here, with its
-        message.
+        If a rank cannot read its rows or write its metrics, all ranks exit with its error.
         """
         asked = monotonic()
         found, error = attempt(self._run.data.training.at, step)
@@ -158,25 +157,25 @@ class Trainer:
         )
 
     def _stop_after(self, step: int) -> NoReturn:
-        """Save the steps that are done, and end as asked, the same on all ranks.
+        """Save the steps that are done, and raise the same error on all ranks.
 
-        The time may be short: nothing is copied any more.
+        Time may be short, so nothing more is copied.
         """
         if step > self._saved_step:
             self._save(step)
         self._checkpoints.finish_writing(step)
         if self._world.sum(self._stop.is_interrupt)[0] and step == self._run.start_step:
             raise UserInterruptError("interrupted before the first step; nothing was there to save")
-        again = "run the same command to go on"
+        again = "run the same command to resume"
         if self._checkpoints.folder != self._run.config.run:
             argument = shlex.quote(f"run={self._checkpoints.folder}")
-            again = f"its folder was moved: run the same command with {argument} to go on"
+            again = f"its folder was moved: run the same command with {argument} to resume"
         raise PreemptedError(f"asked to stop after {step} steps, all of them saved; {again}")
 
     def _train_step(
         self, step: int, micro_batches: list[Batch], agreed: Agreement, started: float
     ) -> None:
-        """Take a step, unless its numbers are bad."""
+        """Take a step, unless the guard skips it."""
         run, optimizer = self._run, self._run.config.optimizer
         loss, peak_bytes = self._accumulate_gradients(step, micro_batches, agreed.num_targets)
         rate_factor = rate_factor_at(step, run.data.total_steps, optimizer)
@@ -202,30 +201,30 @@ class Trainer:
     def _accumulate_gradients(
         self, step: int, micro_batches: list[Batch], num_targets: int
     ) -> tuple[float, int]:
-        """Forward and backward through every micro-batch.
+        """Run the forward and backward pass of every micro-batch.
 
-        Returns the loss of all ranks in nats per target, and the peak memory in bytes of the rank
-        with most.
+        Returns the loss over all ranks in nats per target, and the highest peak memory of a rank,
+        in bytes.
         """
         run, world = self._run, self._world
-        # DeepSpeed averages over ranks and accumulation; what is wanted is the mean over all
-        # targets of the step, wherever they lie.
+        # DeepSpeed averages over ranks and accumulation steps; the loss is the mean over all
+        # targets of the step, which are unevenly distributed.
         share = world.size * run.data.accumulation_steps / max(num_targets, 1)
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
         for batch in micro_batches:
             run.watchdog.set_phase("computing gradients", step + 1)
             loss = run.engine(*to_device(batch, world.device)).sum()
             run.engine.backward(loss * share)
-            nats += loss.detach()  # on the device: nothing waits for it until the step's end
+            nats += loss.detach()  # on the device, without a synchronization before the step's end
             if batch is not micro_batches[-1]:
-                run.engine.step()  # counts the micro-batch; changes nothing before the last one
+                run.engine.step()  # counts the micro-batch; only the last one updates
         nats_of_all, *peaks = world.sum(
             float(nats), *world.one_hot(peak_memory_bytes(world.device))
         )
         return nats_of_all / max(num_targets, 1), int(max(peaks))
 
     def _validate(self, done: int) -> float | None:
-        """Measure the val set, if there is one; its loss in nats per target."""
+        """Loss on the val set in nats per target; None without a val set."""
         run, world = self._run, self._world
         if not run.data.has_val:
             return None
@@ -249,33 +248,33 @@ class Trainer:
 
     @contextmanager
     def _saving_before_end(self, done: int) -> Iterator[None]:
-        """Save the steps that are done when the ranks end for data that cannot be read.
+        """Save the steps that are done when the ranks exit because data cannot be read.
 
-        Not after an error of the metrics: they lack lines of these steps.
+        Not after an error of the metrics, which lack lines of these steps.
         """
         try:
             yield
         except CollectiveExit:
             if done > self._saved_step and not self._world.sum(self._log_error is not None)[0]:
-                with suppress(CollectiveExit):  # the first error decides how the run ends
+                with suppress(CollectiveExit):  # the first error is the one that is raised
                     self._save(done)
                     self._checkpoints.finish_writing(done)
                     self.log(f"the {done} steps before this are saved")
             raise
 
     def log(self, message: str) -> None:
-        """Report a line on the console of the first rank."""
+        """Print a line on the console of the first rank."""
         self._record(lambda log: log.message(message))
 
     def _record(self, write: Callable[[MetricsLog], None]) -> None:
-        """Write to the log where there is one; the ranks hear of an error at their next step."""
+        """Write to the log on the first rank; an error ends all ranks at the next step."""
         if self._log is not None:
             _, error = attempt(write, self._log)
             self._log_error = self._log_error or error
 
 
 def _earlier_steps(run: Run, world: World) -> list[dict[str, Any]]:
-    """Metrics of the steps that the guard compares with."""
+    """Metrics of earlier steps for the guard's window."""
     folder = run.config.run
     if not (world.is_first and run.start_step and (folder / METRICS_NAME).exists()):
         return []
@@ -283,7 +282,7 @@ def _earlier_steps(run: Run, world: World) -> list[dict[str, Any]]:
 
 
 def _measurements(run: Run, world: World) -> list[tuple[int, float | None]]:
-    """The validations before the run went on; the best checkpoint is marked."""
+    """Validations before the resume; also marks the best checkpoint."""
     if not (world.is_first and run.start_step):
         return []
     found = read_measurements(run.config.run, run.start_step) or [(run.start_step, run.val_loss)]
@@ -301,7 +300,7 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
     )
     log.message(batch_arithmetic(run, world))
     if run.start_step:
-        log.message(f"going on from step {run.start_step:,}")
+        log.message(f"resuming from step {run.start_step:,}")
         gap = history_gap(config, run.start_step)
         if gap is not None:
             log.message(gap)

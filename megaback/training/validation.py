@@ -1,4 +1,4 @@
-"""The loss over a whole val set, in nats per token and bits per byte of text, and by context."""
+"""Validation: loss on the whole val set in nats per token and bits per byte, also by context."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,20 +15,20 @@ from megaback.tracking.loss_by_context import ContextLoss, bucket_of, num_bucket
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Segments]:
-    """The arguments of the model's forward, on its device."""
+    """Arguments of the model's forward pass, on its device."""
     lengths = tuple(np.diff(batch.cu_seqlens).tolist())
     ids_T, targets_T, cu_seqlens = (
         torch.from_numpy(array).to(device, non_blocking=True)
         for array in (batch.ids_T, batch.targets_T, batch.cu_seqlens)
     )
-    # Counted where they are needed: to count is quicker than to send.
+    # Positions are computed on the device, which is faster than sending them.
     starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=len(ids_T))
     positions_T = torch.arange(len(ids_T), device=device) - starts_T
     return ids_T, targets_T, positions_T, Segments(cu_seqlens, lengths)
 
 
 def _agreed(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
-    """Pass on batches, of which every rank has as many; an error on any rank ends all ranks."""
+    """Yield batches, the same number on every rank; an error on any rank ends all ranks."""
     iterator = iter(batches)
     while (batch := world.run_collectively(next, iterator, None)) is not None:
         yield batch
@@ -43,9 +43,9 @@ def evaluate(
     world: World,
     on_batch: Callable[[], None],
 ) -> ContextLoss:
-    """Measure a val set together with all ranks; every rank gets the same result.
+    """Loss on a val set that is distributed over all ranks, with the same result on every rank.
 
-    `context_tokens` are those of a row. `on_batch` is called before each batch.
+    `context_tokens`: length of a row. `on_batch` is called before each batch.
     """
     engine.eval()
     sums_3B = np.zeros((3, num_buckets(context_tokens)))

@@ -1,7 +1,6 @@
-"""The model of what a run starts from: a config need not repeat what `init_from` is.
+"""Model shape of a run's base (`init_from`), which a config need not repeat.
 
-Keys of `model` that a config leaves out are the base's; those that it gives must equal the base's.
-Loads no torch.
+Keys missing from a config's `model` are the base's; others must equal the base's. Loads no torch.
 """
 
 from pathlib import Path
@@ -19,23 +18,23 @@ from megaback.weights.hf_config import from_stock, is_stock
 from megaback.yaml_text import read_yaml_file
 
 _STOCK_SECTION = "megaback"
-"""The name of model_folder, which loads torch."""
+"""Equal to `model_folder.STOCK_SECTION`, whose module loads torch."""
 
 ARCHITECTURE = {
     name
     for name in ModelSection.model_fields
     if name not in ("zero_output_projections", "zero_head", "base_width")
 }
-"""Keys of `model` that are a base's: the others say how a run begins and learns."""
+"""Keys of `model` that a base determines; the others concern initialization and learning rates."""
 _REQUIRED = {name for name, field in ModelSection.model_fields.items() if field.is_required()}
 
 
 def with_base_shape(fields: dict[str, Any]) -> dict[str, Any]:
-    """A config's fields, where `init_from` is given with the base's model for what is left out.
+    """A config's fields, with missing keys of `model` taken from `init_from`, if that is set.
 
-    A config that leaves nothing out is returned as it is, and the base is not looked at. Raises
-    RunMismatchError for keys that contradict it, CheckpointMissingError if it is needed and not
-    there, CheckpointCorruptError.
+    A complete config is returned unchanged, without reading the base. Raises RunMismatchError for
+    keys that contradict the base, CheckpointMissingError if it is needed and missing, and
+    CheckpointCorruptError.
     """
     base, given = fields.get("init_from"), fields.get("model") or {}
     if not isinstance(base, str | Path) or not isinstance(given, dict):
@@ -46,10 +45,10 @@ def with_base_shape(fields: dict[str, Any]) -> dict[str, Any]:
     shape = base_shape(Path(base)) or _shape_of_run(fields.get("run"))
     if shape is None:
         if given.keys() >= _REQUIRED:
-            return fields  # as if it were the whole; training itself misses the base
+            return fields  # training itself reports the missing base
         raise CheckpointMissingError(
-            f"init_from {base} is no model, run or checkpoint, and the config's model would have "
-            "its shape; name one, or give model.num_layers, width and num_heads"
+            f"init_from {base} is not a model, run or checkpoint, and the config has no model of "
+            "its own; correct init_from, or set model.num_layers, width and num_heads"
         )
     theirs = shape.architecture()
     differing = [key for key in theirs if key in given and not _is_same(given[key], theirs[key])]
@@ -58,15 +57,15 @@ def with_base_shape(fields: dict[str, Any]) -> dict[str, Any]:
         others = f" ({len(differing)} differ: {', '.join(differing)})" if differing[1:] else ""
         raise RunMismatchError(
             f"init_from {base} has another shape than the config's model: {key} is {theirs[key]} "
-            f"there and {given[key]} here{others}; leave the key out, and it is the base's"
+            f"there and {given[key]} here{others}; remove the key to use the base's value"
         )
     return fields | {"model": theirs | given}
 
 
 def base_shape(base: Path) -> ModelSection | None:
-    """The model of a converted folder, a run or a checkpoint; None where there is none of these.
+    """Model shape of a converted folder, a run or a checkpoint; None if the path is none of these.
 
-    Raises CheckpointCorruptError, RunMismatchError for a model that does not fit.
+    Raises CheckpointCorruptError, and RunMismatchError for an unsupported model.
     """
     path = base / MODEL_CONFIG_NAME
     if path.is_file():
@@ -81,7 +80,7 @@ def base_shape(base: Path) -> ModelSection | None:
 
 
 def _shape_of_run(run: Any) -> ModelSection | None:
-    """The model that a run has begun with, by its folder."""
+    """Model shape of a run that has begun, from its folder."""
     path = config_of_run(Path(str(run)))
     try:
         return _shape(path, read_yaml_file(path))
@@ -108,7 +107,7 @@ def _shape(path: Path, fields: Any) -> ModelSection:
 
 def _damaged(path: Path, error: Exception) -> CheckpointCorruptError:
     reason = " ".join(str(error).split())
-    return CheckpointCorruptError(f"{path} does not say which model it is of ({reason})")
+    return CheckpointCorruptError(f"{path} does not describe a model ({reason})")
 
 
 def _is_same(given: Any, theirs: Any) -> bool:

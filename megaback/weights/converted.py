@@ -1,8 +1,8 @@
-"""A model's folder for whatever a person names: one that is converted, a run, or a checkpoint.
+"""Automatic conversion of a run or checkpoint into a model folder, cached in the run.
 
-A checkpoint is converted once, into `converted/STEP-CONTENT` of its run, and found there from then
-on. The folder appears whole or not at all; a newer checkpoint of a run has a folder of its own, and
-those of checkpoints that are gone are removed some time later.
+A checkpoint is converted once, into `converted/STEP-CONTENT` of its run, and reused from there. The
+folder appears atomically. Each checkpoint has its own; those of deleted checkpoints are removed
+after a while.
 """
 
 import atexit
@@ -39,16 +39,16 @@ from megaback.weights.source import open_checkpoint
 _LOG = logging.getLogger("megaback.weights")
 _MAX_FILE_BYTES = 5 * 10**9
 _MAX_TRIES = 5
-"""A run that trains meanwhile may delete the checkpoint that is being read."""
+"""Number of tries: a training run may delete the checkpoint that is being read."""
 _KEPT_S = 3600.0
-"""Nobody still opens a conversion that was last asked for so long ago."""
+"""Minimum time since a conversion was last used before it is removed, in seconds."""
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def model_folder(path: str | Path) -> Path:
-    """The model's folder that a path means; of a run, that of its newest checkpoint.
+    """Model folder for a path: a model's folder, a run (its newest checkpoint) or a checkpoint.
 
-    Which checkpoint it is is said on stderr. Raises CheckpointMissingError, CheckpointCorruptError.
+    The checkpoint is logged. Raises CheckpointMissingError, CheckpointCorruptError.
     """
     path = Path(path)
     if (path / MODEL_CONFIG_NAME).is_file():
@@ -72,7 +72,7 @@ def model_folder(path: str | Path) -> Path:
 
 
 def shown_name(folder: Path) -> str:
-    """What a model is called: its folder, or the run that it was converted from."""
+    """Name of a model: that of its folder, or of the run that it was converted from."""
     folder = folder.resolve()
     if folder.parent.name == CONVERTED_FOLDER:
         return folder.parent.parent.name
@@ -80,7 +80,7 @@ def shown_name(folder: Path) -> str:
 
 
 def _checkpoint_of(path: Path) -> Path:
-    """The checkpoint that a path means, not verified. Raises CheckpointMissingError."""
+    """The checkpoint of a path, unverified. Raises CheckpointMissingError."""
     found = checkpoints_meant_by(path)
     if not found:
         raise CheckpointMissingError(
@@ -92,7 +92,7 @@ def _checkpoint_of(path: Path) -> Path:
 
 
 def _converted(path: Path, target: Path) -> Path:
-    """The converted checkpoint, from an earlier time or made now."""
+    """Folder of the converted checkpoint, reused or created."""
     of_run = target.parent.name == CHECKPOINTS_FOLDER
     beside = (target.parent.parent if of_run else target.parent) / CONVERTED_FOLDER
     folder = beside / f"{target.name}-{_content(target)}"
@@ -103,9 +103,9 @@ def _converted(path: Path, target: Path) -> Path:
         _LOG.info("%s, converted before to %s", what, folder)
         return folder
     try:
-        if beside.is_symlink():  # the run may be a stranger's, and the link lead anywhere
+        if beside.is_symlink():  # the run may be untrusted, and the link point anywhere
             raise PermissionError(errno.EACCES, "it is a link", str(beside))
-        with locked(beside / LOCK_NAME):  # whoever comes second finds what the first one made
+        with locked(beside / LOCK_NAME):  # a second process reuses the first one's conversion
             if not (folder / MODEL_CONFIG_NAME).is_file():
                 _write(target, folder)
             _remove_old(beside, folder)
@@ -122,7 +122,7 @@ def _converted(path: Path, target: Path) -> Path:
 
 
 def _content(target: Path) -> str:
-    """A digest of a checkpoint: its description has the hashes of its files."""
+    """Digest of a checkpoint's meta.json, which has the hashes of its files."""
     return hashlib.sha256((target / META_NAME).read_bytes()).hexdigest()[:12]
 
 
@@ -142,7 +142,7 @@ def _write(target: Path, folder: Path) -> None:
 
 
 def _rename(partial: Path, folder: Path) -> None:
-    """Raises FileExistsError where another process without locks was faster."""
+    """Rename a folder. Raises FileExistsError if another process, without locks, was faster."""
     try:
         os.replace(partial, folder)
     except OSError as error:
@@ -152,9 +152,9 @@ def _rename(partial: Path, folder: Path) -> None:
 
 
 def _remove_old(beside: Path, current: Path) -> None:
-    """Remove the conversions of checkpoints that are gone, and what was not finished.
+    """Remove conversions of deleted checkpoints, and incomplete ones.
 
-    One to which somebody has added something stays.
+    A conversion with additional files is kept.
     """
     known = {target.name for target in complete_checkpoints(beside.parent)}
     for folder in beside.iterdir():

@@ -1,7 +1,7 @@
-"""config.json as transformers has it for Llama and Qwen3: from a model's shape, and to one.
+"""Conversion between a model's shape and transformers' config.json for Llama and Qwen3.
 
-Fields: https://huggingface.co/docs/transformers, LlamaConfig and Qwen3Config. What a shape cannot
-express is refused by name, never dropped.
+Fields: https://huggingface.co/docs/transformers, LlamaConfig and Qwen3Config. Settings that a shape
+cannot express are errors, never dropped.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DEFAULT_EPSILON = 1e-6
 _DEFAULT_THETA = 10_000.0
 _QWEN3_HEAD_DIM = 128
-# What decides the numbers in ways that a shape has no words for, and the values that it means.
+# Settings that affect the forward pass and are not in a shape, with the only supported values.
 _FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -30,7 +30,7 @@ _FIXED = {
 def to_stock(
     shape: ModelSection, vocab_size: int, context_tokens: int, dtype: str
 ) -> dict[str, Any]:
-    """The fields that transformers reads."""
+    """Fields of config.json for transformers."""
     model_type = _MODEL_TYPES[shape.qk_norm]
     return {
         "architectures": [_ARCHITECTURES[model_type]],
@@ -45,7 +45,7 @@ def to_stock(
         "hidden_act": "silu",
         "max_position_embeddings": context_tokens,
         "rms_norm_eps": shape.norm_epsilon,
-        # The first is what transformers 4 reads, the second what transformers 5 does.
+        # transformers 4 reads the first, transformers 5 the second.
         "rope_theta": shape.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "tie_word_embeddings": shape.tie_embeddings,
@@ -57,29 +57,32 @@ def to_stock(
 
 
 def is_stock(fields: dict[str, Any]) -> bool:
-    """Whether a config.json is one of transformers."""
+    """Whether a config.json is for transformers."""
     return "model_type" in fields
 
 
 def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
-    """The shape that a config.json means; `where` names it.
+    """Model shape of a config.json; `where` is its name for messages.
 
-    Raises RunMismatchError for what a shape cannot express.
+    Raises RunMismatchError for settings that a shape cannot express.
     """
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise RunMismatchError(
-            f"{where} is of a {briefly(model_type)} model; only {' and '.join(_ARCHITECTURES)} fit"
+            f"{where} has model_type {briefly(model_type)}; only {' and '.join(_ARCHITECTURES)} "
+            "are supported"
         )
     if "AutoModelForCausalLM" in str(fields.get("auto_map", "")):
         raise RunMismatchError(
-            f"{where} names code of its own for the model (auto_map), which may compute something "
-            f"else than a {model_type}; only the library's own fits"
+            f"{where} has custom model code (auto_map), which may differ from {model_type}; only "
+            "models with transformers' own code are supported"
         )
     for name, meant in _FIXED.items():
         value = fields.get(name, meant)
         if value != meant:
-            raise RunMismatchError(f"{where} has {name} = {briefly(value)}; only {meant!r} fits")
+            raise RunMismatchError(
+                f"{where} has {name} = {briefly(value)}; only {meant!r} is supported"
+            )
     try:
         width = checked("hidden_size", fields["hidden_size"], int)
         num_heads = checked("num_attention_heads", fields["num_attention_heads"], int)
@@ -88,7 +91,7 @@ def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
         if head_dim * num_heads != width:
             raise RunMismatchError(
                 f"{where} has head_dim = {head_dim}; only hidden_size / num_attention_heads = "
-                f"{width // num_heads} fits"
+                f"{width // num_heads} is supported"
             )
         return ModelSection(
             num_layers=fields["num_hidden_layers"],
@@ -103,7 +106,7 @@ def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
-        raise RunMismatchError(f"{where} describes no model that fits: {reason}") from None
+        raise RunMismatchError(f"{where} does not describe a supported model: {reason}") from None
 
 
 def _rope_theta(fields: dict[str, Any], where: str) -> float:
@@ -112,6 +115,8 @@ def _rope_theta(fields: dict[str, Any], where: str) -> float:
         raise ValueError(f"its rotary positions are {briefly(rope)}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise RunMismatchError(f"{where} has rope_type = {briefly(kind)}; only 'default' fits")
+        raise RunMismatchError(
+            f"{where} has rope_type = {briefly(kind)}; only 'default' is supported"
+        )
     theta: float = rope.get("rope_theta", fields.get("rope_theta", _DEFAULT_THETA))
     return theta

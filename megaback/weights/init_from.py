@@ -1,7 +1,7 @@
-"""What a run starts from when it does not start from nothing: a model's folder, or a checkpoint.
+"""Initial weights from a model folder, run or checkpoint (`init_from`).
 
-Both are treated alike: the text format and the shape are compared with the run's before any weight
-is loaded, and before there is a model to load them into.
+Its text format and shape are compared with the run's before the run's model is created and weights
+are loaded.
 """
 
 from dataclasses import replace
@@ -18,19 +18,19 @@ from megaback.weights.source import WeightSource, open_checkpoint, open_source
 def open_base(
     base: Path, shape: ModelSection, vocab_size: int, text_format: TextFormat, run: str
 ) -> WeightSource:
-    """The weights of a base: a model's folder, a run, or one of its checkpoints.
+    """Weights of a base: a model's folder, a run, or one of its checkpoints.
 
-    `shape`, `vocab_size` and `text_format` are those of the run, and `run` how it is called in
-    messages. Raises CheckpointMissingError, CheckpointCorruptError, TokenizerMismatchError,
-    DirectionMismatchError, RunMismatchError.
+    `shape`, `vocab_size` and `text_format` are the run's; `run` is its name for messages. Raises
+    CheckpointMissingError, CheckpointCorruptError, TokenizerMismatchError, DirectionMismatchError,
+    RunMismatchError.
     """
     if (base / MODEL_CONFIG_NAME).is_file():
         _require_fit(read_description(base), shape, vocab_size, base, text_format, run)
         return open_source(base)
     if not base.exists():
         raise CheckpointMissingError(
-            f"init_from {base} is not there; name a folder of `megaback convert`, a run, or one of "
-            "its checkpoints"
+            f"init_from {base} does not exist; give a folder of `megaback convert`, a run, or one "
+            "of its checkpoints"
         )
     checkpoint = open_checkpoint(base)
     _require_fit(checkpoint.description, shape, vocab_size, base, text_format, run)
@@ -46,7 +46,7 @@ def _require_fit(
     run: str,
 ) -> None:
     base_format = description.text_format
-    if description.is_foreign:  # it may learn another direction
+    if description.is_foreign:  # it may be trained in another direction
         base_format = replace(base_format, direction=text_format.direction, unit=text_format.unit)
     base_format.require_same(text_format, f"init_from {base}", run)
     theirs = {"vocab_size": description.vocab_size, **description.shape.architecture()}
@@ -57,5 +57,5 @@ def _require_fit(
         raise RunMismatchError(
             f"init_from {base} has another shape than the config's model: {name} is "
             f"{theirs[name]} there and {ours[name]} here ({len(differing)} differ: "
-            f"{', '.join(differing)}); make the config's model equal"
+            f"{', '.join(differing)}); change the config's model to match"
         )

@@ -1,9 +1,9 @@
-"""A trained model as a folder: weights in safetensors, what it is in `config.json`, its tokenizer.
+"""Model folders: weights in safetensors, a description in `config.json`, and the tokenizer.
 
-This is what `megaback convert` writes (`--to full`, and `--to hf`, whose config.json is that of
-transformers with a section of ours) and what sampling and `init_from` read. It holds no pickle.
-config.json is written last: a folder without it is no model. What others made of such a folder, by
-training it or merging weights into it, is read too, and said to be changed.
+`megaback convert` writes them (`--to full`, and `--to hf`, whose config.json is for transformers
+and has a section of ours); inference and `init_from` read them. Nothing is pickled. config.json is
+written last: a folder without it is not a model. Models that other programs have trained or merged
+from such a folder are read too, and reported as changed.
 """
 
 import hashlib
@@ -44,20 +44,20 @@ from megaback.weights.weight_files import StoredWeights, read_sums, write_weight
 from megaback.weights.weight_names import require_exact, shapes_of
 
 HF_TOKENIZER_NAME = "megaback.spm"
-"""The SentencePiece model in a folder for transformers. Under a name that ends with .model, stock
-classes would take it for one that reads forward."""
+"""The SentencePiece model in a folder for transformers. With a name that ends with .model, stock
+classes would load it as one that reads forward."""
 STOCK_SECTION = "megaback"
 _LOG = logging.getLogger("megaback.weights")
 _FORMAT_NAME = "megaback-model"
 _FORMAT_VERSION = 3
 _HASHES_IN_CONFIG_VERSION = 2
-"""Version of folders whose config.json held the hashes of their weights."""
+"""Version of folders whose config.json has the hashes of their weights."""
 _MAX_CONFIG_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """What a model is, beside its weights."""
+    """Description of a model, without its weights."""
 
     shape: ModelSection
     vocab_size: int
@@ -66,12 +66,12 @@ class ModelDescription:
     step: int
     val_loss: float | None
     is_foreign: bool = False
-    """Somebody else's Llama or Qwen3: nobody has said which direction it is for."""
+    """Whether it is a Llama or Qwen3 of another library, whose direction is not recorded."""
     on_examples: bool = False
-    """Whether instruction examples were trained on, as of BackChat."""
+    """Whether it was trained on instruction examples, as BackChat is."""
 
     def to_fields(self) -> dict[str, Any]:
-        """What config.json says in our words."""
+        """Our fields of config.json."""
         return {
             "format": _FORMAT_NAME,
             "version": _FORMAT_VERSION,
@@ -93,7 +93,7 @@ def write_model_folder(
     tokenizer: bytes,
     max_file_bytes: int,
 ) -> None:
-    """Write a model folder, a tensor at a time; the caller gives it its final name."""
+    """Write a model folder tensor by tensor; the caller renames it to its final name."""
     write_weights(folder, specs, tensor_of, max_file_bytes)
     with replacing(folder / TOKENIZER_NAME) as file:
         file.write(tokenizer)
@@ -101,7 +101,7 @@ def write_model_folder(
 
 
 def tokenizer_of(folder: Path) -> Path:
-    """The SentencePiece model of a model's folder. Raises TokenizerError."""
+    """Path of a model folder's SentencePiece model. Raises TokenizerError."""
     for name in (HF_TOKENIZER_NAME, TOKENIZER_NAME):
         if (folder / name).is_file():
             return folder / name
@@ -112,7 +112,7 @@ def tokenizer_of(folder: Path) -> Path:
 
 
 def read_tokenizer(path: Path) -> bytes:
-    """The file of a tokenizer. Raises TokenizerError."""
+    """Content of a tokenizer's file. Raises TokenizerError."""
     try:
         return read_file(path, MAX_TOKENIZER_BYTES)
     except OSError as error:
@@ -126,12 +126,12 @@ def _config_fields(folder: Path) -> dict[str, Any]:
     path = folder / MODEL_CONFIG_NAME
     if not path.is_file() and (folder / ADAPTER_NAME).is_file():
         raise CheckpointMissingError(
-            f"{folder} holds an adapter, not a model; merge it in peft (`merge_and_unload()`, "
-            "`save_pretrained(DIR)`), save its tokenizer to DIR too, and name that folder"
+            f"{folder} is an adapter, not a model; merge it in peft (`merge_and_unload()`, "
+            "`save_pretrained(DIR)`), save its tokenizer to DIR too, and give that folder"
         )
     if not path.is_file():
         raise CheckpointMissingError(
-            f"{folder} is not a model's folder (it has no {MODEL_CONFIG_NAME}); name one that "
+            f"{folder} is not a model's folder (it has no {MODEL_CONFIG_NAME}); give one that "
             "`megaback convert` wrote"
         )
     try:
@@ -146,7 +146,7 @@ def _config_fields(folder: Path) -> dict[str, Any]:
 
 
 def _number(name: str, fields: Mapping[str, Any], allowed: Range) -> int:
-    """A whole number of a config.json. Raises KeyError, ValueError."""
+    """An integer field of a config.json. Raises KeyError, ValueError."""
     number: int = checked(name, fields[name], int)
     if (problem := allowed.problem(number)) is not None:
         raise ValueError(f"{name} {briefly(number)} is {problem}")
@@ -161,7 +161,7 @@ def _no_description(path: Path, error: Exception) -> CheckpointCorruptError:
 
 
 def _our_fields(folder: Path) -> dict[str, Any] | None:
-    """What config.json says in our words; None for somebody else's model."""
+    """Our fields of a folder's config.json; None for a model of another library."""
     fields = _config_fields(folder)
     ours = fields.get(STOCK_SECTION) if is_stock(fields) else fields
     return ours if isinstance(ours, dict) else None
@@ -177,8 +177,11 @@ def is_ours(folder: Path) -> bool:
 
 
 def read_description(folder: Path) -> ModelDescription:
-    """Raises CheckpointMissingError, CheckpointCorruptError or, for what does not fit at all,
-    RunMismatchError."""
+    """Description of a model folder.
+
+    Raises CheckpointMissingError, CheckpointCorruptError, and RunMismatchError for an unsupported
+    model.
+    """
     path = folder / MODEL_CONFIG_NAME
     fields = _our_fields(folder)
     if fields is None:
@@ -194,7 +197,7 @@ def read_description(folder: Path) -> ModelDescription:
             text_format=TextFormat.from_dict(fields),
             step=_number("step", fields, COUNT_OR_ZERO),
             val_loss=checked("val_loss", fields["val_loss"], float | None),
-            on_examples=bool(fields.get("on_examples", False)),  # earlier ones do not say
+            on_examples=bool(fields.get("on_examples", False)),  # missing in earlier versions
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _no_description(path, error) from None
@@ -203,7 +206,7 @@ def read_description(folder: Path) -> ModelDescription:
 
 
 def _require_agreement(description: ModelDescription, fields: dict[str, Any], path: Path) -> None:
-    """Raises RunMismatchError where transformers would make another model of a config.json."""
+    """Raises RunMismatchError if transformers would build another model from the config.json."""
     if not is_stock(fields):
         return
     ours = {"vocab_size": description.vocab_size, **description.shape.architecture()}
@@ -213,19 +216,19 @@ def _require_agreement(description: ModelDescription, fields: dict[str, Any], pa
         if theirs[name] != value:
             raise RunMismatchError(
                 f"{path} was changed: {name} is {theirs[name]} for transformers and {value} in its "
-                f"section {STOCK_SECTION!r}; megaback reads what keeps the shape of its model"
+                f"section {STOCK_SECTION!r}; only models of unchanged shape are supported"
             )
 
 
 def _describe_foreign(folder: Path) -> ModelDescription:
-    """A Llama's or Qwen3's folder with a SentencePiece model."""
+    """Description of another library's Llama or Qwen3 with a SentencePiece model."""
     fields = _config_fields(folder)
     shape = from_stock(fields, str(folder / MODEL_CONFIG_NAME))
     if (folder / HF_TOKENIZER_NAME).is_file():
         raise CheckpointCorruptError(
             f"{folder / MODEL_CONFIG_NAME} has lost its section {STOCK_SECTION!r}, without which "
-            "nobody knows in which direction the model reads; copy it from the "
-            f"{MODEL_CONFIG_NAME} of the folder that the model was made from"
+            f"the model's direction is unknown; copy it from the {MODEL_CONFIG_NAME} of the folder "
+            "that the model was made from"
         )
     try:
         tokenizer = read_file(folder / TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
@@ -253,17 +256,16 @@ def _describe_foreign(folder: Path) -> ModelDescription:
 def open_weights(
     folder: Path, description: ModelDescription, *, verify: bool = True
 ) -> StoredWeights:
-    """The weights of a folder, with the names of files that others have written.
+    """Open the weights of a folder, and detect files that other programs have written.
 
-    That they are those of its description is seen by their headers. Without `verify` nothing else
-    is read. Raises CheckpointCorruptError when the weights are missing, cut short, altered or
-    another model's.
+    Their headers are compared with the description. Without `verify` nothing else is read. Raises
+    CheckpointCorruptError for weights that are missing, truncated, altered or of another model.
     """
     stored = StoredWeights(folder)
     require_exact(folder, stored, description.shape, description.vocab_size)
     fields = _our_fields(folder)
     if fields is None:
-        stored.changed = []  # nobody says that they were ours
+        stored.changed = []  # they were never ours
         return stored
     sizes, sums = _files_in_config(folder, fields)
     sums |= read_sums(folder)
@@ -279,7 +281,7 @@ def open_weights(
 def _files_in_config(
     folder: Path, fields: Mapping[str, Any]
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Bytes and SHA-256 of the files of weights, as earlier versions wrote them."""
+    """Sizes in bytes and SHA-256 of weight files, in the format of earlier versions."""
     try:
         files = dict(fields.get("files", {}))
         sizes = {name: int(size) for name, (size, _) in files.items()}
@@ -291,7 +293,7 @@ def _files_in_config(
 def load_model_folder(
     folder: Path, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[ReverseGPT, ModelDescription, TextCodec]:
-    """A model, with the codec that its texts go through."""
+    """Load a model, its description and its text codec."""
     description = read_description(folder)
     text_format = description.text_format
     tokenizer = tokenizer_of(folder)
@@ -311,14 +313,14 @@ def load_model_folder(
     with torch.device("meta"):
         model = ReverseGPT(description.shape, description.vocab_size, backend)
     model.to(dtype).to_empty(device=device)
-    if description.shape.tie_embeddings:  # which the line above makes two
+    if description.shape.tie_embeddings:  # `to_empty` has untied them
         model.lm_head.weight = model.model.embed_tokens.weight
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(stored.read(name))
             if not weight.isfinite().all():
                 raise CheckpointCorruptError(
-                    f"{name:.200} in {folder} has values that are no numbers in "
+                    f"{name:.200} in {folder} has non-finite values in "
                     f"{str(dtype).removeprefix('torch.')}; use an earlier checkpoint of the run, "
                     "or fp32"
                 )
@@ -326,10 +328,10 @@ def load_model_folder(
 
 
 def _require_memory(folder: Path, description: ModelDescription, dtype: torch.dtype) -> None:
-    """Raise NotEnoughMemoryError for a model that this machine cannot hold and run once."""
+    """Raise NotEnoughMemoryError if weights and one full context exceed this machine's memory."""
     shape = description.shape
     numbers = sum(map(prod, shapes_of(shape, description.vocab_size).values()))
-    # Of each position two turns, and keys and values of all layers.
+    # For each position, rotary cosines and sines, and keys and values of all layers.
     position_bytes = 4 * (
         2 * shape.head_dim + 2 * shape.num_layers * shape.kv_heads * shape.head_dim
     )
@@ -338,6 +340,6 @@ def _require_memory(folder: Path, description: ModelDescription, dtype: torch.dt
     if needed > there:
         raise NotEnoughMemoryError(
             f"the model {folder} needs {needed / 1e9:,.1f} GB for {numbers:,} weights and a "
-            f"context of {description.context_tokens:,} tokens, and this machine has "
+            f"context of {description.context_tokens:,} tokens, but this machine has "
             f"{there / 1e9:,.1f} GB; use one with more memory, or a smaller model"
         )

@@ -1,4 +1,4 @@
-"""A model by tensors, from a checkpoint of any ranks and stage or from a folder."""
+"""Tensors of a model, from a checkpoint of any world size and stage or from a model folder."""
 
 import hashlib
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from megaback.weights.weight_names import shapes_of
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A model's description and tokenizer, and its weights by name as they are asked for."""
+    """A model's description and tokenizer, and a reader of its weights by name."""
 
     description: ModelDescription
     tokenizer: bytes
@@ -38,25 +38,25 @@ class WeightSource:
 
     @torch.no_grad()
     def fill(self, model: ReverseGPT) -> None:
-        """Give a model of the same shape these weights."""
+        """Copy the weights into a model of the same shape."""
         for name, parameter in model.named_parameters():
             parameter.copy_(self.read(name))
 
     def specs(self, dtype: torch.dtype) -> dict[str, Spec]:
-        """All tensors in one type; without the output projection where it is the embeddings."""
+        """Specs of all tensors in one type, without lm_head if it is tied to the embeddings."""
         return {name: (dtype, shape) for name, shape in self.shapes.items()}
 
 
 def open_source(path: Path) -> WeightSource:
-    """Verify what is there.
+    """Verify and open a model folder, run or checkpoint.
 
-    Raises CheckpointMissingError or CheckpointCorruptError, and what `read_description` does.
+    Raises CheckpointMissingError, CheckpointCorruptError, and the errors of `read_description`.
     """
     return _from_folder(path) if (path / MODEL_CONFIG_NAME).is_file() else open_checkpoint(path)
 
 
 def open_checkpoint(path: Path) -> WeightSource:
-    """Verify the checkpoint that a path means. Raises what `find_checkpoint` does."""
+    """Verify and open the checkpoint of a path. Raises the errors of `find_checkpoint`."""
     target, meta = find_checkpoint(path)
     config = config_of(target, meta)
     description = ModelDescription(
@@ -73,7 +73,7 @@ def open_checkpoint(path: Path) -> WeightSource:
     differing = saved.differences({(WEIGHT, name): prod(shapes[name]) for name in shapes})
     if differing:
         raise CheckpointCorruptError(
-            f"the checkpoint {target} does not hold the model of its config: {differing[0]} "
+            f"the checkpoint {target} does not match the model of its config: {differing[0]} "
             f"({len(differing)} differ); use another one"
         )
 
@@ -86,11 +86,11 @@ def open_checkpoint(path: Path) -> WeightSource:
 
 
 def _tokenizer_of(target: Path, meta: CheckpointMeta) -> bytes:
-    """The tokenizer of a checkpoint. Raises CheckpointCorruptError, TokenizerError."""
+    """Content of a checkpoint's tokenizer. Raises CheckpointCorruptError, TokenizerError."""
     try:
         content = read_tokenizer(path_within(target, TOKENIZER_NAME))
     except ValueError as error:
-        raise CheckpointCorruptError(f"the checkpoint {target} is not read: {error}") from None
+        raise CheckpointCorruptError(f"cannot read the checkpoint {target}: {error}") from None
     if hashlib.sha256(content).hexdigest() != meta.format.tokenizer_sha256:
         raise CheckpointCorruptError(
             f"the checkpoint {target} is damaged: {TOKENIZER_NAME} is not the file that was saved"
@@ -103,7 +103,7 @@ def _from_folder(folder: Path) -> WeightSource:
     stored = open_weights(folder, description)
     stored.report_changed()
     if stored.changed:
-        description = replace(description, val_loss=None)  # it was of other weights
+        description = replace(description, val_loss=None)  # it was measured with other weights
     shapes = shapes_of(description.shape, description.vocab_size)
     tokenizer = read_tokenizer(tokenizer_of(folder))
     return WeightSource(description, tokenizer, shapes, stored.read)

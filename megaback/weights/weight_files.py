@@ -1,10 +1,10 @@
-"""A model's weights as one or several safetensors files, as Hugging Face lays them out.
+"""Weight files of a model in Hugging Face's layout: one or several safetensors files.
 
 One file is `model.safetensors`; several are `model-00001-of-00003.safetensors` and so on, with
-`model.safetensors.index.json`, which names the file of each tensor. They are written a tensor at a
-time. Their hashes lie apart, in `SHA256SUMS`, and each file's header says that megaback wrote it.
-Whoever changes a model writes its files anew and leaves both behind: that is how a changed model is
-told from a damaged one.
+`model.safetensors.index.json`, which maps each tensor to its file. They are written tensor by
+tensor. Hashes are in a separate file, `SHA256SUMS`, and each header has a mark of megaback. Another
+program that changes a model rewrites its files without the mark, which distinguishes a changed
+model from a damaged one.
 """
 
 import json
@@ -27,12 +27,12 @@ from megaback.run_folder import INDEX_NAME, SUMS_NAME, WEIGHTS_NAME, part_of_wei
 _FORM_OF_NAMES = re.compile(r".+\.safetensors")
 _MAX_SUMS_BYTES = 1 << 20
 _MARK = {"written_by": "megaback"}
-"""Mark in the header of each file: other programs do not keep it when they write the file anew."""
+"""Mark in the header of each file, which other programs drop when they rewrite the file."""
 _LOG = logging.getLogger("megaback.weights")
 
 
 def num_bytes_of(spec: Spec) -> int:
-    """Bytes of a tensor."""
+    """Size of a tensor, in bytes."""
     dtype, shape = spec
     num_bytes = dtype.itemsize
     for length in shape:
@@ -46,9 +46,9 @@ def write_weights(
     tensor_of: Callable[[str], Tensor],
     max_file_bytes: int,
 ) -> None:
-    """Write tensors in order, in files of at most `max_file_bytes` of data or of one tensor.
+    """Write tensors in order, and the SHA-256 of each file. Raises OSError.
 
-    The SHA-256 of each file is written too. Raises OSError.
+    A file has at most `max_file_bytes` of data, or one tensor.
     """
     groups: list[dict[str, Spec]] = [{}]
     size = 0
@@ -78,13 +78,13 @@ def write_weights(
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Write the SHA-256 of files as `sha256sum -c SHA256SUMS` reads it."""
+    """Write the SHA-256 of files, in the format of `sha256sum -c SHA256SUMS`."""
     lines = [f"{sha256}  {name}\n" for name, sha256 in sums.items()]
     write_text(folder / SUMS_NAME, "".join(lines))
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of files by their names; empty where nobody wrote them down.
+    """SHA-256 of files by name; empty without a SHA256SUMS.
 
     Raises CheckpointCorruptError.
     """
@@ -102,12 +102,12 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 class StoredWeights:
-    """The tensors of a folder, read one by one."""
+    """Reader of the tensors of a model folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers. Raises CheckpointCorruptError when a file is missing or cut short."""
+        """Read the headers. Raises CheckpointCorruptError if a file is missing or truncated."""
         self.names = self._names_of_files(folder)
-        """The files."""
+        """Names of the files."""
         self.changed: list[str] = []
         """Files that another program has written."""
         self._folder = folder
@@ -137,13 +137,13 @@ class StoredWeights:
             for name in names:
                 path_within(folder, name, _FORM_OF_NAMES)
             if not names:
-                raise ValueError("it names no file")
+                raise ValueError("it lists no file")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointCorruptError(
-                f"{index} is not an index of weights ({error}); convert them again"
+                f"{index} is not an index of weights ({error}); convert the model again"
             ) from None
         if (folder / WEIGHTS_NAME).is_file() and not any((folder / n).is_file() for n in names):
-            return [WEIGHTS_NAME]  # whoever saved one file in place of several left the index
+            return [WEIGHTS_NAME]  # several files were replaced by one, and the index was left
         return names
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -152,13 +152,13 @@ class StoredWeights:
             yield name, file.entries[name].shape
 
     def read(self, name: str) -> Tensor:
-        """Raises KeyError when there is no such tensor, and CheckpointCorruptError."""
+        """Read a tensor. Raises KeyError if there is none, and CheckpointCorruptError."""
         return self._files[name].tensor(name)
 
     def verify(self, sums: Mapping[str, str]) -> None:
-        """Compare files with their SHA-256. Another program's file that has it is ours after all.
+        """Verify the SHA-256 of files. A file that matches does not count as changed.
 
-        Raises CheckpointCorruptError for a file that megaback wrote and that has another one.
+        Raises CheckpointCorruptError for a file of megaback that does not match.
         """
         for name in self.names:
             if name not in sums:
@@ -172,31 +172,31 @@ class StoredWeights:
                 )
 
     def report_changed(self) -> None:
-        """Log which files another program has written, once for all ranks."""
+        """Log the files that another program has written, once for all ranks."""
         if self.changed and os.environ.get("RANK", "0") == "0":
             _LOG.warning("%s", changed_sentence(self._folder, self.changed))
 
 
 def changed_sentence(folder: Path, changed: list[str]) -> str:
-    """What a person is told about files that are read though megaback did not write them."""
+    """Note for the user about files that another program has written."""
     shown = changed[0] if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} other files"
     return (
         f"megaback: note: {folder} was changed since megaback wrote it (another program wrote "
-        f"{shown}); its weights are used as they are, without a hash to compare them with"
+        f"{shown}); its weights cannot be verified by a hash"
     )
 
 
 def _require_new(path: Path, twice: set[str]) -> None:
-    """Raise unless a file holds no tensor that another one of the model has already given."""
+    """Raise CheckpointCorruptError if a file has tensors that another file has too."""
     if twice:
         raise CheckpointCorruptError(
-            f"{path} holds {min(twice)}, and so does another file of this model; which of them is "
-            "meant cannot be told: save the model once more, into an empty folder"
+            f"{path} contains {min(twice)}, and so does another file of this model; save the model "
+            "again, into an empty folder"
         )
 
 
 def _require_no_others(folder: Path, names: Sequence[str]) -> None:
-    """Raise if there are more files of weights, by the names that weights have, than are read."""
+    """Raise CheckpointCorruptError if the folder has weight files that are not read."""
     others = sorted(
         path.name
         for pattern in ("model*.safetensors", "adapter_model*.safetensors")
@@ -205,6 +205,6 @@ def _require_no_others(folder: Path, names: Sequence[str]) -> None:
     )
     if others:
         raise CheckpointCorruptError(
-            f"{folder} holds {others[0]} beside {names[0]}, and only the latter would be read; "
-            "merge an adapter into its model, or remove what is not meant"
+            f"{folder} contains {others[0]} beside {names[0]}, but only the latter would be read; "
+            "merge an adapter into its model, or remove the file that is not needed"
         )

@@ -1,8 +1,7 @@
-"""Whether a folder's weights are exactly those of the model that its config describes.
+"""Comparison of a folder's weights with the model that its config describes.
 
-A tensor that nothing reads is as much an error as one that is missing: the config, or the file, is
-of another model. Only what a model computes from its config may lie beside: the inverse frequencies
-that old Llamas carry.
+Unexpected tensors are errors, as missing ones are: the config or the file is of another model.
+Allowed are tensors that are derived from the config, the inverse frequencies of old Llamas.
 """
 
 from pathlib import Path
@@ -20,9 +19,9 @@ _NUM_NAMED = 3
 
 
 def shapes_of(shape: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a model by name, without the output projection where it is the embeddings.
+    """Shapes of a model's tensors by name, without lm_head if it is tied to the embeddings.
 
-    In the order of the model's parameters, of which no memory is taken.
+    They are in the order of the model's parameters. No memory is allocated for these.
     """
     width, mlp_width, head_dim = shape.width, shape.hidden_mlp_width, shape.head_dim
     kv_width = shape.kv_heads * head_dim
@@ -51,10 +50,10 @@ def shapes_of(shape: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]
 def require_exact(
     folder: Path, stored: StoredWeights, shape: ModelSection, vocab_size: int
 ) -> None:
-    """Raise CheckpointCorruptError unless the weights are those of a model, no others.
+    """Raise CheckpointCorruptError unless the weights are exactly those of a model.
 
-    Names and shapes come first, by the files' headers. A head that is stored beside tied
-    embeddings must equal them.
+    Names and shapes are compared first, from the files' headers. A head that is stored in addition
+    to tied embeddings must equal them.
     """
     wanted = shapes_of(shape, vocab_size)
     found = dict(stored.shapes())
@@ -67,7 +66,7 @@ def require_exact(
     problems = [
         f"{name:.200} is missing"
         if name not in found
-        else f"{name:.200} of shape {list(found[name])} is read by nothing"
+        else f"{name:.200} of shape {list(found[name])} is unexpected"
         if name not in wanted
         else f"{name} has shape {list(found[name])}, not {list(wanted[name])}"
         for name in sorted(found.keys() | wanted.keys())
@@ -77,23 +76,23 @@ def require_exact(
         more = len(problems) - _NUM_NAMED
         others = f"; and {more} more" if more > 0 else ""
         raise CheckpointCorruptError(
-            f"the weights in {folder} are not of the model that its config describes: "
-            f"{'; '.join(problems[:_NUM_NAMED])}{others}"
+            f"the weights in {folder} do not match the model of its config: "
+            f"{'; '.join(problems[:_NUM_NAMED])}{others}; use the config that they were saved with"
         )
     for name in computed:
         _require_frequencies(folder, stored, name, shape)
     if is_head_twice and not torch.equal(stored.read(HEAD_NAME), stored.read(EMBEDDING_NAME)):
         raise CheckpointCorruptError(
-            f"the config of {folder} ties the embeddings, and its file has {HEAD_NAME} with "
-            "other values, which would be lost; if the head is meant, set tie_word_embeddings "
-            "to false there, else remove the tensor"
+            f"the config of {folder} ties the embeddings, but its weights have {HEAD_NAME} with "
+            "other values; to use that head, set tie_word_embeddings to false there, otherwise "
+            "remove the tensor"
         )
 
 
 def _require_frequencies(
     folder: Path, stored: StoredWeights, name: str, shape: ModelSection
 ) -> None:
-    """Raise unless they are what the config's rope_theta gives, as far as bf16 can tell."""
+    """Raise CheckpointCorruptError unless they match the config's rope_theta to bf16 precision."""
     there = stored.read(name).double()
     is_same = there.shape == (shape.head_dim // 2,)
     if is_same:
@@ -101,6 +100,6 @@ def _require_frequencies(
         is_same = torch.allclose(there, shape.rope_theta**-exponents, rtol=1e-2, atol=0)
     if not is_same:
         raise CheckpointCorruptError(
-            f"{name} in {folder} has other frequencies than rope_theta {shape.rope_theta:g} of its "
-            "config, by which the model would turn; use the config that the weights were saved with"
+            f"{name} in {folder} does not match rope_theta {shape.rope_theta:g} of its config; use "
+            "the config that the weights were saved with"
         )

@@ -203,7 +203,7 @@ def test_a_preempted_job_resumes_and_a_canceled_one_that_loses_a_rank_does_not(
     ).strip()
     slurm.require_completed(other, tmp_path)
     wait_for(
-        lambda: "going on from step" in read_log(tmp_path, victim),
+        lambda: "resuming from step" in read_log(tmp_path, victim),
         120,
         lambda: read_log(tmp_path, victim),
     )

@@ -218,5 +218,5 @@ def test_a_run_on_two_hosts_is_checked_saves_at_a_signal_and_resumes_under_deeps
         timeout=120,
     )
     assert deepspeed.returncode == 0, deepspeed.stdout + deepspeed.stderr
-    assert f"going on from step {saved}" in deepspeed.stdout
+    assert f"resuming from step {saved}" in deepspeed.stdout
     assert json.loads((run / "exit.json").read_text())["code"] == 0

@@ -112,7 +112,7 @@ def test_a_run_that_has_begun_no_longer_needs_its_base(tmp_path: Path) -> None:
 def test_a_missing_base_is_an_error_only_if_the_config_lacks_a_model(tmp_path: Path) -> None:
     path = write_config(tmp_path, model=None, init_from="gone")
 
-    with pytest.raises(CheckpointMissingError, match="init_from gone is no model"):
+    with pytest.raises(CheckpointMissingError, match="init_from gone is not a model"):
         load_config(path)
     assert load_config(write_config(tmp_path, init_from="gone")).model.width == 32
     with pytest.raises(ConfigError, match="the key model is missing; set it, or set init_from"):
@@ -131,7 +131,7 @@ def test_a_damaged_base_is_reported(tmp_path: Path) -> None:
     (tmp_path / "base" / "config.json").write_text("{")
     path = write_config(tmp_path, model=None, init_from=str(tmp_path / "base"))
 
-    with pytest.raises(CheckpointCorruptError, match=r"base/config.json does not say"):
+    with pytest.raises(CheckpointCorruptError, match=r"base/config.json does not describe"):
         load_config(path)
 
 

@@ -1,4 +1,4 @@
-"""When a run has learned what it can: the best measurement, and how long ago it was."""
+"""Early stopping: counting of validations, its reason, and the mark of the best checkpoint."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def measured(maximum: int | None, losses: list[float | None]) -> EarlyStopping:
 
 
 @given(LOSSES, st.integers(1, 4))
-def test_it_is_exhausted_after_so_many_measurements_that_improve_on_nothing(
+def test_patience_is_exhausted_after_that_many_measurements_without_improvement(
     losses: list[float | None], maximum: int
 ) -> None:
     best, since = math.inf, 0
@@ -37,9 +37,7 @@ def test_it_is_exhausted_after_so_many_measurements_that_improve_on_nothing(
 
 
 @given(LOSSES, st.integers(0, 12))
-def test_what_was_measured_before_an_interruption_counts_as_if_there_had_been_none(
-    losses: list[float | None], cut: int
-) -> None:
+def test_measurements_before_an_interruption_count(losses: list[float | None], cut: int) -> None:
     resumed = EarlyStopping(2, enumerate(losses[:cut]))
     for step, loss in enumerate(losses[cut:], start=len(losses[:cut])):
         resumed.measured(step, loss)
@@ -51,7 +49,7 @@ def test_what_was_measured_before_an_interruption_counts_as_if_there_had_been_no
     )
 
 
-def test_without_a_number_it_never_ends_a_run_and_keeps_no_checkpoint() -> None:
+def test_without_patience_it_never_ends_a_run_and_keeps_no_checkpoint() -> None:
     patience = measured(None, [1.0, *[2.0] * 99])
     assert not patience.is_exhausted
     assert not patience.is_kept(0)
@@ -64,7 +62,7 @@ def test_the_reason_names_the_best_loss_and_its_step() -> None:
         "stopped early: val loss did not fall below 1.2500 (step 1) in 2 validations"
     )
     assert measured(1, [math.nan]).reason == (
-        "stopped early: no val loss was a number in 1 validation"
+        "stopped early: no val loss was finite in 1 validation"
     )
 
 
@@ -77,9 +75,7 @@ def test_measurements_are_read_from_the_metrics_up_to_a_step(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("step", [None, 7])
-def test_a_mark_of_a_checkpoint_that_is_not_there_is_taken_away(
-    tmp_path: Path, step: int | None
-) -> None:
+def test_the_mark_of_a_missing_checkpoint_is_removed(tmp_path: Path, step: int | None) -> None:
     target = tmp_path / "checkpoints" / "step-00000005"
     target.mkdir(parents=True)
     (target / "meta.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""A run that resumes without its metrics says what it no longer knows."""
+"""Message of a run that resumes without its earlier metrics."""
 
 import json
 from pathlib import Path
@@ -17,18 +17,18 @@ def write_metrics(run: Path, steps: range, val_steps: tuple[int, ...] = ()) -> N
 
 
 @pytest.mark.parametrize(
-    ("steps", "patience", "said"),
+    ("steps", "patience", "expected"),
     [
         (range(1, 21), None, None),
         (range(1, 21), 2, None),
-        (range(11, 21), None, None),  # the guard looks at no more
-        (range(12, 21), None, "the guard judges by 9 of 10 earlier steps"),
-        (None, None, "the guard judges by 0 of 10 earlier steps"),
+        (range(11, 21), None, None),  # the guard needs no more
+        (range(12, 21), None, "the guard compares with 9 of 10 earlier steps"),
+        (None, None, "the guard compares with 0 of 10 earlier steps"),
         (None, 2, "0 of 10 earlier steps, and early stopping counts from this step"),
     ],
 )
-def test_only_what_is_used_and_missing_is_told(
-    steps: range | None, patience: int | None, said: str | None, tmp_path: Path
+def test_only_missing_metrics_that_are_used_are_reported(
+    steps: range | None, patience: int | None, expected: str | None, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     config = run_config(
@@ -37,17 +37,17 @@ def test_only_what_is_used_and_missing_is_told(
     if steps is not None:
         write_metrics(run, steps, (15,))
 
-    told = history_gap(config, 20)
+    message = history_gap(config, 20)
 
-    if said is None:
-        assert told is None
+    if expected is None:
+        assert message is None
     else:
-        assert told is not None
-        assert f"{run}/metrics.jsonl lacks earlier steps" in told
-        assert said in told
+        assert message is not None
+        assert f"{run}/metrics.jsonl lacks earlier steps" in message
+        assert expected in message
 
 
-def test_a_run_younger_than_the_window_lacks_nothing(tmp_path: Path) -> None:
+def test_a_run_with_fewer_steps_than_the_window_lacks_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write_metrics(run, range(1, 4))
 

@@ -1,4 +1,4 @@
-"""What stands before the first step: who may train in a run's folder, and from where it goes on."""
+"""Setup of a run: the lock of its folder, its start record, and the checkpoint to resume from."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ Configs = Callable[..., Config]
 
 @contextmanager
 def prepared(config: Config, world: World) -> Iterator[Run]:
-    """A run that is ready, whose folder is free again afterwards."""
+    """A run that is set up, whose folder is unlocked at the end."""
     watchdog = Watchdog(config.run, config.hardware, world)
     run = prepare_run(config, world, watchdog)
     assert isinstance(run, Run)
@@ -35,7 +35,7 @@ def prepared(config: Config, world: World) -> Iterator[Run]:
 
 
 def refused(config: Config, world: World) -> MegabackError:
-    """Why a run does not start."""
+    """The error with which a run does not start."""
     with pytest.raises(CollectiveExit) as ending:
         prepare_run(config, world, Watchdog(config.run, config.hardware, world))
     assert ending.value.error is not None
@@ -43,7 +43,7 @@ def refused(config: Config, world: World) -> MegabackError:
 
 
 def save(run: Run, step: int, world: World) -> None:
-    """Save a checkpoint, as if that many steps were done."""
+    """Save a checkpoint of a step."""
     saver = CheckpointSaver(
         run.config.run, run.data.codec.model_bytes, run.config.checkpoint, world
     )
@@ -62,7 +62,7 @@ def test_a_new_run_begins_at_step_0_and_records_its_start(
     assert [line["event"] for line in read_history(config.run)] == ["start"]
 
 
-def test_the_arithmetic_of_a_batch_says_what_a_step_and_a_run_are(
+def test_the_batch_arithmetic_has_the_tokens_of_a_step_and_a_run(
     config_of: Configs, training_world: World
 ) -> None:
     with prepared(config_of(), training_world) as run:
@@ -72,7 +72,7 @@ def test_the_arithmetic_of_a_batch_says_what_a_step_and_a_run_are(
     assert "4 steps = 1,024 tokens" in text
 
 
-def test_a_folder_in_which_a_run_trains_is_closed_to_another_start(
+def test_a_second_start_in_the_folder_of_a_training_run_is_refused(
     config_of: Configs, training_world: World
 ) -> None:
     config = config_of()
@@ -83,7 +83,7 @@ def test_a_folder_in_which_a_run_trains_is_closed_to_another_start(
     assert "another process is training" in str(error)
 
 
-def test_a_run_resumes_at_its_newest_checkpoint_and_names_what_is_changed(
+def test_a_run_resumes_at_its_newest_checkpoint_and_lists_changed_keys(
     config_of: Configs, training_world: World
 ) -> None:
     with prepared(config_of(), training_world) as run:
@@ -95,7 +95,7 @@ def test_a_run_resumes_at_its_newest_checkpoint_and_names_what_is_changed(
         assert run.changes == {"training.steps": (4, 8)}
 
 
-def test_a_run_with_another_model_does_not_go_on_and_its_record_stays(
+def test_a_resume_with_another_model_is_refused_and_the_record_is_kept(
     config_of: Configs, training_world: World
 ) -> None:
     with prepared(config_of(), training_world) as run:
@@ -109,7 +109,7 @@ def test_a_run_with_another_model_does_not_go_on_and_its_record_stays(
     assert read_history(run.config.run) == history
 
 
-def test_a_run_that_is_done_says_so_and_is_recorded_as_finished(
+def test_a_run_with_no_steps_left_is_reported_and_recorded_as_finished(
     config_of: Configs, training_world: World
 ) -> None:
     config = config_of()
@@ -125,7 +125,7 @@ def test_a_run_that_is_done_says_so_and_is_recorded_as_finished(
     assert (read_exit(config.run) or {})["kind"] == "finished"
 
 
-def test_a_run_whose_checkpoints_are_gone_resumes_from_their_copy(
+def test_a_run_that_has_lost_its_checkpoints_resumes_from_their_copy(
     config_of: Configs, training_world: World, tmp_path: Path
 ) -> None:
     place = tmp_path / "copies"

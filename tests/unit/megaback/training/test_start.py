@@ -1,4 +1,4 @@
-"""What a start is told of what is left to do, and of what it changes; nothing is written."""
+"""Steps left at a start, and keys changed on resume."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ STEPS = 25
 
 
 def meta_at(step: int) -> CheckpointMeta:
-    """A checkpoint of which only its step matters."""
+    """Metadata of a checkpoint, of which only the step matters."""
     return CheckpointMeta(
         step=step,
         updates=1,
@@ -35,12 +35,14 @@ def config_of(run: Path, **sections: Any) -> Any:
     return run_config(run, **sections)
 
 
-def test_a_run_with_steps_left_has_something_to_do(tmp_path: Path) -> None:
+def test_a_run_with_steps_left_is_not_trained_to_the_end(tmp_path: Path) -> None:
     assert already_trained(config_of(tmp_path), meta_at(STEPS - 1), STEPS) is None
 
 
 @pytest.mark.parametrize("code", [None, 0, 75])
-def test_a_run_whose_last_step_is_saved_has_nothing_to_do(tmp_path: Path, code: int | None) -> None:
+def test_a_run_whose_last_step_is_saved_is_trained_to_the_end(
+    tmp_path: Path, code: int | None
+) -> None:
     if code is not None:
         record_exit(tmp_path, code, "kind", "reason")
 
@@ -60,7 +62,7 @@ def test_fewer_steps_than_are_done_are_not_the_end_of_the_run(tmp_path: Path) ->
     assert "has done 25 of 10 steps" in left.message
 
 
-def test_a_run_out_of_patience_has_nothing_to_do(tmp_path: Path) -> None:
+def test_a_run_that_stopped_early_is_trained_to_the_end(tmp_path: Path) -> None:
     lines = [f'{{"step": {step}, "val_loss": {loss}}}\n' for step, loss in ((0, 1.0), (5, 2.0))]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     validation = {"every_steps": 5, "patience": 1}
@@ -74,7 +76,7 @@ def test_a_run_out_of_patience_has_nothing_to_do(tmp_path: Path) -> None:
     assert already_trained(patient, meta_at(5), STEPS) is None
 
 
-def test_changes_are_told_by_key_with_both_values(tmp_path: Path) -> None:
+def test_changes_are_listed_by_key_with_both_values(tmp_path: Path) -> None:
     before = config_of(tmp_path / "a").model_dump(mode="json")
     now = config_of(
         tmp_path / "b", optimizer={"learning_rate": 1e-4, "schedule": "linear"}, zero={"stage": 1}
@@ -100,7 +102,7 @@ def test_a_key_that_an_older_checkpoint_lacks_is_no_change(tmp_path: Path) -> No
     assert changes_on_resume(before, config_of(tmp_path)) == {}
 
 
-def test_no_change_tells_a_secret(tmp_path: Path) -> None:
+def test_changes_contain_no_secrets(tmp_path: Path) -> None:
     of = [
         {"shards": f"https://user:{word}@host/shards?signature={word}{place}"}
         for word, place in (("hidden", ""), ("hidden", "/more"))

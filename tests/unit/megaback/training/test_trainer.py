@@ -1,4 +1,4 @@
-"""The training loop, on one rank: steps, a step that is skipped, and a request to stop."""
+"""Training loop on one rank: steps, skipped steps, signals and early stopping."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ Configs = Callable[..., Config]
 
 
 class InterruptedAtOnce(StopRequest):
-    """Ctrl-C as soon as there may be something to save."""
+    """Stop request that receives Ctrl-C just before the first step."""
 
     def begin_training(self) -> None:
         super().begin_training()
@@ -37,7 +37,7 @@ class InterruptedAtOnce(StopRequest):
 def trainer_of(
     config: Config, world: World, stop: StopRequest | None = None
 ) -> Iterator[tuple[Trainer, Run]]:
-    """A trainer at the newest checkpoint, and what it trains."""
+    """A trainer at the newest checkpoint, and its run."""
     watchdog = Watchdog(config.run, config.hardware, world)
     run = prepare_run(config, world, watchdog)
     assert isinstance(run, Run)
@@ -69,7 +69,7 @@ def lines_of(config: Config, field: str) -> dict[int, Any]:
 
 
 def at_forward(run: Run, number: int, action: Callable[[Any], Any]) -> None:
-    """Do something with the output of one forward pass in training, counted from 1."""
+    """Call `action` with the output of one training forward pass, counted from 1."""
     calls = 0
 
     def hook(module: torch.nn.Module, _inputs: object, output: Any) -> Any:
@@ -102,7 +102,7 @@ def test_a_run_is_trained_validated_and_saved_to_its_end(
     assert find_checkpoint(config.run)[1].val_loss == lines_of(config, "val_loss")[4]
 
 
-def test_a_signal_saves_the_step_and_the_next_start_takes_the_others(
+def test_a_signal_saves_the_step_and_the_next_start_continues(
     config_of: Configs, training_world: World
 ) -> None:
     config, whole = config_of(), config_of("whole")
@@ -128,7 +128,7 @@ def test_ctrl_c_before_the_first_step_saves_nothing(
     assert complete_checkpoints(config.run) == []
 
 
-def test_a_step_whose_loss_is_non_finite_changes_no_weights(
+def test_a_step_with_a_non_finite_loss_changes_no_weights(
     config_of: Configs, training_world: World
 ) -> None:
     config = config_of()
@@ -141,7 +141,7 @@ def test_a_step_whose_loss_is_non_finite_changes_no_weights(
     assert (meta.step, meta.updates) == (4, 3)
 
 
-def test_steps_that_a_rollback_excluded_are_passed_over(
+def test_steps_excluded_by_a_rollback_are_skipped(
     config_of: Configs, training_world: World
 ) -> None:
     config = config_of()
@@ -156,7 +156,7 @@ def test_steps_that_a_rollback_excluded_are_passed_over(
     assert (meta.step, meta.updates) == (4, 2)
 
 
-def test_patience_ends_a_run_whose_val_loss_no_longer_falls(
+def test_a_run_whose_val_loss_no_longer_falls_stops_early(
     config_of: Configs, training_world: World
 ) -> None:
     config = config_of(

@@ -1,4 +1,4 @@
-"""Exports that others trained, merged or cast are read and said to be changed, not damaged."""
+"""Exports that other programs trained, merged or cast are reported as changed, not damaged."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> Path:
 
 @pytest.fixture(scope="module")
 def others(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of what transformers and peft make of an export, and `hf`, the export itself."""
+    """Folder with models that transformers and peft derive from an export, and the export `hf`."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     pytest.importorskip("peft", reason="peft is not installed")
     out = tmp_path_factory.mktemp("others")
@@ -114,13 +114,13 @@ def called(command: object, *words: object) -> Result:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, read by the library of the format."""
+    """All tensors of a folder, read by the safetensors library."""
     files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
     return {name: weight for file in files for name, weight in file.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_others_saved_is_read_and_said_to_be_changed(
+def test_a_model_saved_by_another_program_is_read_and_reported_as_changed(
     kind: str, others: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = others / kind
@@ -151,7 +151,7 @@ def test_what_others_saved_is_read_and_said_to_be_changed(
 
 
 @pytest.mark.parametrize("kind", ["hf", "trained"])
-def test_a_run_starts_from_an_export_and_from_what_others_trained(
+def test_a_run_starts_from_an_export_and_from_one_trained_by_transformers(
     kind: str, others: Path, run: Path, codec: Codecs
 ) -> None:
     config = Config.model_validate(read_meta(next(run.rglob("step-*"))).config)
@@ -166,7 +166,7 @@ def test_a_run_starts_from_an_export_and_from_what_others_trained(
     assert is_same == (kind == "hf")
 
 
-def test_the_tokenizer_that_others_saved_is_refused_without_trust_too(others: Path) -> None:
+def test_a_tokenizer_saved_by_transformers_needs_trust_remote_code(others: Path) -> None:
     from transformers import AutoTokenizer, LlamaTokenizer
 
     for load in (AutoTokenizer, LlamaTokenizer):
@@ -175,7 +175,7 @@ def test_the_tokenizer_that_others_saved_is_refused_without_trust_too(others: Pa
 
 
 @pytest.mark.parametrize("kind", ["full", "hf"])
-def test_a_full_or_hf_model_whose_weights_were_written_anew_is_changed(
+def test_a_full_or_hf_model_with_rewritten_weights_is_changed(
     kind: str, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     convert(run, tmp_path / "model", kind, "float32")
@@ -208,7 +208,7 @@ def drop_a_tensor(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "hf"])
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (flip, "is not the file that was written"),
         (cut, "is truncated or altered"),
@@ -217,8 +217,8 @@ def drop_a_tensor(path: Path) -> None:
     ],
     ids=["a bit", "cut", "gone", "a tensor"],
 )
-def test_damage_is_still_damage(
-    damage: Callable[[Path], None], said: str, kind: str, run: Path, tmp_path: Path
+def test_damage_of_our_files_is_an_error(
+    damage: Callable[[Path], None], message: str, kind: str, run: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     convert(run, folder, kind, "float32")
@@ -228,21 +228,21 @@ def test_damage_is_still_damage(
         result = called(command, folder, *words)
         assert result.exit_code == CheckpointCorruptError.exit_code, result.output
         (line,) = [line for line in result.output.splitlines() if "error" in line]
-        assert said in line
-    with pytest.raises(CheckpointCorruptError, match=said):
+        assert message in line
+    with pytest.raises(CheckpointCorruptError, match=message):
         convert(folder, tmp_path / "other", "full", "float32")
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"), [(cut, "is truncated"), (drop_a_tensor, "model.norm.weight is missing")]
+    ("damage", "message"), [(cut, "is truncated"), (drop_a_tensor, "model.norm.weight is missing")]
 )
-def test_damage_to_what_others_trained_is_damage(
-    damage: Callable[[Path], None], said: str, others: Path, tmp_path: Path
+def test_damage_of_another_programs_files_is_an_error(
+    damage: Callable[[Path], None], message: str, others: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(others / "trained", tmp_path / "model")
     damage(tmp_path / "model" / WEIGHTS)
 
-    with pytest.raises(CheckpointCorruptError, match=said):
+    with pytest.raises(CheckpointCorruptError, match=message):
         load_model_folder(tmp_path / "model", CPU)
 
 
@@ -259,17 +259,17 @@ def quantize(fields: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "message"),
     [
         (lose_section, CheckpointCorruptError, "has lost its section 'megaback'"),
         (widen, RunMismatchError, "mlp_width is 64 for transformers"),
         (quantize, RunMismatchError, "quantization_config"),
     ],
 )
-def test_a_config_that_lost_what_megaback_needs_is_refused_with_the_reason(
+def test_a_config_that_another_program_made_unusable_is_refused(
     change: Callable[[dict[str, object]], None],
     error: type[MegabackError],
-    said: str,
+    message: str,
     run: Path,
     tmp_path: Path,
 ) -> None:
@@ -281,11 +281,11 @@ def test_a_config_that_lost_what_megaback_needs_is_refused_with_the_reason(
 
     with pytest.raises(error) as caught:
         load_model_folder(tmp_path / "model", CPU)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
 
-def test_an_adapter_and_a_model_without_tokenizer_say_what_to_do(others: Path) -> None:
+def test_errors_for_an_adapter_and_a_missing_tokenizer_have_advice(others: Path) -> None:
     with pytest.raises(CheckpointMissingError, match="merge_and_unload"):
         read_description(others / "adapter")
     with pytest.raises(TokenizerError, match=r"no-tokenizer has no tokenizer .*megaback\.spm"):
@@ -296,12 +296,12 @@ def test_two_layouts_of_weights_in_one_folder_are_refused(others: Path, tmp_path
     shutil.copytree(others / "merged", tmp_path / "model")
     shutil.copy(others / "hf" / WEIGHTS, tmp_path / "model")
 
-    with pytest.raises(CheckpointCorruptError, match=r"holds model\.safetensors beside"):
+    with pytest.raises(CheckpointCorruptError, match=r"contains model\.safetensors beside"):
         load_model_folder(tmp_path / "model", CPU)
 
 
 def as_earlier_versions_wrote_it(folder: Path) -> None:
-    """Hashes in config.json, no mark in the files, and for transformers a tokenizer.model."""
+    """Change a folder to the earlier format: hashes in config.json, no marks, tokenizer.model."""
     import hashlib
 
     path = folder / WEIGHTS

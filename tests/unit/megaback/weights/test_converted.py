@@ -1,4 +1,4 @@
-"""A run or a checkpoint where a model is asked for: converted beside it, once, never by half."""
+"""Runs and checkpoints in place of a model: converted once, atomically, and cached."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def run(tmp_path: Path, codec: Codecs) -> Path:
 
 
 def conversions(run: Path) -> list[str]:
-    """All that lies beside the checkpoints but the lock."""
+    """Names in the folder of conversions, except the lock."""
     return sorted(path.name for path in (run / CONVERTED_FOLDER).iterdir() if path.name != ".lock")
 
 
@@ -39,14 +39,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_run_becomes_what_convert_makes_of_it_once(
+def test_a_run_is_converted_once_with_the_result_of_convert(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "megaback")
     convert(run, tmp_path / "by hand", "full", "float32")
     first = model_folder(run)
     by_hand = contents(tmp_path / "by hand")
-    by_hand.pop(".megaback.json", None)  # of a folder that --overwrite may replace
+    by_hand.pop(".megaback.json", None)  # marks a folder that --overwrite may replace
     assert contents(first) == by_hand
     stamps = {path: path.stat().st_mtime_ns for path in first.iterdir()}
     checkpoint = next((run / "checkpoints").glob("step-*"))
@@ -61,7 +61,7 @@ def test_a_run_becomes_what_convert_makes_of_it_once(
     assert lines[1] == f"{run}: {checkpoint.name}, converted before to {first}"
 
 
-def test_a_newer_checkpoint_is_another_model_and_best_names_one(run: Path, codec: Codecs) -> None:
+def test_a_newer_checkpoint_is_another_model_and_best_selects_one(run: Path, codec: Codecs) -> None:
     older = model_folder(run)
     write_checkpoint(run, codec(), context_tokens=32, step=40)
     newer = model_folder(run)
@@ -70,17 +70,15 @@ def test_a_newer_checkpoint_is_another_model_and_best_names_one(run: Path, codec
     assert model_folder(run / "checkpoints/best") == older
     write_checkpoint_again = run / "checkpoints/step-00000040/meta.json"
     write_checkpoint_again.write_text(write_checkpoint_again.read_text() + " ")
-    assert model_folder(run) not in (newer, older)  # by content, not by step alone
+    assert model_folder(run) not in (newer, older)  # by content, not only by step
 
 
-def test_conversions_of_checkpoints_that_are_gone_are_removed_when_nobody_opens_them(
-    run: Path, codec: Codecs
-) -> None:
+def test_unused_conversions_of_deleted_checkpoints_are_removed(run: Path, codec: Codecs) -> None:
     older = model_folder(run)
     write_checkpoint(run, codec(), context_tokens=32, step=40)
     shutil.rmtree(run / "checkpoints/step-00000030")
     kept = model_folder(run)
-    assert conversions(run) == sorted([older.name, kept.name])  # it may just be opened
+    assert conversions(run) == sorted([older.name, kept.name])  # it may be in use
     write_checkpoint(run, codec(), context_tokens=32, step=50)
     hour_ago = time.time() - 2 * converted._KEPT_S
     os.utime(older, (hour_ago, hour_ago))
@@ -88,7 +86,7 @@ def test_conversions_of_checkpoints_that_are_gone_are_removed_when_nobody_opens_
     assert conversions(run) == sorted([kept.name, newest.name])
 
 
-def test_what_lies_beside_conversions_stays(run: Path, codec: Codecs) -> None:
+def test_other_files_and_folders_among_conversions_are_kept(run: Path, codec: Codecs) -> None:
     worked_in = model_folder(run)
     (worked_in / "notes.txt").write_text("mine")
     beside = run / CONVERTED_FOLDER
@@ -116,7 +114,7 @@ def test_what_lies_beside_conversions_stays(run: Path, codec: Codecs) -> None:
         assert all((folder / name / "config.json").read_text() == "mine" for name in some)
 
 
-def test_nothing_is_written_where_a_link_in_a_run_leads(run: Path) -> None:
+def test_nothing_is_written_through_a_link_in_a_run(run: Path) -> None:
     elsewhere = run.parent / "elsewhere"
     elsewhere.mkdir()
     (run / CONVERTED_FOLDER).symlink_to(elsewhere)
@@ -124,14 +122,14 @@ def test_nothing_is_written_where_a_link_in_a_run_leads(run: Path) -> None:
     assert list(elsewhere.iterdir()) == []
 
 
-def test_many_at_once_find_the_same_whole_folder(run: Path) -> None:
+def test_concurrent_conversions_return_the_same_folder(run: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         found = set(threads.map(model_folder, [run] * 4))
     assert len(found) == 1
     assert conversions(run) == [found.pop().name]
 
 
-def test_a_conversion_that_breaks_off_leaves_nothing(
+def test_an_interrupted_conversion_leaves_nothing(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -145,7 +143,7 @@ def test_a_conversion_that_breaks_off_leaves_nothing(
     assert model_folder(run).is_dir()
 
 
-def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_a_newer_one(
+def test_if_a_checkpoint_is_deleted_while_it_is_read_a_newer_one_is_converted(
     run: Path, codec: Codecs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = converted.open_checkpoint
@@ -160,7 +158,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_gives_way_to_a_newer_one(
     assert model_folder(run).name.startswith("step-00000040-")
 
 
-def test_a_damaged_checkpoint_is_no_reason_to_try_again(run: Path) -> None:
+def test_a_damaged_checkpoint_is_an_error(run: Path) -> None:
     weights = next(run.rglob("weights-*"))
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointCorruptError, match="is not the file that was saved"):
@@ -168,7 +166,7 @@ def test_a_damaged_checkpoint_is_no_reason_to_try_again(run: Path) -> None:
     assert conversions(run) == []
 
 
-def test_a_run_that_cannot_be_written_is_converted_elsewhere_for_a_while(
+def test_a_read_only_run_is_converted_into_a_temporary_folder(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(path: Path) -> None:
@@ -186,19 +184,19 @@ def test_a_run_that_cannot_be_written_is_converted_elsewhere_for_a_while(
     shutil.rmtree(folder.parent)
 
 
-def test_what_is_no_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_path_without_a_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMissingError, match="there is nothing at"):
         model_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointMissingError, match=r"neither a model's folder .* nor a run"):
         model_folder(tmp_path)
 
 
-def test_a_model_of_a_run_has_the_runs_name(run: Path) -> None:
+def test_a_converted_model_has_the_runs_name(run: Path) -> None:
     assert shown_name(model_folder(run)) == "my run"
     assert shown_name(run) == "my run"
 
 
-def test_python_and_every_command_take_a_run(run: Path, tmp_path: Path) -> None:
+def test_the_python_api_and_every_command_accept_a_run(run: Path, tmp_path: Path) -> None:
     assert megaback.load(run).complete_backwards("the end.", max_new_tokens=2).endswith("the end.")
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"question": "who?", "answer": "me."}\n')

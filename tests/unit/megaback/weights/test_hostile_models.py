@@ -1,4 +1,4 @@
-"""A model's folder or a checkpoint from a stranger: refused by a sentence, at once, or as it is."""
+"""Untrusted model folders and checkpoints: read or refused, in bounded time and memory."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> Path:
 
 
 def copied(source: Path, target: Path) -> Path:
-    """Links to the files of a model, whose config.json may be changed."""
+    """Hard links to the files of a model, except for a writable copy of config.json."""
     target.mkdir(parents=True)
     for path in source.iterdir():
         os.link(path, target / path.name)
@@ -88,7 +88,7 @@ def readers(folder: Path) -> list[Callable[[], object]]:
 
 
 def refused_or_read(folder: Path) -> list[MegabackError]:
-    """What readers have against a folder; anything but a sentence is a failure."""
+    """Errors of all readers of a folder; only a MegabackError is allowed."""
     found = []
     for read in readers(folder):
         try:
@@ -103,7 +103,7 @@ def refused_or_read(folder: Path) -> list[MegabackError]:
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, None])
-def test_the_tensors_that_a_config_means_are_those_of_the_model(
+def test_shapes_derived_from_a_config_equal_the_models(
     kv_heads: int | None, qk_norm: bool, tie_embeddings: bool
 ) -> None:
     shape = ModelSection(
@@ -121,7 +121,7 @@ def test_the_tensors_that_a_config_means_are_those_of_the_model(
 
 @pytest.mark.parametrize("kind", ["full", "hf"])
 @pytest.mark.parametrize("name", [*_OURS, *_SHAPE])
-def test_numbers_of_our_config_that_no_model_has_are_refused(
+def test_invalid_numbers_in_our_config_are_refused(
     name: str, kind: str, made: Path, tmp_path: Path
 ) -> None:
     for number, value in enumerate(_NUMBERS):
@@ -139,7 +139,7 @@ def test_numbers_of_our_config_that_no_model_has_are_refused(
 
 
 @pytest.mark.parametrize("name", _STOCK)
-def test_fields_of_somebody_elses_config_are_refused_or_read(
+def test_fields_of_another_librarys_config_are_refused_or_read(
     name: str, made: Path, tmp_path: Path
 ) -> None:
     for number, value in enumerate((*_NUMBERS, "x" * 100, [0] * 5, {"a": [1]})):
@@ -151,7 +151,7 @@ def test_fields_of_somebody_elses_config_are_refused_or_read(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"num_hidden_layers": 4096}, "model.layers.10.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 30_000}, "num_layers"),
@@ -162,36 +162,38 @@ def test_fields_of_somebody_elses_config_are_refused_or_read(
     ],
 )
 def test_absurd_sizes_are_compared_with_the_headers(
-    change: dict[str, Any], said: str, made: Path, tmp_path: Path
+    change: dict[str, Any], message: str, made: Path, tmp_path: Path
 ) -> None:
     folder = copied(made / "foreign", tmp_path / "model")
     change_json(folder / "config.json", lambda fields: fields.update(change))
-    with bounded(), pytest.raises(MegabackError, match=said):
+    with bounded(), pytest.raises(MegabackError, match=message):
         open_source(folder)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "7", "{", "", "{}" + " " * (5 << 20)])
-def test_a_description_that_is_none_is_refused(content: str, made: Path, tmp_path: Path) -> None:
+def test_an_invalid_config_json_is_refused(content: str, made: Path, tmp_path: Path) -> None:
     folder = copied(made / "full", tmp_path / "model")
     (folder / "config.json").write_text(content)
     assert len(refused_or_read(folder)) == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_no_numbers_are_refused(value: float, made: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused(value: float, made: Path, tmp_path: Path) -> None:
     folder = copied(made / "full", tmp_path / "model")
     weights = load_file(folder / WEIGHTS)
     weights["model.norm.weight"][3] = value
     (folder / WEIGHTS).unlink()
     save_file(weights, folder / WEIGHTS)
-    with pytest.raises(CheckpointCorruptError, match=r"model\.norm\.weight in .* no numbers"):
+    with pytest.raises(
+        CheckpointCorruptError, match=r"model\.norm\.weight in .* non-finite values"
+    ):
         load_model_folder(folder, CPU)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("top_k", [0, 3])
-def test_logits_that_are_no_numbers_choose_nothing(temperature: float, top_k: int) -> None:
-    """Finite weights can make them too."""
+def test_non_finite_logits_are_an_error(temperature: float, top_k: int) -> None:
+    """Finite weights can produce them too."""
     options = SamplingOptions(temperature=temperature, top_k=top_k)
     logits_BV, draws = torch.zeros(2, 9), [np.random.default_rng(seed) for seed in (1, 2)]
     assert len(choose(logits_BV, options, draws)) == 2
@@ -200,14 +202,14 @@ def test_logits_that_are_no_numbers_choose_nothing(temperature: float, top_k: in
         choose(logits_BV, options, draws)
 
 
-def test_a_context_that_no_memory_holds_is_refused(
+def test_a_context_that_exceeds_the_memory_is_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megaback.weights.model_folder.host_memory_bytes", lambda: 1 << 31)
     folder = copied(made / "full", tmp_path / "model")
     change_json(folder / "config.json", lambda fields: fields.update(context_tokens=1 << 24))
     (problem,) = refused_or_read(folder)
-    assert "a context of 16,777,216 tokens, and this machine has 2.1 GB" in str(problem)
+    assert "a context of 16,777,216 tokens, but this machine has 2.1 GB" in str(problem)
 
 
 # Names.
@@ -215,7 +217,7 @@ def test_a_context_that_no_memory_holds_is_refused(
 
 @pytest.fixture
 def in_parts(made: Path, tmp_path: Path) -> Path:
-    """A model in several files, beside a file that is none of it."""
+    """A model in several files, with another file next to its folder."""
     folder = tmp_path / "parts" / "model"
     convert(made / "run", folder, "full", "float32", max_file_bytes=30_000)
     (folder.parent / "secret.safetensors").write_bytes((made / "full" / WEIGHTS).read_bytes())
@@ -226,7 +228,7 @@ def in_parts(made: Path, tmp_path: Path) -> Path:
     "name",
     ["../secret.safetensors", "/etc/passwd", ".", "..", "", "a/b.safetensors", "a\0", "x", 7, None],
 )
-def test_an_index_names_files_of_its_folder_only(name: object, in_parts: Path) -> None:
+def test_an_index_with_files_outside_its_folder_is_refused(name: object, in_parts: Path) -> None:
     def change(fields: Any) -> None:
         fields["weight_map"] = dict.fromkeys(fields["weight_map"], name)
 
@@ -236,13 +238,13 @@ def test_an_index_names_files_of_its_folder_only(name: object, in_parts: Path) -
 
 
 @pytest.mark.parametrize("files", [{}, [], None, {"a": []}, {"a": {}}, [1]])
-def test_an_index_of_no_files_is_refused(files: object, in_parts: Path) -> None:
+def test_an_index_without_files_is_refused(files: object, in_parts: Path) -> None:
     change_json(in_parts / INDEX, lambda fields: fields.update(weight_map=files))
     problems = refused_or_read(in_parts)[-2:]
     assert [INDEX in str(problem) for problem in problems] == [True, True]
 
 
-def test_a_link_out_of_a_folder_is_not_followed_for_a_name_in_an_index(in_parts: Path) -> None:
+def test_a_link_out_of_the_folder_is_not_followed_for_a_file_in_an_index(in_parts: Path) -> None:
     first = sorted(in_parts.glob("model-*.safetensors"))[0]
     first.rename(in_parts.parent / "elsewhere")
     first.symlink_to("../elsewhere")
@@ -252,7 +254,7 @@ def test_a_link_out_of_a_folder_is_not_followed_for_a_name_in_an_index(in_parts:
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.model", "SHA256SUMS"])
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "folder"])
-def test_a_pipe_or_a_device_in_the_place_of_a_file_is_refused(
+def test_a_pipe_or_device_instead_of_a_file_is_refused(
     kind: str, name: str, made: Path, tmp_path: Path
 ) -> None:
     folder = copied(made / "full", tmp_path / "model")
@@ -283,7 +285,9 @@ def checkpoint_of(made: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["../../x.safetensors", "/etc/passwd", "..", "", "notes.txt", "weights-1.safetensors"]
 )
-def test_a_checkpoint_names_files_of_its_own_only(name: str, made: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_lists_other_files_is_refused(
+    name: str, made: Path, tmp_path: Path
+) -> None:
     target = checkpoint_of(made, tmp_path)
     change_json(target / META_NAME, lambda fields: fields["files"].update({name: [1, "0" * 64]}))
     with pytest.raises(CheckpointCorruptError, match="not a plain file name"):
@@ -298,9 +302,7 @@ def test_a_link_out_of_a_checkpoint_is_not_followed(made: Path, tmp_path: Path) 
         open_checkpoint(target)
 
 
-def test_a_checkpoints_tokenizer_is_the_one_that_it_was_trained_with(
-    made: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_with_another_tokenizer_is_refused(made: Path, tmp_path: Path) -> None:
     target = checkpoint_of(made, tmp_path)
     path = unlinked(target / "tokenizer.model")
     path.write_bytes(path.read_bytes() + b"\0")
@@ -310,13 +312,15 @@ def test_a_checkpoints_tokenizer_is_the_one_that_it_was_trained_with(
 
 @pytest.mark.parametrize("mark", ["best", "latest"])
 @pytest.mark.parametrize("name", ["../../other/checkpoints/step-00000030", "/", "", "x" * 5000])
-def test_a_mark_names_a_checkpoint_beside_it_only(
+def test_a_mark_that_names_no_checkpoint_of_its_folder_is_refused(
     name: str, mark: str, made: Path, tmp_path: Path
 ) -> None:
     path = checkpoint_of(made, tmp_path).parent / mark
     path.write_text(name)
     for read in (find_checkpoint, base_shape, model_folder):
-        with pytest.raises(CheckpointCorruptError, match="does not name a checkpoint beside it"):
+        with pytest.raises(
+            CheckpointCorruptError, match="does not name a checkpoint in its folder"
+        ):
             read(path)  # type: ignore[operator]
 
 
@@ -339,7 +343,7 @@ _VALUES = st.recursive(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(st.sampled_from(_META_FIELDS), _VALUES, min_size=1, max_size=3))
-def test_a_checkpoints_description_is_refused_or_read(
+def test_metadata_with_any_values_is_refused_or_read(
     changes: dict[str, Any], made: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     target = checkpoint_of(made, tmp_path_factory.mktemp("mutated"))
@@ -353,7 +357,7 @@ def test_a_checkpoints_description_is_refused_or_read(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_configs_key_with_any_value_is_refused_or_read(
+def test_a_config_json_with_any_value_is_refused_or_read(
     data: st.DataObject, made: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     kind = data.draw(st.sampled_from(["full", "hf", "foreign"]))

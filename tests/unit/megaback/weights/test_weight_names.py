@@ -1,4 +1,4 @@
-"""Weights that nothing reads, weights that nothing wrote, and a config that says otherwise."""
+"""Unexpected, missing and mismatched weights in a model folder."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Change = Callable[[Weights], object]
 
 
 def nothing(weights: Weights) -> None:
-    """The model as it is."""
+    """Leave the model unchanged."""
 
 
 def head_of_its_own(weights: Weights) -> None:
@@ -60,7 +60,7 @@ def narrow_norm(weights: Weights) -> None:
 WRONG = {
     "head": (head_of_its_own, "lm_head.weight"),
     "frequencies": (frequencies(5e5), "rope_theta 10000"),
-    "bias": (bias, r"q_proj.bias of shape \[32\] is read by nothing"),
+    "bias": (bias, r"q_proj.bias of shape \[32\] is unexpected"),
     "missing": (no_norm, "model.norm.weight is missing"),
     "shape": (narrow_norm, r"model.norm.weight has shape \[31\], not \[32\]"),
 }
@@ -68,7 +68,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCodec]) -> Path:
-    """A tied Llama of somebody else."""
+    """A Llama of another library, with tied embeddings."""
     folder = tmp_path_factory.mktemp("stock")
     write_checkpoint(folder / "run", codec(), tie_embeddings=True, qk_norm=False)
     convert(folder / "run", folder / "model", "hf", "float32")
@@ -98,7 +98,7 @@ def base_of(folder: Path, codec: TextCodec) -> ReverseGPT:
 
 
 @pytest.mark.parametrize(("change", "named"), WRONG.values(), ids=WRONG)
-def test_every_reader_refuses_weights_that_are_not_the_configs(
+def test_every_reader_refuses_weights_that_do_not_match_the_config(
     change: Change, named: str, stock: Path, tmp_path: Path, codec: Callable[..., TextCodec]
 ) -> None:
     folder = changed(stock, tmp_path / "model", change)
@@ -114,7 +114,7 @@ def test_every_reader_refuses_weights_that_are_not_the_configs(
 
 
 @pytest.mark.parametrize("change", [head_twice, frequencies(1e4)], ids=["head", "frequencies"])
-def test_what_a_file_says_twice_may_be_there(
+def test_redundant_tensors_that_agree_are_accepted(
     change: Change, stock: Path, tmp_path: Path, codec: Callable[..., TextCodec]
 ) -> None:
     model = base_of(changed(stock, tmp_path / "model", change), codec())
@@ -123,13 +123,13 @@ def test_what_a_file_says_twice_may_be_there(
 
 
 @pytest.mark.parametrize("other", ["model-00001-of-00002.safetensors", "adapter_model.safetensors"])
-def test_a_file_of_weights_that_would_not_be_read_is_told(
+def test_a_weight_file_that_would_not_be_read_is_reported(
     other: str, stock: Path, tmp_path: Path
 ) -> None:
     folder = changed(stock, tmp_path / "model", head_twice)
     save_file({"more": torch.ones(3)}, folder / other)
 
-    with pytest.raises(CheckpointCorruptError, match=f"holds {other} beside model.safetensors"):
+    with pytest.raises(CheckpointCorruptError, match=f"contains {other} beside model.safetensors"):
         open_source(folder)
 
 
@@ -142,17 +142,17 @@ def test_a_tensor_in_two_files_is_refused(stock: Path, tmp_path: Path) -> None:
     index = {"weight_map": {"model.norm.weight": names[0], EMBEDDINGS: names[1]}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    with pytest.raises(CheckpointCorruptError, match=f"{names[1]} holds .* and so does another"):
+    with pytest.raises(CheckpointCorruptError, match=f"{names[1]} contains .* and so does another"):
         open_source(folder)
 
 
-def test_a_model_with_code_of_its_own_is_refused(stock: Path, tmp_path: Path) -> None:
+def test_a_model_with_custom_code_is_refused(stock: Path, tmp_path: Path) -> None:
     folder = changed(stock, tmp_path / "model", nothing)
     fields = json.loads((folder / "config.json").read_text())
     fields["auto_map"] = {"AutoModelForCausalLM": "modeling_theirs.TheirModel"}
     (folder / "config.json").write_text(json.dumps(fields))
 
-    with pytest.raises(RunMismatchError, match="code of its own"):
+    with pytest.raises(RunMismatchError, match="custom model code"):
         read_description(folder)
 
 
@@ -169,5 +169,5 @@ def test_a_checkpoint_with_weights_of_another_model_is_refused(
     meta["files"][name] = size_and_hash(target / name)
     (target / "meta.json").write_text(json.dumps(meta))
 
-    with pytest.raises(CheckpointCorruptError, match=r"up_proj.weight is read by nothing"):
+    with pytest.raises(CheckpointCorruptError, match=r"up_proj.weight is unexpected"):
         open_source(target)
