@@ -112,7 +112,7 @@ def test_the_trainer_has_each_row_of_a_step_on_one_rank(
 
 def test_the_trainer_without_a_rank_is_refused_on_every_rank(ranks: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(ranks):
-        assert "`rank` and `world_size` are needed with Accelerate" in str(found["refused"])
+        assert "`rank` and `world_size` are required with Accelerate" in str(found["refused"])
         assert f"else {rank} and 2" in str(found["refused"])
 
 

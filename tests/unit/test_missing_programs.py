@@ -145,7 +145,7 @@ def test_an_unknown_first_node_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(rendezvous, "_NAME_WAIT_S", 0.0)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(LaunchError, match=r"gpu-a001, is not known .* set MASTER_ADDR"):
+    with pytest.raises(LaunchError, match=r"gpu-a001, cannot be resolved .* set MASTER_ADDR"):
         rendezvous.require_known("gpu-a001")
 
 

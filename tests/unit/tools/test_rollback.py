@@ -166,7 +166,7 @@ def test_where_copies_cannot_be_set_back_nothing_is_done(
     )
     monkeypatch.setattr(CopyTarget, "_names", lambda _: ["step-00000030"])
 
-    with pytest.raises(StorageError, match="nothing was changed in the run"):
+    with pytest.raises(StorageError, match="the run was not changed"):
         roll_back(run, 10)
 
 
