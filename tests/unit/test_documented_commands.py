@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from itertools import dropwhile, pairwise
 from pathlib import Path
@@ -44,15 +45,16 @@ BY_FILE = {
     "finetune.sbatch": ["train"],
 }
 """Commands whose options the shipped files forward."""
+SHELLS = ("", "bash", "console", "sh", "shell")
 _OPERATORS = re.compile(r"[;|&<>()]+")
 _PLACEHOLDER = re.compile(r"…|\$?[A-Z][A-Z0-9]*")
 
 
-def fenced(text: str, language: str = "") -> Iterator[str]:
-    """The code blocks of a page in the given language."""
-    for found, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        if found == language:
-            yield block
+def fenced(text: str, *languages: str) -> Iterator[str]:
+    """The blocks of a page in one of these languages."""
+    for found, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+        if found in languages:
+            yield textwrap.dedent(block)
 
 
 def simple_commands(block: str) -> Iterator[list[str]]:
@@ -167,7 +169,7 @@ def has_placeholder(value: object) -> bool:
 
 
 def all_commands(text: str) -> list[list[str]]:
-    return [words for block in fenced(text) for words in simple_commands(block)]
+    return [words for block in fenced(text, *SHELLS) for words in simple_commands(block)]
 
 
 def other_commands(prose: str) -> list[list[str]]:
