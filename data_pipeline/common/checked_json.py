@@ -79,7 +79,7 @@ def checked(name: str, value: Any, hint: Any) -> Any:
     try:
         return _converted(value, hint)
     except TypeError:
-        raise ValueError(f"{name} is {briefly(value)}") from None
+        raise ValueError(f"{name} is {briefly(value)}, which has the wrong type") from None
 
 
 def require_within(name: str, value: int, minimum: int, maximum: int) -> None:

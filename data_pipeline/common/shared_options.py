@@ -1,6 +1,6 @@
 """Options that commands of several packages share: a name has one meaning and one declaration.
 
-Others are beside what they decide: `overwrite_option` in `output_paths`, the options of sources in
+Other shared options: `overwrite_option` in `output_paths`, the options of sources in
 `sources.record_limits` and `sources.weighted`, those of a build in `build.options`, and those of a
 model in `tools.model_options`.
 """

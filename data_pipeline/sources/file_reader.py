@@ -109,7 +109,7 @@ def holds_records(address: str, max_record_bytes: int) -> bool:
 def refused(address: str, error: OSError) -> SourceUnreadableError:
     """The error for a file that the operating system or a server refuses to read."""
     return SourceUnreadableError(
-        f"{address}: {error.strerror or error}; check that the file is there and may be read"
+        f"{address}: {error.strerror or error}; check that the file exists and is readable"
     )
 
 

@@ -11,7 +11,7 @@ def require_html_reader() -> None:
         import trafilatura  # noqa: F401
     except ImportError as error:
         raise BackendError(
-            f"`html` needs trafilatura ({error}): pip install 'megaback[html]'"
+            f"`html` needs trafilatura ({error}); install it with `pip install 'megaback[html]'`"
         ) from None
 
 

@@ -158,8 +158,9 @@ def _builder(path: str) -> Any:
             require_within(addresses, root, f"hf:{path}")
         if _SPLIT not in (builder.config.data_files or {}):
             raise SourceMissingError(
-                f"hf:{path}: it has no split {_SPLIT!r}; "
-                f"the splits are {shown_names(builder.config.data_files or ['unknown'])}"
+                f"hf:{path}: it has no split {_SPLIT!r}; the splits are "
+                f"{shown_names(builder.config.data_files or ['unknown'])}: name a config or "
+                "data set that has it"
             )
         return builder
 

@@ -70,7 +70,7 @@ def open_file_system(url: str) -> tuple[Any, str]:
             file_system, path = fsspec.url_to_fs(url)
         except ImportError as error:
             raise BackendError(
-                f"{shown}: {reason_of(error)}; install the package, which {protocol}:// needs"
+                f"{shown}: {protocol}:// needs a package that is not installed; {reason_of(error)}"
             ) from None
         except ValueError as error:
             raise SourceMissingError(f"{shown}: {reason_of(error)}; check the address") from None

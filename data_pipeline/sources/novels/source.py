@@ -1,6 +1,6 @@
-"""English prose that comes with megaback: six novels of Jane Austen, and Moby Dick.
+"""English novels included in megaback: six by Jane Austen, and Moby Dick.
 
-One document is one chapter. README.md says where the texts are from.
+One document is one chapter. README.md lists the origins of the texts.
 """
 
 import bz2
@@ -39,7 +39,8 @@ def read_novels_slice(piece: Slice) -> Iterator[Document]:
     files = _files()
     if piece.path not in files:
         raise SourceUnreadableError(
-            f"novels: there is no {piece.path!r} among {', '.join(files)}; list the source again"
+            f"novels: no novel {piece.path!r}; the novels are {', '.join(files)}: "
+            "list the source again"
         )
     stored = files[piece.path].read_bytes()
     require_stamp(piece, _stamp(stored))
