@@ -21,7 +21,7 @@ from launcher.ranks.local import (
     rank_environment,
     reasons,
     start_rank,
-    stay_with,
+    wait_for_ranks,
 )
 
 _CHUNK_BYTES = 1 << 16
@@ -48,7 +48,7 @@ def run_order(channel: IO[bytes]) -> int:
 
     for thread in forwarding:
         thread.start()
-    ended, _ = stay_with(start_all())
+    ended, _ = wait_for_ranks(start_all())
     for pipe in pipes:
         os.close(pipe[1])
     for thread in forwarding:

@@ -30,7 +30,7 @@ from launcher.ranks.local import (
     rank_environment,
     rank_names,
     start_rank,
-    stay_with,
+    wait_for_ranks,
 )
 from megaback.environment import HOST_VARIABLE
 
@@ -181,7 +181,7 @@ def run_on_hosts(
                 places.append(host.name)
                 yield start_rank(command, {**environment, **one})
 
-    ended, signals = stay_with(start_all())
+    ended, signals = wait_for_ranks(start_all())
     return [code for _, code in ended], [places[number] for number, _ in ended], signals
 
 

@@ -97,7 +97,7 @@ def run_ranks(
         for names in rank_names(processes):
             yield start_rank(command, {**environment, **names})
 
-    ended, signals = stay_with(start_all())
+    ended, signals = wait_for_ranks(start_all())
     return [code for _, code in ended], signals
 
 
@@ -120,7 +120,7 @@ def start_rank(
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def stay_with(starting: Iterable[Running]) -> tuple[list[tuple[int, int]], list[int]]:
+def wait_for_ranks(starting: Iterable[Running]) -> tuple[list[tuple[int, int]], list[int]]:
     """Start ranks one after another, wait for all, and pass on every signal meanwhile.
 
     Returns the index and exit code of each, in the order in which they ended, and the received

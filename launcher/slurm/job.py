@@ -37,7 +37,7 @@ LIMIT_VARIABLE = "MEGABACK_REQUEUE_LIMIT"
 DEFAULT_LIMIT = 20
 REPLACE_VARIABLE = "MEGABACK_REPLACE_BAD_NODES"
 JOB_EVENT = "job"
-FRUITLESS_STARTS = 3
+MAX_STARTS_WITHOUT_PROGRESS = 3
 """Number of starts without a new checkpoint after which a job is not requeued."""
 
 
@@ -107,15 +107,15 @@ def why_requeue(
     cause = "time limit near" if at_limit else "a rank was lost"
     if is_replacing:
         cause = f"excluding {', '.join(bad_nodes)}"
-    fruitless = 0
+    num_starts = 0
     for line in reversed(events_of_job(run, job, JOB_EVENT)):
         if line.get("step") != step:
             break
-        fruitless += 1
-    if fruitless >= FRUITLESS_STARTS:
+        num_starts += 1
+    if num_starts >= MAX_STARTS_WITHOUT_PROGRESS:
         advice = "give it more --time" if at_limit else f"see {run}/{EXIT_NAME}"
         return False, (
-            f"{cause}; the job has started {fruitless} times at step {step} without a newer "
+            f"{cause}; the job has started {num_starts} times at step {step} without a newer "
             f"checkpoint, so it is not requeued: {advice}, or lower checkpoint.every_steps"
         )
     failures = num_failures(run, job, restarts)

@@ -23,7 +23,7 @@ from megaback.faults.exit_record import read_history
 from megaback.faults.run_state import assess_run
 from megaback.tracking.run_progress import jobs_of, read_progress, runs_below
 
-_JOBS_LOOKED_AT = 8
+_MAX_JOBS = 8
 _HEADS = ("RUN", "JOB", "STATE", "RESTARTS", "STEP", "LOSS", "TO TRAIN", "JOB ENDS IN", "WHY")
 
 
@@ -64,7 +64,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 def rows_of_run(run: Path) -> list[Row]:
     """A run with each of its active jobs; with its newest if none is active."""
-    known = list(jobs_of(run).items())[-_JOBS_LOOKED_AT:]
+    known = list(jobs_of(run).items())[-_MAX_JOBS:]
     found = [(job, stage, find_job(job)) for job, stage in known]
     row = _row_of(run)
     shown = [entry for entry in found if entry[2] is not None and not entry[2].is_over]

@@ -50,12 +50,12 @@ from megaback.run_folder import CONFIG_COPY_NAME, LOGS_FOLDER
 from megaback.tracking.run_progress import jobs_of
 
 _SBATCH_FILES = {"data": "build_shards.sbatch", "convert": "convert.sbatch"}
-_JOBS_LOOKED_AT = 20
+_MAX_JOBS = 20
 
 
 def require_no_job(run: Path) -> None:
     """Require that no job of a run is pending or running. Raises LaunchError."""
-    for job, stage in list(jobs_of(run).items())[-_JOBS_LOOKED_AT:]:
+    for job, stage in list(jobs_of(run).items())[-_MAX_JOBS:]:
         found = find_job(job)
         if found is not None and not found.is_over:
             raise LaunchError(

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from data_pipeline.text.codec import TextCodec
-from megaback.inference.kv_cache import KeyValueCache, LayerState, Reach
+from megaback.inference.kv_cache import CacheView, KeyValueCache, LayerState
 from megaback.inference.steps import Steps
 from megaback.model.compiler import require_compiler
 from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
@@ -71,17 +71,17 @@ class Decoder:
         self.device, self.dtype = weight.device, weight.dtype
         # On a CPU attention in bf16 is slower than in fp32, in which the keys are computed anyway.
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        pack = _side_by_side
+        pack = _unpacked
         if takes_over:
             is_one_row = usual_rows == 1 and self.dtype is torch.float32
             packs = not compiled and _can_pack(self.device, self.dtype)
-            pack = (_turned if is_one_row else _packed) if packs else _stacked
+            pack = (_transposed if is_one_row else _packed) if packs else _stacked
         self._embedding_VD = model.model.embed_tokens.weight.detach()
         self._head = pack([model.lm_head])
         self._layers = []
         for block in model.model.layers:
             assert isinstance(block, Block)
-            self._layers.append(_laid_out(block, pack))
+            self._layers.append(_packed_layer(block, pack))
             if takes_over:  # only one layer's weights are in memory twice
                 _release_weights(block)
         self._norm_D = model.model.norm.weight.detach()
@@ -90,7 +90,7 @@ class Decoder:
         # Rotation adds the other half, times a sine that is negative for the first half.
         signs_E = torch.ones(self.shape.head_dim, device=self.device)
         signs_E[: self.shape.head_dim // 2] = -1
-        self._turns = (rotary.cos_T1E, rotary.sin_T1E * signs_E)
+        self._rotation = (rotary.cos_T1E, rotary.sin_T1E * signs_E)
         if compiled:
             require_compiler(self.device.type, "`compiled`")
         self._step = torch.compile(self._step_eagerly, dynamic=True) if compiled else None
@@ -158,65 +158,65 @@ class Decoder:
         ids_B = torch.tensor(ids, device=self.device)
         positions_B = torch.tensor(cache.lengths, device=self.device)
         if self._step is None:
-            logits_BV = self._step_eagerly(ids_B, positions_B, cache.reach())
+            logits_BV = self._step_eagerly(ids_B, positions_B, cache.view())
         else:
-            logits_BV = self._step(ids_B, positions_B, cache.whole_reach())
+            logits_BV = self._step(ids_B, positions_B, cache.full_view())
         cache.advance()
         return logits_BV
 
-    def _step_eagerly(self, ids_B: Tensor, positions_B: Tensor, reach: Reach) -> Tensor:
+    def _step_eagerly(self, ids_B: Tensor, positions_B: Tensor, view: CacheView) -> Tensor:
         def attend(layer: int, query_BHE: Tensor, key_BKE: Tensor, value_BKE: Tensor) -> Tensor:
-            keys_BKSE, values_BKSE = reach.layers[layer]
-            keys_BKSE[reach.place] = key_BKE.to(self.cache_dtype)
-            values_BKSE[reach.place] = value_BKE.to(self.cache_dtype)
+            keys_BKSE, values_BKSE = view.layers[layer]
+            keys_BKSE[view.place] = key_BKE.to(self.cache_dtype)
+            values_BKSE[view.place] = value_BKE.to(self.cache_dtype)
             # Queries that share a key head take the place of a sequence of queries.
             query_BKGE = query_BHE.reshape(len(key_BKE), key_BKE.shape[1], -1, self.shape.head_dim)
             attended_BKGE = F.scaled_dot_product_attention(
-                query_BKGE.to(self.cache_dtype), keys_BKSE, values_BKSE, attn_mask=reach.visible
+                query_BKGE.to(self.cache_dtype), keys_BKSE, values_BKSE, attn_mask=view.visible
             )
             return attended_BKGE.flatten(1, 2)
 
-        cos_T1E, sin_T1E = self._turns
-        turns = cos_T1E[positions_B], sin_T1E[positions_B]
-        return self._head(self._hidden(ids_B, turns, attend)).float()
+        cos_T1E, sin_T1E = self._rotation
+        rotation = cos_T1E[positions_B], sin_T1E[positions_B]
+        return self._head(self._hidden(ids_B, rotation, attend)).float()
 
     def _row_steps(self, ids: Sequence[int], attend: _Attend) -> Steps[Tensor]:
         """Hidden states of a new row: shape (N, D). A step is a layer."""
-        cos_T1E, sin_T1E = self._turns
-        turns = cos_T1E[: len(ids)], sin_T1E[: len(ids)]
+        cos_T1E, sin_T1E = self._rotation
+        rotation = cos_T1E[: len(ids)], sin_T1E[: len(ids)]
         ids_N = torch.tensor(ids, device=self.device)
         hidden_ND = F.embedding(ids_N, self._embedding_VD)
         for number in range(len(self._layers)):
-            hidden_ND = self._after_layer(number, hidden_ND, turns, attend)
+            hidden_ND = self._after_layer(number, hidden_ND, rotation, attend)
             yield
         return _normed(hidden_ND, self._norm_D, self.shape.norm_epsilon)
 
-    def _hidden(self, ids_N: Tensor, turns: tuple[Tensor, Tensor], attend: _Attend) -> Tensor:
+    def _hidden(self, ids_N: Tensor, rotation: tuple[Tensor, Tensor], attend: _Attend) -> Tensor:
         """Hidden states after the final norm: shape (N, D)."""
         hidden_ND = F.embedding(ids_N, self._embedding_VD)
         for number in range(len(self._layers)):
-            hidden_ND = self._after_layer(number, hidden_ND, turns, attend)
+            hidden_ND = self._after_layer(number, hidden_ND, rotation, attend)
         return _normed(hidden_ND, self._norm_D, self.shape.norm_epsilon)
 
     def _after_layer(
-        self, number: int, hidden_ND: Tensor, turns: tuple[Tensor, Tensor], attend: _Attend
+        self, number: int, hidden_ND: Tensor, rotation: tuple[Tensor, Tensor], attend: _Attend
     ) -> Tensor:
         """Hidden states after a layer, from those before it: shape (N, D)."""
         shape, layer = self.shape, self._layers[number]
         epsilon = shape.norm_epsilon
-        num_turned = shape.num_heads + shape.kv_heads
-        cos_N1E, sin_N1E = turns
+        num_rotated = shape.num_heads + shape.kv_heads
+        cos_N1E, sin_N1E = rotation
         normed_ND = _normed(hidden_ND, layer.attention_norm_D, epsilon)
         projected_ND = layer.query_key_value(normed_ND)
         projected_NHE = projected_ND.view(len(hidden_ND), -1, shape.head_dim)
-        turned_NHE = projected_NHE[:, :num_turned]
+        rotated_NHE = projected_NHE[:, :num_rotated]
         if layer.query_key_norm_HE is not None:
-            turned_NHE = _normed(turned_NHE, layer.query_key_norm_HE, epsilon)
-        turned_NHE = turned_NHE.float()
-        swapped_NHE = turned_NHE.roll(shape.head_dim // 2, dims=-1)
-        turned_NHE = torch.addcmul(turned_NHE * cos_N1E, swapped_NHE, sin_N1E).to(self.dtype)
-        query_NHE, key_NKE = turned_NHE[:, : shape.num_heads], turned_NHE[:, shape.num_heads :]
-        attended_NHE = attend(number, query_NHE, key_NKE, projected_NHE[:, num_turned:])
+            rotated_NHE = _normed(rotated_NHE, layer.query_key_norm_HE, epsilon)
+        rotated_NHE = rotated_NHE.float()
+        swapped_NHE = rotated_NHE.roll(shape.head_dim // 2, dims=-1)
+        rotated_NHE = torch.addcmul(rotated_NHE * cos_N1E, swapped_NHE, sin_N1E).to(self.dtype)
+        query_NHE, key_NKE = rotated_NHE[:, : shape.num_heads], rotated_NHE[:, shape.num_heads :]
+        attended_NHE = attend(number, query_NHE, key_NKE, projected_NHE[:, num_rotated:])
         hidden_ND = hidden_ND + layer.output(attended_NHE.flatten(1).to(self.dtype))
         normed_ND = _normed(hidden_ND, layer.mlp_norm_D, epsilon)
         gate_NF, up_NF = layer.gate_up(normed_ND).chunk(2, dim=-1)
@@ -242,7 +242,7 @@ def _normed(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return F.rms_norm(hidden.float(), size, eps=epsilon).to(hidden.dtype) * weight
 
 
-def _laid_out(block: Block, pack: Callable[[list[nn.Linear]], Product]) -> _Layer:
+def _packed_layer(block: Block, pack: Callable[[list[nn.Linear]], Product]) -> _Layer:
     attention: Attention = block.self_attn
     norms_HE = None
     if attention.q_norm is not None and attention.k_norm is not None:
@@ -267,7 +267,7 @@ def _release_weights(block: Block) -> None:
             module.weight = nn.Parameter(torch.empty(0))
 
 
-def _side_by_side(matrices: list[nn.Linear]) -> Product:
+def _unpacked(matrices: list[nn.Linear]) -> Product:
     weights = [matrix.weight.detach() for matrix in matrices]
     return lambda hidden_ND: torch.cat([F.linear(hidden_ND, weight) for weight in weights], dim=-1)
 
@@ -284,7 +284,7 @@ def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _turned(matrices: list[nn.Linear]) -> Product:
+def _transposed(matrices: list[nn.Linear]) -> Product:
     """Transposed, which is faster than `F.linear` for one row in fp32 with many outputs."""
     stacked = torch.cat([matrix.weight.detach() for matrix in matrices])
     if len(stacked) < stacked.shape[1]:

@@ -59,23 +59,23 @@ class DevicePool:
                     ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_worker)
                     for _ in devices
                 ]
-        self._turns = cycle(range(len(devices)))
+        self._next_devices = cycle(range(len(devices)))
 
     def submit(self, continuations: Sequence[Continuation]) -> "Future[list[float]]":
         """Start computing log P(written | given) of each, on the next device.
 
         Raises LaunchError if its process was killed.
         """
-        turn = next(self._turns)
+        number = next(self._next_devices)
         if self._pools:
-            call = (str(self._folder), self._devices[turn], continuations)
+            call = (str(self._folder), self._devices[number], continuations)
             others = set(active_children())
             try:
                 with (
                     safe_child_imports(),
                     signals_deferred(),
                 ):  # the first call starts a process
-                    running = self._pools[turn].submit(_on_device, *call)
+                    running = self._pools[number].submit(_on_device, *call)
                     self._processes |= set(active_children()) - others
                 return running
             except BrokenProcessPool:

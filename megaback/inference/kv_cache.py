@@ -19,7 +19,7 @@ LayerState = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Reach:
+class CacheView:
     """The part of the cache that a step over all rows reads and writes."""
 
     layers: list[LayerState]
@@ -70,27 +70,27 @@ class KeyValueCache:
             self._values[:, row, :, :length] = self._values[:, last, :, :length]
             self.lengths[row] = length
 
-    def reach(self) -> Reach:
+    def view(self) -> CacheView:
         """Slots up to the longest row's next one; no mask if all rows have that length."""
         length = max(self.lengths)
         if min(self.lengths) < length:
             return self._masked(length + 1)
         every = slice(None)
-        return Reach(self._layers(length + 1), (every, every, length), None)
+        return CacheView(self._layers(length + 1), (every, every, length), None)
 
-    def whole_reach(self) -> Reach:
+    def full_view(self) -> CacheView:
         """All slots, masked: a compiled step sees the same shape at every length."""
         return self._masked(self.capacity_tokens)
 
     def advance(self) -> None:
-        """Count a token per row, after it was written at the place of `reach`."""
+        """Count a token per row, after it was written at the place of `view`."""
         self.lengths = [length + 1 for length in self.lengths]
 
-    def _masked(self, stop: int) -> Reach:
+    def _masked(self, stop: int) -> CacheView:
         lengths_B = torch.tensor(self.lengths, device=self._slots_S.device)
         rows_B = torch.arange(len(self.lengths), device=self._slots_S.device)
         visible = (self._slots_S[:stop] <= lengths_B[:, None])[:, None, None]
-        return Reach(self._layers(stop), (rows_B, slice(None), lengths_B), visible)
+        return CacheView(self._layers(stop), (rows_B, slice(None), lengths_B), visible)
 
     def _layers(self, stop: int) -> list[LayerState]:
         rows = len(self.lengths)

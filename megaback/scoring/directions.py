@@ -36,12 +36,12 @@ class Markers:
     begin_id: int
     end_id: int
 
-    def turned(self, ids: Ids) -> Ids:
+    def reversed(self, ids: Ids) -> Ids:
         """Ids in reverse order, with the markers exchanged."""
-        turned = ids[::-1].copy()
-        begins, ends = turned == self.begin_id, turned == self.end_id
-        turned[begins], turned[ends] = self.end_id, self.begin_id
-        return turned
+        flipped = ids[::-1].copy()
+        begins, ends = flipped == self.begin_id, flipped == self.end_id
+        flipped[begins], flipped[ends] = self.end_id, self.begin_id
+        return flipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def documents_of(data_set: DataSet, split: str) -> Iterator[Ids]:
         with data_set.open_shard(entry) as shard:
             for stored in shard.documents():
                 ids = stored.astype(np.int64)
-                yield markers.turned(ids) if is_backward else ids
+                yield markers.reversed(ids) if is_backward else ids
 
 
 def windows_of(number: int, ids: Ids, context_tokens: int) -> list[Window]:
@@ -148,7 +148,7 @@ def measure(
     is_backward = direction is Direction.BACKWARD
     for first in range(0, len(order), _WINDOWS_AT_ONCE):
         at_once = order[first : first + _WINDOWS_AT_ONCE]
-        read = [markers.turned(one.ids) if is_backward else one.ids for one in at_once]
+        read = [markers.reversed(one.ids) if is_backward else one.ids for one in at_once]
         continuations = [Continuation([int(ids[0])], ids[1:].tolist()) for ids in read]
         found = token_log_probabilities(model, continuations)
         for window, ids, log_probabilities_W in zip(at_once, read, found, strict=True):

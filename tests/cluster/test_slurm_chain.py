@@ -96,7 +96,7 @@ def test_jobs_after_a_failed_build_are_canceled(
         (("--nodes=3",), 11, "not divisible by 3 ranks; use 9 rows"),
         (("--nodes=8",), 13, "Slurm refuses the train job"),
         (("--nodes=2", "--partition=absent"), 13, "`sinfo` lists the partitions"),
-        (("--gpus",), 10, "hardware.device is cpu, and --gpus was given"),
+        (("--gpus",), 10, "hardware.device is cpu, but --gpus was given"),
         (("hardware.device=cuda", "--device-name=h101"), 10, "unknown device 'h101'"),
         (
             ("hardware.device=cuda", "--device-name=l4-24gb", "model.width=16384"),

@@ -167,7 +167,7 @@ class Infiller:
     def read(self, beginning: str, ending: str, max_new_tokens: int) -> InfillPrompts:
         """Prompts of a gap of up to `max_new_tokens`. Raises PromptError."""
         gap = InfillPrompts.between(self.forward.codec, self.backward.codec, beginning, ending)
-        # Each prompt has a marker, and lacks the piece that it holds back.
+        # Each prompt has a marker, and lacks the token that it holds back.
         lengths = len(gap.before), len(gap.after)
         if sum(lengths) + max_new_tokens > self.context_tokens:
             raise PromptError(

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, LaunchError, PreflightError
 from launcher.slurm.job import (
-    FRUITLESS_STARTS,
     LIMIT_VARIABLE,
+    MAX_STARTS_WITHOUT_PROGRESS,
     main,
     nodes_to_replace,
     num_failures,
@@ -58,10 +58,10 @@ def test_a_job_with_a_newer_checkpoint_is_requeued(tmp_path: Path, code: int) ->
 @pytest.mark.parametrize("code", [SAVED, KILLED_BY_USR1, LOST])
 def test_a_job_without_progress_is_requeued_only_twice(tmp_path: Path, code: int) -> None:
     answers = []
-    for _ in range(FRUITLESS_STARTS):
+    for _ in range(MAX_STARTS_WITHOUT_PROGRESS):
         start(tmp_path, 40)
         answers.append(is_requeued(tmp_path, code, near=True))
-    assert answers == [True] * (FRUITLESS_STARTS - 1) + [False]
+    assert answers == [True] * (MAX_STARTS_WITHOUT_PROGRESS - 1) + [False]
     _, sentence = why_requeue(tmp_path, JOB, 2, 20, code, True)
     assert sentence is not None
     assert "3 times at step 40" in sentence

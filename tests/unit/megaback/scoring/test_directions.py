@@ -96,11 +96,11 @@ def test_windows_of_a_reversed_document_are_its_windows_reversed(
 @given(texts)
 def test_reversing_every_document_only_exchanges_the_models(given_texts: Texts) -> None:
     documents = [document(text) for text in given_texts]
-    turned = [MARKERS.turned(ids) for ids in documents]
+    flipped = [MARKERS.reversed(ids) for ids in documents]
 
     for model in (FIRST, SECOND):
         there, _ = losses_of(model, Direction.FORWARD, documents)
-        back, _ = losses_of(model, Direction.BACKWARD, turned)
+        back, _ = losses_of(model, Direction.BACKWARD, flipped)
 
         assert there.whole.nats_N == pytest.approx(back.whole.nats_N, rel=1e-5)
         assert there.nats_of_context_NB == pytest.approx(back.nats_of_context_NB, rel=1e-5)
@@ -120,7 +120,7 @@ def test_the_loss_of_a_short_document_is_its_negative_log_probability(
 
         assert num_windows == len(documents)
         for number, ids in enumerate(documents):
-            read = ids if direction is Direction.FORWARD else MARKERS.turned(ids)
+            read = ids if direction is Direction.FORWARD else MARKERS.reversed(ids)
             ids_T = torch.from_numpy(read)
             with torch.no_grad():
                 logits_TV = FIRST.logits(
