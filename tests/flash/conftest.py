@@ -1,11 +1,11 @@
-"""Lets flash-attn take tensors on a CPU, as it can where its Triton kernels are interpreted."""
+"""Makes flash-attn accept CPU tensors, for interpreted Triton kernels."""
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_on_cpu() -> None:
-    """flash-attn registers its operators for CUDA alone, whatever runs them."""
+    """Register flash-attn's operators, which it registers for CUDA only, for the CPU."""
     from flash_attn import flash_attn_interface
 
     for name in ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"):

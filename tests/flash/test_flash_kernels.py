@@ -1,8 +1,8 @@
 """flash-attn's varlen kernels, through our interface, against attention from its definition.
 
-They run on a CPU under Triton's interpreter, in the venv of `make flash-test`. The reference takes
-one document at a time, in float64, and shares no code with either backend. Nothing here is in bf16,
-which the interpreter computes wrongly.
+They run on a CPU under Triton's interpreter, in the venv of `make flash-test`. The reference
+computes one document at a time, in float64, and shares no code with either backend. No test is in
+bf16, which the interpreter computes wrongly.
 
 Shapes: T packed tokens, H query heads, K key and value heads, E head dimension; Q and S are the
 tokens of one document, as queries and as keys.
@@ -29,7 +29,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 
 class Packed(NamedTuple):
-    """What a backend is given, and the gradient of what it returns."""
+    """Arguments of a backend, and the gradient of its output."""
 
     query_THE: Tensor
     key_TKE: Tensor
@@ -46,7 +46,7 @@ class Attended(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """Documents of these lengths, one after another; `redrawn` has other contents than before."""
+    """Packed documents of these lengths; the contents of `redrawn` are drawn again."""
 
     lengths: tuple[int, ...]
     num_heads: int = 4
@@ -87,7 +87,7 @@ def random_case(seed: int) -> Case:
 def reference_attention(
     query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, lengths: tuple[int, ...]
 ) -> Tensor:
-    """softmax(q k' / sqrt(D)) v over the tokens up to each, one document at a time."""
+    """softmax(q k' / sqrt(D)) v over the tokens up to each one, per document."""
     groups = query_THE.shape[1] // key_TKE.shape[1]
     documents = zip(
         query_THE.split(lengths),
@@ -120,7 +120,7 @@ def through(backend: AttentionBackend, case: Case) -> Attended:
 
 @cache
 def flash(case: Case) -> Attended:
-    """Interpreting takes a second, so that tests share what it gave."""
+    """Result of flash-attn, cached for all tests, as interpretation takes a second."""
     return through(flash_attention, case)
 
 
@@ -130,7 +130,7 @@ def exact(case: Case) -> Attended:
 
 
 def largest_error(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
-    """The largest difference of any number; NaN, which is below no bound, where anything is NaN."""
+    """The largest absolute difference; NaN, which is below no bound, if any value is NaN."""
     pairs = zip(one, other, strict=True)
     errors = torch.stack([(a.double() - b.double()).abs().max() for a, b in pairs])
     return errors.max().item()
@@ -158,7 +158,7 @@ every_document = pytest.mark.parametrize("document", range(len(UNEVEN.lengths)))
 
 
 @every_case
-def test_flash_attention_gives_what_the_definition_does(case: Case) -> None:
+def test_flash_attention_equals_the_definition(case: Case) -> None:
     assert largest_error(flash(case)[:1], exact(case)[:1]) < 2e-6
 
 
@@ -168,7 +168,7 @@ def test_flash_attention_has_the_gradients_of_the_definition(case: Case) -> None
 
 
 @every_half_case
-def test_flash_attention_in_fp16_gives_what_the_definition_does(case: Case) -> None:
+def test_flash_attention_in_fp16_equals_the_definition(case: Case) -> None:
     assert largest_error(flash(case)[:1], exact(case)[:1]) < 2e-3
 
 
@@ -178,7 +178,7 @@ def test_flash_attention_in_fp16_has_the_gradients_of_the_definition(case: Case)
 
 
 @every_case
-def test_the_two_backends_give_the_same(case: Case) -> None:
+def test_the_two_backends_have_the_same_output(case: Case) -> None:
     sdpa = through(sdpa_attention, case)
     assert largest_error(flash(case)[:1], sdpa[:1]) < 2e-6
 
@@ -195,13 +195,13 @@ def other_documents(tensor: Tensor, document: int) -> Tensor:
 
 
 @every_document
-def test_what_a_document_holds_changes_no_bit_of_the_output_of_others(document: int) -> None:
+def test_a_document_changes_no_bit_of_the_output_of_others(document: int) -> None:
     before, after = flash(UNEVEN), flash(replace(UNEVEN, redrawn=document))
     assert torch.equal(*(other_documents(run.output_THE, document) for run in (before, after)))
 
 
 @every_document
-def test_what_a_document_holds_changes_no_bit_of_the_gradients_of_others(document: int) -> None:
+def test_a_document_changes_no_bit_of_the_gradients_of_others(document: int) -> None:
     before, after = flash(UNEVEN), flash(replace(UNEVEN, redrawn=document))
     for one, other in zip(before[1:], after[1:], strict=True):
         assert torch.equal(other_documents(one, document), other_documents(other, document))

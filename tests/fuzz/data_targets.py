@@ -1,6 +1,6 @@
 """Targets without torch: data sets, builds, sources, addresses, configs and hostfiles.
 
-Each is made by a function of a folder that is its own, in which its seeds are written by megaback.
+Each is made by a function of its own folder, in which megaback writes its seeds.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ Factory = Callable[[Path], Target]
 
 
 def texts(number: int = 120) -> list[str]:
-    """Sentences of few words."""
+    """Sentences from a small vocabulary."""
     generator = random.Random(7)
     words = [
         "the",
@@ -83,7 +83,7 @@ def write_lines(path: Path, objects: Iterable[object]) -> Path:
 
 @cache
 def small_codec() -> TextCodec:
-    """That of a small tokenizer of those sentences."""
+    """The codec of a small tokenizer that is trained on those sentences."""
     with TemporaryDirectory() as folder:
         source = write_lines(Path(folder) / "texts.jsonl", ({"text": text} for text in texts()))
         train_tokenizer(str(source), Path(folder) / "tokenizer", 400)
@@ -151,7 +151,7 @@ def pack_shard(parts: dict[str, Any]) -> bytes:
 
 
 def read_shard(reader: ShardReader) -> None:
-    """Everything that a reader gives, but no more frames than a fuzzer has time for."""
+    """Read everything, but no more frames than a fuzzer has time for."""
     with reader:
         reader.document_tokens()
         reader.text_tokens()
@@ -175,7 +175,7 @@ def shard(folder: Path) -> Target:
 
 
 def with_fingerprint(data: bytes) -> bytes:
-    """A manifest whose fingerprint is that of its entries again, so that the rest is looked at."""
+    """A manifest with the fingerprint of its entries, so that its other fields are checked."""
     with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fields = json.loads(data)
         names = ("direction", "unit", "tokenizer_sha256", "frame_tokens")
@@ -254,13 +254,13 @@ def redactor(_folder: Path) -> Target:
     def run(data: bytes) -> None:
         text = data.decode("utf-8", "surrogateescape")
         shown = shown_url(text)
-        assert shown_url(shown) == shown, "what is shown is not shown as it is"
+        assert shown_url(shown) == shown, "a shown address changes when it is shown again"
         place_of(text)
         spans = secret_spans(text)
         assert all(0 <= start <= stop <= len(text) for start, stop in spans), spans
         cleaned = scrub(text)
-        assert scrub(cleaned) == cleaned, "what was scrubbed is scrubbed again"
-        # A login, and a value of a query, around whatever the input is.
+        assert scrub(cleaned) == cleaned, "a scrubbed text changes when it is scrubbed again"
+        # A login and a value of a query around the input.
         rest = "".join(one for one in text if one.isalnum() or one in "._~/-&=;?#:@+,%")[:200]
         for planted in (
             f"https://user:{_SECRET}@host/{rest}",
@@ -301,7 +301,7 @@ def config(folder: Path) -> Target:
 
     seeds = [one.read_bytes() for one in sorted((root / "configs").glob("*.yaml"))]
     seeds += [json.dumps(asdict_of(load_config(root / "configs/demo.yaml"))).encode()]
-    # A command says an error of the system in a sentence, too: a name may be too long for the disk.
+    # OSError is allowed: commands report it, and a name may be too long for the disk.
     return Target("config", run, seeds, mutate_json, (*ALLOWED, OSError))
 
 

@@ -1,8 +1,8 @@
-"""Runs a target on many inputs in one process, and keeps those that it does not stand.
+"""Fuzzing engine: runs a target on many inputs in one process, and keeps those that fail.
 
-Atheris guides the search by coverage where it is installed; otherwise inputs are mutated blindly.
-An input fails by any exception that its target does not allow, by more than 5 s of processor time,
-and by more than 1 GiB of memory. One that ends the process is found in `current`.
+Atheris guides the search by coverage if it is installed; otherwise inputs are mutated blindly. An
+input fails by any exception that its target does not allow, by more than 5 s of CPU time, and by
+more than 1 GiB of memory. One that ends the process remains in `current`.
 """
 
 import hashlib
@@ -25,22 +25,22 @@ MAX_SECONDS = 5.0
 MAX_BYTES = 1 << 30
 MAX_INPUT_BYTES = 1 << 16
 INPUTS_OF_A_FAILURE = 3
-"""That many inputs are kept of failures at the same line."""
+"""Maximum number of inputs kept per failing line."""
 _ROOT = Path(__file__).parents[2]
 _REPORT_INTERVAL_S = 0.5
 _SIZE = 8
-"""Bytes of the length that stands in `current` before an input."""
+"""Size in bytes of the length field before an input in `current`."""
 
 Mutate = Callable[[bytes, random.Random], bytes]
 
 
 class TooSlowError(BaseException):
-    """No `except Exception` of what is tried catches it."""
+    """Not an Exception, so that no handler of the target catches it."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Something that reads what strangers write."""
+    """A function that reads untrusted input, with its seeds and allowed errors."""
 
     name: str
     run: Callable[[bytes], None]
@@ -51,21 +51,21 @@ class Target:
 
 @dataclass
 class Result:
-    """What came of a target, as the process that tries it writes it down."""
+    """Result of a target, as written by the process that runs it."""
 
     inputs: int = 0
     failures: dict[str, int] = field(default_factory=dict)
-    """How many inputs failed, by the exception and the line that raised it."""
+    """Number of failed inputs, by exception and line that raised it."""
     slowest_s: float = 0.0
     slowest_bytes: int = 0
 
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Within the block, TooSlowError and MemoryError end what takes more than is allowed."""
+    """Raise TooSlowError or MemoryError in a block that exceeds its limits."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        raise TooSlowError(f"more than {MAX_SECONDS:.0f} s of processor time")
+        raise TooSlowError(f"more than {MAX_SECONDS:.0f} s of CPU time")
 
     before = signal.signal(signal.SIGPROF, stop)
     memory = resource.getrlimit(resource.RLIMIT_AS)
@@ -81,7 +81,7 @@ def limits() -> Iterator[None]:
 
 
 def failure_of(target: Target, data: bytes) -> tuple[BaseException | None, float]:
-    """What a target raised that it must not, and how many seconds it took."""
+    """The forbidden exception of a target, if any, and its time in seconds."""
     started = time.process_time()
     signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
     try:
@@ -90,7 +90,7 @@ def failure_of(target: Target, data: bytes) -> tuple[BaseException | None, float
         return None, time.process_time() - started
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # noqa: BLE001 - that is what is looked for
+    except BaseException as error:  # noqa: BLE001 - unexpected exceptions are the result
         return error, time.process_time() - started
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -98,7 +98,7 @@ def failure_of(target: Target, data: bytes) -> tuple[BaseException | None, float
 
 
 class Trial:
-    """Counts what becomes of inputs, and keeps those that fail, with their tracebacks."""
+    """Runs inputs and counts results; keeps failing inputs with their tracebacks."""
 
     def __init__(self, target: Target, folder: Path) -> None:
         self.result = Result()
@@ -141,12 +141,12 @@ class Trial:
 
 
 def is_ours(file: str) -> bool:
-    """Whether a file is one of the repository's, but not of the environment in it."""
+    """Whether a file is of the repository, outside its virtual environment."""
     return file.startswith(f"{_ROOT}/") and not file.startswith(f"{_ROOT}/.")
 
 
 def keep(folder: Path, data: bytes, said: str) -> Path:
-    """Keep an input that failed."""
+    """Save an input that failed, with its traceback."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / hashlib.sha256(data).hexdigest()[:16]
     path.write_bytes(data)
@@ -155,13 +155,13 @@ def keep(folder: Path, data: bytes, said: str) -> Path:
 
 
 def current_input(path: Path) -> bytes:
-    """What a process was trying when it ended."""
+    """The input that a process was running when it ended."""
     data = path.read_bytes()
     return data[_SIZE : _SIZE + int.from_bytes(data[:_SIZE], "little")]
 
 
 def mutate_blindly(trial: Trial, target: Target, seconds: float, inputs: int, seed: int) -> None:
-    """Try the seeds, and then what is made of them and of what was made before."""
+    """Run the seeds, and then mutations of them and of earlier mutations."""
     generator = random.Random(seed)
     ends_s = time.monotonic() + seconds
     pool = list(target.seeds)
@@ -176,7 +176,7 @@ def mutate_blindly(trial: Trial, target: Target, seconds: float, inputs: int, se
 
 
 def search(trial: Trial, target: Target, seconds: float, inputs: int, folder: Path) -> None:
-    """Let atheris look for inputs that reach new code. Ends the process."""
+    """Run atheris, which looks for inputs that reach new code. Ends the process."""
     import atheris
 
     corpus = folder / "corpus" / target.name
@@ -206,7 +206,7 @@ def search(trial: Trial, target: Target, seconds: float, inputs: int, folder: Pa
 
 
 def instrumented() -> Any:
-    """While the block runs, what is imported of megaback tells atheris which code is reached."""
+    """Instrument modules of megaback imported in the block for atheris's coverage."""
     import atheris
 
     return atheris.instrument_imports(include=["data_pipeline", "megaback", "tools", "launcher"])

@@ -1,4 +1,4 @@
-"""Targets with torch: files of models, checkpoints and runs, and what a client sends a server."""
+"""Targets with torch: files of models, checkpoints and runs, and requests to a server."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ def model_in(
     max_file_bytes: int = 1 << 30,
     direction: Direction = Direction.BACKWARD,
 ) -> Path:
-    """A model of few and random weights, as `megaback convert --to full` writes it."""
+    """A small model of random weights, as `megaback convert --to full` writes it."""
     codec = small_codec()
     text_format = replace(codec.format, direction=direction)
     model = ReverseGPT(_SHAPE, codec.vocab_size)
@@ -114,7 +114,7 @@ def weight_index(folder: Path) -> Target:
 
 
 def model_config(folder: Path) -> Target:
-    """Of megaback's own models, of exports for transformers, and of other people's Llamas."""
+    """Configs of megaback's models, of exports for transformers, and of third-party Llamas."""
     full, stock = model_in(folder, "full"), folder / "hf"
     stock.mkdir()
     from megaback.weights.source import open_source
@@ -142,7 +142,7 @@ def model_config(folder: Path) -> Target:
     return Target("model-config", run, seeds, mutate, ALLOWED)
 
 
-# What a client sends.
+# Requests.
 
 _BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {
@@ -171,7 +171,7 @@ _BODIES: dict[str, dict[str, Any]] = {
 
 
 def request_body(_folder: Path) -> Target:
-    """What is made of a body, without a server."""
+    """Parsing of a request body, without a server."""
     paths = list(_BODIES)
 
     def run(data: bytes) -> None:
@@ -194,7 +194,7 @@ def request_body(_folder: Path) -> Target:
 
 
 class _Transport(asyncio.Transport):
-    """The other end of a connection, which reads everything."""
+    """Transport of a client that reads everything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class _Transport(asyncio.Transport):
 
 
 class _Server:
-    """The whole server on an event loop of this thread, but for its sockets."""
+    """The whole server except its sockets, on an event loop of this thread."""
 
     def __init__(self, folder: Path) -> None:
         backward = model_in(folder, "tiny")
@@ -254,7 +254,7 @@ class _Server:
         self._loop.run_until_complete(self._lifespan.startup())
 
     def answer(self, data: bytes) -> bytes:
-        """What is sent to a client that sends this and then hangs up."""
+        """The response to a client that sends `data` and then closes the connection."""
         return self._loop.run_until_complete(self._answer(data))
 
     async def _answer(self, data: bytes) -> bytes:
@@ -308,7 +308,7 @@ def request(folder: Path) -> Target:
     _collect_errors(logged)
 
     def run(data: bytes) -> None:
-        if not data:  # that is what a connection receives when it ends
+        if not data:  # would mean the end of the connection
             return
         logged.clear()
         answer = server.answer(data)

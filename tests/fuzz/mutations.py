@@ -1,4 +1,4 @@
-"""Ways to change an input: bytes of any kind, and values within JSON, YAML and packed headers."""
+"""Mutations of an input: any bytes, and values within JSON, YAML and packed headers."""
 
 import json
 import random
@@ -22,7 +22,7 @@ _RAW = (b"\0", b"\xff", b"\xff" * 8, b"\x80\0\0\0", b"{", b"[" * 2000, b'"', b"\
 
 
 def mutate_bytes(data: bytes, generator: random.Random) -> bytes:
-    """One to four changes anywhere."""
+    """Bytes with one to four changes anywhere."""
     out = bytearray(data)
     for _ in range(generator.randint(1, 4)):
         place = generator.randrange(len(out) + 1)
@@ -48,7 +48,7 @@ def mutate_bytes(data: bytes, generator: random.Random) -> bytes:
 
 
 def mutate_value(value: Any, generator: random.Random) -> Any:
-    """A value with one change somewhere within."""
+    """A JSON value with one change anywhere in it."""
     if generator.random() < 0.15 or not isinstance(value, dict | list) or not value:
         if isinstance(value, int | float) and generator.random() < 0.4:
             return generator.choice(
@@ -77,13 +77,13 @@ def mutate_value(value: Any, generator: random.Random) -> Any:
 
 
 def deeply(generator: random.Random) -> bytes:
-    """JSON that is nested further than a parser may go."""
+    """JSON nested deeper than a parser allows."""
     depth = generator.choice((10, 500, 30_000))
     return generator.choice((b"[" * depth, b'{"a":' * depth, b"[" * depth + b"]" * depth))
 
 
 def mutate_json(data: bytes, generator: random.Random) -> bytes:
-    """Mostly JSON that says something else, at times no JSON."""
+    """Mostly valid JSON with a change, sometimes malformed JSON."""
     kind = generator.random()
     if kind < 0.02:
         return deeply(generator)
@@ -99,7 +99,7 @@ def mutate_json(data: bytes, generator: random.Random) -> bytes:
 
 
 def mutate_lines(data: bytes, generator: random.Random) -> bytes:
-    """Lines of JSON, of which one is changed."""
+    """JSON lines with one line changed."""
     lines = data.split(b"\n")
     place = generator.randrange(len(lines))
     lines[place] = mutate_json(lines[place], generator)
@@ -109,9 +109,9 @@ def mutate_lines(data: bytes, generator: random.Random) -> bytes:
 def repacked(
     unpack: Callable[[bytes], Any], pack: Callable[[Any], bytes], share: float = 0.7
 ) -> Callable[[bytes, random.Random], bytes]:
-    """Mutations of what a file holds, packed as it should be; at times of the packed bytes.
+    """Mutations of the unpacked contents of a file, and sometimes of its packed bytes.
 
-    `unpack` gives a dict of values and bytes. What it or `pack` cannot do is done to the bytes.
+    `unpack` returns a dict of values and bytes. If it or `pack` fails, packed bytes are mutated.
     """
 
     def mutate(data: bytes, generator: random.Random) -> bytes:
@@ -123,7 +123,7 @@ def repacked(
             part = parts[name]
             change = mutate_bytes if isinstance(part, bytes) else mutate_value
             return pack(parts | {name: change(part, generator)})
-        except Exception:  # noqa: BLE001 - they are made for what is whole
+        except Exception:  # noqa: BLE001 - they expect well-formed input
             return mutate_bytes(data, generator)
 
     return mutate

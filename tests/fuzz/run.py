@@ -1,7 +1,7 @@
-"""`make fuzz`: tries every target for a while, prints what came of it, and keeps what failed.
+"""`make fuzz`: runs every target for a while, prints the results, and keeps failing inputs.
 
-`--input FILE` tries one input that was kept again, in the open. Without atheris (`pip install
-atheris`), inputs are changed blindly.
+`--input FILE` runs one kept input again. Without atheris (`pip install atheris`), inputs are
+mutated blindly.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MODULES = {
 }
 NAMES = tuple(name for names in MODULES.values() for name in names)
 _GRACE_S = 120.0
-"""For seeds to be written, and for one input that does not end."""
+"""Additional seconds for writing seeds, and for one input that does not end."""
 
 
 def target_of(name: str, folder: Path) -> engine.Target:
@@ -41,7 +41,7 @@ def target_of(name: str, folder: Path) -> engine.Target:
 
 
 def run_target(name: str, folder: Path, seconds: float, inputs: int, how: str, seed: int) -> None:
-    """Try one target in this process. With atheris, the process ends here."""
+    """Run one target in this process. With atheris, the process ends here."""
     folder.mkdir(parents=True, exist_ok=True)
     guided = how == "atheris"
     with TemporaryDirectory(prefix="megaback-fuzz-") as scratch:
@@ -57,7 +57,7 @@ def run_target(name: str, folder: Path, seconds: float, inputs: int, how: str, s
 
 
 def replay(path: Path) -> int:
-    """Try one input again; its folder has the target's name. 1 if it fails."""
+    """Run one input again; its folder has the target's name. Returns 1 if it fails."""
     name = path.resolve().parent.name
     with TemporaryDirectory(prefix="megaback-fuzz-") as scratch:
         target = target_of(name, Path(scratch))
@@ -65,12 +65,12 @@ def replay(path: Path) -> int:
             error, seconds = engine.failure_of(target, path.read_bytes())
     if error is not None:
         sys.excepthook(type(error), error, error.__traceback__)
-    print(f"{path}: {'fails' if error is not None else 'is stood'}, {seconds:.2f} s", flush=True)
+    print(f"{path}: {'fails' if error is not None else 'passes'}, {seconds:.2f} s", flush=True)
     return error is not None
 
 
 def in_process(name: str, options: argparse.Namespace, folder: Path) -> engine.Result:
-    """Try one target in a process of its own, which may end in any way."""
+    """Run one target in its own process, which may end in any way."""
     words = [sys.executable, str(HERE / "run.py"), "--only", name, "--folder", str(folder)]
     words += ["--seconds", str(options.seconds), "--inputs", str(options.inputs)]
     words += ["--engine", options.engine, "--seed", str(options.seed)]
@@ -109,13 +109,13 @@ def table(results: dict[str, engine.Result]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each target")
-    parser.add_argument("--inputs", type=int, default=1 << 30, help="at most, of each target")
+    parser.add_argument("--seconds", type=float, default=60.0, help="per target")
+    parser.add_argument("--inputs", type=int, default=1 << 30, help="maximum per target")
     parser.add_argument("--targets", nargs="*", choices=NAMES, default=NAMES)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--engine", choices=("atheris", "blind", "auto"), default="auto")
     parser.add_argument("--seed", type=int, default=time.time_ns() % (1 << 32))
-    parser.add_argument("--input", type=Path, help="an input that failed")
+    parser.add_argument("--input", type=Path, help="input to run again")
     parser.add_argument("--only", choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.input is not None:

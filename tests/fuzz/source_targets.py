@@ -1,4 +1,4 @@
-"""Targets of sources: records, and files of every kind and compression, in which text is given."""
+"""Targets of sources: records, and files of every kind and compression."""
 
 import bz2
 import gzip
@@ -26,7 +26,7 @@ from data_pipeline.sources.jsonl import read_records
 from data_pipeline.sources.registry import list_source, read_slice
 from data_pipeline.tokenizer.text_sample import num_bytes
 
-# Sources. The first byte of an input says as which kind of file it is read.
+# The first byte of an input selects the kind of file that it is read as.
 
 _COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -64,7 +64,7 @@ def of_compressed(suffixes: list[str]) -> Callable[[bytes, random.Random], bytes
     def safely(data: bytes, generator: random.Random) -> bytes:
         try:
             return inside(data, generator)
-        except Exception:  # noqa: BLE001 - it was made for what is whole
+        except Exception:  # noqa: BLE001 - it expects well-formed input
             return mutate_bytes(data, generator)
 
     return one_of([safely, repacked(unpack, pack)])

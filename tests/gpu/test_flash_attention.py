@@ -25,7 +25,7 @@ LENGTHS = (1, 7, 128, 300, 64)
 
 
 def heads(num_heads: int, seed: int) -> Tensor:
-    """Packed bf16 heads of 64 that want gradients: shape (T, num_heads, 64)."""
+    """Packed bf16 heads of 64 that require gradients: shape (T, num_heads, 64)."""
     generator = torch.Generator("cuda").manual_seed(seed)
     shape = (sum(LENGTHS), num_heads, 64)
     values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
@@ -34,7 +34,7 @@ def heads(num_heads: int, seed: int) -> Tensor:
 
 @needs_flash
 @pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
-def test_flash_attention_attends_as_sdpa_does_in_every_segment(num_kv_heads: int) -> None:
+def test_flash_attention_equals_sdpa_in_every_segment(num_kv_heads: int) -> None:
     segments = Segments.from_lengths(LENGTHS, torch.device("cuda"))
     packed = (heads(8, 0), heads(num_kv_heads, 1), heads(num_kv_heads, 2))
 
@@ -61,7 +61,7 @@ def test_flash_attention_has_the_gradients_of_sdpa_in_every_segment(num_kv_heads
 
 
 @needs_flash
-def test_flash_attention_is_chosen_where_it_can_be_used() -> None:
+def test_flash_attention_is_chosen_where_available() -> None:
     assert attention_backend("auto", torch.device("cuda"), torch.bfloat16, 64) == (
         "flash_attn",
         flash_attention,

@@ -1,4 +1,4 @@
-"""What the tests of reading shards work with: shards of given documents, and what they hold."""
+"""Test data sets: shards of given documents, and their expected contents."""
 
 import tempfile
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ Ids = npt.NDArray[np.int64]
 BEGIN, END = 1, 2
 FRAME_TOKENS = 64
 CHECKPOINT_TOKENIZER = b"a tokenizer"
-CONTEXT_TOKENS = 16  # where it does not matter
+CONTEXT_TOKENS = 16  # for tests that do not depend on it
 BACKWARD_TOKENS = TextFormat(Direction.BACKWARD, Unit.TOKEN, "5" * 64)
 
 
 @dataclass
 class DataSet:
-    """Shards of given documents, and what they should hold."""
+    """Shards of given documents, and their expected contents."""
 
     folder: Path
     manifest: Manifest
@@ -54,7 +54,7 @@ class DataSet:
         )
 
     def damage(self, frame: int) -> Path:
-        """Flip a bit of a frame, the shards' frames being numbered through; the file."""
+        """Flip a bit of a frame, numbered over all shards. Returns its file."""
         for entry in self.manifest.shards:
             path = self.folder / entry.file
             with ShardReader(path) as reader:
@@ -175,7 +175,7 @@ def mirrored(ids: Ids) -> Ids:
 
 
 def whole_frames(num_frames: int, frames_per_shard: int = 10) -> list[list[Ids]]:
-    """Shards of so many frames altogether, each frame being one document; no token comes twice."""
+    """Shards of `num_frames` frames in total, each of one document; no token occurs twice."""
     tokens = np.arange(3, 3 + num_frames * (FRAME_TOKENS - 2)).reshape(num_frames, -1)
     documents = [np.array([BEGIN, *of_frame, END]) for of_frame in tokens.tolist()]
     return [

@@ -1,4 +1,4 @@
-"""What the tests of building shards work with: a source, its settings, and a folder's hashes."""
+"""Helpers for tests of builds: sources, settings, and the hashes of a folder."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from data_pipeline.text.codec import TextCodec
 from tests.helpers.stored import document_ids
 
 with suppress(ImportError):
-    # Loaded in a thread, it crashes whoever uses it after that thread has ended.
+    # If a thread loads it, its use after the end of that thread crashes.
     import kitoken  # noqa: F401
 
 Codecs = Callable[..., TextCodec]
@@ -62,7 +62,7 @@ def make_settings(source: Path | str, codec: TextCodec, **changed: object) -> Bu
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """What a folder holds, file by file."""
+    """SHA-256 of every file in a folder, by name."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -71,7 +71,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def write_records(path: Path, records: Sequence[dict[str, object]]) -> Path:
-    """A jsonl file, or a parquet file, by its suffix."""
+    """Write a jsonl or parquet file, by its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         import pyarrow
@@ -90,7 +90,7 @@ def build_here(
     workers: int = 1,
     num_tasks: int | None = None,
 ) -> Manifest:
-    """Build in threads of this process, also where a fixture would be shared by examples."""
+    """Build in threads of this process; usable where a fixture would be shared by examples."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             process_pool, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)

@@ -1,4 +1,4 @@
-"""Whether time grows with the size of a text, in CPU time of one thread: others may be busy."""
+"""Scaling of run time with input size, in CPU time, as other processes may be busy."""
 
 import time
 from collections.abc import Callable
@@ -9,12 +9,12 @@ _TRIES = 3
 
 
 def grows_linearly(work: Callable[[int], object], size: int) -> bool:
-    """Whether eight times the size takes about eight times as long: a square takes 64 times."""
+    """Whether eight times the size takes about eight times as long; quadratic work takes 64."""
     return _fastest_s(work, size * _FACTOR) < _SLACK * _FACTOR * _fastest_s(work, size)
 
 
 def _fastest_s(work: Callable[[int], object], size: int) -> float:
-    """Of some tries, as whatever disturbs one makes it slower."""
+    """Fastest of some tries, as any disturbance makes a try slower."""
     tries = []
     for _ in range(_TRIES):
         started_s = time.thread_time()

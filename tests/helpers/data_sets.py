@@ -26,14 +26,14 @@ def published_files(folder: Path) -> dict[str, bytes]:
 
 
 def publish(server: FileServer, folder: Path, name: str = "shards") -> str:
-    """Put a data set on a server; its URL."""
+    """Put a data set on a server. Returns its URL."""
     for file, data in published_files(folder).items():
         server.files[f"{name}/{file}"] = data
     return server.url(name)
 
 
 class Place:
-    """Where a data set lies, with a way to change its files."""
+    """Location of a data set, with methods to change its files."""
 
     def __init__(self, kind: str, folder: Path, server: FileServer) -> None:
         self.kind = kind
@@ -50,7 +50,7 @@ class Place:
             self.write(file, data)
 
     def write(self, file: str, data: bytes) -> None:
-        """Replace a file, in place where there is such a thing."""
+        """Replace a file, in place if it is on disk."""
         if self.kind == "memory":
             _memory().pipe(f"/{self._name}/{file}", data)
         elif self.kind == "http":
@@ -82,14 +82,14 @@ def _memory() -> Any:
 
 @contextmanager
 def empty_memory() -> Iterator[None]:
-    """Forget what was published to memory within the block."""
+    """Remove the files that are published to memory within the block."""
     yield
     _memory().store.clear()
     _memory().pseudo_dirs[:] = [""]
 
 
 def stored_frames(folder: Path) -> Frames:
-    """Every frame of every shard of a folder, one after another."""
+    """Every frame of every shard of a folder, in order."""
     manifest = Manifest.load(folder)
     frames = {}
     for entry in manifest.shards:
@@ -103,7 +103,7 @@ def stored_frames(folder: Path) -> Frames:
 
 
 def frames_of(data_set: DataSet) -> Frames:
-    """The same of an open data set."""
+    """Every frame of every shard of an open data set, in order."""
     frames = {}
     for entry in data_set.manifest.shards:
         reader = data_set.open_shard(entry)

@@ -1,4 +1,4 @@
-"""A tiny decoder and what it samples, for tests of decoding."""
+"""A tiny decoder and its samples, for tests of decoding."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -18,7 +18,7 @@ WRITABLE = np.arange(1, VOCAB_SIZE - 5)
 
 
 class Codec:
-    """As much of a codec as writing needs."""
+    """The part of a codec that decoding needs."""
 
     end_id = END_ID
     vocab_size = VOCAB_SIZE

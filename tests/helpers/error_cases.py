@@ -1,4 +1,4 @@
-"""Mistakes, each with its command: see test_errors.py."""
+"""User errors, each with the command that makes it: see test_errors.py."""
 
 from dataclasses import dataclass
 
@@ -27,9 +27,9 @@ from data_pipeline.errors import (
 
 @dataclass(frozen=True)
 class Case:
-    """A command in which {place} and {out} stand for folders, and how it is refused.
+    """A command with {place} and {out} for folders, and the error that it must give.
 
-    `rank` is what a rank runs, by itself: quicker than `train`, which starts two.
+    `rank` runs a single rank by itself: faster than `train`, which starts two.
     """
 
     command: str
@@ -45,19 +45,19 @@ RANK = "rank {place}/config.yaml run={out}/run "
 RESUME = "rank {place}/config.yaml run={place}/backward_run training.steps=2 "
 
 CASES = {
-    "a source that is not there": Case(
+    "a missing source": Case(
         BUILD + "{place}/none.jsonl", SourceMissingError, ("{place}/none.jsonl",)
     ),
-    "a tokenizer's source that is not there": Case(
+    "a missing source of a tokenizer": Case(
         TOKENIZER + "{place}/none.jsonl", SourceMissingError, ("{place}/none.jsonl",)
     ),
-    "a source without anything": Case(
+    "an empty source": Case(
         BUILD + "{place}/empty.jsonl", SourceEmptyError, ("{place}/empty.jsonl",)
     ),
     "a source of empty documents": Case(
         BUILD + "{place}/blank.jsonl", SourceEmptyError, ("{place}/blank.jsonl", "3")
     ),
-    "a tokenizer's source of empty documents": Case(
+    "a source of a tokenizer with empty documents": Case(
         TOKENIZER + "{place}/blank.jsonl", SourceEmptyError, ("{place}/blank.jsonl",)
     ),
     "a parquet file that cannot be read": Case(
@@ -71,7 +71,7 @@ CASES = {
         BadRecordError,
         ("{place}/other_key.jsonl:2:", "'text'"),
     ),
-    "a tokenizer that is none": Case(
+    "a file that is not a tokenizer": Case(
         "shards build --tokenizer {place}/not_a_tokenizer.model --out {out}/shards "
         "--source {place}/text",
         TokenizerError,
@@ -89,17 +89,17 @@ CASES = {
         DirectionMismatchError,
         ("{place}/shards", "'backward'", "'forward'"),
     ),
-    "a folder that holds something else": Case(
+    "a folder with other files": Case(
         "shards build --tokenizer {place}/tokenizer.model --out {place}/text --source {place}/text",
         OutputExistsError,
         ("{place}/text",),
     ),
-    "shards that are cut short, verified": Case(
+    "truncated shards, verified": Case(
         "shards verify {place}/cut_train_shards",
         ShardCorruptError,
         ("{place}/cut_train_shards/train-00000-00000.zst",),
     ),
-    "a frame that is damaged, verified": Case(
+    "a damaged frame, verified": Case(
         "shards verify {place}/damaged_shards",
         ShardCorruptError,
         ("{place}/damaged_shards/train-00000-00000.zst", "frame 0", "byte 0"),
@@ -110,9 +110,7 @@ CASES = {
     "a folder that is not shards, inspected": Case(
         "shards inspect {place}/unfinished", ShardsMissingError, ("{place}/unfinished",)
     ),
-    "a config that is not there": Case(
-        "train {place}/none.yaml", ConfigError, ("{place}/none.yaml",)
-    ),
+    "a missing config": Case("train {place}/none.yaml", ConfigError, ("{place}/none.yaml",)),
     "a wrong key in the config": Case(
         TRAIN + "optimizer.learning_rat=1",
         ConfigError,
@@ -130,17 +128,17 @@ CASES = {
     "training on a folder that is not shards": Case(
         TRAIN + "data.shards={place}/unfinished", ShardsMissingError, ("{place}/unfinished",)
     ),
-    "training on shards that are cut short": Case(
+    "training on truncated shards": Case(
         TRAIN + "data.shards={place}/cut_train_shards",
         ShardCorruptError,
         ("{place}/cut_train_shards/train-00000-00000.zst",),
     ),
-    "measuring on shards that are cut short": Case(
+    "validating on truncated shards": Case(
         TRAIN + "data.shards={place}/cut_val_shards",
         ShardCorruptError,
         ("{place}/cut_val_shards/val-00000-00000.zst",),
     ),
-    "training on a frame that is damaged": Case(
+    "training on a damaged frame": Case(
         RANK + "data.shards={place}/damaged_shards",
         ShardCorruptError,
         ("{place}/damaged_shards/train-00000-00000.zst", "frame 0", "byte 0"),
@@ -150,40 +148,40 @@ CASES = {
         NonFiniteError,
         ("step 2", "optimizer.learning_rate"),
     ),
-    "a model that no memory here holds": Case(
+    "a model too large for this machine's memory": Case(
         RANK + "model.width=65536 model.num_layers=64 batch.micro_batch_rows=1",
         errors.NotEnoughMemoryError,
         ("GB for each of 1 processes", "use a smaller model", "hardware.memory_check=off"),
     ),
-    "reading word shards the other way": Case(
+    "reading word shards in the other direction": Case(
         TRAIN + "data.shards={place}/word_shards data.direction=forward",
         DirectionMismatchError,
         ("'forward'", "'backward'", "word"),
     ),
-    "going on with shards of another tokenizer": Case(
+    "resuming with shards of another tokenizer": Case(
         RESUME + "data.shards={place}/other_shards",
         TokenizerMismatchError,
         ("{place}/other_shards",),
     ),
-    "going on with other shards": Case(
+    "resuming with other shards": Case(
         RESUME + "data.shards={place}/more_shards", RunMismatchError, ("{place}/more_shards",)
     ),
-    "going on in the other direction": Case(
+    "resuming in the other direction": Case(
         RESUME.replace("rank", "train") + "data.direction=forward",
         DirectionMismatchError,
         ("'backward'", "'forward'"),
     ),
-    "going on with another model": Case(
+    "resuming with another model": Case(
         RESUME + "model.num_layers=3",
         RunMismatchError,
         ("began with model.num_layers = 2, and the config has model.num_layers = 3; use",),
     ),
-    "going on with another optimizer": Case(
+    "resuming with another optimizer": Case(
         RESUME + "optimizer.name=muon",
         RunMismatchError,
         ("began with optimizer.name = adamw, and the config has optimizer.name = muon; use",),
     ),
-    "going on from a damaged checkpoint": Case(
+    "resuming from a damaged checkpoint": Case(
         "rank {place}/config.yaml run={place}/damaged_run",
         CheckpointCorruptError,
         ("{place}/damaged_run", "weights-00000.safetensors"),
@@ -198,7 +196,7 @@ CASES = {
         RunMismatchError,
         ("{place}/backward_model", "width is 32 there and 64 here"),
     ),
-    "starting from a folder that is no model": Case(
+    "starting from a folder that is not a model": Case(
         RANK + "init_from={place}/unfinished", CheckpointMissingError, ("{place}/unfinished",)
     ),
     "converting a run without a complete checkpoint": Case(
@@ -206,7 +204,7 @@ CASES = {
         CheckpointMissingError,
         ("{place}/incomplete_run",),
     ),
-    "converting a folder that is no run": Case(
+    "converting a folder that is not a run": Case(
         "convert {place}/none --out {out}/model", CheckpointMissingError, ("{place}/none",)
     ),
     "converting a damaged checkpoint": Case(
@@ -214,7 +212,7 @@ CASES = {
         CheckpointCorruptError,
         ("{place}/damaged_run", "weights-00000.safetensors"),
     ),
-    "converting into a folder that holds something": Case(
+    "converting into a folder that is not empty": Case(
         "convert {place}/backward_run --out {place}/text", OutputExistsError, ("{place}/text",)
     ),
     "sampling from a checkpoint that is not converted": Case(
@@ -267,12 +265,12 @@ CASES = {
         OutputExistsError,
         ("{place}/text",),
     ),
-    "scores over the rows that are scored": Case(
+    "scores over their own input": Case(
         "score {place}/backward_model --in {place}/bad.jsonl --out {place}/bad.jsonl --overwrite",
         OutputExistsError,
         ("{place}/bad.jsonl", "which is an input"),
     ),
-    "scores over somebody's file": Case(
+    "scores over a file of the user": Case(
         "score {place}/backward_model --in {place}/blank.jsonl --out {place}/bad.jsonl --overwrite",
         OutputExistsError,
         ("{place}/bad.jsonl", "did not write"),
@@ -283,30 +281,30 @@ CASES = {
         OutputExistsError,
         ("{place}/backward_model/config.json", "lies in"),
     ),
-    "a report over somebody's file": Case(
+    "a report over a file of the user": Case(
         "rerank {place}/backward_model --in {place}/bad.jsonl --out {out}/ranked.jsonl "
         "--report {place}/config.yaml --overwrite",
         OutputExistsError,
         ("--report {place}/config.yaml",),
     ),
-    "an evaluation over somebody's file": Case(
+    "an evaluation over a file of the user": Case(
         "eval {place}/backward_model --suite bits-per-byte --shards {place}/shards "
         "--out {place}/config.yaml --overwrite",
         OutputExistsError,
         ("{place}/config.yaml",),
     ),
-    "predictions over somebody's file": Case(
+    "predictions over a file of the user": Case(
         "eval {place}/backward_model --suite bits-per-byte --shards {place}/shards "
         "--predictions {place}/bad.jsonl --overwrite",
         OutputExistsError,
         ("--predictions {place}/bad.jsonl",),
     ),
-    "curves over somebody's picture": Case(
+    "curves over a picture of the user": Case(
         "plot {place}/backward_run --out {place}/photo --overwrite",
         OutputExistsError,
         ("{place}/photo.png",),
     ),
-    "lengths over somebody's picture": Case(
+    "lengths over a picture of the user": Case(
         "shards inspect {place}/shards --plot {place}/photo.png --overwrite",
         OutputExistsError,
         ("{place}/photo.png",),

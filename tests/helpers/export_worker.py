@@ -1,9 +1,9 @@
-"""One rank that trains three steps, saves, and notes its logits; see test_export.py.
+"""One rank that trains three steps, saves a checkpoint, and records its logits; see test_export.py.
 
     python -m tests.helpers.export_worker CONFIG FOLDER
 
-For each ZeRO stage, with tied embeddings and without: a checkpoint as a run has it in FOLDER/NAME,
-and in FOLDER/NAME.safetensors ids and the logits that the engine has for them.
+For each ZeRO stage, with tied embeddings and without: a run's checkpoint in FOLDER/NAME, and ids
+with the engine's logits in FOLDER/NAME.safetensors.
 """
 
 import sys
@@ -31,7 +31,7 @@ NUM_IDS = 40
 
 
 def main(path: Path, folder: Path) -> None:
-    """Do it for each stage."""
+    """Train, save and record at each stage."""
     world = start_world("cpu", 60)
     for stage in STAGES:
         for is_tied, name in TIED.items():
@@ -48,7 +48,7 @@ def main(path: Path, folder: Path) -> None:
 
 
 def save(engine: Any, run: Path, config: Config, world: World) -> None:
-    """Save a checkpoint as `megaback train` does."""
+    """Save a checkpoint, as `megaback train` does."""
     data = open_data(config, world.rank, world.size)
     saver = CheckpointSaver(run, data.codec.model_bytes, CheckpointSection(), world)
     meta = CheckpointMeta(
@@ -71,7 +71,7 @@ def save(engine: Any, run: Path, config: Config, world: World) -> None:
 
 @torch.no_grad()
 def logits_of(engine: Any, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Ids and what the engine's output projection makes of them."""
+    """Ids, and the engine's logits for them."""
     ids_T = torch.randint(0, vocab_size, (NUM_IDS,), generator=torch.manual_seed(0))
     seen: list[Tensor] = []
     hook = engine.module.lm_head.register_forward_hook(

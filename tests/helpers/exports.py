@@ -1,4 +1,4 @@
-"""A checkpoint as some ranks left it, made without training."""
+"""A checkpoint of several ranks, made without training."""
 
 import json
 from dataclasses import asdict
@@ -24,7 +24,7 @@ def write_checkpoint(
     step: int = STEP,
     **model: object,
 ) -> tuple[Path, ReverseGPT]:
-    """A run with one checkpoint, every parameter cut among the ranks; and its model."""
+    """Write a run with one checkpoint, sharded over the ranks. Returns the run and its model."""
     fields = {"num_layers": 2, "width": 32, "num_heads": 4, "num_kv_heads": 2, **model}
     config = Config.model_validate(
         {

@@ -1,4 +1,4 @@
-"""A file server on this machine that misbehaves on request, and little patience."""
+"""A local HTTP file server with faults on request, and short retries."""
 
 import base64
 import gzip
@@ -33,7 +33,7 @@ TEXTS = [f"document {number} " * (number % 7) for number in range(60)]
 
 
 def write_files(folder: Path) -> Path:
-    """One file of each sort with the same records, and a plain text; the folder again."""
+    """Write one file of each kind with the same records, and a plain text. Returns the folder."""
     rows = [
         {"text": text, "language": "en", "language_score": number / 100}
         for number, text in enumerate(TEXTS)
@@ -59,7 +59,7 @@ def documents(source: str, columns: Columns | None = None) -> list[Document]:
 
 
 class FileServer:
-    """Files by name over HTTP; each request takes one fault from `faults`, while there are any."""
+    """Files by name over HTTP; each request consumes one of `faults`, if any are left."""
 
     def __init__(self) -> None:
         self.is_closing = threading.Event()
@@ -67,7 +67,7 @@ class FileServer:
         self.forget()
 
     def forget(self) -> None:
-        """Have no files and no faults, and keep to the rules."""
+        """Remove all files and faults."""
         self.files: dict[str, bytes] = {}
         self.versions: dict[str, str] = {}
         self.faults: deque[str] = deque()
@@ -77,7 +77,7 @@ class FileServer:
         self.targets: list[str] = []
         self.redirects: dict[str, str] = {}
         self.key = ""
-        """What the login and the query of every address must hold, if anything."""
+        """Login and query that every request must have, if any."""
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.port}/{name}"
@@ -162,7 +162,7 @@ def serving() -> Iterator[FileServer]:
         request_queue_size = 64
 
         def handle_error(self, request: object, client_address: object) -> None:
-            pass  # clients that go away are what some tests are about
+            pass  # some tests disconnect clients on purpose
 
     server = Server(("127.0.0.1", 0), Handler)
     state.port = server.server_address[1]

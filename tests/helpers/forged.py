@@ -1,7 +1,7 @@
-"""Other content with the same checksum: XXH64 is no cryptographic hash, and its end can be chosen.
+"""XXH64 collisions: other content with the same checksum, as it is not a cryptographic hash.
 
 https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md, for an input of 40 bytes with seed
-0: one stripe of 32, and a tail of 8 that only goes through steps that can be undone.
+0: one stripe of 32, and a tail of 8 whose steps are all invertible.
 """
 
 import struct
@@ -12,7 +12,7 @@ _ALL = (1 << 64) - 1
 
 
 def forged(content: bytes, head: bytes) -> bytes:
-    """40 bytes that begin with a head of 32, and have the XXH64 of 40 other ones."""
+    """40 bytes that begin with a head of 32, with the XXH64 of `content`, also of 40 bytes."""
     assert (len(content), len(head)) == (40, 32)
     needed = _turned((_with_tail(content) - _P4) * pow(_P1, -1, 1 << 64) & _ALL, 37)
     mixed = needed ^ _before_tail(head)

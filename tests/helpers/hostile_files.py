@@ -1,4 +1,4 @@
-"""What the tests of hostile files share: a bound on time and memory, and how files are mutated."""
+"""Bounds on time and memory for tests of hostile files."""
 
 import resource
 import time
@@ -8,15 +8,12 @@ from pathlib import Path
 
 _MAX_BYTES = 1 << 30
 _MAX_S = 2.0
-"""Twice what is promised: the tests share their cores."""
+"""Twice the documented bound, as tests share their cores."""
 
 
 @contextmanager
 def bounded(max_s: float = _MAX_S) -> Iterator[None]:
-    """Within, at most 1 GiB of memory more is to be had, and it takes no longer than so much.
-
-    Time is that of this process: other processes make it no longer.
-    """
+    """Limit the block to 1 GiB of additional memory and `max_s` of this process's CPU time."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + _MAX_BYTES

@@ -1,9 +1,9 @@
-"""What tests of Ctrl-C share."""
+"""Default signal handling for child processes in tests of Ctrl-C."""
 
 import signal
 
 
 def hearing_ctrl_c() -> None:
-    """In a process that begins: Ctrl-C is heard, even if the tests run in the background."""
+    """For a new process: handle Ctrl-C even if the tests run in the background."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

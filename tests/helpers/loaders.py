@@ -1,4 +1,4 @@
-"""What the tests of a run's batches work with: data sets, and ways of reading them."""
+"""Data sets and reading parameters for tests of a run's batches."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -32,11 +32,11 @@ BRIEFLY = settings(max_examples=20, deadline=None)
 
 @dataclass(frozen=True)
 class Reading:
-    """How data sets are read: everything of which batches are a function."""
+    """Reading parameters: everything that the batches are a function of."""
 
     lanes: list[int] = field(default_factory=lambda: [4])
     lane_rows: list[int] = field(default_factory=lambda: [6])
-    """Rows of a lane in a batch of each data set alone."""
+    """Rows per lane in a batch of each data set alone."""
     weights: list[float] = field(default_factory=lambda: [1.0])
     context_tokens: int = 16
     window_frames: int = 2
@@ -59,7 +59,7 @@ class Reading:
 
 @dataclass
 class Corpus:
-    """Data sets, and how they are read."""
+    """Data sets, and their reading parameters."""
 
     data_sets: list[DataSet]
     reading: Reading
@@ -92,7 +92,7 @@ class Corpus:
         )
 
     def step(self, step: int, world_size: int = 1, threads: int = 0) -> "Joined":
-        """A step of ranks that begin with it."""
+        """A step of ranks that start at it."""
         return joined(
             batch
             for rank in range(world_size)
@@ -100,7 +100,7 @@ class Corpus:
         )
 
     def near_an_epochs_end(self, epoch: int) -> int:
-        """A step in which, or shortly after which, a data set begins an epoch anew."""
+        """A step in which, or shortly after which, a data set begins a new epoch."""
         order = self.streams()[0].order
         return epoch * order.rows_per_epoch // BATCH_ROWS
 
@@ -109,7 +109,7 @@ Joined = dict[str, list[int]]
 
 
 def joined(batches: Iterable[Batch]) -> Joined:
-    """Batches as one: what is equal for the same rows, however they are dealt."""
+    """Batches joined into one, which is equal for the same rows, however they are dealt."""
     found: Joined = {name: [] for name in ("ids", "targets", "positions", "starts")}
     found["counts"] = [0, 0]
     for batch in batches:
@@ -123,7 +123,7 @@ def joined(batches: Iterable[Batch]) -> Joined:
 
 
 def at_steps(training: TrainingLoader, steps: list[int] | range) -> list[list[Batch]]:
-    """The batches of each step, the threads being ended afterwards."""
+    """The batches of each step; then stops the threads."""
     try:
         return [training.at(step) for step in steps]
     finally:

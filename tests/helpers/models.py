@@ -1,4 +1,4 @@
-"""Models that nobody has trained, as folders: quick to make, and sure of nothing."""
+"""Folders of untrained models, which are fast to make."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ SHAPE = ModelSection(num_layers=2, width=16, num_heads=2).resolved()
 
 
 def random_model(seed: int = 1, vocab_size: int = 600) -> ReverseGPT:
-    """Weights larger than usual, so that it is not equally sure of everything."""
+    """A model of larger weights than usual, so that its probabilities are not all alike."""
     model = ReverseGPT(SHAPE, vocab_size)
     model.initialize(seed)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def write_model(
     *,
     on_examples: bool = False,
 ) -> Path:
-    """A folder as `megaback convert --to full` leaves it."""
+    """Write a folder as `megaback convert --to full` does."""
     folder.mkdir(parents=True, exist_ok=True)
     description = ModelDescription(
         shape=model.shape,
@@ -56,7 +56,7 @@ def write_chat_model(
     *,
     on_examples: bool = False,
 ) -> Path:
-    """One that ends what it writes sooner or later."""
+    """Write a model whose samples end eventually."""
     model = random_model(seed, codec.vocab_size)
     with torch.no_grad():
         model.lm_head.weight[codec.chat_ids[STOP_PIECE]] *= 3

@@ -1,4 +1,4 @@
-"""Where the repository is, and the shared inputs that may lie beside it."""
+"""Paths of the repository, and of the shared inputs that may be beside it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A secret that is planted, and every place where it may have got to."""
+"""A planted secret, and a search for it in processes and files."""
 
 import os
 import threading
@@ -14,7 +14,7 @@ _PERIOD_S = 0.02
 
 @contextmanager
 def watched_processes() -> Iterator[set[tuple[str, ...]]]:
-    """Notes the words of every process whose command line holds the secret."""
+    """Record the arguments of every process whose command line contains the secret."""
     found: set[tuple[str, ...]] = set()
     stop = threading.Event()
 
@@ -38,7 +38,7 @@ def watched_processes() -> Iterator[set[tuple[str, ...]]]:
 
 
 def files_with_plant(folders: Iterable[Path]) -> list[Path]:
-    """The files below folders that hold the secret, also in what they compress."""
+    """The files below folders that contain the secret, also in compressed content."""
     return [
         path
         for folder in folders

@@ -1,8 +1,7 @@
-"""A rank that goes through preflight again and again, each time with another fault in one rank.
+"""A rank that runs preflight repeatedly, each time with another fault in one rank.
 
-`python -m tests.helpers.preflight_rank CONFIG RUN`, with a rank's environment. The faults
-are put in here, by name; what preflight did of each is in `RUN-NAME` and, of the first rank, on
-stdout as JSON.
+`python -m tests.helpers.preflight_rank CONFIG RUN`, with a rank's environment. Faults are injected
+here, by name; each result of preflight is in `RUN-NAME` and, for the first rank, on stdout as JSON.
 """
 
 import json
@@ -32,7 +31,7 @@ _TRUE = {
 
 
 def _slow(*arguments: Any) -> Any:
-    """Ten products in the time of one."""
+    """Compute ten products where one is timed."""
     for _ in range(10):
         product = _TRUE["multiply"](*arguments)
     return product
@@ -49,7 +48,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
 
 
 def check(name: str, wanted: str, config: Path, run: Path, world: World) -> dict[str, Any]:
-    """Preflight with a fault in one rank; how it ended."""
+    """Run preflight with a fault in one rank. Returns its result."""
     settings = load_config(config, (f"run={run}", f"hardware.preflight={wanted}"))
     run.mkdir(exist_ok=True)
     (run.with_name("own") / ".preflight").mkdir(parents=True, exist_ok=True)
@@ -68,7 +67,7 @@ def check(name: str, wanted: str, config: Path, run: Path, world: World) -> dict
 
 
 def main() -> None:
-    """Go through all faults that are asked for."""
+    """Run preflight with each of the requested faults."""
     config, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     os.environ[HOST_VARIABLE] = f"node{os.environ['RANK']}"
     set_up_logging()

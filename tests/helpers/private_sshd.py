@@ -1,6 +1,6 @@
-"""An ssh server of our own on this machine, by which two host names lead here.
+"""A private ssh server on this machine, to which two host names lead.
 
-It listens on loopback alone, at a port that is free, with keys made for it.
+It listens on a free port of the loopback interface, with keys made for it.
 """
 
 import os
@@ -21,14 +21,14 @@ _SERVER = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sb
 
 @dataclass(frozen=True)
 class PrivateSshd:
-    """A server that runs, and how to reach it."""
+    """A running server, and its client configuration."""
 
     folder: Path
     pid: int
 
     @property
     def environment(self) -> dict[str, str]:
-        """For `megaback train --hostfile`, and, as `ssh` on the PATH, for what knows no option."""
+        """For `megaback train --hostfile`; `ssh` on the PATH is for programs without an option."""
         return {
             "MEGABACK_SSH": f"ssh -F {self.folder / 'config'}",
             "MASTER_ADDR": "127.0.0.1",
@@ -36,7 +36,7 @@ class PrivateSshd:
         }
 
     def connections(self) -> list[int]:
-        """The processes of the server that serve a connection."""
+        """Process ids of the server's connections."""
         found = subprocess.run(
             ["pgrep", "-P", str(self.pid)], capture_output=True, text=True, check=False
         )
@@ -45,11 +45,11 @@ class PrivateSshd:
 
 @contextmanager
 def private_sshd(folder: Path) -> Iterator[PrivateSshd]:
-    """Run a server; skips the test where there is none."""
+    """Run a server; skips the test if sshd is not installed or does not start."""
     if _SERVER is None or shutil.which("ssh") is None:
         pytest.skip("there is no ssh with its server (Debian: openssh-client, openssh-server)")
     if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # of a server that root starts
+        Path("/run/sshd").mkdir(exist_ok=True)  # required by a server that root starts
     for name in ("server_key", "user_key"):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
         subprocess.run(command, check=True)

@@ -2,9 +2,9 @@
 
     python -m tests.helpers.reshard_worker CONFIG FOLDER save|load PAIRS NAME...
 
-`save` trains three steps at each stage and saves as FOLDER/NAME/stage-N; `load` goes on from them
-at other stages: PAIRS is a JSON list of stages that saved and stages that go on. Both then take
-three more steps and print the losses, a JSON line each: name, stages, losses.
+`save` trains three steps at each stage and saves as FOLDER/NAME/stage-N; `load` resumes from them
+at other stages: PAIRS is a JSON list of (saved stage, resumed stage). Both then train three more
+steps and print the losses, one JSON line per pair: name, stages, losses.
 """
 
 import json
@@ -31,7 +31,7 @@ STEPS = 3
 
 
 def main(path: Path, folder: Path, action: str, pairs: list[list[int]], names: list[str]) -> None:
-    """Do it for each optimizer and pair of stages."""
+    """Save or load for each optimizer and pair of stages."""
     world = start_world("cpu", 60)
     for name in names:
         optimizer = name.rpartition("-")[2]
@@ -47,14 +47,14 @@ def main(path: Path, folder: Path, action: str, pairs: list[list[int]], names: l
                 if saved_stage == stage:
                     refuse_another_optimizer(path, target, optimizer, stage, world)
                 load_into_engine(engine, target, read_meta(target), world)
-            tell(world, name, saved_stage, stage, train(engine, config, world, STEPS))
+            report(world, name, saved_stage, stage, train(engine, config, world, STEPS))
     end_rank()
 
 
 def refuse_another_optimizer(
     path: Path, target: Path, optimizer: str, stage: int, world: World
 ) -> None:
-    """Even where nobody has compared configs, no state is taken for another or left out."""
+    """Check that loading fails on state of another optimizer, even without comparing configs."""
     other, lacking = {"adamw": ("muon", "momentum"), "muon": ("adamw", "exp_avg")}[optimizer]
     config = load_config(path, (f"zero.stage={stage}", f"optimizer.name={other}"))
     engine = new_engine(config, world)
@@ -69,7 +69,7 @@ def refuse_another_optimizer(
 
 
 def new_engine(config: Config, world: World) -> Any:
-    """An engine whose weights are of no use."""
+    """An engine with meaningless weights."""
     data = open_data(config, world.rank, world.size)
     model = ReverseGPT(config.model, data.codec.vocab_size)
     model.initialize(7)
@@ -77,7 +77,7 @@ def new_engine(config: Config, world: World) -> Any:
 
 
 def train(engine: Any, config: Config, world: World, first: int) -> list[float]:
-    """Take three steps; the loss of each, over all ranks."""
+    """Train three steps. Returns the loss of each, over all ranks."""
     data = open_data(config, world.rank, world.size)
     engine.train()
     losses = []
@@ -118,8 +118,8 @@ def save(engine: Any, run: Path, config: Config, world: World) -> None:
     saver.finish()
 
 
-def tell(world: World, name: str, saved_stage: int, stage: int, losses: list[float]) -> None:
-    """Print a line, once."""
+def report(world: World, name: str, saved_stage: int, stage: int, losses: list[float]) -> None:
+    """Print the JSON line of a pair, on the first rank."""
     if world.is_first:
         print(json.dumps([name, saved_stage, stage, losses]), flush=True)
 

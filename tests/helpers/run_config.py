@@ -1,4 +1,4 @@
-"""The config of a small run, for what reads only a config and a folder."""
+"""The config of a small run, for tests that need only a config and a folder."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, for the commands that read them."""
+"""Run folders as training writes them, for tests of commands that read them."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ ROW_TOKENS = 2048
 
 
 def finished_steps(run: Path, steps: int, skipped: int = 5) -> Path:
-    """A run's folder after so many steps, stopped once and with a skipped step."""
+    """A run's folder after `steps` steps, with one restart and one skipped step."""
     run.mkdir()
     record_start(run, step=0, total_steps=100, world_size=2, zero_stage=1)
     record_exit(run, 75, "preempted", "SIGTERM came", 0)

@@ -1,7 +1,8 @@
-"""A rank in which nothing can be unpickled, that trains, saves and goes on at two ZeRO stages.
+"""A rank that trains, saves and resumes at two ZeRO stages with unpickling disabled.
 
 `python -m tests.helpers.sealed_rank CONFIG FOLDER`, with a rank's environment. The first rank
-prints, as JSON, how each run ended; every rank writes where it listened to `FOLDER/listening-RANK`.
+prints the exit codes of each run as JSON; every rank writes the addresses that it listens on to
+`FOLDER/listening-RANK`.
 """
 
 import _pickle
@@ -27,7 +28,7 @@ STAGES = (2, 3)
 
 
 class StopAfter(StopRequest):
-    """Asks to stop once a few steps are done."""
+    """Requests a stop after a few steps."""
 
     def __init__(self, run: Path) -> None:
         super().__init__(None)
@@ -39,18 +40,18 @@ class StopAfter(StopRequest):
 
 
 def refuse(*_arguments: Any, **_options: Any) -> Any:
-    """Stands for whatever would execute what another rank has sent."""
-    raise AssertionError("something was to be unpickled")
+    """Replacement for functions that could execute data of another rank."""
+    raise AssertionError("unpickling was attempted")
 
 
 class Sealed(_pickle.Unpickler):
-    """An unpickler, since libraries have subclasses of it, that reads nothing."""
+    """An unpickler that always fails; a class, as libraries subclass it."""
 
     load = refuse
 
 
 def seal() -> None:
-    """From now on nothing can be unpickled, nor objects be sent by torch."""
+    """Disable unpickling, and torch's sending of objects, from now on."""
     for module in (pickle, _pickle):
         module.load = module.loads = refuse  # type: ignore[assignment]
         module.Unpickler = Sealed  # type: ignore[misc]
@@ -64,14 +65,14 @@ def seal() -> None:
 
 
 def train(config: Path, run: Path, stage: int, world: World) -> list[int | None]:
-    """Train until asked to stop, then to the end; the exit codes."""
+    """Train until a stop request, then to the end. Returns the exit codes."""
     overrides = (f"run={run}", f"zero.stage={stage}", "training.steps=6", "hardware.preflight=on")
     settings = load_config(config, (*overrides, f"checkpoint.copy_to={run.with_name('copies')}"))
     codes: list[int | None] = []
     for stop in (StopAfter(run), StopRequest(None)):
         try:
             train_run(settings, world, stop, Watchdog(run, settings.hardware, world))
-            world.barrier()  # the first rank writes how it ended
+            world.barrier()  # the first rank writes the exit record
             ending = read_exit(run)
             codes.append(None if ending is None else ending["code"])
         except CollectiveExit as end:
@@ -81,7 +82,7 @@ def train(config: Path, run: Path, stage: int, world: World) -> list[int | None]
 
 
 def listening() -> list[str]:
-    """The addresses on which this process, and those that it started, wait for connections."""
+    """The addresses on which this process and its children listen."""
     own = psutil.Process()
     return [
         connection.laddr.ip

@@ -1,4 +1,4 @@
-"""A server for tests: a tiny model behind real sockets, in a thread of this process."""
+"""Test server: a tiny model behind real sockets, in a thread of this process."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ def write_tiny_model(
     shape: ModelSection = SHAPE,
     context_tokens: int = CONTEXT_TOKENS,
 ) -> Path:
-    """A model of random weights, larger than usual so that it is not equally sure of everything."""
+    """Write a model of random weights, large enough that its probabilities are not all alike."""
     model = ReverseGPT(shape, codec.vocab_size)
     model.initialize(1)
     with torch.no_grad():
@@ -71,14 +71,14 @@ def write_tiny_model(
 
 
 def tiny_models(folder: Path, codec: Any, num_slots: int = 8) -> dict[str, ServedModel]:
-    """`tiny`, which writes backward, and `ahead`, which writes forward."""
+    """Two models: `tiny`, backward, and `ahead`, forward."""
     backward = write_tiny_model(folder / "tiny", codec(Direction.BACKWARD, Unit.TOKEN))
     forward = write_tiny_model(folder / "ahead", codec(Direction.FORWARD, Unit.TOKEN))
     return load_models(backward, forward, torch.device("cpu"), torch.float32, num_slots)
 
 
 def endless_prompt(model: ServedModel) -> str:
-    """A prompt for which greedy writing does not end soon."""
+    """A prompt whose greedy sample does not end soon."""
     for number in range(100):
         prompt = model.codec.prompt(f"{number} maps.")
         options = SamplingOptions(1000, temperature=0)
@@ -90,7 +90,7 @@ def endless_prompt(model: ServedModel) -> str:
 
 @dataclass
 class Running:
-    """A server that runs, and where."""
+    """A running server and its address."""
 
     url: str
     service: Service
@@ -113,7 +113,7 @@ def serving(
     infiller: Infiller | None = None,
     shutdown_s: float = 5,
 ) -> Iterator[Running]:
-    """A server for as long as the block runs."""
+    """Run a server until the block ends."""
     limits = limits or Limits()
     metrics = Metrics()
     batches = {name: model.batch for name, model in models.items()}
@@ -134,7 +134,7 @@ def serving(
 
 
 def metric(running: Running, name: str, model: str | None = None) -> float:
-    """A number of /metrics."""
+    """A value of /metrics."""
     label = f'{{model="{model}"}}' if model else ""
     found = re.search(
         rf"^megaback_{name}{re.escape(label)} (\S+)$", running.get("/metrics").text, re.MULTILINE
@@ -144,7 +144,7 @@ def metric(running: Running, name: str, model: str | None = None) -> float:
 
 
 def wait_until(is_so: Callable[[], bool], max_s: float = 20) -> None:
-    """Look again until it is so."""
+    """Poll until the condition holds."""
     ends_s = time.monotonic() + max_s
     while not is_so():
         assert time.monotonic() < ends_s
@@ -153,7 +153,7 @@ def wait_until(is_so: Callable[[], bool], max_s: float = 20) -> None:
 
 @contextmanager
 def raw(running: Running, sent: bytes) -> Iterator[socket.socket]:
-    """A connection whose client has sent something, and reads little by little."""
+    """A connection whose client has sent `sent`, and reads slowly."""
     port = int(running.url.rsplit(":", 1)[1])
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -171,7 +171,7 @@ def posted(body: dict[str, Any], path: str = "/v1/completions", headers: str = "
 
 @contextmanager
 def started(*arguments: object, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """A server's process and where it listens."""
+    """The process of a server, and its URL."""
     command = [sys.executable, "-m", "megaback", "serve", *map(str, arguments), "--port", "0"]
     with subprocess.Popen(
         command,
@@ -191,7 +191,7 @@ def started(*arguments: object, **variables: str) -> Iterator[tuple["subprocess.
 
 
 def num_running(url: str) -> float:
-    """How many samples are being written."""
+    """Number of running samples."""
     lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     return sum(
         float(line.split()[1]) for line in lines if line.startswith("megaback_samples_running{")

@@ -1,4 +1,4 @@
-"""A shard taken apart and put together again, whatever its parts then claim."""
+"""The parts of a shard, to change and join again without checks."""
 
 import json
 import struct
@@ -26,7 +26,7 @@ class ShardParts:
     counts: bytes
     entries: list[SeekEntry]
     header_json: bytes | None = None
-    """In the place of what `header` gives."""
+    """Overrides `header`, if given."""
     seek_table: bytes | None = None
     more_entries: list[SeekEntry] = field(default_factory=list)
 
@@ -53,7 +53,7 @@ class ShardParts:
 
 
 def compressed_zeros(num_bytes: int) -> bytes:
-    """Zstandard's frame of so many zero bytes, made without holding them."""
+    """A Zstandard frame of `num_bytes` zeros, made without holding them in memory."""
     compressor = zstandard.ZstdCompressor(level=3, write_content_size=True, write_checksum=True)
     chunker = compressor.compressobj(size=num_bytes)
     block = bytes(1 << 20)

@@ -1,4 +1,4 @@
-"""What a hostile file may cost, and what every command that reads a data set says of one."""
+"""Bounds on time and memory for hostile files, and the errors of commands that read data sets."""
 
 import json
 import time
@@ -20,9 +20,9 @@ SHARD = "train-00002-00000.zst"
 
 @contextmanager
 def within_bounds(max_bytes: int = MAX_BYTES) -> Iterator[None]:
-    """See that what is done takes neither a second nor much memory.
+    """Check that the block takes less than a second and little memory.
 
-    The bound is twice that: the tests share their cores, and memory is traced.
+    The limit on time is twice that, as tests share their cores and memory is traced.
     """
     tracemalloc.start()
     started = time.process_time()
@@ -35,7 +35,7 @@ def within_bounds(max_bytes: int = MAX_BYTES) -> Iterator[None]:
 
 
 def refused(folder: Path, code: int = ShardCorruptError.exit_code) -> str:
-    """What the commands that read a data set say of it: one sentence, each with this exit code."""
+    """The errors of the commands that read a data set, each one line with this exit code."""
     said = ""
     out = folder.with_name("recompressed")
     for command, arguments in (

@@ -1,7 +1,6 @@
-"""What the tests ask of a Slurm cluster, in the words that a user types.
+"""Slurm commands for the cluster tests, as a user types them.
 
-Nothing here reads accounting: state comes from `scontrol show job`, as on a cluster without
-slurmdbd.
+State comes from `scontrol show job` rather than accounting, as on a cluster without slurmdbd.
 """
 
 import os
@@ -28,7 +27,7 @@ SOURCED_FILES = sorted((REPOSITORY / "slurm").glob("*.sh"))
 NUM_NODES = 4
 NUM_STEPS = 40  # a little more than one epoch of the small data set
 SMALL_JOB = ("--devices-per-node=1", "--cpus-per-task=1", "--mem=4000", "--time=10")
-"""What `megaback submit` asks for here."""
+"""Resource options of `megaback submit` for this cluster."""
 
 MINISLURM = ROOT / "tests" / "cluster" / "minislurm.sh"
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "unshare", "flock")
@@ -44,7 +43,7 @@ class Slurm:
     def attempt(
         self, *words: object, cwd: Path | None = None, **variables: object
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command, with more variables in its environment."""
+        """Run a command, with additional environment variables."""
         return subprocess.run(
             [str(word) for word in words],
             env=self.environment | {name: str(value) for name, value in variables.items()},
@@ -56,7 +55,7 @@ class Slurm:
         )
 
     def command(self, *words: object, cwd: Path | None = None, **variables: object) -> str:
-        """The same, for one that must not fail. Returns what it said."""
+        """Run a command that must not fail. Returns its output."""
         done = self.attempt(*words, cwd=cwd, **variables)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
@@ -64,17 +63,17 @@ class Slurm:
     def submit(
         self, file_name: str, *arguments: object, cwd: Path, options: str = "", **variables: object
     ) -> str:
-        """Queue one of the shipped files. Returns the job's id."""
+        """Submit one of the shipped sbatch files. Returns the job's id."""
         shipped = REPOSITORY / "slurm" / file_name
         words = ("sbatch", "--parsable", *options.split(), shipped, *arguments)
         return self.command(*words, cwd=cwd, **variables).strip()
 
     def megaback(self, *words: object, cwd: Path) -> str:
-        """A command of megaback that must not fail, in the environment of the tests."""
+        """Run a megaback command that must not fail, in the tests' environment."""
         return self.command(sys.executable, "-m", "megaback", *words, cwd=cwd)
 
     def elements(self, job_id: str) -> list[dict[str, str]]:
-        """What `scontrol show job` knows: of an array, each element, those that wait together."""
+        """Fields of `scontrol show job`, per element of an array; pending ones are one entry."""
         lines = self.command("scontrol", "--oneliner", "show", "job", job_id).splitlines()
         return [
             dict(word.split("=", 1) for word in line.split() if "=" in word)
@@ -83,12 +82,12 @@ class Slurm:
         ]
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What is known of a job; of an array, of an element that is not complete, if any."""
+        """Fields of a job; for an array, of an element that is not complete, if any."""
         elements = self.elements(job_id)
         return next((job for job in elements if job["JobState"] != "COMPLETED"), elements[0])
 
     def wait(self, job_id: str, cwd: Path, timeout_s: float = 280) -> dict[str, str]:
-        """Wait until a job, or every element of an array, is over, in whatever way."""
+        """Wait until a job, or every element of an array, has ended in any state."""
 
         def states() -> list[str]:
             return [job["JobState"] for job in self.elements(job_id)]
@@ -116,7 +115,7 @@ def wait_for(
 
 
 def read_log(cwd: Path, job_id: str) -> str:
-    """The job's output, in the file that the shipped files or `megaback submit` name."""
+    """The job's output, from the file that the sbatch files and `megaback submit` configure."""
     folders = (cwd, *cwd.glob("*/logs"))
     paths = [path for folder in folders for path in folder.glob(f"*-{job_id}.out")]
     paths += [path for folder in folders for path in sorted(folder.glob(f"*-{job_id}_*.out"))]
@@ -124,7 +123,7 @@ def read_log(cwd: Path, job_id: str) -> str:
 
 
 def cpu_options(nodes: int = 2, tasks_per_node: int = 1, gpus_per_node: int = 0) -> str:
-    """What turns the shipped train.sbatch from GPU nodes to small tasks."""
+    """Options that turn the shipped train.sbatch from GPU nodes to small CPU tasks."""
     return (
         f"--nodes={nodes} --ntasks-per-node={tasks_per_node} --cpus-per-task=1 "
         f"--gpus-per-node={gpus_per_node} --mem=4000 --time=10"
@@ -139,7 +138,7 @@ def last_step(run: Path) -> int:
 
 
 def ranks_of(config: Path) -> list[psutil.Process]:
-    """The rank processes of a config; from outside a node's namespace they can all be seen."""
+    """The rank processes of a config; all are visible from outside a node's namespace."""
     return [
         process
         for process in psutil.process_iter(["name", "cmdline"])
@@ -157,7 +156,7 @@ def loads_torch(process: psutil.Process) -> bool:
 
 
 def why_no_cluster() -> str | None:
-    """What this machine lacks for a cluster of its own, if anything."""
+    """The reason why this machine cannot run a private cluster, or None."""
     if os.geteuid() != 0:
         return "a Slurm cluster on one machine needs root"
     absent = [name for name in _PROGRAMS if shutil.which(name) is None]
@@ -170,7 +169,7 @@ def why_no_cluster() -> str | None:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on."""
+    """The first of `count` consecutive free ports."""
     for first in range(26_800 + os.getpid() % 1000, 32_000, count):
         probes = [socket.socket() for _ in range(count)]
         try:
@@ -188,7 +187,7 @@ def free_ports(count: int) -> int:
 
 @contextmanager
 def held(config: Path) -> Iterator[list[psutil.Process]]:
-    """Freezes the ranks of a config for as long as the block takes."""
+    """Suspend the ranks of a config until the block ends."""
     ranks = ranks_of(config)
     for rank in ranks:
         rank.send_signal(signal.SIGSTOP)
@@ -201,7 +200,7 @@ def held(config: Path) -> Iterator[list[psutil.Process]]:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """A run that nothing disturbed, and the empty places that it was given."""
+    """An undisturbed run, and the folders that were empty before it."""
 
     run: Path
     folder: Path

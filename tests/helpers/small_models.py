@@ -17,7 +17,7 @@ def section(**changes: object) -> ModelSection:
 
 
 def make_model(seed: int = 1, **changes: object) -> ReverseGPT:
-    """A model whose norms are not all ones and whose logits are not all alike."""
+    """A model with norms that are not all ones and logits that are not all alike."""
     model = ReverseGPT(section(**changes), VOCAB_SIZE)
     model.initialize(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -35,6 +35,6 @@ def random_ids(num_tokens: int, seed: int = 0) -> Tensor:
 
 
 def packed(*lengths: int) -> tuple[Tensor, Segments]:
-    """Positions and segments of documents of these lengths, one after another."""
+    """Positions and segments of packed documents of these lengths."""
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     return positions_T, Segments.from_lengths(lengths, CPU)

@@ -1,4 +1,4 @@
-"""What lies in data sets and models, read whole."""
+"""The contents of data sets and models, read as a whole."""
 
 from collections.abc import Iterator
 from pathlib import Path

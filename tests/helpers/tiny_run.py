@@ -1,4 +1,4 @@
-"""A tiny run: its config, what it wrote, and the same training as a plain PyTorch loop."""
+"""A tiny run: its config, its metrics, and the same training as a plain PyTorch loop."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from megaback.tracking.metrics import MACHINE_FIELDS
 
 TOTAL_STEPS = 100
 FORWARD = ("data.direction=forward", "training.steps=null", "training.epochs=1.5")
-"""What a forward run overrides."""
+"""Overrides of a forward run."""
 
 
 def tiny_config(shards: Path) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def tiny_config(shards: Path) -> dict[str, Any]:
 
 
 def training_environment() -> dict[str, str]:
-    """The environment without what would name a rank of somebody else's run; one thread a rank."""
+    """The environment without variables of another run's rank; one thread per rank."""
     foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_", "SLURM_", "WANDB_")
     ours = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return {**ours, "OMP_NUM_THREADS": "1"}
@@ -69,21 +69,21 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def curve_of(run: Path, name: str = "loss") -> list[float]:
-    """One number a training step."""
+    """One value per training step."""
     return [line[name] for line in metrics_of(run) if name in line]
 
 
 def val_losses_of(run: Path) -> dict[int, float]:
-    """The loss over the val set, by steps completed."""
+    """Val loss by number of completed steps."""
     return {line["step"]: line["val_loss"] for line in metrics_of(run) if "val_loss" in line}
 
 
 def wait_for_step(
     process: "subprocess.Popen[str]", run: Path, step: int, output: Path | None = None
 ) -> None:
-    """Return once the metrics have this many training steps.
+    """Wait until the metrics have this many training steps.
 
-    `output` is where the process prints to. Raises AssertionError if it ends before.
+    `output` is the file that the process prints to. Raises AssertionError if it ends before.
     """
     give_up = time.monotonic() + 120
     path = run / "metrics.jsonl"
@@ -97,7 +97,7 @@ def wait_for_step(
 
 @dataclass(frozen=True)
 class PlainResult:
-    """What plain training came to, one entry a step."""
+    """Results of plain training, one entry per step."""
 
     losses: list[float]
     gradient_norms: list[float]
@@ -108,10 +108,10 @@ class PlainResult:
 def train_plainly(config: Config) -> PlainResult:
     """Train in this process: no ranks, no accumulation, no DeepSpeed.
 
-    bf16 is autocast's. AdamW is spelled out here; Muon is ours, on whole matrices (what they become
-    is compared with PyTorch's own Muon elsewhere).
+    bf16 is autocast's. AdamW is written out here; Muon is ours, on whole matrices (its update is
+    compared with PyTorch's own Muon elsewhere).
     """
-    torch.set_num_threads(1)  # quickest for a model this small
+    torch.set_num_threads(1)  # fastest for a model this small
     data = open_data(config, 0, 1)
     section = config.optimizer
     model = ReverseGPT(config.model, data.codec.vocab_size, z_loss=section.z_loss)
@@ -159,7 +159,7 @@ def _plain_optimizer(model: ReverseGPT, config: Config) -> torch.optim.Optimizer
 
 
 def join(batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor, Segments]:
-    """Micro-batches as one."""
+    """Micro-batches joined into one."""
     batches = list(batches)
     ids_T, targets_T, positions_T = (
         torch.from_numpy(np.concatenate([getattr(batch, name) for batch in batches]))
@@ -172,18 +172,18 @@ def join(batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor, Segments]:
 
 @dataclass(frozen=True)
 class PlainMeasure:
-    """A val set, measured."""
+    """Losses over a val set."""
 
     loss: float
     bits_per_byte: float
     num_targets: int
     nats_of_context: dict[int, list[float]]
-    """Losses of targets by how many tokens were read before them."""
+    """Losses of targets by the number of tokens before them."""
 
 
 @torch.no_grad()
 def measure_plainly(model: ReverseGPT, shards: Path, context_tokens: int) -> PlainMeasure:
-    """The loss over a stored val set, a piece of a document at a time: no packing, no batches."""
+    """Loss over a stored val set, one piece of a document at a time: no packing, no batches."""
     manifest = Manifest.load(shards)
     piece_num_bytes = DataSet.open(shards).codec().piece_num_bytes()
     nats_of_context: dict[int, list[float]] = defaultdict(list)
@@ -215,7 +215,7 @@ def measure_plainly(model: ReverseGPT, shards: Path, context_tokens: int) -> Pla
 
 
 def _pieces(window_T: Tensor, begin_id: int) -> list[Tensor]:
-    """A window cut before every begin marker; pieces of one token have nothing to predict."""
+    """A window cut before every begin marker; pieces of one token have no targets."""
     inner = (window_T[1:] == begin_id).nonzero().flatten() + 1
     edges = [0, *inner.tolist(), len(window_T)]
     pieces = [window_T[left:right] for left, right in pairwise(edges)]

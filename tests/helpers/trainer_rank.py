@@ -1,7 +1,7 @@
-"""A rank that reads rows by a plain loader, then trains with transformers' Trainer in some ways.
+"""A rank that reads rows by a plain loader, then trains with transformers' Trainer in several ways.
 
-`python -m tests.helpers.trainer_rank SHARDS OUT`, with a rank's environment. What it saw goes to
-`OUT/RANK.npz`: ids and targets of shape (2, micro-batches, rows, tokens) for each way.
+`python -m tests.helpers.trainer_rank SHARDS OUT`, with a rank's environment. Writes the rows that
+it read to `OUT/RANK.npz`: ids and targets of shape (2, micro-batches, rows, tokens) for each way.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""A rank that trains one run after another: what a real rank does, without its start.
+"""A rank that trains one run after another: a real rank, without its start-up.
 
-It reads a JSON line from stdin for each run (`config`, `overrides`, `output`: a file for what is
-printed), and answers with a line: null, or what went wrong. See warm_ranks.py.
+For each run it reads a JSON line from stdin (`config`, `overrides`, `output`: a file for its
+output), and prints a line: null, or the error. See warm_ranks.py.
 """
 
 import gc
@@ -21,16 +21,16 @@ from megaback.train import train_run
 
 
 def train(world: World, config: str, overrides: list[str], output: str, folder: str) -> str | None:
-    """Train a run to its end; what went wrong, if anything."""
+    """Train a run to its end. Returns the error, if any."""
     os.chdir(folder)
     settings = load_config(Path(config), tuple(overrides))
     before = os.dup(2)
     with Path(output).open("a") as file, redirect_stdout(file), redirect_stderr(file):
-        os.dup2(file.fileno(), 2)  # a file in the run's folder may be there if it is printed to
+        os.dup2(file.fileno(), 2)  # may be in the run's folder if it is the output
         try:
             watchdog = Watchdog(settings.run, settings.hardware, world)
             train_run(settings, world, StopRequest(None), watchdog, Path(config))
-        except (Exception, SystemExit):  # noqa: BLE001 (the test says what it was)
+        except (Exception, SystemExit):  # noqa: BLE001 - reported by the test
             return traceback.format_exc()
         finally:
             os.dup2(before, 2)
@@ -39,14 +39,14 @@ def train(world: World, config: str, overrides: list[str], output: str, folder: 
 
 
 def main() -> None:
-    """Train what is asked for until stdin ends."""
+    """Train the requested runs until stdin ends."""
     answers = sys.stdout
-    sys.stdout = sys.stderr  # what libraries print is no answer
+    sys.stdout = sys.stderr  # keeps the output of libraries apart from the answers
     set_up_logging()
     world = start_world("cpu", 60)
     for line in sys.stdin:
         problem = train(world, **json.loads(line))
-        gc.collect()  # the engine, and what it has open
+        gc.collect()  # frees the engine and its files
         print(json.dumps(problem), file=answers, flush=True)
     end_rank()
 

@@ -1,7 +1,7 @@
-"""Ranks that stay, so that tests of what is learned need not wait for ranks to start.
+"""Persistent ranks, so that tests of training results need not wait for ranks to start.
 
-Most of a tiny run's time is its start. Starts, signals, faults and ends are tested with the command
-itself; what comes of a run that nothing disturbs is the same in ranks that have trained before.
+Most of a tiny run's time is its start-up. Start-up, signals, faults and exits are tested with the
+command itself; the result of an undisturbed run is the same in ranks that have trained before.
 """
 
 import json
@@ -16,7 +16,7 @@ from tests.helpers.tiny_run import training_environment
 
 
 class WarmRanks:
-    """As many real ranks as asked for, started when they are first needed."""
+    """Real ranks, started when they are first needed."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -25,9 +25,9 @@ class WarmRanks:
     def train(
         self, config: Path, overrides: Sequence[str], output: Path, folder: Path | None = None
     ) -> None:
-        """Train a run to its end, and write what it prints to a file. Raises AssertionError.
+        """Train a run to its end, with its output in a file. Raises AssertionError.
 
-        `folder`: the working directory, where paths are relative.
+        `folder` is the working directory, for relative paths.
         """
         if not self._ranks:
             self._start()
@@ -41,11 +41,11 @@ class WarmRanks:
         answers = [rank.stdout.readline() for rank in self._ranks if rank.stdout is not None]
         problems = [json.loads(answer) if answer else "the rank has died" for answer in answers]
         if any(problems):
-            self.close()  # others may wait for what never comes
+            self.close()  # other ranks may be waiting for the failed one
         assert not any(problems), "\n".join(filter(None, problems)) + output.read_text()
 
     def close(self) -> None:
-        """Let the ranks end."""
+        """Kill the ranks."""
         for rank in self._ranks:
             rank.kill()
             rank.communicate()

@@ -1,4 +1,4 @@
-"""An environment into which pip has installed megaback from a wheel, and hostile folders."""
+"""A virtual environment with megaback installed from a wheel, and folders of hostile packages."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ _PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
 def wheel_environment(folder: Path) -> Path:
-    """The environment's root, made once for all processes of the tests; packages are this one's."""
+    """The environment's root, made once for all test processes; it shares our packages."""
     root = folder / "environment"
     with locked(folder / "lock"):
         if not (folder / "is_whole").exists():
@@ -27,7 +27,7 @@ def wheel_environment(folder: Path) -> Path:
 
 
 def _build(folder: Path) -> Path:
-    source = folder / "source"  # in the checkout, modules of earlier builds would be packed too
+    source = folder / "source"  # a build in the checkout would pack modules of earlier builds
     for name in _FOLDERS:
         shutil.copytree(ROOT / name, source / name)
     for name in _FILES:
@@ -42,7 +42,7 @@ def _install(wheel: Path, root: Path) -> None:
     venv.create(root, symlinks=True)
     (packages,) = root.glob("lib/python*/site-packages")
     here = Path(sys.prefix, packages.relative_to(root))
-    (packages / "others.pth").write_text(f"{here}\n")  # not the .pth files that lie there
+    (packages / "others.pth").write_text(f"{here}\n")  # without the .pth files there
     pip = (*_PIP, "--python", root / "bin" / "python")
     words = ("install", "--quiet", "--no-deps", "--no-index", wheel)
     subprocess.run([*pip, *words], check=True, capture_output=True, timeout=120)

@@ -1,9 +1,9 @@
-"""What each of several test processes takes at a time, when `pytest -n 2` starts them.
+"""Units of work of parallel test processes (`pytest -n 2`).
 
 A unit is a file, so that its fixtures are made once and its tests keep their order; or all tests of
-a Slurm cluster, which is started once; or the files that look at the same finished runs. Units are
-handed out in the order of collection: files of real processes, which take minutes, come first, and
-what is short fills the gaps at the end.
+a Slurm cluster, which is started once; or the files that share finished runs. Units are assigned in
+the order of collection: files of real processes, which take minutes, are first, and short ones fill
+the gaps at the end.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def unit_of(test_id: str) -> str:
 
 
 class WorkUnits(LoadScopeScheduling):
-    """Gives the next unit to the process that has almost finished its last one."""
+    """Assigns the next unit to the process that has almost finished its last one."""
 
     def __init__(self, config: Any, log: Any) -> None:
         config.option.loadscopereorder = False
