@@ -50,13 +50,20 @@ _CONSOLE_TIMEOUT_S = 3.0
 
 
 def train_run(
-    config: Config, world: World, stop: StopRequest, watchdog: Watchdog, given: Path | None = None
+    config: Config,
+    world: World,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    config_path: Path | None = None,
 ) -> None:
-    """Train a run to its end. Raises CollectiveExit on all ranks. `given`: file of the config."""
+    """Train a run, whose config is from `config_path`, to its end.
+
+    Raises CollectiveExit on all ranks.
+    """
     error: MegabackError | None = None
     reason = ""
     try:
-        prepared = prepare_run(config, world, watchdog, given)
+        prepared = prepare_run(config, world, watchdog, config_path)
         if isinstance(prepared, AlreadyTrained):
             if world.is_first:
                 click.echo(prepared.message)
@@ -74,11 +81,11 @@ def train_run(
     watchdog.mark_exited(reason)
 
 
-def _train_as_rank(config: Config, world: World, stop: StopRequest, given: Path) -> int:
+def _train_as_rank(config: Config, world: World, stop: StopRequest, config_path: Path) -> int:
     """Train, and record in the run's folder how it ended. Returns the exit code."""
     watchdog = Watchdog(config.run, config.hardware, world)
     try:
-        train_run(config, world, stop, watchdog, given)
+        train_run(config, world, stop, watchdog, config_path)
     except CollectiveExit as ending:
         reason = ending.error
         if reason is not None and watchdog.is_open:  # otherwise an earlier start's record stays

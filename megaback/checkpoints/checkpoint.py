@@ -175,10 +175,11 @@ def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
         meta = read_meta(newest)
         verify_files(newest, meta)
     except CheckpointCorruptError as error:
-        others = ", ".join(other.name for other in candidates[:-1]) or "there is none"
-        raise CheckpointCorruptError(
-            f"{error}; to use an older checkpoint, give its folder ({others})"
-        ) from None
+        others = ", ".join(other.name for other in candidates[:-1])
+        advice = (
+            f"to use an older checkpoint, give its folder ({others})" if others else "restore it"
+        )
+        raise CheckpointCorruptError(f"{error}; {advice}") from None
     return newest, meta
 
 

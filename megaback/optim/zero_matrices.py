@@ -80,23 +80,23 @@ class MatrixShards:
     def _exchange(
         self,
         parts: list[Tensor],
-        to: Sequence[tuple[int, int]],
-        come_from: Sequence[tuple[int, int]],
-        coming: Sequence[Slice],
+        destinations: Sequence[tuple[int, int]],
+        sources: Sequence[tuple[int, int]],
+        incoming: Sequence[Slice],
     ) -> list[Tensor]:
-        """Send each part to its rank; returns the received parts in the order of `come_from`."""
+        """Send each part to its rank; returns the received parts in the order of `sources`."""
         world_size = len(self._slices)
         if world_size == 1:
             return parts
         counts_out, counts_in = [0] * world_size, [0] * world_size
-        for (rank, _), part in zip(to, parts, strict=True):
+        for (rank, _), part in zip(destinations, parts, strict=True):
             counts_out[rank] += len(part)
-        for (rank, _), one in zip(come_from, coming, strict=True):
+        for (rank, _), one in zip(sources, incoming, strict=True):
             counts_in[rank] += one.length
         sent = torch.cat(parts)
         arrived = sent.new_empty(sum(counts_in))
         dist.all_to_all_single(arrived, sent, counts_in, counts_out)
-        return list(torch.split(arrived, [one.length for one in coming]))
+        return list(torch.split(arrived, [one.length for one in incoming]))
 
 
 def choose_owners(

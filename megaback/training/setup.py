@@ -73,18 +73,18 @@ _FIXED_KEYS = (
 
 
 def prepare_run(
-    config: Config, world: World, watchdog: Watchdog, given: Path | None = None
+    config: Config, world: World, watchdog: Watchdog, config_path: Path | None = None
 ) -> Run | AlreadyTrained:
     """Set up data, model and engine, from the newest checkpoint that verifies, if there is one.
 
-    `given`: file of the config.
+    `config_path`: file of the config.
 
     Any rank's MegabackError stops all ranks with one message. The watchdog is opened once the run's
     folder is locked and the start is accepted; nothing is written before.
     """
-    world.run_collectively(_ask_first, world, require_run_folder, config, given)
+    world.run_collectively(_on_first_rank, world, require_run_folder, config, config_path)
     is_new = not world.of_first((config.run / LOCK_NAME).exists(), bool)
-    lock = None if is_new else world.run_collectively(_claim, config, world)
+    lock = None if is_new else world.run_collectively(_lock_run_folder, config, world)
     data = world.run_collectively(open_data, config, world.rank, world.size)
     world.run_collectively(require_precision, config.training.precision, world.device)
     attention, backend = world.run_collectively(
@@ -97,7 +97,7 @@ def prepare_run(
     if config.training.compile:
         world.run_collectively(require_compiler, world.device.type, "training.compile")
     world.run_collectively(require_installed, config)
-    world.run_collectively(_ask_first, world, _require_copy_target, config, data)
+    world.run_collectively(_on_first_rank, world, _require_copy_target, config, data)
     found, fetched_meta = _find_start(config, world)
     meta = found[1] if found is not None else fetched_meta
     changes: Changes = {}
@@ -106,14 +106,16 @@ def prepare_run(
         world.run_collectively(_require_same_run, config, data, target, meta)
         world.run_collectively(require_readable, config.run)
         changes = changes_on_resume(meta.config, config)
-        left = world.run_collectively(already_trained, config, meta, data.total_steps)
-        left = world.of_first(left, AlreadyTrained | None)
-        if left is not None and fetched_meta is None:
+        ended = world.run_collectively(already_trained, config, meta, data.total_steps)
+        ended = world.of_first(ended, AlreadyTrained | None)
+        if ended is not None and fetched_meta is None:
             data.training.close()
             if lock is not None:
-                world.run_collectively(_note_end, config, world, given, left, data.total_steps)
+                world.run_collectively(
+                    _record_end, config, world, config_path, ended, data.total_steps
+                )
                 lock.close()
-            return left
+            return ended
     # Before the model is created, which is whole on every rank.
     rooms = world.gather(available_memory(world.device), AvailableMemory)
     world.run_collectively(require_memory, config, data.codec.vocab_size, rooms)
@@ -148,12 +150,14 @@ def prepare_run(
         world.size,
     )
     if is_new:
-        lock = world.run_collectively(_claim, config, world)
+        lock = world.run_collectively(_lock_run_folder, config, world)
     if fetched_meta is not None:
         found = _fetch_start(config, world)
     start_step = found[1].step if found is not None else 0
     watchdog.open()
-    world.run_collectively(_accept, config, world, given, start_step, data.total_steps, changes)
+    world.run_collectively(
+        _accept, config, world, config_path, start_step, data.total_steps, changes
+    )
     world.run_collectively(watchdog.remember_folder)
     watchdog.set_phase("checking the nodes", start_step)
     preflight(config, data, world)
@@ -186,13 +190,13 @@ def prepare_run(
     )
 
 
-def _ask_first(world: World, question: Callable[..., None], *arguments: Any) -> None:
+def _on_first_rank(world: World, question: Callable[..., None], *arguments: Any) -> None:
     """Run a check on the first rank only, which is the one that writes."""
     if world.is_first:
         question(*arguments)
 
 
-def _claim(config: Config, world: World) -> IO[bytes] | None:
+def _lock_run_folder(config: Config, world: World) -> IO[bytes] | None:
     """Lock the run's folder for as long as the returned file is open."""
     if not world.is_first:
         return None
@@ -281,7 +285,7 @@ def _fetch(config: Config, world: World) -> None:
 def _accept(
     config: Config,
     world: World,
-    given: Path | None,
+    config_path: Path | None,
     start_step: int,
     total_steps: int,
     changes: Changes,
@@ -298,19 +302,19 @@ def _accept(
         zero_stage=config.zero.stage,
         **changed,
     )
-    place = place_of_config(config.run, given)
+    place = place_of_config(config.run, config_path)
     if place is not None:
         write_text(place, config.to_yaml())
 
 
-def _note_end(
-    config: Config, world: World, given: Path | None, left: AlreadyTrained, total_steps: int
+def _record_end(
+    config: Config, world: World, config_path: Path | None, ended: AlreadyTrained, total_steps: int
 ) -> None:
     """Record the end of a run that was killed, or failed, after its last step was saved."""
-    if not world.is_first or left.is_recorded:
+    if not world.is_first or ended.is_recorded:
         return
-    _accept(config, world, given, left.step, total_steps, {})
-    record_exit(config.run, 0, "finished", left.reason, world.rank)
+    _accept(config, world, config_path, ended.step, total_steps, {})
+    record_exit(config.run, 0, "finished", ended.reason, world.rank)
 
 
 def _require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:
