@@ -130,8 +130,13 @@ def test_the_launcher_the_data_pipeline_and_planning_load_no_torch(tmp_path: Pat
     assert first_with_torch(WITHOUT_TORCH, "importlib.import_module(words)", tmp_path) == []
 
 
-def test_help_loads_no_torch(tmp_path: Path) -> None:
-    asking = "with suppress(SystemExit): main([*words.split(), '--help'])"
+def test_help_and_completion_load_no_torch(tmp_path: Path) -> None:
+    asking = """
+    from click.shell_completion import ShellComplete
+    assert ShellComplete(main, {}, "megaback", "").get_completions(words.split(), "--")
+    with suppress(SystemExit):
+        main([*words.split(), "--help"])
+"""
 
     assert first_with_torch(["", "shards", "tokenizer", *COMMANDS], asking, tmp_path) == []
 
