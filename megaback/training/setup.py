@@ -110,10 +110,11 @@ def prepare_run(
         ended = world.of_first(ended, AlreadyTrained | None)
         if ended is not None and fetched_meta is None:
             data.training.close()
-            if lock is not None:
+            if not is_new:  # on every rank; the first alone has the lock
                 world.run_collectively(
                     _record_end, config, world, config_path, ended, data.total_steps
                 )
+            if lock is not None:
                 lock.close()
             return ended
     # Before the model is created, which is whole on every rank.

@@ -171,13 +171,13 @@ def test_a_refused_start_changes_nothing_of_a_finished_run(
 
 
 def test_a_run_killed_after_its_last_step_is_finished_by_the_next_start(
-    lonely_run_of: RunOf, tmp_path: Path, warm_ranks: Callable[[int], WarmRanks], config_path: Path
+    run_of: RunOf, tmp_path: Path, warm_ranks: Callable[[int], WarmRanks], config_path: Path
 ) -> None:
-    run = shutil.copytree(lonely_run_of("zero.stage=1"), tmp_path / "run")
+    run = shutil.copytree(run_of("zero.stage=1"), tmp_path / "run")
     (run / "exit.json").unlink()
     before = (run / "metrics.jsonl").read_bytes()
 
-    warm_ranks(1).train(config_path, (f"run={run}", "zero.stage=1"), tmp_path / "output.txt")
+    warm_ranks(2).train(config_path, (f"run={run}", "zero.stage=1"), tmp_path / "output.txt")
 
     assert json.loads((run / "exit.json").read_text())["code"] == 0
     assert (run / "metrics.jsonl").read_bytes() == before
