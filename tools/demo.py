@@ -1,24 +1,26 @@
-"""`make demo`: the whole path on this machine, from text to a backward sample, in minutes.
+"""`make demo`: the whole path on this machine, from text to backward samples, in minutes.
 
-Runs the commands that a person would type, shows them, and ends with a table of what came out.
-Started again after an interruption, it goes on where it stopped.
+Runs the commands that a person would type and shows them, then the samples, wrapped, and a table
+of figures. Started again after an interruption, it resumes.
 """
 
 import json
 import shlex
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
 from data_pipeline.common.command import ResumableCommand, examples
+from data_pipeline.common.control_characters import escaped
 from data_pipeline.common.import_path import module_command
+from data_pipeline.common.next_command import command, show_next
 from data_pipeline.common.number_ranges import VOCABULARY
-from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.common.source_type import SOURCE
+from data_pipeline.common.terminal import table_lines, terminal_width
 from data_pipeline.errors import LaunchError
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.inspection import unigram_entropy
@@ -27,17 +29,22 @@ from megaback.run_folder import METRICS_NAME, MODEL_CONFIG_NAME
 
 _CONFIG = Path("configs/demo.yaml")
 _VOCAB_SIZE = 2048
-_SAMPLE_TOKENS = 60
-_TEMPERATURE = "0.5"  # of a model this small, the surest words are the most readable
-_ENDINGS = (
-    "and returns the number of bytes written.",
-    "otherwise an exception is raised.",
-    "is not supported on this platform.",
+_SAMPLE_TOKENS = 100
+_TEMPERATURE = "0.8"
+_MIN_P = "0.1"  # the tail of a model this small is mostly misspelled words
+_ENDINGS = (  # a space first: the text before them ends with a word
+    " said Mr. Darcy, with a smile.",
+    " said she, and burst into tears.",
+    " cried Ahab, and the boat was gone.",
 )
+_MAX_COLUMNS = 80
 
 
-def run(*words: str) -> str:
-    """Run a megaback command as a person would, its output shown; returns what it printed."""
+def run(*words: str, shows_output: bool = True) -> str:
+    """Run a megaback command as a person would; returns its standard output.
+
+    The commands that it suggests next are not shown.
+    """
     click.echo(f"\n$ megaback {shlex.join(words)}")
     process = subprocess.Popen(
         module_command("megaback", *words), stdout=subprocess.PIPE, text=True
@@ -45,7 +52,9 @@ def run(*words: str) -> str:
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
-        click.echo(line, nl=False)
+        shows_output = shows_output and not line.startswith("next: megaback ")
+        if shows_output:
+            click.echo(line, nl=False)
         lines.append(line)
     code = process.wait()
     if code:
@@ -53,29 +62,42 @@ def run(*words: str) -> str:
     return "".join(lines)
 
 
-def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
-    """Print the table."""
+def show_sample(model: Path, ending: str, seed: int) -> None:
+    """Write before an ending and print the text wrapped, without a word that the limit cut."""
+    text = run(
+        *("sample", str(model), "--ending", ending, "--max-new-tokens", str(_SAMPLE_TOKENS)),
+        *("--temperature", _TEMPERATURE, "--min-p", _MIN_P, "--seed", str(seed)),
+        shows_output=False,
+    )
+    whole_words = text.partition(" ")[2] or text
+    for paragraph in f"…{escaped(whole_words).strip()}".split("\n"):
+        click.echo(
+            textwrap.fill(paragraph, _columns(), initial_indent="  ", subsequent_indent="  ")
+        )
+
+
+def show_figures(folder: Path, minutes: float) -> None:
+    """Print the figures of a demo's run as a table."""
     lines = [json.loads(line) for line in (folder / "run" / METRICS_NAME).open(encoding="utf-8")]
     val: list[dict[str, Any]] = [line for line in lines if "val_loss" in line]
     steps: list[dict[str, Any]] = [line for line in lines if "loss" in line]
     entropy = unigram_entropy(DataSet.open(folder / "shards"), "val")
     tokens = steps[-1]["tokens_seen"]
     seconds = sum(line["step_s"] for line in steps)
-    table = Table(title="A GPT that writes backwards", show_header=False, title_justify="left")
-    table.add_row("unigram entropy of the val set", f"{entropy:.3f} nats/token")
+    rows = [("unigram entropy of the val set", f"{entropy:.3f} nats/token")]
     for name, line in (("start", val[0]), ("end", val[-1])):
-        table.add_row(
-            f"val loss at the {name}",
-            f"{line['val_loss']:.3f} nats/token, {line['val_bits_per_byte']:.3f} bits/byte",
-        )
-    table.add_row("below the unigram entropy", f"{entropy - val[-1]['val_loss']:.3f} nats/token")
-    table.add_row("trained on", f"{tokens:,} tokens in {seconds:.0f} s of steps")
-    table.add_row("speed", f"{tokens / seconds:,.0f} tokens/s")
-    table.add_row("the whole demo", f"{minutes:.1f} minutes")
-    for ending, text in samples.items():
-        table.add_section()
-        table.add_row(f"what came before\n“{ending}”", text.strip())
-    SafeConsole(soft_wrap=False, width=100).print(table, highlight=False)
+        figures = f"{line['val_loss']:.3f} nats/token, {line['val_bits_per_byte']:.3f} bits/byte"
+        rows.append((f"val loss at the {name}", figures))
+    rows += [
+        ("trained on", f"{tokens:,} tokens in {seconds:.0f} s of steps"),
+        ("speed", f"{tokens / seconds:,.0f} tokens/s"),
+        ("the whole demo", f"{minutes:.1f} minutes"),
+    ]
+    click.echo("\n".join(table_lines(("A GPT that writes backwards", ""), rows)))
+
+
+def _columns() -> int:
+    return min(terminal_width() or _MAX_COLUMNS, _MAX_COLUMNS)
 
 
 @click.command(
@@ -96,7 +118,7 @@ def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
 @click.option(
     "--source",
     type=SOURCE,
-    default="pydocs",
+    default="novels",
     show_default=True,
     help="Source to train on, as of `megaback shards build`.",
 )
@@ -109,12 +131,13 @@ def summarize(folder: Path, samples: dict[str, str], minutes: float) -> None:
 )
 @click.argument("overrides", nargs=-1)
 def main(out: Path, source: str, vocab_size: int, overrides: tuple[str, ...]) -> None:
-    """From text to shards to training to a backward sample.
+    """From text to shards to training to backward samples.
 
     OVERRIDES, as training.steps=100, change keys of configs/demo.yaml.
     """
     started = time.monotonic()
     tokenizer = out / "tokenizer" / TOKENIZER_NAME
+    model = out / "model"
     if not tokenizer.exists():
         run(
             *("tokenizer", "train", "--source", source, "--out", str(tokenizer.parent)),
@@ -122,28 +145,18 @@ def main(out: Path, source: str, vocab_size: int, overrides: tuple[str, ...]) ->
         )
     run(
         *("shards", "build", "--source", source, "--tokenizer", str(tokenizer)),
-        *("--out", str(out / "shards"), "--val-fraction", "0.02"),
+        *("--out", str(out / "shards"), "--val-fraction", "0.03"),
     )
     run("shards", "verify", str(out / "shards"))
     run("train", str(_CONFIG), f"run={out / 'run'}", f"data.shards={out / 'shards'}", *overrides)
-    if not (out / "model" / MODEL_CONFIG_NAME).exists():
-        run("convert", str(out / "run"), "--to", "full", "--out", str(out / "model"))
-    samples = {
-        ending: run(
-            *("sample", str(out / "model"), "--ending", ending),
-            *(
-                "--max-new-tokens",
-                str(_SAMPLE_TOKENS),
-                "--seed",
-                str(seed),
-                "--temperature",
-                _TEMPERATURE,
-            ),
-        )
-        for seed, ending in enumerate(_ENDINGS)
-    }
+    if not (model / MODEL_CONFIG_NAME).exists():
+        run("convert", str(out / "run"), "--to", "full", "--out", str(model))
+    for seed, ending in enumerate(_ENDINGS):
+        show_sample(model, ending, seed)
     click.echo()
-    summarize(out, samples, (time.monotonic() - started) / 60)
+    show_figures(out, (time.monotonic() - started) / 60)
+    click.echo()
+    show_next({command("sample", model, "--ending", "the end."): "or another ending"})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Type of the options that name a source: `pydocs`, a path, pattern or URL, or `hf:NAME`."""
+"""Type of the options that name a source: a shipped one, a path, pattern or URL, or `hf:NAME`."""
 
 import click
 from click.shell_completion import CompletionItem

@@ -29,8 +29,13 @@ def test_the_demo_goes_from_text_to_samples(tmp_path: Path, tiny_text_folder: Pa
     )
 
     assert result.returncode == 0, result.stdout + result.stderr
-    said = result.stdout
-    assert said.count("$ megaback ") == 8
-    assert "A GPT that writes backwards" in said
-    assert "what came before" in said
+    printed = result.stdout.splitlines()
+    commands = [line for line in printed if line.startswith("$ megaback ")]
+    assert len(commands) == 8
+    samples = printed[printed.index(commands[5]) :]
+    assert max(len(line) for line in samples if not line.startswith(("$ ", "next: "))) <= 80
+    assert any(line.startswith("A GPT that writes backwards") for line in samples)
+    assert not [line for line in printed if line.startswith("{")]  # JSON is in metrics.jsonl
+    assert sum(line.startswith("step ") for line in printed) == 3
+    assert sum(line.startswith("next: ") for line in printed) == 1
     assert {path.name for path in out.iterdir()} == {"tokenizer", "shards", "run", "model"}

@@ -178,7 +178,7 @@ def test_facts_of_a_data_set_are_read_from_its_manifest(tiny_shards: Path) -> No
 
     facts = run_facts(config, None, None)
 
-    assert facts.total_tokens == 1000 * 8 * 64
+    assert facts.total_tokens == 2000 * 8 * 64
     assert 1 < facts.attended_tokens < 64
     assert facts.shard_bytes == sum(path.stat().st_size for path in tiny_shards.glob("*.zst"))
 
