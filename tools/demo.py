@@ -63,7 +63,7 @@ def run(*words: str, shows_output: bool = True) -> str:
 
 
 def show_sample(model: Path, ending: str, seed: int) -> None:
-    """Write before an ending and print the text wrapped, without a word that the limit cut."""
+    """Write before an ending and print the text wrapped, from its first whole word."""
     text = run(
         *("sample", str(model), "--ending", ending, "--max-new-tokens", str(_SAMPLE_TOKENS)),
         *("--temperature", _TEMPERATURE, "--min-p", _MIN_P, "--seed", str(seed)),
