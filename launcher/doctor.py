@@ -235,8 +235,8 @@ def _print_table(lines: Sequence[Line]) -> None:
 def main(folder: Path, as_json: bool) -> None:
     """Check what works on this machine, and suggest fixes for what does not.
 
-    FOLDER is where runs are to go. The exit code is 0 if shards can be built and a model trained
-    and used here, on its GPUs if it has any, and 3 otherwise.
+    FOLDER is where runs will be written. The exit code is 0 if this machine can build shards,
+    and train and run models (on its GPUs, if any), and 3 otherwise.
     """
     machine = examine(folder)
     lines = explain(machine)

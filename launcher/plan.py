@@ -187,19 +187,19 @@ def to_json(
 @click.option(
     "--memory-gb",
     type=QUANTITY.option,
-    help="Memory per device, in GB (10**9 bytes). Default: by its name.",
+    help="Memory per device, in GB (10**9 bytes). Default: that of --device-name.",
 )
 @click.option(
     "--network-gbits",
     type=QUANTITY.option,
-    help="Network bandwidth per device, in Gbit/s. Default: by device, docs/planning.md.",
+    help="Network bandwidth per device, in Gbit/s. Default: by --device-name (docs/planning.md).",
 )
 @click.option(
     "--mfu",
     type=SOME_SHARE.option,
     default=DEFAULT_MFU,
     show_default=True,
-    help="Model FLOPs utilization: fraction of the peak that is used.",
+    help="Model FLOPs utilization, as a fraction of the device's peak.",
 )
 @click.option(
     "--training-tokens",
@@ -209,7 +209,7 @@ def to_json(
 @click.option(
     "--vocab-size",
     type=VOCABULARY.option,
-    help="Number of tokens of the vocabulary, where there is no data yet. Default: 8888.",
+    help="Vocabulary size, if there is no data yet. Default: 8888.",
 )
 @json_option
 def main(
@@ -227,8 +227,8 @@ def main(
 ) -> None:
     """Estimate what the run of CONFIG, with key.sub=value OVERRIDES, needs on a cluster.
 
-    Nothing is started, and no GPU is needed. A run that does not fit ends with code 14 and the
-    smallest change that fits.
+    No GPU is needed. If the run does not fit, the exit code is 14 and the smallest change that
+    fits is printed.
     """
     settings = load_config(config, overrides)
     per_node = devices_per_node or settings.hardware.processes or 8

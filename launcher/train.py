@@ -44,8 +44,8 @@ def main(
 ) -> None:
     """Train the run that CONFIG describes, with key.sub=value OVERRIDES.
 
-    That is on this machine, or on the hosts of --hostfile. Run the same command again to resume
-    from the newest checkpoint.
+    Starts a rank per device of this machine, or on the hosts of --hostfile. Run the same command
+    again to resume from the newest checkpoint.
     """
     started = time.monotonic()
     code = train(config, overrides, save_before, hostfile)

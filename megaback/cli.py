@@ -57,7 +57,7 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
         },
     ),
     "instruct": (
-        "Instructions and their responses.",
+        "Build data sets of instructions and responses.",
         {"build": ("data_pipeline.build.instruct", "Encode instruction rows into shards.")},
     ),
     "shards": (

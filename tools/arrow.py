@@ -113,12 +113,12 @@ def train_all(
     type=MANY.option,
     default=1,
     show_default=True,
-    help="Number of pairs to train, whose seeds are counted from training.seed.",
+    help="Number of forward and backward pairs to train, with seeds from training.seed on.",
 )
 @click.option(
     "--measure-only",
     is_flag=True,
-    help="Only measure: the runs have been trained, here or elsewhere.",
+    help="Only measure runs that are already trained, here or elsewhere.",
 )
 @limit_option("val documents to measure on, spread over the val set", 2000, TWO_OR_MORE)
 @device_option
@@ -137,8 +137,8 @@ def main(
     """Train the model of CONFIG, with OVERRIDES, forward and backward, and compare losses.
 
     Both have the same seed, documents and steps; the config's data.direction does not matter. The
-    runs are RUN/seed-N/forward and RUN/seed-N/backward, and what comes of them is
-    RUN/arrow.json and RUN/arrow.png. Run the same command again to resume.
+    runs are RUN/seed-N/forward and RUN/seed-N/backward, and the results RUN/arrow.json and
+    RUN/arrow.png. Run the same command again to resume.
     """
     settings = load_config(config, overrides)
     runs = runs_of(settings, num_seeds)

@@ -286,8 +286,7 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
-    help="Folder of a model that writes responses: judges whether an instruction leads back to "
-    "its text.",
+    help="Folder of a forward model, which scores how well an instruction leads back to its text.",
 )
 @num_samples_option(4, "Number of instructions to sample per text.")
 @click.option(
@@ -300,7 +299,7 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
 @click.option(
     "--min-score",
     type=NUMBER.option,
-    help="Minimum score of an instruction; those below are left out.",
+    help="Minimum score of an instruction; lower ones are excluded.",
 )
 @max_new_tokens_option(128, "instruction")
 @temperature_option
@@ -320,12 +319,12 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
     type=MANY.option,
     default=1,
     show_default=True,
-    help="Number of tasks that the texts are cut into.",
+    help="Number of tasks to cut the texts into.",
 )
 @click.option(
     "--task-index",
     type=MANY_OR_ZERO.option,
-    help="Number of the one task to do, from 0. Default: all of them.",
+    help="Index of the task to run, from 0. Default: all tasks.",
 )
 @device_option
 def main(

@@ -218,19 +218,21 @@ def _require_direction(folder: Path, actual: Direction, name: str) -> None:
     ),
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--response", "given", help="Response to find an instruction for; write it and exit.")
+@click.option(
+    "--response", "given", help="Response to generate an instruction for; prints it and exits."
+)
 @click.option(
     "--instruction",
-    help="Instruction to respond to, for a model that writes forward; respond and exit.",
+    help="Instruction to respond to with a forward model; prints the response and exits.",
 )
-@click.option("--ending", help="Plain generation: text that a backward model writes toward.")
-@click.option("--beginning", help="Plain generation: text that a forward model continues.")
+@click.option("--ending", help="Plain generation: text before which a backward model generates.")
+@click.option("--beginning", help="Plain generation: text that a forward model continues from.")
 @json_lines_option
 @num_samples_option(1, "Number of samples per text; distinct ones are shown, best first.")
 @click.option(
     "--history",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="File that keeps the exchanges, and from which they are restored.",
+    help="File to append exchanges to, and to restore them from.",
 )
 @max_new_tokens_option(500, "sample")
 @temperature_option
@@ -252,11 +254,11 @@ def main(
     seed: int,
     device: str | None,
 ) -> None:
-    """Ask the model DIR for the instruction that could have led to a response.
+    """Generate the instruction that could have led to a response, with the model in DIR.
 
-    DIR is what `megaback convert` wrote, a run or a checkpoint.
-    Without a text, an interactive prompt. With --json, each line from stdin is an object such as
-    {"response": "Telegram", "n": 4}, and is answered by a line.
+    DIR is a converted model, a run or a checkpoint. Without a text, the command is interactive.
+    With --json, each line of stdin is an object such as {"response": "Telegram", "n": 4}, and is
+    answered by one line.
     """
     from megaback.inference.chat import load_chat
     from megaback.inference.sampling import SamplingOptions

@@ -99,7 +99,7 @@ def convert(
     callback=_num_bytes,
     default="5GB",
     show_default=True,
-    help="Maximum size of a file of weights (full and hf).",
+    help="Maximum size of a weight file (full and hf).",
 )
 def main(
     checkpoint: Path, kind: str, out: Path, overwrite: bool, dtype: str, max_shard_size: int

@@ -100,7 +100,7 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
 @click.option(
     "--passages",
     type=SOURCE,
-    help="Source of held-out documents, for passage-choice, as of `megaback shards build`.",
+    help="Source of held-out documents, as of `megaback shards build`, for passage-choice.",
 )
 @click.option(
     "--passage-characters",
@@ -110,12 +110,12 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     help="Length of a passage, in characters.",
 )
 @click.option(
-    "--shards", type=click.Path(), help="Data set whose val set is measured, for bits-per-byte."
+    "--shards", type=click.Path(), help="Data set on whose val set bits-per-byte is measured."
 )
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
-    help="Folder of a forward model, for passage-choice too.",
+    help="Folder of a forward model to compare with, for passage-choice.",
 )
 @limit_option("rows per suite, the first ones")
 @max_new_tokens_option(100, "row")
@@ -124,12 +124,12 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="File of the results to write, as JSON.",
+    help="File to write the results to, as JSON.",
 )
 @click.option(
     "--predictions",
     type=click.Path(allow_dash=True),
-    help="File of JSON lines to write, with the prediction for each row; - for stdout.",
+    help="File to write the prediction for each row to, as JSON lines; - for stdout.",
 )
 @overwrite_option
 @device_option

@@ -133,14 +133,14 @@ def infill(
     metavar="DIR",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder of the model that continues the beginning.",
+    help="Folder of the forward model, which continues from the beginning.",
 )
 @click.option(
     "--backward",
     metavar="DIR",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder of the model that writes toward the ending.",
+    help="Folder of the backward model, which generates toward the ending.",
 )
 @click.option("--beginning", help="Text before the middle.")
 @click.option("--ending", help="Text after the middle.")
@@ -182,9 +182,9 @@ def main(
 ) -> None:
     """Generate the text between a beginning and an ending.
 
-    A forward and a backward model of one tokenizer write candidates, which are joined where both
-    find the whole most likely. With --json, each line from stdin is an object such as
-    {"beginning": "Once", "ending": "the end.", "n": 2}, and is answered by a line.
+    A forward and a backward model with one tokenizer generate candidates, which are joined where
+    both models find the whole text most likely. With --json, each line of stdin is an object such
+    as {"beginning": "Once", "ending": "the end.", "n": 2}, and is answered by one line.
     """
     from megaback.inference.infill.infiller import InfillOptions, load_infiller
     from megaback.inference.sampling import SamplingOptions

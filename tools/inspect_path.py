@@ -31,12 +31,14 @@ def _shown(value: Any) -> str:
     ),
 )
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Hash and decode everything, not only look at sizes.")
+@click.option(
+    "--verify", is_flag=True, help="Hash and decode everything, instead of only comparing sizes."
+)
 @json_option
 def main(path: Path, verify: bool, as_json: bool) -> None:
     """Identify PATH: a data set, a shard, a tokenizer, a run, a checkpoint or a model.
 
-    A path that is damaged, or not megaback's, is one sentence with its exit code.
+    Damaged paths, and paths that megaback did not write, are errors with their own exit codes.
     """
     from tools.artifacts import inspect
 

@@ -17,7 +17,7 @@ json_lines_option = click.option(
     "--json",
     "is_json",
     is_flag=True,
-    help="Read a JSON object per line of stdin, and answer each with a line.",
+    help="Read one JSON object per line of stdin, and print one per line.",
 )
 
 

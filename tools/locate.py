@@ -321,30 +321,30 @@ def _show(
 @click.option(
     "--document",
     type=COUNT_OR_ZERO.option,
-    help="Number of the document in its split, as `shards inspect` counts them.",
+    help="Index of the document in its split, as of `megaback shards inspect`.",
 )
 @click.option(
-    "--text", type=click.File("rb"), help="File with just the document's text; - for stdin."
+    "--text", type=click.File("rb"), help="File with the document's text only; - for stdin."
 )
-@click.option("--shards", type=click.Path(), help="Data set of a mixture that --document is in.")
+@click.option("--shards", type=click.Path(), help="Data set of --document, in a mixture.")
 @click.option(
     "--split",
     type=click.Choice(SPLITS),
     default="train",
     show_default=True,
-    help="Split that the document is in.",
+    help="Split of the document.",
 )
 @click.option(
     "--epoch",
     type=MAX_EPOCH.option,
     default=0,
     show_default=True,
-    help="Number of the epoch, from 0.",
+    help="Epoch, counted from 0.",
 )
 @click.option(
     "--world-size",
     type=MANY.option,
-    help="Number of ranks of the run: report which of them has the document.",
+    help="Number of ranks of the run, to show which rank reads the document.",
 )
 @json_option
 def main(
@@ -358,10 +358,10 @@ def main(
     world_size: int | None,
     as_json: bool,
 ) -> None:
-    """Show at which steps the run of CONFIG_OR_RUN, with key.sub=value OVERRIDES, reads a document.
+    """Show the steps at which the run of CONFIG_OR_RUN, with OVERRIDES, reads a document.
 
-    CONFIG_OR_RUN is a config file or the folder of a run. A text that is several documents is
-    located in each of them; one that is none ends with code 20.
+    CONFIG_OR_RUN is a config file or the folder of a run; OVERRIDES are key.sub=value. A text that
+    is equal to several documents is located in each; if there is none, the exit code is 20.
     """
     if (document is None) == (text is None):
         raise ConfigError("give exactly one of --document and --text")

@@ -129,7 +129,7 @@ def _with_numbers(folder: Path) -> list[Path]:
     type=click.Path(path_type=Path),
     default=Path("curves"),
     show_default=True,
-    help="Path of the figures without suffix: OUT.png and OUT.html are written.",
+    help="Path of the figures, without a suffix: OUT.png and OUT.html are written.",
 )
 @click.option(
     "--by",
@@ -142,7 +142,7 @@ def _with_numbers(folder: Path) -> list[Path]:
 @click.option(
     "--smooth",
     type=COUNT.option,
-    help="Window of the moving mean, in steps. Default: a fiftieth of the longest run's.",
+    help="Window of the moving mean, in steps. Default: 1/50 of the longest run.",
 )
 @click.option("--log", is_flag=True, help="Use a logarithmic x axis.")
 @overwrite_option

@@ -184,29 +184,27 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
-    help="Folder of a forward model: megaback's, or one of transformers (local files).",
+    help="Folder of a forward model, of megaback or of transformers (local files).",
 )
-@click.option(
-    "--forward-column", help="Key of a candidate with its forward score, in place of --forward."
-)
+@click.option("--forward-column", help="Key of a candidate's forward score, instead of --forward.")
 @click.option(
     "--forward-per",
     type=click.Choice(_LENGTHS),
     default="total",
     show_default=True,
-    help="Length that the forward model's log P(answer | question) is divided by.",
+    help="Length by which the forward model's log P(answer | question) is divided.",
 )
 @click.option("--weight", type=SHARE.option, help="Weight of the reverse score. Default: 0.5.")
 @click.option(
     "--fit",
     "dev",
     type=click.Path(),
-    help="File of labeled questions on which the weight is fitted instead.",
+    help="File of labeled questions to fit the weight on, instead of --weight.",
 )
 @click.option(
     "--report",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="File of the accuracies to write, as JSON.",
+    help="File to write the accuracies to, as JSON.",
 )
 @on_bad_record_option("stop")
 @max_record_bytes_option
@@ -231,8 +229,8 @@ def main(
 ) -> None:
     """Rank the candidate answers to each question by the reverse model in DIR.
 
-    A line holds `question` and `candidates`: texts, or objects with `answer`, which may say whether
-    they are `correct`. It is written again with `ranking` and `scores`.
+    Each input line has `question` and `candidates`: texts, or objects with `answer` and perhaps
+    `correct`. Each output line adds `ranking` and `scores`.
     """
     if forward is not None and forward_column is not None:
         raise click.UsageError("Give either --forward or --forward-column.")

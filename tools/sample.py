@@ -106,8 +106,8 @@ def _joined(texts: Sequence[str]) -> str:
     ),
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--ending", help="Text that a backward model writes toward.")
-@click.option("--beginning", help="Text that a forward model continues.")
+@click.option("--ending", help="Text before which a backward model generates.")
+@click.option("--beginning", help="Text that a forward model continues from.")
 @num_samples_option(1, "Number of samples, generated as one batch; each has the next seed.", MANY)
 @max_new_tokens_option(500, "sample")
 @temperature_option
@@ -119,13 +119,16 @@ def _joined(texts: Sequence[str]) -> str:
     type=REPETITION_PENALTY.option,
     default=1.0,
     show_default=True,
-    help="Penalty on tokens that were read or written; above 1, they become less likely.",
+    help="Penalty on tokens of the prompt and the sample; above 1, they become less likely.",
 )
 @seed_option
 @device_option
 @dtype_option
 @click.option(
-    "--compile", "compiled", is_flag=True, help="Compile with torch.compile; slow to begin with."
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Compile the model with torch.compile; the first sample is slow.",
 )
 def main(
     folder: Path,
@@ -143,10 +146,10 @@ def main(
     dtype: str,
     compiled: bool,
 ) -> None:
-    """Generate with the model DIR on one device: a converted model, a run or a checkpoint.
+    """Generate text with the model in DIR: a converted model, a run or a checkpoint.
 
-    Without a text, an interactive prompt: type one, or temp=X, top_k=X, tokens=X; an empty line or
-    end of input leaves.
+    Without --ending and --beginning, the command is interactive: type a text, or temp=X, top_k=X
+    or tokens=X; an empty line or the end of input exits.
     """
     from megaback.inference.sampling import SamplingOptions
     from megaback.inference.text_writer import load

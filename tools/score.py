@@ -26,7 +26,7 @@ in_option = click.option(
     "source",
     type=click.Path(allow_dash=True),
     required=True,
-    help="File of JSON lines, also compressed (.gz, .zst, .bz2, .xz); - for stdin.",
+    help="File of JSON lines to read, also compressed (.gz, .zst, .bz2, .xz); - for stdin.",
 )
 out_option = click.option(
     "--out",
@@ -39,8 +39,7 @@ form_option = click.option(
     type=click.Choice(["chat", "plain"]),
     default="chat",
     show_default=True,
-    help="Form of a pair: with BackChat's markers, as after fine-tuning; or one text, as in "
-    "pretraining.",
+    help="Form of a pair: with chat markers, as in fine-tuning, or plain text, as in pretraining.",
 )
 
 
@@ -138,10 +137,13 @@ def encoded_pairs(
 @overwrite_option
 @form_option
 @click.option(
-    "--columns", default="", help="Keys with other names: question=prompt,answer=completion."
+    "--columns", default="", help="Names of keys that differ: question=prompt,answer=completion."
 )
 @click.option(
-    "--prior/--no-prior", default=True, show_default=True, help="Write log P(question) alone, too."
+    "--prior/--no-prior",
+    default=True,
+    show_default=True,
+    help="Whether to write log P(question), too.",
 )
 @on_bad_record_option("stop")
 @max_record_bytes_option
@@ -158,11 +160,11 @@ def main(
     max_record_bytes: int,
     device: str | None,
 ) -> None:
-    """Score each question by the model DIR: log P(question | answer), in nats.
+    """Score each question by the model in DIR: log P(question | answer), in nats.
 
-    DIR is what `megaback convert` wrote, a run or a checkpoint.
-    A line holds `question` and `answer`, or `instruction`, `input` and `output`. It is written
-    again with `score`. A model that writes forward scores the answer given the question.
+    DIR is a converted model, a run or a checkpoint. Each input line has `question` and `answer`, or
+    `instruction`, `input` and `output`; each output line adds `score`. A forward model scores the
+    answer given the question.
     """
     names, bad = PairColumns.parse(columns), BadRecords(on_bad_record)
     require_output(out, (source, folder), is_ours=json_lines_with(score=dict), overwrite=overwrite)

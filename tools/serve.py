@@ -134,7 +134,7 @@ def run_server(
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
-    help="Folder of a second model, which writes forward, to be seen beside the first.",
+    help="Folder of a forward model to serve beside the first.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -143,23 +143,23 @@ def run_server(
 @click.option(
     "--token-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help=f"File with the token that clients must send; or set {TOKEN_VARIABLE}. Needed on any "
-    "address but loopback.",
+    help=f"File with the token that clients must send; or set {TOKEN_VARIABLE}. Required on "
+    "any address but loopback.",
 )
 @click.option(
     "--allow-host",
     "allow_hosts",
     metavar="NAME[:PORT]",
     multiple=True,
-    help="Name by which a proxy in front of a loopback address is called, as in https://NAME. "
-    "May be repeated.",
+    help="Host name of a proxy in front of a loopback address, as in https://NAME. May be "
+    "repeated.",
 )
 @click.option(
     "--slots",
     type=SLOTS.option,
     default=16,
     show_default=True,
-    help="Number of samples that each model writes at once.",
+    help="Number of samples that each model generates concurrently.",
 )
 @max_new_tokens_option(4096, "sample")
 @click.option(
@@ -167,7 +167,7 @@ def run_server(
     type=COUNT.option,
     default=256,
     show_default=True,
-    help="Maximum concurrent requests, answered or waiting.",
+    help="Maximum number of concurrent requests, active or queued.",
 )
 @click.option(
     "--max-body-bytes",
@@ -181,14 +181,14 @@ def run_server(
     type=SECONDS.option,
     default=300.0,
     show_default=True,
-    help="Maximum time per request, in seconds; what is written by then is its answer.",
+    help="Maximum time per request, in seconds; the answer is truncated there.",
 )
 @click.option(
     "--shutdown-seconds",
     type=SHUTDOWN_SECONDS.option,
     default=30.0,
     show_default=True,
-    help="Time that requests have to finish after a SIGTERM, in seconds; then they are cut.",
+    help="Time to finish requests after a SIGTERM, in seconds; then they are aborted.",
 )
 @device_option
 @dtype_option
@@ -208,9 +208,9 @@ def main(
     device: str | None,
     dtype: str,
 ) -> None:
-    """Serve the model DIR through OpenAI's API, and as a web page.
+    """Serve the model in DIR through OpenAI's API, and as a web page.
 
-    DIR is what `megaback convert` wrote, a run or a checkpoint.
+    DIR is a converted model, a run or a checkpoint.
     """
     from tools.serving.host_names import read_allowed
 

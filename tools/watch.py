@@ -98,8 +98,8 @@ def health_of(run: Path, now: float | None = None) -> Health:
 def main(run: Path, every_s: float | None, as_json: bool) -> None:
     """Report whether RUN is finished, stopped, starting, running, slow, stuck or dead, and why.
 
-    The exit code is 0 for a run that is well or finished, 3 for one that was stopped, 4 for slow,
-    5 for stuck, 6 for dead. With --every, reports repeat until the run ends.
+    The exit code is 0 for a healthy or finished run, 3 for stopped, 4 for slow, 5 for stuck and 6
+    for dead. With --every, reports repeat until the run ends; --json prints one object per report.
     """
     while True:
         health = health_of(run)

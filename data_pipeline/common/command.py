@@ -51,7 +51,7 @@ _OS_ADVICE = {
     errno.ELOOP: "remove the symbolic link at that path; files are not written through links",
 }
 _EXAMPLE_COLUMNS = 74
-_WORDS = re.compile(r"""(?:--?[a-z][a-z-]* (?!-))?(?:"[^"]*"|'[^']*'|[^\s"'])+""")
+_WORDS = re.compile(r"""(?:--?[a-z][a-z-]* (?![-<>])|[<>] )?(?:"[^"]*"|'[^']*'|[^\s"'])+""")
 """Words of a command line, an option with its value."""
 _ARGUMENT = re.compile(r"`([a-z][a-z_]*)`")
 _PROGRAM_ADVICE = {

@@ -200,7 +200,7 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
     "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Split to show."
 )
 @click.option(
-    "--document", type=COUNT_OR_ZERO.option, help="Number of a document to show, in the split."
+    "--document", type=COUNT_OR_ZERO.option, help="Index of a document to show, in the split."
 )
 @click.option("--stored", "form", flag_value="stored", help="Show its pieces in stored order.")
 @click.option("--ids", "form", flag_value="ids", help="Show its ids in stored order.")
@@ -222,7 +222,7 @@ def main(
     overwrite: bool,
     workers: int | None,
 ) -> None:
-    """Show what the data set SHARDS holds, or one of its documents."""
+    """Show the contents of the data set SHARDS, or one of its documents."""
     data_set = DataSet.open(shards)
     manifest = data_set.manifest
     if document is not None:

@@ -171,8 +171,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 def main(folders: tuple[Path, ...], as_json: bool) -> None:
     """Show the runs in RUNS_FOLDER (default: runs), their Slurm jobs, and their progress.
 
-    A RUNS_FOLDER may be a run itself, or have runs up to three levels below it. TO TRAIN is the
-    time left at the pace of the last steps.
+    A RUNS_FOLDER may be a run, or contain runs up to three levels below it. TO TRAIN is the time
+    left at the pace of the last steps. --json prints one object per line.
     """
     rows = [row for run in find_runs(folders or (Path("runs"),)) for row in rows_of_run(run)]
     if as_json:

@@ -125,12 +125,12 @@ def after(submission: Submission, job: str) -> Submission:
     "--gpus/--cpu",
     "uses_gpus",
     default=None,
-    help="Request GPUs, or none. Default: by hardware.device; auto requests GPUs.",
+    help="Request GPUs, or none. Default: by hardware.device, where auto requests GPUs.",
 )
 @click.option(
     "--device-name", help="Model of the GPUs, for the memory check: h100-80gb, a100-40gb, ..."
 )
-@click.option("--cpus-per-task", type=MANY.option, help="Number of cores per rank.")
+@click.option("--cpus-per-task", type=MANY.option, help="Number of CPU cores per rank.")
 @click.option("--mem", help="Memory per node, as sbatch takes it (64G; 0 is all of it).")
 @click.option("--time", help="Time limit, as sbatch takes it (24:00:00, 2-00:00:00).")
 @click.option("--partition", help="Slurm partition of the training job.")
@@ -140,7 +140,7 @@ def after(submission: Submission, job: str) -> Submission:
     "--sbatch-option",
     "more",
     multiple=True,
-    help="Further option of sbatch for training (--qos=high). May be repeated.",
+    help="Further sbatch option of the training job (--qos=high). May be repeated.",
 )
 @click.option(
     "--max-requeues",
@@ -151,7 +151,7 @@ def after(submission: Submission, job: str) -> Submission:
     "--chain",
     default="train",
     show_default=True,
-    help="Jobs to queue: data,train,convert or a part.",
+    help="Jobs to queue: data, train and convert, or some of them, separated by commas.",
 )
 @click.option(
     "--source",
@@ -165,19 +165,23 @@ def after(submission: Submission, job: str) -> Submission:
     "weights",
     type=SOURCE_WEIGHT.option,
     multiple=True,
-    help="data: weight of a --source, one for each.",
+    help="data: weight of each --source, in the same order.",
 )
 @click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="data: path of the tokenizer.model."
+    "--tokenizer", type=click.Path(path_type=Path), help="data: path to the tokenizer.model."
 )
-@click.option("--tasks", type=MANY.option, help="data: number of tasks that the input is cut into.")
-@click.option("--out", type=click.Path(path_type=Path), help="convert: folder of the model.")
+@click.option("--tasks", type=MANY.option, help="data: number of tasks to cut the input into.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="convert: folder to write the model to."
+)
 @click.option("--files", type=click.Path(path_type=Path), help="Folder with your own sbatch files.")
 @click.option(
-    "--force", is_flag=True, help="Submit even if a job of this run is waiting or running."
+    "--force", is_flag=True, help="Submit even if a job of this run is pending or running."
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Check, and print commands and scripts; queue nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Check the run and print the commands and scripts, without submitting.",
 )
 def main(
     config: Path,
@@ -206,8 +210,8 @@ def main(
 ) -> None:
     """Queue the run that CONFIG describes, with key.sub=value OVERRIDES, on a Slurm cluster.
 
-    --chain data,train,convert queues the whole way from text to a model: shards are built in
-    data.shards, and each job starts when the one before it has finished.
+    --chain data,train,convert queues all jobs from text to model: shards are built in
+    data.shards, and each job starts when the previous one has finished.
     """
     settings = load_config(config, overrides)
     stages = parse_chain(chain)

@@ -261,7 +261,7 @@ def test_an_unreadable_input_is_refused(
 
 def test_an_empty_file_name_is_refused(folder_of: FolderOf) -> None:
     result = score(folder_of(Direction.BACKWARD), "--in", "", "--out", "-")
-    assert (result.exit_code, "(empty): no such file" in result.stderr) == (20, True)
+    assert (result.exit_code, "'--in': it is empty" in result.stderr) == (2, True)
 
 
 def test_the_input_is_not_replaced(folder_of: FolderOf, tmp_path: Path) -> None:
