@@ -34,7 +34,7 @@ class Stream:
     rows: RowReader
     table: RowGrid
     order: Order
-    """Order within the data set; its batch is the data set's mean number of rows per step."""
+    """Order within the data set; its batch is about the data set's mean number of rows per step."""
 
 
 @dataclass(frozen=True)
