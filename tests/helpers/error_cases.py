@@ -279,7 +279,7 @@ CASES = {
         "rerank {place}/backward_model --in {place}/bad.jsonl "
         "--out {place}/backward_model/config.json --overwrite",
         OutputExistsError,
-        ("{place}/backward_model/config.json", "lies in"),
+        ("{place}/backward_model/config.json", "is within"),
     ),
     "a report over a file of the user": Case(
         "rerank {place}/backward_model --in {place}/bad.jsonl --out {out}/ranked.jsonl "
