@@ -283,7 +283,7 @@ def test_a_build_resumes_after_an_unreadable_file_becomes_readable(
 
 def test_a_read_only_folder_is_one_error_message(build: Build, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    require_one_sentence(build(disk / "shards"), StorageError, str(disk), "can be written")
+    require_one_sentence(build(disk / "shards"), StorageError, str(disk), "a writable disk")
 
 
 def test_a_finished_data_set_on_a_read_only_disk_counts_as_finished(

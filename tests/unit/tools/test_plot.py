@@ -76,7 +76,7 @@ def test_a_folder_stands_for_the_runs_below_it(run_of: Steps, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
-        (None, 40, "holds no run"),
+        (None, 40, "has no metrics"),
         ("", 40, "no step is done yet"),
         ('{"step": 1, "learning_rate": 1}\n', 41, "not of this version"),
         ('["step"]\n', 41, "not of this version"),

@@ -284,5 +284,5 @@ def test_a_refused_connection_is_retried() -> None:
 
 
 def test_a_folder_over_http_is_refused(server: FileServer) -> None:
-    with pytest.raises(SourceMissingError, match="no file has a suffix that can be read"):
+    with pytest.raises(SourceMissingError, match="no file has a supported suffix"):
         list_slices(server.url("folder/"))
