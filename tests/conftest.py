@@ -1,7 +1,7 @@
-"""What the tests share: a small tokenizer, a small data set, and the command as a real process.
+"""Shared fixtures: a small tokenizer, a small data set, and the command as a real process.
 
-Everything is made here from a seeded generator of English sentences: no network, no files from
-outside the repository. All of it is session-wide, so a test must not write into what it is given.
+Everything is made from a seeded generator of English sentences: no network, no files from outside
+the repository. All of it is session-wide, so tests must not write into these folders.
 """
 
 import json
@@ -28,11 +28,11 @@ from tests.helpers.wheel_environment import wheel_environment
 
 # Models of the tests are so small that several threads take five times the CPU time of one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Of the terminal that the tests are started from; GNU readline also sets them for child processes.
+# Size of the terminal that starts the tests; GNU readline also sets it for child processes.
 for _name in ("COLUMNS", "LINES"):
     os.environ.pop(_name, None)
 
-# A busy machine is not a failure, and what failed fails again: `make fuzz` tries what is new.
+# No deadlines, as machines are busy; no random examples, which are for `make fuzz-properties`.
 settings.register_profile("megaback", deadline=None, derandomize=True)
 settings.register_profile("fuzz", deadline=None)
 settings.load_profile("megaback")
@@ -40,7 +40,7 @@ settings.load_profile("megaback")
 
 @pytest.fixture(autouse=True)
 def no_secret_is_known() -> Iterator[None]:
-    """What a test has typed into addresses is not scrubbed from what others say."""
+    """Forget secrets of a test's URLs, which would be redacted in the output of later tests."""
     yield
     redaction._known.clear()
     for name in list(os.environ):
@@ -105,7 +105,7 @@ _ENDINGS = [
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """What the processes of `pytest -n` take at a time."""
+    """Units of work for the processes of `pytest -n`."""
     from tests.helpers.work_units import WorkUnits
 
     return WorkUnits(config, log)
@@ -131,7 +131,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
 
 @pytest.fixture(scope="session")
 def english_documents() -> list[str]:
-    """400 documents, all different, always the same ones."""
+    """400 different documents, the same in every session."""
     generator = random.Random(20)
     return [f"{english_document(generator)} ({number})" for number in range(NUM_DOCUMENTS)]
 
@@ -187,7 +187,7 @@ def tiny_shards(
 
 @pytest.fixture(scope="session")
 def run_megaback() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_megaback(*args, **options of subprocess.run)`: the command as a process of its own."""
+    """`run_megaback(*args, **options of subprocess.run)`: the command as a process."""
 
     def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "megaback", *map(str, args)]
