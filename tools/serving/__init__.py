@@ -1,1 +1,1 @@
-"""What `megaback serve` is made of."""
+"""Server of `megaback serve`: OpenAI's completions and megaback's own endpoints."""

@@ -1,4 +1,4 @@
-"""The application: what answers which path."""
+"""FastAPI application: the handler of each path."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -27,15 +27,15 @@ from tools.serving.parsing import REQUESTS, parse_body
 PAGE_FOLDER = Path(__file__).with_name("page")
 _REFERENCE = "#/components/schemas/{model}"
 _MAX_BYTES_PARSED_AT_ONCE = 1 << 16
-"""Maximum bytes parsed on the event loop; what is longer is parsed aside."""
+"""Maximum bytes of a body parsed on the event loop; longer ones are parsed in a thread."""
 _Body = TypeVar("_Body", bound=schemas.Body)
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events of what a job writes.
+    """Server-sent events of the text that a job writes.
 
-    The job is begun before anything is sent, so that a server that is full says so with a status,
-    and it ends when the client is gone.
+    The job starts before anything is sent, so that a full server answers with an error status, and
+    it ends when the client disconnects.
     """
 
     media_type = "text/event-stream"
@@ -67,9 +67,9 @@ class _Stream(StreamingResponse):
 def make_app(
     service: Service, *, token: str | None = None, allowed: Sequence[Address] = ()
 ) -> FastAPI:
-    """The whole server but its sockets. With a token, only who sends it may use the API.
+    """The server without its sockets. With a token, only requests that send it may use the API.
 
-    Without one, it may be called by a loopback name or one of `allowed`.
+    Without one, the Host of a request must be a loopback name or one of `allowed`.
     """
 
     @asynccontextmanager
@@ -111,7 +111,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def answered(
         request: Request, kind: type[_Body], answer: Callable[[_Body, Deadline], Awaitable[Any]]
     ) -> Any:
-        """What a body of some kind is answered with, unless the client is gone before."""
+        """The response to a request body, unless the client disconnects first."""
         deadline = service.deadline()
         found = None
         body = await request.body()
@@ -129,7 +129,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
             service.metrics.hung_up()
             found = Response(status_code=499)
         finally:
-            if not isinstance(found, _Stream):  # which goes on
+            if not isinstance(found, _Stream):  # which continues
                 deadline.close()
         return found
 
@@ -141,7 +141,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses=few)
     async def list_models() -> response_schemas.ModelList:
-        """The models that are served, the default one first."""
+        """The served models, the default one first."""
         return response_schemas.ModelList(
             data=[model.describe(can_infill=can_infill) for model in service.models.values()]
         )
@@ -158,7 +158,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         openapi_extra=_takes(schemas.CompletionRequest),
     )
     async def complete(request: Request) -> Any:
-        """Write on from prompts: before them with a backward model, else after them."""
+        """Continue prompts: before them with a backward model, after them with a forward one."""
 
         async def write(asked: schemas.CompletionRequest, deadline: Deadline) -> Response:
             return await written(await completions.ask(service, asked, deadline), deadline)
@@ -172,7 +172,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         openapi_extra=_takes(schemas.ChatRequest),
     )
     async def converse(request: Request) -> Any:
-        """The instruction for a message; of a forward model, the response to it."""
+        """The instruction for a message; with a forward model, the response to it."""
 
         async def write(asked: schemas.ChatRequest, deadline: Deadline) -> Response:
             return await written(await chat.ask(service, asked), deadline)
@@ -186,7 +186,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         openapi_extra=_takes(schemas.BackChatRequest),
     )
     async def answer(request: Request) -> Any:
-        """Instructions for a response, likely ones first; of a forward model, responses."""
+        """Instructions for a response, likeliest first; with a forward model, responses."""
         return await answered(request, schemas.BackChatRequest, partial(backchat.answer, service))
 
     @app.post(
@@ -196,7 +196,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         openapi_extra=_takes(schemas.ScoreRequest),
     )
     async def score(request: Request) -> Any:
-        """How likely a model finds texts."""
+        """Log probabilities of texts."""
         return await answered(request, schemas.ScoreRequest, partial(backchat.score, service))
 
     @app.post(
@@ -206,7 +206,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         openapi_extra=_takes(schemas.InfillRequest),
     )
     async def fill(request: Request) -> Any:
-        """Write what comes between a beginning and an ending."""
+        """Write the text between a beginning and an ending."""
         return await answered(request, schemas.InfillRequest, partial(between.fill, service))
 
     @app.get("/metrics", include_in_schema=False)
@@ -220,13 +220,13 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
 
 def _takes(kind: type[schemas.Body]) -> dict[str, Any]:
-    """How the description says what a path is sent: bodies are read by parsing.py."""
+    """OpenAPI description of a path's body, which parsing.py reads."""
     schema = {"$ref": _REFERENCE.format(model=kind.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _describe(app: FastAPI, *, needs_token: bool) -> None:
-    """Let the OpenAPI description say what this server answers: 400 where FastAPI says 422."""
+    """Make the OpenAPI description match the server's answers: 400 in place of FastAPI's 422."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -1,4 +1,4 @@
-"""/v1/backchat and /v1/score: instructions for a response, and how likely texts are."""
+"""/v1/backchat and /v1/score: instructions for a response, and log probabilities of texts."""
 
 import math
 from dataclasses import replace
@@ -21,13 +21,13 @@ from tools.serving.request_samples import Job
 def _given(
     model: ServedModel, request: "schemas.BackChatRequest | schemas.ScoreRequest"
 ) -> str | None:
-    """What the texts are for. Raises ProblemError for what this model is not given."""
+    """Prompt of the texts. Raises ProblemError for a field that this model does not take."""
     texts = {"response": request.response, "instruction": request.instruction}
     name = "response" if model.writes_backward else "instruction"
     other = next(key for key in texts if key != name)
     if texts[other] is not None:
         direction = model.codec.format.direction.value
-        raise ProblemError(400, f"{model.name} writes {direction}: give it {name}, not {other}")
+        raise ProblemError(400, f"{model.name} writes {direction}: send {name}, not {other}")
     text = texts[name]
     if text is not None and not text.strip():
         raise ProblemError(400, f"{name} is empty; give a text")
@@ -37,7 +37,7 @@ def _given(
 async def answer(
     service: Service, request: schemas.BackChatRequest, deadline: Deadline
 ) -> response_schemas.BackChat:
-    """Different samples for what is given, ended ones first, then the likeliest first."""
+    """Distinct samples for a prompt, complete ones first, then the likeliest first."""
     model = service.model(request.model)
     given = _given(model, request)
     if given is None:
@@ -56,7 +56,7 @@ async def answer(
         async for index, step in job.steps():
             ids[index].append(step.new_id)
             likelihoods[index] += step.log_probability or 0.0
-    # One that was not begun in time is none.
+    # A sample that did not start in time is dropped.
     each = zip(ids, likelihoods, strict=True)
     found = {tuple(one): likelihood for one, likelihood in each if one}
     written = sum(map(len, ids))
@@ -84,7 +84,7 @@ async def answer(
 async def score(
     service: Service, request: schemas.ScoreRequest, deadline: Deadline
 ) -> response_schemas.Score:
-    """log P of whole texts and their ends, each alone."""
+    """Log probability of each whole text and its end."""
     model = service.model(request.model)
     given = _given(model, request)
     scores: list[response_schemas.TextScore] = []
@@ -107,7 +107,7 @@ async def score(
 
 
 def _ids(model: ServedModel, given: str | None, text: str) -> tuple[list[int], list[int]]:
-    """What is read and what is written: of a whole document, or of what is written for a text.
+    """Prompt ids and target ids: of a whole document, or of a text written for another.
 
     Raises PromptError when both do not fit the context.
     """

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: what BackChat can do of it, for clients that know nothing else.
+"""/v1/chat/completions for BackChat models: one message, one answer.
 
 A model that was fine-tuned answers one message: one that writes backward takes it for the response
 and writes the instruction, one that writes forward takes it for the instruction.
@@ -23,7 +23,7 @@ from tools.serving.request_limits import require_answer_size
 
 @dataclass
 class AskedChat(Asked):
-    """A chat completion, or the events of one."""
+    """A chat completion, or its events."""
 
     is_streamed: bool = False
     _begun: set[int] = field(default_factory=set)
@@ -58,7 +58,7 @@ class AskedChat(Asked):
         return response_schemas.ChatChunk(**about, choices=chunks, usage=usage)
 
     def _role_of(self, index: int) -> str | None:
-        """Said once: clients join what comes under one name."""
+        """The role, sent once: clients concatenate values of a repeated field."""
         if index in self._begun:
             return None
         self._begun.add(index)
@@ -66,7 +66,7 @@ class AskedChat(Asked):
 
 
 async def ask(service: Service, request: schemas.ChatRequest) -> AskedChat:
-    """Raises ProblemError for what BackChat cannot do."""
+    """Raises ProblemError for requests that BackChat cannot answer."""
     model = service.model(request.model)
     text = _message(model, request)
     try:
@@ -106,7 +106,7 @@ def _message(model: ServedModel, request: schemas.ChatRequest) -> str:
         raise ProblemError(
             400,
             f"a BackChat model reads one message, the {given} for which it writes the {written}, "
-            f"and neither a system message nor what was said before; send one message of role "
+            f"without a system message or earlier turns; send one message of role "
             f"{' or '.join(roles)}, or use /v1/backchat, which also ranks several samples",
             param="messages",
         )

@@ -1,4 +1,4 @@
-"""From the ids that are written for a request to the parts of text that its client gets."""
+"""Incremental detokenization of a request's ids into the parts of text that its client gets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,18 +14,18 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Token:
-    """A token with its probability and the likeliest ones in its place."""
+    """A token with its log probability and the likeliest alternatives."""
 
     piece_id: int
     log_probability: float | None
-    """None for the first of ids that were given: nothing is before it."""
+    """Log probability; None for the first given id, which has no context."""
     likeliest: Sequence[tuple[int, float]]
     text_offset: int
 
 
 @dataclass(frozen=True)
 class Part:
-    """Text that has become certain, with the tokens that came since the part before."""
+    """Text that later tokens cannot change, with the tokens since the previous part."""
 
     text: str
     tokens: list[Token]
@@ -34,7 +34,7 @@ class Part:
 
 @dataclass(kw_only=True)
 class ChoiceText:
-    """One choice, from step to step."""
+    """State of one choice between steps."""
 
     codec: TextCodec
     given: str
@@ -52,7 +52,7 @@ class ChoiceText:
         self._num_characters = 0 if leftwards else len(self.given)
 
     def add(self, step: Step) -> Part:
-        """What one more step makes certain; the last part has the reason why it is the last."""
+        """Parts that a step completes; the last part has the finish reason."""
         if step.is_end:
             return self.finish("stop")
         self.tokens += 1
@@ -68,7 +68,7 @@ class ChoiceText:
         return Part(text, self._taken() if text else [])
 
     def finish(self, reason: FinishReason, before: str = "") -> Part:
-        """The rest, when nothing follows, together with a text that came just before."""
+        """The remaining text at the end, joined with the part just before it."""
         rest = self._stop_texts.add(self._growing.finish())
         if not self._stop_texts.is_found:
             rest = self.join([rest, self._stop_texts.finish()])
@@ -77,7 +77,7 @@ class ChoiceText:
         return self._last(self.join([before, rest]), reason)
 
     def join(self, parts: Sequence[str]) -> str:
-        """Parts of this choice, in the order of writing, as a person reads them."""
+        """Parts of this choice in reading order."""
         return "".join(reversed(parts) if self._growing.grows_leftwards else parts)
 
     def _last(self, text: str, reason: FinishReason) -> Part:
@@ -85,7 +85,7 @@ class ChoiceText:
         return Part(text, self._taken(), reason)
 
     def _grown(self, piece_id: int) -> tuple[str, int]:
-        """What has become certain, and where the token's text begins in view of what is given."""
+        """The text that is now final, and the offset of the token's text relative to the prompt."""
         text, before = self._growing.add(piece_id), self._num_characters
         self._num_characters += len(text)
         return text, -self._num_characters if self._growing.grows_leftwards else before
@@ -96,14 +96,14 @@ class ChoiceText:
 
 
 def offsets(codec: TextCodec, ids: Sequence[int], text: str) -> list[int]:
-    """Where the tokens of a whole text begin in it, in the model's order."""
+    """Offsets of the tokens of a whole text, in the model's order."""
     place = ChoiceText(codec=codec, given="", prompt=codec.prompt(""), stops=[])
     end = len(text) if codec.format.direction is Direction.BACKWARD else 0
     return [end + place._grown(piece_id)[1] for piece_id in ids]
 
 
 def spelled(codec: TextCodec, piece_id: int) -> str:
-    """A token as OpenAI spells it: its text or, of a part of a character, its bytes."""
+    """A token as OpenAI spells it: its text, or its bytes if it is part of a character."""
     raw = codec.piece_bytes(piece_id)
     if not raw:
         return codec.piece(piece_id)
@@ -114,7 +114,7 @@ def spelled(codec: TextCodec, piece_id: int) -> str:
 
 
 def log_probs(codec: TextCodec, tokens: Sequence[Token]) -> response_schemas.LogProbs:
-    """What a client gets of tokens."""
+    """Log probabilities of tokens as a client gets them."""
     tops: list[dict[str, float] | None] = []
     for token in tokens:
         if token.log_probability is None:

@@ -1,4 +1,4 @@
-"""/v1/completions: at once, or as a stream of parts."""
+"""/v1/completions: as one response, or as a stream of parts."""
 
 import secrets
 import time
@@ -29,10 +29,10 @@ _LINE_BREAKS = "\x85\u2028\u2029"
 
 
 def sampling_options(request: schemas.Sampling, seed: int, max_tokens: int) -> SamplingOptions:
-    """Raises ProblemError when more tokens are asked for than may be written."""
+    """Raises ProblemError when a request exceeds the limit of new tokens."""
     tokens, minimum = request.max_tokens, request.min_tokens
     if tokens > max_tokens:
-        message = f"max_tokens is {tokens}; at most {max_tokens} are written here"
+        message = f"max_tokens is {tokens}; this server's limit is {max_tokens}"
         raise ProblemError(400, message, param="max_tokens")
     if minimum > tokens:
         message = f"min_tokens is {minimum}, above max_tokens {tokens}"
@@ -50,13 +50,13 @@ def sampling_options(request: schemas.Sampling, seed: int, max_tokens: int) -> S
 
 
 def chosen_seed(seed: int | None) -> int:
-    """The seed that is asked for, or any."""
+    """The requested seed, or a random one."""
     return secrets.randbelow(1 << 31) if seed is None else seed
 
 
 @dataclass(kw_only=True)
 class Asked:
-    """A request with what was made of it: choice i is of given text i // n."""
+    """A request with its prompts and choices: choice i belongs to prompt i // n."""
 
     request: schemas.Written
     model: ServedModel
@@ -65,13 +65,13 @@ class Asked:
     choices: list[ChoiceText]
     samples: list[Sample]
     given_tokens: list[list[Token]] = field(default_factory=list)
-    """Tokens of each given text, with `echo` and `logprobs`."""
+    """Tokens of each prompt, with `echo` and `logprobs`."""
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def usage(self) -> response_schemas.Usage:
-        """What was read of the prompts, and written; without the markers of a text's edges."""
+        """Tokens of the prompts and of the choices, without markers."""
         prompt_tokens = sum(given.num_tokens for given in self.given)
         written = sum(choice.tokens for choice in self.choices)
         return response_schemas.Usage(
@@ -83,7 +83,7 @@ class Asked:
     def body(
         self, parts: Sequence[tuple[int, Part]], usage: response_schemas.Usage | None
     ) -> BaseModel:
-        """An answer, or an event of a stream, with parts of choices by their numbers."""
+        """A response, or an event of a stream, with parts of choices by index."""
         return response_schemas.Completion(
             id=f"cmpl-{self.id}",
             created=self.created_s,
@@ -94,7 +94,7 @@ class Asked:
         )
 
     def event(self, parts: Sequence[tuple[int, Part]], usage: response_schemas.Usage | None) -> str:
-        """As a server-sent event."""
+        """Server-sent event of an object."""
         return event_of(self.body(parts, usage).model_dump_json())
 
     def _choice(self, index: int, part: Part) -> response_schemas.Choice:
@@ -108,7 +108,7 @@ class Asked:
         )
 
     def echo(self, index: int) -> Part | None:
-        """What comes before all that is written of a choice."""
+        """The first part of a choice, before any new text: the echo."""
         if not (isinstance(self.request, schemas.CompletionRequest) and self.request.echo):
             return None
         number = index // self.request.n
@@ -116,7 +116,7 @@ class Asked:
         return Part(sendable(self.given[number].text), tokens)
 
     def whole(self, index: int, parts: list[Part]) -> Part:
-        """One part of all parts of a choice, in the order in which they were written."""
+        """All parts of a choice, in writing order, as one."""
         first = self.echo(index)
         parts = [*([] if first is None else [first]), *parts]
         text = self.choices[index].join([part.text for part in parts])
@@ -125,19 +125,21 @@ class Asked:
 
 
 def event_of(body: str) -> str:
-    """A server-sent event of JSON, in one line for clients that break lines where Python does."""
+    """A server-sent event of JSON in one line, for clients that split lines as Python does."""
     for character in _LINE_BREAKS:
         body = body.replace(character, f"\\u{ord(character):04x}")
     return f"data: {body}\n\n"
 
 
 async def ask(service: Service, request: schemas.CompletionRequest, deadline: Deadline) -> Asked:
-    """Raises ProblemError for what cannot be written."""
+    """Raises ProblemError for a request that cannot be answered."""
     model = service.model(request.model)
     seed = chosen_seed(request.seed)
     prompts, n = request.prompts, request.n
     if len(prompts) * n > schemas.MAX_SAMPLES:
-        raise ProblemError(400, f"prompts times n is more than {schemas.MAX_SAMPLES}", param="n")
+        raise ProblemError(
+            400, f"prompts x n exceeds the limit of {schemas.MAX_SAMPLES}", param="n"
+        )
     likeliest = request.logprobs
     if likeliest is not None:
         likeliest = min(likeliest, model.codec.vocab_size)
@@ -165,8 +167,10 @@ async def ask(service: Service, request: schemas.CompletionRequest, deadline: De
     if request.echo:
         characters = n * sum(len(one.text) for one in given)
         if characters > MAX_ECHOED_CHARACTERS:
-            message = f"echo gives each prompt n times, {characters} characters in all; at most "
-            raise ProblemError(400, f"{message}{MAX_ECHOED_CHARACTERS} are given", param="echo")
+            message = (
+                f"echo returns each prompt n times, {characters} characters in all; the limit "
+            )
+            raise ProblemError(400, f"{message}is {MAX_ECHOED_CHARACTERS}", param="echo")
         if likeliest is not None:
             given_tokens = await _tokens_of(service, model, given, likeliest, n, deadline)
     return Asked(
@@ -186,7 +190,7 @@ async def _given(
     request: schemas.CompletionRequest,
     asked: "str | list[int]",
 ) -> Given:
-    """One prompt; of one that is echoed with `logprobs`, all. Raises ProblemError."""
+    """A prompt, read in full if it is echoed with `logprobs`. Raises ProblemError."""
     is_cut = request.truncate and not (request.echo and request.logprobs is not None)
     try:
         return await service.aside(lambda: model.given(asked, is_cut=is_cut))
@@ -227,13 +231,13 @@ async def _tokens_of(
 
 
 def job_of(service: Service, asked: Asked, deadline: Deadline) -> Job:
-    """What writes an answer's samples."""
+    """Parameters of a response's samples."""
     samples = asked.samples if asked.request.max_tokens else []
     return Job(service.engine, service.metrics, asked.model.name, samples, deadline)
 
 
 async def complete(service: Service, asked: Asked, deadline: Deadline) -> str:
-    """All choices as JSON, when all are written or time is up."""
+    """All choices as JSON, when all are complete or the deadline has passed."""
     parts: list[list[Part]] = [[] for _ in asked.choices]
     with job_of(service, asked, deadline) as job:
         async for index, step in job.steps():
@@ -259,8 +263,8 @@ async def complete(service: Service, asked: Asked, deadline: Deadline) -> str:
 async def stream(service: Service, asked: Asked, job: Job) -> AsyncGenerator[str, None]:
     """Server-sent events: parts of choices, which `job` writes, and [DONE].
 
-    In the order of reading, what a backward model writes is sent when a choice is complete: until
-    then its first word is not known.
+    In reading order, a backward model's choice is sent when it is complete, as its first word is
+    written last.
     """
     kept: list[list[Part]] = [[] for _ in asked.choices]
     is_kept = asked.request.stream_order == "reading" and asked.model.writes_backward

@@ -1,4 +1,4 @@
-"""What requests are answered with: models, the engine, limits and counts."""
+"""Shared state of the request handlers: models, the engine, limits and metrics."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 
 
 def _one_thread() -> ThreadPoolExecutor:
-    """One, so that texts, however many come at once, share the interpreter with the event loop."""
+    """One thread, so that any number of texts leaves the interpreter to the event loop."""
     return ThreadPoolExecutor(1, thread_name_prefix="megaback-text")
 
 
@@ -31,7 +31,7 @@ def _meetings() -> asyncio.Semaphore:
 
 @dataclass(kw_only=True)
 class Service:
-    """One server's parts."""
+    """Parts of a server."""
 
     models: dict[str, ServedModel]
     engine: Engine
@@ -45,15 +45,15 @@ class Service:
     _is_ending: bool = False
 
     async def aside(self, function: Callable[[], _Result]) -> _Result:
-        """Compute what takes time in the length of a text off the event loop."""
+        """Run a function whose time depends on a text's length off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, function)
 
     async def compute(self, steps: "Steps[_Result]") -> _Result:
-        """Compute something in the engine's thread, between the steps of samples."""
+        """Run a function in the engine's thread, between steps of samples."""
         return await asyncio.wrap_future(self.engine.compute(steps))
 
     def deadline(self, max_s: float | None = None) -> Deadline:
-        """Deadline of a request that begins now, or of a part of its work with less time."""
+        """Deadline of a request that starts now, or of a part of its work."""
         deadline = Deadline(self.limits.request_s if max_s is None else max_s)
         self._deadlines.add(deadline)
         if self._is_ending:
@@ -61,13 +61,13 @@ class Service:
         return deadline
 
     def end(self) -> None:
-        """Answer all requests with what is written by now. To be called on the event loop."""
+        """Answer all requests with the text written so far. Must be called on the event loop."""
         self._is_ending = True
         for deadline in list(self._deadlines):
             deadline.end()
 
     def close(self) -> None:
-        """End the threads, and with them what is being written."""
+        """Stop the threads and all running samples."""
         self._text_thread.shutdown(wait=True, cancel_futures=True)
         self.engine.close()
 

@@ -12,11 +12,11 @@ _Result = TypeVar("_Result")
 
 
 class EndedError(Exception):
-    """Raised by `unless` when its ending came first."""
+    """Raised by `unless` when its ending comes first."""
 
 
 async def unless(ending: Awaitable[object], work: Awaitable[_Result]) -> _Result:
-    """The result of some work, which is cancelled with its caller.
+    """The result of some work, which is canceled with its caller.
 
     Raises EndedError, and cancels the work, when `ending` is over first.
     """
@@ -39,7 +39,7 @@ async def hanging_up(request: Request) -> None:
 
 
 class Deadline:
-    """Deadline of a request, after which its work ends as it is. Made on the event loop."""
+    """Deadline of a request, after which its samples end as they are. Made on the event loop."""
 
     def __init__(self, max_s: float) -> None:
         self._max_s = max_s
@@ -53,7 +53,7 @@ class Deadline:
         return self._passed.is_set()
 
     def end(self) -> None:
-        """Pass now, as the server shuts down."""
+        """Pass immediately: the server shuts down."""
         self._is_of_server = self._is_of_server or not self.is_past
         self._pass()
 
@@ -64,15 +64,15 @@ class Deadline:
         self._calls.append(call)
 
     def problem(self) -> ProblemError:
-        """The error for a request of which nothing was written."""
+        """The error for a request without any output."""
         if self._is_of_server:
-            return busy("the server is shutting down; ask another one, or again later")
+            return busy("the server is shutting down; use another one, or retry later")
         return ProblemError(
             503,
-            f"there was no answer within {self._max_s:g} s, which is all a request may take; ask "
-            "for less at once, or when fewer others ask",
+            f"the request took longer than its limit of {self._max_s:g} s; ask "
+            "for less, or retry when fewer requests are running",
             "timeout",
-            # OpenAI's clients would ask for the same work twice again.
+            # OpenAI's clients would retry the same work twice.
             {"Retry-After": "30", "x-should-retry": "false"},
         )
 

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients know them: a status, and JSON that says what is wrong."""
+"""Errors in OpenAI's format: a status, and JSON with message, type and field."""
 
 import logging
 from collections.abc import Mapping
@@ -16,20 +16,26 @@ from tools.serving import response_schemas
 _log = logging.getLogger("megaback.serve")
 _MAX_SHOWN_CHARACTERS = 100
 Described = dict[int | str, dict[str, Any]]
-"""Answers by status, as FastAPI describes them."""
+"""Error responses by status, for the OpenAPI description."""
 DESCRIBED: Described = {
-    400: {"model": response_schemas.ProblemBody, "description": "The request makes no sense."},
-    401: {"model": response_schemas.ProblemBody, "description": "No token, or a wrong one."},
-    403: {"model": response_schemas.ProblemBody, "description": "Sent by a page of another site."},
-    404: {"model": response_schemas.ProblemBody, "description": "There is no such model."},
+    400: {"model": response_schemas.ProblemBody, "description": "The request is invalid."},
+    401: {"model": response_schemas.ProblemBody, "description": "The token is missing or wrong."},
+    403: {"model": response_schemas.ProblemBody, "description": "The request is cross-site."},
+    404: {
+        "model": response_schemas.ProblemBody,
+        "description": "The model or path does not exist.",
+    },
     413: {"model": response_schemas.ProblemBody, "description": "The body is too large."},
     415: {"model": response_schemas.ProblemBody, "description": "The body is not JSON."},
-    503: {"model": response_schemas.ProblemBody, "description": "Too much is asked for at once."},
+    503: {
+        "model": response_schemas.ProblemBody,
+        "description": "Too many requests, or the deadline has passed.",
+    },
 }
 
 
 class ProblemError(Exception):
-    """An answer that says what is wrong."""
+    """An error response."""
 
     def __init__(
         self,
@@ -39,7 +45,7 @@ class ProblemError(Exception):
         headers: Mapping[str, str] | None = None,
         param: str | None = None,
     ) -> None:
-        """`param`: the field of the body that is wrong, if it is one."""
+        """`param`: the wrong field of the body, if any."""
         super().__init__(message)
         self.status, self.message, self.code, self.headers = status, message, code, headers
         self.param = param
@@ -58,7 +64,7 @@ def busy(message: str) -> ProblemError:
 
 
 def install(app: FastAPI) -> None:
-    """Let every error of this application be answered in this form."""
+    """Answer every error of this application in this form."""
 
     @app.exception_handler(ProblemError)
     async def on_problem(_request: Request, error: ProblemError) -> JSONResponse:
@@ -77,12 +83,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def on_defect(_request: Request, error: Exception) -> JSONResponse:
-        _log.error("a request could not be answered", exc_info=error)
-        return ProblemError(500, "the server failed; its log says why").response()
+        _log.error("unhandled error in a request", exc_info=error)
+        return ProblemError(500, "internal error; the server's log has the reason").response()
 
 
 def _unanswered(app: FastAPI, request: Request) -> ProblemError:
-    """Which methods a path has, or that there is no such path; the page's mount knows neither."""
+    """The 405 with a path's methods, or the 404; the mount of the page gives neither."""
     path = request.url.path
     shown = sendable(path[:_MAX_SHOWN_CHARACTERS])
     methods = {
@@ -95,4 +101,4 @@ def _unanswered(app: FastAPI, request: Request) -> ProblemError:
         allowed = ", ".join(sorted(methods))
         message = f"{shown} takes {allowed}, not {sendable(request.method)}"
         return ProblemError(405, message, headers={"Allow": allowed})
-    return ProblemError(404, f"there is no {shown} here; /openapi.json describes what there is")
+    return ProblemError(404, f"{shown} does not exist; see /openapi.json")

@@ -1,4 +1,4 @@
-"""Which names a server without a token answers to: its own, and those that were allowed.
+"""Allowed host names of a server without a token: loopback names and `--allow-host`.
 
 A page of another site can make a browser send requests here, under that site's Origin or, after its
 name was made to point here, under its Host. Names are compared whole; nothing that a proxy adds,
@@ -26,7 +26,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> "Address | None":
-        """None for what is no address."""
+        """None for an invalid address."""
         found = _ADDRESS.fullmatch(text.lower())
         if found is None:
             return None
@@ -39,33 +39,33 @@ class Address:
 
 
 def read_allowed(names: Sequence[str]) -> tuple[Address, ...]:
-    """What `--allow-host` was given. Raises ServeError for anything but a name and maybe a port."""
+    """Values of `--allow-host`. Raises ServeError unless each is a name with or without a port."""
     allowed = []
     for name in names:
         address = Address.parse(name)
         if address is None:
             raise ServeError(
-                f"--allow-host {name[:100]!r} is no host name; give a whole one as it is in the "
-                "header Host, such as demo.example.org or demo.example.org:8443, without https://"
+                f"--allow-host {name[:100]!r} is not a host name; give it as in the "
+                "Host header, such as demo.example.org or demo.example.org:8443, without https://"
             )
         allowed.append(address)
     return tuple(allowed)
 
 
 def refusal(host: str, origins: Sequence[str], allowed: Sequence[Address]) -> str | None:
-    """Why a request by this Host and these Origin headers is another site's, if it is.
+    """Reason why a request with these Host and Origin headers is cross-site, or None.
 
-    Names are LOOPBACK_NAMES and those that are allowed, the latter also with an Origin of https
-    whose proxy calls us by another name.
+    Allowed are LOOPBACK_NAMES and `allowed`, the latter also with an https Origin behind a proxy
+    that calls the server by another name.
     """
     called = Address.parse(host)
     here = [*map(Address, LOOPBACK_NAMES), *allowed]
     if called is None or not called.is_in(here):
         shown = host[:100]
         return (
-            f"this server answers to {LOOPBACK_NAMES[0]} on its own machine, not to {shown!r}; to "
-            f"let a proxy call it so, start it with --allow-host {shown if called else 'NAME'}, or "
-            "with a token, which allows every name"
+            f"the Host {shown!r} is not allowed, as {LOOPBACK_NAMES[0]} is; for a proxy, "
+            f"start the server with --allow-host {shown if called else 'NAME'}, or with a token, "
+            "which allows every name"
         )
     for origin in origins:
         scheme, _, rest = origin.lower().partition("://")
@@ -76,8 +76,8 @@ def refusal(host: str, origins: Sequence[str], allowed: Sequence[Address]) -> st
         )
         if not is_ours:
             return (
-                f"sent by a page of another site: its Origin is {origin[:100]!r}, and the header "
-                f"Host says {host[:100]!r}; if a proxy serves that page for this server, start it "
+                f"cross-site request: its Origin is {origin[:100]!r}, and its "
+                f"Host is {host[:100]!r}; if a proxy serves that page for this server, start it "
                 "with --allow-host and the name, or with a token"
             )
     return None

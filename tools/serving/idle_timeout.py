@@ -1,7 +1,7 @@
 """Timeouts of connections: for a request to arrive, and for a client to read its answer.
 
-uvicorn has neither, so that idle connections would use up file descriptors and memory, and answers
-that nobody reads the time of others (docs/decisions/0043-server-limits.md).
+uvicorn has neither: idle connections would use up file descriptors and memory, and answers without
+a reader the time of others (docs/decisions/0043-server-limits.md).
 """
 
 import asyncio
@@ -68,7 +68,7 @@ class IdleTimeoutConnection(H11Protocol):
             return
         self._stop_expecting()
         if self.conn.their_state is h11.DONE:
-            # The next request already. uvicorn would stop to read, and not see who hangs up.
+            # The next request already: uvicorn would pause reading and miss a disconnect.
             if len(self.conn.trailing_data[0]) > MAX_AHEAD_BYTES:
                 self.transport.abort()
             else:
@@ -89,7 +89,7 @@ class IdleTimeoutConnection(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no request, or only close if another answer has begun."""
+        """Answer an invalid request, or only close if another response has started."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
@@ -99,7 +99,7 @@ class IdleTimeoutConnection(H11Protocol):
             self.cycle.message_event.set()
 
     def _expect_request(self) -> None:
-        """Start the timeout of a request, unless it runs: a byte now and then does not reset it."""
+        """Start the timeout of a request, unless it is running: single bytes do not reset it."""
         if self._deadline is None and not self.transport.is_closing():
             self._deadline = self.loop.call_later(self.seconds_for_a_request, self._give_up)
 

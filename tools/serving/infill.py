@@ -23,10 +23,10 @@ from tools.serving.request_samples import Job
 async def fill(
     service: Service, request: schemas.InfillRequest, deadline: Deadline
 ) -> response_schemas.Infills:
-    """Different middles, the best first.
+    """Distinct middles, the best first.
 
-    Samples of both models are written with those of other requests, for half of the time that a
-    request has at most; then what there is of them is joined and scored between others' steps.
+    Samples of both models are batched with those of other requests, for at most half of the
+    request's time; they are then joined and scored between the steps of others.
     """
     infiller = service.infiller
     if infiller is None:
@@ -35,7 +35,7 @@ async def fill(
         )
     if request.candidates * request.max_tokens > MAX_INFILL_TOKENS:
         asked = f"candidates x max_tokens is {request.candidates * request.max_tokens}"
-        raise ProblemError(400, f"{asked}; at most {MAX_INFILL_TOKENS} are tried", "invalid_value")
+        raise ProblemError(400, f"{asked}; the limit is {MAX_INFILL_TOKENS}", "invalid_value")
     for model in service.models.values():
         model.require_bytes(request.beginning + request.ending)
     seed = chosen_seed(request.seed)
@@ -66,7 +66,7 @@ async def fill(
 async def _written(
     service: Service, infiller: Infiller, prompts: Sequence[Prompt], options: InfillOptions
 ) -> list[list[Half]]:
-    """What each model, the forward one first, writes for its prompt in half of a request's time."""
+    """Samples of each model, the forward one first, in half of the request's time."""
     half_time = service.deadline(service.limits.request_s / 2)
     sampling, count = options.sampling, options.forward_candidates
     try:
@@ -78,7 +78,7 @@ async def _written(
                 samples = [Sample(prompt, replace(sampling, seed=seed)) for seed in seeds]
                 job = Job(service.engine, service.metrics, name, samples, half_time)
                 jobs.append(stack.enter_context(job))
-            # Both write, while one is listened to.
+            # Both write while one is read.
             return [different_halves(await _ids(job, count)) for job in jobs]
     finally:
         half_time.close()
@@ -93,7 +93,7 @@ async def _ids(job: Job, count: int) -> list[list[int]]:
 
 
 def _name_of(service: Service, codec: TextCodec) -> str:
-    """The model that is served and writes in a direction."""
+    """The served model of a direction."""
     return next(
         name
         for name, model in service.models.items()

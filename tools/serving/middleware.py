@@ -20,7 +20,7 @@ _API_PATHS = ("/v1/", "/metrics")
 # Bytes of a too large body that are read and discarded: clients that are sending see no answer.
 _MAX_PASSED_OVER_BYTES = 64 << 20
 _MAX_HEAD_BYTES = 1 << 14
-# Of an answer, after each of which the client has to have read: see idle_timeout.py.
+# Bytes of a response part that the client must read in time: see idle_timeout.py.
 _PART_BYTES = 1 << 16
 _PAGE_POLICY = "; ".join(
     (
@@ -59,10 +59,9 @@ class Guard:
         token: str | None,
         allowed: Sequence[Address],
     ) -> None:
-        """`paths` are labels of metrics. With a token, the API is for those who send it.
+        """`paths` are labels of metrics. With a token, API requests must send it.
 
-        Without one, requests are answered that call this server by a loopback name or by one of
-        `allowed`.
+        Without one, the Host of a request must be a loopback name or one of `allowed`.
         """
         self._app, self._limits, self._metrics = app, limits, metrics
         self._paths = frozenset(paths)
@@ -89,7 +88,7 @@ class Guard:
                 await send(part)
 
         path = scope["path"]
-        if scope["method"] == "HEAD":  # is GET, whose body uvicorn leaves out
+        if scope["method"] == "HEAD":  # is GET, whose body uvicorn omits
             scope = {**scope, "method": "GET"}
         self._metrics.opened()
         try:
@@ -127,7 +126,7 @@ class Guard:
                 f"the body's Content-Encoding is {encoding[:100]!r}; send it without compression",
             )
         body = await self._body(headers, receive)
-        # A slow body takes no place away from the requests that are there.
+        # A slow body takes no slot of the requests that have arrived.
         if self._num_open >= self._limits.open_requests:
             raise busy(f"{self._num_open} requests are open already; try again")
         self._num_open += 1
@@ -139,7 +138,7 @@ class Guard:
     def _require_here(self, headers: Headers) -> None:
         """Refuse cross-site requests of browsers.
 
-        Not where there is a token, which such a page has not: then a proxy may name us as it likes.
+        Not checked with a token, which such a page lacks: a proxy may then use any name.
         """
         if self._token is None:
             host, origins = headers.get("host", ""), headers.getlist("origin")
@@ -170,7 +169,7 @@ class Guard:
         try:
             await asyncio.wait({reading}, timeout=self._limits.body_s)
             if not reading.done() or reading.cancelled():
-                raise ProblemError(408, "the body did not come in time")
+                raise ProblemError(408, "the body did not arrive in time")
             return reading.result()
         finally:
             self._arriving.pop(reading, None)
@@ -183,11 +182,11 @@ class Guard:
         announced = headers.get("content-length", "")
         is_too_large = announced.isdecimal() and int(announced) > maximum
         if is_too_large and headers.get("expect", "").lower() == "100-continue":
-            is_over = True  # The client has not begun, and waits to be told.
+            is_over = True  # The client has sent nothing and waits for 100 Continue.
         while not is_over:
             message = await receive()
             if message["type"] != "http.request":
-                raise ProblemError(400, "the client hung up")
+                raise ProblemError(400, "the client disconnected")
             is_over = not message.get("more_body", False)
             part = message.get("body", b"")
             is_too_large = is_too_large or len(body) + len(part) > maximum
@@ -198,7 +197,7 @@ class Guard:
             else:
                 body += part
         if is_too_large:
-            raise ProblemError(413, f"the body has more than {maximum} bytes; send less")
+            raise ProblemError(413, f"the body exceeds {maximum} bytes; send less")
         return bytes(body)
 
 
@@ -207,7 +206,7 @@ def _require_short_head(scope: Scope) -> None:
     fields = sum(len(name) + len(value) for name, value in scope["headers"])
     if fields + len(scope["raw_path"]) + len(scope["query_string"]) > _MAX_HEAD_BYTES:
         raise ProblemError(
-            431, f"the line and the headers have more than {_MAX_HEAD_BYTES} bytes; send less"
+            431, f"the request line and headers exceed {_MAX_HEAD_BYTES} bytes; send less"
         )
 
 
@@ -228,7 +227,7 @@ def _parts(message: Message) -> Iterator[Message]:
 
 
 def _after(body: bytes, receive: Receive) -> Receive:
-    """Replay a body that was read, then pass on later messages."""
+    """Replay a body that was read, then forward later messages."""
     is_given = False
 
     async def receive_again() -> Message:

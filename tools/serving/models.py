@@ -1,4 +1,4 @@
-"""The models that a server writes with, by name."""
+"""Served models by name."""
 
 import time
 from collections.abc import Sequence
@@ -21,19 +21,19 @@ from tools.serving import response_schemas
 
 @dataclass(frozen=True)
 class Given:
-    """A prompt as a client gave it, and as a model reads it."""
+    """A prompt as given by a client, and as read by a model."""
 
     text: str
     prompt: Prompt
     num_tokens: int
-    """Number of tokens read of it, without a begin marker that we put before a text."""
+    """Number of tokens read of it, without the begin marker that is added to a text."""
     ids: list[int] | None = None
-    """If it was given in ids: all of them."""
+    """All ids, if it was given as ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A model with the batch in which its samples are written."""
+    """A model with the continuous batch of its samples."""
 
     name: str
     description: ModelDescription
@@ -52,9 +52,9 @@ class ServedModel:
         return self.codec.format.direction is Direction.BACKWARD
 
     def given(self, asked: "str | list[int]", *, is_cut: bool = False) -> Given:
-        """A text, or ids in the model's reading order, which are read as they are.
+        """Prompt from a text, or from ids in the model's order, which are used unchanged.
 
-        Raises PromptError when they do not fit the context, or are none of this model's ids.
+        Raises PromptError when they do not fit the context, or are not ids of this model.
         """
         if isinstance(asked, str):
             prompt = self.prompt(asked, is_cut=is_cut)
@@ -62,7 +62,7 @@ class ServedModel:
             return Given(asked, prompt, len(prompt.ids) - num_markers + bool(prompt.held_back))
         if max(asked) >= self.codec.vocab_size:
             raise PromptError(
-                f"there is no token {max(asked)}: this model has {self.codec.vocab_size}; "
+                f"token {max(asked)} does not exist: this model has {self.codec.vocab_size} ids; "
                 "send ids of its own tokenizer, or text"
             )
         is_cut = is_cut and len(asked) > self.decoder.context_tokens
@@ -74,8 +74,8 @@ class ServedModel:
     def prompt(self, given: str, *, is_cut: bool = False) -> Prompt:
         """Raises PromptError when a text does not fit the context.
 
-        `is_cut`: then only what stands next to the text to come is read, in half the context, as
-        when a sample has filled it.
+        `is_cut`: only the half context next to the new text is read, as when a sample has filled
+        the context.
         """
         if is_cut:
             maximum = self._max_characters
@@ -88,7 +88,7 @@ class ServedModel:
         return prompt
 
     def chat_prompt(self, given: str) -> Prompt:
-        """Raises PromptError when a text leaves no room for what is to be written."""
+        """Raises PromptError when a text leaves no room for the new text."""
         self.require_bytes(given)
         prompt = self.form.prompt(given)
         self.require_room(len(prompt.ids) + 1)
@@ -98,12 +98,12 @@ class ServedModel:
         """Raises PromptError when there are more tokens than the context holds."""
         if tokens > self.decoder.context_tokens:
             raise PromptError(
-                f"the text is {tokens} tokens, and the model's context holds "
+                f"the text has {tokens} tokens, and the model's context holds "
                 f"{self.decoder.context_tokens}; shorten it"
             )
 
     def require_bytes(self, given: str) -> None:
-        """Refuse at once what cannot fit, however it is encoded."""
+        """Refuse texts that cannot fit, before encoding them."""
         if len(given) > self._max_characters:
             raise PromptError(
                 f"the text given has {len(given)} characters, and the model's context of "
@@ -113,7 +113,7 @@ class ServedModel:
 
     @cached_property
     def _max_characters(self) -> int:
-        """Maximum characters in the context: a piece has at least as many bytes as characters."""
+        """Maximum characters in the context: a piece has no more characters than bytes."""
         return self.decoder.context_tokens * int(self.codec.piece_num_bytes().max())
 
     def describe(self, *, can_infill: bool) -> response_schemas.Model:
@@ -136,10 +136,10 @@ def load_models(
     dtype: torch.dtype,
     num_slots: int,
 ) -> dict[str, ServedModel]:
-    """The model of a folder and, if one is named, a forward one. Their folders name them.
+    """The model of a folder and, if given, a forward one, named after their folders.
 
-    Raises DirectionMismatchError when the second one does not write forward, and what loading a
-    model raises.
+    Raises DirectionMismatchError when the second one does not write forward, and the errors of
+    loading a model.
     """
     models: dict[str, ServedModel] = {}
     for path in [folder, *_given(forward)]:
@@ -165,7 +165,7 @@ def load_models(
 
 
 def load_meeting(folder: Path, forward: Path | None, device: str | None) -> Infiller | None:
-    """The two models once more, as infilling needs them; None if they cannot meet."""
+    """The two models as infilling needs them; None if they are not compatible."""
     if forward is None:
         return None
     try:

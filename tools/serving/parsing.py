@@ -1,4 +1,4 @@
-"""From the bytes of a body to a request, or to what is wrong with it."""
+"""Parsing of request bodies, with errors that name the field."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ REQUESTS: Mapping[str, type[schemas.Body]] = {
 _MAX_SHOWN_PROBLEMS = 3
 _MAX_SHOWN_CHARACTERS = 100
 _MAX_FIELDS = 64
-"""Maximum fields of a body; each that does not exist would be a problem of its own."""
+"""Maximum fields of a body: each unknown one would be a separate validation error."""
 _Body = TypeVar("_Body", bound=schemas.Body)
 
 
@@ -30,19 +30,19 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
     try:
         values = finite_json(body.decode())
     except UnicodeDecodeError as error:
-        what = f"the body is not UTF-8, from byte {error.start + 1} on; send JSON in UTF-8"
+        what = f"the body is not UTF-8 from byte {error.start + 1}; send JSON in UTF-8"
         raise _wrong(what) from None
     except RecursionError:
-        raise _wrong("the body is nested too deeply to be read; send flat JSON") from None
+        raise _wrong("the body is nested too deeply; send flat JSON") from None
     except json.JSONDecodeError as error:
-        raise _wrong(f"the body is not JSON, from character {error.pos + 1} on") from None
+        raise _wrong(f"the body is not JSON from character {error.pos + 1}") from None
     except ValueError as error:
         why = sendable(str(error))[:_MAX_SHOWN_CHARACTERS]
         raise _wrong(f"the body cannot be read as JSON: {why}") from None
     if not isinstance(values, dict):
         raise _wrong("the body is not a JSON object; send one, such as {}")
     if len(values) > _MAX_FIELDS:
-        raise _wrong(f"the body has {len(values)} fields; at most {_MAX_FIELDS} are read")
+        raise _wrong(f"the body has {len(values)} fields; the limit is {_MAX_FIELDS}")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -55,7 +55,7 @@ def _wrong(message: str, param: str | None = None) -> ProblemError:
 
 
 def _param(problems: Sequence[Any]) -> str | None:
-    """The first field that is wrong, by its name at the top of the body."""
+    """The first wrong field, by its top-level name."""
     for problem in problems:
         if problem["loc"]:
             return sendable(str(problem["loc"][0])[:_MAX_SHOWN_CHARACTERS])
@@ -63,7 +63,7 @@ def _param(problems: Sequence[Any]) -> str | None:
 
 
 def _describe(problems: Sequence[Any]) -> str:
-    """Where the first problems are, without what was sent, which may be text of any kind."""
+    """The first problems and their fields, without the values, which may be any text."""
     described = []
     for problem in problems[:_MAX_SHOWN_PROBLEMS]:
         where = ".".join(str(part) for part in problem["loc"])

@@ -14,14 +14,14 @@ from tools.serving.host_names import Address
 from tools.serving.idle_timeout import IdleTimeoutConnection
 
 _SECONDS_TO_FINISH = 2.0
-"""Time for clients to read answers that were cut."""
+"""Seconds for clients to read interrupted responses."""
 _SECONDS_TO_CLOSE = 10.0
 
 
 class Server(uvicorn.Server):
     """uvicorn's server; on shutdown, requests have `shutdown_s` seconds to finish.
 
-    Those that still run then are answered as when their deadline passes.
+    Those that still run are then answered as when their deadline passes.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' format. No text of any request is in it."""
+"""Metrics in Prometheus' format, without any text of requests."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 
 
 class Metrics:
-    """One registry a server, so that two in a process do not share it."""
+    """One registry per server, so that two in a process do not share it."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()

@@ -37,6 +37,6 @@ def require_answer_size(samples: int, tokens: int, likeliest: int | None, of_wha
     if numbers > MAX_ANSWER_NUMBERS:
         raise ProblemError(
             400,
-            f"{of_what} is {numbers}; at most {MAX_ANSWER_NUMBERS} are written for one request",
+            f"{of_what} is {numbers}; the limit per request is {MAX_ANSWER_NUMBERS}",
             "invalid_value",
         )

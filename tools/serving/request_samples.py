@@ -1,4 +1,4 @@
-"""The samples of one request while they are written, and what ends them before their time."""
+"""Samples of one request while they are written, and their cancellation."""
 
 import asyncio
 import time
@@ -14,7 +14,7 @@ from tools.serving.worker import Engine, EngineFullError, Writing
 
 
 class Job:
-    """Samples of one model that are one request's. Leaving it ends those that still run."""
+    """Samples of one request with one model; leaving the context cancels running ones."""
 
     def __init__(
         self,
@@ -55,13 +55,13 @@ class Job:
         self._woken.set()
 
     def end(self, index: int) -> None:
-        """Write one sample no further."""
+        """Cancel one sample."""
         self._engine.give_up([self._writings[index]])
 
     async def next(self, timeout_s: float | None = None) -> "tuple[int, Step] | None":
-        """The next step of any sample; None when none came in so many seconds or in time.
+        """The next step of any sample; None if none comes within the given seconds or the deadline.
 
-        Raises ProblemError when a sample could not be written, or when time is up and nothing was.
+        Raises ProblemError when a sample failed, or when the deadline passed without output.
         """
         # Not asyncio.wait_for: until Python 3.12 it may lose a cancellation.
         if not self._events and not self._deadline.is_past:
@@ -79,16 +79,16 @@ class Job:
             return None
         index, event = self._events.popleft()
         if isinstance(event, Exception):
-            raise ProblemError(500, "the server could not write this; its log says why")
+            raise ProblemError(500, "sampling failed; the server's log has the reason")
         return index, event
 
     @property
     def is_late(self) -> bool:
-        """Whether time is up, and all that was written by then has been taken."""
+        """Whether the deadline has passed and all steps until then have been taken."""
         return self._deadline.is_past and self._has_token and not self._events
 
     async def steps(self) -> AsyncIterator[tuple[int, Step]]:
-        """All steps until every sample is over or time is up; then what still runs is cut."""
+        """All steps until every sample is complete or the deadline ends the others."""
         running = set(range(len(self._writings)))
         while running and not self.is_late:
             if (found := await self.next()) is None:

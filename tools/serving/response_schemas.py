@@ -1,4 +1,4 @@
-"""What clients get, as JSON: OpenAI's completions, and what megaback adds."""
+"""Response schemas: OpenAI's completions, and megaback's additions."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 
 class LogProbs(BaseModel):
-    """Log probabilities of tokens in writing order: from right to left for a backward model."""
+    """Log probabilities of tokens in writing order: right to left for a backward model."""
 
     tokens: list[str] = Field(description="`bytes:\\xe2` and so on for a part of a character.")
     token_logprobs: list[float | None] = Field(
@@ -119,7 +119,7 @@ class Score(BaseModel):
 
 class Infill(BaseModel):
     middle: str
-    score: float = Field(description="Nats a token; higher is better.")
+    score: float = Field(description="Score in nats per token; higher is better.")
     forward: float = Field(description="log P(middle and ending | beginning), in nats.")
     backward: float = Field(description="log P(middle and beginning | ending), in nats.")
     forward_tokens: int

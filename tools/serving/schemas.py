@@ -1,7 +1,7 @@
-"""What clients send, as JSON: OpenAI's completions, and what megaback adds.
+"""Request schemas: OpenAI's completions, and megaback's additions.
 
-Fields that OpenAI has and this server cannot honor are known here, so that they are refused by
-name and never ignored.
+OpenAI's fields that this server does not support are declared, so that they are refused by name
+and never ignored.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ MAX_SAMPLES = 64
 MAX_STOPS = 4
 MAX_LIKELIEST = 20
 _ABOUT = ("title", "description", "default")
-_MAX_IDS = 1 << 20  # of a prompt; those that the context does not hold are refused later
+_MAX_IDS = 1 << 20  # ids of a prompt; the limit of the context is checked later
 
 Seed = Annotated[int, SEED]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -63,9 +63,9 @@ _One = Annotated[Literal[1], BeforeValidator(_is_no_bool)]
 
 
 class Body(BaseModel):
-    """What a client sends: null is the default, as where OpenAI's description allows it.
+    """Base of request schemas: null means the default, where OpenAI's description allows null.
 
-    A field that does not exist is an error, so that no misspelled one is passed over.
+    An unknown field is an error, so that no misspelled one is ignored.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
@@ -86,7 +86,7 @@ class Body(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """The description allows null where the server does."""
+        """Allow null in the OpenAPI description where the server does."""
         schema = handler.resolve_ref_schema(handler(core_schema))
         for name, field in schema.get("properties", {}).items():
             alternatives = field.get("anyOf", [])
@@ -100,13 +100,13 @@ class Body(BaseModel):
 
 
 class Request(Body):
-    """A request to a model."""
+    """Request to a model."""
 
-    model: str | None = Field(None, description="Of /v1/models; the first one by default.")
+    model: str | None = Field(None, description="Name from /v1/models; default: the first one.")
 
 
 class Sampling(Request):
-    """How ids are chosen; what is not OpenAI's is named as in vLLM."""
+    """Sampling options; those that OpenAI lacks are named as in vLLM."""
 
     max_tokens: Annotated[int, COUNT_OR_ZERO] = 16
     temperature: Annotated[float, TEMPERATURE] = Field(
@@ -116,27 +116,23 @@ class Sampling(Request):
     top_k: Annotated[int, TOP_K_OR_ALL] = Field(0, description="0 or -1 for all.")
     min_p: Annotated[float, SHARE] = 0.0
     repetition_penalty: Annotated[float, REPETITION_PENALTY] = 1.0
-    seed: Seed | None = Field(
-        None, description="Of the first sample; the next ones have the next numbers."
-    )
+    seed: Seed | None = Field(None, description="Seed of the first sample; sample i uses seed + i.")
     min_tokens: Annotated[int, COUNT_OR_ZERO] = Field(
-        0, description="Before so many, a sample does not end by itself."
+        0, description="Minimum tokens before a sample may end by itself."
     )
-    ignore_eos: bool = Field(
-        False, description="No sample ends by itself: all are of max_tokens, or end at a stop text."
-    )
+    ignore_eos: bool = Field(False, description="Samples end only at max_tokens or a stop text.")
 
 
 class StreamOptions(Body):
-    include_usage: bool = Field(default=False, description="A last event has the usage.")
+    include_usage: bool = Field(default=False, description="A last event contains the usage.")
     continuous_usage_stats: bool = Field(
-        default=False, description="Every event has the usage so far."
+        default=False, description="Every event contains the usage so far."
     )
     include_obfuscation: _False = False
 
 
 def _kind_of_prompt(value: Any) -> str:
-    """Which alternative is meant, so that a wrong one is told what is wrong, and only that."""
+    """Discriminator of the alternatives, so that errors are those of the intended one only."""
     first = value[0] if isinstance(value, list) and value else None
     if isinstance(first, int) and not isinstance(first, bool):
         return "ids"
@@ -159,7 +155,7 @@ _Prompt = Annotated[
 
 
 class Written(Sampling):
-    """What is written of it, and how it is sent."""
+    """Options of the output: length, number, streaming."""
 
     n: int = Field(1, ge=1, le=MAX_SAMPLES)
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
@@ -167,9 +163,9 @@ class Written(Sampling):
     stream_options: StreamOptions | None = None
     stream_order: Literal["reading", "writing"] = Field(
         "reading",
-        description="reading: all parts of a choice, joined one after another, are its text. "
-        "writing: parts come as they are written; those of a backward model each stand before all "
-        "that came earlier.",
+        description="reading: the parts of a choice, concatenated, are its text. "
+        "writing: parts are sent as they are written; each part of a backward model precedes all "
+        "earlier ones.",
     )
     user: str | None = None
     presence_penalty: _Zero | None = None
@@ -187,16 +183,16 @@ class Written(Sampling):
 
 class CompletionRequest(Written):
     prompt: _Prompt | None = Field(
-        description="What comes after the text that a backward model writes, and before that of a "
-        "forward model: a text or several, or ids in the model's reading order, as the exported "
-        "tokenizer gives them. null is a text's edge."
+        description="Text after which (backward model: before which) the model writes: one or "
+        "several texts, or ids in the model's order, as the exported tokenizer returns them. null "
+        "is the edge of a text."
     )
     truncate: bool = Field(
         False,
-        description="Of a prompt that is longer than the context, read the part next to the text "
-        "to come, instead of refusing it.",
+        description="Truncate a prompt that is longer than the context to the part next to the "
+        "new text, instead of refusing it.",
     )
-    echo: bool = Field(False, description="Give the prompt too, where it stands in the text.")
+    echo: bool = Field(False, description="Return the prompt too, in its place in the text.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
     best_of: _One | None = None
     suffix: Literal[""] | None = None
@@ -234,10 +230,12 @@ class TextFormat(Body):
 
 
 class ChatRequest(Written):
-    """One message, which a BackChat model answers: see /v1/backchat, which also ranks."""
+    """One message that a BackChat model answers; /v1/backchat also ranks its answers."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
-    max_tokens: Annotated[int, COUNT] = Field(512, description="Or as many as there is room for.")
+    max_tokens: Annotated[int, COUNT] = Field(
+        512, description="Maximum new tokens; fewer if the context is full."
+    )
     max_completion_tokens: Annotated[int, COUNT] | None = None
     logprobs: _False = False
     response_format: TextFormat | None = None
@@ -245,26 +243,30 @@ class ChatRequest(Written):
 
 
 class BackChatRequest(Sampling):
-    """A response, for which a backward model writes instructions; or the other way round."""
+    """A response for which a backward model writes instructions, or the reverse."""
 
     max_tokens: Annotated[int, COUNT] = 128
-    response: str | None = Field(None, min_length=1, description="For a backward model.")
-    instruction: str | None = Field(None, min_length=1, description="For a forward model.")
-    n: int = Field(4, ge=1, le=MAX_SAMPLES, description="Samples; different ones are given.")
+    response: str | None = Field(None, min_length=1, description="Response, for a backward model.")
+    instruction: str | None = Field(
+        None, min_length=1, description="Instruction, for a forward model."
+    )
+    n: int = Field(
+        4, ge=1, le=MAX_SAMPLES, description="Number of samples; distinct ones are returned."
+    )
 
 
 class ScoreRequest(Request):
-    """Whole texts; or instructions for a response; or responses to an instruction."""
+    """Whole texts, instructions for a response, or responses to an instruction."""
 
     texts: Annotated[list[str], Field(min_length=1, max_length=MAX_SAMPLES)] = Field(
-        description="Whole documents, or what a BackChat model would write for what is given."
+        description="Whole documents, or a BackChat model's texts for the given one."
     )
     response: str | None = Field(None, min_length=1, description="`texts` are instructions for it.")
     instruction: str | None = Field(None, min_length=1, description="`texts` are responses to it.")
 
 
 class InfillRequest(Body):
-    """A text without its middle."""
+    """Beginning and ending of a text."""
 
     beginning: str = Field(min_length=1)
     ending: str = Field(min_length=1)

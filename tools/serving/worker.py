@@ -1,9 +1,9 @@
 """The compute thread of the server: one continuous batch per model, and other work in steps.
 
-Everything that computes runs in this one thread; requests are handled on the event loop. Requests
-whose samples wait take turns when a place is free. Prompts and other work are read and done in
-steps, between which every sample gets a token: nothing holds the others up for longer than a step
-and a slice of time, and what is given up ends as soon.
+All computation runs in this one thread; requests are handled on the event loop. Requests whose
+samples wait take turns when a slot is free. Prompts and other work are processed in time slices,
+between which every sample gets a token: no work delays others by more than a step and a time slice,
+and canceled work ends within the same time.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from tools.serving.prometheus import Metrics
 _log = logging.getLogger("megaback.serve")
 _Result = TypeVar("_Result")
 _SLICE_S = 0.05
-"""Time slice of prompts, and again of other work, between two tokens of the samples."""
+"""Time slice in seconds of prompts, and of other work, between two tokens of the samples."""
 
 
 class EngineFullError(Exception):
@@ -69,7 +69,7 @@ class _Task:
 
 
 class Engine:
-    """Runs the batches of some models in a thread of its own."""
+    """Worker thread that runs the batches of some models."""
 
     def __init__(
         self, batches: Mapping[str, ContinuousBatch], max_waiting: int, metrics: Metrics
@@ -85,7 +85,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="megaback-engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. To be called on the event loop that gets its events."""
+        """Start the thread. Must be called on the event loop that gets its events."""
         self._loop = asyncio.get_running_loop()
         for name in self._batches:
             self._metrics.rows(name, running=0, waiting=0)
@@ -123,7 +123,7 @@ class Engine:
             self._changed.notify()
 
     def compute(self, steps: "Steps[_Result]") -> "Future[_Result]":
-        """Queue other work, which ends when its future is cancelled."""
+        """Queue other work, which ends when its future is canceled."""
         future: Future[_Result] = Future()
         with self._changed:
             self._tasks.append(_Task(steps, future))
@@ -134,7 +134,7 @@ class Engine:
         while not self._is_closing:
             try:
                 self._turn()
-            except Exception as error:  # noqa: BLE001 - the server lives on
+            except Exception as error:  # noqa: BLE001 - the server continues
                 self._fail(_logged(error))
         for task in self._tasks:
             task.future.cancel()
@@ -183,9 +183,9 @@ class Engine:
         return sum(map(len, self._waiting[model]))
 
     def _next_to_begin(self, given_up: list[Writing]) -> list[Writing]:
-        """Samples for which there is room, round-robin over requests.
+        """Samples that fit into free slots, round-robin over requests.
 
-        What was given up while it waited is gone.
+        Samples canceled while waiting are dropped.
         """
         begun: list[Writing] = []
         leaving = set(given_up)
@@ -206,7 +206,7 @@ class Engine:
     def _begin(self, writing: Writing, events: _Events) -> None:
         try:
             self._batches[writing.model].add(writing.sample)
-        except Exception as error:  # noqa: BLE001 - sent to the one whose sample it is
+        except Exception as error:  # noqa: BLE001 - sent to the request of the sample
             events.append((writing, _logged(error)))
             return
         self._running[writing.sample] = writing
@@ -217,7 +217,7 @@ class Engine:
         try:
             self._read(batch, events)
             steps = self._step(name, batch)
-        except Exception as error:  # noqa: BLE001 - the server lives on
+        except Exception as error:  # noqa: BLE001 - the server continues
             failed = [one for one in self._running.values() if one.model == name]
             events += [(writing, _logged(error)) for writing in failed]
             for writing in failed:
@@ -261,7 +261,7 @@ class Engine:
             return
         try:
             self._loop.call_soon_threadsafe(_deliver, events)
-        except RuntimeError:  # the loop has ended, and nobody listens
+        except RuntimeError:  # the event loop has ended
             with self._changed:
                 self._is_closing = True
 

@@ -244,7 +244,7 @@ def test_a_middle_is_what_both_models_write_between(
         found = meeting.post("/v1/infill", {**body, "seed": 4, "n": 2}).json()["infills"]
         many = meeting.post("/v1/infill", {**body, "candidates": 64, "max_tokens": 65})
         assert many.status_code == 400
-        assert "is 4160; at most 4096 are tried" in many.json()["error"]["message"]
+        assert "is 4160; the limit is 4096" in many.json()["error"]["message"]
     options = InfillOptions(
         6, forward_candidates=3, backward_candidates=3, rescored=3, sampling=SamplingOptions(seed=4)
     )

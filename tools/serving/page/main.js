@@ -1,4 +1,4 @@
-// The page: what is asked for, what stands on the sheets, and the way back.
+// The page: requests, the text on the sheets, and undo.
 
 import { NeedsToken, ask, stream, useToken } from "./api.js";
 import { IncrementalDetokenizer, directionOf } from "./text.js";
@@ -7,7 +7,7 @@ import { attach, hide } from "./tip.js";
 const at = (id) => document.getElementById(id);
 const LABELS = {
   write: { backward: "Ending", forward: "Beginning" },
-  both: { backward: "A text, which stands in the middle" },
+  both: { backward: "A text, for the middle" },
   infill: { backward: "Ending" },
   backchat: { backward: "Response", forward: "Instruction" },
 };
@@ -196,7 +196,7 @@ async function fill(signal) {
   const n = Math.max(at("n").valueAsNumber || 1, 3);
   const body = { beginning, ending, n, temperature, top_k: topK, max_tokens: Math.min(tokens, 64), seed };
   const found = await ask("v1/infill", body, signal);
-  const candidates = found.infills.map((one) => ({ text: one.middle, says: `${one.score.toFixed(2)} nats a token` }));
+  const candidates = found.infills.map((one) => ({ text: one.middle, says: `${one.score.toFixed(2)} nats per token` }));
   list(candidates, (one) => {
     const middle = document.createElement("b");
     middle.textContent = one.text;

@@ -1,6 +1,6 @@
-// Text that grows, set so that what stands does not move: a forward text goes on at its end; a
+// Growing text, laid out so that existing text does not move: a forward text grows at its end; a
 // backward one fills its lines from the right, and the page from below. Text of a right-to-left
-// script does so from the left. In the document it is always in the order of reading.
+// script does so from the left. In the document it is always in reading order.
 
 const SEGMENTS = /\n|[^\S\n]+|\S+/gu;
 const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]/u;
@@ -37,7 +37,7 @@ export class IncrementalDetokenizer {
     else this.place(part, true);
   }
 
-  // Everything anew, as when the width has changed.
+  // Lay out everything again, as when the width has changed.
   layOut() {
     this.box.replaceChildren();
     this.box.dir = directionOf(this.given || this.text);

@@ -40,7 +40,7 @@ export function hide() {
   tip.hidden = true;
 }
 
-// Let a sheet show its tokens; `say` is told what the keyboard came to.
+// Let a sheet show its tokens; `say` announces the token that the keyboard selects.
 export function attach(sheet, growing, say) {
   sheet.addEventListener("pointerover", (event) => {
     const tokens = growing.tokensOf.get(event.target);

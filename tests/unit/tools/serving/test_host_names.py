@@ -36,30 +36,30 @@ def test_requests_by_a_name_of_ours_are_answered(host: str, origins: list[str]) 
     [
         ("", [], "--allow-host NAME"),
         ("evil.example", [], "--allow-host evil.example, or with a token"),
-        ("demo.example.org.evil.example", [], "not to"),
-        ("evil-demo.example.org", [], "not to"),
-        ("sub.demo.example.org", [], "not to"),
-        ("example.org", [], "not to"),
-        ("demo.example.org.", [], "not to"),
-        ("demoXexample.org", [], "not to"),
-        ("other.example", [], "not to"),
-        ("other.example:8444", [], "not to"),
-        ("evil.example@demo.example.org", [], "not to"),
-        ("demo.example.org@evil.example", [], "not to"),
-        ("demo.example.org, evil.example", [], "not to"),
-        ("demo.example.org:99999", [], "not to"),
-        ("demo.example.org:", [], "not to"),
-        ("localhost/evil.example", [], "not to"),
-        ("localhost", ["null"], "another site"),
-        ("localhost", [""], "another site"),
-        ("localhost", ["http://evil.example"], "another site"),
-        ("localhost:8000", ["http://localhost:9000"], "another site"),
-        ("localhost", ["http://demo.example.org"], "another site"),
-        ("localhost", ["https://other.example"], "another site"),
-        ("localhost", ["https://sub.demo.example.org"], "another site"),
-        ("localhost", ["https://demo.example.org@evil.example"], "another site"),
-        ("localhost", ["file://localhost"], "another site"),
-        ("demo.example.org", ["https://demo.example.org", "https://evil.example"], "another site"),
+        ("demo.example.org.evil.example", [], "is not allowed"),
+        ("evil-demo.example.org", [], "is not allowed"),
+        ("sub.demo.example.org", [], "is not allowed"),
+        ("example.org", [], "is not allowed"),
+        ("demo.example.org.", [], "is not allowed"),
+        ("demoXexample.org", [], "is not allowed"),
+        ("other.example", [], "is not allowed"),
+        ("other.example:8444", [], "is not allowed"),
+        ("evil.example@demo.example.org", [], "is not allowed"),
+        ("demo.example.org@evil.example", [], "is not allowed"),
+        ("demo.example.org, evil.example", [], "is not allowed"),
+        ("demo.example.org:99999", [], "is not allowed"),
+        ("demo.example.org:", [], "is not allowed"),
+        ("localhost/evil.example", [], "is not allowed"),
+        ("localhost", ["null"], "cross-site"),
+        ("localhost", [""], "cross-site"),
+        ("localhost", ["http://evil.example"], "cross-site"),
+        ("localhost:8000", ["http://localhost:9000"], "cross-site"),
+        ("localhost", ["http://demo.example.org"], "cross-site"),
+        ("localhost", ["https://other.example"], "cross-site"),
+        ("localhost", ["https://sub.demo.example.org"], "cross-site"),
+        ("localhost", ["https://demo.example.org@evil.example"], "cross-site"),
+        ("localhost", ["file://localhost"], "cross-site"),
+        ("demo.example.org", ["https://demo.example.org", "https://evil.example"], "cross-site"),
     ],
 )
 def test_others_are_told_what_lets_them_in(host: str, origins: list[str], words: str) -> None:
@@ -75,7 +75,7 @@ def test_others_are_told_what_lets_them_in(host: str, origins: list[str], words:
     ],
 )
 def test_only_a_whole_name_can_be_allowed(name: str) -> None:
-    with pytest.raises(ServeError, match="is no host name; give a whole one"):
+    with pytest.raises(ServeError, match="is not a host name; give it as in"):
         read_allowed([name])
 
 

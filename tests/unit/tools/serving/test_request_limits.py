@@ -56,7 +56,7 @@ def endless(models: dict[str, ServedModel]) -> str:
     ("body", "status", "words"),
     [
         (b"{", 400, "not JSON"),
-        (b'{"prompt": "\xff\xfe"}', 400, "not UTF-8, from byte 13"),
+        (b'{"prompt": "\xff\xfe"}', 400, "not UTF-8 from byte 13"),
         (b"[" * 100_000, 400, "nested too deeply"),
         (b'{"seed": ' + b"9" * 5000 + b"}", 400, "digits"),
         (b'{"prompt": NaN}', 400, "NaN is not a JSON number"),
@@ -71,7 +71,7 @@ def endless(models: dict[str, ServedModel]) -> str:
         (b'{"prompt": "a", "n": 64, "model": "\\ud800"}', 404, "tiny"),
         (b'{"prompt": [], "n": 1}', 400, "prompt"),
         (b'{"prompt": [1, "a"]}', 400, "prompt"),
-        (b'{"prompt": [1, 99999]}', 400, "there is no token 99999"),
+        (b'{"prompt": [1, 99999]}', 400, "token 99999 does not exist"),
         (b'{"prompt": [[1], []]}', 400, "prompt"),
         (b'{"prompt": [true]}', 400, "prompt"),
         (b'{"prompt": [' + b"[1]," * 150_000 + b"[1]]}", 400, "at most 64"),
@@ -81,16 +81,16 @@ def endless(models: dict[str, ServedModel]) -> str:
         (b'{"prompt": "a", "stop": ""}', 400, "stop"),
         (json.dumps({"prompt": "a map " * 60}).encode(), 400, "shorten"),
         (json.dumps({"prompt": "a" * 500_000}).encode(), 400, "shorten"),
-        (json.dumps({"prompt": ["a"] * 33, "n": 2}).encode(), 400, "more than 64"),
+        (json.dumps({"prompt": ["a"] * 33, "n": 2}).encode(), 400, "exceeds the limit of 64"),
         (
             b'{"prompt": ["a", "b"], "n": 2, "max_tokens": 4096, "logprobs": 20}',
             400,
-            "prompts x n x max_tokens x (1 + logprobs) is 344064; at most 262144",
+            "prompts x n x max_tokens x (1 + logprobs) is 344064; the limit per request is 262144",
         ),
         (
             json.dumps({"prompt": "a" * 70_000, "truncate": True, "echo": True, "n": 64}).encode(),
             400,
-            "4480000 characters in all; at most 4194304",
+            "4480000 characters in all; the limit is 4194304",
         ),
     ],
 )
@@ -123,7 +123,7 @@ def test_what_is_told_of_all_tokens_of_an_answer_is_bounded(
     monkeypatch.setattr(request_limits, "MAX_ANSWER_NUMBERS", 200)
     answer = running.post(f"/v1/{path}", body)
     assert answer.status_code == 400
-    assert "; at most 200 are written for one request" in answer.json()["error"]["message"]
+    assert "; the limit per request is 200" in answer.json()["error"]["message"]
 
 
 def test_ten_megabytes_are_refused_and_leave_no_memory_behind(running: Running) -> None:
@@ -249,9 +249,9 @@ def test_a_compressed_body_is_told(running: Running) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "words"),
     [
-        ("POST", "/v1/embeddings", 404, "there is no /v1/embeddings here"),
-        ("GET", "/v1/nothing", 404, "there is no /v1/nothing here"),
-        ("POST", "/", 404, "there is no"),
+        ("POST", "/v1/embeddings", 404, "/v1/embeddings does not exist"),
+        ("GET", "/v1/nothing", 404, "/v1/nothing does not exist"),
+        ("POST", "/", 404, "does not exist"),
         ("GET", "/v1/completions", 405, "takes POST, not GET"),
         ("PUT", "/v1/models", 405, "takes GET, not PUT"),
         ("OPTIONS", "/v1/completions", 405, "takes POST, not OPTIONS"),
