@@ -223,5 +223,5 @@ def test_the_limits_are_those_of_the_page(models: dict[str, ServedModel]) -> Non
     assert "`--shutdown-seconds` (30)" in PAGE
     assert options["max_requests"] == Limits.open_requests
     assert options["max_body_bytes"] == Limits.body_bytes
-    assert options["max_tokens"] == Limits.tokens
+    assert options["max_new_tokens"] == Limits.tokens
     assert options["max_seconds"] == Limits.request_s
