@@ -11,9 +11,11 @@ import megaback
 ENDINGS = ["and they lived happily ever after.", "and that was how the river got its name."]
 
 
-def complete(model: str, tokens: int) -> None:
+def complete(model: str, max_new_tokens: int) -> None:
     writer = megaback.load(model, usual_rows=len(ENDINGS))
-    options = megaback.SamplingOptions(temperature=0.7, top_p=0.95, max_new_tokens=tokens, seed=1)
+    options = megaback.SamplingOptions(
+        temperature=0.7, top_p=0.95, max_new_tokens=max_new_tokens, seed=1
+    )
 
     # A batch is read through the model once per token. Each text is what it would be alone: text i
     # has the seed options.seed + i.
@@ -30,5 +32,5 @@ def complete(model: str, tokens: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--max-new-tokens", type=int, default=40)
     complete(**vars(parser.parse_args()))
