@@ -1,4 +1,4 @@
-"""The server, over real sockets: what OpenAI's own client gets, and what nobody gets."""
+"""`megaback serve` over real sockets, with OpenAI's own client."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +39,7 @@ def client(running: Running) -> openai.OpenAI:
 def alone(
     models: dict[str, ServedModel], name: str, given: str, tokens: int, **options: object
 ) -> str:
-    """What is written for one text without a server, with what was given."""
+    """`given` with the text that is generated for it without a server."""
     model = models[name]
     chosen = SamplingOptions(tokens, **{"temperature": 1.0, "top_k": 0, **options})
     return complete(model.decoder, model.codec, given, CONTEXT_TOKENS, chosen)
@@ -51,7 +51,7 @@ def as_sent(text: str) -> str:
 
 @pytest.mark.parametrize("name", ["tiny", "ahead"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_openais_client_streams_what_it_gets_at_once(
+def test_openais_client_gets_the_same_text_streamed_and_whole(
     client: openai.OpenAI, models: dict[str, ServedModel], name: str, seed: int
 ) -> None:
     asked = {"model": name, "prompt": ENDING, "max_tokens": 40, "seed": seed}
@@ -63,7 +63,7 @@ def test_openais_client_streams_what_it_gets_at_once(
     assert "".join(written) == as_sent(alone(models, name, ENDING, 40, seed=seed))
 
 
-def test_in_the_order_of_writing_each_chunk_stands_before_those_before_it(
+def test_chunks_in_writing_order_are_prepended(
     client: openai.OpenAI,
 ) -> None:
     asked = {"model": "tiny", "prompt": ENDING, "max_tokens": 40, "seed": 5}
@@ -74,7 +74,7 @@ def test_in_the_order_of_writing_each_chunk_stands_before_those_before_it(
     assert "".join(reversed(parts)) == whole
 
 
-def test_greedy_samples_written_together_are_those_written_alone(
+def test_batched_greedy_samples_equal_single_ones(
     running: Running, models: dict[str, ServedModel]
 ) -> None:
     endings = [f"{word} {number}." for number in range(12) for word in ("in the autumn of", "the")]
@@ -90,7 +90,7 @@ def test_greedy_samples_written_together_are_those_written_alone(
     ]
 
 
-def test_several_prompts_and_samples_are_numbered_as_openai_does(
+def test_choices_of_several_prompts_are_indexed_as_by_openai(
     client: openai.OpenAI, models: dict[str, ServedModel]
 ) -> None:
     prompts = ["the last map.", "a wooden clock."]
@@ -106,7 +106,7 @@ def test_several_prompts_and_samples_are_numbered_as_openai_does(
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
-def test_a_stop_text_ends_a_sample_before_it(client: openai.OpenAI, is_streamed: bool) -> None:
+def test_a_stop_text_is_excluded_from_the_sample(client: openai.OpenAI, is_streamed: bool) -> None:
     asked = {"model": "tiny", "prompt": ENDING, "max_tokens": 60, "seed": 2}
     free = client.completions.create(**asked).choices[0].text
     stop = free[len(free) // 2 : len(free) // 2 + 2]
@@ -122,32 +122,32 @@ def test_a_stop_text_ends_a_sample_before_it(client: openai.OpenAI, is_streamed:
 
 
 @pytest.mark.parametrize("name", ["tiny", "ahead"])
-def test_log_probabilities_come_with_their_places_at_once_and_streamed(
+def test_log_probabilities_have_offsets_and_are_the_same_streamed(
     client: openai.OpenAI, models: dict[str, ServedModel], name: str
 ) -> None:
     asked = {"model": name, "prompt": ENDING, "max_tokens": 20, "seed": 4, "logprobs": 3}
     whole = client.completions.create(**asked).choices[0]
-    told = whole.logprobs
-    assert told is not None
-    assert told.tokens
-    assert told.top_logprobs
-    assert told.text_offset
-    assert all(3 <= len(top) <= 4 for top in told.top_logprobs)
+    logprobs = whole.logprobs
+    assert logprobs is not None
+    assert logprobs.tokens
+    assert logprobs.top_logprobs
+    assert logprobs.text_offset
+    assert all(3 <= len(top) <= 4 for top in logprobs.top_logprobs)
     stream = client.completions.create(**asked, stream=True, extra_body={"stream_order": "writing"})
     streamed: list[str] = []
     for chunk in stream:
         if chunk.choices[0].logprobs:
             streamed += chunk.choices[0].logprobs.tokens or []
-    assert streamed == told.tokens
+    assert streamed == logprobs.tokens
     text, start = (
         (whole.text + ENDING, len(whole.text)) if name == "tiny" else (ENDING + whole.text, 0)
     )
-    for token, offset in zip(told.tokens, told.text_offset, strict=True):
+    for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
         if not token.startswith("bytes:") and "�" not in whole.text:
             assert text[start + offset :].startswith(token) or token.endswith(text[:1])
 
 
-def test_a_prompts_own_probabilities_are_what_score_says(running: Running) -> None:
+def test_an_echoed_prompt_has_the_log_probabilities_of_score(running: Running) -> None:
     body = {"prompt": "the last map.", "max_tokens": 0, "echo": True, "logprobs": 1}
     choice = running.post("/v1/completions", body).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("the last map.", "length")
@@ -161,7 +161,7 @@ def test_a_prompts_own_probabilities_are_what_score_says(running: Running) -> No
     assert score["log_probability"] < without_end < 0
 
 
-def test_backchat_ranks_what_it_wrote_by_what_score_says(running: Running) -> None:
+def test_backchat_ranks_candidates_by_their_score(running: Running) -> None:
     body = {"response": "a map", "n": 16, "max_tokens": 40, "seed": 1}
     found = running.post("/v1/backchat", body).json()["candidates"]
     ended = [one for one in found if one["is_complete"]]
@@ -172,7 +172,7 @@ def test_backchat_ranks_what_it_wrote_by_what_score_says(running: Running) -> No
     for one in ended:
         texts = {"response": "a map", "texts": [one["text"]]}
         (score,) = running.post("/v1/score", texts).json()["scores"]
-        # The same text may be written in other ids than those in which it is encoded.
+        # The sampled ids may differ from the encoding of the same text.
         if score["tokens"] == one["tokens"]:
             assert score["log_probability"] == pytest.approx(one["log_probability"], abs=1e-3)
     assert running.post("/v1/backchat", {"instruction": "Who?"}).status_code == 400
@@ -180,7 +180,7 @@ def test_backchat_ranks_what_it_wrote_by_what_score_says(running: Running) -> No
     assert running.post("/v1/backchat", forward).json()["candidates"]
 
 
-def test_models_say_in_which_direction_they_write(client: openai.OpenAI) -> None:
+def test_models_have_a_direction(client: openai.OpenAI) -> None:
     found = {model.id: model.model_dump()["direction"] for model in client.models.list()}
     assert found == {"tiny": "backward", "ahead": "forward"}
     assert client.models.retrieve("ahead").id == "ahead"
@@ -189,7 +189,7 @@ def test_models_say_in_which_direction_they_write(client: openai.OpenAI) -> None
 
 
 @pytest.mark.parametrize("name", ["tiny", "ahead"])
-def test_of_a_long_prompt_the_near_part_can_be_read(running: Running, name: str) -> None:
+def test_truncate_keeps_the_near_part_of_a_long_prompt(running: Running, name: str) -> None:
     near, far = "the last map ", "a wooden clock " * 60
     prompt = near * 20 + far if name == "tiny" else far + near * 20
     asked = {"model": name, "max_tokens": 8, "temperature": 0, "truncate": True}
@@ -200,14 +200,14 @@ def test_of_a_long_prompt_the_near_part_can_be_read(running: Running, name: str)
     assert long["text"]
 
 
-def test_lone_surrogates_are_read_and_come_back_as_replacements(running: Running) -> None:
+def test_lone_surrogates_are_returned_as_replacement_characters(running: Running) -> None:
     body = b'{"prompt": "a\\ud800b", "max_tokens": 2, "echo": true, "logprobs": 2, "seed": 1}'
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers)
     assert answer.json()["choices"][0]["text"].endswith("a�b")
 
 
-def test_metrics_count_tokens(running: Running) -> None:
+def test_metrics_count_new_tokens(running: Running) -> None:
     before = metric(running, "written_tokens_total", "tiny")
     usage = running.post("/v1/completions", {"prompt": "a", "max_tokens": 9, "seed": 1}).json()
     after = metric(running, "written_tokens_total", "tiny")
@@ -215,7 +215,7 @@ def test_metrics_count_tokens(running: Running) -> None:
     assert "megaback_step_seconds_bucket" in running.get("/metrics").text
 
 
-def test_a_model_of_the_wrong_direction_is_refused_as_forward(
+def test_a_backward_model_is_rejected_as_forward(
     models: dict[str, ServedModel],
     tmp_path: Path,
     codec: Codecs,
@@ -231,7 +231,7 @@ def test_a_model_of_the_wrong_direction_is_refused_as_forward(
     assert (result.exit_code, "writes backward" in result.stderr) == (33, True)
 
 
-def test_a_middle_is_what_both_models_write_between(
+def test_infill_equals_the_infiller(
     models: dict[str, ServedModel], running: Running, tmp_path: Path, codec: Codecs
 ) -> None:
     body = {"beginning": "the old", "ending": "the last map.", "candidates": 3, "max_tokens": 6}

@@ -1,4 +1,4 @@
-"""What docs/serve.md says, as far as no other test of the server shows it."""
+"""Claims of docs/serve.md that no other test of the server covers."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def choice(running: Running, **body: Any) -> dict[str, Any]:
         {"repetition_penalty": 3.0, "temperature": 0.0},
     ],
 )
-def test_each_way_to_choose_is_the_samplers(
+def test_sampling_options_match_those_of_the_sampler(
     running: Running, models: dict[str, ServedModel], options: dict[str, float]
 ) -> None:
     model = models["tiny"]
@@ -76,14 +76,14 @@ def test_each_way_to_choose_is_the_samplers(
     assert found == whole.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
-def test_the_seed_that_was_chosen_gives_the_same_again(running: Running) -> None:
+def test_the_returned_seed_reproduces_the_answer(running: Running) -> None:
     body = {"prompt": ENDING, "max_tokens": 20, "temperature": 2.0}
     first = running.post("/v1/completions", body).json()
     again = running.post("/v1/completions", {**body, "seed": first["seed"]}).json()
     assert again["choices"] == first["choices"]
 
 
-def test_a_stop_text_ends_what_would_not_end_by_itself(running: Running) -> None:
+def test_a_stop_text_ends_a_sample_that_ignores_eos(running: Running) -> None:
     asked = {"ignore_eos": True, "seed": 2}
     free = choice(running, **asked)["text"]
     stop = free[len(free) // 2 : len(free) // 2 + 2]
@@ -100,7 +100,7 @@ def test_a_stop_text_ends_what_would_not_end_by_itself(running: Running) -> None
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "logprobs": True}),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(
+def test_unsupported_fields_are_rejected_by_name(
     running: Running, path: str, body: dict[str, Any]
 ) -> None:
     answer = running.post(f"/v1/{path}", body)
@@ -108,7 +108,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert answer.json()["error"]["message"].startswith(f"{list(body)[1]}: ")
 
 
-def test_models_and_scores_say_what_they_are_in(
+def test_models_have_a_unit_and_a_context_and_scores_bits_per_byte(
     running: Running, models: dict[str, ServedModel]
 ) -> None:
     first = running.get("/v1/models").json()["data"][0]
@@ -119,7 +119,7 @@ def test_models_and_scores_say_what_they_are_in(
     assert score["bits_per_byte"] == pytest.approx(bits / len(text.encode()))
 
 
-def test_no_text_is_in_the_metrics(running: Running) -> None:
+def test_metrics_contain_no_text_of_requests(running: Running) -> None:
     secret = "a lantern of no one"
     choice(running, prompt=secret, stop="quarrelsome", user="somebody")
     running.post(f"/v1/{secret}", {"prompt": secret})
@@ -127,14 +127,14 @@ def test_no_text_is_in_the_metrics(running: Running) -> None:
     assert [word for word in ("lantern", "quarrelsome", "somebody") if word in exposed] == []
 
 
-def test_health_is_that_of_the_thread_that_computes(models: dict[str, ServedModel]) -> None:
+def test_health_is_503_after_the_engine_closes(models: dict[str, ServedModel]) -> None:
     with serving(models) as running:
         assert running.get("/health").json() == {"status": "ok"}
         running.service.engine.close()
         assert running.get("/health").status_code == 503
 
 
-def test_infilling_loads_both_models_once_more(
+def test_infill_loads_its_own_copies_of_both_models(
     folder: Path, models: dict[str, ServedModel]
 ) -> None:
     infiller = load_meeting(folder / "tiny", folder / "ahead", "cpu")
@@ -155,11 +155,11 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("order", ["reading", "writing"])
-def test_a_stream_is_never_silent_for_long(
+def test_a_stream_sends_comments_while_no_text_is_ready(
     running: Running, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(completions, "_SECONDS_BETWEEN_SIGNS_OF_LIFE", 0.1)
-    # In the order of reading nothing is sent before the end; in that of writing a step takes long.
+    # In reading order, text is sent only at the end; in writing order, each step is slow.
     slow_steps(monkeypatch, 0.03 if order == "reading" else 0.25)
     body: dict[str, Any] = {"prompt": ENDING, "stream": True, "stream_order": order}
     body["ignore_eos"] = True
@@ -170,7 +170,7 @@ def test_a_stream_is_never_silent_for_long(
     assert json.loads(lines[-3].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 
 
-def test_an_infill_writes_for_half_of_its_time(
+def test_infill_writes_for_at_most_half_of_its_deadline(
     folder: Path, models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     infiller = load_meeting(folder / "tiny", folder / "ahead", "cpu")
@@ -184,9 +184,9 @@ def test_an_infill_writes_for_half_of_its_time(
     assert all(1 <= float(tokens) <= 2 * 31 for tokens in found)
 
 
-def test_the_limits_are_those_of_the_page(models: dict[str, ServedModel]) -> None:
-    """Numbers that are written down are those of the code; that they hold is shown elsewhere."""
-    said = {
+def test_limits_equal_those_of_the_docs(models: dict[str, ServedModel]) -> None:
+    """Numbers of docs/serve.md and of the code; other tests check that the limits hold."""
+    documented = {
         r"`--max-body-bytes` \| (\S+) MiB": Limits.body_bytes >> 20,
         r"`--max-new-tokens`, of a sample \| (\S+) ": Limits.tokens,
         r"`--max-requests`, open at once \| (\S+) ": Limits.open_requests,
@@ -210,7 +210,7 @@ def test_the_limits_are_those_of_the_page(models: dict[str, ServedModel]) -> Non
         r"have (\S+) s more": process._SECONDS_TO_FINISH,
         r"silent for (\S+) s": completions._SECONDS_BETWEEN_SIGNS_OF_LIFE,
     }
-    for pattern, value in said.items():
+    for pattern, value in documented.items():
         found = re.findall(pattern, PAGE)
         assert [float(one.rstrip(",").replace(",", "")) for one in found] == [value], pattern
     with serving(models) as running:

@@ -1,4 +1,4 @@
-"""What clients written for other servers send, and what they make of the answers."""
+"""Compatibility with clients of OpenAI's API and of other servers."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -48,7 +48,7 @@ def client(running: Running) -> openai.OpenAI:
         ),
     ],
 )
-def test_null_is_the_default_wherever_something_may_be_left_out(
+def test_null_means_the_default_of_every_optional_field(
     running: Running, path: str, model: type[schemas.Body], body: dict[str, Any]
 ) -> None:
     nulls = {name: None for name, one in model.model_fields.items() if not one.is_required()}
@@ -63,7 +63,7 @@ def test_null_is_the_default_wherever_something_may_be_left_out(
         assert {"type": "null"} in described["properties"][name]["anyOf"], name
 
 
-def test_a_prompt_of_null_is_a_texts_edge(running: Running) -> None:
+def test_a_null_prompt_equals_an_empty_one(running: Running) -> None:
     body = {"max_tokens": 8, "seed": 3}
     texts = [
         running.post("/v1/completions", {**body, "prompt": prompt}).json()["choices"][0]["text"]
@@ -73,7 +73,7 @@ def test_a_prompt_of_null_is_a_texts_edge(running: Running) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "ahead"])
-def test_ids_are_read_as_they_are_in_the_models_order(
+def test_prompt_ids_are_taken_in_the_models_order(
     client: openai.OpenAI, models: dict[str, ServedModel], name: str
 ) -> None:
     model = models[name]
@@ -86,18 +86,18 @@ def test_ids_are_read_as_they_are_in_the_models_order(
     assert found.usage is not None
     assert found.usage.prompt_tokens == sum(map(len, ids))
     for choice, text, given in zip(found.choices, texts, ids, strict=True):
-        told = choice.logprobs
-        assert told is not None
-        assert told.token_logprobs is not None
-        assert told.top_logprobs is not None
-        # As lm_eval reads it: one of each id given, then those that were written.
-        assert len(told.token_logprobs) == len(given) + choice_tokens(choice)
-        assert told.token_logprobs[0] is told.top_logprobs[0] is None
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        assert logprobs.token_logprobs is not None
+        assert logprobs.top_logprobs is not None
+        # As lm_eval expects: one entry per prompt id, then one per new token.
+        assert len(logprobs.token_logprobs) == len(given) + choice_tokens(choice)
+        assert logprobs.token_logprobs[0] is logprobs.top_logprobs[0] is None
         written = client.completions.create(
             model=name, prompt=text, max_tokens=0, echo=True, logprobs=1
         ).choices[0]
         assert written.logprobs is not None
-        assert told.token_logprobs[1 : len(given)] == pytest.approx(
+        assert logprobs.token_logprobs[1 : len(given)] == pytest.approx(
             written.logprobs.token_logprobs, abs=1e-4
         )
         assert choice.text.endswith(text) if name == "tiny" else choice.text.startswith(text)
@@ -107,7 +107,7 @@ def choice_tokens(choice: Any) -> int:
     return 0 if choice.finish_reason == "stop" else 1
 
 
-def test_ids_beyond_the_context_are_refused_or_cut(running: Running) -> None:
+def test_prompt_ids_beyond_the_context_are_rejected_or_truncated(running: Running) -> None:
     body = {"prompt": [7] * 500, "max_tokens": 1}
     refused = running.post("/v1/completions", body).json()["error"]
     assert (refused["param"], "shorten" in refused["message"]) == ("prompt", True)
@@ -115,7 +115,7 @@ def test_ids_beyond_the_context_are_refused_or_cut(running: Running) -> None:
     assert cut["usage"]["prompt_tokens"] == 32
 
 
-def test_all_tokens_that_are_asked_for_are_written(running: Running) -> None:
+def test_ignore_eos_and_min_tokens_set_the_fewest_tokens(running: Running) -> None:
     body = {"prompt": "a", "n": 32, "seed": 1, "top_k": -1, "temperature": 2.0}
     for more, fewest in (({"ignore_eos": True}, 40), ({"min_tokens": 25}, 25)):
         answer = running.post("/v1/completions", {**body, "max_tokens": 40, **more}).json()
@@ -124,7 +124,7 @@ def test_all_tokens_that_are_asked_for_are_written(running: Running) -> None:
             assert {one["finish_reason"] for one in answer["choices"]} == {"length"}
 
 
-def test_every_event_has_the_usage_so_far_if_it_is_asked_for(client: openai.OpenAI) -> None:
+def test_continuous_usage_stats_are_in_every_event(client: openai.OpenAI) -> None:
     chunks = list(
         client.completions.create(
             model="tiny",
@@ -145,7 +145,7 @@ def test_every_event_has_the_usage_so_far_if_it_is_asked_for(client: openai.Open
 
 
 @pytest.mark.parametrize("name", ["tiny", "ahead"])
-def test_a_chat_has_the_instruction_for_a_message_at_once_and_streamed(
+def test_a_chat_completion_equals_backchat_whole_and_streamed(
     client: openai.OpenAI, name: str
 ) -> None:
     asked: dict[str, Any] = {
@@ -181,7 +181,7 @@ def test_a_chat_has_the_instruction_for_a_message_at_once_and_streamed(
         [{"role": "system", "content": "Be kind."}],
     ],
 )
-def test_a_chat_that_backchat_cannot_have_names_what_can(
+def test_unsupported_chats_are_rejected_with_the_alternative(
     client: openai.OpenAI, messages: list[Any]
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=r"one message.*/v1/backchat") as caught:
@@ -201,20 +201,20 @@ def test_a_chat_that_backchat_cannot_have_names_what_can(
         ({}, "prompt"),
     ],
 )
-def test_an_error_names_the_field(running: Running, body: dict[str, Any], param: str) -> None:
+def test_an_error_names_its_field(running: Running, body: dict[str, Any], param: str) -> None:
     answer = running.post("/v1/completions", body)
     assert answer.status_code in (400, 404)
     assert answer.json()["error"]["param"] == param
 
 
-def test_an_event_is_one_line_wherever_a_client_breaks_lines() -> None:
+def test_an_event_is_one_line_for_any_definition_of_lines() -> None:
     text = "a\u2028b\u2029c\x85d\ne\x0bf\x1cg"
     event = event_of(json.dumps({"text": text}, ensure_ascii=False))
     assert len(event.strip().splitlines()) == 1
     assert json.loads(event.removeprefix("data: "))["text"] == text
 
 
-def test_line_breaks_of_unicode_reach_a_client_whole(running: Running) -> None:
+def test_unicode_line_breaks_round_trip(running: Running) -> None:
     prompt = "x\u2028y\u2029z\x85."
     body = {"prompt": prompt, "max_tokens": 0, "echo": True, "stream": True}
     lines = running.post("/v1/completions", body).text.splitlines()
@@ -224,7 +224,7 @@ def test_line_breaks_of_unicode_reach_a_client_whole(running: Running) -> None:
     assert "".join(one["choices"][0]["text"] for one in events) == prompt
 
 
-def test_the_description_says_how_a_token_is_sent(models: dict[str, ServedModel]) -> None:
+def test_openapi_describes_bearer_authentication(models: dict[str, ServedModel]) -> None:
     for token, needed in ((None, [{}, {"token": []}]), ("0123456789abcdef", [{"token": []}])):
         with serving(models, token=token) as running:
             described = running.get("/openapi.json").json()

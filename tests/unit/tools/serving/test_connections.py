@@ -1,4 +1,4 @@
-"""Connections: who does not send, who does not read, and who sends what is no request."""
+"""Connections: slow senders, slow readers, malformed requests and pipelining."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def running(models: dict[str, ServedModel]) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def large(models: dict[str, ServedModel]) -> dict[str, Any]:
-    """A request whose answer is of several megabytes."""
+    """A request whose answer has several megabytes."""
     prompt = endless_prompt(models["tiny"])
     return {"prompt": prompt, "n": 8, "max_tokens": 1500, "temperature": 0, "logprobs": 20}
 
@@ -62,7 +62,7 @@ def buffered(running: Running) -> int:
 
 
 @pytest.mark.parametrize("order", ["reading", "writing"])
-def test_who_does_not_read_a_stream_is_closed_and_its_work_ends(
+def test_an_unread_stream_is_closed_and_its_samples_are_canceled(
     models: dict[str, ServedModel],
     large: dict[str, Any],
     order: str,
@@ -80,7 +80,7 @@ def test_who_does_not_read_a_stream_is_closed_and_its_work_ends(
         assert b"[DONE]" not in rest_of(connection)
 
 
-def test_who_does_not_read_an_answer_is_closed_and_it_is_not_kept(
+def test_an_unread_answer_is_closed_without_buffering_it(
     models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(IdleTimeoutConnection, "seconds_for_a_part", 0.5)
@@ -92,7 +92,7 @@ def test_who_does_not_read_an_answer_is_closed_and_it_is_not_kept(
         assert len(rest_of(connection)) < 1 << 20
 
 
-def test_who_reads_slowly_gets_all_of_it(
+def test_a_slow_reader_gets_the_whole_answer(
     models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(IdleTimeoutConnection, "seconds_for_a_part", 0.8)
@@ -109,7 +109,7 @@ def test_who_reads_slowly_gets_all_of_it(
 
 
 def trickle(connection: socket.socket) -> None:
-    """Raises ConnectionError when the server has closed it, which it does within 20 s."""
+    """Send a byte every 50 ms for 20 s; raises ConnectionError once the server closes it."""
     ends_s = time.monotonic() + 20
     while time.monotonic() < ends_s:
         connection.sendall(b"x")
@@ -125,9 +125,9 @@ def trickle(connection: socket.socket) -> None:
         posted(SMALL) + HEAD,
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n",
     ],
-    ids=["nothing", "line", "header", "second request", "body that nobody reads"],
+    ids=["nothing", "line", "header", "second request", "body of an unknown path"],
 )
-def test_a_request_that_comes_byte_by_byte_is_not_waited_for(
+def test_a_request_sent_byte_by_byte_times_out(
     running: Running, begun: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(IdleTimeoutConnection, "seconds_for_a_request", 0.4)
@@ -137,7 +137,7 @@ def test_a_request_that_comes_byte_by_byte_is_not_waited_for(
             trickle(connection)
 
 
-def test_a_connection_is_closed_some_time_after_its_answer(
+def test_a_connection_is_closed_after_the_keep_alive_timeout(
     models: dict[str, ServedModel],
 ) -> None:
     with serving(models) as running:
@@ -148,7 +148,7 @@ def test_a_connection_is_closed_some_time_after_its_answer(
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
-def test_a_chunked_body_that_trickles_is_not_waited_for(running: Running) -> None:
+def test_a_slow_chunked_body_times_out(running: Running) -> None:
     begun = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     with raw(running, begun) as connection:
         for _ in range(8):
@@ -159,7 +159,7 @@ def test_a_chunked_body_that_trickles_is_not_waited_for(running: Running) -> Non
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
 
 
-def test_slow_bodies_keep_nobody_out(models: dict[str, ServedModel]) -> None:
+def test_slow_bodies_do_not_block_other_requests(models: dict[str, ServedModel]) -> None:
     begun = HEAD + b"Content-Length: 100\r\n\r\n{"
     with serving(models, replace(Limits(), open_requests=4)) as running, ExitStack() as stack:
         slow = [stack.enter_context(raw(running, begun)) for _ in range(4)]
@@ -194,14 +194,14 @@ def test_slow_bodies_keep_nobody_out(models: dict[str, ServedModel]) -> None:
             b"Upgrade: websocket\r\n\r\n",
             b"200",
         ),
-        # An answer that begins before the body is there, which then is none.
+        # An answer that begins before the body arrives; the body is then malformed.
         (
             b"POST / HTTP/1.1\r\nHost: evil.example\r\nTransfer-Encoding: chunked\r\n\r\n",
             b"403",
         ),
     ],
 )
-def test_what_is_no_request_is_refused_and_nothing_else_happens(
+def test_malformed_requests_are_rejected_without_a_traceback(
     running: Running,
     sent: bytes,
     status: bytes,
@@ -215,7 +215,7 @@ def test_what_is_no_request_is_refused_and_nothing_else_happens(
     assert "Traceback" not in capfd.readouterr().err + caplog.text
 
 
-def test_http_1_0_gets_a_whole_answer_and_a_whole_stream(running: Running) -> None:
+def test_http_1_0_gets_answers_and_streams_without_chunked_encoding(running: Running) -> None:
     for stream in (False, True):
         sent = posted({**SMALL, "stream": stream}).replace(b"HTTP/1.1", b"HTTP/1.0")
         with raw(running, sent) as connection:
@@ -225,7 +225,7 @@ def test_http_1_0_gets_a_whole_answer_and_a_whole_stream(running: Running) -> No
         assert answer.endswith(b"data: [DONE]\n\n" if stream else b"}")
 
 
-def test_who_waits_to_be_told_to_go_on_is_told(running: Running) -> None:
+def test_expect_100_continue_is_answered(running: Running) -> None:
     body = json.dumps(SMALL).encode()
     for length, status in ((len(body), b"100"), (2 << 20, b"413")):
         head = HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % length
@@ -236,7 +236,7 @@ def test_who_waits_to_be_told_to_go_on_is_told(running: Running) -> None:
                 assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
-def test_one_who_hangs_up_behind_a_second_request_is_seen_to(
+def test_a_disconnect_is_noticed_behind_a_pipelined_request(
     models: dict[str, ServedModel], large: dict[str, Any]
 ) -> None:
     with serving(models) as running:
@@ -247,7 +247,7 @@ def test_one_who_hangs_up_behind_a_second_request_is_seen_to(
         assert metric(running, "written_tokens_total", "tiny") < 8 * 1500
 
 
-def test_requests_that_are_sent_ahead_are_answered_in_turn_up_to_a_size(running: Running) -> None:
+def test_pipelined_requests_are_answered_in_order_up_to_a_size(running: Running) -> None:
     small, last = posted(SMALL), posted(SMALL, headers="Connection: close\r\n")
     with raw(running, small * 4 + last) as connection:
         assert rest_of(connection).count(b"HTTP/1.1 200 OK") == 5

@@ -1,4 +1,4 @@
-"""By which names a server is called, and from which pages."""
+"""Allowed values of the Host and Origin headers."""
 
 import pytest
 from hypothesis import given
@@ -21,13 +21,13 @@ NAMES = read_allowed(["demo.example.org", "Other.example:8443", "[2001:db8::1]"]
         ("Demo.Example.Org", ["https://demo.example.org"]),
         ("demo.example.org:444", ["https://demo.example.org:444"]),
         ("demo.example.org", ["https://demo.example.org:444"]),
-        # As nginx calls it by default.
+        # The Host that nginx sends by default.
         ("127.0.0.1:8000", ["https://demo.example.org"]),
         ("other.example:8443", ["https://other.example:8443"]),
         ("[2001:db8::1]", []),
     ],
 )
-def test_requests_by_a_name_of_ours_are_answered(host: str, origins: list[str]) -> None:
+def test_allowed_hosts_and_origins_are_accepted(host: str, origins: list[str]) -> None:
     assert refusal(host, origins, NAMES) is None
 
 
@@ -83,7 +83,7 @@ def test_only_a_whole_name_can_be_allowed(name: str) -> None:
     st.text(max_size=40)
     | st.from_regex(r"[a-z.*@:/\[\]]{0,9}demo\.example\.org[a-z.*@:/\[\]]{0,9}", fullmatch=True)
 )
-def test_no_other_host_is_taken_for_an_allowed_one(host: str) -> None:
+def test_no_other_host_matches_an_allowed_one(host: str) -> None:
     is_ours = refusal(host, [], read_allowed(["demo.example.org"])) is None
     name, _, port = host.lower().rpartition(":") if ":" in host else (host.lower(), "", "0")
     assert not is_ours or (name in ("demo.example.org", "localhost", "127.0.0.1", "[::1]"))

@@ -1,4 +1,4 @@
-"""Bodies: whatever the bytes are, a request or a sentence about what is wrong."""
+"""Parsing of bodies: any bytes give a request or an error of status 4xx."""
 
 import json
 import time
@@ -35,7 +35,7 @@ def parsed(path: str, body: bytes) -> "schemas.Body | ProblemError":
 
 
 @pytest.mark.parametrize("path", REQUESTS)
-def test_any_value_of_any_field_is_read_or_told(path: str) -> None:
+def test_any_json_value_of_any_field_is_parsed_or_rejected(path: str) -> None:
     fields = [*REQUESTS[path].model_fields, "none of them"]
 
     @given(st.dictionaries(st.sampled_from(fields) | TEXTS, VALUES, max_size=5))
@@ -56,7 +56,7 @@ def test_any_value_of_any_field_is_read_or_told(path: str) -> None:
 @example(b'{"seed": ' + b"9" * 5000 + b"}", "/v1/infill")
 @example(b'{"temperature": -1e999}', "/v1/infill")
 @example(b'{"temperature": Infinity}', "/v1/infill")
-def test_any_bytes_are_read_or_told(body: bytes, path: str) -> None:
+def test_any_bytes_are_parsed_or_rejected(body: bytes, path: str) -> None:
     parsed(path, body)
 
 
@@ -86,7 +86,7 @@ def filled(before: str, item: str, after: str) -> bytes:
     ],
 )
 @pytest.mark.parametrize("path", REQUESTS)
-def test_a_large_body_is_parsed_in_no_time(path: str, body: bytes) -> None:
+def test_a_body_of_a_mebibyte_is_parsed_within_seconds(path: str, body: bytes) -> None:
     started_s = time.process_time()
     parsed(path, body)
     assert time.process_time() - started_s < 2  # a third of a second here
@@ -118,7 +118,7 @@ def test_a_large_body_is_parsed_in_no_time(path: str, body: bytes) -> None:
         ("infill", {**INFILL, "max_tokens": 257}, "less than or equal to 256"),
     ],
 )
-def test_what_is_too_much_is_told_with_the_limit(
+def test_values_above_a_limit_are_rejected_with_the_limit(
     path: str, values: dict[str, Any], words: str
 ) -> None:
     found = parsed(f"/v1/{path}", json.dumps(values).encode())

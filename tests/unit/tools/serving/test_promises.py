@@ -1,4 +1,4 @@
-"""What a request may take of the server, whoever asks: time, and the attention to who hangs up."""
+"""Deadlines, cancellation on disconnect and shutdown, and the limit of waiting samples."""
 
 import json
 import threading
@@ -53,7 +53,7 @@ def endless(models: dict[str, ServedModel]) -> str:
 
 
 class Endless:
-    """Work that never ends by itself, in the place of what a request computes."""
+    """Endless steps that replace the computation of a request."""
 
     def __init__(self) -> None:
         self.is_begun, self.is_ended = threading.Event(), threading.Event()
@@ -86,7 +86,7 @@ def work(
     return endless, f"/v1/{path}", body
 
 
-def test_all_work_has_a_deadline(
+def test_every_computation_has_a_deadline(
     models: dict[str, ServedModel], infiller: Infiller, work: tuple[Endless, str, dict[str, Any]]
 ) -> None:
     endless, path, body = work
@@ -100,7 +100,7 @@ def test_all_work_has_a_deadline(
         assert endless.is_ended.wait(10)
 
 
-def test_all_work_ends_when_its_client_hangs_up_and_others_are_answered_meanwhile(
+def test_a_disconnect_cancels_the_computation_and_other_requests_are_answered_meanwhile(
     models: dict[str, ServedModel], infiller: Infiller, work: tuple[Endless, str, dict[str, Any]]
 ) -> None:
     endless, path, body = work
@@ -114,7 +114,7 @@ def test_all_work_ends_when_its_client_hangs_up_and_others_are_answered_meanwhil
         wait_until(lambda: metric(running, "requests_given_up_total") == 1)
 
 
-def test_all_work_ends_with_the_server(
+def test_shutdown_cancels_every_computation(
     models: dict[str, ServedModel], infiller: Infiller, work: tuple[Endless, str, dict[str, Any]]
 ) -> None:
     endless, path, body = work
@@ -132,7 +132,7 @@ def test_all_work_ends_with_the_server(
 
 
 @pytest.mark.parametrize("order", ["reading", "writing"])
-def test_a_stream_that_outlives_the_end_gets_what_is_written(
+def test_a_stream_gets_its_partial_text_at_shutdown(
     models: dict[str, ServedModel], endless: str, order: str
 ) -> None:
     body = {**LONG, "prompt": endless, "n": 3, "stream": True, "stream_order": order}
@@ -151,7 +151,7 @@ def test_a_stream_that_outlives_the_end_gets_what_is_written(
         assert parts[-1]["finish_reason"] == "length"
 
 
-def test_what_was_never_begun_is_told_and_no_empty_answer(
+def test_a_sample_that_never_starts_is_a_timeout_error(
     models: dict[str, ServedModel], endless: str
 ) -> None:
     long = {**LONG, "prompt": endless, "n": 8}
@@ -167,7 +167,7 @@ def test_what_was_never_begun_is_told_and_no_empty_answer(
         assert json.loads(stream.text.removeprefix("data: "))["error"]["code"] == "timeout"
 
 
-def test_what_is_beyond_what_may_wait_is_refused_before_any_header(
+def test_samples_beyond_the_waiting_limit_are_rejected_before_any_header(
     models: dict[str, ServedModel], infiller: Infiller, endless: str
 ) -> None:
     long = {**LONG, "prompt": endless, "n": 12}
@@ -186,5 +186,5 @@ def test_what_is_beyond_what_may_wait_is_refused_before_any_header(
             answer = running.post(f"/v1/{path}", body)
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1"), path
             assert "are waiting already" in answer.json()["error"]["message"]
-        # Neither does the model that has room go on.
+        # The samples of the model with free slots are canceled too.
         wait_until(lambda: metric(running, "samples_running", "ahead") == 0)

@@ -1,4 +1,4 @@
-"""The server and those who ask for too much, for nonsense, or for what is not theirs."""
+"""Limits of requests, invalid requests, and access control."""
 
 import gzip
 import json
@@ -94,7 +94,7 @@ def endless(models: dict[str, ServedModel]) -> str:
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_a_sentence(
+def test_invalid_requests_are_rejected_with_an_error_of_their_field(
     running: Running, body: bytes, status: int, words: str
 ) -> None:
     headers = {"content-type": "application/json"}
@@ -115,7 +115,7 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(
         ("backchat", {"response": "a", "n": 8, "max_tokens": 26}),
     ],
 )
-def test_what_is_told_of_all_tokens_of_an_answer_is_bounded(
+def test_log_probabilities_of_an_answer_are_limited(
     running: Running, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = {**body, "logprobs": 5} if "echo" in body else body
@@ -126,10 +126,10 @@ def test_what_is_told_of_all_tokens_of_an_answer_is_bounded(
     assert "; the limit per request is 200" in answer.json()["error"]["message"]
 
 
-def test_ten_megabytes_are_refused_and_leave_no_memory_behind(running: Running) -> None:
+def test_a_body_of_ten_megabytes_is_rejected_without_leaking_memory(running: Running) -> None:
     body = json.dumps({"prompt": "word " * 2_000_000})
     before = psutil.Process().memory_info().rss
-    for headers in [{}] * 4 + [{"connection": "close"}]:  # which is no reason to reset it
+    for headers in [{}] * 4 + [{"connection": "close"}]:  # which must not reset the connection
         url = f"{running.url}/v1/completions"
         answer = httpx.post(url, content=body, headers=headers, timeout=30)
         assert answer.status_code == 413
@@ -138,11 +138,11 @@ def test_ten_megabytes_are_refused_and_leave_no_memory_behind(running: Running) 
     assert psutil.Process().memory_info().rss - before < 60 << 20
 
 
-def test_who_hangs_up_frees_the_place(running: Running, endless: str) -> None:
+def test_a_disconnect_frees_the_slots(running: Running, endless: str) -> None:
     body = {"prompt": endless, "max_tokens": 4096, "n": 8, "temperature": 0, "stream": True}
     body |= {"stream_order": "writing"}
     with httpx.stream("POST", f"{running.url}/v1/completions", json=body) as answer:
-        lines = answer.iter_lines()  # forgotten, it closes the connection
+        lines = answer.iter_lines()  # kept: collecting the iterator would close the connection
         next(lines)
         wait_until(lambda: metric(running, "samples_running", "tiny") == 8)
     wait_until(lambda: metric(running, "samples_running", "tiny") == 0)
@@ -153,7 +153,7 @@ def test_who_hangs_up_frees_the_place(running: Running, endless: str) -> None:
     assert metric(running, "requests_given_up_total") >= 2
 
 
-def test_a_thousand_connections_that_are_left_open_keep_nobody_out(running: Running) -> None:
+def test_a_thousand_idle_connections_do_not_block_requests(running: Running) -> None:
     port = int(running.url.rsplit(":", 1)[1])
     left = []
     try:
@@ -184,7 +184,7 @@ def test_a_connection_without_a_request_is_closed(
                 assert connection.recv(100) == b""
 
 
-def test_a_token_is_asked_for_where_there_is_one(models: dict[str, ServedModel]) -> None:
+def test_a_configured_token_is_required(models: dict[str, ServedModel]) -> None:
     with serving(models, token=TOKEN) as running:
         for path in ("/v1/models", "/metrics"):
             for sent in ({}, {"authorization": "Bearer wrong"}, {"authorization": TOKEN}):
@@ -199,7 +199,7 @@ def test_a_token_is_asked_for_where_there_is_one(models: dict[str, ServedModel])
         )
 
 
-def test_a_proxy_may_name_the_server_as_it_likes_where_there_is_a_token(
+def test_a_proxy_may_send_any_host_if_there_is_a_token(
     models: dict[str, ServedModel], running: Running
 ) -> None:
     sent = {"origin": "https://demo.example.org", "host": "backend:8134"}
@@ -228,7 +228,7 @@ def test_head_is_get_without_the_body(running: Running, path: str) -> None:
     assert head.headers["content-type"] == got.headers["content-type"]
 
 
-def test_a_body_without_a_type_is_json_and_one_of_another_type_is_told(running: Running) -> None:
+def test_a_body_of_a_content_type_other_than_json_is_rejected(running: Running) -> None:
     body = b'{"prompt": "a", "max_tokens": 1}'
     url = f"{running.url}/v1/completions"
     assert httpx.post(url, content=body).status_code == 200
@@ -238,7 +238,7 @@ def test_a_body_without_a_type_is_json_and_one_of_another_type_is_told(running: 
         assert "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
-def test_a_compressed_body_is_told(running: Running) -> None:
+def test_a_compressed_body_is_rejected(running: Running) -> None:
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
     body = gzip.compress(b'{"prompt": "a"}')
     answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=headers, timeout=60)
@@ -257,7 +257,7 @@ def test_a_compressed_body_is_told(running: Running) -> None:
         ("OPTIONS", "/v1/completions", 405, "takes POST, not OPTIONS"),
     ],
 )
-def test_a_path_or_a_method_that_there_is_not_is_told(
+def test_unknown_paths_and_methods_are_rejected(
     running: Running, method: str, path: str, status: int, words: str
 ) -> None:
     answer = httpx.request(method, running.url + path)
@@ -269,11 +269,11 @@ def test_a_path_or_a_method_that_there_is_not_is_told(
 @pytest.mark.parametrize(
     "headers", [{"host": "evil.example"}, {"origin": "https://evil.example"}, {"origin": "null"}]
 )
-def test_a_page_of_another_site_is_refused(running: Running, headers: dict[str, str]) -> None:
+def test_other_hosts_and_origins_get_403(running: Running, headers: dict[str, str]) -> None:
     assert running.get("/v1/models", headers=headers).status_code == 403
 
 
-def test_beyond_the_limits_clients_are_told_to_come_again(
+def test_requests_beyond_the_limits_get_503_with_retry_after(
     models: dict[str, ServedModel], endless: str
 ) -> None:
     limits = Limits(open_requests=2, waiting_samples=4, request_s=1.5)
@@ -285,12 +285,12 @@ def test_beyond_the_limits_clients_are_told_to_come_again(
         assert codes[0] == 200
         assert codes[-1] == 503
         assert all(a.headers["retry-after"] for a in answers if a.status_code == 503)
-        # Time was up; what was written by then is the answer.
+        # The deadline passed: the answer is the partial text.
         (first, *_) = [answer for answer in answers if answer.status_code == 200]
         assert {choice["finish_reason"] for choice in first.json()["choices"]} == {"length"}
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(models: dict[str, ServedModel]) -> None:
+def test_an_incomplete_body_times_out(models: dict[str, ServedModel]) -> None:
     with serving(models, replace(Limits(), body_s=0.3)) as running:
         port = int(running.url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
@@ -300,7 +300,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(models: dict[str, ServedMod
             assert b" 408 " in connection.recv(1000)
 
 
-def test_every_answer_has_a_strict_policy(running: Running) -> None:
+def test_every_answer_has_a_strict_content_security_policy(running: Running) -> None:
     for path in ("/", "/v1/models", "/nowhere"):
         policy = running.get(path).headers["content-security-policy"]
         assert policy.startswith("default-src 'none'")
@@ -309,7 +309,7 @@ def test_every_answer_has_a_strict_policy(running: Running) -> None:
     assert running.get("/%2e%2e/app.py").status_code == 404
 
 
-def test_a_sample_that_fails_is_an_answer_and_the_server_lives(
+def test_a_failed_sample_is_a_500_and_the_next_request_succeeds(
     running: Running, models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -334,7 +334,7 @@ def test_a_sample_that_fails_is_an_answer_and_the_server_lives(
         (completions, "offsets", "completions", {"prompt": "a", "echo": True, "logprobs": 1}),
     ],
 )
-def test_what_takes_time_in_a_texts_length_leaves_the_event_loop_to_others(
+def test_work_linear_in_a_texts_length_does_not_block_the_event_loop(
     running: Running,
     monkeypatch: pytest.MonkeyPatch,
     owner: object,
@@ -342,26 +342,26 @@ def test_what_takes_time_in_a_texts_length_leaves_the_event_loop_to_others(
     path: str,
     body: dict[str, Any],
 ) -> None:
-    is_at_it, may_go_on = threading.Event(), threading.Event()
+    is_running, may_continue = threading.Event(), threading.Event()
     original = getattr(owner, name)
 
     def blocked(*arguments: Any) -> Any:
-        is_at_it.set()
-        assert may_go_on.wait(60)
+        is_running.set()
+        assert may_continue.wait(60)
         return original(*arguments)
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
         patch.setattr(owner, name, blocked)
         asking = pool.submit(running.post, f"/v1/{path}", body)
         try:
-            assert is_at_it.wait(30)
+            assert is_running.wait(30)
             assert httpx.get(f"{running.url}/health", timeout=10).status_code == 200
         finally:
-            may_go_on.set()
+            may_continue.set()
         assert asking.result().status_code == 200
 
 
-def test_of_a_prompt_that_is_cut_only_what_is_read_is_encoded_and_counted(
+def test_only_the_kept_part_of_a_truncated_prompt_is_encoded_and_counted(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
@@ -374,11 +374,11 @@ def test_of_a_prompt_that_is_cut_only_what_is_read_is_encoded_and_counted(
     monkeypatch.setattr(TextCodec, "encode", counted)
     body = {"prompt": "\u2581a" * 200_000, "truncate": True, "max_tokens": 1}
     usage = running.post("/v1/completions", body).json()["usage"]
-    assert usage["prompt_tokens"] == CONTEXT_TOKENS // 2 + 1  # with the piece that is held back
+    assert usage["prompt_tokens"] == CONTEXT_TOKENS // 2 + 1  # and the held-back piece
     assert sum(lengths) < 10_000
 
 
-def test_a_long_name_is_not_repeated_whole(running: Running) -> None:
+def test_a_long_field_name_is_truncated_in_the_error(running: Running) -> None:
     answer = running.post("/v1/completions", {"prompt": "a", "k" * 500_000: 1})
     assert answer.status_code == 400
     assert len(answer.text) < 1000

@@ -1,4 +1,4 @@
-"""The thread that computes for all: nobody waits for another's long work, and it can be ended."""
+"""Engine thread: fairness between requests, cancellation and errors."""
 
 import asyncio
 import threading
@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[str,
 
 @contextmanager
 def running(models: dict[str, ServedModel], max_waiting: int = 100) -> Iterator[Engine]:
-    """An engine that tells an event loop of its own."""
+    """An engine that delivers events to an event loop of its own."""
     engine = Engine({name: one.batch for name, one in models.items()}, max_waiting, Metrics())
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -44,7 +44,7 @@ def running(models: dict[str, ServedModel], max_waiting: int = 100) -> Iterator[
 
 
 class Work:
-    """Work of many steps, which notes when it takes one and when it is ended."""
+    """Work of many steps, which records the time of each and whether it was ended."""
 
     def __init__(self, num_steps: int, step_s: float = 0.0) -> None:
         self.times: list[float] = []
@@ -63,36 +63,36 @@ class Work:
 
 
 def writings_of(
-    model: ServedModel, count: int, tokens: int, told: list[tuple[str, float]], label: str
+    model: ServedModel, count: int, tokens: int, ended: list[tuple[str, float]], label: str
 ) -> list[Writing]:
-    """Samples that never end by themselves; the end of each is told."""
+    """`count` samples of `tokens` tokens; the end of each is appended to `ended` with its time."""
 
     def put(event: object) -> None:
         if isinstance(event, Exception) or event.is_last:  # type: ignore[attr-defined]
-            told.append((label, time.monotonic()))
+            ended.append((label, time.monotonic()))
 
     options = SamplingOptions(tokens, min_new_tokens=tokens)
     prompt = model.codec.prompt("the last map.")
     return [Writing(model.name, Sample(prompt, options), put) for _ in range(count)]
 
 
-def test_samples_are_written_while_other_work_takes_its_steps(
+def test_samples_are_written_during_long_work(
     models: dict[str, ServedModel],
 ) -> None:
-    told: list[tuple[str, float]] = []
+    ended: list[tuple[str, float]] = []
     with running(models) as engine:
         work = Work(1000, step_s=0.02)
         future = engine.compute(work.steps())
         wait_until(lambda: len(work.times) > 0)
-        engine.write(writings_of(models["tiny"], 2, 10, told, "sample"))
-        wait_until(lambda: len(told) == 2)
+        engine.write(writings_of(models["tiny"], 2, 10, ended, "sample"))
+        wait_until(lambda: len(ended) == 2)
         assert not future.done()
-        # 10 tokens, between each two of which the work has a slice: not after its 20 s.
+        # The work has a slice between each two of the 10 tokens; it would take 20 s in all.
         assert len(work.times) < 500
         future.cancel()
 
 
-def test_work_that_is_cancelled_ends_at_its_next_step(models: dict[str, ServedModel]) -> None:
+def test_canceled_work_ends_at_its_next_step(models: dict[str, ServedModel]) -> None:
     with running(models) as engine:
         work, other = Work(1000, step_s=0.01), Work(3)
         future = engine.compute(work.steps())
@@ -103,7 +103,7 @@ def test_work_that_is_cancelled_ends_at_its_next_step(models: dict[str, ServedMo
         assert engine.compute(other.steps()).result(10) == 3
 
 
-def test_what_runs_when_the_thread_ends_is_ended_too(models: dict[str, ServedModel]) -> None:
+def test_closing_the_engine_ends_samples_and_work(models: dict[str, ServedModel]) -> None:
     work = Work(100_000)
     with running(models) as engine:
         engine.write(writings_of(models["tiny"], 3, 4000, [], "sample"))
@@ -113,7 +113,7 @@ def test_what_runs_when_the_thread_ends_is_ended_too(models: dict[str, ServedMod
     assert future.cancelled()
 
 
-def test_pieces_of_work_take_turns_and_one_that_fails_tells_it(
+def test_work_takes_turns_and_a_failure_reaches_its_future(
     models: dict[str, ServedModel],
 ) -> None:
     def failing() -> Steps[None]:
@@ -131,31 +131,33 @@ def test_pieces_of_work_take_turns_and_one_that_fails_tells_it(
         slow.cancel()
 
 
-def test_requests_whose_samples_wait_take_turns(models: dict[str, ServedModel]) -> None:
-    told: list[tuple[str, float]] = []
-    is_held, may_go_on = threading.Event(), threading.Event()
+def test_waiting_requests_take_turns(models: dict[str, ServedModel]) -> None:
+    ended: list[tuple[str, float]] = []
+    is_held, may_continue = threading.Event(), threading.Event()
 
     def held() -> Steps[None]:
         is_held.set()
-        may_go_on.wait(60)
+        may_continue.wait(60)
         yield
 
     with running(models, max_waiting=14) as engine:
         engine.compute(held())
         assert is_held.wait(10)
-        engine.write(writings_of(models["tiny"], 12, 8, told, "many"))
+        engine.write(writings_of(models["tiny"], 12, 8, ended, "many"))
         engine.write([])
-        engine.write(writings_of(models["tiny"], 2, 8, told, "few"))
+        engine.write(writings_of(models["tiny"], 2, 8, ended, "few"))
         with pytest.raises(EngineFullError, match="14 samples are waiting already"):
-            engine.write(writings_of(models["ahead"], 1, 8, told, "more"))
-        may_go_on.set()
-        wait_until(lambda: len(told) == 14)
-    # Two places, of which each request has one.
-    assert [label for label, _ in told].count("few") == 2
-    assert {label for label, _ in told[:2]} == {label for label, _ in told[2:4]} == {"many", "few"}
+            engine.write(writings_of(models["ahead"], 1, 8, ended, "more"))
+        may_continue.set()
+        wait_until(lambda: len(ended) == 14)
+    # Two slots, one per request.
+    assert [label for label, _ in ended].count("few") == 2
+    assert (
+        {label for label, _ in ended[:2]} == {label for label, _ in ended[2:4]} == {"many", "few"}
+    )
 
 
-def test_a_prompt_that_cannot_be_read_is_told_to_its_request_only(
+def test_an_error_in_reading_a_prompt_reaches_its_request_only(
     models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models["tiny"]
@@ -168,32 +170,32 @@ def test_a_prompt_that_cannot_be_read_is_told_to_its_request_only(
 
     monkeypatch.setattr(model.decoder, "read_steps", read_steps)
     events: list[object] = []
-    told: list[tuple[str, float]] = []
+    ended: list[tuple[str, float]] = []
     bad = Sample(model.codec.prompt("a wooden clock."), SamplingOptions(3))
     with running(models) as engine:
         engine.write([Writing("tiny", bad, events.append)])
-        engine.write(writings_of(model, 1, 5, told, "good"))
-        wait_until(lambda: bool(told and events))
+        engine.write(writings_of(model, 1, 5, ended, "good"))
+        wait_until(lambda: bool(ended and events))
     assert [type(event) for event in events] == [ReadingError]
 
 
-def test_whatever_fails_in_the_thread_is_told_and_the_next_ones_are_written(
+def test_after_an_error_in_the_thread_open_samples_fail_and_new_ones_are_written(
     models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[tuple[str, float]] = []
+    ended: list[tuple[str, float]] = []
 
     def broken(*_: object) -> None:
         raise RuntimeError("no memory")
 
     with running(models) as engine:
-        writings = writings_of(models["tiny"], 1, 4000, told, "given up")
+        writings = writings_of(models["tiny"], 1, 4000, ended, "given up")
         engine.write(writings)
-        engine.write(writings_of(models["ahead"], 1, 4000, told, "beside it"))
+        engine.write(writings_of(models["ahead"], 1, 4000, ended, "beside it"))
         wait_until(lambda: all(model.batch.num_rows for model in models.values()))
         with monkeypatch.context() as patch:
             patch.setattr(models["tiny"].batch, "remove", broken)
             engine.give_up(writings)
-            wait_until(lambda: [label for label, _ in told] == ["beside it"])
-        engine.write(writings_of(models["tiny"], 1, 3, told, "next"))
-        wait_until(lambda: told[-1][0] == "next")
+            wait_until(lambda: [label for label, _ in ended] == ["beside it"])
+        engine.write(writings_of(models["tiny"], 1, 3, ended, "next"))
+        wait_until(lambda: ended[-1][0] == "next")
         assert engine.is_alive
