@@ -1,1 +1,1 @@
-"""What is done with a checkpoint or a run afterwards."""
+"""Commands that use runs and checkpoints: export, generation, scoring, serving, inspection."""

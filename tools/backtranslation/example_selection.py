@@ -1,4 +1,4 @@
-"""Which texts are asked about, and which of the instructions for them become examples."""
+"""Selection of distinct texts, and of the instructions that become examples."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -9,11 +9,11 @@ from typing import Any
 from tools.backtranslation.proposals import Text
 
 Record = dict[str, Any]
-"""Facts of a text: see `BackTranslator.records`."""
+"""A text with its proposals: see `BackTranslator.records`."""
 
 
 def different_texts(positions_and_texts: Iterable[tuple[str, str]]) -> Iterator[Text]:
-    """Texts without the whitespace around them, each once, where it comes first."""
+    """Stripped texts without duplicates; the first position of each is kept."""
     seen: set[bytes] = set()
     for position, text in positions_and_texts:
         stripped = text.strip()
@@ -25,7 +25,7 @@ def different_texts(positions_and_texts: Iterable[tuple[str, str]]) -> Iterator[
 
 @dataclass(frozen=True)
 class Choice:
-    """At most `keep` instructions a text, the best ones, and none of a lower score than this."""
+    """At most `keep` best instructions per text, with a score of at least `min_score`."""
 
     keep: int = 1
     min_score: float | None = None
@@ -33,10 +33,10 @@ class Choice:
     def examples(
         self, records: Callable[[], Iterable[Record]], counts: Counter[str]
     ) -> Iterator[Record]:
-        """Rows in Alpaca's columns, in the order of the texts; `counts` says what became of all.
+        """Rows in Alpaca's columns, in the order of the texts; outcomes are added to `counts`.
 
-        The records are read twice: an instruction that is proposed for several texts goes to the
-        one that it has the highest score for.
+        The records are read twice: an instruction proposed for several texts is assigned to the
+        one for which it has the highest score.
         """
         best: dict[bytes, tuple[float, int]] = {}
         for record in records():
@@ -65,7 +65,7 @@ class Choice:
 
 
 def _rank(record: Record, proposal: Record) -> tuple[bytes, tuple[float, int]]:
-    """Rank of an instruction, whatever its case and whitespace; lower is better."""
+    """Digest of an instruction, ignoring case and whitespace, and its rank; lower is better."""
     same = " ".join(proposal["instruction"].casefold().split())
     return _digest(same), (-proposal["score"], record["index"])
 

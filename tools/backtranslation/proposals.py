@@ -1,7 +1,7 @@
-"""Instructions for texts, written and scored. Choosing among them, and files, are left to others.
+"""Instruction backtranslation: generates and scores instructions for texts.
 
-Li et al., "Self-Alignment with Instruction Backtranslation" (2023): a model that writes backwards
-turns texts that people wrote into examples to fine-tune on.
+Li et al., "Self-Alignment with Instruction Backtranslation" (2023): a model that writes backward
+turns human-written texts into examples for fine-tuning.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ EMPTY, TOO_LONG, NONE_ENDED = "empty", "too long", "no instruction that ends"
 
 @dataclass(frozen=True)
 class Text:
-    """One text of the source, and its place among those that differ."""
+    """One text of the source, and its index among the distinct ones."""
 
     index: int
     position: str
@@ -29,18 +29,18 @@ class Text:
 
 @dataclass(frozen=True)
 class Proposal:
-    """An instruction for a text, and what the models say of it, in nats."""
+    """An instruction for a text, with its scores in nats."""
 
     instruction: str
     log_probability: float
     """log P(instruction | text), of the backward model."""
     score: float
-    """Score that it is ranked by; `BackTranslator` says how."""
+    """Score for ranking; see `BackTranslator`."""
     cycle_log_probability: float | None = None
     """log P(text | instruction), of a forward model."""
 
     def rounded(self) -> dict[str, Any]:
-        """For JSON, with as many digits as fp32 can tell apart."""
+        """Fields for JSON, rounded to the precision of fp32."""
         return {
             name: round(value, 5) if isinstance(value, float) else value
             for name, value in asdict(self).items()
@@ -49,7 +49,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class RoundTripScorer:
-    """A forward model, which is asked whether an instruction leads back to its text."""
+    """A forward model, which scores how likely an instruction leads back to its text."""
 
     model: "ReverseGPT"
     form: "ChatFormat"
@@ -58,7 +58,10 @@ class RoundTripScorer:
     def log_probabilities(
         self, text: str, instructions: Sequence[str]
     ) -> list[tuple[float | None, int]]:
-        """log P(text | instruction) of each, None if both do not fit the context; text's tokens."""
+        """(log P(text | instruction), number of the text's tokens) per instruction.
+
+        The first is None if both do not fit the context.
+        """
         from megaback.inference.likelihood import Continuation, log_probabilities
 
         written = self.form.written_ids(text)
@@ -75,11 +78,11 @@ class RoundTripScorer:
 
 @dataclass(frozen=True, kw_only=True)
 class BackTranslator:
-    """A backward model that writes instructions, and perhaps a forward one that scores them.
+    """A backward model that writes instructions, and optionally a forward one that scores them.
 
-    The score of an instruction is, without such a model, log P(instruction | text) per token. With
-    one it is (log P(text | instruction) - log P(text | nothing)) per token of the text: how much
-    the instruction says about the text.
+    Without the forward model, the score of an instruction is log P(instruction | text) per token.
+    With it, the score is (log P(text | instruction) - log P(text | empty instruction)) per token of
+    the text: how much the instruction says about the text.
     """
 
     model: "ReverseGPT"
@@ -90,9 +93,9 @@ class BackTranslator:
     count: int
 
     def records(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
-        """What is kept of each text: its proposals, best first, or why there are none.
+        """A record per text with its proposals, best first, or the reason why it has none.
 
-        A text's samples have seeds of its own, from `options.seed + index * count` on.
+        The seeds of a text's samples start at `options.seed + index * count`.
         """
         from megaback.inference.chat import candidates_of_each
 
@@ -134,8 +137,8 @@ class BackTranslator:
         return {**record, "proposals": [one.rounded() for one in proposals]}
 
     def _scored(self, text: str, found: "list[Candidate]") -> tuple[list[Proposal], str]:
-        """Proposals, best first; and why there are none, if so."""
-        # Several spellings in ids may be one text.
+        """Proposals, best first, and the reason if there are none."""
+        # Different ids may decode to the same text.
         by_text = {one.text.strip(): one for one in reversed(found) if one.text.strip()}
         instructions = list(reversed(by_text))
         if self.round_trip is None:
@@ -156,7 +159,7 @@ class BackTranslator:
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Numbers that follow each other, with the first of each run: their seeds do so too."""
+    """Consecutive numbers, whose seeds are consecutive too, with the first of each run."""
     run: list[int] = []
     for number in numbers:
         if run and number != run[-1] + 1:

@@ -1,7 +1,7 @@
-"""Results that come chunk by chunk, kept so that a kill loses no more than the chunk in hand.
+"""Resumable output in chunks: a kill loses at most the current chunk.
 
-A chunk is a list of JSON values. Chunks are dealt to tasks in turn: task t of N has chunks t, t + N
-and so on. A task appends each as one line to its part, which gets its final name at the end.
+A chunk is a list of JSON values. Chunks are dealt to tasks in turn: task t of N has chunks t,
+t + N, ... A task appends each as one line to its part, which is renamed once it is complete.
 """
 
 import json
@@ -18,7 +18,7 @@ Chunk = list[Any]
 
 _BLOCK_BYTES = 1 << 20
 _MAX_LINE_BYTES = 256 << 20
-"""A chunk is the texts of a batch and what the model wrote for them."""
+"""A chunk is the records of a batch of texts."""
 
 
 class ResumableChunks:
@@ -37,7 +37,7 @@ class ResumableChunks:
         return [task for task in range(self._num_tasks) if not self.is_done(task)]
 
     def resume(self, task: int) -> int:
-        """How many chunks an unfinished part holds; what a kill left behind them is cut off."""
+        """Number of chunks of an unfinished part; truncates the partial line that a kill left."""
         path = self._unfinished(task)
         path.parent.mkdir(parents=True, exist_ok=True)
         num_chunks, end = 0, 0
@@ -51,18 +51,18 @@ class ResumableChunks:
         return num_chunks
 
     def append(self, task: int, chunk: Chunk) -> None:
-        """Add a chunk, on the disk when this returns. Raises OSError."""
+        """Append a chunk durably (fsync). Raises OSError."""
         with open_in_place(self._unfinished(task), "ab") as file:
             file.write(json.dumps(chunk).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self, task: int) -> None:
-        """All chunks of a task are there."""
+        """Mark a task as done: give its part the final name."""
         os.replace(self._unfinished(task), self._path(task))
 
     def read_all(self) -> Iterator[Chunk]:
-        """Every chunk, in order, when no task is missing. Raises StorageError."""
+        """Every chunk, in order, once no task is missing. Raises StorageError."""
         files = [open_in_place(self._path(task), "rb") for task in range(self._num_tasks)]
         try:
             number = 0
@@ -71,8 +71,8 @@ class ResumableChunks:
                 number += 1
             if any(file.read(1) for file in files):
                 raise StorageError(
-                    f"{self._folder}: chunk {number} is missing and later ones are there; "
-                    "remove the folder and start again"
+                    f"{self._folder} lacks chunk {number}, but has later ones; remove the folder "
+                    "and run the command again"
                 )
         finally:
             for file in files:
@@ -86,13 +86,13 @@ class ResumableChunks:
         except ValueError as error:
             path = self._path(number % self._num_tasks)
             raise StorageError(
-                f"{path}:{number // self._num_tasks + 1}: not what was written ({error}); "
-                "remove the file, and run the command again"
+                f"{path}:{number // self._num_tasks + 1} is corrupted ({error}); remove the file "
+                "and run the command again"
             ) from None
         return chunk
 
     def lock_path(self, task: int) -> Path:
-        """Whoever holds this file's lock does the task."""
+        """Lock file of a task; its holder does the task."""
         return self._folder / f"part-{task:05d}.lock"
 
     def _path(self, task: int) -> Path:

@@ -1,4 +1,4 @@
-"""What the two directions cost, by context and by place, as a picture."""
+"""Figure of both directions' losses and their gap, by context and by place in the document."""
 
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ _FORWARD, _BACKWARD, _GAP = COLORS[0], COLORS[1], COLORS[2]
 
 
 def arrow_figure(arrow: "Arrow") -> "Figure":
-    """Above, both losses; below, the gap with its standard error and, dashed, that of all."""
+    """Both losses above; below, the gap with its standard error, and the overall gap dashed."""
     figure = new_figure(11, 7)
     rows = figure.subplots(2, 2, sharex="col", height_ratios=(3, 2))
     columns = (
@@ -66,9 +66,9 @@ def _draw_gaps(axes: "Axes", gaps: dict[str, PairedDifference], whole: PairedDif
         color=_GAP,
         markersize=4,
         capsize=3,
-        label="gap, +- a standard error over documents",
+        label="gap ± standard error over documents",
     )
     axes.axhline(0, color=TEXT_COLOR, linewidth=0.8)
     axes.axhline(
-        whole.nats, color=_GAP, linewidth=1, linestyle="--", label=f"of all: {whole.nats:+.4f}"
+        whole.nats, color=_GAP, linewidth=1, linestyle="--", label=f"overall gap: {whole.nats:+.4f}"
     )

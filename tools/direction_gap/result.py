@@ -1,4 +1,4 @@
-"""The gap between the directions, as a whole and in parts, from pairs of trained models."""
+"""Loss gap between the directions, overall and by parts, from pairs of trained models."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _FORMAT_NAME, _FORMAT_VERSION = "megaback-arrow", 1
 
 @dataclass(frozen=True, kw_only=True)
 class Arrow:
-    """What was found. Every gap is backward less forward; all but `seeds` are means of seeds."""
+    """Loss gaps, backward minus forward; all but `seeds` are means over seeds."""
 
     steps: int
     tokens: int
@@ -37,14 +37,14 @@ class Arrow:
     whole: PairedDifference
     seeds: dict[int, PairedDifference]
     by_context: dict[str, PairedDifference]
-    """Gap by the number of tokens that were read before the target."""
+    """Gap by the number of tokens of context of the target."""
     by_part: dict[str, PairedDifference]
-    """Gap by the target's place in its document, in percent from the beginning."""
+    """Gap by the target's place in its document, in percent from its beginning."""
     bits_per_byte: dict[str, float]
 
     @property
     def seeds_error(self) -> float | None:
-        """Error of the mean gap over seeds, nats/token: how far training again moves it."""
+        """Standard error of the mean gap over seeds, in nats per token; None for one seed."""
         return standard_error_of_mean([gap.nats for gap in self.seeds.values()])
 
     def to_json(self, config: Config) -> dict[str, Any]:
@@ -77,12 +77,12 @@ def _gap_json(gap: PairedDifference) -> dict[str, Any]:
 
 
 def is_summary(path: Path) -> bool:
-    """Whether a file is an arrow's result, of any version."""
+    """Whether a file is a result of `megaback arrow`, of any version."""
     return (read_object(path) or {}).get("format") == _FORMAT_NAME
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """The main numbers of an arrow that was written. Raises CheckpointCorruptError."""
+    """The main numbers of a result file. Raises CheckpointCorruptError."""
     try:
         fields = read_json(path)
         if (fields["format"], fields["version"]) != (_FORMAT_NAME, _FORMAT_VERSION):
@@ -94,15 +94,15 @@ def read_summary(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointCorruptError(
-            f"{path} is not what this version of megaback arrow writes ({reason}); run "
-            "`megaback arrow CONFIG --measure-only` again"
+            f"{path} is corrupted, or of another version of megaback ({reason}); write it again by "
+            "`megaback arrow CONFIG --measure-only`"
         ) from None
 
 
 def compare(
     config: Config, pairs: Sequence[TrainedPair], device: str | None, max_documents: int
 ) -> Arrow:
-    """Measure pairs of models on the val set, or on some of its documents.
+    """Measure pairs of models on at most `max_documents` documents of the val set.
 
     Raises BackendError, and the errors of shards and checkpoints.
     """

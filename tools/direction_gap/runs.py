@@ -1,4 +1,4 @@
-"""The pairs of runs of an arrow of time: alike but for the direction; trained, checked, loaded."""
+"""Pairs of runs that differ in direction only: their configs, checkpoints and models."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ DIRECTIONS = (Direction.FORWARD, Direction.BACKWARD)
 
 @dataclass(frozen=True)
 class ArrowRun:
-    """One of the runs."""
+    """One run of a pair."""
 
     seed: int
     direction: Direction
@@ -38,7 +38,7 @@ class ArrowRun:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What makes the config that of this run."""
+        """Overrides of the config for this run."""
         return (
             f"run={self.folder}",
             f"training.seed={self.seed}",
@@ -47,7 +47,7 @@ class ArrowRun:
 
 
 def runs_of(config: Config, num_seeds: int) -> list[ArrowRun]:
-    """For each seed from the config's on, a forward and a backward run."""
+    """A forward and a backward run per seed, counted from the config's."""
     first = config.training.seed
     return [
         ArrowRun(seed, direction, config.run / f"seed-{seed}" / direction.value)
@@ -57,27 +57,27 @@ def runs_of(config: Config, num_seeds: int) -> list[ArrowRun]:
 
 
 def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[ArrowRun]) -> None:
-    """See that both directions can be trained on these shards, for as long as each other.
+    """Check that both directions can be trained on these shards, for the same number of steps.
 
-    Raises ConfigError, DirectionMismatchError, ShardsMissingError, SourceEmptyError, and what
-    `open_data` does.
+    Raises ConfigError, DirectionMismatchError, ShardsMissingError, SourceEmptyError, and the errors
+    of `open_data`.
     """
     for run in runs[: len(DIRECTIONS)]:
         settings = load_config(config, (*overrides, *run.overrides))
         if settings.init_from is not None:
             raise ConfigError(
-                f"init_from is {settings.init_from}, a model that has learned one direction; leave "
-                "it out, so that both begin alike"
+                f"init_from is {settings.init_from}, a model trained in one direction; unset it, "
+                "so that both directions start from the same weights"
             )
         if settings.validation.patience is not None:
             raise ConfigError(
-                "validation.patience can end one direction before the other; leave it out, so that "
-                "both take the same steps"
+                "validation.patience can stop one direction before the other; unset it, so that "
+                "both train for the same number of steps"
             )
         data = open_data(settings, 0, 1)
         if any(data_set.manifest.row_tokens is not None for data_set in data.data_sets):
             raise DirectionMismatchError(
-                f"{settings.data.description} holds instruction examples, which are learned in one "
+                f"{settings.data.description} holds instruction examples, which have one "
                 "direction; compare on shards of documents"
             )
         if not data.has_val:
@@ -88,8 +88,8 @@ def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[Arro
         num_documents = sum(one.manifest.total("val")["documents"] for one in data.data_sets)
         if num_documents < 2:
             raise SourceEmptyError(
-                f"the val set of {settings.data.description} has one document, and a standard "
-                "error needs two; build the shards with a larger --val-fraction"
+                f"the val set of {settings.data.description} has {num_documents} documents, and a "
+                "standard error needs 2; build the shards with a larger --val-fraction"
             )
 
 
@@ -101,11 +101,15 @@ class TrainedPair:
     forward: Path
     backward: Path
     meta: "CheckpointMeta"
-    """The forward one's."""
+    """Metadata of the forward checkpoint."""
 
     @classmethod
     def find(cls, forward: ArrowRun, backward: ArrowRun) -> "TrainedPair":
-        """Raises CheckpointMissingError, CheckpointCorruptError, RunMismatchError."""
+        """The newest checkpoints of two runs.
+
+        Raises CheckpointMissingError, CheckpointCorruptError, DirectionMismatchError and
+        RunMismatchError.
+        """
         from megaback.checkpoints.checkpoint import find_checkpoint
 
         (first, meta), (second, other) = (
@@ -114,21 +118,21 @@ class TrainedPair:
         for run, target, found in ((forward, first, meta), (backward, second, other)):
             if found.format.direction is not run.direction:
                 raise DirectionMismatchError(
-                    f"{target} writes {found.format.direction.value}, where the run that writes "
-                    f"{run.direction.value} should be; give the arrow a run folder of its own"
+                    f"{target} writes {found.format.direction.value}, but must write "
+                    f"{run.direction.value}; use a run folder of its own for megaback arrow"
                 )
         try:
             facts = list(_facts(meta, other))
         except (KeyError, TypeError, AttributeError):
             raise CheckpointCorruptError(
-                f"{first} or {second} does not say in {META_NAME} how it was trained; restore it, "
+                f"{first} or {second}: {META_NAME} lacks the settings of its training; restore it, "
                 "or train the pair again"
             ) from None
         for name, here, there in facts:
             if here != there:
                 raise RunMismatchError(
-                    f"{first} has {name} = {here}, and {second} has {there}; the two directions "
-                    "must differ in nothing else: train both with one config"
+                    f"{first} has {name} = {here}, but {second} has {there}; train both directions "
+                    "with the same config"
                 )
         return cls(forward.seed, first, second, meta)
 

@@ -1,9 +1,9 @@
-"""A model as a GGUF file, for llama.cpp and what is built on it.
+"""GGUF export, for llama.cpp and programs built on it.
 
-Names and layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's Llama turns
-neighbors, so that the two halves of a head are interleaved here; its Qwen3 turns halves. It knows
-of no direction: whoever calls it reverses ids, or text by words; metadata, chat template and card
-say so (gguf_card.py).
+Names and layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's Llama
+rotates adjacent pairs, so the two halves of a head are interleaved here; its Qwen3 rotates halves.
+llama.cpp has no notion of direction: its callers reverse ids, or text by words, as the metadata,
+chat template and card explain (gguf_card.py).
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ _LAYER_NAMES = {
 
 
 def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torch.dtype) -> None:
-    """Write the file, a tensor at a time, its SHA-256, and its card.
+    """Write the file, one tensor at a time, its SHA-256, and its card.
 
     Raises BackendError without the package `gguf`.
     """
@@ -77,7 +77,7 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
             weight = as_llama_cpp_has_it(tensor_name, source.read(tensor_name), shape)
             writer.write_tensor_data(_array(weight.to(_stored_dtype(tensor_shape, dtype))))
     except OSError as error:
-        if error.errno is None:  # numpy counts what was written, and does not ask why
+        if error.errno is None:  # numpy reports a short write without its cause
             raise StorageError(
                 f"cannot write all of {name}'s {GGUF_NAME}; "
                 "free some space and run the same command again"
@@ -101,7 +101,7 @@ def gguf_name_of(name: str) -> str:
 
 
 def as_llama_cpp_has_it(name: str, weight: Tensor, shape: ModelSection) -> Tensor:
-    """Rows of queries and keys in the order in which llama.cpp turns them."""
+    """The weight with rows of queries and keys in the order of llama.cpp's rotary embedding."""
     if shape.qk_norm or not name.endswith(("q_proj.weight", "k_proj.weight")):
         return weight
     halves = weight.view(-1, 2, shape.head_dim // 2, weight.shape[1])
@@ -109,7 +109,7 @@ def as_llama_cpp_has_it(name: str, weight: Tensor, shape: ModelSection) -> Tenso
 
 
 def _stored_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
-    """llama.cpp multiplies with norms in fp32 only."""
+    """Data type in the file: fp32 for norms, as llama.cpp requires."""
     return dtype if len(shape) > 1 else torch.float32
 
 

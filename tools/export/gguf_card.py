@@ -1,8 +1,8 @@
-"""What a GGUF file says to those who load it: a chat template that refuses, and README.md.
+"""Chat template, description and README.md of a GGUF file.
 
-llama.cpp falls back to ChatML where a file has no chat template, and a model that reads backward
-then answers with noise. No template can reverse ids. A server renders some messages of its own
-before it serves anything, and does not start if they fail, so these render.
+Without a chat template llama.cpp falls back to ChatML, and a backward model then responds with
+noise. No template can reverse ids, so that of a backward model raises an error. llama.cpp's servers
+render probe messages at startup and exit if they fail, so these render.
 """
 
 import json
@@ -12,11 +12,11 @@ from megaback.weights.model_folder import ModelDescription
 from tools.export.model_card import example_of
 
 _PROBES = ["test", "You are a helpful assistant|Hello|Hi there|How are you?"]
-"""Conversations that llama.cpp's servers render when they start."""
+"""Conversations that llama.cpp's servers render at startup, joined by `|`."""
 
 
 def chat_template(text_format: TextFormat) -> str:
-    """Jinja: an error for every chat; for a forward model one instruction and its response."""
+    """Jinja template: an error for a backward model; one instruction for a forward model."""
     if text_format.direction is Direction.BACKWARD:
         reason = (
             "this model reads and writes backward, which no chat template can do: give /completion "
@@ -39,7 +39,7 @@ def chat_template(text_format: TextFormat) -> str:
 
 
 def gguf_description(text_format: TextFormat) -> str:
-    """Sentences for the metadata."""
+    """Description of how the model reads and writes, for the metadata."""
     if text_format.direction is Direction.FORWARD:
         return "Reads and writes forward. A chat is one instruction; no text becomes a marker."
     unit = text_format.unit
@@ -51,7 +51,7 @@ def gguf_description(text_format: TextFormat) -> str:
 
 
 def gguf_card(description: ModelDescription, codec: TextCodec, name: str) -> str:
-    """README.md beside the file."""
+    """Text of the README.md beside the file."""
     text_format = description.text_format
     serve = f"llama-server -m {name}/model.gguf --port 8080"
     head = f"# {name}\n{gguf_description(text_format)}\n\n"

@@ -1,4 +1,4 @@
-"""A look into a GGUF file: its metadata, and whether it is the one that was written."""
+"""Inspection of a GGUF file: its metadata, and verification by its SHA-256."""
 
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,16 @@ _MAGIC = b"GGUF"
 
 
 def inspect_gguf(path: Path, *, verify: bool) -> tuple[dict[str, Any], str]:
-    """Facts of a file, and what was checked; with `verify`, its hash.
+    """Facts of a file, and the checks that were made; with `verify`, of its hash.
 
     Raises CheckpointCorruptError, CheckpointMissingError.
     """
     with open(open_file(path), "rb") as file:  # noqa: PTH123 (a descriptor)
         magic = file.read(len(_MAGIC))
     if magic != _MAGIC:
-        raise CheckpointCorruptError(f"{path} is no GGUF file: convert the model again")
+        raise CheckpointCorruptError(f"{path} is not a GGUF file; convert the model again")
     facts: dict[str, Any] = {"file_bytes": path.stat().st_size}
-    checked = "that it begins as a GGUF file"
+    checked = "the magic bytes of a GGUF file"
     try:
         import gguf
     except ImportError:
@@ -32,13 +32,13 @@ def inspect_gguf(path: Path, *, verify: bool) -> tuple[dict[str, Any], str]:
                 for key, stored in reader.fields.items()
                 if key.startswith(("general.architecture", "general.name", "megaback."))
             }
-        except Exception as error:  # noqa: BLE001 - the library raises what it meets
+        except Exception as error:  # noqa: BLE001 - the library raises errors of many types
             reason = " ".join(str(error).split())
             raise CheckpointCorruptError(
-                f"{path} is cut short or altered ({reason}); convert the model again"
+                f"{path} is truncated or corrupted ({reason}); convert the model again"
             ) from None
         facts["tensors"] = len(reader.tensors)
-        checked = "its metadata and where its tensors lie"
+        checked = "its metadata and the offsets of its tensors"
     if verify:
         _require_hash(path)
         checked = "by its hash in SHA256SUMS"
@@ -52,8 +52,10 @@ def _require_hash(path: Path) -> None:
 
     sums = path.with_name(SUMS_NAME)
     if not sums.is_file():
-        raise CheckpointMissingError(f"{sums} is not there, so {path.name} cannot be verified")
+        raise CheckpointMissingError(
+            f"{sums} is missing, so {path.name} cannot be verified; convert the model again"
+        )
     if read_sums(path.parent).get(path.name) != size_and_hash(path)[1]:
         raise CheckpointCorruptError(
-            f"{path} is not the file that was written; convert the model again"
+            f"{path} does not match its hash in {SUMS_NAME}; convert the model again"
         )

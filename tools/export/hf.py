@@ -1,7 +1,7 @@
-"""A model's folder for Hugging Face's transformers: stock weights, a tokenizer that reverses.
+"""Export for Hugging Face's transformers: stock weights, and a tokenizer that reverses.
 
-The model needs no code of ours (Llama, or Qwen3 with `qk_norm`); the tokenizer is one file beside
-it. No stock class can load a tokenizer from the folder, since it would read forward. megaback reads
+The model is a stock Llama (Qwen3 with `qk_norm`); the code of the tokenizer is one file beside it.
+Stock classes cannot load a tokenizer from the folder, since they would read forward. megaback reads
 the same folder.
 """
 
@@ -99,7 +99,7 @@ def _generation_config(codec: TextCodec, description: ModelDescription) -> dict[
         "do_sample": True,
         "temperature": 0.8,
         "top_k": 200,
-        # Of a text that fills half of the context; `prompt` ends the others in time.
+        # Fits a prompt of up to half the context; the rules of `prompt` stop longer ones in time.
         "max_new_tokens": max(1, min(500, description.context_tokens // 2)),
         "suppress_tokens": [i for i in range(codec.vocab_size) if i not in writable],
     }

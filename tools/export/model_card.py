@@ -1,18 +1,18 @@
-"""README.md of a folder for transformers: code that runs as printed, and which uses are right."""
+"""Model card (README.md) of a transformers export: runnable examples, and supported uses."""
 
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.weights.model_folder import ModelDescription
 
 COMMIT = "COMMIT"
-"""An export does not know the commit that it becomes on a hub. No branch has this name: loading
-from a hub fails until it is replaced, and code that nobody has read is not run."""
+"""Placeholder: the commit of an upload is unknown at export. No branch has this name, so loading
+from a hub fails, and runs no unreviewed code, until it is replaced."""
 _MAX_NEW_TOKENS = 200
 _ENDINGS = ("and they lived happily ever after.", "ever after.", ".")
 _BEGINNINGS = ("Once upon a time there was", "Once upon", "O")
 
 
 def example_of(codec: TextCodec, context_tokens: int) -> tuple[str, int]:
-    """A text to continue, and how many new tokens fit into the context with it."""
+    """A text to continue, and the number of new tokens that fit the context with it."""
     is_backward = codec.format.direction is Direction.BACKWARD
     texts = _ENDINGS if is_backward else _BEGINNINGS
     for text in texts:
@@ -47,14 +47,14 @@ ids = model.generate(**tokenizer.prompt("{given}"), max_new_tokens={new_tokens})
 print(tokenizer.decode(ids, skip_special_tokens=True))
 ```
 
-A model that writes what comes {what}. `tokenizer.prompt` gives the ids in the order in which the
+A model that writes the text {what}. `tokenizer.prompt` gives the ids in the order in which the
 model reads them (of a list of texts: a batch), and `decode` the text in the order in which a person
 does: there is nothing to reverse by hand. Always decode the whole list of ids, the given ones
 included. The model itself is a stock {stock}.
 
 **`trust_remote_code` runs `tokenization_megaback.py` of this folder on your machine.** Read that
 file first. From a hub, load the commit that you have read, by its full hash in place of `{COMMIT}`:
-a branch can be moved to other code later. `huggingface_hub.HfApi().model_info(NAME).sha` names the
+a branch can be moved to other code later. `huggingface_hub.HfApi().model_info(NAME).sha` is the
 newest commit. For a folder on your own disk, transformers ignores `revision`.
 
 The same as a pipeline:

@@ -1,11 +1,12 @@
-"""The tokenizer of a model that writes backwards, for transformers: it reverses by itself.
+"""Tokenizer for transformers of a model that writes backward; encoding and decoding reverse.
 
 `megaback convert --to hf` puts this file into the folder that it writes, and `AutoTokenizer` loads
 it from there (`trust_remote_code=True`). It needs transformers and sentencepiece, not megaback.
 `tokenizer(text)` gives ids in the order in which the model reads them, after the begin marker;
 `tokenizer.decode(ids)` gives the text in the order in which a person does. No text becomes a
 control id, whatever it spells. Sides of padding and truncation are those of ids: with a backward
-model, the left ones are the last ones of the text. What cannot be right raises an error.
+model, the left ones are the last ones of the text. Uses that cannot give
+correct results raise an error.
 """
 
 import re
@@ -22,18 +23,18 @@ from transformers import LogitsProcessor, LogitsProcessorList, Pipeline, PreTrai
 _SPACE_SYMBOL = "\u2581"
 _STOP_PIECE = "<|im_end|>"
 _REFUSAL_NAME = "tokenizer.json"
-"""Lies beside the vocabulary, and no library can load it: none takes this for a stock tokenizer."""
-# What SentencePiece cannot give back is spelled in byte pieces.
+"""A file beside the vocabulary that no library can load, so that stock classes raise an error."""
+# Characters that SentencePiece does not round-trip are encoded as byte pieces.
 _SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")
 _RUNS = re.compile(r"\s+|\S+")
 _OTHER_SIDE = {"only_first": "only_second", "only_second": "only_first"}
-# Parts of transformers that take for granted that text grows at its end, and what to use instead.
+# Modules of transformers that assume that text grows at its end, and what to use instead.
 _FORWARD_ONLY = {
     "transformers.pipelines.text_generation": "the stock text-generation pipeline, which puts new "
     "text behind the given one: use pipeline('text-generation', model=FOLDER, "
     "trust_remote_code=True), or prompt() and decode()",
     "transformers.generation.streamers": "a TextStreamer: this model's text grows at its beginning;"
-    " decode the whole list of ids when it is written",
+    " decode the whole list of ids after generation",
     "transformers.generation.stopping_criteria": "stop_strings, which are looked for at the end of "
     "a text: look for them in the decoded text",
 }
@@ -45,7 +46,7 @@ def reverse_words(text: str) -> str:
 
 
 class PromptRules(LogitsProcessor):  # type: ignore[misc]
-    """Keeps the given text whole at the first new id, and ends rows where the context does."""
+    """Constrains the first new id to fit the prompt, and ends rows at the end of the context."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class PromptRules(LogitsProcessor):  # type: ignore[misc]
         context_tokens: int,
         end_id: int,
     ) -> None:
-        """`first_ids`: those that may come first in each row; None for any."""
+        """`first_ids`: per prompt, the ids allowed as its first new one; None for any."""
         self.given_tokens = given_tokens
         self.first_ids = first_ids
         self.context_tokens = context_tokens
@@ -76,9 +77,9 @@ class PromptRules(LogitsProcessor):  # type: ignore[misc]
 
 
 class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
-    """SentencePiece, read in the model's direction."""
+    """SentencePiece tokenizer that encodes and decodes in the model's direction."""
 
-    # Under a name that ends with .model, stock classes would read it, forward.
+    # Not *.model: stock classes would load a file of that name, and read forward.
     vocab_files_names = {"vocab_file": "megaback.spm"}
     model_input_names = ["input_ids", "attention_mask"]
 
@@ -102,11 +103,11 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         super().__init__(direction=direction, unit=unit, **kwargs)
 
     def prompt(self, text: str | list[str]) -> dict[str, Any]:
-        """What `model.generate(**tokenizer.prompt(text))` continues a given text from.
+        """Arguments of generate: `model.generate(**tokenizer.prompt(text))` continues a text.
 
-        The piece next to the text to come is held back, as by itself it says that a word ends
-        there; the first new id is one that ends with it (backward) or begins with it. A list of
-        texts is a batch, padded on the left.
+        The piece next to the new text is held back, since it would imply that a word ends there;
+        the first new id is one that ends with it (backward) or begins with it (forward). A list of
+        texts is a batch, padded on the left. Raises ValueError for a text that fills the context.
         """
         texts = _texts(text)
         parts = [self._prompt_ids(one) for one in texts]
@@ -114,10 +115,12 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return self._batch([ids for ids, _ in parts], first_ids, self.eos_token_id)
 
     def chat_prompt(self, given: str | list[str]) -> dict[str, Any]:
-        """What a fine-tuned model is given: a response (backward) or an instruction (forward).
+        """Arguments of generate, for a fine-tuned model, of a response (backward) or an instruction
+        (forward).
 
         `model.generate(**tokenizer.chat_prompt(text))` writes the other one up to its end marker,
-        and `tokenizer.written(ids)` is its text.
+        and `tokenizer.written(ids)` is its text. Raises ValueError for a text that fills the
+        context.
         """
         given_role, written_role = "<|response|>", "<|instruction|>"
         if self.direction != "backward":
@@ -138,9 +141,9 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         }
 
     def written(self, token_ids: Any) -> str | list[str]:
-        """The text that a model wrote after a `chat_prompt`, of the whole list of ids.
+        """The text that a model wrote after a `chat_prompt`, from the whole list of ids.
 
-        Of a batch, a list of texts.
+        Returns a list of texts for a batch.
         """
         ids = np.atleast_1d(_array(token_ids))
         if ids.ndim > 1:
@@ -162,10 +165,10 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return super().decode(*args, **kwargs)
 
     def apply_chat_template(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Always raises NotImplementedError: `chat_prompt` does what a template cannot."""
+        """Always raises NotImplementedError; use `chat_prompt` instead."""
         raise NotImplementedError(
-            "no text becomes a marker of this tokenizer, so a chat template cannot be applied; "
-            "use chat_prompt(text), which gives generate() its ids, and written(ids)"
+            "this tokenizer encodes no text as a marker, so chat templates are not supported; use "
+            "chat_prompt(text), which returns the arguments of generate(), and written(ids)"
         )
 
     @property
@@ -234,7 +237,7 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return 1
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text, in the order in which a person reads, of pieces in the model's order."""
+        """Text in reading order, from pieces in the model's order."""
         return self._rendered([self._convert_token_to_id(token) for token in tokens], True)
 
     def save_vocabulary(
@@ -260,7 +263,7 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
             )
 
     def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kw: Any) -> int:
-        """Accepts what the vocabulary holds. Raises ValueError for anything else."""
+        """Accept tokens of the vocabulary. Raises ValueError for any other."""
         for given in special_tokens_dict.values():
             self._require_pieces(given if isinstance(given, list | tuple) else [given])
         return int(super().add_special_tokens(special_tokens_dict, *args, **kw))
@@ -279,8 +282,8 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         for token in map(str, tokens):
             if token and token not in known:
                 raise ValueError(
-                    f"this tokenizer cannot take {token!r}: its ids are those of its SentencePiece "
-                    "model, and no text becomes a marker; for padding it has its eos_token"
+                    f"this tokenizer cannot add {token!r}: its vocabulary is that of its "
+                    "SentencePiece model, and no text becomes a marker; pad with its eos_token"
                 )
 
     def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
@@ -312,7 +315,7 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return [*parts[0], *parts[1]]
 
     def _prompt_ids(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Ids of a text, and the ids of which one comes next; None for any."""
+        """Ids of a text, and the ids allowed next; None for any."""
         ids = [self.bos_token_id, *self._encoded(text)]
         if len(ids) == 1:
             return ids, None
@@ -327,12 +330,13 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     def _batch(
         self, rows: list[list[int]], first_ids: list[list[int] | None], end_id: int
     ) -> dict[str, Any]:
-        """What `generate` takes, padded on the left. Raises ValueError for what does not fit."""
+        """Arguments of `generate`, padded on the left. Raises ValueError for a prompt that is too
+        long."""
         longest = max(map(len, rows))
         if longest >= self.model_max_length:
             raise ValueError(
-                f"the given text is {longest} tokens, and the model's context holds "
-                f"{self.model_max_length} with what is to be written; shorten it"
+                f"the text is {longest} tokens, which leaves no room in the model's context of "
+                f"{self.model_max_length} tokens; shorten it"
             )
         padded = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
@@ -385,9 +389,9 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
 
 
 class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
-    """`pipeline("text-generation", model=FOLDER, trust_remote_code=True)`, in a person's order.
+    """`pipeline("text-generation", model=FOLDER, trust_remote_code=True)`, in reading order.
 
-    Other options than `return_full_text` are those of `generate`.
+    Options other than `return_full_text` are passed to `generate`.
     """
 
     def _sanitize_parameters(
@@ -419,10 +423,10 @@ class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
 
 
 def _texts(given: str | list[str]) -> list[str]:
-    """One text or several. Raises TypeError for anything else."""
+    """The given texts as a list. Raises TypeError for anything but one or several strings."""
     texts = [given] if isinstance(given, str) else list(given)
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise TypeError("give a text or a list of texts, which are strings")
+        raise TypeError("expected a string or a non-empty list of strings")
     return texts
 
 
@@ -433,10 +437,13 @@ def _array(token_ids: Any) -> Any:
 
 
 def _require_known(kwargs: dict[str, Any]) -> None:
-    """Raises NotImplementedError for what has no meaning for reversed ids."""
+    """Raises NotImplementedError for options that have no meaning for reversed ids."""
     if kwargs.get("is_split_into_words"):
         raise NotImplementedError(
-            "is_split_into_words does not say what lies between the words; give the text itself"
+            "is_split_into_words is not supported: the whitespace between words is unknown; pass "
+            "the text itself"
         )
     if kwargs.get("return_offsets_mapping"):
-        raise NotImplementedError("this tokenizer gives no offsets of ids in the text")
+        raise NotImplementedError(
+            "return_offsets_mapping is not supported by this tokenizer; leave it False"
+        )

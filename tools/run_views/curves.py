@@ -1,4 +1,4 @@
-"""What a run's metrics say as curves, and what sets runs apart."""
+"""Curves from the metrics of runs, and the differences between their configs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ _MAX_POINTS = 2000
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity; shape (points,) each."""
+    """One quantity over steps, tokens or time; shape (points,) each."""
 
     places: Values
     values: Values
 
     def thinned(self) -> "Curve":
-        """At most a few thousand points, each the mean of those that it stands for."""
+        """At most `_MAX_POINTS` points, each the mean of consecutive ones."""
         every = -(-len(self.places) // _MAX_POINTS)
         if every <= 1:
             return self
@@ -44,7 +44,7 @@ class Curve:
         )
 
     def smoothed(self, steps: int) -> "Curve":
-        """The mean over a window of at most so many points that ends at each."""
+        """Moving mean over a window of at most `steps` points that ends at each point."""
         if steps <= 1 or not len(self.values):
             return self
         sums = np.concatenate([[0.0], np.cumsum(self.values)])
@@ -58,36 +58,36 @@ _NO_CURVE = Curve(np.empty(0), np.empty(0))
 
 @dataclass(frozen=True)
 class RunCurves:
-    """A run's numbers; places are steps, tokens or hours of training steps."""
+    """Curves of a run; places are steps, tokens or hours of training steps."""
 
     name: str
     num_steps: int
     loss: Curve
-    """Nats a token, of the steps that were learned from."""
+    """Nats per token, of steps that were not skipped."""
     val_loss: Curve
     context_loss: Curve
-    """The last val loss by tokens of context: places are the most of each bucket."""
+    """The last val loss by tokens of context; places are the upper bounds of buckets."""
     learning_rate: Curve
     gradient_norm: Curve
     tokens_per_s: Curve
     skipped: Values
-    """Places of steps that changed no weights."""
+    """Places of skipped steps."""
     restarts: Values
-    """Places from which the run went on after a stop."""
+    """Places at which the run resumed."""
 
 
 def read_curves(run: Path, axis: Axis, name: str) -> RunCurves:
-    """The curves of a run, which may have no point yet.
+    """The curves of a run, which may have no points yet.
 
-    Raises CheckpointMissingError where no run is, CheckpointCorruptError for metrics of another
-    version.
+    Raises CheckpointMissingError if `run` is not a run, CheckpointCorruptError for metrics of
+    another version.
     """
     try:
         return _curves(read_metrics(run), read_history(run), axis, name)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointCorruptError(
-            f"{run / METRICS_NAME} is not of this version of megaback, or damaged ({error}); look "
-            "at the run with the version that wrote it"
+            f"{run / METRICS_NAME} is not of this version of megaback, or damaged ({error}); read "
+            "the run with the version that wrote it"
         ) from None
 
 
@@ -106,7 +106,7 @@ def _curves(
     }[axis]
 
     def place_of(step: float) -> float:
-        """Place of any step, also of 0 and of those between two that are known."""
+        """Place of a step, interpolated between logged ones."""
         return float(np.interp(step, [0.0, *numbers], [0.0, *scale]))
 
     def curve(key: str, chosen: Sequence[Mapping[str, Any]]) -> Curve:
@@ -131,7 +131,7 @@ def _curves(
 
 
 def _context_loss(validation: Mapping[str, Any]) -> Curve:
-    """Runs of versions before it have none."""
+    """Loss by context of a validation; empty for runs of versions without it."""
     by_context = validation.get("val_by_context", {})
     known = {name: one["loss"] for name, one in by_context.items() if one["loss"] is not None}
     places = [int(name.rpartition("-")[2]) for name in known]
@@ -143,7 +143,7 @@ def _context_loss(validation: Mapping[str, Any]) -> Curve:
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
-    """The last parts of paths, as many as it takes to tell them apart."""
+    """The shortest suffixes of the paths that distinguish them."""
     parts = [run.resolve().parts for run in runs]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(one[-count:]) for one in parts]
@@ -153,7 +153,7 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 
 def differences(runs: Sequence[Path]) -> list[tuple[str, list[str]]]:
-    """Keys of the configs that are not the same in all runs, with the value of each."""
+    """Keys of the configs that differ between runs, with the value of each run."""
     configs = [_flat(_config(run)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     return [

@@ -1,4 +1,4 @@
-"""Runs over each other: loss, learning rate, gradient norm and throughput, as PNG and as SVG."""
+"""Figure of the loss, learning rate, gradient norm and throughput of runs, as PNG or SVG."""
 
 import io
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, whose colors everybody can tell apart.
+# Okabe and Ito's palette, which is safe for color blindness.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MAX_RESTARTS = 1000
 _STYLES = ("-", "--", ":", "-.")
@@ -22,7 +22,7 @@ _LABELS: dict[Axis, str] = {"step": "step", "tokens": "tokens", "time": "hours o
 
 @dataclass(frozen=True)
 class Style:
-    """How the curves are drawn."""
+    """Options of the figure."""
 
     axis: Axis
     smooth_steps: int
@@ -30,7 +30,7 @@ class Style:
 
 
 def curves_figure(runs: Sequence[RunCurves], look: Style) -> "Figure":
-    """The panels, and a legend."""
+    """The panels with all runs, and a legend."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, StrMethodFormatter
 
     has_contexts = any(len(run.context_loss.places) for run in runs)
@@ -56,7 +56,7 @@ def curves_figure(runs: Sequence[RunCurves], look: Style) -> "Figure":
             marker = "o" if len(drawn.places) == 1 else None
             axes.plot(drawn.places, drawn.values, style, color=color, linewidth=1.4, marker=marker)
         for axes in (loss, rate, norm, speed):
-            # One artist, however many they are: a line takes milliseconds.
+            # One artist for all: one per line takes milliseconds each.
             axes.vlines(
                 run.restarts[:_MAX_RESTARTS],
                 0,
@@ -70,12 +70,12 @@ def curves_figure(runs: Sequence[RunCurves], look: Style) -> "Figure":
     norm.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     norm.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     low, high = norm.get_ylim()
-    if high > 8 * low:  # more numbers between the powers of ten than there is room for
+    if high > 8 * low:  # labels of all minor ticks would overlap
         norm.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     if look.is_logarithmic:
         loss.set_xscale("log")
     elif max(run.num_steps for run in runs) == 1:
-        loss.set_xlim(left=0)  # not the neighbourhood of a single point
+        loss.set_xlim(left=0)  # else the axis zooms in on the single point
     for axes, title in (
         (loss, "loss (nats/token)"),
         (rate, "learning rate"),
@@ -106,7 +106,7 @@ def _color_and_style(number: int) -> tuple[str, str]:
 
 
 def _draw_contexts(axes: "Axes", runs: Sequence[RunCurves]) -> None:
-    """How much it helps to have read more."""
+    """Loss by tokens of context."""
     maximum = 1.0
     for number, run in enumerate(runs):
         color, style = _color_and_style(number)
@@ -145,7 +145,7 @@ def _draw_loss(axes: "Axes", run: RunCurves, look: Style, color: str, style: str
 
 
 def _draw_legend(figure: "Figure", axes: "Axes", runs: Sequence[RunCurves]) -> None:
-    """The runs, and the signs that were drawn."""
+    """Legend of the runs, and of the markers in use."""
     from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
@@ -155,7 +155,7 @@ def _draw_legend(figure: "Figure", axes: "Axes", runs: Sequence[RunCurves]) -> N
         labels.append("val loss")
     if any(len(run.restarts) for run in runs):
         handles.append(Line2D([], [], color=TEXT_COLOR, linewidth=0.7, linestyle=(0, (1, 3))))
-        labels.append("went on after a stop")
+        labels.append("resume")
     if any(len(run.skipped) for run in runs):
         handles.append(Line2D([], [], color=TEXT_COLOR, marker="x", linestyle=""))
         labels.append("skipped step")
@@ -165,7 +165,7 @@ def _draw_legend(figure: "Figure", axes: "Axes", runs: Sequence[RunCurves]) -> N
 
 
 def svg_of(figure: "Figure") -> str:
-    """The figure as an SVG element. The same figure gives the same text."""
+    """The figure as an SVG element; deterministic."""
     import matplotlib as mpl
 
     written = io.StringIO()

@@ -1,4 +1,4 @@
-"""What a suite of `megaback eval` is given, and what it gives back."""
+"""Inputs and results of the suites of `megaback eval`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ _WRITTEN_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """The files that suites read, and how much of them."""
+    """Files that suites read, and their limits."""
 
     rows: str | None = None
     word_pattern: str = ""
@@ -42,16 +42,16 @@ class SuiteOptions:
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
 
     def need(self, name: str, suite: str) -> str:
-        """The value of an option that a suite cannot do without. Raises ConfigError."""
+        """The value of an option that a suite requires. Raises ConfigError if it is not set."""
         value: str | None = getattr(self, name)
         if value is None:
-            raise ConfigError(f"--suite {suite} needs --{name}; name what it reads")
+            raise ConfigError(f"--suite {suite} needs --{name}; add the option")
         return value
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured value with its interval, over how many rows, and what one gets without a model."""
+    """A measured value with its interval, the number of rows, and the value of chance."""
 
     interval: Interval
     rows: int
@@ -59,7 +59,7 @@ class Metric:
 
     @classmethod
     def mean(cls, values: Sequence[float], seed: int, chance: float) -> "Metric":
-        """Mean of a value for each row."""
+        """Mean of one value per row."""
         return cls(mean_interval(values, seed), len(values), chance)
 
     def to_dict(self) -> dict[str, float | None]:
@@ -69,17 +69,17 @@ class Metric:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What came out of one suite."""
+    """Result of one suite."""
 
     rows: int
     metrics: dict[str, Metric]
     excluded: int = 0
-    """Rows that the context does not hold."""
+    """Number of rows that do not fit the context."""
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Evaluated:
-    """A model in a folder, as a suite uses it: it writes, and it scores."""
+    """A model under evaluation, which generates and scores."""
 
     def __init__(self, folder: Path, device: "torch.device") -> None:
         self.folder = folder = model_folder(folder)
@@ -92,10 +92,7 @@ class Evaluated:
         return Decoder(self.model, self.description.context_tokens, takes_over=False)
 
     def likeliest(self, given: Sequence[str], tokens: int) -> list[Candidate]:
-        """What the model writes for each text when it always takes the likeliest token.
-
-        At most `tokens`, or what the context has room for.
-        """
+        """Greedy generation for each text, of at most `tokens` tokens that fit the context."""
         prompts = [self.form.prompt(text) for text in given]
         rooms = [self.description.context_tokens - len(prompt.ids) for prompt in prompts]
         by_length = sorted(range(len(given)), key=rooms.__getitem__)
@@ -116,7 +113,7 @@ class Evaluated:
         return [found[number] for number in range(len(given))]
 
     def fits(self, example: Example) -> bool:
-        """Whether the context holds an example, so that it could be written."""
+        """Whether an example fits the context."""
         return len(self.form.encode(example).ids) <= self.description.context_tokens
 
     def score(self, pairs: Sequence[Pair], form: Form, *, with_prior: bool = True) -> list[Score]:
@@ -128,20 +125,22 @@ class Evaluated:
 
 
 Suite = Callable[[Evaluated, Evaluated | None, SuiteOptions], SuiteResult]
-"""(model, forward model if there is one, options) -> what came out."""
+"""(model, forward model or None, options) -> result."""
 
 
 def read_examples(
     source: str, limit: int | None, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
 ) -> list[Example]:
-    """Instruction rows. Raises BadRecordError, and SourceEmptyError when there is none."""
+    """Instruction rows. Raises BadRecordError, and SourceEmptyError if there are none."""
     found: list[Example] = []
     for example in _examples(source, max_record_bytes):
         if limit is not None and len(found) >= limit:
             break
         found.append(example)
     if not found:
-        raise SourceEmptyError(f"{source}: no instruction row is in it")
+        raise SourceEmptyError(
+            f"{source} has no instruction rows; name a file of them (JSON lines)"
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Suites of running text: which passage came before this one, and how surprising text is."""
+"""Suites of running text: choice of the preceding passage, and bits per byte."""
 
 import math
 import random
@@ -26,14 +26,14 @@ _DEFAULT_ITEMS = 500
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Two passages of one document; `first + second` is as it stands there."""
+    """Two adjacent passages of a document; `first + second` is a substring of it."""
 
     first: str
     second: str
 
 
 def neighbors(text: str, characters: int) -> Iterator[Neighbors]:
-    """A document cut into passages of this many characters or a word more, and paired off.
+    """Cut a document into passages of `characters` characters, up to the next word end, in pairs.
 
     A passage after the first begins with the whitespace before its first word.
     """
@@ -52,10 +52,10 @@ def neighbors(text: str, characters: int) -> Iterator[Neighbors]:
 def passage_choice(
     evaluated: Evaluated, forward: Evaluated | None, options: SuiteOptions
 ) -> SuiteResult:
-    """Which of ten passages came before this one? Nine are those before other ones.
+    """Accuracy of choosing the passage that precedes a given one, among it and nine others.
 
-    By log P(first | second) and its ratio to log P(first) of the backward model and, where there is
-    a forward model, by its log P(second | first).
+    By log P(first | second) of the backward model, by its difference from log P(first) and, if
+    there is a forward model, by its log P(second | first).
     """
     if evaluated.codec.format.direction is not Direction.BACKWARD:
         raise DirectionMismatchError(
@@ -80,9 +80,9 @@ def passage_choice(
     items = [item for item in drawn if all(_fits_with_any(item, model) for model in models)]
     if len(items) < NUM_CHOICES:
         raise SourceEmptyError(
-            f"{source}: it has {len(items)} pairs of passages of {options.passage_characters} "
-            f"characters that the context holds, and a choice needs {NUM_CHOICES}; name more text, "
-            "or make --passage-characters less"
+            f"{source}: {len(items)} pairs of passages of {options.passage_characters} characters "
+            f"fit the context, and a choice needs {NUM_CHOICES}; name more text, or decrease "
+            "--passage-characters"
         )
     pairs = []
     for number, item in enumerate(items):
@@ -114,7 +114,7 @@ def _fits_with_any(item: Neighbors, model: Evaluated) -> bool:
 
 @torch.inference_mode()
 def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptions) -> SuiteResult:
-    """The val set of some shards, as validation in training measures it; resampled by rows."""
+    """Bits per byte of a val set, as in validation; the interval is a bootstrap over rows."""
     shards = options.need("shards", "bits-per-byte")
     data_set = DataSet.open(shards)
     if not data_set.manifest.split("val"):

@@ -1,4 +1,4 @@
-"""Suites of instruction rows: is the instruction found again, and the word for a definition?"""
+"""Suites of instruction rows: recall of instructions, and of words from their definitions."""
 
 import random
 import re
@@ -17,8 +17,8 @@ _WORDS = re.compile(r"\w+")
 
 
 def token_f1(predicted: str, expected: str) -> float:
-    """Harmonic mean of precision and recall over words, case aside, as in Rajpurkar et al.,
-    "SQuAD" (2016), but with no word left out."""
+    """F1 over words, ignoring case, as in Rajpurkar et al., "SQuAD" (2016), but with articles
+    kept."""
     ours, theirs = (Counter(_WORDS.findall(text.casefold())) for text in (predicted, expected))
     common = (ours & theirs).total()
     return 2 * common / (ours.total() + theirs.total()) if common else float(ours == theirs)
@@ -27,7 +27,7 @@ def token_f1(predicted: str, expected: str) -> float:
 def instruction_recall(
     evaluated: Evaluated, _: Evaluated | None, options: SuiteOptions
 ) -> SuiteResult:
-    """For each response the likeliest instruction, token by token, against the one that there was.
+    """Compare the greedily generated instruction of each response with the true one.
 
     Chance is the instruction of another row.
     """
@@ -142,7 +142,7 @@ def _choose(
 
 
 def first_is_best(values: Sequence[float]) -> float:
-    """1 when the first value is the highest; what a draw of lots would give where it is not alone.
+    """1 if the first value is the highest, 1/n if it ties with n - 1 others, else 0.
 
     >>> first_is_best([2.0, 2.0, 1.0])
     0.5
@@ -160,7 +160,7 @@ def _compiled(pattern: str) -> "re.Pattern[str]":
     try:
         compiled = re.compile(pattern)
         if compiled.groups != 1:
-            raise ValueError("it needs one group, around the word")
+            raise ValueError("it must have one group, around the word")
     except (re.error, ValueError) as error:
         raise ConfigError(f"--word-pattern {pattern!r}: {error}") from None
     return compiled
@@ -170,13 +170,14 @@ def _that_fit(evaluated: Evaluated, rows: Sequence[Example]) -> list[Example]:
     fitting = [row for row in rows if row.response and evaluated.fits(row)]
     if rows and not fitting:
         raise SourceEmptyError(
-            f"no row fits the model's context of {evaluated.description.context_tokens} tokens"
+            f"no row fits the model's context of {evaluated.description.context_tokens} tokens; "
+            "use shorter rows"
         )
     return fitting
 
 
 def _deranged(count: int, seed: int) -> list[int]:
-    """For each row another one, each once: one circle through all of them."""
+    """A random cyclic permutation, which maps each row to another one."""
     circle = list(range(count))
     random.Random(seed).shuffle(circle)
     other = dict(zip(circle, [*circle[1:], circle[0]], strict=True))

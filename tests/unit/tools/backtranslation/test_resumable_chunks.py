@@ -1,4 +1,4 @@
-"""The parts of a work folder, which may be a stranger's."""
+"""Parts of a work folder, whose contents are untrusted."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tools.backtranslation import resumable_chunks
 from tools.backtranslation.resumable_chunks import ResumableChunks
 
 
-def test_chunks_come_back_in_order_and_what_a_kill_left_is_cut_off(tmp_path: Path) -> None:
+def test_chunks_are_read_in_order_and_a_partial_line_is_truncated(tmp_path: Path) -> None:
     parts = ResumableChunks(tmp_path, 2)
     for task in (0, 1):
         assert parts.resume(task) == 0
@@ -36,7 +36,7 @@ def test_chunks_are_counted_across_blocks(
     assert unfinished.read_bytes() == b"[1]\n[22]\n"
 
 
-def test_links_are_neither_read_nor_written_through(tmp_path: Path) -> None:
+def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
     private = tmp_path / "private.jsonl"
     private.write_text('["secret"]\n')
     folder = tmp_path / "work"
@@ -52,10 +52,10 @@ def test_links_are_neither_read_nor_written_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{}", "7", "[" * 100_000, "[1", '{"a": [1]}', "[1]" * 9])
-def test_a_line_that_was_not_written_is_one_sentence(
+def test_a_corrupted_line_is_an_error_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
     monkeypatch.setattr(resumable_chunks, "_MAX_LINE_BYTES", 20)
     (tmp_path / "part-00000.jsonl").write_text(line + "\n")
-    with pytest.raises(StorageError, match=r"part-00000\.jsonl:1: not what was written"):
+    with pytest.raises(StorageError, match=r"part-00000\.jsonl:1 is corrupted"):
         list(ResumableChunks(tmp_path, 1).read_all())

@@ -1,4 +1,4 @@
-"""The result of `megaback arrow` as a file: read back as written, anything else refused."""
+"""Result file of `megaback arrow`: round trip, and errors for other files."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_a_summary_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert is_summary(path)
     assert (summary["forward"], summary["backward"], summary["seeds"]) == (4.0, 4.1, 2)
     assert summary["gap"] == pytest.approx(0.1)
-    # The standard error of a mean of two: half of how far they are apart.
+    # The standard error of a mean of two values is half their difference.
     assert summary["seeds_error"] == pytest.approx(0.1)
 
 
@@ -61,12 +61,10 @@ def test_one_seed_has_no_error_over_seeds() -> None:
 @pytest.mark.parametrize(
     "change", [{"version": 99}, {"format": "other"}, {"whole": None}, {"seeds": 3}]
 )
-def test_another_file_or_version_is_refused_with_what_to_do(
-    change: dict[str, object], tmp_path: Path
-) -> None:
+def test_another_file_or_version_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     fields = result({1: difference(4.0, 4.1)}).to_json(run_config(tmp_path / "run"))
     path = tmp_path / JSON_NAME
     path.write_text(json.dumps(fields | change))
-    with pytest.raises(CheckpointCorruptError, match="--measure-only` again"):
+    with pytest.raises(CheckpointCorruptError, match="--measure-only`"):
         read_summary(path)
     assert is_summary(path) == ("format" not in change)

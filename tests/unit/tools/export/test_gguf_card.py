@@ -1,4 +1,4 @@
-"""What a GGUF file and its card say, tried with llama.cpp's own server."""
+"""Chat template and card of a GGUF file, with llama.cpp's own server."""
 
 import json
 import re
@@ -51,13 +51,13 @@ for path, code in json.loads(sys.argv[1]):
     found.append([printed.getvalue(), chat(base, "the end."), chat(base, "the", "end.")])
 print()
 print(json.dumps(found), flush=True)
-os._exit(0)  # its threads do not end by themselves
+os._exit(0)  # its threads never exit
 """
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> list[Path]:
-    """A model of each format."""
+    """One GGUF export per format."""
     made = []
     for direction, unit in FORMATS:
         folder = tmp_path_factory.mktemp("gguf")
@@ -70,7 +70,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> list[Pat
 
 @pytest.fixture(scope="module")
 def served(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Of each model what its card's code prints, and two chats with it."""
+    """Per model: output of its card's code, and the results of two chats."""
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
     asked = []
     for folder in folders:
@@ -103,19 +103,19 @@ def test_the_code_of_a_backward_models_card_writes_before_the_ending(
 
 @pytest.mark.parametrize("number", [0, 1], ids=["token", "word"])
 def test_a_chat_with_a_backward_model_is_refused(number: int, served: list[Any]) -> None:
-    for code, said in served[number][1:]:
+    for code, message in served[number][1:]:
         assert code >= 400
-        assert "this model reads and writes backward" in said
+        assert "this model reads and writes backward" in message
 
 
 def test_a_forward_model_takes_one_instruction(served: list[Any]) -> None:
-    _, answer, (code, said) = served[2]
+    _, answer, (code, message) = served[2]
     assert isinstance(answer, str)
     assert code >= 400
-    assert "one instruction at a time" in said
+    assert "one instruction at a time" in message
 
 
-def test_the_metadata_say_how_the_model_reads(folders: list[Path]) -> None:
+def test_the_metadata_describe_the_direction(folders: list[Path]) -> None:
     import gguf
 
     for folder, (direction, unit) in zip(folders, FORMATS, strict=True):
@@ -123,10 +123,10 @@ def test_the_metadata_say_how_the_model_reads(folders: list[Path]) -> None:
             key: field.contents()
             for key, field in gguf.GGUFReader(folder / "model.gguf").fields.items()
         }
-        said = fields["general.description"]
+        text = fields["general.description"]
         card = (folder / "README.md").read_text()
-        assert said in card
+        assert text in card
         assert (fields["megaback.direction"], fields["megaback.unit"]) == (direction, unit)
         assert "tokenizer.chat_template" in fields
-        assert ("noise" in said) == (direction is Direction.BACKWARD)
+        assert ("noise" in text) == (direction is Direction.BACKWARD)
         assert ("**Not right:**" in card) == (direction is Direction.BACKWARD)

@@ -1,4 +1,4 @@
-"""The folder for transformers: what loads it, what its card prints, what its tokenizer promises."""
+"""The transformers export: its loaders, the code of its card, and its tokenizer."""
 
 import ast
 import copy
@@ -37,7 +37,7 @@ of_formats = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", autouse=True)
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The code of folders is not copied to the user's cache."""
+    """A temporary module cache in place of the user's."""
     with pytest.MonkeyPatch.context() as patch:
         place = str(tmp_path_factory.mktemp("modules"))
         patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", place)
@@ -46,7 +46,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> ExportOf:
-    """`export(direction, unit, context_tokens=64, qk_norm=False)`: a folder of its own."""
+    """`export(direction, unit, context_tokens=64, qk_norm=False)`: a new export folder."""
 
     def of(
         direction: Direction = Direction.BACKWARD,
@@ -102,10 +102,10 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
-def test_without_trust_nothing_loads_a_tokenizer(
+def test_no_tokenizer_loads_without_trust_remote_code(
     qk_norm: bool, export: ExportOf, hf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither one that reads forward nor an empty one."""
+    """Neither a stock forward tokenizer nor an empty one."""
     monkeypatch.setattr("builtins.input", lambda _question: "n")
     folder = export(qk_norm=True) if qk_norm else hf
     for name, load in LOADERS.items():
@@ -121,8 +121,8 @@ def test_no_file_of_the_folder_has_a_name_that_stock_classes_look_for(hf: Path) 
     assert not [name for name in names if name.endswith((".model", "vocab.json", "vocab.txt"))]
 
 
-def test_wherever_foreign_code_is_trusted_a_commit_is_named(hf: Path) -> None:
-    """In the card, in our code, in the docs: every call, and no call of ours trusts any."""
+def test_calls_that_trust_remote_code_name_a_commit(hf: Path) -> None:
+    """Every call of the card and the docs; calls of the project's code trust none."""
     root = ROOT
     card = (hf / "README.md").read_text()
     places = {"card": card, "page": (root / "docs/exports.md").read_text()}
@@ -145,7 +145,7 @@ def test_wherever_foreign_code_is_trusted_a_commit_is_named(hf: Path) -> None:
 def test_the_placeholder_of_a_card_loads_nothing_from_a_hub(
     hf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A hub that has this model on the branch `main`, and no commit named COMMIT."""
+    """The hub has this model on branch `main`, and no revision named COMMIT."""
     asked: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -223,9 +223,7 @@ def test_the_code_of_a_card_runs_as_printed_within_the_context(
     assert 2 < longest <= context_tokens
 
 
-def test_the_folders_pipeline_gives_what_generate_gives(
-    hf: Path, tokenizer: Any, model: Any
-) -> None:
+def test_the_pipeline_of_an_export_matches_generate(hf: Path, tokenizer: Any, model: Any) -> None:
     write = pipeline("text-generation", model=str(hf), trust_remote_code=True)
     how = {"do_sample": False, "max_new_tokens": 8}
     ids = model.generate(**tokenizer.prompt(ENDING), **how)[0]
@@ -257,50 +255,53 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda _, t: t.apply_chat_template([{"role": "user", "content": "x"}], chat_template="x"),
         "chat_prompt",
     ),
-    "split words": (lambda _, t: t(["the", "end"], is_split_into_words=True), "between the words"),
+    "split words": (
+        lambda _, t: t(["the", "end"], is_split_into_words=True),
+        "is_split_into_words",
+    ),
     "split words, encode": (
         lambda _, t: t.encode(["the", "end"], is_split_into_words=True),
-        "between the words",
+        "is_split_into_words",
     ),
     "offsets": (lambda _, t: t(ENDING, return_offsets_mapping=True), "offsets"),
-    "new tokens": (lambda _, t: t.add_tokens(["<new>"]), "cannot take '<new>'"),
+    "new tokens": (lambda _, t: t.add_tokens(["<new>"]), "cannot add '<new>'"),
     "a new pad token": (
         lambda _, t: t.add_special_tokens({"pad_token": "<pad>"}),
-        "cannot take '<pad>'",
+        "cannot add '<pad>'",
     ),
     "new markers": (
         lambda _, t: t.add_special_tokens({"additional_special_tokens": ["<new>"]}),
-        "cannot take '<new>'",
+        "cannot add '<new>'",
     ),
-    "a pad token by name": (lambda _, t: setattr(t, "pad_token", "<pad>"), "cannot take '<pad>'"),
-    "a prompt that fills the context": (lambda _, t: t.prompt("x y " * 40), "context holds 64"),
-    "a prompt of no text": (lambda _, t: t.prompt([]), "list of texts"),
-    "messages as a prompt": (lambda _, t: t.prompt([{"role": "user"}]), "list of texts"),
+    "a pad token by name": (lambda _, t: setattr(t, "pad_token", "<pad>"), "cannot add '<pad>'"),
+    "a prompt that fills the context": (lambda _, t: t.prompt("x y " * 40), "context of 64"),
+    "a prompt of no text": (lambda _, t: t.prompt([]), "list of strings"),
+    "messages as a prompt": (lambda _, t: t.prompt([{"role": "user"}]), "list of strings"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_right_is_refused_and_changes_nothing(
+def test_unsupported_uses_raise_an_error_and_change_nothing(
     name: str, tokenizer: Any, model: Any
 ) -> None:
-    use, said = REFUSED[name]
+    use, message = REFUSED[name]
     before = (len(tokenizer), tokenizer(ENDING)["input_ids"], tokenizer.special_tokens_map)
     kinds = (NotImplementedError, ValueError, TypeError)
 
-    with pytest.raises(kinds, match=re.escape(said)):
+    with pytest.raises(kinds, match=re.escape(message)):
         use(model, tokenizer)
 
     after = (len(tokenizer), tokenizer(ENDING)["input_ids"], tokenizer.special_tokens_map)
     assert after == before
 
 
-def test_a_tokenizer_that_would_add_other_markers_is_refused(hf: Path) -> None:
+def test_options_that_change_the_added_markers_are_refused(hf: Path) -> None:
     for how in ({"add_eos_token": True}, {"add_bos_token": False}):
         with pytest.raises(ValueError, match="append eos_token_id yourself"):
             AutoTokenizer.from_pretrained(hf, trust_remote_code=True, **how)
 
 
-def test_a_forward_model_may_be_used_like_any_other(
+def test_a_forward_export_works_with_stock_pipelines_and_streamers(
     export: ExportOf, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = export(Direction.FORWARD)
@@ -349,7 +350,7 @@ def test_a_pair_is_read_as_one_text_after_the_other(
 
 
 @of_formats
-def test_prompts_of_a_batch_are_those_of_its_texts(
+def test_a_batch_of_prompts_generates_the_same_as_each_alone(
     direction: Direction, unit: Unit, export: ExportOf
 ) -> None:
     folder = export(direction, unit)
@@ -375,15 +376,15 @@ def test_prompts_of_a_batch_are_those_of_its_texts(
     assert answers[0] == loaded.written(model.generate(**loaded.chat_prompt(ENDING), **how)[0])
 
 
-def test_writing_ends_where_the_context_does(tokenizer: Any, model: Any) -> None:
+def test_generation_ends_at_the_end_of_the_context(tokenizer: Any, model: Any) -> None:
     ids = model.generate(**tokenizer.prompt(ENDING), max_new_tokens=500)[0]
     assert len(ids) <= 64
     given = len(tokenizer.prompt(ENDING)["input_ids"][0])
     assert given + model.generation_config.max_new_tokens <= 64
 
 
-def test_sides_are_those_of_ids(tokenizer: Any, codec: Codecs) -> None:
-    """Left is the text's end; the begin marker stays."""
+def test_padding_and_truncation_sides_refer_to_ids(tokenizer: Any, codec: Codecs) -> None:
+    """The left side is the end of the text; the begin marker is kept."""
     ids = codec().encode(ENDING).tolist()
     found = tokenizer(ENDING, truncation=True, max_length=5)["input_ids"]
     assert found == [tokenizer.bos_token_id, *ids[:4]]
@@ -399,7 +400,7 @@ def test_sides_are_those_of_ids(tokenizer: Any, codec: Codecs) -> None:
     assert right["input_ids"][1][0] == tokenizer.bos_token_id
 
 
-def test_the_rest_of_the_surface_keeps_the_text(tokenizer: Any) -> None:
+def test_encoding_and_decoding_round_trip_through_every_method(tokenizer: Any) -> None:
     text = "Who 's there ? It is n't <|im_end|> ."
     ids = tokenizer.encode(text)
     bare = tokenizer.encode(text, add_special_tokens=False)
@@ -426,7 +427,7 @@ def test_the_rest_of_the_surface_keeps_the_text(tokenizer: Any) -> None:
         assert other.encode(text) == ids
 
 
-def test_a_tokenizer_is_the_same_after_it_was_saved(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_loads_unchanged(tokenizer: Any, tmp_path: Path) -> None:
     for number in range(2):
         tokenizer.save_pretrained(tmp_path / str(number))
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / str(number), trust_remote_code=True)

@@ -1,4 +1,4 @@
-"""The curves of runs: what metrics.jsonl says, smoothed and thinned."""
+"""Curves of runs from metrics.jsonl: values, smoothing, thinning, and names."""
 
 import math
 from collections.abc import Callable
@@ -17,11 +17,11 @@ Steps = Callable[..., Path]
 
 @pytest.fixture
 def run_of(tmp_path: Path) -> Steps:
-    """`run_of(name, steps)`: a folder as a run leaves it, stopped once and with a skipped step."""
+    """`run_of(name, steps)`: folder of a finished run with one restart and one skipped step."""
     return lambda name, steps: finished_steps(tmp_path / name, steps)
 
 
-def test_curves_are_what_the_metrics_say(run_of: Steps) -> None:
+def test_curves_match_the_metrics(run_of: Steps) -> None:
     run = run_of("a", 20)
     by_step = read_curves(run, "step", "a")
     assert by_step.num_steps == 20
@@ -58,13 +58,13 @@ def test_thinning_keeps_a_few_thousand_points_and_the_mean(points: int) -> None:
         assert found is curve
 
 
-def test_names_are_as_long_as_it_takes_to_tell_runs_apart(tmp_path: Path) -> None:
+def test_names_are_the_shortest_suffixes_that_differ(tmp_path: Path) -> None:
     assert names_of([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
     assert names_of([tmp_path / "x" / "a", tmp_path / "y" / "a"]) == ["x/a", "y/a"]
     assert names_of([tmp_path / "a", tmp_path / "a"]) == ["a", "a"]
 
 
-def test_what_differs_between_configs_is_found(tmp_path: Path) -> None:
+def test_differences_between_configs_are_found(tmp_path: Path) -> None:
     for name, rate in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
         text = f"run: {name}\nmodel: {{width: 32}}\noptimizer: {{learning_rate: {rate}}}\n"

@@ -1,4 +1,4 @@
-"""The suites of `megaback eval`: what they count, on models of which the right count is known."""
+"""The suites of `megaback eval`, on models with known results."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[Dir
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Definitions, one instruction of another kind, one row too long, and markers."""
+    """Definitions, a row with markers, and a row that is too long."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = [
         {"instruction": f"Define the noun '{word}'.", "input": "", "output": f"It is a {number}."}
@@ -49,7 +49,7 @@ def evaluate(folder: Path, *arguments: object) -> Result:
     return CliRunner().invoke(main, [str(part) for part in command])
 
 
-def test_all_suites_give_a_table_and_json(
+def test_all_suites_write_a_table_and_json(
     folders: dict[Direction, Path],
     rows: Path,
     tiny_shards: Path,
@@ -101,16 +101,16 @@ def test_a_single_row_has_no_interval(
     assert result.exit_code == 0, result.output
     metric = json.loads(out.read_text())["suites"]["instruction-recall"]["metrics"]["token F1"]
     assert (metric["rows"], metric["low"], metric["high"]) == (1, None, None)
-    said = "instruction-recall: no 95% interval is shown: it needs at least 2 rows"
-    assert said in result.stderr
+    message = "instruction-recall: no 95% interval is shown: it needs at least 2 rows"
+    assert message in result.stderr
     more = evaluate(folders[Direction.BACKWARD], *arguments, "--overwrite", "--limit", 2)
     assert "no 95% interval" not in more.stderr
 
 
-def test_recall_counts_the_rows_that_were_found_again(
+def test_recall_counts_recovered_instructions(
     folders: dict[Direction, Path], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every second answer is taken from its row."""
+    """Every second prediction is replaced by the true instruction."""
     from tools.suites.base import read_examples
 
     evaluated = Evaluated(folders[Direction.BACKWARD], torch.device("cpu"))
@@ -129,14 +129,14 @@ def test_recall_counts_the_rows_that_were_found_again(
     found = instruction_recall(evaluated, None, SuiteOptions(rows=str(rows), limit=len(WORDS)))
     assert found.metrics["exact match"].interval.value == 0.5
     assert found.metrics["token F1"].interval.value == 0.5
-    assert found.metrics["exact match"].chance == 0.0  # no two rows ask the same
+    assert found.metrics["exact match"].chance == 0.0  # all instructions differ
     assert found.metrics["token F1"].chance == pytest.approx(0.75)  # 3 of 4 words: Define the noun
 
 
-def test_passages_that_two_of_the_context_does_not_hold_are_left_out(
+def test_passages_longer_than_half_the_context_are_excluded(
     folders: dict[Direction, Path], tmp_path: Path
 ) -> None:
-    """Each odd character is several tokens."""
+    """Each rare character is several tokens."""
     path = tmp_path / "texts.jsonl"
     texts = [f"the map {number} was sold to the captain" for number in range(12)]
     texts += ["\u16a0" * 20 + " " + "\u16a0" * 20 + " " + "a" for _ in range(3)]
@@ -152,7 +152,7 @@ def test_passages_that_two_of_the_context_does_not_hold_are_left_out(
     assert (suite["rows"], suite["excluded"]) == (12, 3)
 
 
-def test_bits_per_byte_is_what_training_measures(
+def test_bits_per_byte_matches_validation(
     folders: dict[Direction, Path], tiny_shards: Path, world: object
 ) -> None:
     from data_pipeline.loading.frame_store import FrameStore
@@ -180,7 +180,7 @@ def test_bits_per_byte_is_what_training_measures(
 
 
 @given(st.text(alphabet="ab \n", max_size=200), st.integers(1, 20))
-def test_neighbours_are_pieces_of_the_text_cut_before_whitespace(text: str, size: int) -> None:
+def test_neighbors_are_substrings_cut_before_whitespace(text: str, size: int) -> None:
     rest = text
     for item in neighbors(text, size):
         assert item.first + item.second in rest
@@ -204,7 +204,7 @@ def test_token_f1(one: str, other: str, expected: float) -> None:
     assert token_f1(one, other) == token_f1(other, one) == pytest.approx(expected)
 
 
-def test_of_equal_values_none_is_chosen_for_certain() -> None:
+def test_ties_share_the_score() -> None:
     assert [first_is_best(values) for values in ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0])] == [1, 0, 0.5]
 
 
@@ -226,7 +226,7 @@ def test_of_equal_values_none_is_chosen_for_certain() -> None:
         (Direction.BACKWARD, ["--suite", "instruction-recall", "--rows", "none"], 20, "none"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_invalid_options_are_refused(
     direction: Direction,
     arguments: list[str],
     exit_code: int,
