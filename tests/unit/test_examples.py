@@ -32,7 +32,7 @@ def test_endings_are_completed_and_one_is_streamed(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = example("complete_backward")
-    script["complete"](model, tokens=5)
+    script["complete"](model, max_new_tokens=5)
     *texts, streamed = capsys.readouterr().out.split("\n\n")
 
     assert len(texts) == len(script["ENDINGS"])

@@ -88,7 +88,7 @@ def test_a_sample_that_is_not_random_is_one_candidate_however_many_are_asked_for
 
 
 def test_what_leaves_no_room_for_an_answer_is_refused(model: ReverseGPT, form: ChatFormat) -> None:
-    with pytest.raises(PromptError, match=r"the response is .* shorten it"):
+    with pytest.raises(PromptError, match=r"the response has .* shorten it"):
         Chat(model, decoder_of(model), form).answer("a map " * 60, SamplingOptions())
 
 
