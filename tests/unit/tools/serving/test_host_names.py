@@ -62,7 +62,9 @@ def test_allowed_hosts_and_origins_are_accepted(host: str, origins: list[str]) -
         ("demo.example.org", ["https://demo.example.org", "https://evil.example"], "cross-site"),
     ],
 )
-def test_others_are_told_what_lets_them_in(host: str, origins: list[str], words: str) -> None:
+def test_other_hosts_and_origins_are_rejected_with_a_reason(
+    host: str, origins: list[str], words: str
+) -> None:
     assert words in (refusal(host, origins, NAMES) or "")
 
 
@@ -74,7 +76,7 @@ def test_others_are_told_what_lets_them_in(host: str, origins: list[str], words:
         *("a,b", "[::1", "::1", "user@example.org", "example.org\n"),
     ],
 )
-def test_only_a_whole_name_can_be_allowed(name: str) -> None:
+def test_only_complete_host_names_can_be_allowed(name: str) -> None:
     with pytest.raises(ServeError, match="is not a host name; give it as in"):
         read_allowed([name])
 

@@ -162,7 +162,7 @@ def test_a_sample_that_never_starts_is_a_timeout_error(
         plain, stream = pool.map(lambda body: running.post("/v1/completions", body), asked)
         assert plain.status_code == 503
         assert "limit of 0.5 s" in plain.json()["error"]["message"]
-        # Its header was sent when it began to wait.
+        # Its headers were sent when it was queued.
         assert stream.status_code == 200
         assert json.loads(stream.text.removeprefix("data: "))["error"]["code"] == "timeout"
 
