@@ -44,8 +44,8 @@ def main(
 ) -> None:
     """Train the run that CONFIG describes, with key.sub=value OVERRIDES.
 
-    Starts a rank per device of this machine, or on the hosts of --hostfile. Run the same command
-    again to resume from the newest checkpoint.
+    Starts one rank per device of this machine, or of the hosts of --hostfile. Run the same command
+    again to resume from the newest checkpoint. docs/reference/config.md lists all keys.
     """
     started = time.monotonic()
     code = train(config, overrides, save_before, hostfile)

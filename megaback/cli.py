@@ -20,7 +20,7 @@ _Commands = dict[str, tuple[str, str]]
 
 # name: (module that serves it, short help)
 _COMMANDS: _Commands = {
-    "plan": ("launcher.plan", "Estimate a run's memory, time, network and disk before it starts."),
+    "plan": ("launcher.plan", "Estimate a run's memory, time, network and disk."),
     "submit": ("launcher.slurm.submit", "Check a run, and submit it to a Slurm cluster."),
     "jobs": ("launcher.slurm.jobs", "Show runs, their Slurm jobs, and their progress."),
     "train": ("launcher.train", "Train on this machine or on several, through DeepSpeed."),
@@ -28,11 +28,11 @@ _COMMANDS: _Commands = {
     "plot": ("tools.plot", "Plot the curves of one or several runs."),
     "status": ("tools.status", "Show a run's progress, history and expected end."),
     "arrow": ("tools.arrow", "Compare a model's two directions on the same documents."),
-    "watch": ("tools.watch", "Report whether a run is running, slow, stuck or dead, and why."),
+    "watch": ("tools.watch", "Report whether a run is healthy, slow, stuck or dead."),
     "rollback": ("tools.rollback", "Roll back to an earlier checkpoint, and skip the steps since."),
     "inspect": (
         "tools.inspect_path",
-        "Identify a path, whether it is complete, and what wrote it.",
+        "Identify a data set, run or model, and check it.",
     ),
     "convert": ("tools.convert", "Export a checkpoint: full, Hugging Face or GGUF."),
     "chat": ("tools.chat", "Generate the instruction for a response."),
@@ -57,7 +57,7 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
         },
     ),
     "instruct": (
-        "Build data sets of instructions and responses.",
+        "Build data sets for fine-tuning.",
         {"build": ("data_pipeline.build.instruct", "Encode instruction rows into shards.")},
     ),
     "shards": (
@@ -65,7 +65,7 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
         {
             "plan": (
                 "data_pipeline.build.plan_command",
-                "Freeze the list of sources, and split it into tasks.",
+                "List the sources, and split them into tasks.",
             ),
             "build": (
                 "data_pipeline.build.command",

@@ -113,12 +113,13 @@ def train_all(
     type=MANY.option,
     default=1,
     show_default=True,
-    help="Number of forward and backward pairs to train, with seeds from training.seed on.",
+    help="Number of pairs of a forward and a backward run; the seeds are training.seed, "
+    "training.seed + 1, and so on.",
 )
 @click.option(
     "--measure-only",
     is_flag=True,
-    help="Only measure runs that are already trained, here or elsewhere.",
+    help="Measure existing runs, without training.",
 )
 @limit_option("val documents to measure on, spread over the val set", 2000, TWO_OR_MORE)
 @device_option
@@ -134,11 +135,12 @@ def main(
     save_before: str | None,
     hostfile: Path | None,
 ) -> None:
-    """Train the model of CONFIG, with OVERRIDES, forward and backward, and compare losses.
+    """Train the model of CONFIG, with key.sub=value OVERRIDES, forward and backward, and compare
+    the losses.
 
-    Both have the same seed, documents and steps; the config's data.direction does not matter. The
-    runs are RUN/seed-N/forward and RUN/seed-N/backward, and the results RUN/arrow.json and
-    RUN/arrow.png. Run the same command again to resume.
+    Both runs of a pair have the same seed, documents and steps; data.direction is ignored. With RUN
+    for the config's `run`, they are written to RUN/seed-N/forward and RUN/seed-N/backward, and the
+    results to RUN/arrow.json and RUN/arrow.png. Run the same command again to resume.
     """
     settings = load_config(config, overrides)
     runs = runs_of(settings, num_seeds)

@@ -286,7 +286,8 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
 @click.option(
     "--forward",
     type=click.Path(path_type=Path),
-    help="Folder of a forward model, which scores how well an instruction leads back to its text.",
+    help="Folder of a forward model, to score an instruction by how likely it makes its text. "
+    "Default: score by the backward model.",
 )
 @num_samples_option(4, "Number of instructions to sample per text.")
 @click.option(
@@ -294,12 +295,12 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
     type=COUNT.option,
     default=1,
     show_default=True,
-    help="Maximum number of instructions to keep per text, the best ones.",
+    help="Maximum number of instructions to keep per text; those with the highest scores are kept.",
 )
 @click.option(
     "--min-score",
     type=NUMBER.option,
-    help="Minimum score of an instruction; lower ones are excluded.",
+    help="Minimum score of an instruction, in nats per token; others are excluded. Default: none.",
 )
 @max_new_tokens_option(128, "instruction")
 @temperature_option
@@ -319,7 +320,7 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
     type=MANY.option,
     default=1,
     show_default=True,
-    help="Number of tasks to cut the texts into.",
+    help="Number of tasks to split the texts into.",
 )
 @click.option(
     "--task-index",

@@ -225,8 +225,10 @@ def _require_direction(folder: Path, actual: Direction, name: str) -> None:
     "--instruction",
     help="Instruction to respond to with a forward model; prints the response and exits.",
 )
-@click.option("--ending", help="Plain generation: text before which a backward model generates.")
-@click.option("--beginning", help="Plain generation: text that a forward model continues from.")
+@click.option(
+    "--ending", help="Ending of a plain text; a backward model generates what precedes it."
+)
+@click.option("--beginning", help="Beginning of a plain text; a forward model continues it.")
 @json_lines_option
 @num_samples_option(1, "Number of samples per text; distinct ones are shown, best first.")
 @click.option(

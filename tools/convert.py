@@ -106,7 +106,8 @@ def main(
 ) -> None:
     """Export CHECKPOINT (a run, one of its checkpoints, or a converted model) to a folder.
 
-    RUN/checkpoints/best is the best one of a run with validation.patience.
+    RUN/checkpoints/best is the checkpoint with the lowest val loss, in a run with
+    validation.patience.
     """
     convert(checkpoint, out, kind, dtype, max_shard_size, overwrite=overwrite)
     click.echo(f"wrote {out}")

@@ -94,13 +94,13 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
 @click.option(
     "--word-pattern",
     default="",
-    help="Regular expression for instructions that ask for a definition; its group is the "
+    help="Regular expression for instructions that ask for a definition; its group captures the "
     "word. Default: ^Define the \\w+ '(.+)'\\.$",
 )
 @click.option(
     "--passages",
     type=SOURCE,
-    help="Source of held-out documents, as of `megaback shards build`, for passage-choice.",
+    help="Source of held-out documents, as for `megaback shards build`, for passage-choice.",
 )
 @click.option(
     "--passage-characters",
@@ -110,7 +110,7 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
     help="Length of a passage, in characters.",
 )
 @click.option(
-    "--shards", type=click.Path(), help="Data set on whose val set bits-per-byte is measured."
+    "--shards", type=click.Path(), help="Data set whose val set bits-per-byte is measured on."
 )
 @click.option(
     "--forward",

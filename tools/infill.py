@@ -133,7 +133,7 @@ def infill(
     metavar="DIR",
     type=click.Path(path_type=Path),
     required=True,
-    help="Folder of the forward model, which continues from the beginning.",
+    help="Folder of the forward model, which continues the beginning.",
 )
 @click.option(
     "--backward",

@@ -38,7 +38,7 @@ top_p_option = click.option(
     type=SOME_SHARE.option,
     default=1.0,
     show_default=True,
-    help="Sample from the fewest tokens whose probabilities add up to this.",
+    help="Sample from the most likely tokens whose probabilities add up to this; 1: all.",
 )
 min_p_option = click.option(
     "--min-p",
@@ -58,7 +58,8 @@ device_option = click.option(
     "--device", help="Device: cpu, cuda, cuda:1, ... Default: cuda if there is one."
 )
 devices_option = click.option(
-    "--device", help="Device: cpu, cuda:0, ..., or several with commas. Default: every GPU."
+    "--device",
+    help="Device: cpu, cuda:0, ..., or several with commas. Default: every GPU, or the CPU.",
 )
 dtype_option = click.option(
     "--dtype",

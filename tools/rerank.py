@@ -192,9 +192,14 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
     type=click.Choice(_LENGTHS),
     default="total",
     show_default=True,
-    help="Length by which the forward model's log P(answer | question) is divided.",
+    help="Normalization of the forward model's log P(answer | question): none (total), per token, "
+    "or per byte.",
 )
-@click.option("--weight", type=SHARE.option, help="Weight of the reverse score. Default: 0.5.")
+@click.option(
+    "--weight",
+    type=SHARE.option,
+    help="Weight of the reverse score; the forward score has 1 - weight. Default: 0.5.",
+)
 @click.option(
     "--fit",
     "dev",
@@ -229,7 +234,7 @@ def main(
 ) -> None:
     """Rank the candidate answers to each question by the reverse model in DIR.
 
-    Each input line has `question` and `candidates`: texts, or objects with `answer` and perhaps
+    Each input line has `question` and `candidates`: texts, or objects with `answer` and optionally
     `correct`. Each output line adds `ranking` and `scores`.
     """
     if forward is not None and forward_column is not None:

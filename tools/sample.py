@@ -106,9 +106,11 @@ def _joined(texts: Sequence[str]) -> str:
     ),
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--ending", help="Text before which a backward model generates.")
-@click.option("--beginning", help="Text that a forward model continues from.")
-@num_samples_option(1, "Number of samples, generated as one batch; each has the next seed.", MANY)
+@click.option("--ending", help="Ending of the text; a backward model generates what precedes it.")
+@click.option("--beginning", help="Beginning of the text; a forward model continues it.")
+@num_samples_option(
+    1, "Number of samples, generated as one batch, with seeds SEED, SEED + 1, ...", MANY
+)
 @max_new_tokens_option(500, "sample")
 @temperature_option
 @top_k_option

@@ -39,7 +39,7 @@ form_option = click.option(
     type=click.Choice(["chat", "plain"]),
     default="chat",
     show_default=True,
-    help="Form of a pair: with chat markers, as in fine-tuning, or plain text, as in pretraining.",
+    help="Format of a pair: with chat markers (fine-tuned models), or plain text (base models).",
 )
 
 
@@ -137,13 +137,15 @@ def encoded_pairs(
 @overwrite_option
 @form_option
 @click.option(
-    "--columns", default="", help="Names of keys that differ: question=prompt,answer=completion."
+    "--columns",
+    default="",
+    help="Keys of the input with other names: question=prompt,answer=completion.",
 )
 @click.option(
     "--prior/--no-prior",
     default=True,
     show_default=True,
-    help="Whether to write log P(question), too.",
+    help="Also write log P(question), and by how much the answer raises it (log_ratio).",
 )
 @on_bad_record_option("stop")
 @max_record_bytes_option

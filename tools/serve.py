@@ -151,8 +151,8 @@ def run_server(
     "allow_hosts",
     metavar="NAME[:PORT]",
     multiple=True,
-    help="Host name of a proxy in front of a loopback address, as in https://NAME. May be "
-    "repeated.",
+    help="Additional Host header to accept, that of a reverse proxy in front of a loopback "
+    "address. May be repeated.",
 )
 @click.option(
     "--slots",

@@ -57,7 +57,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     "val_sources",
     type=SOURCE,
     multiple=True,
-    help="Source of held-out rows: the val set is all of these. May be repeated.",
+    help="Source of held-out examples, which become the val set. May be repeated.",
 )
 @click.option(
     "--tokenizer",
@@ -69,19 +69,19 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
 @direction_option(
     "Direction of the model: backward writes the instruction for a response; forward, the response."
 )
-@unit_option("Unit that is reversed: ids, or words before encoding. As in the base.")
+@unit_option("Unit that is reversed: ids, or words before encoding; that of the base model.")
 @click.option(
     "--context-tokens",
     type=ROW_TOKENS.option,
     default=1024,
     show_default=True,
-    help="Length of a row, in tokens. Examples share rows and never cross them; longer ones "
-    "are excluded.",
+    help="Length of a row, in tokens. Several examples share a row, and none is split; longer "
+    "ones are excluded.",
 )
 @click.option(
     "--columns",
     default="",
-    help="Columns with other names: instruction=prompt,input=context,output=answer,messages=chat.",
+    help="Columns with other names: instruction=prompt,output=answer or messages=chat.",
 )
 @click.option(
     "--val-fraction",

@@ -34,7 +34,7 @@ from data_pipeline.text.codec import Direction, TextCodec, Unit
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 html_option = click.option(
-    "--html", is_flag=True, help="Read HTML pages too: their main text, by trafilatura."
+    "--html", is_flag=True, help="Also read HTML pages: their main text, extracted by trafilatura."
 )
 
 text_column_option = click.option(
@@ -99,8 +99,8 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         "weights",
         type=SOURCE_WEIGHT.option,
         multiple=True,
-        help="Number of times that each document of a --source is taken: one per --source, in the "
-        "same order.",
+        help="Number of times that each document of a --source is used; give one --weight per "
+        "--source, in the same order. Default: 1.",
     ),
     "tokenizer": click.option(
         "--tokenizer",
@@ -124,10 +124,14 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
         "--language",
         "languages",
         multiple=True,
-        help="Language of the documents to take. May be repeated. Default: all.",
+        help="Language of the documents to keep, as in --language-column (en). May be repeated. "
+        "Default: all.",
     ),
     "min_language_score": click.option(
-        "--min-language-score", type=NUMBER.option, help="Minimum language score of a document."
+        "--min-language-score",
+        type=NUMBER.option,
+        help="Minimum language score of a document, in the units of --language-score-column. "
+        "Default: no limit.",
     ),
     "language_column": click.option(
         "--language-column",
@@ -156,7 +160,9 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
     "on_bad_record": on_bad_record_option("stop"),
     "max_record_bytes": max_record_bytes_option,
     "deduplicate": click.option(
-        "--deduplicate", is_flag=True, help="Keep equal texts once. Stages all shards first."
+        "--deduplicate",
+        is_flag=True,
+        help="Remove exact duplicates; uses twice the disk space until the build ends.",
     ),
     "limit_documents": click.option(
         "--limit-documents",
@@ -182,7 +188,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
 tasks_option = click.option(
     "--tasks",
     type=MANY.option,
-    help="Number of tasks to cut the input into. Default: by its size.",
+    help="Number of tasks to split the input into. Default: by its size.",
 )
 
 

@@ -173,7 +173,7 @@ def _holds_something_else(out: Path) -> bool:
 @settings_options
 @out_folder_option
 @tasks_option
-@click.option("--overwrite", is_flag=True, help="Replace a plan: list the sources again.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing plan: list the sources again.")
 def main(out: Path, tasks: int | None, overwrite: bool, **options: Any) -> None:
     """List the sources, freeze the list, and cut it into tasks."""
     settings, codec = settings_from(options)

@@ -110,7 +110,8 @@ class _Real(click.FloatRange):
         return number
 
     def _describe_range(self) -> str:
-        return self.allowed.described()
+        shown = self.allowed.described()
+        return "" if shown == "x" else shown
 
 
 def finite_json(text: str | bytes) -> Any:

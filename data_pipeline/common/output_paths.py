@@ -33,7 +33,7 @@ _HEAD_BYTES = 4096
 Recognizes = Callable[[Path], bool]
 
 overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Replace an earlier result of this command."
+    "--overwrite", is_flag=True, help="Replace an existing result of this command."
 )
 
 

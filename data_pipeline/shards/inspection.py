@@ -202,13 +202,17 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
 @click.option(
     "--document", type=COUNT_OR_ZERO.option, help="Index of a document to show, in the split."
 )
-@click.option("--stored", "form", flag_value="stored", help="Show its pieces in stored order.")
-@click.option("--ids", "form", flag_value="ids", help="Show its ids in stored order.")
+@click.option(
+    "--stored", "form", flag_value="stored", help="Show the pieces of --document, in stored order."
+)
+@click.option(
+    "--ids", "form", flag_value="ids", help="Show the ids of --document, in stored order."
+)
 @json_option
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="PNG file to draw the lengths of the split's documents to.",
+    help="PNG file to write a histogram of the split's document lengths to.",
 )
 @overwrite_option
 @workers_option("threads")

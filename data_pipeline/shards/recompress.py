@@ -293,7 +293,7 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
 @click.option(
     "--long-distance",
     is_flag=True,
-    help="Match distant repetitions; no gain in frames of the usual size.",
+    help="Enable zstd's long-distance matching; no gain with frames of the default size.",
 )
 @click.option(
     "--dictionary-bytes",

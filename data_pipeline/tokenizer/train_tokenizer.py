@@ -279,7 +279,8 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     "weights",
     type=SOURCE_WEIGHT.option,
     multiple=True,
-    help="Weight of each --source in the sample, relative to its size: one per --source.",
+    help="Weight of each --source in the sample, relative to its size; one per --source, in the "
+    "same order. Default: 1.",
 )
 @click.option(
     "--out",

@@ -89,10 +89,8 @@ def _value(option: click.Option, context: click.Context, allowed: str) -> str:
             code(option.type.normalize_choice(one, context)) for one in option.type.choices
         )
     metavar = option.make_metavar(context)
-    if allowed:
-        kind = metavar.removesuffix(" RANGE")
-        return code(kind) if allowed == "x" else f"{code(kind)}, {code(allowed)}"
-    return code(metavar)
+    kind = code(metavar.removesuffix(" RANGE"))
+    return f"{kind}, {code(allowed)}" if allowed else kind
 
 
 def _help(option: click.Option) -> str:

@@ -130,9 +130,19 @@ def after(submission: Submission, job: str) -> Submission:
 @click.option(
     "--device-name", help="Model of the GPUs, for the memory check: h100-80gb, a100-40gb, ..."
 )
-@click.option("--cpus-per-task", type=MANY.option, help="Number of CPU cores per rank.")
-@click.option("--mem", help="Memory per node, as sbatch takes it (64G; 0 is all of it).")
-@click.option("--time", help="Time limit, as sbatch takes it (24:00:00, 2-00:00:00).")
+@click.option(
+    "--cpus-per-task",
+    type=MANY.option,
+    help="Number of CPU cores per rank. Default: from the sbatch file.",
+)
+@click.option(
+    "--mem",
+    help="Memory per node, in sbatch's format (64G; 0: all memory). Default: from the sbatch file.",
+)
+@click.option(
+    "--time",
+    help="Time limit, in sbatch's format (24:00:00, 2-00:00:00). Default: from the sbatch file.",
+)
 @click.option("--partition", help="Slurm partition of the training job.")
 @click.option("--cpu-partition", help="Slurm partition of the data and convert jobs.")
 @click.option("--account", help="Slurm account of the jobs.")
@@ -165,12 +175,17 @@ def after(submission: Submission, job: str) -> Submission:
     "weights",
     type=SOURCE_WEIGHT.option,
     multiple=True,
-    help="data: weight of each --source, in the same order.",
+    help="data: number of times that each document of a --source is used; one per --source, in the "
+    "same order. Default: 1.",
 )
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), help="data: path to the tokenizer.model."
 )
-@click.option("--tasks", type=MANY.option, help="data: number of tasks to cut the input into.")
+@click.option(
+    "--tasks",
+    type=MANY.option,
+    help="data: number of tasks to split the input into. Default: by its size.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="convert: folder to write the model to."
 )
