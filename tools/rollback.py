@@ -105,10 +105,10 @@ def _copy_target(run: Path) -> "CopyTarget | None":
     "--steps", required=True, type=COUNT.option, help="Minimum number of steps to roll back."
 )
 def main(run: Path, steps: int) -> None:
-    """Roll RUN back to the newest checkpoint that is at least --steps old; the data since is skipped.
+    """Roll RUN back to the newest checkpoint at least --steps steps back.
 
-    Newer checkpoints are moved to RUN/checkpoints/rolled-back-from-STEP, and are not deleted. The
-    run must be stopped.
+    On resume, the steps since are skipped with their data. Newer checkpoints are moved to
+    RUN/checkpoints/rolled-back-from-STEP, not deleted. The run must be stopped.
     """
     target, first, last = roll_back(run, steps)
     click.echo(f"{run} goes on from {target.name}, and leaves out steps {first} to {last}")
