@@ -27,16 +27,16 @@ help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
 	@echo "make test        linters, type checker and every test that this machine can run, in three"
 	@echo "                 processes; TEST_PROCESSES=N for more"
-	@echo "make fuzz        readers of files and requests against $(FUZZ_SECONDS) s of inputs each;"
-	@echo "                 FUZZ_SECONDS=N; INPUT=FILE tries one that failed again"
-	@echo "make fuzz-properties  the properties again, with other examples every time"
+	@echo "make fuzz        fuzz readers of files and requests, $(FUZZ_SECONDS) s each;"
+	@echo "                 FUZZ_SECONDS=N; INPUT=FILE repeats a failed input"
+	@echo "make fuzz-properties  property tests with random examples"
 	@echo "make flash-test  flash-attn's kernels on a CPU; part of make test"
-	@echo "make lint        ruff, mypy, and whether docs/reference/ is as the code says"
-	@echo "make format      let ruff format the code"
-	@echo "make reference   docs/reference/ again, after help, a key of the config or the API was changed"
+	@echo "make lint        ruff, mypy, the words of the prose, and whether docs/reference/ is current"
+	@echo "make format      format the code with ruff"
+	@echo "make reference   regenerate docs/reference/ after a change of help, config or API"
 	@echo "make docs        the documentation site, in build/site"
-	@echo "make lock        the hashes of what is installed again, after constraints.txt was changed"
-	@echo "make clean       remove what the demo wrote"
+	@echo "make lock        regenerate the hashes in requirements/ after a change of constraints.txt"
+	@echo "make clean       remove the demo's output"
 
 $(INSTALLED): setup.py constraints.txt $(if $(filter yes,$(HASHES)),$(wildcard $(LOCKS)/*.txt))
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "megaback needs Python 3.10 or newer; try make PYTHON=python3.11")'
@@ -61,6 +61,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m docs.generate --check
+	$(BIN)/python -m tests.helpers.words
 
 reference: $(INSTALLED)
 	$(BIN)/python -m docs.generate

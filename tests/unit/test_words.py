@@ -62,3 +62,7 @@ def test_the_lint_reads_the_projects_code_docs_and_files() -> None:
 
     assert {"megaback/train.py", "README.md", "slurm/train.sbatch", "configs/demo.yaml"} <= checked
     assert {"Makefile", ".ci/run", "docs/decisions/0001-markers.md"} <= checked
+
+
+def test_no_prose_of_the_project_has_a_banned_phrase() -> None:
+    assert words.main([]) == 0

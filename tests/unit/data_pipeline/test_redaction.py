@@ -1,4 +1,4 @@
-"""Secrets of addresses are in nothing that is shown, and everything else stays as it is."""
+"""Secrets in URLs are redacted in all output; other text is unchanged."""
 
 import os
 import threading
@@ -76,7 +76,7 @@ secrets = st.text("abcXYZ019-._~+/=%:@?#&;!$,'()*[]", max_size=12).map(
 
 
 @pytest.mark.parametrize("address", SHOWN)
-def test_what_is_secret_in_an_address_is_not_shown(address: str) -> None:
+def test_secrets_of_a_url_are_redacted(address: str) -> None:
     assert shown_url(address) == SHOWN[address]
     assert PLANT not in place_of(address)
     held = [address[start:stop] for start, stop in secret_spans(address)]
@@ -84,12 +84,12 @@ def test_what_is_secret_in_an_address_is_not_shown(address: str) -> None:
 
 
 @pytest.mark.parametrize("text", UNCHANGED)
-def test_what_is_not_secret_stays(text: str) -> None:
+def test_other_parts_of_a_url_are_unchanged(text: str) -> None:
     assert shown_url(text) == text
     assert secret_spans(text) == []
 
 
-def test_a_reference_of_ours_is_not_shown_and_names_no_place() -> None:
+def test_a_secret_reference_is_redacted() -> None:
     address = "https://${MEGABACK_SECRET_0123456789ABCDEF_01234567}@host/x?id=7&${MEGABACK_SECRET_0123456789ABCDEF_01234567_2}"
     assert shown_url(address) == "https://host/x?id=7" == place_of(address)
     assert secret_spans(address) == []
@@ -107,7 +107,7 @@ def test_no_secret_before_a_host_or_in_a_query_is_shown(
     # Digits and a slash would be a port and a path: `//host:80/x@y` has no login.
     address = f"{scheme}://user:p{login}@host.org/x.jsonl?{key}={value}&id=7"
     assert "Qq7" not in shown_url(address) + place_of(address)
-    if "'" not in address:  # where an address ends in a text that quotes it, nobody knows
+    if "'" not in address:  # where a quoted address ends is ambiguous
         assert "Qq7" not in scrub(f"cannot read '{address}': 403")
     spans = secret_spans(address)
     assert all(0 <= start < stop <= len(address) for start, stop in spans)
@@ -117,7 +117,7 @@ def test_no_secret_before_a_host_or_in_a_query_is_shown(
 @given(text=st.one_of(st.text(), st.text("https:/@?#&=;%4025${}AZ_[]. \n", max_size=60)))
 @example(text="https://a@b:c/d@e")
 @example(text="http://" + "a@b:c/" * 40 + "@")
-def test_any_text_can_be_shown_and_shown_again(text: str) -> None:
+def test_redaction_of_any_text_is_idempotent(text: str) -> None:
     for function in (shown_url, place_of, scrub):
         once = function(text)
         assert isinstance(once, str)
@@ -134,8 +134,8 @@ def test_a_path_without_a_colon_stays(text: str) -> None:
 @pytest.mark.parametrize(
     "piece", ["a", "%40", "https://", "a@b:c/", "::s3://", "?a=b&", ";a=b", "//"]
 )
-def test_a_megabyte_takes_no_time(piece: str) -> None:
-    """In CPU time of this thread, as others may be busy."""
+def test_a_megabyte_is_redacted_quickly(piece: str) -> None:
+    """In CPU time of this thread, as the machine may be busy."""
     text = "https://h/" + piece * (300_000 // len(piece))
     begin = time.thread_time()
     shown_url(text)
@@ -143,7 +143,7 @@ def test_a_megabyte_takes_no_time(piece: str) -> None:
     assert time.thread_time() - begin < 3
 
 
-def test_addresses_within_a_text_of_others_are_shown_and_known_secrets_go() -> None:
+def test_known_secrets_in_other_texts_are_redacted() -> None:
     remember(f"user:{PLANT}1", is_password=True)
     remember(f"sig={PLANT}%2B&expires=true")
     text = (  # a driver's
@@ -157,7 +157,7 @@ def test_addresses_within_a_text_of_others_are_shown_and_known_secrets_go() -> N
     )
 
 
-def test_secrets_of_drivers_go_by_the_names_of_their_variables(
+def test_driver_secrets_are_found_by_their_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     secrets = {
@@ -180,11 +180,11 @@ def test_secrets_of_drivers_go_by_the_names_of_their_variables(
         "the token=<|im_end|> of step 5: loss 3.1 // nothing @ all",
     ],
 )
-def test_a_text_without_addresses_is_not_changed(text: str) -> None:
+def test_a_text_without_urls_is_unchanged(text: str) -> None:
     assert scrub(text) == text
 
 
-def test_a_variable_that_another_thread_takes_back_meanwhile_is_no_error() -> None:
+def test_a_variable_removed_by_another_thread_meanwhile_is_no_error() -> None:
     is_over = threading.Event()
 
     def come_and_go() -> None:
