@@ -264,7 +264,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(
 
     (work_folder(out) / "part-00000.jsonl").write_bytes(b"[1, 2\n")
     result = translate("--limit", 4)
-    assert (result.exit_code, "part-00000.jsonl:1: not what" in result.output) == (74, True)
+    assert (result.exit_code, "part-00000.jsonl:1 is corrupted" in result.output) == (74, True)
 
 
 def test_a_task_that_begins_while_another_writes_the_plan_is_not_in_its_way(tmp_path: Path) -> None:
