@@ -21,6 +21,7 @@ from data_pipeline.errors import (
     LaunchError,
     MegabackError,
     PreemptedError,
+    RankLostError,
     UserInterruptError,
 )
 from megaback.config import Config
@@ -33,6 +34,8 @@ _GRACE_S = 10.0
 _SECOND_GRACE_S = 2.0
 """Grace period after a second Ctrl-C."""
 _SAME_REQUEST_S = 1.0
+_LOST = (-signal.SIGABRT, -signal.SIGKILL)
+"""Codes of a lost rank: torch and CUDA abort a process, the kernel kills it."""
 _POLL_S = 0.05
 
 
@@ -237,7 +240,8 @@ def verdict(
         advice = (
             "see the messages above; this folder and this Python are needed at the same paths there"
         )
-    raise LaunchError(
+    kind = RankLostError if code in _LOST else LaunchError
+    raise kind(
         f"the ranks{where} {_how(code)} without reporting a reason ({advice}); "
         "run the same command again to resume"
     )

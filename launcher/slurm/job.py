@@ -37,6 +37,9 @@ LIMIT_VARIABLE = "MEGABACK_REQUEUE_LIMIT"
 DEFAULT_LIMIT = 20
 REPLACE_VARIABLE = "MEGABACK_REPLACE_BAD_NODES"
 JOB_EVENT = "job"
+LOST_CODES = frozenset((RankLostError.exit_code, 128 + signal.SIGABRT, 128 + signal.SIGKILL))
+"""Codes of a lost rank: recorded by the others, or, if they could not, of a process that torch or
+CUDA aborted (134) or the kernel killed (137)."""
 MAX_STARTS_WITHOUT_PROGRESS = 3
 """Number of starts without a new checkpoint after which a job is not requeued."""
 
@@ -101,7 +104,7 @@ def why_requeue(
     # Codes above 128 near the limit: the signal killed ranks that were still starting.
     at_limit = limit_is_near and (code == PreemptedError.exit_code or code > 128)
     is_replacing = code == PreflightError.exit_code and bool(bad_nodes)
-    if not at_limit and not is_replacing and code != RankLostError.exit_code:
+    if not at_limit and not is_replacing and code not in LOST_CODES:
         return False, None
     step = newest_checkpoint_step(run)
     cause = "time limit near" if at_limit else "a rank was lost"

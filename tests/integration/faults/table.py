@@ -14,7 +14,6 @@ import psutil
 
 from data_pipeline.errors import (
     CheckpointCorruptError,
-    LaunchError,
     MegabackError,
     NonFiniteError,
     PreemptedError,
@@ -218,17 +217,17 @@ FAULTS = {
         output="is dead",
         inject=at(f"{SAVER}.finish", "kill", call=4, when="after"),
     ),
-    "killed in validation": Fault(
-        fault="a rank is killed while the val set is measured",
+    "aborted in validation": Fault(
+        fault="a rank aborts (SIGABRT), as torch and CUDA do, while the val set is measured",
         outcome=f"the other rank reports which one is dead and exits; {RESUMES}",
         code=LOST,
         output="is dead",
-        inject=at("megaback.training.validation:to_device", "kill", call=3),
+        inject=at("megaback.training.validation:to_device", "abort", call=3),
     ),
     "all ranks killed": Fault(
         fault="all ranks are killed at once, as by the OOM killer",
         outcome=f"`megaback train` reports it; {RESUMES}",
-        code=LaunchError.exit_code,
+        code=LOST,
         output="killed by SIGKILL",
         act=signal_ranks(signal.SIGKILL),
         stage=1,

@@ -1,8 +1,8 @@
 """Fault injector, loaded by every Python that has this folder on its path.
 
 FAULT is a JSON object: `at` (`module:Class.function`), `rank`, `call` (number of the call, from 1),
-`when` (before or after it) and `do` (kill, raise, nan, sleep). With `training`, only calls of a
-model in training mode count.
+`when` (before or after it) and `do` (kill, abort, raise, nan, sleep). With `training`, calls count
+only if the model is in training mode.
 """
 
 import functools
@@ -25,6 +25,8 @@ def act(result: Any) -> Any:
     deed = FAULT["do"]
     if deed == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif deed == "abort":
+        os.abort()
     elif deed == "raise":
         raise MemoryError("cannot allocate 1 PiB")
     elif deed == "sleep":

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import LaunchError, NonFiniteError, RankLostError
+from data_pipeline.errors import LaunchError, MegabackError, NonFiniteError, RankLostError
 from launcher.ranks.host_ranks import code_of
 from launcher.ranks.hostfile import (
     Host,
@@ -157,15 +157,17 @@ def test_the_ranks_of_a_host_have_one_code(codes: list[int], expected: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("codes", "says"),
+    ("codes", "error", "says"),
     [
-        ([0, -9], r"the ranks on b were killed by SIGKILL .*\(often out of memory: see dmesg\)"),
-        ([1, -9], r"the ranks on a ended with code 1 .*at the same paths there\)"),
-        ([0, CONNECTION_LOST], "ssh could not connect to b, or lost the connection"),
+        ([0, -9], RankLostError, r"the ranks on b were killed by SIGKILL .*memory: see dmesg\)"),
+        ([1, -9], LaunchError, r"the ranks on a ended with code 1 .*at the same paths there\)"),
+        ([0, CONNECTION_LOST], LaunchError, "ssh could not connect to b, or lost the connection"),
     ],
 )
-def test_the_host_of_ranks_that_died_without_a_reason_is_named(codes: list[int], says: str) -> None:
-    with pytest.raises(LaunchError, match=says):
+def test_the_host_of_ranks_that_died_without_a_reason_is_named(
+    codes: list[int], error: type[MegabackError], says: str
+) -> None:
+    with pytest.raises(error, match=says):
         verdict(codes, [], None, ["a", "b"])
 
 

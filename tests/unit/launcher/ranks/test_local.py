@@ -18,6 +18,7 @@ from data_pipeline.errors import (
     MegabackError,
     NonFiniteError,
     PreemptedError,
+    RankLostError,
     UserInterruptError,
 )
 from launcher.ranks import local
@@ -238,22 +239,29 @@ def test_a_run_ends_with_the_code_of_the_rank_that_has_a_reason(
 
 
 @pytest.mark.parametrize(
-    ("codes", "sentence"),
+    ("codes", "error", "sentence"),
     [
         (
             [-signal.SIGKILL, 1],
+            RankLostError,
             r"the ranks were killed by SIGKILL .*\(often out of memory: see dmesg\)",
         ),
-        ([-signal.SIGSEGV], r"the ranks were killed by SIGSEGV .*\(see their output above"),
-        ([0, 1], r"the ranks ended with code 1 .*\(see their output above\)"),
-        ([2, 2], r"the ranks ended with code 2 "),
+        (
+            [-signal.SIGABRT, -signal.SIGKILL],
+            RankLostError,
+            r"the ranks were killed by SIGABRT .*\(see their output above",
+        ),
+        ([-signal.SIGSEGV], LaunchError, r"were killed by SIGSEGV .*\(see their output above"),
+        ([1, -signal.SIGKILL], LaunchError, r"the ranks ended with code 1 "),
+        ([0, 1], LaunchError, r"the ranks ended with code 1 .*\(see their output above\)"),
+        ([2, 2], LaunchError, r"the ranks ended with code 2 "),
     ],
 )
 @pytest.mark.parametrize("ending", [None, {"code": 75}])
-def test_ranks_that_die_without_a_reason_are_a_launch_error(
-    ending: dict[str, Any] | None, codes: list[int], sentence: str
+def test_of_ranks_without_a_reason_only_those_killed_or_aborted_are_lost(
+    ending: dict[str, Any] | None, codes: list[int], error: type[MegabackError], sentence: str
 ) -> None:
-    with pytest.raises(LaunchError, match=sentence):
+    with pytest.raises(error, match=sentence):
         local.verdict(codes, [], ending)
 
 

@@ -22,6 +22,7 @@ from megaback.faults.exit_record import record_event, record_exit, record_start
 
 JOB = "77"
 LOST, SAVED, KILLED_BY_USR1 = 51, 75, 138
+ABORTED, KILLED = 134, 137
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +107,7 @@ def test_before_the_limit_only_a_lost_rank_requeues_a_job(
     run = tmp_path_factory.mktemp("run")
     start(run, 0)
     save(run, 10)
-    assert is_requeued(run, code) is (code == LOST)
+    assert is_requeued(run, code) is (code in (LOST, ABORTED, KILLED))
 
 
 @given(code=st.integers(1, 128))
