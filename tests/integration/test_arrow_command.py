@@ -270,7 +270,7 @@ def test_shards_that_cannot_be_read_both_ways_are_refused(
 ) -> None:
     path = tmp_path / "tiny.yaml"
     for name, options, kind, word in (
-        ("words", ("--unit", "word", "--val-fraction", 0.1), DirectionMismatchError, "flipped"),
+        ("words", ("--unit", "word", "--val-fraction", 0.1), DirectionMismatchError, "be reversed"),
         ("no-val", ("--val-fraction", 0), ShardsMissingError, "--val-fraction"),
     ):
         shards = tmp_path / name
@@ -299,5 +299,5 @@ def test_one_document_is_too_few(tmp_path: Path, tiny_shards: Path) -> None:
 
     result = arrow(path, f"run={tmp_path / 'run'}")
 
-    assert_refused(result, SourceEmptyError, "one document", "--val-fraction")
+    assert_refused(result, SourceEmptyError, "has 1 documents", "--val-fraction")
     assert not (tmp_path / "run").exists()
