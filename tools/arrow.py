@@ -1,4 +1,4 @@
-"""`megaback arrow`: the same model forward and backward, and what the directions cost."""
+"""`megaback arrow`: trains a model forward and backward, and compares their losses."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ PICTURE_NAME = "arrow.png"
 
 
 def sentence(arrow: Arrow) -> str:
-    """What was found, for people."""
+    """Summary of the result in one or two sentences."""
     whole = arrow.whole
     text = (
         f"backward costs {_plain(abs(whole.nats), whole.nats_error)} nats/token "
@@ -36,7 +36,7 @@ def sentence(arrow: Arrow) -> str:
         f"{whole.num_documents:,} documents."
     )
     if arrow.seeds_error is None:
-        return f"{text} Training again moves it too: --num-seeds 3 says how far."
+        return f"{text} It also varies with the seed: --num-seeds 3 measures that."
     return f"{text} Over {len(arrow.seeds)} seeds it is +- {arrow.seeds_error:.4f}."
 
 
@@ -46,7 +46,7 @@ def _plain(value: float, error: float | None, digits: int = 4) -> str:
 
 
 def table_of(arrow: Arrow) -> Table:
-    """All gaps, a line each."""
+    """All gaps, one row each."""
     table = Table(
         title=f"Loss in nats/token after {arrow.tokens:,} tokens of training",
         title_justify="left",
@@ -88,7 +88,7 @@ def train_all(
     save_before: str | None,
     hostfile: Path | None,
 ) -> None:
-    """Train each run to its end; one that is there goes on. Exits with a run's code if not 0."""
+    """Train or resume each run to its end. Exits with the code of a run that fails."""
     from launcher.train import train
 
     for run in runs:
@@ -148,7 +148,7 @@ def main(
     require_matplotlib("megaback arrow")
     for run in runs:
         require_run_folder(load_config(config, (*overrides, *run.overrides)), config)
-    # What was trained and measured earlier goes on, and its result with it.
+    # Earlier runs are resumed, so their results are overwritten.
     for name, is_ours in ((JSON_NAME, is_summary), (PICTURE_NAME, is_our_picture)):
         require_output(
             settings.run / name, (config,), is_ours=is_ours, overwrite=True, option="run"

@@ -1,8 +1,7 @@
-"""What lies at a path: a data set, a shard, a tokenizer, a run, a checkpoint or a model.
+"""Identification of a path: a data set, a shard, a tokenizer, a run, a checkpoint or a model.
 
-Each is read by the reader that its users have; here it is only told apart, looked at from outside
-(names and sizes) or, on request, hashed. What is there and is not whole raises what its reader
-raises, with its exit code.
+Artifacts are distinguished by the files they contain, opened by their usual readers, and checked by
+names and sizes or, on request, by hashes. Damaged ones raise their reader's error.
 """
 
 import time
@@ -64,23 +63,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """Something of ours, and what was seen of it."""
+    """An identified artifact, its facts, and the checks that it passed."""
 
     kind: str
     path: Path
     facts: Mapping[str, Any]
     checked: str
-    """Findings that are as they should be."""
+    """Description of the checks that passed."""
     next_lines: Mapping[str, str] = field(default_factory=dict)
-    """Lines to type next, and what they do."""
+    """Commands to type next, and their effects."""
     is_whole: bool = True
-    """False for what was begun and is not finished; what is damaged raises."""
+    """False for an unfinished artifact; a damaged one raises an error."""
 
 
 def inspect(path: Path, *, verify: bool) -> Artifact:
-    """Say what a path holds; with `verify`, after everything was hashed.
+    """Identify a path; with `verify`, also hash and decode its contents.
 
-    Raises SourceMissingError for what is nothing of ours, and the readers' MegabackErrors.
+    Raises SourceMissingError for anything that is not megaback's, and the readers' errors.
     """
     if not path.exists():
         raise SourceMissingError(f"there is nothing at {path}; check the path")
@@ -88,11 +87,11 @@ def inspect(path: Path, *, verify: bool) -> Artifact:
         return _inspect_file(path, verify)
     if is_device(path):
         raise SourceMissingError(
-            f"{path} is a device, a pipe or a socket, which is nothing that megaback wrote; name a "
-            "file or a folder"
+            f"{path} is a device, a pipe or a socket, which megaback never writes; name a file "
+            "or a folder"
         )
     if not any(path.iterdir()):
-        raise SourceMissingError(f"{path} is an empty folder: nothing was written to it")
+        raise SourceMissingError(f"{path} is an empty folder; check the path")
     for name, look in _FOLDERS.items():
         if (path / name).exists():
             return look(path, verify)
@@ -114,7 +113,7 @@ def _inspect_file(path: Path, verify: bool) -> Artifact:
     if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, JSON_NAME, MODEL_CONFIG_NAME):
         return inspect(path.parent, verify=verify)
     raise SourceMissingError(
-        f"{path} is no file of megaback's; name a tokenizer.model, a shard, a .gguf or a folder"
+        f"{path} is not a file of megaback's; name a tokenizer.model, a shard, a .gguf or a folder"
     )
 
 
@@ -177,7 +176,7 @@ def _shard(path: Path, verify: bool) -> Artifact:
         path=path,
         facts=facts,
         checked="every frame, decoded" if verify else "its index",
-        next_lines={command("inspect", path.parent): "the data set that it is of"}
+        next_lines={command("inspect", path.parent): "its data set"}
         if (path.parent / MANIFEST_NAME).is_file()
         else {},
     )
@@ -197,13 +196,13 @@ def _tokenizer(path: Path, _verify: bool) -> Artifact:
             "begin": codec.piece(codec.begin_id),
             "end": codec.piece(codec.end_id),
         },
-        checked="it loads, and has the pieces that megaback needs",
+        checked="it loads, and has the required control pieces",
         next_lines={command(*build): "uses it"},
     )
 
 
 def _source_of(tokenizer: Path) -> str:
-    """What a tokenizer was trained on, where that was one source that is still there."""
+    """The source that a tokenizer was trained on, if it was one and still exists; else `novels`."""
     try:
         source = str(read_json(tokenizer.with_name(REPORT_NAME))["source"])
         is_there = source in BUILT_IN or "hf:" in source[:3] or Path(source).exists()
@@ -266,13 +265,13 @@ def _arrow(folder: Path, _verify: bool) -> Artifact:
 
 
 def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
-    """What to do with a run or a checkpoint."""
+    """Commands that use a run or a checkpoint, and their effects."""
     run = path.parent.parent if path.parent.name == CHECKPOINTS_FOLDER else path
     name = run.resolve().name or "run"
     convert = command("convert", path, "--to", "full", "--out", free_path(Path("models") / name))
     lines = {
         **use_commands(path, meta.format.direction, on_examples=meta.on_examples),
-        convert: "makes a model of it",
+        convert: "exports it",
     }
     config = config_of_run(run)
     if config.is_file():
@@ -283,13 +282,14 @@ def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
 
 
 def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artifact:
-    """`shown`: what names it in commands, if not its folder."""
+    """`shown`: path of the checkpoint in commands, if not `path`."""
     from megaback.checkpoints.checkpoint import find_checkpoint, read_meta
 
     path = meant_by(path)
     if not (path / META_NAME).is_file():
         raise CheckpointMissingError(
-            f"{path} has no {META_NAME}: its writing was cut short, or it was let go; name another"
+            f"{path} has no {META_NAME}: it is incomplete, or was deleted by rotation; name "
+            "another checkpoint"
         )
     if verify:
         find_checkpoint(path)
@@ -315,7 +315,6 @@ def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artifact
 
 
 def _checkpoints(folder: Path, verify: bool) -> Artifact:
-
     found = complete_checkpoints(folder.parent)
     if not found:
         raise CheckpointMissingError(
@@ -380,12 +379,12 @@ def _config_json(folder: Path, verify: bool) -> Artifact:
         read_json(folder / MODEL_CONFIG_NAME)
     except (OSError, ValueError):
         raise CheckpointCorruptError(
-            f"{folder / MODEL_CONFIG_NAME} is cut short; convert the model again"
+            f"{folder / MODEL_CONFIG_NAME} is truncated or corrupted; convert the model again"
         ) from None
     return _model(folder, verify)
 
 
-# The file by which a folder is told: the most telling first.
+# The file that identifies a folder, the most specific first.
 _FOLDERS: dict[str, Callable[[Path, bool], Artifact]] = {
     MANIFEST_NAME: _data_set,
     META_NAME: _checkpoint,

@@ -1,7 +1,7 @@
-"""`megaback backtranslate`: texts become examples to fine-tune on, each with an instruction for it.
+"""`megaback backtranslate`: generates instructions for texts, as examples for fine-tuning.
 
-Results are kept, chunk by chunk, in a folder beside the output: killed anywhere, the same command
-goes on. Tasks share the texts; whoever finds that all are done writes the output, whose bytes
+Results are stored in chunks in a work folder beside the output; after a kill, the same command
+resumes. Tasks share the texts; the one that completes the last writes the output, whose bytes
 depend on the texts, the models and the options, not on kills or on the number of tasks.
 """
 
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 
 PLAN_NAME = "plan.json"
 OUTPUT_NAME = "output.json"
-"""Name of the file in the work folder with the hashes of what was written as the output."""
+"""Name of the file in the work folder with the hashes of all outputs written from it."""
 _FORMAT = {"format": "megaback-backtranslation", "version": 3}
 _PROGRESS_INTERVAL_S = 10.0
 _READ_BYTES = 1 << 20
@@ -79,23 +79,23 @@ _PLAN_DRAFT = re.compile(rf"\.{re.escape(PLAN_NAME)}\..*\.partial")
 
 
 def work_folder(out: Path) -> Path:
-    """Where results are kept until the output is written, and after."""
+    """The folder of results beside the output, which is kept."""
     return out.with_name(f"{out.name}.work")
 
 
 def _require_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Begin the folder with this plan, or refuse to go on with another one.
+    """Create the work folder with this plan, or check that it has the same one.
 
-    A folder that is not empty and has no plan is not ours.
+    Raises OutputExistsError for another plan, and for a folder that has other files and no plan.
     """
     require_no_link(folder)
     path = folder / PLAN_NAME
     if not path.exists():
-        is_foreign = (not folder.is_dir() and folder.exists()) or _has_strangers(folder)
-        if is_foreign and not path.exists():  # else another task has begun the folder meanwhile
+        is_foreign = (not folder.is_dir() and folder.exists()) or _has_other_files(folder)
+        if is_foreign and not path.exists():  # else another task has just created it
             raise OutputExistsError(
-                f"{folder}, where results would be kept, already holds something that this command "
-                "did not write; choose another --out"
+                f"{folder}, the work folder, already holds something that this command did not "
+                "write; choose another --out"
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(plan, indent=2) + "\n")
@@ -107,18 +107,18 @@ def _require_plan(folder: Path, plan: dict[str, Any]) -> None:
     for key in plan:
         if found.get(key) != plan[key]:
             raise OutputExistsError(
-                f"{folder} was begun with another {key}; give the same one, choose another --out, "
+                f"{folder} was created with another {key}; use the same one, choose another --out, "
                 "or remove that folder"
             )
 
 
 def _inputs(pieces: Iterable[Slice]) -> list[dict[str, Any]]:
-    """What is read, by addresses without secrets: another signature is the same source."""
+    """The inputs for the plan, with URLs stripped of secrets and signatures, which may change."""
     return [{**asdict(piece), "path": place_of(piece.path)} for piece in pieces]
 
 
 def _converted(path: Path) -> Path:
-    """The model's folder of a run or a checkpoint; without torch where it is a model's already."""
+    """The model folder of a run or a checkpoint; avoids importing torch if it is one already."""
     if (path / MODEL_CONFIG_NAME).is_file():
         return path
     from megaback.weights.converted import model_folder
@@ -127,19 +127,21 @@ def _converted(path: Path) -> Path:
 
 
 def _require_output(out: Path, inputs: Iterable[str | Path | None]) -> None:
-    """See that the output is absent, or as it was written here. Raises OutputExistsError."""
+    """Check that the output is absent, or unchanged since written. Raises OutputExistsError."""
     if is_stream(out):
-        raise OutputExistsError(f"--out {out} is no file, which is needed to resume; name one")
+        raise OutputExistsError(
+            f"--out {out} is not a regular file, which is needed to resume; name one"
+        )
     require_apart(out, inputs)
     if not is_vacant(out) and (out.is_dir() or _sha256(out) not in _written(out)):
         raise OutputExistsError(
-            f"{out} holds something that this command did not write, or that was changed since; "
+            f"{out} holds something that this command did not write, or that was modified since; "
             "choose another --out"
         )
 
 
 def _written(out: Path) -> list[str]:
-    """The hashes of all outputs that were written from this work folder."""
+    """Hashes of all outputs written from this work folder."""
     hashes = (read_object(work_folder(out) / OUTPUT_NAME) or {}).get("sha256")
     return hashes if isinstance(hashes, list) else []
 
@@ -152,21 +154,21 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _has_strangers(folder: Path) -> bool:
-    """Whether a work folder without a plan holds anything but locks and drafts of tasks."""
+def _has_other_files(folder: Path) -> bool:
+    """Whether a work folder without a plan holds anything but locks and drafts of plans."""
     return folder.is_dir() and any(
         path.suffix != ".lock" and not _PLAN_DRAFT.fullmatch(path.name) for path in folder.iterdir()
     )
 
 
 def _identity(model: Path) -> str:
-    """Identity of a model's folder: the hash of config.json, which has those of its weights."""
+    """Identity of a model folder: the hash of config.json, which has the hashes of weights."""
     try:
         return hashlib.sha256((model / MODEL_CONFIG_NAME).read_bytes()).hexdigest()
     except FileNotFoundError:
         raise CheckpointMissingError(
-            f"{model} holds no model: {MODEL_CONFIG_NAME} is missing; make one with megaback "
-            "convert"
+            f"{model} holds no model: {MODEL_CONFIG_NAME} is missing; create one by "
+            "`megaback convert`"
         ) from None
 
 
@@ -206,8 +208,8 @@ def _load(
 def _require_direction(folder: Path, found: Direction, wanted: Direction) -> None:
     if found is not wanted:
         raise DirectionMismatchError(
-            f"{folder} writes {found.value}, and one that writes {wanted.value} is needed; "
-            "use another model"
+            f"{folder} writes {found.value}, but a model that writes {wanted.value} is needed; "
+            "name another"
         )
 
 
@@ -219,10 +221,10 @@ def _do_task(
     batch_size: int,
     translator: BackTranslator,
 ) -> None:
-    """Every chunk of a task that is not there yet."""
+    """Generate the missing chunks of a task."""
     done = parts.resume(task)
     if done:
-        click.echo(f"task {task} goes on after {done} chunks", err=True)
+        click.echo(f"task {task} resumes after {done} chunks", err=True)
     chunks = iter(lambda: list(islice(texts, batch_size)), [])
     started = logged_s = time.monotonic()
     num_texts = 0
@@ -250,15 +252,15 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
         found = digest.hexdigest()
         if not overwrite and not is_vacant(out) and _sha256(out) != found:
             raise OutputExistsError(
-                f"{out} holds what another choice (--keep, --min-score) gave; add --overwrite to "
-                "replace it, or remove it"
+                f"{out} was written with another --keep or --min-score; add --overwrite to replace "
+                "it, or remove it"
             )
         hashes = list(dict.fromkeys([*_written(out), found]))
         write_text(work_folder(out) / OUTPUT_NAME, json.dumps({"sha256": hashes}) + "\n")
     texts, examples = counts.pop("texts", 0), counts.pop("examples", 0)
     click.echo(f"{out}: {examples:,} examples from {texts:,} texts")
     for why, count in sorted(counts.items()):
-        click.echo(f"  left out: {count:,} ({why})")
+        click.echo(f"  excluded: {count:,} ({why})")
 
 
 @click.command(
@@ -354,7 +356,7 @@ def main(
     Run the same command again to resume. --keep and --min-score may be changed afterwards.
     """
     if task_index is not None and task_index >= tasks:
-        raise click.UsageError(f"--task-index {task_index} is none of {tasks} --tasks.")
+        raise click.UsageError(f"--task-index {task_index} is not less than --tasks {tasks}.")
     _require_output(out, (source, folder, forward))
     folder = _converted(folder)
     forward = None if forward is None else _converted(forward)
@@ -394,7 +396,7 @@ def main(
             with locked(parts.lock_path(task), wait=False) as is_ours:
                 if not is_ours:
                     raise LaunchError(
-                        f"another process does task {task} of {out}; wait for it, or stop it"
+                        f"another process is running task {task} of {out}; wait for it, or stop it"
                     )
                 texts = _texts(pieces, columns, limit, max_record_bytes)
                 _do_task(parts, task, tasks, texts, batch_size, translator)

@@ -1,7 +1,7 @@
-"""`megaback chat`: give a response, get the instruction that could have led to it.
+"""`megaback chat`: generates the instruction that could have led to a response.
 
-In a loop, for one response, or a line of JSON for a line of JSON. A model that writes forward is
-given instructions and writes responses.
+Interactive, for one response, or for JSON lines. A model that writes forward responds to
+instructions.
 """
 
 import itertools
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from megaback.inference.chat import Candidate, Chat
     from megaback.inference.sampling import SamplingOptions
 
-# The options that give a text, and the direction of the model that they are for.
+# The options that give a text, and the direction of their model.
 _DIRECTION_OF = {
     "response": Direction.BACKWARD,
     "ending": Direction.BACKWARD,
@@ -51,10 +51,10 @@ _DIRECTION_OF = {
 def answer_lines(
     chat: "Chat", lines: Iterable[str | None], options: "SamplingOptions", count: int
 ) -> Iterator[dict[str, Any]]:
-    """An answer for each line of JSON that is not blank; of one that cannot be answered, `error`.
+    """An object per line of JSON that is not blank, with `error` for an invalid one.
 
     A line is an object with `response` (or `ending`, for plain generation), and may have `n`,
-    `temp`, `top_k`, `tokens` and `seed`. Without a seed, each line has one of its own.
+    `temp`, `top_k`, `tokens` and `seed`. The default seed differs between lines.
     """
     seeds = itertools.count(options.seed, count)
     return answer_each(
@@ -78,7 +78,7 @@ def _answer_line(chat: "Chat", line: str, options: "SamplingOptions", count: int
     for name, value in request.items():
         changed = apply_command(options, f"{name}={value}")
         if changed is None:
-            raise PromptError(f"there is no {name!r}; use n, temp, top_k, tokens and seed")
+            raise PromptError(f"unknown key {name!r}; use n, temp, top_k, tokens and seed")
         options = changed
     if key == chat.prompt_name:
         return {key: given, "text": chat.complete(given, options), "seed": seed}
@@ -107,11 +107,10 @@ _HISTORY_STARTS = ('{"response": "', '{"instruction": "')
 
 
 class History:
-    """What was said: shown when asked for and, if there is a file, kept there as lines of JSON."""
+    """Exchanges of the session, and those restored from and appended to a file of JSON lines."""
 
     def __init__(self, path: Path | None) -> None:
-        """Raises StorageError when the file is there and cannot be read, OutputExistsError when it
-        is none of ours: what is said would be appended to it."""
+        """Raises StorageError if the file is unreadable, OutputExistsError if it is no history."""
         self._path = path
         self.exchanges: list[dict[str, str]] = []
         if path is None or not path.exists():
@@ -121,7 +120,7 @@ class History:
         except (OSError, UnicodeDecodeError) as error:
             raise StorageError(f"cannot read the history {path}: {error}") from None
         for line in text.splitlines():
-            with suppress(ValueError, RecursionError):  # a kill cut a line short
+            with suppress(ValueError, RecursionError):  # a line truncated by a kill
                 self.exchanges.append(json.loads(line))
         are_ours = all(
             isinstance(exchange, dict) and exchange.keys() == {"response", "instruction"}
@@ -147,7 +146,7 @@ class History:
 
 
 def _show(chat: "Chat", found: "list[Candidate]") -> None:
-    """The one candidate there is, or all with their log-probabilities."""
+    """Print the candidates, with log-probabilities if there are several."""
     label = chat.written_name.capitalize()
     for one in found:
         cut = "" if one.is_complete else f" … (not ended after {one.tokens} tokens)"
@@ -158,7 +157,7 @@ def _show(chat: "Chat", found: "list[Candidate]") -> None:
 def _talk(chat: "Chat", options: "SamplingOptions", count: int, history: History) -> None:
     label = chat.given_name.capitalize()
     with suppress(ImportError):
-        import readline  # lines can be edited, and earlier ones brought back
+        import readline  # editing and recall of lines
 
         for exchange in history.exchanges:
             readline.add_history(exchange.get(chat.given_name, ""))

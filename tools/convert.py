@@ -1,7 +1,7 @@
-"""`megaback convert`: from a checkpoint of any ZeRO stage to something that runs anywhere.
+"""`megaback convert`: exports a checkpoint of any ZeRO stage: full, Hugging Face or GGUF.
 
-Weights are read and written a tensor at a time, and the folder appears under its name when it is
-whole, or not at all.
+Weights are read and written one tensor at a time, and the folder is renamed to its final name once
+it is complete.
 """
 
 import re
@@ -19,7 +19,7 @@ from megaback.run_folder import CHECKPOINTS_FOLDER
 from megaback.use_commands import use_commands
 from tools.model_options import dtype_option
 
-# Not pydantic.ByteSize, which reads "1,5GB" as one byte and passes over what follows a unit.
+# Not pydantic.ByteSize, which reads "1,5GB" as one byte and ignores text after the unit.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 MAX_FILE_BYTES = 5 * 10**9
@@ -42,11 +42,11 @@ def convert(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write `full`, `hf` or `gguf` from a run, one of its checkpoints, or a converted model.
+    """Export a run, one of its checkpoints, or a converted model as `full`, `hf` or `gguf`.
 
     Raises CheckpointMissingError, CheckpointCorruptError, OutputExistsError, BackendError, OSError.
     """
-    # What takes long comes later. Beside its checkpoints, a run's folder has room for a model.
+    # Checked before the slow imports. The output may be in a run's folder, not in its checkpoints.
     checkpoints = source_path / CHECKPOINTS_FOLDER
     source_files = checkpoints if checkpoints.is_dir() else source_path
     require_output_folder(out, (source_files,), overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""`megaback eval`: what a model can do, measured on held-out data, with confidence intervals."""
+"""`megaback eval`: evaluation on held-out data, with confidence intervals."""
 
 import json
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def _suites() -> "dict[str, Suite]":
 
 
 def to_json(folder: Path, results: "Mapping[str, SuiteResult]") -> dict[str, Any]:
-    """What a program reads of some suites."""
+    """The results of suites for JSON."""
     return {
         "model": str(folder),
         "suites": {

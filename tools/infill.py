@@ -1,6 +1,6 @@
-"""`megaback infill`: write the middle of a text, given its beginning and its ending.
+"""`megaback infill`: generates the text between a beginning and an ending.
 
-Once, or a line of JSON for a line of JSON.
+For one text, or for JSON lines.
 """
 
 from dataclasses import asdict, replace
@@ -38,7 +38,7 @@ _DECIMALS = 4
 
 
 class Request(BaseModel):
-    """One line of JSON; what is not given is as on the command line."""
+    """One line of JSON; missing keys have the values of the command line."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -53,7 +53,7 @@ class Request(BaseModel):
     seed: Annotated[int, SEED] | None = None
 
     def changed(self, options: "InfillOptions") -> "InfillOptions":
-        """Raises ConfigError for a value that makes no sense."""
+        """The options with this request's values. Raises ConfigError for an invalid one."""
         sampling = _given(temperature=self.temperature, top_k=self.top_k, seed=self.seed)
         return replace(
             options,
@@ -72,7 +72,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def answer(infiller: "Infiller", line: str, options: "InfillOptions", count: int) -> Answer:
-    """The answer to a line of JSON, which does not depend on the lines around it.
+    """The result for a line of JSON, independent of other lines.
 
     Raises PromptError or ConfigError.
     """
@@ -83,7 +83,7 @@ def answer(infiller: "Infiller", line: str, options: "InfillOptions", count: int
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise PromptError(
-            f"{name!r}: {first['msg']}; there are {', '.join(Request.model_fields)}"
+            f"{name!r}: {first['msg']}; valid keys are {', '.join(Request.model_fields)}"
         ) from None
     options, count = request.changed(options), request.n or count
     found = infill(infiller, request.beginning, request.ending, options, count)
@@ -97,7 +97,7 @@ def answer(infiller: "Infiller", line: str, options: "InfillOptions", count: int
 
 
 def _rounded(one: "Infill") -> dict[str, Any]:
-    """Without the digits that depend on what is computed side by side."""
+    """Fields, rounded to digits that do not depend on the batch."""
     return {
         name: round(value, _DECIMALS) if isinstance(value, float) else value
         for name, value in asdict(one).items()
@@ -107,13 +107,13 @@ def _rounded(one: "Infill") -> dict[str, Any]:
 def infill(
     infiller: "Infiller", beginning: str, ending: str, options: "InfillOptions", count: int
 ) -> "list[Infill]":
-    """So many middles if there are, at least one, the best first. Raises PromptError."""
+    """Up to `count` middles, best first. Raises PromptError if there is none."""
     options = replace(options, rescored=max(options.rescored, count))
     found = infiller.fill(beginning, ending, options)
     if not found:
         raise PromptError(
-            f"no middle of {options.min_new_tokens} to {options.max_new_tokens} tokens was written;"
-            " allow other lengths, or ask for more candidates"
+            f"no candidate is a middle of {options.min_new_tokens} to {options.max_new_tokens} "
+            "tokens; allow other lengths, or more candidates"
         )
     return found[:count]
 

@@ -1,4 +1,4 @@
-"""`megaback inspect`: what a path is, whether it is whole, what made it, and what to type next."""
+"""`megaback inspect`: identifies and checks a path, and suggests the next commands."""
 
 import json
 from collections.abc import Mapping

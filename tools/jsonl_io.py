@@ -1,4 +1,4 @@
-"""A line of JSON for a line of JSON: what commands that are used in pipes share."""
+"""JSON lines on stdin and stdout, for commands in pipes."""
 
 import json
 import sys
@@ -22,35 +22,35 @@ json_lines_option = click.option(
 
 
 def parse_object(line: str, wanted: str) -> Answer:
-    """A line's object. Raises PromptError; `wanted` is what it should be."""
+    """The object on a line. Raises PromptError; `wanted` describes what is expected."""
     try:
         fields = finite_json(line)
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"not valid JSON ({error}); write one object a line") from None
+        raise PromptError(f"not valid JSON ({error}); write one object per line") from None
     if not isinstance(fields, dict):
         raise PromptError(f"give {wanted}")
     return fields
 
 
 def stdin_lines() -> Iterator[str | None]:
-    """The lines of stdin as they come; None for one that is too long to be held."""
+    """The lines of stdin as they arrive; None for one that exceeds the limit."""
     maximum = DEFAULT_MAX_RECORD_BYTES
     while line := sys.stdin.readline(maximum + 1):
         is_long = len(line) > maximum
         while len(line) > maximum and not line.endswith("\n"):
-            line = sys.stdin.readline(maximum + 1)  # the rest, in pieces
+            line = sys.stdin.readline(maximum + 1)  # discards the rest
         yield None if is_long else line
 
 
 def answer_each(lines: Iterable[str | None], answer: Callable[[str], Answer]) -> Iterator[Answer]:
-    """An answer for each line that is not blank; of one that cannot be answered, `error`."""
+    """An object per line that is not blank, with `error` for an invalid one."""
     for number, line in enumerate(lines, start=1):
         if line is not None and not line.strip():
             continue
         try:
             if line is None:
                 raise PromptError(
-                    f"the line is longer than {DEFAULT_MAX_RECORD_BYTES:,} characters"
+                    f"the line is longer than {DEFAULT_MAX_RECORD_BYTES:,} characters; shorten it"
                 )
             yield answer(line)
         except (PromptError, ConfigError) as error:
@@ -58,7 +58,7 @@ def answer_each(lines: Iterable[str | None], answer: Callable[[str], Answer]) ->
 
 
 def print_all(answers: Iterable[Answer]) -> None:
-    """Print each as it comes. Raises BadRecordError, in the end, if some are errors."""
+    """Print each as it arrives. Raises BadRecordError at the end if some are errors."""
     problems, total = [], 0
     for answer in answers:
         click.echo(json.dumps(answer))
@@ -68,6 +68,6 @@ def print_all(answers: Iterable[Answer]) -> None:
     if problems:
         first = problems[0]
         raise BadRecordError(
-            f"{len(problems)} of {total} lines were not answered; the first is line "
+            f"{len(problems)} of {total} lines have errors; the first is line "
             f"{first['line']}: {first['error']}"
         )

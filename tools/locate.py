@@ -1,8 +1,7 @@
-"""`megaback shards locate`: at which steps a run sees a document.
+"""`megaback shards locate`: the steps at which a run reads a document.
 
-The order of training is arithmetic, so it answers backwards too: from a document to the rows that
-hold it, and from a row and an epoch to a step and a position in its batch. Nothing is searched but
-the document itself, and that only when it is given by its text.
+The order of training is an invertible function: a document maps to its rows, and a row and an epoch
+to a step and a position in its batch. Only a document given by its text is searched for.
 """
 
 import json
@@ -35,10 +34,10 @@ _Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class StoredDocument:
-    """Where a document lies in a split: its tokens are `start` to `stop` of a shard."""
+    """Place of a document in a split: its tokens are `start` to `stop` (exclusive) of a shard."""
 
     data_set: int
-    """Counted from 0, as all of these: which one of the run's."""
+    """Number of the data set in the run, from 0, as all fields."""
     number: int
     shard: int
     start: int
@@ -49,9 +48,9 @@ class StoredDocument:
 class DocumentRows:
     """The rows of a split that hold a document, in its stored order: arrays of shape (rows,).
 
-    Of the document, tokens `start` to `stop` are among the `context_tokens` ids of a row. (A row's
-    window ends with the first id of the next row, which is predicted there but counts for the next.
-    Read in the other direction the windows, and so the rows, are the same.)
+    Tokens `start` to `stop` of the document are among the `context_tokens` ids of a row. (The
+    window of a row includes the first id of the next row as a target; it counts for the next row.
+    Rows are the same in both directions.)
     """
 
     frame: Indices
@@ -62,9 +61,9 @@ class DocumentRows:
 
 @dataclass(frozen=True)
 class RowUse:
-    """A row in which a run sees tokens `start` to `stop` of a document.
+    """A row in which a run reads tokens `start` to `stop` of a document.
 
-    `step` counts from 1, as in metrics.jsonl: it is the step that has been completed with this row.
+    `step` counts from 1, as in metrics.jsonl.
     """
 
     step: int
@@ -78,9 +77,9 @@ class RowUse:
 def document_by_number(
     data_set: DataSet, split: str, number: int, of_run: int = 0
 ) -> StoredDocument:
-    """The document that `megaback shards inspect` gives this number; reads one shard's index.
+    """The document with this number, as in `megaback shards inspect`; reads one shard's index.
 
-    Raises ConfigError past the split's end.
+    Raises ConfigError for a number past the split's end.
     """
     before = 0
     for shard, entry in enumerate(data_set.manifest.split(split)):
@@ -100,7 +99,7 @@ def document_by_number(
 def documents_with_ids(
     data_sets: Sequence[DataSet], split: str, ids: _Ids, workers: int | None = None
 ) -> list[StoredDocument]:
-    """Every document with just these ids, markers included; reads frames only where lengths fit."""
+    """Every document with exactly these ids, with markers; reads frames only if lengths match."""
     shards = []
     for of_run, data_set in enumerate(data_sets):
         before = 0
@@ -131,7 +130,7 @@ def documents_with_ids(
 
 
 def _search_shard(data_set: DataSet, entry: ShardEntry, ids: _Ids) -> list[tuple[int, int]]:
-    """Number within the shard, and first token, of each document with these ids."""
+    """Number within the shard and first token of each document with these ids."""
     with data_set.open_shard(entry) as reader:
         tokens = reader.document_tokens()
         stops = np.cumsum(tokens)
@@ -145,7 +144,7 @@ def _search_shard(data_set: DataSet, entry: ShardEntry, ids: _Ids) -> list[tuple
 
 
 def _holds(frame: Callable[[int], _Ids], frame_tokens: int, start: int, ids: _Ids) -> bool:
-    """Whether these ids begin at token `start`; reads no frame after the first difference."""
+    """Whether these ids are at token `start`; stops at the first difference."""
     compared = 0
     while compared < len(ids):
         number, first = divmod(start + compared, frame_tokens)
@@ -159,10 +158,10 @@ def _holds(frame: Callable[[int], _Ids], frame_tokens: int, start: int, ids: _Id
 def rows_of_document(
     document: StoredDocument, shard_tokens: Indices, frame_tokens: int, context_tokens: int
 ) -> DocumentRows:
-    """The stored rows that hold a document, of a split whose shards have so many tokens."""
+    """The stored rows that hold a document; `shard_tokens` has shape (shards,)."""
     frames_of_shard = -(-shard_tokens // frame_tokens)
     first_frame = int(frames_of_shard[: document.shard].sum())
-    # Frames are whole rows, so that the rows of a shard can be counted through.
+    # Frames hold whole rows, so rows can be numbered through a shard.
     of_shard = np.arange(
         document.start // context_tokens, (document.stop - 1) // context_tokens + 1
     )
@@ -184,9 +183,9 @@ def batches_of_rows(
     rows: DocumentRows,
     epoch: int,
 ) -> tuple[Indices, Indices]:
-    """Step, counted from 0, and position in its global batch, of stored rows in an epoch.
+    """Step, from 0, and position in its global batch, of stored rows in an epoch.
 
-    The epoch is that of the data set, which a mixture may read more often than others.
+    The epoch is that of the data set; epochs of a mixture's data sets may differ.
     """
     stream = streams[data_set]
     frame, row = stream.table.place_of(rows.frame, rows.row)
@@ -203,7 +202,7 @@ def uses_of_document(
     epoch: int,
     world_size: int | None,
 ) -> list[RowUse]:
-    """Every row of an epoch that shows a part of a document of the train set, by step."""
+    """Every row of an epoch with a part of a document of the train set, by step."""
     rows_of = data.streams[document.data_set].rows
     rows = rows_of_document(
         document,
@@ -246,7 +245,7 @@ def _find_text(data: Data, split: str, text: str) -> list[StoredDocument]:
     if found:
         return found
     names = ", ".join(data_set.name for data_set in data_sets)
-    message = f"the text is no document of the {split} set of {names}"
+    message = f"no document of the {split} set of {names} has exactly this text"
     for other in SPLITS:
         elsewhere = documents_with_ids(data_sets, other, ids) if other != split else []
         if elsewhere:
@@ -256,7 +255,7 @@ def _find_text(data: Data, split: str, text: str) -> list[StoredDocument]:
                 f"{data_sets[first.data_set].name}"
             )
     if text.endswith("\n"):
-        message += "; it ends in a line break, which counts"
+        message += "; it ends with a line break, which is compared too: remove it if it is extra"
     raise SourceMissingError(message)
 
 
@@ -269,8 +268,7 @@ def _find_number(data: Data, split: str, number: int, shards: str | None) -> Sto
             return document_by_number(data_set, split, number, of_run)
     names = ", ".join(data_set.name for data_set in data_sets)
     raise ConfigError(
-        f"--shards says whose document {number} is meant, and must be one of the run's data sets: "
-        f"{names}"
+        f"--document {number} of a mixture needs --shards, one of the run's data sets: {names}"
     )
 
 
@@ -294,7 +292,7 @@ def _show(
         f"{facts['tokens']:,} tokens, {start:,} to {stop - 1:,} of {facts['shard']}"
     )
     if split != "train":
-        click.echo(f"no step sees it: the {split} set is measured, never trained on")
+        click.echo(f"no step reads it: the {split} set is for validation, not for training")
         return
     click.echo(
         f"epoch {epoch}; steps as in metrics.jsonl; rows, ranks and tokens, as stored, from 0:"
@@ -366,7 +364,9 @@ def main(
     if (document is None) == (text is None):
         raise ConfigError("give exactly one of --document and --text")
     if shards is not None and document is None:
-        raise ConfigError("--shards belongs to --document; a --text is looked for everywhere")
+        raise ConfigError(
+            "--shards needs --document; --text searches all data sets, so remove --shards"
+        )
     path = config_of_run(config) if config.is_dir() else config
     settings = load_config(path, overrides)
     data = open_data(settings, 0, world_size or 1)

@@ -1,4 +1,4 @@
-"""Options that several commands share, of what a model is run with."""
+"""Shared options of commands that run a model."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -71,7 +71,7 @@ dtype_option = click.option(
 
 
 def max_new_tokens_option(default: int, per: str) -> Callable[[_Function], _Function]:
-    """`--max-new-tokens`, the maximum per what `per` names."""
+    """`--max-new-tokens`; `per` names the unit that the maximum is for."""
     return click.option(
         "--max-new-tokens",
         type=COUNT.option,

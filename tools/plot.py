@@ -1,7 +1,7 @@
-"""`megaback plot`: loss, learning rate, gradient norm and throughput of runs, over each other.
+"""`megaback plot`: loss, learning rate, gradient norm and throughput of runs, in one figure.
 
-A PNG, and one HTML page that needs nothing beside it: the same picture, a table of the runs, and
-what their configs do not have in common.
+Writes a PNG, and a self-contained HTML page with the same figure, a table of the runs, and the
+differences between their configs.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ def draw(
 ) -> list[Path]:
     """Write `out.png` and `out.html`.
 
-    Raises what `read_curves` does, OutputExistsError, and CheckpointMissingError when there is
+    Raises the errors of `read_curves`, OutputExistsError, and CheckpointMissingError if there is
     nothing to draw.
     """
     picture, page = (
@@ -73,7 +73,7 @@ def draw(
 
 
 def page_of(svg: str, curves: Sequence[RunCurves], unequal: Sequence[tuple[str, list[str]]]) -> str:
-    """One HTML page that loads nothing."""
+    """A self-contained HTML page."""
     title = escape(", ".join(one.name for one in curves))
     rows = [_row(one, COLORS[number % len(COLORS)]) for number, one in enumerate(curves)]
     heads = ("run", "steps", "loss", "val loss", "lowest val loss", "tokens/s", "starts")
@@ -83,7 +83,7 @@ def page_of(svg: str, curves: Sequence[RunCurves], unequal: Sequence[tuple[str, 
         _table(heads, rows),
     ]
     if unequal:
-        names = ("what differs", *(escape(one.name) for one in curves))
+        names = ("difference", *(escape(one.name) for one in curves))
         cells = [[escape(key), *map(escape, values)] for key, values in unequal]
         parts.append(_table(names, cells))
     return "\n".join([*parts, "</body></html>\n"])
@@ -109,7 +109,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>\n{body}</table>"
 
 
-def _with_numbers(folder: Path) -> list[Path]:
+def _with_metrics(folder: Path) -> list[Path]:
     if (folder / METRICS_NAME).is_file():
         return [folder]
     return [run for run in runs_below(folder) if (run / METRICS_NAME).is_file()] or [folder]
@@ -153,7 +153,7 @@ def main(
 
     A RUN may also be a folder with runs up to three levels below it.
     """
-    found = [run for folder in runs for run in _with_numbers(folder)]
+    found = [run for folder in runs for run in _with_metrics(folder)]
     for path in draw(found, out, axis, smooth, log, overwrite):
         click.echo(path)
 

@@ -1,4 +1,4 @@
-"""`megaback rerank`: answers by how well they explain their question, and by a forward score."""
+"""`megaback rerank`: ranks answers by a reverse score, mixed with a forward score."""
 
 import json
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ _LENGTHS = ("total", "token", "byte")
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateScorers:
-    """What scores candidates: a reverse model, and a forward one or a column of the input."""
+    """Scorers of candidates: a reverse model, and a forward model or a column of the input."""
 
     reverse: "Scorer"
     forward: "Scorer | HfScorer | None"
@@ -60,7 +60,7 @@ class CandidateScorers:
     max_record_bytes: int
 
     def questions(self, source: str, bad: BadRecords) -> list[tuple[dict[str, Any], Question]]:
-        """The records of a file that every judge can score. Raises BadRecordError."""
+        """The records of a file that every scorer accepts. Raises BadRecordError."""
         found = []
         for record in good_records(source, bad, self.max_record_bytes):
             try:
@@ -77,7 +77,7 @@ class CandidateScorers:
         return found
 
     def scored(self, questions: Sequence[Question]) -> "list[Scored]":
-        """Both scores of every candidate."""
+        """Reverse and forward scores of every candidate."""
         from megaback.scoring.reranking import Scored
 
         pairs = [pair for question in questions for pair in _pairs(question)]
@@ -112,7 +112,7 @@ def _pairs(question: Question) -> list[Pair]:
 
 
 def _encode_forward(forward: "Scorer | HfScorer", pair: Pair) -> None:
-    """Raises PromptError for a pair that the model's context does not hold."""
+    """Raises PromptError for a pair that does not fit the model's context."""
     from megaback.scoring.scorer import Scorer
 
     if isinstance(forward, Scorer):
@@ -122,7 +122,7 @@ def _encode_forward(forward: "Scorer | HfScorer", pair: Pair) -> None:
 
 
 def load_forward(folder: Path, form: str, device: str | None) -> "Scorer | HfScorer":
-    """A forward model of megaback, or one of transformers."""
+    """A scorer with a forward model of megaback, or of transformers."""
     from megaback.inference.device_pool import choose_devices
     from megaback.scoring.hf_scorer import HfScorer
     from megaback.scoring.scorer import load_scorer
@@ -149,8 +149,8 @@ def _fitted(scorers: CandidateScorers, dev: str) -> float:
     unlabeled = sum(not question.is_labeled for question in questions)
     if unlabeled:
         raise ConfigError(
-            f"--fit {dev}: {unlabeled} of {len(questions)} questions do not say of every candidate "
-            "whether it is 'correct'; a weight is fitted on questions that do"
+            f"--fit {dev}: {unlabeled} of {len(questions)} questions have candidates without the "
+            "key 'correct'; label every candidate"
         )
     weight = fit_weight(scorers.scored(questions))
     echo(f"weight {weight:.2f}, fitted on {len(questions):,} questions")
@@ -291,7 +291,9 @@ def main(
     own.report()
     labeled = [one for one in scored if one.is_right is not None]
     if not labeled:
-        return echo(f"{len(scored):,} questions ranked; none says which candidate is correct")
+        return echo(
+            f"{len(scored):,} questions ranked; no accuracy, since no candidates are labeled"
+        )
     found = accuracies(labeled, used, seed)
     if report is not None:
         fields = {name: one.to_dict() for name, one in found.items()}

@@ -1,8 +1,7 @@
-"""`megaback rollback`: back to a checkpoint from before bad data, and past that data.
+"""`megaback rollback`: returns to an earlier checkpoint, and skips the steps since then.
 
-The checkpoints after it are kept aside, as are their copies in `checkpoint.copy_to`, and the steps
-from there to where the run was are skipped on resume: weights are not updated; the learning rate
-schedule still advances.
+Newer checkpoints and their copies in `checkpoint.copy_to` are moved aside. The steps up to the last
+one are skipped on resume: weights are not updated; the learning rate schedule still advances.
 """
 
 import os
@@ -27,11 +26,11 @@ if TYPE_CHECKING:
 
 
 def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
-    """Set a run back by at least so many steps.
+    """Roll a run back by at least `steps` steps.
 
-    Returns the checkpoint that it goes on from, and the first and last step that are left out.
+    Returns the checkpoint from which it resumes, and the first and last step that are skipped.
     Raises CheckpointMissingError, CheckpointCorruptError, LaunchError while it is training, and
-    StorageError where its copies cannot be set back.
+    StorageError if its copies cannot be rolled back.
     """
     from megaback.checkpoints.checkpoint import read_meta, verify_files
     from megaback.faults.step_guard import with_range, write_skipped_steps
@@ -48,7 +47,9 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     require_own_checkpoints(run)
     complete = complete_checkpoints(run)
     if not complete or not (run / METRICS_NAME).is_file():
-        raise CheckpointMissingError(f"{run} is no run with a complete checkpoint; give its folder")
+        raise CheckpointMissingError(
+            f"{run} is not a run with a complete checkpoint; give its folder"
+        )
     with locked(run / LOCK_NAME, wait=False) as is_held:
         if not is_held:
             raise LaunchError(f"{run} is training; stop it first (SIGTERM saves), then roll back")
@@ -57,8 +58,8 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         if not earlier:
             oldest = step_of(complete[0])
             raise CheckpointMissingError(
-                f"{run} is at step {last}, and its oldest checkpoint is of step {oldest}: it can "
-                f"be set back by at most {last - oldest} steps; keep more with "
+                f"{run} is at step {last}, and its oldest checkpoint is of step {oldest}: roll "
+                f"back at most {last - oldest} steps; keep more checkpoints with "
                 "checkpoint.keep_last or checkpoint.keep_every_steps"
             )
         target = earlier[-1]
@@ -68,8 +69,8 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         aside = run / CHECKPOINTS_FOLDER / f"rolled-back-from-{last:08d}"
         if (place := _copy_target(run)) is not None:
             place.roll_back(meta.step, skipped_steps, aside.name)
-        # From here on, a kill leaves steps left out whose checkpoints are still there: the same
-        # command again fixes that.
+        # From here on, a kill leaves checkpoints of excluded steps in place; running the same
+        # command again moves them.
         write_skipped_steps(run, skipped_steps)
         while aside.exists():
             aside = aside.with_name(aside.name + "-again")
@@ -82,7 +83,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
 
 
 def _copy_target(run: Path) -> "CopyTarget | None":
-    """Where the run's checkpoints are copied to, by its config."""
+    """Target of the run's `checkpoint.copy_to`, if it has one."""
     from megaback.checkpoints.remote_copy import CopyTarget
 
     path = config_of_run(run)
@@ -111,8 +112,8 @@ def main(run: Path, steps: int) -> None:
     RUN/checkpoints/rolled-back-from-STEP, not deleted. The run must be stopped.
     """
     target, first, last = roll_back(run, steps)
-    click.echo(f"{run} goes on from {target.name}, and leaves out steps {first} to {last}")
-    click.echo("the newer checkpoints are kept aside, in its folder checkpoints/rolled-back-…")
+    click.echo(f"{run} resumes from {target.name}, and skips steps {first} to {last}")
+    click.echo("newer checkpoints were moved to its folder checkpoints/rolled-back-…")
     show_next({command("train", config_of_run(run), override("run", run)): ""})
 
 

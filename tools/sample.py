@@ -1,4 +1,4 @@
-"""`megaback sample`: write what comes before an ending (or, with a forward model, after a text)."""
+"""`megaback sample`: generates text before an ending, or after a beginning (forward model)."""
 
 import sys
 import time
@@ -35,7 +35,7 @@ _PROMPT_OPTION = {Direction.BACKWARD: "--ending", Direction.FORWARD: "--beginnin
 
 
 def require_direction(folder: Path, actual: Direction, given: Direction) -> None:
-    """Raises DirectionMismatchError when a prompt is for a model of the other direction."""
+    """Raises DirectionMismatchError if a prompt is for a model of the other direction."""
     if actual is not given:
         raise DirectionMismatchError(
             f"{_PROMPT_OPTION[given]} needs a model that writes {given.value}, and {folder} writes "
@@ -44,9 +44,9 @@ def require_direction(folder: Path, actual: Direction, given: Direction) -> None
 
 
 def apply_command(options: "SamplingOptions", line: str) -> "SamplingOptions | None":
-    """Options changed by `temp=X`, `top_k=X` or `tokens=X`; None when the line is no command.
+    """Options changed by `temp=X`, `top_k=X` or `tokens=X`; None if the line is not a command.
 
-    Raises PromptError when the value is not a number that makes sense.
+    Raises PromptError for an invalid value.
     """
     name, separator, text = (part.strip() for part in line.partition("="))
     if not separator or name not in ("temp", "top_k", "tokens"):
@@ -66,7 +66,7 @@ def apply_command(options: "SamplingOptions", line: str) -> "SamplingOptions | N
 def write_samples(
     writer: "Writer", given: str, num_samples: int, options: "SamplingOptions"
 ) -> None:
-    """Print samples of one text; on a terminal they are seen growing, backward ones leftwards."""
+    """Print samples for one text; on a terminal, while they are generated."""
     stream = writer.stream([given] * num_samples, options)
     texts = [given] * num_samples
     if sys.stdout.isatty():
@@ -74,7 +74,7 @@ def write_samples(
 
         from data_pipeline.common.rich_console import SafeConsole, SafeLive
 
-        # A sample's beginning changes with every token, so everything is shown anew.
+        # A backward sample changes at its beginning, so every frame redraws all text.
         with SafeLive(
             console=SafeConsole(),
             transient=True,

@@ -1,4 +1,4 @@
-"""`megaback score`: how well each answer explains its question, a line of JSON for a line."""
+"""`megaback score`: log P(question | answer) of question-answer pairs, as JSON lines."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,9 +44,9 @@ form_option = click.option(
 
 
 class BadRecords:
-    """What is done with malformed lines: the first one stops, or all are named and counted.
+    """Policy for invalid lines: `stop` raises the first, `skip` reports and counts all.
 
-    Without a choice, the first one stops, and no option could change that.
+    None raises the first as it is, without a hint at --on-bad-record.
     """
 
     def __init__(self, choice: str | None) -> None:
@@ -55,28 +55,28 @@ class BadRecords:
         self.count = 0
 
     def add(self, error: BadRecordError) -> None:
-        """Raises the error, if it is to."""
+        """Raise the error, or report and count it."""
         if self._choice is None:
             raise error
         if self._choice == "stop":
             stop_or_skip(error)
         self.count += 1
         self._first = self._first or error
-        click.echo(f"left out: {error}", err=True)
+        click.echo(f"skipped: {error}", err=True)
 
     def require_some(self, source: str, num_good: int) -> None:
-        """See that some line was not left out. Raises SourceEmptyError with the first reason."""
+        """Raises SourceEmptyError, with the first reason, if every line was skipped."""
         if not num_good and self._first is not None:
             raise SourceEmptyError(
-                f"{source}: none of its {self.count:,} lines can be used, so nothing was written; "
-                f"the first reason: {self._first}"
+                f"{source}: all {self.count:,} lines are invalid, so nothing was written; the "
+                f"first error: {self._first}"
             )
 
 
 def good_records(source: str, bad: BadRecords, max_record_bytes: int) -> Iterator[Record]:
-    """The records of a file that can be read, of which there must be one.
+    """The valid records of a file.
 
-    Raises SourceEmptyError, and what `read_records` raises.
+    Raises SourceEmptyError for an empty file, and the errors of `read_records`.
     """
     is_empty = True
     for record in read_records(source, max_record_bytes):
@@ -86,11 +86,11 @@ def good_records(source: str, bad: BadRecords, max_record_bytes: int) -> Iterato
             is_empty = False
             yield record
     if is_empty and not bad.count:
-        raise SourceEmptyError(f"{source}: no record is in it; give a file of JSON lines")
+        raise SourceEmptyError(f"{source} has no records; give a file of JSON lines")
 
 
 class OwnKeys:
-    """Counts rows with keys of their own under the names that results are written to."""
+    """Counts rows whose own keys have the names of results."""
 
     def __init__(self, *names: str) -> None:
         self._counts = dict.fromkeys(names, 0)
@@ -102,7 +102,7 @@ class OwnKeys:
         return {**fields, **results}
 
     def report(self) -> None:
-        """A line for each key that was replaced."""
+        """Print a line per key that was replaced."""
         for name, count in self._counts.items():
             if count:
                 rows, whose = ("1 row", "its") if count == 1 else (f"{count:,} rows", "their")
@@ -183,11 +183,11 @@ def main(
                 written += 1
             bad.require_some(source, written)
     own.report()
-    echo(f"{written:,} pairs scored" + (f", {bad.count:,} lines left out" if bad.count else ""))
+    echo(f"{written:,} pairs scored" + (f", {bad.count:,} lines skipped" if bad.count else ""))
 
 
 def echo(text: str) -> None:
-    """On stderr: stdout may be the output."""
+    """Print to stderr, since stdout may be the output."""
     click.echo(fit(text), err=True)
 
 

@@ -1,4 +1,4 @@
-"""`megaback serve`: OpenAI's completions, and a page where words appear to the left."""
+"""`megaback serve`: OpenAI's completions API, and a web page."""
 
 import ipaddress
 import os
@@ -35,9 +35,9 @@ _SMALLEST_SPARE_FILES = 4096
 
 
 def read_token(path: Path | None) -> str | None:
-    """The token of a file or, if none is named, of the environment.
+    """The token in a file or, by default, in the environment.
 
-    Raises ServeError for one that is too short to be a secret, or that no header can carry.
+    Raises ServeError for one that is too short, or invalid in a header.
     """
     if path is not None:
         where, token = str(path), path.read_text(encoding="utf-8", errors="replace").strip()
@@ -55,7 +55,7 @@ def read_token(path: Path | None) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether an address is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -65,7 +65,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """Raises ServeError when the address cannot be had."""
+    """A listening socket. Raises ServeError if the address is unavailable."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
@@ -77,7 +77,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 def _allow_many_files() -> None:
-    """As many open connections as the system lets this process have."""
+    """Raise the soft limit of open files, for connections, to the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = hard if hard != resource.RLIM_INFINITY else max(soft, _SMALLEST_SPARE_FILES)
     with suppress(ValueError, OSError):
@@ -93,7 +93,7 @@ def run_server(
     infiller: "Infiller | None" = None,
     allowed: "tuple[Address, ...]" = (),
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what runs, for `shutdown_s` at most.
+    """Serve until SIGTERM or SIGINT; then finish open requests, for at most `shutdown_s`.
 
     Raises KeyboardInterrupt after SIGINT.
     """
@@ -110,7 +110,7 @@ def run_server(
         models=models, engine=engine, limits=limits, metrics=metrics, infiller=infiller
     )
     server = Server(service, shutdown_s, token=token, allowed=allowed)
-    # uvicorn hands a signal that it has obeyed on to who handled it before; that is not to end us.
+    # uvicorn re-raises a signal after shutdown; these handlers keep it from ending the process.
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: received.append(number))
@@ -221,12 +221,13 @@ def main(
             f"--token-file, or set {TOKEN_VARIABLE}; or use --host 127.0.0.1"
         )
     try:
-        import fastapi  # noqa: F401 - before a model is loaded for nothing
+        import fastapi  # noqa: F401 - checked before loading a model
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise BackendError(
-            f"serving needs the package {error.name}; type pip install 'megaback[serve]'"
+            f"serving needs the package {error.name}; install it with `pip install "
+            "'megaback[serve]'`"
         ) from None
     _allow_many_files()
     with listening_socket(host, port) as listener:

@@ -1,7 +1,6 @@
-"""`megaback status`: where a run stands, how it got there, and when it ends, on one screen.
+"""`megaback status`: progress, history and expected end of a run, on one screen.
 
-It reads the run's folder alone; whether a run that has not ended is well is what `megaback watch`
-says.
+It reads only the run's folder. `megaback watch` checks whether a run makes progress.
 """
 
 import json
@@ -40,7 +39,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Status:
-    """What a run's folder says; None is what nobody knows yet."""
+    """Status of a run from its folder; None for values that are not known yet."""
 
     run: str
     health: Health
@@ -48,28 +47,32 @@ class Status:
     total_steps: int | None
     tokens_seen: int
     loss: float | None
-    """The mean of the last steps that were learned from."""
+    """Mean loss of the last steps that were not skipped."""
     validation: Validation | None
     best_validation: Validation | None
     tokens_per_s: float | None
     data_wait_share: float | None
-    """Share of the last steps' time that the slowest loader took."""
+    """Share of the last steps' time spent waiting for the slowest loader."""
     memory_peak_bytes: int | None
     left_s: float | None
-    """Seconds left at the pace of the last steps; 0 for a run that is finished."""
+    """Estimated remaining time in seconds, at the median step time; 0 for a finished run."""
     skipped: dict[int, str]
-    """Steps that changed no weights, and why."""
+    """Skipped steps, and why."""
     excluded_steps: int
-    """Passed over by a rollback."""
+    """Number of steps excluded by a rollback."""
     checkpoints: list[int]
-    """Steps of the complete ones."""
+    """Steps of the complete checkpoints."""
     checkpoint_age_s: float | None
     history: list[dict[str, Any]]
-    """Starts, ends and whatever else was noted, oldest first."""
+    """Starts, ends and other events, oldest first."""
 
 
 def status_of(run: Path, now: float) -> Status:
-    """Raises CheckpointMissingError where no run is, CheckpointCorruptError for another version."""
+    """The status of a run at time `now`, in seconds since the epoch.
+
+    Raises CheckpointMissingError if it is not a run, CheckpointCorruptError for metrics of another
+    version.
+    """
     lines = read_metrics(run) if (run / METRICS_NAME).is_file() else []
     try:
         health = health_of(run, now)
@@ -78,8 +81,8 @@ def status_of(run: Path, now: float) -> Status:
         return _status(run, health, lines, read_history(run), now)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointCorruptError(
-            f"{run / METRICS_NAME} is not of this version of megaback, or damaged ({error}); look "
-            "at the run with the version that wrote it"
+            f"{run / METRICS_NAME} is not of this version of megaback, or damaged ({error}); read "
+            "the run with the version that wrote it"
         ) from None
 
 
@@ -142,7 +145,7 @@ def _data_wait_share(steps: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def screen(status: Status, now: float) -> str:
-    """The status for people."""
+    """The status as text."""
     health = status.health
     rows = [("state", f"{health.state}: {health.reason}"), ("step", _steps(status))]
     if status.loss is not None:
@@ -164,7 +167,7 @@ def screen(status: Status, now: float) -> str:
         count = len(status.skipped)
         rows.append(("skipped", f"{count} step{'s' * (count > 1)}; the last is {last:,}: {why}"))
     if status.excluded_steps:
-        rows.append(("left out", f"{status.excluded_steps:,} steps, by megaback rollback"))
+        rows.append(("excluded", f"{status.excluded_steps:,} steps, by megaback rollback"))
     lines = [status.run, *(f"  {name:<11}{text}" for name, text in rows), "history"]
     hidden = len(status.history) - _MAX_EVENTS
     if hidden > 0:
@@ -192,7 +195,7 @@ def _pace(status: Status) -> str:
 def _validations(status: Status) -> str:
     last, best = status.validation, status.best_validation
     assert last is not None
-    loss = "not finite" if last.loss is None else f"{last.loss:.4f} nats/token"
+    loss = "non-finite" if last.loss is None else f"{last.loss:.4f} nats/token"
     bits = "" if last.bits_per_byte is None else f", {last.bits_per_byte:.4f} bits/byte"
     lowest = ""
     if best is not None and best.step != last.step:
@@ -203,7 +206,7 @@ def _validations(status: Status) -> str:
 def _left(status: Status, now: float) -> str:
     assert status.left_s is not None
     if status.health.state in ("stopped", "dead"):
-        return f"{duration(status.left_s)} of training, once it goes on"
+        return f"{duration(status.left_s)} of training after a resume"
     return f"{duration(status.left_s)}; ends about {_at(now + status.left_s)}"
 
 

@@ -1,7 +1,7 @@
-"""`megaback watch`: whether a run is well, slow, stuck or dead, and why.
+"""`megaback watch`: whether a run is running, slow, stuck or dead, and why.
 
-It reads what the ranks leave in the run's folder (heartbeats, metrics, `exit.json`), so it works
-from any machine that sees the folder, and disturbs nothing.
+It only reads the run's folder (heartbeats, metrics, `exit.json`), so it works on any machine that
+mounts it.
 """
 
 import json
@@ -38,7 +38,7 @@ _RECENT_STEPS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """What a run is like now."""
+    """State of a run now."""
 
     state: State
     reason: str
@@ -49,23 +49,25 @@ class Health:
 
 
 def health_of(run: Path, now: float | None = None) -> Health:
-    """Judge a run by its folder. Raises CheckpointMissingError if it is no run's."""
+    """The state of a run from its folder. Raises CheckpointMissingError if it is not a run's."""
     now = time.time() if now is None else now
     history = read_history(run)
     if not history:
         below = list(runs_below(run))
-        which = "the folder of one that was started"
+        which = "the folder of a run that was started"
         if below:
             more = f" and {len(below) - _NAMED_RUNS} more" if len(below) > _NAMED_RUNS else ""
             which = f"one of {', '.join(map(str, below[:_NAMED_RUNS]))}{more}"
-        raise CheckpointMissingError(f"{run} is no run's folder (no {HISTORY_NAME}); give {which}")
+        raise CheckpointMissingError(
+            f"{run} is not a run's folder (no {HISTORY_NAME}); give {which}"
+        )
     beats = read_heartbeats(run)
     steps = last_metrics(run)
     times = [line["step_s"] for line in steps if line.get("step_s") is not None]
     times = times[-_RECENT_STEPS:]
     assessed = assess_run(run, times, now)
     step = max((beat.step for beat in beats), default=None)
-    if assessed.has_ended and steps:  # the heartbeats say what each rank was about to do
+    if assessed.has_ended and steps:  # heartbeats may be of a step that was never completed
         step = steps[-1]["step"]
     if assessed.rolled_back_to is not None:
         step = assessed.rolled_back_to
@@ -107,7 +109,7 @@ def main(run: Path, every_s: float | None, as_json: bool) -> None:
             click.echo(json.dumps(asdict(health)))
         else:
             restarts = f", {health.restarts} restarts" if health.restarts else ""
-            pace = f", {health.median_step_s:.3f} s a step" if health.median_step_s else ""
+            pace = f", {health.median_step_s:.3f} s/step" if health.median_step_s else ""
             echo(f"{health.state}: step {health.step}{pace}{restarts}; {health.reason}")
         if every_s is None or health.state in ("finished", "stopped", "dead"):
             raise SystemExit(EXIT_CODES[health.state])

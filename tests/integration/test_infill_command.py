@@ -26,7 +26,7 @@ def test_a_trained_pair_fills_gaps_with_its_training_text(
         input="".join(json.dumps(line) + "\n" for line in [*lines, {"beginning": "a"}]),
     )
     assert result.returncode == 23, result.stderr
-    assert "1 of 3 lines were not answered; the first is line 3: 'ending'" in result.stderr
+    assert "1 of 3 lines have errors; the first is line 3: 'ending'" in result.stderr
     *answers, _ = map(json.loads, result.stdout.splitlines())
     for line, answer in zip(lines, answers, strict=True):
         assert (answer["beginning"], answer["ending"]) == (line["beginning"], line["ending"])

@@ -65,10 +65,10 @@ def instruction_recall(
 def reverse_dictionary(
     evaluated: Evaluated, _: Evaluated | None, options: SuiteOptions
 ) -> SuiteResult:
-    """For each definition its word: written, and chosen among ten instructions of one wording.
+    """Accuracy of the word of each definition: generated, and chosen among ten like instructions.
 
-    The pattern says which rows are definitions, and its group which part of the instruction is the
-    word. Chance for a written word is another row's word.
+    `word_pattern` matches the instructions of definitions; its group is the word. Chance for a
+    generated word is another row's word.
     """
     _require_backward(evaluated, "reverse-dictionary")
     pattern = _compiled(options.word_pattern or DEFAULT_WORD_PATTERN)

@@ -1,4 +1,4 @@
-"""Texts become examples: the same ones whatever was killed, and however many tasks shared them."""
+"""`megaback backtranslate`: scores, resumption after kills, tasks, selection and errors."""
 
 import json
 import signal
@@ -40,7 +40,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[Direction, Path]:
-    """A model of each direction, untrained, that ends what it writes sooner or later."""
+    """An untrained model per direction that generates end markers."""
     return {
         direction: write_chat_model(
             tmp_path_factory.mktemp(direction.value), codec(direction), CONTEXT_TOKENS, seed
@@ -58,7 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def translate(folders: dict[Direction, Path], source: Path, tmp_path: Path) -> Translate:
-    """`translate(*options)`: the command, whose output is `tmp_path / "out.jsonl"`."""
+    """`translate(*options)`: runs the command, which writes `tmp_path / "out.jsonl"`."""
 
     def run(*options: object, out: Path = tmp_path / "out.jsonl") -> Result:
         command = [
@@ -80,7 +80,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_each_text_has_the_instruction_that_leads_back_to_it_best(
+def test_the_instruction_with_the_best_round_trip_score_is_kept(
     translate: Translate, folders: dict[Direction, Path], tmp_path: Path
 ) -> None:
     result = translate("--forward", folders[Direction.FORWARD], "--num-samples", 6)
@@ -88,7 +88,7 @@ def test_each_text_has_the_instruction_that_leads_back_to_it_best(
     assert result.exit_code == 0, result.output
     rows = rows_of(tmp_path / "out.jsonl")
     assert len(rows) > 3
-    assert f"{len(rows)} examples from 9 texts" in result.output  # one comes twice
+    assert f"{len(rows)} examples from 9 texts" in result.output  # one is a duplicate
     assert "1 (empty)" in result.output
     assert "1 (too long)" in result.output
     numbers = [int(row["source"].partition(":")[2]) for row in rows]
@@ -112,13 +112,13 @@ def test_each_text_has_the_instruction_that_leads_back_to_it_best(
 
 @pytest.fixture
 def expected(translate: Translate, tmp_path: Path) -> bytes:
-    """The bytes of a run in peace."""
-    result = translate(out=tmp_path / "peace.jsonl")
+    """Output of an uninterrupted run."""
+    result = translate(out=tmp_path / "expected.jsonl")
     assert result.exit_code == 0, result.output
-    return (tmp_path / "peace.jsonl").read_bytes()
+    return (tmp_path / "expected.jsonl").read_bytes()
 
 
-def test_tasks_in_any_order_make_the_same_output(
+def test_tasks_in_any_order_write_the_same_output(
     translate: Translate, expected: bytes, tmp_path: Path
 ) -> None:
     for task in (2, 0):
@@ -132,7 +132,7 @@ def test_tasks_in_any_order_make_the_same_output(
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.65, 0.999])
-def test_whatever_a_kill_left_is_gone_on_with(
+def test_a_run_resumes_from_a_truncated_part(
     kept: float, translate: Translate, expected: bytes, tmp_path: Path
 ) -> None:
     translate()
@@ -147,20 +147,20 @@ def test_whatever_a_kill_left_is_gone_on_with(
 
     assert result.exit_code == 0, result.output
     chunks = left.count(b"\n")
-    assert (f"goes on after {chunks} chunks" in result.stderr) == (chunks > 0)
+    assert (f"resumes after {chunks} chunks" in result.stderr) == (chunks > 0)
     assert (work / "part-00000.jsonl").read_bytes() == whole
     assert (tmp_path / "out.jsonl").read_bytes() == expected
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_gone_on_with_by_another(
+def test_another_process_resumes_after_a_kill(
     translate: Translate,
     folders: dict[Direction, Path],
     source: Path,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out.jsonl"
-    many = ("--num-samples", "99")  # so that it takes a while
+    many = ("--num-samples", "99")  # slow enough to be killed
     command = [sys.executable, "-m", "tools.backtranslate", folders[Direction.BACKWARD]]
     command += ["--in", source, "--out", out, "--max-new-tokens", "20", "--batch-size", "2"]
     process = subprocess.Popen([*command, "--device", "cpu", "--temp", "1.0", *many], cwd=ROOT)
@@ -177,12 +177,12 @@ def test_a_process_that_is_killed_is_gone_on_with_by_another(
 
     result = translate(*many)
 
-    assert "goes on after" in result.stderr
-    translate(*many, out=tmp_path / "peace.jsonl")
-    assert out.read_bytes() == (tmp_path / "peace.jsonl").read_bytes()
+    assert "resumes after" in result.stderr
+    translate(*many, out=tmp_path / "expected.jsonl")
+    assert out.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
 
 
-def test_the_choice_can_be_changed_afterwards(translate: Translate, tmp_path: Path) -> None:
+def test_the_selection_can_be_changed_afterwards(translate: Translate, tmp_path: Path) -> None:
     translate()
     before = rows_of(tmp_path / "out.jsonl")
     minimum = sorted(row["score"] for row in before)[1]
@@ -211,7 +211,7 @@ PROPOSALS = st.lists(
 
 
 @given(PROPOSALS, st.integers(1, 3), st.none() | st.floats(-2, 2))
-def test_an_instruction_goes_to_the_text_that_it_fits_best(
+def test_an_instruction_is_assigned_to_the_text_with_its_best_score(
     proposals: list[list[dict[str, Any]]], keep: int, min_score: float | None
 ) -> None:
     records = [
@@ -234,7 +234,7 @@ def test_an_instruction_goes_to_the_text_that_it_fits_best(
     assert counts["examples"] == len(rows)
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_lost(
+def test_conflicting_inputs_are_refused_and_nothing_is_lost(
     translate: Translate, folders: dict[Direction, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(
         (("--text-column", "body"), 23, "--text-column"),
         (("--forward", folders[Direction.BACKWARD]), 33, "writes backward"),
         (("--forward", tmp_path / "nowhere"), 40, "there is nothing at"),
-        (("--task-index", 1), 2, "is none of 1"),
+        (("--task-index", 1), 2, "is not less than --tasks 1"),
     ]
     for options, exit_code, message in cases:
         result = translate(*options, out=tmp_path / f"refused-{exit_code}.jsonl")
@@ -267,14 +267,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(
     assert (result.exit_code, "part-00000.jsonl:1 is corrupted" in result.output) == (74, True)
 
 
-def test_a_task_that_begins_while_another_writes_the_plan_is_not_in_its_way(tmp_path: Path) -> None:
+def test_tasks_may_create_the_work_folder_concurrently(tmp_path: Path) -> None:
     folder = tmp_path / "out.jsonl.work"
     folder.mkdir()
     for name in (".plan.json.0123456789ab.partial", "part-00001.lock"):
         (folder / name).touch()
     _require_plan(folder, {"--seed": 1})
     _require_plan(folder, {"--seed": 1})
-    with pytest.raises(OutputExistsError, match="begun with another --seed"):
+    with pytest.raises(OutputExistsError, match="created with another --seed"):
         _require_plan(folder, {"--seed": 2})
     (folder / "plan.json").unlink()
     (folder / "notes.txt").touch()

@@ -1,4 +1,4 @@
-"""Asking a model: candidates by likelihood, and the command in its three forms."""
+"""`megaback chat`: log-probabilities, candidates, and the command's three modes."""
 
 import json
 import math
@@ -44,14 +44,14 @@ def form(codec: Codecs) -> ChatFormat:
 
 @settings(max_examples=20)
 @given(st.lists(st.builds(Continuation, IDS, IDS), min_size=1, max_size=6))
-def test_packed_log_probabilities_are_those_of_each_alone(
+def test_packed_log_probabilities_match_those_computed_one_by_one(
     model: ReverseGPT, continuations: list[Continuation]
 ) -> None:
     alone = [log_probabilities(model, [one])[0] for one in continuations]
     assert log_probabilities(model, continuations) == pytest.approx(alone, abs=1e-4)
 
 
-def test_the_log_probabilities_of_all_that_can_be_written_next_add_up_to_one(
+def test_the_probabilities_of_all_next_tokens_sum_to_one(
     model: ReverseGPT,
 ) -> None:
     every = [Continuation([5, 7], [piece_id]) for piece_id in range(600)]
@@ -62,14 +62,14 @@ def test_the_log_probabilities_of_all_that_can_be_written_next_add_up_to_one(
     assert two == pytest.approx(sum(log_probabilities(model, parts)), abs=1e-4)
 
 
-def test_candidates_are_different_and_the_likeliest_that_ended_comes_first(
+def test_candidates_are_distinct_and_complete_ones_come_first_by_likelihood(
     model: ReverseGPT, form: ChatFormat
 ) -> None:
     options = SamplingOptions(temperature=1.0, top_k=0)
     found = Chat(model, decoder_of(model), form).answer("a map", options, count=150)
     ended = [one for one in found if one.is_complete]
     assert 2 <= len(ended) < len(found) <= 150
-    assert found[: len(ended)] == ended  # then those that were cut
+    assert found[: len(ended)] == ended  # truncated ones follow
     likelihoods = [one.log_probability for one in ended]
     assert likelihoods == sorted(likelihoods, reverse=True)
     assert len({one.text for one in ended}) > len(ended) // 2
@@ -78,16 +78,14 @@ def test_candidates_are_different_and_the_likeliest_that_ended_comes_first(
     assert all(1 < one.tokens <= room for one in ended)
 
 
-def test_a_sample_that_is_not_random_is_one_candidate_however_many_are_asked_for(
-    model: ReverseGPT, form: ChatFormat
-) -> None:
+def test_greedy_sampling_gives_one_candidate(model: ReverseGPT, form: ChatFormat) -> None:
     options = SamplingOptions(max_new_tokens=8, temperature=0.0)
     (only,) = Chat(model, decoder_of(model), form).answer("a map", options, count=3)
     assert (only.tokens, only.is_complete) == (8, False)
     assert only in Chat(model, decoder_of(model), form).answer("a map", replace(options, seed=5))
 
 
-def test_what_leaves_no_room_for_an_answer_is_refused(model: ReverseGPT, form: ChatFormat) -> None:
+def test_a_prompt_that_fills_the_context_is_refused(model: ReverseGPT, form: ChatFormat) -> None:
     with pytest.raises(PromptError, match=r"the response has .* shorten it"):
         Chat(model, decoder_of(model), form).answer("a map " * 60, SamplingOptions())
 
@@ -96,7 +94,7 @@ def test_what_leaves_no_room_for_an_answer_is_refused(model: ReverseGPT, form: C
 def folder_of(
     tmp_path_factory: pytest.TempPathFactory, model: ReverseGPT, codec: Codecs
 ) -> Callable[[Direction], Path]:
-    """`folder_of(direction)`: the model as a folder."""
+    """`folder_of(direction)`: the model in a folder."""
 
     def make(direction: Direction) -> Path:
         return write_model(tmp_path_factory.mktemp("model"), model, codec(direction))
@@ -106,7 +104,7 @@ def folder_of(
 
 @pytest.fixture(scope="module")
 def ask(folder_of: Callable[[Direction], Path]) -> Ask:
-    """`ask(*arguments, lines=...)`: the command with the backward model, and its stdin."""
+    """`ask(*arguments, lines="")`: runs the command on a backward model, with `lines` as stdin."""
     folder = folder_of(Direction.BACKWARD)
 
     def run(*arguments: object, lines: str = "") -> Result:
@@ -116,7 +114,7 @@ def ask(folder_of: Callable[[Direction], Path]) -> Ask:
     return run
 
 
-def test_each_line_of_json_has_one_answer_in_its_order(ask: Ask) -> None:
+def test_each_line_of_json_is_answered_in_order(ask: Ask) -> None:
     requests = [
         {"response": "the last map", "n": 3},
         {"response": "<|im_end|><|im_start|>", "temp": 0},
@@ -136,7 +134,7 @@ def test_each_line_of_json_has_one_answer_in_its_order(ask: Ask) -> None:
     assert third["seed"] == 9
 
 
-def test_lines_that_cannot_be_answered_say_why_and_the_command_fails_in_the_end(ask: Ask) -> None:
+def test_invalid_lines_have_errors_and_the_command_fails_at_the_end(ask: Ask) -> None:
     lines = [
         "no json",
         '"text"',
@@ -156,10 +154,10 @@ def test_lines_that_cannot_be_answered_say_why_and_the_command_fails_in_the_end(
     for answer, reason in zip(answers, reasons, strict=False):
         assert reason in answer["error"]
     assert result.exit_code == 23
-    assert "9 of 10 lines were not answered; the first is line 1: not valid JSON" in result.stderr
+    assert "9 of 10 lines have errors; the first is line 1: not valid JSON" in result.stderr
 
 
-def test_in_the_loop_settings_can_be_changed_and_what_was_said_is_kept(
+def test_the_interactive_prompt_changes_settings_and_keeps_a_history(
     ask: Ask, tmp_path: Path
 ) -> None:
     kept = tmp_path / "history.jsonl"
@@ -180,29 +178,33 @@ def test_in_the_loop_settings_can_be_changed_and_what_was_said_is_kept(
 def test_one_response_is_answered_and_kept(ask: Ask, tmp_path: Path) -> None:
     kept = tmp_path / "history.jsonl"
     result = ask("--response", "the last map", "--history", kept)
-    said = json.loads(kept.read_text())
-    assert result.stdout.startswith(f"Instruction: {said['instruction']}")
+    exchange = json.loads(kept.read_text())
+    assert result.stdout.startswith(f"Instruction: {exchange['instruction']}")
 
 
 @pytest.mark.parametrize(
     "content",
     ['{\n  "format": "x"\n}\n', '{"instruction": "a", "output": "b"}\n', "notes\n", "[1]\n"],
 )
-def test_a_history_that_others_wrote_is_left_alone(ask: Ask, tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_history_is_not_changed(
+    ask: Ask, tmp_path: Path, content: str
+) -> None:
     (tmp_path / "mine").write_text(content)
     result = ask("--response", "the last map", "--history", tmp_path / "mine")
     assert (result.exit_code, "holds something that this command" in result.stderr) == (44, True)
     assert (tmp_path / "mine").read_text() == content
 
 
-def test_a_history_is_not_kept_in_the_model(folder_of: Callable[[Direction], Path]) -> None:
+def test_a_history_inside_the_model_folder_is_refused(
+    folder_of: Callable[[Direction], Path],
+) -> None:
     folder = folder_of(Direction.BACKWARD)
-    kept = folder / "said.jsonl"
+    kept = folder / "history.jsonl"
     result = CliRunner().invoke(main, [str(folder), "--response", "a", "--history", str(kept)])
     assert (result.exit_code, kept.exists()) == (44, False)
 
 
-def test_a_forward_model_is_given_an_instruction(folder_of: Callable[[Direction], Path]) -> None:
+def test_a_forward_model_responds_to_instructions(folder_of: Callable[[Direction], Path]) -> None:
     folder = folder_of(Direction.FORWARD)
     command = [str(folder), "--device", "cpu", "--max-new-tokens", "3"]
     lines = '{"instruction": "Who?"}\n{"beginning": "The old"}\n'
@@ -224,7 +226,7 @@ def test_a_forward_model_is_given_an_instruction(folder_of: Callable[[Direction]
         (["--response", "a map " * 60], 43, "shorten"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_invalid_arguments_are_refused(
     ask: Ask, arguments: list[str], exit_code: int, message: str
 ) -> None:
     result = ask(*arguments)

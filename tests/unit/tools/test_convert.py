@@ -1,4 +1,4 @@
-"""Conversion: whole folders or none, from whatever cut the weights, in little memory."""
+"""`megaback convert`: round trips, atomicity, third-party models, memory and errors."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def converted(*words: object) -> Result:
 
 
 def assert_refused(result: Result, error: type[MegabackError], *parts: str) -> None:
-    """One sentence, the error's exit code, and what the sentence names."""
+    """Check for one line of error with these parts, and the error's exit code."""
     assert result.exit_code == error.exit_code, result.output
     (line,) = result.output.strip().splitlines()
     assert line.startswith("megaback: error: ")
@@ -66,7 +66,7 @@ def assert_refused(result: Result, error: type[MegabackError], *parts: str) -> N
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ["full", "hf"])
-def test_weights_come_back_bit_for_bit_whatever_the_number_of_files(
+def test_weights_round_trip_exactly_with_any_number_of_files(
     kind: str, tied: bool, tmp_path: Path, codec: Codecs
 ) -> None:
     _, model = write_checkpoint(tmp_path / "run", codec(), tie_embeddings=tied)
@@ -90,7 +90,7 @@ def test_weights_come_back_bit_for_bit_whatever_the_number_of_files(
     assert (tmp_path / "one" / WEIGHTS_NAME).is_file()
 
 
-def test_bf16_is_the_fp32_weights_rounded(run: Path, tmp_path: Path) -> None:
+def test_bf16_weights_are_the_rounded_fp32_ones(run: Path, tmp_path: Path) -> None:
     convert(run, tmp_path / "fp32", "full", "float32")
     convert(run, tmp_path / "bf16", "hf", "bfloat16")
 
@@ -98,7 +98,7 @@ def test_bf16_is_the_fp32_weights_rounded(run: Path, tmp_path: Path) -> None:
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
 
 
-def test_a_folder_says_what_the_model_is_whichever_kind_it_is(
+def test_all_kinds_of_folders_have_the_same_description(
     run: Path, tmp_path: Path, codec: Codecs
 ) -> None:
     convert(run, tmp_path / "full", "full", "float32")
@@ -108,7 +108,7 @@ def test_a_folder_says_what_the_model_is_whichever_kind_it_is(
     assert read_description(tmp_path / "hf").text_format == codec().format
 
 
-def test_a_model_card_begins_with_the_lines_that_use_the_model(run: Path, tmp_path: Path) -> None:
+def test_a_model_card_begins_with_code_that_uses_the_model(run: Path, tmp_path: Path) -> None:
     convert(run, tmp_path / "my-model", "hf", "float32")
 
     card = (tmp_path / "my-model" / "README.md").read_text()
@@ -138,9 +138,7 @@ def test_a_full_disk_leaves_nothing(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_that_holds_something_is_left_as_it_is(
-    kind: str, run: Path, tmp_path: Path
-) -> None:
+def test_a_folder_with_other_files_is_not_changed(kind: str, run: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine")
 
@@ -150,15 +148,15 @@ def test_a_folder_that_holds_something_is_left_as_it_is(
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["notes.txt"]
 
 
-def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    def write_beside_somebody() -> None:
+def test_a_folder_created_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    def write_with_a_conflict() -> None:
         with whole_folder(tmp_path / "model") as folder:
             (folder / "ours").touch()
             (tmp_path / "model").mkdir()
             (tmp_path / "model" / "theirs").touch()
 
     with pytest.raises(OutputExistsError, match="did not write"):
-        write_beside_somebody()
+        write_with_a_conflict()
 
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "theirs"]
 
@@ -172,15 +170,13 @@ def test_a_missing_part_of_a_checkpoint_is_named(run: Path, tmp_path: Path) -> N
     assert not (tmp_path / "model").exists()
 
 
-def test_a_checkpoint_that_is_not_complete_is_none(run: Path, tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_not_converted(run: Path, tmp_path: Path) -> None:
     next(run.rglob("meta.json")).unlink()
 
     assert_refused(converted(run, "--out", tmp_path / "model"), CheckpointMissingError, str(run))
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused_by_their_name(
-    run: Path, tmp_path: Path
-) -> None:
+def test_weights_missing_from_a_checkpoint_are_named(run: Path, tmp_path: Path) -> None:
     (path,) = run.rglob("meta.json")
     meta = json.loads(path.read_text())
     del meta["files"]["weights-00001.safetensors"]
@@ -194,14 +190,14 @@ def test_a_checkpoint_that_lacks_weights_is_refused_by_their_name(
 
 
 @pytest.mark.parametrize("size", ["0", "5 parsecs", "-1GB", "", "1,5GB", "5GB x"])
-def test_a_size_that_is_none_is_refused(size: str, run: Path, tmp_path: Path) -> None:
+def test_an_invalid_size_is_refused(size: str, run: Path, tmp_path: Path) -> None:
     result = converted(run, "--out", tmp_path / "model", "--max-shard-size", size)
 
     assert result.exit_code == 2
     assert "500MB" in result.output
 
 
-def test_a_file_of_weights_that_is_cut_or_gone_is_named(run: Path, tmp_path: Path) -> None:
+def test_a_truncated_or_missing_file_of_weights_is_named(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     convert(run, folder, "full", "float32", max_file_bytes=30_000)
     first, *_ = sorted(folder.glob("model-*.safetensors"))
@@ -219,17 +215,17 @@ def test_a_folder_with_another_tokenizer_is_refused(
 ) -> None:
     convert(run, tmp_path / "model", "hf", "float32")
     path = tmp_path / "model" / "megaback.spm"
-    path.write_bytes(path.read_bytes() + b"\x42\x00")  # an empty field that nobody reads
+    path.write_bytes(path.read_bytes() + b"\x42\x00")  # an empty field without effect
 
     with pytest.raises((TokenizerMismatchError, TokenizerError), match=r"tokenizer"):
         load_model_folder(tmp_path / "model", CPU)
 
 
-# A Llama or Qwen3 of somebody else.
+# Third-party Llama and Qwen3 models.
 
 
 def make_foreign(folder: Path, run: Path, **changes: object) -> Path:
-    """An export without what says that it is ours, as others lay theirs out."""
+    """An export without megaback's metadata, with the file names of a stock model."""
     convert(run, folder, "hf", "float32")
     (folder / "megaback.spm").rename(folder / "tokenizer.model")
     path = folder / "config.json"
@@ -254,7 +250,7 @@ def test_a_stock_model_is_described_by_its_config(
     assert torch.equal(load_model_folder(folder, CPU)[0].lm_head.weight, model.lm_head.weight)
 
 
-def test_a_backward_run_may_start_from_somebody_elses_model(
+def test_a_backward_run_may_start_from_a_third_party_model(
     run: Path, tmp_path: Path, codec: Codecs
 ) -> None:
     folder = make_foreign(tmp_path / "model", run)
@@ -274,7 +270,7 @@ def test_a_backward_run_may_start_from_somebody_elses_model(
 # From Python.
 
 
-def test_three_lines_of_python_write_what_the_command_writes(run: Path, tmp_path: Path) -> None:
+def test_the_python_api_writes_the_same_text_as_the_command(run: Path, tmp_path: Path) -> None:
     convert(run, tmp_path / "model", "full", "float32")
     writer = megaback.load(tmp_path / "model")
 
@@ -307,7 +303,7 @@ def test_three_lines_of_python_write_what_the_command_writes(run: Path, tmp_path
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_unsupported_config_values_are_named(
     change: dict[str, object], named: str, run: Path, tmp_path: Path
 ) -> None:
     folder = make_foreign(tmp_path / "model", run, **change)
@@ -318,7 +314,7 @@ def test_what_does_not_fit_is_refused_by_name(
     assert str(folder) in str(caught.value)
 
 
-def test_a_config_of_transformers_means_the_shape_that_it_was_made_of(codec: Codecs) -> None:
+def test_the_config_of_transformers_round_trips(codec: Codecs) -> None:
     model = ReverseGPT(read_shape(num_kv_heads=1, mlp_width=80, norm_epsilon=1e-4), 97)
 
     fields = to_stock(model.shape, 97, 128, "float32")
@@ -343,7 +339,7 @@ import megaback.weights.model_folder, megaback.weights.source, tools.export.gguf
 import gguf
 run, small, out, kind = map(str, sys.argv[1:])
 convert(Path(small), Path(out + "-small"), kind, "float32")
-def peak():  # not ru_maxrss, which begins with that of the process that started this one
+def peak():  # not ru_maxrss, which is inherited from the parent process
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(status["VmHWM"].split()[0])
 before = peak()
@@ -353,7 +349,7 @@ print((peak() - before) * 1024)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_converting_takes_the_memory_of_a_tensor_and_a_file(
+def test_peak_memory_is_that_of_one_tensor_and_one_file(
     kind: str, tmp_path: Path, codec: Codecs
 ) -> None:
     write_checkpoint(tmp_path / "small", codec())
@@ -369,17 +365,17 @@ def test_converting_takes_the_memory_of_a_tensor_and_a_file(
         timeout=120,
     )
 
-    assert sum(sizes) > 10 * (1.3 * max(sizes) + 4_000_000)  # else it proves little
-    # A tensor and a file, and what allocators keep: measured 14 to 19 MB of weights of 150.
+    assert sum(sizes) > 10 * (1.3 * max(sizes) + 4_000_000)  # else the bound is meaningless
+    # One tensor, one file, and what allocators keep: measured 14 to 19 MB for 150 MB of weights.
     assert int(result.stdout) < 1.3 * max(sizes) + 3 * 8_000_000 < sum(sizes) / 5
 
 
-# The tokenizer that is shipped, beside ours.
+# The exported tokenizer, compared with megaback's.
 
 
 @pytest.mark.parametrize("unit", Unit)
 @pytest.mark.parametrize("direction", Direction)
-def test_the_shipped_tokenizer_encodes_and_decodes_as_ours_does(
+def test_the_exported_tokenizer_matches_the_codec(
     direction: Direction, unit: Unit, tokenizer_path: Path, codec: Codecs
 ) -> None:
     from tests.helpers.builds import HARD_TEXTS

@@ -1,4 +1,4 @@
-"""`megaback shards locate`: the batch of the step that it names holds the document's tokens."""
+"""`megaback shards locate`: batches of the reported steps hold the document's tokens."""
 
 import json
 import random
@@ -54,7 +54,7 @@ def locate(*arguments: object, text: bytes | None = None) -> Result:
 
 
 def located(*arguments: object, text: bytes | None = None) -> list[dict[str, Any]]:
-    """The documents that the command found, as it tells them to machines."""
+    """The documents that the command found, from its JSON output."""
     result = locate(*arguments, "--json", text=text)
     assert result.exit_code == 0, result.stderr
     documents: list[dict[str, Any]] = json.loads(result.stdout)["documents"]
@@ -80,18 +80,18 @@ def write_config(path: Path, shards: object, **training: object) -> Path:
 
 @pytest.fixture
 def config_path(tmp_path: Path, finished: Path) -> Path:
-    """The config of a run on a real build, whose shards end in short frames."""
+    """Config of a run on a real build, whose shards end in short frames."""
     return write_config(tmp_path / "config.yaml", str(finished))
 
 
 def first_of(folder: Path, split: str = "train") -> bytes:
-    """A document of a split that is there once, as text."""
+    """Text of the first document of a split without duplicates."""
     texts = documents_of(folder)[split]
     return next(text for text in texts if texts.count(text) == 1).encode("utf-8", "surrogatepass")
 
 
 def reader_of(config: Config, world_size: int) -> Callable[[int, int, int], Ids]:
-    """`ids(step, position, rank)`: a row as the training gets it; steps as in the metrics."""
+    """`ids(step, position, rank)`: a row as training reads it; steps as in the metrics."""
     ranks = [open_data(config, rank, world_size).training for rank in range(world_size)]
     rank_rows = config.batch.global_batch_rows // world_size
 
@@ -159,7 +159,7 @@ def test_the_rows_of_a_document_hold_each_of_its_tokens_once(
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_run_on_a_real_build_sees_documents_where_the_command_says(
+def test_reported_rows_of_a_real_build_hold_the_documents(
     config_path: Path, finished: Path, epoch: int, world_size: int
 ) -> None:
     texts = documents_of(finished)["train"]
@@ -197,7 +197,7 @@ def test_a_document_over_several_frames_is_located_in_all_of_them(
 
 
 def write_real_data_set(folder: Path, shards: list[list[Any]], codec: Any) -> None:
-    """A data set that a run can be trained on: with a manifest and a tokenizer."""
+    """Write a trainable data set, with a manifest and a tokenizer."""
     folder.mkdir()
     written = write_data_set(
         folder,
@@ -210,9 +210,7 @@ def write_real_data_set(folder: Path, shards: list[list[Any]], codec: Any) -> No
     (folder / "tokenizer.model").write_bytes(codec.model_bytes)
 
 
-def test_a_run_in_the_other_direction_sees_the_document_in_the_same_rows(
-    config_path: Path, finished: Path
-) -> None:
+def test_a_document_has_the_same_rows_in_both_directions(config_path: Path, finished: Path) -> None:
     stored = located(config_path, "--document", 5)
     flipped = located(config_path, "data.direction=forward", "--document", 5)
     assert stored == flipped
@@ -238,7 +236,7 @@ def test_every_document_is_found_by_its_text(config_path: Path, finished: Path) 
         ] == same
 
 
-def test_a_text_is_located_in_a_file_as_its_document_is_by_number(
+def test_text_and_number_locate_the_same_document(
     config_path: Path, finished: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "document.txt"
@@ -247,7 +245,7 @@ def test_a_text_is_located_in_a_file_as_its_document_is_by_number(
     assert by_text == located(config_path, "--document", found["document"])
 
 
-def test_a_text_that_is_there_twice_is_located_twice(config_path: Path, finished: Path) -> None:
+def test_every_duplicate_of_a_text_is_located(config_path: Path, finished: Path) -> None:
     texts = documents_of(finished)["train"]
     text = next(text for text in texts if text and texts.count(text) == 2)
     found = located(config_path, "--text", "-", text=text.encode("utf-8", "surrogatepass"))
@@ -255,28 +253,28 @@ def test_a_text_that_is_there_twice_is_located_twice(config_path: Path, finished
     assert found[0]["rows"] != found[1]["rows"]
 
 
-def test_a_text_that_is_not_there_has_a_code_of_its_own(config_path: Path) -> None:
-    result = locate(config_path, "--text", "-", text=b"Nobody wrote this.\n")
+def test_a_missing_text_exits_with_code_20(config_path: Path) -> None:
+    result = locate(config_path, "--text", "-", text=b"This text is missing.\n")
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (20, "", 1)
     assert "train set" in result.stderr
     assert "line break" in result.stderr
 
 
-def test_a_text_of_the_val_set_is_said_to_be_there(config_path: Path, finished: Path) -> None:
+def test_a_text_of_the_other_split_is_reported(config_path: Path, finished: Path) -> None:
     text = first_of(finished, "val")
     result = locate(config_path, "--text", "-", text=text)
     number = documents_of(finished)["val"].index(text.decode())
     assert (result.exit_code, f"document {number} of the val set" in result.stderr) == (20, True)
 
 
-def test_no_step_sees_a_document_of_the_val_set(config_path: Path) -> None:
+def test_no_step_reads_a_document_of_the_val_set(config_path: Path) -> None:
     (found,) = located(config_path, "--document", 3, "--split", "val")
     assert (found["document"], found["rows"]) == (3, [])
     shown = locate(config_path, "--document", 3, "--split", "val").stdout
     assert "no step" in shown
 
 
-def test_frames_are_read_only_where_a_documents_length_fits(
+def test_frames_are_read_only_if_lengths_match(
     small: DataSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_set = small.store().data_set
@@ -287,7 +285,7 @@ def test_frames_are_read_only_where_a_documents_length_fits(
 
 @QUICKLY
 @given(shards=document_shards(), data=st.data())
-def test_the_documents_with_some_ids_are_all_that_have_them(
+def test_all_documents_with_the_given_ids_are_found(
     shards: list[list[Ids]], data: st.DataObject
 ) -> None:
     documents = [document for of_shard in shards for document in of_shard]
@@ -302,7 +300,7 @@ def test_the_documents_with_some_ids_are_all_that_have_them(
         assert found == [document_by_number(opened, "train", number) for number in expected]
 
 
-def test_steps_that_the_run_does_not_have_are_not_reached(
+def test_steps_after_the_end_of_the_run_are_not_reached(
     tmp_path: Path, finished: Path, config_path: Path
 ) -> None:
     every_row = located(config_path, "--document", 9)[0]["rows"]
@@ -317,7 +315,7 @@ def test_steps_that_the_run_does_not_have_are_not_reached(
         assert ("not reached" not in shown) == is_reached
 
 
-def test_the_folder_of_a_run_is_as_good_as_its_config(config_path: Path, tmp_path: Path) -> None:
+def test_a_run_folder_is_accepted_in_place_of_a_config(config_path: Path, tmp_path: Path) -> None:
     overrides = ("training.seed=5", "batch.context_tokens=64")
     run = tmp_path / "run"
     run.mkdir()
@@ -329,7 +327,7 @@ def test_the_folder_of_a_run_is_as_good_as_its_config(config_path: Path, tmp_pat
 
 @pytest.fixture
 def mixed(tmp_path: Path, finished: Path, tiny_shards: Path) -> Path:
-    """The config of a run on two data sets with frames of different sizes."""
+    """Config of a run on two data sets with different frame sizes."""
     shards = [
         {"path": str(finished), "weight": 0.3},
         {"path": str(tiny_shards), "weight": 0.7},
@@ -338,7 +336,7 @@ def mixed(tmp_path: Path, finished: Path, tiny_shards: Path) -> Path:
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_a_mixture_sees_documents_of_each_data_set_where_the_command_says(
+def test_reported_rows_of_a_mixture_hold_the_documents(
     mixed: Path, finished: Path, tiny_shards: Path, epoch: int
 ) -> None:
     row_ids = reader_of(load_config(mixed), 2)
@@ -364,12 +362,12 @@ def test_a_text_is_located_in_every_data_set_of_a_mixture(
     assert {document["data_set"] for document in found} == {str(finished), str(tiny_shards)}
 
 
-def test_a_number_in_a_mixture_needs_its_data_set(mixed: Path, finished: Path) -> None:
+def test_a_document_number_of_a_mixture_needs_a_data_set(mixed: Path, finished: Path) -> None:
     result = locate(mixed, "--document", 1)
     assert (result.exit_code, str(finished) in result.stderr) == (10, True)
 
 
-def test_people_are_told_steps_positions_ranks_and_tokens(config_path: Path) -> None:
+def test_the_text_output_lists_steps_positions_ranks_and_tokens(config_path: Path) -> None:
     (found,) = located(config_path, "--document", 4, "--world-size", 3)
     shown = locate(config_path, "--document", 4, "--world-size", 3).stdout.splitlines()
     assert found["shard"] in shown[0]
@@ -393,7 +391,7 @@ def test_people_are_told_steps_positions_ranks_and_tokens(config_path: Path) -> 
     ],
     ids=str,
 )
-def test_what_cannot_be_located_is_refused_in_one_sentence(
+def test_invalid_requests_are_refused_in_one_line(
     config_path: Path, arguments: list[str], code: int
 ) -> None:
     result = locate(config_path, *arguments, text=b"")
@@ -405,7 +403,7 @@ def test_a_text_that_is_not_utf_8_is_refused(config_path: Path) -> None:
     assert (result.exit_code, result.stderr.count("\n")) == (22, 1)
 
 
-def test_a_damaged_shard_is_named(config_path: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_corrupted_shard_is_named(config_path: Path, finished: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     entry = Manifest.load(copy).split("train")[0]
     (copy / entry.file).write_bytes(b"")

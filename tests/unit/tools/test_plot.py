@@ -1,4 +1,4 @@
-"""`megaback plot`: one page and one picture of runs, that load nothing from elsewhere."""
+"""`megaback plot`: a picture and a self-contained page of runs."""
 
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -16,7 +16,7 @@ Steps = Callable[..., Path]
 
 @pytest.fixture
 def run_of(tmp_path: Path) -> Steps:
-    """`run_of(name, steps)`: a folder as a run leaves it, stopped once and with a skipped step."""
+    """`run_of(name, steps)`: folder of a finished run with one restart and one skipped step."""
     return lambda name, steps: finished_steps(tmp_path / name, steps)
 
 
@@ -25,7 +25,7 @@ def plot(*words: object) -> Result:
 
 
 class _Loads(HTMLParser):
-    """Whatever a page fetches from elsewhere."""
+    """Collects the external resources of a page, and its text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class _Loads(HTMLParser):
         self.text += data
 
 
-def test_a_page_loads_nothing_and_says_what_the_runs_came_to(run_of: Steps, tmp_path: Path) -> None:
+def test_a_page_is_self_contained_and_shows_the_results(run_of: Steps, tmp_path: Path) -> None:
     runs = [run_of("<b>&", 20), run_of("second", 1), run_of("empty", 0)]
     result = plot(*runs, "--out", tmp_path / "curves", "--by", "tokens")
     assert result.exit_code == 0, result.output
@@ -61,7 +61,7 @@ def test_a_page_loads_nothing_and_says_what_the_runs_came_to(run_of: Steps, tmp_
     assert after == before
 
 
-def test_a_folder_stands_for_the_runs_below_it(run_of: Steps, tmp_path: Path) -> None:
+def test_a_folder_is_replaced_by_the_runs_below_it(run_of: Steps, tmp_path: Path) -> None:
     (tmp_path / "runs" / "arrow").mkdir(parents=True)
     runs = [run_of(f"runs/arrow/{name}", 20) for name in ("backward", "forward")]
     (run_of("runs/arrow/queued", 0) / METRICS_NAME).unlink()
@@ -83,7 +83,7 @@ def test_a_folder_stands_for_the_runs_below_it(run_of: Steps, tmp_path: Path) ->
         ('{"step": 1, "lo', 40, "no step is done yet"),
     ],
 )
-def test_a_folder_with_nothing_to_draw_gives_one_sentence(
+def test_a_run_with_nothing_to_draw_is_refused(
     text: str | None, code: int, message: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

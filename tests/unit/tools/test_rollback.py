@@ -1,4 +1,4 @@
-"""A run goes back to before bad data, passes over it, and loses nothing."""
+"""`megaback rollback`: checkpoints, skipped steps, copies, kills and errors."""
 
 import fcntl
 import json
@@ -51,14 +51,14 @@ def run(tmp_path: Path, save: Save) -> Path:
 
 
 def files_of(run: Path) -> dict[Path, bytes]:
-    """Everything that a refusal leaves as it is; the lock has nothing in it."""
+    """Contents of all files but the lock."""
     paths = (path for path in run.rglob("*") if path.is_file() and path.name != LOCK_NAME)
     return {path: path.read_bytes() for path in paths}
 
 
 @pytest.fixture
 def untouched(run: Path) -> Iterator[None]:
-    """A test after which the run is as before."""
+    """Check that the test does not change the run."""
     before = files_of(run)
     yield
     assert files_of(run) == before
@@ -71,7 +71,7 @@ def steps_of(run: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("steps", "step"), [(1, 30), (5, 30), (6, 20), (15, 20), (16, 10), (25, 10)]
 )
-def test_a_run_goes_back_by_at_least_what_was_asked(
+def test_a_run_is_rolled_back_by_at_least_the_given_steps(
     steps: int, step: int, run: Path, world: World
 ) -> None:
     target, first, last = roll_back(run, steps)
@@ -80,14 +80,14 @@ def test_a_run_goes_back_by_at_least_what_was_asked(
     assert newest_checkpoint(run, world) == (target, read_meta(target))
 
 
-def test_the_steps_from_there_to_the_last_are_left_out(run: Path) -> None:
+def test_the_steps_since_the_checkpoint_are_excluded(run: Path) -> None:
     roll_back(run, 10)
 
     assert json.loads((run / SKIPPED_STEPS_NAME).read_text()) == [[21, LAST]]
 
 
 @pytest.mark.parametrize(("steps", "newer"), [(1, []), (6, [30]), (25, [20, 30])])
-def test_newer_checkpoints_are_set_aside_whole(steps: int, newer: list[int], run: Path) -> None:
+def test_newer_checkpoints_are_moved_aside_intact(steps: int, newer: list[int], run: Path) -> None:
     roll_back(run, steps)
 
     aside = sorted((run / CHECKPOINTS_FOLDER / ASIDE).iterdir())
@@ -97,7 +97,7 @@ def test_newer_checkpoints_are_set_aside_whole(steps: int, newer: list[int], run
         verify_files(target, read_meta(target))
 
 
-def test_what_was_set_aside_outlives_the_next_checkpoints(run: Path, save: Save) -> None:
+def test_checkpoints_moved_aside_survive_rotation(run: Path, save: Save) -> None:
     roll_back(run, 25)
     aside = run / CHECKPOINTS_FOLDER / ASIDE
     before = files_of(aside)
@@ -108,7 +108,7 @@ def test_what_was_set_aside_outlives_the_next_checkpoints(run: Path, save: Save)
     assert files_of(aside) == before
 
 
-def test_the_same_command_again_changes_nothing_more(run: Path) -> None:
+def test_rolling_back_twice_changes_nothing_more(run: Path) -> None:
     once = roll_back(run, 10)
     checkpoints = steps_of(run)
 
@@ -117,7 +117,7 @@ def test_the_same_command_again_changes_nothing_more(run: Path) -> None:
     assert read_excluded_steps(run) == [(21, LAST)]
 
 
-def test_a_kill_before_checkpoints_were_set_aside_is_mended_by_the_same_command(run: Path) -> None:
+def test_the_same_command_completes_a_rollback_that_was_killed(run: Path) -> None:
     (run / SKIPPED_STEPS_NAME).write_text("[[21, 35]]")
     (run / CHECKPOINTS_FOLDER / ASIDE).mkdir()
 
@@ -128,7 +128,7 @@ def test_a_kill_before_checkpoints_were_set_aside_is_mended_by_the_same_command(
     assert [path.name for path in again.iterdir()] == ["step-00000030"]
 
 
-def test_a_run_that_went_on_can_be_set_back_again(run: Path, save: Save) -> None:
+def test_a_resumed_run_can_be_rolled_back_again(run: Path, save: Save) -> None:
     roll_back(run, 10)
     save(run, 40)
     write_steps(run, 44)
@@ -139,7 +139,7 @@ def test_a_run_that_went_on_can_be_set_back_again(run: Path, save: Save) -> None
 
 
 @pytest.mark.usefixtures("untouched")
-def test_without_a_checkpoint_that_is_early_enough_nothing_is_done(run: Path) -> None:
+def test_without_an_early_enough_checkpoint_nothing_changes(run: Path) -> None:
     with pytest.raises(CheckpointMissingError, match=r"at step 35.* step 10: .* at most 25 steps"):
         roll_back(run, 26)
 
@@ -147,18 +147,18 @@ def test_without_a_checkpoint_that_is_early_enough_nothing_is_done(run: Path) ->
 def test_a_folder_without_metrics_or_checkpoints_is_refused(run: Path) -> None:
     (run / METRICS_NAME).unlink()
     for folder in (run, run / "nowhere", run / CHECKPOINTS_FOLDER):
-        with pytest.raises(CheckpointMissingError, match="is no run with a complete checkpoint"):
+        with pytest.raises(CheckpointMissingError, match="is not a run with a complete checkpoint"):
             roll_back(folder, 1)
 
 
-def test_an_incomplete_checkpoint_is_none_to_go_back_to(run: Path) -> None:
+def test_an_incomplete_checkpoint_is_not_a_target(run: Path) -> None:
     (run / CHECKPOINTS_FOLDER / "step-00000020" / META_NAME).unlink()
 
     assert roll_back(run, 10)[0].name == "step-00000010"
 
 
 @pytest.mark.usefixtures("untouched")
-def test_where_copies_cannot_be_set_back_nothing_is_done(
+def test_nothing_changes_if_copies_cannot_be_rolled_back(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -170,7 +170,7 @@ def test_where_copies_cannot_be_set_back_nothing_is_done(
         roll_back(run, 10)
 
 
-def test_copies_are_set_back_with_the_run(
+def test_copies_are_rolled_back_with_the_run(
     run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     place = tmp_path_factory.mktemp("copies")
@@ -194,14 +194,14 @@ def test_a_run_that_is_training_is_refused(run: Path) -> None:
             roll_back(run, 1)
 
 
-def test_a_run_can_train_after_it_was_set_back(run: Path) -> None:
+def test_a_rollback_releases_the_lock(run: Path) -> None:
     roll_back(run, 1)
 
     with (run / LOCK_NAME).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_checkpoint_that_is_damaged_is_not_gone_back_to(run: Path) -> None:
+def test_a_corrupted_target_is_refused_and_nothing_changes(run: Path) -> None:
     weights = run / CHECKPOINTS_FOLDER / "step-00000020" / "weights-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     before = files_of(run)
@@ -211,10 +211,10 @@ def test_a_checkpoint_that_is_damaged_is_not_gone_back_to(run: Path) -> None:
     assert files_of(run) == before
 
 
-def test_the_command_says_from_where_the_run_goes_on(
+def test_the_command_prints_the_checkpoint_and_the_skipped_steps(
     run: Path, run_megaback: Callable[..., "subprocess.CompletedProcess[str]"]
 ) -> None:
     done = run_megaback("rollback", run, "--steps", 10)
 
     assert done.returncode == 0, done.stderr
-    assert "goes on from step-00000020, and leaves out steps 21 to 35" in done.stdout
+    assert "resumes from step-00000020, and skips steps 21 to 35" in done.stdout

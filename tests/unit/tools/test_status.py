@@ -1,4 +1,4 @@
-"""`megaback status`: one screen that says where a run stands and how it got there."""
+"""`megaback status`: progress, history and expected end of a run."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Steps = Callable[..., Path]
 
 @pytest.fixture
 def run_of(tmp_path: Path) -> Steps:
-    """`run_of(name, steps)`: a folder as a run leaves it, stopped once and with a skipped step."""
+    """`run_of(name, steps)`: folder of a finished run with one restart and one skipped step."""
     return lambda name, steps: finished_steps(tmp_path / name, steps)
 
 
@@ -25,7 +25,7 @@ def status(run: Path, *options: str) -> Result:
     return CliRunner().invoke(status_command, [str(run), *options])
 
 
-def test_the_screen_says_where_a_run_stands_and_how_it_got_there(run_of: Steps) -> None:
+def test_the_screen_shows_progress_and_history(run_of: Steps) -> None:
     run = run_of("a", 20)
     (run / "checkpoints" / "step-00000010").mkdir(parents=True)
     (run / "checkpoints" / "step-00000010" / "meta.json").write_text("{}")
@@ -38,7 +38,7 @@ def test_the_screen_says_where_a_run_stands_and_how_it_got_there(run_of: Steps) 
         "stopped: exit code 51 (rank lost): rank 3 is gone",
         f"20 of 100 (20.0%), {20 * ROW_TOKENS:,} tokens",
         "val loss   8.0000 nats/token, 3.5000 bits/byte at step 20; lowest 8.0000 at step 10",
-        "0m40s of training, once it goes on",
+        "0m40s of training after a resume",
         "step 10, 0m",
         "1 step; the last is 5: the loss is nan",
         "started at step 0 on 2 ranks, ZeRO 1",
@@ -52,7 +52,7 @@ def test_the_screen_says_where_a_run_stands_and_how_it_got_there(run_of: Steps) 
     assert len(fields["history"]) == 4
 
 
-def test_data_wait_is_that_of_the_time_and_is_told_where_it_matters(run_of: Steps) -> None:
+def test_data_wait_is_a_share_of_time_and_is_shown_if_large(run_of: Steps) -> None:
     run = run_of("a", 4)
     lines = [json.loads(text) for text in (run / METRICS_NAME).read_text().splitlines()]
     for line, share, taken_s in zip(lines[1:], (0.0, 0.0, 0.5, 0.01), (1, 1, 2, 6), strict=True):
@@ -65,7 +65,7 @@ def test_data_wait_is_that_of_the_time_and_is_told_where_it_matters(run_of: Step
     assert f"{pace}\n" in status(run_of("older", 4)).output
 
 
-def test_a_run_that_is_finished_has_nothing_left(run_of: Steps) -> None:
+def test_a_finished_run_has_no_time_left(run_of: Steps) -> None:
     run = run_of("a", 100)
     record_exit(run, 0, "finished", "trained to the end", 0)
     assert json.loads(status(run, "--json").output)["left_s"] == 0
@@ -76,7 +76,7 @@ def test_a_run_that_is_finished_has_nothing_left(run_of: Steps) -> None:
     ("metrics", "code", "message"),
     [(None, 0, "step       0"), ("", 0, "step       0"), ('{"step": "x"}\n', 41, "version")],
 )
-def test_a_run_that_has_hardly_begun_or_is_of_another_version(
+def test_runs_without_steps_or_of_another_version(
     metrics: str | None, code: int, message: str, tmp_path: Path
 ) -> None:
     record_start(tmp_path, step=0)

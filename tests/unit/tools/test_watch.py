@@ -1,4 +1,4 @@
-"""What `megaback watch` says of a run, from what its ranks have left in its folder."""
+"""`megaback watch`: states of a run, from the heartbeats and metrics in its folder."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def beat(run: Path) -> Beat:
-    """`beat(rank, for_s, **fields)`: a living rank said a second ago what it is at, since when."""
+    """`beat(rank, for_s, **fields)`: writes a 1 s old heartbeat; its phase began `for_s` ago."""
 
     def write(rank: int, for_s: float = 1.0, **fields: Any) -> None:
         usual: dict[str, Any] = {
@@ -56,7 +56,7 @@ def beat(run: Path) -> Beat:
 
 
 def write_steps(run: Path, *seconds: float) -> None:
-    """Steps that took so long, with a measurement and a step that was left out after them."""
+    """Write steps of these durations, followed by a validation and an excluded step."""
     lines = [{"step": step, "step_s": taken_s} for step, taken_s in enumerate(seconds, 1)]
     others = [{"step": len(lines), "val_loss": 5.0}, {"step": len(lines) + 1, "excluded": True}]
     path = run / METRICS_NAME
@@ -96,7 +96,7 @@ def test_before_the_first_step_a_run_is_starting(run: Path, beat: Beat) -> None:
     assert (health.step, health.median_step_s) == (0, None)
 
 
-def test_a_run_that_takes_its_steps_is_running(run: Path, beat: Beat) -> None:
+def test_a_run_that_makes_steps_is_running(run: Path, beat: Beat) -> None:
     beat(0)
     beat(1, step=21)
     usual_steps(run)
@@ -129,7 +129,7 @@ def test_a_run_that_waits_for_a_rank_is_slow(run: Path, beat: Beat) -> None:
 
 
 @pytest.mark.parametrize(("for_s", "state"), [(10, "running"), (11, "slow")])
-def test_what_is_younger_than_two_heartbeats_is_not_slow(
+def test_a_phase_shorter_than_two_heartbeats_is_not_slow(
     for_s: float, state: str, run: Path, beat: Beat
 ) -> None:
     for rank in range(2):
@@ -139,7 +139,7 @@ def test_what_is_younger_than_two_heartbeats_is_not_slow(
     assert_is(state, "updating at step 20 for", run)
 
 
-def test_a_run_that_is_longer_at_one_thing_than_allowed_is_stuck(run: Path, beat: Beat) -> None:
+def test_a_phase_that_exceeds_its_timeout_is_stuck(run: Path, beat: Beat) -> None:
     beat(0, for_s=62)
     beat(1, for_s=64, phase="saving")
     usual_steps(run)
@@ -148,7 +148,7 @@ def test_a_run_that_is_longer_at_one_thing_than_allowed_is_stuck(run: Path, beat
 
 
 def test_the_rank_at_the_earliest_step_is_waited_for(run: Path, beat: Beat) -> None:
-    """The one that is ahead has been waiting for longer."""
+    """The rank that is ahead has waited longer."""
     beat(0, step=21, for_s=50)
     beat(1, step=20, for_s=1)
     usual_steps(run)
@@ -163,7 +163,7 @@ def test_a_run_that_never_took_a_step_can_be_stuck(run: Path, beat: Beat) -> Non
     assert_is("stuck", "starting at step 0", run)
 
 
-def test_a_run_of_which_a_process_has_ended_is_dead(run: Path, beat: Beat) -> None:
+def test_a_run_with_an_ended_process_is_dead(run: Path, beat: Beat) -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         started = psutil.Process(process.pid).create_time()
         process.kill()
@@ -174,7 +174,7 @@ def test_a_run_of_which_a_process_has_ended_is_dead(run: Path, beat: Beat) -> No
     assert_is("dead", f"process {process.pid}) is dead; its last heartbeat was at step 20", run)
 
 
-def test_a_run_of_which_a_rank_is_silent_is_dead(run: Path, beat: Beat) -> None:
+def test_a_run_with_an_overdue_heartbeat_is_dead(run: Path, beat: Beat) -> None:
     beat(0)
     beat(1, host="elsewhere", written=NOW - 13)
     usual_steps(run)
@@ -182,22 +182,22 @@ def test_a_run_of_which_a_rank_is_silent_is_dead(run: Path, beat: Beat) -> None:
     assert_is("dead", "rank 1 (elsewhere, process", run)
 
 
-def test_a_run_of_which_a_rank_was_never_heard_of_is_dead(run: Path, beat: Beat) -> None:
+def test_a_run_with_a_missing_heartbeat_is_dead(run: Path, beat: Beat) -> None:
     assert_is("dead", "rank 0 has written no heartbeat", run)
     beat(0)
 
     assert_is("dead", "rank 1 has written no heartbeat", run)
 
 
-def test_a_run_whose_ranks_left_without_a_record_is_dead(run: Path, beat: Beat) -> None:
-    """The disk may have refused it."""
+def test_a_run_whose_ranks_exited_without_a_record_is_dead(run: Path, beat: Beat) -> None:
+    """The disk may have been full."""
     for rank in range(2):
         beat(rank, exit_reason="a full disk")
 
     assert_is("dead", "ended: a full disk", run)
 
 
-def test_of_many_that_are_missing_four_are_named(run: Path, beat: Beat) -> None:
+def test_at_most_four_missing_ranks_are_named(run: Path, beat: Beat) -> None:
     beat(0, world_size=100)
 
     assert health_of(run, NOW).reason.count("no heartbeat") == 4
@@ -216,14 +216,12 @@ def test_every_start_but_the_first_is_a_restart(run: Path, beat: Beat) -> None:
 
 @pytest.mark.parametrize("name", [".", "nowhere"])
 def test_a_folder_that_holds_no_run_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointMissingError, match=r"is no run.s folder \(no history.jsonl\)"):
+    with pytest.raises(CheckpointMissingError, match=r"is not a run.s folder \(no history.jsonl\)"):
         health_of(tmp_path / name)
 
 
 @pytest.mark.parametrize(("number", "more"), [(1, ""), (8, " and 2 more")])
-def test_of_a_folder_with_runs_below_it_some_are_named(
-    number: int, more: str, tmp_path: Path
-) -> None:
+def test_runs_below_a_folder_are_suggested(number: int, more: str, tmp_path: Path) -> None:
     for name in map(str, range(number)):
         (tmp_path / name).mkdir()
         record_start(tmp_path / name, step=0)

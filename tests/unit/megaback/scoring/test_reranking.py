@@ -250,6 +250,6 @@ def test_a_file_of_only_bad_lines_leaves_no_output(
         result = rerank(folders[Direction.BACKWARD], "--in", source, "--out", out, *skip)
         assert result.exit_code == 21, result.output
         number = lines.count("\n")
-        assert f"none of its {number} lines can be used" in result.stderr
+        assert f"all {number} lines are invalid" in result.stderr
         assert f"the first reason: {source}:1: not valid JSON" in result.stderr
         assert list(tmp_path.iterdir()) == [source]

@@ -238,8 +238,8 @@ def test_a_malformed_line_is_named_and_nothing_is_written(
         folder_of(Direction.BACKWARD), "--in", source, "--out", out, "--on-bad-record", "skip"
     )
     assert skipped.exit_code == 0
-    assert f"left out: {source}:5: " in skipped.stderr
-    assert "6 pairs scored, 1 lines left out" in skipped.stderr
+    assert f"skipped: {source}:5: " in skipped.stderr
+    assert "6 pairs scored, 1 lines skipped" in skipped.stderr
     assert len(out.read_text().splitlines()) == 6
 
 
@@ -280,6 +280,6 @@ def test_a_file_of_only_bad_lines_leaves_no_output(folder_of: FolderOf, tmp_path
         result = score(folder_of(Direction.BACKWARD), "--in", source, "--out", out, *skip)
         assert result.exit_code == 21, result.output
         number = lines.count("\n")
-        assert f"none of its {number} lines can be used" in result.stderr
+        assert f"all {number} lines are invalid" in result.stderr
         assert f"the first reason: {source}:1: not valid JSON" in result.stderr
         assert list(tmp_path.iterdir()) == [source]

@@ -232,7 +232,7 @@ def test_invalid_lines_have_an_error_and_the_command_fails_at_the_end(ask: Ask) 
     for answer, reason in zip(answers, reasons, strict=False):
         assert reason in answer["error"]
     assert result.exit_code == 23
-    assert "8 of 9 lines were not answered" in result.stderr
+    assert "8 of 9 lines have errors" in result.stderr
 
 
 def test_the_best_text_or_several_with_their_scores_are_shown(ask: Ask) -> None:
