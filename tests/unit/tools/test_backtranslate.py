@@ -167,7 +167,7 @@ def test_another_process_resumes_after_a_kill(
     unfinished = work_folder(out) / "part-00000.unfinished"
     try:
         deadline = time.monotonic() + 60
-        while not (unfinished.exists() and unfinished.stat().st_size):
+        while not (unfinished.exists() and b"\n" in unfinished.read_bytes()):
             assert time.monotonic() < deadline
             assert process.poll() is None
     finally:
