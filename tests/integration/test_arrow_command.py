@@ -299,5 +299,5 @@ def test_one_document_is_too_few(tmp_path: Path, tiny_shards: Path) -> None:
 
     result = arrow(path, f"run={tmp_path / 'run'}")
 
-    assert_refused(result, SourceEmptyError, "has 1 documents", "--val-fraction")
+    assert_refused(result, SourceEmptyError, "fewer than 2 documents", "--val-fraction")
     assert not (tmp_path / "run").exists()

@@ -88,8 +88,8 @@ def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[Arro
         num_documents = sum(one.manifest.total("val")["documents"] for one in data.data_sets)
         if num_documents < 2:
             raise SourceEmptyError(
-                f"the val set of {settings.data.description} has {num_documents} documents, and a "
-                "standard error needs 2; build the shards with a larger --val-fraction"
+                f"the val set of {settings.data.description} has fewer than 2 documents, which a "
+                "standard error needs; build the shards with a larger --val-fraction"
             )
 
 

@@ -251,5 +251,5 @@ def test_a_file_of_only_bad_lines_leaves_no_output(
         assert result.exit_code == 21, result.output
         number = lines.count("\n")
         assert f"all {number} lines are invalid" in result.stderr
-        assert f"the first reason: {source}:1: not valid JSON" in result.stderr
+        assert f"the first error: {source}:1: not valid JSON" in result.stderr
         assert list(tmp_path.iterdir()) == [source]
