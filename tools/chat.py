@@ -163,7 +163,7 @@ def _talk(chat: "Chat", options: "SamplingOptions", count: int, history: History
             readline.add_history(exchange.get(chat.given_name, ""))
     click.echo(
         f"{label}s, or temp=X, top_k=X, tokens=X, n=X, {chat.prompt_name}=TEXT, history; "
-        "an empty line leaves."
+        "an empty line exits."
     )
     while True:
         try:

@@ -181,7 +181,7 @@ def main(
         write_samples(writer, given, num_samples, options)
         return
     label = "Ending" if direction is Direction.BACKWARD else "Beginning"
-    click.echo(f"{label}s of a text, or temp=X, top_k=X, tokens=X; an empty line leaves.")
+    click.echo(f"{label}s of a text, or temp=X, top_k=X, tokens=X; an empty line exits.")
     while True:
         try:
             line = input(f"{label}: ")

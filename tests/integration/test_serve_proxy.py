@@ -202,4 +202,4 @@ def test_without_the_allowed_host_the_error_names_the_option(folder: Path, tmp_p
     with started(folder) as (_, url), proxying(url, tmp_path / "nginx") as proxied:
         answer = proxied.client.get(f"{proxied.url}/v1/models")
         assert answer.status_code == 403
-        assert f"start it with --allow-host {NAME}" in answer.json()["error"]["message"]
+        assert f"start the server with --allow-host {NAME}" in answer.json()["error"]["message"]
