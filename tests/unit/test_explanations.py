@@ -139,7 +139,7 @@ def test_every_option_and_argument_is_explained(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_h_is_help(name: str) -> None:
+def test_h_is_short_for_help(name: str) -> None:
     is_ours = name in COMMANDS_OF_MEGABACK
     command, words = (megaback_command, name.split()) if is_ours else (COMMANDS[name], [])
 

@@ -80,7 +80,7 @@ def test_a_private_word_is_found(name: str) -> None:
     assert problem_of(name) is not None
 
 
-def test_identifiers_are_the_fields_words() -> None:
+def test_identifiers_contain_no_private_words() -> None:
     problems = {
         f"{path.relative_to(ROOT)}: {problem}"
         for path in SOURCES

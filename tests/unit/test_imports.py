@@ -156,7 +156,7 @@ def test_the_help_of_megaback_takes_less_than_half_a_second(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("words", "module"), COMMANDS.items())
-def test_every_command_is_also_its_module(words: str, module: str) -> None:
+def test_every_command_can_be_run_as_a_module(words: str, module: str) -> None:
     as_module = subprocess.run(
         [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60
     )

@@ -72,7 +72,7 @@ def test_no_option_has_another_spelling() -> None:
     assert wrong == {}
 
 
-def test_options_bound_by_max_and_min() -> None:
+def test_limits_are_named_max_and_min() -> None:
     names = {name for _, option in options() for name in option.opts if name.startswith("--")}
     assert len(names) > 100
     assert not [

@@ -47,7 +47,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_a_small_config_is_enough(tmp_path: Path) -> None:
+def test_a_minimal_config_has_defaults(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path))
 
     assert (config.training.steps, config.zero.stage, config.data.direction) == (10, 2, "backward")

@@ -65,7 +65,7 @@ def test_no_other_module_repeats_the_name_of_a_run_s_file() -> None:
         'f"step-{step:08d}"',
     ],
 )
-def test_a_name_is_found_in_code(code: str) -> None:
+def test_a_repeated_name_is_found_in_code(code: str) -> None:
     assert list(names_in(code)) != []
     assert list(names_in('fields["best"], "see step-1 of the latest", len("checkpoints")')) == []
 

@@ -177,7 +177,7 @@ def given_source(source: Path, tokenizer_path: Path) -> tuple[object, ...]:
     return ("--source", source, "--tokenizer", tokenizer_path)
 
 
-def test_a_planned_build_needs_no_more_than_its_folder(
+def test_a_planned_build_needs_only_its_folder(
     invoke: Invoke, given_source: tuple[object, ...], tmp_path: Path
 ) -> None:
     out = tmp_path / "shards"

@@ -169,7 +169,7 @@ def test_weights_repeat_documents_as_often_as_given(
     limit_documents=limits,
     limit_tokens=st.none() | st.integers(1, 3000),
 )
-def test_all_of_them_together_agree_with_the_reference(
+def test_any_combination_of_options_agrees_with_the_reference(
     found: list[list[list[str]]],
     cut: Cut,
     of_sources: tuple[float, float],

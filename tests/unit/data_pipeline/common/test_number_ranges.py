@@ -42,7 +42,7 @@ def number_options() -> Iterator[tuple[str, click.Parameter]]:
 OPTIONS = dict(number_options())
 
 
-def test_options_are_found() -> None:
+def test_the_options_of_all_commands_are_checked() -> None:
     assert len(OPTIONS) > 80
     assert {"plan --training-tokens", "shards build --weight", "rerank --weight"} <= set(OPTIONS)
 
@@ -94,7 +94,7 @@ def test_every_number_of_a_body_and_of_a_config_is_finite_and_in_a_range(
                 assert name in {error["loc"][0] for error in caught.value.errors() if error["loc"]}
 
 
-def test_the_models_have_numbers() -> None:
+def test_the_numbers_of_all_models_are_checked() -> None:
     fields = [schema for model in MODELS for schema in number_schemas(model.model_json_schema())]
     assert len(fields) > 50
 

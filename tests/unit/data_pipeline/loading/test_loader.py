@@ -38,7 +38,7 @@ from tests.helpers.loaders import (
 
 @BRIEFLY
 @given(described=CORPORA, world_size=WORLD_SIZES, epoch=st.integers(0, 3))
-def test_ranks_have_the_batch_of_a_single_rank_between_them(
+def test_batches_of_all_ranks_join_to_that_of_a_single_rank(
     described: tuple[Any, Reading], world_size: int, epoch: int
 ) -> None:
     with written(described) as corpus:
@@ -48,7 +48,9 @@ def test_ranks_have_the_batch_of_a_single_rank_between_them(
 
 @BRIEFLY
 @given(described=CORPORA, threads=st.integers(1, 4), epoch=st.integers(0, 3))
-def test_threads_change_nothing(described: tuple[Any, Reading], threads: int, epoch: int) -> None:
+def test_threads_do_not_change_the_batches(
+    described: tuple[Any, Reading], threads: int, epoch: int
+) -> None:
     with written(described) as corpus:
         first = corpus.near_an_epochs_end(epoch)
         steps = range(first, first + 6)

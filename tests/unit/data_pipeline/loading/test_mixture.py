@@ -25,9 +25,7 @@ def stretch(start: int, num_rows: int = 500) -> np.ndarray:
 
 @MODERATELY
 @given(weights=WEIGHTS, start=PLACES)
-def test_the_number_of_a_dealt_row_is_the_one_that_was_dealt(
-    weights: list[float], start: int
-) -> None:
+def test_number_of_inverts_deal(weights: list[float], start: int) -> None:
     mixture, numbers = Mixture(weights), stretch(start)
     data_set, row = mixture.deal(numbers)
     for index in range(len(weights)):
@@ -37,9 +35,7 @@ def test_the_number_of_a_dealt_row_is_the_one_that_was_dealt(
 
 @MODERATELY
 @given(weights=WEIGHTS, start=PLACES, data=st.data())
-def test_a_row_of_a_data_set_is_dealt_at_its_number(
-    weights: list[float], start: int, data: st.DataObject
-) -> None:
+def test_deal_inverts_number_of(weights: list[float], start: int, data: st.DataObject) -> None:
     mixture, rows = Mixture(weights), stretch(start)
     index = data.draw(st.integers(0, len(weights) - 1))
     data_set, row = mixture.deal(mixture.number_of(index, rows))
@@ -101,7 +97,7 @@ def test_rows_are_dealt_independently_of_each_other(
 
 
 @given(weight=st.floats(1e-9, 1e9), start=PLACES)
-def test_one_data_set_gives_every_row(weight: float, start: int) -> None:
+def test_a_single_data_set_is_dealt_every_row(weight: float, start: int) -> None:
     data_set, row = Mixture([weight]).deal(stretch(start))
     assert set(data_set.tolist()) == {0}
     assert row.tolist() == stretch(start).tolist()

@@ -87,7 +87,9 @@ def test_permuting_is_a_bijection_around_powers_of_two(
 
 
 @given(data=st.data(), size=st.integers(2**40, 2**62))
-def test_permuting_a_huge_range_stays_in_it_and_apart(data: st.DataObject, size: int) -> None:
+def test_permuted_indices_of_a_huge_range_are_in_range_and_distinct(
+    data: st.DataObject, size: int
+) -> None:
     indices = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=50, unique=True))
     index = np.array(indices, dtype=np.int64)
     image = permute(index, np.full_like(index, size), np.full(len(index), 7, dtype=np.uint64))
@@ -119,7 +121,7 @@ def test_unpermute_inverts_permute(data: st.DataObject | None, size: int) -> Non
 
 
 @given(size=st.integers(1, 300), key=st.integers(0, 2**64 - 1))
-def test_one_size_and_key_for_all_is_the_same_for_each(size: int, key: int) -> None:
+def test_a_single_size_or_key_is_broadcast(size: int, key: int) -> None:
     index, keys = np.arange(size), np.full(size, key, dtype=np.uint64)
     for mix in (permute, unpermute):
         expected = mix(index, np.full(size, size), keys).tolist()
@@ -283,9 +285,7 @@ def step_and_position(order: Order, steps: list[int]) -> tuple[Indices, Indices]
 
 
 @given(order=orders(), steps=st.lists(st.integers(0, 10**12), min_size=1, max_size=6))
-def test_many_steps_at_once_have_the_rows_that_each_has_alone(
-    order: Order, steps: list[int]
-) -> None:
+def test_rows_of_several_steps_equal_those_of_each_step(order: Order, steps: list[int]) -> None:
     together = order.places_of(*step_and_position(order, steps))
     for number, step in enumerate(steps):
         alone = order.places(step)
@@ -369,14 +369,14 @@ def test_rows_of_a_window_are_mixed() -> None:
     assert in_sequence.sum() < 4
 
 
-def test_the_places_of_a_frame_in_two_epochs_are_unrelated() -> None:
+def test_the_places_of_a_frame_in_two_epochs_are_uncorrelated() -> None:
     order = Order(num_frames=1000, rows_per_frame=1, global_batch_rows=10, lanes=10, seed=5)
     first, second = ([frame for frame, _ in epoch_pairs(order, epoch)] for epoch in (0, 1))
     assert abs(np.corrcoef(np.argsort(first), np.argsort(second))[0, 1]) < 0.15
 
 
 @pytest.mark.parametrize("step", [10**6, 10**12])
-def test_a_late_step_costs_what_the_first_one_costs(step: int) -> None:
+def test_the_time_to_compute_a_step_does_not_depend_on_its_number(step: int) -> None:
     order = Order(num_frames=10**9, rows_per_frame=64, global_batch_rows=1024, lanes=1024, seed=1)
 
     def fastest_s(of_step: int) -> float:

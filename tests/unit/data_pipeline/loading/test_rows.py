@@ -146,7 +146,7 @@ def test_sequential_batches_give_every_target_once_over_the_ranks(
     world_size=st.integers(1, 4),
     micro_batch_rows=st.integers(1, 5),
 )
-def test_every_rank_gets_as_many_sequential_batches_of_the_same_shape(
+def test_every_rank_gets_the_same_number_of_equal_sequential_batches(
     shards: list[list[Ids]], context_tokens: int, world_size: int, micro_batch_rows: int
 ) -> None:
     with data_set(shards) as data:
@@ -170,7 +170,7 @@ def test_a_row_past_the_end_of_a_short_frame_has_no_targets(small: DataSet) -> N
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_rows"), [(1, 3), (2, 2), (3, 4), (12, 1)])
-def test_ranks_and_micro_batches_change_nothing_in_a_step(
+def test_ranks_and_micro_batches_do_not_change_the_rows_of_a_step(
     small: DataSet, world_size: int, micro_batch_rows: int
 ) -> None:
     (whole,) = small.training(small.store(), micro_batch_rows=12).at(5)

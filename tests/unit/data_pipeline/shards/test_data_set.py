@@ -130,7 +130,7 @@ def read_randomly(data_set: DataSet, frames: Frames, threads: int, seed: int) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["finished", "with_dictionary"])
-def test_eight_threads_read_what_one_reads(
+def test_eight_threads_read_the_stored_frames(
     kind: str, name: str, server: FileServer, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = Path(shutil.copytree(request.getfixturevalue(name), tmp_path / "copy"))
@@ -273,7 +273,7 @@ def test_local_folders_are_not_cached(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_ids_of_a_frame_are_those_of_the_format(folder: Path) -> None:
+def test_ids_of_a_frame_have_the_type_of_the_text_format(folder: Path) -> None:
     data_set = DataSet.open(folder)
     assert data_set.manifest.text_format == BACKWARD_TOKENS
     assert data_set.open_shard(first(data_set)).frame(0).dtype == np.dtype("<u2")

@@ -85,5 +85,5 @@ def test_a_header_with_a_field_of_another_type_is_refused(tokens: str) -> None:
         ShardHeader.from_json(header_json(tokens))
 
 
-def test_a_header_from_before_dictionaries_needs_none() -> None:
+def test_a_header_without_a_dictionary_field_needs_no_dictionary() -> None:
     assert ShardHeader.from_json(header_json("7")).dictionary_sha256 is None

@@ -105,7 +105,7 @@ def test_a_document_is_found_by_its_number(
     assert ids.tolist() == documents[number].tolist()
 
 
-def test_a_document_by_its_number_opens_one_shard(
+def test_showing_a_document_by_number_opens_one_shard(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
@@ -166,7 +166,7 @@ def test_an_estimate_is_labeled_as_one(finished: Path, monkeypatch: pytest.Monke
     assert "estimated on 3 of" in inspect(finished).stdout
 
 
-def test_json_holds_everything(finished: Path) -> None:
+def test_json_has_the_totals_lengths_and_entropy_of_each_split(finished: Path) -> None:
     manifest = Manifest.load(finished)
     found = json.loads(inspect(finished, "--json").stdout)
     assert found["fingerprint"] == manifest.fingerprint

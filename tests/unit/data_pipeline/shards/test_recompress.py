@@ -58,7 +58,7 @@ def documents(folder: Path) -> dict[str, list[list[int]]]:
     ],
     ids=["fast", "small", "long distance", "dictionary"],
 )
-def test_contents_stay_the_same(
+def test_recompressing_keeps_the_contents(
     finished: Path, tmp_path: Path, compression: Compression, dictionary_bytes: int | None
 ) -> None:
     out = tmp_path / "shards"
@@ -259,7 +259,7 @@ def test_a_source_shard_of_other_contents_is_named(copy: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("was_there", [True, False])
-def test_too_little_data_for_a_dictionary_is_refused_without_a_trace(
+def test_too_little_data_for_a_dictionary_is_refused_and_leaves_no_files(
     finished: Path, tmp_path: Path, was_there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SAMPLE_FRAMES", 1)
@@ -332,7 +332,7 @@ def test_an_error_on_one_thread_ends_the_others() -> None:
     assert len(begun) < 2000
 
 
-def test_a_manifest_from_before_dictionaries_needs_none(copy: Path) -> None:
+def test_a_manifest_without_a_dictionary_field_needs_no_dictionary(copy: Path) -> None:
     fields = json.loads((copy / "manifest.json").read_text())
     del fields["dictionary_sha256"]
     (copy / "manifest.json").write_text(json.dumps(fields))

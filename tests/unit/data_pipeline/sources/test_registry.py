@@ -124,7 +124,7 @@ def test_a_gz_file_is_read_across_members(tmp_path: Path) -> None:
     assert texts(path) == ["one two"]
 
 
-def test_blank_lines_of_jsonl_are_skipped_but_numbered(tmp_path: Path) -> None:
+def test_blank_lines_of_jsonl_are_skipped_and_count_in_line_numbers(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "web.jsonl", '{"text": "a"}', "", " \r", '{"text": "b"}')
     assert [document.position for document in read_all(path)] == ["web.jsonl:1", "web.jsonl:4"]
 
@@ -207,7 +207,7 @@ def test_a_source_without_a_supported_suffix_names_the_suffixes(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_an_empty_file_is_an_empty_source(tmp_path: Path, name: str) -> None:
+def test_a_source_of_empty_files_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(SourceEmptyError):
         list_slices(str(tmp_path))

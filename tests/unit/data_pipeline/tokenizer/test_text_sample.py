@@ -57,14 +57,18 @@ def test_the_files_of_a_small_sample_are_spread_over_the_source(
     assert texts == ["b" * 10, "e" * 10, "h" * 10]
 
 
-def test_a_larger_file_gives_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_of_files_are_proportional_to_their_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_sample, "_SMALLEST_PART_BYTES", 10)
     files = [["a" * 10] * 30, ["b" * 10] * 10]
     text = "".join(sample(write_files(tmp_path / "source", files), 80))
     assert (text.count("a"), text.count("b")) == (60, 20)
 
 
-def test_a_weight_counts_like_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_of_sources_are_proportional_to_their_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_sample, "_SMALLEST_PART_BYTES", 10)
     first = write_files(tmp_path / "first", [["a" * 10] * 30])
     second = write_files(tmp_path / "second", [["b" * 10] * 30])

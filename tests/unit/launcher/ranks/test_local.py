@@ -114,7 +114,7 @@ def test_a_terminals_signals_reach_ranks_only_through_the_launcher(
         assert fields["session"] == fields["pid"]
 
 
-def test_ranks_meet_at_a_port_that_is_free() -> None:
+def test_the_rendezvous_port_is_free() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", int(rank_names(2)[0]["MASTER_PORT"])))
 
@@ -198,7 +198,7 @@ def test_a_signal_reaches_every_rank_once(number: signal.Signals, tmp_path: Path
         assert json.loads((tmp_path / f"received-{rank}").read_text()) == [number]
 
 
-def test_a_signal_before_the_ranks_start_reaches_them_too(
+def test_a_signal_before_the_ranks_start_is_sent_to_them(
     run: RunRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def signal_and_name(processes: int) -> list[dict[str, str]]:

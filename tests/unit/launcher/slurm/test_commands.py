@@ -101,7 +101,7 @@ def test_sbatch_lines_are_parsed_as_slurm_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_has_the_files_too(tmp_path: Path) -> None:
+def test_an_installed_wheel_contains_the_sbatch_files(tmp_path: Path) -> None:
     source, prefix = tmp_path / "source", tmp_path / "prefix"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

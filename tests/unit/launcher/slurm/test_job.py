@@ -137,7 +137,7 @@ def test_the_limit_counts_losses_and_not_requested_restarts(
         assert wanted is (not was_lost or sum(losses[:restarts]) < limit)
 
 
-def test_the_code_is_that_recorded_by_the_ranks_of_this_start(tmp_path: Path) -> None:
+def test_the_exit_code_is_that_recorded_by_the_ranks_of_this_start(tmp_path: Path) -> None:
     record_exit(tmp_path, 31, "ShardCorruptError", "of an earlier start")
     start(tmp_path, 0)
     assert true_code(tmp_path, JOB, 137) == 137
@@ -153,7 +153,7 @@ def test_an_invalid_limit_is_refused(monkeypatch: pytest.MonkeyPatch, text: str)
         requeue_limit()
 
 
-def test_outside_slurm_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_refused_outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID")
     with pytest.raises(SystemExit) as caught:
         main(["begin", "any.yaml"], standalone_mode=False)

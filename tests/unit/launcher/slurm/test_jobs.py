@@ -38,7 +38,7 @@ def write_metrics(run: Path, steps: int, tail: str = "") -> None:
 
 @pytest.mark.parametrize("steps", [1, 10, 5000])
 @pytest.mark.parametrize("tail", ["", '{"step": 99', "\n"])
-def test_the_end_of_the_metrics_is_enough(run: Path, steps: int, tail: str) -> None:
+def test_progress_is_read_from_the_end_of_the_metrics(run: Path, steps: int, tail: str) -> None:
     write_metrics(run, steps, tail)
     progress = read_progress(run)
     assert progress is not None

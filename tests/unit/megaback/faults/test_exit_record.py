@@ -42,13 +42,15 @@ def test_nothing_is_written_through_links(tmp_path: Path) -> None:
     assert mine.read_text() == "mine"
 
 
-def test_why_a_run_ended_reads_back(tmp_path: Path) -> None:
+def test_an_exit_record_reads_back(tmp_path: Path) -> None:
     assert record_exit(tmp_path, 51, "RankLostError", "rank 3 is dead", 0)
 
     assert fault_in(read_exit(tmp_path)) == FAULT
 
 
-def test_an_end_has_its_host_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exit_record_has_the_host_job_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     earliest = time.time()
     record_exit(tmp_path, 0, "finished", "trained to the end")
@@ -60,7 +62,7 @@ def test_an_end_has_its_host_and_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert fields["rank"] is None  # recorded by the launcher
 
 
-def test_the_first_reason_stays(tmp_path: Path) -> None:
+def test_the_first_recorded_reason_is_kept(tmp_path: Path) -> None:
     record_exit(tmp_path, 51, "RankLostError", "rank 3 is dead", 0)
 
     assert not record_exit(tmp_path, 13, "LaunchError", "the ranks were killed")
@@ -72,7 +74,7 @@ def _record(run: Path, rank: int) -> bool:
     return record_exit(run, 1, "Exception", f"rank {rank}", rank)
 
 
-def test_one_of_many_processes_is_the_first(tmp_path: Path) -> None:
+def test_exactly_one_of_many_processes_records_its_reason(tmp_path: Path) -> None:
     with get_context("spawn").Pool(4) as pool:  # forked, they would inherit locks of threads
         won = pool.starmap(_record, [(tmp_path, rank) for rank in range(8)], chunksize=1)
 

@@ -144,7 +144,7 @@ def test_any_record_is_shown_or_refused(
     errors_on(write_run(tmp_path_factory.mktemp("mutated") / "run", **changed))
 
 
-def test_an_unchanged_run_is_shown(tmp_path: Path) -> None:
+def test_an_intact_run_is_read_without_errors(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     assert errors_on(run) == []
     assert (len(read_history(run)), len(read_heartbeats(run)), len(read_metrics(run))) == (1, 1, 2)
@@ -222,7 +222,7 @@ def test_each_folder_is_visited_once_despite_links(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [r"$\frac{$", "<svg onload=alert(1)>", "\x1b[2J"])
-def test_the_name_of_a_run_is_drawn_as_it_is(name: str, tmp_path: Path) -> None:
+def test_names_of_runs_are_escaped_in_plots(name: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / name)
     (run / HISTORY_NAME).write_text(f"{json.dumps(_STARTED)}\n" * 3000)
     with bounded(5):
@@ -280,7 +280,7 @@ def test_a_hostile_config_is_refused_at_once(text: str, said: str, tmp_path: Pat
     assert len(str(error.value)) < 700
 
 
-def test_aliases_and_merges_work(tmp_path: Path) -> None:
+def test_yaml_aliases_and_merge_keys_are_resolved(tmp_path: Path) -> None:
     assert read_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]") == {
         "a": {"x": 1},
         "b": {"x": 1, "y": 2},

@@ -41,7 +41,7 @@ def named(findings: Sequence[Finding]) -> set[tuple[str, str, bool]]:
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.sampled_from(["cuda", "cpu"]))
-def test_equal_nodes_fit(num_nodes: int, ranks_per_node: int, device: str) -> None:
+def test_equal_nodes_have_no_problems(num_nodes: int, ranks_per_node: int, device: str) -> None:
     assert compare_ranks(fleet(num_nodes, ranks_per_node), device, 10) == []
 
 
@@ -74,7 +74,7 @@ def test_the_node_that_is_different_is_named(
     assert all(bad in item.message and says in item.message for item in findings)
 
 
-def test_a_cpu_may_be_busy_with_something_else() -> None:
+def test_a_slow_node_is_named_on_gpus_and_accepted_on_cpus() -> None:
     slower = with_node(fleet(4), "n1", multiply_flops=3e14)
 
     assert compare_ranks(slower, "cpu", 10) == []

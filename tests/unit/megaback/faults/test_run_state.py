@@ -252,7 +252,7 @@ def test_all_commands_show_the_same_state(name: str, run: Path) -> None:
     assert facts.get("step") == expected.step
 
 
-def test_a_run_that_was_rolled_back_is_drawn(run: Path, tmp_path: Path) -> None:
+def test_a_rolled_back_run_can_be_plotted(run: Path, tmp_path: Path) -> None:
     rolled_back(run)
 
     assert printed(plot, run, "--out", tmp_path / "curves").count("curves") == 2

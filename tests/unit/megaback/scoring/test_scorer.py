@@ -88,7 +88,7 @@ def test_batches_change_no_score_by_more_than_rounding(
     )
 
 
-def test_the_plain_form_is_a_document_that_continues(model: ReverseGPT, codec: Codecs) -> None:
+def test_the_plain_form_scores_a_continued_document(model: ReverseGPT, codec: Codecs) -> None:
     pair = Pair("The old captain\n", "sold a map.")
     encoder = PairEncoder(codec(), Form.PLAIN, 512)
     (score,) = Scorer(encoder, DevicePool(Path(), [CPU], model)).score([pair])

@@ -65,7 +65,7 @@ def test_lines_are_in_the_order_of_recording(run: Path) -> None:
     assert steps_of(run) == FIVE_STEPS
 
 
-def test_fields_of_a_training_line(run: Path) -> None:
+def test_a_training_line_has_the_documented_fields(run: Path) -> None:
     assert read_metrics(run)[1] == {
         "step": 2,
         "loss": 5.8,
@@ -81,7 +81,7 @@ def test_fields_of_a_training_line(run: Path) -> None:
     }
 
 
-def test_fields_of_a_validation_line(run: Path) -> None:
+def test_a_validation_line_has_the_documented_fields(run: Path) -> None:
     assert read_metrics(run)[3] == {
         "step": 3,
         "val_loss": 5.5,

@@ -38,14 +38,14 @@ def rename_as_older(path: Path) -> None:
     os.replace(path, path.with_name(f"{kind}tfevents.{int(seconds) - 100}.{rest}"))
 
 
-def test_an_uninterrupted_run_is_shown_as_it_was(tmp_path: Path) -> None:
+def test_an_uninterrupted_run_has_every_recorded_value(tmp_path: Path) -> None:
     start(tmp_path, 0, 12)
 
     assert shown(tmp_path, "loss") == [(step, float(step)) for step in range(1, 13)]
     assert shown(tmp_path, "val_loss") == [(0, 9.0), (5, 2.5), (10, 5.0)]
 
 
-def test_text_is_omitted(tmp_path: Path) -> None:
+def test_text_values_are_omitted(tmp_path: Path) -> None:
     start(tmp_path, 0, 5)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
 

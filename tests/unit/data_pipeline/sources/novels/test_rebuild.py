@@ -65,13 +65,13 @@ def test_vectors_of_strings_are_read_from_a_database_of_r() -> None:
     assert list(novels_of(database)) == novels
 
 
-def test_another_type_of_r_is_refused() -> None:
+def test_other_types_of_r_objects_are_refused() -> None:
     numbers = serialized(["a"]).replace(struct.pack(">ii", 16, 1), struct.pack(">ii", 14, 1))
     with pytest.raises(ValueError, match="found type 14"):
         list(novels_of(bytes(4) + zlib.compress(numbers)))
 
 
-def test_chapters_are_what_the_author_wrote() -> None:
+def test_chapters_are_unwrapped_paragraphs_without_headings() -> None:
     first, second = chapters_of(BOOK.split("\n"))
     assert first.split("\n\n") == [
         "The first line of a paragraph goes on in the second one.",

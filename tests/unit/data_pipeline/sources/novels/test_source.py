@@ -24,14 +24,16 @@ def chapters() -> dict[str, list[Document]]:
     return {piece.path: list(read_slice(piece)) for piece in list_slices("novels")}
 
 
-def test_the_files_are_those_that_the_readme_names(chapters: dict[str, list[Document]]) -> None:
+def test_files_chapters_and_hashes_equal_those_of_the_readme(
+    chapters: dict[str, list[Document]],
+) -> None:
     found = [
         (piece.path, str(len(chapters[piece.path])), piece.stamp) for piece in list_slices("novels")
     ]
     assert found == ROWS
 
 
-def test_every_author_writes_from_the_first_sentence_to_the_last(
+def test_novels_are_complete_from_the_first_to_the_last_sentence(
     chapters: dict[str, list[Document]],
 ) -> None:
     austen, melville = chapters["pride_and_prejudice"], chapters["moby_dick"]
@@ -42,7 +44,7 @@ def test_every_author_writes_from_the_first_sentence_to_the_last(
     assert melville[-1].text.endswith("only found another orphan.")
 
 
-def test_only_prose_is_left(chapters: dict[str, list[Document]]) -> None:
+def test_headings_markup_and_line_wrapping_are_removed(chapters: dict[str, list[Document]]) -> None:
     text = "\n\n".join(document.text for novel in chapters.values() for document in novel)
     assert not re.search(r"gutenberg|^finis\b|^the end$|^chapter|^volume", text, re.I | re.M)
     assert not set("_*#<>{}\\|“”‘’\t\r") & set(text)

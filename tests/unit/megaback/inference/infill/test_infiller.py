@@ -103,7 +103,7 @@ def test_a_gap_among_others_is_filled_as_alone(infiller: Infiller) -> None:
         assert [one.score for one in alone] == pytest.approx([one.score for one in found], abs=1e-4)
 
 
-def test_the_seed_decides(infiller: Infiller) -> None:
+def test_the_seed_determines_the_middles(infiller: Infiller) -> None:
     options = [replace(OPTIONS, sampling=SamplingOptions(seed=seed)) for seed in (0, 0, 1)]
     same, again, other = (infiller.fill(*GAPS[0], one) for one in options)
     assert same == again
