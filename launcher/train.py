@@ -13,7 +13,13 @@ from data_pipeline.common.import_path import module_command
 from data_pipeline.common.shared_options import hostfile_option, save_before_option
 from data_pipeline.errors import MegabackError
 from launcher.ranks.hostfile import read_hostfile, run_on_hosts
-from launcher.ranks.local import plan_ranks, rank_environment, run_ranks, verdict
+from launcher.ranks.local import (
+    loss_grace_s,
+    plan_ranks,
+    rank_environment,
+    run_ranks,
+    verdict,
+)
 from launcher.train_result import show_result
 from megaback.config_file import load_config
 from megaback.data import open_data
@@ -78,10 +84,12 @@ def train(
         command += ["--save-before", save_before]
     start = newest_start(settings.run)
     names: list[str] = []
+    grace_s = loss_grace_s(settings)
     if hosts is None:
-        codes, signals = run_ranks(command, rank_environment(device, processes), processes)
+        environment = rank_environment(device, processes)
+        codes, signals = run_ranks(command, environment, processes, grace_s)
     else:
-        codes, names, signals = run_on_hosts(hosts, command, settings.hardware.device)
+        codes, names, signals = run_on_hosts(hosts, command, settings.hardware.device, grace_s)
     # A start that was refused, or had nothing to do, keeps the record of an earlier one.
     has_started = newest_start(settings.run) != start
     try:

@@ -72,6 +72,7 @@ def train_run(
         try:
             reason = trainer.train()
         finally:
+            watchdog.let_peers_end()
             trainer.close()
     except (NonFiniteError, PreemptedError, UserInterruptError) as shared:
         error = shared  # raised on all ranks

@@ -48,7 +48,7 @@ def run_order(channel: IO[bytes]) -> int:
 
     for thread in forwarding:
         thread.start()
-    ended, _ = wait_for_ranks(start_all())
+    ended, _ = wait_for_ranks(start_all(), order["grace_s"])
     for pipe in pipes:
         os.close(pipe[1])
     for thread in forwarding:

@@ -25,6 +25,7 @@ from data_pipeline.common.import_path import module_command
 from data_pipeline.common.number_ranges import SLOTS
 from data_pipeline.errors import LaunchError
 from launcher.ranks.local import (
+    GRACE_S,
     Running,
     device_here,
     rank_environment,
@@ -158,13 +159,13 @@ def host_rank_names(hosts: Sequence[Host]) -> list[list[dict[str, str]]]:
 
 
 def run_on_hosts(
-    hosts: Sequence[Host], command: Sequence[str], device: str
+    hosts: Sequence[Host], command: Sequence[str], device: str, grace_s: float = GRACE_S
 ) -> tuple[list[int], list[str], list[int]]:
     """Run ranks on all hosts to their end, passing signals on to every one.
 
-    `device` is hardware.device; each host resolves `auto`. Returns the exit codes in the order in
-    which they ended (one per rank here, one per other host), the host of each, and the received
-    signals. Raises LaunchError.
+    `device` is hardware.device; each host resolves `auto`. `grace_s` is as for `run_ranks`. Returns
+    the exit codes in the order in which they ended (one per rank here, one per other host), the
+    host of each, and the received signals. Raises LaunchError.
     """
     names = host_rank_names(hosts)
     ssh = [] if all(host.is_local for host in hosts) else ssh_command()
@@ -174,14 +175,14 @@ def run_on_hosts(
         for host, its_names in zip(hosts, names, strict=True):
             if not host.is_local:
                 places.append(host.name)
-                yield RemoteRanks(ssh, host, command, its_names, device)
+                yield RemoteRanks(ssh, host, command, its_names, device, grace_s)
                 continue
             environment = rank_environment(device_here(device), host.slots)
             for one in its_names:
                 places.append(host.name)
                 yield start_rank(command, {**environment, **one})
 
-    ended, signals = wait_for_ranks(start_all())
+    ended, signals = wait_for_ranks(start_all(), grace_s)
     return [code for _, code in ended], [places[number] for number, _ in ended], signals
 
 
@@ -195,11 +196,13 @@ class RemoteRanks:
         command: Sequence[str],
         names: Sequence[Mapping[str, str]],
         device: str,
+        grace_s: float,
     ) -> None:
         order = {
             "command": list(command),
             "names": [dict(one) for one in names],
             "device": device,
+            "grace_s": grace_s,
             "environment": passed_environment(os.environ),
         }
         # ssh joins its arguments and passes them to a shell.

@@ -30,7 +30,8 @@ from megaback.environment import LAUNCHER_VARIABLE
 
 CONNECTION_LOST = 255
 """ssh's own exit code."""
-_GRACE_S = 10.0
+GRACE_S = 10.0
+"""Time for the other ranks to end after one has reported an error."""
 _SECOND_GRACE_S = 2.0
 """Grace period after a second Ctrl-C."""
 _SAME_REQUEST_S = 1.0
@@ -65,6 +66,11 @@ def plan_ranks(config: Config) -> tuple[str, int]:
     return device, config.hardware.processes or (count_devices() if device == "cuda" else 1) or 1
 
 
+def loss_grace_s(config: Config) -> float:
+    """Time for the other ranks to report a lost one, which takes them a few heartbeats."""
+    return GRACE_S + 4 * config.hardware.heartbeat_s
+
+
 def rank_environment(device: str, processes: int) -> dict[str, str]:
     """The environment of the ranks: this one, with fewer warnings and the cores divided."""
     environment = dict(os.environ)
@@ -88,19 +94,23 @@ def rank_names(processes: int) -> list[dict[str, str]]:
 
 
 def run_ranks(
-    command: Sequence[str], environment: Mapping[str, str], processes: int
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    processes: int,
+    grace_s: float = GRACE_S,
 ) -> tuple[list[int], list[int]]:
     """Run all ranks to their end, passing signals on to every one.
 
-    Returns their exit codes (negative: the signal that killed it), in the order in which they
-    ended, and the received signals.
+    `grace_s` is the time for the others to report a rank that ended without a reason. Returns their
+    exit codes (negative: the signal that killed it), in the order in which they ended, and the
+    received signals.
     """
 
     def start_all() -> Iterator[Running]:
         for names in rank_names(processes):
             yield start_rank(command, {**environment, **names})
 
-    ended, signals = wait_for_ranks(start_all())
+    ended, signals = wait_for_ranks(start_all(), grace_s)
     return [code for _, code in ended], signals
 
 
@@ -123,7 +133,9 @@ def start_rank(
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def wait_for_ranks(starting: Iterable[Running]) -> tuple[list[tuple[int, int]], list[int]]:
+def wait_for_ranks(
+    starting: Iterable[Running], grace_s: float
+) -> tuple[list[tuple[int, int]], list[int]]:
     """Start ranks one after another, wait for all, and pass on every signal meanwhile.
 
     Returns the index and exit code of each, in the order in which they ended, and the received
@@ -136,10 +148,12 @@ def wait_for_ranks(starting: Iterable[Running]) -> tuple[list[tuple[int, int]], 
         for number, _ in list(received):  # for ranks that had not started yet
             for rank in ranks:
                 rank.send_signal(number)
-        return _wait(ranks, received), [number for number, _ in received]
+        return _wait(ranks, received, grace_s), [number for number, _ in received]
 
 
-def _wait(ranks: Sequence[Running], received: Sequence[tuple[int, float]]) -> list[tuple[int, int]]:
+def _wait(
+    ranks: Sequence[Running], received: Sequence[tuple[int, float]], grace_s: float
+) -> list[tuple[int, int]]:
     ended: list[tuple[int, int]] = []
     running = dict(enumerate(ranks))
     give_up = None
@@ -150,7 +164,7 @@ def _wait(ranks: Sequence[Running], received: Sequence[tuple[int, float]]) -> li
                 del running[number]
                 ended.append((number, code))
                 if code and give_up is None:
-                    give_up = time.monotonic() + _GRACE_S
+                    give_up = time.monotonic() + (GRACE_S if code in reasons() else grace_s)
         interrupts_s = [moment for number, moment in received if number == signal.SIGINT]
         if interrupts_s and interrupts_s[-1] - interrupts_s[0] > _SAME_REQUEST_S:
             give_up = min(give_up or math.inf, interrupts_s[-1] + _SECOND_GRACE_S)

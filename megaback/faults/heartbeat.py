@@ -86,16 +86,20 @@ def write_heartbeat(run: Path, beat: Heartbeat) -> None:
 
 def read_heartbeats(run: Path) -> list[Heartbeat]:
     """The heartbeats of the newest start, by rank; invalid files are skipped."""
-    beats = []
-    for path in sorted((run / HEARTBEATS_FOLDER).glob(f"{HEARTBEAT_PREFIX}*.json")):
-        with suppress(OSError, ValueError, TypeError):
-            beat = made_from(Heartbeat, read_json(path, MAX_RECORD_BYTES))
-            require_within("world_size", beat.world_size, 1, int(MANY.max))
-            require_within("rank", beat.rank, 0, beat.world_size - 1)
-            require_within("pid", beat.pid, 0, _MAX_PID)
-            if _FIELDS.problem(asdict(beat)) is None:
-                beats.append(beat)
-    return beats
+    paths = sorted((run / HEARTBEATS_FOLDER).glob(f"{HEARTBEAT_PREFIX}*.json"))
+    return [beat for beat in map(read_heartbeat, paths) if beat is not None]
+
+
+def read_heartbeat(path: Path) -> Heartbeat | None:
+    """A rank's heartbeat; None if the file is missing or invalid."""
+    with suppress(OSError, ValueError, TypeError):
+        beat = made_from(Heartbeat, read_json(path, MAX_RECORD_BYTES))
+        require_within("world_size", beat.world_size, 1, int(MANY.max))
+        require_within("rank", beat.rank, 0, beat.world_size - 1)
+        require_within("pid", beat.pid, 0, _MAX_PID)
+        if _FIELDS.problem(asdict(beat)) is None:
+            return beat
+    return None
 
 
 def missing_ranks(

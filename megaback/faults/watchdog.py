@@ -1,8 +1,10 @@
 """Per-rank watchdog: writes heartbeats, and aborts when a phase times out or a peer is lost.
 
-The ranks wait for each other in every step, and a rank inside a collective cannot notice that a
-peer is lost: a thread notices that this rank's phase has timed out, finds the missing ranks by
-their heartbeats, and ends the process with an error.
+The ranks wait for each other in every step, and a rank inside a collective, NCCL's above all, may
+not notice that a peer is lost. At every beat a thread checks one process, that of the next rank on
+its host, and whether another rank has recorded a loss: a dead rank is found by its neighbor, and
+then ends all ranks, for two small reads per rank and beat. Silent ranks are found by their
+heartbeats once a phase times out.
 """
 
 import os
@@ -12,17 +14,27 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock, Thread, current_thread
+from typing import Any
 
 import psutil
 
 from data_pipeline.common.command import report
-from data_pipeline.errors import RankLostError, StorageError
+from data_pipeline.errors import MegabackError, RankLostError, StorageError
 from megaback.config import HardwareSection
 from megaback.distributed.world import World
-from megaback.faults.exit_record import record_exit
-from megaback.faults.heartbeat import Heartbeat, missing_ranks, read_heartbeats, write_heartbeat
+from megaback.faults.exit_record import read_exit, record_exit
+from megaback.faults.heartbeat import (
+    Heartbeat,
+    missing_ranks,
+    read_heartbeat,
+    read_heartbeats,
+    write_heartbeat,
+)
 from megaback.faults.run_place import RunPlace
 from megaback.run_folder import HEARTBEATS_FOLDER, heartbeat_path
+
+_ONE_SIDED = (RankLostError.exit_code, MegabackError.exit_code)
+"""Exit codes of a rank that ends without an agreement of all ranks."""
 
 
 class Watchdog:
@@ -33,7 +45,11 @@ class Watchdog:
         self._run, self._section, self._world = run, section, world
         self._place: RunPlace | None = None
         self._lock = Lock()
+        self._reporting = Lock()
         self._stopped = Event()
+        self._peers_may_end = False
+        self._neighbor: int | None = None
+        self._earlier_exit: dict[str, Any] | None = None
         now = time.time()
         process = psutil.Process()
         self._beat = Heartbeat(
@@ -67,6 +83,7 @@ class Watchdog:
     def open(self) -> None:
         """Start, in a run's folder that is ours. Collective: all ranks then have a heartbeat."""
         self._world.run_collectively(self._begin)
+        self._neighbor = self._visible_neighbor()
         self._thread.start()
 
     def set_phase(self, phase: str, step: int) -> None:
@@ -78,6 +95,10 @@ class Watchdog:
         """Use the shorter timeout of steps, once everything is compiled, open and connected."""
         with self._lock:
             self._beat = replace(self._beat, timeout_s=self._section.step_timeout_s)
+
+    def let_peers_end(self) -> None:
+        """Accept from now on that other ranks end: all have ended their training, or will."""
+        self._peers_may_end = True
 
     def mark_exited(self, reason: str) -> None:
         """Record why this rank ends, so that the others do not wait for it."""
@@ -98,7 +119,11 @@ class Watchdog:
             return True
 
     def report_lost(self) -> RankLostError:
-        """Record and report the ranks missing after a collective failed or timed out."""
+        """Record and report the ranks missing after a collective failed or timed out.
+
+        The process must exit then: of two threads that report, the second may wait for ever.
+        """
+        self._reporting.acquire()
         if not self.is_open:  # heartbeats in the run's folder are of an earlier start
             error = RankLostError(
                 "another rank ended before the run had started; see the messages above, and run "
@@ -106,7 +131,8 @@ class Watchdog:
             )
             report(error)
             return error
-        reason = self._wait_for_missing()
+        ending = self._exit_of_another(self._run)
+        reason = str(ending.get("reason")) if ending is not None else self._wait_for_missing()
         error = RankLostError(
             f"{reason}; the other ranks stop, and the checkpoints are intact: run the same command "
             "to resume"
@@ -117,6 +143,8 @@ class Watchdog:
         return error
 
     def _begin(self) -> None:
+        # Of an earlier start, until `remember_folder`, or for longer in a cache of NFS.
+        self._earlier_exit = read_exit(self._run)
         (self._run / HEARTBEATS_FOLDER).mkdir(exist_ok=True)
         write_heartbeat(self._run, self._beat)
         if self._world.is_first:
@@ -139,8 +167,48 @@ class Watchdog:
             self._write()
             with self._lock:
                 beat = self._beat
-            if time.time() - beat.since > beat.timeout_s:
+            has_timed_out = time.time() - beat.since > beat.timeout_s
+            if has_timed_out or self._peer_is_lost():
+                if self._reporting.locked():  # by the main thread, which then exits
+                    return
                 os._exit(self.report_lost().exit_code)
+
+    def _visible_neighbor(self) -> int | None:
+        """The next rank on this host, if its process can be seen. Collective.
+
+        It cannot if hosts share a name, or each rank has a container of its own.
+        """
+        if self._world.size == 1:
+            return None
+        hosts = self._world.gather(self._beat.host, str)
+        others = [(self._world.rank + n) % self._world.size for n in range(1, self._world.size)]
+        here = next((rank for rank in others if hosts[rank] == self._beat.host), None)
+        if here is None:
+            return None
+        beat = read_heartbeat(heartbeat_path(self._run, here))
+        return here if beat is not None and beat.is_gone is False else None
+
+    def _peer_is_lost(self) -> bool:
+        """Whether the neighbor has died without a reason, or another rank has recorded a loss."""
+        if self._peers_may_end:
+            return False
+        try:
+            folder = self.folder()
+        except StorageError:
+            return False
+        if self._neighbor is not None:
+            beat = read_heartbeat(heartbeat_path(folder, self._neighbor))
+            if beat is not None and beat.exit_reason is None and beat.is_gone:
+                return True
+        return self._exit_of_another(folder) is not None
+
+    def _exit_of_another(self, folder: Path) -> dict[str, Any] | None:
+        """The record of another rank that has failed or lost a peer in this start."""
+        ending = read_exit(folder)
+        is_new = self._place is not None and ending != self._earlier_exit
+        if not is_new or ending is None or ending["code"] not in _ONE_SIDED:
+            return None
+        return ending if ending.get("rank") not in (None, self._world.rank) else None
 
     def _wait_for_missing(self) -> str:
         """Description of the missing ranks, once the heartbeats of dead ones are old enough."""

@@ -5,6 +5,7 @@ docs/faults.md, which `python -m tests.integration.faults.table > docs/faults.md
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from data_pipeline.errors import (
     StorageError,
 )
 from megaback.faults.exit_record import read_history
+from megaback.faults.heartbeat import read_heartbeat
+from megaback.run_folder import heartbeat_path
 from tests.integration.faults.consoles import close_terminal
 
 STEPS = 40
@@ -97,6 +100,14 @@ def end_reader_and_interrupt(launcher: "subprocess.Popen[str]", run: Path) -> No
     assert launcher.stdout is not None
     launcher.stdout.close()
     signal_launcher(signal.SIGINT)(launcher, run)
+
+
+def kill_while_the_other_blocks(launcher: "subprocess.Popen[str]", run: Path) -> None:
+    """Kill rank 1 once rank 0 is in one phase for a second."""
+    path = heartbeat_path(run, 0)
+    while (beat := read_heartbeat(path)) is None or beat.written - beat.since < 1:
+        time.sleep(0.05)
+    signal_rank(signal.SIGKILL, 1)(launcher, run)
 
 
 def make_read_only(_launcher: "subprocess.Popen[str]", run: Path) -> None:
@@ -187,12 +198,16 @@ FORWARD = "megaback.model.gpt:ReverseGPT.forward"
 LOST = RankLostError.exit_code
 RESUMES = "the same command resumes from the newest checkpoint"
 FAULTS = {
-    "killed before a save": Fault(
-        fault="a rank is killed just before a save",
-        outcome=f"the other rank reports which one is dead and exits; {RESUMES}",
+    "killed while the other blocks": Fault(
+        fault="a rank is killed while the other blocks in a step, as NCCL does then",
+        outcome="the other reports which one is dead at its next heartbeat, not after "
+        f"hardware.step_timeout_s, and exits; {RESUMES}",
         code=LOST,
         output="is dead",
-        inject=at(f"{SAVER}.begin", "kill", call=2),
+        inject=at(FORWARD, "sleep", rank=0, call=16, training=True, seconds=600),
+        act=kill_while_the_other_blocks,
+        at_step=5,
+        overrides=("hardware.step_timeout_s=600",),
         stage=1,
     ),
     "killed inside a save": Fault(

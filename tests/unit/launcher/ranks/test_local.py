@@ -25,7 +25,7 @@ from launcher.ranks import local
 from launcher.ranks.local import rank_environment, rank_names, run_ranks
 from megaback.environment import LAUNCHER_VARIABLE
 
-RunRanks = Callable[[str, int], tuple[list[int], list[int]]]
+RunRanks = Callable[..., tuple[list[int], list[int]]]
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 NAMES = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"]
 LOST = 51
@@ -63,12 +63,13 @@ print(run_ranks([sys.executable, "-c", sys.argv[1]], dict(os.environ), int(sys.a
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRanks:
-    """`run(script, processes)`: ranks in `tmp_path` with `rank`, `size` and some modules."""
+    """`run(script, processes, grace_s)`: ranks in `tmp_path` with `rank`, `size`, some modules."""
     monkeypatch.chdir(tmp_path)
 
-    def run(script: str, processes: int) -> tuple[list[int], list[int]]:
+    def run(script: str, processes: int, *grace_s: float) -> tuple[list[int], list[int]]:
         command = [sys.executable, "-c", _PREAMBLE + script]
-        return run_ranks(command, {"PATH": os.environ["PATH"], "MINE": "a b"}, processes)
+        environment = {"PATH": os.environ["PATH"], "MINE": "a b"}
+        return run_ranks(command, environment, processes, *grace_s)
 
     return run
 
@@ -153,15 +154,17 @@ def test_the_code_of_a_killed_rank_is_the_negative_signal(run: RunRanks) -> None
     assert run("os.kill(os.getpid(), signal.SIGKILL)", 1) == ([-signal.SIGKILL], [])
 
 
+@pytest.mark.parametrize(("code", "grace_s"), [(3, 1), (LOST, 0)])
 def test_a_rank_that_hangs_after_another_has_failed_is_killed_after_the_grace(
-    run: RunRanks, monkeypatch: pytest.MonkeyPatch
+    code: int, grace_s: float, run: RunRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "_GRACE_S", 1)
+    """Less is needed after an error that all ranks have, or that they have reported."""
+    monkeypatch.setattr(local, "GRACE_S", 0)
     started = time.monotonic()
-    script = "sys.exit(3) if rank == 1 else time.sleep(120)"
+    script = f"sys.exit({code}) if rank == 1 else time.sleep(120)"
 
-    assert run(script, 3) == ([3, -signal.SIGKILL, -signal.SIGKILL], [])
-    assert 1 <= time.monotonic() - started < 60
+    assert run(script, 3, 1) == ([code, -signal.SIGKILL, -signal.SIGKILL], [])
+    assert grace_s <= time.monotonic() - started < 60
 
 
 def test_within_the_grace_period_the_others_report_why_they_end(run: RunRanks) -> None:
@@ -170,12 +173,8 @@ def test_within_the_grace_period_the_others_report_why_they_end(run: RunRanks) -
     assert run(script, 2) == ([3, LOST], [])
 
 
-def test_a_finished_rank_starts_no_grace_period(
-    run: RunRanks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local, "_GRACE_S", 0.1)
-
-    assert run("time.sleep(rank)", 2) == ([0, 0], [])
+def test_a_finished_rank_starts_no_grace_period(run: RunRanks) -> None:
+    assert run("time.sleep(rank)", 2, 0.1) == ([0, 0], [])
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)

@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.errors import RankLostError
 from megaback.config import HardwareSection
 from megaback.distributed.world import World
-from megaback.faults.exit_record import read_exit
+from megaback.faults.exit_record import read_exit, record_exit, record_start
 from megaback.faults.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
 from megaback.faults.watchdog import Watchdog
 
@@ -94,6 +94,34 @@ def test_a_dead_rank_is_named_and_recorded(watchdog: Watchdog, tmp_path: Path) -
 def test_a_rank_lost_before_the_start_records_nothing(tmp_path: Path, world: World) -> None:
     assert "before the run had started" in str(Watchdog(tmp_path, SECTION, world).report_lost())
     assert read_exit(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "code", "is_lost"),
+    [(1, 51, True), (1, 1, True), (1, 75, False), (1, 0, False), (0, 1, False)],
+)
+def test_a_loss_or_failure_that_another_rank_has_recorded_ends_this_one(
+    tmp_path: Path, world: World, rank: int, code: int, is_lost: bool
+) -> None:
+    watchdog = Watchdog(tmp_path, SECTION, world)
+    watchdog._begin()
+    record_start(tmp_path, step=0)
+    watchdog.remember_folder()
+    assert not watchdog._peer_is_lost()
+    record_exit(tmp_path, code, "kind", "reason", rank)
+
+    assert watchdog._peer_is_lost() is is_lost
+    watchdog.let_peers_end()
+    assert not watchdog._peer_is_lost()
+
+
+def test_the_record_of_an_earlier_start_ends_no_rank(tmp_path: Path, world: World) -> None:
+    record_exit(tmp_path, RankLostError.exit_code, "kind", "reason", 1)
+    watchdog = Watchdog(tmp_path, SECTION, world)
+    watchdog._begin()
+    watchdog.remember_folder()  # a cache of the network may still show the record
+
+    assert not watchdog._peer_is_lost()
 
 
 STUCK = """
