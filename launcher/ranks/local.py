@@ -75,7 +75,6 @@ def rank_environment(device: str, processes: int) -> dict[str, str]:
     """The environment of the ranks: this one, with fewer warnings and the cores divided."""
     environment = dict(os.environ)
     if device == "cpu":
-        environment["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0))
         environment.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
