@@ -22,7 +22,7 @@ from data_pipeline.common.logging_setup import show_rank
 from data_pipeline.errors import BackendError, LaunchError, MegabackError
 from megaback.distributed.messages import decode, encode
 from megaback.distributed.rendezvous import meet, name_rank, node_name
-from megaback.distributed.visible_devices import count_device_files, count_devices
+from megaback.distributed.visible_devices import count_device_files, count_devices, names_in
 
 _Result = TypeVar("_Result")
 _LOG = logging.getLogger("megaback.distributed")
@@ -144,6 +144,8 @@ def start_world(device_name: str, timeout_s: float) -> World:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed's index of the device
+        _allow_device_names()
     backend = "nccl" if device.type == "cuda" else "gloo"
     meet(backend, timeout_s)
     timeout = timedelta(seconds=timeout_s)
@@ -223,9 +225,25 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
         )
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise LaunchError(
-            f"local rank {local_rank} has no device: this machine has "
-            f"{torch.cuda.device_count()}; start one rank per device"
-        )
-    return torch.device("cuda", local_rank)
+    num_devices = torch.cuda.device_count()
+    if local_rank < num_devices:
+        return torch.device("cuda", local_rank)
+    # With srun --gpus-per-task each task sees its own device only. Preflight finds a shared one.
+    if num_devices == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:
+        return torch.device("cuda", 0)
+    raise LaunchError(
+        f"local rank {local_rank} has no device: this machine has {num_devices}; start one rank "
+        "per device"
+    )
+
+
+def _allow_device_names() -> None:
+    """Accept UUIDs and MIG names in CUDA_VISIBLE_DEVICES, which DeepSpeed takes for NVML's indices.
+
+    Without NVML it computes a device's free memory from PyTorch's allocations.
+    """
+    from deepspeed.accelerator import cuda_accelerator
+
+    names = names_in(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if not all(name.isdecimal() for name in names):
+        cuda_accelerator.pynvml = None

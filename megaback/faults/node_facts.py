@@ -38,6 +38,8 @@ class RankFacts:
     """Throughput of a matrix product, the best of several, in FLOP/s; 0 if the device cannot. On a
     CPU, of one core."""
     versions: dict[str, str]
+    device_id: str | None = None
+    """UUID of the GPU."""
     problem: str | None = None
     """Reason why the device cannot be used, if so."""
     clock_offset_s: float = field(default=0.0)
@@ -47,7 +49,9 @@ class RankFacts:
 def rank_facts(rank: int, device: torch.device) -> RankFacts:
     """Measure this rank's device, in well under a second."""
     flops, problem = _multiply_flops(device)
+    device_id = None
     if device.type == "cuda":
+        device_id = str(torch.cuda.get_device_properties(device).uuid)
         name, num_devices = torch.cuda.get_device_name(device), torch.cuda.device_count()
         memory_free_bytes = torch.cuda.mem_get_info(device)[0]
     else:
@@ -61,6 +65,7 @@ def rank_facts(rank: int, device: torch.device) -> RankFacts:
         memory_free_bytes=memory_free_bytes,
         multiply_flops=flops,
         versions=versions(),
+        device_id=device_id,
         problem=problem,
     )
 

@@ -104,6 +104,17 @@ def compare_ranks(
         for facts in everyone
         if facts.problem is not None
     ]
+    owners: dict[tuple[str, str], RankFacts] = {}
+    for facts in everyone:
+        if facts.device_id is None:
+            continue
+        owner = owners.setdefault((facts.node, facts.device_id), facts)
+        if owner is not facts:
+            message = (
+                f"{_name(facts)} has the GPU of rank {owner.rank}, {facts.device_id}; start one "
+                "rank per GPU"
+            )
+            findings.append(Finding("device", facts.node, True, message))
     nodes = list({facts.node: facts for facts in reversed(everyone)}.values())[::-1]
     for library in nodes[0].versions:
         findings += _odd_ones(

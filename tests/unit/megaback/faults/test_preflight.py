@@ -81,6 +81,16 @@ def test_a_slow_node_is_named_on_gpus_and_accepted_on_cpus() -> None:
     assert named(compare_ranks(slower, "cuda", 10)) == {("speed", "n1", False)}
 
 
+def test_ranks_that_share_a_gpu_are_named() -> None:
+    ids = ["GPU-a", "GPU-b", "GPU-a", "GPU-a"]  # another node may reuse an id
+    facts = [replace(one, device_id=ids[one.rank]) for one in fleet(2)]
+
+    (finding,) = compare_ranks(facts, "cuda", 10)
+
+    assert finding.stops
+    assert finding.message.startswith("node n1 (rank 3) has the GPU of rank 2, GPU-a")
+
+
 def test_low_memory_is_reported_once_per_host_but_for_each_gpu() -> None:
     poor = with_node(fleet(4), "n2", memory_free_bytes=10**9)
 
