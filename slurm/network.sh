@@ -10,6 +10,3 @@
 
 # WARN prints errors; INFO prints the chosen network, if training is slow across nodes.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# A collective that fails or exceeds hardware.collective_timeout_s ends its rank. A lost rank is noticed
-# earlier, by the heartbeats and hardware.step_timeout_s.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}

@@ -49,6 +49,10 @@ def meet(backend: str, timeout_s: float) -> None:
     environment, timeout = os.environ, timedelta(seconds=timeout_s)
     address = environment["MASTER_ADDR"]
     require_known(address)
+    # torch's default aborts the process (SIGABRT) after an error of NCCL, before the watchdog can
+    # report which rank is lost. 2 aborts only the kernels, and training would continue with
+    # corrupted gradients until the next collective; with 0 they block until the watchdog exits.
+    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     if is_loopback(address):  # all ranks are on this machine
         for name in _INTERFACES:
             environment.setdefault(name, _LOOPBACK)
