@@ -33,6 +33,14 @@ from megaback.planning.plan import (
     smallest_change,
 )
 
+nodes_option = click.option(
+    "--nodes", type=MANY.option, default=1, show_default=True, help="Number of nodes."
+)
+devices_per_node_option = click.option(
+    "--devices-per-node",
+    type=MANY.option,
+    help="Number of ranks per node, one per device. Default: hardware.processes, or 8.",
+)
 _GB = 1e9
 _ROUNDED_UP = 0.05
 
@@ -174,12 +182,8 @@ def to_json(
 )
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option("--nodes", type=MANY.option, default=1, show_default=True, help="Number of nodes.")
-@click.option(
-    "--devices-per-node",
-    type=MANY.option,
-    help="Number of ranks per node, one per device. Default: hardware.processes, or 8.",
-)
+@nodes_option
+@devices_per_node_option
 @click.option(
     "--device-name",
     help=f"Device: {', '.join(DEVICES)} or {CPU}. Default: hardware.device_name.",

@@ -110,6 +110,11 @@ class TrainingLoader:
             self._ahead.close()
             self._ahead = None
 
+    def places(self, step: int) -> tuple[Indices, Indices, Indices]:
+        """Data set, frame and row of each of the rank's rows of a step, without reading them."""
+        plan = next(self._plans(step))
+        return plan.stream, plan.frame, plan.row
+
     @property
     def rank_rows(self) -> int:
         """Number of rows of the rank per step."""

@@ -41,28 +41,32 @@ class Holding:
         return _MUON_KINDS if self.is_orthogonalized else _ADAMW_KINDS
 
 
-def holdings_of(engine: Any, rank: int, world_size: int) -> list[Holding]:
-    """Tensors that this rank updates: all weights at stage 0, its slices at the others."""
+@dataclass(frozen=True)
+class Partition:
+    """Flat tensor of this rank, and its named parameters: `slices[rank][parameter]`."""
+
+    tensor: Tensor
+    is_orthogonalized: bool
+    names: tuple[str, ...]
+    slices: list[list[Slice]]
+
+
+def partitions_of(engine: Any, world_size: int) -> list[Partition]:
+    """Flat tensors into which ZeRO's stages 1 to 3 cut the parameters, with all ranks' slices."""
     names = {id(weight): name for name, weight in engine.module.named_parameters()}
-    zero, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 0:
-        return [
-            Holding(weight, group["orthogonalize"], ((names[id(weight)], _whole(weight)),))
-            for group in engine.basic_optimizer.param_groups
-            for weight in group["params"]
-        ]
-    holdings = []
-    if stage == 3:
+    zero, groups = engine.optimizer, engine.basic_optimizer.param_groups
+    partitions = []
+    if engine.zero_optimization_stage() == 3:
         for number, weights in enumerate(zero.fp16_groups):
-            group = engine.basic_optimizer.param_groups[zero.sub_group_to_group_id[number]]
+            group = groups[zero.sub_group_to_group_id[number]]
             slices = slices_of_each(
                 [weight.partition_numel() for weight in weights],
                 [weight.ds_numel for weight in weights],
                 world_size,
-            )[rank]
-            runs = tuple(zip((names[id(weight)] for weight in weights), slices, strict=True))
+            )
             flat = zero.fp32_partitioned_groups_flat[number]
-            holdings.append(Holding(flat, group["orthogonalize"], runs))
+            named = tuple(names[id(weight)] for weight in weights)
+            partitions.append(Partition(flat, group["orthogonalize"], named, slices))
     else:
         for number, weights in enumerate(zero.round_robin_bit16_groups):
             slices = slices_of_flat(
@@ -70,12 +74,30 @@ def holdings_of(engine: Any, rank: int, world_size: int) -> list[Holding]:
                 [weight.numel() for weight in weights],
                 int(zero.partition_size[number]),
                 world_size,
-            )[rank]
-            runs = tuple(zip((names[id(weight)] for weight in weights), slices, strict=True))
-            orthogonalize = engine.basic_optimizer.param_groups[number]["orthogonalize"]
+            )
             flat = zero.single_partition_of_fp32_groups[number]
-            holdings.append(Holding(flat, orthogonalize, runs))
-    return holdings
+            named = tuple(names[id(weight)] for weight in weights)
+            partitions.append(Partition(flat, groups[number]["orthogonalize"], named, slices))
+    return partitions
+
+
+def holdings_of(engine: Any, rank: int, world_size: int) -> list[Holding]:
+    """Tensors that this rank updates: all weights at stage 0, its slices at the others."""
+    if engine.zero_optimization_stage():
+        return [
+            Holding(
+                one.tensor,
+                one.is_orthogonalized,
+                tuple(zip(one.names, one.slices[rank], strict=True)),
+            )
+            for one in partitions_of(engine, world_size)
+        ]
+    names = {id(weight): name for name, weight in engine.module.named_parameters()}
+    return [
+        Holding(weight, group["orthogonalize"], ((names[id(weight)], _whole(weight)),))
+        for group in engine.basic_optimizer.param_groups
+        for weight in group["params"]
+    ]
 
 
 def named_state(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ FLOORS = [
     ["megaback.config_file"],
     ["megaback.inference", "megaback.tracking"],
     ["megaback.scoring", "megaback.training"],
+    ["megaback.rehearsal"],
     ["megaback.train"],
     ["megaback.cli"],
     ["megaback.__main__"],

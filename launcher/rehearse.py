@@ -1,0 +1,219 @@
+"""`megaback rehearse`: single ranks of a large run on this machine, without communication."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from data_pipeline.common.command import Command, examples
+from data_pipeline.common.number_ranges import COUNT, MANY
+from data_pipeline.common.shared_options import json_option
+from data_pipeline.common.terminal import echo, table_lines
+from data_pipeline.errors import MegabackError
+from launcher.plan import choose_device, devices_per_node_option, nodes_option
+from megaback.config import Config
+from megaback.config_file import load_config
+from megaback.planning.data_facts import run_facts
+from megaback.planning.devices import DEVICES, cpu_device
+from megaback.planning.plan import DEFAULT_MFU, Cluster, RunPlan, plan_run, require_room
+from megaback.rehearsal.job import Job, parse_ranks, rehearsal_config, rehearse
+from megaback.rehearsal.report import RankReport, RowsCheck
+from megaback.rehearsal.rows import check_rows
+
+_NOT_REHEARSED = (
+    "values of losses and weights (other ranks send nothing), the network, GPUs, compilation, "
+    "validation, preflight and trackers"
+)
+
+
+def planned_bytes(plan: RunPlan) -> dict[str, float]:
+    """Planned bytes per step that a rank sends, by kind of collective."""
+    reduction = "reduce-scatter" if plan.stage == 3 else "all-reduce"
+    planned = {
+        reduction: plan.traffic.gradient_bytes,
+        "all-gather": plan.traffic.weight_bytes,
+        "all-to-all": plan.traffic.optimizer_bytes,
+    }
+    return {kind: num_bytes for kind, num_bytes in planned.items() if num_bytes}
+
+
+def _refuse(config: Config, device_name: str | None, nodes: int, per_node: int) -> None:
+    """Raises the error of a plan that does not fit the devices, if they are known."""
+    facts = run_facts(config, None, None)
+    if device_name is None and config.hardware.device_name is None:
+        plan_run(config, facts, Cluster(nodes, per_node, cpu_device(1.0, None)), DEFAULT_MFU)
+        return
+    device = choose_device(device_name, config, per_node, None)
+    cluster = Cluster(nodes, per_node, device)
+    require_room(config, facts, cluster, plan_run(config, facts, cluster, DEFAULT_MFU))
+
+
+def _size(num_bytes: float) -> str:
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def _show_all(report: RankReport, rows: RowsCheck) -> None:
+    """The checks over all ranks."""
+    owned = report.ownership
+    for problem in (*rows.problems, *owned.problems):
+        echo(f"problem  {problem}")
+    if not rows.problems:
+        echo(
+            f"rows     {rows.rows_per_step:,} of each of {rows.steps} steps, each read by one rank"
+        )
+    if owned.min_weights < owned.parameters and not owned.problems:
+        echo(
+            f"weights  {owned.parameters:,}, each updated by one rank: {owned.min_weights:,} to "
+            f"{owned.max_weights:,} per rank"
+        )
+    if owned.matrices:
+        echo(
+            f"Muon     {owned.matrices:,} matrices; {owned.ranks_without_matrices:,} ranks "
+            "orthogonalize none"
+        )
+
+
+def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
+    batch, owned, memory = report.first_batch, report.owned, plan.memory
+    echo(f"rank {report.rank} of {world_size}")
+    echo(
+        f"  data        {batch.rows:,} rows in {batch.lanes:,} lanes; "
+        f"{_size(batch.read_bytes)} read in {batch.duration_s:.2f} s to the first batch"
+    )
+    echo(
+        f"  owns        {owned.weights:,} weights, {owned.gradients:,} gradients, "
+        f"{_size(owned.optimizer_bytes)} of optimizer state, {owned.matrices:,} matrices"
+    )
+    echo(
+        f"  memory      {_size(report.memory_bytes)} at the peak, "
+        f"{_size(report.memory_saving_bytes)} with the checkpoint; planned "
+        f"{_size(memory.parts.total)} ({memory.moment})"
+    )
+    phases = ", ".join(f"{name} {duration:.2f}" for name, duration in report.phase_s.items())
+    echo(f"  step        {report.step_s:.2f} s on this machine ({phases})")
+    num_bytes = sum(report.checkpoint.values())
+    echo(
+        f"  checkpoint  {_size(num_bytes)} in {len(report.checkpoint)} files; planned "
+        f"{_size(plan.checkpoint_bytes / world_size)}"
+    )
+    planned = planned_bytes(plan)
+    lines = []
+    for one in report.traffic:
+        is_planned = one.group == "engine" and one.kind in planned
+        lines.append(
+            [
+                one.group,
+                one.kind,
+                f"{one.calls:,.1f}".removesuffix(".0"),
+                _size(one.sent_bytes),
+                _size(planned[one.kind]) if is_planned else "-",
+            ]
+        )
+    heads = ["group", "collective", "per step", "sent", "planned"]
+    for line in table_lines(heads, lines, right=(2, 3, 4), indent=2):
+        click.echo(line)
+
+
+@click.command(
+    cls=Command,
+    name="rehearse",
+    epilog=examples(
+        "megaback rehearse configs/demo.yaml --nodes 8 --devices-per-node 8 zero.stage=1",
+        "megaback rehearse configs/reverse_7b.yaml --nodes 64 --devices-per-node 8 --layers 2 "
+        "--ranks 0,17,511 data.shards=data/pydocs --json",
+    ),
+)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1)
+@nodes_option
+@devices_per_node_option
+@click.option(
+    "--ranks",
+    help="Ranks to rehearse, one after another: numbers separated by commas, or all. Default: the "
+    "first and the last.",
+)
+@click.option(
+    "--steps", type=COUNT.option, default=2, show_default=True, help="Number of steps to train."
+)
+@click.option(
+    "--layers",
+    type=MANY.option,
+    help="Number of layers of the rehearsed and planned model. Default: all of the config.",
+)
+@click.option(
+    "--device-name",
+    help=f"Device whose memory is checked: {', '.join(DEVICES)}. Default: hardware.device_name.",
+)
+@json_option
+def main(
+    config: Path,
+    overrides: tuple[str, ...],
+    nodes: int,
+    devices_per_node: int | None,
+    ranks: str | None,
+    steps: int,
+    layers: int | None,
+    device_name: str | None,
+    as_json: bool,
+) -> None:
+    """Rehearse single ranks of the run of CONFIG, with key.sub=value OVERRIDES.
+
+    A rank trains in a process on this machine's CPU as if the others were there: data, engine,
+    optimizer and checkpoint are real, and collectives are counted instead of sent. Its measurements
+    are shown beside the plan. It fails with the error that the run would have at this size.
+    """
+    settings = load_config(config, overrides)
+    per_node = devices_per_node or settings.hardware.processes or 8
+    world_size = nodes * per_node
+    chosen = parse_ranks(ranks, world_size)
+    _refuse(settings, device_name, nodes, per_node)
+    short = rehearsal_config(settings, steps, layers)
+    rows = check_rows(short, world_size, steps)
+    cluster = Cluster(nodes, per_node, cpu_device(1.0, None))
+    facts = run_facts(short, None, None)
+    plan = plan_run(short, facts, cluster, DEFAULT_MFU)
+    reports = []
+    for report in rehearse(Job(short, chosen, world_size, per_node)):
+        reports.append(report)
+        if as_json:
+            continue
+        if len(reports) == 1:
+            echo(
+                f"model    {plan.size.total:,} parameters in {short.model.num_layers} layers; "
+                f"{short.optimizer.name}, {short.training.precision}, ZeRO stage {plan.stage}"
+            )
+            _show_all(report, rows)
+        _show_rank(report, plan, world_size)
+    if as_json:
+        click.echo(json.dumps(_to_json(reports, rows, plan, world_size), indent=2))
+    else:
+        echo(f"not rehearsed: {_NOT_REHEARSED}")
+    problems = [*rows.problems, *(text for one in reports for text in one.ownership.problems)]
+    if problems:
+        raise MegabackError(f"{problems[0]}; please report this with the config")
+
+
+def _to_json(
+    reports: Sequence[RankReport], rows: RowsCheck, plan: RunPlan, world_size: int
+) -> dict[str, object]:
+    return {
+        "world_size": world_size,
+        "parameters": plan.size.total,
+        "planned": {
+            "memory_bytes": plan.memory.parts.total,
+            "sent_bytes": planned_bytes(plan),
+            "checkpoint_bytes": plan.checkpoint_bytes / world_size,
+        },
+        "rows": asdict(rows),
+        "ranks": [asdict(report) for report in reports],
+        "not_rehearsed": _NOT_REHEARSED,
+    }
+
+
+if __name__ == "__main__":
+    main()

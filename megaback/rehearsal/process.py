@@ -1,0 +1,65 @@
+"""Process that rehearses ranks: `python -m megaback.rehearsal.process`, with one Job per line.
+
+The libraries are loaded once, and each rank is a fork of this process, so that its memory and
+DeepSpeed's global state are its own. One line of JSON per rank is printed: a RankReport, or an
+error's class and message.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+from data_pipeline.errors import MegabackError
+from megaback.rehearsal.job import Job, as_json
+from megaback.rehearsal.rank import prepare_deepspeed, rehearse_rank
+
+
+def _rehearse(job: Job, rank: int, folder: Path) -> str:
+    config = job.config.model_copy(update={"run": folder / "run"})
+    config.run.mkdir()
+    try:
+        report = rehearse_rank(config, rank, job.world_size, job.ranks_per_node)
+    except MegabackError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        return as_json(error)
+    return json.dumps(asdict(report))
+
+
+def main() -> None:
+    """Rehearse the ranks of all jobs, one after another."""
+    warnings.simplefilter("ignore", FutureWarning)  # torch's, of names that DeepSpeed uses
+    jobs = [Job.parse(line) for line in sys.stdin]
+    answers, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)  # the first rank's console
+    prepare_deepspeed()
+    importlib.import_module("torch._dynamo")  # DeepSpeed loads it for every engine
+    work = [(job, rank) for job in jobs for rank in job.ranks]
+    for each, rank in work:
+        folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
+        child = os.fork()
+        if not child:
+            try:
+                os.write(answers, _rehearse(each, rank, folder).encode() + b"\n")
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        shutil.rmtree(folder)
+        if os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            error = MegabackError(
+                f"rank {rank} was ended by signal {number}, perhaps for lack of memory; rehearse "
+                "fewer layers (`layers`), or use a machine with more memory"
+            )
+            os.write(answers, as_json(error).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

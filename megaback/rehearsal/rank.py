@@ -1,0 +1,251 @@
+"""One rank of many, alone in its process: real data, engine, optimizer and checkpoint.
+
+`Trainer` and all below it run as in a run of that size, except the collectives
+(`rehearsal.collectives`) and what the config of a rehearsal disables (`rehearsal.job`).
+"""
+
+import ctypes
+import gc
+import logging
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data_pipeline.errors import MegabackError
+from megaback.checkpoints.state import holdings_of
+from megaback.config import Config, HardwareSection
+from megaback.data import Data, open_data
+from megaback.distributed.world import CollectiveExit, World
+from megaback.faults.stop_request import StopRequest
+from megaback.faults.watchdog import Watchdog
+from megaback.rehearsal.collectives import CollectiveLog, join
+from megaback.rehearsal.ownership import matrix_owners, ownership_of
+from megaback.rehearsal.report import FirstBatch, Owned, RankReport, Traffic
+from megaback.run_folder import CHECKPOINTS_FOLDER, step_name
+from megaback.training.run import Run
+from megaback.training.setup import prepare_run
+from megaback.training.start import AlreadyTrained
+from megaback.training.trainer import Trainer
+
+_Result = TypeVar("_Result")
+_STEP_PHASES = ("reading its rows", "computing gradients", "updating")
+# glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX.
+_MALLOC_OPTIONS = ((-3, 65_536), (-1, 65_536), (-8, 1))
+
+
+class SoloWorld(World):
+    """The world of a rank without peers."""
+
+    def of_first(self, value: _Result, kind: Any) -> _Result:  # noqa: ARG002
+        """This rank's value: nothing is received from the first."""
+        return value
+
+    def stop_if_any(self, error: MegabackError | None) -> None:
+        if error is not None:
+            raise CollectiveExit(error.exit_code, error)
+
+
+class PhaseClock(Watchdog):
+    """Durations of the phases; it writes nothing and ends nothing."""
+
+    def __init__(
+        self, run: Path, section: HardwareSection, world: World, log: CollectiveLog
+    ) -> None:
+        super().__init__(run, section, world)
+        self._folder, self._log = run, log
+        self._since = monotonic()
+        self.duration_s: Counter[str] = Counter()
+        self.memory_before_saving_bytes = 0
+
+    def set_phase(self, phase: str, step: int) -> None:  # noqa: ARG002
+        now = monotonic()
+        self.duration_s[self._log.phase] += now - self._since  # type: ignore[assignment]
+        self._since, self._log.phase = now, phase
+        if phase == "saving":
+            self.memory_before_saving_bytes = _status_bytes("VmHWM")
+
+    def open(self) -> None:
+        pass
+
+    def remember_folder(self) -> None:
+        pass
+
+    def folder(self) -> Path:
+        return self._folder
+
+
+def rehearse_rank(config: Config, rank: int, world_size: int, ranks_per_node: int) -> RankReport:
+    """Train `training.steps` steps as a rank, and save. `config.run` is an empty folder.
+
+    Only once per process. Raises the MegabackError that the run would end with.
+    """
+    libc = ctypes.CDLL(None)
+    for option, value in _MALLOC_OPTIONS:
+        libc.mallopt(option, value)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank % ranks_per_node),
+        "LOCAL_SIZE": str(ranks_per_node),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    log = CollectiveLog()
+    world = SoloWorld(rank, world_size, torch.device("cpu"), join(rank, world_size, log))
+    prepare_deepspeed()
+    try:
+        return _rehearse(config, world, log)
+    except CollectiveExit as ending:
+        raise (ending.error or MegabackError(f"rank {rank} ended without an error")) from None
+    except MegabackError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise MegabackError(
+            f"rank {rank} of {world_size} fails while {log.phase}: {reason}; a run of this size "
+            "would fail there too, see the traceback"
+        ) from error
+
+
+def prepare_deepspeed() -> None:
+    """Import DeepSpeed for a CPU; with a default group, also let it use this group."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Stage 3 compares the order of its modules with that of rank 0, which is not there.
+    coordinator.assert_ints_same_as_other_ranks = lambda _: None
+    if dist.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
+    first_batch = _first_batch(config, world)
+    # The first rank of a run creates it.
+    target = config.run / CHECKPOINTS_FOLDER / step_name(config.training.steps or 0)
+    if not world.is_first:
+        target.mkdir(parents=True)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    base_bytes = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+    started = monotonic()
+    clock = PhaseClock(config.run, config.hardware, world, log)
+    run = prepare_run(config, world, clock)
+    assert not isinstance(run, AlreadyTrained)
+    run = replace(run, data=replace(run.data, val=()))
+    trainer = Trainer(run, world, StopRequest())
+    start_s = monotonic() - started
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    steps = run.data.total_steps
+    phase_s = {phase: clock.duration_s[phase] / steps for phase in _STEP_PHASES}
+    return RankReport(
+        rank=world.rank,
+        first_batch=first_batch,
+        owned=_owned(run, world),
+        ownership=ownership_of(run.engine, world.size),
+        start_s=start_s,
+        step_s=sum(phase_s.values()),
+        phase_s=phase_s,
+        memory_bytes=clock.memory_before_saving_bytes - base_bytes,
+        memory_saving_bytes=_status_bytes("VmHWM") - base_bytes,
+        traffic=_traffic(log, _STEP_PHASES, steps),
+        start_traffic=_traffic(log, ("starting", "checking the nodes"), 1),
+        checkpoint={path.name: path.stat().st_size for path in sorted(target.glob("*-*"))},
+    )
+
+
+def _first_batch(config: Config, world: World) -> FirstBatch:
+    """Read the rows of the first step, without preparing later ones."""
+    section = config.data.model_copy(update={"threads": 0})
+    before, started = _read_bytes(), monotonic()
+    data = open_data(config.model_copy(update={"data": section}), world.rank, world.size)
+    batches = data.training.at(0)
+    duration_s, read_bytes = monotonic() - started, _read_bytes() - before
+    rows = config.batch.global_batch_rows // world.size
+    data.training.close()
+    del batches
+    return FirstBatch(
+        rows=rows,
+        lanes=_num_lanes(data, world.rank * rows, rows),
+        read_bytes=read_bytes,
+        duration_s=duration_s,
+    )
+
+
+def _num_lanes(data: Data, first_row: int, num_rows: int) -> int:
+    """Number of lanes that contain the consecutive rows of the first step."""
+    stream_of, row_of = data.mixture.deal(np.arange(first_row, first_row + num_rows)[None])
+    lanes = 0
+    for number, stream in enumerate(data.streams):
+        order = stream.order
+        position = row_of[stream_of == number] % order.global_batch_rows
+        lanes += len(np.unique(position // (order.global_batch_rows // order.lanes)))
+    return lanes
+
+
+def _owned(run: Run, world: World) -> Owned:
+    engine = run.engine
+    stage = engine.zero_optimization_stage()
+    holdings = holdings_of(engine, world.rank, world.size)
+    weights = sum(piece.length for holding in holdings for _, piece in holding.runs)
+    if stage:
+        matrices = matrix_owners(engine, world.size).count(world.rank)
+    else:
+        matrices = sum(holding.is_orthogonalized for holding in holdings)
+    state = engine.basic_optimizer.state.values()
+    return Owned(
+        weights=weights,
+        gradients=weights if stage >= 2 else run.num_parameters,
+        optimizer_bytes=sum(
+            value.nbytes
+            for of_tensor in state
+            for value in of_tensor.values()
+            if isinstance(value, torch.Tensor)
+        ),
+        matrices=matrices,
+    )
+
+
+def _traffic(log: CollectiveLog, phases: tuple[str, ...], steps: int) -> tuple[Traffic, ...]:
+    calls: Counter[tuple[str, str]] = Counter()
+    sent_bytes: Counter[tuple[str, str]] = Counter()
+    for one, count in log.calls.items():
+        # Control messages during the last update belong to the end of the run.
+        if one.phase in phases and not (one.is_control and one.phase == "updating"):
+            key = ("control" if one.is_control else "engine", one.kind)
+            calls[key] += count
+            sent_bytes[key] += log.sent_bytes[one]
+    return tuple(
+        Traffic(
+            group=group, kind=kind, calls=count / steps, sent_bytes=sent_bytes[group, kind] / steps
+        )
+        for (group, kind), count in sorted(calls.items(), reverse=True)
+    )
+
+
+def _read_bytes() -> int:
+    """Bytes that this process has read from files."""
+    text = Path("/proc/self/io").read_text(encoding="ascii")
+    return int(next(line for line in text.splitlines() if line.startswith("rchar:")).split()[1])
+
+
+def _status_bytes(name: str) -> int:
+    """A size of Linux's /proc/self/status, in bytes."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return (
+        int(next(line for line in text.splitlines() if line.startswith(name + ":")).split()[1])
+        << 10
+    )

@@ -1,0 +1,89 @@
+"""Results of a rehearsal: plain numbers of one rank, and of all ranks together. Loads no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Collectives of one kind."""
+
+    group: str
+    """`engine`: of DeepSpeed and Muon; `control`: of messages between the ranks, on the CPU."""
+    kind: str
+    calls: float
+    sent_bytes: float
+    """Bytes that this rank would send, with ring algorithms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstBatch:
+    """The rank's part of the first step's rows."""
+
+    rows: int
+    lanes: int
+    read_bytes: int
+    """Bytes read by this process to open the data and to decode the rows."""
+    duration_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owned:
+    """State of this rank, in elements without padding."""
+
+    weights: int
+    """Weights that this rank updates."""
+    gradients: int
+    """Gradients that it holds at the end of a step."""
+    optimizer_bytes: int
+    matrices: int
+    """Matrices that it orthogonalizes: with Muon only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ownership:
+    """Parameters over all ranks, from the engine's partitioning."""
+
+    parameters: int
+    """Elements of all parameters."""
+    min_weights: int
+    max_weights: int
+    """Elements that a rank updates, without padding."""
+    matrices: int
+    ranks_without_matrices: int
+    problems: tuple[str, ...]
+    """Elements that no rank or several ranks own; none at stage 0, where every rank has all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """Measurements of one rank's rehearsal."""
+
+    rank: int
+    first_batch: FirstBatch
+    owned: Owned
+    ownership: Ownership
+    start_s: float
+    """Duration of the setup of data, model and engine, in seconds."""
+    step_s: float
+    """Mean duration of a step on this machine, without communication."""
+    phase_s: dict[str, float]
+    """Mean duration of a step's phases."""
+    memory_bytes: int
+    """Peak memory until the checkpoint, without that of the process before the run."""
+    memory_saving_bytes: int
+    """The same, including the checkpoint."""
+    traffic: tuple[Traffic, ...]
+    """Collectives per step."""
+    start_traffic: tuple[Traffic, ...]
+    """Collectives before the first step."""
+    checkpoint: dict[str, int]
+    """Bytes of each of the rank's files of a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsCheck:
+    """Rows of the first steps over all ranks, from the order."""
+
+    steps: int
+    rows_per_step: int
+    problems: tuple[str, ...]

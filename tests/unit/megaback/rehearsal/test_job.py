@@ -1,0 +1,118 @@
+"""Rehearsed ranks of 512: real engines of a tiny model at every ZeRO stage, in one process."""
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import BatchError, CheckpointMissingError, ConfigError
+from megaback.config import Config
+from megaback.planning.data_facts import run_facts
+from megaback.planning.devices import cpu_device
+from megaback.planning.plan import Cluster, RunPlan, plan_run
+from megaback.rehearsal.job import Job, parse_ranks, rehearsal_config, rehearse
+from megaback.rehearsal.report import RankReport
+from megaback.rehearsal.rows import check_rows
+
+RANKS, RANK = 512, 300
+CASES = [(0, "muon", "fp32"), (1, "adamw", "fp32"), (2, "adamw", "bf16"), (3, "adamw", "fp32")]
+
+
+def config_at_scale(shards: Path, stage: int, optimizer: str, precision: str) -> Config:
+    """A run of one row per rank and step, as it is rehearsed."""
+    config = Config.model_validate(
+        {
+            "run": "unused",
+            "data": {"shards": str(shards)},
+            "model": {"num_layers": 2, "width": 32, "num_heads": 4},
+            "batch": {"context_tokens": 64, "global_batch_rows": RANKS, "micro_batch_rows": 1},
+            "optimizer": {"name": optimizer, "learning_rate": 1e-3},
+            "training": {"steps": 100, "precision": precision},
+            "zero": {"stage": stage},
+        }
+    )
+    return rehearsal_config(config, 2, None)
+
+
+def plan_of(config: Config) -> RunPlan:
+    cluster = Cluster(64, 8, cpu_device(1.0, None))
+    return plan_run(config, run_facts(config, None, None), cluster, 0.4)
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tiny_shards: Path) -> dict[int, tuple[RankReport, RunPlan]]:
+    """Rank 300 of 512 and the plan, by stage; the last job fails."""
+    configs = [config_at_scale(tiny_shards, *case) for case in CASES]
+    failing = configs[0].model_copy(update={"init_from": Path("none")})
+    jobs = [Job(config, (RANK,), RANKS, 8) for config in [*configs, failing]]
+    reports = rehearse(*jobs)
+    found = {
+        case[0]: (next(reports), plan_of(config))
+        for case, config in zip(CASES, configs, strict=True)
+    }
+    with pytest.raises(CheckpointMissingError, match="none"):
+        next(reports)
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_rank_owns_its_part_of_all_parameters(
+    rehearsed: dict[int, tuple[RankReport, RunPlan]], stage: int
+) -> None:
+    report, plan = rehearsed[stage]
+    total, owned = plan.size.total, report.ownership
+    assert (report.rank, owned.parameters, owned.problems) == (RANK, total, ())
+    assert owned.min_weights <= report.owned.weights <= owned.max_weights
+    assert report.owned.gradients == (report.owned.weights if stage > 1 else total)
+    if stage == 0:
+        assert (report.owned.weights, report.owned.matrices) == (total, 14)
+    else:
+        assert owned.max_weights < 1.1 * total / RANKS + 32
+        assert 8 * report.owned.weights <= report.owned.optimizer_bytes
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_collectives_are_those_of_the_plan(
+    rehearsed: dict[int, tuple[RankReport, RunPlan]], stage: int
+) -> None:
+    """Up to padding, and the norms' and counters' few bytes."""
+    report, plan = rehearsed[stage]
+    sent = {one.kind: one.sent_bytes for one in report.traffic if one.group == "engine"}
+    reduction = "reduce-scatter" if stage == 3 else "all-reduce"
+    # Stage 3 pads every parameter to a multiple of the ranks.
+    assert sent[reduction] == pytest.approx(plan.traffic.gradient_bytes, rel=0.1)
+    if stage in (1, 2):
+        assert sent["all-gather"] == pytest.approx(plan.traffic.weight_bytes, rel=0.05)
+    assert ("all-gather" in sent) == (stage > 0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_rows_memory_and_checkpoint_are_measured(
+    rehearsed: dict[int, tuple[RankReport, RunPlan]], stage: int
+) -> None:
+    report, plan = rehearsed[stage]
+    assert (report.first_batch.rows, report.first_batch.lanes) == (1, 1)
+    assert report.first_batch.read_bytes > 0
+    assert report.memory_saving_bytes >= report.memory_bytes > plan.memory.parts.total / 2
+    assert sorted(report.checkpoint) == [
+        f"optimizer-{RANK:05d}.safetensors",
+        f"weights-{RANK:05d}.safetensors",
+    ]
+    if stage:
+        assert sum(report.checkpoint.values()) > 12 * report.owned.weights
+
+
+def test_the_rows_of_512_ranks_are_those_of_the_steps(tiny_shards: Path) -> None:
+    config = config_at_scale(tiny_shards, 1, "adamw", "fp32")
+    assert check_rows(config, RANKS, 2).problems == ()
+    with pytest.raises(BatchError, match="500 ranks"):
+        check_rows(config, 500, 1)
+
+
+def test_ranks_are_numbers_or_all() -> None:
+    assert parse_ranks(None, 8) == (0, 7)
+    assert parse_ranks(None, 1) == (0,)
+    assert parse_ranks("all", 3) == (0, 1, 2)
+    assert parse_ranks("2, 0,2", 3) == (2, 0)
+    for text in ("3", "-1", "one", "", "1,"):
+        with pytest.raises(ConfigError, match="from 0 to 2"):
+            parse_ranks(text, 3)
