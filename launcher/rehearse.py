@@ -109,7 +109,7 @@ def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
             [
                 one.group,
                 one.kind,
-                f"{one.calls:,.1f}".removesuffix(".0"),
+                f"{one.calls:,}",
                 _size(one.sent_bytes),
                 _size(planned[one.kind]) if is_planned else "-",
             ]
@@ -138,7 +138,11 @@ def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
     "first and the last.",
 )
 @click.option(
-    "--steps", type=COUNT.option, default=2, show_default=True, help="Number of steps to train."
+    "--steps",
+    type=COUNT.option,
+    default=2,
+    show_default=True,
+    help="Number of steps to train; the last one is measured.",
 )
 @click.option(
     "--layers",

@@ -28,8 +28,9 @@ _BACKEND = "rehearsal"
 
 @dataclass(frozen=True)
 class Collective:
-    """A kind of collective in a phase of the run."""
+    """A kind of collective in a phase of a step."""
 
+    step: int
     phase: str
     kind: str
     is_control: bool
@@ -37,18 +38,18 @@ class Collective:
 
 
 class CollectiveLog:
-    """Collectives by phase and kind: their number, and the bytes that this rank would send.
+    """Collectives by step, phase and kind: their number, and the bytes that this rank would send.
 
     Bytes are those of ring algorithms, as in `planning.network`.
     """
 
     def __init__(self) -> None:
-        self.phase = "starting"
+        self.step, self.phase = 0, "starting"
         self.calls: Counter[Collective] = Counter()
         self.sent_bytes: Counter[Collective] = Counter()
 
     def add(self, kind: str, sent_bytes: float, *, is_control: bool) -> None:
-        one = Collective(self.phase, kind, is_control)
+        one = Collective(self.step, self.phase, kind, is_control)
         self.calls[one] += 1
         self.sent_bytes[one] += round(sent_bytes)
 

@@ -8,7 +8,7 @@ import ctypes
 import gc
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -23,6 +23,7 @@ from megaback.checkpoints.state import holdings_of
 from megaback.config import Config, HardwareSection
 from megaback.data import Data, open_data
 from megaback.distributed.world import CollectiveExit, World
+from megaback.environment import LAUNCHER_VARIABLE
 from megaback.faults.stop_request import StopRequest
 from megaback.faults.watchdog import Watchdog
 from megaback.rehearsal.collectives import CollectiveLog, join
@@ -61,13 +62,13 @@ class PhaseClock(Watchdog):
         super().__init__(run, section, world)
         self._folder, self._log = run, log
         self._since = monotonic()
-        self.duration_s: Counter[str] = Counter()
+        self.duration_s: dict[tuple[int, str], float] = defaultdict(float)
         self.memory_before_saving_bytes = 0
 
-    def set_phase(self, phase: str, step: int) -> None:  # noqa: ARG002
-        now = monotonic()
-        self.duration_s[self._log.phase] += now - self._since  # type: ignore[assignment]
-        self._since, self._log.phase = now, phase
+    def set_phase(self, phase: str, step: int) -> None:
+        now, log = monotonic(), self._log
+        self.duration_s[log.step, log.phase] += now - self._since
+        self._since, log.step, log.phase = now, step, phase
         if phase == "saving":
             self.memory_before_saving_bytes = _status_bytes("VmHWM")
 
@@ -96,6 +97,7 @@ def rehearse_rank(config: Config, rank: int, world_size: int, ranks_per_node: in
         "LOCAL_SIZE": str(ranks_per_node),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
+        LAUNCHER_VARIABLE: str(os.getppid()),  # if it ends, so does this rank
     }
     log = CollectiveLog()
     world = SoloWorld(rank, world_size, torch.device("cpu"), join(rank, world_size, log))
@@ -150,7 +152,7 @@ def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
     finally:
         trainer.close()
     steps = run.data.total_steps
-    phase_s = {phase: clock.duration_s[phase] / steps for phase in _STEP_PHASES}
+    phase_s = {phase: clock.duration_s[steps, phase] for phase in _STEP_PHASES}
     return RankReport(
         rank=world.rank,
         first_batch=first_batch,
@@ -161,8 +163,8 @@ def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
         phase_s=phase_s,
         memory_bytes=clock.memory_before_saving_bytes - base_bytes,
         memory_saving_bytes=_status_bytes("VmHWM") - base_bytes,
-        traffic=_traffic(log, _STEP_PHASES, steps),
-        start_traffic=_traffic(log, ("starting", "checking the nodes"), 1),
+        traffic=_traffic(log, steps, _STEP_PHASES),
+        start_traffic=_traffic(log, 0, ("starting", "checking the nodes")),
         checkpoint={path.name: path.stat().st_size for path in sorted(target.glob("*-*"))},
     )
 
@@ -219,19 +221,19 @@ def _owned(run: Run, world: World) -> Owned:
     )
 
 
-def _traffic(log: CollectiveLog, phases: tuple[str, ...], steps: int) -> tuple[Traffic, ...]:
+def _traffic(log: CollectiveLog, step: int, phases: tuple[str, ...]) -> tuple[Traffic, ...]:
+    """Collectives of a step, by group and kind."""
     calls: Counter[tuple[str, str]] = Counter()
     sent_bytes: Counter[tuple[str, str]] = Counter()
     for one, count in log.calls.items():
         # Control messages during the last update belong to the end of the run.
-        if one.phase in phases and not (one.is_control and one.phase == "updating"):
+        is_end = one.is_control and one.phase == "updating"
+        if one.step == step and one.phase in phases and not is_end:
             key = ("control" if one.is_control else "engine", one.kind)
             calls[key] += count
             sent_bytes[key] += log.sent_bytes[one]
     return tuple(
-        Traffic(
-            group=group, kind=kind, calls=count / steps, sent_bytes=sent_bytes[group, kind] / steps
-        )
+        Traffic(group=group, kind=kind, calls=count, sent_bytes=sent_bytes[group, kind])
         for (group, kind), count in sorted(calls.items(), reverse=True)
     )
 

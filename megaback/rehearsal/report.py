@@ -10,8 +10,8 @@ class Traffic:
     group: str
     """`engine`: of DeepSpeed and Muon; `control`: of messages between the ranks, on the CPU."""
     kind: str
-    calls: float
-    sent_bytes: float
+    calls: int
+    sent_bytes: int
     """Bytes that this rank would send, with ring algorithms."""
 
 
@@ -65,15 +65,15 @@ class RankReport:
     start_s: float
     """Duration of the setup of data, model and engine, in seconds."""
     step_s: float
-    """Mean duration of a step on this machine, without communication."""
+    """Duration of the last step on this machine, without communication."""
     phase_s: dict[str, float]
-    """Mean duration of a step's phases."""
+    """Duration of the last step's phases."""
     memory_bytes: int
     """Peak memory until the checkpoint, without that of the process before the run."""
     memory_saving_bytes: int
     """The same, including the checkpoint."""
     traffic: tuple[Traffic, ...]
-    """Collectives per step."""
+    """Collectives of the last step; ZeRO stage 3 gathers more in the first."""
     start_traffic: tuple[Traffic, ...]
     """Collectives before the first step."""
     checkpoint: dict[str, int]

@@ -13,7 +13,7 @@ def group_and_log(*, is_control: bool = False) -> tuple[RehearsalGroup, Collecti
 
 
 def sent(log: CollectiveLog, kind: str, *, is_control: bool = False) -> tuple[int, int]:
-    key = Collective("starting", kind, is_control)
+    key = Collective(0, "starting", kind, is_control)
     return log.calls[key], log.sent_bytes[key]
 
 

@@ -80,9 +80,7 @@ def test_collectives_are_those_of_the_plan(
     reduction = "reduce-scatter" if stage == 3 else "all-reduce"
     # Stage 3 pads every parameter to a multiple of the ranks.
     assert sent[reduction] == pytest.approx(plan.traffic.gradient_bytes, rel=0.1)
-    if stage in (1, 2):
-        assert sent["all-gather"] == pytest.approx(plan.traffic.weight_bytes, rel=0.05)
-    assert ("all-gather" in sent) == (stage > 0)
+    assert sent.get("all-gather", 0) == pytest.approx(plan.traffic.weight_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
