@@ -39,12 +39,11 @@ def planned_bytes(plan: RunPlan) -> dict[str, float]:
     return {kind: num_bytes for kind, num_bytes in planned.items() if num_bytes}
 
 
-def _refuse(config: Config, device_name: str | None, nodes: int, per_node: int) -> None:
-    """Raises the error of a plan that does not fit the devices, if they are known."""
-    facts = run_facts(config, None, None)
+def _require_room(config: Config, device_name: str | None, nodes: int, per_node: int) -> None:
+    """Raises the error of a run that does not fit its devices, if they are known."""
     if device_name is None and config.hardware.device_name is None:
-        plan_run(config, facts, Cluster(nodes, per_node, cpu_device(1.0, None)), DEFAULT_MFU)
         return
+    facts = run_facts(config, None, None)
     device = choose_device(device_name, config, per_node, None)
     cluster = Cluster(nodes, per_node, device)
     require_room(config, facts, cluster, plan_run(config, facts, cluster, DEFAULT_MFU))
@@ -175,7 +174,7 @@ def main(
     per_node = devices_per_node or settings.hardware.processes or 8
     world_size = nodes * per_node
     chosen = parse_ranks(ranks, world_size)
-    _refuse(settings, device_name, nodes, per_node)
+    _require_room(settings, device_name, nodes, per_node)
     short = rehearsal_config(settings, steps, layers)
     rows = check_rows(short, world_size, steps)
     cluster = Cluster(nodes, per_node, cpu_device(1.0, None))

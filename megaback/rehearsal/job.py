@@ -1,7 +1,9 @@
 """Ranks to rehearse, the config of a rehearsal, and the process that does it. Loads no torch."""
 
 import json
+import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -84,24 +86,26 @@ def parse_ranks(text: str | None, world_size: int) -> tuple[int, ...]:
 
 def rehearse(*jobs: Job) -> Iterator[RankReport]:
     """Rehearse the ranks of each job. Raises the MegabackError that a run would end with."""
-    process = subprocess.Popen(
-        module_command("megaback.rehearsal.process"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
+    num_reports = 0
+    with (
+        tempfile.TemporaryDirectory(prefix="rehearsal-", ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
+            module_command("megaback.rehearsal.process"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "TMPDIR": folder},
+            text=True,
+        ) as process,
+    ):
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             process.stdin.writelines(f"{job.to_json()}\n" for job in jobs)
             process.stdin.close()
-            num_reports = 0
             for line in process.stdout:
                 fields = json.loads(line)
                 if "error" in fields:
-                    kind = getattr(errors, fields["error"], MegabackError)
-                    raise kind(fields["message"])
+                    raise getattr(errors, fields["error"], MegabackError)(fields["message"])
                 num_reports += 1
                 yield _REPORT.validate_python(fields)
         finally:
