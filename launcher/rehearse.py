@@ -81,7 +81,7 @@ def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
     batch, owned, memory = report.first_batch, report.owned, plan.memory
     echo(f"rank {report.rank} of {world_size}")
     echo(
-        f"  data        {batch.rows:,} rows in {batch.lanes:,} lanes; "
+        f"  data        rows per step {batch.rows:,}, lanes {batch.lanes:,}; "
         f"{_size(batch.read_bytes)} read in {batch.duration_s:.2f} s to the first batch"
     )
     echo(

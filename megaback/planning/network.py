@@ -50,8 +50,11 @@ def step_traffic(
     others = (ranks - 1) / ranks
     low = 2 if precision == "bf16" and stage else 4
     weights = low * size.total * others
-    matrices = (2 if precision == "bf16" else 4) * size.matrices / ranks
-    exchanged = 2 * others * matrices if optimizer == "muon" and stage else 0.0
+    # A rank sends its slices to the owners of the matrices, and the results of those that it owns:
+    # at most one whole matrix more than its share.
+    largest = shape.width * max(shape.width, shape.hidden_mlp_width)
+    matrices = (2 if precision == "bf16" else 4) * (2 * size.matrices / ranks + largest)
+    exchanged = others * matrices if optimizer == "muon" and stage else 0.0
     if stage == 0:
         return Traffic(2 * weights, 0.0, 0.0)
     if stage == 3:
