@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import MegabackError
-from megaback.checkpoints.state import holdings_of
+from megaback.checkpoints.state import holdings_of, num_updates
 from megaback.config import Config, HardwareSection
 from megaback.data import Data, open_data
 from megaback.distributed.world import CollectiveExit, World
@@ -151,7 +151,12 @@ def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
         trainer.train()
     finally:
         trainer.close()
-    steps = run.data.total_steps
+    steps, updates = run.data.total_steps, num_updates(run.engine)
+    if updates < steps:
+        raise MegabackError(
+            f"rank {world.rank}: {steps - updates} of {steps} steps were skipped for a non-finite "
+            "loss or gradient norm, and cannot be measured; rehearse with training.precision=fp32"
+        )
     phase_s = {phase: clock.duration_s[steps, phase] for phase in _STEP_PHASES}
     return RankReport(
         rank=world.rank,
