@@ -204,7 +204,8 @@ def end_rank(code: int = 0) -> NoReturn:
     the interpreter's teardown can abort the process, and a finished run would count as failed. So
     exit handlers run, and the teardown is skipped.
     """
-    if dist.is_initialized():
+    # NCCL's destruction would wait for a collective that never ends.
+    if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
         dist.destroy_process_group()
     leave(code)
 

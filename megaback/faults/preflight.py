@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.common.atomic import write_text
-from data_pipeline.errors import MegabackError, PreflightError, StorageError
+from data_pipeline.errors import LaunchError, MegabackError, PreflightError, StorageError
 from data_pipeline.loading.frame_store import FrameStore
 from megaback.config import Config
 from megaback.data import Data
+from megaback.distributed.links import TIMEOUT_S, unconnected_ranks
 from megaback.distributed.world import World
 from megaback.faults.exit_record import read_bad_nodes
 from megaback.faults.node_facts import RankFacts, rank_facts
@@ -36,6 +37,10 @@ _MIN_MEMORY_RATIO = 0.7
 _CLOCK_ROUNDS = 3
 _ALL_REDUCE_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 _ALL_REDUCE_TRIES = 3
+_EXCHANGE = f"exchange data with its neighbors within {TIMEOUT_S:g} s"
+_NCCL_ADVICE = (
+    "NCCL_DEBUG=INFO prints the reason, NCCL_SOCKET_IFNAME and NCCL_IB_HCA select the network"
+)
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,17 @@ def preflight(config: Config, data: Data, world: World) -> None:
     refused = [disk.problem for disk in disks if disk.problem is not None]
     if len(refused) == len(disks):  # a problem of the disk, not of a node
         world.stop_if_any(StorageError(refused[0]))
-    # A device that cannot multiply may hang in a collective.
-    all_reduce_gb_s = None if any(f.problem for f in everyone) else _all_reduce_gb_s(world)
-    findings = compare_ranks(
-        everyone, world.device.type, config.hardware.heartbeat_s
-    ) + compare_disks(disks)
+    findings = compare_ranks(everyone, world.device.type, config.hardware.heartbeat_s)
+    all_reduce_gb_s = None
+    # A device that cannot multiply, a shared one or a broken link would hang in a collective.
+    if world.size > 1 and not any(item.stops for item in findings):
+        ranks_per_node = [facts.node for facts in everyone].count(everyone[0].node)
+        unconnected = unconnected_ranks(world, ranks_per_node)
+        if len(unconnected) == world.size:  # a fault of no node
+            world.stop_if_any(LaunchError(f"no rank could {_EXCHANGE}; {_NCCL_ADVICE}"))
+        findings += find_broken_links(everyone, unconnected)
+        all_reduce_gb_s = None if unconnected else _all_reduce_gb_s(world)
+    findings += compare_disks(disks)
     findings.sort(key=lambda item: not item.stops)
     stopping = [item for item in findings if item.stops or wanted == "strict"]
     world.run_collectively(
@@ -191,6 +202,20 @@ def compare_disks(disks: Sequence[DiskFacts]) -> list[Finding]:
     ]
 
 
+def find_broken_links(everyone: Sequence[RankFacts], unconnected: Sequence[int]) -> list[Finding]:
+    """Findings of ranks that could not exchange data with their neighbors: both ends of a link."""
+    return [
+        Finding(
+            "link",
+            everyone[rank].node,
+            True,
+            f"{_name(everyone[rank])} could not {_EXCHANGE}; check the network adapters of this "
+            f"node and the next; {_NCCL_ADVICE}",
+        )
+        for rank in unconnected
+    ]
+
+
 def clock_offsets(world: World) -> list[float]:
     """Offset of each rank's wall clock from the median, in seconds, by rank.
 
@@ -211,13 +236,11 @@ def wall_clock() -> float:
     return time.time()
 
 
-def _all_reduce_gb_s(world: World) -> float | None:
+def _all_reduce_gb_s(world: World) -> float:
     """Bus bandwidth of all-reduce in GB/s, as NVIDIA's nccl-tests define it.
 
     The bytes that each rank sends and receives, 2 (n - 1) / n of the tensor, per second.
     """
-    if world.size == 1:
-        return None
     num_bytes = _ALL_REDUCE_BYTES[world.device.type]
     tensor = torch.zeros(num_bytes // 4, device=world.device)
     seconds = []

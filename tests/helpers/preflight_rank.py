@@ -7,6 +7,8 @@ here, by name; each result of preflight is in `RUN-NAME` and, for the first rank
 import json
 import os
 import sys
+import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from unittest.mock import patch
 from data_pipeline.common.logging_setup import set_up_logging
 from megaback.config_file import load_config
 from megaback.data import open_data
+from megaback.distributed import links
 from megaback.distributed.world import CollectiveExit, World, end_rank, start_world
 from megaback.environment import HOST_VARIABLE
 from megaback.faults import node_facts, preflight, shared_disk
@@ -27,6 +30,7 @@ _TRUE = {
     "multiply": node_facts.multiply,
     "wall_clock": preflight.wall_clock,
     "_path": shared_disk._path,
+    "exchange": links.exchange,
 }
 
 
@@ -37,11 +41,18 @@ def _slow(*arguments: Any) -> Any:
     return product
 
 
+def _connect_late(*operations: Any) -> None:
+    """Connect after the timeout."""
+    time.sleep(0.5)
+    _TRUE["exchange"](*operations)
+
+
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "other version": (node_facts, "versions", lambda: _TRUE["versions"]() | {"torch": "1.0"}),
     "wrong device": (node_facts, "multiply", lambda *a: _TRUE["multiply"](*a) * 1.01),
     "slow": (node_facts, "multiply", _slow),
     "skewed": (preflight, "wall_clock", lambda: _TRUE["wall_clock"]() + 300),
+    "broken link": (links, "exchange", _connect_late),
     "full disk": (shared_disk, "_path", lambda *_: Path("/dev/full")),
     "own disk": (shared_disk, "_path", lambda run, n: _TRUE["_path"](run.with_name("own"), n)),
 }
@@ -59,10 +70,15 @@ def check(name: str, wanted: str, config: Path, run: Path, world: World) -> dict
         if name in FAULTS and (world.rank == BAD_RANK or name in EVERYWHERE):
             stack.enter_context(patch.object(*FAULTS[name]))
         stack.enter_context(patch.object(shared_disk, "_TIMEOUT_S", 0.2))
+        if name == "broken link":
+            stack.enter_context(patch.object(links, "TIMEOUT_S", 0.1))
         try:
             preflight.preflight(settings, data, world)
         except CollectiveExit as end:
             ending = {"code": end.code, "sentence": str(end.error)}
+        for thread in threading.enumerate():
+            if thread.name == "links":
+                thread.join()
     return ending
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import PreflightError, StorageError
+from data_pipeline.errors import LaunchError, PreflightError, StorageError
 from launcher.ranks.local import rank_environment, rank_names
 from megaback.run_folder import BAD_NODES_NAME, PREFLIGHT_NAME
 from tests.helpers.paths import ROOT
@@ -27,6 +27,7 @@ CASES = [
     ("wrong device", "auto"),
     ("own disk", "auto"),
     ("full disk", "auto"),
+    ("broken link", "auto"),
     ("slow", "auto"),
     ("slow", "strict"),
     ("skewed", "auto"),
@@ -142,6 +143,14 @@ def test_a_disk_that_refuses_every_node_blames_no_node(checked: dict[Any, Checke
 
     assert case.code == StorageError.exit_code
     assert "No space left on device" in case.sentence
+    assert not (case.run / BAD_NODES_NAME).exists()
+
+
+def test_a_network_that_connects_no_rank_blames_no_node(checked: dict[Any, Checked]) -> None:
+    case = checked["broken link", "auto"]
+
+    assert case.code == LaunchError.exit_code
+    assert case.sentence.startswith("no rank could exchange data with its neighbors within")
     assert not (case.run / BAD_NODES_NAME).exists()
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaback.faults.node_facts import RankFacts, code_hash, versions
-from megaback.faults.preflight import Finding, compare_disks, compare_ranks
+from megaback.faults.preflight import Finding, compare_disks, compare_ranks, find_broken_links
 from megaback.faults.shared_disk import DiskFacts
 
 VERSIONS = {"torch": "2.13.0", "code": "abc"}
@@ -89,6 +89,13 @@ def test_ranks_that_share_a_gpu_are_named() -> None:
 
     assert finding.stops
     assert finding.message.startswith("node n1 (rank 3) has the GPU of rank 2, GPU-a")
+
+
+def test_both_ends_of_a_broken_link_are_named() -> None:
+    findings = find_broken_links(fleet(4), [3, 4])
+
+    assert named(findings) == {("link", "n1", True), ("link", "n2", True)}
+    assert findings[0].message.startswith("node n1 (rank 3) could not exchange data with its neigh")
 
 
 def test_low_memory_is_reported_once_per_host_but_for_each_gpu() -> None:
