@@ -74,7 +74,7 @@ def _rows(plan: RunPlan, cluster: Cluster) -> list[str]:
         for name in asdict(Parts())
         if any(asdict(memory.parts)[name] for memory in plan.stages.values())
     ]
-    titles = ["ZeRO", *names, "total", "most at"]
+    titles = ["ZeRO", *names, "total", "peak in"]
     rows = []
     for stage, memory in plan.stages.items():
         parts = asdict(memory.parts)
@@ -82,7 +82,7 @@ def _rows(plan: RunPlan, cluster: Cluster) -> list[str]:
         mark = ">" if stage == plan.stage else " "
         cells = [_gigabytes(parts[name]) for name in names]
         total = _gigabytes(memory.parts.total)
-        rows.append([f"{mark} {stage}", *cells, total, memory.moment + "; too much" * is_full])
+        rows.append([f"{mark} {stage}", *cells, total, memory.moment + "; does not fit" * is_full])
     return table_lines(titles, rows, right=range(1, len(titles) - 1), indent=9)
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that help appears at once. Each subcommand al
 
 import importlib
 import sys
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -104,7 +105,12 @@ class LazyGroup(CommandGroup):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            raise scrubbed(error) from None
+            known = [name for name, _ in self._short_helps()]
+            if args[0].startswith("-") or not (close := get_close_matches(args[0], known)):
+                raise scrubbed(error) from None
+            meant = " or ".join(repr(name) for name in close)
+            message = f"No such command {args[0]!r}. Did you mean {meant}?"
+            raise scrubbed(click.UsageError(message, ctx)) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         shown = [name for name, (_, text) in self._modules.items() if text]

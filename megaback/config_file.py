@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from data_pipeline.errors import ConfigError
 from megaback.config import Config
 from megaback.config_messages import sentence
+from megaback.run_folder import CONFIG_COPY_NAME, RESOLVED_COPY_NAME
 from megaback.weights.base_shape import with_base_shape
 from megaback.yaml_text import apply_override, read_yaml_argument
 
@@ -26,12 +27,13 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     try:
         fields = read_yaml_argument(path)
     except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+        raise ConfigError(
+            f"cannot read the config {path}: {error.strerror}; {_advice(path)}"
+        ) from None
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {reason}") from None
+        raise ConfigError(f"{path} is not valid YAML: {_reason(error)}") from None
     if not isinstance(fields, dict):
-        raise ConfigError(f"{path} holds no keys; see configs/demo.yaml for a small example")
+        raise ConfigError(f"{path} has no keys; see configs/demo.yaml for a small example")
     for override in overrides:
         apply_override(fields, override)
     fields = with_base_shape(fields)
@@ -40,3 +42,19 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     except ValidationError as error:
         raise ConfigError(f"{path}: {sentence(error, Config)}") from None
     return config.model_copy(update={"model": config.model.resolved()})
+
+
+def _advice(path: Path) -> str:
+    """What to do about a config that cannot be read; for a run's folder, its config."""
+    for name in (RESOLVED_COPY_NAME, CONFIG_COPY_NAME):
+        if (path / name).is_file():
+            return f"give the run's config, {path / name}"
+    return "give the path of a YAML file, such as configs/demo.yaml"
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """The error and its line and column, without an excerpt of the text."""
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        return f"line {mark.line + 1}, column {mark.column + 1}: {what}"
+    return " ".join(str(error).split())

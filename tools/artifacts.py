@@ -82,7 +82,7 @@ def inspect(path: Path, *, verify: bool) -> Artifact:
     Raises SourceMissingError for anything that is not megaback's, and the readers' errors.
     """
     if not path.exists():
-        raise SourceMissingError(f"there is nothing at {path}; check the path")
+        raise SourceMissingError(f"{path} does not exist; check the path")
     if path.is_file():
         return _inspect_file(path, verify)
     if is_device(path):

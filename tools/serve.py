@@ -217,8 +217,8 @@ def main(
     token, allowed = read_token(token_file), read_allowed(allow_hosts)
     if token is None and not is_loopback(host):
         raise ServeError(
-            f"{host} can be reached from other machines: name a file with a token by "
-            f"--token-file, or set {TOKEN_VARIABLE}; or use --host 127.0.0.1"
+            f"--host {host} can be reached from other machines, so clients need a token: give it "
+            f"in --token-file or {TOKEN_VARIABLE}, or use --host 127.0.0.1"
         )
     try:
         import fastapi  # noqa: F401 - checked before loading a model

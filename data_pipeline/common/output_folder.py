@@ -27,7 +27,7 @@ def require_output_folder(
         foreign = _foreign_in(out)
         if foreign is not None:
             raise OutputExistsError(
-                f"`out` {out} contains files that megaback did not write ({foreign}); "
+                f"`out` {out} contains files that this command did not write ({foreign}); "
                 "choose another `out`"
             )
         if not overwrite:

@@ -136,7 +136,7 @@ def require_apart(out: Path, inputs: Iterable[str | Path | None], option: str = 
             else:
                 continue
             raise OutputExistsError(
-                f"{option} {out} {how} {found}, which is an input; choose another {option}"
+                f"{option} {out} {how} the input {found}; choose another {option}"
             )
 
 

@@ -310,8 +310,8 @@ def shard_path(folder: Path, entry: ShardEntry) -> Path:
 def shards_missing(shown: str) -> ShardsMissingError:
     """The error for a folder without a manifest."""
     return ShardsMissingError(
-        f"{shown} is not a finished data set (it has no {MANIFEST_NAME}); "
-        "finish its build with `megaback shards build --out` and this folder"
+        f"there is no data set at {shown}, or its build is unfinished (no {MANIFEST_NAME}); check "
+        "the path, or build it with `megaback shards build`"
     )
 
 

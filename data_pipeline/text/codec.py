@@ -135,10 +135,9 @@ class Prompt:
     """Bytes of the given text that are not in `ids`; the first new id contains them."""
 
 
-def _no_model(error: Exception) -> TokenizerError:
+def _no_model(reason: str = "") -> TokenizerError:
     return TokenizerError(
-        f"this is not a SentencePiece model ({str(error).strip()}); "
-        "train one with `megaback tokenizer train`"
+        f"this is not a SentencePiece model{reason}; train one with `megaback tokenizer train`"
     )
 
 
@@ -158,8 +157,8 @@ class TextCodec:
         try:
             self._processor = sentencepiece.SentencePieceProcessor()
             self._processor.LoadFromSerializedProto(model_bytes)
-        except (RuntimeError, UnicodeDecodeError) as error:
-            raise _no_model(error) from None
+        except (RuntimeError, UnicodeDecodeError):
+            raise _no_model() from None
         self.vocab_size: int = self._processor.vocab_size()
         if self.vocab_size > MAX_VOCABULARY:
             raise TokenizerError(
@@ -178,7 +177,7 @@ class TextCodec:
         try:
             self._piece_bytes = [self._bytes_of(piece_id) for piece_id in range(self.vocab_size)]
         except (ValueError, IndexError) as error:  # pieces that are not UTF-8, or not like <0x0A>
-            raise _no_model(error) from None
+            raise _no_model(f" ({error})") from None
         self._writable_ids: dict[int, npt.NDArray[np.int64]] = {}
         if self.render(self.encode(_PROBE)) != _PROBE:
             raise TokenizerError(
@@ -192,9 +191,14 @@ class TextCodec:
         try:
             model_bytes = read_file(path, MAX_TOKENIZER_BYTES)
         except OSError as error:
+            inside = path / "tokenizer.model"
+            advice = (
+                f"give {inside}"
+                if inside.is_file()
+                else "train one with `megaback tokenizer train`"
+            )
             raise TokenizerError(
-                f"cannot read the tokenizer {path}: {error.strerror}; "
-                "train one with `megaback tokenizer train`"
+                f"cannot read the tokenizer {path}: {error.strerror}; {advice}"
             ) from None
         try:
             return cls(model_bytes, direction, unit)

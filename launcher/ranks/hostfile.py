@@ -82,7 +82,10 @@ def read_hostfile(path: Path) -> list[Host]:
             data = file.read(_MAX_BYTES + 1)
         lines = data.decode().splitlines()
     except OSError as error:
-        raise LaunchError(f"cannot read the hostfile {path}: {error.strerror}") from None
+        raise LaunchError(
+            f"cannot read the hostfile {path}: {error.strerror}; give a file with lines like "
+            "`node1 slots=8`"
+        ) from None
     except UnicodeDecodeError:
         raise LaunchError(
             f"the hostfile {path} is not text; write lines like `node1 slots=8`"

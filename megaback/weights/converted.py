@@ -55,8 +55,8 @@ def model_folder(path: str | Path) -> Path:
         return path
     if not path.exists():
         raise CheckpointMissingError(
-            f"there is nothing at {path}; name a folder of `megaback convert`, a run, or one of "
-            "its checkpoints"
+            f"{path} does not exist; give a run, one of its checkpoints, or a folder written by "
+            "`megaback convert`"
         )
     for _ in range(_MAX_TRIES):
         target = _checkpoint_of(path)
@@ -100,7 +100,7 @@ def _converted(path: Path, target: Path) -> Path:
     if (folder / MODEL_CONFIG_NAME).is_file():
         with suppress(OSError):
             os.utime(folder)
-        _LOG.info("%s, converted before to %s", what, folder)
+        _LOG.info("%s, already converted to %s", what, folder)
         return folder
     try:
         if beside.is_symlink():  # the run may be untrusted, and the link point anywhere

@@ -268,7 +268,7 @@ CASES = {
     "scores over their own input": Case(
         "score {place}/backward_model --in {place}/bad.jsonl --out {place}/bad.jsonl --overwrite",
         OutputExistsError,
-        ("{place}/bad.jsonl", "which is an input"),
+        ("{place}/bad.jsonl", "the input"),
     ),
     "scores over a file of the user": Case(
         "score {place}/backward_model --in {place}/blank.jsonl --out {place}/bad.jsonl --overwrite",

@@ -191,7 +191,7 @@ def test_another_version_is_reported(exports: Callable[[str], Path], tmp_path: P
         (lambda path: path.mkdir(), "empty folder"),
         (lambda path: (path.mkdir(), (path / "a.txt").touch()), "nothing that megaback wrote"),
         (lambda path: path.touch(), "not a file of megaback's"),
-        (lambda path: path.with_name("another").touch(), "there is nothing at"),
+        (lambda path: path.with_name("another").touch(), "does not exist"),
         (os.mkfifo, "a device, a pipe or a socket"),
         (lambda path: path.symlink_to("/dev/null"), "a device, a pipe or a socket"),
     ],

@@ -136,7 +136,7 @@ def test_the_examples_of_the_page_run(folder: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("call", "error", "named"),
     [
-        ("load('nowhere')", "CheckpointMissingError", "there is nothing at nowhere; name a folder"),
+        ("load('nowhere')", "CheckpointMissingError", "nowhere does not exist; give a run"),
         ("load('runs')", "CheckpointMissingError", "runs is neither a model's folder"),
         ("load('models/backward', device='gpu')", "BackendError", "`device` 'gpu' is not a device"),
         ("load('models/backward', dtype='half')", "BackendError", "`dtype` is 'half'; use float32"),

@@ -235,7 +235,23 @@ def test_an_override_with_an_empty_name_is_refused(tmp_path: Path, override: str
 def test_a_missing_config_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "none.yaml"
 
-    assert refusal(path) == f"cannot read the config {path}: No such file or directory"
+    assert refusal(path) == (
+        f"cannot read the config {path}: No such file or directory; give the path of a YAML file, "
+        "such as configs/demo.yaml"
+    )
+
+
+def test_for_the_folder_of_a_run_its_config_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: elsewhere\n")
+
+    assert refusal(tmp_path).endswith(f"give the run's config, {tmp_path / 'config.yaml'}")
+
+
+def test_an_error_of_yaml_has_its_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text("run: a\nmodel: [")
+
+    assert refusal(path).startswith(f"{path} is not valid YAML: line 2, column 9: while parsing")
 
 
 @pytest.mark.parametrize("content", [b"", b"- a\n", b"text", b"run: [", b"\xff\xfe", b"a: b: c"])

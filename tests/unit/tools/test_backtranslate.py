@@ -241,7 +241,7 @@ def test_conflicting_inputs_are_refused_and_nothing_is_lost(
     cases: list[tuple[tuple[object, ...], int, str]] = [
         (("--text-column", "body"), 23, "--text-column"),
         (("--forward", folders[Direction.BACKWARD]), 33, "writes backward"),
-        (("--forward", tmp_path / "nowhere"), 40, "there is nothing at"),
+        (("--forward", tmp_path / "nowhere"), 40, "does not exist; give a run"),
         (("--task-index", 1), 2, "is not less than --tasks 1"),
     ]
     for options, exit_code, message in cases:

@@ -49,7 +49,7 @@ def test_an_output_that_is_an_input_is_refused_even_with_overwrite(
     rows.write_text(OURS)
     WAYS[way](rows, out)
     for overwrite in (False, True):
-        with pytest.raises(OutputExistsError, match="which is an input"):
+        with pytest.raises(OutputExistsError, match="the input"):
             ask(out, rows, overwrite=overwrite)
     assert rows.read_text() == OURS
 
@@ -59,7 +59,7 @@ def test_inputs_are_files_folders_and_patterns(given: str, tmp_path: Path) -> No
     (tmp_path / "rows.jsonl").write_text(OURS)
     source = given.format(folder=tmp_path)
 
-    with pytest.raises(OutputExistsError, match="which is an input"):
+    with pytest.raises(OutputExistsError, match="the input"):
         ask(tmp_path / "rows.jsonl", None, "-", "hf:NAME", source, overwrite=True)
 
 
@@ -253,7 +253,7 @@ def test_a_folder_with_an_added_link_is_never_replaced(tmp_path: Path) -> None:
 def test_a_folder_is_not_written_into_an_input_or_over_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "model", tmp_path):
-        with pytest.raises(OutputExistsError, match="which is an input"):
+        with pytest.raises(OutputExistsError, match="the input"):
             require_output_folder(out, (tmp_path,), overwrite=True)
     with pytest.raises(OutputExistsError, match="a file"):
         require_output_folder(tmp_path / "file", overwrite=True)

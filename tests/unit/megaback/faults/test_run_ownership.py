@@ -99,7 +99,7 @@ def test_a_run_is_kept_apart_from_what_it_reads(run: str, tmp_path: Path) -> Non
     (tmp_path / run).mkdir(exist_ok=True)
     record_start(tmp_path / run, step=0)
 
-    with pytest.raises(OutputExistsError, match="which is an input"):
+    with pytest.raises(OutputExistsError, match="the input"):
         require(
             tmp_path / run,
             data={"shards": str(tmp_path / "shards")},

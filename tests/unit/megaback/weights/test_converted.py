@@ -58,7 +58,7 @@ def test_a_run_is_converted_once_with_the_result_of_convert(
     lines = caplog.messages
     assert len(lines) == 5
     assert lines[0] == f"{run}: {checkpoint.name}, converted to {first}"
-    assert lines[1] == f"{run}: {checkpoint.name}, converted before to {first}"
+    assert lines[1] == f"{run}: {checkpoint.name}, already converted to {first}"
 
 
 def test_a_newer_checkpoint_is_another_model_and_best_selects_one(run: Path, codec: Codecs) -> None:
@@ -185,7 +185,7 @@ def test_a_read_only_run_is_converted_into_a_temporary_folder(
 
 
 def test_a_path_without_a_model_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointMissingError, match="there is nothing at"):
+    with pytest.raises(CheckpointMissingError, match="does not exist"):
         model_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointMissingError, match=r"neither a model's folder .* nor a run"):
         model_folder(tmp_path)
