@@ -28,7 +28,7 @@ def show_result(config: Config, took_s: float) -> None:
     path, meta = _checkpoint(config)
     if meta is None:
         return
-    echo(f"{config.run}: {meta['step']:,} steps, {duration(took_s)} since this start")
+    echo(f"{config.run}: {meta['step']:,} steps, {duration(took_s)} in this session")
     val_loss = meta.get("val_loss")
     if val_loss is not None:
         is_finite = math.isfinite(float(val_loss))

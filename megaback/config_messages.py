@@ -7,6 +7,8 @@ from pydantic import BaseModel, ValidationError
 
 _MAX_SHOWN = 60
 """Maximum length of a value, in characters."""
+_MESSAGES = {"path_type": "Input should be a path"}
+"""Messages in place of pydantic's, which name Python types."""
 
 
 def sentence(error: ValidationError, config: type[BaseModel]) -> str:
@@ -24,7 +26,8 @@ def sentence(error: ValidationError, config: type[BaseModel]) -> str:
     else:
         where = f"{key} = {shown(first['input'])}: " if _is_short(first["input"]) else ""
         prefix = f"{key}: " if key and not where else where
-        message = prefix + first["msg"].removeprefix("Value error, ")
+        reason = _MESSAGES.get(first["type"], first["msg"])
+        message = prefix + reason.removeprefix("Value error, ")
     others = len(problems) - 1
     return message + (f" (and {others} more problems)" if others else "")
 

@@ -51,9 +51,7 @@ def claim_plan(
     require_no_links(out)
     if not (out / PLAN_NAME).exists():
         if out.exists() and (not out.is_dir() or _holds_something_else(out)):
-            raise OutputExistsError(
-                f"{out} already holds files that are not of a build; choose another `out`"
-            )
+            raise OutputExistsError(f"{out} is not the folder of a build; choose another `out`")
         plan = make_plan(settings, num_tasks, out)
         if write_first(plan, codec, out):
             return plan, True

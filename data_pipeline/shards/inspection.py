@@ -180,9 +180,9 @@ def _show_split(name: str, summary: SplitSummary, id_bytes: int) -> None:
     echo(
         f"{name:<12} {total['shards']} shards, {total['documents']:,} documents, "
         f"{total['tokens']:,} tokens; {total['text_bytes'] / total['tokens']:.2f} bytes of "
-        f"text a token, files at {total['file_bytes'] / (total['tokens'] * id_bytes):.2f} of the "
+        f"text per token, files at {total['file_bytes'] / (total['tokens'] * id_bytes):.2f} of the "
         f"raw ids; unigram entropy {entropy.nats:.3f} nats ({entropy.nats / math.log(2):.2f} bits) "
-        f"a token{sampled}"
+        f"per token{sampled}"
     )
 
 

@@ -117,7 +117,7 @@ class ExampleColumns:
         suggested = self.suggested(names, record)
         return (
             f"no columns {self.instruction!r} and {self.output!r}, and no {self.messages!r}; the "
-            f"columns are {shown_names(names)}: name the right ones with `columns`"
+            f"columns are {shown_names(names)}: rename them, or map them with `columns`"
             f"{suggested and f', perhaps `columns` {suggested}'}"
         )
 

@@ -88,7 +88,7 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         if vocab_size not in (None, found):
             raise ConfigError(
                 f"`vocab_size` is {vocab_size}, but the tokenizer of {config.data.description} has "
-                f"{found} pieces; leave it out"
+                f"{found} pieces; omit it"
             )
         vocab_size = found
         tokens = [manifest.total("train")["tokens"] for manifest in manifests]
@@ -96,14 +96,14 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         file_bytes = float(sum(shard.file_bytes for m in manifests for shard in m.shards))
         notes.append(
             f"documents of {config.data.description} have {_mean_length(manifests):,.0f} tokens on "
-            f"average: a token attends to {attended:,.0f}"
+            f"average; a token attends to {attended:,.0f}"
         )
     else:
         attended = (batch.context_tokens + 1) / 2
         epoch, file_bytes = None, None
         notes.append(
-            f"{config.data.description} does not exist yet: assumed are one document per row, so "
-            f"that a token attends to {attended:,.0f}, and a vocabulary of "
+            f"{config.data.description} does not exist yet; assuming one document per row (a token "
+            f"attends to {attended:,.0f} on average) and a vocabulary of "
             f"{vocab_size or DEFAULT_VOCAB_SIZE:,} pieces"
         )
     if total_tokens is None and steps is not None:
@@ -115,7 +115,10 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         file_bytes = total_tokens / (config.training.epochs or 1.0) * _SHARD_BYTES_PER_TOKEN
         notes.append(f"shards take {_SHARD_BYTES_PER_TOKEN} bytes per token")
     if total_tokens is None:
-        notes.append("the length of the run depends on the data: give `tokens`")
+        notes.append(
+            "the length of the run is unknown without the data; set training.steps or "
+            "`training_tokens`"
+        )
     return RunFacts(
         vocab_size=vocab_size or DEFAULT_VOCAB_SIZE,
         attended_tokens=attended,

@@ -76,7 +76,7 @@ def batch_arithmetic(run: Run, world: World) -> str:
         f"{data.text_format.direction.value} by {data.text_format.unit.value}; attention "
         f"{run.attention}, {config.training.precision}, ZeRO stage {config.zero.stage}, "
         f"{world.device.type}\n"
-        f"a step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
+        f"step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
         f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_per_step:,} tokens"
         f"\n{data.total_steps:,} steps = {data.total_steps * tokens_per_step:,} tokens = "
         f"{epochs:.2f} epochs of {data.num_tokens:,} tokens, in {data.num_lanes} lanes"

@@ -216,7 +216,7 @@ def test_a_finished_run_names_its_folder_and_next_command(
         show_result(config, 83.0)
         told = capsys.readouterr().out
         assert told.startswith(f"{shown}: ")
-        assert "steps, 1m23s since this start" in told
+        assert "steps, 1m23s in this session" in told
         assert re.search(r"^val loss \d\.\d{4} nats/token, at step \d+$", told, re.MULTILINE)
         use, convert = following(told)
         assert use[:3] == ["sample", str(shown), given]
