@@ -39,7 +39,7 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Sampling parameters; the first three defaults are the seed experiment's.
+    """Sampling parameters; the first three defaults are the BackGPT experiment's.
 
     They apply in this order: repetition penalty, temperature, top_k, top_p, min_p.
     """
