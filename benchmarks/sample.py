@@ -4,8 +4,8 @@
         [--max-new-tokens 500] [--turns 3]
 
 One thread, CPU time, all with the same weights and dtype, a prompt of 16 ids, temperature 0.8,
-top_k 200, and no end marker. Sampling without a KV cache, as the BackGPT experiment did, is timed at
-every fiftieth length. The bound is the time to read the weights (once per step) and the keys and
+top_k 200, and no end marker. Sampling without a KV cache, as the BackGPT experiment did, is timed
+at every fiftieth length. The bound is the time to read the weights (once per step) and the keys and
 values (of every row) at this machine's measured memory bandwidth.
 """
 

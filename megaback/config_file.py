@@ -45,7 +45,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
 
 
 def _advice(path: Path) -> str:
-    """What to do about a config that cannot be read; for a run's folder, its config."""
+    """Advice for a config that cannot be read; names the config of a run's folder."""
     for name in (RESOLVED_COPY_NAME, CONFIG_COPY_NAME):
         if (path / name).is_file():
             return f"give the run's config, {path / name}"
