@@ -42,7 +42,7 @@ def show_result(config: Config, took_s: float) -> None:
     )
     out = free_path(MODELS_FOLDER / (config.run.resolve().name or "model"))
     convert = command("convert", path, "--to", "full", "--out", out)
-    show_next({**use, convert: "a model to keep elsewhere"})
+    show_next({**use, convert: "export the model"})
 
 
 def _checkpoint(config: Config) -> tuple[Path, dict[str, Any] | None]:

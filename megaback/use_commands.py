@@ -17,5 +17,5 @@ def use_commands(path: Path, direction: Direction, *, on_examples: bool) -> dict
     if on_examples:
         return {command("chat", path, "--instruction", _INSTRUCTION): "a response"}
     if is_backward:
-        return {command("sample", path, "--ending", _ENDING): "the text before it"}
+        return {command("sample", path, "--ending", _ENDING): "generate the text before it"}
     return {command("sample", path, "--beginning", _BEGINNING): "the text after it"}

@@ -231,7 +231,7 @@ def _run(folder: Path, verify: bool) -> Artifact:
     if steps:
         facts |= {"step": steps[-1]["step"], "loss": steps[-1]["loss"]}
     facts["ended"] = assessed.ending or f"not yet ({assessed.state}: {assessed.reason})"
-    following = {command("status", folder): "where it stands"}
+    following = {command("status", folder): "progress and history"}
     found = complete_checkpoints(folder)
     if not found:
         return Artifact(
@@ -277,7 +277,7 @@ def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
     if config.is_file():
         other = override("run", free_path(run.with_name(f"{name}-2")))
         again = command("train", config, other, override("init_from", path))
-        lines[again] = "starts another run from it"
+        lines[again] = "start another run from it"
     return lines
 
 
