@@ -181,7 +181,7 @@ def begin(config: Path, overrides: tuple[str, ...], needs_model: bool) -> None:
     if needs_model and settings.init_from is None:
         raise ConfigError(
             f"{config} has no init_from; give init_from=MODEL (a run, a checkpoint, or a folder "
-            "that `megaback convert` wrote), or use slurm/train.sbatch to train from nothing"
+            "that `megaback convert` wrote), or use slurm/train.sbatch to train from scratch"
         )
     num_ranks = int(os.environ.get("SLURM_NTASKS", "1"))
     begin_job(settings, job, restarts, requeue_limit(), num_ranks, config)

@@ -71,8 +71,8 @@ def parse_chain(text: str) -> tuple[str, ...]:
     wanted = tuple(name for name in STAGES if name in names)
     if names != wanted or "train" not in names:
         raise ConfigError(
-            f"--chain {text!r} is not train, with data before it or convert after it; write "
-            "--chain data,train,convert, or omit a name at either end"
+            f"--chain {text!r} is not supported; give train, data,train or train,convert, or all "
+            "of data,train,convert"
         )
     return names
 

@@ -18,5 +18,5 @@ def require_compiler(device_type: str, option: str) -> None:
     if not any(shutil.which(name) for name in names):
         raise BackendError(
             f"{option} needs a compiler, and {' or '.join(names)} is not on the PATH; "
-            f"`apt-get install build-essential`, or leave {option} out"
+            f"`apt-get install build-essential`, or unset {option}"
         )

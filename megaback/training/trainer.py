@@ -165,7 +165,7 @@ class Trainer:
             self._save(step)
         self._checkpoints.finish_writing(step)
         if self._world.sum(self._stop.is_interrupt)[0] and step == self._run.start_step:
-            raise UserInterruptError("interrupted before the first step; nothing was there to save")
+            raise UserInterruptError("interrupted before the first step; there was nothing to save")
         again = "run the same command to resume"
         if self._checkpoints.folder != self._run.config.run:
             argument = shlex.quote(f"run={self._checkpoints.folder}")

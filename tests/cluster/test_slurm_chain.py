@@ -103,7 +103,7 @@ def test_jobs_after_a_failed_build_are_canceled(
             14,
             "the smallest change that fits is",
         ),
-        (("--chain=convert,train",), 10, "data before it or convert after it"),
+        (("--chain=convert,train",), 10, "is not supported; give train"),
         (("--out=model",), 10, "--out is for the stage convert"),
         (("init_from=absent",), 40, "init_from absent is not a model's folder"),
         (("run=config.yaml/run",), 74, "cannot be written"),
