@@ -56,9 +56,8 @@ class MatrixShards:
         mine = [self._slices[self._rank][number] for _, number in self._lent]
         theirs = [self._slices[other][number] for other, number in self._owned]
         lent = [_run(flat, one.local_start, one.length) for one in mine]
-        arrived = self._exchange(
-            [part.to(self._device, dtype) for part in lent], self._lent, self._owned, theirs
-        )
+        sent = [part.to(self._device, dtype) for part in lent]
+        arrived = self._exchange(sent, self._lent, self._owned, theirs, dtype)
         whole = {
             number: torch.empty(self._shapes[number], dtype=dtype, device=self._device)
             for _, number in self._owned
@@ -71,7 +70,7 @@ class MatrixShards:
             _run(flat_results[number], one.matrix_start, one.length)
             for (_, number), one in zip(self._owned, theirs, strict=True)
         ]
-        returned = self._exchange(back, self._owned, self._lent, mine)
+        returned = self._exchange(back, self._owned, self._lent, mine, dtype)
         updates = torch.zeros_like(flat)
         for one, part in zip(mine, returned, strict=True):
             _run(updates, one.local_start, one.length).copy_(part)
@@ -83,6 +82,7 @@ class MatrixShards:
         destinations: Sequence[tuple[int, int]],
         sources: Sequence[tuple[int, int]],
         incoming: Sequence[Slice],
+        dtype: torch.dtype,
     ) -> list[Tensor]:
         """Send each part to its rank; returns the received parts in the order of `sources`."""
         world_size = len(self._slices)
@@ -93,7 +93,8 @@ class MatrixShards:
             counts_out[rank] += len(part)
         for (rank, _), one in zip(sources, incoming, strict=True):
             counts_in[rank] += one.length
-        sent = torch.cat(parts)
+        # A rank that owns no matrix has no parts to return.
+        sent = torch.cat([torch.empty(0, dtype=dtype, device=self._device), *parts])
         arrived = sent.new_empty(sum(counts_in))
         dist.all_to_all_single(arrived, sent, counts_in, counts_out)
         return list(torch.split(arrived, [one.length for one in incoming]))
@@ -108,7 +109,8 @@ def choose_owners(
     owners = [0] * len(shapes)
     for number in sorted(range(len(shapes)), key=lambda number: -work[number]):
         held = [of_rank[number].length for of_rank in slices]
-        candidates = [rank for rank, length in enumerate(held) if length == max(held)]
+        most = max(held)
+        candidates = [rank for rank, length in enumerate(held) if length == most]
         owners[number] = min(candidates, key=busy.__getitem__)
         busy[owners[number]] += work[number]
     return owners

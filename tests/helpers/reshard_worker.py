@@ -1,19 +1,23 @@
-"""One rank that saves or loads checkpoints at every ZeRO stage; see test_resharding.py.
+"""Ranks that save or load checkpoints at every ZeRO stage; see test_resharding.py.
 
-    python -m tests.helpers.reshard_worker CONFIG FOLDER save|load PAIRS NAME...
+    python -m tests.helpers.reshard_worker CONFIG FOLDER JOBS
 
-`save` trains three steps at each stage and saves as FOLDER/NAME/stage-N; `load` resumes from them
-at other stages: PAIRS is a JSON list of (saved stage, resumed stage). Both then train three more
-steps and print the losses, one JSON line per pair: name, stages, losses.
+JOBS is a JSON list of [world size, "save" or "load", pairs, names]: pairs of (saved stage, resumed
+stage), and names ANYTHING-OPTIMIZER or ANYTHING-OPTIMIZER-OFFLOAD. `save` trains three steps at
+each stage and saves as FOLDER/NAME/stage-N; `load` resumes from them at other stages. Both then
+train three more steps and print the losses, one JSON line per pair: name, stages, losses.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed.runtime.zero.stage3  # noqa: F401 - imported once, before the ranks are forked
 import pytest
 import torch
+import torch._dynamo
 
 from data_pipeline.errors import RunMismatchError
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, read_meta
@@ -26,6 +30,7 @@ from megaback.distributed.engine import set_learning_rates, start_engine, take_s
 from megaback.distributed.world import World, end_rank, start_world
 from megaback.model.gpt import ReverseGPT
 from megaback.training.validation import to_device
+from tests.helpers.forked_ranks import run_forked
 
 STEPS = 3
 
@@ -34,9 +39,10 @@ def main(path: Path, folder: Path, action: str, pairs: list[list[int]], names: l
     """Save or load for each optimizer and pair of stages."""
     world = start_world("cpu", 60)
     for name in names:
-        optimizer = name.rpartition("-")[2]
+        _, optimizer, offload = (*name.split("-"), "none")[:3]
         for saved_stage, stage in pairs:
-            config = load_config(path, (f"zero.stage={stage}", f"optimizer.name={optimizer}"))
+            overrides = (f"zero.stage={stage}", f"zero.offload={offload}")
+            config = load_config(path, (*overrides, f"optimizer.name={optimizer}"))
             engine = new_engine(config, world)
             run = folder / name / f"stage-{saved_stage}"
             if action == "save":
@@ -125,4 +131,6 @@ def report(world: World, name: str, saved_stage: int, stage: int, losses: list[f
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]), sys.argv[5:])
+    config_path, run_folder = map(Path, sys.argv[1:3])
+    for size, *job in json.loads(sys.argv[3]):
+        run_forked(size, partial(main, config_path, run_folder, *job))

@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import yaml
 
 from data_pipeline.errors import PreemptedError
-from launcher.ranks.local import rank_names
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import curve_of, tiny_config, training_environment, wait_for_step
 
@@ -25,36 +25,30 @@ _ALL = [(saved, stage) for saved in range(4) for stage in range(4)]
 _SOME = [*_SAME, (0, 3), (1, 3), (2, 0), (3, 2)]
 Losses = dict[tuple[str, int, int], list[float]]
 """Losses by optimizer, stage that saved, and stage that resumed."""
+Job = tuple[int, str, list[tuple[int, int]], list[str]]
+"""World size, action, pairs of stages, and names, as the worker reads them."""
 
 
-def work(
-    config: Path, action: str, pairs: list[tuple[int, int]], world_size: int, names: list[str]
-) -> Losses:
-    """Run the worker on `world_size` ranks."""
-    command = [
-        sys.executable,
-        "-m",
-        _WORKER,
-        config,
-        config.parent,
-        action,
-        json.dumps(pairs),
-        *names,
+def work(config: Path, *jobs: Job) -> list[Losses]:
+    """Run jobs of the worker one after another; returns the losses of each."""
+    ranks = subprocess.run(
+        [sys.executable, "-m", _WORKER, config, config.parent, json.dumps(jobs)],
+        env={**training_environment(), "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=200,
+    )
+    assert ranks.returncode == 0, ranks.stdout
+    lines = iter(json.loads(one) for one in ranks.stdout.splitlines() if one.startswith("["))
+    return [
+        {
+            (name, saved, stage): losses
+            for name, saved, stage, losses in islice(lines, len(pairs) * len(names))
+        }
+        for _, _, pairs, names in jobs
     ]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**training_environment(), "PYTHONWARNINGS": "ignore", **variables},
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for variables in rank_names(world_size)
-    ]
-    printed = [rank.communicate(timeout=200)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world_size, printed
-    lines = [json.loads(line) for line in printed[0].splitlines() if line.startswith("[")]
-    return {(name, saved, stage): losses for name, saved, stage, losses in lines}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +68,7 @@ def saved(config: Path) -> Callable[[int], Losses]:
     def of(world_size: int) -> Losses:
         if world_size not in found:
             names = [f"{world_size}-{name}" for name in _NAMES]
-            found[world_size] = work(config, "save", _SAME, world_size, names)
+            (found[world_size],) = work(config, (world_size, "save", _SAME, names))
         return found[world_size]
 
     return of
@@ -97,13 +91,34 @@ def test_a_checkpoint_resumes_at_other_stages_with_the_same_or_other_ranks(
     names = [f"{before}-{name}" for name in _NAMES if before == after or name == "muon"]
 
     # The worker checks that the other optimizer refuses a state.
-    went_on = work(config, "load", pairs, after, names)
+    (went_on,) = work(config, (after, "load", pairs, names))
 
     assert went_on.keys() == {(name, *pair) for name in names for pair in pairs}
     for (name, saved_stage, _), losses in went_on.items():
         assert losses == pytest.approx(
             uninterrupted[name, saved_stage, saved_stage], abs=_FP32_TOLERANCE
         )
+
+
+def test_muon_on_a_rank_that_owns_no_matrix(tmp_path: Path, tiny_shards: Path) -> None:
+    fields = tiny_config(tiny_shards)
+    # Nearly all elements are of three matrices, which four ranks share.
+    fields["model"] = {"num_layers": 1, "width": 16, "num_heads": 2, "mlp_width": 1024}
+    fields["batch"] = {"context_tokens": 16, "global_batch_rows": 12, "micro_batch_rows": 1}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(fields))
+
+    sharded, offloaded, resumed, whole = work(
+        config,
+        (4, "save", [(1, 1), (2, 2)], ["4-muon"]),
+        (4, "save", [(1, 1)], ["4-muon-optimizer"]),
+        (4, "load", [(1, 2)], ["4-muon-optimizer"]),
+        (3, "load", [(1, 0)], ["4-muon"]),
+    )
+
+    (expected,) = whole.values()
+    for losses in (*sharded.values(), *offloaded.values(), *resumed.values()):
+        assert losses == pytest.approx(expected, abs=_FP32_TOLERANCE)
 
 
 def test_the_command_resumes_with_fewer_ranks_at_another_stage(
