@@ -11,12 +11,16 @@ import errno
 import hashlib
 import json
 import os
+import resource
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
+from data_pipeline.common.regular_files import open_file
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.checkpoints.safetensors_header import open_tensors
 
@@ -86,13 +90,42 @@ def _write(descriptor: int, data: "memoryview[int]") -> int:
     return written
 
 
+class OpenFiles:
+    """Files that stay open for reading: the last ones used, within a share of the system's limit.
+
+    A checkpoint has two files per rank, and processes may often open no more than 1,024.
+    """
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[Path, IO[bytes]] = OrderedDict()
+        self._max_files = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+    def add(self, path: Path, file: IO[bytes]) -> None:
+        """Keep an open file, and close the one unused for longest if there are too many."""
+        self._files[path] = file
+        if len(self._files) > self._max_files:
+            self._files.popitem(last=False)[1].close()
+
+    def descriptor(self, path: Path) -> int:
+        """The descriptor of a file, which is opened again if it was closed. Raises OSError."""
+        if path not in self._files:
+            self.add(path, os.fdopen(open_file(path), "rb", buffering=0))
+        self._files.move_to_end(path)
+        return self._files[path].fileno()
+
+
 class TensorFile:
     """Reader of a file's tensors, whole or in slices, into given memory."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the header. Raises OSError, CheckpointCorruptError."""
+    def __init__(self, path: Path, open_files: OpenFiles | None = None) -> None:
+        """Read the header. `open_files` is shared by the files that are read together.
+
+        Raises OSError, CheckpointCorruptError.
+        """
         self.path = path
-        self._file, header = open_tensors(path)
+        self._open_files = open_files or OpenFiles()
+        file, header = open_tensors(path)
+        self._open_files.add(path, file)
         self.entries = header.entries
         """Entries of the tensors, by name."""
         self.metadata = header.metadata
@@ -106,8 +139,9 @@ class TensorFile:
         data = memoryview(part.detach().view(torch.uint8).numpy().data)
         position = entry.start + start * dtype.itemsize
         assert position + len(data) <= entry.stop, name
+        descriptor = self._open_files.descriptor(self.path)
         while data:
-            num_bytes = os.preadv(self._file.fileno(), [data], position)
+            num_bytes = os.preadv(descriptor, [data], position)
             if not num_bytes:
                 raise OSError(errno.EIO, "the file ends within a tensor", str(self.path))
             position += num_bytes

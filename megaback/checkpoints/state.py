@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_pipeline.common.checked_json import briefly
 from data_pipeline.errors import CheckpointCorruptError
-from megaback.checkpoints.safetensors_file import TensorFile
+from megaback.checkpoints.safetensors_file import OpenFiles, TensorFile
 from megaback.optim.zero_matrices import Slice, slices_of_each, slices_of_flat
 
 WEIGHT = "weight"
@@ -146,8 +146,9 @@ class SavedState:
     def __init__(self, files: Iterable[Path]) -> None:
         """Read the files' headers. Raises OSError, CheckpointCorruptError."""
         self._runs: dict[tuple[str, str], list[tuple[int, int, TensorFile, str]]] = {}
+        open_files = OpenFiles()
         for path in files:
-            file = TensorFile(path)
+            file = TensorFile(path, open_files)
             for key, entry in file.entries.items():
                 found = _RUN_KEY.fullmatch(key)
                 if found is None or len(entry.shape) != 1:

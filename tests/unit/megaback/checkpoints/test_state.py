@@ -1,5 +1,8 @@
 """Reading of parameters from runs of elements that are spread over files."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from megaback.checkpoints.safetensors_file import write_tensors
 from megaback.checkpoints.state import WEIGHT, SavedState
+from megaback.optim.zero_matrices import Slice, slices_of_each
 
 Runs = dict[str, Tensor]
 NUM_FILES = 3
@@ -75,6 +79,48 @@ def test_differences_from_the_expected_elements_are_listed(tmp_path: Path) -> No
         "weight of a has 5 elements, not 12",
         "weight of c is missing",
     ]
+
+
+def test_parts_of_512_ranks_are_read_by_any_number_with_few_open_files(tmp_path: Path) -> None:
+    lengths = {"block.0.a": 1000, "block.0.b": 512, "norm": 7}  # most ranks have nothing of `norm`
+    wholes = {name: torch.randn(length) for name, length in lengths.items()}
+    files: list[Runs] = [{} for _ in range(512)]
+    for rank, name, run in slices_over(512, lengths):
+        if run.length:
+            part = wholes[name][run.matrix_start : run.matrix_start + run.length]
+            files[rank][f"{WEIGHT}:{name}:{run.matrix_start}"] = part
+
+    with limit_of_open_files(64):
+        saved = write(tmp_path, files)
+        assert saved.differences({(WEIGHT, name): lengths[name] for name in lengths}) == []
+        for world_size in (1, 7, 512):
+            found = {name: torch.empty(length) for name, length in lengths.items()}
+            for _, name, run in slices_over(world_size, lengths):
+                start, stop = run.matrix_start, run.matrix_start + run.length
+                if run.length:
+                    saved.read(WEIGHT, name, start, found[name][start:stop])
+            assert all(torch.equal(found[name], wholes[name]) for name in lengths)
+
+
+def slices_over(world_size: int, lengths: dict[str, int]) -> Iterator[tuple[int, str, Slice]]:
+    """Rank, parameter and slice, as ZeRO 3 cuts each parameter."""
+    partitions = [-(-length // world_size) for length in lengths.values()]
+    slices = slices_of_each(partitions, list(lengths.values()), world_size)
+    for rank, of_rank in enumerate(slices):
+        for name, run in zip(lengths, of_rank, strict=True):
+            yield rank, name, run
+
+
+@contextmanager
+def limit_of_open_files(more: int) -> Iterator[None]:
+    """Allow this process only some more files than it has open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @given(st.data())
