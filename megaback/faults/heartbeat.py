@@ -84,10 +84,14 @@ def write_heartbeat(run: Path, beat: Heartbeat) -> None:
     os.replace(partial, path)
 
 
+def heartbeat_paths(run: Path) -> list[Path]:
+    """Paths of all heartbeats of a run, in order of rank."""
+    return sorted((run / HEARTBEATS_FOLDER).glob(f"{HEARTBEAT_PREFIX}*.json"))
+
+
 def read_heartbeats(run: Path) -> list[Heartbeat]:
     """The heartbeats of the newest start, by rank; invalid files are skipped."""
-    paths = sorted((run / HEARTBEATS_FOLDER).glob(f"{HEARTBEAT_PREFIX}*.json"))
-    return [beat for beat in map(read_heartbeat, paths) if beat is not None]
+    return [beat for beat in map(read_heartbeat, heartbeat_paths(run)) if beat is not None]
 
 
 def read_heartbeat(path: Path) -> Heartbeat | None:

@@ -68,7 +68,9 @@ def _assess_ranks(
     world_size = max((beat.world_size for beat in beats), default=1)
     missing = missing_ranks(beats, world_size, now)
     if missing:
-        return RunState("dead", "; ".join(list(missing.values())[:_SHOWN_MISSING]))
+        shown = list(missing.values())[:_SHOWN_MISSING]
+        more = [f"and {len(missing) - len(shown):,} more"] if len(missing) > len(shown) else []
+        return RunState("dead", "; ".join([*shown, *more]))
     # The others wait for the rank at the earliest step, or longest in its phase.
     last = min(beats, key=lambda beat: (beat.step, beat.since))
     here_s = now - last.since

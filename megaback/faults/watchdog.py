@@ -25,6 +25,7 @@ from megaback.distributed.world import World
 from megaback.faults.exit_record import read_exit, record_exit
 from megaback.faults.heartbeat import (
     Heartbeat,
+    heartbeat_paths,
     missing_ranks,
     read_heartbeat,
     read_heartbeats,
@@ -35,6 +36,7 @@ from megaback.run_folder import HEARTBEATS_FOLDER, heartbeat_path
 
 _ONE_SIDED = (RankLostError.exit_code, MegabackError.exit_code)
 """Exit codes of a rank that ends without an agreement of all ranks."""
+_MIN_POLL_S = 0.2
 
 
 class Watchdog:
@@ -149,11 +151,10 @@ class Watchdog:
         write_heartbeat(self._run, self._beat)
         if self._world.is_first:
             # An earlier start may have had more ranks.
-            for rank in range(self._world.size, self._world.size + 100_000):
-                path = heartbeat_path(self._run, rank)
-                if not path.exists():
-                    break
-                path.unlink(missing_ok=True)
+            own = {heartbeat_path(self._run, rank) for rank in range(self._world.size)}
+            for path in heartbeat_paths(self._run):
+                if path not in own:
+                    path.unlink(missing_ok=True)
 
     def _write(self) -> None:
         with self._lock:
@@ -228,4 +229,6 @@ class Watchdog:
                     f"{time.time() - beat.since:.0f} s, and every rank is alive; the network or "
                     "the disk may hang, or hardware.step_timeout_s may be too short"
                 )
-            time.sleep(0.2)
+            # All ranks read the heartbeats of all: at short intervals, a shared disk with those of
+            # hundreds of ranks would be too busy for the heartbeats that are still written.
+            time.sleep(max(_MIN_POLL_S, self._section.heartbeat_s / 4))

@@ -130,6 +130,18 @@ def test_heartbeats_are_in_order_of_rank(run: Path) -> None:
     assert [beat.rank for beat in read_heartbeats(run)] == [0, 2, 10, 100]
 
 
+def test_a_lost_node_of_many_is_found_by_its_ranks(run: Path) -> None:
+    for rank in range(512):
+        written = NOW - 60 if rank // 8 == 17 else NOW - 3
+        beat = alive(rank, world_size=512, host=f"n{rank // 8}", written=written)
+        write_heartbeat(run, beat)
+
+    missing = missing_ranks(read_heartbeats(run), 512, NOW)
+
+    assert list(missing) == list(range(136, 144))
+    assert all("(n17, process" in reason for reason in missing.values())
+
+
 def test_ranks_outside_of_their_world_are_skipped(run: Path) -> None:
     for rank in range(4):
         write_heartbeat(run, alive(rank, world_size=2))

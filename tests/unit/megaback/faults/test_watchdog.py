@@ -64,7 +64,8 @@ def test_steps_have_a_timeout_of_their_own(watchdog: Watchdog, tmp_path: Path) -
 def test_heartbeats_of_a_larger_world_are_removed(tmp_path: Path, world: World) -> None:
     watchdog = Watchdog(tmp_path, SECTION, world)
     (tmp_path / "heartbeats").mkdir()
-    write_heartbeat(tmp_path, replace(watchdog._beat, rank=1, world_size=2))
+    for rank in (1, 3, 511):  # the others' have been lost
+        write_heartbeat(tmp_path, replace(watchdog._beat, rank=rank, world_size=512))
 
     watchdog.open()
     watchdog.mark_exited("the test is over")
