@@ -175,7 +175,7 @@ def parse_job(job: str, text: str) -> Job | None:
 
 def _node_ranges(text: str) -> tuple[str, ...]:
     """Slurm's list of nodes, split: `n[1-2,7],login` is `n[1-2,7]` and `login`."""
-    return () if text == "(null)" else tuple(re.findall(r"[^,\[]+(?:\[[^\]]*\])?", text))
+    return () if text == "(null)" else tuple(re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text))
 
 
 def _seconds(text: str) -> int | None:

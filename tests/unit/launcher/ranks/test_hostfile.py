@@ -27,7 +27,7 @@ HOSTS = st.lists(
         Host, st.from_regex(r"[a-z][a-z0-9.-]{0,10}[a-z0-9]", fullmatch=True), st.integers(1, 64)
     ),
     min_size=1,
-    max_size=6,
+    max_size=64,
     unique_by=lambda host: host.name,
 )
 

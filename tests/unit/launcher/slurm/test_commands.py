@@ -78,7 +78,12 @@ def test_the_state_of_an_array_is_that_of_an_active_or_failed_element(
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("(null)", ()), ("n2", ("n2",)), ("n[1-2,7],login", ("n[1-2,7]", "login"))],
+    [
+        ("(null)", ()),
+        ("n2", ("n2",)),
+        ("n[1-3,7,9-12],login", ("n[1-3,7,9-12]", "login")),
+        ("r[1-2]n[1-4,6],q", ("r[1-2]n[1-4,6]", "q")),
+    ],
 )
 def test_excluded_nodes_keep_slurms_ranges(text: str, expected: tuple[str, ...]) -> None:
     job = parse_job("2", RUNNING.replace("WorkDir", f"ExcNodeList={text} WorkDir"))
