@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slice:
     """Consecutive elements of a matrix in a rank's flat slice."""
 
@@ -109,8 +109,8 @@ def choose_owners(
     owners = [0] * len(shapes)
     for number in sorted(range(len(shapes)), key=lambda number: -work[number]):
         held = [of_rank[number].length for of_rank in slices]
-        most = max(held)
-        candidates = [rank for rank, length in enumerate(held) if length == most]
+        max_length = max(held)
+        candidates = [rank for rank, length in enumerate(held) if length == max_length]
         owners[number] = min(candidates, key=busy.__getitem__)
         busy[owners[number]] += work[number]
     return owners
