@@ -33,6 +33,8 @@ from tests.helpers.batches import (
     write_data_set,
 )
 
+WORLD_SIZES = st.sampled_from([1, 2, 3, 5, 7])
+
 
 def batch_of_everything(data: DataSet, rows: RowReader) -> Batch:
     rows_per_frame = data.manifest.frame_tokens // rows.context_tokens
@@ -117,7 +119,7 @@ def test_the_arrays_of_a_batch_have_the_documented_types(small: DataSet) -> None
     shards=document_shards(),
     context_tokens=CONTEXTS,
     direction=DIRECTIONS,
-    world_size=st.integers(1, 4),
+    world_size=WORLD_SIZES,
     micro_batch_rows=st.integers(1, 5),
 )
 def test_sequential_batches_give_every_target_once_over_the_ranks(
@@ -143,7 +145,7 @@ def test_sequential_batches_give_every_target_once_over_the_ranks(
 @given(
     shards=document_shards(),
     context_tokens=CONTEXTS,
-    world_size=st.integers(1, 4),
+    world_size=WORLD_SIZES,
     micro_batch_rows=st.integers(1, 5),
 )
 def test_every_rank_gets_the_same_number_of_equal_sequential_batches(
@@ -160,6 +162,17 @@ def test_every_rank_gets_the_same_number_of_equal_sequential_batches(
         ]
     assert sizes == [sizes[0]] * world_size
     assert set(sizes[0]) == {micro_batch_rows * context_tokens}
+
+
+def test_a_val_set_with_fewer_rows_than_ranks_gives_a_batch_to_every_rank(small: DataSet) -> None:
+    rows = small.rows(CONTEXT_TOKENS)
+    (whole,) = sequential_batches(rows, 0, 1, 512)
+    of_ranks = [list(sequential_batches(rows, rank, 512, 1)) for rank in range(512)]
+
+    assert {len(batches) for batches in of_ranks} == {1}
+    assert sum(batch.num_targets > 0 for (batch,) in of_ranks) < 512
+    together = np.concatenate([batch.targets_T for (batch,) in of_ranks])
+    assert together.tolist() == whole.targets_T.tolist()
 
 
 def test_a_row_past_the_end_of_a_short_frame_has_no_targets(small: DataSet) -> None:
