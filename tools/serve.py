@@ -2,16 +2,15 @@
 
 import ipaddress
 import os
-import resource
 import signal
 import socket
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from data_pipeline.common.command import WorkCommand, examples
+from data_pipeline.common.file_limits import raise_file_limit
 from data_pipeline.common.number_ranges import (
     BODY_BYTES,
     COUNT,
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "MEGABACK_SERVE_TOKEN"  # noqa: S105 - a variable's name, not a token
 _MIN_TOKEN_CHARACTERS = 16
-_SMALLEST_SPARE_FILES = 4096
 
 
 def read_token(path: Path | None) -> str | None:
@@ -74,14 +72,6 @@ def listening_socket(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port}: {error.strerror or error}; "
             "choose another --port or --host"
         ) from None
-
-
-def _allow_many_files() -> None:
-    """Raise the soft limit of open files, for connections, to the hard one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, _SMALLEST_SPARE_FILES)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def run_server(
@@ -229,7 +219,7 @@ def main(
             f"serving needs the package {error.name}; install it with `pip install "
             "'megaback[serve]'`"
         ) from None
-    _allow_many_files()
+    raise_file_limit()
     with listening_socket(host, port) as listener:
         import torch
 

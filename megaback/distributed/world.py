@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.common.command import report, system_error
+from data_pipeline.common.file_limits import raise_file_limit
 from data_pipeline.common.interrupts import leave
 from data_pipeline.common.logging_setup import show_rank
 from data_pipeline.errors import BackendError, LaunchError, MegabackError
@@ -147,6 +148,7 @@ def start_world(device_name: str, timeout_s: float) -> World:
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed's index of the device
         _allow_device_names()
     backend = "nccl" if device.type == "cuda" else "gloo"
+    raise_file_limit()  # gloo opens a socket per peer and group, the store one per rank
     meet(backend, timeout_s)
     timeout = timedelta(seconds=timeout_s)
     # It uses the existing process group.
