@@ -122,7 +122,7 @@ def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
     cls=Command,
     name="rehearse",
     epilog=examples(
-        "megaback rehearse configs/demo.yaml --nodes 8 --devices-per-node 8 zero.stage=1",
+        "megaback rehearse configs/demo.yaml --nodes 2 --devices-per-node 2 zero.stage=1",
         "megaback rehearse configs/reverse_7b.yaml --nodes 64 --devices-per-node 8 --layers 2 "
         "--ranks 0,17,511 data.shards=data/pydocs --json",
     ),
