@@ -191,12 +191,8 @@ class TextCodec:
         try:
             model_bytes = read_file(path, MAX_TOKENIZER_BYTES)
         except OSError as error:
-            inside = path / "tokenizer.model"
-            advice = (
-                f"give {inside}"
-                if inside.is_file()
-                else "train one with `megaback tokenizer train`"
-            )
+            inside = sorted(path.glob("*.model"))
+            advice = f"give {inside[0]}" if inside else "train one with `megaback tokenizer train`"
             raise TokenizerError(
                 f"cannot read the tokenizer {path}: {error.strerror}; {advice}"
             ) from None

@@ -167,7 +167,7 @@ def test_a_missing_compiler_is_reported_before_compiling() -> None:
         require_compiler("cpu", "training.compile")
     with pytest.raises(BackendError, match="gcc or clang or cc"):
         require_compiler("cuda", "training.compile")
-    with pytest.raises(BackendError, match="leave `compiled` out"):
+    with pytest.raises(BackendError, match="unset `compiled`"):
         Decoder(make_model(), CONTEXT_TOKENS, compiled=True)
 
 
