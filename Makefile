@@ -77,8 +77,9 @@ docs: $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --quiet --strict
 	@echo "docs: build/site/index.html"
 
+# A test that fails is run once more, and shown with its first failure even if it then passes.
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=60
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=60 --reruns 1 --rerun-show-tracebacks
 	$(MAKE) --no-print-directory flash-test
 
 fuzz: $(INSTALLED)

@@ -86,6 +86,7 @@ setup(
             "playwright>=1.48",
             "prometheus-client>=0.20",
             "pytest>=8.2",
+            "pytest-rerunfailures>=15.0",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -63,6 +63,9 @@ class Job:
 
         Raises ProblemError when a sample failed, or when the deadline passed without output.
         """
+        # Many events may be here at once. Between two of them the loop notices that a client has
+        # disconnected: asyncio warns of each write after that.
+        await asyncio.sleep(0)
         # Not asyncio.wait_for: until Python 3.12 it may lose a cancellation.
         if not self._events and not self._deadline.is_past:
             self._woken.clear()
