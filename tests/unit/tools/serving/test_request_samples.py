@@ -1,6 +1,7 @@
 """Samples of a request while they are written."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,4 +50,4 @@ def test_the_loop_turns_between_two_steps_so_that_a_disconnect_is_noticed(
 ) -> None:
     turns = asyncio.run(turns_at_each_step(tiny_models(tmp_path, codec)["tiny"]))
     assert len(turns) == NUM_TOKENS
-    assert all(after > before for before, after in zip(turns, turns[1:], strict=False))
+    assert all(after > before for before, after in itertools.pairwise(turns))
