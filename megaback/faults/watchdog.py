@@ -8,6 +8,7 @@ heartbeats once a phase times out.
 """
 
 import os
+import shlex
 import socket
 import time
 from contextlib import suppress
@@ -133,11 +134,17 @@ class Watchdog:
             )
             report(error)
             return error
-        ending = self._exit_of_another(self._run)
-        reason = str(ending.get("reason")) if ending is not None else self._wait_for_missing()
+        folder = self._run
+        try:
+            folder = self.folder()
+            ending = self._exit_of_another(folder)
+            reason = str(ending["reason"]) if ending is not None else self._wait_for_missing(folder)
+        except StorageError as gone:  # the heartbeats are, too
+            reason = f"a rank is lost, and {gone}"
+        place = f" with {shlex.quote(f'run={folder}')}" if folder != self._run else ""
         error = RankLostError(
-            f"{reason}; the other ranks stop, and the checkpoints are intact: run the same command "
-            "to resume"
+            f"{reason}; the other ranks stop, and the checkpoints are intact: run the same "
+            f"command{place} to resume"
         )
         self.mark_exited("another rank was lost")
         if self.record_exit(error.exit_code, type(error).__name__, reason):
@@ -211,11 +218,11 @@ class Watchdog:
             return None
         return ending if ending.get("rank") not in (None, self._world.rank) else None
 
-    def _wait_for_missing(self) -> str:
+    def _wait_for_missing(self, folder: Path) -> str:
         """Description of the missing ranks, once the heartbeats of dead ones are old enough."""
         give_up = time.time() + 4 * self._section.heartbeat_s
         while True:
-            missing = missing_ranks(read_heartbeats(self._run), self._world.size)
+            missing = missing_ranks(read_heartbeats(folder), self._world.size)
             missing.pop(self._world.rank, None)
             if missing:
                 names = list(missing.values())
