@@ -23,6 +23,8 @@ FP32_MAX = float.fromhex("0x1.fffffep+127")
 _FP32_MIN_NORMAL = float.fromhex("0x1p-126")
 """Minimum normal number: subnormal numbers have fewer digits, and devices may flush them to 0."""
 _MAX_SHOWN_CHARACTERS = 40
+_MIN_OMITTED_MAX = 1 << 20
+"""Smallest maximum that `described` omits."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ class Range(annotated_types.GroupedMetadata):
         return None if above and below else f"not in the range {self.described(value)}"
 
     def described(self, value: float = 0) -> str:
-        """`0<x<=1`; limits of storage are included only if `value` exceeds them."""
+        """`0<x<=1`; a maximum that no user nears is included only if `value` exceeds it."""
         low = f"{_shown(self.min)}{'<' if self.excludes_min else '<='}x"
         high = f"{'<' if self.excludes_max else '<='}{_shown(self.max)}"
-        if self.max not in (INT64_MAX, FP32_MAX) or value > self.max:
+        if self.max < _MIN_OMITTED_MAX or value > self.max:
             return low + high
         if self.min == -FP32_MAX:
             return "x" if value >= self.min else f"x>={_shown(self.min)}"
