@@ -43,9 +43,18 @@ class MatrixShards:
         self._device = device
         owners = choose_owners(self._shapes, slices)
         ranks = range(len(slices))
-        # (other rank, matrix), in the order in which slices are sent in both directions.
-        self._lent = [(owner, number) for owner in ranks for number in _of(owners, owner)]
-        self._owned = [(other, number) for other in ranks for number in _of(owners, rank)]
+        mine = _of(owners, rank)
+        # (other rank, matrix), in the order in which slices are sent in both directions. Most ranks
+        # of many hold nothing of a matrix.
+        self._lent = [
+            (owner, number)
+            for owner in ranks
+            for number in _of(owners, owner)
+            if slices[rank][number].length
+        ]
+        self._owned = [
+            (other, number) for other in ranks for number in mine if slices[other][number].length
+        ]
 
     def apply(self, work: MatrixWork, flat: Tensor, dtype: torch.dtype) -> Tensor:
         """Apply `work` to whole matrices in `dtype`; returns this rank's slice of the results.
