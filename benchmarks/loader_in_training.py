@@ -73,6 +73,7 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
     from megaback.faults.stop_request import StopRequest
     from megaback.faults.watchdog import Watchdog
     from megaback.optim.lr_schedule import rate_factor_at
+    from megaback.training.agreement import StepAhead
     from megaback.training.run import Run
     from megaback.training.setup import prepare_run
     from megaback.training.trainer import Trainer
@@ -92,15 +93,19 @@ def train_as_rank(config: Config, pairs: int, block_steps: int) -> None:
         source = Timed(batches)
         data = replace(run.data, training=source)  # type: ignore[arg-type]
         trainer._run = replace(run, data=data)
+        ahead = trainer._ahead = StepAhead(trainer._run, world, stop, trainer._checkpoints)
         times = []
         world.barrier()
         for step in range(first_step, first_step + block_steps):
             started, cpu_started = time.perf_counter(), time.process_time()
-            micro_batches, agreed = trainer._agree_on_step(step)
+            ahead.read(step)
+            ahead.begin(None)
+            micro_batches, agreed = ahead.take()
             trainer._accumulate_gradients(step, micro_batches, agreed.num_targets)
             factor = rate_factor_at(done_steps, run.data.total_steps, config.optimizer)
             set_learning_rates(run.engine, factor)
             take_step(run.engine, lambda _norm: None)
+            ahead.nats()
             times.append(
                 StepTime(
                     time.perf_counter() - started,

@@ -7,7 +7,7 @@ unpickle received data, which can execute code.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data_pipeline.common.command import report, system_error
 from data_pipeline.common.file_limits import raise_file_limit
@@ -29,6 +30,8 @@ _Result = TypeVar("_Result")
 _LOG = logging.getLogger("megaback.distributed")
 _MAX_BYTES_OF_EACH = 1 << 20
 _MAX_BYTES_OF_FIRST = 1 << 28
+_CODES = 256
+_NO_ERROR = (1 << 63) - 1
 
 
 class CollectiveExit(SystemExit):
@@ -37,6 +40,23 @@ class CollectiveExit(SystemExit):
     def __init__(self, code: int | None, error: MegabackError | None) -> None:
         super().__init__(code)
         self.error = error
+
+
+class Reduction:
+    """An all-reduce that is under way: collective when it is created, and local afterwards."""
+
+    def __init__(self, values: Tensor, op: Any, group: Any) -> None:
+        """`values` is replaced."""
+        self._values = values
+        self._work = dist.all_reduce(values, op, group, async_op=True)
+        self._result: list[float] | None = None
+
+    def result(self) -> list[float]:
+        """The values over all ranks, the same on each. Waits unless they have arrived."""
+        if self._result is None:
+            self._work.wait()
+            self._result = self._values.tolist()
+        return self._result
 
 
 @dataclass(frozen=True)
@@ -54,14 +74,18 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """Sum each value over the ranks, in float64, with the same result on every rank."""
-        totals = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(totals, group=self.control)
-        summed: list[float] = totals.tolist()
-        return summed
+        return self.begin_sum(*values).result()
 
-    def one_hot(self, value: float) -> list[float]:
-        """One value per rank, 0 for the others: the `sum` of these lists has every rank's value."""
-        return [value if rank == self.rank else 0.0 for rank in range(self.size)]
+    def begin_sum(self, *values: float) -> Reduction:
+        """Start to sum each value over the ranks, in float64."""
+        return self._begin(values, dist.ReduceOp.SUM)
+
+    def begin_max(self, *values: float) -> Reduction:
+        """Start to find the maximum of each value over the ranks, in float64."""
+        return self._begin(values, dist.ReduceOp.MAX)
+
+    def _begin(self, values: Sequence[float], op: Any) -> Reduction:
+        return Reduction(torch.tensor(values, dtype=torch.float64), op, self.control)
 
     def gather(self, value: _Result, kind: Any) -> list[_Result]:
         """Every rank's value of a type, in order of rank, on every rank. Raises LaunchError."""
@@ -109,15 +133,18 @@ class World:
 
     def stop_if_any(self, error: MegabackError | None) -> None:
         """End every rank when any has an error: one message, one exit code."""
-        codes = self._gather_numbers(error.exit_code if error else 0)
-        failed = [rank for rank, code in enumerate(codes) if code]
-        if not failed:
+        # The smallest number is the code of the lowest rank that has an error.
+        own = self.rank * _CODES + error.exit_code if error else _NO_ERROR
+        numbers = torch.tensor([own])
+        dist.all_reduce(numbers, dist.ReduceOp.MIN, self.control)
+        if int(numbers) == _NO_ERROR:
             return
-        speaks = self.rank == failed[0] and error is not None
+        first, code = divmod(int(numbers), _CODES)
+        speaks = self.rank == first and error is not None
         if speaks and error is not None:
             report(error)
         self.barrier()  # the message is printed before the launcher sees any rank exit
-        raise CollectiveExit(codes[failed[0]], error if speaks else None)
+        raise CollectiveExit(code, error if speaks else None)
 
 
 def attempt(

@@ -1,14 +1,13 @@
 """The training loop of a rank.
 
-For each step it reads the batch, agrees with the other ranks that all can continue, steps the
-engine, and validates or saves if due. `setup` prepares the run; `stop_request`, `step_guard` and
-`watchdog` handle faults, and `checkpoints.pipeline` saves.
+For each step it takes the batch, on which the ranks have agreed (`agreement`), steps the engine,
+and validates or saves if due. `setup` prepares the run; `stop_request`, `step_guard` and `watchdog`
+handle faults, and `checkpoints.pipeline` saves.
 """
 
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from time import monotonic
 from typing import Any, NoReturn
 
@@ -19,33 +18,19 @@ from data_pipeline.loading.rows import Batch
 from megaback.checkpoints.pipeline import CheckpointPipeline
 from megaback.distributed.device_limits import peak_memory_bytes
 from megaback.distributed.engine import set_learning_rates, take_step
-from megaback.distributed.world import CollectiveExit, World, attempt
+from megaback.distributed.world import CollectiveExit, Reduction, World, attempt
 from megaback.faults.step_guard import StepGuard, guarded_steps
 from megaback.faults.stop_request import StopRequest
 from megaback.optim.lr_schedule import rate_factor_at
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.metrics import StepRecord, read_metrics
 from megaback.tracking.metrics_log import MetricsLog
+from megaback.training.agreement import Agreement, StepAhead
 from megaback.training.early_stopping import EarlyStopping, mark_best, read_measurements
 from megaback.training.history_gap import history_gap
 from megaback.training.run import Run, batch_arithmetic
 from megaback.training.start import describe_changes
 from megaback.training.validation import evaluate, to_device
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """Values over all ranks that are known before a step is taken."""
-
-    num_targets: int
-    skipped_rows: int
-    data_wait_s: float
-    """Longest wait of a rank for its rows, in seconds."""
-    must_stop: bool
-    is_writing: bool
-    """Whether any rank is writing a checkpoint."""
-    is_copying: bool
-    """Whether any rank is copying a checkpoint."""
 
 
 class Trainer:
@@ -72,6 +57,7 @@ class Trainer:
             run.watchdog,
             self.log,
         )
+        self._ahead = StepAhead(run, world, stop, self._checkpoints)
         self._saved_step = run.start_step
         self._val_loss = run.val_loss
 
@@ -85,16 +71,25 @@ class Trainer:
             self._val_loss = self._validate(0)
         run.engine.train()
         self._stop.begin_training()
+        started = monotonic()
+        run.watchdog.set_phase("reading its rows", run.start_step + 1)
+        self._ahead.read(run.start_step)
+        self._ahead.begin(self._log_error)
         for step in range(run.start_step, total_steps):
-            started, done = monotonic(), step + 1
+            done = step + 1
             run.watchdog.set_phase("reading its rows", done)
             with self._saving_before_end(step):
-                micro_batches, agreed = self._agree_on_step(step)
-            self._checkpoints.advance(is_writing=agreed.is_writing, is_copying=agreed.is_copying)
+                micro_batches, agreed = self._ahead.take()
+            # A checkpoint that was begun since then is taken as unfinished.
+            is_writing = agreed.is_writing or self._saved_step == step
+            self._checkpoints.advance(is_writing=is_writing, is_copying=agreed.is_copying)
             if agreed.must_stop:
                 self._stop_after(step)
+            self._ahead.read(done)  # after the last step too, where it is not used
             if run.is_excluded(done):
                 self._record(lambda log, done=done: log.excluded(done))  # type: ignore[misc]
+                self._ahead.take_wait_s()
+                self._ahead.begin(self._log_error)
             else:
                 self._train_step(step, micro_batches, agreed, started)
             is_end = done == total_steps
@@ -109,6 +104,7 @@ class Trainer:
                 run.watchdog.use_step_timeout()
             if is_end:
                 break
+            started = monotonic()
         self._checkpoints.drain(self._saved_step)
         self._world.stop_if_any(self._log_error)
         if not self._early_stopping.is_exhausted:
@@ -123,38 +119,6 @@ class Trainer:
             self._record(MetricsLog.close)
         if self._run.lock is not None:
             self._run.lock.close()
-
-    def _agree_on_step(self, step: int) -> tuple[list[Batch], Agreement]:
-        """This rank's micro-batches, and the values over all ranks.
-
-        If a rank cannot read its rows or write its metrics, all ranks exit with its error.
-        """
-        asked = monotonic()
-        found, error = attempt(self._run.data.training.at, step)
-        waits_s = self._world.one_hot(monotonic() - asked)
-        error = self._log_error or error
-        micro_batches = found or []
-        targets, skipped_rows, num_stops, num_writing, num_copying, num_errors, *waits_s = (
-            self._world.sum(
-                sum(batch.num_targets for batch in micro_batches),
-                sum(batch.num_skipped_rows for batch in micro_batches),
-                self._stop.reason is not None,
-                self._checkpoints.is_writing,
-                self._checkpoints.is_copying,
-                error is not None,
-                *waits_s,
-            )
-        )
-        if num_errors:
-            self._world.stop_if_any(error)
-        return micro_batches, Agreement(
-            num_targets=int(targets),
-            skipped_rows=int(skipped_rows),
-            data_wait_s=max(waits_s),
-            must_stop=num_stops > 0,
-            is_writing=num_writing > 0,
-            is_copying=num_copying > 0,
-        )
 
     def _stop_after(self, step: int) -> NoReturn:
         """Save the steps that are done, and raise the same error on all ranks.
@@ -177,34 +141,51 @@ class Trainer:
     ) -> None:
         """Take a step, unless the guard skips it."""
         run, optimizer = self._run, self._run.config.optimizer
-        loss, peak_bytes = self._accumulate_gradients(step, micro_batches, agreed.num_targets)
+        run.watchdog.set_phase("computing gradients", step + 1)
+        is_first = step == run.start_step
+        # Nothing is decided by the maxima, so they travel during the whole step. Memory of the
+        # first step is allocated by its gradients.
+        maxima = None if is_first else self._begin_maxima()
+        self._accumulate_gradients(step, micro_batches, agreed.num_targets)
+        maxima = maxima or self._begin_maxima()
         rate_factor = rate_factor_at(step, run.data.total_steps, optimizer)
         set_learning_rates(run.engine, rate_factor)
         run.watchdog.set_phase("updating", step + 1)
-        gradient_norm, skipped = take_step(run.engine, lambda norm: self._guard.verdict(loss, norm))
+
+        def loss() -> float:
+            return self._ahead.nats() / max(agreed.num_targets, 1)
+
+        gradient_norm, skipped = take_step(
+            run.engine, lambda norm: self._guard.verdict(loss(), norm)
+        )
+        data_wait_s, peak_bytes = maxima.result()
         step_s = monotonic() - started
         record = StepRecord(
             step=step + 1,
-            loss=loss,
+            loss=loss(),
             targets=agreed.num_targets,
             learning_rate=rate_factor * optimizer.learning_rate,
             gradient_norm=gradient_norm,
             step_s=step_s,
-            data_wait_share=min(agreed.data_wait_s / step_s, 1.0),
-            memory_peak_bytes=peak_bytes,
+            data_wait_share=min(data_wait_s / step_s, 1.0),
+            memory_peak_bytes=int(peak_bytes),
             skipped_rows=agreed.skipped_rows,
             skipped=skipped,
         )
         self._record(lambda log: log.train(record))
-        self._guard.record(step + 1, loss, gradient_norm, skipped)
+        self._guard.record(step + 1, record.loss, gradient_norm, skipped)
+
+    def _begin_maxima(self) -> Reduction:
+        """Start to find the longest wait for rows, in seconds, and the peak memory, in bytes."""
+        peak_bytes = peak_memory_bytes(self._world.device)
+        return self._world.begin_max(self._ahead.take_wait_s(), peak_bytes)
 
     def _accumulate_gradients(
         self, step: int, micro_batches: list[Batch], num_targets: int
-    ) -> tuple[float, int]:
+    ) -> None:
         """Run the forward and backward pass of every micro-batch.
 
-        Returns the loss over all ranks in nats per target, and the highest peak memory of a rank,
-        in bytes.
+        Before the last backward pass, the loss is sent to the other ranks (`StepAhead.nats`).
         """
         run, world = self._run, self._world
         # DeepSpeed averages over ranks and accumulation steps; the loss is the mean over all
@@ -214,14 +195,13 @@ class Trainer:
         for batch in micro_batches:
             run.watchdog.set_phase("computing gradients", step + 1)
             loss = run.engine(*to_device(batch, world.device)).sum()
-            run.engine.backward(loss * share)
             nats += loss.detach()  # on the device, without a synchronization before the step's end
-            if batch is not micro_batches[-1]:
+            is_last = batch is micro_batches[-1]
+            if is_last:
+                self._ahead.begin(self._log_error, nats)
+            run.engine.backward(loss * share)
+            if not is_last:
                 run.engine.step()  # counts the micro-batch; only the last one updates
-        nats_of_all, *peaks = world.sum(
-            float(nats), *world.one_hot(peak_memory_bytes(world.device))
-        )
-        return nats_of_all / max(num_targets, 1), int(max(peaks))
 
     def _validate(self, done: int) -> float | None:
         """Loss on the val set in nats per target; None without a val set."""
@@ -242,6 +222,7 @@ class Trainer:
         return loss
 
     def _save(self, done: int) -> None:
+        self._world.stop_if_any(self._log_error)  # a checkpoint never lacks the lines before it
         meta = self._run.meta(done, self._val_loss, self._world)
         self._checkpoints.save(self._run.engine, meta, is_best=self._early_stopping.is_kept(done))
         self._saved_step = done

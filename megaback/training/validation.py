@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
-from megaback.distributed.world import World
+from megaback.distributed.world import World, attempt
 from megaback.model.attention import Segments
 from megaback.tracking.loss_by_context import ContextLoss, bucket_of, num_buckets
 
@@ -27,11 +27,23 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return ids_T, targets_T, positions_T, Segments(cu_seqlens, lengths)
 
 
-def _agreed(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
-    """Yield batches, the same number on every rank; an error on any rank ends all ranks."""
+def agreed_batches(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    """Yield batches, the same number on every rank; an error on any rank ends all ranks.
+
+    A batch is read, and the number of errors is under way, while the one before it is used.
+    """
     iterator = iter(batches)
-    while (batch := world.run_collectively(next, iterator, None)) is not None:
-        yield batch
+    batch, error = attempt(next, iterator, None)
+    num_errors = world.begin_sum(error is not None)
+    while True:
+        if num_errors.result()[0]:
+            world.stop_if_any(error)
+        if batch is None:
+            return
+        used = batch
+        batch, error = attempt(next, iterator, None)
+        num_errors = world.begin_sum(error is not None)
+        yield used
 
 
 @torch.no_grad()
@@ -50,7 +62,7 @@ def evaluate(
     engine.eval()
     sums_3B = np.zeros((3, num_buckets(context_tokens)))
     on_batch()
-    for batch in _agreed(batches, world):
+    for batch in agreed_batches(batches, world):
         on_batch()
         nats_T = engine(*to_device(batch, world.device)).double().cpu().numpy()
         is_target_T = batch.targets_T != IGNORED_TARGET

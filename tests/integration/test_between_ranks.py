@@ -1,4 +1,4 @@
-"""Two real ranks exchange nothing pickled, and other machines cannot connect to them."""
+"""Real ranks agree, exchange nothing pickled, and other machines cannot connect to them."""
 
 import json
 import subprocess
@@ -45,3 +45,18 @@ def test_ranks_of_one_machine_listen_on_loopback_only(sealed: tuple[Path, str], 
     addresses = (sealed[0] / f"listening-{rank}").read_text().split()
     assert addresses
     assert {address.rpartition(":")[2].split(".")[0] for address in addresses} <= {"127", "1"}
+
+
+def test_ranks_agree_on_numbers_errors_and_batches() -> None:
+    ranks = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.agreeing_ranks"],
+        env={**training_environment(), "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=100,
+    )
+    assert ranks.returncode == 0, ranks.stderr
+    errors = [line for line in ranks.stderr.splitlines() if "error:" in line]
+    assert [line.partition("error: ")[2] for line in errors] == ["of rank 1", "a damaged frame"]

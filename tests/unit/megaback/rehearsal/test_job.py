@@ -84,6 +84,15 @@ def test_collectives_are_those_of_the_plan(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_control_messages_of_a_step_do_not_grow_with_the_ranks(
+    rehearsed: dict[int, tuple[RankReport, RunPlan]], stage: int
+) -> None:
+    control = [one for one in rehearsed[stage][0].traffic if one.group == "control"]
+    assert [(one.kind, one.calls) for one in control] == [("all-reduce", 1)]
+    assert control[0].sent_bytes <= 2 * 2 * 8  # two numbers
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_rows_memory_and_checkpoint_are_measured(
     rehearsed: dict[int, tuple[RankReport, RunPlan]], stage: int
 ) -> None:

@@ -2,8 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,12 +14,9 @@ from megaback.config import Config
 from megaback.distributed.world import World
 from megaback.faults.step_guard import write_skipped_steps
 from megaback.faults.stop_request import StopRequest
-from megaback.faults.watchdog import Watchdog
 from megaback.run_folder import complete_checkpoints
 from megaback.tracking.metrics import read_metrics
-from megaback.training.run import Run
-from megaback.training.setup import prepare_run
-from megaback.training.trainer import Trainer
+from tests.helpers.training import at_forward, signal_itself, train, trainer_of
 
 Configs = Callable[..., Config]
 
@@ -31,27 +27,6 @@ class InterruptedAtOnce(StopRequest):
     def begin_training(self) -> None:
         super().begin_training()
         os.kill(os.getpid(), signal.SIGINT)
-
-
-@contextmanager
-def trainer_of(
-    config: Config, world: World, stop: StopRequest | None = None
-) -> Iterator[tuple[Trainer, Run]]:
-    """A trainer at the newest checkpoint, and its run."""
-    watchdog = Watchdog(config.run, config.hardware, world)
-    run = prepare_run(config, world, watchdog)
-    assert isinstance(run, Run)
-    trainer = Trainer(run, world, stop or StopRequest())
-    try:
-        yield trainer, run
-    finally:
-        trainer.close()
-        watchdog.mark_exited("the test is over")
-
-
-def train(config: Config, world: World) -> str:
-    with trainer_of(config, world) as (trainer, _):
-        return trainer.train()
 
 
 def interrupt(config: Config, world: World) -> None:
@@ -66,22 +41,6 @@ def interrupt(config: Config, world: World) -> None:
 def lines_of(config: Config, field: str) -> dict[int, Any]:
     """A field of metrics.jsonl, by step."""
     return {line["step"]: line[field] for line in read_metrics(config.run) if field in line}
-
-
-def at_forward(run: Run, number: int, action: Callable[[Any], Any]) -> None:
-    """Call `action` with the output of one training forward pass, counted from 1."""
-    calls = 0
-
-    def hook(module: torch.nn.Module, _inputs: object, output: Any) -> Any:
-        nonlocal calls
-        calls += module.training
-        return action(output) if module.training and calls == number else None
-
-    run.engine.module.register_forward_hook(hook)
-
-
-def signal_itself(number: signal.Signals) -> Callable[[Any], None]:
-    return lambda _output: os.kill(os.getpid(), number)
 
 
 def test_a_run_is_trained_validated_and_saved_to_its_end(
