@@ -1,4 +1,4 @@
-"""Which slices of matrices ranks exchange; tests/integration/test_many_ranks.py exchanges them."""
+"""Slices of matrices that ranks exchange (exchanged by tests/integration/test_many_ranks.py)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What is exchanged while a step computes: when it is started, and what is then decided."""
+"""Messages that travel while a step computes: when they are started, and what they decide."""
 
 import signal
 from collections.abc import Callable
