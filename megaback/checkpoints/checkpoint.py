@@ -32,7 +32,13 @@ from data_pipeline.errors import (
 )
 from data_pipeline.text.codec import TextFormat
 from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash
-from megaback.checkpoints.state import SavedState, StateDiffersError, restore
+from megaback.checkpoints.saved_runs import (
+    RunIndex,
+    SavedState,
+    index_from_headers,
+    require_plausible,
+)
+from megaback.checkpoints.state import StateDiffersError, refresh_copies, restore
 from megaback.config import Config
 from megaback.config_messages import sentence
 from megaback.distributed.world import World
@@ -49,7 +55,7 @@ from megaback.run_folder import (
 
 FORMAT_NAME = "megaback-checkpoint"
 FORMAT_VERSION = 2
-MAX_META_BYTES = 1 << 23
+MAX_META_BYTES = 1 << 24
 """Maximum size of meta.json, enough for about 30,000 ranks."""
 _LOG = logging.getLogger("megaback.checkpoints")
 _MAX_CONFIG_DEPTH = 16
@@ -75,6 +81,8 @@ class CheckpointMeta:
     """name: (bytes, sha256)"""
     on_examples: bool = False
     """Whether it was trained on instruction examples, as BackChat is."""
+    runs: RunIndex | None = None
+    """Index of the files' runs; None in checkpoints of earlier versions."""
 
     @property
     def is_finite(self) -> bool:
@@ -132,8 +140,19 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | 
 def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: World) -> None:
     """Restore weights and optimizer state of a verified checkpoint of any world size and stage.
 
-    Raises RunMismatchError when it was saved with another optimizer or model.
+    Collective. Ends all ranks when it was saved with another optimizer or model.
     """
+    world.run_collectively(_restore, engine, target, meta, world)
+    refresh_copies(engine)
+    now = (world.size, engine.zero_optimization_stage())
+    if world.is_first and now != (meta.world_size, meta.zero_stage):
+        _LOG.info(
+            "%s of %d ranks at ZeRO stage %d is resumed with %d ranks at stage %d",
+            *(target.name, meta.world_size, meta.zero_stage, *now),
+        )
+
+
+def _restore(engine: Any, target: Path, meta: CheckpointMeta, world: World) -> None:
     try:
         restore(engine, saved_state(target, meta), meta.updates, world.rank, world.size)
     except StateDiffersError as error:
@@ -143,19 +162,16 @@ def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: Wor
             f"{others}; use the same ones, or start another run from its weights with "
             f"{shlex.quote(override('init_from', target))}"
         ) from None
-    now = (world.size, engine.zero_optimization_stage())
-    if world.is_first and now != (meta.world_size, meta.zero_stage):
-        _LOG.info(
-            "%s of %d ranks at ZeRO stage %d is resumed with %d ranks at stage %d",
-            *(target.name, meta.world_size, meta.zero_stage, *now),
-        )
 
 
-def saved_state(target: Path, meta: CheckpointMeta, prefix: str = "") -> SavedState:
-    """Weights and optimizer state of a verified checkpoint; with `prefix`, one of the two."""
-    prefixes = (prefix,) if prefix else (WEIGHTS_PREFIX, OPTIMIZER_PREFIX)
-    names = [name for name in meta.files if name.startswith(prefixes)]
-    return SavedState([target / name for name in names])
+def saved_state(target: Path, meta: CheckpointMeta, *, only_weights: bool = False) -> SavedState:
+    """Weights and optimizer state of a verified checkpoint, or the weights alone."""
+    index = meta.runs
+    if index is None:
+        prefixes = (WEIGHTS_PREFIX,) if only_weights else (WEIGHTS_PREFIX, OPTIMIZER_PREFIX)
+        names = [name for name in meta.files if name.startswith(prefixes)]
+        index = index_from_headers(target / name for name in names)
+    return SavedState(target, index, only_weights=only_weights)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
@@ -224,6 +240,8 @@ def _require_plausible(meta: CheckpointMeta) -> None:
         plain_name(name, FILE_NAME)
         require_within(f"the size of {name}", num_bytes, 0, INT64_MAX)
         require_sha256(f"the hash of {name}", sha256)
+    if meta.runs is not None:
+        require_plausible(meta.runs, meta.world_size, meta.files)
     _require_shallow(meta.config, _MAX_CONFIG_DEPTH)
 
 

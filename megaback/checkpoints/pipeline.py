@@ -5,6 +5,7 @@ ranks have agreed on, and never waits; `drain` waits for the remaining work at t
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.checkpoints.remote_copy import CheckpointCopier
 from megaback.checkpoints.saver import CheckpointSaver
-from megaback.checkpoints.state import named_state
+from megaback.checkpoints.state import named_state, saved_index
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.watchdog import Watchdog
@@ -58,6 +59,8 @@ class CheckpointPipeline:
         self.finish_writing(meta.step)
         self._watchdog.set_phase("saving", meta.step)
         state = named_state(engine, world.rank, world.size)
+        if world.is_first:  # which writes it
+            meta = replace(meta, runs=saved_index(engine, world.size))
         folder = world.of_first(world.run_collectively(self._watchdog.folder), Path)
         if folder != self.folder:
             self.folder = folder

@@ -20,7 +20,7 @@ from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
 from megaback.checkpoints.checkpoint import CheckpointMeta, complete, read_meta, verify_files
 from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, write_tensors
-from megaback.checkpoints.state import WEIGHT
+from megaback.checkpoints.saved_runs import WEIGHT, part_names
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
 from megaback.run_folder import (
@@ -29,10 +29,7 @@ from megaback.run_folder import (
     CHECKPOINTS_FOLDER,
     LATEST_NAME,
     META_NAME,
-    OPTIMIZER_PREFIX,
     STEP_FOLDER,
-    TENSORS_SUFFIX,
-    WEIGHTS_PREFIX,
     complete_checkpoints,
     meant_by,
     step_name,
@@ -155,12 +152,9 @@ class _Writing(Thread):
         self.files: dict[str, SizeAndHash] = {}
         self.error: StorageError | None = None
         weights = [key for key in tensors if key.startswith(WEIGHT + ":")]
-        others = [key for key in tensors if key not in set(weights)]
+        others = [key for key in tensors if not key.startswith(WEIGHT + ":")]
         self._tensors = tensors
-        self._parts = {
-            f"{WEIGHTS_PREFIX}{rank:05d}{TENSORS_SUFFIX}": weights,
-            f"{OPTIMIZER_PREFIX}{rank:05d}{TENSORS_SUFFIX}": others,
-        }
+        self._parts = dict(zip(part_names(rank), (weights, others), strict=True))
 
     def run(self) -> None:
         try:

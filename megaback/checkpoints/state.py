@@ -8,24 +8,22 @@ A run's key is `KIND:PARAMETER:START`: elements from START on in the parameter's
 `weight`, or the optimizer's `exp_avg`, `exp_avg_sq` (AdamW) or `momentum` (Muon).
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipeline.common.checked_json import briefly
-from data_pipeline.errors import CheckpointCorruptError
-from megaback.checkpoints.safetensors_file import OpenFiles, TensorFile
+from megaback.checkpoints.saved_runs import WEIGHT, RunIndex, SavedState, index_of
 from megaback.optim.zero_matrices import Slice, slices_of_each, slices_of_flat
 
-WEIGHT = "weight"
-_RUN_KEY = re.compile(r"([a-z_]+):([^:]+):(\d{1,18})")
 _ADAMW_KINDS = ("exp_avg", "exp_avg_sq")
 _MUON_KINDS = ("momentum",)
+
+
+def _kinds(*, is_orthogonalized: bool) -> tuple[str, ...]:
+    return _MUON_KINDS if is_orthogonalized else _ADAMW_KINDS
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Holding:
 
     def kinds(self) -> tuple[str, ...]:
         """Kinds of optimizer state of this tensor."""
-        return _MUON_KINDS if self.is_orthogonalized else _ADAMW_KINDS
+        return _kinds(is_orthogonalized=self.is_orthogonalized)
 
 
 @dataclass(frozen=True)
@@ -105,25 +103,52 @@ def named_state(engine: Any, rank: int, world_size: int) -> dict[str, Tensor]:
 
     The parts of the ranks are disjoint, and together complete.
     """
-    optimizer = engine.basic_optimizer
     state: dict[str, Tensor] = {}
-    holdings = holdings_of(engine, rank, world_size)
-    if engine.zero_optimization_stage() == 0:  # every rank has everything
-        holdings = holdings[rank::world_size]
-    for holding in holdings:
-        tensors = {WEIGHT: holding.tensor.detach()}
-        tensors |= {
-            kind: tensor
-            for kind, tensor in optimizer.state.get(holding.tensor, {}).items()
-            if kind in holding.kinds()
-        }
-        for kind, tensor in tensors.items():
+    for one in _saved_partitions(engine, world_size):
+        for kind, tensor in _tensors_of(one, engine).items():
             flat = tensor.reshape(-1)
-            for name, run in holding.runs:
+            for name, run in zip(one.names, one.slices[rank], strict=True):
                 if run.length:
                     view = flat[run.local_start : run.local_start + run.length]
                     state[f"{kind}:{name}:{run.matrix_start}"] = view
     return state
+
+
+def saved_index(engine: Any, world_size: int) -> RunIndex:
+    """Index of the runs that all ranks save by `named_state`, known without communication."""
+    return index_of(
+        (rank, f"{kind}:{name}", run.matrix_start, run.length)
+        for one in _saved_partitions(engine, world_size)
+        for kind in _tensors_of(one, engine)
+        for rank, of_rank in enumerate(one.slices)
+        for name, run in zip(one.names, of_rank, strict=True)
+        if run.length
+    )
+
+
+def _saved_partitions(engine: Any, world_size: int) -> list[Partition]:
+    """Partitions to save. At stage 0, where every rank has everything, each saves some weights."""
+    if engine.zero_optimization_stage():
+        return partitions_of(engine, world_size)
+    return [
+        Partition(
+            holding.tensor,
+            holding.is_orthogonalized,
+            (holding.runs[0][0],),
+            [
+                [holding.runs[0][1] if rank == number % world_size else Slice(0, 0, 0)]
+                for rank in range(world_size)
+            ],
+        )
+        for number, holding in enumerate(holdings_of(engine, 0, world_size))
+    ]
+
+
+def _tensors_of(one: Partition, engine: Any) -> dict[str, Tensor]:
+    """The fp32 weights of a partition, and the optimizer state that it has, by kind."""
+    state = engine.basic_optimizer.state.get(one.tensor, {})
+    kinds = _kinds(is_orthogonalized=one.is_orthogonalized)
+    return {WEIGHT: one.tensor.detach()} | {kind: state[kind] for kind in kinds if kind in state}
 
 
 def num_updates(engine: Any) -> int:
@@ -140,72 +165,9 @@ class StateDiffersError(Exception):
         self.differing = differing
 
 
-class SavedState:
-    """Runs in the files of a checkpoint, of any world size."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        """Read the files' headers. Raises OSError, CheckpointCorruptError."""
-        self._runs: dict[tuple[str, str], list[tuple[int, int, TensorFile, str]]] = {}
-        open_files = OpenFiles()
-        for path in files:
-            file = TensorFile(path, open_files)
-            for key, entry in file.entries.items():
-                found = _RUN_KEY.fullmatch(key)
-                if found is None or len(entry.shape) != 1:
-                    raise CheckpointCorruptError(
-                        f"{path} has {briefly(key)} of shape {list(entry.shape)}, which is not a "
-                        "run of a parameter's elements; use another checkpoint"
-                    )
-                kind, name, start = found.groups()
-                run = (int(start), entry.shape[0], file, key)
-                self._runs.setdefault((kind, name), []).append(run)
-        for runs in self._runs.values():
-            runs.sort(key=lambda run: run[:2])
-
-    def num_parameters(self) -> int:
-        """Number of parameters that have weights."""
-        return sum(kind == WEIGHT for kind, _ in self._runs)
-
-    def differences(self, expected: Mapping[tuple[str, str], int]) -> list[str]:
-        """Differences from the expected number of elements, by kind and parameter."""
-        found = {key: self._num_elements(key) for key in self._runs}
-        return [
-            f"{kind} of {name} "
-            + (
-                "is missing"
-                if (kind, name) not in found
-                else "is unexpected"
-                if (kind, name) not in expected
-                else f"has {found[kind, name]:,} elements, not {expected[kind, name]:,}"
-            )
-            for kind, name in sorted(found.keys() | expected.keys())
-            if found.get((kind, name)) != expected.get((kind, name))
-        ]
-
-    def _num_elements(self, key: tuple[str, str]) -> int:
-        """Number of consecutive elements from 0, up to the first gap or overlap."""
-        end = 0
-        for start, length, *_ in self._runs[key]:
-            if start != end:
-                break
-            end += length
-        return end
-
-    def read(self, kind: str, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` with a parameter's elements from `start` on. Raises KeyError if any lack."""
-        stop, missing = start + len(out), len(out)
-        for run_start, length, file, key in self._runs[kind, name]:
-            first, last = max(start, run_start), min(stop, run_start + length)
-            if first < last:
-                file.read(key, first - run_start, out[first - start : last - start])
-                missing -= last - first
-        if missing:
-            raise KeyError(f"{missing} elements of {kind}:{name}")
-
-
 @torch.no_grad()
 def restore(engine: Any, saved: SavedState, updates: int, rank: int, world_size: int) -> None:
-    """Restore the saved state into an engine that has taken no step. Collective.
+    """Restore the saved state into an engine that has taken no step; `refresh_copies` comes next.
 
     Raises StateDiffersError, before anything is changed, unless the saved state has exactly the
     elements of the engine's.
@@ -215,6 +177,7 @@ def restore(engine: Any, saved: SavedState, updates: int, rank: int, world_size:
     differing = saved.differences(_expected(engine, holdings, has_state=updates > 0))
     if differing:
         raise StateDiffersError(differing)
+    wanted = []
     for holding in holdings:
         tensor = holding.tensor
         tensors = {WEIGHT: tensor.data}
@@ -229,8 +192,8 @@ def restore(engine: Any, saved: SavedState, updates: int, rank: int, world_size:
             for name, run in holding.runs:
                 if run.length:
                     part = flat[run.local_start : run.local_start + run.length]
-                    saved.read(kind, name, run.matrix_start, part)
-    _refresh_copies(engine)
+                    wanted.append((kind, name, run.matrix_start, part))
+    saved.read_all(wanted)
 
 
 def _expected(
@@ -252,8 +215,9 @@ def _expected(
     }
 
 
-def _refresh_copies(engine: Any) -> None:
-    """Update the model's weights from the fp32 slices."""
+@torch.no_grad()
+def refresh_copies(engine: Any) -> None:
+    """Update the model's weights from the fp32 slices. Collective."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage in (1, 2):
         zero.update_lp_params()

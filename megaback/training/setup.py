@@ -168,7 +168,7 @@ def prepare_run(
     num_parameters = model.num_parameters()
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
     if found is not None:
-        world.run_collectively(load_into_engine, engine, *found, world)
+        load_into_engine(engine, *found, world)
     return Run(
         config=config,
         data=data,

@@ -14,9 +14,9 @@ from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
 from megaback.checkpoints.checkpoint import CheckpointMeta, config_of, find_checkpoint, saved_state
 from megaback.checkpoints.safetensors_file import Spec
-from megaback.checkpoints.state import WEIGHT
+from megaback.checkpoints.saved_runs import WEIGHT
 from megaback.model.gpt import ReverseGPT
-from megaback.run_folder import MODEL_CONFIG_NAME, WEIGHTS_PREFIX
+from megaback.run_folder import MODEL_CONFIG_NAME
 from megaback.weights.model_folder import (
     ModelDescription,
     open_weights,
@@ -68,7 +68,7 @@ def open_checkpoint(path: Path) -> WeightSource:
         val_loss=meta.val_loss,
         on_examples=meta.on_examples,
     )
-    saved = saved_state(target, meta, WEIGHTS_PREFIX)
+    saved = saved_state(target, meta, only_weights=True)
     shapes = shapes_of(description.shape, description.vocab_size)
     differing = saved.differences({(WEIGHT, name): prod(shapes[name]) for name in shapes})
     if differing:

@@ -9,7 +9,9 @@ train three more steps and print the losses, one JSON line per pair: name, stage
 """
 
 import json
+import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,15 @@ import pytest
 import torch
 import torch._dynamo
 
-from data_pipeline.errors import RunMismatchError
+from data_pipeline.errors import CheckpointCorruptError, RunMismatchError
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, read_meta
 from megaback.checkpoints.saver import CheckpointSaver
-from megaback.checkpoints.state import named_state, num_updates
+from megaback.checkpoints.state import named_state, num_updates, saved_index
 from megaback.config import CheckpointSection, Config
 from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.distributed.engine import set_learning_rates, start_engine, take_step
-from megaback.distributed.world import World, end_rank, start_world
+from megaback.distributed.world import CollectiveExit, World, end_rank, start_world
 from megaback.model.gpt import ReverseGPT
 from megaback.training.validation import to_device
 from tests.helpers.forked_ranks import run_forked
@@ -51,6 +53,8 @@ def main(path: Path, folder: Path, action: str, pairs: list[list[int]], names: l
             else:
                 target = run / "checkpoints" / f"step-{STEPS:08d}"
                 if saved_stage == stage:
+                    if stage and world.size == read_meta(target).world_size == 2:
+                        refuse_an_index_that_one_rank_finds_wrong(config, target, world)
                     refuse_another_optimizer(path, target, optimizer, stage, world)
                 load_into_engine(engine, target, read_meta(target), world)
             report(world, name, saved_stage, stage, train(engine, config, world, STEPS))
@@ -67,11 +71,30 @@ def refuse_another_optimizer(
     before = {
         key: part.clone() for key, part in named_state(engine, world.rank, world.size).items()
     }
-    with pytest.raises(RunMismatchError, match=f"{lacking}.* of .* is missing|is unexpected"):
+    with pytest.raises(CollectiveExit) as ending:
         load_into_engine(engine, target, read_meta(target), world)
+    assert ending.value.code == RunMismatchError.exit_code
+    if world.is_first:
+        assert re.search(f"{lacking}.* of .* is missing|is unexpected", str(ending.value.error))
     after = named_state(engine, world.rank, world.size)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def refuse_an_index_that_one_rank_finds_wrong(config: Config, target: Path, world: World) -> None:
+    """Check that all ranks end if one of them cannot read its part."""
+    meta = read_meta(target)
+    runs = {
+        key: [
+            (0, 1, start + number * length, length)
+            for _, num_ranks, start, length in of_key
+            for number in range(num_ranks)
+        ]
+        for key, of_key in (meta.runs or {}).items()
+    }
+    with pytest.raises(CollectiveExit) as ending:
+        load_into_engine(new_engine(config, world), target, replace(meta, runs=runs), world)
+    assert ending.value.code == CheckpointCorruptError.exit_code
 
 
 def new_engine(config: Config, world: World) -> Any:
@@ -119,6 +142,7 @@ def save(engine: Any, run: Path, config: Config, world: World) -> None:
         val_loss=None,
         versions={},
         files={},
+        runs=saved_index(engine, world.size),
     )
     saver.begin(named_state(engine, world.rank, world.size), meta)
     saver.finish()
