@@ -168,6 +168,12 @@ class PreflightError(MegabackError):
     exit_code = 52
 
 
+class SupersededError(MegabackError):
+    """A newer start of the run has begun, and this one ended without writing anything more."""
+
+    exit_code = 53
+
+
 class ServeError(MegabackError):
     """A server cannot be started: its address is in use, or is public without a token."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from data_pipeline.common.atomic import new_id
 from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.import_path import module_command
 from data_pipeline.common.shared_options import hostfile_option, save_before_option
@@ -79,10 +80,10 @@ def train(
         processes = sum(host.slots for host in hosts)
     require_run_folder(settings, config)
     open_data(settings, 0, processes)
-    command = module_command(_RANK_MODULE, str(config), *overrides)
+    start_id = new_id()
+    command = module_command(_RANK_MODULE, str(config), *overrides, "--start-id", start_id)
     if save_before is not None:
         command += ["--save-before", save_before]
-    start = newest_start(settings.run)
     names: list[str] = []
     grace_s = loss_grace_s(settings)
     if hosts is None:
@@ -90,15 +91,17 @@ def train(
         codes, signals = run_ranks(command, environment, processes, grace_s)
     else:
         codes, names, signals = run_on_hosts(hosts, command, settings.hardware.device, grace_s)
-    # A start that was refused, or had nothing to do, keeps the record of an earlier one.
-    has_started = newest_start(settings.run) != start
+    # The record is of another start if this one was refused, had nothing to do or is superseded.
+    newest = newest_start(settings.run)
+    has_started = newest is not None and newest.get("start") == start_id
     try:
         ending = read_exit(settings.run) if has_started else None
         has_trained = has_started and _has_trained(settings.run)
         return verdict(codes, signals, ending, names, has_trained=has_trained)
     except MegabackError as error:
         if has_started:
-            record_exit(settings.run, error.exit_code, type(error).__name__, str(error))
+            kind = type(error).__name__
+            record_exit(settings.run, error.exit_code, kind, str(error), start=start_id)
         raise
 
 

@@ -28,6 +28,7 @@ from data_pipeline.errors import SourceEmptyError as SourceEmptyError
 from data_pipeline.errors import SourceMissingError as SourceMissingError
 from data_pipeline.errors import SourceUnreadableError as SourceUnreadableError
 from data_pipeline.errors import StorageError as StorageError
+from data_pipeline.errors import SupersededError as SupersededError
 from data_pipeline.errors import TokenizerError as TokenizerError
 from data_pipeline.errors import TokenizerMismatchError as TokenizerMismatchError
 from data_pipeline.errors import UserInterruptError as UserInterruptError

@@ -82,9 +82,15 @@ def train_run(
     watchdog.mark_exited(reason)
 
 
-def _train_as_rank(config: Config, world: World, stop: StopRequest, config_path: Path) -> int:
+def _train_as_rank(
+    config: Config,
+    world: World,
+    stop: StopRequest,
+    config_path: Path,
+    start_id: str | None = None,
+) -> int:
     """Train, and record in the run's folder how it ended. Returns the exit code."""
-    watchdog = Watchdog(config.run, config.hardware, world)
+    watchdog = Watchdog(config.run, config.hardware, world, start_id)
     try:
         train_run(config, world, stop, watchdog, config_path)
     except CollectiveExit as ending:
@@ -117,9 +123,12 @@ def _train_as_rank(config: Config, world: World, stop: StopRequest, config_path:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
 @click.option("--save-before", hidden=True)
+@click.option("--start-id", hidden=True)
 # Passed by the deepspeed command.
 @click.option("--local_rank", type=MANY_OR_ZERO.option, hidden=True, expose_value=False)
-def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> None:
+def main(
+    config: Path, overrides: tuple[str, ...], save_before: str | None, start_id: str | None
+) -> None:
     """Train as one rank of a run described by CONFIG and key.sub=value OVERRIDES."""
     only_comments(_CONSOLE_TIMEOUT_S)
     with only_first_reports():
@@ -128,7 +137,7 @@ def main(config: Path, overrides: tuple[str, ...], save_before: str | None) -> N
         stop = StopRequest(deadline_of(save_before))
         settings = load_config(config, overrides)
         world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
-    end_rank(_train_as_rank(settings, world, stop, config))
+    end_rank(_train_as_rank(settings, world, stop, config, start_id))
 
 
 if __name__ == "__main__":

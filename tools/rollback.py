@@ -12,14 +12,15 @@ import click
 
 from data_pipeline.common.atomic import write_text
 from data_pipeline.common.command import WorkCommand, examples
-from data_pipeline.common.locks import locked
 from data_pipeline.common.next_command import command, override, show_next
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.errors import CheckpointMissingError, LaunchError
 from megaback.config_file import load_config
 from megaback.faults.exit_record import record_event
+from megaback.faults.run_lock import lock_run
 from megaback.faults.run_ownership import config_of_run, require_own_checkpoints
 from megaback.faults.run_state import ROLLBACK_EVENT
+from megaback.faults.start_fence import begin_start
 
 if TYPE_CHECKING:
     from megaback.checkpoints.remote_copy import CopyTarget
@@ -37,7 +38,6 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     from megaback.run_folder import (
         CHECKPOINTS_FOLDER,
         LATEST_NAME,
-        LOCK_NAME,
         METRICS_NAME,
         complete_checkpoints,
         step_of,
@@ -50,9 +50,10 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         raise CheckpointMissingError(
             f"{run} is not a run with a complete checkpoint; give its folder"
         )
-    with locked(run / LOCK_NAME, wait=False) as is_held:
-        if not is_held:
-            raise LaunchError(f"{run} is training; stop it first (SIGTERM saves), then roll back")
+    lock = lock_run(run)
+    if lock is None:
+        raise LaunchError(f"{run} is training; stop it first (SIGTERM saves), then roll back")
+    with lock:
         last = max((line["step"] for line in read_metrics(run)), default=0)
         earlier = [target for target in complete if step_of(target) <= last - steps]
         if not earlier:
@@ -69,6 +70,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         aside = run / CHECKPOINTS_FOLDER / f"rolled-back-from-{last:08d}"
         if (place := _copy_target(run)) is not None:
             place.roll_back(meta.step, skipped_steps, aside.name)
+        begin_start(run)  # a rank that lives on, cut off from the network, writes nothing more
         # From here on, a kill leaves checkpoints of excluded steps in place; running the same
         # command again moves them.
         write_skipped_steps(run, skipped_steps)

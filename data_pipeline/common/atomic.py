@@ -15,16 +15,44 @@ _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.partial", re.DOTALL)
 """Names of partial files; earlier versions used shorter IDs."""
 
 
-def partial_name(name: str) -> str:
-    """A unique temporary name for a file that will be renamed to `name`."""
+def new_id() -> str:
+    """A random ID of 12 hexadecimal digits."""
     # Not the process ID, which a process on another node may have too.
-    return f".{name}.{uuid.uuid4().hex[:12]}.partial"
+    return uuid.uuid4().hex[:12]
+
+
+def partial_name(name: str, writer: str | None = None) -> str:
+    """A temporary name for a file that will be renamed to `name`.
+
+    It is unique, or has the ID of a writer.
+    """
+    return f".{name}.{writer or new_id()}.partial"
 
 
 def whole_name(partial: str) -> str | None:
     """The final name of a partial file; None for any other file."""
     found = _PARTIAL.fullmatch(partial)
     return found[1] if found else None
+
+
+@contextmanager
+def partial_file(
+    path: Path, publish: Callable[[Path, Path], None] | None = None, writer: str | None = None
+) -> Iterator[Path]:
+    """Path of a partial file to write, which is renamed to `path` at the end.
+
+    On any error it is removed and `path` is unchanged. `publish` renames it; `writer`: an ID for
+    its name.
+    """
+    partial = path.with_name(partial_name(path.name, writer))
+    try:
+        yield partial
+        (publish or os.replace)(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(partial)):
+            error.filename = str(path)  # an error of a full disk names no path
+        raise
 
 
 @contextmanager
@@ -38,23 +66,15 @@ def replacing(
     to finish wins. A symbolic link is replaced, never followed. Paths that a user named are written
     by `writing_output` of output_paths.py, which renames with its own `publish`.
     """
-    partial = path.with_name(partial_name(path.name))
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        (publish or os.replace)(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # an error of a full disk names no path
-        raise
+    with partial_file(path, publish) as partial, partial.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, publish: Callable[[Path, Path], None] | None = None) -> None:
     """Write one of megaback's small text files atomically, as UTF-8."""
-    with replacing(path) as file:
+    with replacing(path, publish) as file:
         file.write(text.encode())
 
 

@@ -10,7 +10,6 @@ are written to directly. A file created at the path of a new result while the co
 import glob
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import IO, Any
 
 import click
 
-from data_pipeline.common.atomic import claim_name, replacing
+from data_pipeline.common.atomic import claim_name, new_id, replacing
 from data_pipeline.common.local_paths import local_path
 from data_pipeline.common.regular_files import is_device, read_file
 from data_pipeline.errors import OutputExistsError
@@ -100,7 +99,7 @@ def _publish_new(partial: Path, path: Path) -> None:
         if path.is_file() and is_vacant(path):
             os.replace(partial, path)
             return
-        kept = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
+        kept = path.with_name(f"{path.stem}.{new_id()}{path.suffix}")
         os.replace(partial, kept)
         raise OutputExistsError(
             f"{path} was created by another process while this command ran, and is kept; the "

@@ -22,6 +22,7 @@ from data_pipeline.errors import (
     MegabackError,
     PreemptedError,
     RankLostError,
+    SupersededError,
     UserInterruptError,
 )
 from megaback.config import Config
@@ -228,6 +229,8 @@ def verdict(
     did. `signals` were passed on to the ranks. `hosts` are the hosts of the codes, if not all are
     of this machine. `has_trained`: the ranks have taken a step in this start.
     """
+    if SupersededError.exit_code in codes:
+        return SupersededError.exit_code
     if ending is not None and ending.get("code") in codes:
         return int(ending["code"])
     with_reason = [code for code in codes if code in reasons() - {UserInterruptError.exit_code}]

@@ -21,12 +21,14 @@ from data_pipeline.errors import (
     PreemptedError,
     PreflightError,
     RankLostError,
+    SupersededError,
 )
 from data_pipeline.redaction import VARIABLE_PREFIX
 from launcher.slurm.commands import find_job
 from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.data import open_data
+from megaback.environment import slurm_job
 from megaback.faults.exit_record import read_bad_nodes, read_exit, record_event
 from megaback.faults.run_ownership import require_run_folder
 from megaback.run_folder import EXIT_NAME, HISTORY_NAME, newest_checkpoint_step
@@ -88,6 +90,12 @@ def true_code(run: Path, job: str, step_code: int) -> int:
     return int(ending["code"])
 
 
+def has_newer_start(run: Path, job: str, restarts: int) -> bool:
+    """Whether a job was restarted after this start, which lived on on a node that was cut off."""
+    starts = events_of_job(run, job, JOB_EVENT)
+    return any(line.get("restarts", 0) > restarts for line in starts)
+
+
 def why_requeue(
     run: Path,
     job: str,
@@ -141,13 +149,13 @@ def nodes_to_replace(run: Path) -> list[str]:
 
 
 def _identity() -> tuple[str, int]:
-    try:
-        return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    except (KeyError, ValueError):
+    job, restarts = slurm_job()
+    if job is None:
         raise LaunchError(
             "this is not a Slurm job: SLURM_JOB_ID is not set; submit slurm/train.sbatch, which "
             "calls this command"
-        ) from None
+        )
+    return job, restarts
 
 
 def _require_no_secret(overrides: Sequence[str]) -> None:
@@ -204,6 +212,9 @@ def end(config: Path, overrides: tuple[str, ...], step_code: int, limit_is_near:
     """Report how the ranks of CONFIG and OVERRIDES ended, requeue if useful, exit as they did."""
     job, restarts = _identity()
     settings = load_config(config, overrides)
+    if has_newer_start(settings.run, job, restarts):
+        click.echo(f"slurm: start {restarts + 1} of this job has ended, and a newer one has begun")
+        raise SystemExit(SupersededError.exit_code)
     code = true_code(settings.run, job, step_code)
     if code:
         ending = read_exit(settings.run)

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,8 @@ class CheckpointMeta:
     """Whether it was trained on instruction examples, as BackChat is."""
     runs: RunIndex | None = None
     """Index of the files' runs; None in checkpoints of earlier versions."""
+    start: str | None = None
+    """ID of the start of the run that saved it."""
 
     @property
     def is_finite(self) -> bool:
@@ -97,13 +99,21 @@ class CheckpointMeta:
 _META = TypeAdapter(CheckpointMeta)
 
 
-def complete(target: Path, meta: CheckpointMeta, files: Mapping[str, SizeAndHash]) -> None:
-    """Complete a checkpoint whose files are all written, by writing meta.json atomically."""
+def complete(
+    target: Path,
+    meta: CheckpointMeta,
+    files: Mapping[str, SizeAndHash],
+    publish: Callable[[Path, Path], None] | None = None,
+) -> None:
+    """Complete a checkpoint whose files are all written, by writing meta.json atomically.
+
+    `publish` renames it.
+    """
     meta = replace(meta, files=dict(sorted(files.items())))
     if not meta.is_finite:
         meta = replace(meta, val_loss=str(meta.val_loss))  # type: ignore[arg-type] # JSON has no NaN
     fields = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
-    write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n")
+    write_text(target / META_NAME, json.dumps(fields, indent=2) + "\n", publish)
 
 
 def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | None:

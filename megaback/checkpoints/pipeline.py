@@ -37,8 +37,9 @@ class CheckpointPipeline:
         self.folder = run
         """The run's folder at the last save."""
         self._world, self._watchdog, self.log = world, watchdog, log
-        self._copier = world.run_collectively(CheckpointCopier, run, section, world)
-        self._saver = CheckpointSaver(run, tokenizer, section, world)
+        fence = watchdog.fence
+        self._copier = world.run_collectively(CheckpointCopier, run, section, world, fence)
+        self._saver = CheckpointSaver(run, tokenizer, section, world, fence)
 
     @property
     def is_writing(self) -> bool:

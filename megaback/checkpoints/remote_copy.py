@@ -35,6 +35,7 @@ from megaback.checkpoints.checkpoint import (
 from megaback.checkpoints.safetensors_file import SizeAndHash
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
+from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.faults.step_guard import MAX_SKIPPED_STEPS_BYTES, merge_skipped_steps
 from megaback.run_folder import (
     CHECKPOINT_FILE,
@@ -175,7 +176,7 @@ class CopyTarget:
             return None
         return self._read(MAX_SKIPPED_STEPS_BYTES, SKIPPED_STEPS_NAME)
 
-    def rotate(self, section: CheckpointSection) -> None:
+    def rotate(self, section: CheckpointSection, fence: Fence = NO_FENCE) -> None:
         """Delete old and incomplete copies."""
         complete = self.complete()
         newest = complete[-section.keep_last :]
@@ -185,6 +186,7 @@ class CopyTarget:
         for name in self._names():
             if not STEP_FOLDER.fullmatch(name) or name in newest or self._is_link(name):
                 continue
+            fence.check()
             step, every = int(name.partition("-")[2]), section.keep_every_steps
             if name in complete:
                 if every is not None and step % every == 0:
@@ -222,8 +224,10 @@ class CopyTarget:
 class CheckpointCopier:
     """Copier of a run's checkpoints, one at a time; those saved during a copy are skipped."""
 
-    def __init__(self, run: Path, section: CheckpointSection, world: World) -> None:
-        self._section, self._world = section, world
+    def __init__(
+        self, run: Path, section: CheckpointSection, world: World, fence: Fence = NO_FENCE
+    ) -> None:
+        self._section, self._world, self._fence = section, world, fence
         self._copying: _Copying | None = None
         self._place = CopyTarget(section.copy_to, run) if section.copy_to is not None else None
 
@@ -241,12 +245,13 @@ class CheckpointCopier:
         """Start to copy a complete checkpoint, unless a copy is in progress. Collective."""
         if self._place is None or target is None or self._copying is not None:
             return
+        self._fence.check()
         if self._world.is_first:
             # An error here recurs for the files, and is reported then.
             with suppress(Exception):
                 self._place.make_incomplete(target.name)
         self._world.barrier()
-        self._copying = _Copying(self._place, target, self._world.rank)
+        self._copying = _Copying(self._place, target, self._world.rank, self._fence)
         self._copying.start()
 
     def finish(self, log: Callable[[str], None]) -> None:
@@ -259,8 +264,9 @@ class CheckpointCopier:
         problems = [text for text in world.gather(copying.problem, str | None) if text]
         if not problems and world.is_first:
             try:
+                self._fence.check()
                 self._place.complete_with(copying.meta, copying.target.name)
-                self._place.rotate(self._section)
+                self._place.rotate(self._section, self._fence)
             except Exception as error:  # noqa: BLE001 (file systems raise errors of any type)
                 problems.append(_reason(error))
         if problems and world.is_first:
@@ -273,12 +279,12 @@ class CheckpointCopier:
 class _Copying(Thread):
     """A rank's part of a copy."""
 
-    def __init__(self, place: CopyTarget, target: Path, rank: int) -> None:
+    def __init__(self, place: CopyTarget, target: Path, rank: int, fence: Fence) -> None:
         super().__init__(name="checkpoint-copy", daemon=True)
         self.target = target
         self.problem: str | None = None
         self.meta = b""
-        self._place, self._rank = place, rank
+        self._place, self._rank, self._fence = place, rank, fence
 
     def run(self) -> None:
         try:
@@ -286,6 +292,7 @@ class _Copying(Thread):
             meta = read_meta(self.target)
             for name, expected in meta.files.items():
                 if _writer_of(name) % meta.world_size == self._rank:
+                    self._fence.check()
                     self._place.put(self.target / name, self.target.name, expected)
         except Exception as error:  # noqa: BLE001 (file systems raise errors of any type)
             self.problem = _reason(error)
@@ -299,7 +306,7 @@ def newest_meta(place: CopyTarget) -> CheckpointMeta | None:
     return None
 
 
-def fetch_newest(run: Path, place: CopyTarget) -> Path | None:
+def fetch_newest(run: Path, place: CopyTarget, fence: Fence = NO_FENCE) -> Path | None:
     """Fetch the newest copy that verifies into a run's folder; None if there is no copy.
 
     Raises CheckpointCorruptError if there are copies and none of them verifies.
@@ -312,6 +319,7 @@ def fetch_newest(run: Path, place: CopyTarget) -> Path | None:
         try:
             partial.mkdir(parents=True)
             verify_files(partial, place.get(name, partial))
+            fence.check()
             if (skipped := place.skipped_steps()) is not None:
                 merge_skipped_steps(run, skipped, place.name)
             remove_own_files(target, CHECKPOINT_FILE)

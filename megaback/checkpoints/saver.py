@@ -2,7 +2,8 @@
 
 A save copies this rank's state to host memory, and a thread writes it to disk while training
 continues. Once all ranks have written, which they agree on between steps, the first rank completes
-the checkpoint with `meta.json` and deletes old ones.
+the checkpoint with `meta.json` and deletes old ones. Until it is whole, a part has the ID of its
+start in its name, and nothing is renamed or deleted once a newer start has begun (`start_fence`).
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from threading import Thread
 import torch
 from torch import Tensor
 
-from data_pipeline.common.atomic import replacing, write_text
+from data_pipeline.common.atomic import partial_file, replacing, write_text
 from data_pipeline.common.command import storage_error
 from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, StorageError
@@ -23,6 +24,7 @@ from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, wr
 from megaback.checkpoints.saved_runs import WEIGHT, part_names
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
+from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.run_folder import (
     BEST_NAME,
     CHECKPOINT_FILE,
@@ -41,12 +43,17 @@ class CheckpointSaver:
     """Writer of a run's checkpoints, one at a time."""
 
     def __init__(
-        self, run: Path, tokenizer: bytes, section: CheckpointSection, world: World
+        self,
+        run: Path,
+        tokenizer: bytes,
+        section: CheckpointSection,
+        world: World,
+        fence: Fence = NO_FENCE,
     ) -> None:
         self._folder = run / CHECKPOINTS_FOLDER
         self._tokenizer = tokenizer
         self._section = section
-        self._world = world
+        self._world, self._fence = world, fence
         self._host: dict[str, Tensor] = {}
         self._open: _Writing | None = None
         self._completed: Path | None = None
@@ -86,9 +93,10 @@ class CheckpointSaver:
         target = self._folder / step_name(meta.step)
         if world.of_first(world.run_collectively(_is_saved, target, world), bool):
             return
+        self._fence.check()
         world.run_collectively(_make_empty, target, world)
         self._copy(state)
-        self._open = _Writing(target, meta, self._host, world.rank, is_best=is_best)
+        self._open = _Writing(target, meta, self._host, world.rank, self._fence, is_best=is_best)
         self._open.start()
         if not self._section.background:
             self.finish()
@@ -112,15 +120,15 @@ class CheckpointSaver:
     def _complete(self, writing: "_Writing", files: dict[str, SizeAndHash]) -> None:
         if not self._world.is_first:
             return
-        target = writing.target
-        with replacing(target / TOKENIZER_NAME) as file:
+        target, publish = writing.target, self._fence.replace
+        with replacing(target / TOKENIZER_NAME, publish) as file:
             file.write(self._tokenizer)
         files = {**files, TOKENIZER_NAME: size_and_hash(target / TOKENIZER_NAME)}
-        complete(target, writing.meta, files)
-        write_text(target.parent / LATEST_NAME, target.name + "\n")
+        complete(target, writing.meta, files, publish)
+        write_text(target.parent / LATEST_NAME, target.name + "\n", publish)
         if writing.is_best:
-            write_text(target.parent / BEST_NAME, target.name + "\n")
-        rotate(self._folder, self._section)
+            write_text(target.parent / BEST_NAME, target.name + "\n", publish)
+        rotate(self._folder, self._section, self._fence)
 
     def _copy(self, state: Mapping[str, Tensor]) -> None:
         if self._host.keys() != state.keys():
@@ -143,10 +151,12 @@ class _Writing(Thread):
         meta: CheckpointMeta,
         tensors: Mapping[str, Tensor],
         rank: int,
+        fence: Fence = NO_FENCE,
         *,
         is_best: bool,
     ) -> None:
         super().__init__(name="checkpoint", daemon=True)
+        self._fence = fence
         self.is_best = is_best
         self.target, self.meta = target, meta
         self.files: dict[str, SizeAndHash] = {}
@@ -160,9 +170,10 @@ class _Writing(Thread):
         try:
             for name, keys in self._parts.items():
                 specs = {key: (self._tensors[key].dtype, self._tensors[key].shape) for key in keys}
-                self.files[name] = write_tensors(
-                    self.target / name, specs, self._tensors.__getitem__
-                )
+                fence = self._fence
+                fence.check()
+                with partial_file(self.target / name, fence.replace, fence.start_id) as partial:
+                    self.files[name] = write_tensors(partial, specs, self._tensors.__getitem__)
         except Exception as error:  # noqa: BLE001 (any error leaves the checkpoint incomplete)
             reason = f"{type(error).__name__}: {error}; run the same command again"
             if isinstance(error, OSError):
@@ -173,7 +184,7 @@ class _Writing(Thread):
             )
 
 
-def rotate(folder: Path, section: CheckpointSection) -> None:
+def rotate(folder: Path, section: CheckpointSection, fence: Fence = NO_FENCE) -> None:
     """Delete old and incomplete checkpoints.
 
     Kept are the last `keep_last`, every `keep_every_steps`, the last finite one and the best.
@@ -192,9 +203,11 @@ def rotate(folder: Path, section: CheckpointSection) -> None:
     finite = next((target for target in reversed(complete) if _is_finite(target)), None)
     for old in complete:
         if old not in kept and old != finite and not old.is_symlink():
+            fence.check()
             (old / META_NAME).unlink()
     for path in folder.iterdir():
         if STEP_FOLDER.fullmatch(path.name) and not (path / META_NAME).exists():
+            fence.check()
             remove_own_files(path, CHECKPOINT_FILE)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipeline.common.checked_json import parse_json, read_json
 from data_pipeline.common.regular_files import open_in_place, read_file
+from megaback.environment import slurm_job
 from megaback.faults.run_records import MAX_RECORD_BYTES, Fields, last_lines
 from megaback.run_folder import BAD_NODES_NAME, EXIT_NAME, HISTORY_NAME
 
@@ -23,7 +24,7 @@ _MAX_HISTORY_BYTES = 1 << 21
 _FIELDS = Fields(
     counts=frozenset(("step", "total_steps", "world_size", "zero_stage", "code", "restarts")),
     numbers=frozenset(("rank",)),
-    texts=frozenset(("event", "host", "job", "kind", "reason")),
+    texts=frozenset(("event", "host", "job", "kind", "reason", "start")),
     times=frozenset(("time",)),
 )
 
@@ -39,9 +40,20 @@ def record_event(run: Path, event: str, **fields: Any) -> None:
     _append(run, {"event": event, **fields})
 
 
-def record_exit(run: Path, code: int, kind: str, reason: str, rank: int | None = None) -> bool:
-    """Record why a run ends; False if another process already has. Ignores failed writes."""
-    fields = {"code": code, "kind": kind, "reason": reason, "rank": rank, **_here()}
+def record_exit(
+    run: Path,
+    code: int,
+    kind: str,
+    reason: str,
+    rank: int | None = None,
+    start: str | None = None,
+) -> bool:
+    """Record why a start of a run ends; False if another process already has.
+
+    Ignores failed writes.
+    """
+    fields = {"code": code, "kind": kind, "reason": reason, "rank": rank, "start": start}
+    fields |= _here()
     path = run / EXIT_NAME
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -115,5 +127,5 @@ def _here() -> dict[str, Any]:
     return {
         "time": time.time(),
         "host": socket.gethostname(),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": slurm_job()[0],
     }

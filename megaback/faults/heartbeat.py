@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from data_pipeline.common.checked_json import made_from, read_json, require_with
 from data_pipeline.common.number_ranges import MANY
 from data_pipeline.common.regular_files import open_in_place
 from megaback.faults.run_records import MAX_RECORD_BYTES, Fields
+from megaback.faults.start_fence import read_start
 from megaback.run_folder import HEARTBEAT_PREFIX, HEARTBEATS_FOLDER, heartbeat_path
 
 _FIELDS = Fields(
@@ -52,6 +53,8 @@ class Heartbeat:
     """Timeout of the phase, in seconds."""
     exit_reason: str | None = None
     """Reason of its end, if it could record one."""
+    start: str | None = None
+    """ID of the start that it belongs to."""
 
     @property
     def is_gone(self) -> bool | None:
@@ -75,13 +78,16 @@ class Heartbeat:
         return f"rank {self.rank} ({self.host}, process {self.pid})"
 
 
-def write_heartbeat(run: Path, beat: Heartbeat) -> None:
-    """Write a heartbeat atomically, without fsync. Raises OSError."""
+def write_heartbeat(
+    run: Path, beat: Heartbeat, publish: Callable[[Path, Path], None] = os.replace
+) -> None:
+    """Write a heartbeat atomically, without fsync; `publish` renames it. Raises OSError."""
     path = heartbeat_path(run, beat.rank)
-    partial = path.with_suffix(".partial")
+    # Ranks of two starts must not write the same partial file.
+    partial = path.with_suffix(f".{beat.start}.partial" if beat.start else ".partial")
     with open_in_place(partial, "wb") as file:
         file.write(json.dumps(asdict(beat)).encode())
-    os.replace(partial, path)
+    publish(partial, path)
 
 
 def heartbeat_paths(run: Path) -> list[Path]:
@@ -91,7 +97,10 @@ def heartbeat_paths(run: Path) -> list[Path]:
 
 def read_heartbeats(run: Path) -> list[Heartbeat]:
     """The heartbeats of the newest start, by rank; invalid files are skipped."""
-    return [beat for beat in map(read_heartbeat, heartbeat_paths(run)) if beat is not None]
+    newest = read_start(run)
+    start = newest.id if newest is not None else None
+    beats = map(read_heartbeat, heartbeat_paths(run))
+    return [beat for beat in beats if beat is not None and beat.start == start]
 
 
 def read_heartbeat(path: Path) -> Heartbeat | None:

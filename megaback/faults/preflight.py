@@ -28,6 +28,7 @@ from megaback.distributed.world import World
 from megaback.faults.exit_record import read_bad_nodes
 from megaback.faults.node_facts import RankFacts, rank_facts
 from megaback.faults.shared_disk import DiskFacts, check_shared_disk
+from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.run_folder import BAD_NODES_NAME, PREFLIGHT_NAME
 
 _LOG = logging.getLogger("megaback.faults")
@@ -53,7 +54,7 @@ class Finding:
     message: str
 
 
-def preflight(config: Config, data: Data, world: World) -> None:
+def preflight(config: Config, data: Data, world: World, fence: Fence = NO_FENCE) -> None:
     """Check all nodes, if the config enables it. Collective; the run's folder must be ours.
 
     Raises CollectiveExit on every rank: of a PreflightError, of a StorageError if no node can
@@ -66,6 +67,7 @@ def preflight(config: Config, data: Data, world: World) -> None:
     mine = rank_facts(world.rank, world.device)
     everyone = world.gather(mine, RankFacts)
     offsets_s = clock_offsets(world)
+    fence.check()
     everyone = [replace(f, clock_offset_s=offsets_s[f.rank]) for f in everyone]
     disks = check_shared_disk(config.run, mine.node, world)
     refused = [disk.problem for disk in disks if disk.problem is not None]
@@ -98,6 +100,7 @@ def preflight(config: Config, data: Data, world: World) -> None:
             "ranks": [asdict(facts) for facts in everyone],
         },
         sorted({item.node for item in stopping}),
+        fence,
     )
     world.stop_if_any(_error_of(stopping))
     if world.is_first:
@@ -298,11 +301,15 @@ def _error_of(stopping: Sequence[Finding]) -> MegabackError | None:
     )
 
 
-def _record(world: World, run: Path, report: dict[str, object], bad_nodes: list[str]) -> None:
+def _record(
+    world: World, run: Path, report: dict[str, object], bad_nodes: list[str], fence: Fence
+) -> None:
     if not world.is_first:
         return
-    write_text(run / PREFLIGHT_NAME, json.dumps(report, indent=2) + "\n")
+    text = json.dumps({"start": fence.start_id, **report}, indent=2) + "\n"
+    write_text(run / PREFLIGHT_NAME, text, fence.replace)
     if bad_nodes:
         path = run / BAD_NODES_NAME
         known = read_bad_nodes(run) if path.exists() else []
-        write_text(path, "".join(f"{name}\n" for name in dict.fromkeys([*known, *bad_nodes])))
+        text = "".join(f"{name}\n" for name in dict.fromkeys([*known, *bad_nodes]))
+        write_text(path, text, fence.replace)

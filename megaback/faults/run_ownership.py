@@ -18,6 +18,8 @@ from data_pipeline.common.regular_files import require_no_link
 from data_pipeline.errors import OutputExistsError
 from megaback.config import Config
 from megaback.faults.exit_record import read_history
+from megaback.faults.run_lock import lock_holder
+from megaback.faults.start_fence import read_start
 from megaback.run_folder import (
     CHECKPOINTS_FOLDER,
     CONFIG_COPY_NAME,
@@ -30,6 +32,7 @@ from megaback.run_folder import (
     LOGS_FOLDER,
     PREFLIGHT_FOLDER,
     RESOLVED_COPY_NAME,
+    START_NAME,
     STEP_PREFIX,
     SUBMISSION_NAME,
     SUBMITTED_FOLDER,
@@ -39,6 +42,7 @@ from megaback.yaml_text import read_yaml_file
 _MADE_BEFORE_THE_HISTORY = frozenset(
     {
         LOCK_NAME,
+        START_NAME,
         CHECKPOINTS_FOLDER,
         CONVERTED_FOLDER,
         HEARTBEATS_FOLDER,
@@ -139,7 +143,9 @@ def _foreign_entries(run: Path, given: Path | None) -> Iterator[Path]:
 def _is_left_by_us(path: Path) -> bool:
     """Whether a path is from a start that was interrupted before it wrote the history."""
     if path.name == LOCK_NAME:
-        return path.stat().st_size == 0
+        return path.stat().st_size == 0 or lock_holder(path.parent) is not None
+    if path.name == START_NAME:
+        return read_start(path.parent) is not None
     if path.name == HEARTBEATS_FOLDER:
         return all(one.name.startswith(HEARTBEAT_PREFIX) for one in path.iterdir())
     if path.name == CHECKPOINTS_FOLDER:  # fetched from the second place

@@ -44,9 +44,19 @@ def assess_run(run: Path, step_times_s: Sequence[float], now: float) -> RunState
 
 def _ended(run: Path, history: Sequence[dict[str, Any]]) -> RunState | None:
     """State of a run that has ended or was rolled back, and has not started since."""
+    starts = [line.get("start") for line in history if line.get("event") == START_EVENT]
+    # A rank of an earlier start may live on for a moment.
+    current = (None, starts[-1] if starts else None)
     ending = read_exit(run)
+    if ending is not None and ending.get("start") not in current:
+        ending = None
     events = (START_EVENT, "exit", ROLLBACK_EVENT)
-    past = [line for line in history if line.get("event") in events]
+    past = [
+        line
+        for line in history
+        if line.get("event") in events
+        and (line.get("event") != "exit" or line.get("start") in current)
+    ]
     last = past[-1] if past else {}
     if last.get("event") == ROLLBACK_EVENT:
         step = last.get("step", 0)

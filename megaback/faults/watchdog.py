@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock, Thread, current_thread
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -32,7 +32,9 @@ from megaback.faults.heartbeat import (
     read_heartbeats,
     write_heartbeat,
 )
+from megaback.faults.run_lock import owns_lock
 from megaback.faults.run_place import RunPlace
+from megaback.faults.start_fence import NO_FENCE, Fence, Start, begin_start, superseded
 from megaback.run_folder import HEARTBEATS_FOLDER, heartbeat_path
 
 _ONE_SIDED = (RankLostError.exit_code, MegabackError.exit_code)
@@ -43,16 +45,23 @@ _MIN_POLL_S = 0.2
 class Watchdog:
     """Reports the phase of this rank, and ends the process when it takes too long."""
 
-    def __init__(self, run: Path, section: HardwareSection, world: World) -> None:
-        """Create a watchdog that neither writes nor watches before `open`."""
+    def __init__(
+        self, run: Path, section: HardwareSection, world: World, start_id: str | None = None
+    ) -> None:
+        """Create a watchdog that neither writes nor watches before `open`.
+
+        `start_id`: the ID of this start, if the launcher has chosen it.
+        """
         self._run, self._section, self._world = run, section, world
+        self._chosen_id = start_id
+        self.fence = NO_FENCE
+        """Fence of this start, after `begin`."""
         self._place: RunPlace | None = None
         self._lock = Lock()
         self._reporting = Lock()
         self._stopped = Event()
         self._peers_may_end = False
         self._neighbor: int | None = None
-        self._earlier_exit: dict[str, Any] | None = None
         now = time.time()
         process = psutil.Process()
         self._beat = Heartbeat(
@@ -82,6 +91,17 @@ class Watchdog:
     def folder(self) -> Path:
         """Current path of the run's folder. Raises StorageError."""
         return self._run if self._place is None else self._place.now()
+
+    def begin(self, lock: IO[bytes] | None) -> None:
+        """Record that this start begins, on the first rank, which has the lock. Collective.
+
+        Ends all ranks if a newer start has taken the lock over.
+        """
+        start = self._world.run_collectively(self._begin_start, lock)
+        start = self._world.of_first(start, Start | None)
+        self.fence = Fence(start, self._run, self.folder)
+        with self._lock:
+            self._beat = replace(self._beat, start=self.fence.start_id)
 
     def open(self) -> None:
         """Start, in a run's folder that is ours. Collective: all ranks then have a heartbeat."""
@@ -116,8 +136,11 @@ class Watchdog:
 
     def record_exit(self, code: int, kind: str, reason: str) -> bool:
         """Record why the run ends, in its folder; False if another process already has."""
+        self.fence.check()
         try:
-            return record_exit(self.folder(), code, kind, reason, self._world.rank)
+            return record_exit(
+                self.folder(), code, kind, reason, self._world.rank, self.fence.start_id
+            )
         except StorageError:  # another run has taken the folder's place
             return True
 
@@ -134,6 +157,7 @@ class Watchdog:
             )
             report(error)
             return error
+        self.fence.check()
         folder = self._run
         try:
             folder = self.folder()
@@ -151,11 +175,16 @@ class Watchdog:
             report(error)  # only the first rank that records it
         return error
 
+    def _begin_start(self, lock: IO[bytes] | None) -> Start | None:
+        if not self._world.is_first:
+            return None
+        if lock is not None and not owns_lock(lock, self._run):
+            raise superseded(None)
+        return begin_start(self._run, self._chosen_id)
+
     def _begin(self) -> None:
-        # Of an earlier start, until `remember_folder`, or for longer in a cache of NFS.
-        self._earlier_exit = read_exit(self._run)
         (self._run / HEARTBEATS_FOLDER).mkdir(exist_ok=True)
-        write_heartbeat(self._run, self._beat)
+        write_heartbeat(self._run, self._beat, self.fence.replace)
         if self._world.is_first:
             # An earlier start may have had more ranks.
             own = {heartbeat_path(self._run, rank) for rank in range(self._world.size)}
@@ -168,10 +197,11 @@ class Watchdog:
             beat = self._beat = replace(self._beat, written=time.time())
         # A full disk or a missing folder must not end a healthy run.
         with suppress(OSError, StorageError):
-            write_heartbeat(self.folder(), beat)
+            write_heartbeat(self.folder(), beat, self.fence.replace)
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._section.heartbeat_s):
+            self.fence.check()
             self._write()
             with self._lock:
                 beat = self._beat
@@ -213,8 +243,9 @@ class Watchdog:
     def _exit_of_another(self, folder: Path) -> dict[str, Any] | None:
         """The record of another rank that has failed or lost a peer in this start."""
         ending = read_exit(folder)
-        is_new = self._place is not None and ending != self._earlier_exit
-        if not is_new or ending is None or ending["code"] not in _ONE_SIDED:
+        # A cache of NFS may still show that of an earlier start.
+        is_ours = ending is not None and ending.get("start") == self.fence.start_id
+        if not is_ours or ending is None or ending["code"] not in _ONE_SIDED:
             return None
         return ending if ending.get("rank") not in (None, self._world.rank) else None
 

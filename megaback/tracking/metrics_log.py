@@ -21,6 +21,7 @@ from data_pipeline.common.durations import duration
 from data_pipeline.common.rich_console import SafeConsole, SafeProgress
 from megaback.config import Config
 from megaback.faults.exit_record import record_event
+from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.loss_by_context import ContextLoss
 from megaback.tracking.metrics import MIN_DATA_WAIT_SHARE, StepRecord, read_metrics
@@ -41,6 +42,7 @@ class MetricsLog:
         total_steps: int,
         step_flops_share: float | None,
         num_devices: int,
+        fence: Fence = NO_FENCE,
     ) -> None:
         """`step_flops_share` is the MFU of a step that takes one second, None if unknown.
 
@@ -51,7 +53,8 @@ class MetricsLog:
         kept: list[dict[str, Any]] = []
         if resumed_step and path.exists():
             kept = [line for line in read_metrics(config.run) if line["step"] <= resumed_step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept), fence.replace)
+        self._fence = fence
         self._file = path.open("a", encoding="utf-8")
         self._step_tokens = config.batch.global_batch_rows * config.batch.context_tokens
         self._num_devices = num_devices
@@ -133,6 +136,7 @@ class MetricsLog:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+        self._fence.check()
         self._file.close()
         self._trackers.close()
 
@@ -163,9 +167,11 @@ class MetricsLog:
         losses = console_losses()
         for name in losses.keys() - self._noted_losses:
             self._noted_losses.add(name)
+            self._fence.check()
             record_event(self._run, "console lost", stream=name, reason=losses[name], step=step)
 
     def _write(self, line: dict[str, Any]) -> None:
+        self._fence.check()
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._trackers.feed([line])

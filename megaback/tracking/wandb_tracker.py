@@ -5,14 +5,13 @@ metrics.jsonl is, unless they have been sent; online, the server reports its las
 """
 
 import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import wandb
 
-from data_pipeline.common.atomic import write_text
+from data_pipeline.common.atomic import new_id, write_text
 from data_pipeline.common.regular_files import read_file
 from data_pipeline.redaction import scrub
 from megaback.config import Config
@@ -38,7 +37,7 @@ class WandbTracker:
         is_online = logging.wandb == "online"
         id_path = run / WANDB_ID_NAME
         if not id_path.exists():
-            write_text(id_path, uuid.uuid4().hex[:12] + "\n")
+            write_text(id_path, new_id() + "\n")
         run_id = read_file(id_path, _MAX_ID_BYTES).decode().strip()
         if not is_online:
             self.held_step = _cut_back(config, run_id, last_step)

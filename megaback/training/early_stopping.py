@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_pipeline.common.atomic import write_text
+from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.run_folder import BEST_NAME, CHECKPOINTS_FOLDER, META_NAME, METRICS_NAME, step_name
 from megaback.tracking.metrics import read_metrics
 
@@ -66,10 +67,11 @@ def read_measurements(run: Path, last_step: int) -> list[tuple[int, float | None
     ]
 
 
-def mark_best(run: Path, step: int | None) -> None:
+def mark_best(run: Path, step: int | None, fence: Fence = NO_FENCE) -> None:
     """Write or remove the mark `best`, depending on whether the checkpoint is complete."""
     folder = run / CHECKPOINTS_FOLDER
     if step is not None and (folder / step_name(step) / META_NAME).is_file():
-        write_text(folder / BEST_NAME, step_name(step) + "\n")
+        write_text(folder / BEST_NAME, step_name(step) + "\n", fence.replace)
     else:
+        fence.check()
         (folder / BEST_NAME).unlink(missing_ok=True)

@@ -63,6 +63,7 @@ class Run:
             versions=library_versions(),
             files={},
             on_examples=self.data.data_sets[0].manifest.row_tokens is not None,
+            start=self.watchdog.fence.start_id,
         )
 
 

@@ -14,7 +14,6 @@ import torch
 from data_pipeline.common.atomic import write_text
 from data_pipeline.common.differences import differing_keys, shown_values
 from data_pipeline.common.local_paths import local_path
-from data_pipeline.common.locks import take_lock
 from data_pipeline.common.output_paths import require_apart
 from data_pipeline.errors import (
     CheckpointCorruptError,
@@ -35,9 +34,11 @@ from megaback.distributed.device_limits import (
 )
 from megaback.distributed.engine import start_engine
 from megaback.distributed.world import World
-from megaback.faults.exit_record import record_exit, record_start
+from megaback.faults.exit_record import record_start
 from megaback.faults.preflight import preflight
+from megaback.faults.run_lock import lock_holder, lock_run
 from megaback.faults.run_ownership import place_of_config, require_run_folder
+from megaback.faults.start_fence import Fence
 from megaback.faults.step_guard import read_excluded_steps
 from megaback.faults.watchdog import Watchdog
 from megaback.model.attention import attention_backend
@@ -45,7 +46,13 @@ from megaback.model.compiler import require_compiler
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.flops import flops_per_token
 from megaback.planning.memory_room import AvailableMemory, require_memory
-from megaback.run_folder import CHECKPOINTS_FOLDER, LOCK_NAME, complete_checkpoints, step_name
+from megaback.run_folder import (
+    CHECKPOINTS_FOLDER,
+    LOCK_NAME,
+    complete_checkpoints,
+    newest_checkpoint_step,
+    step_name,
+)
 from megaback.tracking.trackers import require_installed
 from megaback.training.run import Run
 from megaback.training.start import (
@@ -98,6 +105,7 @@ def prepare_run(
         world.run_collectively(require_compiler, world.device.type, "training.compile")
     world.run_collectively(require_installed, config)
     world.run_collectively(_on_first_rank, world, _require_copy_target, config, data)
+    seen_step = _newest_step(config, world)
     found, fetched_meta = _find_start(config, world)
     meta = found[1] if found is not None else fetched_meta
     changes: Changes = {}
@@ -110,10 +118,9 @@ def prepare_run(
         ended = world.of_first(ended, AlreadyTrained | None)
         if ended is not None and fetched_meta is None:
             data.training.close()
-            if not is_new:  # on every rank; the first alone has the lock
-                world.run_collectively(
-                    _record_end, config, world, config_path, ended, data.total_steps
-                )
+            if not is_new and not ended.is_recorded:
+                watchdog.begin(lock)
+                _record_end(config, world, watchdog, config_path, ended, data.total_steps)
             if lock is not None:
                 lock.close()
             return ended
@@ -152,16 +159,18 @@ def prepare_run(
     )
     if is_new:
         lock = world.run_collectively(_lock_run_folder, config, world)
+    watchdog.begin(lock)
     if fetched_meta is not None:
-        found = _fetch_start(config, world)
+        found = _fetch_start(config, world, watchdog.fence)
+    elif _newest_step(config, world) != seen_step:  # an older start has saved meanwhile
+        found = newest_checkpoint(config.run, world)
     start_step = found[1].step if found is not None else 0
     watchdog.open()
-    world.run_collectively(
-        _accept, config, world, config_path, start_step, data.total_steps, changes
-    )
+    accepted = (start_step, data.total_steps, changes, watchdog.fence)
+    world.run_collectively(_accept, config, world, config_path, *accepted)
     world.run_collectively(watchdog.remember_folder)
     watchdog.set_phase("checking the nodes", start_step)
-    preflight(config, data, world)
+    preflight(config, data, world, watchdog.fence)
     watchdog.set_phase("starting", start_step)
     attended = world.run_collectively(data.attended_tokens)
     token_flops = flops_per_token(config.model, data.codec.vocab_size, attended)
@@ -202,12 +211,20 @@ def _lock_run_folder(config: Config, world: World) -> IO[bytes] | None:
     if not world.is_first:
         return None
     config.run.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(config.run / LOCK_NAME, wait=False)
+    lock = lock_run(config.run)
     if lock is None:
+        holder = lock_holder(config.run)
+        who = f" ({holder.name})" if holder is not None else ""
         raise LaunchError(
-            f"another process is training in {config.run}; wait for it, or use another run folder"
+            f"another process is training in {config.run}{who}; wait for it, or use another run "
+            "folder"
         )
     return lock
+
+
+def _newest_step(config: Config, world: World) -> int:
+    """The step of the newest complete checkpoint, as the first rank sees it. Collective."""
+    return world.of_first(newest_checkpoint_step(config.run) if world.is_first else 0, int)
 
 
 def _find_start(
@@ -268,17 +285,17 @@ def _read_copy_target(run: Path, copy_to: str, world: World) -> CheckpointMeta |
     return newest_meta(CopyTarget(copy_to, run)) if world.is_first else None
 
 
-def _fetch_start(config: Config, world: World) -> tuple[Path, CheckpointMeta] | None:
+def _fetch_start(config: Config, world: World, fence: Fence) -> tuple[Path, CheckpointMeta] | None:
     """Fetch the newest copy that verifies from `copy_to`."""
-    world.run_collectively(_fetch, config, world)
+    world.run_collectively(_fetch, config, world, fence)
     return newest_checkpoint(config.run, world)
 
 
-def _fetch(config: Config, world: World) -> None:
+def _fetch(config: Config, world: World, fence: Fence) -> None:
     if not world.is_first or config.checkpoint.copy_to is None:
         return
     place = CopyTarget(config.checkpoint.copy_to, config.run)
-    target = fetch_newest(config.run, place)
+    target = fetch_newest(config.run, place, fence)
     if target is not None:
         _LOG.info("%s was fetched from %s", target.name, place.name)
 
@@ -290,13 +307,16 @@ def _accept(
     start_step: int,
     total_steps: int,
     changes: Changes,
+    fence: Fence,
 ) -> None:
     """Record the start of the run, and write its config."""
     if not world.is_first:
         return
+    fence.check()
     changed = {"changed": changes} if changes else {}
     record_start(
         config.run,
+        start=fence.start_id,
         step=start_step,
         total_steps=total_steps,
         world_size=world.size,
@@ -305,17 +325,23 @@ def _accept(
     )
     place = place_of_config(config.run, config_path)
     if place is not None:
-        write_text(place, config.to_yaml())
+        write_text(place, config.to_yaml(), fence.replace)
 
 
 def _record_end(
-    config: Config, world: World, config_path: Path | None, ended: AlreadyTrained, total_steps: int
+    config: Config,
+    world: World,
+    watchdog: Watchdog,
+    config_path: Path | None,
+    ended: AlreadyTrained,
+    total_steps: int,
 ) -> None:
     """Record the end of a run that was killed, or failed, after its last step was saved."""
-    if not world.is_first or ended.is_recorded:
-        return
-    _accept(config, world, config_path, ended.step, total_steps, {})
-    record_exit(config.run, 0, "finished", ended.reason, world.rank)
+    no_changes: Changes = {}
+    accepted = (ended.step, total_steps, no_changes, watchdog.fence)
+    world.run_collectively(_accept, config, world, config_path, *accepted)
+    if world.is_first:
+        watchdog.record_exit(0, "finished", ended.reason)
 
 
 def _require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:

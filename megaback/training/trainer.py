@@ -268,7 +268,7 @@ def _measurements(run: Run, world: World) -> list[tuple[int, float | None]]:
         return []
     found = read_measurements(run.config.run, run.start_step) or [(run.start_step, run.val_loss)]
     if run.config.validation.patience is not None:
-        mark_best(run.config.run, EarlyStopping(None, found).best_step)
+        mark_best(run.config.run, EarlyStopping(None, found).best_step, run.watchdog.fence)
     return found
 
 
@@ -276,9 +276,8 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
     if not world.is_first:
         return None
     config = run.config
-    log = MetricsLog(
-        config, run.start_step, run.data.total_steps, run.step_flops_share(world), world.size
-    )
+    flops_share, fence = run.step_flops_share(world), run.watchdog.fence
+    log = MetricsLog(config, run.start_step, run.data.total_steps, flops_share, world.size, fence)
     log.message(batch_arithmetic(run, world))
     if run.start_step:
         log.message(f"resuming from step {run.start_step:,}")

@@ -5,9 +5,6 @@ needs root and the Slurm packages; where one of them is missing, the tests are s
 reason.
 """
 
-import os
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,12 @@ import pytest
 import yaml
 
 from tests.helpers.small_cluster import (
-    MINISLURM,
-    NUM_NODES,
     NUM_STEPS,
     FinishedRun,
     Slurm,
     cpu_options,
-    free_ports,
     read_log,
+    running_cluster,
     why_no_cluster,
 )
 
@@ -34,32 +29,8 @@ def slurm() -> Iterator[Slurm]:
     reason = why_no_cluster()
     if reason:
         pytest.skip(reason)
-    # munged refuses a socket in pytest's folders, which other users cannot read.
-    folder = Path(tempfile.mkdtemp(prefix="megaback-slurm-"))
-    folder.chmod(0o755)
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("SLURM_", "SBATCH_", "MASTER_"))
-        and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-    } | {
-        "MINISLURM_DIR": str(folder),
-        "MINISLURM_NODES": str(NUM_NODES),
-        "MINISLURM_CPUS": "64",
-        "MINISLURM_MEM": "64000",
-        "MINISLURM_GPUS": "8",
-        "MINISLURM_PORT": str(free_ports(NUM_NODES + 1)),
-        "MINISLURM_KILLWAIT": "10",  # Slurm's default is 30
-        "SLURM_CONF": str(folder / "slurm.conf"),
-        "MEGABACK_ENV": str(Path(sys.executable).parents[1]),
-        "OMP_NUM_THREADS": "1",
-    }
-    cluster = Slurm(environment)
-    try:
-        cluster.command("bash", MINISLURM, "up")
+    with running_cluster() as cluster:
         yield cluster
-    finally:
-        cluster.command("bash", MINISLURM, "down")
 
 
 @pytest.fixture(scope="session")

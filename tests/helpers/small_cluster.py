@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,37 @@ class Slurm:
         return job
 
 
+@contextmanager
+def running_cluster(**settings: object) -> Iterator[Slurm]:
+    """A cluster that is stopped at the end; `settings` are variables of minislurm.sh."""
+    # munged refuses a socket in pytest's folders, which other users cannot read.
+    folder = Path(tempfile.mkdtemp(prefix="megaback-slurm-"))
+    folder.chmod(0o755)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "SBATCH_", "MASTER_"))
+        and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    } | {
+        "MINISLURM_DIR": str(folder),
+        "MINISLURM_NODES": str(NUM_NODES),
+        "MINISLURM_CPUS": "64",
+        "MINISLURM_MEM": "64000",
+        "MINISLURM_GPUS": "8",
+        "MINISLURM_PORT": str(free_ports(NUM_NODES + 1)),
+        "MINISLURM_KILLWAIT": "10",  # Slurm's default is 30
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "MEGABACK_ENV": str(Path(sys.executable).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    cluster = Slurm(environment | {name: str(value) for name, value in settings.items()})
+    try:
+        cluster.command("bash", MINISLURM, "up")
+        yield cluster
+    finally:
+        cluster.command("bash", MINISLURM, "down")
+
+
 def wait_for(
     condition: Callable[[], bool], timeout_s: float, explain: Callable[[], str] = lambda: ""
 ) -> None:
@@ -165,6 +197,21 @@ def why_no_cluster() -> str | None:
     namespaces = ["unshare", "--pid", "--mount", "--uts", "--fork", "true"]
     if subprocess.run(namespaces, capture_output=True, check=False).returncode:
         return "this machine does not allow namespaces of processes and mounts"
+    return None
+
+
+def why_no_networks() -> str | None:
+    """The reason why the nodes cannot have networks of their own here, or None."""
+    name = f"megaback-{os.getpid()}"
+    try:
+        for command in (("netns", "add", name), ("link", "add", name[-12:], "type", "bridge")):
+            subprocess.run(["ip", *command], capture_output=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "this machine does not allow namespaces of networks (or lacks iproute2)"
+    finally:
+        with suppress(FileNotFoundError):
+            for command in (("netns", "del", name), ("link", "del", name[-12:])):
+                subprocess.run(["ip", *command], capture_output=True, check=False)
     return None
 
 

@@ -36,7 +36,15 @@ pytestmark = pytest.mark.slow
 _PREFIX = "megaback: error: "
 # Files that an interrupted run may leave.
 _LEFT_BY_A_RUN = {
-    *(".lock", "config.yaml", "metrics.jsonl", "preflight.json", "exit.json", "history.jsonl"),
+    *(
+        ".lock",
+        ".start",
+        "config.yaml",
+        "metrics.jsonl",
+        "preflight.json",
+        "exit.json",
+        "history.jsonl",
+    ),
 }
 
 Megaback = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -9,7 +9,7 @@ from tests.helpers.product import MODULES
     ("words", "home"),
     [
         ("flock(", "data_pipeline.common.locks"),
-        (".hex[:12]}.partial", "data_pipeline.common.atomic"),
+        (".hex[:12]", "data_pipeline.common.atomic"),
         ("megaback[plot]", "data_pipeline.common.figures"),
     ],
 )

@@ -5,13 +5,10 @@ docs/faults.md, which `python -m tests.integration.faults.table > docs/faults.md
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from data_pipeline.errors import (
     CheckpointCorruptError,
@@ -21,10 +18,17 @@ from data_pipeline.errors import (
     PreflightError,
     RankLostError,
     StorageError,
+    SupersededError,
 )
 from megaback.faults.exit_record import read_history
-from megaback.faults.heartbeat import read_heartbeat
-from megaback.run_folder import heartbeat_path
+from tests.integration.faults.actions import (
+    end_reader_and_interrupt,
+    kill_while_the_other_blocks,
+    signal_launcher,
+    signal_rank,
+    signal_ranks,
+    start_again_and_release,
+)
 from tests.integration.faults.consoles import close_terminal
 
 STEPS = 40
@@ -54,60 +58,13 @@ class Fault:
     """Console: a key of `consoles.CONSOLES`."""
     stage: int = 2
     overrides: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """More environment variables of the launcher."""
+    recorded: int | None = None
+    """Exit code in the run's folder, if it is not that of this start."""
     resumes: bool = True
     """Whether the same command then finishes as an undisturbed run does."""
     check: Callable[[Path], None] | None = None
-
-
-def ranks_of(launcher: "subprocess.Popen[str]") -> list[psutil.Process]:
-    """The ranks, by number."""
-    found = [
-        process
-        for process in psutil.Process(launcher.pid).children()
-        if "megaback.train" in process.cmdline()
-    ]
-    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
-
-
-def signal_rank(number: signal.Signals, rank: int) -> Callable[[Any, Path], None]:
-    """Send a signal to one rank."""
-    return lambda launcher, _run: ranks_of(launcher)[rank].send_signal(number)
-
-
-def signal_ranks(number: signal.Signals) -> Callable[[Any, Path], None]:
-    """Send a signal to all ranks."""
-
-    def act(launcher: "subprocess.Popen[str]", _run: Path) -> None:
-        for process in ranks_of(launcher):
-            process.send_signal(number)
-
-    return act
-
-
-def signal_launcher(number: signal.Signals) -> Callable[[Any, Path], None]:
-    """Send a signal to `megaback train`."""
-
-    def act(launcher: "subprocess.Popen[str]", _run: Path) -> None:
-        ranks = ranks_of(launcher)
-        launcher.send_signal(number)
-        psutil.wait_procs(ranks, timeout=60)  # they may survive it
-
-    return act
-
-
-def end_reader_and_interrupt(launcher: "subprocess.Popen[str]", run: Path) -> None:
-    """Ctrl-C in a terminal, which also interrupts the reader of the pipe."""
-    assert launcher.stdout is not None
-    launcher.stdout.close()
-    signal_launcher(signal.SIGINT)(launcher, run)
-
-
-def kill_while_the_other_blocks(launcher: "subprocess.Popen[str]", run: Path) -> None:
-    """Kill rank 1 once rank 0 is in one phase for a second."""
-    path = heartbeat_path(run, 0)
-    while (beat := read_heartbeat(path)) is None or beat.written - beat.since < 1:
-        time.sleep(0.05)
-    signal_rank(signal.SIGKILL, 1)(launcher, run)
 
 
 def make_read_only(_launcher: "subprocess.Popen[str]", run: Path) -> None:
@@ -307,6 +264,20 @@ FAULTS = {
         code=1,
         output="MemoryError: cannot allocate",
         inject=at("megaback.training.validation:to_device", "raise", call=30),
+    ),
+    "older start": Fault(
+        fault="a requeued job starts again in the run's folder, and a rank of its earlier start, "
+        "whose node was cut off from the network, is in the middle of a save",
+        outcome="the older start notices the newer one, writes nothing more and exits; the newer "
+        "one trains to the end",
+        code=SupersededError.exit_code,
+        output="a newer start of this run has begun",
+        inject=at("megaback.checkpoints.safetensors_file:write_tensors", "wait"),
+        act=start_again_and_release,
+        # The save notices it, not the watchdog; the checkpoint of that step is kept.
+        overrides=("hardware.heartbeat_s=600", "checkpoint.keep_last=9"),
+        environment={"SLURM_JOB_ID": "77"},
+        recorded=0,
     ),
     "full disk": Fault(
         fault="the disk is full during a save",

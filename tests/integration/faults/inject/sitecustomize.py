@@ -1,8 +1,8 @@
 """Fault injector, loaded by every Python that has this folder on its path.
 
 FAULT is a JSON object: `at` (`module:Class.function`), `rank`, `call` (number of the call, from 1),
-`when` (before or after it) and `do` (kill, abort, raise, nan, sleep). With `training`, calls count
-only if the model is in training mode.
+`when` (before or after it) and `do` (kill, abort, raise, nan, sleep, wait). With `training`, calls
+count only if the model is in training mode.
 """
 
 import functools
@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,10 @@ def act(result: Any) -> Any:
         raise MemoryError("cannot allocate 1 PiB")
     elif deed == "sleep":
         time.sleep(FAULT["seconds"])
+    elif deed == "wait":
+        (run,) = (word.removeprefix("run=") for word in sys.argv if word.startswith("run="))
+        while not Path(f"{run}.released").exists():
+            time.sleep(0.02)
     elif deed == "nan":
         return result * float("nan")
     return result

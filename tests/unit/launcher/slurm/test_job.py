@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import ConfigError, LaunchError, PreflightError
+from data_pipeline.errors import ConfigError, LaunchError, PreflightError, SupersededError
 from launcher.slurm.job import (
     LIMIT_VARIABLE,
     MAX_STARTS_WITHOUT_PROGRESS,
@@ -19,6 +19,7 @@ from launcher.slurm.job import (
     why_requeue,
 )
 from megaback.faults.exit_record import record_event, record_exit, record_start
+from tests.helpers.run_config import run_config
 
 JOB = "77"
 LOST, SAVED, KILLED_BY_USR1 = 51, 75, 138
@@ -87,6 +88,34 @@ def test_bad_nodes_are_replaced_only_on_request(
     assert sentence.startswith("excluding n3, n7")
     assert not why_requeue(tmp_path, JOB, 0, 20, 31, False, bad_nodes)[0]
     assert nodes_to_replace(tmp_path / "elsewhere") == []
+
+
+def test_the_end_of_an_older_start_of_the_job_requeues_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node was cut off, and Slurm has started the job again elsewhere."""
+    calls = tmp_path / "calls"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$*" >>{calls}\necho JobState=RUNNING\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    config = run_config(tmp_path / "run")
+    config.run.mkdir()
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    for restarts in (0, 1):
+        record_event(config.run, "job", step=restarts, restarts=restarts)
+
+    def end(restarts: int) -> Result:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        return CliRunner().invoke(main, ["end", "--step-code", str(LOST), str(path)])
+
+    older = end(0)
+    assert older.exit_code == SupersededError.exit_code
+    assert "start 1 of this job has ended, and a newer one has begun" in older.output
+    assert not calls.exists()
+    assert end(1).exit_code == LOST
+    assert f"requeue {JOB}" in calls.read_text()
 
 
 def test_starts_of_an_earlier_job_do_not_count(

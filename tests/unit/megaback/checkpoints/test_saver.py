@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipeline.common.atomic import partial_name
 from data_pipeline.errors import StorageError
 from megaback.checkpoints import saver as checkpoint_saver
 from megaback.checkpoints.checkpoint import (
@@ -30,6 +31,7 @@ from megaback.checkpoints.safetensors_file import write_tensors
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
+from megaback.faults.start_fence import Fence, begin_start
 from megaback.run_folder import META_NAME, complete_checkpoints
 from tests.helpers.batches import CHECKPOINT_TOKENIZER
 
@@ -168,7 +170,7 @@ def test_a_checkpoint_whose_writing_fails_is_not_complete(
     assert stopped.value.code == StorageError.exit_code
     assert steps_of(tmp_path) == [100]
     incomplete = tmp_path / "checkpoints" / "step-00000200"
-    assert sorted(path.name for path in incomplete.iterdir()) == [OPTIMIZER, WEIGHTS]
+    assert [path.name for path in incomplete.iterdir()] == [WEIGHTS]
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert f"cannot write the checkpoint {incomplete}: " in message
@@ -178,11 +180,13 @@ def test_a_checkpoint_whose_writing_fails_is_not_complete(
 def test_the_advice_for_a_full_disk_is_given_once(
     tmp_path: Path, meta_at: Callable[..., CheckpointMeta], state_at: Callable[[int], State]
 ) -> None:
-    (tmp_path / WEIGHTS).symlink_to("/dev/full")
-    writing = checkpoint_saver._Writing(tmp_path, meta_at(1), state_at(1), 0, is_best=False)
+    fence = Fence(begin_start(tmp_path), tmp_path, lambda: tmp_path)
+    partial = tmp_path / partial_name(WEIGHTS, fence.start_id)
+    partial.symlink_to("/dev/full")
+    writing = checkpoint_saver._Writing(tmp_path, meta_at(1), state_at(1), 0, fence, is_best=False)
     writing.run()
     message = str(writing.error)
-    assert "No space left on device" in message
+    assert f"'{tmp_path / WEIGHTS}': No space left on device" in message
     assert message.count("free some space") == 1
     assert message.count("again") == 1
     assert "intact" in message

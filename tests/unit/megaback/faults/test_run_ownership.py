@@ -11,7 +11,9 @@ import pytest
 
 from data_pipeline.errors import OutputExistsError
 from megaback.faults.exit_record import record_start
+from megaback.faults.run_lock import lock_run
 from megaback.faults.run_ownership import config_of_run, place_of_config, require_run_folder
+from megaback.faults.start_fence import begin_start
 from megaback.run_folder import RESOLVED_COPY_NAME
 from tests.helpers.run_config import run_config
 from tools.rollback import roll_back
@@ -26,6 +28,13 @@ def write(path: Path, text: str = "text") -> None:
     path.write_text(text)
 
 
+def unlocked(run: Path) -> None:
+    """Lock a run's folder and release it, which leaves the lock's file."""
+    lock = lock_run(run)
+    assert lock is not None
+    lock.close()
+
+
 FREE: dict[str, Callable[[Path], None]] = {
     "nothing": lambda run: run.unlink(missing_ok=True),
     "an empty folder": lambda run: run.mkdir(),
@@ -36,9 +45,11 @@ FREE: dict[str, Callable[[Path], None]] = {
     ),
     "an interrupted start": lambda run: (
         write(run / ".lock", ""),
+        begin_start(run),
         write(run / "heartbeats" / "rank-00000.json"),
         write(run / "checkpoints" / "step-00000010" / "meta.json"),
     )[0],
+    "a start that was refused": lambda run: (run.mkdir(), unlocked(run))[0],
     "fetched checkpoints that were used as a model": lambda run: (
         write(run / "checkpoints" / "step-00000010" / "meta.json"),
         write(run / "converted" / ".lock", ""),
@@ -58,6 +69,7 @@ FOREIGN: dict[str, Callable[[Path], None]] = {
     "logs": lambda run: write(run / "logs" / "train-1.out"),
     "a history of others": lambda run: write(run / "history.jsonl", '{"version": 1}\n'),
     "a lock of others": lambda run: write(run / ".lock", "poetry"),
+    "a start of others": lambda run: write(run / ".start", "npm start"),
 }
 
 

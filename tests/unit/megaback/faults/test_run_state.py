@@ -20,7 +20,8 @@ from data_pipeline.errors import MegabackError
 from launcher.slurm.jobs import main as jobs
 from megaback.faults.exit_record import record_event, record_exit, record_start
 from megaback.faults.heartbeat import Heartbeat, write_heartbeat
-from megaback.faults.run_state import ROLLBACK_EVENT
+from megaback.faults.run_state import ROLLBACK_EVENT, assess_run
+from megaback.faults.start_fence import begin_start
 from megaback.run_folder import EXIT_NAME, HEARTBEATS_FOLDER
 from tests.helpers.run_config import run_config
 from tools.artifacts import inspect
@@ -256,3 +257,13 @@ def test_a_rolled_back_run_can_be_plotted(run: Path, tmp_path: Path) -> None:
     rolled_back(run)
 
     assert printed(plot, run, "--out", tmp_path / "curves").count("curves") == 2
+
+
+def test_records_of_an_older_start_that_lives_on_are_ignored(run: Path) -> None:
+    older, newer = (begin_start(run) for _ in range(2))
+    record_start(run, start=newer.id, step=0)
+    beat(run, start=newer.id)
+    record_exit(run, 51, "RankLostError", "rank 0 is dead", 1, older.id)
+    beat(run, rank=1, world_size=2, start=older.id)
+
+    assert assess_run(run, [1.0], time.time()).state == "running"

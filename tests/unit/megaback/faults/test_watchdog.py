@@ -10,9 +10,10 @@ from time import monotonic, sleep
 
 import pytest
 
-from data_pipeline.errors import RankLostError
+from data_pipeline.common.locks import replace_lock, take_lock
+from data_pipeline.errors import RankLostError, SupersededError
 from megaback.config import HardwareSection
-from megaback.distributed.world import World
+from megaback.distributed.world import CollectiveExit, World
 from megaback.faults.exit_record import read_exit, record_exit, record_start
 from megaback.faults.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
 from megaback.faults.watchdog import Watchdog
@@ -105,11 +106,12 @@ def test_a_loss_or_failure_that_another_rank_has_recorded_ends_this_one(
     tmp_path: Path, world: World, rank: int, code: int, is_lost: bool
 ) -> None:
     watchdog = Watchdog(tmp_path, SECTION, world)
+    watchdog.begin(None)
     watchdog._begin()
     record_start(tmp_path, step=0)
     watchdog.remember_folder()
     assert not watchdog._peer_is_lost()
-    record_exit(tmp_path, code, "kind", "reason", rank)
+    record_exit(tmp_path, code, "kind", "reason", rank, watchdog.fence.start_id)
 
     assert watchdog._peer_is_lost() is is_lost
     watchdog.let_peers_end()
@@ -117,12 +119,76 @@ def test_a_loss_or_failure_that_another_rank_has_recorded_ends_this_one(
 
 
 def test_the_record_of_an_earlier_start_ends_no_rank(tmp_path: Path, world: World) -> None:
-    record_exit(tmp_path, RankLostError.exit_code, "kind", "reason", 1)
+    record_exit(tmp_path, RankLostError.exit_code, "kind", "reason", 1, "0" * 12)
     watchdog = Watchdog(tmp_path, SECTION, world)
+    watchdog.begin(None)
     watchdog._begin()
     watchdog.remember_folder()  # a cache of the network may still show the record
 
     assert not watchdog._peer_is_lost()
+
+
+SUPERSEDED = """
+import sys, time
+from pathlib import Path
+from megaback.config import HardwareSection
+from megaback.distributed.world import World
+from megaback.faults.watchdog import Watchdog
+class Alone(World):
+    def run_collectively(self, function, *arguments):
+        return function(*arguments)
+    def of_first(self, value, kind):
+        return value
+run, call = Path(sys.argv[1]), sys.argv[2]
+section = HardwareSection(heartbeat_s=0.1 if call == "beat" else 600)
+older, newer = (Watchdog(run, section, Alone(0, 1, None, None)) for _ in range(2))
+older.begin(None)
+older.open()
+newer.begin(None)
+newer.open()
+newer.mark_exited("trained to the end")
+(run / "left").write_bytes((run / "heartbeats/rank-00000.json").read_bytes())
+if call == "exit":
+    older.record_exit(0, "finished", "trained to the end")
+elif call == "mark":
+    older.mark_exited("trained to the end")
+elif call == "lost":
+    older.report_lost()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("call", ["beat", "exit", "mark", "lost"])
+def test_a_rank_of_an_older_start_ends_and_writes_nothing(tmp_path: Path, call: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SUPERSEDED, tmp_path, call],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert done.returncode == SupersededError.exit_code, done.stderr
+    assert done.stderr.count("a newer start of this run has begun on") == 1
+    (beat,) = read_heartbeats(tmp_path)
+    assert beat.exit_reason == "trained to the end"
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {".start", "left", "rank-00000.json"}
+    assert (tmp_path / "heartbeats/rank-00000.json").read_bytes() == (
+        tmp_path / "left"
+    ).read_bytes()
+
+
+def test_a_start_whose_lock_was_taken_over_does_not_begin(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = take_lock(tmp_path / ".lock")
+    assert lock is not None
+    with lock, replace_lock(tmp_path / ".lock"), pytest.raises(CollectiveExit) as ending:
+        Watchdog(tmp_path, SECTION, world).begin(lock)
+
+    assert ending.value.code == SupersededError.exit_code
+    assert not (tmp_path / ".start").exists()
 
 
 STUCK = """

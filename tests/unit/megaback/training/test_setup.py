@@ -1,5 +1,6 @@
 """Setup of a run: the lock of its folder, its start record, and the checkpoint to resume from."""
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,29 @@ def test_a_second_start_in_the_folder_of_a_training_run_is_refused(
         assert isinstance(error := refused(config, training_world), LaunchError)
 
     assert "another process is training" in str(error)
+    assert f"({socket.gethostname()} since 2" in str(error)
+
+
+def test_a_requeued_job_starts_although_its_earlier_start_still_has_the_lock(
+    config_of: Configs, training_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    config = config_of(hardware={"device": "cpu", "heartbeat_s": 600})
+    watchdog = Watchdog(config.run, config.hardware, training_world)
+    older = prepare_run(config, training_world, watchdog)
+    assert isinstance(older, Run)
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with prepared(config, training_world) as newer:
+        assert watchdog.fence.problem() is not None
+        assert newer.watchdog.fence.problem() is None
+        monkeypatch.delenv("SLURM_JOB_ID")
+        assert isinstance(refused(config, training_world), LaunchError)
+
+    starts = [line["start"] for line in read_history(config.run)]
+    assert starts == [watchdog.fence.start_id, newer.watchdog.fence.start_id]
+    watchdog._stopped.set()  # it would end this process
+    older.data.training.close()
 
 
 def test_a_run_resumes_at_its_newest_checkpoint_and_lists_changed_keys(
