@@ -127,13 +127,7 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | 
     found = world.of_first(seen, list[Path])
     problems: list[str] = []
     for target in reversed(found):
-        meta, problem = None, None
-        try:
-            meta = read_meta(target)
-            verify_files(target, meta, world.rank, world.size)
-        except (CheckpointCorruptError, OSError) as error:
-            problem = str(error)
-        reported = [text for text in world.gather(problem, str | None) if text]
+        meta, reported = verify_together(target, world)
         if not reported and meta is not None:
             if world.is_first and problems:
                 _LOG.warning("%s; going back to %s", problems[0], target.name)
@@ -145,6 +139,20 @@ def newest_checkpoint(run: Path, world: World) -> tuple[Path, CheckpointMeta] | 
             "again in another run folder"
         )
     return None
+
+
+def verify_together(target: Path, world: World) -> tuple[CheckpointMeta | None, list[str]]:
+    """Metadata of a checkpoint, and what is wrong with it on any rank. Collective.
+
+    Every rank hashes part of the files.
+    """
+    meta, problem = None, None
+    try:
+        meta = read_meta(target)
+        verify_files(target, meta, world.rank, world.size)
+    except (CheckpointCorruptError, OSError) as error:
+        problem = str(error)
+    return meta, [text for text in world.gather(problem, str | None) if text]
 
 
 def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: World) -> None:
@@ -184,11 +192,11 @@ def saved_state(target: Path, meta: CheckpointMeta, *, only_weights: bool = Fals
     return SavedState(target, index, only_weights=only_weights)
 
 
-def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
+def find_checkpoint(path: Path, part: int = 0, parts: int = 1) -> tuple[Path, CheckpointMeta]:
     """The verified checkpoint of a path: a run, its folder of checkpoints, or one step's folder.
 
-    `checkpoints/best` and `latest` mean the checkpoint that they name. Raises
-    CheckpointMissingError or CheckpointCorruptError.
+    `checkpoints/best` and `latest` mean the checkpoint that they name. Of several ranks, each
+    verifies a part of the files. Raises CheckpointMissingError or CheckpointCorruptError.
     """
     candidates = checkpoints_meant_by(path)
     if not candidates:
@@ -199,7 +207,7 @@ def find_checkpoint(path: Path) -> tuple[Path, CheckpointMeta]:
     newest = candidates[-1]
     try:
         meta = read_meta(newest)
-        verify_files(newest, meta)
+        verify_files(newest, meta, part, parts)
     except CheckpointCorruptError as error:
         others = ", ".join(other.name for other in candidates[:-1])
         advice = (

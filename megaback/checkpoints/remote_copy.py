@@ -2,20 +2,16 @@
 
 Each rank copies the files that it wrote and reads them back to compare hashes; the first rank also
 copies the tokenizer and, last, `meta.json`. A failed copy is reported, and the next checkpoint is
-copied again: it does not end the run. A run that has lost its checkpoints resumes from the copy,
-including the steps that a rollback excluded.
+copied again: it does not end the run. `fetching` fetches them back.
 """
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 from data_pipeline.common.command import storage_error
-from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.common.regular_files import read_file
 from data_pipeline.errors import (
     CheckpointCorruptError,
@@ -30,17 +26,14 @@ from megaback.checkpoints.checkpoint import (
     CheckpointMeta,
     parse_meta,
     read_meta,
-    verify_files,
 )
 from megaback.checkpoints.safetensors_file import SizeAndHash
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.start_fence import NO_FENCE, Fence
-from megaback.faults.step_guard import MAX_SKIPPED_STEPS_BYTES, merge_skipped_steps
+from megaback.faults.step_guard import MAX_SKIPPED_STEPS_BYTES
 from megaback.run_folder import (
     CHECKPOINT_FILE,
-    CHECKPOINTS_FOLDER,
-    FETCHED_NAME,
     META_NAME,
     SKIPPED_STEPS_NAME,
     STEP_FOLDER,
@@ -109,24 +102,33 @@ class CopyTarget:
         self._files.invalidate_cache()
         return self._parsed(self._read(MAX_META_BYTES, folder, META_NAME), folder)
 
-    def get(self, folder: str, target: Path) -> CheckpointMeta:
-        """Fetch a checkpoint, only the files in its metadata, into an existing local folder.
+    def get_meta(self, folder: str, target: Path) -> CheckpointMeta:
+        """Fetch the meta.json of a complete copy into an existing local folder.
 
         Raises CheckpointCorruptError, OSError.
         """
         self._files.invalidate_cache()
         text = self._read(MAX_META_BYTES, folder, META_NAME)
         meta = self._parsed(text, folder)
-        for name, (num_bytes, _) in meta.files.items():
-            path = self.path(folder, name)
+        (target / META_NAME).write_bytes(text)
+        return meta
+
+    def get(
+        self, folder: str, target: Path, meta: CheckpointMeta, part: int = 0, parts: int = 1
+    ) -> None:
+        """Fetch every `parts`-th file of a copy, as `verify_files` verifies them.
+
+        Raises CheckpointCorruptError, OSError.
+        """
+        self._files.invalidate_cache()
+        for name in sorted(meta.files)[part::parts]:
+            path, num_bytes = self.path(folder, name), meta.files[name][0]
             found = self._files.size(path) if self._files.exists(path) else "no"
             if found not in (num_bytes, None):
                 raise CheckpointCorruptError(
                     f"{name} of {folder} in {self.name} has {found} bytes, not {num_bytes:,}"
                 )
             self._files.get_file(path, str(target / name))
-        (target / META_NAME).write_bytes(text)
-        return meta
 
     def _parsed(self, text: bytes, folder: str) -> CheckpointMeta:
         try:
@@ -303,37 +305,6 @@ def newest_meta(place: CopyTarget) -> CheckpointMeta | None:
     for name in reversed(place.complete()):
         with suppress(CheckpointCorruptError, FileNotFoundError):
             return place.meta(name)
-    return None
-
-
-def fetch_newest(run: Path, place: CopyTarget, fence: Fence = NO_FENCE) -> Path | None:
-    """Fetch the newest copy that verifies into a run's folder; None if there is no copy.
-
-    Raises CheckpointCorruptError if there are copies and none of them verifies.
-    """
-    problems: list[str] = []
-    for name in reversed(place.complete()):
-        target = run / CHECKPOINTS_FOLDER / name
-        partial = target.with_name(FETCHED_NAME)
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed start
-        try:
-            partial.mkdir(parents=True)
-            verify_files(partial, place.get(name, partial))
-            fence.check()
-            if (skipped := place.skipped_steps()) is not None:
-                merge_skipped_steps(run, skipped, place.name)
-            remove_own_files(target, CHECKPOINT_FILE)
-            os.replace(partial, target)
-        except CheckpointCorruptError as error:
-            problems.append(str(error))
-            continue
-        except OSError as error:
-            raise StorageError(f"cannot fetch {name} from {place.name}: {error}") from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return target
-    if problems:
-        raise CheckpointCorruptError(f"no copy in {place.name} verifies: {problems[0]}")
     return None
 
 

@@ -19,7 +19,7 @@ from data_pipeline.common.command import storage_error
 from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
-from megaback.checkpoints.checkpoint import CheckpointMeta, complete, read_meta, verify_files
+from megaback.checkpoints.checkpoint import CheckpointMeta, complete, read_meta, verify_together
 from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, write_tensors
 from megaback.checkpoints.saved_runs import WEIGHT, part_names
 from megaback.config import CheckpointSection
@@ -91,8 +91,9 @@ class CheckpointSaver:
             self._folder = run / CHECKPOINTS_FOLDER
         world = self._world
         target = self._folder / step_name(meta.step)
-        if world.of_first(world.run_collectively(_is_saved, target, world), bool):
-            return
+        is_complete = world.of_first((target / META_NAME).is_file(), bool)
+        if is_complete and not verify_together(target, world)[1]:
+            return  # otherwise it is written again
         self._fence.check()
         world.run_collectively(_make_empty, target, world)
         self._copy(state)
@@ -216,17 +217,6 @@ def _is_finite(target: Path) -> bool:
         return read_meta(target).is_finite
     except CheckpointCorruptError:
         return False
-
-
-def _is_saved(target: Path, world: World) -> bool:
-    """Whether this step is already saved and intact. Checked on the first rank only."""
-    if not world.is_first or not (target / META_NAME).is_file():
-        return False
-    try:
-        verify_files(target, read_meta(target))
-    except CheckpointCorruptError:
-        return False  # it is written again
-    return True
 
 
 def _make_empty(target: Path, world: World) -> None:

@@ -23,7 +23,8 @@ from data_pipeline.errors import (
     RunMismatchError,
 )
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, newest_checkpoint
-from megaback.checkpoints.remote_copy import CopyTarget, fetch_newest, newest_meta
+from megaback.checkpoints.fetching import fetch_newest
+from megaback.checkpoints.remote_copy import CopyTarget, newest_meta
 from megaback.config import Config, ModelSection
 from megaback.data import Data, open_data
 from megaback.distributed.device_limits import (
@@ -136,6 +137,8 @@ def prepare_run(
             data.codec.vocab_size,
             data.text_format,
             f"the run on {config.data.description}",
+            world.rank,
+            world.size,
         )
 
     model = ReverseGPT(
@@ -287,17 +290,12 @@ def _read_copy_target(run: Path, copy_to: str, world: World) -> CheckpointMeta |
 
 def _fetch_start(config: Config, world: World, fence: Fence) -> tuple[Path, CheckpointMeta] | None:
     """Fetch the newest copy that verifies from `copy_to`."""
-    world.run_collectively(_fetch, config, world, fence)
-    return newest_checkpoint(config.run, world)
-
-
-def _fetch(config: Config, world: World, fence: Fence) -> None:
-    if not world.is_first or config.checkpoint.copy_to is None:
-        return
-    place = CopyTarget(config.checkpoint.copy_to, config.run)
-    target = fetch_newest(config.run, place, fence)
-    if target is not None:
-        _LOG.info("%s was fetched from %s", target.name, place.name)
+    assert config.checkpoint.copy_to is not None
+    place = world.run_collectively(CopyTarget, config.checkpoint.copy_to, config.run)
+    found = world.run_collectively(fetch_newest, config.run, place, world, fence)
+    if found is not None and world.is_first:
+        _LOG.info("%s was fetched from %s", found[0].name, place.name)
+    return found
 
 
 def _accept(

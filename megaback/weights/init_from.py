@@ -16,11 +16,18 @@ from megaback.weights.source import WeightSource, open_checkpoint, open_source
 
 
 def open_base(
-    base: Path, shape: ModelSection, vocab_size: int, text_format: TextFormat, run: str
+    base: Path,
+    shape: ModelSection,
+    vocab_size: int,
+    text_format: TextFormat,
+    run: str,
+    part: int = 0,
+    parts: int = 1,
 ) -> WeightSource:
     """Weights of a base: a model's folder, a run, or one of its checkpoints.
 
-    `shape`, `vocab_size` and `text_format` are the run's; `run` is its name for messages. Raises
+    `shape`, `vocab_size` and `text_format` are the run's; `run` is its name for messages. Of
+    several ranks, each verifies a part of a checkpoint's files. Raises
     CheckpointMissingError, CheckpointCorruptError, TokenizerMismatchError, DirectionMismatchError,
     RunMismatchError.
     """
@@ -32,7 +39,7 @@ def open_base(
             f"init_from {base} does not exist; give a folder of `megaback convert`, a run, or one "
             "of its checkpoints"
         )
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_checkpoint(base, part, parts)
     _require_fit(checkpoint.description, shape, vocab_size, base, text_format, run)
     return checkpoint
 

@@ -55,9 +55,12 @@ def open_source(path: Path) -> WeightSource:
     return _from_folder(path) if (path / MODEL_CONFIG_NAME).is_file() else open_checkpoint(path)
 
 
-def open_checkpoint(path: Path) -> WeightSource:
-    """Verify and open the checkpoint of a path. Raises the errors of `find_checkpoint`."""
-    target, meta = find_checkpoint(path)
+def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> WeightSource:
+    """Verify (a part of) and open the checkpoint of a path.
+
+    Raises the errors of `find_checkpoint`.
+    """
+    target, meta = find_checkpoint(path, part, parts)
     config = config_of(target, meta)
     description = ModelDescription(
         shape=config.model,

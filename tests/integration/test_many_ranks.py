@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +17,12 @@ _LIMIT = 40
 """Files that a rank may open at first; the first of 9 ranks has 50 open, of 512 over 1,500."""
 
 
-def test_nine_ranks_connect_at_a_low_limit_of_open_files_and_update_two_matrices() -> None:
+def test_nine_ranks_with_a_low_limit_of_open_files_share_out_matrices_and_checkpoints(
+    tmp_path: Path,
+) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     ranks = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.many_ranks", "9"],
+        [sys.executable, "-m", "tests.helpers.many_ranks", "9", tmp_path],
         env={**training_environment(), "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,

@@ -17,7 +17,8 @@ from megaback.checkpoints.checkpoint import (
     read_meta,
     verify_files,
 )
-from megaback.checkpoints.remote_copy import CheckpointCopier, CopyTarget, fetch_newest
+from megaback.checkpoints.fetching import fetch_newest
+from megaback.checkpoints.remote_copy import CheckpointCopier, CopyTarget
 from megaback.config import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.step_guard import read_excluded_steps, write_skipped_steps
@@ -85,6 +86,13 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def fetched(run: Path, place: CopyTarget, world: World) -> Path | None:
+    """The checkpoint that is fetched, if there is a copy."""
+    found = fetch_newest(run, place, world)
+    assert found is None or found[1] == read_meta(found[0])
+    return found and found[0]
+
+
 def names(steps: list[int]) -> list[str]:
     return [f"step-{step:08d}" for step in steps]
 
@@ -129,7 +137,7 @@ def test_a_checkpoint_saved_during_a_copy_is_not_copied(
 
 @pytest.mark.parametrize("kind", ["path", "memory"])
 def test_a_run_fetched_after_a_rollback_resumes_from_the_checkpoint_of_the_rollback(
-    kind: str, run: Path, place: Path, memory: str, copy: Copy
+    kind: str, run: Path, place: Path, memory: str, copy: Copy, world: World
 ) -> None:
     copy_to = str(place) if kind == "path" else memory
     copy(run, copy_to, 100, 200, 300, keep_last=5)
@@ -139,7 +147,7 @@ def test_a_run_fetched_after_a_rollback_resumes_from_the_checkpoint_of_the_rollb
     shutil.rmtree(run)
 
     assert second.complete() == names([100])
-    target = fetch_newest(run, second)
+    target = fetched(run, second, world)
     assert target is not None
     assert find_checkpoint(target)[1].step == 100
     assert read_excluded_steps(run) == [(101, 350)]
@@ -161,7 +169,7 @@ def test_copies_moved_by_a_rollback_stay_whole_and_do_not_count_in_rotation(
 
 
 def test_skipped_steps_of_the_run_and_of_its_copies_are_merged(
-    run: Path, place: Path, copy: Copy
+    run: Path, place: Path, copy: Copy, world: World
 ) -> None:
     copy(run, place, 100)
     second = CopyTarget(str(place), run)
@@ -169,7 +177,7 @@ def test_skipped_steps_of_the_run_and_of_its_copies_are_merged(
     shutil.rmtree(run / "checkpoints")
     write_skipped_steps(run, b"[[7, 9]]\n")
 
-    fetch_newest(run, second)
+    fetched(run, second, world)
 
     assert read_excluded_steps(run) == [(7, 9), (101, 150)]
 
@@ -194,7 +202,7 @@ def test_the_newest_copy_is_fetched_into_a_run_without_checkpoints(
     copy(run, place, 100, 200)
     shutil.rmtree(run)
 
-    target = fetch_newest(run, CopyTarget(str(place), run))
+    target = fetched(run, CopyTarget(str(place), run), world)
 
     assert target == run / "checkpoints" / "step-00000200"
     verify_files(target, read_meta(target))
@@ -208,53 +216,59 @@ def test_a_copy_at_a_url_is_fetched(run: Path, memory: str, copy: Copy, world: W
     place = CopyTarget(memory, run)
     assert (place.complete(), place.name) == (names([200, 300]), f"{memory}/{run.name}")
 
-    target = fetch_newest(run, place)
+    target = fetched(run, place, world)
 
     assert target == run / "checkpoints" / "step-00000300"
     assert newest_checkpoint(run, world) == (target, read_meta(target))
 
 
-def test_without_a_copy_nothing_is_fetched(run: Path, place: Path, memory: str) -> None:
-    assert fetch_newest(run, CopyTarget(str(place), run)) is None
-    assert fetch_newest(run, CopyTarget(memory, run)) is None
+def test_without_a_copy_nothing_is_fetched(
+    run: Path, place: Path, memory: str, world: World
+) -> None:
+    assert fetched(run, CopyTarget(str(place), run), world) is None
+    assert fetched(run, CopyTarget(memory, run), world) is None
     assert not run.exists()
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.model"])
 def test_the_newest_intact_copy_is_fetched(
-    name: str, damage: Callable[[Path], object], run: Path, place: Path, copy: Copy
+    name: str, damage: Callable[[Path], object], run: Path, place: Path, copy: Copy, world: World
 ) -> None:
     copy(run, place, 100, 200, 300)
     for step in ("200", "300"):
         damage(place / run.name / f"step-00000{step}" / name)
     shutil.rmtree(run)
 
-    target = fetch_newest(run, CopyTarget(str(place), run))
+    target = fetched(run, CopyTarget(str(place), run), world)
 
     assert target is not None
     assert find_checkpoint(run) == (target, read_meta(target))
     assert [path.name for path in target.parent.iterdir()] == ["step-00000100"]
 
 
-def test_a_copy_without_metadata_is_ignored(run: Path, place: Path, copy: Copy) -> None:
+def test_a_copy_without_metadata_is_ignored(
+    run: Path, place: Path, copy: Copy, world: World
+) -> None:
     copy(run, place, 100, 200)
     (place / run.name / "step-00000200" / META_NAME).unlink()
     shutil.rmtree(run)
 
-    target = fetch_newest(run, CopyTarget(str(place), run))
+    target = fetched(run, CopyTarget(str(place), run), world)
 
     assert target == run / "checkpoints" / "step-00000100"
 
 
-def test_an_error_is_raised_if_every_copy_is_damaged(run: Path, place: Path, copy: Copy) -> None:
+def test_an_error_is_raised_if_every_copy_is_damaged(
+    run: Path, place: Path, copy: Copy, world: World
+) -> None:
     copy(run, place, 100, 200)
     for copied in (place / run.name).iterdir():
         flip(copied / WEIGHTS)
     shutil.rmtree(run)
 
     with pytest.raises(CheckpointCorruptError, match=f"no copy in .* verifies: .*{WEIGHTS}"):
-        fetch_newest(run, CopyTarget(str(place), run))
+        fetched(run, CopyTarget(str(place), run), world)
 
     assert list((run / "checkpoints").iterdir()) == []
 
@@ -302,7 +316,7 @@ def test_links_and_other_files_are_kept(tmp_path: Path, run: Path, copy: Copy) -
 
 
 def test_runs_of_different_names_have_separate_copies(
-    tmp_path: Path, place: Path, copy: Copy
+    tmp_path: Path, place: Path, copy: Copy, world: World
 ) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     copy(one, place, 100, 200)
@@ -312,7 +326,7 @@ def test_runs_of_different_names_have_separate_copies(
         shutil.rmtree(run)
         second = CopyTarget(str(place), run)
         assert second.complete() == names(steps)
-        target = fetch_newest(run, second)
+        target = fetched(run, second, world)
         assert target is not None
         assert target.name == names(steps)[-1]
 
@@ -386,12 +400,14 @@ def test_a_copy_is_incomplete_while_it_is_written_again(
     assert CopyTarget(str(place), run).complete() == ["step-00000100"]
 
 
-def test_leftovers_of_a_killed_fetch_are_replaced(run: Path, place: Path, copy: Copy) -> None:
+def test_leftovers_of_a_killed_fetch_are_replaced(
+    run: Path, place: Path, copy: Copy, world: World
+) -> None:
     copy(run, place, 100)
     shutil.rmtree(run)
     (run / "checkpoints" / ".fetched.partial" / "half").mkdir(parents=True)
 
-    fetch_newest(run, CopyTarget(str(place), run))
+    fetched(run, CopyTarget(str(place), run), world)
 
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000100"]
 
