@@ -113,7 +113,8 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
     if plan.memory.host_bytes_per_node:
         echo(
             f"host     {_gigabytes(plan.memory.host_bytes_per_node)} GB of memory per node, for "
-            "checkpoints that are being written and offloaded state"
+            "checkpoints that are being written and offloaded state; "
+            f"{_gigabytes(plan.memory.host_bytes_at_start_per_node)} at the start, for whole models"
         )
     link = "between nodes" if cluster.nodes > 1 else "within the node"
     rate = device.network_bytes if cluster.nodes > 1 else device.link_bytes

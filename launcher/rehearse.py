@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -11,15 +12,15 @@ from data_pipeline.common.command import Command, examples
 from data_pipeline.common.number_ranges import COUNT, MANY
 from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import echo, table_lines
-from data_pipeline.errors import MegabackError
+from data_pipeline.errors import ConfigError, MegabackError
 from launcher.plan import choose_device, devices_per_node_option, nodes_option
 from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.planning.data_facts import run_facts
 from megaback.planning.devices import DEVICES, cpu_device
 from megaback.planning.plan import DEFAULT_MFU, Cluster, RunPlan, plan_run, require_room
-from megaback.rehearsal.job import Job, parse_ranks, rehearsal_config, rehearse
-from megaback.rehearsal.report import RankReport, RowsCheck
+from megaback.rehearsal.job import Device, Job, parse_ranks, rehearsal_config, rehearse
+from megaback.rehearsal.report import RankFailure, RankReport, RowsCheck
 from megaback.rehearsal.rows import check_rows
 
 _NOT_REHEARSED = (
@@ -77,6 +78,11 @@ def _show_all(report: RankReport, rows: RowsCheck) -> None:
         )
 
 
+def planned_memory_bytes(plan: RunPlan) -> float:
+    """Planned peak memory of a rank, without a GPU's reserve, which is outside its allocator."""
+    return plan.memory.parts.total - plan.memory.parts.reserve
+
+
 def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
     batch, owned, memory = report.first_batch, report.owned, plan.memory
     echo(f"rank {report.rank} of {world_size}")
@@ -91,10 +97,11 @@ def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
     echo(
         f"  memory      {_size(report.memory_bytes)} at the peak, "
         f"{_size(report.memory_saving_bytes)} with the checkpoint; planned "
-        f"{_size(memory.parts.total)} ({memory.moment})"
+        f"{_size(planned_memory_bytes(plan))} ({memory.moment})"
     )
     phases = ", ".join(f"{name} {duration:.2f}" for name, duration in report.phase_s.items())
-    echo(f"  step        {report.step_s:.2f} s on this machine ({phases})")
+    device = "this machine" if report.device == "cpu" else "its GPU"
+    echo(f"  step        {report.step_s:.2f} s on {device} ({phases}); CPU {report.step_cpu_s:.2f}")
     num_bytes = sum(report.checkpoint.values())
     echo(
         f"  checkpoint  {_size(num_bytes)} in {len(report.checkpoint)} files; planned "
@@ -149,6 +156,20 @@ def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
     help="Number of layers of the rehearsed and planned model. Default: all of the config.",
 )
 @click.option(
+    "--skip-arithmetic",
+    is_flag=True,
+    help="Do not compute matrix products, attention and initial weights: they are zeros. Memory, "
+    "collectives and checks are the same, and the duration of a step is that of all other work.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(get_args(Device)),
+    default="cpu",
+    show_default=True,
+    help="Device of the rank. On a GPU, its allocations are measured, and a step's duration is "
+    "that of a run without communication.",
+)
+@click.option(
     "--device-name",
     help=f"Device whose memory is checked: {', '.join(DEVICES)}. Default: hardware.device_name.",
 )
@@ -161,31 +182,45 @@ def main(
     ranks: str | None,
     steps: int,
     layers: int | None,
+    skip_arithmetic: bool,
+    device: Device,
     device_name: str | None,
     as_json: bool,
 ) -> None:
     """Rehearse single ranks of the run of CONFIG, with key.sub=value OVERRIDES.
 
-    A rank trains in a process on this machine's CPU as if the others were there: data, engine,
-    optimizer and checkpoint are real, and collectives are counted instead of sent. Its measurements
-    are shown beside the plan. It fails with the error that the run would have at this size.
+    A rank trains in a process on this machine as if the others were there: data, engine, optimizer
+    and checkpoint are real, and collectives are counted instead of sent. Its measurements are shown
+    beside the plan. It fails with the error that the run would have at this size.
     """
+    if skip_arithmetic and device != "cpu":
+        raise ConfigError("`skip_arithmetic` is for a CPU; omit it, or use `device=cpu`")
     settings = load_config(config, overrides)
     per_node = devices_per_node or settings.hardware.processes or 8
     world_size = nodes * per_node
     chosen = parse_ranks(ranks, world_size)
     _require_room(settings, device_name, nodes, per_node)
-    short = rehearsal_config(settings, steps, layers)
+    short = rehearsal_config(settings, steps, layers, device)
     rows = check_rows(short, world_size, steps)
-    cluster = Cluster(nodes, per_node, cpu_device(1.0, None))
     facts = run_facts(short, None, None)
-    plan = plan_run(short, facts, cluster, DEFAULT_MFU)
-    reports = []
-    for report in rehearse(Job(short, chosen, world_size, per_node)):
-        reports.append(report)
+
+    def plan_of(report: RankReport) -> RunPlan:
+        planned = replace(cpu_device(1.0, None), name=report.device)
+        return plan_run(short, facts, Cluster(nodes, per_node, planned), DEFAULT_MFU, report.rank)
+
+    plans: list[tuple[RankReport, RunPlan]] = []
+    failures: list[RankFailure] = []
+    for report in rehearse(Job(short, chosen, world_size, per_node, skip_arithmetic)):
+        if isinstance(report, RankFailure):
+            failures.append(report)
+            if not as_json:
+                echo(f"rank {report.rank} of {world_size} failed: {report.error}")
+            continue
+        plan = plan_of(report)
+        plans.append((report, plan))
         if as_json:
             continue
-        if len(reports) == 1:
+        if len(plans) == 1:
             echo(
                 f"model    {plan.size.total:,} parameters in {short.model.num_layers} layers; "
                 f"{short.optimizer.name}, {short.training.precision}, ZeRO stage {plan.stage}"
@@ -193,27 +228,55 @@ def main(
             _show_all(report, rows)
         _show_rank(report, plan, world_size)
     if as_json:
-        click.echo(json.dumps(_to_json(reports, rows, plan, world_size), indent=2))
+        click.echo(json.dumps(_to_json(plans, failures, rows, world_size), indent=2))
     else:
         echo(f"not rehearsed: {_NOT_REHEARSED}")
-    problems = [*rows.problems, *(text for one in reports for text in one.ownership.problems)]
+    if failures:
+        raise failures[0].error
+    problems = [*rows.problems, *problems_between([report for report, _ in plans])]
     if problems:
         raise MegabackError(f"{problems[0]}; please report this with the config")
 
 
+def problems_between(reports: Sequence[RankReport]) -> list[str]:
+    """Problems of the partitioning of weights, which every rank computes for all ranks."""
+    found = [text for one in reports for text in one.ownership.problems]
+    return found + [
+        f"ranks {reports[0].rank} and {one.rank} partition the weights differently"
+        for one in reports
+        if one.ownership != reports[0].ownership
+    ]
+
+
 def _to_json(
-    reports: Sequence[RankReport], rows: RowsCheck, plan: RunPlan, world_size: int
+    plans: Sequence[tuple[RankReport, RunPlan]],
+    failures: Sequence[RankFailure],
+    rows: RowsCheck,
+    world_size: int,
 ) -> dict[str, object]:
     return {
         "world_size": world_size,
-        "parameters": plan.size.total,
-        "planned": {
-            "memory_bytes": plan.memory.parts.total,
-            "sent_bytes": planned_bytes(plan),
-            "checkpoint_bytes": plan.checkpoint_bytes / world_size,
-        },
         "rows": asdict(rows),
-        "ranks": [asdict(report) for report in reports],
+        "ranks": [
+            {
+                **asdict(report),
+                "planned": {
+                    "memory_bytes": planned_memory_bytes(plan),
+                    "sent_bytes": planned_bytes(plan),
+                    "checkpoint_bytes": plan.checkpoint_bytes / world_size,
+                },
+            }
+            for report, plan in plans
+        ],
+        "failures": [
+            {
+                "rank": one.rank,
+                "error": type(one.error).__name__,
+                "message": str(one.error),
+                "exit_code": one.error.exit_code,
+            }
+            for one in failures
+        ],
         "not_rehearsed": _NOT_REHEARSED,
     }
 

@@ -163,7 +163,7 @@ def start_world(device_name: str, timeout_s: float) -> World:
     """Join the other ranks. Raises BackendError or LaunchError."""
     name_rank()
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = _choose_device(device_name, local_rank)
+    device = choose_device(device_name, local_rank)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
@@ -239,7 +239,7 @@ def end_rank(code: int = 0) -> NoReturn:
     leave(code)
 
 
-def _choose_device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise BackendError(

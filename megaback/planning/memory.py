@@ -2,23 +2,24 @@
 
 It covers the allocations of DeepSpeed's ZeRO (Rajbhandari et al., 2020) and of our optimizers, as
 listed in docs/planning.md; `benchmarks/memory.py` compares it with real runs. Memory peaks at the
-start of the backward pass, in its first and last block, at its end, and in the optimizer. The copy
-of a checkpoint is in host memory, which on a CPU is the rank's own.
+start of the backward pass, in its first and last block, at its end, and in the optimizer. The whole
+model at the start and the copy of a checkpoint are in host memory, on a CPU the rank's own.
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from megaback.config import ModelSection
 from megaback.planning.activation_memory import Arithmetic, Attention, activations_of
 from megaback.planning.flops import ModelSize
+from megaback.planning.matrix_shares import matrices_of, matrix_share, matrix_shares
+from megaback.planning.muon_memory import exchange_bytes, orthogonal_elements
 
 _MIN_BUCKET_ELEMENTS = 1_000_000
 _MAX_BUCKET_ELEMENTS = 500_000_000
 _GATHERED_ELEMENTS = 1_000_000_000
 """Maximum weights that ZeRO 3 keeps gathered: DeepSpeed's stage3_max_live_parameters."""
 _GROUP_ELEMENTS = 1_000_000_000
-"""Elements that ZeRO 3 updates at a time: DeepSpeed's sub_group_size."""
+"""Elements of a rank that ZeRO 3 updates at a time: DeepSpeed's sub_group_size."""
 _WHOLE_REDUCED_ELEMENTS = 500_000_000
 """Elements that stage 0 reduces at a time."""
 
@@ -56,6 +57,8 @@ class Setting:
     attention: Attention
     saves_while_training: bool
     is_cpu: bool
+    rank: int | None = None
+    """None: the rank that uses most."""
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -80,7 +83,7 @@ class Parts:
     logits: float = 0.0
     buckets: float = 0.0
     update: float = 0.0
-    """Additional bytes of an update."""
+    """Additional bytes of an update, or of the start."""
     copy: float = 0.0
     """Copy of the checkpoint that is being written, on a CPU."""
     reserve: float = 0.0
@@ -99,20 +102,24 @@ class RankMemory:
     parts: Parts
     host_bytes_per_node: float
     """Offloaded state and copies of checkpoints; 0 on CPUs, where they are in `parts`."""
+    host_bytes_at_start_per_node: float
+    """Whole models in fp32, before they are moved to the devices; 0 on CPUs."""
     moments: dict[str, float]
     """Bytes at every moment."""
 
 
 def rank_memory(setting: Setting) -> RankMemory:
-    """Memory of the rank that uses most."""
+    """Memory of a rank, by default of the one that uses most."""
     size = ModelSize.of(setting.shape, setting.vocab_size)
     moments = {**_step_moments(setting, size), "update": _update(setting, size)}
     copy = _checkpoint_bytes(size, setting.optimizer) / setting.ranks
+    start = _start(setting, size)
     host = copy + _offloaded(setting, size)
     if setting.is_cpu:
         if setting.saves_while_training:
             moments = {name: replace(parts, copy=copy) for name, parts in moments.items()}
         moments["saving"] = replace(_resident(setting, size), copy=copy)
+        moments["start"] = start
     else:
         moments = {name: _with_reserve(parts) for name, parts in moments.items()}
     peak = max(moments, key=lambda name: moments[name].total)
@@ -120,6 +127,7 @@ def rank_memory(setting: Setting) -> RankMemory:
         peak,
         moments[peak],
         0.0 if setting.is_cpu else host * setting.ranks_per_node,
+        0.0 if setting.is_cpu else start.total * setting.ranks_per_node,
         {name: parts.total for name, parts in moments.items()},
     )
 
@@ -176,6 +184,19 @@ def _resident(setting: Setting, size: ModelSize) -> Parts:
         if setting.offload == "parameters":
             weights = 0.0
     return Parts(weights=weights, gradients=gradients, optimizer=optimizer, buckets=buckets)
+
+
+def _start(setting: Setting, size: ModelSize) -> Parts:
+    """Peak of the start, where the host's memory has the whole model in fp32."""
+    shape = setting.shape
+    largest = max(size.embedding, *(rows * columns for rows, columns in matrices_of(shape)))
+    weights, work = 4.0 * size.total, 4.0 * largest  # random numbers for one parameter
+    if setting.is_cpu and setting.stage in (1, 2) and setting.precision == "fp32":
+        # ZeRO copies each group of parameters into a flat tensor.
+        is_muon = setting.optimizer == "muon"
+        rest = size.total - size.matrices
+        work = 4.0 * (max(size.matrices, rest) if is_muon else size.total)
+    return Parts(weights=weights, update=work)
 
 
 def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
@@ -236,59 +257,41 @@ def _update(setting: Setting, size: ModelSize) -> Parts:
     low, is_muon = setting.weight_bytes, setting.optimizer == "muon"
     rest = size.total - size.matrices
     if stage == 0:
-        work = _muon_work(setting.shape, 1, setting.precision, whole=True) if is_muon else 0.0
+        work = _whole_work(setting, size) if is_muon else 0.0
         return replace(resident, gradients=4.0 * size.total, update=work)
     if _is_offloaded(setting):  # matrices are orthogonalized on the device
-        work = _muon_work(setting.shape, ranks, setting.precision) if is_muon else 0.0
-        return replace(resident, update=work)
+        return replace(resident, update=_muon_work(setting) if is_muon else 0.0)
     averaged = 0.0 if stage == 3 else low * size.total / ranks
-    group = max(size.matrices, rest) if is_muon else size.total
+    group = (max(size.matrices, rest) if is_muon else size.total) / ranks
     if stage == 3:
         group = min(group, _GROUP_ELEMENTS)
     # A flat copy, then one in fp32.
-    flat = (low + (4 if low == 2 else 0)) * group / ranks
+    flat = (low + (4 if low == 2 else 0)) * group
     plain = replace(resident, gradients=resident.gradients + averaged, update=flat)
     if not is_muon:
         return plain
-    matrices = min(size.matrices, _GROUP_ELEMENTS) if stage == 3 else size.matrices
-    part = matrices / size.matrices
-    work = 8.0 * matrices / ranks + part * _muon_work(setting.shape, ranks, setting.precision)
+    part = min(_GROUP_ELEMENTS * ranks / size.matrices, 1.0) if stage == 3 else 1.0
+    work = part * (8.0 * size.matrices / ranks + _muon_work(setting))
     orthogonal = replace(resident, update=work)
     return max(plain, orthogonal, key=lambda parts: parts.total)
 
 
-def _muon_work(shape: ModelSection, ranks: int, precision: str, *, whole: bool = False) -> float:
-    """Bytes to orthogonalize a rank's matrices, in addition to gradient and momentum.
-
-    `whole`: every rank holds whole matrices, and none is gathered.
-    """
-    size = 4 if precision == "fp32" else 2
-    groups = list(_matrix_groups(shape))
-    matrices = sum(elements for elements, _ in groups) / ranks
-    orthogonal = before = previous = 0.0
-    for elements, grams in groups:
-        # A stack, two iterates, two Gram matrices; results of the previous shapes.
-        now = (3 * elements + 2 * grams) / ranks + before + previous
-        orthogonal = max(orthogonal, now)
-        before, previous = before + elements / ranks, elements / ranks
-    if whole:
-        return size * (matrices + orthogonal)
-    copies = 1 + (ranks > 1 or size == 2)
-    transposed = 2 * shape.num_layers * shape.width * shape.hidden_mlp_width / ranks
-    after = size * ((copies + 1 + (ranks > 1)) * matrices + transposed) + 4 * matrices
-    return max(size * (copies * matrices + orthogonal), after)
+def _whole_work(setting: Setting, size: ModelSize) -> float:
+    """Bytes of Muon's update at stage 0, where every rank has whole matrices."""
+    elements = size.matrices + orthogonal_elements(matrices_of(setting.shape))
+    return _matrix_bytes(setting) * elements
 
 
-def _matrix_groups(shape: ModelSection) -> Iterable[tuple[float, float]]:
-    """(elements, elements of the Gram matrices) of the matrices of each shape, in order."""
-    kv_width = shape.kv_heads * shape.head_dim
-    counts: dict[tuple[int, int], int] = {}
-    for rows, columns, count in (
-        (shape.width, shape.width, 2),
-        (kv_width, shape.width, 2),
-        (shape.width, shape.hidden_mlp_width, 3),
-    ):
-        key = (min(rows, columns), max(rows, columns))
-        counts[key] = counts.get(key, 0) + count * shape.num_layers
-    for (short, long), count in counts.items():
-        yield float(count * short * long), float(count * short * short)
+def _muon_work(setting: Setting) -> float:
+    """Bytes of Muon's update at stages 1 to 3, besides gradient and momentum."""
+    shape, ranks, stage = setting.shape, setting.ranks, setting.stage
+    if setting.rank is None:
+        shares = matrix_shares(shape, ranks, stage)
+    else:
+        shares = (matrix_share(shape, ranks, stage, setting.rank),)
+    return max(exchange_bytes(share, ranks, _matrix_bytes(setting)) for share in shares)
+
+
+def _matrix_bytes(setting: Setting) -> int:
+    """Bytes per element of the matrices that are orthogonalized."""
+    return 4 if setting.precision == "fp32" else 2

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megaback.config import ModelSection
 from megaback.planning.devices import Device
 from megaback.planning.flops import ModelSize
+from megaback.planning.matrix_shares import matrix_share, matrix_shares
 
 _KEPT_ELEMENTS = 1_000_000_000
 """Weights that stage 3 keeps gathered until the backward pass: DeepSpeed's max_reuse_distance."""
@@ -24,7 +25,7 @@ class Traffic:
     gradient_bytes: float
     weight_bytes: float
     optimizer_bytes: float
-    """Upper bound for gathering and scattering Muon's matrices."""
+    """Gathering Muon's matrices and scattering the results."""
 
     @property
     def total(self) -> float:
@@ -44,17 +45,21 @@ def step_traffic(
     stage: int,
     precision: str,
     optimizer: str,
+    rank: int | None = None,
 ) -> Traffic:
-    """Traffic of one rank per step."""
+    """Traffic of one rank per step, by default of the one that sends most."""
     size = ModelSize.of(shape, vocab_size)
     others = (ranks - 1) / ranks
     low = 2 if precision == "bf16" and stage else 4
     weights = low * size.total * others
-    # A rank sends its slices to the owners of the matrices, and the results of those that it owns:
-    # at most one whole matrix more than its share.
-    largest = shape.width * max(shape.width, shape.hidden_mlp_width)
-    matrices = (2 if precision == "bf16" else 4) * (2 * size.matrices / ranks + largest)
-    exchanged = others * matrices if optimizer == "muon" and stage else 0.0
+    exchanged = 0.0
+    if optimizer == "muon" and stage and ranks > 1:
+        if rank is None:
+            shares = matrix_shares(shape, ranks, stage)
+        else:
+            shares = (matrix_share(shape, ranks, stage, rank),)
+        sent = max(share.sent_elements for share in shares)
+        exchanged = float((2 if precision == "bf16" else 4) * sent)
     if stage == 0:
         return Traffic(2 * weights, 0.0, 0.0)
     if stage == 3:

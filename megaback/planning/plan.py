@@ -80,8 +80,13 @@ class RunPlan:
         return self.stages[self.stage]
 
 
-def plan_run(config: Config, facts: RunFacts, cluster: Cluster, mfu: float) -> RunPlan:
-    """Plan a run. Raises BatchError if the batch is not divisible by the ranks."""
+def plan_run(
+    config: Config, facts: RunFacts, cluster: Cluster, mfu: float, rank: int | None = None
+) -> RunPlan:
+    """Plan a run. Raises BatchError if the batch is not divisible by the ranks.
+
+    Memory and traffic are those of a rank, by default of the one that has most.
+    """
     micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
     stage, precision = config.zero.stage, config.training.precision
     flops = flops_per_token(config.model, facts.vocab_size, facts.attended_tokens)
@@ -101,6 +106,7 @@ def plan_run(config: Config, facts: RunFacts, cluster: Cluster, mfu: float) -> R
         stage=stage,
         precision=precision,
         optimizer=config.optimizer.name,
+        rank=rank,
     )
     return RunPlan(
         size=ModelSize.of(config.model, facts.vocab_size),
@@ -110,7 +116,7 @@ def plan_run(config: Config, facts: RunFacts, cluster: Cluster, mfu: float) -> R
         step_tokens=step_tokens,
         steps=steps,
         stages={
-            other: memory_of(config, facts, cluster, stage=other)
+            other: memory_of(config, facts, cluster, stage=other, rank=rank)
             for other in (0, 1, 2, 3)
             if other == stage or config.zero.offload == "none"
         },
@@ -124,9 +130,16 @@ def plan_run(config: Config, facts: RunFacts, cluster: Cluster, mfu: float) -> R
 
 
 def memory_of(
-    config: Config, facts: RunFacts, cluster: Cluster, stage: int | None = None
+    config: Config,
+    facts: RunFacts,
+    cluster: Cluster,
+    stage: int | None = None,
+    rank: int | None = None,
 ) -> RankMemory:
-    """Memory of a rank, at the config's stage or another. Raises BatchError."""
+    """Memory of a rank, by default of the one that has most, at the config's stage or another.
+
+    Raises BatchError.
+    """
     micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
     return rank_memory(
         Setting(
@@ -145,6 +158,7 @@ def memory_of(
             attention=_attention(config, cluster.device),
             saves_while_training=config.checkpoint.every_steps is not None,
             is_cpu=cluster.device.is_cpu,
+            rank=rank,
         )
     )
 

@@ -157,7 +157,8 @@ class RehearsalGroup(dist.ProcessGroup):
 
     def _done(self, kind: str, sent_bytes: float, tensors: list[Tensor]) -> Any:
         self._log.add(kind, sent_bytes, is_control=self._is_control)
-        future: Future[list[Tensor]] = Future()
+        devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
+        future: Future[list[Tensor]] = Future(devices=list(devices))
         future.set_result(tensors)
         return c10d._create_work_from_future(future)  # type: ignore[attr-defined]
 

@@ -5,7 +5,9 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -13,8 +15,9 @@ from data_pipeline import errors
 from data_pipeline.common.import_path import module_command
 from data_pipeline.errors import ConfigError, MegabackError
 from megaback.config import CheckpointSection, Config, LoggingSection, ValidationSection
-from megaback.rehearsal.report import RankReport
+from megaback.rehearsal.report import RankFailure, RankReport
 
+Device = Literal["cpu", "cuda", "auto"]
 _REPORT = TypeAdapter(RankReport)
 
 
@@ -26,6 +29,8 @@ class Job:
     ranks: tuple[int, ...]
     world_size: int
     ranks_per_node: int
+    skip_arithmetic: bool = False
+    """Whether most arithmetic is skipped: `rehearsal.skipped_arithmetic`."""
 
     @classmethod
     def parse(cls, text: str) -> "Job":
@@ -39,18 +44,21 @@ class Job:
                 "ranks": self.ranks,
                 "world_size": self.world_size,
                 "ranks_per_node": self.ranks_per_node,
+                "skip_arithmetic": self.skip_arithmetic,
             }
         )
 
 
-def rehearsal_config(config: Config, steps: int, layers: int | None) -> Config:
-    """The config of a run that is rehearsed: short, on a CPU, without validation and trackers."""
+def rehearsal_config(
+    config: Config, steps: int, layers: int | None, device: Device = "cpu"
+) -> Config:
+    """The config of a run that is rehearsed: short, without validation and trackers."""
     model = (
         config.model if layers is None else config.model.model_copy(update={"num_layers": layers})
     )
     hardware = {
-        "device": "cpu",
-        "attention": "auto",
+        "device": device,
+        "attention": config.hardware.attention if device == "cuda" else "auto",
         "preflight": "off",
         "memory_check": "off",
     }
@@ -84,34 +92,63 @@ def parse_ranks(text: str | None, world_size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ranks))
 
 
-def rehearse(*jobs: Job) -> Iterator[RankReport]:
-    """Rehearse the ranks of each job. Raises the MegabackError that a run would end with."""
-    num_reports = 0
-    with (
-        tempfile.TemporaryDirectory(prefix="rehearsal-", ignore_cleanup_errors=True) as folder,
-        subprocess.Popen(
-            module_command("megaback.rehearsal.process"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": folder},
-            text=True,
-        ) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
+class RehearsalProcess:
+    """A process that rehearses jobs, and loads the libraries once for all of them."""
+
+    def __init__(self, device: Device = "cpu") -> None:
+        self._device = device
+
+    def __enter__(self) -> "RehearsalProcess":
+        with ExitStack() as stack:
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="rehearsal-", ignore_cleanup_errors=True)
+            )
+            self._process = stack.enter_context(
+                subprocess.Popen(
+                    [*module_command("megaback.rehearsal.process"), self._device],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env={**os.environ, "TMPDIR": folder},
+                    text=True,
+                )
+            )
+            stack.callback(self._process.terminate)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def rehearse(self, job: Job) -> Iterator[RankReport | RankFailure]:
+        """Rehearse a job's ranks in turn. Raises MegabackError if the process ends."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
-            process.stdin.writelines(f"{job.to_json()}\n" for job in jobs)
-            process.stdin.close()
-            for line in process.stdout:
-                fields = json.loads(line)
-                if "error" in fields:
-                    raise getattr(errors, fields["error"], MegabackError)(fields["message"])
-                num_reports += 1
+            self._process.stdin.write(f"{job.to_json()}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise _ended() from None
+        for rank in job.ranks:
+            line = self._process.stdout.readline()
+            if not line:
+                raise _ended()
+            fields = json.loads(line)
+            if "error" in fields:
+                kind = getattr(errors, fields["error"], MegabackError)
+                yield RankFailure(rank, kind(fields["message"]))
+            else:
                 yield _REPORT.validate_python(fields)
-        finally:
-            process.terminate()
-    if num_reports < sum(len(job.ranks) for job in jobs):
-        raise MegabackError("the process of the ranks ended early; see its messages above")
+
+
+def rehearse(*jobs: Job) -> Iterator[RankReport | RankFailure]:
+    """Rehearse the ranks of jobs on one device. Raises MegabackError if their process ends."""
+    with RehearsalProcess(jobs[0].config.hardware.device) as process:
+        for job in jobs:
+            yield from process.rehearse(job)
+
+
+def _ended() -> MegabackError:
+    return MegabackError("the process of the ranks ended early; see its messages above")
 
 
 def as_json(error: MegabackError) -> str:

@@ -22,6 +22,7 @@ def ownership_of(engine: Any, world_size: int) -> Ownership:
             max_weights=total,
             matrices=0,
             ranks_without_matrices=0,
+            first_without_matrices=None,
             problems=(),
         )
     partitions = partitions_of(engine, world_size)
@@ -30,12 +31,14 @@ def ownership_of(engine: Any, world_size: int) -> Ownership:
         for rank in range(world_size)
     ]
     owners = matrix_owners(engine, world_size)
+    without = sorted(set(range(world_size)) - set(owners)) if owners else []
     return Ownership(
         parameters=total,
         min_weights=min(counts),
         max_weights=max(counts),
         matrices=len(owners),
-        ranks_without_matrices=world_size - len(set(owners)) if owners else 0,
+        ranks_without_matrices=len(without),
+        first_without_matrices=without[0] if without else None,
         problems=tuple(uncovered(partitions, lengths)),
     )
 

@@ -4,14 +4,13 @@
 (`rehearsal.collectives`) and what the config of a rehearsal disables (`rehearsal.job`).
 """
 
-import ctypes
-import gc
 import logging
 import os
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic
+from time import monotonic, process_time
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,13 +21,15 @@ from data_pipeline.errors import MegabackError
 from megaback.checkpoints.state import holdings_of, num_updates
 from megaback.config import Config, HardwareSection
 from megaback.data import Data, open_data
-from megaback.distributed.world import CollectiveExit, World
+from megaback.distributed.world import CollectiveExit, World, choose_device
 from megaback.environment import LAUNCHER_VARIABLE
 from megaback.faults.stop_request import StopRequest
 from megaback.faults.watchdog import Watchdog
 from megaback.rehearsal.collectives import CollectiveLog, join
+from megaback.rehearsal.memory_meter import MemoryMeter
 from megaback.rehearsal.ownership import matrix_owners, ownership_of
 from megaback.rehearsal.report import FirstBatch, Owned, RankReport, Traffic
+from megaback.rehearsal.skipped_arithmetic import arithmetic_skipped
 from megaback.run_folder import CHECKPOINTS_FOLDER, step_name
 from megaback.training.run import Run
 from megaback.training.setup import prepare_run
@@ -37,8 +38,6 @@ from megaback.training.trainer import Trainer
 
 _Result = TypeVar("_Result")
 _STEP_PHASES = ("reading its rows", "computing gradients", "updating")
-# glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_ARENA_MAX.
-_MALLOC_OPTIONS = ((-3, 65_536), (-1, 65_536), (-8, 1))
 
 
 class SoloWorld(World):
@@ -57,20 +56,29 @@ class PhaseClock(Watchdog):
     """Durations of the phases; it writes nothing and ends nothing."""
 
     def __init__(
-        self, run: Path, section: HardwareSection, world: World, log: CollectiveLog
+        self,
+        run: Path,
+        section: HardwareSection,
+        world: World,
+        log: CollectiveLog,
+        memory: MemoryMeter,
     ) -> None:
         super().__init__(run, section, world)
-        self._folder, self._log = run, log
-        self._since = monotonic()
+        self._folder, self._log, self._memory = run, log, memory
+        self._since, self._cpu_since = monotonic(), process_time()
         self.duration_s: dict[tuple[int, str], float] = defaultdict(float)
+        self.cpu_s: dict[int, float] = defaultdict(float)
         self.memory_before_saving_bytes = 0
 
     def set_phase(self, phase: str, step: int) -> None:
-        now, log = monotonic(), self._log
+        self._memory.wait()
+        now, cpu_now, log = monotonic(), process_time(), self._log
         self.duration_s[log.step, log.phase] += now - self._since
-        self._since, log.step, log.phase = now, step, phase
+        if log.phase in _STEP_PHASES:
+            self.cpu_s[log.step] += cpu_now - self._cpu_since
+        self._since, self._cpu_since, log.step, log.phase = now, cpu_now, step, phase
         if phase == "saving":
-            self.memory_before_saving_bytes = _status_bytes("VmHWM")
+            self.memory_before_saving_bytes = self._memory.peak_bytes()
 
     def open(self) -> None:
         pass
@@ -82,28 +90,37 @@ class PhaseClock(Watchdog):
         return self._folder
 
 
-def rehearse_rank(config: Config, rank: int, world_size: int, ranks_per_node: int) -> RankReport:
+def rehearse_rank(
+    config: Config,
+    rank: int,
+    world_size: int,
+    ranks_per_node: int,
+    *,
+    skip_arithmetic: bool = False,
+) -> RankReport:
     """Train `training.steps` steps as a rank, and save. `config.run` is an empty folder.
 
     Only once per process. Raises the MegabackError that the run would end with.
     """
-    libc = ctypes.CDLL(None)
-    for option, value in _MALLOC_OPTIONS:
-        libc.mallopt(option, value)
+    device = choose_device(config.hardware.device, 0)
+    # A GPU's local rank is the index of its device.
+    local_rank = rank % ranks_per_node if device.type == "cpu" else device.index
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank % ranks_per_node),
+        "LOCAL_RANK": str(local_rank),
         "LOCAL_SIZE": str(ranks_per_node),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
         LAUNCHER_VARIABLE: str(os.getppid()),  # if it ends, so does this rank
     }
     log = CollectiveLog()
-    world = SoloWorld(rank, world_size, torch.device("cpu"), join(rank, world_size, log))
-    prepare_deepspeed()
+    world = SoloWorld(rank, world_size, device, join(rank, world_size, log))
+    prepare_deepspeed(device.type)
+    skipped = arithmetic_skipped() if skip_arithmetic else nullcontext()
     try:
-        return _rehearse(config, world, log)
+        with skipped:
+            return _rehearse(config, world, log)
     except CollectiveExit as ending:
         raise (ending.error or MegabackError(f"rank {rank} ended without an error")) from None
     except MegabackError:
@@ -116,9 +133,9 @@ def rehearse_rank(config: Config, rank: int, world_size: int, ranks_per_node: in
         ) from error
 
 
-def prepare_deepspeed() -> None:
-    """Import DeepSpeed for a CPU; with a default group, also let it use this group."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def prepare_deepspeed(device_type: str) -> None:
+    """Import DeepSpeed for a type of device; with a default group, also let it use this group."""
+    os.environ["DS_ACCELERATOR"] = device_type
     import deepspeed
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
@@ -136,12 +153,9 @@ def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
     target = config.run / CHECKPOINTS_FOLDER / step_name(config.training.steps or 0)
     if not world.is_first:
         target.mkdir(parents=True)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    base_bytes = _status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+    memory = MemoryMeter.of(world.device)
     started = monotonic()
-    clock = PhaseClock(config.run, config.hardware, world, log)
+    clock = PhaseClock(config.run, config.hardware, world, log, memory)
     run = prepare_run(config, world, clock)
     assert not isinstance(run, AlreadyTrained)
     run = replace(run, data=replace(run.data, val=()))
@@ -160,14 +174,16 @@ def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
     phase_s = {phase: clock.duration_s[steps, phase] for phase in _STEP_PHASES}
     return RankReport(
         rank=world.rank,
+        device=world.device.type,
         first_batch=first_batch,
         owned=_owned(run, world),
         ownership=ownership_of(run.engine, world.size),
         start_s=start_s,
         step_s=sum(phase_s.values()),
+        step_cpu_s=clock.cpu_s[steps],
         phase_s=phase_s,
-        memory_bytes=clock.memory_before_saving_bytes - base_bytes,
-        memory_saving_bytes=_status_bytes("VmHWM") - base_bytes,
+        memory_bytes=clock.memory_before_saving_bytes,
+        memory_saving_bytes=memory.peak_bytes(),
         traffic=_traffic(log, steps, _STEP_PHASES),
         start_traffic=_traffic(log, 0, ("starting", "checking the nodes")),
         checkpoint={path.name: path.stat().st_size for path in sorted(target.glob("*-*"))},
@@ -247,12 +263,3 @@ def _read_bytes() -> int:
     """Bytes that this process has read from files."""
     text = Path("/proc/self/io").read_text(encoding="ascii")
     return int(next(line for line in text.splitlines() if line.startswith("rchar:")).split()[1])
-
-
-def _status_bytes(name: str) -> int:
-    """A size of Linux's /proc/self/status, in bytes."""
-    text = Path("/proc/self/status").read_text(encoding="utf-8")
-    return (
-        int(next(line for line in text.splitlines() if line.startswith(name + ":")).split()[1])
-        << 10
-    )

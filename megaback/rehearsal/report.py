@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from data_pipeline.errors import MegabackError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
@@ -50,6 +52,8 @@ class Ownership:
     """Elements that a rank updates, without padding."""
     matrices: int
     ranks_without_matrices: int
+    first_without_matrices: int | None
+    """Lowest of these ranks, if there are matrices."""
     problems: tuple[str, ...]
     """Elements that no rank or several ranks own; none at stage 0, where every rank has all."""
 
@@ -59,6 +63,8 @@ class RankReport:
     """Measurements of one rank's rehearsal."""
 
     rank: int
+    device: str
+    """`cpu` or `cuda`."""
     first_batch: FirstBatch
     owned: Owned
     ownership: Ownership
@@ -66,10 +72,13 @@ class RankReport:
     """Duration of the setup of data, model and engine, in seconds."""
     step_s: float
     """Duration of the last step on this machine, without communication."""
+    step_cpu_s: float
+    """CPU time of the last step, of all threads."""
     phase_s: dict[str, float]
     """Duration of the last step's phases."""
     memory_bytes: int
-    """Peak memory until the checkpoint, without that of the process before the run."""
+    """Peak memory until the checkpoint: on a CPU that of the process, less its memory before the
+    run, on a GPU that of PyTorch's allocator."""
     memory_saving_bytes: int
     """The same, including the checkpoint."""
     traffic: tuple[Traffic, ...]
@@ -78,6 +87,14 @@ class RankReport:
     """Collectives before the first step."""
     checkpoint: dict[str, int]
     """Bytes of each of the rank's files of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """A rank that failed, and the error that a run would end with."""
+
+    rank: int
+    error: MegabackError
 
 
 @dataclass(frozen=True, kw_only=True)

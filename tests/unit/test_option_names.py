@@ -31,11 +31,12 @@ OTHER_SPELLINGS = {
     "--workers": ["--jobs", "--num-workers", "--processes", "--threads"],
 }
 SHARED = [
-    *("--device", "--dtype", "--html", "--hostfile", "--limit", "--max-new-tokens"),
+    *("--dtype", "--html", "--hostfile", "--limit", "--max-new-tokens"),
     *("--max-record-bytes", "--min-p", "--num-samples", "--on-bad-record", "--save-before"),
     *("--seed", "--temperature", "--text-column", "--top-k", "--top-p", "--workers"),
 ]
 TYPES_THAT_DIFFER = {
+    "--device": {"choice", "text"},  # `rehearse` has a type of device, others also `cuda:1`
     "--in": {"source", "path"},  # `rerank` and `score` read one file, or standard input
     "--task-index": {"integer range", "text"},  # `shards build` also does a range of tasks
     "--text": {"filename"},

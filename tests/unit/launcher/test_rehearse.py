@@ -5,10 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 
-from data_pipeline.errors import BatchError, ConfigError, MegabackError, NotEnoughMemoryError
+from data_pipeline.errors import (
+    BackendError,
+    BatchError,
+    CheckpointMissingError,
+    ConfigError,
+    MegabackError,
+    NotEnoughMemoryError,
+)
 from launcher.rehearse import main
 from tests.helpers.tiny_run import tiny_config
 
@@ -32,12 +40,12 @@ def test_a_rank_is_rehearsed_beside_the_plan_of_the_shortened_model(
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     (rank,) = found["ranks"]
-    assert found["parameters"] == rank["ownership"]["parameters"]
+    assert found["failures"] == []
     assert (rank["ownership"]["matrices"], rank["owned"]["matrices"]) == (7, 1)
-    planned = found["planned"]["sent_bytes"]
+    planned = rank["planned"]["sent_bytes"]
     sent = {one["kind"]: one["sent_bytes"] for one in rank["traffic"] if one["group"] == "engine"}
     assert planned.keys() <= sent.keys()
-    assert planned["all-to-all"] / 2 < sent["all-to-all"] <= planned["all-to-all"]
+    assert sent["all-to-all"] == planned["all-to-all"]
     assert (found["rows"]["rows_per_step"], found["rows"]["problems"]) == (8, [])
 
 
@@ -56,3 +64,26 @@ def test_a_run_that_would_fail_is_refused(
     rehearse: Callable[..., Result], words: str, error: type[MegabackError]
 ) -> None:
     assert rehearse(*words.split()).exit_code == error.exit_code
+
+
+def test_ranks_that_fail_are_listed_with_those_that_do_not(
+    rehearse: Callable[..., Result], tmp_path: Path
+) -> None:
+    """The first rank alone finds that the run's base does not exist."""
+    words = ["--devices-per-node", "2", "--ranks", "0,1", f"init_from={tmp_path / 'none'}"]
+    result = rehearse(*words, "--json")
+    assert result.exit_code == CheckpointMissingError.exit_code
+    found = json.loads(result.stdout)
+    assert [(one["rank"], one["exit_code"]) for one in found["failures"]] == [
+        (rank, CheckpointMissingError.exit_code) for rank in (0, 1)
+    ]
+    assert "none" in found["failures"][0]["message"]
+    assert (found["ranks"], found["rows"]["problems"]) == ([], [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused_as_by_a_run(rehearse: Callable[..., Result]) -> None:
+    result = rehearse("--devices-per-node", "2", "--device", "cuda", "--json")
+    assert result.exit_code == BackendError.exit_code
+    assert "torch sees no CUDA device" in json.loads(result.stdout)["failures"][1]["message"]
+    assert rehearse("--device", "cuda", "--skip-arithmetic").exit_code == ConfigError.exit_code

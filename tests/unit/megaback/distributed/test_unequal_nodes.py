@@ -26,9 +26,9 @@ def test_a_node_whose_gpus_torch_does_not_see_is_reported_by_one_of_its_ranks(
     monkeypatch.setenv("MEGABACK_HOST", "n7")
 
     with pytest.raises(LaunchError, match="node n7 has GPUs, but torch sees none"):
-        distributed._choose_device("auto", 0)
+        distributed.choose_device("auto", 0)
     with pytest.raises(SystemExit) as ending:
-        distributed._choose_device("auto", 1)
+        distributed.choose_device("auto", 1)
     assert ending.value.code == LaunchError.exit_code
 
 
@@ -36,11 +36,11 @@ def test_a_node_whose_gpus_torch_does_not_see_is_reported_by_one_of_its_ranks(
 def test_the_cpu_is_used_when_requested_or_when_gpus_are_hidden(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert distributed._choose_device("cpu", 1).type == "cpu"
+    assert distributed.choose_device("cpu", 1).type == "cpu"
     with pytest.raises(BackendError):
-        distributed._choose_device("cuda", 0)
+        distributed.choose_device("cuda", 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert distributed._choose_device("auto", 0).type == "cpu"
+    assert distributed.choose_device("auto", 0).type == "cpu"
 
 
 def test_cuda_visible_devices_alone_does_not_imply_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_cuda_visible_devices_alone_does_not_imply_a_gpu(monkeypatch: pytest.Mon
     monkeypatch.setattr(distributed, "count_device_files", lambda: 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
 
-    assert distributed._choose_device("auto", 0).type == "cpu"
+    assert distributed.choose_device("auto", 0).type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_a_task_that_sees_one_gpu_uses_it(
 
     if index is None:
         with pytest.raises(LaunchError, match="local rank 3 has no device"):
-            distributed._choose_device("auto", local_rank)
+            distributed.choose_device("auto", local_rank)
     else:
-        assert distributed._choose_device("auto", local_rank) == torch.device("cuda", index)
+        assert distributed.choose_device("auto", local_rank) == torch.device("cuda", index)
 
 
 @pytest.mark.parametrize("names", ["GPU-8932f937,GPU-1d2c", "MIG-7eba3e6c", "0,1"])
