@@ -315,6 +315,10 @@ class HardwareSection(Section):
     heartbeat_s: Annotated[float, ranges.SECONDS] = 10
     """Interval of the heartbeats by which each rank reports its phase in the run's folder, in
     seconds."""
+    silence_timeout_s: Annotated[float, ranges.SECONDS] = 90
+    """Time in seconds, at least three heartbeats, after which a rank on another host counts as lost
+    if its heartbeat does not change while this rank waits in one phase. A network disk may show
+    heartbeats a minute late."""
     preflight: Annotated[Literal["auto", "on", "strict", "off"], BeforeValidator(_as_word)] = "auto"
     """Check of every node before the first step of each start. auto: with several ranks; strict:
     stop also at what is otherwise a warning, such as a slow device."""

@@ -9,9 +9,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -55,11 +56,13 @@ class Heartbeat:
     """Reason of its end, if it could record one."""
     start: str | None = None
     """ID of the start that it belongs to."""
+    pids: str | None = None
+    """Namespace of its process id: a container on the same host may have another."""
 
     @property
     def is_gone(self) -> bool | None:
         """Whether its process no longer exists; None if unknown, as on another host."""
-        if self.host != socket.gethostname():
+        if self.host != socket.gethostname() or self.pids not in (None, pid_namespace()):
             return None
         try:
             process = psutil.Process(self.pid)
@@ -76,6 +79,16 @@ class Heartbeat:
     def name(self) -> str:
         """Rank, host and process id, for messages."""
         return f"rank {self.rank} ({self.host}, process {self.pid})"
+
+
+@cache
+def pid_namespace() -> str | None:
+    """Namespace of this machine's process ids; None if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return None
 
 
 def write_heartbeat(
@@ -116,16 +129,16 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
 
 
 def missing_ranks(
-    beats: Sequence[Heartbeat], world_size: int, now: float | None = None
+    beats: Sequence[Heartbeat], ranks: Collection[int], now: float | None = None
 ) -> dict[int, str]:
-    """Ranks that died without a recorded reason or are silent, with a description of each.
+    """Ranks, of these, that died without a reason or are silent, with a description of each.
 
     Ranks that ended with a reason are included only if no other is missing.
     """
     now = time.time() if now is None else now
     missing = {
         rank: f"rank {rank} has written no heartbeat"
-        for rank in sorted(set(range(world_size)) - {beat.rank for beat in beats})
+        for rank in sorted(set(ranks) - {beat.rank for beat in beats})
     }
     for beat in beats:
         age_s = now - beat.written

@@ -76,7 +76,7 @@ def _assess_ranks(
     beats: Sequence[Heartbeat], step_times_s: Sequence[float], now: float
 ) -> RunState:
     world_size = max((beat.world_size for beat in beats), default=1)
-    missing = missing_ranks(beats, world_size, now)
+    missing = missing_ranks(beats, range(world_size), now)
     if missing:
         shown = list(missing.values())[:_SHOWN_MISSING]
         more = [f"and {len(missing) - len(shown):,} more"] if len(missing) > len(shown) else []

@@ -1,17 +1,17 @@
 """Per-rank watchdog: writes heartbeats, and aborts when a phase times out or a peer is lost.
 
 The ranks wait for each other in every step, and a rank inside a collective, NCCL's above all, may
-not notice that a peer is lost. At every beat a thread checks one process, that of the next rank on
-its host, and whether another rank has recorded a loss: a dead rank is found by its neighbor, and
-then ends all ranks, for two small reads per rank and beat. Silent ranks are found by their
-heartbeats once a phase times out.
+not notice that a peer is lost. At every beat a thread checks the process of the next rank on its
+host, on the first rank of a host also the heartbeat of the next host (`peers`), and whether another
+rank has recorded a loss: a lost rank is found by its watcher, and then ends all ranks, for two or
+three small reads per rank and beat. Frozen ranks are found by their heartbeats once a phase times
+out.
 """
 
 import os
 import shlex
 import socket
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock, Thread, current_thread
@@ -28,10 +28,11 @@ from megaback.faults.heartbeat import (
     Heartbeat,
     heartbeat_paths,
     missing_ranks,
+    pid_namespace,
     read_heartbeat,
-    read_heartbeats,
     write_heartbeat,
 )
+from megaback.faults.peers import Peers, SilenceWatch, peers_of
 from megaback.faults.run_lock import owns_lock
 from megaback.faults.run_place import RunPlace
 from megaback.faults.start_fence import NO_FENCE, Fence, Start, begin_start, superseded
@@ -61,7 +62,9 @@ class Watchdog:
         self._reporting = Lock()
         self._stopped = Event()
         self._peers_may_end = False
-        self._neighbor: int | None = None
+        self._peers = Peers()
+        limit_s = max(section.silence_timeout_s, 3 * section.heartbeat_s)
+        self._silence = SilenceWatch(limit_s, section.heartbeat_s)
         now = time.time()
         process = psutil.Process()
         self._beat = Heartbeat(
@@ -76,6 +79,7 @@ class Watchdog:
             written=now,
             interval_s=section.heartbeat_s,
             timeout_s=section.collective_timeout_s,
+            pids=pid_namespace(),
         )
         self._thread = Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -106,7 +110,13 @@ class Watchdog:
     def open(self) -> None:
         """Start, in a run's folder that is ours. Collective: all ranks then have a heartbeat."""
         self._world.run_collectively(self._begin)
-        self._neighbor = self._visible_neighbor()
+        if self._world.size > 1:
+            hosts = self._world.gather(f"{self._beat.host} {self._beat.pids}", str)
+            self._peers = peers_of(self._world.rank, hosts)
+            neighbor = self._peers.neighbor
+            beat = None if neighbor is None else self._heartbeat_of(self._run, neighbor)
+            if beat is None or beat.is_gone is not False:  # it cannot be seen
+                self._peers = replace(self._peers, neighbor=None)
         self._thread.start()
 
     def set_phase(self, phase: str, step: int) -> None:
@@ -144,9 +154,10 @@ class Watchdog:
         except StorageError:  # another run has taken the folder's place
             return True
 
-    def report_lost(self) -> RankLostError:
+    def report_lost(self, lost: str | None = None) -> RankLostError:
         """Record and report the ranks missing after a collective failed or timed out.
 
+        `lost`: a description of a rank that is known to be lost.
         The process must exit then: of two threads that report, the second may wait for ever.
         """
         self._reporting.acquire()
@@ -162,7 +173,9 @@ class Watchdog:
         try:
             folder = self.folder()
             ending = self._exit_of_another(folder)
-            reason = str(ending["reason"]) if ending is not None else self._wait_for_missing(folder)
+            if ending is not None:
+                lost = str(ending["reason"])
+            reason = lost or self._wait_for_missing(folder)
         except StorageError as gone:  # the heartbeats are, too
             reason = f"a rank is lost, and {gone}"
         place = f" with {shlex.quote(f'run={folder}')}" if folder != self._run else ""
@@ -192,39 +205,54 @@ class Watchdog:
                 if path not in own:
                     path.unlink(missing_ok=True)
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
+        """Write the heartbeat; returns whether it was possible."""
         with self._lock:
             beat = self._beat = replace(self._beat, written=time.time())
-        # A full disk or a missing folder must not end a healthy run.
-        with suppress(OSError, StorageError):
+        try:
             write_heartbeat(self.folder(), beat, self.fence.replace)
+        except (OSError, StorageError):
+            return False  # a full disk or a missing folder must not end a healthy run
+        return True
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._section.heartbeat_s):
             self.fence.check()
-            self._write()
+            has_written = self._write()
             with self._lock:
                 beat = self._beat
             has_timed_out = time.time() - beat.since > beat.timeout_s
-            if has_timed_out or self._peer_is_lost():
+            silent = self._silent_peer(has_written)
+            if has_timed_out or silent or self._peer_is_lost():
                 if self._reporting.locked():  # by the main thread, which then exits
                     return
-                os._exit(self.report_lost().exit_code)
+                os._exit(self.report_lost(silent).exit_code)
 
-    def _visible_neighbor(self) -> int | None:
-        """The next rank on this host, if its process can be seen. Collective.
+    def _silent_peer(self, has_written: bool) -> str | None:
+        """Description of the watched rank of another host, if it counts as lost."""
+        distant = self._peers.distant
+        if distant is None or self._peers_may_end:
+            return None
+        try:
+            beat = self._heartbeat_of(self.folder(), distant)
+        except StorageError:
+            return None
+        with self._lock:
+            own = self._beat
+        if not self._silence.is_lost(beat, own, has_written, time.monotonic()):
+            return None
+        limit_s = f"{self._silence.limit_s:.0f} s"
+        if beat is None:
+            return f"rank {distant} has written no heartbeat for {limit_s}"
+        return (
+            f"{beat.name} has written no heartbeat for {limit_s}; it was at step {beat.step}, "
+            f"{beat.phase}"
+        )
 
-        It cannot if hosts share a name, or each rank has a container of its own.
-        """
-        if self._world.size == 1:
-            return None
-        hosts = self._world.gather(self._beat.host, str)
-        others = [(self._world.rank + n) % self._world.size for n in range(1, self._world.size)]
-        here = next((rank for rank in others if hosts[rank] == self._beat.host), None)
-        if here is None:
-            return None
-        beat = read_heartbeat(heartbeat_path(self._run, here))
-        return here if beat is not None and beat.is_gone is False else None
+    def _heartbeat_of(self, folder: Path, rank: int) -> Heartbeat | None:
+        """A rank's heartbeat of this start."""
+        beat = read_heartbeat(heartbeat_path(folder, rank))
+        return beat if beat is not None and beat.start == self.fence.start_id else None
 
     def _peer_is_lost(self) -> bool:
         """Whether the neighbor has died without a reason, or another rank has recorded a loss."""
@@ -234,8 +262,8 @@ class Watchdog:
             folder = self.folder()
         except StorageError:
             return False
-        if self._neighbor is not None:
-            beat = read_heartbeat(heartbeat_path(folder, self._neighbor))
+        if self._peers.neighbor is not None:
+            beat = self._heartbeat_of(folder, self._peers.neighbor)
             if beat is not None and beat.exit_reason is None and beat.is_gone:
                 return True
         return self._exit_of_another(folder) is not None
@@ -250,11 +278,25 @@ class Watchdog:
         return ending if ending.get("rank") not in (None, self._world.rank) else None
 
     def _wait_for_missing(self, folder: Path) -> str:
-        """Description of the missing ranks, once the heartbeats of dead ones are old enough."""
+        """Description of the missing ranks, once the heartbeats of dead ones are old enough.
+
+        Each rank looks at few others: 512 ranks that read the heartbeats of all would keep a shared
+        disk too busy for those that are still written.
+        """
         give_up = time.time() + 4 * self._section.heartbeat_s
+        near = self._peers.near
+        first_seen: dict[tuple[int, float], float] = {}
         while True:
-            missing = missing_ranks(read_heartbeats(folder), self._world.size)
-            missing.pop(self._world.rank, None)
+            ending = self._exit_of_another(folder)
+            if ending is not None:
+                return str(ending["reason"])
+            found = [self._heartbeat_of(folder, rank) for rank in near]
+            beats = [beat for beat in found if beat is not None]
+            for place, beat in enumerate(beats):
+                if beat.host != self._beat.host:  # whose clock may differ
+                    seen = first_seen.setdefault((beat.rank, beat.written), time.time())
+                    beats[place] = replace(beat, written=seen)
+            missing = missing_ranks(beats, near)
             if missing:
                 names = list(missing.values())
                 more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
@@ -267,6 +309,4 @@ class Watchdog:
                     f"{time.time() - beat.since:.0f} s, and every rank is alive; the network or "
                     "the disk may hang, or hardware.step_timeout_s may be too short"
                 )
-            # All ranks read the heartbeats of all: at short intervals, a shared disk with those of
-            # hundreds of ranks would be too busy for the heartbeats that are still written.
             time.sleep(max(_MIN_POLL_S, self._section.heartbeat_s / 4))

@@ -12,7 +12,7 @@ from data_pipeline.errors import PreemptedError, RankLostError
 from megaback.faults.exit_record import read_exit, read_history, record_start
 from megaback.run_folder import METRICS_NAME, complete_checkpoints
 from tests.helpers.tiny_run import wait_for_step
-from tests.integration.faults.table import signal_rank
+from tests.integration.faults.actions import signal_rank
 
 pytestmark = pytest.mark.slow
 

@@ -136,7 +136,7 @@ def test_a_lost_node_of_many_is_found_by_its_ranks(run: Path) -> None:
         beat = alive(rank, world_size=512, host=f"n{rank // 8}", written=written)
         write_heartbeat(run, beat)
 
-    missing = missing_ranks(read_heartbeats(run), 512, NOW)
+    missing = missing_ranks(read_heartbeats(run), range(512), NOW)
 
     assert list(missing) == list(range(136, 144))
     assert all("(n17, process" in reason for reason in missing.values())
@@ -204,18 +204,18 @@ def test_the_state_of_another_hosts_process_is_unknown() -> None:
 
 
 def test_no_rank_is_missing_when_all_are_healthy() -> None:
-    assert missing_ranks([alive(0), alive(1), alive(2)], 3, NOW) == {}
+    assert missing_ranks([alive(0), alive(1), alive(2)], range(3), NOW) == {}
 
 
 def test_a_dead_rank_is_named_with_its_step_and_phase() -> None:
-    assert missing_ranks([alive(0), dead(1), alive(2)], 3, NOW) == {
+    assert missing_ranks([alive(0), dead(1), alive(2)], range(3), NOW) == {
         1: f"rank 1 ({HERE.host}, process {HERE.pid}) is dead; "
         "its last heartbeat was at step 7, updating"
     }
 
 
 def test_a_silent_rank_is_named_with_the_age_of_its_heartbeat() -> None:
-    assert missing_ranks([alive(0), alive(1), silent(2)], 3, NOW) == {
+    assert missing_ranks([alive(0), alive(1), silent(2)], range(3), NOW) == {
         2: f"rank 2 (elsewhere, process {HERE.pid}) has written no heartbeat for 26 s; "
         "it was at step 7, updating"
     }
@@ -225,16 +225,16 @@ def test_a_silent_rank_is_named_with_the_age_of_its_heartbeat() -> None:
 def test_a_rank_is_silent_after_two_and_a_half_intervals(age_s: float, is_missing: bool) -> None:
     beat = alive(0, written=NOW - age_s)
 
-    assert (missing_ranks([beat], 1, NOW) != {}) is is_missing
+    assert (missing_ranks([beat], range(1), NOW) != {}) is is_missing
 
 
 def test_the_default_time_is_now() -> None:
-    assert missing_ranks([alive(0, written=time.time())], 1) == {}
-    assert missing_ranks([alive(0, written=time.time() - 30)], 1).keys() == {0}
+    assert missing_ranks([alive(0, written=time.time())], range(1)) == {}
+    assert missing_ranks([alive(0, written=time.time() - 30)], range(1)).keys() == {0}
 
 
 def test_a_rank_without_a_heartbeat_is_named() -> None:
-    assert missing_ranks([alive(1)], 3, NOW) == {
+    assert missing_ranks([alive(1)], range(3), NOW) == {
         0: "rank 0 has written no heartbeat",
         2: "rank 2 has written no heartbeat",
     }
@@ -243,7 +243,7 @@ def test_a_rank_without_a_heartbeat_is_named() -> None:
 def test_a_rank_that_ended_with_a_reason_is_named_if_it_is_the_only_one() -> None:
     left = dead(1, exit_reason="a full disk")
 
-    assert missing_ranks([alive(0), left, alive(2)], 3, NOW) == {
+    assert missing_ranks([alive(0), left, alive(2)], range(3), NOW) == {
         1: f"{left.name} ended: a full disk"
     }
 
@@ -252,8 +252,8 @@ def test_a_rank_that_ended_with_a_reason_is_not_named_beside_others() -> None:
     left = dead(1, exit_reason="another rank was lost", written=NOW - 999)
 
     for other in (dead(2), silent(2)):
-        assert missing_ranks([alive(0), left, other], 3, NOW).keys() == {2}
-    assert missing_ranks([alive(0), left], 3, NOW).keys() == {2}
+        assert missing_ranks([alive(0), left, other], range(3), NOW).keys() == {2}
+    assert missing_ranks([alive(0), left], range(3), NOW).keys() == {2}
 
 
 kinds = st.sampled_from(["healthy", "dead", "silent", "ended", "never"])
@@ -270,4 +270,4 @@ def test_ranks_without_a_reason_are_missing_else_those_with_one(kinds: list[str]
     unexplained = {rank for rank, kind in enumerate(kinds) if kind in ("dead", "silent", "never")}
     ended = {rank for rank, kind in enumerate(kinds) if kind == "ended"}
 
-    assert missing_ranks(beats, len(kinds), NOW).keys() == (unexplained or ended)
+    assert missing_ranks(beats, range(len(kinds)), NOW).keys() == (unexplained or ended)

@@ -16,6 +16,7 @@ from megaback.config import HardwareSection
 from megaback.distributed.world import CollectiveExit, World
 from megaback.faults.exit_record import read_exit, record_exit, record_start
 from megaback.faults.heartbeat import Heartbeat, read_heartbeats, write_heartbeat
+from megaback.faults.peers import Peers
 from megaback.faults.watchdog import Watchdog
 
 SECTION = HardwareSection(heartbeat_s=0.1, step_timeout_s=50, collective_timeout_s=60)
@@ -86,6 +87,7 @@ def test_a_dead_rank_is_named_and_recorded(watchdog: Watchdog, tmp_path: Path) -
     mine = heartbeat_with(tmp_path)
     write_heartbeat(tmp_path, replace(mine, rank=1, world_size=2, pid=ended.pid, step=5))
 
+    watchdog._peers = Peers(near=(1,))
     error = watchdog.report_lost()
 
     assert re.search("rank 1 .* is dead; .* at step 5", str(error))
@@ -133,6 +135,7 @@ import sys, time
 from pathlib import Path
 from megaback.config import HardwareSection
 from megaback.distributed.world import World
+from megaback.faults.peers import Peers
 from megaback.faults.watchdog import Watchdog
 class Alone(World):
     def run_collectively(self, function, *arguments):
@@ -196,6 +199,7 @@ import sys, time
 from pathlib import Path
 from megaback.config import HardwareSection
 from megaback.distributed.world import World
+from megaback.faults.peers import Peers
 from megaback.faults.watchdog import Watchdog
 class Alone(World):
     def run_collectively(self, function, *arguments):
