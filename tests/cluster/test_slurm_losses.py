@@ -30,7 +30,7 @@ if os.environ.get("SLURMD_NODENAME") == "n2":
 
 
 @pytest.mark.timeout(600)
-def test_a_job_survives_as_many_lost_nodes_as_the_requeue_limit(
+def test_a_job_survives_as_many_lost_nodes_and_aborted_ranks_as_the_requeue_limit(
     write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -47,7 +47,7 @@ def test_a_job_survives_as_many_lost_nodes_as_the_requeue_limit(
         cwd=tmp_path,
         options=cpu_options(),
         MEGABACK_WAIT_S=25,
-        MEGABACK_REQUEUE_LIMIT=2,
+        MEGABACK_REQUEUE_LIMIT=3,
     )
 
     def log() -> str:
@@ -74,9 +74,14 @@ def test_a_job_survives_as_many_lost_nodes_as_the_requeue_limit(
 
         for rank in ranks_of(config):  # none is left to report it
             rank.send_signal(signal.SIGABRT)
+        wait_for(lambda: trains_in_start(4), 180, log)
+        assert "the ranks ended with code 134" in log()
+
+        ranks_of(config)[0].send_signal(signal.SIGABRT)  # the other one reports it
         job = slurm.wait(job_id, tmp_path)
-        assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "134:0", "2")
-        assert "requeued 2 times after such losses" in log()
+        assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "51:0", "3")
+        assert "is dead" in log() or "has written no heartbeat" in log()
+        assert "requeued 3 times after such losses" in log()
         steps = [line["step"] for line in read_history(run) if line["event"] == "start"]
         assert steps == sorted(set(steps)), "every start resumes from a newer checkpoint"
     finally:
