@@ -13,7 +13,7 @@ prints a table of OUT beside the plan. Without --shards, they are built from `py
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ import click
 from smoke import Benchmark
 
 from data_pipeline.common.terminal import echo
-from launcher.rehearse import planned_bytes, problems_between
+from launcher.rehearse import planned_bytes, planned_memory, problems_between
 from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.planning.data_facts import run_facts
@@ -41,6 +41,8 @@ _STAGES = (1, 2, 3)
 _OPTIMIZERS = ("adamw", "muon")
 _RANKS_PER_NODE = 8
 _STEPS = 2
+_FEW_BYTES = 1_000
+"""Bytes per step of norms and counters, which are not planned."""
 
 
 @dataclass(frozen=True)
@@ -128,28 +130,44 @@ def build_shards(folder: Path) -> Path:
     return folder / "shards"
 
 
-def planned_and_measured(found: dict[str, Any], kind: str) -> tuple[float | None, float]:
-    """Values of a cell's rank whose plan differs most from its measurement."""
-    cell = Cell(*(found[name] for name in ("config", "optimizer", "stage", "ranks", "overrides")))
-    pairs: list[tuple[float | None, float]] = []
+Comparison = tuple[float, float | None]
+"""A measured value, and the relative difference of the plan from it."""
+
+
+def compare(found: dict[str, Any], kind: str) -> Comparison:
+    """Measurement of a cell's rank whose plan differs most from it, for a kind of table."""
+    names = ("config", "optimizer", "stage", "ranks", "overrides")
+    cell = Cell(*(found[name] for name in names))
+    pairs = []
     for report in found["reports"]:
         if kind == "step":
-            pairs.append((None, report["step_cpu_s"] * 1e3))
+            pairs.append((report["step_cpu_s"] * 1e3, None))
             continue
         plan = cell.plan(cell.settings(Path("none")), found["vocab_size"], report["rank"])
-        if kind == "memory":
-            moments = plan.memory.moments
-            training = max(value for name, value in moments.items() if name != "saving")
-            pairs.append((training, report["memory_bytes"]))
-            continue
-        sent = {
-            one["kind"]: one["sent_bytes"] for one in report["traffic"] if one["group"] == "engine"
-        }
-        planned = planned_bytes(plan)
-        pairs += [(planned.get(name, 0.0), sent.get(name, 0)) for name in planned | sent]
-    if kind == "step":
-        return None, max(measured for _, measured in pairs)
-    return max(pairs, key=lambda pair: abs((pair[0] or 0.0) - pair[1]) / max(pair[1], 1))
+        pairs.append(sent(report, plan) if kind == "sent" else memory(report, plan, kind))
+    return max(pairs, key=lambda pair: abs(pair[1] or 0.0))
+
+
+def memory(report: dict[str, Any], plan: RunPlan, kind: str) -> Comparison:
+    """Peak memory in MB: while training, or with the start."""
+    moments = ("start", "training") if kind == "memory" else ("training",)
+    planned = planned_memory(plan)
+    measured = max(report[f"memory_{moment}_bytes"] for moment in moments)
+    return measured / 1e6, max(planned[moment] for moment in moments) / measured - 1
+
+
+def sent(report: dict[str, Any], plan: RunPlan) -> Comparison:
+    """Sum of the MB sent, and the difference of the kind of collective whose plan is worst."""
+    planned = planned_bytes(plan)
+    measured = {
+        one["kind"]: one["sent_bytes"] for one in report["traffic"] if one["group"] == "engine"
+    }
+    differences = [
+        (planned.get(kind, 0.0) - measured.get(kind, 0)) / max(measured.get(kind, 0), 1)
+        for kind in planned | measured
+        if planned.get(kind, 0.0) + measured.get(kind, 0) > _FEW_BYTES
+    ]
+    return sum(measured.values()) / 1e6, max(differences, key=abs)
 
 
 @click.command(
@@ -162,7 +180,9 @@ def planned_and_measured(found: dict[str, Any], kind: str) -> tuple[float | None
 @click.option("--shards", type=click.Path(path_type=Path), help="Data set of the runs.")
 @click.option("--ranks", default="8,64,128,256,512", show_default=True, help="Numbers of ranks.")
 @click.option("--only", default="", help="Part of the names of the cells to measure.")
-@click.option("--table", type=click.Choice(["memory", "sent", "step"]), help="Table of OUT.")
+@click.option(
+    "--table", type=click.Choice(["memory", "training", "sent", "step"]), help="Table of OUT."
+)
 def main(
     out: Path,
     overrides: tuple[str, ...],
@@ -195,19 +215,13 @@ def main(
             }
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")
-            planned, measured = planned_and_measured(found, "memory")
-            echo(f"{cell.name} {measured / 1e6:,.0f} MB, planned {(planned or 0) / 1e6:,.0f}")
+            measured, difference = compare(found, "training")
+            echo(f"{cell.name} {measured:,.0f} MB while training, planned {difference:+.1%}")
 
 
 def print_table(found: dict[str, dict[str, Any]], kind: str) -> None:
     """Print a Markdown table: measured values, and the difference of the plan from them."""
-    shown: dict[str, Callable[[float], str]] = {
-        "memory": lambda num_bytes: f"{num_bytes / 1e6:,.0f}",
-        "sent": lambda num_bytes: f"{num_bytes / 1e6:,.1f}",
-        "step": lambda duration_ms: f"{duration_ms:,.0f}",
-    }
-    names = {int(one["ranks"]) for one in found.values()}
-    sizes = sorted(names)
+    sizes = sorted({int(one["ranks"]) for one in found.values()})
     click.echo(f"| config | optimizer | ZeRO | {' | '.join(map(str, sizes))} |")
     click.echo("|---" * (3 + len(sizes)) + "|")
     worst = 0.0
@@ -218,13 +232,9 @@ def print_table(found: dict[str, dict[str, Any]], kind: str) -> None:
             if one is None:
                 texts.append("")
                 continue
-            planned, measured = planned_and_measured(one, kind)
-            text = shown[kind](measured)
-            if planned is not None:
-                difference = (planned - measured) / measured if measured else 0.0
-                worst = max(worst, abs(difference))
-                text += f" {difference:+.1%}"
-            texts.append(text)
+            measured, difference = compare(one, kind)
+            worst = max(worst, abs(difference or 0.0))
+            texts.append(f"{measured:,.0f}" + ("" if difference is None else f" {difference:+.1%}"))
         if any(texts):
             click.echo(f"| {config} | {optimizer} | {stage} | {' | '.join(texts)} |")
     click.echo(f"\n{len(found)} cells; largest difference {worst:.2%}")

@@ -78,13 +78,19 @@ def _show_all(report: RankReport, rows: RowsCheck) -> None:
         )
 
 
-def planned_memory_bytes(plan: RunPlan) -> float:
-    """Planned peak memory of a rank, without a GPU's reserve, which is outside its allocator."""
-    return plan.memory.parts.total - plan.memory.parts.reserve
+def planned_memory(plan: RunPlan) -> dict[str, float]:
+    """Planned peak memory of a rank in bytes: at the start, of its steps, and with a checkpoint.
+
+    A GPU's reserve is not included, which is outside its allocator; the start is on its host.
+    """
+    allocated = dict(plan.memory.allocated)
+    start, saving = allocated.pop("start", 0.0), allocated.pop("saving", 0.0)
+    training = max(allocated.values())
+    return {"start": start, "training": training, "saving": max(training, saving)}
 
 
 def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
-    batch, owned, memory = report.first_batch, report.owned, plan.memory
+    batch, owned = report.first_batch, report.owned
     echo(f"rank {report.rank} of {world_size}")
     echo(
         f"  data        rows per step {batch.rows:,}, lanes {batch.lanes:,}; "
@@ -95,9 +101,10 @@ def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
         f"{_size(owned.optimizer_bytes)} of optimizer state, {owned.matrices:,} matrices"
     )
     echo(
-        f"  memory      {_size(report.memory_bytes)} at the peak, "
-        f"{_size(report.memory_saving_bytes)} with the checkpoint; planned "
-        f"{_size(planned_memory_bytes(plan))} ({memory.moment})"
+        "  memory      "
+        f"{_size(report.memory_start_bytes)} at the start, {_size(report.memory_training_bytes)} "
+        f"while training, {_size(report.memory_saving_bytes)} with the checkpoint; planned "
+        + ", ".join(_size(num_bytes) for num_bytes in planned_memory(plan).values())
     )
     phases = ", ".join(f"{name} {duration:.2f}" for name, duration in report.phase_s.items())
     device = "this machine" if report.device == "cpu" else "its GPU"
@@ -261,7 +268,7 @@ def _to_json(
             {
                 **asdict(report),
                 "planned": {
-                    "memory_bytes": planned_memory_bytes(plan),
+                    "memory_bytes": planned_memory(plan),
                     "sent_bytes": planned_bytes(plan),
                     "checkpoint_bytes": plan.checkpoint_bytes / world_size,
                 },

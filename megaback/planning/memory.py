@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from megaback.config import ModelSection
 from megaback.planning.activation_memory import Arithmetic, Attention, activations_of
 from megaback.planning.flops import ModelSize
+from megaback.planning.gradient_buffer import kept_elements
 from megaback.planning.matrix_shares import matrices_of, matrix_share, matrix_shares
 from megaback.planning.muon_memory import exchange_bytes, orthogonal_elements
 
@@ -106,6 +107,8 @@ class RankMemory:
     """Whole models in fp32, before they are moved to the devices; 0 on CPUs."""
     moments: dict[str, float]
     """Bytes at every moment."""
+    allocated: dict[str, float]
+    """The same without a GPU's reserve."""
 
 
 def rank_memory(setting: Setting) -> RankMemory:
@@ -120,7 +123,8 @@ def rank_memory(setting: Setting) -> RankMemory:
             moments = {name: replace(parts, copy=copy) for name, parts in moments.items()}
         moments["saving"] = replace(_resident(setting, size), copy=copy)
         moments["start"] = start
-    else:
+    allocated = {name: parts.total for name, parts in moments.items()}
+    if not setting.is_cpu:
         moments = {name: _with_reserve(parts) for name, parts in moments.items()}
     peak = max(moments, key=lambda name: moments[name].total)
     return RankMemory(
@@ -129,6 +133,7 @@ def rank_memory(setting: Setting) -> RankMemory:
         0.0 if setting.is_cpu else host * setting.ranks_per_node,
         0.0 if setting.is_cpu else start.total * setting.ranks_per_node,
         {name: parts.total for name, parts in moments.items()},
+        allocated,
     )
 
 
@@ -188,15 +193,28 @@ def _resident(setting: Setting, size: ModelSize) -> Parts:
 
 def _start(setting: Setting, size: ModelSize) -> Parts:
     """Peak of the start, where the host's memory has the whole model in fp32."""
-    shape = setting.shape
-    largest = max(size.embedding, *(rows * columns for rows, columns in matrices_of(shape)))
-    weights, work = 4.0 * size.total, 4.0 * largest  # random numbers for one parameter
+    weights = 4.0 * size.total
+    work = 4.0 * _largest_parameter(setting, size)  # random numbers
     if setting.is_cpu and setting.stage in (1, 2) and setting.precision == "fp32":
         # ZeRO copies each group of parameters into a flat tensor.
         is_muon = setting.optimizer == "muon"
         rest = size.total - size.matrices
         work = 4.0 * (max(size.matrices, rest) if is_muon else size.total)
     return Parts(weights=weights, update=work)
+
+
+def _largest_parameter(setting: Setting, size: ModelSize) -> int:
+    """Elements of the largest parameter."""
+    matrices = (rows * columns for rows, columns in matrices_of(setting.shape))
+    return max(size.embedding, *matrices)
+
+
+def _kept_gradients(setting: Setting) -> float:
+    """Bytes of the gradients that a rank keeps at stages 1 and 2."""
+    kept = kept_elements(
+        setting.shape, setting.vocab_size, setting.optimizer, setting.ranks, setting.rank
+    )
+    return float(setting.weight_bytes * kept)
 
 
 def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
@@ -218,7 +236,7 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
         weights += bytes_each * min(total, _GATHERED_ELEMENTS)
     working = replace(resident, weights=weights)
     share = 1.0 if stage < 2 else 1.0 / ranks
-    whole = 0.0 if stage == 3 else bytes_each * total * share
+    whole = {2: _kept_gradients(setting), 3: 0.0}.get(stage, float(bytes_each * total))
     earlier = whole if setting.accumulates else 0.0
     if _is_offloaded(setting) and stage:
         earlier = whole = 0.0
@@ -226,6 +244,12 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     bucket = {0: 0.0, 3: 0.0}.get(stage, float(bytes_each * bucket_elements(total)))
     # Stage 2 adds a micro-batch's gradients to those of the previous ones.
     last = whole + (earlier if stage == 2 else 0.0)
+    first = max(earlier, head)
+    if stage == 2:
+        # The buffer of a rank's gradients is allocated for the first one. On a CPU, its memory is
+        # used as it is filled: by the head and a bucket here.
+        filled = bucket + bytes_each * (size.head or size.embedding)
+        first = earlier + (min(whole, filled) if setting.is_cpu else whole)
     # Gradients of untied embeddings follow those of the last block.
     embedding = bytes_each * size.embedding * share if whole and size.head else 0.0
 
@@ -241,7 +265,7 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     reduced = 4.0 * min(total, _WHOLE_REDUCED_ELEMENTS) if stage == 0 and ranks > 1 else 0.0
     return {
         "loss": moment(layers, earlier, 0, 0, kept.logits + kept.logits_work),
-        "first block": moment(layers, max(earlier, head), bucket, kept.block_work, 0),
+        "first block": moment(layers, first, bucket, kept.block_work, 0),
         "last block": moment(1, max(last - embedding, earlier), bucket, kept.block_work, 0),
         "reduction": replace(
             resident,
@@ -261,13 +285,15 @@ def _update(setting: Setting, size: ModelSize) -> Parts:
         return replace(resident, gradients=4.0 * size.total, update=work)
     if _is_offloaded(setting):  # matrices are orthogonalized on the device
         return replace(resident, update=_muon_work(setting) if is_muon else 0.0)
-    averaged = 0.0 if stage == 3 else low * size.total / ranks
+    averaged = 0.0 if stage == 3 else _kept_gradients(setting)
     group = (max(size.matrices, rest) if is_muon else size.total) / ranks
     if stage == 3:
         group = min(group, _GROUP_ELEMENTS)
     # A flat copy, then one in fp32.
     flat = (low + (4 if low == 2 else 0)) * group
-    plain = replace(resident, gradients=resident.gradients + averaged, update=flat)
+    # Before, the norm is computed in fp64, of one parameter's part at a time.
+    norm = 0.0 if stage == 3 else 8.0 * min(group, _largest_parameter(setting, size))
+    plain = replace(resident, gradients=resident.gradients + averaged, update=max(flat, norm))
     if not is_muon:
         return plain
     part = min(_GROUP_ELEMENTS * ranks / size.matrices, 1.0) if stage == 3 else 1.0

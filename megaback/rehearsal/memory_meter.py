@@ -12,10 +12,14 @@ _MALLOC_OPTIONS = ((-3, 65_536), (-1, 65_536), (-8, 1))
 
 
 class MemoryMeter(ABC):
-    """Peak memory since the meter was made."""
+    """Peak memory since the meter was made, above the memory at that time."""
 
     @abstractmethod
     def peak_bytes(self) -> int: ...
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Count only later peaks."""
 
     @abstractmethod
     def wait(self) -> None:
@@ -36,10 +40,13 @@ class ProcessMemory(MemoryMeter):
         gc.collect()
         libc.malloc_trim(0)
         self._base_bytes = _status_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+        self.restart()
 
     def peak_bytes(self) -> int:
         return _status_bytes("VmHWM") - self._base_bytes
+
+    def restart(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
 
     def wait(self) -> None:
         pass
@@ -50,11 +57,14 @@ class DeviceMemory(MemoryMeter):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        torch.cuda.reset_peak_memory_stats(device)
         self._base_bytes = torch.cuda.memory_allocated(device)
+        self.restart()
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self._device) - self._base_bytes
+
+    def restart(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def wait(self) -> None:
         torch.cuda.synchronize(self._device)

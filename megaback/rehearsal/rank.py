@@ -68,7 +68,8 @@ class PhaseClock(Watchdog):
         self._since, self._cpu_since = monotonic(), process_time()
         self.duration_s: dict[tuple[int, str], float] = defaultdict(float)
         self.cpu_s: dict[int, float] = defaultdict(float)
-        self.memory_before_saving_bytes = 0
+        self.start_bytes: int | None = None
+        self.training_bytes = 0
 
     def set_phase(self, phase: str, step: int) -> None:
         self._memory.wait()
@@ -77,8 +78,11 @@ class PhaseClock(Watchdog):
         if log.phase in _STEP_PHASES:
             self.cpu_s[log.step] += cpu_now - self._cpu_since
         self._since, self._cpu_since, log.step, log.phase = now, cpu_now, step, phase
-        if phase == "saving":
-            self.memory_before_saving_bytes = self._memory.peak_bytes()
+        if phase in _STEP_PHASES and self.start_bytes is None:
+            self.start_bytes = self._memory.peak_bytes()
+            self._memory.restart()
+        elif phase == "saving":
+            self.training_bytes = self._memory.peak_bytes()
 
     def open(self) -> None:
         pass
@@ -182,7 +186,8 @@ def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
         step_s=sum(phase_s.values()),
         step_cpu_s=clock.cpu_s[steps],
         phase_s=phase_s,
-        memory_bytes=clock.memory_before_saving_bytes,
+        memory_start_bytes=clock.start_bytes or 0,
+        memory_training_bytes=clock.training_bytes,
         memory_saving_bytes=memory.peak_bytes(),
         traffic=_traffic(log, steps, _STEP_PHASES),
         start_traffic=_traffic(log, 0, ("starting", "checking the nodes")),

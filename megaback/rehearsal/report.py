@@ -76,11 +76,13 @@ class RankReport:
     """CPU time of the last step, of all threads."""
     phase_s: dict[str, float]
     """Duration of the last step's phases."""
-    memory_bytes: int
-    """Peak memory until the checkpoint: on a CPU that of the process, less its memory before the
+    memory_start_bytes: int
+    """Peak memory before the first step: on a CPU that of the process, less its memory before the
     run, on a GPU that of PyTorch's allocator."""
+    memory_training_bytes: int
+    """Peak memory of the steps."""
     memory_saving_bytes: int
-    """The same, including the checkpoint."""
+    """Peak memory of the steps and the checkpoint."""
     traffic: tuple[Traffic, ...]
     """Collectives of the last step; ZeRO stage 3 gathers more in the first."""
     start_traffic: tuple[Traffic, ...]
