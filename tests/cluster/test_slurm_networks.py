@@ -46,8 +46,9 @@ def networks() -> Iterator[Slurm]:
 def test_a_rank_that_is_cut_off_ends_when_its_requeued_job_starts_elsewhere(
     networks: Slurm, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    # With the default timeouts the rank would live on for five minutes.
-    hardware = {"device": "cpu", "heartbeat_s": 1, "preflight": "off"}
+    # By its timeouts the rank would live on for five minutes.
+    timeouts = {"heartbeat_s": 1, "step_timeout_s": 300, "silence_timeout_s": 300}
+    hardware = {"device": "cpu", "preflight": "off", **timeouts}
     training = {"steps": _STEPS, "precision": "fp32"}
     checkpoint = {"every_steps": 5}
     config = write_config(tmp_path, hardware=hardware, checkpoint=checkpoint, training=training)
