@@ -3,6 +3,7 @@
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 
 import click
 import pytest
@@ -50,8 +51,10 @@ def options() -> Iterator[tuple[str, click.Option]]:
                 yield name, parameter
 
 
-def declarations() -> Iterator[tuple[str, str, str]]:
+@cache
+def declarations() -> list[tuple[str, str, str]]:
     """Option, module and help of each `click.option` in the code, except hidden ones."""
+    found = []
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "click.option"):
@@ -59,7 +62,8 @@ def declarations() -> Iterator[tuple[str, str, str]]:
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             for word in node.args:
                 if isinstance(word, ast.Constant) and "hidden" not in keywords:
-                    yield str(word.value), module, keywords.get("help", "")
+                    found.append((str(word.value), module, keywords.get("help", "")))
+    return found
 
 
 def test_no_option_has_another_spelling() -> None:
