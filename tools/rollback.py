@@ -5,6 +5,7 @@ one are skipped on resume: weights are not updated; the learning rate schedule s
 """
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.errors import CheckpointMissingError, LaunchError
 from megaback.config_file import load_config
 from megaback.faults.exit_record import record_event
-from megaback.faults.run_lock import lock_run
+from megaback.faults.run_lock import lock_run, release_lock
 from megaback.faults.run_ownership import config_of_run, require_own_checkpoints
 from megaback.faults.run_state import ROLLBACK_EVENT
 from megaback.faults.start_fence import begin_start
@@ -53,7 +54,8 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
     lock = lock_run(run)
     if lock is None:
         raise LaunchError(f"{run} is training; stop it first (SIGTERM saves), then roll back")
-    with lock:
+    with ExitStack() as stack:
+        stack.callback(release_lock, lock)
         last = max((line["step"] for line in read_metrics(run)), default=0)
         earlier = [target for target in complete if step_of(target) <= last - steps]
         if not earlier:

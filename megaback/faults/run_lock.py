@@ -1,9 +1,11 @@
 """Lock of a run's folder, held while it is trained or rolled back.
 
-The file names its holder. A requeued Slurm job takes the lock over from its own earlier start, of
+The file names its holder while it is held, and is empty afterwards, so that a start that is refused
+leaves it as it was. A requeued Slurm job takes the lock over from its own earlier start, of
 which a rank may live on, cut off from the network; any other second start is refused.
 """
 
+import atexit
 import json
 import socket
 import time
@@ -24,7 +26,7 @@ _FIELDS = Fields(counts=frozenset(("restarts",)), times=frozenset(("time",)))
 
 @dataclass(frozen=True)
 class LockHolder:
-    """The process that holds, or has held, a run's lock."""
+    """The process that holds a run's lock, or was killed while it did."""
 
     host: str
     time: float
@@ -43,7 +45,7 @@ class LockHolder:
 
 
 def lock_run(run: Path) -> IO[bytes] | None:
-    """Lock a run's existing folder for as long as the returned file is open.
+    """Lock a run's existing folder until `release_lock`, or until the process exits.
 
     None if another process holds the lock. Raises OSError.
     """
@@ -60,7 +62,15 @@ def lock_run(run: Path) -> IO[bytes] | None:
     file.truncate(0)
     file.write(f"{json.dumps(asdict(holder))}\n".encode())
     file.flush()
+    atexit.register(release_lock, file)
     return file
+
+
+def release_lock(lock: IO[bytes]) -> None:
+    """Empty a lock's file, which may be one that was taken over, and unlock it."""
+    if not lock.closed:
+        with lock:
+            lock.truncate(0)
 
 
 def owns_lock(lock: IO[bytes], run: Path) -> bool:
@@ -69,7 +79,7 @@ def owns_lock(lock: IO[bytes], run: Path) -> bool:
 
 
 def lock_holder(run: Path) -> LockHolder | None:
-    """The last process that took a run's lock; None if it is unknown."""
+    """The process that holds a run's lock, or was killed while it did; None if it is unknown."""
     try:
         holder = made_from(LockHolder, read_json(run / LOCK_NAME, _MAX_BYTES))
     except (OSError, ValueError, TypeError):

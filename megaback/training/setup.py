@@ -37,7 +37,7 @@ from megaback.distributed.engine import start_engine
 from megaback.distributed.world import World
 from megaback.faults.exit_record import record_start
 from megaback.faults.preflight import preflight
-from megaback.faults.run_lock import lock_holder, lock_run
+from megaback.faults.run_lock import lock_holder, lock_run, release_lock
 from megaback.faults.run_ownership import place_of_config, require_run_folder
 from megaback.faults.start_fence import Fence
 from megaback.faults.step_guard import read_excluded_steps
@@ -123,7 +123,7 @@ def prepare_run(
                 watchdog.begin(lock)
                 _record_end(config, world, watchdog, config_path, ended, data.total_steps)
             if lock is not None:
-                lock.close()
+                release_lock(lock)
             return ended
     # Before the model is created, which is whole on every rank.
     rooms = world.gather(available_memory(world.device), AvailableMemory)
@@ -210,7 +210,7 @@ def _on_first_rank(world: World, question: Callable[..., None], *arguments: Any)
 
 
 def _lock_run_folder(config: Config, world: World) -> IO[bytes] | None:
-    """Lock the run's folder for as long as the returned file is open."""
+    """Lock the run's folder until `release_lock`."""
     if not world.is_first:
         return None
     config.run.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from megaback.checkpoints.pipeline import CheckpointPipeline
 from megaback.distributed.device_limits import peak_memory_bytes
 from megaback.distributed.engine import set_learning_rates, take_step
 from megaback.distributed.world import CollectiveExit, Reduction, World, attempt
+from megaback.faults.run_lock import release_lock
 from megaback.faults.step_guard import StepGuard, guarded_steps
 from megaback.faults.stop_request import StopRequest
 from megaback.optim.lr_schedule import rate_factor_at
@@ -118,7 +119,7 @@ class Trainer:
         if self._log is not None:
             self._record(MetricsLog.close)
         if self._run.lock is not None:
-            self._run.lock.close()
+            release_lock(self._run.lock)
 
     def _stop_after(self, step: int) -> NoReturn:
         """Save the steps that are done, and raise the same error on all ranks.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megaback.faults.run_lock import lock_holder, lock_run, owns_lock
+from megaback.faults.run_lock import lock_holder, lock_run, owns_lock, release_lock
 
 
 def in_job(patch: pytest.MonkeyPatch, job: str | None, restarts: int = 0) -> None:
@@ -42,10 +42,11 @@ def test_a_second_start_is_refused(
     found = lock_holder(tmp_path)
     assert found is not None
     assert (found.job, found.restarts) == holder
-    lock.close()
+    release_lock(lock)
+    assert (tmp_path / ".lock").read_bytes() == b""
     again = lock_run(tmp_path)
     assert again is not None
-    again.close()
+    release_lock(again)
 
 
 def test_a_requeued_job_takes_the_lock_of_its_earlier_start(
@@ -61,10 +62,10 @@ def test_a_requeued_job_takes_the_lock_of_its_earlier_start(
     assert newer is not None
     assert owns_lock(newer, tmp_path)
     assert not owns_lock(earlier, tmp_path)
-    earlier.close()  # its end does not release the newer one's lock
+    release_lock(earlier)  # its end does not release the newer one's lock
     in_job(monkeypatch, None)
     assert lock_run(tmp_path) is None
-    newer.close()
+    release_lock(newer)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
