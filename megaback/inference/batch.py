@@ -5,13 +5,14 @@ round differently: fp32 logits differ by about 1e-6.) Prompts are prefilled one 
 between which the other samples advance. A sample that has filled the context drops its older half:
 it waits in the same queue until its newer half is prefilled again.
 
-Shapes: B rows, V vocabulary.
+Shapes: R slots, B rows in use, V vocabulary, N scored rows, S numbers of a ScoredToken.
 """
 
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from torch import Tensor
 from data_pipeline.errors import PromptError
 from data_pipeline.text.codec import Prompt, TextCodec
 from megaback.inference.decoder import Decoder
+from megaback.inference.draws import DrawStream, DrawTable
 from megaback.inference.kv_cache import LayerState
-from megaback.inference.sampling import SamplingOptions, choose, penalized
+from megaback.inference.sampling import SamplingOptions, choose, fetched, penalized
 from megaback.inference.steps import Steps
+from megaback.inference.token_scores import ScoredToken, packed_scores, scored_token
 
 
 @dataclass(eq=False)
@@ -70,7 +73,7 @@ class _Row:
     """A sample in the batch."""
 
     sample: Sample
-    draws: np.random.Generator
+    draws: DrawStream
     choice: SamplingOptions
     """Options, equal for rows that can sample in one operation."""
 
@@ -90,10 +93,14 @@ class ContinuousBatch:
         self._decoder, self._codec = decoder, codec
         self._cache = decoder.new_cache(num_slots)
         self._rows: list[_Row] = []
+        self._groups: _Groups | None = None  # made when the rows have changed
         self._readings: deque[_Reading] = deque()
         self._steps_of_first: Steps[list[LayerState]] | None = None
-        self._added_BV = torch.zeros(num_slots, decoder.vocab_size, device=decoder.device)
-        self._seen_BV: Tensor | None = None  # made for the first sample with a penalty
+        # On the device between steps, so that only the chosen ids are copied, and only to the host.
+        self._ids_R = torch.zeros(num_slots, dtype=torch.long, device=decoder.device)
+        self._draws = DrawTable(num_slots, decoder.device)
+        self._added_RV = torch.zeros(num_slots, decoder.vocab_size, device=decoder.device)
+        self._seen_RV: Tensor | None = None  # made for the first sample with a penalty
         self._later: dict[tuple[int, ...], Tensor] = {}
         self._last_read: tuple[list[int], list[LayerState]] | None = None
 
@@ -127,7 +134,7 @@ class ContinuousBatch:
         sample.ids = list(sample.prompt.ids)
         options = sample.options
         choice = replace(options, seed=0, max_new_tokens=1, stop_ids=(), min_new_tokens=0)
-        row = _Row(sample, np.random.default_rng(options.seed), choice)
+        row = _Row(sample, DrawStream(options.seed), choice)
         self._readings.append(_Reading(row, sample.ids[:-1]))
 
     @torch.inference_mode()
@@ -173,11 +180,17 @@ class ContinuousBatch:
         """Sample an id for each prefilled sample; samples that end are removed."""
         if not self._rows:
             return []
-        logits_BV = self._decoder.step([row.sample.ids[-1] for row in self._rows], self._cache)
-        scores = self._scores_of(logits_BV)
-        chosen = self._choose(logits_BV)
-        if self._seen_BV is not None:
-            self._seen_BV[range(len(chosen)), chosen] = True
+        if self._groups is None:
+            self._groups = _Groups.of(self._rows, self._decoder.device)
+        num_rows = len(self._rows)
+        logits_BV = self._decoder.step(self._ids_R[:num_rows], self._cache)
+        chosen_B = self._choose(logits_BV, self._groups.choices)
+        chosen = fetched(chosen_B)
+        scores = _scores_of(logits_BV, chosen_B, self._groups.scored)
+        self._ids_R[:num_rows] = chosen_B
+        self._draws.advance([row.draws for row in self._rows])
+        if self._seen_RV is not None:
+            self._seen_RV[:num_rows].scatter_(1, chosen_B[:, None], True)
         steps = []
         for at, (row, new_id) in enumerate(zip(self._rows, chosen, strict=True)):
             sample = row.sample
@@ -185,12 +198,9 @@ class ContinuousBatch:
             if not is_end:
                 sample.ids.append(new_id)
                 if sample.num_new in (1, sample.options.min_new_tokens):
-                    self._added_BV[at] = self._allowed(sample)
+                    self._added_RV[at] = self._allowed(sample)
             is_last = is_end or sample.num_new >= sample.options.max_new_tokens
-            log_probability: float | None = None
-            likeliest: tuple[tuple[int, float], ...] = ()
-            if at in scores:
-                log_probability, likeliest = scores[at].of(new_id)
+            log_probability, likeliest = scores.get(at, (None, ()))
             steps.append(
                 Step(
                     sample=sample,
@@ -229,12 +239,15 @@ class ContinuousBatch:
         sample, at = row.sample, len(self._rows)
         self._cache.add(state)
         self._rows.append(row)
-        self._added_BV[at] = self._allowed(sample)
-        if sample.options.repetition_penalty != 1 and self._seen_BV is None:
-            self._seen_BV = torch.zeros_like(self._added_BV, dtype=torch.bool)
-        if self._seen_BV is not None:
-            self._seen_BV[at] = False
-            self._seen_BV[at, torch.tensor(sample.ids, device=self._decoder.device)] = True
+        self._groups = None
+        self._ids_R[at].fill_(sample.ids[-1])
+        self._draws.set(at, row.draws)
+        self._added_RV[at] = self._allowed(sample)
+        if sample.options.repetition_penalty != 1 and self._seen_RV is None:
+            self._seen_RV = torch.zeros_like(self._added_RV, dtype=torch.bool)
+        if self._seen_RV is not None:
+            self._seen_RV[at] = False
+            self._seen_RV[at, torch.tensor(sample.ids, device=self._decoder.device)] = True
 
     def _take(self, at: int) -> _Row:
         """Remove a row; the last row takes its slot."""
@@ -242,9 +255,12 @@ class ContinuousBatch:
         self._cache.remove(at)
         self._rows[at] = self._rows[last]
         self._rows.pop()
-        for of_slots in (self._added_BV, self._seen_BV):
-            if of_slots is not None:
-                of_slots[at] = of_slots[last]
+        self._groups = None
+        if at != last:
+            self._draws.move(last, at)
+            for of_rows in (self._ids_R, self._added_RV, self._seen_RV):
+                if of_rows is not None:
+                    of_rows[at] = of_rows[last]
         return row
 
     def _forget(self) -> None:
@@ -255,35 +271,16 @@ class ContinuousBatch:
                 row = self._take(at)
                 self._readings.append(_Reading(row, row.sample.ids[-(context_tokens // 2) : -1]))
 
-    def _choose(self, logits_BV: Tensor) -> list[int]:
+    def _choose(self, logits_BV: Tensor, choices: "list[tuple[SamplingOptions, _At]]") -> Tensor:
         """An id for each row; rows with equal options are sampled in one operation."""
-        groups: dict[SamplingOptions, list[int]] = defaultdict(list)
-        for at, row in enumerate(self._rows):
-            groups[row.choice].append(at)
-        chosen = [0] * len(self._rows)
-        for options, group in groups.items():
-            rows = group if len(groups) > 1 else slice(len(group))  # a slice copies nothing
-            of_group_BV = logits_BV[rows]
-            if options.repetition_penalty != 1 and self._seen_BV is not None:
-                of_group_BV = penalized(
-                    of_group_BV, self._seen_BV[rows], options.repetition_penalty
-                )
-            of_group_BV = of_group_BV + self._added_BV[rows]
-            new_ids = choose(of_group_BV, options, [self._rows[at].draws for at in group])
-            for at, new_id in zip(group, new_ids, strict=True):
-                chosen[at] = new_id
-        return chosen
-
-    def _scores_of(self, logits_BV: Tensor) -> "dict[int, _Scores]":
-        """Log-probabilities of the rows that report them."""
-        rows = [at for at, row in enumerate(self._rows) if row.sample.num_likeliest is not None]
-        if not rows:
-            return {}
-        log_probabilities_BV = logits_BV[rows].log_softmax(-1)
-        return {
-            at: _Scores(log_probabilities_V, self._rows[at].sample.num_likeliest or 0)
-            for at, log_probabilities_V in zip(rows, log_probabilities_BV, strict=True)
-        }
+        chosen_B = torch.empty(len(logits_BV), dtype=torch.long, device=logits_BV.device)
+        for options, at in choices:
+            of_group_BV = logits_BV[at]
+            if options.repetition_penalty != 1 and self._seen_RV is not None:
+                of_group_BV = penalized(of_group_BV, self._seen_RV[at], options.repetition_penalty)
+            of_group_BV = of_group_BV + self._added_RV[at]
+            chosen_B[at] = choose(of_group_BV, options, self._draws.current[at])
+        return chosen_B
 
     def _allowed(self, sample: Sample) -> Tensor:
         """Logit mask of a sample's next id, 0 or -inf: shape (V,)."""
@@ -310,12 +307,47 @@ class ContinuousBatch:
         return added_V.to(self._decoder.device)
 
 
-@dataclass(frozen=True)
-class _Scores:
-    log_probabilities_V: Tensor
-    num_likeliest: int
+_At = Tensor | slice
+"""Numbers of rows, on the device; a slice, which copies nothing, if they are all rows."""
 
-    def of(self, new_id: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-        values, ids = self.log_probabilities_V.topk(self.num_likeliest)
-        likeliest = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        return float(self.log_probabilities_V[new_id]), likeliest
+
+@dataclass(frozen=True)
+class _Groups:
+    """Rows that are sampled or scored in one operation, by their numbers."""
+
+    choices: list[tuple[SamplingOptions, _At]]
+    scored: list[tuple[int, list[int], _At]]
+    """Number of likeliest ids, and the rows that report as many."""
+
+    @classmethod
+    def of(cls, rows: Sequence[_Row], device: torch.device) -> "_Groups":
+        choices: dict[SamplingOptions, list[int]] = defaultdict(list)
+        scored: dict[int, list[int]] = defaultdict(list)
+        for at, row in enumerate(rows):
+            choices[row.choice].append(at)
+            if row.sample.num_likeliest is not None:
+                scored[row.sample.num_likeliest].append(at)
+
+        def on_device(numbers: list[int]) -> _At:
+            every = slice(len(rows))
+            return every if len(numbers) == len(rows) else torch.tensor(numbers, device=device)
+
+        return cls(
+            [(options, on_device(numbers)) for options, numbers in choices.items()],
+            [(count, numbers, on_device(numbers)) for count, numbers in scored.items()],
+        )
+
+
+def _scores_of(
+    logits_BV: Tensor, chosen_B: Tensor, scored: list[tuple[int, list[int], _At]]
+) -> dict[int, ScoredToken]:
+    """Scores of the rows that report them, fetched from the device once."""
+    if not scored:
+        return {}
+    parts = [packed_scores(logits_BV[at], chosen_B[at], count) for count, _, at in scored]
+    numbers = iter(torch.cat([part_NS.flatten() for part_NS in parts]).tolist())
+    return {
+        row: scored_token(list(islice(numbers, 1 + 2 * count)))
+        for count, rows, _ in scored
+        for row in rows
+    }

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from data_pipeline.text.codec import TextCodec
 from megaback.inference.kv_cache import CacheView, KeyValueCache, LayerState
 from megaback.inference.steps import Steps
+from megaback.inference.token_scores import ScoredToken, packed_scores, scored_token
 from megaback.model.compiler import require_compiler
 from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
 from megaback.weights.model_folder import ModelDescription, load_model_folder
 
-ScoredToken = tuple[float, tuple[tuple[int, float], ...]]
-"""log P of an id in nats, and the likeliest ids at its position with theirs."""
 Product = Callable[[Tensor], Tensor]
 """hidden_ND -> its product with a matrix."""
 _Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -142,25 +141,21 @@ class Decoder:
         parts = torch.split(hidden_ND[len(given) - 1 :], _LOGIT_ROWS)
         scored: list[ScoredToken] = []
         for part_ND, part_N in zip(parts, torch.split(ids_N, _LOGIT_ROWS), strict=True):
-            logs_NV = self._head(part_ND).float().log_softmax(-1)
-            of_ids = logs_NV.gather(1, part_N[:, None])[:, 0].tolist()
-            values_NL, likeliest_NL = (best.tolist() for best in logs_NV.topk(num_likeliest))
-            scored += [
-                (of_id, tuple(zip(ids, values, strict=True)))
-                for of_id, ids, values in zip(of_ids, likeliest_NL, values_NL, strict=True)
-            ]
+            packed_NS = packed_scores(self._head(part_ND).float(), part_N, num_likeliest)
+            scored += map(scored_token, packed_NS.tolist())
             yield
         return scored
 
     @torch.inference_mode()
-    def step(self, ids: Sequence[int], cache: KeyValueCache) -> Tensor:
-        """Append an id to every row; logits of the next ids in fp32: shape (B, V)."""
-        ids_B = torch.tensor(ids, device=self.device)
-        positions_B = torch.tensor(cache.lengths, device=self.device)
+    def step(self, ids_B: Tensor, cache: KeyValueCache) -> Tensor:
+        """Append an id to every row; logits of the next ids in fp32: shape (B, V).
+
+        The host does not wait for the device.
+        """
         if self._step is None:
-            logits_BV = self._step_eagerly(ids_B, positions_B, cache.view())
+            logits_BV = self._step_eagerly(ids_B, cache.positions, cache.view())
         else:
-            logits_BV = self._step(ids_B, positions_B, cache.full_view())
+            logits_BV = self._step(ids_B, cache.positions, cache.full_view())
         cache.advance()
         return logits_BV
 
@@ -235,11 +230,8 @@ def _causal(query_NHE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> Tensor:
 
 
 def _normed(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """As `RMSNorm`, without casts in fp32."""
-    size = hidden.shape[-1:]
-    if hidden.dtype is torch.float32:
-        return F.rms_norm(hidden, size, eps=epsilon) * weight
-    return F.rms_norm(hidden.float(), size, eps=epsilon).to(hidden.dtype) * weight
+    """As `RMSNorm`, which casts to fp32 and back: PyTorch does that within its kernel."""
+    return F.rms_norm(hidden, hidden.shape[-1:], eps=epsilon) * weight
 
 
 def _packed_layer(block: Block, pack: Callable[[list[nn.Linear]], Product]) -> _Layer:

@@ -4,7 +4,8 @@ Memory is allocated once, for all rows and the whole context. A row's tokens beg
 and continue by its own length, so other rows never move them. Rows in use are the first ones: when
 one is removed, the last takes its place.
 
-Shapes: B rows in use, K key and value heads, S slots, E head dimension, T tokens of one row.
+Shapes: R rows, B of them in use, K key and value heads, S slots, E head dimension, T tokens of a
+row.
 """
 
 from collections.abc import Sequence
@@ -47,9 +48,17 @@ class KeyValueCache:
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros_like(self._keys)
         self._slots_S = torch.arange(capacity_tokens, device=device)
+        self._rows_R = torch.arange(num_rows, device=device)
+        # Also on the device, so that a step need not send them.
+        self._lengths_R = torch.zeros_like(self._rows_R)
         self.num_rows = num_rows
         self.capacity_tokens = capacity_tokens
         self.lengths: list[int] = []
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the rows' next tokens, their lengths, on the device: shape (B,)."""
+        return self._lengths_R[: len(self.lengths)]
 
     def add(self, state: Sequence[LayerState]) -> None:
         """Add a prefilled row. Raises ValueError if all rows are in use."""
@@ -59,6 +68,7 @@ class KeyValueCache:
         for layer, (keys_KTE, values_KTE) in enumerate(state):
             self._keys[layer, row, :, :length] = keys_KTE
             self._values[layer, row, :, :length] = values_KTE
+        self._lengths_R[row].fill_(length)  # an assignment would copy it from the host
         self.lengths.append(length)
 
     def remove(self, row: int) -> None:
@@ -68,6 +78,7 @@ class KeyValueCache:
         if row != last:
             self._keys[:, row, :, :length] = self._keys[:, last, :, :length]
             self._values[:, row, :, :length] = self._values[:, last, :, :length]
+            self._lengths_R[row].fill_(length)
             self.lengths[row] = length
 
     def view(self) -> CacheView:
@@ -84,12 +95,13 @@ class KeyValueCache:
 
     def advance(self) -> None:
         """Count a token per row, after it was written at the place of `view`."""
+        self.positions.add_(1)
         self.lengths = [length + 1 for length in self.lengths]
 
     def _masked(self, stop: int) -> CacheView:
-        lengths_B = torch.tensor(self.lengths, device=self._slots_S.device)
-        rows_B = torch.arange(len(self.lengths), device=self._slots_S.device)
+        lengths_B = self.positions
         visible = (self._slots_S[:stop] <= lengths_B[:, None])[:, None, None]
+        rows_B = self._rows_R[: len(lengths_B)]
         return CacheView(self._layers(stop), (rows_B, slice(None), lengths_B), visible)
 
     def _layers(self, stop: int) -> list[LayerState]:

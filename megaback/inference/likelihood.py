@@ -141,7 +141,8 @@ def _read(model: ReverseGPT, pack: Sequence[Continuation]) -> Steps[Tensor]:
     read = [[*one.given, *one.written][:-1] for one in pack]
     lengths = tuple(map(len, read))
     ids_T = torch.tensor([i for ids in read for i in ids], dtype=torch.long, device=device)
-    positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+    # Made on the host: on the device, it would be a kernel for each text.
+    positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
     segments = Segments.from_lengths(lengths, device)
     rotary = Rotary.at(positions_T, model.shape.head_dim, model.shape.rope_theta)
     hidden_TD: Tensor = model.model.embed_tokens(ids_T)

@@ -6,10 +6,8 @@ neither on other rows nor on the device.
 Shapes: B rows, V vocabulary, C candidates.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,31 +71,27 @@ class SamplingOptions:
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}, {problem}")
 
 
-def choose(
-    logits_BV: Tensor, options: SamplingOptions, draws: Sequence[np.random.Generator]
-) -> list[int]:
-    """An id for each row, from logits that may be -inf and each row's own stream of numbers.
+def choose(logits_BV: Tensor, options: SamplingOptions, draws_B: Tensor) -> Tensor:
+    """An id for each row, -1 for a row without a finite maximum: shape (B,).
 
-    Raises NonFiniteError if a row has no finite maximum.
+    `draws_B`: a uniform number for each row, in fp64 and on the device of the logits, which may be
+    -inf. The host does not wait for the device.
     """
     if options.temperature < _MIN_TEMPERATURE:
-        is_finite_B = logits_BV.amax(-1).isfinite()
-        return _ids(logits_BV.argmax(-1), is_finite_B)
+        return torch.where(logits_BV.amax(-1).isfinite(), logits_BV.argmax(-1), -1)
     probabilities_BC, ids_BC = candidates(logits_BV, options)
     # In float64 and with draws of 24 bits, a product below the sum stays below it.
     sums_BC = probabilities_BC.double().cumsum(-1)
-    draws_B = [draw.random(dtype=np.float32) for draw in draws]
-    draws_B1 = torch.tensor(draws_B, dtype=torch.float64, device=logits_BV.device)[:, None]
-    places_B1 = torch.searchsorted(sums_BC, draws_B1 * sums_BC[:, -1:], right=True)
+    places_B1 = torch.searchsorted(sums_BC, draws_B[:, None] * sums_BC[:, -1:], right=True)
     places_B1 = places_B1.clamp_(max=sums_BC.shape[-1] - 1)  # past the end for a row of NaN
     if ids_BC is not None:
         places_B1 = ids_BC.gather(-1, places_B1)
-    return _ids(places_B1[:, 0], sums_BC[:, -1] > 0)
+    return torch.where(sums_BC[:, -1] > 0, places_B1[:, 0], -1)
 
 
-def _ids(chosen_B: Tensor, is_finite_B: Tensor) -> list[int]:
-    """The ids, fetched from the device once. Raises NonFiniteError if a row is not finite."""
-    ids: list[int] = torch.where(is_finite_B, chosen_B, -1).tolist()
+def fetched(chosen_B: Tensor) -> list[int]:
+    """The chosen ids, fetched from the device once. Raises NonFiniteError if a row has none."""
+    ids: list[int] = chosen_B.tolist()
     if -1 in ids:
         raise NonFiniteError(
             "the model's logits are non-finite: its weights are damaged or too large for this "

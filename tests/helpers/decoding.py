@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from data_pipeline.text.codec import Prompt
 from megaback.inference.decoder import Decoder
 from megaback.inference.generate import sample_many
-from megaback.inference.sampling import SamplingOptions
+from megaback.inference.sampling import SamplingOptions, choose, fetched
 from tests.helpers.small_models import VOCAB_SIZE, make_model
 
 CONTEXT_TOKENS = 24
@@ -45,3 +47,11 @@ def written(
 ) -> list[list[int]]:
     """The new ids of each sample."""
     return sample_many(by or decoder(), CODEC, [prompt_of(ids) for ids in prompts], options)
+
+
+def chosen(
+    logits_BV: Tensor, options: SamplingOptions, streams: Sequence[np.random.Generator]
+) -> list[int]:
+    """An id for each row, with the next number of its own stream."""
+    draws = [stream.random(dtype=np.float32) for stream in streams]
+    return fetched(choose(logits_BV, options, torch.tensor(draws, dtype=torch.float64)))

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from data_pipeline.errors import PromptError
 from data_pipeline.text.incremental import sendable
 from megaback.inference.batch import Sample
-from megaback.inference.decoder import ScoredToken
 from megaback.inference.sampling import SamplingOptions
+from megaback.inference.token_scores import ScoredToken
 from tools.serving import response_schemas, schemas
 from tools.serving.choice_stream import ChoiceText, Part, Token, log_probs, offsets
 from tools.serving.context import Service

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import PromptError
 from megaback.inference.decoder import Decoder
 from megaback.inference.generate import generate
-from megaback.inference.sampling import SamplingOptions, choose, penalized
+from megaback.inference.sampling import SamplingOptions, penalized
 from megaback.inference.steps import finish
 from megaback.model.gpt import ReverseGPT
 from tests.helpers.decoding import (
@@ -22,6 +22,7 @@ from tests.helpers.decoding import (
     END_ID,
     STOP_ID,
     WRITABLE,
+    chosen,
     decoder,
     prompt_of,
     written,
@@ -47,7 +48,7 @@ def written_without_a_cache(
         allowed = later if new_ids else set(WRITABLE.tolist())
         allowed = allowed - ends if len(new_ids) < options.min_new_tokens else allowed
         logits_1V[0, sorted(set(range(VOCAB_SIZE)) - allowed)] = -torch.inf
-        (new_id,) = choose(logits_1V, options, [draws])
+        (new_id,) = chosen(logits_1V, options, [draws])
         if new_id in ends:
             break
         window.append(new_id)
@@ -76,7 +77,7 @@ def test_single_steps_give_the_logits_of_a_whole_prefill(
     cache = reader.new_cache(1)
     cache.add(finish(reader.read_steps(ids_T[:7].tolist())))
 
-    logits_TV = torch.cat([reader.step([new_id], cache) for new_id in ids_T[7:].tolist()])
+    logits_TV = torch.cat([reader.step(id_1, cache) for id_1 in ids_T[7:].split(1)])
 
     torch.testing.assert_close(logits_TV, expected_TV[7:], atol=1e-5, rtol=1e-5)
 
@@ -220,6 +221,6 @@ def test_bf16_gives_the_logits_of_the_model_in_bf16_to_its_precision() -> None:
     cache = reader.new_cache(1)
     cache.add(finish(reader.read_steps([])))
 
-    logits_TV = torch.cat([reader.step([new_id], cache) for new_id in ids_T.tolist()])
+    logits_TV = torch.cat([reader.step(id_1, cache) for id_1 in ids_T.split(1)])
 
     assert (logits_TV - expected_TV).abs().mean() < 0.02 * expected_TV.std()

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from data_pipeline.errors import ConfigError
-from megaback.inference.sampling import SamplingOptions, candidates, choose, penalized
+from megaback.inference.sampling import SamplingOptions, candidates, penalized
+from tests.helpers.decoding import chosen
 
 VOCAB_SIZE = 50
 
@@ -71,9 +72,9 @@ def test_frequencies_of_ids_match_their_probabilities(top_k: int) -> None:
     logits_BV = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]]).repeat(20_000, 1)
     options = SamplingOptions(temperature=1, top_k=top_k)
 
-    chosen = choose(logits_BV, options, streams(20_000))
+    ids = chosen(logits_BV, options, streams(20_000))
 
-    counts = torch.bincount(torch.tensor(chosen), minlength=5)
+    counts = torch.bincount(torch.tensor(ids), minlength=5)
 
     assert counts[4] == 0
     expected = 20_000 * logits_BV[0].softmax(-1)
@@ -85,10 +86,10 @@ def test_each_row_draws_from_its_own_stream() -> None:
     options = SamplingOptions(temperature=1, top_k=0, seed=5)
     together, (*_, apart) = streams(3), streams(3)
 
-    all_rows = [choose(logits_BV, options, together) for _ in range(20)]
-    last_row = [choose(logits_BV[:1], options, [apart])[0] for _ in range(20)]
+    all_rows = [chosen(logits_BV, options, together) for _ in range(20)]
+    last_row = [chosen(logits_BV[:1], options, [apart])[0] for _ in range(20)]
 
-    assert [chosen[2] for chosen in all_rows] == last_row
+    assert [ids[2] for ids in all_rows] == last_row
     assert len({tuple(column) for column in zip(*all_rows, strict=True)}) == 3
 
 
@@ -134,6 +135,6 @@ def test_the_chosen_id_is_always_possible(
     seen_BV = torch.rand(logits_BV.shape, generator=torch.manual_seed(seed)) < 0.5
     logits_BV = penalized(logits_BV, seen_BV, penalty)
 
-    chosen = choose(logits_BV, options, streams(3))
+    ids = chosen(logits_BV, options, streams(3))
 
-    assert all(logits_BV[row, choice] > -torch.inf for row, choice in enumerate(chosen))
+    assert all(logits_BV[row, choice] > -torch.inf for row, choice in enumerate(ids))

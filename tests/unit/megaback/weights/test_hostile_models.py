@@ -17,7 +17,7 @@ from data_pipeline.errors import CheckpointCorruptError, MegabackError, NonFinit
 from data_pipeline.text.codec import TextCodec
 from megaback.checkpoints.checkpoint import find_checkpoint, read_meta
 from megaback.config import ModelSection
-from megaback.inference.sampling import SamplingOptions, choose
+from megaback.inference.sampling import SamplingOptions
 from megaback.model.gpt import ReverseGPT
 from megaback.run_folder import META_NAME
 from megaback.weights.base_shape import base_shape
@@ -25,6 +25,7 @@ from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder, read_description
 from megaback.weights.source import open_checkpoint, open_source
 from megaback.weights.weight_names import shapes_of
+from tests.helpers.decoding import chosen
 from tests.helpers.exports import write_checkpoint
 from tests.helpers.hostile_files import bounded
 from tools.convert import convert
@@ -196,10 +197,10 @@ def test_non_finite_logits_are_an_error(temperature: float, top_k: int) -> None:
     """Finite weights can produce them too."""
     options = SamplingOptions(temperature=temperature, top_k=top_k)
     logits_BV, draws = torch.zeros(2, 9), [np.random.default_rng(seed) for seed in (1, 2)]
-    assert len(choose(logits_BV, options, draws)) == 2
+    assert len(chosen(logits_BV, options, draws)) == 2
     logits_BV[1, 4] = float("nan")
     with pytest.raises(NonFiniteError, match="logits are non-finite"):
-        choose(logits_BV, options, draws)
+        chosen(logits_BV, options, draws)
 
 
 def test_a_context_that_exceeds_the_memory_is_refused(
