@@ -49,12 +49,26 @@ class Reduction:
         """`values` is replaced."""
         self._values = values
         self._work = dist.all_reduce(values, op, group, async_op=True)
+        self._copied: torch.Event | None = None
         self._result: list[float] | None = None
+
+    def fetch(self) -> None:
+        """Start to copy the values from a GPU, after the work that it has been given.
+
+        Once the host has waited for later work, `result` does not wait.
+        """
+        if self._values.device.type != "cpu":
+            self._work.wait()  # the GPU's stream waits, not the host
+            stream = torch.accelerator.current_stream(self._values.device)
+            self._values = self._values.to("cpu", non_blocking=True)
+            self._copied = stream.record_event()
 
     def result(self) -> list[float]:
         """The values over all ranks, the same on each. Waits unless they have arrived."""
         if self._result is None:
             self._work.wait()
+            if self._copied is not None:
+                self._copied.synchronize()
             self._result = self._values.tolist()
         return self._result
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from data_pipeline.errors import MegabackError
 from data_pipeline.loading.rows import Batch
 from megaback.checkpoints.pipeline import CheckpointPipeline
+from megaback.distributed.sending import sent
 from megaback.distributed.world import Reduction, World, attempt
 from megaback.faults.stop_request import StopRequest
 from megaback.training.run import Run
@@ -54,6 +55,11 @@ class StepAhead:
         self._micro_batches = found or []
         self._wait_s += monotonic() - asked
 
+    @property
+    def micro_batches(self) -> list[Batch]:
+        """This rank's rows of the next step, as far as they were read."""
+        return self._micro_batches
+
     def take_wait_s(self) -> float:
         """Time that `read` has taken since the last call, in seconds."""
         wait_s, self._wait_s = self._wait_s, 0.0
@@ -66,7 +72,7 @@ class StepAhead:
         the rows does. `nats`: sum of the losses of this step's targets on this rank.
         """
         self._error = log_error or self._error
-        sums = torch.tensor(
+        values = torch.tensor(
             [
                 0.0,
                 sum(batch.num_targets for batch in self._micro_batches),
@@ -77,11 +83,17 @@ class StepAhead:
                 self._error is not None,
             ],
             dtype=torch.float64,
-        ).to(self._world.device, non_blocking=True)
+        )
+        sums = sent(values, self._world.device)
         if nats is not None:
             sums[0] += nats  # on the device: the host does not wait for it
         group = self._run.engine.seq_data_parallel_group
         self._sums = Reduction(sums, dist.ReduceOp.SUM, group)
+
+    def fetch(self) -> None:
+        """Start to copy the sum to the host, which then waits once: for the gradient norm."""
+        assert self._sums is not None
+        self._sums.fetch()
 
     def nats(self) -> float:
         """Sum of the losses of the step's targets over all ranks, once it has arrived."""

@@ -8,6 +8,7 @@ handle faults, and `checkpoints.pipeline` saves.
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from time import monotonic
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ from megaback.run_folder import METRICS_NAME
 from megaback.tracking.metrics import StepRecord, read_metrics
 from megaback.tracking.metrics_log import MetricsLog
 from megaback.training.agreement import Agreement, StepAhead
+from megaback.training.device_batches import DeviceBatches
 from megaback.training.early_stopping import EarlyStopping, mark_best, read_measurements
 from megaback.training.history_gap import history_gap
 from megaback.training.run import Run, batch_arithmetic
@@ -59,6 +61,7 @@ class Trainer:
             self.log,
         )
         self._ahead = StepAhead(run, world, stop, self._checkpoints)
+        self._batches = DeviceBatches(world.device, partial(to_device, device=world.device))
         self._saved_step = run.start_step
         self._val_loss = run.val_loss
 
@@ -151,6 +154,7 @@ class Trainer:
         maxima = maxima or self._begin_maxima()
         rate_factor = rate_factor_at(step, run.data.total_steps, optimizer)
         set_learning_rates(run.engine, rate_factor)
+        self._ahead.fetch()
         run.watchdog.set_phase("updating", step + 1)
 
         def loss() -> float:
@@ -193,9 +197,9 @@ class Trainer:
         # targets of the step, which are unevenly distributed.
         share = world.size * run.data.accumulation_steps / max(num_targets, 1)
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
-        for batch in micro_batches:
+        for batch, arguments in self._batches.take(micro_batches, self._ahead.micro_batches):
             run.watchdog.set_phase("computing gradients", step + 1)
-            loss = run.engine(*to_device(batch, world.device)).sum()
+            loss = run.engine(*arguments).sum()
             nats += loss.detach()  # on the device, without a synchronization before the step's end
             is_last = batch is micro_batches[-1]
             if is_last:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
+from megaback.distributed.sending import sent
 from megaback.distributed.world import World, attempt
 from megaback.model.attention import Segments
 from megaback.tracking.loss_by_context import ContextLoss, bucket_of, num_buckets
@@ -18,7 +19,7 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     """Arguments of the model's forward pass, on its device."""
     lengths = tuple(np.diff(batch.cu_seqlens).tolist())
     ids_T, targets_T, cu_seqlens = (
-        torch.from_numpy(array).to(device, non_blocking=True)
+        sent(torch.from_numpy(array), device)
         for array in (batch.ids_T, batch.targets_T, batch.cu_seqlens)
     )
     # Positions are computed on the device, which is faster than sending them.
