@@ -151,6 +151,27 @@ def _tensors_of(one: Partition, engine: Any) -> dict[str, Tensor]:
     return {WEIGHT: one.tensor.detach()} | {kind: state[kind] for kind in kinds if kind in state}
 
 
+@torch.no_grad()
+def load_weights(
+    engine: Any, weights: Iterable[tuple[str, Tensor]], rank: int, world_size: int
+) -> None:
+    """Copy whole weights in fp32 into those that this rank updates.
+
+    `refresh_copies` then updates the model, on all ranks together.
+    """
+    parts: dict[str, list[tuple[Tensor, Slice]]] = {}
+    for holding in holdings_of(engine, rank, world_size):
+        for name, run in holding.runs:
+            parts.setdefault(name, []).append((holding.tensor.data.view(-1), run))
+    for name, weight in weights:
+        flat = weight.reshape(-1)
+        for target, run in parts.pop(name):
+            target[run.local_start : run.local_start + run.length].copy_(
+                flat[run.matrix_start : run.matrix_start + run.length]
+            )
+    assert not parts, f"no weights of {sorted(parts)}"
+
+
 def num_updates(engine: Any) -> int:
     """Number of updates by AdamW, without skipped steps."""
     counts = [state["step"] for state in engine.basic_optimizer.state.values() if "step" in state]

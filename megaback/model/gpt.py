@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from data_pipeline.loading.rows import IGNORED_TARGET
 from megaback.config import ModelSection
 from megaback.model.attention import AttentionBackend, Segments, sdpa_attention
-from megaback.model.mup import initial_std
+from megaback.model.mup import initial_weights
 
 
 @dataclass(frozen=True)
@@ -207,17 +207,10 @@ class ReverseGPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Initialize matrices with `mup.initial_std`, and norms with ones.
-
-        The same seed gives the same weights on every rank and device.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                parameter.fill_(1.0)
-                continue
-            std = initial_std(name, self.shape)
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        """Copy the weights of `initial_weights`."""
+        weights = dict(self.named_parameters())
+        for name, initial in initial_weights(self.shape, self.shapes(), seed):
+            weights[name].copy_(initial)
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the final norm: shape (T, D)."""
@@ -254,6 +247,10 @@ class ReverseGPT(nn.Module):
         squared_T = logits_TV.logsumexp(dim=-1).square()
         penalty_T = self.z_loss * squared_T * (targets_T != IGNORED_TARGET)
         return nats_T + (penalty_T - penalty_T.detach())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by name, in order."""
+        return {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -7,9 +7,11 @@ architecture stays stock. Without it, m is 1.
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from megaback.config import ModelSection, OptimizerSection
 
@@ -41,6 +43,24 @@ def initial_std(name: str, shape: ModelSection) -> float:
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         return 0.0 if shape.zero_output_projections else std / math.sqrt(2 * shape.num_layers)
     return std
+
+
+def initial_weights(
+    shape: ModelSection, shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Initial weights of ReverseGPT in fp32: of matrices by `initial_std`, of norms ones.
+
+    `shapes`: of the parameters, in their order. The same seed gives the same weights everywhere.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, size in shapes.items():
+        if len(size) < 2:
+            yield name, torch.ones(size)
+        else:
+            yield (
+                name,
+                torch.empty(size).normal_(0.0, initial_std(name, shape), generator=generator),
+            )
 
 
 def parameter_rule(

@@ -5,11 +5,12 @@ All checks that can refuse a start come before anything is written (`_accept`).
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from data_pipeline.common.atomic import write_text
 from data_pipeline.common.differences import differing_keys, shown_values
@@ -25,6 +26,7 @@ from data_pipeline.errors import (
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, newest_checkpoint
 from megaback.checkpoints.fetching import fetch_newest
 from megaback.checkpoints.remote_copy import CopyTarget, newest_meta
+from megaback.checkpoints.state import load_weights, refresh_copies
 from megaback.config import Config, ModelSection
 from megaback.data import Data, open_data
 from megaback.distributed.device_limits import (
@@ -45,6 +47,7 @@ from megaback.faults.watchdog import Watchdog
 from megaback.model.attention import attention_backend
 from megaback.model.compiler import require_compiler
 from megaback.model.gpt import ReverseGPT
+from megaback.model.mup import initial_weights
 from megaback.planning.flops import flops_per_token
 from megaback.planning.memory_room import AvailableMemory, require_memory
 from megaback.run_folder import (
@@ -148,10 +151,6 @@ def prepare_run(
         config.training.activation_checkpointing,
         config.optimizer.z_loss,
     )
-    if base is not None:
-        world.run_collectively(base.fill, model)
-    else:
-        model.initialize(config.training.seed)
     world.run_collectively(
         require_host_memory,
         config.zero.offload,
@@ -177,10 +176,18 @@ def prepare_run(
     watchdog.set_phase("starting", start_step)
     attended = world.run_collectively(data.attended_tokens)
     token_flops = flops_per_token(config.model, data.codec.vocab_size, attended)
-    num_parameters = model.num_parameters()
+    num_parameters, shapes = model.num_parameters(), model.shapes()
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
     if found is not None:
         load_into_engine(engine, *found, world)
+    else:
+        # Into the engine rather than the model, of which it only has copies in bf16.
+        if base is not None:
+            weights: Iterable[tuple[str, Tensor]] = ((name, base.read(name)) for name in shapes)
+        else:
+            weights = initial_weights(config.model, shapes, config.training.seed)
+        world.run_collectively(load_weights, engine, weights, world.rank, world.size)
+        refresh_copies(engine)
     return Run(
         config=config,
         data=data,
