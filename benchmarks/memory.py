@@ -1,12 +1,13 @@
 """Memory per rank: predicted by `megaback plan`, and measured in real runs.
 
-    python benchmarks/memory.py [--ranks 1,2] [--shards DIR] [--only adamw] [--json]
+    python benchmarks/memory.py [--ranks 1,2] [--shards DIR] [--only adamw] [--json] [OVERRIDES]
 
 Complete runs of two steps on 1 and 2 processes of this machine: every ZeRO stage, fp32 and bf16,
 every kind of activation checkpointing, AdamW and Muon. Measured is the peak resident memory (VmHWM
 of Linux) of the rank that has the most, minus its memory before the run: until the checkpoint is
 written, and including it. glibc is set to return every freed block above 64 KiB, so the measured
-memory is the allocated memory. Without --shards, they are built from `pydocs`.
+memory is the allocated memory. Without --shards, they are built from `pydocs`. OVERRIDES of the
+config, such as zero.reduce_once=true, hold for all cases.
 """
 
 import ctypes
@@ -183,7 +184,9 @@ class Ranks:
             rank.communicate()
 
 
-def measure(cases: list[Case], config_path: Path) -> Iterator[dict[str, Any]]:
+def measure(
+    cases: list[Case], config_path: Path, others: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     """Run every case; returns its planned and measured memory."""
     started: Ranks | None = None
     last: tuple[int, str] | None = None
@@ -197,10 +200,11 @@ def measure(cases: list[Case], config_path: Path) -> Iterator[dict[str, Any]]:
                 small = ["model.num_layers=1", "model.width=64", "model.num_heads=2"]
                 muon = f"optimizer.name={case.optimizer}"
                 started.peaks(config_path, [*small, muon, f"training.precision={precision}"])
-        config = load_config(config_path, tuple(case.overrides()))
+        overrides = [*case.overrides(), *others]
+        config = load_config(config_path, tuple(overrides))
         memory = planned(config, case.ranks)
         training = max(total for name, total in memory.moments.items() if name != "saving")
-        before, whole = started.peaks(config_path, case.overrides())
+        before, whole = started.peaks(config_path, overrides)
         num_runs += 1
         yield {
             **asdict(case),
@@ -236,7 +240,15 @@ def build_shards(folder: Path) -> Path:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON per case.")
 @click.option("--serve", "is_rank", is_flag=True, hidden=True)
-def main(ranks: str, shards: Path | None, only: str, as_json: bool, is_rank: bool) -> None:
+@click.argument("overrides", nargs=-1)
+def main(
+    ranks: str,
+    shards: Path | None,
+    only: str,
+    as_json: bool,
+    is_rank: bool,
+    overrides: tuple[str, ...],
+) -> None:
     """Print planned and measured memory of every case, and the largest difference."""
     if is_rank:
         serve()
@@ -249,7 +261,7 @@ def main(ranks: str, shards: Path | None, only: str, as_json: bool, is_rank: boo
         path = folder / "run.yaml"
         fields = config_fields((shards or build_shards(folder)).absolute(), folder / "run")
         path.write_text(yaml.safe_dump(fields), encoding="utf-8")
-        for found in measure(cases, path):
+        for found in measure(cases, path, overrides):
             ratios = [
                 found[f"planned_{name}_bytes"] / found[f"{name}_bytes"] - 1
                 for name in ("training", "whole")

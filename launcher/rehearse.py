@@ -31,9 +31,8 @@ _NOT_REHEARSED = (
 
 def planned_bytes(plan: RunPlan) -> dict[str, float]:
     """Planned bytes per step that a rank sends, by kind of collective."""
-    reduction = "reduce-scatter" if plan.stage == 3 else "all-reduce"
     planned = {
-        reduction: plan.traffic.gradient_bytes,
+        plan.traffic.reduction: plan.traffic.gradient_bytes,
         "all-gather": plan.traffic.weight_bytes,
         "all-to-all": plan.traffic.optimizer_bytes,
     }

@@ -3,16 +3,13 @@
 Each field has a docstring. Unknown keys and invalid values are errors. Loads no torch.
 """
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     field_serializer,
     field_validator,
     model_validator,
@@ -23,9 +20,7 @@ from data_pipeline.errors import BatchError
 from data_pipeline.redaction import shown_url
 from data_pipeline.storage.address_variables import kept
 from data_pipeline.text.codec import Direction
-
-_WHOLE = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?")
-
+from megaback.config_section import Section
 
 Address = Annotated[str, AfterValidator(kept)]
 """A path or URL. Its secrets are in environment variables, so that no copy of a config has them."""
@@ -34,39 +29,6 @@ Address = Annotated[str, AfterValidator(kept)]
 def _as_word(value: Any) -> Any:
     """The word on or off, which YAML reads as true or false."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-def _kinds(annotation: Any) -> list[Any]:
-    """A type and all of its type arguments: those of `Annotated[int, …] | None` include int."""
-    return [annotation, *(kind for part in get_args(annotation) for kind in _kinds(part))]
-
-
-def _as_number(value: Any, annotation: Any) -> Any:
-    kinds = _kinds(annotation)
-    if isinstance(value, bool) and bool not in kinds and any(x in kinds for x in (int, float, 1)):
-        return str(value).lower()  # a string, which the field rejects; true would be 1
-    if isinstance(value, str) and int in kinds and _WHOLE.fullmatch(value):
-        number = float(value.replace("_", ""))
-        return int(number) if number.is_integer() else number
-    return value
-
-
-class Section(BaseModel):
-    """Immutable part of the config; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers(cls, fields: Any) -> Any:
-        """Read `1e3`, text in YAML, as an integer; reject `yes` and `true` as numbers."""
-        if not isinstance(fields, dict):
-            return fields
-        known = cls.model_fields
-        return {
-            key: _as_number(value, known[key].annotation) if key in known else value
-            for key, value in fields.items()
-        }
 
 
 class WeightedShards(Section):
@@ -281,6 +243,26 @@ class ZeroSection(Section):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """State held in host memory instead of on the device. optimizer: the optimizer state and fp32
     weights (stages 1 to 3); parameters: the model's weights as well (stage 3)."""
+    gradient_precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision in which a run in bf16 accumulates gradients at stages 1 to 3, and adds them over
+    the ranks; other runs do so in fp32. fp32: twice the traffic of gradients, and at stage 1 twice
+    their memory."""
+    reduce_once: bool = False
+    """Addition of gradients over the ranks once per step at stages 2 and 3, as at the others,
+    instead of after every micro-batch: less traffic, and a whole gradient in every rank's
+    memory."""
+    reduction: Literal["all_reduce", "reduce"] = "all_reduce"
+    """Collective by which stages 1 and 2 add gradients over the ranks. all_reduce: every rank gets
+    all sums; reduce: each gets its own, for half the traffic in many smaller calls."""
+    overlap_communication: bool | None = None
+    """Communication in a CUDA stream of its own, during the backward pass: of gradients, and at
+    stage 3 of weights. Default: at stage 3."""
+
+    @property
+    def overlaps_communication(self) -> bool:
+        if self.overlap_communication is None:
+            return self.stage == 3
+        return self.overlap_communication
 
     @model_validator(mode="after")
     def _stage_can_offload(self) -> "ZeroSection":
@@ -414,6 +396,16 @@ class Config(Section):
     """Steps whose update is skipped."""
     logging: LoggingSection = LoggingSection()
     """Console and trackers."""
+
+    @property
+    def has_fp32_accumulators(self) -> bool:
+        """Whether gradients are in fp32 besides weights in bf16."""
+        has_bf16_weights = self.training.precision == "bf16" and self.zero.stage > 0
+        return has_bf16_weights and self.zero.gradient_precision == "fp32"
+
+    def reduces_once(self, accumulation_steps: int) -> bool:
+        """Whether reductions of a step's micro-batches are postponed to its end."""
+        return self.zero.reduce_once and self.zero.stage >= 2 and accumulation_steps > 1
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

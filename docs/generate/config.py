@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 from data_pipeline.common.number_ranges import Range
 from docs.generate import source
 from docs.generate.markdown import code, prose, table
-from megaback.config import Config, Section
+from megaback.config import Config
+from megaback.config_section import Section
 
 _HEAD = ["key", "values", "default", "description"]
 _TYPES = {int: "whole number", float: "number", str: "text", Path: "path"}

@@ -5,11 +5,18 @@ Workarounds for DeepSpeed 0.19 are listed in docs/decisions/0003-deepspeed-worka
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
 from megaback.config import Config
+from megaback.distributed.gradients import (
+    FP32_GRADIENTS,
+    accumulate_in_fp32,
+    reduction_fields,
+    zero_at_every_stage,
+)
 from megaback.model.gpt import ReverseGPT
 from megaback.optim.build import attach_shards, build_optimizer
 from megaback.planning.memory import bucket_elements
@@ -25,14 +32,14 @@ def start_engine(
     matrix_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     named = model.named_parameters()
     optimizer = build_optimizer(named, config.model, config.optimizer, matrix_dtype)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(
-            config, micro_batch_rows, accumulation_steps, model.num_parameters()
-        ),
-        dist_init_required=False,
-    )
+    fields = deepspeed_config(config, micro_batch_rows, accumulation_steps, model.num_parameters())
+    with zero_at_every_stage():
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=fields, dist_init_required=False
+        )
+    engine.reduces_once = config.reduces_once(accumulation_steps)
+    if engine.reduces_once and config.has_fp32_accumulators:
+        accumulate_in_fp32(engine)
     attach_shards(optimizer, engine.optimizer, config.zero.stage, engine.device)
     if config.training.compile:
         model.exclude_attention_from_compile()
@@ -88,7 +95,11 @@ def deepspeed_config(
             # At stage 0, DeepSpeed's bf16 optimizer takes a step on zero gradients at startup.
             fields["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         else:
-            fields["bf16"] = {"enabled": True}
+            # The step guard sees a norm that is not finite.
+            fields["bf16"] = {"enabled": True, "check_grad_overflow": False}
+    fields["zero_optimization"] |= reduction_fields(config.zero)
+    if config.has_fp32_accumulators:
+        fields |= FP32_GRADIENTS
     return fields
 
 
@@ -106,18 +117,24 @@ def take_step(
     Returns the norm of the whole gradient before clipping, and the reason. Gradients are cleared in
     either case.
     """
-    zero, stage = engine.optimizer, engine.zero_optimization_stage()
-    whole = None
-    if stage == 0:
+    zero = engine.optimizer
+
+    @cache
+    def norm() -> float:
+        if engine.zero_optimization_stage():
+            return float(zero._global_grad_norm)
         # Gradients are whole and already averaged, and the engine does not keep their norm.
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        whole = float(torch.nn.utils.get_total_norm(gradients))
+        return float(torch.nn.utils.get_total_norm(gradients))
 
-    def norm() -> float:
-        return whole if whole is not None else float(zero._global_grad_norm)
+    @cache
+    def reason() -> str | None:
+        return reason_to_skip(norm())
 
-    # DeepSpeed calls the optimizer once it knows the norm, except when it skips the step itself,
-    # for a non-finite norm.
-    engine.basic_optimizer.must_skip = lambda: reason_to_skip(norm()) is not None
+    # DeepSpeed calls the optimizer for every parameter group once it knows the norm, except when it
+    # skips the step itself, for a non-finite norm.
+    engine.basic_optimizer.must_skip = lambda: reason() is not None
+    if not engine.zero_optimization_stage():
+        norm()  # before it is clipped
     engine.step()
-    return norm(), reason_to_skip(norm())
+    return norm(), reason()

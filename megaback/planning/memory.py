@@ -12,6 +12,7 @@ from megaback.config import ModelSection
 from megaback.planning.activation_memory import Arithmetic, Attention, activations_of
 from megaback.planning.flops import ModelSize
 from megaback.planning.gradient_buffer import kept_elements
+from megaback.planning.gradient_memory import GradientMemory, GradientSetting, gradient_memory
 from megaback.planning.matrix_shares import matrices_of, matrix_share, matrix_shares
 from megaback.planning.muon_memory import exchange_bytes, orthogonal_elements
 
@@ -58,6 +59,12 @@ class Setting:
     attention: Attention
     saves_while_training: bool
     is_cpu: bool
+    has_fp32_accumulators: bool = False
+    """Whether gradients are in fp32 besides weights in bf16."""
+    reduces_once: bool = False
+    """Whether reductions at stages 2 and 3 are postponed to the step's end."""
+    overlaps: bool = False
+    """Whether reductions overlap with the backward pass."""
     rank: int | None = None
     """None: the rank that uses most."""
 
@@ -70,6 +77,25 @@ class Setting:
     @property
     def weight_bytes(self) -> int:
         return 2 if self.arithmetic == "bf16" else 4
+
+    @property
+    def accumulator_bytes(self) -> int:
+        return 4 if self.has_fp32_accumulators else self.weight_bytes
+
+    def gradients(self, size: ModelSize) -> GradientMemory:
+        """Memory of gradients, besides those that stage 3 always holds."""
+        setting = GradientSetting(
+            stage=self.stage,
+            weight_bytes=self.weight_bytes,
+            accumulator_bytes=self.accumulator_bytes,
+            accumulates=self.accumulates,
+            reduces_once=self.reduces_once,
+            overlaps=self.overlaps,
+            is_offloaded=_is_offloaded(self),
+            ranks=self.ranks,
+        )
+        kept = kept_elements(self.shape, self.vocab_size, self.optimizer, self.ranks, self.rank)
+        return gradient_memory(setting, size.total, kept, bucket_elements(size.total))
 
 
 @dataclass(frozen=True)
@@ -181,8 +207,8 @@ def _resident(setting: Setting, size: ModelSize) -> Parts:
         optimizer = (optimizer + 4 * total) / ranks
     if stage == 3:
         weights /= ranks
-        gradients = setting.weight_bytes * total / ranks
-        buckets = setting.weight_bytes * bucket_elements(total)
+        gradients = setting.accumulator_bytes * total / ranks
+        buckets = setting.accumulator_bytes * bucket_elements(total)
     if _is_offloaded(setting):
         optimizer = 0.0
         gradients = 0.0 if stage == 3 else gradients
@@ -209,19 +235,10 @@ def _largest_parameter(setting: Setting, size: ModelSize) -> int:
     return max(size.embedding, *matrices)
 
 
-def _kept_gradients(setting: Setting) -> float:
-    """Bytes of the gradients that a rank keeps at stages 1 and 2."""
-    kept = kept_elements(
-        setting.shape, setting.vocab_size, setting.optimizer, setting.ranks, setting.rank
-    )
-    return float(setting.weight_bytes * kept)
-
-
 def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     """Peaks of the forward and backward pass of a step's last micro-batch."""
     total, ranks, stage = size.total, setting.ranks, setting.stage
     tokens, layers = setting.micro_batch_tokens, setting.shape.num_layers
-    bytes_each = setting.weight_bytes
     kept = activations_of(
         setting.shape,
         setting.vocab_size,
@@ -233,25 +250,19 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     resident = _resident(setting, size)
     weights = resident.weights
     if stage == 3 and (ranks > 1 or setting.offload == "parameters"):
-        weights += bytes_each * min(total, _GATHERED_ELEMENTS)
+        weights += setting.weight_bytes * min(total, _GATHERED_ELEMENTS)
     working = replace(resident, weights=weights)
-    share = 1.0 if stage < 2 else 1.0 / ranks
-    whole = {2: _kept_gradients(setting), 3: 0.0}.get(stage, float(bytes_each * total))
-    earlier = whole if setting.accumulates else 0.0
-    if _is_offloaded(setting) and stage:
-        earlier = whole = 0.0
-    head = 0.0 if stage >= 2 else bytes_each * (size.head or size.embedding)
-    bucket = {0: 0.0, 3: 0.0}.get(stage, float(bytes_each * bucket_elements(total)))
-    # Stage 2 adds a micro-batch's gradients to those of the previous ones.
-    last = whole + (earlier if stage == 2 else 0.0)
-    first = max(earlier, head)
-    if stage == 2:
+    held = setting.gradients(size)
+    head = 0.0 if stage >= 2 else setting.accumulator_bytes * (size.head or size.embedding)
+    first = max(held.earlier, head)
+    if stage == 2 and not setting.reduces_once:
         # The buffer of a rank's gradients is allocated for the first one. On a CPU, its memory is
-        # used as it is filled: by the head and a bucket here.
-        filled = bucket + bytes_each * (size.head or size.embedding)
-        first = earlier + (min(whole, filled) if setting.is_cpu else whole)
+        # used as it is filled: by the head and a bucket here. fp32 gradients begin as zeros.
+        filled = held.bucket + setting.weight_bytes * (size.head or size.embedding)
+        is_filled = setting.is_cpu and not setting.has_fp32_accumulators
+        first = held.earlier + min(held.last - held.earlier, filled if is_filled else held.last)
     # Gradients of untied embeddings follow those of the last block.
-    embedding = bytes_each * size.embedding * share if whole and size.head else 0.0
+    embedding = (held.last - held.earlier) * size.embedding / total if size.head else 0.0
 
     def moment(blocks: int, gradients: float, buckets: float, work: float, logits: float) -> Parts:
         return replace(
@@ -264,13 +275,13 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
 
     reduced = 4.0 * min(total, _WHOLE_REDUCED_ELEMENTS) if stage == 0 and ranks > 1 else 0.0
     return {
-        "loss": moment(layers, earlier, 0, 0, kept.logits + kept.logits_work),
-        "first block": moment(layers, first, bucket, kept.block_work, 0),
-        "last block": moment(1, max(last - embedding, earlier), bucket, kept.block_work, 0),
+        "loss": moment(layers, held.earlier, 0, 0, kept.logits + kept.logits_work),
+        "first block": moment(layers, first, held.bucket, kept.block_work, 0),
+        "last block": moment(1, held.last - embedding, held.bucket, kept.block_work, 0),
         "reduction": replace(
             resident,
-            gradients=resident.gradients + last,
-            buckets=resident.buckets + bucket + reduced,
+            gradients=resident.gradients + held.last + held.reduced,
+            buckets=resident.buckets + held.bucket + reduced,
         ),
     }
 
@@ -278,22 +289,21 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
 def _update(setting: Setting, size: ModelSize) -> Parts:
     """Peak of the optimizer's update, which processes parameter groups in sequence."""
     resident, stage, ranks = _resident(setting, size), setting.stage, setting.ranks
-    low, is_muon = setting.weight_bytes, setting.optimizer == "muon"
+    held, is_muon = setting.gradients(size), setting.optimizer == "muon"
     rest = size.total - size.matrices
     if stage == 0:
         work = _whole_work(setting, size) if is_muon else 0.0
         return replace(resident, gradients=4.0 * size.total, update=work)
     if _is_offloaded(setting):  # matrices are orthogonalized on the device
-        return replace(resident, update=_muon_work(setting) if is_muon else 0.0)
-    averaged = 0.0 if stage == 3 else _kept_gradients(setting)
+        work = _muon_work(setting) if is_muon else 0.0
+        return replace(resident, gradients=resident.gradients + held.averaged, update=work)
     group = (max(size.matrices, rest) if is_muon else size.total) / ranks
     if stage == 3:
         group = min(group, _GROUP_ELEMENTS)
-    # A flat copy, then one in fp32.
-    flat = (low + (4 if low == 2 else 0)) * group
+    flat = held.update_bytes * group
     # Before, the norm is computed in fp64, of one parameter's part at a time.
     norm = 0.0 if stage == 3 else 8.0 * min(group, _largest_parameter(setting, size))
-    plain = replace(resident, gradients=resident.gradients + averaged, update=max(flat, norm))
+    plain = replace(resident, gradients=resident.gradients + held.averaged, update=max(flat, norm))
     if not is_muon:
         return plain
     part = min(_GROUP_ELEMENTS * ranks / size.matrices, 1.0) if stage == 3 else 1.0

@@ -1,10 +1,11 @@
 """Network traffic of a training step, and its duration without overlap. Loads no torch.
 
 Bytes sent per rank with ring algorithms (Patarasuk and Yuan, 2009): for n bytes on W ranks, an
-all-gather or reduce-scatter sends n (W - 1) / W, an all-reduce twice as much. The collectives are
-those of DeepSpeed 0.19: stages 1 and 2 all-reduce gradients and gather weights, stage 2 after every
-micro-batch; stage 3 gathers weights for the forward pass and, if there are too many to keep, again
-for the backward pass, and reduce-scatters gradients.
+all-gather, reduce-scatter or reduce sends n (W - 1) / W, an all-reduce twice as much. The
+collectives are those of DeepSpeed 0.19: stages 1 and 2 all-reduce (or reduce) gradients and gather
+weights; stage 3 gathers weights for the forward pass and, if there are too many to keep, again for
+the backward pass, and reduce-scatters gradients. Stages 2 and 3 reduce after every micro-batch,
+or once per step.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ class Traffic:
     weight_bytes: float
     optimizer_bytes: float
     """Gathering Muon's matrices and scattering the results."""
+    reduction: str
+    """Collective that adds the gradients: all-reduce, reduce or reduce-scatter."""
 
     @property
     def total(self) -> float:
@@ -45,6 +48,9 @@ def step_traffic(
     stage: int,
     precision: str,
     optimizer: str,
+    has_fp32_accumulators: bool = False,
+    reduces_once: bool = False,
+    reduction: str = "all_reduce",
     rank: int | None = None,
 ) -> Traffic:
     """Traffic of one rank per step, by default of the one that sends most."""
@@ -61,11 +67,13 @@ def step_traffic(
         sent = max(share.sent_elements for share in shares)
         exchanged = float((2 if precision == "bf16" else 4) * sent)
     if stage == 0:
-        return Traffic(2 * weights, 0.0, 0.0)
+        return Traffic(2 * weights, 0.0, 0.0, "all-reduce")
+    reductions = accumulation_steps if stage > 1 and not reduces_once else 1
+    gradients = reductions * (4 if has_fp32_accumulators else low) * size.total * others
     if stage == 3:
         passes = 1 if size.total <= _KEPT_ELEMENTS else 2
-        return Traffic(
-            accumulation_steps * weights, passes * accumulation_steps * weights, exchanged
-        )
-    reductions = accumulation_steps if stage == 2 else 1
-    return Traffic(2 * reductions * weights, weights, exchanged)
+        gathered = passes * accumulation_steps * weights
+        return Traffic(gradients, gathered, exchanged, "reduce-scatter")
+    if reduction == "reduce":
+        return Traffic(gradients, weights, exchanged, "reduce")
+    return Traffic(2 * gradients, weights, exchanged, "all-reduce")

@@ -107,6 +107,9 @@ def plan_run(
         precision=precision,
         optimizer=config.optimizer.name,
         rank=rank,
+        has_fp32_accumulators=config.has_fp32_accumulators,
+        reduces_once=config.reduces_once(accumulation),
+        reduction=config.zero.reduction,
     )
     return RunPlan(
         size=ModelSize.of(config.model, facts.vocab_size),
@@ -140,6 +143,8 @@ def memory_of(
 
     Raises BatchError.
     """
+    if stage is not None:
+        config = config.model_copy(update={"zero": config.zero.model_copy(update={"stage": stage})})
     micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
     return rank_memory(
         Setting(
@@ -149,7 +154,7 @@ def memory_of(
             accumulates=accumulation > 1,
             ranks=cluster.ranks,
             ranks_per_node=cluster.devices_per_node,
-            stage=config.zero.stage if stage is None else stage,
+            stage=config.zero.stage,
             precision=config.training.precision,
             checkpointing=config.training.activation_checkpointing,
             optimizer=config.optimizer.name,
@@ -159,6 +164,9 @@ def memory_of(
             saves_while_training=config.checkpoint.every_steps is not None,
             is_cpu=cluster.device.is_cpu,
             rank=rank,
+            has_fp32_accumulators=config.has_fp32_accumulators,
+            reduces_once=config.reduces_once(accumulation),
+            overlaps=config.zero.overlaps_communication,
         )
     )
 
@@ -224,6 +232,8 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[_Option]:
     """(section, key, values) of possible changes, cheapest first, values mildest first."""
     stage, kept = config.zero.stage, config.training.activation_checkpointing
     rows, _ = split_batch(config.batch, cluster.ranks)
+    if config.zero.reduce_once:
+        yield "zero", "reduce_once", (False,)
     if stage < 2:
         yield "zero", "stage", tuple(range(stage + 1, 3))
     if rows > 1:
@@ -255,7 +265,7 @@ def _combined(
         if section:
             part = getattr(config, section).model_copy(update={key: value})
             changed = config.model_copy(update={section: part})
-            words = f"{section}.{key}={value}"
+            words = f"{section}.{key}={str(value).lower()}"
         else:
             on = replace(cluster, nodes=int(str(value)))
             words = f"{key} {value}"

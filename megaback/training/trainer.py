@@ -19,6 +19,7 @@ from data_pipeline.loading.rows import Batch
 from megaback.checkpoints.pipeline import CheckpointPipeline
 from megaback.distributed.device_limits import peak_memory_bytes
 from megaback.distributed.engine import set_learning_rates, take_step
+from megaback.distributed.gradients import count_micro_batch, reducing_gradients
 from megaback.distributed.world import CollectiveExit, Reduction, World, attempt
 from megaback.faults.run_lock import release_lock
 from megaback.faults.step_guard import StepGuard, guarded_steps
@@ -197,16 +198,17 @@ class Trainer:
         # targets of the step, which are unevenly distributed.
         share = world.size * run.data.accumulation_steps / max(num_targets, 1)
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
-        for batch, arguments in self._batches.take(micro_batches, self._ahead.micro_batches):
-            run.watchdog.set_phase("computing gradients", step + 1)
-            loss = run.engine(*arguments).sum()
-            nats += loss.detach()  # on the device, without a synchronization before the step's end
-            is_last = batch is micro_batches[-1]
-            if is_last:
-                self._ahead.begin(self._log_error, nats)
-            run.engine.backward(loss * share)
-            if not is_last:
-                run.engine.step()  # counts the micro-batch; only the last one updates
+        with reducing_gradients(run.engine):
+            for batch, arguments in self._batches.take(micro_batches, self._ahead.micro_batches):
+                run.watchdog.set_phase("computing gradients", step + 1)
+                loss = run.engine(*arguments).sum()
+                nats += loss.detach()  # on the device, without a synchronization before the end
+                is_last = batch is micro_batches[-1]
+                if is_last:
+                    self._ahead.begin(self._log_error, nats)
+                run.engine.backward(loss * share)
+                if not is_last:
+                    count_micro_batch(run.engine)
 
     def _validate(self, done: int) -> float | None:
         """Loss on the val set in nats per target; None without a val set."""

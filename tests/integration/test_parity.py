@@ -46,6 +46,8 @@ def largest_difference(run: Path, plain: PlainResult) -> float:
         ("zero.stage=2", "batch.micro_batch_rows=4"),  # no accumulation
         ("zero.stage=2", "training.activation_checkpointing=selective"),
         ("zero.stage=3", "training.activation_checkpointing=block"),
+        ("zero.stage=2", "zero.reduction=reduce", "zero.overlap_communication=true"),
+        ("zero.stage=3", "zero.reduce_once=true"),
         ("zero.stage=1", "zero.offload=optimizer"),
         ("zero.stage=2", "zero.offload=optimizer"),
         ("zero.stage=3", "zero.offload=optimizer"),
@@ -92,6 +94,14 @@ def test_bf16_gives_the_losses_of_a_plain_loop_in_bf16(
     run = run_of(*SHORT, *BF16, f"zero.stage={stage}")
 
     assert largest_difference(run, plain_of(*BF16)) < 1e-2
+
+
+def test_fp32_gradients_give_the_losses_of_a_plain_loop_in_bf16(
+    run_of: RunOf, plain_of: PlainOf
+) -> None:
+    ways = ("zero.stage=2", "zero.gradient_precision=fp32", "zero.reduce_once=true")
+
+    assert largest_difference(run_of(*SHORT, *BF16, *ways), plain_of(*BF16)) < 1e-2
 
 
 def test_the_losses_of_a_run_with_z_loss_are_reported_without_it(

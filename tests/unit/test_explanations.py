@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from megaback.cli import main as megaback_command
-from megaback.config import Section
+from megaback.config_section import Section
 from tests.helpers.commands import COMMANDS, COMMANDS_OF_MEGABACK
 from tests.helpers.paths import ROOT
 from tests.helpers.product import MODULES

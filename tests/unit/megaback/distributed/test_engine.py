@@ -67,7 +67,47 @@ def test_fp32_enables_no_other_precision_in_deepspeed(stage: int) -> None:
 def test_bf16_is_deepspeeds_own_where_the_optimizer_is_sharded(stage: int) -> None:
     settings = config(zero={"stage": stage}, training={"steps": 10, "precision": "bf16"})
 
-    assert deepspeed_config(settings, 2, 4, 10_000)["bf16"] == {"enabled": True}
+    fields = deepspeed_config(settings, 2, 4, 10_000)
+
+    assert fields["bf16"] == {"enabled": True, "check_grad_overflow": False}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("gradient_precision", ["bf16", "fp32"])
+def test_gradients_have_a_precision_of_their_own_only_beside_weights_in_bf16(
+    stage: int, precision: str, gradient_precision: str
+) -> None:
+    settings = config(
+        zero={"stage": stage, "gradient_precision": gradient_precision},
+        training={"steps": 10, "precision": precision},
+    )
+
+    fields = deepspeed_config(settings, 2, 4, 10_000)
+
+    is_fp32 = stage > 0 and (precision, gradient_precision) == ("bf16", "fp32")
+    assert fields.get("communication_data_type") == ("fp32" if is_fp32 else None)
+    assert fields.get("data_types") == ({"grad_accum_dtype": "fp32"} if is_fp32 else None)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("chosen", [None, True, False])
+def test_communication_overlaps_at_stage_3_unless_the_config_decides(
+    stage: int, chosen: bool | None
+) -> None:
+    settings = config(zero={"stage": stage, "overlap_communication": chosen})
+
+    fields = deepspeed_config(settings, 2, 4, 10_000)["zero_optimization"]
+
+    assert fields["overlap_comm"] == (stage == 3 if chosen is None else chosen)
+
+
+@pytest.mark.parametrize("reduction", ["all_reduce", "reduce"])
+def test_gradients_are_reduced_by_the_collective_of_the_config(reduction: str) -> None:
+    fields = deepspeed_config(config(zero={"reduction": reduction}), 2, 4, 10_000)
+
+    of_all = fields["zero_optimization"]["use_multi_rank_bucket_allreduce"]
+    assert of_all == (reduction == "all_reduce")
 
 
 def test_bf16_without_sharding_is_autocast_because_deepspeeds_own_is_incorrect_there() -> None:

@@ -144,6 +144,31 @@ def test_one_rank_sends_nothing(stage: int) -> None:
     assert traffic.total == 0
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_traffic_of_gradients_by_precision_reduction_and_collective(stage: int) -> None:
+    def gradient_bytes(*overrides: str) -> float:
+        config = config_of("reverse_7b", f"zero.stage={stage}", *overrides)
+        return plan_run(config, FACTS, h100s(1), 0.4).traffic.gradient_bytes
+
+    low = gradient_bytes("zero.gradient_precision=bf16")
+    accumulation = plan_run(config_of(), FACTS, h100s(1), 0.4).accumulation_steps
+    assert accumulation > 1
+
+    assert gradient_bytes("zero.gradient_precision=fp32") == pytest.approx(2 * low)
+    once = gradient_bytes("zero.gradient_precision=bf16", "zero.reduce_once=true")
+    assert once == pytest.approx(low / (1 if stage == 1 else accumulation))
+    to_one = gradient_bytes("zero.gradient_precision=bf16", "zero.reduction=reduce")
+    assert to_one == pytest.approx(low / (1 if stage == 3 else 2))
+
+
+def test_a_single_reduction_is_given_up_first() -> None:
+    config, cluster = config_of("reverse_7b", "zero.reduce_once=true"), h100s(1)
+    memory = memory_of(config, FACTS, cluster).parts.total
+    tight = Cluster(1, 8, find_device("h100-80gb", memory * 0.95))
+
+    assert smallest_change(config, FACTS, tight) == "zero.reduce_once=false"
+
+
 def test_checkpoints_kept_are_the_last_the_one_being_written_and_the_marked_ones() -> None:
     config = config_of("reverse_7b", "checkpoint.keep_every_steps=10000")
 

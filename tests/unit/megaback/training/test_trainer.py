@@ -100,6 +100,41 @@ def test_a_step_with_a_non_finite_loss_changes_no_weights(
     assert (meta.step, meta.updates) == (4, 3)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_with_a_non_finite_gradient_changes_no_weights(
+    stage: int, config_of: Configs, training_world: World
+) -> None:
+    def make_infinite(output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * torch.inf)
+
+    config = config_of(training={"steps": 4, "precision": "bf16"}, zero={"stage": stage})
+    with trainer_of(config, training_world) as (trainer, run):
+        at_forward(run, 1, make_infinite)
+        trainer.train()
+
+    assert lines_of(config, "skipped")[1].startswith("the gradient norm is ")
+    losses = lines_of(config, "loss")
+    assert losses[4] < losses[1]
+    meta = find_checkpoint(config.run)[1]
+    assert (meta.step, meta.updates) == (4, 3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_that_fails_in_a_step_exits_without_a_reduction(
+    stage: int, config_of: Configs, training_world: World
+) -> None:
+    def fail(_output: object) -> None:
+        raise ZeroDivisionError
+
+    config = config_of(zero={"stage": stage, "reduce_once": True})
+    with trainer_of(config, training_world) as (trainer, run):
+        at_forward(run, 2, fail)  # after the first of two micro-batches
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+
+    assert not any(run.engine.optimizer.averaged_gradients.values())
+
+
 def test_steps_excluded_by_a_rollback_are_skipped(
     config_of: Configs, training_world: World
 ) -> None:

@@ -1,0 +1,68 @@
+"""Bytes of the gradients' reductions: planned, and sent in a rehearsal of one rank of 8."""
+
+from pathlib import Path
+
+import pytest
+
+from megaback.config import Config
+from megaback.planning.data_facts import run_facts
+from megaback.planning.devices import cpu_device
+from megaback.planning.plan import Cluster, plan_run
+from megaback.rehearsal.job import Job, rehearsal_config, rehearse
+from megaback.rehearsal.report import RankReport
+
+pytestmark = pytest.mark.slow
+
+RANKS = 8
+CASES: dict[str, dict[str, object]] = {
+    "1": {"stage": 1},
+    "1 fp32": {"stage": 1, "gradient_precision": "fp32"},
+    "1 reduce": {"stage": 1, "reduction": "reduce"},
+    "2 fp32": {"stage": 2, "gradient_precision": "fp32"},
+    "2 once": {"stage": 2, "reduce_once": True},
+    "2 fp32 reduce once": {
+        "stage": 2,
+        "gradient_precision": "fp32",
+        "reduction": "reduce",
+        "reduce_once": True,
+    },
+    "3 fp32": {"stage": 3, "gradient_precision": "fp32"},
+    "3 once": {"stage": 3, "reduce_once": True},
+}
+
+
+def config_of(shards: Path, zero: dict[str, object]) -> Config:
+    """A run in bf16 with three micro-batches per step."""
+    config = Config.model_validate(
+        {
+            "run": "unused",
+            "data": {"shards": str(shards)},
+            "model": {"num_layers": 2, "width": 64, "num_heads": 4},
+            "batch": {"context_tokens": 64, "global_batch_rows": 3 * RANKS, "micro_batch_rows": 1},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {"steps": 100, "precision": "bf16"},
+            "zero": zero,
+        }
+    )
+    return rehearsal_config(config, 2, None)
+
+
+@pytest.fixture(scope="module")
+def reports(tiny_shards: Path) -> dict[str, RankReport]:
+    jobs = [Job(config_of(tiny_shards, zero), (5,), RANKS, 8) for zero in CASES.values()]
+    found = dict(zip(CASES, rehearse(*jobs), strict=True))
+    assert all(isinstance(report, RankReport) for report in found.values())
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_of_gradients_are_within_2_percent_of_the_plan(
+    case: str, reports: dict[str, RankReport], tiny_shards: Path
+) -> None:
+    config = config_of(tiny_shards, CASES[case])
+    facts = run_facts(config, None, None)
+
+    traffic = plan_run(config, facts, Cluster(1, RANKS, cpu_device(1.0, None)), 0.4).traffic
+
+    sent = {one.kind: one.sent_bytes for one in reports[case].traffic if one.group == "engine"}
+    assert sent[traffic.reduction] == pytest.approx(traffic.gradient_bytes, rel=0.02)
