@@ -45,6 +45,7 @@ class Engine:
     """An engine at stage 0 without DeepSpeed, which has waits of its own."""
 
     seq_data_parallel_group = None
+    reduces_once = False
 
     def __init__(self, model: Any) -> None:
         self.module = model.train()
