@@ -261,6 +261,12 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
         filled = held.bucket + setting.weight_bytes * (size.head or size.embedding)
         is_filled = setting.is_cpu and not setting.has_fp32_accumulators
         first = held.earlier + min(held.last - held.earlier, filled if is_filled else held.last)
+    # A matrix's gradient, before it is copied into the bucket. (At stage 1, the bucket's gradients
+    # are among all gradients at the end.)
+    matrix = max(rows * columns for rows, columns in matrices_of(setting.shape))
+    is_copied = stage == 1 or (stage == 2 and not setting.reduces_once)
+    copied = float(setting.weight_bytes * matrix) if is_copied else 0.0
+    copied_last = copied if stage == 2 else 0.0
     # Gradients of untied embeddings follow those of the last block.
     embedding = (held.last - held.earlier) * size.embedding / total if size.head else 0.0
 
@@ -276,8 +282,14 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     reduced = 4.0 * min(total, _WHOLE_REDUCED_ELEMENTS) if stage == 0 and ranks > 1 else 0.0
     return {
         "loss": moment(layers, held.earlier, 0, 0, kept.logits + kept.logits_work),
-        "first block": moment(layers, first, held.bucket, kept.block_work, 0),
-        "last block": moment(1, held.last - embedding, held.bucket, kept.block_work, 0),
+        "first block": moment(layers, first, held.bucket + copied, kept.block_work, 0),
+        "last block": moment(
+            1,
+            max(held.last - embedding, held.earlier),
+            held.bucket + copied_last,
+            kept.block_work,
+            0,
+        ),
         "reduction": replace(
             resident,
             gradients=resident.gradients + held.last + held.reduced,

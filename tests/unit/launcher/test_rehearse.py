@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from pydantic import TypeAdapter
 
 from data_pipeline.errors import (
     BackendError,
@@ -17,7 +19,8 @@ from data_pipeline.errors import (
     MegabackError,
     NotEnoughMemoryError,
 )
-from launcher.rehearse import main
+from launcher.rehearse import main, problems_between
+from megaback.rehearsal.report import RankReport
 from tests.helpers.tiny_run import tiny_config
 
 
@@ -47,6 +50,14 @@ def test_a_rank_is_rehearsed_beside_the_plan_of_the_shortened_model(
     assert planned.keys() <= sent.keys()
     assert sent["all-to-all"] == planned["all-to-all"]
     assert (found["rows"]["rows_per_step"], found["rows"]["problems"]) == (8, [])
+
+    planned = rank.pop("planned")["memory_bytes"]
+    report = TypeAdapter(RankReport).validate_python(rank)
+    assert planned["start"] < report.memory_start_bytes
+    assert planned["training"] < report.memory_training_bytes
+    assert problems_between([report, report]) == []
+    other = replace(report, rank=1, ownership=replace(report.ownership, max_weights=1))
+    assert problems_between([report, other]) == ["ranks 0 and 1 partition the weights differently"]
 
 
 @pytest.mark.parametrize(

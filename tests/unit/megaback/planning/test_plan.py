@@ -162,7 +162,8 @@ def test_traffic_of_gradients_by_precision_reduction_and_collective(stage: int) 
 
 
 def test_a_single_reduction_is_given_up_first() -> None:
-    config, cluster = config_of("reverse_7b", "zero.reduce_once=true"), h100s(1)
+    config = config_of("reverse_7b", "zero.stage=2", "zero.reduce_once=true")
+    cluster = h100s(1)
     memory = memory_of(config, FACTS, cluster).parts.total
     tight = Cluster(1, 8, find_device("h100-80gb", memory * 0.95))
 
